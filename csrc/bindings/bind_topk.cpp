@@ -1,0 +1,121 @@
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "bindings.h"
+#include "npeff/parallel.h"
+#include "npeff/topk.h"
+#include "tensor_view.h"
+
+namespace npeff {
+namespace {
+
+std::vector<Selector> make(int64_t n_rows, int64_t k, bool keep_zeros) {
+  std::vector<Selector> selectors;
+  selectors.reserve(n_rows);
+  for (int64_t i = 0; i < n_rows; ++i) selectors.emplace_back(k, keep_zeros);
+  return selectors;
+}
+
+py::object to_object(const Nonfinite& bad) {
+  if (bad.row < 0) return py::none();
+  return py::make_tuple(bad.row, bad.index);
+}
+
+py::object topk(py::handle x, py::handle indices_out, py::handle values_out, bool by_magnitude, int threads) {
+  const TensorView view(x, "x", Access::read), indices_view(indices_out, "indices", Access::write),
+      values_view(values_out, "values", Access::write);
+  const auto* data = view.as<const float>({any, any}, true);
+  auto* indices = indices_view.as<int64_t>({view.shape(0), any});
+  const int64_t k = indices_view.shape(1);
+  auto* values = values_view.as<float>({view.shape(0), k});
+  if (k < 1 || k > view.shape(1)) fail("indices: expected 1 … " + std::to_string(view.shape(1)) + " columns, got " + std::to_string(k));
+  Nonfinite bad;
+  {
+    const py::gil_scoped_release release;
+    bad = topk_rows(data, view.shape(0), view.shape(1), view.stride(0), k, by_magnitude, indices, values, threads);
+  }
+  return to_object(bad);
+}
+
+class Selectors {
+ public:
+  Selectors(int64_t n_rows, int64_t k, bool keep_zeros) : selectors_(make(n_rows, k, keep_zeros)) {}
+
+  py::object push(py::handle block, py::handle bases, py::handle rows, int threads) {
+    const TensorView x(block, "block", Access::read), base(bases, "base", Access::read);
+    const auto* data = x.as<const float>({any, any}, true);
+    const int64_t n = x.shape(0);
+    const auto* base_of = base.as<const int64_t>({n});
+    const int64_t* target = nullptr;
+    std::unique_ptr<TensorView> targets;
+    if (!rows.is_none()) {
+      targets = std::make_unique<TensorView>(rows, "rows", Access::read);
+      target = targets->as<const int64_t>({n});
+    }
+    const auto n_selectors = static_cast<int64_t>(selectors_.size());
+    if (!target && n > n_selectors)
+      fail("block: expected at most " + std::to_string(n_selectors) + " rows, one per selector, got " + std::to_string(n));
+    for (int64_t i = 0; target && i < n; ++i)
+      if (target[i] < 0 || target[i] >= n_selectors)
+        fail("rows: expected numbers from 0 to " + std::to_string(n_selectors - 1) + ", got " + std::to_string(target[i]));
+    for (int64_t i = 0; i < n; ++i)
+      if (base_of[i] < 0 || base_of[i] > (int64_t{1} << 62) - x.shape(1))
+        fail("base: expected flat indices from 0 to 2^62, got " + std::to_string(base_of[i]));
+    Nonfinite bad;
+    {
+      const py::gil_scoped_release release;
+      bad = push_rows(selectors_, data, n, x.shape(1), x.stride(0), target, base_of, threads);
+    }
+    return to_object(bad);
+  }
+
+  void finish(py::handle counts_out, int threads) {
+    const TensorView out(counts_out, "counts", Access::write);
+    auto* counts = out.as<int64_t>({static_cast<int64_t>(selectors_.size())});
+    const py::gil_scoped_release release;
+    parallel_for(static_cast<int64_t>(selectors_.size()), threads, [&](int64_t i) {
+      selectors_[i].finish();
+      counts[i] = selectors_[i].count();
+    });
+  }
+
+  void take(py::handle indices_out, py::handle values_out, bool by_magnitude, int threads) {
+    std::vector<int64_t> start(selectors_.size() + 1);
+    for (size_t i = 0; i < selectors_.size(); ++i) start[i + 1] = start[i] + selectors_[i].count();
+    const TensorView indices_view(indices_out, "indices", Access::write), values_view(values_out, "values", Access::write);
+    auto* indices = indices_view.as<int64_t>({start.back()});
+    auto* values = values_view.as<float>({start.back()});
+    const py::gil_scoped_release release;
+    parallel_for(static_cast<int64_t>(selectors_.size()), threads, [&](int64_t i) {
+      selectors_[i].copy_to(indices + start[i], values + start[i], by_magnitude);
+      selectors_[i].reset();
+    });
+  }
+
+  void reset() {
+    for (Selector& selector : selectors_) selector.reset();
+  }
+
+ private:
+  std::vector<Selector> selectors_;
+};
+
+}  // namespace
+
+void bind_topk(py::module_& m) {
+  m.def("topk", &topk, py::arg("x"), py::arg("indices"), py::arg("values"), py::arg("by_magnitude"), py::arg("threads"),
+        "x (rows, cols) float32; fills indices (rows, k) int64 and values (rows, k) float32. None, or (row, index) of "
+        "the first non-finite value.");
+  py::class_<Selectors>(m, "Selectors", "n_rows running selections of the k largest |values|. One caller at a time.")
+      .def(py::init<int64_t, int64_t, bool>(), py::arg("n_rows"), py::arg("k"), py::arg("keep_zeros"))
+      .def("push", &Selectors::push, py::arg("block"), py::arg("base"), py::arg("rows"), py::arg("threads"),
+           "block (b, width) float32 into selectors rows (b,); None, or (row of the block, flat index) of the first "
+           "non-finite value.")
+      .def("finish", &Selectors::finish, py::arg("counts"), py::arg("threads"), "Narrow; fill counts (n_rows,) int64.")
+      .def("take", &Selectors::take, py::arg("indices"), py::arg("values"), py::arg("by_magnitude"), py::arg("threads"),
+           "After finish: fill indices int64 and values float32, rows end to end; then empty the selectors.")
+      .def("reset", &Selectors::reset, "Empty the selectors.");
+}
+
+}  // namespace npeff

@@ -1,0 +1,12 @@
+// npeff._native: table of contents.
+#include "bindings.h"
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CPU kernels of npeff. Call them through npeff.kernels.";
+  npeff::bind_isa(m);
+  npeff::bind_topk(m);
+  npeff::bind_nnls(m);
+  npeff::bind_spmm(m);
+  npeff::bind_sparse_gram(m);
+  npeff::bind_segments(m);
+}

@@ -1,0 +1,31 @@
+# npeff._cuda: the CUDA kernels, built when a CUDA compiler is there (or asked for).
+
+if(NPEFF_CUDA STREQUAL "OFF")
+  message(STATUS "npeff._cuda: not built (NPEFF_CUDA=OFF)")
+  return()
+endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(NPEFF_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "NPEFF_CUDA=ON, but no CUDA compiler was found: put nvcc on PATH, or set CUDACXX")
+  endif()
+  message(STATUS "npeff._cuda: not built (no CUDA compiler found)")
+  return()
+endif()
+
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+  set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 90-real 90-virtual)
+endif()
+enable_language(CUDA)
+
+pybind11_add_module(_cuda
+  bindings/cuda_module.cpp
+  cuda/device.cu)
+set_target_properties(_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden)
+target_include_directories(_cuda PRIVATE include)
+target_link_libraries(_cuda PRIVATE Threads::Threads)
+install(TARGETS _cuda LIBRARY DESTINATION npeff)

@@ -1,0 +1,67 @@
+// The functions that are compiled once per instruction set, and the choice among them.
+#pragma once
+
+#include <cstdint>
+
+namespace npeff {
+
+constexpr int64_t scan_chunk = 4096;  // most entries of one scan(): 16 KiB, within L1
+constexpr int64_t scan_slack = 64;    // entries that scan() may write beyond its result
+
+struct Magnitudes { uint32_t least, largest; };
+
+// Some rows of an nnls problem, at most nnls_vectors vectors of them; see nnls.h and isa/nnls_tile.cpp.
+template <class T>
+struct NnlsTile {
+  int64_t n, r, padded;       // rows, coordinates, coordinates up to a multiple of the block
+  const T* panels;            // (padded / block, r, block): gram by blocks of columns, zero beyond r
+  const T* inverse_diagonal;  // (padded,): 1 / gram_jj, 0 where gram_jj ≤ 0 and beyond r
+  const T* cross;             // (n, r)
+  T* w;                       // (n, r), in and out
+  T* kkt;                     // (n,) or null
+  T* scratch;                 // 64-byte aligned: 2·padded·nnls_vectors vectors and padded / 8 + 8 bytes
+  int64_t max_sweeps;
+  T tol;
+};
+
+// One row of an nnls problem, to be solved exactly.
+struct NnlsRow {
+  const double *gram, *cross;  // (r, r), (r,)
+  double* w;                   // (r,), in: where to start; out: the solution
+  double* scratch;             // r² + 5r
+  int64_t r;
+};
+
+struct Kernels {
+  const char* name;  // base, avx2, avx512
+
+  // topk: appends the entries of x (n ≤ scan_chunk,) with |x|'s bits > floor to bits and index (base + position);
+  // returns their number.
+  int64_t (*scan)(const float* x, int64_t n, int64_t base, int32_t floor, uint32_t* bits, int64_t* index);
+  // topk: range of the magnitudes of bits (n,).
+  Magnitudes (*magnitudes)(const uint32_t* bits, int64_t n);
+  // topk: keeps, in place and in order, the candidates above threshold, and those at it with index ≤ last.
+  int64_t (*keep)(uint32_t* bits, int64_t* index, int64_t n, uint32_t threshold, int64_t last);
+
+  // nnls: columns of a panel; vectors of rows in a tile; bytes of a vector. The tiles return the sweeps made.
+  int nnls_block, nnls_vectors, vector_bytes;
+  int64_t (*nnls_tile_f32)(const NnlsTile<float>& tile);
+  int64_t (*nnls_tile_f64)(const NnlsTile<double>& tile);
+  // nnls: returns the active-set steps made.
+  int64_t (*nnls_active_set)(const NnlsRow& row, double tol, double* kkt);
+
+  // spmm: out (width,) = (or +=, with add) Σ_e values[e] · dense[indices[e], :width], rows of dense `stride` apart.
+  void (*spmm_row_i32)(const int32_t* indices, const float* values, int64_t n, const float* dense, int64_t stride,
+                       int64_t width, float* out, bool add);
+  void (*spmm_row_i64)(const int64_t* indices, const float* values, int64_t n, const float* dense, int64_t stride,
+                       int64_t width, float* out, bool add);
+};
+
+// The table in use: the fastest that this processor has, unless use_isa() chose another.
+const Kernels& kernels();
+
+// False when this build or this processor lacks it.
+bool has_isa(const char* name);
+bool use_isa(const char* name);
+
+}  // namespace npeff

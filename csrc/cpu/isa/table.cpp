@@ -1,0 +1,25 @@
+#include "isa/functions.h"
+#include "isa/simd.h"
+
+#define NPEFF_STRING_(x) #x
+#define NPEFF_STRING(x) NPEFF_STRING_(x)
+
+namespace npeff::NPEFF_ISA {
+
+extern const Kernels table;
+const Kernels table = {
+    NPEFF_STRING(NPEFF_ISA),
+    scan,
+    magnitudes,
+    keep,
+    nnls_block,
+    nnls_vectors,
+    vector_bytes,
+    nnls_tile,
+    nnls_tile,
+    nnls_active_set,
+    spmm_row,
+    spmm_row,
+};
+
+}  // namespace npeff::NPEFF_ISA

@@ -1,0 +1,66 @@
+#include "npeff/nnls.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "aligned.h"
+#include "finite.h"
+#include "isa.h"
+#include "npeff/parallel.h"
+
+namespace npeff {
+namespace {
+
+int64_t run_tile(const NnlsTile<float>& tile) { return kernels().nnls_tile_f32(tile); }
+int64_t run_tile(const NnlsTile<double>& tile) { return kernels().nnls_tile_f64(tile); }
+
+// gram by blocks of columns, as a tile reads it.
+template <class T>
+Aligned<T> pack(const T* gram, int64_t r, int64_t padded, int64_t block) {
+  Aligned<T> panels(padded * r);
+  for (int64_t start = 0; start < padded; start += block)
+    for (int64_t l = 0; l < r; ++l)
+      for (int64_t b = 0; b < block; ++b)
+        panels[start * r + l * block + b] = start + b < r ? gram[l * r + start + b] : T{0};
+  return panels;
+}
+
+}  // namespace
+
+template <class T>
+NnlsStatus nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64_t max_sweeps, T tol, T* kkt,
+                int threads) {
+  const int64_t block = kernels().nnls_block;
+  const int64_t lanes = kernels().nnls_vectors * kernels().vector_bytes / static_cast<int64_t>(sizeof(T));
+  const int64_t padded = (r + block - 1) / block * block;
+  const Aligned<T> panels = pack(gram, r, padded, block);
+  Aligned<T> inverse_diagonal(padded);
+  for (int64_t j = 0; j < padded; ++j) inverse_diagonal[j] = j < r && gram[j * r + j] > 0 ? 1 / gram[j * r + j] : 0;
+
+  const int64_t tiles = (n + lanes - 1) / lanes, parts = std::min<int64_t>(tiles, 8 * threads);
+  std::vector<int64_t> sweeps(parts, 0), bad(parts, -1);
+  parallel_for(parts, n * r * r < 1 << 18 ? 1 : threads, [&](int64_t part) {
+    Aligned<T> scratch(2 * padded * lanes + (padded / 8 + 8) / static_cast<int64_t>(sizeof(T)) + 1);
+    const Range range = part_of(tiles, part, parts);
+    for (int64_t tile = range.begin; tile < range.end; ++tile) {
+      const int64_t first = tile * lanes, rows = std::min(lanes, n - first);
+      for (int64_t i = first; i < first + rows; ++i)
+        if (bad[part] < 0 && !(finite(cross + i * r, r) && finite(w + i * r, r))) bad[part] = i;
+      if (bad[part] >= 0) return;
+      sweeps[part] = std::max(sweeps[part], run_tile({rows, r, padded, panels.data(), inverse_diagonal.data(),
+                                                      cross + first * r, w + first * r, kkt ? kkt + first : nullptr,
+                                                      scratch.data(), max_sweeps, tol}));
+    }
+  });
+  NnlsStatus status{-1, 0};
+  for (int64_t part = parts - 1; part >= 0; --part) {
+    if (bad[part] >= 0) status.bad_row = bad[part];
+    status.iterations = std::max(status.iterations, sweeps[part]);
+  }
+  return status;
+}
+
+template NnlsStatus nnls(const float*, const float*, float*, int64_t, int64_t, int64_t, float, float*, int);
+template NnlsStatus nnls(const double*, const double*, double*, int64_t, int64_t, int64_t, double, double*, int);
+
+}  // namespace npeff

@@ -1,0 +1,35 @@
+// Non-negative least squares in normal form, many right-hand sides at once:
+//
+//   minimise over w ≥ 0, for each row i:   ½ wᵀ gram w − cross_iᵀ w
+//
+// Gradient: gram w − cross_i. KKT residual of a row: the largest |violation_j| over the largest |cross_ij| (over 1 if
+// cross_i = 0), where violation_j is the gradient where w_j > 0, and min(gradient, 0) where w_j = 0.
+// Coordinates with gram_jj ≤ 0 are set to 0 and left out of the residual.
+#pragma once
+
+#include <cstdint>
+
+namespace npeff {
+
+struct NnlsStatus {
+  int64_t bad_row;    // first row of cross or w with a non-finite value, or −1; w and kkt are then undefined
+  int64_t iterations; // most sweeps (or active-set steps) that any row took
+};
+
+// Cyclic coordinate descent, at most max_sweeps; a row stops once its residual during a sweep is ≤ tol. Rows do not
+// influence each other, down to the last bit.
+//   gram  (r, r)  symmetric
+//   cross (n, r)
+//   w     (n, r)  in: where to start; out: the result. Must not overlap the others.
+//   kkt   (n,)    out: residuals at the result; null to save that pass
+// T: float or double. One sweep costs n·r² multiply-adds, less where whole coordinates are zero.
+template <class T>
+NnlsStatus nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64_t max_sweeps, T tol, T* kkt,
+                int threads);
+
+// To optimality, by an active set that starts from the support of w (Lawson & Hanson 1974, ch. 23, on the normal
+// equations with Cholesky factors); linearly dependent columns of gram do no harm.
+NnlsStatus nnls_exact(const double* gram, const double* cross, double* w, int64_t n, int64_t r, double tol, double* kkt,
+                      int threads);
+
+}  // namespace npeff

@@ -1,0 +1,79 @@
+// Exact streaming selection of the k entries of largest |value|, ties to the lower flat index.
+//
+// A Selector keeps candidates and a running threshold: what does not beat the threshold is passed over at the speed of
+// memory; what does is appended; when the buffer is full, the k best are selected and the threshold rises to the worst
+// of them. A long push first guesses a threshold from a sample; if fewer than k entries reach it, the push is redone
+// without (so the guess decides the time, never the answer).
+//
+// Magnitudes are compared as integers (the bits of |x|), in which NaN and ±inf stand above all numbers: they cannot
+// be missed, and cost nothing to look for.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace npeff {
+
+// A stretch of one selector's input.
+struct Piece {
+  const float* data;  // (length,)
+  int64_t length;
+  int64_t base;  // flat index of data[0]; base + length ≤ 2^62
+};
+
+class Selector {
+ public:
+  Selector(int64_t k, bool keep_zeros);
+
+  // Takes in pieces, any number of times, in any order; flat indices must not repeat.
+  // Returns the lowest flat index of this push's non-finite values, or −1. After one, only reset() makes sense.
+  int64_t push(const Piece* pieces, int64_t n_pieces, int threads);
+
+  // Narrows to the best min(k, entries seen) and sorts them by index. Push may go on afterwards.
+  void finish();
+
+  // After finish(): number of entries, and the entries. Ordered by index, or by descending |value| (ties by index).
+  int64_t count() const { return size_; }
+  void copy_to(int64_t* indices, float* values, bool by_magnitude) const;
+
+  // Empty again; keeps its memory.
+  void reset();
+
+ private:
+  bool scan(const Piece* pieces, int64_t n_pieces);
+  bool scan_split(const Piece* pieces, int64_t n_pieces, int threads);
+  void note_nonfinite(int64_t from);
+  bool push_with_guess(const Piece* pieces, int64_t n_pieces, int threads);
+  void select(bool exact);
+  int64_t most_kept() const { return k_ + k_ / 16; }  // after an inexact selection
+  void reserve(int64_t size);
+
+  int64_t k_, limit_;
+  bool keep_zeros_;
+
+  // Candidates: bits (size_,) as float, sign included; index (size_,).
+  std::unique_ptr<uint32_t[]> bits_;
+  std::unique_ptr<int64_t[]> index_;
+  int64_t size_ = 0, capacity_ = 0;
+  int64_t seen_ = 0;  // entries pushed so far
+
+  // An entry is admitted when |bits| > threshold_, or equal and its index < threshold_index_.
+  uint32_t threshold_;
+  int64_t threshold_index_;
+  int64_t nonfinite_;  // lowest flat index seen in this push, or −1
+};
+
+// Rows x[i] (n_rows, width), `stride` floats apart, into selectors[targets[i]] with flat index bases[i] of column 0.
+// Several rows may have one target. targets null: row i goes to selector i.
+// Returns the first row (and the flat index in it) that holds a non-finite value, or row −1.
+struct Nonfinite { int64_t row, index; };
+Nonfinite push_rows(std::vector<Selector>& selectors, const float* x, int64_t n_rows, int64_t width, int64_t stride,
+                    const int64_t* targets, const int64_t* bases, int threads);
+
+// All rows of x (n_rows, width) at once, zeros included: indices and values (n_rows, k), k ≤ width, ordered as by
+// Selector::copy_to. Non-finite values as above; indices and values are then undefined.
+Nonfinite topk_rows(const float* x, int64_t n_rows, int64_t width, int64_t stride, int64_t k, bool by_magnitude,
+                    int64_t* indices, float* values, int threads);
+
+}  // namespace npeff

@@ -1,0 +1,40 @@
+"""The one door to native code: CPU kernels in C++, each with a plain torch version as oracle and fallback.
+
+Tensors and numpy arrays go in without copies, and the same kind comes out. CUDA tensors run through torch on
+their own device. :func:`report` says which implementation serves each kernel, and why not a faster one.
+"""
+
+from npeff.kernels.dispatch import (
+    KernelInfo,
+    available,
+    implementation,
+    num_threads,
+    report,
+    set_num_threads,
+    use,
+)
+from npeff.kernels.nnls import NnlsResult, nnls
+from npeff.kernels.segments import cross, spread_multiply
+from npeff.kernels.sparse import csr_transpose, spmm
+from npeff.kernels.sparse_gram import sparse_gram
+from npeff.kernels.topk import NonFiniteError, StreamingTopK, topk
+
+__all__ = [
+    "KernelInfo",
+    "NnlsResult",
+    "NonFiniteError",
+    "StreamingTopK",
+    "available",
+    "cross",
+    "csr_transpose",
+    "implementation",
+    "nnls",
+    "num_threads",
+    "report",
+    "set_num_threads",
+    "sparse_gram",
+    "spmm",
+    "spread_multiply",
+    "topk",
+    "use",
+]

@@ -1,0 +1,138 @@
+"""Which implementation of a kernel runs, and why not a faster one. The only place that decides.
+
+The native module holds the CPU kernels for three instruction sets and picks the best one the processor
+has. ``NPEFF_KERNELS`` (``reference``, ``base``, ``avx2`` or ``avx512``) asks for another.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from npeff.errors import ArgumentError
+
+Implementation = Literal["reference", "base", "avx2", "avx512"]
+
+KERNELS = ("topk", "nnls", "spmm", "csr_transpose", "sparse_gram", "cross", "spread_multiply")
+"""Names of the kernels that have a native implementation."""
+
+ISAS = ("avx512", "avx2", "base")
+"""Instruction sets, fastest first."""
+
+_native: ModuleType | None
+_native_missing = ""
+try:
+    from npeff import _native
+except ImportError as error:  # a source tree that was never built
+    _native, _native_missing = None, str(error)
+
+_forced: str | None = None
+_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One line of :func:`report`.
+
+    Attributes:
+        kernel: Name of the kernel, as in ``npeff.kernels``.
+        device: ``"cpu"`` or ``"cuda"``.
+        implementation: ``"avx512"``, ``"avx2"``, ``"base"``, or ``"reference"`` (plain torch).
+        reason: Why nothing faster is used; empty where nothing faster exists.
+    """
+
+    kernel: str
+    device: str
+    implementation: str
+    reason: str
+
+
+def use(implementation: str | None) -> None:
+    """Use the given implementation from now on; None: the fastest that this machine has.
+
+    Args:
+        implementation: ``"reference"``, ``"base"``, ``"avx2"``, ``"avx512"`` or None.
+
+    Raises:
+        ArgumentError: There is no such implementation here.
+    """
+    global _forced
+    if implementation not in (None, "reference"):
+        if implementation not in ISAS:
+            raise ArgumentError(
+                f"implementation: expected reference, base, avx2 or avx512, got {implementation!r}"
+            )
+        if _native is None or not _native.has_isa(implementation):
+            raise ArgumentError(
+                f"implementation: {implementation} is not to be had here; there is: {', '.join(available())}"
+            )
+    if _native is not None and implementation != "reference":
+        _native.use_isa(implementation or next(isa for isa in ISAS if _native.has_isa(isa)))
+    _forced = implementation
+
+
+def available() -> list[str]:
+    """Implementations that run on this machine, fastest first; ``"reference"`` always."""
+    return [*(isa for isa in ISAS if _native is not None and _native.has_isa(isa)), "reference"]
+
+
+def native() -> ModuleType | None:
+    """The native module when its kernels are to be used on CPU tensors, else None."""
+    return None if _forced == "reference" else _native
+
+
+def implementation() -> str:
+    """What CPU arrays run on: ``"avx512"``, ``"avx2"``, ``"base"`` or ``"reference"``."""
+    module = native()
+    return "reference" if module is None else str(module.isa())
+
+
+def set_num_threads(n: int | None) -> None:
+    """Threads for the native kernels; None: as many as torch uses (``torch.get_num_threads()``).
+
+    Raises:
+        ArgumentError: n is below 1.
+    """
+    global _threads
+    if n is not None and n < 1:
+        raise ArgumentError(f"n: expected a number of threads ≥ 1, or None for torch's, got {n}")
+    _threads = n
+
+
+def num_threads() -> int:
+    """Threads that the native kernels use."""
+    return _threads if _threads is not None else torch.get_num_threads()
+
+
+def report() -> list[KernelInfo]:
+    """Per kernel and device, the implementation in use and why it is not a faster one (``npeff doctor``)."""
+    cpu, cpu_reason = implementation(), _cpu_reason()
+    cuda_reason = _cuda_reason()
+    lines = [KernelInfo(kernel, "cpu", cpu, cpu_reason) for kernel in KERNELS]
+    return lines + [KernelInfo(kernel, "cuda", "reference", cuda_reason) for kernel in KERNELS]
+
+
+def _cpu_reason() -> str:
+    if _native is None:
+        return f"the native module is missing: {_native_missing}"
+    if _forced is not None:
+        return f"asked for ({'NPEFF_KERNELS' if _forced == os.environ.get('NPEFF_KERNELS') else 'use()'})"
+    lacking = [isa for isa in ISAS[: ISAS.index(_native.isa())] if not _native.has_isa(isa)]
+    return f"this processor or build lacks {' and '.join(lacking)}" if lacking else ""
+
+
+def _cuda_reason() -> str:
+    try:
+        from npeff import _cuda
+    except ImportError:
+        return "npeff._cuda was not built (no CUDA compiler, or NPEFF_CUDA=OFF)"
+    if _cuda.device_count() == 0:
+        return f"no usable device: {_cuda.absence()}"
+    return "CUDA tensors go through torch on their own device; there is no CUDA kernel for this yet"
+
+
+use(os.environ.get("NPEFF_KERNELS") or None)

@@ -1,0 +1,150 @@
+"""Non-negative least squares in normal form, many right-hand sides at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic
+
+import numpy as np
+import torch
+
+from npeff.errors import ArgumentError, DataError
+from npeff.kernels import arrays, dispatch, reference
+from npeff.kernels.arrays import A, Operand
+
+
+@dataclass(frozen=True)
+class NnlsResult(Generic[A]):
+    """What :func:`nnls` found.
+
+    Attributes:
+        w: ``(n, r)`` ≥ 0.
+        kkt: ``(n,)`` relative KKT residuals at w; None where they were not asked for.
+        sweeps: Most sweeps (``exact``: active-set steps) that any row took.
+    """
+
+    w: A
+    kkt: A | None
+    sweeps: int
+
+
+def nnls(
+    gram: A,
+    cross: A,
+    w0: A | None = None,
+    *,
+    max_sweeps: int = 100,
+    tol: float | None = None,
+    exact: bool = False,
+    kkt: bool = True,
+    out: A | None = None,
+) -> NnlsResult[A]:
+    r"""Minimise ``½ wᵀ·gram·w − cross_iᵀ·w`` over ``w ≥ 0``, for every row i of ``cross``.
+
+    Cyclic coordinate descent (Hsieh & Dhillon 2011), ``w_j ← max(0, w_j − (gram·w − cross_i)_j / gram_jj)``:
+    a few sweeps from a warm start inside a solver. With ``exact`` each row is then finished in float64 by
+    active sets (Lawson & Hanson 1974). Rows do not influence each other.
+
+    The KKT residual of row i is ``max_j |violation_j| / max_j |cross_ij|`` (over 1 if ``cross_i = 0``), with
+    violation the gradient where ``w_j > 0`` and ``min(gradient, 0)`` where ``w_j = 0``. Coordinates with
+    ``gram_jj ≤ 0`` get coefficient 0 and are left out of it.
+
+    Args:
+        gram: ``(r, r)`` symmetric, float32 or float64.
+        cross: ``(n, r)``, same dtype.
+        w0: ``(n, r)`` where to start (negative entries count as 0), same dtype; None: at 0.
+        max_sweeps: Most coordinate-descent sweeps.
+        tol: A row stops once its residual is ≤ tol; None: 1e-5 in float32, 1e-10 in float64 and ``exact``.
+        exact: Solve to optimality in float64; w and kkt are then float64.
+        kkt: Compute the residuals (the work of one more sweep).
+        out: ``(n, r)`` C-contiguous array that receives w; may be w0. None: a new one.
+
+    Returns:
+        w, its KKT residuals, and the sweeps made.
+
+    Raises:
+        ArgumentError: Shapes, dtypes or devices do not fit.
+        DataError: A row of cross (or gram, or w0) holds NaN or infinite values.
+    """
+    dtypes = ("float32", "float64")
+    gram = arrays.check(gram, "gram", dtypes, (None, None))
+    dtype = (arrays.dtype_name(gram),)
+    r = gram.shape[1]
+    gram = arrays.check(gram, "gram", dtype, (r, r))
+    cross = arrays.check(cross, "cross", dtype, (None, r))
+    n = cross.shape[0]
+    if w0 is not None:
+        w0 = arrays.check(w0, "w0", dtype, (n, r))
+    if max_sweeps < 0:
+        raise ArgumentError(f"max_sweeps: expected ≥ 0, got {max_sweeps}")
+    work = "float64" if exact else dtype[0]
+    if tol is None:
+        tol = 1e-10 if work == "float64" else 1e-5
+    if tol < 0:
+        raise ArgumentError(f"tol: expected ≥ 0, got {tol}")
+    device = arrays.same_device(gram=gram, cross=cross, w0=w0, out=out)
+    if out is not None:
+        out = arrays.check(out, "out", (work,), (n, r))
+        _check_out(out, cross)
+    if not bool(np.isfinite(arrays.as_tensor(gram).sum().item())):
+        raise DataError("gram: expected finite values, got NaN or infinite ones")
+
+    native = dispatch.native()
+    if native is None or device.type != "cpu":
+        return _reference(gram, cross, w0, max_sweeps, tol, exact, kkt, out)
+    gram_n, cross_n = (arrays.contiguous(_as(x, work)) for x in (gram, cross))
+    w: Operand = np.empty((n, r), work) if out is None else out
+    _assign(w, w0)
+    residual = np.empty(n, work) if kkt or exact else None
+    run = native.nnls_f32 if work == "float32" else native.nnls_f64
+    threads = dispatch.num_threads()
+    sweep_tol = max(tol, 1e-9) if exact else tol
+    bad, sweeps = run(gram_n, cross_n, w, None if exact else residual, max_sweeps, sweep_tol, threads)
+    if bad < 0 and exact:
+        bad, sweeps = native.nnls_exact(gram_n, cross_n, w, residual, tol, threads)
+    if bad >= 0:
+        raise DataError(f"cross: row {bad} (or its start in w0) holds NaN or infinite values")
+    result = None if residual is None or not kkt else arrays.like(cross, residual)
+    return NnlsResult(w=arrays.like(cross, w), kkt=result, sweeps=int(sweeps))
+
+
+def _check_out(out: Operand, cross: Operand) -> None:
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ArgumentError("out: expected a writable array, got a read-only one")
+    t, c = arrays.as_tensor(out), arrays.as_tensor(cross)
+    if not t.is_contiguous():
+        raise ArgumentError("out: expected a C-contiguous array")
+    if t.numel() and t.data_ptr() == c.data_ptr():
+        raise ArgumentError("out: must not be the same memory as cross")
+
+
+def _as(x: A, dtype: str) -> A:
+    if isinstance(x, torch.Tensor):
+        return x.to(getattr(torch, dtype))
+    return x.astype(dtype, copy=False)
+
+
+def _assign(target: Operand, source: Operand | None) -> None:
+    if source is None:
+        arrays.as_tensor(target).zero_()
+    elif source is not target:
+        arrays.as_tensor(target).copy_(arrays.as_tensor(source))
+
+
+def _reference(
+    gram: A, cross: A, w0: A | None, max_sweeps: int, tol: float, exact: bool, kkt: bool, out: A | None
+) -> NnlsResult[A]:
+    g, c = arrays.as_tensor(gram), arrays.as_tensor(cross)
+    for i, row in enumerate(torch.isfinite(c).all(dim=1)):
+        if not bool(row):
+            raise DataError(f"cross: row {i} (or its start in w0) holds NaN or infinite values")
+    start = torch.zeros_like(c) if w0 is None else arrays.as_tensor(w0).clone()
+    if exact:
+        g, c, start = g.double(), c.double(), start.double()
+        w, sweeps = reference.nnls_exact(g, c, start, tol)
+    else:
+        w, sweeps = reference.nnls(g, c, start, max_sweeps, tol)
+    residual = arrays.like(cross, reference.kkt(g, c, w)) if kkt else None
+    if out is not None:
+        arrays.as_tensor(out).copy_(w)
+    return NnlsResult(w=arrays.like(cross, w) if out is None else out, kkt=residual, sweeps=sweeps)

@@ -1,0 +1,211 @@
+"""The kernels in plain torch: what the native ones are tested against, and what runs where there are none.
+
+Written to be read, not to be fast. Tensors in, tensors out, on any device; the callers check arguments.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array = npt.NDArray[np.int64]
+Tensor = torch.Tensor
+
+
+def topk(x: Tensor, k: int, by_magnitude: bool) -> tuple[Tensor, Tensor]:
+    """Values and indices, both ``(rows, k)``, of the k largest |x| per row; ties to the lower index.
+
+    Args:
+        x: ``(rows, cols)`` finite float32.
+        k: Entries per row.
+        by_magnitude: Order by descending |x| instead of by index.
+    """
+    indices = torch.sort(x.abs(), dim=1, descending=True, stable=True).indices[:, :k]
+    if not by_magnitude:
+        indices = indices.sort(dim=1).values
+    return x.gather(1, indices), indices
+
+
+class Selectors:
+    """Running selections of the k largest |value| per selector; see ``kernels.StreamingTopK``.
+
+    Args:
+        n_rows: Number of selectors.
+        k: Most entries that each keeps.
+        keep_zeros: Keep exact zeros, too.
+    """
+
+    def __init__(self, n_rows: int, k: int, keep_zeros: bool) -> None:
+        self.k = k
+        self.keep_zeros = keep_zeros
+        self.n_rows = n_rows
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty the selectors."""
+        self.entries = [(torch.empty(0), torch.empty(0, dtype=torch.int64)) for _ in range(self.n_rows)]
+
+    def push(self, block: Tensor, bases: Array, rows: Array | None) -> tuple[int, int] | None:
+        """Take in ``block`` (b, width); the first non-finite value's row and flat index, if there is one."""
+        for i, x in enumerate(block):
+            bad = torch.nonzero(~torch.isfinite(x))
+            if len(bad):
+                return i, int(bases[i]) + int(bad[0])
+        for i, x in enumerate(block):
+            selector = i if rows is None else int(rows[i])
+            indices = torch.arange(len(x)) + int(bases[i])
+            kept = torch.ones(len(x), dtype=torch.bool) if self.keep_zeros else x != 0
+            values, places = self.entries[selector]
+            self.entries[selector] = self._best(
+                torch.cat([values, x[kept]]), torch.cat([places, indices[kept]])
+            )
+        return None
+
+    def _best(self, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The k best, by ascending index."""
+        by_index = indices.argsort()
+        values, indices = values[by_index], indices[by_index]
+        best = values.abs().argsort(descending=True, stable=True)[: self.k].sort().values
+        return values[best], indices[best]
+
+    def finish(
+        self, by_magnitude: bool
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """counts, indices, values; the selectors are empty afterwards."""
+        entries = self.entries
+        if by_magnitude:
+            orders = [values.abs().argsort(descending=True, stable=True) for values, _ in entries]
+            entries = [(v[o], i[o]) for (v, i), o in zip(entries, orders, strict=True)]
+        counts = np.array([len(values) for values, _ in entries], np.int64)
+        values = torch.cat([values for values, _ in entries]) if entries else torch.empty(0)
+        indices = (
+            torch.cat([indices for _, indices in entries]) if entries else torch.empty(0, dtype=torch.int64)
+        )
+        self.reset()
+        return counts, indices.numpy(), values.numpy()
+
+
+def kkt(gram: Tensor, cross: Tensor, w: Tensor) -> Tensor:
+    """``(n,)`` relative KKT residuals of w for ``min ½wᵀ·gram·w − crossᵀw, w ≥ 0`` (see ``kernels.nnls``)."""
+    if w.numel() == 0:
+        return w.new_zeros(len(w))
+    gradient = w @ gram - cross
+    violation = torch.where(w > 0, gradient.abs(), (-gradient).clamp(min=0))
+    violation = torch.where(gram.diagonal() > 0, violation, 0)
+    scale = cross.abs().amax(dim=1)
+    return violation.amax(dim=1) / torch.where(scale > 0, scale, 1)
+
+
+def nnls(gram: Tensor, cross: Tensor, w: Tensor, max_sweeps: int, tol: float) -> tuple[Tensor, int]:
+    """Cyclic coordinate descent from w, all rows at once; the result and the sweeps made."""
+    if w.numel() == 0:
+        return w, 0
+    diagonal = gram.diagonal()
+    scale = cross.abs().amax(dim=1)
+    scale = torch.where(scale > 0, scale, 1)
+    w = torch.where(diagonal > 0, w.clamp(min=0), 0)
+    live = torch.ones(len(w), dtype=torch.bool, device=w.device)
+    sweeps = 0
+    while sweeps < max_sweeps and bool(live.any()):
+        worst = torch.zeros_like(scale)
+        for j in range(len(gram)):
+            if diagonal[j] <= 0:
+                continue
+            gradient = w @ gram[:, j] - cross[:, j]
+            worst = torch.maximum(worst, torch.where(w[:, j] > 0, gradient.abs(), (-gradient).clamp(min=0)))
+            w[:, j] = torch.where(live, (w[:, j] - gradient / diagonal[j]).clamp(min=0), w[:, j])
+        live = live & (worst / scale > tol)
+        sweeps += 1
+    return w, sweeps
+
+
+def nnls_exact(gram: Tensor, cross: Tensor, w: Tensor, tol: float) -> tuple[Tensor, int]:
+    """To optimality by active sets (Lawson & Hanson 1974), float64; w and the most steps of a row."""
+    rows, most = [], 0
+    for c, start in zip(cross, w, strict=True):
+        row, steps = _active_set(gram, c, start.clamp(min=0), tol)
+        rows.append(row)
+        most = max(most, steps)
+    return (torch.stack(rows) if rows else w), most
+
+
+def _active_set(gram: Tensor, cross: Tensor, w: Tensor, tol: float) -> tuple[Tensor, int]:
+    scale = float(cross.abs().max()) if len(cross) else 1.0
+    usable = gram.diagonal() > 0
+    free = (w > 0) & usable
+    w = torch.where(free, w, 0)
+    steps = 0
+    for _ in range(10 * len(cross) + 10):
+        steps += 1
+        while bool(free.any()):
+            target = torch.zeros_like(w)
+            target[free] = torch.linalg.lstsq(
+                gram[free][:, free], cross[free, None], driver="gelsd"
+            ).solution[:, 0]
+            falling = free & (target <= 0)
+            if not bool(falling.any()):
+                w = target
+                break
+            ratio = w[falling] / (w[falling] - target[falling])
+            w = w + float(ratio.min()) * (target - w)
+            free = free & ~(falling & (w <= 1e-15 * w.max()))
+            first = torch.nonzero(falling)[ratio.argmin()]
+            free[first] = False
+            w = torch.where(free, w, 0)
+        gradient = gram @ w - cross
+        entering = torch.where(~free & usable, -gradient, 0)
+        j = int(entering.argmax())
+        if float(entering[j]) <= tol * (scale or 1.0):
+            break
+        free[j] = True
+    return w, steps
+
+
+def spmm(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+    """``(R, r)``: CSR (R, n_columns) times dense (n_columns, r)."""
+    out = dense.new_zeros(len(indptr) - 1, dense.shape[1])
+    rows = torch.repeat_interleave(torch.arange(len(out), device=indptr.device), indptr.diff())
+    step = max(1, (1 << 24) // max(1, dense.shape[1]))
+    for start in range(0, len(values), step):
+        part = slice(start, start + step)
+        out.index_add_(0, rows[part], values[part, None] * dense[indices[part].long()])
+    return out
+
+
+def csr_transpose(
+    indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """indptr, indices and values of the transposed matrix; indices keep their dtype."""
+    rows = torch.repeat_interleave(torch.arange(len(indptr) - 1, device=indptr.device), indptr.diff())
+    order = torch.argsort(indices, stable=True)
+    counts = torch.bincount(indices.long(), minlength=n_columns)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return starts, rows[order].to(indices.dtype), values[order]
+
+
+def sparse_gram(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int) -> Tensor:
+    """``(R, R)``: A·Aᵀ, by dense blocks of columns."""
+    n_rows = len(indptr) - 1
+    rows = torch.repeat_interleave(torch.arange(n_rows, device=indptr.device), indptr.diff())
+    out = values.new_zeros(n_rows, n_rows)
+    step = max(1, (1 << 26) // max(1, n_rows))
+    for start in range(0, n_columns, step):
+        here = (indices >= start) & (indices < start + step)
+        block = values.new_zeros(n_rows, min(step, n_columns - start))
+        block[rows[here], indices[here].long() - start] = values[here]
+        out += block @ block.T
+    return out
+
+
+def cross(p: Tensor, row_offsets: Tensor) -> Tensor:
+    """``(n, r)``: sums of p² over each example's rows."""
+    examples = torch.repeat_interleave(
+        torch.arange(len(row_offsets) - 1, device=p.device), row_offsets.diff()
+    )
+    return p.new_zeros(len(row_offsets) - 1, p.shape[1]).index_add_(0, examples, p.square())
+
+
+def spread_multiply(w: Tensor, p: Tensor, row_offsets: Tensor) -> Tensor:
+    """``(R, r)``: each row of p times its example's row of w."""
+    return w.repeat_interleave(row_offsets.diff(), dim=0) * p

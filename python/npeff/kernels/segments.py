@@ -1,0 +1,75 @@
+"""Sums and products over the rows that belong to one example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from npeff.errors import ArgumentError
+from npeff.kernels import arrays, dispatch, reference
+from npeff.kernels.arrays import A
+
+
+def cross(p: A, row_offsets: A) -> A:
+    """``cross_ij = Σ_{rows of example i} p_row,j²``: ‖A_i g_j‖² from ``P = A·Gᵀ``.
+
+    Args:
+        p: ``(R, r)`` float32, or float64 (in plain torch).
+        row_offsets: ``(n + 1,)`` int64; example i owns rows ``row_offsets[i]:row_offsets[i+1]``.
+
+    Returns:
+        ``(n, r)``, of the kind and dtype of p.
+
+    Raises:
+        ArgumentError: Shapes, dtypes or devices do not fit, or the offsets do not ascend from 0 to R.
+    """
+    p, row_offsets, device = _check(p, row_offsets)
+    native = dispatch.native()
+    if native is None or device != "cpu" or arrays.dtype_name(p) == "float64":
+        return arrays.like(p, reference.cross(arrays.as_tensor(p), arrays.as_tensor(row_offsets)))
+    out = np.empty((row_offsets.shape[0] - 1, p.shape[1]), np.float32)
+    native.cross(p, row_offsets, out, dispatch.num_threads())
+    return arrays.like(p, out)
+
+
+def spread_multiply(w: A, p: A, row_offsets: A) -> A:
+    """``S_row,j = w_example(row),j · p_row,j``: W ∘ P, a row of W for every row of its example.
+
+    Args:
+        w: ``(n, r)``, of the dtype of p.
+        p: ``(R, r)`` float32, or float64 (in plain torch).
+        row_offsets: ``(n + 1,)`` int64.
+
+    Returns:
+        ``(R, r)``, of the kind and dtype of p.
+
+    Raises:
+        ArgumentError: Shapes, dtypes or devices do not fit, or the offsets do not ascend from 0 to R.
+    """
+    p, row_offsets, device = _check(p, row_offsets)
+    w = arrays.contiguous(arrays.check(w, "w", (arrays.dtype_name(p),), (row_offsets.shape[0] - 1, p.shape[1])))
+    arrays.same_device(w=w, p=p)
+    native = dispatch.native()
+    if native is None or device != "cpu" or arrays.dtype_name(p) == "float64":
+        tensors = [arrays.as_tensor(x) for x in (w, p, row_offsets)]
+        return arrays.like(p, reference.spread_multiply(*tensors))
+    out = np.empty(tuple(p.shape), np.float32)
+    native.spread_multiply(w, p, row_offsets, out, dispatch.num_threads())
+    return arrays.like(p, out)
+
+
+def _check(p: A, row_offsets: A) -> tuple[A, A, str]:
+    p = arrays.contiguous(arrays.check(p, "p", ("float32", "float64"), (None, None)))
+    row_offsets = arrays.contiguous(arrays.check(row_offsets, "row_offsets", ("int64",), (None,)))
+    offsets: Any = row_offsets
+    if (
+        len(offsets) == 0
+        or int(offsets[0]) != 0
+        or int(offsets[-1]) != p.shape[0]
+        or bool((offsets[1:] < offsets[:-1]).any())
+    ):
+        raise ArgumentError(
+            f"row_offsets: expected to ascend from 0 to {p.shape[0]}, the number of rows of p"
+        )
+    return p, row_offsets, arrays.same_device(p=p, row_offsets=row_offsets).type

@@ -1,0 +1,98 @@
+"""Compressed sparse rows: their product with a dense matrix, and their transpose."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from npeff.errors import ArgumentError
+from npeff.kernels import arrays, dispatch, reference
+from npeff.kernels.arrays import A
+
+
+def spmm(indptr: A, indices: A, values: A, dense: A) -> A:
+    """``A · dense`` for CSR rows ``A``, float32; float64 in plain torch.
+
+    Args:
+        indptr: ``(R + 1,)`` int64.
+        indices: ``(nnz,)`` int32 or int64, each below ``n_columns``; any order within a row.
+        values: ``(nnz,)`` float32 or float64.
+        dense: ``(n_columns, r)``, same dtype.
+
+    Returns:
+        ``(R, r)``, of the kind and dtype of ``dense``. The same bits for any number of threads.
+
+    Raises:
+        ArgumentError: Shapes, dtypes or devices do not fit, or an index is out of range.
+    """
+    dense = arrays.check(dense, "dense", ("float32", "float64"), (None, None))
+    dtype = arrays.dtype_name(dense)
+    indptr, indices, values = check_csr(indptr, indices, values, dtype)
+    device = arrays.same_device(indptr=indptr, indices=indices, values=values, dense=dense)
+    native = dispatch.native()
+    if native is None or device.type != "cpu" or dtype == "float64":
+        starts, columns, entries = (arrays.as_tensor(x) for x in (indptr, indices, values))
+        check_structure(starts, columns, int(dense.shape[0]))
+        return arrays.like(dense, reference.spmm(starts, columns, entries, arrays.as_tensor(dense)))
+    out = np.empty((indptr.shape[0] - 1, dense.shape[1]), np.float32)
+    native.spmm(indptr, indices, values, arrays.contiguous(dense), out, dispatch.num_threads())
+    return arrays.like(dense, out)
+
+
+def csr_transpose(indptr: A, indices: A, values: A, n_columns: int) -> tuple[A, A, A]:
+    """CSR of the transposed matrix, its indices ascending within a row.
+
+    Args:
+        indptr: ``(R + 1,)`` int64.
+        indices: ``(nnz,)`` int32 or int64, each below ``n_columns``.
+        values: ``(nnz,)`` float32 or float64.
+        n_columns: Columns of the matrix: rows of the result.
+
+    Returns:
+        indptr ``(n_columns + 1,)`` int64, indices ``(nnz,)`` of the dtype of ``indices``, values ``(nnz,)``.
+
+    Raises:
+        ArgumentError: Shapes, dtypes or devices do not fit, or an index is out of range.
+    """
+    dtype = "float64" if arrays.dtype_name(values) == "float64" else "float32"
+    indptr, indices, values = check_csr(indptr, indices, values, dtype)
+    device = arrays.same_device(indptr=indptr, indices=indices, values=values)
+    native = dispatch.native()
+    if native is None or device.type != "cpu" or dtype == "float64":
+        tensors = [arrays.as_tensor(x) for x in (indptr, indices, values)]
+        check_structure(tensors[0], tensors[1], n_columns)
+        result = reference.csr_transpose(tensors[0], tensors[1], tensors[2], n_columns)
+        return arrays.like(values, result[0]), arrays.like(values, result[1]), arrays.like(values, result[2])
+    starts = np.empty(n_columns + 1, np.int64)
+    rows = np.empty(indices.shape[0], arrays.dtype_name(indices))
+    turned = np.empty(values.shape[0], np.float32)
+    native.csr_transpose(indptr, indices, values, starts, rows, turned, dispatch.num_threads())
+    return arrays.like(values, starts), arrays.like(values, rows), arrays.like(values, turned)
+
+
+def check_csr(indptr: A, indices: A, values: A, dtype: str = "float32") -> tuple[A, A, A]:
+    """The three arrays, C-contiguous, once their dtypes and lengths fit.
+
+    Raises:
+        ArgumentError: They do not.
+    """
+    indptr = arrays.contiguous(arrays.check(indptr, "indptr", ("int64",), (None,)))
+    indices = arrays.contiguous(arrays.check(indices, "indices", ("int32", "int64"), (None,)))
+    values = arrays.contiguous(arrays.check(values, "values", (dtype,), (indices.shape[0],)))
+    if indptr.shape[0] == 0:
+        raise ArgumentError("indptr: expected at least one entry, got none")
+    return indptr, indices, values
+
+
+def check_structure(indptr: torch.Tensor, indices: torch.Tensor, n_columns: int) -> None:
+    """What the native kernels check by themselves: indptr ascends, and indices are in range.
+
+    Raises:
+        ArgumentError: They are not.
+    """
+    if int(indptr[0]) != 0 or int(indptr[-1]) != len(indices) or bool((indptr.diff() < 0).any()):
+        raise ArgumentError(f"indptr: expected to ascend from 0 to {len(indices)}, the number of indices")
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n_columns:
+        raise ArgumentError(
+            f"indices: expected 0 … {n_columns - 1}, got {int(indices.min())} … {int(indices.max())}"
+        )

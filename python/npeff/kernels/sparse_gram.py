@@ -1,0 +1,106 @@
+"""``K = A·Aᵀ`` of compressed sparse rows.
+
+A column that ``count`` of the R rows share costs ``count²/2`` multiply-adds when its entries are met one by
+one, each a scattered access; ``count·R/2`` in vectors, against a dense panel of rows in cache; ``R²/2`` at
+the full rate of a dense matrix product. Top-k rows have columns of all sorts, so each column goes the way
+that is cheapest for it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from npeff.errors import ArgumentError
+from npeff.kernels import arrays, dispatch, reference
+from npeff.kernels.arrays import A, Array
+from npeff.kernels.sparse import check_csr, check_structure
+
+# Rates measured on one core (AVX-512): 0.45 scattered, 13 panel, 55 dense multiply-adds a nanosecond.
+SCATTER_BELOW = 1 / 30
+"""Share of the rows below which a column's entries are met one by one."""
+DENSE_ABOVE = 1 / 3
+"""Share of the rows above which a column joins the dense product."""
+DENSE_BYTES = 1 << 26
+"""Bytes of a dense block of columns."""
+DENSE_ROWS = 512
+"""Rows of K that one dense product computes: products above the diagonal are saved between such strips."""
+
+
+def sparse_gram(indptr: A, indices: A, values: A, n_columns: int) -> A:
+    """``K = A · Aᵀ`` of CSR rows, dense.
+
+    Args:
+        indptr: ``(R + 1,)`` int64.
+        indices: ``(nnz,)`` int32 or int64, each below ``n_columns``, ascending within a row.
+        values: ``(nnz,)`` float32.
+        n_columns: Columns of the matrix.
+
+    Returns:
+        ``(R, R)`` float32, exactly symmetric, of the kind of ``values``.
+
+    Raises:
+        ArgumentError: Shapes, dtypes or devices do not fit, or an index is out of range.
+    """
+    indptr, indices, values = check_csr(indptr, indices, values)
+    if n_columns < 0:
+        raise ArgumentError(f"n_columns: expected ≥ 0, got {n_columns}")
+    device = arrays.same_device(indptr=indptr, indices=indices, values=values)
+    native = dispatch.native()
+    if native is None or device.type != "cpu":
+        tensors = [arrays.as_tensor(x) for x in (indptr, indices, values)]
+        check_structure(tensors[0], tensors[1], n_columns)
+        return arrays.like(values, reference.sparse_gram(tensors[0], tensors[1], tensors[2], n_columns))
+    return arrays.like(values, _Gram(native, indptr, indices, values, n_columns).compute())
+
+
+class _Gram:
+    """One computation: the rows, and the sums so far (lower triangle)."""
+
+    def __init__(self, native: ModuleType, indptr: Any, indices: Any, values: Any, n_columns: int) -> None:
+        self.native = native
+        self.rows = (indptr, indices, values)
+        self.n_rows = int(indptr.shape[0]) - 1
+        self.n_columns = n_columns
+        self.threads = dispatch.num_threads()
+        self.k = np.zeros((self.n_rows, self.n_rows), np.float32)
+
+    def compute(self) -> Array:
+        """K, both triangles."""
+        counts = np.empty(self.n_columns, np.int64)
+        self.native.column_counts(*self.rows, counts, self.threads)
+        scatter = (counts > 0) & (counts < 1 + SCATTER_BELOW * self.n_rows)
+        dense = (counts > DENSE_ABOVE * self.n_rows) & ~scatter
+        panel = (counts > 0) & ~scatter & ~dense
+        for chosen, add in ((scatter, self.native.gram_scatter), (panel, self.native.gram_panel)):
+            if chosen.any():
+                add(*self.select(chosen), int(chosen.sum()), self.k, self.threads)
+        self.add_dense(np.flatnonzero(dense))
+        self.native.mirror(self.k, self.threads)
+        return self.k
+
+    def select(self, chosen: Array) -> tuple[Array, Array, Array]:
+        """CSR of the chosen columns ``(n_columns,)`` bool, renamed 0, 1, … in order."""
+        names = np.where(chosen, np.cumsum(chosen) - 1, -1).astype(np.int32)
+        indptr = np.empty(self.n_rows + 1, np.int64)
+        self.native.select_columns_indptr(*self.rows, names, indptr, self.threads)
+        indices, values = np.empty(int(indptr[-1]), np.int32), np.empty(int(indptr[-1]), np.float32)
+        self.native.select_columns(*self.rows, names, indptr, indices, values, self.threads)
+        return indptr, indices, values
+
+    def add_dense(self, columns: Array) -> None:
+        """The given columns, by blocks, as dense matrix products over strips of K."""
+        width = max(64, DENSE_BYTES // (4 * max(1, self.n_rows)))
+        k = torch.from_numpy(self.k)
+        for start in range(0, len(columns), width):
+            chosen = np.zeros(self.n_columns, bool)
+            chosen[columns[start : start + width]] = True
+            block = np.empty((self.n_rows, int(chosen.sum())), np.float32)
+            self.native.to_dense(*self.select(chosen), block, self.threads)
+            rows = torch.from_numpy(block)
+            for top in range(0, self.n_rows, DENSE_ROWS):
+                bottom = min(top + DENSE_ROWS, self.n_rows)
+                k[top:bottom, :bottom].addmm_(rows[top:bottom], rows[:bottom].T)

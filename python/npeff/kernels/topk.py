@@ -1,0 +1,213 @@
+"""The k entries of largest |value|: of the rows of a matrix at once, or of rows that come in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from npeff.errors import ArgumentError, DataError
+from npeff.kernels import arrays, dispatch, reference
+from npeff.kernels.arrays import A, Array, Operand
+
+FLOATS = ("float32", "float64", "float16", "bfloat16")
+CHUNK = 1 << 20
+"""Columns converted to float32 at a time."""
+
+
+class NonFiniteError(DataError):
+    """A value is NaN or infinite.
+
+    Attributes:
+        row: Row of the block (or of the matrix) that holds it.
+        index: Its flat index: the row's ``base`` plus its column.
+    """
+
+    def __init__(self, row: int, index: int) -> None:
+        super().__init__(
+            f"row {row} holds a NaN or infinite value at index {index}; nothing can be ranked against it"
+        )
+        self.row = row
+        self.index = index
+
+
+def topk(x: A, k: int, order: Literal["index", "magnitude"] = "index") -> tuple[A, A]:
+    """The k entries of largest |x| in every row, exactly; ties go to the lower index.
+
+    Args:
+        x: ``(rows, cols)`` or ``(cols,)``; float32, or another float, compared as float32. Any strides.
+        k: Entries per row, 1 … cols.
+        order: By ascending index, or by descending |value| (ties by index).
+
+    Returns:
+        values float32 and indices int64, each ``(rows, k)`` (or ``(k,)``), of the kind and device of x.
+
+    Raises:
+        ArgumentError: x is no float matrix, k is out of range, or the order is unknown.
+        NonFiniteError: x holds NaN or infinite values.
+    """
+    if order not in {"index", "magnitude"}:
+        raise ArgumentError(f"order: expected 'index' or 'magnitude', got {order!r}")
+    if not isinstance(x, torch.Tensor | np.ndarray) or x.ndim not in {1, 2}:
+        raise ArgumentError("x: expected a (rows, cols) or (cols,) tensor or array")
+    matrix: Any = arrays.check(x.reshape(1, -1) if x.ndim == 1 else x, "x", FLOATS, (None, None))
+    n_rows, n_columns = matrix.shape
+    if not 1 <= k <= n_columns:
+        raise ArgumentError(f"k: expected 1 … {n_columns}, the number of columns, got {k}")
+    native = dispatch.native()
+    if native is None or arrays.device_of(matrix).type != "cpu":
+        values, indices = _reference_topk(matrix, k, order)
+        return arrays.like(x, values.reshape(*x.shape[:-1], k)), arrays.like(
+            x, indices.reshape(*x.shape[:-1], k)
+        )
+    if arrays.dtype_name(matrix) == "float32" and _rows_contiguous(matrix):
+        out = np.empty((n_rows, k), np.float32)
+        at = np.empty((n_rows, k), np.int64)
+        bad = native.topk(matrix, at, out, order == "magnitude", dispatch.num_threads())
+        if bad is not None:
+            raise NonFiniteError(*bad)
+    else:
+        stream = StreamingTopK(n_rows, k, keep_zeros=True)
+        for base, block in _blocks(matrix):
+            stream.push(block, base)
+        _, at, out = stream.finish(order)
+    shape = (*x.shape[:-1], k)
+    return arrays.like(x, out.reshape(shape)), arrays.like(x, at.reshape(shape))
+
+
+class StreamingTopK:
+    """Per row, a running selection of the k entries of largest |value| among all that is pushed.
+
+    Exact, in one pass, for blocks in any order; ties go to the lower flat index; exact zeros are never kept.
+    It may be used again after :meth:`finish`. One thread at a time.
+
+    Args:
+        n_rows: Number of selectors.
+        k: Most entries that each keeps.
+        keep_zeros: Keep exact zeros, too, where there is nothing larger.
+
+    Raises:
+        ArgumentError: n_rows or k is out of range.
+    """
+
+    def __init__(self, n_rows: int, k: int, *, keep_zeros: bool = False) -> None:
+        if n_rows < 0:
+            raise ArgumentError(f"n_rows: expected ≥ 0, got {n_rows}")
+        if k < 1:
+            raise ArgumentError(f"k: expected ≥ 1, got {k}")
+        self.n_rows = n_rows
+        self.k = k
+        native = dispatch.native()
+        self._native = None if native is None else native.Selectors(n_rows, k, keep_zeros)
+        self._reference = reference.Selectors(n_rows, k, keep_zeros) if native is None else None
+
+    def push(self, block: Operand, base: int | Array = 0, rows: Array | None = None) -> None:
+        """Take in a block of values.
+
+        Args:
+            block: ``(b, width)`` float32 (other floats are converted); any strides.
+            base: Flat index of the block's first column; a scalar, or ``(b,)`` int64 for each row its own.
+                Flat indices must not repeat within a selector.
+            rows: ``(b,)`` int64, the selector of each row of the block; several rows may share one. None: row
+                i feeds selector i.
+
+        Raises:
+            ArgumentError: Shapes or dtypes do not fit, or a selector does not exist.
+            NonFiniteError: The block holds NaN or infinite values; start over with :meth:`reset`.
+        """
+        array: Any = block
+        values = arrays.check(array, "block", FLOATS, (None, None))
+        n = values.shape[0]
+        bases = (
+            np.full(n, base, np.int64)
+            if isinstance(base, int | np.integer)
+            else arrays.check(base, "base", ("int64",), (n,))
+        )
+        targets = None if rows is None else arrays.check(rows, "rows", ("int64",), (n,))
+        if arrays.device_of(values).type != "cpu":
+            values = values.cpu()
+        if arrays.dtype_name(values) == "float32" and _rows_contiguous(values):
+            self._push(values, bases, targets)
+        else:
+            for start, chunk in _blocks(values):
+                self._push(chunk, bases + start, targets)
+
+    def _push(self, block: Operand, bases: Array, targets: Array | None) -> None:
+        if self._native is not None:
+            bad = self._native.push(
+                block,
+                np.ascontiguousarray(bases),
+                None if targets is None else np.ascontiguousarray(targets),
+                dispatch.num_threads(),
+            )
+        else:
+            assert self._reference is not None
+            self._check(block.shape[0], bases, targets)
+            bad = self._reference.push(arrays.as_tensor(block), bases, targets)
+        if bad is not None:
+            raise NonFiniteError(*bad)
+
+    def _check(self, n: int, bases: Array, targets: Array | None) -> None:
+        """What the native selectors check by themselves."""
+        if targets is None and n > self.n_rows:
+            raise ArgumentError(f"block: expected at most {self.n_rows} rows, one per selector, got {n}")
+        if targets is not None and not ((targets >= 0) & (targets < self.n_rows)).all():
+            raise ArgumentError(f"rows: expected numbers from 0 to {self.n_rows - 1}, got {targets}")
+        if (bases < 0).any():
+            raise ArgumentError(f"base: expected flat indices from 0 to 2^62, got {bases.min()}")
+
+    def finish(
+        self, order: Literal["index", "magnitude"] = "index"
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The selections, rows end to end; the selectors are empty afterwards.
+
+        Args:
+            order: Within a row, by ascending index, or by descending |value| (ties by index).
+
+        Returns:
+            counts ``(n_rows,)`` int64, at most k each; indices ``(sum of counts,)`` int64; values, float32.
+        """
+        if self._native is None:
+            assert self._reference is not None
+            return self._reference.finish(order == "magnitude")
+        counts = np.empty(self.n_rows, np.int64)
+        self._native.finish(counts, dispatch.num_threads())
+        total = int(counts.sum())
+        indices, values = np.empty(total, np.int64), np.empty(total, np.float32)
+        self._native.take(indices, values, order == "magnitude", dispatch.num_threads())
+        return counts, indices, values
+
+    def reset(self) -> None:
+        """Forget all that was pushed."""
+        selectors = self._native if self._native is not None else self._reference
+        assert selectors is not None
+        selectors.reset()
+
+
+def _rows_contiguous(x: Operand) -> bool:
+    step = x.stride(1) if isinstance(x, torch.Tensor) else x.strides[1] / x.itemsize
+    row = x.stride(0) if isinstance(x, torch.Tensor) else x.strides[0] / x.itemsize
+    native_order = isinstance(x, torch.Tensor) or x.dtype.isnative
+    return (x.shape[1] <= 1 or step == 1) and row == int(row) and native_order
+
+
+def _blocks(x: Operand) -> Iterator[tuple[int, Operand]]:
+    """Column blocks of x as contiguous float32, with the column each begins at."""
+    for start in range(0, x.shape[1], CHUNK):
+        block = x[:, start : start + CHUNK]
+        if isinstance(block, torch.Tensor):
+            yield start, block.float().contiguous()
+        else:
+            yield start, np.ascontiguousarray(block, np.float32)
+
+
+def _reference_topk(x: Operand, k: int, order: str) -> tuple[torch.Tensor, torch.Tensor]:
+    t = arrays.as_tensor(x).float()
+    finite = torch.isfinite(t)
+    if not bool(finite.all()):
+        row, index = (int(i) for i in torch.nonzero(~finite)[0])
+        raise NonFiniteError(row, index)
+    return reference.topk(t, k, order == "magnitude")
