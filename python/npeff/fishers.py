@@ -1,0 +1,162 @@
+"""Per-example Fishers as stored: rows, norms, predictions, and where they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.errors import ArgumentError, DataError
+from npeff.parameters import Parameters
+from npeff.rows import Rows
+
+Array = npt.NDArray[Any]
+Kind = Literal["low_rank", "diagonal"]
+
+
+@dataclass(frozen=True)
+class FisherBlock:
+    """The Fishers of one batch, on their way to memory or disk.
+
+    Attributes:
+        rows: The examples' rows, in order.
+        row_counts: ``(b,)`` int64 rows per example.
+        norms: ``(b,)`` float32 norms of the dense Fishers.
+        logits: ``(b, C)`` float32.
+        labels: ``(b,)`` int64, −1 where unknown.
+        ids: ``(b,)`` int64 positions in the data.
+    """
+
+    rows: Rows
+    row_counts: Array
+    norms: Array
+    logits: Array
+    labels: Array
+    ids: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Fishers:
+    """Fishers of n examples: ``F_i = A_iᵀ A_i`` (low-rank) or the non-negative ``f_i = diag F_i`` (diagonal).
+
+    Made by :func:`npeff.compute_fishers`; opened from a file by :func:`npeff.load`.
+
+    Attributes:
+        kind: ``"low_rank"`` or ``"diagonal"``.
+        rows: Rows of all A_i (or all f_i) end to end, unnormalised, as they were compressed.
+        row_offsets: ``(n + 1,)`` int64; example i owns rows ``row_offsets[i]:row_offsets[i+1]``.
+        norms: ``(n,)`` float32 norms of the Fishers *before* compression: Frobenius ‖F_i‖_F, or ‖f_i‖₂.
+        logits: ``(n, C)`` float32 outputs of the model.
+        labels: ``(n,)`` int64 true classes, −1 where unknown.
+        ids: ``(n,)`` int64 positions of the examples in the data they were computed from.
+        parameters: The parameters the columns stand for.
+        provenance: Model digest, options, versions: enough to compute the same again.
+        coverage: Per parameter, the gradient rule that served it, and why.
+        path: The file this was opened from, if any.
+    """
+
+    kind: Kind
+    rows: Rows
+    row_offsets: Array
+    norms: Array
+    logits: Array
+    labels: Array
+    ids: Array
+    parameters: Parameters
+    provenance: dict[str, Any] = field(default_factory=dict)
+    coverage: list[dict[str, str]] = field(default_factory=list)
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.row_offsets) - 1
+        for name in ("norms", "logits", "labels", "ids"):
+            if len(getattr(self, name)) != n:
+                raise ArgumentError(
+                    f"{name}: expected {n} examples as in row_offsets, got {len(getattr(self, name))}"
+                )
+        if self.rows.n_rows != int(self.row_offsets[-1]):
+            raise ArgumentError(
+                f"rows: expected {int(self.row_offsets[-1])} rows as in row_offsets, got {self.rows.n_rows}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.row_offsets) - 1
+
+    def __repr__(self) -> str:
+        return f"Fishers({len(self)} examples, {self.kind}, {self.rows.n_rows} rows × {self.n_parameters:,} parameters, {type(self.rows).__name__})"
+
+    @property
+    def n_parameters(self) -> int:
+        """Length of the flat parameter vector, m."""
+        return self.parameters.n_parameters
+
+    @property
+    def ranks(self) -> Array:
+        """``(n,)`` int64 rows per example."""
+        return np.diff(self.row_offsets)
+
+    @property
+    def predictions(self) -> Array:
+        """``(n,)`` int64 arg-max of the logits."""
+        return np.argmax(self.logits, axis=1).astype(np.int64)
+
+    @property
+    def zero(self) -> Array:
+        """``(n,)`` bool: examples whose Fisher vanished (a perfectly confident prediction). Kept; coefficient 0."""
+        return np.asarray(self.norms == 0)
+
+    def dense(self, i: int) -> Array:
+        """Example i's rows as stored, unnormalised.
+
+        Returns:
+            float32 ``(rank_i, n_parameters)``, compressed entries scattered back to their place;
+            for the diagonal kind ``(n_parameters,)``.
+
+        Raises:
+            ArgumentError: ``i`` is not an example.
+        """
+        if not -len(self) <= i < len(self):
+            raise ArgumentError(f"i: expected an example below {len(self)}, got {i}")
+        i %= len(self)
+        block = self.rows.dense(int(self.row_offsets[i]), int(self.row_offsets[i + 1]))
+        return block[0] if self.kind == "diagonal" else block
+
+    def __getitem__(self, which: Any) -> Fishers:
+        """A subset, in the given order: integers, a slice or a boolean mask over examples."""
+        examples = np.atleast_1d(np.arange(len(self))[which])
+        ranks = self.ranks[examples]
+        offsets = np.concatenate([[0], np.cumsum(ranks)]).astype(np.int64)
+        rows = np.arange(offsets[-1]) + np.repeat(self.row_offsets[examples] - offsets[:-1], ranks)
+        return replace(
+            self,
+            rows=self.rows.take(rows),
+            row_offsets=offsets,
+            norms=self.norms[examples],
+            logits=self.logits[examples],
+            labels=self.labels[examples],
+            ids=self.ids[examples],
+            path=None,
+        )
+
+    def filter(self, *, wrong: bool | None = None) -> Fishers:
+        """Keep the wrongly (``wrong=True``) or rightly (``False``) predicted examples.
+
+        Raises:
+            DataError: Labels are missing.
+        """
+        if wrong is None:
+            return self
+        if len(self) and (self.labels < 0).any():
+            raise DataError(
+                f"labels: {int((self.labels < 0).sum())} of {len(self)} examples have none; compute the Fishers from data with labels"
+            )
+        return self[(self.predictions != self.labels) == wrong]
+
+    def save(self, path: str | Path) -> Path:
+        """Write to an HDF5 file (see :mod:`npeff.storage`); an existing file is replaced only once the new one is whole."""
+        from npeff.storage import save_fishers
+
+        return save_fishers(self, Path(path))

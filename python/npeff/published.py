@@ -1,0 +1,157 @@
+"""The file layouts of the published NPEFF code (Matena & Raffel 2023), read and written.
+
+=============================  ======================================================================
+``low_rank_fishers``           fixed rank: every example has the same number of rows
+``low_rank_fishers_variable``  ranks differ between examples
+``diagonal_fishers``           one non-negative row per example
+``low_rank_decomposition``     W and G; G there is not unit-norm, npeff's is: ``W_ij *= ‖g_j‖²``
+``diagonal_decomposition``     W and H, dense or sparse; ``W_ij *= ‖h_j‖``
+=============================  ======================================================================
+
+These layouts know no parameter names: what is read has one parameter, ``"parameters"``, of shape ``(m,)``.
+They keep the same number k of entries for every example: shorter examples are padded with explicit zeros,
+which reading drops again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+
+from npeff.errors import ArgumentError, ForeignFileError
+from npeff.files import atomic
+from npeff.fishers import Fishers
+from npeff.hdf5 import write_hdf5
+from npeff.opening import open_hdf5
+from npeff.published_components import plan_decomposition, read_decomposition
+from npeff.published_fishers import plan_fishers, read_diagonal, read_low_rank
+from npeff.storage import check_replaceable
+
+if TYPE_CHECKING:
+    from npeff.components import Components
+
+LAYOUTS = (
+    "low_rank_fishers",
+    "low_rank_fishers_variable",
+    "diagonal_fishers",
+    "low_rank_decomposition",
+    "diagonal_decomposition",
+)
+
+
+def layout_of(file: h5py.File) -> str | None:
+    """Which published layout an open HDF5 file has, by the names in it; None when none."""
+    if "data/fisher/values" in file and "data/fisher/indices" in file:
+        return "diagonal_fishers"
+    if "data/values" in file and "data/row_indices" in file:
+        if "data/col_offsets" in file:
+            return "low_rank_fishers"
+        if "data/ranks" in file and "data/col_sizes" in file:
+            return "low_rank_fishers_variable"
+    if "data/W" in file:
+        if "data/H" in file or "data/reduce_kept_indices" in file:
+            return "diagonal_decomposition"
+        if "data/G" in file or "data/new_to_old_col_indices" in file:
+            return "low_rank_decomposition"
+    return None
+
+
+def read_published(path: Path | str, *, fishers: Fishers | None = None) -> Fishers | Components:
+    """Open a file in one of the published layouts; it is read into memory.
+
+    Args:
+        path: The file.
+        fishers: For a decomposition: the Fishers it was fitted to. They supply what that layout lacks
+            (labels, logits, ids, norms, parameter names); without them labels are −1, norms NaN, and logits
+            have no columns.
+
+    Returns:
+        Fishers or Components.
+
+    Raises:
+        StorageError: The file is not there, or contradicts itself.
+        TruncatedFileError: It is cut short.
+        ForeignFileError: It has none of the layouts.
+    """
+    path = Path(path)
+    with open_hdf5(path) as file:
+        layout = layout_of(file)
+        if layout is None:
+            raise ForeignFileError(
+                f"{path}: an HDF5 file, but not in a published layout ({', '.join(LAYOUTS)})"
+            )
+        if layout.endswith("decomposition"):
+            return read_decomposition(path, file, layout, fishers)
+        return (
+            read_diagonal(path, file) if layout == "diagonal_fishers" else read_low_rank(path, file, layout)
+        )
+
+
+def write_published(
+    item: Fishers | Components, path: Path | str, *, variable: bool | None = None, sparse: bool | None = None
+) -> Path:
+    """Write Fishers or Components in the published layout that fits.
+
+    Dense rows are written by their non-zero entries, so nothing is lost; k is the largest number of entries
+    of any example, and shorter examples are padded with zeros at the lowest parameter indices their rows do
+    not use. Parameter names and provenance have no place in these layouts. Losses are npeff's (relative), not
+    on the scale of the published logs.
+
+    Args:
+        item: Fishers or Components.
+        path: Where; an existing file is replaced only if it has the same layout.
+        variable: Low-rank Fishers: force the variable-rank (True) or the fixed-rank layout; by default as the
+            ranks are.
+        sparse: Diagonal components: force H sparse or dense; by default whichever is smaller.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        StorageError: The layout cannot hold it (says what and why), or the disk refuses.
+        ArgumentError: ``item`` is neither.
+    """
+    path = Path(path)
+    if isinstance(item, Fishers):
+        layout, data, attributes = plan_fishers(item, path, variable)
+    elif hasattr(item, "coefficients"):
+        layout, data, attributes = plan_decomposition(item, path, sparse)
+    else:
+        raise ArgumentError(f"item: expected Fishers or Components, got {type(item).__name__}")
+    check_replaceable(path, lambda found: found == layout, f"a published {layout} file")
+    with atomic(path) as scratch:
+        write_hdf5(scratch, data, attributes)
+    return path
+
+
+def describe_published(path: Path) -> dict[str, Any]:
+    """What a file in a published layout holds, without reading its arrays: sizes, attributes, shapes."""
+    arrays: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
+
+    def visit(name: str, entry: Any) -> None:
+        if isinstance(entry, h5py.Dataset):
+            arrays[name] = [list(entry.shape), str(entry.dtype)]
+        for key, value in entry.attrs.items():
+            attributes[f"{name}@{key}"] = value.tolist() if hasattr(value, "tolist") else str(value)
+
+    with open_hdf5(path) as file:
+        layout = layout_of(file)
+        file.visititems(visit)
+    first = (
+        arrays.get("data/W")
+        or arrays.get("data/labels")
+        or arrays.get("data/fisher/values")
+        or arrays.get("data/values")
+    )
+    sizes = ("data@n_parameters", "data/fisher@dense_fisher_size", "data/reduce_kept_indices@full_dense_size")
+    found = next((attributes[name] for name in sizes if name in attributes), None)
+    return {
+        "kind": "diagonal" if layout and layout.startswith("diagonal") else "low_rank",
+        "n_examples": first[0][0] if first else None,
+        "n_parameters": found[0] if isinstance(found, list) else found,
+        "attributes": attributes,
+        "arrays": arrays,
+    }

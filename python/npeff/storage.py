@@ -1,0 +1,314 @@
+"""Saving and opening Fishers and Components: one HDF5 container, which says by itself what it holds.
+
+A file of Fishers has the root attributes ``format``, ``format_version``, ``content``, ``kind``, ``rows``
+(``sparse`` or ``dense``), ``n_examples`` and ``n_parameters``, the JSON documents ``parameters`` (names and
+shapes in order), ``provenance``, ``coverage``, ``batches`` (digest and size of each batch, when known) and
+``checksums`` (CRC-32 of every dataset), and the arrays
+
+=================  =============================  ==========================================================
+``row_offsets``    int64 ``(n + 1,)``             example i owns rows ``row_offsets[i]:row_offsets[i+1]``
+``norms``          float32 ``(n,)``               norms of the dense Fishers
+``logits``         float32 ``(n, C)``             outputs of the model
+``labels``         int64 ``(n,)``                 true classes, −1 where unknown
+``ids``            int64 ``(n,)``                 positions in the data
+``rows/indptr``    int64 ``(R + 1,)``             sparse rows: row j holds entries ``indptr[j]:indptr[j+1]``
+``rows/indices``   int32 or int64 ``(nnz,)``      sparse rows: parameter index, ascending within a row
+``rows/values``    float32 ``(nnz,)``, ``(R,m)``  the entries; the whole rows where dense
+=================  =============================  ==========================================================
+
+Arrays lie contiguously, so they are mapped, not read, and any HDF5 reader can open them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from npeff.container import Container, container_in, write_container
+from npeff.errors import ForeignFileError, NpeffError, StorageError
+from npeff.files import atomic, check_target
+from npeff.fishers import Fishers
+from npeff.hdf5 import Data
+from npeff.opening import open_hdf5
+from npeff.parameters import Parameters
+from npeff.rows import DenseRows, Rows, SparseRows
+
+if TYPE_CHECKING:
+    from npeff.components import Components
+
+READ_BYTES = 256 << 20  # components no larger are read into memory
+EXAMPLE_ARRAYS = {"norms": np.float32, "logits": np.float32, "labels": np.int64, "ids": np.int64}
+
+
+def index_dtype(n_columns: int) -> np.dtype[Any]:
+    """The type of stored column indices: int32 where it suffices, so that it never depends on the entries."""
+    return np.dtype(np.int32 if n_columns <= np.iinfo(np.int32).max else np.int64)
+
+
+def write_fishers(
+    path: Path, header: dict[str, Any], coverage: object, batches: object, arrays: Sequence[Data]
+) -> None:
+    """Write the container of Fishers from streams.
+
+    Args:
+        path: A temporary name.
+        header: ``kind``, ``parameters`` (JSON) and ``provenance``.
+        coverage: As in :class:`npeff.fishers.Fishers`.
+        batches: ``[digest, size]`` per batch, or None.
+        arrays: The arrays in the order of the table above.
+    """
+    by_name = {item.name: item for item in arrays}
+    parameters = Parameters.from_json(header["parameters"])
+    texts = [Data.json(name, header[name]) for name in ("parameters", "provenance")] + [
+        Data.json("coverage", coverage)
+    ]
+    if batches is not None:
+        texts.append(Data.json("batches", batches))
+    attributes = {
+        "kind": header["kind"],
+        "rows": "sparse" if "rows/indptr" in by_name else "dense",
+        "n_examples": np.int64(by_name["norms"].shape[0]),
+        "n_parameters": np.int64(parameters.n_parameters),
+    }
+    write_container(path, "fishers", [*texts, *arrays], attributes)
+
+
+def row_data(rows: Rows) -> list[Data]:
+    """The datasets of rows held in memory (or mapped)."""
+    if isinstance(rows, DenseRows):
+        return [Data.of("rows/values", rows.values, np.float32)]
+    return [
+        Data.of("rows/indptr", rows.indptr, np.int64),
+        Data.of("rows/indices", rows.indices, index_dtype(rows.n_columns)),
+        Data.of("rows/values", rows.values, np.float32),
+    ]
+
+
+def save_fishers(fishers: Fishers, path: Path | str) -> Path:
+    """Write Fishers to an HDF5 file.
+
+    The file appears whole or not at all. An existing file is replaced only if it, too, holds npeff Fishers.
+
+    Args:
+        fishers: What to save; may itself be mapped from ``path``.
+        path: Where.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        StorageError: The file cannot be written there; what was there is untouched.
+    """
+    path = Path(path)
+    check_replaceable(
+        path,
+        lambda found: isinstance(found, Container) and found.content == "fishers",
+        "Fishers saved by npeff",
+    )
+    header = {
+        "kind": fishers.kind,
+        "parameters": fishers.parameters.to_json(),
+        "provenance": fishers.provenance,
+    }
+    arrays = [Data.of("row_offsets", fishers.row_offsets, np.int64)]
+    arrays += [Data.of(name, getattr(fishers, name), dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
+    with atomic(path) as scratch:
+        write_fishers(scratch, header, fishers.coverage, None, arrays + row_data(fishers.rows))
+    return path
+
+
+def save_components(components: Components, path: Path | str) -> Path:
+    """Write Components to an HDF5 file: their arrays under ``arrays/`` and ``components.meta()`` as JSON.
+
+    The file appears whole or not at all. An existing file is replaced only if it, too, holds npeff
+    Components.
+
+    Args:
+        components: What to save.
+        path: Where.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        StorageError: The file cannot be written there; what was there is untouched.
+    """
+    path = Path(path)
+    check_replaceable(
+        path,
+        lambda found: isinstance(found, Container) and found.content == "components",
+        "Components saved by npeff",
+    )
+    arrays = [
+        Data.of(f"arrays/{name}", np.asarray(array)) for name, array in sorted(components.to_arrays().items())
+    ]
+    n, r = components.coefficients.shape
+    attributes: dict[str, Any] = {
+        "kind": components.kind,
+        "n_examples": np.int64(n),
+        "n_components": np.int64(r),
+    }
+    attributes["n_parameters"] = np.int64(components.parameters.n_parameters)
+    with atomic(path) as scratch:
+        write_container(scratch, "components", [Data.json("meta", components.meta()), *arrays], attributes)
+    return path
+
+
+def load(path: Path | str, *, verify: bool = False) -> Fishers | Components:
+    """Open a file of Fishers or Components, saved by npeff or in one of the published layouts.
+
+    Arrays of npeff's own files are mapped read-only: opening is quick and needs no memory, whatever the size
+    (components up to 256 MiB are read instead). The file is never written to. Files in the published layouts
+    are read into memory.
+
+    Args:
+        path: The file.
+        verify: Read everything first and compare it with the stored checksums.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        StorageError: There is no such file; or, with ``verify``, a dataset is damaged.
+        TruncatedFileError: It ends before its contents do.
+        ForeignFileError: It was not written by npeff, nor in a published layout.
+        NewerFileError: Its format is newer than this npeff knows.
+    """
+    path = Path(path)
+    found = recognise(path)
+    if isinstance(found, str):
+        from npeff.published import read_published
+
+        return read_published(path)
+    if verify:
+        found.verify()
+    if found.content == "fishers":
+        return fishers_in(found)
+    if found.content == "components":
+        return _components_in(found)
+    raise ForeignFileError(
+        f"{path}: expected Fishers or Components, found an npeff file with content {found.content!r}"
+    )
+
+
+def recognise(path: Path) -> Container | str:
+    """An npeff container, or the name of the published layout that ``path`` has.
+
+    Raises:
+        ForeignFileError: Neither.
+    """
+    from npeff.published import layout_of
+
+    with open_hdf5(path) as file:
+        container = container_in(path, file)
+        if container is not None:
+            return container
+        layout = layout_of(file)
+    if layout is None:
+        raise ForeignFileError(
+            f"{path}: an HDF5 file, but neither npeff's (no attribute format = 'npeff') nor in a published "
+            "layout "
+            "(no data/values, data/fisher, data/G or data/H)"
+        )
+    return layout
+
+
+def check_replaceable(path: Path, same: Callable[[Container | str], bool], what: str) -> None:
+    """Make sure that ``path`` is free, or holds what is about to be written anew.
+
+    Raises:
+        StorageError: Something else is there, or the folder is missing.
+    """
+    check_target(path)
+    if not path.exists():
+        return
+    try:
+        replaceable = same(recognise(path))
+    except NpeffError:
+        replaceable = False
+    if not replaceable:
+        raise StorageError(
+            f"{path}: a file that does not hold {what} is there, and is not overwritten; remove it, or "
+            "choose another name"
+        )
+
+
+def fishers_in(container: Container) -> Fishers:
+    """The Fishers in an npeff container, mapped.
+
+    Raises:
+        StorageError: Its arrays contradict each other.
+    """
+    parameters = Parameters.from_json(container.json("parameters"))
+    rows: Rows = DenseRows(container.array("rows/values"))
+    if container.attributes.get("rows") == "sparse":
+        indptr, indices = container.array("rows/indptr"), container.array("rows/indices")
+        rows = SparseRows(indptr, indices, rows.values, parameters.n_parameters)
+        if len(indices) != len(rows.values) or indptr[-1] != len(indices):
+            raise StorageError(
+                f"{container.path}: damaged: {len(rows.values)} values, {len(indices)} indices, {indptr[-1]} "
+                "announced"
+            )
+    try:
+        return Fishers(
+            kind=container.attributes["kind"],
+            rows=rows,
+            row_offsets=container.array("row_offsets"),
+            **{name: container.array(name) for name in EXAMPLE_ARRAYS},
+            parameters=parameters,
+            provenance=container.json("provenance"),
+            coverage=container.json("coverage"),
+            path=container.path,
+        )
+    except ValueError as error:
+        raise StorageError(f"{container.path}: damaged: {error}") from error
+
+
+def _components_in(container: Container) -> Components:
+    from npeff.components import Components
+
+    prefix = "arrays/"
+    arrays = {
+        name[len(prefix) :]: container.array(name) for name in container.specs if name.startswith(prefix)
+    }
+    if sum(array.nbytes for array in arrays.values()) <= READ_BYTES:
+        arrays = {name: np.array(array) for name, array in arrays.items()}
+    return Components.from_parts(arrays, container.json("meta"))
+
+
+def describe(path: Path | str) -> dict[str, Any]:
+    """What a file holds, without reading its arrays.
+
+    Args:
+        path: A file, finished or (its ``.parts`` folder) unfinished.
+
+    Returns:
+        ``path``, ``bytes``, ``format``, ``content`` and, by content: ``kind``, ``n_examples``,
+        ``n_parameters``, ``arrays`` (name → shape and dtype), ``parameters``, ``provenance``, ``coverage``,
+        ``meta``; for unfinished work ``shards``. JSON-able.
+    """
+    from npeff.parts import describe_parts, parts_folder
+
+    path = Path(path)
+    if not path.exists() and parts_folder(path).is_dir():
+        return describe_parts(path)
+    summary: dict[str, Any] = {"path": str(path)}
+    found = recognise(path)
+    summary["bytes"] = path.stat().st_size
+    if isinstance(found, str):
+        from npeff.published import describe_published
+
+        return {**summary, "format": "published", "content": found, **describe_published(path)}
+    summary |= {str(name): value for name, value in found.attributes.items()}
+    summary["arrays"] = {
+        name: [list(spec.shape), str(spec.dtype)]
+        for name, spec in found.specs.items()
+        if spec.dtype.kind != "S"
+    }
+    for name in ("parameters", "provenance", "coverage", "meta"):
+        if name in found.specs:
+            summary[name] = found.json(name)
+    return summary
