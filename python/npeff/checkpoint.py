@@ -1,0 +1,94 @@
+"""The search's state on disk: written whole or not at all, and only ever resumed by the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from npeff.errors import ResumeError, StorageError
+from npeff.forms import State
+from npeff.rows import SparseRows
+from npeff.scaling import ScaledRows
+from npeff.search import Memory
+
+
+class Checkpoint:
+    """Keeps a :class:`npeff.search.Memory` in one ``.npz`` file.
+
+    Args:
+        path: The file; its folder must exist.
+        scaled: The rows being factorised; the file remembers their digest.
+        options: Everything else that determines the result.
+    """
+
+    def __init__(self, path: Path, scaled: ScaledRows, options: dict[str, Any]) -> None:
+        self._path = path
+        self._key = {"rows": _digest(scaled), "options": json.loads(json.dumps(options, default=str, sort_keys=True))}
+
+    def save(self, memory: Memory) -> None:
+        """Replace the file by the present state.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        assert memory.best is not None
+        numbers = {"unit": memory.unit, "failures": memory.failures, "iteration": memory.iteration, "kept": memory.kept}
+        meta = {"key": self._key, "numbers": numbers, "loss": memory.best.loss, "frozen": memory.best.frozen}
+        temporary = self._path.with_name(self._path.name + ".writing")
+        try:
+            with temporary.open("wb") as file:
+                np.savez(
+                    file,
+                    meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
+                    W=memory.best.W.cpu().numpy(),
+                    coords=memory.best.coords.cpu().numpy(),
+                    curve=np.asarray(memory.curve, np.float64),
+                )
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._path)
+        except OSError as error:
+            raise StorageError(f"checkpoint: cannot write {self._path}: {error}; choose another path") from error
+
+    def load(self) -> Memory | None:
+        """The state in the file, or None when there is no file.
+
+        Raises:
+            ResumeError: The file belongs to other Fishers or other options.
+            StorageError: The file cannot be read.
+        """
+        if not self._path.exists():
+            return None
+        try:
+            with np.load(self._path) as file:
+                meta = json.loads(file["meta"].tobytes())
+                W, coords, curve = (torch.from_numpy(file[name]) for name in ("W", "coords", "curve"))
+        except (OSError, ValueError, KeyError) as error:
+            raise StorageError(f"checkpoint: {self._path} is not a readable checkpoint ({error}); remove it or choose another path") from error
+        if meta["key"] != self._key:
+            theirs, ours = meta["key"]["options"], self._key["options"]
+            differing = [name for name in ours if theirs.get(name) != ours[name]] or ["the Fishers themselves"]
+            raise ResumeError(f"checkpoint: {self._path} is of another run; it differs in {', '.join(differing)}. Remove it, or choose another path")
+        empty = W.new_zeros(0, 0)
+        best = State(W, coords, empty, empty, meta["loss"], meta["frozen"])  # every unit refreshes P and Q
+        return Memory(best=best, curve=curve.tolist(), **meta["numbers"])
+
+    def remove(self) -> None:
+        """Delete the file: the search has ended."""
+        self._path.unlink(missing_ok=True)
+
+
+def _digest(scaled: ScaledRows) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    arrays = [scaled.row_offsets, np.asarray(scaled.rows.values)]
+    if isinstance(scaled.rows, SparseRows):
+        arrays += [scaled.rows.indptr, scaled.rows.indices]
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -1,0 +1,313 @@
+"""The components of a decomposition: coefficients, parameter-space vectors, and what they say about the examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from npeff import kernels
+from npeff.errors import ArgumentError
+from npeff.fishers import Fishers, Kind
+from npeff.parameters import Parameters
+from npeff.scaling import ScaledRows, column_factors, scale
+from npeff.spaces import project_rows
+from npeff.strategies import Strategy, strategy_tree
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Coefficients of examples on given components.
+
+    Attributes:
+        coefficients: ``(n, r)`` float32, the non-negative least-squares solution.
+        kkt: ``(n,)`` float64 relative KKT residual of each example's solution: the largest violation of
+            ``w ≥ 0, ∇ ≥ 0, w·∇ = 0`` over the largest |cross_ij|.
+        unexplained: ``(n,)`` float64 share ``‖F_i − Σ_j w_j g_j g_jᵀ‖² / ‖F_i‖²`` that is left; 0 for a zero Fisher.
+    """
+
+    coefficients: Array
+    kkt: Array
+    unexplained: Array
+
+    def __len__(self) -> int:
+        return len(self.coefficients)
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """``F_i ≈ Σ_j W_ij g_j g_jᵀ`` (low-rank) or ``f_i ≈ Σ_j W_ij h_j`` (diagonal), every F_i scaled to unit norm.
+
+    Made by :func:`npeff.decompose`; opened from a file by :func:`npeff.load`.
+
+    Attributes:
+        kind: ``"low_rank"`` or ``"diagonal"``.
+        coefficients: W, ``(n, r)`` float32 ≥ 0, of the unit-norm Fishers.
+        vectors: G (or H), ``(r, n_kept)`` float32 with unit rows, on the kept columns, block weights applied.
+        columns: ``(n_kept,)`` int64 parameter index of each kept column; None when all are kept.
+        block_weights: Weight per parameter name that the Fisher's blocks were multiplied by; None for 1.
+        parameters: The parameters that the columns stand for.
+        labels: ``(n,)`` int64 true classes, −1 where unknown.
+        logits: ``(n, C)`` float32.
+        ids: ``(n,)`` int64 positions of the examples in their data.
+        norms: ``(n,)`` float32 norms of the uncompressed Fishers.
+        loss_curve: Relative loss per iteration, L / Σ‖A_iA_iᵀ‖², float64.
+        loss: Relative loss of this factorisation.
+        provenance: How it was made: the Fishers' provenance and the options and course of the decomposition.
+    """
+
+    kind: Kind
+    coefficients: Array
+    vectors: Array
+    columns: Array | None
+    block_weights: dict[str, float] | None
+    parameters: Parameters
+    labels: Array
+    logits: Array
+    ids: Array
+    norms: Array
+    loss_curve: Array
+    loss: float
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.n_components
+
+    def __repr__(self) -> str:
+        return f"Components({self.n_components} {self.kind}, {len(self.coefficients)} examples, {self.n_parameters:,} parameters, loss {self.loss:.4f})"
+
+    # ---- what they are ---------------------------------------------------------------------------------------------
+
+    @property
+    def n_components(self) -> int:
+        """Number of components, r."""
+        return int(self.coefficients.shape[1])
+
+    @property
+    def n_parameters(self) -> int:
+        """Length of the flat parameter vector, m."""
+        return self.parameters.n_parameters
+
+    @property
+    def predictions(self) -> Array:
+        """``(n,)`` int64 arg-max of the logits; −1 where the file that this came from holds no logits."""
+        if not self.logits.shape[1]:
+            return np.full(len(self.logits), -1, np.int64)
+        return np.argmax(self.logits, axis=1).astype(np.int64)
+
+    @property
+    def zero(self) -> Array:
+        """``(n,)`` bool: examples whose Fisher vanished; their coefficients are 0."""
+        return np.asarray(self.norms == 0)
+
+    def _component(self, j: int) -> int:
+        if not -self.n_components <= j < self.n_components:
+            raise ArgumentError(f"j: expected a component below {self.n_components}, got {j}")
+        return j % self.n_components
+
+    def vector(self, j: int) -> Array:
+        """Component j's pseudo-Fisher vector in parameter space.
+
+        Block weights are undone, so that the vector belongs to the Fisher itself.
+
+        Returns:
+            ``(n_parameters,)`` float32, unit norm; its sign is arbitrary for the low-rank kind, ≥ 0 for the diagonal.
+
+        Raises:
+            ArgumentError: ``j`` is not a component.
+        """
+        kept = self.vectors[self._component(j)].astype(np.float64)
+        if self.columns is None:
+            full = kept.copy()
+        else:
+            full = np.zeros(self.n_parameters)
+            full[self.columns] = kept
+        if self.block_weights is not None:
+            factor = column_factors(self.parameters, self.block_weights, self.kind).astype(np.float64)
+            full = np.divide(full, factor, out=np.zeros_like(full), where=factor > 0)
+        norm = float(np.linalg.norm(full))
+        return (full / norm if norm else full).astype(np.float32)
+
+    def state_dict(self, j: int) -> dict[str, torch.Tensor]:
+        """Component j's vector cut into parameter-shaped tensors: a direction that can be added to the model."""
+        return {name: torch.from_numpy(block.copy()) for name, block in self.parameters.unflatten(self.vector(j)).items()}
+
+    def save_state_dict(self, j: int, path: str | Path) -> Path:
+        """Write :meth:`state_dict` as a safetensors file, provenance in its metadata."""
+        import json
+
+        from safetensors.torch import save_file
+
+        metadata = {"npeff": json.dumps({"component": self._component(j), "kind": self.kind, **self.provenance}, default=str)}
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict(j).items()}, str(path), metadata)
+        return Path(path)
+
+    def block_energy(self, j: int) -> dict[str, float]:
+        """Share of ``‖g_j‖²`` in each parameter (they sum to 1)."""
+        vector = self.vector(j).astype(np.float64)
+        return {p.name: float(np.square(vector[p.slice]).sum()) for p in self.parameters}
+
+    # ---- what they respond to --------------------------------------------------------------------------------------
+
+    def top_examples(self, j: int, k: int = 16) -> Array:
+        """Indices of the k examples with the largest coefficients on component j, descending, ties by lower index.
+
+        They index ``coefficients``; ``ids`` translates them to positions in the data.
+
+        Raises:
+            ArgumentError: ``j`` is not a component, or k is negative.
+        """
+        if k < 0:
+            raise ArgumentError(f"k: expected a number ≥ 0, got {k}")
+        order = np.argsort(-self.coefficients[:, self._component(j)], kind="stable")
+        return order[: min(k, len(order))].astype(np.int64)
+
+    def class_distribution(self, j: int, of: str = "predictions") -> Array:
+        """How component j's coefficient mass is spread over classes.
+
+        Args:
+            j: A component.
+            of: ``"predictions"`` or ``"labels"``.
+
+        Returns:
+            ``(C,)`` float64 that sums to 1 (all 0 for a component without coefficients); unlabelled examples are left out.
+
+        Raises:
+            ArgumentError: ``j`` or ``of`` is invalid.
+        """
+        if of not in ("predictions", "labels"):
+            raise ArgumentError(f"of: expected 'predictions' or 'labels', got {of!r}")
+        classes = self.predictions if of == "predictions" else self.labels
+        known = classes >= 0
+        n_classes = max(int(self.logits.shape[1]), int(self.labels.max(initial=-1)) + 1)
+        weights = self.coefficients[known, self._component(j)].astype(np.float64)
+        mass = np.bincount(classes[known], weights, minlength=n_classes)
+        return np.asarray(mass / mass.sum() if mass.sum() else mass)
+
+    def cosines(self) -> Array:
+        """``(r, r)`` |cos| between the vectors, as factorised."""
+        unit = self.vectors / np.maximum(np.linalg.norm(self.vectors, axis=1, keepdims=True), 1e-30)
+        return np.asarray(np.abs(unit @ unit.T))
+
+    def strategies(self, n: int | None = None) -> Strategy:
+        """The tree of component groups: average linkage on ``1 − |cos(g_j, g_k)|``.
+
+        Args:
+            n: Cut the tree into this many strategies below the root; by default the full binary tree.
+
+        Returns:
+            The root; every node has its components, summed ``coefficient`` and ``top_examples``.
+
+        Raises:
+            ArgumentError: ``n`` is not between 1 and the number of components.
+        """
+        return strategy_tree(self.cosines(), self.coefficients, n)
+
+    # ---- new examples, new components ------------------------------------------------------------------------------
+
+    def encode(self, fishers: Fishers, tolerance: float = 1e-8) -> Encoded:
+        """Coefficients of other examples' Fishers on these components.
+
+        Solves ``min_{w ≥ 0} ‖F_i − Σ_j w_j g_j g_jᵀ‖²`` per example, a convex problem, to optimality in float64.
+
+        Args:
+            fishers: Fishers of the same kind and the same parameters.
+            tolerance: Relative KKT residual at which an example counts as solved.
+
+        Raises:
+            ArgumentError: Kind or parameters differ from those of the components.
+        """
+        self._check_compatible(fishers)
+        scaled = self._scale(fishers)
+        cross, gram = statistics(self.kind, scaled, torch.from_numpy(self.vectors).double())
+        solution = kernels.nnls(gram, cross, tol=tolerance, exact=True)
+        w = solution.w
+        energy = torch.from_numpy(scaled.fisher_norms**2)
+        left = energy - 2 * (w * cross).sum(1) + ((w @ gram) * w).sum(1)
+        unexplained = torch.where(energy > 0, left.clamp_min(0) / energy.clamp_min(1e-30), torch.zeros_like(energy))
+        return Encoded(w.float().numpy(), np.asarray(solution.kkt, np.float64), unexplained.numpy())
+
+    def expand(self, fishers: Fishers, n: int, *, keep_coefficients: bool = False, **options: Any) -> Components:
+        """These components, frozen, plus n new ones fitted to ``fishers``.
+
+        Args:
+            fishers: Fishers of the same kind and parameters, of the same examples or of others.
+            n: Number of new components.
+            keep_coefficients: Keep the coefficients of the frozen components too (same examples only);
+                otherwise they are fitted along with the new ones.
+            **options: As for :func:`npeff.decompose`.
+
+        Returns:
+            Components whose first ``n_components`` are these.
+
+        Raises:
+            ArgumentError: Kind or parameters differ, or n is not positive.
+        """
+        from npeff.decomposition import expand
+
+        self._check_compatible(fishers)
+        return expand(self, fishers, n, keep_coefficients=keep_coefficients, **options)
+
+    def _scale(self, fishers: Fishers, columns: Array | None = None) -> ScaledRows:
+        return scale(fishers, self.block_weights or "energy", self.provenance.get("normalize", "stored"), columns if columns is not None else self.columns)
+
+    def _check_compatible(self, fishers: Fishers) -> None:
+        if fishers.kind != self.kind:
+            raise ArgumentError(f"fishers: expected {self.kind} Fishers like the components, got {fishers.kind} ones")
+        if fishers.parameters != self.parameters:
+            raise ArgumentError(
+                f"fishers: expected the parameters of the components ({len(self.parameters)} tensors, {self.n_parameters:,} elements), "
+                f"got {len(fishers.parameters)} tensors with {fishers.n_parameters:,} elements; compute them with the same model and the same selection"
+            )
+
+    # ---- storage ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write to an HDF5 file (see :mod:`npeff.storage`); an existing file is replaced only once the new one is whole."""
+        from npeff.storage import save_components
+
+        return save_components(self, Path(path))
+
+    def to_arrays(self) -> dict[str, Array]:
+        """The arrays of the container format."""
+        arrays = {name: getattr(self, name) for name in ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")}
+        return arrays if self.columns is None else {**arrays, "columns": self.columns}
+
+    def meta(self) -> dict[str, Any]:
+        """Everything else, JSON-able."""
+        return {
+            "kind": self.kind,
+            "block_weights": self.block_weights,
+            "parameters": self.parameters.to_json(),
+            "loss": self.loss,
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_parts(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> Components:
+        """The inverse of :meth:`to_arrays` and :meth:`meta`."""
+        names = ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
+        return cls(
+            kind=meta["kind"],
+            columns=arrays.get("columns"),
+            block_weights=meta["block_weights"],
+            parameters=Parameters.from_json(meta["parameters"]),
+            loss=float(meta["loss"]),
+            provenance=dict(meta["provenance"]),
+            **{name: arrays[name] for name in names},
+        )
+
+
+def statistics(kind: Kind, scaled: ScaledRows, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``cross (n, r)`` and ``gram (r, r)`` of the least-squares problem for W, in the dtype of ``vectors``."""
+    P, Q = project_rows(scaled.rows, vectors), vectors @ vectors.T
+    if kind == "diagonal":
+        return P, Q
+    return kernels.cross(P, torch.from_numpy(np.ascontiguousarray(scaled.row_offsets))), Q * Q

@@ -1,0 +1,125 @@
+"""The diagonal form: ``f_i ≈ Σ_j W_ij h_j`` with W, H ≥ 0, non-negative matrix factorisation.
+
+``L = Σ_i ‖f_i‖² − 2⟨W, F Hᵀ⟩ + ⟨WᵀW, H Hᵀ⟩``, minimised by hierarchical alternating least squares with cached Gram
+matrices (Cichocki & Phan 2009; Gillis & Glineur 2012): each pass over F is followed by several sweeps that cost
+nothing of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from npeff.forms import State, draw_examples, improve
+from npeff.scaling import ScaledRows
+from npeff.spaces import SparseSpace
+
+SWEEPS = 4
+"""Coordinate-descent sweeps over W, and over H, per pass over the data."""
+
+
+class Diagonal:
+    """The diagonal objective. Coordinates are H itself, ``(r, n_columns)``, ≥ 0.
+
+    Args:
+        space: The diagonals.
+        scaled: The rows that the space was built from.
+        frozen: ``(f, n_columns)`` vectors that stay as they are.
+        frozen_W: ``(n, f)`` coefficients of the frozen vectors to keep as well, or None to fit them.
+    """
+
+    def __init__(
+        self,
+        space: SparseSpace,
+        scaled: ScaledRows,
+        frozen: Tensor | None = None,
+        frozen_W: Tensor | None = None,
+    ) -> None:
+        self.space = space
+        self.n_examples = scaled.n_examples
+        self.energies = torch.from_numpy(scaled.fisher_norms**2)
+        self.const = float(self.energies.sum()) or 1.0
+        self.frozen, self.frozen_W = frozen, frozen_W
+        self._n_frozen = 0 if frozen is None else len(frozen)
+
+    def gram(self, state: State) -> Tensor:
+        """``H Hᵀ``."""
+        return state.Q
+
+    def objective(self, W: Tensor, P: Tensor, Q: Tensor) -> float:
+        """L / const, accumulated in float64."""
+        fit = torch.sum(W * P, dtype=torch.float64)
+        return float(self.const - 2 * fit + ((W.T @ W).double() * Q.double()).sum()) / self.const
+
+    def start(self, r: int, generator: torch.Generator) -> State:
+        """H from random non-negative mixtures of the examples, W fitted to them."""
+        n_new = r - self._n_frozen
+        mixture = torch.rand(self.space.n_rows, n_new, generator=generator, dtype=torch.float64).pow(8)
+        H = self.space.combine(mixture.to(self.space.dtype))
+        return self.from_vectors(H if self.frozen is None else torch.cat([self.frozen, H]))
+
+    def from_vectors(self, H: Tensor, W: Tensor | None = None) -> State:
+        """A state with the given vectors; W fitted when it is not given."""
+        P = self.space.project(H)
+        given = W is not None
+        W = torch.zeros_like(P) if W is None else W.to(P)
+        state = self._unit(State(W, H, P, H @ H.T, frozen=self._n_frozen))
+        if self.frozen_W is not None:
+            state.W[:, : self._n_frozen] = self.frozen_W
+        return (
+            replace(state, loss=self.objective(state.W, state.P, state.Q))
+            if given
+            else self.solve_W(state, 10)
+        )
+
+    def refresh(self, state: State) -> State:
+        """P and Q from H, against drift."""
+        return replace(state, P=self.space.project(state.coords), Q=state.coords @ state.coords.T)
+
+    def solve_W(self, state: State, sweeps: int) -> State:
+        """Coordinate descent on W; frozen coefficients stay."""
+        W = improve(state.Q, state.P, state.W, sweeps, self.frozen_W)
+        return replace(state, W=W, loss=self.objective(W, state.P, state.Q))
+
+    def step(self, state: State) -> State:
+        """H by coordinate descent with ``WᵀW`` and ``WᵀF`` cached, then W with ``HHᵀ`` and ``FHᵀ``."""
+        W, H = state.W, state.coords
+        H = improve(W.T @ W, self.space.combine(W).T, H.T, SWEEPS, None if self.frozen is None else self.frozen.T).T
+        state = replace(state, coords=H, P=self.space.project(H), Q=H @ H.T)
+        return self.solve_W(self._unit(state), SWEEPS)
+
+    def residuals(self, state: State) -> Tensor:
+        """``‖f_i − Σ_j W_ij h_j‖²`` per example, ``(n,)`` float64."""
+        W = state.W.double()
+        return (
+            self.energies.to(W) - 2 * (W * state.P.double()).sum(1) + ((W @ state.Q.double()) * W).sum(1)
+        ).clamp_min(0)
+
+    def candidates(self, state: State, count: int, generator: torch.Generator) -> State:
+        """Append examples, or the positive parts of their residuals."""
+        drawn, residual = draw_examples(self.residuals(state), count, generator)
+        pick = torch.zeros(self.space.n_rows, len(drawn), dtype=state.P.dtype, device=state.P.device)
+        pick[drawn, torch.arange(len(drawn))] = 1
+        fresh = self.space.combine(pick)
+        if residual:
+            fresh = (fresh - state.W[drawn] @ state.coords).clamp_min(0)
+        H = torch.cat([state.coords, fresh])
+        W = torch.cat([state.W, state.W.new_zeros(len(state.W), len(drawn))], 1)
+        P = torch.cat([state.P, self.space.project(fresh)], 1)
+        return self.solve_W(self._unit(replace(state, W=W, coords=H, P=P, Q=H @ H.T)), 5)
+
+    def _unit(self, state: State) -> State:
+        """The same factorisation with ``‖h_j‖ = 1``, the scale moved into W."""
+        norm = state.Q.double().diagonal().sqrt()
+        scale = torch.where(norm > 1e-30, 1 / norm.clamp_min(1e-30), torch.zeros_like(norm))
+        Q = state.Q.double() * scale * scale[:, None]
+        s = scale.to(state.P)
+        return replace(
+            state,
+            W=state.W * norm.to(state.W),
+            coords=state.coords * s[:, None],
+            P=state.P * s,
+            Q=Q.to(state.Q),
+        )

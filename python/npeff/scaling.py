@@ -1,0 +1,194 @@
+"""From stored rows to the rows that are factorised: block weights, unit Fisher norm, kept columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.errors import ArgumentError
+from npeff.fishers import Fishers
+from npeff.parameters import Parameters
+from npeff.rows import DenseRows, Rows, SparseRows
+
+Array = npt.NDArray[Any]
+BlockWeights = Literal["energy", "balanced"] | Mapping[str, float]
+Normalize = Literal["stored", "dense", "none"]
+
+
+@dataclass(frozen=True)
+class ScaledRows:
+    """Rows ready to be factorised: ``A_i D / √‖A_i D² A_iᵀ‖_F`` on the kept columns, D = √(block weight).
+
+    Attributes:
+        rows: All examples' rows end to end, ``(Σ rank, n_kept)`` float32.
+        row_offsets: ``(n + 1,)`` int64.
+        columns: ``(n_kept,)`` int64 parameter index of each kept column, or None for all of them.
+        fisher_norms: ``(n,)`` float64 Fisher norm of each example's scaled rows: 1, or 0 for a zero Fisher.
+        block_weights: Weight per parameter name that was applied; None when all are 1.
+    """
+
+    rows: Rows
+    row_offsets: Array
+    columns: Array | None
+    fisher_norms: Array
+    block_weights: dict[str, float] | None
+
+    @property
+    def n_examples(self) -> int:
+        """Number of examples."""
+        return len(self.row_offsets) - 1
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to: its name without the last part (``"0.weight"`` → ``"0"``)."""
+    return name.rpartition(".")[0] or name
+
+
+def fisher_norms(rows: Rows, row_offsets: Array, kind: str) -> Array:
+    """``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` per example (``‖f_i‖₂`` for the diagonal kind), ``(n,)`` float64."""
+    if kind == "diagonal":
+        return np.asarray(np.sqrt(rows.squared_norms()))
+    out = np.empty(len(row_offsets) - 1)
+    for i, (start, stop) in enumerate(zip(row_offsets[:-1], row_offsets[1:], strict=True)):
+        block = rows.dense(start, stop).astype(np.float64)
+        out[i] = math.sqrt(np.square(block @ block.T).sum())
+    return out
+
+
+def scale(
+    fishers: Fishers,
+    block_weights: BlockWeights = "energy",
+    normalize: Normalize = "stored",
+    columns: Array | None = None,
+    min_nonzero_per_column: int = 1,
+) -> ScaledRows:
+    """Weigh parameter blocks, drop unused columns, and give every example unit Fisher norm.
+
+    Args:
+        fishers: The Fishers to factorise or to encode.
+        block_weights: ``"energy"`` leaves the Fishers as they are; ``"balanced"`` gives every layer
+            the same share of the total trace; a mapping from name patterns to weights scales the
+            Fisher's blocks by them (parameters that no pattern matches keep weight 1; 0 removes a block).
+        normalize: ``"stored"`` divides by the Fisher norm of the rows as stored; ``"dense"`` by the norm of the
+            uncompressed Fisher (without regard to weights); ``"none"`` leaves the scale.
+        columns: Keep exactly these parameter indices (those of components that already exist).
+        min_nonzero_per_column: Drop columns with fewer non-zero entries than this (sparse rows only).
+
+    Returns:
+        The scaled rows. Columns without any entry are always dropped from sparse rows.
+
+    Raises:
+        ArgumentError: An option has an unknown value, or a weight is negative or matches nothing.
+    """
+    weights = resolve_block_weights(fishers, block_weights)
+    rows = apply_weights(fishers.rows, fishers.parameters, weights, fishers.kind)
+    if normalize not in ("stored", "dense", "none"):
+        raise ArgumentError(f"normalize: expected 'stored', 'dense' or 'none', got {normalize!r}")
+    stored = fisher_norms(rows, fishers.row_offsets, fishers.kind)
+    norms = {"stored": stored, "dense": fishers.norms.astype(np.float64), "none": np.ones(len(fishers))}[
+        normalize
+    ]
+    divisor = np.where(norms > 0, norms, 1.0)
+    per_example = 1 / divisor if fishers.kind == "diagonal" else 1 / np.sqrt(divisor)
+    per_row = np.repeat(per_example, fishers.ranks).astype(np.float32)
+    if isinstance(rows, DenseRows):
+        values = rows.values * per_row[:, None]
+        if columns is not None:
+            values = values[:, columns]
+        return ScaledRows(DenseRows(values), fishers.row_offsets, columns, stored / divisor, weights)
+    values = rows.values * np.repeat(per_row, np.diff(rows.indptr))
+    sparse = SparseRows(np.asarray(rows.indptr), np.asarray(rows.indices), values, rows.n_columns)
+    if columns is None:
+        columns = np.flatnonzero(
+            np.bincount(sparse.indices, minlength=0) >= max(1, min_nonzero_per_column)
+        ).astype(np.int64)
+    return ScaledRows(keep_columns(sparse, columns), fishers.row_offsets, columns, stored / divisor, weights)
+
+
+def keep_columns(rows: SparseRows, columns: Array) -> SparseRows:
+    """The rows on ``columns`` alone, renumbered 0 … len(columns) − 1."""
+    place = np.full(rows.n_columns, -1, np.int32)
+    place[columns] = np.arange(len(columns), dtype=np.int32)
+    indices = place[rows.indices]
+    if (kept := indices >= 0).all():
+        return SparseRows(rows.indptr, indices, rows.values, len(columns))
+    indptr = np.concatenate([[0], np.cumsum(kept)])[rows.indptr].astype(np.int64)
+    return SparseRows(indptr, indices[kept], rows.values[kept], len(columns))
+
+
+def apply_weights(rows: Rows, parameters: Parameters, weights: dict[str, float] | None, kind: str) -> Rows:
+    """Scale columns so that each block of the Fisher is multiplied by its weight."""
+    if weights is None:
+        return rows
+    column = column_factors(parameters, weights, kind)
+    if isinstance(rows, DenseRows):
+        return DenseRows(rows.values * column)
+    return SparseRows(rows.indptr, rows.indices, rows.values * column[rows.indices], rows.n_columns)
+
+
+def column_factors(parameters: Parameters, weights: dict[str, float], kind: str) -> Array:
+    """``(m,)`` float32 factor of each row entry: √weight, or the weight itself for diagonal Fishers."""
+    factors = [math.sqrt(weights[p.name]) if kind == "low_rank" else weights[p.name] for p in parameters]
+    return np.repeat(np.asarray(factors, np.float32), [p.numel for p in parameters])
+
+
+def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, float] | None:
+    """A weight per parameter name, or None when all are 1.
+
+    Raises:
+        ArgumentError: See :func:`scale`.
+    """
+    if choice == "energy":
+        return None
+    names = fishers.parameters.names
+    if choice == "balanced":
+        energy: dict[str, float] = {}
+        for name, value in block_energy(fishers).items():
+            energy[layer_of(name)] = energy.get(layer_of(name), 0.0) + value
+        total = sum(energy.values()) or 1.0
+        return {
+            name: total / len(energy) / energy[layer_of(name)] if energy[layer_of(name)] else 0.0
+            for name in names
+        }
+    if not isinstance(choice, Mapping):
+        raise ArgumentError(
+            f"block_weights: expected 'energy', 'balanced' or a mapping from name patterns to weights, got {choice!r}"
+        )
+    weights = dict.fromkeys(names, 1.0)
+    for pattern, weight in choice.items():
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ArgumentError(
+                f"block_weights: pattern {pattern!r} matches no parameter; there are {', '.join(names[:8])}"
+            )
+        if not weight >= 0:
+            raise ArgumentError(f"block_weights: expected weights ≥ 0, got {weight} for {pattern!r}")
+        weights.update(dict.fromkeys(matched, float(weight)))
+    if not any(weights.values()):
+        raise ArgumentError("block_weights: every parameter has weight 0; keep at least one")
+    return weights
+
+
+def block_energy(fishers: Fishers) -> dict[str, float]:
+    """Share of the summed trace of the unit-norm Fishers that lies in each parameter (they sum to 1)."""
+    norms = fishers.norms.astype(np.float64)
+    scale_of = np.repeat(np.where(norms > 0, 1 / np.where(norms > 0, norms, 1), 0), fishers.ranks)
+    squares: Array = np.zeros(fishers.n_parameters)
+    if isinstance(fishers.rows, SparseRows):
+        entries = np.asarray(fishers.rows.values, np.float64)
+        entries = (entries if fishers.kind == "diagonal" else entries**2) * np.repeat(
+            scale_of, np.diff(fishers.rows.indptr)
+        )
+        squares = np.bincount(fishers.rows.indices, entries, minlength=fishers.n_parameters)
+    else:
+        for start in range(0, fishers.rows.n_rows, 256):
+            block = np.asarray(fishers.rows.values[start : start + 256], np.float64)
+            squares += scale_of[start : start + 256] @ (block if fishers.kind == "diagonal" else block**2)
+    total = squares.sum() or 1.0
+    return {p.name: float(squares[p.slice].sum() / total) for p in fishers.parameters}

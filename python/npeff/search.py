@@ -1,0 +1,248 @@
+"""The search over starts and moves: the only loop of the solver, the same for every form and space.
+
+1. *Starts*: a few random starts, each descended until it slows down; the best goes on.
+2. *Moves*: components made from badly explained examples are added, the enlarged factorisation descends, the least
+   useful components are pruned one by one, and the result descends again. Kept if the loss is lower.
+3. *Polish*: the best is descended to the final tolerance.
+
+The work is cut into units (a start, a move, the polish). A unit's randomness depends on the seed and the unit's number
+alone, so that a run resumed from a checkpoint ends where an uninterrupted one does, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from npeff.forms import Form, State, usefulness
+
+WINDOW = 5
+"""Iterations over which progress is judged."""
+
+REFRESH = 50
+"""Iterations after which P is computed anew, and where a descent may be checkpointed."""
+
+WIDE = 8
+"""Steps that an enlarged factorisation descends before it is pruned."""
+
+PRUNING_NOISE = 0.5
+"""Standard deviation of the log of the random factor on usefulness: without it the same moves are tried for ever."""
+
+MOVE_TOLERANCE = 1e-4
+"""Starts and moves end when the loss falls by less than this share in WINDOW iterations."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is told after every iteration.
+
+    Attributes:
+        stage: ``"start"``, ``"move"`` or ``"polish"``.
+        unit: Number of the start or move within its stage.
+        iteration: Iterations done so far, over all stages.
+        loss: Relative loss of the factorisation at hand.
+        best: Relative loss of the best one so far.
+        seconds: Since the search began (or was resumed).
+    """
+
+    stage: str
+    unit: int
+    iteration: int
+    loss: float
+    best: float
+    seconds: float
+
+
+Callback = Callable[[Progress], Any]
+
+
+class Stopped(Exception):
+    """The callback asked for an end."""
+
+
+@dataclass
+class Memory:
+    """All that a search must remember between units.
+
+    Attributes:
+        unit: Units finished.
+        failures: Moves since the last that helped.
+        iteration: Iterations done.
+        best: The best factorisation.
+        curve: Its losses: those of its start, then of every improvement.
+        kept: Moves that helped.
+    """
+
+    unit: int = 0
+    failures: int = 0
+    iteration: int = 0
+    best: State | None = None
+    curve: list[float] = field(default_factory=list)
+    kept: int = 0
+
+
+class Search:
+    """One run of the search.
+
+    Args:
+        form: The factorisation.
+        r: Number of components, frozen ones included.
+        seed: Determines every random choice.
+        starts: Random starts.
+        moves: At most this many moves.
+        patience: Moves without success after which the search ends.
+        max_iterations: Limit of one descent.
+        tolerance: Final relative decrease of the loss over WINDOW iterations.
+        callback: Called after every iteration; a true answer ends the search with the best so far.
+        save: Called with the memory whenever it is worth keeping.
+    """
+
+    def __init__(
+        self,
+        form: Form,
+        r: int,
+        *,
+        seed: int,
+        starts: int,
+        moves: int,
+        patience: int,
+        max_iterations: int,
+        tolerance: float,
+        callback: Callback | None = None,
+        save: Callable[[Memory], None] | None = None,
+    ) -> None:
+        self.form, self.r, self.seed = form, r, seed
+        self.starts, self.moves, self.patience = starts, moves, patience
+        self.max_iterations, self.tolerance = max_iterations, tolerance
+        self._callback, self._save = callback, save or (lambda memory: None)
+        self._began = time.perf_counter()
+
+    def run(self, memory: Memory | None = None, initial: State | None = None) -> Memory:
+        """Search from the beginning, from a given state (no starts), or from where ``memory`` left off."""
+        memory = memory or Memory()
+        try:
+            while memory.unit < self.starts:
+                self._start(memory, initial)
+                if initial is not None:
+                    memory.unit = self.starts
+            while memory.unit < self.starts + self.moves and memory.failures < self.patience:
+                self._move(memory)
+            self._polish(memory)
+        except Stopped:
+            pass
+        return memory
+
+    # ---- units -----------------------------------------------------------------------------------------------------
+
+    def _start(self, memory: Memory, initial: State | None) -> None:
+        state = initial if initial is not None else self.form.start(self.r, self._generator(memory.unit))
+        curve = [state.loss]
+        try:
+            state = self._descend(state, memory, "start", MOVE_TOLERANCE, self.max_iterations, curve)
+        finally:  # also when stopped: a single start's result is better than none
+            if memory.best is None or curve[-1] < memory.best.loss:
+                memory.best, memory.curve = self._last, curve
+        self._finish(memory)
+
+    def _move(self, memory: Memory) -> None:
+        assert memory.best is not None
+        best = self.form.refresh(memory.best)
+        generator = self._generator(memory.unit)
+        count = int(max(2.0, self.r / 4) ** float(torch.rand(1, generator=generator)) * 2 ** 0.5)  # log-uniform: 1 … r/4·√2
+        curve: list[float] = []
+        state = self.form.candidates(best, count, generator)
+        state = self._descend(state, memory, "move", 0.0, WIDE, [])
+        state = self.prune(state, generator)
+        state = self._descend(
+            state, memory, "move", MOVE_TOLERANCE, self.max_iterations, curve, below=best.loss
+        )
+        if state.loss < best.loss * (1 - 1e-6) and self._is_sound(state):
+            memory.best, memory.failures, memory.kept = state, 0, memory.kept + 1
+            memory.curve += [loss for loss in curve if loss < memory.curve[-1]]
+        else:
+            memory.failures += 1
+        self._finish(memory)
+
+    def _polish(self, memory: Memory) -> None:
+        assert memory.best is not None
+        curve = memory.curve
+        state = replace(self.form.refresh(memory.best), loss=memory.best.loss)
+        try:
+            memory.best = self._descend(state, memory, "polish", self.tolerance, self.max_iterations, curve)
+        finally:
+            memory.best = self._last if self._last.loss <= memory.best.loss else memory.best
+
+    def _is_sound(self, state: State) -> bool:
+        """Whether the loss stands when P and Q are computed anew: not so after a numerical accident."""
+        return abs(self.form.solve_W(self.form.refresh(state), 0).loss - state.loss) < 1e-5 and state.loss > -1e-5
+
+    def prune(self, state: State, generator: torch.Generator) -> State:
+        """Drop the least useful components one by one, W refitted in between, until r are left."""
+        while state.r > self.r:
+            noise = torch.randn(state.r, generator=generator, dtype=torch.float64).mul(PRUNING_NOISE).exp()
+            use = usefulness(state, self.form.gram(state))
+            use = use * noise.to(use)
+            state = self.form.solve_W(state.keep(torch.arange(state.r, device=use.device) != use.argmin()), 2)
+        return state
+
+    # ---- descent ---------------------------------------------------------------------------------------------------
+
+    def _descend(
+        self,
+        state: State,
+        memory: Memory,
+        stage: str,
+        tolerance: float,
+        limit: int,
+        curve: list[float],
+        below: float | None = None,
+    ) -> State:
+        """Step until the loss stops falling. A step that would raise it is not taken.
+
+        With ``below``, give up once the pace of the last window could not get there in ten more.
+        """
+        self._last = state
+        losses = [state.loss]
+        for i in range(1, limit + 1):
+            if i % REFRESH == 0:
+                state = self.form.refresh(state)
+            moved = self.form.step(state)
+            memory.iteration += 1
+            if not moved.loss < losses[-1]:
+                break
+            self._last = state = moved
+            losses.append(state.loss)
+            curve.append(state.loss)
+            self._report(memory, stage, state.loss)
+            if len(losses) > WINDOW:
+                fall = losses[-1 - WINDOW] - losses[-1]
+                if fall < tolerance * losses[-1]:
+                    break
+                if below is not None and losses[-1] - 10 * fall > below:
+                    break
+        return self._last
+
+    # ---- bookkeeping -----------------------------------------------------------------------------------------------
+
+    def _generator(self, unit: int) -> torch.Generator:
+        entropy = np.random.SeedSequence([self.seed, unit]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(entropy) & (2**63 - 1))
+
+    def _finish(self, memory: Memory) -> None:
+        memory.unit += 1
+        self._save(memory)
+
+    def _report(self, memory: Memory, stage: str, loss: float) -> None:
+        if self._callback is None:
+            return
+        best = min(loss, memory.best.loss) if memory.best is not None else loss
+        unit = memory.unit if stage == "start" else memory.unit - self.starts
+        if self._callback(
+            Progress(stage, unit, memory.iteration, loss, best, time.perf_counter() - self._began)
+        ):
+            raise Stopped

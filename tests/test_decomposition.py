@@ -1,0 +1,303 @@
+"""The solver: what must hold of every decomposition, whatever the data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planted import best_cosines, fishers_of, planted, random_rows, sparse
+
+import npeff
+from npeff.rows import DenseRows
+from npeff.scaling import scale
+
+QUICK = {"starts": 2, "moves": 4, "progress": False}
+
+
+def dense_loss(components: npeff.Components, fishers: npeff.Fishers) -> float:
+    """L / Σ‖F_i‖² from the dense matrices, float64."""
+    scaled = scale(fishers, components.block_weights or "energy")
+    G = np.zeros((components.n_components, scaled.rows.n_columns))
+    G[:] = components.vectors
+    total = left = 0.0
+    for i in range(len(fishers)):
+        rows = scaled.rows.dense(int(fishers.row_offsets[i]), int(fishers.row_offsets[i + 1])).astype(np.float64)
+        w = components.coefficients[i].astype(np.float64)
+        if fishers.kind == "diagonal":
+            F, model = rows[0], w @ G
+        else:
+            F, model = rows.T @ rows, (G.T * w) @ G
+        total += np.square(F).sum()
+        left += np.square(F - model).sum()
+    return left / total
+
+
+def example_fishers(kind: str = "low_rank", stored: str = "dense", n: int = 40, m: int = 30, seed: int = 0) -> npeff.Fishers:
+    rng = np.random.default_rng(seed)
+    ranks = np.ones(n, np.int64) if kind == "diagonal" else rng.integers(1, 4, n)
+    rows, offsets = random_rows(n, 0, m, 0.6, seed, ranks)
+    rows = np.abs(rows) if kind == "diagonal" else rows
+    return fishers_of(DenseRows(rows) if stored == "dense" else sparse(rows), offsets, kind)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+@pytest.mark.parametrize("stored", ["dense", "sparse"])
+@pytest.mark.parametrize("space", ["gram", "sparse"])
+def test_loss_is_that_of_the_dense_matrices_and_never_rises(kind: str, stored: str, space: str) -> None:
+    fishers = example_fishers(kind, stored)
+    components = npeff.decompose(fishers, 5, space=space, **QUICK)
+    assert components.loss == pytest.approx(dense_loss(components, fishers), rel=1e-4)
+    assert components.loss_curve[-1] == pytest.approx(components.loss, rel=1e-6)
+    assert (np.diff(components.loss_curve) <= 0).all()
+    assert (components.coefficients >= 0).all()
+    np.testing.assert_allclose(np.linalg.norm(components.vectors, axis=1), 1, rtol=1e-5)
+
+
+def test_gram_and_sparse_space_walk_the_same_path() -> None:
+    fishers = example_fishers(stored="sparse")
+    options = {"starts": 1, "moves": 0, "max_iterations": 20, "progress": False, "dtype": "float64"}
+    gram = npeff.decompose(fishers, 4, space="gram", **options)
+    rows = npeff.decompose(fishers, 4, space="sparse", **options)
+    np.testing.assert_allclose(gram.loss_curve, rows.loss_curve, rtol=1e-9)
+    np.testing.assert_allclose(gram.coefficients, rows.coefficients, atol=1e-5)
+    assert best_cosines(gram.vectors, rows.vectors).min() > 1 - 1e-6
+
+
+def test_dense_and_sparse_rows_give_the_same() -> None:
+    options = {"starts": 1, "moves": 0, "max_iterations": 20, "progress": False, "dtype": "float64"}
+    one = npeff.decompose(example_fishers(stored="dense"), 4, **options)
+    two = npeff.decompose(example_fishers(stored="sparse"), 4, **options)
+    np.testing.assert_allclose(one.loss_curve, two.loss_curve, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_float32_agrees_with_float64(kind: str) -> None:
+    fishers = example_fishers(kind)
+    options = {"starts": 1, "moves": 0, "max_iterations": 15, "progress": False}
+    single = npeff.decompose(fishers, 4, dtype="float32", **options)
+    double = npeff.decompose(fishers, 4, dtype="float64", **options)
+    steps = min(len(single.loss_curve), len(double.loss_curve))
+    np.testing.assert_allclose(single.loss_curve[:steps], double.loss_curve[:steps], rtol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_same_seed_same_bits(kind: str) -> None:
+    fishers = example_fishers(kind)
+    one, two = (npeff.decompose(fishers, 5, seed=3, **QUICK) for _ in range(2))
+    np.testing.assert_array_equal(one.coefficients, two.coefficients)
+    np.testing.assert_array_equal(one.vectors, two.vectors)
+    assert one.loss_curve.tolist() == two.loss_curve.tolist()
+
+
+@pytest.mark.parametrize("r", [8, 32, 64])
+def test_planted_components_are_recovered(r: int) -> None:
+    fishers, G, _ = planted(n=12 * r + 100, r=r, m=300, noise=0.1, seed=r)
+    components = npeff.decompose(fishers, r, seed=1, progress=False)
+    assert best_cosines(components.vectors, G).min() >= 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("r", [16, 64])
+def test_planted_components_are_recovered_from_every_seed(r: int, seed: int) -> None:
+    fishers, G, _ = planted(n=12 * r + 100, r=r, m=300, noise=0.2, seed=100 + seed)
+    components = npeff.decompose(fishers, r, seed=seed, progress=False)
+    assert best_cosines(components.vectors, G).min() >= 0.99
+
+
+def test_planted_coefficients_come_back() -> None:
+    fishers, G, W = planted(n=150, r=6, m=200, noise=0.0, seed=0)
+    components = npeff.decompose(fishers, 6, progress=False)
+    assert components.loss < 1e-4
+    order = np.abs(components.vectors @ G.T).argmax(0)
+    wanted = W / fishers.norms[:, None]
+    np.testing.assert_allclose(components.coefficients[:, order], wanted, atol=0.02)
+
+
+def test_hard_orthogonality() -> None:
+    components = npeff.decompose(example_fishers(), 5, orthogonality="hard", **QUICK)
+    np.testing.assert_allclose(components.vectors @ components.vectors.T, np.eye(5), atol=1e-5)
+    assert (np.diff(components.loss_curve) <= 0).all()
+
+
+def test_soft_orthogonality_lowers_the_cosines() -> None:
+    fishers = example_fishers()
+
+    def overlap(strength: float) -> float:
+        cosines = npeff.decompose(fishers, 5, orthogonality=strength, **QUICK).cosines()
+        return float(np.square(cosines).sum() - 5)
+
+    free, some, much = overlap(0.0), overlap(0.05), overlap(5.0)
+    assert much < some < free
+    assert much < 0.05 * free
+
+
+def test_block_weights() -> None:
+    fishers = example_fishers(stored="sparse")
+    only_b = npeff.decompose(fishers, 3, block_weights={"a.*": 0.0}, **QUICK)
+    assert only_b.block_energy(0)["a.weight"] == 0
+    assert only_b.block_energy(0)["b.weight"] == pytest.approx(1, abs=1e-5)
+    balanced = npeff.decompose(fishers, 3, block_weights="balanced", **QUICK)
+    assert balanced.loss == pytest.approx(dense_loss(balanced, fishers), rel=1e-4)
+    again = balanced.encode(fishers)
+    assert np.abs(again.coefficients - balanced.coefficients).max() < 0.05
+    with pytest.raises(npeff.ArgumentError, match=r"block_weights.*'c\.\*'"):
+        npeff.decompose(fishers, 3, block_weights={"c.*": 1.0}, **QUICK)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_a_zero_fisher_is_kept_with_coefficient_zero(kind: str) -> None:
+    fishers = example_fishers(kind)
+    values = fishers.rows.values.copy()
+    values[fishers.row_offsets[7] : fishers.row_offsets[8]] = 0
+    norms = fishers.norms.copy()
+    norms[7] = 0
+    fishers = replace(fishers, rows=DenseRows(values), norms=norms)
+    components = npeff.decompose(fishers, 4, **QUICK)
+    assert not components.coefficients[7].any()
+    assert components.zero[7] and components.zero.sum() == 1
+    encoded = components.encode(fishers)
+    assert not encoded.coefficients[7].any() and encoded.kkt[7] == 0
+
+
+def test_checkpoint_resumes_to_the_same_bits(tmp_path) -> None:
+    fishers = example_fishers(n=60)
+    whole = npeff.decompose(fishers, 5, **QUICK)
+    path = tmp_path / "search.npz"
+
+    class Killed(Exception):
+        pass
+
+    for limit in (15, 40, 70):
+
+        def stop(progress: npeff.Progress, limit: int = limit) -> None:
+            if progress.iteration >= limit:
+                raise Killed
+
+        try:
+            npeff.decompose(fishers, 5, checkpoint=path, callback=stop, **QUICK)
+        except Killed:
+            continue
+    resumed = npeff.decompose(fishers, 5, checkpoint=path, **QUICK)
+    np.testing.assert_array_equal(whole.coefficients, resumed.coefficients)
+    np.testing.assert_array_equal(whole.vectors, resumed.vectors)
+    assert not path.exists()
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path) -> None:
+    fishers, path = example_fishers(), tmp_path / "search.npz"
+
+    def stop(progress: npeff.Progress) -> None:
+        if progress.stage == "move":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        npeff.decompose(fishers, 5, checkpoint=path, callback=stop, **QUICK)
+    with pytest.raises(npeff.ResumeError, match="seed"):
+        npeff.decompose(fishers, 5, seed=1, checkpoint=path, **QUICK)
+    with pytest.raises(npeff.ResumeError, match="Fishers themselves"):
+        npeff.decompose(example_fishers(seed=1), 5, checkpoint=path, **QUICK)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(npeff.StorageError, match=r"search\.npz"):
+        npeff.decompose(fishers, 5, checkpoint=path, **QUICK)
+
+
+def test_a_callback_can_end_the_search() -> None:
+    seen = []
+
+    def stop(progress: npeff.Progress) -> bool:
+        seen.append(progress)
+        return len(seen) == 7
+
+    components = npeff.decompose(example_fishers(), 4, callback=stop, **QUICK)
+    assert len(seen) == 7 == components.provenance["course"]["iterations"]
+    assert components.loss == pytest.approx(min(p.loss for p in seen))
+
+
+def test_init_is_where_the_descent_begins() -> None:
+    fishers = example_fishers()
+    first = npeff.decompose(fishers, 4, starts=1, moves=0, max_iterations=3, progress=False)
+    init = (first.coefficients, np.stack([first.vector(j) for j in range(4)]))
+    second = npeff.decompose(fishers, 4, init=init, moves=0, progress=False)
+    assert second.loss_curve[0] == pytest.approx(first.loss, rel=1e-5)
+    assert second.loss < first.loss
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_expand_keeps_the_frozen_components(kind: str) -> None:
+    fishers = example_fishers(kind, "sparse")
+    few = npeff.decompose(fishers, 3, **QUICK)
+    for space in ("gram", "sparse"):
+        more = few.expand(fishers, 2, space=space, **QUICK)
+        for j in range(3):
+            np.testing.assert_allclose(np.abs(more.vector(j) @ few.vector(j)), 1, atol=1e-5)
+        assert more.loss < few.loss
+        assert more.loss == pytest.approx(dense_loss(more, fishers), rel=1e-3)
+    kept = few.expand(fishers, 2, keep_coefficients=True, **QUICK)
+    np.testing.assert_allclose(kept.coefficients[:, :3], few.coefficients, atol=1e-6)
+    other = few.expand(example_fishers(kind, "sparse", seed=5), 1, **QUICK)
+    assert other.n_components == 4
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_published_algorithm_runs_and_is_not_better(kind: str) -> None:
+    fishers = example_fishers(kind)
+    options = npeff.PublishedOptions(learning_rate=3e-3, g_only=20, joint=300)
+    published = npeff.decompose(fishers, 5, algorithm="published", published=options, progress=False)
+    assert published.loss == pytest.approx(dense_loss(published, fishers), rel=1e-3)
+    assert npeff.decompose(fishers, 5, progress=False).loss <= published.loss
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_components": 0}, "n_components"),
+        ({"n_components": 2.5}, "n_components"),
+        ({"n_components": 10_000}, "n_components: expected at most"),
+        ({"n_components": 3, "seed": -1}, "seed"),
+        ({"n_components": 3, "algorithm": "magic"}, "algorithm"),
+        ({"n_components": 3, "space": "outer"}, "space"),
+        ({"n_components": 3, "orthogonality": -1.0}, "orthogonality"),
+        ({"n_components": 3, "normalize": "twice"}, "normalize"),
+        ({"n_components": 3, "block_weights": "fair"}, "block_weights"),
+        ({"n_components": 3, "init": (np.ones((2, 2)), np.ones((2, 2)))}, "init"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(npeff.ArgumentError, match=message):
+        npeff.decompose(example_fishers(), progress=False, **options)
+
+
+def test_bad_data_is_named() -> None:
+    fishers = example_fishers()
+    with pytest.raises(npeff.DataError, match="no examples"):
+        npeff.decompose(fishers[[]], 1, progress=False)
+    values = fishers.rows.values.copy()
+    values[fishers.row_offsets[5]] = np.nan
+    with pytest.raises(npeff.DataError, match="example 5"):
+        npeff.decompose(replace(fishers, rows=DenseRows(values)), 2, progress=False)
+    with pytest.raises(npeff.DataError, match="all 40 are zero"):
+        npeff.decompose(replace(fishers, rows=DenseRows(values * 0 if False else np.zeros_like(values))), 2, progress=False)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 1000), st.sampled_from(["low_rank", "diagonal"]))
+def test_any_shape_descends(n: int, m: int, seed: int, kind: str) -> None:
+    fishers = example_fishers(kind, n=n, m=m, seed=seed)
+    if not fishers.norms.any():
+        return
+    r = min(3, fishers.rows.n_rows)
+    components = npeff.decompose(fishers, r, starts=1, moves=2, progress=False)
+    assert np.isfinite(components.vectors).all() and np.isfinite(components.coefficients).all()
+    assert (np.diff(components.loss_curve) <= 0).all()
+    assert components.loss <= 1 + 1e-6
+
+
+def test_threads_are_restored() -> None:
+    before = torch.get_num_threads()
+    npeff.decompose(example_fishers(), 2, **QUICK)
+    assert torch.get_num_threads() == before
