@@ -1,8 +1,26 @@
 """Shared by all tests."""
 
+from __future__ import annotations
+
 import os
 
+import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the tests' networks are tiny: a second thread only waits for the first
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skips = {
+        "slow": (not config.getoption("--slow"), "long; run with --slow"),
+        "gpu": (not torch.cuda.is_available(), "needs a CUDA device, and torch sees none"),
+    }
+    for item in items:
+        for marker, (skip, reason) in skips.items():
+            if skip and marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))

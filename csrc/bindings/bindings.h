@@ -5,6 +5,7 @@
 
 namespace npeff {
 
+void bind_fisher_norms(pybind11::module_& m);
 void bind_isa(pybind11::module_& m);
 void bind_topk(pybind11::module_& m);
 void bind_nnls(pybind11::module_& m);

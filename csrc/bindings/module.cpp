@@ -9,4 +9,5 @@ PYBIND11_MODULE(_native, m) {
   npeff::bind_spmm(m);
   npeff::bind_sparse_gram(m);
   npeff::bind_segments(m);
+  npeff::bind_fisher_norms(m);
 }

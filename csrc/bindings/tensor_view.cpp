@@ -18,10 +18,12 @@ std::string dtype_of(char kind, int bits) {
   }
 }
 
-// The buffer protocol's format, native byte order: one letter, perhaps after '@' or '='.
+// The buffer protocol's format, native byte order: one letter, perhaps after '@', '=' or its own name.
 std::string dtype_of(const char* format, int64_t item_size) {
   if (!format) return dtype_of('u', 8);
-  if (*format == '@' || *format == '=') ++format;
+  const uint16_t one = 1;
+  const char native = *reinterpret_cast<const uint8_t*>(&one) ? '<' : '>';  // numpy writes it for arrays from files
+  if (*format == '@' || *format == '=' || *format == native) ++format;
   const int bits = static_cast<int>(8 * item_size);
   if (std::strlen(format) != 1) return std::string("format '") + format + "'";
   if (std::strchr("efd", *format)) return dtype_of('f', bits);
@@ -78,11 +80,11 @@ void TensorView::from_buffer(py::handle source, Access access) {
 }
 
 void TensorView::from_dlpack(py::handle source) {
-  if (py::hasattr(source, "device") && py::str(source.attr("device")).cast<std::string>().rfind("cpu", 0) != 0)
-    fail(std::string(name_) + ": expected a CPU tensor, got one on " + py::str(source.attr("device")).cast<std::string>());
   try {
     capsule_ = source.attr("__dlpack__")();
   } catch (py::error_already_set& error) {
+    const std::string device = py::hasattr(source, "device") ? py::str(source.attr("device")) : py::str("cpu");
+    if (device != "cpu") fail(std::string(name_) + ": expected a CPU tensor, got one on " + device);
     fail(std::string(name_) + ": cannot be read (" + py::str(error.value()).cast<std::string>() + ")");
   }
   auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));

@@ -27,6 +27,7 @@ pybind11_add_module(_native
   bindings/module.cpp
   bindings/bind_isa.cpp
   bindings/bind_nnls.cpp
+  bindings/bind_fisher_norms.cpp
   bindings/bind_segments.cpp
   bindings/bind_sparse_gram.cpp
   bindings/bind_spmm.cpp
@@ -39,6 +40,7 @@ pybind11_add_module(_native
   cpu/nnls.cpp
   cpu/nnls_exact.cpp
   cpu/parallel.cpp
+  cpu/fisher_norms.cpp
   cpu/segments.cpp
   cpu/sparse_gram.cpp
   cpu/spmm.cpp

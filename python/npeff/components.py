@@ -310,4 +310,4 @@ def statistics(kind: Kind, scaled: ScaledRows, vectors: torch.Tensor) -> tuple[t
     P, Q = project_rows(scaled.rows, vectors), vectors @ vectors.T
     if kind == "diagonal":
         return P, Q
-    return kernels.cross(P, torch.from_numpy(np.ascontiguousarray(scaled.row_offsets))), Q * Q
+    return kernels.cross(P, torch.tensor(np.asarray(scaled.row_offsets))), Q * Q

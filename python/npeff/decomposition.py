@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +27,10 @@ from npeff.rows import DenseRows, SparseRows
 from npeff.scaling import BlockWeights, Normalize, ScaledRows, keep_columns, scale
 from npeff.search import Callback, Memory, Progress, Search
 from npeff.spaces import FactorSpace, GramSpace, SpaceName, SparseSpace, choose_space
+from npeff.subspace import find_subspace
 
 Array = npt.NDArray[Any]
 Algorithm = Literal["npeff", "published"]
-
-
-SMALL_STEP = 16 << 20
-"""Bytes read by a step below which one thread is faster than several."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +217,7 @@ class _Problem:
 
     def __init__(self, fishers: Fishers, scaled: ScaledRows, options: _Options, device: str | torch.device, frozen: Tensor | None = None, frozen_W: Tensor | None = None) -> None:
         self.fishers, self.scaled, self.options = fishers, scaled, options
+        self.subspace: dict[str, Any] | None = None
         began = time.perf_counter()
         dtype = torch.float64 if options.dtype == "float64" else torch.float32
         self.space: FactorSpace
@@ -261,7 +258,7 @@ class _Problem:
         options = self.options
         began = time.perf_counter()
         bar_options = {"desc": f"decompose r={options.n_components}", "unit": "it", "disable": not progress}
-        with tqdm(**bar_options) as bar, _threads_for(self.space.step_bytes):
+        with tqdm(**bar_options) as bar:
             if options.algorithm == "published":
                 state, curve = self._published(bar, callback)
                 course: dict[str, Any] = {"iterations": options.published.g_only + options.published.joint}
@@ -271,20 +268,48 @@ class _Problem:
                 state, curve = memory.best, memory.curve
                 course = {"iterations": memory.iteration, "moves": max(0, memory.unit - options.starts), "moves_kept": memory.kept}
         seconds = {"building": round(self.seconds_building, 3), "solving": round(time.perf_counter() - began, 3)}
+        if self.subspace is not None:
+            course["subspace"] = self.subspace
         return state, curve, course | {"space": self.space.name, "space_reason": self.reason, "seconds": seconds}
 
     def _search(self, initial: State | None, checkpoint: str | Path | None, callback: Callback) -> Memory:
         options = self.options
-        keeper = None if checkpoint is None else Checkpoint(Path(checkpoint), self.scaled, {"kind": self.fishers.kind, **asdict(options)})
+        keeper = None
+        if checkpoint is not None:
+            keeper = Checkpoint(Path(checkpoint), self.scaled, {"kind": self.fishers.kind, **asdict(options)})
+        form, lift = self.form, None
+        if isinstance(self.form, LowRank) and initial is None:
+            form, lift = self._coarse(self.form)
         search = Search(
-            self.form, options.n_components, seed=options.seed, starts=options.starts, moves=options.moves, patience=options.patience,
-            max_iterations=options.max_iterations, tolerance=options.tolerance, callback=callback, save=None if keeper is None else keeper.save,
+            form, options.n_components, seed=options.seed, starts=options.starts, moves=options.moves,
+            patience=options.patience, max_iterations=options.max_iterations, tolerance=options.tolerance,
+            callback=callback, save=None if keeper is None else keeper.save, lift=lift, polish_form=self.form,
         )  # fmt: skip
-        memory = None if keeper is None else keeper.load()
-        memory = search.run(memory, initial)
+        memory = search.run(None if keeper is None else keeper.load(), initial)
         if keeper is not None:
             keeper.remove()
         return memory
+
+    def _coarse(self, fine: LowRank) -> tuple[LowRank, Callable[[State], State] | None]:
+        """The form to search in, and the way back: a subspace where one holds nearly all of the rows for less work."""
+        generator = torch.Generator().manual_seed(self.options.seed)
+        energy = float(self.scaled.rows.squared_norms().sum())
+        subspace = find_subspace(self.space, energy, self.options.n_components, generator, fine.frozen)
+        if subspace is None:
+            return fine, None
+        self.subspace = {"dimensions": subspace.rows.shape[1], "kept": round(subspace.kept, 6)}
+        rows = DenseRows(subspace.rows.cpu().numpy())
+        space = SparseSpace(rows, subspace.rows.dtype, subspace.rows.device)
+        scaled = replace(self.scaled, rows=rows, columns=None)
+        coarse = LowRank(space, scaled, self.options.orthogonality, subspace.given, fine.frozen_W)
+
+        def lift(state: State) -> State:
+            coords = subspace.lift(state.coords)
+            if fine.frozen is not None:
+                coords[: len(fine.frozen)] = fine.frozen
+            return fine.from_vectors(coords, state.W)
+
+        return coarse, lift
 
     def _published(self, bar: Any, callback: Callback | None) -> tuple[State, list[float]]:
         began, generator = time.perf_counter(), torch.Generator().manual_seed(self.options.seed)
@@ -325,20 +350,6 @@ class _Problem:
             loss=float(state.loss),
             provenance={"fishers": fishers.provenance, "options": chosen, "normalize": self.options.normalize, "course": course},
         )
-
-
-@contextmanager
-def _threads_for(step_bytes: int) -> Iterator[None]:
-    """One torch thread where a step reads less than SMALL_STEP bytes.
-
-    There, waiting for the other threads takes longer than the work; on a machine whose cores are busy, many times so.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if step_bytes < SMALL_STEP else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _with_bar(bar: Any, callback: Callback | None) -> Callback:

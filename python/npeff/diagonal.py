@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from npeff.forms import State, draw_examples, improve
+from npeff.forms import State, draw_examples, improve, total
 from npeff.scaling import ScaledRows
 from npeff.spaces import SparseSpace
 
@@ -50,7 +50,7 @@ class Diagonal:
 
     def objective(self, W: Tensor, P: Tensor, Q: Tensor) -> float:
         """L / const, accumulated in float64."""
-        fit = torch.sum(W * P, dtype=torch.float64)
+        fit = total(W * P)
         return float(self.const - 2 * fit + ((W.T @ W).double() * Q.double()).sum()) / self.const
 
     def start(self, r: int, generator: torch.Generator) -> State:

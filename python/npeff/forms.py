@@ -7,7 +7,7 @@ Both minimise ``L = const − 2⟨W, cross⟩ + ⟨WᵀW, gram⟩`` over W ≥ 0
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class Form(Protocol):
     """One kind of factorisation, bound to its data."""
 
     n_examples: int
+    space: Any
 
     def start(self, r: int, generator: torch.Generator) -> State:
         """A random start with r components, its W already fitted."""
@@ -80,6 +81,11 @@ class Form(Protocol):
     def candidates(self, state: State, count: int, generator: torch.Generator) -> State:
         """``state`` with ``count`` components appended, made from badly explained examples."""
         ...
+
+
+def total(x: Tensor) -> float:
+    """Σ of a matrix, rows summed in its own dtype and their sums in float64: as exact as needed, and fast."""
+    return float(x.sum(1).double().sum())
 
 
 def improve(gram: Tensor, cross: Tensor, W: Tensor, sweeps: int, fixed: Tensor | None = None) -> Tensor:

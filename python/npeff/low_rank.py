@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from npeff import kernels
-from npeff.forms import State, draw_examples, improve
+from npeff.forms import State, draw_examples, improve, total
 from npeff.scaling import ScaledRows
 from npeff.spaces import FactorSpace
 
@@ -42,7 +42,7 @@ class LowRank:
     ) -> None:
         self.space = space
         self.n_examples = scaled.n_examples
-        self.row_offsets = torch.from_numpy(np.ascontiguousarray(scaled.row_offsets))
+        self.row_offsets = torch.tensor(np.asarray(scaled.row_offsets))
         self.energies = torch.from_numpy(scaled.fisher_norms**2)
         self.const = float(self.energies.sum()) or 1.0
         self.hard = orthogonality == "hard"
@@ -66,7 +66,7 @@ class LowRank:
 
     def reconstruction(self, W: Tensor, cross: Tensor, Q: Tensor) -> float:
         """L, accumulated in float64."""
-        fit = torch.sum(W * cross, dtype=torch.float64)
+        fit = total(W * cross)
         return float(self.const - 2 * fit + ((W.T @ W).double() * Q.double().square()).sum())
 
     def objective(self, W: Tensor, cross: Tensor, Q: Tensor) -> float:
@@ -167,8 +167,8 @@ class LowRank:
 
         ``−2⟨W, ‖A(g + td)‖²⟩ + ⟨B, (Q + tQ₁ + t²Q₂)∘²⟩``.
         """
-        linear = float(torch.sum(spread * PD[: self.space.n_rows], dtype=torch.float64))
-        square = float(torch.sum(W * self.cross(PD), dtype=torch.float64))
+        linear = total(spread * PD[: self.space.n_rows])
+        square = total(W * self.cross(PD))
 
         def pair(a: Tensor, b: Tensor) -> float:
             return float((B * a * b).sum())

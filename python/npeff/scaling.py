@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from npeff import kernels
 from npeff.errors import ArgumentError
 from npeff.fishers import Fishers
 from npeff.parameters import Parameters
@@ -54,9 +55,11 @@ def fisher_norms(rows: Rows, row_offsets: Array, kind: str) -> Array:
     """``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` per example (``‖f_i‖₂`` for the diagonal kind), ``(n,)`` float64."""
     if kind == "diagonal":
         return np.asarray(np.sqrt(rows.squared_norms()))
+    if isinstance(rows, SparseRows):
+        return kernels.fisher_norms(rows.indptr, rows.indices, rows.values, rows.n_columns, row_offsets)
     out = np.empty(len(row_offsets) - 1)
     for i, (start, stop) in enumerate(zip(row_offsets[:-1], row_offsets[1:], strict=True)):
-        block = rows.dense(start, stop).astype(np.float64)
+        block = rows.values[start:stop].astype(np.float64)
         out[i] = math.sqrt(np.square(block @ block.T).sum())
     return out
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from npeff.forms import Form, State, usefulness
+from npeff.threads import threads_for
 
 WINDOW = 5
 """Iterations over which progress is judged."""
@@ -100,6 +101,8 @@ class Search:
         tolerance: Final relative decrease of the loss over WINDOW iterations.
         callback: Called after every iteration; a true answer ends the search with the best so far.
         save: Called with the memory whenever it is worth keeping.
+        lift: Turns the best state of ``form`` into one of ``polish_form``, where the polish takes place.
+        polish_form: By default ``form`` itself.
     """
 
     def __init__(
@@ -115,26 +118,32 @@ class Search:
         tolerance: float,
         callback: Callback | None = None,
         save: Callable[[Memory], None] | None = None,
+        lift: Callable[[State], State] | None = None,
+        polish_form: Form | None = None,
     ) -> None:
         self.form, self.r, self.seed = form, r, seed
         self.starts, self.moves, self.patience = starts, moves, patience
         self.max_iterations, self.tolerance = max_iterations, tolerance
         self._callback, self._save = callback, save or (lambda memory: None)
+        self._lift, self._polish_form = lift, polish_form or form
         self._began = time.perf_counter()
 
     def run(self, memory: Memory | None = None, initial: State | None = None) -> Memory:
         """Search from the beginning, from a given state (no starts), or from where ``memory`` left off."""
         memory = memory or Memory()
         try:
-            while memory.unit < self.starts:
-                self._start(memory, initial)
-                if initial is not None:
-                    memory.unit = self.starts
-            while memory.unit < self.starts + self.moves and memory.failures < self.patience:
-                self._move(memory)
-            self._polish(memory)
+            with threads_for(self.form.space.step_bytes):
+                while memory.unit < self.starts:
+                    self._start(memory, initial)
+                    if initial is not None:
+                        memory.unit = self.starts
+                while memory.unit < self.starts + self.moves and memory.failures < self.patience:
+                    self._move(memory)
+            with threads_for(self._polish_form.space.step_bytes):
+                self._polish(memory)
         except Stopped:
-            pass
+            if self.form is not self._polish_form and memory.best is not None and self._lift is not None:
+                memory.best = self._lift(self.form.refresh(memory.best))
         return memory
 
     # ---- units -----------------------------------------------------------------------------------------------------
@@ -169,13 +178,20 @@ class Search:
         self._finish(memory)
 
     def _polish(self, memory: Memory) -> None:
+        """Descend to the final tolerance, in the space of the polish."""
         assert memory.best is not None
-        curve = memory.curve
-        state = replace(self.form.refresh(memory.best), loss=memory.best.loss)
+        state = self.form.refresh(memory.best)
+        if self._lift is not None:
+            state = self._lift(state)
+        else:
+            state = replace(state, loss=memory.best.loss)
+        memory.best, self.form = state, self._polish_form
+        curve: list[float] = [state.loss]
         try:
             memory.best = self._descend(state, memory, "polish", self.tolerance, self.max_iterations, curve)
         finally:
-            memory.best = self._last if self._last.loss <= memory.best.loss else memory.best
+            memory.best = self._last
+            memory.curve += [loss for loss in curve if loss < memory.curve[-1]]
 
     def _is_sound(self, state: State) -> bool:
         """Whether the loss stands when P and Q are computed anew: not so after a numerical accident."""

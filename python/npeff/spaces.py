@@ -245,13 +245,20 @@ def row_gram(rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
     return K
 
 
+DENSE_RATE, SPARSE_RATE, SCATTER_RATE = 100e9, 10e9, 1e9
+"""Operations per second of dense products, of sparse times dense, and of sparse Gram matrices: ratios matter."""
+
+POLISH_STEPS = 30
+"""Steps that a polish is reckoned to take."""
+
+
 def choose_space(
     rows: Rows, choice: SpaceName, n_components: int
 ) -> tuple[type[GramSpace] | type[SparseSpace], str]:
-    """The space to use, and why.
+    """The space to use, and why: the one whose operations, at typical rates, take less time.
 
-    K costs about rows² times the columns that two rows share, once; a step costs rows² · r there, against
-    4 · nnz · r over the rows themselves.
+    Both spaces serve the search's subspace (about five products with d vectors) and the polish (two products with r
+    vectors a step; over K one). K has to be built first.
 
     Raises:
         ArgumentError: ``choice`` is unknown.
@@ -260,19 +267,17 @@ def choose_space(
         raise ArgumentError(f"space: expected 'auto', 'gram' or 'sparse', got {choice!r}")
     if choice != "auto":
         return (GramSpace if choice == "gram" else SparseSpace), "asked for"
-    entries = len(rows.values) if isinstance(rows, SparseRows) else rows.values.size
     need = 4 * rows.n_rows**2
     if need > GRAM_BYTES:
-        return (
-            SparseSpace,
-            f"K of {rows.n_rows:,} rows would take {need / 2**30:.1f} GiB, more than {GRAM_BYTES / 2**30:.0f} GiB",
-        )
-    if rows.n_rows**2 > 4 * entries:
-        return (
-            SparseSpace,
-            f"a step over K ({rows.n_rows:,}² entries) costs more than over the rows ({entries:,} entries)",
-        )
-    return (
-        GramSpace,
-        f"a step over K ({rows.n_rows:,}² entries) costs less than over the rows ({entries:,} entries)",
-    )
+        return SparseSpace, f"K of {rows.n_rows:,} rows would take {need / 2**30:.1f} GiB"
+    products = 5 * max(256, 4 * n_components) + 2 * POLISH_STEPS * n_components
+    if isinstance(rows, SparseRows):
+        counts = np.bincount(rows.indices, minlength=1).astype(np.float64)
+        building = min(np.square(counts).sum() / SCATTER_RATE, rows.n_rows**2 * rows.n_columns / DENSE_RATE)
+        over_rows = 2 * len(rows.values) * products / SPARSE_RATE
+    else:
+        building = rows.n_rows**2 * rows.n_columns / DENSE_RATE
+        over_rows = 2 * rows.values.size * products / DENSE_RATE
+    over_gram = building + 2 * rows.n_rows**2 * products / DENSE_RATE
+    found = f"reckoned {over_gram:.2g} s over K of {rows.n_rows:,} rows, {over_rows:.2g} s over the rows themselves"
+    return (GramSpace if over_gram < over_rows else SparseSpace), found

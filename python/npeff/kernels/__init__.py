@@ -15,7 +15,7 @@ from npeff.kernels.dispatch import (
 )
 from npeff.kernels.nnls import NnlsResult, nnls
 from npeff.kernels.segments import cross, spread_multiply
-from npeff.kernels.sparse import csr_transpose, spmm
+from npeff.kernels.sparse import csr_transpose, fisher_norms, spmm
 from npeff.kernels.sparse_gram import sparse_gram
 from npeff.kernels.topk import NonFiniteError, StreamingTopK, topk
 
@@ -27,6 +27,7 @@ __all__ = [
     "available",
     "cross",
     "csr_transpose",
+    "fisher_norms",
     "implementation",
     "nnls",
     "num_threads",

@@ -21,7 +21,7 @@ def dtype_name(x: Operand) -> str:
 
 
 def check(x: A, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]) -> A:
-    """The array x itself (without gradient) once it has one of the dtypes and the shape; None stands for any length.
+    """The array x itself (without gradient), once dtype and shape fit; None stands for any length.
 
     Raises:
         ArgumentError: It has not; the message names the argument.

@@ -17,7 +17,7 @@ from npeff.errors import ArgumentError
 
 Implementation = Literal["reference", "base", "avx2", "avx512"]
 
-KERNELS = ("topk", "nnls", "spmm", "csr_transpose", "sparse_gram", "cross", "spread_multiply")
+KERNELS = ("topk", "nnls", "spmm", "csr_transpose", "sparse_gram", "fisher_norms", "cross", "spread_multiply")
 """Names of the kernels that have a native implementation."""
 
 ISAS = ("avx512", "avx2", "base")

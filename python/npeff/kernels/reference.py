@@ -209,3 +209,18 @@ def cross(p: Tensor, row_offsets: Tensor) -> Tensor:
 def spread_multiply(w: Tensor, p: Tensor, row_offsets: Tensor) -> Tensor:
     """``(R, r)``: each row of p times its example's row of w."""
     return w.repeat_interleave(row_offsets.diff(), dim=0) * p
+
+
+def fisher_norms(
+    indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int, row_offsets: Tensor
+) -> Tensor:
+    """``(n,)`` float64: ‖A_iA_iᵀ‖_F, example by example from dense rows."""
+    out = values.new_zeros(len(row_offsets) - 1, dtype=torch.float64)
+    for i in range(len(out)):
+        rows = range(int(row_offsets[i]), int(row_offsets[i + 1]))
+        block = values.new_zeros(len(rows), n_columns, dtype=torch.float64)
+        for place, row in enumerate(rows):
+            entries = slice(int(indptr[row]), int(indptr[row + 1]))
+            block[place, indices[entries].long()] = values[entries].double()
+        out[i] = (block @ block.T).norm()
+    return out

@@ -48,7 +48,8 @@ def spread_multiply(w: A, p: A, row_offsets: A) -> A:
         ArgumentError: Shapes, dtypes or devices do not fit, or the offsets do not ascend from 0 to R.
     """
     p, row_offsets, device = _check(p, row_offsets)
-    w = arrays.contiguous(arrays.check(w, "w", (arrays.dtype_name(p),), (row_offsets.shape[0] - 1, p.shape[1])))
+    w = arrays.check(w, "w", (arrays.dtype_name(p),), (row_offsets.shape[0] - 1, p.shape[1]))
+    w = arrays.contiguous(w)
     arrays.same_device(w=w, p=p)
     native = dispatch.native()
     if native is None or device != "cpu" or arrays.dtype_name(p) == "float64":

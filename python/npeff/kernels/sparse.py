@@ -70,6 +70,35 @@ def csr_transpose(indptr: A, indices: A, values: A, n_columns: int) -> tuple[A, 
     return arrays.like(values, starts), arrays.like(values, rows), arrays.like(values, turned)
 
 
+def fisher_norms(indptr: A, indices: A, values: A, n_columns: int, row_offsets: A) -> A:
+    """``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` of every example's CSR rows, in float64.
+
+    Args:
+        indptr: ``(R + 1,)`` int64.
+        indices: ``(nnz,)`` int32 or int64, ascending within a row, each below ``n_columns``.
+        values: ``(nnz,)`` float32.
+        n_columns: Columns of the rows.
+        row_offsets: ``(n + 1,)`` int64; example i owns rows ``row_offsets[i]:row_offsets[i+1]``.
+
+    Returns:
+        ``(n,)`` float64, of the kind of ``values``.
+
+    Raises:
+        ArgumentError: Shapes, dtypes or devices do not fit, or an index or offset is out of range.
+    """
+    indptr, indices, values = check_csr(indptr, indices, values)
+    row_offsets = arrays.contiguous(arrays.check(row_offsets, "row_offsets", ("int64",), (None,)))
+    device = arrays.same_device(indptr=indptr, indices=indices, values=values, row_offsets=row_offsets)
+    native = dispatch.native()
+    if native is None or device.type != "cpu":
+        tensors = [arrays.as_tensor(x) for x in (indptr, indices, values)]
+        check_structure(tensors[0], tensors[1], n_columns)
+        return arrays.like(values, reference.fisher_norms(*tensors, n_columns, arrays.as_tensor(row_offsets)))
+    out = np.empty(row_offsets.shape[0] - 1, np.float64)
+    native.fisher_norms(indptr, indices, values, n_columns, row_offsets, out, dispatch.num_threads())
+    return arrays.like(values, out)
+
+
 def check_csr(indptr: A, indices: A, values: A, dtype: str = "float32") -> tuple[A, A, A]:
     """The three arrays, C-contiguous, once their dtypes and lengths fit.
 

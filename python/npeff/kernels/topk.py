@@ -151,7 +151,11 @@ class StreamingTopK:
             raise NonFiniteError(*bad)
 
     def _check(self, n: int, bases: Array, targets: Array | None) -> None:
-        """What the native selectors check by themselves."""
+        """What the native selectors check by themselves.
+
+        Raises:
+            ArgumentError: A selector does not exist, or a flat index is negative.
+        """
         if targets is None and n > self.n_rows:
             raise ArgumentError(f"block: expected at most {self.n_rows} rows, one per selector, got {n}")
         if targets is not None and not ((targets >= 0) & (targets < self.n_rows)).all():

@@ -1,0 +1,163 @@
+"""The command line: arguments → one public call each.
+
+A command lives in a module of this package, as a click command; a line in ``COMMANDS`` adds it. The modules
+here import click and nothing heavy; torch and the stages are imported inside the commands, so that ``npeff
+--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import click
+
+from npeff.cli.common import DEBUG, HELP_WIDTH, write_block
+from npeff.errors import NpeffError
+
+COMMANDS = {
+    "demo": "npeff.cli.demo:demo",
+    "fishers": "npeff.cli.fishers:fishers",
+    "decompose": "npeff.cli.decompose:decompose",
+    "encode": "npeff.cli.encode:encode",
+    "report": "npeff.cli.report:report",
+    "info": "npeff.cli.files:info",
+    "export": "npeff.cli.files:export",
+    "doctor": "npeff.cli.doctor:doctor",
+}
+
+EXAMPLES = """
+npeff demo                                           all of it, on handwritten digits
+npeff fishers train.py:model train.py:data --out fishers.h5
+npeff decompose fishers.h5 --components 64 --out components.h5
+npeff report components.h5 --data train.py:data --out report/
+"""
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Commands(click.Group):
+    """The commands of ``COMMANDS``, in that order, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the pipeline."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name].partition(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; name a similar one where there is none.
+
+        Raises:
+            UsageError: There is no such command.
+        """
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"There is no command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The description, then the examples."""
+        super().format_help_text(ctx, formatter)
+        write_block(formatter, "Examples", EXAMPLES)
+
+
+def _version() -> str:
+    try:
+        return version("npeff")
+    except PackageNotFoundError:
+        return "0 (source tree)"
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
+)
+@click.version_option(_version(), prog_name="npeff", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Which strategies a network uses, on which examples, and which parameter directions carry them.
+
+    Every step writes a file that the next one reads: `fishers` makes Fishers of a model and data, `decompose`
+    makes components of Fishers, `report` makes a page of components.
+
+    Every command has --help, and --debug to see where an error came from. Exit status: 0 done, 1 failed, 2
+    wrong usage, 130 interrupted.
+    """
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: As in ``sys.argv[1:]``, the default.
+
+    Returns:
+        The exit status: 0; 1 for an error of npeff or of the system, told in one message; 2 for wrong usage;
+        130 for Ctrl-C.
+
+    Raises:
+        NpeffError: With ``--debug``, errors keep their traceback.
+        OSError: With ``--debug``.
+        MemoryError: With ``--debug``.
+    """
+    DEBUG.clear()
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(arguments)
+
+
+def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    """Without the file and line that warn: they are ours, not the reader's."""
+    click.echo(f"npeff: note: {message}", err=True)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        result = cli.main(
+            None if arguments is None else list(arguments), prog_name="npeff", standalone_mode=False
+        )
+        return result if isinstance(result, int) else OK
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return USAGE
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "npeff: interrupted; shards and checkpoints are kept, the same command goes on from them",
+            err=True,
+        )
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; keep Python from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (NpeffError, OSError, MemoryError) as error:
+        if DEBUG:
+            raise
+        click.echo(f"npeff: {str(error) or type(error).__name__}", err=True)
+        return FAILED
+
+
+def main() -> None:
+    """Entry point of the ``npeff`` command."""
+    sys.exit(run())
+
+
+__all__ = ["COMMANDS", "cli", "main", "run"]

@@ -1,0 +1,126 @@
+"""What the commands share: options, types, and how they speak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+HELP_WIDTH = 112
+DEBUG: list[bool] = []
+"""Holds True once ``--debug`` was given: errors then keep their traceback."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EXISTING = click.Path(exists=True, path_type=Path)
+WRITABLE = click.Path(path_type=Path)
+
+
+def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        DEBUG.append(True)
+
+
+class Command(click.Command):
+    """A command with worked examples in its help, and ``--debug``.
+
+    Args:
+        examples: Lines shown as they are.
+    """
+
+    def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+        self.params.append(
+            click.Option(
+                ["--debug"],
+                is_flag=True,
+                expose_value=False,
+                is_eager=True,
+                callback=_remember,
+                help="Show the traceback of an error.",
+            )
+        )
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The description, then the examples."""
+        super().format_help_text(ctx, formatter)
+        write_block(formatter, "Examples", self.examples)
+
+
+def command(examples: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a command of a function; see :class:`Command`."""
+    return click.command(cls=Command, examples=examples)
+
+
+def write_block(formatter: click.HelpFormatter, heading: str, text: str) -> None:
+    """Write lines as they are under a heading."""
+    if text.strip():
+        with formatter.section(heading):
+            for line in text.strip().splitlines():
+                formatter.write(f"{'':{formatter.current_indent}}{line.strip()}\n")
+
+
+def seed(function: F) -> F:
+    """``--seed``."""
+    return click.option(
+        "--seed", type=int, default=0, show_default=True, help="Decides every random choice."
+    )(function)
+
+
+def quiet(function: F) -> F:
+    """``--quiet``: no progress bar."""
+    return click.option("--quiet", is_flag=True, help="No progress bar.")(function)
+
+
+def note(message: str) -> None:
+    """Tell the user something beside the result: on stderr."""
+    click.echo(message, err=True)
+
+
+def misused(message: str) -> NoReturn:
+    """End with exit status 2.
+
+    Args:
+        message: What is wrong with the arguments.
+
+    Raises:
+        UsageError: Always.
+    """
+    raise click.UsageError(message)
+
+
+def size(n_bytes: int) -> str:
+    """A number of bytes for people: ``1.5 MB``."""
+    value, unit = float(n_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def unruled(coverage: Iterable[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Parameters that no gradient rule served: ``(name, what served it and why)``."""
+    slow = [line for line in coverage if line.get("rule") in ("torch.func", "loop", "zero")]
+    return [(line.get("parameter", "?"), f"{line['rule']} ({line.get('reason', '')})") for line in slow]
+
+
+def wants(loaded: Any, kind: str, path: Path) -> Any:
+    """Check that a file held what a command needs.
+
+    Args:
+        loaded: What :func:`npeff.load` gave.
+        kind: ``"Fishers"`` or ``"Components"``.
+        path: The file, for the message.
+
+    Returns:
+        ``loaded``; ends with exit status 2 where it is of the other kind.
+    """
+    name = type(loaded).__name__
+    if name != kind:
+        how = {"Fishers": "npeff fishers", "Components": "npeff decompose"}[kind]
+        misused(f"{path} holds {name}, expected {kind} (made by: {how})")
+    return loaded

@@ -1,0 +1,109 @@
+"""``npeff decompose``: stage 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from npeff.cli.common import EXISTING, WRITABLE, command, misused, quiet, seed, wants
+
+
+def _orthogonality(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
+    if value is None or value == "hard":
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"expected a number or 'hard', got {value!r}") from None
+
+
+@command(
+    examples="""
+        npeff decompose fishers.h5 --components 64 --out components.h5
+        npeff decompose fishers.h5 --components 64 --block-weights balanced --starts 8 --out components.h5
+        npeff decompose fishers.h5 --components 48 --wrong-only --out heuristics.h5
+    """
+)
+@click.argument("path", metavar="FISHERS", type=EXISTING)
+@click.option(
+    "--components", "n_components", type=click.IntRange(min=1), required=True, metavar="R", help="How many."
+)
+@click.option("--out", type=WRITABLE, required=True, help="File to write.")
+@click.option(
+    "--algorithm",
+    type=click.Choice(["npeff", "published"]),
+    default="npeff",
+    show_default=True,
+    help="Solver.",
+)
+@click.option(
+    "--space",
+    type=click.Choice(["auto", "gram", "sparse"]),
+    default="auto",
+    show_default=True,
+    help="Work on inner products of rows, or on the rows.",
+)
+@click.option("--starts", type=click.IntRange(min=1), help="Random starts; the best goes on.")
+@click.option("--moves", type=click.IntRange(min=0), help="Attempts to replace poor components.")
+@click.option("--max-iterations", type=click.IntRange(min=1), help="Limit of each descent.")
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), help="Relative decrease of the loss at which it ends."
+)
+@click.option(
+    "--block-weights",
+    type=click.Choice(["energy", "balanced"]),
+    help="Parameter blocks as they are, or with equal shares.",
+)
+@click.option(
+    "--orthogonality",
+    callback=_orthogonality,
+    metavar="WEIGHT|hard",
+    help="Push components apart, or make them orthonormal.",
+)
+@click.option(
+    "--normalize",
+    type=click.Choice(["stored", "dense", "none"]),
+    help="Norm scaled to 1: of the rows as stored, of the Fisher before compression, or none.",
+)
+@click.option(
+    "--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Of --algorithm published."
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Joint steps of --algorithm published.")
+@click.option("--wrong-only", is_flag=True, help="Only examples that the model predicts wrongly.")
+@click.option(
+    "--checkpoint", type=WRITABLE, help="File that keeps the state; the same command then goes on from it."
+)
+@click.option("--device", help="cpu, cuda …  [default: cpu]")
+@seed
+@quiet
+def decompose(
+    path: Path,
+    n_components: int,
+    out: Path,
+    wrong_only: bool,
+    learning_rate: float | None,
+    steps: int | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Factorise FISHERS into components."""
+    given = {name: value for name, value in options.items() if value is not None}
+    rates: dict[str, Any] = {"learning_rate": learning_rate, "joint": steps}
+    published = {name: value for name, value in rates.items() if value is not None}
+    if published and options["algorithm"] != "published":
+        misused("--learning-rate and --steps belong to --algorithm published")
+    import npeff
+
+    if published:
+        given["published"] = npeff.PublishedOptions(**published)
+    fishers = wants(npeff.load(path), "Fishers", path)
+    if wrong_only:
+        fishers = fishers.filter(wrong=True)
+    components = npeff.decompose(fishers, n_components, progress=not quiet, **given)
+    components.save(out)
+    click.echo(
+        f"{out}: {components.n_components} components of {len(fishers):,} examples, "
+        f"relative loss {components.loss:.4f}"
+    )

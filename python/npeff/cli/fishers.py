@@ -1,0 +1,158 @@
+"""``npeff fishers``: stage 1."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from npeff.cli.common import WRITABLE, command, misused, note, quiet, seed, size, unruled
+
+DEFAULT_TOP_K = 65_536
+
+
+@command(
+    examples="""
+        npeff fishers train.py:model train.py:data --out fishers.h5
+        npeff fishers zoo.mnist:load zoo.mnist:test --exact --energy 0.99 --out fishers.h5
+        npeff fishers bert.py:model bert.py:batches --kind diagonal --parameters 'bert.encoder.*' --out d.h5
+    """
+)
+@click.argument("model", metavar="MODEL")
+@click.argument("data", metavar="DATA")
+@click.option(
+    "--out",
+    type=WRITABLE,
+    required=True,
+    help="File to write; with unfinished work beside it, that is continued.",
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["low_rank", "diagonal"]),
+    default="low_rank",
+    show_default=True,
+    help="Form of the Fishers.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"Keep each example's N largest values.  [default: {DEFAULT_TOP_K}]",
+)
+@click.option("--exact", is_flag=True, help="Keep all values; instead of --top-k.")
+@click.option(
+    "--basis",
+    type=click.Choice(["reduced", "class"]),
+    default="reduced",
+    show_default=True,
+    help="Rows of a low-rank Fisher: C−1 exact ones, or one per class as published.",
+)
+@click.option(
+    "--rank", type=click.IntRange(min=1), help="At most this many rows per example (basis reduced)."
+)
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Rows that hold this share of the trace (basis reduced).",
+)
+@click.option(
+    "--min-prob", type=click.FloatRange(0, 1), help="Only classes at least this likely (basis class)."
+)
+@click.option(
+    "--max-classes", type=click.IntRange(min=1), help="At most this many classes per example (basis class)."
+)
+@click.option(
+    "--labels",
+    type=click.Choice(["expected", "sampled", "true"]),
+    default="expected",
+    show_default=True,
+    help="Expectation over the model's labels, draws from them, or the empirical Fisher.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Draws per example, for --labels sampled.",
+)
+@click.option(
+    "--likelihood",
+    type=click.Choice(["categorical", "bernoulli", "gaussian"]),
+    default="categorical",
+    show_default=True,
+    help="What the outputs parametrise.",
+)
+@click.option(
+    "--parameters",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only parameters whose name matches, as in 'layer4.*'; repeatable.",
+)
+@click.option(
+    "--forward",
+    metavar="TARGET",
+    help="module:callable for (model, batch) -> logits, where model(inputs) is not enough.",
+)
+@click.option("--max-examples", type=click.IntRange(min=1), help="Stop after this many.")
+@click.option("--device", help="cpu, cuda, cuda:1 …  [default: where the model is]")
+@seed
+@quiet
+def fishers(
+    model: str,
+    data: str,
+    out: Path,
+    top_k: int | None,
+    exact: bool,
+    samples: int,
+    parameters: tuple[str, ...],
+    forward: str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Compute the Fisher of every example of DATA under MODEL.
+
+    MODEL and DATA are module:callable or file.py:callable. MODEL's callable returns a torch.nn.Module in
+    evaluation mode, DATA's an iterable of batches: (inputs, labels), dicts with or without "labels", or
+    tensors. Keep the order of the data fixed: examples are known by their position.
+
+    Interrupted (Ctrl-C, kill -9, power), the same command resumes from the last shard.
+    """
+    if exact and top_k:
+        misused("--exact keeps all values and --top-k the largest: give one of them")
+    import npeff
+    from npeff.targets import load_data, load_model, load_object
+
+    _announce(out)
+    if not top_k:  # a model smaller than our default is no news
+        warnings.filterwarnings("ignore", message=r"TopK\(k=")
+    result = npeff.compute_fishers(
+        load_model(model),
+        load_data(data),
+        compress=None if exact else npeff.TopK(top_k or DEFAULT_TOP_K),
+        n_samples=samples,
+        parameters=list(parameters) or None,
+        forward=load_object(forward, "--forward") if forward else None,
+        out=out,
+        progress=not quiet,
+        **options,
+    )
+    click.echo(
+        f"{out}: {len(result):,} Fishers of {result.n_parameters:,} parameters, {size(out.stat().st_size)}"
+    )
+    slow = unruled(result.coverage)
+    for name, why in slow[:5]:
+        note(f"  {name}: {why}")
+    if len(slow) > 5:
+        note(f"  and {len(slow) - 5} more parameters: npeff info {out}")
+
+
+def _announce(out: Path) -> None:
+    """Say what is already there, since resuming happens by itself."""
+    from npeff.parts import describe_parts, parts_folder
+
+    if out.exists():
+        note(f"{out} exists: checking that it was made from this model, this data and these options")
+    elif parts_folder(out).is_dir():
+        note(f"{out}: resuming; {describe_parts(out)['n_examples']:,} examples are done")

@@ -1,0 +1,1 @@
+"""Per-example gradients: rules per operation, a fallback for the rest, a check that they are right."""

@@ -1,0 +1,259 @@
+"""Per-example gradients of a batch, block by block: one forward pass, one backward pass per cotangent column.
+
+The backward passes go to the outputs of the operations in which parameters meet data, never to the
+parameters. Then, parameter by parameter and tile by tile, the rules make the per-example gradients; whoever
+takes a block compresses it and forgets it, so that no (batch, rank, parameters) tensor ever exists.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from npeff.batches import Batch
+from npeff.errors import ModelError
+from npeff.gradients import tiles
+from npeff.gradients.eligibility import check_eligible
+from npeff.gradients.fallback import Fallback, Logits, groups
+from npeff.gradients.graph import Graph, Value
+from npeff.gradients.rules import Found, Rule, Unsupported, find_uses
+from npeff.gradients.rules.base import Scratch
+from npeff.gradients.selfcheck import check_rules
+from npeff.gradients.tiles import Block
+from npeff.parameters import Parameters
+
+KEPT_BYTES = 512 << 20
+_FUSED_RECURRENT = frozenset({"MkldnnRnnLayerBackward0", "CudnnRnnBackward0", "MiopenRnnBackward0"})
+
+
+@dataclass
+class Prepared:
+    """A batch's logits, and the rules that its graph calls for."""
+
+    batch: Batch
+    logits: Tensor
+    rules: dict[str, list[Rule]]
+    others: list[str]
+    unused: list[str] = field(default_factory=list)
+
+    def kept_bytes(self, n_columns: int) -> int:
+        """What the backward passes will keep for all columns."""
+        return n_columns * sum(rule.bytes_per_column() for rules in self.rules.values() for rule in rules)
+
+
+class PerExampleGradients:
+    """Per-example gradients of the selected parameters of a model.
+
+    Args:
+        model: The model, left as it was after each ``recording``.
+        parameters: The selected parameters' places in the flat vector.
+        call: Runs the model on a batch.
+
+    Raises:
+        ModelError: The model has no per-example gradients as it stands.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Parameters, call: Logits) -> None:
+        check_eligible(model)
+        self.model, self.parameters = model, parameters
+        named = dict(model.named_parameters())
+        self.tensors: dict[str, Tensor] = {name: named[name] for name in parameters.names}
+        self.fallback = Fallback(model, self._run)
+        self.moved: dict[str, str] = {}
+        self.served: dict[str, str] = {}
+        self.scratch = Scratch()
+        self._call = call
+        self._decompose = False
+        self._choices: dict[tuple[object, ...], dict[str, tuple[int, ...]]] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within it, autograd records the selected parameters alone; afterwards all flags are as before.
+
+        Raises:
+            ModelError: The model was made under ``torch.inference_mode()``.
+            RuntimeError: Whatever the work within raises.
+        """
+        before = [(tensor, tensor.requires_grad) for tensor in self.model.parameters()]
+        chosen = {id(tensor) for tensor in self.tensors.values()}
+        try:
+            for tensor, _ in before:
+                if tensor.requires_grad != (id(tensor) in chosen):
+                    tensor.requires_grad_(id(tensor) in chosen)
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+        except RuntimeError as error:
+            if "inference tensor" in str(error).lower():
+                raise ModelError(
+                    "model: made under torch.inference_mode(), so autograd cannot record it; make or load "
+                    f"it outside ({error})"
+                ) from error
+            raise
+        finally:
+            for tensor, flag in before:
+                if tensor.requires_grad != flag:
+                    tensor.requires_grad_(flag)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The logits ``(b, C)`` with their graph.
+
+        Raises:
+            ModelError: Autograd recorded nothing.
+        """
+        logits = self._forward(batch)
+        if not self._decompose and logits.requires_grad and Graph(logits).names & _FUSED_RECURRENT:
+            # Fused recurrent kernels hide their steps; the plain ones are matrix products, which have a rule.
+            self._decompose = True
+            logits = self._forward(batch)
+        if not logits.requires_grad:
+            raise ModelError(
+                "model: the logits do not depend on any selected parameter as far as autograd can see; "
+                "remove torch.no_grad(), .detach() or .data from the forward pass, or select other parameters"
+            )
+        return logits
+
+    def _forward(self, batch: Batch) -> Tensor:
+        return self._run(self.model, batch)
+
+    def _run(self, model: nn.Module, batch: Batch) -> Tensor:
+        if not self._decompose:
+            return self._call(model, batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the flags themselves warn about devices that are not here
+            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+                return self._call(model, batch)
+
+    def prepare(self, batch: Batch, logits: Tensor) -> Prepared:
+        """Find every use of every parameter in the graph, checking the rules when the graph has a new form.
+
+        Raises:
+            ModelError: Examples influence each other.
+        """
+        graph = Graph(logits)
+        found: dict[str, list[Found]] = {}
+        unused = []
+        for name, tensor in self.tensors.items():
+            edge = get_gradient_edge(tensor)
+            if name in self.moved:
+                continue
+            if tensor.numel() == 0 or not graph.takers(edge):
+                unused.append(name)
+                continue
+            try:
+                found[name] = find_uses(graph, Value(edge, tuple(tensor.shape)), batch.n_examples)
+            except Unsupported as reason:
+                self.moved[name] = str(reason)
+        form = _form(found, batch.n_examples)
+        choices = self._choices.get(form)
+        if choices is None:
+            choices = check_rules(self, batch, logits, found, unused)
+            self._choices[form] = choices
+        rules: dict[str, list[Rule]] = {}
+        for name, choice in choices.items():
+            if name in self.moved:
+                continue
+            try:
+                rules[name] = [
+                    rule(use, layouts[i], self.scratch)
+                    for (rule, use, layouts), i in zip(found[name], choice, strict=True)
+                ]
+            except Unsupported as reason:
+                self.moved[name] = str(reason)
+                continue
+            self.served[name] = "+".join(dict.fromkeys(rule.name for rule in rules[name]))
+        return Prepared(batch, logits, rules, [name for name in self.tensors if name in self.moved], unused)
+
+    def blocks(self, prepared: Prepared, columns: Tensor, *, squared: bool = False) -> Iterator[Block]:
+        """Run the backward passes, then yield the per-example gradients.
+
+        Args:
+            prepared: From :meth:`prepare`.
+            columns: ``(b, C, R)`` cotangents.
+            squared: Yield Σ over columns of the squares instead.
+
+        Yields:
+            Blocks that together cover every element of every selected parameter, except where gradients are
+            zero.
+        """
+        columns = columns.to(prepared.logits.dtype)
+        backward(prepared.logits, columns, [rule for rules in prepared.rules.values() for rule in rules])
+        for name in list(prepared.rules):
+            yield from tiles.tiles(
+                self.parameters.named(name),
+                prepared.rules.pop(name),
+                prepared.batch.n_examples,
+                columns.shape[2],
+                squared,
+            )
+        others = {name: self.tensors[name] for name in prepared.others}
+        for group in groups(others, columns.shape[2], tiles.TILE_ELEMENTS):
+            for name, examples, gradient in self.fallback.gradients(
+                prepared.batch, prepared.logits, columns, group, tiles.TILE_ELEMENTS
+            ):
+                parameter = self.parameters.named(name)
+                values = gradient.flatten(2).unsqueeze(2)
+                yield Block(
+                    parameter,
+                    examples,
+                    tiles.squares(values, self.scratch)[:, None] if squared else values,
+                    parameter.offset,
+                )
+
+    def coverage(self) -> list[dict[str, str]]:
+        """Per parameter, the rule that serves it, and why."""
+        lines = []
+        for name in self.tensors:
+            if name in self.moved:
+                reason = "; ".join(filter(None, (self.moved[name], self.fallback.loop_reason)))
+                lines.append(
+                    {
+                        "parameter": name,
+                        "rule": "loop" if self.fallback.loop_reason else "torch.func",
+                        "reason": reason,
+                    }
+                )
+            elif name in self.served:
+                lines.append({"parameter": name, "rule": self.served[name], "reason": "agrees with autograd"})
+            else:
+                lines.append({"parameter": name, "rule": "zero", "reason": "the logits do not depend on it"})
+        return lines
+
+
+def _form(found: Mapping[str, list[Found]], n_examples: int) -> tuple[object, ...]:
+    uses = (
+        (
+            name,
+            *(
+                (rule, layouts[0].positions > 1, *(layout.order for layout in layouts))
+                for rule, _, layouts in entries
+            ),
+        )
+        for name, entries in found.items()
+    )
+    return (n_examples > 1, *uses)
+
+
+def backward(logits: Tensor, columns: Tensor, rules: list[Rule]) -> None:
+    """One backward pass per column to the rules' edges; each rule keeps what it needs."""
+    takers: dict[tuple[Node, int], list[Rule]] = {}
+    for rule in rules:
+        rule.reserve(columns.shape[2])
+        takers.setdefault((rule.edge.node, rule.edge.output_nr), []).append(rule)
+    edges = [GradientEdge(*key) for key in takers]
+    if not edges:
+        return
+    for column in range(columns.shape[2]):
+        deltas = torch.autograd.grad(
+            logits, edges, columns[:, :, column], retain_graph=True, allow_unused=True
+        )
+        for sharing, delta in zip(takers.values(), deltas, strict=True):
+            if delta is None:
+                delta = logits.new_zeros(sharing[0].use.output_shape)
+            for rule in sharing:
+                rule.store(column, delta.detach())

@@ -1,0 +1,280 @@
+"""Cotangents S of the logits with S Sᵀ = the output's Fisher, so that A = SᵀJ has F = AᵀA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from npeff.errors import ArgumentError, DataError
+
+Likelihood = Literal["categorical", "bernoulli", "gaussian"]
+Basis = Literal["reduced", "class"]
+Labels = Literal["expected", "sampled", "true"]
+
+
+@dataclass(frozen=True)
+class FactorOptions:
+    """Which rows a Fisher factor has; see :func:`npeff.compute_fishers` for the meaning of each."""
+
+    basis: Basis = "reduced"
+    rank: int | None = None
+    energy: float | None = None
+    min_prob: float | None = None
+    max_classes: int | None = None
+    labels: Labels = "expected"
+    n_samples: int = 1
+    likelihood: Likelihood = "categorical"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse values that mean nothing, and options that do not go together.
+
+        Raises:
+            ArgumentError: Naming the option.
+        """
+        for name, kinds in (("basis", Basis), ("labels", Labels), ("likelihood", Likelihood)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ArgumentError(
+                    f"{name}: expected one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}"
+                )
+        for name in ("rank", "max_classes", "n_samples"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ArgumentError(f"{name}: expected an integer ≥ 1, got {value!r}")
+        for name, upper in (("energy", 1.0), ("min_prob", 1.0)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= upper:
+                raise ArgumentError(f"{name}: expected a number in (0, 1], got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ArgumentError(f"seed: expected an integer in [0, 2⁶³), got {self.seed!r}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        exact = self.labels == "expected" and self.likelihood == "categorical"
+        for name, basis, remedy in (
+            ("rank", "reduced", "max_classes="),
+            ("energy", "reduced", "min_prob="),
+            ("min_prob", "class", "energy="),
+            ("max_classes", "class", "rank="),
+        ):
+            if getattr(self, name) is None:
+                continue
+            if not exact:
+                raise ArgumentError(
+                    f"{name}: truncates a categorical factor with labels='expected'; leave it out here"
+                )
+            if self.basis != basis:
+                raise ArgumentError(
+                    f"{name}: belongs to basis={basis!r}; with basis={self.basis!r} use {remedy}"
+                )
+        if self.n_samples != 1 and self.labels != "sampled":
+            raise ArgumentError(
+                f"n_samples: counts the draws of labels='sampled'; got {self.n_samples} with "
+                f"labels={self.labels!r}"
+            )
+
+    def most_rows(self, n_outputs: int) -> int:
+        """The most rows that an example can have with ``n_outputs`` logits."""
+        if self.labels == "true":
+            return 1
+        if self.labels == "sampled":
+            return self.n_samples
+        if self.likelihood != "categorical":
+            return n_outputs
+        if self.basis == "class":
+            return min(n_outputs, self.max_classes or n_outputs)
+        return min(n_outputs - 1, self.rank or n_outputs)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Cotangents of a batch, scaled per example to unit Frobenius norm (no underflow in half precision).
+
+    Attributes:
+        columns: ``(b, C, R)`` float64; columns beyond an example's count are zero. ``S_i = scale_i ·
+            columns_i``.
+        scale: ``(b,)`` float64.
+        counts: ``(b,)`` int64 columns per example.
+    """
+
+    columns: Tensor
+    scale: Tensor
+    counts: Tensor
+
+
+def factorise(logits: Tensor, options: FactorOptions, targets: Tensor | None, ids: np.ndarray) -> Factors:
+    """Cotangents S for every example of a batch.
+
+    For a categorical output ``S Sᵀ = diag p − ppᵀ`` (Matena & Raffel 2023, §3; the reduced basis takes the
+    eigenvectors), in expectation only when ``labels="sampled"``, and ``S = e_y − p`` when ``labels="true"``.
+
+    Args:
+        logits: ``(b, C)``, any floating dtype and device; finite.
+        options: Checked options.
+        targets: ``(b,)`` labels or ``(b, C)`` targets on the same device; needed for ``labels="true"``.
+        ids: ``(b,)`` int64 positions of the examples in the data: they and the seed decide the draws.
+
+    Returns:
+        Factors on the logits' device.
+
+    Raises:
+        ArgumentError: One logit only, with a categorical likelihood.
+    """
+    logits = logits.detach().to(torch.float64)
+    if options.likelihood == "categorical" and logits.shape[1] < 2:
+        raise ArgumentError(
+            "likelihood: a categorical output needs at least 2 logits, got 1; use likelihood='bernoulli' "
+            "for one logit "
+            "per yes/no question, or likelihood='gaussian' for regression"
+        )
+    if options.labels == "expected":
+        columns, counts = _expected(logits, options)
+    else:
+        columns = _residuals(logits, options, targets, ids)
+        counts = torch.full((len(logits),), columns.shape[2], dtype=torch.int64, device=logits.device)
+    # Two steps: entries below √(smallest float64) would vanish when squared.
+    largest = columns.abs().amax(dim=(1, 2)) if columns.numel() else columns.new_zeros(len(columns))
+    columns = columns / torch.where(largest > 0, largest, 1.0)[:, None, None]
+    norm = columns.square().sum(dim=(1, 2)).sqrt()
+    columns = columns / torch.where(norm > 0, norm, 1.0)[:, None, None]
+    return Factors(columns, largest * norm, counts)
+
+
+def _expected(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tensor]:
+    n, n_outputs = logits.shape
+    if options.likelihood == "gaussian":
+        columns = torch.eye(n_outputs, dtype=torch.float64, device=logits.device).expand(n, -1, -1)
+    elif options.likelihood == "bernoulli":
+        log_std = (torch.nn.functional.logsigmoid(logits) + torch.nn.functional.logsigmoid(-logits)) / 2
+        columns = torch.diag_embed(log_std.exp())
+    elif options.basis == "class":
+        return _class_columns(logits, options)
+    else:
+        return _reduced_columns(logits, options)
+    return columns, torch.full((n,), n_outputs, dtype=torch.int64, device=logits.device)
+
+
+def _others(log_p: Tensor) -> Tensor:
+    """``1 − p_y`` per class, ``(…, C)``, without cancellation when p_y is nearly one."""
+    p = log_p.exp()
+    top = log_p.argmax(dim=-1, keepdim=True)
+    rest = p.scatter(-1, top, 0.0).sum(dim=-1, keepdim=True)
+    return (1 - p).scatter(-1, top, rest)
+
+
+def _class_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tensor]:
+    """Columns √p_y (e_y − p), without the classes below ``min_prob`` or beyond ``max_classes``.
+
+    The most probable class is never left out.
+    """
+    log_p = torch.log_softmax(logits, dim=1)
+    p = log_p.exp()
+    n, n_outputs = p.shape
+    columns = -p[:, :, None].expand(-1, -1, n_outputs).clone()
+    columns.diagonal(dim1=1, dim2=2).copy_(_others(log_p))
+    columns *= (log_p / 2).exp()[:, None, :]
+    if options.min_prob is None and options.max_classes is None:
+        return columns, torch.full((n,), n_outputs, dtype=torch.int64, device=p.device)
+    sorted_p, order = torch.sort(p, dim=1, descending=True, stable=True)
+    keep = sorted_p >= (options.min_prob or 0.0)
+    keep[:, 0] = True
+    keep[:, options.max_classes or n_outputs :] = False
+    counts = keep.sum(dim=1)
+    width = int(counts.max())
+    columns = columns.gather(2, order[:, None, :width].expand(-1, n_outputs, -1))
+    return columns * keep[:, None, :width], counts
+
+
+def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tensor]:
+    """Eigenvectors × √eigenvalue of diag p − ppᵀ, descending, the null one dropped.
+
+    The largest entry of each is positive.
+    """
+    log_p = torch.log_softmax(logits, dim=1)
+    n, n_outputs = log_p.shape
+    # Dividing by the trace keeps the smallest eigenvalues of a confident example in range.
+    variance = (log_p + _others(log_p).log()).exp()
+    trace = variance.sum(dim=1)
+    unit = torch.where(trace > 0, trace, 1.0)
+    p = log_p.exp()
+    matrix = -(p[:, :, None] / unit[:, None, None]) * p[:, None, :]
+    matrix.diagonal(dim1=1, dim2=2).copy_(variance / unit[:, None])
+    values, vectors = torch.linalg.eigh(matrix)
+    width = options.most_rows(n_outputs)
+    values = values.flip(1)[:, :width].clamp_min(0.0)
+    vectors = vectors.flip(2)[:, :, :width]
+    leading = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+    columns = vectors * torch.where(leading < 0, -1.0, 1.0) * (values * unit[:, None]).sqrt()[:, None, :]
+    columns = columns * (trace > 0)[:, None, None]
+    counts = torch.full((n,), width, dtype=torch.int64, device=p.device)
+    if options.energy is not None:
+        short = values.cumsum(dim=1) < options.energy - 1e-12
+        counts = (short.sum(dim=1) + 1).clamp_max(width)
+        counts = torch.where(trace > 0, counts, 1)
+        kept = torch.arange(width, device=p.device) < counts[:, None]
+        width = int(counts.max())
+        columns = (columns * kept[:, None, :])[:, :, :width]
+    return columns, counts
+
+
+def _residuals(logits: Tensor, options: FactorOptions, targets: Tensor | None, ids: np.ndarray) -> Tensor:
+    """Columns ∇_logits log p(y) for the true label or for draws, divided by √n_samples."""
+    if options.labels == "true":
+        return _score(logits, _as_outcome(logits, options, targets, ids), options)[:, :, None]
+    n_outputs = logits.shape[1]
+    draws = []
+    for example in ids:
+        generator = np.random.Generator(np.random.Philox(key=options.seed, counter=[0, 0, 0, int(example)]))
+        size = options.n_samples if options.likelihood == "categorical" else (options.n_samples, n_outputs)
+        draws.append(
+            generator.standard_normal(size) if options.likelihood == "gaussian" else generator.random(size)
+        )
+    noise = torch.from_numpy(np.stack(draws)).to(logits.device)
+    if options.likelihood == "gaussian":
+        return (noise / options.n_samples**0.5).transpose(1, 2)
+    if options.likelihood == "bernoulli":
+        outcome = (noise < torch.sigmoid(logits)[:, None, :]).to(torch.float64)
+    else:
+        cumulative = torch.softmax(logits, dim=1).cumsum(dim=1)
+        index = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True).clamp_max(
+            n_outputs - 1
+        )
+        outcome = torch.nn.functional.one_hot(index, n_outputs).to(torch.float64)
+    return _score(logits[:, None], outcome, options).transpose(1, 2) / options.n_samples**0.5
+
+
+def _as_outcome(logits: Tensor, options: FactorOptions, targets: Tensor | None, ids: np.ndarray) -> Tensor:
+    n, n_outputs = logits.shape
+    if targets is None:
+        raise DataError(
+            "labels: labels='true' needs a label for every example, but the data has none; yield (inputs, "
+            "labels)"
+        )
+    if options.likelihood == "categorical":
+        bad = (targets < 0) | (targets >= n_outputs)
+        if bool(bad.any()):
+            first = int(bad.to(torch.uint8).argmax())
+            raise DataError(
+                f"labels: example {ids[first]} has label {int(targets[first])}; expected 0 ≤ label < "
+                f"{n_outputs} with labels='true'"
+            )
+        return torch.nn.functional.one_hot(targets.to(torch.int64), n_outputs).to(torch.float64)
+    if targets.numel() != logits.numel():
+        raise DataError(
+            f"labels: expected one target per output, shape {(n, n_outputs)}, got {tuple(targets.shape)}"
+        )
+    return targets.reshape(n, n_outputs).to(torch.float64)
+
+
+def _score(logits: Tensor, outcome: Tensor, options: FactorOptions) -> Tensor:
+    """∇_logits log p(outcome), ``(…, C)``: outcome minus its mean, without cancellation."""
+    if options.likelihood == "gaussian":
+        return outcome - logits
+    if options.likelihood == "bernoulli":
+        return torch.where(outcome == 1, torch.sigmoid(-logits), outcome - torch.sigmoid(logits))
+    log_p = torch.log_softmax(logits, dim=-1)
+    return torch.where(outcome == 1, _others(log_p), -log_p.exp())

@@ -1,0 +1,92 @@
+"""The table of rules: which operation's operand is served by which rule.
+
+To add a rule, subclass :class:`~npeff.gradients.rules.base.Rule` and enter it here under the name of the
+operation's backward node and the position of the parameter among its inputs. The self-check tests it on every
+model it is used on.
+"""
+
+from __future__ import annotations
+
+from npeff.gradients.graph import Graph, Use, Value
+from npeff.gradients.layout import Layout
+from npeff.gradients.rules.base import Rule, Unsupported
+from npeff.gradients.rules.convolution import ConvolutionBias, ConvolutionWeight
+from npeff.gradients.rules.elementwise import Broadcast, Difference, Product, Slope, Sum
+from npeff.gradients.rules.embedding import Embedding
+from npeff.gradients.rules.linear import MatrixBias, MatrixProduct
+from npeff.gradients.rules.normalisation import (
+    BatchNormWeight,
+    ChannelBias,
+    FusedRMSNormWeight,
+    GroupNormWeight,
+    LayerNormBias,
+    LayerNormWeight,
+)
+
+__all__ = ["RULES", "Found", "Rule", "Unsupported", "find_uses"]
+
+RULES: dict[tuple[str, int], type[Rule]] = {
+    ("AddmmBackward0", 0): MatrixBias,
+    ("AddmmBackward0", 2): MatrixProduct,
+    ("MmBackward0", 1): MatrixProduct,
+    ("ConvolutionBackward0", 1): ConvolutionWeight,
+    ("ConvolutionBackward0", 2): ConvolutionBias,
+    ("EmbeddingBackward0", 0): Embedding,
+    ("NativeLayerNormBackward0", 1): LayerNormWeight,
+    ("NativeLayerNormBackward0", 2): LayerNormBias,
+    ("FusedRmsNormBackward0", 1): FusedRMSNormWeight,
+    ("NativeGroupNormBackward0", 1): GroupNormWeight,
+    ("NativeGroupNormBackward0", 2): ChannelBias,
+    ("NativeBatchNormBackward0", 1): BatchNormWeight,
+    ("NativeBatchNormBackward0", 2): ChannelBias,
+    ("ExpandBackward0", 0): Broadcast,
+    ("AddBackward0", 0): Sum,
+    ("AddBackward0", 1): Sum,
+    ("SubBackward0", 0): Difference,
+    ("SubBackward0", 1): Difference,
+    ("MulBackward0", 0): Product,
+    ("MulBackward0", 1): Product,
+    ("PreluKernelBackward0", 1): Slope,
+}
+
+Found = tuple[type[Rule], Use, list[Layout]]
+
+
+def find_uses(graph: Graph, parameter: Value, n_examples: int) -> list[Found]:
+    """Every use of a parameter between it and the logits, with its rule and the layouts that it may have.
+
+    Args:
+        graph: The graph of this batch.
+        parameter: The parameter itself as a value.
+        n_examples: Examples in the batch.
+
+    Returns:
+        One entry per use; empty when the logits do not depend on the parameter.
+
+    Raises:
+        Unsupported: At least one use has no rule.
+    """
+    found: list[Found] = []
+    pending = [parameter]
+    while pending:
+        value = pending.pop()
+        for node, operand in graph.takers(value.edge):
+            use = Use(node, operand, value, parameter.edge, parameter.shape)
+            rule = RULES.get((node.name(), operand))
+            layouts = rule.layouts(use, n_examples) if rule is not None else []
+            derived = graph.derive(value, node)
+            if (
+                rule is not None
+                and layouts
+                and not (derived and node.name() == "EmbeddingBackward0" and graph.widens(node))
+            ):
+                found.append((rule, use, layouts))
+            elif derived is not None:
+                pending.extend(derived)
+            elif rule is not None:
+                raise Unsupported(
+                    f"{node.name()} gives {use.output_shape}, which {n_examples} examples do not share out"
+                )
+            else:
+                raise Unsupported(f"used by {node.name()} as operand {operand}, for which there is no rule")
+    return found

@@ -1,0 +1,193 @@
+"""What a rule is: from one use of a parameter in the autograd graph to its per-example gradient."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from typing_extensions import override
+
+from npeff.gradients.graph import Unsupported, Use
+from npeff.gradients.layout import Layout
+
+__all__ = ["Rule", "Scratch", "SmallRule", "StackedRule", "Unsupported", "saved", "saved_tensor", "working"]
+
+
+def saved(use: Use, name: str) -> Any:
+    """What the use's operation kept for its backward pass.
+
+    Raises:
+        Unsupported: It kept nothing under that name.
+    """
+    try:
+        value = getattr(use.node, f"_saved_{name}")
+    except (AttributeError, RuntimeError) as error:
+        raise Unsupported(
+            f"{use.node.name()} does not give its {name} ({str(error).splitlines()[0]})"
+        ) from error
+    return value
+
+
+def saved_tensor(use: Use, name: str) -> Tensor:
+    """The same for a tensor that must be there; detached.
+
+    Raises:
+        Unsupported: There is none.
+    """
+    value = saved(use, name)
+    if not isinstance(value, Tensor):
+        raise Unsupported(f"{use.node.name()} kept no {name}")
+    return value.detach()
+
+
+def working(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype in which gradients are multiplied: half precisions become float32."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
+
+
+class Scratch:
+    """Memory that tiles use again and again: fresh memory costs more than the arithmetic done in it."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A contiguous tensor of undefined contents, the same memory whenever the name is the same."""
+        numel = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < numel or held.dtype != like.dtype or held.device != like.device:
+            held = self._held[name] = torch.empty(numel, dtype=like.dtype, device=like.device)
+        return held[:numel].view(shape)
+
+
+class Rule(ABC):
+    """Per-example gradients of one use of one parameter.
+
+    A rule is made anew for every batch. ``store`` is called once per cotangent column with δ, the gradient of
+    that column's output with respect to the operation's output; then ``block`` is called tile by tile.
+
+    Attributes:
+        name: The name in the coverage report.
+        layout: Which rows of δ belong to which example.
+        scratch: Memory for tiles.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
+        self.use = use
+        self.layout = layout
+        self.scratch = scratch
+
+    @classmethod
+    @abstractmethod
+    def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
+        """The ways in which δ's rows can belong to the examples, likeliest first.
+
+        Empty if the rule does not apply.
+        """
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Where δ is taken."""
+        return GradientEdge(self.use.node, 0)
+
+    def split(self, delta: Tensor) -> Tensor:
+        """δ with the examples first and the positions second: ``(b, T, …)``."""
+        return self.layout.split(delta)
+
+    @abstractmethod
+    def reserve(self, n_columns: int) -> None:
+        """Make room for ``n_columns`` columns."""
+
+    @abstractmethod
+    def bytes_per_column(self) -> int:
+        """What ``store`` keeps for the whole batch, per column."""
+
+    @abstractmethod
+    def store(self, column: int, delta: Tensor) -> None:
+        """Keep what is needed of δ for one column."""
+
+    @abstractmethod
+    def block(self, examples: slice, rows: slice) -> Tensor:
+        """Gradient with respect to the operand.
+
+        Args:
+            examples: Which examples, b' of them.
+            rows: Which indices of the operand's first dimension, p of them.
+
+        Returns:
+            ``(b', R, p, …)`` float32 or float64, the operand's shape after the first two dimensions. It may
+            be overwritten by the caller, and by the next call.
+        """
+
+    def gram(self, examples: slice) -> Tensor | None:
+        """Inner products of the columns ``(b', R, R)`` float64, where they cost less than the block."""
+        return None
+
+    def square(self, examples: slice, rows: slice) -> Tensor | None:
+        """Σ over columns of the block's squares ``(b', p, …)``, where that costs less than the block."""
+        return None
+
+
+class StackedRule(Rule):
+    """A rule that keeps δ of every column as it came, and multiplies when a tile is made.
+
+    Columns are put side by side tile by tile: what a tile copies is still in the cache when it is multiplied.
+    """
+
+    @override
+    def reserve(self, n_columns: int) -> None:
+        self._kept: list[Tensor] = [torch.empty(0)] * n_columns
+
+    @override
+    def bytes_per_column(self) -> int:
+        return self.use.output_bytes
+
+    @override
+    def store(self, column: int, delta: Tensor) -> None:
+        self._kept[column] = delta
+
+    def stacked(self, examples: slice, dim: int) -> Tensor:
+        """δ of some examples, all columns side by side in a new dimension ``dim`` of ``(b', T, …)``."""
+        pieces = [working(self.split(delta)[examples]) for delta in self._kept]
+        shape = (*pieces[0].shape[:dim], len(pieces), *pieces[0].shape[dim:])
+        return torch.stack(pieces, dim=dim, out=self.scratch.take("columns", shape, pieces[0]))
+
+
+class SmallRule(Rule):
+    """A rule whose gradient is no larger than δ: it is reduced at once, column by column, and kept whole."""
+
+    @override
+    def reserve(self, n_columns: int) -> None:
+        self._kept: Tensor | None = None
+        self._n_columns = n_columns
+
+    @override
+    def bytes_per_column(self) -> int:
+        count = self.layout.examples
+        for size in self.use.value.shape:
+            count *= size
+        return 4 * count
+
+    @abstractmethod
+    def reduce(self, delta: Tensor) -> Tensor:
+        """From δ split by example ``(b, T, …)`` to the operand's per-example gradient ``(b, *shape)``."""
+
+    @override
+    def store(self, column: int, delta: Tensor) -> None:
+        gradient = self.reduce(self.split(working(delta)))
+        if self._kept is None:
+            self._kept = gradient.new_empty((len(gradient), self._n_columns, *self.use.value.shape))
+        self._kept[:, column] = gradient.reshape(len(gradient), *self.use.value.shape)
+
+    @override
+    def block(self, examples: slice, rows: slice) -> Tensor:
+        if self._kept is None:
+            raise RuntimeError("store() comes before block()")
+        kept = self._kept[examples]
+        return kept[:, :, rows] if self.use.value.shape else kept

@@ -1,0 +1,119 @@
+"""Convolutions in one, two and three dimensions; groups, stride, dilation and padding of every mode.
+
+Padding other than zeros is an operation of its own before the convolution, so its result is what the
+convolution kept.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import chain
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from npeff.gradients.graph import Use
+from npeff.gradients.layout import Layout, layouts_of_rows
+from npeff.gradients.rules.base import (
+    Scratch,
+    SmallRule,
+    StackedRule,
+    Unsupported,
+    saved,
+    saved_tensor,
+    working,
+)
+
+
+def patches(
+    inputs: Tensor,
+    kernel: tuple[int, ...],
+    output: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """The inputs under the kernel at every output position, as a view.
+
+    Args:
+        inputs: ``(n, channels, *space)``, already padded.
+        kernel: Kernel size per spatial dimension.
+        output: Output size per spatial dimension.
+        stride: Stride per spatial dimension.
+        dilation: Dilation per spatial dimension.
+
+    Returns:
+        ``(n, channels, *kernel, *output)`` that shares the inputs' memory.
+    """
+    step = inputs.stride()[2:]
+    return inputs.as_strided(
+        (*inputs.shape[:2], *kernel, *output),
+        (
+            *inputs.stride()[:2],
+            *(s * d for s, d in zip(step, dilation, strict=True)),
+            *(s * d for s, d in zip(step, stride, strict=True)),
+        ),
+        inputs.storage_offset(),
+    )
+
+
+class ConvolutionWeight(StackedRule):
+    """Per example ∂/∂K = Σ_positions δ ⊗ patch: one batched product per tile, all columns at once."""
+
+    name = "convolution"
+
+    def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
+        super().__init__(use, layout, scratch)
+        if saved(use, "transposed"):
+            raise Unsupported("transposed convolution")
+        self._stride, self._dilation = tuple(saved(use, "stride")), tuple(saved(use, "dilation"))
+        self._groups = int(saved(use, "groups"))
+        padding = tuple(saved(use, "padding"))
+        inputs = working(saved_tensor(use, "input"))
+        if any(padding):
+            inputs = torch.nn.functional.pad(
+                inputs, tuple(chain.from_iterable((p, p) for p in reversed(padding)))
+            )
+        self._input = self.split(inputs)
+
+    @classmethod
+    @override
+    def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
+        return layouts_of_rows(use.output_shape[0], n_examples)
+
+    @override
+    def block(self, examples: slice, rows: slice) -> Tensor:
+        groups = self._groups
+        delta = self.stacked(examples, 2)
+        b, t, r, channels = delta.shape[:4]
+        delta = delta.reshape(b, t, r, groups, channels // groups, -1).permute(0, 3, 2, 4, 1, 5)
+        if groups == 1:
+            delta = delta[:, :, :, rows]
+        out = delta.shape[3]  # (b, g, R, out/g, t, L)
+        kernel, output = self.use.value.shape[2:], self.use.output_shape[2:]
+        inputs = self._input[examples].flatten(0, 1)
+        under = patches(inputs, kernel, output, self._stride, self._dilation)
+        under = self.scratch.take("patches", tuple(under.shape), under).copy_(under)
+        under = under.view(b, t, groups, -1, math.prod(output)).movedim(1, 3)  # (b, g, in/g · kernel, t, L)
+        under = under.reshape(b * groups, under.shape[2], -1)
+        target = self.scratch.take("product", (b * groups, r * out, under.shape[1]), delta)
+        product = torch.bmm(delta.reshape(b * groups, r * out, -1), under.transpose(1, 2), out=target)
+        shape = (-1, *self.use.value.shape[1:])
+        if groups == 1:
+            return product.view(b, r, *shape)
+        return product.view(b, groups, r, out, -1).transpose(1, 2).reshape(b, r, *shape)[:, :, rows]
+
+
+class ConvolutionBias(SmallRule):
+    """Σ of δ over positions."""
+
+    name = "bias"
+
+    @classmethod
+    @override
+    def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
+        return layouts_of_rows(use.output_shape[0], n_examples)
+
+    @override
+    def reduce(self, delta: Tensor) -> Tensor:
+        return delta.flatten(3).sum(dim=(1, 3))

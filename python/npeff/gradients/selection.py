@@ -1,0 +1,99 @@
+"""Which parameters, and on which device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from npeff.errors import ArgumentError
+from npeff.parameters import Parameters
+
+
+def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> Parameters:
+    """The floating-point parameters whose names match.
+
+    Args:
+        model: The model; tied parameters count once and can be selected by any of their names.
+        patterns: Shell patterns; a name is taken if one matches it (or there are only exclusions) and no
+            ``"!…"`` does.
+
+    Returns:
+        Parameters in the model's order.
+
+    Raises:
+        ArgumentError: Nothing matches, or a pattern matches nothing.
+    """
+    floating = [(name, tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point()]
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(tensor), []).append(name)
+    if not floating:
+        raise ArgumentError(f"model: {type(model).__name__} has no floating-point parameters")
+    wanted = ["*"] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
+    if not wanted or not all(isinstance(pattern, str) for pattern in wanted):
+        raise ArgumentError(f"parameters: expected a pattern or a list of patterns, got {patterns!r}")
+    include = [pattern for pattern in wanted if not pattern.startswith("!")] or ["*"]
+    exclude = [pattern[1:] for pattern in wanted if pattern.startswith("!")]
+    names = list(chain.from_iterable(aliases.values()))
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ArgumentError(f"parameters: {pattern!r} matches none of {_listing(names)}")
+
+    def matches(tensor: Tensor, some: list[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for name in aliases[id(tensor)] for pattern in some)
+
+    chosen = [
+        (name, tensor.shape)
+        for name, tensor in floating
+        if matches(tensor, include) and not matches(tensor, exclude)
+    ]
+    if not chosen:
+        raise ArgumentError(f"parameters: {wanted!r} leaves none of {_listing(names)}")
+    return Parameters.of(chosen)
+
+
+def _listing(names: list[str]) -> str:
+    return f"the {len(names)} parameters {', '.join(names[:20])}" + (" …" if len(names) > 20 else "")
+
+
+@contextmanager
+def placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+    """The model on one device, and back on its own afterwards.
+
+    Raises:
+        ArgumentError: It lies on several devices, or nowhere.
+    """
+    devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
+    if len(devices) > 1:
+        raise ArgumentError(
+            f"model: its parameters and buffers lie on {', '.join(sorted(map(str, devices)))}; expected one "
+            "device; call model.to(device)"
+        )
+    if not devices:
+        raise ArgumentError(f"model: {type(model).__name__} has no parameters")
+    home = devices.pop()
+    if home.type == "meta":
+        raise ArgumentError(
+            "model: its parameters are on the meta device, without values; load its weights first"
+        )
+    try:
+        target = home if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"device: expected a torch device such as 'cpu' or 'cuda:0', got {device!r}"
+        ) from error
+    if target.type == home.type and (target.index is None or target.index == home.index):
+        target = home
+    if target == home:
+        yield home
+        return
+    try:
+        model.to(target)
+        yield target
+    finally:
+        model.to(home)

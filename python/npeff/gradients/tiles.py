@@ -1,0 +1,122 @@
+"""From a parameter's rules to blocks: tile by tile, in memory that is used again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from npeff.gradients.rules.base import Rule, Scratch
+from npeff.gradients.rules.embedding import Embedding
+from npeff.parameters import Parameter
+
+TILE_ELEMENTS = 1 << 20
+"""Most elements (columns × parameters × examples) made at a time: 4 MB stay in the cache until compressed."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some per-example gradients, on their way to compression; overwritten when the next block is asked for.
+
+    Attributes:
+        parameter: The parameter, with its place in the flat vector.
+        examples: Which examples of the batch, b'.
+        values: ``(b', R, g, w)``: g runs of w consecutive elements, per example and column. Squared blocks
+            have R = 1.
+        starts: Where the runs start in the flat vector: ``(b', g)`` int64, or one number when g = 1.
+        gram: ``(b', R, R)`` float64 inner products of the columns, if they were cheaper to get than from the
+            values.
+    """
+
+    parameter: Parameter
+    examples: slice
+    values: Tensor
+    starts: Tensor | int
+    gram: Tensor | None = None
+
+
+def tiles(
+    parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, squared: bool
+) -> Iterator[Block]:
+    """The per-example gradients of one parameter, as many examples and rows at a time as fit into a tile.
+
+    Args:
+        parameter: The parameter with its place in the flat vector.
+        rules: One per use; their gradients are summed.
+        n_examples: Examples in the batch.
+        n_columns: Columns that the rules have stored.
+        squared: Yield Σ over columns of the squares instead.
+
+    Yields:
+        Blocks, each overwritten by the next.
+    """
+    per_row = n_columns * math.prod(parameter.shape[1:])
+    n_rows = parameter.shape[0] if parameter.shape else 1
+    alone = rules[0] if len(rules) == 1 else None
+    if alone is not None and isinstance(alone, Embedding) and alone.use.value.shape == parameter.shape:
+        n_rows, n_tile_rows = alone.layout.positions, alone.layout.positions
+    else:
+        alone = None if isinstance(alone, Embedding) else alone
+        n_tile_rows = max(1, min(n_rows, TILE_ELEMENTS // max(1, per_row)))
+    step = max(1, TILE_ELEMENTS // max(1, per_row * n_rows)) if n_tile_rows == n_rows else 1
+    for start in range(0, n_examples, step):
+        examples = slice(start, min(start + step, n_examples))
+        if isinstance(alone, Embedding):
+            values, table_rows = alone.looked_up(examples)
+            starts = parameter.offset + table_rows * values.shape[3]
+            yield Block(
+                parameter, examples, squares(values, alone.scratch)[:, None] if squared else values, starts
+            )
+            continue
+        for row in range(0, n_rows, n_tile_rows):
+            rows = slice(row, min(row + n_tile_rows, n_rows))
+            offset = parameter.offset + row * math.prod(parameter.shape[1:])
+            if squared:
+                square = alone.square(examples, rows) if alone is not None else None
+                if square is None:
+                    square = squares(_summed(parameter, rules, examples, rows), rules[0].scratch)
+                yield Block(parameter, examples, square.flatten(1)[:, None, None], offset)
+            else:
+                gram = alone.gram(examples) if alone is not None else None
+                if gram is not None and row > 0:
+                    gram = torch.zeros_like(gram)  # the first tile of rows brought all of it
+                yield Block(
+                    parameter,
+                    examples,
+                    _summed(parameter, rules, examples, rows).flatten(2)[:, :, None],
+                    offset,
+                    gram,
+                )
+
+
+def _summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slice) -> Tensor:
+    total: Tensor | None = None
+    for rule in rules:
+        if rule.use.value.reshaped and rule.use.value.shape == parameter.shape:
+            block = rule.block(examples, rows)
+        else:
+            block = rule.use.to_parameter(rule.block(examples, slice(None)))
+            block = block[:, :, rows] if parameter.shape else block
+        if len(rules) == 1:
+            return block
+        if total is None:
+            total = rule.scratch.take("total", tuple(block.shape), block).copy_(block)
+        else:
+            total.add_(block)
+    if total is None:
+        raise RuntimeError(f"no use of {parameter.name}")
+    return total
+
+
+def squares(block: Tensor, scratch: Scratch) -> Tensor:
+    """Σ over columns of squares, ``(b, R, …)`` to ``(b, …)``: column by column, the fastest order."""
+    total = scratch.take("squares", (len(block), *block.shape[2:]), block)
+    if block.shape[1] == 0:
+        return total.zero_()
+    torch.mul(block[:, 0], block[:, 0], out=total)
+    for column in range(1, block.shape[1]):
+        total.addcmul_(block[:, column], block[:, column])
+    return total

@@ -1,0 +1,347 @@
+"""The command line: help, exit statuses, messages, and the whole pipeline from a model to a page."""
+
+import csv
+import json
+import os
+import runpy
+import subprocess
+import sys
+from importlib import import_module
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import npeff
+from npeff.cli import COMMANDS, common, run
+from npeff.errors import DataError
+
+SOURCE = """
+import torch
+
+def model():
+    torch.manual_seed(0)
+    layers = torch.nn.Flatten(), torch.nn.Linear(36, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
+    return torch.nn.Sequential(*layers).eval()
+
+def data(start=0, stop=60):
+    inputs = torch.rand(200, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(200) % 3
+    return [(inputs[i:i + 20], labels[i:i + 20]) for i in range(start, stop, 20)]
+
+def new():
+    return data(60, 100)
+
+def forward(model, batch):
+    return model(batch[0])
+
+def training_mode():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(36), torch.nn.Linear(36, 3)).train()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a model, data, and the files that the first commands make of them."""
+    path = tmp_path_factory.mktemp("cli")
+    (path / "tiny.py").write_text(SOURCE)
+    before = os.getcwd()
+    os.chdir(path)
+    assert run(["fishers", "tiny.py:model", "tiny.py:data", "--exact", "--out", "fishers.h5", "--quiet"]) == 0
+    assert run(["fishers", "tiny.py:model", "tiny.py:new", "--exact", "--out", "new.h5", "--quiet"]) == 0
+    assert run(["decompose", "fishers.h5", "--components", "4", "--out", "components.h5", "--quiet"]) == 0
+    yield path
+    os.chdir(before)
+
+
+def test_help_imports_nothing_heavy_of_its_own():
+    code = (
+        "import sys, npeff; before = set(sys.modules); from npeff.cli import run; run(['--help']);"
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before if not m.startswith('npeff.cli')})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "h5py", "scipy", "matplotlib", "jinja2", "PIL", "sklearn", "safetensors", "npeff"}
+    assert heavy.isdisjoint(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_has_examples(command, capsys):
+    assert run([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"  npeff {command}" in text and "Examples:" in text
+    for option in ("--debug", "--help"):
+        assert option in text
+
+
+def test_help_lists_the_commands_in_the_order_of_the_pipeline(capsys):
+    assert run(["--help"]) == 0
+    text = capsys.readouterr().out.partition("Commands:")[2]
+    assert [line.split()[0] for line in text.splitlines() if line.strip()] == list(COMMANDS)
+
+
+def test_as_module_and_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["npeff", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("npeff", run_name="__main__")
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith("npeff ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fisher"], "There is no command 'fisher'. Did you mean 'fishers'?"),
+        (["xyz"], "There is no command 'xyz'."),
+        (["fishers", "m:f"], "Missing argument 'DATA'"),
+        (["fishers", "m:f", "d:f"], "Missing option '--out'"),
+        (["fishers", "m:f", "d:f", "--out", "x.h5", "--exact", "--top-k", "3"], "--exact keeps all values"),
+        (["fishers", "m:f", "d:f", "--out", "x.h5", "--top-k", "0"], "0 is not in the range x>=1"),
+        (["decompose", "absent.h5", "--components", "3", "--out", "x.h5"], "'absent.h5' does not exist"),
+        (
+            ["decompose", __file__, "--components", "3", "--out", "x", "--orthogonality", "big"],
+            "a number or 'hard'",
+        ),
+        (["encode", __file__, __file__, "--out", "x.txt"], "ending in .h5, .npz or .csv"),
+        (["export", __file__, "--out", "x"], "either --layout published or --component J"),
+        (["report", __file__, "--examples", "0"], "0 is not in the range x>=1"),
+        (["doctor", "--nonsense"], "No such option"),
+    ],
+)
+def test_wrong_usage_is_2(arguments, words, capsys):
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and "Traceback" not in captured.err and captured.out == ""
+
+
+def _raising(error):
+    @common.command(examples="npeff boom")
+    def boom():
+        raise error
+
+    return boom
+
+
+@pytest.fixture
+def boom(monkeypatch):
+    """Add a command that raises."""
+
+    def add(error):
+        monkeypatch.setitem(COMMANDS, "boom", "tests_boom:boom")
+        monkeypatch.setitem(sys.modules, "tests_boom", type(sys)("tests_boom"))
+        sys.modules["tests_boom"].boom = _raising(error)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (
+            DataError("example 3: its gradient of a.weight is NaN"),
+            1,
+            "npeff: example 3: its gradient of a.weight is NaN\n",
+        ),
+        (OSError(28, "No space left on device"), 1, "npeff: [Errno 28] No space left on device\n"),
+        (MemoryError(), 1, "npeff: MemoryError\n"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_exit_status_of_errors(boom, capsys, error, status, words):
+    boom(error)
+    assert run(["boom"]) == status
+    captured = capsys.readouterr()
+    assert words in captured.err and "Traceback" not in captured.err
+
+
+def test_debug_keeps_the_traceback(boom):
+    boom(DataError("x"))
+    with pytest.raises(DataError):
+        run(["boom", "--debug"])
+    assert run(["boom"]) == 1, "and only for that call"
+
+
+def test_a_bug_is_not_disguised(boom):
+    boom(ZeroDivisionError("a bug of ours"))
+    with pytest.raises(ZeroDivisionError):
+        run(["boom"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["fishers", "absent.py:model", "tiny.py:data", "--out", "x.h5"],
+            "MODEL: file absent.py does not exist",
+        ),
+        (["fishers", "tiny.py:modle", "tiny.py:data", "--out", "x.h5"], "did you mean model?"),
+        (["fishers", "tiny.py:training_mode", "tiny.py:data", "--out", "x.h5"], "eval()"),
+        (["fishers", "tiny.py:model", "tiny.py:data", "--out", "absent/x.h5"], "absent"),
+        (["info", "tiny.py"], "tiny.py"),
+        (["info", "absent.h5"], "absent.h5"),
+        (["report", "components.h5", "--data", "tiny.py:new", "--out", "x.html"], "data: "),
+    ],
+)
+def test_errors_are_one_clean_message(folder, arguments, words, capsys):
+    assert run(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("npeff: ")
+    assert words in captured.err and "Traceback" not in captured.err
+
+
+def test_fishers_says_what_it_made_and_resumes(folder, capsys):
+    arguments = ["fishers", "tiny.py:model", "tiny.py:data", "--exact", "--out", "fishers.h5", "--quiet"]
+    before = (folder / "fishers.h5").read_bytes()
+    assert run(arguments) == 0
+    captured = capsys.readouterr()
+    assert "fishers.h5: 60 Fishers of 323 parameters" in captured.out and "exists" in captured.err
+    assert (folder / "fishers.h5").read_bytes() == before
+    assert run([*arguments, "--basis", "class"]) == 1
+    assert "class" in capsys.readouterr().err
+    assert (folder / "fishers.h5").read_bytes() == before
+
+
+def test_options_reach_compute_fishers(folder, capsys):
+    options = [
+        "--kind",
+        "diagonal",
+        "--top-k",
+        "50",
+        "--parameters",
+        "3.*",
+        "--max-examples",
+        "30",
+        "--quiet",
+    ]
+    targets = ["tiny.py:model", "tiny.py:data", "--forward", "tiny.py:forward"]
+    assert run(["fishers", *targets, *options, "--out", "diagonal.h5"]) == 0
+    assert "npeff: note: TopK(k=50)" in capsys.readouterr().err
+    fishers = npeff.load("diagonal.h5")
+    assert (fishers.kind, len(fishers), fishers.n_parameters) == ("diagonal", 30, 27)
+
+
+def test_decompose(folder, capsys):
+    command = ["decompose", "fishers.h5", "--components", "3", "--quiet", "--starts", "2", "--moves", "0"]
+    assert run([*command, "--block-weights", "balanced", "--wrong-only", "--out", "wrong.h5"]) == 0
+    assert "wrong.h5: 3 components of" in capsys.readouterr().out
+    components = npeff.load("wrong.h5")
+    assert (components.predictions != components.labels).all()
+    assert components.coefficients.shape[1] == 3
+
+
+@pytest.mark.parametrize("suffix", ["h5", "npz", "csv"])
+def test_encode(folder, suffix, capsys):
+    assert run(["encode", "components.h5", "new.h5", "--out", f"new_coefficients.{suffix}"]) == 0
+    assert "coefficients of 40 examples on 4 components; largest KKT residual" in capsys.readouterr().out
+    expected = npeff.load("components.h5").encode(npeff.load("new.h5")).coefficients
+    if suffix == "npz":
+        found = np.load("new_coefficients.npz")["coefficients"]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    if suffix == "csv":
+        with open("new_coefficients.csv", newline="") as file:
+            rows = list(csv.reader(file))
+        assert len(rows) == 41
+
+
+def test_commands_refuse_files_of_the_wrong_kind(folder, capsys):
+    assert run(["decompose", "components.h5", "--components", "3", "--out", "x.h5"]) == 2
+    assert (
+        "components.h5 holds Components, expected Fishers (made by: npeff fishers)" in capsys.readouterr().err
+    )
+    assert run(["report", "fishers.h5"]) == 2
+    assert "expected Components (made by: npeff decompose)" in capsys.readouterr().err
+
+
+def test_report(folder, capsys):
+    command = ["report", "components.h5", "--out", "page.html", "--title", "Tiny"]
+    assert (
+        run([*command, "--data", "tiny.py:data", "--class-names", "red, green,blue", "--examples", "3"]) == 0
+    )
+    assert "page.html: 4 components" in capsys.readouterr().out
+    html = (folder / "page.html").read_text(encoding="utf-8")
+    assert "<h1>Tiny</h1>" in html and "green" in html and "data:image/png" in html
+    (folder / "names.txt").write_text("cyan\nmagenta\nyellow\n")
+    assert run([*command, "--class-names", "names.txt"]) == 0
+    assert "magenta" in (folder / "page.html").read_text(encoding="utf-8")
+
+
+def test_info(folder, capsys):
+    for name in ("fishers.h5", "components.h5"):
+        assert run(["info", name]) == 0
+        text = capsys.readouterr().out
+        assert "npeff" in text and "1.weight" in text
+        assert run(["info", name, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["content"] == name.split(".")[0]
+
+
+def test_export(folder, capsys):
+    assert run(["export", "components.h5", "--component", "2", "--out", "g2.safetensors"]) == 0
+    tensors = load_file("g2.safetensors")
+    assert {name: t.shape for name, t in tensors.items()} == {
+        "1.weight": (8, 36), "1.bias": (8,), "3.weight": (3, 8), "3.bias": (3,)
+    }  # fmt: skip
+    flat = np.concatenate([tensors[p.name].ravel() for p in npeff.load("components.h5").parameters])
+    np.testing.assert_allclose(flat, npeff.load("components.h5").vector(2), rtol=1e-6)
+    assert run(["export", "fishers.h5", "--layout", "published", "--out", "theirs.h5"]) == 0
+    assert len(npeff.load("theirs.h5")) == 60
+    capsys.readouterr()
+    assert run(["export", "components.h5", "--component", "4", "--out", "x"]) == 2
+    assert "has components 0 to 3, got 4" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert run(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for word in ("Versions", "Processor", "Kernels", "CUDA", "threads", "npeff._cuda", "driver"):
+        assert word in text
+    assert "unavailable" not in text
+
+
+def test_interrupted_from_the_keyboard(tmp_path):
+    lines = [
+        "import os, signal, time",
+        "def model():",
+        "    os.kill(os.getpid(), signal.SIGINT)",
+        "    time.sleep(30)",
+    ]
+    (tmp_path / "slow.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "npeff", "fishers", "slow.py:model", "slow.py:model", "--out", "x.h5"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_reader_that_goes_away(tmp_path):
+    done = subprocess.run(
+        f"{sys.executable} -m npeff --help | head -1",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_demo(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("npeff.demo.TRAINED_ON", 100)
+    real, solve = import_module("npeff.demo").run_demo, npeff.decompose
+    monkeypatch.setattr(npeff, "decompose", lambda *a, **k: solve(*a, **k, starts=1, moves=0))
+    monkeypatch.setattr("npeff.demo.run_demo", lambda *a, **k: real(*a, **k, epochs=1, max_examples=40))
+    command = ["demo", "--out", str(tmp_path / "demo"), "--components", "3", "--no-open", "--quiet"]
+    assert run(command) == 0
+    text = capsys.readouterr().out
+    page = tmp_path / "demo" / "report" / "index.html"
+    assert str(page) in text and page.exists()
+    made = {p.name for p in (tmp_path / "demo").iterdir()}
+    assert made == {"model.pt", "digits.py", "fishers.h5", "components.h5", "report"}
+    assert run(command) == 0, "it can be run again"
+    capsys.readouterr()
+    # What it tells the user to type next works.
+    advice = [line.split()[1:] for line in text.splitlines() if line.startswith("  npeff ")]
+    assert len(advice) == 2
+    for arguments in advice:
+        assert run(["2" if a == "16" else a for a in arguments]) == 0
+
+
+def test_demo_leaves_other_folders_alone(tmp_path, capsys):
+    (tmp_path / "fishers.h5").write_text("precious")
+    assert run(["demo", "--out", str(tmp_path), "--no-open"]) == 1
+    assert "holds fishers.h5, not from a demo" in capsys.readouterr().err
+    assert (tmp_path / "fishers.h5").read_text() == "precious"

@@ -1,0 +1,170 @@
+"""The cotangents S: S Sᵀ is the output's Fisher, also where probabilities are extreme."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npeff.errors import ArgumentError, DataError
+from npeff.gradients.factors import FactorOptions, factorise
+from oracles import output_fisher
+
+IDS = np.arange(100)
+
+
+def square(logits: torch.Tensor, **options: object) -> np.ndarray:
+    made = FactorOptions(**options)
+    made.check()
+    factors = factorise(logits, made, None, IDS[: len(logits)])
+    s = (factors.columns * factors.scale[:, None, None]).numpy()
+    return s @ s.transpose(0, 2, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 12),
+    st.integers(1, 4),
+    st.sampled_from(["reduced", "class"]),
+    st.sampled_from([0.1, 1.0, 20.0, 300.0]),
+    st.integers(0, 99),
+)
+def test_categorical_factors_are_exact(n_classes: int, n: int, basis: str, spread: float, seed: int) -> None:
+    logits = spread * torch.randn(
+        n, n_classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    got, exact = square(logits, basis=basis), output_fisher(logits.numpy())
+    for mine, wanted in zip(got, exact, strict=True):
+        # The oracle cancels 1 − p where p is nearly one: hence the absolute term.
+        assert np.linalg.norm(mine - wanted) <= 1e-10 * np.linalg.norm(wanted) + 1e-15
+
+
+@pytest.mark.parametrize("basis", ["reduced", "class"])
+@pytest.mark.parametrize("gap", [40.0, 200.0, 700.0])
+def test_confident_examples_keep_their_tail(basis: str, gap: float) -> None:
+    logits = torch.tensor([[gap, 0.0, 0.0], [0.0, gap, 1.0]], dtype=torch.float64)
+    factors = factorise(logits, FactorOptions(basis=basis), None, IDS[:2])
+    np.testing.assert_allclose(factors.columns.square().sum(dim=(1, 2)), 1.0)
+    # trace = Σ p(1−p) ≈ 2 · (tail probability)
+    tail = np.array([2.0, 1 + np.e]) * 2
+    np.testing.assert_allclose(np.log(factors.scale.numpy()) * 2, np.log(tail) - gap, rtol=1e-6)
+
+
+def test_reduced_basis_counts_order_and_binary_case() -> None:
+    logits = torch.tensor([[0.3, -0.4]])
+    factors = factorise(logits, FactorOptions(), None, IDS[:1])
+    assert factors.columns.shape == (1, 2, 1)
+    p = torch.softmax(logits.double(), 1)[0, 0]
+    np.testing.assert_allclose(
+        factors.columns[0, :, 0] * factors.scale[0],
+        torch.sqrt(p * (1 - p)) * torch.tensor([1.0, -1.0]).double(),
+    )
+    three = factorise(torch.tensor([[2.0, 1.0, 0.0]]), FactorOptions(), None, IDS[:1]).columns[0]
+    assert three.shape == (3, 2)
+    assert three[:, 0].norm() > three[:, 1].norm()
+    assert abs(float(three[:, 0] @ three[:, 1])) < 1e-12
+    assert all(three[three[:, j].abs().argmax(), j] > 0 for j in range(2))
+
+
+def test_rank_and_energy_truncate() -> None:
+    logits = torch.tensor([[0.0] * 6, [9.0, 4.0, 0, 0, 0, 0]])
+    kept = factorise(logits, FactorOptions(rank=2), None, IDS[:2])
+    assert kept.columns.shape == (2, 6, 2)
+    whole = factorise(logits, FactorOptions(), None, IDS[:2])
+    eigenvalues = (whole.columns * whole.scale[:, None, None]).square().sum(dim=1)
+    for share in (0.2, 0.5, 0.9, 1.0):
+        some = factorise(logits, FactorOptions(energy=share), None, IDS[:2])
+        for i in range(2):
+            cumulative = eigenvalues[i].cumsum(0) / eigenvalues[i].sum()
+            assert int(some.counts[i]) == int((cumulative < share - 1e-12).sum()) + 1
+            assert not some.columns[i, :, int(some.counts[i]) :].any()
+    assert int(factorise(logits, FactorOptions(energy=0.9), None, IDS[:2]).counts.min()) == 1
+
+
+def test_class_basis_is_the_published_form_in_published_order() -> None:
+    logits = torch.log(
+        torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.4, 0.4], [0.98, 0.01, 0.01]], dtype=torch.float64)
+    )
+    p = logits.exp()
+    natural = factorise(logits, FactorOptions(basis="class"), None, IDS[:3])
+    literal = p.sqrt()[:, None, :] * (torch.eye(3) - p[:, :, None])
+    np.testing.assert_allclose(natural.columns * natural.scale[:, None, None], literal, atol=1e-12)
+    some = factorise(logits, FactorOptions(basis="class", min_prob=0.15, max_classes=2), None, IDS[:3])
+    assert some.counts.tolist() == [2, 2, 1]
+    got = some.columns * some.scale[:, None, None]
+    for i, order in enumerate([[1, 2], [1, 2], [0]]):
+        np.testing.assert_allclose(got[i, :, : len(order)], literal[i][:, order], atol=1e-12)
+    only = factorise(torch.zeros(1, 4), FactorOptions(basis="class", min_prob=0.9), None, IDS[:1])
+    assert only.counts.tolist() == [1]  # never none at all
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_other_likelihoods(likelihood: str) -> None:
+    logits = torch.tensor([[0.5, -2.0], [8.0, 0.0]], dtype=torch.float64)
+    np.testing.assert_allclose(
+        square(logits, likelihood=likelihood), output_fisher(logits.numpy(), likelihood), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+def test_sampled_labels_are_unbiased_and_depend_on_seed_and_id_alone(likelihood: str) -> None:
+    logits = torch.tensor([[0.5, -1.0, 0.2], [2.0, 0.0, 0.0]], dtype=torch.float64)
+    options = FactorOptions(labels="sampled", n_samples=40_000, likelihood=likelihood, seed=3)
+    factors = factorise(logits, options, None, IDS[5:7])
+    s = (factors.columns * factors.scale[:, None, None]).numpy()
+    np.testing.assert_allclose(s @ s.transpose(0, 2, 1), output_fisher(logits.numpy(), likelihood), atol=0.03)
+    alone = factorise(logits[1:], options, None, IDS[6:7])
+    torch.testing.assert_close(alone.columns[0], factors.columns[1])
+    other = factorise(
+        logits[1:],
+        FactorOptions(labels="sampled", n_samples=40_000, likelihood=likelihood, seed=4),
+        None,
+        IDS[6:7],
+    )
+    assert not torch.equal(other.columns, alone.columns)
+
+
+def test_true_labels() -> None:
+    logits = torch.tensor([[0.5, -1.0, 0.2], [2.0, 0.0, 0.0]], dtype=torch.float64)
+    factors = factorise(logits, FactorOptions(labels="true"), torch.tensor([2, 0]), IDS[:2])
+    wanted = torch.eye(3)[[2, 0]] - torch.softmax(logits, 1)
+    np.testing.assert_allclose(factors.columns[:, :, 0] * factors.scale[:, None], wanted, atol=1e-12)
+    targets = torch.tensor([[1.0, 0, 1], [0, 0, 1]])
+    regression = factorise(logits, FactorOptions(labels="true", likelihood="gaussian"), targets, IDS[:2])
+    np.testing.assert_allclose(
+        regression.columns[:, :, 0] * regression.scale[:, None], targets - logits, atol=1e-12
+    )
+    with pytest.raises(DataError, match="labels"):
+        factorise(logits, FactorOptions(labels="true"), None, IDS[:2])
+    with pytest.raises(DataError, match="example 41 has label 3"):
+        factorise(logits, FactorOptions(labels="true"), torch.tensor([0, 3]), IDS[40:42])
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"basis": "eigen"}, "basis"),
+        ({"labels": "given"}, "labels"),
+        ({"likelihood": "poisson"}, "likelihood"),
+        ({"rank": 0}, "rank"),
+        ({"rank": True}, "rank"),
+        ({"energy": 1.5}, "energy"),
+        ({"min_prob": 0.1}, "min_prob"),
+        ({"basis": "class", "rank": 2}, "rank"),
+        ({"likelihood": "gaussian", "rank": 2}, "rank"),
+        ({"n_samples": 3}, "n_samples"),
+        ({"labels": "sampled", "n_samples": 0}, "n_samples"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 1.0}, "seed"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, object], name: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{name}:"):
+        FactorOptions(**options).check()
+
+
+def test_one_logit_needs_another_likelihood() -> None:
+    with pytest.raises(ArgumentError, match="bernoulli"):
+        factorise(torch.zeros(2, 1), FactorOptions(), None, IDS[:2])

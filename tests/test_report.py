@@ -1,0 +1,417 @@
+"""The page: what it shows of every kind of data, that it is self-contained, that no data can break it."""
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+import time
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from npeff.components import Components
+from npeff.errors import ArgumentError, DataError, StorageError
+from npeff.parameters import Parameters
+from npeff.reports import report
+from npeff.reports.images import Scale, data_uri, looks_like_image, strip
+from npeff.reports.summary import summarise
+from npeff.reports.text import excerpt
+
+PARAMETERS = Parameters.of([(f"layer{i}.weight", (3, 4)) for i in range(10)] + [("head.bias", (2,))])
+VOID = {"meta", "link", "img", "br", "hr", "input", "rect", "path", "use"}
+
+
+def components_of(n=40, r=3, n_classes=4, seed=0, **changes):
+    """Components made of random numbers."""
+    rng = np.random.default_rng(seed)
+    W = rng.gamma(0.4, size=(n, r)).astype(np.float32)
+    W[W < 0.2] = 0
+    energy = np.concatenate([np.full(p.numel, (i + 1) / p.numel) for i, p in enumerate(PARAMETERS)])
+    vector = np.sqrt(energy / energy.sum()).astype(np.float32)
+    parts = {
+        "kind": "low_rank",
+        "coefficients": W,
+        "vectors": np.tile(vector, (r, 1)),
+        "columns": None,
+        "block_weights": None,
+        "parameters": PARAMETERS,
+        "labels": rng.integers(0, n_classes, n) if n_classes else np.full(n, -1),
+        "logits": rng.normal(size=(n, n_classes)).astype(np.float32) * 3,
+        "ids": np.arange(n),
+        "norms": np.ones(n, np.float32),
+        "loss_curve": np.geomspace(1, 0.1, 20),
+        "loss": 0.1,
+        "provenance": {"model": {"digest": "00ff", "class": "Tiny"}, "options": {"seed": 0}},
+    }
+    return Components(**{**parts, **changes})
+
+
+class Page(HTMLParser):
+    """A parsed page: its text, its elements, and whether they are properly nested."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.html, self.tags, self.open, self.words = html, [], [], []
+        self.feed(html)
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    def all(self, tag, **attributes):
+        return [
+            a
+            for t, a in self.tags
+            if t == tag and all(a.get(k.rstrip("_")) == v for k, v in attributes.items())
+        ]
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def page_of(tmp_path, components, data=None, **options):
+    return Page(report(components, data, tmp_path / "page.html", **options).read_text(encoding="utf-8"))
+
+
+def batches(inputs, labels=None, size=7):
+    """Batches of tensors or lists."""
+    for start in range(0, len(inputs), size):
+        part = slice(start, start + size)
+        yield inputs[part] if labels is None else (inputs[part], torch.as_tensor(np.asarray(labels)[part]))
+
+
+def images_of(page):
+    """All pictures on the page but the small ones of the overview, decoded."""
+    uris = [img["src"] for img in page.all("img") if img["alt"]]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))) for uri in uris]
+
+
+def test_where_it_is_written(tmp_path):
+    components = components_of()
+    assert report(components, None, tmp_path / "a" / "b") == tmp_path / "a" / "b" / "index.html"
+    assert report(components, None, str(tmp_path / "c.html")) == tmp_path / "c.html"
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["index.html"], "nothing else is left"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="writing failed"):
+        report(components, None, tmp_path / "file" / "x.html")
+
+
+def test_without_data(tmp_path):
+    page = page_of(tmp_path, components_of(), title="A title")
+    assert page.all("h1") and "A title" in page.text
+    assert not page.all("img")
+    assert len(page.all("article")) == 3
+    assert re.search(r"example \d+", page.text)
+
+
+def test_self_contained_and_accessible(tmp_path):
+    components = components_of()
+    page = page_of(tmp_path, components, batches(torch.rand(40, 1, 8, 8), components.labels))
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "action", "srcset"):
+            address = attributes.get(name)
+            assert address is None or address.startswith(("data:", "#")), (tag, address)
+    assert "@import" not in page.html and not re.search(r"url\((?!data:|#)", page.html)
+    assert all("alt" in img for img in page.all("img")), "every image has a text alternative"
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    anchors = {a["href"][1:] for a in page.all("a")}
+    assert anchors <= set(ids), anchors - set(ids)
+    svgs = page.all("svg")
+    assert svgs and all(svg.get("aria-label") for svg in svgs)
+    assert page.all("html")[0]["lang"] == "en"
+    assert "prefers-color-scheme: dark" in page.html
+    for labelled in [a["aria-labelledby"] for _, a in page.tags if "aria-labelledby" in a]:
+        assert labelled in ids
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8), (8, 8), (3, 9, 11), (9, 11, 3), (1, 28, 28), (3, 96, 96), (3, 300, 200)]
+)
+@pytest.mark.parametrize("kind", ["unit", "standardised", "bytes", "bool"])
+def test_images(tmp_path, shape, kind):
+    n = 12
+    components = components_of(n=n, r=2)
+    raw = torch.rand(n, *shape, generator=torch.Generator().manual_seed(0))
+    made = {"unit": raw, "standardised": (raw - 0.45) / 0.22, "bytes": (raw * 255).byte(), "bool": raw > 0.5}
+    page = page_of(tmp_path, components, batches(made[kind], components.labels), k=4)
+    drawn = images_of(page)
+    assert len(drawn) == sum(min(4, int((components.coefficients[:, j] > 0).sum())) for j in range(2))
+    first = summarise(components, 4)[0].top[0]
+    expected = made["bool"].float() if kind == "bool" else raw
+    expected = expected[first.position].numpy()
+    expected = (
+        np.moveaxis(expected, 0, -1).squeeze() if expected.ndim == 3 and shape[0] in (1, 3) else expected
+    )
+    assert drawn[0].ndim == expected.ndim
+    if max(shape) < 64:
+        assert drawn[0].shape == expected.shape
+        tolerance = 8 if kind == "standardised" else 1
+        np.testing.assert_allclose(drawn[0].astype(float), expected * 255, atol=tolerance)
+    else:
+        assert max(drawn[0].shape) <= 160
+        ratio = (shape[1] / shape[2]) / (drawn[0].shape[0] / drawn[0].shape[1])
+        assert 0.95 < ratio < 1.05
+
+
+def test_scale_of_difficult_images():
+    sparse = np.zeros((28, 28), np.float32)
+    sparse[3, 3] = -7.0
+    scale = Scale.of([sparse])
+    assert scale.bytes(sparse)[3, 3] == 0 and scale.bytes(sparse)[0, 0] == 255
+    constant = np.full((4, 4), 3.0)
+    assert np.isfinite(Scale.of([constant]).bytes(constant)).all()
+    broken = np.array([[np.nan, np.inf], [-np.inf, 1.0]])
+    assert Scale.of([broken]).bytes(broken).tolist() == [[0, 255], [0, 255]]
+    spread = np.random.default_rng(0).normal(size=(100, 100))
+    spread[0, 0] = 1e6
+    assert Scale.of([spread]).bytes(spread).std() > 30, "one outlier does not grey out the rest"
+
+
+@pytest.mark.parametrize(
+    ("shape", "image"),
+    [((28, 28), True), ((1, 28, 28), True), ((3, 32, 32), True), ((32, 32, 3), True), ((784,), False),
+     ((2, 500), False), ((5, 128), False), ((2, 28, 28), False), ((1, 1, 1), False), ((3, 3, 2), False)],
+)  # fmt: skip
+def test_looks_like_image(shape, image):
+    assert looks_like_image(np.zeros(shape)) is image
+
+
+def test_texts_are_escaped(tmp_path):
+    nasty = '<script>alert("x")</script> & <b>bold</b> {{ 7 * 7 }} \' " </style>'
+    components = components_of(n=10, r=2)
+    components.provenance["note"] = nasty
+    page = page_of(
+        tmp_path, components, batches([nasty] * 10, components.labels), class_names=[nasty] * 4, title=nasty
+    )
+    assert page.html.count("<script") == 1 and "<b>bold" not in page.html and " 49 " not in page.text
+    assert page.text.count('<script>alert("x")</script> & <b>bold</b> {{ 7 * 7 }}') >= 20
+    assert page.all("title") and nasty in "".join(page.words)
+
+
+@pytest.mark.parametrize("form", ["strings", "dict", "pairs", "tokens", "dict of ids", "ids alone"])
+def test_texts(tmp_path, form):
+    n = 10
+    texts = [f"review number {i} " + "of many words " * (30 if i % 2 else 1) for i in range(n)]
+    components = components_of(n=n, r=2)
+    ids = torch.arange(n)[:, None] + torch.tensor([[0, 100, 200]])
+    tokenizer = SimpleNamespace(
+        decode=lambda ids, skip_special_tokens=False: f"decoded {ids[0]} {skip_special_tokens}"
+    )
+    labels = torch.as_tensor(components.labels)
+    data = {
+        "strings": [texts],
+        "dict": [{"text": texts, "input_ids": ids, "labels": labels}],
+        "pairs": [([(text, "second") for text in texts], labels)],
+        "tokens": [(ids, labels)],
+        "dict of ids": [{"input_ids": ids, "attention_mask": ids, "labels": labels}],
+        "ids alone": [{"input_ids": ids}],
+    }[form]
+    page = page_of(tmp_path, components, data, tokenizer=None if form == "ids alone" else tokenizer)
+    first = summarise(components, 4)[0].top[0].position
+    wanted = {
+        "tokens": f"decoded {first} True",
+        "dict of ids": f"decoded {first} True",
+        "ids alone": f"token ids {first} ",
+    }
+    assert wanted.get(form, f"review number {first} of many words") in page.text
+    if form in ("strings", "dict"):
+        assert page.text.count("of many words of many words of many words") > 5, "long texts are all there"
+    assert not page.all("img")
+
+
+def test_values(tmp_path):
+    components = components_of(n=12, r=2)
+    inputs = torch.randn(12, 13)
+    page = page_of(tmp_path, components, batches(inputs, components.labels))
+    assert all(picture.shape == (1, 13, 3) for picture in images_of(page))
+    first = summarise(components, 4)[0].top[0].position
+    assert f"values {inputs[first][0]:.3g}, {inputs[first][1]:.3g}" in page.html
+    sequence = page_of(tmp_path, components, batches(torch.randn(12, 5, 300), components.labels))
+    assert images_of(sequence)[0].shape == (5, 256, 3)
+
+
+def test_strip_colours():
+    red, white, blue = strip(np.array([1.0, 0.0, -1.0]), 1.0)[0].astype(int)
+    assert red[0] > red[2] and blue[2] > blue[0] and white.min() > 240
+
+
+def test_excerpt():
+    assert excerpt("  short ") == ("short", "")
+    start, rest = excerpt("word " * 200)
+    assert start.endswith("word") and 100 < len(start) <= 220
+    assert (start + rest).replace(" ", "") == ("word " * 200).replace(" ", "")
+    start, rest = excerpt("x" * 1000)
+    assert start + rest == "x" * 1000
+
+
+def test_data_is_iterated_once_and_no_further_than_needed(tmp_path):
+    components = components_of(n=20, ids=np.arange(20) + 5)
+    inputs, seen = torch.rand(100, 1, 8, 8), []
+
+    def data():
+        for start in range(0, 100, 10):
+            seen.append(start)
+            yield inputs[start : start + 10]
+
+    page_of(tmp_path, components, data())
+    assert seen[-1] <= 20
+
+
+def test_other_data_is_refused(tmp_path):
+    components = components_of(n=20)
+    with pytest.raises(
+        DataError, match=r"has 5 examples, .* at least \d+; pass the data given to compute_fishers"
+    ):
+        page_of(tmp_path, components, [torch.rand(5, 1, 8, 8)])
+    with pytest.raises(
+        DataError, match=r"example \d+ has label \d, but \d when the Fishers were computed.*shuffling"
+    ):
+        page_of(tmp_path, components, batches(torch.rand(20, 1, 8, 8), (components.labels + 1) % 4))
+    with pytest.raises(DataError, match="keys a, b; found neither text nor tensors"):
+        page_of(tmp_path, components, [{"a": 1, "b": None}])
+    with pytest.raises(DataError, match="neither text nor numbers"):
+        page_of(tmp_path, components, [([object()] * 20, components.labels)])
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_options_are_checked(tmp_path):
+    with pytest.raises(ArgumentError, match="k: expected at least 1"):
+        page_of(tmp_path, components_of(), k=0)
+    with pytest.raises(ArgumentError, match="class_names: expected 4 names"):
+        page_of(tmp_path, components_of(), class_names=["a"])
+    with pytest.raises(ArgumentError, match="class_names: expected a list of names"):
+        page_of(tmp_path, components_of(), class_names="abcd")
+
+
+def test_class_names_of_the_data(tmp_path):
+    class Loader(list):
+        dataset = SimpleNamespace(classes=["cat", "dog", "bird", "fish"])
+
+    components = components_of()
+    page = page_of(tmp_path, components, Loader(batches(torch.rand(40, 1, 8, 8), components.labels)))
+    assert {"cat", "dog", "bird", "fish"} <= set(page.text.split())
+
+
+def test_odd_components(tmp_path):
+    W = components_of().coefficients
+    W[:, 1] = 0
+    page = page_of(tmp_path, components_of(coefficients=W, loss_curve=np.array([])))
+    assert "No example has a coefficient above zero" in page.text
+    page_of(tmp_path, components_of(loss_curve=np.array([1.0, np.nan, 0.5]), loss=float("nan")))
+    page_of(tmp_path, components_of(n=1, r=1))
+    page_of(tmp_path, components_of(kind="diagonal", norms=np.zeros(40, np.float32)))
+    regression = components_of(n_classes=1, labels=np.full(40, -1))
+    assert "Weighs between" not in page_of(tmp_path, regression).text
+    many = page_of(tmp_path, components_of(n_classes=500))
+    assert "more classes" in many.text
+
+
+def test_components_of_a_published_file_lack_labels_and_logits(tmp_path):
+    bare = components_of(n_classes=0, provenance={})
+    page = page_of(tmp_path, bare, batches(torch.rand(40, 1, 8, 8)))
+    assert "accuracy" not in page.text and "none on record" in page.text
+    assert "−1" not in page.text and "-1" not in page.text
+
+
+def test_summary_against_counting():
+    components = components_of(n=200, r=3)
+    W, labels, predictions = components.coefficients, components.labels, components.predictions
+    for s in summarise(components, 10):
+        w = W[:, s.j]
+        assert s.share == pytest.approx(w.sum() / W.sum(), rel=1e-5)
+        active = w >= 0.1 * w.max()
+        assert s.n_active == active.sum() and s.n_zero == (w == 0).sum()
+        assert sum(s.histogram) == (w > 0).sum()
+        assert s.accuracy == pytest.approx((labels == predictions)[active].mean())
+        assert sum(a for _, a, _ in s.classes) == active.sum()
+        assert [t.index for t in s.top] == np.argsort(-w, kind="stable")[:10].tolist()
+        assert s.profile.sum() == pytest.approx(1)
+        assert s.blocks[0][0] == "head.bias" and s.blocks[-1][0] is None
+        assert sum(share for _, share in s.blocks) == pytest.approx(1)
+        shares = [share for _, share in s.contest]
+        assert shares == sorted(shares, reverse=True) and sum(shares) <= 1 + 1e-9
+    sizes = [s.share for s in summarise(components, 10)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_contest_of_a_confident_prediction():
+    logits = np.zeros((1, 3), np.float32)
+    logits[0] = [60, 30, 0]
+    components = components_of(n=1, r=1, n_classes=3, logits=logits, coefficients=np.ones((1, 1), np.float32))
+    (s,) = summarise(components, 4)
+    assert [c for c, _ in s.contest] == [0, 1]
+    assert s.contest[0][1] == pytest.approx(0.5, abs=1e-6), "1 − p is not lost to rounding"
+
+
+def test_large_page_is_quick_and_small(tmp_path):
+    components = components_of(n=5000, r=64, n_classes=10)
+    images = torch.rand(5000, 1, 28, 28)
+    start = time.perf_counter()
+    path = report(components, batches(images, components.labels, 500), tmp_path)
+    assert time.perf_counter() - start < 10
+    assert path.stat().st_size < 4_000_000
+
+
+def test_same_input_same_page(tmp_path):
+    first = report(components_of(), None, tmp_path / "a.html").read_bytes()
+    assert report(components_of(), None, tmp_path / "b.html").read_bytes() == first
+
+
+def test_data_uri_of_photographs_is_small():
+    noise = np.random.default_rng(0).integers(0, 255, (224, 224, 3), np.uint8)
+    assert len(data_uri(noise)) < 20_000
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to open the page with")
+def test_in_a_browser(tmp_path):
+    components = components_of()
+    path = report(components, batches(torch.rand(40, 1, 8, 8), components.labels), tmp_path / "page.html")
+    click = """<script>
+      const first = () => document.querySelector("#overview-table tbody tr td").dataset.value;
+      const heads = [...document.querySelectorAll("#overview-table th button")];
+      const press = head => { head.click(); return first(); };
+      const found = heads.flatMap(head => [press(head), press(head)]);
+      document.title = JSON.stringify([found, document.documentElement.scrollWidth <= innerWidth]);
+    </script>"""
+    path.write_text(path.read_text(encoding="utf-8") + click, encoding="utf-8")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    )
+    more = [
+        "--disable-component-update",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command = [CHROMIUM, *flags.split(), *more, "--window-size=500,900", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in done.stderr, "no error is logged"
+    order, fits = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout).group(1)))
+    assert fits, "a narrow window needs no sideways scrolling"
+    shares = [str(s.j) for s in summarise(components, 16)]
+    assert order[:2] == ["0", "2"], "by number, up and down"
+    assert order[4:6] == [shares[0], shares[-1]], "by share, down and up"
