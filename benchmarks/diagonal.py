@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 import torch
-from low_rank import processor
 from sklearn.decomposition import NMF
 
 import npeff
+from low_rank import processor
 from npeff import datasets, models
 from npeff.diagonal import Diagonal
 from npeff.scaling import scale
@@ -33,7 +33,9 @@ def matrix(n: int, k: int) -> tuple[npeff.Fishers, sp.csr_matrix]:
     torch.manual_seed(0)
     images, model = datasets.fashion_mnist(), models.fashion_cnn()
     models.train(model, images, epochs=2)
-    fishers = npeff.compute_fishers(model.eval(), images, kind="diagonal", compress=npeff.TopK(k), max_examples=n, progress=False)
+    fishers = npeff.compute_fishers(
+        model.eval(), images, kind="diagonal", compress=npeff.TopK(k), max_examples=n, progress=False
+    )
     rows = scale(fishers).rows
     return fishers, sp.csr_matrix((rows.values, rows.indices, rows.indptr), shape=(rows.n_rows, rows.n_columns))
 
@@ -85,8 +87,10 @@ def main() -> None:
     text = "\n".join([
         "# Diagonal decomposition (NMF) from one start",
         "",
-        f"`python benchmarks/diagonal.py` · diagonal Fishers of Fashion-MNIST, {X.shape[0]:,} × {X.shape[1]:,}, {X.nnz:,} entries, r = {r}",
-        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}",
+        f"`python benchmarks/diagonal.py` · diagonal Fishers of Fashion-MNIST, {X.shape[0]:,} × "
+        f"{X.shape[1]:,}, {X.nnz:,} entries, r = {r}",
+        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
+        f"{platform.python_version()}",
         "",
         "| | loss | time (s) | iterations | times faster than scikit-learn |",
         "|---|---|---|---|---|",

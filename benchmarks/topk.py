@@ -45,9 +45,7 @@ def check(x: torch.Tensor, k: int) -> None:
         kept = indices[row][values[row].abs() == last]
         assert torch.equal(kept, at_last[: len(kept)]), "ties went to higher indices"
     counts, streamed, _ = stream(StreamingTopK(len(x), k), x)
-    assert (counts == k).all() and np.array_equal(streamed.reshape(indices.shape), indices), (
-        "streaming differs"
-    )
+    assert (counts == k).all() and np.array_equal(streamed.reshape(indices.shape), indices), "streaming differs"
 
 
 def candidates(x: torch.Tensor, k: int) -> dict[str, Callable[[], object]]:
@@ -117,8 +115,7 @@ def report(x: torch.Tensor, k: int, times: dict[str, list[float]], seed: int) ->
     lines += [
         "",
         f"- {theirs / ours:.0f}× faster than torch.topk (target: 5×).",
-        f"- {ours / floor:.2f}× the fastest plain pass, {floor_name.removeprefix('pass: ')} "
-        "(target: within 2×).",
+        f"- {ours / floor:.2f}× the fastest plain pass, {floor_name.removeprefix('pass: ')} (target: within 2×).",
         "- The floor is the input read once. Beyond it: a sample of the row (one cache line per entry), "
         "the candidates written and read (12 bytes each, about 1.3 k of them), one histogram over them, and "
         "the result.",

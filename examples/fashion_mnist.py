@@ -19,9 +19,7 @@ from npeff import datasets, models
 @click.command(help="Train, compute Fishers, decompose, write a page: Fashion-MNIST.")
 @click.option("--out", type=click.Path(path_type=Path), default="fashion", show_default=True, help="Folder.")
 @click.option("--root", type=click.Path(path_type=Path), default=datasets.FASHION_MNIST, show_default=True)
-@click.option(
-    "--examples", default=5000, show_default=True, help="Of the test images, which training has not seen."
-)
+@click.option("--examples", default=5000, show_default=True, help="Of the test images, which training has not seen.")
 @click.option("--components", "n_components", default=64, show_default=True)
 @click.option("--epochs", default=4, show_default=True)
 @click.option("--seed", default=0, show_default=True)

@@ -77,9 +77,7 @@ def output_fisher(logits: np.ndarray, likelihood: str = "categorical") -> np.nda
 
 def dense_fishers(logits: np.ndarray, jacobians: np.ndarray, likelihood: str = "categorical") -> np.ndarray:
     """``F = Jᵀ (output Fisher) J``, ``(n, m, m)``."""
-    return np.einsum(
-        "ncm,ncd,ndk->nmk", jacobians, output_fisher(logits, likelihood), jacobians, optimize=True
-    )
+    return np.einsum("ncm,ncd,ndk->nmk", jacobians, output_fisher(logits, likelihood), jacobians, optimize=True)
 
 
 def largest(rows: np.ndarray, k: int) -> np.ndarray:

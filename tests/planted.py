@@ -40,7 +40,9 @@ def sparse(values: Array) -> SparseRows:
     """CSR of a dense matrix."""
     filled = values != 0
     indptr = np.concatenate([[0], np.cumsum(filled.sum(1))]).astype(np.int64)
-    return SparseRows(indptr, np.nonzero(filled)[1].astype(np.int32), values[filled].astype(np.float32), values.shape[1])
+    return SparseRows(
+        indptr, np.nonzero(filled)[1].astype(np.int32), values[filled].astype(np.float32), values.shape[1]
+    )
 
 
 def planted(n: int, r: int, m: int, noise: float, seed: int) -> tuple[Fishers, Array, Array]:
@@ -63,13 +65,17 @@ def planted(n: int, r: int, m: int, noise: float, seed: int) -> tuple[Fishers, A
     return fishers_of(DenseRows(rows), np.arange(n + 1) * 4), G, W
 
 
-def random_rows(n: int, rank: int, m: int, density: float, seed: int, ranks: Array | None = None) -> tuple[Array, Array]:
+def random_rows(
+    n: int, rank: int, m: int, density: float, seed: int, ranks: Array | None = None
+) -> tuple[Array, Array]:
     """Random rows ``(Σ rank, m)`` with some structure, and their offsets."""
     rng = np.random.default_rng(seed)
     ranks = np.full(n, rank) if ranks is None else ranks
     offsets = np.concatenate([[0], np.cumsum(ranks)])
     basis = rng.normal(size=(8, m))
-    rows = rng.gamma(0.5, size=(offsets[-1], 8)) * rng.choice([-1, 1], (offsets[-1], 8)) @ basis + 0.3 * rng.normal(size=(offsets[-1], m))
+    rows = rng.gamma(0.5, size=(offsets[-1], 8)) * rng.choice([-1, 1], (offsets[-1], 8)) @ basis + 0.3 * rng.normal(
+        size=(offsets[-1], m)
+    )
     rows *= rng.random(rows.shape) < density
     return rows.astype(np.float32), offsets
 

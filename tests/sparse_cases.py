@@ -22,6 +22,4 @@ def skewed(n_rows: int, n_columns: int, seed: int = 0, dtype: type = np.int32) -
 def to_scipy(csr: Csr, n_columns: int) -> scipy.sparse.csr_matrix:
     """float64, for an oracle."""
     indptr, indices, values = csr
-    return scipy.sparse.csr_matrix(
-        (values.astype(np.float64), indices, indptr), shape=(len(indptr) - 1, n_columns)
-    )
+    return scipy.sparse.csr_matrix((values.astype(np.float64), indices, indptr), shape=(len(indptr) - 1, n_columns))

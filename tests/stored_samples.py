@@ -44,9 +44,7 @@ def to_sparse(dense: np.ndarray) -> SparseRows:
     return SparseRows(indptr, column.astype(np.int32), dense[row, column], dense.shape[1])
 
 
-def fishers_of(
-    kind: str = "low_rank", *, sparse: bool = True, ranks: tuple[int, ...] = (2, 1, 3, 0, 2, 2)
-) -> Fishers:
+def fishers_of(kind: str = "low_rank", *, sparse: bool = True, ranks: tuple[int, ...] = (2, 1, 3, 0, 2, 2)) -> Fishers:
     """Fishers of ``len(ranks)`` examples."""
     ranks = (1,) * len(ranks) if kind == "diagonal" else ranks
     dense = dense_rows(sum(ranks), positive=kind == "diagonal")

@@ -243,18 +243,14 @@ def test_encode(folder, suffix, capsys):
 
 def test_commands_refuse_files_of_the_wrong_kind(folder, capsys):
     assert run(["decompose", "components.h5", "--components", "3", "--out", "x.h5"]) == 2
-    assert (
-        "components.h5 holds Components, expected Fishers (made by: npeff fishers)" in capsys.readouterr().err
-    )
+    assert "components.h5 holds Components, expected Fishers (made by: npeff fishers)" in capsys.readouterr().err
     assert run(["report", "fishers.h5"]) == 2
     assert "expected Components (made by: npeff decompose)" in capsys.readouterr().err
 
 
 def test_report(folder, capsys):
     command = ["report", "components.h5", "--out", "page.html", "--title", "Tiny"]
-    assert (
-        run([*command, "--data", "tiny.py:data", "--class-names", "red, green,blue", "--examples", "3"]) == 0
-    )
+    assert run([*command, "--data", "tiny.py:data", "--class-names", "red, green,blue", "--examples", "3"]) == 0
     assert "page.html: 4 components" in capsys.readouterr().out
     html = (folder / "page.html").read_text(encoding="utf-8")
     assert "<h1>Tiny</h1>" in html and "green" in html and "data:image/png" in html

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from planted import fishers_of, planted
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_decomposition import QUICK, example_fishers
 
 import npeff
 from npeff.rows import DenseRows
+from planted import fishers_of, planted
+from test_decomposition import QUICK, example_fishers
 
 
 @pytest.fixture(scope="module", params=["low_rank", "diagonal"])
@@ -88,7 +88,9 @@ def test_encode_finds_planted_coefficients_of_unseen_examples() -> None:
     components = npeff.decompose(seen, 6, progress=False)
     all_in_one = np.concatenate([components.encode(seen).coefficients, components.encode(unseen).coefficients])
     scaled = W / np.linalg.norm(W, axis=1, keepdims=True)
-    order = [int(np.argmax([np.corrcoef(all_in_one[:150, k], scaled[:150, j])[0, 1] for k in range(6)])) for j in range(6)]
+    order = [
+        int(np.argmax([np.corrcoef(all_in_one[:150, k], scaled[:150, j])[0, 1] for k in range(6)])) for j in range(6)
+    ]
     assert sorted(order) == list(range(6))
     for j, k in enumerate(order):
         assert np.corrcoef(all_in_one[150:, k], scaled[150:, j])[0, 1] > 0.98

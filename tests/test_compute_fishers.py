@@ -130,9 +130,7 @@ def test_misshapen_logits_are_refused(model: nn.Module, x: Tensor) -> None:
 def test_regression_and_binary_heads(x: Tensor) -> None:
     single = network(1)
     for likelihood in ("gaussian", "bernoulli"):
-        got = fishers_of(
-            single, [(x, torch.rand(N))], likelihood=likelihood, forward=lambda m, b: m(b[0])[:, 0]
-        )
+        got = fishers_of(single, [(x, torch.rand(N))], likelihood=likelihood, forward=lambda m, b: m(b[0])[:, 0])
         assert got.logits.shape == (N, 1)
         wanted = exact(single, x, got.parameters.names, likelihood)
         for i in range(N):
@@ -226,9 +224,7 @@ def test_selection_by_pattern(model: nn.Module, x: Tensor) -> None:
     ):
         some = fishers_of(model, [x], parameters=patterns)
         assert list(some.parameters.names) == names
-        columns = np.concatenate(
-            [np.arange(whole.n_parameters)[whole.parameters.block(name)] for name in names]
-        )
+        columns = np.concatenate([np.arange(whole.n_parameters)[whole.parameters.block(name)] for name in names])
         np.testing.assert_allclose(some.rows.values, whole.rows.values[:, columns], atol=1e-6)
     for patterns in ("nothing.*", ["5.*", "nope"], ["5.*", "!*"], [], [3]):
         with pytest.raises(ArgumentError, match="parameters"):
@@ -254,10 +250,7 @@ def test_the_model_is_left_exactly_as_it_was(model: nn.Module, x: Tensor) -> Non
     model[0].weight.requires_grad_(False)
     model[3].weight.grad = torch.ones_like(model[3].weight)
     model[1].train()
-    before = {
-        name: (p.requires_grad, p.grad is None, p._version, p.data_ptr())
-        for name, p in model.named_parameters()
-    }
+    before = {name: (p.requires_grad, p.grad is None, p._version, p.data_ptr()) for name, p in model.named_parameters()}
 
     def broken() -> Any:
         yield x
@@ -268,8 +261,7 @@ def test_the_model_is_left_exactly_as_it_was(model: nn.Module, x: Tensor) -> Non
     with pytest.raises(KeyboardInterrupt):
         fishers_of(model, broken())
     assert before == {
-        name: (p.requires_grad, p.grad is None, p._version, p.data_ptr())
-        for name, p in model.named_parameters()
+        name: (p.requires_grad, p.grad is None, p._version, p.data_ptr()) for name, p in model.named_parameters()
     }
     assert (model[3].weight.grad == 1).all()
     assert model[1].training

@@ -80,9 +80,7 @@ def test_fashion_mnist_that_is_missing_or_mixed_up(tmp_path):
         datasets.fashion_mnist("validation", root=tmp_path)
 
 
-@pytest.mark.skipif(
-    not datasets.FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed"
-)
+@pytest.mark.skipif(not datasets.FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_fashion_mnist_of_debian():
     data = datasets.fashion_mnist("test")
     assert data.inputs.shape == (10_000, 1, 28, 28)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted import best_cosines, fishers_of, planted, random_rows, sparse
 
 import npeff
 from npeff.rows import DenseRows
 from npeff.scaling import scale
+from planted import best_cosines, fishers_of, planted, random_rows, sparse
 
 QUICK = {"starts": 2, "moves": 4, "progress": False}
 
@@ -36,7 +36,9 @@ def dense_loss(components: npeff.Components, fishers: npeff.Fishers) -> float:
     return left / total
 
 
-def example_fishers(kind: str = "low_rank", stored: str = "dense", n: int = 40, m: int = 30, seed: int = 0) -> npeff.Fishers:
+def example_fishers(
+    kind: str = "low_rank", stored: str = "dense", n: int = 40, m: int = 30, seed: int = 0
+) -> npeff.Fishers:
     rng = np.random.default_rng(seed)
     ranks = np.ones(n, np.int64) if kind == "diagonal" else rng.integers(1, 4, n)
     rows, offsets = random_rows(n, 0, m, 0.6, seed, ranks)
@@ -281,7 +283,9 @@ def test_bad_data_is_named() -> None:
     with pytest.raises(npeff.DataError, match="example 5"):
         npeff.decompose(replace(fishers, rows=DenseRows(values)), 2, progress=False)
     with pytest.raises(npeff.DataError, match="all 40 are zero"):
-        npeff.decompose(replace(fishers, rows=DenseRows(values * 0 if False else np.zeros_like(values))), 2, progress=False)
+        npeff.decompose(
+            replace(fishers, rows=DenseRows(values * 0 if False else np.zeros_like(values))), 2, progress=False
+        )
 
 
 @settings(max_examples=15, deadline=None)

@@ -32,9 +32,7 @@ def square(logits: torch.Tensor, **options: object) -> np.ndarray:
     st.integers(0, 99),
 )
 def test_categorical_factors_are_exact(n_classes: int, n: int, basis: str, spread: float, seed: int) -> None:
-    logits = spread * torch.randn(
-        n, n_classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    logits = spread * torch.randn(n, n_classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     got, exact = square(logits, basis=basis), output_fisher(logits.numpy())
     for mine, wanted in zip(got, exact, strict=True):
         # The oracle cancels 1 − p where p is nearly one: hence the absolute term.
@@ -84,9 +82,7 @@ def test_rank_and_energy_truncate() -> None:
 
 
 def test_class_basis_is_the_published_form_in_published_order() -> None:
-    logits = torch.log(
-        torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.4, 0.4], [0.98, 0.01, 0.01]], dtype=torch.float64)
-    )
+    logits = torch.log(torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.4, 0.4], [0.98, 0.01, 0.01]], dtype=torch.float64))
     p = logits.exp()
     natural = factorise(logits, FactorOptions(basis="class"), None, IDS[:3])
     literal = p.sqrt()[:, None, :] * (torch.eye(3) - p[:, :, None])
@@ -133,9 +129,7 @@ def test_true_labels() -> None:
     np.testing.assert_allclose(factors.columns[:, :, 0] * factors.scale[:, None], wanted, atol=1e-12)
     targets = torch.tensor([[1.0, 0, 1], [0, 0, 1]])
     regression = factorise(logits, FactorOptions(labels="true", likelihood="gaussian"), targets, IDS[:2])
-    np.testing.assert_allclose(
-        regression.columns[:, :, 0] * regression.scale[:, None], targets - logits, atol=1e-12
-    )
+    np.testing.assert_allclose(regression.columns[:, :, 0] * regression.scale[:, None], targets - logits, atol=1e-12)
     with pytest.raises(DataError, match="labels"):
         factorise(logits, FactorOptions(labels="true"), None, IDS[:2])
     with pytest.raises(DataError, match="example 41 has label 3"):

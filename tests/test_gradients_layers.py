@@ -212,17 +212,13 @@ case(
     layers=lambda: [nn.Linear(4, 3), nn.ReLU(inplace=True)],
     inputs=lambda: images(5, 4),
 )
-case(
-    "linear over 2 middle dims", layers=lambda: [nn.Linear(4, 3, bias=False)], inputs=lambda: images(2, 3, 4)
-)
+case("linear over 2 middle dims", layers=lambda: [nn.Linear(4, 3, bias=False)], inputs=lambda: images(2, 3, 4))
 case(
     "linear, not contiguous",
     layers=lambda: [Lambda(lambda x: x.transpose(1, 2)), nn.Linear(4, 3)],
     inputs=lambda: images(4, 5),
 )
-case(
-    "conv1d", layers=lambda: [nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2)], inputs=lambda: images(4, 9)
-)
+case("conv1d", layers=lambda: [nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2)], inputs=lambda: images(4, 9))
 case(
     "conv2d",
     layers=lambda: [
@@ -266,9 +262,7 @@ case(
     ],
     inputs=lambda: images(3, 2, 5, 5),
 )
-case(
-    "transposed conv", layers=lambda: [nn.ConvTranspose2d(2, 3, 3, stride=2)], inputs=lambda: images(2, 4, 4)
-)
+case("transposed conv", layers=lambda: [nn.ConvTranspose2d(2, 3, 3, stride=2)], inputs=lambda: images(2, 4, 4))
 case("batch norm 1d", layers=lambda: [nn.Linear(4, 5), nn.BatchNorm1d(5)])
 case("batch norm 2d", layers=lambda: [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)], inputs=lambda: images(2, 5, 5))
 case("batch norm 3d", layers=lambda: [nn.BatchNorm3d(2)], inputs=lambda: images(2, 3, 3, 3))
@@ -304,9 +298,7 @@ case(
 )
 case(
     "spectral norm",
-    lambda: nn.Sequential(
-        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)
-    ),
+    lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)),
 )
 case("prelu", layers=lambda: [nn.Linear(4, 5), nn.PReLU(5)])
 case("bilinear", lambda: nn.Sequential(Lambda(lambda x: x), nn.Linear(4, 4), BilinearPair()))

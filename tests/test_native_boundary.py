@@ -137,9 +137,7 @@ def test_environment_chooses() -> None:
 
 
 def test_unknown_implementation() -> None:
-    with pytest.raises(
-        ArgumentError, match="implementation: expected reference, base, avx2 or avx512, got 'sse9'"
-    ):
+    with pytest.raises(ArgumentError, match="implementation: expected reference, base, avx2 or avx512, got 'sse9'"):
         use("sse9")
     with pytest.raises(ArgumentError, match="n: expected a number of threads"):
         set_num_threads(0)

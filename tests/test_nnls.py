@@ -45,16 +45,12 @@ def kkt(gram: np.ndarray, cross: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(
-    ("n", "r"), [(1, 1), (3, 2), (16, 12), (17, 16), (33, 17), (50, 31), (20, 65), (8, 130)]
-)
+@pytest.mark.parametrize(("n", "r"), [(1, 1), (3, 2), (16, 12), (17, 16), (33, 17), (50, 31), (20, 65), (8, 130)])
 def test_sweeps_equal_plain_descent(implementation: str, dtype: type, n: int, r: int) -> None:
     gram, cross = problem(n, r, dtype=dtype)
     start = np.random.default_rng(1).standard_normal((n, r)).astype(dtype)  # negative entries count as 0
     result = nnls(gram, cross, start, max_sweeps=3, tol=0)
-    expected, _ = reference.nnls(
-        torch.from_numpy(gram), torch.from_numpy(cross), torch.from_numpy(start), 3, 0
-    )
+    expected, _ = reference.nnls(torch.from_numpy(gram), torch.from_numpy(cross), torch.from_numpy(start), 3, 0)
     tolerance = 2e-5 if dtype is np.float32 else 1e-12
     np.testing.assert_allclose(result.w, expected, rtol=tolerance, atol=tolerance)
     assert result.kkt is not None and result.w.dtype == dtype
@@ -103,9 +99,7 @@ def test_exact_reaches_the_optimum_of_singular_problems(
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1), sweeps=st.integers(1, 8), implementation=st.sampled_from(IMPLEMENTATIONS)
-)
+@given(seed=st.integers(0, 2**32 - 1), sweeps=st.integers(1, 8), implementation=st.sampled_from(IMPLEMENTATIONS))
 def test_objective_never_rises(seed: int, sweeps: int, implementation: str) -> None:
     gram, cross = problem(9, 14, seed)
     w = np.abs(np.random.default_rng(seed).standard_normal(cross.shape))
@@ -129,8 +123,7 @@ def test_any_batch_is_the_same_to_the_bit(exact: bool) -> None:
         try:
             for size in (1, 5, 16, 40):
                 parts = [
-                    nnls(gram, cross[a : a + size], max_sweeps=7, tol=1e-3, exact=exact)
-                    for a in range(0, 53, size)
+                    nnls(gram, cross[a : a + size], max_sweeps=7, tol=1e-3, exact=exact) for a in range(0, 53, size)
                 ]
                 np.testing.assert_array_equal(np.concatenate([part.w for part in parts]), whole.w)
         finally:

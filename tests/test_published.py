@@ -62,11 +62,7 @@ def test_reading_fishers(tmp_path, layout):
     assert found.provenance["layout"] == layout.partition(":")[0]
     assert describe(path)["content"] == layout.partition(":")[0]
     about = describe(path)
-    assert (
-        about["n_examples"] == len(expected)
-        and about["n_parameters"] == M
-        and about["kind"] == kind_of(layout)
-    )
+    assert about["n_examples"] == len(expected) and about["n_parameters"] == M and about["kind"] == kind_of(layout)
 
 
 @pytest.mark.parametrize("layout", [name for name in FISHER_LAYOUTS if "chunked" not in name])
@@ -88,9 +84,7 @@ def test_writing_gives_what_the_description_says(tmp_path, layout):
         def compare(name, item):
             if isinstance(item, h5py.Dataset):
                 np.testing.assert_array_equal(item[()], ours[name][()], err_msg=name, strict=True)
-            assert {k: float(v) for k, v in item.attrs.items()} == {
-                k: float(v) for k, v in ours[name].attrs.items()
-            }
+            assert {k: float(v) for k, v in item.attrs.items()} == {k: float(v) for k, v in ours[name].attrs.items()}
 
         hand.visititems(compare)
 
@@ -103,9 +97,7 @@ def test_round_trip(tmp_path, kind, ranks, sparse):
     fishers = fishers_of(kind, sparse=sparse, ranks=ranks)
     path = write_published(fishers, tmp_path / "p.h5")
     found = load(path)
-    expected = replace(
-        fishers, rows=to_sparse(fishers.rows.dense(0, fishers.rows.n_rows)), ids=np.arange(len(ranks))
-    )
+    expected = replace(fishers, rows=to_sparse(fishers.rows.dense(0, fishers.rows.n_rows)), ids=np.arange(len(ranks)))
     assert_same(found, expected, names=False)
     for i in range(len(ranks)):
         np.testing.assert_array_equal(found.dense(i), fishers.dense(i))

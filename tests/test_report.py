@@ -79,11 +79,7 @@ class Page(HTMLParser):
             self.words.append(data)
 
     def all(self, tag, **attributes):
-        return [
-            a
-            for t, a in self.tags
-            if t == tag and all(a.get(k.rstrip("_")) == v for k, v in attributes.items())
-        ]
+        return [a for t, a in self.tags if t == tag and all(a.get(k.rstrip("_")) == v for k, v in attributes.items())]
 
     @property
     def text(self):
@@ -146,9 +142,7 @@ def test_self_contained_and_accessible(tmp_path):
         assert labelled in ids
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 8, 8), (8, 8), (3, 9, 11), (9, 11, 3), (1, 28, 28), (3, 96, 96), (3, 300, 200)]
-)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (8, 8), (3, 9, 11), (9, 11, 3), (1, 28, 28), (3, 96, 96), (3, 300, 200)])
 @pytest.mark.parametrize("kind", ["unit", "standardised", "bytes", "bool"])
 def test_images(tmp_path, shape, kind):
     n = 12
@@ -161,9 +155,7 @@ def test_images(tmp_path, shape, kind):
     first = summarise(components, 4)[0].top[0]
     expected = made["bool"].float() if kind == "bool" else raw
     expected = expected[first.position].numpy()
-    expected = (
-        np.moveaxis(expected, 0, -1).squeeze() if expected.ndim == 3 and shape[0] in (1, 3) else expected
-    )
+    expected = np.moveaxis(expected, 0, -1).squeeze() if expected.ndim == 3 and shape[0] in (1, 3) else expected
     assert drawn[0].ndim == expected.ndim
     if max(shape) < 64:
         assert drawn[0].shape == expected.shape
@@ -202,9 +194,7 @@ def test_texts_are_escaped(tmp_path):
     nasty = '<script>alert("x")</script> & <b>bold</b> {{ 7 * 7 }} \' " </style>'
     components = components_of(n=10, r=2)
     components.provenance["note"] = nasty
-    page = page_of(
-        tmp_path, components, batches([nasty] * 10, components.labels), class_names=[nasty] * 4, title=nasty
-    )
+    page = page_of(tmp_path, components, batches([nasty] * 10, components.labels), class_names=[nasty] * 4, title=nasty)
     assert page.html.count("<script") == 1 and "<b>bold" not in page.html and " 49 " not in page.text
     assert page.text.count('<script>alert("x")</script> & <b>bold</b> {{ 7 * 7 }}') >= 20
     assert page.all("title") and nasty in "".join(page.words)
@@ -216,9 +206,7 @@ def test_texts(tmp_path, form):
     texts = [f"review number {i} " + "of many words " * (30 if i % 2 else 1) for i in range(n)]
     components = components_of(n=n, r=2)
     ids = torch.arange(n)[:, None] + torch.tensor([[0, 100, 200]])
-    tokenizer = SimpleNamespace(
-        decode=lambda ids, skip_special_tokens=False: f"decoded {ids[0]} {skip_special_tokens}"
-    )
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: f"decoded {ids[0]} {skip_special_tokens}")
     labels = torch.as_tensor(components.labels)
     data = {
         "strings": [texts],
@@ -281,13 +269,9 @@ def test_data_is_iterated_once_and_no_further_than_needed(tmp_path):
 
 def test_other_data_is_refused(tmp_path):
     components = components_of(n=20)
-    with pytest.raises(
-        DataError, match=r"has 5 examples, .* at least \d+; pass the data given to compute_fishers"
-    ):
+    with pytest.raises(DataError, match=r"has 5 examples, .* at least \d+; pass the data given to compute_fishers"):
         page_of(tmp_path, components, [torch.rand(5, 1, 8, 8)])
-    with pytest.raises(
-        DataError, match=r"example \d+ has label \d, but \d when the Fishers were computed.*shuffling"
-    ):
+    with pytest.raises(DataError, match=r"example \d+ has label \d, but \d when the Fishers were computed.*shuffling"):
         page_of(tmp_path, components, batches(torch.rand(20, 1, 8, 8), (components.labels + 1) % 4))
     with pytest.raises(DataError, match="keys a, b; found neither text nor tensors"):
         page_of(tmp_path, components, [{"a": 1, "b": None}])
@@ -399,9 +383,7 @@ def test_in_a_browser(tmp_path):
       document.title = JSON.stringify([found, document.documentElement.scrollWidth <= innerWidth]);
     </script>"""
     path.write_text(path.read_text(encoding="utf-8") + click, encoding="utf-8")
-    flags = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    )
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     more = [
         "--disable-component-update",
         "--enable-logging=stderr",

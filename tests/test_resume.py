@@ -66,9 +66,7 @@ STEPS = (
 )  # every way in which the disk comes to change
 
 
-def child(
-    command: str, out: Path, kill_after: float | None = None, step: int | None = None
-) -> tuple[int, float]:
+def child(command: str, out: Path, kill_after: float | None = None, step: int | None = None) -> tuple[int, float]:
     """Run the command in a forked child; kill it after some time, or at its step-th change of the disk.
 
     An even ``step`` kills before change step/2, an odd one after it. Returns the exit status and the seconds

@@ -77,9 +77,7 @@ def test_memory_and_disk_agree(tmp_path, kind, sparse):
 
 @settings(max_examples=12, deadline=None)
 @given(stops=st.lists(st.integers(0, 4), max_size=4), shard_bytes=st.sampled_from([1, 300, 600, 10**9]))
-def test_any_interruptions_and_shard_sizes_give_the_same_bytes(
-    tmp_path_factory, expected, stops, shard_bytes
-):
+def test_any_interruptions_and_shard_sizes_give_the_same_bytes(tmp_path_factory, expected, stops, shard_bytes):
     out = tmp_path_factory.mktemp("any") / "f.h5"
     for stop in stops:
         write(out, until=stop, shard_bytes=shard_bytes)
@@ -222,9 +220,7 @@ def test_blocks_that_do_not_fit(tmp_path):
         with pytest.raises(ArgumentError, match=r"block.norms: expected 2 examples"):
             writer.append(FisherBlock(b.rows, b.row_counts, b.norms[:1], b.logits, b.labels, b.ids), "")
         with pytest.raises(ArgumentError, match=r"block.rows: expected 4 rows"):
-            writer.append(
-                FisherBlock(b.rows, b.row_counts + np.array([1, 0]), b.norms, b.logits, b.labels, b.ids), ""
-            )
+            writer.append(FisherBlock(b.rows, b.row_counts + np.array([1, 0]), b.norms, b.logits, b.labels, b.ids), "")
         narrow = SparseRows(b.rows.indptr, b.rows.indices, b.rows.values, 5)
         with pytest.raises(ArgumentError, match=r"block.rows: expected 17 columns"):
             writer.append(FisherBlock(narrow, b.row_counts, b.norms, b.logits, b.labels, b.ids), "")
@@ -273,9 +269,7 @@ def test_damaged_shards_are_named_with_the_remedy(tmp_path, expected):
     with pytest.raises(TruncatedFileError, match=r"shard-000001.h5: .*remove this shard and those after it"):
         write(out)
     second.unlink()
-    with pytest.raises(
-        StorageError, match=r"shard-000001.h5 is missing; remove shard-000002.h5 and those after"
-    ):
+    with pytest.raises(StorageError, match=r"shard-000001.h5 is missing; remove shard-000002.h5 and those after"):
         write(out)
     (parts / "shard-000002.h5").unlink()  # what the message says
     write(out)
@@ -356,9 +350,7 @@ def test_two_processes(tmp_path):
     ) as other:
         try:
             assert other.stdout.readline() == "ready\n"
-            with pytest.raises(
-                StorageError, match=rf"another process \(pid {other.pid} on .*\) is already writing"
-            ):
+            with pytest.raises(StorageError, match=rf"another process \(pid {other.pid} on .*\) is already writing"):
                 write(out)
         finally:
             other.kill()
@@ -401,9 +393,7 @@ def test_disk_full_keeps_finished_shards(tmp_path, monkeypatch, expected):
     assert sorted(os.listdir(f"{out}.parts")) == ["header.json", "shard-000000.h5"]
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", lambda a, b: full(b) if Path(b) == out else os.rename(a, b))
-        with pytest.raises(
-            StorageError, match=r"f.h5: the disk is full .* All 8 examples are safe in .*f.h5.parts"
-        ):
+        with pytest.raises(StorageError, match=r"f.h5: the disk is full .* All 8 examples are safe in .*f.h5.parts"):
             write(out)
     assert not out.exists()
     write(out)

@@ -33,9 +33,7 @@ def check(csr: tuple[np.ndarray, np.ndarray, np.ndarray], n_columns: int) -> np.
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-@pytest.mark.parametrize(
-    ("rows", "columns"), [(1, 1), (3, 5), (63, 40), (64, 300), (65, 700), (200, 129), (600, 900)]
-)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5), (63, 40), (64, 300), (65, 700), (200, 129), (600, 900)])
 def test_equals_dense(implementation: str, dtype: type, rows: int, columns: int) -> None:
     check(skewed(rows, columns, rows, dtype), columns)
 
@@ -55,9 +53,7 @@ def test_many_columns_and_threads() -> None:
     rng = np.random.default_rng(1)
     n_columns, lengths = 30_000, rng.integers(0, 6000, 150)
     indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    indices = np.concatenate([np.sort(rng.choice(n_columns, n, replace=False)) for n in lengths]).astype(
-        np.int32
-    )
+    indices = np.concatenate([np.sort(rng.choice(n_columns, n, replace=False)) for n in lengths]).astype(np.int32)
     csr = (indptr, indices, rng.standard_normal(len(indices)).astype(np.float32))
     results = []
     for threads in (1, 2, 3):

@@ -40,9 +40,7 @@ def test_blocks_of_columns(implementation: str) -> None:
     n_columns, r = 60_000, 24
     lengths = rng.integers(0, 3000, 40)
     indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    indices = np.concatenate([np.sort(rng.choice(n_columns, n, replace=False)) for n in lengths]).astype(
-        np.int32
-    )
+    indices = np.concatenate([np.sort(rng.choice(n_columns, n, replace=False)) for n in lengths]).astype(np.int32)
     values = rng.standard_normal(len(indices)).astype(np.float32)
     dense = rng.standard_normal((n_columns, r)).astype(np.float32)
     expected = to_scipy((indptr, indices, values), n_columns) @ dense
@@ -118,9 +116,7 @@ def test_float64(implementation: str) -> None:
     indptr, indices, values = skewed(20, 30)
     dense = np.random.default_rng(0).standard_normal((30, 5))
     wide = values.astype(np.float64)
-    np.testing.assert_allclose(
-        spmm(indptr, indices, wide, dense), to_scipy((indptr, indices, values), 30) @ dense
-    )
+    np.testing.assert_allclose(spmm(indptr, indices, wide, dense), to_scipy((indptr, indices, values), 30) @ dense)
     assert csr_transpose(indptr, indices, wide, 30)[2].dtype == np.float64
     assert cross(dense, np.array([0, 30])).dtype == np.float64
 

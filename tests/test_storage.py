@@ -64,9 +64,7 @@ def test_any_fishers_round_trip(tmp_path_factory, data):
     kind = data.draw(st.sampled_from(["low_rank", "diagonal"]))
     ranks = [1] * n if kind == "diagonal" else data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
     numbers = st.floats(width=32, allow_nan=False)
-    flat = data.draw(
-        st.lists(st.one_of(st.just(0.0), numbers), min_size=sum(ranks) * m, max_size=sum(ranks) * m)
-    )
+    flat = data.draw(st.lists(st.one_of(st.just(0.0), numbers), min_size=sum(ranks) * m, max_size=sum(ranks) * m))
     dense = np.array(flat, np.float32).reshape(sum(ranks), m)
     words = st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -121,9 +119,7 @@ def test_wide_models_get_int64_indices(tmp_path):
     one = np.ones(1, np.float32)
     ids = np.zeros(1, np.int64)
     parameters = Parameters.of([("w", (2**33,))])
-    fishers = Fishers(
-        "low_rank", rows, np.array([0, 1]), one, np.ones((1, 2), np.float32), ids, ids, parameters
-    )
+    fishers = Fishers("low_rank", rows, np.array([0, 1]), one, np.ones((1, 2), np.float32), ids, ids, parameters)
     again = load(fishers.save(tmp_path / "wide.h5"))
     assert again.rows.indices.dtype == np.int64
     assert again.rows.indices[1] == 2**32
@@ -162,9 +158,7 @@ def test_a_file_rewritten_by_another_program_still_opens(saved, tmp_path):
             b.attrs[key] = value
         for name in container.open_container(saved).specs:
             item = a[name]
-            b.create_dataset(
-                name, data=item[()], dtype=item.dtype, chunks=True if item.size and item.shape else None
-            )
+            b.create_dataset(name, data=item[()], dtype=item.dtype, chunks=True if item.size and item.shape else None)
     assert_same(load(other, verify=True), fishers_of())
 
 

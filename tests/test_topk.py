@@ -69,9 +69,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("cols", "k"), [(1, 1), (15, 15), (16, 1), (17, 5), (64, 63), (4097, 100), (70_001, 300)]
-)
+@pytest.mark.parametrize(("cols", "k"), [(1, 1), (15, 15), (16, 1), (17, 5), (64, 63), (4097, 100), (70_001, 300)])
 def test_equals_sorting(implementation: str, kind: str, cols: int, k: int) -> None:
     x = values_of(kind, (3, cols), np.random.default_rng(cols + k))
     for order in ("index", "magnitude"):

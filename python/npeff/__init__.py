@@ -10,12 +10,10 @@
 The method is Non-Negative Per-Example Fisher Factorization (Matena & Raffel 2023, arXiv 2310.04649).
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
-from npeff.components import Components, Encoded
-from npeff.compress import TopK
-from npeff.computation import compute_fishers
-from npeff.decomposition import decompose
 from npeff.errors import (
     ArgumentError,
     DataError,
@@ -27,12 +25,18 @@ from npeff.errors import (
     StorageError,
     TruncatedFileError,
 )
-from npeff.fishers import Fishers
-from npeff.published_algorithm import PublishedOptions
-from npeff.reports import report
-from npeff.search import Progress
-from npeff.storage import load
-from npeff.strategies import Strategy
+
+if TYPE_CHECKING:
+    from npeff.components import Components, Encoded
+    from npeff.compress import TopK
+    from npeff.computation import compute_fishers
+    from npeff.decomposition import decompose
+    from npeff.fishers import Fishers
+    from npeff.published_algorithm import PublishedOptions
+    from npeff.reports import report
+    from npeff.search import Progress
+    from npeff.storage import load
+    from npeff.strategies import Strategy
 
 __version__ = _version("npeff")
 
@@ -58,3 +62,42 @@ __all__ = [
     "load",
     "report",
 ]
+
+# Imported at first use, so that `npeff --help` need not wait for torch.
+_HOMES = {
+    "Components": "components",
+    "Encoded": "components",
+    "Fishers": "fishers",
+    "Progress": "search",
+    "PublishedOptions": "published_algorithm",
+    "Strategy": "strategies",
+    "TopK": "compress",
+    "compute_fishers": "computation",
+    "decompose": "decomposition",
+    "load": "storage",
+    "report": "reports",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import the home of a public name.
+
+    Raises:
+        AttributeError: There is no such name.
+        ModuleNotFoundError: A module that npeff needs is missing.
+    """
+    if name in _HOMES:
+        value: object = getattr(_import_module(f"npeff.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    try:
+        return _import_module(f"npeff.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"npeff.{name}":
+            raise
+    raise AttributeError(f"module 'npeff' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names."""
+    return sorted(__all__)

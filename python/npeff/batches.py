@@ -50,9 +50,7 @@ class Batch:
     def sliceable(self) -> bool:
         """Whether some tensor of the inputs has the examples as its first dimension."""
         return any(
-            _has_examples(tensor, self.n_examples)
-            for tensor in leaves(self.inputs)
-            if isinstance(tensor, Tensor)
+            _has_examples(tensor, self.n_examples) for tensor in leaves(self.inputs) if isinstance(tensor, Tensor)
         )
 
 
@@ -102,13 +100,9 @@ def check_data(data: Any) -> Iterable[Any]:
         ArgumentError: With the way to make batches of it.
     """
     if isinstance(data, (Tensor, np.ndarray, Mapping, str, bytes)):
-        raise ArgumentError(
-            f"data: expected an iterable of batches, got one {type(data).__name__}; {_REMEDY}"
-        )
+        raise ArgumentError(f"data: expected an iterable of batches, got one {type(data).__name__}; {_REMEDY}")
     if (
-        isinstance(data, tuple)
-        and len(data) == 2
-        and all(isinstance(item, (Tensor, np.ndarray)) for item in data)
+        isinstance(data, tuple) and len(data) == 2 and all(isinstance(item, (Tensor, np.ndarray)) for item in data)
     ) and len(data[0]) == len(data[1]):
         raise ArgumentError(
             f"data: got a tuple of two arrays, which is one batch, not an iterable of batches; {_REMEDY}"

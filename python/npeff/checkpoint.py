@@ -70,11 +70,16 @@ class Checkpoint:
                 meta = json.loads(file["meta"].tobytes())
                 W, coords, curve = (torch.from_numpy(file[name]) for name in ("W", "coords", "curve"))
         except (OSError, ValueError, KeyError) as error:
-            raise StorageError(f"checkpoint: {self._path} is not a readable checkpoint ({error}); remove it or choose another path") from error
+            raise StorageError(
+                f"checkpoint: {self._path} is not a readable checkpoint ({error}); remove it or choose another path"
+            ) from error
         if meta["key"] != self._key:
             theirs, ours = meta["key"]["options"], self._key["options"]
             differing = [name for name in ours if theirs.get(name) != ours[name]] or ["the Fishers themselves"]
-            raise ResumeError(f"checkpoint: {self._path} is of another run; it differs in {', '.join(differing)}. Remove it, or choose another path")
+            raise ResumeError(
+                f"checkpoint: {self._path} is of another run; it differs in {', '.join(differing)}. Remove "
+                "it, or choose another path"
+            )
         empty = W.new_zeros(0, 0)
         best = State(W, coords, empty, empty, meta["loss"], meta["frozen"])  # every unit refreshes P and Q
         return Memory(best=best, curve=curve.tolist(), **meta["numbers"])

@@ -81,9 +81,10 @@ class Components:
         return self.n_components
 
     def __repr__(self) -> str:
-        return f"Components({self.n_components} {self.kind}, {len(self.coefficients)} examples, {self.n_parameters:,} parameters, loss {self.loss:.4f})"
+        size = f"{len(self.coefficients)} examples, {self.n_parameters:,} parameters"
+        return f"Components({self.n_components} {self.kind}, {size}, loss {self.loss:.4f})"
 
-    # ---- what they are ---------------------------------------------------------------------------------------------
+    # ---- what they are -------------------------------------------------------------------------------------
 
     @property
     def n_components(self) -> int:
@@ -100,7 +101,7 @@ class Components:
         """``(n,)`` int64 arg-max of the logits; −1 where the file that this came from holds no logits."""
         if not self.logits.shape[1]:
             return np.full(len(self.logits), -1, np.int64)
-        return np.argmax(self.logits, axis=1).astype(np.int64)
+        return np.asarray(np.argmax(self.logits, axis=1), np.int64)
 
     @property
     def zero(self) -> Array:
@@ -137,7 +138,9 @@ class Components:
 
     def state_dict(self, j: int) -> dict[str, torch.Tensor]:
         """Component j's vector cut into parameter-shaped tensors: a direction that can be added to the model."""
-        return {name: torch.from_numpy(block.copy()) for name, block in self.parameters.unflatten(self.vector(j)).items()}
+        return {
+            name: torch.from_numpy(block.copy()) for name, block in self.parameters.unflatten(self.vector(j)).items()
+        }
 
     def save_state_dict(self, j: int, path: str | Path) -> Path:
         """Write :meth:`state_dict` as a safetensors file, provenance in its metadata."""
@@ -145,7 +148,9 @@ class Components:
 
         from safetensors.torch import save_file
 
-        metadata = {"npeff": json.dumps({"component": self._component(j), "kind": self.kind, **self.provenance}, default=str)}
+        metadata = {
+            "npeff": json.dumps({"component": self._component(j), "kind": self.kind, **self.provenance}, default=str)
+        }
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict(j).items()}, str(path), metadata)
         return Path(path)
 
@@ -154,7 +159,7 @@ class Components:
         vector = self.vector(j).astype(np.float64)
         return {p.name: float(np.square(vector[p.slice]).sum()) for p in self.parameters}
 
-    # ---- what they respond to --------------------------------------------------------------------------------------
+    # ---- what they respond to ------------------------------------------------------------------------------
 
     def top_examples(self, j: int, k: int = 16) -> Array:
         """Indices of the k examples with the largest coefficients on component j, descending, ties by lower index.
@@ -177,7 +182,8 @@ class Components:
             of: ``"predictions"`` or ``"labels"``.
 
         Returns:
-            ``(C,)`` float64 that sums to 1 (all 0 for a component without coefficients); unlabelled examples are left out.
+            ``(C,)`` float64 that sums to 1 (all 0 for a component without coefficients).
+            Unlabelled examples are left out.
 
         Raises:
             ArgumentError: ``j`` or ``of`` is invalid.
@@ -210,7 +216,7 @@ class Components:
         """
         return strategy_tree(self.cosines(), self.coefficients, n)
 
-    # ---- new examples, new components ------------------------------------------------------------------------------
+    # ---- new examples, new components ----------------------------------------------------------------------
 
     def encode(self, fishers: Fishers, tolerance: float = 1e-8) -> Encoded:
         """Coefficients of other examples' Fishers on these components.
@@ -256,28 +262,41 @@ class Components:
         return expand(self, fishers, n, keep_coefficients=keep_coefficients, **options)
 
     def _scale(self, fishers: Fishers, columns: Array | None = None) -> ScaledRows:
-        return scale(fishers, self.block_weights or "energy", self.provenance.get("normalize", "stored"), columns if columns is not None else self.columns)
+        return scale(
+            fishers,
+            self.block_weights or "energy",
+            self.provenance.get("normalize", "stored"),
+            columns if columns is not None else self.columns,
+        )
 
     def _check_compatible(self, fishers: Fishers) -> None:
         if fishers.kind != self.kind:
             raise ArgumentError(f"fishers: expected {self.kind} Fishers like the components, got {fishers.kind} ones")
         if fishers.parameters != self.parameters:
             raise ArgumentError(
-                f"fishers: expected the parameters of the components ({len(self.parameters)} tensors, {self.n_parameters:,} elements), "
-                f"got {len(fishers.parameters)} tensors with {fishers.n_parameters:,} elements; compute them with the same model and the same selection"
+                f"fishers: expected the parameters of the components ({len(self.parameters)} tensors, "
+                f"{self.n_parameters:,} elements), "
+                f"got {len(fishers.parameters)} tensors with {fishers.n_parameters:,} elements; compute them "
+                "with the same model and the same selection"
             )
 
-    # ---- storage ---------------------------------------------------------------------------------------------------
+    # ---- storage -------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write to an HDF5 file (see :mod:`npeff.storage`); an existing file is replaced only once the new one is whole."""
+        """Write to an HDF5 file (see :mod:`npeff.storage`).
+
+        An existing file is replaced only once the new one is whole.
+        """
         from npeff.storage import save_components
 
         return save_components(self, Path(path))
 
     def to_arrays(self) -> dict[str, Array]:
         """The arrays of the container format."""
-        arrays = {name: getattr(self, name) for name in ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")}
+        arrays = {
+            name: getattr(self, name)
+            for name in ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
+        }
         return arrays if self.columns is None else {**arrays, "columns": self.columns}
 
     def meta(self) -> dict[str, Any]:

@@ -146,8 +146,7 @@ class _Run:
         first = next(batches, None)
         if first is None:
             raise DataError(
-                "data: it yielded no batches; if it is a generator it may be used up: pass a DataLoader or "
-                "a list"
+                "data: it yielded no batches; if it is a generator it may be used up: pass a DataLoader or a list"
             )
         with self.engine.recording():
             # Rules are chosen on the first batch, also when work resumes after it: a kill changes nothing.
@@ -231,14 +230,10 @@ class _Run:
                     collector.add(block)
                 rows, counts, norms = collector.finish()
                 stored = self._stored_labels(batch, logits.shape[1])
-                return FisherBlock(
-                    rows, counts, norms, detached.cpu().numpy().astype(np.float32), stored, ids
-                )
+                return FisherBlock(rows, counts, norms, detached.cpu().numpy().astype(np.float32), stored, ids)
         del prepared, logits, factors
         step = -(-batch.n_examples // int(pieces))
-        cuts = [
-            slice(start, min(start + step, batch.n_examples)) for start in range(0, batch.n_examples, step)
-        ]
+        cuts = [slice(start, min(start + step, batch.n_examples)) for start in range(0, batch.n_examples, step)]
         return _joined([self.block(batch.take(cut), ids[cut]) for cut in cuts])
 
     def _targets(self, batch: Batch) -> Tensor | None:

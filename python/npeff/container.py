@@ -67,9 +67,7 @@ def write_container(
         return json.dumps({name: f"{value:08x}" for name, value in sums.items()}).encode()
 
     length = len(text())
-    sums_data = Data(
-        "checksums", (), h5py.string_dtype("utf-8", length), lambda: [np.array(text(), f"S{length}")]
-    )
+    sums_data = Data("checksums", (), h5py.string_dtype("utf-8", length), lambda: [np.array(text(), f"S{length}")])
     root = {
         "format": FORMAT,
         "format_version": np.int64(version),
@@ -121,8 +119,7 @@ class Container:
         """
         if name not in self.specs:
             raise StorageError(
-                f"{self.path}: dataset {name!r} is missing; the file was changed by another program, or is "
-                "damaged"
+                f"{self.path}: dataset {name!r} is missing; the file was changed by another program, or is damaged"
             )
         return self.specs[name]
 
@@ -211,9 +208,7 @@ def open_container(path: Path) -> Container:
     with open_hdf5(path) as file:
         found = container_in(path, file)
     if found is None:
-        raise ForeignFileError(
-            f"{path}: an HDF5 file, but not one written by npeff (no attribute format = {FORMAT!r})"
-        )
+        raise ForeignFileError(f"{path}: an HDF5 file, but not one written by npeff (no attribute format = {FORMAT!r})")
     return found
 
 

@@ -90,9 +90,7 @@ def digits(batch_size: int = 128) -> Images:
         ) from error
     bunch = load_digits()
     inputs = torch.from_numpy(np.asarray(bunch.images, np.float32)[:, None] / 16)
-    return Images(
-        inputs, torch.from_numpy(np.asarray(bunch.target, np.int64)), tuple("0123456789"), batch_size
-    )
+    return Images(inputs, torch.from_numpy(np.asarray(bunch.target, np.int64)), tuple("0123456789"), batch_size)
 
 
 def fashion_mnist(

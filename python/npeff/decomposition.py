@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from npeff.forms import State
 from npeff.low_rank import LowRank
 from npeff.published_algorithm import PublishedOptions
 from npeff.rows import DenseRows, SparseRows
-from npeff.scaling import BlockWeights, Normalize, ScaledRows, keep_columns, scale
+from npeff.scaling import BlockWeights, Normalize, ScaledRows, scale
 from npeff.search import Callback, Memory, Progress, Search
 from npeff.spaces import FactorSpace, GramSpace, SpaceName, SparseSpace, choose_space
 from npeff.subspace import find_subspace
@@ -51,10 +51,17 @@ class _Options:
     orthogonality: float | Literal["hard"] = 0.0
     min_nonzero_per_column: int = 1
     dtype: Literal["float32", "float64"] = "float32"
-    published: PublishedOptions = PublishedOptions()
+    published: PublishedOptions = field(default_factory=PublishedOptions)
 
     def __post_init__(self) -> None:
-        for name, least in (("n_components", 1), ("seed", 0), ("starts", 1), ("moves", 0), ("patience", 1), ("max_iterations", 1)):
+        for name, least in (
+            ("n_components", 1),
+            ("seed", 0),
+            ("starts", 1),
+            ("moves", 0),
+            ("patience", 1),
+            ("max_iterations", 1),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ArgumentError(f"{name}: expected an integer ≥ {least}, got {value!r}")
@@ -62,7 +69,9 @@ class _Options:
             raise ArgumentError(f"algorithm: expected 'npeff' or 'published', got {self.algorithm!r}")
         if self.dtype not in ("float32", "float64"):
             raise ArgumentError(f"dtype: expected 'float32' or 'float64', got {self.dtype!r}")
-        if self.orthogonality != "hard" and not (isinstance(self.orthogonality, int | float) and self.orthogonality >= 0):
+        if self.orthogonality != "hard" and not (
+            isinstance(self.orthogonality, int | float) and self.orthogonality >= 0
+        ):
             raise ArgumentError(f"orthogonality: expected a number ≥ 0 or 'hard', got {self.orthogonality!r}")
 
 
@@ -100,7 +109,7 @@ def decompose(
         n_components: Number of components, r; at most the number of rows.
         seed: Determines every random choice.
         algorithm: ``"npeff"``: exact line search, starts and moves; ``"published"``: the authors' fixed-rate algorithm.
-        space: ``"gram"`` works on K = A Aᵀ, ``"sparse"`` on the rows; ``"auto"`` takes the cheaper (low-rank kind only).
+        space: ``"gram"`` works on K = A Aᵀ, ``"sparse"`` on the rows; ``"auto"``: the cheaper (low-rank only).
         starts: Random starts, of which the best goes on.
         moves: At most so many attempts to replace components by better ones.
         patience: Moves in vain after which the search ends.
@@ -130,8 +139,8 @@ def decompose(
         ResumeError: The checkpoint belongs to other Fishers or other options.
     """
     options = _Options(
-        n_components, seed, algorithm, space, starts, moves, patience, max_iterations, tolerance, block_weights, normalize,
-        orthogonality, min_nonzero_per_column, dtype, published or PublishedOptions(),
+        n_components, seed, algorithm, space, starts, moves, patience, max_iterations, tolerance, block_weights,
+        normalize, orthogonality, min_nonzero_per_column, dtype, published or PublishedOptions(),
     )  # fmt: skip
     scaled = _scaled(fishers, options, None)
     problem = _Problem(fishers, scaled, options, device)
@@ -159,9 +168,16 @@ def expand(
     """
     if n < 1:
         raise ArgumentError(f"n: expected at least 1 new component, got {n}")
-    unknown = set(options) - {f for f in _Options.__dataclass_fields__ if f not in ("n_components", "algorithm", "published", "block_weights", "normalize")}
+    unknown = set(options) - {
+        f
+        for f in _Options.__dataclass_fields__
+        if f not in ("n_components", "algorithm", "published", "block_weights", "normalize")
+    }
     if unknown:
-        raise ArgumentError(f"options: {', '.join(sorted(unknown))} cannot be given to expand; weights and normalisation are those of the components")
+        raise ArgumentError(
+            f"options: {', '.join(sorted(unknown))} cannot be given to expand; weights and normalisation are "
+            "those of the components"
+        )
     chosen = _Options(
         components.n_components + n,
         block_weights=components.block_weights or "energy",
@@ -182,7 +198,10 @@ def expand(
     frozen_W = None
     if keep_coefficients:
         if len(components.coefficients) != len(fishers):
-            raise ArgumentError(f"keep_coefficients: needs the {len(components.coefficients)} examples that the components were made from, got {len(fishers)}")
+            raise ArgumentError(
+                f"keep_coefficients: needs the {len(components.coefficients)} examples that the components "
+                f"were made from, got {len(fishers)}"
+            )
         frozen_W = torch.from_numpy(components.coefficients.copy())
     problem = _Problem(fishers, scaled, chosen, device, frozen, frozen_W)
     state, curve, course = problem.solve(None, checkpoint, callback, progress)
@@ -201,21 +220,42 @@ def _scaled(fishers: Fishers, options: _Options, columns: Array | None) -> Scale
     values = fishers.rows.values
     if not np.isfinite(values).all():
         where = np.argwhere(~np.isfinite(values))[0]
-        row = int(where[0]) if isinstance(fishers.rows, DenseRows) else int(np.searchsorted(fishers.rows.indptr, where[0], "right")) - 1
+        row = (
+            int(where[0])
+            if isinstance(fishers.rows, DenseRows)
+            else int(np.searchsorted(fishers.rows.indptr, where[0], "right")) - 1
+        )
         example = int(np.searchsorted(fishers.row_offsets, row, "right")) - 1
-        raise DataError(f"fishers: example {example} (id {fishers.ids[example]}) has a value that is not finite; compute its Fisher again")
+        raise DataError(
+            f"fishers: example {example} (id {fishers.ids[example]}) has a value that is not finite; compute "
+            "its Fisher again"
+        )
     if options.n_components > fishers.rows.n_rows:
-        raise ArgumentError(f"n_components: expected at most the {fishers.rows.n_rows} rows of the {len(fishers)} Fishers, got {options.n_components}")
+        raise ArgumentError(
+            f"n_components: expected at most the {fishers.rows.n_rows} rows of the {len(fishers)} Fishers, "
+            f"got {options.n_components}"
+        )
     scaled = scale(fishers, options.block_weights, options.normalize, columns, options.min_nonzero_per_column)
     if not scaled.fisher_norms.any():
-        raise DataError(f"fishers: all {len(fishers)} are zero (the model is certain of every example, or every block has weight 0): nothing to decompose")
+        raise DataError(
+            f"fishers: all {len(fishers)} are zero (the model is certain of every example, or every block has "
+            "weight 0): nothing to decompose"
+        )
     return scaled
 
 
 class _Problem:
     """Fishers, a space over them and a form: one decomposition to be solved."""
 
-    def __init__(self, fishers: Fishers, scaled: ScaledRows, options: _Options, device: str | torch.device, frozen: Tensor | None = None, frozen_W: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        fishers: Fishers,
+        scaled: ScaledRows,
+        options: _Options,
+        device: str | torch.device,
+        frozen: Tensor | None = None,
+        frozen_W: Tensor | None = None,
+    ) -> None:
         self.fishers, self.scaled, self.options = fishers, scaled, options
         self.subspace: dict[str, Any] | None = None
         began = time.perf_counter()
@@ -231,7 +271,11 @@ class _Problem:
         else:
             space = "sparse" if options.algorithm == "published" else options.space
             kind, self.reason = choose_space(scaled.rows, space, options.n_components)
-            self.space = GramSpace(scaled.rows, frozen, dtype, device) if kind is GramSpace else SparseSpace(scaled.rows, dtype, device)
+            self.space = (
+                GramSpace(scaled.rows, frozen, dtype, device)
+                if kind is GramSpace
+                else SparseSpace(scaled.rows, dtype, device)
+            )
             embedded = None if frozen is None else self.space.embed(frozen)
             self.form = LowRank(self.space, scaled, options.orthogonality, embedded, frozen_W)
         self.seconds_building = time.perf_counter() - began
@@ -251,9 +295,13 @@ class _Problem:
             self.form = LowRank(self.space, self.scaled, self.options.orthogonality)
             self.reason = "given vectors need not lie in the row space"
         kept = np.asarray(G, np.float32)[:, slice(None) if self.scaled.columns is None else self.scaled.columns]
-        return self.form.from_vectors(self.space.embed(torch.from_numpy(kept.copy())), torch.from_numpy(np.array(W, np.float32)))
+        return self.form.from_vectors(
+            self.space.embed(torch.from_numpy(kept.copy())), torch.from_numpy(np.array(W, np.float32))
+        )
 
-    def solve(self, initial: State | None, checkpoint: str | Path | None, callback: Callback | None, progress: bool) -> tuple[State, list[float], dict[str, Any]]:
+    def solve(
+        self, initial: State | None, checkpoint: str | Path | None, callback: Callback | None, progress: bool
+    ) -> tuple[State, list[float], dict[str, Any]]:
         """Run the algorithm; returns the factorisation, its losses, and how the search went."""
         options = self.options
         began = time.perf_counter()
@@ -266,7 +314,11 @@ class _Problem:
                 memory = self._search(initial, checkpoint, _with_bar(bar, callback))
                 assert memory.best is not None
                 state, curve = memory.best, memory.curve
-                course = {"iterations": memory.iteration, "moves": max(0, memory.unit - options.starts), "moves_kept": memory.kept}
+                course = {
+                    "iterations": memory.iteration,
+                    "moves": max(0, memory.unit - options.starts),
+                    "moves_kept": memory.kept,
+                }
         seconds = {"building": round(self.seconds_building, 3), "solving": round(time.perf_counter() - began, 3)}
         if self.subspace is not None:
             course["subspace"] = self.subspace
@@ -317,17 +369,25 @@ class _Problem:
         def report(iteration: int, loss: float) -> Any:
             bar.n = iteration
             bar.set_postfix(loss=f"{loss:.5f}")
-            return callback is not None and callback(Progress("published", 0, iteration, loss, loss, time.perf_counter() - began))
+            return callback is not None and callback(
+                Progress("published", 0, iteration, loss, loss, time.perf_counter() - began)
+            )
 
         if isinstance(self.form, Diagonal):
-            return published_algorithm.diagonal(self.form, self.options.n_components, self.options.published, generator, report)
-        return published_algorithm.low_rank(self.form, self.options.n_components, self.options.published, generator, report)
+            return published_algorithm.diagonal(
+                self.form, self.options.n_components, self.options.published, generator, report
+            )
+        return published_algorithm.low_rank(
+            self.form, self.options.n_components, self.options.published, generator, report
+        )
 
     def components(self, state: State, curve: list[float], course: dict[str, Any]) -> Components:
         """Components in parameter space, new ones ordered by total coefficient."""
         f, fishers = state.frozen, self.fishers
         total = state.W[:, f:].double().sum(0)
-        order = torch.cat([torch.arange(f, device=total.device), f + torch.argsort(total, descending=True, stable=True)])
+        order = torch.cat(
+            [torch.arange(f, device=total.device), f + torch.argsort(total, descending=True, stable=True)]
+        )
         state = replace(state.keep(order), loss=state.loss)
         vectors = self.space.vectors(state.coords).double()
         norms = vectors.norm(dim=1).clamp_min(1e-30)
@@ -348,7 +408,12 @@ class _Problem:
             norms=np.asarray(fishers.norms),
             loss_curve=np.asarray(curve, np.float64),
             loss=float(state.loss),
-            provenance={"fishers": fishers.provenance, "options": chosen, "normalize": self.options.normalize, "course": course},
+            provenance={
+                "fishers": fishers.provenance,
+                "options": chosen,
+                "normalize": self.options.normalize,
+                "course": course,
+            },
         )
 
 
@@ -362,5 +427,3 @@ def _with_bar(bar: Any, callback: Callback | None) -> Callback:
         return callback is not None and callback(progress)
 
     return report
-
-

@@ -94,9 +94,7 @@ def _pipeline(
         say(f"{time.perf_counter() - began:5.1f} s  {message}")
 
     torch.manual_seed(seed)
-    model = models.train(
-        models.digits_cnn(), data.first(TRAINED_ON), epochs=epochs, learning_rate=3e-3, seed=seed
-    )
+    model = models.train(models.digits_cnn(), data.first(TRAINED_ON), epochs=epochs, learning_rate=3e-3, seed=seed)
     torch.save(model.state_dict(), folder / "model.pt")
     unseen = models.accuracy(model, data.take(slice(TRAINED_ON, None)))
     n_unseen = len(data.labels) - TRAINED_ON
@@ -142,13 +140,10 @@ def _prepare(folder: Path) -> Path:
         [folder / name for name in ("model.pt", "fishers.h5", "components.h5")],
     )
     there = [path.name for path in made if path.exists()]
-    ours = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(
-        TARGETS.splitlines()[0]
-    )
+    ours = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(TARGETS.splitlines()[0])
     if (there or marker.exists()) and not ours:
         raise StorageError(
-            f"{folder}: holds {', '.join(there or [marker.name])}, not from a demo; "
-            "choose another folder with --out"
+            f"{folder}: holds {', '.join(there or [marker.name])}, not from a demo; choose another folder with --out"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -68,11 +68,7 @@ class Diagonal:
         state = self._unit(State(W, H, P, H @ H.T, frozen=self._n_frozen))
         if self.frozen_W is not None:
             state.W[:, : self._n_frozen] = self.frozen_W
-        return (
-            replace(state, loss=self.objective(state.W, state.P, state.Q))
-            if given
-            else self.solve_W(state, 10)
-        )
+        return replace(state, loss=self.objective(state.W, state.P, state.Q)) if given else self.solve_W(state, 10)
 
     def refresh(self, state: State) -> State:
         """P and Q from H, against drift."""

@@ -36,8 +36,7 @@ def explain(path: Path, error: OSError, kept: str) -> StorageError:
         )
     if error.errno in _DENIED:
         return StorageError(
-            f"{path}: cannot be written ({reason}). {kept} Check its owner and permissions, or choose "
-            "another place."
+            f"{path}: cannot be written ({reason}). {kept} Check its owner and permissions, or choose another place."
         )
     return StorageError(f"{path}: writing failed ({reason}). {kept}")
 
@@ -49,9 +48,7 @@ def check_target(path: Path) -> None:
         StorageError: Its folder does not exist, or a folder stands in its place.
     """
     if path.is_dir():
-        raise StorageError(
-            f"{path}: expected the name of a file, but a folder is there; give a file name inside it"
-        )
+        raise StorageError(f"{path}: expected the name of a file, but a folder is there; give a file name inside it")
     if not path.parent.is_dir():
         raise StorageError(f"{path}: the folder {path.parent} does not exist; create it, or check the path")
 
@@ -67,9 +64,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic(
-    path: Path, *, temporary: Path | None = None, kept: str = "Nothing else was touched."
-) -> Iterator[Path]:
+def atomic(path: Path, *, temporary: Path | None = None, kept: str = "Nothing else was touched.") -> Iterator[Path]:
     """Write a file under a temporary name; rename it to ``path`` once it is whole and on the disk.
 
     Args:
@@ -127,9 +122,7 @@ class Lock:
         self.path = path
         self._key = os.path.realpath(path)
         if self._held.get(self._key) == os.getpid():
-            raise StorageError(
-                f"{path}: this process (pid {os.getpid()}) is already {purpose}; finish that first"
-            )
+            raise StorageError(f"{path}: this process (pid {os.getpid()}) is already {purpose}; finish that first")
         while True:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -147,9 +140,7 @@ class Lock:
                     break
             os.close(self._fd)  # the holder removed the file between our open and our lock: take the new one
         os.ftruncate(self._fd, 0)
-        with contextlib.suppress(
-            OSError
-        ):  # a note for others; a full disk is told when there is work to write
+        with contextlib.suppress(OSError):  # a note for others; a full disk is told when there is work to write
             os.write(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         self._held[self._key] = os.getpid()
 
@@ -160,8 +151,6 @@ class Lock:
         with contextlib.suppress(OSError):
             os.unlink(self.path)
         if folder:
-            with contextlib.suppress(
-                OSError
-            ):  # not empty: another process has come, or the user keeps something there
+            with contextlib.suppress(OSError):  # not empty: another process has come, or the user keeps something there
                 os.rmdir(self.path.parent)
         os.close(self._fd)

@@ -74,9 +74,7 @@ class Fishers:
         n = len(self.row_offsets) - 1
         for name in ("norms", "logits", "labels", "ids"):
             if len(getattr(self, name)) != n:
-                raise ArgumentError(
-                    f"{name}: expected {n} examples as in row_offsets, got {len(getattr(self, name))}"
-                )
+                raise ArgumentError(f"{name}: expected {n} examples as in row_offsets, got {len(getattr(self, name))}")
         if self.rows.n_rows != int(self.row_offsets[-1]):
             raise ArgumentError(
                 f"rows: expected {int(self.row_offsets[-1])} rows as in row_offsets, got {self.rows.n_rows}"
@@ -86,7 +84,8 @@ class Fishers:
         return len(self.row_offsets) - 1
 
     def __repr__(self) -> str:
-        return f"Fishers({len(self)} examples, {self.kind}, {self.rows.n_rows} rows × {self.n_parameters:,} parameters, {type(self.rows).__name__})"
+        size = f"{self.rows.n_rows} rows × {self.n_parameters:,} parameters"
+        return f"Fishers({len(self)} examples, {self.kind}, {size}, {type(self.rows).__name__})"
 
     @property
     def n_parameters(self) -> int:
@@ -101,7 +100,7 @@ class Fishers:
     @property
     def predictions(self) -> Array:
         """``(n,)`` int64 arg-max of the logits."""
-        return np.argmax(self.logits, axis=1).astype(np.int64)
+        return np.asarray(np.argmax(self.logits, axis=1), np.int64)
 
     @property
     def zero(self) -> Array:
@@ -151,12 +150,16 @@ class Fishers:
             return self
         if len(self) and (self.labels < 0).any():
             raise DataError(
-                f"labels: {int((self.labels < 0).sum())} of {len(self)} examples have none; compute the Fishers from data with labels"
+                f"labels: {int((self.labels < 0).sum())} of {len(self)} examples have none; compute the "
+                "Fishers from data with labels"
             )
         return self[(self.predictions != self.labels) == wrong]
 
     def save(self, path: str | Path) -> Path:
-        """Write to an HDF5 file (see :mod:`npeff.storage`); an existing file is replaced only once the new one is whole."""
+        """Write to an HDF5 file (see :mod:`npeff.storage`).
+
+        An existing file is replaced only once the new one is whole.
+        """
         from npeff.storage import save_fishers
 
         return save_fishers(self, Path(path))

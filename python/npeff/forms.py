@@ -106,7 +106,8 @@ def improve(gram: Tensor, cross: Tensor, W: Tensor, sweeps: int, fixed: Tensor |
         fixed = fixed.to(W)
         return torch.cat([fixed, improve(gram[f:, f:], cross[:, f:] - fixed @ gram[:f, f:], W[:, f:], sweeps)], 1)
     arrays = (gram.contiguous(), cross.contiguous(), W.contiguous())
-    return kernels.nnls(*arrays, max_sweeps=sweeps, tol=0.0, kkt=False).w
+    improved: Tensor = kernels.nnls(*arrays, max_sweeps=sweeps, tol=0.0, kkt=False).w
+    return improved
 
 
 def draw_examples(residuals: Tensor, count: int, generator: torch.Generator) -> tuple[list[int], bool]:
@@ -118,7 +119,11 @@ def draw_examples(residuals: Tensor, count: int, generator: torch.Generator) -> 
     """
     kind = int(torch.randint(3, (1,), generator=generator))
     alive = residuals.cpu() > 0
-    chance = residuals.cpu().square() / residuals.max().item() ** 2 + 1e-12 if kind < 2 and alive.any() else torch.ones(len(residuals), dtype=torch.float64)
+    chance = (
+        residuals.cpu().square() / residuals.max().item() ** 2 + 1e-12
+        if kind < 2 and alive.any()
+        else torch.ones(len(residuals), dtype=torch.float64)
+    )
     drawn = torch.multinomial(chance, min(count, len(chance)), generator=generator)
     return drawn.tolist(), kind == 0
 

@@ -57,9 +57,7 @@ class Data:
         """
         target = np.dtype(dtype) if dtype is not None else array.dtype
         if target.kind not in "biufcS":
-            raise ArgumentError(
-                f"{name}: expected an array of numbers, booleans or bytes, got dtype {target}"
-            )
+            raise ArgumentError(f"{name}: expected an array of numbers, booleans or bytes, got dtype {target}")
         return cls(name, array.shape, target.newbyteorder("<"), lambda: pieces(array))
 
     @classmethod
@@ -159,9 +157,7 @@ def _create(file: h5py.File, data: Data) -> int | None:
     parent, _, leaf = data.name.rpartition("/")
     group = file.require_group(parent) if parent else file
     space = h5py.h5s.create_simple(data.shape) if data.shape else h5py.h5s.create(h5py.h5s.SCALAR)
-    dataset = h5py.h5d.create(
-        group.id, leaf.encode(), h5py.h5t.py_create(data.dtype, logical=True), space, dcpl=plist
-    )
+    dataset = h5py.h5d.create(group.id, leaf.encode(), h5py.h5t.py_create(data.dtype, logical=True), space, dcpl=plist)
     offset = dataset.get_offset()
     return None if offset is None else int(offset)
 
@@ -207,8 +203,7 @@ def write_hdf5(path: Path, data: Sequence[Data], attributes: Attributes) -> None
                 out.write(raw.data)
             if written != item.nbytes:
                 raise StorageError(
-                    f"{path}: dataset {item.name} should have {item.nbytes:,} bytes, its source gave "
-                    f"{written:,}"
+                    f"{path}: dataset {item.name} should have {item.nbytes:,} bytes, its source gave {written:,}"
                 )
 
 

@@ -16,15 +16,11 @@ def differences(then: object, now: object, name: str = "") -> list[str]:
     if isinstance(then, dict) and isinstance(now, dict):
         keys = sorted({*then, *now})
         return [
-            line
-            for key in keys
-            for line in differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
+            line for key in keys for line in differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
         ]
     if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
         return [
-            line
-            for i, pair in enumerate(zip(then, now, strict=True))
-            for line in differences(*pair, f"{name}[{i}]")
+            line for i, pair in enumerate(zip(then, now, strict=True)) for line in differences(*pair, f"{name}[{i}]")
         ]
     return [] if then == now else [f"{name}: {_short(then)} then, {_short(now)} now"]
 

@@ -50,7 +50,7 @@ class LowRank:
         self.frozen, self.frozen_W = frozen, frozen_W
         self._scaled = scaled
 
-    # ---- statistics ------------------------------------------------------------------------------------------------
+    # ---- statistics ----------------------------------------------------------------------------------------
 
     def cross(self, P: Tensor) -> Tensor:
         """``cross_ij = Σ_{rows of i} P²``, ``(n, r)``; rows of anchors belong to no example."""
@@ -76,7 +76,7 @@ class LowRank:
             loss += self.penalty * float(Q.double().square().sum() - Q.double().diagonal().square().sum())
         return loss / self.const
 
-    # ---- states ----------------------------------------------------------------------------------------------------
+    # ---- states --------------------------------------------------------------------------------------------
 
     def start(self, r: int, generator: torch.Generator) -> State:
         """Random vectors in the row space, W fitted to them."""
@@ -114,7 +114,7 @@ class LowRank:
         W = improve(self.gram(state), cross, state.W, sweeps, self.frozen_W)
         return replace(state, W=W, loss=self.objective(W, cross, state.Q))
 
-    # ---- the step --------------------------------------------------------------------------------------------------
+    # ---- the step ------------------------------------------------------------------------------------------
 
     def step(self, state: State) -> State:
         """Preconditioned direction, exact line search, unit norms, then W."""
@@ -151,9 +151,7 @@ class LowRank:
         t = minimise_quartic(quartic)
         for _ in range(30):
             moved = unit(
-                replace(
-                    state, coords=coords + t * D, P=P + t * PD, Q=(Q.double() + t * Q1 + t * t * Q2).to(Q)
-                )
+                replace(state, coords=coords + t * D, P=P + t * PD, Q=(Q.double() + t * Q1 + t * t * Q2).to(Q))
             )
             if not self.penalty or self.objective(moved.W, self.cross(moved.P), moved.Q) <= state.loss:
                 return moved
@@ -181,7 +179,7 @@ class LowRank:
             pair(Q2, Q2),
         ]
 
-    # ---- orthonormal vectors ---------------------------------------------------------------------------------------
+    # ---- orthonormal vectors -------------------------------------------------------------------------------
 
     def _rotate(self, state: State) -> State:
         """``G ← polar((W∘P)ᵀA)``.
@@ -204,15 +202,13 @@ class LowRank:
             Q = self.space.inner(coords, coords, P)
         return coords, P, Q
 
-    # ---- new components --------------------------------------------------------------------------------------------
+    # ---- new components ------------------------------------------------------------------------------------
 
     def residuals(self, state: State) -> Tensor:
         """``‖F_i − Σ_j W_ij g_j g_jᵀ‖²`` per example, ``(n,)`` float64."""
         W = state.W.double()
         fit = self.cross(state.P).double()
-        return (
-            self.energies.to(W) - 2 * (W * fit).sum(1) + ((W @ self.gram(state).double()) * W).sum(1)
-        ).clamp_min(0)
+        return (self.energies.to(W) - 2 * (W * fit).sum(1) + ((W @ self.gram(state).double()) * W).sum(1)).clamp_min(0)
 
     def candidates(self, state: State, count: int, generator: torch.Generator) -> State:
         """Append the top eigenvectors of examples, or of their residuals."""

@@ -51,9 +51,7 @@ def _diagnose(path: Path, error: OSError) -> StorageError:
             "it is whole, or compute it again"
         )
     kind = next((name for start, name in _OTHERS.items() if head.startswith(start)), "something else")
-    return ForeignFileError(
-        f"{path}: expected an HDF5 file written by npeff or in a published layout, found {kind}"
-    )
+    return ForeignFileError(f"{path}: expected an HDF5 file written by npeff or in a published layout, found {kind}")
 
 
 def _open(path: Path) -> h5py.File:
@@ -62,9 +60,7 @@ def _open(path: Path) -> h5py.File:
     except OSError as error:
         if "lock" not in str(error):
             raise
-        return h5py.File(
-            path, "r", locking=False
-        )  # a file system without locks: nobody rewrites finished files anyway
+        return h5py.File(path, "r", locking=False)  # a file system without locks: nobody rewrites finished files anyway
 
 
 @contextlib.contextmanager

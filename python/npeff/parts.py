@@ -73,13 +73,10 @@ class Parts:
             )
         self.folder.mkdir(exist_ok=True)
         try:
-            other = next(
-                (path.name for path in self.folder.iterdir() if not _OURS.fullmatch(path.name)), None
-            )
+            other = next((path.name for path in self.folder.iterdir() if not _OURS.fullmatch(path.name)), None)
             if other is not None:
                 raise StorageError(
-                    f"{self.folder}: needed for unfinished work, but holds {other}; choose another out, or "
-                    "move it away"
+                    f"{self.folder}: needed for unfinished work, but holds {other}; choose another out, or move it away"
                 )
             self.lock = Lock(self.folder / "lock", f"writing {self.out}")
         except FileNotFoundError:
@@ -100,9 +97,7 @@ class Parts:
         if path.exists():
             check_header(self.out, self.folder, read_header(path), plain(self.header))
         else:
-            self._write_json(
-                path, {"format": FORMAT, "format_version": FORMAT_VERSION, "header": self.header}
-            )
+            self._write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "header": self.header})
             sync_folder(self.out.parent)  # the folder itself
         self.shards = list_shards(self.folder)
         self.batches = [(digest, size) for shard in self.shards for digest, size in shard.json("batches")]
@@ -190,8 +185,7 @@ def list_shards(folder: Path) -> list[Container]:
     for index, path in enumerate(sorted(folder.glob("shard-*.h5"))):
         if path.name != f"shard-{index:06d}.h5":
             raise StorageError(
-                f"{folder}: shard-{index:06d}.h5 is missing; remove {path.name} and those after it to resume "
-                "before it"
+                f"{folder}: shard-{index:06d}.h5 is missing; remove {path.name} and those after it to resume before it"
             )
         try:
             shards.append(open_container(path))
@@ -208,17 +202,12 @@ def _shard_data(blocks: Sequence[FisherBlock]) -> list[Data]:
         return Data(name, shape, np.dtype(dtype).newbyteorder("<"), lambda: arrays)
 
     data = [joined("row_counts", [block.row_counts for block in blocks], np.int64)]
-    data += [
-        joined(name, [getattr(block, name) for block in blocks], dtype)
-        for name, dtype in EXAMPLE_ARRAYS.items()
-    ]
+    data += [joined(name, [getattr(block, name) for block in blocks], dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
     rows: list[Rows] = [block.rows for block in blocks]
     sparse = [part for part in rows if isinstance(part, SparseRows)]
     if sparse:
         data.append(joined("rows/counts", [np.diff(part.indptr) for part in sparse], np.int64))
-        data.append(
-            joined("rows/indices", [part.indices for part in sparse], index_dtype(sparse[0].n_columns))
-        )
+        data.append(joined("rows/indices", [part.indices for part in sparse], index_dtype(sparse[0].n_columns)))
     return [*data, joined("rows/values", [part.values for part in rows], np.float32)]
 
 
@@ -228,9 +217,7 @@ def _merged_data(shards: Sequence[Container]) -> list[Data]:
     def joined(name: str) -> Data:
         specs = [shard.spec(name) for shard in shards]
         shape = (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:])
-        return Data(
-            name, shape, specs[0].dtype, lambda: (chunk for shard in shards for chunk in shard.chunks(name))
-        )
+        return Data(name, shape, specs[0].dtype, lambda: (chunk for shard in shards for chunk in shard.chunks(name)))
 
     def offsets(name: str, counts: str) -> Data:
         def chunks() -> Iterator[Array]:
@@ -242,9 +229,7 @@ def _merged_data(shards: Sequence[Container]) -> list[Data]:
                     total = running[-1:] if len(running) else total
                     yield running
 
-        return Data(
-            name, (sum(shard.spec(counts).shape[0] for shard in shards) + 1,), np.dtype("<i8"), chunks
-        )
+        return Data(name, (sum(shard.spec(counts).shape[0] for shard in shards) + 1,), np.dtype("<i8"), chunks)
 
     data = [offsets("row_offsets", "row_counts"), *map(joined, EXAMPLE_ARRAYS)]
     if "rows/counts" in shards[0].specs:

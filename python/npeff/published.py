@@ -79,14 +79,10 @@ def read_published(path: Path | str, *, fishers: Fishers | None = None) -> Fishe
     with open_hdf5(path) as file:
         layout = layout_of(file)
         if layout is None:
-            raise ForeignFileError(
-                f"{path}: an HDF5 file, but not in a published layout ({', '.join(LAYOUTS)})"
-            )
+            raise ForeignFileError(f"{path}: an HDF5 file, but not in a published layout ({', '.join(LAYOUTS)})")
         if layout.endswith("decomposition"):
             return read_decomposition(path, file, layout, fishers)
-        return (
-            read_diagonal(path, file) if layout == "diagonal_fishers" else read_low_rank(path, file, layout)
-        )
+        return read_diagonal(path, file) if layout == "diagonal_fishers" else read_low_rank(path, file, layout)
 
 
 def write_published(

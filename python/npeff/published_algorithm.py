@@ -17,6 +17,7 @@ from npeff.diagonal import Diagonal
 from npeff.errors import ArgumentError
 from npeff.forms import State
 from npeff.low_rank import LowRank, unit
+from npeff.spaces import SparseSpace
 
 MU_EPS = 1e-9
 """Added to the denominators of multiplicative updates."""
@@ -54,8 +55,13 @@ def low_rank(
 
     Returns:
         The last state with unit-norm vectors, and the relative losses every ``log_every`` iterations.
+
+    Raises:
+        ArgumentError: The form is not over the rows.
     """
     space = form.space
+    if not isinstance(space, SparseSpace):
+        raise ArgumentError("space: the published algorithm works on the rows; use space='sparse'")
     W = torch.rand(form.n_examples, r, generator=generator)
     coords = torch.randn(r, space.n_columns, generator=generator) / (r * space.n_columns / 2) ** 0.5
     curve: list[float] = []

@@ -41,9 +41,7 @@ def read_decomposition(path: Path, file: h5py.File, layout: str, fishers: Fisher
         columns, power = kept[()].astype(np.int64).reshape(-1), 1
         m = attribute(path, file, "data/reduce_kept_indices", "full_dense_size")
         vectors = _read_h(path, dataset(path, file, "data/H"))
-    if vectors.shape[1] < len(
-        columns
-    ):  # some published files list more columns than G has: the first ones are meant
+    if vectors.shape[1] < len(columns):  # some published files list more columns than G has: the first ones are meant
         provenance["columns_dropped"] = len(columns) - vectors.shape[1]
         columns = columns[: vectors.shape[1]]
     if vectors.shape != (weights.shape[1], len(columns)):
@@ -59,9 +57,7 @@ def read_decomposition(path: Path, file: h5py.File, layout: str, fishers: Fisher
     coefficients = (weights * norms**power).astype(np.float32)
     whole = np.array_equal(columns[order], np.arange(m))
     kind: Kind = "low_rank" if power == 2 else "diagonal"
-    return _components(
-        path, kind, coefficients, unit, None if whole else columns[order], m, provenance, fishers
-    )
+    return _components(path, kind, coefficients, unit, None if whole else columns[order], m, provenance, fishers)
 
 
 def _components(
@@ -129,8 +125,7 @@ def _read_h(path: Path, item: h5py.Dataset | h5py.Group) -> Array:
         or (np.diff(starts) < 0).any()
     ):
         raise StorageError(
-            f"{path}: damaged: sparse H of shape {shape} has {len(values)} values and {len(starts)} "
-            "row_indices"
+            f"{path}: damaged: sparse H of shape {shape} has {len(values)} values and {len(starts)} row_indices"
         )
     if len(columns) and (columns.min() < 0 or columns.max() >= shape[1]):
         raise StorageError(f"{path}: damaged: a column of sparse H lies outside 0 … {shape[1] - 1}")
@@ -148,9 +143,7 @@ def plan_decomposition(components: Components, path: Path, sparse: bool | None) 
     """
     m = components.parameters.n_parameters
     if m > INT32:
-        raise StorageError(
-            f"{path}: the published layouts index parameters with int32; {m:,} parameters do not fit"
-        )
+        raise StorageError(f"{path}: the published layouts index parameters with int32; {m:,} parameters do not fit")
     if components.block_weights and any(weight != 1 for weight in components.block_weights.values()):
         raise StorageError(
             f"{path}: these components were fitted with weights per parameter, and the published layouts "

@@ -52,9 +52,7 @@ def attribute(path: Path, file: h5py.File, where: str, name: str) -> int:
         StorageError: It is missing.
     """
     if name not in file[where].attrs:
-        raise StorageError(
-            f"{path}: attribute {name} of {where} is missing from this file in a published layout"
-        )
+        raise StorageError(f"{path}: attribute {name} of {where} is missing from this file in a published layout")
     return number(file[where].attrs[name])
 
 
@@ -82,14 +80,10 @@ def read_low_rank(path: Path, file: h5py.File, layout: str) -> Fishers:
                 f"{len(sizes)} col_sizes"
             )
         if "min_prob_class" in file["data"].attrs:
-            provenance["min_prob_class"] = float(
-                np.asarray(file["data"].attrs["min_prob_class"]).reshape(-1)[0]
-            )
+            provenance["min_prob_class"] = float(np.asarray(file["data"].attrs["min_prob_class"]).reshape(-1)[0])
     m = attribute(path, file, "data", "n_parameters")
     norms = dataset(path, file, "data/pef_frobenius_norms")
-    return _fishers(
-        path, file, "low_rank", provenance, m, _rows(path, values, indices, sizes, ranks, m), ranks, norms
-    )
+    return _fishers(path, file, "low_rank", provenance, m, _rows(path, values, indices, sizes, ranks, m), ranks, norms)
 
 
 def read_diagonal(path: Path, file: h5py.File) -> Fishers:
@@ -104,9 +98,7 @@ def read_diagonal(path: Path, file: h5py.File) -> Fishers:
     ranks = np.ones(n, np.int64)
     rows = _rows(path, values, indices, np.full(n, k, np.int64), ranks, m)
     provenance = {"source": "published layout", "layout": "diagonal_fishers"}
-    return _fishers(
-        path, file, "diagonal", provenance, m, rows, ranks, dataset(path, file, "data/dense_fisher_norms")
-    )
+    return _fishers(path, file, "diagonal", provenance, m, rows, ranks, dataset(path, file, "data/dense_fisher_norms"))
 
 
 def _fishers(
@@ -158,9 +150,7 @@ def _row_sizes(path: Path, offsets: Array, k: int) -> Array:
     )
 
 
-def _rows(
-    path: Path, values: h5py.Dataset, indices: h5py.Dataset, sizes: Array, ranks: Array, m: int
-) -> SparseRows:
+def _rows(path: Path, values: h5py.Dataset, indices: h5py.Dataset, sizes: Array, ranks: Array, m: int) -> SparseRows:
     """CSR rows, ascending, without zeros, from ``(n, k)`` entries and the sizes ``(R,)`` of the rows in them.
 
     Raises:
@@ -173,13 +163,9 @@ def _rows(
     for start in range(0, n, step):
         stop = min(n, start + step)
         mine = sizes[starts[start] : starts[stop]]
-        per_example = np.add.reduceat(np.append(mine, 0), starts[start:stop] - starts[start]) * (
-            ranks[start:stop] > 0
-        )
+        per_example = np.add.reduceat(np.append(mine, 0), starts[start:stop] - starts[start]) * (ranks[start:stop] > 0)
         if (mine < 0).any() or (per_example > k).any():
-            raise StorageError(
-                f"{path}: damaged: an example among {start}…{stop - 1} has more than its {k} entries"
-            )
+            raise StorageError(f"{path}: damaged: an example among {start}…{stop - 1} has more than its {k} entries")
         inside = np.arange(k) < per_example[:, None]
         value, index = (
             values[start:stop][inside].astype(np.float32),
@@ -211,9 +197,7 @@ def plan_fishers(fishers: Fishers, path: Path, variable: bool | None) -> Plan:
     """
     n, m, ranks = len(fishers), fishers.n_parameters, fishers.ranks
     if m > INT32:
-        raise StorageError(
-            f"{path}: the published layouts index parameters with int32; {m:,} parameters do not fit"
-        )
+        raise StorageError(f"{path}: the published layouts index parameters with int32; {m:,} parameters do not fit")
     if variable is None:
         variable = bool(n) and bool((ranks != ranks[0]).any())
     if not variable and n and (ranks != ranks[0]).any():
@@ -233,9 +217,7 @@ def plan_fishers(fishers: Fishers, path: Path, variable: bool | None) -> Plan:
         )
 
     def data(name: str, shape: tuple[int, ...], dtype: str, pick: Callable[[Entries], Array]) -> Data:
-        return Data(
-            name, shape, np.dtype(dtype), lambda: (pick(_padded(rows, k)) for rows in _examples(fishers))
-        )
+        return Data(name, shape, np.dtype(dtype), lambda: (pick(_padded(rows, k)) for rows in _examples(fishers)))
 
     examples = [Data.of("data/labels", fishers.labels, "<i4")]
     if fishers.kind == "diagonal":
@@ -294,9 +276,7 @@ def _examples(fishers: Fishers) -> Iterator[SparseRows]:
             value, index = fishers.rows.values[lo:hi], fishers.rows.indices[lo:hi]
             keep = value != 0
             row, index, value = row[keep], index[keep], value[keep]
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=int(stop - start)))]).astype(
-            np.int64
-        )
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=int(stop - start)))]).astype(np.int64)
         yield SparseRows(indptr, index, value, fishers.rows.n_columns)
 
 

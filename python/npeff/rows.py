@@ -61,7 +61,7 @@ class SparseRows:
     def squared_norms(self) -> Array:
         """Σ of squared entries per row, ``(n_rows,)`` float64."""
         total = np.concatenate([[0.0], np.cumsum(np.square(self.values, dtype=np.float64))])
-        return total[self.indptr[1:]] - total[self.indptr[:-1]]
+        return np.asarray(total[self.indptr[1:]] - total[self.indptr[:-1]])
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     if isinstance(parts[0], DenseRows):
         return DenseRows(np.concatenate([part.values for part in parts]))
     sparse = [part for part in parts if isinstance(part, SparseRows)]
-    indptr = np.concatenate(
-        [[0], np.cumsum(np.concatenate([np.diff(part.indptr) for part in sparse]))]
-    ).astype(np.int64)
+    indptr = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part.indptr) for part in sparse]))]).astype(
+        np.int64
+    )
     indices = np.concatenate([part.indices for part in sparse])
     return SparseRows(indptr, indices, np.concatenate([part.values for part in sparse]), sparse[0].n_columns)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -58,7 +59,7 @@ def fisher_norms(rows: Rows, row_offsets: Array, kind: str) -> Array:
     if isinstance(rows, SparseRows):
         return kernels.fisher_norms(rows.indptr, rows.indices, rows.values, rows.n_columns, row_offsets)
     out = np.empty(len(row_offsets) - 1)
-    for i, (start, stop) in enumerate(zip(row_offsets[:-1], row_offsets[1:], strict=True)):
+    for i, (start, stop) in enumerate(pairwise(row_offsets)):
         block = rows.values[start:stop].astype(np.float64)
         out[i] = math.sqrt(np.square(block @ block.T).sum())
     return out
@@ -94,9 +95,7 @@ def scale(
     if normalize not in ("stored", "dense", "none"):
         raise ArgumentError(f"normalize: expected 'stored', 'dense' or 'none', got {normalize!r}")
     stored = fisher_norms(rows, fishers.row_offsets, fishers.kind)
-    norms = {"stored": stored, "dense": fishers.norms.astype(np.float64), "none": np.ones(len(fishers))}[
-        normalize
-    ]
+    norms = {"stored": stored, "dense": fishers.norms.astype(np.float64), "none": np.ones(len(fishers))}[normalize]
     divisor = np.where(norms > 0, norms, 1.0)
     per_example = 1 / divisor if fishers.kind == "diagonal" else 1 / np.sqrt(divisor)
     per_row = np.repeat(per_example, fishers.ranks).astype(np.float32)
@@ -108,9 +107,9 @@ def scale(
     values = rows.values * np.repeat(per_row, np.diff(rows.indptr))
     sparse = SparseRows(np.asarray(rows.indptr), np.asarray(rows.indices), values, rows.n_columns)
     if columns is None:
-        columns = np.flatnonzero(
-            np.bincount(sparse.indices, minlength=0) >= max(1, min_nonzero_per_column)
-        ).astype(np.int64)
+        columns = np.flatnonzero(np.bincount(sparse.indices, minlength=0) >= max(1, min_nonzero_per_column)).astype(
+            np.int64
+        )
     return ScaledRows(keep_columns(sparse, columns), fishers.row_offsets, columns, stored / divisor, weights)
 
 
@@ -155,10 +154,7 @@ def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, f
         for name, value in block_energy(fishers).items():
             energy[layer_of(name)] = energy.get(layer_of(name), 0.0) + value
         total = sum(energy.values()) or 1.0
-        return {
-            name: total / len(energy) / energy[layer_of(name)] if energy[layer_of(name)] else 0.0
-            for name in names
-        }
+        return {name: total / len(energy) / energy[layer_of(name)] if energy[layer_of(name)] else 0.0 for name in names}
     if not isinstance(choice, Mapping):
         raise ArgumentError(
             f"block_weights: expected 'energy', 'balanced' or a mapping from name patterns to weights, got {choice!r}"

@@ -146,7 +146,7 @@ class Search:
                 memory.best = self._lift(self.form.refresh(memory.best))
         return memory
 
-    # ---- units -----------------------------------------------------------------------------------------------------
+    # ---- units ---------------------------------------------------------------------------------------------
 
     def _start(self, memory: Memory, initial: State | None) -> None:
         state = initial if initial is not None else self.form.start(self.r, self._generator(memory.unit))
@@ -162,14 +162,14 @@ class Search:
         assert memory.best is not None
         best = self.form.refresh(memory.best)
         generator = self._generator(memory.unit)
-        count = int(max(2.0, self.r / 4) ** float(torch.rand(1, generator=generator)) * 2 ** 0.5)  # log-uniform: 1 … r/4·√2
+        count = int(
+            max(2.0, self.r / 4) ** float(torch.rand(1, generator=generator)) * 2**0.5
+        )  # log-uniform: 1 … r/4·√2
         curve: list[float] = []
         state = self.form.candidates(best, count, generator)
         state = self._descend(state, memory, "move", 0.0, WIDE, [])
         state = self.prune(state, generator)
-        state = self._descend(
-            state, memory, "move", MOVE_TOLERANCE, self.max_iterations, curve, below=best.loss
-        )
+        state = self._descend(state, memory, "move", MOVE_TOLERANCE, self.max_iterations, curve, below=best.loss)
         if state.loss < best.loss * (1 - 1e-6) and self._is_sound(state):
             memory.best, memory.failures, memory.kept = state, 0, memory.kept + 1
             memory.curve += [loss for loss in curve if loss < memory.curve[-1]]
@@ -181,10 +181,7 @@ class Search:
         """Descend to the final tolerance, in the space of the polish."""
         assert memory.best is not None
         state = self.form.refresh(memory.best)
-        if self._lift is not None:
-            state = self._lift(state)
-        else:
-            state = replace(state, loss=memory.best.loss)
+        state = replace(state, loss=memory.best.loss) if self._lift is None else self._lift(state)
         memory.best, self.form = state, self._polish_form
         curve: list[float] = [state.loss]
         try:
@@ -206,7 +203,7 @@ class Search:
             state = self.form.solve_W(state.keep(torch.arange(state.r, device=use.device) != use.argmin()), 2)
         return state
 
-    # ---- descent ---------------------------------------------------------------------------------------------------
+    # ---- descent -------------------------------------------------------------------------------------------
 
     def _descend(
         self,
@@ -243,7 +240,7 @@ class Search:
                     break
         return self._last
 
-    # ---- bookkeeping -----------------------------------------------------------------------------------------------
+    # ---- bookkeeping ---------------------------------------------------------------------------------------
 
     def _generator(self, unit: int) -> torch.Generator:
         entropy = np.random.SeedSequence([self.seed, unit]).generate_state(1, np.uint64)[0]
@@ -258,7 +255,5 @@ class Search:
             return
         best = min(loss, memory.best.loss) if memory.best is not None else loss
         unit = memory.unit if stage == "start" else memory.unit - self.starts
-        if self._callback(
-            Progress(stage, unit, memory.iteration, loss, best, time.perf_counter() - self._began)
-        ):
+        if self._callback(Progress(stage, unit, memory.iteration, loss, best, time.perf_counter() - self._began)):
             raise Stopped

@@ -116,16 +116,13 @@ class FisherWriter:
             raise type(error)(f"{error} It is not overwritten: remove it, or choose another out.") from error
         if container.content != "fishers":
             raise StorageError(
-                f"{out}: holds npeff {container.content}, and is not overwritten; remove it, or choose "
-                "another out"
+                f"{out}: holds npeff {container.content}, and is not overwritten; remove it, or choose another out"
             )
         check_header(out, out, _header_in(container), plain(self.header))
         self.finished = fishers_in(container)
         self.examples_resumed = len(self.finished)
         self._done = (
-            [(digest, size) for digest, size in container.json("batches")]
-            if "batches" in container.specs
-            else []
+            [(digest, size) for digest, size in container.json("batches")] if "batches" in container.specs else []
         )
         return True
 
@@ -190,18 +187,14 @@ class FisherWriter:
             StorageError: The disk is full; finished shards are safe.
         """
         if self.finished is not None or self._cursor < len(self._done):
-            raise ResumeError(
-                f"batch {self._cursor} is done already: call skip() for each batch first, in order"
-            )
+            raise ResumeError(f"batch {self._cursor} is done already: call skip() for each batch first, in order")
         self._check(block)
         self._since = self._since if self._blocks else time.monotonic()
         self._blocks.append(block)
         self._batches.append((batch_digest, len(block.norms)))
         self._bytes += block.rows.nbytes + block.logits.nbytes
         self.examples_done += len(block.norms)
-        if self._parts and (
-            self._bytes >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds
-        ):
+        if self._parts and (self._bytes >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds):
             self._close_shard()
 
     def _check(self, block: FisherBlock) -> None:
@@ -213,8 +206,7 @@ class FisherWriter:
                 )
         if int(np.sum(block.row_counts)) != block.rows.n_rows:
             raise ArgumentError(
-                f"block.rows: expected {int(np.sum(block.row_counts))} rows as in row_counts, got "
-                f"{block.rows.n_rows}"
+                f"block.rows: expected {int(np.sum(block.row_counts))} rows as in row_counts, got {block.rows.n_rows}"
             )
         like = (type(block.rows).__name__, block.rows.n_columns, block.logits.shape[1:])
         if self._like is None:

@@ -91,9 +91,7 @@ class GramSpace:
         own = row_gram(rows, dtype)
         if self._anchors is not None:
             across = project_rows(rows, self._anchors)
-            own = torch.cat(
-                [torch.cat([own, across], 1), torch.cat([across.T, self._anchors @ self._anchors.T], 1)]
-            )
+            own = torch.cat([torch.cat([own, across], 1), torch.cat([across.T, self._anchors @ self._anchors.T], 1)])
         self.K = own.to(device)
         self.step_bytes = self.K.nbytes
 
@@ -147,9 +145,7 @@ class SparseSpace:
 
     name = "sparse"
 
-    def __init__(
-        self, rows: Rows, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-    ) -> None:
+    def __init__(self, rows: Rows, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
         self.n_rows, self.n_columns = rows.n_rows, rows.n_columns
         self.dtype, self._device = dtype, torch.device(device)
         self._rows = rows
@@ -198,9 +194,7 @@ def sparse_tensors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(indptr, indices, values)`` as torch tensors."""
     arrays = (np.ascontiguousarray(a) for a in (rows.indptr, rows.indices, rows.values))
-    indptr, indices, values = (
-        torch.from_numpy(a if a.flags.writeable else a.copy()).to(device) for a in arrays
-    )
+    indptr, indices, values = (torch.from_numpy(a if a.flags.writeable else a.copy()).to(device) for a in arrays)
     return indptr, indices, values.to(dtype)
 
 
@@ -252,9 +246,7 @@ POLISH_STEPS = 30
 """Steps that a polish is reckoned to take."""
 
 
-def choose_space(
-    rows: Rows, choice: SpaceName, n_components: int
-) -> tuple[type[GramSpace] | type[SparseSpace], str]:
+def choose_space(rows: Rows, choice: SpaceName, n_components: int) -> tuple[type[GramSpace] | type[SparseSpace], str]:
     """The space to use, and why: the one whose operations, at typical rates, take less time.
 
     Both spaces serve the search's subspace (about five products with d vectors) and the polish (two products with r

@@ -62,9 +62,7 @@ def write_fishers(
     """
     by_name = {item.name: item for item in arrays}
     parameters = Parameters.from_json(header["parameters"])
-    texts = [Data.json(name, header[name]) for name in ("parameters", "provenance")] + [
-        Data.json("coverage", coverage)
-    ]
+    texts = [Data.json(name, header[name]) for name in ("parameters", "provenance")] + [Data.json("coverage", coverage)]
     if batches is not None:
         texts.append(Data.json("batches", batches))
     attributes = {
@@ -142,9 +140,7 @@ def save_components(components: Components, path: Path | str) -> Path:
         lambda found: isinstance(found, Container) and found.content == "components",
         "Components saved by npeff",
     )
-    arrays = [
-        Data.of(f"arrays/{name}", np.asarray(array)) for name, array in sorted(components.to_arrays().items())
-    ]
+    arrays = [Data.of(f"arrays/{name}", np.asarray(array)) for name, array in sorted(components.to_arrays().items())]
     n, r = components.coefficients.shape
     attributes: dict[str, Any] = {
         "kind": components.kind,
@@ -249,8 +245,7 @@ def fishers_in(container: Container) -> Fishers:
         rows = SparseRows(indptr, indices, rows.values, parameters.n_parameters)
         if len(indices) != len(rows.values) or indptr[-1] != len(indices):
             raise StorageError(
-                f"{container.path}: damaged: {len(rows.values)} values, {len(indices)} indices, {indptr[-1]} "
-                "announced"
+                f"{container.path}: damaged: {len(rows.values)} values, {len(indices)} indices, {indptr[-1]} announced"
             )
     try:
         return Fishers(
@@ -271,9 +266,7 @@ def _components_in(container: Container) -> Components:
     from npeff.components import Components
 
     prefix = "arrays/"
-    arrays = {
-        name[len(prefix) :]: container.array(name) for name in container.specs if name.startswith(prefix)
-    }
+    arrays = {name[len(prefix) :]: container.array(name) for name in container.specs if name.startswith(prefix)}
     if sum(array.nbytes for array in arrays.values()) <= READ_BYTES:
         arrays = {name: np.array(array) for name, array in arrays.items()}
     return Components.from_parts(arrays, container.json("meta"))
@@ -304,9 +297,7 @@ def describe(path: Path | str) -> dict[str, Any]:
         return {**summary, "format": "published", "content": found, **describe_published(path)}
     summary |= {str(name): value for name, value in found.attributes.items()}
     summary["arrays"] = {
-        name: [list(spec.shape), str(spec.dtype)]
-        for name, spec in found.specs.items()
-        if spec.dtype.kind != "S"
+        name: [list(spec.shape), str(spec.dtype)] for name, spec in found.specs.items() if spec.dtype.kind != "S"
     }
     for name in ("parameters", "provenance", "coverage", "meta"):
         if name in found.specs:

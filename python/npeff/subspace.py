@@ -1,8 +1,8 @@
 """A small subspace that holds nearly all of the rows: the search happens in it, only the polish outside.
 
 With V an orthonormal basis of d directions and ``B = A Vᵀ``, vectors ``G = G' V`` have ``A Gᵀ = B G'ᵀ`` and
-``G Gᵀ = G'G'ᵀ``: the loss over G' is the exact loss of vectors restricted to the subspace, at d numbers per row in place
-of all columns. V comes from a randomised range finder with one power iteration (Halko, Martinsson & Tropp 2011).
+``G Gᵀ = G'G'ᵀ``: the loss over G' is the exact loss of vectors restricted to the subspace, at d numbers per row in
+place of all columns. V comes from a randomised range finder with one power iteration (Halko, Martinsson & Tropp 2011).
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Subspace:
         return coords.to(self.basis) @ self.basis
 
 
-def find_subspace(space: FactorSpace, energy: float, r: int, generator: torch.Generator, given: Tensor | None = None) -> Subspace | None:
+def find_subspace(
+    space: FactorSpace, energy: float, r: int, generator: torch.Generator, given: Tensor | None = None
+) -> Subspace | None:
     """Find a subspace for r components.
 
     Args:

@@ -45,9 +45,7 @@ def load_object(target: str, name: str = "target") -> Any:
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
-            owner = (
-                source if found is module else f"{source}:{getattr(found, '__name__', type(found).__name__)}"
-            )
+            owner = source if found is module else f"{source}:{getattr(found, '__name__', type(found).__name__)}"
             raise ArgumentError(f"{name}: {owner} has no {part!r}{_close(part, found)}")
         found = getattr(found, part)
     return found
@@ -101,8 +99,7 @@ def load_data(target: str) -> Iterable[Any]:
         )
     if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
         raise DataError(
-            f"DATA: {target} returned {_kind(data)}, expected an iterable of batches: "
-            "a DataLoader, a list, a generator"
+            f"DATA: {target} returned {_kind(data)}, expected an iterable of batches: a DataLoader, a list, a generator"
         )
     return cast("Iterable[Any]", data)
 
@@ -115,9 +112,7 @@ def _load_file(path: Path, name: str) -> ModuleType:
     if not path.is_file():
         what = "is a folder, not a Python file" if path.is_dir() else "does not exist"
         where = f" (current directory: {Path.cwd()})" if not path.is_absolute() else ""
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.py")], n=3, cutoff=0.5
-        )
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=3, cutoff=0.5)
         raise ArgumentError(f"{name}: file {path} {what}{where}{_did_you_mean(near)}")
     path = path.resolve()
     # Named after the whole path: two files of one name do not meet. Kept: MODEL and DATA share state.
@@ -175,9 +170,7 @@ def _import_errors(source: str, name: str) -> Iterator[None]:
 
 def _call(found: Any, target: str, name: str, kind: type[NpeffError]) -> Any:
     if not callable(found):
-        raise ArgumentError(
-            f"{name}: {target} is {_kind(found)}, expected something to call without arguments"
-        )
+        raise ArgumentError(f"{name}: {target} is {_kind(found)}, expected something to call without arguments")
     try:
         return found()
     except NpeffError:
@@ -194,9 +187,7 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
-    place = next(
-        (f for f in reversed(frames) if "importlib" not in f.filename and f.filename != __file__), None
-    )
+    place = next((f for f in reversed(frames) if "importlib" not in f.filename and f.filename != __file__), None)
     where = f" ({place.filename}, line {place.lineno})" if place else ""
     return f"{type(error).__name__}: {error}{where}"
 

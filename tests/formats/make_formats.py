@@ -32,9 +32,7 @@ def main(version: str) -> None:
     folder.mkdir()
     for kind in ("low_rank", "diagonal"):
         for sparse in (True, False):
-            fishers_of(kind, sparse=sparse).save(
-                folder / f"{kind}_fishers_{'sparse' if sparse else 'dense'}.h5"
-            )
+            fishers_of(kind, sparse=sparse).save(folder / f"{kind}_fishers_{'sparse' if sparse else 'dense'}.h5")
         components_of(kind).save(folder / f"{kind}_components.h5")
     fishers = fishers_of()
     with FisherWriter(folder / "unfinished.h5", header_of(fishers), shard_bytes=1) as writer:

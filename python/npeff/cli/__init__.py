@@ -129,9 +129,7 @@ def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        result = cli.main(
-            None if arguments is None else list(arguments), prog_name="npeff", standalone_mode=False
-        )
+        result = cli.main(None if arguments is None else list(arguments), prog_name="npeff", standalone_mode=False)
         return result if isinstance(result, int) else OK
     except click.exceptions.Exit as error:
         return error.exit_code

@@ -65,9 +65,7 @@ def write_block(formatter: click.HelpFormatter, heading: str, text: str) -> None
 
 def seed(function: F) -> F:
     """``--seed``."""
-    return click.option(
-        "--seed", type=int, default=0, show_default=True, help="Decides every random choice."
-    )(function)
+    return click.option("--seed", type=int, default=0, show_default=True, help="Decides every random choice.")(function)
 
 
 def quiet(function: F) -> F:

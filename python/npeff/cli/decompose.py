@@ -27,9 +27,7 @@ def _orthogonality(ctx: click.Context, parameter: click.Parameter, value: str | 
     """
 )
 @click.argument("path", metavar="FISHERS", type=EXISTING)
-@click.option(
-    "--components", "n_components", type=click.IntRange(min=1), required=True, metavar="R", help="How many."
-)
+@click.option("--components", "n_components", type=click.IntRange(min=1), required=True, metavar="R", help="How many.")
 @click.option("--out", type=WRITABLE, required=True, help="File to write.")
 @click.option(
     "--algorithm",
@@ -48,9 +46,7 @@ def _orthogonality(ctx: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--starts", type=click.IntRange(min=1), help="Random starts; the best goes on.")
 @click.option("--moves", type=click.IntRange(min=0), help="Attempts to replace poor components.")
 @click.option("--max-iterations", type=click.IntRange(min=1), help="Limit of each descent.")
-@click.option(
-    "--tolerance", type=click.FloatRange(min=0), help="Relative decrease of the loss at which it ends."
-)
+@click.option("--tolerance", type=click.FloatRange(min=0), help="Relative decrease of the loss at which it ends.")
 @click.option(
     "--block-weights",
     type=click.Choice(["energy", "balanced"]),
@@ -67,14 +63,10 @@ def _orthogonality(ctx: click.Context, parameter: click.Parameter, value: str | 
     type=click.Choice(["stored", "dense", "none"]),
     help="Norm scaled to 1: of the rows as stored, of the Fisher before compression, or none.",
 )
-@click.option(
-    "--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Of --algorithm published."
-)
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Of --algorithm published.")
 @click.option("--steps", type=click.IntRange(min=1), help="Joint steps of --algorithm published.")
 @click.option("--wrong-only", is_flag=True, help="Only examples that the model predicts wrongly.")
-@click.option(
-    "--checkpoint", type=WRITABLE, help="File that keeps the state; the same command then goes on from it."
-)
+@click.option("--checkpoint", type=WRITABLE, help="File that keeps the state; the same command then goes on from it.")
 @click.option("--device", help="cpu, cuda …  [default: cpu]")
 @seed
 @quiet
@@ -104,6 +96,5 @@ def decompose(
     components = npeff.decompose(fishers, n_components, progress=not quiet, **given)
     components.save(out)
     click.echo(
-        f"{out}: {components.n_components} components of {len(fishers):,} examples, "
-        f"relative loss {components.loss:.4f}"
+        f"{out}: {components.n_components} components of {len(fishers):,} examples, relative loss {components.loss:.4f}"
     )

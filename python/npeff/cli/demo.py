@@ -15,9 +15,7 @@ from npeff.cli.common import WRITABLE, command, quiet, seed
         npeff demo --out /tmp/demo --components 16 --no-open
     """
 )
-@click.option(
-    "--out", type=WRITABLE, default="npeff-demo", show_default=True, help="Folder for everything made."
-)
+@click.option("--out", type=WRITABLE, default="npeff-demo", show_default=True, help="Folder for everything made.")
 @click.option(
     "--components",
     "n_components",
@@ -26,9 +24,7 @@ from npeff.cli.common import WRITABLE, command, quiet, seed
     show_default=True,
     help="How many.",
 )
-@click.option(
-    "--open/--no-open", "open_page", default=True, show_default=True, help="Open the page in a browser."
-)
+@click.option("--open/--no-open", "open_page", default=True, show_default=True, help="Open the page in a browser.")
 @seed
 @quiet
 def demo(out: Path, n_components: int, open_page: bool, seed: int, quiet: bool) -> None:
@@ -50,8 +46,6 @@ def _open(page: Path) -> None:
     import sys
     import webbrowser
 
-    somewhere = (
-        sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    )
+    somewhere = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if somewhere and webbrowser.open(page.resolve().as_uri()):
         click.echo("Opened it in your browser.")

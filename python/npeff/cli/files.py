@@ -70,9 +70,7 @@ def _print(lines: dict[str, Any], indent: str = "") -> None:
 )
 @click.argument("path", metavar="FILE", type=EXISTING)
 @click.option("--out", type=WRITABLE, required=True, help="File to write.")
-@click.option(
-    "--layout", type=click.Choice(["published"]), help="Write all of it in the layout of the published code."
-)
+@click.option("--layout", type=click.Choice(["published"]), help="Write all of it in the layout of the published code.")
 @click.option(
     "--component",
     type=click.IntRange(min=0),

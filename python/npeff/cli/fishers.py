@@ -49,20 +49,14 @@ DEFAULT_TOP_K = 65_536
     show_default=True,
     help="Rows of a low-rank Fisher: C−1 exact ones, or one per class as published.",
 )
-@click.option(
-    "--rank", type=click.IntRange(min=1), help="At most this many rows per example (basis reduced)."
-)
+@click.option("--rank", type=click.IntRange(min=1), help="At most this many rows per example (basis reduced).")
 @click.option(
     "--energy",
     type=click.FloatRange(0, 1, min_open=True),
     help="Rows that hold this share of the trace (basis reduced).",
 )
-@click.option(
-    "--min-prob", type=click.FloatRange(0, 1), help="Only classes at least this likely (basis class)."
-)
-@click.option(
-    "--max-classes", type=click.IntRange(min=1), help="At most this many classes per example (basis class)."
-)
+@click.option("--min-prob", type=click.FloatRange(0, 1), help="Only classes at least this likely (basis class).")
+@click.option("--max-classes", type=click.IntRange(min=1), help="At most this many classes per example (basis class).")
 @click.option(
     "--labels",
     type=click.Choice(["expected", "sampled", "true"]),
@@ -138,9 +132,7 @@ def fishers(
         progress=not quiet,
         **options,
     )
-    click.echo(
-        f"{out}: {len(result):,} Fishers of {result.n_parameters:,} parameters, {size(out.stat().st_size)}"
-    )
+    click.echo(f"{out}: {len(result):,} Fishers of {result.n_parameters:,} parameters, {size(out.stat().st_size)}")
     slow = unruled(result.coverage)
     for name, why in slow[:5]:
         note(f"  {name}: {why}")

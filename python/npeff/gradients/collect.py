@@ -50,9 +50,7 @@ class Collector:
         self._gram = torch.zeros((n, self._n_columns, self._n_columns), dtype=torch.float64)
         m = parameters.n_parameters
         self._sink: _Sink = (
-            _Whole(self._n_columns, m, scale)
-            if compress is None
-            else _Largest(self._n_columns, m, scale, compress.k)
+            _Whole(self._n_columns, m, scale) if compress is None else _Largest(self._n_columns, m, scale, compress.k)
         )
 
     def add(self, block: Block) -> None:
@@ -75,9 +73,7 @@ class Collector:
 
     def finish(self) -> tuple[Rows, Array, Array]:
         """The rows, how many each example has ``(b,)``, and the dense Fishers' norms ``(b,)`` float32."""
-        norms = (
-            self._gram.square().sum(dim=(1, 2)).sqrt() if not self._squared else self._gram[:, 0, 0].sqrt()
-        )
+        norms = self._gram.square().sum(dim=(1, 2)).sqrt() if not self._squared else self._gram[:, 0, 0].sqrt()
         rows = self._sink.rows(self._counts)
         return rows, self._counts, (norms.numpy() * self._norm_scale).astype(np.float32)
 
@@ -115,7 +111,7 @@ class _Whole:
                 target[example, :, start : start + width] += values[example, :, run] * scale[example]
 
     def rows(self, counts: Array) -> Rows:
-        keep = np.arange(self._values.shape[1]) < counts[:, None]
+        keep = np.less(np.arange(self._values.shape[1]), counts[:, None])
         flat = self._values.reshape(-1, self._values.shape[2])
         return DenseRows(flat if keep.all() else flat[keep.reshape(-1)])
 

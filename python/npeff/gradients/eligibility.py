@@ -49,6 +49,5 @@ def _problems(module: nn.Module) -> Iterator[str]:
             yield f"{kind} has active dropout, so gradients are random: call model.eval()"
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
         yield (
-            f"{kind} with max_norm rewrites its weight in every forward pass: "
-            "renormalise it once and set max_norm=None"
+            f"{kind} with max_norm rewrites its weight in every forward pass: renormalise it once and set max_norm=None"
         )

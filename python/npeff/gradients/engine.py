@@ -229,10 +229,7 @@ def _form(found: Mapping[str, list[Found]], n_examples: int) -> tuple[object, ..
     uses = (
         (
             name,
-            *(
-                (rule, layouts[0].positions > 1, *(layout.order for layout in layouts))
-                for rule, _, layouts in entries
-            ),
+            *((rule, layouts[0].positions > 1, *(layout.order for layout in layouts)) for rule, _, layouts in entries),
         )
         for name, entries in found.items()
     )
@@ -249,9 +246,7 @@ def backward(logits: Tensor, columns: Tensor, rules: list[Rule]) -> None:
     if not edges:
         return
     for column in range(columns.shape[2]):
-        deltas = torch.autograd.grad(
-            logits, edges, columns[:, :, column], retain_graph=True, allow_unused=True
-        )
+        deltas = torch.autograd.grad(logits, edges, columns[:, :, column], retain_graph=True, allow_unused=True)
         for sharing, delta in zip(takers.values(), deltas, strict=True):
             if delta is None:
                 delta = logits.new_zeros(sharing[0].use.output_shape)

@@ -64,17 +64,12 @@ class FactorOptions:
             if getattr(self, name) is None:
                 continue
             if not exact:
-                raise ArgumentError(
-                    f"{name}: truncates a categorical factor with labels='expected'; leave it out here"
-                )
+                raise ArgumentError(f"{name}: truncates a categorical factor with labels='expected'; leave it out here")
             if self.basis != basis:
-                raise ArgumentError(
-                    f"{name}: belongs to basis={basis!r}; with basis={self.basis!r} use {remedy}"
-                )
+                raise ArgumentError(f"{name}: belongs to basis={basis!r}; with basis={self.basis!r} use {remedy}")
         if self.n_samples != 1 and self.labels != "sampled":
             raise ArgumentError(
-                f"n_samples: counts the draws of labels='sampled'; got {self.n_samples} with "
-                f"labels={self.labels!r}"
+                f"n_samples: counts the draws of labels='sampled'; got {self.n_samples} with labels={self.labels!r}"
             )
 
     def most_rows(self, n_outputs: int) -> int:
@@ -230,9 +225,7 @@ def _residuals(logits: Tensor, options: FactorOptions, targets: Tensor | None, i
     for example in ids:
         generator = np.random.Generator(np.random.Philox(key=options.seed, counter=[0, 0, 0, int(example)]))
         size = options.n_samples if options.likelihood == "categorical" else (options.n_samples, n_outputs)
-        draws.append(
-            generator.standard_normal(size) if options.likelihood == "gaussian" else generator.random(size)
-        )
+        draws.append(generator.standard_normal(size) if options.likelihood == "gaussian" else generator.random(size))
     noise = torch.from_numpy(np.stack(draws)).to(logits.device)
     if options.likelihood == "gaussian":
         return (noise / options.n_samples**0.5).transpose(1, 2)
@@ -240,9 +233,7 @@ def _residuals(logits: Tensor, options: FactorOptions, targets: Tensor | None, i
         outcome = (noise < torch.sigmoid(logits)[:, None, :]).to(torch.float64)
     else:
         cumulative = torch.softmax(logits, dim=1).cumsum(dim=1)
-        index = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True).clamp_max(
-            n_outputs - 1
-        )
+        index = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True).clamp_max(n_outputs - 1)
         outcome = torch.nn.functional.one_hot(index, n_outputs).to(torch.float64)
     return _score(logits[:, None], outcome, options).transpose(1, 2) / options.n_samples**0.5
 
@@ -251,8 +242,7 @@ def _as_outcome(logits: Tensor, options: FactorOptions, targets: Tensor | None, 
     n, n_outputs = logits.shape
     if targets is None:
         raise DataError(
-            "labels: labels='true' needs a label for every example, but the data has none; yield (inputs, "
-            "labels)"
+            "labels: labels='true' needs a label for every example, but the data has none; yield (inputs, labels)"
         )
     if options.likelihood == "categorical":
         bad = (targets < 0) | (targets >= n_outputs)
@@ -264,9 +254,7 @@ def _as_outcome(logits: Tensor, options: FactorOptions, targets: Tensor | None, 
             )
         return torch.nn.functional.one_hot(targets.to(torch.int64), n_outputs).to(torch.float64)
     if targets.numel() != logits.numel():
-        raise DataError(
-            f"labels: expected one target per output, shape {(n, n_outputs)}, got {tuple(targets.shape)}"
-        )
+        raise DataError(f"labels: expected one target per output, shape {(n, n_outputs)}, got {tuple(targets.shape)}")
     return targets.reshape(n, n_outputs).to(torch.float64)
 
 

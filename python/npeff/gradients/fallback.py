@@ -84,9 +84,7 @@ class Fallback:
                 self.loop_reason = f"torch.func.vmap disagrees with autograd on {gap}"
             except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
                 message = str(error).strip() or type(error).__name__
-                self.loop_reason = (
-                    f"torch.func.vmap refused ({type(error).__name__}: {message.splitlines()[0][:120]})"
-                )
+                self.loop_reason = f"torch.func.vmap refused ({type(error).__name__}: {message.splitlines()[0][:120]})"
         result = self._looped(batch, logits, columns, parameters, examples)
         gap = _gap(logits, columns, parameters, examples, result)
         if gap:
@@ -98,9 +96,7 @@ class Fallback:
             )
         return result
 
-    def _vectorised(
-        self, batch: Batch, columns: Tensor, parameters: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _vectorised(self, batch: Batch, columns: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         arrays: list[Tensor] = []
 
         def collect(tensor: Tensor) -> Tensor:
@@ -170,9 +166,7 @@ def _gap(
     weights = weights.to(columns.device, columns.dtype)
     cotangent = torch.zeros_like(logits)
     cotangent[examples] = torch.einsum("bcr,br->bc", columns[examples], weights[examples])
-    truth = torch.autograd.grad(
-        logits, list(parameters.values()), cotangent, retain_graph=True, allow_unused=True
-    )
+    truth = torch.autograd.grad(logits, list(parameters.values()), cotangent, retain_graph=True, allow_unused=True)
     for (name, rows), gradient in zip(result.items(), truth, strict=True):
         wide = torch.promote_types(rows.dtype, torch.float32)
         flat = rows.reshape(-1, math.prod(rows.shape[2:])).to(wide)

@@ -48,9 +48,7 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) ->
         return any(fnmatchcase(name, pattern) for name in aliases[id(tensor)] for pattern in some)
 
     chosen = [
-        (name, tensor.shape)
-        for name, tensor in floating
-        if matches(tensor, include) and not matches(tensor, exclude)
+        (name, tensor.shape) for name, tensor in floating if matches(tensor, include) and not matches(tensor, exclude)
     ]
     if not chosen:
         raise ArgumentError(f"parameters: {wanted!r} leaves none of {_listing(names)}")
@@ -78,15 +76,11 @@ def placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torc
         raise ArgumentError(f"model: {type(model).__name__} has no parameters")
     home = devices.pop()
     if home.type == "meta":
-        raise ArgumentError(
-            "model: its parameters are on the meta device, without values; load its weights first"
-        )
+        raise ArgumentError("model: its parameters are on the meta device, without values; load its weights first")
     try:
         target = home if device is None else torch.device(device)
     except RuntimeError as error:
-        raise ArgumentError(
-            f"device: expected a torch device such as 'cpu' or 'cuda:0', got {device!r}"
-        ) from error
+        raise ArgumentError(f"device: expected a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
     if target.type == home.type and (target.index is None or target.index == home.index):
         target = home
     if target == home:

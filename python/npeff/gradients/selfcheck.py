@@ -12,7 +12,7 @@ cotangent is zero except for the first, or for the last, example. From them:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -62,18 +62,16 @@ def check_rules(
     truths: list[dict[str, Tensor]] = []
     deltas: list[list[Tensor]] = []
     for cotangent in cotangents:
+        targets: list[Any] = [*edges, *(engine.tensors[name] for name in names)]
         results = torch.autograd.grad(
             logits,
-            [*edges, *(engine.tensors[name] for name in names)],
+            targets,
             cotangent,
             retain_graph=True,
             allow_unused=True,
         )
         deltas.append(
-            [
-                _dense(delta, logits, use.output_shape)
-                for delta, (_, _, use, _) in zip(results, uses, strict=False)
-            ]
+            [_dense(delta, logits, use.output_shape) for delta, (_, _, use, _) in zip(results, uses, strict=False)]
         )
         truths.append(
             {
@@ -82,8 +80,7 @@ def check_rules(
             }
         )
     scale = [
-        torch.stack([truth.to(torch.float64).norm() for truth in column.values()]).norm().item()
-        for column in truths
+        torch.stack([truth.to(torch.float64).norm() for truth in column.values()]).norm().item() for column in truths
     ]
     chosen: dict[str, tuple[int, ...]] = {}
     position = 0
@@ -91,13 +88,8 @@ def check_rules(
         mine = [[column[position + i] for column in deltas] for i in range(len(entries))]
         position += len(entries)
         try:
-            picked = [
-                _pick(entry, n, probes, delta, engine) for entry, delta in zip(entries, mine, strict=True)
-            ]
-            rules = [
-                entry[0](entry[1], entry[2][i], engine.scratch)
-                for entry, i in zip(entries, picked, strict=True)
-            ]
+            picked = [_pick(entry, n, probes, delta, engine) for entry, delta in zip(entries, mine, strict=True)]
+            rules = [entry[0](entry[1], entry[2][i], engine.scratch) for entry, i in zip(entries, picked, strict=True)]
             _compare(
                 engine,
                 name,
@@ -235,12 +227,10 @@ def _compare(
         dtype = expected.dtype
         gap = float((got - expected.reshape(-1).to(torch.float64)).norm())
         allowed = (
-            TOLERANCE.get(dtype, 2e-4) * float(expected.to(torch.float64).norm())
-            + _ABSOLUTE.get(dtype, 1e-6) * size
+            TOLERANCE.get(dtype, 2e-4) * float(expected.to(torch.float64).norm()) + _ABSOLUTE.get(dtype, 1e-6) * size
         )
         # Non-finite gradients are nobody's fault here: they are reported with example and element later.
         if gap > allowed:
             raise Unsupported(
-                f"the {rules[0].name} rule disagrees with autograd on {what} (by {gap:.3g}, allowed "
-                f"{allowed:.3g})"
+                f"the {rules[0].name} rule disagrees with autograd on {what} (by {gap:.3g}, allowed {allowed:.3g})"
             )

@@ -38,9 +38,7 @@ class Block:
     gram: Tensor | None = None
 
 
-def tiles(
-    parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, squared: bool
-) -> Iterator[Block]:
+def tiles(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, squared: bool) -> Iterator[Block]:
     """The per-example gradients of one parameter, as many examples and rows at a time as fit into a tile.
 
     Args:
@@ -67,9 +65,7 @@ def tiles(
         if isinstance(alone, Embedding):
             values, table_rows = alone.looked_up(examples)
             starts = parameter.offset + table_rows * values.shape[3]
-            yield Block(
-                parameter, examples, squares(values, alone.scratch)[:, None] if squared else values, starts
-            )
+            yield Block(parameter, examples, squares(values, alone.scratch)[:, None] if squared else values, starts)
             continue
         for row in range(0, n_rows, n_tile_rows):
             rows = slice(row, min(row + n_tile_rows, n_rows))

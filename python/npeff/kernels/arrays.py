@@ -30,9 +30,7 @@ def check(x: A, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...
         raise ArgumentError(f"{name}: expected a torch tensor or a numpy array, got {type(x).__name__}")
     if dtype_name(x) not in dtypes:
         raise ArgumentError(f"{name}: expected {' or '.join(dtypes)}, got {dtype_name(x)}")
-    if len(x.shape) != len(shape) or any(
-        want not in (None, got) for want, got in zip(shape, x.shape, strict=True)
-    ):
+    if len(x.shape) != len(shape) or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
         expected = ", ".join("any" if want is None else str(want) for want in shape)
         raise ArgumentError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")
     return x.detach() if isinstance(x, torch.Tensor) else x

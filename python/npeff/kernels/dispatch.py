@@ -63,9 +63,7 @@ def use(implementation: str | None) -> None:
     global _forced
     if implementation not in (None, "reference"):
         if implementation not in ISAS:
-            raise ArgumentError(
-                f"implementation: expected reference, base, avx2 or avx512, got {implementation!r}"
-            )
+            raise ArgumentError(f"implementation: expected reference, base, avx2 or avx512, got {implementation!r}")
         if _native is None or not _native.has_isa(implementation):
             raise ArgumentError(
                 f"implementation: {implementation} is not to be had here; there is: {', '.join(available())}"

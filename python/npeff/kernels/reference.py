@@ -57,9 +57,7 @@ class Selectors:
             indices = torch.arange(len(x)) + int(bases[i])
             kept = torch.ones(len(x), dtype=torch.bool) if self.keep_zeros else x != 0
             values, places = self.entries[selector]
-            self.entries[selector] = self._best(
-                torch.cat([values, x[kept]]), torch.cat([places, indices[kept]])
-            )
+            self.entries[selector] = self._best(torch.cat([values, x[kept]]), torch.cat([places, indices[kept]]))
         return None
 
     def _best(self, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,9 +77,7 @@ class Selectors:
             entries = [(v[o], i[o]) for (v, i), o in zip(entries, orders, strict=True)]
         counts = np.array([len(values) for values, _ in entries], np.int64)
         values = torch.cat([values for values, _ in entries]) if entries else torch.empty(0)
-        indices = (
-            torch.cat([indices for _, indices in entries]) if entries else torch.empty(0, dtype=torch.int64)
-        )
+        indices = torch.cat([indices for _, indices in entries]) if entries else torch.empty(0, dtype=torch.int64)
         self.reset()
         return counts, indices.numpy(), values.numpy()
 
@@ -140,9 +136,7 @@ def _active_set(gram: Tensor, cross: Tensor, w: Tensor, tol: float) -> tuple[Ten
         steps += 1
         while bool(free.any()):
             target = torch.zeros_like(w)
-            target[free] = torch.linalg.lstsq(
-                gram[free][:, free], cross[free, None], driver="gelsd"
-            ).solution[:, 0]
+            target[free] = torch.linalg.lstsq(gram[free][:, free], cross[free, None], driver="gelsd").solution[:, 0]
             falling = free & (target <= 0)
             if not bool(falling.any()):
                 w = target
@@ -173,9 +167,7 @@ def spmm(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tens
     return out
 
 
-def csr_transpose(
-    indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def csr_transpose(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """indptr, indices and values of the transposed matrix; indices keep their dtype."""
     rows = torch.repeat_interleave(torch.arange(len(indptr) - 1, device=indptr.device), indptr.diff())
     order = torch.argsort(indices, stable=True)
@@ -200,9 +192,7 @@ def sparse_gram(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int)
 
 def cross(p: Tensor, row_offsets: Tensor) -> Tensor:
     """``(n, r)``: sums of p² over each example's rows."""
-    examples = torch.repeat_interleave(
-        torch.arange(len(row_offsets) - 1, device=p.device), row_offsets.diff()
-    )
+    examples = torch.repeat_interleave(torch.arange(len(row_offsets) - 1, device=p.device), row_offsets.diff())
     return p.new_zeros(len(row_offsets) - 1, p.shape[1]).index_add_(0, examples, p.square())
 
 
@@ -211,9 +201,7 @@ def spread_multiply(w: Tensor, p: Tensor, row_offsets: Tensor) -> Tensor:
     return w.repeat_interleave(row_offsets.diff(), dim=0) * p
 
 
-def fisher_norms(
-    indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int, row_offsets: Tensor
-) -> Tensor:
+def fisher_norms(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int, row_offsets: Tensor) -> Tensor:
     """``(n,)`` float64: ‖A_iA_iᵀ‖_F, example by example from dense rows."""
     out = values.new_zeros(len(row_offsets) - 1, dtype=torch.float64)
     for i in range(len(out)):

@@ -70,7 +70,5 @@ def _check(p: A, row_offsets: A) -> tuple[A, A, str]:
         or int(offsets[-1]) != p.shape[0]
         or bool((offsets[1:] < offsets[:-1]).any())
     ):
-        raise ArgumentError(
-            f"row_offsets: expected to ascend from 0 to {p.shape[0]}, the number of rows of p"
-        )
+        raise ArgumentError(f"row_offsets: expected to ascend from 0 to {p.shape[0]}, the number of rows of p")
     return p, row_offsets, arrays.same_device(p=p, row_offsets=row_offsets).type

@@ -93,7 +93,9 @@ def fisher_norms(indptr: A, indices: A, values: A, n_columns: int, row_offsets: 
     if native is None or device.type != "cpu":
         tensors = [arrays.as_tensor(x) for x in (indptr, indices, values)]
         check_structure(tensors[0], tensors[1], n_columns)
-        return arrays.like(values, reference.fisher_norms(*tensors, n_columns, arrays.as_tensor(row_offsets)))
+        offsets = arrays.as_tensor(row_offsets)
+        result = reference.fisher_norms(tensors[0], tensors[1], tensors[2], n_columns, offsets)
+        return arrays.like(values, result)
     out = np.empty(row_offsets.shape[0] - 1, np.float64)
     native.fisher_norms(indptr, indices, values, n_columns, row_offsets, out, dispatch.num_threads())
     return arrays.like(values, out)
@@ -122,6 +124,4 @@ def check_structure(indptr: torch.Tensor, indices: torch.Tensor, n_columns: int)
     if int(indptr[0]) != 0 or int(indptr[-1]) != len(indices) or bool((indptr.diff() < 0).any()):
         raise ArgumentError(f"indptr: expected to ascend from 0 to {len(indices)}, the number of indices")
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n_columns:
-        raise ArgumentError(
-            f"indices: expected 0 … {n_columns - 1}, got {int(indices.min())} … {int(indices.max())}"
-        )
+        raise ArgumentError(f"indices: expected 0 … {n_columns - 1}, got {int(indices.min())} … {int(indices.max())}")

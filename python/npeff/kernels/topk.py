@@ -27,9 +27,7 @@ class NonFiniteError(DataError):
     """
 
     def __init__(self, row: int, index: int) -> None:
-        super().__init__(
-            f"row {row} holds a NaN or infinite value at index {index}; nothing can be ranked against it"
-        )
+        super().__init__(f"row {row} holds a NaN or infinite value at index {index}; nothing can be ranked against it")
         self.row = row
         self.index = index
 
@@ -60,9 +58,7 @@ def topk(x: A, k: int, order: Literal["index", "magnitude"] = "index") -> tuple[
     native = dispatch.native()
     if native is None or arrays.device_of(matrix).type != "cpu":
         values, indices = _reference_topk(matrix, k, order)
-        return arrays.like(x, values.reshape(*x.shape[:-1], k)), arrays.like(
-            x, indices.reshape(*x.shape[:-1], k)
-        )
+        return arrays.like(x, values.reshape(*x.shape[:-1], k)), arrays.like(x, indices.reshape(*x.shape[:-1], k))
     if arrays.dtype_name(matrix) == "float32" and _rows_contiguous(matrix):
         out = np.empty((n_rows, k), np.float32)
         at = np.empty((n_rows, k), np.int64)

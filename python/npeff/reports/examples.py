@@ -82,9 +82,7 @@ def _split(batch: Any) -> tuple[Any, Any]:
         for key in (*TEXT_KEYS, *INPUT_KEYS):
             if key in batch and batch[key] is not None:
                 return {"input_ids": batch[key]} if key == "input_ids" else batch[key], targets
-        rest = {
-            k: v for k, v in batch.items() if k not in LABEL_KEYS and isinstance(v, torch.Tensor | np.ndarray)
-        }
+        rest = {k: v for k, v in batch.items() if k not in LABEL_KEYS and isinstance(v, torch.Tensor | np.ndarray)}
         if not rest:
             raise DataError(
                 f"data: a batch is a dict with the keys {', '.join(map(str, batch)) or '(none)'}; "
@@ -142,22 +140,16 @@ def _example(inputs: Any, index: int, decode: Decode | None) -> Example:
     if decode and array.ndim == 1 and np.issubdtype(array.dtype, np.integer):
         return Example(text=decode(array))
     if looks_like_image(array):
-        return Example(
-            image=np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] in (1, 3) else array
-        )
+        return Example(image=np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] in (1, 3) else array)
     return Example(
-        values=np.atleast_1d(array).reshape(-1, array.shape[-1]).squeeze(0)
-        if array.ndim > 2
-        else np.atleast_1d(array)
+        values=np.atleast_1d(array).reshape(-1, array.shape[-1]).squeeze(0) if array.ndim > 2 else np.atleast_1d(array)
     )
 
 
 def _array(item: Any) -> np.ndarray[Any, Any]:
     if isinstance(item, torch.Tensor):
         item = item.detach().cpu()
-        return np.asarray(
-            item.float().numpy() if item.dtype in (torch.bfloat16, torch.float16) else item.numpy()
-        )
+        return np.asarray(item.float().numpy() if item.dtype in (torch.bfloat16, torch.float16) else item.numpy())
     array = np.asarray(item)
     if array.dtype == object or not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
         raise DataError(

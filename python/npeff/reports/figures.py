@@ -37,9 +37,7 @@ def loss_curve(curve: npt.NDArray[Any]) -> Markup:
         axes = figure.subplots()
         axes.plot(np.arange(1, len(y) + 1), y, color=_ACCENT, linewidth=1.6)
         axes.plot(len(y), y[-1], "o", color=_ACCENT, markersize=4, clip_on=False)
-        axes.annotate(
-            f"{y[-1]:.4f}", (len(y), y[-1]), (-4, 7), textcoords="offset points", ha="right", color=_INK
-        )
+        axes.annotate(f"{y[-1]:.4f}", (len(y), y[-1]), (-4, 7), textcoords="offset points", ha="right", color=_INK)
         if np.nanmin(y) > 0 and np.nanmax(y) / np.nanmin(y) > 30:
             axes.set_yscale("log")
         else:

@@ -21,9 +21,7 @@ class Gallery:
         self.examples = examples
         images = [e.image for e in examples.values() if e.image is not None]
         values = [e.values for e in examples.values() if e.values is not None]
-        self._scales = {
-            c: Scale.of([i for i in images if _channels(i) == c]) for c in {_channels(i) for i in images}
-        }
+        self._scales = {c: Scale.of([i for i in images if _channels(i) == c]) for c in {_channels(i) for i in images}}
         self._limit = limit_of(values) if values else 1.0
         self._uris: dict[tuple[int, int], str] = {}
 
@@ -37,9 +35,7 @@ class Gallery:
             "top": top,
             "label": names[shown] if shown >= 0 else "",
             "prediction": names[top.prediction],
-            "alt": ", ".join(
-                [f"Example {top.position}", *verdict, f"coefficient {coefficient(top.coefficient)}"]
-            ),
+            "alt": ", ".join([f"Example {top.position}", *verdict, f"coefficient {coefficient(top.coefficient)}"]),
         }
 
     def show(self, top: Top, names: ClassNames) -> dict[str, Any]:
@@ -75,9 +71,7 @@ class Gallery:
         key = (position, largest)
         if key not in self._uris:
             if example.image is not None:
-                self._uris[key] = data_uri(
-                    self._scales[_channels(example.image)].bytes(example.image), largest
-                )
+                self._uris[key] = data_uri(self._scales[_channels(example.image)].bytes(example.image), largest)
             else:
                 assert example.values is not None
                 self._uris[key] = data_uri(strip(example.values, self._limit), largest)

@@ -150,13 +150,9 @@ def profile(summary: Summary, names: ClassNames) -> Markup:
 def histogram(summary: Summary) -> Markup:
     """Coefficients of the examples that use the component; heights are logarithmic."""
     width = summary.largest / max(1, len(summary.histogram))
-    titles = [
-        f"{i * width:.3g} to {(i + 1) * width:.3g}: {n} examples" for i, n in enumerate(summary.histogram)
-    ]
+    titles = [f"{i * width:.3g} to {(i + 1) * width:.3g}: {n} examples" for i, n in enumerate(summary.histogram)]
     heights = [math.log2(1 + n) for n in summary.histogram]
-    label = (
-        f"Histogram of the coefficients above zero, to {summary.largest:.3g}; counts on a logarithmic scale"
-    )
+    label = f"Histogram of the coefficients above zero, to {summary.largest:.3g}; counts on a logarithmic scale"
     return bars(heights, 280, 56, titles, label)
 
 
@@ -164,9 +160,7 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Provenance as lines ``(path, text)``."""
     if isinstance(value, Mapping) and value:
         return [
-            line
-            for key, item in value.items()
-            for line in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+            line for key, item in value.items() for line in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
         ]
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return [(prefix, text if len(text) <= 400 else text[:400] + " …")] if prefix else []

@@ -172,8 +172,7 @@ def _categorical(provenance: Any) -> bool:
     """Whether the Fishers were those of a softmax (the default), as far as the provenance tells."""
     if isinstance(provenance, dict):
         return all(
-            value == "categorical" if key == "likelihood" else _categorical(value)
-            for key, value in provenance.items()
+            value == "categorical" if key == "likelihood" else _categorical(value) for key, value in provenance.items()
         )
     return True
 

@@ -26,9 +26,7 @@ def saved(use: Use, name: str) -> Any:
     try:
         value = getattr(use.node, f"_saved_{name}")
     except (AttributeError, RuntimeError) as error:
-        raise Unsupported(
-            f"{use.node.name()} does not give its {name} ({str(error).splitlines()[0]})"
-        ) from error
+        raise Unsupported(f"{use.node.name()} does not give its {name} ({str(error).splitlines()[0]})") from error
     return value
 
 

@@ -71,9 +71,7 @@ class ConvolutionWeight(StackedRule):
         padding = tuple(saved(use, "padding"))
         inputs = working(saved_tensor(use, "input"))
         if any(padding):
-            inputs = torch.nn.functional.pad(
-                inputs, tuple(chain.from_iterable((p, p) for p in reversed(padding)))
-            )
+            inputs = torch.nn.functional.pad(inputs, tuple(chain.from_iterable((p, p) for p in reversed(padding))))
         self._input = self.split(inputs)
 
     @classmethod

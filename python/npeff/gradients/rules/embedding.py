@@ -37,20 +37,14 @@ class Embedding(StackedRule):
 
     def _stored(self, examples: slice) -> Tensor:
         delta = self.stacked(examples, 1)
-        return (
-            delta
-            if self._padding is None
-            else delta.masked_fill(self._padding[examples][:, None, :, None], 0.0)
-        )
+        return delta if self._padding is None else delta.masked_fill(self._padding[examples][:, None, :, None], 0.0)
 
     @override
     def block(self, examples: slice, rows: slice) -> Tensor:
         delta, tokens = self._stored(examples), self._tokens[examples]
         start, stop, _ = rows.indices(self.use.value.shape[0])
         inside = (tokens >= start) & (tokens < stop)
-        return self._sum(
-            delta * inside[:, None, :, None], (tokens - start).clamp(0, stop - start - 1), stop - start
-        )
+        return self._sum(delta * inside[:, None, :, None], (tokens - start).clamp(0, stop - start - 1), stop - start)
 
     def looked_up(self, examples: slice) -> tuple[Tensor, Tensor]:
         """The gradient on the rows looked up alone.

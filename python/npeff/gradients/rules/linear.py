@@ -63,9 +63,7 @@ class MatrixProduct(StackedRule):
         if self.layout.positions > 1 or not self.use.value.reshaped:
             return None
         delta = self.stacked(examples, 2)[:, 0].to(torch.float64)
-        return (
-            delta @ delta.mT * self._input[examples].to(torch.float64).square().sum(dim=(1, 2))[:, None, None]
-        )
+        return delta @ delta.mT * self._input[examples].to(torch.float64).square().sum(dim=(1, 2))[:, None, None]
 
     @override
     def square(self, examples: slice, rows: slice) -> Tensor | None:

@@ -63,9 +63,7 @@ class FusedRMSNormWeight(_LastDimensions):
 
     def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
         super().__init__(use, layout, scratch)
-        self._normalised = self.split(
-            working(saved_tensor(use, "input")) * working(saved_tensor(use, "result1"))
-        )
+        self._normalised = self.split(working(saved_tensor(use, "input")) * working(saved_tensor(use, "result1")))
 
     @override
     def reduce(self, delta: Tensor) -> Tensor:
