@@ -26,11 +26,12 @@ from scipy.optimize import linear_sum_assignment
 
 import npeff
 from npeff import datasets, models
+from npeff.published_algorithm import DivergedError
 from npeff.scaling import scale
 from npeff.spaces import project_rows
 
 RATES = (1e-3, 3e-3, 1e-2)
-SWEEP = npeff.PublishedOptions(g_only=50, joint=100)
+SWEEP = npeff.PublishedOptions(g_only=50, joint=50)
 FULL = npeff.PublishedOptions(g_only=50, joint=500)
 
 
@@ -101,22 +102,22 @@ def main() -> None:
     sweep = {}
     for rate in RATES:
         options = npeff.PublishedOptions(rate, SWEEP.g_only, SWEEP.joint)
-        sweep[rate] = npeff.decompose(fishers, r, algorithm="published", published=options, progress=False).loss
+        try:
+            sweep[rate] = npeff.decompose(fishers, r, algorithm="published", published=options, progress=False).loss
+        except DivergedError:
+            sweep[rate] = float("inf")
         print(f"published, rate {rate:g}: {sweep[rate]:.5f} after {SWEEP.joint} joint steps", flush=True)
-    rates = sorted((loss, rate) for rate, loss in sweep.items() if np.isfinite(loss) and loss < 10)
+    rates = sorted((loss, rate) for rate, loss in sweep.items() if np.isfinite(loss))
 
     published, ours = [], []
     for seed in range(args.seeds):
         for _, rate in rates:  # the best rate of the sweep that does not diverge later
-            result = run(
-                fishers,
-                r,
-                algorithm="published",
-                published=npeff.PublishedOptions(rate, FULL.g_only, FULL.joint),
-                seed=seed,
-            )
-            if result[0].loss < 1:
+            options = npeff.PublishedOptions(rate, FULL.g_only, FULL.joint)
+            try:
+                result = run(fishers, r, algorithm="published", published=options, seed=seed)
                 break
+            except DivergedError:
+                continue
         published.append((*result, rate))
         print(f"published, seed {seed}, rate {rate:g}: {result[0].loss:.5f} in {result[1]:.1f} s", flush=True)
         ours.append(run(fishers, r, seed=seed))

@@ -264,6 +264,15 @@ def test_published_algorithm_runs_and_is_not_better(kind: str) -> None:
         ({"n_components": 3, "algorithm": "magic"}, "algorithm"),
         ({"n_components": 3, "space": "outer"}, "space"),
         ({"n_components": 3, "orthogonality": -1.0}, "orthogonality"),
+        ({"n_components": 3, "orthogonality": float("inf")}, "orthogonality"),
+        ({"n_components": 3, "tolerance": float("nan")}, "tolerance"),
+        ({"n_components": 3, "seed": 2**70}, "seed"),
+        ({"n_components": 3, "min_nonzero_per_column": 0}, "min_nonzero_per_column"),
+        ({"n_components": 3, "published": npeff.PublishedOptions()}, "published"),
+        ({"n_components": 3, "callback": 3}, "callback"),
+        ({"n_components": 3, "device": "meta"}, "device"),
+        ({"n_components": 3, "block_weights": {"*": "a"}}, "block_weights"),
+        ({"n_components": 3, "init": (-np.ones((40, 3)), np.ones((3, 30)))}, "init"),
         ({"n_components": 3, "normalize": "twice"}, "normalize"),
         ({"n_components": 3, "block_weights": "fair"}, "block_weights"),
         ({"n_components": 3, "init": (np.ones((2, 2)), np.ones((2, 2)))}, "init"),
@@ -305,3 +314,27 @@ def test_threads_are_restored() -> None:
     before = torch.get_num_threads()
     npeff.decompose(example_fishers(), 2, **QUICK)
     assert torch.get_num_threads() == before
+
+
+def test_published_that_diverges_says_so() -> None:
+    with pytest.raises(npeff.ArgumentError, match="diverged"):
+        npeff.decompose(
+            example_fishers(),
+            2,
+            algorithm="published",
+            published=npeff.PublishedOptions(learning_rate=1e4),
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize("space", ["gram", "sparse"])
+def test_hard_orthogonality_needs_room(space: str) -> None:
+    with pytest.raises(npeff.ArgumentError, match="linearly independent"):
+        npeff.decompose(example_fishers()[[0] * 10], 9, orthogonality="hard", space=space, **QUICK)
+
+
+def test_kept_coefficients_need_the_same_examples() -> None:
+    fishers = example_fishers()
+    components = npeff.decompose(fishers, 3, **QUICK)
+    with pytest.raises(npeff.ArgumentError, match="keep_coefficients"):
+        components.expand(fishers[::-1], 1, keep_coefficients=True, **QUICK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,9 +110,9 @@ class Components:
         return np.asarray(self.norms == 0)
 
     def _component(self, j: int) -> int:
-        if not -self.n_components <= j < self.n_components:
-            raise ArgumentError(f"j: expected a component below {self.n_components}, got {j}")
-        return j % self.n_components
+        if not isinstance(j, int | np.integer) or not -self.n_components <= j < self.n_components:
+            raise ArgumentError(f"j: expected a component below {self.n_components}, got {j!r}")
+        return int(j) % self.n_components
 
     def vector(self, j: int) -> Array:
         """Component j's pseudo-Fisher vector in parameter space.
@@ -143,16 +144,28 @@ class Components:
         }
 
     def save_state_dict(self, j: int, path: str | Path) -> Path:
-        """Write :meth:`state_dict` as a safetensors file, provenance in its metadata."""
+        """Write :meth:`state_dict` as a safetensors file, provenance in its metadata.
+
+        Raises:
+            ArgumentError: ``j`` is not a component, or ``path`` no path.
+            StorageError: Fishers or Components are there, or the file cannot be written.
+        """
         import json
 
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
+        from npeff.files import atomic, path_of
+        from npeff.storage import refuse_npeff_file
+
+        path = path_of(path)
+        refuse_npeff_file(path)
         metadata = {
             "npeff": json.dumps({"component": self._component(j), "kind": self.kind, **self.provenance}, default=str)
         }
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict(j).items()}, str(path), metadata)
-        return Path(path)
+        content = save({name: tensor.contiguous() for name, tensor in self.state_dict(j).items()}, metadata)
+        with atomic(path) as scratch:
+            scratch.write_bytes(content)
+        return path
 
     def block_energy(self, j: int) -> dict[str, float]:
         """Share of ``‖g_j‖²`` in each parameter (they sum to 1)."""
@@ -169,7 +182,7 @@ class Components:
         Raises:
             ArgumentError: ``j`` is not a component, or k is negative.
         """
-        if k < 0:
+        if not isinstance(k, int | np.integer) or k < 0:
             raise ArgumentError(f"k: expected a number ≥ 0, got {k}")
         order = np.argsort(-self.coefficients[:, self._component(j)], kind="stable")
         return order[: min(k, len(order))].astype(np.int64)
@@ -231,6 +244,9 @@ class Components:
             ArgumentError: Kind or parameters differ from those of the components.
         """
         self._check_compatible(fishers)
+        theirs, ours = (p.get("model_digest") for p in (fishers.provenance, self.provenance.get("fishers", {})))
+        if theirs and ours and theirs != ours:
+            warnings.warn("fishers: they are of another model than the components (other weights)", stacklevel=2)
         scaled = self._scale(fishers)
         cross, gram = statistics(self.kind, scaled, torch.from_numpy(self.vectors).double())
         solution = kernels.nnls(gram, cross, tol=tolerance, exact=True)
@@ -289,7 +305,7 @@ class Components:
         """
         from npeff.storage import save_components
 
-        return save_components(self, Path(path))
+        return save_components(self, path)
 
     def to_arrays(self) -> dict[str, Array]:
         """The arrays of the container format."""

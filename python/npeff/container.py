@@ -115,11 +115,16 @@ class Container:
         """Where dataset ``name`` lies.
 
         Raises:
-            StorageError: The file lacks it.
+            StorageError: The file lacks it, or it holds nothing that npeff writes.
         """
         if name not in self.specs:
             raise StorageError(
                 f"{self.path}: dataset {name!r} is missing; the file was changed by another program, or is damaged"
+            )
+        if self.specs[name].dtype.kind not in "biufcS":
+            raise StorageError(
+                f"{self.path}: dataset {name!r} has the type {self.specs[name].dtype}, which npeff never writes; the "
+                "file was changed by another program, or is damaged"
             )
         return self.specs[name]
 
@@ -173,17 +178,39 @@ class Container:
                 yield chunk
 
     def text(self, name: str) -> str:
-        """The string in dataset ``name``."""
-        return b"".join(chunk.tobytes() for chunk in self._pieces(name, self.spec(name))).decode()
+        """The string in dataset ``name``.
+
+        Raises:
+            StorageError: It is no UTF-8.
+        """
+        raw = b"".join(chunk.tobytes() for chunk in self._pieces(name, self.spec(name)))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise StorageError(f"{self.path}: dataset {name!r} is damaged: {error}") from error
 
     def json(self, name: str) -> Any:
-        """The JSON document in dataset ``name``."""
-        return json.loads(self.text(name))
+        """The JSON document in dataset ``name``.
+
+        Raises:
+            StorageError: It is no JSON.
+        """
+        try:
+            return json.loads(self.text(name))
+        except ValueError as error:
+            raise StorageError(f"{self.path}: dataset {name!r} is damaged: {error}") from error
 
     @cached_property
     def checksums(self) -> dict[str, str]:
-        """CRC-32 of every dataset, hexadecimal."""
-        return dict(self.json("checksums"))
+        """CRC-32 of every dataset, hexadecimal.
+
+        Raises:
+            StorageError: They are damaged.
+        """
+        sums = self.json("checksums")
+        if not isinstance(sums, dict):
+            raise StorageError(f"{self.path}: dataset 'checksums' is damaged: it holds a {type(sums).__name__}")
+        return sums
 
     def verify(self) -> None:
         """Read everything and compare it with the checksums.

@@ -10,9 +10,9 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from npeff.errors import StorageError
+from npeff.errors import ArgumentError, StorageError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -34,6 +34,11 @@ def explain(path: Path, error: OSError, kept: str) -> StorageError:
         return StorageError(
             f"{path}: the disk is full ({reason}). {kept} Free some space and run the same command again."
         )
+    if error.errno == errno.EFBIG:
+        return StorageError(
+            f"{path}: the file may not grow further ({reason}): `ulimit -f`, or the file system's limit. {kept} "
+            "Raise the limit, or choose another place."
+        )
     if error.errno in _DENIED:
         return StorageError(
             f"{path}: cannot be written ({reason}). {kept} Check its owner and permissions, or choose another place."
@@ -41,16 +46,52 @@ def explain(path: Path, error: OSError, kept: str) -> StorageError:
     return StorageError(f"{path}: writing failed ({reason}). {kept}")
 
 
+def path_of(value: object, name: str = "path") -> Path:
+    """A path that someone gave, of a file that may not exist yet.
+
+    Args:
+        value: A string or a path.
+        name: Of the argument, for messages.
+
+    Raises:
+        ArgumentError: It is no path.
+        StorageError: The system cannot look it up: its name is too long, or a folder on the way is closed.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ArgumentError(f"{name}: expected a path, got {value!r}")
+    try:
+        path = Path(value)
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name}: expected a path, got {value!r} ({error})") from error
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror or error}; check the path") from error
+    return path
+
+
 def check_target(path: Path) -> None:
     """Make sure that a file may be created at ``path``.
 
     Raises:
-        StorageError: Its folder does not exist, or a folder stands in its place.
+        StorageError: Its folder does not exist or may not be written to, or something that is no file stands in
+            its place.
     """
     if path.is_dir():
         raise StorageError(f"{path}: expected the name of a file, but a folder is there; give a file name inside it")
-    if not path.parent.is_dir():
-        raise StorageError(f"{path}: the folder {path.parent} does not exist; create it, or check the path")
+    if path.exists() and not path.is_file():
+        raise StorageError(f"{path}: expected the name of a file, but a device or pipe is there; give another name")
+    folder = _target(path).parent
+    if not folder.is_dir():
+        raise StorageError(f"{path}: the folder {folder} does not exist; create it, or check the path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{path}: cannot be written; check the permissions of {folder}, or choose another place")
+
+
+def _target(path: Path) -> Path:
+    """The file that ``path`` means: where a symbolic link leads, itself otherwise."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def sync_folder(folder: Path) -> None:
@@ -68,7 +109,8 @@ def atomic(path: Path, *, temporary: Path | None = None, kept: str = "Nothing el
     """Write a file under a temporary name; rename it to ``path`` once it is whole and on the disk.
 
     Args:
-        path: The final name. What stands there is replaced only at the very end.
+        path: The final name. What stands there is replaced only at the very end; a symbolic link stays, the
+            file it leads to is replaced (but for a ``temporary`` in another file system than that file).
         temporary: Where to write first, in the same file system; by default beside ``path``,
             with a dot before its name and the process id behind it.
         kept: What to tell the user is safe, should the disk be full.
@@ -79,7 +121,10 @@ def atomic(path: Path, *, temporary: Path | None = None, kept: str = "Nothing el
     Raises:
         StorageError: The system refused a write; the temporary file is removed.
     """
-    scratch = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = _target(path)
+    if temporary and not _same_device(temporary.parent, target.parent):
+        target = path
+    scratch = temporary or target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield scratch
         fd = os.open(scratch, os.O_RDONLY)
@@ -87,8 +132,8 @@ def atomic(path: Path, *, temporary: Path | None = None, kept: str = "Nothing el
             os.fsync(fd)
         finally:
             os.close(fd)
-        os.replace(scratch, path)
-        sync_folder(path.parent)
+        os.replace(scratch, target)
+        sync_folder(target.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(scratch)
@@ -96,6 +141,10 @@ def atomic(path: Path, *, temporary: Path | None = None, kept: str = "Nothing el
             failure = explain(path, error, kept)
             raise failure from error
         raise
+
+
+def _same_device(a: Path, b: Path) -> bool:
+    return a.is_dir() and b.is_dir() and a.stat().st_dev == b.stat().st_dev
 
 
 class Lock:

@@ -117,15 +117,24 @@ class Fishers:
         Raises:
             ArgumentError: ``i`` is not an example.
         """
-        if not -len(self) <= i < len(self):
-            raise ArgumentError(f"i: expected an example below {len(self)}, got {i}")
+        if not isinstance(i, int | np.integer) or not -len(self) <= i < len(self):
+            raise ArgumentError(f"i: expected an example below {len(self)}, got {i!r}")
         i %= len(self)
         block = self.rows.dense(int(self.row_offsets[i]), int(self.row_offsets[i + 1]))
         return block[0] if self.kind == "diagonal" else block
 
     def __getitem__(self, which: Any) -> Fishers:
-        """A subset, in the given order: integers, a slice or a boolean mask over examples."""
-        examples = np.atleast_1d(np.arange(len(self))[which])
+        """A subset, in the given order: integers, a slice or a boolean mask over examples.
+
+        Raises:
+            ArgumentError: An example is not there, or ``which`` is no index.
+        """
+        which = np.asarray(which, np.int64) if isinstance(which, list) and not which else which
+        try:
+            examples = np.atleast_1d(np.arange(len(self))[which])
+        except IndexError as error:
+            expected = f"integers below {len(self)}, a slice or a mask"
+            raise ArgumentError(f"fishers[…]: {error}; expected {expected}") from error
         ranks = self.ranks[examples]
         offsets = np.concatenate([[0], np.cumsum(ranks)]).astype(np.int64)
         rows = np.arange(offsets[-1]) + np.repeat(self.row_offsets[examples] - offsets[:-1], ranks)
@@ -162,4 +171,4 @@ class Fishers:
         """
         from npeff.storage import save_fishers
 
-        return save_fishers(self, Path(path))
+        return save_fishers(self, path)

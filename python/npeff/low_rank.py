@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from npeff import kernels
+from npeff.errors import ArgumentError
 from npeff.forms import State, draw_examples, improve, total
 from npeff.scaling import ScaledRows
 from npeff.spaces import FactorSpace
@@ -194,10 +195,19 @@ class LowRank:
         return replace(state, coords=coords, P=P, Q=Q)
 
     def _orthonormal(self, coords: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``Q^{-1/2}`` applied to the vectors: the nearest orthonormal ones."""
+        """``Q^{-1/2}`` applied to the vectors: the nearest orthonormal ones.
+
+        Raises:
+            ArgumentError: They are not linearly independent.
+        """
         for _ in range(2):  # twice: the first pass leaves float32 error of the condition number's size
             values, basis = torch.linalg.eigh((Q.double() + Q.double().T) / 2)
-            root = (basis * values.clamp_min(1e-12 * values.max()).rsqrt()) @ basis.T
+            if not values.min() > 1e-7 * values.max():
+                raise ArgumentError(
+                    f"orthogonality: 'hard' needs {len(Q)} linearly independent vectors, but the Fishers' rows span "
+                    "fewer directions; ask for fewer components"
+                )
+            root = (basis * values.rsqrt()) @ basis.T
             coords, P = root.to(coords) @ coords, P @ root.to(P)
             Q = self.space.inner(coords, coords, P)
         return coords, P, Q
@@ -227,7 +237,10 @@ class LowRank:
         W = torch.cat([state.W, state.W.new_zeros(len(state.W), len(drawn))], 1)
         P = torch.cat([state.P, P_new], 1)
         if self.hard:
-            coords, P, Q = self._orthonormal(coords, P, Q)
+            try:
+                coords, P, Q = self._orthonormal(coords, P, Q)
+            except ArgumentError:
+                return state  # no room for more directions
         return self.solve_W(unit(replace(state, W=W, coords=coords, P=P, Q=Q)), 5)
 
     def _top_direction(self, i: int, rows: slice, state: State, residual: bool) -> Tensor:

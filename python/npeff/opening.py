@@ -77,7 +77,7 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         StorageError: There is no such file, or it may not be read.
         TruncatedFileError: It ends too early, or reading it fails inside the ``with`` block.
         NpeffError: Raised inside the ``with`` block: passed on.
-        ForeignFileError: It is not HDF5.
+        ForeignFileError: It is not HDF5, or reading it inside the ``with`` block met what nobody expects there.
     """
     check_readable(path)
     try:
@@ -99,8 +99,13 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
             raise TruncatedFileError(
                 f"{path}: the file is damaged, or cut short ({error}); copy it again from where it is whole"
             ) from error
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise ForeignFileError(
+                f"{path}: an HDF5 file, but damaged, or not as npeff and the published code write it "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
 
 def text_of(value: Any) -> str:
     """A string attribute or dataset value, however HDF5 returned it."""
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

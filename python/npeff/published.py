@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 
 from npeff.errors import ArgumentError, ForeignFileError
-from npeff.files import atomic
+from npeff.files import atomic, check_target, path_of
 from npeff.fishers import Fishers
 from npeff.hdf5 import write_hdf5
 from npeff.opening import open_hdf5
@@ -75,7 +75,7 @@ def read_published(path: Path | str, *, fishers: Fishers | None = None) -> Fishe
         TruncatedFileError: It is cut short.
         ForeignFileError: It has none of the layouts.
     """
-    path = Path(path)
+    path = path_of(path)
     with open_hdf5(path) as file:
         layout = layout_of(file)
         if layout is None:
@@ -109,7 +109,8 @@ def write_published(
         StorageError: The layout cannot hold it (says what and why), or the disk refuses.
         ArgumentError: ``item`` is neither.
     """
-    path = Path(path)
+    path = path_of(path)
+    check_target(path)
     if isinstance(item, Fishers):
         layout, data, attributes = plan_fishers(item, path, variable)
     elif hasattr(item, "coefficients"):
@@ -146,7 +147,7 @@ def describe_published(path: Path) -> dict[str, Any]:
     found = next((attributes[name] for name in sizes if name in attributes), None)
     return {
         "kind": "diagonal" if layout and layout.startswith("diagonal") else "low_rank",
-        "n_examples": first[0][0] if first else None,
+        "n_examples": first[0][0] if first and first[0] else None,
         "n_parameters": found[0] if isinstance(found, list) else found,
         "attributes": attributes,
         "arrays": arrays,

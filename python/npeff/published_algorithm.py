@@ -7,6 +7,7 @@ updates (Lee & Seung 2001).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +20,15 @@ from npeff.forms import State
 from npeff.low_rank import LowRank, unit
 from npeff.spaces import SparseSpace
 
+DIVERGED = 1e3
+"""Relative loss above which the fixed-rate steps are given up."""
+
 MU_EPS = 1e-9
 """Added to the denominators of multiplicative updates."""
+
+
+class DivergedError(ArgumentError):
+    """The fixed rate was too large: the loss went up without end."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,11 @@ class PublishedOptions:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ArgumentError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        for name, least in (("g_only", 0), ("joint", 0), ("log_every", 1)):
+            if getattr(self, name) < least:
+                raise ArgumentError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
 
 def low_rank(
@@ -58,6 +69,7 @@ def low_rank(
 
     Raises:
         ArgumentError: The form is not over the rows.
+        DivergedError: The loss went up without end.
     """
     space = form.space
     if not isinstance(space, SparseSpace):
@@ -76,8 +88,11 @@ def low_rank(
             curve.append(form.objective(W, form.cross(P), Q))
             if callback is not None and callback(iteration, curve[-1]):
                 break
-            if not curve[-1] < 1e6:
-                break  # diverged
+            if not curve[-1] < DIVERGED:
+                raise DivergedError(
+                    f"published: the loss is {curve[-1]:.3g} after {iteration} iterations with learning_rate="
+                    f"{options.learning_rate:g}: it diverged. Choose a smaller rate"
+                )
     P = space.project(coords)
     state = unit(State(W, coords, P, coords @ coords.T))
     return replace(state, loss=form.objective(state.W, form.cross(state.P), state.Q)), curve

@@ -166,8 +166,8 @@ def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, f
             raise ArgumentError(
                 f"block_weights: pattern {pattern!r} matches no parameter; there are {', '.join(names[:8])}"
             )
-        if not weight >= 0:
-            raise ArgumentError(f"block_weights: expected weights ≥ 0, got {weight} for {pattern!r}")
+        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ArgumentError(f"block_weights: expected finite weights ≥ 0, got {weight!r} for {pattern!r}")
         weights.update(dict.fromkeys(matched, float(weight)))
     if not any(weights.values()):
         raise ArgumentError("block_weights: every parameter has weight 0; keep at least one")

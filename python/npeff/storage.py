@@ -21,15 +21,16 @@ Arrays lie contiguously, so they are mapped, not read, and any HDF5 reader can o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from npeff.container import Container, container_in, write_container
-from npeff.errors import ForeignFileError, NpeffError, StorageError
-from npeff.files import atomic, check_target
+from npeff.errors import ForeignFileError, NewerFileError, NpeffError, StorageError
+from npeff.files import atomic, check_target, path_of
 from npeff.fishers import Fishers
 from npeff.hdf5 import Data
 from npeff.opening import open_hdf5
@@ -100,7 +101,7 @@ def save_fishers(fishers: Fishers, path: Path | str) -> Path:
     Raises:
         StorageError: The file cannot be written there; what was there is untouched.
     """
-    path = Path(path)
+    path = path_of(path)
     check_replaceable(
         path,
         lambda found: isinstance(found, Container) and found.content == "fishers",
@@ -134,12 +135,8 @@ def save_components(components: Components, path: Path | str) -> Path:
     Raises:
         StorageError: The file cannot be written there; what was there is untouched.
     """
-    path = Path(path)
-    check_replaceable(
-        path,
-        lambda found: isinstance(found, Container) and found.content == "components",
-        "Components saved by npeff",
-    )
+    path = path_of(path)
+    check_components_target(path)
     arrays = [Data.of(f"arrays/{name}", np.asarray(array)) for name, array in sorted(components.to_arrays().items())]
     n, r = components.coefficients.shape
     attributes: dict[str, Any] = {
@@ -168,12 +165,13 @@ def load(path: Path | str, *, verify: bool = False) -> Fishers | Components:
         What the file holds.
 
     Raises:
-        StorageError: There is no such file; or, with ``verify``, a dataset is damaged.
+        ArgumentError: ``path`` is no path.
+        StorageError: There is no such file, or it is damaged; with ``verify``, any dataset of it.
         TruncatedFileError: It ends before its contents do.
         ForeignFileError: It was not written by npeff, nor in a published layout.
         NewerFileError: Its format is newer than this npeff knows.
     """
-    path = Path(path)
+    path = path_of(path)
     found = recognise(path)
     if isinstance(found, str):
         from npeff.published import read_published
@@ -232,22 +230,70 @@ def check_replaceable(path: Path, same: Callable[[Container | str], bool], what:
         )
 
 
+def check_components_target(path: Path) -> None:
+    """Make sure that Components may be saved at ``path``: worth knowing before they are computed.
+
+    Raises:
+        StorageError: Something else is there, or the folder is missing.
+    """
+    check_replaceable(
+        path,
+        lambda found: isinstance(found, Container) and found.content == "components",
+        "Components saved by npeff",
+    )
+
+
+def refuse_npeff_file(path: Path) -> None:
+    """Make sure that a file of another format may be written at ``path``, and that no work of npeff is lost by it.
+
+    Raises:
+        StorageError: Fishers or Components are there, npeff's or in a published layout; or the folder is missing.
+    """
+    check_target(path)
+    if not path.exists():
+        return
+    try:
+        recognise(path)
+    except NewerFileError:
+        pass
+    except NpeffError:
+        return
+    raise StorageError(f"{path}: holds Fishers or Components, and is not overwritten; choose another name")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Tell that a file is damaged where what it holds contradicts itself.
+
+    Raises:
+        StorageError: It does.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise StorageError(f"{path}: damaged: {reason}") from error
+
+
 def fishers_in(container: Container) -> Fishers:
     """The Fishers in an npeff container, mapped.
 
     Raises:
         StorageError: Its arrays contradict each other.
     """
-    parameters = Parameters.from_json(container.json("parameters"))
-    rows: Rows = DenseRows(container.array("rows/values"))
-    if container.attributes.get("rows") == "sparse":
-        indptr, indices = container.array("rows/indptr"), container.array("rows/indices")
-        rows = SparseRows(indptr, indices, rows.values, parameters.n_parameters)
-        if len(indices) != len(rows.values) or indptr[-1] != len(indices):
-            raise StorageError(
-                f"{container.path}: damaged: {len(rows.values)} values, {len(indices)} indices, {indptr[-1]} announced"
-            )
-    try:
+    with _whole(container.path):
+        parameters = Parameters.from_json(container.json("parameters"))
+        rows: Rows = DenseRows(container.array("rows/values"))
+        if container.attributes.get("rows") == "sparse":
+            indptr, indices = container.array("rows/indptr"), container.array("rows/indices")
+            rows = SparseRows(indptr, indices, rows.values, parameters.n_parameters)
+            if len(indices) != len(rows.values) or indptr[-1] != len(indices):
+                raise StorageError(
+                    f"{container.path}: damaged: {len(rows.values)} values, {len(indices)} indices, {indptr[-1]} "
+                    "announced"
+                )
         return Fishers(
             kind=container.attributes["kind"],
             rows=rows,
@@ -258,8 +304,6 @@ def fishers_in(container: Container) -> Fishers:
             coverage=container.json("coverage"),
             path=container.path,
         )
-    except ValueError as error:
-        raise StorageError(f"{container.path}: damaged: {error}") from error
 
 
 def _components_in(container: Container) -> Components:
@@ -269,7 +313,8 @@ def _components_in(container: Container) -> Components:
     arrays = {name[len(prefix) :]: container.array(name) for name in container.specs if name.startswith(prefix)}
     if sum(array.nbytes for array in arrays.values()) <= READ_BYTES:
         arrays = {name: np.array(array) for name, array in arrays.items()}
-    return Components.from_parts(arrays, container.json("meta"))
+    with _whole(container.path):
+        return Components.from_parts(arrays, container.json("meta"))
 
 
 def describe(path: Path | str) -> dict[str, Any]:
@@ -285,7 +330,7 @@ def describe(path: Path | str) -> dict[str, Any]:
     """
     from npeff.parts import describe_parts, parts_folder
 
-    path = Path(path)
+    path = path_of(path)
     if not path.exists() and parts_folder(path).is_dir():
         return describe_parts(path)
     summary: dict[str, Any] = {"path": str(path)}

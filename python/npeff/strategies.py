@@ -59,8 +59,8 @@ def strategy_tree(cosines: Array, coefficients: Array, n: int | None = None) -> 
     from scipy.spatial.distance import squareform
 
     r = len(cosines)
-    if n is not None and not 1 <= n <= r:
-        raise ArgumentError(f"n: expected 1 ≤ n ≤ {r} strategies, got {n}")
+    if n is not None and (not isinstance(n, int | np.integer) or not 1 <= n <= r):
+        raise ArgumentError(f"n: expected 1 ≤ n ≤ {r} strategies, got {n!r}")
 
     def node(children: tuple[Strategy, ...], distance: float) -> Strategy:
         parts = tuple(sorted(j for child in children for j in child.components))

@@ -104,6 +104,19 @@ def load_data(target: str) -> Iterable[Any]:
     return cast("Iterable[Any]", data)
 
 
+def load_made(target: str, name: str) -> Any:
+    """What the callable without arguments that a target names returns.
+
+    Args:
+        target: See :func:`load_object`.
+        name: What the target is, for messages.
+
+    Raises:
+        ArgumentError: The target cannot be imported, is not callable, or raised.
+    """
+    return _call(load_object(target, name), target, name, ArgumentError)
+
+
 def _is_path(source: str) -> bool:
     return source.endswith(".py") or "/" in source or "\\" in source
 
@@ -164,7 +177,7 @@ def _import_errors(source: str, name: str) -> Iterator[None]:
         if error.name and (source == error.name or source.startswith(f"{error.name}.")):
             raise
         raise ArgumentError(f"{name}: importing {source} raised {_describe(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ArgumentError(f"{name}: importing {source} raised {_describe(error)}") from error
 
 
@@ -175,7 +188,7 @@ def _call(found: Any, target: str, name: str, kind: type[NpeffError]) -> Any:
         return found()
     except NpeffError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         depth = len(traceback.extract_tb(error.__traceback__))
         if isinstance(error, TypeError) and depth == 1:  # raised by the call itself, not inside
             raise ArgumentError(f"{name}: {target} must be callable without arguments: {error}") from error

@@ -115,6 +115,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         NpeffError: With ``--debug``, errors keep their traceback.
         OSError: With ``--debug``.
         MemoryError: With ``--debug``.
+        SystemExit: With ``--debug``, where the model or the data end the program.
     """
     DEBUG.clear()
     with warnings.catch_warnings():
@@ -142,6 +143,11 @@ def _run(arguments: Sequence[str] | None) -> int:
             err=True,
         )
         return INTERRUPTED
+    except SystemExit as error:  # click raises none here: the user's model or data did
+        if DEBUG:
+            raise
+        click.echo(f"npeff: the model or the data ended the program: sys.exit({error.code!r})", err=True)
+        return FAILED
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; keep Python from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

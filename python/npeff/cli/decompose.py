@@ -87,7 +87,9 @@ def decompose(
     if published and options["algorithm"] != "published":
         misused("--learning-rate and --steps belong to --algorithm published")
     import npeff
+    from npeff.storage import check_components_target
 
+    check_components_target(out)  # before the search: a slip in --out must not cost it
     if published:
         given["published"] = npeff.PublishedOptions(**published)
     fishers = wants(npeff.load(path), "Fishers", path)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, size, wants
+from npeff.cli.common import EXISTING, WRITABLE, command, misused, size, wants
 
 
 @command(
@@ -62,7 +63,7 @@ def report(
     One self-contained HTML file; it needs no network and no server.
     """
     import npeff
-    from npeff.targets import load_data, load_object
+    from npeff.targets import load_data, load_made
 
     components = wants(npeff.load(path), "Components", path)
     page = npeff.report(
@@ -72,7 +73,7 @@ def report(
         class_names=_names(class_names),
         k=k,
         title=title,
-        tokenizer=load_object(tokenizer, "--tokenizer")() if tokenizer else None,
+        tokenizer=load_made(tokenizer, "--tokenizer") if tokenizer else None,
     )
     click.echo(f"{page}: {components.n_components} components, {size(page.stat().st_size)}")
 
@@ -80,6 +81,10 @@ def report(
 def _names(given: str | None) -> list[str] | None:
     if given is None:
         return None
-    path = Path(given)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else given.split(",")
+    lines = given.split(",")
+    if os.path.isfile(given):  # unlike Path.is_file, silent about a list too long to be a name
+        try:
+            lines = Path(given).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            misused(f"--class-names: {given} is not a text file in UTF-8; expected one name per line")
     return [name.strip() for name in lines if name.strip()]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from npeff.files import atomic, check_target
+from npeff.files import atomic
+from npeff.storage import refuse_npeff_file
 
 if TYPE_CHECKING:
     from npeff.components import Encoded
@@ -26,8 +27,11 @@ def write_coefficients(encoded: Encoded, fishers: Fishers, path: Path) -> None:
         path: ``.h5`` or ``.npz``: arrays ``coefficients (n, r)``, and ``kkt``, ``unexplained``, ``ids``,
             ``labels``, ``predictions``, each ``(n,)``. ``.csv``: one line per example, with a column
             ``component_j`` per component.
+
+    Raises:
+        StorageError: Fishers or Components are there, or the file cannot be written.
     """
-    check_target(path)
+    refuse_npeff_file(path)
     columns: dict[str, Any] = {
         "ids": np.asarray(fishers.ids),
         "labels": np.asarray(fishers.labels),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npeff.errors import ArgumentError
-from npeff.files import atomic, explain
+from npeff.errors import ArgumentError, StorageError
+from npeff.files import atomic, check_target, explain, path_of
 
 if TYPE_CHECKING:
     from npeff.components import Components
@@ -28,7 +29,9 @@ def report(
     Args:
         components: A decomposition.
         data: The data given to ``compute_fishers``, in the same order; iterated once, only the examples shown
-            are kept. Inputs that look like images ``(C, H, W)`` or ``(H, W)``, C in {1, 3}, are drawn;
+            are kept. The order is checked by the labels: in data without labels another order (a loader that
+            shuffles) cannot be noticed, and the page would show the wrong examples.
+            Inputs that look like images ``(C, H, W)`` or ``(H, W)``, C in {1, 3}, are drawn;
             strings, dicts with ``"text"``, and ``"input_ids"`` with a ``tokenizer``, are printed; other
             tensors become strips of colours. None: numbers only.
         out: A file ending in ``.html``, or a folder for ``index.html``.
@@ -42,19 +45,28 @@ def report(
         The file written.
 
     Raises:
-        ArgumentError: ``k`` is below 1, or ``class_names`` are too few or a single string.
+        ArgumentError: ``components`` are no Components, ``k`` is no number from 1, ``data`` cannot be iterated,
+            ``tokenizer`` cannot decode, or ``class_names`` are too few or a single string.
         DataError: The data ends early, or its labels are not those of the decomposed examples.
         StorageError: The page cannot be written.
     """
+    from npeff.components import Components
     from npeff.reports.examples import collect
     from npeff.reports.page import render
     from npeff.reports.summary import summarise
 
-    if k < 1:
-        raise ArgumentError(f"k: expected at least 1 top example per component, got {k}")
+    if not isinstance(components, Components):
+        raise ArgumentError(f"components: expected Components, got {type(components).__name__}; see npeff.decompose")
+    if not isinstance(k, Integral) or k < 1:
+        raise ArgumentError(f"k: expected at least 1 top example per component, got {k!r}")
+    if data is not None and not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise ArgumentError(f"data: expected an iterable of batches, got {data!r}")
+    if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+        raise ArgumentError(f"tokenizer: expected something with decode(ids), got a {type(tokenizer).__name__}")
     names = _class_names(class_names, data, components.logits.shape[1])
-    path = Path(out)
+    path = path_of(out, "out")
     path = path if path.suffix.lower() in (".html", ".htm") else path / "index.html"
+    _check(path)
     summaries = summarise(components, k)
     wanted = {t.position: t.label for s in summaries for t in s.top}
     examples = collect(data, wanted, wanted, tokenizer) if data is not None else {}
@@ -64,8 +76,8 @@ def report(
 
 
 def _class_names(given: Sequence[str] | None, data: Any, n_classes: int) -> Sequence[str] | None:
-    if isinstance(given, str):
-        raise ArgumentError(f"class_names: expected a list of names, got the string {given!r}")
+    if given is not None and (isinstance(given, str) or not hasattr(given, "__len__")):
+        raise ArgumentError(f"class_names: expected a list of names, got {given!r}")
     if given is not None:
         if len(given) < n_classes:
             raise ArgumentError(f"class_names: expected {n_classes} names, one per class, got {len(given)}")
@@ -81,6 +93,23 @@ def _class_names(given: Sequence[str] | None, data: Any, n_classes: int) -> Sequ
     return None
 
 
+def _check(path: Path) -> None:
+    """Make sure, before the work, that a page may be written at ``path``; folders that are missing will be made.
+
+    Raises:
+        StorageError: A file stands in the place of a folder, or the reverse, or the folder may not be written to.
+    """
+    there = path
+    while not there.parent.exists():
+        there = there.parent
+    if not there.parent.is_dir():
+        raise StorageError(
+            f"{path}: writing failed ({there.parent} is a file, not a folder). Choose another folder, or a name ending "
+            "in .html"
+        )
+    check_target(there)
+
+
 def _write(path: Path, html: str) -> None:
     """Replace an old page only once the new one is whole.
 
@@ -93,7 +122,7 @@ def _write(path: Path, html: str) -> None:
         failure = explain(path, error, "Nothing else was touched.")
         raise failure from error
     with atomic(path) as scratch:
-        scratch.write_text(html, encoding="utf-8")
+        scratch.write_text(html, encoding="utf-8", errors="replace")
 
 
 __all__ = ["report"]

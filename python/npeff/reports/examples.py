@@ -141,16 +141,25 @@ def _example(inputs: Any, index: int, decode: Decode | None) -> Example:
         return Example(text=decode(array))
     if looks_like_image(array):
         return Example(image=np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] in (1, 3) else array)
-    return Example(
-        values=np.atleast_1d(array).reshape(-1, array.shape[-1]).squeeze(0) if array.ndim > 2 else np.atleast_1d(array)
-    )
+    if not array.size:
+        return Example(text=f"(empty: shape {array.shape})")
+    rows = array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
+    return Example(values=rows[0] if len(rows) == 1 else rows)
 
 
 def _array(item: Any) -> np.ndarray[Any, Any]:
+    """Numbers to show; of complex ones their magnitude.
+
+    Raises:
+        DataError: The item holds no numbers.
+    """
     if isinstance(item, torch.Tensor):
         item = item.detach().cpu()
-        return np.asarray(item.float().numpy() if item.dtype in (torch.bfloat16, torch.float16) else item.numpy())
+        item = item.abs() if item.is_complex() else item
+        narrow = item.is_floating_point() and item.dtype not in (torch.float32, torch.float64)
+        return np.asarray(item.float().numpy() if narrow else item.numpy())
     array = np.asarray(item)
+    array = np.abs(array) if np.iscomplexobj(array) else array
     if array.dtype == object or not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
         raise DataError(
             f"data: an example of type {type(item).__qualname__} is neither text nor numbers; cannot show it"

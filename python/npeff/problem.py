@@ -1,0 +1,317 @@
+"""One decomposition to be solved: its options, its checked and scaled Fishers, its space and form, its course."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from npeff import published_algorithm
+from npeff.checkpoint import Checkpoint
+from npeff.components import Components
+from npeff.devices import usable_device
+from npeff.diagonal import Diagonal
+from npeff.errors import ArgumentError, DataError
+from npeff.fishers import Fishers
+from npeff.forms import State
+from npeff.low_rank import LowRank
+from npeff.published_algorithm import PublishedOptions
+from npeff.rows import DenseRows
+from npeff.scaling import BlockWeights, Normalize, ScaledRows, scale
+from npeff.search import Callback, Memory, Progress, Search
+from npeff.spaces import FactorSpace, GramSpace, SpaceName, SparseSpace, choose_space
+from npeff.subspace import find_subspace
+
+Array = npt.NDArray[Any]
+Algorithm = Literal["npeff", "published"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What determines the result, besides the data."""
+
+    n_components: int
+    seed: int = 0
+    algorithm: Algorithm = "npeff"
+    space: SpaceName = "auto"
+    starts: int = 3
+    moves: int = 40
+    patience: int = 15
+    max_iterations: int = 500
+    tolerance: float = 1e-6
+    block_weights: BlockWeights = "energy"
+    normalize: Normalize = "stored"
+    orthogonality: float | Literal["hard"] = 0.0
+    min_nonzero_per_column: int = 1
+    dtype: Literal["float32", "float64"] = "float32"
+    published: PublishedOptions = field(default_factory=PublishedOptions)
+
+    def __post_init__(self) -> None:
+        least = {"n_components": 1, "seed": 0, "starts": 1, "moves": 0, "patience": 1, "max_iterations": 1}
+        for name, smallest in (least | {"min_nonzero_per_column": 1}).items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not smallest <= value < 2**63:
+                raise ArgumentError(f"{name}: expected an integer ≥ {smallest}, got {value!r}")
+        for name, choices in (("algorithm", ("npeff", "published")), ("dtype", ("float32", "float64"))):
+            if getattr(self, name) not in choices:
+                raise ArgumentError(f"{name}: expected {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+        if not _is_number(self.tolerance):
+            raise ArgumentError(f"tolerance: expected a finite number ≥ 0, got {self.tolerance!r}")
+        if self.orthogonality != "hard" and not _is_number(self.orthogonality):
+            raise ArgumentError(f"orthogonality: expected a finite number ≥ 0 or 'hard', got {self.orthogonality!r}")
+        if not isinstance(self.published, PublishedOptions):
+            raise ArgumentError(f"published: expected PublishedOptions, got {self.published!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def checked_and_scaled(fishers: Fishers, options: Options, columns: Array | None) -> ScaledRows:
+    """Check the Fishers and scale them.
+
+    Raises:
+        DataError: See :func:`decompose`.
+        ArgumentError: More components than rows.
+    """
+    if not isinstance(fishers, Fishers):
+        raise ArgumentError(f"fishers: expected Fishers, got {type(fishers).__name__}; open a file with npeff.load")
+    if len(fishers) == 0:
+        raise DataError("fishers: there are no examples to decompose")
+    values = fishers.rows.values
+    if not np.isfinite(values).all():
+        where = np.argwhere(~np.isfinite(values))[0]
+        row = (
+            int(where[0])
+            if isinstance(fishers.rows, DenseRows)
+            else int(np.searchsorted(fishers.rows.indptr, where[0], "right")) - 1
+        )
+        example = int(np.searchsorted(fishers.row_offsets, row, "right")) - 1
+        raise DataError(
+            f"fishers: example {example} (id {fishers.ids[example]}) has a value that is not finite; compute "
+            "its Fisher again"
+        )
+    if options.n_components > fishers.rows.n_rows:
+        raise ArgumentError(
+            f"n_components: expected at most the {fishers.rows.n_rows} rows of the {len(fishers)} Fishers, "
+            f"got {options.n_components}"
+        )
+    scaled = scale(fishers, options.block_weights, options.normalize, columns, options.min_nonzero_per_column)
+    if scaled.rows.n_columns == 0 and fishers.norms.any():
+        raise DataError(
+            f"fishers: no parameter has {options.min_nonzero_per_column} non-zero entries; lower min_nonzero_per_column"
+        )
+    if not scaled.fisher_norms.any():
+        raise DataError(
+            f"fishers: all {len(fishers)} are zero (the model is certain of every example, or every block has "
+            "weight 0): nothing to decompose"
+        )
+    return scaled
+
+
+class Problem:
+    """Fishers, a space over them and a form: one decomposition to be solved."""
+
+    def __init__(
+        self,
+        fishers: Fishers,
+        scaled: ScaledRows,
+        options: Options,
+        device: str | torch.device,
+        frozen: Tensor | None = None,
+        frozen_W: Tensor | None = None,
+    ) -> None:
+        self.fishers, self.scaled, self.options = fishers, scaled, options
+        self.subspace: dict[str, Any] | None = None
+        began = time.perf_counter()
+        device = usable_device(device)
+        dtype = torch.float64 if options.dtype == "float64" else torch.float32
+        self.space: FactorSpace
+        self.form: LowRank | Diagonal
+        if fishers.kind == "diagonal":
+            if options.orthogonality:
+                raise ArgumentError("orthogonality: only for the low-rank kind; leave it at 0 for diagonal Fishers")
+            self.reason = "the diagonal kind always works on the rows"
+            rows_space = SparseSpace(scaled.rows, dtype, device)
+            self.space, self.form = rows_space, Diagonal(rows_space, scaled, frozen, frozen_W)
+        else:
+            space = "sparse" if options.algorithm == "published" else options.space
+            kind, self.reason = choose_space(scaled.rows, space, options.n_components)
+            self.space = (
+                GramSpace(scaled.rows, frozen, dtype, device)
+                if kind is GramSpace
+                else SparseSpace(scaled.rows, dtype, device)
+            )
+            embedded = None if frozen is None else self.space.embed(frozen)
+            self.form = LowRank(self.space, scaled, options.orthogonality, embedded, frozen_W)
+        self.seconds_building = time.perf_counter() - began
+
+    def state_from(self, W: Array, G: Array) -> State:
+        """A state from given coefficients ``(n, r)`` and vectors ``(r, n_parameters)``.
+
+        Raises:
+            ArgumentError: A shape is wrong, or a value.
+        """
+        n, r, m = len(self.fishers), self.options.n_components, self.fishers.n_parameters
+        for name, array, shape in (("W", W, (n, r)), ("G", G, (r, m))):
+            if np.shape(array) != shape:
+                raise ArgumentError(f"init: expected {name} of shape {shape}, got {np.shape(array)}")
+            if not np.isfinite(array).all():
+                raise ArgumentError(f"init: expected finite values, got some in {name} that are not")
+        if np.min(W) < 0 or not np.any(G, axis=1).all():
+            raise ArgumentError("init: expected W ≥ 0 and no vector of G that is all zero")
+        if isinstance(self.space, GramSpace):
+            self.space = SparseSpace(self.scaled.rows, self.space.K.dtype, self.space.K.device)
+            self.form = LowRank(self.space, self.scaled, self.options.orthogonality)
+            self.reason = "given vectors need not lie in the row space"
+        kept = np.asarray(G, np.float32)[:, slice(None) if self.scaled.columns is None else self.scaled.columns]
+        return self.form.from_vectors(
+            self.space.embed(torch.from_numpy(kept.copy())), torch.from_numpy(np.array(W, np.float32))
+        )
+
+    def solve(
+        self, initial: State | None, checkpoint: str | Path | None, callback: Callback | None, progress: bool
+    ) -> tuple[State, list[float], dict[str, Any]]:
+        """Run the algorithm; returns the factorisation, its losses, and how the search went."""
+        options = self.options
+        began = time.perf_counter()
+        bar_options = {"desc": f"decompose r={options.n_components}", "unit": "it", "disable": not progress}
+        with tqdm(**bar_options) as bar:
+            if options.algorithm == "published":
+                state, curve = self._published(bar, callback)
+                course: dict[str, Any] = {"iterations": options.published.g_only + options.published.joint}
+            else:
+                memory = self._search(initial, checkpoint, with_bar(bar, callback))
+                assert memory.best is not None
+                state, curve = memory.best, memory.curve
+                course = {
+                    "iterations": memory.iteration,
+                    "moves": max(0, memory.unit - options.starts),
+                    "moves_kept": memory.kept,
+                }
+        seconds = {"building": round(self.seconds_building, 3), "solving": round(time.perf_counter() - began, 3)}
+        if self.subspace is not None:
+            course["subspace"] = self.subspace
+        return state, curve, course | {"space": self.space.name, "space_reason": self.reason, "seconds": seconds}
+
+    def _search(self, initial: State | None, checkpoint: str | Path | None, callback: Callback) -> Memory:
+        options = self.options
+        keeper = None
+        if checkpoint is not None:
+            keeper = Checkpoint(Path(checkpoint), self.scaled, {"kind": self.fishers.kind, **asdict(options)})
+        form, lift = self.form, None
+        if isinstance(self.form, LowRank) and initial is None:
+            form, lift = self._coarse(self.form)
+        search = Search(
+            form, options.n_components, seed=options.seed, starts=options.starts, moves=options.moves,
+            patience=options.patience, max_iterations=options.max_iterations, tolerance=options.tolerance,
+            callback=callback, save=None if keeper is None else keeper.save, lift=lift, polish_form=self.form,
+        )  # fmt: skip
+        memory = search.run(None if keeper is None else keeper.load(), initial)
+        if keeper is not None:
+            keeper.remove()
+        return memory
+
+    def _coarse(self, fine: LowRank) -> tuple[LowRank, Callable[[State], State] | None]:
+        """The form to search in, and the way back: a subspace where one holds nearly all of the rows for less work."""
+        generator = torch.Generator().manual_seed(self.options.seed)
+        energy = float(self.scaled.rows.squared_norms().sum())
+        subspace = find_subspace(self.space, energy, self.options.n_components, generator, fine.frozen)
+        if subspace is None:
+            return fine, None
+        self.subspace = {"dimensions": subspace.rows.shape[1], "kept": round(subspace.kept, 6)}
+        rows = DenseRows(subspace.rows.cpu().numpy())
+        space = SparseSpace(rows, subspace.rows.dtype, subspace.rows.device)
+        scaled = replace(self.scaled, rows=rows, columns=None)
+        coarse = LowRank(space, scaled, self.options.orthogonality, subspace.given, fine.frozen_W)
+
+        def lift(state: State) -> State:
+            coords = subspace.lift(state.coords)
+            if fine.frozen is not None:
+                coords[: len(fine.frozen)] = fine.frozen
+            return fine.from_vectors(coords, state.W)
+
+        return coarse, lift
+
+    def _published(self, bar: Any, callback: Callback | None) -> tuple[State, list[float]]:
+        began, generator = time.perf_counter(), torch.Generator().manual_seed(self.options.seed)
+
+        def report(iteration: int, loss: float) -> Any:
+            bar.n = iteration
+            bar.set_postfix(loss=f"{loss:.5f}")
+            return callback is not None and callback(
+                Progress("published", 0, iteration, loss, loss, time.perf_counter() - began)
+            )
+
+        if isinstance(self.form, Diagonal):
+            return published_algorithm.diagonal(
+                self.form, self.options.n_components, self.options.published, generator, report
+            )
+        return published_algorithm.low_rank(
+            self.form, self.options.n_components, self.options.published, generator, report
+        )
+
+    def components(self, state: State, curve: list[float], course: dict[str, Any]) -> Components:
+        """Components in parameter space, new ones ordered by total coefficient.
+
+        Raises:
+            DataError: The factorisation is not finite.
+        """
+        if not -1e-3 < state.loss < math.inf:
+            raise DataError(
+                f"fishers: the factorisation broke down numerically (relative loss {state.loss:.3g}); "
+                "use dtype='float64', or fewer components"
+            )
+        f, fishers = state.frozen, self.fishers
+        total = state.W[:, f:].double().sum(0)
+        order = torch.cat(
+            [torch.arange(f, device=total.device), f + torch.argsort(total, descending=True, stable=True)]
+        )
+        state = replace(state.keep(order), loss=state.loss)
+        vectors = self.space.vectors(state.coords).double()
+        norms = vectors.norm(dim=1).clamp_min(1e-30)
+        vectors = (vectors / norms[:, None]).float()
+        W = state.W.cpu().float().clone()
+        W[torch.from_numpy(self.scaled.fisher_norms == 0)] = 0
+        chosen = asdict(self.options)
+        return Components(
+            kind=fishers.kind,
+            coefficients=W.numpy(),
+            vectors=vectors.contiguous().numpy(),
+            columns=self.scaled.columns,
+            block_weights=self.scaled.block_weights,
+            parameters=fishers.parameters,
+            labels=np.asarray(fishers.labels),
+            logits=np.asarray(fishers.logits),
+            ids=np.asarray(fishers.ids),
+            norms=np.asarray(fishers.norms),
+            loss_curve=np.asarray(curve, np.float64),
+            loss=float(state.loss),
+            provenance={
+                "fishers": fishers.provenance,
+                "options": chosen,
+                "normalize": self.options.normalize,
+                "course": course,
+            },
+        )
+
+
+def with_bar(bar: Any, callback: Callback | None) -> Callback:
+    """A callback that also moves the progress bar."""
+
+    def report(progress: Progress) -> Any:
+        bar.n = progress.iteration
+        bar.set_postfix_str(f"{progress.stage} {progress.unit} loss {progress.best:.5f}", refresh=False)
+        bar.update(0)
+        return callback is not None and callback(progress)
+
+    return report
