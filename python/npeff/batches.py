@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from npeff.errors import ArgumentError, DataError
+from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
 
 _REMEDY = "pass a DataLoader, or a list of batches such as [(inputs, labels)]"
 
@@ -63,7 +63,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
     Numpy arrays count as tensors.
     """
-    if isinstance(tree, np.ndarray) and tree.dtype != object:
+    if isinstance(tree, np.ndarray) and tree.dtype.kind in "biufc":
         tree = torch.from_numpy(np.ascontiguousarray(tree))
     if isinstance(tree, Tensor):
         return function(tree)
@@ -159,8 +159,13 @@ def read_batch(raw: Any, device: torch.device, number: int, any_layout: bool) ->
             f"data: batch {number} has a single label, so it is one example; wrap the data in "
             "torch.utils.data.DataLoader(data, batch_size=64)"
         )
-    if isinstance(labels, (list, tuple)):
-        labels = torch.as_tensor(labels, device=device)
+    if isinstance(labels, (list, tuple, np.ndarray)):
+        try:
+            labels = torch.as_tensor(labels, device=device)
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise DataError(
+                f"labels: expected integers; encode strings as class numbers (batch {number}: {error})"
+            ) from error
     if not isinstance(labels, Tensor):
         labels = None
     return Batch(content, labels, _count(content, labels, number))
@@ -188,6 +193,8 @@ def batch_digest(batch: Batch) -> str:
     for leaf in leaves(batch.content):
         if isinstance(leaf, Tensor):
             update_with_tensor(digest, leaf)
+        elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "SU":
+            digest.update(repr(leaf.tolist()).encode())
         elif isinstance(leaf, (str, bytes, int, float, bool, type(None))):
             digest.update(repr(leaf).encode())
     return digest.hexdigest()
@@ -204,6 +211,26 @@ def update_with_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:
         digest.update(raw.numpy().data)
 
 
+def _run(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _failure(error: Exception, forward: object, batch: Batch) -> str:
+    what, given = ("model", batch.inputs) if forward is None else ("forward", batch.content)
+    tensors = [leaf for leaf in leaves(given) if isinstance(leaf, Tensor)]
+    shown = ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors[:8])
+    remedy = "Check that the data yields batches of what the model takes, or pass forward=callable(model, batch)"
+    if forward is not None:
+        remedy = "It is called with the model and a batch as the data yields it"
+    if isinstance(batch.content, Mapping) and "label" in batch.content and "labels" not in batch.content:
+        remedy += '; labels are taken from the key "labels": rename "label"'
+    return (
+        f"{what}: failed on a batch with inputs {shown or 'without tensors'}: {type(error).__name__}: {error}. {remedy}"
+    )
+
+
 def call_model(model: nn.Module, forward: Callable[[Any, Any], Any] | None, batch: Batch) -> Tensor:
     """The model's logits for a batch.
 
@@ -212,16 +239,17 @@ def call_model(model: nn.Module, forward: Callable[[Any, Any], Any] | None, batc
 
     Raises:
         DataError: The model gave something else.
+        ModelError: The model, or ``forward``, raised an error.
     """
-    if forward is not None:
-        output = forward(model, batch.content)
-        source = "forward="
-    else:
-        inputs, source = batch.inputs, "the model"
-        if isinstance(inputs, Mapping):
-            output = model(**inputs)
-        else:
-            output = model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    source = "the model" if forward is None else "forward="
+    try:
+        output = _run(model, batch.inputs) if forward is None else forward(model, batch.content)
+    except Exception as error:
+        # Inference tensors have an explanation of their own, see PerExampleGradients.recording.
+        explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
+        if explained or isinstance(error, (NpeffError, MemoryError, torch.OutOfMemoryError)):
+            raise
+        raise ModelError(_failure(error, forward, batch)) from error
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", output)
     if isinstance(logits, Mapping):
         logits = logits.get("logits")

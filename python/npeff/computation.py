@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,12 +20,14 @@ from tqdm import tqdm
 from npeff.batches import Batch, batch_digest, call_model, check_data, read_batch
 from npeff.compress import TopK
 from npeff.digests import ModelWatch
-from npeff.errors import ArgumentError, DataError
+from npeff.errors import ArgumentError, DataError, ResumeError
+from npeff.files import check_target
 from npeff.fishers import FisherBlock, Fishers, Kind
 from npeff.gradients.collect import Collector
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
 from npeff.gradients.factors import Basis, FactorOptions, Labels, Likelihood, factorise
 from npeff.gradients.selection import placed, select_parameters
+from npeff.gradients.selfcheck import differ
 from npeff.parameters import Parameters
 from npeff.rows import concatenate
 
@@ -94,7 +97,8 @@ def compute_fishers(
     Raises:
         ArgumentError: An argument has a wrong value, or does not go with the others.
         DataError: Data is empty, unlabelled, misshapen, or gives non-finite logits or gradients.
-        ModelError: The model has no per-example gradients as it stands, or it changed during the work.
+        ModelError: The model has no per-example gradients as it stands, fails on a batch, or changed during the work.
+        ResumeError: ``out`` holds work on another model, other data or other options.
     """
     options = FactorOptions(basis, rank, energy, min_prob, max_classes, labels, n_samples, likelihood, seed)
     options.check()
@@ -104,6 +108,12 @@ def compute_fishers(
         raise ArgumentError(f"compress: expected TopK(k) or None, got {compress!r}")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if forward is not None and not callable(forward):
+        raise ArgumentError(f"forward: expected callable(model, batch) -> logits, got {forward!r}")
+    if out is not None and not isinstance(out, (str, os.PathLike)):
+        raise ArgumentError(f"out: expected the path of a file, got {out!r}")
+    if out is not None:
+        check_target(Path(out))
     if max_examples is not None and (
         isinstance(max_examples, bool) or not isinstance(max_examples, int) or max_examples < 1
     ):
@@ -153,6 +163,7 @@ class _Run:
             logits = self.engine.forward(first)
             n_outputs = logits.shape[1]
             self.engine.prepare(first, logits)
+            first_logits = logits.detach().cpu()
             del logits
         header = {
             "kind": self.kind,
@@ -172,13 +183,16 @@ class _Run:
             total = min(total, -(-max_examples // first.n_examples))
         done = 0
         bar = tqdm(total=total, desc="Fishers", unit="batch", disable=not progress, smoothing=0.05)
-        with bar, FisherWriter(out, header) as writer:
+        with bar, FisherWriter(out, header, validate=lambda: watch.check(thorough=True)) as writer:
             for batch in chain([first], batches):
                 digest = batch_digest(batch)
                 if writer.skip(digest, batch.n_examples):
+                    if done == 0:
+                        _check_function(writer.stored_logits(batch.n_examples), first_logits, out)
                     _pass_over(bar)
                 else:
                     ids = np.arange(done, done + batch.n_examples, dtype=np.int64)
+                    watch.check()
                     block = self.block(batch, ids)
                     watch.check()
                     writer.append(block, digest)
@@ -221,7 +235,7 @@ class _Run:
                     f"logits: example {ids[bad]} has the logits {detached[bad, :8].tolist()}; find what "
                     "overflows in the model on it, or leave it out of the data"
                 )
-            factors = factorise(logits, self.options, self._targets(batch), ids)
+            factors = factorise(logits, self.options, self._targets(batch, logits.shape[1], ids), ids)
             prepared = self.engine.prepare(batch, logits)
             pieces = -(-prepared.kept_bytes(factors.columns.shape[2]) // KEPT_BYTES)
             if pieces <= 1 or batch.n_examples == 1 or not batch.sliceable:
@@ -229,19 +243,27 @@ class _Run:
                 for block in self.engine.blocks(prepared, factors.columns, squared=self.kind == "diagonal"):
                     collector.add(block)
                 rows, counts, norms = collector.finish()
-                stored = self._stored_labels(batch, logits.shape[1])
+                stored = self._stored_labels(batch)
                 return FisherBlock(rows, counts, norms, detached.cpu().numpy().astype(np.float32), stored, ids)
         del prepared, logits, factors
         step = -(-batch.n_examples // int(pieces))
         cuts = [slice(start, min(start + step, batch.n_examples)) for start in range(0, batch.n_examples, step)]
         return _joined([self.block(batch.take(cut), ids[cut]) for cut in cuts])
 
-    def _targets(self, batch: Batch) -> Tensor | None:
+    def _targets(self, batch: Batch, n_outputs: int, ids: npt.NDArray[np.int64]) -> Tensor | None:
         if batch.labels is None or self.options.likelihood != "categorical":
             return batch.labels
-        return _as_classes(batch.labels, batch.n_examples)
+        classes = _as_classes(batch.labels, batch.n_examples)
+        beyond = classes >= n_outputs
+        if bool(beyond.any()):
+            first = int(beyond.to(torch.uint8).argmax())
+            raise DataError(
+                f"labels: example {ids[first]} has label {int(classes[first])}; expected 0 ≤ label < {n_outputs}, "
+                "the number of logits, or a negative label where it is unknown"
+            )
+        return classes
 
-    def _stored_labels(self, batch: Batch, n_outputs: int) -> npt.NDArray[np.int64]:
+    def _stored_labels(self, batch: Batch) -> npt.NDArray[np.int64]:
         labels = batch.labels
         if labels is None or (
             self.options.likelihood != "categorical"
@@ -282,16 +304,36 @@ def _pass_over(bar: tqdm[Any]) -> None:
         bar.start_t = bar.last_print_t = time.time()
 
 
+def _check_function(stored: npt.NDArray[np.float32] | None, logits: Tensor, out: Path | None) -> None:
+    """Refuse to continue work with a model that computes something else with the same weights.
+
+    Raises:
+        ResumeError: The first batch has other logits than it had.
+    """
+    if stored is None:
+        return
+    before = torch.from_numpy(np.array(stored))
+    if before.shape != logits.shape or not bool(torch.isfinite(logits).all()) or differ(logits, before, logits.dtype):
+        raise ResumeError(
+            f"the model gives other logits than those that {out} was computed from, although its weights are the "
+            "same: its code or forward= changed. Use them as they were, choose another out, or remove it "
+            "to start anew."
+        )
+
+
 def _as_classes(labels: Tensor, n: int) -> Tensor:
     if labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    whole = labels.is_floating_point() and bool((labels == labels.round()).all())
+    whole = labels.is_floating_point() and bool(((labels == labels.round()) & (labels.abs() < 2**63)).all())
     if labels.shape != (n,) or labels.is_complex() or (labels.is_floating_point() and not whole):
         raise DataError(
             f"labels: expected ({n},) integer classes, got {tuple(labels.shape)} {labels.dtype}; leave them "
             "out of the batch, or turn them into classes"
         )
-    return labels.to(torch.int64)
+    classes = labels.to(torch.int64)
+    if labels.dtype == torch.uint64 and bool((classes < 0).any()):
+        raise DataError("labels: expected integer classes below 2⁶³")
+    return classes
 
 
 def _joined(blocks: list[FisherBlock]) -> FisherBlock:

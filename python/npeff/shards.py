@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from npeff.container import Container, open_container
-from npeff.errors import ArgumentError, DataError, ResumeError, StorageError
+from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
 from npeff.files import check_target
 from npeff.fishers import FisherBlock, Fishers
 from npeff.hdf5 import to_json
@@ -54,6 +56,7 @@ class FisherWriter:
         *,
         shard_bytes: int = 64 << 20,
         shard_seconds: float = 15.0,
+        validate: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the output, its unfinished work if there is any, and lock it.
 
@@ -63,6 +66,8 @@ class FisherWriter:
                 the results: model digest, options); work on disk is continued only if its header is equal.
             shard_bytes: A shard is closed once it holds this much,
             shard_seconds: or once this long has passed since its first batch.
+            validate: Called before a shard is written; raises ``ModelError`` when what was appended since the
+                last one cannot be trusted: it is dropped.
 
         Raises:
             StorageError: ``out`` cannot be written, holds something else, or another process is writing it.
@@ -74,6 +79,7 @@ class FisherWriter:
         self.examples_resumed = 0
         self._out = None if out is None else Path(out)
         self._shard_bytes, self._shard_seconds = shard_bytes, shard_seconds
+        self._validate = validate
         self._done: list[Batch] = []
         self._cursor = 0
         self._blocks: list[FisherBlock] = []
@@ -174,6 +180,15 @@ class FisherWriter:
         self._cursor += 1
         return True
 
+    def stored_logits(self, n_examples: int) -> npt.NDArray[np.float32] | None:
+        """The logits of the first examples, if earlier work on the same batches is on the disk."""
+        if not self._done:
+            return None
+        if self.finished is not None:
+            return np.asarray(self.finished.logits[:n_examples])
+        assert self._parts is not None, "what is done and not finished is in shards"
+        return np.asarray(self._parts.shards[0].array("logits")[:n_examples])
+
     def append(self, block: FisherBlock, batch_digest: str) -> None:
         """Add the Fishers of the next batch. Its arrays are kept until a shard is written: do not reuse them.
 
@@ -226,6 +241,7 @@ class FisherWriter:
         if self._parts is None or not self._blocks:
             return
         try:
+            self._validate()
             self._parts.write_shard(self._blocks, self._batches)
         except Exception:
             self._failed = True
@@ -302,7 +318,7 @@ class FisherWriter:
         if self._parts is None:
             return
         if not self._failed:
-            with contextlib.suppress(StorageError):
+            with contextlib.suppress(StorageError, ModelError):
                 self._close_shard()
         parts, self._parts = self._parts, None
         if parts.shards:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -47,6 +48,8 @@ class Collector:
         self._counts = np.ones(n, np.int64) if squared else factors.counts.cpu().numpy()
         scale = factors.scale.square().cpu().numpy() if squared else factors.scale.cpu().numpy()
         self._norm_scale = factors.scale.square().cpu().numpy()
+        # A square may be 0 · ∞ where the Fisher is zero because the model is certain.
+        self._certain = factors.scale.square() == 0
         self._gram = torch.zeros((n, self._n_columns, self._n_columns), dtype=torch.float64)
         m = parameters.n_parameters
         self._sink: _Sink = (
@@ -59,6 +62,9 @@ class Collector:
         Raises:
             DataError: A gradient is not finite; names example and element.
         """
+        certain = self._certain[block.examples]
+        if self._squared and bool(certain.any()):
+            block = replace(block, values=block.values.masked_fill(certain[:, None, None, None], 0.0))
         gram = block.gram
         if gram is None:
             flat = block.values.flatten(2)

@@ -255,7 +255,16 @@ def _as_outcome(logits: Tensor, options: FactorOptions, targets: Tensor | None, 
         return torch.nn.functional.one_hot(targets.to(torch.int64), n_outputs).to(torch.float64)
     if targets.numel() != logits.numel():
         raise DataError(f"labels: expected one target per output, shape {(n, n_outputs)}, got {tuple(targets.shape)}")
-    return targets.reshape(n, n_outputs).to(torch.float64)
+    outcome = targets.reshape(n, n_outputs).to(torch.float64)
+    bernoulli = options.likelihood == "bernoulli"
+    usable = (outcome >= 0) & (outcome <= 1) if bernoulli else torch.isfinite(outcome)
+    if not bool(usable.all()):
+        first, output = (int(i) for i in (~usable).nonzero()[0])
+        raise DataError(
+            f"labels: example {ids[first]} has the target {float(outcome[first, output])} for output {output}; "
+            f"expected {'0 ≤ target ≤ 1' if bernoulli else 'finite targets'} with likelihood={options.likelihood!r}"
+        )
+    return outcome
 
 
 def _score(logits: Tensor, outcome: Tensor, options: FactorOptions) -> Tensor:

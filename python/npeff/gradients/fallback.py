@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -83,8 +84,9 @@ class Fallback:
                     return result
                 self.loop_reason = f"torch.func.vmap disagrees with autograd on {gap}"
             except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
-                message = str(error).strip() or type(error).__name__
-                self.loop_reason = f"torch.func.vmap refused ({type(error).__name__}: {message.splitlines()[0][:120]})"
+                cause = error.__cause__ or error  # the model's own error, without the advice around it
+                message = str(cause).strip() or type(cause).__name__
+                self.loop_reason = f"torch.func.vmap refused ({type(cause).__name__}: {message.splitlines()[0][:120]})"
         result = self._looped(batch, logits, columns, parameters, examples)
         gap = _gap(logits, columns, parameters, examples, result)
         if gap:
@@ -124,7 +126,9 @@ class Fallback:
             (gradients,) = vmap(pullback)(cotangents.T)
             return dict(gradients)
 
-        result = vmap(rows, randomness="same")(columns, *arrays)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*performance drop", UserWarning)  # coverage() tells what is slow
+            result = vmap(rows, randomness="same")(columns, *arrays)
         return {name.removeprefix("model."): gradient.detach() for name, gradient in result.items()}
 
     def _looped(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from npeff.devices import usable_device
 from npeff.errors import ArgumentError
 from npeff.parameters import Parameters
 
@@ -34,6 +35,8 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) ->
         aliases.setdefault(id(tensor), []).append(name)
     if not floating:
         raise ArgumentError(f"model: {type(model).__name__} has no floating-point parameters")
+    if patterns is not None and not isinstance(patterns, Iterable):
+        raise ArgumentError(f"parameters: expected a pattern or a list of patterns, got {patterns!r}")
     wanted = ["*"] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
     if not wanted or not all(isinstance(pattern, str) for pattern in wanted):
         raise ArgumentError(f"parameters: expected a pattern or a list of patterns, got {patterns!r}")
@@ -64,7 +67,7 @@ def placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torc
     """The model on one device, and back on its own afterwards.
 
     Raises:
-        ArgumentError: It lies on several devices, or nowhere.
+        ArgumentError: It lies on several devices, or nowhere, or the device cannot be used.
     """
     devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
     if len(devices) > 1:
@@ -77,10 +80,7 @@ def placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torc
     home = devices.pop()
     if home.type == "meta":
         raise ArgumentError("model: its parameters are on the meta device, without values; load its weights first")
-    try:
-        target = home if device is None else torch.device(device)
-    except RuntimeError as error:
-        raise ArgumentError(f"device: expected a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
+    target = home if device is None else usable_device(device)
     if target.type == home.type and (target.index is None or target.index == home.index):
         target = home
     if target == home:

@@ -118,10 +118,10 @@ def check_independence(engine: PerExampleGradients, batch: Batch, logits: Tensor
     for examples in (slice(0, 1), slice(batch.n_examples - 1, batch.n_examples)):
         with torch.no_grad():
             alone = engine._forward(batch.take(examples))
-        if _differ(alone, logits.detach()[examples], logits.dtype):
+        if differ(alone, logits.detach()[examples], logits.dtype):
             with torch.no_grad():
                 again = engine._forward(batch)
-            if _differ(again, logits.detach(), logits.dtype):
+            if differ(again, logits.detach(), logits.dtype):
                 raise ModelError(
                     "model: two passes over the same batch give different logits; make it deterministic "
                     "(model.eval() switches dropout off)"
@@ -135,7 +135,18 @@ def check_independence(engine: PerExampleGradients, batch: Batch, logits: Tensor
             )
 
 
-def _differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+def differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits differ by more than rounding in their dtype.
+
+    Raises:
+        ModelError: Their shapes differ.
+    """
+    if one.shape != other.shape:
+        raise ModelError(
+            f"model: the same examples have logits of shape {tuple(other.shape)} within their batch and "
+            f"{tuple(one.shape)} when called again; make their number independent of the batch, or choose them "
+            "in forward=callable(model, batch) -> logits"
+        )
     one, other = one.to(torch.float64), other.to(torch.float64)
     finite = torch.isfinite(one) & torch.isfinite(other)
     gap = torch.where(finite, one - other, 0.0).abs()
