@@ -292,6 +292,7 @@ def test_interrupted_from_the_keyboard(tmp_path):
     lines = [
         "import os, signal, time",
         "def model():",
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)",  # a background job ignores it
         "    os.kill(os.getpid(), signal.SIGINT)",
         "    time.sleep(30)",
     ]
