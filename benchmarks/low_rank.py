@@ -97,9 +97,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
+    args.out.mkdir(exist_ok=True)
     fishers, r = fishers_of(args.data)
 
-    sweep = {}
+    sweep: dict[float, float] = {}
     for rate in RATES:
         options = npeff.PublishedOptions(rate, SWEEP.g_only, SWEEP.joint)
         try:
@@ -125,15 +126,22 @@ def main() -> None:
             f"npeff, seed {seed}: {ours[-1][0].loss:.5f} in {ours[-1][1]:.1f} s, {ours[-1][0].provenance['course']}",
             flush=True,
         )
+        text = table(args, fishers, r, sweep, published, ours)
+        (args.out / f"low_rank_{args.data}.md").write_text(text)  # after every seed: a long run may be cut short
+    sys.stdout.write(text)
 
+
+def table(
+    args: argparse.Namespace, fishers: npeff.Fishers, r: int, sweep: dict[float, float], published: list, ours: list
+) -> str:
     lines = [
         f"# Low-rank decomposition, {args.data}",
         "",
-        f"`python benchmarks/low_rank.py {args.data}` · {fishers} · r = {r}",
+        f"`python benchmarks/low_rank.py {' '.join(sys.argv[1:])}` · {fishers} · r = {r}",
         f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
         f"{platform.python_version()}",
         "",
-        "Published rates, loss after 50 + 100 steps: "
+        f"Published rates, loss after {SWEEP.g_only} + {SWEEP.joint} steps: "
         + ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sweep.items()),
         "",
         "| seed | published loss, 500 joint steps | its time (s) | ours: time to that loss (s) | ratio | "
@@ -154,14 +162,11 @@ def main() -> None:
         f"({ours[0][0].provenance['course']['space_reason']}).",
     ]
     lines += ["", "| components of two seeds, mean abs. cosine | published | ours |", "|---|---|---|"]
-    for a, b in itertools.combinations(range(args.seeds), 2):
+    for a, b in itertools.combinations(range(len(ours)), 2):
         lines.append(
             f"| {a}, {b} | {match(published[a][0], published[b][0]):.3f} | {match(ours[a][0], ours[b][0]):.3f} |"
         )
-    text = "\n".join(lines) + "\n"
-    args.out.mkdir(exist_ok=True)
-    (args.out / f"low_rank_{args.data}.md").write_text(text)
-    sys.stdout.write(text)
+    return "\n".join(lines) + "\n"
 
 
 def processor() -> str:
