@@ -24,9 +24,9 @@ from sklearn.decomposition import NMF
 import npeff
 from low_rank import processor
 from npeff import datasets, models
-from npeff.diagonal import Diagonal
-from npeff.scaling import scale
-from npeff.spaces import SparseSpace
+from npeff.solver.diagonal import Diagonal
+from npeff.solver.scaling import scale
+from npeff.solver.spaces import SparseSpace
 
 
 def matrix(n: int, k: int) -> tuple[npeff.Fishers, sp.csr_matrix]:

@@ -26,9 +26,9 @@ from scipy.optimize import linear_sum_assignment
 
 import npeff
 from npeff import datasets, models
-from npeff.published_algorithm import DivergedError
-from npeff.scaling import scale
-from npeff.spaces import project_rows
+from npeff.solver.published_algorithm import DivergedError
+from npeff.solver.scaling import scale
+from npeff.solver.spaces import project_rows
 
 RATES = (1e-3, 3e-3, 1e-2)
 SWEEP = npeff.PublishedOptions(g_only=50, joint=50)

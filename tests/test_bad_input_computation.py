@@ -14,7 +14,7 @@ from npeff.computation import compute_fishers
 from npeff.devices import usable_device
 from npeff.digests import model_digest
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
-from npeff.shards import FisherWriter
+from npeff.storage.shards import FisherWriter
 
 
 def mlp(n_outputs=3, activation=nn.ReLU, n_inputs=6):

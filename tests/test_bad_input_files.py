@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 import npeff
 from npeff.errors import ArgumentError, StorageError
-from npeff.files import atomic, check_target, explain
 from npeff.storage import describe, refuse_npeff_file
+from npeff.storage.files import atomic, check_target, explain
 from test_report import components_of
 
 

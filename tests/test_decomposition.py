@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import npeff
 from npeff.rows import DenseRows
-from npeff.scaling import scale
+from npeff.solver.scaling import scale
 from planted import best_cosines, fishers_of, planted, random_rows, sparse
 
 QUICK = {"starts": 2, "moves": 4, "progress": False}

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from npeff.errors import ArgumentError, ForeignFileError, StorageError, TruncatedFileError
 from npeff.fishers import Fishers
 from npeff.parameters import Parameters
-from npeff.published import LAYOUTS, describe_published, read_published, write_published
 from npeff.rows import DenseRows
 from npeff.storage import describe, load
+from npeff.storage.published import LAYOUTS, describe_published, read_published, write_published
 from stored_samples import (
     COLUMNS,
     VECTORS,

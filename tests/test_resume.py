@@ -20,7 +20,7 @@ import pytest
 
 def write_with_writer(out: Path, n_batches: int = 12, pause: float = 0.004) -> None:
     """Batches with little sleeps, in shards of one or two."""
-    from npeff.shards import FisherWriter
+    from npeff.storage.shards import FisherWriter
     from stored_samples import blocks_of, fishers_of, header_of
 
     fishers = fishers_of(ranks=(2, 1, 3) * n_batches)
@@ -38,7 +38,7 @@ def write_with_model(out: Path | None) -> None:
     import torch
 
     from npeff.computation import compute_fishers
-    from npeff.shards import FisherWriter
+    from npeff.storage.shards import FisherWriter
 
     defaults = FisherWriter.__init__.__kwdefaults__
     assert defaults is not None

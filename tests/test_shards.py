@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npeff import files
 from npeff.errors import (
     ArgumentError,
     DataError,
@@ -28,8 +27,8 @@ from npeff.errors import (
 )
 from npeff.fishers import FisherBlock
 from npeff.rows import SparseRows
-from npeff.shards import FisherWriter
-from npeff.storage import describe, load
+from npeff.storage import describe, files, load
+from npeff.storage.shards import FisherWriter
 from stored_samples import assert_same, blocks_of, fishers_of, header_of
 
 FISHERS = fishers_of(ranks=(2, 1, 3, 0, 2, 2, 1, 1))
@@ -280,7 +279,7 @@ def test_a_shard_with_a_wrong_bit_never_reaches_the_final_file(tmp_path):
     out = tmp_path / "f.h5"
     write(out, until=3, shard_bytes=1)
     shard = tmp_path / "f.h5.parts" / "shard-000000.h5"
-    from npeff.container import open_container
+    from npeff.storage.container import open_container
 
     raw = bytearray(shard.read_bytes())
     raw[open_container(shard).specs["norms"].offset] ^= 1

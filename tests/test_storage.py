@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npeff import container, files, hdf5, storage
 from npeff.errors import ArgumentError, ForeignFileError, NewerFileError, StorageError, TruncatedFileError
 from npeff.fishers import Fishers
 from npeff.parameters import Parameters
 from npeff.rows import DenseRows, SparseRows
-from npeff.storage import describe, load, save_fishers, write_fishers
+from npeff.storage import container, describe, files, hdf5, load, save_fishers, store
+from npeff.storage.store import write_fishers
 from stored_samples import (
     M,
     assert_same,
@@ -367,7 +367,7 @@ def test_components_round_trip(tmp_path, saved, kind, columns, monkeypatch):
     again = load(path, verify=True)
     assert_same_components(again, components)
     again.coefficients[0] = 9  # small ones are read: a private copy
-    monkeypatch.setattr(storage, "READ_BYTES", 0)
+    monkeypatch.setattr(store, "READ_BYTES", 0)
     mapped = load(path)
     assert isinstance(mapped.vectors, np.memmap)
     assert_same_components(mapped, components)

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from npeff.computation import compute_fishers
     from npeff.decomposition import decompose
     from npeff.fishers import Fishers
-    from npeff.published_algorithm import PublishedOptions
     from npeff.reports import report
-    from npeff.search import Progress
+    from npeff.solver.published_algorithm import PublishedOptions
+    from npeff.solver.search import Progress
     from npeff.storage import load
     from npeff.strategies import Strategy
 
@@ -68,8 +68,8 @@ _HOMES = {
     "Components": "components",
     "Encoded": "components",
     "Fishers": "fishers",
-    "Progress": "search",
-    "PublishedOptions": "published_algorithm",
+    "Progress": "solver.search",
+    "PublishedOptions": "solver.published_algorithm",
     "Strategy": "strategies",
     "TopK": "compress",
     "compute_fishers": "computation",

@@ -16,8 +16,8 @@ from npeff import kernels
 from npeff.errors import ArgumentError
 from npeff.fishers import Fishers, Kind
 from npeff.parameters import Parameters
-from npeff.scaling import ScaledRows, column_factors, scale
-from npeff.spaces import project_rows
+from npeff.solver.scaling import ScaledRows, column_factors, scale
+from npeff.solver.spaces import project_rows
 from npeff.strategies import Strategy, strategy_tree
 
 Array = npt.NDArray[Any]
@@ -154,8 +154,8 @@ class Components:
 
         from safetensors.torch import save
 
-        from npeff.files import atomic, path_of
         from npeff.storage import refuse_npeff_file
+        from npeff.storage.files import atomic, path_of
 
         path = path_of(path)
         refuse_npeff_file(path)

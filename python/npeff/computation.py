@@ -21,7 +21,6 @@ from npeff.batches import Batch, batch_digest, call_model, check_data, read_batc
 from npeff.compress import TopK
 from npeff.digests import ModelWatch
 from npeff.errors import ArgumentError, DataError, ResumeError
-from npeff.files import check_target
 from npeff.fishers import FisherBlock, Fishers, Kind
 from npeff.gradients.collect import Collector
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
@@ -30,6 +29,7 @@ from npeff.gradients.selection import placed, select_parameters
 from npeff.gradients.selfcheck import differ
 from npeff.parameters import Parameters
 from npeff.rows import concatenate
+from npeff.storage.files import check_target
 
 Forward = Callable[[Any, Any], Any]
 
@@ -146,7 +146,7 @@ class _Run:
     def over(
         self, data: Iterable[Any], out: Path | None, max_examples: int | None, progress: bool, patterns: Any
     ) -> Fishers:
-        from npeff.shards import FisherWriter
+        from npeff.storage.shards import FisherWriter
 
         watch = ModelWatch(self.model)
         self.engine = PerExampleGradients(

@@ -12,12 +12,12 @@ import torch
 from npeff.components import Components
 from npeff.errors import ArgumentError
 from npeff.fishers import Fishers
-from npeff.problem import Algorithm, Options, Problem, checked_and_scaled
-from npeff.published_algorithm import PublishedOptions
 from npeff.rows import SparseRows
-from npeff.scaling import BlockWeights, Normalize
-from npeff.search import Callback
-from npeff.spaces import SpaceName
+from npeff.solver.problem import Algorithm, Options, Problem, checked_and_scaled
+from npeff.solver.published_algorithm import PublishedOptions
+from npeff.solver.scaling import BlockWeights, Normalize
+from npeff.solver.search import Callback
+from npeff.solver.spaces import SpaceName
 
 Array = npt.NDArray[Any]
 
@@ -73,7 +73,7 @@ def decompose(
         published: Options of the published algorithm.
         init: ``(W (n, r), G (r, n_parameters))`` to descend from in place of random starts.
         checkpoint: A file that keeps the search's state; the same call with the same file resumes there.
-        callback: Called with a :class:`npeff.search.Progress` after every iteration; a true answer ends the search.
+        callback: Called with a :class:`npeff.Progress` after every iteration; a true answer ends the search.
         progress: Show a progress bar.
         device: Where the solver's products run.
 

@@ -160,6 +160,6 @@ def _prepare(folder: Path) -> Path:
 def _discard_unfinished(fishers: Path) -> None:
     import shutil
 
-    from npeff.parts import parts_folder
+    from npeff.storage.parts import parts_folder
 
     shutil.rmtree(parts_folder(fishers), ignore_errors=True)

@@ -89,7 +89,7 @@ def export(path: Path, out: Path, layout: str | None, component: int | None) -> 
 
     loaded = npeff.load(path)
     if component is None:
-        from npeff.published import write_published
+        from npeff.storage.published import write_published
 
         write_published(loaded, out)
     else:

@@ -142,7 +142,7 @@ def fishers(
 
 def _announce(out: Path) -> None:
     """Say what is already there, since resuming happens by itself."""
-    from npeff.parts import describe_parts, parts_folder
+    from npeff.storage.parts import describe_parts, parts_folder
 
     if out.exists():
         note(f"{out} exists: checking that it was made from this model, this data and these options")

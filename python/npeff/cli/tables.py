@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from npeff.files import atomic
 from npeff.storage import refuse_npeff_file
+from npeff.storage.files import atomic
 
 if TYPE_CHECKING:
     from npeff.components import Encoded

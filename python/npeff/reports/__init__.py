@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npeff.errors import ArgumentError, StorageError
-from npeff.files import atomic, check_target, explain, path_of
+from npeff.storage.files import atomic, check_target, explain, path_of
 
 if TYPE_CHECKING:
     from npeff.components import Components

@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from npeff.container import Container, container_in, write_container
 from npeff.errors import ForeignFileError, NewerFileError, NpeffError, StorageError
-from npeff.files import atomic, check_target, path_of
 from npeff.fishers import Fishers
-from npeff.hdf5 import Data
-from npeff.opening import open_hdf5
 from npeff.parameters import Parameters
 from npeff.rows import DenseRows, Rows, SparseRows
+from npeff.storage.container import Container, container_in, write_container
+from npeff.storage.files import atomic, check_target, path_of
+from npeff.storage.hdf5 import Data
+from npeff.storage.opening import open_hdf5
 
 if TYPE_CHECKING:
     from npeff.components import Components
@@ -174,7 +174,7 @@ def load(path: Path | str, *, verify: bool = False) -> Fishers | Components:
     path = path_of(path)
     found = recognise(path)
     if isinstance(found, str):
-        from npeff.published import read_published
+        from npeff.storage.published import read_published
 
         return read_published(path)
     if verify:
@@ -194,7 +194,7 @@ def recognise(path: Path) -> Container | str:
     Raises:
         ForeignFileError: Neither.
     """
-    from npeff.published import layout_of
+    from npeff.storage.published import layout_of
 
     with open_hdf5(path) as file:
         container = container_in(path, file)
@@ -328,7 +328,7 @@ def describe(path: Path | str) -> dict[str, Any]:
         ``n_parameters``, ``arrays`` (name → shape and dtype), ``parameters``, ``provenance``, ``coverage``,
         ``meta``; for unfinished work ``shards``. JSON-able.
     """
-    from npeff.parts import describe_parts, parts_folder
+    from npeff.storage.parts import describe_parts, parts_folder
 
     path = path_of(path)
     if not path.exists() and parts_folder(path).is_dir():
@@ -337,7 +337,7 @@ def describe(path: Path | str) -> dict[str, Any]:
     found = recognise(path)
     summary["bytes"] = path.stat().st_size
     if isinstance(found, str):
-        from npeff.published import describe_published
+        from npeff.storage.published import describe_published
 
         return {**summary, "format": "published", "content": found, **describe_published(path)}
     summary |= {str(name): value for name, value in found.attributes.items()}

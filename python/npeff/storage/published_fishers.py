@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from npeff.errors import StorageError
 from npeff.fishers import Fishers, Kind
-from npeff.hdf5 import CHUNK_BYTES, Attributes, Data
 from npeff.parameters import Parameters
 from npeff.rows import DenseRows, SparseRows, concatenate
-from npeff.storage import index_dtype
+from npeff.storage.hdf5 import CHUNK_BYTES, Attributes, Data
+from npeff.storage.store import index_dtype
 
 Array = npt.NDArray[Any]
 Plan = tuple[str, list[Data], Attributes]

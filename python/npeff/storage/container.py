@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ForeignFileError, NewerFileError, StorageError, TruncatedFileError
-from npeff.hdf5 import CHUNK_BYTES, Data, as_bytes, write_hdf5
-from npeff.opening import open_hdf5, text_of
+from npeff.storage.hdf5 import CHUNK_BYTES, Data, as_bytes, write_hdf5
+from npeff.storage.opening import open_hdf5, text_of
 
 Array = npt.NDArray[Any]
 

@@ -1,6 +1,7 @@
 """What the search needs to know of a factorisation: the state it moves through, and the operations on it.
 
-Two forms share one search (:mod:`npeff.search`): :class:`npeff.low_rank.LowRank` and :class:`npeff.diagonal.Diagonal`.
+Two forms share one search (:mod:`npeff.solver.search`): :class:`~npeff.solver.low_rank.LowRank` and
+:class:`~npeff.solver.diagonal.Diagonal`.
 Both minimise ``L = const − 2⟨W, cross⟩ + ⟨WᵀW, gram⟩`` over W ≥ 0 and the vectors.
 """
 

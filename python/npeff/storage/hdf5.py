@@ -174,7 +174,7 @@ def write_hdf5(path: Path, data: Sequence[Data], attributes: Attributes) -> None
 
     Args:
         path: Where; an existing file is overwritten (callers write to temporary names, see
-            :mod:`npeff.files`).
+            :mod:`npeff.storage.files`).
         data: The datasets, written in this order. A later one may depend on what an earlier one yielded.
         attributes: Attributes per group or dataset; ``"/"`` is the root.
 

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import h5py
 
 from npeff.errors import ArgumentError, ForeignFileError
-from npeff.files import atomic, check_target, path_of
 from npeff.fishers import Fishers
-from npeff.hdf5 import write_hdf5
-from npeff.opening import open_hdf5
-from npeff.published_components import plan_decomposition, read_decomposition
-from npeff.published_fishers import plan_fishers, read_diagonal, read_low_rank
-from npeff.storage import check_replaceable
+from npeff.storage.files import atomic, check_target, path_of
+from npeff.storage.hdf5 import write_hdf5
+from npeff.storage.opening import open_hdf5
+from npeff.storage.published_components import plan_decomposition, read_decomposition
+from npeff.storage.published_fishers import plan_fishers, read_diagonal, read_low_rank
+from npeff.storage.store import check_replaceable
 
 if TYPE_CHECKING:
     from npeff.components import Components

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from npeff.diagonal import Diagonal
 from npeff.errors import ArgumentError
-from npeff.forms import State
-from npeff.low_rank import LowRank, unit
-from npeff.spaces import SparseSpace
+from npeff.solver.diagonal import Diagonal
+from npeff.solver.forms import State
+from npeff.solver.low_rank import LowRank, unit
+from npeff.solver.spaces import SparseSpace
 
 DIVERGED = 1e3
 """Relative loss above which the fixed-rate steps are given up."""

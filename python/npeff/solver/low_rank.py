@@ -14,9 +14,9 @@ from torch import Tensor
 
 from npeff import kernels
 from npeff.errors import ArgumentError
-from npeff.forms import State, draw_examples, improve, total
-from npeff.scaling import ScaledRows
-from npeff.spaces import FactorSpace
+from npeff.solver.forms import State, draw_examples, improve, total
+from npeff.solver.scaling import ScaledRows
+from npeff.solver.spaces import FactorSpace
 
 SWEEPS = 3
 """Coordinate-descent sweeps over W in a step."""

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from npeff.container import FORMAT_VERSION
 from npeff.errors import NewerFileError, ResumeError, StorageError
-from npeff.hdf5 import to_json
+from npeff.storage.container import FORMAT_VERSION
+from npeff.storage.hdf5 import to_json
 
 
 def differences(then: object, now: object, name: str = "") -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npeff.spaces import FactorSpace
+from npeff.solver.spaces import FactorSpace
 
 DIMENSIONS = 256
 """Dimensions tried first; at least four per component."""

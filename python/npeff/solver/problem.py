@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from npeff import published_algorithm
-from npeff.checkpoint import Checkpoint
 from npeff.components import Components
 from npeff.devices import usable_device
-from npeff.diagonal import Diagonal
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers import Fishers
-from npeff.forms import State
-from npeff.low_rank import LowRank
-from npeff.published_algorithm import PublishedOptions
 from npeff.rows import DenseRows
-from npeff.scaling import BlockWeights, Normalize, ScaledRows, scale
-from npeff.search import Callback, Memory, Progress, Search
-from npeff.spaces import FactorSpace, GramSpace, SpaceName, SparseSpace, choose_space
-from npeff.subspace import find_subspace
+from npeff.solver import published_algorithm
+from npeff.solver.checkpoint import Checkpoint
+from npeff.solver.diagonal import Diagonal
+from npeff.solver.forms import State
+from npeff.solver.low_rank import LowRank
+from npeff.solver.published_algorithm import PublishedOptions
+from npeff.solver.scaling import BlockWeights, Normalize, ScaledRows, scale
+from npeff.solver.search import Callback, Memory, Progress, Search
+from npeff.solver.spaces import FactorSpace, GramSpace, SpaceName, SparseSpace, choose_space
+from npeff.solver.subspace import find_subspace
 
 Array = npt.NDArray[Any]
 Algorithm = Literal["npeff", "published"]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from npeff.forms import Form, State, usefulness
+from npeff.solver.forms import Form, State, usefulness
 from npeff.threads import threads_for
 
 WINDOW = 5

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.container import FORMAT, FORMAT_VERSION, Container, open_container, write_container
 from npeff.errors import StorageError
-from npeff.files import Lock, atomic, explain, sync_folder
 from npeff.fishers import FisherBlock
-from npeff.hdf5 import Data, to_json
-from npeff.headers import check_header, plain, read_header
 from npeff.parameters import Parameters
 from npeff.rows import Rows, SparseRows
-from npeff.storage import EXAMPLE_ARRAYS, index_dtype, write_fishers
+from npeff.storage.container import FORMAT, FORMAT_VERSION, Container, open_container, write_container
+from npeff.storage.files import Lock, atomic, explain, sync_folder
+from npeff.storage.hdf5 import Data, to_json
+from npeff.storage.headers import check_header, plain, read_header
+from npeff.storage.store import EXAMPLE_ARRAYS, index_dtype, write_fishers
 
 Array = npt.NDArray[Any]
 Batch = tuple[str, int]

@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from npeff.forms import State, draw_examples, improve, total
-from npeff.scaling import ScaledRows
-from npeff.spaces import SparseSpace
+from npeff.solver.forms import State, draw_examples, improve, total
+from npeff.solver.scaling import ScaledRows
+from npeff.solver.spaces import SparseSpace
 
 SWEEPS = 4
 """Coordinate-descent sweeps over W, and over H, per pass over the data."""

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from npeff.errors import ResumeError, StorageError
-from npeff.forms import State
 from npeff.rows import SparseRows
-from npeff.scaling import ScaledRows
-from npeff.search import Memory
+from npeff.solver.forms import State
+from npeff.solver.scaling import ScaledRows
+from npeff.solver.search import Memory
 
 
 class Checkpoint:
-    """Keeps a :class:`npeff.search.Memory` in one ``.npz`` file.
+    """Keeps a :class:`npeff.solver.search.Memory` in one ``.npz`` file.
 
     Args:
         path: The file; its folder must exist.

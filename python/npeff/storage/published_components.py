@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from npeff.errors import ArgumentError, StorageError
 from npeff.fishers import Fishers, Kind
-from npeff.hdf5 import Data
-from npeff.published_fishers import INT32, Plan, attribute, dataset, number, unnamed
+from npeff.storage.hdf5 import Data
+from npeff.storage.published_fishers import INT32, Plan, attribute, dataset, number, unnamed
 
 if TYPE_CHECKING:
     from npeff.components import Components

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.container import Container, open_container
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
-from npeff.files import check_target
 from npeff.fishers import FisherBlock, Fishers
-from npeff.hdf5 import to_json
-from npeff.headers import check_header, plain
 from npeff.parameters import Parameters
-from npeff.parts import Batch, Parts, parts_folder
 from npeff.rows import concatenate
-from npeff.storage import fishers_in
+from npeff.storage.container import Container, open_container
+from npeff.storage.files import check_target
+from npeff.storage.hdf5 import to_json
+from npeff.storage.headers import check_header, plain
+from npeff.storage.parts import Batch, Parts, parts_folder
+from npeff.storage.store import fishers_in
 
 
 class FisherWriter:

@@ -1,0 +1,23 @@
+"""Fishers and components on disk: one HDF5 container, written in shards that survive a kill, and the published layouts.
+
+``store`` opens and saves; ``shards`` and ``parts`` write while Fishers are computed; ``container`` and ``hdf5`` are the
+format itself; ``published_*`` read and write the layouts of Matena & Raffel.
+"""
+
+from npeff.storage.store import (
+    check_components_target,
+    describe,
+    load,
+    refuse_npeff_file,
+    save_components,
+    save_fishers,
+)
+
+__all__ = [
+    "check_components_target",
+    "describe",
+    "load",
+    "refuse_npeff_file",
+    "save_components",
+    "save_fishers",
+]
