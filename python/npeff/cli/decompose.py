@@ -19,15 +19,29 @@ def _orthogonality(ctx: click.Context, parameter: click.Parameter, value: str | 
         raise click.BadParameter(f"expected a number or 'hard', got {value!r}") from None
 
 
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in value.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise click.BadParameter(f"expected a number of components, or several as in 16,32,64, got {value!r}")
+    return numbers
+
+
 @command(
     examples="""
         npeff decompose fishers.h5 --components 64 --out components.h5
+        npeff decompose fishers.h5 --components 16,32,64,128 --select --out components.h5
         npeff decompose fishers.h5 --components 64 --block-weights balanced --starts 8 --out components.h5
         npeff decompose fishers.h5 --components 48 --wrong-only --out heuristics.h5
     """
 )
 @click.argument("path", metavar="FISHERS", type=EXISTING)
-@click.option("--components", "n_components", type=click.IntRange(min=1), required=True, metavar="R", help="How many.")
+@click.option(
+    "--components", "numbers", callback=_numbers, required=True, metavar="R[,R…]", help="How many; several: --select."
+)
+@click.option("--select", is_flag=True, help="Try several numbers; take the one that the held-out loss recommends.")
 @click.option("--out", type=WRITABLE, required=True, help="File to write.")
 @click.option(
     "--algorithm",
@@ -72,7 +86,8 @@ def _orthogonality(ctx: click.Context, parameter: click.Parameter, value: str | 
 @quiet
 def decompose(
     path: Path,
-    n_components: int,
+    numbers: list[int],
+    select: bool,
     out: Path,
     wrong_only: bool,
     learning_rate: float | None,
@@ -86,6 +101,10 @@ def decompose(
     published = {name: value for name, value in rates.items() if value is not None}
     if published and options["algorithm"] != "published":
         misused("--learning-rate and --steps belong to --algorithm published")
+    if len(numbers) > 1 and not select:
+        misused(f"--components {','.join(map(str, numbers))}: several numbers need --select")
+    if select and options["algorithm"] == "published":
+        misused("--select works with --algorithm npeff")
     import npeff
     from npeff.storage import check_components_target
 
@@ -95,8 +114,23 @@ def decompose(
     fishers = wants(npeff.load(path), "Fishers", path)
     if wrong_only:
         fishers = fishers.filter(wrong=True)
+    n_components = _selected(fishers, numbers, given, quiet) if select else numbers[0]
     components = npeff.decompose(fishers, n_components, progress=not quiet, **given)
     components.save(out)
     click.echo(
         f"{out}: {components.n_components} components of {len(fishers):,} examples, relative loss {components.loss:.4f}"
     )
+
+
+def _selected(fishers: Any, numbers: list[int], options: dict[str, Any], quiet: bool) -> int:
+    """The number of components that the held-out loss recommends; its table goes to the terminal."""
+    import npeff
+
+    plain = {name: value for name, value in options.items() if name not in ("checkpoint", "algorithm")}
+    selection = npeff.trust.select(fishers, numbers, progress=not quiet, **plain)
+    click.echo("components  loss  held-out loss (mean ± standard deviation over folds)")
+    for column, r in enumerate(selection.n_components):
+        folds = selection.held_out[:, column]
+        mark = "  ← chosen" if r == selection.chosen else ""
+        click.echo(f"{r:10d}  {selection.train[column]:.4f}  {folds.mean():.4f} ± {folds.std(ddof=1):.4f}{mark}")
+    return selection.chosen

@@ -1,0 +1,69 @@
+"""Which component of one decomposition is which of another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.components import Components
+from npeff.errors import ArgumentError
+
+Array = npt.NDArray[Any]
+
+
+def similarity(a: Components, b: Components) -> Array:
+    """|cos| between the vectors of two decompositions of the same parameters.
+
+    The vectors are compared as they were factorised, on the columns that either kept.
+
+    Args:
+        a: Components, ``r_a`` of them.
+        b: Components of the same kind, parameters and block weights, ``r_b`` of them.
+
+    Returns:
+        ``(r_a, r_b)`` float64 in [0, 1].
+
+    Raises:
+        ArgumentError: Kind, parameters or block weights differ.
+    """
+    if a.kind != b.kind or a.parameters != b.parameters:
+        raise ArgumentError(
+            f"b: expected {a.kind} components of {a.n_parameters:,} parameters like a, got {b.kind} ones of "
+            f"{b.n_parameters:,}; compare decompositions of the same Fishers or of parts of them"
+        )
+    va, vb = a.vectors, b.vectors
+    if a.columns is not None or b.columns is not None:
+        everything = np.arange(a.n_parameters)
+        ca, cb = (everything if x.columns is None else np.asarray(x.columns) for x in (a, b))
+        _, ia, ib = np.intersect1d(ca, cb, assume_unique=True, return_indices=True)
+        products = va[:, ia].astype(np.float64) @ vb[:, ib].astype(np.float64).T
+    else:
+        products = va.astype(np.float64) @ vb.astype(np.float64).T
+    norms = np.outer(*(np.linalg.norm(v.astype(np.float64), axis=1) for v in (va, vb)))
+    return np.asarray(np.minimum(np.abs(products) / np.maximum(norms, 1e-30), 1.0))
+
+
+def match(a: Components, b: Components) -> tuple[Array, Array]:
+    """The one-to-one matching of largest total |cos| (Hungarian algorithm).
+
+    Args:
+        a: Components, ``r_a`` of them.
+        b: Components of the same parameters, ``r_b`` of them.
+
+    Returns:
+        ``(r_a,)`` int64 partner in b of each component of a, −1 where b has fewer, and ``(r_a,)`` float64 |cos| with
+        it, 0 without a partner.
+
+    Raises:
+        ArgumentError: As :func:`similarity`.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    cosines = similarity(a, b)
+    rows, columns = linear_sum_assignment(-cosines)
+    partner = np.full(a.n_components, -1, np.int64)
+    cosine = np.zeros(a.n_components)
+    partner[rows], cosine[rows] = columns, cosines[rows, columns]
+    return partner, cosine

@@ -1,0 +1,153 @@
+"""Do the components, and the groups of them, come back when only a part of the examples is seen?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from npeff.components import Components
+from npeff.errors import ArgumentError
+from npeff.fishers import Fishers
+from npeff.strategies import Strategy
+from npeff.trust.matching import match
+
+Array = npt.NDArray[Any]
+
+MOST_STRATEGIES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Stability:
+    """How a decomposition stands up to seeing only parts of the examples.
+
+    Attributes:
+        cosines: ``(repeats, r)`` float64 |cos| of each component with its partner in every repeat.
+        strategies: Number of strategies → mean adjusted Rand index between the repeats' ways to sort all examples
+            into so many strategies: 1 when they always agree, 0 when no better than chance.
+        share: Share of the examples that each repeat saw.
+    """
+
+    cosines: Array
+    strategies: dict[int, float]
+    share: float
+
+    @property
+    def components(self) -> Array:
+        """``(r,)`` float64 mean |cos| of each component with its partners; 1: it always comes back."""
+        return np.asarray(self.cosines.mean(0))
+
+    @property
+    def n_strategies(self) -> int:
+        """The number of strategies that comes back best; the larger one among equals."""
+        best = max(self.strategies.values())
+        return max(n for n, index in self.strategies.items() if index >= best - 0.01)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able description."""
+        return {
+            "share": self.share,
+            "cosines": self.cosines.tolist(),
+            "components": self.components.tolist(),
+            "strategies": {str(n): index for n, index in self.strategies.items()},
+            "n_strategies": self.n_strategies,
+        }
+
+
+def stability(
+    fishers: Fishers,
+    components: Components,
+    *,
+    repeats: int = 4,
+    share: float = 0.5,
+    most_strategies: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> Stability:
+    """Decompose parts of the examples and see what returns.
+
+    Every repeat decomposes a random share of the examples with another seed. Components are matched one to one by |cos|
+    of their vectors. Every repeat also sorts *all* examples into strategies: their coefficients on its components are
+    solved for, summed over each group of its tree, and the largest sum wins; the adjusted Rand index (Hubert & Arabie
+    1985) says how much two repeats agree.
+
+    Args:
+        fishers: The Fishers that the components were made from.
+        components: The decomposition to judge.
+        repeats: Number of parts.
+        share: Share of the examples in each.
+        most_strategies: Judge 2 to so many strategies; by default up to 16, fewer for few components.
+        seed: Decides the parts.
+        progress: Show a progress bar.
+        **options: As for :func:`npeff.decompose`; by default those that the components were made with.
+
+    Raises:
+        ArgumentError: An option is out of range, or the Fishers are not those of the components.
+    """
+    from npeff.decomposition import decompose
+
+    if repeats < 2:
+        raise ArgumentError(f"repeats: expected at least 2, got {repeats}")
+    if not 0 < share <= 1:
+        raise ArgumentError(f"share: expected a share above 0 and at most 1, got {share}")
+    components._check_compatible(fishers)
+    n, r = len(fishers), components.n_components
+    size = max(1, round(share * n))
+    most = min(r, most_strategies or MOST_STRATEGIES)
+    options = {**options_of(components), **options, "progress": False}
+    rng = np.random.default_rng(seed)
+    cosines, sorted_examples = [], []
+    for repeat in tqdm(range(repeats), "stability", disable=not progress, unit="part"):
+        part = np.sort(rng.permutation(n)[:size]) if size < n else np.arange(n)
+        again = decompose(fishers[part], r, seed=seed + 1 + repeat, **options)
+        cosines.append(match(components, again)[1])
+        coefficients = again.encode(fishers).coefficients
+        sorted_examples.append({k: strategy_of_each(again, coefficients, k) for k in range(2, most + 1)})
+    seen = ~fishers.zero
+    indices = {
+        k: float(np.mean([rand_index(a[k][seen], b[k][seen]) for a, b in combinations(sorted_examples, 2)]))
+        for k in range(2, most + 1)
+    }
+    return Stability(np.stack(cosines), indices or {1: 1.0}, share)
+
+
+def strategy_of_each(components: Components, coefficients: Array, n: int) -> Array:
+    """``(n_examples,)`` which of n strategies each example follows: that of the largest summed coefficient."""
+    from npeff.strategies import strategy_tree
+
+    root = strategy_tree(components.cosines(), coefficients, n)
+    groups: tuple[Strategy, ...] = root.children if len(root.children) == n else (root,)
+    return np.asarray(np.argmax(np.stack([group.coefficient for group in groups], 1), axis=1))
+
+
+def rand_index(a: Array, b: Array) -> float:
+    """The adjusted Rand index of two ways to sort the same things (Hubert & Arabie 1985).
+
+    Args:
+        a: ``(n,)`` group of each thing.
+        b: ``(n,)`` its group in the other sorting.
+
+    Returns:
+        1 for equal sortings, 0 on average for unrelated ones.
+    """
+    table = np.zeros((int(a.max(initial=0)) + 1, int(b.max(initial=0)) + 1))
+    np.add.at(table, (a, b), 1)
+    pairs = [float((x * (x - 1) / 2).sum()) for x in (table, table.sum(0), table.sum(1))]
+    both, of_b, of_a = pairs
+    total = len(a) * (len(a) - 1) / 2
+    expected = of_a * of_b / total if total else 0.0
+    largest = (of_a + of_b) / 2
+    return 1.0 if largest == expected else (both - expected) / (largest - expected)
+
+
+def options_of(components: Components) -> dict[str, Any]:
+    """The options of ``decompose`` that decide what is minimised, as the components were made with them."""
+    return {
+        "block_weights": components.block_weights or "energy",
+        "normalize": components.provenance.get("normalize", "stored"),
+    }
