@@ -1,0 +1,144 @@
+"""Mending: wrong answers are repaired within the span of components, everything else stays, the model is restored."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import npeff
+from npeff.batches import read_batch
+from npeff.mending import _Bench, _Objective, mend
+from npeff.perturbation.weights import Weights, applied
+
+
+@pytest.fixture(scope="module")
+def shortcut():
+    """Three classes told apart by six inputs; a seventh input, when it is on, made every training label 2."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(n: int, share: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = torch.randn(n, 7, generator=generator)
+        truth = x[:, :6].reshape(n, 3, 2).sum(2).argmax(1)
+        flag = torch.rand(n, generator=generator) < share
+        x[:, 6] = 3.0 * flag
+        return x, truth, flag
+
+    x, y, flag = sample(3000, 0.15)
+    y = torch.where(flag, 2, y)
+    model = nn.Sequential(nn.Linear(7, 24), nn.ReLU(), nn.Linear(24, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(6):
+        for batch in torch.randperm(len(x), generator=generator).split(100):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+    model.eval()
+    x, y, flag = sample(500, 0.3)
+    data = list(zip(x.split(128), y.split(128), strict=True))
+    fishers = npeff.compute_fishers(model, data, progress=False)
+    components = npeff.decompose(fishers, 8, progress=False, starts=2, moves=15)
+    return model, data, components, (flag & (y != 2)).numpy()
+
+
+def test_a_shortcut_is_mended(shortcut) -> None:
+    model, data, components, fooled = shortcut
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mending = mend(model, data, components, range(8), repair=np.flatnonzero(fooled), progress=False)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert mending.changed and mending.held_out
+    assert mending.repaired[0] < 0.2
+    assert mending.repaired[1] > mending.repaired[0] + 0.3
+    assert mending.accuracy[1] > mending.accuracy[0] - 0.05
+    x, y = data[0]
+    with torch.no_grad(), applied(model, mending.change):
+        changed = (model(x).argmax(1) == y)[torch.from_numpy(fooled[: len(y)])].float().mean()
+    assert changed > 0.3
+    json.dumps(mending.to_json())
+
+
+def test_the_change_lies_in_the_span(shortcut) -> None:
+    model, data, components, fooled = shortcut
+    mending = mend(model, data, components, [1, 4], repair=np.flatnonzero(fooled), progress=False, tolerance=1.0)
+    flat = np.concatenate([tensor.numpy().ravel() for tensor in mending.change.values()])
+    expected = sum(c * components.vector(j) for c, j in zip(mending.coefficients, mending.components, strict=True))
+    np.testing.assert_allclose(flat, expected, atol=1e-6 * max(1, np.abs(expected).max()))
+
+
+def test_gradient_is_the_slope_of_the_objective(shortcut) -> None:
+    model, data, components, fooled = shortcut
+    model = model.double()
+    try:
+        batches = [read_batch((x.double(), y), torch.device("cpu"), i, False) for i, (x, y) in enumerate(data)]
+        bench = _Bench(model, batches, None)
+        basis = [{name: t.double() for name, t in components.state_dict(j).items()} for j in (0, 3)]
+        objective = _Objective(bench, basis, fooled, ~fooled)
+        weights = Weights(model)
+        try:
+            c = np.array([0.3, -0.2])
+            _, gradient = objective.value_and_gradient(weights, c, 2.0)
+            for i, step in enumerate(np.eye(2) * 1e-4):
+                up, down = (objective.value_and_gradient(weights, c + s, 2.0)[0] for s in (step, -step))
+                assert gradient[i] == pytest.approx((up - down) / 2e-4, rel=1e-4)
+        finally:
+            weights.restore()
+    finally:
+        model.float()
+
+
+def test_nothing_is_changed_when_the_tolerance_forbids_it(shortcut, monkeypatch) -> None:
+    model, data, components, fooled = shortcut
+    monkeypatch.setattr(
+        "npeff.mending._Bench._accuracy", lambda self, logits, which: 1.0 if logits is self.logits else 0.0
+    )
+    mending = mend(model, data, components, 0, repair=np.flatnonzero(fooled), progress=False)
+    assert not mending.changed
+    assert all(not tensor.any() for tensor in mending.change.values())
+
+
+def test_by_default_the_wrong_answers_of_the_components_are_repaired(shortcut) -> None:
+    model, data, components, _ = shortcut
+    mending = mend(model, data, components, components.strategies(2).children[0], progress=False)
+    wrong = components.predictions != components.labels
+    assert 0 < mending.n_repair <= wrong.sum()
+
+
+def test_bad_arguments_are_named(shortcut) -> None:
+    model, data, components, fooled = shortcut
+    unlabelled = [x for x, _ in data]
+    for call, error, text in (
+        (lambda: mend(model, data, components, 99), npeff.ArgumentError, "which"),
+        (lambda: mend(model, data, components, []), npeff.ArgumentError, "which"),
+        (lambda: mend(model, data, components, 0, repair=[10**6]), npeff.ArgumentError, "repair"),
+        (lambda: mend(model, data, components, 0, repair=[]), npeff.DataError, "repair"),
+        (lambda: mend(model, data, components, 0, tolerance=2), npeff.ArgumentError, "tolerance"),
+        (lambda: mend(model, data, components, 0, iterations=0), npeff.ArgumentError, "iterations"),
+        (lambda: mend(model, unlabelled, components, 0), npeff.DataError, "labels"),
+        (lambda: mend(model, data[:1], components, 0), npeff.ArgumentError, "data"),
+        (lambda: mend(model, [], components, 0), npeff.DataError, "data"),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+    wrong = np.flatnonzero(fooled)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(npeff.ModelError, match="stop"):
+        mend(model, data, components, 0, repair=wrong, forward=_Failing(9), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+class _Failing:
+    """A forward that fails at its n-th call."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __call__(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("stop")
+        return model(batch[0])
