@@ -5,11 +5,13 @@
 
 namespace npeff {
 
+void bind_blocks(pybind11::module_& m);
 void bind_fisher_norms(pybind11::module_& m);
 void bind_isa(pybind11::module_& m);
 void bind_topk(pybind11::module_& m);
 void bind_nnls(pybind11::module_& m);
 void bind_segments(pybind11::module_& m);
+void bind_sketch(pybind11::module_& m);
 void bind_sparse_gram(pybind11::module_& m);
 void bind_spmm(pybind11::module_& m);
 

@@ -13,6 +13,7 @@ set(NPEFF_ISA_SOURCES
   cpu/isa/table.cpp
   cpu/isa/nnls_active_set.cpp
   cpu/isa/nnls_tile.cpp
+  cpu/isa/sketch_run.cpp
   cpu/isa/spmm_row.cpp
   cpu/isa/topk_scan.cpp)
 set(NPEFF_ISAS base)
@@ -25,10 +26,13 @@ endif()
 
 pybind11_add_module(_native
   bindings/module.cpp
+  bindings/bind_blocks.cpp
+  bindings/bind_blocks_solver.cpp
   bindings/bind_isa.cpp
   bindings/bind_nnls.cpp
   bindings/bind_fisher_norms.cpp
   bindings/bind_segments.cpp
+  bindings/bind_sketch.cpp
   bindings/bind_sparse_gram.cpp
   bindings/bind_spmm.cpp
   bindings/bind_topk.cpp
@@ -42,6 +46,7 @@ pybind11_add_module(_native
   cpu/parallel.cpp
   cpu/fisher_norms.cpp
   cpu/segments.cpp
+  cpu/sketch.cpp
   cpu/sparse_gram.cpp
   cpu/spmm.cpp
   cpu/topk.cpp
@@ -56,6 +61,11 @@ foreach(isa IN LISTS NPEFF_ISAS)
   target_link_libraries(_native PRIVATE npeff_${isa})
   target_compile_definitions(_native PRIVATE NPEFF_HAS_${isa})
 endforeach()
+
+# A sketch has the same bits on every processor: no product may melt into a sum where there are instructions for it.
+set_source_files_properties(cpu/sketch.cpp PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
+# Played CUDA blocks are for tests: not worth the compiler's time.
+set_source_files_properties(bindings/bind_blocks.cpp bindings/bind_blocks_solver.cpp PROPERTIES COMPILE_OPTIONS -O1)
 
 target_include_directories(_native PRIVATE include cpu)
 target_compile_options(_native PRIVATE ${NPEFF_WARNINGS} -O3)

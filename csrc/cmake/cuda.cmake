@@ -24,8 +24,22 @@ enable_language(CUDA)
 
 pybind11_add_module(_cuda
   bindings/cuda_module.cpp
-  cuda/device.cu)
+  bindings/cuda_bind_device.cpp
+  bindings/cuda_bind_sketch.cpp
+  bindings/cuda_bind_solver.cpp
+  bindings/cuda_bind_sparse.cpp
+  bindings/cuda_bind_topk.cpp
+  bindings/device_view.cpp
+  cuda/device.cu
+  cuda/fisher_norms.cu
+  cuda/nnls.cu
+  cuda/segments.cu
+  cuda/sketch.cu
+  cuda/sparse_gram.cu
+  cuda/spmm.cu
+  cuda/topk.cu)
 set_target_properties(_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden)
 target_include_directories(_cuda PRIVATE include)
+target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
 target_link_libraries(_cuda PRIVATE Threads::Threads)
 install(TARGETS _cuda LIBRARY DESTINATION npeff)

@@ -32,6 +32,17 @@ struct NnlsRow {
   int64_t r;
 };
 
+// A stretch of one row on its way into a sketch; see sketch.h.
+struct SketchRun {
+  const float* x;        // (n,)
+  int64_t n, base;       // flat index of x[0]
+  const uint64_t* keys;  // (copies,): streams of the hash
+  int copies;
+  uint32_t groups;       // groups of buckets per copy
+  double* sums;          // (copies · groups · 16,), added to
+  uint32_t begin, end;   // only blocks that fall on these groups
+};
+
 struct Kernels {
   const char* name;  // base, avx2, avx512
 
@@ -55,6 +66,11 @@ struct Kernels {
                        int64_t width, float* out, bool add);
   void (*spmm_row_i64)(const int64_t* indices, const float* values, int64_t n, const float* dense, int64_t stride,
                        int64_t width, float* out, bool add);
+
+  // sketch: adds a stretch of a row; the same bits whatever the instruction set.
+  void (*sketch_run)(const SketchRun& run);
+  // sketch: x (d,) becomes its Walsh–Hadamard transform, unnormalised; d a power of two.
+  void (*walsh_hadamard)(float* x, int64_t d);
 };
 
 // The table in use: the fastest that this processor has, unless use_isa() chose another.

@@ -6,6 +6,7 @@
 #include "aligned.h"
 #include "finite.h"
 #include "isa.h"
+#include "npeff/nnls_step.h"
 #include "npeff/parallel.h"
 
 namespace npeff {
@@ -35,7 +36,7 @@ NnlsStatus nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64
   const int64_t padded = (r + block - 1) / block * block;
   const Aligned<T> panels = pack(gram, r, padded, block);
   Aligned<T> inverse_diagonal(padded);
-  for (int64_t j = 0; j < padded; ++j) inverse_diagonal[j] = j < r && gram[j * r + j] > 0 ? 1 / gram[j * r + j] : 0;
+  for (int64_t j = 0; j < padded; ++j) inverse_diagonal[j] = j < r ? nnls_inverse(gram[j * r + j]) : T{0};
 
   const int64_t tiles = (n + lanes - 1) / lanes, parts = std::min<int64_t>(tiles, 8 * threads);
   std::vector<int64_t> sweeps(parts, 0), bad(parts, -1);

@@ -4,6 +4,7 @@
 
 #include "csr_parts.h"
 #include "npeff/parallel.h"
+#include "npeff/segment_rows.h"
 
 namespace npeff {
 namespace {
@@ -23,16 +24,14 @@ void cross(const float* p, const int64_t* offsets, int64_t n, int64_t r, float* 
   for_examples(offsets, n, r, threads, [=](int64_t i) {
     float* sum = out + i * r;
     std::fill_n(sum, r, 0.0f);
-    for (int64_t row = offsets[i]; row < offsets[i + 1]; ++row)
-      for (int64_t j = 0; j < r; ++j) sum[j] += p[row * r + j] * p[row * r + j];
+    for (int64_t row = offsets[i]; row < offsets[i + 1]; ++row) add_squares(p + row * r, r, sum);
   });
 }
 
 void spread_multiply(const float* w, const float* p, const int64_t* offsets, int64_t n, int64_t r, float* out,
                      int threads) {
   for_examples(offsets, n, r, threads, [=](int64_t i) {
-    for (int64_t row = offsets[i]; row < offsets[i + 1]; ++row)
-      for (int64_t j = 0; j < r; ++j) out[row * r + j] = w[i * r + j] * p[row * r + j];
+    for (int64_t row = offsets[i]; row < offsets[i + 1]; ++row) multiply_row(w + i * r, p + row * r, r, out + row * r);
   });
 }
 

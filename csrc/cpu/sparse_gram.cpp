@@ -5,8 +5,8 @@
 
 #include "aligned.h"
 #include "cache.h"
-#include "csr_seek.h"
 #include "isa.h"
+#include "npeff/csr_seek.h"
 #include "npeff/parallel.h"
 
 namespace npeff {

@@ -4,8 +4,8 @@
 
 #include "cache.h"
 #include "csr_parts.h"
-#include "csr_seek.h"
 #include "isa.h"
+#include "npeff/csr_seek.h"
 #include "npeff/parallel.h"
 
 namespace npeff {

@@ -8,14 +8,15 @@
 
 #include "isa.h"
 #include "npeff/parallel.h"
+#include "npeff/topk_order.h"
 #include "radix_sort.h"
 #include "topk_guess.h"
 
 namespace npeff {
 namespace {
 
-constexpr uint32_t magnitude = 0x7fffffffu, infinity = 0x7f800000u;
-constexpr int64_t anywhere = int64_t{1} << 62;  // threshold index that admits ties at any place
+constexpr uint32_t magnitude = topk_magnitude, infinity = topk_infinity;
+constexpr int64_t anywhere = topk_anywhere;
 
 // Candidates by buckets of magnitude, to find the one that holds the k-th largest.
 struct Buckets {
@@ -72,8 +73,9 @@ Selector::Selector(int64_t k, bool keep_zeros) : k_(k), limit_(2 * k + std::max<
 
 void Selector::reset() {
   size_ = seen_ = 0;
-  threshold_ = 0;
-  threshold_index_ = keep_zeros_ ? anywhere : -1;
+  const Threshold first = first_threshold(keep_zeros_);
+  threshold_ = first.magnitude;
+  threshold_index_ = first.index;
   nonfinite_ = -1;
 }
 

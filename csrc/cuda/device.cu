@@ -18,7 +18,25 @@ cudaError_t count(int* n) {
   return status;
 }
 
+__global__ void nothing() {}
+
 }  // namespace
+
+std::pair<int, int> toolkit() { return {CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10}; }
+
+std::string usable(int device) {
+  int before = 0;
+  cudaError_t status = cudaGetDevice(&before);
+  if (status == cudaSuccess) status = cudaSetDevice(device);
+  if (status == cudaSuccess) {
+    cudaFuncAttributes attributes;
+    status = cudaFuncGetAttributes(&attributes, nothing);  // fails where the build has no code for the device
+    cudaSetDevice(before);
+  }
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(status);
+}
 
 int device_count() {
   int n;

@@ -71,3 +71,38 @@ def fisher_norms(
     out: Operand,
     threads: int,
 ) -> None: ...
+def sketch_rows(
+    block: Operand, base: Operand, rows: Operand, seed: int, copies: int, sums: Operand, threads: int
+) -> None: ...
+def sketch_csr(
+    indptr: Operand,
+    indices: Operand,
+    values: Operand,
+    n_columns: int,
+    seed: int,
+    copies: int,
+    sums: Operand,
+    threads: int,
+) -> None: ...
+def sketch_finish(sums: Operand, scale: float, out: Operand, threads: int) -> int: ...
+def sketch_places(seed: int, offset: int, side: int, d: int, places: Operand) -> None: ...
+def sketch_matrix(
+    block: Operand,
+    columns: int,
+    row_places: Operand,
+    column_places: Operand,
+    rows: Operand,
+    first: Operand,
+    weight: float,
+    sums: Operand,
+    threads: int,
+) -> None: ...
+def sketch_outer(
+    delta: Operand,
+    input: Operand,
+    delta_places: Operand,
+    input_places: Operand,
+    weight: float,
+    sums: Operand,
+    threads: int,
+) -> None: ...

@@ -91,7 +91,11 @@ def _cuda() -> Section:
         from npeff import _cuda
 
         devices = int(_cuda.device_count())
-        section.lines.append(("npeff._cuda", f"built; {devices} device{'' if devices == 1 else 's'} found"))
+        seen = f"{devices} device{'' if devices == 1 else 's'} found" if devices else f"no device: {_cuda.absence()}"
+        section.lines.append(("npeff._cuda", "built with CUDA {}.{}; ".format(*_cuda.toolkit()) + seen))
+        for i in range(devices):
+            reason = _cuda.usable(i)
+            section.lines += [(f"npeff on cuda:{i}", f"cannot run: {reason}")] if reason else []
     except ImportError as error:
         section.lines.append(("npeff._cuda", f"not built ({error}); build where nvcc is found to have it"))
     except Exception as error:  # a driver that is present but broken

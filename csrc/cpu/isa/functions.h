@@ -26,4 +26,7 @@ void spmm_row(const int32_t* indices, const float* values, int64_t n, const floa
 void spmm_row(const int64_t* indices, const float* values, int64_t n, const float* dense, int64_t stride,
               int64_t width, float* out, bool add);
 
+void sketch_run(const SketchRun& run);
+void walsh_hadamard(float* x, int64_t d);
+
 }  // namespace npeff::NPEFF_ISA

@@ -6,6 +6,7 @@
 
 #include "isa/functions.h"
 #include "isa/simd.h"
+#include "npeff/nnls_step.h"
 
 namespace npeff::NPEFF_ISA {
 namespace {
@@ -56,7 +57,7 @@ class Tile {
       for (int64_t j = 0; j < t_.r; ++j) {
         const T start = t_.w[i * t_.r + j];
         cross[j * (vectors * lanes) + i] = t_.cross[i * t_.r + j];
-        w[j * (vectors * lanes) + i] = start > 0 && t_.inverse_diagonal[j] > 0 ? start : 0;
+        w[j * (vectors * lanes) + i] = nnls_start(start, t_.inverse_diagonal[j]);
       }
     scale_ = Rows{};
     for (int64_t j = 0; j < t_.r; ++j) {
@@ -116,8 +117,8 @@ class Tile {
 #pragma GCC unroll 4
         for (int t = 0; t < vectors; ++t) {
           const V old = w_[j].v[t], g = gradient[j - start].v[t];
-          worst.v[t] = Simd<T>::max(worst.v[t], old > 0 ? Simd<T>::abs(g) : -g);
-          step.v[t] = (Simd<T>::max(old - g * t_.inverse_diagonal[j], V{}) - old) * live_.v[t];
+          worst.v[t] = larger(worst.v[t], nnls_violation(old, g));
+          step.v[t] = (nnls_moved(old, g, t_.inverse_diagonal[j]) - old) * live_.v[t];
           if (update) w_[j].v[t] = old + step.v[t];
         }
         if (!update) continue;

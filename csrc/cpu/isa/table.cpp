@@ -20,6 +20,8 @@ const Kernels table = {
     nnls_active_set,
     spmm_row,
     spmm_row,
+    sketch_run,
+    walsh_hadamard,
 };
 
 }  // namespace npeff::NPEFF_ISA

@@ -15,6 +15,7 @@ from npeff.kernels.dispatch import (
 )
 from npeff.kernels.nnls import NnlsResult, nnls
 from npeff.kernels.segments import cross, spread_multiply
+from npeff.kernels.sketch import StreamingSketch, sketch, sketch_csr
 from npeff.kernels.sparse import csr_transpose, fisher_norms, spmm
 from npeff.kernels.sparse_gram import sparse_gram
 from npeff.kernels.topk import NonFiniteError, StreamingTopK, topk
@@ -23,6 +24,7 @@ __all__ = [
     "KernelInfo",
     "NnlsResult",
     "NonFiniteError",
+    "StreamingSketch",
     "StreamingTopK",
     "available",
     "cross",
@@ -33,6 +35,8 @@ __all__ = [
     "num_threads",
     "report",
     "set_num_threads",
+    "sketch",
+    "sketch_csr",
     "sparse_gram",
     "spmm",
     "spread_multiply",

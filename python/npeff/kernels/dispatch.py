@@ -6,6 +6,7 @@ has. ``NPEFF_KERNELS`` (``reference``, ``base``, ``avx2`` or ``avx512``) asks fo
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,10 +16,28 @@ import torch
 
 from npeff.errors import ArgumentError
 
-Implementation = Literal["reference", "base", "avx2", "avx512"]
+Implementation = Literal["reference", "base", "avx2", "avx512", "cuda"]
 
-KERNELS = ("topk", "nnls", "spmm", "csr_transpose", "sparse_gram", "fisher_norms", "cross", "spread_multiply")
+KERNELS = (
+    "topk",
+    "nnls",
+    "spmm",
+    "csr_transpose",
+    "sparse_gram",
+    "fisher_norms",
+    "cross",
+    "spread_multiply",
+    "sketch",
+    "sketch_csr",
+)
 """Names of the kernels that have a native implementation."""
+
+SERVED_OTHERWISE = {
+    "csr_transpose": "a sort: torch's own runs on the device",
+    "sketch": "computed on the processor",
+    "sketch_csr": "computed on the processor",
+}
+"""Kernels whose public function has no CUDA kernel behind it, and who serves CUDA tensors."""
 
 ISAS = ("avx512", "avx2", "base")
 """Instruction sets, fastest first."""
@@ -41,7 +60,7 @@ class KernelInfo:
     Attributes:
         kernel: Name of the kernel, as in ``npeff.kernels``.
         device: ``"cpu"`` or ``"cuda"``.
-        implementation: ``"avx512"``, ``"avx2"``, ``"base"``, or ``"reference"`` (plain torch).
+        implementation: ``"avx512"``, ``"avx2"``, ``"base"``, ``"cuda"``, or ``"reference"`` (plain torch).
         reason: Why nothing faster is used; empty where nothing faster exists.
     """
 
@@ -83,6 +102,41 @@ def native() -> ModuleType | None:
     return None if _forced == "reference" else _native
 
 
+def cuda(device: torch.device) -> ModuleType | None:
+    """``npeff._cuda`` when its kernels are to be used on tensors of that device, else None: plain torch then."""
+    return None if cuda_reason(device) else _cuda_module()[0]
+
+
+def cuda_reason(device: torch.device) -> str:
+    """Why plain torch serves tensors of that device; empty where the CUDA kernels do."""
+    if device.type != "cuda":
+        return f"{device.type} is not a CUDA device"
+    if _forced == "reference":
+        return "asked for plain torch"
+    module, reason = _cuda_module()
+    if module is None:
+        return reason
+    return _unusable(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cuda_module() -> tuple[ModuleType | None, str]:
+    try:
+        from npeff import _cuda
+    except ImportError as error:
+        return None, f"npeff._cuda was not built or cannot be loaded ({error})"
+    if _cuda.device_count() == 0:
+        return None, f"no usable device: {_cuda.absence()}"
+    return _cuda, ""
+
+
+@functools.cache
+def _unusable(index: int) -> str:
+    module, _ = _cuda_module()
+    assert module is not None
+    return str(module.usable(index))
+
+
 def implementation() -> str:
     """What CPU arrays run on: ``"avx512"``, ``"avx2"``, ``"base"`` or ``"reference"``."""
     module = native()
@@ -109,9 +163,17 @@ def num_threads() -> int:
 def report() -> list[KernelInfo]:
     """Per kernel and device, the implementation in use and why it is not a faster one (``npeff doctor``)."""
     cpu, cpu_reason = implementation(), _cpu_reason()
-    cuda_reason = _cuda_reason()
     lines = [KernelInfo(kernel, "cpu", cpu, cpu_reason) for kernel in KERNELS]
-    return lines + [KernelInfo(kernel, "cuda", "reference", cuda_reason) for kernel in KERNELS]
+    return lines + [_cuda_info(kernel) for kernel in KERNELS]
+
+
+def _cuda_info(kernel: str) -> KernelInfo:
+    module, reason = _cuda_module()
+    if module is not None and not torch.cuda.is_available():
+        reason = "this build of torch has no CUDA: there are no CUDA tensors to serve"
+    reason = reason or cuda_reason(torch.device("cuda"))
+    reason = reason or SERVED_OTHERWISE.get(kernel, "")
+    return KernelInfo(kernel, "cuda", "reference" if reason else "cuda", reason)
 
 
 def _cpu_reason() -> str:
@@ -121,16 +183,6 @@ def _cpu_reason() -> str:
         return f"asked for ({'NPEFF_KERNELS' if _forced == os.environ.get('NPEFF_KERNELS') else 'use()'})"
     lacking = [isa for isa in ISAS[: ISAS.index(_native.isa())] if not _native.has_isa(isa)]
     return f"this processor or build lacks {' and '.join(lacking)}" if lacking else ""
-
-
-def _cuda_reason() -> str:
-    try:
-        from npeff import _cuda
-    except ImportError:
-        return "npeff._cuda was not built (no CUDA compiler, or NPEFF_CUDA=OFF)"
-    if _cuda.device_count() == 0:
-        return f"no usable device: {_cuda.absence()}"
-    return "CUDA tensors go through torch on their own device; there is no CUDA kernel for this yet"
 
 
 use(os.environ.get("NPEFF_KERNELS") or None)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Generic
 
 import numpy as np
 import torch
 
 from npeff.errors import ArgumentError, DataError
-from npeff.kernels import arrays, dispatch, reference
+from npeff.kernels import arrays, cuda, dispatch, reference
 from npeff.kernels.arrays import A, Operand
+from npeff.kernels.interop import accepts_cupy
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class NnlsResult(Generic[A]):
     sweeps: int
 
 
+@accepts_cupy
 def nnls(
     gram: A,
     cross: A,
@@ -90,6 +93,8 @@ def nnls(
         raise DataError("gram: expected finite values, got NaN or infinite ones")
 
     native = dispatch.native()
+    if dispatch.cuda(device):
+        return _on_device(gram, cross, w0, max_sweeps, tol, exact, kkt, out, native)
     if native is None or device.type != "cpu":
         return _reference(gram, cross, w0, max_sweeps, tol, exact, kkt, out)
     gram_n, cross_n = (arrays.contiguous(_as(x, work)) for x in (gram, cross))
@@ -106,6 +111,38 @@ def nnls(
         raise DataError(f"cross: row {bad} (or its start in w0) holds NaN or infinite values")
     result = None if residual is None or not kkt else arrays.like(cross, residual)
     return NnlsResult(w=arrays.like(cross, w), kkt=result, sweeps=int(sweeps))
+
+
+def _on_device(
+    gram: A,
+    cross: A,
+    w0: A | None,
+    max_sweeps: int,
+    tol: float,
+    exact: bool,
+    kkt: bool,
+    out: A | None,
+    native: ModuleType | None,
+) -> NnlsResult[A]:
+    """Sweeps on the device. Active sets, which are short work for many different rows, on the processor."""
+    dtype = torch.float64 if exact else arrays.as_tensor(cross).dtype
+    g, c = (arrays.as_tensor(x).to(dtype).contiguous() for x in (gram, cross))
+    w = torch.empty_like(c) if out is None else arrays.as_tensor(out)
+    _assign(w, w0)
+    residual = torch.empty(len(c), dtype=dtype, device=c.device) if kkt and not exact else None
+    status = cuda.nnls_(g, c, w, max_sweeps=max_sweeps, tol=max(tol, 1e-9) if exact else tol, kkt=residual)
+    sweeps = cuda.check_status(status)
+    if exact and native is not None:
+        here = [x.cpu() for x in (g, c, w)]
+        found = torch.empty(len(c), dtype=dtype)
+        _, sweeps = native.nnls_exact(*here, found, tol, dispatch.num_threads())
+        w.copy_(here[2])
+        residual = found.to(c.device) if kkt else None
+    elif exact:
+        result, sweeps = reference.nnls_exact(g, c, w.clone(), tol)
+        w.copy_(result)
+        residual = reference.kkt(g, c, w) if kkt else None
+    return NnlsResult(arrays.like(cross, w), None if residual is None else arrays.like(cross, residual), int(sweeps))
 
 
 def _check_out(out: Operand, cross: Operand) -> None:

@@ -5,6 +5,8 @@ Written to be read, not to be fast. Tensors in, tensors out, on any device; the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -212,3 +214,71 @@ def fisher_norms(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int
             block[place, indices[entries].long()] = values[entries].double()
         out[i] = (block @ block.T).norm()
     return out
+
+
+def _hash(key: int, index: Array) -> npt.NDArray[np.uint64]:
+    """Entry ``index`` of stream ``key``; as ``sketch_hash`` in csrc/include/npeff/sketch_hash.h."""
+    return _mix(np.uint64(key) + (index.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _key(seed: int, number: int) -> int:
+    start = [seed + 0x9E3779B97F4A7C15, number + 0x5851F42D4C957F2D]
+    first, second = (_mix(np.array([value % 2**64], np.uint64)) for value in start)
+    return int(_mix(first ^ second)[0])
+
+
+def sketch_map(indices: Array, d: int, seed: int, copies: int) -> tuple[Array, npt.NDArray[np.float64]]:
+    """Buckets and signs, both ``(copies, n)``, of the parameters at flat ``indices`` ``(n,)``."""
+    groups = np.uint64(d // (16 * copies))
+    buckets, signs = np.empty((copies, len(indices)), np.int64), np.empty((copies, len(indices)))
+    lane = indices & 15
+    for copy in range(copies):
+        hashed = _hash(_key(seed, copy), indices >> 4)
+        group = ((hashed >> np.uint64(32)) * groups >> np.uint64(32)).astype(np.int64)
+        turn = (hashed >> np.uint64(16)).astype(np.int64) & 15
+        buckets[copy] = 16 * (group + copy * int(groups)) + (lane ^ turn)
+        signs[copy] = 1 - 2 * ((hashed.astype(np.int64) >> lane) & 1)
+    return buckets, signs
+
+
+def add_to_sketch(
+    sums: npt.NDArray[np.float64], rows: Array | int, indices: Array, values: npt.NDArray[np.float32], seed: int,
+    copies: int,
+) -> None:  # fmt: skip
+    """Add ``values`` (n,) at flat ``indices`` (n,) to ``sums[rows]``, one after the other; sums (R, d)."""
+    buckets, signs = sketch_map(np.asarray(indices, np.int64), sums.shape[1], seed, copies)
+    for bucket, sign in zip(buckets, signs, strict=True):
+        place: Any = (rows, bucket)
+        np.add.at(sums, place, sign * values)
+
+
+def sketch(x: npt.NDArray[np.float64], d: int, seed: int, base: int, copies: int) -> npt.NDArray[np.float64]:
+    """``(rows, d)``: x (rows, cols) times the matrix of the map, formed and multiplied in float64: the oracle."""
+    buckets, signs = sketch_map(base + np.arange(x.shape[1], dtype=np.int64), d, seed, copies)
+    matrix = np.zeros((x.shape[1], d))
+    for bucket, sign in zip(buckets, signs, strict=True):
+        matrix[np.arange(x.shape[1]), bucket] += sign / np.sqrt(copies)
+    return x @ matrix
+
+
+def sketch_places(seed: int, offset: int, side: int, d: int, n: int) -> npt.NDArray[np.int32]:
+    """``(n,)``: bucket·2 + (1 where the sign is −) of one side of the two-sided map of the matrix at ``offset``."""
+    number = (1 << 63) | (offset << 1) | side
+    hashed = _hash(_key(seed, number), np.arange(n, dtype=np.int64))
+    bucket = (hashed >> np.uint64(32)).astype(np.int64) & (d - 1)
+    return ((bucket << 1) | (hashed.astype(np.int64) & 1)).astype(np.int32)
+
+
+def sketch_outer(
+    delta: Tensor, inputs: Tensor, by_delta: npt.NDArray[np.int32], by_input: npt.NDArray[np.int32], d: int
+) -> Tensor:
+    """``(b·R, d)`` float64: two-sided sketches of Σ_t delta (b, T, R, n) ⊗ inputs (b, T, k), by forming them."""
+    products = torch.einsum("btrn,btk->brnk", delta.double(), inputs.double()).flatten(2).flatten(0, 1)
+    both = torch.from_numpy((by_delta[:, None] ^ by_input).reshape(-1).astype(np.int64))
+    return products.new_zeros(len(products), d).index_add_(1, both >> 1, products * (1 - 2 * (both & 1)))

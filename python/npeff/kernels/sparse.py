@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from npeff.errors import ArgumentError
-from npeff.kernels import arrays, dispatch, reference
+from npeff.kernels import arrays, cuda, dispatch, reference
 from npeff.kernels.arrays import A
+from npeff.kernels.interop import accepts_cupy
 
 
+@accepts_cupy
 def spmm(indptr: A, indices: A, values: A, dense: A) -> A:
-    """``A · dense`` for CSR rows ``A``, float32; float64 in plain torch.
+    """``A · dense`` for CSR rows ``A``.
 
     Args:
         indptr: ``(R + 1,)`` int64.
         indices: ``(nnz,)`` int32 or int64, each below ``n_columns``; any order within a row.
         values: ``(nnz,)`` float32 or float64.
-        dense: ``(n_columns, r)``, same dtype.
+        dense: ``(n_columns, r)``, same dtype; on a CUDA device also float16 or bfloat16, with values and sums float32.
 
     Returns:
-        ``(R, r)``, of the kind and dtype of ``dense``. The same bits for any number of threads.
+        ``(R, r)``, of the kind of ``dense`` and the dtype of ``values``. The same bits for any number of threads.
 
     Raises:
         ArgumentError: Shapes, dtypes or devices do not fit, or an index is out of range.
     """
-    dense = arrays.check(dense, "dense", ("float32", "float64"), (None, None))
-    dtype = arrays.dtype_name(dense)
+    on_device = isinstance(dense, torch.Tensor) and dispatch.cuda(dense.device) is not None
+    dtypes = ("float32", "float64", "float16", "bfloat16") if on_device else ("float32", "float64")
+    dense = arrays.check(dense, "dense", dtypes, (None, None))
+    dtype = "float64" if arrays.dtype_name(dense) == "float64" else "float32"
+    given = (indptr, indices)
     indptr, indices, values = check_csr(indptr, indices, values, dtype)
     device = arrays.same_device(indptr=indptr, indices=indices, values=values, dense=dense)
     native = dispatch.native()
+    if on_device:
+        starts, columns, entries, right = (arrays.as_tensor(x) for x in (indptr, indices, values, dense))
+        _check_on_device(given, starts, columns, int(dense.shape[0]))
+        return arrays.like(dense, cuda.spmm(starts, columns, entries, right.contiguous()))
     if native is None or device.type != "cpu" or dtype == "float64":
         starts, columns, entries = (arrays.as_tensor(x) for x in (indptr, indices, values))
         check_structure(starts, columns, int(dense.shape[0]))
@@ -39,6 +50,7 @@ def spmm(indptr: A, indices: A, values: A, dense: A) -> A:
     return arrays.like(dense, out)
 
 
+@accepts_cupy
 def csr_transpose(indptr: A, indices: A, values: A, n_columns: int) -> tuple[A, A, A]:
     """CSR of the transposed matrix, its indices ascending within a row.
 
@@ -70,6 +82,7 @@ def csr_transpose(indptr: A, indices: A, values: A, n_columns: int) -> tuple[A, 
     return arrays.like(values, starts), arrays.like(values, rows), arrays.like(values, turned)
 
 
+@accepts_cupy
 def fisher_norms(indptr: A, indices: A, values: A, n_columns: int, row_offsets: A) -> A:
     """``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` of every example's CSR rows, in float64.
 
@@ -94,6 +107,9 @@ def fisher_norms(indptr: A, indices: A, values: A, n_columns: int, row_offsets: 
         tensors = [arrays.as_tensor(x) for x in (indptr, indices, values)]
         check_structure(tensors[0], tensors[1], n_columns)
         offsets = arrays.as_tensor(row_offsets)
+        if dispatch.cuda(device):
+            check_offsets(offsets, len(tensors[0]) - 1)
+            return arrays.like(values, cuda.fisher_norms(tensors[0], tensors[1], tensors[2], n_columns, offsets))
         result = reference.fisher_norms(tensors[0], tensors[1], tensors[2], n_columns, offsets)
         return arrays.like(values, result)
     out = np.empty(row_offsets.shape[0] - 1, np.float64)
@@ -125,3 +141,23 @@ def check_structure(indptr: torch.Tensor, indices: torch.Tensor, n_columns: int)
         raise ArgumentError(f"indptr: expected to ascend from 0 to {len(indices)}, the number of indices")
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n_columns:
         raise ArgumentError(f"indices: expected 0 … {n_columns - 1}, got {int(indices.min())} … {int(indices.max())}")
+
+
+def check_offsets(row_offsets: torch.Tensor, n_rows: int) -> None:
+    """Refuse offsets that do not divide the rows among the examples.
+
+    Raises:
+        ArgumentError: They do not ascend from 0 to the number of rows.
+    """
+    if len(row_offsets) == 0 or int(row_offsets[0]) != 0 or int(row_offsets[-1]) != n_rows:
+        raise ArgumentError(f"row_offsets: expected to ascend from 0 to {n_rows}, the number of rows")
+    if bool((row_offsets.diff() < 0).any()):
+        raise ArgumentError(f"row_offsets: expected to ascend from 0 to {n_rows}, the number of rows")
+
+
+def _check_on_device(given: tuple[Any, Any], indptr: torch.Tensor, indices: torch.Tensor, n_columns: int) -> None:
+    """As check_structure, once per matrix: looking again would mean waiting for the device."""
+    if cuda.checked.known(*given, extent=n_columns):
+        return
+    check_structure(indptr, indices, n_columns)
+    cuda.checked.record(*given, extent=n_columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -12,8 +12,12 @@ import torch
 from npeff.errors import ArgumentError, DataError
 from npeff.kernels import arrays, dispatch, reference
 from npeff.kernels.arrays import A, Array, Operand
+from npeff.kernels.cuda_topk import DeviceTopK, plan_rows
+from npeff.kernels.interop import accepts_cupy
+from npeff.kernels.transfers import to_host
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
+Selections = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]
 CHUNK = 1 << 20
 """Columns converted to float32 at a time."""
 
@@ -32,6 +36,7 @@ class NonFiniteError(DataError):
         self.index = index
 
 
+@accepts_cupy
 def topk(x: A, k: int, order: Literal["index", "magnitude"] = "index") -> tuple[A, A]:
     """The k entries of largest |x| in every row, exactly; ties go to the lower index.
 
@@ -56,6 +61,14 @@ def topk(x: A, k: int, order: Literal["index", "magnitude"] = "index") -> tuple[
     if not 1 <= k <= n_columns:
         raise ArgumentError(f"k: expected 1 … {n_columns}, the number of columns, got {k}")
     native = dispatch.native()
+    if isinstance(matrix, torch.Tensor) and dispatch.cuda(matrix.device):
+        selection = DeviceTopK(n_rows, k, True, matrix.device)
+        selection.push(_for_device(matrix), plan_rows(np.zeros(n_rows, np.int64), None, n_rows, matrix.device))
+        _, found, best = selection.finish(order == "magnitude")
+        row, index = selection.take_status().tolist()
+        if row >= 0:
+            raise NonFiniteError(row, index)
+        return arrays.like(x, best.reshape(*x.shape[:-1], k)), arrays.like(x, found.reshape(*x.shape[:-1], k))
     if native is None or arrays.device_of(matrix).type != "cpu":
         values, indices = _reference_topk(matrix, k, order)
         return arrays.like(x, values.reshape(*x.shape[:-1], k)), arrays.like(x, indices.reshape(*x.shape[:-1], k))
@@ -80,6 +93,9 @@ class StreamingTopK:
     Exact, in one pass, for blocks in any order; ties go to the lower flat index; exact zeros are never kept.
     It may be used again after :meth:`finish`. One thread at a time.
 
+    Where the first block lies decides where the selections live: on a CUDA device that npeff's kernels serve, pushes
+    wait for nothing and a non-finite value is refused at :meth:`finish`; blocks on other devices are copied.
+
     Args:
         n_rows: Number of selectors.
         k: Most entries that each keeps.
@@ -96,9 +112,12 @@ class StreamingTopK:
             raise ArgumentError(f"k: expected ≥ 1, got {k}")
         self.n_rows = n_rows
         self.k = k
+        self._keep_zeros = keep_zeros
+        self._device: DeviceTopK | None = None
         native = dispatch.native()
         self._native = None if native is None else native.Selectors(n_rows, k, keep_zeros)
         self._reference = reference.Selectors(n_rows, k, keep_zeros) if native is None else None
+        self._pushed = False
 
     def push(self, block: Operand, base: int | Array = 0, rows: Array | None = None) -> None:
         """Take in a block of values.
@@ -123,6 +142,13 @@ class StreamingTopK:
             else arrays.check(base, "base", ("int64",), (n,))
         )
         targets = None if rows is None else arrays.check(rows, "rows", ("int64",), (n,))
+        if isinstance(values, torch.Tensor) and (self._device or not self._pushed) and dispatch.cuda(values.device):
+            self._check(n, bases, targets)
+            self._push_on_device(values, bases, targets)
+            return
+        if self._device is not None:
+            raise ArgumentError(f"block: expected a CUDA tensor as before, got one on {arrays.device_of(values)}")
+        self._pushed = True
         if arrays.device_of(values).type != "cpu":
             values = values.cpu()
         if arrays.dtype_name(values) == "float32" and _rows_contiguous(values):
@@ -130,6 +156,11 @@ class StreamingTopK:
         else:
             for start, chunk in _blocks(values):
                 self._push(chunk, bases + start, targets)
+
+    def _push_on_device(self, values: torch.Tensor, bases: Array, targets: Array | None) -> None:
+        if self._device is None:
+            self._device = DeviceTopK(self.n_rows, self.k, self._keep_zeros, values.device)
+        self._device.push(_for_device(values), plan_rows(bases, targets, self.n_rows, self._device.device))
 
     def _push(self, block: Operand, bases: Array, targets: Array | None) -> None:
         if self._native is not None:
@@ -159,9 +190,7 @@ class StreamingTopK:
         if (bases < 0).any():
             raise ArgumentError(f"base: expected flat indices from 0 to 2^62, got {bases.min()}")
 
-    def finish(
-        self, order: Literal["index", "magnitude"] = "index"
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    def finish(self, order: Literal["index", "magnitude"] = "index") -> Selections:
         """The selections, rows end to end; the selectors are empty afterwards.
 
         Args:
@@ -169,7 +198,29 @@ class StreamingTopK:
 
         Returns:
             counts ``(n_rows,)`` int64, at most k each; indices ``(sum of counts,)`` int64; values, float32.
+
+        Raises:
+            NonFiniteError: A block pushed on a CUDA device held NaN or infinite values.
         """
+        return self.finish_later(order)()
+
+    def finish_later(self, order: Literal["index", "magnitude"] = "index") -> Callable[[], Selections]:
+        """As :meth:`finish`, but it does not wait for a CUDA device: the selections are on their way to the host.
+
+        Args:
+            order: As for :meth:`finish`.
+
+        Returns:
+            What waits for them and gives them, once; any thread may call it. The selectors are empty already.
+        """
+        if self._device is not None:
+            under_way = to_host(*self._device.finish(order == "magnitude"), self._device.take_status())
+            return lambda: _unpadded(*under_way.wait())
+        self._pushed = False
+        found = self._finish_here(order)
+        return lambda: found
+
+    def _finish_here(self, order: str) -> Selections:
         if self._native is None:
             assert self._reference is not None
             return self._reference.finish(order == "magnitude")
@@ -182,9 +233,26 @@ class StreamingTopK:
 
     def reset(self) -> None:
         """Forget all that was pushed."""
+        self._pushed = False
+        if self._device is not None:
+            self._device.reset()
+            return
         selectors = self._native if self._native is not None else self._reference
         assert selectors is not None
         selectors.reset()
+
+
+def _for_device(x: torch.Tensor) -> torch.Tensor:
+    """X with contiguous rows, float32 or 16 bits."""
+    x = x.float() if x.dtype == torch.float64 else x
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _unpadded(counts: Array, indices: Array, values: Array, status: Array) -> Selections:
+    if status[0] >= 0:
+        raise NonFiniteError(int(status[0]), int(status[1]))
+    kept = np.less(np.arange(indices.shape[1]), counts[:, None])
+    return counts, indices[kept], values[kept]
 
 
 def _rows_contiguous(x: Operand) -> bool:

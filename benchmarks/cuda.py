@@ -1,0 +1,227 @@
+"""Every CUDA kernel against its floor: bytes over the measured bandwidth, or operations over the measured rate.
+
+Answers are checked first, against the processor's kernels or a product in float64 on a part of the problem. Times are
+medians of single runs between device events, over inputs larger than the device's cache. Writes ``results/cuda.md``.
+
+    python benchmarks/cuda.py
+    python benchmarks/cuda.py --scale 0.1 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from npeff.kernels import cross, cuda, dispatch, nnls, sketch, sparse_gram, spmm, spread_multiply, topk
+from npeff.kernels.cuda_sketch import DeviceSketch
+from npeff.kernels.cuda_topk import DeviceTopK, plan_rows
+from npeff.kernels.sparse_gram import DEVICE_DENSE_ABOVE
+
+DEVICE = torch.device("cuda")
+
+
+@dataclass
+class Case:
+    """One line of the table.
+
+    Attributes:
+        name: What runs, with its sizes.
+        run: The work.
+        bytes: Least traffic with device memory: inputs read once, outputs written once.
+        operations: Multiply-adds times two.
+    """
+
+    name: str
+    run: Callable[[], object]
+    bytes: float
+    operations: float = 0.0
+
+
+def milliseconds(run: Callable[[], object], rounds: int) -> list[float]:
+    run()
+    times = []
+    for _ in range(rounds):
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        run()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after))
+    return times
+
+
+def ceilings(rounds: int) -> tuple[float, float]:
+    """Bytes per second of a large copy (read and written), and float32 operations per second of a large product."""
+    source = torch.randn(1 << 29, device=DEVICE)
+    copy = torch.empty_like(source)
+    bandwidth = 8e3 * len(source) / statistics.median(milliseconds(lambda: copy.copy_(source), rounds))
+    a = torch.randn(8192, 8192, device=DEVICE)
+    rate = 2e3 * 8192**3 / statistics.median(milliseconds(lambda: a @ a, rounds))
+    return bandwidth, rate
+
+
+def close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    error = float((got.double().cpu() - want.double().cpu()).norm() / want.double().norm().cpu())
+    assert error <= tolerance, f"{name}: relative error {error:.1e}"
+    print(f"checked {name}: relative error {error:.1e}", flush=True)
+
+
+def selection(scale: float) -> Iterator[Case]:
+    rows, columns, k, parts = 32, int(22_700_000 * scale), int(65_536 * scale), 12
+    x = torch.randn(rows, columns, device=DEVICE)
+    selectors = DeviceTopK(rows, k, True, DEVICE)
+    whole = plan_rows(np.zeros(rows, np.int64), None, rows, DEVICE)
+    edges = [columns * p // parts for p in range(parts + 1)]
+    plans = [plan_rows(np.full(rows, a), None, rows, DEVICE) for a in edges[:-1]]
+
+    def one(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        selectors.push(block, whole)
+        return selectors.finish(False)
+
+    def stream() -> tuple[Tensor, Tensor, Tensor]:
+        for plan, a, b in zip(plans, edges, edges[1:], strict=False):
+            selectors.push(x[:, a:b], plan)
+        return selectors.finish(False)
+
+    want = topk(x[:2].cpu(), k)[1]
+    assert torch.equal(one(x)[1][:2].cpu(), want), "top-k differs"
+    assert torch.equal(stream()[1][:2].cpu(), want), "streaming top-k differs"
+    print("checked top-k: the same entries", flush=True)
+    out = 12 * rows * k
+    size = f"{rows} × {columns:,}, k = {k:,}"
+    yield Case(f"top-k, {size}", lambda: one(x), 4 * x.numel() + out)
+    yield Case(f"top-k in {parts} blocks, {size}", stream, 4 * x.numel() + out)
+    half = x.bfloat16()
+    yield Case(f"top-k of bfloat16, {size}", lambda: one(half), 2 * x.numel() + out)
+    yield Case(f"torch.topk(x.abs(), k), {size}", lambda: torch.topk(x.abs(), k), 4 * x.numel() + out)
+
+
+def sketches(scale: float) -> Iterator[Case]:
+    rows, columns = 32, int(22_700_000 * scale)
+    x = torch.randn(rows, columns, device=DEVICE)
+    plan = plan_rows(np.zeros(rows, np.int64), None, rows, DEVICE)
+    for d in (4096, 16_384):
+        sums = DeviceSketch(rows, d, 0, 1, DEVICE)
+        sums.push(x, plan)
+        close(f"sketch d = {d}", sums.finish()[0][:1], sketch(x[:1].cpu(), d), 1e-5)
+        run = lambda sums=sums: (sums.push(x, plan), sums.finish())  # noqa: E731
+        yield Case(f"sketch, {rows} × {columns:,}, d = {d:,}", run, 4 * x.numel() + 4 * rows * d)
+
+
+def sparse(scale: float) -> Iterator[Case]:
+    n_rows, n_columns, each, r = int(3000 * scale), 2_000_000, 65_536, 256
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    # A few columns that many rows share, and a long tail, as top-k rows have.
+    raw = torch.rand(n_rows, each, generator=generator, device=DEVICE).pow(3).mul(n_columns).int()
+    rows = [torch.unique(row) for row in raw]
+    indptr = torch.tensor([0, *np.cumsum([len(row) for row in rows])], device=DEVICE)
+    indices = torch.cat(rows)
+    values = torch.randn(len(indices), generator=generator, device=DEVICE)
+    dense = torch.randn(n_columns, r, generator=generator, device=DEVICE)
+    nnz = len(indices)
+    out = torch.empty(n_rows, r, device=DEVICE)
+    part = int(indptr[8])
+    few = (indptr[:9].cpu(), indices[:part].cpu(), values[:part].cpu())
+    cuda.spmm(indptr, indices, values, dense, out)
+    close("spmm", out[:8], spmm(*few[:2], few[2].double(), dense.double().cpu()), 1e-5)
+    touched = min(nnz, n_columns) * 4 * r
+    yield Case(
+        f"spmm, {n_rows:,} × {n_columns:,}, {nnz:,} entries, r = {r}",
+        lambda: cuda.spmm(indptr, indices, values, dense, out),
+        8 * nnz + touched + 4 * out.numel(),
+        2.0 * nnz * r,
+    )
+    k = sparse_gram(indptr, indices, values, n_columns)
+    close("sparse Gram", k[:8, :8], sparse_gram(*few, n_columns), 1e-4)
+    counts = torch.bincount(indices.long(), minlength=n_columns).double()
+    pairs = float(counts.square().sum())
+    yield Case(
+        f"sparse Gram, {n_rows:,} rows (columns in {DEVICE_DENSE_ABOVE:.0%} of the rows by dense products)",
+        lambda: sparse_gram(indptr, indices, values, n_columns),
+        8 * nnz + 4 * k.numel(),
+        pairs,
+    )
+
+
+def solver(scale: float) -> Iterator[Case]:
+    n, r, sweeps = int(20_000 * scale), 256, 5
+    g = torch.nn.functional.normalize(torch.randn(r, 300, device=DEVICE), dim=1)
+    gram = (g @ g.T).square()
+    c = torch.rand(n, r, device=DEVICE)
+    w = torch.zeros_like(c)
+    workspace, status = cuda.nnls_workspace(c), torch.empty(2, dtype=torch.int64, device=DEVICE)
+
+    def descend() -> None:
+        w.zero_()
+        cuda.nnls_(gram, c, w, max_sweeps=sweeps, tol=0.0, workspace=workspace, status=status)
+
+    descend()
+    close("nnls", w[:64], nnls(gram.cpu(), c[:64].cpu(), max_sweeps=sweeps, tol=0.0).w, 1e-4)
+    yield Case(f"nnls, n = {n:,}, r = {r}, {sweeps} sweeps", descend, 12 * w.numel(), 2.0 * n * r * r * sweeps)
+    offsets = torch.arange(0, 3 * 40 * n + 1, 3, device=DEVICE)
+    p, weights = torch.randn(3 * 40 * n, r, device=DEVICE), torch.rand(40 * n, r, device=DEVICE)
+    sums, products = torch.empty_like(weights), torch.empty_like(p)
+    cuda.cross(p, offsets, sums)
+    close("cross", sums[:9], cross(p[:27].cpu(), offsets[:10].cpu()), 1e-6)
+    cuda.spread_multiply(weights, p, offsets, products)
+    close("spread", products[:27], spread_multiply(weights[:9].cpu(), p[:27].cpu(), offsets[:10].cpu()), 1e-6)
+    yield Case(f"cross, {len(p):,} rows, r = {r}", lambda: cuda.cross(p, offsets, sums), 4 * (p.numel() + sums.numel()))
+    yield Case(
+        f"W∘P, {len(p):,} rows, r = {r}",
+        lambda: cuda.spread_multiply(weights, p, offsets, products),
+        4 * (2 * p.numel() + weights.numel()),
+    )
+
+
+def line(case: Case, times: list[float], bandwidth: float, rate: float) -> str:
+    by_bytes, by_operations = 1e3 * case.bytes / bandwidth, 1e3 * case.operations / rate
+    floor, kind = max((by_bytes, "bytes"), (by_operations, "operations"))
+    low, _, high = statistics.quantiles(times, n=4)
+    median = statistics.median(times)
+    return f"| {case.name} | {median:.3f} | {low:.3f} – {high:.3f} | {floor:.3f} ({kind}) | {floor / median:.0%} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the full sizes")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cuda.md")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/cuda.py needs a CUDA device that torch can use; there is none here")
+    if reason := dispatch.cuda_reason(DEVICE):
+        raise SystemExit(f"npeff's CUDA kernels cannot run: {reason}")
+    torch.manual_seed(0)
+    bandwidth, rate = ceilings(args.rounds)
+    device = torch.cuda.get_device_properties(0)
+    text = [
+        "# CUDA kernels",
+        "",
+        f"{device.name}, {device.multi_processor_count} multiprocessors; torch {torch.__version__}, "
+        f"Python {platform.python_version()}. Measured ceilings: copy {bandwidth / 1e12:.2f} TB/s (read + written), "
+        f"float32 product {rate / 1e12:.1f} TFLOP/s. Medians of {args.rounds} runs; answers checked first.",
+        "",
+        f"    python benchmarks/cuda.py --scale {args.scale:g} --rounds {args.rounds}",
+        "",
+        "| | median ms | quartiles | floor ms | of the floor's rate |",
+        "|---|---|---|---|---|",
+    ]
+    for family in (selection, sketches, sparse, solver):
+        for case in family(args.scale):
+            text.append(line(case, milliseconds(case.run, args.rounds), bandwidth, rate))
+            print(text[-1], flush=True)
+        torch.cuda.empty_cache()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()

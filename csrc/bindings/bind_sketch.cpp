@@ -1,0 +1,149 @@
+#include "bindings.h"
+#include "csr_view.h"
+#include "npeff/sketch.h"
+#include "tensor_view.h"
+
+namespace npeff {
+namespace {
+
+SketchMap map_of(const TensorView& sums, int copies, uint64_t seed) {
+  if (sums.ndim() != 2) fail("sums: expected a matrix");
+  const int64_t d = sums.shape(1);
+  if (copies < 1 || copies > 64 || d < 1 || d % (16 * copies) != 0 || d > int64_t{1} << 30)
+    fail("sums: expected a multiple of 16·copies columns, 1 … 64 copies, got " + std::to_string(d) + " columns, " +
+         std::to_string(copies) + " copies");
+  return {d, copies, seed};
+}
+
+// Two-sided maps: a power of two.
+int64_t width_of(const TensorView& sums) {
+  if (sums.ndim() < 2) fail("sums: expected a matrix");
+  const int64_t d = sums.shape(sums.ndim() - 1);
+  if (d < 16 || (d & (d - 1)) != 0 || d > int64_t{1} << 30)
+    fail("sums: expected a power of two ≥ 16 as the number of columns, got " + std::to_string(d));
+  return d;
+}
+
+void check_places(const uint32_t* places, int64_t n, int64_t d, const char* name) {
+  for (int64_t i = 0; i < n; ++i)
+    if (int64_t{places[i] >> 1} >= d) fail(std::string(name) + ": expected buckets below " + std::to_string(d));
+}
+
+const uint32_t* places_in(const TensorView& view, int64_t n, int64_t d) {
+  const auto* places = reinterpret_cast<const uint32_t*>(view.as<const int32_t>({n}));
+  check_places(places, n == any ? view.shape(0) : n, d, view.name());
+  return places;
+}
+
+const int64_t* numbers_in(const TensorView& view, int64_t n, int64_t end) {
+  const auto* numbers = view.as<const int64_t>({n});
+  for (int64_t i = 0; i < n; ++i)
+    if (numbers[i] < 0 || numbers[i] >= end)
+      fail(std::string(view.name()) + ": expected numbers from 0 to " + std::to_string(end - 1) + ", got " +
+           std::to_string(numbers[i]));
+  return numbers;
+}
+
+void run_rows(py::handle block, py::handle bases, py::handle rows, uint64_t seed, int copies, py::handle sums_out,
+              int threads) {
+  const TensorView x(block, "block", Access::read), base(bases, "base", Access::read), out(sums_out, "sums", Access::write);
+  const SketchMap map = map_of(out, copies, seed);
+  const auto* data = x.as<const float>({any, any}, true);
+  const int64_t n = x.shape(0), width = x.shape(1), stride = x.stride(0);
+  const auto* base_of = numbers_in(base, n, (int64_t{1} << 62) - width);
+  const TensorView targets(rows, "rows", Access::read);
+  const auto* target = numbers_in(targets, n, out.shape(0));
+  auto* sums = out.as<double>({any, any});
+  const py::gil_scoped_release release;
+  sketch_rows(map, data, n, width, stride, target, base_of, sums, threads);
+}
+
+void run_csr(py::handle indptr, py::handle indices, py::handle values, int64_t n_columns, uint64_t seed, int copies,
+             py::handle sums_out, int threads) {
+  const TensorView out(sums_out, "sums", Access::write);
+  const SketchMap map = map_of(out, copies, seed);
+  const CsrView a(indptr, indices, values, n_columns, threads);
+  auto* sums = out.as<double>({a.n_rows(), any});
+  const auto run = [&](const auto& csr) {
+    const py::gil_scoped_release release;
+    sketch_csr(map, csr, sums, threads);
+  };
+  if (a.narrow()) run(a.as<int32_t>());
+  else run(a.as<int64_t>());
+}
+
+int64_t run_finish(py::handle sums_in, double scale, py::handle result, int threads) {
+  const TensorView sums_view(sums_in, "sums", Access::read), out(result, "out", Access::write);
+  const auto* sums = sums_view.as<const double>({any, any});
+  const int64_t n = sums_view.shape(0), d = sums_view.shape(1);
+  auto* values = out.as<float>({n, d});
+  const py::gil_scoped_release release;
+  return sketch_finish(sums, n, d, scale, values, threads);
+}
+
+void run_places(uint64_t seed, int64_t offset, int side, int64_t d, py::handle places_out) {
+  const TensorView out(places_out, "places", Access::write);
+  auto* places = reinterpret_cast<uint32_t*>(out.as<int32_t>({any}));
+  if (d < 1 || (d & (d - 1)) != 0 || d > int64_t{1} << 30) fail("d: expected a power of two, got " + std::to_string(d));
+  const py::gil_scoped_release release;
+  sketch_places(seed, offset, side, d, out.shape(0), places);
+}
+
+void run_matrix(py::handle block, int64_t columns, py::handle row_places, py::handle column_places, py::handle rows,
+                py::handle first, double weight, py::handle sums_out, int threads) {
+  const TensorView x(block, "block", Access::read), row_view(row_places, "row_places", Access::read),
+      column_view(column_places, "column_places", Access::read), targets(rows, "rows", Access::read),
+      firsts(first, "first", Access::read), out(sums_out, "sums", Access::write);
+  const int64_t d = width_of(out);
+  const auto* data = x.as<const float>({any, any}, true);
+  const int64_t n = x.shape(0), stride = x.stride(0);
+  if (columns < 1 || x.shape(1) % columns != 0)
+    fail("block: expected whole rows of " + std::to_string(columns) + " columns, got width " + std::to_string(x.shape(1)));
+  const int64_t p = x.shape(1) / columns;
+  const auto* by_row = places_in(row_view, any, d);
+  const auto* by_column = places_in(column_view, columns, d);
+  const auto* target = numbers_in(targets, n, out.shape(0));
+  const auto* first_row = numbers_in(firsts, n, row_view.shape(0) - p + 1);
+  auto* sums = out.as<double>({any, any});
+  const py::gil_scoped_release release;
+  sketch_matrix(d, weight, data, n, p, columns, stride, by_row, by_column, target, first_row, sums, threads);
+}
+
+void run_outer(py::handle delta, py::handle input, py::handle delta_places, py::handle input_places, double weight,
+               py::handle sums_out, int threads) {
+  const TensorView g(delta, "delta", Access::read), a(input, "input", Access::read),
+      g_places(delta_places, "delta_places", Access::read), a_places(input_places, "input_places", Access::read),
+      out(sums_out, "sums", Access::write);
+  const auto* left = g.as<const float>({any, any, any, any});
+  const int64_t b = g.shape(0), t = g.shape(1), columns = g.shape(2);
+  const auto* right = a.as<const float>({b, t, any});
+  auto* sums = out.as<double>({b, columns, any});
+  const int64_t d = width_of(out);
+  const auto* by_delta = places_in(g_places, g.shape(3), d);
+  const auto* by_input = places_in(a_places, a.shape(2), d);
+  const int64_t n_delta = g.shape(3), n_input = a.shape(2);
+  const py::gil_scoped_release release;
+  sketch_outer(d, weight, left, right, b, t, columns, n_delta, n_input, by_delta, by_input, sums, threads);
+}
+
+}  // namespace
+
+void bind_sketch(py::module_& m) {
+  m.def("sketch_rows", &run_rows, py::arg("block"), py::arg("base"), py::arg("rows"), py::arg("seed"), py::arg("copies"),
+        py::arg("sums"), py::arg("threads"), "sums (n, d) float64 += the sketches of block (b, width) float32.");
+  m.def("sketch_csr", &run_csr, py::arg("indptr"), py::arg("indices"), py::arg("values"), py::arg("n_columns"),
+        py::arg("seed"), py::arg("copies"), py::arg("sums"), py::arg("threads"),
+        "sums (R, d) float64 += the sketches of CSR rows.");
+  m.def("sketch_finish", &run_finish, py::arg("sums"), py::arg("scale"), py::arg("out"), py::arg("threads"),
+        "out (n, d) float32 = scale · sums; the first row that is not finite, or −1.");
+  m.def("sketch_places", &run_places, py::arg("seed"), py::arg("offset"), py::arg("side"), py::arg("d"),
+        py::arg("places"), "Fills places (n,) int32 of one side of the matrix at offset.");
+  m.def("sketch_matrix", &run_matrix, py::arg("block"), py::arg("columns"), py::arg("row_places"),
+        py::arg("column_places"), py::arg("rows"), py::arg("first"), py::arg("weight"), py::arg("sums"),
+        py::arg("threads"), "sums (n, d) float64 += weight · the two-sided sketches of rows of a matrix.");
+  m.def("sketch_outer", &run_outer, py::arg("delta"), py::arg("input"), py::arg("delta_places"),
+        py::arg("input_places"), py::arg("weight"), py::arg("sums"), py::arg("threads"),
+        "sums (b, R, d) float64 += weight · the two-sided sketches of Σ_t delta[b, t, R] ⊗ input[b, t].");
+}
+
+}  // namespace npeff

@@ -1,0 +1,181 @@
+// Kernels as blocks of threads, on a CUDA device or played on the processor.
+//
+// A kernel is a struct (its arguments) with
+//
+//   static constexpr int threads;  struct Shared {…};  int64_t shared_bytes() const;
+//   template <class Block> void operator()(const Block& block, Shared& shared, int64_t id) const;
+//
+// whose body is a sequence of steps: block.each(f) calls f(thread) for every thread of the block and then waits for all.
+// What a thread keeps from one step to the next lies in a Block::Local<T>, indexed by the thread. Code between steps
+// runs the same in all threads; it reads shared memory through block.uniform() only, which waits until all have read.
+// Within a step threads share nothing but what goes through the atomics below, whose results must not decide the answer
+// by their order: HostQueue runs threads and blocks in shuffled orders, so that tests can tell.
+#pragma once
+
+#include "npeff/host_device.h"
+
+#ifndef __CUDA_ARCH__
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <numeric>
+#include <vector>
+#endif
+
+namespace npeff {
+
+#ifdef __CUDACC__
+
+template <int size>
+class CudaBlock {
+ public:
+  static constexpr int threads = size;
+
+  template <class T>
+  struct Local {
+    T value;
+    NPEFF_INLINE explicit Local(const CudaBlock&) {}
+    NPEFF_INLINE T& operator[](int) { return value; }
+  };
+
+  template <class F>
+  NPEFF_INLINE void each(F f) const {
+#ifdef __CUDA_ARCH__
+    f(static_cast<int>(threadIdx.x));
+    __syncthreads();
+#endif
+  }
+
+  template <class T>
+  NPEFF_INLINE T uniform(const T& shared) const {
+    const T value = shared;
+#ifdef __CUDA_ARCH__
+    __syncthreads();
+#endif
+    return value;
+  }
+
+  // Adds; returns what was there.
+  NPEFF_INLINE static uint32_t add(uint32_t* to, uint32_t n) {
+#ifdef __CUDA_ARCH__
+    return atomicAdd(to, n);
+#else
+    return 0;
+#endif
+  }
+  NPEFF_INLINE static int64_t add(int64_t* to, int64_t n) {
+#ifdef __CUDA_ARCH__
+    return static_cast<int64_t>(
+        atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(n)));
+#else
+    return 0;
+#endif
+  }
+  NPEFF_INLINE static void lower(int64_t* to, int64_t n) {
+#ifdef __CUDA_ARCH__
+    atomicMin(reinterpret_cast<long long*>(to), static_cast<long long>(n));
+#endif
+  }
+  NPEFF_INLINE static void raise(int64_t* to, int64_t n) {
+#ifdef __CUDA_ARCH__
+    atomicMax(reinterpret_cast<long long*>(to), static_cast<long long>(n));
+#endif
+  }
+};
+
+#endif  // __CUDACC__
+
+#ifndef __CUDA_ARCH__
+
+// One block on the processor: threads one after the other, in the order of their places in `order`.
+template <int size>
+class HostBlock {
+ public:
+  static constexpr int threads = size;
+  explicit HostBlock(const int* order) : order_(order) {}
+
+  template <class T>
+  struct Local {
+    std::vector<T> values;
+    explicit Local(const HostBlock&) : values(size) {}
+    T& operator[](int thread) { return values[thread]; }
+  };
+
+  template <class F>
+  void each(F f) const {
+    for (int i = 0; i < size; ++i) f(order_[i]);
+  }
+
+  template <class T>
+  T uniform(const T& shared) const { return shared; }
+
+  template <class T>
+  static T add(T* to, T n) {
+    const T before = *to;
+    *to += n;
+    return before;
+  }
+  static void lower(int64_t* to, int64_t n) { *to = std::min(*to, n); }
+  static void raise(int64_t* to, int64_t n) { *to = std::max(*to, n); }
+
+ private:
+  const int* order_;
+};
+
+// Runs kernels on the processor, each block with shared memory full of rubbish. Seed 0: in ascending order.
+class HostQueue {
+ public:
+  explicit HostQueue(uint64_t seed) : random_(seed) {}
+
+  template <class Kernel>
+  void run(int64_t blocks, const Kernel& kernel) {
+    std::vector<int64_t> order(blocks);
+    std::iota(order.begin(), order.end(), int64_t{0});
+    shuffle(order);
+    std::vector<int> threads(Kernel::threads);
+    std::iota(threads.begin(), threads.end(), 0);
+    std::vector<unsigned char> memory(kernel.shared_bytes() + 64);
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    auto* shared = reinterpret_cast<typename Kernel::Shared*>((address + 63) / 64 * 64);
+    for (const int64_t id : order) {
+      shuffle(threads);
+      std::memset(memory.data(), 0xa5, memory.size());
+      kernel(HostBlock<Kernel::threads>(threads.data()), *shared, id);
+    }
+  }
+
+  // As a small device would say.
+  int64_t processors() const { return 3; }
+  int64_t most_shared_bytes() const { return 64 << 10; }
+
+ private:
+  template <class T>
+  void shuffle(std::vector<T>& order) {
+    if (random_ == 0) return;
+    for (size_t i = order.size(); i > 1; --i) {
+      random_ = random_ * 6364136223846793005u + 1442695040888963407u;
+      std::swap(order[i - 1], order[(random_ >> 33) % i]);
+    }
+  }
+
+  uint64_t random_;
+};
+
+#endif
+
+// Sums of all values before each thread's own: in place, and the total. scratch: (2, threads).
+template <class Block, class T>
+NPEFF_INLINE T exclusive_scan(const Block& block, T (*scratch)[Block::threads], typename Block::template Local<T>& values) {
+  constexpr int n = Block::threads;
+  int from = 0;
+  block.each([&](int t) { scratch[0][t] = values[t]; });
+  for (int reach = 1; reach < n; reach *= 2) {
+    block.each([&](int t) { scratch[1 - from][t] = scratch[from][t] + (t >= reach ? scratch[from][t - reach] : T{0}); });
+    from = 1 - from;
+  }
+  const T total = block.uniform(scratch[from][n - 1]);
+  block.each([&](int t) { values[t] = scratch[from][t] - values[t]; });
+  return total;
+}
+
+}  // namespace npeff

@@ -1,0 +1,43 @@
+// What lets one source serve the processor and CUDA devices.
+#pragma once
+
+#include <cstdint>
+
+#ifndef NPEFF_HOST_DEVICE
+#ifdef __CUDACC__
+#define NPEFF_HOST_DEVICE __host__ __device__
+#else
+#define NPEFF_HOST_DEVICE
+#endif
+#endif
+
+// Always inlined: files compiled for different instruction sets must not share copies of a function.
+#define NPEFF_INLINE NPEFF_HOST_DEVICE inline __attribute__((always_inline))
+
+// Unrolls the next loop on the device (the processor's compilers know better).
+#ifdef __CUDA_ARCH__
+#define NPEFF_UNROLL _Pragma("unroll")
+#define NPEFF_UNROLL_4 _Pragma("unroll 4")
+#else
+#define NPEFF_UNROLL
+#define NPEFF_UNROLL_4
+#endif
+
+namespace npeff {
+
+// Bit for bit, as memcpy does it.
+template <class To, class From>
+NPEFF_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast: sizes differ");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// `a > b ? a : b` and its kin, for numbers and for vectors of them alike.
+template <class V> NPEFF_INLINE V larger(V a, V b) { return a > b ? a : b; }
+template <class V> NPEFF_INLINE V size_of(V a) { return a < 0 ? -a : a; }
+
+template <class I> NPEFF_INLINE I ceil_div(I a, I b) { return (a + b - 1) / b; }
+
+}  // namespace npeff

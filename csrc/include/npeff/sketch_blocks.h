@@ -1,0 +1,291 @@
+// The flat map of sketch.h by blocks. Sums have no atomics of floats in them, so that their bits are the same every time:
+//
+//   rows    a block takes a stretch of a row and keeps float32 sums in shared memory. Of the tile at hand, it sorts the
+//           16-element blocks by the owner of their group of buckets; each owner is 16 threads, one per bucket of a
+//           group, and adds what falls on its own buckets in the order of the input. Stretches are long against d, so
+//           that the sums cost little to write; they are added in float64, in order, by
+//   gather  one thread per bucket.
+//   csr     entries of a sparse row meet in no order; they are added as integers, scaled so that the row's largest
+//           entry has 2^38 steps: the error is that of float64 for sums of up to 2^24 such entries, and addition of
+//           integers has no order.
+#pragma once
+
+#include "npeff/block.h"
+#include "npeff/half_types.h"
+#include "npeff/sketch.h"
+#include "npeff/sketch_hash.h"
+
+namespace npeff {
+
+// A map with its hash keys at hand.
+struct SketchKeys {
+  static constexpr int most_copies = 64;
+  uint64_t keys[most_copies];
+  int copies;
+  uint32_t groups;  // groups of buckets per copy
+  int64_t d;
+
+  explicit SketchKeys(const SketchMap& map)
+      : keys{}, copies(map.copies), groups(static_cast<uint32_t>(map.d / (sketch_lanes * map.copies))), d(map.d) {
+    for (int c = 0; c < copies; ++c) keys[c] = sketch_key(map.seed, c);
+  }
+};
+
+template <class T>
+struct SketchRowsBlocks {
+  static constexpr int threads = 256, lanes = sketch_lanes, owners = threads / lanes, items = threads, tile = items * lanes;
+  static_assert(owners == 16 && lanes == 16, "lists are made by 16 threads per owner");
+  struct Shared {
+    T x[tile + lanes];
+    uint32_t group[items];    // of the bucket group, within those of this block; `none` when it belongs to others
+    uint32_t turn_signs[items];
+    uint8_t owner[items];
+    uint8_t count[owners][lanes];
+    uint8_t list[owners][items];
+    float sums[1];            // (n_groups · 16,)
+  };
+  static constexpr uint32_t none = ~uint32_t{0};
+  SketchKeys map;
+  const T* x;  // (n_rows, width), `stride` entries apart
+  int64_t n_rows, width, stride;
+  const int64_t* bases;        // (n_rows,)
+  int64_t stretches, stretch;  // per row, and their length: a multiple of the tile
+  int64_t parts, part_groups;  // parts of the bucket groups of all copies, taken by different blocks
+  float* sums;                 // (n_rows, stretches, d)
+
+  int64_t shared_bytes() const { return sizeof(Shared) + part_groups * lanes * sizeof(float); }
+
+  template <class Block>
+  NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
+    const int64_t part = id % parts, at = id / parts % stretches, row = id / parts / stretches;
+    const int64_t all_groups = int64_t{map.groups} * map.copies, first_group = part * part_groups;
+    const int64_t n_groups = first_group + part_groups < all_groups ? part_groups : all_groups - first_group;
+    const int64_t from = at * stretch, to = from + stretch < width ? from + stretch : width;
+    const int64_t base = bases[row];
+    float* const own = s.sums;
+    block.each([&](int t) {
+      for (int64_t i = t; i < n_groups * lanes; i += threads) own[i] = 0;
+    });
+    // Tiles begin where blocks of 16 parameters do: `lead` places before the stretch.
+    const int64_t lead = (base + from) % lanes;
+    for (int64_t start = from - lead; start < to; start += tile) {
+      block.each([&](int t) {
+NPEFF_UNROLL
+        for (int q = 0; q < lanes; ++q) {
+          const int64_t column = start + q * threads + t;
+          s.x[q * threads + t] = column >= from && column < to ? x[row * stride + column] : T{};
+        }
+      });
+      const auto first_item = static_cast<uint64_t>((base + start) / lanes);
+      const int64_t here = ceil_div<int64_t>(to - start < tile ? to - start : tile, lanes);
+      for (int c = 0; c < map.copies; ++c) add_tile(block, s, own, c, first_item, here, first_group, n_groups);
+    }
+    block.each([&](int t) {
+      float* const out = sums + (row * stretches + at) * map.d + first_group * lanes;
+      for (int64_t i = t; i < n_groups * lanes; i += threads) out[i] = own[i];
+    });
+  }
+
+ private:
+  template <class Block>
+  NPEFF_INLINE void add_tile(const Block& block, Shared& s, float* own, int copy, uint64_t first_item, int64_t here,
+                             int64_t first_group, int64_t n_groups) const {
+    block.each([&](int t) {
+      const uint64_t hash = sketch_hash(map.keys[copy], first_item + static_cast<uint64_t>(t));
+      const int64_t group = int64_t{sketch_group(hash, map.groups)} + int64_t{copy} * map.groups - first_group;
+      const bool mine = t < here && group >= 0 && group < n_groups;
+      s.group[t] = static_cast<uint32_t>(group);
+      s.turn_signs[t] = sketch_turn(hash) << 16 | sketch_signs(hash);
+      s.owner[t] = mine ? static_cast<uint8_t>(group % owners) : uint8_t{255};
+    });
+    // Thread (owner, part) looks through the part's 16 items; its finds go behind those of the parts before it.
+    block.each([&](int t) {
+      const int owner = t / lanes, first = t % lanes * lanes;
+      int count = 0;
+      for (int i = 0; i < lanes; ++i) count += s.owner[first + i] == owner;
+      s.count[owner][t % lanes] = static_cast<uint8_t>(count);
+    });
+    block.each([&](int t) {
+      const int owner = t / lanes, first = t % lanes * lanes;
+      int place = 0;
+      for (int p = 0; p < t % lanes; ++p) place += s.count[owner][p];
+      for (int i = 0; i < lanes; ++i)
+        if (s.owner[first + i] == owner) s.list[owner][place++] = static_cast<uint8_t>(first + i);
+    });
+    block.each([&](int t) {
+      const int owner = t / lanes, bucket = t % lanes;
+      int n = 0;
+      for (int p = 0; p < lanes; ++p) n += s.count[owner][p];
+      for (int i = 0; i < n; ++i) {
+        const int item = s.list[owner][i];
+        const uint32_t turn_signs = s.turn_signs[item], lane = static_cast<uint32_t>(bucket) ^ (turn_signs >> 16);
+        const float value = widen(s.x[item * lanes + lane]);
+        own[int64_t{s.group[item]} * lanes + bucket] += (turn_signs >> lane) & 1 ? -value : value;
+      }
+    });
+  }
+};
+
+// out[target, bucket] += Σ over the target's rows (in `order`) and their stretches.
+struct SketchGatherBlocks {
+  static constexpr int threads = 256;
+  struct Shared { char none; };
+  const float* partial;  // (n_rows, stretches, d)
+  int64_t n_targets, stretches, d;
+  const int64_t *order, *starts;  // rows by target, and within a target by base; (n_targets + 1,)
+  double* out;                    // (n_targets, d)
+  int64_t shared_bytes() const { return sizeof(Shared); }
+
+  template <class Block>
+  NPEFF_INLINE void operator()(const Block& block, Shared&, int64_t id) const {
+    block.each([&](int t) {
+      const int64_t at = id * threads + t;
+      if (at >= n_targets * d) return;
+      const int64_t target = at / d, bucket = at % d;
+      if (starts[target] == starts[target + 1]) return;
+      double sum = out[at];
+      for (int64_t i = starts[target]; i < starts[target + 1]; ++i)
+        for (int64_t p = 0; p < stretches; ++p) sum += partial[(order[i] * stretches + p) * d + bucket];
+      out[at] = sum;
+    });
+  }
+};
+
+// sums (n_rows, d) += the sketches of CSR rows whose entries are finite; a row with others gets NaN.
+template <class Index>
+struct SketchCsrBlocks {
+  static constexpr int threads = 256;
+  struct Shared {
+    int64_t largest;
+    int64_t sums[1];  // (part_groups · 16,)
+  };
+  SketchKeys map;
+  Csr<Index> a;
+  int64_t parts, part_groups;
+  double* sums;
+  int64_t shared_bytes() const { return sizeof(Shared) + part_groups * sketch_lanes * sizeof(int64_t); }
+
+  template <class Block>
+  NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
+    const int64_t row = id / parts, first_group = id % parts * part_groups, all_groups = int64_t{map.groups} * map.copies;
+    const int64_t n_groups = first_group + part_groups < all_groups ? part_groups : all_groups - first_group;
+    const int64_t from = a.indptr[row], to = a.indptr[row + 1];
+    int64_t* const own = s.sums;
+    block.each([&](int t) {
+      if (t == 0) s.largest = 0;
+      for (int64_t i = t; i < n_groups * sketch_lanes; i += threads) own[i] = 0;
+    });
+    block.each([&](int t) {
+      int64_t largest = 0;
+      for (int64_t e = from + t; e < to; e += threads)
+        largest = larger<int64_t>(largest, bit_cast<uint32_t>(a.values[e]) & 0x7fffffffu);
+      Block::raise(&s.largest, largest);
+    });
+    const int64_t largest = block.uniform(s.largest);
+    const bool finite = largest < 0x7f800000;
+    // 2^(38 − exponent of the largest): by the bits of a double, whose exponents reach further.
+    const int64_t exponent = larger<int64_t>(largest >> 23, 1) - 127;
+    const double scale = bit_cast<double>((1023 + 38 - exponent) << 52);
+    block.each([&](int t) {
+      for (int64_t e = from + t; finite && e < to; e += threads) {
+        const auto index = static_cast<uint64_t>(a.indices[e]);
+        const auto lane = static_cast<uint32_t>(index % sketch_lanes);
+        const auto step = static_cast<int64_t>(static_cast<double>(a.values[e]) * scale);
+        for (int c = 0; c < map.copies; ++c) {
+          const uint64_t hash = sketch_hash(map.keys[c], index / sketch_lanes);
+          const int64_t group = int64_t{sketch_group(hash, map.groups)} + int64_t{c} * map.groups - first_group;
+          if (group < 0 || group >= n_groups) continue;
+          const int64_t bucket = group * sketch_lanes + (lane ^ sketch_turn(hash));
+          Block::add(&own[bucket], (sketch_signs(hash) >> lane) & 1 ? -step : step);
+        }
+      }
+    });
+    block.each([&](int t) {
+      double* const out = sums + row * map.d + first_group * sketch_lanes;
+      for (int64_t i = t; i < n_groups * sketch_lanes; i += threads)
+        out[i] += finite ? static_cast<double>(own[i]) / scale : bit_cast<double>(uint64_t{0x7ff8} << 48);
+    });
+  }
+};
+
+// out = scale · sums, both (n_rows, d); bad: lowest row with a non-finite value, if below what is there.
+struct SketchFinishBlocks {
+  static constexpr int threads = 256;
+  struct Shared { char none; };
+  const double* sums;
+  int64_t n_rows, d;
+  double scale;
+  float* out;
+  int64_t* bad;
+  int64_t shared_bytes() const { return sizeof(Shared); }
+
+  template <class Block>
+  NPEFF_INLINE void operator()(const Block& block, Shared&, int64_t id) const {
+    block.each([&](int t) {
+      const int64_t at = id * threads + t;
+      if (at >= n_rows * d) return;
+      const auto value = static_cast<float>(scale * sums[at]);
+      out[at] = value;
+      if (!(value * 0 == 0)) Block::lower(bad, at / d);
+    });
+  }
+};
+
+// ---- what the host does -------------------------------------------------------------------------------------------
+
+struct SketchPlan {
+  int64_t stretch, stretches, parts, part_groups;
+  int64_t workspace;  // floats
+};
+
+// Parts of the bucket groups that shared memory holds at a time, `bytes` per bucket beside `fixed` bytes.
+template <class Queue>
+SketchPlan sketch_parts(const Queue& queue, const SketchKeys& map, int64_t fixed, int64_t bytes) {
+  const int64_t groups = int64_t{map.groups} * map.copies;
+  const int64_t fit = larger<int64_t>((queue.most_shared_bytes() - fixed) / (bytes * sketch_lanes), 1);
+  const int64_t parts = ceil_div(groups, fit);
+  return {0, 0, parts, ceil_div(groups, parts), 0};
+}
+
+template <class Queue, class T>
+SketchPlan sketch_plan(const Queue& queue, const SketchKeys& map, int64_t n_rows, int64_t width) {
+  using Blocks = SketchRowsBlocks<T>;
+  SketchPlan plan = sketch_parts(queue, map, sizeof(typename Blocks::Shared), sizeof(float));
+  // Long against d, so that writing and reading the sums is little beside reading x; short enough for all processors.
+  const int64_t share = ceil_div<int64_t>(larger<int64_t>(n_rows * width, 1), 8 * queue.processors());
+  const int64_t long_enough = 32 * map.d, length = larger(share, long_enough);
+  plan.stretch = ceil_div<int64_t>(length < width ? length : larger<int64_t>(width, 1), Blocks::tile) * Blocks::tile;
+  plan.stretches = larger<int64_t>(ceil_div(width, plan.stretch), 1);
+  plan.workspace = n_rows * plan.stretches * map.d;
+  return plan;
+}
+
+// order, starts: rows by target, and within a target by base. workspace: sketch_plan's.
+template <class Queue, class T>
+void sketch_rows_by_blocks(Queue& queue, const SketchKeys& map, const T* x, int64_t n_rows, int64_t width, int64_t stride,
+                           const int64_t* bases, const int64_t* order, const int64_t* starts, int64_t n_targets,
+                           float* workspace, double* sums) {
+  if (n_rows == 0 || width == 0 || n_targets == 0) return;
+  const SketchPlan plan = sketch_plan<Queue, T>(queue, map, n_rows, width);
+  queue.run(n_rows * plan.stretches * plan.parts,
+            SketchRowsBlocks<T>{map, x, n_rows, width, stride, bases, plan.stretches, plan.stretch, plan.parts,
+                                plan.part_groups, workspace});
+  queue.run(ceil_div<int64_t>(n_targets * map.d, SketchGatherBlocks::threads),
+            SketchGatherBlocks{workspace, n_targets, plan.stretches, map.d, order, starts, sums});
+}
+
+template <class Queue, class Index>
+void sketch_csr_by_blocks(Queue& queue, const SketchKeys& map, const Csr<Index>& a, double* sums) {
+  using Blocks = SketchCsrBlocks<Index>;
+  if (a.n_rows == 0) return;
+  const SketchPlan plan = sketch_parts(queue, map, sizeof(typename Blocks::Shared), sizeof(int64_t));
+  queue.run(a.n_rows * plan.parts, Blocks{map, a, plan.parts, plan.part_groups, sums});
+}
+
+template <class Queue>
+void sketch_finish_by_blocks(Queue& queue, const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int64_t* bad) {
+  if (n_rows * d > 0)
+    queue.run(ceil_div<int64_t>(n_rows * d, SketchFinishBlocks::threads), SketchFinishBlocks{sums, n_rows, d, scale, out, bad});
+}
+
+}  // namespace npeff

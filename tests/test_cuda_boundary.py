@@ -1,0 +1,145 @@
+"""npeff._cuda without a device: it imports, says why there is none, and names wrong arguments before any launch."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from npeff.errors import ArgumentError
+from npeff.kernels import dispatch
+
+_cuda = pytest.importorskip("npeff._cuda", reason="npeff._cuda was not built")
+no_device = pytest.mark.skipif(_cuda.device_count() > 0, reason="there is a CUDA device here")
+
+
+class _Managed(ctypes.Structure):
+    """DLManagedTensor, flattened."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    ]
+
+
+class OnDevice:
+    """A numpy array that says it lies on a CUDA device: good for what looks at shapes only."""
+
+    def __init__(self, array: np.ndarray, index: int = 0, dtype: tuple[int, int] | None = None) -> None:
+        code = {"f": 2, "i": 0, "u": 1}[array.dtype.kind]
+        self.array = array
+        self.shape = (ctypes.c_int64 * array.ndim)(*array.shape)
+        self.strides = (ctypes.c_int64 * array.ndim)(*(s // array.itemsize for s in array.strides))
+        code, bits = dtype or (code, 8 * array.itemsize)
+        self.managed = _Managed(
+            array.ctypes.data, 2, index, array.ndim, code, bits, 1, self.shape, self.strides, 0, None, None
+        )
+        self.index = index
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.index
+
+    def __dlpack__(self, stream: int) -> Any:
+        assert stream == -1, "the caller's stream is used: nothing is waited for"
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        return new(ctypes.addressof(self.managed), b"dltensor", None)
+
+
+P, OFFSETS, OUT = np.ones((4, 3), np.float32), np.array([0, 1, 4]), np.zeros((2, 3), np.float32)
+
+
+def cross(p: object = OnDevice(P), offsets: object = OnDevice(OFFSETS), out: object = OnDevice(OUT)) -> None:
+    _cuda.cross(p, offsets, out, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"p": torch.ones(4, 3)}, "p: expected a CUDA tensor, got one on cpu"),
+        ({"p": P}, "p: expected a CUDA tensor, got one on"),
+        ({"p": [[1.0]]}, r"p: expected a CUDA tensor \(torch or CuPy\), got list"),
+        ({"p": OnDevice(P.astype(np.int32))}, "p: expected float32, got int32"),
+        ({"p": OnDevice(P[0])}, r"p: expected shape \(any, any\), got \(3,\)"),
+        ({"p": OnDevice(np.ones((3, 4), np.float32).T)}, "p: expected a C-contiguous tensor"),
+        ({"p": OnDevice(np.ones((1, 1, 1, 4, 3), np.float32))}, "p: expected at most 4 dimensions, got 5"),
+        ({"offsets": OnDevice(OFFSETS[:2])}, r"row_offsets: expected shape \(3,\), got \(2,\)"),
+        ({"offsets": OnDevice(OFFSETS, 1)}, "one device, got cuda:0 and cuda:1"),
+        ({"out": OnDevice(np.zeros((2, 4), np.float32))}, r"out: expected shape \(any, 3\), got \(2, 4\)"),
+        ({"out": OnDevice(np.zeros((2, 3)))}, "out: expected float32, got float64"),
+        (
+            {"p": OnDevice(P.astype(np.float16), dtype=(4, 16)), "out": OnDevice(np.zeros((2, 3)))},
+            "out: expected float32",
+        ),
+        ({"p": OnDevice(P.astype(np.float64))}, "out: expected float64, got float32"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        cross(**arguments)
+
+
+def test_sizes_are_checked() -> None:
+    with pytest.raises(ArgumentError, match="k: expected 1"):
+        _cuda.topk_bytes(3, 0)
+    memory = np.zeros(_cuda.topk_bytes(3, 5) - 1, np.uint8)
+    with pytest.raises(ArgumentError, match="memory: expected shape"):
+        _cuda.topk_reset(OnDevice(memory), 3, 5, False, 0)
+    with pytest.raises(ArgumentError, match="d: expected a multiple"):
+        _cuda.sketch_workspace(0, "float32", 40, 1, 1, 1)
+    with pytest.raises(ArgumentError, match="copies: expected"):
+        _cuda.sketch_workspace(0, "float32", 16, 0, 1, 1)
+
+
+@no_device
+def test_without_a_device_every_launch_fails_cleanly() -> None:
+    assert _cuda.absence() and _cuda.devices() == [] and _cuda.usable(0)
+    with pytest.raises(RuntimeError, match="cross: "):
+        cross()
+    with pytest.raises(RuntimeError, match="nnls_workspace: "):
+        _cuda.nnls_workspace(0, 10, 3)
+    memory = np.zeros(_cuda.topk_bytes(3, 5) + 16, np.uint8)
+    memory = memory[-memory.ctypes.data % 16 :][: _cuda.topk_bytes(3, 5)]
+    with pytest.raises(RuntimeError, match="topk_reset: "):
+        _cuda.topk_reset(OnDevice(memory), 3, 5, False, 0)
+
+
+@no_device
+def test_the_absence_is_told() -> None:
+    lines = [line for line in dispatch.report() if line.device == "cuda"]
+    assert {line.kernel for line in lines} == set(dispatch.KERNELS)
+    assert all(line.implementation == "reference" and _cuda.absence() in line.reason for line in lines)
+    assert dispatch.cuda(torch.device("cuda", 0)) is None
+
+
+def test_toolkit_is_known() -> None:
+    major, minor = _cuda.toolkit()
+    assert major >= 11 and 0 <= minor < 20
+
+
+def test_imports_alone() -> None:
+    """In a fresh interpreter, without torch having loaded anything of CUDA's."""
+    code = (
+        "import importlib.util as u\n"
+        f"spec = u.spec_from_file_location('npeff._cuda', {_cuda.__file__!r})\n"
+        "module = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "print(module.device_count())\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert int(out.stdout) == _cuda.device_count()

@@ -1,0 +1,82 @@
+"""The blocks of the CUDA sketch, played on the processor, against the processor's own kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_cases import skewed
+
+_native = pytest.importorskip("npeff._native", reason="the native module was not built")
+blocks = _native._blocks
+SEEDS = [0, 1, 2]
+"""Orders of threads and blocks; 0: ascending."""
+MAP_SEED = 2**62 + 12345
+
+
+def expected(x: np.ndarray, bases: np.ndarray, targets: np.ndarray, d: int, nonzeros: int, n: int) -> np.ndarray:
+    sums = np.zeros((n, d))
+    _native.sketch_rows(np.ascontiguousarray(x, np.float32), bases, targets, MAP_SEED, nonzeros, sums, 1)
+    return sums
+
+
+# Tiles are of 4096 entries, blocks of the map of 16; 64 KiB of shared memory hold some 10 000 buckets.
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("d", "nonzeros"), [(16, 1), (64, 2), (1024, 1), (192, 4), (40_000, 1)])
+@pytest.mark.parametrize("width", [1, 17, 4095, 4113, 20_000])
+def test_rows(seed: int, d: int, nonzeros: int, width: int) -> None:
+    rng = np.random.default_rng(width)
+    x = rng.standard_normal((3, width + 5)).astype(np.float32)[:, 2:-3]
+    bases, targets = np.array([7, 10**12, 0]), np.array([1, 0, 1])
+    sums = np.zeros((3, d))
+    blocks.sketch_rows(d, nonzeros, MAP_SEED, x, bases, targets, sums, seed)
+    want = expected(x, bases, targets, d, nonzeros, 3)
+    np.testing.assert_allclose(sums, want, rtol=1e-6, atol=2e-6 * np.sqrt(width))
+    assert (sums[2] == 0).all()
+    again = np.zeros((3, d))
+    blocks.sketch_rows(d, nonzeros, MAP_SEED, x, bases, targets, again, seed + 10)
+    np.testing.assert_array_equal(sums, again)  # the same bits in any order of threads and blocks
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_16_bits_and_adding_up(seed: int) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3000)).astype(np.float16)
+    bases, targets = np.array([0, 0]), np.array([0, 1])
+    want = expected(x, bases, targets, 256, 1, 2)
+    sums = np.zeros((2, 256))
+    for a, b in ((0, 1001), (1001, 3000)):
+        blocks.sketch_rows(256, 1, MAP_SEED, x[:, a:b], bases + a, targets, sums, seed)
+    np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-5)
+    t = torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)
+    bits = t.view(torch.int16).numpy().view(np.uint16)
+    sums = np.zeros((2, 256))
+    blocks.sketch_rows(256, 1, MAP_SEED, bits, bases, targets, sums, seed)
+    np.testing.assert_allclose(sums, expected(t.float().numpy(), bases, targets, 256, 1, 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("d", "nonzeros"), [(64, 1), (128, 4), (20_000, 1)])
+def test_csr(seed: int, d: int, nonzeros: int) -> None:
+    for dtype, scale in ((np.int32, 1.0), (np.int64, 1e-38), (np.int32, 1e30)):
+        indptr, indices, values = skewed(20, 900, dtype=dtype)
+        values = (values * scale).astype(np.float32)
+        sums, want = np.zeros((20, d)), np.zeros((20, d))
+        blocks.sketch_csr(d, nonzeros, MAP_SEED, indptr, indices, values, 900, sums, seed)
+        _native.sketch_csr(indptr, indices, values, 900, MAP_SEED, nonzeros, want, 1)
+        np.testing.assert_allclose(sums, want, rtol=1e-9, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_finish_finds_what_is_not_finite(seed: int) -> None:
+    sums = np.random.default_rng(0).standard_normal((5, 300))
+    out = np.empty((5, 300), np.float32)
+    assert blocks.sketch_finish(sums, 0.5, out, seed) == -1
+    np.testing.assert_array_equal(out, (0.5 * sums).astype(np.float32))
+    sums[3, 7], sums[4, 0] = 1e300, np.nan
+    assert blocks.sketch_finish(sums, 0.5, out, seed) == 3
+    indptr, indices = np.array([0, 2, 4]), np.array([0, 5, 1, 2], np.int32)
+    values = np.array([1, 2, np.inf, 3], np.float32)
+    total = np.zeros((2, 16))
+    blocks.sketch_csr(16, 1, 0, indptr, indices, values, 9, total, seed)
+    assert np.isfinite(total[0]).all() and np.isnan(total[1]).all()
