@@ -1,0 +1,168 @@
+"""``npeff linearize``: what an example's input and the model's biases contributed to its outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from npeff.cli.common import WRITABLE, command, misused, note
+
+if TYPE_CHECKING:
+    from npeff.companions.linearize import LinearMap
+
+SHOWN = 12
+
+
+@command(
+    examples="""
+        npeff linearize train.py:model train.py:data --example 17
+        npeff linearize train.py:model train.py:data --example 17 --output 3 --out example17.png
+        npeff linearize train.py:model train.py:data --at layer3 --table contributions.csv
+        npeff linearize bert.py:model bert.py:batches --at embeddings --smooth freeze
+    """
+)
+@click.argument("model", metavar="MODEL")
+@click.argument("data", metavar="DATA")
+@click.option("--example", type=click.IntRange(min=0), default=0, show_default=True, help="Its position in DATA.")
+@click.option("--output", type=click.IntRange(min=0), help="Which output to explain.  [default: the largest]")
+@click.option("--at", default="input", show_default=True, help="Explain by the output of this layer instead.")
+@click.option(
+    "--smooth",
+    type=click.Choice(["refuse", "freeze"]),
+    default="refuse",
+    show_default=True,
+    help="What to do where the model is not piecewise linear.",
+)
+@click.option("--out", type=WRITABLE, help="Picture to write: .png, .svg or .pdf.")
+@click.option("--table", type=WRITABLE, help="Table to write: .csv, every contribution of the input and of the biases.")
+@click.option(
+    "--forward",
+    metavar="TARGET",
+    help="module:callable for (model, inputs) -> outputs, where model(inputs) is not enough.",
+)
+def linearize(
+    model: str,
+    data: str,
+    example: int,
+    output: int | None,
+    at: str,
+    smooth: Any,
+    out: Path | None,
+    table: Path | None,
+    forward: str | None,
+) -> None:
+    """Split an output of MODEL on one example of DATA into what each input number and each bias contributed.
+
+    A piecewise linear network (ReLU, max-pooling, convolutions, batch normalisation in evaluation mode, …) is exactly
+    F(x) = W·x + b around x. MODEL and DATA are module:callable or file.py:callable, as for npeff fishers.
+    """
+    for option, path, suffixes in (("--out", out, (".png", ".svg", ".pdf")), ("--table", table, (".csv",))):
+        if path is not None and path.suffix.lower() not in suffixes:
+            misused(f"{option}: expected a name ending in {' or '.join(suffixes)}, got {path}")
+    from npeff.companions.linearize.linearizing import linearize
+    from npeff.storage import refuse_npeff_file
+    from npeff.storage.files import check_target
+    from npeff.targets import load_data, load_model, load_object
+
+    for path in (out, table):
+        if path is not None:
+            refuse_npeff_file(path)
+            check_target(path)
+    net = load_model(model)
+    inputs = _example(net, load_data(data), example)
+    function = load_object(forward, "--forward") if forward else None
+    linear = linearize(net, inputs, at=at, smooth=smooth, batched=True, forward=function)
+    n_outputs = linear.output.shape[1]
+    if output is not None and output >= n_outputs:
+        misused(f"--output: expected a position below {n_outputs}, got {output}")
+    chosen = int(linear.output[0].argmax()) if output is None else output
+    linear = linearize(net, inputs, chosen, at, smooth=smooth, batched=True, forward=function)
+    _tell(linear, example, chosen)
+    if table:
+        _write_table(linear, table)
+        click.echo(f"{table}: {linear.x.numel() + len(linear.bias_contributions()):,} contributions")
+    if out:
+        _draw(linear, chosen, out)
+        click.echo(f"{out}: the input and what it contributed to output {chosen}")
+
+
+def _example(net: Any, data: Any, wanted: int) -> Any:
+    """The inputs of one example, as a batch of one.
+
+    Raises:
+        DataError: The data ends before it.
+    """
+    import torch
+
+    from npeff.batches import check_data, read_batch
+    from npeff.errors import DataError
+
+    first = next(iter((*net.parameters(), *net.buffers())), None)
+    start = 0
+    for number, raw in enumerate(check_data(data)):
+        batch = read_batch(raw, first.device if first is not None else torch.device("cpu"), number, any_layout=True)
+        if wanted < start + batch.n_examples:
+            inputs = batch.take(slice(wanted - start, wanted - start + 1)).inputs
+            if isinstance(inputs, (tuple, list)):
+                return inputs[0] if len(inputs) == 1 else tuple(inputs)
+            return inputs
+        start += batch.n_examples
+    raise DataError(f"--example: DATA has {start} examples, got {wanted}; the first one is 0")
+
+
+def _tell(linear: LinearMap, example: int, output: int) -> None:
+    value, b = float(linear.output[0, 0]), float(linear.b[0, 0])
+    contributions = linear.contributions()[0, 0]
+    given = float(contributions.double().sum())
+    where = "the input" if linear.at == "input" else f"the output of {linear.at}"
+    click.echo(f"example {example}, output {output}: {value:.6g} = {given:.6g} from {where} + {b:.6g} from biases")
+    click.echo(f"left over: {linear.residual():.1e} of the output")
+    for item in linear.frozen[:5]:
+        note(f"  not piecewise linear: {item}")
+    if len(linear.frozen) > 5:
+        note(f"  and {len(linear.frozen) - 5} more")
+    biases = sorted(linear.bias_contributions().items(), key=lambda item: -abs(float(item[1][0, 0])))
+    click.echo(f"{'contribution':>14}  of")
+    flat = contributions.reshape(-1)
+    order = flat.abs().argsort(descending=True)[:SHOWN]
+    rows = [(float(flat[i]), f"{where}{_position(int(i), contributions.shape)}") for i in order]
+    rows += [(float(part[0, 0]), f"the biases of {name}") for name, part in biases[:SHOWN]]
+    for part, name in sorted(rows, key=lambda row: -abs(row[0]))[:SHOWN]:
+        click.echo(f"{part:14.6g}  {name}")
+
+
+def _position(index: int, shape: Any) -> str:
+    import numpy as np
+
+    return "[" + ", ".join(str(int(i)) for i in np.unravel_index(index, tuple(shape))) + "]"
+
+
+def _write_table(linear: LinearMap, path: Path) -> None:
+    import csv
+
+    from npeff.storage.files import atomic
+
+    x, contributions = linear.x[0], linear.contributions()[0, 0]
+    weights = linear.W[0, 0].reshape(-1).tolist()
+    values = zip(x.reshape(-1).tolist(), weights, contributions.reshape(-1).tolist(), strict=True)
+    with atomic(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["of", "position", "value", "weight", "contribution"])
+        for i, (value, weight, part) in enumerate(values):
+            writer.writerow([linear.at, _position(i, x.shape).strip("[]"), value, weight, part])
+        for name, bias in linear.bias_contributions().items():
+            writer.writerow([name, "biases", "", "", float(bias[0, 0])])
+
+
+def _draw(linear: LinearMap, output: int, path: Path) -> None:
+    from npeff.companions.linearize.pictures import contribution_bars, contribution_grid, is_picture, save_figure
+
+    contributions = linear.contributions()[:, 0]
+    title = f"output {output}"
+    if is_picture(linear.x[0]):
+        figure = contribution_grid(linear.x, [linear.W[:, 0], contributions], [f"{title}: W", f"{title}: W∘x"])
+    else:
+        figure = contribution_bars(contributions[0], title)
+    save_figure(figure, path)

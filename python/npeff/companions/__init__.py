@@ -1,0 +1,27 @@
+"""Companions of NPEFF: what the input contributed, which training examples made it so, and units easier to read."""
+
+from importlib import import_module as _import_module
+
+# Imported at first use: `npeff.companions.rollback` and so on.
+_NAMES = (
+    "influence",
+    "linearize",
+    "rollback",
+    "safr",
+)
+
+
+def __getattr__(name: str) -> object:
+    """Import a companion.
+
+    Raises:
+        AttributeError: There is no such companion.
+    """
+    if name in _NAMES:
+        return _import_module(f"npeff.companions.{name}")
+    raise AttributeError(f"module 'npeff.companions' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The companions."""
+    return sorted(_NAMES)

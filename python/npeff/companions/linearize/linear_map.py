@@ -1,0 +1,285 @@
+"""The affine map that a network is at a point: F(z) = W·z + b."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from npeff.companions.linearize.program import Frozen, Program
+from npeff.errors import ArgumentError, ModelError
+
+BUDGET = 1 << 26
+"""Elements that the widest step may have, over all rows of W that are pulled back together."""
+
+
+class LinearMap:
+    """F(z) = W·z + b, which a network is around a point x (Li et al. 2023, arXiv 2310.16295).
+
+    Shapes below are for n examples of shape s and K outputs, ``x (n, *s)``; where the point is one example without
+    a dimension for it, all shapes lack the n. Examples do not influence each other, so W is a matrix per example.
+
+    Attributes:
+        x: ``(n, *s)`` the point: the input, or the output of the layer ``at``.
+        output: ``(n, K)`` what the model gave there, F(x).
+        at: ``"input"`` or the layer's name.
+        frozen: What is not piecewise linear and was held; empty where the map is exact.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        x: Tensor,
+        output: Tensor,
+        *,
+        at: str,
+        batched: bool,
+        frozen: tuple[Frozen, ...],
+        again: Callable[[Tensor], Program],
+    ) -> None:
+        self.x, self.output, self.at, self.frozen = x, output, at, frozen
+        self._program, self._batched, self._again = program, batched, again
+        self._independent = not batched or len(x) == 1
+
+    def __repr__(self) -> str:
+        held = f", {len(self.frozen)} operations held" if self.frozen else ""
+        return f"LinearMap({tuple(self.x.shape)} → {tuple(self.output.shape)}, at {self.at!r}{held})"
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was held: the model *is* this map wherever its activation pattern is that of x."""
+        return not self.frozen
+
+    @cached_property
+    def _graph(self) -> tuple[Tensor, Tensor]:
+        """A point at zero and the frozen network's output there, with the graph between them."""
+        with torch.inference_mode(False), torch.enable_grad():
+            z = torch.zeros_like(self.x).requires_grad_()
+            return z, self._program.run(z)
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, Tensor]:
+        """Wᵀ·u with the graph to u, for which it is linear: its own transpose is W."""
+        return _transpose(*reversed(self._graph))
+
+    # ---- the two halves --------------------------------------------------------------------------------------
+
+    @cached_property
+    def b(self) -> Tensor:
+        """``(n, K)`` the frozen network's output at zero input: a pass of its own, never F − W·x."""
+        return self._out(self._graph[1].detach())
+
+    @cached_property
+    def W(self) -> Tensor:
+        """``(n, K, *s)`` one vector–Jacobian product of the frozen network per row; kept once made.
+
+        For many outputs and large inputs, :meth:`rows`, :meth:`matvec` and :meth:`rmatvec` need less memory.
+        """
+        return torch.cat(list(self.rows()), dim=1 if self._batched else 0)
+
+    def rows(self) -> Iterator[Tensor]:
+        """W some rows at a time.
+
+        Yields:
+            ``(n, k, *s)``, the next k rows.
+        """
+        n, n_outputs = self._flat.shape
+        size = max(1, min(n_outputs, BUDGET // self._program.widest))
+        for start in range(0, n_outputs, size):
+            units = torch.eye(n_outputs, dtype=self._flat.dtype, device=self.x.device)[start : start + size]
+            rows = self._pull(units[:, None].expand(-1, n, -1))
+            yield rows.transpose(0, 1) if self._batched else rows
+
+    # ---- products ---------------------------------------------------------------------------------------------
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """W·z + b: the frozen network at any point ``(n, *s)``.
+
+        Raises:
+            ArgumentError: ``z`` has another shape.
+        """
+        with torch.no_grad():
+            return self._out(self._program.run(self._checked(z, self.x, "z")))
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """W·v ``(n, K)`` for ``v (n, *s)``, by one pass; W is not formed.
+
+        Raises:
+            ArgumentError: ``v`` has another shape.
+        """
+        v = self._checked(v, self.x, "v")
+        self._program.check()
+        return self._out(self._gradients(*self._transposed, v[None])[0])
+
+    def rmatvec(self, c: Tensor) -> Tensor:
+        """Wᵀ·c ``(n, *s)`` for ``c (n, K)``, by one backward pass; W is not formed.
+
+        Raises:
+            ArgumentError: ``c`` has another shape.
+        """
+        c = self._checked(c, self.output, "c")
+        return self._pull(c.reshape(1, *self._flat.shape))[0]
+
+    # ---- what it says -----------------------------------------------------------------------------------------
+
+    def contributions(self, c: Tensor | None = None) -> Tensor:
+        """``(n, K, *s)`` W_k ∘ x: what each number of the point gave to each output. They and b sum to F(x).
+
+        Args:
+            c: ``(n, K)`` weights of outputs: then ``(n, *s)``, the contributions to Σ_k c_k·F_k, by one backward pass.
+
+        Raises:
+            ArgumentError: ``c`` has another shape.
+        """
+        if c is not None:
+            return self.rmatvec(c) * self.x
+        return self.W * (self.x.unsqueeze(1) if self._batched else self.x)
+
+    def bias_contributions(self, c: Tensor | None = None) -> dict[str, Tensor]:
+        """What each module's constants gave to each output: Σ bias·(gradient at that bias).
+
+        Constants are biases, the shifts of batch normalisation, bounds such as ReLU6's 6, and tensors that join
+        without depending on the point.
+
+        Args:
+            c: ``(n, K)`` weights of outputs: then ``(n,)`` each, what they gave to Σ_k c_k·F_k, by one backward pass.
+
+        Returns:
+            ``(n, K)`` by module name (the model's class in brackets where its own code adds one), in order of use;
+            they sum to b.
+
+        Raises:
+            ArgumentError: ``c`` has another shape.
+        """
+        if c is None:
+            units = torch.eye(self._flat.shape[1], dtype=self._flat.dtype, device=self.x.device)
+            cotangents = units[:, None].expand(-1, len(self._flat), -1)
+        else:
+            cotangents = self._checked(c, self.output, "c").reshape(1, *self._flat.shape)
+        found: dict[str, Tensor] = {}
+        for part, number in zip(self._from_sources(cotangents), self._program.sources, strict=True):
+            name = self._program.steps[number].module
+            found[name] = found[name] + part if name in found else part
+        return {name: self._out(part if c is None else part[:, 0]) for name, part in found.items()}
+
+    def residual(self) -> float:
+        """The largest |W·x + b − F(x)| over the largest |F(x)|.
+
+        Three computations meet: rows of W by backward passes, b by a pass at zero, F(x) by the model.
+        """
+        x = self.x.double()
+        products = [
+            (rows.double() * (x.unsqueeze(1) if self._batched else x)).flatten(2 if self._batched else 1).sum(-1)
+            for rows in ([self.W] if "W" in vars(self) else self.rows())
+        ]
+        total = torch.cat(products, dim=-1) + self.b.double()
+        largest = float(self.output.abs().max())
+        gap = float((total - self.output.double()).abs().max())
+        return gap / largest if largest else gap
+
+    def same_pattern(self, z: Tensor) -> bool:
+        """Whether all gates and selections at another point ``(n, *s)`` are those of x, so that the map holds there.
+
+        Raises:
+            ArgumentError: ``z`` has another shape.
+        """
+        theirs, ours = self._again(self._checked(z, self.x, "z")).pattern, self._program.pattern
+        return len(theirs) == len(ours) and all(map(torch.equal, theirs, ours))
+
+    # ---- how --------------------------------------------------------------------------------------------------
+
+    @property
+    def _flat(self) -> Tensor:
+        """``(n, K)`` always."""
+        return self.output if self._batched else self.output[None]
+
+    def _out(self, flat: Tensor) -> Tensor:
+        return flat if self._batched else flat[0]
+
+    def _checked(self, given: Tensor, like: Tensor, name: str) -> Tensor:
+        if not isinstance(given, Tensor) or given.shape != like.shape:
+            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ArgumentError(f"{name}: expected a tensor of shape {tuple(like.shape)}, got {got}")
+        return given.detach().to(like)
+
+    def _pull(self, cotangents: Tensor) -> Tensor:
+        """Wᵀ of each of ``(m, n, K)`` cotangents: ``(m, n, *s)``, without the n where the point has none.
+
+        Raises:
+            ModelError: Examples influence each other.
+        """
+        self._program.check()
+        if not self._are_independent():
+            raise ModelError(
+                "model: examples influence each other, so that there is no map per example; pass one example, or "
+                "batched=False for one map of all"
+            )
+        return self._gradients(self._graph[1], self._graph[0], cotangents)
+
+    @staticmethod
+    def _gradients(output: Tensor, point: Tensor, cotangents: Tensor) -> Tensor:
+        if len(cotangents) > 1:
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "(?s).*performance drop", UserWarning)
+                    return torch.autograd.grad(output, point, cotangents, retain_graph=True, is_grads_batched=True)[0]
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+        rows = [torch.autograd.grad(output, point, c, retain_graph=True)[0] for c in cotangents]
+        return torch.stack(rows)
+
+    def _are_independent(self) -> bool:
+        """Whether every other example's outputs have no gradient at the examples between."""
+        if not self._independent:
+            z, output = self._graph
+            cotangent = torch.zeros_like(output)
+            cotangent[::2] = torch.randn(output[::2].shape, generator=torch.Generator().manual_seed(0)).to(output)
+            leaked = torch.autograd.grad(output, z, cotangent, retain_graph=True)[0][1::2]
+            self._independent = not bool(leaked.count_nonzero())
+        return self._independent
+
+    def _from_sources(self, cotangents: Tensor) -> Tensor:
+        """What each source gave to each of ``(m, n, K)`` combinations of outputs: ``(sources, n, m)``.
+
+        With a scale per source and example, one backward pass each. That needs the examples to come first in every
+        constant, which shapes alone do not show: the sum is compared with b, and if it differs the scales are
+        without examples, at a backward pass for every source, or for every output of every example.
+        """
+        n, n_sources = len(self._flat), len(self._program.sources)
+        if not n_sources:
+            return cotangents.new_zeros(0, n, len(cotangents))
+        if n == 1 or (self._program.examples_first(n) and self._are_independent()):
+            found = self._pulled(*self._scaled(n_sources, n), cotangents).permute(1, 2, 0)
+            expected = (cotangents * self._graph[1].detach()).sum(-1).T
+            tolerance = 1e3 * torch.finfo(found.dtype).eps * found.abs().sum(0)
+            if bool(((found.sum(0) - expected).abs() <= tolerance + torch.finfo(found.dtype).tiny).all()):
+                return found
+        output, scales = self._scaled(n_sources, None)
+        if output.numel() > n_sources:
+            each = self._pulled(*_transpose(output, scales), torch.eye(n_sources, dtype=output.dtype).to(output))
+        else:
+            units = torch.eye(output.numel(), dtype=output.dtype).to(output).reshape(-1, *output.shape)
+            each = self._pulled(output, scales, units).T.reshape(n_sources, *output.shape)
+        return torch.einsum("snk,mnk->snm", each, cotangents)
+
+    def _scaled(self, n_sources: int, n: int | None) -> tuple[Tensor, Tensor]:
+        """The output at zero, and the scales of the sources that it has a graph to."""
+        shape = (n_sources,) if n is None else (n_sources, n)
+        with torch.inference_mode(False), torch.enable_grad():
+            scales = torch.ones(shape, dtype=self.x.dtype, device=self.x.device).requires_grad_()
+            return self._program.run(torch.zeros_like(self.x), scales), scales
+
+    def _pulled(self, output: Tensor, point: Tensor, cotangents: Tensor) -> Tensor:
+        size = max(1, BUDGET // self._program.widest)
+        return torch.cat([self._gradients(output, point, part) for part in torch.split(cotangents, size)])
+
+
+def _transpose(output: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient at the point of u·output, with its graph to u: what is affine in the point is linear in u."""
+    with torch.inference_mode(False), torch.enable_grad():
+        u = torch.zeros_like(output).requires_grad_()
+        return torch.autograd.grad(output, point, u, create_graph=True)[0], u
