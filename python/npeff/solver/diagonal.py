@@ -2,22 +2,55 @@
 
 ``L = Σ_i ‖f_i‖² − 2⟨W, F Hᵀ⟩ + ⟨WᵀW, H Hᵀ⟩``, minimised by hierarchical alternating least squares with cached Gram
 matrices (Cichocki & Phan 2009; Gillis & Glineur 2012): each pass over F is followed by several sweeps that cost
-nothing of it.
+nothing of it. Steps are extrapolated (Ang & Gillis 2019): each half-step starts from where the last one was heading,
+further along as long as the loss falls; where it would rise, a plain step is taken instead.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from npeff.distributed.place import place_of
 from npeff.solver.forms import State, draw_examples, improve, total
 from npeff.solver.scaling import ScaledRows
+from npeff.solver.sketch_space import SketchSpace
 from npeff.solver.spaces import SparseSpace
 
-SWEEPS = 4
+SWEEPS = 2
 """Coordinate-descent sweeps over W, and over H, per pass over the data."""
+
+BOLDNESS, GROWTH, CEILING_GROWTH, RETREAT = 0.5, 1.05, 1.01, 1.5
+"""Extrapolation: β at first, its growth and that of its ceiling after a fall, its division after a rise."""
+
+
+@dataclass(frozen=True)
+class Trail:
+    """What extrapolation remembers.
+
+    Attributes:
+        W: ``(n, r)`` coefficients before the last step.
+        H: ``(r, n_columns)`` vectors as the last step found them, before they were extrapolated.
+        beta: How far to go on, as a share of the last step.
+        ceiling: What β must not exceed.
+        before: β before its last growth: the next ceiling, should the loss rise.
+    """
+
+    W: Tensor
+    H: Tensor
+    beta: float = BOLDNESS
+    ceiling: float = 1.0
+    before: float = BOLDNESS
+
+    def grown(self) -> tuple[float, float, float]:
+        """β, its ceiling, and β as it was, after a step that lowered the loss."""
+        return min(self.ceiling, GROWTH * self.beta), min(1.0, CEILING_GROWTH * self.ceiling), self.beta
+
+    def shrunk(self) -> tuple[float, float, float]:
+        """The same after a step that would have raised it."""
+        return self.beta / RETREAT, self.before, self.beta / RETREAT
 
 
 class Diagonal:
@@ -32,7 +65,7 @@ class Diagonal:
 
     def __init__(
         self,
-        space: SparseSpace,
+        space: SparseSpace | SketchSpace,
         scaled: ScaledRows,
         frozen: Tensor | None = None,
         frozen_W: Tensor | None = None,
@@ -40,7 +73,9 @@ class Diagonal:
         self.space = space
         self.n_examples = scaled.n_examples
         self.energies = torch.from_numpy(scaled.fisher_norms**2)
-        self.const = float(self.energies.sum()) or 1.0
+        self.place = place_of(space, self.n_examples)
+        self.comm = self.place.comm
+        self.const = self.comm.number(float(self.energies.sum())) or 1.0
         self.frozen, self.frozen_W = frozen, frozen_W
         self._n_frozen = 0 if frozen is None else len(frozen)
 
@@ -51,12 +86,13 @@ class Diagonal:
     def objective(self, W: Tensor, P: Tensor, Q: Tensor) -> float:
         """L / const, accumulated in float64."""
         fit = total(W * P)
-        return float(self.const - 2 * fit + ((W.T @ W).double() * Q.double()).sum()) / self.const
+        rest = self.comm.number(float(((W.T @ W).double() * Q.double()).sum() - 2 * fit))
+        return self.comm.agreed((self.const + rest) / self.const)
 
     def start(self, r: int, generator: torch.Generator) -> State:
         """H from random non-negative mixtures of the examples, W fitted to them."""
         n_new = r - self._n_frozen
-        mixture = torch.rand(self.space.n_rows, n_new, generator=generator, dtype=torch.float64).pow(8)
+        mixture = self.place.uniform(self.space.n_rows, n_new, generator).pow(8)
         H = self.space.combine(mixture.to(self.space.dtype))
         return self.from_vectors(H if self.frozen is None else torch.cat([self.frozen, H]))
 
@@ -71,8 +107,8 @@ class Diagonal:
         return replace(state, loss=self.objective(state.W, state.P, state.Q)) if given else self.solve_W(state, 10)
 
     def refresh(self, state: State) -> State:
-        """P and Q from H, against drift."""
-        return replace(state, P=self.space.project(state.coords), Q=state.coords @ state.coords.T)
+        """P and Q from H, against drift; extrapolation begins anew."""
+        return replace(state, P=self.space.project(state.coords), Q=state.coords @ state.coords.T, trail=None)
 
     def solve_W(self, state: State, sweeps: int) -> State:
         """Coordinate descent on W; frozen coefficients stay."""
@@ -80,11 +116,26 @@ class Diagonal:
         return replace(state, W=W, loss=self.objective(W, state.P, state.Q))
 
     def step(self, state: State) -> State:
-        """H by coordinate descent with ``WᵀW`` and ``WᵀF`` cached, then W with ``HHᵀ`` and ``FHᵀ``."""
-        W, H = state.W, state.coords
-        H = improve(W.T @ W, self.space.combine(W).T, H.T, SWEEPS, None if self.frozen is None else self.frozen.T).T
-        state = replace(state, coords=H, P=self.space.project(H), Q=H @ H.T)
-        return self.solve_W(self._unit(state), SWEEPS)
+        """One extrapolated step on H, then W; a plain one where that would raise the loss."""
+        trail: Trail = state.trail or Trail(state.W, state.coords)
+        W = (state.W + trail.beta * (state.W - trail.W)).clamp_min(0)
+        H = self._improved_H(W, state.coords)
+        bold = (H + trail.beta * (H - trail.H)).clamp_min(0)
+        moved = self._with_H(replace(state, W=W), bold)
+        if moved.loss < state.loss or not trail.beta:
+            return self._unit(replace(moved, trail=Trail(state.W, H, *trail.grown())))
+        H = self._improved_H(state.W, state.coords)
+        plain = self._with_H(state, H)
+        return self._unit(replace(plain, trail=Trail(state.W, H, *trail.shrunk())))
+
+    def _improved_H(self, W: Tensor, H: Tensor) -> Tensor:
+        """H by coordinate descent with ``WᵀW`` and ``WᵀF`` cached."""
+        frozen = None if self.frozen is None else self.frozen.T
+        return improve(self.comm.sum(W.T @ W), self.space.combine(W).T, H.T, SWEEPS, frozen).T.contiguous()
+
+    def _with_H(self, state: State, H: Tensor) -> State:
+        """These vectors, and W by coordinate descent with ``HHᵀ`` and ``FHᵀ`` cached."""
+        return self.solve_W(replace(state, coords=H, P=self.space.project(H), Q=H @ H.T), SWEEPS)
 
     def residuals(self, state: State) -> Tensor:
         """``‖f_i − Σ_j W_ij h_j‖²`` per example, ``(n,)`` float64."""
@@ -95,16 +146,17 @@ class Diagonal:
 
     def candidates(self, state: State, count: int, generator: torch.Generator) -> State:
         """Append examples, or the positive parts of their residuals."""
-        drawn, residual = draw_examples(self.residuals(state), count, generator)
+        drawn, residual = draw_examples(self.comm.gathered(self.residuals(state)), count, generator)
         pick = torch.zeros(self.space.n_rows, len(drawn), dtype=state.P.dtype, device=state.P.device)
-        pick[drawn, torch.arange(len(drawn))] = 1
+        for column, i in self.place.own(drawn, self.n_examples):
+            pick[i, column] = 1
         fresh = self.space.combine(pick)
         if residual:
-            fresh = (fresh - state.W[drawn] @ state.coords).clamp_min(0)
+            fresh = (fresh - self.comm.sum(pick.T @ state.W) @ state.coords).clamp_min(0)
         H = torch.cat([state.coords, fresh])
         W = torch.cat([state.W, state.W.new_zeros(len(state.W), len(drawn))], 1)
         P = torch.cat([state.P, self.space.project(fresh)], 1)
-        return self.solve_W(self._unit(replace(state, W=W, coords=H, P=P, Q=H @ H.T)), 5)
+        return self.solve_W(self._unit(replace(state, W=W, coords=H, P=P, Q=H @ H.T, trail=None)), 5)
 
     def _unit(self, state: State) -> State:
         """The same factorisation with ``‖h_j‖ = 1``, the scale moved into W."""
@@ -112,10 +164,14 @@ class Diagonal:
         scale = torch.where(norm > 1e-30, 1 / norm.clamp_min(1e-30), torch.zeros_like(norm))
         Q = state.Q.double() * scale * scale[:, None]
         s = scale.to(state.P)
+        trail = state.trail and replace(
+            state.trail, W=state.trail.W * norm.to(state.W), H=state.trail.H * s[:, None].to(state.coords)
+        )
         return replace(
             state,
             W=state.W * norm.to(state.W),
             coords=state.coords * s[:, None],
             P=state.P * s,
             Q=Q.to(state.Q),
+            trail=trail,
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from npeff import kernels
+from npeff.distributed.communicator import Communicator
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class State:
         Q: ``(r, r)`` inner products G Gᵀ, unit diagonal.
         loss: L / const.
         frozen: The first ``frozen`` vectors never change and are never dropped.
+        trail: Where the descent comes from, for forms that extrapolate; None at its beginning.
     """
 
     W: Tensor
@@ -35,6 +37,7 @@ class State:
     Q: Tensor
     loss: float = float("inf")
     frozen: int = 0
+    trail: Any = None
 
     @property
     def r(self) -> int:
@@ -50,6 +53,7 @@ class State:
             P=self.P[:, which],
             Q=self.Q[which][:, which],
             loss=float("inf"),
+            trail=None,
         )
 
 
@@ -58,6 +62,7 @@ class Form(Protocol):
 
     n_examples: int
     space: Any
+    comm: Communicator
 
     def start(self, r: int, generator: torch.Generator) -> State:
         """A random start with r components, its W already fitted."""
@@ -128,11 +133,16 @@ def draw_examples(residuals: Tensor, count: int, generator: torch.Generator) -> 
     return drawn.tolist(), kind == 0
 
 
-def usefulness(state: State, gram: Tensor) -> Tensor:
+def usefulness(state: State, gram: Tensor, squares: Tensor) -> Tensor:
     """How much the loss rises, to second order, when a component goes and the others make up for it.
 
     ``Σ_i W_ij² / (gram⁻¹)_jj``: the saliency of optimal brain surgeon (Hassibi & Stork 1993) for the quadratic
     in W, so that one of two duplicates counts as useless. Frozen components are infinitely useful.
+
+    Args:
+        state: The factorisation.
+        gram: ``(r, r)`` of its components.
+        squares: ``(r,)`` float64 ``Σ_i W_ij²``, over the examples of all processes.
 
     Returns:
         ``(r,)`` float64.
@@ -140,6 +150,6 @@ def usefulness(state: State, gram: Tensor) -> Tensor:
     H = gram.double()
     ridge = 1e-9 * H.diagonal().mean().clamp_min(1e-30)
     inverse = torch.linalg.inv(H + ridge * torch.eye(len(H), dtype=torch.float64, device=H.device))
-    use = state.W.double().square().sum(0) / inverse.diagonal().clamp_min(1e-30)
+    use = squares / inverse.diagonal().clamp_min(1e-30)
     use[: state.frozen] = torch.inf
     return use
