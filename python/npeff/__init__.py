@@ -2,10 +2,14 @@
 
 ::
 
-    model, data ──compute_fishers──▶ Fishers ──decompose──▶ Components ──report──▶ a page to read
-                   (TopK rows)         │ ▲                    │  encode(new Fishers)
-                                       ▼ │ load               │  expand · strategies · state_dict
-                                    fishers.h5             components.h5
+    model, data ──compute_fishers──▶ Fishers ──decompose──▶ Components ──report──▶ pages to read
+                  (TopK · Sketch ·      │ ▲                    │  encode · expand · strategies · state_dict
+                   GramOnly · exact)    ▼ │ load               │  perturb · trace: what the weights along them do
+                                     fishers.h5             components.h5
+                                                               │  trust: do they come back, would chance do as well
+                                                               │  mend: repair the model through them
+                                                               ▼
+    companions: linearize (inputs) · influence, rollback (training examples) · safr (training)
 
 The method is Non-Negative Per-Example Fisher Factorization (Matena & Raffel 2023, arXiv 2310.04649).
 """
@@ -27,11 +31,28 @@ from npeff.errors import (
 )
 
 if TYPE_CHECKING:
+    from npeff import companions as companions
+    from npeff import trust as trust
     from npeff.components import Components, Encoded
-    from npeff.compress import TopK
+    from npeff.compress import GramOnly, Sketch, TopK
     from npeff.computation import compute_fishers
     from npeff.decomposition import decompose
     from npeff.fishers import Fishers
+    from npeff.mending import Mending, mend
+    from npeff.perturbation import (
+        Effect,
+        Moved,
+        Trace,
+        ablated,
+        applied,
+        heads,
+        mean_fisher,
+        perturb,
+        perturb_all,
+        trace,
+        units,
+    )
+    from npeff.planning import Plan, plan
     from npeff.reports import report
     from npeff.solver.published_algorithm import PublishedOptions
     from npeff.solver.search import Progress
@@ -44,38 +65,72 @@ __all__ = [
     "ArgumentError",
     "Components",
     "DataError",
+    "Effect",
     "Encoded",
     "Fishers",
     "ForeignFileError",
+    "GramOnly",
+    "Mending",
     "ModelError",
+    "Moved",
     "NewerFileError",
     "NpeffError",
+    "Plan",
     "Progress",
     "PublishedOptions",
     "ResumeError",
+    "Sketch",
     "StorageError",
     "Strategy",
     "TopK",
+    "Trace",
     "TruncatedFileError",
+    "ablated",
+    "applied",
     "compute_fishers",
     "decompose",
+    "heads",
     "load",
+    "mean_fisher",
+    "mend",
+    "perturb",
+    "perturb_all",
+    "plan",
     "report",
+    "trace",
+    "units",
 ]
 
 # Imported at first use, so that `npeff --help` need not wait for torch.
 _HOMES = {
     "Components": "components",
+    "Effect": "perturbation",
     "Encoded": "components",
     "Fishers": "fishers",
+    "GramOnly": "compress",
+    "Mending": "mending",
+    "Moved": "perturbation",
+    "Plan": "planning",
     "Progress": "solver.search",
     "PublishedOptions": "solver.published_algorithm",
+    "Sketch": "compress",
     "Strategy": "strategies",
     "TopK": "compress",
+    "Trace": "perturbation",
+    "ablated": "perturbation",
+    "applied": "perturbation",
     "compute_fishers": "computation",
     "decompose": "decomposition",
+    "heads": "perturbation",
     "load": "storage",
+    "mean_fisher": "perturbation",
+    "mend": "mending",
+    "perturb": "perturbation",
+    "perturb_all": "perturbation",
+    "plan": "planning",
     "report": "reports",
+    "trace": "perturbation",
+    "units": "perturbation",
 }
 
 

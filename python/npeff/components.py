@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,35 +11,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
-from npeff import kernels
+from npeff.compress import sketch_of
+from npeff.encoding import Encoded, solve, statistics
 from npeff.errors import ArgumentError
 from npeff.fishers import Fishers, Kind
+from npeff.parameter_vectors import parameter_vector, write_state_dict
 from npeff.parameters import Parameters
-from npeff.solver.scaling import ScaledRows, column_factors, scale
-from npeff.solver.spaces import project_rows
+from npeff.rows import GramRows
+from npeff.solver.scaling import ScaledRows, scale
 from npeff.strategies import Strategy, strategy_tree
+
+__all__ = ["Components", "Encoded", "statistics"]
 
 Array = npt.NDArray[Any]
 
-
-@dataclass(frozen=True)
-class Encoded:
-    """Coefficients of examples on given components.
-
-    Attributes:
-        coefficients: ``(n, r)`` float32, the non-negative least-squares solution.
-        kkt: ``(n,)`` float64 relative KKT residual of each example's solution: the largest violation of
-            ``w ≥ 0, ∇ ≥ 0, w·∇ = 0`` over the largest |cross_ij|.
-        unexplained: ``(n,)`` float64 share ``‖F_i − Σ_j w_j g_j g_jᵀ‖² / ‖F_i‖²`` that is left; 0 for a zero Fisher.
-    """
-
-    coefficients: Array
-    kkt: Array
-    unexplained: Array
-
-    def __len__(self) -> int:
-        return len(self.coefficients)
+OPTIONAL = ("columns", "row_weights", "row_offsets", "recovered", "recovered_vectors")
+"""Arrays that not all components have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +40,8 @@ class Components:
     Attributes:
         kind: ``"low_rank"`` or ``"diagonal"``.
         coefficients: W, ``(n, r)`` float32 ≥ 0, of the unit-norm Fishers.
-        vectors: G (or H), ``(r, n_kept)`` float32 with unit rows, on the kept columns, block weights applied.
+        vectors: G (or H), ``(r, n_kept)`` float32 with unit rows, on the kept columns, block weights applied; of
+            sketched Fishers ``(r, d)``; of inner products ``(r, r)`` with the right inner products.
         columns: ``(n_kept,)`` int64 parameter index of each kept column; None when all are kept.
         block_weights: Weight per parameter name that the Fisher's blocks were multiplied by; None for 1.
         parameters: The parameters that the columns stand for.
@@ -62,6 +52,11 @@ class Components:
         loss_curve: Relative loss per iteration, L / Σ‖A_iA_iᵀ‖², float64.
         loss: Relative loss of this factorisation.
         provenance: How it was made: the Fishers' provenance and the options and course of the decomposition.
+        row_weights: ``(Σ rank, r)`` float32: vectors are these combinations of the stored rows; kept where those are
+            no parameter-space rows.
+        row_offsets: ``(n + 1,)`` int64: example i has ``row_weights[row_offsets[i]:row_offsets[i + 1]]``.
+        recovered: ``(k,)`` int64 components with known vectors in parameter space, where ``vectors`` are none.
+        recovered_vectors: ``(k, n_parameters)`` float32, unit rows.
     """
 
     kind: Kind
@@ -77,6 +72,10 @@ class Components:
     loss_curve: Array
     loss: float
     provenance: dict[str, Any] = field(default_factory=dict)
+    row_weights: Array | None = None
+    row_offsets: Array | None = None
+    recovered: Array | None = None
+    recovered_vectors: Array | None = None
 
     def __len__(self) -> int:
         return self.n_components
@@ -109,6 +108,13 @@ class Components:
         """``(n,)`` bool: examples whose Fisher vanished; their coefficients are 0."""
         return np.asarray(self.norms == 0)
 
+    @property
+    def compression(self) -> str | None:
+        """How the Fishers' rows were kept: ``"topk"``, ``"sketch"``, ``"gram"``, or None for exact rows."""
+        options = (self.provenance.get("fishers") or {}).get("options") or {}
+        method = (options.get("compress") or {}).get("method")
+        return None if method is None else str(method)
+
     def _component(self, j: int) -> int:
         if not isinstance(j, int | np.integer) or not -self.n_components <= j < self.n_components:
             raise ArgumentError(f"j: expected a component below {self.n_components}, got {j!r}")
@@ -123,19 +129,35 @@ class Components:
             ``(n_parameters,)`` float32, unit norm; its sign is arbitrary for the low-rank kind, ≥ 0 for the diagonal.
 
         Raises:
-            ArgumentError: ``j`` is not a component.
+            ArgumentError: ``j`` is not a component, or its vector has to be recovered first (:meth:`recover`).
         """
-        kept = self.vectors[self._component(j)].astype(np.float64)
-        if self.columns is None:
-            full = kept.copy()
-        else:
-            full = np.zeros(self.n_parameters)
-            full[self.columns] = kept
-        if self.block_weights is not None:
-            factor = column_factors(self.parameters, self.block_weights, self.kind).astype(np.float64)
-            full = np.divide(full, factor, out=np.zeros_like(full), where=factor > 0)
-        norm = float(np.linalg.norm(full))
-        return (full / norm if norm else full).astype(np.float32)
+        return parameter_vector(self, self._component(j))
+
+    def recover(
+        self, model: nn.Module, data: Iterable[Any], js: Sequence[int] | None = None, **options: Any
+    ) -> Components:
+        """These components with vectors in parameter space, where the Fishers kept sketches or inner products alone.
+
+        Every vector is a combination of the examples' rows, ``g_j = Σ c_row a_row``: one backward pass per batch and
+        component asked for, and no per-example gradient.
+
+        Args:
+            model: The model of the Fishers, with the same weights.
+            data: The data of the Fishers, in the same order, in batches of any size.
+            js: Which components; None: all.
+            **options: ``forward``, ``device`` and ``progress``, as for :func:`npeff.compute_fishers`.
+
+        Returns:
+            Components whose :meth:`vector` and :meth:`state_dict` know ``js``, and what was known before.
+
+        Raises:
+            ArgumentError: Nothing needs recovering, ``js`` names no component, or the components were expanded.
+            DataError: The data is not that of the Fishers.
+            ModelError: The model is not that of the Fishers.
+        """
+        from npeff.recovery import recover
+
+        return recover(self, model, data, None if js is None else [self._component(j) for j in js], **options)
 
     def state_dict(self, j: int) -> dict[str, torch.Tensor]:
         """Component j's vector cut into parameter-shaped tensors: a direction that can be added to the model."""
@@ -150,22 +172,7 @@ class Components:
             ArgumentError: ``j`` is not a component, or ``path`` no path.
             StorageError: Fishers or Components are there, or the file cannot be written.
         """
-        import json
-
-        from safetensors.torch import save
-
-        from npeff.storage import refuse_npeff_file
-        from npeff.storage.files import atomic, path_of
-
-        path = path_of(path)
-        refuse_npeff_file(path)
-        metadata = {
-            "npeff": json.dumps({"component": self._component(j), "kind": self.kind, **self.provenance}, default=str)
-        }
-        content = save({name: tensor.contiguous() for name, tensor in self.state_dict(j).items()}, metadata)
-        with atomic(path) as scratch:
-            scratch.write_bytes(content)
-        return path
+        return write_state_dict(self, self._component(j), path)
 
     def block_energy(self, j: int) -> dict[str, float]:
         """Share of ``‖g_j‖²`` in each parameter (they sum to 1)."""
@@ -247,14 +254,7 @@ class Components:
         theirs, ours = (p.get("model_digest") for p in (fishers.provenance, self.provenance.get("fishers", {})))
         if theirs and ours and theirs != ours:
             warnings.warn("fishers: they are of another model than the components (other weights)", stacklevel=2)
-        scaled = self._scale(fishers)
-        cross, gram = statistics(self.kind, scaled, torch.from_numpy(self.vectors).double())
-        solution = kernels.nnls(gram, cross, tol=tolerance, exact=True)
-        w = solution.w
-        energy = torch.from_numpy(scaled.fisher_norms**2)
-        left = energy - 2 * (w * cross).sum(1) + ((w @ gram) * w).sum(1)
-        unexplained = torch.where(energy > 0, left.clamp_min(0) / energy.clamp_min(1e-30), torch.zeros_like(energy))
-        return Encoded(w.float().numpy(), np.asarray(solution.kkt, np.float64), unexplained.numpy())
+        return solve(self.kind, self._scale(fishers), self.vectors, tolerance)
 
     def expand(self, fishers: Fishers, n: int, *, keep_coefficients: bool = False, **options: Any) -> Components:
         """These components, frozen, plus n new ones fitted to ``fishers``.
@@ -286,6 +286,17 @@ class Components:
         )
 
     def _check_compatible(self, fishers: Fishers) -> None:
+        if isinstance(fishers.rows, GramRows) or self.compression == "gram":
+            raise ArgumentError(
+                "fishers: inner products alone (GramOnly) say nothing about other examples; compute Fishers with "
+                "compress=None, TopK(k) or Sketch(d) for that"
+            )
+        if sketch_of(self.provenance.get("fishers", {})) != fishers.sketch:
+            ours = sketch_of(self.provenance.get("fishers", {}))
+            raise ArgumentError(
+                f"fishers: expected the compression of the components ({ours or 'no sketch'}), got "
+                f"{fishers.sketch or 'no sketch'}"
+            )
         if fishers.kind != self.kind:
             raise ArgumentError(f"fishers: expected {self.kind} Fishers like the components, got {fishers.kind} ones")
         if fishers.parameters != self.parameters:
@@ -313,17 +324,13 @@ class Components:
             name: getattr(self, name)
             for name in ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
         }
-        return arrays if self.columns is None else {**arrays, "columns": self.columns}
+        optional = {name: getattr(self, name) for name in OPTIONAL}
+        return arrays | {name: array for name, array in optional.items() if array is not None}
 
     def meta(self) -> dict[str, Any]:
         """Everything else, JSON-able."""
-        return {
-            "kind": self.kind,
-            "block_weights": self.block_weights,
-            "parameters": self.parameters.to_json(),
-            "loss": self.loss,
-            "provenance": self.provenance,
-        }
+        same = {name: getattr(self, name) for name in ("kind", "block_weights", "loss", "provenance")}
+        return {**same, "parameters": self.parameters.to_json()}
 
     @classmethod
     def from_parts(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> Components:
@@ -331,18 +338,10 @@ class Components:
         names = ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
         return cls(
             kind=meta["kind"],
-            columns=arrays.get("columns"),
             block_weights=meta["block_weights"],
             parameters=Parameters.from_json(meta["parameters"]),
             loss=float(meta["loss"]),
             provenance=dict(meta["provenance"]),
-            **{name: arrays[name] for name in names},
+            columns=arrays.get("columns"),
+            **{name: arrays[name] for name in (*names, *(name for name in OPTIONAL[1:] if name in arrays))},
         )
-
-
-def statistics(kind: Kind, scaled: ScaledRows, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``cross (n, r)`` and ``gram (r, r)`` of the least-squares problem for W, in the dtype of ``vectors``."""
-    P, Q = project_rows(scaled.rows, vectors), vectors @ vectors.T
-    if kind == "diagonal":
-        return P, Q
-    return kernels.cross(P, torch.tensor(np.asarray(scaled.row_offsets))), Q * Q

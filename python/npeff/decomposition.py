@@ -13,11 +13,12 @@ from npeff.components import Components
 from npeff.errors import ArgumentError
 from npeff.fishers import Fishers
 from npeff.rows import SparseRows
-from npeff.solver.problem import Algorithm, Options, Problem, checked_and_scaled
+from npeff.solver.choice import SpaceName
+from npeff.solver.options import Algorithm, Options, checked_and_scaled
+from npeff.solver.problem import Problem
 from npeff.solver.published_algorithm import PublishedOptions
 from npeff.solver.scaling import BlockWeights, Normalize
 from npeff.solver.search import Callback
-from npeff.solver.spaces import SpaceName
 
 Array = npt.NDArray[Any]
 
@@ -45,6 +46,7 @@ def decompose(
     callback: Callback | None = None,
     progress: bool = True,
     device: str | torch.device = "cpu",
+    memory: int | str | None = None,
 ) -> Components:
     """Factorise per-example Fishers into non-negative sums of shared components.
 
@@ -56,7 +58,8 @@ def decompose(
         n_components: Number of components, r; at most the number of rows.
         seed: Determines every random choice.
         algorithm: ``"npeff"``: exact line search, starts and moves; ``"published"``: the authors' fixed-rate algorithm.
-        space: ``"gram"`` works on K = A Aᵀ, ``"sparse"`` on the rows; ``"auto"``: the cheaper (low-rank only).
+        space: ``"gram"`` works on K = A Aᵀ, ``"sparse"`` on the rows in memory, ``"sketch"`` on rows that are
+            streamed from where they are stored; ``"auto"``: the cheapest that fits into memory.
         starts: Random starts, of which the best goes on.
         moves: At most so many attempts to replace components by better ones.
         patience: Moves in vain after which the search ends.
@@ -76,12 +79,15 @@ def decompose(
         callback: Called with a :class:`npeff.Progress` after every iteration; a true answer ends the search.
         progress: Show a progress bar.
         device: Where the solver's products run.
+        memory: Ceiling, ``"4GB"`` or bytes, for what the decomposition holds beyond the Fishers' small arrays and
+            the result; rows then stay on disk, or K is not built, where they would exceed it.
 
     Returns:
         The components, largest total coefficient first.
 
     Raises:
-        ArgumentError: An option is out of range, or there are more components than rows.
+        ArgumentError: An option is out of range, there are more components than rows, or the memory allowed does
+            not hold the space asked for.
         DataError: There are no examples, every Fisher is zero, or a stored value is not finite.
         ResumeError: The checkpoint belongs to other Fishers or other options.
     """
@@ -91,10 +97,10 @@ def decompose(
         raise ArgumentError(f"callback: expected a callable, got {type(callback).__name__}")
     options = Options(
         n_components, seed, algorithm, space, starts, moves, patience, max_iterations, tolerance, block_weights,
-        normalize, orthogonality, min_nonzero_per_column, dtype, published or PublishedOptions(),
+        normalize, orthogonality, min_nonzero_per_column, dtype, published or PublishedOptions(), memory,
     )  # fmt: skip
-    scaled = checked_and_scaled(fishers, options, None)
-    problem = Problem(fishers, scaled, options, device)
+    scaled, plan = checked_and_scaled(fishers, options, None)
+    problem = Problem(fishers, scaled, plan, options, device)
     if init is not None and len(init) != 2:
         raise ArgumentError("init: expected a pair (W, G)")
     initial = None if init is None else problem.state_from(*init)
@@ -144,8 +150,8 @@ def expand(
         present = np.flatnonzero(np.bincount(fishers.rows.indices, minlength=fishers.n_parameters))
         kept = np.arange(fishers.n_parameters) if components.columns is None else components.columns
         columns = np.union1d(present, kept).astype(np.int64)
-    scaled = checked_and_scaled(fishers, chosen, columns)
-    vectors = np.zeros((components.n_components, fishers.n_parameters), np.float32)
+    scaled, plan = checked_and_scaled(fishers, chosen, columns)
+    vectors = np.zeros((components.n_components, fishers.rows.n_columns), np.float32)
     vectors[:, slice(None) if components.columns is None else components.columns] = components.vectors
     frozen = torch.from_numpy(vectors if scaled.columns is None else vectors[:, scaled.columns])
     frozen_W = None
@@ -157,6 +163,6 @@ def expand(
                 f"were made from, in their order; got {len(fishers)} that are not these"
             )
         frozen_W = torch.from_numpy(components.coefficients.copy())
-    problem = Problem(fishers, scaled, chosen, device, frozen, frozen_W)
+    problem = Problem(fishers, scaled, plan, chosen, device, frozen, frozen_W)
     state, curve, course = problem.solve(None, checkpoint, callback, progress)
     return problem.components(state, curve, course | {"expanded_from": components.n_components})

@@ -37,3 +37,7 @@ class ForeignFileError(StorageError):
 
 class NewerFileError(StorageError):
     """The file was written by a newer npeff whose format this one does not know."""
+
+
+class WorkerError(NpeffError, RuntimeError):
+    """Another process of a distributed run failed, or is no longer there."""

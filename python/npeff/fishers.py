@@ -9,9 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from npeff.compress import Sketch, sketch_of
 from npeff.errors import ArgumentError, DataError
 from npeff.parameters import Parameters
-from npeff.rows import Rows
+from npeff.rows import GramRows, Rows
 
 Array = npt.NDArray[Any]
 Kind = Literal["low_rank", "diagonal"]
@@ -85,12 +86,24 @@ class Fishers:
 
     def __repr__(self) -> str:
         size = f"{self.rows.n_rows} rows × {self.n_parameters:,} parameters"
+        if self.sketch is not None:
+            size += f", {self.sketch}"
         return f"Fishers({len(self)} examples, {self.kind}, {size}, {type(self.rows).__name__})"
 
     @property
     def n_parameters(self) -> int:
         """Length of the flat parameter vector, m."""
         return self.parameters.n_parameters
+
+    @property
+    def sketch(self) -> Sketch | None:
+        """The sketch that the rows were compressed by, or None."""
+        return sketch_of(self.provenance)
+
+    @property
+    def kept_elsewhere(self) -> bool:
+        """Whether the rows are not in parameter space: sketches, or inner products alone."""
+        return self.sketch is not None or isinstance(self.rows, GramRows)
 
     @property
     def ranks(self) -> Array:
@@ -111,12 +124,17 @@ class Fishers:
         """Example i's rows as stored, unnormalised.
 
         Returns:
-            float32 ``(rank_i, n_parameters)``, compressed entries scattered back to their place;
-            for the diagonal kind ``(n_parameters,)``.
+            float32 ``(rank_i, n_parameters)``, compressed entries scattered back to their place; ``(rank_i, d)``
+            where rows are sketches; for the diagonal kind ``(n_parameters,)``.
 
         Raises:
-            ArgumentError: ``i`` is not an example.
+            ArgumentError: ``i`` is not an example, or no rows are kept (``GramOnly``).
         """
+        if isinstance(self.rows, GramRows):
+            raise ArgumentError(
+                "dense: these Fishers keep inner products alone (GramOnly); compute them with compress=None, TopK(k) "
+                "or Sketch(d) to see rows"
+            )
         if not isinstance(i, int | np.integer) or not -len(self) <= i < len(self):
             raise ArgumentError(f"i: expected an example below {len(self)}, got {i!r}")
         i %= len(self)

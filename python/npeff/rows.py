@@ -1,4 +1,4 @@
-"""The rows of per-example factors: CSR after top-k, dense when exact."""
+"""The rows of per-example factors: CSR after top-k, dense when exact or sketched; or their inner products alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from npeff.errors import ArgumentError
 
 Array = npt.NDArray[Any]
 
@@ -58,6 +60,20 @@ class SparseRows:
         positions, indptr = self.entries(np.asarray(rows, np.int64))
         return SparseRows(indptr, self.indices[positions], self.values[positions], self.n_columns)
 
+    def part(self, start: int, stop: int) -> SparseRows:
+        """Rows ``start … stop − 1``; the entries are views."""
+        lo, hi = int(self.indptr[start]), int(self.indptr[stop])
+        indptr = np.asarray(self.indptr[start : stop + 1]) - lo
+        return SparseRows(indptr, self.indices[lo:hi], self.values[lo:hi], self.n_columns)
+
+    def gram(self, start: int, stop: int) -> Array:
+        """Inner products of rows ``start … stop − 1``, float64."""
+        part = self.part(start, stop)
+        present, places = np.unique(part.indices, return_inverse=True)
+        block = np.zeros((stop - start, len(present)))
+        block[np.repeat(np.arange(stop - start), np.diff(part.indptr)), places] = part.values
+        return np.asarray(block @ block.T)
+
     def squared_norms(self) -> Array:
         """Σ of squared entries per row, ``(n_rows,)`` float64."""
         total = np.concatenate([[0.0], np.cumsum(np.square(self.values, dtype=np.float64))])
@@ -93,6 +109,15 @@ class DenseRows:
         """Rows ``start … stop − 1`` as float32 ``(stop − start, n_columns)``, copied."""
         return np.array(self.values[start:stop], np.float32)
 
+    def part(self, start: int, stop: int) -> DenseRows:
+        """Rows ``start … stop − 1``, a view."""
+        return DenseRows(self.values[start:stop])
+
+    def gram(self, start: int, stop: int) -> Array:
+        """Inner products of rows ``start … stop − 1``, float64."""
+        block = np.asarray(self.values[start:stop], np.float64)
+        return np.asarray(block @ block.T)
+
     def take(self, rows: Array) -> DenseRows:
         """The given rows, in the given order, copied."""
         return DenseRows(np.asarray(self.values[np.asarray(rows, np.int64)]))
@@ -106,7 +131,54 @@ class DenseRows:
         return np.concatenate(norms) if norms else np.zeros(0)
 
 
-Rows = SparseRows | DenseRows
+@dataclass(frozen=True)
+class GramRows:
+    """Rows known by their inner products alone.
+
+    Attributes:
+        values: ``(n_rows, n_rows)`` float32, K = A Aᵀ.
+    """
+
+    values: Array
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return int(self.values.shape[0])
+
+    @property
+    def n_columns(self) -> int:
+        """Numbers that place a vector of the row space: as many as there are rows."""
+        return self.n_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K."""
+        return int(self.values.nbytes)
+
+    def dense(self, start: int, stop: int) -> Array:
+        """There are none.
+
+        Raises:
+            ArgumentError: Always.
+        """
+        raise ArgumentError("fishers: they keep inner products alone (GramOnly), and this needs their rows")
+
+    def gram(self, start: int, stop: int) -> Array:
+        """Inner products of rows ``start … stop − 1``, float64."""
+        return np.asarray(self.values[start:stop, start:stop], np.float64)
+
+    def take(self, rows: Array) -> GramRows:
+        """The given rows, in the given order, copied."""
+        rows = np.asarray(rows, np.int64)
+        return GramRows(np.asarray(self.values[np.ix_(rows, rows)]))
+
+    def squared_norms(self) -> Array:
+        """Σ of squared entries per row, ``(n_rows,)`` float64."""
+        return np.asarray(np.diagonal(self.values), np.float64)
+
+
+Rows = SparseRows | DenseRows | GramRows
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:

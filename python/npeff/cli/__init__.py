@@ -23,10 +23,17 @@ from npeff.errors import NpeffError
 
 COMMANDS = {
     "demo": "npeff.cli.demo:demo",
+    "plan": "npeff.cli.plan:plan",
     "fishers": "npeff.cli.fishers:fishers",
     "decompose": "npeff.cli.decompose:decompose",
     "encode": "npeff.cli.encode:encode",
+    "trust": "npeff.cli.trust:trust",
+    "perturb": "npeff.cli.perturb:perturb",
+    "trace": "npeff.cli.trace:trace",
+    "linearize": "npeff.cli.linearize:linearize",
     "report": "npeff.cli.report:report",
+    "influence": "npeff.cli.influence:influence",
+    "rollback": "npeff.cli.rollback:rollback",
     "info": "npeff.cli.files:info",
     "export": "npeff.cli.files:export",
     "doctor": "npeff.cli.doctor:doctor",

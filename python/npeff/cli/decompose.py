@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from npeff.cli.common import EXISTING, WRITABLE, command, misused, quiet, seed, wants
+from npeff.cli.processes import decompose_together, several
 
 
 def _orthogonality(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
@@ -52,10 +53,10 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
 )
 @click.option(
     "--space",
-    type=click.Choice(["auto", "gram", "sparse"]),
+    type=click.Choice(["auto", "gram", "sparse", "sketch"]),
     default="auto",
     show_default=True,
-    help="Work on inner products of rows, or on the rows.",
+    help="Work on inner products of rows, on the rows in memory, or on rows streamed from FISHERS.",
 )
 @click.option("--starts", type=click.IntRange(min=1), help="Random starts; the best goes on.")
 @click.option("--moves", type=click.IntRange(min=0), help="Attempts to replace poor components.")
@@ -80,6 +81,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Of --algorithm published.")
 @click.option("--steps", type=click.IntRange(min=1), help="Joint steps of --algorithm published.")
 @click.option("--wrong-only", is_flag=True, help="Only examples that the model predicts wrongly.")
+@click.option("--memory", metavar="SIZE", help="Ceiling such as 4GB: what does not fit stays on disk.")
 @click.option("--checkpoint", type=WRITABLE, help="File that keeps the state; the same command then goes on from it.")
 @click.option("--device", help="cpu, cuda …  [default: cpu]")
 @seed
@@ -95,7 +97,11 @@ def decompose(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Factorise FISHERS into components."""
+    """Factorise FISHERS into components.
+
+    Started by torchrun (torchrun --nproc-per-node=4 -m npeff decompose …), each process holds a block of the
+    examples; killed, the same command resumes.
+    """
     given = {name: value for name, value in options.items() if value is not None}
     rates: dict[str, Any] = {"learning_rate": learning_rate, "joint": steps}
     published = {name: value for name, value in rates.items() if value is not None}
@@ -114,8 +120,13 @@ def decompose(
     fishers = wants(npeff.load(path), "Fishers", path)
     if wrong_only:
         fishers = fishers.filter(wrong=True)
-    n_components = _selected(fishers, numbers, given, quiet) if select else numbers[0]
-    components = npeff.decompose(fishers, n_components, progress=not quiet, **given)
+    if several():
+        components = decompose_together(fishers, numbers[0], out, select, progress=not quiet, **given)
+        if components is None:
+            return
+    else:
+        n_components = _selected(fishers, numbers, given, quiet) if select else numbers[0]
+        components = npeff.decompose(fishers, n_components, progress=not quiet, **given)
     components.save(out)
     click.echo(
         f"{out}: {components.n_components} components of {len(fishers):,} examples, relative loss {components.loss:.4f}"

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from npeff.cli.common import WRITABLE, command, misused, note, quiet, seed, size, unruled
+from npeff.cli.processes import first, several
 
 DEFAULT_TOP_K = 65_536
 
@@ -17,6 +18,7 @@ DEFAULT_TOP_K = 65_536
     examples="""
         npeff fishers train.py:model train.py:data --out fishers.h5
         npeff fishers zoo.mnist:load zoo.mnist:test --exact --energy 0.99 --out fishers.h5
+        npeff fishers train.py:model train.py:data --sketch 4096 --out fishers.h5
         npeff fishers bert.py:model bert.py:batches --kind diagonal --parameters 'bert.encoder.*' --out d.h5
     """
 )
@@ -41,7 +43,25 @@ DEFAULT_TOP_K = 65_536
     metavar="N",
     help=f"Keep each example's N largest values.  [default: {DEFAULT_TOP_K}]",
 )
+@click.option(
+    "--sketch",
+    type=click.IntRange(min=1),
+    metavar="D",
+    help="Keep D random projections of every row, instead of --top-k; D a multiple of 16.",
+)
+@click.option(
+    "--sketch-form",
+    type=click.Choice(["flat", "kronecker"]),
+    default="flat",
+    show_default=True,
+    help="kronecker: large matrices are sketched without their gradients (see docs/sketch).",
+)
 @click.option("--exact", is_flag=True, help="Keep all values; instead of --top-k.")
+@click.option(
+    "--gram-only",
+    is_flag=True,
+    help="Keep exact inner products of the rows, and no rows; instead of --top-k.",
+)
 @click.option(
     "--basis",
     type=click.Choice(["reduced", "class"]),
@@ -98,7 +118,10 @@ def fishers(
     data: str,
     out: Path,
     top_k: int | None,
+    sketch: int | None,
+    sketch_form: str,
     exact: bool,
+    gram_only: bool,
     samples: int,
     parameters: tuple[str, ...],
     forward: str | None,
@@ -111,20 +134,34 @@ def fishers(
     evaluation mode, DATA's an iterable of batches: (inputs, labels), dicts with or without "labels", or
     tensors. Keep the order of the data fixed: examples are known by their position.
 
-    Interrupted (Ctrl-C, kill -9, power), the same command resumes from the last shard.
+    Interrupted (Ctrl-C, kill -9, power), the same command resumes from the last shard. Started by torchrun
+    (torchrun --nproc-per-node=4 -m npeff fishers …), processes share the batches and make one file.
     """
-    if exact and top_k:
-        misused("--exact keeps all values and --top-k the largest: give one of them")
+    ways = {
+        "--exact keeps all values": exact,
+        "--top-k the largest": top_k,
+        "--sketch random projections": sketch,
+        "--gram-only inner products alone": gram_only,
+    }
+    chosen = [way for way, given in ways.items() if given]
+    if len(chosen) > 1:
+        misused(f"{', '.join(chosen)}: give one of them")
+    if sketch_form != "flat" and not sketch:
+        misused("--sketch-form belongs to --sketch")
     import npeff
     from npeff.targets import load_data, load_model, load_object
 
-    _announce(out)
+    if first():
+        _announce(out)
     if not top_k:  # a model smaller than our default is no news
         warnings.filterwarnings("ignore", message=r"TopK\(k=")
-    result = npeff.compute_fishers(
+    from npeff import distributed
+
+    compute = distributed.compute_fishers if several() else npeff.compute_fishers
+    result = compute(
         load_model(model),
         load_data(data),
-        compress=None if exact else npeff.TopK(top_k or DEFAULT_TOP_K),
+        compress=_compression(top_k, sketch, sketch_form, options["seed"], exact, gram_only),
         n_samples=samples,
         parameters=list(parameters) or None,
         forward=load_object(forward, "--forward") if forward else None,
@@ -132,12 +169,24 @@ def fishers(
         progress=not quiet,
         **options,
     )
+    if not first():
+        return
     click.echo(f"{out}: {len(result):,} Fishers of {result.n_parameters:,} parameters, {size(out.stat().st_size)}")
     slow = unruled(result.coverage)
     for name, why in slow[:5]:
         note(f"  {name}: {why}")
     if len(slow) > 5:
         note(f"  and {len(slow) - 5} more parameters: npeff info {out}")
+
+
+def _compression(top_k: int | None, sketch: int | None, form: str, seed: int, exact: bool, gram_only: bool) -> Any:
+    import npeff
+
+    if sketch:
+        return npeff.Sketch(sketch, seed=seed, form="kronecker" if form == "kronecker" else "flat")
+    if gram_only:
+        return npeff.GramOnly()
+    return None if exact else npeff.TopK(top_k or DEFAULT_TOP_K)
 
 
 def _announce(out: Path) -> None:

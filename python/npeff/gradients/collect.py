@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -9,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from npeff.compress import TopK
+from npeff.compress import Compression, Sketch, TopK
 from npeff.errors import DataError
 from npeff.gradients.factors import Factors
-from npeff.gradients.tiles import Block
+from npeff.gradients.rules import Rule
+from npeff.gradients.sketched import Sketched, worth_pairing
+from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import StreamingTopK
-from npeff.parameters import Parameters
+from npeff.parameters import Parameter, Parameters
 from npeff.rows import DenseRows, Rows, SparseRows
 
 Array = npt.NDArray[np.generic]
@@ -37,10 +40,13 @@ class Collector:
         ids: ``(b,)`` positions of the examples, for messages.
         squared: Blocks are Σ of squares (diagonal Fishers).
         compress: What to keep.
+
+    Attributes:
+        paired: Of which parameters blocks are wanted as factors; None: of none.
     """
 
     def __init__(
-        self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, compress: TopK | None
+        self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, compress: Compression | None
     ) -> None:
         n, _, width = factors.columns.shape
         self._parameters, self._ids, self._squared = parameters, ids, squared
@@ -52,16 +58,26 @@ class Collector:
         self._certain = factors.scale.square() == 0
         self._gram = torch.zeros((n, self._n_columns, self._n_columns), dtype=torch.float64)
         m = parameters.n_parameters
-        self._sink: _Sink = (
-            _Whole(self._n_columns, m, scale) if compress is None else _Largest(self._n_columns, m, scale, compress.k)
-        )
+        self._sink: _Sink
+        self.paired: Callable[[Parameter, list[Rule]], bool] | None = None
+        if isinstance(compress, TopK):
+            self._sink = _Largest(self._n_columns, m, scale, compress.k)
+        elif isinstance(compress, Sketch):
+            self._sink = Sketched(self._n_columns, scale, compress)
+            if compress.form == "kronecker":
+                self.paired = worth_pairing(compress, self._n_columns)
+        else:
+            self._sink = _Whole(self._n_columns, m, scale)
 
-    def add(self, block: Block) -> None:
+    def add(self, block: Block | Pairs) -> None:
         """Take one block.
 
         Raises:
             DataError: A gradient is not finite; names example and element.
         """
+        if isinstance(block, Pairs):
+            self._add_pairs(block)
+            return
         certain = self._certain[block.examples]
         if self._squared and bool(certain.any()):
             block = replace(block, values=block.values.masked_fill(certain[:, None, None, None], 0.0))
@@ -76,6 +92,14 @@ class Collector:
             gram = (flat @ flat.mT).cpu()
         self._gram[block.examples] += gram
         self._sink.put(block)
+
+    def _add_pairs(self, pairs: Pairs) -> None:
+        gram = pairs.gram().to("cpu", torch.float64)
+        if not torch.isfinite(gram).all() or not isinstance(self._sink, Sketched):
+            self.add(pairs.formed())
+            return
+        self._gram[pairs.examples] += gram
+        self._sink.put_pairs(pairs)
 
     def finish(self) -> tuple[Rows, Array, Array]:
         """The rows, how many each example has ``(b,)``, and the dense Fishers' norms ``(b,)`` float32."""

@@ -8,7 +8,7 @@ takes a block compresses it and forgets it, so that no (batch, rank, parameters)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,8 +25,8 @@ from npeff.gradients.graph import Graph, Value
 from npeff.gradients.rules import Found, Rule, Unsupported, find_uses
 from npeff.gradients.rules.base import Scratch
 from npeff.gradients.selfcheck import check_rules
-from npeff.gradients.tiles import Block
-from npeff.parameters import Parameters
+from npeff.gradients.tiles import Block, Pairs
+from npeff.parameters import Parameter, Parameters
 
 KEPT_BYTES = 512 << 20
 _FUSED_RECURRENT = frozenset({"MkldnnRnnLayerBackward0", "CudnnRnnBackward0", "MiopenRnnBackward0"})
@@ -169,13 +169,21 @@ class PerExampleGradients:
             self.served[name] = "+".join(dict.fromkeys(rule.name for rule in rules[name]))
         return Prepared(batch, logits, rules, [name for name in self.tensors if name in self.moved], unused)
 
-    def blocks(self, prepared: Prepared, columns: Tensor, *, squared: bool = False) -> Iterator[Block]:
+    def blocks(
+        self,
+        prepared: Prepared,
+        columns: Tensor,
+        *,
+        squared: bool = False,
+        paired: Callable[[Parameter, list[Rule]], bool] | None = None,
+    ) -> Iterator[Block | Pairs]:
         """Run the backward passes, then yield the per-example gradients.
 
         Args:
             prepared: From :meth:`prepare`.
             columns: ``(b, C, R)`` cotangents.
             squared: Yield Σ over columns of the squares instead.
+            paired: Says of which parameters the factors are wanted rather than their products, where there are any.
 
         Yields:
             Blocks that together cover every element of every selected parameter, except where gradients are
@@ -183,14 +191,16 @@ class PerExampleGradients:
         """
         columns = columns.to(prepared.logits.dtype)
         backward(prepared.logits, columns, [rule for rules in prepared.rules.values() for rule in rules])
+        n, n_columns = prepared.batch.n_examples, columns.shape[2]
         for name in list(prepared.rules):
-            yield from tiles.tiles(
-                self.parameters.named(name),
-                prepared.rules.pop(name),
-                prepared.batch.n_examples,
-                columns.shape[2],
-                squared,
-            )
+            parameter, rules = self.parameters.named(name), prepared.rules.pop(name)
+            factors = None
+            if paired is not None and paired(parameter, rules):
+                factors = tiles.pairs(parameter, rules, n, n_columns)
+            if factors is not None:
+                yield from factors
+            else:
+                yield from tiles.tiles(parameter, rules, n, n_columns, squared)
         others = {name: self.tensors[name] for name in prepared.others}
         for group in groups(others, columns.shape[2], tiles.TILE_ELEMENTS):
             for name, examples, gradient in self.fallback.gradients(

@@ -38,6 +38,57 @@ class Block:
     gram: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Per-example gradients of a matrix as factors that were not multiplied: ``Σ_t δ_t ⊗ a_t``.
+
+    Attributes:
+        parameter: The parameter, with its place in the flat vector.
+        examples: Which examples of the batch, b'.
+        delta: ``(b', T, R, n)``.
+        inputs: ``(b', T, k)``.
+        turned: The parameter is (k, n), not (n, k).
+    """
+
+    parameter: Parameter
+    examples: slice
+    delta: Tensor
+    inputs: Tensor
+    turned: bool
+
+    def gram(self) -> Tensor:
+        """``(b', R, R)`` inner products of the columns: ``Σ_tu (a_t·a_u) (δ_tr·δ_us)``."""
+        b, t, r, n = self.delta.shape
+        across = torch.bmm(self.inputs, self.inputs.mT)
+        weighed = torch.bmm(across, self.delta.reshape(b, t, r * n)).view(b, t, r, n)
+        return torch.einsum("btrn,btsn->brs", self.delta, weighed)
+
+    def formed(self) -> Block:
+        """The gradients themselves."""
+        order = "btrn,btk->brkn" if self.turned else "btrn,btk->brnk"
+        values = torch.einsum(order, self.delta, self.inputs).flatten(2)[:, :, None]
+        return Block(self.parameter, self.examples, values, self.parameter.offset)
+
+
+def pairs(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int) -> Iterator[Pairs] | None:
+    """The gradients of one parameter as factors, some examples at a time; None where they are no such sums."""
+    rule = rules[0]
+    if len(rules) > 1 or not rule.use.value.reshaped or rule.use.value.shape != parameter.shape:
+        return None
+    if len(parameter.shape) != 2 or rule.pairs(slice(0, 1)) is None:
+        return None
+    step = max(1, TILE_ELEMENTS // max(1, rule.layout.positions * n_columns * max(parameter.shape)))
+
+    def some() -> Iterator[Pairs]:
+        for start in range(0, n_examples, step):
+            examples = slice(start, min(start + step, n_examples))
+            factors = rule.pairs(examples)
+            assert factors is not None
+            yield Pairs(parameter, examples, *factors)
+
+    return some()
+
+
 def tiles(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, squared: bool) -> Iterator[Block]:
     """The per-example gradients of one parameter, as many examples and rows at a time as fit into a tile.
 

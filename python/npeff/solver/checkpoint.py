@@ -16,6 +16,7 @@ from npeff.rows import SparseRows
 from npeff.solver.forms import State
 from npeff.solver.scaling import ScaledRows
 from npeff.solver.search import Memory
+from npeff.streamed_rows import StreamedRows
 
 
 class Checkpoint:
@@ -91,9 +92,14 @@ class Checkpoint:
 
 def _digest(scaled: ScaledRows) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    arrays = [scaled.row_offsets, np.asarray(scaled.rows.values)]
-    if isinstance(scaled.rows, SparseRows):
-        arrays += [scaled.rows.indptr, scaled.rows.indices]
+    rows = scaled.rows
+    arrays = [scaled.row_offsets, np.asarray(rows.values)]
+    if isinstance(rows, StreamedRows):
+        given = (rows.row_factors, rows.column_factors, rows.columns)
+        arrays += [array for array in given if array is not None]
+        rows = rows.stored
+    if isinstance(rows, SparseRows):
+        arrays += [rows.indptr, rows.indices]
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from npeff import kernels
+from npeff.distributed.place import place_of
 from npeff.errors import ArgumentError
 from npeff.solver.forms import State, draw_examples, improve, total
 from npeff.solver.scaling import ScaledRows
@@ -45,9 +46,11 @@ class LowRank:
         self.n_examples = scaled.n_examples
         self.row_offsets = torch.tensor(np.asarray(scaled.row_offsets))
         self.energies = torch.from_numpy(scaled.fisher_norms**2)
-        self.const = float(self.energies.sum()) or 1.0
+        self.place = place_of(space, self.n_examples)
+        self.comm = self.place.comm
+        self.const = self.comm.number(float(self.energies.sum())) or 1.0
         self.hard = orthogonality == "hard"
-        self.penalty = 0.0 if isinstance(orthogonality, str) else float(orthogonality) * self.n_examples
+        self.penalty = 0.0 if isinstance(orthogonality, str) else float(orthogonality) * self.place.n_examples
         self.frozen, self.frozen_W = frozen, frozen_W
         self._scaled = scaled
 
@@ -68,14 +71,14 @@ class LowRank:
     def reconstruction(self, W: Tensor, cross: Tensor, Q: Tensor) -> float:
         """L, accumulated in float64."""
         fit = total(W * cross)
-        return float(self.const - 2 * fit + ((W.T @ W).double() * Q.double().square()).sum())
+        return self.const + self.comm.number(float(((W.T @ W).double() * Q.double().square()).sum() - 2 * fit))
 
     def objective(self, W: Tensor, cross: Tensor, Q: Tensor) -> float:
         """(L + penalty) / const for unit vectors."""
         loss = self.reconstruction(W, cross, Q)
         if self.penalty:
             loss += self.penalty * float(Q.double().square().sum() - Q.double().diagonal().square().sum())
-        return loss / self.const
+        return self.comm.agreed(loss / self.const)
 
     # ---- states --------------------------------------------------------------------------------------------
 
@@ -129,7 +132,7 @@ class LowRank:
         still; frozen vectors keep D = 0 and their share moves to the right-hand side.
         """
         W, coords, P, Q, f = state.W, state.coords, state.P, state.Q, self._n_frozen
-        B, off_diagonal = (W.T @ W).double(), 1 - torch.eye(state.r, dtype=torch.float64, device=W.device)
+        B, off_diagonal = self.comm.sum(W.T @ W).double(), 1 - torch.eye(state.r, dtype=torch.float64, device=W.device)
         M = (B + self.penalty) * Q.double()  # positive semi-definite, as B + penalty·(1 − I) would not be
         B = B + self.penalty * off_diagonal
         ridge = 1e-6 * M.diagonal().mean() * torch.eye(state.r - f, dtype=torch.float64, device=W.device)
@@ -166,8 +169,8 @@ class LowRank:
 
         ``−2⟨W, ‖A(g + td)‖²⟩ + ⟨B, (Q + tQ₁ + t²Q₂)∘²⟩``.
         """
-        linear = total(spread * PD[: self.space.n_rows])
-        square = total(W * self.cross(PD))
+        sums = [total(spread * PD[: self.space.n_rows]), total(W * self.cross(PD))]
+        linear, square = self.comm.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
 
         def pair(a: Tensor, b: Tensor) -> float:
             return float((B * a * b).sum())
@@ -222,9 +225,9 @@ class LowRank:
 
     def candidates(self, state: State, count: int, generator: torch.Generator) -> State:
         """Append the top eigenvectors of examples, or of their residuals."""
-        drawn, residual = draw_examples(self.residuals(state), count, generator)
+        drawn, residual = draw_examples(self.comm.gathered(self.residuals(state)), count, generator)
         S = torch.zeros(self.space.n_rows, len(drawn), dtype=torch.float64)
-        for column, i in enumerate(drawn):
+        for column, i in self.place.own(drawn, self.n_examples):
             rows = slice(int(self.row_offsets[i]), int(self.row_offsets[i + 1]))
             S[rows, column] = self._top_direction(i, rows, state, residual)
         fresh = self.space.combine(S.to(state.P))
@@ -249,9 +252,8 @@ class LowRank:
         With ``A_iA_iᵀ = V Λ Vᵀ`` the rows of ``U = Λ^{-1/2} Vᵀ A_i`` are orthonormal and the residual in that basis is
         ``Λ − Σ_j W_ij (U g_j)(U g_j)ᵀ``.
         """
-        block = self._scaled.rows.dense(rows.start, rows.stop).astype(np.float64)
-        values, V = np.linalg.eigh(block @ block.T)
-        alive = values > 1e-6 * max(float(values.max()), 1e-300)  # below, float32 rows are noise
+        values, V = np.linalg.eigh(self._scaled.rows.gram(rows.start, rows.stop))
+        alive = values > 1e-6 * max(float(values.max(initial=0.0)), 1e-300)  # below, float32 rows are noise
         to_basis = V[:, alive] / np.sqrt(values[alive])
         target = np.diag(values[alive])
         if residual:

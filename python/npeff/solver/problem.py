@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,105 +17,25 @@ from tqdm import tqdm
 
 from npeff.components import Components
 from npeff.devices import usable_device
+from npeff.distributed.place import comm_of
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers import Fishers
-from npeff.rows import DenseRows
+from npeff.rows import DenseRows, GramRows
 from npeff.solver import published_algorithm
 from npeff.solver.checkpoint import Checkpoint
+from npeff.solver.choice import Plan
 from npeff.solver.diagonal import Diagonal
 from npeff.solver.forms import State
 from npeff.solver.low_rank import LowRank
-from npeff.solver.published_algorithm import PublishedOptions
-from npeff.solver.scaling import BlockWeights, Normalize, ScaledRows, scale
+from npeff.solver.options import Options
+from npeff.solver.scaling import ScaledRows
 from npeff.solver.search import Callback, Memory, Progress, Search
-from npeff.solver.spaces import FactorSpace, GramSpace, SpaceName, SparseSpace, choose_space
+from npeff.solver.sketch_space import SketchSpace
+from npeff.solver.spaces import FactorSpace, GramSpace, SparseSpace
 from npeff.solver.subspace import find_subspace
+from npeff.streamed_rows import StreamedRows
 
 Array = npt.NDArray[Any]
-Algorithm = Literal["npeff", "published"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What determines the result, besides the data."""
-
-    n_components: int
-    seed: int = 0
-    algorithm: Algorithm = "npeff"
-    space: SpaceName = "auto"
-    starts: int = 3
-    moves: int = 40
-    patience: int = 15
-    max_iterations: int = 500
-    tolerance: float = 1e-6
-    block_weights: BlockWeights = "energy"
-    normalize: Normalize = "stored"
-    orthogonality: float | Literal["hard"] = 0.0
-    min_nonzero_per_column: int = 1
-    dtype: Literal["float32", "float64"] = "float32"
-    published: PublishedOptions = field(default_factory=PublishedOptions)
-
-    def __post_init__(self) -> None:
-        least = {"n_components": 1, "seed": 0, "starts": 1, "moves": 0, "patience": 1, "max_iterations": 1}
-        for name, smallest in (least | {"min_nonzero_per_column": 1}).items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not smallest <= value < 2**63:
-                raise ArgumentError(f"{name}: expected an integer ≥ {smallest}, got {value!r}")
-        for name, choices in (("algorithm", ("npeff", "published")), ("dtype", ("float32", "float64"))):
-            if getattr(self, name) not in choices:
-                raise ArgumentError(f"{name}: expected {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
-        if not _is_number(self.tolerance):
-            raise ArgumentError(f"tolerance: expected a finite number ≥ 0, got {self.tolerance!r}")
-        if self.orthogonality != "hard" and not _is_number(self.orthogonality):
-            raise ArgumentError(f"orthogonality: expected a finite number ≥ 0 or 'hard', got {self.orthogonality!r}")
-        if not isinstance(self.published, PublishedOptions):
-            raise ArgumentError(f"published: expected PublishedOptions, got {self.published!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-
-
-def checked_and_scaled(fishers: Fishers, options: Options, columns: Array | None) -> ScaledRows:
-    """Check the Fishers and scale them.
-
-    Raises:
-        DataError: See :func:`decompose`.
-        ArgumentError: More components than rows.
-    """
-    if not isinstance(fishers, Fishers):
-        raise ArgumentError(f"fishers: expected Fishers, got {type(fishers).__name__}; open a file with npeff.load")
-    if len(fishers) == 0:
-        raise DataError("fishers: there are no examples to decompose")
-    values = fishers.rows.values
-    if not np.isfinite(values).all():
-        where = np.argwhere(~np.isfinite(values))[0]
-        row = (
-            int(where[0])
-            if isinstance(fishers.rows, DenseRows)
-            else int(np.searchsorted(fishers.rows.indptr, where[0], "right")) - 1
-        )
-        example = int(np.searchsorted(fishers.row_offsets, row, "right")) - 1
-        raise DataError(
-            f"fishers: example {example} (id {fishers.ids[example]}) has a value that is not finite; compute "
-            "its Fisher again"
-        )
-    if options.n_components > fishers.rows.n_rows:
-        raise ArgumentError(
-            f"n_components: expected at most the {fishers.rows.n_rows} rows of the {len(fishers)} Fishers, "
-            f"got {options.n_components}"
-        )
-    scaled = scale(fishers, options.block_weights, options.normalize, columns, options.min_nonzero_per_column)
-    if scaled.rows.n_columns == 0 and fishers.norms.any():
-        raise DataError(
-            f"fishers: no parameter has {options.min_nonzero_per_column} non-zero entries; lower min_nonzero_per_column"
-        )
-    if not scaled.fisher_norms.any():
-        raise DataError(
-            f"fishers: all {len(fishers)} are zero (the model is certain of every example, or every block has "
-            "weight 0): nothing to decompose"
-        )
-    return scaled
 
 
 class Problem:
@@ -125,12 +45,14 @@ class Problem:
         self,
         fishers: Fishers,
         scaled: ScaledRows,
+        plan: Plan,
         options: Options,
         device: str | torch.device,
         frozen: Tensor | None = None,
         frozen_W: Tensor | None = None,
     ) -> None:
-        self.fishers, self.scaled, self.options = fishers, scaled, options
+        self.fishers, self.scaled, self.plan, self.options = fishers, scaled, plan, options
+        self.reason = plan.reason
         self.subspace: dict[str, Any] | None = None
         began = time.perf_counter()
         device = usable_device(device)
@@ -140,20 +62,23 @@ class Problem:
         if fishers.kind == "diagonal":
             if options.orthogonality:
                 raise ArgumentError("orthogonality: only for the low-rank kind; leave it at 0 for diagonal Fishers")
-            self.reason = "the diagonal kind always works on the rows"
-            rows_space = SparseSpace(scaled.rows, dtype, device)
+            rows_space = self.shared(_rows_space(scaled, dtype, device))
             self.space, self.form = rows_space, Diagonal(rows_space, scaled, frozen, frozen_W)
         else:
-            space = "sparse" if options.algorithm == "published" else options.space
-            kind, self.reason = choose_space(scaled.rows, space, options.n_components)
-            self.space = (
-                GramSpace(scaled.rows, frozen, dtype, device)
-                if kind is GramSpace
-                else SparseSpace(scaled.rows, dtype, device)
-            )
+            gram = plan.space == "gram"
+            own = GramSpace(scaled.rows, frozen, dtype, device) if gram else _rows_space(scaled, dtype, device)
+            self.space = self.shared(own)
             embedded = None if frozen is None else self.space.embed(frozen)
             self.form = LowRank(self.space, scaled, options.orthogonality, embedded, frozen_W)
         self.seconds_building = time.perf_counter() - began
+
+    def shared(self, space: Any) -> Any:
+        """The space as the forms see it: over the rows of all processes, where there are several."""
+        return space
+
+    def keeper(self, path: Path, options: dict[str, Any]) -> Checkpoint:
+        """Where the search's state is kept."""
+        return Checkpoint(path, self.scaled, options)
 
     def state_from(self, W: Array, G: Array) -> State:
         """A state from given coefficients ``(n, r)`` and vectors ``(r, n_parameters)``.
@@ -161,7 +86,7 @@ class Problem:
         Raises:
             ArgumentError: A shape is wrong, or a value.
         """
-        n, r, m = len(self.fishers), self.options.n_components, self.fishers.n_parameters
+        n, r, m = len(self.fishers), self.options.n_components, self.fishers.rows.n_columns
         for name, array, shape in (("W", W, (n, r)), ("G", G, (r, m))):
             if np.shape(array) != shape:
                 raise ArgumentError(f"init: expected {name} of shape {shape}, got {np.shape(array)}")
@@ -170,7 +95,9 @@ class Problem:
         if np.min(W) < 0 or not np.any(G, axis=1).all():
             raise ArgumentError("init: expected W ≥ 0 and no vector of G that is all zero")
         if isinstance(self.space, GramSpace):
-            self.space = SparseSpace(self.scaled.rows, self.space.K.dtype, self.space.K.device)
+            if isinstance(self.scaled.rows, GramRows):
+                raise ArgumentError("init: Fishers of inner products alone (GramOnly) cannot take given vectors")
+            self.space = _rows_space(self.scaled, self.space.K.dtype, self.space.K.device)
             self.form = LowRank(self.space, self.scaled, self.options.orthogonality)
             self.reason = "given vectors need not lie in the row space"
         kept = np.asarray(G, np.float32)[:, slice(None) if self.scaled.columns is None else self.scaled.columns]
@@ -207,7 +134,7 @@ class Problem:
         options = self.options
         keeper = None
         if checkpoint is not None:
-            keeper = Checkpoint(Path(checkpoint), self.scaled, {"kind": self.fishers.kind, **asdict(options)})
+            keeper = self.keeper(Path(checkpoint), {"kind": self.fishers.kind, **asdict(options)})
         form, lift = self.form, None
         if isinstance(self.form, LowRank) and initial is None:
             form, lift = self._coarse(self.form)
@@ -224,13 +151,15 @@ class Problem:
     def _coarse(self, fine: LowRank) -> tuple[LowRank, Callable[[State], State] | None]:
         """The form to search in, and the way back: a subspace where one holds nearly all of the rows for less work."""
         generator = torch.Generator().manual_seed(self.options.seed)
-        energy = float(self.scaled.rows.squared_norms().sum())
-        subspace = find_subspace(self.space, energy, self.options.n_components, generator, fine.frozen)
+        comm = comm_of(self.space)
+        energy = comm.number(float(self.scaled.rows.squared_norms().sum()))
+        most = int(comm.agreed(self.plan.subspace_bytes // (16 * max(1, self.space.n_rows))))
+        subspace = find_subspace(self.space, energy, self.options.n_components, generator, fine.frozen, most)
         if subspace is None:
             return fine, None
         self.subspace = {"dimensions": subspace.rows.shape[1], "kept": round(subspace.kept, 6)}
         rows = DenseRows(subspace.rows.cpu().numpy())
-        space = SparseSpace(rows, subspace.rows.dtype, subspace.rows.device)
+        space = self.shared(SparseSpace(rows, subspace.rows.dtype, subspace.rows.device))
         scaled = replace(self.scaled, rows=rows, columns=None)
         coarse = LowRank(space, scaled, self.options.orthogonality, subspace.given, fine.frozen_W)
 
@@ -282,6 +211,7 @@ class Problem:
         vectors = (vectors / norms[:, None]).float()
         W = state.W.cpu().float().clone()
         W[torch.from_numpy(self.scaled.fisher_norms == 0)] = 0
+        weights = self._row_weights(state, norms) if fishers.kept_elsewhere and not f else None
         chosen = asdict(self.options)
         return Components(
             kind=fishers.kind,
@@ -302,7 +232,32 @@ class Problem:
                 "normalize": self.options.normalize,
                 "course": course,
             },
+            row_weights=weights,
+            row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
         )
+
+    def _row_weights(self, state: State, norms: Tensor) -> Array:
+        """``(n_rows, r)``: the unit vectors as combinations of the stored rows.
+
+        Over K these are the coordinates. Elsewhere they follow from stationarity, ``G = M⁻¹ (W∘P)ᵀ A`` with
+        ``M = WᵀW ∘ Q``.
+        """
+        form = self.form
+        assert isinstance(form, LowRank)
+        if isinstance(self.space, GramSpace):
+            weights = state.coords[:, : self.space.n_rows].T.double()
+        else:
+            M = (state.W.T @ state.W).double() * state.Q.double()
+            ridge = 1e-9 * M.diagonal().mean().clamp_min(1e-30) * torch.eye(len(M), dtype=M.dtype, device=M.device)
+            weights = form.spread(state.W, state.P).double() @ torch.linalg.inv(M + ridge)
+        weights = weights.cpu() / norms
+        return np.asarray(weights.numpy() * self.scaled.row_factors[:, None], np.float32)
+
+
+def _rows_space(scaled: ScaledRows, dtype: torch.dtype, device: torch.device) -> SparseSpace | SketchSpace:
+    if isinstance(scaled.rows, StreamedRows):
+        return SketchSpace(scaled.rows, dtype, device)
+    return SparseSpace(scaled.rows, dtype, device)
 
 
 def with_bar(bar: Any, callback: Callback | None) -> Callback:

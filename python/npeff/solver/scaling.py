@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any, Literal
@@ -16,11 +16,25 @@ from npeff import kernels
 from npeff.errors import ArgumentError
 from npeff.fishers import Fishers
 from npeff.parameters import Parameters
-from npeff.rows import DenseRows, Rows, SparseRows
+from npeff.rows import GramRows, Rows, SparseRows
+from npeff.streamed_rows import PART_BYTES, StreamedRows, column_counts, forget, keep_columns
 
 Array = npt.NDArray[Any]
 BlockWeights = Literal["energy", "balanced"] | Mapping[str, float]
 Normalize = Literal["stored", "dense", "none"]
+
+__all__ = [
+    "BlockWeights",
+    "Normalize",
+    "ScaledRows",
+    "block_energy",
+    "column_factors",
+    "fisher_norms",
+    "keep_columns",
+    "layer_of",
+    "resolve_block_weights",
+    "scale",
+]
 
 
 @dataclass(frozen=True)
@@ -28,18 +42,20 @@ class ScaledRows:
     """Rows ready to be factorised: ``A_i D / √‖A_i D² A_iᵀ‖_F`` on the kept columns, D = √(block weight).
 
     Attributes:
-        rows: All examples' rows end to end, ``(Σ rank, n_kept)`` float32.
+        rows: All examples' rows end to end, ``(Σ rank, n_kept)`` float32; or their inner products.
         row_offsets: ``(n + 1,)`` int64.
         columns: ``(n_kept,)`` int64 parameter index of each kept column, or None for all of them.
         fisher_norms: ``(n,)`` float64 Fisher norm of each example's scaled rows: 1, or 0 for a zero Fisher.
         block_weights: Weight per parameter name that was applied; None when all are 1.
+        row_factors: ``(Σ rank,)`` float32 what each stored row was multiplied by, block weights apart.
     """
 
-    rows: Rows
+    rows: Rows | StreamedRows
     row_offsets: Array
     columns: Array | None
     fisher_norms: Array
     block_weights: dict[str, float] | None
+    row_factors: Array = field(default_factory=lambda: np.ones(0, np.float32))
 
     @property
     def n_examples(self) -> int:
@@ -52,16 +68,23 @@ def layer_of(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def fisher_norms(rows: Rows, row_offsets: Array, kind: str) -> Array:
+def fisher_norms(rows: Rows | StreamedRows, row_offsets: Array, kind: str) -> Array:
     """``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` per example (``‖f_i‖₂`` for the diagonal kind), ``(n,)`` float64."""
     if kind == "diagonal":
         return np.asarray(np.sqrt(rows.squared_norms()))
     if isinstance(rows, SparseRows):
         return kernels.fisher_norms(rows.indptr, rows.indices, rows.values, rows.n_columns, row_offsets)
-    out = np.empty(len(row_offsets) - 1)
+    out = np.zeros(len(row_offsets) - 1)
+    if isinstance(rows, StreamedRows):
+        for start, stop, part in rows.parts(row_offsets):
+            examples = slice(*np.searchsorted(row_offsets, (start, stop), "left"))
+            if examples.stop < len(out) and stop == rows.n_rows:
+                examples = slice(examples.start, len(out))  # examples without rows at the end
+            own = np.asarray(row_offsets[examples.start : examples.stop + 1]) - start
+            out[examples] = fisher_norms(part, own, kind)
+        return out
     for i, (start, stop) in enumerate(pairwise(row_offsets)):
-        block = rows.values[start:stop].astype(np.float64)
-        out[i] = math.sqrt(np.square(block @ block.T).sum())
+        out[i] = math.sqrt(np.square(rows.gram(int(start), int(stop))).sum())
     return out
 
 
@@ -71,6 +94,9 @@ def scale(
     normalize: Normalize = "stored",
     columns: Array | None = None,
     min_nonzero_per_column: int = 1,
+    *,
+    stream: bool = False,
+    part_bytes: int = PART_BYTES,
 ) -> ScaledRows:
     """Weigh parameter blocks, drop unused columns, and give every example unit Fisher norm.
 
@@ -83,6 +109,8 @@ def scale(
             uncompressed Fisher (without regard to weights); ``"none"`` leaves the scale.
         columns: Keep exactly these parameter indices (those of components that already exist).
         min_nonzero_per_column: Drop columns with fewer non-zero entries than this (sparse rows only).
+        stream: Leave the rows where they are, to be scaled whenever they are read.
+        part_bytes: Bytes of stored rows taken at a time.
 
     Returns:
         The scaled rows. Columns without any entry are always dropped from sparse rows.
@@ -91,47 +119,28 @@ def scale(
         ArgumentError: An option has an unknown value, or a weight is negative or matches nothing.
     """
     weights = resolve_block_weights(fishers, block_weights)
-    rows = apply_weights(fishers.rows, fishers.parameters, weights, fishers.kind)
     if normalize not in ("stored", "dense", "none"):
         raise ArgumentError(f"normalize: expected 'stored', 'dense' or 'none', got {normalize!r}")
-    stored = fisher_norms(rows, fishers.row_offsets, fishers.kind)
+    factors = None if weights is None else column_factors(fishers.parameters, weights, fishers.kind)
+    rows = fishers.rows
+    if isinstance(rows, GramRows):
+        stored = fisher_norms(rows, fishers.row_offsets, fishers.kind)
+    else:
+        plain = StreamedRows(rows, None, factors, None, part_bytes)
+        stored = fisher_norms(plain, fishers.row_offsets, fishers.kind)
     norms = {"stored": stored, "dense": fishers.norms.astype(np.float64), "none": np.ones(len(fishers))}[normalize]
     divisor = np.where(norms > 0, norms, 1.0)
     per_example = 1 / divisor if fishers.kind == "diagonal" else 1 / np.sqrt(divisor)
     per_row = np.repeat(per_example, fishers.ranks).astype(np.float32)
-    if isinstance(rows, DenseRows):
-        values = rows.values * per_row[:, None]
-        if columns is not None:
-            values = values[:, columns]
-        return ScaledRows(DenseRows(values), fishers.row_offsets, columns, stored / divisor, weights)
-    values = rows.values * np.repeat(per_row, np.diff(rows.indptr))
-    sparse = SparseRows(np.asarray(rows.indptr), np.asarray(rows.indices), values, rows.n_columns)
-    if columns is None:
-        columns = np.flatnonzero(np.bincount(sparse.indices, minlength=0) >= max(1, min_nonzero_per_column)).astype(
-            np.int64
-        )
-    return ScaledRows(keep_columns(sparse, columns), fishers.row_offsets, columns, stored / divisor, weights)
-
-
-def keep_columns(rows: SparseRows, columns: Array) -> SparseRows:
-    """The rows on ``columns`` alone, renumbered 0 … len(columns) − 1."""
-    place = np.full(rows.n_columns, -1, np.int32)
-    place[columns] = np.arange(len(columns), dtype=np.int32)
-    indices = place[rows.indices]
-    if (kept := indices >= 0).all():
-        return SparseRows(rows.indptr, indices, rows.values, len(columns))
-    indptr = np.concatenate([[0], np.cumsum(kept)])[rows.indptr].astype(np.int64)
-    return SparseRows(indptr, indices[kept], rows.values[kept], len(columns))
-
-
-def apply_weights(rows: Rows, parameters: Parameters, weights: dict[str, float] | None, kind: str) -> Rows:
-    """Scale columns so that each block of the Fisher is multiplied by its weight."""
-    if weights is None:
-        return rows
-    column = column_factors(parameters, weights, kind)
-    if isinstance(rows, DenseRows):
-        return DenseRows(rows.values * column)
-    return SparseRows(rows.indptr, rows.indices, rows.values * column[rows.indices], rows.n_columns)
+    ours = stored / divisor
+    if isinstance(rows, GramRows):
+        K = GramRows(rows.values * per_row * per_row[:, None])
+        return ScaledRows(K, fishers.row_offsets, None, ours, weights, per_row)
+    if columns is None and isinstance(rows, SparseRows):
+        counts = column_counts(rows, part_bytes)
+        columns = np.flatnonzero(counts >= max(1, min_nonzero_per_column)).astype(np.int64)
+    scaled = StreamedRows(rows, per_row, factors, columns, part_bytes)
+    return ScaledRows(scaled if stream else scaled.whole(), fishers.row_offsets, columns, ours, weights, per_row)
 
 
 def column_factors(parameters: Parameters, weights: dict[str, float], kind: str) -> Array:
@@ -148,6 +157,12 @@ def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, f
     """
     if choice == "energy":
         return None
+    if fishers.sketch is not None or isinstance(fishers.rows, GramRows):
+        what = "sketches" if fishers.sketch is not None else "inner products"
+        raise ArgumentError(
+            f"block_weights: {what} mix all parameters, so that none can be weighted afterwards; use "
+            "block_weights='energy', or compute the Fishers with TopK(k) or compress=None"
+        )
     names = fishers.parameters.names
     if choice == "balanced":
         energy: dict[str, float] = {}
@@ -188,6 +203,7 @@ def block_energy(fishers: Fishers) -> dict[str, float]:
     else:
         for start in range(0, fishers.rows.n_rows, 256):
             block = np.asarray(fishers.rows.values[start : start + 256], np.float64)
+            forget(fishers.rows.values)
             squares += scale_of[start : start + 256] @ (block if fishers.kind == "diagonal" else block**2)
     total = squares.sum() or 1.0
     return {p.name: float(squares[p.slice].sum() / total) for p in fishers.parameters}

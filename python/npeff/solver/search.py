@@ -198,7 +198,8 @@ class Search:
         """Drop the least useful components one by one, W refitted in between, until r are left."""
         while state.r > self.r:
             noise = torch.randn(state.r, generator=generator, dtype=torch.float64).mul(PRUNING_NOISE).exp()
-            use = usefulness(state, self.form.gram(state))
+            squares = self.form.comm.sum(state.W.double().square().sum(0))
+            use = usefulness(state, self.form.gram(state), squares)
             use = use * noise.to(use)
             state = self.form.solve_W(state.keep(torch.arange(state.r, device=use.device) != use.argmin()), 2)
         return state

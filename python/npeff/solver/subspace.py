@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from npeff.distributed.communicator import Communicator
+from npeff.distributed.place import comm_of
 from npeff.solver.spaces import FactorSpace
 
 DIMENSIONS = 256
@@ -47,7 +49,12 @@ class Subspace:
 
 
 def find_subspace(
-    space: FactorSpace, energy: float, r: int, generator: torch.Generator, given: Tensor | None = None
+    space: FactorSpace,
+    energy: float,
+    r: int,
+    generator: torch.Generator,
+    given: Tensor | None = None,
+    most: int | None = None,
 ) -> Subspace | None:
     """Find a subspace for r components.
 
@@ -57,14 +64,17 @@ def find_subspace(
         r: Number of components.
         generator: Of the range finder's random matrix.
         given: Coordinates of vectors that the subspace must contain, ``(f, …)``.
+        most: Dimensions that fit into memory; None: any number.
 
     Returns:
-        The subspace, or None where it would save nothing: as many dimensions as rows.
+        The subspace, or None where it would save nothing (as many dimensions as rows) or does not fit into memory.
     """
     d = max(DIMENSIONS, 4 * r)
-    while 2 * d <= space.n_rows:
+    comm = comm_of(space)
+    n_rows = int(comm.number(space.n_rows))
+    while 2 * d <= n_rows and (most is None or d <= most):
         found = _range(space, d, energy, generator, given)
-        if found.kept >= ENOUGH or 2 * d > max(MOST_DIMENSIONS, 4 * r):
+        if found.kept >= ENOUGH or 2 * d > max(MOST_DIMENSIONS, 4 * r) or (most is not None and 2 * d > most):
             return found
         d *= 2
     return None
@@ -73,14 +83,21 @@ def find_subspace(
 def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator, given: Tensor | None) -> Subspace:
     coords = space.random(d if given is None else d - len(given), generator)
     Y = space.project(coords)[: space.n_rows]
-    Q = torch.from_numpy(np.linalg.qr(Y.cpu().numpy())[0]).to(Y)
+    comm = comm_of(space)
+    Q = torch.from_numpy(np.linalg.qr(Y.cpu().numpy())[0]).to(Y) if comm.size == 1 else _whitened(Y, comm)
     coords = space.combine(Q)
     if given is not None:
         coords = torch.cat([given, coords])
     coords, P = _orthonormal(space, coords)
     rows = P[: space.n_rows].contiguous()
-    kept = float(torch.sum(rows * rows, dtype=torch.float64)) / max(energy, 1e-300)
+    kept = comm.number(float(torch.sum(rows * rows, dtype=torch.float64))) / max(energy, 1e-300)
     return Subspace(coords, rows, kept, None if given is None else space.inner(given, coords, P))
+
+
+def _whitened(Y: Tensor, comm: Communicator) -> Tensor:
+    """``Y (YᵀY)^{-1/2}`` for rows spread over processes: columns as orthonormal as what follows needs them."""
+    values, vectors = torch.linalg.eigh(comm.sum(Y.double().T @ Y.double()))
+    return (Y.double() @ (vectors * values.clamp_min(1e-14 * values.max()).rsqrt())).to(Y)
 
 
 def _orthonormal(space: FactorSpace, coords: Tensor) -> tuple[Tensor, Tensor]:

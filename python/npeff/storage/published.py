@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 
-from npeff.errors import ArgumentError, ForeignFileError
+from npeff.errors import ArgumentError, ForeignFileError, StorageError
 from npeff.fishers import Fishers
 from npeff.storage.files import atomic, check_target, path_of
 from npeff.storage.hdf5 import write_hdf5
@@ -111,6 +111,12 @@ def write_published(
     """
     path = path_of(path)
     check_target(path)
+    elsewhere = isinstance(item, Fishers) and item.kept_elsewhere
+    if elsewhere or getattr(item, "compression", None) in ("sketch", "gram"):
+        raise StorageError(
+            f"{path}: the published layouts hold rows and vectors in parameter space, and these are sketches or inner "
+            "products; save them in npeff's own format"
+        )
     if isinstance(item, Fishers):
         layout, data, attributes = plan_fishers(item, path, variable)
     elif hasattr(item, "coefficients"):

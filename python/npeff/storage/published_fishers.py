@@ -271,6 +271,7 @@ def _examples(fishers: Fishers) -> Iterator[SparseRows]:
             row, index = np.nonzero(block)
             value = block[row, index]
         else:
+            assert isinstance(fishers.rows, SparseRows), "sketches and inner products are refused before"
             lo, hi = fishers.rows.indptr[start], fishers.rows.indptr[stop]
             row = np.repeat(np.arange(stop - start), np.diff(fishers.rows.indptr[start : stop + 1]))
             value, index = fishers.rows.values[lo:hi], fishers.rows.indices[lo:hi]

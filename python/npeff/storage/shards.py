@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from npeff.compress import sketch_of
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
 from npeff.fishers import FisherBlock, Fishers
 from npeff.parameters import Parameters
@@ -124,7 +125,7 @@ class FisherWriter:
             raise StorageError(
                 f"{out}: holds npeff {container.content}, and is not overwritten; remove it, or choose another out"
             )
-        check_header(out, out, _header_in(container), plain(self.header))
+        check_header(out, out, header_in(container), plain(self.header))
         self.finished = fishers_in(container)
         self.examples_resumed = len(self.finished)
         self._done = (
@@ -225,11 +226,11 @@ class FisherWriter:
             )
         like = (type(block.rows).__name__, block.rows.n_columns, block.logits.shape[1:])
         if self._like is None:
-            n_columns = Parameters.from_json(self.header["parameters"]).n_parameters
+            sketch = sketch_of(self.header["provenance"])
+            n_columns = Parameters.from_json(self.header["parameters"]).n_parameters if sketch is None else sketch.d
             if block.rows.n_columns != n_columns:
-                raise ArgumentError(
-                    f"block.rows: expected {n_columns} columns, one per parameter, got {block.rows.n_columns}"
-                )
+                what = "one per parameter" if sketch is None else "as the sketch has"
+                raise ArgumentError(f"block.rows: expected {n_columns} columns, {what}, got {block.rows.n_columns}")
             self._like = like
         if like != self._like:
             raise ArgumentError(
@@ -327,7 +328,8 @@ class FisherWriter:
             parts.remove()
 
 
-def _header_in(container: Container) -> dict[str, Any]:
+def header_in(container: Container) -> dict[str, Any]:
+    """The header that a finished file was made with."""
     return {
         "kind": container.attributes.get("kind"),
         "parameters": container.json("parameters"),

@@ -1,7 +1,7 @@
 """Saving and opening Fishers and Components: one HDF5 container, which says by itself what it holds.
 
 A file of Fishers has the root attributes ``format``, ``format_version``, ``content``, ``kind``, ``rows``
-(``sparse`` or ``dense``), ``n_examples`` and ``n_parameters``, the JSON documents ``parameters`` (names and
+(``sparse``, ``dense`` or ``gram``), ``n_examples`` and ``n_parameters``, the JSON documents ``parameters`` (names and
 shapes in order), ``provenance``, ``coverage``, ``batches`` (digest and size of each batch, when known) and
 ``checksums`` (CRC-32 of every dataset), and the arrays
 
@@ -13,7 +13,8 @@ shapes in order), ``provenance``, ``coverage``, ``batches`` (digest and size of 
 ``ids``            int64 ``(n,)``                 positions in the data
 ``rows/indptr``    int64 ``(R + 1,)``             sparse rows: row j holds entries ``indptr[j]:indptr[j+1]``
 ``rows/indices``   int32 or int64 ``(nnz,)``      sparse rows: parameter index, ascending within a row
-``rows/values``    float32 ``(nnz,)``, ``(R,m)``  the entries; the whole rows where dense
+``rows/values``    float32 ``(nnz,)``, ``(R,m)``  the entries; the whole rows where dense, ``(R, d)`` of sketches
+``rows/gram``      float32 ``(R, R)``             inner products of the rows, in place of them
 =================  =============================  ==========================================================
 
 Arrays lie contiguously, so they are mapped, not read, and any HDF5 reader can open them.
@@ -31,7 +32,7 @@ import numpy as np
 from npeff.errors import ForeignFileError, NewerFileError, NpeffError, StorageError
 from npeff.fishers import Fishers
 from npeff.parameters import Parameters
-from npeff.rows import DenseRows, Rows, SparseRows
+from npeff.rows import DenseRows, GramRows, Rows, SparseRows
 from npeff.storage.container import Container, container_in, write_container
 from npeff.storage.files import atomic, check_target, path_of
 from npeff.storage.hdf5 import Data
@@ -68,7 +69,7 @@ def write_fishers(
         texts.append(Data.json("batches", batches))
     attributes = {
         "kind": header["kind"],
-        "rows": "sparse" if "rows/indptr" in by_name else "dense",
+        "rows": "sparse" if "rows/indptr" in by_name else "gram" if "rows/gram" in by_name else "dense",
         "n_examples": np.int64(by_name["norms"].shape[0]),
         "n_parameters": np.int64(parameters.n_parameters),
     }
@@ -79,6 +80,8 @@ def row_data(rows: Rows) -> list[Data]:
     """The datasets of rows held in memory (or mapped)."""
     if isinstance(rows, DenseRows):
         return [Data.of("rows/values", rows.values, np.float32)]
+    if isinstance(rows, GramRows):
+        return [Data.of("rows/gram", rows.values, np.float32)]
     return [
         Data.of("rows/indptr", rows.indptr, np.int64),
         Data.of("rows/indices", rows.indices, index_dtype(rows.n_columns)),
@@ -139,11 +142,7 @@ def save_components(components: Components, path: Path | str) -> Path:
     check_components_target(path)
     arrays = [Data.of(f"arrays/{name}", np.asarray(array)) for name, array in sorted(components.to_arrays().items())]
     n, r = components.coefficients.shape
-    attributes: dict[str, Any] = {
-        "kind": components.kind,
-        "n_examples": np.int64(n),
-        "n_components": np.int64(r),
-    }
+    attributes: dict[str, Any] = {"kind": components.kind, "n_examples": np.int64(n), "n_components": np.int64(r)}
     attributes["n_parameters"] = np.int64(components.parameters.n_parameters)
     with atomic(path) as scratch:
         write_container(scratch, "components", [Data.json("meta", components.meta()), *arrays], attributes)
@@ -203,8 +202,7 @@ def recognise(path: Path) -> Container | str:
         layout = layout_of(file)
     if layout is None:
         raise ForeignFileError(
-            f"{path}: an HDF5 file, but neither npeff's (no attribute format = 'npeff') nor in a published "
-            "layout "
+            f"{path}: an HDF5 file, but neither npeff's (no attribute format = 'npeff') nor in a published layout "
             "(no data/values, data/fisher, data/G or data/H)"
         )
     return layout
@@ -285,15 +283,15 @@ def fishers_in(container: Container) -> Fishers:
     """
     with _whole(container.path):
         parameters = Parameters.from_json(container.json("parameters"))
-        rows: Rows = DenseRows(container.array("rows/values"))
-        if container.attributes.get("rows") == "sparse":
+        form = container.attributes.get("rows")
+        gram = form == "gram"
+        rows: Rows = GramRows(container.array("rows/gram")) if gram else DenseRows(container.array("rows/values"))
+        if form == "sparse":
             indptr, indices = container.array("rows/indptr"), container.array("rows/indices")
             rows = SparseRows(indptr, indices, rows.values, parameters.n_parameters)
             if len(indices) != len(rows.values) or indptr[-1] != len(indices):
-                raise StorageError(
-                    f"{container.path}: damaged: {len(rows.values)} values, {len(indices)} indices, {indptr[-1]} "
-                    "announced"
-                )
+                found = f"{len(rows.values)} values, {len(indices)} indices, {indptr[-1]} announced"
+                raise StorageError(f"{container.path}: damaged: {found}")
         return Fishers(
             kind=container.attributes["kind"],
             rows=rows,

@@ -127,6 +127,18 @@ class Rule(ABC):
         """Inner products of the columns ``(b', R, R)`` float64, where they cost less than the block."""
         return None
 
+    def pairs(self, examples: slice) -> tuple[Tensor, Tensor, bool] | None:
+        """The factors of a gradient that is a sum of outer products, ``Σ_t δ_t ⊗ a_t``.
+
+        Args:
+            examples: Which examples, b' of them.
+
+        Returns:
+            δ ``(b', T, R, n)``, a ``(b', T, k)``, and whether the operand is turned, ``Σ_t a_t ⊗ δ_t``; None where
+            the gradient is no such sum. They may be overwritten by the next call of any rule.
+        """
+        return None
+
     def square(self, examples: slice, rows: slice) -> Tensor | None:
         """Σ over columns of the block's squares ``(b', p, …)``, where that costs less than the block."""
         return None

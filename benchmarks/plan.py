@@ -1,0 +1,204 @@
+"""What ``npeff plan`` says beside what then happens: seconds, bytes on disk, peak memory, for three real models.
+
+Plan and truth run in processes of their own, one after the other on the same core. Seconds are those of the processor:
+on a machine that does other things too, the clock on the wall measures those. Writes ``results/plan.md``.
+
+    python benchmarks/plan.py
+    python benchmarks/plan.py --models digits --examples 600
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+WAYS = {
+    "digits": [("low_rank", "top-k 8,192"), ("low_rank", "sketch 4,096"), ("diagonal", "top-k 8,192")],
+    "fashion": [("low_rank", "top-k 8,192"), ("low_rank", "sketch 4,096"), ("diagonal", "top-k 8,192")],
+    "transformer": [("low_rank", "top-k 65,536"), ("low_rank", "sketch 4,096"), ("diagonal", "top-k 65,536")],
+}
+EXAMPLES = {"digits": 1797, "fashion": 2000, "transformer": 400}
+
+
+def digits() -> tuple[nn.Module, Any]:
+    from npeff import datasets, models
+
+    data = datasets.digits(batch_size=32)
+    torch.manual_seed(0)
+    return models.train(models.digits_cnn(), data.first(1200), epochs=4, learning_rate=3e-3), data
+
+
+def fashion() -> tuple[nn.Module, Any]:
+    from npeff import datasets, models
+
+    data = datasets.fashion_mnist("test", batch_size=32)
+    torch.manual_seed(0)
+    return models.train(models.fashion_cnn(), data.first(2000), epochs=1, learning_rate=1e-3), data.first(2000)
+
+
+def transformer() -> tuple[nn.Module, Any]:
+    """A BERT of 4 layers from its configuration, untrained, on token sequences of 16 to 64 tokens."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+    model = BertForSequenceClassification(BertConfig(vocab_size=8000, num_labels=3, **shape)).eval()
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(16, 65, (50,), generator=generator).tolist()
+    data = [
+        {
+            "input_ids": torch.randint(8000, (8, length), generator=generator),
+            "attention_mask": torch.ones(8, length, dtype=torch.int64),
+            "labels": torch.randint(3, (8,), generator=generator),
+        }
+        for length in lengths
+    ]
+    return model, data
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "digits": digits,
+    "fashion": fashion,
+    "transformer": transformer,
+}
+
+
+def compression(name: str) -> Any:
+    import npeff
+
+    method, _, size = name.replace(",", "").rpartition(" ")
+    return npeff.TopK(int(size)) if method == "top-k" else npeff.Sketch(int(size))
+
+
+def planned(name: str, n: int, batches: int) -> dict[str, Any]:
+    import npeff
+
+    model, data = MODELS[name]()
+    began = time.process_time()
+    plan = npeff.plan(model, data, n_examples=n, n_components=16, batches=batches)
+    print(plan, file=sys.stderr)
+    document: dict[str, Any] = json.loads(plan.to_json())
+    return document | {"took": time.process_time() - began}
+
+
+def happened(name: str, n: int, kind: Any, way: str) -> dict[str, Any]:
+    import npeff
+    from npeff.planning.peak import Peak
+    from npeff.storage.container import open_container
+
+    model, data = MODELS[name]()
+    with tempfile.TemporaryDirectory() as folder:
+        out, began = Path(folder) / "f.h5", time.process_time()
+        with Peak() as peak:
+            fishers = npeff.compute_fishers(
+                model, data, kind=kind, compress=compression(way), max_examples=n, out=out, progress=False
+            )
+        found = {"seconds": time.process_time() - began, "memory": peak.peak - peak.before, "process": peak.peak}
+        specs = open_container(out).specs.values()
+        found |= {"bytes": sum(spec.nbytes for spec in specs if spec.dtype.kind != "S"), "file": out.stat().st_size}
+        if kind == "low_rank" and way.startswith("top-k"):
+            began = time.process_time()
+            with Peak() as peak:
+                course = npeff.decompose(fishers, 16, progress=False).provenance["course"]
+            found |= {"decompose": time.process_time() - began, "decompose_memory": peak.peak - peak.before}
+            found |= {"iterations": course["iterations"]}
+    return found
+
+
+def child(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", *arguments]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def row(model: str, what: str, expected: float, truth: float, unit: str) -> str:
+    off = expected / truth - 1
+    mark = "" if abs(off) <= 0.25 else " **beyond 25 %**"
+    return f"| {model} | {what} | {expected:,.2f} {unit} | {truth:,.2f} {unit} | {off:+.0%}{mark} |"
+
+
+def report(models: list[str], examples: int | None, batches: int) -> str:
+    table, notes = [], []
+    for name in models:
+        n = min(EXAMPLES[name], examples or EXAMPLES[name])
+        plan = child("plan", name, str(n), str(batches))
+        choices = {(choice["kind"], choice["name"]): choice for choice in plan["choices"]}
+        notes.append(
+            f"{name}: {plan['n_parameters']:,} parameters, {n} examples, {plan['passes']:g} passes; the plan itself "
+            f"took {plan['took']:.1f} s of the processor on {plan['trial_batches']} batches."
+        )
+        for kind, way in WAYS[name]:
+            expected, truth = choices[kind, way], child("run", name, str(n), kind, way)
+            label = f"{kind}, {way}"
+            table.append(row(name, f"{label}: Fishers", expected["cpu_seconds"], truth["seconds"], "s"))
+            assert expected["disk_bytes"] > 0
+            table.append(row(name, f"{label}: file", expected["disk_bytes"] / 1e6, truth["file"] / 1e6, "MB"))
+            held = (plan["process_bytes"] + expected["memory_bytes"]) / 1e6
+            table.append(row(name, f"{label}: peak memory of the process", held, truth["process"] / 1e6, "MB"))
+            table.append(
+                row(name, f"{label}: of that, work", expected["memory_bytes"] / 1e6, truth["memory"] / 1e6, "MB")
+            )
+            if "decompose" in truth:
+                solving = expected["decomposition"]
+                what = f"{label}: decompose r=16 ({truth['iterations']} steps)"
+                table.append(row(name, what, solving["cpu_seconds"], truth["decompose"], "s"))
+                held = solving["memory_bytes"] / 1e6
+                table.append(row(name, f"{label}: decompose, work", held, truth["decompose_memory"] / 1e6, "MB"))
+            print(table[-1], file=sys.stderr)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return "\n".join(
+        [
+            "# The plan beside the truth",
+            "",
+            f"`python benchmarks/plan.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+            "",
+            f"{cpu}, one thread; torch {torch.__version__}, Python {platform.python_version()}. Seconds of the "
+            "processor; memory is anonymous memory (mapped pages of files not counted). Load average at the end: "
+            f"{os.getloadavg()[0]:.1f}.",
+            "",
+            *[f"- {note}" for note in notes],
+            "",
+            "| model | what | plan | truth | difference |",
+            "|---|---|---|---|---|",
+            *table,
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        torch.set_num_threads(1)
+        what, name, n, *rest = sys.argv[2:]
+        found = planned(name, int(n), int(rest[0])) if what == "plan" else happened(name, int(n), rest[0], rest[1])
+        print(json.dumps(found))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--examples", type=int, help="at most so many per model")
+    parser.add_argument("--batches", type=int, default=4, help="of the plan's trials")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plan.md")
+    args = parser.parse_args()
+    text = report(args.models, args.examples, args.batches)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

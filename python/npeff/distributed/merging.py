@@ -1,0 +1,141 @@
+"""Joining the Fishers that processes made of every n-th batch each into the file that one process would have made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.errors import ResumeError, StorageError
+from npeff.storage.container import Container, open_container
+from npeff.storage.files import atomic
+from npeff.storage.hdf5 import Data
+from npeff.storage.store import EXAMPLE_ARRAYS, write_fishers
+from npeff.streamed_rows import forget
+
+Array = npt.NDArray[Any]
+Span = tuple[Container, int, int]
+
+
+def share_path(out: Path, share: tuple[int, int]) -> Path:
+    """Where a share of the work for ``out`` is kept: ``fishers.h5.2-of-4``."""
+    return out.with_name(f"{out.name}.{share[0]}-of-{share[1]}")
+
+
+def merge_shares(out: Path, n_shares: int) -> None:
+    """Write ``out`` from the files of its shares: byte for byte what one process would have written.
+
+    Args:
+        out: The file to make; the shares lie beside it, see :func:`share_path`. They stay.
+        n_shares: How many there are; those to which no batch fell have no file.
+
+    Raises:
+        StorageError: A share is missing, or the disk is full.
+        ResumeError: Shares were computed from different models, data or options.
+    """
+    paths = [share_path(out, (k, n_shares)) for k in range(n_shares)]
+    found = [open_container(path) if path.exists() else None for path in paths]
+    lengths = [0 if share is None else len(share.json("batches")) for share in found]
+    n_batches = sum(lengths)
+    if not n_batches or lengths != [len(range(k, n_batches, n_shares)) for k in range(n_shares)]:
+        raise StorageError(
+            f"{out}: the shares {', '.join(path.name for path in paths)} do not make a whole: they have "
+            f"{', '.join(map(str, lengths))} batches; run the same command again to complete them"
+        )
+    shares = [share for share in found if share is not None]  # those that have no batch come last
+    header = _common_header(shares)
+    batches = [share.json("batches") for share in shares]
+    order = [(number % n_shares, number // n_shares) for number in range(n_batches)]
+    with atomic(out) as scratch:
+        write_fishers(
+            scratch,
+            header,
+            _coverage([share.json("coverage") for share in shares]),
+            [batches[k][i] for k, i in order],
+            _joined(shares, batches, order),
+        )
+
+
+def remove_shares(out: Path, n_shares: int) -> None:
+    """Remove the files of the shares."""
+    for k in range(n_shares):
+        share_path(out, (k, n_shares)).unlink(missing_ok=True)
+
+
+def _common_header(shares: Sequence[Container]) -> dict[str, Any]:
+    headers = []
+    for share in shares:
+        provenance = copy.deepcopy(share.json("provenance"))
+        provenance["options"].pop("share", None)
+        headers.append(
+            {
+                "kind": share.attributes["kind"],
+                "parameters": share.json("parameters"),
+                "provenance": provenance,
+            }
+        )
+    for share, header in zip(shares[1:], headers[1:], strict=True):
+        if header != headers[0]:
+            theirs, ours = header["provenance"], headers[0]["provenance"]
+            differing = [name for name in ours if theirs.get(name) != ours[name]] or ["parameters"]
+            raise ResumeError(
+                f"{share.path}: differs from {shares[0].path.name} in {', '.join(differing)}; every process must use "
+                "the same model, data and options: remove the shares and start again"
+            )
+    return headers[0]
+
+
+def _coverage(reports: Sequence[list[dict[str, str]]]) -> list[dict[str, str]]:
+    """Per parameter, the first share's line, or the first that tells of a fallback."""
+    slow = ("torch.func", "loop")
+    return [next((line for line in lines if line["rule"] in slow), lines[0]) for lines in zip(*reports, strict=True)]
+
+
+def _joined(
+    shares: Sequence[Container], batches: Sequence[list[tuple[str, int]]], order: Sequence[tuple[int, int]]
+) -> list[Data]:
+    """The arrays of a file of Fishers, batch after batch from the share that has it."""
+    ends = [np.concatenate([[0], np.cumsum([size for _, size in own])]).astype(np.int64) for own in batches]
+    examples = [(shares[k], int(ends[k][i]), int(ends[k][i + 1])) for k, i in order]
+    rows = [_inside(span, "row_offsets") for span in examples]
+    data = [_offsets("row_offsets", examples)]
+    data += [_slices(name, examples) for name in EXAMPLE_ARRAYS]
+    if "rows/indptr" in shares[0].specs:
+        entries = [_inside(span, "rows/indptr") for span in rows]
+        return [*data, _offsets("rows/indptr", rows), _slices("rows/indices", entries), _slices("rows/values", entries)]
+    return [*data, _slices("rows/values", rows)]
+
+
+def _inside(span: Span, offsets: str) -> Span:
+    share, start, stop = span
+    array = share.array(offsets)
+    return share, int(array[start]), int(array[stop])
+
+
+def _slices(name: str, spans: Sequence[Span]) -> Data:
+    spec = spans[0][0].spec(name)
+    shape = (sum(stop - start for _, start, stop in spans), *spec.shape[1:])
+
+    def chunks() -> Iterator[Array]:
+        for share, start, stop in spans:
+            array = share.array(name)
+            yield array[start:stop]
+            forget(array)
+
+    return Data(name, shape, spec.dtype, chunks)
+
+
+def _offsets(name: str, spans: Sequence[Span]) -> Data:
+    def chunks() -> Iterator[Array]:
+        total = 0
+        yield np.zeros(1, np.int64)
+        for share, start, stop in spans:
+            array = np.asarray(share.array(name)[start : stop + 1], np.int64)
+            yield array[1:] - array[0] + total
+            total += int(array[-1] - array[0])
+
+    return Data(name, (sum(stop - start for _, start, stop in spans) + 1,), np.dtype("<i8"), chunks)

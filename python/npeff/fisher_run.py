@@ -1,0 +1,318 @@
+"""One run of compute_fishers: batch after batch, checked, compressed and written."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from npeff.batches import Batch, batch_digest, call_model, read_batch
+from npeff.compress import Compression, GramOnly, Sketch
+from npeff.digests import ModelWatch
+from npeff.errors import ArgumentError, DataError, ResumeError
+from npeff.fishers import FisherBlock, Fishers, Kind
+from npeff.gradients.collect import Collector
+from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
+from npeff.gradients.factors import FactorOptions, factorise
+from npeff.gradients.selfcheck import differ
+from npeff.parameters import Parameters
+from npeff.rows import concatenate
+
+Forward = Callable[[Any, Any], Any]
+
+
+class EmptyShareError(DataError):
+    """No batch falls to a share: there are more shares than batches."""
+
+
+@dataclass
+class Run:
+    """One call of compute_fishers: everything that stays the same from batch to batch."""
+
+    model: nn.Module
+    device: torch.device
+    parameters: Parameters
+    kind: Kind
+    compress: Compression | None
+    options: FactorOptions
+    forward: Forward | None
+    share: tuple[int, int] | None = None
+
+    @cached_property
+    def engine(self) -> PerExampleGradients:
+        """The per-example gradients of the model."""
+        return PerExampleGradients(
+            self.model, self.parameters, lambda model, batch: call_model(model, self.forward, batch)
+        )
+
+    def over(
+        self, data: Iterable[Any], out: Path | None, max_examples: int | None, progress: bool, patterns: Any
+    ) -> Fishers:
+        """All batches, one after the other; resumed where ``out`` holds part of them.
+
+        Raises:
+            DataError: The data is empty, or gives non-finite logits or gradients.
+            EmptyShareError: No batch falls to this share.
+        """
+        from npeff.storage.shards import FisherWriter
+
+        watch = ModelWatch(self.model)
+        self.engine  # noqa: B018  a model without per-example gradients is refused before its data are touched
+        batches = self.batches(data, max_examples)
+        first = next(batches, None)
+        if first is None:
+            raise DataError(
+                "data: it yielded no batches; if it is a generator it may be used up: pass a DataLoader or a list"
+            )
+        with self.engine.recording():
+            # Rules are chosen on the first batch, also when work resumes after it: a kill changes nothing.
+            logits = self.engine.forward(first)
+            n_outputs = logits.shape[1]
+            self.engine.prepare(first, logits)
+            first_logits = logits.detach().cpu()
+            del logits
+        header = self.header(watch.digest, n_outputs, max_examples, patterns)
+        try:
+            total = len(data)  # type: ignore[arg-type]
+        except TypeError:
+            total = None
+        if total is not None and max_examples is not None:
+            total = min(total, -(-max_examples // first.n_examples))
+        if total is not None and self.share is not None:
+            total = len(range(self.share[0], total, self.share[1]))
+        done = 0
+        bar = tqdm(total=total, desc="Fishers", unit="batch", disable=not progress, smoothing=0.05)
+        with bar, FisherWriter(out, header, validate=lambda: watch.check(thorough=True)) as writer:
+            for number, batch in enumerate(chain([first], batches)):
+                if self.share is not None and number % self.share[1] != self.share[0]:
+                    done += batch.n_examples
+                    continue
+                digest = batch_digest(batch)
+                if writer.skip(digest, batch.n_examples):
+                    if done == 0:
+                        _check_function(writer.stored_logits(batch.n_examples), first_logits, out)
+                    _pass_over(bar)
+                else:
+                    ids = np.arange(done, done + batch.n_examples, dtype=np.int64)
+                    watch.check()
+                    block = self.block(batch, ids)
+                    watch.check()
+                    writer.append(block, digest)
+                    bar.update(1)
+                done += batch.n_examples
+                bar.set_postfix(examples=done, refresh=False)
+            watch.check(thorough=True)
+            if self.share is not None and not writer.examples_done:
+                raise EmptyShareError("share: {} of {}: the data has fewer batches".format(*self.share))
+            return writer.finish(self.engine.coverage())
+
+    def batches(self, data: Iterable[Any], max_examples: int | None) -> Iterator[Batch]:
+        """The batches, the last one cut where ``max_examples`` ends.
+
+        Raises:
+            ArgumentError: It ends within a batch that cannot be cut.
+        """
+        left = max_examples
+        for number, raw in enumerate(data):
+            batch = read_batch(raw, self.device, number, self.forward is not None)
+            if left is not None and batch.n_examples > left:
+                if not batch.sliceable:
+                    raise ArgumentError(
+                        f"max_examples: it ends within batch {number}, which cannot be cut; choose a "
+                        "multiple of the batch size"
+                    )
+                batch = batch.take(slice(0, left))
+            yield batch
+            if left is not None:
+                left -= batch.n_examples
+                if left == 0:
+                    return
+
+    def block(self, batch: Batch, ids: npt.NDArray[np.int64]) -> FisherBlock:
+        """The Fishers of one batch; in pieces when the backward passes would keep too much at once.
+
+        Raises:
+            DataError: Logits or gradients are not finite, or labels are missing.
+        """
+        with self.engine.recording():
+            logits = self.engine.forward(batch)
+            detached = logits.detach().to(torch.float64)
+            self.check_logits(detached, ids)
+            factors = factorise(logits, self.options, self.targets(batch, logits.shape[1], ids), ids)
+            prepared = self.engine.prepare(batch, logits)
+            kept = prepared.kept_bytes(factors.columns.shape[2])
+            if isinstance(self.compress, Sketch):
+                kept += 12 * self.compress.d * batch.n_examples * factors.columns.shape[2]
+            pieces = -(-kept // KEPT_BYTES)
+            if pieces <= 1 or batch.n_examples == 1 or not batch.sliceable:
+                collector = Collector(self.parameters, factors, ids, self.kind == "diagonal", self.compress)
+                for block in self.engine.blocks(
+                    prepared, factors.columns, squared=self.kind == "diagonal", paired=collector.paired
+                ):
+                    collector.add(block)
+                rows, counts, norms = collector.finish()
+                stored = self.stored_labels(batch)
+                return FisherBlock(rows, counts, norms, detached.cpu().numpy().astype(np.float32), stored, ids)
+        del prepared, logits, factors
+        step = -(-batch.n_examples // int(pieces))
+        cuts = [slice(start, min(start + step, batch.n_examples)) for start in range(0, batch.n_examples, step)]
+        return _joined([self.block(batch.take(cut), ids[cut]) for cut in cuts])
+
+    def check_logits(self, logits: Tensor, ids: npt.NDArray[np.int64]) -> None:
+        """Refuse logits that are not finite.
+
+        Raises:
+            DataError: Naming the example.
+        """
+        finite = torch.isfinite(logits).all(dim=1)
+        if not bool(finite.all()):
+            bad = int((~finite).to(torch.uint8).argmax())
+            raise DataError(
+                f"logits: example {ids[bad]} has the logits {logits[bad, :8].tolist()}; find what "
+                "overflows in the model on it, or leave it out of the data"
+            )
+
+    def targets(self, batch: Batch, n_outputs: int, ids: npt.NDArray[np.int64]) -> Tensor | None:
+        """The batch's labels, checked where they are classes.
+
+        Raises:
+            DataError: There is no such class.
+        """
+        if batch.labels is None or self.options.likelihood != "categorical":
+            return batch.labels
+        classes = _as_classes(batch.labels, batch.n_examples)
+        beyond = classes >= n_outputs
+        if bool(beyond.any()):
+            first = int(beyond.to(torch.uint8).argmax())
+            raise DataError(
+                f"labels: example {ids[first]} has label {int(classes[first])}; expected 0 ≤ label < {n_outputs}, "
+                "the number of logits, or a negative label where it is unknown"
+            )
+        return classes
+
+    def stored_labels(self, batch: Batch) -> npt.NDArray[np.int64]:
+        """``(b,)`` classes, −1 where unknown."""
+        labels = batch.labels
+        if labels is None or (
+            self.options.likelihood != "categorical"
+            and (labels.is_floating_point() or labels.numel() != batch.n_examples)
+        ):
+            return np.full(batch.n_examples, -1, np.int64)
+        stored = _as_classes(labels, batch.n_examples).cpu().numpy().astype(np.int64)
+        return np.where(stored < 0, -1, stored)
+
+    def header(self, digest: str, n_outputs: int, max_examples: int | None, patterns: Any) -> dict[str, Any]:
+        """What decides the result, for files: kind, parameters, provenance."""
+        return {
+            "kind": self.kind,
+            "parameters": self.parameters.to_json(),
+            "provenance": {
+                "model": type(self.model).__name__,
+                "model_digest": digest,
+                "options": self._described(n_outputs, max_examples, patterns),
+                "versions": {"npeff": _version(), "torch": torch.__version__},
+            },
+        }
+
+    def _described(self, n_outputs: int, max_examples: int | None, patterns: Any) -> dict[str, Any]:
+        options = {name: getattr(self.options, name) for name in FactorOptions.__dataclass_fields__}
+        described = {"kind": self.kind, **options, "max_examples": max_examples}
+        described["parameters"] = (
+            [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
+        )
+        if self.share is not None:
+            described["share"] = list(self.share)
+        described["compress"] = None
+        if isinstance(self.compress, Sketch):
+            n_two_sided = sum(self.compress.two_sided(p.shape) for p in self.parameters)
+            if self.compress.d >= self.parameters.n_parameters:
+                warnings.warn(
+                    f"Sketch(d={self.compress.d}): the model has {self.parameters.n_parameters} parameters, so exact "
+                    "rows (compress=None) are no longer than sketches, and exact",
+                    stacklevel=5,
+                )
+            described["compress"] = {**self.compress.describe(), "two_sided_parameters": n_two_sided}
+        elif isinstance(self.compress, GramOnly):
+            described["compress"] = self.compress.describe()
+        elif self.compress is not None:
+            rows = 1 if self.kind == "diagonal" else self.options.most_rows(n_outputs)
+            possible = max(1, rows) * self.parameters.n_parameters
+            if self.compress.k > possible:
+                warnings.warn(
+                    f"TopK(k={self.compress.k}): an example has at most {possible} entries; k is {possible}",
+                    stacklevel=5,
+                )
+            described["compress"] = {
+                "method": "topk",
+                "k": self.compress.k,
+                "k_effective": min(self.compress.k, possible),
+            }
+        return described
+
+
+def _pass_over(bar: tqdm[Any]) -> None:
+    """Count a batch that an earlier run did: it says nothing about the speed of this one."""
+    bar.update(1)
+    if not bar.disable:
+        bar.initial = bar.n
+        bar.start_t = bar.last_print_t = time.time()
+
+
+def _check_function(stored: npt.NDArray[np.float32] | None, logits: Tensor, out: Path | None) -> None:
+    """Refuse to continue work with a model that computes something else with the same weights.
+
+    Raises:
+        ResumeError: The first batch has other logits than it had.
+    """
+    if stored is None:
+        return
+    before = torch.from_numpy(np.array(stored))
+    if before.shape != logits.shape or not bool(torch.isfinite(logits).all()) or differ(logits, before, logits.dtype):
+        raise ResumeError(
+            f"the model gives other logits than those that {out} was computed from, although its weights are the "
+            "same: its code or forward= changed. Use them as they were, choose another out, or remove it "
+            "to start anew."
+        )
+
+
+def _as_classes(labels: Tensor, n: int) -> Tensor:
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    whole = labels.is_floating_point() and bool(((labels == labels.round()) & (labels.abs() < 2**63)).all())
+    if labels.shape != (n,) or labels.is_complex() or (labels.is_floating_point() and not whole):
+        raise DataError(
+            f"labels: expected ({n},) integer classes, got {tuple(labels.shape)} {labels.dtype}; leave them "
+            "out of the batch, or turn them into classes"
+        )
+    classes = labels.to(torch.int64)
+    if labels.dtype == torch.uint64 and bool((classes < 0).any()):
+        raise DataError("labels: expected integer classes below 2⁶³")
+    return classes
+
+
+def _joined(blocks: list[FisherBlock]) -> FisherBlock:
+    fields = {
+        name: np.concatenate([getattr(block, name) for block in blocks])
+        for name in ("row_counts", "norms", "logits", "labels", "ids")
+    }
+    return FisherBlock(rows=concatenate([block.rows for block in blocks]), **fields)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("npeff")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,224 @@
+"""Before anything runs: what Fishers and their decomposition will take, and what to choose."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from npeff.batches import check_data, read_batch
+from npeff.compress import TopK
+from npeff.computation import Forward
+from npeff.errors import ArgumentError, DataError
+from npeff.fishers import Kind
+from npeff.gradients.factors import Basis, Labels, Likelihood
+from npeff.memory import available_bytes, parse_bytes
+from npeff.planning.advice import Advice, advise
+from npeff.planning.choices import TOP_KS, Choice, Trials, ways, weigh
+from npeff.planning.solving import dense_operation, step_seconds
+from npeff.planning.trial import Trial, first_batches, writing
+
+Source = Literal["given", "counted", "upper bound"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a computation will take; ``str(plan)`` is a table for the terminal.
+
+    Attributes:
+        model: Its class.
+        n_parameters: Selected parameters, m.
+        n_examples: Examples reckoned with.
+        examples_from: ``"given"``, ``"counted"``, or an ``"upper bound"`` from the number of batches.
+        n_outputs: Logits, C.
+        passes: Backward passes per example, mean over the trial's examples.
+        passes_vary: Whether they differ between examples.
+        coverage: Per parameter, the gradient rule that serves it, and why.
+        batch_size: Examples per batch, mean over the trial.
+        trial_batches: Batches that were computed.
+        one_off_seconds: Start, choice of rules and self-check: once per run.
+        seconds_per_example: After that, of the first kind asked for.
+        write_rate: Bytes per second to disk, merging included.
+        process_bytes: Held before: Python, torch, the model, the first batches.
+        memory: Bytes of memory reckoned with.
+        disk: Bytes of disk reckoned with.
+        choices: The ways to keep the Fishers.
+        advice: Recommended ones, each with its reason.
+    """
+
+    model: str
+    n_parameters: int
+    n_examples: int
+    examples_from: Source
+    n_outputs: int
+    passes: float
+    passes_vary: bool
+    coverage: list[dict[str, str]]
+    batch_size: float
+    trial_batches: int
+    one_off_seconds: float
+    seconds_per_example: float
+    write_rate: float
+    process_bytes: int
+    memory: int
+    disk: int
+    choices: list[Choice]
+    advice: list[Advice]
+
+    def to_json(self) -> str:
+        """Everything, as one JSON document."""
+        described = asdict(self)
+        for choice, own in zip(described["choices"], self.choices, strict=True):
+            choice["compress"] = None if own.compress is None else {type(own.compress).__name__: choice["compress"]}
+        return json.dumps(described, indent=1)
+
+    def __str__(self) -> str:
+        """The table."""
+        from npeff.planning.table import plan_table
+
+        return plan_table(self)
+
+
+def plan(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    n_examples: int | None = None,
+    kind: Kind | None = None,
+    n_components: int = 64,
+    memory: int | str | None = None,
+    disk: int | str | None = None,
+    batches: int = 4,
+    folder: str | Path | None = None,
+    basis: Basis = "reduced",
+    rank: int | None = None,
+    energy: float | None = None,
+    min_prob: float | None = None,
+    max_classes: int | None = None,
+    labels: Labels = "expected",
+    n_samples: int = 1,
+    likelihood: Likelihood = "categorical",
+    parameters: str | Sequence[str] | None = None,
+    forward: Forward | None = None,
+    device: torch.device | str | None = None,
+) -> Plan:
+    """Tell what the Fishers of a model and data, and their decomposition, will take.
+
+    The first batches are computed for real, once per method of keeping them, and watched: clocks, memory, coverage,
+    ranks, entries. Bytes follow from the counts. Data that can be iterated only once (a generator) loses those batches.
+
+    Args:
+        model: As for :func:`npeff.compute_fishers`.
+        data: Likewise.
+        n_examples: How many examples there will be; by default counted where that is cheap.
+        kind: ``"low_rank"``, ``"diagonal"``, or None for both.
+        n_components: Components of the decomposition.
+        memory: Budget, ``"4GB"`` or bytes; by default four fifths of what is free.
+        disk: Budget for the file; by default half of what is free in ``folder``: merging needs the file twice.
+        batches: Batches of a trial, at least 2.
+        folder: Where the file will be; the trials' files go there too. By default the system's temporary folder.
+        basis: As for :func:`npeff.compute_fishers`, like all that follow.
+        rank: Likewise.
+        energy: Likewise.
+        min_prob: Likewise.
+        max_classes: Likewise.
+        labels: Likewise.
+        n_samples: Likewise.
+        likelihood: Likewise.
+        parameters: Likewise.
+        forward: Likewise.
+        device: Likewise.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ArgumentError: An argument has a wrong value.
+        DataError: There are no batches, or they cannot be used.
+        ModelError: The model has no per-example gradients as it stands.
+    """
+    for name, value, least in (
+        ("n_examples", n_examples, 1),
+        ("n_components", n_components, 1),
+        ("batches", batches, 2),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ArgumentError(f"{name}: expected an integer ≥ {least}, got {value!r}")
+    if kind is not None and kind not in get_args(Kind):
+        raise ArgumentError(f"kind: expected 'low_rank', 'diagonal' or None for both, got {kind!r}")
+    where = Path(tempfile.gettempdir()) if folder is None else Path(folder)
+    if not where.is_dir():
+        raise ArgumentError(f"folder: {where} is not a folder; name one that exists")
+    room = available_bytes() * 4 // 5 if memory is None else parse_bytes(memory)
+    space = shutil.disk_usage(where).free // 2 if disk is None else parse_bytes(disk, "disk")
+    first, loading = first_batches(check_data(data), batches)
+    if not first:
+        raise DataError("data: it yielded no batches; pass a DataLoader or a list of batches")
+    options: dict[str, Any] = {
+        "basis": basis, "rank": rank, "energy": energy, "min_prob": min_prob, "max_classes": max_classes,
+        "labels": labels, "n_samples": n_samples, "likelihood": likelihood, "parameters": parameters,
+        "forward": forward, "device": device,
+    }  # fmt: skip
+    kinds: list[Kind] = ["low_rank", "diagonal"] if kind is None else [kind]
+    trials = Trials(model, first, loading, kinds[0], options, where)
+    main = trials.of(kinds[0], TopK(TOP_KS[-1]))
+    source: Source = "given"
+    if n_examples is None:
+        n_examples, source = _count(data, first, main)
+    to_disk = writing(main.header, main.n_parameters, where)
+    choices = []
+    for each in kinds:
+        trial = trials.of(each, TopK(TOP_KS[-1]))
+        solving = None
+        if each == "low_rank":
+            n_rows = max(1, round(float(trial.ranks.mean()) * n_examples))
+            r = min(n_components, n_rows)
+            solving = (r, room, (dense_operation(), step_seconds(n_examples, n_rows, r)))
+        for compress in ways(each, main.n_parameters, int(trial.ranks.max(initial=1))):
+            choices.append(weigh(trials, each, compress, n_examples, to_disk, solving))
+    return Plan(
+        model=type(model).__name__,
+        n_parameters=main.n_parameters,
+        n_examples=n_examples,
+        examples_from=source,
+        n_outputs=main.n_outputs,
+        passes=float(main.passes.mean()),
+        passes_vary=bool((main.passes != main.passes[0]).any()),
+        coverage=main.coverage,
+        batch_size=main.batch_size,
+        trial_batches=len(first),
+        one_off_seconds=trials.one_off.wall,
+        seconds_per_example=main.per_example.wall,
+        write_rate=1 / max(1e-12, to_disk.wall),
+        process_bytes=trials.before,
+        memory=room,
+        disk=space,
+        choices=choices,
+        advice=advise(choices, room, space),
+    )
+
+
+def _count(data: Iterable[Any], first: Sequence[Any], trial: Trial) -> tuple[int, Source]:
+    """How many examples the data holds.
+
+    Raises:
+        ArgumentError: It does not say.
+    """
+    if isinstance(data, list | tuple):
+        cpu = torch.device("cpu")
+        return sum(read_batch(raw, cpu, i, True).n_examples for i, raw in enumerate(data)), "counted"
+    dataset = getattr(data, "dataset", None)
+    if isinstance(dataset, Sized) and not getattr(data, "drop_last", False):
+        return len(dataset), "counted"
+    if isinstance(data, Sized):
+        return max(1, round(len(data) * trial.batch_size)), "upper bound"
+    if len(first) < 2:
+        return len(trial.ranks), "counted"
+    raise ArgumentError("n_examples: the data does not say how many batches it has; give the number of examples")

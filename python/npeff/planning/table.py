@@ -1,0 +1,89 @@
+"""A plan as text for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from npeff.memory import format_bytes
+
+if TYPE_CHECKING:
+    from npeff.planning.choices import Choice
+    from npeff.planning.planner import Plan
+
+SLOW = ("torch.func", "loop")
+SHOWN = 8
+
+
+def plan_table(plan: Plan) -> str:
+    """The plan as lines of at most about 110 characters."""
+    counted = {"given": "", "counted": "", "upper bound": " at most"}[plan.examples_from]
+    passes = f"{plan.passes:.1f} on average" if plan.passes_vary else f"{plan.passes:.0f}"
+    lines = [
+        f"{plan.model}: {plan.n_parameters:,} parameters, {plan.n_outputs} outputs;"
+        f"{counted} {plan.n_examples:,} examples in batches of {plan.batch_size:g}",
+        f"backward passes per example: {passes}",
+        *_coverage(plan),
+        f"measured on {plan.trial_batches} batches: {format_seconds(plan.one_off_seconds)} once (start, self-check), "
+        f"then {1e3 * plan.seconds_per_example:.3g} ms an example; disk {format_bytes(plan.write_rate)}/s",
+        f"memory of the process before: {format_bytes(plan.process_bytes)}",
+    ]
+    for kind, choices in groupby(plan.choices, key=lambda choice: choice.kind):
+        lines += ["", f"{kind} Fishers", *_rows(list(choices))]
+    lines += ["", f"within {format_bytes(plan.memory)} of memory and {format_bytes(plan.disk)} of disk:"]
+    for advice in plan.advice:
+        lines.append(f"  {advice.kind}: {advice.name or 'none'} — {advice.reason}")
+        if advice.flags:
+            lines.append(f"    npeff fishers … {advice.flags}")
+    return "\n".join(lines)
+
+
+def _coverage(plan: Plan) -> list[str]:
+    rules: dict[str, int] = {}
+    for line in plan.coverage:
+        rules[line["rule"]] = rules.get(line["rule"], 0) + 1
+    served = ", ".join(f"{rule} {count}" for rule, count in sorted(rules.items(), key=lambda item: -item[1]))
+    lines = [f"gradient rules (parameters each serves): {served}"]
+    others = [line for line in plan.coverage if line["rule"] in (*SLOW, "zero")]
+    lines += [f"  {line['parameter']}: {line['rule']} — {line['reason']}" for line in others[:SHOWN]]
+    if len(others) > SHOWN:
+        lines.append(f"  and {len(others) - SHOWN} more")
+    return lines
+
+
+def _rows(choices: Sequence[Choice]) -> list[str]:
+    solved = any(choice.decomposition is not None for choice in choices)
+    r = next((choice.decomposition.n_components for choice in choices if choice.decomposition is not None), 0)
+    head = ["", "disk", "memory", "in memory", "time", "timed as", "norm kept"]
+    head += [f"decompose r={r}", "memory", "about"] if solved else []
+    table = [head]
+    for choice in choices:
+        kept = "" if choice.kept is None else f"{choice.kept:.2f}"
+        row = [
+            choice.name,
+            format_bytes(choice.disk_bytes),
+            format_bytes(choice.memory_bytes),
+            format_bytes(choice.in_memory_bytes),
+            format_seconds(choice.seconds),
+            choice.timed,
+            kept,
+        ]
+        if solved and choice.decomposition is not None:
+            solving = choice.decomposition
+            row += [solving.space, format_bytes(solving.memory_bytes), format_seconds(solving.seconds)]
+        table.append(row)
+    widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(len(head))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in table
+    ]
+
+
+def format_seconds(seconds: float | None) -> str:
+    """``0.42 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
+    if seconds is None:
+        return "–"
+    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

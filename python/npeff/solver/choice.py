@@ -1,0 +1,138 @@
+"""Which space a decomposition works in: the one that takes least time among those that fit into memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from npeff.errors import ArgumentError
+from npeff.memory import available_bytes, format_bytes
+from npeff.rows import GramRows, Rows, SparseRows
+from npeff.streamed_rows import PART_BYTES, column_counts
+
+SpaceName = Literal["auto", "gram", "sparse", "sketch"]
+
+GRAM_BYTES = 4 << 30
+"""Largest K that ``space="auto"`` builds."""
+
+DENSE_RATE, SPARSE_RATE, SCATTER_RATE = 100e9, 10e9, 1e9
+"""Operations per second of dense products, of sparse times dense, and of sparse Gram matrices: ratios matter."""
+
+POLISH_STEPS = 30
+"""Steps that a polish is reckoned to take."""
+
+LEAST_PART = 1 << 20
+"""Bytes of rows below which reading by parts makes no sense."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a decomposition uses memory.
+
+    Attributes:
+        space: ``"gram"`` (K in memory), ``"sparse"`` (the rows in memory) or ``"sketch"`` (rows streamed).
+        reason: Why.
+        stream: Leave the rows where they are.
+        part_bytes: Bytes of stored rows that a pass takes at a time.
+        subspace_bytes: Most bytes for the rows' coordinates in a subspace.
+    """
+
+    space: Literal["gram", "sparse", "sketch"]
+    reason: str
+    stream: bool
+    part_bytes: int
+    subspace_bytes: int
+
+
+def choose_space(
+    rows: Rows,
+    n_examples: int,
+    choice: SpaceName,
+    n_components: int,
+    *,
+    memory: int | None = None,
+    low_rank: bool = True,
+    dtype: str = "float32",
+) -> Plan:
+    """Plan a decomposition: by the operations of each space, at typical rates, and the memory each takes.
+
+    The spaces serve the search's subspace (about five products with d vectors) and the polish (two products with r
+    vectors a step; over K one). K has to be built first.
+
+    Args:
+        rows: The rows as stored.
+        n_examples: Their examples.
+        choice: What was asked for.
+        n_components: r.
+        memory: Ceiling in bytes; None: what the machine has, which binds nothing that was asked for by name.
+        low_rank: Whether K would do in place of the rows.
+        dtype: Of the solver's products.
+
+    Raises:
+        ArgumentError: ``choice`` is unknown, cannot serve these rows, or does not fit under the ceiling.
+    """
+    if choice not in ("auto", "gram", "sparse", "sketch"):
+        raise ArgumentError(f"space: expected 'auto', 'gram', 'sparse' or 'sketch', got {choice!r}")
+    if isinstance(rows, GramRows) and choice not in ("auto", "gram"):
+        raise ArgumentError(
+            f"space: Fishers of inner products alone (GramOnly) have no rows for {choice!r}; use 'gram', or compute "
+            "Fishers with rows"
+        )
+    number = 8 if dtype == "float64" else 4
+    r, R, width = n_components + n_components // 2 + 8, rows.n_rows, rows.n_columns
+    counts = None
+    if isinstance(rows, SparseRows):
+        counts = column_counts(rows).astype(np.float64)
+        width = int(np.count_nonzero(counts))
+    state = number * r * (6 * R + 6 * n_examples)  # P, its change, W∘P, W and copies of them
+    coords = 5 * number * n_components * width
+    gram = number * R * R
+    held = rows.nbytes if isinstance(rows, GramRows) else rows.nbytes * (number // 4) * (2 if counts is not None else 1)
+    ceiling = memory if memory is not None else available_bytes() * 4 // 5
+
+    def fits(*needs: int) -> bool:
+        return state + sum(needs) <= ceiling
+
+    def plan(space: Literal["gram", "sparse", "sketch"], reason: str) -> Plan:
+        taken = {"gram": gram, "sparse": held + coords, "sketch": coords}[space]
+        stream = space == "sketch" or (space == "gram" and counts is None and not fits(gram, rows.nbytes))
+        left = ceiling - state - taken
+        if memory is not None and left < 4 * LEAST_PART:
+            raise ArgumentError(
+                f"memory: {format_bytes(memory)} does not hold what {n_components} components of {R:,} rows need in "
+                f"the space {space!r}, {format_bytes(state + taken + 4 * LEAST_PART)}; allow so much, or fewer "
+                "components" + ("" if space == "sketch" else ", or space='sketch'")
+            )
+        part = int(min(PART_BYTES, max(LEAST_PART, left // 6)))
+        return Plan(space, reason, stream and not isinstance(rows, GramRows), part, max(0, left // 2))
+
+    if isinstance(rows, GramRows):
+        return plan("gram", "inner products are all there is")
+    if choice != "auto":
+        return plan(choice, "asked for")
+    rows_fit = fits(held, coords) or (memory is None and fits(held))  # coordinates are as long wherever the rows are
+    if not low_rank:
+        what = "the diagonal kind always works on the rows"
+        return plan("sparse", what) if rows_fit else plan("sketch", f"{what}, and they stay on disk: {_exceeds(held)}")
+    gram_fits = gram <= GRAM_BYTES and fits(gram + gram // 4) and (counts is None or fits(gram, rows.nbytes))
+    if not gram_fits:
+        why = f"K of {R:,} rows would take {gram / 2**30:.1f} GiB"
+        return plan("sparse", why) if rows_fit else plan("sketch", f"{why}, and {_exceeds(held)}")
+    products = 5 * max(256, 4 * n_components) + 2 * POLISH_STEPS * n_components
+    if counts is not None:
+        building = min(np.square(counts).sum() / SCATTER_RATE, R**2 * width / DENSE_RATE)
+        over_rows = counts.sum() * 2 * products / SPARSE_RATE
+    else:
+        building = R**2 * width / DENSE_RATE
+        over_rows = 2 * R * width * products / DENSE_RATE
+    over_gram = building + 2 * R**2 * products / DENSE_RATE
+    if not rows_fit:
+        return plan("gram", f"{_exceeds(held)}, and K of {R:,} rows does not")
+    found = f"reckoned {over_gram:.2g} s over K of {R:,} rows, {over_rows:.2g} s over the rows themselves"
+    return plan("gram" if over_gram < over_rows else "sparse", found)
+
+
+def _exceeds(held: int) -> str:
+    return f"the rows, {format_bytes(held)}, exceed the memory allowed"
