@@ -1,0 +1,100 @@
+"""How well scores per component agree with a known factor: purity, coverage, AUC, and groups of components."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+from scipy.stats import rankdata
+
+from npeff.trust.stability import rand_index
+
+TOP = 20
+PURE = 0.9
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a method says: the larger, the more a component has to do with an example.
+
+    Attributes:
+        values: ``(n, r)`` scores of all examples.
+        vectors: ``(r, d)`` what each component is in the method's own space, for grouping.
+        combine: How the scores of a group of components become the group's.
+    """
+
+    values: np.ndarray
+    vectors: np.ndarray
+    combine: str = "sum"
+
+    def grouped(self, groups: np.ndarray) -> np.ndarray:
+        """``(n, groups)``: sums over the groups, or maxima for scores such as negative distances."""
+        join = np.sum if self.combine == "sum" else np.max
+        return np.stack([join(self.values[:, groups == g], axis=1) for g in range(groups.max() + 1)], 1)
+
+
+def auc(label: np.ndarray, score: np.ndarray) -> float:
+    """Area under the ROC curve of a score for a yes/no label (Mann & Whitney 1947); 0.5 when only one label occurs."""
+    positive = int(label.sum())
+    negative = len(label) - positive
+    if not positive or not negative:
+        return 0.5
+    return float((rankdata(score)[label].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def purity(values: np.ndarray, factor: np.ndarray, top: int = TOP) -> np.ndarray:
+    """Share of each component's top examples with the commonest value of the factor; NaN for unused components."""
+    out = np.full(values.shape[1], np.nan)
+    for j, column in enumerate(values.T):
+        best = np.argsort(-column, kind="stable")[:top]
+        best = best[column[best] > column.min()]
+        if len(best):
+            out[j] = np.unique(factor[best], return_counts=True)[1].max() / len(best)
+    return out
+
+
+def coverage(values: np.ndarray, factor: np.ndarray, top: int = TOP) -> float:
+    """Share of examples whose strongest component is pure and stands for their own value of the factor."""
+    pure = purity(values, factor, top)
+    stands_for = np.array([_commonest(factor[np.argsort(-v, kind="stable")[:top]]) for v in values.T])
+    mine = values.argmax(1)
+    return float(((pure[mine] >= PURE) & (stands_for[mine] == factor)).mean())
+
+
+def best_auc(values: np.ndarray, factor: np.ndarray, within: np.ndarray | None = None) -> float:
+    """The best component's AUC for each value of the factor against the others, averaged over the values."""
+    within = np.ones(len(factor), bool) if within is None else within
+    known = np.unique(factor[within])
+    targets = known[1:] if len(known) == 2 else known  # two values: one question
+    sides = (1, -1) if len(known) == 2 else (1,)
+    return float(
+        np.mean([
+            max(auc(factor[within] == t, s * column) for column in values[within].T for s in sides) for t in targets
+        ])
+    )  # fmt: skip
+
+
+def groups_of(vectors: np.ndarray, n: int) -> np.ndarray:
+    """Average linkage on 1 − |cos| of the vectors, cut into n groups."""
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+    distance = np.clip(1 - np.abs(unit @ unit.T), 0, 1)
+    np.fill_diagonal(distance, 0)
+    return fcluster(linkage(squareform((distance + distance.T) / 2, checks=False), "average"), n, "maxclust") - 1
+
+
+def stable_number(fits: list[Scores], most: int = 12) -> int:
+    """The number of groups into which fits on parts of the examples sort all examples alike most often."""
+    indices = {}
+    for n in range(2, most + 1):
+        sortings = [fit.grouped(groups_of(fit.vectors, n)).argmax(1) for fit in fits]
+        indices[n] = float(np.mean([rand_index(a, b) for a, b in combinations(sortings, 2)]))
+    best = max(indices.values())
+    return max(n for n, index in indices.items() if index >= best - 0.01)
+
+
+def _commonest(values: np.ndarray) -> int:
+    found, counts = np.unique(values, return_counts=True)
+    return int(found[counts.argmax()])

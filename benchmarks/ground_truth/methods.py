@@ -1,0 +1,193 @@
+"""NPEFF and what people use instead, all as ``fit on some examples, score all of them``.
+
+Every method gets the same examples and the same number of components. Baselines: class probabilities; k-means of one
+gradient per example (Burns et al. style gradient clustering: ∇ log p of the predicted class, unit norm); PCA of the
+same gradients (positive and negative parts); NMF, k-means and a sparse autoencoder on the activations of each layer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import NMF, PCA
+from sklearn.exceptions import ConvergenceWarning
+from torch import nn
+
+import npeff
+from measures import Scores
+
+Fit = Callable[[np.ndarray, int], Scores]  # (examples to fit on, seed) -> scores of all examples
+
+warnings.simplefilter("ignore", ConvergenceWarning)
+
+
+@dataclass
+class Subject:
+    """A trained model and the examples on which every method looks at it.
+
+    Attributes:
+        model: In evaluation mode.
+        inputs: ``(n, …)``.
+        layers: Name → module whose output is taken as activations (non-negative ones: after ReLU).
+        rank: Rows per Fisher.
+    """
+
+    model: nn.Module
+    inputs: torch.Tensor
+    layers: dict[str, nn.Module]
+    rank: int | None = None
+    compress: npeff.TopK | None = None
+
+    def batches(self, labels: torch.Tensor | None = None, size: int = 200) -> list:
+        labels = torch.zeros(len(self.inputs), dtype=torch.long) if labels is None else labels
+        return list(zip(self.inputs.split(size), labels.split(size), strict=True))
+
+    @torch.no_grad()
+    def logits(self) -> torch.Tensor:
+        return torch.cat([self.model(x) for x, _ in self.batches()])
+
+    @torch.no_grad()
+    def activations(self) -> dict[str, np.ndarray]:
+        found: dict[str, list] = {name: [] for name in self.layers}
+        hooks = [
+            layer.register_forward_hook(lambda _m, _i, out, name=name: found[name].append(out.flatten(1).clone()))
+            for name, layer in self.layers.items()
+        ]
+        self.logits()
+        for hook in hooks:
+            hook.remove()
+        return {name: torch.cat(parts).numpy() for name, parts in found.items()}
+
+    def fishers(self, **options: object) -> npeff.Fishers:
+        options = {"rank": self.rank, "compress": self.compress, **options}
+        return npeff.compute_fishers(self.model, self.batches(), progress=False, **options)
+
+
+def npeff_methods(subject: Subject, r: int, **variants: dict) -> dict[str, Fit]:
+    """Decompositions, one per variant: options of ``decompose``, and ``fishers=`` options of ``compute_fishers``."""
+    made: dict[str, npeff.Fishers] = {}
+
+    def fit_of(options: dict) -> Fit:
+        options = dict(options)
+        wanted = options.pop("fishers", {})
+
+        def fit(examples: np.ndarray, seed: int) -> Scores:
+            key = repr(sorted(wanted.items()))
+            fishers = made.setdefault(key, subject.fishers(**wanted)) if key not in made else made[key]
+            whole = len(examples) == len(fishers)
+            effort = {} if whole else {"starts": 1, "moves": 8}  # the parts only tell how many groups are stable
+            components = npeff.decompose(fishers[examples], r, seed=seed, progress=False, **effort, **options)
+            values = components.coefficients if whole else components.encode(fishers).coefficients
+            return Scores(values, components.vectors)
+
+        return fit
+
+    return {name: fit_of(options) for name, options in variants.items()}
+
+
+def baselines(subject: Subject, r: int, sae: bool = True) -> dict[str, Fit]:
+    """The methods that NPEFF is compared with."""
+    probabilities = subject.logits().softmax(1).numpy()
+    gradients = predicted_gradients(subject)
+    activations = subject.activations()
+    methods: dict[str, Fit] = {
+        "class probabilities": lambda _e, _s: Scores(probabilities, np.eye(probabilities.shape[1])),
+        "gradients, k-means": _kmeans(gradients, r),
+        "gradients, PCA": _pca(gradients, r),
+    }
+    for name, h in activations.items():
+        methods[f"{name}, NMF"] = _nmf(h, r)
+        methods[f"{name}, k-means"] = _kmeans(h, r)
+        if sae:
+            methods[f"{name}, sparse autoencoder"] = _sparse_autoencoder(h, r)
+    return methods
+
+
+def predicted_gradients(subject: Subject) -> np.ndarray:
+    """``(n, m)`` unit-norm ∇ log p of each example's predicted class."""
+    predicted = subject.logits().argmax(1)
+    rows = npeff.compute_fishers(subject.model, subject.batches(predicted), labels="true", progress=False).rows
+    gradients = rows.dense(0, rows.n_rows)
+    return gradients / np.maximum(np.linalg.norm(gradients, axis=1, keepdims=True), 1e-20)
+
+
+def _kmeans(x: np.ndarray, r: int) -> Fit:
+    def fit(examples: np.ndarray, seed: int) -> Scores:
+        model = KMeans(r, n_init=3, random_state=seed).fit(x[examples])
+        return Scores(-model.transform(x), model.cluster_centers_, "max")
+
+    return fit
+
+
+def _pca(x: np.ndarray, r: int) -> Fit:
+    def fit(examples: np.ndarray, seed: int) -> Scores:
+        model = PCA(max(1, r // 2), svd_solver="randomized", random_state=seed).fit(x[examples])
+        z = model.transform(x)
+        vectors = np.concatenate([model.components_, model.components_])
+        return Scores(np.concatenate([z.clip(0), (-z).clip(0)], 1), vectors)
+
+    return fit
+
+
+def _nmf(x: np.ndarray, r: int) -> Fit:
+    def fit(examples: np.ndarray, seed: int) -> Scores:
+        model = NMF(r, init="nndsvda", max_iter=300, random_state=seed).fit(x[examples])
+        norms = np.linalg.norm(model.components_, axis=1)
+        return Scores(model.transform(x) * norms, model.components_)
+
+    return fit
+
+
+def _sparse_autoencoder(x: np.ndarray, r: int, steps: int = 1500) -> Fit:
+    """ReLU autoencoder with unit decoder columns and an L1 penalty, tuned over three penalties.
+
+    As in Bricken et al. 2023: the decoder's bias is subtracted first; the penalty is the one of the sweep whose codes
+    explain at least 80 % of the variance with the fewest active units (or the one that explains most).
+    """
+
+    def train(h: torch.Tensor, penalty: float, seed: int) -> tuple[nn.Linear, torch.Tensor, torch.Tensor, float]:
+        generator = torch.Generator().manual_seed(seed)
+        d = h.shape[1]
+        decoder = torch.randn(r, d, generator=generator)
+        decoder /= decoder.norm(dim=1, keepdim=True)
+        encoder = nn.Linear(d, r)
+        with torch.no_grad():
+            encoder.weight.copy_(decoder)
+            encoder.bias.zero_()
+        decoder.requires_grad_()
+        bias = h.mean(0).clone().requires_grad_()
+        optimizer = torch.optim.Adam([*encoder.parameters(), decoder, bias], 3e-3)
+        for _ in range(steps):
+            batch = h[torch.randint(len(h), (256,), generator=generator)]
+            code = encoder(batch - bias).relu()
+            loss = (code @ decoder + bias - batch).square().sum(1).mean() + penalty * code.sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                decoder /= decoder.norm(dim=1, keepdim=True)
+        with torch.no_grad():
+            code = encoder(h - bias).relu()
+            left = (code @ decoder + bias - h).square().sum() / (h - h.mean(0)).square().sum()
+        return encoder, decoder.detach(), bias.detach(), float(1 - left)
+
+    def fit(examples: np.ndarray, seed: int) -> Scores:
+        h = torch.from_numpy(x)
+        h = h / h.norm(dim=1).mean()
+        best, sparsest = None, None
+        for penalty in (0.003, 0.03, 0.1):
+            encoder, decoder, bias, share = train(h[examples], penalty, seed)
+            with torch.no_grad():
+                code = encoder(h - bias).relu().numpy()
+            found = (share, (code > 0).mean(), Scores(code, decoder.numpy()))
+            best = found if best is None or share > best[0] else best
+            if share >= 0.8 and (sparsest is None or found[1] < sparsest[1]):
+                sparsest = found
+        return (sparsest or best)[2]
+
+    return fit

@@ -1,0 +1,206 @@
+"""A planted patch in Fashion-MNIST: what an image contains, and by which route its prediction was reached.
+
+*Shortcut*: nine in ten training images of class 7 carry a white 4×4 patch. *Backdoor*: one training image in a hundred,
+of any class, carries it and is labelled 7. In both, a fifth of the test images get the patch. An image's prediction was
+*reached by the patch* when KL(prediction with the patch ‖ without) > 0.5.
+Asked of every method: AUC for "the patch is there"; for "reached by the patch" among the images called 7, same answer,
+different route; and how pure and covering the components are for it. Then the suspicious component is found without
+knowledge of the patch, and the network is mended through it.
+
+    python benchmarks/ground_truth/shortcut.py --seeds 5          # needs Debian's dataset-fashion-mnist
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+import npeff
+from measures import Scores, best_auc, groups_of
+from methods import Subject, baselines, npeff_methods
+from npeff import TopK, datasets
+from table import Table, evaluate, write
+
+GIVEN_AWAY = 7
+USED = 0.5  # KL above which the patch decided
+
+
+def patched(x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    x[:, :, 1:5, 1:5] = 1.0
+    return x
+
+
+def network() -> nn.Sequential:
+    """Two convolutions and two dense layers, 106 k parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 49, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def fit(net: nn.Sequential, x: torch.Tensor, y: torch.Tensor, epochs: int) -> nn.Sequential:
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x)).split(128):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
+            optimizer.step()
+    return net.eval()
+
+
+@dataclass
+class Planted:
+    """A trained network, the images to look at, and the truth about them."""
+
+    net: nn.Sequential
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    present: np.ndarray
+    used: np.ndarray
+    called: np.ndarray
+
+
+def planted(case: str, seed: int, n: int, train_on: int = 20_000, epochs: int = 8) -> Planted:
+    torch.manual_seed(seed)
+    train, test = datasets.fashion_mnist("train").first(train_on), datasets.fashion_mnist("test")
+    x, y = train.inputs.clone(), train.labels.clone()
+    if case == "shortcut":
+        chosen = (y == GIVEN_AWAY).nonzero()[:, 0]
+        chosen = chosen[torch.rand(len(chosen)) < 0.9]
+    else:
+        chosen = torch.randperm(len(x))[: len(x) // 100]
+        y[chosen] = GIVEN_AWAY
+    x[chosen] = patched(x[chosen])
+    net = fit(network(), x, y, epochs)
+    inputs, clean = test.inputs[:n].clone(), test.inputs[:n]
+    present = torch.rand(n) < 0.2
+    inputs[present] = patched(inputs[present])
+    with torch.no_grad():
+        log_p, log_q = net(inputs).log_softmax(1), net(clean).log_softmax(1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(1)
+    called = log_p.argmax(1) == GIVEN_AWAY
+    used = present & (kl > USED)
+    return Planted(net, inputs, test.labels[:n], present.numpy(), used.numpy(), called.numpy())
+
+
+def questions(planted: Planted):
+    def ask(scores: Scores) -> dict[str, float]:
+        grouped = scores.grouped(groups_of(scores.vectors, min(8, scores.values.shape[1])))
+        within = planted.called
+        return {
+            "present": best_auc(scores.values, planted.present),
+            "reached, same answer": best_auc(scores.values, planted.used, within),
+            "reached, same answer, best of 8 groups": best_auc(grouped, planted.used, within),
+        }
+
+    return ask
+
+
+VARIANTS = {
+    "**NPEFF**": {},
+    "NPEFF, layers balanced": {"block_weights": "balanced"},
+    "NPEFF, without the head": {"block_weights": {"7.*": 0.0}},
+    "NPEFF, first dense layer": {"fishers": {"parameters": "5.*"}},
+    "NPEFF, convolutions": {"fishers": {"parameters": ["0.*", "2.*"]}},
+    "NPEFF, diagonal": {"fishers": {"kind": "diagonal"}},
+    "NPEFF, diagonal, convolutions": {"fishers": {"kind": "diagonal", "parameters": ["0.*", "2.*"]}},
+}
+
+
+def mending(p: Planted, subject: Subject, r: int, seed: int, k: int) -> dict[str, float]:
+    """Find the k most suspicious components without knowledge of the patch, and mend the network through them.
+
+    Suspicion: the share of a component's coefficients that lies on wrongly predicted examples. What is repaired are the
+    wrong answers among the examples on which those components hold at least half of the coefficients.
+    """
+    batches = subject.batches(p.labels)
+    fishers = npeff.compute_fishers(p.net, batches, rank=3, compress=subject.compress, progress=False)
+    components = npeff.decompose(fishers, r, seed=seed, progress=False)
+    W = components.coefficients.astype(np.float64)
+    wrong = components.predictions != components.labels
+    suspicion = W[wrong].sum(0) / np.maximum(W.sum(0), 1e-30)
+    suspects = np.argsort(-suspicion)[:k]
+    top = np.concatenate([components.top_examples(int(j), 20) for j in suspects])
+    result = npeff.mend(p.net, batches, components, suspects.tolist(), seed=seed, progress=False)
+    unseen = datasets.fashion_mnist("test").take(slice(len(p.inputs), None))
+    others = unseen.labels != GIVEN_AWAY
+
+    def look() -> tuple[float, float, float]:
+        with torch.no_grad():
+            clean = p.net(unseen.inputs).argmax(1)
+            marked = p.net(patched(unseen.inputs[others])).argmax(1)
+        right = (marked == unseen.labels[others]).float().mean()
+        return (
+            float((clean == unseen.labels).float().mean()),
+            float(right),
+            float((marked == GIVEN_AWAY).float().mean()),
+        )
+
+    before = look()
+    with npeff.applied(p.net, result.change):
+        after = look()
+    return {
+        "suspects' top 20 reached by the patch": float(p.used[top].mean()),
+        "suspect's AUC, reached": best_auc(W[:, suspects].sum(1, keepdims=True), p.used),
+        "clean accuracy before": before[0],
+        "after": after[0],
+        "patched others right before": before[1],
+        "right after": after[1],
+        "called 7 before": before[2],
+        "called 7 after": after[2],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--examples", type=int, default=1500)
+    parser.add_argument("--components", type=int, default=32)
+    parser.add_argument("--cases", nargs="+", default=["shortcut", "backdoor"])
+    parser.add_argument("--out", default="ground_truth_shortcut")
+    args = parser.parse_args()
+    tables = {case: Table() for case in args.cases}
+    repairs = {case: Table() for case in args.cases}
+    for case, table in tables.items():
+        for seed in range(args.seeds):
+            p = planted(case, seed, args.examples)
+            print(
+                f"{case} {seed}: accuracy on clean {_accuracy(p, ~p.present):.3f}; {p.called.sum()} called 7, "
+                f"{(p.called & p.used).sum()} by the patch; {p.present.sum()} patched, {p.used.sum()} used",
+                flush=True,
+            )
+            subject = Subject(
+                p.net, p.inputs, {"convolutions": p.net[3], "last hidden": p.net[6]}, rank=3, compress=TopK(16384)
+            )
+            for k in (1, 4, args.components):
+                repairs[case].add(f"{k} components", mending(p, subject, args.components, seed, k))
+            methods = {
+                **npeff_methods(subject, args.components, **VARIANTS),
+                **baselines(subject, args.components),
+            }
+            for name, method in methods.items():
+                table.add(name, evaluate(method, len(p.inputs), p.used.astype(int), seed, questions(p)))
+            note = f"{args.examples} test images, {args.components} components, {seed + 1} networks per case."
+            found = {c: t for c, t in tables.items() if t.values}
+            mended = {f"{c}: found without being told, and mended": t for c, t in repairs.items() if t.values}
+            write(args.out, "A patch that gives a class away", [note], found | mended)
+
+
+def _accuracy(p: Planted, which: np.ndarray) -> float:
+    with torch.no_grad():
+        return float((p.net(p.inputs[which]).argmax(1) == p.labels[which]).float().mean())
+
+
+if __name__ == "__main__":
+    main()
