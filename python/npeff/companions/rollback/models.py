@@ -1,0 +1,270 @@
+"""Models whose training steps touch few rows: a score is the inner product of a query and an answer's row."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from npeff.errors import ArgumentError
+
+Array = npt.NDArray[Any]
+
+
+class FactorModel(nn.Module, ABC):
+    """``score(c, a) = query(rows of c) · row of a``, and ``P(a | c) = softmax_a score(c, a)``.
+
+    An example is a row of integers ``(c_1, …, c_m, a)``: the context and its answer. A subclass names the table that
+    each column indexes and gives the query. With ``query`` in torch operations alone, recording by
+    :class:`~npeff.companions.rollback.RollbackRecorder`, rollback and the baselines work; ``query_gradient`` adds the
+    fast training of :func:`~npeff.companions.rollback.fit`.
+
+    Args:
+        sizes: Rows of each table.
+        widths: Elements per row of each table.
+        scale: Standard deviation of the initial elements.
+        seed: Decides the initial elements.
+
+    Attributes:
+        columns: Table of each column of an example; the last one is the table of answers.
+        options: Arguments to build the same model again, kept in records.
+    """
+
+    columns: ClassVar[tuple[str, ...]]
+
+    def __init__(self, sizes: Mapping[str, int], widths: Mapping[str, int], scale: float, seed: int) -> None:
+        super().__init__()
+        for name, value in {**{f"number of {n}": s for n, s in sizes.items()}, **widths}.items():
+            if not isinstance(value, int | np.integer) or value < 1:
+                raise ArgumentError(f"{name}: expected a number ≥ 1, got {value!r}")
+        if not scale > 0:
+            raise ArgumentError(f"scale: expected a standard deviation > 0, got {scale!r}")
+        generator = torch.Generator().manual_seed(seed)
+        self._names = tuple(sizes)
+        for name in sizes:
+            rows = scale * torch.randn(int(sizes[name]), int(widths[name]), generator=generator)
+            self.register_parameter(f"{name}_table", nn.Parameter(rows))
+        self.options: dict[str, Any] = {}
+
+    @abstractmethod
+    def query(self, context: Sequence[Any], axis: int = -1) -> Any:
+        """The vector that answers are compared with.
+
+        Args:
+            context: One tensor (or numpy array) per context column, of rows along ``axis``, other axes alike.
+            axis: Where the elements of a row lie.
+
+        Returns:
+            The same shape, with the width of the answers' table along ``axis``.
+        """
+
+    def query_gradient(self, context: Sequence[Any], gradient: Any, axis: int = -1) -> list[Any]:
+        """The gradients by the context rows, given the one by the query.
+
+        Raises:
+            NotImplementedError: The model has none; only :func:`~npeff.companions.rollback.fit` needs it.
+        """
+        raise NotImplementedError
+
+    @property
+    def tables(self) -> dict[str, nn.Parameter]:
+        """The parameters, by table: ``(rows, width)``."""
+        return {name: self._parameters[f"{name}_table"] for name in self._names}  # type: ignore[misc]
+
+    @property
+    def answers(self) -> str:
+        """The table of answers."""
+        return self.columns[-1]
+
+    @property
+    def n_answers(self) -> int:
+        """Number of answers."""
+        return len(self.tables[self.answers])
+
+    def context_rows(self, contexts: Array | Tensor) -> list[Tensor]:
+        """The rows of contexts ``(n, m)`` or examples ``(n, m + 1)``, one ``(n, width)`` tensor per context column."""
+        index = contexts if isinstance(contexts, Tensor) else torch.tensor(np.asarray(contexts))
+        index = index.long()
+        return [self.tables[table][index[:, j]] for j, table in enumerate(self.columns[:-1])]
+
+    def forward(self, contexts: Array | Tensor) -> Tensor:
+        """Scores of all answers.
+
+        Args:
+            contexts: ``(n, m)`` or ``(n, m + 1)`` integers; an answer column is not looked at.
+
+        Returns:
+            ``(n, n_answers)``; their softmax is P(a | c).
+        """
+        scores: Tensor = self.query(self.context_rows(contexts)) @ self.tables[self.answers].T
+        return scores
+
+    def check_examples(self, examples: Array | Tensor, name: str = "examples", *, least: int = 0) -> Array:
+        """Examples as ``(n, m + 1)`` int64, each index inside its table.
+
+        Args:
+            examples: One example per row.
+            name: Of the argument, for messages.
+            least: How many there must be.
+
+        Raises:
+            ArgumentError: Wrong shape or dtype, an index without a row, or too few examples.
+        """
+        array = np.asarray(examples)
+        width = len(self.columns)
+        if array.ndim != 2 or array.shape[1] != width or (array.size and array.dtype.kind not in "iu"):
+            raise ArgumentError(
+                f"{name}: expected an integer array (n, {width}) with the columns {', '.join(self.columns)}, got "
+                f"{array.dtype} of shape {array.shape}"
+            )
+        if len(array) < least:
+            raise ArgumentError(f"{name}: expected at least {least}, got {len(array)}")
+        for j, table in enumerate(self.columns):
+            rows = len(self.tables[table])
+            outside = np.flatnonzero((array[:, j] < 0) | (array[:, j] >= rows))
+            if len(outside):
+                i = int(outside[0])
+                raise ArgumentError(
+                    f"{name}: row {i} has {int(array[i, j])} in column {j}, but the model's table {table!r} has rows "
+                    f"0 to {rows - 1}; encode names and examples with the vocabulary that the model was made for"
+                )
+        return array.astype(np.int64)
+
+    def numpy_tables(self) -> dict[str, Array]:
+        """Copies of the tables."""
+        return {name: table.detach().cpu().numpy().copy() for name, table in self.tables.items()}
+
+    def load_tables(self, tables: Mapping[str, Array]) -> None:
+        """Set the tables, in place.
+
+        Raises:
+            ArgumentError: One is missing, or of another shape.
+        """
+        for name, table in self.tables.items():
+            if name not in tables or tables[name].shape != tuple(table.shape):
+                came = tables[name].shape if name in tables else "nothing"
+                raise ArgumentError(f"tables: expected {name!r} of shape {tuple(table.shape)}, got {came}")
+        with torch.no_grad():
+            for name, table in self.tables.items():
+                table.copy_(torch.tensor(np.asarray(tables[name])))
+
+
+class DistMult(FactorModel):
+    """Knowledge-graph triples (head, relation, tail): ``score = Σ_k h_k r_k t_k`` (Yang et al. 2015, arXiv 1412.6575).
+
+    Args:
+        n_entities: Rows of the entity table.
+        n_relations: Rows of the relation table.
+        dim: Elements per row.
+        scale: Standard deviation of the initial elements.
+        seed: Decides the initial elements.
+    """
+
+    columns = ("entities", "relations", "entities")
+
+    def __init__(self, n_entities: int, n_relations: int, dim: int = 10, *, scale: float = 0.5, seed: int = 0) -> None:
+        sizes = {"entities": n_entities, "relations": n_relations}
+        super().__init__(sizes, {"entities": dim, "relations": dim}, scale, seed)
+        self.options = {"n_entities": int(n_entities), "n_relations": int(n_relations), "dim": int(dim)}
+
+    def query(self, context: Sequence[Any], axis: int = -1) -> Any:
+        """``h ∘ r``."""
+        head, relation = context
+        return head * relation
+
+    def query_gradient(self, context: Sequence[Any], gradient: Any, axis: int = -1) -> list[Any]:
+        """``(g ∘ r, g ∘ h)``."""
+        head, relation = context
+        return [gradient * relation, gradient * head]
+
+
+class ComplEx(FactorModel):
+    """Triples with complex rows: ``score = Re Σ_k h_k r_k t̄_k`` (Trouillon et al. 2016, arXiv 1606.06357).
+
+    A row holds the real parts, then the imaginary ones, so that the score is the real inner product of ``h ∘ r`` and t.
+
+    Args:
+        n_entities: Rows of the entity table.
+        n_relations: Rows of the relation table.
+        dim: Complex elements per row; the tables have 2·dim columns.
+        scale: Standard deviation of the initial elements.
+        seed: Decides the initial elements.
+    """
+
+    columns = ("entities", "relations", "entities")
+
+    def __init__(self, n_entities: int, n_relations: int, dim: int = 10, *, scale: float = 0.5, seed: int = 0) -> None:
+        sizes = {"entities": n_entities, "relations": n_relations}
+        super().__init__(sizes, {"entities": 2 * dim, "relations": 2 * dim}, scale, seed)
+        self.options = {"n_entities": int(n_entities), "n_relations": int(n_relations), "dim": int(dim)}
+
+    def query(self, context: Sequence[Any], axis: int = -1) -> Any:
+        """``h ∘ r``, complex."""
+        head, relation = context
+        return _complex_product(head, relation, axis)
+
+    def query_gradient(self, context: Sequence[Any], gradient: Any, axis: int = -1) -> list[Any]:
+        """``(g ∘ r̄, g ∘ h̄)``."""
+        head, relation = context
+        return [_complex_product(gradient, _conjugate(row, axis), axis) for row in (relation, head)]
+
+
+class MatrixFactorization(FactorModel):
+    """A recommender on pairs (user, item): ``score = p_u · q_i + b_i``, and P(i | u) its softmax over items.
+
+    The bias is the last element of an item's row, so that a step on one pair touches one row of each table.
+
+    Args:
+        n_users: Rows of the user table.
+        n_items: Rows of the item table, which has dim + 1 columns.
+        dim: Elements per user.
+        scale: Standard deviation of the initial elements.
+        seed: Decides the initial elements.
+    """
+
+    columns = ("users", "items")
+
+    def __init__(self, n_users: int, n_items: int, dim: int = 16, *, scale: float = 0.1, seed: int = 0) -> None:
+        super().__init__({"users": n_users, "items": n_items}, {"users": dim, "items": dim + 1}, scale, seed)
+        self.options = {"n_users": int(n_users), "n_items": int(n_items), "dim": int(dim)}
+
+    def query(self, context: Sequence[Any], axis: int = -1) -> Any:
+        """``(p_u, 1)``."""
+        (user,) = context
+        return _join([user, _take(user, slice(1), axis) * 0 + 1], axis)
+
+    def query_gradient(self, context: Sequence[Any], gradient: Any, axis: int = -1) -> list[Any]:
+        """The gradient without its last element, the constant's."""
+        return [_take(gradient, slice(-1), axis)]
+
+
+MODELS: dict[str, type[FactorModel]] = {"distmult": DistMult, "complex": ComplEx, "matrix": MatrixFactorization}
+"""Models by the name they have in records and on the command line."""
+
+
+def _take(x: Any, part: slice, axis: int) -> Any:
+    return x[part] if axis == 0 else x[..., part]
+
+
+def _join(parts: list[Any], axis: int) -> Any:
+    return torch.cat(parts, axis) if isinstance(parts[0], Tensor) else np.concatenate(parts, axis)
+
+
+def _halves(x: Any, axis: int) -> tuple[Any, Any]:
+    half = x.shape[axis] // 2
+    return _take(x, slice(half), axis), _take(x, slice(half, None), axis)
+
+
+def _conjugate(x: Any, axis: int) -> Any:
+    real, imaginary = _halves(x, axis)
+    return _join([real, -imaginary], axis)
+
+
+def _complex_product(x: Any, y: Any, axis: int) -> Any:
+    (a, b), (c, d) = _halves(x, axis), _halves(y, axis)
+    return _join([a * c - b * d, a * d + b * c], axis)

@@ -1,0 +1,34 @@
+"""SAFR: train transformers whose important tokens share few units, and those that interact do.
+
+::
+
+    L = L_CE + λ_imp L_imp + λ_inter L_inter − β H(mask)
+
+    embeddings ──VMask──▶ x = r·e ──▶ importance_loss ┐
+    attention  ─────────▶ A, C, J ──▶ interaction_loss ┴─▶ SAFRRegularizer.penalty   (hooks on any transformer)
+
+Chang, Deng & Chen 2025, arXiv 2501.16374. See ``docs/companions/safr.md``.
+"""
+
+from npeff.companions.safr.capacity import CapacityMap, capacity_map, superposition_score
+from npeff.companions.safr.classifier import History, TransformerClassifier, evaluate, measure, train_classifier
+from npeff.companions.safr.losses import importance_loss, interaction_loss
+from npeff.companions.safr.regularizer import SAFRRegularizer
+from npeff.companions.safr.text import WordVocabulary
+from npeff.companions.safr.vmask import VMask
+
+__all__ = [
+    "CapacityMap",
+    "History",
+    "SAFRRegularizer",
+    "TransformerClassifier",
+    "VMask",
+    "WordVocabulary",
+    "capacity_map",
+    "evaluate",
+    "importance_loss",
+    "interaction_loss",
+    "measure",
+    "superposition_score",
+    "train_classifier",
+]

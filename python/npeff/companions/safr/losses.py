@@ -1,0 +1,100 @@
+"""The two regularisers: important tokens' directions overlap little, and pairs that attend alike may share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npeff.errors import ArgumentError, DataError
+
+
+def importance_loss(x: Tensor, mask: Tensor | None = None, *, cosine: bool = False) -> Tensor:
+    """``L_imp = mean_i ‖(x̂_i · x_j)_{j≠i}‖₂ / √d``, x̂ = x/‖x‖ (Chang, Deng, Chen 2025, arXiv 2501.16374).
+
+    x are the embeddings times their mask r (:class:`~npeff.companions.safr.VMask`): a token that the mask drops is the
+    zero vector and overlaps nothing. The mean is over the real tokens of an example, then over examples. Where only one
+    token is real the example counts 0.
+
+    Args:
+        x: ``(batch, n, d)``.
+        mask: ``(batch, n)``, true for real tokens; all by default.
+        cosine: x̂_j in place of x_j: then no change of the embeddings' scale changes the loss.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ArgumentError: Wrong shapes.
+        DataError: An example is all padding.
+    """
+    if x.ndim != 3:
+        raise ArgumentError(f"x: expected embeddings (batch, n, d), got shape {tuple(x.shape)}")
+    real = token_mask(mask, x)
+    x = x * real[..., None]
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    units = x / torch.where(norms > 0, norms, torch.ones_like(norms))
+    overlaps = units @ (units if cosine else x).transpose(-1, -2)
+    diagonal = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    lengths = torch.linalg.vector_norm(overlaps.masked_fill(diagonal, 0), dim=-1)
+    return ((lengths * real).sum(1) / real.sum(1)).mean() / x.shape[2] ** 0.5
+
+
+def interaction_loss(attention: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``L_inter = mean over heads and pairs i≠k of C_ik (1 − J_ik)``, ``J_ik = Σ_j A_ij A_kj`` (arXiv 2501.16374).
+
+    A pair that attention correlates (C large) costs little where both tokens attend alike (J large). Columns of padding
+    are taken out of A and the rows scaled to sum 1 again, which gives C, and A in J.
+
+    Args:
+        attention: ``(batch, heads, n, n)`` weights, row i over what token i attends to.
+        mask: ``(batch, n)``, true for real tokens; all by default.
+
+    Returns:
+        A scalar: the mean over pairs, then heads, then examples.
+
+    Raises:
+        ArgumentError: Wrong shapes.
+        DataError: An example is all padding, or has rows without a finite sum.
+    """
+    if attention.ndim != 4 or attention.shape[2] != attention.shape[3]:
+        raise ArgumentError(f"attention: expected weights (batch, heads, n, n), got shape {tuple(attention.shape)}")
+    real = token_mask(mask, attention[:, 0])
+    pairs = real[:, :, None] * real[:, None, :]
+    A = torch.where(pairs[:, None] > 0, attention, torch.zeros_like(attention))
+    if not torch.isfinite(A).all():
+        raise DataError(
+            "attention: the weights of real tokens hold NaN or infinity; the model met an example without real "
+            "tokens, or diverged"
+        )
+    sums = A.sum(-1, keepdim=True)
+    C = A / torch.where(sums > 0, sums, torch.ones_like(sums))  # attention dropout may have taken a whole row
+    J = C @ C.transpose(-1, -2)
+    pairs = pairs * (1 - torch.eye(A.shape[-1], device=A.device, dtype=pairs.dtype))
+    per_head = (C * (1 - J) * pairs[:, None]).sum((-1, -2)) / pairs.sum((-1, -2)).clamp_min(1)[:, None]
+    return per_head.mean()
+
+
+def token_mask(mask: Any, like: Tensor) -> Tensor:
+    """The mask ``(batch, n)`` as numbers 0 and 1 in the dtype and on the device of ``like (batch, n, …)``.
+
+    Raises:
+        ArgumentError: It is of another shape, or holds something else than truth values.
+        DataError: An example is all padding.
+    """
+    if mask is None:
+        return like.new_ones(like.shape[:2])
+    mask = torch.as_tensor(mask)
+    if mask.shape != like.shape[:2]:
+        raise ArgumentError(f"mask: expected shape {tuple(like.shape[:2])} (batch, n), got {tuple(mask.shape)}")
+    real = mask.to(like.device) != 0
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ArgumentError("mask: expected True or 1 for real tokens and False or 0 for padding, got other values")
+    empty = torch.nonzero(~real.any(1)).flatten()
+    if len(empty):
+        raise DataError(
+            f"mask: example {int(empty[0])} of the batch is all padding; leave it out, or, if your mask is true for "
+            "padding, pass its inverse"
+        )
+    return real.to(like.dtype)

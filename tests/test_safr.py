@@ -1,0 +1,352 @@
+"""SAFR's losses against plain loops, its hooks on different models, and what training with it does to planted text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from npeff.companions import safr
+from npeff.companions.safr import SAFRRegularizer, TransformerClassifier, VMask
+from npeff.errors import ArgumentError, DataError, ModelError
+
+WORDS = 6  # planted words per class
+
+
+def planted(n: int, seed: int, vocabulary: int = 120, length: int = 16) -> safr.classifier.Split:
+    """Ids 2…13 decide the class, two of them per example; everything else is chance. Id 0 pads."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (n,), generator=rng)
+    ids = torch.randint(2 + 2 * WORDS, vocabulary, (n, length), generator=rng)
+    for i in range(n):
+        where = torch.randperm(10, generator=rng)[:2]
+        ids[i, where] = 2 + labels[i] * WORDS + torch.randint(WORDS, (2,), generator=rng)
+    mask = torch.arange(length) < torch.randint(10, length + 1, (n,), generator=rng)[:, None]
+    return ids * mask, mask, labels
+
+
+def mask_auc(model: TransformerClassifier, split: safr.classifier.Split) -> float:
+    """Probability that a planted token is kept rather than another one."""
+    ids, mask, _ = split
+    keep = model.vmask.importance(model.embed(ids))[mask].detach().numpy()
+    own = ((ids >= 2) & (ids < 2 + 2 * WORDS))[mask].numpy()
+    ranks = np.argsort(np.argsort(keep)) + 1
+    n = own.sum()
+    return float((ranks[own].sum() - n * (n + 1) / 2) / (n * (~own).sum()))
+
+
+def random_case(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 5, 4, generator=rng, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 0, 1]]).bool()
+    x[0, 2] = 0  # a token that the mask dropped
+    attention = torch.softmax(torch.randn(3, 2, 5, 5, generator=rng, dtype=torch.float64), -1)
+    return x, attention, mask
+
+
+# ---- losses ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000), st.booleans())
+def test_importance_loss_is_its_formula(seed: int, cosine: bool) -> None:
+    x, _, mask = random_case(seed)
+    expected = []
+    for b in range(3):
+        real = [x[b, i].numpy() for i in range(5) if mask[b, i]]
+        unit = [v / np.linalg.norm(v) if v.any() else v for v in real]
+        overlaps = [
+            np.linalg.norm([u @ (unit if cosine else real)[j] for j in range(len(real)) if j != i])
+            for i, u in enumerate(unit)
+        ]
+        expected.append(np.mean(overlaps) / 2)
+    assert float(safr.importance_loss(x, mask, cosine=cosine)) == pytest.approx(np.mean(expected))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000))
+def test_interaction_loss_is_its_formula(seed: int) -> None:
+    _, attention, mask = random_case(seed)
+    expected = []
+    for b in range(3):
+        real = np.flatnonzero(mask[b])
+        for head in attention[b].numpy():
+            A = head[np.ix_(real, real)]
+            A = A / A.sum(1, keepdims=True)
+            pairs = [A[i, k] * (1 - A[i] @ A[k]) for i in range(len(A)) for k in range(len(A)) if i != k]
+            expected.append(np.mean(pairs))
+    assert float(safr.interaction_loss(attention, mask)) == pytest.approx(np.mean(expected))
+
+
+def test_padding_changes_neither_loss_nor_gradient() -> None:
+    x, attention, mask = random_case(0)
+    wide = torch.cat([x, 9 * torch.ones(3, 2, 4, dtype=x.dtype)], 1).requires_grad_()
+    more = torch.cat([mask, torch.zeros(3, 2, dtype=torch.bool)], 1)
+    A = torch.full((3, 2, 7, 7), 0.3, dtype=x.dtype)
+    A[:, :, :5, :5] = attention
+    assert safr.importance_loss(wide, more).item() == pytest.approx(safr.importance_loss(x, mask).item())
+    assert float(safr.interaction_loss(A, more)) == pytest.approx(float(safr.interaction_loss(attention, mask)))
+    safr.importance_loss(wide, more).backward()
+    assert wide.grad is not None and not wide.grad[~more].any() and torch.isfinite(wide.grad).all()
+
+
+def test_only_the_cosine_form_ignores_scale() -> None:
+    x, _, mask = random_case(0)
+    scaled = safr.importance_loss(0.1 * x, mask) / safr.importance_loss(x, mask)
+    assert float(scaled) == pytest.approx(0.1)
+    same = safr.importance_loss(0.1 * x, mask, cosine=True) / safr.importance_loss(x, mask, cosine=True)
+    assert float(same) == pytest.approx(1)
+    orthogonal = torch.eye(4).expand(2, 4, 4)
+    assert float(safr.importance_loss(orthogonal)) == 0
+
+
+def test_attention_alike_or_apart_costs_nothing() -> None:
+    one = torch.zeros(1, 1, 4, 4)
+    one[..., 2] = 1  # all attend to the same token: J = 1
+    assert float(safr.interaction_loss(one)) == 0
+    assert float(safr.interaction_loss(torch.eye(4)[None, None])) == 0  # nothing correlates: C = 0
+
+
+def test_a_single_token_has_no_pairs() -> None:
+    x, attention, _ = random_case(0)
+    mask = torch.tensor([[1, 0, 0, 0, 0]] * 3)
+    assert float(safr.importance_loss(x, mask)) == 0 == float(safr.interaction_loss(attention, mask))
+
+
+# ---- the mask ----------------------------------------------------------------------------------------------
+
+
+def test_vmask_samples_in_training_and_weighs_in_evaluation() -> None:
+    torch.manual_seed(0)
+    vmask, e = VMask(8), torch.randn(4, 6, 8)
+    hard = vmask.train()(e)
+    dropped = (hard == 0).all(-1)
+    assert 0 < dropped.sum() < dropped.numel()
+    assert torch.allclose(hard[~dropped], e[~dropped])
+    hard.square().sum().backward()
+    assert vmask.inner.weight.grad is not None and vmask.inner.weight.grad.abs().sum() > 0
+    soft = vmask.eval()(e)
+    assert torch.allclose(soft, e * vmask.importance(e)[..., None]) and torch.equal(soft, vmask(e))
+    assert 0 < float(vmask.entropy(torch.ones(4, 6))) <= np.log(2) + 1e-6
+
+
+# ---- hooks -------------------------------------------------------------------------------------------------
+
+
+def small(dim: int = 16, layers: int = 2) -> TransformerClassifier:
+    torch.manual_seed(0)
+    return TransformerClassifier(120, dim=dim, heads=2, feedforward=16, layers=layers, length=16, dropout=0.0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_see_every_layer_and_change_no_output(training: bool) -> None:
+    model, (ids, mask, _) = small().train(training), planted(5, 0)
+    torch.manual_seed(1)
+    plain = model(ids, mask)
+    regularizer = SAFRRegularizer(model, "vmask", importance=2.0, interaction=3.0)
+    with regularizer:
+        torch.manual_seed(1)
+        watched = model(ids, mask)
+        penalty = regularizer.penalty(mask)
+        seen = len(regularizer._weights)
+        imp, inter = regularizer.losses(mask)
+    assert seen == 2
+    torch.testing.assert_close(watched, plain, atol=1e-5, rtol=1e-5)
+    assert float(penalty) == pytest.approx(float(2 * imp + 3 * inter))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert list(regularizer.parameters()) == []  # the model's parameters stay its own
+
+
+def test_attention_callers_get_what_they_asked_for() -> None:
+    model = nn.Sequential(nn.Identity())
+    model.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 5, 8)
+    calls = [{}, {"need_weights": False}, {"average_attn_weights": False}]
+    plain = [model.attention(x, x, x, **call) for call in calls]
+    with SAFRRegularizer(model, "0"):
+        watched = [model.attention(x, x, x, **call) for call in calls]
+    for (a, weights), (b, ours) in zip(plain, watched, strict=True):
+        torch.testing.assert_close(a, b)
+        assert (weights is None) == (ours is None)
+        if weights is not None:
+            torch.testing.assert_close(weights, ours)
+
+
+def test_a_mask_is_put_into_a_model_without_one() -> None:
+    model = small()
+    model.vmask = nn.Identity()  # a model that knows no mask
+    (ids, mask, _), vmask = planted(5, 0), VMask(16).eval()
+    plain = model.eval()(ids, mask)
+    regularizer = SAFRRegularizer(model, "embed", vmask=vmask, entropy=0.5)
+    with regularizer:
+        assert not torch.allclose(model(ids, mask), plain)
+        regularizer.penalty(mask).backward()
+    assert vmask.inner.weight.grad is not None
+    assert set(regularizer.terms) == {"importance", "interaction", "entropy"} and regularizer.terms["entropy"] > 0
+    torch.testing.assert_close(model(ids, mask), plain)
+
+
+def hugging_face(attention: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="Hugging Face's models need transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.BertConfig(vocab_size=120, max_position_embeddings=32, attn_implementation=attention, **sizes)
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def test_hugging_face_models_with_eager_attention() -> None:
+    model, (ids, mask, _) = hugging_face("eager"), planted(4, 0)
+    regularizer = SAFRRegularizer(model, "bert.embeddings.word_embeddings", vmask=VMask(16))
+    with regularizer:
+        out = model(input_ids=ids, attention_mask=mask.long(), output_attentions=True)
+        regularizer.penalty(mask).backward()
+        imp, inter = regularizer.losses(mask)
+    expected = torch.stack([safr.interaction_loss(a, mask) for a in out.attentions]).mean()
+    torch.testing.assert_close(inter, expected)
+    assert float(imp) > 0 and model.bert.embeddings.word_embeddings.weight.grad.abs().sum() > 0
+
+
+def test_fused_attention_is_refused() -> None:
+    model, (ids, mask, _) = hugging_face("sdpa"), planted(4, 0)
+    with SAFRRegularizer(model, "bert.embeddings.word_embeddings"), pytest.raises(ModelError, match="eager"):
+        model(input_ids=ids, attention_mask=mask.long())
+    model(input_ids=ids, attention_mask=mask.long())  # as it was
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_told() -> None:
+    model, (ids, mask, _) = small(), planted(4, 0)
+    x, attention, ok = random_case(0)
+    empty = ok.clone()
+    empty[1] = False
+    for loss, given_ in ((safr.importance_loss, x), (safr.interaction_loss, attention)):
+        with pytest.raises(DataError, match="example 1 of the batch is all padding"):
+            loss(given_, empty)
+        with pytest.raises(ArgumentError, match=r"mask: expected shape \(3, 5\)"):
+            loss(given_, ok[:, :4])
+        with pytest.raises(ArgumentError, match="got other values"):
+            loss(given_, 2 * ok)
+    with pytest.raises(DataError, match="NaN"):
+        safr.interaction_loss(attention * float("nan"), ok)
+    with pytest.raises(DataError, match="all padding"):
+        model(torch.zeros_like(ids))
+    with pytest.raises(ArgumentError, match="no module 'embd'; it has 'embed'"):
+        SAFRRegularizer(model, "embd")
+    with pytest.raises(ModelError, match="no module of the model is"):
+        SAFRRegularizer(nn.Sequential(nn.Linear(2, 2)), "0")
+    with pytest.raises(ArgumentError, match="importance: expected a weight"):
+        SAFRRegularizer(model, "embed", importance=-1)
+    with pytest.raises(ArgumentError, match="needs attention modules"):
+        SAFRRegularizer(model, "embed", ())
+    regularizer = SAFRRegularizer(model, "vmask")
+    with pytest.raises(ModelError, match="no embeddings were seen; use it as"):
+        regularizer.penalty(mask)
+    with SAFRRegularizer(model, "head"), pytest.raises(ModelError, match="float tensor"):
+        model(ids, mask)
+    with SAFRRegularizer(model, "vmask", [model.head], interaction=1.0), pytest.raises(ModelError, match="'head'"):
+        model(ids, mask)
+
+
+# ---- the score and the picture -----------------------------------------------------------------------------
+
+
+def test_score_is_of_directions_and_of_what_shares_them() -> None:
+    assert safr.superposition_score(np.eye(5)) == pytest.approx(0)
+    pairs = np.repeat(np.eye(3), 2, axis=0)
+    assert safr.superposition_score(pairs) == pytest.approx(0.5)
+    rng = np.random.default_rng(0)
+    x, importance = rng.normal(size=(40, 8)), rng.random(40)
+    score = safr.superposition_score(x, importance)
+    rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    assert score == pytest.approx(safr.superposition_score(3 * x @ rotation, 7 * importance))
+    assert safr.superposition_score(torch.from_numpy(x)) == pytest.approx(40 / 48, abs=0.05)  # V / (V + d)
+    only = np.zeros(6)
+    only[0] = 1
+    assert safr.superposition_score(np.vstack([np.eye(5), np.eye(5)[4]]), only) == pytest.approx(0)
+
+
+def test_capacity_map_orders_tokens_by_unit(tmp_path) -> None:
+    x = np.eye(6)[[0, 3, 0, 3, 5]] + 0.01
+    found = safr.capacity_map(x, list("abcde"), [5, 4, 3, 2, 0.1], n_tokens=4, n_units=2)
+    assert found.tokens == ["a", "c", "b", "d"] and found.units.tolist() == [0, 3]
+    np.testing.assert_allclose(found.shares[:2, 0], 1.01**2 / np.square(x[0]).sum())
+    assert found.save(tmp_path / "map.svg").read_text().lstrip().startswith("<?xml")
+    for bad in (lambda: safr.capacity_map(x, ["a"]), lambda: found.save(tmp_path / "map.txt")):
+        with pytest.raises(ArgumentError):
+            bad()
+    with pytest.raises(ArgumentError, match="row 2 is zero"):
+        safr.superposition_score(np.array([[1.0, 0], [0, 1], [0, 0]]))
+
+
+def test_words_become_ids() -> None:
+    vocabulary = safr.WordVocabulary.of(["A good film!", "a good, good cast"], least=1)
+    assert vocabulary.words[:4] == ("<pad>", "<unknown>", "good", "a")
+    ids, mask = vocabulary.encode(["good unseen film", "a"], length=4)
+    assert ids[0].tolist()[:2] == [2, 1] and mask.sum(1).tolist() == [3, 1]
+    with pytest.raises(DataError, match="text 1 has no word"):
+        vocabulary.encode(["a", " … "])
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+def trained(seed: int, **weights) -> tuple[dict[str, float], float]:
+    torch.manual_seed(seed)
+    model = TransformerClassifier(120, dim=64, heads=4, feedforward=64, length=16, dropout=0.0)
+    regularizer = SAFRRegularizer(model, "vmask", **weights)
+    splits = [planted(n, 10 * k + seed) for k, n in ((1, 480), (2, 100), (3, 300))]
+    options = {"epochs": 10, "learning_rate": 3e-3, "seed": seed, "progress": False}
+    safr.train_classifier(model, regularizer, *splits[:2], **options)
+    assert not model.training and not any(m._forward_hooks for m in model.modules())
+    return safr.measure(model, regularizer, splits[2]), mask_auc(model, splits[2])
+
+
+def test_regularised_training_of_planted_text_side_by_side() -> None:
+    """Each loss falls under its own weight, accuracy stays, the mask finds the planted tokens. Three seeds: slow."""
+    _check_side_by_side([0])
+
+
+@pytest.mark.slow
+def test_regularised_training_of_planted_text_over_seeds() -> None:
+    _check_side_by_side([0, 1, 2])
+
+
+def _check_side_by_side(seeds: list[int]) -> None:
+    cases = {
+        "plain": {"importance": 0.0, "interaction": 0.0},
+        "importance": {"importance": 5.0, "interaction": 0.0, "cosine": True},
+        "interaction": {"importance": 0.0, "interaction": 10.0},
+    }
+    runs = {name: [trained(seed, **weights) for seed in seeds] for name, weights in cases.items()}
+    mean = {name: {key: np.mean([m[key] for m, _ in found]) for key in found[0][0]} for name, found in runs.items()}
+    for key, case in (
+        ("importance", "importance"),
+        ("importance_cosine", "importance"),
+        ("interaction", "interaction"),
+    ):
+        assert mean[case][key] <= 0.85 * mean["plain"][key], (key, mean)
+    for case, found in runs.items():
+        assert mean[case]["accuracy"] >= mean["plain"]["accuracy"] - 0.02, mean
+        assert np.mean([auc for _, auc in found]) >= 0.75
+
+
+def test_the_best_weights_come_back_as_they_were() -> None:
+    """The weights returned give the history's best validation loss, though training went on past them."""
+    torch.manual_seed(0)
+    model = small(layers=1)
+    regularizer = SAFRRegularizer(model, "vmask", importance=0.1, interaction=0.1)
+    train, validation = planted(64, 1), planted(40, 2)
+    train[2][:20] = 1 - train[2][:20]  # wrong labels: it overfits soon
+    history = safr.train_classifier(
+        model, regularizer, train, validation, epochs=12, patience=2, learning_rate=2e-2, entropy=0.0, progress=False
+    )
+    assert history.best < len(history.accuracy) - 1  # it did go on
+    assert safr.evaluate(model, validation)[0] == pytest.approx(history.validation_loss[history.best], rel=1e-5)
+    assert history.validation_loss[history.best] == min(history.validation_loss)
+    with pytest.raises(ArgumentError, match="epochs"):
+        safr.train_classifier(model, regularizer, train, validation, epochs=0)
