@@ -34,7 +34,7 @@ def held_bytes() -> int:
 
 def settled_bytes() -> int:
     """Bytes held once what nobody needs is given back to the system."""
-    gc.collect()
+    gc.collect(1)  # the young generations: what a trial leaves behind; a large heap makes a full one slow
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory; others do not know the name
     return held_bytes()
