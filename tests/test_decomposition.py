@@ -336,3 +336,16 @@ def test_kept_coefficients_need_the_same_examples() -> None:
     components = npeff.decompose(fishers, 3, **QUICK)
     with pytest.raises(npeff.ArgumentError, match="keep_coefficients"):
         components.expand(fishers[::-1], 1, keep_coefficients=True, **QUICK)
+
+
+def test_rows_of_any_size_get_unit_norm() -> None:
+    """Norms from 1e-9 to 1e9 side by side, empty rows between them."""
+    rng = np.random.default_rng(0)
+    values = rng.random((60, 40)) * 10.0 ** rng.integers(-9, 10, (60, 1))
+    values[::7] = 0
+    rows = sparse(values.astype(np.float32))
+    expected = np.square(values.astype(np.float32).astype(np.float64)).sum(1)
+    np.testing.assert_allclose(rows.squared_norms(), expected, rtol=1e-12)
+    scaled = scale(fishers_of(rows, np.arange(61), "diagonal"))
+    dense = scaled.rows.dense(0, 60).astype(np.float64)
+    np.testing.assert_allclose(np.linalg.norm(dense, axis=1)[expected > 0], 1, rtol=1e-6)

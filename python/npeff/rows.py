@@ -76,8 +76,12 @@ class SparseRows:
 
     def squared_norms(self) -> Array:
         """Σ of squared entries per row, ``(n_rows,)`` float64."""
-        total = np.concatenate([[0.0], np.cumsum(np.square(self.values, dtype=np.float64))])
-        return np.asarray(total[self.indptr[1:]] - total[self.indptr[:-1]])
+        out = np.zeros(self.n_rows)
+        filled = np.flatnonzero(np.diff(self.indptr))
+        if len(filled):  # row by row: differences of a running total would drown small rows in large ones
+            squares = np.square(self.values, dtype=np.float64)
+            out[filled] = np.add.reduceat(squares, np.asarray(self.indptr)[filled])
+        return out
 
 
 @dataclass(frozen=True)
