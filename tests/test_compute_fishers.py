@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-import npeff.computation as computation
+import npeff.fisher_run as fisher_run
 from npeff.compress import TopK
 from npeff.computation import compute_fishers
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError
@@ -458,7 +458,7 @@ def test_tiles_and_pieces_do_not_change_the_result(
 
     whole = fishers_of(model, [(x, Y)], compress=TopK(60))
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64)
-    monkeypatch.setattr(computation, "KEPT_BYTES", 3000)
+    monkeypatch.setattr(fisher_run, "KEPT_BYTES", 3000)
     pieces = fishers_of(model, [(x, Y)], compress=TopK(60))
     for i in range(N):
         np.testing.assert_allclose(pieces.dense(i), whole.dense(i), atol=2e-6)

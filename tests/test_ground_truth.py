@@ -65,21 +65,23 @@ def test_components_keep_to_one_route() -> None:
     from methods import Subject, npeff_methods
     from routes import context, trained
 
-    net, generator = trained("context", seed=0, epochs=4, examples=20_000)
-    x, _, route = context(400, generator)
+    net, generator = trained("context", seed=0, epochs=8, examples=40_000)
+    x, _, route = context(600, generator)
     subject = Subject(net, x, {})
-    scores = npeff_methods(subject, 8, npeff={"starts": 2, "moves": 10})["npeff"](np.arange(400), 0)
+    scores = npeff_methods(subject, 16, npeff={"starts": 2, "moves": 10})["npeff"](np.arange(600), 0)
     route = route.numpy()
-    assert purity(scores.values, route).mean() > 0.9
+    assert purity(scores.values, route).mean() > 0.95
     grouped = scores.grouped(groups_of(scores.vectors, 2))
     assert best_auc(grouped, route) > 0.85
     assert best_auc(subject.logits().softmax(1).numpy(), route) < 0.75  # the prediction does not tell
 
 
-def test_baselines_score_every_example() -> None:
+def test_baselines_score_every_example(monkeypatch) -> None:
+    import methods
     from methods import Subject, baselines
     from routes import context, trained
 
+    monkeypatch.setattr(methods, "AUTOENCODER_STEPS", 20)
     net, generator = trained("context", seed=0, epochs=1, examples=2000)
     x, _, _ = context(120, generator)
     subject = Subject(net, x, {"layer 1": net[1]})

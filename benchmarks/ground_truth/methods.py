@@ -23,6 +23,8 @@ from measures import Scores
 
 Fit = Callable[[np.ndarray, int], Scores]  # (examples to fit on, seed) -> scores of all examples
 
+AUTOENCODER_STEPS = 1500
+
 warnings.simplefilter("ignore", ConvergenceWarning)
 
 
@@ -143,7 +145,7 @@ def _nmf(x: np.ndarray, r: int) -> Fit:
     return fit
 
 
-def _sparse_autoencoder(x: np.ndarray, r: int, steps: int = 1500) -> Fit:
+def _sparse_autoencoder(x: np.ndarray, r: int) -> Fit:
     """ReLU autoencoder with unit decoder columns and an L1 penalty, tuned over three penalties.
 
     As in Bricken et al. 2023: the decoder's bias is subtracted first; the penalty is the one of the sweep whose codes
@@ -162,7 +164,7 @@ def _sparse_autoencoder(x: np.ndarray, r: int, steps: int = 1500) -> Fit:
         decoder.requires_grad_()
         bias = h.mean(0).clone().requires_grad_()
         optimizer = torch.optim.Adam([*encoder.parameters(), decoder, bias], 3e-3)
-        for _ in range(steps):
+        for _ in range(AUTOENCODER_STEPS):
             batch = h[torch.randint(len(h), (256,), generator=generator)]
             code = encoder(batch - bias).relu()
             loss = (code @ decoder + bias - batch).square().sum(1).mean() + penalty * code.sum(1).mean()

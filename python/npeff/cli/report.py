@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, misused, size, wants
+from npeff.cli.common import EXISTING, WRITABLE, command, misused, note, quiet, size, wants
+
+if TYPE_CHECKING:
+    from npeff.components import Components
 
 
 @command(
     examples="""
         npeff report components.h5 --data train.py:data --out report/
         npeff report components.h5 --data train.py:data --class-names cat,dog,bird --out birds.html
+        npeff report components.h5 --data train.py:data --extras measured.json --collages --latex
         npeff report components.h5 --out numbers.html
     """
 )
@@ -28,7 +33,7 @@ from npeff.cli.common import EXISTING, WRITABLE, command, misused, size, wants
     type=WRITABLE,
     default="report",
     show_default=True,
-    help="A folder (for index.html), or a file ending in .html.",
+    help="A folder (for index.html and its parts), or a file ending in .html.",
 )
 @click.option(
     "--class-names",
@@ -43,12 +48,30 @@ from npeff.cli.common import EXISTING, WRITABLE, command, misused, size, wants
     show_default=True,
     help="Top examples per component.",
 )
-@click.option("--title", help="Heading of the page.")
+@click.option("--title", help="Heading of the overview.")
 @click.option(
     "--tokenizer",
     metavar="TARGET",
     help="module:callable that returns a tokenizer, to print token ids as text.",
 )
+@click.option(
+    "--strategies", type=click.IntRange(min=1), metavar="N", help="How many strategies to colour; chosen by default."
+)
+@click.option("--heads", type=click.IntRange(min=1), metavar="N", help="Attention heads per layer, to show each.")
+@click.option(
+    "--extras",
+    type=EXISTING,
+    metavar="FILE",
+    help="JSON with effects, trust and influences, to show on the pages.",
+)
+@click.option(
+    "--influence-data", metavar="DATA", help="module:callable for the training data that the influences are about."
+)
+@click.option("--size-limit", type=click.IntRange(min=1), metavar="MB", help="What the report may take on the disk.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides the examples shown at random.")
+@click.option("--collages", is_flag=True, help="Also a PNG of each component's top examples.")
+@click.option("--latex", is_flag=True, help="Also a LaTeX document of the top examples.")
+@quiet
 def report(
     path: Path,
     data: str | None,
@@ -57,25 +80,75 @@ def report(
     k: int,
     title: str | None,
     tokenizer: str | None,
+    strategies: int | None,
+    heads: int | None,
+    extras: Path | None,
+    influence_data: str | None,
+    size_limit: int | None,
+    seed: int,
+    collages: bool,
+    latex: bool,
+    quiet: bool,
 ) -> None:
-    """Write a page that shows what each of COMPONENTS responds to.
+    """Write pages that show what each of COMPONENTS responds to.
 
-    One self-contained HTML file; it needs no network and no server.
+    A folder loads what is looked at, from disk, without a server or a network. A file is complete up to its size
+    limit, and says what is left out. Collages and the document go beside the page: into the folder, or for
+    birds.html to birds-collages/ and birds.tex.
     """
     import npeff
+    from npeff.reports import load_extras
     from npeff.targets import load_data, load_made
 
     components = wants(npeff.load(path), "Components", path)
+    if strategies is not None and strategies > components.n_components:
+        misused(f"--strategies: expected at most {components.n_components}, one per component, got {strategies}")
+    names = _names(class_names)
+    tokens = load_made(tokenizer, "--tokenizer") if tokenizer else None
     page = npeff.report(
         components,
         load_data(data) if data else None,
         out,
-        class_names=_names(class_names),
+        class_names=names,
         k=k,
         title=title,
-        tokenizer=load_made(tokenizer, "--tokenizer") if tokenizer else None,
+        tokenizer=tokens,
+        strategies=strategies,
+        heads=heads,
+        influence_data=load_data(influence_data) if influence_data else None,
+        size_limit=size_limit * 1_000_000 if size_limit else None,
+        seed=seed,
+        progress=not quiet,
+        **(load_extras(extras) if extras else {}),
     )
-    click.echo(f"{page}: {components.n_components} components, {size(page.stat().st_size)}")
+    total = _bytes_of(page, out)
+    click.echo(f"{page}: {components.n_components} components, {size(total)}")
+    stem = page.parent / "components" if page.name == "index.html" and page != out else page.with_suffix("")
+    common: dict[str, Any] = {"class_names": names, "tokenizer": tokens, "k": k}
+    if collages:
+        _write_collages(components, load_data(data) if data else None, stem, common)
+    if latex:
+        document = stem.with_suffix(".tex")
+        npeff.reports.latex(components, load_data(data) if data else None, document, title=title, **common)
+        click.echo(f"{document}: compile it with pdflatex, xelatex or lualatex")
+
+
+def _write_collages(components: Components, data: Any, stem: Path, common: dict[str, Any]) -> None:
+    from npeff.reports.collage import collages
+
+    folder = stem.with_name(f"{stem.name}-collages")
+    collages(components, data, {j: folder / f"component-{j}.png" for j in range(components.n_components)}, **common)
+    click.echo(f"{folder}: {components.n_components} collages")
+    if data is None:
+        note("without --data, collages hold captions only")
+
+
+def _bytes_of(page: Path, out: Path) -> int:
+    """What the page and its parts take."""
+    if page == out:
+        return page.stat().st_size
+    parts = [path for path in page.parent.glob("data-*/*") if path.is_file()]
+    return page.stat().st_size + sum(path.stat().st_size for path in parts)
 
 
 def _names(given: str | None) -> list[str] | None:

@@ -220,6 +220,6 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
-        return True
-    return not os.path.isdir("/proc/self")
+    except OSError:  # it exists, and is not ours to ask
+        pass
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -67,6 +68,9 @@ def told_to_end(group: Group | Local) -> Iterator[None]:
             "disk; the same command resumes it"
         )
 
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield

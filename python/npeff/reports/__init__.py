@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npeff.errors import ArgumentError, StorageError
-from npeff.storage.files import atomic, check_target, explain, path_of
+from npeff.reports.collage import collage
+from npeff.reports.extras import Effect, Trust, load_extras
+from npeff.reports.latex import latex
+from npeff.storage.files import path_of
 
 if TYPE_CHECKING:
     from npeff.components import Components
+
+FILE_LIMIT = 24_000_000
+FOLDER_LIMIT = 2_000_000_000
 
 
 def report(
@@ -23,106 +27,95 @@ def report(
     k: int = 16,
     title: str | None = None,
     tokenizer: Any = None,
+    strategies: Any = None,
+    effects: Any = None,
+    trust: Any = None,
+    attributions: Any = None,
+    influences: Any = None,
+    influence_data: Iterable[Any] | None = None,
+    heads: Any = None,
+    size_limit: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Path:
-    """Write one self-contained HTML page that shows what each component responds to.
+    """Write pages that show what each component responds to: one HTML file, or a folder.
+
+    An overview with a map and a table; a page per component, per example, and per node of the tree of strategies.
+    Opened from disk, without a server or a network. A folder loads what is looked at; a file holds what its size limit
+    allows, and says what it does not.
 
     Args:
         components: A decomposition.
-        data: The data given to ``compute_fishers``, in the same order; iterated once, only the examples shown
-            are kept. The order is checked by the labels: in data without labels another order (a loader that
-            shuffles) cannot be noticed, and the page would show the wrong examples.
+        data: The data given to ``compute_fishers``, in the same order; iterated once. The order is checked by the
+            labels: in data without labels another order (a loader that
+            shuffles) cannot be noticed, and the pages would show the wrong examples.
             Inputs that look like images ``(C, H, W)`` or ``(H, W)``, C in {1, 3}, are drawn;
             strings, dicts with ``"text"``, and ``"input_ids"`` with a ``tokenizer``, are printed; other
             tensors become strips of colours. None: numbers only.
-        out: A file ending in ``.html``, or a folder for ``index.html``.
+        out: A file ending in ``.html``, or a folder for ``index.html`` and its parts.
         class_names: One name per class; by default ``data.class_names`` or ``data.dataset.classes`` where
             they exist.
-        k: Top examples per component.
-        title: Heading of the page.
+        k: Top examples per component; half as many from the middle, and half as many at random.
+        title: Heading of the overview.
         tokenizer: Anything with ``decode(ids)``, for data that holds only token ids.
+        strategies: What ``components.strategies()`` gave, or how many strategies to colour; by default the number
+            that ``trust`` speaks for, else the one with the best silhouette.
+        effects: Per component what moving along it does: mappings with ``kl_ratio``, ``magnitudes``, ``kl_top``,
+            ``kl_baseline``; see :class:`npeff.reports.extras.Effect`.
+        trust: Stability of the components, the null model, held-out losses, explained shares; see
+            :func:`npeff.reports.extras.trust_of`.
+        attributions: ``(component, index of an example)`` → array of the shape of the input, or a number per token.
+        influences: Component → pairs (position in ``influence_data``, score).
+        influence_data: The training data, to show what is influential.
+        heads: Attention heads per layer, to show which carry a component; or a mapping from patterns of parameter
+            names to numbers of heads.
+        size_limit: Bytes that the report may take; by default 24 MB for a file, 2 GB for a folder.
+        seed: Decides the examples at random.
+        progress: Show progress bars for what takes more than a few seconds.
 
     Returns:
-        The file written.
+        The file written: the page, or the folder's ``index.html``.
 
     Raises:
-        ArgumentError: ``components`` are no Components, ``k`` is no number from 1, ``data`` cannot be iterated,
-            ``tokenizer`` cannot decode, or ``class_names`` are too few or a single string.
+        ArgumentError: An argument is not as documented.
         DataError: The data ends early, or its labels are not those of the decomposed examples.
-        StorageError: The page cannot be written.
+        StorageError: The report cannot be written; an earlier one there is kept.
     """
-    from npeff.components import Components
-    from npeff.reports.examples import collect
-    from npeff.reports.page import render
-    from npeff.reports.summary import summarise
+    from npeff.reports import checks
+    from npeff.reports.book import Book
+    from npeff.reports.energy import check_heads
+    from npeff.reports.extras import read_extras
+    from npeff.reports.investigation import investigate
+    from npeff.reports.page import write
 
-    if not isinstance(components, Components):
-        raise ArgumentError(f"components: expected Components, got {type(components).__name__}; see npeff.decompose")
-    if not isinstance(k, Integral) or k < 1:
-        raise ArgumentError(f"k: expected at least 1 top example per component, got {k!r}")
-    if data is not None and not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
-        raise ArgumentError(f"data: expected an iterable of batches, got {data!r}")
-    if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
-        raise ArgumentError(f"tokenizer: expected something with decode(ids), got a {type(tokenizer).__name__}")
-    names = _class_names(class_names, data, components.logits.shape[1])
+    checks.check_components(components)
+    checks.check_options(data, k, tokenizer, size_limit)
+    checks.check_options(influence_data, k, None)
+    names = checks.names_of(class_names, data, components.logits.shape[1])
+    extras = read_extras(components, effects, trust, attributions, influences)
+    check_heads(components.parameters, heads)
     path = path_of(out, "out")
-    path = path if path.suffix.lower() in (".html", ".htm") else path / "index.html"
-    _check(path)
-    summaries = summarise(components, k)
-    wanted = {t.position: t.label for s in summaries for t in s.top}
-    examples = collect(data, wanted, wanted, tokenizer) if data is not None else {}
-    html = render(components, summaries, examples, names, title or "What the network responds to")
-    _write(path, html)
+    folder = path.suffix.lower() not in (".html", ".htm")
+    path = path / "index.html" if folder else path
+    checks.check_page(path)
+    limit = int(size_limit) if size_limit else FOLDER_LIMIT if folder else FILE_LIMIT
+    study = investigate(
+        components,
+        data,
+        names,
+        k=int(k),
+        tokenizer=tokenizer,
+        strategies=strategies,
+        extras=extras,
+        influence_data=influence_data,
+        heads=heads,
+        all_examples=folder or len(components.coefficients) * 200 < limit,
+        seed=seed,
+        progress=progress,
+    )
+    with study.gallery, study.training, Book(path, folder, limit) as book:
+        write(study, book, title or "What the network responds to", progress)
     return path
 
 
-def _class_names(given: Sequence[str] | None, data: Any, n_classes: int) -> Sequence[str] | None:
-    if given is not None and (isinstance(given, str) or not hasattr(given, "__len__")):
-        raise ArgumentError(f"class_names: expected a list of names, got {given!r}")
-    if given is not None:
-        if len(given) < n_classes:
-            raise ArgumentError(f"class_names: expected {n_classes} names, one per class, got {len(given)}")
-        return given
-    for owner, attribute in (
-        (data, "class_names"),
-        (getattr(data, "dataset", None), "class_names"),
-        (getattr(data, "dataset", None), "classes"),
-    ):
-        found = getattr(owner, attribute, None)
-        if isinstance(found, Sequence) and not isinstance(found, str) and len(found) >= n_classes:
-            return found
-    return None
-
-
-def _check(path: Path) -> None:
-    """Make sure, before the work, that a page may be written at ``path``; folders that are missing will be made.
-
-    Raises:
-        StorageError: A file stands in the place of a folder, or the reverse, or the folder may not be written to.
-    """
-    there = path
-    while not there.parent.exists():
-        there = there.parent
-    if not there.parent.is_dir():
-        raise StorageError(
-            f"{path}: writing failed ({there.parent} is a file, not a folder). Choose another folder, or a name ending "
-            "in .html"
-        )
-    check_target(there)
-
-
-def _write(path: Path, html: str) -> None:
-    """Replace an old page only once the new one is whole.
-
-    Raises:
-        StorageError: The page cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        failure = explain(path, error, "Nothing else was touched.")
-        raise failure from error
-    with atomic(path) as scratch:
-        scratch.write_text(html, encoding="utf-8", errors="replace")
-
-
-__all__ = ["report"]
+__all__ = ["Effect", "Trust", "collage", "latex", "load_extras", "report"]

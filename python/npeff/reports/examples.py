@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,13 @@ class Example:
         image: float or integer array ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)``.
         text: What to print.
         values: Numbers without a natural picture, ``(d,)`` or ``(t, d)``.
+        ids: ``(tokens,)`` the token ids behind a text, where there are any.
     """
 
     image: np.ndarray[Any, Any] | None = None
     text: str | None = None
     values: np.ndarray[Any, Any] | None = None
+    ids: np.ndarray[Any, Any] | None = None
 
 
 def collect(
@@ -53,17 +55,29 @@ def collect(
         DataError: The data ends early, or its labels are not those on record: it is other data, or in another
             order.
     """
+    return dict(stream(data, wanted, labels, tokenizer))
+
+
+def stream(
+    data: Iterable[Any], wanted: Iterable[int], labels: Mapping[int, int], tokenizer: Any = None
+) -> Iterator[tuple[int, Example]]:
+    """Iterate the data once and yield ``(position, example)`` for the wanted positions, in order.
+
+    Takes and raises what :func:`collect` does; nothing is kept.
+
+    Raises:
+        DataError: As :func:`collect`.
+    """
     missing = set(wanted)
-    found: dict[int, Example] = {}
     start = 0
     decode = _decoder(tokenizer)
     for batch in data if missing else ():
         inputs, targets = _split(batch)
         size = _size(inputs, targets)
-        here = sorted(position for position in missing if start <= position < start + size)
+        here = [position for position in range(start, start + size) if position in missing]
         for position in here:
             _check_label(position, targets, position - start, labels.get(position, -1))
-            found[position] = _example(inputs, position - start, decode)
+            yield position, _example(inputs, position - start, decode)
         missing.difference_update(here)
         start += size
         if not missing:
@@ -73,7 +87,6 @@ def collect(
             f"data: has {start} examples, but the components were computed from data with at least "
             f"{max(missing) + 1}; pass the data given to compute_fishers, in the same order"
         )
-    return found
 
 
 def _split(batch: Any) -> tuple[Any, Any]:
@@ -81,6 +94,8 @@ def _split(batch: Any) -> tuple[Any, Any]:
         targets = next((batch[key] for key in LABEL_KEYS if key in batch), None)
         for key in (*TEXT_KEYS, *INPUT_KEYS):
             if key in batch and batch[key] is not None:
+                if key in TEXT_KEYS and batch.get("input_ids") is not None:
+                    return {"text": batch[key], "input_ids": batch["input_ids"]}, targets
                 return {"input_ids": batch[key]} if key == "input_ids" else batch[key], targets
         rest = {k: v for k, v in batch.items() if k not in LABEL_KEYS and isinstance(v, torch.Tensor | np.ndarray)}
         if not rest:
@@ -131,14 +146,16 @@ def _check_label(position: int, targets: Any, index: int, on_record: int) -> Non
 def _example(inputs: Any, index: int, decode: Decode | None) -> Example:
     if isinstance(inputs, Mapping):
         ids = _array(inputs["input_ids"][index])
-        return Example(text=decode(ids) if decode else "token ids " + " ".join(str(i) for i in ids.tolist()))
+        if "text" in inputs:
+            return Example(text=words(inputs["text"][index]) or str(inputs["text"][index]), ids=ids)
+        return Example(ids=ids, text=decode(ids) if decode else "token ids " + " ".join(str(i) for i in ids.tolist()))
     item = inputs[index]
     text = words(item)
     if text is not None:
         return Example(text=text)
     array = _array(item)
     if decode and array.ndim == 1 and np.issubdtype(array.dtype, np.integer):
-        return Example(text=decode(array))
+        return Example(text=decode(array), ids=array)
     if looks_like_image(array):
         return Example(image=np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] in (1, 3) else array)
     if not array.size:

@@ -16,6 +16,8 @@ Array = npt.NDArray[Any]
 
 LARGEST = 160  # pixels on the longer side kept in the page
 PIXELATED_BELOW = 64
+TILE = 32  # pixels of a thumbnail
+GAP = 4  # between thumbnails of one strip
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,7 @@ def data_uri(pixels: npt.NDArray[np.uint8], largest: int = LARGEST) -> str:
     Returns:
         PNG for small pictures (exact), WebP for photographs (a tenth of the bytes).
     """
-    picture = Image.fromarray(
-        pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
-    )
+    picture = picture_of(pixels)
     if max(picture.size) > largest:
         picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -98,7 +98,39 @@ def data_uri(pixels: npt.NDArray[np.uint8], largest: int = LARGEST) -> str:
     else:
         picture.save(buffer, "WEBP", quality=78, method=4)
         kind = "webp"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return uri_of(buffer.getvalue(), kind)
+
+
+def uri_of(content: bytes, kind: str) -> str:
+    """A ``data:`` address of an encoded picture of that kind."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def picture_of(pixels: npt.NDArray[np.uint8]) -> Image.Image:
+    """uint8 ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)`` as a picture."""
+    return Image.fromarray(
+        pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
+    )
+
+
+def tile(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """A thumbnail: the middle square of a picture, ``(TILE, TILE, 3)`` uint8; small pictures keep hard pixels."""
+    picture = picture_of(pixels).convert("RGB")
+    side = min(picture.size)
+    left, upper = (picture.width - side) // 2, (picture.height - side) // 2
+    how = Image.Resampling.NEAREST if side < TILE else Image.Resampling.LANCZOS
+    return np.asarray(picture.crop((left, upper, left + side, upper + side)).resize((TILE, TILE), how))
+
+
+def sprite(tiles: Sequence[npt.NDArray[np.uint8]]) -> bytes:
+    """Thumbnails side by side in one WebP file, transparent between them."""
+    strip_of = np.zeros((TILE, len(tiles) * (TILE + GAP) - GAP, 4), np.uint8)
+    for i, one in enumerate(tiles):
+        start = i * (TILE + GAP)
+        strip_of[:, start : start + TILE] = np.dstack([one, np.full((TILE, TILE), 255, np.uint8)])
+    buffer = io.BytesIO()
+    Image.fromarray(strip_of, "RGBA").save(buffer, "WEBP", quality=80, method=4)
+    return buffer.getvalue()
 
 
 def strip(values: Array, limit: float) -> npt.NDArray[np.uint8]:

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
+
+from npeff.reports.selection import ACTIVE, at_random, middle
 
 if TYPE_CHECKING:
     from npeff.components import Components
 
 Array = npt.NDArray[Any]
 
-ACTIVE = 0.1  # an example counts as active from this share of the component's largest coefficient
+DELAY = 3.0  # seconds before a progress bar shows
 BINS = 28
 BLOCKS = 8
 CLASSES = 8
@@ -52,6 +55,9 @@ class Summary:
         j: The component.
         share: Σ_i W_ij as a share of Σ W.
         top: Examples by falling coefficient; none with coefficient 0.
+        middle: Examples around the median of the active ones, without those at the top.
+        random: Others with a coefficient above zero, drawn at random.
+        energy: Mean squared coefficient, ``Σ_i W_ij² / n``.
         n_active: Examples with at least a tenth of the largest coefficient.
         n_zero: Examples with coefficient 0.
         purity: Share of the top examples with the commonest prediction among them; None without predictions.
@@ -62,11 +68,14 @@ class Summary:
         histogram: Counts of the non-zero coefficients in bins of equal width up to the largest.
         profile: ``(C,)`` share of the component's weight per predicted class.
         blocks: ``(parameter, share of ‖g_j‖²)``, largest first, the rest summed under the name ``None``.
+        block_energy: Share of ‖g_j‖² of every parameter.
     """
 
     j: int
     share: float
     top: list[Top]
+    middle: list[Top]
+    random: list[Top]
     n_active: int
     n_zero: int
     purity: float | None
@@ -77,6 +86,18 @@ class Summary:
     histogram: list[int]
     profile: Array
     blocks: list[tuple[str | None, float]]
+    block_energy: dict[str, float]
+    energy: float
+
+    @property
+    def shown(self) -> list[Top]:
+        """All examples on the component's page."""
+        return [*self.top, *self.middle, *self.random]
+
+    @property
+    def leading_class(self) -> int:
+        """The predicted class with most of its weight; −1 without predictions."""
+        return int(self.profile.argmax()) if len(self.profile) and self.profile.any() else -1
 
     @property
     def largest(self) -> float:
@@ -84,28 +105,38 @@ class Summary:
         return self.top[0].coefficient if self.top else 0.0
 
 
-def summarise(components: Components, k: int) -> list[Summary]:
+def summarise(components: Components, k: int, seed: int = 0, progress: bool = False) -> list[Summary]:
     """Summaries of all components, the largest share first.
 
     Args:
         components: A decomposition.
-        k: Top examples of each.
+        k: Top examples of each; half as many from the middle, and half as many at random.
+        seed: Decides the random ones.
+        progress: Show a progress bar.
     """
     W = np.asarray(components.coefficients)
     sizes = W.sum(0, dtype=np.float64)
     total = float(sizes.sum()) or 1.0
     order = np.argsort(-sizes, kind="stable")
-    return [_summary(components, int(j), float(sizes[j]) / total, k) for j in order]
+    bar = tqdm(order, "components", delay=DELAY, disable=not progress, unit="component")
+    return [_summary(components, int(j), float(sizes[j]) / total, k, seed) for j in bar]
 
 
-def _summary(components: Components, j: int, share: float, k: int) -> Summary:
+def summary_of(components: Components, j: int, k: int) -> Summary:
+    """The summary of one component."""
+    W = components.coefficients
+    total = float(W.sum(dtype=np.float64)) or 1.0
+    return _summary(components, j, float(W[:, j].sum(dtype=np.float64)) / total, k, 0)
+
+
+def _summary(components: Components, j: int, share: float, k: int, seed: int) -> Summary:
     w = np.asarray(components.coefficients[:, j], np.float64)
     labels, predictions = np.asarray(components.labels), known_predictions(components)
-    top = [
-        Top(int(i), int(components.ids[i]), float(w[i]), int(labels[i]), int(predictions[i]))
-        for i in components.top_examples(j, k=k)
-        if w[i] > 0
-    ]
+    best = components.top_examples(j, k=k)
+    best = best[w[best] > 0]
+    between = middle(w, best, k // 2)
+    others = at_random(w, np.concatenate([best, between]), k // 2, (seed, j))
+    top = tops(components, best, w)
     largest = float(w.max(initial=0))
     active = (w >= ACTIVE * largest) & (w > 0)
     known = active & (labels >= 0) & (predictions >= 0)
@@ -113,11 +144,14 @@ def _summary(components: Components, j: int, share: float, k: int) -> Summary:
     counts = np.unique([t.prediction for t in top], return_counts=True)[1] if top else np.zeros(1)
     classes = _classes(labels[active], predictions[active])
     n_classes = components.logits.shape[1]
+    blocks = components.block_energy(j)
     profile = np.bincount(predictions[seen], w[seen], minlength=n_classes) / (float(w.sum()) or 1.0)
     return Summary(
         j=j,
         share=share,
         top=top,
+        middle=tops(components, between, w),
+        random=tops(components, others, w),
         n_active=int(active.sum()),
         n_zero=int((w == 0).sum()),
         purity=float(counts.max() / max(1, len(top))) if seen.any() else None,
@@ -127,8 +161,19 @@ def _summary(components: Components, j: int, share: float, k: int) -> Summary:
         n_other=len(classes[CLASSES:]),
         histogram=np.histogram(w[w > 0], BINS, (0.0, largest or 1.0))[0].tolist(),
         profile=profile,
-        blocks=_blocks(components.block_energy(j)),
+        blocks=_blocks(blocks),
+        block_energy=blocks,
+        energy=float(np.mean(np.square(w))) if len(w) else 0.0,
     )
+
+
+def tops(components: Components, indices: Array, w: Array) -> list[Top]:
+    """Examples by their indices, with their coefficients ``w (n,)``."""
+    predictions = known_predictions(components)
+    return [
+        Top(int(i), int(components.ids[i]), float(w[i]), int(components.labels[i]), int(predictions[i]))
+        for i in indices
+    ]
 
 
 def known_predictions(components: Components) -> Array:

@@ -43,3 +43,8 @@ def excerpt(text: str, length: int = EXCERPT) -> tuple[str, str]:
     cut = text.rfind(" ", int(length * 0.7), length)
     cut = cut if cut > 0 else length
     return text[:cut].rstrip(), text[cut:]
+
+
+def printable(text: str) -> str:
+    """The text without what UTF-8 cannot hold: lone surrogates become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -33,3 +33,8 @@ def number(value: int) -> str:
 def coefficient(value: float) -> str:
     """A coefficient with two significant digits or decimals."""
     return f"{value:.2f}" if value >= 0.095 else f"{value:.2g}"
+
+
+def plain(value: float) -> str:
+    """A number with three significant digits, without an exponent where it needs none."""
+    return f"{value:.3g}" if not 100 <= abs(value) < 1e6 else f"{value:.0f}"

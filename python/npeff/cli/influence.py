@@ -1,0 +1,161 @@
+"""``npeff influence``: the training examples behind test losses, or behind a component."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from npeff.cli.common import WRITABLE, command, misused, note, quiet, wants
+
+if TYPE_CHECKING:
+    from npeff.companions.influence.losses import Loss
+    from npeff.companions.influence.solvers import Solver
+
+SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", "identity")
+
+
+@command(
+    examples="""
+        npeff influence train.py:model train.py:train train.py:test --weight-decay 1e-4 --out scores.h5
+        npeff influence v.py:model v.py:train v.py:test --train-loss v.py:elbo --test-loss v.py:error --out s.csv
+        npeff influence train.py:model train.py:train train.py:data --component components.h5:3 --out behind_3.h5
+    """
+)
+@click.argument("model", metavar="MODEL")
+@click.argument("train", metavar="TRAIN")
+@click.argument("test", metavar="TEST")
+@click.option("--out", type=WRITABLE, required=True, help="Ending in .h5 (streamed), .npz or .csv.")
+@click.option(
+    "--train-loss",
+    default="cross_entropy",
+    show_default=True,
+    metavar="LOSS",
+    help="What was trained: module:callable for (model, batch) -> (b,), or cross_entropy, squared_error.",
+)
+@click.option("--test-loss", metavar="LOSS", help="What is asked about, likewise.  [default: the training loss]")
+@click.option(
+    "--component",
+    metavar="FILE:J",
+    help="Ask about component J's coefficient on its top examples instead; TEST is the data of its Fishers.",
+)
+@click.option(
+    "--solver",
+    type=click.Choice(SOLVERS),
+    default="cg",
+    show_default=True,
+    help="How H is inverted; gauss-newton and ekfac take the model's outputs with a named training loss.",
+)
+@click.option("--damping", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Added to H's diagonal.")
+@click.option(
+    "--weight-decay",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="w, if (w/2)‖θ‖² was part of what was trained.",
+)
+@click.option("--tolerance", type=click.FloatRange(min=0, min_open=True), help="Relative residual, for cg.")
+@click.option("--parameters", multiple=True, metavar="PATTERN", help="Only parameters whose name matches; repeatable.")
+@click.option("--memory", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="In GB.")
+@click.option("--top", type=click.IntRange(min=0), default=5, show_default=True, help="Show so many examples each way.")
+@click.option("--device", help="cpu, cuda, cuda:1 …  [default: where the model is]")
+@quiet
+def influence(
+    model: str,
+    train: str,
+    test: str,
+    out: Path,
+    train_loss: str,
+    test_loss: str | None,
+    component: str | None,
+    solver: str,
+    tolerance: float | None,
+    parameters: tuple[str, ...],
+    memory: float,
+    top: int,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Influence of every example of TRAIN on every example of TEST: I = −∇L_testᵀ H⁻¹ ∇L_train.
+
+    MODEL, TRAIN and TEST are module:callable or file.py:callable, the data iterables of batches in a fixed order. The
+    model must be at an optimum of the training loss. With I > 0 training on the example raises the test loss; removing
+    it changes the test loss by about −I/n.
+    """
+    if test_loss and component:
+        misused("--test-loss and --component both say what is asked about: give one of them")
+    if tolerance is not None and solver != "cg":
+        misused("--tolerance belongs to --solver cg")
+    from npeff.companions.influence import CrossLossInfluence, component_influence
+    from npeff.companions.influence.scores import check_path
+    from npeff.storage.files import check_target
+    from npeff.targets import load_data, load_model
+
+    check_target(check_path(out))
+    options |= {
+        "parameters": list(parameters) or None,
+        "solver": _solver(solver, train_loss, tolerance),
+        "memory": max(1, int(memory * 1e9)),
+        "progress": not quiet,
+    }
+    trained, asked = _loss(train_loss, "--train-loss"), _loss(test_loss, "--test-loss") if test_loss else None
+    made, train_data, test_data = load_model(model), load_data(train), load_data(test)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        if component:
+            components, j = _component(component)
+            found = component_influence(made, components, j, train_data, test_data, train_loss=trained, **options)
+            scores = found.scores
+            scores.save(out)
+        else:
+            scores = CrossLossInfluence(made, trained, asked, **options).scores(train_data, test_data, out=out)
+    n_train, n_test = scores.values.shape
+    click.echo(f"{out}: {n_train:,} × {n_test:,} scores; largest residual {float(scores.residuals.max()):.1e}")
+    for line in scores.provenance.get("notes", []):
+        note(f"  {line}")
+    totals = scores.values.sum(axis=1)
+    for direction in ("raises", "lowers"):
+        for i in scores.top(top, direction=direction):
+            click.echo(f"  {direction} {'the coefficients' if component else 'the test loss'}: {i} ({totals[i]:+.3g})")
+
+
+def _loss(target: str, option: str) -> Loss:
+    from npeff.companions.influence.losses import NAMED
+    from npeff.targets import load_object
+
+    if target in NAMED:
+        return NAMED[target]
+    loss: Loss = load_object(target, option)
+    return loss
+
+
+def _solver(name: str, train_loss: str, tolerance: float | None) -> Solver | str:
+    from npeff.companions.influence.losses import NAMED_OUTPUT_LOSSES, model_outputs
+    from npeff.companions.influence.solvers import EKFAC, ConjugateGradients, GaussNewton
+
+    if name == "cg":
+        return ConjugateGradients() if tolerance is None else ConjugateGradients(tolerance)
+    if name not in ("gauss-newton", "ekfac"):
+        return name
+    if train_loss not in NAMED_OUTPUT_LOSSES:
+        if name == "ekfac":
+            return EKFAC()
+        misused(
+            "--solver gauss-newton needs the curvature of the loss in the outputs, known for "
+            f"{', '.join(NAMED_OUTPUT_LOSSES)}; use cg, ekfac or empirical-fisher, or Python's GaussNewton(…)"
+        )
+    return (EKFAC if name == "ekfac" else GaussNewton)(model_outputs, NAMED_OUTPUT_LOSSES[train_loss])
+
+
+def _component(text: str) -> tuple[Any, int]:
+    import npeff
+
+    path, _, number = text.rpartition(":")
+    if not path or not number.isdigit():
+        misused(f"--component: expected FILE:J such as components.h5:3, got {text!r}")
+    file = Path(path)
+    if not file.exists():
+        misused(f"--component: there is no file {path}")
+    return wants(npeff.load(file), "Components", file), int(number)

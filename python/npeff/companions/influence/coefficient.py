@@ -1,0 +1,266 @@
+"""The training examples behind a component: its coefficient as a test function for influence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from npeff import kernels
+from npeff.batches import call_model, check_data, read_batch
+from npeff.companions.influence.estimator import CrossLossInfluence
+from npeff.companions.influence.losses import Loss, cross_entropy
+from npeff.companions.influence.scores import Array, Scores
+from npeff.components import Components
+from npeff.digests import model_digest
+from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.solver.scaling import column_factors
+
+Surrogate = Literal["coefficient", "cross"]
+Forward = Callable[[Any, Any], Any]
+
+
+class Coefficient:
+    """Component j's coefficient on an example as a differentiable function of the model's parameters.
+
+    With ``F_i(θ)`` the example's Fisher scaled to unit norm, ``cross_ik = g_kᵀ F_i g_k`` (``f_i·h_k`` for diagonal
+    components) and ``gram`` the components' own products, the coefficients solve ``min ½ wᵀ gram w − cross_iᵀ w`` over
+    ``w ≥ 0``. Around θ̂ the set P of positive ones stays as it is (but for ties): there ``w_P = gram_PP⁻¹ cross_P``, and
+    this is differentiated: through the Fisher, and through its norm. Outside P the coefficient is constant, 0. The
+    vectors g stay.
+
+    The Fisher is the exact one: of components whose Fishers were compressed or truncated the value differs from the
+    coefficient stored. Each example takes C backward passes, and one more through them.
+
+    Args:
+        components: The components.
+        j: Which one.
+        surrogate: ``"coefficient"``: as above; ``"cross"``: ``cross_ij`` alone, which has a gradient everywhere.
+        forward: As in :func:`npeff.compute_fishers`.
+
+    Raises:
+        ArgumentError: An argument has another value.
+        DataError: The components' Fishers are not expectations over the model's own predictions.
+    """
+
+    one_by_one = True
+
+    def __init__(
+        self, components: Components, j: int, *, surrogate: Surrogate = "coefficient", forward: Forward | None = None
+    ) -> None:
+        if not isinstance(components, Components):
+            raise ArgumentError(f"components: expected Components, got {type(components).__name__}")
+        if surrogate not in get_args(Surrogate):
+            raise ArgumentError(f"surrogate: expected 'coefficient' or 'cross', got {surrogate!r}")
+        if isinstance(j, bool) or not isinstance(j, int | np.integer) or not 0 <= j < components.n_components:
+            raise ArgumentError(f"j: expected a component below {components.n_components}, got {j!r}")
+        options = components.provenance.get("fishers", {}).get("options", {})
+        if options.get("labels", "expected") != "expected":
+            raise DataError(
+                f"components: their Fishers were made with labels={options['labels']!r}; the coefficient is a function "
+                "of the model alone only with labels='expected'"
+            )
+        self.j, self._surrogate, self._forward = int(j), surrogate, forward
+        self._likelihood = options.get("likelihood", "categorical")
+        self._normalize = components.provenance.get("normalize", "stored")
+        self._diagonal = components.kind == "diagonal"
+        self._names = components.parameters.names
+        m = components.n_parameters
+        self._vectors = torch.zeros((components.n_components, m), dtype=torch.float64)
+        columns = slice(None) if components.columns is None else torch.from_numpy(np.array(components.columns))
+        self._vectors[:, columns] = torch.from_numpy(np.array(components.vectors, np.float64))
+        self._gram = self._vectors @ self._vectors.T
+        if not self._diagonal:
+            self._gram = self._gram.square()
+        weights = components.block_weights
+        self._factor: Tensor | None = None
+        if weights is not None:
+            self._factor = torch.from_numpy(column_factors(components.parameters, weights, components.kind)).double()
+
+    def __call__(self, model: nn.Module, content: Any) -> Tensor:
+        """The coefficients of a batch, ``(b,)``, with their graph.
+
+        Raises:
+            ModelError: The model lacks a parameter of the components, or an operation has no second derivative.
+        """
+        named = dict(model.named_parameters())
+        missing = [name for name in self._names if name not in named]
+        if missing:
+            raise ModelError(f"model: it lacks the components' parameters {', '.join(missing[:5])}; pass their model")
+        tensors = [named[name] for name in self._names]
+        batch = read_batch(content, tensors[0].device, 0, True)
+        with _recorded(tensors):
+            logits = call_model(model, self._forward, batch)
+            return torch.stack([self._one(row, tensors) for row in logits])
+
+    def _one(self, logits: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        rows = self._rows(logits, tensors)
+        whole = rows.square().sum(dim=0, keepdim=True) if self._diagonal else rows
+        weighted = whole if self._factor is None else whole * self._factor.to(whole)
+        basis = whole if self._normalize == "dense" else weighted
+        norm = basis.norm() if self._diagonal else (basis @ basis.T).norm()
+        if self._normalize == "none" or float(norm.detach()) == 0:
+            norm = torch.ones_like(norm)
+        projected = weighted @ self._vectors.to(weighted).T
+        cross = (projected[0] if self._diagonal else projected.square().sum(dim=0)).double() / norm.double()
+        if self._surrogate == "cross":
+            return cross[self.j]
+        w = kernels.nnls(self._gram, cross.detach().cpu()[None], exact=True).w[0]
+        active = (w > 0).nonzero()[:, 0]
+        if not bool((active == self.j).any()):
+            return cross[self.j].detach() * 0
+        inverse = torch.linalg.pinv(self._gram[active][:, active], hermitian=True)
+        row = inverse[(active == self.j).nonzero()[0, 0]].to(cross)
+        return row @ cross[active.to(cross.device)]
+
+    def _rows(self, logits: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """A with ``F = AᵀA`` in the class basis, ``(C, m)`` with its graph.
+
+        Raises:
+            ModelError: Autograd cannot record the gradient.
+        """
+        if self._likelihood == "gaussian":
+            functions, scales = logits, torch.ones_like(logits)
+        elif self._likelihood == "bernoulli":
+            functions = logits
+            scales = ((nn.functional.logsigmoid(logits) + nn.functional.logsigmoid(-logits)) / 2).exp()
+        else:
+            functions = torch.log_softmax(logits, dim=0)
+            scales = (functions / 2).exp()
+        rows = []
+        for function in functions:
+            try:
+                parts = torch.autograd.grad(
+                    function, tensors, create_graph=True, allow_unused=True, materialize_grads=True
+                )
+            except (RuntimeError, NotImplementedError) as error:
+                raise ModelError(
+                    f"model: the gradient of its outputs cannot be recorded ({str(error).splitlines()[0]}); remove "
+                    "torch.no_grad() and .detach() from the forward pass"
+                ) from error
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+        return torch.stack(rows) * scales[:, None]
+
+
+@contextmanager
+def _recorded(tensors: Sequence[Tensor]) -> Iterator[None]:
+    before = [tensor.requires_grad for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for tensor, flag in zip(tensors, before, strict=True):
+            tensor.requires_grad_(flag)
+
+
+@dataclass(frozen=True, eq=False)
+class ComponentInfluence:
+    """Which training examples made a component's coefficient what it is on its top examples.
+
+    Attributes:
+        j: The component.
+        scores: ``I``, ``(n_train, k)``: with I > 0 training on z raises the coefficient. Its ``test_values`` are the
+            coefficients of the exact Fishers.
+        examples: ``(k,)`` int64 the component's top examples: indices of ``components.coefficients``.
+        coefficients: ``(k,)`` float32 their coefficients as stored.
+    """
+
+    j: int
+    scores: Scores
+    examples: Array
+    coefficients: Array
+
+    def made_by(self, k: int = 16) -> Array:
+        """The training examples that raise the coefficients of the top examples most, summed over these."""
+        return self.scores.top(k, direction="raises")
+
+
+def component_influence(
+    model: nn.Module,
+    components: Components,
+    j: int,
+    train: Iterable[Any],
+    data: Iterable[Any],
+    *,
+    train_loss: Loss = cross_entropy,
+    k: int = 16,
+    surrogate: Surrogate = "coefficient",
+    forward: Forward | None = None,
+    fitted: CrossLossInfluence | None = None,
+    parameters: str | Sequence[str] | None = None,
+    **options: Any,
+) -> ComponentInfluence:
+    """The training examples behind a component: cross-loss influence with its coefficient as the test function.
+
+    Args:
+        model: The model that the components belong to, at an optimum of ``train_loss``.
+        components: From :func:`npeff.decompose`.
+        j: Which component.
+        train: The training data, batches as ``train_loss`` takes them.
+        data: The data whose Fishers were decomposed.
+        train_loss: What was trained, per example.
+        k: How many of the component's top examples.
+        surrogate: See :class:`Coefficient`.
+        forward: As in :func:`npeff.compute_fishers`.
+        fitted: A fitted estimator whose curvature is used again, for several components.
+        parameters: Patterns of the parameters that training changed; by default all.
+        **options: As for :class:`CrossLossInfluence`.
+
+    Returns:
+        Scores on the top examples.
+
+    Raises:
+        ArgumentError: See :class:`CrossLossInfluence` and :class:`Coefficient`.
+        DataError: The data ends before the component's top examples.
+        ModelError: The model is not the components', or see :class:`CrossLossInfluence`.
+    """
+    function = Coefficient(components, j, surrogate=surrogate, forward=forward)
+    digest = components.provenance.get("fishers", {}).get("model_digest")
+    if digest and digest != model_digest(model):
+        raise ModelError("model: it is not the model of the components (other weights); pass that one")
+    examples = components.top_examples(j, k)
+    examples = examples[components.coefficients[examples, j] > 0]
+    if not len(examples):
+        raise ArgumentError(f"j: component {j} has no example with a positive coefficient; choose another")
+    test = _take(data, components.ids[examples])
+    if fitted is None:
+        estimator = CrossLossInfluence(model, train_loss, function, parameters, **options)
+    else:
+        if options or parameters is not None:
+            raise ArgumentError("fitted: the estimator has its own options; pass either them or it")
+        if fitted.model is not model:
+            raise ArgumentError("fitted: it belongs to another model object")
+        estimator = fitted.with_test_loss(function)
+    scores = estimator.scores(train, test)
+    return ComponentInfluence(int(j), scores, examples, components.coefficients[examples, j].copy())
+
+
+def _take(data: Iterable[Any], ids: Array) -> list[Any]:
+    """The examples at some positions of the data, each as a batch of one.
+
+    Raises:
+        DataError: The data ends before, or a batch cannot be cut.
+    """
+    wanted = {int(i): None for i in ids}
+    found: dict[int, Any] = {}
+    start = 0
+    for number, raw in enumerate(check_data(data)):
+        batch = read_batch(raw, torch.device("cpu"), number, True)
+        for i in wanted:
+            if start <= i < start + batch.n_examples:
+                if not batch.sliceable and batch.n_examples > 1:
+                    raise DataError(f"data: batch {number} cannot be cut into examples; pass batches of one example")
+                found[i] = batch.take(slice(i - start, i - start + 1)).content
+        start += batch.n_examples
+        if len(found) == len(wanted):
+            break
+    if len(found) < len(wanted):
+        raise DataError(f"data: it has {start} examples, and the component's reach to {max(wanted)}; pass its own data")
+    return [found[i] for i in wanted]

@@ -1,0 +1,157 @@
+"""Losses as callables, and data that can be read more than once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from npeff.batches import Batch, check_data, leaves, read_batch
+from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""``loss(model, batch) -> (b,)``: one number per example of the batch as the data yields it."""
+
+
+def check_loss(loss: object, name: str) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        ArgumentError: It cannot.
+    """
+    if not callable(loss):
+        raise ArgumentError(f"{name}: expected callable(model, batch) -> (b,) per-example losses, got {loss!r}")
+
+
+def call_loss(model: nn.Module, loss: Loss, batch: Batch, name: str, *, whole: bool = False) -> Tensor:
+    """The losses of a batch, with their graph.
+
+    Args:
+        model: The model.
+        loss: What to call.
+        batch: The batch.
+        name: The argument's name, for messages.
+        whole: A single number for the whole batch (no dimensions) is welcome too.
+
+    Returns:
+        ``(b,)``, or ``()`` where ``whole`` allows it.
+
+    Raises:
+        DataError: It gave something else.
+        ModelError: It raised an error.
+    """
+    try:
+        value = loss(model, batch.content)
+    except Exception as error:
+        # Inference tensors have an explanation of their own, see PerExampleGradients.recording.
+        explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
+        if explained or isinstance(error, (NpeffError, MemoryError, torch.OutOfMemoryError)):
+            raise
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves(batch.content) if isinstance(leaf, Tensor))
+        raise ModelError(
+            f"{name}: failed on a batch of tensors {shapes or '(none)'}: {type(error).__name__}: {error}. It is called "
+            "with the model and a batch as the data yields it"
+        ) from error
+    expected = f"shape ({batch.n_examples},) for a batch of {batch.n_examples} examples"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        raise DataError(f"{name}: expected a floating-point tensor of {expected}, got {kind}")
+    if value.dim() == 0 and whole:
+        return value
+    if value.shape != (batch.n_examples,):
+        hint = "; return one loss per example (reduction='none')" if value.dim() == 0 else "; sum over what remains"
+        raise DataError(f"{name}: expected {expected}, got {tuple(value.shape)}{hint}")
+    return value
+
+
+class Examples:
+    """Data as batches on a device, in the same order every time.
+
+    Args:
+        data: Iterable of batches, whatever the losses understand.
+        name: The argument's name, for messages.
+        device: Where the model is.
+
+    Raises:
+        ArgumentError: The data can be read only once, or comes in another order each time.
+    """
+
+    def __init__(self, data: Iterable[Any], name: str, device: torch.device) -> None:
+        self.data, self.name, self.device = check_data(data), name, device
+        if iter(self.data) is self.data:
+            raise ArgumentError(f"{name}: it can be read only once and is needed several times; pass list({name})")
+        if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+            raise ArgumentError(
+                f"{name}: a shuffling DataLoader gives every pass another order, and examples are known by "
+                "their position; pass shuffle=False"
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches, as read by :func:`npeff.batches.read_batch`.
+
+        Raises:
+            DataError: There are none.
+        """
+        empty = True
+        for number, raw in enumerate(self.data):
+            empty = False
+            yield read_batch(raw, self.device, number, True)
+        if empty:
+            raise DataError(f"{self.name}: it yielded no batches")
+
+    def count(self) -> int:
+        """How many examples there are; reads the data once, without the model."""
+        return sum(batch.n_examples for batch in self)
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """Cross-entropy of ``model(inputs)`` with the labels, per example.
+
+    Args:
+        model: Gives logits ``(b, C)``.
+        batch: ``(inputs, labels)`` with labels ``(b,)`` int64.
+
+    Returns:
+        ``(b,)``.
+    """
+    inputs, labels = batch
+    return nn.functional.cross_entropy(model(inputs), labels, reduction="none")
+
+
+def squared_error(model: nn.Module, batch: Any) -> Tensor:
+    """``½ Σ (model(inputs) − targets)²``, per example.
+
+    Args:
+        model: Gives ``(b, …)``.
+        batch: ``(inputs, targets)``, the targets as many numbers per example as the outputs.
+
+    Returns:
+        ``(b,)``.
+    """
+    inputs, targets = batch
+    outputs = model(inputs)
+    return (outputs - targets.reshape(outputs.shape)).square().reshape(len(outputs), -1).sum(1) / 2
+
+
+def model_outputs(model: nn.Module, batch: Any) -> Tensor:
+    """``model(inputs)`` of a batch ``(inputs, …)``, flattened to ``(b, C)``."""
+    outputs: Tensor = model(batch[0])
+    return outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
+
+
+def _cross_entropy_of(outputs: Tensor, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(outputs, batch[1], reduction="none")
+
+
+def _squared_error_of(outputs: Tensor, batch: Any) -> Tensor:
+    return (outputs - batch[1].reshape(outputs.shape)).square().sum(1) / 2
+
+
+NAMED_OUTPUT_LOSSES = {"cross_entropy": _cross_entropy_of, "squared_error": _squared_error_of}
+"""The same as functions of the outputs ``(b, C)`` and the batch: for Gauss–Newton curvature."""
+
+NAMED: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
+"""Losses that the command line knows by name."""

@@ -1,0 +1,290 @@
+"""The truth that influence predicts: training again without some examples, to the new optimum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from npeff.batches import Batch
+from npeff.companions.influence.losses import Examples, Loss, call_loss, check_loss
+from npeff.companions.influence.objective import Objective, check_finite
+from npeff.companions.influence.solvers.base import check_positive
+from npeff.companions.influence.solvers.exact import dense_hessian
+from npeff.errors import ArgumentError
+from npeff.gradients.selection import placed, select_parameters
+
+Array = npt.NDArray[Any]
+NEWTON_PARAMETERS = 3000
+"""Up to so many parameters Newton's steps finish what L-BFGS began."""
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where a minimisation ended.
+
+    Attributes:
+        value: J there.
+        gradient_norm: ``‖∇J‖`` there.
+        steps: Newton-like steps after L-BFGS.
+    """
+
+    value: float
+    gradient_norm: float
+    steps: int
+
+
+@dataclass(frozen=True, eq=False)
+class Retrained:
+    """What happened to the test losses.
+
+    Attributes:
+        changes: ``(r, n_test)`` float64, L_test after minus before, one row per retraining.
+        gradient_norms: ``(r,)`` float64 ``‖∇J‖`` of each retraining's own objective where it ended.
+        before: ``(n_test,)`` float64 L_test of the model as given.
+    """
+
+    changes: Array
+    gradient_norms: Array
+    before: Array
+
+
+def minimise(
+    model: nn.Module,
+    loss: Loss,
+    data: Iterable[Any],
+    *,
+    weight_decay: float = 0.0,
+    parameters: str | Sequence[str] | None = None,
+    tolerance: float = 1e-8,
+    max_iterations: int = 2000,
+) -> Minimum:
+    """Train on all of the data at once until the gradient vanishes: L-BFGS, then Newton's steps for small models.
+
+    Minimises ``(1/n) Σ ℓ(z_i) + (w/2)‖θ‖²``; use ``model.double()`` for small tolerances.
+
+    Args:
+        model: Changed in place: trained.
+        loss: Per-example loss.
+        data: Batches.
+        weight_decay: w.
+        parameters: Name patterns; the others stay fixed.
+        tolerance: ``‖∇J‖`` to reach.
+        max_iterations: Most L-BFGS iterations.
+
+    Returns:
+        Where it ended; look at ``gradient_norm``.
+
+    Raises:
+        ArgumentError: An argument has a wrong value.
+        DataError: A loss is not finite or has another shape.
+        ModelError: The loss fails.
+    """
+    check_loss(loss, "loss")
+    check_positive("tolerance", tolerance)
+    with placed(model, None) as device:
+        work = _Work(model, loss, Examples(data, "data", device), parameters, weight_decay)
+        work.lbfgs(max(tolerance, 1e-5) if work.newtonian else tolerance, max_iterations)
+        return work.newton(tolerance, None)
+
+
+def leave_out(
+    model: nn.Module,
+    train_loss: Loss,
+    train: Iterable[Any],
+    groups: Iterable[int | Sequence[int]],
+    test_loss: Loss,
+    test: Iterable[Any],
+    *,
+    weight_decay: float = 0.0,
+    parameters: str | Sequence[str] | None = None,
+    tolerance: float = 1e-8,
+    max_iterations: int = 500,
+    progress: bool = True,
+) -> Retrained:
+    """Train again without some examples, with the same loss, and measure what changed.
+
+    Each retraining minimises ``(1/n) Σ_{i not left out} ℓ(z_i) + (w/2)‖θ‖²`` — the weights of the others stay 1/n, as
+    in the derivation of influence — from the given optimum and to a new one, with an optimiser that remembers nothing
+    of the one before. Up to 3000 parameters its steps are Newton's, with the Hessian of the full data until progress
+    slows and a new one then; L-BFGS beyond that.
+
+    Args:
+        model: At an optimum of the full objective; restored afterwards.
+        train_loss: What was trained.
+        train: Batches.
+        groups: Examples, or lists of examples, to leave out; one retraining each.
+        test_loss: As for :class:`CrossLossInfluence`.
+        test: Batches.
+        weight_decay: w.
+        parameters: Name patterns; the others stay fixed.
+        tolerance: ``‖∇J‖`` to reach.
+        max_iterations: Most L-BFGS iterations per retraining, where L-BFGS is used.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        Changes and gradient norms.
+
+    Raises:
+        ArgumentError: A group names no training example.
+        DataError: A loss is not finite or has another shape.
+        ModelError: A loss fails.
+    """
+    check_loss(train_loss, "train_loss")
+    check_loss(test_loss, "test_loss")
+    check_positive("tolerance", tolerance)
+    with placed(model, None) as device:
+        work = _Work(model, train_loss, Examples(train, "train", device), parameters, weight_decay)
+        test_batches = list(Examples(test, "test", device))
+        start = work.theta()
+        before = _values(model, test_loss, test_batches)
+        factor = work.factor() if work.newtonian else None
+        changes, norms = [], []
+        try:
+            for group in tqdm(list(groups), desc="Retraining", unit="run", disable=not progress):
+                work.leave_out(group)
+                work.move(start)
+                if not work.newtonian:
+                    work.lbfgs(tolerance, max_iterations)
+                norms.append(work.newton(tolerance, factor).gradient_norm)
+                changes.append(_values(model, test_loss, test_batches) - before)
+        finally:
+            work.move(start)
+    return Retrained(np.array(changes).reshape(-1, len(before)), np.array(norms), before)
+
+
+def _values(model: nn.Module, loss: Loss, batches: list[Batch]) -> Array:
+    with torch.enable_grad() if getattr(loss, "one_by_one", False) else torch.no_grad():
+        found = [call_loss(model, loss, batch, "test_loss", whole=True).detach().reshape(-1) for batch in batches]
+    return np.asarray(torch.cat(found).double().cpu().numpy())
+
+
+class _Work:
+    """A weighted objective and the model's parameters as a vector."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Examples,
+        parameters: str | Sequence[str] | None,
+        weight_decay: float,
+    ) -> None:
+        check_positive("weight_decay", weight_decay, zero=True)
+        self._objective = Objective(model, self._weighted, data, select_parameters(model, parameters), weight_decay)
+        self._model, self._loss, self._weight_decay = model, loss, weight_decay
+        self._batches = list(data)
+        self._n = self._objective.n
+        self._weights = torch.ones(self._n, dtype=torch.float64, device=data.device)
+        self._place = 0
+        self.newtonian = self._objective.m <= NEWTON_PARAMETERS
+
+    def _weighted(self, model: nn.Module, content: Any) -> Tensor:
+        losses = self._loss(model, content)
+        start = self._place % self._n
+        self._place += len(losses)
+        return losses * self._weights[start : start + len(losses)].to(losses.dtype)
+
+    def leave_out(self, group: int | Sequence[int]) -> None:
+        self._weights.fill_(1.0)
+        chosen = np.atleast_1d(np.asarray(group, np.int64))
+        if chosen.size and not (chosen.min() >= 0 and chosen.max() < self._n):
+            raise ArgumentError(f"groups: expected training examples 0 … {self._n - 1}, got {group!r}")
+        self._weights[torch.from_numpy(chosen)] = 0.0
+
+    def theta(self) -> Tensor:
+        return self._objective.theta()
+
+    def move(self, theta: Tensor) -> None:
+        with torch.no_grad():
+            for place, tensor in zip(self._objective.parameters, self._objective.tensors, strict=True):
+                tensor.copy_(theta[place.slice].view_as(tensor))
+
+    def value_and_gradient(self) -> tuple[float, Tensor]:
+        """J and ``∇J``, ``(m,)``."""
+        self._place = 0
+        tensors = self._objective.tensors
+        total = 0.0
+        gradient = torch.zeros(self._objective.m, dtype=self._objective.dtype, device=tensors[0].device)
+        for batch in self._batches:
+            with self._objective.engine.recording():
+                losses = call_loss(self._model, self._weighted, batch, "train_loss")
+                check_finite(losses, "train_loss")
+                parts = torch.autograd.grad(losses.sum(), tensors, allow_unused=True, materialize_grads=True)
+            total += float(losses.detach().double().sum())
+            gradient += torch.cat([part.reshape(-1) for part in parts]).to(gradient.dtype)
+        theta = self.theta()
+        value = total / self._n + self._weight_decay / 2 * float(theta.double().square().sum())
+        return value, gradient / self._n + self._weight_decay * theta
+
+    def lbfgs(self, tolerance: float, max_iterations: int) -> None:
+        """A fresh L-BFGS with a strong Wolfe search over the whole vector."""
+        vector = self.theta().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [vector],
+            max_iter=max_iterations,
+            max_eval=2 * max_iterations,
+            history_size=30,
+            tolerance_grad=tolerance / max(1.0, vector.numel() ** 0.5),
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> float:
+            self.move(vector.detach())
+            value, vector.grad = self.value_and_gradient()
+            return value
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        self.move(vector.detach())
+
+    def factor(self) -> Tensor | None:
+        """Cholesky factor of the Hessian here, lifted to be positive definite; None if the model is too large."""
+        if not self.newtonian:
+            return None
+        self._place = 0
+        matrix = dense_hessian(self._objective)
+        sizes, vectors = torch.linalg.eigh(matrix)
+        floor = 1e-7 * sizes.abs().max().clamp_min(1e-12)
+        lifted = (vectors * sizes.abs().clamp_min(floor)) @ vectors.T
+        return torch.linalg.cholesky(lifted)
+
+    def newton(self, tolerance: float, factor: Tensor | None, most: int = 60) -> Minimum:
+        """Steps ``−B⁻¹∇J`` with halving; B is renewed where it no longer shrinks the gradient by half."""
+        value, gradient = self.value_and_gradient()
+        norm = float(gradient.norm())
+        steps = 0
+        renewed = factor is None
+        while self.newtonian and norm > tolerance and steps < most:
+            if factor is None:
+                factor, renewed = self.factor(), True
+            if factor is None:
+                break
+            direction = -torch.cholesky_solve(gradient.double()[:, None], factor)[:, 0].to(gradient.dtype)
+            origin, length = self.theta(), 1.0
+            while length > 1e-6:
+                self.move(origin + length * direction)
+                fresh_value, fresh = self.value_and_gradient()
+                smaller = float(fresh.norm()) < 0.9 * norm
+                if smaller or fresh_value < value + 1e-4 * length * float(gradient @ direction):
+                    break
+                length /= 2
+            else:
+                self.move(origin)
+                if renewed:
+                    break  # as far as rounding lets it
+                factor = None
+                continue
+            steps += 1
+            slow = float(fresh.norm()) > 0.5 * norm
+            value, gradient, norm = fresh_value, fresh, float(fresh.norm())
+            if slow:
+                factor = None
+            renewed = False
+        return Minimum(value, norm, steps)

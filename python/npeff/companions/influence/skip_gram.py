@@ -1,0 +1,172 @@
+"""Skip-gram with negative sampling, its training example a sentence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from npeff.companions.influence.solvers.base import check_count
+from npeff.errors import DataError
+
+
+class SkipGram(nn.Module):
+    """Word vectors u and context vectors v with ``log σ(u·v)`` for pairs seen (Mikolov et al. 2013).
+
+    Args:
+        n_words: Size of the vocabulary, V.
+        dimension: d.
+    """
+
+    def __init__(self, n_words: int, dimension: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(n_words, dimension)
+        self.contexts = nn.Embedding(n_words, dimension)
+        nn.init.normal_(self.words.weight, std=dimension**-0.5)
+        nn.init.normal_(self.contexts.weight, std=dimension**-0.5)
+
+    def forward(self, centre: Tensor, context: Tensor) -> Tensor:
+        """Scores u·v.
+
+        Args:
+            centre: ``(b, P)`` int64.
+            context: ``(b, P, K)`` int64.
+
+        Returns:
+            ``(b, P, K)``.
+        """
+        return torch.einsum("bpd,bpkd->bpk", self.words(centre), self.contexts(context))
+
+
+@dataclass(frozen=True, eq=False)
+class Sentences:
+    """Pairs of words by sentence, iterated as batches for :func:`skip_gram_loss`.
+
+    Attributes:
+        vocabulary: Row of each word, by descending frequency.
+        texts: The sentences, as words.
+        centre: ``(n, P)`` int64, padded with 0.
+        context: ``(n, P, 1 + negatives)`` int64: the context seen, then the negatives, drawn once and kept, so that the
+            loss is a function of the parameters alone.
+        weight: ``(n, P)`` float32: 1 for a pair, 0 for padding; divided by the mean number of pairs.
+        batch_size: Sentences per batch.
+    """
+
+    vocabulary: dict[str, int]
+    texts: tuple[tuple[str, ...], ...]
+    centre: Tensor
+    context: Tensor
+    weight: Tensor
+    batch_size: int = 64
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for start in range(0, len(self.centre), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            longest = max(1, int((self.weight[part] > 0).sum(dim=1).max()))
+            yield self.centre[part, :longest], self.context[part, :longest], self.weight[part, :longest]
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.centre) // self.batch_size)
+
+    def take(self, which: Any) -> Sentences:
+        """Some of the sentences, in the given order."""
+        chosen = np.asarray(which, np.int64)
+        texts = tuple(self.texts[i] for i in chosen)
+        rows = torch.from_numpy(chosen)
+        return Sentences(
+            self.vocabulary, texts, self.centre[rows], self.context[rows], self.weight[rows], self.batch_size
+        )
+
+
+def sentences(
+    texts: Sequence[Sequence[str]],
+    *,
+    min_count: int = 5,
+    window: int = 3,
+    negatives: int = 5,
+    max_pairs: int = 512,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Sentences:
+    """Pairs within a window, with negatives by frequency to the power ¾ (Mikolov et al. 2013).
+
+    Args:
+        texts: Sentences as words.
+        min_count: Rarer words are left out.
+        window: Words on either side.
+        negatives: Negatives per pair, drawn once.
+        max_pairs: At most so many pairs of a sentence, a random choice beyond.
+        batch_size: Sentences per batch.
+        seed: Decides the draws.
+
+    Returns:
+        Only sentences with at least one pair.
+
+    Raises:
+        DataError: No word is frequent enough, or no pair is left.
+    """
+    for name, value in (("min_count", min_count), ("window", window), ("negatives", negatives)):
+        check_count(name, value)
+    counts = Counter(word for text in texts for word in text)
+    kept = [word for word, count in counts.most_common() if count >= min_count]
+    if len(kept) < 2:
+        raise DataError(f"texts: {len(kept)} words come {min_count} times or more; lower min_count, or give more text")
+    vocabulary = {word: row for row, word in enumerate(kept)}
+    generator = np.random.default_rng(seed)
+    share = np.array([counts[word] for word in kept], float) ** 0.75
+    found: list[tuple[tuple[str, ...], np.ndarray]] = []
+    for text in texts:
+        rows = [vocabulary[word] for word in text if word in vocabulary]
+        pairs = np.array(
+            [
+                (rows[i], rows[j])
+                for i in range(len(rows))
+                for j in range(max(0, i - window), i + window + 1)
+                if j != i and j < len(rows)
+            ],
+            np.int64,
+        ).reshape(-1, 2)
+        if len(pairs) > max_pairs:
+            pairs = pairs[np.sort(generator.choice(len(pairs), max_pairs, replace=False))]
+        if len(pairs):
+            found.append((tuple(text), pairs))
+    if not found:
+        raise DataError("texts: no sentence holds two frequent words; lower min_count, or give longer sentences")
+    longest = max(len(pairs) for _, pairs in found)
+    centre = np.zeros((len(found), longest), np.int64)
+    context = np.zeros((len(found), longest, 1 + negatives), np.int64)
+    weight = np.zeros((len(found), longest), np.float32)
+    for i, (_, pairs) in enumerate(found):
+        n = len(pairs)
+        centre[i, :n], context[i, :n, 0], weight[i, :n] = pairs[:, 0], pairs[:, 1], 1.0
+        context[i, :n, 1:] = generator.choice(len(kept), (n, negatives), p=share / share.sum())
+    weight /= weight.sum() / len(found)
+    return Sentences(
+        vocabulary,
+        tuple(text for text, _ in found),
+        torch.from_numpy(centre),
+        torch.from_numpy(context),
+        torch.from_numpy(weight),
+        batch_size,
+    )
+
+
+def skip_gram_loss(model: nn.Module, batch: Any) -> Tensor:
+    """``−Σ log σ(u·v) − Σ_negatives log σ(−u·v')`` per sentence, ``(b,)``.
+
+    Args:
+        model: A :class:`SkipGram`.
+        batch: ``(centre, context, weight)`` as :class:`Sentences` yields them.
+    """
+    centre, context, weight = batch
+    scores = model(centre, context)
+    signs = torch.ones_like(scores[0, 0])
+    signs[1:] = -1
+    losses = nn.functional.softplus(-signs * scores).sum(dim=2)
+    return (losses * weight.to(losses.dtype)).sum(dim=1)

@@ -1,0 +1,101 @@
+"""Reports in a headless browser: three of them, and how to open, wait and look."""
+
+import shutil
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from npeff.reports import page as page_module
+from npeff.reports import report
+from test_report import batches, components_of
+from test_report_extras import EFFECT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser to drive")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to open the pages with")
+
+R = 24
+PATIENCE = 180_000  # milliseconds, on a busy machine
+NAMES = ["cat", "dog", "<b>bird", "fish"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as p:
+        made = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same report as a folder in parts, as a file, and cut short by a limit."""
+    root = tmp_path_factory.mktemp("reports")
+    vectors = np.random.default_rng(1).normal(size=(R, 122)).astype(np.float32)
+    components = components_of(n=130, r=R, vectors=vectors)
+    options = {
+        "class_names": NAMES,
+        "k": 4,
+        "effects": {j: {**(EFFECT if j == 7 else {}), "kl_ratio": 1.0 + j} for j in range(R)},
+        "progress": False,
+        "trust": np.linspace(0.5, 1, R),
+        "attributions": {(1, int(components.top_examples(1)[0])): np.ones((8, 8))},
+    }
+    data = lambda: batches(torch.rand(130, 1, 8, 8), components.labels)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_module, "ROWS", 10)
+        patch.setattr("npeff.reports.book.INLINE", 20_000)
+        patch.setattr("npeff.reports.records.PER_PART", 50)
+        made = {
+            "folder": report(components, data(), root / "folder", **options),
+            "file": report(components, data(), root / "file.html", **options),
+            "short": report(components, data(), root / "short.html", size_limit=60_000, **options),
+        }
+    return components, made
+
+
+@contextmanager
+def opened(browser, path, route="", **options):
+    """A page of its own; whatever it logs, misses or asks the network for fails the test."""
+    context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    told = []
+    page.on("console", lambda message: told.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: told.append(f"error: {error}"))
+    page.on("requestfailed", lambda request: told.append(f"failed: {request.url}"))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or told.append(f"asks {request.url}"))
+    page.goto(path.as_uri() + (f"#{route}" if route else ""))
+    until(page, "document.documentElement.dataset.route !== undefined")
+    try:
+        yield page
+        assert told == []
+    finally:
+        context.close()
+
+
+def go(page, route):
+    page.evaluate(f"location.hash = '#{route}'")
+    until(page, f"document.documentElement.dataset.route === '#{route}'")
+
+
+def numbers(page):
+    """The components in the table, in order."""
+    return page.eval_on_selector_all("#overview-table tbody tr", "rows => rows.map(row => Number(row.dataset.row))")
+
+
+def until(page, condition):
+    """Wait; not by the browser's own polling, which evaluates strings, as the page forbids."""
+    end = time.monotonic() + PATIENCE / 1000
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, f"never came true: {condition}"
+        page.wait_for_timeout(30)
+
+
+def by(components, values, descending=True):
+    sizes = components.coefficients.sum(0, dtype=np.float64)
+    place = {int(j): i for i, j in enumerate(np.argsort(-sizes, kind="stable"))}
+    return sorted(range(R), key=lambda j: (-values[j] if descending else values[j], place[j]))
