@@ -119,7 +119,9 @@ def _pipeline(
     components.save(folder / "components.h5")
     step(f"decomposed them into {n_components} components, relative loss {components.loss:.4f}")
 
-    page = npeff.report(components, data, folder / "report", title="How a small network reads digits")
+    page = npeff.report(
+        components, data, folder / "report", title="How a small network reads digits", progress=progress
+    )
     step(f"wrote the page: {page}")
     say("")
     say("The same data, by hand:")
