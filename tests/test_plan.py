@@ -13,9 +13,9 @@ from torch import nn
 import npeff
 from npeff.compress import GramOnly, Sketch, TopK
 from npeff.planning import choices, sizes
+from npeff.planning.estimate import format_seconds
 from npeff.planning.peak import Peak
 from npeff.planning.solving import choose, needed_bytes, operations
-from npeff.planning.table import format_seconds
 from npeff.storage.container import open_container
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +12,11 @@ import numpy.typing as npt
 import torch
 
 from npeff.components import Components
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, DataError
 from npeff.fishers import Fishers
 from npeff.rows import SparseRows
 from npeff.solver.choice import SpaceName
+from npeff.solver.forms import State
 from npeff.solver.options import Algorithm, Options, checked_and_scaled
 from npeff.solver.problem import Problem
 from npeff.solver.published_algorithm import PublishedOptions
@@ -105,7 +108,7 @@ def decompose(
         raise ArgumentError("init: expected a pair (W, G)")
     initial = None if init is None else problem.state_from(*init)
     state, curve, course = problem.solve(initial, checkpoint, callback, progress)
-    return problem.components(state, curve, course)
+    return components_of(problem, state, curve, course)
 
 
 def expand(
@@ -165,4 +168,54 @@ def expand(
         frozen_W = torch.from_numpy(components.coefficients.copy())
     problem = Problem(fishers, scaled, plan, chosen, device, frozen, frozen_W)
     state, curve, course = problem.solve(None, checkpoint, callback, progress)
-    return problem.components(state, curve, course | {"expanded_from": components.n_components})
+    return components_of(problem, state, curve, course | {"expanded_from": components.n_components})
+
+
+def components_of(problem: Problem, state: State, curve: list[float], course: dict[str, Any]) -> Components:
+    """A solved problem as components with unit vectors, new ones ordered by total coefficient.
+
+    Args:
+        problem: What was solved.
+        state: Its factorisation.
+        curve: Relative loss per iteration.
+        course: How the search went.
+
+    Raises:
+        DataError: The factorisation is not finite.
+    """
+    if not -1e-3 < state.loss < math.inf:
+        raise DataError(
+            f"fishers: the factorisation broke down numerically (relative loss {state.loss:.3g}); "
+            "use dtype='float64', or fewer components"
+        )
+    f, fishers, scaled = state.frozen, problem.fishers, problem.scaled
+    total = state.W[:, f:].double().sum(0)
+    order = torch.cat([torch.arange(f, device=total.device), f + torch.argsort(total, descending=True, stable=True)])
+    state = replace(state.keep(order), loss=state.loss)
+    vectors = problem.space.vectors(state.coords).double()
+    norms = vectors.norm(dim=1).clamp_min(1e-30)
+    W = state.W.cpu().float().clone()
+    W[torch.from_numpy(scaled.fisher_norms == 0)] = 0
+    weights = problem.row_weights(state, norms)
+    return Components(
+        kind=fishers.kind,
+        coefficients=W.numpy(),
+        vectors=(vectors / norms[:, None]).float().contiguous().numpy(),
+        columns=scaled.columns,
+        block_weights=scaled.block_weights,
+        parameters=fishers.parameters,
+        labels=np.asarray(fishers.labels),
+        logits=np.asarray(fishers.logits),
+        ids=np.asarray(fishers.ids),
+        norms=np.asarray(fishers.norms),
+        loss_curve=np.asarray(curve, np.float64),
+        loss=float(state.loss),
+        provenance={
+            "fishers": fishers.provenance,
+            "options": asdict(problem.options),
+            "normalize": problem.options.normalize,
+            "course": course,
+        },
+        row_weights=weights,
+        row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
+    )

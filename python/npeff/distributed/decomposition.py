@@ -140,7 +140,7 @@ class _Shared(Problem):
         if W is None or norms is None:
             return None
         self.fishers, self.scaled = fishers, replace(self.scaled, fisher_norms=norms.numpy())
-        return self.components(replace(state, W=W.to(state.W.device)), curve, course)
+        return decomposition.components_of(self, replace(state, W=W.to(state.W.device)), curve, course)
 
 
 class _SharedCheckpoint(Checkpoint):

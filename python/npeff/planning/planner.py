@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -20,70 +18,11 @@ from npeff.errors import ArgumentError, DataError
 from npeff.fishers import Kind
 from npeff.gradients.factors import Basis, Labels, Likelihood
 from npeff.memory import available_bytes, parse_bytes
-from npeff.planning.advice import Advice, advise
-from npeff.planning.choices import TOP_KS, Choice, Trials, ways, weigh
+from npeff.planning.advice import advise
+from npeff.planning.choices import TOP_KS, Trials, ways, weigh
+from npeff.planning.estimate import Plan, Source
 from npeff.planning.solving import dense_operation, step_seconds
 from npeff.planning.trial import Trial, first_batches, writing
-
-Source = Literal["given", "counted", "upper bound"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a computation will take; ``str(plan)`` is a table for the terminal.
-
-    Attributes:
-        model: Its class.
-        n_parameters: Selected parameters, m.
-        n_examples: Examples reckoned with.
-        examples_from: ``"given"``, ``"counted"``, or an ``"upper bound"`` from the number of batches.
-        n_outputs: Logits, C.
-        passes: Backward passes per example, mean over the trial's examples.
-        passes_vary: Whether they differ between examples.
-        coverage: Per parameter, the gradient rule that serves it, and why.
-        batch_size: Examples per batch, mean over the trial.
-        trial_batches: Batches that were computed.
-        one_off_seconds: Start, choice of rules and self-check: once per run.
-        seconds_per_example: After that, of the first kind asked for.
-        write_rate: Bytes per second to disk, merging included.
-        process_bytes: Held before: Python, torch, the model, the first batches.
-        memory: Bytes of memory reckoned with.
-        disk: Bytes of disk reckoned with.
-        choices: The ways to keep the Fishers.
-        advice: Recommended ones, each with its reason.
-    """
-
-    model: str
-    n_parameters: int
-    n_examples: int
-    examples_from: Source
-    n_outputs: int
-    passes: float
-    passes_vary: bool
-    coverage: list[dict[str, str]]
-    batch_size: float
-    trial_batches: int
-    one_off_seconds: float
-    seconds_per_example: float
-    write_rate: float
-    process_bytes: int
-    memory: int
-    disk: int
-    choices: list[Choice]
-    advice: list[Advice]
-
-    def to_json(self) -> str:
-        """Everything, as one JSON document."""
-        described = asdict(self)
-        for choice, own in zip(described["choices"], self.choices, strict=True):
-            choice["compress"] = None if own.compress is None else {type(own.compress).__name__: choice["compress"]}
-        return json.dumps(described, indent=1)
-
-    def __str__(self) -> str:
-        """The table."""
-        from npeff.planning.table import plan_table
-
-        return plan_table(self)
 
 
 def plan(

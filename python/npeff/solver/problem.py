@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -15,10 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from npeff.components import Components
 from npeff.devices import usable_device
 from npeff.distributed.place import comm_of
-from npeff.errors import ArgumentError, DataError
+from npeff.errors import ArgumentError
 from npeff.fishers import Fishers
 from npeff.rows import DenseRows, GramRows
 from npeff.solver import published_algorithm
@@ -189,59 +187,21 @@ class Problem:
             self.form, self.options.n_components, self.options.published, generator, report
         )
 
-    def components(self, state: State, curve: list[float], course: dict[str, Any]) -> Components:
-        """Components in parameter space, new ones ordered by total coefficient.
-
-        Raises:
-            DataError: The factorisation is not finite.
-        """
-        if not -1e-3 < state.loss < math.inf:
-            raise DataError(
-                f"fishers: the factorisation broke down numerically (relative loss {state.loss:.3g}); "
-                "use dtype='float64', or fewer components"
-            )
-        f, fishers = state.frozen, self.fishers
-        total = state.W[:, f:].double().sum(0)
-        order = torch.cat(
-            [torch.arange(f, device=total.device), f + torch.argsort(total, descending=True, stable=True)]
-        )
-        state = replace(state.keep(order), loss=state.loss)
-        vectors = self.space.vectors(state.coords).double()
-        norms = vectors.norm(dim=1).clamp_min(1e-30)
-        vectors = (vectors / norms[:, None]).float()
-        W = state.W.cpu().float().clone()
-        W[torch.from_numpy(self.scaled.fisher_norms == 0)] = 0
-        weights = self._row_weights(state, norms) if fishers.kept_elsewhere and not f else None
-        chosen = asdict(self.options)
-        return Components(
-            kind=fishers.kind,
-            coefficients=W.numpy(),
-            vectors=vectors.contiguous().numpy(),
-            columns=self.scaled.columns,
-            block_weights=self.scaled.block_weights,
-            parameters=fishers.parameters,
-            labels=np.asarray(fishers.labels),
-            logits=np.asarray(fishers.logits),
-            ids=np.asarray(fishers.ids),
-            norms=np.asarray(fishers.norms),
-            loss_curve=np.asarray(curve, np.float64),
-            loss=float(state.loss),
-            provenance={
-                "fishers": fishers.provenance,
-                "options": chosen,
-                "normalize": self.options.normalize,
-                "course": course,
-            },
-            row_weights=weights,
-            row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
-        )
-
-    def _row_weights(self, state: State, norms: Tensor) -> Array:
+    def row_weights(self, state: State, norms: Tensor) -> Array | None:
         """``(n_rows, r)``: the unit vectors as combinations of the stored rows.
 
         Over K these are the coordinates. Elsewhere they follow from stationarity, ``G = M⁻¹ (W∘P)ᵀ A`` with
         ``M = WᵀW ∘ Q``.
+
+        Args:
+            state: The factorisation.
+            norms: ``(r,)`` norms of its vectors, which are divided out.
+
+        Returns:
+            None where the rows are in parameter space, so that the vectors say it all, or some vectors are frozen.
         """
+        if not self.fishers.kept_elsewhere or state.frozen:
+            return None
         form = self.form
         assert isinstance(form, LowRank)
         if isinstance(self.space, GramSpace):

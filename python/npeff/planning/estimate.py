@@ -1,19 +1,77 @@
-"""A plan as text for the terminal."""
+"""What a computation will take: the result of planning, as numbers and as a table for the terminal."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from npeff.memory import format_bytes
-
-if TYPE_CHECKING:
-    from npeff.planning.choices import Choice
-    from npeff.planning.planner import Plan
+from npeff.planning.advice import Advice
+from npeff.planning.choices import Choice
 
 SLOW = ("torch.func", "loop")
 SHOWN = 8
+
+Source = Literal["given", "counted", "upper bound"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a computation will take; ``str(plan)`` is a table for the terminal.
+
+    Attributes:
+        model: Its class.
+        n_parameters: Selected parameters, m.
+        n_examples: Examples reckoned with.
+        examples_from: ``"given"``, ``"counted"``, or an ``"upper bound"`` from the number of batches.
+        n_outputs: Logits, C.
+        passes: Backward passes per example, mean over the trial's examples.
+        passes_vary: Whether they differ between examples.
+        coverage: Per parameter, the gradient rule that serves it, and why.
+        batch_size: Examples per batch, mean over the trial.
+        trial_batches: Batches that were computed.
+        one_off_seconds: Start, choice of rules and self-check: once per run.
+        seconds_per_example: After that, of the first kind asked for.
+        write_rate: Bytes per second to disk, merging included.
+        process_bytes: Held before: Python, torch, the model, the first batches.
+        memory: Bytes of memory reckoned with.
+        disk: Bytes of disk reckoned with.
+        choices: The ways to keep the Fishers.
+        advice: Recommended ones, each with its reason.
+    """
+
+    model: str
+    n_parameters: int
+    n_examples: int
+    examples_from: Source
+    n_outputs: int
+    passes: float
+    passes_vary: bool
+    coverage: list[dict[str, str]]
+    batch_size: float
+    trial_batches: int
+    one_off_seconds: float
+    seconds_per_example: float
+    write_rate: float
+    process_bytes: int
+    memory: int
+    disk: int
+    choices: list[Choice]
+    advice: list[Advice]
+
+    def to_json(self) -> str:
+        """Everything, as one JSON document."""
+        described = asdict(self)
+        for choice, own in zip(described["choices"], self.choices, strict=True):
+            choice["compress"] = None if own.compress is None else {type(own.compress).__name__: choice["compress"]}
+        return json.dumps(described, indent=1)
+
+    def __str__(self) -> str:
+        """The table."""
+        return plan_table(self)
 
 
 def plan_table(plan: Plan) -> str:
