@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from npeff.cli.common import WRITABLE, command, misused, note, quiet, seed, size, unruled
+from npeff.cli.fisher_options import fisher_options, understood
 from npeff.cli.processes import first, several
 
 DEFAULT_TOP_K = 65_536
@@ -62,55 +63,8 @@ DEFAULT_TOP_K = 65_536
     is_flag=True,
     help="Keep exact inner products of the rows, and no rows; instead of --top-k.",
 )
-@click.option(
-    "--basis",
-    type=click.Choice(["reduced", "class"]),
-    default="reduced",
-    show_default=True,
-    help="Rows of a low-rank Fisher: C−1 exact ones, or one per class as published.",
-)
-@click.option("--rank", type=click.IntRange(min=1), help="At most this many rows per example (basis reduced).")
-@click.option(
-    "--energy",
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Rows that hold this share of the trace (basis reduced).",
-)
-@click.option("--min-prob", type=click.FloatRange(0, 1), help="Only classes at least this likely (basis class).")
-@click.option("--max-classes", type=click.IntRange(min=1), help="At most this many classes per example (basis class).")
-@click.option(
-    "--labels",
-    type=click.Choice(["expected", "sampled", "true"]),
-    default="expected",
-    show_default=True,
-    help="Expectation over the model's labels, draws from them, or the empirical Fisher.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Draws per example, for --labels sampled.",
-)
-@click.option(
-    "--likelihood",
-    type=click.Choice(["categorical", "bernoulli", "gaussian"]),
-    default="categorical",
-    show_default=True,
-    help="What the outputs parametrise.",
-)
-@click.option(
-    "--parameters",
-    multiple=True,
-    metavar="PATTERN",
-    help="Only parameters whose name matches, as in 'layer4.*'; repeatable.",
-)
-@click.option(
-    "--forward",
-    metavar="TARGET",
-    help="module:callable for (model, batch) -> logits, where model(inputs) is not enough.",
-)
+@fisher_options
 @click.option("--max-examples", type=click.IntRange(min=1), help="Stop after this many.")
-@click.option("--device", help="cpu, cuda, cuda:1 …  [default: where the model is]")
 @seed
 @quiet
 def fishers(
@@ -122,7 +76,6 @@ def fishers(
     sketch_form: str,
     exact: bool,
     gram_only: bool,
-    samples: int,
     parameters: tuple[str, ...],
     forward: str | None,
     quiet: bool,
@@ -149,7 +102,7 @@ def fishers(
     if sketch_form != "flat" and not sketch:
         misused("--sketch-form belongs to --sketch")
     import npeff
-    from npeff.targets import load_data, load_model, load_object
+    from npeff.targets import load_data, load_model
 
     if first():
         _announce(out)
@@ -162,12 +115,9 @@ def fishers(
         load_model(model),
         load_data(data),
         compress=_compression(top_k, sketch, sketch_form, options["seed"], exact, gram_only),
-        n_samples=samples,
-        parameters=list(parameters) or None,
-        forward=load_object(forward, "--forward") if forward else None,
         out=out,
         progress=not quiet,
-        **options,
+        **understood(options, parameters, forward),
     )
     if not first():
         return

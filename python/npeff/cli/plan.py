@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from npeff.cli.common import WRITABLE, command
+from npeff.cli.fisher_options import fisher_options, understood
 
 
 @command(
@@ -43,31 +44,7 @@ from npeff.cli.common import WRITABLE, command
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Where the file will be: its disk is timed.  [default: the temporary folder]",
 )
-@click.option(
-    "--basis",
-    type=click.Choice(["reduced", "class"]),
-    default="reduced",
-    show_default=True,
-    help="As for npeff fishers.",
-)
-@click.option("--rank", type=click.IntRange(min=1), help="As for npeff fishers.")
-@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="As for npeff fishers.")
-@click.option("--min-prob", type=click.FloatRange(0, 1), help="As for npeff fishers; takes the basis of classes.")
-@click.option("--max-classes", type=click.IntRange(min=1), help="As for npeff fishers; takes the basis of classes.")
-@click.option("--labels", type=click.Choice(["expected", "sampled", "true"]), default="expected", show_default=True)
-@click.option(
-    "--samples", "n_samples", type=click.IntRange(min=1), default=1, show_default=True, help="For --labels sampled."
-)
-@click.option(
-    "--likelihood",
-    type=click.Choice(["categorical", "bernoulli", "gaussian"]),
-    default="categorical",
-    show_default=True,
-    help="What the outputs parametrise.",
-)
-@click.option("--parameters", multiple=True, metavar="PATTERN", help="As for npeff fishers; repeatable.")
-@click.option("--forward", metavar="TARGET", help="module:callable for (model, batch) -> logits.")
-@click.option("--device", help="cpu, cuda, cuda:1 …  [default: where the model is]")
+@fisher_options
 @click.option("--json", "json_file", type=WRITABLE, metavar="FILE", help="Write the plan as JSON too.")
 def plan(
     model: str,
@@ -83,16 +60,12 @@ def plan(
     are as for npeff fishers.
     """
     import npeff
-    from npeff.targets import load_data, load_model, load_object
+    from npeff.targets import load_data, load_model
 
-    if options["min_prob"] is not None or options["max_classes"] is not None:
-        options["basis"] = "class"
     result = npeff.plan(
         load_model(model),
         load_data(data),
-        parameters=list(parameters) or None,
-        forward=load_object(forward, "--forward") if forward else None,
-        **options,
+        **understood(options, parameters, forward),
     )
     click.echo(str(result))
     if json_file is not None:
