@@ -72,7 +72,7 @@ def test_smooth_models(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["--example", "7"], 1, "--example: DATA has 7 examples, got 7"),
+        (["--example", "7"], 1, "data: it has 7 examples, and example 7 is asked for"),
         (["--output", "3"], 2, "--output: expected a position below 3, got 3"),
         (["--at", "layer"], 1, "at: expected 'input' or the name of a layer, got 'layer'"),
         (["--out", "p.txt"], 2, "--out: expected a name ending in .png or .svg or .pdf"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +185,35 @@ def _count(content: Any, labels: Tensor | None, number: int) -> int:
     if sizes[0] == 0:
         raise DataError(f"data: batch {number} is empty")
     return sizes[0]
+
+
+def examples_at(data: Iterable[Any], positions: Sequence[int], device: torch.device | None = None) -> list[Batch]:
+    """The examples at some positions of the data, each as a batch of one, in the order asked for.
+
+    Args:
+        data: Batches, read until all are found.
+        positions: From 0 over all batches.
+        device: Where they go; the CPU by default.
+
+    Raises:
+        DataError: The data ends before, or a batch cannot be cut.
+    """
+    wanted = [int(i) for i in positions]
+    found: dict[int, Batch] = {}
+    start = 0
+    for number, raw in enumerate(check_data(data)):
+        if len(found) == len(set(wanted)):
+            break
+        batch = read_batch(raw, device or torch.device("cpu"), number, True)
+        for i in set(wanted):
+            if start <= i < start + batch.n_examples:
+                if not batch.sliceable and batch.n_examples > 1:
+                    raise DataError(f"data: batch {number} cannot be cut into examples; pass batches of one example")
+                found[i] = batch.take(slice(i - start, i - start + 1))
+        start += batch.n_examples
+    if missing := [i for i in wanted if i not in found]:
+        raise DataError(f"data: it has {start} examples, and example {max(missing)} is asked for; the first one is 0")
+    return [found[i] for i in wanted]
 
 
 def batch_digest(batch: Batch) -> str:

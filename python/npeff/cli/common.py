@@ -122,3 +122,28 @@ def wants(loaded: Any, kind: str, path: Path) -> Any:
         how = {"Fishers": "npeff fishers", "Components": "npeff decompose"}[kind]
         misused(f"{path} holds {name}, expected {kind} (made by: {how})")
     return loaded
+
+
+def components_of(text: str) -> tuple[Any, list[int]]:
+    """What ``--component FILE:J[,J…]`` names: the components, and which; ends with exit status 2 otherwise."""
+    import npeff
+
+    path, _, numbers = text.rpartition(":")
+    if not path or not all(number.strip().isdigit() for number in numbers.split(",")):
+        misused(f"--component: expected FILE:J such as components.h5:3, or FILE:J,J,…, got {text!r}")
+    if not Path(path).exists():
+        misused(f"--component: there is no file {path}")
+    components = wants(npeff.load(Path(path)), "Components", Path(path))
+    chosen = [int(number) for number in numbers.split(",")]
+    if max(chosen) >= components.n_components:
+        misused(f"--component: {path} has components 0 to {components.n_components - 1}, got {max(chosen)}")
+    return components, chosen
+
+
+def for_report(out: Path, data: str | None = None, **found: Any) -> None:
+    """Write what a report shows of components to JSON, and tell how it gets there."""
+    from npeff.reports import save_extras
+
+    save_extras(out, **found)
+    more = f" --influence-data {data}" if data else ""
+    click.echo(f"{out}: for npeff report … --extras {out}{more}")

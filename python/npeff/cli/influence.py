@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from npeff.cli.common import WRITABLE, command, misused, note, quiet, wants
+from npeff.cli.common import WRITABLE, command, components_of, for_report, misused, note, quiet
 
 if TYPE_CHECKING:
     from npeff.companions.influence.losses import Loss
@@ -22,12 +22,13 @@ SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", 
         npeff influence train.py:model train.py:train train.py:test --weight-decay 1e-4 --out scores.h5
         npeff influence v.py:model v.py:train v.py:test --train-loss v.py:elbo --test-loss v.py:error --out s.csv
         npeff influence train.py:model train.py:train train.py:data --component components.h5:3 --out behind_3.h5
+        npeff influence train.py:model train.py:train train.py:data --component components.h5:3,7 --out behind.json
     """
 )
 @click.argument("model", metavar="MODEL")
 @click.argument("train", metavar="TRAIN")
 @click.argument("test", metavar="TEST")
-@click.option("--out", type=WRITABLE, required=True, help="Ending in .h5 (streamed), .npz or .csv.")
+@click.option("--out", type=WRITABLE, required=True, help="Ending in .h5 (streamed), .npz or .csv; .json for a report.")
 @click.option(
     "--train-loss",
     default="cross_entropy",
@@ -39,7 +40,8 @@ SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", 
 @click.option(
     "--component",
     metavar="FILE:J",
-    help="Ask about component J's coefficient on its top examples instead; TEST is the data of its Fishers.",
+    help="Ask about component J's coefficient on its top examples instead; TEST is the data of its Fishers. "
+    "Several, FILE:J,J,…, with an --out that ends in .json.",
 )
 @click.option(
     "--solver",
@@ -93,7 +95,10 @@ def influence(
     from npeff.storage.files import check_target
     from npeff.targets import load_data, load_model
 
-    check_target(check_path(out))
+    for_pages = out.suffix.lower() == ".json"
+    if for_pages and not component:
+        misused("--out: .json is what a report shows of components; give --component, or another ending")
+    check_target(out if for_pages else check_path(out))
     options |= {
         "parameters": list(parameters) or None,
         "solver": _solver(solver, train_loss, tolerance),
@@ -105,9 +110,18 @@ def influence(
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         if component:
-            components, j = _component(component)
-            found = component_influence(made, components, j, train_data, test_data, train_loss=trained, **options)
-            scores = found.scores
+            components, chosen = components_of(component)
+            if len(chosen) > 1 and not for_pages:
+                misused("--component: several components need an --out that ends in .json")
+            fitted = CrossLossInfluence(made, trained, **options).fit(train_data)
+            behind = {
+                j: component_influence(made, components, j, train_data, test_data, train_loss=trained, fitted=fitted)
+                for j in chosen
+            }
+            if for_pages:
+                for_report(out, train, influences=behind)
+                return
+            scores = behind[chosen[0]].scores
             scores.save(out)
         else:
             scores = CrossLossInfluence(made, trained, asked, **options).scores(train_data, test_data, out=out)
@@ -147,15 +161,3 @@ def _solver(name: str, train_loss: str, tolerance: float | None) -> Solver | str
             f"{', '.join(NAMED_OUTPUT_LOSSES)}; use cg, ekfac or empirical-fisher, or Python's GaussNewton(…)"
         )
     return (EKFAC if name == "ekfac" else GaussNewton)(model_outputs, NAMED_OUTPUT_LOSSES[train_loss])
-
-
-def _component(text: str) -> tuple[Any, int]:
-    import npeff
-
-    path, _, number = text.rpartition(":")
-    if not path or not number.isdigit():
-        misused(f"--component: expected FILE:J such as components.h5:3, got {text!r}")
-    file = Path(path)
-    if not file.exists():
-        misused(f"--component: there is no file {path}")
-    return wants(npeff.load(file), "Components", file), int(number)

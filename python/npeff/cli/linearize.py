@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from npeff.cli.common import WRITABLE, command, misused, note
+from npeff.cli.common import WRITABLE, command, components_of, for_report, misused, note
 
 if TYPE_CHECKING:
     from npeff.companions.linearize import LinearMap
@@ -21,6 +21,7 @@ SHOWN = 12
         npeff linearize train.py:model train.py:data --example 17 --output 3 --out example17.png
         npeff linearize train.py:model train.py:data --at layer3 --table contributions.csv
         npeff linearize bert.py:model bert.py:batches --at embeddings --smooth freeze
+        npeff linearize train.py:model train.py:data --component components.h5:3,7 --top 6 --out pixels.json
     """
 )
 @click.argument("model", metavar="MODEL")
@@ -35,7 +36,19 @@ SHOWN = 12
     show_default=True,
     help="What to do where the model is not piecewise linear.",
 )
-@click.option("--out", type=WRITABLE, help="Picture to write: .png, .svg or .pdf.")
+@click.option(
+    "--component",
+    metavar="FILE:J",
+    help="Instead: what in the top examples of component J (or several, FILE:J,J,…) speaks for it; DATA is the data of "
+    "its Fishers.",
+)
+@click.option("--top", type=click.IntRange(min=1), default=4, show_default=True, help="Examples per component.")
+@click.option(
+    "--embed",
+    metavar="TARGET",
+    help="module:callable for (model, inputs) -> (1, t, d), where inputs are tokens; --forward takes what it gives.",
+)
+@click.option("--out", type=WRITABLE, help="Picture to write: .png, .svg or .pdf; with --component .json for a report.")
 @click.option("--table", type=WRITABLE, help="Table to write: .csv, every contribution of the input and of the biases.")
 @click.option(
     "--forward",
@@ -52,13 +65,21 @@ def linearize(
     out: Path | None,
     table: Path | None,
     forward: str | None,
+    component: str | None,
+    top: int,
+    embed: str | None,
 ) -> None:
     """Split an output of MODEL on one example of DATA into what each input number and each bias contributed.
 
     A piecewise linear network (ReLU, max-pooling, convolutions, batch normalisation in evaluation mode, …) is exactly
     F(x) = W·x + b around x. MODEL and DATA are module:callable or file.py:callable, as for npeff fishers.
     """
-    for option, path, suffixes in (("--out", out, (".png", ".svg", ".pdf")), ("--table", table, (".csv",))):
+    endings = (".json",) if component else (".png", ".svg", ".pdf")
+    if component and out is None:
+        misused("--component: give --out, a name ending in .json")
+    if embed and not (component and forward):
+        misused("--embed belongs to --component, and needs --forward for what the model does with it")
+    for option, path, suffixes in (("--out", out, endings), ("--table", table, (".csv",))):
         if path is not None and path.suffix.lower() not in suffixes:
             misused(f"{option}: expected a name ending in {' or '.join(suffixes)}, got {path}")
     from npeff.companions.linearize.linearizing import linearize
@@ -71,8 +92,18 @@ def linearize(
             refuse_npeff_file(path)
             check_target(path)
     net = load_model(model)
-    inputs = _example(net, load_data(data), example)
     function = load_object(forward, "--forward") if forward else None
+    if component and out:
+        from npeff.companions.linearize import attribute_top_examples
+
+        components, chosen = components_of(component)
+        given = load_object(embed, "--embed") if embed else None
+        found = attribute_top_examples(
+            net, components, load_data(data), chosen, top, embed=given, forward=function, smooth=smooth
+        )
+        for_report(out, attributions=found)
+        return
+    inputs = _example(net, load_data(data), example)
     linear = linearize(net, inputs, at=at, smooth=smooth, batched=True, forward=function)
     n_outputs = linear.output.shape[1]
     if output is not None and output >= n_outputs:
@@ -89,27 +120,17 @@ def linearize(
 
 
 def _example(net: Any, data: Any, wanted: int) -> Any:
-    """The inputs of one example, as a batch of one.
-
-    Raises:
-        DataError: The data ends before it.
-    """
+    """The inputs of one example, as a batch of one."""
     import torch
 
-    from npeff.batches import check_data, read_batch
-    from npeff.errors import DataError
+    from npeff.batches import examples_at
 
     first = next(iter((*net.parameters(), *net.buffers())), None)
-    start = 0
-    for number, raw in enumerate(check_data(data)):
-        batch = read_batch(raw, first.device if first is not None else torch.device("cpu"), number, any_layout=True)
-        if wanted < start + batch.n_examples:
-            inputs = batch.take(slice(wanted - start, wanted - start + 1)).inputs
-            if isinstance(inputs, (tuple, list)):
-                return inputs[0] if len(inputs) == 1 else tuple(inputs)
-            return inputs
-        start += batch.n_examples
-    raise DataError(f"--example: DATA has {start} examples, got {wanted}; the first one is 0")
+    (batch,) = examples_at(data, [wanted], first.device if first is not None else torch.device("cpu"))
+    inputs = batch.inputs
+    if isinstance(inputs, (tuple, list)):
+        return inputs[0] if len(inputs) == 1 else tuple(inputs)
+    return inputs
 
 
 def _tell(linear: LinearMap, example: int, output: int) -> None:

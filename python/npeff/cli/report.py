@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     examples="""
         npeff report components.h5 --data train.py:data --out report/
         npeff report components.h5 --data train.py:data --class-names cat,dog,bird --out birds.html
-        npeff report components.h5 --data train.py:data --extras measured.json --collages --latex
+        npeff report components.h5 --data train.py:data --extras pixels.json --extras behind.json --collages --latex
         npeff report components.h5 --out numbers.html
     """
 )
@@ -61,8 +61,9 @@ if TYPE_CHECKING:
 @click.option(
     "--extras",
     type=EXISTING,
+    multiple=True,
     metavar="FILE",
-    help="JSON with effects, trust and influences, to show on the pages.",
+    help="JSON with effects, trust, attributions and influences, to show on the pages; repeatable.",
 )
 @click.option(
     "--influence-data", metavar="DATA", help="module:callable for the training data that the influences are about."
@@ -82,7 +83,7 @@ def report(
     tokenizer: str | None,
     strategies: int | None,
     heads: int | None,
-    extras: Path | None,
+    extras: tuple[Path, ...],
     influence_data: str | None,
     size_limit: int | None,
     seed: int,
@@ -119,7 +120,7 @@ def report(
         size_limit=size_limit * 1_000_000 if size_limit else None,
         seed=seed,
         progress=not quiet,
-        **(load_extras(extras) if extras else {}),
+        **load_extras(*extras),
     )
     total = _bytes_of(page, out)
     click.echo(f"{page}: {components.n_components} components, {size(total)}")

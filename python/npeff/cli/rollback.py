@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, misused, note, quiet, seed, size
+from npeff.cli.common import EXISTING, WRITABLE, command, components_of, for_report, misused, note, quiet, seed, size
 
 if TYPE_CHECKING:
     from npeff.companions.rollback import Explanation, Record, Vocabulary
@@ -32,6 +32,7 @@ FIELDS = (
     examples="""
         npeff rollback train.txt --record record.h5
         npeff rollback record.h5 --targets test.txt -k 10 --out explanations.tsv
+        npeff rollback record.h5 --targets data.txt --component components.h5:3,7 --out behind.json
         npeff rollback train.txt --model complex --dim 32 --epochs 20 --targets test.txt --predicted --check
     """
 )
@@ -40,7 +41,17 @@ FIELDS = (
 @click.option("--predicted", is_flag=True, help="Explain the predicted tails in place of the given ones.")
 @click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Training triples per target.")
 @click.option("--check", is_flag=True, help="Leave the explanations out, train again, and tell what changed.")
-@click.option("--out", type=WRITABLE, help="Tab-separated file of explanations.  [default: print them]")
+@click.option(
+    "--component",
+    metavar="FILE:J",
+    help="Instead: the training triples behind component J (or several, FILE:J,J,…), over its K top examples; the "
+    "triples of --targets are those whose Fishers were computed, in their order.",
+)
+@click.option(
+    "--out",
+    type=WRITABLE,
+    help="Tab-separated file of explanations; with --component .json for a report.  [default: print them]",
+)
 @click.option("--record", "record_path", type=WRITABLE, help="Keep the record of the training in this file.")
 @click.option(
     "--model", "kind", type=click.Choice(["distmult", "complex"]), default="distmult", show_default=True, help="Score."
@@ -67,6 +78,7 @@ def rollback(
     check: bool,
     out: Path | None,
     record_path: Path | None,
+    component: str | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -78,6 +90,12 @@ def rollback(
     """
     if targets is None and (record_path is None or out or check or predicted):
         misused("give --targets to explain, or --record to keep the record of a training for later")
+    if component and (targets is None or check or predicted):
+        misused(
+            "--component: give --targets, the triples whose Fishers were computed; it goes without the other options"
+        )
+    if component and (out is None or out.suffix.lower() != ".json"):
+        misused("--component: give --out, a name ending in .json")
     from npeff.companions import rollback as companion
 
     is_record = path.read_bytes()[:4] == b"\x89HDF" if path.is_file() else False
@@ -95,6 +113,11 @@ def rollback(
     method = companion.GradientRollback(record.model(), record)
     wanted = companion.read_triples(targets)
     rows = names.encode([(h, r, h if t == "?" else t) for h, r, t in wanted], str(targets))
+    if component and out:
+        components, chosen = components_of(component)
+        behind = {j: companion.component_rollback(method, components, j, rows, k) for j in chosen}
+        for_report(out, influences=behind)
+        return
     guesses = method.predictions(rows)
     open_ = [i for i, (_, _, tail) in enumerate(wanted) if predicted or tail == "?"]
     rows[open_] = guesses[open_]

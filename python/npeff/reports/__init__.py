@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npeff.reports.collage import collage
-from npeff.reports.extras import Effect, Trust, load_extras
+from npeff.reports.extras import Effect, Influences, Trust
+from npeff.reports.extras_file import load_extras, save_extras
 from npeff.reports.latex import latex
 from npeff.storage.files import path_of
 
@@ -64,8 +65,11 @@ def report(
             ``kl_baseline``; see :class:`npeff.reports.extras.Effect`.
         trust: Stability of the components, the null model, held-out losses, explained shares; see
             :func:`npeff.reports.extras.trust_of`.
-        attributions: ``(component, index of an example)`` → array of the shape of the input, or a number per token.
-        influences: Component → pairs (position in ``influence_data``, score).
+        attributions: ``(component, index of an example)`` → array of the shape of the input, or a number per token:
+            what :func:`npeff.companions.linearize.attribute_top_examples` returns.
+        influences: Component → pairs (position in ``influence_data``, score), or what
+            :func:`npeff.companions.influence.component_influence` or
+            :func:`npeff.companions.rollback.component_rollback` returned.
         influence_data: The training data, to show what is influential.
         heads: Attention heads per layer, to show which carry a component; or a mapping from patterns of parameter
             names to numbers of heads.
@@ -118,4 +122,4 @@ def report(
     return path
 
 
-__all__ = ["Effect", "Trust", "collage", "latex", "load_extras", "report"]
+__all__ = ["Effect", "Influences", "Trust", "collage", "latex", "load_extras", "report", "save_extras"]

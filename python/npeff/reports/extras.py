@@ -5,10 +5,8 @@ Every input may be a plain mapping or sequence, as read from JSON, or the object
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +18,8 @@ if TYPE_CHECKING:
     from npeff.components import Components
 
 Array = npt.NDArray[Any]
-
-FILE_KEYS = ("effects", "trust", "influences")
+INFLUENCES = 12
+"""Training examples shown on a component's page."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,21 @@ class Trust:
 
 
 @dataclass(frozen=True)
+class Influences:
+    """The training examples behind a component.
+
+    Attributes:
+        pairs: ``(position in the training data, score)`` by falling magnitude.
+        by: What a score is, for the page.
+        texts: What to print of an example, by position, where ``influence_data`` does not show it.
+    """
+
+    pairs: list[tuple[int, float]]
+    by: str = "+ towards, − away from it"
+    texts: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Extras:
     """All optional inputs, checked.
 
@@ -73,13 +86,13 @@ class Extras:
         trust: See :class:`Trust`.
         attributions: ``(component, index of the example)`` → array of the shape of the example's input (or one
             number per token), positive where the input speaks for the component.
-        influences: Per component, ``(position in the training data, score)`` by falling magnitude.
+        influences: Per component.
     """
 
     effects: Mapping[int, Effect] = field(default_factory=dict)
     trust: Trust = field(default_factory=Trust)
     attributions: Mapping[tuple[int, int], Array] = field(default_factory=dict)
-    influences: Mapping[int, list[tuple[int, float]]] = field(default_factory=dict)
+    influences: Mapping[int, Influences] = field(default_factory=dict)
 
 
 def read_extras(
@@ -97,27 +110,8 @@ def read_extras(
         {_component(j, r, "effects"): effect_of(j, value) for j, value in _items(effects, "effects")},
         trust_of(trust, r, n),
         {_pair(key, r, n): _numbers(value, f"attributions[{key}]") for key, value in drawings},
-        {_component(j, r, "influences"): _scores(j, value) for j, value in _items(influences, "influences")},
+        {_component(j, r, "influences"): influences_of(j, value) for j, value in _items(influences, "influences")},
     )
-
-
-def load_extras(path: str | Path) -> dict[str, Any]:
-    """Read ``effects``, ``trust`` and ``influences`` from a JSON file, ready for :func:`npeff.report`.
-
-    Args:
-        path: A JSON object with any of these keys.
-
-    Raises:
-        ArgumentError: The file is no such JSON.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArgumentError(f"{path}: expected a JSON file with {', '.join(FILE_KEYS)} ({error})") from error
-    if not isinstance(content, dict) or not set(content) <= set(FILE_KEYS):
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ArgumentError(f"{path}: expected a JSON object with any of {', '.join(FILE_KEYS)}, got {found}")
-    return content
 
 
 def effect_of(j: Any, value: Any) -> Effect:
@@ -137,6 +131,35 @@ def effect_of(j: Any, value: Any) -> Effect:
 
 
 _CURVES = ("magnitudes", "kl_top", "kl_baseline")
+
+
+def influences_of(j: Any, value: Any) -> Influences:
+    """One component's influences.
+
+    Args:
+        j: The component, for messages.
+        value: Pairs (position, score), or a mapping from positions to scores; a mapping with ``pairs`` and perhaps
+            ``by`` and ``texts``; or what ``component_influence`` or ``component_rollback`` returned.
+
+    Raises:
+        ArgumentError: It is none of these.
+    """
+    name = f"influences[{j}]"
+    by, texts, pairs = None, {}, value
+    if hasattr(value, "pairs"):
+        if getattr(value, "j", int(j)) != int(j):
+            raise ArgumentError(f"{name}: is about component {value.j}")
+        pairs, by = value.pairs(INFLUENCES), value.by
+        told = getattr(value, "text", lambda position: None)
+        texts = {i: text for i, _ in pairs if (text := told(i)) is not None}
+    elif isinstance(value, Mapping) and "pairs" in value:
+        pairs, by, texts = value["pairs"], value.get("by"), value.get("texts") or {}
+    elif isinstance(value, Mapping):
+        pairs = list(value.items())
+    if not isinstance(pairs, Sequence | np.ndarray) or not all(np.shape(pair) == (2,) for pair in pairs):
+        raise ArgumentError(f"{name}: expected pairs (position in the training data, score), got {value!r:.80}")
+    scores = sorted(((int(i), float(score)) for i, score in pairs), key=lambda item: (-abs(item[1]), item[0]))
+    return Influences(scores, by or Influences.by, {int(i): str(text) for i, text in dict(texts).items()})
 
 
 def trust_of(value: Any, r: int, n: int) -> Trust:
@@ -236,16 +259,6 @@ def _pair(key: Any, r: int, n: int) -> tuple[int, int]:
     if not isinstance(i, int | np.integer) or not 0 <= i < n:
         raise ArgumentError(f"attributions: expected examples 0 to {n - 1}, got {i!r}")
     return j, int(i)
-
-
-def _scores(j: Any, value: Any) -> list[tuple[int, float]]:
-    pairs = list(value.items()) if isinstance(value, Mapping) else value
-    if not isinstance(pairs, Sequence | np.ndarray) or not all(np.shape(pair) == (2,) for pair in pairs):
-        raise ArgumentError(
-            f"influences[{j}]: expected pairs (position in the training data, score), got {value!r:.80}"
-        )
-    scores = [(int(position), float(score)) for position, score in pairs]
-    return sorted(scores, key=lambda item: (-abs(item[1]), item[0]))
 
 
 def _numbers(value: Any, name: str) -> Array:

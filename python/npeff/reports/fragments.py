@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +13,15 @@ from markupsafe import Markup
 from npeff.reports.assets import environment
 from npeff.reports.book import Book
 from npeff.reports.energy import block_map, head_map
+from npeff.reports.extras import INFLUENCES, Influences
 from npeff.reports.figures import bars, effect_curve
 from npeff.reports.groups import Node
 from npeff.reports.images import uri_of
 from npeff.reports.relations import closest
 from npeff.reports.study import Study, doubts, node_address, node_heading
 from npeff.reports.summary import Summary, Top
+from npeff.reports.text import printable
 from npeff.reports.wording import ClassNames, percent
-
-if TYPE_CHECKING:
-    pass
 
 Array = npt.NDArray[Any]
 
@@ -31,7 +30,6 @@ THUMBS_SHARE = 0.2
 """What thumbnails may take of a single file's limit."""
 
 MEMBERS = 60  # components listed on a strategy's page
-INFLUENCES = 12
 PROFILED = range(2, 21)
 """Numbers of classes whose shares are drawn side by side in the overview."""
 
@@ -46,6 +44,7 @@ def component_page(study: Study, place: int) -> str:
         name: [study.gallery.show(top, names) for top in items]
         for name, items in (("shown", summary.top), ("middle", summary.middle), ("random", summary.random))
     }
+    influences = study.extras.influences.get(j, Influences([]))
     vector = study.components.vector(j) if study.heads is not None else np.zeros(0)
     context = {
         "s": summary,
@@ -71,15 +70,18 @@ def component_page(study: Study, place: int) -> str:
             {"j": j, "item": study.gallery.show(top, names), "drawn": what}
             for top, what in study.attributions.get(j, [])
         ],
-        "influences": [_influence(study, *pair) for pair in study.extras.influences.get(j, [])[:INFLUENCES]],
+        "influences": [_influence(study, influences, *pair) for pair in influences.pairs[:INFLUENCES]],
+        "influences_by": influences.by,
     }
     near = [study.summaries[p].j if 0 <= p < len(study.summaries) else None for p in (place - 1, place + 1)]
     return environment().get_template("component.html.j2").render(c=context, previous=near[0], next=near[1])
 
 
-def _influence(study: Study, position: int, score: float) -> dict[str, Any]:
-    nobody = Top(position, position, 0.0, -1, -1)
-    return {**study.training.show(nobody, study.names), "position": position, "score": score}
+def _influence(study: Study, influences: Influences, position: int, score: float) -> dict[str, Any]:
+    shown = study.training.show(Top(position, position, 0.0, -1, -1), study.names)
+    if shown["kind"] == "number" and position in influences.texts:
+        shown |= {"kind": "text", "start": printable(influences.texts[position]), "rest": ""}
+    return {**shown, "position": position, "score": score}
 
 
 def strategy_page(study: Study, node: Node) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 from npeff.errors import ArgumentError
 from npeff.reports.attribution import drawn
 from npeff.reports.energy import Heads
-from npeff.reports.extras import Extras
-from npeff.reports.fragments import INFLUENCES, THUMBS
+from npeff.reports.extras import INFLUENCES, Extras
+from npeff.reports.fragments import THUMBS
 from npeff.reports.gallery import Gallery
 from npeff.reports.groups import tree_of
 from npeff.reports.relations import coactivation, explained_shares
@@ -77,7 +77,7 @@ def investigate(
     if data is not None:
         wanted = set(ids.tolist()) if all_examples else shown | attributed
         gallery.fill(data, wanted, dict(zip(ids.tolist(), labels.tolist(), strict=True)), tokenizer, progress)
-    influential = {position for pairs in extras.influences.values() for position, _ in pairs[:INFLUENCES]}
+    influential = {position for found in extras.influences.values() for position, _ in found.pairs[:INFLUENCES]}
     training = Gallery(influential)
     if influence_data is not None:
         training.fill(influence_data, influential, {}, tokenizer)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from npeff import kernels
-from npeff.batches import call_model, check_data, read_batch
+from npeff.batches import call_model, examples_at, read_batch
 from npeff.companions.influence.estimator import CrossLossInfluence
 from npeff.companions.influence.losses import Loss, cross_entropy
 from npeff.companions.influence.scores import Array, Scores
@@ -177,9 +177,16 @@ class ComponentInfluence:
     examples: Array
     coefficients: Array
 
+    by: ClassVar[str] = "influence on its coefficients; + training on the example raises them"
+
     def made_by(self, k: int = 16) -> Array:
         """The training examples that raise the coefficients of the top examples most, summed over these."""
         return self.scores.top(k, direction="raises")
+
+    def pairs(self, k: int = 16) -> list[tuple[int, float]]:
+        """``(position, I)`` of the k training examples with most influence, summed over the top ones; for a report."""
+        totals = self.scores.values.sum(axis=1)
+        return [(int(i), float(totals[i])) for i in self.scores.top(k)]
 
 
 def component_influence(
@@ -229,7 +236,7 @@ def component_influence(
     examples = examples[components.coefficients[examples, j] > 0]
     if not len(examples):
         raise ArgumentError(f"j: component {j} has no example with a positive coefficient; choose another")
-    test = _take(data, components.ids[examples])
+    test = [batch.content for batch in examples_at(data, components.ids[examples].tolist())]
     if fitted is None:
         estimator = CrossLossInfluence(model, train_loss, function, parameters, **options)
     else:
@@ -240,27 +247,3 @@ def component_influence(
         estimator = fitted.with_test_loss(function)
     scores = estimator.scores(train, test)
     return ComponentInfluence(int(j), scores, examples, components.coefficients[examples, j].copy())
-
-
-def _take(data: Iterable[Any], ids: Array) -> list[Any]:
-    """The examples at some positions of the data, each as a batch of one.
-
-    Raises:
-        DataError: The data ends before, or a batch cannot be cut.
-    """
-    wanted = {int(i): None for i in ids}
-    found: dict[int, Any] = {}
-    start = 0
-    for number, raw in enumerate(check_data(data)):
-        batch = read_batch(raw, torch.device("cpu"), number, True)
-        for i in wanted:
-            if start <= i < start + batch.n_examples:
-                if not batch.sliceable and batch.n_examples > 1:
-                    raise DataError(f"data: batch {number} cannot be cut into examples; pass batches of one example")
-                found[i] = batch.take(slice(i - start, i - start + 1)).content
-        start += batch.n_examples
-        if len(found) == len(wanted):
-            break
-    if len(found) < len(wanted):
-        raise DataError(f"data: it has {start} examples, and the component's reach to {max(wanted)}; pass its own data")
-    return [found[i] for i in wanted]

@@ -83,6 +83,34 @@ class Sentences:
             self.vocabulary, texts, self.centre[rows], self.context[rows], self.weight[rows], self.batch_size
         )
 
+    def counted(self, without: Sequence[int] = ()) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The same objective with words for examples: how often each pair was seen, and drawn as a negative.
+
+        A sum over pairs is a sum over the cells of two V × V matrices (Levy & Goldberg 2014), which is what makes
+        training to an optimum, and products with its Hessian, cheap: the mean of :func:`skip_gram_loss` over this
+        batch's V words is its mean over the sentences.
+
+        Args:
+            without: Sentences to leave out; the others keep their weight 1/n.
+
+        Returns:
+            One batch ``(rows (V,) int64, seen (V, V), drawn (V, V))``, float64.
+
+        Raises:
+            DataError: A sentence to leave out is not there.
+        """
+        n, v = len(self.texts), len(self.vocabulary)
+        weight = self.weight.double().clone()
+        chosen = np.asarray(without, np.int64).reshape(-1)
+        if chosen.size and not (chosen.min() >= 0 and chosen.max() < n):
+            raise DataError(f"without: expected sentences 0 … {n - 1}, got {chosen.tolist()}")
+        weight[torch.from_numpy(chosen)] = 0
+        cells = self.centre[..., None] * v + self.context
+        seen, drawn = torch.zeros(v * v, dtype=torch.float64), torch.zeros(v * v, dtype=torch.float64)
+        seen.index_add_(0, cells[..., 0].reshape(-1), weight.reshape(-1))
+        drawn.index_add_(0, cells[..., 1:].reshape(-1), weight[..., None].expand(cells[..., 1:].shape).reshape(-1))
+        return [(torch.arange(v), seen.view(v, v) * (v / n), drawn.view(v, v) * (v / n))]
+
 
 def sentences(
     texts: Sequence[Sequence[str]],
@@ -157,14 +185,19 @@ def sentences(
     )
 
 
-def skip_gram_loss(model: nn.Module, batch: Any) -> Tensor:
-    """``−Σ log σ(u·v) − Σ_negatives log σ(−u·v')`` per sentence, ``(b,)``.
+def skip_gram_loss(model: Any, batch: Any) -> Tensor:
+    """``−Σ log σ(u·v) − Σ_negatives log σ(−u·v')`` per sentence, or per word, ``(b,)``.
 
     Args:
         model: A :class:`SkipGram`.
-        batch: ``(centre, context, weight)`` as :class:`Sentences` yields them.
+        batch: ``(centre, context, weight)`` as :class:`Sentences` yields them, or ``(rows, seen, drawn)`` from
+            :meth:`Sentences.counted`.
     """
     centre, context, weight = batch
+    if context.is_floating_point():
+        scores = model.words(centre) @ model.contexts.weight.T
+        per_pair = context * nn.functional.softplus(-scores) + weight * nn.functional.softplus(scores)
+        return per_pair.sum(dim=1).to(scores.dtype)
     scores = model(centre, context)
     signs = torch.ones_like(scores[0, 0])
     signs[1:] = -1

@@ -10,6 +10,7 @@ Lawrence, Sztyler & Niepert 2021, arXiv 2010.05516. See ``docs/companions/rollba
 """
 
 from npeff.companions.rollback.baselines import GradientProducts, InfluenceFunctions, RandomNeighbours
+from npeff.companions.rollback.components import ComponentRollback, component_rollback
 from npeff.companions.rollback.explaining import Explainer, Explanation
 from npeff.companions.rollback.faithfulness import Faithfulness, faithfulness, trained_without
 from npeff.companions.rollback.influence import GradientRollback
@@ -24,6 +25,7 @@ from npeff.companions.rollback.triples import Vocabulary, parse_triples, read_tr
 __all__ = [
     "MODELS",
     "ComplEx",
+    "ComponentRollback",
     "DistMult",
     "Explainer",
     "Explanation",
@@ -39,6 +41,7 @@ __all__ = [
     "Record",
     "RollbackRecorder",
     "Vocabulary",
+    "component_rollback",
     "faithfulness",
     "fit",
     "parse_triples",
