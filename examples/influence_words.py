@@ -46,7 +46,7 @@ STEPS, RATE = 10, 2.0
 
 
 def read(corpus: Path, common: int) -> list[list[str]]:
-    """Sentences of a ``.cor`` file, or of a wheel that holds ``lee_background.cor``; the commonest words are left out."""
+    """Sentences of a ``.cor`` file, or of a wheel that holds lee_background; the commonest words are left out."""
     if corpus.suffix == ".whl":
         with zipfile.ZipFile(corpus) as wheel:
             name = next(name for name in wheel.namelist() if name.endswith("lee_background.cor"))
@@ -183,13 +183,15 @@ def main(corpus: Path, out: Path, dimension: int, weight_decay: float, common: i
             f"{len(data.vocabulary)} words that come {MIN_COUNT} times or more ({common} commonest left out), "
             f"window {WINDOW}, {NEGATIVES} negatives drawn once, {int((data.weight > 0).sum()):,} pairs; dimension "
             f"{dimension}, {sum(p.numel() for p in trained.model.parameters()):,} parameters, weight decay "
-            f"{weight_decay:g}, damping 1e-7. A seed is another beginning, so another optimum. d is WEAT's effect size of the word vectors "
+            f"{weight_decay:g}, damping 1e-7."
+            f" A seed is another beginning, so another optimum. d is WEAT's effect size of the word vectors "
             f"(p = {test.p_value:.2g} for the last).",
             "",
             "## One sentence left out, trained again",
             "",
             f"{singles} sentences a seed: a third that raise d most, a third that lower it most, a third at random of "
-            "the others. Spearman's correlation of −I/n with the true change of d; *product*: of gradient products. Slope: "
+            "the others. Spearman's correlation of −I/n with the true change of d; *product*: of gradient products. "
+            "Slope: "
             "least squares of the true changes on −I/n.",
             "",
             "| seed | d | ‖∇J‖ | passes of CG | residual | Spearman | those at random | product | slope |",

@@ -194,7 +194,7 @@ def test_components_of_another_model_are_refused(model):
     options = {"damping": 1.0, "max_gradient": 9.0, "progress": False}
     with pytest.raises(ArgumentError, match="j: expected a component below 2"):
         component_influence(model, components, 2, DATA, DATA, **options)
-    with pytest.raises(DataError, match="pass its own data"):
+    with pytest.raises(DataError, match="data: it has 1 examples, and example"):
         component_influence(model, components, 0, DATA, [(X[:1], Y[:1])], **options)
     model[0].weight.data += 1
     with pytest.raises(ModelError, match="not the model of the components"):

@@ -29,6 +29,7 @@ from npeff.companions.influence.clustering import (
     target_distribution,
 )
 from npeff.companions.influence.skip_gram import sentences, skip_gram_loss
+from npeff.errors import DataError
 
 # ---- retraining --------------------------------------------------------------------------------------------
 
@@ -200,6 +201,26 @@ def test_weat_samples_where_partitions_are_many_and_random_vectors_are_not_signi
     ]
     assert not found[0].exact and abs(found[0].p_value - found[1].p_value) < 0.1
     assert 0 < found[0].p_value < 1 and found[0].effect_size == found[1].effect_size
+
+
+def test_counted_pairs_are_the_same_objective():
+    """Mean over words of the counted loss = mean over sentences, with its gradient, and without some sentences."""
+    rng = np.random.default_rng(1)
+    texts = [[f"w{i}" for i in rng.choice(9, int(rng.integers(3, 7)))] for _ in range(12)]
+    data = sentences(texts, min_count=1, window=2, negatives=2, batch_size=5)
+    torch.manual_seed(0)
+    model = SkipGram(len(data.vocabulary), 3).double()
+    parameters = list(model.parameters())
+    for without in ([], [0, 7]):
+        kept = np.delete(np.arange(12), without)
+        plain = torch.cat([skip_gram_loss(model, batch) for batch in data])[kept].sum() / 12
+        (batch,) = data.counted(without)
+        counted = skip_gram_loss(model, batch).mean()
+        torch.testing.assert_close(counted, plain, rtol=1e-6, atol=0)
+        pair = (torch.autograd.grad(value, parameters) for value in (counted, plain))
+        torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-9)
+    with pytest.raises(DataError, match="without: expected sentences 0 … 11, got"):
+        data.counted([12])
 
 
 def test_unlearning_moves_weat_the_way_influence_predicts():

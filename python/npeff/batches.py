@@ -212,7 +212,10 @@ def examples_at(data: Iterable[Any], positions: Sequence[int], device: torch.dev
                 found[i] = batch.take(slice(i - start, i - start + 1))
         start += batch.n_examples
     if missing := [i for i in wanted if i not in found]:
-        raise DataError(f"data: it has {start} examples, and example {max(missing)} is asked for; the first one is 0")
+        raise DataError(
+            f"data: it has {start} examples, and example {max(missing)} is asked for (the first one is 0); pass the "
+            "data that the examples were counted in"
+        )
     return [found[i] for i in wanted]
 
 

@@ -96,10 +96,10 @@ def linearize(
     if component and out:
         from npeff.companions.linearize import attribute_top_examples
 
-        components, chosen = components_of(component)
+        components, which = components_of(component)
         given = load_object(embed, "--embed") if embed else None
         found = attribute_top_examples(
-            net, components, load_data(data), chosen, top, embed=given, forward=function, smooth=smooth
+            net, components, load_data(data), which, top, embed=given, forward=function, smooth=smooth
         )
         for_report(out, attributions=found)
         return
