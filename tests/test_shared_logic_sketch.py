@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,27 @@ def test_csr(seed: int, d: int, nonzeros: int) -> None:
         blocks.sketch_csr(d, nonzeros, MAP_SEED, indptr, indices, values, 900, sums, seed)
         _native.sketch_csr(indptr, indices, values, 900, MAP_SEED, nonzeros, want, 1)
         np.testing.assert_allclose(sums, want, rtol=1e-9, atol=1e-9 * scale)
+
+
+# Stretches are of max(4096, 8·d) entries, or a share of all of them; 64 KiB of shared memory hold some 8000 buckets.
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("d", [16, 256, 16_384])
+@pytest.mark.parametrize(("shape", "cuts"), [((3, 5), [1]), ((40, 300), [7, 33]), ((3, 9000), [2]), ((4200, 1), [9])])
+def test_two_sided(seed: int, d: int, shape: tuple[int, int], cuts: list[int]) -> None:
+    rng = np.random.default_rng(d)
+    x = rng.standard_normal((3, *shape)).astype(np.float32)
+    down, across = np.empty(shape[0], np.int32), np.empty(shape[1], np.int32)
+    for side, places in enumerate((down, across)):
+        _native.sketch_places(MAP_SEED, 77, side, d, places)
+    targets, sums, want = np.array([1, 0, 1]), np.zeros((3, d)), np.zeros((3, d))
+    for a, b in pairwise([0, *cuts, shape[0]]):
+        block, first = np.ascontiguousarray(x[:, a:b].reshape(3, -1)), np.full(3, a)
+        blocks.sketch_matrix(d, 1.5, block, down, across, first, targets, sums, seed)
+        _native.sketch_matrix(block, shape[1], down, across, targets, first, 1.5, want, 1)
+    np.testing.assert_allclose(sums, want, rtol=1e-6, atol=2e-6 * np.sqrt(x[0].size))
+    block[2, -1] = np.inf
+    blocks.sketch_matrix(d, 1.5, block, down, across, first, targets, sums, seed)
+    assert np.isnan(sums[1]).any() and np.isfinite(sums[[0, 2]]).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)

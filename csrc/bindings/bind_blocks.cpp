@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "bindings.h"
-#include "npeff/sketch_blocks.h"
+#include "npeff/sketch_matrix_blocks.h"
 #include "npeff/topk_blocks.h"
 
 namespace npeff {
@@ -98,6 +98,32 @@ void run_sketch_rows(int64_t d, int copies, uint64_t map_seed, py::handle block,
   else sketch_rows_of<float>(map, x, bases, targets, sums, seed);
 }
 
+template <class T>
+void sketch_matrix_of(int64_t d, double weight, const TensorView& x, py::handle row_places, py::handle column_places,
+                      py::handle first, py::handle targets, py::handle sums, uint64_t seed) {
+  const TensorView down(row_places, "row_places", Access::read), across(column_places, "column_places", Access::read),
+      begin(first, "first", Access::read), target(targets, "targets", Access::read), out(sums, "sums", Access::write);
+  const auto* data = x.as<const T>({any, any}, true);
+  const int64_t n = x.shape(0), width = x.shape(1);
+  auto* total = out.as<double>({any, d});
+  const auto* rows = reinterpret_cast<const uint32_t*>(down.as<const int32_t>({any}));
+  const auto* columns = reinterpret_cast<const uint32_t*>(across.as<const int32_t>({any}));
+  const auto* begins = begin.as<const int64_t>({n});
+  const ByTarget by(target.as<const int64_t>({n}), n, out.shape(0), [=](int64_t a, int64_t b) { return begins[a] < begins[b]; });
+  HostQueue queue(seed);
+  std::vector<float> workspace(sketch_matrix_plan<HostQueue, T>(queue, d, n, width).workspace, std::numeric_limits<float>::quiet_NaN());
+  sketch_matrix_by_blocks(queue, d, weight, data, n, width, x.stride(0), across.shape(0), rows, columns, begins,
+                          by.order.data(), by.starts.data(), out.shape(0), workspace.data(), total);
+}
+
+void run_sketch_matrix(int64_t d, double weight, py::handle block, py::handle row_places, py::handle column_places,
+                       py::handle first, py::handle targets, py::handle sums, uint64_t seed) {
+  const TensorView x(block, "block", Access::read);
+  if (x.dtype() == "float16") sketch_matrix_of<Half>(d, weight, x, row_places, column_places, first, targets, sums, seed);
+  else if (x.dtype() == "uint16") sketch_matrix_of<Bfloat16>(d, weight, x, row_places, column_places, first, targets, sums, seed);
+  else sketch_matrix_of<float>(d, weight, x, row_places, column_places, first, targets, sums, seed);
+}
+
 void run_sketch_csr(int64_t d, int copies, uint64_t map_seed, py::handle indptr, py::handle indices, py::handle values,
                     int64_t n_columns, py::handle sums, uint64_t seed) {
   const CsrView a(indptr, indices, values, n_columns, 1);
@@ -132,6 +158,8 @@ void bind_blocks(py::module_& m) {
       .def("held", &BlockSelectors::held, py::arg("selector"));
   blocks.def("sketch_rows", &run_sketch_rows, py::arg("d"), py::arg("copies"), py::arg("map_seed"), py::arg("block"),
              py::arg("bases"), py::arg("targets"), py::arg("sums"), py::arg("seed"));
+  blocks.def("sketch_matrix", &run_sketch_matrix, py::arg("d"), py::arg("weight"), py::arg("block"), py::arg("row_places"),
+             py::arg("column_places"), py::arg("first"), py::arg("targets"), py::arg("sums"), py::arg("seed"));
   blocks.def("sketch_csr", &run_sketch_csr, py::arg("d"), py::arg("copies"), py::arg("map_seed"), py::arg("indptr"),
              py::arg("indices"), py::arg("values"), py::arg("n_columns"), py::arg("sums"), py::arg("seed"));
   blocks.def("sketch_finish", &run_sketch_finish, py::arg("sums"), py::arg("scale"), py::arg("out"), py::arg("seed"));

@@ -78,6 +78,20 @@ def sketch_rows(
     sums: Operand,
     stream: int,
 ) -> None: ...
+def sketch_matrix_workspace(device: int, dtype: str, d: int, n_rows: int, width: int) -> int: ...
+def sketch_matrix(
+    d: int,
+    weight: float,
+    block: Operand,
+    row_places: Operand,
+    column_places: Operand,
+    first: Operand,
+    order: Operand,
+    starts: Operand,
+    workspace: Operand,
+    sums: Operand,
+    stream: int,
+) -> None: ...
 def sketch_csr(
     d: int,
     copies: int,

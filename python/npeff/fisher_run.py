@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,16 +17,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff.batches import Batch, batch_digest, call_model, read_batch
-from npeff.compress import Compression, GramOnly, Sketch
+from npeff.compress import Compression, Sketch
 from npeff.digests import ModelWatch
 from npeff.errors import ArgumentError, DataError, ResumeError
-from npeff.fishers import FisherBlock, Fishers, Kind
+from npeff.fisher_course import Course, UnderWay
+from npeff.fisher_header import header_of
+from npeff.fishers import Fishers, Kind
 from npeff.gradients.collect import Collector
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
 from npeff.gradients.factors import FactorOptions, factorise
 from npeff.gradients.selfcheck import differ
+from npeff.kernels.transfers import to_host
 from npeff.parameters import Parameters
-from npeff.rows import concatenate
 
 Forward = Callable[[Any, Any], Any]
 
@@ -92,26 +93,24 @@ class Run:
         if total is not None and self.share is not None:
             total = len(range(self.share[0], total, self.share[1]))
         done = 0
+        course = Course(self, watch, deferred=self.device.type == "cuda")
         bar = tqdm(total=total, desc="Fishers", unit="batch", disable=not progress, smoothing=0.05)
-        with bar, FisherWriter(out, header, validate=lambda: watch.check(thorough=True)) as writer:
-            for number, batch in enumerate(chain([first], batches)):
-                if self.share is not None and number % self.share[1] != self.share[0]:
+        with bar, FisherWriter(out, header, validate=course.validate) as writer:
+            with course.writing(writer):
+                for number, batch in enumerate(chain([first], batches)):
+                    if self.share is not None and number % self.share[1] != self.share[0]:
+                        done += batch.n_examples
+                        continue
+                    digest = batch_digest(batch)
+                    if writer.skip(digest, batch.n_examples):
+                        if done == 0:
+                            _check_function(writer.stored_logits(batch.n_examples), first_logits, out)
+                        _pass_over(bar)
+                    else:
+                        course.add(batch, np.arange(done, done + batch.n_examples, dtype=np.int64), digest)
+                        bar.update(1)
                     done += batch.n_examples
-                    continue
-                digest = batch_digest(batch)
-                if writer.skip(digest, batch.n_examples):
-                    if done == 0:
-                        _check_function(writer.stored_logits(batch.n_examples), first_logits, out)
-                    _pass_over(bar)
-                else:
-                    ids = np.arange(done, done + batch.n_examples, dtype=np.int64)
-                    watch.check()
-                    block = self.block(batch, ids)
-                    watch.check()
-                    writer.append(block, digest)
-                    bar.update(1)
-                done += batch.n_examples
-                bar.set_postfix(examples=done, refresh=False)
+                    bar.set_postfix(examples=done, refresh=False)
             watch.check(thorough=True)
             if self.share is not None and not writer.examples_done:
                 raise EmptyShareError("share: {} of {}: the data has fewer batches".format(*self.share))
@@ -139,12 +138,19 @@ class Run:
                 if left == 0:
                     return
 
-    def block(self, batch: Batch, ids: npt.NDArray[np.int64]) -> FisherBlock:
-        """The Fishers of one batch; in pieces when the backward passes would keep too much at once.
+    def begin(self, batch: Batch, ids: npt.NDArray[np.int64], at_once: bool = True) -> UnderWay:
+        """Compute the Fishers of one batch; in pieces when the backward passes would keep too much at once.
+
+        Args:
+            batch: The batch.
+            ids: ``(b,)`` positions of its examples.
+            at_once: Refuse gradients that are not finite here; otherwise a device is not waited for, and
+                :meth:`UnderWay.finite` tells.
 
         Raises:
             DataError: Logits or gradients are not finite, or labels are missing.
         """
+        squared = self.kind == "diagonal"
         with self.engine.recording():
             logits = self.engine.forward(batch)
             detached = logits.detach().to(torch.float64)
@@ -156,18 +162,15 @@ class Run:
                 kept += 12 * self.compress.d * batch.n_examples * factors.columns.shape[2]
             pieces = -(-kept // KEPT_BYTES)
             if pieces <= 1 or batch.n_examples == 1 or not batch.sliceable:
-                collector = Collector(self.parameters, factors, ids, self.kind == "diagonal", self.compress)
-                for block in self.engine.blocks(
-                    prepared, factors.columns, squared=self.kind == "diagonal", paired=collector.paired
-                ):
+                collector = Collector(self.parameters, factors, ids, squared, self.compress, at_once)
+                for block in self.engine.blocks(prepared, factors.columns, squared=squared, paired=collector.paired):
                     collector.add(block)
-                rows, counts, norms = collector.finish()
-                stored = self.stored_labels(batch)
-                return FisherBlock(rows, counts, norms, detached.cpu().numpy().astype(np.float32), stored, ids)
+                shown = to_host(detached.to(torch.float32))
+                return UnderWay([(collector.finish(), shown, self.stored_labels(batch), ids)])
         del prepared, logits, factors
         step = -(-batch.n_examples // int(pieces))
         cuts = [slice(start, min(start + step, batch.n_examples)) for start in range(0, batch.n_examples, step)]
-        return _joined([self.block(batch.take(cut), ids[cut]) for cut in cuts])
+        return UnderWay([part for cut in cuts for part in self.begin(batch.take(cut), ids[cut], at_once).parts])
 
     def check_logits(self, logits: Tensor, ids: npt.NDArray[np.int64]) -> None:
         """Refuse logits that are not finite.
@@ -214,51 +217,7 @@ class Run:
 
     def header(self, digest: str, n_outputs: int, max_examples: int | None, patterns: Any) -> dict[str, Any]:
         """What decides the result, for files: kind, parameters, provenance."""
-        return {
-            "kind": self.kind,
-            "parameters": self.parameters.to_json(),
-            "provenance": {
-                "model": type(self.model).__name__,
-                "model_digest": digest,
-                "options": self._described(n_outputs, max_examples, patterns),
-                "versions": {"npeff": _version(), "torch": torch.__version__},
-            },
-        }
-
-    def _described(self, n_outputs: int, max_examples: int | None, patterns: Any) -> dict[str, Any]:
-        options = {name: getattr(self.options, name) for name in FactorOptions.__dataclass_fields__}
-        described = {"kind": self.kind, **options, "max_examples": max_examples}
-        described["parameters"] = (
-            [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
-        )
-        if self.share is not None:
-            described["share"] = list(self.share)
-        described["compress"] = None
-        if isinstance(self.compress, Sketch):
-            n_two_sided = sum(self.compress.two_sided(p.shape) for p in self.parameters)
-            if self.compress.d >= self.parameters.n_parameters:
-                warnings.warn(
-                    f"Sketch(d={self.compress.d}): the model has {self.parameters.n_parameters} parameters, so exact "
-                    "rows (compress=None) are no longer than sketches, and exact",
-                    stacklevel=5,
-                )
-            described["compress"] = {**self.compress.describe(), "two_sided_parameters": n_two_sided}
-        elif isinstance(self.compress, GramOnly):
-            described["compress"] = self.compress.describe()
-        elif self.compress is not None:
-            rows = 1 if self.kind == "diagonal" else self.options.most_rows(n_outputs)
-            possible = max(1, rows) * self.parameters.n_parameters
-            if self.compress.k > possible:
-                warnings.warn(
-                    f"TopK(k={self.compress.k}): an example has at most {possible} entries; k is {possible}",
-                    stacklevel=5,
-                )
-            described["compress"] = {
-                "method": "topk",
-                "k": self.compress.k,
-                "k_effective": min(self.compress.k, possible),
-            }
-        return described
+        return header_of(self, digest, n_outputs, max_examples, patterns)
 
 
 def _pass_over(bar: tqdm[Any]) -> None:
@@ -299,20 +258,3 @@ def _as_classes(labels: Tensor, n: int) -> Tensor:
     if labels.dtype == torch.uint64 and bool((classes < 0).any()):
         raise DataError("labels: expected integer classes below 2⁶³")
     return classes
-
-
-def _joined(blocks: list[FisherBlock]) -> FisherBlock:
-    fields = {
-        name: np.concatenate([getattr(block, name) for block in blocks])
-        for name in ("row_counts", "norms", "logits", "labels", "ids")
-    }
-    return FisherBlock(rows=concatenate([block.rows for block in blocks]), **fields)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("npeff")
-    except PackageNotFoundError:
-        return "0"

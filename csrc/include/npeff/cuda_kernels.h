@@ -67,6 +67,14 @@ void sketch_rows(const Stream& stream, const SketchMap& map, const T* x, int64_t
                  double* sums);
 template <class Index>
 void sketch_csr(const Stream& stream, const SketchMap& map, const Csr<Index>& a, double* sums);
+// sketch.h, the two-sided map; first (n_rows,): the matrix row that each row of x begins with; order by target and first.
+template <class T>
+int64_t sketch_matrix_workspace(const Stream& stream, int64_t d, int64_t n_rows, int64_t width);
+template <class T>
+void sketch_matrix(const Stream& stream, int64_t d, double weight, const T* x, int64_t n_rows, int64_t width,
+                   int64_t stride, int64_t columns, const uint32_t* row_places, const uint32_t* column_places,
+                   const int64_t* first, const int64_t* order, const int64_t* starts, int64_t n_targets,
+                   float* workspace, double* sums);
 void sketch_finish(const Stream& stream, const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int64_t* bad);
 
 }  // namespace cuda

@@ -151,6 +151,12 @@ struct SketchGatherBlocks {
   }
 };
 
+// 2^(38 − exponent of the largest |float32|, given by its bits): by the bits of a double, whose exponents reach further.
+NPEFF_INLINE double sketch_step_scale(int64_t largest) {
+  const int64_t exponent = larger<int64_t>(largest >> 23, 1) - 127;
+  return bit_cast<double>((1023 + 38 - exponent) << 52);
+}
+
 // sums (n_rows, d) += the sketches of CSR rows whose entries are finite; a row with others gets NaN.
 template <class Index>
 struct SketchCsrBlocks {
@@ -183,9 +189,7 @@ struct SketchCsrBlocks {
     });
     const int64_t largest = block.uniform(s.largest);
     const bool finite = largest < 0x7f800000;
-    // 2^(38 − exponent of the largest): by the bits of a double, whose exponents reach further.
-    const int64_t exponent = larger<int64_t>(largest >> 23, 1) - 127;
-    const double scale = bit_cast<double>((1023 + 38 - exponent) << 52);
+    const double scale = sketch_step_scale(largest);
     block.each([&](int t) {
       for (int64_t e = from + t; finite && e < to; e += threads) {
         const auto index = static_cast<uint64_t>(a.indices[e]);
@@ -247,14 +251,20 @@ SketchPlan sketch_parts(const Queue& queue, const SketchKeys& map, int64_t fixed
   return {0, 0, parts, ceil_div(groups, parts), 0};
 }
 
+// Entries of a row that a block takes: few enough that every processor has some; but not so few against d that their
+// sums cost more to write and read than the entries (a quarter as much), and no fewer than 4096.
+template <class Queue>
+int64_t sketch_stretch(const Queue& queue, int64_t d, int64_t n_rows, int64_t width) {
+  const int64_t share = ceil_div<int64_t>(larger<int64_t>(n_rows * width, 1), 8 * queue.processors());
+  const int64_t length = larger<int64_t>(share, larger<int64_t>(8 * d, 4096));
+  return length < width ? length : larger<int64_t>(width, 1);
+}
+
 template <class Queue, class T>
 SketchPlan sketch_plan(const Queue& queue, const SketchKeys& map, int64_t n_rows, int64_t width) {
   using Blocks = SketchRowsBlocks<T>;
   SketchPlan plan = sketch_parts(queue, map, sizeof(typename Blocks::Shared), sizeof(float));
-  // Long against d, so that writing and reading the sums is little beside reading x; short enough for all processors.
-  const int64_t share = ceil_div<int64_t>(larger<int64_t>(n_rows * width, 1), 8 * queue.processors());
-  const int64_t long_enough = 32 * map.d, length = larger(share, long_enough);
-  plan.stretch = ceil_div<int64_t>(length < width ? length : larger<int64_t>(width, 1), Blocks::tile) * Blocks::tile;
+  plan.stretch = ceil_div<int64_t>(sketch_stretch(queue, map.d, n_rows, width), Blocks::tile) * Blocks::tile;
   plan.stretches = larger<int64_t>(ceil_div(width, plan.stretch), 1);
   plan.workspace = n_rows * plan.stretches * map.d;
   return plan;

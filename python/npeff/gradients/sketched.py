@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from npeff.kernels import NonFiniteError, StreamingSketch
 from npeff.parameters import Parameter
 from npeff.rows import DenseRows, Rows
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 # Nanoseconds on one core (AVX-512), of which the ratios matter.
 _TRANSFORM = 0.06
@@ -47,25 +48,26 @@ class Sketched:
     """Rows as sketches, by the streaming kernel.
 
     Args:
+        n: Examples.
         n_columns: Rows per example, R.
-        scale: ``(b,)`` what each example's rows are multiplied by at the end.
         sketch: Which sketch.
     """
 
-    def __init__(self, n_columns: int, scale: Array, sketch: Sketch) -> None:
-        self._n_columns, self._scale, self._sketch = n_columns, scale.astype(np.float32), sketch
-        self._sums = StreamingSketch(len(scale) * n_columns, sketch.d, sketch.seed, nonzeros=sketch.nonzeros)
+    def __init__(self, n: int, n_columns: int, sketch: Sketch) -> None:
+        self._n_columns, self._sketch = n_columns, sketch
+        self._sums = StreamingSketch(n * n_columns, sketch.d, sketch.seed, nonzeros=sketch.nonzeros)
 
     def put(self, block: Block) -> None:
-        """Take a block's values."""
+        """Take a block's values, where they lie."""
         b, r, runs, width = block.values.shape
-        values = block.values.to("cpu", torch.float32).reshape(-1, width)
+        values = block.values.reshape(-1, width)
         example = np.arange(block.examples.start, block.examples.stop, dtype=np.int64)
         rows = np.repeat(example[:, None] * r + np.arange(r), runs)
+        starts: Array | torch.Tensor
         if isinstance(block.starts, int):
             starts = np.full(b * r * runs, block.starts, np.int64)
         else:
-            starts = np.repeat(block.starts.cpu().numpy()[:, None, :], r, axis=1).reshape(-1)
+            starts = block.starts[:, None, :].expand(b, r, runs).reshape(-1)
         parameter = block.parameter
         if self._sketch.two_sided(parameter.shape):
             shape = (parameter.shape[0], parameter.shape[1])
@@ -81,21 +83,22 @@ class Sketched:
         shape = (parameter.shape[0], parameter.shape[1])
         self._sums.push_outer(pairs.delta, pairs.inputs, parameter.offset, shape, rows, pairs.turned)
 
-    def rows(self, counts: Array) -> Rows:
-        """The sketches, the first ``counts`` of each example, multiplied by the example's scale.
+    def later(self) -> Callable[[Array, Array], Rows]:
+        """Start bringing the sketches to the host; see ``collect._Sink``."""
+        sketches = self._sums.finish_later()
 
-        Raises:
-            DataError: One is too large for float32.
-        """
-        try:
-            sums = self._sums.finish().reshape(len(counts), self._n_columns, self._sketch.d)
-        except NonFiniteError as error:
-            example = error.row // max(1, self._n_columns)
-            raise DataError(
-                f"gradients: the sketch of example {example} of a batch overflows float32; scale the model's loss or "
-                "logits down"
-            ) from error
-        sums *= self._scale[:, None, None]
-        keep = np.less(np.arange(self._n_columns), counts[:, None])
-        flat = sums.reshape(-1, self._sketch.d)
-        return DenseRows(flat if keep.all() else flat[keep.reshape(-1)])
+        def rows(counts: Array, scale: Array) -> Rows:
+            try:
+                sums = sketches().reshape(len(counts), self._n_columns, self._sketch.d)
+            except NonFiniteError as error:
+                example = error.row // max(1, self._n_columns)
+                raise DataError(
+                    f"gradients: the sketch of example {example} of a batch overflows float32; scale the model's loss "
+                    "or logits down"
+                ) from error
+            sums *= scale[:, None, None]
+            keep = np.less(np.arange(self._n_columns), counts[:, None])
+            flat = sums.reshape(-1, self._sketch.d)
+            return DenseRows(flat if keep.all() else flat[keep.reshape(-1)])
+
+        return rows

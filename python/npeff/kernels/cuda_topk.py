@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from npeff.kernels import cuda
+from npeff.kernels.transfers import to_device
 
 Array = npt.NDArray[Any]
 
@@ -34,11 +36,13 @@ class RowPlan:
     scratch: Tensor
 
 
-def plan_rows(bases: Array, rows: Array | None, n_targets: int, device: torch.device) -> RowPlan:
-    """The plan for a block's rows, copied to the device without waiting for it.
+def plan_rows(bases: Array | Tensor, rows: Array | None, n_targets: int, device: torch.device) -> RowPlan:
+    """The plan for a block's rows, on the device; nothing is waited for.
+
+    Blocks of one form come again with every batch: a plan from numpy arrays is made once per stream.
 
     Args:
-        bases: ``(b,)`` int64.
+        bases: ``(b,)`` int64; a tensor on the device stays there.
         rows: ``(b,)`` int64 in ``[0, n_targets)``; None: row i goes to target i.
         n_targets: Number of selectors or sketches.
         device: Where to.
@@ -46,16 +50,29 @@ def plan_rows(bases: Array, rows: Array | None, n_targets: int, device: torch.de
     Returns:
         The plan.
     """
-    b = len(bases)
-    targets = np.arange(b, dtype=np.int64) if rows is None else rows
-    order = np.lexsort((bases, targets))
+    targets = np.arange(len(bases), dtype=np.int64) if rows is None else rows
+    if isinstance(bases, Tensor):
+        return _plan_there(bases, to_device(np.ascontiguousarray(targets), device), n_targets)
+    here = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _plan_here(bases.tobytes(), targets.tobytes(), n_targets, device, int(here))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_here(bases: bytes, rows: bytes, n_targets: int, device: torch.device, stream: int) -> RowPlan:
+    base, targets = np.frombuffer(bases, np.int64), np.frombuffer(rows, np.int64)
+    b, order = len(base), np.lexsort((base, targets))
     starts = np.searchsorted(targets[order], np.arange(n_targets + 1))
-    packed = torch.from_numpy(np.concatenate([targets, bases, order, starts]).astype(np.int64, copy=False))
-    if device.type == "cuda":
-        packed = packed.pin_memory()
-    there = packed.to(device, non_blocking=True)
+    there = to_device(np.concatenate([targets, base, order, starts]).astype(np.int64, copy=False), device)
     scratch = torch.empty(b, dtype=torch.int64, device=device)
     return RowPlan(there[:b], there[b : 2 * b], there[2 * b : 3 * b], there[3 * b :], scratch)
+
+
+def _plan_there(bases: Tensor, targets: Tensor, n_targets: int) -> RowPlan:
+    by_base = torch.argsort(bases, stable=True)
+    order = by_base[torch.argsort(targets[by_base], stable=True)]
+    edges = torch.arange(n_targets + 1, dtype=torch.int64, device=bases.device)
+    starts = torch.searchsorted(targets[order], edges)
+    return RowPlan(targets, bases, order, starts, torch.empty_like(bases))
 
 
 class DeviceTopK:

@@ -32,11 +32,7 @@ KERNELS = (
 )
 """Names of the kernels that have a native implementation."""
 
-SERVED_OTHERWISE = {
-    "csr_transpose": "a sort: torch's own runs on the device",
-    "sketch": "computed on the processor",
-    "sketch_csr": "computed on the processor",
-}
+SERVED_OTHERWISE = {"csr_transpose": "a sort: torch's own runs on the device"}
 """Kernels whose public function has no CUDA kernel behind it, and who serves CUDA tensors."""
 
 ISAS = ("avx512", "avx2", "base")

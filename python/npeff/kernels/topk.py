@@ -63,7 +63,7 @@ def topk(x: A, k: int, order: Literal["index", "magnitude"] = "index") -> tuple[
     native = dispatch.native()
     if isinstance(matrix, torch.Tensor) and dispatch.cuda(matrix.device):
         selection = DeviceTopK(n_rows, k, True, matrix.device)
-        selection.push(_for_device(matrix), plan_rows(np.zeros(n_rows, np.int64), None, n_rows, matrix.device))
+        selection.push(for_device(matrix), plan_rows(np.zeros(n_rows, np.int64), None, n_rows, matrix.device))
         _, found, best = selection.finish(order == "magnitude")
         row, index = selection.take_status().tolist()
         if row >= 0:
@@ -119,13 +119,14 @@ class StreamingTopK:
         self._reference = reference.Selectors(n_rows, k, keep_zeros) if native is None else None
         self._pushed = False
 
-    def push(self, block: Operand, base: int | Array = 0, rows: Array | None = None) -> None:
+    def push(self, block: Operand, base: int | Operand = 0, rows: Array | None = None) -> None:
         """Take in a block of values.
 
         Args:
             block: ``(b, width)`` float32 (other floats are converted); any strides.
             base: Flat index of the block's first column; a scalar, or ``(b,)`` int64 for each row its own.
-                Flat indices must not repeat within a selector.
+                Flat indices must not repeat within a selector. A tensor on the block's CUDA device is taken
+                unseen: looking at it would mean waiting.
             rows: ``(b,)`` int64, the selector of each row of the block; several rows may share one. None: row
                 i feeds selector i.
 
@@ -136,11 +137,7 @@ class StreamingTopK:
         array: Any = block
         values = arrays.check(array, "block", FLOATS, (None, None))
         n = values.shape[0]
-        bases = (
-            np.full(n, base, np.int64)
-            if isinstance(base, int | np.integer)
-            else arrays.check(base, "base", ("int64",), (n,))
-        )
+        bases = bases_of(base, n)
         targets = None if rows is None else arrays.check(rows, "rows", ("int64",), (n,))
         if isinstance(values, torch.Tensor) and (self._device or not self._pushed) and dispatch.cuda(values.device):
             self._check(n, bases, targets)
@@ -149,6 +146,7 @@ class StreamingTopK:
         if self._device is not None:
             raise ArgumentError(f"block: expected a CUDA tensor as before, got one on {arrays.device_of(values)}")
         self._pushed = True
+        bases = bases.cpu().numpy() if isinstance(bases, torch.Tensor) else bases
         if arrays.device_of(values).type != "cpu":
             values = values.cpu()
         if arrays.dtype_name(values) == "float32" and _rows_contiguous(values):
@@ -157,10 +155,10 @@ class StreamingTopK:
             for start, chunk in _blocks(values):
                 self._push(chunk, bases + start, targets)
 
-    def _push_on_device(self, values: torch.Tensor, bases: Array, targets: Array | None) -> None:
+    def _push_on_device(self, values: torch.Tensor, bases: Operand, targets: Array | None) -> None:
         if self._device is None:
             self._device = DeviceTopK(self.n_rows, self.k, self._keep_zeros, values.device)
-        self._device.push(_for_device(values), plan_rows(bases, targets, self.n_rows, self._device.device))
+        self._device.push(for_device(values), plan_rows(bases, targets, self.n_rows, self._device.device))
 
     def _push(self, block: Operand, bases: Array, targets: Array | None) -> None:
         if self._native is not None:
@@ -177,7 +175,7 @@ class StreamingTopK:
         if bad is not None:
             raise NonFiniteError(*bad)
 
-    def _check(self, n: int, bases: Array, targets: Array | None) -> None:
+    def _check(self, n: int, bases: Operand, targets: Array | None) -> None:
         """What the native selectors check by themselves.
 
         Raises:
@@ -187,7 +185,7 @@ class StreamingTopK:
             raise ArgumentError(f"block: expected at most {self.n_rows} rows, one per selector, got {n}")
         if targets is not None and not ((targets >= 0) & (targets < self.n_rows)).all():
             raise ArgumentError(f"rows: expected numbers from 0 to {self.n_rows - 1}, got {targets}")
-        if (bases < 0).any():
+        if isinstance(bases, np.ndarray) and (bases < 0).any():
             raise ArgumentError(f"base: expected flat indices from 0 to 2^62, got {bases.min()}")
 
     def finish(self, order: Literal["index", "magnitude"] = "index") -> Selections:
@@ -242,7 +240,19 @@ class StreamingTopK:
         selectors.reset()
 
 
-def _for_device(x: torch.Tensor) -> torch.Tensor:
+def bases_of(base: int | Operand, n: int) -> Operand:
+    """``(n,)`` int64 flat indices of the rows' first columns: an array, or the tensor that was given.
+
+    Raises:
+        ArgumentError: They are no such thing.
+    """
+    if isinstance(base, int | np.integer):
+        return np.full(n, base, np.int64)
+    given: Any = base
+    return arrays.check(given, "base", ("int64",), (n,))
+
+
+def for_device(x: torch.Tensor) -> torch.Tensor:
     """X with contiguous rows, float32 or 16 bits."""
     x = x.float() if x.dtype == torch.float64 else x
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()

@@ -69,6 +69,19 @@ def to_host(*tensors: Tensor) -> HostCopy:
     return HostCopy(*tensors)
 
 
+def to_device(array: Array, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The array on a device, as that dtype there; a CUDA device is sent a pinned copy and not waited for.
+
+    On the processor memory is shared where that can be.
+    """
+    array = np.ascontiguousarray(array)
+    if device.type != "cuda":
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device, dtype)
+    pinned = torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, pin_memory=True)
+    pinned.numpy()[...] = array
+    return pinned.to(device, non_blocking=True).to(dtype or pinned.dtype)
+
+
 class InOrder(Generic[T]):
     """A thread that takes items in the order in which they were put, a bounded number of them waiting.
 
