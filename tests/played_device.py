@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from npeff import _native
+from npeff import _native, devices
 from npeff.kernels import cuda, dispatch
+from npeff.solver import choice
 
 blocks = _native._blocks
 
@@ -118,6 +119,10 @@ class PlayedCuda:
         blocks.gram(indptr.numpy(), indices.numpy(), values.numpy(), n_columns, lower, self.seed)
         k += torch.from_numpy(np.tril(lower))
 
+    def mirror(self, k: torch.Tensor, stream: int) -> None:
+        self._count("mirror")
+        k.copy_(k.tril() + k.tril(-1).T)
+
     def cross(self, p: torch.Tensor, row_offsets: torch.Tensor, out: torch.Tensor, stream: int) -> None:
         self._count("cross")
         blocks.cross(_array(p), row_offsets.numpy(), out.numpy(), self.seed)
@@ -138,7 +143,7 @@ class PlayedCuda:
         bad, sweeps = blocks.nnls(
             gram.numpy(), cross.contiguous().numpy(), w.numpy(), residual, max_sweeps, tol, 0, self.seed
         )
-        status.copy_(torch.tensor([bad, sweeps]))
+        status.copy_(torch.tensor([cuda.ALL_FINITE if bad < 0 else bad, sweeps]))
 
 
 def _targets(order: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -157,12 +162,14 @@ def check_plan(targets: torch.Tensor, bases: torch.Tensor, order: torch.Tensor, 
 
 
 @contextmanager
-def played(monkeypatch: pytest.MonkeyPatch, seed: int = 1) -> Iterator[PlayedCuda]:
-    """Within it, CPU tensors are served as a device's are."""
+def played(monkeypatch: pytest.MonkeyPatch, seed: int = 1, memory: int = 1 << 34) -> Iterator[PlayedCuda]:
+    """Within it, CPU tensors are served as those of a device with so many bytes of memory are."""
     module = PlayedCuda(seed)
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "cuda", lambda device: module)
         patch.setattr(dispatch, "cuda_reason", lambda device: "")
+        patch.setattr(devices, "has_own_memory", lambda device: True)
+        patch.setattr(choice, "available_bytes", lambda device: memory)
         patch.setattr(cuda, "stream", lambda x: 0)
         patch.setattr(cuda, "index_of", lambda x: 0)
         yield module

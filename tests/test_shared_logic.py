@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npeff.kernels import reference, sparse_gram, spmm, topk
-from npeff.kernels.sparse_gram import _on_device
+from npeff.kernels import reference, spmm, topk
 from sparse_cases import skewed, to_scipy
 
 _native = pytest.importorskip("npeff._native", reason="the native module was not built")
@@ -265,21 +264,6 @@ def test_sparse_gram_skips_what_is_empty() -> None:
     a = np.zeros((80, 60))
     a[mask] = csr[2]
     np.testing.assert_allclose(k, 1 + a @ a.T, rtol=1e-4, atol=1e-4)
-
-
-def test_split_of_dense_and_sparse_columns() -> None:
-    """What the device's Gram matrix is put together from, with blocks played on the processor."""
-
-    def add_panel(
-        indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, n_columns: int, k: torch.Tensor
-    ) -> None:
-        blocks.gram(indptr, indices, values, n_columns, k, 1)
-        k.tril_()
-
-    csr = skewed(90, 500)
-    k = _on_device(*(torch.from_numpy(x) for x in csr), 500, add_panel)
-    np.testing.assert_allclose(k, sparse_gram(*csr, 500), rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(k, k.T)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

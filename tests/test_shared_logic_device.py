@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import npeff
-from npeff import fisher_course, fisher_run
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.kernels import NonFiniteError, StreamingSketch, StreamingTopK, sketch, sketch_csr, topk
 from npeff.kernels.cuda_sketch import hadamard
@@ -23,9 +22,7 @@ from sparse_cases import skewed
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A device that is the processor; batches are looked at after the next one has begun."""
-    inner = fisher_course.Course
-    monkeypatch.setattr(fisher_run, "Course", lambda run, watch, deferred: inner(run, watch, True))
+    """A device that is the processor."""
     with played(monkeypatch) as module:
         yield module
 
@@ -79,8 +76,6 @@ def test_fishers(
     options: dict[str, Any] = {"kind": kind, "compress": compress, "progress": False}
     here = npeff.compute_fishers(model, data, **options)
     monkeypatch.setattr("npeff.gradients.tiles.TILE_ELEMENTS", 700)  # matrices come in several blocks
-    inner = fisher_course.Course
-    monkeypatch.setattr(fisher_run, "Course", lambda run, watch, deferred: inner(run, watch, True))
     with played(monkeypatch) as module:
         there = npeff.compute_fishers(model, data, **options, out=tmp_path / "f.h5")
     same(here, there, 2e-6)

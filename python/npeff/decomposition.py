@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from npeff.components import Components
+from npeff.devices import usable_device
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers import Fishers
 from npeff.rows import SparseRows
@@ -102,8 +103,9 @@ def decompose(
         n_components, seed, algorithm, space, starts, moves, patience, max_iterations, tolerance, block_weights,
         normalize, orthogonality, min_nonzero_per_column, dtype, published or PublishedOptions(), memory,
     )  # fmt: skip
-    scaled, plan = checked_and_scaled(fishers, options, None)
-    problem = Problem(fishers, scaled, plan, options, device)
+    place = usable_device(device)
+    scaled, plan = checked_and_scaled(fishers, options, None, place)
+    problem = Problem(fishers, scaled, plan, options, place)
     if init is not None and len(init) != 2:
         raise ArgumentError("init: expected a pair (W, G)")
     initial = None if init is None else problem.state_from(*init)
@@ -153,7 +155,8 @@ def expand(
         present = np.flatnonzero(np.bincount(fishers.rows.indices, minlength=fishers.n_parameters))
         kept = np.arange(fishers.n_parameters) if components.columns is None else components.columns
         columns = np.union1d(present, kept).astype(np.int64)
-    scaled, plan = checked_and_scaled(fishers, chosen, columns)
+    place = usable_device(device)
+    scaled, plan = checked_and_scaled(fishers, chosen, columns, place)
     vectors = np.zeros((components.n_components, fishers.rows.n_columns), np.float32)
     vectors[:, slice(None) if components.columns is None else components.columns] = components.vectors
     frozen = torch.from_numpy(vectors if scaled.columns is None else vectors[:, scaled.columns])
@@ -166,7 +169,7 @@ def expand(
                 f"were made from, in their order; got {len(fishers)} that are not these"
             )
         frozen_W = torch.from_numpy(components.coefficients.copy())
-    problem = Problem(fishers, scaled, plan, chosen, device, frozen, frozen_W)
+    problem = Problem(fishers, scaled, plan, chosen, place, frozen, frozen_W)
     state, curve, course = problem.solve(None, checkpoint, callback, progress)
     return components_of(problem, state, curve, course | {"expanded_from": components.n_components})
 

@@ -7,6 +7,11 @@ import torch
 from npeff.errors import ArgumentError
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Whether data have to be brought there and back, and work there goes on by itself."""
+    return device.type == "cuda"
+
+
 def usable_device(device: torch.device | str) -> torch.device:
     """The device, after making sure that it holds tensors.
 

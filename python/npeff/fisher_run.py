@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from npeff import devices
 from npeff.batches import Batch, batch_digest, call_model, read_batch
 from npeff.compress import Compression, Sketch
 from npeff.digests import ModelWatch
@@ -93,7 +94,7 @@ class Run:
         if total is not None and self.share is not None:
             total = len(range(self.share[0], total, self.share[1]))
         done = 0
-        course = Course(self, watch, deferred=self.device.type == "cuda")
+        course = Course(self, watch, deferred=devices.has_own_memory(self.device))
         bar = tqdm(total=total, desc="Fishers", unit="batch", disable=not progress, smoothing=0.05)
         with bar, FisherWriter(out, header, validate=course.validate) as writer:
             with course.writing(writer):

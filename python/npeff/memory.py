@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+import torch
+
 from npeff.errors import ArgumentError
 
 _POWERS = {letter: power for power, letter in enumerate(" kmgt")}
@@ -37,8 +39,14 @@ def format_bytes(amount: float) -> str:
     return f"{amount:.0f} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
 
 
-def available_bytes() -> int:
-    """Memory that a new process could take now; all physical memory where the system does not say."""
+def available_bytes(device: torch.device | None = None) -> int:
+    """Memory that a new process could take now; all physical memory where the system does not say.
+
+    On a CUDA device: what is free there, and what torch keeps there for new tensors.
+    """
+    if device is not None and device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:

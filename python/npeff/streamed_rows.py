@@ -19,6 +19,9 @@ Array = npt.NDArray[Any]
 PART_BYTES = 64 << 20
 """Bytes of stored rows taken at a time where nobody asks for less."""
 
+DEVICE_PART_BYTES = 1 << 30
+"""Bytes of a CUDA device's memory that rows take there at a time where nobody asks for less."""
+
 
 @dataclass(frozen=True)
 class StreamedRows:

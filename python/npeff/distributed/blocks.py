@@ -59,8 +59,10 @@ def block(fishers: Fishers, start: int, stop: int) -> Fishers:
     return replace(fishers, rows=part, row_offsets=offsets, path=None, **arrays)
 
 
-def scaled_block(fishers: Fishers, options: Options, group: Group) -> tuple[Fishers, ScaledRows, Plan, Place]:
-    """This process's block, scaled as one process would scale it.
+def scaled_block(
+    fishers: Fishers, options: Options, group: Group, device: torch.device
+) -> tuple[Fishers, ScaledRows, Plan, Place]:
+    """This process's block, scaled as one process would scale it; ``device`` is where its products take place.
 
     Raises:
         ArgumentError: An option does not go with several processes, or there are more components than rows.
@@ -93,7 +95,7 @@ def scaled_block(fishers: Fishers, options: Options, group: Group) -> tuple[Fish
                 "min_nonzero_per_column"
             )
     resolved = replace(options, block_weights="energy" if weights is None else _exactly(weights))
-    scaled, plan = group.together(lambda: checked_and_scaled(own, resolved, columns, block=True))
+    scaled, plan = group.together(lambda: checked_and_scaled(own, resolved, columns, device, block=True))
     if not group.number(float(np.abs(scaled.fisher_norms).sum())):
         raise DataError(f"fishers: all {len(fishers)} are zero: nothing to decompose")
     lengths = group.lengths(own.rows.n_rows)

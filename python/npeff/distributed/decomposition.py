@@ -15,6 +15,7 @@ import torch
 
 from npeff import decomposition
 from npeff.components import Components
+from npeff.devices import usable_device
 from npeff.distributed.blocks import scaled_block
 from npeff.distributed.communicator import Group, Local
 from npeff.distributed.launch import connect, told_to_end
@@ -87,8 +88,9 @@ def decompose(
         device = torch.device("cuda", torch.cuda.current_device())
     with told_to_end(group):
         chosen = group.together(lambda: Options(n_components, **options))
-        own, scaled, plan, place = scaled_block(fishers, chosen, group)
-        problem = _Shared(own, scaled, plan, chosen, device, place, group, _digest(fishers))
+        there = group.together(lambda: usable_device(device))
+        own, scaled, plan, place = scaled_block(fishers, chosen, group, there)
+        problem = _Shared(own, scaled, plan, chosen, there, place, group, _digest(fishers))
         watched = None if callback is None else _asked_once(callback, group)
         state, curve, course = problem.solve(None, checkpoint, watched, progress and group.rank == 0)
         return group.together(lambda: problem.whole(fishers, state, curve, course))
@@ -116,7 +118,7 @@ class _Shared(Problem):
         scaled: Any,
         plan: Any,
         options: Options,
-        device: str | torch.device,
+        device: torch.device,
         place: Place,
         group: Group,
         digest: str,

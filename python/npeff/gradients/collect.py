@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from npeff import devices
 from npeff.compress import Compression, Sketch, TopK
 from npeff.errors import DataError
 from npeff.gradients.factors import Factors
@@ -111,7 +112,7 @@ class Collector:
             if compress.form == "kronecker":
                 self.paired = worth_pairing(compress, self._n_columns)
         else:
-            self._sink = _Whole(self._n_columns, m, self._scale, at_once)
+            self._sink = _Whole(self._n_columns, m, self._scale)
 
     def add(self, block: Block | Pairs) -> None:
         """Take one block.
@@ -169,9 +170,9 @@ class Collector:
 class _Whole:
     """Exact rows, written where they stay; blocks on a device first come over, one after the other."""
 
-    def __init__(self, n_columns: int, n_parameters: int, scale: Tensor, at_once: bool) -> None:
+    def __init__(self, n_columns: int, n_parameters: int, scale: Tensor) -> None:
         self._shape = (len(scale), n_columns, n_parameters)
-        self._scale, self._on_the_way = scale[:, None, None, None], not at_once or scale.is_cuda
+        self._scale, self._on_the_way = scale[:, None, None, None], devices.has_own_memory(scale.device)
         self._pieces: deque[tuple[slice, HostCopy, int | None]] = deque()
         self._values: Array | None = None
 

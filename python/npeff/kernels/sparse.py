@@ -67,9 +67,16 @@ def csr_transpose(indptr: A, indices: A, values: A, n_columns: int) -> tuple[A, 
         ArgumentError: Shapes, dtypes or devices do not fit, or an index is out of range.
     """
     dtype = "float64" if arrays.dtype_name(values) == "float64" else "float32"
+    given = (indptr, indices)
     indptr, indices, values = check_csr(indptr, indices, values, dtype)
     device = arrays.same_device(indptr=indptr, indices=indices, values=values)
     native = dispatch.native()
+    if dispatch.cuda(device):
+        tensors = [arrays.as_tensor(x) for x in (indptr, indices, values)]
+        _check_on_device(given, tensors[0], tensors[1], n_columns)
+        result = reference.csr_transpose(tensors[0], tensors[1], tensors[2], n_columns)
+        cuda.checked.record(*result[:2], extent=len(tensors[0]) - 1)
+        return arrays.like(values, result[0]), arrays.like(values, result[1]), arrays.like(values, result[2])
     if native is None or device.type != "cpu" or dtype == "float64":
         tensors = [arrays.as_tensor(x) for x in (indptr, indices, values)]
         check_structure(tensors[0], tensors[1], n_columns)

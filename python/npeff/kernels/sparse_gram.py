@@ -60,36 +60,59 @@ def sparse_gram(indptr: A, indices: A, values: A, n_columns: int) -> A:
         tensors = [arrays.as_tensor(x) for x in (indptr, indices, values)]
         check_structure(tensors[0], tensors[1], n_columns)
         if dispatch.cuda(device):
-            return arrays.like(values, _on_device(tensors[0], tensors[1], tensors[2], n_columns))
+            k = tensors[2].new_zeros(len(tensors[0]) - 1, len(tensors[0]) - 1)
+            add_gram_(k, tensors[0], tensors[1], tensors[2], n_columns)
+            return arrays.like(values, mirror_(k))
         return arrays.like(values, reference.sparse_gram(tensors[0], tensors[1], tensors[2], n_columns))
     return arrays.like(values, _Gram(native, indptr, indices, values, n_columns).compute())
 
 
-def _on_device(
-    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, n_columns: int, add_panel: Any = cuda.gram_panel_
-) -> torch.Tensor:
-    """K by panels, and by dense products for the columns that many rows share."""
-    n_rows = len(indptr) - 1
-    k = values.new_zeros(n_rows, n_rows)
+def add_gram_(
+    k: torch.Tensor,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    n_columns: int,
+    dense_bytes: int = DEVICE_DENSE_BYTES,
+) -> None:
+    """The lower triangle of ``k += A·Aᵀ`` on a device, for CSR rows known to be sound.
+
+    By panels, and by dense products for the columns that many rows share; by dense products alone where npeff's CUDA
+    kernels do not serve the device.
+    """
+    if not dispatch.cuda(k.device):
+        k += reference.sparse_gram(indptr, indices, values, n_columns)
+        return
+    n_rows = len(k)
     columns = indices.long()
     dense = torch.bincount(columns, minlength=n_columns) > DEVICE_DENSE_ABOVE * n_rows
     in_dense = dense[columns]
     kept = torch.cat([indptr.new_zeros(1), (~in_dense).cumsum(0)])[indptr]
-    add_panel(kept, indices[~in_dense], values[~in_dense], n_columns, k)
+    cuda.gram_panel_(kept, indices[~in_dense], values[~in_dense], n_columns, k)
     chosen = torch.nonzero(dense)[:, 0]
     rows = torch.repeat_interleave(torch.arange(n_rows, device=indptr.device), indptr.diff())[in_dense]
     columns, entries = columns[in_dense], values[in_dense]
-    width = max(64, DEVICE_DENSE_BYTES // (4 * max(1, n_rows)))
+    width = max(64, dense_bytes // (4 * max(1, n_rows)))
+    strip = max(DENSE_ROWS, -(-n_rows // 8))
     for start in range(0, len(chosen), width):
         here = chosen[start : start + width]
         place = torch.full((n_columns,), -1, device=indptr.device)
         place[here] = torch.arange(len(here), device=indptr.device)
         at = place[columns]
+        inside = at >= 0
         block = values.new_zeros(n_rows, len(here))
-        block[rows[at >= 0], at[at >= 0]] = entries[at >= 0]
-        k.addmm_(block, block.T)
-    k = k.tril_()
-    return k + k.tril(-1).T
+        block[rows[inside], at[inside]] = entries[inside]
+        for top in range(0, n_rows, strip):
+            bottom = min(top + strip, n_rows)
+            k[top:bottom, :bottom].addmm_(block[top:bottom], block[:bottom].T)
+
+
+def mirror_(k: torch.Tensor) -> torch.Tensor:
+    """Copies the lower triangle of a square matrix on a device to the upper one; returns it."""
+    if k.dtype == torch.float32 and dispatch.cuda(k.device):
+        cuda.mirror_(k)
+        return k
+    return k.tril_() + k.tril(-1).T
 
 
 class _Gram:

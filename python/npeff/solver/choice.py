@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
+from npeff import devices
 from npeff.errors import ArgumentError
 from npeff.memory import available_bytes, format_bytes
 from npeff.rows import GramRows, Rows, SparseRows
-from npeff.streamed_rows import PART_BYTES, column_counts
+from npeff.streamed_rows import DEVICE_PART_BYTES, PART_BYTES, column_counts
 
 SpaceName = Literal["auto", "gram", "sparse", "sketch"]
 
@@ -55,6 +57,7 @@ def choose_space(
     memory: int | None = None,
     low_rank: bool = True,
     dtype: str = "float32",
+    device: torch.device | None = None,
 ) -> Plan:
     """Plan a decomposition: by the operations of each space, at typical rates, and the memory each takes.
 
@@ -66,9 +69,11 @@ def choose_space(
         n_examples: Their examples.
         choice: What was asked for.
         n_components: r.
-        memory: Ceiling in bytes; None: what the machine has, which binds nothing that was asked for by name.
+        memory: Ceiling in bytes; None: what the machine has, or the device, which binds nothing that was asked for by
+            name; but ``"sparse"`` rows that exceed a CUDA device's memory are streamed to it.
         low_rank: Whether K would do in place of the rows.
         dtype: Of the solver's products.
+        device: Where the products take place; None: the processor.
 
     Raises:
         ArgumentError: ``choice`` is unknown, cannot serve these rows, or does not fit under the ceiling.
@@ -90,14 +95,16 @@ def choose_space(
     coords = 5 * number * n_components * width
     gram = number * R * R
     held = rows.nbytes if isinstance(rows, GramRows) else rows.nbytes * (number // 4) * (2 if counts is not None else 1)
-    ceiling = memory if memory is not None else available_bytes() * 4 // 5
+    there = device is not None and devices.has_own_memory(device)
+    ceiling = memory if memory is not None else available_bytes(device) * 4 // 5
 
     def fits(*needs: int) -> bool:
         return state + sum(needs) <= ceiling
 
     def plan(space: Literal["gram", "sparse", "sketch"], reason: str) -> Plan:
         taken = {"gram": gram, "sparse": held + coords, "sketch": coords}[space]
-        stream = space == "sketch" or (space == "gram" and counts is None and not fits(gram, rows.nbytes))
+        held_for_gram = 0 if there else rows.nbytes  # rows come to a device by stretches
+        stream = space == "sketch" or (space == "gram" and counts is None and not fits(gram, held_for_gram))
         left = ceiling - state - taken
         if memory is not None and left < 4 * LEAST_PART:
             raise ArgumentError(
@@ -105,18 +112,20 @@ def choose_space(
                 f"the space {space!r}, {format_bytes(state + taken + 4 * LEAST_PART)}; allow so much, or fewer "
                 "components" + ("" if space == "sketch" else ", or space='sketch'")
             )
-        part = int(min(PART_BYTES, max(LEAST_PART, left // 6)))
+        part = int(min(DEVICE_PART_BYTES if there else PART_BYTES, max(LEAST_PART, left // 6)))
         return Plan(space, reason, stream and not isinstance(rows, GramRows), part, max(0, left // 2))
 
     if isinstance(rows, GramRows):
         return plan("gram", "inner products are all there is")
+    rows_fit = fits(held, coords) or (memory is None and fits(held))  # coordinates are as long wherever the rows are
+    if choice == "sparse" and there and not rows_fit:
+        return plan("sketch", f"asked for the rows, and {_exceeds(held)}: they are streamed")
     if choice != "auto":
         return plan(choice, "asked for")
-    rows_fit = fits(held, coords) or (memory is None and fits(held))  # coordinates are as long wherever the rows are
     if not low_rank:
         what = "the diagonal kind always works on the rows"
         return plan("sparse", what) if rows_fit else plan("sketch", f"{what}, and they stay on disk: {_exceeds(held)}")
-    gram_fits = gram <= GRAM_BYTES and fits(gram + gram // 4) and (counts is None or fits(gram, rows.nbytes))
+    gram_fits = gram <= GRAM_BYTES and fits(gram + gram // 4) and (there or counts is None or fits(gram, rows.nbytes))
     if not gram_fits:
         why = f"K of {R:,} rows would take {gram / 2**30:.1f} GiB"
         return plan("sparse", why) if rows_fit else plan("sketch", f"{why}, and {_exceeds(held)}")

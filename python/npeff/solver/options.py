@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers import Fishers
@@ -67,7 +68,7 @@ def _is_number(value: Any) -> bool:
 
 
 def checked_and_scaled(
-    fishers: Fishers, options: Options, columns: Array | None, *, block: bool = False
+    fishers: Fishers, options: Options, columns: Array | None, device: torch.device, *, block: bool = False
 ) -> tuple[ScaledRows, Plan]:
     """Check the Fishers, plan the use of memory, and scale them.
 
@@ -75,6 +76,7 @@ def checked_and_scaled(
         fishers: The Fishers.
         options: The options.
         columns: Parameter indices to keep; None: those that hold entries.
+        device: Where the products take place.
         block: They are the block of one of several processes: it may lack what all of them together must have, and
             inner products with the rows of others cannot be had.
 
@@ -108,6 +110,7 @@ def checked_and_scaled(
         memory=None if options.memory is None else parse_bytes(options.memory),
         low_rank=fishers.kind == "low_rank" and not block,
         dtype=options.dtype,
+        device=device,
     )
     scaled = scale(
         fishers, options.block_weights, options.normalize, columns, options.min_nonzero_per_column,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from npeff.devices import usable_device
 from npeff.distributed.place import comm_of
 from npeff.errors import ArgumentError
 from npeff.fishers import Fishers
@@ -45,7 +44,7 @@ class Problem:
         scaled: ScaledRows,
         plan: Plan,
         options: Options,
-        device: str | torch.device,
+        device: torch.device,
         frozen: Tensor | None = None,
         frozen_W: Tensor | None = None,
     ) -> None:
@@ -53,7 +52,6 @@ class Problem:
         self.reason = plan.reason
         self.subspace: dict[str, Any] | None = None
         began = time.perf_counter()
-        device = usable_device(device)
         dtype = torch.float64 if options.dtype == "float64" else torch.float32
         self.space: FactorSpace
         self.form: LowRank | Diagonal
@@ -64,7 +62,10 @@ class Problem:
             self.space, self.form = rows_space, Diagonal(rows_space, scaled, frozen, frozen_W)
         else:
             gram = plan.space == "gram"
-            own = GramSpace(scaled.rows, frozen, dtype, device) if gram else _rows_space(scaled, dtype, device)
+            if gram:
+                own: Any = GramSpace(scaled.rows, frozen, dtype, device, plan.part_bytes)
+            else:
+                own = _rows_space(scaled, dtype, device)
             self.space = self.shared(own)
             embedded = None if frozen is None else self.space.embed(frozen)
             self.form = LowRank(self.space, scaled, options.orthogonality, embedded, frozen_W)

@@ -6,7 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npeff import kernels
+from npeff import devices, kernels
+from npeff.kernels.cuda import checked
+from npeff.kernels.sparse import check_structure
+from npeff.kernels.transfers import to_device
 from npeff.rows import DenseRows, GramRows, Rows, SparseRows
 from npeff.streamed_rows import StreamedRows
 
@@ -14,16 +17,25 @@ from npeff.streamed_rows import StreamedRows
 def sparse_tensors(
     rows: SparseRows, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(indptr, indices, values)`` as torch tensors."""
-    arrays = (np.ascontiguousarray(a) for a in (rows.indptr, rows.indices, rows.values))
-    indptr, indices, values = (torch.from_numpy(a if a.flags.writeable else a.copy()).to(device) for a in arrays)
-    return indptr, indices, values.to(dtype)
+    """``(indptr, indices, values)`` as torch tensors; those on a CUDA device are known to be sound there.
+
+    Raises:
+        ArgumentError: An index is out of range.
+    """
+    device = torch.device(device)
+    there = devices.has_own_memory(device)
+    if there:
+        here = torch.device("cpu")
+        check_structure(to_device(rows.indptr, here), to_device(rows.indices, here), rows.n_columns)
+    indptr, indices = (to_device(a, device) for a in (rows.indptr, rows.indices))
+    if there:
+        checked.record(indptr, indices, extent=rows.n_columns)
+    return indptr, indices, to_device(rows.values, device, dtype)
 
 
 def dense_tensor(rows: DenseRows, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
     """The rows as a torch tensor; shared memory where dtype and device allow it."""
-    values = np.ascontiguousarray(rows.values)
-    return torch.from_numpy(values if values.flags.writeable else values.copy()).to(device, dtype)
+    return to_device(rows.values, torch.device(device), dtype)
 
 
 def project_rows(rows: Rows | StreamedRows, vectors: Tensor) -> Tensor:

@@ -7,11 +7,14 @@ over parts are taken in order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from npeff import kernels
-from npeff.rows import SparseRows
+from npeff import devices, kernels
+from npeff.rows import DenseRows, SparseRows
+from npeff.solver.device_products import ahead
 from npeff.solver.row_products import dense_tensor, sparse_tensors
 from npeff.streamed_rows import StreamedRows
 
@@ -47,7 +50,7 @@ class SketchSpace:
         """``A Gᵀ``, one pass."""
         turned = coords.T.contiguous()
         out = torch.empty(self.n_rows, len(coords), dtype=self.dtype, device=self._device)
-        for start, stop, part in self.rows.parts():
+        for start, stop, part in self._parts():
             if isinstance(part, SparseRows):
                 out[start:stop] = kernels.spmm(*sparse_tensors(part, self.dtype, self._device), turned)
             else:
@@ -57,13 +60,18 @@ class SketchSpace:
     def combine(self, S: Tensor) -> Tensor:
         """``Sᵀ A``, one pass."""
         out = torch.zeros(S.shape[1], self.n_columns, dtype=self.dtype, device=self._device)
-        for start, stop, part in self.rows.parts():
+        for start, stop, part in self._parts():
             if isinstance(part, SparseRows):
                 csr = sparse_tensors(part, self.dtype, self._device)
                 out += kernels.spmm(*kernels.csr_transpose(*csr, self.n_columns), S[start:stop].contiguous()).T
             else:
                 out.addmm_(S[start:stop].T, dense_tensor(part, self.dtype, self._device))
         return out
+
+    def _parts(self) -> Iterator[tuple[int, int, SparseRows | DenseRows]]:
+        """Part by part; while a device works on one, a thread reads the next."""
+        parts = self.rows.parts()
+        return ahead(parts) if devices.has_own_memory(self._device) else parts
 
     def inner(self, a: Tensor, b: Tensor, P_b: Tensor) -> Tensor:
         """``G_a G_bᵀ``."""

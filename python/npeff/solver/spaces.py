@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npeff import kernels
+from npeff import devices, kernels
 from npeff.errors import ArgumentError
 from npeff.rows import DenseRows, GramRows, Rows, SparseRows
+from npeff.solver import device_products
 from npeff.solver.row_products import combine_rows, dense_tensor, project_rows, row_gram, sparse_tensors
-from npeff.streamed_rows import StreamedRows
+from npeff.streamed_rows import DEVICE_PART_BYTES, StreamedRows
 
 
 class FactorSpace(Protocol):
@@ -69,7 +70,8 @@ class GramSpace:
         rows: The scaled rows, in memory or streamed, or their inner products.
         anchors: ``(f, n_columns)`` float32 further vectors that coordinates may use.
         dtype: float32 or float64, of K and of everything derived from it.
-        device: Where K lives.
+        device: Where K lives. Rows come to a CUDA device by stretches of columns; they never have to fit there.
+        room: Bytes there for a stretch.
     """
 
     name = "gram"
@@ -80,15 +82,24 @@ class GramSpace:
         anchors: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        room: int = DEVICE_PART_BYTES,
     ) -> None:
-        self._rows = rows
+        self._rows, self._room, device = rows, room, torch.device(device)
         self._anchors = None if anchors is None or not len(anchors) else anchors.to(dtype).cpu()
         self.n_rows = rows.n_rows
-        own = row_gram(rows, dtype)
+        self._far = None if isinstance(rows, GramRows) or not devices.has_own_memory(device) else rows
+        if self._far is None:
+            own = row_gram(rows, dtype).to(device)
+        else:
+            own = device_products.row_gram(self._far, dtype, device, room)
         if self._anchors is not None:
-            across = project_rows(rows, self._anchors)
-            own = torch.cat([torch.cat([own, across], 1), torch.cat([across.T, self._anchors @ self._anchors.T], 1)])
-        self.K = own.to(device)
+            if self._far is None:
+                across = project_rows(rows, self._anchors).to(device)
+            else:
+                across = device_products.project_rows(self._far, self._anchors, device, room)
+            among = (self._anchors @ self._anchors.T).to(device)
+            own = torch.cat([torch.cat([own, across], 1), torch.cat([across.T, among], 1)])
+        self.K = own
         self.step_bytes = self.K.nbytes
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
@@ -131,8 +142,12 @@ class GramSpace:
         if isinstance(self._rows, GramRows):
             values, basis = torch.linalg.eigh((coords @ self.K @ coords.T).double())
             return ((basis * values.clamp_min(0).sqrt()) @ basis.T).to(coords).cpu()
+        own = coords[:, : self.n_rows].T.contiguous()
+        if self._far is None:
+            G = combine_rows(self._rows, own)
+        else:
+            G = device_products.combine_rows(self._far, own, self._room)
         coords = coords.cpu()
-        G = combine_rows(self._rows, coords[:, : self.n_rows].T.contiguous())
         return G if self._anchors is None else G + coords[:, self.n_rows :] @ self._anchors
 
 
