@@ -70,6 +70,33 @@ class Selectors {
     return to_object(bad);
   }
 
+  py::object push_outer(py::handle delta, py::handle inputs, int64_t first, int64_t base, int64_t column_stride,
+                        bool turned, int threads) {
+    const TensorView d(delta, "delta", Access::read), a(inputs, "inputs", Access::read);
+    const auto* d_data = d.as<const float>({any, any, any});
+    const auto* a_data = a.as<const float>({d.shape(0), any});
+    const int64_t b = d.shape(0), size = d.shape(2) * a.shape(1);
+    const auto n_selectors = static_cast<int64_t>(selectors_.size());
+    if (first < 0 || first + b > n_selectors)
+      fail("first: expected examples within " + std::to_string(n_selectors) + " selectors, got " + std::to_string(b) +
+           " from " + std::to_string(first));
+    if (base < 0 || column_stride < 0 || base + d.shape(1) * column_stride > (int64_t{1} << 62) - size)
+      fail("base: expected flat indices from 0 to 2^62, got " + std::to_string(base));
+    const Outers outers{d_data, a_data, b, d.shape(1), d.shape(2), a.shape(1), first, base, column_stride, turned};
+    Nonfinite bad;
+    {
+      const py::gil_scoped_release release;
+      bad = push_outers(selectors_, outers, threads);
+    }
+    return to_object(bad);
+  }
+
+  void thresholds(py::handle thresholds_out) const {
+    const TensorView out(thresholds_out, "thresholds", Access::write);
+    auto* values = out.as<float>({static_cast<int64_t>(selectors_.size())});
+    for (size_t i = 0; i < selectors_.size(); ++i) values[i] = selectors_[i].threshold();
+  }
+
   void finish(py::handle counts_out, int threads) {
     const TensorView out(counts_out, "counts", Access::write);
     auto* counts = out.as<int64_t>({static_cast<int64_t>(selectors_.size())});
@@ -112,6 +139,12 @@ void bind_topk(py::module_& m) {
       .def("push", &Selectors::push, py::arg("block"), py::arg("base"), py::arg("rows"), py::arg("threads"),
            "block (b, width) float32 into selectors rows (b,); None, or (row of the block, flat index) of the first "
            "non-finite value.")
+      .def("push_outer", &Selectors::push_outer, py::arg("delta"), py::arg("inputs"), py::arg("first"), py::arg("base"),
+           py::arg("column_stride"), py::arg("turned"), py::arg("threads"),
+           "Outer products of delta (b, columns, n) and inputs (b, k), both float32, into selectors first … first + b − 1; "
+           "None, or (example, flat index) of the first non-finite product.")
+      .def("thresholds", &Selectors::thresholds, py::arg("thresholds"),
+           "Fill thresholds (n_rows,) float32: entries below are not among the k largest.")
       .def("finish", &Selectors::finish, py::arg("counts"), py::arg("threads"), "Narrow; fill counts (n_rows,) int64.")
       .def("take", &Selectors::take, py::arg("indices"), py::arg("values"), py::arg("by_magnitude"), py::arg("threads"),
            "After finish: fill indices int64 and values float32, rows end to end; then empty the selectors.")

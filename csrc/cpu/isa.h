@@ -54,6 +54,9 @@ struct Kernels {
   // topk: keeps, in place and in order, the candidates above threshold, and those at it with index ≤ last.
   int64_t (*keep)(uint32_t* bits, int64_t* index, int64_t n, uint32_t threshold, int64_t last);
 
+  // topk: out[i] = factor · x[i], both (n,).
+  void (*multiply)(float factor, const float* x, int64_t n, float* out);
+
   // nnls: columns of a panel; vectors of rows in a tile; bytes of a vector. The tiles return the sweeps made.
   int nnls_block, nnls_vectors, vector_bytes;
   int64_t (*nnls_tile_f32)(const NnlsTile<float>& tile);

@@ -10,6 +10,7 @@
 #include "npeff/parallel.h"
 #include "npeff/topk_order.h"
 #include "radix_sort.h"
+#include "sort_runs.h"
 #include "topk_guess.h"
 
 namespace npeff {
@@ -17,6 +18,18 @@ namespace {
 
 constexpr uint32_t magnitude = topk_magnitude, infinity = topk_infinity;
 constexpr int64_t anywhere = topk_anywhere;
+
+uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+float to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 
 // Candidates by buckets of magnitude, to find the one that holds the k-th largest.
 struct Buckets {
@@ -110,25 +123,48 @@ void Selector::note_nonfinite(int64_t from) {
     if ((bits_[i] & magnitude) >= infinity && (nonfinite_ < 0 || index_[i] < nonfinite_)) nonfinite_ = index_[i];
 }
 
-// Appends what beats the threshold, selecting whenever the buffer is full. True when it was.
-bool Selector::scan(const Piece* pieces, int64_t n_pieces) {
+// Appends what beats the threshold, selecting whenever the buffer is full. True when it was. At most scan_chunk entries.
+bool Selector::take_in(const float* x, int64_t n, int64_t base) {
   const auto scan_run = kernels().scan;
+  const int64_t before = size_;
+  reserve(size_ + n);
+  // Ties with the threshold are admitted below its index only.
+  const int64_t below = std::clamp<int64_t>(threshold_index_ - base, 0, n);
+  const auto floor = static_cast<int32_t>(threshold_);
+  size_ += scan_run(x, below, base, floor - 1, bits_.get() + size_, index_.get() + size_);
+  size_ += scan_run(x + below, n - below, base + below, floor, bits_.get() + size_, index_.get() + size_);
+  if (size_ > before) note_nonfinite(before);
+  if (size_ < limit_) return false;
+  select(false);
+  return true;
+}
+
+bool Selector::scan(const Piece* pieces, int64_t n_pieces) {
   bool selected = false;
   for (int64_t p = 0; p < n_pieces; ++p) {
     const Piece& piece = pieces[p];
-    for (int64_t at = 0; at < piece.length; at += scan_chunk) {
-      const float* x = piece.data + at;
-      const int64_t n = std::min(scan_chunk, piece.length - at), base = piece.base + at, before = size_;
-      reserve(size_ + n);
-      // Ties with the threshold are admitted below its index only.
-      const int64_t below = std::clamp<int64_t>(threshold_index_ - base, 0, n);
-      const auto floor = static_cast<int32_t>(threshold_);
-      size_ += scan_run(x, below, base, floor - 1, bits_.get() + size_, index_.get() + size_);
-      size_ += scan_run(x + below, n - below, base + below, floor, bits_.get() + size_, index_.get() + size_);
-      if (size_ > before) note_nonfinite(before);
-      if (size_ >= limit_) {
-        select(false);
-        selected = true;
+    for (int64_t at = 0; at < piece.length; at += scan_chunk)
+      selected |= take_in(piece.data + at, std::min(scan_chunk, piece.length - at), piece.base + at);
+  }
+  return selected;
+}
+
+bool Selector::scan(const Outer* outers, int64_t n_outers) {
+  alignas(64) float products[scan_chunk];
+  bool selected = false;
+  for (int64_t o = 0; o < n_outers; ++o) {
+    const Outer& outer = outers[o];
+    // NaN and infinities stand above all magnitudes, so that rows which meet them are never passed over.
+    const float largest = to_float(kernels().magnitudes(reinterpret_cast<const uint32_t*>(outer.columns), outer.n_columns).largest);
+    for (int64_t i = 0; i < outer.n_rows; ++i) {
+      const float row = outer.rows[i];
+      const uint32_t bound = to_bits(row * largest) & magnitude;
+      const int64_t base = outer.base + i * outer.n_columns;
+      if (!admits({threshold_, threshold_index_}, bound, base)) continue;
+      for (int64_t at = 0; at < outer.n_columns; at += scan_chunk) {
+        const int64_t n = std::min(scan_chunk, outer.n_columns - at);
+        kernels().multiply(row, outer.columns + at, n, products);
+        selected |= take_in(products, n, base + at);
       }
     }
   }
@@ -167,31 +203,34 @@ bool Selector::scan_split(const Piece* pieces, int64_t n_pieces, int threads) {
   return std::find(selected.begin(), selected.end(), 1) != selected.end();
 }
 
-int64_t Selector::push(const Piece* pieces, int64_t n_pieces, int threads) {
+// bits_at(position) is one of the `length` entries, asked for ascending positions; scan() appends what beats the
+// threshold, and tells whether a selection was made.
+template <class Bits, class Scan>
+int64_t Selector::push_entries(int64_t length, const Bits& bits_at, const Scan& scan) {
   nonfinite_ = -1;
-  const int64_t length = total_length(pieces, n_pieces), seen = seen_;
+  const int64_t seen = seen_;
   seen_ += length;
   // A guess costs about as much as k candidates too many. Among `length` new entries as large as those seen, about
   // k·length/seen will beat the threshold.
-  if (length < seen || !push_with_guess(pieces, n_pieces, threads)) scan_split(pieces, n_pieces, threads);
+  if (length < seen || !push_with_guess(length, bits_at, scan)) scan();
   if (size_ >= limit_) select(false);
   return nonfinite_;
 }
 
 // A threshold guessed for what is held and what comes, together. It is a true one if k entries reach it; if not,
 // nothing has happened.
-bool Selector::push_with_guess(const Piece* pieces, int64_t n_pieces, int threads) {
-  std::vector<Piece> all(pieces, pieces + n_pieces);
-  all.push_back({reinterpret_cast<const float*>(bits_.get()), size_, 0});
+template <class Bits, class Scan>
+bool Selector::push_with_guess(int64_t length, const Bits& bits_at, const Scan& scan) {
   uint32_t guess;
-  if (!guess_threshold(all.data(), n_pieces + 1, k_, &guess) || guess <= threshold_) return false;
+  const auto any_bits = [&](int64_t at) { return at < length ? bits_at(at) : bits_[at - length]; };
+  if (!guess_threshold(length + size_, k_, any_bits, &guess) || guess <= threshold_) return false;
   if (size_ > most_kept()) select(false);
   const int64_t before = size_, index_before = threshold_index_;
   const uint32_t threshold_before = threshold_;
   threshold_ = guess;
   threshold_index_ = anywhere;
   // A full buffer holds k new entries, which all reach the guess.
-  if (scan_split(pieces, n_pieces, threads) || nonfinite_ >= 0) return true;
+  if (scan() || nonfinite_ >= 0) return true;
   int64_t reach = size_ - before;
   for (int64_t i = 0; i < before; ++i) reach += (bits_[i] & magnitude) >= guess;
   if (reach >= k_) return true;
@@ -201,9 +240,32 @@ bool Selector::push_with_guess(const Piece* pieces, int64_t n_pieces, int thread
   return false;
 }
 
+int64_t Selector::push(const Piece* pieces, int64_t n_pieces, int threads) {
+  int64_t piece = 0, start = 0;
+  const auto bits_at = [&](int64_t at) {
+    while (at - start >= pieces[piece].length) start += pieces[piece++].length;
+    return to_bits(pieces[piece].data[at - start]);
+  };
+  return push_entries(total_length(pieces, n_pieces), bits_at, [&] { return scan_split(pieces, n_pieces, threads); });
+}
+
+int64_t Selector::push(const Outer* outers, int64_t n_outers) {
+  int64_t outer = 0, start = 0, length = 0;
+  for (int64_t o = 0; o < n_outers; ++o) length += outers[o].n_rows * outers[o].n_columns;
+  const auto bits_at = [&](int64_t at) {
+    while (at - start >= outers[outer].n_rows * outers[outer].n_columns)
+      start += outers[outer].n_rows * outers[outer].n_columns, ++outer;
+    const Outer& x = outers[outer];
+    return to_bits(x.rows[(at - start) / x.n_columns] * x.columns[(at - start) % x.n_columns]);
+  };
+  return push_entries(length, bits_at, [&] { return scan(outers, n_outers); });
+}
+
+float Selector::threshold() const { return to_float(threshold_); }
+
 void Selector::finish() {
   if (size_ > k_) select(true);
-  if (!std::is_sorted(index_.get(), index_.get() + size_))
+  if (!sort_runs(bits_.get(), index_.get(), size_))
     radix_sort(bits_.get(), index_.get(), size_, [](uint32_t, int64_t i) { return static_cast<uint64_t>(i); });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "npeff/topk.h"
 
@@ -9,7 +10,8 @@ namespace npeff {
 
 // Sets *guess to a magnitude that a little more than k of all entries reach, most probably.
 // False when the input is too short for it to pay.
-bool guess_threshold(const Piece* pieces, int64_t n_pieces, int64_t k, uint32_t* guess);
+//   bits_at(position): an entry as bits, position < total; asked for ascending positions
+bool guess_threshold(int64_t total, int64_t k, const std::function<uint32_t(int64_t)>& bits_at, uint32_t* guess);
 
 inline int64_t total_length(const Piece* pieces, int64_t n_pieces) {
   int64_t total = 0;

@@ -52,6 +52,22 @@ Nonfinite push_rows(std::vector<Selector>& selectors, const float* x, int64_t n_
   return first;
 }
 
+Nonfinite push_outers(std::vector<Selector>& selectors, const Outers& x, int threads) {
+  std::vector<int64_t> bad(x.b, -1);
+  parallel_for(x.b, threads, [&](int64_t e) {
+    const float *delta = x.delta + e * x.columns * x.n, *inputs = x.inputs + e * x.k;
+    std::vector<Outer> outers(x.columns);
+    for (int64_t c = 0; c < x.columns; ++c, delta += x.n) {
+      const int64_t base = x.base + c * x.column_stride;
+      outers[c] = x.turned ? Outer{inputs, x.k, delta, x.n, base} : Outer{delta, x.n, inputs, x.k, base};
+    }
+    bad[e] = selectors[x.first + e].push(outers.data(), x.columns);
+  });
+  for (int64_t e = 0; e < x.b; ++e)
+    if (bad[e] >= 0) return {e, bad[e]};
+  return {-1, -1};
+}
+
 Nonfinite topk_rows(const float* x, int64_t n_rows, int64_t width, int64_t stride, int64_t k, bool by_magnitude,
                     int64_t* indices, float* values, int threads) {
   const int64_t whole = whole_groups(n_rows, width, threads);

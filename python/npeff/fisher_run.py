@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from npeff import devices
 from npeff.batches import Batch, batch_digest, call_model, read_batch
-from npeff.compress import Compression, Sketch
+from npeff.compress import Compression, Sketch, TopK
 from npeff.digests import ModelWatch
 from npeff.errors import ArgumentError, DataError, ResumeError
 from npeff.fisher_course import Course, UnderWay
@@ -164,7 +164,13 @@ class Run:
             pieces = -(-kept // KEPT_BYTES)
             if pieces <= 1 or batch.n_examples == 1 or not batch.sliceable:
                 collector = Collector(self.parameters, factors, ids, squared, self.compress, at_once)
-                for block in self.engine.blocks(prepared, factors.columns, squared=squared, paired=collector.paired):
+                for block in self.engine.blocks(
+                    prepared,
+                    factors.columns,
+                    squared=squared,
+                    paired=collector.paired,
+                    last_first=isinstance(self.compress, TopK),
+                ):
                     collector.add(block)
                 shown = to_host(detached.to(torch.float32))
                 return UnderWay([(collector.finish(), shown, self.stored_labels(batch), ids)])

@@ -8,6 +8,7 @@ namespace npeff::NPEFF_ISA {
 int64_t scan(const float* x, int64_t n, int64_t base, int32_t floor, uint32_t* bits, int64_t* index);
 Magnitudes magnitudes(const uint32_t* bits, int64_t n);
 int64_t keep(uint32_t* bits, int64_t* index, int64_t n, uint32_t threshold, int64_t last);
+void multiply(float factor, const float* x, int64_t n, float* out);
 
 // As many sums, nnls_block × nnls_vectors, as leave registers for the operands.
 #if defined(__AVX512F__)

@@ -12,6 +12,7 @@ const Kernels table = {
     scan,
     magnitudes,
     keep,
+    multiply,
     nnls_block,
     nnls_vectors,
     vector_bytes,

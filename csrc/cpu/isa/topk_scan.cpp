@@ -110,14 +110,16 @@ int64_t keep(uint32_t* bits, int64_t* index, int64_t n, uint32_t threshold, int6
   int64_t kept = 0, i = 0;
 #if defined(__AVX512F__)
   const __m512i bar = _mm512_set1_epi32(static_cast<int32_t>(threshold)), end = _mm512_set1_epi64(last);
-  for (; i + 16 <= n; i += 16) {  // reads run ahead of writes, so in place is safe
+  for (; i + 16 <= n; i += 16) {  // reads run ahead of writes of as many entries, so in place is safe
     const __m512i b = _mm512_loadu_si512(bits + i), m = _mm512_and_si512(b, _mm512_set1_epi32(magnitude));
     const __m512i low = _mm512_loadu_si512(index + i), high = _mm512_loadu_si512(index + i + 8);
     const auto early = static_cast<__mmask16>(_mm512_cmple_epi64_mask(low, end) | _mm512_cmple_epi64_mask(high, end) << 8);
     const auto stay = static_cast<__mmask16>(_mm512_cmpgt_epi32_mask(m, bar) | (_mm512_cmpeq_epi32_mask(m, bar) & early));
-    _mm512_mask_compressstoreu_epi32(bits + kept, stay, b);
-    _mm512_mask_compressstoreu_epi64(index + kept, static_cast<__mmask8>(stay), low);
-    _mm512_mask_compressstoreu_epi64(index + kept + _mm_popcnt_u32(stay & 0xff), static_cast<__mmask8>(stay >> 8), high);
+    // Compressed in registers and stored whole: compressing stores take a hundred cycles on Zen 4.
+    const __mmask8 first = static_cast<__mmask8>(stay), second = static_cast<__mmask8>(stay >> 8);
+    _mm512_storeu_si512(bits + kept, _mm512_maskz_compress_epi32(stay, b));
+    _mm512_storeu_si512(index + kept, _mm512_maskz_compress_epi64(first, low));
+    _mm512_storeu_si512(index + kept + _mm_popcnt_u32(first), _mm512_maskz_compress_epi64(second, high));
     kept += _mm_popcnt_u32(stay);
   }
 #endif
@@ -129,6 +131,10 @@ int64_t keep(uint32_t* bits, int64_t* index, int64_t n, uint32_t threshold, int6
     kept += (m > threshold) | ((m == threshold) & (at <= last));
   }
   return kept;
+}
+
+void multiply(float factor, const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = factor * x[i];
 }
 
 }  // namespace npeff::NPEFF_ISA

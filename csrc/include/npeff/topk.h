@@ -22,6 +22,15 @@ struct Piece {
   int64_t base;  // flat index of data[0]; base + length ≤ 2^62
 };
 
+// An outer product: entry (i, j) is rows[i]·columns[j] in float32, with the flat index base + i·n_columns + j ≤ 2^62.
+struct Outer {
+  const float* rows;  // (n_rows,)
+  int64_t n_rows;
+  const float* columns;  // (n_columns,)
+  int64_t n_columns;
+  int64_t base;
+};
+
 class Selector {
  public:
   Selector(int64_t k, bool keep_zeros);
@@ -29,6 +38,13 @@ class Selector {
   // Takes in pieces, any number of times, in any order; flat indices must not repeat.
   // Returns the lowest flat index of this push's non-finite values, or −1. After one, only reset() makes sense.
   int64_t push(const Piece* pieces, int64_t n_pieces, int threads);
+
+  // The same with the entries of outer products, which are formed in the cache, and only in rows that can reach the
+  // threshold: |rows[i]|·max|columns| bounds a row, after rounding, too.
+  int64_t push(const Outer* outers, int64_t n_outers);
+
+  // Entries with |value| below it are not among the k largest, whatever follows.
+  float threshold() const;
 
   // Narrows to the best min(k, entries seen) and sorts them by index. Push may go on afterwards.
   void finish();
@@ -41,10 +57,13 @@ class Selector {
   void reset();
 
  private:
+  bool take_in(const float* x, int64_t length, int64_t base);
   bool scan(const Piece* pieces, int64_t n_pieces);
+  bool scan(const Outer* outers, int64_t n_outers);
   bool scan_split(const Piece* pieces, int64_t n_pieces, int threads);
   void note_nonfinite(int64_t from);
-  bool push_with_guess(const Piece* pieces, int64_t n_pieces, int threads);
+  template <class Bits, class Scan> int64_t push_entries(int64_t length, const Bits& bits_at, const Scan& scan);
+  template <class Bits, class Scan> bool push_with_guess(int64_t length, const Bits& bits_at, const Scan& scan);
   void select(bool exact);
   int64_t most_kept() const { return k_ + k_ / 16; }  // after an inexact selection
   void reserve(int64_t size);
@@ -70,6 +89,17 @@ class Selector {
 struct Nonfinite { int64_t row, index; };
 Nonfinite push_rows(std::vector<Selector>& selectors, const float* x, int64_t n_rows, int64_t width, int64_t stride,
                     const int64_t* targets, const int64_t* bases, int threads);
+
+// Example e's outer products delta[e, c] ⊗ inputs[e] into selectors[first + e], column c's with the flat index
+// base + c·column_stride of its first entry; turned: inputs[e] ⊗ delta[e, c].
+//   delta (b, columns, n), inputs (b, k)
+// Returns the first example (and the flat index in it) with a non-finite product, or row −1.
+struct Outers {
+  const float *delta, *inputs;
+  int64_t b, columns, n, k, first, base, column_stride;
+  bool turned;
+};
+Nonfinite push_outers(std::vector<Selector>& selectors, const Outers& x, int threads);
 
 // All rows of x (n_rows, width) at once, zeros included: indices and values (n_rows, k), k ≤ width, ordered as by
 // Selector::copy_to. Non-finite values as above; indices and values are then undefined.

@@ -15,6 +15,7 @@ from torch import Tensor
 from npeff import devices
 from npeff.compress import Compression, Sketch, TopK
 from npeff.errors import DataError
+from npeff.gradients import largest
 from npeff.gradients.factors import Factors
 from npeff.gradients.rules import Rule
 from npeff.gradients.sketched import Sketched, worth_pairing
@@ -107,6 +108,8 @@ class Collector:
         self.paired: Callable[[Parameter, list[Rule]], bool] | None = None
         if isinstance(compress, TopK):
             self._sink = _Largest(n, self._n_columns, m, compress.k)
+            if factors.columns.device.type == "cpu":
+                self.paired = largest.worth_pairing(squared, width)
         elif isinstance(compress, Sketch):
             self._sink = Sketched(n, self._n_columns, compress)
             if compress.form == "kronecker":
@@ -139,9 +142,11 @@ class Collector:
         self._sink.put(block)
 
     def _add_pairs(self, pairs: Pairs) -> None:
+        pairs = pairs.squared() if self._squared else pairs
         gram = pairs.gram().to(self._gram.device, torch.float64)
         unsound = self._at_once and not torch.isfinite(gram).all()
-        if unsound or not isinstance(self._sink, Sketched):
+        unsound = unsound or (self._squared and bool(self._certain[pairs.examples].any()))
+        if unsound or not isinstance(self._sink, Sketched | _Largest):
             self.add(pairs.formed())
             return
         self._gram[pairs.examples] += gram
@@ -231,21 +236,12 @@ class _Largest:
         example = np.repeat(np.arange(block.examples.start, block.examples.stop, dtype=np.int64), r * runs)
         self._selectors.push(block.values.reshape(-1, width), base, example)
 
+    def put_pairs(self, pairs: Pairs) -> None:
+        largest.push(self._selectors, pairs, self._n_parameters)
+
     def later(self) -> Callable[[Array, Array], Rows]:
-        selections, m = self._selectors.finish_later(), self._n_parameters
-
-        def rows(counts: Array, scale: Array) -> Rows:
-            found, flat, values = selections()
-            example = np.repeat(np.arange(len(found)), found)
-            row, column = np.divmod(flat, m)
-            # Rows beyond an example's count are zero and have no entries: number the rest end to end.
-            first = np.concatenate([[0], np.cumsum(counts)])
-            lengths = np.bincount(first[example] + row, minlength=int(first[-1]))
-            indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-            index = np.int32 if m <= np.iinfo(np.int32).max else np.int64
-            return SparseRows(indptr, column.astype(index), values * scale[example], m)
-
-        return rows
+        selections, n_columns, m = self._selectors.finish_later(), self._n_columns, self._n_parameters
+        return lambda counts, scale: largest.sparse_rows(*selections(), n_columns, m, counts, scale)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -176,6 +176,7 @@ class PerExampleGradients:
         *,
         squared: bool = False,
         paired: Callable[[Parameter, list[Rule]], bool] | None = None,
+        last_first: bool = False,
     ) -> Iterator[Block | Pairs]:
         """Run the backward passes, then yield the per-example gradients.
 
@@ -184,6 +185,7 @@ class PerExampleGradients:
             columns: ``(b, C, R)`` cotangents.
             squared: Yield Σ over columns of the squares instead.
             paired: Says of which parameters the factors are wanted rather than their products, where there are any.
+            last_first: Begin with the last parameters.
 
         Yields:
             Blocks that together cover every element of every selected parameter, except where gradients are
@@ -192,7 +194,8 @@ class PerExampleGradients:
         columns = columns.to(prepared.logits.dtype)
         backward(prepared.logits, columns, [rule for rules in prepared.rules.values() for rule in rules])
         n, n_columns = prepared.batch.n_examples, columns.shape[2]
-        for name in list(prepared.rules):
+        # The last layers first: they mostly have the largest gradients, so that a selection's threshold rises early.
+        for name in reversed(list(prepared.rules)) if last_first else list(prepared.rules):
             parameter, rules = self.parameters.named(name), prepared.rules.pop(name)
             factors = None
             if paired is not None and paired(parameter, rules):

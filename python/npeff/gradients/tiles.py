@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from npeff.parameters import Parameter
 
 TILE_ELEMENTS = 1 << 20
 """Most elements (columns × parameters × examples) made at a time: 4 MB stay in the cache until compressed."""
+
+
+_CANCELLATION = 64.0
+"""How much larger than their sum the terms of an inner product may be in float32."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Per-example gradients of a matrix as factors that were not multiplied: ``Σ_t δ_t ⊗ a_t``.
+    """Per-example gradients of a matrix or a convolution as factors that were not multiplied: ``Σ_t δ_t ⊗ a_t``.
 
     Attributes:
         parameter: The parameter, with its place in the flat vector.
         examples: Which examples of the batch, b'.
         delta: ``(b', T, R, n)``.
         inputs: ``(b', T, k)``.
-        turned: The parameter is (k, n), not (n, k).
+        turned: The parameter is (k, n), not (n, k, …).
     """
 
     parameter: Parameter
@@ -57,11 +61,27 @@ class Pairs:
     turned: bool
 
     def gram(self) -> Tensor:
-        """``(b', R, R)`` inner products of the columns: ``Σ_tu (a_t·a_u) (δ_tr·δ_us)``."""
-        b, t, r, n = self.delta.shape
-        across = torch.bmm(self.inputs, self.inputs.mT)
-        weighed = torch.bmm(across, self.delta.reshape(b, t, r * n)).view(b, t, r, n)
-        return torch.einsum("btrn,btsn->brs", self.delta, weighed)
+        """``(b', R, R)`` float64 inner products of the columns: ``Σ_tu (a_t·a_u) (δ_tr·δ_us)``.
+
+        On the CPU in float64 where positions cancel so much that float32's rounding would show.
+        """
+        if self.delta.shape[1] == 1:
+            delta = self.delta[:, 0].to(torch.float64)
+            return delta @ delta.mT * self.inputs.to(torch.float64).square().sum(dim=(1, 2))[:, None, None]
+        gram, across = _gram(self.delta, self.inputs)
+        if gram.is_cuda or gram.dtype == torch.float64:  # to look at it would mean waiting for the device
+            return gram.to(torch.float64)
+        size = torch.linalg.matrix_norm(across) * self.delta.square().sum(dim=(1, 2, 3))
+        gram = gram.to(torch.float64)
+        doubtful = torch.nonzero(size > _CANCELLATION * gram.diagonal(dim1=1, dim2=2).sum(dim=1)).flatten().tolist()
+        for example in doubtful:
+            one = slice(example, example + 1)
+            gram[one] = _gram(self.delta[one].to(torch.float64), self.inputs[one].to(torch.float64))[0]
+        return gram
+
+    def squared(self) -> Pairs:
+        """Factors of Σ over columns of the squares, for T = 1: ``(Σ_r δ_r²) ⊗ a²``."""
+        return replace(self, delta=self.delta.square().sum(dim=2, keepdim=True), inputs=self.inputs.square())
 
     def formed(self) -> Block:
         """The gradients themselves."""
@@ -70,14 +90,26 @@ class Pairs:
         return Block(self.parameter, self.examples, values, self.parameter.offset)
 
 
+def _gram(delta: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    b, t, r, n = delta.shape
+    across = torch.bmm(inputs, inputs.mT)
+    flat = delta.reshape(b, t, r * n)
+    weighed = torch.bmm(across, flat)
+    by_column = (tensor.view(b, t, r, n).transpose(1, 2).reshape(b, r, t * n) for tensor in (flat, weighed))
+    left, right = by_column
+    return torch.bmm(left, right.mT), across
+
+
 def pairs(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int) -> Iterator[Pairs] | None:
     """The gradients of one parameter as factors, some examples at a time; None where they are no such sums."""
     rule = rules[0]
     if len(rules) > 1 or not rule.use.value.reshaped or rule.use.value.shape != parameter.shape:
         return None
-    if len(parameter.shape) != 2 or rule.pairs(slice(0, 1)) is None:
+    sizes = rule.pair_sizes()
+    if sizes is None:
         return None
-    step = max(1, TILE_ELEMENTS // max(1, rule.layout.positions * n_columns * max(parameter.shape)))
+    t, n, k = sizes
+    step = max(1, TILE_ELEMENTS // max(1, t * max(n_columns * n, k)))
 
     def some() -> Iterator[Pairs]:
         for start in range(0, n_examples, step):

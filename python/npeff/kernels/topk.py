@@ -155,6 +155,48 @@ class StreamingTopK:
             for start, chunk in _blocks(values):
                 self._push(chunk, bases + start, targets)
 
+    def push_outer(
+        self, delta: Operand, inputs: Operand, first: int, base: int, column_stride: int, turned: bool = False
+    ) -> None:
+        """Take in outer products without forming the rows that hold nothing large enough.
+
+        Entry (i, j) of ``delta[e, c] ⊗ inputs[e]`` goes to selector ``first + e`` with the flat index
+        ``base + c·column_stride + i·k + j``; turned, entry (j, i) with ``… + j·n + i``.
+
+        Args:
+            delta: ``(b, columns, n)`` float32 (other floats are converted).
+            inputs: ``(b, k)``, likewise.
+            first: Selector of the first example.
+            base: Flat index of the first column's first entry.
+            column_stride: Distance of two columns' flat indices.
+            turned: The products are ``inputs[e] ⊗ delta[e, c]``.
+
+        Raises:
+            ArgumentError: Shapes or dtypes do not fit, or a selector does not exist.
+            NonFiniteError: A product is NaN or infinite; start over with :meth:`reset`.
+        """
+        factors: tuple[Any, Any] = (delta, inputs)
+        d = arrays.as_tensor(arrays.check(factors[0], "delta", FLOATS, (None, None, None)))
+        a = arrays.as_tensor(arrays.check(factors[1], "inputs", FLOATS, (d.shape[0], None)))
+        if self._native is not None and d.device.type == a.device.type == "cpu":
+            d, a = d.float().contiguous(), a.float().contiguous()
+            bad = self._native.push_outer(d, a, first, base, column_stride, turned, dispatch.num_threads())
+            if bad is not None:
+                raise NonFiniteError(*bad)
+            self._pushed = True
+            return
+        starts = base + column_stride * np.arange(d.shape[1], dtype=np.int64)
+        for e in range(len(d)):
+            formed = torch.einsum("cn,k->ckn" if turned else "cn,k->cnk", d[e], a[e]).flatten(1)
+            self.push(formed, starts, np.full(len(starts), first + e, np.int64))
+
+    def thresholds(self) -> npt.NDArray[np.float32]:
+        """``(n_rows,)``: values smaller in magnitude are not among the k largest, whatever follows."""
+        out = np.zeros(self.n_rows, np.float32)
+        if self._native is not None and self._device is None:
+            self._native.thresholds(out)
+        return out
+
     def _push_on_device(self, values: torch.Tensor, bases: Operand, targets: Array | None) -> None:
         if self._device is None:
             self._device = DeviceTopK(self.n_rows, self.k, self._keep_zeros, values.device)

@@ -127,6 +127,10 @@ class Rule(ABC):
         """Inner products of the columns ``(b', R, R)`` float64, where they cost less than the block."""
         return None
 
+    def pair_sizes(self) -> tuple[int, int, int] | None:
+        """T, n, k of :meth:`pairs`; None where there are none."""
+        return None
+
     def pairs(self, examples: slice) -> tuple[Tensor, Tensor, bool] | None:
         """The factors of a gradient that is a sum of outer products, ``Σ_t δ_t ⊗ a_t``.
 

@@ -79,6 +79,14 @@ class ConvolutionWeight(StackedRule):
     def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
         return layouts_of_rows(use.output_shape[0], n_examples)
 
+    def _patches(self, examples: slice) -> Tensor:
+        """``(b', t, in, *kernel, *output)``."""
+        inputs = self._input[examples]
+        kernel, output = self.use.value.shape[2:], self.use.output_shape[2:]
+        under = patches(inputs.flatten(0, 1), kernel, output, self._stride, self._dilation)
+        under = self.scratch.take("patches", tuple(under.shape), under).copy_(under)
+        return under.unflatten(0, inputs.shape[:2])
+
     @override
     def block(self, examples: slice, rows: slice) -> Tensor:
         groups = self._groups
@@ -88,11 +96,7 @@ class ConvolutionWeight(StackedRule):
         if groups == 1:
             delta = delta[:, :, :, rows]
         out = delta.shape[3]  # (b, g, R, out/g, t, L)
-        kernel, output = self.use.value.shape[2:], self.use.output_shape[2:]
-        inputs = self._input[examples].flatten(0, 1)
-        under = patches(inputs, kernel, output, self._stride, self._dilation)
-        under = self.scratch.take("patches", tuple(under.shape), under).copy_(under)
-        under = under.view(b, t, groups, -1, math.prod(output)).movedim(1, 3)  # (b, g, in/g · kernel, t, L)
+        under = self._patches(examples).view(b, t, groups, -1, math.prod(self.use.output_shape[2:])).movedim(1, 3)  # (b, g, in/g · kernel, t, L)
         under = under.reshape(b * groups, under.shape[2], -1)
         target = self.scratch.take("product", (b * groups, r * out, under.shape[1]), delta)
         product = torch.bmm(delta.reshape(b * groups, r * out, -1), under.transpose(1, 2), out=target)
@@ -100,6 +104,20 @@ class ConvolutionWeight(StackedRule):
         if groups == 1:
             return product.view(b, r, *shape)
         return product.view(b, groups, r, out, -1).transpose(1, 2).reshape(b, r, *shape)[:, :, rows]
+
+
+    @override
+    def pair_sizes(self) -> tuple[int, int, int] | None:
+        if self._groups > 1:
+            return None
+        positions = self.layout.positions * math.prod(self.use.output_shape[2:])
+        return positions, self.use.value.shape[0], math.prod(self.use.value.shape[1:])
+
+    @override
+    def pairs(self, examples: slice) -> tuple[Tensor, Tensor, bool] | None:
+        delta = self.stacked(examples, 2).flatten(4)  # (b, t, R, out, L)
+        under = self._patches(examples).flatten(2, -1 - len(self.use.output_shape[2:])).flatten(3)  # (b, t, k, L)
+        return delta.permute(0, 1, 4, 2, 3).flatten(1, 2), under.transpose(2, 3).flatten(1, 2), False
 
 
 class ConvolutionBias(SmallRule):

@@ -59,6 +59,10 @@ class MatrixProduct(StackedRule):
         return torch.bmm(delta.reshape(b, t, r * out).transpose(1, 2), inputs, out=target).view(b, r, out, -1)
 
     @override
+    def pair_sizes(self) -> tuple[int, int, int] | None:
+        return self.layout.positions, self.use.output_shape[-1], self._input.shape[2]
+
+    @override
     def pairs(self, examples: slice) -> tuple[Tensor, Tensor, bool] | None:
         return self.stacked(examples, 2), self._input[examples], not self._by_rows
 

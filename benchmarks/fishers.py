@@ -1,0 +1,227 @@
+"""Per-example Fishers and the largest entries of each, beside what people use today.
+
+Networks: an MLP, two CNNs, a BERT on padded batches. Kinds: diagonal, low-rank. Sides, taking turns on one core: npeff;
+BackPACK; torch.func's vmap(jacrev); nngeometry; opacus' per-example gradients; all but npeff followed by torch.topk. As
+yardsticks the forward pass, and the C − 1 plain batched backward passes, which make no per-example gradient.
+
+Before anything is timed, every side's selection is compared with the largest entries of a dense float64 Jacobian: values
+to 1e-5 of the largest, none kept that is smaller than the k-th. Peak memory: what a process of its own grows by. Floors:
+the operations of the forward pass and of the C − 1 passes to the layers' outputs, and the bytes of the rows read once,
+over rates measured in the same run. Writes ``results/fishers.md``.
+
+    python benchmarks/fishers.py
+    python benchmarks/fishers.py --cases mlp --rounds 3 --examples 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import machine
+import torch
+from fisher_cases import CASES, Case, compute, mlp, transformer, wide_cnn
+from fisher_peers import PEERS, Rows, plain_passes, select
+from torch.utils.flop_counter import FlopCounterMode
+
+import npeff
+
+OURS, KINDS = "npeff", ("diagonal", "low_rank")
+CHECKED = (0, -1)
+"""Examples of the batch that are compared with the dense answer."""
+
+
+def check(case: Case, kind: str, name: str, found: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Compare flat indices and values with the dense float64 rows."""
+    columns = case.columns("class" if name == "BackPACK, second order" else "reduced")
+    for i in (i % case.n for i in CHECKED):
+        exact = case.oracle(i, columns)
+        exact = (exact.square().sum(dim=0) if kind == "diagonal" else exact).reshape(-1)
+        index, values = found[i]
+        scale = exact.abs().max()
+        least = torch.topk(exact.abs(), case.k).values[-1]
+        gap = float((exact[index] - values.double()).abs().max() / scale)
+        short = float((least - exact[index].abs().min()) / scale)
+        if len(index) != case.k or len(index.unique()) != case.k or gap > 1e-5 or short > 1e-5:
+            raise AssertionError(f"{name}, {case.name}, {kind}: values off by {gap:.1e}, smallest kept by {short:.1e}")
+
+
+def selection(fishers: npeff.Fishers, m: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """npeff's rows as flat indices and values."""
+    rows, found = fishers.rows, []
+    assert isinstance(rows, npeff.rows.SparseRows)
+    for i in range(len(fishers)):
+        first, last = int(fishers.row_offsets[i]), int(fishers.row_offsets[i + 1])
+        parts, values = [], []
+        for row in range(first, last):
+            entries = slice(int(rows.indptr[row]), int(rows.indptr[row + 1]))
+            parts.append(torch.from_numpy(rows.indices[entries].astype("int64")) + (row - first) * m)
+            values.append(torch.from_numpy(rows.values[entries].copy()))
+        found.append((torch.cat(parts), torch.cat(values)))
+    return found
+
+
+def sides(case: Case, kind: str) -> tuple[dict[str, Rows], list[str]]:
+    """Peers that can do this network, checked; and why others cannot."""
+    found: dict[str, Rows] = {}
+    missing = []
+    for name, make in PEERS.items():
+        try:
+            rows = make(case, kind)
+            picked = select(rows(), case.k)
+        except Exception as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            missing.append(f"{name}: {type(error).__name__}: {lines[0][:160] if lines else ''}")
+            continue
+        check(case, kind, name, picked)
+        found[name] = rows
+    return found, missing
+
+
+def operations(case: Case) -> tuple[float, float]:
+    """Floating-point operations: the forward pass with C − 1 passes to the layers' outputs; the C − 1 plain passes."""
+    forward, passes = plain_passes(case)
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    once = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        passes()
+    plain = counter.get_total_flops()
+    n_columns = case.columns("reduced").shape[2]
+    # Half of a plain pass's products make parameter gradients; each of the two costs about a forward pass.
+    return once + max(plain - n_columns * once, 0), plain
+
+
+def compare(case: Case, kind: str, args: argparse.Namespace, rates: tuple[float, float]) -> list[str]:
+    check(case, kind, OURS, selection(compute(case, kind), case.m))
+    peers, missing = sides(case, kind)
+    forward, passes = plain_passes(case)
+    gradients: dict[str, list[float]] = {name: [] for name in peers}
+
+    def timed(name: str) -> Callable[[], object]:
+        def run() -> None:
+            start = time.perf_counter()
+            pieces = peers[name]()
+            gradients[name].append(time.perf_counter() - start)
+            select(pieces, case.k)
+
+        return run
+
+    runs = {OURS: lambda: compute(case, kind), "forward pass": forward, "plain backward passes": passes}
+    times = machine.interleaved({**runs, **{name: timed(name) for name in peers}}, args.rounds, args.seconds)
+    medians = {name: machine.quartiles(values)[1] for name, values in times.items()}
+    n_columns = case.columns("reduced").shape[2]
+    rows_bytes = 4 * case.m * case.n * (1 if kind == "diagonal" else n_columns)
+    needed, _ = operations(case)
+    floor, read = needed / rates[0], rows_bytes / rates[1]
+    ours, plain = medians[OURS], medians["plain backward passes"]
+    lines = [
+        f"## {case.name}: {kind.replace('_', '-')} Fishers and the {case.k:,} largest entries",
+        "",
+        f"{case.n} examples, {case.m:,} parameters, {n_columns} passes. Checked against float64.",
+        "",
+        "| | ms an example | quartiles | of it gradients | × npeff | peak memory, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    peaks = {name: peak_of(case, kind, name) for name in (OURS, *peers)} if args.peaks else {}
+    for name in (OURS, *peers, "plain backward passes", "forward pass"):
+        low, middle, high = (1e3 * value / case.n for value in machine.quartiles(times[name]))
+        share = f"{1e3 * machine.quartiles(gradients[name][1:])[1] / case.n:.3f}" if name in peers else ""
+        memory = f"{peaks[name] / 1e6:,.0f}" if name in peaks else ""
+        label = f"{name} + torch.topk" if name in peers else name
+        lines.append(
+            f"| {label} | {middle:.3f} | {low:.3f} – {high:.3f} | {share} | {medians[name] / ours:.2f} | {memory} |"
+        )
+    lines += [
+        "",
+        f"- npeff takes {ours / plain:.2f}× the plain backward passes alone, {ours / (plain + medians['forward pass']):.2f}× "
+        "forward and plain backward passes.",
+        f"- Operations of the forward pass and of the passes to the layers' outputs: {1e3 * floor / case.n:.3f} ms an "
+        f"example; npeff is at {ours / floor:.1f}× that. The rows read once: {1e3 * read / case.n:.3f} ms; "
+        f"npeff is at {ours / read:.2f}×.",
+        *(f"- Not run: {line}" for line in missing),
+        "",
+    ]
+    print("\n".join(lines), flush=True)
+    return lines
+
+
+def peak_of(case: Case, kind: str, name: str) -> int:
+    """Peak memory of one side in a process of its own, in bytes."""
+    command = [sys.executable, __file__, "--peak", json.dumps([case.name, case.n, kind, name])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+def print_peak(name: str, n: int, kind: str, side: str) -> None:
+    case = CASES[name](n)
+    case.logits()
+    if side == OURS:
+        print(machine.peak(lambda: compute(case, kind)))
+    else:
+        rows = PEERS[side](case, kind)
+        print(machine.peak(lambda: select(rows(), case.k)))
+
+
+def growth(rounds: int) -> list[str]:
+    """How npeff's time grows in n and in m, as the slope of log time over log size."""
+    lines = ["## Growth", "", "| | sizes | ms | exponent |", "|---|---|---|---|"]
+    ns = (16, 32, 64, 128)
+    series: list[tuple[str, list[Case], Callable[[Case], float]]] = [
+        ("mlp, n", [mlp(n, examples=0) for n in ns], lambda case: case.n),
+        ("wide_cnn, n", [wide_cnn(n, 32, examples=0) for n in (8, 16, 32)], lambda case: case.n),
+        ("transformer, n", [transformer(n) for n in (4, 8, 16)], lambda case: case.n),
+        ("mlp, m", [mlp(32, width, examples=0) for width in (512, 1024, 2048)], lambda case: case.m),
+        ("wide_cnn, m", [wide_cnn(8, width, examples=0) for width in (32, 64, 128)], lambda case: case.m),
+        ("transformer, m", [transformer(8, hidden) for hidden in (128, 256, 512)], lambda case: case.m),
+    ]
+    for name, cases, size in series:
+        for kind in KINDS:
+            runs = {str(i): lambda case=case, kind=kind: compute(case, kind) for i, case in enumerate(cases)}
+            medians = [machine.quartiles(v)[1] for v in machine.interleaved(runs, rounds).values()]
+            sizes = [size(case) for case in cases]
+            shown = ", ".join(f"{s:,}" for s in sizes)
+            ms = ", ".join(f"{1e3 * value:.0f}" for value in medians)
+            lines.append(f"| {name}, {kind} | {shown} | {ms} | {machine.exponent(sizes, medians):.2f} |")
+            print(lines[-1], flush=True)
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=20.0, help="a side that took so long sits out further rounds")
+    parser.add_argument("--no-peaks", dest="peaks", action="store_false")
+    parser.add_argument("--no-growth", dest="growth", action="store_false")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fishers.md")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        print_peak(*json.loads(args.peak))
+        return
+    rates = machine.rates()
+    lines = [
+        "# Per-example Fishers",
+        "",
+        f"`python benchmarks/fishers.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        f"{machine.description()}; measured {rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s.",
+        "",
+    ]
+    for name in args.cases:
+        for kind in KINDS:
+            lines += compare(CASES[name](args.examples), kind, args, rates)
+    if args.growth:
+        lines += growth(max(3, args.rounds // 3))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
