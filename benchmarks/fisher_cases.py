@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -97,7 +98,8 @@ def mlp(n: int, width: int = 1024, examples: int = 6000) -> Case:
 def cnn(n: int, examples: int = 6000) -> Case:
     """Two 5×5 convolutions and two dense layers on Fashion-MNIST, 114 314 parameters."""
     torch.manual_seed(0)
-    return Case("cnn", _trained(models.fashion_cnn(), examples), datasets.fashion_mnist().inputs[-n:], 8_192)
+    model = _trained(models.fashion_cnn(), examples) if examples else models.fashion_cnn().eval()
+    return Case("cnn", model, datasets.fashion_mnist().inputs[-n:], 8_192)
 
 
 def wide_cnn(n: int, width: int = 64, examples: int = 2000) -> Case:
@@ -105,11 +107,11 @@ def wide_cnn(n: int, width: int = 64, examples: int = 2000) -> Case:
     torch.manual_seed(0)
     channels = [1, width, width, 2 * width, 2 * width]
     layers: list[nn.Module] = []
-    for i, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
+    for i, (before, after) in enumerate(itertools.pairwise(channels)):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
         if i < 2:
             layers.append(nn.MaxPool2d(2))
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 10))
+    model = nn.Sequential(*layers, nn.AvgPool2d(7), nn.Flatten(), nn.Linear(channels[-1], 10))
     model = _trained(model, examples) if examples else model.eval()
     return Case("wide_cnn", model, datasets.fashion_mnist().inputs[-n:], 16_384)
 
@@ -140,9 +142,16 @@ def transformer(n: int, hidden: int = 256, classes: int = 4) -> Case:
 
 
 CASES: dict[str, Callable[[int], Case]] = {"mlp": mlp, "cnn": cnn, "wide_cnn": wide_cnn, "transformer": transformer}
+UNTRAINED: dict[str, Callable[[int], Case]] = {
+    "mlp": lambda n: mlp(n, examples=0),
+    "cnn": lambda n: cnn(n, examples=0),
+    "wide_cnn": lambda n: wide_cnn(n, examples=0),
+    "transformer": transformer,
+}
+"""The same with random weights, where time is all that training would cost."""
 
 
-def compute(case: Case, kind: str, inputs: Tensor | dict[str, Tensor] | None = None) -> npeff.Fishers:
-    """npeff's side."""
-    data = [case.inputs if inputs is None else inputs]
-    return npeff.compute_fishers(case.model, data, kind=kind, compress=npeff.TopK(case.k), progress=False)  # type: ignore[arg-type]
+def compute(case: Case, kind: str, batches: int = 1) -> npeff.Fishers:
+    """npeff's side: the batch, so many times."""
+    options = {"kind": kind, "compress": npeff.TopK(case.k), "progress": False}
+    return npeff.compute_fishers(case.model, [case.inputs] * batches, **options)  # type: ignore[arg-type]

@@ -11,8 +11,9 @@ import copy
 from collections.abc import Callable
 
 import torch
-from fisher_cases import Case
 from torch import Tensor, nn
+
+from fisher_cases import Case
 
 Pieces = list[Tensor]
 Rows = Callable[[], Pieces]
@@ -121,14 +122,16 @@ def opacus_samplers(case: Case, kind: str) -> Rows:
 def vmap_jacrev(case: Case, kind: str) -> Rows:
     """torch.func: vmap over examples of jacrev of Sᵀ·logits."""
     parameters = {name: tensor.detach() for name, tensor in case.model.named_parameters()}
-    columns = _columns(case)
+    columns, model = _columns(case), copy.deepcopy(case.model)
+    if isinstance(case.inputs, dict):
+        model.set_attn_implementation("eager")  # SDPA's masks are made by looking at values, which vmap cannot
 
     def projected(theta: dict[str, Tensor], inputs: Tensor | dict[str, Tensor], s: Tensor) -> Tensor:
         if isinstance(inputs, dict):
             batch = {name: tensor[None] for name, tensor in inputs.items()}
-            logits = torch.func.functional_call(case.model, theta, (), batch).logits
+            logits = torch.func.functional_call(model, theta, (), batch).logits
         else:
-            logits = torch.func.functional_call(case.model, theta, (inputs[None],))
+            logits = torch.func.functional_call(model, theta, (inputs[None],))
         return s.T @ logits[0]
 
     def rows() -> Pieces:

@@ -26,18 +26,23 @@ def description() -> str:
 
 
 def interleaved(
-    sides: dict[str, Callable[[], object]], rounds: int, seconds: float = float("inf"), fewest: int = 3
+    sides: dict[str, Callable[[], object]],
+    rounds: int,
+    seconds: float = float("inf"),
+    fewest: int = 3,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds per side and round, in turns; the first round warms up.
+    """Seconds per side and round, in turns.
 
     Args:
         sides: What to run.
         rounds: Rounds that are counted.
         seconds: A side that has taken so long in all sits out further rounds,
         fewest: but not before so many.
+        warm_up: Begin with a round that is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
+    for turn in range(0 if warm_up else 1, rounds + 1):
         for name, side in sides.items():
             if len(times[name]) >= fewest and sum(times[name]) > seconds:
                 continue

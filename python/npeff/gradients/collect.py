@@ -23,7 +23,7 @@ from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import StreamingTopK
 from npeff.kernels.transfers import HostCopy, to_host
 from npeff.parameters import Parameter, Parameters
-from npeff.rows import DenseRows, Rows, SparseRows
+from npeff.rows import DenseRows, Rows
 
 Array = npt.NDArray[Any]
 
@@ -222,7 +222,7 @@ class _Largest:
     """The k largest entries over each example's rows, by the streaming kernel."""
 
     def __init__(self, n: int, n_columns: int, n_parameters: int, k: int) -> None:
-        self._n_parameters = n_parameters
+        self._n_columns, self._n_parameters = n_columns, n_parameters
         self._selectors = StreamingTopK(n, min(k, n_columns * n_parameters))
 
     def put(self, block: Block) -> None:

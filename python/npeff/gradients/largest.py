@@ -29,7 +29,7 @@ _SHARE = 0.5
 
 
 def worth_pairing(squared: bool, n_columns: int) -> Callable[[Parameter, list[Rule]], bool]:
-    """Whether to select from the factors, by counting multiply-adds per example; either way the selection is the same."""
+    """Whether to select from the factors, by counting multiply-adds per example; the selection is the same."""
 
     def decide(parameter: Parameter, rules: list[Rule]) -> bool:
         if len(rules) != 1:
@@ -88,13 +88,20 @@ def _push_rows(
     bounds = torch.linalg.vector_norm(rows, dim=0) * (torch.linalg.vector_norm(columns, dim=0).max() * slack)
     needed = torch.nonzero(bounds >= threshold).flatten()
     step = max(1, tiles.TILE_ELEMENTS // columns.shape[1])
-    for some in needed.split(step):
+    for start in range(0, len(needed), step):
+        some = needed[start : start + step]
         chosen = rows if len(some) == rows.shape[1] else rows[:, some]
         selectors.push(chosen.mT @ columns, base[some.numpy()], np.full(len(some), selector, np.int64))
 
 
 def sparse_rows(
-    found: Array, flat: Array, values: Array, n_columns: int, n_parameters: int, counts: Array, scale: Array
+    found: Array,
+    flat: Array,
+    values: npt.NDArray[np.float32],
+    n_columns: int,
+    n_parameters: int,
+    counts: Array,
+    scale: Array,
 ) -> SparseRows:
     """Selections as compressed rows.
 
@@ -120,7 +127,7 @@ def sparse_rows(
         for row in range(n_columns):
             some = slice(int(cuts[row]), int(cuts[row + 1]))
             np.subtract(flat[some], begins[row], out=columns[some], casting="unsafe")
-        values[start:end] *= scale[example]
+        np.multiply(values[start:end], scale[example], out=values[start:end])
         start = int(end)
     lengths = lengths[np.less(np.arange(n_columns), counts[:, None])]
     indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

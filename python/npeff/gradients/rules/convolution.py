@@ -85,7 +85,7 @@ class ConvolutionWeight(StackedRule):
         kernel, output = self.use.value.shape[2:], self.use.output_shape[2:]
         under = patches(inputs.flatten(0, 1), kernel, output, self._stride, self._dilation)
         under = self.scratch.take("patches", tuple(under.shape), under).copy_(under)
-        return under.unflatten(0, inputs.shape[:2])
+        return under.view(*inputs.shape[:2], *under.shape[1:])
 
     @override
     def block(self, examples: slice, rows: slice) -> Tensor:
@@ -96,7 +96,8 @@ class ConvolutionWeight(StackedRule):
         if groups == 1:
             delta = delta[:, :, :, rows]
         out = delta.shape[3]  # (b, g, R, out/g, t, L)
-        under = self._patches(examples).view(b, t, groups, -1, math.prod(self.use.output_shape[2:])).movedim(1, 3)  # (b, g, in/g · kernel, t, L)
+        under = self._patches(examples).view(b, t, groups, -1, math.prod(self.use.output_shape[2:]))
+        under = under.movedim(1, 3)  # (b, g, in/g · kernel, t, L)
         under = under.reshape(b * groups, under.shape[2], -1)
         target = self.scratch.take("product", (b * groups, r * out, under.shape[1]), delta)
         product = torch.bmm(delta.reshape(b * groups, r * out, -1), under.transpose(1, 2), out=target)
@@ -104,7 +105,6 @@ class ConvolutionWeight(StackedRule):
         if groups == 1:
             return product.view(b, r, *shape)
         return product.view(b, groups, r, out, -1).transpose(1, 2).reshape(b, r, *shape)[:, :, rows]
-
 
     @override
     def pair_sizes(self) -> tuple[int, int, int] | None:
