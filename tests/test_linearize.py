@@ -323,6 +323,31 @@ def test_a_model_that_changed_is_noticed():
             act()
 
 
+def test_steps_known_to_keep_examples_apart():
+    """What is told from names and shapes agrees with what gradients show, and is enough for usual networks."""
+    torch.manual_seed(0)
+    usual = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 3), nn.Hardtanh(), nn.Linear(3, 2),
+    ).eval()  # fmt: skip
+    linear = linearize(usual, torch.rand(5, 1, 8, 8))
+    assert linear._program.examples_apart(5) and not linear._program.examples_apart(4)
+    linear._independent = False
+    assert linear._are_independent(), "and the gradients agree"
+
+    for mix in (
+        lambda x: x.view(2, 6).sum(0).view(2, 3),  # rows of other rows
+        lambda x: x.t().reshape(4, 3),
+        lambda x: x @ x.detach().t() @ x,
+        lambda x: (x + x[:1]).relu(),
+        lambda x: x.mean(0, keepdim=True) + x,
+        lambda x: x[torch.tensor([1, 0, 3, 2])] * 2,
+    ):
+        function = type("Mixing", (nn.Module,), {"forward": lambda self, x, mix=mix: mix(x)})()
+        found = linearize(function, torch.randn(4, 3), batched=None, smooth="freeze")
+        assert not (found._program.examples_apart(4) and found._batched)
+
+
 def test_examples_that_influence_each_other_are_refused():
     class Mixing(nn.Module):
         def forward(self, x):

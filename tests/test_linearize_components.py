@@ -132,3 +132,18 @@ def test_pictures(made, tmp_path):
         contribution_grid(data.inputs[:3], [found.maps], ["a", "b"])
     with pytest.raises(ArgumentError, match="inputs: expected pictures"):
         contribution_grid(torch.rand(3, 5), [torch.rand(3, 5)], ["a"])
+
+
+def test_fused_attention():
+    """A transformer whose attention kernel has no second derivative."""
+    torch.manual_seed(0)
+    x, y = torch.randn(10, 5, 8), torch.arange(10) % 2
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Flatten(), nn.Linear(40, 2))
+    data = [(x, y)]
+    fishers = npeff.compute_fishers(model.eval(), data, compress=None, progress=False)
+    components = npeff.decompose(fishers, 2, starts=1, moves=0, max_iterations=20, progress=False)
+    found = attribute_component(model, components, 0, x[:4], smooth="freeze")
+    assert found.residual() <= 1e-3 and any(
+        item.operation == "_softmax" or "softmax" in str(item) for item in found.frozen
+    )

@@ -113,7 +113,7 @@ def leave_out(
     Each retraining minimises ``(1/n) Σ_{i not left out} ℓ(z_i) + (w/2)‖θ‖²`` — the weights of the others stay 1/n, as
     in the derivation of influence — from the given optimum and to a new one, with an optimiser that remembers nothing
     of the one before. Up to 3000 parameters its steps are Newton's, with the Hessian of the full data until progress
-    slows and a new one then; L-BFGS beyond that.
+    slows and the present one then, by conjugate gradients that the former preconditions; L-BFGS beyond that.
 
     Args:
         model: At an optimum of the full objective; restored afterwards.
@@ -256,17 +256,24 @@ class _Work:
         return torch.linalg.cholesky(lifted)
 
     def newton(self, tolerance: float, factor: Tensor | None, most: int = 60) -> Minimum:
-        """Steps ``−B⁻¹∇J`` with halving; B is renewed where it no longer shrinks the gradient by half."""
+        """Steps ``−B⁻¹∇J`` with halving; where these shrink the gradient slowly, ``−H⁻¹∇J`` with H as it is there.
+
+        H's steps are solved for by conjugate gradients preconditioned with B, which differs from it by an example or
+        two. B is renewed where H has negative curvature.
+        """
         value, gradient = self.value_and_gradient()
         norm = float(gradient.norm())
         steps = 0
-        renewed = factor is None
+        renewed, exact = factor is None, False
         while self.newtonian and norm > tolerance and steps < most:
             if factor is None:
                 factor, renewed = self.factor(), True
             if factor is None:
                 break
-            direction = -torch.cholesky_solve(gradient.double()[:, None], factor)[:, 0].to(gradient.dtype)
+            direction = self._solved(-gradient, factor) if exact else _by(factor, -gradient)
+            if direction is None:
+                factor, exact = None, False
+                continue
             origin, length = self.theta(), 1.0
             while length > 1e-6:
                 self.move(origin + length * direction)
@@ -279,12 +286,36 @@ class _Work:
                 self.move(origin)
                 if renewed:
                     break  # as far as rounding lets it
-                factor = None
+                factor, exact = None, False
                 continue
             steps += 1
-            slow = float(fresh.norm()) > 0.5 * norm
+            exact = exact or float(fresh.norm()) > 0.1 * norm
             value, gradient, norm = fresh_value, fresh, float(fresh.norm())
-            if slow:
-                factor = None
             renewed = False
         return Minimum(value, norm, steps)
+
+    def _solved(self, right: Tensor, factor: Tensor, accuracy: float = 1e-3, most: int = 200) -> Tensor | None:
+        """``H⁻¹·right`` with the Hessian here; None where it has negative curvature."""
+        self._place = 0
+        x, r = torch.zeros_like(right), right.clone()
+        z = _by(factor, r)
+        p, rz = z, float(r @ z)
+        with self._objective.kept_graphs():
+            for _ in range(most):
+                product = self._objective.products(p[None])[0]
+                curvature = float(p @ product)
+                if curvature <= 0:
+                    return None
+                x += rz / curvature * p
+                r -= rz / curvature * product
+                if float(r.norm()) <= accuracy * float(right.norm()):
+                    break
+                z = _by(factor, r)
+                rz, before = float(r @ z), rz
+                p = z + rz / before * p
+        return x
+
+
+def _by(factor: Tensor, vector: Tensor) -> Tensor:
+    """``B⁻¹·vector`` by B's Cholesky factor."""
+    return torch.cholesky_solve(vector.double()[:, None], factor)[:, 0].to(vector.dtype)

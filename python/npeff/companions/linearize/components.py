@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from npeff.companions.linearize.linear_map import LinearMap
 from npeff.companions.linearize.linearizing import linearize
@@ -177,7 +178,8 @@ def _directional_derivative(holder: _Holder, direction: dict[str, Tensor], x: Te
         ModelError: The model gives no ``(n, C)`` tensor, or none that depends on the parameters.
     """
     named = dict(holder.model.named_parameters())
-    with torch.inference_mode(False), torch.enable_grad():
+    # fused attention has no second derivative
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         leaves = {name: named[name].detach().requires_grad_() for name in direction}
         logits = functional_call(holder, {f"model.{name}": leaf for name, leaf in leaves.items()}, (x.clone(),))
         logits = getattr(logits, "logits", logits)

@@ -42,7 +42,7 @@ class LinearMap:
     ) -> None:
         self.x, self.output, self.at, self.frozen = x, output, at, frozen
         self._program, self._batched, self._again = program, batched, again
-        self._independent = not batched or len(x) == 1
+        self._independent = not batched or len(x) == 1 or program.examples_apart(len(x))
 
     def __repr__(self) -> str:
         held = f", {len(self.frozen)} operations held" if self.frozen else ""

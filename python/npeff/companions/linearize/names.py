@@ -78,3 +78,23 @@ RESHAPED = frozenset(
     {"as_strided", "as_strided_", "transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "detach_"}
 )
 """Give the same memory another shape."""
+
+SAME_ORDER = _names("view _unsafe_view reshape _reshape_alias")
+"""Give the same numbers, in the same order, another shape."""
+
+BY_POSITION = _names(
+    """
+    relu leaky_relu _prelu_kernel prelu rrelu_with_noise threshold hardtanh clamp clamp_min clamp_max hardsigmoid
+    softshrink hardshrink abs nan_to_num add sub rsub mul div neg positive clone detach alias contiguous
+    native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit_no_training _batch_norm_no_update
+    """
+)
+"""Each number of the result depends on those at its place, and on constants."""
+
+POOLING = _names(
+    """
+    avg_pool2d _adaptive_avg_pool2d max_pool2d_with_indices adaptive_max_pool2d avg_pool3d _adaptive_avg_pool3d
+    max_pool3d_with_indices adaptive_max_pool3d
+    """
+)
+"""Within windows of the last dimensions."""

@@ -11,7 +11,7 @@ gates found at the point of linearisation; the offsets c_d = A_d(0) are biases, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -70,6 +70,7 @@ class Step:
         offset: Whether the value may be non-zero where all inputs are zero.
         pattern: What was found at the point and would change at its kinks: gates, arg-maxima.
         notes: Numbers of what was held, that this step leans on.
+        apart: Row i of the value is known to depend on row i of the inputs alone.
     """
 
     function: Callable[..., Tensor]
@@ -79,6 +80,7 @@ class Step:
     offset: bool = False
     pattern: tuple[Tensor, ...] = ()
     notes: frozenset[int] = frozenset()
+    apart: bool = False
 
 
 class Program:
@@ -98,10 +100,7 @@ class Program:
         self.depends = 0 in live
         kept = sorted(live | {0})
         place = {number: i for i, number in enumerate(kept)}
-        self.steps = [
-            Step(s.function, tuple(place[i] for i in s.inputs), s.like, s.module, s.offset, s.pattern, s.notes)
-            for s in (steps[number] for number in kept)
-        ]
+        self.steps = [replace(s, inputs=tuple(place[i] for i in s.inputs)) for s in (steps[number] for number in kept)]
         self._last_use = {i: number for number, step in enumerate(self.steps) for i in step.inputs}
         self._constants = list(constants)
 
@@ -162,6 +161,10 @@ class Program:
         step = self.steps[number]
         with torch.no_grad():
             return step.function(*(self.steps[i].like.zeros() for i in step.inputs))
+
+    def examples_apart(self, n: int) -> bool:
+        """Whether every step is known to keep n examples, which come first in each value, apart."""
+        return all(step.apart and step.like.shape[0] == n for step in self.steps[1:])
 
     def examples_first(self, n: int) -> bool:
         """Whether every source's value has n as its first dimension."""

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from npeff.batches import leaves
 from npeff.companions.linearize import piecewise, smooth  # noqa: F401 - they fill the table of rules
+from npeff.companions.linearize.examples_apart import examples_apart
 from npeff.companions.linearize.names import RESHAPED
 from npeff.companions.linearize.program import Frozen, Like, Program, Step
 from npeff.companions.linearize.rules import RULES, Affine, Call, Held, Outcome
@@ -84,7 +85,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.partition("::")[2]
         if _RANDOM in func.tags and not (name == "rrelu_with_noise" and not any(args[4:5])):
             raise ModelError(f"model: {self._where()} draws random numbers ({name}): call model.eval()")
-        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors((args, kwargs))
         if not self.steps or not any(self._values.holds(tensor) for tensor in tensors):
             output = func(*args, **kwargs)
             self._lean(output, self._notes(tensors))
@@ -98,7 +99,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if args[0].is_floating_point() and self._depends(args[0]):
                 self._always.add(self._hold("item", "number"))
             return output
-        outputs, outcomes = self._outcomes(self._call(name, func, args, kwargs, output))
+        outputs, outcomes = self._outcomes(self._call(name, func, args, kwargs, output), tensors)
         for tensor, (step, notes) in zip(outputs, outcomes, strict=True):
             if step is None:
                 self._lean(tensor, notes)
@@ -121,7 +122,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise ModelError(f"model: {self._where()} computes {func}, which writes in place in a way not known here")
         before = None if self._values.holds(target) else flat_storage(target)
         output: Tensor = function(*args, **kwargs)
-        _, ((step, notes),) = self._outcomes(self._call(functional, function, args, kwargs, output))
+        tensors = _tensors((args, kwargs))
+        _, ((step, notes),) = self._outcomes(self._call(functional, function, args, kwargs, output), tensors)
         with torch.no_grad():
             target.copy_(output)
         if step is None:
@@ -130,17 +132,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values.write(target, step, before)
         return target
 
-    def _outcomes(self, call: Call) -> tuple[list[Tensor], list[tuple[int | None, frozenset[int]]]]:
+    def _outcomes(
+        self, call: Call, tensors: list[Tensor]
+    ) -> tuple[list[Tensor], list[tuple[int | None, frozenset[int]]]]:
         """Apply the rule. For each output its step, or none where it is constant, and the notes it leans on.
 
         Raises:
             ModelError: There is none.
         """
-        outputs = [leaf for leaf in leaves(call.output) if isinstance(leaf, Tensor)]
+        outputs = _tensors(call.output)
         nothing: frozenset[int] = frozenset()
-        involved = any(self._depends(leaf) for leaf in leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor))
+        involved = any(self._depends(tensor) for tensor in tensors)
         if not involved or not any(tensor.is_floating_point() for tensor in outputs):
-            notes = self._notes([leaf for leaf in leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)])
+            notes = self._notes(tensors)
             return outputs, [(None, notes if not involved else nothing) for _ in outputs]
         if call.name not in RULES:
             raise ModelError(
@@ -164,7 +168,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             notes = notes | {self._hold(call.name, outcome.held)}
         inputs = tuple(self._values.step(tensor) for tensor in outcome.inputs)
         like, module = Like.of(output), self._module()
-        return self._emit(Step(outcome.function, inputs, like, module, outcome.offset, outcome.pattern, notes)), notes
+        apart = not outcome.held and examples_apart(call, outcome.inputs, output)
+        step = Step(outcome.function, inputs, like, module, outcome.offset, outcome.pattern, notes, apart)
+        return self._emit(step), notes
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
 
@@ -225,6 +231,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _where(self) -> str:
         name, kind = self.modules[-1]
         return f"{name!r} ({kind})" if name else f"the forward pass of {kind}"
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """The tensors among an operation's arguments or outputs, in order."""
+    found: list[Tensor] = []
+    waiting = [tree]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            waiting.extend(reversed(item))
+        elif isinstance(item, dict):
+            waiting.extend(reversed(item.values()))
+    return found
 
 
 def _is_written(argument: Any) -> bool:
