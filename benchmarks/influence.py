@@ -70,9 +70,9 @@ def clustering_case(name: str, seed: int) -> Case:
     x = torch.tensor((x - x.mean(0)) / (x.std(0) if iris else x.std()), dtype=torch.float64)
     y = torch.tensor(y)
     order = torch.randperm(len(x), generator=generator)
-    n, n_test, k = (110, 40, 3) if iris else (600, 60, 10)
+    n, n_test, k = (110, 40, 3) if iris else (300, 60, 10)
     train, test = order[:n], order[n : n + n_test]
-    width, hidden, d = (4, 5, 2) if iris else (64, 10, 5)
+    width, hidden, d = (4, 5, 2) if iris else (64, 8, 4)
     encoder = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, d)).double()
     decoder = nn.Sequential(nn.Linear(d, hidden), nn.Tanh(), nn.Linear(hidden, width)).double()
     decay = 1e-3
@@ -83,7 +83,7 @@ def clustering_case(name: str, seed: int) -> Case:
     cluster_of = np.argsort(linear_sum_assignment(-table)[1])
     labels = torch.tensor(cluster_of)[y[test]]
     rng = np.random.default_rng(seed)
-    left_out = np.arange(n) if iris else np.sort(rng.choice(n, 100, replace=False))
+    left_out = np.arange(n) if iris else np.sort(rng.choice(n, 40, replace=False))
     m = sum(p.numel() for p in model.parameters())
     case = Case(name, model, (x[train], targets), (x[test], labels), decay, 1e-6, left_out)
     case.about = (
