@@ -26,6 +26,7 @@ from scipy.stats import spearmanr
 
 from npeff.companions import rollback
 from npeff.companions.rollback import Explainer, FactorModel, Recipe, Record
+from topk import cpu_name  # beside this file
 
 KS = (1, 10)
 PARTS = ("speed", "nations", "kinships", "umls", "movielens")
@@ -307,13 +308,6 @@ def movielens(targets: int) -> list[str]:
         "",
         *table([compare(model, record, chosen)]),
     ]
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ import torch
 
 from npeff.companions import safr
 from npeff.companions.safr.classifier import Split
+from topk import cpu_name  # beside this file
 
 WORDS = 6
 PLANTED = {"dim": 64, "heads": 4, "feedforward": 64, "length": 16, "dropout": 0.0}
@@ -168,13 +169,6 @@ def table(runs: dict[str, list[dict]]) -> list[str]:
             )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from npeff.companions.influence.coefficient import Coefficient, ComponentInfluence, component_influence
     from npeff.companions.influence.estimator import CrossLossInfluence
     from npeff.companions.influence.losses import cross_entropy, squared_error
-    from npeff.companions.influence.retraining import Minimum, Retrained, leave_out, minimise
+    from npeff.companions.influence.minimising import Minimum, minimise
+    from npeff.companions.influence.retraining import Retrained, leave_out
     from npeff.companions.influence.scores import Scores
     from npeff.companions.influence.skip_gram import SkipGram
     from npeff.companions.influence.solvers import (
@@ -64,7 +65,8 @@ _MODULES = {
     "coefficient": ("Coefficient", "ComponentInfluence", "component_influence"),
     "estimator": ("CrossLossInfluence",),
     "losses": ("cross_entropy", "squared_error"),
-    "retraining": ("Minimum", "Retrained", "leave_out", "minimise"),
+    "minimising": ("Minimum", "minimise"),
+    "retraining": ("Retrained", "leave_out"),
     "scores": ("Scores",),
     "skip_gram": ("SkipGram",),
     "solvers": (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npeff.companions.influence.retraining import minimise
+from npeff.companions.influence.minimising import minimise
 from npeff.companions.influence.solvers.base import check_count
 from npeff.errors import ArgumentError
 
