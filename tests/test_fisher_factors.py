@@ -81,6 +81,43 @@ def test_rank_and_energy_truncate() -> None:
     assert int(factorise(logits, FactorOptions(energy=0.9), None, IDS[:2]).counts.min()) == 1
 
 
+@pytest.mark.parametrize("n_classes", [65, 300, 1000])
+@pytest.mark.parametrize("spread", [0.0, 1e-9, 0.1, 3.0, 30.0, 300.0])
+def test_many_classes_have_the_leading_eigenvectors(n_classes: int, spread: float) -> None:
+    """The secular equation against the dense eigendecomposition: equal and nearly equal probabilities included."""
+    logits = spread * torch.randn(3, n_classes, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits[0, 7:12] = logits[0, 3]  # ties
+    factors = factorise(logits, FactorOptions(rank=9), None, IDS[:3])
+    for i, exact in enumerate(output_fisher(logits.numpy())):
+        s = (factors.columns[i] * factors.scale[i]).numpy()
+        eigenvalues = np.linalg.eigvalsh(exact)[::-1][:9].clip(0)
+        np.testing.assert_allclose(np.square(s).sum(0), eigenvalues, rtol=1e-9, atol=1e-14 * eigenvalues[0] + 1e-16)
+        gram = s.T @ s
+        scale = max(eigenvalues[0], 1e-300)
+        assert np.abs(gram - np.diag(np.diag(gram))).max() <= 1e-10 * scale
+        assert np.abs(exact @ s - s * np.square(s).sum(0)).max() <= 1e-10 * scale**1.5 + 1e-18
+
+
+def test_many_classes_truncate_by_energy() -> None:
+    logits = 2 * torch.randn(4, 500, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for share in (0.3, 0.7, 0.95):
+        factors = factorise(logits, FactorOptions(energy=share), None, IDS[:4])
+        for i, exact in enumerate(output_fisher(logits.numpy())):
+            kept = np.linalg.eigvalsh(exact)[::-1].cumsum() / np.trace(exact)
+            assert int(factors.counts[i]) == int((kept < share - 1e-12).sum()) + 1
+            s = (factors.columns[i] * factors.scale[i]).numpy()
+            np.testing.assert_allclose(np.square(s).sum(), kept[int(factors.counts[i]) - 1] * np.trace(exact))
+
+
+@pytest.mark.parametrize("basis", ["reduced", "class"])
+def test_a_vocabulary_has_to_be_truncated(basis: str) -> None:
+    logits = torch.randn(2, 50_000, generator=torch.Generator().manual_seed(3))
+    with pytest.raises(ArgumentError, match="rank=" if basis == "reduced" else "max_classes="):
+        factorise(logits, FactorOptions(basis=basis), None, IDS[:2])
+    options = FactorOptions(basis=basis, **({"rank": 3} if basis == "reduced" else {"max_classes": 3}))
+    assert factorise(logits, options, None, IDS[:2]).columns.shape == (2, 50_000, 3)
+
+
 def test_class_basis_is_the_published_form_in_published_order() -> None:
     logits = torch.log(torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.4, 0.4], [0.98, 0.01, 0.01]], dtype=torch.float64))
     p = logits.exp()

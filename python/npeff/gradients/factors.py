@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from npeff.errors import ArgumentError, DataError
+from npeff.gradients.leading import leading_eigenpairs, needed
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 Basis = Literal["reduced", "class"]
 Labels = Literal["expected", "sampled", "true"]
+
+DENSE_CLASSES = 64
+"""Up to so many classes the reduced basis comes from a dense eigendecomposition."""
+
+MOST_PASSES = 10_000
+"""Beyond so many rows per example, a factor has to be truncated."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ def factorise(logits: Tensor, options: FactorOptions, targets: Tensor | None, id
         Factors on the logits' device.
 
     Raises:
-        ArgumentError: One logit only, with a categorical likelihood.
+        ArgumentError: One logit only, with a categorical likelihood; or a vocabulary of outputs and no truncation.
     """
     logits = logits.detach().to(torch.float64)
     if options.likelihood == "categorical" and logits.shape[1] < 2:
@@ -126,6 +133,13 @@ def factorise(logits: Tensor, options: FactorOptions, targets: Tensor | None, id
             "for one logit "
             "per yes/no question, or likelihood='gaussian' for regression"
         )
+    if options.labels == "expected" and options.energy is None and options.min_prob is None:
+        rows, option = options.most_rows(logits.shape[1]), "rank" if options.basis == "reduced" else "max_classes"
+        if options.likelihood == "categorical" and rows > MOST_PASSES:
+            raise ArgumentError(
+                f"{option}: {rows:,} rows per example are as many backward passes; truncate the factor with "
+                f"{'rank= or energy=' if option == 'rank' else 'max_classes= or min_prob='}, or take labels='sampled'"
+            )
     if options.labels == "expected":
         columns, counts = _expected(logits, options)
     else:
@@ -169,19 +183,21 @@ def _class_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tens
     log_p = torch.log_softmax(logits, dim=1)
     p = log_p.exp()
     n, n_outputs = p.shape
-    columns = -p[:, :, None].expand(-1, -1, n_outputs).clone()
-    columns.diagonal(dim1=1, dim2=2).copy_(_others(log_p))
-    columns *= (log_p / 2).exp()[:, None, :]
-    if options.min_prob is None and options.max_classes is None:
+    order, counts, keep = torch.arange(n_outputs, device=p.device).expand(n, -1), None, None
+    if options.min_prob is not None or options.max_classes is not None:
+        sorted_p, order = torch.sort(p, dim=1, descending=True, stable=True)
+        keep = sorted_p >= (options.min_prob or 0.0)
+        keep[:, 0] = True
+        keep[:, options.max_classes or n_outputs :] = False
+        counts = keep.sum(dim=1)
+        width = int(counts.max())
+        order, keep = order[:, :width], keep[:, :width]
+    columns = -p[:, :, None].expand(-1, -1, order.shape[1]).clone()
+    columns.scatter_(1, order[:, None], _others(log_p).gather(1, order)[:, None])
+    columns *= (log_p / 2).exp().gather(1, order)[:, None]
+    if keep is None or counts is None:
         return columns, torch.full((n,), n_outputs, dtype=torch.int64, device=p.device)
-    sorted_p, order = torch.sort(p, dim=1, descending=True, stable=True)
-    keep = sorted_p >= (options.min_prob or 0.0)
-    keep[:, 0] = True
-    keep[:, options.max_classes or n_outputs :] = False
-    counts = keep.sum(dim=1)
-    width = int(counts.max())
-    columns = columns.gather(2, order[:, None, :width].expand(-1, n_outputs, -1))
-    return columns * keep[:, None, :width], counts
+    return columns * keep[:, None], counts
 
 
 def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tensor]:
@@ -196,12 +212,18 @@ def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Te
     trace = variance.sum(dim=1)
     unit = torch.where(trace > 0, trace, 1.0)
     p = log_p.exp()
-    matrix = -(p[:, :, None] / unit[:, None, None]) * p[:, None, :]
-    matrix.diagonal(dim1=1, dim2=2).copy_(variance / unit[:, None])
-    values, vectors = torch.linalg.eigh(matrix)
     width = options.most_rows(n_outputs)
-    values = values.flip(1)[:, :width].clamp_min(0.0)
-    vectors = vectors.flip(2)[:, :, :width]
+    if options.energy is not None:
+        width = min(width, needed(log_p, trace, options.energy))
+    if n_outputs > DENSE_CLASSES and width < n_outputs - 1:
+        values, vectors = leading_eigenpairs(log_p, width)
+        values = values / unit[:, None]
+    else:
+        matrix = -(p[:, :, None] / unit[:, None, None]) * p[:, None, :]
+        matrix.diagonal(dim1=1, dim2=2).copy_(variance / unit[:, None])
+        values, vectors = torch.linalg.eigh(matrix)
+        values = values.flip(1)[:, :width].clamp_min(0.0)
+        vectors = vectors.flip(2)[:, :, :width]
     leading = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
     columns = vectors * torch.where(leading < 0, -1.0, 1.0) * (values * unit[:, None]).sqrt()[:, None, :]
     columns = columns * (trace > 0)[:, None, None]
