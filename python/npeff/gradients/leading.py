@@ -74,7 +74,8 @@ def _leading(log_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
     # From the nearer end of the interval the distance to λ is known to its last digit.
     below = g(lower, gap / 2) > 0
     origin, sign = torch.where(below, lower, upper), torch.where(below, 1.0, -1.0)
-    low, high = (origin * gap / 2).clamp_min(SMALLEST * SPLIT / 4), gap / 2  # a root nearer than p·gap/2 would need Σ p_i > 1
+    # A root nearer than p·gap/2 would need Σ p_i > 1.
+    low, high = (origin * gap / 2).clamp_min(SMALLEST * SPLIT / 4), gap / 2
     for _ in range(BISECTIONS):
         middle = low.sqrt() * high.sqrt()
         further = (g(origin, sign * middle) < 0) == below

@@ -32,20 +32,22 @@ class Subspace:
     """An orthonormal basis and the rows in it.
 
     Attributes:
-        basis: Coordinates of V in the full space, ``(d, …)``.
+        basis: Coordinates in the full space, ``(d₀, …)``, of vectors that span the subspace.
+        turn: ``(d, d₀)``: V is ``turn @ basis``, never formed, since the full space may be wide.
         rows: ``B = A Vᵀ``, ``(n_rows, d)``.
         kept: ``Σ‖B‖² / Σ‖A‖²``.
         given: ``(f, d)`` coordinates, in the basis, of the vectors it was asked to contain.
     """
 
     basis: Tensor
+    turn: Tensor
     rows: Tensor
     kept: float
     given: Tensor | None
 
     def lift(self, coords: Tensor) -> Tensor:
         """Full-space coordinates of vectors given in the basis, ``(r, d)`` → ``(r, …)``."""
-        return coords.to(self.basis) @ self.basis
+        return (coords.to(self.basis) @ self.turn) @ self.basis
 
 
 def find_subspace(
@@ -85,13 +87,16 @@ def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator
     Y = space.project(coords)[: space.n_rows]
     comm = comm_of(space)
     Q = torch.from_numpy(np.linalg.qr(Y.cpu().numpy())[0]).to(Y) if comm.size == 1 else _whitened(Y, comm)
-    coords = space.combine(Q)
+    coords, weights = space.combine(Q), Q
     if given is not None:
-        coords = torch.cat([given, coords])
-    coords, P = _orthonormal(space, coords)
-    rows = P[: space.n_rows].contiguous()
+        coords, weights = torch.cat([given, coords]), None
+    elif comm.number(space.n_rows) > coords.shape[1]:
+        weights = None
+    coords, turn, P = _orthonormal(space, coords, weights)
+    rows = P[: space.n_rows] @ turn.T
     kept = comm.number(float(torch.sum(rows * rows, dtype=torch.float64))) / max(energy, 1e-300)
-    return Subspace(coords, rows, kept, None if given is None else space.inner(given, coords, P))
+    inside = None if given is None else space.inner(given, coords, P) @ turn.T
+    return Subspace(coords, turn, rows, kept, inside)
 
 
 def _whitened(Y: Tensor, comm: Communicator) -> Tensor:
@@ -100,17 +105,33 @@ def _whitened(Y: Tensor, comm: Communicator) -> Tensor:
     return (Y.double() @ (vectors * values.clamp_min(1e-14 * values.max()).rsqrt())).to(Y)
 
 
-def _orthonormal(space: FactorSpace, coords: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis of the span, and its projection, without the directions that are lost in rounding.
+def _orthonormal(space: FactorSpace, coords: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """An orthonormal basis V of the span, without the directions that are lost in rounding.
 
-    Twice: what the first pass made of rounding errors alone does not come out with norm 1 in the second.
+    Twice: what the first pass made of rounding errors alone does not come out with norm 1 in the second. Where the
+    vectors are combinations ``Sᵀ A`` of known weights, their inner products are ``Sᵀ (A Gᵀ)``: for fewer rows than
+    columns that is less work than G Gᵀ.
+
+    Args:
+        space: The rows.
+        coords: ``(d, …)``.
+        weights: S ``(n_rows, d)`` of these coordinates, or None.
+
+    Returns:
+        Coordinates ``(d₀, …)`` of some G, T ``(d, d₀)`` with V = T·G, and ``A Gᵀ``.
     """
+    comm = comm_of(space)
+    turn = torch.eye(len(coords), dtype=coords.dtype, device=coords.device)
     for least, most in ((1e-6, torch.inf), (0.9, 1.1)):
+        coords = turn @ coords if most != torch.inf else coords
         P = space.project(coords)
-        gram = space.inner(coords, coords, P).double()
+        own = P[: space.n_rows]
+        gram = (space.inner(coords, coords, P) if weights is None else comm.sum(weights.T @ own)).double()
+        gram = (gram + gram.T) / 2
         values, vectors = (torch.from_numpy(a).to(P.device) for a in np.linalg.eigh(gram.cpu().numpy()))
         scale = values.max() if most == torch.inf else 1.0
         alive = (values > least * scale) & (values < most * scale)
         root = (vectors[:, alive] * values[alive].rsqrt()).to(P)
-        coords = root.T @ coords
-    return coords, P @ root
+        turn = root.T
+        weights = None if weights is None else weights @ root
+    return coords, turn, P
