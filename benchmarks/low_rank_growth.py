@@ -99,8 +99,13 @@ def floors(size: Size, rates: tuple[float, float]) -> tuple[float, float, float]
         size.n * (size.k // size.rank) * size.rank,
     )
     small = 2 * R * r**2 + 10 * size.n * r**2
-    operations = (2 * 4 * entries * d + 8 * R * d**2, 4 * R * d * r + small, 4 * entries * r + small)
-    moved = (4 * (8 * entries + 4 * size.m * d), 2 * 4 * R * d, 2 * (8 * entries + 4 * size.m * r))
+    # Finding the subspace: five products of the rows with d vectors, an orthonormal basis of their span, turned once.
+    operations = (
+        10 * entries * d + 8 * R * d**2 + 2 * size.m * d**2,
+        4 * R * d * r + small,
+        4 * entries * r + small,
+    )
+    moved = (5 * (8 * entries + 4 * size.m * d), 2 * 4 * R * d, 2 * (8 * entries + 4 * size.m * r))
     return tuple(max(o / rates[0], b / rates[1]) for o, b in zip(operations, moved, strict=True))  # type: ignore[return-value]
 
 

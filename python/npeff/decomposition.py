@@ -195,8 +195,8 @@ def components_of(problem: Problem, state: State, curve: list[float], course: di
     total = state.W[:, f:].double().sum(0)
     order = torch.cat([torch.arange(f, device=total.device), f + torch.argsort(total, descending=True, stable=True)])
     state = replace(state.keep(order), loss=state.loss)
-    vectors = problem.space.vectors(state.coords).double()
-    norms = vectors.norm(dim=1).clamp_min(1e-30)
+    vectors = problem.space.vectors(state.coords)
+    norms = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).clamp_min(1e-30)
     W = state.W.cpu().float().clone()
     W[torch.from_numpy(scaled.fisher_norms == 0)] = 0
     weights = problem.row_weights(state, norms)

@@ -160,7 +160,7 @@ def weigh(
     decomposition = None
     if solving is not None and kind == "low_rank":
         r, ceiling, rates = solving
-        width = compress.d if isinstance(compress, Sketch) else m
+        width = compress.d if isinstance(compress, Sketch) else min(m, entries)
         decomposition = reckon(compress, n_examples, n_rows, width, entries, rows, min(r, n_rows), ceiling, rates)
     return Choice(
         kind=kind,

@@ -66,15 +66,17 @@ def needed_bytes(
     """
     most = r + r // 2 + 8  # a move adds up to r/4·√2 components before some are dropped
     state = 4 * most * 6 * (n_rows + n_examples)
-    subspace = 16 * n_rows * max(DIMENSIONS, 4 * r)
-    coords = 24 * most * width
+    dimensions = max(DIMENSIONS, 4 * r)
+    subspace = 16 * n_rows * dimensions
+    # Over the rows: the subspace's basis, and turning and multiplying it; later the basis, and coordinates in steps.
+    wide = max(12 * dimensions, 4 * dimensions + 24 * most) * width
     if isinstance(compress, GramOnly):
         return {"gram": state + subspace + 4 * n_rows**2}
     held = stored * (2 if isinstance(compress, TopK) else 1)  # sparse rows and their transpose
     return {
-        "gram": state + subspace + 4 * n_rows**2 + held,
-        "sparse": state + subspace + coords + held,
-        "sketch": state + coords + (64 << 20),
+        "gram": state + subspace + 4 * n_rows**2 + held + 8 * r * width,
+        "sparse": state + subspace + wide + held,
+        "sketch": state + subspace + wide + (64 << 20),
     }
 
 
@@ -110,14 +112,15 @@ def operations(compress: Compression | None, n_rows: int, width: int, entries: i
         entries: Entries stored.
         r: Components.
     """
-    products = 5 * max(DIMENSIONS, 4 * r) + 2 * POLISH_STEPS * r
+    dimensions = max(DIMENSIONS, 4 * r)
+    products, turning = 5 * dimensions + 2 * POLISH_STEPS * r, 4.0 * width * dimensions**2
     building = float(n_rows**2 * width)
     if isinstance(compress, GramOnly):
         building = 0.0
     elif isinstance(compress, TopK):
         building = min(building, entries**2 / max(1, width) * DENSE_RATE / SCATTER_RATE)
     rows = 2.0 * entries * products * (DENSE_RATE / SPARSE_RATE if isinstance(compress, TopK) else 1.0)
-    return {"gram": building + 2.0 * n_rows**2 * products, "sparse": rows, "sketch": rows}
+    return {"gram": building + 2.0 * n_rows**2 * products, "sparse": rows + turning, "sketch": rows + turning}
 
 
 def step_seconds(n_examples: int, n_rows: int, r: int) -> Timing:

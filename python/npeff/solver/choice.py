@@ -12,6 +12,7 @@ from npeff import devices
 from npeff.errors import ArgumentError
 from npeff.memory import available_bytes, format_bytes
 from npeff.rows import GramRows, Rows, SparseRows
+from npeff.solver.subspace import DIMENSIONS
 from npeff.streamed_rows import DEVICE_PART_BYTES, PART_BYTES, column_counts
 
 SpaceName = Literal["auto", "gram", "sparse", "sketch"]
@@ -19,7 +20,7 @@ SpaceName = Literal["auto", "gram", "sparse", "sketch"]
 GRAM_BYTES = 4 << 30
 """Largest K that ``space="auto"`` builds."""
 
-DENSE_RATE, SPARSE_RATE, SCATTER_RATE = 100e9, 10e9, 1e9
+DENSE_RATE, SPARSE_RATE, SCATTER_RATE = 100e9, 10e9, 5e9
 """Operations per second of dense products, of sparse times dense, and of sparse Gram matrices: ratios matter."""
 
 POLISH_STEPS = 30
@@ -38,7 +39,7 @@ class Plan:
         reason: Why.
         stream: Leave the rows where they are.
         part_bytes: Bytes of stored rows that a pass takes at a time.
-        subspace_bytes: Most bytes for the rows' coordinates in a subspace.
+        subspace_bytes: Most bytes for a subspace: its basis, and the rows' coordinates in it.
     """
 
     space: Literal["gram", "sparse", "sketch"]
@@ -58,11 +59,13 @@ def choose_space(
     low_rank: bool = True,
     dtype: str = "float32",
     device: torch.device | None = None,
+    least_per_column: int = 1,
 ) -> Plan:
     """Plan a decomposition: by the operations of each space, at typical rates, and the memory each takes.
 
-    The spaces serve the search's subspace (about five products with d vectors) and the polish (two products with r
-    vectors a step; over K one). K has to be built first.
+    The spaces serve the search's subspace (about five products with d vectors; over the rows its basis, d vectors of
+    their width, is turned once) and the polish (two products with r vectors a step; over K one). K has to be built
+    first.
 
     Args:
         rows: The rows as stored.
@@ -74,6 +77,7 @@ def choose_space(
         low_rank: Whether K would do in place of the rows.
         dtype: Of the solver's products.
         device: Where the products take place; None: the processor.
+        least_per_column: Columns with fewer entries are dropped.
 
     Raises:
         ArgumentError: ``choice`` is unknown, cannot serve these rows, or does not fit under the ceiling.
@@ -90,13 +94,17 @@ def choose_space(
     counts = None
     if isinstance(rows, SparseRows):
         counts = column_counts(rows).astype(np.float64)
-        width = int(np.count_nonzero(counts))
+        counts = counts[counts >= max(1, least_per_column)]
+        width = len(counts)
     state = number * r * (6 * R + 6 * n_examples)  # P, its change, W∘P, W and copies of them
     coords = 5 * number * n_components * width
     gram = number * R * R
     held = rows.nbytes if isinstance(rows, GramRows) else rows.nbytes * (number // 4) * (2 if counts is not None else 1)
     there = device is not None and devices.has_own_memory(device)
     ceiling = memory if memory is not None else available_bytes(device) * 4 // 5
+
+    dimensions = max(DIMENSIONS, 4 * n_components)
+    basis = 3 * number * dimensions * width if low_rank else 0
 
     def fits(*needs: int) -> bool:
         return state + sum(needs) <= ceiling
@@ -117,7 +125,8 @@ def choose_space(
 
     if isinstance(rows, GramRows):
         return plan("gram", "inner products are all there is")
-    rows_fit = fits(held, coords) or (memory is None and fits(held))  # coordinates are as long wherever the rows are
+    # Coordinates are as long wherever the rows are; a search without its subspace is possible, but slow.
+    rows_fit = fits(held, coords) or (memory is None and fits(held))
     if choice == "sparse" and there and not rows_fit:
         return plan("sketch", f"asked for the rows, and {_exceeds(held)}: they are streamed")
     if choice != "auto":
@@ -129,16 +138,20 @@ def choose_space(
     if not gram_fits:
         why = f"K of {R:,} rows would take {gram / 2**30:.1f} GiB"
         return plan("sparse", why) if rows_fit else plan("sketch", f"{why}, and {_exceeds(held)}")
-    products = 5 * max(256, 4 * n_components) + 2 * POLISH_STEPS * n_components
+    products = 5 * dimensions + 2 * POLISH_STEPS * n_components
     if counts is not None:
         building = min(np.square(counts).sum() / SCATTER_RATE, R**2 * width / DENSE_RATE)
         over_rows = counts.sum() * 2 * products / SPARSE_RATE
     else:
         building = R**2 * width / DENSE_RATE
         over_rows = 2 * R * width * products / DENSE_RATE
+    over_rows += 4 * width * dimensions**2 / DENSE_RATE
     over_gram = building + 2 * R**2 * products / DENSE_RATE
     if not rows_fit:
         return plan("gram", f"{_exceeds(held)}, and K of {R:,} rows does not")
+    if not fits(held, coords, basis):
+        what = f"a basis of {dimensions} directions over {width:,} columns"
+        return plan("gram", f"{what} would exceed the memory allowed, and K of {R:,} rows does not")
     found = f"reckoned {over_gram:.2g} s over K of {R:,} rows, {over_rows:.2g} s over the rows themselves"
     return plan("gram" if over_gram < over_rows else "sparse", found)
 

@@ -190,10 +190,14 @@ class LowRank:
 
         With orthonormal rows W = cross is optimal and L = const − Σ cross², so that minimising L maximises a convex
         function of G over the Stiefel manifold: its linearisation's maximiser, the polar factor, never lowers it
-        (generalised power method, Journée et al. 2010).
+        (generalised power method, Journée et al. 2010). Nor does it with a multiple of G added, which is the gradient
+        of a convex function too: so a vector that no example uses any more stays where it is.
         """
         coords = self.space.combine(self.spread(self.cross(state.P), state.P))
         P = self.space.project(coords)
+        Q = self.space.inner(coords, coords, P)
+        shift = 1e-3 * Q.diagonal().max().sqrt()
+        coords, P = coords + shift * state.coords, P + shift * state.P
         coords, P, Q = self._orthonormal(coords, P, self.space.inner(coords, coords, P))
         return replace(state, coords=coords, P=P, Q=Q)
 

@@ -111,6 +111,7 @@ def checked_and_scaled(
         low_rank=fishers.kind == "low_rank" and not block,
         dtype=options.dtype,
         device=device,
+        least_per_column=options.min_nonzero_per_column,
     )
     scaled = scale(
         fishers, options.block_weights, options.normalize, columns, options.min_nonzero_per_column,

@@ -152,7 +152,10 @@ class Problem:
         generator = torch.Generator().manual_seed(self.options.seed)
         comm = comm_of(self.space)
         energy = comm.number(float(self.scaled.rows.squared_norms().sum()))
-        most = int(comm.agreed(self.plan.subspace_bytes // (16 * max(1, self.space.n_rows))))
+        per_direction = 16 * max(1, self.space.n_rows)
+        if not isinstance(fine.space, GramSpace):  # three times a vector of the full width: the basis, and its turning
+            per_direction += 12 * self.scaled.rows.n_columns
+        most = int(comm.agreed(self.plan.subspace_bytes // per_direction))
         subspace = find_subspace(self.space, energy, self.options.n_components, generator, fine.frozen, most)
         if subspace is None:
             return fine, None

@@ -12,6 +12,9 @@ from npeff.errors import ArgumentError
 
 Array = npt.NDArray[Any]
 
+COLUMNS = 1 << 16
+"""Columns that are multiplied at a time, in float64."""
+
 
 def similarity(a: Components, b: Components) -> Array:
     """|cos| between the vectors of two decompositions of the same parameters.
@@ -38,10 +41,13 @@ def similarity(a: Components, b: Components) -> Array:
         everything = np.arange(a.n_parameters)
         ca, cb = (everything if x.columns is None else np.asarray(x.columns) for x in (a, b))
         _, ia, ib = np.intersect1d(ca, cb, assume_unique=True, return_indices=True)
-        products = va[:, ia].astype(np.float64) @ vb[:, ib].astype(np.float64).T
     else:
-        products = va.astype(np.float64) @ vb.astype(np.float64).T
-    norms = np.outer(*(np.linalg.norm(v.astype(np.float64), axis=1) for v in (va, vb)))
+        ia = ib = np.arange(va.shape[1])
+    products = np.zeros((len(va), len(vb)))
+    for start in range(0, len(ia), COLUMNS):
+        part = slice(start, start + COLUMNS)
+        products += va[:, ia[part]].astype(np.float64) @ vb[:, ib[part]].astype(np.float64).T
+    norms = np.outer(*(np.sqrt(np.einsum("ij,ij->i", v, v, dtype=np.float64)) for v in (va, vb)))
     return np.asarray(np.minimum(np.abs(products) / np.maximum(norms, 1e-30), 1.0))
 
 
