@@ -203,7 +203,7 @@ def components_of(problem: Problem, state: State, curve: list[float], course: di
     return Components(
         kind=fishers.kind,
         coefficients=W.numpy(),
-        vectors=(vectors / norms[:, None]).float().contiguous().numpy(),
+        vectors=(vectors / norms[:, None].to(vectors)).float().contiguous().numpy(),
         columns=scaled.columns,
         block_weights=scaled.block_weights,
         parameters=fishers.parameters,

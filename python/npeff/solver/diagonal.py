@@ -19,7 +19,7 @@ from npeff.solver.scaling import ScaledRows
 from npeff.solver.sketch_space import SketchSpace
 from npeff.solver.spaces import SparseSpace
 
-SWEEPS = 2
+SWEEPS = 8
 """Coordinate-descent sweeps over W, and over H, per pass over the data."""
 
 BOLDNESS, GROWTH, CEILING_GROWTH, RETREAT = 0.5, 1.05, 1.01, 1.5
