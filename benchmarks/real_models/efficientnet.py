@@ -77,13 +77,9 @@ def main() -> None:
     name = f"efficientnet_{len(inputs)}_{args.top_k}_{args.rank}"
     measured = Measured(args.work / f"{name}.json")
     options: dict[str, Any] = {"model": model, "compress": npeff.TopK(args.top_k), "energy": 0.9, "rank": args.rank}
-
-    def everything() -> tuple[npeff.Fishers, npeff.Fishers, list[npeff.Components]]:
-        fishers = fishers_of(measured, args.work / f"{name}.h5", data=list(inputs.split(4)), **options)
-        held = fishers_of(measured, args.work / f"{name}_held_out.h5", data=list(rest.split(4)), **options)
-        return fishers, held, decomposed(measured, fishers, args.work / f"{name}_components.h5", args.components)
-
-    fishers, held, found = measured.stage("all", everything)
+    fishers = fishers_of(measured, args.work / f"{name}.h5", data=list(inputs.split(4)), **options)
+    held = fishers_of(measured, args.work / f"{name}_held_out.h5", data=list(rest.split(4)), **options)
+    found = decomposed(measured, fishers, args.work / f"{name}_components.h5", args)
     rules: dict[str, int] = {}
     for line in fishers.coverage:
         rules[line["rule"]] = rules.get(line["rule"], 0) + 1

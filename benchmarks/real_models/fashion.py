@@ -45,14 +45,10 @@ def main() -> None:
     measured = Measured(args.work / f"{name}.json")
     options: dict[str, Any] = {"model": model, "compress": npeff.Sketch(args.sketch), "rank": args.rank}
     memory = f"{args.megabytes}MB"
-
-    def everything() -> tuple[npeff.Fishers, npeff.Fishers, list[npeff.Components]]:
-        fishers = fishers_of(measured, args.work / f"{name}.h5", data=data, **options)
-        held = fishers_of(measured, args.work / f"{name}_held_out.h5", data=test, **options)
-        path = args.work / f"{name}_components.h5"
-        return fishers, held, decomposed(measured, fishers, path, args.components, memory=memory)
-
-    fishers, held, found = measured.stage("all", everything)
+    fishers = fishers_of(measured, args.work / f"{name}.h5", data=data, **options)
+    held = fishers_of(measured, args.work / f"{name}_held_out.h5", data=test, **options)
+    path = args.work / f"{name}_components.h5"
+    found = decomposed(measured, fishers, path, args, memory=memory)
     shown = np.linspace(0, args.components - 1, 10).astype(int).tolist()
     first = measured.stage("recover", lambda: found[0].recover(model, data, shown[: args.recovered], progress=False))
     right = f"{models.accuracy(model, test):.1%} right on {len(held):,} test images"

@@ -30,6 +30,7 @@ def arguments(description: str, **sizes: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--seeds", type=int, default=2, help="decompositions to compare")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="weights, Fishers and components stay here")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results", help="folder of the tables")
     args = parser.parse_args()
@@ -84,7 +85,7 @@ def fishers_of(measured: Measured, path: Path, **options: Any) -> npeff.Fishers:
 
 
 def decomposed(
-    measured: Measured, fishers: npeff.Fishers, path: Path, r: int, seeds: Sequence[int] = (0, 1), **options: Any
+    measured: Measured, fishers: npeff.Fishers, path: Path, args: argparse.Namespace, **options: Any
 ) -> list[npeff.Components]:
     """One decomposition per seed, computed once each."""
 
@@ -92,11 +93,11 @@ def decomposed(
         file = path.with_name(f"{path.stem}_{seed}.h5")
         if file.exists():
             return npeff.load(file)
-        found = npeff.decompose(fishers, r, seed=seed, progress=False, **options)
+        found = npeff.decompose(fishers, args.components, seed=seed, progress=False, **options)
         found.save(file)
         return found
 
-    return [measured.stage(f"decompose, seed {seed}", lambda seed=seed: run(seed)) for seed in seeds]
+    return [measured.stage(f"decompose, seed {seed}", lambda seed=seed: run(seed)) for seed in range(args.seeds)]
 
 
 def summary(
@@ -141,8 +142,8 @@ def summary(
                 f"mean {cosine.mean():.3f}, median {np.median(cosine):.3f}, {np.mean(cosine > 0.9):.0%} above 0.9",
             )
         )
-    if len(fishers):
-        rows.append(("largest resident size of the process", f"{measured.stages['all']['resident'] / 1e9:.2f} GB"))
+    largest = max(stage["resident"] for stage in measured.stages.values())
+    rows.append(("largest resident size of the process", f"{largest / 1e9:.2f} GB"))
     return lines + [f"| {left} | {right} |" for left, right in rows] + [""]
 
 

@@ -125,15 +125,11 @@ def main() -> None:
     rest = Batches(texts[stop : stop + args.held_out], labels[stop : stop + args.held_out])
     name = f"minilm_{args.examples}_{args.top_k}"
     measured = Measured(args.work / f"{name}.json")
-
-    def everything() -> tuple[npeff.Fishers, npeff.Fishers, list[npeff.Components]]:
-        options: dict[str, Any] = {"model": model, "compress": npeff.TopK(args.top_k)}
-        fishers = fishers_of(measured, args.work / f"{name}.h5", data=data.batches, **options)
-        held = fishers_of(measured, args.work / f"{name}_held_out.h5", data=rest.batches, **options)
-        path = args.work / f"{name}_components.h5"
-        return fishers, held, decomposed(measured, fishers, path, args.components, min_nonzero_per_column=5)
-
-    fishers, held, found = measured.stage("all", everything)
+    options: dict[str, Any] = {"model": model, "compress": npeff.TopK(args.top_k)}
+    fishers = fishers_of(measured, args.work / f"{name}.h5", data=data.batches, **options)
+    held = fishers_of(measured, args.work / f"{name}_held_out.h5", data=rest.batches, **options)
+    path = args.work / f"{name}_components.h5"
+    found = decomposed(measured, fishers, path, args, min_nonzero_per_column=5)
     shown = [texts[TRAINED + i] for i in data.order]
     correct = np.mean(fishers.predictions == fishers.labels)
     lengths = [int(mask.sum()) for batch in data.batches for mask in batch["attention_mask"]]

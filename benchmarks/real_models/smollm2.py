@@ -61,7 +61,7 @@ def next_word(model: nn.Module, batch: Any) -> torch.Tensor:
 
 
 def main() -> None:
-    args = arguments(__doc__, examples=200, held_out=24, sketch=4096, components=24, rank=3, recovered=2)
+    args = arguments(__doc__, examples=128, held_out=16, sketch=4096, components=16, rank=2, recovered=1)
     model, tokenizer = network()
     tokens = places(tokenizer, args.examples + args.held_out)
     batches = [(part[:, :CONTEXT], part[:, CONTEXT]) for part in tokens[: args.examples].split(8)]
@@ -75,13 +75,9 @@ def main() -> None:
         "rank": args.rank,
         "forward": next_word,
     }
-
-    def everything() -> tuple[npeff.Fishers, npeff.Fishers, list[npeff.Components]]:
-        fishers = fishers_of(measured, args.work / f"{name}.h5", data=batches, **options)
-        held = fishers_of(measured, args.work / f"{name}_held_out.h5", data=rest, **options)
-        return fishers, held, decomposed(measured, fishers, args.work / f"{name}_components.h5", args.components)
-
-    fishers, held, found = measured.stage("all", everything)
+    fishers = fishers_of(measured, args.work / f"{name}.h5", data=batches, **options)
+    held = fishers_of(measured, args.work / f"{name}_held_out.h5", data=rest, **options)
+    found = decomposed(measured, fishers, args.work / f"{name}_components.h5", args)
     shown = np.linspace(0, args.components - 1, 10).astype(int).tolist()
     recovered = found[0]
     if args.recovered:

@@ -39,19 +39,6 @@ class Place:
             if 0 <= example - self.first_example < n_own:
                 yield position, example - self.first_example
 
-    def uniform(self, n_own: int, columns: int, generator: torch.Generator) -> Tensor:
-        """This process's rows of ``torch.rand(n_rows, columns)``, float64; the generators stay in step."""
-        if self.comm.size == 1:
-            return torch.rand(n_own, columns, generator=generator, dtype=torch.float64)
-        first, last = self.first_row * columns, (self.first_row + n_own) * columns
-        own = torch.empty(last - first, dtype=torch.float64)
-        for start, stop in _chunks(self.n_rows * columns):
-            drawn = torch.rand(stop - start, generator=generator, dtype=torch.float64)
-            lo, hi = max(start, first), min(stop, last)
-            if lo < hi:
-                own[lo - first : hi - first] = drawn[lo - start : hi - start]
-        return own.view(n_own, columns)
-
     def normal(self, r: int, n_own: int, generator: torch.Generator) -> Tensor:
         """This process's columns of ``torch.randn(r, n_rows)``, float64; the generators stay in step."""
         own = torch.empty(r, n_own, dtype=torch.float64)

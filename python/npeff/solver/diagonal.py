@@ -20,7 +20,7 @@ from npeff.solver.sketch_space import SketchSpace
 from npeff.solver.spaces import SparseSpace
 
 SWEEPS = 8
-"""Coordinate-descent sweeps over W, and over H, per pass over the data."""
+"""Coordinate-descent sweeps over W, and over H, per pass over the data: they cost little of it."""
 
 BOLDNESS, GROWTH, CEILING_GROWTH, RETREAT = 0.5, 1.05, 1.01, 1.5
 """Extrapolation: β at first, its growth and that of its ceiling after a fall, its division after a rise."""
@@ -90,10 +90,12 @@ class Diagonal:
         return self.comm.agreed((self.const + rest) / self.const)
 
     def start(self, r: int, generator: torch.Generator) -> State:
-        """H from random non-negative mixtures of the examples, W fitted to them."""
-        n_new = r - self._n_frozen
-        mixture = self.place.uniform(self.space.n_rows, n_new, generator).pow(8)
-        H = self.space.combine(mixture.to(self.space.dtype))
+        """H from the mean diagonal, every entry of it times a random number, W fitted to them.
+
+        Mixtures of examples would be smoother, and too much alike: descents from them end far higher.
+        """
+        noise = self.space.embed(torch.randn(r - self._n_frozen, self.space.n_columns, generator=generator).abs())
+        H = noise * self.space.combine(torch.ones(self.space.n_rows, 1, dtype=noise.dtype, device=noise.device))
         return self.from_vectors(H if self.frozen is None else torch.cat([self.frozen, H]))
 
     def from_vectors(self, H: Tensor, W: Tensor | None = None) -> State:

@@ -23,6 +23,12 @@ DIMENSIONS = 256
 MOST_DIMENSIONS = 1024
 """Dimensions at which doubling stops."""
 
+LEAST = 1e-6
+"""Energy of a direction, as a share of the strongest one's, below which it is dropped: rounding would show."""
+
+WHITENED_ROWS = 1 << 14
+"""Rows that are whitened at a time, in float64."""
+
 ENOUGH = 0.95
 """Share of Σ‖row‖² that is worth stopping at."""
 
@@ -86,13 +92,13 @@ def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator
     coords = space.random(d if given is None else d - len(given), generator)
     Y = space.project(coords)[: space.n_rows]
     comm = comm_of(space)
-    Q = torch.from_numpy(np.linalg.qr(Y.cpu().numpy())[0]).to(Y) if comm.size == 1 else _whitened(Y, comm)
+    Q = _whitened(Y, comm)
     coords, weights = space.combine(Q), Q
     if given is not None:
         coords, weights = torch.cat([given, coords]), None
     elif comm.number(space.n_rows) > coords.shape[1]:
         weights = None
-    coords, turn, P = _orthonormal(space, coords, weights)
+    turn, P = _orthonormal(space, coords, weights)
     rows = P[: space.n_rows] @ turn.T
     kept = comm.number(float(torch.sum(rows * rows, dtype=torch.float64))) / max(energy, 1e-300)
     inside = None if given is None else space.inner(given, coords, P) @ turn.T
@@ -100,38 +106,40 @@ def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator
 
 
 def _whitened(Y: Tensor, comm: Communicator) -> Tensor:
-    """``Y (YᵀY)^{-1/2}`` for rows spread over processes: columns as orthonormal as what follows needs them."""
-    values, vectors = torch.linalg.eigh(comm.sum(Y.double().T @ Y.double()))
-    return (Y.double() @ (vectors * values.clamp_min(1e-14 * values.max()).rsqrt())).to(Y)
+    """``Y (YᵀY)^{-1/2}``: columns as orthonormal as what follows needs them, for less work than a QR decomposition."""
+    gram = torch.zeros(Y.shape[1], Y.shape[1], dtype=torch.float64, device=Y.device)
+    parts = Y.split(WHITENED_ROWS)
+    for part in parts:
+        gram += part.double().T @ part.double()
+    values, vectors = _eigh(comm.sum(gram))
+    root = vectors * values.clamp_min(1e-14 * values.max()).rsqrt()
+    return torch.cat([(part.double() @ root).to(Y) for part in parts]) if parts else Y
 
 
-def _orthonormal(space: FactorSpace, coords: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = np.linalg.eigh(matrix.cpu().numpy())
+    return torch.from_numpy(values).to(matrix.device), torch.from_numpy(vectors).to(matrix.device)
+
+
+def _orthonormal(space: FactorSpace, coords: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """An orthonormal basis V of the span, without the directions that are lost in rounding.
 
-    Twice: what the first pass made of rounding errors alone does not come out with norm 1 in the second. Where the
-    vectors are combinations ``Sᵀ A`` of known weights, their inner products are ``Sᵀ (A Gᵀ)``: for fewer rows than
-    columns that is less work than G Gᵀ.
+    Where the vectors are combinations ``Sᵀ A`` of known weights, their inner products are ``Sᵀ (A Gᵀ)``: for fewer rows
+    than columns that is less work than G Gᵀ.
 
     Args:
         space: The rows.
-        coords: ``(d, …)``.
-        weights: S ``(n_rows, d)`` of these coordinates, or None.
+        coords: ``(d₀, …)`` of some G.
+        weights: S ``(n_rows, d₀)`` of these coordinates, or None.
 
     Returns:
-        Coordinates ``(d₀, …)`` of some G, T ``(d, d₀)`` with V = T·G, and ``A Gᵀ``.
+        T ``(d, d₀)`` with V = T·G, and ``A Gᵀ``.
     """
-    comm = comm_of(space)
-    turn = torch.eye(len(coords), dtype=coords.dtype, device=coords.device)
-    for least, most in ((1e-6, torch.inf), (0.9, 1.1)):
-        coords = turn @ coords if most != torch.inf else coords
-        P = space.project(coords)
-        own = P[: space.n_rows]
-        gram = (space.inner(coords, coords, P) if weights is None else comm.sum(weights.T @ own)).double()
-        gram = (gram + gram.T) / 2
-        values, vectors = (torch.from_numpy(a).to(P.device) for a in np.linalg.eigh(gram.cpu().numpy()))
-        scale = values.max() if most == torch.inf else 1.0
-        alive = (values > least * scale) & (values < most * scale)
-        root = (vectors[:, alive] * values[alive].rsqrt()).to(P)
-        turn = root.T
-        weights = None if weights is None else weights @ root
-    return coords, turn, P
+    P = space.project(coords)
+    if weights is None:
+        gram = space.inner(coords, coords, P).double()
+    else:
+        gram = comm_of(space).sum(weights.T @ P[: space.n_rows]).double()
+    values, vectors = _eigh((gram + gram.T) / 2)
+    alive = values > LEAST * values.max()
+    return (vectors[:, alive] * values[alive].rsqrt()).T.to(P), P
