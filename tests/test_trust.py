@@ -80,7 +80,7 @@ def test_planted_components_come_back_from_halves(known) -> None:
     assert found.cosines.shape == (3, 5)
     assert found.components.min() > 0.98
     assert set(found.strategies) == {2, 3, 4, 5}
-    assert found.strategies[found.n_strategies] >= max(found.strategies.values()) - 0.01
+    assert found.strategies[found.n_strategies] >= max(found.strategies.values()) - 0.05
     assert found.strategies[5] > 0.8  # five components, one strategy each
     json.dumps(found.to_json())
 

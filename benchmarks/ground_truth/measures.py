@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 
-from npeff.trust.stability import rand_index
-
 TOP = 20
+MOST = 12  # groups
 PURE = 0.9
 
 
@@ -22,18 +20,26 @@ class Scores:
 
     Attributes:
         values: ``(n, r)`` scores of all examples.
-        vectors: ``(r, d)`` what each component is in the method's own space, for grouping.
-        combine: How the scores of a group of components become the group's.
+        cuts: Number of groups → ``(n, groups)`` scores of groups of components.
+        chosen: The number of groups that the method itself chose, where it chooses.
     """
 
     values: np.ndarray
-    vectors: np.ndarray
-    combine: str = "sum"
+    cuts: dict[int, np.ndarray] = field(default_factory=dict)
+    chosen: int | None = None
 
-    def grouped(self, groups: np.ndarray) -> np.ndarray:
-        """``(n, groups)``: sums over the groups, or maxima for scores such as negative distances."""
-        join = np.sum if self.combine == "sum" else np.max
-        return np.stack([join(self.values[:, groups == g], axis=1) for g in range(groups.max() + 1)], 1)
+
+def linked(values: np.ndarray, vectors: np.ndarray, combine: str = "sum") -> Scores:
+    """Scores with groups by average linkage on 1 − |cos| of the method's own vectors ``(r, d)``.
+
+    A group's score is the sum of its components', or the largest for scores such as negative distances.
+    """
+    join = np.sum if combine == "sum" else np.max
+    cuts = {}
+    for n in range(2, min(MOST, len(vectors)) + 1):
+        groups = groups_of(vectors, n)
+        cuts[n] = np.stack([join(values[:, groups == g], axis=1) for g in range(groups.max() + 1)], 1)
+    return Scores(values, cuts)
 
 
 def auc(label: np.ndarray, score: np.ndarray) -> float:
@@ -83,16 +89,6 @@ def groups_of(vectors: np.ndarray, n: int) -> np.ndarray:
     distance = np.clip(1 - np.abs(unit @ unit.T), 0, 1)
     np.fill_diagonal(distance, 0)
     return fcluster(linkage(squareform((distance + distance.T) / 2, checks=False), "average"), n, "maxclust") - 1
-
-
-def stable_number(fits: list[Scores], most: int = 12) -> int:
-    """The number of groups into which fits on parts of the examples sort all examples alike most often."""
-    indices = {}
-    for n in range(2, most + 1):
-        sortings = [fit.grouped(groups_of(fit.vectors, n)).argmax(1) for fit in fits]
-        indices[n] = float(np.mean([rand_index(a, b) for a, b in combinations(sortings, 2)]))
-    best = max(indices.values())
-    return max(n for n, index in indices.items() if index >= best - 0.01)
 
 
 def _commonest(values: np.ndarray) -> int:

@@ -1,4 +1,4 @@
-"""NPEFF and what people use instead, all as ``fit on some examples, score all of them``.
+"""NPEFF and what people use instead, each as a function that scores all examples.
 
 Every method gets the same examples and the same number of components. Baselines: class probabilities; k-means of one
 gradient per example (Burns et al. style gradient clustering: ∇ log p of the predicted class, unit norm); PCA of the
@@ -19,9 +19,9 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
 import npeff
-from measures import Scores
+from measures import MOST, Scores, linked
 
-Fit = Callable[[np.ndarray, int], Scores]  # (examples to fit on, seed) -> scores of all examples
+Fit = Callable[[int], Scores]  # seed -> scores of all examples
 
 AUTOENCODER_STEPS = 1500
 
@@ -71,25 +71,39 @@ class Subject:
 
 
 def npeff_methods(subject: Subject, r: int, **variants: dict) -> dict[str, Fit]:
-    """Decompositions, one per variant: options of ``decompose``, and ``fishers=`` options of ``compute_fishers``."""
+    """Decompositions, one per variant.
+
+    A variant is options of ``decompose``; ``fishers=`` options of ``compute_fishers``; ``choose=True`` to have the
+    number of strategies chosen by stability.
+    """
     made: dict[str, npeff.Fishers] = {}
 
     def fit_of(options: dict) -> Fit:
         options = dict(options)
-        wanted = options.pop("fishers", {})
+        wanted, choose = options.pop("fishers", {}), options.pop("choose", False)
 
-        def fit(examples: np.ndarray, seed: int) -> Scores:
+        def fit(seed: int) -> Scores:
             key = repr(sorted(wanted.items()))
             fishers = made.setdefault(key, subject.fishers(**wanted)) if key not in made else made[key]
-            whole = len(examples) == len(fishers)
-            effort = {} if whole else {"starts": 1, "moves": 8}  # the parts only tell how many groups are stable
-            components = npeff.decompose(fishers[examples], r, seed=seed, progress=False, **effort, **options)
-            values = components.coefficients if whole else components.encode(fishers).coefficients
-            return Scores(values, components.vectors)
+            components = npeff.decompose(fishers, r, seed=seed, progress=False, **options)
+            return npeff_scores(components, fishers if choose else None, seed)
 
         return fit
 
     return {name: fit_of(options) for name, options in variants.items()}
+
+
+def npeff_scores(components: npeff.Components, fishers: npeff.Fishers | None = None, seed: int = 0) -> Scores:
+    """Coefficients of the components and of their strategies, cut where it is stable when the Fishers are given."""
+    cuts = {
+        n: np.stack([group.coefficient for group in components.strategies(n).children], 1)
+        for n in range(2, min(MOST, components.n_components) + 1)
+    }
+    chosen = None
+    if fishers is not None:
+        effort = {"repeats": 3, "starts": 1, "moves": 8, "most_strategies": MOST}
+        chosen = npeff.trust.stability(fishers, components, seed=seed, progress=False, **effort).n_strategies
+    return Scores(components.coefficients, cuts, chosen)
 
 
 def baselines(subject: Subject, r: int, sae: bool = True) -> dict[str, Fit]:
@@ -98,7 +112,7 @@ def baselines(subject: Subject, r: int, sae: bool = True) -> dict[str, Fit]:
     gradients = predicted_gradients(subject)
     activations = subject.activations()
     methods: dict[str, Fit] = {
-        "class probabilities": lambda _e, _s: Scores(probabilities, np.eye(probabilities.shape[1])),
+        "class probabilities": lambda _: Scores(probabilities),
         "gradients, k-means": _kmeans(gradients, r),
         "gradients, PCA": _pca(gradients, r),
     }
@@ -111,36 +125,43 @@ def baselines(subject: Subject, r: int, sae: bool = True) -> dict[str, Fit]:
 
 
 def predicted_gradients(subject: Subject) -> np.ndarray:
-    """``(n, m)`` unit-norm ∇ log p of each example's predicted class."""
+    """Unit-norm ∇ log p of each example's predicted class, ``(n, ≤ n)``: rotated into the space that they span.
+
+    A rotation changes neither k-means nor PCA, and n numbers per gradient are enough. Rows are scaled before they are
+    squared: those of certain predictions are as small as 1e-30.
+    """
     predicted = subject.logits().argmax(1)
     rows = npeff.compute_fishers(subject.model, subject.batches(predicted), labels="true", progress=False).rows
     gradients = rows.dense(0, rows.n_rows)
-    return gradients / np.maximum(np.linalg.norm(gradients, axis=1, keepdims=True), 1e-20)
+    gradients /= np.maximum(np.abs(gradients).max(1, keepdims=True), 1e-37)
+    gradients /= np.maximum(np.linalg.norm(gradients, axis=1, keepdims=True), 1e-20)
+    values, vectors = np.linalg.eigh((gradients @ gradients.T).astype(np.float64))
+    return vectors * np.sqrt(values.clip(0))
 
 
 def _kmeans(x: np.ndarray, r: int) -> Fit:
-    def fit(examples: np.ndarray, seed: int) -> Scores:
-        model = KMeans(r, n_init=3, random_state=seed).fit(x[examples])
-        return Scores(-model.transform(x), model.cluster_centers_, "max")
+    def fit(seed: int) -> Scores:
+        model = KMeans(r, n_init=3, random_state=seed).fit(x)
+        return linked(-model.transform(x), model.cluster_centers_, "max")
 
     return fit
 
 
 def _pca(x: np.ndarray, r: int) -> Fit:
-    def fit(examples: np.ndarray, seed: int) -> Scores:
-        model = PCA(max(1, r // 2), svd_solver="randomized", random_state=seed).fit(x[examples])
+    def fit(seed: int) -> Scores:
+        model = PCA(max(1, r // 2), svd_solver="randomized", random_state=seed).fit(x)
         z = model.transform(x)
         vectors = np.concatenate([model.components_, model.components_])
-        return Scores(np.concatenate([z.clip(0), (-z).clip(0)], 1), vectors)
+        return linked(np.concatenate([z.clip(0), (-z).clip(0)], 1), vectors)
 
     return fit
 
 
 def _nmf(x: np.ndarray, r: int) -> Fit:
-    def fit(examples: np.ndarray, seed: int) -> Scores:
-        model = NMF(r, init="nndsvda", max_iter=300, random_state=seed).fit(x[examples])
+    def fit(seed: int) -> Scores:
+        model = NMF(r, init="nndsvda", max_iter=300, random_state=seed).fit(x)
         norms = np.linalg.norm(model.components_, axis=1)
-        return Scores(model.transform(x) * norms, model.components_)
+        return linked(model.transform(x) * norms, model.components_)
 
     return fit
 
@@ -178,18 +199,18 @@ def _sparse_autoencoder(x: np.ndarray, r: int) -> Fit:
             left = (code @ decoder + bias - h).square().sum() / (h - h.mean(0)).square().sum()
         return encoder, decoder.detach(), bias.detach(), float(1 - left)
 
-    def fit(examples: np.ndarray, seed: int) -> Scores:
+    def fit(seed: int) -> Scores:
         h = torch.from_numpy(x)
         h = h / h.norm(dim=1).mean()
         best, sparsest = None, None
         for penalty in (0.003, 0.03, 0.1):
-            encoder, decoder, bias, share = train(h[examples], penalty, seed)
+            encoder, decoder, bias, share = train(h, penalty, seed)
             with torch.no_grad():
                 code = encoder(h - bias).relu().numpy()
-            found = (share, (code > 0).mean(), Scores(code, decoder.numpy()))
+            found = (share, (code > 0).mean(), code, decoder.numpy())
             best = found if best is None or share > best[0] else best
             if share >= 0.8 and (sparsest is None or found[1] < sparsest[1]):
                 sparsest = found
-        return (sparsest or best)[2]
+        return linked(*(sparsest or best)[2:])
 
     return fit

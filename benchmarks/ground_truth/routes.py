@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from methods import Subject, baselines, npeff_methods
-from table import Table, evaluate, write
+from npeff import GramOnly
+from table import GROUPS, Table, evaluate, write
 
 
 def context(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -33,6 +34,14 @@ def conjunction(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch
 
 
 CASES = {"context": context, "conjunction": conjunction}
+
+EXACT = {"compress": GramOnly()}
+VARIANTS = {
+    "**NPEFF**": {"choose": True},
+    "NPEFF, without the last layer": {"fishers": {"parameters": ["0.*", "2.*"], **EXACT}},
+    "NPEFF, last layer alone": {"fishers": {"parameters": "4.*", **EXACT}},
+    "NPEFF, diagonal": {"fishers": {"kind": "diagonal"}},
+}
 
 
 def trained(case: str, seed: int, epochs: int = 12, examples: int = 60_000) -> tuple[nn.Sequential, torch.Generator]:
@@ -55,14 +64,15 @@ def trained(case: str, seed: int, epochs: int = 12, examples: int = 60_000) -> t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--examples", type=int, default=1200)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--examples", type=int, default=600)
     parser.add_argument("--components", type=int, default=16)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--out", default="ground_truth_routes")
     args = parser.parse_args()
-    tables = {case: Table() for case in args.cases}
-    for case, table in tables.items():
-        for seed in range(args.seeds):
+    tables = {case: Table() for case in CASES if case in args.cases}
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for case, table in tables.items():
             net, generator = trained(case, seed)
             x, y, route = CASES[case](args.examples, generator)
             subject = Subject(net, x, {"layer 1": net[1], "layer 2": net[3]})
@@ -70,26 +80,22 @@ def main() -> None:
                 f"{case}, network {seed}: accuracy {(subject.logits().argmax(1) == y).float().mean():.3f}", flush=True
             )
             methods = {
-                **npeff_methods(
-                    subject,
-                    args.components,
-                    **{
-                        "**NPEFF**": {},
-                        "NPEFF, layers balanced": {"block_weights": "balanced"},
-                        "NPEFF, without the head": {"block_weights": {"4.*": 0.0}},
-                        "NPEFF, diagonal": {"fishers": {"kind": "diagonal"}},
-                    },
-                ),
+                **npeff_methods(subject, args.components, **VARIANTS),
+                **{
+                    f"NPEFF, {r} components": npeff_methods(subject, r, fewer={"fishers": EXACT})["fewer"]
+                    for r in (args.components // 4, args.components // 2)
+                },
                 **baselines(subject, args.components),
             }
             for name, fit in methods.items():
-                table.add(name, evaluate(fit, len(x), route.numpy(), seed))
+                table.add(name, evaluate(fit, route.numpy(), seed))
+            done = seed - args.first_seed + 1
             write(args.out, "Routes: components of networks whose route to each answer is known", [
-                f"{args.examples} examples, {args.components} components, {seed + 1} networks per case; each cell is "
-                "the mean over the networks (and the range). Purity: share of the top 20 examples of a component that "
-                "follow one route. Coverage: share of examples whose strongest component is at least 0.9 pure and of "
-                "their own route. Groups: average linkage on 1 − |cos| of the method's own vectors, cut where fits on "
-                "halves of the examples agree best.",
+                f"{args.examples} examples, {args.components} components, {done} networks per case (seeds from "
+                f"{args.first_seed}); each cell is the mean over the networks (and the range). Purity: share of the "
+                "top 20 examples of a component that follow one route. Coverage: share of examples whose strongest "
+                "component is at least 0.9 pure and of their own route. AUC of the best component: for every route the "
+                "component that tells it best from the others. " + GROUPS,
             ], {f"Route: {c}": t for c, t in tables.items() if t.values})  # fmt: skip
 
 

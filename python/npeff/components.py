@@ -21,7 +21,7 @@ from npeff.parameter_vectors import parameter_vector, write_state_dict
 from npeff.parameters import Parameters
 from npeff.rows import GramRows
 from npeff.solver.scaling import ScaledRows, scale
-from npeff.strategies import Strategy, strategy_tree
+from npeff.strategies import Strategy, response_similarity, strategy_tree
 
 __all__ = ["Components", "Encoded", "statistics"]
 
@@ -222,19 +222,32 @@ class Components:
         unit = self.vectors / np.maximum(np.linalg.norm(self.vectors, axis=1, keepdims=True), 1e-30)
         return np.asarray(np.abs(unit @ unit.T))
 
-    def strategies(self, n: int | None = None) -> Strategy:
-        """The tree of component groups: average linkage on ``1 − |cos(g_j, g_k)|``.
+    def strategies(self, n: int | None = None, *, fishers: Fishers | None = None, **options: Any) -> Strategy:
+        """The tree of component groups: average linkage on the similarity of what they respond to.
+
+        Two components are alike when a move along either changes the same examples (:mod:`npeff.strategies`).
 
         Args:
             n: Cut the tree into this many strategies below the root; by default the full binary tree.
+            fishers: The Fishers that the components were made from: n is then the number of strategies that comes
+                back best from halves of the examples (:func:`npeff.trust.stability`).
+            **options: As for :func:`npeff.trust.stability`.
 
         Returns:
             The root; every node has its components, summed ``coefficient`` and ``top_examples``.
 
         Raises:
-            ArgumentError: ``n`` is not between 1 and the number of components.
+            ArgumentError: ``n`` is not between 1 and the number of components, or is given with ``fishers``.
         """
-        return strategy_tree(self.cosines(), self.coefficients, n)
+        if fishers is not None:
+            from npeff.trust import stability
+
+            if n is not None:
+                raise ArgumentError("n: give the number of strategies or the Fishers to choose it by, not both")
+            n = stability(fishers, self, **options).n_strategies
+        elif options:
+            raise ArgumentError(f"fishers: {', '.join(options)} are options of the choice by stability, which needs it")
+        return strategy_tree(response_similarity(self), self.coefficients, n)
 
     # ---- new examples, new components ----------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from npeff.errors import ArgumentError
 from npeff.reports.summary import Summary, Top, known_predictions, tops
-from npeff.strategies import Strategy, strategy_tree
+from npeff.strategies import Strategy, response_similarity, strategy_tree
 
 if TYPE_CHECKING:
     from npeff.components import Components
@@ -29,7 +29,7 @@ class Node:
     Attributes:
         id: Its number, parents before children; the root is 0.
         components: Indices of the components below it.
-        distance: Average ``1 − |cos|`` at which its children were joined.
+        distance: Average ``1 − similarity`` of the responses at which its children were joined.
         parent: The parent's number; −1 for the root.
         children: The children's numbers, the larger share first.
         group: The coloured strategy it belongs to; −1 above those.
@@ -57,7 +57,7 @@ class Node:
 
 
 def tree_of(
-    components: Components, summaries: Sequence[Summary], k: int, strategies: Any = None, cosines: Array | None = None
+    components: Components, summaries: Sequence[Summary], k: int, strategies: Any = None, similarity: Array | None = None
 ) -> list[Node]:
     """The nodes, parents before children.
 
@@ -67,18 +67,20 @@ def tree_of(
         k: Examples per node.
         strategies: What ``components.strategies()`` gives, or a number of strategies to colour; by default the
             number with the best silhouette.
-        cosines: ``components.cosines()``, where known already.
+        similarity: ``(r, r)`` of the components; by default that of their responses (:mod:`npeff.strategies`).
 
     Raises:
         ArgumentError: ``strategies`` is neither a tree over these components nor such a number.
     """
-    cosines = components.cosines() if cosines is None else cosines
+    similarity = response_similarity(components) if similarity is None else similarity
     r = components.n_components
     root = strategies
     if not isinstance(strategies, Strategy):
         if strategies is not None and (not isinstance(strategies, int) or not 1 <= strategies <= r):
             raise ArgumentError(f"strategies: expected a Strategy or a number from 1 to {r}, got {strategies!r}")
-        root = strategy_tree(cosines, components.coefficients[:0])  # its shape alone: no sums over the examples yet
+        mass = components.coefficients.sum(0, dtype=np.float64)
+        nothing = components.coefficients[:0]  # the tree's shape alone: no sums over the examples yet
+        root = strategy_tree(similarity, nothing, strategies, mass)
     if sorted(root.components) != list(range(r)):
         raise ArgumentError(
             f"strategies: expected a tree over the components 0 to {r - 1}; take components.strategies()"
@@ -95,7 +97,7 @@ def tree_of(
             nodes[parent].children.append(node.id)
         by_share = sorted(strategy.children, key=lambda child: sum(shares[j] for j in child.components))
         waiting += [(child, node.id) for child in by_share]
-    _colour(nodes, cosines, strategies if isinstance(strategies, int) else None, len(root.children))
+    _colour(nodes, similarity, strategies if isinstance(strategies, int) else None)
     _measure(components, nodes, k)
     return nodes
 
@@ -109,13 +111,13 @@ def group_of_each(nodes: Sequence[Node], r: int) -> list[int]:
     return groups
 
 
-def _colour(nodes: list[Node], cosines: Array, number: int | None, n_given: int) -> None:
-    if number is None and n_given > 2:
+def _colour(nodes: list[Node], similarity: Array, number: int | None) -> None:
+    if number == 1:
+        tops_of = nodes[:1]
+    elif number is not None or len(nodes[0].children) > 2:
         tops_of = [nodes[i] for i in nodes[0].children]  # already cut
     else:
-        cuts = _cuts(nodes, max(number or 0, min(MOST_GROUPS, len(cosines))))
-        number = number or _best_cut(nodes, cuts, cosines)
-        tops_of = [nodes[i] for i in cuts[min(number, len(cuts)) - 1]]
+        tops_of = [nodes[i] for i in _best_cut(nodes, _cuts(nodes, min(MOST_GROUPS, len(similarity))), similarity)]
     for group, top in enumerate(sorted(tops_of, key=lambda node: -node.share)):
         below = [top.id]
         while below:
@@ -136,18 +138,18 @@ def _cuts(nodes: Sequence[Node], most: int) -> list[list[int]]:
     return cuts
 
 
-def _best_cut(nodes: Sequence[Node], cuts: Sequence[Sequence[int]], cosines: Array) -> int:
-    """The number of groups, from 2, with the largest mean silhouette (Rousseeuw 1987) under ``1 − |cos|``."""
-    distances = 1 - cosines
-    best, number = -np.inf, 1
+def _best_cut(nodes: Sequence[Node], cuts: Sequence[list[int]], similarity: Array) -> list[int]:
+    """The cut, into 2 groups or more, with the largest mean silhouette (Rousseeuw 1987) under ``1 − similarity``."""
+    distances = 1 - similarity
+    best, chosen = -np.inf, cuts[0]
     for cut in cuts[1:]:
-        member = np.zeros((len(cosines), len(cut)))
+        member = np.zeros((len(distances), len(cut)))
         for column, i in enumerate(cut):
             member[list(nodes[i].components), column] = 1
         value = silhouette(distances, member)
         if value > best + 1e-12:
-            best, number = value, len(cut)
-    return number
+            best, chosen = value, cut
+    return chosen
 
 
 def silhouette(distances: Array, member: Array) -> float:

@@ -68,7 +68,7 @@ def investigate(
         strategies = extras.trust.n_strategies
     summaries = summarise(components, k, seed, progress)
     cosines = components.cosines()
-    nodes = tree_of(components, summaries, min(k, NODE_EXAMPLES), strategies, cosines)
+    nodes = tree_of(components, summaries, min(k, NODE_EXAMPLES), strategies)
     ids, labels = np.asarray(components.ids), np.asarray(components.labels)
     shown = {top.position for s in summaries for top in s.shown} | {top.position for node in nodes for top in node.top}
     attributed = {int(ids[i]) for _, i in extras.attributions}

@@ -23,6 +23,9 @@ Array = npt.NDArray[Any]
 BlockWeights = Literal["energy", "balanced"] | Mapping[str, float]
 Normalize = Literal["stored", "dense", "none"]
 
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""Rows that are smaller than this have lost their digits in float32: the example counts as zero."""
+
 __all__ = [
     "BlockWeights",
     "Normalize",
@@ -129,10 +132,12 @@ def scale(
         plain = StreamedRows(rows, None, factors, None, part_bytes)
         stored = fisher_norms(plain, fishers.row_offsets, fishers.kind)
     norms = {"stored": stored, "dense": fishers.norms.astype(np.float64), "none": np.ones(len(fishers))}[normalize]
-    divisor = np.where(norms > 0, norms, 1.0)
+    least = SMALLEST if fishers.kind == "diagonal" or isinstance(rows, GramRows) else SMALLEST**2
+    divisor = np.where(norms > least, norms, 1.0)
     per_example = 1 / divisor if fishers.kind == "diagonal" else 1 / np.sqrt(divisor)
+    per_example[stored <= least] = 0
     per_row = np.repeat(per_example, fishers.ranks).astype(np.float32)
-    ours = stored / divisor
+    ours = np.where(stored > least, stored, 0) / divisor
     if isinstance(rows, GramRows):
         K = GramRows(rows.values * per_row * per_row[:, None])
         return ScaledRows(K, fishers.row_offsets, None, ours, weights, per_row)

@@ -13,12 +13,13 @@ from tqdm import tqdm
 from npeff.components import Components
 from npeff.errors import ArgumentError
 from npeff.fishers import Fishers
-from npeff.strategies import Strategy
+from npeff.strategies import strategies_of_each
 from npeff.trust.matching import match
 
 Array = npt.NDArray[Any]
 
 MOST_STRATEGIES = 16
+EQUAL = 0.05  # adjusted Rand indices that differ by less say the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +43,15 @@ class Stability:
         return np.asarray(self.cosines.mean(0))
 
     @property
-    def n_strategies(self) -> int:
-        """The number of strategies that comes back best; the larger one among equals."""
+    def stable_numbers(self) -> tuple[int, ...]:
+        """Numbers of strategies that come back about as well as the best one (index within 0.05), ascending."""
         best = max(self.strategies.values())
-        return max(n for n, index in self.strategies.items() if index >= best - 0.01)
+        return tuple(n for n, index in sorted(self.strategies.items()) if index >= best - EQUAL)
+
+    @property
+    def n_strategies(self) -> int:
+        """The smallest of them: finer levels of the tree divide its strategies further."""
+        return self.stable_numbers[0]
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able description."""
@@ -54,6 +60,7 @@ class Stability:
             "cosines": self.cosines.tolist(),
             "components": self.components.tolist(),
             "strategies": {str(n): index for n, index in self.strategies.items()},
+            "stable_numbers": list(self.stable_numbers),
             "n_strategies": self.n_strategies,
         }
 
@@ -73,7 +80,7 @@ def stability(
 
     Every repeat decomposes a random share of the examples with another seed. Components are matched one to one by |cos|
     of their vectors. Every repeat also sorts *all* examples into strategies: their coefficients on its components are
-    solved for, summed over each group of its tree, and the largest sum wins; the adjusted Rand index (Hubert & Arabie
+    solved for, and the group of its tree with the largest mean response wins; the adjusted Rand index (Hubert & Arabie
     1985) says how much two repeats agree.
 
     Args:
@@ -107,22 +114,13 @@ def stability(
         again = decompose(fishers[part], r, seed=seed + 1 + repeat, **options)
         cosines.append(match(components, again)[1])
         coefficients = again.encode(fishers).coefficients
-        sorted_examples.append({k: strategy_of_each(again, coefficients, k) for k in range(2, most + 1)})
+        sorted_examples.append(strategies_of_each(again, coefficients, range(2, most + 1)))
     seen = ~fishers.zero
     indices = {
         k: float(np.mean([rand_index(a[k][seen], b[k][seen]) for a, b in combinations(sorted_examples, 2)]))
         for k in range(2, most + 1)
     }
     return Stability(np.stack(cosines), indices or {1: 1.0}, share)
-
-
-def strategy_of_each(components: Components, coefficients: Array, n: int) -> Array:
-    """``(n_examples,)`` which of n strategies each example follows: that of the largest summed coefficient."""
-    from npeff.strategies import strategy_tree
-
-    root = strategy_tree(components.cosines(), coefficients, n)
-    groups: tuple[Strategy, ...] = root.children if len(root.children) == n else (root,)
-    return np.asarray(np.argmax(np.stack([group.coefficient for group in groups], 1), axis=1))
 
 
 def rand_index(a: Array, b: Array) -> float:
