@@ -132,6 +132,45 @@ def test_strategies_join_what_is_alike() -> None:
         assert len({sides[j] for j in group.components}) == 1
 
 
+def test_an_outlier_is_no_strategy() -> None:
+    """Two routes of four components each, far apart among themselves, and one that hardly any example uses."""
+    from npeff.strategies import strategy_tree
+
+    similarity = np.full((9, 9), 0.02)
+    similarity[:4, :4] = similarity[4:8, 4:8] = 0.3
+    similarity[8, :8] = similarity[:8, 8] = [0.01] * 4 + [0.005] * 4
+    np.fill_diagonal(similarity, 1)
+    W = np.ones((10, 9), np.float32)
+    W[:, 8] = 0.1
+    groups = [group.components for group in strategy_tree(similarity, W, 2).children]
+    assert groups == [(0, 1, 2, 3, 8), (4, 5, 6, 7)]
+    by_itself = [group.components for group in strategy_tree(similarity, np.ones((10, 9), np.float32), 2).children]
+    assert (8,) in by_itself  # with as many coefficients as the others it is a strategy
+    assert [len(strategy_tree(similarity, W, n).children) for n in range(2, 10)] == list(range(2, 10))
+
+
+def test_similar_are_those_that_respond_on_the_same_examples() -> None:
+    from npeff.strategies import response_similarity
+
+    for kind in ("low_rank", "diagonal"):
+        components = npeff.decompose(example_fishers(kind), 4, **QUICK)
+        W, V = components.coefficients.astype(np.float64), components.vectors.astype(np.float64)
+        V = V / np.linalg.norm(V, axis=1, keepdims=True)
+        E = W @ ((V @ V.T) ** 2 if kind == "low_rank" else V @ V.T)
+        unit = E / np.linalg.norm(E, axis=0)
+        np.testing.assert_allclose(response_similarity(components), unit.T @ unit, atol=1e-5)
+
+
+def test_the_number_of_strategies_by_stability(fitted) -> None:
+    fishers, components = fitted
+    root = components.strategies(fishers=fishers, repeats=2, **QUICK)
+    assert 2 <= len(root.children) <= 5
+    with pytest.raises(npeff.ArgumentError, match="n: give the number"):
+        components.strategies(2, fishers=fishers)
+    with pytest.raises(npeff.ArgumentError, match="fishers: repeats"):
+        components.strategies(repeats=3)
+
+
 def test_file_round_trip(fitted, tmp_path) -> None:
     _, components = fitted
     loaded = npeff.load(components.save(tmp_path / "components.h5"))

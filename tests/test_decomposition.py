@@ -349,3 +349,15 @@ def test_rows_of_any_size_get_unit_norm() -> None:
     scaled = scale(fishers_of(rows, np.arange(61), "diagonal"))
     dense = scaled.rows.dense(0, 60).astype(np.float64)
     np.testing.assert_allclose(np.linalg.norm(dense, axis=1)[expected > 0], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_fishers_too_small_for_float32_count_as_zero(kind: str) -> None:
+    """A network that is certain has rows of 1e-42: their digits are gone, and 1 / norm overflows."""
+    fishers = example_fishers(kind)
+    values = fishers.rows.values.copy()
+    values[fishers.row_offsets[7] : fishers.row_offsets[8]] *= 1e-42 / np.abs(values).max()
+    values[fishers.row_offsets[8] : fishers.row_offsets[9]] *= 1e-30
+    components = npeff.decompose(replace(fishers, rows=DenseRows(values)), 4, **QUICK)
+    assert not components.coefficients[7].any()
+    assert components.coefficients[8].any() and np.isfinite(components.coefficients).all()

@@ -44,35 +44,45 @@ def test_purity_and_coverage_of_hand_made_scores() -> None:
     assert np.isnan(purity(np.zeros((60, 1)), factor)[0])  # an unused component has no top examples
 
 
-def test_groups_join_parallel_vectors_and_their_number_is_stable() -> None:
-    from measures import Scores, groups_of, stable_number
+def test_groups_join_parallel_vectors() -> None:
+    from measures import groups_of, linked
 
     rng = np.random.default_rng(1)
     axes = np.linalg.qr(rng.normal(size=(12, 3)))[0].T
     vectors = np.repeat(axes, 4, 0) + 0.05 * rng.normal(size=(12, 12))
     groups = groups_of(vectors, 3)
     assert [len(set(groups[4 * i : 4 * i + 4])) for i in range(3)] == [1, 1, 1]
-    owner = rng.integers(3, size=90)
-    fits = []
-    for _ in range(3):
-        values = (owner[:, None] == np.repeat(np.arange(3), 4)) * rng.random((90, 12))
-        fits.append(Scores(values, vectors + 0.02 * rng.normal(size=vectors.shape)))
-    assert stable_number(fits, most=6) == 3
+    values = rng.random((20, 12))
+    sums = {tuple(column.round(6)) for column in linked(values, vectors).cuts[3].T}
+    assert sums == {tuple(values[:, 4 * i : 4 * i + 4].sum(1).round(6)) for i in range(3)}
+    largest = linked(-values, vectors, "max").cuts[3]
+    assert largest.shape == (20, 3) and (largest <= 0).all()
 
 
-def test_components_keep_to_one_route() -> None:
-    from measures import best_auc, groups_of, purity
+def test_scores_of_some_examples_are_spread_over_all() -> None:
+    from measures import Scores
+
+    spread = Scores(np.ones((2, 3)), {2: np.full((2, 2), 5.0)}, 2).spread(np.array([4, 1]), 6)
+    np.testing.assert_array_equal(spread.values[:, 0], [0, 1, 0, 0, 1, 0])
+    np.testing.assert_array_equal(spread.cuts[2][:, 1], [0, 5, 0, 0, 5, 0])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_components_keep_to_one_route_and_strategies_are_the_routes(seed: int) -> None:
+    """Over 21 networks like these: purity 0.97 and more, the best strategy of 2 to 4 AUC 0.986 and more."""
+    from measures import best_auc, purity
     from methods import Subject, npeff_methods
+    from npeff import GramOnly
     from routes import context, trained
 
-    net, generator = trained("context", seed=0, epochs=8, examples=40_000)
+    net, generator = trained("context", seed=seed, epochs=8, examples=40_000)
     x, _, route = context(600, generator)
     subject = Subject(net, x, {})
-    scores = npeff_methods(subject, 16, npeff={"starts": 2, "moves": 10})["npeff"](np.arange(600), 0)
+    options = {"fishers": {"compress": GramOnly()}, "starts": 2, "moves": 10}
+    scores = npeff_methods(subject, 16, npeff=options)["npeff"](0)
     route = route.numpy()
-    assert purity(scores.values, route).mean() > 0.95
-    grouped = scores.grouped(groups_of(scores.vectors, 2))
-    assert best_auc(grouped, route) > 0.85
+    assert purity(scores.values, route).mean() > 0.9
+    assert max(best_auc(scores.cuts[n], route) for n in (2, 3, 4)) > 0.93
     assert best_auc(subject.logits().softmax(1).numpy(), route) < 0.75  # the prediction does not tell
 
 
@@ -83,15 +93,36 @@ def test_baselines_score_every_example(monkeypatch) -> None:
 
     monkeypatch.setattr(methods, "AUTOENCODER_STEPS", 20)
     net, generator = trained("context", seed=0, epochs=1, examples=2000)
-    x, _, _ = context(120, generator)
+    x, _, _ = context(60, generator)
     subject = Subject(net, x, {"layer 1": net[1]})
     before = [p.clone() for p in net.parameters()]
     for name, fit in baselines(subject, 4).items():
-        scores = fit(np.arange(0, 120, 2), 0)
-        assert scores.values.shape[0] == 120, name
-        assert scores.values.shape[1] == len(scores.vectors), name
+        scores = fit(0)
+        assert scores.values.shape == (60, 4), name
         assert np.isfinite(scores.values).all(), name
+        assert all(len(cut) == 60 and cut.shape[1] <= n for n, cut in scores.cuts.items()), name
     assert all((a == b).all() for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_gradients_are_rotated_and_of_unit_norm() -> None:
+    """Inner products are those of the gradients, also where they are as small as 1e-30."""
+    import torch
+
+    from methods import Subject, predicted_gradients
+
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2)
+    x = torch.randn(12, 3)
+    x[0] *= 40
+    got = predicted_gradients(Subject(net, x, {}))
+    p = net(x).double().softmax(1).detach()
+    slope = torch.nn.functional.one_hot(p.argmax(1), 2) - p
+    expected = torch.cat([(slope[:, :, None] * x[:, None]).flatten(1), slope], 1)
+    expected = torch.nn.functional.normalize(expected, dim=1, eps=0).numpy()
+    known = np.isfinite(expected).all(1)
+    np.testing.assert_allclose(
+        (got @ got.T)[np.ix_(known, known)], (expected @ expected.T)[np.ix_(known, known)], atol=1e-4
+    )
 
 
 def test_reviews_model_ignores_padding() -> None:

@@ -63,6 +63,9 @@ def test_trust(tmp_path):
     assert page.text.count("Read this one with doubt") == len({0, int(energy.argmin())})
     assert "does not come back when the decomposition is repeated (stability 0.50)" in page.text
     assert "components of shuffled Fishers have as much energy" in page.text
+    assert page.text.count("more than chance") == 3, "two components' own pages, and one in all below chance"
+    assert page.text.count("of its top examples’ Fishers explained") == 3
+    assert page.text.count("0.310 held-out loss of all") == 3
     assert any("least 0.31 at 3" in svg.get("aria-label", "") for svg in page.all("svg"))
     assert len(data_of(page.html)["groups"]) == 2
     shares = [record[4] for record in inline_of(page.html, "examples-0")]

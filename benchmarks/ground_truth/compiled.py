@@ -22,8 +22,7 @@ from torch import nn
 
 from measures import Scores, purity
 from methods import Subject, baselines, npeff_methods
-from npeff import TopK
-from table import Table, evaluate, write
+from table import GROUPS, Table, evaluate, write
 
 SHARPNESS = 3.0
 BRANCHES = {
@@ -119,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("programs", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--examples", type=int, default=400)
     parser.add_argument("--components", type=int, default=24)
     parser.add_argument("--out", default="ground_truth_compiled")
     args = parser.parse_args()
@@ -129,7 +128,7 @@ def main() -> None:
         for seed in range(args.seeds):
             x, branch = examples(meta, name, args.examples, seed)
             layers = {f"units {i + 1}": probe for i, probe in enumerate(net.here)}
-            subject = Subject(net, x, layers, rank=3, compress=TopK(16384))
+            subject = Subject(net, x, layers)
 
             def recalls(scores: Scores, branch: np.ndarray = branch) -> dict[str, float]:
                 pure = purity(scores.values, branch) >= 0.9
@@ -141,15 +140,19 @@ def main() -> None:
                 **npeff_methods(
                     subject,
                     args.components,
-                    **{"**NPEFF**": {}, "NPEFF, layers balanced": {"block_weights": "balanced"}},
+                    **{
+                        "**NPEFF**": {"choose": True},
+                        "NPEFF, layers balanced": {"block_weights": "balanced"},
+                        "NPEFF, diagonal": {"fishers": {"kind": "diagonal"}},
+                    },
                 ),
                 **baselines(subject, args.components),
             }
             for method, fit in methods.items():
-                table.add(method, evaluate(fit, len(x), branch, seed, recalls))
+                table.add(method, evaluate(fit, branch, seed, recalls))
             write(args.out, "Compiled transformers: components against the branches of the program", [
                 f"{args.examples} places in random sequences of six letters, {args.components} components, {seed + 1} "
-                "draws of sequences per program (the networks are compiled, so there is one of each).",
+                "draws of sequences per program (the networks are compiled, so there is one of each). " + GROUPS,
             ], tables)  # fmt: skip
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from measures import Scores, best_auc, groups_of, purity
+from measures import Scores, best_auc, purity
 from methods import Subject, baselines, npeff_methods
 from npeff import TopK
-from table import Table, evaluate, write
+from table import GROUPS, Table, evaluate, write
 
 SIZES = (1, 3, 6, 40, 32, 32)  # colour, shape, scale, orientation, x, y
 
@@ -100,7 +100,7 @@ def main() -> None:
         print(f"network {seed}: accuracy {(subject.logits().argmax(1) == y).float().mean():.3f}", flush=True)
 
         def every_factor(scores: Scores, known: dict = known) -> dict[str, float]:
-            grouped = scores.grouped(groups_of(scores.vectors, min(8, scores.values.shape[1])))
+            grouped = scores.cuts.get(8, scores.values)
             found = {}
             for name in ("shape", "size", "height", "orientation"):
                 found[f"{name}: AUC"] = max(best_auc(scores.values, known[name]), best_auc(grouped, known[name]))
@@ -111,12 +111,15 @@ def main() -> None:
             **npeff_methods(
                 subject,
                 args.components,
-                **{"**NPEFF**": {}, "NPEFF, layers balanced": {"block_weights": "balanced"}},
+                **{
+                    "**NPEFF**": {"choose": True},
+                    "NPEFF, without the last layer": {"fishers": {"parameters": [f"{i}.*" for i in (0, 2, 5)]}},
+                },
             ),
             **baselines(subject, args.components),
         }
         for name, fit in methods.items():
-            table.add(name, evaluate(fit, len(x), known["side"], seed, every_factor))
+            table.add(name, evaluate(fit, known["side"], seed, every_factor))
         write(args.out, "dSprites: components against the factors that the pictures were drawn from", [
             f"{args.examples} pictures, {args.components} components, {seed + 1} networks. The first columns are about "
             "the "
@@ -124,7 +127,7 @@ def main() -> None:
             "averaged"
             " over the factor's values, and the mean purity of the components' top 20. Height and orientation "
             "do not matter to the label: a method that follows the network and not the picture stays near 0.5 and "
-            "near chance there.",
+            "near chance there. " + GROUPS,
         ], {"Factors": table})  # fmt: skip
 
 

@@ -28,6 +28,16 @@ class Scores:
     cuts: dict[int, np.ndarray] = field(default_factory=dict)
     chosen: int | None = None
 
+    def spread(self, which: np.ndarray, n: int) -> Scores:
+        """These scores at positions ``which`` of n examples, 0 elsewhere."""
+
+        def put(values: np.ndarray) -> np.ndarray:
+            out = np.zeros((n, values.shape[1]))
+            out[which] = values
+            return out
+
+        return Scores(put(self.values), {k: put(cut) for k, cut in self.cuts.items()}, self.chosen)
+
 
 def linked(values: np.ndarray, vectors: np.ndarray, combine: str = "sum") -> Scores:
     """Scores with groups by average linkage on 1 − |cos| of the method's own vectors ``(r, d)``.

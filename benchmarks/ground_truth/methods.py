@@ -24,6 +24,7 @@ from measures import MOST, Scores, linked
 Fit = Callable[[int], Scores]  # seed -> scores of all examples
 
 AUTOENCODER_STEPS = 1500
+WIDEST = 512  # units of a layer for which an autoencoder is trained
 
 warnings.simplefilter("ignore", ConvergenceWarning)
 
@@ -106,7 +107,7 @@ def npeff_scores(components: npeff.Components, fishers: npeff.Fishers | None = N
     return Scores(components.coefficients, cuts, chosen)
 
 
-def baselines(subject: Subject, r: int, sae: bool = True) -> dict[str, Fit]:
+def baselines(subject: Subject, r: int) -> dict[str, Fit]:
     """The methods that NPEFF is compared with."""
     probabilities = subject.logits().softmax(1).numpy()
     gradients = predicted_gradients(subject)
@@ -119,7 +120,7 @@ def baselines(subject: Subject, r: int, sae: bool = True) -> dict[str, Fit]:
     for name, h in activations.items():
         methods[f"{name}, NMF"] = _nmf(h, r)
         methods[f"{name}, k-means"] = _kmeans(h, r)
-        if sae:
+        if h.shape[1] <= WIDEST:
             methods[f"{name}, sparse autoencoder"] = _sparse_autoencoder(h, r)
     return methods
 

@@ -124,10 +124,8 @@ def _mean(similarity: Array, a: Strategy, b: Strategy) -> float:
     return float(similarity[np.ix_(a.components, b.components)].mean())
 
 
-def _cut(
-    nodes: list[Strategy], merges: Array, mass: Array, n: int, similarity: Array
-) -> list[tuple[int, list[int]]]:
-    """n nodes of the tree, none below another, each with the light nodes that go with it."""
+def _cut(nodes: list[Strategy], merges: Array, mass: Array, n: int, similarity: Array) -> list[tuple[int, list[int]]]:
+    """So many nodes of the tree, none below another, each with the light nodes that go with it."""
     r = len(mass)
     weight = np.array([mass[list(node.components)].sum() for node in nodes])
     weight /= weight[-1] or 1.0

@@ -63,7 +63,8 @@ def trust(
         line = f"{j:9d}  {energy[j]:6.4f}  {stable.components[j]:18.3f}"
         click.echo(line + (f"  {'yes' if found['null']['above'][j] else 'no':>16}" if shuffles else ""))
     for n, index in stable.strategies.items():
-        click.echo(f"{n:2d} strategies: parts agree on {index:.2f} (adjusted Rand index)")
+        mark = "  as well as any" if n in stable.stable_numbers else ""
+        click.echo(f"{n:2d} strategies: parts agree on {index:.2f} (adjusted Rand index){mark}")
     if shuffles:
         click.echo(f"loss {components.loss:.4f}; of shuffled Fishers {np.mean(found['null']['losses']):.4f}")
     if out is not None:

@@ -57,7 +57,11 @@ class Node:
 
 
 def tree_of(
-    components: Components, summaries: Sequence[Summary], k: int, strategies: Any = None, similarity: Array | None = None
+    components: Components,
+    summaries: Sequence[Summary],
+    k: int,
+    strategies: Any = None,
+    similarity: Array | None = None,
 ) -> list[Node]:
     """The nodes, parents before children.
 

@@ -71,6 +71,11 @@ class Study:
         values = self.extras.trust.stability
         return None if values is None or not np.isfinite(values[j]) else float(values[j])
 
+    def explained_of(self, summary: Summary) -> float | None:
+        """Mean explained share of its top examples' Fishers, where it is known."""
+        values = [] if self.explained is None else [self.explained[t.index] for t in summary.top]
+        return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
+
     def effect(self, j: int) -> Effect | None:
         """Its perturbation effect, where one is given."""
         return self.extras.effects.get(j)
