@@ -78,8 +78,8 @@ def capacity(model: safr.TransformerClassifier, train: safr.classifier.Split, wo
 @click.command(help=__doc__.splitlines()[0])
 @click.option("--out", type=click.Path(path_type=Path), default="safr", show_default=True, help="Folder.")
 @click.option("--table", type=click.Path(path_type=Path), help="Write the comparison here, too.")
-@click.option("--reviews", default=3000, show_default=True, help="To train on.")
-@click.option("--importance", default=20.0, show_default=True, help="λ_imp, of the cosine form.")
+@click.option("--reviews", default=2000, show_default=True, help="To train on.")
+@click.option("--importance", default=10.0, show_default=True, help="λ_imp, of the cosine form.")
 @click.option("--interaction", default=10.0, show_default=True, help="λ_inter.")
 @click.option("--examples", default=256, show_default=True, help="Test reviews to decompose.")
 @click.option("--components", "n_components", default=12, show_default=True)
@@ -118,7 +118,15 @@ def main(
             model = safr.TransformerClassifier(len(vocabulary), dim=64, heads=4, feedforward=128, length=LENGTH)
             regularizer = safr.SAFRRegularizer(model, "vmask", importance=imp, interaction=inter, cosine=True)
             safr.train_classifier(
-                model, regularizer, train, validation, epochs=epochs, learning_rate=1e-3, seed=seed, progress=False
+                model,
+                regularizer,
+                train,
+                validation,
+                epochs=epochs,
+                learning_rate=1e-3,
+                keep="accuracy",
+                seed=seed,
+                progress=False,
             )
             measured = safr.measure(model, regularizer, test)
             components, data, stable = decomposed(model, test, examples, n_components, seed)

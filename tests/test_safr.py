@@ -348,5 +348,19 @@ def test_the_best_weights_come_back_as_they_were() -> None:
     assert history.best < len(history.accuracy) - 1  # it did go on
     assert safr.evaluate(model, validation)[0] == pytest.approx(history.validation_loss[history.best], rel=1e-5)
     assert history.validation_loss[history.best] == min(history.validation_loss)
+    by_accuracy = safr.train_classifier(
+        model,
+        regularizer,
+        train,
+        validation,
+        epochs=4,
+        learning_rate=2e-2,
+        entropy=0.0,
+        keep="accuracy",
+        progress=False,
+    )
+    assert safr.evaluate(model, validation)[1] == pytest.approx(max(by_accuracy.accuracy))
+    with pytest.raises(ArgumentError, match="keep: expected 'loss' or 'accuracy', got 'best'"):
+        safr.train_classifier(model, regularizer, train, validation, keep="best")
     with pytest.raises(ArgumentError, match="epochs"):
         safr.train_classifier(model, regularizer, train, validation, epochs=0)

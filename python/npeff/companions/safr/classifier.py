@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -87,13 +87,16 @@ class History:
         validation_loss: Cross-entropy on the validation data.
         accuracy: On the validation data.
         terms: The regulariser's terms, averaged over the epoch's batches.
-        best: Epoch whose weights came back, from 0: of the lowest validation loss since the entropy's weight is 0.
+        best: Epoch whose weights came back, from 0: the best on the validation data since the entropy's weight is 0.
     """
 
     validation_loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     terms: list[dict[str, float]] = field(default_factory=list)
     best: int = 0
+
+
+Keep = Literal["loss", "accuracy"]
 
 
 def train_classifier(
@@ -107,11 +110,12 @@ def train_classifier(
     learning_rate: float = 1e-4,
     batch_size: int = 32,
     entropy: float = 0.1,
+    keep: Keep = "loss",
     seed: int = 0,
     progress: bool = True,
     after_epoch: Callable[[int, History], Any] | None = None,
 ) -> History:
-    """Adam until the validation loss has not fallen for some epochs; the best weights, kept as a copy, come back.
+    """Adam until the validation data say nothing better for some epochs; the best weights, kept as a copy, come back.
 
     The weight of the mask's entropy falls linearly from ``entropy`` to 0 over the first half of ``epochs``, and
     patience counts from there: a lower loss with an undecided mask would end the training too soon.
@@ -123,28 +127,32 @@ def train_classifier(
         train: Examples to learn.
         validation: Examples to decide when to stop.
         epochs: At most so many.
-        patience: Epochs without a lower validation loss.
+        patience: Epochs without a better one.
         learning_rate: Of Adam.
         batch_size: Examples per step.
         entropy: β at the beginning.
+        keep: What is best: the lowest validation loss, or the highest validation accuracy. Cross-entropy rises early,
+            from a few confident errors, while accuracy stands; what the regulariser does takes longer.
         seed: Decides the order of the examples, and with torch's global state the samples of the mask and dropout.
         progress: Show a progress bar.
         after_epoch: Called with the epoch and the history so far.
 
     Raises:
-        ArgumentError: ``epochs``, ``patience`` or ``batch_size`` is below 1, or a split is empty.
+        ArgumentError: ``epochs``, ``patience`` or ``batch_size`` is below 1, a split is empty, or ``keep`` is another.
         ModelError: The loss is not finite.
     """
     for name, value in (("epochs", epochs), ("patience", patience), ("batch_size", batch_size)):
         if value < 1:
             raise ArgumentError(f"{name}: expected a number ≥ 1, got {value!r}")
+    if keep not in get_args(Keep):
+        raise ArgumentError(f"keep: expected 'loss' or 'accuracy', got {keep!r}")
     for name, split in (("train", train), ("validation", validation)):
         if not len(split[2]):
             raise ArgumentError(f"{name}: expected examples, got none")
     generator = torch.Generator().manual_seed(seed)
     own = {id(p): p for module in (model, regularizer) for p in module.parameters()}
     optimizer = torch.optim.Adam(own.values(), learning_rate)
-    history, lowest = History(), float("inf")
+    history, lowest = History(), (float("inf"), float("inf"))
     best: list[dict[str, Any]] = []
     annealed = max(1, epochs // 2)
     attached, given = bool(regularizer._handles), regularizer.entropy
@@ -156,8 +164,9 @@ def train_classifier(
             loss, accuracy = evaluate(model, validation)
             history.validation_loss.append(loss)
             history.accuracy.append(accuracy)
-            if loss < lowest or (epoch <= annealed and entropy > 0):
-                lowest, history.best = loss, epoch
+            found = (loss, -accuracy) if keep == "loss" else (-accuracy, loss)
+            if found < lowest or (epoch <= annealed and entropy > 0):
+                lowest, history.best = found, epoch
                 best = [copy.deepcopy(module.state_dict()) for module in (model, regularizer)]
             if after_epoch is not None:
                 after_epoch(epoch, history)
