@@ -120,10 +120,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--examples", type=int, default=400)
     parser.add_argument("--components", type=int, default=24)
+    parser.add_argument("--names", nargs="+", default=list(BRANCHES), choices=list(BRANCHES))
     parser.add_argument("--out", default="ground_truth_compiled")
     args = parser.parse_args()
     tables = {}
-    for name, (net, meta) in load(args.programs).items():
+    networks = load(args.programs)
+    for name in args.names:
+        net, meta = networks[name]
         table = tables[name] = Table()
         for seed in range(args.seeds):
             x, branch = examples(meta, name, args.examples, seed)

@@ -75,10 +75,11 @@ def evaluate(
 def write(name: str, title: str, paragraphs: list[str], tables: dict[str, Table]) -> None:
     """``benchmarks/results/<name>.md``: what was run, on what, and what came out."""
     RESULTS.mkdir(exist_ok=True)
+    arguments = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     lines = [
         f"# {title}",
         "",
-        f"`python benchmarks/ground_truth/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`".rstrip() + "  ",
+        f"`python benchmarks/ground_truth/{Path(sys.argv[0]).name} {' '.join(arguments)}`".rstrip() + "  ",
     ]
     lines += [
         f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
