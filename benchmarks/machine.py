@@ -5,13 +5,16 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from npeff.kernels import implementation, num_threads
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def description() -> str:
@@ -26,12 +29,12 @@ def description() -> str:
 
 
 def interleaved(
-    sides: dict[str, Callable[[], object]],
+    sides: dict[Key, Callable[[], object]],
     rounds: int,
     seconds: float = float("inf"),
     fewest: int = 3,
     warm_up: bool = True,
-) -> dict[str, list[float]]:
+) -> dict[Key, list[float]]:
     """Seconds per side and round, in turns.
 
     Args:
@@ -41,7 +44,7 @@ def interleaved(
         fewest: but not before so many.
         warm_up: Begin with a round that is not counted.
     """
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[Key, list[float]] = {name: [] for name in sides}
     for turn in range(0 if warm_up else 1, rounds + 1):
         for name, side in sides.items():
             if len(times[name]) >= fewest and sum(times[name]) > seconds:

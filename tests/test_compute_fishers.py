@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-import npeff.fisher_run as fisher_run
 from npeff.compress import TopK
 from npeff.computation import compute_fishers
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError
@@ -454,16 +453,35 @@ def test_no_tensor_holds_all_examples_rows_and_parameters(kind: str, monkeypatch
 def test_tiles_and_pieces_do_not_change_the_result(
     model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import npeff.gradients.tiles as tiles
+    from npeff.gradients import budget, tiles
 
     whole = fishers_of(model, [(x, Y)], compress=TopK(60))
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64)
-    monkeypatch.setattr(fisher_run, "KEPT_BYTES", 3000)
+    monkeypatch.setattr(budget, "KEPT_BYTES", 3000)
     pieces = fishers_of(model, [(x, Y)], compress=TopK(60))
     for i in range(N):
         np.testing.assert_allclose(pieces.dense(i), whole.dense(i), atol=2e-6)
     np.testing.assert_allclose(pieces.norms, whole.norms, rtol=1e-5)
     assert pieces.ids.tolist() == list(range(N))
+
+
+@pytest.mark.parametrize(("memory", "most"), [(2_000, 1), (20_000, N - 1), ("1MB", N)])
+def test_batches_are_cut_to_a_memory(model: nn.Module, x: Tensor, memory: int | str, most: int, tmp_path: Path) -> None:
+    whole = fishers_of(model, [(x, Y)], compress=TopK(60))
+    sizes: list[int] = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    cut = fishers_of(model, [(x, Y)], compress=TopK(60), memory=memory, out=tmp_path / "cut.h5")
+    assert sizes[0] == 2  # the trial
+    assert max(sizes[1:]) <= most
+    assert (max(sizes) == N) == (most == N)
+    for i in range(N):
+        np.testing.assert_allclose(cut.dense(i), whole.dense(i), atol=2e-6)
+    assert cut.ids.tolist() == list(range(N))
+    again = fishers_of(model, [(x, Y)], compress=TopK(60), out=tmp_path / "cut.h5")  # memory does not enter the result
+    np.testing.assert_array_equal(again.rows.values, cut.rows.values)
+    hook.remove()
+    with pytest.raises(ArgumentError, match="memory"):
+        fishers_of(model, [(x, Y)], memory="much")
 
 
 def test_work_resumes_where_it_stopped(model: nn.Module, x: Tensor, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from npeff.solver.search import Progress
     from npeff.storage import load
     from npeff.strategies import Strategy
+    from npeff.token_batches import TokenBatches
 
 __version__ = _version("npeff")
 
@@ -82,6 +83,7 @@ __all__ = [
     "Sketch",
     "StorageError",
     "Strategy",
+    "TokenBatches",
     "TopK",
     "Trace",
     "TruncatedFileError",
@@ -115,6 +117,7 @@ _HOMES = {
     "PublishedOptions": "solver.published_algorithm",
     "Sketch": "compress",
     "Strategy": "strategies",
+    "TokenBatches": "token_batches",
     "TopK": "compress",
     "Trace": "perturbation",
     "ablated": "perturbation",

@@ -17,6 +17,7 @@ from npeff.fisher_run import Forward, Run
 from npeff.fishers import Fishers, Kind
 from npeff.gradients.factors import Basis, FactorOptions, Labels, Likelihood
 from npeff.gradients.selection import placed, select_parameters
+from npeff.memory import parse_bytes
 from npeff.storage.files import check_target
 
 __all__ = ["Forward", "compute_fishers"]
@@ -43,6 +44,7 @@ def compute_fishers(
     seed: int = 0,
     max_examples: int | None = None,
     share: tuple[int, int] | None = None,
+    memory: int | str | None = None,
     progress: bool = True,
 ) -> Fishers:
     """Compute the per-example Fishers of a model.
@@ -80,6 +82,9 @@ def compute_fishers(
         max_examples: Stop after so many examples.
         share: ``(k, n)``: only batches k, k + n, k + 2n …, for n processes that share the work;
             :func:`npeff.distributed.compute_fishers` does so, and joins what they made.
+        memory: Bytes (``"4GB"`` is as good as a number) that a batch may take for activations and output gradients;
+            larger batches are cut, whatever their size, with the same result. None: activations are not bounded,
+            output gradients by 512 MB.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -126,13 +131,14 @@ def compute_fishers(
     if kind == "diagonal" and basis == "class" and min_prob is None and max_classes is None:
         # diag(AᵀA) is the same in every basis; the reduced one has a column less.
         options = FactorOptions("reduced", None, None, None, None, labels, n_samples, likelihood, seed)
+    bound = None if memory is None else parse_bytes(memory)
     batches = check_data(data)
     inner = getattr(model, "_orig_mod", model)  # torch.compile hides the operations that rules look for
     if not isinstance(inner, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
     with placed(inner, device) as place:
         selected = select_parameters(inner, parameters)
-        run = Run(inner, place, selected, kind, compress, options, forward, share)
+        run = Run(inner, place, selected, kind, compress, options, forward, share, bound)
         if isinstance(compress, GramOnly):
             from npeff.gradients.exact_gram import exact_gram
 

@@ -24,8 +24,9 @@ from npeff.errors import ArgumentError, DataError, ResumeError
 from npeff.fisher_course import Course, UnderWay
 from npeff.fisher_header import header_of
 from npeff.fishers import Fishers, Kind
+from npeff.gradients.budget import Budget
 from npeff.gradients.collect import Collector
-from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
+from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.factors import FactorOptions, factorise
 from npeff.gradients.selfcheck import differ
 from npeff.kernels.transfers import to_host
@@ -50,6 +51,7 @@ class Run:
     options: FactorOptions
     forward: Forward | None
     share: tuple[int, int] | None = None
+    memory: int | None = None
 
     @cached_property
     def engine(self) -> PerExampleGradients:
@@ -57,6 +59,11 @@ class Run:
         return PerExampleGradients(
             self.model, self.parameters, lambda model, batch: call_model(model, self.forward, batch)
         )
+
+    @cached_property
+    def budget(self) -> Budget:
+        """How much of a batch is taken at a time."""
+        return Budget(self.engine, self.memory)
 
     def over(
         self, data: Iterable[Any], out: Path | None, max_examples: int | None, progress: bool, patterns: Any
@@ -79,9 +86,10 @@ class Run:
             )
         with self.engine.recording():
             # Rules are chosen on the first batch, also when work resumes after it: a kill changes nothing.
-            logits = self.engine.forward(first)
+            head = first if self.budget.unbounded else first.take(slice(0, self.budget.examples_at_once(first)))
+            logits = self.engine.forward(head)
             n_outputs = logits.shape[1]
-            self.engine.prepare(first, logits)
+            self.engine.prepare(head, logits)
             first_logits = logits.detach().cpu()
             del logits
         header = self.header(watch.digest, n_outputs, max_examples, patterns)
@@ -151,6 +159,9 @@ class Run:
         Raises:
             DataError: Logits or gradients are not finite, or labels are missing.
         """
+        most = self.budget.examples_at_once(batch)
+        if most < batch.n_examples:
+            return self._in_pieces(batch, ids, at_once, most)
         squared = self.kind == "diagonal"
         with self.engine.recording():
             logits = self.engine.forward(batch)
@@ -161,8 +172,8 @@ class Run:
             kept = prepared.kept_bytes(factors.columns.shape[2])
             if isinstance(self.compress, Sketch):
                 kept += 12 * self.compress.d * batch.n_examples * factors.columns.shape[2]
-            pieces = -(-kept // KEPT_BYTES)
-            if pieces <= 1 or batch.n_examples == 1 or not batch.sliceable:
+            most = self.budget.examples_after(batch, kept)
+            if most == batch.n_examples:
                 collector = Collector(self.parameters, factors, ids, squared, self.compress, at_once)
                 for block in self.engine.blocks(
                     prepared,
@@ -175,7 +186,10 @@ class Run:
                 shown = to_host(detached.to(torch.float32))
                 return UnderWay([(collector.finish(), shown, self.stored_labels(batch), ids)])
         del prepared, logits, factors
-        step = -(-batch.n_examples // int(pieces))
+        return self._in_pieces(batch, ids, at_once, most)
+
+    def _in_pieces(self, batch: Batch, ids: npt.NDArray[np.int64], at_once: bool, most: int) -> UnderWay:
+        step = -(-batch.n_examples // -(-batch.n_examples // most))
         cuts = [slice(start, min(start + step, batch.n_examples)) for start in range(0, batch.n_examples, step)]
         return UnderWay([part for cut in cuts for part in self.begin(batch.take(cut), ids[cut], at_once).parts])
 
@@ -243,7 +257,7 @@ def _check_function(stored: npt.NDArray[np.float32] | None, logits: Tensor, out:
     """
     if stored is None:
         return
-    before = torch.from_numpy(np.array(stored))
+    before = torch.from_numpy(np.array(stored))[: len(logits)]
     if before.shape != logits.shape or not bool(torch.isfinite(logits).all()) or differ(logits, before, logits.dtype):
         raise ResumeError(
             f"the model gives other logits than those that {out} was computed from, although its weights are the "

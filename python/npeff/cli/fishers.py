@@ -64,6 +64,7 @@ DEFAULT_TOP_K = 65_536
     help="Keep exact inner products of the rows, and no rows; instead of --top-k.",
 )
 @fisher_options
+@click.option("--memory", metavar="BYTES", help="Cut batches so that activations and output gradients fit, e.g. 4GB.")
 @click.option("--max-examples", type=click.IntRange(min=1), help="Stop after this many.")
 @seed
 @quiet

@@ -133,9 +133,14 @@ class PerExampleGradients:
         """Find every use of every parameter in the graph, checking the rules when the graph has a new form.
 
         Raises:
-            ModelError: Examples influence each other.
+            ModelError: Examples influence each other, or checkpoints hide parameters.
         """
         graph = Graph(logits)
+        if "CheckpointFunctionBackward" in graph.names:
+            raise ModelError(
+                "model: it calls torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside "
+                "from autograd; pass use_reentrant=False, or switch checkpointing off"
+            )
         found: dict[str, list[Found]] = {}
         unused = []
         for name, tensor in self.tensors.items():

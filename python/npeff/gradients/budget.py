@@ -1,0 +1,75 @@
+"""How many examples of a batch to take at a time, so that what is kept of them fits into a given memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from npeff.batches import Batch, leaves
+from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
+
+_PROBED = 2
+"""Examples of a trial."""
+
+
+class Budget:
+    """Finds batch sizes: half of the memory for what autograd keeps of a forward pass, half for output gradients.
+
+    The former is measured by a trial on two examples for every new shape of the inputs, the latter known from the first
+    batch of that shape.
+
+    Args:
+        engine: The per-example gradients.
+        memory: Bytes; None: activations take what they take, and output gradients 512 MB at most.
+    """
+
+    def __init__(self, engine: PerExampleGradients, memory: int | None) -> None:
+        self._engine = engine
+        self._for_activations = None if memory is None else memory // 2
+        self._for_gradients = KEPT_BYTES if memory is None else min(KEPT_BYTES, memory // 2)
+        self._activations: dict[object, int] = {}
+        self._gradients: dict[object, int] = {}
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether activations take what they take."""
+        return self._for_activations is None
+
+    def examples_at_once(self, batch: Batch) -> int:
+        """The most examples of such a batch that fit, at least one, as far as is known before its forward pass."""
+        if batch.n_examples <= 1 or not batch.sliceable:
+            return batch.n_examples
+        shapes = _shapes(batch)
+        most = min(batch.n_examples, self._for_gradients // self._gradients.get(shapes, 1))
+        if self._for_activations is not None:
+            if shapes not in self._activations:
+                self._activations[shapes] = self._kept_of_one(batch.take(slice(0, _PROBED)))
+            most = min(most, self._for_activations // self._activations[shapes])
+        return max(1, most)
+
+    def examples_after(self, batch: Batch, gradients: int) -> int:
+        """The same, once it is known how many bytes of output gradients the batch keeps."""
+        if batch.n_examples <= 1 or not batch.sliceable:
+            return batch.n_examples
+        shapes = _shapes(batch)
+        self._gradients[shapes] = max(1, gradients // batch.n_examples)
+        return max(1, min(batch.n_examples, self._for_gradients // self._gradients[shapes]))
+
+    def _kept_of_one(self, few: Batch) -> int:
+        weights = {tensor.untyped_storage().data_ptr() for tensor in self._engine.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with self._engine.recording(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            logits = self._engine.forward(few)
+        del logits
+        return max(1, sum(kept.values()) // few.n_examples)
+
+
+def _shapes(batch: Batch) -> object:
+    return tuple(tuple(leaf.shape[1:]) for leaf in leaves(batch.inputs) if isinstance(leaf, Tensor))
