@@ -49,8 +49,8 @@ class Measured:
         self._path = path
         self.stages: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
 
-    def stage(self, name: str, run: Callable[[], T]) -> T:
-        """Run, and take down what it took."""
+    def stage(self, name: str, run: Callable[[], T], resumed: bool = False) -> T:
+        """Run, and take down what it took; ``resumed`` work took more, earlier."""
         began, on_the_wall = time.process_time(), time.perf_counter()
         with Peak() as peak:
             result = run()
@@ -61,7 +61,7 @@ class Measured:
             "process": peak.peak,
             "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
-        self.stages.setdefault(name, found)
+        self.stages.setdefault(name, found | ({"resumed": 1} if resumed else {}))
         self._path.write_text(json.dumps(self.stages, indent=1))
         print(f"{name}: " + ", ".join(f"{k} {v:,.0f}" for k, v in found.items()), file=sys.stderr, flush=True)
         return result
@@ -69,8 +69,11 @@ class Measured:
     def said(self, name: str) -> str:
         """A stage for the table."""
         stage = self.stages[name]
+        seconds = (
+            "resumed once, seconds not known" if stage.get("resumed") else f"{stage['seconds']:,.0f} s of the processor"
+        )
         return (
-            f"{stage['seconds']:,.0f} s of the processor, {stage['memory'] / 1e9:.2f} GB beyond the "
+            f"{seconds}, {stage['memory'] / 1e9:.2f} GB beyond the "
             f"{(stage['process'] - stage['memory']) / 1e9:.2f} GB held before"
         )
 
@@ -81,6 +84,7 @@ def fishers_of(measured: Measured, path: Path, **options: Any) -> npeff.Fishers:
     return measured.stage(
         f"Fishers {path.stem}",
         lambda: npeff.load(path) if path.exists() else npeff.compute_fishers(out=path, **options),
+        resumed=Path(f"{path}.parts").exists(),
     )
 
 
@@ -110,14 +114,19 @@ def summary(
     held_out: npeff.Fishers | None = None,
 ) -> list[str]:
     """The head of a table: what was computed, what it took, how well it fits, how alike two seeds are."""
-    stage = measured.stages[f"Fishers {file.stem}"]
+    stage, timed_on = measured.stages[f"Fishers {file.stem}"], len(fishers)
+    if stage.get("resumed") and held_out is not None:
+        stage, timed_on = measured.stages[f"Fishers {file.stem}_held_out"], len(held_out)
     ranks, first = fishers.ranks, components[0]
     lines = [f"# {title}", "", f"`{command()}`", "", machine(), "", "| | |", "|---|---|"]
     rows = list(what)
     rows += [
         ("Fishers", f"{len(fishers):,} of {fishers.n_parameters:,} parameters"),
         ("rows per example", f"{ranks.min()} to {ranks.max()}, mean {ranks.mean():.2f}"),
-        ("time per example", f"{1e3 * stage['seconds'] / len(fishers):,.0f} ms of the processor"),
+        (
+            "time per example",
+            f"{1e3 * stage['seconds'] / timed_on:,.0f} ms of the processor, over {timed_on:,} examples",
+        ),
         ("Fishers, in all", measured.said(f"Fishers {file.stem}")),
         ("file", f"{file.stat().st_size / 1e6:,.0f} MB"),
     ]
