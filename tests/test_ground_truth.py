@@ -125,6 +125,14 @@ def test_gradients_are_rotated_and_of_unit_norm() -> None:
     )
 
 
+def test_an_example_is_not_suspected_for_itself() -> None:
+    from mislabelled import suspicion
+
+    W = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+    np.testing.assert_allclose(suspicion(W, np.array([True, False, False, False])), [0, 1, 0, 0])
+    np.testing.assert_allclose(suspicion(W, np.array([True, True, False, False])), [1, 1, 0, 0])
+
+
 def test_reviews_model_ignores_padding() -> None:
     import torch
 
