@@ -8,10 +8,10 @@ Before anything is timed, every side's selection is compared with the largest en
 values to 1e-5 of the largest, none kept that is smaller than the k-th. npeff is timed over several batches less one,
 which pays for the self-check and the digests of the weights; that is reported by itself. Peak memory: what a process of
 its own grows by. Floors: the operations of the forward pass and of the C − 1 passes to the layers' outputs, and the
-bytes of the rows read once, over rates measured in the same run. Writes ``results/fishers.md``.
+bytes of the rows read once, over rates measured in the same run. Writes ``results/fishers_<part>.md``.
 
     python benchmarks/fishers.py
-    python benchmarks/fishers.py --cases mlp --rounds 3 --examples 8
+    python benchmarks/fishers.py mlp cnn --rounds 3 --examples 8
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ OURS, KINDS = "npeff", ("diagonal", "low_rank")
 CHECKED = (0, -1)
 """Examples of the batch that are compared with the dense answer."""
 BATCHES = 4
+PARTS = (*CASES, "growth")
 
 
 def check(case: Case, kind: str, name: str, found: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -123,9 +124,9 @@ def compare(case: Case, kind: str, args: argparse.Namespace, rates: list[float])
     }
     for run in (*runs.values(),)[:4]:  # the peers are warm from being checked
         run()
-    times = machine.interleaved(runs, args.rounds, args.seconds, warm_up=False)
+    times = machine.interleaved(runs, args.rounds, args.seconds, fewest=3, warm_up=False)
     once, several = times.pop("one"), times.pop("several")
-    times[OURS] = [(more - less) / BATCHES for more, less in zip(several, once, strict=True)]
+    times[OURS] = [(more - less) / BATCHES for more, less in zip(several, once, strict=False)]
     set_up = machine.quartiles(once)[1] - machine.quartiles(times[OURS])[1]
     medians = {name: machine.quartiles(values)[1] for name, values in times.items()}
     rates[:] = map(max, rates, machine.rates())  # the best so far: rates of the machine, not of its other work
@@ -185,7 +186,7 @@ def print_peak(name: str, n: int, kind: str, side: str) -> None:
 
 def growth(rounds: int) -> list[str]:
     """How npeff's time for a batch grows in n and in m, as the slope of log time over log size."""
-    lines = ["## Growth", "", "| | sizes | ms | exponent |", "|---|---|---|---|"]
+    lines = ["| | sizes | ms | exponent |", "|---|---|---|---|"]
     ns = (16, 32, 64, 128)
     series: list[tuple[str, list[Case], Callable[[Case], float]]] = [
         ("mlp, n", [mlp(n, examples=0) for n in ns], lambda case: case.n),
@@ -217,34 +218,38 @@ def growth(rounds: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all by default")
     parser.add_argument("--examples", type=int, default=16, help="in a batch; the small CNN takes four times as many")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="a side that took so long sits out further rounds")
     parser.add_argument("--no-peaks", dest="peaks", action="store_false")
-    parser.add_argument("--no-growth", dest="growth", action="store_false")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fishers.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.parts = args.parts or list(PARTS)
+    if not set(args.parts) <= set(PARTS):
+        parser.error(f"PART: expected some of {', '.join(PARTS)}, got {' '.join(args.parts)}")
     if args.peak:
         print_peak(*json.loads(args.peak))
         return
-    rates = list(machine.rates())
-    lines = [
-        "# Per-example Fishers",
-        "",
-        f"`python benchmarks/fishers.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
-        "",
-        "",
-    ]
-    for name in args.cases:
-        for kind in KINDS:
-            lines += compare(CASES[name](args.examples * (4 if name == "cnn" else 1)), kind, args, rates)
-    lines[3] = f"{machine.description()}; measured {rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s."
-    if args.growth:
-        lines += growth(max(3, args.rounds // 3))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join(lines).rstrip() + "\n")
+    for part in args.parts:
+        rates = list(machine.rates())
+        if part == "growth":
+            body = growth(3)
+        else:
+            n = args.examples * (4 if part == "cnn" else 1)
+            body = [line for kind in KINDS for line in compare(CASES[part](n), kind, args, rates)]
+        options = [argument for argument in sys.argv[1:] if argument not in args.parts]
+        lines = [
+            f"# Per-example Fishers: {part}",
+            "",
+            f"`python benchmarks/fishers.py {part} {' '.join(options)}`".replace(" `", "`"),
+            f"{machine.description()}; measured {rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s.",
+            "",
+            *body,
+        ]
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"fishers_{part}.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":
