@@ -239,11 +239,11 @@ def main() -> None:
         else:
             n = args.examples * (4 if part == "cnn" else 1)
             body = [line for kind in KINDS for line in compare(CASES[part](n), kind, args, rates)]
-        options = [argument for argument in sys.argv[1:] if argument not in args.parts]
         lines = [
             f"# Per-example Fishers: {part}",
             "",
-            f"`python benchmarks/fishers.py {part} {' '.join(options)}`".replace(" `", "`"),
+            f"`python benchmarks/fishers.py {part} --examples {args.examples} --rounds {args.rounds} "
+            f"--seconds {args.seconds:g}`",
             f"{machine.description()}; measured {rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s.",
             "",
             *body,
