@@ -8,17 +8,16 @@ allows ``√((1 + cos²)/d)``. Peers that are not installed are left out, visibl
 
 Quality: Fishers of 1 500 digits by TopK(k), Sketch(d) and exactly; error of K, loss of the components judged on the
 exact rows, and their match with the exact ones (mean |cos| under the best one-to-one matching, after recovery).
+Writes ``results/sketch.md`` and ``results/sketch_quality.md``.
 
     python benchmarks/sketch.py
-    python benchmarks/sketch.py --columns 262144 --rounds 5 --examples 300
+    python benchmarks/sketch.py speed --columns 262144 --rounds 5
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +26,11 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+import machine
 import npeff
 from npeff import datasets, models
 from npeff.encoding import statistics as least_squares
-from npeff.kernels import implementation, nnls, num_threads, reference, sketch
+from npeff.kernels import nnls, reference, sketch
 from npeff.solver.scaling import scale
 
 Projector = Callable[[torch.Tensor, int], np.ndarray]
@@ -141,13 +141,14 @@ def speed(rows: torch.Tensor, columns: int, d: int, rounds: int) -> list[str]:
         "",
         f"Theory for a count sketch: at most {bound:.4f}.",
         "",
-        "| | median ms | GB/s of input | × the plain pass | error, rms | error, 99.9 % |",
-        "|---|---|---|---|---|---|",
+        "| | median ms | quartiles | GB/s of input | × the plain pass | error, rms | error, 99.9 % |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, values in times.items():
-        m = statistics.median(values)
+        low, m, high = machine.quartiles(values)
         errors_of = "| |" if name not in quality else f"{quality[name][0]:.4f} | {quality[name][1]:.4f} |"
-        lines.append(f"| {name} | {1e3 * m:.1f} | {gigabytes / m:.2f} | {m / floor:.1f} | {errors_of}")
+        spread = f"{1e3 * low:.2f} – {1e3 * high:.2f}"
+        lines.append(f"| {name} | {1e3 * m:.2f} | {spread} | {gigabytes / m:.2f} | {m / floor:.1f} | {errors_of}")
     return [*lines, "", *(f"- Not run: {line.splitlines()[0]}" for line in missing), ""]
 
 
@@ -208,40 +209,39 @@ def quality(model: torch.nn.Module, images: object, examples: int, r: int) -> li
     return lines
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--columns", type=int, default=1 << 20)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="speed, quality; both by default")
+    parser.add_argument("--columns", type=int, default=1 << 16)
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--d", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--d", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--examples", type=int, default=1500)
     parser.add_argument("--components", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sketch.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
+    if not set(args.parts) <= {"speed", "quality"}:
+        parser.error(f"PART: expected speed or quality, got {' '.join(args.parts)}")
     model, images = network(args.examples)
-    rows = npeff.compute_fishers(model, images, rank=1, max_examples=args.rows, progress=False).rows.values
-    lines = [
-        "# Sketches",
-        "",
-        f"`python benchmarks/sketch.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
-        f"{processor()}, {num_threads()} threads, {implementation()}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}",
-        "",
-        *speed(torch.from_numpy(np.array(rows)), args.columns, args.d, args.rounds),
-    ]
-    print("\n".join(lines), flush=True)
-    lines += quality(model, images, args.examples, args.components)
-    text = "\n".join(lines) + "\n"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text)
-    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for part in args.parts or ("speed", "quality"):
+        if part == "speed":
+            rows = npeff.compute_fishers(model, images, rank=1, max_examples=args.rows, progress=False).rows.values
+            options = f"--columns {args.columns} --rows {args.rows} --d {args.d} --rounds {args.rounds}"
+            body = speed(torch.from_numpy(np.array(rows)), args.columns, args.d, args.rounds)
+        else:
+            options = f"--examples {args.examples} --components {args.components}"
+            body = quality(model, images, args.examples, args.components)
+        lines = [
+            f"# Sketches: {part}",
+            "",
+            f"`python benchmarks/sketch.py {part} {options}`",
+            machine.description(),
+            "",
+            *body,
+        ]
+        (args.out / ("sketch.md" if part == "speed" else "sketch_quality.md")).write_text("\n".join(lines) + "\n")
+        print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":
