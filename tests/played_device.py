@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from far_device import near
 from npeff import _native, devices
 from npeff.kernels import cuda, dispatch
 from npeff.solver import choice
@@ -37,6 +38,12 @@ class PlayedCuda:
         self.seed = seed
         self.calls: dict[str, int] = {}
         self._selectors: dict[int, Any] = {}
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name.startswith("_") or not callable(found):
+            return found
+        return lambda *args: found(*(near(x) for x in args))
 
     def _count(self, name: str) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
@@ -164,12 +171,19 @@ def check_plan(targets: torch.Tensor, bases: torch.Tensor, order: torch.Tensor, 
 @contextmanager
 def played(monkeypatch: pytest.MonkeyPatch, seed: int = 1, memory: int = 1 << 34) -> Iterator[PlayedCuda]:
     """Within it, CPU tensors are served as those of a device with so many bytes of memory are."""
-    module = PlayedCuda(seed)
-    with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "cuda", lambda device: module)
-        patch.setattr(dispatch, "cuda_reason", lambda device: "")
+    with kernels(monkeypatch, seed, ("cpu",)) as module, monkeypatch.context() as patch:
         patch.setattr(devices, "has_own_memory", lambda device: True)
         patch.setattr(choice, "available_bytes", lambda device: memory)
+        yield module
+
+
+@contextmanager
+def kernels(monkeypatch: pytest.MonkeyPatch, seed: int, types: tuple[str, ...]) -> Iterator[PlayedCuda]:
+    """Within it, the played kernels serve devices of these types."""
+    module = PlayedCuda(seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "cuda", lambda device: module if device.type in types else None)
+        patch.setattr(dispatch, "cuda_reason", lambda device: "" if device.type in types else "not played")
         patch.setattr(cuda, "stream", lambda x: 0)
         patch.setattr(cuda, "index_of", lambda x: 0)
         yield module

@@ -26,7 +26,7 @@ class ShardedSpace:
         self.own, self.place = own, place
         self.name = f"{own.name}, {place.comm.size} processes"
         self.n_rows, self.n_columns, self.dtype = own.n_rows, own.n_columns, own.dtype
-        self.step_bytes = own.step_bytes
+        self.step_bytes, self.device = own.step_bytes, own.device
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
         """Random combinations of the rows of all processes: those that one process would draw."""

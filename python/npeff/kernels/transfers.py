@@ -27,6 +27,9 @@ from npeff.errors import ArgumentError
 T = TypeVar("T")
 Array = npt.NDArray[Any]
 
+PINNED = True
+"""Whether memory that is copied from or to a device is pinned."""
+
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -48,7 +51,7 @@ class HostCopy:
         stream = _streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self._targets = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+            self._targets = [torch.empty(t.shape, dtype=t.dtype, pin_memory=PINNED) for t in tensors]
             for target, source in zip(self._targets, tensors, strict=True):
                 target.copy_(source.detach(), non_blocking=True)
                 source.record_stream(stream)
@@ -77,7 +80,7 @@ def to_device(array: Array, device: torch.device, dtype: torch.dtype | None = No
     array = np.ascontiguousarray(array)
     if device.type != "cuda":
         return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device, dtype)
-    pinned = torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, pin_memory=True)
+    pinned = torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, pin_memory=PINNED)
     pinned.numpy()[...] = array
     return pinned.to(device, non_blocking=True).to(dtype or pinned.dtype)
 

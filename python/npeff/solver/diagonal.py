@@ -72,11 +72,11 @@ class Diagonal:
     ) -> None:
         self.space = space
         self.n_examples = scaled.n_examples
-        self.energies = torch.from_numpy(scaled.fisher_norms**2)
+        self.energies = torch.from_numpy(scaled.fisher_norms**2).to(space.device)
         self.place = place_of(space, self.n_examples)
         self.comm = self.place.comm
         self.const = self.comm.number(float(self.energies.sum())) or 1.0
-        self.frozen, self.frozen_W = frozen, frozen_W
+        self.frozen, self.frozen_W = None if frozen is None else space.embed(frozen), frozen_W
         self._n_frozen = 0 if frozen is None else len(frozen)
 
     def gram(self, state: State) -> Tensor:

@@ -44,8 +44,8 @@ class LowRank:
     ) -> None:
         self.space = space
         self.n_examples = scaled.n_examples
-        self.row_offsets = torch.tensor(np.asarray(scaled.row_offsets))
-        self.energies = torch.from_numpy(scaled.fisher_norms**2)
+        self.row_offsets = torch.tensor(np.asarray(scaled.row_offsets)).to(space.device)
+        self.energies = torch.from_numpy(scaled.fisher_norms**2).to(space.device)
         self.place = place_of(space, self.n_examples)
         self.comm = self.place.comm
         self.const = self.comm.number(float(self.energies.sum())) or 1.0
@@ -232,7 +232,7 @@ class LowRank:
         drawn, residual = draw_examples(self.comm.gathered(self.residuals(state)), count, generator)
         S = torch.zeros(self.space.n_rows, len(drawn), dtype=torch.float64)
         for column, i in self.place.own(drawn, self.n_examples):
-            rows = slice(int(self.row_offsets[i]), int(self.row_offsets[i + 1]))
+            rows = slice(*self._scaled.row_offsets[i : i + 2].tolist())
             S[rows, column] = self._top_direction(i, rows, state, residual)
         fresh = self.space.combine(S.to(state.P))
         coords = torch.cat([state.coords, fresh])

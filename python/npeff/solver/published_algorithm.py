@@ -74,8 +74,8 @@ def low_rank(
     space = form.space
     if not isinstance(space, SparseSpace):
         raise ArgumentError("space: the published algorithm works on the rows; use space='sparse'")
-    W = torch.rand(form.n_examples, r, generator=generator)
-    coords = torch.randn(r, space.n_columns, generator=generator) / (r * space.n_columns / 2) ** 0.5
+    W = torch.rand(form.n_examples, r, generator=generator).to(space.device, space.dtype)
+    coords = space.embed(torch.randn(r, space.n_columns, generator=generator) / (r * space.n_columns / 2) ** 0.5)
     curve: list[float] = []
     for iteration in range(1, options.g_only + options.joint + 1):
         P, Q = space.project(coords), coords @ coords.T
@@ -107,8 +107,8 @@ def diagonal(
 ) -> tuple[State, list[float]]:
     """Multiplicative updates from a uniform start; returns as :func:`low_rank`."""
     space = form.space
-    W = torch.rand(form.n_examples, r, generator=generator)
-    H = torch.rand(r, space.n_columns, generator=generator)
+    W = torch.rand(form.n_examples, r, generator=generator).to(space.device, space.dtype)
+    H = space.embed(torch.rand(r, space.n_columns, generator=generator))
     curve: list[float] = []
     for iteration in range(1, options.g_only + options.joint + 1):
         if iteration > options.g_only:

@@ -33,45 +33,45 @@ class SketchSpace:
     def __init__(
         self, rows: StreamedRows, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> None:
-        self.rows, self.dtype, self._device = rows, dtype, torch.device(device)
+        self.rows, self.dtype, self.device = rows, dtype, torch.device(device)
         self.n_rows, self.n_columns = rows.n_rows, rows.n_columns
         self.step_bytes = 2 * rows.nbytes
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
         """Random combinations of all rows."""
         weights = torch.randn(r, self.n_rows, generator=generator, dtype=torch.float64)
-        return self.combine(weights.to(self._device, self.dtype).T)
+        return self.combine(weights.to(self.device, self.dtype).T)
 
     def embed(self, vectors: Tensor) -> Tensor:
         """The vectors."""
-        return vectors.to(self._device, self.dtype)
+        return vectors.to(self.device, self.dtype)
 
     def project(self, coords: Tensor) -> Tensor:
         """``A Gᵀ``, one pass."""
         turned = coords.T.contiguous()
-        out = torch.empty(self.n_rows, len(coords), dtype=self.dtype, device=self._device)
+        out = torch.empty(self.n_rows, len(coords), dtype=self.dtype, device=self.device)
         for start, stop, part in self._parts():
             if isinstance(part, SparseRows):
-                out[start:stop] = kernels.spmm(*sparse_tensors(part, self.dtype, self._device), turned)
+                out[start:stop] = kernels.spmm(*sparse_tensors(part, self.dtype, self.device), turned)
             else:
-                torch.mm(dense_tensor(part, self.dtype, self._device), turned, out=out[start:stop])
+                torch.mm(dense_tensor(part, self.dtype, self.device), turned, out=out[start:stop])
         return out
 
     def combine(self, S: Tensor) -> Tensor:
         """``Sᵀ A``, one pass."""
-        out = torch.zeros(S.shape[1], self.n_columns, dtype=self.dtype, device=self._device)
+        out = torch.zeros(S.shape[1], self.n_columns, dtype=self.dtype, device=self.device)
         for start, stop, part in self._parts():
             if isinstance(part, SparseRows):
-                csr = sparse_tensors(part, self.dtype, self._device)
+                csr = sparse_tensors(part, self.dtype, self.device)
                 out += kernels.spmm(*kernels.csr_transpose(*csr, self.n_columns), S[start:stop].contiguous()).T
             else:
-                out.addmm_(S[start:stop].T, dense_tensor(part, self.dtype, self._device))
+                out.addmm_(S[start:stop].T, dense_tensor(part, self.dtype, self.device))
         return out
 
     def _parts(self) -> Iterator[tuple[int, int, SparseRows | DenseRows]]:
         """Part by part; while a device works on one, a thread reads the next."""
         parts = self.rows.parts()
-        return ahead(parts) if devices.has_own_memory(self._device) else parts
+        return ahead(parts) if devices.has_own_memory(self.device) else parts
 
     def inner(self, a: Tensor, b: Tensor, P_b: Tensor) -> Tensor:
         """``G_a G_bᵀ``."""

@@ -34,6 +34,7 @@ class FactorSpace(Protocol):
     name: str
     n_rows: int
     step_bytes: int
+    device: torch.device
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
         """Coordinates of r random vectors."""
@@ -84,7 +85,8 @@ class GramSpace:
         device: str | torch.device = "cpu",
         room: int = DEVICE_PART_BYTES,
     ) -> None:
-        self._rows, self._room, device = rows, room, torch.device(device)
+        self.device = device = torch.device(device)
+        self._rows, self._room = rows, room
         self._anchors = None if anchors is None or not len(anchors) else anchors.to(dtype).cpu()
         self.n_rows = rows.n_rows
         self._far = None if isinstance(rows, GramRows) or not devices.has_own_memory(device) else rows
@@ -164,26 +166,26 @@ class SparseSpace:
 
     def __init__(self, rows: Rows, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
         self.n_rows, self.n_columns = rows.n_rows, rows.n_columns
-        self.dtype, self._device = dtype, torch.device(device)
+        self.dtype, self.device = dtype, torch.device(device)
         self._rows = rows
         self.step_bytes = 2 * rows.nbytes
         if isinstance(rows, SparseRows):
-            self._csr = sparse_tensors(rows, dtype, self._device)
+            self._csr = sparse_tensors(rows, dtype, self.device)
             self._transposed = kernels.csr_transpose(*self._csr, rows.n_columns)
         else:
-            self._dense = dense_tensor(DenseRows(np.asarray(rows.values)), dtype, self._device)
+            self._dense = dense_tensor(DenseRows(np.asarray(rows.values)), dtype, self.device)
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
         """Random combinations of all rows, as in the Gram space: the row space is where solutions lie."""
         return self.combine(
             torch.randn(r, self.n_rows, generator=generator, dtype=torch.float64)
-            .to(self._device, self.dtype)
+            .to(self.device, self.dtype)
             .T.contiguous()
         )
 
     def embed(self, vectors: Tensor) -> Tensor:
         """The vectors."""
-        return vectors.to(self._device, self.dtype)
+        return vectors.to(self.device, self.dtype)
 
     def project(self, coords: Tensor) -> Tensor:
         """``A Gᵀ``."""
