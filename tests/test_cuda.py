@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import npeff
 from npeff.errors import ArgumentError, DataError
 from npeff.kernels import (
     NonFiniteError,
@@ -20,6 +18,7 @@ from npeff.kernels import (
     dispatch,
     fisher_norms,
     nnls,
+    sketch,
     sparse_gram,
     spmm,
     spread_multiply,
@@ -159,6 +158,33 @@ def test_sums_over_examples(r: int) -> None:
         np.testing.assert_allclose(products.cpu(), spread_multiply(w.double(), p.double(), host), rtol=1e-5)
 
 
+@pytest.mark.parametrize("d", [16, 1024, 65_536])
+@pytest.mark.parametrize("shape", [(3, 5), (4097, 1), (300, 384), (1000, 3001)])
+def test_two_sided_sketch(d: int, shape: tuple[int, int]) -> None:
+    """Blocks of matrices, and their factors; the same bits every time."""
+    from npeff.kernels import StreamingSketch
+
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(2, 4, 3, shape[0], generator=generator)
+    inputs = torch.randn(2, 4, shape[1], generator=generator)
+    products = torch.einsum("btrn,btk->brnk", delta, inputs).reshape(6, -1)
+    here, cut = StreamingSketch(6, d, 3), shape[0] // 2 * shape[1]
+    here.push_matrix(products, 50, shape, np.zeros(6, np.int64))
+    want = here.finish()
+    found = []
+    for _ in range(2):
+        on_device = StreamingSketch(6, d, 3)
+        for part, first in ((products[:, :cut], 0), (products[:, cut:], shape[0] // 2)):
+            if part.shape[1]:
+                on_device.push_matrix(part.to(DEVICE), 50, shape, np.full(6, first))
+        found.append(on_device.finish())
+    np.testing.assert_array_equal(*found)
+    by_factors = StreamingSketch(6, d, 3)
+    by_factors.push_outer(delta.to(DEVICE), inputs.to(DEVICE), 50, shape, slice(0, 6))
+    for one in (found[0], by_factors.finish()):
+        np.testing.assert_allclose(one, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
 @pytest.mark.parametrize(("d", "nonzeros"), [(64, 1), (4096, 1), (1536, 4), (100_000, 1)])
 def test_sketch(d: int, nonzeros: int) -> None:
     from npeff.kernels import StreamingSketch
@@ -202,12 +228,18 @@ def test_steps_can_be_captured_in_a_graph() -> None:
     dense, out = torch.randn(500, 24, device=DEVICE), torch.empty(300, 24, device=DEVICE)
     block = torch.randn(4, 50_000, device=DEVICE)
     selection = DeviceTopK(4, 100, False, torch.device(DEVICE))
+    sketches = DeviceSketch(4, 256, 0, 1, torch.device(DEVICE))
+    offsets, sums = torch.arange(0, 301, 3, device=DEVICE), torch.empty(100, 24, device=DEVICE)
+    k = torch.zeros(300, 300, device=DEVICE)
     plan = plan_rows(np.zeros(4, np.int64), None, 4, torch.device(DEVICE))
 
     def step() -> None:
         cuda.nnls_(gram, c, w, max_sweeps=3, tol=0.0, kkt=kkt, workspace=workspace, status=status)
         cuda.spmm(*csr, dense, out)
+        cuda.cross(out, offsets, sums)
+        cuda.gram_panel_(*csr, 500, k)
         selection.push(block, plan)
+        sketches.push(block, plan)
 
     step()
     torch.cuda.synchronize()
@@ -215,6 +247,8 @@ def test_steps_can_be_captured_in_a_graph() -> None:
     with torch.cuda.graph(graph):
         step()
     selection.reset()
+    sketches.sums.zero_()
+    k.zero_()
     w.copy_(start)
     block.normal_()
     dense.normal_()
@@ -223,6 +257,9 @@ def test_steps_can_be_captured_in_a_graph() -> None:
     np.testing.assert_allclose(w.cpu(), nnls(gram.cpu(), c.cpu(), start.cpu(), max_sweeps=3, tol=0).w, atol=1e-4)
     np.testing.assert_allclose(out.cpu(), spmm(*(t.cpu() for t in csr), dense.cpu()), rtol=1e-4, atol=1e-4)
     assert torch.equal(indices.cpu(), topk(block.cpu(), 100)[1]) and bool((counts == 100).all())
+    np.testing.assert_allclose(sketches.finish()[0].cpu(), sketch(block.cpu(), 256), rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(sums.cpu(), cross(out.cpu(), offsets.cpu()), rtol=1e-4)
+    np.testing.assert_allclose(k.tril().cpu(), sparse_gram(*(t.cpu() for t in csr), 500).tril(), rtol=1e-4, atol=1e-3)
 
 
 def test_cupy_arrays_go_in_and_come_out() -> None:
@@ -238,18 +275,3 @@ def test_cupy_arrays_go_in_and_come_out() -> None:
     dense = cupy.random.standard_normal((60, 5), dtype=cupy.float32)
     np.testing.assert_allclose(cupy.asnumpy(spmm(*csr_arrays(matrix), dense)), cupy.asnumpy(matrix @ dense), atol=1e-4)
     assert isinstance(values, cupy.ndarray)
-
-
-def test_end_to_end(tmp_path: Path) -> None:
-    """Fishers and a decomposition on the device equal those of the processor."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 4)).eval()
-    data = [(torch.randn(16, 20), torch.randint(0, 4, (16,))) for _ in range(4)]
-    here = npeff.compute_fishers(model, data, compress=npeff.TopK(300), progress=False)
-    there_ = npeff.compute_fishers(model.cuda(), data, compress=npeff.TopK(300), out=tmp_path / "f.h5", progress=False)
-    for i in range(len(here)):
-        np.testing.assert_allclose(there_.dense(i), here.dense(i), rtol=1e-3, atol=1e-5)
-    for space in ("gram", "sparse"):
-        one = npeff.decompose(here, n_components=4, space=space, progress=False)
-        other = npeff.decompose(there_, n_components=4, space=space, device=DEVICE, progress=False)
-        assert other.loss_curve[-1] == pytest.approx(one.loss_curve[-1], rel=2e-2)

@@ -108,7 +108,7 @@ class Collector:
         self.paired: Callable[[Parameter, list[Rule]], bool] | None = None
         if isinstance(compress, TopK):
             self._sink = _Largest(n, self._n_columns, m, compress.k)
-            if factors.columns.device.type == "cpu":
+            if not devices.has_own_memory(factors.columns.device):
                 self.paired = largest.worth_pairing(squared, width)
         elif isinstance(compress, Sketch):
             self._sink = Sketched(n, self._n_columns, compress)

@@ -199,20 +199,21 @@ class PerExampleGradients:
         columns = columns.to(prepared.logits.dtype)
         backward(prepared.logits, columns, [rule for rules in prepared.rules.values() for rule in rules])
         n, n_columns = prepared.batch.n_examples, columns.shape[2]
+        elements = tiles.tile_elements(columns.device)
         # The last layers first: they mostly have the largest gradients, so that a selection's threshold rises early.
         for name in reversed(list(prepared.rules)) if last_first else list(prepared.rules):
             parameter, rules = self.parameters.named(name), prepared.rules.pop(name)
             factors = None
             if paired is not None and paired(parameter, rules):
-                factors = tiles.pairs(parameter, rules, n, n_columns)
+                factors = tiles.pairs(parameter, rules, n, n_columns, elements)
             if factors is not None:
                 yield from factors
             else:
-                yield from tiles.tiles(parameter, rules, n, n_columns, squared)
+                yield from tiles.tiles(parameter, rules, n, n_columns, squared, elements)
         others = {name: self.tensors[name] for name in prepared.others}
-        for group in groups(others, columns.shape[2], tiles.TILE_ELEMENTS):
+        for group in groups(others, columns.shape[2], elements):
             for name, examples, gradient in self.fallback.gradients(
-                prepared.batch, prepared.logits, columns, group, tiles.TILE_ELEMENTS
+                prepared.batch, prepared.logits, columns, group, elements
             ):
                 parameter = self.parameters.named(name)
                 values = gradient.flatten(2).unsqueeze(2)

@@ -9,12 +9,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from npeff import devices
 from npeff.gradients.rules.base import Rule, Scratch
 from npeff.gradients.rules.embedding import Embedding
 from npeff.parameters import Parameter
 
 TILE_ELEMENTS = 1 << 20
 """Most elements (columns × parameters × examples) made at a time: 4 MB stay in the cache until compressed."""
+
+
+def tile_elements(device: torch.device) -> int:
+    """Most elements made at a time there: devices want fewer, larger kernels (how large is not measured)."""
+    return TILE_ELEMENTS * (8 if devices.has_own_memory(device) else 1)
 
 
 _CANCELLATION = 64.0
@@ -100,7 +106,9 @@ def _gram(delta: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return torch.bmm(left, right.mT), across
 
 
-def pairs(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int) -> Iterator[Pairs] | None:
+def pairs(
+    parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, elements: int
+) -> Iterator[Pairs] | None:
     """The gradients of one parameter as factors, some examples at a time; None where they are no such sums."""
     rule = rules[0]
     if len(rules) > 1 or not rule.use.value.reshaped or rule.use.value.shape != parameter.shape:
@@ -109,7 +117,7 @@ def pairs(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: i
     if sizes is None:
         return None
     t, n, k = sizes
-    step = max(1, TILE_ELEMENTS // max(1, t * max(n_columns * n, k)))
+    step = max(1, elements // max(1, t * max(n_columns * n, k)))
 
     def some() -> Iterator[Pairs]:
         for start in range(0, n_examples, step):
@@ -121,7 +129,9 @@ def pairs(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: i
     return some()
 
 
-def tiles(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, squared: bool) -> Iterator[Block]:
+def tiles(
+    parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, squared: bool, elements: int
+) -> Iterator[Block]:
     """The per-example gradients of one parameter, as many examples and rows at a time as fit into a tile.
 
     Args:
@@ -130,6 +140,7 @@ def tiles(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: i
         n_examples: Examples in the batch.
         n_columns: Columns that the rules have stored.
         squared: Yield Σ over columns of the squares instead.
+        elements: Most elements of a tile.
 
     Yields:
         Blocks, each overwritten by the next.
@@ -141,8 +152,8 @@ def tiles(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: i
         n_rows, n_tile_rows = alone.layout.positions, alone.layout.positions
     else:
         alone = None if isinstance(alone, Embedding) else alone
-        n_tile_rows = max(1, min(n_rows, TILE_ELEMENTS // max(1, per_row)))
-    step = max(1, TILE_ELEMENTS // max(1, per_row * n_rows)) if n_tile_rows == n_rows else 1
+        n_tile_rows = max(1, min(n_rows, elements // max(1, per_row)))
+    step = max(1, elements // max(1, per_row * n_rows)) if n_tile_rows == n_rows else 1
     for start in range(0, n_examples, step):
         examples = slice(start, min(start + step, n_examples))
         if isinstance(alone, Embedding):
