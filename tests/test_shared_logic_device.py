@@ -176,7 +176,7 @@ def test_a_gradient_that_is_not_finite_is_named_later(
     x = torch.rand(12, 3, generator=torch.Generator().manual_seed(0)) + 1
     x[where] = 0
     data = list(x.split(4))
-    with pytest.raises(DataError, match=rf"gradients: example {where} has the gradient nan for layer\.(bias|weight)\[0"):
+    with pytest.raises(DataError, match=rf"example {where} has the gradient nan for layer\.(bias|weight)\[0"):
         npeff.compute_fishers(
             Explodes(), data, compress=compress, out=tmp_path / "f.h5", likelihood="gaussian", progress=False
         )
