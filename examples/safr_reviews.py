@@ -79,10 +79,10 @@ def capacity(model: safr.TransformerClassifier, train: safr.classifier.Split, wo
 @click.option("--out", type=click.Path(path_type=Path), default="safr", show_default=True, help="Folder.")
 @click.option("--table", type=click.Path(path_type=Path), help="Write the comparison here, too.")
 @click.option("--reviews", default=2000, show_default=True, help="To train on.")
-@click.option("--importance", default=10.0, show_default=True, help="λ_imp, of the cosine form.")
+@click.option("--importance", default=20.0, show_default=True, help="λ_imp, of the cosine form.")
 @click.option("--interaction", default=10.0, show_default=True, help="λ_inter.")
-@click.option("--examples", default=256, show_default=True, help="Test reviews to decompose.")
-@click.option("--components", "n_components", default=12, show_default=True)
+@click.option("--examples", default=128, show_default=True, help="Test reviews to decompose.")
+@click.option("--components", "n_components", default=8, show_default=True)
 @click.option("--epochs", default=6, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 def main(
