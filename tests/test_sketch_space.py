@@ -135,7 +135,7 @@ def test_the_space_is_chosen_by_what_fits() -> None:
     exact = huge(3000, 2_000_000)  # 24 GB; K 36 MB
     plan = choose_space(exact, 1000, "auto", 16, memory=parse_bytes("1GB"))
     assert plan.space == "gram" and plan.stream
-    few = huge(5000, 3_000_000, 6_000_000)  # short rows, but 256 directions over all their columns take 9 GB
+    few = huge(5000, 3_000_000, 6_000_000)  # short rows, but 256 directions over all their columns take 5 GB
     assert "basis" in (plan := choose_space(few, 5000, "auto", 16, memory=parse_bytes("4GB"))).reason
     assert plan.space == "gram"
     with pytest.raises(ArgumentError, match=r"memory: 1\.0 MB"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,8 @@ def weigh(
     if solving is not None and kind == "low_rank":
         r, ceiling, rates = solving
         width = compress.d if isinstance(compress, Sketch) else min(m, entries)
+        if isinstance(compress, TopK) and compress.k in main.columns:
+            width = min(width, _columns(main.columns[compress.k], share))
         decomposition = reckon(compress, n_examples, n_rows, width, entries, rows, min(r, n_rows), ceiling, rates)
     return Choice(
         kind=kind,
@@ -175,6 +178,12 @@ def weigh(
         kept=1.0 if compress is None or isinstance(compress, GramOnly) else kept,
         decomposition=decomposition,
     )
+
+
+def _columns(kept: tuple[int, int], share: float) -> int:
+    """Parameters that all examples keep: as many more as the trial's second half added to its first (Heaps' law)."""
+    half, whole = kept
+    return round(whole * share ** math.log2(max(1.0, whole / max(1, half))))
 
 
 def _entries(trial: Trial, compress: Compression | None, n_rows: int, share: float) -> int:

@@ -68,8 +68,8 @@ def needed_bytes(
     state = 4 * most * 6 * (n_rows + n_examples)
     dimensions = max(DIMENSIONS, 4 * r)
     subspace = 16 * n_rows * dimensions
-    # Over the rows: the subspace's basis, and turning and multiplying it; later the basis, and coordinates in steps.
-    wide = max(12 * dimensions, 4 * dimensions + 24 * most) * width
+    # Over the rows: the subspace's basis, twice while it is made; later the basis, and coordinates in steps.
+    wide = max(8 * dimensions, 4 * dimensions + 24 * most) * width
     if isinstance(compress, GramOnly):
         return {"gram": state + subspace + 4 * n_rows**2}
     held = stored * (2 if isinstance(compress, TopK) else 1)  # sparse rows and their transpose

@@ -64,6 +64,7 @@ class Trial:
         passes: ``(n,)`` int64 backward passes that each example asks for.
         counts: ``(n,)`` int64 stored entries per example.
         kept: For ``TopK``, per asked k: median over examples of ‖stored Fisher‖ / ‖Fisher‖.
+        columns: For ``TopK``, per asked k: how many parameters the first half of the examples keeps, and all of them.
         coverage: Per parameter, the gradient rule that serves it, and why.
         n_outputs: Logits per example.
         n_parameters: Selected parameters, m.
@@ -79,6 +80,7 @@ class Trial:
     passes: Array
     counts: Array
     kept: dict[int, float]
+    columns: dict[int, tuple[int, int]]
     coverage: list[dict[str, str]]
     n_outputs: int
     n_parameters: int
@@ -162,13 +164,15 @@ def run_trial(
         sizes = _sizes(batches, options.get("forward") is not None)
         first, later = asked[1] - start, asked[-1] - asked[1]
         per_example = later * (1 / sum(sizes[1:])) if len(sizes) > 1 else first * (1 / sizes[0])
-        kept = {k: _kept_share(fishers, k) for k in ks} if isinstance(fishers.rows, SparseRows) else {}
+        sparse = isinstance(fishers.rows, SparseRows)
+        kept = {k: _kept_share(fishers, k) for k in ks if sparse}
         stored = min(fishers.rows.nbytes, SHARD_BYTES)
         return Trial(
             ranks=np.array(fishers.ranks),
             passes=_passes(fishers, options),
             counts=_counts(fishers),
             kept=kept,
+            columns={k: _kept_columns(fishers, k) for k in ks if sparse},
             coverage=fishers.coverage,
             n_outputs=int(fishers.logits.shape[1]),
             n_parameters=fishers.n_parameters,
@@ -207,6 +211,19 @@ def _counts(fishers: Fishers) -> Array:
     if isinstance(rows, SparseRows):
         return np.diff(np.asarray(rows.indptr)[offsets]).astype(np.int64)
     return (np.diff(offsets) * rows.n_columns).astype(np.int64)
+
+
+def _kept_columns(fishers: Fishers, k: int) -> tuple[int, int]:
+    """Parameters with an entry among the k largest of some example: of the first half of the examples, and of all."""
+    rows, seen, half = fishers.rows, np.zeros(fishers.n_parameters, bool), 0
+    assert isinstance(rows, SparseRows)
+    for i in range(len(fishers)):
+        lo, hi = (int(rows.indptr[fishers.row_offsets[j]]) for j in (i, i + 1))
+        values, indices = np.abs(rows.values[lo:hi]), rows.indices[lo:hi]
+        seen[indices if k >= len(values) else indices[np.argpartition(values, len(values) - k)[-k:]]] = True
+        if i + 1 == len(fishers) // 2:
+            half = int(seen.sum())
+    return half, int(seen.sum())
 
 
 def _kept_share(fishers: Fishers, k: int) -> float:

@@ -104,7 +104,7 @@ def choose_space(
     ceiling = memory if memory is not None else available_bytes(device) * 4 // 5
 
     dimensions = max(DIMENSIONS, 4 * n_components)
-    basis = 3 * number * dimensions * width if low_rank else 0
+    basis = 2 * number * dimensions * width if low_rank else 0
 
     def fits(*needs: int) -> bool:
         return state + sum(needs) <= ceiling

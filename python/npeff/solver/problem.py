@@ -153,8 +153,8 @@ class Problem:
         comm = comm_of(self.space)
         energy = comm.number(float(self.scaled.rows.squared_norms().sum()))
         per_direction = 16 * max(1, self.space.n_rows)
-        if not isinstance(fine.space, GramSpace):  # three times a vector of the full width: the basis, and its turning
-            per_direction += 12 * self.scaled.rows.n_columns
+        if not isinstance(fine.space, GramSpace):  # the basis, which is there twice while it is made
+            per_direction += 8 * self.scaled.rows.n_columns
         most = int(comm.agreed(self.plan.subspace_bytes // per_direction))
         subspace = find_subspace(self.space, energy, self.options.n_components, generator, fine.frozen, most)
         if subspace is None:
