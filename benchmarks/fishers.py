@@ -7,8 +7,9 @@ yardsticks the forward pass, and the C − 1 plain batched backward passes, whic
 Before anything is timed, every side's selection is compared with the largest entries of a dense float64 Jacobian:
 values to 1e-5 of the largest, none kept that is smaller than the k-th. npeff is timed over several batches less one,
 which pays for the self-check and the digests of the weights; that is reported by itself. Peak memory: what a process of
-its own grows by. Floors: the operations of the forward pass and of the C − 1 passes to the layers' outputs, and the
-bytes of the rows read once, over rates measured in the same run. Writes ``results/fishers_<part>.md``.
+its own grows by in a batch, once it is warm. Floors: the operations of the forward pass and of the C − 1 passes to the
+layers' outputs, and the bytes of the rows read once, over rates measured in the same run. Writes
+``results/fishers_<part>.md``.
 
     python benchmarks/fishers.py
     python benchmarks/fishers.py mlp cnn --rounds 3 --examples 8
@@ -175,13 +176,17 @@ def peak_of(case: Case, kind: str, name: str) -> int:
 
 
 def print_peak(name: str, n: int, kind: str, side: str) -> None:
-    case = UNTRAINED[name](n)
-    case.logits()
-    if side == OURS:
-        print(machine.peak(lambda: compute(case, kind)))
-    else:
+    """Print the peak of one side; what a batch of one example loads and keeps is not counted, for any side."""
+
+    def work(case: Case) -> Callable[[], object]:
+        if side == OURS:
+            return lambda: compute(case, kind)
         rows = PEERS[side](case, kind)
-        print(machine.peak(lambda: select(rows(), case.k)))
+        return lambda: select(rows(), case.k)
+
+    work(UNTRAINED[name](1))()
+    run = work(UNTRAINED[name](n))
+    print(machine.peak(run))
 
 
 def growth(rounds: int) -> list[str]:
