@@ -143,6 +143,8 @@ class FarDevice(TorchFunctionMode):
             return moved(args[0], CUDA, None)
         if func is torch.Tensor.to:
             return to(*args, **kwargs)
+        if func is torch.nn.functional.one_hot and isinstance(args[0], FarTensor):
+            return FarTensor(func(args[0].inner, *args[1:], **kwargs))  # it makes a tensor on the device by itself
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             if not any(isinstance(x, FarTensor) for x in args):

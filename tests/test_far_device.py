@@ -50,6 +50,33 @@ def test_fishers(device: Any, tmp_path: Path, compress: Any, kind: Any) -> None:
     same(here, there, 1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"labels": "true"},
+        {"labels": "sampled", "n_samples": 2},
+        {"basis": "class", "min_prob": 0.1},
+        {"energy": 0.9},
+        {"likelihood": "bernoulli"},
+        {"likelihood": "gaussian", "labels": "sampled"},
+        {"compress": npeff.GramOnly()},
+    ],
+)
+def test_options_of_fishers(device: Any, options: dict[str, Any]) -> None:
+    """Labels, draws and bases, for a convolution, a norm and a parameter that torch.func serves."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 3, 3), torch.nn.BatchNorm2d(3), torch.nn.PReLU(), torch.nn.Flatten(), torch.nn.Linear(48, 4)
+    ).eval()
+    data = [(torch.randn(5, 1, 6, 6), torch.arange(5) % 4) for _ in range(2)]
+    if options.get("likelihood") == "bernoulli":
+        data = [(x, torch.zeros(5, 4)) for x, _ in data]
+    here = npeff.compute_fishers(model, data, progress=False, **options)
+    there = npeff.compute_fishers(model.to("cuda"), data, progress=False, **options)
+    np.testing.assert_allclose(there.norms, here.norms, rtol=1e-4)
+    np.testing.assert_allclose(np.abs(there.rows.values), np.abs(here.rows.values), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("compress", [None, npeff.TopK(40), npeff.Sketch(64), npeff.Sketch(16, form="kronecker")])
 def test_tiles_are_not_waited_for(device: Any, monkeypatch: pytest.MonkeyPatch, compress: Any) -> None:
     """However many blocks a batch comes in, the device is waited for as often; exact rows are copied, in order."""

@@ -105,9 +105,12 @@ def mirror_(k: Tensor) -> None:
     module(k).mirror(k, stream(k))
 
 
-def fisher_norms(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int, row_offsets: Tensor) -> Tensor:
+def fisher_norms(
+    indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int, row_offsets: Tensor, out: Tensor | None = None
+) -> Tensor:
     """``(n,)`` float64 norms of the examples' ``A Aᵀ``."""
-    out = torch.empty(len(row_offsets) - 1, dtype=torch.float64, device=values.device)
+    if out is None:
+        out = torch.empty(len(row_offsets) - 1, dtype=torch.float64, device=values.device)
     module(values).fisher_norms(indptr, indices, values, n_columns, row_offsets, out, stream(values))
     return out
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from npeff.kernels import cuda
+from npeff.kernels import arrays, cuda
 from npeff.kernels.cuda_topk import RowPlan
 
 
@@ -35,7 +35,9 @@ class DeviceSketch:
 
     def push(self, block: Tensor, plan: RowPlan) -> None:
         """Add ``block`` (b, width), float32, float16 or bfloat16, its rows contiguous; waits for nothing."""
-        need = self._cuda.sketch_workspace(cuda.index_of(block), _dtype(block), self.d, self.nonzeros, *block.shape)
+        need = self._cuda.sketch_workspace(
+            cuda.index_of(block), arrays.dtype_name(block), self.d, self.nonzeros, *block.shape
+        )
         self._cuda.sketch_rows(
             self.d,
             self.nonzeros,
@@ -58,7 +60,7 @@ class DeviceSketch:
             across: ``(columns,)`` int32 places of its columns.
             plan: Of the rows; ``bases`` are the matrix rows that they begin with.
         """
-        need = self._cuda.sketch_matrix_workspace(cuda.index_of(block), _dtype(block), self.d, *block.shape)
+        need = self._cuda.sketch_matrix_workspace(cuda.index_of(block), arrays.dtype_name(block), self.d, *block.shape)
         self._cuda.sketch_matrix(
             self.d,
             math.sqrt(self.nonzeros),
@@ -155,7 +157,3 @@ def _signs(d: int, like: Tensor) -> Tensor:
     for bit in range(d.bit_length()):
         ones += (both >> bit) & 1
     return (1 - 2 * (ones & 1)).to(like.dtype)
-
-
-def _dtype(block: Tensor) -> str:
-    return str(block.dtype).removeprefix("torch.")
