@@ -93,7 +93,8 @@ def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator
     Y = space.project(coords)[: space.n_rows]
     comm = comm_of(space)
     Q = _whitened(Y, comm)
-    coords, weights = space.combine(Q), Q
+    coords = space.combine(Q)
+    weights: Tensor | None = Q
     if given is not None:
         coords, weights = torch.cat([given, coords]), None
     elif comm.number(space.n_rows) > coords.shape[1]:
@@ -108,7 +109,7 @@ def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator
 def _whitened(Y: Tensor, comm: Communicator) -> Tensor:
     """``Y (YᵀY)^{-1/2}``: columns as orthonormal as what follows needs them, for less work than a QR decomposition."""
     gram = torch.zeros(Y.shape[1], Y.shape[1], dtype=torch.float64, device=Y.device)
-    parts = Y.split(WHITENED_ROWS)
+    parts = torch.split(Y, WHITENED_ROWS)
     for part in parts:
         gram += part.double().T @ part.double()
     values, vectors = _eigh(comm.sum(gram))
