@@ -20,9 +20,9 @@ from torch.autograd.graph import GradientEdge
 
 from npeff.batches import Batch
 from npeff.errors import ModelError
+from npeff.gradients import tiles
 from npeff.gradients.fallback import TOLERANCE, dense
 from npeff.gradients.rules import Found, Rule, Unsupported
-from npeff.gradients.tiles import TILE_ELEMENTS, tiles
 
 if TYPE_CHECKING:
     from npeff.gradients.engine import PerExampleGradients
@@ -209,7 +209,7 @@ def _compare(
     n = rules[0].layout.examples
     total = torch.zeros(parameter.numel, dtype=torch.float64, device=truth[0].device)
     lone = {probe: torch.zeros_like(total) for probe in probes}
-    for block in tiles(parameter, rules, n, 1, False, TILE_ELEMENTS):
+    for block in tiles.tiles(parameter, rules, n, 1, False, tiles.TILE_ELEMENTS):
         values = block.values[:, 0].to(torch.float64)
         width = values.shape[2]
         if isinstance(block.starts, int):
