@@ -278,6 +278,7 @@ def test_the_command_misused(script, capsys):
         (["--out", "s.h5", "--tolerance", "1e-3", "--solver", "exact"], 2, "belongs to --solver cg"),
         (["--out", "s.h5", "--component", "c.h5:1", "--test-loss", "it.py:margin"], 2, "give one of them"),
         (["--out", "s.h5", "--component", "c.h5"], 2, "expected FILE:J"),
+        (["--out", "s.h5", "--component", "c.h5:²"], 2, "expected FILE:J"),
         (["--out", "s.h5", "--component", "none.h5:1"], 2, "there is no file"),
         (["--out", "s.h5", "--train-loss", "it.py:absent"], 1, "has no 'absent'"),
         (["--out", "s.h5", "--train-loss", "it.py:margin", "--solver", "gauss-newton"], 2, "needs the curvature"),

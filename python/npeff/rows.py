@@ -94,6 +94,13 @@ class DenseRows:
 
     values: Array
 
+    @classmethod
+    def first_of_each(cls, values: Array, counts: Array) -> DenseRows:
+        """Of ``(b, R, width)`` the first ``counts`` (b,) rows of each example, end to end; a view where that is all."""
+        keep = np.less(np.arange(values.shape[1]), counts[:, None])
+        flat = values.reshape(-1, values.shape[2])
+        return cls(flat if keep.all() else flat[keep.reshape(-1)])
+
     @property
     def n_rows(self) -> int:
         """Number of rows."""

@@ -124,17 +124,23 @@ def wants(loaded: Any, kind: str, path: Path) -> Any:
     return loaded
 
 
+def listed(text: str) -> list[int] | None:
+    """The numbers of ``J,K,…``, or None where something else stands among them."""
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) for part in parts] if all(part.isascii() and part.isdigit() for part in parts) else None
+
+
 def components_of(text: str) -> tuple[Any, list[int]]:
     """What ``--component FILE:J[,J…]`` names: the components, and which; ends with exit status 2 otherwise."""
     import npeff
 
     path, _, numbers = text.rpartition(":")
-    if not path or not all(number.strip().isdigit() for number in numbers.split(",")):
+    chosen = listed(numbers)
+    if not path or chosen is None:
         misused(f"--component: expected FILE:J such as components.h5:3, or FILE:J,J,…, got {text!r}")
     if not Path(path).exists():
         misused(f"--component: there is no file {path}")
     components = wants(npeff.load(Path(path)), "Components", Path(path))
-    chosen = [int(number) for number in numbers.split(",")]
     if max(chosen) >= components.n_components:
         misused(f"--component: {path} has components 0 to {components.n_components - 1}, got {max(chosen)}")
     return components, chosen

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, misused, note, quiet, seed, wants
+from npeff.cli.common import EXISTING, WRITABLE, command, listed, misused, note, quiet, seed, wants
 
 if TYPE_CHECKING:
     from npeff.components import Components
@@ -113,11 +113,11 @@ def chosen(components: Components, component: int | None, strategy: str | None, 
     assert strategy is not None
     from npeff.strategies import Strategy
 
-    parts = [part.strip() for part in strategy.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) < r for part in parts):
+    members = listed(strategy)
+    if members is None or max(members) >= r:
         misused(f"--strategy: expected components from 0 to {r - 1}, separated by commas, got {strategy!r}")
-    members = tuple(sorted({int(part) for part in parts}))
-    return Strategy(members, components.coefficients[:, list(members)].sum(1))
+    parts = tuple(sorted(set(members)))
+    return Strategy(parts, components.coefficients[:, list(parts)].sum(1))
 
 
 @command(

@@ -211,9 +211,7 @@ class _Whole:
                 values, *starts = copy.wait()
                 self._write(examples, values, starts[0] if start is None else start, 1.0)
             values = np.zeros(self._shape, np.float32) if self._values is None else self._values
-            keep = np.less(np.arange(self._shape[1]), counts[:, None])
-            flat = values.reshape(-1, self._shape[2])
-            return DenseRows(flat if keep.all() else flat[keep.reshape(-1)])
+            return DenseRows.first_of_each(values, counts)
 
         return rows
 

@@ -97,8 +97,6 @@ class Sketched:
                     "or logits down"
                 ) from error
             sums *= scale[:, None, None]
-            keep = np.less(np.arange(self._n_columns), counts[:, None])
-            flat = sums.reshape(-1, self._sketch.d)
-            return DenseRows(flat if keep.all() else flat[keep.reshape(-1)])
+            return DenseRows.first_of_each(sums, counts)
 
         return rows

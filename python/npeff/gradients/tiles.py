@@ -75,7 +75,8 @@ class Pairs:
             delta = self.delta[:, 0].to(torch.float64)
             return delta @ delta.mT * self.inputs.to(torch.float64).square().sum(dim=(1, 2))[:, None, None]
         gram, across = _gram(self.delta, self.inputs)
-        if gram.is_cuda or gram.dtype == torch.float64:  # to look at it would mean waiting for the device
+        # To look at it would mean waiting for the device.
+        if devices.has_own_memory(gram.device) or gram.dtype == torch.float64:
             return gram.to(torch.float64)
         size = torch.linalg.matrix_norm(across) * self.delta.square().sum(dim=(1, 2, 3))
         gram = gram.to(torch.float64)
