@@ -1,4 +1,4 @@
-"""The parts of ``cuda.py`` that go from a model to components: Fishers of MiniLM, and a large decomposition.
+"""The parts of ``cuda_kernels.py`` that go from a model to components: Fishers of MiniLM, and a large decomposition.
 
 Everything here takes the device as an argument, and the published algorithm the module of its arrays (CuPy, or numpy),
 so that its answers can be checked where there is no device.

@@ -1,4 +1,4 @@
-"""What benchmarks/cuda.py does besides timing: its answers, its published algorithm, its tables."""
+"""What benchmarks/cuda_kernels.py does besides timing: its answers, its published algorithm, its tables."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ CPU = torch.device("cpu")
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     yield lambda name: importlib.import_module(name)
-    for name in ("cuda", "cuda_end_to_end", "machine"):
+    for name in ("cuda_kernels", "cuda_end_to_end", "machine"):
         sys.modules.pop(name, None)
 
 
 def test_says_that_there_is_no_device(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    module = benchmark("cuda")
+    module = benchmark("cuda_kernels")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["cuda.py", "--out", str(tmp_path / "cuda.md")])
+    monkeypatch.setattr(sys, "argv", ["cuda_kernels.py", "--out", str(tmp_path / "cuda.md")])
     module.main()
     assert "measures nothing: it needs a CUDA device" in capsys.readouterr().out
     assert not (tmp_path / "cuda.md").exists()
 
 
 def test_lines_say_what_the_floor_is(benchmark: Any) -> None:
-    module = benchmark("cuda")
+    module = benchmark("cuda_kernels")
     by_bytes = module.Case("copy", lambda: None, bytes=2e9, operations=1e9)
     assert "| 4.000 | 4.000 – 4.000 | 2.000 (bytes) | 50% |" in module.line(by_bytes, [4.0, 4.0, 4.0], 1e12, 1e12)
     by_operations = module.Case("product", lambda: None, bytes=1e9, operations=3e9)

@@ -6,8 +6,8 @@ medians of single runs between device events, over inputs larger than the device
 Then Fishers of MiniLM's architecture against C − 1 plain backward passes, and a large decomposition against the
 published algorithm written with CuPy (``cuda_end_to_end.py``).
 
-    python benchmarks/cuda.py
-    python benchmarks/cuda.py --parts kernels --scale 0.1 --rounds 5
+    python benchmarks/cuda_kernels.py
+    python benchmarks/cuda_kernels.py --parts kernels --scale 0.1 --rounds 5
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cuda.md")
     args = parser.parse_args()
     if reason := absence():
-        print(f"benchmarks/cuda.py measures nothing: {reason}")
+        print(f"benchmarks/cuda_kernels.py measures nothing: {reason}")
         return
     torch.manual_seed(0)
     device = torch.cuda.get_device_properties(0)
@@ -248,7 +248,8 @@ def main() -> None:
         f"{device.name}, {device.multi_processor_count} multiprocessors; torch {torch.__version__}, "
         f"Python {platform.python_version()}. Answers are checked before anything is timed.",
         "",
-        f"    python benchmarks/cuda.py --parts {' '.join(args.parts)} --scale {args.scale:g} --rounds {args.rounds}",
+        f"    python benchmarks/cuda_kernels.py --parts {' '.join(args.parts)} --scale {args.scale:g} "
+        f"--rounds {args.rounds}",
         "",
     ]
     for part in args.parts:
