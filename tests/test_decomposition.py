@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import npeff
@@ -295,7 +295,20 @@ def test_bad_data_is_named() -> None:
         npeff.decompose(replace(fishers, rows=DenseRows(np.zeros_like(values))), 2, progress=False)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "n, m, seed", [(5, 1, 285), (1, 1, 285), (2, 1, 72901), (1, 2, 48106), (5, 2, 30), (12, 1, 36511)]
+)
+def test_more_components_than_directions_leave_a_true_loss(n: int, m: int, seed: int, dtype: str) -> None:
+    """K is singular and the fit exact: duplicates cancel, and what rounding leaves of them must not be scaled up."""
+    fishers = example_fishers(n=n, m=m, seed=seed)
+    r = min(3, fishers.rows.n_rows)
+    components = npeff.decompose(fishers, r, space="gram", dtype=dtype, starts=1, moves=2, progress=False)
+    assert components.loss == pytest.approx(dense_loss(components, fishers), abs=2e-5)
+
+
 @settings(max_examples=15, deadline=None)
+@example(5, 1, 285, "low_rank")
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 1000), st.sampled_from(["low_rank", "diagonal"]))
 def test_any_shape_descends(n: int, m: int, seed: int, kind: str) -> None:
     fishers = example_fishers(kind, n=n, m=m, seed=seed)

@@ -22,6 +22,8 @@ class ShardedSpace:
         place: Where they lie among all.
     """
 
+    stretch = 1.0
+
     def __init__(self, own: SparseSpace | SketchSpace, place: Place) -> None:
         self.own, self.place = own, place
         self.name = f"{own.name}, {place.comm.size} processes"

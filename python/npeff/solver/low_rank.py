@@ -22,6 +22,9 @@ from npeff.solver.spaces import FactorSpace
 SWEEPS = 3
 """Coordinate-descent sweeps over W in a step."""
 
+MOST_NOISE = 1e-3
+"""Share of a vector's squared norm that may be rounding; beyond, the vector is given up."""
+
 
 class LowRank:
     """The low-rank objective over a space.
@@ -95,12 +98,23 @@ class LowRank:
             coords, P, Q = self._orthonormal(coords, P, Q)
         given = W is not None
         W = torch.zeros(self.n_examples, len(coords), dtype=P.dtype, device=P.device) if W is None else W.to(P)
-        state = unit(State(W, coords, P, Q, frozen=self._n_frozen))
+        state = self._unit(State(W, coords, P, Q, frozen=self._n_frozen))
         if self.frozen_W is not None:
             state.W[:, : self._n_frozen] = self.frozen_W.to(P)
         if not given:
             return self.solve_W(state, 10)
         return replace(state, loss=self.objective(state.W, self.cross(state.P), state.Q))
+
+    def _unit(self, state: State) -> State:
+        """Unit vectors, those that have cancelled down to rounding set to zero.
+
+        ``‖g‖²`` is computed with an error of about ε·stretch·‖coords‖². Where K is singular, duplicate components
+        can leave of each other's coordinates a part that K does not see; scaled up to length one, it would be noise
+        that the loss takes for a gain.
+        """
+        seen = state.Q.double().diagonal()
+        sizes = state.coords.flatten(1).double().square().sum(1) * self.space.stretch
+        return unit(state, alive=seen * MOST_NOISE > torch.finfo(state.coords.dtype).eps * sizes)
 
     @property
     def _n_frozen(self) -> int:
@@ -109,7 +123,7 @@ class LowRank:
     def refresh(self, state: State) -> State:
         """P and Q from the coordinates, against drift."""
         P = self.space.project(state.coords)
-        fresh = unit(replace(state, P=P, Q=self.space.inner(state.coords, state.coords, P)))
+        fresh = self._unit(replace(state, P=P, Q=self.space.inner(state.coords, state.coords, P)))
         return replace(fresh, W=state.W)
 
     def solve_W(self, state: State, sweeps: int) -> State:
@@ -135,7 +149,9 @@ class LowRank:
         B, off_diagonal = self.comm.sum(W.T @ W).double(), 1 - torch.eye(state.r, dtype=torch.float64, device=W.device)
         M = (B + self.penalty) * Q.double()  # positive semi-definite, as B + penalty·(1 − I) would not be
         B = B + self.penalty * off_diagonal
-        ridge = 1e-6 * M.diagonal().mean() * torch.eye(state.r - f, dtype=torch.float64, device=W.device)
+        ridge = (
+            1e-6 * M.diagonal().mean().clamp_min(1e-30) * torch.eye(state.r - f, dtype=torch.float64, device=W.device)
+        )
         inverse = torch.linalg.inv(M[f:, f:] + ridge)
         spread = self.spread(W, P)
         D = self.space.combine(spread[:, f:] @ inverse.to(P))
@@ -154,7 +170,7 @@ class LowRank:
         quartic = self._quartic(W, B, spread, PD, Q.double(), Q1, Q2)
         t = minimise_quartic(quartic)
         for _ in range(30):
-            moved = unit(
+            moved = self._unit(
                 replace(state, coords=coords + t * D, P=P + t * PD, Q=(Q.double() + t * Q1 + t * t * Q2).to(Q))
             )
             if not self.penalty or self.objective(moved.W, self.cross(moved.P), moved.Q) <= state.loss:
@@ -248,7 +264,7 @@ class LowRank:
                 coords, P, Q = self._orthonormal(coords, P, Q)
             except ArgumentError:
                 return state  # no room for more directions
-        return self.solve_W(unit(replace(state, W=W, coords=coords, P=P, Q=Q)), 5)
+        return self.solve_W(self._unit(replace(state, W=W, coords=coords, P=P, Q=Q)), 5)
 
     def _top_direction(self, i: int, rows: slice, state: State, residual: bool) -> Tensor:
         """Weights on example i's rows that give the top eigenvector of its Fisher, or of its residual.
@@ -267,10 +283,12 @@ class LowRank:
         return torch.from_numpy(to_basis @ top)
 
 
-def unit(state: State) -> State:
-    """The same factorisation with ``‖g_j‖ = 1``, the scale moved into W."""
+def unit(state: State, alive: Tensor | None = None) -> State:
+    """The same factorisation with ``‖g_j‖ = 1``, the scale moved into W; vectors that are not ``alive`` become zero."""
     q = state.Q.double().diagonal()
-    scale = torch.where(q > 1e-30, q.clamp_min(1e-30).rsqrt(), torch.zeros_like(q))
+    alive = q > 1e-30 if alive is None else alive & (q > 1e-30)
+    q = torch.where(alive, q, torch.zeros_like(q))
+    scale = torch.where(alive, q.clamp_min(1e-30).rsqrt(), q)
     s = scale.to(state.P)
     Q = state.Q.double() * scale * scale[:, None]
     return replace(

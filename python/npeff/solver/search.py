@@ -62,6 +62,10 @@ class Progress:
 Callback = Callable[[Progress], Any]
 
 
+SOUND = 1e-5
+"""Difference between a loss and the same loss from P and Q computed anew up to which it is believed."""
+
+
 class Stopped(Exception):
     """The callback asked for an end."""
 
@@ -154,8 +158,9 @@ class Search:
         try:
             state = self._descend(state, memory, "start", MOVE_TOLERANCE, self.max_iterations, curve)
         finally:  # also when stopped: a single start's result is better than none
-            if memory.best is None or curve[-1] < memory.best.loss:
-                memory.best, memory.curve = self._last, curve
+            state = self._believed(curve)
+            if memory.best is None or state.loss < memory.best.loss:
+                memory.best, memory.curve = state, curve
         self._finish(memory)
 
     def _move(self, memory: Memory) -> None:
@@ -185,14 +190,21 @@ class Search:
         memory.best, self.form = state, self._polish_form
         curve: list[float] = [state.loss]
         try:
-            memory.best = self._descend(state, memory, "polish", self.tolerance, self.max_iterations, curve)
+            self._descend(state, memory, "polish", self.tolerance, self.max_iterations, curve)
         finally:
-            memory.best = self._last
+            memory.best = self._believed(curve)
             memory.curve += [loss for loss in curve if loss < memory.curve[-1]]
 
     def _is_sound(self, state: State) -> bool:
         """Whether the loss stands when P and Q are computed anew: not so after a numerical accident."""
-        return abs(self.form.solve_W(self.form.refresh(state), 0).loss - state.loss) < 1e-5 and state.loss > -1e-5
+        return abs(self.form.solve_W(self.form.refresh(state), 0).loss - state.loss) < SOUND and state.loss > -SOUND
+
+    def _believed(self, curve: list[float]) -> State:
+        """Where the descent came to, or the last state on its way whose loss stands; the curve ends there, too."""
+        if not self._is_sound(self._last):
+            curve[:] = [loss for loss in curve if loss >= self._sound.loss]
+            return self._sound
+        return self._last
 
     def prune(self, state: State, generator: torch.Generator) -> State:
         """Drop the least useful components one by one, W refitted in between, until r are left."""
@@ -220,11 +232,13 @@ class Search:
 
         With ``below``, give up once the pace of the last window could not get there in ten more.
         """
-        self._last = state
+        self._last = self._sound = state
         losses = [state.loss]
         for i in range(1, limit + 1):
             if i % REFRESH == 0:
-                state = self.form.refresh(state)
+                if not self._is_sound(state):
+                    break
+                self._sound, state = state, self.form.refresh(state)
             moved = self.form.step(state)
             memory.iteration += 1
             if not moved.loss < losses[-1]:

@@ -29,6 +29,7 @@ class SketchSpace:
     """
 
     name = "sketch"
+    stretch = 1.0
 
     def __init__(
         self, rows: StreamedRows, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"

@@ -29,11 +29,20 @@ from npeff.streamed_rows import DEVICE_PART_BYTES, StreamedRows
 
 
 class FactorSpace(Protocol):
-    """The solver's whole view of the data."""
+    """The solver's whole view of the data.
+
+    Attributes:
+        name: What reports call it.
+        n_rows: Rows of A.
+        step_bytes: What a product with A reads.
+        stretch: The most that ``‖g‖²`` can be of ``‖coords‖²``: rounding of ``‖g‖²`` is of this order.
+        device: Where coordinates live.
+    """
 
     name: str
     n_rows: int
     step_bytes: int
+    stretch: float
     device: torch.device
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
@@ -103,6 +112,7 @@ class GramSpace:
             own = torch.cat([torch.cat([own, across], 1), torch.cat([across.T, among], 1)])
         self.K = own
         self.step_bytes = self.K.nbytes
+        self.stretch = _largest_eigenvalue(own)
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
         """Random combinations of all rows."""
@@ -163,6 +173,7 @@ class SparseSpace:
     """
 
     name = "sparse"
+    stretch = 1.0
 
     def __init__(self, rows: Rows, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
         self.n_rows, self.n_columns = rows.n_rows, rows.n_columns
@@ -206,3 +217,13 @@ class SparseSpace:
     def vectors(self, coords: Tensor) -> Tensor:
         """The coordinates."""
         return coords.cpu()
+
+
+def _largest_eigenvalue(K: Tensor, products: int = 5) -> float:
+    """Of a positive semi-definite matrix, within a factor of two or so: power iteration from its row norms."""
+    v = torch.linalg.vector_norm(K, dim=1)
+    value = 0.0
+    for _ in range(products):
+        v = K @ (v / v.norm().clamp_min(1e-30))
+        value = float(v.norm())
+    return value
