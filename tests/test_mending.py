@@ -11,7 +11,8 @@ from torch import nn
 
 import npeff
 from npeff.batches import read_batch
-from npeff.mending import _Bench, _Objective, mend
+from npeff.mending.bench import Bench, mend
+from npeff.mending.objective import Directions, Objective
 from npeff.perturbation.weights import Weights, applied
 
 
@@ -62,27 +63,36 @@ def test_a_shortcut_is_mended(shortcut) -> None:
     json.dumps(mending.to_json())
 
 
-def test_the_change_lies_in_the_span(shortcut) -> None:
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_the_change_lies_in_the_span(shortcut, by_layer) -> None:
     model, data, components, fooled = shortcut
-    mending = mend(model, data, components, [1, 4], repair=np.flatnonzero(fooled), progress=False, tolerance=1.0)
-    flat = np.concatenate([tensor.numpy().ravel() for tensor in mending.change.values()])
-    expected = sum(c * components.vector(j) for c, j in zip(mending.coefficients, mending.components, strict=True))
-    np.testing.assert_allclose(flat, expected, atol=1e-6 * max(1, np.abs(expected).max()))
+    mending = mend(
+        model, data, components, [1, 4], repair=np.flatnonzero(fooled), progress=False, tolerance=1.0, by_layer=by_layer
+    )
+    assert mending.layers == (("0", "2") if by_layer else ("",))
+    for name, change in mending.change.items():
+        steps = mending.coefficients[:, mending.layers.index(name.partition(".")[0]) if by_layer else 0]
+        expected = sum(c * components.state_dict(j)[name].numpy() for c, j in zip(steps, mending.components, strict=True))
+        np.testing.assert_allclose(change.numpy(), expected, atol=1e-6 * max(1, np.abs(expected).max()))
 
 
-def test_gradient_is_the_slope_of_the_objective(shortcut) -> None:
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
     model, data, components, fooled = shortcut
     model = model.double()
     try:
         batches = [read_batch((x.double(), y), torch.device("cpu"), i, False) for i, (x, y) in enumerate(data)]
-        bench = _Bench(model, batches, None)
-        basis = [{name: t.double() for name, t in components.state_dict(j).items()} for j in (0, 3)]
-        objective = _Objective(bench, basis, fooled, ~fooled)
+        bench = Bench(model, batches, None)
+        vectors = [{name: t.double() for name, t in components.state_dict(j).items()} for j in (0, 3)]
+        kept = ~fooled & (np.arange(len(fooled)) % 3 > 0)
+        objective = Objective(
+            model, None, batches, bench.labels, bench.logits, Directions(vectors, by_layer), fooled, kept
+        )
         weights = Weights(model)
         try:
-            c = np.array([0.3, -0.2])
+            c = np.array([0.3, -0.2, 0.1, 0.4]) if by_layer else np.array([0.3, -0.2])
             _, gradient = objective.value_and_gradient(weights, c, 2.0)
-            for i, step in enumerate(np.eye(2) * 1e-4):
+            for i, step in enumerate(np.eye(len(c)) * 1e-4):
                 up, down = (objective.value_and_gradient(weights, c + s, 2.0)[0] for s in (step, -step))
                 assert gradient[i] == pytest.approx((up - down) / 2e-4, rel=1e-4)
         finally:
@@ -94,7 +104,7 @@ def test_gradient_is_the_slope_of_the_objective(shortcut) -> None:
 def test_nothing_is_changed_when_the_tolerance_forbids_it(shortcut, monkeypatch) -> None:
     model, data, components, fooled = shortcut
     monkeypatch.setattr(
-        "npeff.mending._Bench._accuracy", lambda self, logits, which: 1.0 if logits is self.logits else 0.0
+        "npeff.mending.bench.Bench._accuracy", lambda self, logits, which: 1.0 if logits is self.logits else 0.0
     )
     mending = mend(model, data, components, 0, repair=np.flatnonzero(fooled), progress=False)
     assert not mending.changed

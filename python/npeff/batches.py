@@ -37,14 +37,15 @@ class Batch:
             return {key: value for key, value in self.content.items() if key != "labels"}
         return self.content[0] if isinstance(self.content, (tuple, list)) else self.content
 
-    def take(self, examples: slice) -> Batch:
-        """Some of the examples: every tensor whose first dimension is the batch is sliced."""
+    def take(self, examples: slice | Tensor) -> Batch:
+        """Some of the examples, a slice or positions: cut from every tensor whose first dimension is the batch."""
 
         def cut(tensor: Tensor) -> Tensor:
             return tensor[examples] if _has_examples(tensor, self.n_examples) else tensor
 
         labels = None if self.labels is None else self.labels[examples]
-        return Batch(map_tensors(cut, self.content), labels, len(range(self.n_examples)[examples]))
+        count = len(range(self.n_examples)[examples]) if isinstance(examples, slice) else len(examples)
+        return Batch(map_tensors(cut, self.content), labels, count)
 
     @property
     def sliceable(self) -> bool:

@@ -1,16 +1,4 @@
-"""Mending a model through its components: answers that came by a wrong route change, all others stay.
-
-A component that stands for a shortcut, a backdoor or a flawed heuristic says which weights carry it: its own direction
-g_j. So the repair is sought there and nowhere else. With G the directions of the chosen components (k of them), R the
-examples to repair and K the others,
-
-``min_c  mean_{i∈R} −log p(y_i | x_i, θ + Gᵀc)  +  λ · mean_{i∈K} KL(p(·|x_i, θ) ‖ p(·|x_i, θ + Gᵀc))``
-
-has only k unknowns. It is solved along a path of falling λ; of its points the one is taken that repairs most on
-examples kept aside for the choice, while accuracy on the others, of the fit and of the choice, falls by no more than a
-tolerance. Matena &
-Raffel (2023) mend by a line search along ±g_j, the case k = 1.
-"""
+"""The search for a repair: examples parted, λ along its path, the bench on which the model is moved and restored."""
 
 from __future__ import annotations
 
@@ -29,13 +17,17 @@ from npeff.components import Components
 from npeff.computation import Forward
 from npeff.errors import ArgumentError, DataError
 from npeff.gradients.selection import placed
+from npeff.mending.objective import Directions, Objective
 from npeff.perturbation.weights import Weights
 from npeff.strategies import Strategy
 
 Array = npt.NDArray[Any]
 
-PATH = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+PATH = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 """λ, from careful to bold."""
+
+HALVINGS = 2
+"""Further λ between the last within the tolerance and the first beyond it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +36,10 @@ class Mending:
 
     Attributes:
         components: Whose directions it is made of.
-        coefficients: ``(k,)`` float64 c; all 0 when nothing could be repaired within the tolerance.
-        change: Gᵀc as parameter-shaped tensors: add it to the weights, or use it with :func:`npeff.applied`.
+        layers: The modules whose parts have a step each; one empty name where all layers go together.
+        coefficients: ``(k, len(layers))`` float64 multiples of each component's part in each layer; all 0 when nothing
+            could be repaired within the tolerance.
+        change: What is added to the weights, parameter-shaped: use it with :func:`npeff.applied`.
         repaired: Share of the examples to repair that are answered as labelled, ``(before, after)``, on those that
             neither the fit nor the choice of λ saw when ``held_out`` is true.
         accuracy: Accuracy on the other examples, ``(before, after)``, likewise.
@@ -55,6 +49,7 @@ class Mending:
     """
 
     components: tuple[int, ...]
+    layers: tuple[str, ...]
     coefficients: Array
     change: dict[str, Tensor]
     repaired: tuple[float, float]
@@ -72,6 +67,7 @@ class Mending:
         """JSON-able description, without the change itself."""
         return {
             "components": list(self.components),
+            "layers": list(self.layers),
             "coefficients": self.coefficients.tolist(),
             "repaired": list(self.repaired),
             "accuracy": list(self.accuracy),
@@ -89,13 +85,14 @@ def mend(
     *,
     repair: Sequence[int] | Array | None = None,
     tolerance: float = 0.01,
+    by_layer: bool = True,
     iterations: int = 20,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Mending:
-    """Find a change of the weights within the span of some components that repairs wrong answers.
+    """Find a change of the weights along the directions of some components that repairs wrong answers.
 
     The examples are parted at random: half to fit c, a quarter to choose λ, a quarter to judge. The model is left as it
     was; ``npeff.applied(model, mending.change)`` makes the change.
@@ -108,6 +105,8 @@ def mend(
         repair: Positions in ``data`` of the examples to repair; by default the wrongly predicted ones on which the
             chosen components hold at least half of the coefficients.
         tolerance: Largest fall of the accuracy on all other examples.
+        by_layer: Whether every layer's part of a direction has a step of its own; otherwise, as published, all layers
+            move together along ±g_j.
         iterations: Of the optimiser, per λ.
         forward: ``forward(model, batch) -> logits``.
         device: Where to compute; the model's own device by default.
@@ -130,10 +129,11 @@ def mend(
         raise ArgumentError(f"iterations: expected at least 1, got {iterations}")
     with placed(model, device) as place:
         batches = [read_batch(raw, place, i, forward is not None) for i, raw in enumerate(check_data(data))]
-        return _Bench(model, batches, forward).mend(components, chosen, repair, tolerance, iterations, seed, progress)
+        bench = Bench(model, batches, forward)
+        return bench.mend(components, chosen, repair, tolerance, by_layer, iterations, seed, progress)
 
 
-class _Bench:
+class Bench:
     """The model on its bench: its batches, what it says of them, and weights that can be moved."""
 
     def __init__(self, model: nn.Module, batches: list[Batch], forward: Forward | None) -> None:
@@ -156,6 +156,7 @@ class _Bench:
         chosen: tuple[int, ...],
         repair: Sequence[int] | Array | None,
         tolerance: float,
+        by_layer: bool,
         iterations: int,
         seed: int,
         progress: bool,
@@ -163,15 +164,18 @@ class _Bench:
         """See :func:`mend`."""
         wanted = self._wanted(components, chosen, repair)
         part = _parts(wanted, seed)
-        basis = [
-            {name: tensor.to(self.labels.device) for name, tensor in components.state_dict(j).items()} for j in chosen
-        ]
-        objective = _Objective(self, basis, wanted & (part == 0), ~wanted & (part == 0))
+        device = self.labels.device
+        directions = Directions(
+            [{name: tensor.to(device) for name, tensor in components.state_dict(j).items()} for j in chosen], by_layer
+        )
+        objective = Objective(
+            self.model, self.forward, self.batches, self.labels, self.logits, directions, wanted & (part == 0),
+            ~wanted & (part == 0),
+        )  # fmt: skip
         weights = Weights(self.model)
         try:
-            found = objective.path(weights, iterations, progress)
-            c = self._choose(weights, objective, found, wanted, part, tolerance)
-            objective.move(weights, c)
+            c = self._search(weights, objective, wanted, part, tolerance, iterations, progress)
+            weights.move(directions.change(c), 1.0)
             after = self.outputs()
         finally:
             weights.restore()
@@ -180,8 +184,9 @@ class _Bench:
         R, K = wanted & judged, ~wanted & judged
         return Mending(
             chosen,
-            c,
-            {name: tensor.cpu() for name, tensor in objective.direction(c).items()},
+            directions.layers,
+            directions.coefficients(c),
+            {name: tensor.cpu() for name, tensor in directions.change(c).items()},
             (self._accuracy(self.logits, R), self._accuracy(after, R)),
             (self._accuracy(self.logits, K), self._accuracy(after, K)),
             int(R.sum()),
@@ -214,100 +219,57 @@ class _Bench:
             )
         return wanted
 
-    def _choose(
-        self, weights: Weights, objective: _Objective, found: list[Array], wanted: Array, part: Array, tolerance: float
-    ) -> Array:
-        """The point of the path that repairs most on the part kept for it, within the tolerance; 0 if none does."""
+    def _search(
+        self, weights: Weights, objective: Objective, wanted: Array, part: Array, tolerance: float, iterations: int,
+        progress: bool,
+    ) -> Array:  # fmt: skip
+        """Down the path until two points in a row are beyond the tolerance, then between the last two that differ.
+
+        Returns:
+            The point that repairs most on the part kept for the choice, within the tolerance; 0 if none does.
+        """
         judged = part == 1 if (wanted & (part == 1)).any() else part == 0
-        # k numbers hardly adapt to the examples of the fit: accuracy is watched on these too, three times as many.
+        # A few numbers hardly adapt to the examples of the fit: accuracy is watched on these too, three times as many.
         R, K = wanted & judged, ~wanted & (part != 2)
-        before = self._accuracy(self.logits, K)
-        best, chosen = self._accuracy(self.logits, R), np.zeros(len(objective.basis))
-        for c in found:
-            objective.move(weights, c)
+        floor = self._accuracy(self.logits, K) - tolerance
+        zero = np.zeros(int(np.prod(objective.directions.shape)))
+        best, chosen = self._accuracy(self.logits, R), zero
+
+        def attempt(strength: float, c: Array) -> tuple[Array, bool]:
+            nonlocal best, chosen
+            solution = objective.solve(weights, c, strength, iterations)
+            if solution is None:
+                return c, False
+            weights.move(objective.directions.change(solution), 1.0)
             after = self.outputs()
-            if self._accuracy(after, K) >= before - tolerance and self._accuracy(after, R) > best:
-                best, chosen = self._accuracy(after, R), c
+            within = self._accuracy(after, K) >= floor
+            if within and self._accuracy(after, R) > best:
+                best, chosen = self._accuracy(after, R), solution
+            return solution, within
+
+        c, last_within, first_beyond, beyond = zero, (PATH[0] * 3, zero), None, 0
+        for strength in tqdm(PATH, "mending", disable=not progress):
+            c, within = attempt(strength, c)
+            beyond = 0 if within else beyond + 1
+            if within:
+                last_within, first_beyond = (strength, c), None
+            elif first_beyond is None:
+                first_beyond = strength
+            if beyond == 2:
+                break
+        for _ in range(HALVINGS if first_beyond is not None else 0):
+            assert first_beyond is not None
+            middle = float(np.sqrt(last_within[0] * first_beyond))
+            c, within = attempt(middle, last_within[1])
+            if within:
+                last_within = (middle, c)
+            else:
+                first_beyond = middle
         return chosen
 
     def _accuracy(self, logits: Tensor, which: Array) -> float:
         right = (logits.argmax(1) == self.labels).cpu().numpy()
         return float(right[which].mean()) if which.any() else 0.0
-
-
-class _Objective:
-    """The loss over c, and its gradient ``G ∇_θ``: one backward pass, whatever the number of directions."""
-
-    def __init__(self, bench: _Bench, basis: list[dict[str, Tensor]], R: Array, K: Array) -> None:
-        self.bench, self.basis = bench, basis
-        device = bench.labels.device
-        self.weight_R = torch.from_numpy(R / max(1, R.sum())).to(device)
-        self.weight_K = torch.from_numpy(K / max(1, K.sum())).to(device)
-        named = dict(bench.model.named_parameters(remove_duplicate=False))
-        self.names = [name for name in basis[0] if name in named]
-        self.tensors = [named[name] for name in self.names]
-
-    def direction(self, c: Array) -> dict[str, Tensor]:
-        """Gᵀc, parameter-shaped."""
-        return {
-            name: torch.stack([float(x) * g[name] for x, g in zip(c, self.basis, strict=True)]).sum(0)
-            for name in self.basis[0]
-        }
-
-    def move(self, weights: Weights, c: Array) -> None:
-        """Set the weights to θ + Gᵀc."""
-        weights.move(self.direction(c), 1.0)
-
-    def path(self, weights: Weights, iterations: int, progress: bool) -> list[Array]:
-        """Solutions along falling λ, each started from the one before."""
-        from scipy.optimize import minimize
-
-        c, found = np.zeros(len(self.basis)), []
-        for strength in tqdm(PATH, "mending", disable=not progress):
-            solution = minimize(
-                lambda c, strength=strength: self.value_and_gradient(weights, c, strength),
-                c,
-                jac=True,
-                method="L-BFGS-B",
-                options={"maxiter": iterations},
-            )
-            if np.isfinite(solution.fun):
-                c = np.asarray(solution.x, np.float64)
-                found.append(c)
-        return found
-
-    def value_and_gradient(self, weights: Weights, c: Array, strength: float) -> tuple[float, Array]:
-        """The objective of the module's docstring, and its ``(k,)`` gradient."""
-        self.move(weights, c)
-        value, gradient, start = 0.0, np.zeros(len(c)), 0
-        frozen = [tensor.requires_grad for tensor in self.tensors]
-        try:
-            for tensor in self.tensors:
-                tensor.requires_grad_(True)
-            for batch in self.bench.batches:
-                part = slice(start, start + batch.n_examples)
-                start += batch.n_examples
-                r, k = self.weight_R[part], strength * self.weight_K[part]
-                if not bool((r + k).any()):
-                    continue
-                with torch.enable_grad():
-                    log_p = torch.log_softmax(call_model(self.bench.model, self.bench.forward, batch).double(), 1)
-                    log_q = torch.log_softmax(self.bench.logits[part].double(), 1)
-                    wrong = -log_p.gather(1, self.bench.labels[part, None])[:, 0]
-                    moved = (log_q.exp() * (log_q - log_p)).sum(1)
-                    loss = (r * wrong + k * moved).sum()
-                    slopes = torch.autograd.grad(loss, self.tensors, allow_unused=True)
-                value += float(loss.detach())
-                for i, g in enumerate(self.basis):
-                    gradient[i] += sum(
-                        float((slope.double() * g[name].double()).sum())
-                        for name, slope in zip(self.names, slopes, strict=True)
-                        if slope is not None
-                    )
-        finally:
-            for tensor, was in zip(self.tensors, frozen, strict=True):
-                tensor.requires_grad_(was)
-        return value, gradient
 
 
 def _indices(components: Components, which: int | Sequence[int] | Strategy) -> tuple[int, ...]:
