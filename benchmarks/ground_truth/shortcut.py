@@ -117,9 +117,12 @@ def questions(planted: Planted):
 
 EXACT = {"compress": GramOnly()}
 VARIANTS = {
-    "**NPEFF**": {},
+    "**NPEFF**": {"choose": True},
     "NPEFF, first dense layer": {"fishers": {"parameters": "5.*", **EXACT}},
     "NPEFF, convolutions": {"fishers": {"parameters": ["0.*", "2.*"], **EXACT}},
+    "NPEFF, layers balanced": {"block_weights": "balanced"},
+    "NPEFF, one row each": {"fishers": {"rank": 1}},
+    "NPEFF, diagonal": {"fishers": {"kind": "diagonal", "rank": None}},
 }
 PARTS = {
     "within one prediction": {},
@@ -145,12 +148,13 @@ def parts(p: Planted, r: int) -> dict[str, Fit]:
     return {f"NPEFF, {name}": fit_of(name, options) for name, options in PARTS.items()}
 
 
-def mending(p: Planted, r: int, seed: int, k: int = 8) -> dict[str, float]:
+def mending(p: Planted, r: int, seed: int, k: int = 16, n_labelled: int = 3000) -> dict[str, float]:
     """Find the answer that is under suspicion without knowledge of the patch, and mend the network.
 
     The suspect is the component with the largest share of its coefficients on wrongly predicted examples; the answer,
     what most of its wrong examples are called. To be repaired are all examples that are wrongly called so, through the
-    k components with the largest share of their coefficients on those.
+    k components with the largest share of their coefficients on those: fitted on other labelled images, a fifth of
+    them patched, judged on images that neither saw.
     """
     batches = list(zip(p.inputs.split(250), p.labels.split(250), strict=True))
     fishers = npeff.compute_fishers(p.net, batches, rank=3, compress=TopK(8192), progress=False)
@@ -163,9 +167,16 @@ def mending(p: Planted, r: int, seed: int, k: int = 8) -> dict[str, float]:
 
     suspect = int(share(wrong).argmax())
     answer = int(np.bincount(components.predictions[wrong], W[wrong, suspect]).argmax())
-    repair = wrong & (components.predictions == answer)
-    chosen = np.argsort(-share(repair))[:k]
-    unseen = datasets.fashion_mnist("test").take(slice(len(p.inputs), None))
+    chosen = np.argsort(-share(wrong & (components.predictions == answer)))[:k]
+
+    test = datasets.fashion_mnist("test")
+    unseen, labelled = test.take(slice(len(p.inputs), -n_labelled)), test.take(slice(-n_labelled, None))
+    inputs = labelled.inputs.clone()
+    marks = torch.rand(n_labelled, generator=torch.Generator().manual_seed(seed)) < 0.2
+    inputs[marks] = patched(inputs[marks])
+    with torch.no_grad():
+        said = p.net(inputs).argmax(1)
+    repair = ((said != labelled.labels) & (said == answer)).numpy()
     others = unseen.labels != GIVEN_AWAY
     marked_inputs = patched(unseen.inputs[others])
 
@@ -178,8 +189,8 @@ def mending(p: Planted, r: int, seed: int, k: int = 8) -> dict[str, float]:
 
     before = look()
     result = npeff.mend(
-        p.net, batches, components, chosen.tolist(), repair=np.flatnonzero(repair), seed=seed, iterations=10,
-        progress=False,
+        p.net, list(zip(inputs.split(500), labelled.labels.split(500), strict=True)), components, chosen.tolist(),
+        repair=np.flatnonzero(repair), tolerance=0.005, seed=seed, progress=False,
     )  # fmt: skip
     with npeff.applied(p.net, result.change):
         after = look()
@@ -217,7 +228,7 @@ def main() -> None:
             subject = Subject(
                 p.net, p.inputs, {"convolutions": p.net[3], "last hidden": p.net[6]}, rank=3, compress=TopK(16384)
             )
-            repairs[case].add("8 components", mending(p, args.components, seed))
+            repairs[case].add("16 components", mending(p, args.components, seed))
             methods = {
                 **npeff_methods(subject, args.components, **VARIANTS),
                 **parts(p, args.components),
@@ -225,13 +236,18 @@ def main() -> None:
             }
             for name, method in methods.items():
                 table.add(name, evaluate(method, p.used.astype(int), seed, questions(p)))
+            mended_on = (
+                "Mended on 3 000 other labelled images, a fifth of them patched, layer by layer; judged on images that "
+                "neither the components nor the repair saw. The ceiling for *patched others right* is the accuracy on "
+                "those classes without the patch."
+            )
             note = (
                 f"{args.examples} test images, {args.components} components, {seed + 1} networks per case. Purity and "
                 "the AUCs before *present* are for *reached by the patch* among all images. " + GROUPS
             )
             found = {c: t for c, t in tables.items() if t.values}
             mended = {f"{c}: found without being told, and mended": t for c, t in repairs.items() if t.values}
-            write(args.out, "A patch that gives a class away", [note], found | mended)
+            write(args.out, "A patch that gives a class away", [note, mended_on], found | mended)
 
 
 def _accuracy(p: Planted, which: np.ndarray) -> float:
