@@ -23,8 +23,8 @@ GRAM_BYTES = 4 << 30
 DENSE_RATE, SPARSE_RATE, SCATTER_RATE = 100e9, 10e9, 5e9
 """Operations per second of dense products, of sparse times dense, and of sparse Gram matrices: ratios matter."""
 
-POLISH_STEPS = 30
-"""Steps that a polish is reckoned to take."""
+POLISH_STEPS = 12
+"""Steps over all rows, two products each, that a polish is reckoned to take: three rounds that widen the subspace."""
 
 LEAST_PART = 1 << 20
 """Bytes of rows below which reading by parts makes no sense."""

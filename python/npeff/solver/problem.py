@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from tqdm import tqdm
 from npeff.distributed.place import comm_of
 from npeff.errors import ArgumentError
 from npeff.fishers import Fishers
-from npeff.rows import DenseRows, GramRows
+from npeff.rows import GramRows
 from npeff.solver import published_algorithm
 from npeff.solver.checkpoint import Checkpoint
 from npeff.solver.choice import Plan
+from npeff.solver.coarse import Coarse
 from npeff.solver.diagonal import Diagonal
 from npeff.solver.forms import State
 from npeff.solver.low_rank import LowRank
@@ -134,21 +134,19 @@ class Problem:
         keeper = None
         if checkpoint is not None:
             keeper = self.keeper(Path(checkpoint), {"kind": self.fishers.kind, **asdict(options)})
-        form, lift = self.form, None
-        if isinstance(self.form, LowRank) and initial is None:
-            form, lift = self._coarse(self.form)
+        coarse = self._coarse(self.form) if isinstance(self.form, LowRank) and initial is None else None
         search = Search(
-            form, options.n_components, seed=options.seed, starts=options.starts, moves=options.moves,
+            self.form, options.n_components, seed=options.seed, starts=options.starts, moves=options.moves,
             patience=options.patience, max_iterations=options.max_iterations, tolerance=options.tolerance,
-            callback=callback, save=None if keeper is None else keeper.save, lift=lift, polish_form=self.form,
+            callback=callback, save=None if keeper is None else keeper.save, coarse=coarse,
         )  # fmt: skip
         memory = search.run(None if keeper is None else keeper.load(), initial)
         if keeper is not None:
             keeper.remove()
         return memory
 
-    def _coarse(self, fine: LowRank) -> tuple[LowRank, Callable[[State], State] | None]:
-        """The form to search in, and the way back: a subspace where one holds nearly all of the rows for less work."""
+    def _coarse(self, fine: LowRank) -> Coarse | None:
+        """The form to search in: a subspace where one holds nearly all of the rows for less work."""
         generator = torch.Generator().manual_seed(self.options.seed)
         comm = comm_of(self.space)
         energy = comm.number(float(self.scaled.rows.squared_norms().sum()))
@@ -158,20 +156,9 @@ class Problem:
         most = int(comm.agreed(self.plan.subspace_bytes // per_direction))
         subspace = find_subspace(self.space, energy, self.options.n_components, generator, fine.frozen, most)
         if subspace is None:
-            return fine, None
+            return None
         self.subspace = {"dimensions": subspace.rows.shape[1], "kept": round(subspace.kept, 6)}
-        rows = DenseRows(subspace.rows.cpu().numpy())
-        space = self.shared(SparseSpace(rows, subspace.rows.dtype, subspace.rows.device))
-        scaled = replace(self.scaled, rows=rows, columns=None)
-        coarse = LowRank(space, scaled, self.options.orthogonality, subspace.given, fine.frozen_W)
-
-        def lift(state: State) -> State:
-            coords = subspace.lift(state.coords)
-            if fine.frozen is not None:
-                coords[: len(fine.frozen)] = fine.frozen
-            return fine.from_vectors(coords, state.W)
-
-        return coarse, lift
+        return Coarse(fine, self.scaled, self.options.orthogonality, subspace, self.shared, most)
 
     def _published(self, bar: Any, callback: Callback | None) -> tuple[State, list[float]]:
         began, generator = time.perf_counter(), torch.Generator().manual_seed(self.options.seed)

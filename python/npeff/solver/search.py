@@ -3,7 +3,8 @@
 1. *Starts*: a few random starts, each descended until it slows down; the best goes on.
 2. *Moves*: components made from badly explained examples are added, the enlarged factorisation descends, the least
    useful components are pruned one by one, and the result descends again. Kept if the loss is lower.
-3. *Polish*: the best is descended to the final tolerance.
+3. *Polish*: the best is descended to the final tolerance. After a search in a subspace: a step in the full space, which
+   widens the subspace, and a descent in that, for as long as such rounds help.
 
 The work is cut into units (a start, a move, the polish). A unit's randomness depends on the seed and the unit's number
 alone, so that a run resumed from a checkpoint ends where an uninterrupted one does, bit for bit.
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from npeff.solver.coarse import Coarse
 from npeff.solver.forms import Form, State, usefulness
 from npeff.threads import threads_for
 
@@ -66,6 +68,10 @@ SOUND = 1e-5
 """Difference between a loss and the same loss from P and Q computed anew up to which it is believed."""
 
 
+ROUNDS = 12
+"""Times that a subspace is widened."""
+
+
 class Stopped(Exception):
     """The callback asked for an end."""
 
@@ -91,6 +97,16 @@ class Memory:
     kept: int = 0
 
 
+def _note(memory: Memory, curve: list[float]) -> None:
+    """Continue the curve by losses on the way to the best state's, which ends it."""
+    assert memory.best is not None
+    loss = memory.best.loss
+    memory.curve = [x for x in memory.curve if x > loss]
+    for x in [*curve, loss]:
+        if x >= loss and (not memory.curve or x < memory.curve[-1]):
+            memory.curve.append(x)
+
+
 class Search:
     """One run of the search.
 
@@ -105,8 +121,7 @@ class Search:
         tolerance: Final relative decrease of the loss over WINDOW iterations.
         callback: Called after every iteration; a true answer ends the search with the best so far.
         save: Called with the memory whenever it is worth keeping.
-        lift: Turns the best state of ``form`` into one of ``polish_form``, where the polish takes place.
-        polish_form: By default ``form`` itself.
+        coarse: A subspace to search in; None: everything happens in ``form``.
     """
 
     def __init__(
@@ -122,14 +137,14 @@ class Search:
         tolerance: float,
         callback: Callback | None = None,
         save: Callable[[Memory], None] | None = None,
-        lift: Callable[[State], State] | None = None,
-        polish_form: Form | None = None,
+        coarse: Coarse | None = None,
     ) -> None:
-        self.form, self.r, self.seed = form, r, seed
+        self._full, self._coarse = form, coarse
+        self.form: Form = form if coarse is None else coarse.form
+        self.r, self.seed = r, seed
         self.starts, self.moves, self.patience = starts, moves, patience
         self.max_iterations, self.tolerance = max_iterations, tolerance
         self._callback, self._save = callback, save or (lambda memory: None)
-        self._lift, self._polish_form = lift, polish_form or form
         self._began = time.perf_counter()
 
     def run(self, memory: Memory | None = None, initial: State | None = None) -> Memory:
@@ -143,11 +158,10 @@ class Search:
                         memory.unit = self.starts
                 while memory.unit < self.starts + self.moves and memory.failures < self.patience:
                     self._move(memory)
-            with threads_for(self._polish_form.space.step_bytes):
+            with threads_for(self._full.space.step_bytes):
                 self._polish(memory)
         except Stopped:
-            if self.form is not self._polish_form and memory.best is not None and self._lift is not None:
-                memory.best = self._lift(self.form.refresh(memory.best))
+            self._leave_subspace(memory)
         return memory
 
     # ---- units ---------------------------------------------------------------------------------------------
@@ -183,17 +197,61 @@ class Search:
         self._finish(memory)
 
     def _polish(self, memory: Memory) -> None:
-        """Descend to the final tolerance, in the space of the polish."""
+        """Descend to the final tolerance in the full space, or in subspaces that its steps widen."""
         assert memory.best is not None
-        state = self.form.refresh(memory.best)
-        state = replace(state, loss=memory.best.loss) if self._lift is None else self._lift(state)
-        memory.best, self.form = state, self._polish_form
-        curve: list[float] = [state.loss]
+        coarse = self._coarse
+        if coarse is None:
+            memory.best = replace(self.form.refresh(memory.best), loss=memory.best.loss)
+        elif self._leave_subspace(memory) and self._widen(memory, coarse):
+            return
+        self.form = self._full
+        curve: list[float] = [memory.best.loss]
         try:
-            self._descend(state, memory, "polish", self.tolerance, self.max_iterations, curve)
+            self._descend(memory.best, memory, "polish", self.tolerance, self.max_iterations, curve)
         finally:
             memory.best = self._believed(curve)
             memory.curve += [loss for loss in curve if loss < memory.curve[-1]]
+
+    def _leave_subspace(self, memory: Memory) -> bool:
+        """Turn the best of a search in a subspace into a state of the full space; true once it is one."""
+        if self._coarse is not None and memory.best is not None:
+            memory.best = self._coarse.lift(self.form.refresh(memory.best))
+            _note(memory, [])
+            self._coarse = None
+        return memory.best is not None
+
+    def _widen(self, memory: Memory, coarse: Coarse) -> bool:
+        """Rounds of a step in the full space and a descent in the subspace widened by it.
+
+        Returns:
+            Whether the last round fell short of the final tolerance; if not, no wider subspace was to be had.
+        """
+        for _ in range(ROUNDS):
+            assert memory.best is not None
+            before = memory.best
+            self.form = self._full
+            moved = self.form.step(before)
+            memory.iteration += 1
+            if not moved.loss < before.loss or not self._is_sound(moved):
+                return True
+            memory.best = moved
+            _note(memory, [])
+            wider = coarse.widened(moved)
+            if wider is None:
+                return False
+            coarse, state = wider
+            curve: list[float] = []
+            self.form = coarse.form
+            with threads_for(self.form.space.step_bytes):
+                self._descend(state, memory, "polish", self.tolerance, self.max_iterations, curve)
+                state = self.form.refresh(self._believed(curve))
+            lifted = coarse.lift(state)
+            if lifted.loss < moved.loss:
+                memory.best = lifted
+                _note(memory, curve)
+            if before.loss - memory.best.loss < self.tolerance * before.loss:
+                return True
+        return False
 
     def _is_sound(self, state: State) -> bool:
         """Whether the loss stands when P and Q are computed anew: not so after a numerical accident."""

@@ -26,6 +26,12 @@ MOST_DIMENSIONS = 1024
 LEAST = 1e-6
 """Energy of a direction, as a share of the strongest one's, below which it is dropped: rounding would show."""
 
+LEAST_NEW = 1e-3
+"""The same for directions that widen a subspace: these carry the descent, and the next round finds what was left."""
+
+LEAST_LACKING = 1e-9
+"""Squared length outside the subspace, of a unit vector, that is more than rounding."""
+
 WHITENED_ROWS = 1 << 14
 """Rows that are whitened at a time, in float64."""
 
@@ -88,6 +94,52 @@ def find_subspace(
     return None
 
 
+def widen(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> tuple[Subspace, Tensor] | None:
+    """Add to a subspace what it lacks of some vectors of the full space.
+
+    Args:
+        space: The rows.
+        subspace: The subspace.
+        coords: Full-space coordinates of unit vectors X, ``(r, …)``.
+        P: ``A Xᵀ``.
+
+    Returns:
+        The wider subspace and X in it, ``(r, d + what was lacking)``; None where nothing but rounding was lacking.
+    """
+    inside = _within(space, subspace, coords, P)
+    rest = coords - subspace.lift(inside)
+    P_rest = space.project(rest)
+    squares = space.inner(rest, rest, P_rest).double().diagonal()
+    noise = torch.finfo(P.dtype).eps * space.stretch * rest.double().square().sum(1)
+    lacking = (squares > LEAST_LACKING) & (squares > 1e3 * noise)
+    if not bool(lacking.any()):
+        return None
+    rest = rest[lacking] * squares[lacking].rsqrt().to(P)[:, None]
+    # What was small beside X has lost digits that tell it from the subspace: once more is enough (Giraud et al. 2005).
+    rest = rest - subspace.lift(_within(space, subspace, rest, space.project(rest)))
+    P_rest = space.project(rest)
+    turn = _turn(space.inner(rest, rest, P_rest).double(), LEAST_NEW).to(P)
+    outside = (turn @ space.inner(rest, coords, P)).T
+    wider = Subspace(
+        torch.cat([subspace.basis, rest]),
+        torch.cat(
+            [
+                torch.nn.functional.pad(subspace.turn, (0, turn.shape[1])),
+                torch.nn.functional.pad(turn, (subspace.turn.shape[1], 0)),
+            ]
+        ),
+        torch.cat([subspace.rows, P_rest[: space.n_rows] @ turn.T], 1),
+        subspace.kept,
+        None if subspace.given is None else torch.nn.functional.pad(subspace.given, (0, len(turn))),
+    )
+    return wider, torch.cat([inside, outside], 1)
+
+
+def _within(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> Tensor:
+    """Coordinates in the subspace of full-space vectors' projections on it, ``(r, d)``."""
+    return (subspace.turn @ space.inner(subspace.basis, coords, P)).T
+
+
 def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator, given: Tensor | None) -> Subspace:
     coords = space.random(d if given is None else d - len(given), generator)
     Y = space.project(coords)[: space.n_rows]
@@ -141,6 +193,11 @@ def _orthonormal(space: FactorSpace, coords: Tensor, weights: Tensor | None) -> 
         gram = space.inner(coords, coords, P).double()
     else:
         gram = comm_of(space).sum(weights.T @ P[: space.n_rows]).double()
+    return _turn(gram).to(P), P
+
+
+def _turn(gram: Tensor, least: float = LEAST) -> Tensor:
+    """T ``(d, d₀)`` that makes vectors with these inner products orthonormal, less what is lost in rounding."""
     values, vectors = _eigh((gram + gram.T) / 2)
-    alive = values > LEAST * values.max()
-    return (vectors[:, alive] * values[alive].rsqrt()).T.to(P), P
+    alive = values > least * values.max()
+    return (vectors[:, alive] * values[alive].rsqrt()).T
