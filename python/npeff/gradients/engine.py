@@ -8,7 +8,7 @@ takes a block compresses it and forgets it, so that no (batch, rank, parameters)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -197,14 +197,19 @@ class PerExampleGradients:
             zero.
         """
         columns = columns.to(prepared.logits.dtype)
-        backward(prepared.logits, columns, [rule for rules in prepared.rules.values() for rule in rules])
+        as_factors = {
+            name: paired is not None and paired(self.parameters.named(name), rules)
+            for name, rules in prepared.rules.items()
+        }
+        whole = {id(rule) for name, rules in prepared.rules.items() if not as_factors[name] for rule in rules}
+        backward(prepared.logits, columns, [rule for rules in prepared.rules.values() for rule in rules], whole)
         n, n_columns = prepared.batch.n_examples, columns.shape[2]
         elements = tiles.tile_elements(columns.device)
         # The last layers first: they mostly have the largest gradients, so that a selection's threshold rises early.
         for name in reversed(list(prepared.rules)) if last_first else list(prepared.rules):
             parameter, rules = self.parameters.named(name), prepared.rules.pop(name)
             factors = None
-            if paired is not None and paired(parameter, rules):
+            if as_factors[name]:
                 factors = tiles.pairs(parameter, rules, n, n_columns, elements)
             if factors is not None:
                 yield from factors
@@ -255,11 +260,20 @@ def _form(found: Mapping[str, list[Found]], n_examples: int) -> tuple[object, ..
     return (n_examples > 1, *uses)
 
 
-def backward(logits: Tensor, columns: Tensor, rules: list[Rule]) -> None:
-    """One backward pass per column to the rules' edges; each rule keeps what it needs."""
+def backward(logits: Tensor, columns: Tensor, rules: list[Rule], whole: Container[int] = ()) -> None:
+    """One backward pass per column to the rules' edges; each rule keeps what it needs.
+
+    Args:
+        logits: ``(b, C)`` with their graph.
+        columns: ``(b, C, R)`` cotangents.
+        rules: All rules.
+        whole: ``id`` of those that will be asked for blocks of everything, which they may form at once.
+    """
     takers: dict[tuple[Node, int], list[Rule]] = {}
     for rule in rules:
         rule.reserve(columns.shape[2])
+        if id(rule) in whole:
+            rule.form_early()
         takers.setdefault((rule.edge.node, rule.edge.output_nr), []).append(rule)
     edges = [GradientEdge(*key) for key in takers]
     if not edges:

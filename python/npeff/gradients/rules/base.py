@@ -106,6 +106,9 @@ class Rule(ABC):
     def bytes_per_column(self) -> int:
         """What ``store`` keeps for the whole batch, per column."""
 
+    def form_early(self) -> None:  # noqa: B027 — most rules have nothing to do
+        """Told after ``reserve`` where gradients will be asked for as blocks, all of them: ``store`` may form them."""
+
     @abstractmethod
     def store(self, column: int, delta: Tensor) -> None:
         """Keep what is needed of δ for one column."""

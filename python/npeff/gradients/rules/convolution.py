@@ -57,8 +57,16 @@ def patches(
     )
 
 
+EARLY = 64
+"""δ at least so many times as large as the kernel: gradients are formed as soon as δ is there, to save memory."""
+
+
 class ConvolutionWeight(StackedRule):
-    """Per example ∂/∂K = Σ_positions δ ⊗ patch: one batched product per tile, all columns at once."""
+    """Per example ∂/∂K = Σ_positions δ ⊗ patch: one batched product per tile, all columns at once.
+
+    A small kernel over many positions, as first layers have, is done early instead: column by column, while δ is in the
+    cache, so that δ need not be kept.
+    """
 
     name = "convolution"
 
@@ -73,6 +81,39 @@ class ConvolutionWeight(StackedRule):
         if any(padding):
             inputs = torch.nn.functional.pad(inputs, tuple(chain.from_iterable((p, p) for p in reversed(padding))))
         self._input = self.split(inputs)
+        self._early: Tensor | None = None
+
+    @override
+    def form_early(self) -> None:
+        if self._saves_memory():
+            shape = (self.layout.examples, len(self._kept), *self.use.value.shape)
+            self._early = torch.empty(shape, dtype=self._input.dtype, device=self._input.device)
+            self._under = self._by_groups(slice(None)).clone()  # what it is a view of is used again
+
+    def _saves_memory(self) -> bool:
+        positions = self.layout.positions * math.prod(self.use.output_shape[2:])
+        delta = self.use.output_shape[1] * positions
+        under = self._input.shape[2] * math.prod(self.use.value.shape[2:]) * positions
+        return EARLY * math.prod(self.use.value.shape) <= delta and under <= 2 * delta
+
+    @override
+    def store(self, column: int, delta: Tensor) -> None:
+        if self._early is None:
+            super().store(column, delta)
+            return
+        delta = working(self.split(delta))
+        b, t, channels = delta.shape[:3]
+        delta = delta.reshape(b, t, self._groups, channels // self._groups, -1).movedim(1, 3)  # (b, g, out/g, t, L)
+        delta = delta.reshape(b * self._groups, delta.shape[2], -1)
+        product = torch.bmm(self._under, delta.transpose(1, 2))
+        self._early[:, column] = product.mT.reshape(b, *self.use.value.shape)
+
+    def _by_groups(self, examples: slice) -> Tensor:
+        """What lies under the kernel, ``(b'·g, in/g · kernel, t·L)``."""
+        under = self._patches(examples)
+        b, t = under.shape[:2]
+        under = under.view(b, t, self._groups, -1, math.prod(self.use.output_shape[2:])).movedim(1, 3)
+        return under.reshape(b * self._groups, under.shape[2], -1)
 
     @classmethod
     @override
@@ -89,6 +130,8 @@ class ConvolutionWeight(StackedRule):
 
     @override
     def block(self, examples: slice, rows: slice) -> Tensor:
+        if self._early is not None:
+            return self._early[examples][:, :, rows]
         groups = self._groups
         delta = self.stacked(examples, 2)
         b, t, r, channels = delta.shape[:4]
@@ -96,9 +139,7 @@ class ConvolutionWeight(StackedRule):
         if groups == 1:
             delta = delta[:, :, :, rows]
         out = delta.shape[3]  # (b, g, R, out/g, t, L)
-        under = self._patches(examples).view(b, t, groups, -1, math.prod(self.use.output_shape[2:]))
-        under = under.movedim(1, 3)  # (b, g, in/g · kernel, t, L)
-        under = under.reshape(b * groups, under.shape[2], -1)
+        under = self._by_groups(examples)
         target = self.scratch.take("product", (b * groups, r * out, under.shape[1]), delta)
         product = torch.bmm(delta.reshape(b * groups, r * out, -1), under.transpose(1, 2), out=target)
         shape = (-1, *self.use.value.shape[1:])
