@@ -97,14 +97,18 @@ class Memory:
     kept: int = 0
 
 
+def _end_at(curve: list[float], loss: float) -> None:
+    """Have a falling curve end at a loss, without what lies below it."""
+    while curve and curve[-1] <= loss:
+        curve.pop()
+    curve.append(loss)
+
+
 def _note(memory: Memory, curve: list[float]) -> None:
-    """Continue the curve by losses on the way to the best state's, which ends it."""
+    """Continue the search's curve by losses on the way to the best state's, which ends it."""
     assert memory.best is not None
-    loss = memory.best.loss
-    memory.curve = [x for x in memory.curve if x > loss]
-    for x in [*curve, loss]:
-        if x >= loss and (not memory.curve or x < memory.curve[-1]):
-            memory.curve.append(x)
+    memory.curve += [loss for loss in curve if loss < memory.curve[-1]]
+    _end_at(memory.curve, memory.best.loss)
 
 
 class Search:
@@ -210,7 +214,7 @@ class Search:
             self._descend(memory.best, memory, "polish", self.tolerance, self.max_iterations, curve)
         finally:
             memory.best = self._believed(curve)
-            memory.curve += [loss for loss in curve if loss < memory.curve[-1]]
+            _note(memory, curve)
 
     def _leave_subspace(self, memory: Memory) -> bool:
         """Turn the best of a search in a subspace into a state of the full space; true once it is one."""
@@ -224,7 +228,8 @@ class Search:
         """Rounds of a step in the full space and a descent in the subspace widened by it.
 
         Returns:
-            Whether the last round fell short of the final tolerance; if not, no wider subspace was to be had.
+            Whether the last round fell short of the final tolerance, at its pace; if not, no wider subspace was to be
+            had.
         """
         for _ in range(ROUNDS):
             assert memory.best is not None
@@ -249,18 +254,22 @@ class Search:
             if lifted.loss < moved.loss:
                 memory.best = lifted
                 _note(memory, curve)
-            if before.loss - memory.best.loss < self.tolerance * before.loss:
+            if before.loss - memory.best.loss < self.tolerance * before.loss * max(1, (1 + len(curve)) / WINDOW):
                 return True
         return False
 
     def _is_sound(self, state: State) -> bool:
         """Whether the loss stands when P and Q are computed anew: not so after a numerical accident."""
-        return abs(self.form.solve_W(self.form.refresh(state), 0).loss - state.loss) < SOUND and state.loss > -SOUND
+        return self._agree(self.form.solve_W(self.form.refresh(state), 0), state)
+
+    @staticmethod
+    def _agree(fresh: State, state: State) -> bool:
+        return abs(fresh.loss - state.loss) < SOUND and state.loss > -SOUND
 
     def _believed(self, curve: list[float]) -> State:
         """Where the descent came to, or the last state on its way whose loss stands; the curve ends there, too."""
         if not self._is_sound(self._last):
-            curve[:] = [loss for loss in curve if loss >= self._sound.loss]
+            _end_at(curve, self._sound.loss)
             return self._sound
         return self._last
 
@@ -294,9 +303,12 @@ class Search:
         losses = [state.loss]
         for i in range(1, limit + 1):
             if i % REFRESH == 0:
-                if not self._is_sound(state):
+                fresh = self.form.solve_W(self.form.refresh(state), 0)
+                if not self._agree(fresh, state):
                     break
-                self._sound, state = state, self.form.refresh(state)
+                self._last = self._sound = state = fresh
+                losses = [fresh.loss]  # the pace is judged anew: drift is no fall
+                _end_at(curve, fresh.loss)
             moved = self.form.step(state)
             memory.iteration += 1
             if not moved.loss < losses[-1]:
