@@ -13,8 +13,11 @@ from torch import nn
 import npeff
 from npeff.compress import GramOnly, Sketch, TopK
 from npeff.planning import choices, sizes
+from npeff.planning.advice import advise
+from npeff.planning.choices import Choice
 from npeff.planning.estimate import format_seconds
 from npeff.planning.peak import Peak
+from npeff.planning.quality import gram_error, unit_gram
 from npeff.planning.solving import choose, needed_bytes, operations
 from npeff.storage.container import open_container
 
@@ -136,6 +139,31 @@ def test_kept_share_is_measured(model, data):
             dense = [stored.dense(i) for i in range(len(stored))]
             norms = [np.linalg.norm(a @ a.T if choice.kind == "low_rank" else a) for a in dense]
             assert choice.kept == pytest.approx(float(np.median(norms / stored.norms)), rel=1e-4)
+
+
+def test_error_of_inner_products_is_measured(model, data):
+    planned = npeff.plan(model, data, kind="low_rank", batches=3)
+    exact = unit_gram(npeff.compute_fishers(model, data, progress=False))
+    measured = {type(choice.compress) for choice in planned.choices if choice.gram_error}
+    assert measured == {TopK, Sketch}
+    for choice in planned.choices:
+        if isinstance(choice.compress, TopK | Sketch):
+            stored = npeff.compute_fishers(model, data, compress=choice.compress, progress=False)
+            assert choice.gram_error == pytest.approx(gram_error(unit_gram(stored), exact), rel=1e-3)
+    assert "error of K" in str(planned)
+
+
+def test_advice_takes_what_is_faithful_enough():
+    def choice(compress, disk, error=None, kept=None):
+        return Choice("low_rank", compress, str(compress), disk, 1, 1, 1.0, 1.0, "", kept, error, None)
+
+    top_k, sketch = choice(TopK(8), 20, 0.04), choice(Sketch(1024), 10, 0.08)
+    assert advise([top_k, sketch], 100, 100)[0].flags == "--sketch 1024"
+    assert advise([top_k, choice(Sketch(1024), 10, 0.12)], 100, 100)[0].flags == "--top-k 8"
+    assert advise([choice(TopK(8), 5, 0.3), choice(Sketch(1024), 10, 0.2)], 100, 100)[0].flags == "--sketch 1024"
+    untried = [choice(TopK(8), 20, kept=0.95), choice(Sketch(64), 5)]
+    assert advise(untried, 100, 100)[0].flags == "--top-k 8"
+    assert "keeps 0.95" in advise(untried, 100, 100)[0].reason
 
 
 def test_advice_follows_the_budget(model, data):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from npeff.compress import GramOnly, Sketch, TopK
 from npeff.memory import format_bytes
+from npeff.planning.quality import SKETCH_ERROR, TOP_K_ERROR
 
 if TYPE_CHECKING:
     from npeff.planning.choices import Choice
@@ -36,9 +37,10 @@ class Advice:
 def advise(choices: Sequence[Choice], memory: int, disk: int) -> list[Advice]:
     """One recommendation per kind: the most faithful way that fits, and of equals the smallest.
 
-    Exact rows where file and memory allow; then exact inner products alone; then the smallest top-k that keeps
-    nine tenths of the Fisher's norm; then the way that keeps most: a large top-k, or a sketch, whose error does not
-    depend on how the energy is spread.
+    Exact rows where file and memory allow; then exact inner products alone; then the smallest top-k or sketch whose
+    inner products were close enough to the exact ones in the trial (:mod:`npeff.planning.quality`), or, of the diagonal
+    kind and where exact rows were too large to try, the smallest top-k that keeps nine tenths of the Fisher's norm and
+    a sketch by its theory; then the closest one.
     """
     found = []
     for kind in dict.fromkeys(choice.kind for choice in choices):
@@ -62,28 +64,43 @@ def _pick(kind: str, fitting: Sequence[Choice]) -> Advice:
     if gram is not None:
         reason = f"exact rows do not fit, their inner products do: nothing is lost to the solver, and {_takes(gram)}"
         return Advice(kind, gram.name, reason, "--gram-only")
-    largest = [choice for choice in fitting if isinstance(choice.compress, TopK)]
-    enough = [choice for choice in largest if (choice.kept or 0) >= ENOUGH_KEPT]
-    if enough:
-        best = min(enough, key=lambda choice: choice.disk_bytes)
-        reason = f"the smallest that keeps {ENOUGH_KEPT:.0%} of the Fisher's norm ({best.kept:.2f}); {_takes(best)}"
-        assert isinstance(best.compress, TopK)
-        return Advice(kind, best.name, reason, f"--top-k {best.compress.k}{diagonal}")
-    sketches = [choice for choice in fitting if isinstance(choice.compress, Sketch)]
-    if sketches:
-        best = max(sketches, key=lambda choice: choice.disk_bytes)
-        assert isinstance(best.compress, Sketch)
-        kept = max((choice.kept or 0 for choice in largest), default=0.0)
-        reason = (
-            f"no top-k that fits keeps {ENOUGH_KEPT:.0%} of the Fisher's norm (most {kept:.2f}); inner "
-            f"products of sketches have a standard deviation of at most {(2 / best.compress.d) ** 0.5:.1%} of the "
-            f"norms, however the energy is spread; {_takes(best)}"
-        )
-        return Advice(kind, best.name, reason, f"--sketch {best.compress.d}")
-    best = max(largest, key=lambda choice: choice.kept or 0)
-    assert isinstance(best.compress, TopK)
-    reason = f"keeps most of what fits, {best.kept or 0:.2f} of the Fisher's norm; {_takes(best)}"
-    return Advice(kind, best.name, reason, f"--top-k {best.compress.k}{diagonal}")
+    faithful = [choice for choice in fitting if _is_faithful(choice)]
+    best = min(faithful, key=lambda choice: choice.disk_bytes) if faithful else min(fitting, key=_unfaithfulness)
+    reason = _measured(best)
+    reason = f"the smallest that is faithful enough: {reason}" if faithful else f"the most faithful that fits: {reason}"
+    if isinstance(best.compress, TopK):
+        return Advice(kind, best.name, f"{reason}; {_takes(best)}", f"--top-k {best.compress.k}{diagonal}")
+    assert isinstance(best.compress, Sketch)
+    reason += "; vectors in parameter space take another pass (npeff recover)"
+    return Advice(kind, best.name, f"{reason}; {_takes(best)}", f"--sketch {best.compress.d}")
+
+
+def _expected_error(choice: Choice) -> float | None:
+    """Error of K: measured, or for sketches the standard deviation of an inner product, over the norms."""
+    if choice.gram_error is not None or not isinstance(choice.compress, Sketch):
+        return choice.gram_error
+    return float((2 / choice.compress.d) ** 0.5)
+
+
+def _is_faithful(choice: Choice) -> bool:
+    error = _expected_error(choice)
+    if error is None:
+        return (choice.kept or 0) >= ENOUGH_KEPT
+    return error <= (SKETCH_ERROR if isinstance(choice.compress, Sketch) else TOP_K_ERROR)
+
+
+def _unfaithfulness(choice: Choice) -> float:
+    error = _expected_error(choice)
+    return 1 - (choice.kept or 0) if error is None else error
+
+
+def _measured(choice: Choice) -> str:
+    if choice.gram_error is not None:
+        return f"on the trial's examples inner products of rows are off by {choice.gram_error:.3f} of their size"
+    if isinstance(choice.compress, Sketch):
+        spread = (2 / choice.compress.d) ** 0.5
+        return f"inner products of sketches have a standard deviation of at most {spread:.1%} of the norms"
+    return f"it keeps {choice.kept or 0:.2f} of the Fisher's norm"
 
 
 def _takes(choice: Choice) -> str:

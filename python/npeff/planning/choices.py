@@ -13,6 +13,7 @@ from torch import nn
 from npeff.compress import Compression, GramOnly, Sketch, TopK
 from npeff.fishers import Kind
 from npeff.planning.peak import settled_bytes
+from npeff.planning.quality import gram_error
 from npeff.planning.sizes import example_bytes, kept_entries, name_of, row_bytes
 from npeff.planning.solving import Solving, reckon
 from npeff.planning.trial import SHARD_BYTES, Timing, Trial, run_trial
@@ -42,6 +43,7 @@ class Choice:
         cpu_seconds: Likewise, of the processor.
         timed: The option whose real call was timed.
         kept: ‖stored Fisher‖ / ‖Fisher‖, median over the trial's examples; None where it was not measured.
+        gram_error: ``‖K̂ − K‖ / ‖K‖`` on the trial's examples; None where it was not measured.
         decomposition: What its decomposition takes; None for the diagonal kind.
     """
 
@@ -55,6 +57,7 @@ class Choice:
     cpu_seconds: float
     timed: str
     kept: float | None
+    gram_error: float | None
     decomposition: Solving | None
 
 
@@ -125,6 +128,17 @@ class Trials:
             compress = Sketch(SKETCH_DS[1]) if isinstance(compress, Sketch) else compress
         return compress, self.of(kind, compress)
 
+    def gram_error(self, compress: Compression | None) -> float | None:
+        """The error of K in low-rank Fishers kept in a way; None where exact rows, or this way, were not tried."""
+        if compress is None or isinstance(compress, GramOnly):
+            return 0.0
+        exact, found = self.like("low_rank", None), self.like("low_rank", compress)
+        same = found[0] == compress or (isinstance(compress, TopK) and isinstance(found[0], TopK))
+        if exact[0] is not None or not same:
+            return None
+        key = compress.k if isinstance(compress, TopK) else None
+        return gram_error(found[1].grams[key], exact[1].grams[None]) if key in found[1].grams else None
+
     def _seconds(self, trial: Trial) -> float:
         return trial.one_off.cpu + trial.per_example.cpu * len(trial.ranks)
 
@@ -176,6 +190,7 @@ def weigh(
         cpu_seconds=took.cpu,
         timed=name_of(stand_in),
         kept=1.0 if compress is None or isinstance(compress, GramOnly) else kept,
+        gram_error=trials.gram_error(compress) if kind == "low_rank" else None,
         decomposition=decomposition,
     )
 

@@ -114,6 +114,8 @@ def _rows(choices: Sequence[Choice]) -> list[str]:
     solved = any(choice.decomposition is not None for choice in choices)
     r = next((choice.decomposition.n_components for choice in choices if choice.decomposition is not None), 0)
     head = ["", "disk", "memory", "in memory", "time", "timed as", "norm kept"]
+    measured = any(choice.gram_error for choice in choices)
+    head += ["error of K"] if measured else []
     head += [f"decompose r={r}", "memory", "about"] if solved else []
     table = [head]
     for choice in choices:
@@ -127,6 +129,8 @@ def _rows(choices: Sequence[Choice]) -> list[str]:
             choice.timed,
             kept,
         ]
+        if measured:
+            row.append("" if choice.gram_error is None else f"{choice.gram_error:.3f}")
         if solved and choice.decomposition is not None:
             solving = choice.decomposition
             row += [solving.space, format_bytes(solving.memory_bytes), format_seconds(solving.seconds)]

@@ -21,6 +21,7 @@ from npeff.computation import compute_fishers
 from npeff.fishers import FisherBlock, Fishers, Kind
 from npeff.gradients.factors import FactorOptions, factorise
 from npeff.planning.peak import Peak, settled_bytes
+from npeff.planning.quality import unit_gram
 from npeff.rows import DenseRows, SparseRows
 from npeff.storage.shards import FisherWriter
 
@@ -65,6 +66,7 @@ class Trial:
         counts: ``(n,)`` int64 stored entries per example.
         kept: For ``TopK``, per asked k: median over examples of ‖stored Fisher‖ / ‖Fisher‖.
         columns: For ``TopK``, per asked k: how many parameters the first half of the examples keeps, and all of them.
+        grams: Low-rank kind: :func:`~npeff.planning.quality.unit_gram`, for ``TopK`` per asked k, else under None.
         coverage: Per parameter, the gradient rule that serves it, and why.
         n_outputs: Logits per example.
         n_parameters: Selected parameters, m.
@@ -81,6 +83,7 @@ class Trial:
     counts: Array
     kept: dict[int, float]
     columns: dict[int, tuple[int, int]]
+    grams: dict[int | None, Array]
     coverage: list[dict[str, str]]
     n_outputs: int
     n_parameters: int
@@ -173,6 +176,7 @@ def run_trial(
             counts=_counts(fishers),
             kept=kept,
             columns={k: _kept_columns(fishers, k) for k in ks if sparse},
+            grams={} if kind == "diagonal" else {k: unit_gram(fishers, k) for k in (ks if sparse else (None,))},
             coverage=fishers.coverage,
             n_outputs=int(fishers.logits.shape[1]),
             n_parameters=fishers.n_parameters,
