@@ -178,7 +178,7 @@ def weigh(
         width = compress.d if isinstance(compress, Sketch) else min(m, entries)
         if isinstance(compress, TopK) and compress.k in main.columns:
             width = min(width, _columns(main.columns[compress.k], share))
-        decomposition = reckon(compress, n_examples, n_rows, width, entries, rows, min(r, n_rows), ceiling, rates)
+        decomposition = reckon(compress, n_examples, n_rows, width, entries, rows, min(r, n_rows), ceiling, rates, m)
     return Choice(
         kind=kind,
         compress=compress,

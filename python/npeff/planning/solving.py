@@ -23,8 +23,8 @@ from npeff.solver.spaces import SparseSpace
 from npeff.solver.subspace import DIMENSIONS
 from npeff.threads import threads_for
 
-STEPS_PER_ROOT = 190
-"""Steps of a whole search (three starts, up to forty moves) per √r: measured searches took 170 to 240."""
+STEPS_PER_ROOT = 280
+"""Steps of a whole search (three starts, up to forty moves) per √r: measured searches took 220 to 400."""
 
 PROBE_ROWS = 20_000
 """Most rows that steps are timed on; beyond, their time grows with the rows."""
@@ -52,7 +52,7 @@ class Solving:
 
 
 def needed_bytes(
-    compress: Compression | None, n_examples: int, n_rows: int, width: int, stored: int, r: int
+    compress: Compression | None, n_examples: int, n_rows: int, width: int, stored: int, r: int, n_parameters: int = 0
 ) -> dict[str, int]:
     """Bytes that a decomposition takes in each space that could serve it.
 
@@ -63,6 +63,7 @@ def needed_bytes(
         width: Columns that hold entries.
         stored: Bytes of the rows as stored.
         r: Components.
+        n_parameters: Of the model: where entries are sparse, a number for each is held while columns are counted.
     """
     most = r + r // 2 + 8  # a move adds up to r/4·√2 components before some are dropped
     state = 4 * most * 6 * (n_rows + n_examples)
@@ -73,10 +74,11 @@ def needed_bytes(
     if isinstance(compress, GramOnly):
         return {"gram": state + subspace + 4 * n_rows**2}
     held = stored * (2 if isinstance(compress, TopK) else 1)  # sparse rows and their transpose
+    counting = stored + 8 * n_parameters if isinstance(compress, TopK) else 0
     return {
-        "gram": state + subspace + 4 * n_rows**2 + held + 8 * r * width,
-        "sparse": state + subspace + wide + held,
-        "sketch": state + subspace + wide + (64 << 20),
+        "gram": max(counting, state + subspace + 4 * n_rows**2 + held + 8 * r * width),
+        "sparse": max(counting, state + subspace + wide + held),
+        "sketch": max(counting, state + subspace + wide + (64 << 20)),
     }
 
 
@@ -163,6 +165,7 @@ def reckon(
     r: int,
     ceiling: int,
     rates: tuple[Timing, Timing],
+    n_parameters: int,
 ) -> Solving:
     """Memory and expected time of one decomposition of low-rank Fishers.
 
@@ -176,8 +179,9 @@ def reckon(
         r: Components.
         ceiling: Memory allowed.
         rates: :func:`dense_operation`, and :func:`step_seconds` for these examples and r.
+        n_parameters: Selected parameters of the model.
     """
-    needs = needed_bytes(compress, n_examples, n_rows, width, stored, r)
+    needs = needed_bytes(compress, n_examples, n_rows, width, stored, r, n_parameters)
     work = operations(compress, n_rows, width, entries, r)
     space, reason = choose(compress, needs, work, n_rows, ceiling)
     operation, step = rates

@@ -93,8 +93,8 @@ def choose_space(
     r, R, width = n_components + n_components // 2 + 8, rows.n_rows, rows.n_columns
     counts = None
     if isinstance(rows, SparseRows):
-        counts = column_counts(rows).astype(np.float64)
-        counts = counts[counts >= max(1, least_per_column)]
+        counts = column_counts(rows)
+        counts = counts[counts >= max(1, least_per_column)].astype(np.float64)
         width = len(counts)
     state = number * r * (6 * R + 6 * n_examples)  # P, its change, W∘P, W and copies of them
     coords = 5 * number * n_components * width

@@ -142,8 +142,7 @@ def scale(
         K = GramRows(rows.values * per_row * per_row[:, None])
         return ScaledRows(K, fishers.row_offsets, None, ours, weights, per_row)
     if columns is None and isinstance(rows, SparseRows):
-        counts = column_counts(rows, part_bytes)
-        columns = np.flatnonzero(counts >= max(1, min_nonzero_per_column)).astype(np.int64)
+        columns = np.flatnonzero(column_counts(rows, part_bytes) >= max(1, min_nonzero_per_column))
     scaled = StreamedRows(rows, per_row, factors, columns, part_bytes)
     return ScaledRows(scaled if stream else scaled.whole(), fishers.row_offsets, columns, ours, weights, per_row)
 
