@@ -27,6 +27,9 @@ from npeff.gradients.rules import Found, Rule, Unsupported
 if TYPE_CHECKING:
     from npeff.gradients.engine import PerExampleGradients
 
+LONG = 4096
+"""Elements of an example's gradient from which on it is added alone."""
+
 _ABSOLUTE = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -169,6 +172,15 @@ def _dense(gradient: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Ten
     return like.detach().new_zeros(shape) if gradient is None else dense(gradient).detach()
 
 
+def _add_examples(total: Tensor, values: Tensor) -> None:
+    """Add ``(b', w)`` to a float64 ``(w,)``: long rows one by one, so that no copy in float64 is made."""
+    if values.shape[1] < LONG:
+        total += values.to(torch.float64).sum(dim=0)
+        return
+    for row in values:
+        total += row
+
+
 def _pick(entry: Found, n: int, probes: list[int], deltas: list[Tensor], engine: PerExampleGradients) -> int:
     """The first layout in which a lone example's δ stays on its own rows.
 
@@ -210,18 +222,19 @@ def _compare(
     total = torch.zeros(parameter.numel, dtype=torch.float64, device=truth[0].device)
     lone = {probe: torch.zeros_like(total) for probe in probes}
     for block in tiles.tiles(parameter, rules, n, 1, False, tiles.TILE_ELEMENTS):
-        values = block.values[:, 0].to(torch.float64)
+        values = block.values[:, 0]
         width = values.shape[2]
         if isinstance(block.starts, int):
             start = block.starts - parameter.offset
-            total[start : start + width] += values[:, 0].sum(dim=0)
+            _add_examples(total[start : start + width], values[:, 0])
         else:
+            values = values.to(torch.float64)
             total.view(-1, width).index_add_(
                 0, (block.starts - parameter.offset).reshape(-1) // width, values.reshape(-1, width)
             )
         for probe in probes:
             if block.examples.start <= probe < block.examples.stop:
-                mine = values[probe - block.examples.start]
+                mine = values[probe - block.examples.start].to(torch.float64)
                 if isinstance(block.starts, int):
                     lone[probe][start : start + width] += mine[0]
                 else:
