@@ -282,7 +282,8 @@ def main() -> None:
             runs[name].append(found)
             print(part, seed, name, {k: round(float(v), 4) for k, v in found.items()}, flush=True)
             if len({len(done) for done in runs.values()}) == 1:  # a seed is complete
-                done = f"{seed + 1} seed{'s' if seed else ''} on test data:"
+                count = len(runs["without"])
+                done = f"{count} seed{'s' if count > 1 else ''} on test data:"
                 (args.out / f"safr_{part}.md").write_text("\n".join([*head, done, "", *table(runs)]))
 
 

@@ -138,10 +138,10 @@ def parts(p: Planted, r: int) -> dict[str, Fit]:
         which = np.flatnonzero(wrong if name.startswith("wrong") else p.called)
 
         def fit(seed: int) -> Scores:
-            some = Subject(p.net, p.inputs[which], {}, rank=3)
-            fishers = some.fishers(**EXACT, **options)
-            some_scores = npeff_scores(npeff.decompose(fishers, min(r, len(which) // 4), seed=seed, progress=False))
-            return some_scores.spread(which, len(p.inputs))
+            some = Subject(p.net, p.inputs[which], {}, rank=3, compress=TopK(16384))
+            fishers = some.fishers(**options)
+            components = npeff.decompose(fishers, min(r, len(which) // 4), seed=seed, progress=False)
+            return npeff_scores(components, fishers, seed).spread(which, len(p.inputs))
 
         return fit
 
