@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import h5py
@@ -16,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import planted
 from npeff.errors import ArgumentError, ForeignFileError, NewerFileError, StorageError, TruncatedFileError
 from npeff.fishers import Fishers
 from npeff.parameters import Parameters
-from npeff.rows import DenseRows, SparseRows
+from npeff.rows import DenseRows, SparseRows, concatenate
 from npeff.storage import container, describe, files, hdf5, load, save_fishers, store
 from npeff.storage.store import write_fishers
 from stored_samples import (
@@ -406,3 +408,17 @@ def test_all_kept_files_of_format_1_are_there():
 
 def test_saving_takes_a_string(tmp_path):
     assert save_fishers(fishers_of(), str(tmp_path / "s.h5")).exists()
+
+
+@pytest.mark.parametrize("kind", [DenseRows, SparseRows])
+def test_stacking_lets_go_of_the_parts(kind: type) -> None:
+    """Exact Fishers are gigabytes: while they are joined, what is copied must not stay."""
+    dense = [np.full((2, 5), i + 1, np.float32) for i in range(4)]
+    parts = [DenseRows(a) if kind is DenseRows else planted.sparse(a) for a in dense]
+    gone = [weakref.ref(part.values) for part in parts]
+    expected = np.concatenate(dense)
+    dense.clear()
+    rows = concatenate(parts)
+    assert parts == []
+    assert all(array() is None for array in gone)
+    np.testing.assert_array_equal(rows.dense(0, 8), expected)

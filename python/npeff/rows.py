@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,20 +191,35 @@ class GramRows:
 Rows = SparseRows | DenseRows | GramRows
 
 
-def concatenate(parts: Sequence[Rows]) -> Rows:
-    """Stack rows of one type and one width.
+def concatenate(parts: list[Rows]) -> Rows:
+    """Stack rows of one type and one width; no part is held twice for longer than it takes to copy it.
 
     Args:
-        parts: At least one; all sparse or all dense.
+        parts: At least one; all sparse or all dense. The list is emptied.
 
     Returns:
         Rows of the same type, all parts' rows in order.
     """
     if isinstance(parts[0], DenseRows):
-        return DenseRows(np.concatenate([part.values for part in parts]))
+        return DenseRows(_stacked([part.values for part in parts if isinstance(part, DenseRows)], parts))
     sparse = [part for part in parts if isinstance(part, SparseRows)]
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part.indptr) for part in sparse]))]).astype(
-        np.int64
-    )
-    indices = np.concatenate([part.indices for part in sparse])
-    return SparseRows(indptr, indices, np.concatenate([part.values for part in sparse]), sparse[0].n_columns)
+    lengths = np.concatenate([np.diff(part.indptr) for part in sparse])
+    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    indices, values, n_columns = [p.indices for p in sparse], [p.values for p in sparse], sparse[0].n_columns
+    sparse.clear()
+    parts.clear()
+    return SparseRows(indptr, _stacked(indices), _stacked(values), n_columns)
+
+
+def _stacked(arrays: list[Array], holders: list[Rows] | None = None) -> Array:
+    """``np.concatenate`` that lets go of every array, and of what holds it, once it is copied."""
+    if holders is not None:
+        holders.clear()
+    out = np.empty((sum(len(array) for array in arrays), *arrays[0].shape[1:]), np.result_type(*arrays))
+    start = 0
+    arrays.reverse()
+    while arrays:
+        array = arrays.pop()
+        out[start : start + len(array)] = array
+        start += len(array)
+    return out

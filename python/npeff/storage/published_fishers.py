@@ -184,7 +184,7 @@ def _rows(path: Path, values: h5py.Dataset, indices: h5py.Dataset, sizes: Array,
                 raise StorageError(f"{path}: damaged: a row has two entries for one parameter")
         indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(mine)))]).astype(np.int64)
         parts.append(SparseRows(indptr, index.astype(index_dtype(m)), value, m))
-    rows = concatenate(parts)
+    rows = concatenate([*parts])
     assert isinstance(rows, SparseRows), "sparse parts give sparse rows"
     return rows
 

@@ -301,14 +301,15 @@ class FisherWriter:
     def _in_memory(self, coverage: Any) -> Fishers:
         blocks, self._blocks = self._blocks, []
         counts = np.concatenate([block.row_counts for block in blocks])
+        names = ("norms", "logits", "labels", "ids")
+        fields: dict[str, Any] = {name: np.concatenate([getattr(block, name) for block in blocks]) for name in names}
+        rows = [block.rows for block in blocks]
+        blocks.clear()
         return Fishers(
             kind=self.header["kind"],
-            rows=concatenate([block.rows for block in blocks]),
+            rows=concatenate(rows),
             row_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            norms=np.concatenate([block.norms for block in blocks]),
-            logits=np.concatenate([block.logits for block in blocks]),
-            labels=np.concatenate([block.labels for block in blocks]),
-            ids=np.concatenate([block.ids for block in blocks]),
+            **fields,
             parameters=Parameters.from_json(self.header["parameters"]),
             provenance=self.header["provenance"],
             coverage=coverage,
