@@ -122,9 +122,11 @@ def opacus_samplers(case: Case, kind: str) -> Rows:
 def vmap_jacrev(case: Case, kind: str) -> Rows:
     """torch.func: vmap over examples of jacrev of Sᵀ·logits."""
     parameters = {name: tensor.detach() for name, tensor in case.model.named_parameters()}
-    columns, model = _columns(case), copy.deepcopy(case.model)
-    if isinstance(case.inputs, dict):
-        model.set_attn_implementation("eager")  # SDPA's masks are made by looking at values, which vmap cannot
+    columns, model, given = _columns(case), copy.deepcopy(case.model), case.inputs
+    if isinstance(given, dict):  # the library's own masks are made by looking at values, which vmap cannot
+        model.set_attn_implementation("eager")
+        hidden = (1 - given["attention_mask"][:, None, None, :].float()) * torch.finfo(torch.float32).min
+        given = {**given, "attention_mask": hidden.expand(-1, -1, hidden.shape[3], -1).contiguous()}
 
     def projected(theta: dict[str, Tensor], inputs: Tensor | dict[str, Tensor], s: Tensor) -> Tensor:
         if isinstance(inputs, dict):
@@ -135,9 +137,7 @@ def vmap_jacrev(case: Case, kind: str) -> Rows:
         return s.T @ logits[0]
 
     def rows() -> Pieces:
-        jacobians = torch.func.vmap(torch.func.jacrev(projected), in_dims=(None, 0, 0))(
-            parameters, case.inputs, columns
-        )
+        jacobians = torch.func.vmap(torch.func.jacrev(projected), in_dims=(None, 0, 0))(parameters, given, columns)
         pieces = list(jacobians.values())
         return _squared(pieces) if kind == "diagonal" else pieces
 
