@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     )
     from npeff.planning import Plan, plan
     from npeff.reports import report
+    from npeff.solver.course import Progress
     from npeff.solver.published_algorithm import PublishedOptions
-    from npeff.solver.search import Progress
     from npeff.storage import load
     from npeff.strategies import Strategy
     from npeff.token_batches import TokenBatches
@@ -113,7 +113,7 @@ _HOMES = {
     "Mending": "mending",
     "Moved": "perturbation",
     "Plan": "planning",
-    "Progress": "solver.search",
+    "Progress": "solver.course",
     "PublishedOptions": "solver.published_algorithm",
     "Sketch": "compress",
     "Strategy": "strategies",

@@ -17,12 +17,12 @@ from npeff.errors import ArgumentError, DataError
 from npeff.fishers import Fishers
 from npeff.rows import SparseRows
 from npeff.solver.choice import SpaceName
+from npeff.solver.course import Callback
 from npeff.solver.forms import State
 from npeff.solver.options import Algorithm, Options, checked_and_scaled
 from npeff.solver.problem import Problem
 from npeff.solver.published_algorithm import PublishedOptions
 from npeff.solver.scaling import BlockWeights, Normalize
-from npeff.solver.search import Callback
 
 Array = npt.NDArray[Any]
 

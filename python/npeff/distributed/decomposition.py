@@ -24,9 +24,9 @@ from npeff.distributed.sharded_space import ShardedSpace
 from npeff.errors import ArgumentError, StorageError
 from npeff.fishers import Fishers
 from npeff.solver.checkpoint import Checkpoint
+from npeff.solver.course import Memory, Progress
 from npeff.solver.options import Options
 from npeff.solver.problem import Problem
-from npeff.solver.search import Memory, Progress
 
 OURS = ("init", "checkpoint", "callback", "progress", "device", "published")
 """Arguments of ``decompose`` that do not determine the result by themselves."""

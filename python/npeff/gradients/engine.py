@@ -8,13 +8,13 @@ takes a block compresses it and forgets it, so that no (batch, rank, parameters)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from npeff.batches import Batch
 from npeff.errors import ModelError
@@ -22,9 +22,9 @@ from npeff.gradients import tiles
 from npeff.gradients.eligibility import check_eligible
 from npeff.gradients.fallback import Fallback, Logits, groups
 from npeff.gradients.graph import Graph, Value
+from npeff.gradients.passes import backward, small_products
 from npeff.gradients.rules import Found, Rule, Unsupported, find_uses
 from npeff.gradients.rules.base import Scratch
-from npeff.gradients.rules.linear import MatrixBias, MatrixProduct
 from npeff.gradients.selfcheck import check_rules
 from npeff.gradients.tiles import Block, Pairs
 from npeff.parameters import Parameter, Parameters
@@ -260,61 +260,3 @@ def _form(found: Mapping[str, list[Found]], n_examples: int) -> tuple[object, ..
         for name, entries in found.items()
     )
     return (n_examples > 1, *uses)
-
-
-def backward(
-    logits: Tensor, columns: Tensor, rules: list[Rule], whole: Container[int] = (), at_once: bool = False
-) -> None:
-    """One backward pass per column to the rules' edges, or all in one; each rule keeps what it needs.
-
-    Args:
-        logits: ``(b, C)`` with their graph.
-        columns: ``(b, C, R)`` cotangents.
-        rules: All rules.
-        whole: ``id`` of those that will be asked for blocks of everything, which they may form at once.
-        at_once: One pass with the columns side by side, where the graph's operations can do that.
-    """
-    takers: dict[tuple[Node, int], list[Rule]] = {}
-    for rule in rules:
-        rule.reserve(columns.shape[2])
-        if id(rule) in whole:
-            rule.form_early()
-        takers.setdefault((rule.edge.node, rule.edge.output_nr), []).append(rule)
-    edges = [GradientEdge(*key) for key in takers]
-    if not edges:
-        return
-    together = _side_by_side(logits, edges, columns) if at_once and columns.shape[2] > 1 else None
-    for column in range(columns.shape[2]):
-        if together is not None:
-            deltas = [None if delta is None else delta[column] for delta in together]
-        else:
-            deltas = list(
-                torch.autograd.grad(logits, edges, columns[:, :, column], retain_graph=True, allow_unused=True)
-            )
-        for sharing, delta in zip(takers.values(), deltas, strict=True):
-            if delta is None:
-                delta = logits.new_zeros(sharing[0].use.output_shape)
-            for rule in sharing:
-                rule.store(column, delta.detach())
-
-
-def _side_by_side(logits: Tensor, edges: list[GradientEdge], columns: Tensor) -> tuple[Tensor | None, ...] | None:
-    """δ of all columns, ``(R, …)`` per edge; None where an operation cannot take them side by side."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        try:
-            return torch.autograd.grad(
-                logits, edges, columns.permute(2, 0, 1), retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
-        except RuntimeError:
-            return None
-
-
-def small_products(rules: Iterable[Rule]) -> bool:
-    """Whether the backward passes are matrix products with one row per example, as in a multilayer perceptron.
-
-    One pass over all columns makes R·b rows of b, for which the products are far more efficient, and calls every
-    operation once in place of R times. With many rows per example already, and with convolutions, it gains nothing and
-    takes R times the memory.
-    """
-    return all(isinstance(rule, (MatrixProduct, MatrixBias)) and rule.layout.positions == 1 for rule in rules)

@@ -13,14 +13,14 @@ import torch
 
 from npeff.errors import ResumeError, StorageError
 from npeff.rows import SparseRows
+from npeff.solver.course import Memory
 from npeff.solver.forms import State
 from npeff.solver.scaling import ScaledRows
-from npeff.solver.search import Memory
 from npeff.streamed_rows import StreamedRows
 
 
 class Checkpoint:
-    """Keeps a :class:`npeff.solver.search.Memory` in one ``.npz`` file.
+    """Keeps a :class:`npeff.solver.course.Memory` in one ``.npz`` file.
 
     Args:
         path: The file; its folder must exist.

@@ -21,12 +21,13 @@ from npeff.solver import published_algorithm
 from npeff.solver.checkpoint import Checkpoint
 from npeff.solver.choice import Plan
 from npeff.solver.coarse import Coarse
+from npeff.solver.course import Callback, Memory, Progress
 from npeff.solver.diagonal import Diagonal
 from npeff.solver.forms import State
 from npeff.solver.low_rank import LowRank
 from npeff.solver.options import Options
 from npeff.solver.scaling import ScaledRows
-from npeff.solver.search import Callback, Memory, Progress, Search
+from npeff.solver.search import Search
 from npeff.solver.sketch_space import SketchSpace
 from npeff.solver.spaces import FactorSpace, GramSpace, SparseSpace
 from npeff.solver.subspace import find_subspace

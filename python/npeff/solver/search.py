@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from npeff.solver.coarse import Coarse
+from npeff.solver.course import Callback, Memory, Progress, Stopped, end_at
 from npeff.solver.forms import Form, State, usefulness
 from npeff.threads import threads_for
 
@@ -39,76 +39,11 @@ PRUNING_NOISE = 0.5
 MOVE_TOLERANCE = 1e-4
 """Starts and moves end when the loss falls by less than this share in WINDOW iterations."""
 
-
-@dataclass(frozen=True)
-class Progress:
-    """What a callback is told after every iteration.
-
-    Attributes:
-        stage: ``"start"``, ``"move"`` or ``"polish"``.
-        unit: Number of the start or move within its stage.
-        iteration: Iterations done so far, over all stages.
-        loss: Relative loss of the factorisation at hand.
-        best: Relative loss of the best one so far.
-        seconds: Since the search began (or was resumed).
-    """
-
-    stage: str
-    unit: int
-    iteration: int
-    loss: float
-    best: float
-    seconds: float
-
-
-Callback = Callable[[Progress], Any]
-
-
 SOUND = 1e-5
 """Difference between a loss and the same loss from P and Q computed anew up to which it is believed."""
 
-
 ROUNDS = 12
 """Times that a subspace is widened."""
-
-
-class Stopped(Exception):
-    """The callback asked for an end."""
-
-
-@dataclass
-class Memory:
-    """All that a search must remember between units.
-
-    Attributes:
-        unit: Units finished.
-        failures: Moves since the last that helped.
-        iteration: Iterations done.
-        best: The best factorisation.
-        curve: Its losses: those of its start, then of every improvement.
-        kept: Moves that helped.
-    """
-
-    unit: int = 0
-    failures: int = 0
-    iteration: int = 0
-    best: State | None = None
-    curve: list[float] = field(default_factory=list)
-    kept: int = 0
-
-
-def _end_at(curve: list[float], loss: float) -> None:
-    """Have a falling curve end at a loss, without what lies below it."""
-    while curve and curve[-1] <= loss:
-        curve.pop()
-    curve.append(loss)
-
-
-def _note(memory: Memory, curve: list[float]) -> None:
-    """Continue the search's curve by losses on the way to the best state's, which ends it."""
-    assert memory.best is not None
-    memory.curve += [loss for loss in curve if loss < memory.curve[-1]]
-    _end_at(memory.curve, memory.best.loss)
 
 
 class Search:
@@ -214,13 +149,13 @@ class Search:
             self._descend(memory.best, memory, "polish", self.tolerance, self.max_iterations, curve)
         finally:
             memory.best = self._believed(curve)
-            _note(memory, curve)
+            memory.note(curve)
 
     def _leave_subspace(self, memory: Memory) -> bool:
         """Turn the best of a search in a subspace into a state of the full space; true once it is one."""
         if self._coarse is not None and memory.best is not None:
             memory.best = self._coarse.lift(self.form.refresh(memory.best))
-            _note(memory, [])
+            memory.note([])
             self._coarse = None
         return memory.best is not None
 
@@ -240,7 +175,7 @@ class Search:
             if not moved.loss < before.loss or not self._is_sound(moved):
                 return True
             memory.best = moved
-            _note(memory, [])
+            memory.note([])
             wider = coarse.widened(moved)
             if wider is None:
                 return False
@@ -253,7 +188,7 @@ class Search:
             lifted = coarse.lift(state)
             if lifted.loss < moved.loss:
                 memory.best = lifted
-                _note(memory, curve)
+                memory.note(curve)
             if before.loss - memory.best.loss < self.tolerance * before.loss * max(1, (1 + len(curve)) / WINDOW):
                 return True
         return False
@@ -269,7 +204,7 @@ class Search:
     def _believed(self, curve: list[float]) -> State:
         """Where the descent came to, or the last state on its way whose loss stands; the curve ends there, too."""
         if not self._is_sound(self._last):
-            _end_at(curve, self._sound.loss)
+            end_at(curve, self._sound.loss)
             return self._sound
         return self._last
 
@@ -308,7 +243,7 @@ class Search:
                     break
                 self._last = self._sound = state = fresh
                 losses = [fresh.loss]  # the pace is judged anew: drift is no fall
-                _end_at(curve, fresh.loss)
+                end_at(curve, fresh.loss)
             moved = self.form.step(state)
             memory.iteration += 1
             if not moved.loss < losses[-1]:

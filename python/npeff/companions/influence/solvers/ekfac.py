@@ -14,7 +14,8 @@ from npeff.companions.influence.solvers.base import Inverse, Solution, Solver, r
 from npeff.companions.influence.solvers.factor_rows import FactorRows, OutputLoss, Outputs
 from npeff.companions.influence.solvers.kronecker import Layer, find_layers, from_matrices, pairs, to_matrices
 from npeff.errors import ArgumentError, ModelError
-from npeff.gradients.engine import PerExampleGradients, Prepared, backward
+from npeff.gradients.engine import PerExampleGradients, Prepared
+from npeff.gradients.passes import backward
 
 
 @dataclass(frozen=True)
