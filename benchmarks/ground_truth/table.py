@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -75,7 +76,7 @@ def evaluate(
 def write(name: str, title: str, paragraphs: list[str], tables: dict[str, Table]) -> None:
     """``benchmarks/results/<name>.md``: what was run, on what, and what came out."""
     RESULTS.mkdir(exist_ok=True)
-    arguments = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    arguments = [shlex.quote(Path(word).name if "/" in word else word) for word in sys.argv[1:]]
     lines = [
         f"# {title}",
         "",
