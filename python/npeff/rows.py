@@ -201,7 +201,9 @@ def concatenate(parts: list[Rows]) -> Rows:
         Rows of the same type, all parts' rows in order.
     """
     if isinstance(parts[0], DenseRows):
-        return DenseRows(_stacked([part.values for part in parts if isinstance(part, DenseRows)], parts))
+        dense = [part.values for part in parts if isinstance(part, DenseRows)]
+        parts.clear()
+        return DenseRows(_stacked(dense))
     sparse = [part for part in parts if isinstance(part, SparseRows)]
     lengths = np.concatenate([np.diff(part.indptr) for part in sparse])
     indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -211,10 +213,8 @@ def concatenate(parts: list[Rows]) -> Rows:
     return SparseRows(indptr, _stacked(indices), _stacked(values), n_columns)
 
 
-def _stacked(arrays: list[Array], holders: list[Rows] | None = None) -> Array:
-    """``np.concatenate`` that lets go of every array, and of what holds it, once it is copied."""
-    if holders is not None:
-        holders.clear()
+def _stacked(arrays: list[Array]) -> Array:
+    """``np.concatenate`` that lets go of every array once it is copied."""
     out = np.empty((sum(len(array) for array in arrays), *arrays[0].shape[1:]), np.result_type(*arrays))
     start = 0
     arrays.reverse()

@@ -71,7 +71,7 @@ def _pick(kind: str, fitting: Sequence[Choice]) -> Advice:
     if isinstance(best.compress, TopK):
         return Advice(kind, best.name, f"{reason}; {_takes(best)}", f"--top-k {best.compress.k}{diagonal}")
     assert isinstance(best.compress, Sketch)
-    reason += "; vectors in parameter space take another pass (npeff recover)"
+    reason += "; vectors in parameter space take another pass (components.recover)"
     return Advice(kind, best.name, f"{reason}; {_takes(best)}", f"--sketch {best.compress.d}")
 
 
@@ -98,7 +98,7 @@ def _measured(choice: Choice) -> str:
     if choice.gram_error is not None:
         return f"on the trial's examples inner products of rows are off by {choice.gram_error:.3f} of their size"
     if isinstance(choice.compress, Sketch):
-        spread = (2 / choice.compress.d) ** 0.5
+        spread = _expected_error(choice)
         return f"inner products of sketches have a standard deviation of at most {spread:.1%} of the norms"
     return f"it keeps {choice.kept or 0:.2f} of the Fisher's norm"
 

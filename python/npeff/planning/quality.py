@@ -40,7 +40,7 @@ def unit_gram(fishers: Fishers, k: int | None = None) -> Array:
     n = max(1, int(np.searchsorted(offsets, ROWS, side="right")) - 1) if len(offsets) > 1 else 0
     rows, R = fishers.rows, int(offsets[n]) if n else 0
     if k is not None and isinstance(rows, SparseRows):
-        rows = _largest(rows.part(0, R), offsets[: n + 1], k)
+        rows = largest_entries(rows.part(0, R), offsets[: n + 1], k)
     K, scale = rows.gram(0, R), np.zeros(R)
     for i in range(n):
         own = slice(int(offsets[i]), int(offsets[i + 1]))
@@ -55,7 +55,8 @@ def gram_error(found: Array, exact: Array) -> float | None:
     return float(np.linalg.norm(found - exact)) / size if found.shape == exact.shape and size > 0 else None
 
 
-def _largest(rows: SparseRows, offsets: Array, k: int) -> SparseRows:
+def largest_entries(rows: SparseRows, offsets: Array, k: int) -> SparseRows:
+    """The rows with all but the k largest entries of each example, ``offsets[i] … offsets[i + 1]``, set to zero."""
     values = np.array(rows.values)
     for start, stop in itertools.pairwise(offsets):
         own = values[int(rows.indptr[start]) : int(rows.indptr[stop])]

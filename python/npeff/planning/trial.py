@@ -21,7 +21,7 @@ from npeff.computation import compute_fishers
 from npeff.fishers import FisherBlock, Fishers, Kind
 from npeff.gradients.factors import FactorOptions, factorise
 from npeff.planning.peak import Peak, settled_bytes
-from npeff.planning.quality import unit_gram
+from npeff.planning.quality import largest_entries, unit_gram
 from npeff.rows import DenseRows, SparseRows
 from npeff.storage.shards import FisherWriter
 
@@ -234,15 +234,11 @@ def _kept_share(fishers: Fishers, k: int) -> float:
     """Median over examples of ‖F restricted to its k largest entries‖ / ‖F‖; 1 where no Fisher is left."""
     rows = fishers.rows
     assert isinstance(rows, SparseRows)
-    shares = []
+    rows, shares = largest_entries(rows, np.asarray(fishers.row_offsets), k), []
     for i in np.flatnonzero(fishers.norms > 0):
         start, stop = int(fishers.row_offsets[i]), int(fishers.row_offsets[i + 1])
-        lo, hi = int(rows.indptr[start]), int(rows.indptr[stop])
-        values = np.array(rows.values[lo:hi])
-        if k < len(values):
-            values[np.argpartition(np.abs(values), len(values) - k)[: len(values) - k]] = 0
-        part = SparseRows(np.asarray(rows.indptr[start : stop + 1]) - lo, rows.indices[lo:hi], values, rows.n_columns)
-        norm = np.linalg.norm(values) if fishers.kind == "diagonal" else np.linalg.norm(part.gram(0, stop - start))
+        own = rows.part(start, stop)
+        norm = np.linalg.norm(own.values) if fishers.kind == "diagonal" else np.linalg.norm(own.gram(0, stop - start))
         shares.append(float(norm) / float(fishers.norms[i]))
     return float(np.median(shares)) if shares else 1.0
 

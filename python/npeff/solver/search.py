@@ -141,8 +141,10 @@ class Search:
         coarse = self._coarse
         if coarse is None:
             memory.best = replace(self.form.refresh(memory.best), loss=memory.best.loss)
-        elif self._leave_subspace(memory) and self._widen(memory, coarse):
-            return
+        else:
+            self._leave_subspace(memory)
+            if self._widen(memory, coarse):
+                return
         self.form = self._full
         curve: list[float] = [memory.best.loss]
         try:
@@ -151,13 +153,12 @@ class Search:
             memory.best = self._believed(curve)
             memory.note(curve)
 
-    def _leave_subspace(self, memory: Memory) -> bool:
-        """Turn the best of a search in a subspace into a state of the full space; true once it is one."""
+    def _leave_subspace(self, memory: Memory) -> None:
+        """Turn the best of a search in a subspace into a state of the full space."""
         if self._coarse is not None and memory.best is not None:
             memory.best = self._coarse.lift(self.form.refresh(memory.best))
             memory.note([])
             self._coarse = None
-        return memory.best is not None
 
     def _widen(self, memory: Memory, coarse: Coarse) -> bool:
         """Rounds of a step in the full space and a descent in the subspace widened by it.

@@ -114,9 +114,10 @@ def widen(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> 
     lacking = (squares > LEAST_LACKING) & (squares > 1e3 * noise)
     if not bool(lacking.any()):
         return None
-    rest = rest[lacking] * squares[lacking].rsqrt().to(P)[:, None]
+    scale = squares[lacking].rsqrt().to(P)
+    rest, P_rest = rest[lacking] * scale[:, None], P_rest[:, lacking] * scale
     # What was small beside X has lost digits that tell it from the subspace: once more is enough (Giraud et al. 2005).
-    rest = rest - subspace.lift(_within(space, subspace, rest, space.project(rest)))
+    rest = rest - subspace.lift(_within(space, subspace, rest, P_rest))
     P_rest = space.project(rest)
     turn = _turn(space.inner(rest, rest, P_rest).double(), LEAST_NEW).to(P)
     outside = (turn @ space.inner(rest, coords, P)).T
