@@ -103,14 +103,40 @@ def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
         model.float()
 
 
-def test_nothing_is_changed_when_the_tolerance_forbids_it(shortcut, monkeypatch) -> None:
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_nothing_is_changed_when_the_tolerance_forbids_it(shortcut, monkeypatch, by_layer) -> None:
     model, data, components, fooled = shortcut
-    monkeypatch.setattr(
-        "npeff.mending.bench.Bench._accuracy", lambda self, logits, which: 1.0 if logits is self.logits else 0.0
+    monkeypatch.setattr("npeff.mending.search.Judge.within", lambda self, c: False)
+    mending = mend(
+        model, data, components, 0, repair=np.flatnonzero(fooled), progress=False, by_layer=by_layer, iterations=2
     )
-    mending = mend(model, data, components, 0, repair=np.flatnonzero(fooled), progress=False)
     assert not mending.changed
     assert all(not tensor.any() for tensor in mending.change.values())
+
+
+def test_along_a_line_no_step_of_a_fine_grid_repairs_much_more(shortcut) -> None:
+    """The published search: one component, all layers together, so that the best step can be found by trying all."""
+    model, data, components, fooled = shortcut
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    fooled = torch.from_numpy(fooled)
+
+    def right(change: dict[str, torch.Tensor], step: float) -> torch.Tensor:
+        with torch.no_grad(), applied(model, change, step):
+            return model(x).argmax(1) == y
+
+    for j in range(components.n_components):
+        mending = mend(
+            model, data, components, j, repair=np.flatnonzero(fooled), by_layer=False, tolerance=0.05, progress=False
+        )
+        mended = right(mending.change, 1.0)
+        before = right(mending.change, 0.0)
+        g, best = components.state_dict(j), 0.0
+        for step in np.linspace(-6, 6, 121):
+            moved = right(g, float(step))
+            if moved[~fooled].double().mean() >= before[~fooled].double().mean() - 0.02:
+                best = max(best, float(moved[fooled].double().mean()))
+        assert mended[~fooled].double().mean() >= before[~fooled].double().mean() - 0.05
+        assert mended[fooled].double().mean() >= best - 0.1
 
 
 def test_by_default_the_wrong_answers_of_the_components_are_repaired(shortcut) -> None:

@@ -72,6 +72,40 @@ def test_wrong_output_is_named() -> None:
         _native.topk(P, np.zeros((4, 4), np.int64), np.zeros((4, 4), np.float32), False, 1)
 
 
+def test_a_convolution_that_would_read_beyond_its_inputs_is_named() -> None:
+    inputs, delta, out = (np.zeros(shape, np.float32) for shape in ((1, 1, 4, 4), (1, 1, 3, 3), (1, 1, 1, 4)))
+
+    def run(**change: object) -> None:
+        arguments = {
+            "turns": 1,
+            "groups": 1,
+            "kernel": (2, 2),
+            "stride": (1, 1),
+            "dilation": (1, 1),
+            "channels": (0, 1),
+        }
+        _native.convolution_gradients(inputs, [delta], **{**arguments, **change}, squared=False, out=out, threads=1)
+
+    run()
+    for change, text in (
+        ({"kernel": (3, 2)}, "inputs: the kernel does not fit"),
+        ({"dilation": (1, 3)}, "inputs: the kernel does not fit"),
+        ({"stride": (2**62, 1)}, "expected 1"),
+        ({"kernel": (0, 2)}, "expected 1"),
+        ({"channels": (0, 2)}, "channels"),
+        ({"channels": (-1, 1)}, "channels"),
+        ({"turns": 2}, "do not divide"),
+    ):
+        with pytest.raises(ArgumentError, match=text):
+            run(**change)
+    with pytest.raises(ArgumentError, match="at least one column"):
+        _native.convolution_gradients(inputs, [], 1, 1, (2, 2), (1, 1), (1, 1), (0, 1), False, out, 1)
+    with pytest.raises(ArgumentError, match="delta: expected shape"):
+        _native.convolution_gradients(
+            inputs, [delta, delta[:, :, :2]], 1, 1, (2, 2), (1, 1), (1, 1), (0, 1), False, out, 1
+        )
+
+
 def test_other_device_is_named() -> None:
     gram = np.eye(3, dtype=np.float32)
     with pytest.raises(ArgumentError, match="one device, got gram on cpu, cross on meta"):

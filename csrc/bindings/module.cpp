@@ -10,6 +10,7 @@ PYBIND11_MODULE(_native, m) {
   npeff::bind_sparse_gram(m);
   npeff::bind_segments(m);
   npeff::bind_fisher_norms(m);
+  npeff::bind_convolution(m);
   npeff::bind_sketch(m);
   npeff::bind_blocks(m);
 }

@@ -13,6 +13,7 @@ set(NPEFF_ISA_SOURCES
   cpu/isa/table.cpp
   cpu/isa/nnls_active_set.cpp
   cpu/isa/nnls_tile.cpp
+  cpu/isa/patch_sums.cpp
   cpu/isa/sketch_run.cpp
   cpu/isa/spmm_row.cpp
   cpu/isa/topk_scan.cpp)
@@ -28,6 +29,7 @@ pybind11_add_module(_native
   bindings/module.cpp
   bindings/bind_blocks.cpp
   bindings/bind_blocks_solver.cpp
+  bindings/bind_convolution.cpp
   bindings/bind_isa.cpp
   bindings/bind_nnls.cpp
   bindings/bind_fisher_norms.cpp
@@ -38,6 +40,7 @@ pybind11_add_module(_native
   bindings/bind_topk.cpp
   bindings/tensor_view.cpp
   cpu/isa.cpp
+  cpu/convolution.cpp
   cpu/csr_check.cpp
   cpu/csr_select.cpp
   cpu/csr_transpose.cpp

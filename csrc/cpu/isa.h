@@ -43,6 +43,19 @@ struct SketchRun {
   uint32_t begin, end;   // only blocks that fall on these groups
 };
 
+// Sums over positions of inputs under one kernel row times vectors of δ; see convolution.cpp.
+struct PatchRun {
+  const float* panel;             // (rows · width, vectors · lanes)
+  const float* inputs;            // under the first tap at the first position
+  int64_t rows, width;            // positions
+  int64_t row_step, step;         // elements of inputs from one row of positions, one position, to the next
+  int64_t dilation;               // and from one tap to the next
+  int taps, vectors;              // at most 7, patch_vectors(taps)
+  float* sums;                    // (taps, stride): out, the first vectors · lanes of each row
+  int64_t stride;
+  bool add;                       // to what is there
+};
+
 struct Kernels {
   const char* name;  // base, avx2, avx512
 
@@ -69,6 +82,12 @@ struct Kernels {
                        int64_t width, float* out, bool add);
   void (*spmm_row_i64)(const int64_t* indices, const float* values, int64_t n, const float* dense, int64_t stride,
                        int64_t width, float* out, bool add);
+
+  // convolution: vectors that a run of so many taps may have.
+  int (*patch_vectors)(int taps);
+  void (*patch_sums)(const PatchRun& run);
+  // out[j · stride + i] = rows[i][j] for i < count ≤ lanes and j < n; a null row is zeros.
+  void (*transpose_rows)(const float* const* rows, int count, int64_t n, float* out, int64_t stride);
 
   // sketch: adds a stretch of a row; the same bits whatever the instruction set.
   void (*sketch_run)(const SketchRun& run);

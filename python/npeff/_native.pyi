@@ -30,6 +30,19 @@ class Selectors:
     def take(self, indices: Operand, values: Operand, by_magnitude: bool, threads: int) -> None: ...
     def reset(self) -> None: ...
 
+def convolution_gradients(
+    inputs: Operand,
+    delta: list[Operand],
+    turns: int,
+    groups: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    channels: tuple[int, int],
+    squared: bool,
+    out: Operand,
+    threads: int,
+) -> None: ...
 def nnls_f32(
     gram: Operand, cross: Operand, w: Operand, kkt: Operand | None, max_sweeps: int, tol: float, threads: int
 ) -> tuple[int, int]: ...

@@ -27,6 +27,10 @@ void spmm_row(const int32_t* indices, const float* values, int64_t n, const floa
 void spmm_row(const int64_t* indices, const float* values, int64_t n, const float* dense, int64_t stride,
               int64_t width, float* out, bool add);
 
+int patch_vectors(int taps);
+void patch_sums(const PatchRun& run);
+void transpose_rows(const float* const* rows, int count, int64_t n, float* out, int64_t stride);
+
 void sketch_run(const SketchRun& run);
 void walsh_hadamard(float* x, int64_t d);
 

@@ -21,6 +21,9 @@ const Kernels table = {
     nnls_active_set,
     spmm_row,
     spmm_row,
+    patch_vectors,
+    patch_sums,
+    transpose_rows,
     sketch_run,
     walsh_hadamard,
 };

@@ -4,6 +4,7 @@ Tensors and numpy arrays go in without copies, and the same kind comes out. CUDA
 their own device. :func:`report` says which implementation serves each kernel, and why not a faster one.
 """
 
+from npeff.kernels.convolution import convolution_gradients
 from npeff.kernels.dispatch import (
     KernelInfo,
     available,
@@ -27,6 +28,7 @@ __all__ = [
     "StreamingSketch",
     "StreamingTopK",
     "available",
+    "convolution_gradients",
     "cross",
     "csr_transpose",
     "fisher_norms",

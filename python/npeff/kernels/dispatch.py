@@ -20,6 +20,7 @@ Implementation = Literal["reference", "base", "avx2", "avx512", "cuda"]
 
 KERNELS = (
     "topk",
+    "convolution_gradients",
     "nnls",
     "spmm",
     "csr_transpose",
@@ -32,7 +33,10 @@ KERNELS = (
 )
 """Names of the kernels that have a native implementation."""
 
-SERVED_OTHERWISE = {"csr_transpose": "a sort: torch's own runs on the device"}
+SERVED_OTHERWISE = {
+    "convolution_gradients": "a batched product: torch's own runs on the device",
+    "csr_transpose": "a sort: torch's own runs on the device",
+}
 """Kernels whose public function has no CUDA kernel behind it, and who serves CUDA tensors."""
 
 ISAS = ("avx512", "avx2", "base")

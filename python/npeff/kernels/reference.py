@@ -216,6 +216,31 @@ def fisher_norms(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int
     return out
 
 
+def convolution_gradients(
+    inputs: Tensor,
+    delta: list[Tensor],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    turns: int,
+    channels: slice,
+) -> Tensor:
+    """``(b, R, C', I/groups, *kernel)``: per tap, the inputs under it at every position times δ."""
+    (height, width), n = delta[0].shape[2:], len(inputs)
+    columns = torch.stack(delta).reshape(len(delta), n // turns, turns, groups, -1, height, width)[:, :, :, :, channels]
+    taps = []
+    for ky in range(kernel[0]):
+        for kx in range(kernel[1]):
+            top, left = ky * dilation[0], kx * dilation[1]
+            rows = slice(top, top + (height - 1) * stride[0] + 1, stride[0])
+            under = inputs[:, :, rows, left : left + (width - 1) * stride[1] + 1 : stride[1]]
+            under = under.reshape(n // turns, turns, groups, -1, height, width)
+            taps.append(torch.einsum("rbtgoyx,btgiyx->brgoi", columns, under))
+    found = torch.stack(taps, dim=-1).flatten(2, 3)
+    return found.reshape(*found.shape[:-1], *kernel)
+
+
 def _hash(key: int, index: Array) -> npt.NDArray[np.uint64]:
     """Entry ``index`` of stream ``key``; as ``sketch_hash`` in csrc/include/npeff/sketch_hash.h."""
     return _mix(np.uint64(key) + (index.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))

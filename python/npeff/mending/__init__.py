@@ -8,8 +8,9 @@ layer (:mod:`npeff.mending.objective`), R the examples to repair and K the other
 
 has only as many unknowns as there are components times layers. It is solved along a path of falling λ; of its points
 the one is taken that repairs most on examples kept aside for the choice, while accuracy on the others, of the fit and
-of the choice, falls by no more than a tolerance. Matena & Raffel (2023) mend by a line search along ±g_j: one
-component, all layers together.
+of the choice, falls by no more than a tolerance, one standard error of the fall included. Matena & Raffel (2023) mend
+by a line search along ±g_j, one component, all layers together: with that single unknown the path is the line, and it
+is walked without solving.
 """
 
 from npeff.mending.bench import Mending, mend

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from npeff.batches import Batch, call_model, check_data, read_batch
 from npeff.components import Components
@@ -18,16 +17,11 @@ from npeff.computation import Forward
 from npeff.errors import ArgumentError, DataError
 from npeff.gradients.selection import placed
 from npeff.mending.objective import Directions, Objective
+from npeff.mending.search import Judge, along_the_line, down_the_path
 from npeff.perturbation.weights import Weights
 from npeff.strategies import Strategy
 
 Array = npt.NDArray[Any]
-
-PATH = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
-"""λ, from careful to bold."""
-
-HALVINGS = 2
-"""Further λ between the last within the tolerance and the first beyond it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +98,7 @@ def mend(
         which: A component, several, or a strategy.
         repair: Positions in ``data`` of the examples to repair; by default the wrongly predicted ones on which the
             chosen components hold at least half of the coefficients.
-        tolerance: Largest fall of the accuracy on all other examples.
+        tolerance: Largest fall of the accuracy on all other examples, one standard error of it included.
         by_layer: Whether every layer's part of a direction has a step of its own; otherwise, as published, all layers
             move together along ±g_j.
         iterations: Of the optimiser, per λ.
@@ -168,13 +162,9 @@ class Bench:
         directions = Directions(
             [{name: tensor.to(device) for name, tensor in components.state_dict(j).items()} for j in chosen], by_layer
         )
-        objective = Objective(
-            self.model, self.forward, self.batches, self.labels, self.logits, directions, wanted & (part == 0),
-            ~wanted & (part == 0),
-        )  # fmt: skip
         weights = Weights(self.model)
         try:
-            c = self._search(weights, objective, wanted, part, tolerance, iterations, progress)
+            c = self._search(weights, directions, wanted, part, tolerance, iterations, progress)
             weights.move(directions.change(c), 1.0)
             after = self.outputs()
         finally:
@@ -220,52 +210,22 @@ class Bench:
         return wanted
 
     def _search(
-        self, weights: Weights, objective: Objective, wanted: Array, part: Array, tolerance: float, iterations: int,
+        self, weights: Weights, directions: Directions, wanted: Array, part: Array, tolerance: float, iterations: int,
         progress: bool,
     ) -> Array:  # fmt: skip
-        """Down the path until two points in a row are beyond the tolerance, then between the last two that differ.
-
-        Returns:
-            The point that repairs most on the part kept for the choice, within the tolerance; 0 if none does.
-        """
-        judged = part == 1 if (wanted & (part == 1)).any() else part == 0
+        """The step that repairs most on the part kept for the choice, within the tolerance; 0 if none does."""
+        line = directions.shape == (1, 1)
+        chooses = part == 1 if (wanted & (part == 1)).any() and not line else part != 2
         # A few numbers hardly adapt to the examples of the fit: accuracy is watched on these too, three times as many.
-        R, K = wanted & judged, ~wanted & (part != 2)
-        floor = self._accuracy(self.logits, K) - tolerance
-        zero = np.zeros(int(np.prod(objective.directions.shape)))
-        best, chosen = self._accuracy(self.logits, R), zero
-
-        def attempt(strength: float, c: Array) -> tuple[Array, bool]:
-            nonlocal best, chosen
-            solution = objective.solve(weights, c, strength, iterations)
-            if solution is None:
-                return c, False
-            weights.move(objective.directions.change(solution), 1.0)
-            after = self.outputs()
-            within = self._accuracy(after, K) >= floor
-            if within and self._accuracy(after, R) > best:
-                best, chosen = self._accuracy(after, R), solution
-            return solution, within
-
-        c, last_within, first_beyond, beyond = zero, (PATH[0] * 3, zero), None, 0
-        for strength in tqdm(PATH, "mending", disable=not progress):
-            c, within = attempt(strength, c)
-            beyond = 0 if within else beyond + 1
-            if within:
-                last_within, first_beyond = (strength, c), None
-            elif first_beyond is None:
-                first_beyond = strength
-            if beyond == 2:
-                break
-        for _ in range(HALVINGS if first_beyond is not None else 0):
-            assert first_beyond is not None
-            middle = float(np.sqrt(last_within[0] * first_beyond))
-            c, within = attempt(middle, last_within[1])
-            if within:
-                last_within = (middle, c)
-            else:
-                first_beyond = middle
-        return chosen
+        R, K = wanted & chooses, ~wanted & (part != 2)
+        said = (self.model, self.forward, self.batches, self.labels, self.logits)
+        judge = Judge(*said, weights, directions, R, K, tolerance)
+        if line:
+            along_the_line(judge, Objective(*said, directions, R, np.zeros(len(R), bool)), progress)
+        else:
+            fitted = part == 0
+            down_the_path(judge, Objective(*said, directions, wanted & fitted, ~wanted & fitted), iterations, progress)
+        return judge.best
 
     def _accuracy(self, logits: Tensor, which: Array) -> float:
         right = (logits.argmax(1) == self.labels).cpu().numpy()

@@ -31,20 +31,25 @@ class Directions:
     """
 
     def __init__(self, vectors: Sequence[dict[str, Tensor]], by_layer: bool) -> None:
-        self.vectors = list(vectors)
-        layers = {name: name.rpartition(".")[0] if by_layer else "" for name in self.vectors[0]}
+        layers = {name: name.rpartition(".")[0] if by_layer else "" for name in vectors[0]}
         self.layers = tuple(dict.fromkeys(layers.values()))
+        self.shapes = {name: tensor.shape for name, tensor in vectors[0].items()}
         self._layer_of = {name: self.layers.index(layer) for name, layer in layers.items()}
-        squares = np.zeros((len(self.vectors), len(self.layers)))
-        for j, vector in enumerate(self.vectors):
-            for name, tensor in vector.items():
-                squares[j, self._layer_of[name]] += float(tensor.double().square().sum())
+        self._parts = {name: torch.stack([g[name].flatten() for g in vectors]) for name in layers}
+        squares = np.zeros((len(vectors), len(self.layers)))
+        for name, G in self._parts.items():
+            squares[:, self._layer_of[name]] += G.double().square().sum(1).cpu().numpy()
         self._scales = np.where(squares > 1e-24, 1 / np.sqrt(np.maximum(squares, 1e-24)), 0.0)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Components, layers."""
-        return len(self.vectors), len(self.layers)
+        return self._scales.shape[0], self._scales.shape[1]
+
+    def size_of_weights(self, model: nn.Module) -> float:
+        """Norm of the weights that move."""
+        named = dict(model.named_parameters(remove_duplicate=False))
+        return float(sum(named[name].detach().double().square().sum() for name in self._layer_of)) ** 0.5
 
     def coefficients(self, c: Array) -> Array:
         """``(k, L)``: the steps as multiples of the layers' parts of g_j."""
@@ -52,18 +57,18 @@ class Directions:
 
     def change(self, c: Array) -> dict[str, Tensor]:
         """The change of the weights, parameter-shaped."""
-        weights = self.coefficients(c)
+        weights = torch.from_numpy(self.coefficients(c))
         return {
-            name: torch.stack([float(w) * g[name] for w, g in zip(weights[:, layer], self.vectors, strict=True)]).sum(0)
-            for name, layer in self._layer_of.items()
+            name: (weights[:, self._layer_of[name]].to(G) @ G).reshape(self.shapes[name])
+            for name, G in self._parts.items()
         }
 
     def slopes(self, gradient: dict[str, Tensor]) -> Array:
         """Slopes of a function of the weights along the steps, ``(k·L,)``, from its gradient."""
         slopes = np.zeros(self.shape)
         for name, slope in gradient.items():
-            for j, g in enumerate(self.vectors):
-                slopes[j, self._layer_of[name]] += float((slope.double() * g[name].double()).sum())
+            G = self._parts[name]
+            slopes[:, self._layer_of[name]] += (G @ slope.flatten().to(G)).double().cpu().numpy()
         return (slopes * self._scales).ravel()
 
 
@@ -87,12 +92,12 @@ class Objective:
     ) -> None:  # fmt: skip
         self.model, self.forward, self.directions = model, forward, directions
         self._parts = [
-            (batch, labels[at], logits[at], torch.from_numpy(R[at.cpu()] / max(1, R.sum())).to(labels.device),
-             torch.from_numpy(K[at.cpu()] / max(1, K.sum())).to(labels.device))
-            for batch, at in _needed(batches, R | K, labels.device)
+            (batch, labels[at], logits[at], torch.from_numpy(R[at.cpu().numpy()] / max(1, R.sum())).to(labels.device),
+             torch.from_numpy(K[at.cpu().numpy()] / max(1, K.sum())).to(labels.device))
+            for batch, at in needed(batches, R | K, labels.device)
         ]  # fmt: skip
         named = dict(model.named_parameters(remove_duplicate=False))
-        self._moving = {name: named[name] for name in directions.vectors[0] if name in named}
+        self._moving = {name: named[name] for name in directions.shapes if name in named}
 
     def solve(self, weights: Weights, c: Array, strength: float, iterations: int) -> Array | None:
         """The minimiser at λ = strength, from c; None where the objective is not finite."""
@@ -130,7 +135,7 @@ class Objective:
         return value, gradient
 
 
-def _needed(batches: Sequence[Batch], which: Array, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
+def needed(batches: Sequence[Batch], which: Array, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
     """The batches without the examples that are not asked for, and the positions of those that stay."""
     start = 0
     for batch in batches:

@@ -24,6 +24,7 @@ from npeff.gradients.rules.base import (
     saved_tensor,
     working,
 )
+from npeff.kernels import convolution_gradients, dispatch
 
 
 def patches(
@@ -62,7 +63,10 @@ EARLY = 64
 
 
 class ConvolutionWeight(StackedRule):
-    """Per example ∂/∂K = Σ_positions δ ⊗ patch: one batched product per tile, all columns at once.
+    """Per example ∂/∂K = Σ_positions δ ⊗ patch, tile by tile, all columns at once.
+
+    On the CPU by :func:`npeff.kernels.convolution_gradients`, which reads δ and the inputs where they lie; on devices,
+    in float64, in three dimensions and where a patch is one place, by a batched product with the patches.
 
     A small kernel over many positions, as first layers have, is done early instead: column by column, while δ is in the
     cache, so that δ need not be kept.
@@ -82,24 +86,31 @@ class ConvolutionWeight(StackedRule):
             inputs = torch.nn.functional.pad(inputs, tuple(chain.from_iterable((p, p) for p in reversed(padding))))
         self._input = self.split(inputs)
         self._early: Tensor | None = None
+        flat, taps = use.value.shape[2:], math.prod(use.value.shape[2:])
+        self._in_place = len(flat) <= 2 and taps > 1 and inputs.dtype == torch.float32 and inputs.device.type == "cpu"
+        self._in_place = self._in_place and dispatch.native() is not None
 
     @override
     def form_early(self) -> None:
         if self._saves_memory():
             shape = (self.layout.examples, len(self._kept), *self.use.value.shape)
             self._early = torch.empty(shape, dtype=self._input.dtype, device=self._input.device)
-            self._under = self._by_groups(slice(None)).clone()  # what it is a view of is used again
+            if not self._in_place:
+                self._under = self._by_groups(slice(None)).clone()  # what it is a view of is used again
 
     def _saves_memory(self) -> bool:
         positions = self.layout.positions * math.prod(self.use.output_shape[2:])
         delta = self.use.output_shape[1] * positions
         under = self._input.shape[2] * math.prod(self.use.value.shape[2:]) * positions
-        return EARLY * math.prod(self.use.value.shape) <= delta and under <= 2 * delta
+        return EARLY * math.prod(self.use.value.shape) <= delta and (self._in_place or under <= 2 * delta)
 
     @override
     def store(self, column: int, delta: Tensor) -> None:
         if self._early is None:
             super().store(column, delta)
+            return
+        if self._in_place:
+            self._early[:, column] = self._summed([delta], slice(None), None, squared=False)[:, 0]
             return
         delta = working(self.split(delta))
         b, t, channels = delta.shape[:3]
@@ -107,6 +118,33 @@ class ConvolutionWeight(StackedRule):
         delta = delta.reshape(b * self._groups, delta.shape[2], -1)
         product = torch.bmm(self._under, delta.transpose(1, 2))
         self._early[:, column] = product.mT.reshape(b, *self.use.value.shape)
+
+    def _summed(
+        self, columns: list[Tensor], examples: slice, channels: tuple[int, int] | None, squared: bool
+    ) -> Tensor:
+        """``(b', R, out', …)``, or without R: the kernel's sums over positions, where everything lies."""
+
+        def in_two_dimensions(tensor: Tensor) -> Tensor:
+            tensor = working(self.split(tensor) if tensor is not self._input else tensor)[examples].flatten(0, 1)
+            return tensor if tensor.dim() == 4 else tensor.unsqueeze(2)
+
+        def both(sizes: tuple[int, ...]) -> tuple[int, int]:
+            return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+
+        found = convolution_gradients(
+            in_two_dimensions(self._input), [in_two_dimensions(column) for column in columns],
+            both(tuple(self.use.value.shape[2:])), stride=both(self._stride), dilation=both(self._dilation),
+            groups=self._groups, turns=self.layout.positions, channels=channels, squared=squared,
+        )  # fmt: skip
+        return found.reshape(*found.shape[: 2 - squared], -1, *self.use.value.shape[1:])
+
+    @override
+    def square(self, examples: slice, rows: slice) -> Tensor | None:
+        if not self._in_place or self._early is not None:
+            return None
+        if self._groups > 1:
+            return self._summed(self._kept, examples, None, squared=True)[:, rows]
+        return self._summed(self._kept, examples, (rows.start, rows.stop), squared=True)
 
     def _by_groups(self, examples: slice) -> Tensor:
         """What lies under the kernel, ``(b'·g, in/g · kernel, t·L)``."""
@@ -133,6 +171,10 @@ class ConvolutionWeight(StackedRule):
         if self._early is not None:
             return self._early[examples][:, :, rows]
         groups = self._groups
+        if self._in_place:
+            if groups > 1:
+                return self._summed(self._kept, examples, None, squared=False)[:, :, rows]
+            return self._summed(self._kept, examples, (rows.start, rows.stop), squared=False)
         delta = self.stacked(examples, 2)
         b, t, r, channels = delta.shape[:4]
         delta = delta.reshape(b, t, r, groups, channels // groups, -1).permute(0, 3, 2, 4, 1, 5)

@@ -1,0 +1,95 @@
+"""Per-example gradients of convolution kernels, all cotangent columns side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from npeff.errors import ArgumentError
+from npeff.kernels import arrays, dispatch, reference
+from npeff.kernels.arrays import A
+
+Pair = tuple[int, int]
+
+
+def convolution_gradients(
+    inputs: A,
+    delta: Sequence[A],
+    kernel: Pair,
+    *,
+    stride: Pair = (1, 1),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    turns: int = 1,
+    channels: Pair | None = None,
+    squared: bool = False,
+) -> A:
+    """``G_br = Σ_positions δ_r ⊗ patch`` per example b and column r, or ``Σ_r G_br²``.
+
+    With C output channels and I input channels, per group ``C/groups`` and ``I/groups`` of them:
+    ``G[b, r, o, i, ky, kx] = Σ_{t, y, x} δ_r[b·T + t, o, y, x] · inputs[b·T + t, i, y·s + ky·d, x·s + kx·d]``. The
+    patches are never written down: every input is read where it lies, and sums over positions stay in registers.
+
+    Args:
+        inputs: ``(b·T, I, height, width)`` float32, with their padding.
+        delta: One ``(b·T, C, H, W)`` per column: gradients with respect to the convolution's output.
+        kernel: Its size.
+        stride: Of the convolution.
+        dilation: Of the convolution.
+        groups: Of the channels.
+        turns: T, uses per example that are summed.
+        channels: Start and end of the output channels of each group that are wanted; all by default.
+        squared: Sum the squares over the columns.
+
+    Returns:
+        ``(b, R, C', I/groups, *kernel)``, or ``(b, C', I/groups, *kernel)`` with ``squared``; of the kind of inputs.
+        Native for float32 on the CPU, plain torch otherwise.
+
+    Raises:
+        ArgumentError: Shapes, dtypes or devices do not fit.
+    """
+    if len(delta) == 0:
+        raise ArgumentError("delta: expected at least one column, got none")
+    inputs = arrays.contiguous(arrays.check(inputs, "inputs", ("float32", "float64"), (None,) * 4))
+    shape = tuple(delta[0].shape)
+    dtype = (arrays.dtype_name(inputs),)
+    columns = [arrays.contiguous(arrays.check(column, "delta", dtype, shape)) for column in delta]
+    device = arrays.same_device(inputs=inputs, delta=columns[0])
+    _check(tuple(inputs.shape), shape, kernel, stride, dilation, groups, turns)
+    first, end = channels or (0, shape[1] // groups)
+    if not 0 <= first < end <= shape[1] // groups:
+        raise ArgumentError(f"channels: expected a range within {shape[1] // groups} channels, got ({first}, {end})")
+    native = dispatch.native()
+    if native is None or device.type != "cpu" or dtype == ("float64",):
+        tensors = [arrays.as_tensor(column) for column in columns]
+        formed = reference.convolution_gradients(
+            arrays.as_tensor(inputs), tensors, kernel, stride, dilation, groups, turns, slice(first, end)
+        )
+        return arrays.like(inputs, formed.square().sum(1) if squared else formed)
+    wanted, taps = groups * (end - first), inputs.shape[1] // groups * kernel[0] * kernel[1]
+    examples = shape[0] // turns
+    out = np.empty((examples, wanted, taps) if squared else (examples, len(columns), wanted, taps), np.float32)
+    native.convolution_gradients(
+        inputs, columns, turns, groups, kernel, stride, dilation, (first, end), squared, out, dispatch.num_threads()
+    )
+    return arrays.like(inputs, out.reshape(*out.shape[:-1], inputs.shape[1] // groups, *kernel))
+
+
+def _check(
+    inputs: tuple[int, ...], delta: tuple[int, ...], kernel: Pair, stride: Pair, dilation: Pair, groups: int, turns: int
+) -> None:
+    if len(delta) != 4:
+        raise ArgumentError(f"delta: expected four dimensions (rows, channels, height, width), got shape {delta}")
+    for name, pair in (("kernel", kernel), ("stride", stride), ("dilation", dilation)):
+        if len(pair) != 2 or not all(1 <= size < 1 << 31 for size in pair):
+            raise ArgumentError(f"{name}: expected two numbers of at least 1, got {pair}")
+    if groups < 1 or inputs[1] % groups or delta[1] % groups:
+        raise ArgumentError(f"groups: expected a divisor of {inputs[1]} and {delta[1]} channels, got {groups}")
+    if inputs[0] != delta[0]:
+        raise ArgumentError(f"delta: expected {inputs[0]} rows, as inputs have, got {delta[0]}")
+    if turns < 1 or inputs[0] % turns:
+        raise ArgumentError(f"turns: expected a divisor of {inputs[0]} rows, got {turns}")
+    reach = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(delta[2:], stride, kernel, dilation, strict=True)]
+    if min(delta[2:]) < 1 or any(size < needed for size, needed in zip(inputs[2:], reach, strict=True)):
+        raise ArgumentError(f"inputs: expected at least {tuple(reach)} positions, got {inputs[2:]}; pad them first")
