@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 import npeff
 from npeff.cli import run
 from npeff.fishers import Fishers
-from npeff.rows import SparseRows
+from npeff.rows import GramRows, SparseRows
 from npeff.trust import explained, match, null_model, select, shuffled, similarity, stability
 from npeff.trust.selection import held_out_loss
 from npeff.trust.stability import rand_index
@@ -83,6 +83,23 @@ def test_planted_components_come_back_from_halves(known) -> None:
     assert found.strategies[found.n_strategies] >= max(found.strategies.values()) - 0.05
     assert found.strategies[5] > 0.8  # five components, one strategy each
     json.dumps(found.to_json())
+
+
+def test_inner_products_alone_say_the_same_as_rows(known) -> None:
+    fishers, components = known
+    A = fishers.rows.dense(0, fishers.rows.n_rows).astype(np.float64)
+    about = {**fishers.provenance, "options": {"compress": {"method": "gram"}}}
+    alone = replace(fishers, rows=GramRows((A @ A.T).astype(np.float32)), provenance=about)
+    theirs = quick(alone, components.n_components)
+    by_rows = stability(fishers, components, repeats=3, progress=False, **QUICK)
+    by_products = stability(alone, theirs, repeats=3, progress=False, **QUICK)
+    np.testing.assert_allclose(np.sort(by_products.cosines), np.sort(by_rows.cosines), atol=1e-3)
+    assert by_products.strategies.keys() == by_rows.strategies.keys()
+    for number, index in by_rows.strategies.items():
+        assert by_products.strategies[number] == pytest.approx(index, abs=0.1)
+    assert len(theirs.strategies(fishers=alone, repeats=2, progress=False, **QUICK).children) > 1
+    with pytest.raises(npeff.ArgumentError, match="inner products alone"):
+        stability(alone[np.arange(100)], theirs, progress=False)
 
 
 def test_structureless_fishers_are_not_stable() -> None:

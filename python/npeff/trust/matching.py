@@ -65,11 +65,15 @@ def match(a: Components, b: Components) -> tuple[Array, Array]:
     Raises:
         ArgumentError: As :func:`similarity`.
     """
+    return assigned(similarity(a, b))
+
+
+def assigned(cosines: Array) -> tuple[Array, Array]:
+    """As :func:`match`, from the ``(r_a, r_b)`` |cos|."""
     from scipy.optimize import linear_sum_assignment
 
-    cosines = similarity(a, b)
     rows, columns = linear_sum_assignment(-cosines)
-    partner = np.full(a.n_components, -1, np.int64)
-    cosine = np.zeros(a.n_components)
+    partner = np.full(len(cosines), -1, np.int64)
+    cosine = np.zeros(len(cosines))
     partner[rows], cosine[rows] = columns, cosines[rows, columns]
     return partner, cosine

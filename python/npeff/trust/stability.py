@@ -13,8 +13,10 @@ from tqdm import tqdm
 from npeff.components import Components
 from npeff.errors import ArgumentError
 from npeff.fishers import Fishers
+from npeff.rows import GramRows
 from npeff.strategies import strategies_of_each
-from npeff.trust.matching import match
+from npeff.trust.inner_products import InnerProducts
+from npeff.trust.matching import assigned, match
 
 Array = npt.NDArray[Any]
 
@@ -102,7 +104,9 @@ def stability(
         raise ArgumentError(f"repeats: expected at least 2, got {repeats}")
     if not 0 < share <= 1:
         raise ArgumentError(f"share: expected a share above 0 and at most 1, got {share}")
-    components._check_compatible(fishers)
+    inner = InnerProducts(fishers, components) if isinstance(fishers.rows, GramRows) else None
+    if inner is None:
+        components._check_compatible(fishers)
     n, r = len(fishers), components.n_components
     size = max(1, round(share * n))
     most = min(r, most_strategies or MOST_STRATEGIES)
@@ -112,8 +116,13 @@ def stability(
     for repeat in tqdm(range(repeats), "stability", disable=not progress, unit="part"):
         part = np.sort(rng.permutation(n)[:size]) if size < n else np.arange(n)
         again = decompose(fishers[part], r, seed=seed + 1 + repeat, **options)
-        cosines.append(match(components, again)[1])
-        coefficients = again.encode(fishers).coefficients
+        if inner is None:
+            cosines.append(match(components, again)[1])
+            coefficients = again.encode(fishers).coefficients
+        else:
+            c = inner.combinations(again, part)
+            cosines.append(assigned(inner.cosines(c))[1])
+            coefficients = inner.coefficients(c)
         sorted_examples.append(strategies_of_each(again, coefficients, range(2, most + 1)))
     seen = ~fishers.zero
     indices = {
