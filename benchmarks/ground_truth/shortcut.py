@@ -190,7 +190,7 @@ def mending(p: Planted, r: int, seed: int, k: int = 16, n_labelled: int = 3000) 
     before = look()
     result = npeff.mend(
         p.net, list(zip(inputs.split(500), labelled.labels.split(500), strict=True)), components, chosen.tolist(),
-        repair=np.flatnonzero(repair), tolerance=0.005, seed=seed, progress=False,
+        repair=np.flatnonzero(repair), seed=seed, progress=False,
     )  # fmt: skip
     with npeff.applied(p.net, result.change):
         after = look()

@@ -45,7 +45,11 @@ class InnerProducts:
         self.weights = self.combinations(components, np.arange(len(fishers)))
 
     def combinations(self, components: Components, examples: Array) -> Array:
-        """``(n_rows, r)`` float64 c, of components made of some of the examples."""
+        """``(n_rows, r)`` float64 c, of components made of some of the examples.
+
+        Raises:
+            ArgumentError: They do not hold them.
+        """
         if components.row_weights is None:
             raise ArgumentError(
                 "components: they do not hold the combinations of rows that their vectors are, because they were "
