@@ -16,13 +16,15 @@ from npeff.compress import sketch_of
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
 from npeff.fishers import FisherBlock, Fishers
 from npeff.parameters import Parameters
-from npeff.rows import concatenate
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import check_target
+from npeff.storage.growing import GrowingRows
 from npeff.storage.hdf5 import to_json
 from npeff.storage.headers import check_header, plain
 from npeff.storage.parts import Batch, Parts, parts_folder
 from npeff.storage.store import fishers_in
+
+BESIDE_ROWS = ("row_counts", "norms", "logits", "labels", "ids")
 
 
 class FisherWriter:
@@ -84,6 +86,7 @@ class FisherWriter:
         self._done: list[Batch] = []
         self._cursor = 0
         self._blocks: list[FisherBlock] = []
+        self._rows, self._others = GrowingRows(), dict[str, list[npt.NDArray[Any]]]()
         self._batches: list[Batch] = []
         self._bytes, self._since = 0, 0.0
         self._like: tuple[str, int, tuple[int, ...]] | None = None
@@ -205,12 +208,17 @@ class FisherWriter:
         if self.finished is not None or self._cursor < len(self._done):
             raise ResumeError(f"batch {self._cursor} is done already: call skip() for each batch first, in order")
         self._check(block)
+        self.examples_done += len(block.norms)
+        if self._parts is None:
+            self._rows.add(block.rows)
+            for name in BESIDE_ROWS:
+                self._others.setdefault(name, []).append(getattr(block, name))
+            return
         self._since = self._since if self._blocks else time.monotonic()
         self._blocks.append(block)
         self._batches.append((batch_digest, len(block.norms)))
         self._bytes += block.rows.nbytes + block.logits.nbytes
-        self.examples_done += len(block.norms)
-        if self._parts and (self._bytes >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds):
+        if self._bytes >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds:
             self._close_shard()
 
     def _check(self, block: FisherBlock) -> None:
@@ -299,15 +307,11 @@ class FisherWriter:
         return self.finished
 
     def _in_memory(self, coverage: Any) -> Fishers:
-        blocks, self._blocks = self._blocks, []
-        counts = np.concatenate([block.row_counts for block in blocks])
-        names = ("norms", "logits", "labels", "ids")
-        fields: dict[str, Any] = {name: np.concatenate([getattr(block, name) for block in blocks]) for name in names}
-        rows = [block.rows for block in blocks]
-        blocks.clear()
+        fields: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self._others.items()}
+        counts = fields.pop("row_counts")
         return Fishers(
             kind=self.header["kind"],
-            rows=concatenate(rows),
+            rows=self._rows.finish(),
             row_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             **fields,
             parameters=Parameters.from_json(self.header["parameters"]),
