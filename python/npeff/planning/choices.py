@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from npeff.compress import Compression, GramOnly, Sketch, TopK
-from npeff.fishers import Kind
+from npeff.fishers import Fishers, Kind
 from npeff.planning.peak import settled_bytes
 from npeff.planning.quality import gram_error
 from npeff.planning.sizes import example_bytes, kept_entries, name_of, row_bytes
-from npeff.planning.solving import Solving, reckon
+from npeff.planning.solving import Search, Solving, reckon, tried_search
 from npeff.planning.trial import SHARD_BYTES, Timing, Trial, run_trial
 
 TOP_KS = (1024, 8192, 65_536)
@@ -83,8 +83,10 @@ class Trials:
         kind: Of the first trial.
         options: Further arguments of ``compute_fishers``.
         folder: Where temporary files go.
+        n_components: Of the decomposition that will follow.
 
     Attributes:
+        search: How a search on the Fishers of the largest top-k went; once that trial was made.
         before: Bytes that the process held before the first trial.
         one_off: Seconds, once per run: start, choice of rules, self-check.
     """
@@ -97,7 +99,9 @@ class Trials:
         kind: Kind,
         options: dict[str, Any],
         folder: Path,
+        n_components: int,
     ) -> None:
+        self.search, self._n_components = Search(), n_components
         self._model, self._batches, self._loading = model, batches, loading
         self._options, self._folder = options, folder
         self.before = settled_bytes()
@@ -111,10 +115,15 @@ class Trials:
         key = (kind, compress)
         if key not in self._done:
             ks = TOP_KS if isinstance(compress, TopK) else ()
+            examine = self._try_search if key == ("low_rank", TopK(TOP_KS[-1])) else None
             self._done[key] = run_trial(
-                self._model, self._batches, self._loading, kind, compress, self._options, ks, self._folder, self._loaded
-            )
+                self._model, self._batches, self._loading, kind, compress, self._options, ks, self._folder,
+                self._loaded, examine,
+            )  # fmt: skip
         return self._done[key]
+
+    def _try_search(self, fishers: Fishers) -> None:
+        self.search = tried_search(fishers, self._n_components)
 
     def like(self, kind: Kind, compress: Compression | None) -> tuple[Compression | None, Trial]:
         """The trial that stands for a way, and whose it is: its own, or where trials are long one of its method."""
@@ -178,7 +187,9 @@ def weigh(
         width = compress.d if isinstance(compress, Sketch) else min(m, entries)
         if isinstance(compress, TopK) and compress.k in main.columns:
             width = min(width, _columns(main.columns[compress.k], share))
-        decomposition = reckon(compress, n_examples, n_rows, width, entries, rows, min(r, n_rows), ceiling, rates, m)
+        decomposition = reckon(
+            compress, n_examples, n_rows, width, entries, rows, min(r, n_rows), ceiling, rates, trials.search, m
+        )
     return Choice(
         kind=kind,
         compress=compress,

@@ -106,7 +106,7 @@ def plan(
         "forward": forward, "device": device,
     }  # fmt: skip
     kinds: list[Kind] = ["low_rank", "diagonal"] if kind is None else [kind]
-    trials = Trials(model, first, loading, kinds[0], options, where)
+    trials = Trials(model, first, loading, kinds[0], options, where, n_components)
     main = trials.of(kinds[0], TopK(TOP_KS[-1]))
     source: Source = "given"
     if n_examples is None:

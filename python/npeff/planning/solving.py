@@ -1,19 +1,21 @@
 """What the decomposition of Fishers that do not exist yet will take.
 
 Bytes follow from the shapes, as :func:`npeff.solver.choice.choose_space` counts them. Seconds are those of real steps
-on random rows of the right shape, times the number of steps that searches have taken (see docs/scale): the number that
-a given search takes depends on the data, so the seconds are a guide and no more.
+on random rows of the right shape, times the number of steps: half way (in the logarithm) between what a search on the
+trial's own Fishers took and what searches have taken elsewhere. Few examples say little about many, so the seconds are
+a guide and no more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from npeff.compress import Compression, GramOnly, TopK
+from npeff.fishers import Fishers
 from npeff.planning.trial import Timing
 from npeff.rows import DenseRows
 from npeff.solver.choice import DENSE_RATE, GRAM_BYTES, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
@@ -25,6 +27,9 @@ from npeff.threads import threads_for
 
 STEPS_PER_ROOT = 280
 """Steps of a whole search (three starts, up to forty moves) per √r: measured searches took 220 to 400."""
+
+SEARCH_ROWS = 1200
+"""Most rows of the trial that a search is tried on."""
 
 PROBE_ROWS = 20_000
 """Most rows that steps are timed on; beyond, their time grows with the rows."""
@@ -141,6 +146,42 @@ def step_seconds(n_examples: int, n_rows: int, r: int) -> Timing:
         return _timed(lambda: form.step(state)) * (n_examples / n)
 
 
+@dataclass(frozen=True)
+class Search:
+    """How searches go.
+
+    Attributes:
+        steps_per_root: Steps per √r.
+        overhead: What a step takes beside its arithmetic: moves, and the time of small calls.
+    """
+
+    steps_per_root: float = STEPS_PER_ROOT
+    overhead: Timing = field(default_factory=lambda: Timing(0.0, 0.0))
+
+
+def tried_search(fishers: Fishers, n_components: int) -> Search:
+    """A decomposition of the first examples of a trial, and what it says of a larger one.
+
+    Args:
+        fishers: Low-rank ones.
+        n_components: Of the larger one; there are fewer here where there are less than four examples for each.
+    """
+    from npeff.decomposition import decompose
+
+    offsets = np.asarray(fishers.row_offsets)
+    n = int(np.searchsorted(offsets, SEARCH_ROWS, side="right")) - 1
+    r = min(n_components, n // 4)
+    if r < 2 or not (fishers.norms[:n] > 0).any():
+        return Search()
+    start = Timing.now()
+    course = decompose(fishers[:n], r, progress=False).provenance["course"]
+    seconds, steps = course["seconds"], max(1, course["iterations"])
+    share = seconds["solving"] / max(1e-9, seconds["building"] + seconds["solving"])
+    per_step = (Timing.now() - start) * (share / steps)
+    overhead = per_step - step_seconds(n, int(offsets[n]), r)
+    return Search((STEPS_PER_ROOT * steps / r**0.5) ** 0.5, overhead)
+
+
 def _timed(run: Callable[[], object], repeats: int = 3) -> Timing:
     run()
     start = Timing.now()
@@ -165,6 +206,7 @@ def reckon(
     r: int,
     ceiling: int,
     rates: tuple[Timing, Timing],
+    search: Search,
     n_parameters: int,
 ) -> Solving:
     """Memory and expected time of one decomposition of low-rank Fishers.
@@ -179,11 +221,12 @@ def reckon(
         r: Components.
         ceiling: Memory allowed.
         rates: :func:`dense_operation`, and :func:`step_seconds` for these examples and r.
+        search: :func:`tried_search`.
         n_parameters: Selected parameters of the model.
     """
     needs = needed_bytes(compress, n_examples, n_rows, width, stored, r, n_parameters)
     work = operations(compress, n_rows, width, entries, r)
     space, reason = choose(compress, needs, work, n_rows, ceiling)
     operation, step = rates
-    took = operation * work[space] + step * (STEPS_PER_ROOT * r**0.5)
+    took = operation * work[space] + (step + search.overhead) * (search.steps_per_root * r**0.5)
     return Solving(r, space, needs[space], took.wall, took.cpu, reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ def run_trial(
     ks: Sequence[int] = (),
     folder: Path | None = None,
     loaded: int = 0,
+    examine: Callable[[Fishers], object] | None = None,
 ) -> Trial:
     """Compute the Fishers of the batches as :func:`npeff.compute_fishers` would, watching clocks and memory.
 
@@ -146,6 +147,7 @@ def run_trial(
         ks: With ``TopK``: the smaller k whose share of the Fisher is wanted.
         folder: Where temporary files go.
         loaded: Bytes that a first run loads for good, and that this one found loaded.
+        examine: Shown the Fishers, which are gone afterwards.
     """
     settled = settled_bytes()
     watched = Watched(batches)
@@ -170,6 +172,8 @@ def run_trial(
         sparse = isinstance(fishers.rows, SparseRows)
         kept = {k: _kept_share(fishers, k) for k in ks if sparse}
         stored = min(fishers.rows.nbytes, SHARD_BYTES)
+        if examine is not None:
+            examine(fishers)
         return Trial(
             ranks=np.array(fishers.ranks),
             passes=_passes(fishers, options),
