@@ -127,6 +127,8 @@ VARIANTS = {
 PARTS = {
     "within one prediction": {},
     "wrong examples only": {},
+    "wrong examples only, convolutions": {"parameters": ["0.*", "2.*"], **EXACT},
+    "wrong examples only, first dense layer": {"parameters": "5.*", **EXACT},
 }
 
 
