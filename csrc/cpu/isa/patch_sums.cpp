@@ -61,12 +61,23 @@ void choose(const PatchRun& run) {
   choose<taps>(run, std::make_integer_sequence<int, fitting(taps)>());
 }
 
+// Elements of x (0 … W − 1) and y (W … 2W − 1), in the order given.
+template <int... from>
+S::Vec pick(S::Vec x, S::Vec y) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, from...);
+#else
+  typedef int Order __attribute__((vector_size(vector_bytes)));
+  return __builtin_shuffle(x, y, Order{from...});
+#endif
+}
+
 // One stage of the transposition of a W × W block: rows i and i + h exchange the parts that lie in each other's half.
 template <int h, int... j>
 void exchange(S::Vec& a, S::Vec& b, std::integer_sequence<int, j...>) {
   const S::Vec x = a, y = b;
-  a = __builtin_shufflevector(x, y, ((j & h) ? W + j - h : j)...);
-  b = __builtin_shufflevector(x, y, ((j & h) ? W + j : j + h)...);
+  a = pick<((j & h) ? W + j - h : j)...>(x, y);
+  b = pick<((j & h) ? W + j : j + h)...>(x, y);
 }
 
 template <int h>
