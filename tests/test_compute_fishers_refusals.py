@@ -1,0 +1,151 @@
+"""What compute_fishers must refuse: models, data and arguments that it cannot serve, each with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from npeff.compress import TopK
+from npeff.errors import ArgumentError, DataError, ModelError
+from small_network import fishers_of, model, x
+
+__all__ = ["model", "x"]  # fixtures
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (nn.BatchNorm1d(4), "BatchNorm1d in training mode"),
+        (nn.BatchNorm1d(4, track_running_stats=False).eval(), "track_running_stats"),
+        (nn.Dropout(0.5), "Dropout is active"),
+        (nn.Embedding(4, 4, max_norm=1.0), "max_norm"),
+    ],
+)
+def test_layers_without_per_example_gradients_are_refused(layer: nn.Module, words: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3))
+    with pytest.raises(ModelError, match=words) as caught:
+        fishers_of(model, [torch.randn(3, 4)])
+    assert "1 (" in str(caught.value)
+
+
+def test_examples_that_influence_each_other_are_refused() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x - x.mean(dim=0))
+
+    class Mixed(nn.Module):
+        """The same logits alone and in the batch, but not the same gradients: only autograd can see it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.power = nn.Linear(4, 3), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * torch.exp(self.power)
+            mean = y.mean(dim=0)
+            return self.head(y + (mean - mean.detach()))
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x) + torch.rand(())
+
+    x = torch.randn(5, 4)
+    for influenced, words in (
+        (Centred(), "influence each other"),
+        (Mixed(), "influence each other"),
+        (Noisy(), "deterministic"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            fishers_of(influenced, [x])
+
+
+def test_a_forward_pass_hidden_from_autograd_is_refused(model: nn.Module, x: Tensor) -> None:
+    def forward(m: nn.Module, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            return m(batch)
+
+    with pytest.raises(ModelError, match="no_grad"):
+        fishers_of(model, [x], forward=forward)
+
+
+def test_non_finite_values_are_named(model: nn.Module, x: Tensor) -> None:
+    bad = x.clone()
+    bad[7] = float("nan")
+    with pytest.raises(DataError, match="example 7"):
+        fishers_of(model, bad.split(3))
+    with pytest.raises(DataError, match="example 7"):
+        fishers_of(model, [bad])
+
+    class Root(nn.Module):
+        """Finite logits, infinite gradient where the input is zero."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(4))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, v: Tensor) -> Tensor:
+            return self.head(torch.sqrt((v + self.shift).clamp_min(0)))
+
+    v = torch.rand(6, 4) + 0.5
+    v[4, 2] = 0.0
+    for options in ({}, {"kind": "diagonal"}, {"compress": TopK(3)}):
+        for size in (2, 6):
+            with pytest.raises(DataError, match=r"example 4 .* shift\[2\]"):
+                fishers_of(Root(), v.split(size), **options)
+
+
+def test_a_perfectly_confident_example_is_kept_as_zero(model: nn.Module, x: Tensor) -> None:
+    for options in ({}, {"compress": TopK(7)}, {"kind": "diagonal"}, {"energy": 0.9}):
+        batch = x[:3]
+        flagged = {"x": batch, "sure": torch.tensor([0.0, 2e3, 0.0])}
+        fishers = fishers_of(
+            model, [flagged], forward=lambda m, b: m(b["x"]) + b["sure"][:, None] * torch.eye(3)[0], **options
+        )
+        assert fishers.zero.tolist() == [False, True, False]
+        assert not fishers.dense(1).any()
+
+
+def test_model_changed_during_the_work(model: nn.Module, x: Tensor) -> None:
+    def visible() -> Any:
+        yield x
+        with torch.no_grad():
+            model[3].bias.add_(1)
+        yield x
+
+    def hidden() -> Any:
+        yield x
+        model[3].bias.data += 1
+        yield x
+
+    for data in (visible(), hidden()):
+        with pytest.raises(ModelError, match="changed"):
+            fishers_of(model, data)
+
+
+def test_wrong_arguments(model: nn.Module, x: Tensor) -> None:
+    for options, words in (
+        ({"kind": "full"}, "kind"),
+        ({"device": "nowhere"}, "device"),
+        ({"seed": -1}, "seed"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            fishers_of(model, [x], **options)
+    with pytest.raises(ArgumentError, match="model"):
+        fishers_of(lambda v: v, [x])
+    with pytest.raises(ArgumentError, match="meta"):
+        fishers_of(nn.Linear(2, 2, device="meta"), [x])
+    mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ArgumentError, match="one device"):
+        fishers_of(mixed, [x])
