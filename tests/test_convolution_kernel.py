@@ -96,6 +96,21 @@ def test_kinds_and_precision() -> None:
     assert torch.equal(kernels.convolution_gradients(turned, delta, **geometry), torch.from_numpy(found))
 
 
+def test_into_given_memory(implementation) -> None:
+    inputs, delta, geometry = sample(**CASES["strided"])
+    for squared in (False, True):
+        fresh = kernels.convolution_gradients(inputs, delta, squared=squared, **geometry)
+        out = torch.full_like(fresh, 7.0)
+        assert kernels.convolution_gradients(inputs, delta, squared=squared, out=out, **geometry) is out
+        torch.testing.assert_close(out, fresh, rtol=0, atol=0)
+        with pytest.raises(npeff.ArgumentError, match=r"^out"):
+            kernels.convolution_gradients(inputs, delta, squared=squared, out=out[:1], **geometry)
+    if implementation != "reference":
+        with pytest.raises(npeff.ArgumentError, match=r"^out"):
+            turned = torch.empty(fresh.shape[::-1]).permute(*reversed(range(fresh.dim())))
+            kernels.convolution_gradients(inputs, delta, squared=True, out=turned, **geometry)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from npeff.errors import ArgumentError
 from npeff.kernels import arrays, dispatch, reference
@@ -24,6 +26,7 @@ def convolution_gradients(
     turns: int = 1,
     channels: Pair | None = None,
     squared: bool = False,
+    out: A | None = None,
 ) -> A:
     """``G_br = Σ_positions δ_r ⊗ patch`` per example b and column r, or ``Σ_r G_br²``.
 
@@ -41,6 +44,7 @@ def convolution_gradients(
         turns: T, uses per example that are summed.
         channels: Start and end of the output channels of each group that are wanted; all by default.
         squared: Sum the squares over the columns.
+        out: Where to write the result, C-contiguous; fresh memory by default.
 
     Returns:
         ``(b, R, C', I/groups, *kernel)``, or ``(b, C', I/groups, *kernel)`` with ``squared``; of the kind of inputs.
@@ -66,14 +70,25 @@ def convolution_gradients(
         formed = reference.convolution_gradients(
             arrays.as_tensor(inputs), tensors, kernel, stride, dilation, groups, turns, slice(first, end)
         )
-        return arrays.like(inputs, formed.square().sum(1) if squared else formed)
-    wanted, taps = groups * (end - first), inputs.shape[1] // groups * kernel[0] * kernel[1]
-    examples = shape[0] // turns
-    out = np.empty((examples, wanted, taps) if squared else (examples, len(columns), wanted, taps), np.float32)
+        formed = formed.square().sum(1) if squared else formed
+        if out is None:
+            return arrays.like(inputs, formed)
+        arrays.as_tensor(arrays.check(out, "out", dtype, tuple(formed.shape))).copy_(formed)
+        return out
+    own: tuple[int, ...] = (int(inputs.shape[1]) // groups, *kernel)
+    whole = (shape[0] // turns, *(() if squared else (len(delta),)), groups * (end - first), *own)
+    if out is None:
+        out = arrays.like(inputs, np.empty(whole, np.float32))
+    checked = arrays.check(out, "out", dtype, whole)
+    if not (checked.is_contiguous() if isinstance(checked, torch.Tensor) else checked.flags.c_contiguous):
+        raise ArgumentError(
+            "out: expected a C-contiguous array, got one with other strides; leave it out for a fresh one"
+        )
+    flat = checked.reshape(*whole[:-3], math.prod(own))
     native.convolution_gradients(
-        inputs, columns, turns, groups, kernel, stride, dilation, (first, end), squared, out, dispatch.num_threads()
+        inputs, columns, turns, groups, kernel, stride, dilation, (first, end), squared, flat, dispatch.num_threads()
     )
-    return arrays.like(inputs, out.reshape(*out.shape[:-1], inputs.shape[1] // groups, *kernel))
+    return out
 
 
 def _check(

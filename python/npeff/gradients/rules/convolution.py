@@ -131,12 +131,16 @@ class ConvolutionWeight(StackedRule):
         def both(sizes: tuple[int, ...]) -> tuple[int, int]:
             return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
 
+        inputs, deltas = in_two_dimensions(self._input), [in_two_dimensions(column) for column in columns]
+        kernel = both(tuple(self.use.value.shape[2:]))
+        wanted = self.use.value.shape[0] if channels is None else channels[1] - channels[0]
+        shape = (len(inputs) // self.layout.positions, *(() if squared else (len(deltas),)), wanted)
+        out = self.scratch.take("product", (*shape, self.use.value.shape[1], *kernel), inputs)
         found = convolution_gradients(
-            in_two_dimensions(self._input), [in_two_dimensions(column) for column in columns],
-            both(tuple(self.use.value.shape[2:])), stride=both(self._stride), dilation=both(self._dilation),
-            groups=self._groups, turns=self.layout.positions, channels=channels, squared=squared,
+            inputs, deltas, kernel, stride=both(self._stride), dilation=both(self._dilation), groups=self._groups,
+            turns=self.layout.positions, channels=channels, squared=squared, out=out,
         )  # fmt: skip
-        return found.reshape(*found.shape[: 2 - squared], -1, *self.use.value.shape[1:])
+        return found.view(*shape, *self.use.value.shape[1:])
 
     @override
     def square(self, examples: slice, rows: slice) -> Tensor | None:
