@@ -30,6 +30,19 @@ def test_early_gradients_agree_with_the_dense_oracle(name: str, kind: str, monke
         assert np.linalg.norm(found - wanted) <= 1e-5 * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_the_kernel_and_the_batched_product_agree(name: str, kind: str, monkeypatch) -> None:
+    model, x = CASES[name]()
+    found = []
+    for longest in (0, 1 << 40):
+        monkeypatch.setattr("npeff.gradients.rules.convolution.LONG_PATCH", longest)
+        found.append(npeff.compute_fishers(model, x.split([4, 3]), kind=kind, progress=False))
+    for i in range(N):
+        a, b = (fishers.dense(i).astype(np.float64) for fishers in found)
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
 def test_first_layers_are_formed_early_and_later_ones_are_not(monkeypatch) -> None:
     torch.manual_seed(0)
     early: dict[tuple[int, ...], bool] = {}
