@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from npeff.planning.choices import Choice
 from npeff.planning.estimate import format_seconds
 from npeff.planning.peak import Peak
 from npeff.planning.quality import gram_error, unit_gram
-from npeff.planning.solving import choose, needed_bytes, operations
+from npeff.planning.solving import STEPS_PER_ROOT, Search, choose, needed_bytes, operations, tried_search
 from npeff.storage.container import open_container
+from planted import planted
 
 
 class Scaled(nn.Module):
@@ -249,3 +251,13 @@ def test_seconds_for_people():
         "2.22 h",
         "3.47 days",
     ]
+
+
+def test_a_search_on_the_trials_fishers_says_how_searches_go() -> None:
+    fishers, _, _ = planted(60, 4, 50, noise=0.05, seed=0)
+    found = tried_search(fishers, 4)
+    course = npeff.decompose(fishers, 4, progress=False).provenance["course"]
+    assert found.steps_per_root == pytest.approx((STEPS_PER_ROOT * course["iterations"] / 2) ** 0.5)
+    assert found.overhead.wall >= 0 and found.overhead.cpu >= 0
+    assert tried_search(fishers[:5], 4) == Search()  # too few examples for two components
+    assert tried_search(replace(fishers, norms=np.zeros(60, np.float32)), 4) == Search()
