@@ -11,7 +11,7 @@ from torch import nn
 
 import npeff
 from npeff.batches import read_batch
-from npeff.mending.bench import Bench, mend
+from npeff.mending.bench import Bench, _parts, mend
 from npeff.mending.objective import Directions, Objective
 from npeff.perturbation.weights import Weights, applied
 
@@ -112,6 +112,25 @@ def test_nothing_is_changed_when_the_tolerance_forbids_it(shortcut, monkeypatch,
     )
     assert not mending.changed
     assert all(not tensor.any() for tensor in mending.change.values())
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_the_tolerance_includes_a_standard_error_of_the_fall(shortcut, tolerance, by_layer) -> None:
+    model, data, components, fooled = shortcut
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    watched = ~fooled & (_parts(fooled, 0) != 2)
+    for which in (0, 2):
+        mending = mend(
+            model, data, components, which, repair=np.flatnonzero(fooled), tolerance=tolerance, by_layer=by_layer,
+            progress=False,
+        )  # fmt: skip
+        with torch.no_grad():
+            before = (model(x).argmax(1) == y).numpy()[watched]
+            with applied(model, mending.change):
+                after = (model(x).argmax(1) == y).numpy()[watched]
+        lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
+        assert lost - gained + (lost + gained) ** 0.5 <= tolerance * watched.sum() + 1e-9
 
 
 def test_along_a_line_no_step_of_a_fine_grid_repairs_much_more(shortcut) -> None:
