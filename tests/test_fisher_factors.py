@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npeff.errors import ArgumentError, DataError
-from npeff.gradients.factors import FactorOptions, factorise
+from npeff.gradients.factors import DENSE_CLASSES, FactorOptions, factorise
 from oracles import output_fisher
 
 IDS = np.arange(100)
@@ -199,3 +201,13 @@ def test_bad_options_are_named(options: dict[str, object], name: str) -> None:
 def test_one_logit_needs_another_likelihood() -> None:
     with pytest.raises(ArgumentError, match="bernoulli"):
         factorise(torch.zeros(2, 1), FactorOptions(), None, IDS[:2])
+
+
+@pytest.mark.parametrize("n_classes", [2, 5, DENSE_CLASSES + 1])
+@pytest.mark.parametrize("options", [{"basis": "class"}, {}, {"rank": 1}, {"energy": 0.9}])
+def test_probabilities_too_small_for_a_float64_of_full_precision(n_classes: int, options: dict[str, Any]) -> None:
+    for gap in np.linspace(690, 750, 61):  # 1 − p goes through the subnormal numbers to 0
+        logits = torch.zeros(1, n_classes, dtype=torch.float64)
+        logits[0, 1] = gap
+        found = factorise(logits, FactorOptions(**options), None, np.arange(1))
+        assert bool(torch.isfinite(found.columns).all()) and 0 <= float(found.scale) < 1e-140

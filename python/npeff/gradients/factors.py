@@ -219,7 +219,8 @@ def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Te
         values, vectors = leading_eigenpairs(log_p, width)
         values = values / unit[:, None]
     else:
-        matrix = -(p[:, :, None] / unit[:, None, None]) * p[:, None, :]
+        scaled = p / unit.sqrt()[:, None]  # 1 / unit would overflow where the trace is subnormal
+        matrix = -scaled[:, :, None] * scaled[:, None, :]
         matrix.diagonal(dim1=1, dim2=2).copy_(variance / unit[:, None])
         values, vectors = torch.linalg.eigh(matrix)
         values = values.flip(1)[:, :width].clamp_min(0.0)
