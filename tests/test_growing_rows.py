@@ -7,8 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from npeff.rows import DenseRows, SparseRows, concatenate
-from npeff.storage.growing import GrowingArray, GrowingRows
+from npeff.growing_rows import GrowingArray, GrowingRows, concatenate
+from npeff.rows import DenseRows, SparseRows
 from planted import sparse
 
 
@@ -33,11 +33,11 @@ def test_rows_as_put_together_at_once(kind) -> None:
     grown = GrowingRows()
     for rows in made:
         grown.add(rows)
-    whole, expected = grown.finish(), concatenate(list(made))
-    assert type(whole) is type(expected)
-    np.testing.assert_array_equal(whole.dense(0, 14), expected.dense(0, 14))
-    if isinstance(whole, SparseRows):
-        assert whole.n_columns == 6 and whole.indptr.dtype == np.int64
+    for whole in (grown.finish(), concatenate(list(made))):
+        assert type(whole) is type(made[0])
+        np.testing.assert_array_equal(whole.dense(0, 14), np.concatenate(parts))
+        if isinstance(whole, SparseRows):
+            assert whole.n_columns == 6 and whole.indptr.dtype == np.int64
 
 
 def test_one_part_is_not_copied() -> None:

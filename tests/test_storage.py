@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 import planted
 from npeff.errors import ArgumentError, ForeignFileError, NewerFileError, StorageError, TruncatedFileError
 from npeff.fishers import Fishers
+from npeff.growing_rows import concatenate
 from npeff.parameters import Parameters
-from npeff.rows import DenseRows, SparseRows, concatenate
+from npeff.rows import DenseRows, SparseRows
 from npeff.storage import container, describe, files, hdf5, load, save_fishers, store
 from npeff.storage.store import write_fishers
 from stored_samples import (

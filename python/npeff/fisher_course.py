@@ -16,8 +16,8 @@ from npeff.batches import Batch
 from npeff.digests import ModelWatch
 from npeff.fishers import FisherBlock
 from npeff.gradients.collect import Collected
+from npeff.growing_rows import concatenate
 from npeff.kernels.transfers import HostCopy, InOrder
-from npeff.rows import concatenate
 
 if TYPE_CHECKING:
     from npeff.fisher_run import Run

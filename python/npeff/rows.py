@@ -189,37 +189,3 @@ class GramRows:
 
 
 Rows = SparseRows | DenseRows | GramRows
-
-
-def concatenate(parts: list[Rows]) -> Rows:
-    """Stack rows of one type and one width; no part is held twice for longer than it takes to copy it.
-
-    Args:
-        parts: At least one; all sparse or all dense. The list is emptied.
-
-    Returns:
-        Rows of the same type, all parts' rows in order.
-    """
-    if isinstance(parts[0], DenseRows):
-        dense = [part.values for part in parts if isinstance(part, DenseRows)]
-        parts.clear()
-        return DenseRows(_stacked(dense))
-    sparse = [part for part in parts if isinstance(part, SparseRows)]
-    lengths = np.concatenate([np.diff(part.indptr) for part in sparse])
-    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    indices, values, n_columns = [p.indices for p in sparse], [p.values for p in sparse], sparse[0].n_columns
-    sparse.clear()
-    parts.clear()
-    return SparseRows(indptr, _stacked(indices), _stacked(values), n_columns)
-
-
-def _stacked(arrays: list[Array]) -> Array:
-    """``np.concatenate`` that lets go of every array once it is copied."""
-    out = np.empty((sum(len(array) for array in arrays), *arrays[0].shape[1:]), np.result_type(*arrays))
-    start = 0
-    arrays.reverse()
-    while arrays:
-        array = arrays.pop()
-        out[start : start + len(array)] = array
-        start += len(array)
-    return out

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from npeff.errors import StorageError
 from npeff.fishers import Fishers, Kind
+from npeff.growing_rows import concatenate
 from npeff.parameters import Parameters
-from npeff.rows import DenseRows, SparseRows, concatenate
+from npeff.rows import DenseRows, SparseRows
 from npeff.storage.hdf5 import CHUNK_BYTES, Attributes, Data
 from npeff.storage.store import index_dtype
 

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from npeff.compress import sketch_of
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
 from npeff.fishers import FisherBlock, Fishers
+from npeff.growing_rows import GrowingRows
 from npeff.parameters import Parameters
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import check_target
-from npeff.storage.growing import GrowingRows
 from npeff.storage.hdf5 import to_json
 from npeff.storage.headers import check_header, plain
 from npeff.storage.parts import Batch, Parts, parts_folder

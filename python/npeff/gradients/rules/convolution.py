@@ -120,7 +120,9 @@ class ConvolutionWeight(StackedRule):
             super().store(column, delta)
             return
         if self._in_place:
-            self._early[:, column] = self._summed([delta], slice(None), None, squared=False)[:, 0]
+            self._early[:, column] = self._summed(
+                [delta], slice(None), slice(0, self.use.value.shape[0]), squared=False
+            )[:, 0]
             return
         delta = working(self.split(delta))
         b, t, channels = delta.shape[:3]
@@ -129,36 +131,36 @@ class ConvolutionWeight(StackedRule):
         product = torch.bmm(self._under, delta.transpose(1, 2))
         self._early[:, column] = product.mT.reshape(b, *self.use.value.shape)
 
-    def _summed(
-        self, columns: list[Tensor], examples: slice, channels: tuple[int, int] | None, squared: bool
-    ) -> Tensor:
-        """``(b', R, out', …)``, or without R: the kernel's sums over positions, where everything lies."""
+    def _summed(self, columns: list[Tensor], examples: slice, rows: slice, squared: bool) -> Tensor:
+        """``(b', R, p, …)``, or without R: the kernel's sums over positions, where everything lies."""
 
-        def in_two_dimensions(tensor: Tensor) -> Tensor:
-            tensor = working(self.split(tensor) if tensor is not self._input else tensor)[examples].flatten(0, 1)
+        def in_two_dimensions(by_example: Tensor) -> Tensor:
+            tensor = by_example[examples].flatten(0, 1)
             return tensor if tensor.dim() == 4 else tensor.unsqueeze(2)
 
         def both(sizes: tuple[int, ...]) -> tuple[int, int]:
             return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
 
-        inputs, deltas = in_two_dimensions(self._input), [in_two_dimensions(column) for column in columns]
+        inputs = in_two_dimensions(self._input)
+        deltas = [in_two_dimensions(working(self.split(column))) for column in columns]
         kernel = both(tuple(self.use.value.shape[2:]))
-        wanted = self.use.value.shape[0] if channels is None else channels[1] - channels[0]
+        # With groups, some rows are not the same channels of every group: all are made.
+        channels = (rows.start, rows.stop) if self._groups == 1 else None
+        wanted = rows.stop - rows.start if channels else self.use.value.shape[0]
         shape = (len(inputs) // self.layout.positions, *(() if squared else (len(deltas),)), wanted)
         out = self.scratch.take("product", (*shape, self.use.value.shape[1], *kernel), inputs)
         found = convolution_gradients(
             inputs, deltas, kernel, stride=both(self._stride), dilation=both(self._dilation), groups=self._groups,
             turns=self.layout.positions, channels=channels, squared=squared, out=out,
         )  # fmt: skip
-        return found.view(*shape, *self.use.value.shape[1:])
+        found = found.view(*shape, *self.use.value.shape[1:])
+        return found if channels else found.narrow(len(shape) - 1, rows.start, rows.stop - rows.start)
 
     @override
     def square(self, examples: slice, rows: slice) -> Tensor | None:
         if not self._in_place or self._early is not None:
             return None
-        if self._groups > 1:
-            return self._summed(self._kept, examples, None, squared=True)[:, rows]
-        return self._summed(self._kept, examples, (rows.start, rows.stop), squared=True)
+        return self._summed(self._kept, examples, rows, squared=True)
 
     def _by_groups(self, examples: slice) -> Tensor:
         """What lies under the kernel, ``(b'·g, in/g · kernel, t·L)``."""
@@ -184,11 +186,9 @@ class ConvolutionWeight(StackedRule):
     def block(self, examples: slice, rows: slice) -> Tensor:
         if self._early is not None:
             return self._early[examples][:, :, rows]
-        groups = self._groups
         if self._in_place:
-            if groups > 1:
-                return self._summed(self._kept, examples, None, squared=False)[:, :, rows]
-            return self._summed(self._kept, examples, (rows.start, rows.stop), squared=False)
+            return self._summed(self._kept, examples, rows, squared=False)
+        groups = self._groups
         delta = self.stacked(examples, 2)
         b, t, r, channels = delta.shape[:4]
         delta = delta.reshape(b, t, r, groups, channels // groups, -1).permute(0, 3, 2, 4, 1, 5)

@@ -70,3 +70,19 @@ class GrowingRows:
             return DenseRows(self._values.finish())
         indptr = np.concatenate([[0], np.cumsum(np.concatenate(self._lengths))]).astype(np.int64)
         return SparseRows(indptr, self._indices.finish(), self._values.finish(), self._n_columns)
+
+
+def concatenate(parts: list[Rows]) -> Rows:
+    """Stack rows of one type and one width; no part is held for longer than it takes to copy it.
+
+    Args:
+        parts: At least one; all sparse or all dense. The list is emptied.
+
+    Returns:
+        Rows of the same type, all parts' rows in order.
+    """
+    whole = GrowingRows()
+    parts.reverse()
+    while parts:
+        whole.add(parts.pop())
+    return whole.finish()
