@@ -28,7 +28,7 @@ from npeff.gradients.budget import Budget
 from npeff.gradients.collect import Collector
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.factors import FactorOptions, factorise
-from npeff.gradients.selfcheck import differ
+from npeff.gradients.independence import differ
 from npeff.kernels.transfers import to_host
 from npeff.parameters import Parameters
 

@@ -20,8 +20,8 @@ from npeff.digests import model_digest
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.factors import FactorOptions, factorise
+from npeff.gradients.independence import differ
 from npeff.gradients.selection import placed, select_parameters
-from npeff.gradients.selfcheck import differ
 from npeff.kernels import StreamingSketch
 from npeff.parameters import Parameters
 

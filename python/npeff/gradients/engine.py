@@ -8,13 +8,13 @@ takes a block compresses it and forgets it, so that no (batch, rank, parameters)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from npeff.batches import Batch
 from npeff.errors import ModelError
@@ -22,10 +22,11 @@ from npeff.gradients import tiles
 from npeff.gradients.eligibility import check_eligible
 from npeff.gradients.fallback import Fallback, Logits, groups
 from npeff.gradients.graph import Graph, Value
+from npeff.gradients.independence import check_independence
 from npeff.gradients.passes import backward, small_products
 from npeff.gradients.rules import Found, Rule, Unsupported, find_uses
 from npeff.gradients.rules.base import Scratch
-from npeff.gradients.selfcheck import check_rules
+from npeff.gradients.selfcheck import EVERY, Form, check_rules, misplaced, powers_of_two, rows_follow
 from npeff.gradients.tiles import Block, Pairs
 from npeff.parameters import Parameter, Parameters
 
@@ -35,16 +36,31 @@ _FUSED_RECURRENT = frozenset({"MkldnnRnnLayerBackward0", "CudnnRnnBackward0", "M
 
 @dataclass
 class Prepared:
-    """A batch's logits, and the rules that its graph calls for."""
+    """A batch's logits, and the rules that its graph calls for.
+
+    Attributes:
+        batch: The batch.
+        logits: ``(b, C)`` with their graph.
+        rules: Per parameter, the rules of its uses.
+        others: Parameters that the fallback serves.
+        unused: Parameters on which the logits do not depend.
+        graph: The batch's graph.
+        form: What is known of graphs of its form.
+        checked: The backward passes have to check which rows belong to which example.
+    """
 
     batch: Batch
     logits: Tensor
     rules: dict[str, list[Rule]]
     others: list[str]
-    unused: list[str] = field(default_factory=list)
+    unused: list[str]
+    graph: Graph
+    form: Form
+    checked: bool
 
     def kept_bytes(self, n_columns: int) -> int:
         """What the backward passes will keep for all columns."""
+        n_columns += 2 if self.checked else 0
         return n_columns * sum(rule.bytes_per_column() for rules in self.rules.values() for rule in rules)
 
 
@@ -65,13 +81,13 @@ class PerExampleGradients:
         self.model, self.parameters = model, parameters
         named = dict(model.named_parameters())
         self.tensors: dict[str, Tensor] = {name: named[name] for name in parameters.names}
-        self.fallback = Fallback(model, self._run)
+        self.fallback = Fallback(model, self._run, self.tensors)
         self.moved: dict[str, str] = {}
         self.served: dict[str, str] = {}
         self.scratch = Scratch()
         self._call = call
         self._decompose = False
-        self._choices: dict[tuple[object, ...], dict[str, tuple[int, ...]]] = {}
+        self._forms: dict[tuple[object, ...], Form] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -107,11 +123,11 @@ class PerExampleGradients:
         Raises:
             ModelError: Autograd recorded nothing.
         """
-        logits = self._forward(batch)
+        logits = self.run(batch)
         if not self._decompose and logits.requires_grad and Graph(logits).names & _FUSED_RECURRENT:
             # Fused recurrent kernels hide their steps; the plain ones are matrix products, which have a rule.
             self._decompose = True
-            logits = self._forward(batch)
+            logits = self.run(batch)
         if not logits.requires_grad:
             raise ModelError(
                 "model: the logits do not depend on any selected parameter as far as autograd can see; "
@@ -119,7 +135,8 @@ class PerExampleGradients:
             )
         return logits
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch) -> Tensor:
+        """The logits ``(b, C)``, whatever autograd records."""
         return self._run(self.model, batch)
 
     def _run(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -155,13 +172,16 @@ class PerExampleGradients:
                 found[name] = find_uses(graph, Value(edge, tuple(tensor.shape)), batch.n_examples)
             except Unsupported as reason:
                 self.moved[name] = str(reason)
-        form = _form(found, batch.n_examples)
-        choices = self._choices.get(form)
-        if choices is None:
-            choices = check_rules(self, batch, logits, found, unused)
-            self._choices[form] = choices
+        key = (graph.form, *_choices(found, batch.n_examples))
+        form = self._forms.get(key)
+        if form is None:
+            check_independence(self, batch, logits, graph.precision)
+            form = self._forms[key] = check_rules(self, batch, logits, found, unused, graph)
+            checked = False
+        else:
+            checked = batch.n_examples > 1 and form.due(graph)
         rules: dict[str, list[Rule]] = {}
-        for name, choice in choices.items():
+        for name, choice in form.layouts.items():
             if name in self.moved:
                 continue
             try:
@@ -173,7 +193,61 @@ class PerExampleGradients:
                 self.moved[name] = str(reason)
                 continue
             self.served[name] = "+".join(dict.fromkeys(rule.name for rule in rules[name]))
-        return Prepared(batch, logits, rules, [name for name in self.tensors if name in self.moved], unused)
+        others = [name for name in self.tensors if name in self.moved]
+        return Prepared(batch, logits, rules, others, unused, graph, form, checked)
+
+    def backward(self, prepared: Prepared, columns: Tensor, whole: Container[int] = ()) -> None:
+        """Run the backward passes: afterwards the rules hold what they need of δ.
+
+        Where the batch is to be checked, parameters whose rows belong to other examples than their rules assume move
+        to the fallback, in this batch already.
+
+        Args:
+            prepared: From :meth:`prepare`.
+            columns: ``(b, C, R)`` cotangents.
+            whole: ``id`` of the rules that will be asked for blocks of everything.
+
+        Raises:
+            ModelError: Rows are misplaced, and may have been in batches that were not checked.
+        """
+        every = [rule for rules in prepared.rules.values() for rule in rules]
+        weights = None
+        if prepared.checked:
+            weights = powers_of_two(prepared.batch.n_examples, prepared.graph.precision).to(columns.device)
+        columns = columns.to(prepared.logits.dtype)
+        checked = backward(prepared.logits, columns, every, whole, small_products(every), weights)
+        if weights is not None:
+            self._check_rows(prepared, checked, weights)
+
+    def _check_rows(
+        self, prepared: Prepared, checked: Mapping[tuple[Node, int], tuple[Tensor, Tensor]], weights: Tensor
+    ) -> None:
+        form, sizes = prepared.form, prepared.graph.sizes
+        for name, rules in list(prepared.rules.items()):
+            deltas = [checked[rule.edge.node, rule.edge.output_nr] for rule in rules]
+            wrong = next(
+                (
+                    rule
+                    for rule, delta in zip(rules, deltas, strict=True)
+                    if not rows_follow(rule, *delta, weights, prepared.graph.precision)
+                ),
+                None,
+            )
+            if wrong is None:
+                if all(bool(delta.any()) for delta, _ in deltas):
+                    form.undecided.discard(name)
+                continue
+            reason = misplaced(wrong.use.node.name(), wrong.use.output_shape)
+            if 0 < form.unchecked[sizes] < EVERY:
+                raise ModelError(
+                    f"model: {reason} (parameter {name}). They were in earlier batches, so the model moves rows by "
+                    f"values, in a way that its graph does not show, and {form.unchecked[sizes]} batches since the "
+                    "last check may be wrong. Pass batches of one example, and another out="
+                )
+            self.moved[name] = reason
+            del prepared.rules[name]
+            prepared.others.append(name)
+        form.unchecked[sizes] = 0
 
     def blocks(
         self,
@@ -197,14 +271,13 @@ class PerExampleGradients:
             Blocks that together cover every element of every selected parameter, except where gradients are
             zero.
         """
-        columns = columns.to(prepared.logits.dtype)
         as_factors = {
             name: paired is not None and paired(self.parameters.named(name), rules)
             for name, rules in prepared.rules.items()
         }
         whole = {id(rule) for name, rules in prepared.rules.items() if not as_factors[name] for rule in rules}
-        every = [rule for rules in prepared.rules.values() for rule in rules]
-        backward(prepared.logits, columns, every, whole, at_once=small_products(every))
+        self.backward(prepared, columns, whole)
+        columns = columns.to(prepared.logits.dtype)
         n, n_columns = prepared.batch.n_examples, columns.shape[2]
         elements = tiles.tile_elements(columns.device)
         # The last layers first: they mostly have the largest gradients, so that a selection's threshold rises early.
@@ -220,7 +293,7 @@ class PerExampleGradients:
         others = {name: self.tensors[name] for name in prepared.others}
         for group in groups(others, columns.shape[2], elements):
             for name, examples, gradient in self.fallback.gradients(
-                prepared.batch, prepared.logits, columns, group, elements
+                prepared.batch, prepared.logits, columns, group, elements, prepared.graph.precision
             ):
                 parameter = self.parameters.named(name)
                 values = gradient.flatten(2).unsqueeze(2)
@@ -251,7 +324,7 @@ class PerExampleGradients:
         return lines
 
 
-def _form(found: Mapping[str, list[Found]], n_examples: int) -> tuple[object, ...]:
+def _choices(found: Mapping[str, list[Found]], n_examples: int) -> tuple[object, ...]:
     uses = (
         (
             name,

@@ -9,6 +9,7 @@ the fallback.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,50 @@ _MAPS = frozenset(
         *("Repeat", "Expand", "Embedding", "WeightNormInterface"),
     )
 )
+
+_ELEMENTWISE = (
+    *("Abs", "Acos", "Acosh", "Add", "Addcdiv", "Addcmul", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Celu", "Clamp"),
+    *("ClampMax", "ClampMin", "Cos", "Cosh", "Div", "Elu", "Erf", "Erfc", "Exp", "Exp2", "Expm1", "Floor", "Gelu"),
+    *("Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Lerp", "Log", "Log10", "Log1P", "Log2"),
+    *("LogSigmoid", "Logaddexp", "MaskedFill", "Maximum", "Minimum", "Mish", "Mul", "NanToNum", "NativeDropout", "Neg"),
+    *("Pow", "PreluKernel", "Reciprocal", "Relu", "Round", "Rsqrt", "Rsub", "Sigmoid", "Sign", "Silu", "Sin", "Sinh"),
+    *("Softplus", "Softshrink", "Sqrt", "Sub", "Tan", "Tanh", "Threshold", "Where"),
+)
+_MOVES = (
+    *("Alias", "Cat", "Clone", "ConstantPadNd", "Diagonal", "Expand", "Flip", "Glu", "Permute", "PixelShuffle"),
+    *("PixelUnshuffle", "ReflectionPad1D", "ReflectionPad2D", "ReflectionPad3D", "Repeat", "ReplicationPad1D"),
+    *("ReplicationPad2D", "ReplicationPad3D", "ReshapeAlias", "Roll", "Select", "Slice", "Split", "SplitWithSizes"),
+    *("Squeeze", "Stack", "T", "ToCopy", "Transpose", "Tril", "Triu", "Unbind", "Unfold", "UnsafeSplit"),
+    *("UnsafeSplitWithSizes", "UnsafeView", "Unsqueeze", "View"),
+)
+_REDUCTIONS = (
+    *("AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "Amax", "Amin", "AvgPool2D"),
+    *("AvgPool3D", "Cumsum", "LinalgVectorNorm", "LogSoftmax", "Logsumexp", "Max", "MaxPool2D", "MaxPool2DWithIndices"),
+    *("MaxPool3DWithIndices", "Mean", "Min", "Norm", "Prod", "Softmax", "Std", "StdMean", "Sum", "Var", "VarMean"),
+)
+_PRODUCTS = (
+    *("Addmm", "Baddbmm", "Bmm", "Convolution", "CudnnConvolution", "CudnnBatchNorm", "Embedding", "FusedRmsNorm"),
+    *("Mm", "MkldnnConvolution", "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm"),
+    *("ScaledDotProductCudnnAttention", "ScaledDotProductEfficientAttention", "ScaledDotProductFlashAttention"),
+    *("ScaledDotProductFlashAttentionForCpu", "WeightNormInterface"),
+)
+_FIXED = frozenset(
+    f"{name}Backward{version}" for name in (*_ELEMENTWISE, *_MOVES, *_REDUCTIONS, *_PRODUCTS) for version in range(6)
+) | {"torch::autograd::AccumulateGrad"}
+"""Operations that move rows by shapes and by the numbers in _NUMBERS alone, never by the values of a tensor."""
+
+_NUMBERS = tuple(
+    f"_saved_{name}"
+    for name in ("dim", "dims", "dim0", "dim1", "index", "start", "end", "step", "shifts", "split_size", "split_sizes")
+)
+_NUMBERED = frozenset(
+    f"{name}Backward{version}"
+    for name in (*_MOVES, *_REDUCTIONS)
+    for version in range(6)
+    if name not in ("Alias", "Clone", "View", "UnsafeView", "ReshapeAlias", "ToCopy")
+)
+_PRECISIONS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Floating dtypes, the coarsest first."""
 
 
 class Unsupported(Exception):
@@ -121,24 +166,41 @@ class Graph:
     """The operations between the parameters and the logits, and who takes whose output.
 
     Holds every node, so that their identities stay fixed while it lives.
+
+    Attributes:
+        names: Names of all nodes.
+        form: Equal for graphs with the same operations on the same operands, whatever the sizes.
+        sizes: Equal where also all shapes, dimensions, indices and steps are the same.
+        precision: The coarsest floating dtype of any operation's output.
+        routed: Some operation may move rows by the values of a tensor (an index, a sorted order, a product with a
+            matrix of data), so that graphs of the same form and sizes can give rows to other examples.
     """
 
     def __init__(self, logits: Tensor) -> None:
         self._takers: dict[tuple[Node, int], list[tuple[Node, int]]] = {}
-        self.names: set[str] = set()
-        seen: set[Node] = set()
+        order: dict[Node, int] = {}
         pending = [] if logits.grad_fn is None else [logits.grad_fn]
         while pending:
             node = pending.pop()
-            if node in seen:
+            if node in order:
                 continue
-            seen.add(node)
-            self.names.add(node.name())
+            order[node] = len(order)
             for operand, (source, output) in enumerate(node.next_functions):
                 if source is not None:
                     self._takers.setdefault((source, output), []).append((node, operand))
                     pending.append(source)
-        self._nodes = seen
+        self._nodes = order
+        self.names = {node.name() for node in order}
+        wiring = [
+            (node.name(), *((order.get(source, -1) if source else -1, output) for source, output in node.next_functions))
+            for node in order
+        ]
+        self.form = hash(tuple(wiring))
+        metadata = [[(tuple(made.shape), made.dtype) for made in node._input_metadata] for node in order]
+        self.sizes = hash((self.form, repr(metadata), repr([list(_numbers(node)) for node in order])))
+        dtypes = {dtype for outputs in metadata for _, dtype in outputs} | {logits.dtype}
+        self.precision = next((dtype for dtype in _PRECISIONS if dtype in dtypes), torch.float32)
+        self.routed = not self.names <= _FIXED or any(map(_mixes_rows, order))
 
     def takers(self, edge: GradientEdge) -> list[tuple[Node, int]]:
         """The operations that take the value made at ``edge``, and as which operand."""
@@ -164,3 +226,17 @@ class Graph:
             and torch.Size(output_shapes(taker)[0]).numel() > torch.Size(shape).numel()
             for taker, _ in takers
         )
+
+
+def _numbers(node: Node) -> Iterator[object]:
+    if node.name() in _NUMBERED:
+        yield from (getattr(node, name) for name in _NUMBERS if hasattr(node, name))
+
+
+def _mixes_rows(node: Node) -> bool:
+    """Whether it is a product whose second matrix depends on the data: its rows may then be anything's."""
+    second = {"MmBackward0": 1, "AddmmBackward0": 2}.get(node.name())
+    source = None if second is None else node.next_functions[second][0]
+    while source is not None and source.name() in (_RESHAPES | _MAPS) - {"EmbeddingBackward0"}:
+        source = source.next_functions[0][0]
+    return source is not None and source.name() != "torch::autograd::AccumulateGrad"

@@ -14,8 +14,13 @@ from npeff.gradients.rules.linear import MatrixBias, MatrixProduct
 
 
 def backward(
-    logits: Tensor, columns: Tensor, rules: list[Rule], whole: Container[int] = (), at_once: bool = False
-) -> None:
+    logits: Tensor,
+    columns: Tensor,
+    rules: list[Rule],
+    whole: Container[int] = (),
+    at_once: bool = False,
+    weights: Tensor | None = None,
+) -> dict[tuple[Node, int], tuple[Tensor, Tensor]]:
     """One backward pass per column to the rules' edges, or all in one; each rule keeps what it needs.
 
     Args:
@@ -24,6 +29,10 @@ def backward(
         rules: All rules.
         whole: ``id`` of those that will be asked for blocks of everything, which they may form at once.
         at_once: One pass with the columns side by side, where the graph's operations can do that.
+        weights: ``(b,)``: one more pass, whose cotangent is the sum of the columns times these.
+
+    Returns:
+        With ``weights``, per edge the sum of δ over the columns, and δ of the weighted pass; otherwise nothing.
     """
     takers: dict[tuple[Node, int], list[Rule]] = {}
     for rule in rules:
@@ -33,8 +42,14 @@ def backward(
         takers.setdefault((rule.edge.node, rule.edge.output_nr), []).append(rule)
     edges = [GradientEdge(*key) for key in takers]
     if not edges:
-        return
+        return {}
+    n_columns = columns.shape[2]
+    if weights is not None:
+        weighted = columns.sum(dim=2, dtype=torch.float64) * weights[:, None]
+        columns = torch.cat([columns, weighted.to(columns.dtype)[:, :, None]], dim=2)
     together = _side_by_side(logits, edges, columns) if at_once and columns.shape[2] > 1 else None
+    sums: dict[tuple[Node, int], Tensor] = {}
+    checked: dict[tuple[Node, int], tuple[Tensor, Tensor]] = {}
     for column in range(columns.shape[2]):
         if together is not None:
             deltas = [None if delta is None else delta[column] for delta in together]
@@ -42,11 +57,16 @@ def backward(
             deltas = list(
                 torch.autograd.grad(logits, edges, columns[:, :, column], retain_graph=True, allow_unused=True)
             )
-        for sharing, delta in zip(takers.values(), deltas, strict=True):
-            if delta is None:
-                delta = logits.new_zeros(sharing[0].use.output_shape)
+        for (key, sharing), delta in zip(takers.items(), deltas, strict=True):
+            delta = logits.new_zeros(sharing[0].use.output_shape) if delta is None else delta.detach()
+            if column == n_columns:
+                checked[key] = sums.pop(key), delta
+                continue
+            if weights is not None:
+                sums[key] = sums[key] + delta if key in sums else delta
             for rule in sharing:
-                rule.store(column, delta.detach())
+                rule.store(column, delta)
+    return checked
 
 
 def _side_by_side(logits: Tensor, edges: list[GradientEdge], columns: Tensor) -> tuple[Tensor | None, ...] | None:

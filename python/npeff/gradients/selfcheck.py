@@ -1,17 +1,23 @@
-"""The always-on check of rules against autograd, and of examples against each other.
+"""The always-on check of rules against autograd, and of which rows belong to which example.
 
-Three backward passes of the batch at hand: one whose cotangent is random for every example, and two whose
-cotangent is zero except for the first, or for the last, example. From them:
+*Rows.* Two backward passes of a batch, one with cotangents c_i, one with w_i c_i, where every w_i is a power of two.
+Where some rows of the gradient δ of an operation's output belong to example i, and to no other, the second pass gives
+w_i δ there, to the last bit: a product with a power of two rounds nothing. Any other assignment of rows to examples
+shows as a difference, because the w_i differ.
 
-- δ of a lone example must vanish on all rows that do not belong to it: this decides which rows belong to
-  whom;
-- Σ over examples of the rule's gradients must be autograd's gradient of the summed output;
-- the rule's gradient of the first and of the last example must be autograd's gradient of that example alone.
+*Values.* A third pass gives autograd's gradient of ``Σ_i u_i ⟨c_i, out_i⟩`` with random u_i, which must equal
+``Σ_i u_i rule_i``.
+
+Both are done when the graph has a new form. The first is repeated, against the rows of the batch's own backward
+passes, on every batch whose graph has new sizes or can move rows by the values of a tensor, and on one batch in
+``EVERY`` of the others: see :func:`npeff.gradients.passes.backward`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,18 +25,42 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from npeff.batches import Batch
-from npeff.errors import ModelError
 from npeff.gradients import tiles
-from npeff.gradients.fallback import TOLERANCE, dense
+from npeff.gradients.fallback import ABSOLUTE, TOLERANCE, dense, flat, norm, rounding
+from npeff.gradients.graph import Graph
 from npeff.gradients.rules import Found, Rule, Unsupported
 
 if TYPE_CHECKING:
     from npeff.gradients.engine import PerExampleGradients
 
+EVERY = 16
+"""Of batches whose graph is known and moves rows by its shapes alone, one in so many is checked again."""
+
 LONG = 4096
 """Elements of an example's gradient from which on it is added alone."""
 
-_ABSOLUTE = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+@dataclass
+class Form:
+    """What is known of graphs of one form.
+
+    Attributes:
+        layouts: Per parameter that passed, the index of the layout chosen for each use.
+        undecided: Parameters of which δ was zero, or could belong to the examples in more than one way.
+        unchecked: For each size (:attr:`Graph.sizes`) that was checked, the batches computed since.
+    """
+
+    layouts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    undecided: set[str] = field(default_factory=set)
+    unchecked: dict[int, int] = field(default_factory=dict)
+
+    def due(self, graph: Graph) -> bool:
+        """Whether the rows of the next batch have to be checked; counts the batch."""
+        before = self.unchecked.setdefault(graph.sizes, EVERY)
+        if graph.routed or self.undecided or before >= EVERY - 1:
+            return True
+        self.unchecked[graph.sizes] += 1
+        return False
 
 
 def check_rules(
@@ -39,7 +69,8 @@ def check_rules(
     logits: Tensor,
     found: Mapping[str, list[Found]],
     unused: list[str],
-) -> dict[str, tuple[int, ...]]:
+    graph: Graph,
+) -> Form:
     """Choose each use's layout and compare with autograd; what does not agree moves to the fallback.
 
     Args:
@@ -48,213 +79,192 @@ def check_rules(
         logits: Its logits with their graph.
         found: Uses with their candidate layouts, per parameter.
         unused: Parameters on which the logits do not depend.
+        graph: The batch's graph.
 
     Returns:
-        Per parameter that passed, the index of the layout chosen for each use.
-
-    Raises:
-        ModelError: Examples influence each other, or the model is random.
+        What was found.
     """
-    check_independence(engine, batch, logits)
-    n = batch.n_examples
-    probes = sorted({0, n - 1})
-    cotangents = _cotangents(logits, probes)
-    names = [name for name in engine.tensors if name not in unused]
+    n, precision = batch.n_examples, graph.precision
     uses = [(name, rule, use, layouts) for name in found for rule, use, layouts in found[name]]
-    edges = [GradientEdge(use.node, 0) for _, _, use, _ in uses]
-    truths: list[dict[str, Tensor]] = []
-    deltas: list[list[Tensor]] = []
-    for cotangent in cotangents:
-        targets: list[Any] = [*edges, *(engine.tensors[name] for name in names)]
-        results = torch.autograd.grad(
-            logits,
-            targets,
-            cotangent,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        deltas.append(
-            [_dense(delta, logits, use.output_shape) for delta, (_, _, use, _) in zip(results, uses, strict=False)]
-        )
-        truths.append(
-            {
-                name: _dense(g, logits, tuple(engine.tensors[name].shape))
-                for name, g in zip(names, results[len(uses) :], strict=True)
-            }
-        )
-    scale = [
-        torch.stack([truth.to(torch.float64).norm() for truth in column.values()]).norm().item() for column in truths
-    ]
-    chosen: dict[str, tuple[int, ...]] = {}
-    position = 0
+    shapes = [use.output_shape for _, _, use, _ in uses]
+    edges: list[Any] = [GradientEdge(use.node, 0) for _, _, use, _ in uses]
+    tensors = {name: tensor for name, tensor in engine.tensors.items() if name not in unused}
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    signs = torch.randint(0, 2, (n,), generator=generator) * 2 - 1
+    u = (signs * (0.5 + torch.rand(n, generator=generator, dtype=torch.float64))).to(logits.device)
+    w = powers_of_two(n, precision).to(logits.device)
+    cotangent = cotangent.to(logits.device)
+
+    def passed(targets: list[Any], weights: Tensor) -> list[Tensor | None]:
+        given = (cotangent * weights[:, None]).to(logits.dtype)
+        if not targets:
+            return []
+        return list(torch.autograd.grad(logits, targets, given, retain_graph=True, allow_unused=True))
+
+    def deltas(results: list[Tensor | None]) -> list[Tensor]:
+        return [_dense(result, logits, shape) for result, shape in zip(results, shapes, strict=True)]
+
+    if n == 1:  # all rows are its own: one pass does for both
+        u = torch.ones_like(u)
+        first = passed([*edges, *tensors.values()], u)
+        delta, truth = deltas(first[: len(edges)]), first[len(edges) :]
+        weighted = delta
+    else:
+        delta, weighted = deltas(passed(edges, torch.ones_like(w))), deltas(passed(edges, w))
+        truth = passed(list(tensors.values()), u)
+    autograd = Autograd(truth, lambda factor: passed(list(tensors.values()), u * factor), tensors, precision)
+    form, position = Form(unchecked={graph.sizes: 0}), 0
     for name, entries in found.items():
-        mine = [[column[position + i] for column in deltas] for i in range(len(entries))]
+        own = slice(position, position + len(entries))
         position += len(entries)
         try:
-            picked = [_pick(entry, n, probes, delta, engine) for entry, delta in zip(entries, mine, strict=True)]
-            rules = [entry[0](entry[1], entry[2][i], engine.scratch) for entry, i in zip(entries, picked, strict=True)]
-            _compare(
-                engine,
-                name,
-                rules,
-                [delta[0] for delta in mine],
-                probes,
-                [column[name] for column in truths],
-                scale,
-            )
+            chosen = []
+            for entry, one, other in zip(entries, delta[own], weighted[own], strict=True):
+                fitting = _fitting(entry, one, other, w, precision, engine)
+                chosen.append(fitting[0])
+                if n > 1 and (len(fitting) > 1 or not bool(one.any())):
+                    form.undecided.add(name)
+            rules = [
+                rule(use, layouts[i], engine.scratch) for (rule, use, layouts), i in zip(entries, chosen, strict=True)
+            ]
+            total = _sum(engine, name, rules, delta[own], u)
+            if reason := autograd.disagrees(name, total):
+                raise Unsupported(f"the {rules[0].name} rule disagrees with autograd {reason}")
         except Unsupported as reason:
             engine.moved[name] = str(reason)
+            form.undecided.discard(name)
         else:
-            chosen[name] = tuple(picked)
-    return chosen
+            form.layouts[name] = tuple(chosen)
+    return form
 
 
-def check_independence(engine: PerExampleGradients, batch: Batch, logits: Tensor) -> None:
-    """The first and the last example alone must have the logits that they have in the batch.
+def powers_of_two(n: int, precision: torch.dtype) -> Tensor:
+    """Weights ``(n,)`` float64, ±2^k, different from each other for up to 130 examples (8 in half precision)."""
+    exponents = torch.arange(0, 4) if precision == torch.float16 else torch.arange(-32, 33)
+    magnitudes = torch.ldexp(torch.ones(len(exponents), dtype=torch.float64), exponents)
+    values = torch.cat([magnitudes, -magnitudes])
+    generator = torch.Generator().manual_seed(1)
+    orders = [torch.randperm(len(values), generator=generator) for _ in range(0, n, len(values))]
+    return values[torch.cat(orders)[:n]]
 
-    Raises:
-        ModelError: They do not.
+
+def rows_follow(rule: Rule, delta: Tensor, weighted: Tensor, w: Tensor, precision: torch.dtype) -> bool:
+    """Whether ``weighted`` is w_i δ on the rows that the rule gives to example i.
+
+    Args:
+        rule: Says which rows those are.
+        delta: δ of the unweighted pass.
+        weighted: δ of the weighted one.
+        w: ``(n,)`` powers of two.
+        precision: The coarsest dtype in the graph.
     """
-    if batch.n_examples == 1 or not batch.sliceable:
-        return
-    # The last example goes with the last but one: a lone example may be treated as something else altogether.
-    for examples in (slice(0, 1), slice(batch.n_examples - 1, batch.n_examples)):
-        with torch.no_grad():
-            alone = engine._forward(batch.take(examples))
-        if differ(alone, logits.detach()[examples], logits.dtype):
-            with torch.no_grad():
-                again = engine._forward(batch)
-            if differ(again, logits.detach(), logits.dtype):
-                raise ModelError(
-                    "model: two passes over the same batch give different logits; make it deterministic "
-                    "(model.eval() switches dropout off)"
-                )
-            gap = float((alone - logits.detach()[examples]).abs().max())
-            raise ModelError(
-                f"model: example {examples.start} of a batch has other logits when it is alone (largest "
-                f"difference {gap:.3g}), so examples influence "
-                "each other and have no gradient of their own; use model.eval(), batches of one example, "
-                "or forward= without that dependence"
-            )
+    mine, theirs = rule.split(delta), rule.split(weighted)
+    shape = (-1, *(1,) * (theirs.dim() - 1))
+    wide = torch.promote_types(mine.dtype, torch.float32)
+    mine = mine.to(wide)
+    gap = (theirs.to(wide) * (1 / w).to(wide).view(shape) - mine).flatten(1).norm(dim=1)
+    size = mine.flatten(1).norm(dim=1)
+    smallest = torch.finfo(precision).tiny * 2.0**20
+    # Gradients that are not finite pass: they are reported with example and element later.
+    return not bool((gap > 10 * TOLERANCE.get(precision, 2e-4) * size + smallest).any())
 
 
-def differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    """Whether logits differ by more than rounding in their dtype.
+class Autograd:
+    """Autograd's gradients of a weighted sum, and how far they are from exact.
 
-    Raises:
-        ModelError: Their shapes differ.
+    Args:
+        truth: The gradients of all parameters; None stands for zero.
+        again: The same, with the cotangent times a factor.
+        tensors: The parameters by name.
+        precision: The coarsest dtype in the graph.
     """
-    if one.shape != other.shape:
-        raise ModelError(
-            f"model: the same examples have logits of shape {tuple(other.shape)} within their batch and "
-            f"{tuple(one.shape)} when called again; make their number independent of the batch, or choose them "
-            "in forward=callable(model, batch) -> logits"
+
+    def __init__(
+        self,
+        truth: list[Tensor | None],
+        again: Callable[[float], list[Tensor | None]],
+        tensors: Mapping[str, Tensor],
+        precision: torch.dtype,
+    ) -> None:
+        self._truth, self._again, self._precision = flat(truth, tensors), again, precision
+        self._tensors = tensors
+        self._scale = norm(self._truth.values())
+
+    @cached_property
+    def _rounding(self) -> dict[str, float]:
+        return rounding(self._truth, self._again, self._tensors)
+
+    def disagrees(self, name: str, total: Tensor) -> str:
+        """By how much a sum of gradients ``(numel,)`` float64 differs from autograd's, if by more than rounding."""
+        truth = self._truth[name]
+        gap = norm([total - truth])
+        allowed = (
+            TOLERANCE.get(self._precision, 2e-4) * norm([truth]) + ABSOLUTE.get(self._precision, 1e-6) * self._scale
         )
-    one, other = one.to(torch.float64), other.to(torch.float64)
-    finite = torch.isfinite(one) & torch.isfinite(other)
-    gap = torch.where(finite, one - other, 0.0).abs()
-    size = torch.where(finite, other, 0.0).abs().max().clamp_min(1.0)
-    return bool((gap > 5 * TOLERANCE.get(dtype, 2e-4) * size).any())
+        # Gradients that are not finite pass: they are reported with example and element later.
+        if gap > allowed and gap > (allowed := max(allowed, self._rounding[name])):
+            return f"(by {gap:.3g}, allowed {allowed:.3g})"
+        return ""
 
 
-def _cotangents(logits: Tensor, probes: list[int]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    full = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits.device, logits.dtype)
-    alone = []
-    for probe in probes:
-        cotangent = torch.zeros_like(full)
-        cotangent[probe] = full[probe]
-        alone.append(cotangent)
-    return [full, *alone]
+def _fitting(
+    entry: Found, delta: Tensor, weighted: Tensor, w: Tensor, precision: torch.dtype, engine: PerExampleGradients
+) -> list[int]:
+    """The layouts in which the rows of each example follow its weight.
+
+    Raises:
+        Unsupported: There is none.
+    """
+    rule, use, layouts = entry
+    if len(w) == 1:
+        return [0]
+    fitting = [
+        index
+        for index, layout in enumerate(layouts)
+        if rows_follow(rule(use, layout, engine.scratch), delta, weighted, w, precision)
+    ]
+    if not fitting:
+        raise Unsupported(misplaced(entry[1].node.name(), use.output_shape))
+    return fitting
+
+
+def misplaced(operation: str, shape: tuple[int, ...]) -> str:
+    """Why a use has no layout."""
+    return (
+        f"in the output of {operation}, {shape}, the rows of an example are not where a batch-first (or time-first) "
+        "layout has them"
+    )
 
 
 def _dense(gradient: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.detach().new_zeros(shape) if gradient is None else dense(gradient).detach()
 
 
-def _add_examples(total: Tensor, values: Tensor) -> None:
-    """Add ``(b', w)`` to a float64 ``(w,)``: long rows one by one, so that no copy in float64 is made."""
-    if values.shape[1] < LONG:
-        total += values.to(torch.float64).sum(dim=0)
-        return
-    for row in values:
-        total += row
-
-
-def _pick(entry: Found, n: int, probes: list[int], deltas: list[Tensor], engine: PerExampleGradients) -> int:
-    """The first layout in which a lone example's δ stays on its own rows.
-
-    Raises:
-        Unsupported: There is none.
-    """
-    rule, use, layouts = entry
-    if n == 1:
-        return 0
-    for index, layout in enumerate(layouts):
-        made = rule(use, layout, engine.scratch)
-        stays = True
-        for probe, delta in zip(probes, deltas[1:], strict=True):
-            size = made.split(delta).abs().flatten(1).amax(dim=1)
-            strangers = torch.cat([size[:probe], size[probe + 1 :]]).max()
-            stays = stays and bool(strangers <= _ABSOLUTE.get(delta.dtype, 1e-6) * size[probe])
-        if stays:
-            return index
-    raise Unsupported(
-        f"in the output of {use.node.name()}, {use.output_shape}, the rows of an example are not where a "
-        "batch-first (or time-first) layout has them"
-    )
-
-
-def _compare(
-    engine: PerExampleGradients,
-    name: str,
-    rules: list[Rule],
-    full: list[Tensor],
-    probes: list[int],
-    truth: list[Tensor],
-    scale: list[float],
-) -> None:
-    for rule, delta in zip(rules, full, strict=True):
+def _sum(engine: PerExampleGradients, name: str, rules: list[Rule], delta: list[Tensor], u: Tensor) -> Tensor:
+    """``Σ_i u_i rule_i``, ``(numel,)`` float64, by way of the per-example gradients."""
+    for rule, one in zip(rules, delta, strict=True):
         rule.reserve(1)
-        rule.store(0, delta)
+        rule.store(0, one)
     parameter = engine.parameters.named(name)
-    n = rules[0].layout.examples
-    total = torch.zeros(parameter.numel, dtype=torch.float64, device=truth[0].device)
-    lone = {probe: torch.zeros_like(total) for probe in probes}
-    for block in tiles.tiles(parameter, rules, n, 1, False, tiles.TILE_ELEMENTS):
-        values = block.values[:, 0]
+    total = torch.zeros(parameter.numel, dtype=torch.float64, device=u.device)
+    for block in tiles.tiles(parameter, rules, len(u), 1, False, tiles.TILE_ELEMENTS):
+        values, weights = block.values[:, 0], u[block.examples]
         width = values.shape[2]
         if isinstance(block.starts, int):
             start = block.starts - parameter.offset
-            _add_examples(total[start : start + width], values[:, 0])
+            _add_examples(total[start : start + width], values[:, 0], weights)
         else:
-            values = values.to(torch.float64)
-            total.view(-1, width).index_add_(
-                0, (block.starts - parameter.offset).reshape(-1) // width, values.reshape(-1, width)
-            )
-        for probe in probes:
-            if block.examples.start <= probe < block.examples.stop:
-                mine = values[probe - block.examples.start].to(torch.float64)
-                if isinstance(block.starts, int):
-                    lone[probe][start : start + width] += mine[0]
-                else:
-                    lone[probe].view(-1, width).index_add_(
-                        0, (block.starts[probe - block.examples.start] - parameter.offset) // width, mine
-                    )
-    for what, got, expected, size in zip(
-        ("their sum", *(f"example {probe}" for probe in probes)),
-        (total, *lone.values()),
-        truth,
-        scale,
-        strict=True,
-    ):
-        dtype = expected.dtype
-        gap = float((got - expected.reshape(-1).to(torch.float64)).norm())
-        allowed = (
-            TOLERANCE.get(dtype, 2e-4) * float(expected.to(torch.float64).norm()) + _ABSOLUTE.get(dtype, 1e-6) * size
-        )
-        # Non-finite gradients are nobody's fault here: they are reported with example and element later.
-        if gap > allowed:
-            raise Unsupported(
-                f"the {rules[0].name} rule disagrees with autograd on {what} (by {gap:.3g}, allowed {allowed:.3g})"
-            )
+            values = values.to(torch.float64) * weights[:, None, None]
+            rows = (block.starts - parameter.offset).reshape(-1) // width
+            total.view(-1, width).index_add_(0, rows, values.reshape(-1, width))
+    return total
+
+
+def _add_examples(total: Tensor, values: Tensor, weights: Tensor) -> None:
+    """Add ``Σ_i weights_i values_i`` to a float64 ``(w,)``: long rows one by one, so that no float64 copy is made."""
+    if values.shape[1] < LONG:
+        total += weights @ values.to(torch.float64)
+        return
+    for weight, row in zip(weights.tolist(), values, strict=True):
+        total.add_(row, alpha=weight)

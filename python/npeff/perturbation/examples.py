@@ -13,7 +13,7 @@ from torch import Tensor
 
 from npeff.batches import Batch, batch_digest, check_data, leaves, map_tensors, read_batch
 from npeff.errors import DataError, NpeffError
-from npeff.gradients.selfcheck import differ
+from npeff.gradients.independence import differ
 
 Array = npt.NDArray[Any]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from npeff.companions.influence.solvers.factor_rows import FactorRows, OutputLos
 from npeff.companions.influence.solvers.kronecker import Layer, find_layers, from_matrices, pairs, to_matrices
 from npeff.errors import ArgumentError, ModelError
 from npeff.gradients.engine import PerExampleGradients, Prepared
-from npeff.gradients.passes import backward
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,9 @@ class _Accumulator:
         inputs: dict[str, Tensor] = {}
         deltas: dict[str, Tensor] = {}
         for _, prepared, columns in source.passes():
+            source.engine.backward(prepared, columns)
             self._agree(prepared, first)
             first = False
-            _backward(prepared, columns)
             for layer in self.layers:
                 a, delta = (x.double() for x in pairs(prepared.rules[layer.weight], layer.bias is not None))
                 _add(inputs, layer.weight, torch.einsum("bgtp,bgtu->gpu", a, a))
@@ -70,7 +69,8 @@ class _Accumulator:
         self.diagonal = torch.zeros(objective.m, dtype=torch.float64, device=objective.device)
         self.others: list[str] = []
         for batch, prepared, columns in source.passes():
-            _backward(prepared, columns)
+            source.engine.backward(prepared, columns)
+            self._agree(prepared, False)
             for layer in self.layers:
                 self._moments(prepared, layer, batch.n_examples)
             self._rest(source.engine, prepared, columns)
@@ -108,16 +108,11 @@ class _Accumulator:
         self.others = list(dict.fromkeys([*self.others, *others]))
         if not others:
             return
-        rest = Prepared(prepared.batch, prepared.logits, rules, prepared.others, prepared.unused)
+        rest = replace(prepared, rules=rules, checked=False)
         for block in formed(engine.blocks(rest, columns, squared=True)):
             row = torch.zeros((prepared.batch.n_examples, 1, self._objective.m), dtype=torch.float64)
             scatter(block, row)
             self.diagonal += row.sum(dim=(0, 1))
-
-
-def _backward(prepared: Prepared, columns: Tensor) -> None:
-    rules = [rule for rules in prepared.rules.values() for rule in rules]
-    backward(prepared.logits, columns.to(prepared.logits.dtype), rules)
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

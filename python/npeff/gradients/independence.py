@@ -1,0 +1,107 @@
+"""Whether the logits of an example depend on the rest of its batch; if so, why, and what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from npeff.batches import Batch
+from npeff.errors import ModelError, NpeffError
+from npeff.gradients.fallback import TOLERANCE
+
+if TYPE_CHECKING:
+    from npeff.gradients.engine import PerExampleGradients
+
+
+def check_independence(engine: PerExampleGradients, batch: Batch, logits: Tensor, precision: torch.dtype) -> None:
+    """The first and the last example alone must have the logits that they have in the batch.
+
+    Args:
+        engine: Runs the model.
+        batch: The batch.
+        logits: ``(b, C)`` its logits.
+        precision: The coarsest dtype in the graph.
+
+    Raises:
+        ModelError: They do not.
+    """
+    if batch.n_examples == 1 or not batch.sliceable:
+        return
+    logits = logits.detach()
+    for example in (0, batch.n_examples - 1):
+        alone = _alone(engine, batch, example)
+        if alone is not None and differ(alone, logits[example : example + 1], precision):
+            raise ModelError(_explain(engine, batch, logits, example, alone, precision))
+
+
+def differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits differ by more than rounding in a dtype.
+
+    Raises:
+        ModelError: Their shapes differ.
+    """
+    if one.shape != other.shape:
+        raise ModelError(
+            f"model: the same examples have logits of shape {tuple(other.shape)} within their batch and "
+            f"{tuple(one.shape)} when called again; make their number independent of the batch, or choose them "
+            "in forward=callable(model, batch) -> logits"
+        )
+    one, other = one.to(torch.float64), other.to(torch.float64)
+    finite = torch.isfinite(one) & torch.isfinite(other)
+    gap = torch.where(finite, one - other, 0.0).abs()
+    size = torch.where(finite, other, 0.0).abs().max().clamp_min(1.0)
+    return bool((gap > 5 * TOLERANCE.get(dtype, 2e-4) * size).any())
+
+
+def _alone(engine: PerExampleGradients, batch: Batch, example: int) -> Tensor | None:
+    """The example's logits ``(1, C)`` in a batch of its own.
+
+    A model that cannot be called on one example, as with ``.squeeze()``, is called on this one and another; None where
+    that would be the batch itself.
+    """
+    try:
+        return _logits(engine, batch, [example])
+    except NpeffError:
+        if batch.n_examples == 2:
+            return None
+        return _logits(engine, batch, [example, (example + 1) % batch.n_examples])[:1]
+
+
+def _logits(engine: PerExampleGradients, batch: Batch, examples: list[int]) -> Tensor:
+    # With gradients: without them, some layers of torch compute something else, such as nested tensors for padding.
+    return engine.run(batch.take(torch.tensor(examples))).detach()
+
+
+def _explain(
+    engine: PerExampleGradients, batch: Batch, logits: Tensor, example: int, alone: Tensor, precision: torch.dtype
+) -> str:
+    if differ(engine.run(batch).detach(), logits, precision):
+        return (
+            "model: two passes over the same batch give different logits; make it deterministic (model.eval() switches "
+            "dropout off)"
+        )
+    gap = float((alone - logits[example : example + 1]).abs().max())
+    said = f"model: example {example} of a batch has other logits when it is alone (largest difference {gap:.3g})"
+    try:
+        twice = _logits(engine, batch, [example, example])[:1]
+    except NpeffError:
+        twice = alone
+    if gap < 0.3 * float(logits.abs().max().clamp_min(1.0)) and precision in (torch.bfloat16, torch.float16):
+        return f"{said}, more than rounding in {precision} explains by itself; compute in float32, without autocast"
+    if differ(twice, alone, precision):
+        return (
+            f"{said}, and others again in a batch of twice itself: its logits depend on the number of examples, as "
+            f"through a sum over the batch, or the batch is cut wrongly ({_cut(batch)}); remove that dependence in "
+            "forward=, say how the batch is cut, or pass batches of one example"
+        )
+    return (
+        f"{said}, but not in a batch of twice itself: its logits depend on the other examples, as through a mean over "
+        f"the batch, or the batch is cut wrongly ({_cut(batch)}); use model.eval(), remove that dependence in "
+        "forward=, say how the batch is cut, or pass batches of one example"
+    )
+
+
+def _cut(batch: Batch) -> str:
+    return ""
