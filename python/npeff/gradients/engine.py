@@ -296,7 +296,7 @@ class PerExampleGradients:
                 prepared.batch, prepared.logits, columns, group, elements, prepared.graph.precision
             ):
                 parameter = self.parameters.named(name)
-                values = gradient.flatten(2).unsqueeze(2)
+                values = gradient.reshape(*gradient.shape[:2], 1, -1)
                 yield Block(
                     parameter,
                     examples,

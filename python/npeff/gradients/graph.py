@@ -192,7 +192,10 @@ class Graph:
         self._nodes = order
         self.names = {node.name() for node in order}
         wiring = [
-            (node.name(), *((order.get(source, -1) if source else -1, output) for source, output in node.next_functions))
+            (
+                node.name(),
+                *((order.get(source, -1) if source else -1, output) for source, output in node.next_functions),
+            )
             for node in order
         ]
         self.form = hash(tuple(wiring))

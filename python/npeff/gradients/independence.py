@@ -92,12 +92,12 @@ def _explain(
         return f"{said}, more than rounding in {precision} explains by itself; compute in float32, without autocast"
     if differ(twice, alone, precision):
         return (
-            f"{said}, and others again in a batch of twice itself: its logits depend on the number of examples, as "
+            f"{said}, and others again in a batch of twice itself: examples influence each other by their number, as "
             f"through a sum over the batch, or the batch is cut wrongly ({_cut(batch)}); remove that dependence in "
             "forward=, say how the batch is cut, or pass batches of one example"
         )
     return (
-        f"{said}, but not in a batch of twice itself: its logits depend on the other examples, as through a mean over "
+        f"{said}, but not in a batch of twice itself: examples influence each other, as through a mean over "
         f"the batch, or the batch is cut wrongly ({_cut(batch)}); use model.eval(), remove that dependence in "
         "forward=, say how the batch is cut, or pass batches of one example"
     )

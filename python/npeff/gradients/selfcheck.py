@@ -129,10 +129,13 @@ def check_rules(
                 rule(use, layouts[i], engine.scratch) for (rule, use, layouts), i in zip(entries, chosen, strict=True)
             ]
             total = _sum(engine, name, rules, delta[own], u)
-            if reason := autograd.disagrees(name, total):
-                raise Unsupported(f"the {rules[0].name} rule disagrees with autograd {reason}")
-        except Unsupported as reason:
-            engine.moved[name] = str(reason)
+        except Unsupported as error:
+            reason = str(error)
+        else:
+            reason = autograd.disagrees(name, total)
+            reason = reason and f"the {rules[0].name} rule disagrees with autograd {reason}"
+        if reason:
+            engine.moved[name] = reason
             form.undecided.discard(name)
         else:
             form.layouts[name] = tuple(chosen)

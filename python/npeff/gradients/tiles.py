@@ -112,7 +112,7 @@ def pairs(
 ) -> Iterator[Pairs] | None:
     """The gradients of one parameter as factors, some examples at a time; None where they are no such sums."""
     rule = rules[0]
-    if len(rules) > 1 or not rule.use.value.reshaped or rule.use.value.shape != parameter.shape:
+    if len(rules) > 1 or not _is_the_parameter(rule, parameter):
         return None
     sizes = rule.pair_sizes()
     if sizes is None:
@@ -149,7 +149,7 @@ def tiles(
     per_row = n_columns * math.prod(parameter.shape[1:])
     n_rows = parameter.shape[0] if parameter.shape else 1
     alone = rules[0] if len(rules) == 1 else None
-    if alone is not None and isinstance(alone, Embedding) and alone.use.value.shape == parameter.shape:
+    if alone is not None and isinstance(alone, Embedding) and _is_the_parameter(alone, parameter):
         n_rows, n_tile_rows = alone.layout.positions, alone.layout.positions
     else:
         alone = None if isinstance(alone, Embedding) else alone
@@ -166,27 +166,24 @@ def tiles(
             rows = slice(row, min(row + n_tile_rows, n_rows))
             offset = parameter.offset + row * math.prod(parameter.shape[1:])
             if squared:
-                square = alone.square(examples, rows) if alone is not None else None
+                square = (
+                    alone.square(examples, rows) if alone is not None and _is_the_parameter(alone, parameter) else None
+                )
                 if square is None:
                     square = squares(_summed(parameter, rules, examples, rows), rules[0].scratch)
-                yield Block(parameter, examples, square.flatten(1)[:, None, None], offset)
+                yield Block(parameter, examples, square.reshape(len(square), 1, 1, -1), offset)
             else:
-                gram = alone.gram(examples) if alone is not None else None
+                gram = alone.gram(examples) if alone is not None and alone.use.value.reshaped else None
                 if gram is not None and row > 0:
                     gram = torch.zeros_like(gram)  # the first tile of rows brought all of it
-                yield Block(
-                    parameter,
-                    examples,
-                    _summed(parameter, rules, examples, rows).flatten(2)[:, :, None],
-                    offset,
-                    gram,
-                )
+                values = _summed(parameter, rules, examples, rows)
+                yield Block(parameter, examples, values.reshape(*values.shape[:2], 1, -1), offset, gram)
 
 
 def _summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slice) -> Tensor:
     total: Tensor | None = None
     for rule in rules:
-        if rule.use.value.reshaped and rule.use.value.shape == parameter.shape:
+        if _is_the_parameter(rule, parameter):
             block = rule.block(examples, rows)
         else:
             block = rule.use.to_parameter(rule.block(examples, slice(None)))
@@ -200,6 +197,11 @@ def _summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slic
     if total is None:
         raise RuntimeError(f"no use of {parameter.name}")
     return total
+
+
+def _is_the_parameter(rule: Rule, parameter: Parameter) -> bool:
+    """Whether the rule's operand is the parameter as it is, not a part of it, or something made of it."""
+    return rule.use.value.reshaped and rule.use.value.shape == parameter.shape
 
 
 def squares(block: Tensor, scratch: Scratch) -> Tensor:

@@ -184,6 +184,7 @@ class ConvolutionWeight(StackedRule):
 
     @override
     def block(self, examples: slice, rows: slice) -> Tensor:
+        rows = slice(*rows.indices(self.use.value.shape[0]))
         if self._early is not None:
             return self._early[examples][:, :, rows]
         if self._in_place:

@@ -68,14 +68,14 @@ class MatrixProduct(StackedRule):
 
     @override
     def gram(self, examples: slice) -> Tensor | None:
-        if self.layout.positions > 1 or not self.use.value.reshaped:
+        if self.layout.positions > 1:
             return None
         delta = self.stacked(examples, 2)[:, 0].to(torch.float64)
         return delta @ delta.mT * self._input[examples].to(torch.float64).square().sum(dim=(1, 2))[:, None, None]
 
     @override
     def square(self, examples: slice, rows: slice) -> Tensor | None:
-        if self.layout.positions > 1 or not self._by_rows or not self.use.value.reshaped:
+        if self.layout.positions > 1 or not self._by_rows:
             return None
         delta = self.stacked(examples, 2)[:, 0, :, rows].square().sum(dim=1)
         return delta[:, :, None] * self._input[examples].square()
