@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from npeff.companions.influence import EKFAC, ConjugateGradients, CrossLossInfluence, EmpiricalFisher
 from npeff.compress import GramOnly, Sketch, TopK
 from npeff.computation import compute_fishers
 from npeff.errors import ModelError
 from npeff.gradients import selfcheck
+from npeff.perturbation import mean_fisher
 from oracles import dense_fishers, dense_jacobians
 
 N, T = 6, 4
@@ -213,3 +216,36 @@ def test_compressed_rows_that_move_equal_those_of_single_examples(compress: Any)
     alone = compute_fishers(model, singles, compress=compress, progress=False)
     for i in range(len(together)):
         np.testing.assert_allclose(together.dense(i), alone.dense(i), atol=1e-5)
+
+
+def losses(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("solver", [EKFAC(), EmpiricalFisher(), ConjugateGradients()])
+@pytest.mark.parametrize("make", [SortsByLength, OneLongRow, Experts])
+def test_influence_of_rows_that_move_equals_that_of_single_examples(make: Callable[[], nn.Module], solver: Any) -> None:
+    torch.manual_seed(0)
+    model = make().double().eval()
+    labelled = [(ids, torch.arange(N) % 3) for ids in batches()]
+    singles = [(ids[i : i + 1], labels[i : i + 1]) for ids, labels in labelled for i in range(N)]
+    scores = []
+    for data in (labelled, singles):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model is not at an optimum
+            influence = CrossLossInfluence(model, losses, losses, solver=solver, damping=1.0, progress=False)
+            scores.append(np.asarray(influence.scores(data, data).values))
+    if isinstance(solver, EKFAC):  # layers that no rule serves are diagonal there; what they share is the gradients
+        assert scores[0].shape == scores[1].shape
+    else:
+        np.testing.assert_allclose(scores[0], scores[1], rtol=1e-4, atol=1e-6 * np.abs(scores[1]).max())
+
+
+def test_the_mean_fisher_of_rows_that_move_is_right() -> None:
+    torch.manual_seed(0)
+    model = SortsByLength().eval()
+    _, fishers = errors(model, batches(), kind="diagonal")
+    found = mean_fisher(model, batches(), progress=False)
+    expected = np.mean([fishers.dense(i) for i in range(len(fishers))], axis=0)
+    flat = np.concatenate([found[p.name].numpy().reshape(-1) for p in fishers.parameters])
+    np.testing.assert_allclose(flat, expected, rtol=1e-4, atol=1e-8)

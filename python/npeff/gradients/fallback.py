@@ -115,9 +115,9 @@ class Fallback:
         if gap:
             raise ModelError(
                 f"model: among the examples {examples.start} to {examples.stop - 1} of a batch the gradient of one "
-                f"alone is not what it is in the batch ({gap}), although its logits are the same: gradients flow "
-                "between examples, as through a mean over the batch that is subtracted and added again; remove that "
-                "from forward=, or pass batches of one example"
+                f"alone is not what it is in the batch ({gap}), although its logits are the same: examples "
+                "influence each other through gradients alone, as in a mean over the batch that is subtracted and "
+                "added again; remove that from forward=, or pass batches of one example"
             )
         return result
 
