@@ -203,7 +203,7 @@ class Graph:
         self.sizes = hash((self.form, repr(metadata), repr([list(_numbers(node)) for node in order])))
         dtypes = {dtype for outputs in metadata for _, dtype in outputs} | {logits.dtype}
         self.precision = next((dtype for dtype in _PRECISIONS if dtype in dtypes), torch.float32)
-        self.routed = not self.names <= _FIXED or any(map(_mixes_rows, order))
+        self.routed = not self.names <= _FIXED or any(_mixes_rows(node, len(logits)) for node in order)
 
     def takers(self, edge: GradientEdge) -> list[tuple[Node, int]]:
         """The operations that take the value made at ``edge``, and as which operand."""
@@ -236,9 +236,12 @@ def _numbers(node: Node) -> Iterator[object]:
         yield from (getattr(node, name) for name in _NUMBERS if hasattr(node, name))
 
 
-def _mixes_rows(node: Node) -> bool:
-    """Whether it is a product whose second matrix depends on the data: its rows may then be anything's."""
-    second = {"MmBackward0": 1, "AddmmBackward0": 2}.get(node.name())
+def _mixes_rows(node: Node, n_examples: int) -> bool:
+    """Whether it is a product that may give an example rows of another: by matrices that depend on the data."""
+    name = node.name()
+    if name in ("BmmBackward0", "BaddbmmBackward0") or name.startswith("ScaledDotProduct"):
+        return output_shapes(node)[0][0] % n_examples != 0  # otherwise each example has matrices of its own
+    second = {"MmBackward0": 1, "AddmmBackward0": 2}.get(name)
     source = None if second is None else node.next_functions[second][0]
     while source is not None and source.name() in (_RESHAPES | _MAPS) - {"EmbeddingBackward0"}:
         source = source.next_functions[0][0]

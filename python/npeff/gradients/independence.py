@@ -14,9 +14,16 @@ from npeff.gradients.fallback import TOLERANCE
 if TYPE_CHECKING:
     from npeff.gradients.engine import PerExampleGradients
 
+_RANDOM = (
+    "model: two passes over the same batch give different logits; make it deterministic (model.eval() switches dropout "
+    "off)"
+)
+
 
 def check_independence(engine: PerExampleGradients, batch: Batch, logits: Tensor, precision: torch.dtype) -> None:
     """The first and the last example alone must have the logits that they have in the batch.
+
+    A batch that cannot be cut is called again as it is.
 
     Args:
         engine: Runs the model.
@@ -27,9 +34,11 @@ def check_independence(engine: PerExampleGradients, batch: Batch, logits: Tensor
     Raises:
         ModelError: They do not.
     """
-    if batch.n_examples == 1 or not batch.sliceable:
-        return
     logits = logits.detach()
+    if batch.n_examples == 1 or not batch.sliceable:
+        if differ(engine.run(batch).detach(), logits, precision):
+            raise ModelError(_RANDOM)
+        return
     for example in (0, batch.n_examples - 1):
         alone = _alone(engine, batch, example)
         if alone is not None and differ(alone, logits[example : example + 1], precision):
@@ -78,10 +87,7 @@ def _explain(
     engine: PerExampleGradients, batch: Batch, logits: Tensor, example: int, alone: Tensor, precision: torch.dtype
 ) -> str:
     if differ(engine.run(batch).detach(), logits, precision):
-        return (
-            "model: two passes over the same batch give different logits; make it deterministic (model.eval() switches "
-            "dropout off)"
-        )
+        return _RANDOM
     gap = float((alone - logits[example : example + 1]).abs().max())
     said = f"model: example {example} of a batch has other logits when it is alone (largest difference {gap:.3g})"
     try:

@@ -63,7 +63,8 @@ def backward(
                 checked[key] = sums.pop(key), delta
                 continue
             if weights is not None:
-                sums[key] = sums[key] + delta if key in sums else delta
+                wide = torch.promote_types(delta.dtype, torch.float32)
+                sums[key] = sums[key] + delta if key in sums else delta.to(wide)
             for rule in sharing:
                 rule.store(column, delta)
     return checked

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 EVERY = 16
 """Of batches whose graph is known and moves rows by its shapes alone, one in so many is checked again."""
 
+ROWS = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+"""By how much w_i δ may differ, relative to its norm. A wrong example's rows differ by half of it at least, the right
+one's by the rounding of a sum over columns alone."""
+
 LONG = 4096
 """Elements of an example's gradient from which on it is added alone."""
 
@@ -143,8 +147,8 @@ def check_rules(
 
 
 def powers_of_two(n: int, precision: torch.dtype) -> Tensor:
-    """Weights ``(n,)`` float64, ±2^k, different from each other for up to 130 examples (8 in half precision)."""
-    exponents = torch.arange(0, 4) if precision == torch.float16 else torch.arange(-32, 33)
+    """Weights ``(n,)`` float64, ±2^k, different from each other for up to 130 examples (16 in float16)."""
+    exponents = torch.arange(0, 8) if precision == torch.float16 else torch.arange(-32, 33)
     magnitudes = torch.ldexp(torch.ones(len(exponents), dtype=torch.float64), exponents)
     values = torch.cat([magnitudes, -magnitudes])
     generator = torch.Generator().manual_seed(1)
@@ -168,9 +172,10 @@ def rows_follow(rule: Rule, delta: Tensor, weighted: Tensor, w: Tensor, precisio
     mine = mine.to(wide)
     gap = (theirs.to(wide) * (1 / w).to(wide).view(shape) - mine).flatten(1).norm(dim=1)
     size = mine.flatten(1).norm(dim=1)
-    smallest = torch.finfo(precision).tiny * 2.0**20
+    info = torch.finfo(precision)
+    smallest = 64 * info.smallest_normal * info.eps * max(1, mine.numel() // len(w)) ** 0.5  # of numbers below normal
     # Gradients that are not finite pass: they are reported with example and element later.
-    return not bool((gap > 10 * TOLERANCE.get(precision, 2e-4) * size + smallest).any())
+    return not bool((gap > ROWS.get(precision, 2e-3) * size + smallest).any())
 
 
 class Autograd:
