@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npeff.batches import Batch, leaves
+from npeff.batches import Batch
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
 
 _PROBED = 2
@@ -14,6 +14,8 @@ _PROBED = 2
 
 class Budget:
     """Finds batch sizes: half of the memory for what autograd keeps of a forward pass, half for output gradients.
+
+    Cotangents, made before there are output gradients, may take as much as these.
 
     The former is measured by a trial on two examples for every new shape of the inputs, the latter known from the first
     batch of that shape.
@@ -39,7 +41,7 @@ class Budget:
         """The most examples of such a batch that fit, at least one, as far as is known before its forward pass."""
         if batch.n_examples <= 1 or not batch.sliceable:
             return batch.n_examples
-        shapes = _shapes(batch)
+        shapes = batch.shapes()
         most = min(batch.n_examples, self._for_gradients // self._gradients.get(shapes, 1))
         if self._for_activations is not None:
             if shapes not in self._activations:
@@ -48,10 +50,10 @@ class Budget:
         return max(1, most)
 
     def examples_after(self, batch: Batch, gradients: int) -> int:
-        """The same, once it is known how many bytes of output gradients the batch keeps."""
+        """The same, once it is known how many bytes the batch's output gradients, or its cotangents, take."""
         if batch.n_examples <= 1 or not batch.sliceable:
             return batch.n_examples
-        shapes = _shapes(batch)
+        shapes = batch.shapes()
         self._gradients[shapes] = max(1, gradients // batch.n_examples)
         return max(1, min(batch.n_examples, self._for_gradients // self._gradients[shapes]))
 
@@ -69,7 +71,3 @@ class Budget:
             logits = self._engine.forward(few)
         del logits
         return max(1, sum(kept.values()) // few.n_examples)
-
-
-def _shapes(batch: Batch) -> object:
-    return tuple(tuple(leaf.shape[1:]) for leaf in leaves(batch.inputs) if isinstance(leaf, Tensor))

@@ -134,7 +134,7 @@ def check_independence(engine: PerExampleGradients, batch: Batch, logits: Tensor
                 f"model: example {examples.start} of a batch has other logits when it is alone (largest "
                 f"difference {gap:.3g}), so examples influence "
                 "each other and have no gradient of their own; use model.eval(), batches of one example, "
-                "or forward= without that dependence"
+                f"or forward= without that dependence. To take it, {batch.how_cut()}"
             )
 
 
