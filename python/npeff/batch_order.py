@@ -66,7 +66,7 @@ def _shuffling(data: Any) -> str:
         seen.add(id(found))
         if isinstance(found, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
             return f"{type(found).__name__}"
-        for attribute in ("sampler", "batch_sampler", "base_dataloader", "dataloader", "iterable"):
+        for attribute in ("sampler", "batch_sampler", "base_dataloader", "dataloader", "iterable", "_data"):
             waiting.append(getattr(found, attribute, None))
     return ""
 

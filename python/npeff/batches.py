@@ -97,7 +97,7 @@ class Batch:
             DataError: The user's ``take`` failed, or a tensor cannot be cut.
         """
         n = self.n_examples
-        positions = list(range(n)[examples]) if isinstance(examples, slice) else [int(i) for i in examples]
+        positions = list(range(n)[examples]) if isinstance(examples, slice) else examples.tolist()
         if positions == list(range(n)):
             return self
         root = self._source or self

@@ -49,7 +49,10 @@ def check_eligible(model: nn.Module) -> None:
 
 def _problems(module: nn.Module) -> Iterator[str]:
     kind = type(module).__name__
-    if "quantized" in type(module).__module__.split(".") or any(
+    origin = type(module).__module__.split(".")
+    if kind.endswith("PackedParams"):  # of a quantised module, which is named itself
+        return
+    if (origin[0] == "torch" and "quantized" in origin) or any(
         tensor.is_quantized for tensor in chain(module.parameters(False), module.buffers(False)) if not is_lazy(tensor)
     ):
         yield f"{kind} is quantised, so no gradient passes through it: take the model as it was before quantisation"

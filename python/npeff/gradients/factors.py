@@ -22,7 +22,7 @@ DENSE_CLASSES = 64
 MOST_PASSES = 10_000
 """Beyond so many rows per example, a factor has to be truncated."""
 
-COPIES = 5
+COPIES = 4
 """Arrays of the cotangents' size that exist at once while they are made, at most."""
 
 SUMS_TO_ONE = 64 * torch.finfo(torch.float32).eps
@@ -157,10 +157,12 @@ def factorise(logits: Tensor, options: FactorOptions, targets: Tensor | None, id
         columns = _residuals(logits, options, targets, ids)
         counts = torch.full((len(logits),), columns.shape[2], dtype=torch.int64, device=logits.device)
     # Two steps: entries below √(smallest float64) would vanish when squared.
-    largest = columns.abs().amax(dim=(1, 2)) if columns.numel() else columns.new_zeros(len(columns))
-    columns = columns / torch.where(largest > 0, largest, 1.0)[:, None, None]
+    largest = columns.new_zeros(len(columns))
+    if columns.numel():
+        largest = torch.maximum(columns.amax(dim=(1, 2)), -columns.amin(dim=(1, 2)))
+    columns /= torch.where(largest > 0, largest, 1.0)[:, None, None]
     norm = columns.square().sum(dim=(1, 2)).sqrt()
-    columns = columns / torch.where(norm > 0, norm, 1.0)[:, None, None]
+    columns /= torch.where(norm > 0, norm, 1.0)[:, None, None]
     return Factors(columns, largest * norm, counts)
 
 
@@ -226,7 +228,7 @@ def check_meaning(logits: Tensor, likelihood: str) -> None:
 def _expected(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tensor]:
     n, n_outputs = logits.shape
     if options.likelihood == "gaussian":
-        columns = torch.eye(n_outputs, dtype=torch.float64, device=logits.device).expand(n, -1, -1)
+        columns = torch.eye(n_outputs, dtype=torch.float64, device=logits.device).repeat(n, 1, 1)
     elif options.likelihood == "bernoulli":
         log_std = (torch.nn.functional.logsigmoid(logits) + torch.nn.functional.logsigmoid(-logits)) / 2
         columns = torch.diag_embed(log_std.exp())
@@ -267,7 +269,7 @@ def _class_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tens
     columns *= (log_p / 2).exp().gather(1, order)[:, None]
     if keep is None or counts is None:
         return columns, torch.full((n,), n_outputs, dtype=torch.int64, device=p.device)
-    return columns * keep[:, None], counts
+    return columns.mul_(keep[:, None]), counts
 
 
 def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tensor]:
@@ -294,8 +296,8 @@ def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Te
         values = values.flip(1)[:, :width].clamp_min(0.0)
         vectors = vectors.flip(2)[:, :, :width]
     leading = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
-    columns = vectors * torch.where(leading < 0, -1.0, 1.0) * (values * unit[:, None]).sqrt()[:, None, :]
-    columns = columns * (trace > 0)[:, None, None]
+    size = (values * unit[:, None]).sqrt() * (trace > 0)[:, None]
+    columns = vectors.mul_(torch.where(leading < 0, -1.0, 1.0) * size[:, None, :])
     counts = torch.full((n,), width, dtype=torch.int64, device=p.device)
     if options.energy is not None:
         short = values.cumsum(dim=1) < options.energy - 1e-12
@@ -303,7 +305,7 @@ def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Te
         counts = torch.where(trace > 0, counts, 1)
         kept = torch.arange(width, device=p.device) < counts[:, None]
         width = int(counts.max())
-        columns = (columns * kept[:, None, :])[:, :, :width]
+        columns = columns.mul_(kept[:, None, :])[:, :, :width]
     return columns, counts
 
 

@@ -20,7 +20,7 @@ BISECTIONS = 66
 SMALLEST = 1e-280
 """Eigenvalues below count as zero."""
 
-CHUNK = 1 << 22
+CHUNK = 1 << 19
 """Numbers in a table of ``p_i − λ``: examples × eigenvalues × classes."""
 
 

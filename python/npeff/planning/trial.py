@@ -106,6 +106,7 @@ class Watched:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Any]:
+        self.asked = []  # the first batch is looked at before the work begins
         for batch in self._batches:
             self.asked.append(Timing.now())
             yield batch
