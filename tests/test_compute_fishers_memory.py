@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +114,35 @@ def test_progress_goes_to_stderr_and_can_be_silenced(
     silent = capsys.readouterr()
     assert not silent.err
     assert not silent.out
+
+
+MANY_CLASSES = """
+import resource, sys
+import torch
+from torch import nn
+import npeff
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+options = dict(eval(sys.argv[1]))
+npeff.compute_fishers(nn.Linear(4, 90), [torch.randn(2, 4)], progress=False, **options)
+model, x = nn.Linear(4, 900), torch.randn(16, 4)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fishers = npeff.compute_fishers(model, [x], progress=False, memory=sys.argv[2], **options)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, float(fishers.norms.sum()))
+"""
+
+
+@pytest.mark.parametrize("options", ["basis='class', min_prob=1e-9", "energy=0.9"])
+def test_cotangents_of_many_classes_stay_within_the_memory(options: str) -> None:
+    """Of a whole batch they are up to 16 · 900² · 8 bytes = 104 MB, and several copies while they are made."""
+
+    def peak(memory: str) -> tuple[float, float]:
+        command = [sys.executable, "-W", "ignore", "-c", MANY_CLASSES, f"dict(kind='diagonal', {options})", memory]
+        kilobytes, norms = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return float(kilobytes) / 1024, float(norms)
+
+    (bounded, one), (free, other) = peak("60MB"), peak("4GB")
+    assert bounded < 75
+    assert free > 1.5 * bounded
+    assert one == pytest.approx(other, rel=1e-6)

@@ -494,7 +494,7 @@ def read_batch(
         )
     labels = _labels_in(content, device, f"batch {number}")
     if given is None or not given.n_examples:
-        n_examples = _count(content, labels, number)
+        n_examples = _count(content, labels, number, given is not None and given.cut_by_user)
     else:
         n_examples = given.n_examples
         labels = labels if labels is not None and len(labels) == n_examples else None
@@ -537,7 +537,7 @@ def _labels_in(content: Any, device: torch.device, where: str) -> Tensor | None:
     return labels if isinstance(labels, Tensor) else None
 
 
-def _count(content: Any, labels: Tensor | None, number: int) -> int:
+def _count(content: Any, labels: Tensor | None, number: int, cut_by_user: bool) -> int:
     within, path = content, ()
     if isinstance(content, Mapping):
         within = _inputs_in(content)
@@ -546,7 +546,7 @@ def _count(content: Any, labels: Tensor | None, number: int) -> int:
     parts = _parts(within, path)
     sizes = [_length(part) for part, _ in parts if isinstance(part, Tensor) and part.dim()]
     if labels is not None:
-        if sizes and len(labels) not in sizes and len(labels) not in [_length(part) for part, _ in parts]:
+        if sizes and not cut_by_user and len(labels) not in [_length(part) for part, _ in parts]:
             named = ", ".join(f"batch{''.join(where)} {_size(part)}" for part, where in parts[:8])
             raise DataError(
                 f"data: batch {number} has {sizes[0]} inputs and {len(labels)} labels ({named}); {OWN_BATCH}"
