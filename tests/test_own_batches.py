@@ -216,6 +216,12 @@ def test_a_wrong_guess_names_the_tensor_and_the_way_out(model: Any, batch: Any, 
     assert "npeff.Batch(content, n_examples, take)" in str(caught.value)
 
 
+@pytest.mark.parametrize("memory", [300, 3_000, "1MB"])
+def test_a_wrong_guess_is_seen_however_small_the_pieces(memory: int | str) -> None:
+    with pytest.raises(npeff.ModelError, match="has other logits when it is alone"):
+        fishers_of(Graphs(), [((X, ADJACENCY), Y)], memory=memory)
+
+
 def test_a_matrix_that_was_shared_once_is_shared_always() -> None:
     data = [((X[:5], ADJACENCY), Y[:5]), ((X, ADJACENCY), Y)]
     agrees(fishers_of(Graphs(), data, memory=2_000), Graphs(), squares(5) + squares(), apart)

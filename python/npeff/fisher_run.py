@@ -210,8 +210,7 @@ class Run:
         return self._in_pieces(batch, ids, at_once, most)
 
     def _in_pieces(self, batch: Batch, ids: npt.NDArray[np.int64], at_once: bool, most: int) -> UnderWay:
-        step = -(-batch.n_examples // -(-batch.n_examples // most))
-        cuts = [slice(start, min(start + step, batch.n_examples)) for start in range(0, batch.n_examples, step)]
+        cuts = self.budget.pieces(batch, most)
         return UnderWay([part for cut in cuts for part in self.begin(batch.take(cut), ids[cut], at_once).parts])
 
     def check_logits(self, logits: Tensor, ids: npt.NDArray[np.int64]) -> None:

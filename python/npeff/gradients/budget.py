@@ -7,6 +7,7 @@ from torch import Tensor
 
 from npeff.batches import Batch
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
+from npeff.gradients.selfcheck import check_independence
 
 _PROBED = 2
 """Examples of a trial."""
@@ -31,6 +32,7 @@ class Budget:
         self._for_gradients = KEPT_BYTES if memory is None else min(KEPT_BYTES, memory // 2)
         self._activations: dict[object, int] = {}
         self._gradients: dict[object, int] = {}
+        self._compared = False
 
     @property
     def unbounded(self) -> bool:
@@ -56,6 +58,22 @@ class Budget:
         shapes = batch.shapes()
         self._gradients[shapes] = max(1, gradients // batch.n_examples)
         return max(1, min(batch.n_examples, self._for_gradients // self._gradients[shapes]))
+
+    def pieces(self, batch: Batch, most: int) -> list[slice]:
+        """Where to cut a batch into equal pieces of at most so many examples.
+
+        Raises:
+            ModelError: The first example alone has other logits than beside its neighbour, so the cut is wrong. Larger
+                pieces are compared with their own examples when their rules are chosen.
+        """
+        n = batch.n_examples
+        step = -(-n // -(-n // most))
+        if step == 1 and not self._compared:
+            self._compared = True
+            few = batch.take(slice(0, _PROBED))
+            with self._engine.recording(), torch.no_grad():
+                check_independence(self._engine, few, self._engine._forward(few))
+        return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
     def _kept_of_one(self, few: Batch) -> int:
         weights = {tensor.untyped_storage().data_ptr() for tensor in self._engine.model.parameters()}

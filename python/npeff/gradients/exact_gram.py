@@ -148,8 +148,7 @@ def _collect(run: Run, batch: Batch, ids: Array, layers: dict[str, Layer], examp
         if batch.n_examples > 1 and batch.sliceable and cotangent_bytes(logits, run.options) > KEPT_BYTES:
             most = max(1, batch.n_examples * KEPT_BYTES // cotangent_bytes(logits, run.options))
             del logits, detached
-            for start in range(0, batch.n_examples, most):
-                cut = slice(start, min(start + most, batch.n_examples))
+            for cut in run.budget.pieces(batch, most):
                 _collect(run, batch.take(cut), ids[cut], layers, examples)
             return
         factors = factorise(logits, run.options, run.targets(batch, logits.shape[1], ids), ids)

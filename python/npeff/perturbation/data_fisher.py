@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from npeff.batches import Batch, call_model, check_data, read_batches
 from npeff.errors import ArgumentError, DataError
+from npeff.gradients.budget import Budget
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
 from npeff.gradients.factors import FactorOptions, Likelihood, check_meaning, cotangent_bytes, factorise
 from npeff.gradients.selection import placed, select_parameters
@@ -144,7 +145,5 @@ def _add(engine: PerExampleGradients, batch: Batch, counted: Array, likelihood: 
                 np.add.at(total, places, values)
             return
     del logits
-    step = -(-batch.n_examples // int(pieces))
-    for start in range(0, batch.n_examples, step):
-        cut = slice(start, min(start + step, batch.n_examples))
+    for cut in Budget(engine, None).pieces(batch, max(1, batch.n_examples // int(pieces))):
         _add(engine, batch.take(cut), counted[cut], likelihood, total)
