@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +70,16 @@ def test_tiles_and_pieces_do_not_change_the_result(
     assert pieces.ids.tolist() == list(range(N))
 
 
-@pytest.mark.parametrize(("memory", "most"), [(2_000, 1), (20_000, N - 1), ("1MB", N)])
+@pytest.mark.parametrize(("memory", "most"), [(1_000, 1), (5_000, N - 1), ("1MB", N)])
 def test_batches_are_cut_to_a_memory(model: nn.Module, x: Tensor, memory: int | str, most: int, tmp_path: Path) -> None:
     whole = fishers_of(model, [(x, Y)], compress=TopK(60))
     sizes: list[int] = []
-    hook = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():  # what is kept for backward passes
+            sizes.append(len(inputs[0]))
+
+    hook = model.register_forward_pre_hook(note)
     cut = fishers_of(model, [(x, Y)], compress=TopK(60), memory=memory, out=tmp_path / "cut.h5")
     assert sizes[0] == 2  # the trial
     assert max(sizes[1:]) <= most
@@ -112,3 +119,34 @@ def test_progress_goes_to_stderr_and_can_be_silenced(
     silent = capsys.readouterr()
     assert not silent.err
     assert not silent.out
+
+
+MANY_CLASSES = """
+import torch
+from torch import nn
+import npeff
+
+def norms(model, x, memory, **options):
+    made = npeff.compute_fishers(model, [x], kind="diagonal", progress=False, memory=memory, **options)
+    (peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(int(peak) / 1024, float(made.norms.sum()))
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+ways = ({"basis": "class", "min_prob": 1e-9}, {"energy": 0.9})
+small, large = (nn.Linear(4, 90), torch.randn(2, 4)), (nn.Linear(4, 600), torch.randn(24, 4))
+for memory, case in (("30MB", small), ("30MB", large), ("4GB", large)):
+    for way in ways:
+        norms(*case, memory, **way)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc")
+def test_cotangents_of_many_classes_stay_within_the_memory() -> None:
+    """Of a whole batch they are up to 24 · 600² · 8 bytes = 69 MB, and several copies while they are made."""
+    command = [sys.executable, "-W", "ignore", "-c", MANY_CLASSES]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    peaks, norms = zip(*(map(float, line.split()) for line in lines), strict=True)
+    assert peaks[3] - peaks[1] < 45
+    assert peaks[5] - peaks[1] > 90
+    assert norms[2:4] == pytest.approx(norms[4:6], rel=1e-6)

@@ -149,3 +149,52 @@ def test_wrong_arguments(model: nn.Module, x: Tensor) -> None:
     mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with pytest.raises(ArgumentError, match="one device"):
         fishers_of(mixed, [x])
+
+
+def test_parameters_without_a_shape_are_refused(x: Tensor) -> None:
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    for patterns in (None, "1.weight"):
+        with pytest.raises(ModelError, match=r"1\.weight, 1\.bias have no shape yet .* call the model once"):
+            fishers_of(lazy, [x], parameters=patterns)
+    lazy(x)
+    assert len(fishers_of(lazy, [x])) == len(x)
+
+
+class Spectral(nn.Module):
+    """A complex parameter and an integer one, beside real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.filter = nn.Linear(4, 3), nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+        self.steps = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self.head(v) + (v.to(torch.complex64) @ self.filter).real
+
+
+def test_complex_and_integer_parameters_are_told() -> None:
+    fishers = fishers_of(Spectral(), [torch.randn(5, 4)])
+    told = {line["parameter"]: (line["rule"], line["reason"]) for line in fishers.coverage}
+    assert told["filter"][0] == told["steps"][0] == "left out"
+    assert "complex" in told["filter"][1]
+    assert "int64" in told["steps"][1]
+    assert fishers.parameters.names == ("head.weight", "head.bias") or list(fishers.parameters.names) == [
+        "head.weight",
+        "head.bias",
+    ]
+    with pytest.raises(ArgumentError, match="filter: complex parameters have no Fisher"):
+        fishers_of(Spectral(), [torch.randn(5, 4)], parameters="filter")
+    with pytest.raises(ArgumentError, match=r"no floating-point parameters \(weight: complex"):
+        fishers_of(nn.Linear(4, 3, dtype=torch.complex64), [torch.randn(5, 4)])
+
+
+def test_quantised_modules_are_refused() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    dynamic = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(ModelError, match=r"1 \(Linear is quantised, so no gradient .*before quantisation"):
+        fishers_of(dynamic, [torch.randn(5, 4)])
+
+
+def test_a_vocabulary_with_too_many_rows_by_energy_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"energy: .* rows per example .* rank= as well"):
+        fishers_of(nn.Linear(2, 12_000), [torch.zeros(1, 2)], energy=0.95)

@@ -33,6 +33,7 @@ from npeff.errors import (
 if TYPE_CHECKING:
     from npeff import companions as companions
     from npeff import trust as trust
+    from npeff.batches import Batch
     from npeff.components import Components, Encoded
     from npeff.compress import GramOnly, Sketch, TopK
     from npeff.computation import compute_fishers
@@ -64,6 +65,7 @@ __version__ = _version("npeff")
 
 __all__ = [
     "ArgumentError",
+    "Batch",
     "Components",
     "DataError",
     "Effect",
@@ -105,6 +107,7 @@ __all__ = [
 
 # Imported at first use, so that `npeff --help` need not wait for torch.
 _HOMES = {
+    "Batch": "batches",
     "Components": "components",
     "Effect": "perturbation",
     "Encoded": "components",

@@ -1,10 +1,14 @@
-"""Batches as they come from the user's data: inputs, labels, slices, digests."""
+"""Batches as they come from the user's data: inputs, labels, examples, digests.
+
+Which dimension of a batch is the examples' is guessed from sizes; :class:`Batch` lets the data say it.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -15,74 +19,385 @@ from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
 
 _REMEDY = "pass a DataLoader, or a list of batches such as [(inputs, labels)]"
 
+OWN_BATCH = (
+    "if its examples lie otherwise, yield npeff.Batch(content, n_examples, take), where take(content, positions) gives "
+    "the content of some of them"
+)
+"""The way out where the examples of a batch cannot be guessed from sizes."""
 
-@dataclass(frozen=True)
+Path = tuple[str, ...]
+"""Where a tensor lies in a batch, as Python would write it: ``("[0]", "['mask']")``."""
+
+Take = Callable[[Any, list[int]], Any]
+
+
 class Batch:
-    """One batch, its tensors on the model's device.
+    """One batch, and which of its parts belong to which example.
+
+    Data may yield anything whose tensors have the examples as their first dimension. For all else (graphs, ragged
+    lists, offsets, square matrices) let it yield ``Batch(content, n_examples, take)``: every function that cuts batches
+    into examples then calls ``take``. A :class:`torch.utils.data.DataLoader` makes such batches in its ``collate_fn``.
+
+    Args:
+        content: What the data would yield by itself: ``(inputs, labels)``, a mapping, or whatever ``forward=`` takes.
+        n_examples: How many examples it holds; by default the number of labels, or the first dimension of its first
+            tensor.
+        take: ``take(content, positions) -> content`` with the examples at ``positions``, a list of integers, in that
+            order. By default everything is cut whose first dimension, or length, is ``n_examples``.
 
     Attributes:
-        content: What the data yielded, numpy arrays turned into tensors.
+        content: The same, once read: its tensors on the model's device, numpy arrays turned into tensors.
         labels: What stands for the labels in it, if anything.
         n_examples: Number of examples.
+
+    Raises:
+        ArgumentError: ``n_examples`` is not a positive integer, or ``take`` cannot be called.
     """
 
-    content: Any
-    labels: Tensor | None
-    n_examples: int
+    def __init__(self, content: Any, n_examples: int | None = None, take: Take | None = None) -> None:
+        if n_examples is not None and (
+            isinstance(n_examples, bool) or not isinstance(n_examples, int | np.integer) or n_examples < 1
+        ):
+            raise ArgumentError(f"n_examples: expected an integer ≥ 1, got {n_examples!r}")
+        if take is not None and not callable(take):
+            raise ArgumentError(f"take: expected callable(content, positions) -> content, got {take!r}")
+        self.content = content
+        self.labels: Tensor | None = None
+        self.n_examples = 0 if n_examples is None else int(n_examples)
+        self._take = take
+        self._device = torch.device("cpu")
+        self._whole: frozenset[Path] = frozenset()
+        self._source: Batch | None = None
+        self._positions: list[int] = []
 
     @property
     def inputs(self) -> Any:
         """What the model is called with: the content without its labels."""
-        if isinstance(self.content, Mapping):
-            return {key: value for key, value in self.content.items() if key != "labels"}
-        return self.content[0] if isinstance(self.content, (tuple, list)) else self.content
-
-    def take(self, examples: slice | Tensor) -> Batch:
-        """Some of the examples, a slice or positions: cut from every tensor whose first dimension is the batch."""
-
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor[examples] if _has_examples(tensor, self.n_examples) else tensor
-
-        labels = None if self.labels is None else self.labels[examples]
-        count = len(range(self.n_examples)[examples]) if isinstance(examples, slice) else len(examples)
-        return Batch(map_tensors(cut, self.content), labels, count)
+        return _inputs_in(self.content)
 
     @property
     def sliceable(self) -> bool:
-        """Whether some tensor of the inputs has the examples as its first dimension."""
-        return any(
-            _has_examples(tensor, self.n_examples) for tensor in leaves(self.inputs) if isinstance(tensor, Tensor)
+        """Whether the batch can be cut into its examples."""
+        return self._take is not None or any(self._owns(part, path) for part, path in self._input_parts())
+
+    @property
+    def cut_by_user(self) -> bool:
+        """Whether the data itself says how to take examples."""
+        return self._take is not None
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves(self.content) if isinstance(leaf, Tensor))
+
+    def take(self, examples: slice | Tensor) -> Batch:
+        """Some of the examples, a slice or positions, by the user's ``take`` or cut from what has one entry for each.
+
+        Raises:
+            DataError: The user's ``take`` failed, or a tensor cannot be cut.
+        """
+        n = self.n_examples
+        positions = list(range(n)[examples]) if isinstance(examples, slice) else examples.tolist()
+        if positions == list(range(n)):
+            return self
+        root = self._source or self
+        if self._take is not None:
+            # From the whole batch, always: take() may know it by other means than the content that it is given.
+            positions = [self._positions[i] for i in positions] if self._source is not None else positions
+            try:
+                content = self._take(root.content, positions)
+            except Exception as error:
+                raise DataError(
+                    f"take: failed on a batch of {root.n_examples} examples, asked for {positions[:8]}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            content = _onto(self._device, content)
+        else:
+            content = self._cut(self.content, (), examples, positions)
+        some = Batch(content, len(positions), self._take)
+        some._device, some._whole, some._source, some._positions = self._device, self._whole, root, positions
+        some.labels = None if self.labels is None else _labels_in(content, self._device, "what take() gave")
+        if some.labels is not None and len(some.labels) != len(positions):
+            raise DataError(
+                f"take: expected {len(positions)} labels for {len(positions)} positions, got {len(some.labels)}"
+            )
+        return some
+
+    def fresh(self) -> Batch:
+        """The same with copies of all tensors, for those who may change them in place."""
+        return self._with(map_tensors(lambda tensor: tensor.clone(), self.content, lambda item: _called(item, "clone")))
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        if device == self._device:
+            return self
+        moved = self._with(_onto(device, self.content))
+        moved.labels = None if self.labels is None else self.labels.to(device)
+        moved._device = device
+        moved._source = None if self._source is None else self._source.to(device)
+        return moved
+
+    def stacked(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Batch]] | None:
+        """The tensors with the examples as their first dimension, and how one row of each makes a batch of one.
+
+        None where tensors are not all that belongs to examples.
+        """
+        if self._take is not None:
+            return None
+        owned = [part for part, path in _parts(self.content) if self._owns(part, path)]
+        tensors = [part for part in owned if isinstance(part, Tensor) and not part.is_nested]
+        if len(tensors) != len(owned) or any(tensor.layout != torch.strided for tensor in tensors):
+            return None
+
+        def one(rows: Sequence[Tensor]) -> Batch:
+            pending = iter(rows)
+
+            def place(part: Any, path: Path) -> Any:
+                return next(pending).unsqueeze(0) if self._owns(part, path) else part
+
+            made = Batch(_rebuilt(place, self.content, ()), 1)
+            made._device, made._whole = self._device, self._whole
+            return made
+
+        return tensors, one
+
+    def joins(self, other: Batch) -> bool:
+        """Whether the examples of both can be put into one batch."""
+        if (
+            self._take
+            or other._take
+            or self._form() != other._form()
+            or (self.labels is None) != (other.labels is None)
+        ):
+            return False
+        for (one, path), (two, _) in zip(_parts(self.content), _parts(other.content), strict=True):
+            if not isinstance(one, Tensor):
+                continue
+            owned = self._owns(one, path)
+            if owned != other._owns(two, path) or one.dtype != two.dtype or one.is_nested or two.is_nested:
+                return False
+            if one.layout != torch.strided or two.layout != torch.strided:
+                return False
+            if one.shape[owned:] != two.shape[owned:] or not (owned or torch.equal(one, two)):
+                return False
+        return True
+
+    def joined(self, others: Sequence[Batch]) -> Batch:
+        """All examples of batches that join this one, in order."""
+        every = [self, *others]
+        columns = zip(*(_parts(batch.content) for batch in every), strict=True)
+        merged = iter(
+            [torch.cat([part for part, _ in column]) if self._owns(*column[0]) else column[0][0] for column in columns]
         )
+        made = self._with(map_tensors(lambda _: next(merged), self.content))
+        made.n_examples, made._source = sum(batch.n_examples for batch in every), None
+        labels = [batch.labels for batch in every if batch.labels is not None]
+        made.labels = torch.cat(labels) if labels else None
+        return made
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of every tensor of the inputs, the shape without its first dimension: equal for batches of one kind."""
+        tensors = [leaf for leaf in leaves(self.inputs) if isinstance(leaf, Tensor)]
+        return tuple(() if tensor.is_nested else tuple(tensor.shape[1:]) for tensor in tensors)
+
+    def how_cut(self) -> str:
+        """Which tensors :meth:`take` cuts, and what to do where that is wrong; for messages."""
+        if self._take is not None:
+            return "the batch was cut by its own take="
+        named = [(f"batch{''.join(path)} {_size(part)}", self._owns(part, path)) for part, path in _parts(self.content)]
+        cut, left = ([name for name, owned in named if owned is kept][:8] for kept in (True, False))
+        whole = f" and left {', '.join(left)} whole" if left else ""
+        return f"the batch was cut along the first dimension of {', '.join(cut) or 'nothing'}{whole}; {OWN_BATCH}"
+
+    def _counted(self) -> str:
+        """How the examples were counted, and what to do where that is wrong."""
+        if self._source is not None:
+            whole = self._source
+            return f"as these are {self.n_examples} of the {whole.n_examples} examples of a batch: {whole.how_cut()}"
+        by = "the labels" if self.labels is not None else "the first tensor"
+        named = ", ".join(f"batch{''.join(path)} {_size(part)}" for part, path in _parts(self.content)[:8])
+        return f"as the examples were counted by {by} of {named}: {OWN_BATCH}"
+
+    def _input_parts(self) -> list[tuple[Any, Path]]:
+        if isinstance(self.content, tuple | list) and self.labels is not None:
+            return _parts(self.content[0], ("[0]",))
+        return _parts(_inputs_in(self.content) if isinstance(self.content, Mapping) else self.content)
+
+    def _owns(self, part: Any, path: Path) -> bool:
+        """Whether a part has one entry for every example."""
+        return path not in self._whole and _length(part) == self.n_examples
+
+    def _cut(self, tree: Any, path: Path, examples: slice | Tensor, positions: list[int]) -> Any:
+        def cut(part: Any, where: Path) -> Any:
+            if not self._owns(part, where):
+                return part
+            try:
+                if isinstance(part, Tensor):
+                    return _rows(part, examples, positions)
+                if isinstance(part, np.ndarray):
+                    return part[positions]
+                return type(part)([part[i] for i in positions])
+            except (RuntimeError, TypeError, NotImplementedError) as error:
+                raise DataError(
+                    f"data: batch{''.join(where)} {_size(part)} cannot be cut ({error}); {OWN_BATCH}"
+                ) from error
+
+        return _rebuilt(cut, tree, path)
+
+    def _with(self, content: Any) -> Batch:
+        made = copy.copy(self)
+        made.content = content
+        return made
+
+    def _form(self) -> Any:
+        """The structure without the tensors' values."""
+        return [(path, "tensor" if isinstance(part, Tensor) else part) for part, path in _parts(self.content)]
 
 
-def _has_examples(tensor: Tensor, n_examples: int) -> bool:
-    return tensor.dim() > 0 and tensor.shape[0] == n_examples
+def _length(part: Any) -> int:
+    """Length of the dimension that may be the examples', −1 where there is none."""
+    if isinstance(part, Tensor):
+        return part.size(0) if part.dim() else -1
+    return len(part) if isinstance(part, list | tuple) or (isinstance(part, np.ndarray) and part.ndim) else -1
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply a function to every tensor in nested tuples, lists and mappings.
+def _size(part: Any) -> str:
+    if isinstance(part, Tensor):
+        shown = f"({part.size(0)}, nested)" if part.is_nested else str(tuple(part.shape))
+        return f"{shown} {str(part.dtype).removeprefix('torch.')}"
+    return f"({len(part)} items)" if isinstance(part, list | tuple | np.ndarray) else type(part).__name__
 
-    Numpy arrays count as tensors.
+
+def _rows(tensor: Tensor, examples: slice | Tensor, positions: list[int]) -> Tensor:
+    if tensor.is_nested:
+        parts = tensor.unbind()
+        return torch.nested.as_nested_tensor([parts[i] for i in positions], layout=tensor.layout)
+    if tensor.layout != torch.strided:
+        index = torch.tensor(positions, device=tensor.device)
+        return tensor.to_sparse().index_select(0, index).to_sparse(layout=tensor.layout)
+    return tensor[examples if isinstance(examples, slice) else examples.to(tensor.device)]
+
+
+def _rebuilt(
+    function: Callable[[Any, Path], Any], tree: Any, path: Path = (), other: Callable[[Any], Any] | None = None
+) -> Any:
+    """A structure like this one, a function applied to its parts.
+
+    Parts are tensors, lists of plain values and arrays of strings; numeric arrays become tensors. Tuples, lists,
+    mappings, dataclasses and plain objects that hold tensors are gone through.
+
+    Args:
+        function: Of a part and where it lies.
+        tree: The structure.
+        path: Where it lies itself.
+        other: Of objects that are neither.
     """
+
+    def below(item: Any, step: str) -> Any:
+        return _rebuilt(function, item, (*path, step), other)
+
     if isinstance(tree, np.ndarray) and tree.dtype.kind in "biufc":
         tree = torch.from_numpy(np.ascontiguousarray(tree))
-    if isinstance(tree, Tensor):
-        return function(tree)
+    if isinstance(tree, Tensor) or _is_plain(tree):
+        return function(tree, path)
     if isinstance(tree, Mapping):
-        mapped = {key: map_tensors(function, value) for key, value in tree.items()}
-        try:
-            return type(tree)(mapped)  # type: ignore[call-arg]
-        except TypeError:
-            return mapped
+        return _filled(tree, {key: below(value, f"[{key!r}]") for key, value in tree.items()})
+    if isinstance(tree, torch.nn.utils.rnn.PackedSequence):  # whose batch sizes stay on the CPU
+        changed = {name: below(getattr(tree, name), f".{name}") for name in tree._fields if name != "batch_sizes"}
+        return torch.nn.utils.rnn.PackedSequence(batch_sizes=tree.batch_sizes, **changed)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(function, item) for item in tree))
+        return type(tree)(*(below(item, f"[{i}]") for i, item in enumerate(tree)))
     if isinstance(tree, (tuple, list)):
-        return type(tree)(map_tensors(function, item) for item in tree)
-    return tree
+        items = [below(item, f"[{i}]") for i, item in enumerate(tree)]
+        try:
+            return type(tree)(items)
+        except TypeError:
+            return items
+    if (names := _attributes(tree)) is not None:
+        made = copy.copy(tree)
+        for name in names:
+            object.__setattr__(made, name, below(getattr(tree, name), f".{name}"))
+        return made
+    return tree if other is None else other(tree)
+
+
+def _filled(like: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """A mapping of the same class with other values; a plain dict where the class does not allow that."""
+    if type(like) is dict or not isinstance(like, MutableMapping):
+        return values
+    try:
+        made = copy.copy(like)
+        for key, value in values.items():
+            made[key] = value
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+        return values
+    return made
+
+
+def _is_plain(tree: Any) -> bool:
+    """Whether it is a list of plain values, such as lengths or texts."""
+    if isinstance(tree, np.ndarray):
+        return tree.dtype.kind in "SU"
+    if type(tree) is tuple:  # of strings, as default_collate leaves them; numbers in a tuple are mostly sizes
+        return len(tree) > 0 and all(isinstance(item, str | bytes) for item in tree)
+    return type(tree) is list and len(tree) > 0 and all(isinstance(item, str | bytes | int | float) for item in tree)
+
+
+def _attributes(tree: Any) -> list[str] | None:
+    """Names of a dataclass's fields, or of an object's attributes where one is a tensor; None for all else."""
+    if isinstance(tree, type | nn.Module | Tensor | Batch):
+        return None
+    if is_dataclass(tree):
+        return [field.name for field in fields(tree) if hasattr(tree, field.name)]
+    try:
+        values = vars(tree)
+    except TypeError:
+        return None
+    return list(values) if any(isinstance(value, Tensor) for value in values.values()) else None
+
+
+def _parts(tree: Any, path: Path = ()) -> list[tuple[Any, Path]]:
+    """The parts of a structure and where they lie, in the order of :func:`map_tensors`."""
+    found: list[tuple[Any, Path]] = []
+
+    def note(part: Any, where: Path) -> Any:
+        found.append((part, where))
+        return part
+
+    _rebuilt(note, tree, path)
+    return found
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any, other: Callable[[Any], Any] | None = None) -> Any:
+    """Apply a function to every tensor in nested tuples, lists, mappings, dataclasses and objects that hold tensors.
+
+    Numpy arrays count as tensors.
+
+    Args:
+        function: Of a tensor.
+        tree: The structure.
+        other: Of objects that cannot be gone through; by default they stay.
+    """
+    return _rebuilt(lambda part, _: function(part) if isinstance(part, Tensor) else part, tree, (), other)
+
+
+def _called(item: Any, method: str, *arguments: Any) -> Any:
+    """What an object's own method gives, if it has one."""
+    found = None if isinstance(item, type) else getattr(item, method, None)
+    return found(*arguments) if callable(found) and not isinstance(item, nn.Module) else item
+
+
+def _onto(device: torch.device, content: Any) -> Any:
+    def move(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return (tensor.clone() if tensor.is_inference() else tensor).to(device, non_blocking=True)
+
+    with torch.inference_mode(False):
+        return map_tensors(move, content, None if device.type == "cpu" else lambda item: _called(item, "to", device))
 
 
 def leaves(tree: Any) -> Iterator[Any]:
-    """Everything in nested tuples, lists and mappings, in order, each key before its value."""
+    """Everything in nested tuples, lists, mappings and dataclasses, in order, each key or name before its value."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield key
@@ -90,6 +405,10 @@ def leaves(tree: Any) -> Iterator[Any]:
     elif isinstance(tree, (tuple, list)):
         for item in tree:
             yield from leaves(item)
+    elif (names := _attributes(tree)) is not None:
+        for name in names:
+            yield name
+            yield from leaves(getattr(tree, name))
     else:
         yield tree
 
@@ -118,14 +437,40 @@ def check_data(data: Any) -> Iterable[Any]:
     return data
 
 
-def read_batch(raw: Any, device: torch.device, number: int, any_layout: bool) -> Batch:
+def read_batches(data: Iterable[Any], device: torch.device, any_layout: bool) -> Iterator[Batch]:
+    """Every batch of the data as :func:`read_batch` makes it.
+
+    A tensor whose first dimension was not the number of examples in one batch is cut in none that follows: in a batch
+    where the two agree, that is chance.
+
+    Args:
+        data: The data.
+        device: Where the model is.
+        any_layout: As for :func:`read_batch`.
+
+    Raises:
+        ArgumentError: The data is not an iterable of batches.
+    """
+    whole: frozenset[Path] = frozenset()
+    for number, raw in enumerate(check_data(data)):
+        batch = read_batch(raw, device, number, any_layout, whole)
+        if batch._take is None:
+            whole |= {path for part, path in _parts(batch.content) if _length(part) != batch.n_examples}
+            batch._whole = whole
+        yield batch
+
+
+def read_batch(
+    raw: Any, device: torch.device, number: int, any_layout: bool, whole: frozenset[Path] = frozenset()
+) -> Batch:
     """Make a batch of what the data yielded.
 
     Args:
-        raw: ``(inputs, labels)``, ``(inputs,)``, a mapping with or without ``"labels"``, or a tensor.
+        raw: A :class:`Batch`, ``(inputs, labels)``, ``(inputs,)``, a mapping with or without ``"labels"``, or a tensor.
         device: Where the model is.
         number: The batch's position in the data, for messages.
         any_layout: A ``forward=`` of the user's will make sense of it: any structure with a tensor will do.
+        whole: Where the tensors lie that do not have the examples as their first dimension, whatever their size.
 
     Returns:
         The batch, on the device.
@@ -133,56 +478,82 @@ def read_batch(raw: Any, device: torch.device, number: int, any_layout: bool) ->
     Raises:
         DataError: It has no tensor, no examples, or a structure that the model cannot be called with.
     """
-
-    def move(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        return (tensor.clone() if tensor.is_inference() else tensor).to(device, non_blocking=True)
-
-    with torch.inference_mode(False):
-        content = map_tensors(move, raw)
-    labels: Any = None
-    if isinstance(content, Mapping):
-        labels = content.get("labels")
-    elif isinstance(content, (tuple, list)):
+    given = raw if isinstance(raw, Batch) else None
+    content = _onto(device, raw if given is None else given.content)
+    any_layout = any_layout or given is not None
+    if isinstance(content, (tuple, list)):
         if len(content) not in (1, 2) and not any_layout:
             raise DataError(
                 f"data: batch {number} has {len(content)} items; expected (inputs, labels), or pass "
                 "forward=callable(model, batch) -> logits"
             )
-        labels = content[1] if len(content) == 2 else None
-    elif not isinstance(content, Tensor) and not any_layout:
+    elif not isinstance(content, (Tensor, Mapping)) and not any_layout:
         raise DataError(
             f"data: batch {number} is a {type(content).__name__}; expected (inputs, labels), a mapping or a "
             "tensor, or pass forward="
         )
+    labels = _labels_in(content, device, f"batch {number}")
+    if given is None or not given.n_examples:
+        n_examples = _count(content, labels, number, given is not None and given.cut_by_user)
+    else:
+        n_examples = given.n_examples
+        labels = labels if labels is not None and len(labels) == n_examples else None
+    batch = Batch(content, n_examples, None if given is None else given._take)
+    batch.labels, batch._device, batch._whole = labels, device, whole
+    return batch
+
+
+def _inputs_in(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        if "labels" not in content:
+            return content
+        return {key: value for key, value in content.items() if key != "labels"}
+    return content[0] if isinstance(content, (tuple, list)) else content
+
+
+def _labels_in(content: Any, device: torch.device, where: str) -> Tensor | None:
+    """What stands for the labels in a batch's content.
+
+    Raises:
+        DataError: It is one label, or not numbers.
+    """
+    labels: Any = None
+    if isinstance(content, Mapping):
+        labels = content.get("labels")
+    elif isinstance(content, (tuple, list)):
+        labels = content[1] if len(content) == 2 else None
+    elif not isinstance(content, Tensor):
+        labels = getattr(content, "labels", None)
     if isinstance(labels, int) or (isinstance(labels, Tensor) and labels.dim() == 0):
         raise DataError(
-            f"data: batch {number} has a single label, so it is one example; wrap the data in "
+            f"data: {where} has a single label, so it is one example; wrap the data in "
             "torch.utils.data.DataLoader(data, batch_size=64)"
         )
     if isinstance(labels, (list, tuple, np.ndarray)):
         try:
             labels = torch.as_tensor(labels, device=device)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            raise DataError(
-                f"labels: expected integers; encode strings as class numbers (batch {number}: {error})"
-            ) from error
-    if not isinstance(labels, Tensor):
-        labels = None
-    return Batch(content, labels, _count(content, labels, number))
+            raise DataError(f"labels: expected integers; encode strings as class numbers ({where}: {error})") from error
+    return labels if isinstance(labels, Tensor) else None
 
 
-def _count(content: Any, labels: Tensor | None, number: int) -> int:
-    inputs = content[0] if isinstance(content, (tuple, list)) and labels is not None else content
-    if isinstance(inputs, Mapping):
-        inputs = {key: value for key, value in inputs.items() if key != "labels"}
-    sizes = [len(tensor) for tensor in leaves(inputs) if isinstance(tensor, Tensor) and tensor.dim()]
+def _count(content: Any, labels: Tensor | None, number: int, cut_by_user: bool) -> int:
+    within, path = content, ()
+    if isinstance(content, Mapping):
+        within = _inputs_in(content)
+    elif isinstance(content, (tuple, list)) and labels is not None:
+        within, path = content[0], ("[0]",)  # type: ignore[assignment]
+    parts = _parts(within, path)
+    sizes = [_length(part) for part, _ in parts if isinstance(part, Tensor) and part.dim()]
     if labels is not None:
-        if sizes and len(labels) not in sizes:
-            raise DataError(f"data: batch {number} has {sizes[0]} inputs and {len(labels)} labels")
+        if sizes and not cut_by_user and len(labels) not in [_length(part) for part, _ in parts]:
+            named = ", ".join(f"batch{''.join(where)} {_size(part)}" for part, where in parts[:8])
+            raise DataError(
+                f"data: batch {number} has {sizes[0]} inputs and {len(labels)} labels ({named}); {OWN_BATCH}"
+            )
         sizes = [len(labels)]
     if not sizes:
-        raise DataError(f"data: batch {number} has no tensor whose first dimension could be the examples")
+        raise DataError(f"data: batch {number} has no tensor whose first dimension could be the examples; {OWN_BATCH}")
     if sizes[0] == 0:
         raise DataError(f"data: batch {number} is empty")
     return sizes[0]
@@ -202,16 +573,15 @@ def examples_at(data: Iterable[Any], positions: Sequence[int], device: torch.dev
     wanted = [int(i) for i in positions]
     found: dict[int, Batch] = {}
     start = 0
-    for number, raw in enumerate(check_data(data)):
-        if len(found) == len(set(wanted)):
-            break
-        batch = read_batch(raw, device or torch.device("cpu"), number, True)
+    for number, batch in enumerate(read_batches(data, device or torch.device("cpu"), True)):
         for i in set(wanted):
             if start <= i < start + batch.n_examples:
                 if not batch.sliceable and batch.n_examples > 1:
-                    raise DataError(f"data: batch {number} cannot be cut into examples; pass batches of one example")
+                    raise DataError(f"data: batch {number} cannot be cut into examples; {OWN_BATCH}")
                 found[i] = batch.take(slice(i - start, i - start + 1))
         start += batch.n_examples
+        if len(found) == len(set(wanted)):
+            break
     if missing := [i for i in wanted if i not in found]:
         raise DataError(
             f"data: it has {start} examples, and example {max(missing)} is asked for (the first one is 0); pass the "
@@ -223,19 +593,29 @@ def examples_at(data: Iterable[Any], positions: Sequence[int], device: torch.dev
 def batch_digest(batch: Batch) -> str:
     """blake2b of a batch's structure and bytes, the same wherever the tensors live."""
     digest = hashlib.blake2b(digest_size=16)
-    for leaf in leaves(batch.content):
+    _update_with(digest, batch.content, 0)
+    return digest.hexdigest()
+
+
+def _update_with(digest: hashlib.blake2b, tree: Any, depth: int) -> None:
+    for leaf in leaves(tree):
         if isinstance(leaf, Tensor):
             update_with_tensor(digest, leaf)
         elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "SU":
             digest.update(repr(leaf.tolist()).encode())
         elif isinstance(leaf, (str, bytes, int, float, bool, type(None))):
             digest.update(repr(leaf).encode())
-    return digest.hexdigest()
+        elif depth < 3 and not isinstance(leaf, nn.Module | type) and hasattr(leaf, "__dict__"):
+            _update_with(digest, vars(leaf), depth + 1)  # what an object holds, as far as that can be seen
 
 
 def update_with_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:
     """Add a tensor's shape, dtype and bytes to a digest."""
     tensor = tensor.detach()
+    if tensor.is_nested:
+        for part in tensor.unbind():
+            update_with_tensor(digest, part)
+        return
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -252,20 +632,32 @@ def _run(model: nn.Module, inputs: Any) -> Any:
 
 def _failure(error: Exception, forward: object, batch: Batch) -> str:
     what, given = ("model", batch.inputs) if forward is None else ("forward", batch.content)
-    tensors = [leaf for leaf in leaves(given) if isinstance(leaf, Tensor)]
-    shown = ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors[:8])
+    shown = ", ".join(_size(leaf) for leaf in [leaf for leaf in leaves(given) if isinstance(leaf, Tensor)][:8])
     remedy = "Check that the data yields batches of what the model takes, or pass forward=callable(model, batch)"
     if forward is not None:
         remedy = "It is called with the model and a batch as the data yields it"
     if isinstance(batch.content, Mapping) and "label" in batch.content and "labels" not in batch.content:
         remedy += '; labels are taken from the key "labels": rename "label"'
+    whole = batch._source
+    if whole is not None:
+        remedy = (
+            f"It was called with {batch.n_examples} of the {whole.n_examples} examples of a batch: {whole.how_cut()}"
+        )
     return (
         f"{what}: failed on a batch with inputs {shown or 'without tensors'}: {type(error).__name__}: {error}. {remedy}"
     )
 
 
-def call_model(model: nn.Module, forward: Callable[[Any, Any], Any] | None, batch: Batch) -> Tensor:
-    """The model's logits for a batch.
+def call_model(
+    model: nn.Module, forward: Callable[[Any, Any], Any] | None, batch: Batch, likelihood: str = "categorical"
+) -> Tensor:
+    """The model's logits for a batch, which stays as it is even where the model changes its inputs in place.
+
+    Args:
+        model: The model.
+        forward: ``forward(model, batch) -> logits``; None calls the model with the inputs.
+        batch: The batch.
+        likelihood: What the outputs mean; the logits of ``"probabilities"`` are their logarithms.
 
     Returns:
         ``(b, C)`` with its graph; a ``(b,)`` output becomes ``(b, 1)``.
@@ -275,8 +667,9 @@ def call_model(model: nn.Module, forward: Callable[[Any, Any], Any] | None, batc
         ModelError: The model, or ``forward``, raised an error.
     """
     source = "the model" if forward is None else "forward="
+    given = batch.fresh()
     try:
-        output = _run(model, batch.inputs) if forward is None else forward(model, batch.content)
+        output = _run(model, given.inputs) if forward is None else forward(model, given.content)
     except Exception as error:
         # Inference tensors have an explanation of their own, see PerExampleGradients.recording.
         explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
@@ -300,7 +693,18 @@ def call_model(model: nn.Module, forward: Callable[[Any, Any], Any] | None, batc
             f"logits: expected shape ({batch.n_examples}, C) for a batch of {batch.n_examples} examples, "
             f"got {tuple(logits.shape)} from {source}; "
             "choose or flatten outputs in forward=callable(model, batch) -> logits"
+            + (f", or, {batch._counted()}" if logits.dim() == 2 and len(logits) != batch.n_examples else "")
         )
     if not logits.is_floating_point():
         raise DataError(f"logits: expected floating point numbers from {source}, got {logits.dtype}")
-    return logits
+    return log_probabilities(logits) if likelihood == "probabilities" else logits
+
+
+def log_probabilities(outputs: Tensor) -> Tensor:
+    """Logits whose softmax these probabilities are: their logarithms, finite where one is zero.
+
+    With z = log p the Fisher of a categorical output is that of its logits: ``J_pᵀ diag(1/p) J_p = J_zᵀ (diag p − ppᵀ)
+    J_z``, since Σp = 1. What underflowed to zero has no gradient and no share in it.
+    """
+    wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    return wide.clamp_min(torch.finfo(wide.dtype).tiny).log()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff import devices
-from npeff.batches import Batch, batch_digest, call_model, read_batch
+from npeff.batch_order import FixedOrder, Repeats
+from npeff.batches import OWN_BATCH, Batch, batch_digest, call_model, read_batches
 from npeff.compress import Compression, Sketch, TopK
 from npeff.digests import ModelWatch
 from npeff.errors import ArgumentError, DataError, ResumeError
@@ -27,8 +28,9 @@ from npeff.fishers import Fishers, Kind
 from npeff.gradients.budget import Budget
 from npeff.gradients.collect import Collector
 from npeff.gradients.engine import PerExampleGradients
-from npeff.gradients.factors import FactorOptions, factorise
+from npeff.gradients.factors import FactorOptions, check_meaning, cotangent_bytes, factorise
 from npeff.gradients.independence import differ
+from npeff.gradients.selection import left_out
 from npeff.kernels.transfers import to_host
 from npeff.parameters import Parameters
 
@@ -57,7 +59,9 @@ class Run:
     def engine(self) -> PerExampleGradients:
         """The per-example gradients of the model."""
         return PerExampleGradients(
-            self.model, self.parameters, lambda model, batch: call_model(model, self.forward, batch)
+            self.model,
+            self.parameters,
+            lambda model, batch: call_model(model, self.forward, batch, self.options.likelihood),
         )
 
     @cached_property
@@ -78,17 +82,20 @@ class Run:
 
         watch = ModelWatch(self.model)
         self.engine  # noqa: B018  a model without per-example gradients is refused before its data are touched
+        order, repeats = FixedOrder(data, lambda: self.batches(data, max_examples)), Repeats(data)
         batches = self.batches(data, max_examples)
         first = next(batches, None)
         if first is None:
             raise DataError(
                 "data: it yielded no batches; if it is a generator it may be used up: pass a DataLoader or a list"
             )
+        order.check(first)
         with self.engine.recording():
             # Rules are chosen on the first batch, also when work resumes after it: a kill changes nothing.
             head = first if self.budget.unbounded else first.take(slice(0, self.budget.examples_at_once(first)))
             logits = self.engine.forward(head)
             n_outputs = logits.shape[1]
+            check_meaning(logits, self.options.likelihood)
             self.engine.prepare(head, logits)
             first_logits = logits.detach().cpu()
             del logits
@@ -111,6 +118,7 @@ class Run:
                         done += batch.n_examples
                         continue
                     digest = batch_digest(batch)
+                    repeats.add(digest)
                     if writer.skip(digest, batch.n_examples):
                         if done == 0:
                             _check_function(writer.stored_logits(batch.n_examples), first_logits, out)
@@ -120,10 +128,19 @@ class Run:
                         bar.update(1)
                     done += batch.n_examples
                     bar.set_postfix(examples=done, refresh=False)
+                repeats.end()
             watch.check(thorough=True)
             if self.share is not None and not writer.examples_done:
                 raise EmptyShareError("share: {} of {}: the data has fewer batches".format(*self.share))
-            return writer.finish(self.engine.coverage())
+            return writer.finish(self.coverage())
+
+    def read(self, data: Iterable[Any]) -> Iterator[Batch]:
+        """The data as batches on the model's device."""
+        return read_batches(data, self.device, self.forward is not None)
+
+    def coverage(self) -> list[dict[str, str]]:
+        """Per parameter, the rule that serves it, and why; those that have no Fisher too."""
+        return self.engine.coverage() + left_out(self.model)
 
     def batches(self, data: Iterable[Any], max_examples: int | None) -> Iterator[Batch]:
         """The batches, the last one cut where ``max_examples`` ends.
@@ -132,13 +149,12 @@ class Run:
             ArgumentError: It ends within a batch that cannot be cut.
         """
         left = max_examples
-        for number, raw in enumerate(data):
-            batch = read_batch(raw, self.device, number, self.forward is not None)
+        for number, batch in enumerate(self.read(data)):
             if left is not None and batch.n_examples > left:
                 if not batch.sliceable:
                     raise ArgumentError(
                         f"max_examples: it ends within batch {number}, which cannot be cut; choose a "
-                        "multiple of the batch size"
+                        f"multiple of the batch size, or {OWN_BATCH}"
                     )
                 batch = batch.take(slice(0, left))
             yield batch
@@ -167,30 +183,34 @@ class Run:
             logits = self.engine.forward(batch)
             detached = logits.detach().to(torch.float64)
             self.check_logits(detached, ids)
-            factors = factorise(logits, self.options, self.targets(batch, logits.shape[1], ids), ids)
-            prepared = self.engine.prepare(batch, logits)
-            kept = prepared.kept_bytes(factors.columns.shape[2])
-            if isinstance(self.compress, Sketch):
-                kept += 12 * self.compress.d * batch.n_examples * factors.columns.shape[2]
-            most = self.budget.examples_after(batch, kept)
+            targets = self.targets(batch, logits.shape[1], ids)
+            cotangents = cotangent_bytes(logits, self.options)
+            most = self.budget.examples_after(batch, cotangents)
             if most == batch.n_examples:
-                collector = Collector(self.parameters, factors, ids, squared, self.compress, at_once)
-                for block in self.engine.blocks(
-                    prepared,
-                    factors.columns,
-                    squared=squared,
-                    paired=collector.paired,
-                    last_first=isinstance(self.compress, TopK),
-                ):
-                    collector.add(block)
-                shown = to_host(detached.to(torch.float32))
-                return UnderWay([(collector.finish(), shown, self.stored_labels(batch), ids)])
-        del prepared, logits, factors
+                factors = factorise(logits, self.options, targets, ids)
+                prepared = self.engine.prepare(batch, logits)
+                kept = prepared.kept_bytes(factors.columns.shape[2])
+                if isinstance(self.compress, Sketch):
+                    kept += 12 * self.compress.d * batch.n_examples * factors.columns.shape[2]
+                most = self.budget.examples_after(batch, max(kept, cotangents))
+                if most == batch.n_examples:
+                    collector = Collector(self.parameters, factors, ids, squared, self.compress, at_once)
+                    for block in self.engine.blocks(
+                        prepared,
+                        factors.columns,
+                        squared=squared,
+                        paired=collector.paired,
+                        last_first=isinstance(self.compress, TopK),
+                    ):
+                        collector.add(block)
+                    shown = to_host(detached.to(torch.float32))
+                    return UnderWay([(collector.finish(), shown, self.stored_labels(batch), ids)])
+                del prepared, factors
+        del logits, detached
         return self._in_pieces(batch, ids, at_once, most)
 
     def _in_pieces(self, batch: Batch, ids: npt.NDArray[np.int64], at_once: bool, most: int) -> UnderWay:
-        step = -(-batch.n_examples // -(-batch.n_examples // most))
-        cuts = [slice(start, min(start + step, batch.n_examples)) for start in range(0, batch.n_examples, step)]
+        cuts = self.budget.pieces(batch, most)
         return UnderWay([part for cut in cuts for part in self.begin(batch.take(cut), ids[cut], at_once).parts])
 
     def check_logits(self, logits: Tensor, ids: npt.NDArray[np.int64]) -> None:
@@ -199,6 +219,8 @@ class Run:
         Raises:
             DataError: Naming the example.
         """
+        if self.options.likelihood == "probabilities":
+            check_meaning(logits, "probabilities")
         finite = torch.isfinite(logits).all(dim=1)
         if not bool(finite.all()):
             bad = int((~finite).to(torch.uint8).argmax())
@@ -213,7 +235,7 @@ class Run:
         Raises:
             DataError: There is no such class.
         """
-        if batch.labels is None or self.options.likelihood != "categorical":
+        if batch.labels is None or not self.options.over_classes:
             return batch.labels
         classes = _as_classes(batch.labels, batch.n_examples)
         beyond = classes >= n_outputs
@@ -229,8 +251,7 @@ class Run:
         """``(b,)`` classes, −1 where unknown."""
         labels = batch.labels
         if labels is None or (
-            self.options.likelihood != "categorical"
-            and (labels.is_floating_point() or labels.numel() != batch.n_examples)
+            not self.options.over_classes and (labels.is_floating_point() or labels.numel() != batch.n_examples)
         ):
             return np.full(batch.n_examples, -1, np.int64)
         stored = _as_classes(labels, batch.n_examples).cpu().numpy().astype(np.int64)

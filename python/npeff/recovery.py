@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.batches import Batch, call_model, check_data, read_batch
+from npeff.batches import Batch, call_model, check_data, read_batches
 from npeff.compress import Sketch, sketch_of
 from npeff.digests import model_digest
 from npeff.errors import ArgumentError, DataError, ModelError
@@ -71,8 +71,8 @@ def recover(
             raise ModelError("model: its parameters are not those that the Fishers were computed from")
         work = _Recovery(components, inner, selected, wanted, forward)
         bar = tqdm(check_data(data), desc="recover", unit="batch", disable=not progress)
-        for number, raw in enumerate(bar):
-            work.add(read_batch(raw, place, number, forward is not None))
+        for batch in read_batches(bar, place, forward is not None):
+            work.add(batch)
             if work.complete:
                 break
     return _with_vectors(components, wanted, work.finish())
@@ -89,9 +89,10 @@ class _Recovery:
     ) -> None:
         assert components.row_weights is not None and components.row_offsets is not None
         self.components, self.js = components, js
-        self.engine = PerExampleGradients(model, parameters, lambda m, batch: call_model(m, forward, batch))
         described = components.provenance.get("fishers", {}).get("options", {})
         self.options = FactorOptions(**{name: described[name] for name in FactorOptions.__dataclass_fields__})
+        likelihood = self.options.likelihood
+        self.engine = PerExampleGradients(model, parameters, lambda m, batch: call_model(m, forward, batch, likelihood))
         self.weights, self.offsets = components.row_weights[:, js], components.row_offsets
         self.sums = np.zeros((len(js), parameters.n_parameters), np.float32)
         self.examples: dict[int, list[int]] = {}

@@ -46,7 +46,7 @@ _OPTIONS = (
     ),
     click.option(
         "--likelihood",
-        type=click.Choice(["categorical", "bernoulli", "gaussian"]),
+        type=click.Choice(["categorical", "probabilities", "bernoulli", "gaussian"]),
         default="categorical",
         show_default=True,
         help="What the outputs parametrise.",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npeff.batches import Batch, leaves
+from npeff.batches import Batch
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
+from npeff.gradients.selfcheck import check_independence
 
 _PROBED = 2
 """Examples of a trial."""
@@ -14,6 +15,8 @@ _PROBED = 2
 
 class Budget:
     """Finds batch sizes: half of the memory for what autograd keeps of a forward pass, half for output gradients.
+
+    Cotangents, made before there are output gradients, may take as much as these.
 
     The former is measured by a trial on two examples for every new shape of the inputs, the latter known from the first
     batch of that shape.
@@ -29,6 +32,7 @@ class Budget:
         self._for_gradients = KEPT_BYTES if memory is None else min(KEPT_BYTES, memory // 2)
         self._activations: dict[object, int] = {}
         self._gradients: dict[object, int] = {}
+        self._compared = False
 
     @property
     def unbounded(self) -> bool:
@@ -39,7 +43,7 @@ class Budget:
         """The most examples of such a batch that fit, at least one, as far as is known before its forward pass."""
         if batch.n_examples <= 1 or not batch.sliceable:
             return batch.n_examples
-        shapes = _shapes(batch)
+        shapes = batch.shapes()
         most = min(batch.n_examples, self._for_gradients // self._gradients.get(shapes, 1))
         if self._for_activations is not None:
             if shapes not in self._activations:
@@ -48,12 +52,28 @@ class Budget:
         return max(1, most)
 
     def examples_after(self, batch: Batch, gradients: int) -> int:
-        """The same, once it is known how many bytes of output gradients the batch keeps."""
+        """The same, once it is known how many bytes the batch's output gradients, or its cotangents, take."""
         if batch.n_examples <= 1 or not batch.sliceable:
             return batch.n_examples
-        shapes = _shapes(batch)
+        shapes = batch.shapes()
         self._gradients[shapes] = max(1, gradients // batch.n_examples)
         return max(1, min(batch.n_examples, self._for_gradients // self._gradients[shapes]))
+
+    def pieces(self, batch: Batch, most: int) -> list[slice]:
+        """Where to cut a batch into equal pieces of at most so many examples.
+
+        Raises:
+            ModelError: The first example alone has other logits than beside its neighbour, so the cut is wrong. Larger
+                pieces are compared with their own examples when their rules are chosen.
+        """
+        n = batch.n_examples
+        step = -(-n // -(-n // most))
+        if step == 1 and not self._compared:
+            self._compared = True
+            few = batch.take(slice(0, _PROBED))
+            with self._engine.recording(), torch.no_grad():
+                check_independence(self._engine, few, self._engine._forward(few))
+        return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
     def _kept_of_one(self, few: Batch) -> int:
         weights = {tensor.untyped_storage().data_ptr() for tensor in self._engine.model.parameters()}
@@ -69,7 +89,3 @@ class Budget:
             logits = self._engine.forward(few)
         del logits
         return max(1, sum(kept.values()) // few.n_examples)
-
-
-def _shapes(batch: Batch) -> object:
-    return tuple(tuple(leaf.shape[1:]) for leaf in leaves(batch.inputs) if isinstance(leaf, Tensor))

@@ -23,11 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from npeff.batch_order import FixedOrder, Repeats
+from npeff.batches import batch_digest
 from npeff.compress import GramOnly
 from npeff.digests import ModelWatch
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers import Fishers
-from npeff.gradients.factors import factorise
+from npeff.gradients.engine import KEPT_BYTES
+from npeff.gradients.factors import check_meaning, cotangent_bytes, factorise
 from npeff.gradients.gram_parts import Layer
 from npeff.gradients.rules import Rule
 from npeff.gradients.tiles import Block, Pairs
@@ -80,18 +83,32 @@ def exact_gram(
     watch = ModelWatch(run.model)
     memory = parse_bytes(run.compress.memory)
     examples, waiting, K = _Examples(), set(run.parameters.names), None
+    order = FixedOrder(data, lambda: run.batches(data, max_examples))
+    repeats, digests = Repeats(data), list[str]()
     while waiting:
         first_pass = K is None
         layers = {name: Layer(run.parameters.named(name)) for name in sorted(waiting)}
         n = 0
         with tqdm(run.batches(data, max_examples), desc="inner products", unit="batch", disable=not progress) as bar:
-            for batch in bar:
+            for number, batch in enumerate(bar):
                 watch.check()
+                digest = batch_digest(batch)
+                if first_pass:
+                    if number == 0:
+                        order.check(batch)
+                    repeats.add(digest)
+                    digests.append(digest)
+                elif number >= len(digests) or digest != digests[number]:
+                    raise DataError(
+                        f"data: batch {number} is another one in a second pass over it, which the inner products need; "
+                        "pass data that keeps its order, or allow GramOnly more memory"
+                    )
                 ids = np.arange(n, n + batch.n_examples)
                 n += batch.n_examples
                 _collect(run, batch, ids, layers, examples if first_pass else None)
                 _postpone(layers, memory)
         if first_pass:
+            repeats.end()
             if not examples.n:
                 raise DataError("data: it yielded no examples; if it is a generator it may be used up: pass a list")
             header = run.header(watch.digest, examples.logits[0].shape[1], max_examples, patterns)
@@ -125,7 +142,15 @@ def _collect(run: Run, batch: Batch, ids: Array, layers: dict[str, Layer], examp
     with engine.recording():
         logits = engine.forward(batch)
         detached = logits.detach().to(torch.float64)
+        if ids[0] == 0:
+            check_meaning(logits, run.options.likelihood)
         run.check_logits(detached, ids)
+        if batch.n_examples > 1 and batch.sliceable and cotangent_bytes(logits, run.options) > KEPT_BYTES:
+            most = max(1, batch.n_examples * KEPT_BYTES // cotangent_bytes(logits, run.options))
+            del logits, detached
+            for cut in run.budget.pieces(batch, most):
+                _collect(run, batch.take(cut), ids[cut], layers, examples)
+            return
         factors = factorise(logits, run.options, run.targets(batch, logits.shape[1], ids), ids)
         counts = factors.counts.cpu().numpy()
         if examples is not None:
@@ -222,5 +247,5 @@ def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) ->
         ids=np.arange(len(counts), dtype=np.int64),
         parameters=run.parameters,
         provenance=header["provenance"],
-        coverage=run.engine.coverage(),
+        coverage=run.coverage(),
     )

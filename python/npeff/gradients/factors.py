@@ -12,7 +12,7 @@ from torch import Tensor
 from npeff.errors import ArgumentError, DataError
 from npeff.gradients.leading import leading_eigenpairs, needed
 
-Likelihood = Literal["categorical", "bernoulli", "gaussian"]
+Likelihood = Literal["categorical", "probabilities", "bernoulli", "gaussian"]
 Basis = Literal["reduced", "class"]
 Labels = Literal["expected", "sampled", "true"]
 
@@ -21,6 +21,12 @@ DENSE_CLASSES = 64
 
 MOST_PASSES = 10_000
 """Beyond so many rows per example, a factor has to be truncated."""
+
+COPIES = 4
+"""Arrays of the cotangents' size that exist at once while they are made, at most."""
+
+SUMS_TO_ONE = 64 * torch.finfo(torch.float32).eps
+"""Outputs whose sum differs from 1 by no more are probabilities; in half precision, by no more than its epsilon."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,11 @@ class FactorOptions:
     n_samples: int = 1
     likelihood: Likelihood = "categorical"
     seed: int = 0
+
+    @property
+    def over_classes(self) -> bool:
+        """Whether the outputs stand for one distribution over classes; ``"probabilities"`` come as their logarithms."""
+        return self.likelihood in ("categorical", "probabilities")
 
     def check(self) -> None:
         """Refuse values that mean nothing, and options that do not go together.
@@ -61,7 +72,7 @@ class FactorOptions:
         self._check_together()
 
     def _check_together(self) -> None:
-        exact = self.labels == "expected" and self.likelihood == "categorical"
+        exact = self.labels == "expected" and self.over_classes
         for name, basis, remedy in (
             ("rank", "reduced", "max_classes="),
             ("energy", "reduced", "min_prob="),
@@ -85,7 +96,7 @@ class FactorOptions:
             return 1
         if self.labels == "sampled":
             return self.n_samples
-        if self.likelihood != "categorical":
+        if not self.over_classes:
             return n_outputs
         if self.basis == "class":
             return min(n_outputs, self.max_classes or n_outputs)
@@ -127,36 +138,97 @@ def factorise(logits: Tensor, options: FactorOptions, targets: Tensor | None, id
         ArgumentError: One logit only, with a categorical likelihood; or a vocabulary of outputs and no truncation.
     """
     logits = logits.detach().to(torch.float64)
-    if options.likelihood == "categorical" and logits.shape[1] < 2:
+    if options.over_classes and logits.shape[1] < 2:
         raise ArgumentError(
             "likelihood: a categorical output needs at least 2 logits, got 1; use likelihood='bernoulli' "
             "for one logit "
             "per yes/no question, or likelihood='gaussian' for regression"
         )
-    if options.labels == "expected" and options.energy is None and options.min_prob is None:
-        rows, option = options.most_rows(logits.shape[1]), "rank" if options.basis == "reduced" else "max_classes"
-        if options.likelihood == "categorical" and rows > MOST_PASSES:
-            raise ArgumentError(
-                f"{option}: {rows:,} rows per example are as many backward passes; truncate the factor with "
-                f"{'rank= or energy=' if option == 'rank' else 'max_classes= or min_prob='}, or take labels='sampled'"
-            )
+    if options.labels == "expected" and options.over_classes and (rows := width(logits, options)) > MOST_PASSES:
+        option, other = ("rank", "energy") if options.basis == "reduced" else ("max_classes", "min_prob")
+        truncated = getattr(options, other) is not None
+        raise ArgumentError(
+            f"{other if truncated else option}: {rows:,} rows per example are as many backward passes; truncate the "
+            f"factor with {option}={' as well' if truncated else f' or {other}='}, or take labels='sampled'"
+        )
     if options.labels == "expected":
         columns, counts = _expected(logits, options)
     else:
         columns = _residuals(logits, options, targets, ids)
         counts = torch.full((len(logits),), columns.shape[2], dtype=torch.int64, device=logits.device)
     # Two steps: entries below √(smallest float64) would vanish when squared.
-    largest = columns.abs().amax(dim=(1, 2)) if columns.numel() else columns.new_zeros(len(columns))
-    columns = columns / torch.where(largest > 0, largest, 1.0)[:, None, None]
+    largest = columns.new_zeros(len(columns))
+    if columns.numel():
+        largest = torch.maximum(columns.amax(dim=(1, 2)), -columns.amin(dim=(1, 2)))
+    columns /= torch.where(largest > 0, largest, 1.0)[:, None, None]
     norm = columns.square().sum(dim=(1, 2)).sqrt()
-    columns = columns / torch.where(norm > 0, norm, 1.0)[:, None, None]
+    columns /= torch.where(norm > 0, norm, 1.0)[:, None, None]
     return Factors(columns, largest * norm, counts)
+
+
+def width(logits: Tensor, options: FactorOptions) -> int:
+    """The most columns that an example's cotangents can have, known before they are made.
+
+    Args:
+        logits: ``(b, C)``.
+        options: Checked options.
+    """
+    most = options.most_rows(logits.shape[1])
+    if options.energy is None and options.min_prob is None:
+        return most
+    log_p = torch.log_softmax(logits.detach().to(torch.float64), dim=1)
+    if options.min_prob is not None:
+        return min(most, max(1, int((log_p.exp() >= options.min_prob).sum(dim=1).max()))) if len(log_p) else 1
+    return _reduced_width(log_p, (log_p + _others(log_p).log()).exp().sum(dim=1), options)
+
+
+def cotangent_bytes(logits: Tensor, options: FactorOptions) -> int:
+    """What making the cotangents of a batch takes, temporary arrays included.
+
+    Args:
+        logits: ``(b, C)``.
+        options: Checked options.
+    """
+    n, n_outputs = logits.shape
+    columns = width(logits, options)
+    if _eigendecomposed(n_outputs, columns, options):
+        columns = n_outputs
+    return COPIES * 8 * n * n_outputs * columns
+
+
+def check_meaning(logits: Tensor, likelihood: str) -> None:
+    """Refuse probabilities that are taken for logits, and logits that are taken for probabilities.
+
+    Args:
+        logits: ``(b, C)`` as :func:`npeff.batches.call_model` gives them.
+        likelihood: What the outputs are said to mean.
+
+    Raises:
+        DataError: They mean something else.
+    """
+    logits = logits.detach()
+    if likelihood == "probabilities":
+        total = torch.logsumexp(logits.double(), dim=1).exp()
+        bad = ((total - 1).abs() > 0.02).nonzero()
+        if len(bad):
+            raise DataError(
+                f"likelihood: 'probabilities' are ≥ 0 and sum to 1, but those of example {int(bad[0])} of a batch sum "
+                f"to {float(total[bad[0]]):.4g}; pass likelihood='categorical' if they are logits"
+            )
+    if likelihood == "categorical" and logits.shape[1] > 1 and len(logits):
+        allowed = max(SUMS_TO_ONE, torch.finfo(logits.dtype).eps if logits.dtype.itemsize < 4 else 0.0)
+        if bool((logits >= 0).all()) and bool(((logits.double().sum(dim=1) - 1).abs() <= allowed).all()):
+            raise DataError(
+                "likelihood: the model's outputs are all ≥ 0 and sum to 1, so they are probabilities, not logits: pass "
+                "likelihood='probabilities', or take the softmax off the model (if they are logits all the same, add a "
+                "constant to them in forward=, which changes no Fisher)"
+            )
 
 
 def _expected(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tensor]:
     n, n_outputs = logits.shape
     if options.likelihood == "gaussian":
-        columns = torch.eye(n_outputs, dtype=torch.float64, device=logits.device).expand(n, -1, -1)
+        columns = torch.eye(n_outputs, dtype=torch.float64, device=logits.device).repeat(n, 1, 1)
     elif options.likelihood == "bernoulli":
         log_std = (torch.nn.functional.logsigmoid(logits) + torch.nn.functional.logsigmoid(-logits)) / 2
         columns = torch.diag_embed(log_std.exp())
@@ -197,7 +269,7 @@ def _class_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tens
     columns *= (log_p / 2).exp().gather(1, order)[:, None]
     if keep is None or counts is None:
         return columns, torch.full((n,), n_outputs, dtype=torch.int64, device=p.device)
-    return columns * keep[:, None], counts
+    return columns.mul_(keep[:, None]), counts
 
 
 def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tensor]:
@@ -212,10 +284,8 @@ def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Te
     trace = variance.sum(dim=1)
     unit = torch.where(trace > 0, trace, 1.0)
     p = log_p.exp()
-    width = options.most_rows(n_outputs)
-    if options.energy is not None:
-        width = min(width, needed(log_p, trace, options.energy))
-    if n_outputs > DENSE_CLASSES and width < n_outputs - 1:
+    width = _reduced_width(log_p, trace, options)
+    if not _eigendecomposed(n_outputs, width, options):
         values, vectors = leading_eigenpairs(log_p, width)
         values = values / unit[:, None]
     else:
@@ -226,8 +296,8 @@ def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Te
         values = values.flip(1)[:, :width].clamp_min(0.0)
         vectors = vectors.flip(2)[:, :, :width]
     leading = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
-    columns = vectors * torch.where(leading < 0, -1.0, 1.0) * (values * unit[:, None]).sqrt()[:, None, :]
-    columns = columns * (trace > 0)[:, None, None]
+    size = (values * unit[:, None]).sqrt() * (trace > 0)[:, None]
+    columns = vectors.mul_(torch.where(leading < 0, -1.0, 1.0) * size[:, None, :])
     counts = torch.full((n,), width, dtype=torch.int64, device=p.device)
     if options.energy is not None:
         short = values.cumsum(dim=1) < options.energy - 1e-12
@@ -235,8 +305,19 @@ def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Te
         counts = torch.where(trace > 0, counts, 1)
         kept = torch.arange(width, device=p.device) < counts[:, None]
         width = int(counts.max())
-        columns = (columns * kept[:, None, :])[:, :, :width]
+        columns = columns.mul_(kept[:, None, :])[:, :, :width]
     return columns, counts
+
+
+def _reduced_width(log_p: Tensor, trace: Tensor, options: FactorOptions) -> int:
+    most = options.most_rows(log_p.shape[1])
+    return most if options.energy is None else min(most, needed(log_p, trace, options.energy))
+
+
+def _eigendecomposed(n_outputs: int, width: int, options: FactorOptions) -> bool:
+    """Whether cotangents come from a dense eigendecomposition, whatever their width."""
+    reduced = options.labels == "expected" and options.over_classes and options.basis == "reduced"
+    return reduced and (n_outputs <= DENSE_CLASSES or width >= n_outputs - 1)
 
 
 def _residuals(logits: Tensor, options: FactorOptions, targets: Tensor | None, ids: np.ndarray) -> Tensor:
@@ -247,7 +328,7 @@ def _residuals(logits: Tensor, options: FactorOptions, targets: Tensor | None, i
     draws = []
     for example in ids:
         generator = np.random.Generator(np.random.Philox(key=options.seed, counter=[0, 0, 0, int(example)]))
-        size = options.n_samples if options.likelihood == "categorical" else (options.n_samples, n_outputs)
+        size = options.n_samples if options.over_classes else (options.n_samples, n_outputs)
         draws.append(generator.standard_normal(size) if options.likelihood == "gaussian" else generator.random(size))
     noise = torch.from_numpy(np.stack(draws)).to(logits.device)
     if options.likelihood == "gaussian":
@@ -267,7 +348,7 @@ def _as_outcome(logits: Tensor, options: FactorOptions, targets: Tensor | None, 
         raise DataError(
             "labels: labels='true' needs a label for every example, but the data has none; yield (inputs, labels)"
         )
-    if options.likelihood == "categorical":
+    if options.over_classes:
         bad = (targets < 0) | (targets >= n_outputs)
         if bool(bad.any()):
             first = int(bad.to(torch.uint8).argmax())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from npeff.batches import Batch, map_tensors
+from npeff.batches import Batch
 from npeff.errors import ModelError
 from npeff.gradients.rules.base import working
 
@@ -99,9 +99,12 @@ class Fallback:
         examples: slice,
         precision: torch.dtype,
     ) -> dict[str, Tensor]:
-        if not self.loop_reason and batch.sliceable:
+        stacked = batch.take(examples).stacked() if batch.sliceable and not self.loop_reason else None
+        if batch.sliceable and not self.loop_reason and stacked is None:
+            self.loop_reason = "not all that belongs to an example is a row of a tensor"
+        if stacked is not None:
             try:
-                result = self._vectorised(batch.take(examples), columns[examples], parameters)
+                result = self._vectorised(stacked, columns[examples], parameters)
                 gap = self._gap(logits, columns, parameters, examples, result, precision)
                 if not gap:
                     return result
@@ -117,29 +120,22 @@ class Fallback:
                 f"model: among the examples {examples.start} to {examples.stop - 1} of a batch the gradient of one "
                 f"alone is not what it is in the batch ({gap}), although its logits are the same: examples "
                 "influence each other through gradients alone, as in a mean over the batch that is subtracted and "
-                "added again; remove that from forward=, or pass batches of one example"
+                "added again; remove that from forward=, or pass batches of one example. To take it, "
+                f"{batch.how_cut()}"
             )
         return result
 
-    def _vectorised(self, batch: Batch, columns: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        arrays: list[Tensor] = []
-
-        def collect(tensor: Tensor) -> Tensor:
-            if tensor.dim() and tensor.shape[0] == batch.n_examples:
-                arrays.append(tensor)
-            return tensor
-
-        map_tensors(collect, batch.content)
+    def _vectorised(
+        self,
+        stacked: tuple[list[Tensor], Callable[[Sequence[Tensor]], Batch]],
+        columns: Tensor,
+        parameters: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        arrays, example_of = stacked
         values = {f"model.{name}": tensor.detach() for name, tensor in parameters.items()}
 
         def rows(cotangents: Tensor, *example: Tensor) -> dict[str, Tensor]:
-            pending = iter(example)
-
-            def place(tensor: Tensor) -> Tensor:
-                taken = tensor.dim() and tensor.shape[0] == batch.n_examples
-                return next(pending).unsqueeze(0) if taken else tensor
-
-            one = Batch(map_tensors(place, batch.content), None, 1)
+            one = example_of(example)
 
             def output(replaced: dict[str, Tensor]) -> Tensor:
                 result: Tensor = functional_call(self._holder, replaced, (one,))

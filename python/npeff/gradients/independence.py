@@ -99,15 +99,11 @@ def _explain(
     if differ(twice, alone, precision):
         return (
             f"{said}, and others again in a batch of twice itself: examples influence each other by their number, as "
-            f"through a sum over the batch, or the batch is cut wrongly ({_cut(batch)}); remove that dependence in "
-            "forward=, say how the batch is cut, or pass batches of one example"
+            "through a sum over the batch, or the batch is cut wrongly; remove that dependence in forward=, or pass "
+            f"batches of one example. To take it, {batch.how_cut()}"
         )
     return (
-        f"{said}, but not in a batch of twice itself: examples influence each other, as through a mean over "
-        f"the batch, or the batch is cut wrongly ({_cut(batch)}); use model.eval(), remove that dependence in "
-        "forward=, say how the batch is cut, or pass batches of one example"
+        f"{said}, but not in a batch of twice itself: examples influence each other, as through a mean over the batch, "
+        "or the batch is cut wrongly; use model.eval(), remove that dependence in forward=, or pass batches of one "
+        f"example. To take it, {batch.how_cut()}"
     )
-
-
-def _cut(batch: Batch) -> str:
-    return ""

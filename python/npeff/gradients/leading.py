@@ -20,7 +20,7 @@ BISECTIONS = 66
 SMALLEST = 1e-280
 """Eigenvalues below count as zero."""
 
-CHUNK = 1 << 22
+CHUNK = 1 << 19
 """Numbers in a table of ``p_i − λ``: examples × eigenvalues × classes."""
 
 
@@ -50,17 +50,22 @@ def leading_eigenpairs(log_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
         ``(n, width)`` values, descending, and ``(n, C, width)`` vectors; both zero below ``SMALLEST``.
     """
     n, n_outputs = log_p.shape
-    step = max(1, CHUNK // max(1, width * n_outputs))
-    parts = [_leading(log_p[start : start + step], width) for start in range(0, n, step)]
-    if not parts:
-        return log_p.new_zeros(0, width), log_p.new_zeros(0, n_outputs, width)
-    return torch.cat([values for values, _ in parts]), torch.cat([vectors for _, vectors in parts])
+    some = max(1, min(width, CHUNK // max(1, n_outputs)))
+    step = max(1, CHUNK // max(1, some * n_outputs))
+    values, vectors = log_p.new_zeros(n, width), log_p.new_zeros(n, width, n_outputs)
+    for start in range(0, n, step):
+        ordered, order = torch.sort(log_p[start : start + step], dim=1, descending=True, stable=True)
+        p = ordered.exp() * (1 - SPLIT * torch.arange(n_outputs, device=log_p.device, dtype=log_p.dtype))
+        for first in range(0, width, some):
+            which = slice(first, min(first + some, width))
+            found = _leading(p, order, which)
+            values[start : start + step, which], vectors[start : start + step, which] = found
+    return values, vectors.mT
 
 
-def _leading(log_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    ordered, order = torch.sort(log_p, dim=1, descending=True, stable=True)
-    p = ordered.exp() * (1 - SPLIT * torch.arange(log_p.shape[1], device=log_p.device, dtype=log_p.dtype))
-    upper, lower = p[:, :width], p[:, 1 : width + 1]
+def _leading(p: Tensor, order: Tensor, which: slice) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of some places in the order, ``(n, k)``, and their vectors ``(n, k, C)``."""
+    upper, lower = p[:, which], p[:, which.start + 1 : which.stop + 1]
     gap = upper - lower
     there = (lower > 0) & (upper > SMALLEST)
 
@@ -84,5 +89,5 @@ def _leading(log_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
     vectors = p[:, None, :] / distances(origin, delta)
     vectors = torch.where(there[:, :, None], vectors, 0.0)
     vectors = vectors / vectors.norm(dim=2, keepdim=True).clamp_min(1e-300)
-    place = order[:, None, :].expand(-1, width, -1)
-    return torch.where(there, origin + delta, 0.0), torch.zeros_like(vectors).scatter(2, place, vectors).mT
+    place = order[:, None, :].expand(-1, vectors.shape[1], -1)
+    return torch.where(there, origin + delta, 0.0), torch.zeros_like(vectors).scatter(2, place, vectors)

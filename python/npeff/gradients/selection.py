@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from npeff.devices import usable_device
 from npeff.errors import ArgumentError
+from npeff.gradients.eligibility import check_initialised
 from npeff.parameters import Parameters
 
 
@@ -29,12 +30,14 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) ->
     Raises:
         ArgumentError: Nothing matches, or a pattern matches nothing.
     """
+    check_initialised(model)
     floating = [(name, tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point()]
     aliases: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(tensor), []).append(name)
     if not floating:
-        raise ArgumentError(f"model: {type(model).__name__} has no floating-point parameters")
+        why = "".join(f" ({line['parameter']}: {line['reason']})" for line in left_out(model)[:1])
+        raise ArgumentError(f"model: {type(model).__name__} has no floating-point parameters{why}")
     if patterns is not None and not isinstance(patterns, Iterable):
         raise ArgumentError(f"parameters: expected a pattern or a list of patterns, got {patterns!r}")
     wanted = ["*"] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
@@ -54,8 +57,24 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) ->
         (name, tensor.shape) for name, tensor in floating if matches(tensor, include) and not matches(tensor, exclude)
     ]
     if not chosen:
-        raise ArgumentError(f"parameters: {wanted!r} leaves none of {_listing(names)}")
+        without = "".join(f"; {line['parameter']}: {line['reason']}" for line in left_out(model)[:5])
+        raise ArgumentError(f"parameters: {wanted!r} leaves none of {_listing(names)}{without}")
     return Parameters.of(chosen)
+
+
+def left_out(model: nn.Module) -> list[dict[str, str]]:
+    """Lines of the coverage about parameters that are no part of any Fisher, whatever the patterns."""
+    return [
+        {"parameter": name, "rule": "left out", "reason": reason}
+        for name, tensor in model.named_parameters()
+        if (reason := _no_fisher(tensor))
+    ]
+
+
+def _no_fisher(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex parameters have no Fisher here; store real and imaginary part, and join them by torch.complex"
+    return "" if tensor.is_floating_point() else f"{str(tensor.dtype).removeprefix('torch.')} has no gradient"
 
 
 def _listing(names: list[str]) -> str:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches import Batch, call_model, check_data, read_batch
+from npeff.batches import Batch, call_model, read_batches
 from npeff.components import Components
 from npeff.computation import Forward
 from npeff.errors import ArgumentError, DataError
@@ -122,16 +122,19 @@ def mend(
     if iterations < 1:
         raise ArgumentError(f"iterations: expected at least 1, got {iterations}")
     with placed(model, device) as place:
-        batches = [read_batch(raw, place, i, forward is not None) for i, raw in enumerate(check_data(data))]
-        bench = Bench(model, batches, forward)
+        batches = list(read_batches(data, place, forward is not None))
+        likelihood = components.provenance.get("fishers", {}).get("options", {}).get("likelihood", "categorical")
+        bench = Bench(model, batches, forward, likelihood)
         return bench.mend(components, chosen, repair, tolerance, by_layer, iterations, seed, progress)
 
 
 class Bench:
     """The model on its bench: its batches, what it says of them, and weights that can be moved."""
 
-    def __init__(self, model: nn.Module, batches: list[Batch], forward: Forward | None) -> None:
-        self.model, self.batches, self.forward = model, batches, forward
+    def __init__(
+        self, model: nn.Module, batches: list[Batch], forward: Forward | None, likelihood: str = "categorical"
+    ) -> None:
+        self.model, self.batches, self.forward, self.likelihood = model, batches, forward, likelihood
         if any(batch.labels is None for batch in batches):
             raise DataError("labels: mending needs them; pass batches of (inputs, labels)")
         if not batches:
@@ -142,7 +145,9 @@ class Bench:
     @torch.no_grad()
     def outputs(self) -> Tensor:
         """``(n, C)`` logits with the weights as they now are."""
-        return torch.cat([call_model(self.model, self.forward, batch).float() for batch in self.batches])
+        return torch.cat(
+            [call_model(self.model, self.forward, batch, self.likelihood).float() for batch in self.batches]
+        )
 
     def mend(
         self,
@@ -219,12 +224,14 @@ class Bench:
         # A few numbers hardly adapt to the examples of the fit: accuracy is watched on these too, three times as many.
         R, K = wanted & chooses, ~wanted & (part != 2)
         said = (self.model, self.forward, self.batches, self.labels, self.logits)
-        judge = Judge(*said, weights, directions, R, K, tolerance)
+        judge = Judge(*said, weights, directions, R, K, tolerance, self.likelihood)
         if line:
-            along_the_line(judge, Objective(*said, directions, R, np.zeros(len(R), bool)), progress)
+            nothing = np.zeros(len(R), bool)
+            along_the_line(judge, Objective(*said, directions, R, nothing, self.likelihood), progress)
         else:
             fitted = part == 0
-            down_the_path(judge, Objective(*said, directions, wanted & fitted, ~wanted & fitted), iterations, progress)
+            objective = Objective(*said, directions, wanted & fitted, ~wanted & fitted, self.likelihood)
+            down_the_path(judge, objective, iterations, progress)
         return judge.best
 
     def _accuracy(self, logits: Tensor, which: Array) -> float:

@@ -84,13 +84,14 @@ class Objective:
         directions: Along which to move.
         R: ``(n,)`` boolean, to repair.
         K: ``(n,)`` boolean, to keep.
+        likelihood: What the outputs mean.
     """
 
     def __init__(
         self, model: nn.Module, forward: Forward | None, batches: Sequence[Batch], labels: Tensor, logits: Tensor,
-        directions: Directions, R: Array, K: Array,
+        directions: Directions, R: Array, K: Array, likelihood: str = "categorical",
     ) -> None:  # fmt: skip
-        self.model, self.forward, self.directions = model, forward, directions
+        self.model, self.forward, self.directions, self._likelihood = model, forward, directions, likelihood
         self._parts = [
             (batch, labels[at], logits[at], torch.from_numpy(R[at.cpu().numpy()] / max(1, R.sum())).to(labels.device),
              torch.from_numpy(K[at.cpu().numpy()] / max(1, K.sum())).to(labels.device))
@@ -119,7 +120,8 @@ class Objective:
                 tensor.requires_grad_(True)
             for batch, labels, logits, r, k in self._parts:
                 with torch.enable_grad():
-                    log_p = torch.log_softmax(call_model(self.model, self.forward, batch).double(), 1)
+                    outputs = call_model(self.model, self.forward, batch, self._likelihood)
+                    log_p = torch.log_softmax(outputs.double(), 1)
                     log_q = torch.log_softmax(logits.double(), 1)
                     wrong = -log_p.gather(1, labels[:, None])[:, 0]
                     moved = (log_q.exp() * (log_q - log_p)).sum(1)

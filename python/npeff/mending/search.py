@@ -51,12 +51,14 @@ class Judge:
         R: ``(n,)`` boolean: of the examples to repair, those that decide which step is best.
         K: ``(n,)`` boolean: the others on which accuracy is watched.
         tolerance: Largest fall of that accuracy.
+        likelihood: What the outputs mean.
     """
 
     def __init__(
         self, model: nn.Module, forward: Forward | None, batches: Sequence[Batch], labels: Tensor, logits: Tensor,
-        weights: Weights, directions: Directions, R: Array, K: Array, tolerance: float,
+        weights: Weights, directions: Directions, R: Array, K: Array, tolerance: float, likelihood: str = "categorical",
     ) -> None:  # fmt: skip
+        self._likelihood = likelihood
         self.model, self.forward, self.weights, self.directions = model, forward, weights, directions
         kept = list(needed(batches, R | K, labels.device))
         self._batches = [batch for batch, _ in kept]
@@ -91,7 +93,9 @@ class Judge:
     @torch.no_grad()
     def _moved(self, c: Array) -> Tensor:
         self.weights.move(self.directions.change(c), 1.0)
-        return torch.cat([call_model(self.model, self.forward, batch).float() for batch in self._batches])
+        return torch.cat(
+            [call_model(self.model, self.forward, batch, self._likelihood).float() for batch in self._batches]
+        )
 
     def _answers(self, logits: Tensor) -> Tensor:
         return logits.argmax(1) == self._labels

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from npeff.batches import Batch, call_model, check_data, read_batch
+from npeff.batches import Batch, call_model, check_data, read_batches
 from npeff.errors import ArgumentError, DataError
+from npeff.gradients.budget import Budget
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
-from npeff.gradients.factors import FactorOptions, Likelihood, factorise
+from npeff.gradients.factors import FactorOptions, Likelihood, check_meaning, cotangent_bytes, factorise
 from npeff.gradients.selection import placed, select_parameters
 from npeff.gradients.tiles import Block
 from npeff.parameters import Parameters
@@ -63,8 +64,8 @@ def mean_fisher(
 
     def batches() -> Iterator[Batch]:
         done = 0
-        for number, raw in enumerate(tqdm(check_data(data), desc="Mean Fisher", disable=not progress)):
-            batch = read_batch(raw, place, number, forward is not None)
+        bar = tqdm(check_data(data), desc="Mean Fisher", disable=not progress)
+        for batch in read_batches(bar, place, forward is not None):
             yield batch
             done += batch.n_examples
             if max_examples is not None and done >= max_examples:
@@ -101,7 +102,7 @@ def summed_fisher(
     Raises:
         DataError: Outputs or gradients are not finite.
     """
-    engine = PerExampleGradients(model, parameters, lambda inner, batch: call_model(inner, forward, batch))
+    engine = PerExampleGradients(model, parameters, lambda inner, batch: call_model(inner, forward, batch, likelihood))
     total, count = np.zeros(parameters.n_parameters), 0
     for batch, rows in batches:
         counted = np.ones(batch.n_examples, bool)
@@ -115,14 +116,22 @@ def summed_fisher(
 
 
 def _add(engine: PerExampleGradients, batch: Batch, counted: Array, likelihood: Likelihood, total: Array) -> None:
+    options = FactorOptions(likelihood=likelihood)
     with engine.recording():
         logits = engine.forward(batch)
         if not bool(torch.isfinite(logits).all()):
             raise DataError("logits: some are not finite; find what overflows in the model")
-        factors = factorise(logits, FactorOptions(likelihood=likelihood), None, np.arange(batch.n_examples))
-        prepared = engine.prepare(batch, logits)
-        pieces = -(-prepared.kept_bytes(factors.columns.shape[2]) // KEPT_BYTES)
-        if pieces <= 1 or batch.n_examples == 1 or not batch.sliceable:
+        if not total.any():  # the first batch
+            check_meaning(logits, likelihood)
+        whole = batch.n_examples == 1 or not batch.sliceable
+        pieces = -(-cotangent_bytes(logits, options) // KEPT_BYTES)
+        if pieces <= 1 or whole:
+            factors = factorise(logits, options, None, np.arange(batch.n_examples))
+            prepared = engine.prepare(batch, logits)
+            pieces = -(-prepared.kept_bytes(factors.columns.shape[2]) // KEPT_BYTES)
+            if pieces > 1 and not whole:
+                del prepared, factors
+        if pieces <= 1 or whole:
             scale = factors.scale.square().cpu().numpy() * counted
             for block in engine.blocks(prepared, factors.columns, squared=True):
                 assert isinstance(block, Block)  # factors come only to those who ask for them
@@ -135,8 +144,6 @@ def _add(engine: PerExampleGradients, batch: Batch, counted: Array, likelihood: 
                 places = block.starts.cpu().numpy()[:, :, None] + np.arange(values.shape[2])
                 np.add.at(total, places, values)
             return
-    del prepared, logits, factors
-    step = -(-batch.n_examples // int(pieces))
-    for start in range(0, batch.n_examples, step):
-        cut = slice(start, min(start + step, batch.n_examples))
+    del logits
+    for cut in Budget(engine, None).pieces(batch, max(1, batch.n_examples // int(pieces))):
         _add(engine, batch.take(cut), counted[cut], likelihood, total)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from npeff.batches import Batch, batch_digest, check_data, leaves, map_tensors, read_batch
+from npeff.batches import Batch, batch_digest, check_data, read_batches
 from npeff.errors import DataError, NpeffError
 from npeff.gradients.independence import differ
 
@@ -38,7 +38,7 @@ class Piece:
     @property
     def n_bytes(self) -> int:
         """Size of the batch's tensors."""
-        return sum(t.numel() * t.element_size() for t in leaves(self.batch.content) if isinstance(t, Tensor))
+        return self.batch.n_bytes
 
     def at(self, chosen: Array) -> Piece:
         """The part of it whose places ``chosen`` (a mask over places) are."""
@@ -129,16 +129,15 @@ class Examples:
 
     def _read(self) -> Iterator[Piece]:
         seen = done = 0
-        for number, raw in enumerate(self._data):
-            if done == len(self.ids):
-                return
-            batch = read_batch(raw, torch.device("cpu"), number, self._any_layout)
+        for batch in read_batches(self._data, torch.device("cpu"), self._any_layout) if len(self.ids) else ():
             self._source_size = batch.n_examples
             stop = int(np.searchsorted(self.ids, seen + batch.n_examples))
             if stop > done:
                 rows = torch.from_numpy(self.ids[done:stop] - seen)
                 yield self._piece(batch, rows, np.arange(done, stop))
             seen, done = seen + batch.n_examples, stop
+            if done == len(self.ids):
+                return
         if done < len(self.ids):
             raise DataError(
                 f"data: expected an example at position {int(self.ids[done])}, but it ends after {seen}; pass the "
@@ -148,18 +147,18 @@ class Examples:
 
     def _piece(self, batch: Batch, rows: Tensor, places: Array) -> Piece:
         if self._cut is None and batch.n_examples > 1:
-            self._cut = _cuttable(batch.content) and self._agrees(batch)
+            self._cut = _cuttable(batch) and self._agrees(batch)
         piece = Piece(batch, rows, places)
         piece = _cut_down(piece) if self._cut else piece
-        return Piece(_on(piece.batch, self._device), piece.rows.to(self._device), places)
+        return Piece(piece.batch.to(self._device), piece.rows.to(self._device), places)
 
     def _agrees(self, batch: Batch) -> bool:
         """Whether half of a batch gets the outputs that it has in the whole."""
         half = torch.arange(1, batch.n_examples, 2)
-        expected = self._call(_on(batch, self._device))[half.to(self._device)]
+        expected = self._call(batch.to(self._device))[half.to(self._device)]
         cut = _cut_down(Piece(batch, half, np.arange(len(half))))
         try:
-            return not differ(self._call(_on(cut.batch, self._device)), expected, expected.dtype)
+            return not differ(self._call(cut.batch.to(self._device)), expected, expected.dtype)
         except NpeffError:  # its batches cannot be cut: they stay whole
             return False
 
@@ -171,38 +170,24 @@ class Examples:
             )
 
 
-def _on(batch: Batch, device: torch.device) -> Batch:
-    if device.type == "cpu":
-        return batch
-    labels = None if batch.labels is None else batch.labels.to(device)
-    return Batch(map_tensors(lambda t: t.to(device), batch.content), labels, batch.n_examples)
+def _cuttable(batch: Batch) -> bool:
+    """Whether taking examples takes everything that belongs to them."""
+    return batch.cut_by_user or _of_tensors(batch.content)
 
 
-def _cuttable(content: Any) -> bool:
-    """Whether taking rows of the tensors takes everything that belongs to the examples."""
+def _of_tensors(content: Any) -> bool:
     if isinstance(content, Mapping):
-        return all(isinstance(key, str) and _cuttable(value) for key, value in content.items())
+        return all(isinstance(key, str) and _of_tensors(value) for key, value in content.items())
     if isinstance(content, (tuple, list)):
-        return all(_cuttable(item) for item in content)
+        return all(_of_tensors(item) for item in content)
     return content is None or isinstance(content, (Tensor, bool))
 
 
-def _per_example(tensor: Tensor, n: int) -> bool:
-    return tensor.dim() > 0 and len(tensor) == n
-
-
 def _cut_down(piece: Piece) -> Piece:
-    n, k = piece.batch.n_examples, len(piece.places)
-    if k == n:
+    k = len(piece.places)
+    if k == piece.batch.n_examples:
         return piece
-    rows = piece.rows
-
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor[rows] if _per_example(tensor, n) else tensor
-
-    labels = None if piece.batch.labels is None else piece.batch.labels[rows]
-    batch = Batch(map_tensors(cut, piece.batch.content), labels, k)
-    return Piece(batch, torch.arange(k, device=rows.device), piece.places)
+    return Piece(piece.batch.take(piece.rows), torch.arange(k, device=piece.rows.device), piece.places)
 
 
 def _joined(pieces: list[Piece], size: int) -> Iterator[Piece]:
@@ -218,44 +203,14 @@ def _joined(pieces: list[Piece], size: int) -> Iterator[Piece]:
         yield _join(group)
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(lambda t: found.append(t) or t, batch.content)  # type: ignore[func-returns-value]
-    return found
-
-
 def _alike(one: Piece, other: Piece) -> bool:
-    whole = [len(p.places) == p.batch.n_examples and _cuttable(p.batch.content) for p in (one, other)]
-    if not all(whole) or _form(one.batch.content) != _form(other.batch.content):
-        return False
-    for a, b in zip(_tensors(one.batch), _tensors(other.batch), strict=True):
-        per = _per_example(a, one.batch.n_examples), _per_example(b, other.batch.n_examples)
-        if per[0] != per[1] or a.dtype != b.dtype or a.shape[per[0] :] != b.shape[per[0] :]:
-            return False
-        if not per[0] and not torch.equal(a, b):
-            return False
-    return (one.batch.labels is None) == (other.batch.labels is None)
-
-
-def _form(content: Any) -> Any:
-    """The structure without the tensors' values."""
-    if isinstance(content, Mapping):
-        return tuple((key, _form(value)) for key, value in content.items())
-    if isinstance(content, (tuple, list)):
-        return tuple(_form(item) for item in content)
-    return "tensor" if isinstance(content, Tensor) else content
+    whole = all(len(p.places) == p.batch.n_examples and _of_tensors(p.batch.content) for p in (one, other))
+    return whole and one.batch.joins(other.batch)
 
 
 def _join(group: list[Piece]) -> Piece:
     if len(group) == 1:
         return group[0]
-    n = group[0].batch.n_examples
-    columns = zip(*(_tensors(piece.batch) for piece in group), strict=True)
-    merged = iter([torch.cat(parts) if _per_example(parts[0], n) else parts[0] for parts in columns])
-    content = map_tensors(lambda _: next(merged), group[0].batch.content)
-    labels = [piece.batch.labels for piece in group]
-    total = sum(piece.batch.n_examples for piece in group)
-    known = [label for label in labels if label is not None]
+    batch = group[0].batch.joined([piece.batch for piece in group[1:]])
     places = np.concatenate([piece.places for piece in group])
-    batch = Batch(content, torch.cat(known) if known else None, total)
-    return Piece(batch, torch.arange(total, device=group[0].rows.device), places)
+    return Piece(batch, torch.arange(batch.n_examples, device=group[0].rows.device), places)

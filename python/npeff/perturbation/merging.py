@@ -67,7 +67,7 @@ def signed_gradient(
     Raises:
         DataError: The gradient vanishes or is not finite.
     """
-    engine = PerExampleGradients(model, parameters, lambda inner, batch: call_model(inner, forward, batch))
+    engine = PerExampleGradients(model, parameters, lambda inner, batch: call_model(inner, forward, batch, likelihood))
     total = np.zeros(parameters.n_parameters)
     tensors: list[Tensor] = list(engine.tensors.values())
     for piece in pieces:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from npeff.batches import Batch, call_model
 from npeff.errors import DataError
-from npeff.gradients.factors import Likelihood
+from npeff.gradients.factors import Likelihood, check_meaning
 from npeff.parameters import Parameters
 from npeff.perturbation import outputs
 from npeff.perturbation.curvature import Curvature
@@ -96,7 +96,7 @@ class Session:
         known = torch.from_numpy(np.asarray(labels, np.int64)).to(device)
         self.correct: Array = outputs.correct(self.outputs, known, likelihood).cpu().numpy()
         self._curvature = Curvature(
-            model, lambda inner, batch: call_model(inner, forward, batch), self.weights, likelihood
+            model, lambda inner, batch: call_model(inner, forward, batch, likelihood), self.weights, likelihood
         )
         self._random_curvatures: dict[tuple[int, int], Array] = {}
         self.rows: Array = np.arange(len(self.examples))
@@ -106,7 +106,7 @@ class Session:
     def call(self, batch: Batch) -> Tensor:
         """The model's outputs on a batch, without a graph."""
         with torch.no_grad():
-            return call_model(self.model, self.forward, batch).detach()
+            return call_model(self.model, self.forward, batch, self.likelihood).detach()
 
     def _outputs(self) -> Tensor:
         kept: Tensor | None = None
@@ -121,6 +121,7 @@ class Session:
             kept[self._places(piece)] = found
         if kept is None:
             raise DataError("data: no examples to measure; pass the data that the Fishers were computed from")
+        check_meaning(kept, self.likelihood)
         finite = torch.isfinite(kept).all(1)
         if not bool(finite.all()):
             bad = int((~finite).to(torch.uint8).argmax())

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from npeff.batches import check_data, read_batch
+from npeff.batches import check_data, read_batches
 from npeff.compress import TopK
 from npeff.computation import Forward
 from npeff.errors import ArgumentError, DataError
@@ -151,8 +151,7 @@ def _count(data: Iterable[Any], first: Sequence[Any], trial: Trial) -> tuple[int
         ArgumentError: It does not say.
     """
     if isinstance(data, list | tuple):
-        cpu = torch.device("cpu")
-        return sum(read_batch(raw, cpu, i, True).n_examples for i, raw in enumerate(data)), "counted"
+        return sum(batch.n_examples for batch in read_batches(data, torch.device("cpu"), True)), "counted"
     dataset = getattr(data, "dataset", None)
     if isinstance(dataset, Sized) and not getattr(data, "drop_last", False):
         return len(dataset), "counted"

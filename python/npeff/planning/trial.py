@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from npeff.batches import read_batch
+from npeff.batches import read_batches
 from npeff.compress import Compression
 from npeff.computation import compute_fishers
 from npeff.fishers import FisherBlock, Fishers, Kind
@@ -106,6 +106,7 @@ class Watched:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Any]:
+        self.asked = []  # the first batch is looked at before the work begins
         for batch in self._batches:
             self.asked.append(Timing.now())
             yield batch
@@ -198,8 +199,7 @@ def run_trial(
 
 
 def _sizes(batches: Sequence[Any], any_layout: bool) -> list[int]:
-    cpu = torch.device("cpu")
-    return [read_batch(raw, cpu, number, any_layout).n_examples for number, raw in enumerate(batches)]
+    return [batch.n_examples for batch in read_batches(batches, torch.device("cpu"), any_layout)]
 
 
 def _passes(fishers: Fishers, options: dict[str, Any]) -> Array:

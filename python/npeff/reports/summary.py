@@ -217,7 +217,8 @@ def _categorical(provenance: Any) -> bool:
     """Whether the Fishers were those of a softmax (the default), as far as the provenance tells."""
     if isinstance(provenance, dict):
         return all(
-            value == "categorical" if key == "likelihood" else _categorical(value) for key, value in provenance.items()
+            value in ("categorical", "probabilities") if key == "likelihood" else _categorical(value)
+            for key, value in provenance.items()
         )
     return True
 

@@ -95,7 +95,7 @@ class Coefficient:
         tensors = [named[name] for name in self._names]
         batch = read_batch(content, tensors[0].device, 0, True)
         with _recorded(tensors):
-            logits = call_model(model, self._forward, batch)
+            logits = call_model(model, self._forward, batch, self._likelihood)
             return torch.stack([self._one(row, tensors) for row in logits])
 
     def _one(self, logits: Tensor, tensors: Sequence[Tensor]) -> Tensor:

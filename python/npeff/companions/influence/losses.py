@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from npeff.batches import Batch, check_data, leaves, read_batch
+from npeff.batches import Batch, check_data, leaves, read_batches
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -44,7 +44,7 @@ def call_loss(model: nn.Module, loss: Loss, batch: Batch, name: str, *, whole: b
         ModelError: It raised an error.
     """
     try:
-        value = loss(model, batch.content)
+        value = loss(model, batch.fresh().content)
     except Exception as error:
         # Inference tensors have an explanation of their own, see PerExampleGradients.recording.
         explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
@@ -90,15 +90,15 @@ class Examples:
             )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches, as read by :func:`npeff.batches.read_batch`.
+        """Batches, as read by :func:`npeff.batches.read_batches`.
 
         Raises:
             DataError: There are none.
         """
         empty = True
-        for number, raw in enumerate(self.data):
+        for batch in read_batches(self.data, self.device, True):
             empty = False
-            yield read_batch(raw, self.device, number, True)
+            yield batch
         if empty:
             raise DataError(f"{self.name}: it yielded no batches")
 

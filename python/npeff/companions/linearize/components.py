@@ -16,7 +16,7 @@ from npeff.companions.linearize.linear_map import LinearMap
 from npeff.companions.linearize.linearizing import linearize
 from npeff.companions.linearize.program import Frozen
 from npeff.errors import ArgumentError, DataError, ModelError
-from npeff.gradients.factors import Likelihood
+from npeff.gradients.factors import Likelihood, check_meaning
 from npeff.perturbation.outputs import curvature
 
 if TYPE_CHECKING:
@@ -110,6 +110,10 @@ def attribute_component(
     if output is not None and not -before.output.shape[1] <= output < before.output.shape[1]:
         raise ArgumentError(f"output: expected a position below {before.output.shape[1]}, got {output!r}")
     likelihood = components.provenance.get("fishers", {}).get("options", {}).get("likelihood", "categorical")
+    if likelihood == "probabilities":
+        # The same Fisher in the logits, where forward= gives these.
+        check_meaning(before.output, "categorical")
+        likelihood = "categorical"
     slope = _directional_derivative(holder, direction, before.x)
     _, sensitivity = _metric(before.output, slope, likelihood)
     if magnitude is None:

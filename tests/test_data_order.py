@@ -1,0 +1,161 @@
+"""Data whose order changes, or whose examples come several times, and inputs that a model changes in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    get_worker_info,
+)
+
+import npeff
+from npeff.errors import ArgumentError, DataError
+from small_network import fishers_of
+
+N = 20
+SET = TensorDataset(torch.randn(N, 4, generator=torch.Generator().manual_seed(0)), torch.arange(N) % 3)
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+class Wrapped:
+    """As accelerate and others wrap a DataLoader."""
+
+    def __init__(self, loader: Any) -> None:
+        self.base_dataloader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.base_dataloader)
+
+
+class Shuffles:
+    """Nothing of it shows that it does."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for places in torch.randperm(N).split(4):
+            yield SET[places]
+
+
+class Augments:
+    def __iter__(self) -> Iterator[Any]:
+        for places in torch.arange(N).split(4):
+            x, y = SET[places]
+            yield x + torch.randn_like(x), y
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DataLoader(SET, 4, shuffle=True),
+        DataLoader(SET, 4, shuffle=True, generator=torch.Generator().manual_seed(0)),
+        DataLoader(SET, 4, sampler=WeightedRandomSampler([1.0] * N, N)),
+        DataLoader(SET, 4, sampler=SubsetRandomSampler(range(N))),
+        DataLoader(SET, batch_sampler=BatchSampler(RandomSampler(SET), 4, False)),
+        Wrapped(DataLoader(SET, 4, shuffle=True)),
+    ],
+    ids=["shuffle", "seeded", "weighted", "subset", "batch sampler", "wrapped"],
+)
+@pytest.mark.parametrize("compress", [None, npeff.GramOnly()])
+def test_samplers_that_shuffle_are_refused(data: Any, compress: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"data: its .*Sampler gives every pass .* shuffle=False"):
+        fishers_of(linear(), data, compress=compress)
+
+
+@pytest.mark.parametrize("data", [Shuffles(), Augments()])
+@pytest.mark.parametrize("compress", [None, npeff.GramOnly()])
+def test_other_shuffling_is_seen_at_the_first_batch(data: Any, compress: Any) -> None:
+    with pytest.raises(DataError, match="its first batch is another one each time"):
+        fishers_of(linear(), data, compress=compress)
+    assert len(fishers_of(linear(), iter(data))) == N  # one pass is one order
+
+
+def test_a_random_order_that_stays_is_welcome() -> None:
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).tolist()
+    for data in (
+        DataLoader(Subset(SET, order), 4),
+        DataLoader(SET, 4, sampler=order),
+        DataLoader(SET, batch_sampler=BatchSampler(SequentialSampler(SET), 4, False), num_workers=1),
+        list(DataLoader(SET, 4, shuffle=True)),
+    ):
+        assert len(fishers_of(linear(), data)) == N
+
+
+def test_inner_products_need_the_same_order_in_every_pass() -> None:
+    class SameFirst:
+        """The second pass differs, and not at its first batch."""
+
+        passes = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.passes += 1
+            yield SET[:4]
+            yield SET[4:8] if self.passes < 3 else SET[8:12]
+
+    wide = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 3))
+    with pytest.raises(DataError, match="batch 1 is another one in a second pass"):
+        fishers_of(wide, SameFirst(), compress=npeff.GramOnly(memory=7_000))
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    def __init__(self, shared: bool) -> None:
+        self.shared = shared
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if self.shared and info is not None else (0, 1)
+        yield from (SET[i] for i in range(first, N, step))
+
+
+@pytest.mark.parametrize("size", [4, 20])
+def test_workers_that_repeat_a_stream_are_refused(size: int) -> None:
+    with pytest.raises(DataError, match=r"every one of the 2 workers .*get_worker_info"):
+        fishers_of(linear(), DataLoader(Stream(False), size, num_workers=2))
+    assert len(fishers_of(linear(), DataLoader(Stream(True), size, num_workers=2))) == N
+    assert len(fishers_of(linear(), DataLoader(Stream(False), size, num_workers=1))) == N
+
+
+class Doubles(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x *= 2
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+@pytest.mark.parametrize("as_numpy", [False, True])
+def test_inputs_changed_in_place_stay_as_they_were(kind: str, as_numpy: bool) -> None:
+    model = Doubles()
+    x = SET[:5][0].clone()
+    before, given = x.clone(), x.numpy() if as_numpy else x
+    forward = None if not as_numpy else lambda m, batch: m(batch)
+    found = fishers_of(model, [given], kind=kind, forward=forward)
+    expected = fishers_of(model.head, [2 * before], kind=kind)
+    for i in range(5):
+        np.testing.assert_allclose(found.dense(i), expected.dense(i), atol=1e-6)
+    assert torch.equal(x, before)
+    components = npeff.decompose(found, 2, progress=False)
+    effect = npeff.perturb(model, [given], components, 0, top=2, forward=forward, progress=False)
+    plain = npeff.decompose(expected, 2, progress=False)
+    np.testing.assert_allclose(components.coefficients, plain.coefficients, atol=1e-4)
+    assert np.isfinite(effect.kl).all()
+    assert torch.equal(x, before)
