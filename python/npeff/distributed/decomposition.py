@@ -93,7 +93,23 @@ def decompose(
         problem = _Shared(own, scaled, plan, chosen, there, place, group, _digest(fishers))
         watched = None if callback is None else _asked_once(callback, group)
         state, curve, course = problem.solve(None, checkpoint, watched, progress and group.rank == 0)
-        return group.together(lambda: problem.whole(fishers, state, curve, course))
+        part = group.together(lambda: decomposition.components_of(problem, state, curve, course))
+        return _joined(part, fishers, group)
+
+
+def _joined(part: Components, fishers: Fishers, group: Group) -> Components | None:
+    """The components of all examples, in process 0, from each process's for its own block of examples."""
+    coefficients = group.collected(torch.from_numpy(part.coefficients))
+    weights = None if part.row_weights is None else group.collected(torch.from_numpy(part.row_weights))
+    if coefficients is None:
+        return None
+    return replace(
+        part,
+        coefficients=coefficients.numpy(),
+        row_weights=None if weights is None else weights.numpy(),
+        row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
+        **{name: np.asarray(getattr(fishers, name)) for name in ("labels", "logits", "ids", "norms")},
+    )
 
 
 def _asked_once(callback: Callable[[Progress], Any], group: Group) -> Callable[[Progress], bool]:
@@ -134,15 +150,6 @@ class _Shared(Problem):
     def keeper(self, path: Path, options: dict[str, Any]) -> Checkpoint:
         """A checkpoint of all processes' state."""
         return _SharedCheckpoint(path, self._identity, options, self.place, self.group, self.form.n_examples)
-
-    def whole(self, fishers: Fishers, state: Any, curve: list[float], course: dict[str, Any]) -> Components | None:
-        """All components, in process 0."""
-        W = self.group.collected(state.W)
-        norms = self.group.collected(torch.from_numpy(self.scaled.fisher_norms))
-        if W is None or norms is None:
-            return None
-        self.fishers, self.scaled = fishers, replace(self.scaled, fisher_norms=norms.numpy())
-        return decomposition.components_of(self, replace(state, W=W.to(state.W.device)), curve, course)
 
 
 class _SharedCheckpoint(Checkpoint):
