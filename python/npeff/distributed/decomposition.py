@@ -162,6 +162,15 @@ class _SharedCheckpoint(Checkpoint):
         self._key = {"rows": identity, "options": json.loads(json.dumps(options, default=str, sort_keys=True))}
         self._place, self._group, self._n_own = place, group, n_own
 
+    def __enter__(self) -> Checkpoint:
+        """Take the file: process 0, for all of them."""
+        self._group.together(lambda: super(_SharedCheckpoint, self).__enter__() if self._group.rank == 0 else None)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._group.rank == 0:
+            super().__exit__(*error)
+
     def save(self, memory: Memory) -> None:
         """Replace the file by the present state."""
         assert memory.best is not None

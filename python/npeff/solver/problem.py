@@ -141,8 +141,10 @@ class Problem:
             patience=options.patience, max_iterations=options.max_iterations, tolerance=options.tolerance,
             callback=callback, save=None if keeper is None else keeper.save, coarse=coarse,
         )  # fmt: skip
-        memory = search.run(None if keeper is None else keeper.load(), initial)
-        if keeper is not None:
+        if keeper is None:
+            return search.run(None, initial)
+        with keeper:
+            memory = search.run(keeper.load(), initial)
             keeper.remove()
         return memory
 

@@ -103,7 +103,7 @@ def path_of(value: object, name: str = "path") -> Path:
 
 
 def check_target(path: Path) -> None:
-    """Make sure that a file may be created at ``path``.
+    """Make sure that a file may be created at ``path``; remove what killed processes left of their attempts.
 
     Raises:
         StorageError: Its folder does not exist or may not be written to, or something that is no file stands in
@@ -118,6 +118,7 @@ def check_target(path: Path) -> None:
         raise StorageError(f"{path}: the folder {folder} does not exist; create it, or check the path")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{path}: cannot be written; check the permissions of {folder}, or choose another place")
+    _remove_leftovers(_target(path))
 
 
 def refuse_link(path: Path) -> None:
@@ -159,7 +160,7 @@ def atomic(path: Path, *, kept: str = "Nothing else was touched.") -> Iterator[P
 
     It is written in a new folder beside ``path`` whose name cannot be foreseen and which only this user may enter, so
     that processes which write the same file do not meet, and no link planted there is followed. The last one that ends
-    replaces the file. What killed processes left of earlier attempts is removed.
+    replaces the file. What a killed process leaves of it, :func:`check_target` removes the next time.
 
     Args:
         path: The final name. What stands there is replaced only at the very end; a symbolic link stays, the
@@ -175,7 +176,6 @@ def atomic(path: Path, *, kept: str = "Nothing else was touched.") -> Iterator[P
     target = _target(path)
     folder = handle = None
     try:
-        remove_leftovers(target)
         folder, handle = _aside(target)
         scratch = folder / target.name
         yield scratch
@@ -262,7 +262,7 @@ def abandoned(folder: Path) -> int | None:
     return None
 
 
-def remove_leftovers(target: Path) -> None:
+def _remove_leftovers(target: Path) -> None:
     """Remove what killed processes left of their attempts to write ``target``; never what a living one writes."""
     pattern = re.compile(re.escape(f".{target.name[:32]}.") + r"[a-z0-9_]{8}\.tmp")
     with contextlib.suppress(OSError):
