@@ -108,7 +108,10 @@ def _joined(part: Components, fishers: Fishers, group: Group) -> Components | No
         coefficients=coefficients.numpy(),
         row_weights=None if weights is None else weights.numpy(),
         row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
-        **{name: np.asarray(getattr(fishers, name)) for name in ("labels", "logits", "ids", "norms")},
+        labels=np.asarray(fishers.labels),
+        logits=np.asarray(fishers.logits),
+        ids=np.asarray(fishers.ids),
+        norms=np.asarray(fishers.norms),
     )
 
 

@@ -71,7 +71,7 @@ def _lacking(folder: Path, number: int, reason: str) -> tuple[str, str]:
     free = found.f_bavail * found.f_frsize
     if found.f_files and not found.f_favail:
         return (
-            f"the file system can hold no more files ({reason}; no inodes are left in {folder}, {free:,} bytes are free)",
+            f"the file system of {folder} can hold no more files ({reason}; no inodes are left, {free:,} bytes are)",
             "Remove some files",
         )
     return f"the disk is full ({reason}; {free:,} bytes free in {folder})", "Free some space"

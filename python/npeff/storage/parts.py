@@ -186,6 +186,16 @@ class Parts:
         sync_folder(self.out.parent)
 
 
+def discard_parts(out: Path) -> None:
+    """Remove unfinished work for ``out``, if there is any and no process is at it.
+
+    Raises:
+        StorageError: Another process is at it, or the folder holds something else.
+    """
+    if parts_folder(out).exists():
+        Parts(out, {}).remove()
+
+
 def list_shards(folder: Path) -> list[Container]:
     """Open the shards of a folder, in order.
 
