@@ -38,7 +38,23 @@ class PartsFolder:
 
     def __init__(self, page: Path, parent: Path) -> None:
         self.page = page
-        self.path, self._marker = self.guarded(lambda: _new_folder(parent))
+        self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+        try:
+            self.path, self._marker = self.guarded(lambda: _new_folder(parent))
+        except BaseException:
+            self._remove_made()
+            raise
+        try:
+            self.guarded(lambda: self._marker.write(HEADING))
+        except BaseException:
+            self.discard()
+            raise
+
+    def _remove_made(self) -> None:
+        """Remove the folders around it that were made for it, unless something else is in them."""
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
 
     def write(self, name: str, content: bytes) -> None:
         """Write a part.
@@ -67,6 +83,7 @@ class PartsFolder:
         with contextlib.suppress(OSError, ValueError):
             self._marker.close()
         _remove_unused(self.path, self.page)
+        self._remove_made()
 
     def guarded(self, action: Callable[[], T]) -> T:
         """Do something; errors of the system say what is safe.
@@ -82,20 +99,29 @@ class PartsFolder:
 
 
 def _new_folder(parent: Path) -> tuple[Path, TextIO]:
-    """``data-N`` and its open marker; N is above all there, so that no page on a screen takes new parts for its own."""
-    parent.mkdir(parents=True, exist_ok=True)
-    numbers = [int(name[5:]) for name in os.listdir(parent) if re.fullmatch(r"data-\d{1,9}", name)]
-    number = max(numbers, default=0)
+    """``data-N`` and its open marker; N is above all there, so that no page on a screen takes new parts for its own.
+
+    Raises:
+        OSError: The system refuses it.
+    """
+    number = 0
     while True:
-        number += 1
+        parent.mkdir(parents=True, exist_ok=True)
+        numbers = [int(name[5:]) for name in os.listdir(parent) if re.fullmatch(r"data-\d{1,9}", name)]
+        number = max(number, *numbers, 0) + 1
         folder = parent / f"data-{number}"
-        with contextlib.suppress(FileExistsError, FileNotFoundError):
+        try:
             folder.mkdir()
             marker = (folder / MARKER).open("x", encoding="utf-8", buffering=1)
-            if _locked(marker.fileno()) and os.path.samestat(os.stat(folder / MARKER), os.fstat(marker.fileno())):
-                marker.write(HEADING)
-                return folder, marker
-            marker.close()  # another process took the folder for one that nobody uses, and removes it
+        except (FileExistsError, FileNotFoundError):  # another process was quicker, or removed what was empty
+            continue
+        except OSError:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            raise
+        if _locked(marker.fileno()) and os.path.samestat(os.stat(folder / MARKER), os.fstat(marker.fileno())):
+            return folder, marker
+        marker.close()  # another process took the folder for one that nobody uses, and removes it
 
 
 def _locked(fd: int) -> bool:
@@ -132,7 +158,7 @@ def _claimed(marker: Path) -> Iterator[None]:
 def _remove(folder: Path) -> None:
     """Remove what the marker lists, the marker, and the folder if nothing else is in it."""
     marker = folder / MARKER
-    for name in marker.read_text(encoding="utf-8").removeprefix(HEADING).splitlines():
+    for name in marker.read_text(encoding="utf-8").splitlines()[1:]:
         if os.path.basename(name) == name:
             (folder / name).unlink(missing_ok=True)
     marker.unlink()

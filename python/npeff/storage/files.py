@@ -12,6 +12,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from npeff.errors import ArgumentError, NpeffError, StorageError
 
@@ -64,10 +65,9 @@ def _lacking(folder: Path, number: int, reason: str) -> tuple[str, str]:
     """What a file system lacks that refused a write, and what to do about it."""
     if number == errno.EDQUOT:
         return f"the disk quota is used up ({reason})", "Free some of your space there, or have the quota raised,"
-    try:
-        found = os.statvfs(folder)
-    except OSError:
-        return f"the disk is full ({reason})", "Free some space"
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    found = os.statvfs(folder)
     free = found.f_bavail * found.f_frsize
     if found.f_files and not found.f_favail:
         return (
@@ -194,7 +194,7 @@ def atomic(path: Path, *, kept: str = "Nothing else was touched.") -> Iterator[P
         raise
     finally:
         if folder is not None:
-            _discard(folder)
+            _discard(folder, target.name)
         if handle is not None:
             os.close(handle)
 
@@ -224,7 +224,7 @@ def _aside(target: Path) -> tuple[Path, int | None]:
         except (BlockingIOError, FileNotFoundError):  # another process took it for a leftover
             continue
         except BaseException:
-            _discard(folder)
+            _discard(folder, target.name)
             raise
 
 
@@ -268,15 +268,29 @@ def _remove_leftovers(target: Path) -> None:
     with contextlib.suppress(OSError):
         for name in os.listdir(target.parent):
             if pattern.fullmatch(name) and (fd := abandoned(target.parent / name)) is not None:
-                _discard(target.parent / name)
+                _discard(target.parent / name, target.name)
                 os.close(fd)
 
 
-def _discard(folder: Path) -> None:
+def _discard(folder: Path, name: str) -> None:
+    """Remove a folder in which a file was written; without opening anything, which may be impossible by now."""
     with contextlib.suppress(OSError):
-        for name in os.listdir(folder):
+        if os.path.lexists(folder / name):
             os.unlink(folder / name)
         os.rmdir(folder)
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Have a file take its space on the disk now: on a full one, a later write to its mapping would end the process.
+
+    Args:
+        file: An open file.
+        size: In bytes.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
 
 
 class Lock:
