@@ -74,9 +74,8 @@ class PartsFolder:
         with atomic(self.page) as scratch:
             scratch.write_text(text, encoding="utf-8", errors="replace")
         self._marker.close()
-        for folder in self.path.parent.glob("data-*"):
-            if folder != self.path:
-                _remove_unused(folder, self.page)
+        for folder in self.path.parent.glob("data-*"):  # this one, too: another page may be in place by now
+            _remove_unused(folder, self.page)
 
     def discard(self) -> None:
         """Remove the folder, unless the page is in place already: it will not come."""
