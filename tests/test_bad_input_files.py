@@ -74,7 +74,7 @@ def test_symbolic_link_stays_and_its_file_is_replaced(components, tmp_path):
     components.save(link)
     assert link.is_symlink() and real.is_file()
     assert npeff.load(link).n_components == components.n_components
-    with atomic(link, temporary=tmp_path / "scratch") as scratch:
+    with atomic(link) as scratch:
         scratch.write_text("x")
     assert link.is_symlink() and real.read_text() == "x"
     lost = tmp_path / "lost.h5"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from torch import nn
 import npeff
 from npeff.distributed.communicator import LOCAL
 from npeff.distributed.merging import merge_shares, share_path
-from processes import all_returned, free_port, run
+from processes import all_returned, run
 
 SLOW = pytest.mark.slow
 PARTS = [5, 5, 3, 5, 1, 5, 2]
@@ -179,28 +177,3 @@ def test_one_process_needs_no_group(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(npeff.ArgumentError, match="MASTER_ADDR"):
         npeff.distributed.connect()
-
-
-@pytest.mark.slow
-def test_torchrun_runs_the_commands(tmp_path):
-    source = tmp_path / "work.py"
-    source.write_text(
-        "import torch\nfrom torch import nn\n"
-        "def model():\n    torch.manual_seed(0)\n    return nn.Linear(6, 3).eval()\n"
-        "def data():\n    g = torch.Generator().manual_seed(0)\n"
-        "    return [(torch.randn(8, 6, generator=g), torch.zeros(8).long()) for _ in range(5)]\n"
-    )
-
-    def torchrun(*arguments: str) -> str:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-        done = subprocess.run(
-            [*command, "-m", "npeff", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=400
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    said = torchrun("fishers", "work.py:model", "work.py:data", "--exact", "--out", "f.h5", "--quiet")
-    assert said.count("40 Fishers of 21 parameters") == 1
-    said = torchrun("decompose", "f.h5", "--components", "3", "--moves", "1", "--out", "c.h5", "--quiet")
-    assert said.count("3 components of 40 examples") == 1
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".h5") == ["c.h5", "f.h5"]

@@ -303,14 +303,21 @@ def test_only_files_of_the_same_content_are_replaced(tmp_path, saved):
         fishers_of().save(tmp_path / "no" / "f.h5")
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_disk_full_leaves_what_was_there(saved, monkeypatch, code):
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        (errno.ENOSPC, r"the disk is full \(.*bytes free"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EMFILE, "too many files are open .*ulimit -n"),
+    ],
+)
+def test_disk_full_leaves_what_was_there(saved, monkeypatch, code, what):
     def full(path):
         raise OSError(code, os.strerror(code))
 
     before = unchanged(saved)
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(StorageError, match=r"the disk is full \(.*bytes free"):
+    with pytest.raises(StorageError, match=what):
         fishers_of("diagonal").save(saved)
     monkeypatch.undo()
     assert unchanged(saved) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ from npeff.gradients.factors import Basis, FactorOptions, Labels, Likelihood
 from npeff.gradients.selection import placed, select_parameters
 from npeff.memory import parse_bytes
 from npeff.storage.files import check_target
+from npeff.termination import ending_in_order
 
 __all__ = ["Forward", "compute_fishers"]
 
@@ -76,7 +78,8 @@ def compute_fishers(
         parameters: Name patterns as in the shell (``"layers.3.*"``), one or several; ``"!…"`` excludes. None
             takes all.
         forward: ``forward(model, batch) -> logits`` for models that are not simply called on the inputs.
-        out: File to write. Work is saved while it is done; the same call resumes it.
+        out: File to write. Work is saved while it is done, at Ctrl-C, SIGTERM and SIGHUP too (called from the main
+            thread); the same call resumes it.
         device: Where to compute; the model's own device by default. The model is moved there and back.
         seed: Decides the draws.
         max_examples: Stop after so many examples.
@@ -136,7 +139,8 @@ def compute_fishers(
     inner = getattr(model, "_orig_mod", model)  # torch.compile hides the operations that rules look for
     if not isinstance(inner, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
-    with placed(inner, device) as place:
+    # Work that is saved while it is done is saved at a SIGTERM, too.
+    with nullcontext() if out is None else ending_in_order(), placed(inner, device) as place:
         selected = select_parameters(inner, parameters)
         run = Run(inner, place, selected, kind, compress, options, forward, share, bound)
         if isinstance(compress, GramOnly):

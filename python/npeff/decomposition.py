@@ -177,6 +177,9 @@ def expand(
 def components_of(problem: Problem, state: State, curve: list[float], course: dict[str, Any]) -> Components:
     """A solved problem as components with unit vectors, new ones ordered by total coefficient.
 
+    Where several processes hold a block of examples each, every one must call it; the coefficients and the weights of
+    rows are then those of its block.
+
     Args:
         problem: What was solved.
         state: Its factorisation.
@@ -192,7 +195,7 @@ def components_of(problem: Problem, state: State, curve: list[float], course: di
             "use dtype='float64', or fewer components"
         )
     f, fishers, scaled = state.frozen, problem.fishers, problem.scaled
-    total = state.W[:, f:].double().sum(0)
+    total = problem.form.comm.sum(state.W[:, f:].double().sum(0))
     order = torch.cat([torch.arange(f, device=total.device), f + torch.argsort(total, descending=True, stable=True)])
     state = replace(state.keep(order), loss=state.loss)
     vectors = problem.space.vectors(state.coords)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 from npeff import datasets, models
 from npeff.errors import StorageError
+from npeff.storage.files import Lock, atomic
+from npeff.storage.parts import discard_parts
 
 TRAINED_ON = 1200
 """The network sees the first 1200 digits; the other 597, by other writers, are new to it."""
@@ -65,8 +68,8 @@ def run_demo(
         ArgumentError: scikit-learn is not installed.
         StorageError: The folder holds files that no demo made, or cannot be written.
     """
-    data = datasets.digits()
-    folder = _prepare(Path(out))
+    data, folder = datasets.digits(), Path(out)
+    lock = _prepare(folder)
     threads = torch.get_num_threads()
     # Everything here is small: more threads gain little, and on a busy machine they wait for each other.
     torch.set_num_threads(1)
@@ -74,6 +77,7 @@ def run_demo(
         return _pipeline(data, folder, n_components, seed, epochs, max_examples, say, progress)
     finally:
         torch.set_num_threads(threads)
+        lock.release()
 
 
 def _pipeline(
@@ -95,7 +99,8 @@ def _pipeline(
 
     torch.manual_seed(seed)
     model = models.train(models.digits_cnn(), data.first(TRAINED_ON), epochs=epochs, learning_rate=3e-3, seed=seed)
-    torch.save(model.state_dict(), folder / "model.pt")
+    with atomic(folder / "model.pt") as scratch:
+        torch.save(model.state_dict(), scratch)
     unseen = models.accuracy(model, data.take(slice(TRAINED_ON, None)))
     n_unseen = len(data.labels) - TRAINED_ON
     step(f"trained a CNN on {TRAINED_ON} digits; accuracy on {n_unseen} unseen ones {unseen:.1%}")
@@ -131,37 +136,37 @@ def _pipeline(
     return page
 
 
-def _prepare(folder: Path) -> Path:
-    """Make the folder, and clear what an earlier demo left, but nothing else.
+def _prepare(folder: Path) -> Lock:
+    """Make the folder, take it for this process, and clear what an earlier demo left, but nothing else.
 
     Raises:
-        StorageError: It holds files of the same names that no demo made, or cannot be written.
+        StorageError: It holds files of the same names that no demo made, or cannot be written; or a demo runs there.
     """
     marker, made = (
         folder / "digits.py",
         [folder / name for name in ("model.pt", "fishers.h5", "components.h5")],
     )
-    there = [path.name for path in made if path.exists()]
+    there = [path.name for path in made if os.path.lexists(path)]
     ours = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(TARGETS.splitlines()[0])
-    if (there or marker.exists()) and not ours:
+    if (there or os.path.lexists(marker)) and not ours:
         raise StorageError(
             f"{folder}: holds {', '.join(there or [marker.name])}, not from a demo; choose another folder with --out"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The marker first: were the demo interrupted, the next one still knows the folder as its own.
-        marker.write_text(TARGETS, encoding="utf-8")
-        for path in made:
-            path.unlink(missing_ok=True)
-        _discard_unfinished(folder / "fishers.h5")
+        lock = Lock(folder / "demo.lock", f"running the demo in {folder}")
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    return folder
-
-
-def _discard_unfinished(fishers: Path) -> None:
-    import shutil
-
-    from npeff.storage.parts import parts_folder
-
-    shutil.rmtree(parts_folder(fishers), ignore_errors=True)
+    try:
+        # The marker first: were the demo interrupted, the next one still knows the folder as its own.
+        with atomic(marker) as scratch:
+            scratch.write_text(TARGETS, encoding="utf-8")
+        for path in made:
+            path.unlink(missing_ok=True)
+        discard_parts(folder / "fishers.h5")
+    except BaseException:
+        lock.release()
+        raise
+    return lock

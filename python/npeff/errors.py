@@ -41,3 +41,22 @@ class NewerFileError(StorageError):
 
 class WorkerError(NpeffError, RuntimeError):
     """Another process of a distributed run failed, or is no longer there."""
+
+
+class Terminated(SystemExit):
+    """The system told the process to end (SIGTERM, SIGHUP); what was open has been saved.
+
+    No ``NpeffError``: code that recovers from errors must not go on. Left alone it ends the program with the
+    conventional status, 128 and the signal's number.
+
+    Attributes:
+        signal: The signal's number.
+        reason: What happened.
+    """
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(128 + number)
+        self.signal, self.reason = number, reason
+
+    def __str__(self) -> str:
+        return f"{self.reason}. What is finished is kept on the disk; the same command resumes it"

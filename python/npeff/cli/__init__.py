@@ -19,7 +19,8 @@ from typing import Any
 import click
 
 from npeff.cli.common import DEBUG, HELP_WIDTH, write_block
-from npeff.errors import NpeffError
+from npeff.errors import NpeffError, Terminated
+from npeff.termination import ending_in_order
 
 COMMANDS = {
     "demo": "npeff.cli.demo:demo",
@@ -104,7 +105,8 @@ def cli() -> None:
     makes components of Fishers, `report` makes a page of components.
 
     Every command has --help, and --debug to see where an error came from. Exit status: 0 done, 1 failed, 2
-    wrong usage, 130 interrupted.
+    wrong usage, 130 interrupted (143 by SIGTERM, 129 by SIGHUP); what is finished is kept, and the same command
+    goes on from it.
     """
 
 
@@ -116,7 +118,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 for an error of npeff or of the system, told in one message; 2 for wrong usage;
-        130 for Ctrl-C.
+        130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
 
     Raises:
         NpeffError: With ``--debug``, errors keep their traceback.
@@ -137,7 +139,8 @@ def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        result = cli.main(None if arguments is None else list(arguments), prog_name="npeff", standalone_mode=False)
+        with ending_in_order():
+            result = cli.main(None if arguments is None else list(arguments), prog_name="npeff", standalone_mode=False)
         return result if isinstance(result, int) else OK
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -150,6 +153,9 @@ def _run(arguments: Sequence[str] | None) -> int:
             err=True,
         )
         return INTERRUPTED
+    except Terminated as error:
+        click.echo(f"npeff: {error}", err=True)
+        return 128 + error.signal
     except SystemExit as error:  # click raises none here: the user's model or data did
         if DEBUG:
             raise

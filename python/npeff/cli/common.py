@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -23,16 +24,22 @@ def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
         DEBUG.append(True)
 
 
+def several() -> bool:
+    """Whether this process is one of several that ``torchrun`` started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 class Command(click.Command):
     """A command with worked examples in its help, and ``--debug``.
 
     Args:
         examples: Lines shown as they are.
+        shared: Whether several processes can share its work; else it refuses to run in more than one.
     """
 
-    def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, examples: str = "", shared: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.examples = examples
+        self.examples, self.shared = examples, shared
         self.params.append(
             click.Option(
                 ["--debug"],
@@ -49,10 +56,20 @@ class Command(click.Command):
         super().format_help_text(ctx, formatter)
         write_block(formatter, "Examples", self.examples)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; refuse where several processes would each do all of it, and write the same file."""
+        if several() and not self.shared:
+            misused(
+                f"npeff {self.name} runs in one process, and WORLD_SIZE says that this is one of "
+                f"{os.environ['WORLD_SIZE']}; start it without torchrun, or unset WORLD_SIZE (npeff fishers and npeff "
+                "decompose share their work among processes)"
+            )
+        return super().invoke(ctx)
 
-def command(examples: str) -> Callable[[Callable[..., Any]], click.Command]:
+
+def command(examples: str, *, shared: bool = False) -> Callable[[Callable[..., Any]], click.Command]:
     """Make a command of a function; see :class:`Command`."""
-    return click.command(cls=Command, examples=examples)
+    return click.command(cls=Command, examples=examples, shared=shared)
 
 
 def write_block(formatter: click.HelpFormatter, heading: str, text: str) -> None:

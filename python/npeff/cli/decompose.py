@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, misused, quiet, seed, wants
-from npeff.cli.processes import decompose_together, several
+from npeff.cli.common import EXISTING, WRITABLE, command, misused, quiet, seed, several, wants
+from npeff.cli.processes import decompose_together
 
 
 def _orthogonality(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
@@ -36,7 +36,8 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
         npeff decompose fishers.h5 --components 16,32,64,128 --select --out components.h5
         npeff decompose fishers.h5 --components 64 --block-weights balanced --starts 8 --out components.h5
         npeff decompose fishers.h5 --components 48 --wrong-only --out heuristics.h5
-    """
+    """,
+    shared=True,
 )
 @click.argument("path", metavar="FISHERS", type=EXISTING)
 @click.option(

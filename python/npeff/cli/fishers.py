@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from npeff.cli.common import WRITABLE, command, misused, note, quiet, seed, size, unruled
+from npeff.cli.common import WRITABLE, command, misused, note, quiet, seed, several, size, unruled
 from npeff.cli.fisher_options import fisher_options, understood
-from npeff.cli.processes import first, several
+from npeff.cli.processes import first
 
 DEFAULT_TOP_K = 65_536
 
@@ -21,7 +21,8 @@ DEFAULT_TOP_K = 65_536
         npeff fishers zoo.mnist:load zoo.mnist:test --exact --energy 0.99 --out fishers.h5
         npeff fishers train.py:model train.py:data --sketch 4096 --out fishers.h5
         npeff fishers bert.py:model bert.py:batches --kind diagonal --parameters 'bert.encoder.*' --out d.h5
-    """
+    """,
+    shared=True,
 )
 @click.argument("model", metavar="MODEL")
 @click.argument("data", metavar="DATA")

@@ -6,12 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from npeff.cli.common import misused
-
-
-def several() -> bool:
-    """Whether this process is one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+from npeff.cli.common import misused, several
 
 
 def first() -> bool:

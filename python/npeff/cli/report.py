@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,8 +149,11 @@ def _bytes_of(page: Path, out: Path) -> int:
     """What the page and its parts take."""
     if page == out:
         return page.stat().st_size
-    parts = [path for path in page.parent.glob("data-*/*") if path.is_file()]
-    return page.stat().st_size + sum(path.stat().st_size for path in parts)
+    total = page.stat().st_size
+    for path in page.parent.glob("data-*/*"):
+        with suppress(OSError):  # another process may replace the report meanwhile
+            total += path.stat().st_size
+    return total
 
 
 def _names(given: str | None) -> list[str] | None:

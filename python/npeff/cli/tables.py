@@ -10,6 +10,7 @@ import numpy as np
 
 from npeff.storage import refuse_npeff_file
 from npeff.storage.files import atomic
+from npeff.storage.hdf5 import Data, write_hdf5
 
 if TYPE_CHECKING:
     from npeff.components import Encoded
@@ -50,8 +51,5 @@ def write_coefficients(encoded: Encoded, fishers: Fishers, path: Path) -> None:
             with scratch.open("wb") as binary:
                 np.savez_compressed(binary, coefficients=encoded.coefficients, **columns)
         else:
-            import h5py
-
-            with h5py.File(scratch, "w") as table:
-                for name, values in {"coefficients": encoded.coefficients, **columns}.items():
-                    table.create_dataset(name, data=values)
+            arrays = {"coefficients": encoded.coefficients, **columns}
+            write_hdf5(scratch, [Data.of(name, values) for name, values in arrays.items()], {})

@@ -44,6 +44,7 @@ def trust(
 
     import npeff
     from npeff.storage import refuse_npeff_file
+    from npeff.storage.files import atomic
 
     if out is not None:
         refuse_npeff_file(out)
@@ -68,6 +69,6 @@ def trust(
     if shuffles:
         click.echo(f"loss {components.loss:.4f}; of shuffled Fishers {np.mean(found['null']['losses']):.4f}")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found))
+        with atomic(out) as scratch:
+            scratch.write_text(json.dumps(found), encoding="utf-8")
         click.echo(f"{out}: written")

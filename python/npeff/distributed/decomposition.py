@@ -93,7 +93,26 @@ def decompose(
         problem = _Shared(own, scaled, plan, chosen, there, place, group, _digest(fishers))
         watched = None if callback is None else _asked_once(callback, group)
         state, curve, course = problem.solve(None, checkpoint, watched, progress and group.rank == 0)
-        return group.together(lambda: problem.whole(fishers, state, curve, course))
+        part = group.together(lambda: decomposition.components_of(problem, state, curve, course))
+        return _joined(part, fishers, group)
+
+
+def _joined(part: Components, fishers: Fishers, group: Group) -> Components | None:
+    """The components of all examples, in process 0, from each process's for its own block of examples."""
+    coefficients = group.collected(torch.from_numpy(part.coefficients))
+    weights = None if part.row_weights is None else group.collected(torch.from_numpy(part.row_weights))
+    if coefficients is None:
+        return None
+    return replace(
+        part,
+        coefficients=coefficients.numpy(),
+        row_weights=None if weights is None else weights.numpy(),
+        row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
+        labels=np.asarray(fishers.labels),
+        logits=np.asarray(fishers.logits),
+        ids=np.asarray(fishers.ids),
+        norms=np.asarray(fishers.norms),
+    )
 
 
 def _asked_once(callback: Callable[[Progress], Any], group: Group) -> Callable[[Progress], bool]:
@@ -135,15 +154,6 @@ class _Shared(Problem):
         """A checkpoint of all processes' state."""
         return _SharedCheckpoint(path, self._identity, options, self.place, self.group, self.form.n_examples)
 
-    def whole(self, fishers: Fishers, state: Any, curve: list[float], course: dict[str, Any]) -> Components | None:
-        """All components, in process 0."""
-        W = self.group.collected(state.W)
-        norms = self.group.collected(torch.from_numpy(self.scaled.fisher_norms))
-        if W is None or norms is None:
-            return None
-        self.fishers, self.scaled = fishers, replace(self.scaled, fisher_norms=norms.numpy())
-        return decomposition.components_of(self, replace(state, W=W.to(state.W.device)), curve, course)
-
 
 class _SharedCheckpoint(Checkpoint):
     """One file for the state of all processes: process 0 writes it, all read it, each keeps its part of W."""
@@ -154,6 +164,15 @@ class _SharedCheckpoint(Checkpoint):
         self._path = path
         self._key = {"rows": identity, "options": json.loads(json.dumps(options, default=str, sort_keys=True))}
         self._place, self._group, self._n_own = place, group, n_own
+
+    def __enter__(self) -> Checkpoint:
+        """Take the file: process 0, for all of them."""
+        self._group.together(lambda: super(_SharedCheckpoint, self).__enter__() if self._group.rank == 0 else None)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._group.rank == 0:
+            super().__exit__(*error)
 
     def save(self, memory: Memory) -> None:
         """Replace the file by the present state."""

@@ -20,7 +20,7 @@ from npeff.distributed.merging import merge_shares, remove_shares, share_path
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError
 from npeff.fisher_run import EmptyShareError
 from npeff.fishers import Fishers
-from npeff.storage.files import check_target, path_of
+from npeff.storage.files import check_target, path_of, refuse_link
 from npeff.storage.parts import parts_folder
 from npeff.storage.store import load
 
@@ -98,12 +98,15 @@ def compute_fishers(
 
 
 def _check_leftovers(out: Path, size: int) -> None:
-    """Refuse to begin beside the shares of another number of processes.
+    """Refuse to begin beside the shares of another number of processes, or with a link in place of a share.
 
     Raises:
         ResumeError: There are some.
+        StorageError: There is one.
     """
     check_target(out)
+    for k in range(size):
+        refuse_link(share_path(out, (k, size)))
     for path in sorted(out.parent.glob(f"{out.name}.*-of-*")):
         words = path.name.removeprefix(f"{out.name}.").removesuffix(".parts").split("-of-")
         if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]) != size:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from npeff.distributed.communicator import LOCAL, PATIENCE, Group, Local
-from npeff.errors import ArgumentError, WorkerError
+from npeff.errors import ArgumentError, Terminated, WorkerError
+from npeff.termination import ending_in_order
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -54,25 +52,14 @@ def connect() -> Group | Local:
 
 @contextmanager
 def told_to_end(group: Group | Local) -> Iterator[None]:
-    """Within it, SIGTERM is an error that lets work be saved: torchrun sends it when another process has failed.
+    """Within it, SIGTERM and SIGHUP save what is open: torchrun sends SIGTERM when another process has failed.
 
     Raises:
-        WorkerError: It came.
+        Terminated: One of them came; says which process is gone.
     """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what is open is being written
-        reason = group.missing() if isinstance(group, Group) else "the system asked for it"
-        raise WorkerError(
-            f"rank {group.rank} of {group.size}: told to end (SIGTERM); {reason}. What is finished is kept on the "
-            "disk; the same command resumes it"
-        )
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with ending_in_order():
+            yield
+    except Terminated as error:
+        why = group.missing() if isinstance(group, Group) else "the system asked for it"
+        raise Terminated(error.signal, f"rank {group.rank} of {group.size}: {error.reason}; {why}") from error

@@ -34,7 +34,7 @@ def merge_shares(out: Path, n_shares: int) -> None:
         n_shares: How many there are; those to which no batch fell have no file.
 
     Raises:
-        StorageError: A share is missing, or the disk is full.
+        StorageError: A share is missing, the disk is full, or a file appeared at ``out`` meanwhile.
         ResumeError: Shares were computed from different models, data or options.
     """
     paths = [share_path(out, (k, n_shares)) for k in range(n_shares)]
@@ -50,6 +50,11 @@ def merge_shares(out: Path, n_shares: int) -> None:
     header = _common_header(shares)
     batches = [share.json("batches") for share in shares]
     order = [(number % n_shares, number // n_shares) for number in range(n_batches)]
+    if out.exists():
+        raise StorageError(
+            f"{out}: a file appeared there during the work, and is not overwritten; move it away and run the same "
+            "command again: all examples are in its shares"
+        )
     with atomic(out) as scratch:
         write_fishers(
             scratch,

@@ -6,18 +6,17 @@ its content to the page, ``npeff("component-17", …)``.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from npeff.reports.parts_folder import MARKER, PartsFolder
 from npeff.storage.files import atomic, explain
 
-MARKER = "parts-of-a-npeff-report.txt"
+__all__ = ["MARKER", "Book", "script_json"]
+
 INLINE = 1_500_000
 """Component pages that together take no more bytes than this stand in the page of a folder too."""
 
@@ -57,34 +56,21 @@ class Book:
     absent: set[str] = field(default_factory=set)
     _waiting: list[tuple[str, str]] = field(default_factory=list)
     _overflowed: bool = False
-    _parts: Path | None = None
+    _parts: PartsFolder | None = None
 
     @property
     def parts(self) -> str:
         """Name of the folder of parts, as the page addresses it; empty for a single file."""
-        return self._parts.name if self._parts else ""
+        return self._parts.path.name if self._parts else ""
 
     def __enter__(self) -> Book:
         if self.folder:
-            self._parts = self._guarded(self._make_parts)
+            self._parts = PartsFolder(self.page, self.page.parent)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None and self._parts is not None:
-            shutil.rmtree(self._parts, ignore_errors=True)
-
-    def _make_parts(self) -> Path:
-        self.page.parent.mkdir(parents=True, exist_ok=True)
-        number = 1
-        while True:
-            parts = self.page.parent / f"data-{number}"
-            try:
-                parts.mkdir()
-            except FileExistsError:
-                number += 1
-                continue
-            (parts / MARKER).write_text("Parts of the report in ../index.html; replaced along with it.\n")
-            return parts
+            self._parts.discard()
 
     # ---- parts ---------------------------------------------------------------------------------------------
 
@@ -134,7 +120,7 @@ class Book:
         if self._parts is None or not self._room(name, len(content)):
             return None
         self._write(name, content)
-        return f"{self._parts.name}/{name}"
+        return f"{self._parts.path.name}/{name}"
 
     def add_bytes(self, name: str, size: int, share: float = 1.0) -> bool:
         """Count what stands in the page anyhow, if the limit, or that share of it, leaves room."""
@@ -161,15 +147,7 @@ class Book:
 
     def _write(self, name: str, content: bytes) -> None:
         assert self._parts is not None
-        path = self._parts / name
-        self._guarded(lambda: path.write_bytes(content))
-
-    def _guarded(self, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except OSError as error:
-            failure = explain(self.page, error, "An earlier report there is as it was.")
-            raise failure from error
+        self._parts.write(name, content)
 
     # ---- the page ------------------------------------------------------------------------------------------
 
@@ -179,11 +157,13 @@ class Book:
         Raises:
             StorageError: The page cannot be written.
         """
-        self._guarded(lambda: self.page.parent.mkdir(parents=True, exist_ok=True))
+        if self._parts is not None:
+            self._parts.publish(html)
+            return
+        try:
+            self.page.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            failure = explain(self.page, error, "An earlier report there is as it was.")
+            raise failure from error
         with atomic(self.page) as scratch:
             scratch.write_text(html, encoding="utf-8", errors="replace")
-        if self.folder:
-            for old in self.page.parent.glob("data-*"):
-                if old != self._parts and (old / MARKER).is_file():
-                    with contextlib.suppress(OSError):
-                        shutil.rmtree(old)

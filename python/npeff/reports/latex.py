@@ -2,13 +2,15 @@ r"""A LaTeX document of top examples, one section per component, with its pictur
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npeff.errors import ArgumentError
-from npeff.storage.files import atomic, explain, path_of
+from npeff.reports.parts_folder import PartsFolder
+from npeff.storage.files import atomic, path_of
 
 if TYPE_CHECKING:
     from npeff.components import Components
@@ -41,7 +43,8 @@ def latex(
 ) -> Path:
     """Write a document that pdfLaTeX, XeLaTeX or LuaLaTeX compiles: components and their top examples.
 
-    Pictures go into a folder of the same name with ``-images`` behind it. Text is escaped; characters that the
+    Pictures go into a new folder within one of the same name with ``-images`` behind it; those of the document that is
+    replaced are removed once the new one is in place. Text is escaped; characters that the
     engine's fonts lack are printed by their number.
 
     Args:
@@ -76,20 +79,49 @@ def latex(
     if chosen is None:
         sizes = components.coefficients.sum(0, dtype=np.float64)
         chosen = np.argsort(-sizes, kind="stable").tolist()
-    with pick(components, data, chosen, k, class_names, tokenizer) as picked:
-        images = path.with_name(f"{path.stem}-images")
+    images = _Images(path)
+    with images, pick(components, data, chosen, k, class_names, tokenizer) as picked:
         sections = [_section(picked, picked.summaries[j], images) for j in chosen]
-    text = _environment().get_template("document.tex.j2").render(
-        title=escape(title or "What the network responds to"),
-        n_components=components.n_components,
-        n_examples=len(components.coefficients),
-        loss=f"{components.loss:.4f}",
-        sections=sections,
-        width=PICTURE_WIDTH,
-    )  # fmt: skip
-    with atomic(path) as scratch:
-        scratch.write_text(text, encoding="utf-8", errors="replace")
+        text = _environment().get_template("document.tex.j2").render(
+            title=escape(title or "What the network responds to"),
+            n_components=components.n_components,
+            n_examples=len(components.coefficients),
+            loss=f"{components.loss:.4f}",
+            sections=sections,
+            width=PICTURE_WIDTH,
+        )  # fmt: skip
+        images.publish(text)
     return path
+
+
+class _Images:
+    """The pictures of a document, in a folder that is made with the first of them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._parts: PartsFolder | None = None
+
+    def __enter__(self) -> _Images:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and self._parts is not None:
+            self._parts.discard()
+
+    def add(self, name: str, content: bytes) -> str:
+        """Write a picture; returns its address for the document."""
+        if self._parts is None:
+            self._parts = PartsFolder(self._path, self._path.with_name(f"{self._path.stem}-images"))
+        self._parts.write(name, content)
+        return self._parts.path.relative_to(self._path.parent).joinpath(name).as_posix()
+
+    def publish(self, text: str) -> None:
+        """Write the document, and remove the pictures of the one that it replaces."""
+        if self._parts is not None:
+            self._parts.publish(text)
+            return
+        with atomic(self._path) as scratch:
+            scratch.write_text(text, encoding="utf-8", errors="replace")
 
 
 def escape(text: str) -> str:
@@ -111,7 +143,7 @@ def escape(text: str) -> str:
     return "".join(out)
 
 
-def _section(picked: Picked, summary: Summary, images: Path) -> dict[str, Any]:
+def _section(picked: Picked, summary: Summary, images: _Images) -> dict[str, Any]:
     from npeff.reports.study import heading
     from npeff.reports.wording import percent
 
@@ -130,7 +162,7 @@ def _section(picked: Picked, summary: Summary, images: Path) -> dict[str, Any]:
     }
 
 
-def _item(picked: Picked, summary: Summary, top: Top, rank: int, images: Path) -> dict[str, Any]:
+def _item(picked: Picked, summary: Summary, top: Top, rank: int, images: _Images) -> dict[str, Any]:
     from npeff.reports.collage import _pixels
     from npeff.reports.images import picture_of
     from npeff.reports.text import excerpt, printable
@@ -154,14 +186,9 @@ def _item(picked: Picked, summary: Summary, top: Top, rank: int, images: Path) -
         if max(picture.size) < 128:  # viewers blur what they enlarge
             factor = -(-128 // max(picture.size))
             picture = picture.resize((picture.width * factor, picture.height * factor), 0)
-        try:
-            images.mkdir(parents=True, exist_ok=True)
-            with atomic(images / name) as scratch:
-                picture.save(scratch, "PNG", optimize=True)
-        except OSError as error:
-            failure = explain(images, error, "Nothing else was touched.")
-            raise failure from error
-        item["file"] = f"{images.name}/{name}"
+        content = io.BytesIO()
+        picture.save(content, "PNG", optimize=True)
+        item["file"] = images.add(name, content.getvalue())
     elif example is not None and example.text is not None:
         start, rest = excerpt(printable(example.text), TEXT_LENGTH)
         item["text"] = escape(start + (" …" if rest else ""))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,14 @@ from npeff.rows import SparseRows
 from npeff.solver.course import Memory
 from npeff.solver.forms import State
 from npeff.solver.scaling import ScaledRows
+from npeff.storage.files import Lock, atomic, check_target, explain, refuse_link
 from npeff.streamed_rows import StreamedRows
 
 
 class Checkpoint:
     """Keeps a :class:`npeff.solver.course.Memory` in one ``.npz`` file.
+
+    A context manager: within it no other process may keep its state there.
 
     Args:
         path: The file; its folder must exist.
@@ -32,6 +34,26 @@ class Checkpoint:
         self._path = path
         self._key = {"rows": _digest(scaled), "options": json.loads(json.dumps(options, default=str, sort_keys=True))}
 
+    def __enter__(self) -> Checkpoint:
+        """Take the file for this process.
+
+        Raises:
+            StorageError: Another process keeps its state there, or no file can be written there.
+        """
+        check_target(self._path)
+        path = self._path.with_name(f"{self._path.name}.lock")
+        try:
+            self._lock = Lock(path, f"keeping the state of a search in {self._path}")
+        except StorageError:
+            raise
+        except OSError as error:
+            failure = explain(path, error, "Nothing was computed yet.")
+            raise failure from error
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
     def save(self, memory: Memory) -> None:
         """Replace the file by the present state.
 
@@ -41,21 +63,15 @@ class Checkpoint:
         assert memory.best is not None
         numbers = {"unit": memory.unit, "failures": memory.failures, "iteration": memory.iteration, "kept": memory.kept}
         meta = {"key": self._key, "numbers": numbers, "loss": memory.best.loss, "frozen": memory.best.frozen}
-        temporary = self._path.with_name(self._path.name + ".writing")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(
-                    file,
-                    meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
-                    W=memory.best.W.cpu().numpy(),
-                    coords=memory.best.coords.cpu().numpy(),
-                    curve=np.asarray(memory.curve, np.float64),
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._path)
-        except OSError as error:
-            raise StorageError(f"checkpoint: cannot write {self._path}: {error}; choose another path") from error
+        kept = "The state that was saved there before is kept."
+        with atomic(self._path, kept=kept) as scratch, scratch.open("wb") as file:
+            np.savez(
+                file,
+                meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
+                W=memory.best.W.cpu().numpy(),
+                coords=memory.best.coords.cpu().numpy(),
+                curve=np.asarray(memory.curve, np.float64),
+            )
 
     def load(self) -> Memory | None:
         """The state in the file, or None when there is no file.
@@ -64,6 +80,7 @@ class Checkpoint:
             ResumeError: The file belongs to other Fishers or other options.
             StorageError: The file cannot be read.
         """
+        refuse_link(self._path)
         if not self._path.exists():
             return None
         try:

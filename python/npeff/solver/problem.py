@@ -141,8 +141,10 @@ class Problem:
             patience=options.patience, max_iterations=options.max_iterations, tolerance=options.tolerance,
             callback=callback, save=None if keeper is None else keeper.save, coarse=coarse,
         )  # fmt: skip
-        memory = search.run(None if keeper is None else keeper.load(), initial)
-        if keeper is not None:
+        if keeper is None:
+            return search.run(None, initial)
+        with keeper:
+            memory = search.run(keeper.load(), initial)
             keeper.remove()
         return memory
 
@@ -180,7 +182,7 @@ class Problem:
         )
 
     def row_weights(self, state: State, norms: Tensor) -> Array | None:
-        """``(n_rows, r)``: the unit vectors as combinations of the stored rows.
+        """``(n_rows, r)``: the unit vectors as combinations of the stored rows, for the rows that are here.
 
         Over K these are the coordinates. Elsewhere they follow from stationarity, ``G = M⁻¹ (W∘P)ᵀ A`` with
         ``M = WᵀW ∘ Q``.
@@ -199,7 +201,7 @@ class Problem:
         if isinstance(self.space, GramSpace):
             weights = state.coords[:, : self.space.n_rows].T.double()
         else:
-            M = (state.W.T @ state.W).double() * state.Q.double()
+            M = form.comm.sum(state.W.T @ state.W).double() * state.Q.double()
             ridge = 1e-9 * M.diagonal().mean().clamp_min(1e-30) * torch.eye(len(M), dtype=M.dtype, device=M.device)
             weights = form.spread(state.W, state.P).double() @ torch.linalg.inv(M + ridge)
         weights = weights.cpu() / norms

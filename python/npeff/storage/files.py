@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
-import shutil
+import re
 import socket
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from npeff.errors import ArgumentError, StorageError
+from npeff.errors import ArgumentError, NpeffError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_HANDLES = {errno.EMFILE, errno.ENFILE}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -27,23 +32,49 @@ def explain(path: Path, error: OSError, kept: str) -> StorageError:
     Returns:
         The error to raise, ``from`` the original.
     """
-    reason = error.strerror or str(error)
-    if error.errno in _FULL:
-        with contextlib.suppress(OSError):
-            reason += f"; {shutil.disk_usage(path.parent).free:,} bytes free in {path.parent}"
+    reason, number = error.strerror or str(error), _number(error)
+    if number in _FULL:
+        what, remedy = _lacking(path.parent, number, reason)
+        return StorageError(f"{path}: {what}. {kept} {remedy} and run the same command again.")
+    if number in _HANDLES:
         return StorageError(
-            f"{path}: the disk is full ({reason}). {kept} Free some space and run the same command again."
+            f"{path}: too many files are open ({reason}). {kept} Close some, or raise the limit (`ulimit -n`), and run "
+            "the same command again."
         )
-    if error.errno == errno.EFBIG:
+    if number == errno.EFBIG:
         return StorageError(
             f"{path}: the file may not grow further ({reason}): `ulimit -f`, or the file system's limit. {kept} "
             "Raise the limit, or choose another place."
         )
-    if error.errno in _DENIED:
+    if number in _DENIED:
         return StorageError(
             f"{path}: cannot be written ({reason}). {kept} Check its owner and permissions, or choose another place."
         )
     return StorageError(f"{path}: writing failed ({reason}). {kept}")
+
+
+def _number(error: OSError) -> int | None:
+    """The system's number of an error; HDF5 gives it in its message alone."""
+    if error.errno is not None:
+        return error.errno
+    found = re.search(r"\berrno = (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def _lacking(folder: Path, number: int, reason: str) -> tuple[str, str]:
+    """What a file system lacks that refused a write, and what to do about it."""
+    if number == errno.EDQUOT:
+        return f"the disk quota is used up ({reason})", "Free some of your space there, or have the quota raised,"
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    if found.f_files and not found.f_favail:
+        return (
+            f"the file system of {folder} can hold no more files ({reason}; no inodes are left, {free:,} bytes are)",
+            "Remove some files",
+        )
+    return f"the disk is full ({reason}; {free:,} bytes free in {folder})", "Free some space"
 
 
 def path_of(value: object, name: str = "path") -> Path:
@@ -72,7 +103,7 @@ def path_of(value: object, name: str = "path") -> Path:
 
 
 def check_target(path: Path) -> None:
-    """Make sure that a file may be created at ``path``.
+    """Make sure that a file may be created at ``path``; remove what killed processes left of their attempts.
 
     Raises:
         StorageError: Its folder does not exist or may not be written to, or something that is no file stands in
@@ -87,6 +118,25 @@ def check_target(path: Path) -> None:
         raise StorageError(f"{path}: the folder {folder} does not exist; create it, or check the path")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{path}: cannot be written; check the permissions of {folder}, or choose another place")
+    _remove_leftovers(_target(path))
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse to go on from a file of npeff's own naming that is a symbolic link, a folder or a device.
+
+    Such files have names that anyone can foresee: a link there would have another file read, or overwritten.
+
+    Raises:
+        StorageError: It is one.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISREG(mode):
+            what = "a symbolic link" if stat.S_ISLNK(mode) else "no file"
+            raise StorageError(
+                f"{path}: expected a file that npeff wrote, or nothing, but {what} is there; remove it, or choose "
+                "another place"
+            )
 
 
 def _target(path: Path) -> Path:
@@ -105,29 +155,31 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic(path: Path, *, temporary: Path | None = None, kept: str = "Nothing else was touched.") -> Iterator[Path]:
-    """Write a file under a temporary name; rename it to ``path`` once it is whole and on the disk.
+def atomic(path: Path, *, kept: str = "Nothing else was touched.") -> Iterator[Path]:
+    """Write a file aside; rename it to ``path`` once it is whole and on the disk.
+
+    It is written in a new folder beside ``path`` whose name cannot be foreseen and which only this user may enter, so
+    that processes which write the same file do not meet, and no link planted there is followed. The last one that ends
+    replaces the file. What a killed process leaves of it, :func:`check_target` removes the next time.
 
     Args:
         path: The final name. What stands there is replaced only at the very end; a symbolic link stays, the
-            file it leads to is replaced (but for a ``temporary`` in another file system than that file).
-        temporary: Where to write first, in the same file system; by default beside ``path``,
-            with a dot before its name and the process id behind it.
+            file it leads to is replaced.
         kept: What to tell the user is safe, should the disk be full.
 
     Yields:
-        The temporary name to write to.
+        The temporary name to write to; it ends as ``path`` does.
 
     Raises:
         StorageError: The system refused a write; the temporary file is removed.
     """
     target = _target(path)
-    if temporary and not _same_device(temporary.parent, target.parent):
-        target = path
-    scratch = temporary or target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    folder = handle = None
     try:
+        folder, handle = _aside(target)
+        scratch = folder / target.name
         yield scratch
-        fd = os.open(scratch, os.O_RDONLY)
+        fd = os.open(scratch, os.O_RDONLY | os.O_NOFOLLOW)
         try:
             os.fsync(fd)
         finally:
@@ -135,16 +187,110 @@ def atomic(path: Path, *, temporary: Path | None = None, kept: str = "Nothing el
         os.replace(scratch, target)
         sync_folder(target.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(scratch)
-        if isinstance(error, OSError) and not isinstance(error, StorageError):
-            failure = explain(path, error, kept)
+        system = _system_error(error, folder or target)
+        if system is not None:
+            failure = explain(path, system, kept)  # while the file still takes its space
             raise failure from error
         raise
+    finally:
+        if folder is not None:
+            _discard(folder, target.name)
+        if handle is not None:
+            os.close(handle)
 
 
-def _same_device(a: Path, b: Path) -> bool:
-    return a.is_dir() and b.is_dir() and a.stat().st_dev == b.stat().st_dev
+def _system_error(error: BaseException, folder: Path) -> OSError | None:
+    """The system's error on writing in ``folder``; zip files hide a full disk behind a ValueError.
+
+    Errors that npeff raised itself, and those about files elsewhere, are none.
+    """
+    if isinstance(error, NpeffError) or not isinstance(error, Exception):
+        return None
+    if isinstance(error, OSError):
+        elsewhere = isinstance(error.filename, str) and Path(error.filename).parent not in (folder, folder.parent)
+        return None if elsewhere else error
+    inner = error.__context__
+    while inner is not None and not (isinstance(inner, OSError) and inner.errno in _FULL | {errno.EFBIG}):
+        inner = inner.__context__
+    return inner
+
+
+def _aside(target: Path) -> tuple[Path, int | None]:
+    """A new folder beside ``target`` to write it in, and what holds it; see :func:`claim`."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}.", suffix=".tmp", dir=target.parent))
+        try:
+            return folder, claim(folder)
+        except (BlockingIOError, FileNotFoundError):  # another process took it for a leftover
+            continue
+        except BaseException:
+            _discard(folder, target.name)
+            raise
+
+
+def claim(folder: Path) -> int | None:
+    """Mark a folder as in use until the process ends, or closes what is returned; every process can tell.
+
+    Args:
+        folder: The folder, no symbolic link.
+
+    Returns:
+        The open folder; None where the file system has no locks.
+
+    Raises:
+        BlockingIOError: Another process uses it.
+        FileNotFoundError: It is no longer there.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.stat(folder, follow_symlinks=False), os.fstat(fd)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    except (BlockingIOError, FileNotFoundError):
+        os.close(fd)
+        raise
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def abandoned(folder: Path) -> int | None:
+    """Claim a folder that a process left when it was killed; None where one is at work in it, or nobody can tell."""
+    with contextlib.suppress(OSError):
+        return claim(folder)
+    return None
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed processes left of their attempts to write ``target``; never what a living one writes."""
+    pattern = re.compile(re.escape(f".{target.name[:32]}.") + r"[a-z0-9_]{8}\.tmp")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(target.parent):
+            if pattern.fullmatch(name) and (fd := abandoned(target.parent / name)) is not None:
+                _discard(target.parent / name, target.name)
+                os.close(fd)
+
+
+def _discard(folder: Path, name: str) -> None:
+    """Remove a folder in which a file was written; without opening anything, which may be impossible by now."""
+    with contextlib.suppress(OSError):
+        if os.path.lexists(folder / name):
+            os.unlink(folder / name)
+        os.rmdir(folder)
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Have a file take its space on the disk now: on a full one, a later write to its mapping would end the process.
+
+    Args:
+        file: An open file.
+        size: In bytes.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
 
 
 class Lock:
@@ -164,16 +310,15 @@ class Lock:
             purpose: What the holder is doing, for the message, e.g. ``"writing fishers.h5"``.
 
         Raises:
-            StorageError: Another process, or another writer of this one, holds it.
+            StorageError: Another process, or another writer of this one, holds it; or a symbolic link is there.
         """
-        import fcntl
-
         self.path = path
         self._key = os.path.realpath(path)
         if self._held.get(self._key) == os.getpid():
             raise StorageError(f"{path}: this process (pid {os.getpid()}) is already {purpose}; finish that first")
         while True:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            refuse_link(path)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
             try:
                 fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -185,7 +330,7 @@ class Lock:
                         "choose another output"
                     ) from error
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(path), os.fstat(self._fd)):
+                if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(self._fd)):
                     break
             os.close(self._fd)  # the holder removed the file between our open and our lock: take the new one
         os.ftruncate(self._fd, 0)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from npeff.fishers import FisherBlock
 from npeff.parameters import Parameters
 from npeff.rows import Rows, SparseRows
 from npeff.storage.container import FORMAT, FORMAT_VERSION, Container, open_container, write_container
-from npeff.storage.files import Lock, atomic, explain, sync_folder
+from npeff.storage.files import Lock, atomic, explain, refuse_link, sync_folder
 from npeff.storage.hdf5 import Data, to_json
 from npeff.storage.headers import check_header, plain, read_header
 from npeff.storage.store import EXAMPLE_ARRAYS, index_dtype, write_fishers
@@ -66,9 +67,10 @@ class Parts:
         Raises:
             StorageError: It holds something else.
         """
-        if not self.folder.is_dir() and self.folder.exists():
+        if self.folder.is_symlink() or (not self.folder.is_dir() and self.folder.exists()):
+            what = "a symbolic link" if self.folder.is_symlink() else "a file"
             raise StorageError(
-                f"{self.folder}: needed as a folder for unfinished work, but is a file; choose another out, "
+                f"{self.folder}: needed as a folder for unfinished work, but is {what}; choose another out, "
                 "or move it away"
             )
         self.folder.mkdir(exist_ok=True)
@@ -78,6 +80,9 @@ class Parts:
                 raise StorageError(
                     f"{self.folder}: needed for unfinished work, but holds {other}; choose another out, or move it away"
                 )
+            for path in self.folder.iterdir():
+                if path.suffix != ".tmp":
+                    refuse_link(path)
             self.lock = Lock(self.folder / "lock", f"writing {self.out}")
         except FileNotFoundError:
             return False
@@ -91,8 +96,7 @@ class Parts:
             NewerFileError: By a newer npeff.
             StorageError: A shard is missing or damaged.
         """
-        for scratch in self.folder.glob("*.tmp"):
-            scratch.unlink()
+        self._remove_scratch()
         path = self.folder / "header.json"
         if path.exists():
             check_header(self.out, self.folder, read_header(path), plain(self.header))
@@ -102,13 +106,21 @@ class Parts:
         self.shards = list_shards(self.folder)
         self.batches = [(digest, size) for shard in self.shards for digest, size in shard.json("batches")]
 
+    def _remove_scratch(self) -> None:
+        """Remove what a killed process was writing; the lock is held, so that none is at it now."""
+        for scratch in self.folder.glob("*.tmp"):
+            if scratch.is_dir() and not scratch.is_symlink():
+                shutil.rmtree(scratch)
+            else:
+                scratch.unlink()
+
     @property
     def n_examples(self) -> int:
         """Examples in finished shards."""
         return sum(size for _, size in self.batches)
 
     def _write_json(self, path: Path, value: object) -> None:
-        with atomic(path, temporary=path.with_suffix(".tmp"), kept="Nothing was computed yet.") as scratch:
+        with atomic(path, kept="Nothing was computed yet.") as scratch:
             scratch.write_text(to_json(value, path.name), encoding="utf-8")
 
     @property
@@ -132,7 +144,7 @@ class Parts:
         index = len(self.shards)
         path = self.folder / f"shard-{index:06d}.h5"
         kept = f"{index} finished shards ({self.n_examples} examples) are safe in {self.folder}."
-        with atomic(path, temporary=path.with_suffix(".tmp"), kept=kept) as scratch:
+        with atomic(path, kept=kept) as scratch:
             write_container(
                 scratch,
                 "shard",
@@ -145,7 +157,7 @@ class Parts:
     def merge(self, coverage: object) -> None:
         """Stream the shards into the final file, one piece in memory at a time; the folder stays."""
         kept = f"All {self.n_examples} examples are safe in {self.folder}."
-        with atomic(self.out, temporary=self.folder / "merged.tmp", kept=kept) as scratch:
+        with atomic(self.out, kept=kept) as scratch:
             write_fishers(
                 scratch,
                 self.header,
@@ -169,10 +181,19 @@ class Parts:
         for name in ("coverage.json", "header.json"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.folder / name)
-        for scratch in self.folder.glob("*.tmp"):
-            scratch.unlink()
+        self._remove_scratch()
         self.lock.release(folder=True)
         sync_folder(self.out.parent)
+
+
+def discard_parts(out: Path) -> None:
+    """Remove unfinished work for ``out``, if there is any and no process is at it.
+
+    Raises:
+        StorageError: Another process is at it, or the folder holds something else.
+    """
+    if parts_folder(out).exists():
+        Parts(out, {}).remove()
 
 
 def list_shards(folder: Path) -> list[Container]:

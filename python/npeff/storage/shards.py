@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ class FisherWriter:
 
     The shards live in ``<out>.parts/`` until :meth:`finish` has merged them. The bytes of the final file
     depend on what was appended alone: not on where shards ended, nor on how often the work was interrupted.
-    Leaving the context by an exception (Ctrl-C too) first writes the open shard.
+    Leaving the context by an exception (Ctrl-C and SIGTERM too) first writes the open shard.
 
     Attributes:
         finished: The Fishers, when ``out`` was complete, with the same header, before this run: nothing is
@@ -91,6 +92,7 @@ class FisherWriter:
         self._bytes, self._since = 0, 0.0
         self._like: tuple[str, int, tuple[int, ...]] | None = None
         self._failed = False
+        self._appending = threading.Lock()  # a signal may close the writer while a thread appends to it
         self._coverage: object = None
         self._parts = None if self._out is None else self._open(self._out)
         self.examples_done = self.examples_resumed
@@ -208,6 +210,10 @@ class FisherWriter:
         if self.finished is not None or self._cursor < len(self._done):
             raise ResumeError(f"batch {self._cursor} is done already: call skip() for each batch first, in order")
         self._check(block)
+        with self._appending:
+            self._append(block, batch_digest)
+
+    def _append(self, block: FisherBlock, batch_digest: str) -> None:
         self.examples_done += len(block.norms)
         if self._parts is None:
             self._rows.add(block.rows)
@@ -321,6 +327,10 @@ class FisherWriter:
 
     def close(self) -> None:
         """Write the open shard if that is possible, and unlock; called on leaving the context. Idempotent."""
+        with self._appending:
+            self._close()
+
+    def _close(self) -> None:
         if self._parts is None:
             return
         if not self._failed:

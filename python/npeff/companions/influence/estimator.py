@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,14 @@ from npeff.batches import Batch
 from npeff.companions.influence.blocks import contract, formed, scatter
 from npeff.companions.influence.losses import Examples, Loss, call_loss, check_loss
 from npeff.companions.influence.objective import Objective, Stationarity, check_finite
-from npeff.companions.influence.scores import Array, Direction, Scores, check_path, finish_file
+from npeff.companions.influence.scores import Array, Direction, Scores, check_path
 from npeff.companions.influence.solvers import Inverse, Solver, resolve
 from npeff.companions.influence.solvers.base import check_count, check_positive
 from npeff.digests import model_digest
 from npeff.errors import ArgumentError, ModelError
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.selection import placed, select_parameters
-from npeff.storage.files import atomic, check_target
+from npeff.storage.files import check_target, explain, reserve
 
 _VECTORS = 10
 """Vectors of length m that a right-hand side takes while it is solved for."""
@@ -186,31 +186,23 @@ class CrossLossInfluence:
         if fresh:
             self.fit(train)
         try:
-            with placed(self.model, self._device) as device, ExitStack() as stack:
+            with placed(self.model, self._device) as device:
                 inverse, n = self._inverse()
                 train_data, test_data = Examples(train, "train", device), Examples(test, "test", device)
                 test_values = self._measure(test_data)
                 shape = (train_data.count(), len(test_values))
                 streamed = target is not None and target.suffix.lower() in (".h5", ".hdf5")
-                if target is not None and streamed:
-                    table = stack.enter_context(h5py.File(stack.enter_context(atomic(target)), "w"))
-                    values: Any = table.create_dataset("values", shape, np.float64)
-                else:
-                    values = np.empty(shape)
+                values = np.empty(shape) if target is None or not streamed else _on_disk(shape, target)
                 residuals = np.zeros(shape[1])
                 self._fill(values, residuals, inverse, train_data, test_data)
-                result = Scores(np.empty((0, 0)), test_values, residuals, n, self._provenance(inverse))
-                if streamed:
-                    finish_file(table, result)
-                else:
-                    result = Scores(values, test_values, residuals, n, result.provenance)
+                result = Scores(values, test_values, residuals, n, self._provenance(inverse))
+                if target is not None:
+                    result.save(target)
         finally:
             if fresh:
                 self._fitted = self._last_objective = None
         if target is not None and streamed:
             result = Scores.load(target)
-        elif target is not None:
-            result.save(target)
         self.result = result
         return result
 
@@ -306,6 +298,22 @@ class CrossLossInfluence:
             "relative_gradient_norm": None if found is None else found.relative,
             "notes": list(inverse.notes),
         }
+
+
+def _on_disk(shape: tuple[int, int], target: Path) -> Array:
+    """An array in a file beside ``target`` that has no name, and goes with the array.
+
+    Raises:
+        StorageError: The disk does not hold it.
+    """
+    size = 8 * math.prod(shape)
+    try:
+        with tempfile.TemporaryFile(dir=target.resolve().parent) as file:
+            reserve(file, size)
+            return np.memmap(file, np.float64, "r+", shape=shape) if size else np.empty(shape)
+    except OSError as error:
+        failure = explain(target, error, "No scores were written.")
+        raise failure from error
 
 
 def _gradient(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:

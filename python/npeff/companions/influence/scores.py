@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +16,8 @@ import numpy.typing as npt
 from npeff.errors import ArgumentError, ForeignFileError, StorageError
 from npeff.storage import refuse_npeff_file
 from npeff.storage.files import atomic, path_of
+from npeff.storage.hdf5 import Data, as_bytes, pieces, write_hdf5
+from npeff.storage.opening import text_of
 
 Array = npt.NDArray[Any]
 Direction = Literal["raises", "lowers", "both"]
@@ -137,9 +140,7 @@ class Scores:
                         provenance=np.array(meta),
                     )
             else:
-                with h5py.File(scratch, "w") as table:
-                    table.create_dataset("values", data=self.values)
-                    finish_file(table, self)
+                _write_hdf5(scratch, self, meta)
         return path
 
     @classmethod
@@ -153,7 +154,7 @@ class Scores:
         path = path_of(path)
         try:
             with h5py.File(path, "r") as table:
-                if table.attrs.get("content") != "influence":
+                if text_of(table.attrs.get("content", "")) != "influence":
                     raise ForeignFileError(f"{path}: holds no influence scores; they are written by Scores.save")
                 values = table["values"]
                 offset = values.id.get_offset()
@@ -171,12 +172,17 @@ class Scores:
         return cls(mapped, test_values, residuals, n=int(meta.pop("n")), provenance=meta)
 
 
-def finish_file(table: h5py.File, scores: Scores) -> None:
-    """Write everything but the values."""
-    table.create_dataset("test_values", data=scores.test_values)
-    table.create_dataset("residuals", data=scores.residuals)
-    table.attrs["content"] = "influence"
-    table.attrs["provenance"] = json.dumps({"n": scores.n, **scores.provenance}, default=str)
+def _write_hdf5(path: Path, scores: Scores, meta: str) -> None:
+    """Write scores and their checksums; the HDF5 library itself would not survive a full disk."""
+    arrays = {name: getattr(scores, name) for name in ("values", "test_values", "residuals")}
+    sums = {}
+    for name, array in arrays.items():
+        total = 0
+        for piece in pieces(array):
+            total = zlib.crc32(as_bytes(piece, array.dtype).data, total)
+        sums[name] = f"{total:08x}"
+    attributes = {"content": "influence", "provenance": meta, "checksums": json.dumps(sums)}
+    write_hdf5(path, [Data.of(name, array) for name, array in arrays.items()], {"/": attributes})
 
 
 def check_path(path: str | Path) -> Path:

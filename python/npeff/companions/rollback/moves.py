@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.storage.files import explain
+from npeff.storage.files import explain, reserve
 from npeff.storage.hdf5 import CHUNK_BYTES, Data
 
 Array = npt.NDArray[Any]
@@ -81,10 +80,7 @@ class Accumulator:
             return grown
         size = 4 * slots * self._width
         try:
-            if hasattr(os, "posix_fallocate"):  # now, or a full disk would end the process at some later write
-                os.posix_fallocate(self._file.fileno(), 0, size)
-            else:
-                self._file.truncate(size)
+            reserve(self._file, size)
         except OSError as error:
             failure = explain(self._folder / "moves", error, "No record was written.")
             raise failure from error
