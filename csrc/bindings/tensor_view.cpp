@@ -203,7 +203,7 @@ void check_apart(std::initializer_list<const TensorView*> views) {
   for (const TensorView* output : views)
     for (const TensorView* other : views)
       if (output != other && output->written() && output->overlaps(*other))
-        fail(std::string(output->name()) + ": expected memory of its own, got memory that " + other->name() + " lies in, too");
+        fail(std::string(output->name()) + ": must not be the same memory as " + other->name() + ", nor overlap it; use a copy");
 }
 
 void check_same_or_apart(const TensorView& output, const TensorView& input) {

@@ -85,7 +85,7 @@ def check_output(out: A, name: str, dtype: str, shape: tuple[int, ...], **others
         )
     for other, given in others.items():
         if given is not None and _overlap(x, given):
-            raise ArgumentError(f"{name}: expected memory of its own, got memory that {other} lies in, too")
+            raise ArgumentError(f"{name}: must not be the same memory as {other}, nor overlap it; use a copy")
     return x
 
 
@@ -156,10 +156,12 @@ def integer(value: Any, name: str, least: int, most: int) -> int:
         number = operator.index(value)
     except Exception:  # arrays and tensors raise what they like
         number = None
-    if number is None or isinstance(value, bool | np.bool_) or not least <= number <= most:
-        bounds = f"≥ {least}" if most >= MOST_INDEX else f"from {least} to {most}"
-        got = number if number is not None else type(value).__name__ if not isinstance(value, float) else value
-        raise ArgumentError(f"{name}: expected an integer {bounds}, got {got}")
+    if number is None or isinstance(value, bool | np.bool_):
+        got = repr(value) if isinstance(value, str | float | bool | None) else type(value).__name__
+        raise ArgumentError(f"{name}: expected an integer, got {got}")
+    if not least <= number <= most:
+        bounds = f"≥ {least}" if number < least and most >= 1 << 40 else f"{least} … {most}"
+        raise ArgumentError(f"{name}: expected {bounds}, got {number}")
     return number
 
 
@@ -192,7 +194,7 @@ def contiguous(x: A) -> A:
 
 
 def on_host(x: Operand) -> Array:
-    """x as a C-contiguous array."""
+    """X as a C-contiguous array."""
     return contiguous(x.cpu().numpy() if isinstance(x, torch.Tensor) else x)
 
 

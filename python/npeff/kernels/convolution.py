@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from npeff.errors import ArgumentError
 from npeff.kernels import arrays, dispatch, reference

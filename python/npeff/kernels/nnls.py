@@ -14,7 +14,6 @@ from npeff.kernels import arrays, cuda, dispatch, reference
 from npeff.kernels.arrays import A, Operand
 from npeff.kernels.interop import accepts_cupy
 
-
 MOST_SWEEPS = 1_000_000
 """Sweeps that may be asked for."""
 

@@ -31,7 +31,8 @@ def spmm(indptr: A, indices: A, values: A, dense: A) -> A:
     """
     dense = _check_dense(dense, None)
     dtype = "float64" if arrays.dtype_name(dense) == "float64" else "float32"
-    return Csr(indptr, indices, values, int(dense.shape[0]), dtype).times(dense)
+    matrix: Csr[A] = Csr(indptr, indices, values, int(dense.shape[0]), dtype)
+    return matrix.times(dense)
 
 
 def _check_dense(dense: A, n_rows: int | None) -> A:
@@ -83,9 +84,7 @@ class Csr(Generic[A]):
         if self._handle is None or versions is None or versions != self._versions:
             native = dispatch.native()
             assert native is not None
-            self._handle = native.Csr(
-                self.indptr, self.indices, self.values, self.n_columns, dispatch.num_threads()
-            )
+            self._handle = native.Csr(self.indptr, self.indices, self.values, self.n_columns, dispatch.num_threads())
             self._versions = versions
         return self._handle
 
@@ -223,9 +222,7 @@ def check_csr(indptr: A, indices: A, values: A, dtype: str = "float32") -> tuple
     return arrays.contiguous(indptr), arrays.contiguous(indices), arrays.contiguous(values)
 
 
-def check_structure(
-    indptr: torch.Tensor, indices: torch.Tensor, n_columns: int, *, ascending: bool = False
-) -> None:
+def check_structure(indptr: torch.Tensor, indices: torch.Tensor, n_columns: int, *, ascending: bool = False) -> None:
     """What the native kernels check by themselves: indptr ascends, and indices are in range.
 
     Args:

@@ -59,9 +59,7 @@ def topk(x: A, k: int, order: Literal["index", "magnitude"] = "index") -> tuple[
     _check_order(order)
     matrix = matrix_of(x)
     n_rows, n_columns = matrix.shape
-    k = arrays.integer(k, "k", 1, MOST_K)
-    if k > n_columns:
-        raise ArgumentError(f"k: expected 1 … {n_columns}, the number of columns, got {k}")
+    k = arrays.integer(k, "k", 1, n_columns)
     native = dispatch.native()
     if isinstance(matrix, torch.Tensor) and dispatch.cuda(matrix.device):
         selection = DeviceTopK(n_rows, k, True, matrix.device)
@@ -326,7 +324,8 @@ def matrix_of(x: Any) -> Any:
         raise ArgumentError(f"x: expected a (rows, cols) or (cols,) tensor or array, got {type(x).__name__}")
     nested = isinstance(x, torch.Tensor) and x.is_nested  # asking for its dimensions may raise
     shape: tuple[None, ...] = (None, None) if nested or x.ndim != 1 else (None,)
-    matrix: Any = arrays.check(x, "x", FLOATS, shape)  # type: ignore[misc]
+    given: Any = x
+    matrix = arrays.check(given, "x", FLOATS, shape)
     arrays.same_device(x=matrix)
     return matrix.reshape(1, -1) if matrix.ndim == 1 else matrix
 
