@@ -61,6 +61,9 @@ class Csr(Generic[A]):
     def __init__(self, indptr: A, indices: A, values: A, n_columns: int, dtype: str | None = None) -> None:
         given = (indptr, indices)
         dtype = dtype or arrays.dtype_name(arrays.check(values, "values", ("float32", "float64"), (None,)))
+        self.indptr: A
+        self.indices: A
+        self.values: A
         self.indptr, self.indices, self.values = check_csr(indptr, indices, values, dtype)
         self.n_columns = n_columns
         self.device = arrays.same_device(indptr=self.indptr, indices=self.indices, values=self.values)
