@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import blocks
 from sparse_cases import skewed
 
 _native = pytest.importorskip("npeff._native", reason="the native module was not built")
-blocks = _native._blocks
 SEEDS = [0, 1, 2]
 """Orders of threads and blocks; 0: ascending."""
 MAP_SEED = 2**62 + 12345
@@ -51,9 +51,8 @@ def test_16_bits_and_adding_up(seed: int) -> None:
         blocks.sketch_rows(256, 1, MAP_SEED, x[:, a:b], bases + a, targets, sums, seed)
     np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-5)
     t = torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)
-    bits = t.view(torch.int16).numpy().view(np.uint16)
     sums = np.zeros((2, 256))
-    blocks.sketch_rows(256, 1, MAP_SEED, bits, bases, targets, sums, seed)
+    blocks.sketch_rows(256, 1, MAP_SEED, t, bases, targets, sums, seed)
     np.testing.assert_allclose(sums, expected(t.float().numpy(), bases, targets, 256, 1, 2), rtol=1e-5, atol=1e-5)
 
 
@@ -65,7 +64,8 @@ def test_csr(seed: int, d: int, nonzeros: int) -> None:
         values = (values * scale).astype(np.float32)
         sums, want = np.zeros((20, d)), np.zeros((20, d))
         blocks.sketch_csr(d, nonzeros, MAP_SEED, indptr, indices, values, 900, sums, seed)
-        _native.sketch_csr(indptr, indices, values, 900, MAP_SEED, nonzeros, want, 1)
+        csr = _native.Csr(indptr, indices, values, 900, 1)
+        _native.sketch_csr(csr, MAP_SEED, nonzeros, want, 1)
         np.testing.assert_allclose(sums, want, rtol=1e-9, atol=1e-9 * scale)
 
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "npeff/checked.h"
 #include "npeff/convolution.h"
 #include "tensor_view.h"
 
@@ -13,9 +14,15 @@ namespace {
 
 using Pair = std::pair<int64_t, int64_t>;
 
+// The last place in the inputs that a kernel meets.
+int64_t reach(int64_t n, int64_t stride, int64_t taps, int64_t dilation) {
+  return checked_sum({checked_product({n - 1, stride}), checked_product({taps - 1, dilation})});
+}
+
 void run(py::handle inputs, const py::list& delta, int64_t turns, int64_t groups, Pair kernel, Pair stride,
          Pair dilation, Pair channels, bool squared, py::handle out, int threads) {
   const TensorView in(inputs, "inputs", Access::read), result(out, "out", Access::write);
+  check_threads(threads);
   if (delta.empty()) fail("delta: expected at least one column");
   std::vector<std::unique_ptr<TensorView>> views;
   std::vector<const float*> columns;
@@ -23,6 +30,7 @@ void run(py::handle inputs, const py::list& delta, int64_t turns, int64_t groups
     views.push_back(std::make_unique<TensorView>(column, "delta", Access::read));
     if (views[0]->ndim() != 4) fail("delta: expected four dimensions");
     const TensorView& one = *views[0];
+    check_apart({&result, views.back().get()});
     columns.push_back(views.back()->as<const float>({one.shape(0), one.shape(1), one.shape(2), one.shape(3)}));
   }
   const auto* padded = in.as<const float>({any, any, any, any});
@@ -38,10 +46,11 @@ void run(py::handle inputs, const py::list& delta, int64_t turns, int64_t groups
                       kernel.second, stride.first, stride.second, dilation.first, dilation.second};
   if (c.first < 0 || c.count < 1 || channels.second > c.out) fail("channels: not within the channels of a group");
   if (c.height < 1 || c.width < 1 ||
-      (c.height - 1) * c.stride_height + (c.kernel_height - 1) * c.dilation_height >= c.in_height ||
-      (c.width - 1) * c.stride_width + (c.kernel_width - 1) * c.dilation_width >= c.in_width)
+      reach(c.height, c.stride_height, c.kernel_height, c.dilation_height) >= c.in_height ||
+      reach(c.width, c.stride_width, c.kernel_width, c.dilation_width) >= c.in_width)
     fail("inputs: the kernel does not fit into them at every position of delta");
   const auto n = static_cast<int64_t>(columns.size());
+  check_apart({&in, &result});
   float* to = squared ? result.as<float>({c.examples, c.wanted(), c.taps()})
                       : result.as<float>({c.examples, n, c.wanted(), c.taps()});
   const py::gil_scoped_release release;

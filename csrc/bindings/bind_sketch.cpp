@@ -24,14 +24,10 @@ int64_t width_of(const TensorView& sums) {
   return d;
 }
 
-void check_places(const uint32_t* places, int64_t n, int64_t d, const char* name) {
-  for (int64_t i = 0; i < n; ++i)
-    if (int64_t{places[i] >> 1} >= d) fail(std::string(name) + ": expected buckets below " + std::to_string(d));
-}
-
 const uint32_t* places_in(const TensorView& view, int64_t n, int64_t d) {
   const auto* places = reinterpret_cast<const uint32_t*>(view.as<const int32_t>({n}));
-  check_places(places, n == any ? view.shape(0) : n, d, view.name());
+  for (int64_t i = 0; i < view.shape(0); ++i)
+    if (int64_t{places[i] >> 1} >= d) fail(std::string(view.name()) + ": expected buckets below " + std::to_string(d));
   return places;
 }
 
@@ -54,22 +50,19 @@ void run_rows(py::handle block, py::handle bases, py::handle rows, uint64_t seed
   const TensorView targets(rows, "rows", Access::read);
   const auto* target = numbers_in(targets, n, out.shape(0));
   auto* sums = out.as<double>({any, any});
+  check_threads(threads);
+  check_apart({&x, &base, &targets, &out});
   const py::gil_scoped_release release;
   sketch_rows(map, data, n, width, stride, target, base_of, sums, threads);
 }
 
-void run_csr(py::handle indptr, py::handle indices, py::handle values, int64_t n_columns, uint64_t seed, int copies,
-             py::handle sums_out, int threads) {
+void run_csr(const CsrView& a, uint64_t seed, int copies, py::handle sums_out, int threads) {
   const TensorView out(sums_out, "sums", Access::write);
   const SketchMap map = map_of(out, copies, seed);
-  const CsrView a(indptr, indices, values, n_columns, threads);
   auto* sums = out.as<double>({a.n_rows(), any});
-  const auto run = [&](const auto& csr) {
-    const py::gil_scoped_release release;
-    sketch_csr(map, csr, sums, threads);
-  };
-  if (a.narrow()) run(a.as<int32_t>());
-  else run(a.as<int64_t>());
+  check_threads(threads);
+  a.check_outputs({&out});
+  a.visit([=](const auto& csr) { sketch_csr(map, csr, sums, threads); });
 }
 
 int64_t run_finish(py::handle sums_in, double scale, py::handle result, int threads) {
@@ -77,6 +70,8 @@ int64_t run_finish(py::handle sums_in, double scale, py::handle result, int thre
   const auto* sums = sums_view.as<const double>({any, any});
   const int64_t n = sums_view.shape(0), d = sums_view.shape(1);
   auto* values = out.as<float>({n, d});
+  check_threads(threads);
+  check_apart({&sums_view, &out});
   const py::gil_scoped_release release;
   return sketch_finish(sums, n, d, scale, values, threads);
 }
@@ -84,6 +79,7 @@ int64_t run_finish(py::handle sums_in, double scale, py::handle result, int thre
 void run_places(uint64_t seed, int64_t offset, int side, int64_t d, py::handle places_out) {
   const TensorView out(places_out, "places", Access::write);
   auto* places = reinterpret_cast<uint32_t*>(out.as<int32_t>({any}));
+  if (side != 0 && side != 1) fail("side: expected 0 (rows) or 1 (columns), got " + std::to_string(side));
   if (d < 1 || (d & (d - 1)) != 0 || d > int64_t{1} << 30) fail("d: expected a power of two, got " + std::to_string(d));
   const py::gil_scoped_release release;
   sketch_places(seed, offset, side, d, out.shape(0), places);
@@ -105,6 +101,8 @@ void run_matrix(py::handle block, int64_t columns, py::handle row_places, py::ha
   const auto* target = numbers_in(targets, n, out.shape(0));
   const auto* first_row = numbers_in(firsts, n, row_view.shape(0) - p + 1);
   auto* sums = out.as<double>({any, any});
+  check_threads(threads);
+  check_apart({&x, &row_view, &column_view, &targets, &firsts, &out});
   const py::gil_scoped_release release;
   sketch_matrix(d, weight, data, n, p, columns, stride, by_row, by_column, target, first_row, sums, threads);
 }
@@ -122,6 +120,8 @@ void run_outer(py::handle delta, py::handle input, py::handle delta_places, py::
   const auto* by_delta = places_in(g_places, g.shape(3), d);
   const auto* by_input = places_in(a_places, a.shape(2), d);
   const int64_t n_delta = g.shape(3), n_input = a.shape(2);
+  check_threads(threads);
+  check_apart({&g, &a, &g_places, &a_places, &out});
   const py::gil_scoped_release release;
   sketch_outer(d, weight, left, right, b, t, columns, n_delta, n_input, by_delta, by_input, sums, threads);
 }
@@ -131,8 +131,7 @@ void run_outer(py::handle delta, py::handle input, py::handle delta_places, py::
 void bind_sketch(py::module_& m) {
   m.def("sketch_rows", &run_rows, py::arg("block"), py::arg("base"), py::arg("rows"), py::arg("seed"), py::arg("copies"),
         py::arg("sums"), py::arg("threads"), "sums (n, d) float64 += the sketches of block (b, width) float32.");
-  m.def("sketch_csr", &run_csr, py::arg("indptr"), py::arg("indices"), py::arg("values"), py::arg("n_columns"),
-        py::arg("seed"), py::arg("copies"), py::arg("sums"), py::arg("threads"),
+  m.def("sketch_csr", &run_csr, py::arg("a"), py::arg("seed"), py::arg("copies"), py::arg("sums"), py::arg("threads"),
         "sums (R, d) float64 += the sketches of CSR rows.");
   m.def("sketch_finish", &run_finish, py::arg("sums"), py::arg("scale"), py::arg("out"), py::arg("threads"),
         "out (n, d) float32 = scale · sums; the first row that is not finite, or −1.");

@@ -1,5 +1,6 @@
 #include <algorithm>
-#include <numeric>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "bindings.h"
@@ -10,7 +11,15 @@
 namespace npeff {
 namespace {
 
+constexpr int64_t most_k = int64_t{1} << 40, most_index = int64_t{1} << 62;
+
+void check_k(int64_t k) {
+  if (k < 1 || k > most_k) fail("k: expected 1 … 2^40, got " + std::to_string(k));
+}
+
 std::vector<Selector> make(int64_t n_rows, int64_t k, bool keep_zeros) {
+  if (n_rows < 0 || n_rows > most_index) fail("n_rows: expected ≥ 0, got " + std::to_string(n_rows));
+  check_k(k);
   std::vector<Selector> selectors;
   selectors.reserve(n_rows);
   for (int64_t i = 0; i < n_rows; ++i) selectors.emplace_back(k, keep_zeros);
@@ -29,6 +38,8 @@ py::object topk(py::handle x, py::handle indices_out, py::handle values_out, boo
   auto* indices = indices_view.as<int64_t>({view.shape(0), any});
   const int64_t k = indices_view.shape(1);
   auto* values = values_view.as<float>({view.shape(0), k});
+  check_threads(threads);
+  check_apart({&view, &indices_view, &values_view});
   if (k < 1 || k > view.shape(1)) fail("indices: expected 1 … " + std::to_string(view.shape(1)) + " columns, got " + std::to_string(k));
   Nonfinite bad;
   {
@@ -42,7 +53,16 @@ class Selectors {
  public:
   Selectors(int64_t n_rows, int64_t k, bool keep_zeros) : selectors_(make(n_rows, k, keep_zeros)) {}
 
+  // Held during a call: others come without the GIL. Not waited for, since the holder may be waiting for the GIL.
+  std::unique_lock<std::mutex> turn() {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock()) fail("selectors: expected one caller at a time, got a second one on another thread");
+    return lock;
+  }
+
   py::object push(py::handle block, py::handle bases, py::handle rows, int threads) {
+    const auto lock = turn();
+    check_threads(threads);
     const TensorView x(block, "block", Access::read), base(bases, "base", Access::read);
     const auto* data = x.as<const float>({any, any}, true);
     const int64_t n = x.shape(0);
@@ -60,7 +80,7 @@ class Selectors {
       if (target[i] < 0 || target[i] >= n_selectors)
         fail("rows: expected numbers from 0 to " + std::to_string(n_selectors - 1) + ", got " + std::to_string(target[i]));
     for (int64_t i = 0; i < n; ++i)
-      if (base_of[i] < 0 || base_of[i] > (int64_t{1} << 62) - x.shape(1))
+      if (base_of[i] < 0 || base_of[i] > most_index - x.shape(1))
         fail("base: expected flat indices from 0 to 2^62, got " + std::to_string(base_of[i]));
     Nonfinite bad;
     {
@@ -72,16 +92,21 @@ class Selectors {
 
   py::object push_outer(py::handle delta, py::handle inputs, int64_t first, int64_t base, int64_t column_stride,
                         bool turned, int threads) {
+    const auto lock = turn();
+    check_threads(threads);
     const TensorView d(delta, "delta", Access::read), a(inputs, "inputs", Access::read);
     const auto* d_data = d.as<const float>({any, any, any});
     const auto* a_data = a.as<const float>({d.shape(0), any});
-    const int64_t b = d.shape(0), size = d.shape(2) * a.shape(1);
+    const int64_t b = d.shape(0);
     const auto n_selectors = static_cast<int64_t>(selectors_.size());
-    if (first < 0 || first + b > n_selectors)
+    if (first < 0 || b > n_selectors || first > n_selectors - b)
       fail("first: expected examples within " + std::to_string(n_selectors) + " selectors, got " + std::to_string(b) +
            " from " + std::to_string(first));
-    if (base < 0 || column_stride < 0 || base + d.shape(1) * column_stride > (int64_t{1} << 62) - size)
-      fail("base: expected flat indices from 0 to 2^62, got " + std::to_string(base));
+    using Wide = __int128;
+    const Wide end = base + Wide{d.shape(1)} * column_stride + Wide{d.shape(2)} * a.shape(1);
+    if (base < 0 || column_stride < 0 || end > most_index)
+      fail("base, column_stride: expected flat indices from 0 to 2^62, got those from " + std::to_string(base) + " on, columns " +
+           std::to_string(column_stride) + " apart");
     const Outers outers{d_data, a_data, b, d.shape(1), d.shape(2), a.shape(1), first, base, column_stride, turned};
     Nonfinite bad;
     {
@@ -91,13 +116,16 @@ class Selectors {
     return to_object(bad);
   }
 
-  void thresholds(py::handle thresholds_out) const {
+  void thresholds(py::handle thresholds_out) {
+    const auto lock = turn();
     const TensorView out(thresholds_out, "thresholds", Access::write);
     auto* values = out.as<float>({static_cast<int64_t>(selectors_.size())});
     for (size_t i = 0; i < selectors_.size(); ++i) values[i] = selectors_[i].threshold();
   }
 
   void finish(py::handle counts_out, int threads) {
+    const auto lock = turn();
+    check_threads(threads);
     const TensorView out(counts_out, "counts", Access::write);
     auto* counts = out.as<int64_t>({static_cast<int64_t>(selectors_.size())});
     const py::gil_scoped_release release;
@@ -108,11 +136,14 @@ class Selectors {
   }
 
   void take(py::handle indices_out, py::handle values_out, bool by_magnitude, int threads) {
+    const auto lock = turn();
+    check_threads(threads);
     std::vector<int64_t> start(selectors_.size() + 1);
     for (size_t i = 0; i < selectors_.size(); ++i) start[i + 1] = start[i] + selectors_[i].count();
     const TensorView indices_view(indices_out, "indices", Access::write), values_view(values_out, "values", Access::write);
     auto* indices = indices_view.as<int64_t>({start.back()});
     auto* values = values_view.as<float>({start.back()});
+    check_apart({&indices_view, &values_view});
     const py::gil_scoped_release release;
     parallel_for(static_cast<int64_t>(selectors_.size()), threads, [&](int64_t i) {
       selectors_[i].copy_to(indices + start[i], values + start[i], by_magnitude);
@@ -121,10 +152,12 @@ class Selectors {
   }
 
   void reset() {
+    const auto lock = turn();
     for (Selector& selector : selectors_) selector.reset();
   }
 
  private:
+  std::mutex mutex_;
   std::vector<Selector> selectors_;
 };
 

@@ -5,7 +5,7 @@
 
 namespace npeff {
 
-void bind_blocks(pybind11::module_& m);
+void bind_csr(pybind11::module_& m);
 void bind_convolution(pybind11::module_& m);
 void bind_fisher_norms(pybind11::module_& m);
 void bind_isa(pybind11::module_& m);

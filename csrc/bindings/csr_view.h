@@ -1,5 +1,7 @@
-// The three arrays of a CSR matrix from Python, held and checked.
+// A CSR matrix from Python: its three arrays, held, and what they hold checked once.
 #pragma once
+
+#include <algorithm>
 
 #include "npeff/spmm.h"
 #include "tensor_view.h"
@@ -9,39 +11,71 @@ namespace npeff {
 class CsrView {
  public:
   CsrView(py::handle indptr, py::handle indices, py::handle values, int64_t n_columns, int threads)
-      : indptr_(indptr, "indptr", Access::read), indices_(indices, "indices", Access::read),
-        values_(values, "values", Access::read), n_columns_(n_columns) {
-    if (indptr_.ndim() != 1 || indptr_.shape(0) < 1) fail("indptr: expected shape (rows + 1,)");
-    if (narrow()) check<int32_t>(threads);
-    else check<int64_t>(threads);
+      : indptr(indptr, "indptr", Access::read), indices(indices, "indices", Access::read),
+        values(values, "values", Access::read), n_columns_(n_columns) {
+    check_threads(threads);
+    if (n_columns < 0 || n_columns > int64_t{1} << 62)
+      fail("n_columns: expected 0 … 2^62, got " + std::to_string(n_columns));
+    if (this->indptr.ndim() != 1 || this->indptr.shape(0) < 1) fail("indptr: expected shape (rows + 1,)");
+    if (this->indices.ndim() != 1) fail("indices: expected shape (nnz,)");
+    visit([&](const auto& csr) { check_ = csr_check(csr, nnz(), threads); });
+    if (check_.bad_row >= 0)
+      fail("indptr, indices: row " + std::to_string(check_.bad_row) + " is broken: expected indptr to ascend from 0 to " +
+           std::to_string(nnz()) + ", and indices within 0 … " + std::to_string(n_columns - 1));
   }
 
-  bool narrow() const { return indices_.dtype() == "int32"; }
-  int64_t n_rows() const { return indptr_.shape(0) - 1; }
-  int64_t nnz() const { return indices_.shape(0); }
+  bool narrow() const { return indices.dtype() == "int32"; }
+  int64_t n_rows() const { return indptr.shape(0) - 1; }
+  int64_t n_columns() const { return n_columns_; }
+  int64_t nnz() const { return indices.shape(0); }
+
+  // Refuses a matrix whose columns do not ascend within its rows, or come twice in one.
+  void require_ascending() const {
+    if (check_.unsorted_row >= 0)
+      fail("indices: expected columns that ascend within a row, each once, but row " + std::to_string(check_.unsorted_row) +
+           " differs; sort them and add up what has the same place (scipy: sum_duplicates)");
+  }
 
   template <class Index>
   Csr<Index> as() const {
-    return {n_rows(), n_columns_, indptr_.as<const int64_t>({any}), indices_.as<const Index>({any}),
-            values_.as<const float>({nnz()})};
+    return {n_rows(), n_columns_, indptr.as<const int64_t>({any}), indices.as<const Index>({any}),
+            values.as<const float>({nnz()})};
   }
+
+  // The same for int32 indices, with columns no further than there are entries, given that columns ascend.
+  Csr<int32_t> compact() const {
+    require_ascending();
+    Csr<int32_t> csr = as<int32_t>();
+    int64_t used = 0;
+    for (int64_t i = 0; i < csr.n_rows; ++i)
+      if (csr.indptr[i] < csr.indptr[i + 1]) used = std::max<int64_t>(used, 1 + int64_t{csr.indices[csr.indptr[i + 1] - 1]});
+    csr.n_columns = used;
+    return csr;
+  }
+
+  // body(csr), without the GIL, for either index type.
+  template <class Body>
+  void visit(Body body) const {
+    const auto run = [&](const auto& csr) {
+      const py::gil_scoped_release release;
+      body(csr);
+    };
+    if (narrow()) run(as<int32_t>());
+    else run(as<int64_t>());
+  }
+
+  // Refuses outputs that share memory with the matrix or with each other.
+  void check_outputs(std::initializer_list<const TensorView*> outputs) const {
+    check_apart(outputs);
+    for (const TensorView* output : outputs)
+      for (const TensorView* own : {&indptr, &indices, &values}) check_apart({output, own});
+  }
+
+  const TensorView indptr, indices, values;
 
  private:
-  template <class Index>
-  void check(int threads) const {
-    const Csr<Index> a = as<Index>();
-    int64_t bad;
-    {
-      const py::gil_scoped_release release;
-      bad = csr_bad_row(a, nnz(), threads);
-    }
-    if (bad >= 0)
-      fail("indptr, indices: row " + std::to_string(bad) + " is broken: expected indptr to ascend from 0 to " +
-           std::to_string(nnz()) + ", and indices within 0 … " + std::to_string(n_columns_ - 1));
-  }
-
-  TensorView indptr_, indices_, values_;
-  int64_t n_columns_;
+  const int64_t n_columns_;
+  CsrCheck check_{-1, -1};
 };
 
 }  // namespace npeff

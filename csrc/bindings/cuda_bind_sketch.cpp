@@ -30,7 +30,7 @@ int64_t run_workspace(int device, const std::string& dtype, int64_t d, int copie
 void run_rows(int64_t d, int copies, uint64_t seed, py::handle block, py::handle bases, py::handle order, py::handle starts,
               py::handle workspace, py::handle sums, uintptr_t stream) {
   const DeviceView x(block, "block"), base_view(bases, "bases"), order_view(order, "order"), starts_view(starts, "starts"),
-      space(workspace, "workspace"), sums_view(sums, "sums");
+      space(workspace, "workspace", Access::write), sums_view(sums, "sums", Access::write);
   const SketchMap map = map_of(d, copies, seed);
   auto* out = sums_view.as<double>({any, d});
   const int64_t n_targets = sums_view.shape(0);
@@ -62,8 +62,8 @@ void run_matrix(int64_t d, double weight, py::handle block, py::handle row_place
                 py::handle first, py::handle order, py::handle starts, py::handle workspace, py::handle sums,
                 uintptr_t stream) {
   const DeviceView x(block, "block"), down(row_places, "row_places"), across(column_places, "column_places"),
-      first_view(first, "first"), order_view(order, "order"), starts_view(starts, "starts"), space(workspace, "workspace"),
-      sums_view(sums, "sums");
+      first_view(first, "first"), order_view(order, "order"), starts_view(starts, "starts"), space(workspace, "workspace", Access::write),
+      sums_view(sums, "sums", Access::write);
   map_of(d, 1, 0);
   auto* out = sums_view.as<double>({any, d});
   const int64_t n_targets = sums_view.shape(0);
@@ -93,7 +93,7 @@ void run_matrix(int64_t d, double weight, py::handle block, py::handle row_place
 void run_csr(int64_t d, int copies, uint64_t seed, py::handle indptr, py::handle indices, py::handle values,
              int64_t n_columns, py::handle sums, uintptr_t stream) {
   const DeviceCsr a(indptr, indices, values, n_columns);
-  const DeviceView view(sums, "sums");
+  const DeviceView view(sums, "sums", Access::write);
   const SketchMap map = map_of(d, copies, seed);
   auto* out = view.as<double>({a.n_rows(), d});
   const cuda::Stream where = stream_of(stream, {&a.indptr, &a.indices, &a.values, &view});
@@ -101,7 +101,7 @@ void run_csr(int64_t d, int copies, uint64_t seed, py::handle indptr, py::handle
 }
 
 void run_finish(py::handle sums, double scale, py::handle out, py::handle bad, uintptr_t stream) {
-  const DeviceView sums_view(sums, "sums"), out_view(out, "out"), bad_view(bad, "bad");
+  const DeviceView sums_view(sums, "sums"), out_view(out, "out", Access::write), bad_view(bad, "bad", Access::write);
   const auto* s = sums_view.as<const double>({any, any});
   const int64_t n = sums_view.shape(0), d = sums_view.shape(1);
   auto* o = out_view.as<float>({n, d});

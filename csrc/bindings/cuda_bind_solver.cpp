@@ -17,7 +17,8 @@ void nnls(const DeviceView& gram, const DeviceView& cross, const DeviceView& w, 
   auto* out = w.as<T>({n, r});
   auto* residual = kkt ? kkt->as<T>({n}) : nullptr;
   auto* found = status.as<int64_t>({2});
-  const cuda::Stream where = stream_of(stream, {&gram, &cross, &w, &workspace, &status, kkt ? kkt : &w});
+  const cuda::Stream where = kkt ? stream_of(stream, {&gram, &cross, &w, &workspace, &status, kkt})
+                                 : stream_of(stream, {&gram, &cross, &w, &workspace, &status});
   auto* space = workspace.as<T>({any});
   const int64_t need = workspace_for(where.device, n, r);
   if (workspace.shape(0) < need)
@@ -28,10 +29,11 @@ void nnls(const DeviceView& gram, const DeviceView& cross, const DeviceView& w, 
 
 void run_nnls(py::handle gram, py::handle cross, py::handle w, py::object kkt, int64_t max_sweeps, double tol,
               py::handle workspace, py::handle status, uintptr_t stream) {
-  const DeviceView gram_view(gram, "gram"), cross_view(cross, "cross"), w_view(w, "w"), space(workspace, "workspace"),
-      status_view(status, "status");
+  const DeviceView gram_view(gram, "gram"), cross_view(cross, "cross"), w_view(w, "w", Access::write),
+      space(workspace, "workspace", Access::write), status_view(status, "status", Access::write);
+  if (max_sweeps < 0 || !(tol >= 0)) fail("max_sweeps, tol: expected ≥ 0");
   std::optional<DeviceView> residual;
-  if (!kkt.is_none()) residual.emplace(kkt, "kkt");
+  if (!kkt.is_none()) residual.emplace(kkt, "kkt", Access::write);
   const auto run = cross_view.dtype() == "float64" ? &nnls<double> : &nnls<float>;
   run(gram_view, cross_view, w_view, residual ? &*residual : nullptr, max_sweeps, tol, space, status_view, stream);
 }
@@ -46,7 +48,8 @@ void by_dtype(const DeviceView& x, Body body) {
 }
 
 void run_cross(py::handle p, py::handle row_offsets, py::handle out, uintptr_t stream) {
-  const DeviceView p_view(p, "p"), offsets_view(row_offsets, "row_offsets"), out_view(out, "out");
+  const DeviceView p_view(p, "p"), offsets_view(row_offsets, "row_offsets"),
+      out_view(out, "out", Access::write);
   by_dtype(p_view, [&](auto entry, auto sum) {
     const auto* rows = p_view.as<const decltype(entry)>({any, any});
     const int64_t r = p_view.shape(1);
@@ -60,14 +63,17 @@ void run_cross(py::handle p, py::handle row_offsets, py::handle out, uintptr_t s
 }
 
 void run_spread_multiply(py::handle w, py::handle p, py::handle row_offsets, py::handle out, uintptr_t stream) {
-  const DeviceView w_view(w, "w"), p_view(p, "p"), offsets_view(row_offsets, "row_offsets"), out_view(out, "out");
+  const DeviceView w_view(w, "w"), p_view(p, "p"), offsets_view(row_offsets, "row_offsets"),
+      out_view(out, "out", Access::write);
   by_dtype(p_view, [&](auto entry, auto product) {
     const auto* weights = w_view.as<const decltype(entry)>({any, any});
     const int64_t n = w_view.shape(0), r = w_view.shape(1);
     const auto* rows = p_view.as<const decltype(entry)>({any, r});
     const auto* offsets = offsets_view.as<const int64_t>({n + 1});
     auto* products = out_view.as<decltype(product)>({p_view.shape(0), r});
-    const cuda::Stream where = stream_of(stream, {&w_view, &p_view, &offsets_view, &out_view});
+    const cuda::Stream where = stream_of(stream, {&w_view, &offsets_view, &out_view});
+    if (p_view.device() != where.device) fail("expected all arguments on one device, p is on another");
+    check_same_or_apart(out_view, p_view);
     const py::gil_scoped_release release;
     cuda::spread_multiply(where, weights, rows, offsets, n, r, products);
   });

@@ -10,6 +10,7 @@ void spmm(const DeviceView& indptr, const DeviceView& indices, const DeviceView&
   const auto* starts = indptr.as<const int64_t>({any});
   const int64_t n_rows = indptr.shape(0) - 1;
   if (n_rows < 0) fail("indptr: expected shape (rows + 1,)");
+  if (indices.ndim() != 1) fail("indices: expected shape (nnz,)");
   const auto* columns = indices.as<const Index>({any});
   const auto* entries = values.as<const Value>({indices.shape(0)});
   const auto* d = dense.as<const Dense>({any, any});
@@ -30,21 +31,21 @@ auto spmm_for(const std::string& dense) {
 
 void run_spmm(py::handle indptr, py::handle indices, py::handle values, py::handle dense, py::handle out, uintptr_t stream) {
   const DeviceView starts(indptr, "indptr"), columns(indices, "indices"), entries(values, "values"), d(dense, "dense"),
-      result(out, "out");
+      result(out, "out", Access::write);
   const auto run = columns.dtype() == "int32" ? spmm_for<int32_t>(d.dtype()) : spmm_for<int64_t>(d.dtype());
   run(starts, columns, entries, d, result, stream);
 }
 
 void run_gram_panel(py::handle indptr, py::handle indices, py::handle values, int64_t n_columns, py::handle k, uintptr_t stream) {
   const DeviceCsr a(indptr, indices, values, n_columns);
-  const DeviceView out(k, "k");
+  const DeviceView out(k, "k", Access::write);
   auto* sums = out.as<float>({a.n_rows(), a.n_rows()});
   const cuda::Stream where = stream_of(stream, {&a.indptr, &a.indices, &a.values, &out});
   a.visit([&](const auto& csr) { cuda::gram_panel(where, csr, sums); });
 }
 
 void run_mirror(py::handle k, uintptr_t stream) {
-  const DeviceView out(k, "k");
+  const DeviceView out(k, "k", Access::write);
   if (out.ndim() != 2) fail("k: expected a square matrix");
   const int64_t n = out.shape(0);
   auto* square = out.as<float>({n, n});
@@ -56,7 +57,7 @@ void run_mirror(py::handle k, uintptr_t stream) {
 void run_fisher_norms(py::handle indptr, py::handle indices, py::handle values, int64_t n_columns, py::handle row_offsets,
                       py::handle out, uintptr_t stream) {
   const DeviceCsr a(indptr, indices, values, n_columns);
-  const DeviceView offsets_view(row_offsets, "row_offsets"), out_view(out, "out");
+  const DeviceView offsets_view(row_offsets, "row_offsets"), out_view(out, "out", Access::write);
   auto* norms = out_view.as<double>({any});
   const int64_t n = out_view.shape(0);
   const auto* offsets = offsets_view.as<const int64_t>({n + 1});

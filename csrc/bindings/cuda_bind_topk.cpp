@@ -1,5 +1,6 @@
 #include "cuda_bindings.h"
 #include "device_view.h"
+#include "npeff/checked.h"
 #include "npeff/topk_blocks.h"
 
 namespace npeff {
@@ -14,6 +15,7 @@ void check_sizes(int64_t n, int64_t k) {
 
 int64_t bytes(int64_t n, int64_t k) {
   check_sizes(n, k);
+  checked_product({n, checked_sum({int64_t{sizeof(SelectorState)}, checked_product({12, Selectors::capacity_for(k)})})});
   return Selectors::bytes(n, k);
 }
 
@@ -24,7 +26,7 @@ Selectors selectors_in(const DeviceView& memory, int64_t n, int64_t k, bool keep
 }
 
 void reset(py::handle memory, int64_t n, int64_t k, bool keep_zeros, uintptr_t stream) {
-  const DeviceView view(memory, "memory");
+  const DeviceView view(memory, "memory", Access::write);
   const Selectors selectors = selectors_in(view, n, k, keep_zeros);
   const cuda::Stream where = stream_of(stream, {&view});
   const py::gil_scoped_release release;
@@ -42,8 +44,8 @@ void fill(Push& push, const DeviceView& x) {
 
 void push(py::handle memory, int64_t n, int64_t k, bool keep_zeros, py::handle block, py::handle targets, py::handle bases,
           py::handle order, py::handle starts, py::handle bad, uintptr_t stream) {
-  const DeviceView view(memory, "memory"), x(block, "block"), target_view(targets, "targets"), base_view(bases, "bases"),
-      order_view(order, "order"), starts_view(starts, "starts"), bad_view(bad, "bad");
+  const DeviceView view(memory, "memory", Access::write), x(block, "block"), target_view(targets, "targets"), base_view(bases, "bases"),
+      order_view(order, "order"), starts_view(starts, "starts"), bad_view(bad, "bad", Access::write);
   const Selectors selectors = selectors_in(view, n, k, keep_zeros);
   Push push{};
   if (x.dtype() == "float16") fill<Half>(push, x);
@@ -61,8 +63,8 @@ void push(py::handle memory, int64_t n, int64_t k, bool keep_zeros, py::handle b
 
 void finish(py::handle memory, int64_t n, int64_t k, bool keep_zeros, bool by_magnitude, py::handle counts,
             py::handle indices, py::handle values, uintptr_t stream) {
-  const DeviceView view(memory, "memory"), counts_view(counts, "counts"), indices_view(indices, "indices"),
-      values_view(values, "values");
+  const DeviceView view(memory, "memory", Access::write), counts_view(counts, "counts", Access::write),
+      indices_view(indices, "indices", Access::write), values_view(values, "values", Access::write);
   const Selectors selectors = selectors_in(view, n, k, keep_zeros);
   auto* c = counts_view.as<int64_t>({n});
   auto* i = indices_view.as<int64_t>({n, k});

@@ -5,8 +5,10 @@
 
 namespace dlpack {
 
-struct Device { int32_t type; int32_t id; };  // type 1: CPU
-struct DataType { uint8_t code; uint8_t bits; uint16_t lanes; };  // code 0: int, 1: uint, 2: float
+constexpr int32_t cpu = 1, cuda = 2, cuda_managed = 13;  // device types
+
+struct Device { int32_t type; int32_t id; };
+struct DataType { uint8_t code; uint8_t bits; uint16_t lanes; };  // code 0: int, 1: uint, 2: float, 4: bfloat
 
 struct Tensor {
   void* data;

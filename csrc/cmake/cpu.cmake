@@ -27,9 +27,8 @@ endif()
 
 pybind11_add_module(_native
   bindings/module.cpp
-  bindings/bind_blocks.cpp
-  bindings/bind_blocks_solver.cpp
   bindings/bind_convolution.cpp
+  bindings/bind_csr.cpp
   bindings/bind_isa.cpp
   bindings/bind_nnls.cpp
   bindings/bind_fisher_norms.cpp
@@ -67,8 +66,6 @@ endforeach()
 
 # A sketch has the same bits on every processor: no product may melt into a sum where there are instructions for it.
 set_source_files_properties(cpu/sketch.cpp PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
-# Played CUDA blocks are for tests: not worth the compiler's time.
-set_source_files_properties(bindings/bind_blocks.cpp bindings/bind_blocks_solver.cpp PROPERTIES COMPILE_OPTIONS -O1)
 
 target_include_directories(_native PRIVATE include cpu)
 target_compile_options(_native PRIVATE ${NPEFF_WARNINGS} -O3)

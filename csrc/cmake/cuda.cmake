@@ -29,7 +29,7 @@ pybind11_add_module(_cuda
   bindings/cuda_bind_solver.cpp
   bindings/cuda_bind_sparse.cpp
   bindings/cuda_bind_topk.cpp
-  bindings/device_view.cpp
+  bindings/tensor_view.cpp
   cuda/device.cu
   cuda/fisher_norms.cu
   cuda/nnls.cu

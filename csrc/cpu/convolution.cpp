@@ -7,6 +7,7 @@
 #include "aligned.h"
 #include "cache.h"
 #include "isa.h"
+#include "npeff/checked.h"
 #include "npeff/parallel.h"
 
 namespace npeff {
@@ -26,7 +27,7 @@ class Worker {
         fit_(table_.patch_vectors(static_cast<int>((c.kernel_width + pieces_ - 1) / pieces_))),
         panels_((vectors_ + fit_ - 1) / fit_),
         rows_(std::clamp<int64_t>(l2_bytes() / 2 / (c.width * padded_ * static_cast<int64_t>(sizeof(float))), 1, c.height)),
-        panel_(rows_ * c.width * padded_), sums_(c.taps() * padded_) {}
+        panel_(checked_product({rows_, c.width, padded_})), sums_(checked_product({c.taps(), padded_})) {}
 
   void run(const float* inputs, const float* const* delta, int64_t example, int64_t group, bool squared, float* out) {
     bool add = false;

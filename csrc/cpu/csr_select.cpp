@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "csr_parts.h"
@@ -34,17 +35,21 @@ void select_columns_indptr(const Csr<Index>& a, const int32_t* map, int64_t* ind
 }
 
 template <class Index>
-void select_columns(const Csr<Index>& a, const int32_t* map, const int64_t* indptr, int32_t* indices, float* values,
-                    int threads) {
+int64_t select_columns(const Csr<Index>& a, const int32_t* map, const int64_t* indptr, int32_t* indices, float* values,
+                       int threads) {
+  std::atomic<int64_t> bad{-1};
   parallel_for(a.n_rows, threads, [&](int64_t i) {
-    int64_t to = indptr[i];
+    int64_t to = indptr[i], kept = 0;
+    const int64_t room = indptr[i + 1] - to;
     for (int64_t e = a.indptr[i]; e < a.indptr[i + 1]; ++e) {
       const int32_t column = map[a.indices[e]];
-      if (column < 0) continue;
+      if (column < 0 || ++kept > room) continue;
       indices[to] = column;
       values[to++] = a.values[e];
     }
+    if (kept != room) bad.store(i, std::memory_order_relaxed);
   });
+  return bad;
 }
 
 void to_dense(const Csr<int32_t>& a, float* out, int threads) {
@@ -59,7 +64,7 @@ template void column_counts(const Csr<int32_t>&, int64_t*, int);
 template void column_counts(const Csr<int64_t>&, int64_t*, int);
 template void select_columns_indptr(const Csr<int32_t>&, const int32_t*, int64_t*, int);
 template void select_columns_indptr(const Csr<int64_t>&, const int32_t*, int64_t*, int);
-template void select_columns(const Csr<int32_t>&, const int32_t*, const int64_t*, int32_t*, float*, int);
-template void select_columns(const Csr<int64_t>&, const int32_t*, const int64_t*, int32_t*, float*, int);
+template int64_t select_columns(const Csr<int32_t>&, const int32_t*, const int64_t*, int32_t*, float*, int);
+template int64_t select_columns(const Csr<int64_t>&, const int32_t*, const int64_t*, int32_t*, float*, int);
 
 }  // namespace npeff

@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cstring>
 
 namespace npeff {
@@ -33,7 +34,7 @@ const Kernels* fastest() {
   return &base::table;
 }
 
-const Kernels* current = fastest();
+std::atomic<const Kernels*> current{fastest()};
 
 const Kernels* find(const char* name) {
   for (const Entry& entry : entries)
@@ -43,13 +44,13 @@ const Kernels* find(const char* name) {
 
 }  // namespace
 
-const Kernels& kernels() { return *current; }
+const Kernels& kernels() { return *current.load(std::memory_order_acquire); }
 
 bool has_isa(const char* name) { return find(name) != nullptr; }
 
 bool use_isa(const char* name) {
   const Kernels* table = find(name);
-  if (table) current = table;
+  if (table) current.store(table, std::memory_order_release);
   return table != nullptr;
 }
 

@@ -22,6 +22,8 @@ struct NnlsTile {
   T* scratch;                 // 64-byte aligned: 2·padded·nnls_vectors vectors and padded / 8 + 8 bytes
   int64_t max_sweeps;
   T tol;
+  bool (*stop)(void* context);  // asked before every sweep: whether to give up
+  void* context;
 };
 
 // One row of an nnls problem, to be solved exactly.

@@ -1,24 +1,63 @@
 #include "npeff/nnls.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <thread>
 #include <vector>
 
 #include "aligned.h"
 #include "finite.h"
 #include "isa.h"
+#include "npeff/checked.h"
 #include "npeff/nnls_step.h"
 #include "npeff/parallel.h"
 
 namespace npeff {
 namespace {
 
-int64_t run_tile(const NnlsTile<float>& tile) { return kernels().nnls_tile_f32(tile); }
-int64_t run_tile(const NnlsTile<double>& tile) { return kernels().nnls_tile_f64(tile); }
+int64_t run_tile(const Kernels& table, const NnlsTile<float>& tile) { return table.nnls_tile_f32(tile); }
+int64_t run_tile(const Kernels& table, const NnlsTile<double>& tile) { return table.nnls_tile_f64(tile); }
+
+// Whether the caller wants all threads to give up: asked on its own thread, at most some ten times a second.
+class Stop {
+ public:
+  // sweeps: how many to make, at most, before the clock is looked at
+  Stop(const std::function<bool()>& asked, int64_t sweeps) : asked_(asked), sweeps_(sweeps) {}
+
+  static bool before_sweep(void* context) { return static_cast<Stop*>(context)->before_sweep(); }
+
+  void ask() {
+    if (asked_ && std::this_thread::get_id() == caller_ && asked_()) stopped_ = true;
+  }
+
+  bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
+
+ private:
+  bool before_sweep() {
+    if (asked_ && std::this_thread::get_id() == caller_ && ++made_ >= sweeps_) {
+      made_ = 0;
+      const auto now = std::chrono::steady_clock::now();
+      if (now >= next_) {
+        ask();
+        next_ = now + std::chrono::milliseconds(50);
+      }
+    }
+    return stopped();
+  }
+
+  const std::function<bool()>& asked_;
+  const int64_t sweeps_;
+  const std::thread::id caller_ = std::this_thread::get_id();
+  std::atomic<bool> stopped_{false};
+  int64_t made_ = 0;  // by the calling thread
+  std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now() + std::chrono::milliseconds(50);
+};
 
 // gram by blocks of columns, as a tile reads it.
 template <class T>
 Aligned<T> pack(const T* gram, int64_t r, int64_t padded, int64_t block) {
-  Aligned<T> panels(padded * r);
+  Aligned<T> panels(checked_product({padded, r}));
   for (int64_t start = 0; start < padded; start += block)
     for (int64_t l = 0; l < r; ++l)
       for (int64_t b = 0; b < block; ++b)
@@ -30,10 +69,16 @@ Aligned<T> pack(const T* gram, int64_t r, int64_t padded, int64_t block) {
 
 template <class T>
 NnlsStatus nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64_t max_sweeps, T tol, T* kkt,
-                int threads) {
-  const int64_t block = kernels().nnls_block;
-  const int64_t lanes = kernels().nnls_vectors * kernels().vector_bytes / static_cast<int64_t>(sizeof(T));
+                int threads, const std::function<bool()>& asked) {
+  if (r == 0) {
+    if (kkt) std::fill_n(kkt, n, T{0});
+    return {-1, 0, false};
+  }
+  const Kernels& table = kernels();  // one for the whole call: panels are laid out for it
+  const int64_t block = table.nnls_block;
+  const int64_t lanes = table.nnls_vectors * table.vector_bytes / static_cast<int64_t>(sizeof(T));
   const int64_t padded = (r + block - 1) / block * block;
+  Stop stop(asked, 1 + (int64_t{1} << 24) / (lanes * r * r));
   const Aligned<T> panels = pack(gram, r, padded, block);
   Aligned<T> inverse_diagonal(padded);
   for (int64_t j = 0; j < padded; ++j) inverse_diagonal[j] = j < r ? nnls_inverse(gram[j * r + j]) : T{0};
@@ -41,19 +86,19 @@ NnlsStatus nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64
   const int64_t tiles = (n + lanes - 1) / lanes, parts = std::min<int64_t>(tiles, 8 * threads);
   std::vector<int64_t> sweeps(parts, 0), bad(parts, -1);
   parallel_for(parts, n * r * r < 1 << 18 ? 1 : threads, [&](int64_t part) {
-    Aligned<T> scratch(2 * padded * lanes + (padded / 8 + 8) / static_cast<int64_t>(sizeof(T)) + 1);
+    Aligned<T> scratch(checked_product({2, padded, lanes}) + (padded / 8 + 8) / static_cast<int64_t>(sizeof(T)) + 1);
     const Range range = part_of(tiles, part, parts);
     for (int64_t tile = range.begin; tile < range.end; ++tile) {
       const int64_t first = tile * lanes, rows = std::min(lanes, n - first);
       for (int64_t i = first; i < first + rows; ++i)
         if (bad[part] < 0 && !(finite(cross + i * r, r) && finite(w + i * r, r))) bad[part] = i;
-      if (bad[part] >= 0) return;
-      sweeps[part] = std::max(sweeps[part], run_tile({rows, r, padded, panels.data(), inverse_diagonal.data(),
+      if (bad[part] >= 0 || stop.stopped()) return;
+      sweeps[part] = std::max(sweeps[part], run_tile(table, {rows, r, padded, panels.data(), inverse_diagonal.data(),
                                                       cross + first * r, w + first * r, kkt ? kkt + first : nullptr,
-                                                      scratch.data(), max_sweeps, tol}));
+                                                      scratch.data(), max_sweeps, tol, &Stop::before_sweep, &stop}));
     }
-  });
-  NnlsStatus status{-1, 0};
+  }, [&] { stop.ask(); });
+  NnlsStatus status{-1, 0, stop.stopped()};
   for (int64_t part = parts - 1; part >= 0; --part) {
     if (bad[part] >= 0) status.bad_row = bad[part];
     status.iterations = std::max(status.iterations, sweeps[part]);
@@ -61,7 +106,7 @@ NnlsStatus nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64
   return status;
 }
 
-template NnlsStatus nnls(const float*, const float*, float*, int64_t, int64_t, int64_t, float, float*, int);
-template NnlsStatus nnls(const double*, const double*, double*, int64_t, int64_t, int64_t, double, double*, int);
+template NnlsStatus nnls(const float*, const float*, float*, int64_t, int64_t, int64_t, float, float*, int, const std::function<bool()>&);
+template NnlsStatus nnls(const double*, const double*, double*, int64_t, int64_t, int64_t, double, double*, int, const std::function<bool()>&);
 
 }  // namespace npeff

@@ -4,6 +4,7 @@
 #include "aligned.h"
 #include "finite.h"
 #include "isa.h"
+#include "npeff/checked.h"
 #include "npeff/nnls.h"
 #include "npeff/parallel.h"
 
@@ -14,7 +15,7 @@ NnlsStatus nnls_exact(const double* gram, const double* cross, double* w, int64_
   const int64_t parts = std::min<int64_t>(n, 64 * threads);
   std::vector<int64_t> steps(parts, 0), bad(parts, -1);
   parallel_for(parts, n * r * r < 1 << 16 ? 1 : threads, [&](int64_t part) {
-    Aligned<double> scratch(r * r + 5 * r);
+    Aligned<double> scratch(checked_sum({checked_product({r, r}), checked_product({5, r})}));
     const Range range = part_of(n, part, parts);
     for (int64_t i = range.begin; i < range.end && bad[part] < 0; ++i) {
       if (!finite(cross + i * r, r) || !finite(w + i * r, r)) bad[part] = i;
@@ -22,7 +23,7 @@ NnlsStatus nnls_exact(const double* gram, const double* cross, double* w, int64_
                                                    {gram, cross + i * r, w + i * r, scratch.data(), r}, tol, kkt + i));
     }
   });
-  NnlsStatus status{-1, 0};
+  NnlsStatus status{-1, 0, false};
   for (int64_t part = parts - 1; part >= 0; --part) {
     if (bad[part] >= 0) status.bad_row = bad[part];
     status.iterations = std::max(status.iterations, steps[part]);

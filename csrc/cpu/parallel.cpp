@@ -3,9 +3,11 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace npeff {
@@ -31,14 +33,15 @@ struct Job {
 class Pool {
  public:
   // False when the pool is busy with another call.
-  bool run(Job& job, int helpers) {
+  bool run(Job& job, int helpers, const std::function<void()>& waiting) {
     const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return false;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (size_ < helpers) {
-        std::thread([this] { work(); }).detach();
-        ++size_;
+      try {
+        for (; size_ < helpers; ++size_) std::thread([this] { work(); }).detach();
+      } catch (const std::system_error&) {
+        helpers = size_;  // the system gives no more: the work takes longer
       }
       job_ = &job;
       tickets_ = helpers;
@@ -47,7 +50,16 @@ class Pool {
     job.run(mutex_);
     std::unique_lock<std::mutex> lock(mutex_);
     tickets_ = 0;  // helpers that did not wake up in time are not waited for
-    done_.wait(lock, [this] { return active_ == 0; });
+    const auto over = [this] { return active_ == 0; };
+    if (!waiting) {
+      done_.wait(lock, over);
+      return true;
+    }
+    while (!done_.wait_for(lock, std::chrono::milliseconds(50), over)) {
+      lock.unlock();
+      waiting();
+      lock.lock();
+    }
     return true;
   }
 
@@ -86,12 +98,12 @@ Pool& the_pool() {
 
 }  // namespace
 
-void parallel_for(int64_t n, int threads, const std::function<void(int64_t)>& body) {
+void parallel_for(int64_t n, int threads, const std::function<void(int64_t)>& body, const std::function<void()>& waiting) {
   const int helpers = static_cast<int>(n < threads ? n : threads) - 1;
   Job job;
   job.n = n;
   job.body = &body;
-  if (helpers <= 0 || !the_pool().run(job, helpers)) {
+  if (helpers <= 0 || !the_pool().run(job, helpers, waiting)) {
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }

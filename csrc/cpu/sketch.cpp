@@ -7,6 +7,7 @@
 
 #include "csr_parts.h"
 #include "isa.h"
+#include "npeff/checked.h"
 #include "npeff/parallel.h"
 #include "npeff/sketch_hash.h"
 
@@ -141,9 +142,11 @@ void scatter(const float* x, int64_t n, const uint32_t* places, int64_t d, float
 void sketch_outer(int64_t d, double weight, const float* delta, const float* input, int64_t b, int64_t t, int64_t columns,
                   int64_t n_delta, int64_t n_input, const uint32_t* delta_places, const uint32_t* input_places,
                   double* sums, int threads) {
+  if (columns == 0 || n_delta == 0 || n_input == 0) return;  // however many steps there are
+  const int64_t space_size = checked_product({d, columns + 2});
   parallel_for(b, threads, [&](int64_t i) {
     const double share = weight / static_cast<double>(d);
-    std::vector<float> space(d * (columns + 2));
+    std::vector<float> space(space_size);
     float *a = space.data(), *g = a + d, *products = g + d;
     const auto transform = kernels().walsh_hadamard;
     for (int64_t step = 0; step < t; ++step) {

@@ -6,6 +6,7 @@
 #include "aligned.h"
 #include "cache.h"
 #include "isa.h"
+#include "npeff/checked.h"
 #include "npeff/csr_seek.h"
 #include "npeff/parallel.h"
 
@@ -13,7 +14,7 @@ namespace npeff {
 
 void gram_scatter(const Csr<int32_t>& a, float* k, int threads) {
   const int64_t nnz = a.indptr[a.n_rows];
-  std::vector<int64_t> starts(a.n_columns + 1), place(nnz);
+  std::vector<int64_t> starts(checked_sum({a.n_columns, 1})), place(nnz);
   std::vector<int32_t> rows(nnz);
   std::vector<float> values(nnz);
   csr_transpose(a, starts.data(), rows.data(), values.data(), threads);
@@ -34,8 +35,8 @@ void gram_panel(const Csr<int32_t>& a, float* k, int threads) {
   // are multiplied with it.
   constexpr int64_t tile = 64;
   const int64_t n = a.n_rows, block = std::max<int64_t>(256, l2_bytes() / 2 / (tile * static_cast<int64_t>(sizeof(float))));
-  const int64_t blocks = (a.n_columns + block - 1) / block;
-  std::vector<int64_t> bound((blocks + 1) * n);  // bound[b·n + i]: first entry of row i in block b or later
+  const int64_t blocks = checked_sum({a.n_columns, block - 1}) / block;
+  std::vector<int64_t> bound(checked_product({blocks + 1, n}));  // bound[b·n + i]: first entry of row i in block b or later
   parallel_for(n, threads, [&](int64_t i) {
     bound[i] = a.indptr[i];
     for (int64_t b = 1; b <= blocks; ++b)

@@ -30,7 +30,7 @@ class Tile {
     transpose_in();
     for (V& v : live_.v) v = V{} + 1;
     int64_t sweep = 0;
-    for (bool going = true; going && sweep < t_.max_sweeps; ++sweep) {
+    for (bool going = true; going && sweep < t_.max_sweeps && !t_.stop(t_.context); ++sweep) {
       const Rows residual = pass<true>();
       going = false;
       for (int t = 0; t < vectors; ++t) {

@@ -8,12 +8,14 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 namespace npeff {
 
 struct NnlsStatus {
   int64_t bad_row;    // first row of cross or w with a non-finite value, or −1; w and kkt are then undefined
   int64_t iterations; // most sweeps (or active-set steps) that any row took
+  bool stopped;       // because the caller said so; w and kkt are then undefined
 };
 
 // Cyclic coordinate descent, at most max_sweeps; a row stops once its residual during a sweep is ≤ tol. Rows do not
@@ -22,10 +24,11 @@ struct NnlsStatus {
 //   cross (n, r)
 //   w     (n, r)  in: where to start; out: the result. Must not overlap the others.
 //   kkt   (n,)    out: residuals at the result; null to save that pass
+//   stop          asked some ten times a second, on the calling thread alone: whether to give up; must not throw
 // T: float or double. One sweep costs n·r² multiply-adds, less where whole coordinates are zero.
 template <class T>
 NnlsStatus nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64_t max_sweeps, T tol, T* kkt,
-                int threads);
+                int threads, const std::function<bool()>& stop = {});
 
 // To optimality, by an active set that starts from the support of w (Lawson & Hanson 1974, ch. 23, on the normal
 // equations with Cholesky factors); linearly dependent columns of gram do no harm.

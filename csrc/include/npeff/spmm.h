@@ -17,10 +17,12 @@ struct Csr {
   const float* values;
 };
 
-// First row whose indptr descends, or that holds a column outside [0, n_columns); −1 when there is none.
-// The functions below expect that there is none.
+// What is wrong with a matrix, found in one pass: the first row whose indptr descends or that holds a column outside
+// [0, n_columns), and the first row whose columns do not ascend or that holds one twice; −1 when there is none.
+// All functions expect that there is no bad row; those that need ascending columns say so.
+struct CsrCheck { int64_t bad_row, unsorted_row; };
 template <class Index>
-int64_t csr_bad_row(const Csr<Index>& a, int64_t nnz, int threads);
+CsrCheck csr_check(const Csr<Index>& a, int64_t nnz, int threads);
 
 // out = A · dense.
 //   dense (n_columns, r), out (n_rows, r); out overlaps nothing

@@ -1,7 +1,8 @@
-"""Arrays in, the same kind out: numpy and torch at the kernels' door."""
+"""Arrays in, the same kind out: numpy and torch at the kernels' door, where every argument is checked."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,11 @@ Array = npt.NDArray[Any]
 Operand = Array | torch.Tensor
 A = TypeVar("A", npt.NDArray[Any], torch.Tensor)
 
+MOST_COLUMNS = 1 << 48
+"""Columns that a matrix may have."""
+MOST_INDEX = 1 << 62
+"""Flat indices end there."""
+
 
 def dtype_name(x: Operand) -> str:
     """``"float32"``, ``"int64"``, … for either kind."""
@@ -23,30 +29,156 @@ def dtype_name(x: Operand) -> str:
 def check(x: A, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]) -> A:
     """The array x itself (without gradient), once dtype and shape fit; None stands for any length.
 
+    What cannot be read in place is copied: an address that is no multiple of the element's size, and a tensor whose
+    sign is only noted (the negative bit).
+
     Raises:
-        ArgumentError: It has not; the message names the argument.
+        ArgumentError: It has not, or it is no ordinary array in memory; the message names the argument.
     """
-    if not isinstance(x, torch.Tensor | np.ndarray):
-        raise ArgumentError(f"{name}: expected a torch tensor or a numpy array, got {type(x).__name__}")
+    x = _ordinary(x, name)
     if dtype_name(x) not in dtypes:
         raise ArgumentError(f"{name}: expected {' or '.join(dtypes)}, got {dtype_name(x)}")
     if len(x.shape) != len(shape) or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
         expected = ", ".join("any" if want is None else str(want) for want in shape)
         raise ArgumentError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")
-    return x.detach() if isinstance(x, torch.Tensor) else x
+    if isinstance(x, torch.Tensor):
+        x = x.resolve_neg().detach()
+        misaligned = x.device.type == "cpu" and x.numel() > 0 and x.data_ptr() % x.element_size() != 0
+        return x.clone() if misaligned else x
+    return x if x.flags.aligned else x.copy()
+
+
+def check_output(out: A, name: str, dtype: str, shape: tuple[int, ...], **others: Operand | None) -> A:
+    """The array that is to be written to, once it can be: C-contiguous, writable, and apart from the others.
+
+    Args:
+        out: The array.
+        name: Of the argument.
+        dtype: That it must have.
+        shape: That it must have.
+        **others: Arguments that it must not share memory with.
+
+    Returns:
+        The array itself; for a tensor, a view of it.
+
+    Raises:
+        ArgumentError: It cannot be; the message names the argument.
+    """
+    x = _ordinary(out, name)
+    if dtype_name(x) != dtype:
+        raise ArgumentError(f"{name}: expected {dtype}, got {dtype_name(x)}")
+    if tuple(x.shape) != shape:
+        raise ArgumentError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+    if isinstance(x, torch.Tensor):
+        if x.requires_grad:
+            raise ArgumentError(f"{name}: expected a tensor without gradient, got one that requires it; detach it")
+        aligned = x.device.type != "cpu" or x.numel() == 0 or x.data_ptr() % x.element_size() == 0
+        usable = x.is_contiguous() and not x.is_neg() and aligned
+    else:
+        if not x.flags.writeable:
+            raise ArgumentError(f"{name}: expected a writable array, got a read-only one")
+        usable = x.flags.c_contiguous and x.flags.aligned and x.dtype.isnative
+    if not usable:
+        raise ArgumentError(
+            f"{name}: expected a C-contiguous array in native byte order, got one with other strides, alignment or "
+            "order; leave it out for a fresh one"
+        )
+    for other, given in others.items():
+        if given is not None and _overlap(x, given):
+            raise ArgumentError(f"{name}: must not be the same memory as {other}, nor overlap it; use a copy")
+    return x
+
+
+def _ordinary(x: A, name: str) -> A:
+    """The array as an ndarray or a plain tensor that has memory.
+
+    Raises:
+        ArgumentError: It is none.
+    """
+    if isinstance(x, np.ndarray):
+        if isinstance(x, np.ma.MaskedArray):
+            raise ArgumentError(f"{name}: expected an array without a mask, got a masked array; fill it with .filled()")
+        return np.asarray(x)
+    if not isinstance(x, torch.Tensor):
+        raise ArgumentError(f"{name}: expected a torch tensor or a numpy array, got {type(x).__name__}")
+    if x.is_nested or x.layout is not torch.strided or x.is_quantized:
+        found = "a nested one" if x.is_nested else "a quantised one" if x.is_quantized else f"one of layout {x.layout}"
+        raise ArgumentError(f"{name}: expected a dense tensor, got {found}; make it dense first")
+    if x.device.type != "cpu":
+        return x
+    try:
+        if type(x) is not torch.Tensor:
+            with torch._C.DisableTorchFunctionSubclass():
+                x = x.as_subclass(torch.Tensor)
+        empty = x.numel() > 0 and x.data_ptr() == 0
+    except Exception as error:  # what torch raises differs from wrapper to wrapper
+        raise ArgumentError(f"{name}: expected a tensor that lies in memory, got one that does not ({error})") from None
+    if empty:
+        raise ArgumentError(f"{name}: expected a tensor that lies in memory, got one that does not (a fake tensor?)")
+    return x
+
+
+def same_memory(a: Any, b: Any) -> bool:
+    """Whether the two are one array: the same elements at the same addresses, C-contiguous."""
+    if not all(isinstance(x, np.ndarray | torch.Tensor) for x in (a, b)):
+        return False
+    dense = all(x.is_contiguous() if isinstance(x, torch.Tensor) else x.flags.c_contiguous for x in (a, b))
+    return dense and tuple(a.shape) == tuple(b.shape) and dtype_name(a) == dtype_name(b) and _span(a) == _span(b)
+
+
+def _overlap(a: Operand, b: Operand) -> bool:
+    """Whether the two may share a byte: whether what they span does."""
+    (at, begin, end), (there, other_begin, other_end) = _span(a), _span(b)
+    return at == there and begin < other_end and other_begin < end
+
+
+def _span(x: Operand) -> tuple[str, int, int]:
+    """Device, first address, and the address behind the last byte."""
+    if isinstance(x, torch.Tensor):
+        size, start, device = x.element_size(), x.data_ptr() if x.numel() else 0, str(x.device)
+        steps = [size * step for step in x.stride()]
+    else:
+        size, start, device = x.itemsize, int(x.__array_interface__["data"][0]), "cpu"
+        steps = list(x.strides)
+    if 0 in x.shape:
+        return device, 0, 0
+    reach = [step * (length - 1) for step, length in zip(steps, x.shape, strict=True)]
+    return device, start + sum(min(r, 0) for r in reach), start + sum(max(r, 0) for r in reach) + size
+
+
+def integer(value: Any, name: str, least: int, most: int) -> int:
+    """The value as an int within bounds.
+
+    Raises:
+        ArgumentError: It is none; the message names the argument.
+    """
+    try:
+        number = operator.index(value)
+    except Exception:  # arrays and tensors raise what they like
+        number = None
+    if number is None or isinstance(value, bool | np.bool_):
+        got = repr(value) if isinstance(value, str | float | bool | None) else type(value).__name__
+        raise ArgumentError(f"{name}: expected an integer, got {got}")
+    if not least <= number <= most:
+        bounds = f"≥ {least}" if number < least and most >= 1 << 40 else f"{least} … {most}"
+        raise ArgumentError(f"{name}: expected {bounds}, got {number}")
+    return number
 
 
 def same_device(**operands: Operand | None) -> torch.device:
     """The one device of all operands (numpy is CPU).
 
     Raises:
-        ArgumentError: They are on several; the message says which is where.
+        ArgumentError: They are on several, or on one without data; the message says which is where.
     """
     devices = {name: device_of(x) for name, x in operands.items() if x is not None}
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ArgumentError(f"expected all arguments on one device, got {where}; move them with .to(device)")
-    return next(iter(devices.values()))
+    name, device = next(iter(devices.items()))
+    if device.type == "meta":
+        raise ArgumentError(f"{name}: expected a tensor that lies in memory, got one on the meta device")
+    return device
 
 
 def device_of(x: Operand) -> torch.device:
@@ -55,10 +187,15 @@ def device_of(x: Operand) -> torch.device:
 
 
 def contiguous(x: A) -> A:
-    """x, copied when it is not C-contiguous in native byte order."""
+    """x, copied when it is not C-contiguous and aligned in native byte order."""
     if isinstance(x, torch.Tensor):
         return x.contiguous()
-    return np.ascontiguousarray(x, x.dtype.newbyteorder("="))
+    return np.require(x, x.dtype.newbyteorder("="), ["C", "A"])
+
+
+def on_host(x: Operand) -> Array:
+    """X as a C-contiguous array."""
+    return contiguous(x.cpu().numpy() if isinstance(x, torch.Tensor) else x)
 
 
 def as_tensor(x: Operand) -> torch.Tensor:

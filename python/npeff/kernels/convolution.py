@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
 
 from npeff.errors import ArgumentError
 from npeff.kernels import arrays, dispatch, reference
 from npeff.kernels.arrays import A
 
 Pair = tuple[int, int]
+MOST = (1 << 31) - 1
+"""Largest size, stride or dilation of a kernel."""
 
 
 def convolution_gradients(
@@ -53,15 +55,21 @@ def convolution_gradients(
     Raises:
         ArgumentError: Shapes, dtypes or devices do not fit.
     """
-    if len(delta) == 0:
-        raise ArgumentError("delta: expected at least one column, got none")
-    inputs = arrays.contiguous(arrays.check(inputs, "inputs", ("float32", "float64"), (None,) * 4))
-    shape = tuple(delta[0].shape)
+    if not isinstance(delta, list | tuple) or len(delta) == 0:
+        raise ArgumentError("delta: expected at least one column, in a list, got none")
+    inputs = arrays.check(inputs, "inputs", ("float32", "float64"), (None,) * 4)
     dtype = (arrays.dtype_name(inputs),)
-    columns = [arrays.contiguous(arrays.check(column, "delta", dtype, shape)) for column in delta]
-    device = arrays.same_device(inputs=inputs, delta=columns[0])
+    shape = tuple(arrays.check(delta[0], "delta", dtype, (None,) * 4).shape)
+    columns = [arrays.check(column, "delta", dtype, shape) for column in delta]
+    for column in columns:
+        device = arrays.same_device(inputs=inputs, delta=column)
+    inputs, columns = arrays.contiguous(inputs), [arrays.contiguous(column) for column in columns]
+    kernel, stride, dilation = (
+        _pair(pair, name) for name, pair in (("kernel", kernel), ("stride", stride), ("dilation", dilation))
+    )
+    groups, turns = (arrays.integer(n, name, 1, MOST) for name, n in (("groups", groups), ("turns", turns)))
     _check(tuple(inputs.shape), shape, kernel, stride, dilation, groups, turns)
-    first, end = channels or (0, shape[1] // groups)
+    first, end = (0, shape[1] // groups) if channels is None else _pair(channels, "channels", 0)
     if not 0 <= first < end <= shape[1] // groups:
         raise ArgumentError(f"channels: expected a range within {shape[1] // groups} channels, got ({first}, {end})")
     native = dispatch.native()
@@ -73,17 +81,17 @@ def convolution_gradients(
         formed = formed.square().sum(1) if squared else formed
         if out is None:
             return arrays.like(inputs, formed)
-        arrays.as_tensor(arrays.check(out, "out", dtype, tuple(formed.shape))).copy_(formed)
+        arrays.check_output(out, "out", dtype[0], tuple(formed.shape))
+        arrays.same_device(inputs=inputs, out=out)
+        arrays.as_tensor(out).copy_(formed)
         return out
     own: tuple[int, ...] = (int(inputs.shape[1]) // groups, *kernel)
     whole = (shape[0] // turns, *(() if squared else (len(delta),)), groups * (end - first), *own)
     if out is None:
         out = arrays.like(inputs, np.empty(whole, np.float32))
-    checked = arrays.check(out, "out", dtype, whole)
-    if not (checked.is_contiguous() if isinstance(checked, torch.Tensor) else checked.flags.c_contiguous):
-        raise ArgumentError(
-            "out: expected a C-contiguous array, got one with other strides; leave it out for a fresh one"
-        )
+    apart = {f"delta[{i}]": column for i, column in enumerate(columns)}
+    checked = arrays.check_output(out, "out", dtype[0], whole, inputs=inputs, **apart)
+    arrays.same_device(inputs=inputs, out=out)
     flat = checked.reshape(*whole[:-3], math.prod(own))
     native.convolution_gradients(
         inputs, columns, turns, groups, kernel, stride, dilation, (first, end), squared, flat, dispatch.num_threads()
@@ -91,19 +99,24 @@ def convolution_gradients(
     return out
 
 
+def _pair(pair: Any, name: str, least: int = 1) -> Pair:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ArgumentError(f"{name}: expected two numbers of at least {least}, got {pair}")
+    try:
+        first, second = (arrays.integer(size, name, least, MOST) for size in pair)
+    except ArgumentError:
+        raise ArgumentError(f"{name}: expected two numbers of at least {least}, got {pair}") from None
+    return first, second
+
+
 def _check(
     inputs: tuple[int, ...], delta: tuple[int, ...], kernel: Pair, stride: Pair, dilation: Pair, groups: int, turns: int
 ) -> None:
-    if len(delta) != 4:
-        raise ArgumentError(f"delta: expected four dimensions (rows, channels, height, width), got shape {delta}")
-    for name, pair in (("kernel", kernel), ("stride", stride), ("dilation", dilation)):
-        if len(pair) != 2 or not all(1 <= size < 1 << 31 for size in pair):
-            raise ArgumentError(f"{name}: expected two numbers of at least 1, got {pair}")
-    if groups < 1 or inputs[1] % groups or delta[1] % groups:
+    if inputs[1] % groups or delta[1] % groups:
         raise ArgumentError(f"groups: expected a divisor of {inputs[1]} and {delta[1]} channels, got {groups}")
     if inputs[0] != delta[0]:
         raise ArgumentError(f"delta: expected {inputs[0]} rows, as inputs have, got {delta[0]}")
-    if turns < 1 or inputs[0] % turns:
+    if inputs[0] % turns:
         raise ArgumentError(f"turns: expected a divisor of {inputs[0]} rows, got {turns}")
     reach = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(delta[2:], stride, kernel, dilation, strict=True)]
     if min(delta[2:]) < 1 or any(size < needed for size, needed in zip(inputs[2:], reach, strict=True)):

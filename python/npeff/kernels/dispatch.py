@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from npeff.errors import ArgumentError
+from npeff.kernels import arrays
 
 Implementation = Literal["reference", "base", "avx2", "avx512", "cuda"]
 
@@ -38,6 +39,9 @@ SERVED_OTHERWISE = {
     "csr_transpose": "a sort: torch's own runs on the device",
 }
 """Kernels whose public function has no CUDA kernel behind it, and who serves CUDA tensors."""
+
+MOST_THREADS = 4096
+"""Threads that a kernel may have."""
 
 ISAS = ("avx512", "avx2", "base")
 """Instruction sets, fastest first."""
@@ -147,17 +151,20 @@ def set_num_threads(n: int | None) -> None:
     """Threads for the native kernels; None: as many as torch uses (``torch.get_num_threads()``).
 
     Raises:
-        ArgumentError: n is below 1.
+        ArgumentError: n is below 1 or above 4096.
     """
     global _threads
-    if n is not None and n < 1:
-        raise ArgumentError(f"n: expected a number of threads ≥ 1, or None for torch's, got {n}")
-    _threads = n
+    try:
+        _threads = None if n is None else arrays.integer(n, "n", 1, MOST_THREADS)
+    except ArgumentError:
+        raise ArgumentError(
+            f"n: expected a number of threads from 1 to {MOST_THREADS}, or None for torch's, got {n!r}"
+        ) from None
 
 
 def num_threads() -> int:
     """Threads that the native kernels use."""
-    return _threads if _threads is not None else torch.get_num_threads()
+    return _threads if _threads is not None else min(torch.get_num_threads(), MOST_THREADS)
 
 
 def report() -> list[KernelInfo]:

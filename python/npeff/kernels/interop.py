@@ -76,7 +76,7 @@ def csr_arrays(matrix: Any) -> tuple[Any, Any, Any]:
     """The three arrays of a ``scipy.sparse`` or ``cupyx.scipy.sparse`` CSR matrix, as the kernels take them.
 
     Args:
-        matrix: CSR, float32 (or float64). Indices are sorted within rows if they are not, in a copy.
+        matrix: CSR, float32 (or float64). Indices that are not sorted within rows, or come twice, are mended in a copy.
 
     Returns:
         indptr (int64), indices and values, numpy or CuPy; memory is shared where dtypes allow.
@@ -86,9 +86,9 @@ def csr_arrays(matrix: Any) -> tuple[Any, Any, Any]:
     """
     if getattr(matrix, "format", None) != "csr":
         raise ArgumentError(f"matrix: expected a CSR matrix of scipy or cupyx, got {type(matrix).__name__}")
-    if not matrix.has_sorted_indices:
+    if not matrix.has_canonical_format:
         matrix = matrix.copy()
-        matrix.sort_indices()
+        matrix.sum_duplicates()
     return matrix.indptr.astype(np.int64, copy=False), matrix.indices, matrix.data
 
 

@@ -14,6 +14,9 @@ from npeff.kernels import arrays, cuda, dispatch, reference
 from npeff.kernels.arrays import A, Operand
 from npeff.kernels.interop import accepts_cupy
 
+MOST_SWEEPS = 1_000_000
+"""Sweeps that may be asked for."""
+
 
 @dataclass(frozen=True)
 class NnlsResult(Generic[A]):
@@ -56,7 +59,7 @@ def nnls(
         gram: ``(r, r)`` symmetric, float32 or float64.
         cross: ``(n, r)``, same dtype.
         w0: ``(n, r)`` where to start (negative entries count as 0), same dtype; None: at 0.
-        max_sweeps: Most coordinate-descent sweeps.
+        max_sweeps: Most coordinate-descent sweeps, up to 10⁶. Ctrl-C ends them.
         tol: A row stops once its residual is ≤ tol; None: 1e-5 in float32, 1e-10 in float64 and ``exact``.
         exact: Solve to optimality in float64; w and kkt are then float64.
         kkt: Compute the residuals (the work of one more sweep).
@@ -69,6 +72,7 @@ def nnls(
         ArgumentError: Shapes, dtypes or devices do not fit.
         DataError: A row of cross (or gram, or w0) holds NaN or infinite values.
     """
+    max_sweeps = arrays.integer(max_sweeps, "max_sweeps", 0, MOST_SWEEPS)
     dtypes = ("float32", "float64")
     gram = arrays.check(gram, "gram", dtypes, (None, None))
     dtype = (arrays.dtype_name(gram),)
@@ -78,18 +82,17 @@ def nnls(
     n = cross.shape[0]
     if w0 is not None:
         w0 = arrays.check(w0, "w0", dtype, (n, r))
-    if max_sweeps < 0:
-        raise ArgumentError(f"max_sweeps: expected ≥ 0, got {max_sweeps}")
     work = "float64" if exact else dtype[0]
     if tol is None:
         tol = 1e-10 if work == "float64" else 1e-5
-    if tol < 0:
-        raise ArgumentError(f"tol: expected ≥ 0, got {tol}")
-    device = arrays.same_device(gram=gram, cross=cross, w0=w0, out=out)
+    if isinstance(tol, bool) or not isinstance(tol, int | float | np.integer | np.floating) or not tol >= 0:
+        raise ArgumentError(f"tol: expected a number ≥ 0, got {tol}")
+    tol = float(tol)
     if out is not None:
-        out = arrays.check(out, "out", (work,), (n, r))
-        _check_out(out, cross)
-    if not bool(np.isfinite(arrays.as_tensor(gram).sum().item())):
+        apart = None if w0 is None or arrays.same_memory(out, w0) else w0
+        arrays.check_output(out, "out", work, (n, r), gram=gram, cross=cross, w0=apart)
+    device = arrays.same_device(gram=gram, cross=cross, w0=w0, out=out)
+    if not bool(torch.isfinite(arrays.as_tensor(gram)).all()):
         raise DataError("gram: expected finite values, got NaN or infinite ones")
 
     native = dispatch.native()
@@ -143,16 +146,6 @@ def _on_device(
         w.copy_(result)
         residual = reference.kkt(g, c, w) if kkt else None
     return NnlsResult(arrays.like(cross, w), None if residual is None else arrays.like(cross, residual), int(sweeps))
-
-
-def _check_out(out: Operand, cross: Operand) -> None:
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ArgumentError("out: expected a writable array, got a read-only one")
-    t, c = arrays.as_tensor(out), arrays.as_tensor(cross)
-    if not t.is_contiguous():
-        raise ArgumentError("out: expected a C-contiguous array")
-    if t.numel() and t.data_ptr() == c.data_ptr():
-        raise ArgumentError("out: must not be the same memory as cross")
 
 
 def _as(x: A, dtype: str) -> A:

@@ -58,8 +58,8 @@ def spread_multiply(w: A, p: A, row_offsets: A) -> A:
     """
     p, row_offsets, device = _check(p, row_offsets)
     w = arrays.check(w, "w", (arrays.dtype_name(p),), (row_offsets.shape[0] - 1, p.shape[1]))
-    w = arrays.contiguous(w)
     arrays.same_device(w=w, p=p)
+    w = arrays.contiguous(w)
     native = dispatch.native()
     if isinstance(p, torch.Tensor) and dispatch.cuda(p.device):
         return cuda.spread_multiply(*(arrays.as_tensor(x) for x in (w, p, row_offsets)))
@@ -73,10 +73,11 @@ def spread_multiply(w: A, p: A, row_offsets: A) -> A:
 
 def _check(p: A, row_offsets: A) -> tuple[A, A, str]:
     on_device = isinstance(p, torch.Tensor) and dispatch.cuda(p.device) is not None
-    p = arrays.contiguous(arrays.check(p, "p", DEVICE_FLOATS if on_device else FLOATS, (None, None)))
+    p = arrays.check(p, "p", DEVICE_FLOATS if on_device else FLOATS, (None, None))
     given = row_offsets
-    row_offsets = arrays.contiguous(arrays.check(row_offsets, "row_offsets", ("int64",), (None,)))
+    row_offsets = arrays.check(row_offsets, "row_offsets", ("int64",), (None,))
     device = arrays.same_device(p=p, row_offsets=row_offsets).type
+    p, row_offsets = arrays.contiguous(p), arrays.contiguous(row_offsets)
     if isinstance(given, torch.Tensor) and on_device and cuda.checked.known(given, extent=p.shape[0]):
         return p, row_offsets, device  # looking again would mean waiting for the device
     offsets: Any = row_offsets

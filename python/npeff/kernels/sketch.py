@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from npeff.errors import ArgumentError
 from npeff.kernels import arrays, cuda, dispatch, reference
 from npeff.kernels.arrays import A
 from npeff.kernels.cuda_sketch import DeviceSketch
 from npeff.kernels.interop import accepts_cupy
 from npeff.kernels.sparse import check_csr, check_structure
 from npeff.kernels.streaming_sketch import NONZEROS, StreamingSketch, check_map, finished
-from npeff.kernels.topk import NonFiniteError
+from npeff.kernels.topk import NonFiniteError, matrix_of
 
 __all__ = ["NONZEROS", "StreamingSketch", "check_map", "sketch", "sketch_csr"]
 
@@ -44,9 +43,8 @@ def sketch(x: A, d: int, seed: int = 0, base: int = 0, *, nonzeros: int = NONZER
         ArgumentError: x is no float matrix, or d, seed, base or nonzeros is out of range.
         NonFiniteError: x holds NaN or infinite values.
     """
-    if not isinstance(x, torch.Tensor | np.ndarray) or x.ndim not in {1, 2}:
-        raise ArgumentError("x: expected a (rows, cols) or (cols,) tensor or array")
-    matrix: Any = x.reshape(1, -1) if x.ndim == 1 else x
+    base = arrays.integer(base, "base", 0, arrays.MOST_INDEX)
+    matrix = matrix_of(x)
     stream = StreamingSketch(int(matrix.shape[0]), d, seed, nonzeros=nonzeros)
     stream.push(matrix, base)
     try:
@@ -83,8 +81,8 @@ def sketch_csr(indptr: A, indices: A, values: A, d: int, seed: int = 0, *, nonze
     """
     check_map(d, seed, nonzeros)
     indptr, indices, values = check_csr(indptr, indices, values)
-    n_columns = 1 + (int(indices.max()) if indices.shape[0] else 0)
     device = arrays.same_device(indptr=indptr, indices=indices, values=values)
+    n_columns = arrays.MOST_INDEX
     if isinstance(values, torch.Tensor) and dispatch.cuda(device):
         starts, columns = arrays.as_tensor(indptr), arrays.as_tensor(indices)
         check_structure(starts, columns, n_columns)
@@ -102,7 +100,8 @@ def sketch_csr(indptr: A, indices: A, values: A, d: int, seed: int = 0, *, nonze
         rows = torch.repeat_interleave(torch.arange(len(sums)), starts.diff()).numpy()
         reference.add_to_sketch(sums, rows, columns.numpy(), entries.numpy(), seed, nonzeros)
     else:
-        native.sketch_csr(indptr, indices, values, n_columns, seed, nonzeros, sums, dispatch.num_threads())
+        csr = native.Csr(indptr, indices, values, n_columns, dispatch.num_threads())
+        native.sketch_csr(csr, seed, nonzeros, sums, dispatch.num_threads())
     out, bad = finished(sums, nonzeros)
     if bad >= 0:
         at = int(np.argmin(np.isfinite(np.asarray(arrays.as_tensor(values).cpu()))))

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from npeff.errors import ArgumentError
 from npeff.kernels import arrays, cuda, dispatch, reference
 from npeff.kernels.arrays import A, Array
 from npeff.kernels.interop import accepts_cupy
@@ -31,6 +30,8 @@ DEVICE_DENSE_ABOVE = 1 / 8
 """The same share on a CUDA device: panels were designed for an eighth of a dense product's rate (not measured)."""
 DEVICE_DENSE_BYTES = 1 << 30
 """Bytes of a dense block of columns on a CUDA device."""
+RENAME_ABOVE = 16
+"""Columns per entry above which columns are renamed first."""
 DENSE_ROWS = 512
 """Rows of K that one dense product computes: products above the diagonal are saved between such strips."""
 
@@ -41,7 +42,7 @@ def sparse_gram(indptr: A, indices: A, values: A, n_columns: int) -> A:
 
     Args:
         indptr: ``(R + 1,)`` int64.
-        indices: ``(nnz,)`` int32 or int64, each below ``n_columns``, ascending within a row.
+        indices: ``(nnz,)`` int32 or int64, each below ``n_columns``, ascending within a row, each once.
         values: ``(nnz,)`` float32.
         n_columns: Columns of the matrix.
 
@@ -49,16 +50,15 @@ def sparse_gram(indptr: A, indices: A, values: A, n_columns: int) -> A:
         ``(R, R)`` float32, exactly symmetric, of the kind of ``values``.
 
     Raises:
-        ArgumentError: Shapes, dtypes or devices do not fit, or an index is out of range.
+        ArgumentError: Shapes, dtypes or devices do not fit, or an index is out of range or out of order.
     """
     indptr, indices, values = check_csr(indptr, indices, values)
-    if n_columns < 0:
-        raise ArgumentError(f"n_columns: expected ≥ 0, got {n_columns}")
+    n_columns = arrays.integer(n_columns, "n_columns", 0, arrays.MOST_COLUMNS)
     device = arrays.same_device(indptr=indptr, indices=indices, values=values)
     native = dispatch.native()
     if native is None or device.type != "cpu":
         tensors = [arrays.as_tensor(x) for x in (indptr, indices, values)]
-        check_structure(tensors[0], tensors[1], n_columns)
+        check_structure(tensors[0], tensors[1], n_columns, ascending=True)
         if dispatch.cuda(device):
             k = tensors[2].new_zeros(len(tensors[0]) - 1, len(tensors[0]) - 1)
             add_gram_(k, tensors[0], tensors[1], tensors[2], n_columns)
@@ -120,34 +120,39 @@ class _Gram:
 
     def __init__(self, native: ModuleType, indptr: Any, indices: Any, values: Any, n_columns: int) -> None:
         self.native = native
-        self.rows = (indptr, indices, values)
+        self.threads = dispatch.num_threads()
+        self.rows = native.Csr(indptr, indices, values, n_columns, self.threads)
+        self.rows.require_ascending()
+        if n_columns > RENAME_ABOVE * (1 + len(indices)):  # memory for the columns that are there
+            names, indices = np.unique(arrays.on_host(indices), return_inverse=True)
+            n_columns = len(names)
+            self.rows = native.Csr(indptr, indices.astype(np.int64), values, n_columns, self.threads)
         self.n_rows = int(indptr.shape[0]) - 1
         self.n_columns = n_columns
-        self.threads = dispatch.num_threads()
         self.k = np.zeros((self.n_rows, self.n_rows), np.float32)
 
     def compute(self) -> Array:
         """K, both triangles."""
         counts = np.empty(self.n_columns, np.int64)
-        self.native.column_counts(*self.rows, counts, self.threads)
+        self.native.column_counts(self.rows, counts, self.threads)
         scatter = (counts > 0) & (counts < 1 + SCATTER_BELOW * self.n_rows)
         dense = (counts > DENSE_ABOVE * self.n_rows) & ~scatter
         panel = (counts > 0) & ~scatter & ~dense
         for chosen, add in ((scatter, self.native.gram_scatter), (panel, self.native.gram_panel)):
             if chosen.any():
-                add(*self.select(chosen), int(chosen.sum()), self.k, self.threads)
+                add(self.select(chosen), self.k, self.threads)
         self.add_dense(np.flatnonzero(dense))
         self.native.mirror(self.k, self.threads)
         return self.k
 
-    def select(self, chosen: Array) -> tuple[Array, Array, Array]:
-        """CSR of the chosen columns ``(n_columns,)`` bool, renamed 0, 1, … in order."""
+    def select(self, chosen: Array) -> Any:
+        """The CSR matrix of the chosen columns ``(n_columns,)`` bool, renamed 0, 1, … in order."""
         names = np.where(chosen, np.cumsum(chosen) - 1, -1).astype(np.int32)
         indptr = np.empty(self.n_rows + 1, np.int64)
-        self.native.select_columns_indptr(*self.rows, names, indptr, self.threads)
+        self.native.select_columns_indptr(self.rows, names, indptr, self.threads)
         indices, values = np.empty(int(indptr[-1]), np.int32), np.empty(int(indptr[-1]), np.float32)
-        self.native.select_columns(*self.rows, names, indptr, indices, values, self.threads)
-        return indptr, indices, values
+        self.native.select_columns(self.rows, names, indptr, indices, values, self.threads)
+        return self.native.Csr(indptr, indices, values, int(chosen.sum()), self.threads)
 
     def add_dense(self, columns: Array) -> None:
         """The given columns, by blocks, as dense matrix products over strips of K."""
@@ -157,7 +162,7 @@ class _Gram:
             chosen = np.zeros(self.n_columns, bool)
             chosen[columns[start : start + width]] = True
             block = np.empty((self.n_rows, int(chosen.sum())), np.float32)
-            self.native.to_dense(*self.select(chosen), block, self.threads)
+            self.native.to_dense(self.select(chosen), block, self.threads)
             rows = torch.from_numpy(block)
             for top in range(0, self.n_rows, DENSE_ROWS):
                 bottom = min(top + DENSE_ROWS, self.n_rows)

@@ -17,7 +17,7 @@ from npeff.kernels import arrays, cuda, dispatch, reference
 from npeff.kernels.arrays import Array, Operand
 from npeff.kernels.cuda_sketch import DeviceSketch, Side
 from npeff.kernels.cuda_topk import plan_rows
-from npeff.kernels.topk import FLOATS, NonFiniteError, _blocks, _rows_contiguous, bases_of, for_device
+from npeff.kernels.topk import FLOATS, MOST_ROWS, NonFiniteError, _blocks, _rows_contiguous, bases_of, for_device
 from npeff.kernels.transfers import to_device, to_host
 
 LANES = 16
@@ -66,8 +66,7 @@ class StreamingSketch:
 
     def __init__(self, n_rows: int, d: int, seed: int = 0, *, nonzeros: int = NONZEROS) -> None:
         check_map(d, seed, nonzeros)
-        if n_rows < 0:
-            raise ArgumentError(f"n_rows: expected ≥ 0, got {n_rows}")
+        n_rows = arrays.integer(n_rows, "n_rows", 0, MOST_ROWS)
         self.n_rows, self.d, self.seed, self.nonzeros = n_rows, int(d), int(seed), int(nonzeros)
         self._device: DeviceSketch | None = None
 
@@ -114,7 +113,7 @@ class StreamingSketch:
             if n > self.n_rows:
                 raise ArgumentError(f"block: expected at most {self.n_rows} rows, one per sketch, got {n}")
             return np.arange(n, dtype=np.int64)
-        rows = np.ascontiguousarray(arrays.check(rows, "rows", ("int64",), (n,)))
+        rows = arrays.on_host(arrays.check(rows, "rows", ("int64",), (n,)))
         if n and not 0 <= int(rows.min()) <= int(rows.max()) < self.n_rows:
             raise ArgumentError(f"rows: expected numbers from 0 to {self.n_rows - 1}, got {rows.min()} … {rows.max()}")
         return rows
@@ -125,6 +124,7 @@ class StreamingSketch:
         Raises:
             ArgumentError: They live on a device, and the values do not.
         """
+        arrays.same_device(block=values)
         started = self._device is not None or "_sums" in self.__dict__
         if isinstance(values, torch.Tensor) and (self._device or not started) and dispatch.cuda(values.device):
             if self._device is None:
@@ -163,6 +163,7 @@ class StreamingSketch:
         """
         array: Any = block
         values = arrays.check(array, "block", FLOATS, (None, None))
+        offset, shape = _matrix(offset, shape)
         targets = self._targets(rows, values.shape[0])
         given: Any = first
         begins: Any = arrays.contiguous(arrays.check(given, "first", ("int64",), (values.shape[0],)))
@@ -214,9 +215,19 @@ class StreamingSketch:
         Raises:
             ArgumentError: Shapes or dtypes do not fit, or d is no power of two.
         """
-        left, right = arrays.as_tensor(delta), arrays.as_tensor(inputs)
+        factors: tuple[Any, Any] = (delta, inputs)
+        left = arrays.as_tensor(arrays.check(factors[0], "delta", FLOATS, (None,) * 4))
+        right = arrays.as_tensor(arrays.check(factors[1], "inputs", FLOATS, (None,) * 3))
+        arrays.same_device(delta=left, inputs=right)
+        offset, shape = _matrix(offset, shape)
+        if not isinstance(rows, slice) or rows.step not in (None, 1):
+            raise ArgumentError(f"rows: expected a slice without a step, got {rows}")
+        if len(range(self.n_rows)[rows]) != left.shape[0] * left.shape[2]:
+            raise ArgumentError(
+                f"rows: expected {left.shape[0]}·{left.shape[2]} sketches out of {self.n_rows}, got {rows}"
+            )
         n, k = shape[::-1] if turned else shape
-        if left.dim() != 4 or left.shape[3] != n or right.shape != (*left.shape[:2], k):
+        if left.shape[3] != n or right.shape != (*left.shape[:2], k):
             raise ArgumentError(
                 f"delta, inputs: expected (b, T, R, {n}) and (b, T, {k}), got {tuple(left.shape)}, {tuple(right.shape)}"
             )
@@ -293,6 +304,18 @@ class StreamingSketch:
             self._device.sums.zero_()
         elif "_sums" in self.__dict__:
             self._sums[:] = 0
+
+
+def _matrix(offset: Any, shape: Any) -> tuple[int, tuple[int, int]]:
+    """The arguments that say which matrix is meant, as integers.
+
+    Raises:
+        ArgumentError: They are none.
+    """
+    if not isinstance(shape, tuple | list | torch.Size) or len(shape) != 2:
+        raise ArgumentError(f"shape: expected (rows, columns), got {shape}")
+    rows, columns = (arrays.integer(size, "shape", 1, arrays.MOST_COLUMNS) for size in shape)
+    return arrays.integer(offset, "offset", 0, arrays.MOST_INDEX), (rows, columns)
 
 
 @functools.lru_cache(maxsize=1024)

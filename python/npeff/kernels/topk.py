@@ -18,6 +18,10 @@ from npeff.kernels.transfers import to_host
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 Selections = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]
+MOST_ROWS = 1 << 40
+"""Selectors that one object may hold."""
+MOST_K = 1 << 40
+"""Entries that a selector may keep."""
 CHUNK = 1 << 20
 """Columns converted to float32 at a time."""
 
@@ -52,14 +56,10 @@ def topk(x: A, k: int, order: Literal["index", "magnitude"] = "index") -> tuple[
         ArgumentError: x is no float matrix, k is out of range, or the order is unknown.
         NonFiniteError: x holds NaN or infinite values.
     """
-    if order not in {"index", "magnitude"}:
-        raise ArgumentError(f"order: expected 'index' or 'magnitude', got {order!r}")
-    if not isinstance(x, torch.Tensor | np.ndarray) or x.ndim not in {1, 2}:
-        raise ArgumentError("x: expected a (rows, cols) or (cols,) tensor or array")
-    matrix: Any = arrays.check(x.reshape(1, -1) if x.ndim == 1 else x, "x", FLOATS, (None, None))
+    _check_order(order)
+    matrix = matrix_of(x)
     n_rows, n_columns = matrix.shape
-    if not 1 <= k <= n_columns:
-        raise ArgumentError(f"k: expected 1 … {n_columns}, the number of columns, got {k}")
+    k = arrays.integer(k, "k", 1, n_columns)
     native = dispatch.native()
     if isinstance(matrix, torch.Tensor) and dispatch.cuda(matrix.device):
         selection = DeviceTopK(n_rows, k, True, matrix.device)
@@ -106,17 +106,13 @@ class StreamingTopK:
     """
 
     def __init__(self, n_rows: int, k: int, *, keep_zeros: bool = False) -> None:
-        if n_rows < 0:
-            raise ArgumentError(f"n_rows: expected ≥ 0, got {n_rows}")
-        if k < 1:
-            raise ArgumentError(f"k: expected ≥ 1, got {k}")
-        self.n_rows = n_rows
-        self.k = k
-        self._keep_zeros = keep_zeros
+        self.n_rows = arrays.integer(n_rows, "n_rows", 0, MOST_ROWS)
+        self.k = arrays.integer(k, "k", 1, MOST_K)
+        self._keep_zeros = bool(keep_zeros)
         self._device: DeviceTopK | None = None
         native = dispatch.native()
-        self._native = None if native is None else native.Selectors(n_rows, k, keep_zeros)
-        self._reference = reference.Selectors(n_rows, k, keep_zeros) if native is None else None
+        self._native = None if native is None else native.Selectors(self.n_rows, self.k, self._keep_zeros)
+        self._reference = reference.Selectors(self.n_rows, self.k, self._keep_zeros) if native is None else None
         self._pushed = False
 
     def push(self, block: Operand, base: int | Operand = 0, rows: Array | None = None) -> None:
@@ -136,9 +132,10 @@ class StreamingTopK:
         """
         array: Any = block
         values = arrays.check(array, "block", FLOATS, (None, None))
+        arrays.same_device(block=values)
         n = values.shape[0]
         bases = bases_of(base, n)
-        targets = None if rows is None else arrays.check(rows, "rows", ("int64",), (n,))
+        targets = None if rows is None else arrays.on_host(arrays.check(rows, "rows", ("int64",), (n,)))
         if isinstance(values, torch.Tensor) and (self._device or not self._pushed) and dispatch.cuda(values.device):
             self._check(n, bases, targets)
             self._push_on_device(values, bases, targets)
@@ -175,12 +172,21 @@ class StreamingTopK:
             ArgumentError: Shapes or dtypes do not fit, or a selector does not exist.
             NonFiniteError: A product is NaN or infinite; start over with :meth:`reset`.
         """
+        first = arrays.integer(first, "first", 0, self.n_rows)
+        base = arrays.integer(base, "base", 0, arrays.MOST_INDEX)
+        column_stride = arrays.integer(column_stride, "column_stride", 0, arrays.MOST_INDEX)
         factors: tuple[Any, Any] = (delta, inputs)
         d = arrays.as_tensor(arrays.check(factors[0], "delta", FLOATS, (None, None, None)))
         a = arrays.as_tensor(arrays.check(factors[1], "inputs", FLOATS, (d.shape[0], None)))
+        arrays.same_device(delta=d, inputs=a)
+        if first + len(d) > self.n_rows:
+            raise ArgumentError(f"first: expected at most {self.n_rows - len(d)} before {len(d)} examples, got {first}")
+        end = base + column_stride * d.shape[1] + d.shape[2] * a.shape[1]
+        if end > arrays.MOST_INDEX:
+            raise ArgumentError(f"base, column_stride: expected flat indices up to 2^62, got some up to {end}")
         if self._native is not None and d.device.type == a.device.type == "cpu":
             d, a = d.float().contiguous(), a.float().contiguous()
-            bad = self._native.push_outer(d, a, first, base, column_stride, turned, dispatch.num_threads())
+            bad = self._native.push_outer(d, a, first, base, column_stride, bool(turned), dispatch.num_threads())
             if bad is not None:
                 raise NonFiniteError(*bad)
             self._pushed = True
@@ -227,8 +233,8 @@ class StreamingTopK:
             raise ArgumentError(f"block: expected at most {self.n_rows} rows, one per selector, got {n}")
         if targets is not None and not ((targets >= 0) & (targets < self.n_rows)).all():
             raise ArgumentError(f"rows: expected numbers from 0 to {self.n_rows - 1}, got {targets}")
-        if isinstance(bases, np.ndarray) and (bases < 0).any():
-            raise ArgumentError(f"base: expected flat indices from 0 to 2^62, got {bases.min()}")
+        if isinstance(bases, np.ndarray) and ((bases < 0) | (bases > arrays.MOST_INDEX)).any():
+            raise ArgumentError(f"base: expected flat indices from 0 to 2^62, got {bases.min()} … {bases.max()}")
 
     def finish(self, order: Literal["index", "magnitude"] = "index") -> Selections:
         """The selections, rows end to end; the selectors are empty afterwards.
@@ -253,6 +259,7 @@ class StreamingTopK:
         Returns:
             What waits for them and gives them, once; any thread may call it. The selectors are empty already.
         """
+        _check_order(order)
         if self._device is not None:
             under_way = to_host(*self._device.finish(order == "magnitude"), self._device.take_status())
             return lambda: _unpadded(*under_way.wait())
@@ -288,9 +295,9 @@ def bases_of(base: int | Operand, n: int) -> Operand:
     Raises:
         ArgumentError: They are no such thing.
     """
-    if isinstance(base, int | np.integer):
-        return np.full(n, base, np.int64)
     given: Any = base
+    if not isinstance(base, torch.Tensor | np.ndarray):
+        return np.full(n, arrays.integer(base, "base", 0, arrays.MOST_INDEX), np.int64)
     return arrays.check(given, "base", ("int64",), (n,))
 
 
@@ -305,6 +312,27 @@ def _unpadded(counts: Array, indices: Array, values: Array, status: Array) -> Se
         raise NonFiniteError(int(status[0]), int(status[1]))
     kept = np.less(np.arange(indices.shape[1]), counts[:, None])
     return counts, indices[kept], values[kept]
+
+
+def matrix_of(x: Any) -> Any:
+    """X itself or, of one dimension, as one row: a matrix of floats.
+
+    Raises:
+        ArgumentError: It is none.
+    """
+    if not isinstance(x, torch.Tensor | np.ndarray):
+        raise ArgumentError(f"x: expected a (rows, cols) or (cols,) tensor or array, got {type(x).__name__}")
+    nested = isinstance(x, torch.Tensor) and x.is_nested  # asking for its dimensions may raise
+    shape: tuple[None, ...] = (None, None) if nested or x.ndim != 1 else (None,)
+    given: Any = x
+    matrix = arrays.check(given, "x", FLOATS, shape)
+    arrays.same_device(x=matrix)
+    return matrix.reshape(1, -1) if matrix.ndim == 1 else matrix
+
+
+def _check_order(order: object) -> None:
+    if not isinstance(order, str) or order not in {"index", "magnitude"}:
+        raise ArgumentError(f"order: expected 'index' or 'magnitude', got {order!r}")
 
 
 def _rows_contiguous(x: Operand) -> bool:

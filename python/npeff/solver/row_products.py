@@ -26,7 +26,7 @@ def sparse_tensors(
     there = devices.has_own_memory(device)
     if there:
         here = torch.device("cpu")
-        check_structure(to_device(rows.indptr, here), to_device(rows.indices, here), rows.n_columns)
+        check_structure(to_device(rows.indptr, here), to_device(rows.indices, here), rows.n_columns, ascending=True)
     indptr, indices = (to_device(a, device) for a in (rows.indptr, rows.indices))
     if there:
         checked.record(indptr, indices, extent=rows.n_columns)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from npeff import devices, kernels
 from npeff.errors import ArgumentError
+from npeff.kernels.sparse import Csr
 from npeff.rows import DenseRows, GramRows, Rows, SparseRows
 from npeff.solver import device_products
 from npeff.solver.row_products import combine_rows, dense_tensor, project_rows, row_gram, sparse_tensors
@@ -181,8 +182,9 @@ class SparseSpace:
         self._rows = rows
         self.step_bytes = 2 * rows.nbytes
         if isinstance(rows, SparseRows):
-            self._csr = sparse_tensors(rows, dtype, self.device)
-            self._transposed = kernels.csr_transpose(*self._csr, rows.n_columns)
+            csr = sparse_tensors(rows, dtype, self.device)
+            self._csr = Csr(*csr, rows.n_columns)
+            self._transposed = Csr(*kernels.csr_transpose(*csr, rows.n_columns), rows.n_rows)
         else:
             self._dense = dense_tensor(DenseRows(np.asarray(rows.values)), dtype, self.device)
 
@@ -201,13 +203,13 @@ class SparseSpace:
     def project(self, coords: Tensor) -> Tensor:
         """``A Gᵀ``."""
         if isinstance(self._rows, SparseRows):
-            return kernels.spmm(*self._csr, coords.T.contiguous())
+            return self._csr.times(coords.T.contiguous())
         return self._dense @ coords.T
 
     def combine(self, S: Tensor) -> Tensor:
         """``Sᵀ A``."""
         if isinstance(self._rows, SparseRows):
-            return kernels.spmm(*self._transposed, S.contiguous()).T
+            return self._transposed.times(S.contiguous()).T
         return S.T @ self._dense
 
     def inner(self, a: Tensor, b: Tensor, P_b: Tensor) -> Tensor:

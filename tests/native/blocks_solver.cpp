@@ -1,7 +1,8 @@
+#include "blocks.h"
+
 #include <limits>
 #include <vector>
 
-#include "bind_blocks.h"
 #include "npeff/fisher_norms_blocks.h"
 #include "npeff/gram_blocks.h"
 #include "npeff/nnls_blocks.h"
@@ -47,7 +48,7 @@ template <class Index>
 auto spmm_for(const std::string& dense) {
   if (dense == "float64") return &spmm_of<Index, double>;
   if (dense == "float16") return &spmm_of<Index, Half>;
-  if (dense == "uint16") return &spmm_of<Index, Bfloat16>;
+  if (dense == "bfloat16") return &spmm_of<Index, Bfloat16>;
   return &spmm_of<Index, float>;
 }
 
@@ -102,7 +103,7 @@ void spread_of(const TensorView& w, const TensorView& p, const TensorView& offse
 void run_cross(py::handle p, py::handle offsets, py::handle out, uint64_t seed) {
   const TensorView rows(p, "p", Access::read), o(offsets, "row_offsets", Access::read), sums(out, "out", Access::write);
   const auto run = rows.dtype() == "float64" ? &cross_of<double> : rows.dtype() == "float16" ? &cross_of<Half>
-                   : rows.dtype() == "uint16" ? &cross_of<Bfloat16> : &cross_of<float>;
+                   : rows.dtype() == "bfloat16" ? &cross_of<Bfloat16> : &cross_of<float>;
   run(rows, o, sums, seed);
 }
 
@@ -110,7 +111,7 @@ void run_spread(py::handle w, py::handle p, py::handle offsets, py::handle out, 
   const TensorView weights(w, "w", Access::read), rows(p, "p", Access::read), o(offsets, "row_offsets", Access::read),
       products(out, "out", Access::write);
   const auto run = rows.dtype() == "float64" ? &spread_of<double> : rows.dtype() == "float16" ? &spread_of<Half>
-                   : rows.dtype() == "uint16" ? &spread_of<Bfloat16> : &spread_of<float>;
+                   : rows.dtype() == "bfloat16" ? &spread_of<Bfloat16> : &spread_of<float>;
   run(weights, rows, o, products, seed);
 }
 

@@ -1,12 +1,11 @@
-// The blocks of the CUDA kernels, played on the processor: npeff._native._blocks, for tests.
-#include "bind_blocks.h"
+// The blocks of the CUDA kernels, run on the processor: a module for tests, which tests/blocks.py compiles.
+#include "blocks.h"
 
 #include <algorithm>
 #include <limits>
 #include <numeric>
 #include <vector>
 
-#include "bindings.h"
 #include "npeff/sketch_matrix_blocks.h"
 #include "npeff/topk_blocks.h"
 
@@ -31,7 +30,7 @@ struct ByTarget {
 class BlockSelectors {
  public:
   BlockSelectors(int64_t n, int64_t k, bool keep_zeros, uint64_t seed)
-      : memory_(Selectors::bytes(n, k) / 8 + 1), selectors_(memory_.data(), n, k, keep_zeros), queue_(seed) {
+      : memory_(bytes(n, k) / 8 + 1), selectors_(memory_.data(), n, k, keep_zeros), queue_(seed) {
     topk_reset(queue_, selectors_);
   }
 
@@ -39,7 +38,7 @@ class BlockSelectors {
     const TensorView x(block, "block", Access::read), base(bases, "bases", Access::read), target(targets, "targets", Access::read);
     Push push{};
     if (x.dtype() == "float16") fill<Half>(push, x);
-    else if (x.dtype() == "uint16") fill<Bfloat16>(push, x);
+    else if (x.dtype() == "bfloat16") fill<Bfloat16>(push, x);
     else fill<float>(push, x);
     push.targets = target.as<const int64_t>({push.n_rows});
     push.bases = base.as<const int64_t>({push.n_rows});
@@ -61,6 +60,12 @@ class BlockSelectors {
   int64_t held(int64_t selector) const { return selectors_.states[selector].size; }
 
  private:
+  static int64_t bytes(int64_t n, int64_t k) {
+    if (n < 0 || n > 1 << 20) fail("n: expected 0 … 2^20, got " + std::to_string(n));
+    if (k < 1 || k > 1 << 20) fail("k: expected 1 … 2^20, got " + std::to_string(k));
+    return Selectors::bytes(n, k);
+  }
+
   template <class T>
   static void fill(Push& push, const TensorView& x) {
     push.type = PushTypeOf<T>::type;
@@ -94,7 +99,7 @@ void run_sketch_rows(int64_t d, int copies, uint64_t map_seed, py::handle block,
   const TensorView x(block, "block", Access::read);
   const SketchKeys map(SketchMap{d, copies, map_seed});
   if (x.dtype() == "float16") sketch_rows_of<Half>(map, x, bases, targets, sums, seed);
-  else if (x.dtype() == "uint16") sketch_rows_of<Bfloat16>(map, x, bases, targets, sums, seed);
+  else if (x.dtype() == "bfloat16") sketch_rows_of<Bfloat16>(map, x, bases, targets, sums, seed);
   else sketch_rows_of<float>(map, x, bases, targets, sums, seed);
 }
 
@@ -120,7 +125,7 @@ void run_sketch_matrix(int64_t d, double weight, py::handle block, py::handle ro
                        py::handle first, py::handle targets, py::handle sums, uint64_t seed) {
   const TensorView x(block, "block", Access::read);
   if (x.dtype() == "float16") sketch_matrix_of<Half>(d, weight, x, row_places, column_places, first, targets, sums, seed);
-  else if (x.dtype() == "uint16") sketch_matrix_of<Bfloat16>(d, weight, x, row_places, column_places, first, targets, sums, seed);
+  else if (x.dtype() == "bfloat16") sketch_matrix_of<Bfloat16>(d, weight, x, row_places, column_places, first, targets, sums, seed);
   else sketch_matrix_of<float>(d, weight, x, row_places, column_places, first, targets, sums, seed);
 }
 
@@ -147,9 +152,12 @@ int64_t run_sketch_finish(py::handle sums, double scale, py::handle out, uint64_
 
 }  // namespace
 
-void bind_blocks(py::module_& m) {
-  py::module_ blocks = m.def_submodule(
-      "_blocks", "The blocks of the CUDA kernels, played on the processor; for tests. seed: the order of threads and blocks.");
+}  // namespace npeff
+
+PYBIND11_MODULE(npeff_test_blocks, blocks) {
+  using namespace npeff;
+  blocks.doc() = "The blocks of the CUDA kernels, run on the processor; for tests. seed: the order of threads and blocks.";
+  register_errors();
   py::class_<BlockSelectors>(blocks, "Selectors")
       .def(py::init<int64_t, int64_t, bool, uint64_t>(), py::arg("n"), py::arg("k"), py::arg("keep_zeros"), py::arg("seed"))
       .def("push", &BlockSelectors::push, py::arg("block"), py::arg("bases"), py::arg("targets"))
@@ -165,5 +173,3 @@ void bind_blocks(py::module_& m) {
   blocks.def("sketch_finish", &run_sketch_finish, py::arg("sums"), py::arg("scale"), py::arg("out"), py::arg("seed"));
   bind_solver_blocks(blocks);
 }
-
-}  // namespace npeff
