@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,18 @@ class Components:
         options = (self.provenance.get("fishers") or {}).get("options") or {}
         method = (options.get("compress") or {}).get("method")
         return None if method is None else str(method)
+
+    @property
+    def digest(self) -> str:
+        """Which decomposition this is: blake2b over the kind, the coefficients and the examples' positions.
+
+        A file of recovered vectors has the digest of the components that they were recovered for.
+        """
+        W = np.ascontiguousarray(self.coefficients, np.float32)
+        digest = hashlib.blake2b(f"{self.kind} {W.shape}".encode(), digest_size=16)
+        digest.update(W.data)
+        digest.update(np.ascontiguousarray(self.ids, np.int64).data)
+        return digest.hexdigest()
 
     def _component(self, j: int) -> int:
         if not isinstance(j, int | np.integer) or not -self.n_components <= j < self.n_components:

@@ -119,7 +119,7 @@ def influence(
                 for j in chosen
             }
             if for_pages:
-                for_report(out, train, influences=behind)
+                for_report(out, components, train, influences=behind)
                 return
             scores = behind[chosen[0]].scores
             scores.save(out)

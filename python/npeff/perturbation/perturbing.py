@@ -153,11 +153,14 @@ def perturb_all(
     subjects = [subject_of(components, j) for j in which]
     tops = [top_rows(subject.coefficient, asked.top) for subject in subjects]
     baseline = baseline_rows(len(components.coefficients), asked.baseline, asked.seed)
+    digest = components.digest
     with opened(model, data, components, np.concatenate([baseline, *tops]), likelihood, forward, device) as (
         session,
         places,
     ):
         effects = []
         for subject, top in zip(tqdm(subjects, desc="Perturb", disable=not progress), tops, strict=True):
-            effects.append(experiment(session, components, subject, asked, places, top, baseline))
+            effect = experiment(session, components, subject, asked, places, top, baseline)
+            effect.details["components_digest"] = digest
+            effects.append(effect)
     return effects

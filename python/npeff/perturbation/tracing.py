@@ -233,6 +233,7 @@ def trace(
             "sign": options.sign,
             "target_kl": options.target_kl if options.magnitude is None else None,
             "confidence": options.confidence,
+            "components_digest": components.digest,
         },
     )
 

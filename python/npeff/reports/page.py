@@ -19,6 +19,7 @@ from npeff.reports.figures import bars, held_out_curve, loss_curve
 from npeff.reports.fragments import (
     PROFILED,
     component_page,
+    moved_groups,
     row,
     strategy_page,
 )
@@ -90,7 +91,7 @@ def _columns(study: Study) -> dict[str, Any]:
         ),
         "accuracy": any(s.accuracy is not None for s in study.summaries),
         "stability": study.extras.trust.stability is not None,
-        "effects": any(effect.kl_ratio is not None for effect in study.extras.effects.values()),
+        "effects": any(study.effect(s.j) and study.effect(s.j).kl_ratio is not None for s in study.summaries),
         "profile": study.components.logits.shape[1] in PROFILED,
         "largest_share": max((s.share for s in study.summaries), default=0.0) or 1.0,
     }
@@ -145,6 +146,7 @@ def _page(study: Study, book: Book, title: str, has: Mapping[str, Any], rows: li
             complete=book.complete,
             inline=[(name, Markup(content)) for name, content in book.inline.items()],
             data=Markup(script_json(_data(study, book))),
+            moved_groups=moved_groups(study),
             provenance=_flatten(components.provenance),
         )
     )
