@@ -142,7 +142,8 @@ class Components:
             ``(n_parameters,)`` float32, unit norm; its sign is arbitrary for the low-rank kind, ≥ 0 for the diagonal.
 
         Raises:
-            ArgumentError: ``j`` is not a component, or its vector has to be recovered first (:meth:`recover`).
+            ArgumentError: ``j`` is not a component, or its vector has to be recovered first (:meth:`recover`, or
+                ``npeff recover`` on the command line).
         """
         return parameter_vector(self, self._component(j))
 

@@ -20,7 +20,8 @@ from npeff.perturbation.merging import FLOOR
 from npeff.perturbation.opening import checked_options, opened
 from npeff.perturbation.options import Combine, Options, Signs, baseline_rows, top_rows
 from npeff.perturbation.session import Forward
-from npeff.perturbation.subjects import subject_of
+from npeff.parameter_vectors import check_recovered
+from npeff.perturbation.subjects import needed_vectors, subject_of
 from npeff.strategies import Strategy
 
 Array = npt.NDArray[Any]
@@ -151,6 +152,7 @@ def perturb_all(
     if which is None:
         which = [j for j in range(components.n_components) if (components.coefficients[:, j] > 0).any()]
     subjects = [subject_of(components, j) for j in which]
+    check_recovered(components, needed_vectors(components, subjects, asked.reject))
     tops = [top_rows(subject.coefficient, asked.top) for subject in subjects]
     baseline = baseline_rows(len(components.coefficients), asked.baseline, asked.seed)
     digest = components.digest

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from npeff.components import Components
 from npeff.gradients.factors import Likelihood
+from npeff.parameter_vectors import check_recovered
 from npeff.perturbation.diagonal import diagonal_moves
 from npeff.perturbation.directions import Directions, Reject
 from npeff.perturbation.effect import plain, write_json
@@ -24,7 +25,7 @@ from npeff.perturbation.measures import Interval, ratio_with_interval
 from npeff.perturbation.opening import checked_options, opened
 from npeff.perturbation.options import Combine, Options, Signs, baseline_rows, top_rows
 from npeff.perturbation.session import Forward, Session
-from npeff.perturbation.subjects import Move, moves_of, subject_of
+from npeff.perturbation.subjects import Move, moves_of, needed_vectors, subject_of
 from npeff.strategies import Strategy
 
 Array = npt.NDArray[Any]
@@ -180,6 +181,7 @@ def trace(
     names = set(Options.__dataclass_fields__) & given.keys()
     options = checked_options(components, {name: given[name] for name in names})
     subject = subject_of(components, j)
+    check_recovered(components, needed_vectors(components, [subject], options.reject))
     resolved = resolve(groups, components.parameters)
     free = rest(components.parameters, resolved)
     rows = top_rows(subject.coefficient, options.top)

@@ -45,7 +45,8 @@ def component_page(study: Study, place: int) -> str:
         for name, items in (("shown", summary.top), ("middle", summary.middle), ("random", summary.random))
     }
     influences = study.extras.influences.get(j, Influences([]))
-    vector = study.components.vector(j) if study.heads is not None else np.zeros(0)
+    known = bool(summary.block_energy)
+    vector = study.components.vector(j) if study.heads is not None and known else None
     context = {
         "s": summary,
         **lists,
@@ -66,8 +67,9 @@ def component_page(study: Study, place: int) -> str:
         "doubtful": doubts(study, summary),
         "neighbours": [(i, study.headings[i], value) for i, value in closest(study.cosines, j)],
         "together": [(i, study.headings[i], value) for i, value in closest(study.together, j)],
-        "block_map": block_map(summary.block_energy),
-        "head_map": head_map(study.components.parameters, vector, study.heads) if study.heads is not None else None,
+        "known": known,
+        "block_map": block_map(summary.block_energy) if known else None,
+        "head_map": None if vector is None else head_map(study.components.parameters, vector, study.heads),
         "attributions": [
             {"j": j, "item": study.gallery.show(top, names), "drawn": what}
             for top, what in study.attributions.get(j, [])

@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from tqdm import tqdm
 
+from npeff.parameter_vectors import not_recovered
 from npeff.reports import records
 from npeff.reports.assets import environment, script, style
 from npeff.reports.book import Book, script_json
@@ -122,6 +123,8 @@ def _page(study: Study, book: Book, title: str, has: Mapping[str, Any], rows: li
             n_zero=int(np.sum(components.zero)),
             n_below_null=sum(map(study.below_null, summaries)) if trust.null_threshold is not None else None,
             left_out=_left_out(book),
+            n_unknown=len(not_recovered(components)),
+            kept_as="sketches" if components.compression == "sketch" else "inner products alone",
             figures=[
                 (
                     loss_curve(components.loss_curve),
