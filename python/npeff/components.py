@@ -316,7 +316,7 @@ class Components:
         if isinstance(fishers.rows, GramRows) or self.compression == "gram":
             raise ArgumentError(
                 "fishers: inner products alone (GramOnly) say nothing about other examples; compute Fishers with "
-                "compress=None, TopK(k) or Sketch(d) for that"
+                "compress=None, TopK(k) or Sketch(d) for that (npeff fishers --exact, --top-k or --sketch)"
             )
         if sketch_of(self.provenance.get("fishers", {})) != fishers.sketch:
             ours = sketch_of(self.provenance.get("fishers", {}))

@@ -70,7 +70,7 @@ def check_recovered(components: Components, js: Sequence[int]) -> None:
         f"component{'s' if len(missing) > 1 else ''} {named}: the vector in parameter space is not known, because the "
         f"Fishers were kept as {kept}. One pass over the data recovers it: on the command line with npeff recover "
         f"COMPONENTS MODEL DATA{f' --component {named}' if few else ''} --out RECOVERED, in Python with "
-        f"components = components.recover(model, data{f', js=[{named}]' if few else ''}); then go on with what that gives"
+        f"components = components.recover(model, data{f', js=[{named}]' if few else ''}); then use what that gives"
     )
 
 

@@ -54,8 +54,8 @@ def recover(
     """
     if components.compression not in ("sketch", "gram"):
         raise ArgumentError(
-            "recover: these components' vectors are in parameter space already: components.vector(j) gives them, and every "
-            "command takes the file as it is"
+            "recover: these components' vectors are in parameter space already: components.vector(j) gives them, and "
+            "every command takes the file as it is"
         )
     if components.row_weights is None or components.row_offsets is None:
         raise ArgumentError(
@@ -67,7 +67,7 @@ def recover(
     if needed > free:
         raise ArgumentError(
             f"js: {len(wanted)} vectors of {components.n_parameters:,} parameters take {format_bytes(needed)}, and "
-            f"{format_bytes(free)} of memory are free; recover fewer components at a time, with js=[…] or --component J,…"
+            f"{format_bytes(free)} of memory are free; recover fewer at a time, with js=[…] or --component J,…"
         )
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):

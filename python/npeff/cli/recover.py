@@ -54,4 +54,6 @@ def recover(
     recovered = components.recover(load_model(model), load_data(data), js, progress=not quiet, **options)
     recovered.save(out)
     n = len(recovered.recovered)
-    click.echo(f"{out}: {n} of {recovered.n_components} components have vectors in parameter space, {size(out.stat().st_size)}")
+    click.echo(
+        f"{out}: {n} of {recovered.n_components} components have vectors in parameter space, {size(out.stat().st_size)}"
+    )

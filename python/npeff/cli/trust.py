@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, quiet, seed, wants
+from npeff.cli.common import EXISTING, WRITABLE, command, note, quiet, seed, wants
 
 
 @command(
@@ -43,12 +43,16 @@ def trust(
 
     import npeff
     from npeff.perturbation.effect import plain, write_json
+    from npeff.rows import GramRows
     from npeff.storage import refuse_npeff_file
 
     if out is not None:
         refuse_npeff_file(out)
     fishers = wants(npeff.load(fishers_path), "Fishers", fishers_path)
     components = wants(npeff.load(components_path), "Components", components_path)
+    if shuffles and isinstance(fishers.rows, GramRows):
+        note("no null model: inner products alone (--gram-only) have no entries that could be shuffled")
+        shuffles = 0
     shares = npeff.trust.explained(components, fishers)
     stable = npeff.trust.stability(fishers, components, repeats=repeats, share=share, seed=seed, progress=not quiet)
     found: dict[str, Any] = {"explained": shares}

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from npeff.errors import ArgumentError
+from npeff.short_repr import short_repr
 
 Implementation = Literal["reference", "base", "avx2", "avx512", "cuda"]
 
@@ -68,6 +69,8 @@ class KernelInfo:
     device: str
     implementation: str
     reason: str
+
+    __repr__ = short_repr
 
 
 def use(implementation: str | None) -> None:

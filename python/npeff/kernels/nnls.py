@@ -13,6 +13,7 @@ from npeff.errors import ArgumentError, DataError
 from npeff.kernels import arrays, cuda, dispatch, reference
 from npeff.kernels.arrays import A, Operand
 from npeff.kernels.interop import accepts_cupy
+from npeff.short_repr import short_repr
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class NnlsResult(Generic[A]):
     w: A
     kkt: A | None
     sweeps: int
+
+    __repr__ = short_repr
 
 
 @accepts_cupy

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from npeff.components import Components
 from npeff.gradients.factors import Likelihood
+from npeff.parameter_vectors import check_recovered
 from npeff.perturbation.directions import Reject
 from npeff.perturbation.effect import Effect
 from npeff.perturbation.experiment import experiment
@@ -20,7 +21,6 @@ from npeff.perturbation.merging import FLOOR
 from npeff.perturbation.opening import checked_options, opened
 from npeff.perturbation.options import Combine, Options, Signs, baseline_rows, top_rows
 from npeff.perturbation.session import Forward
-from npeff.parameter_vectors import check_recovered
 from npeff.perturbation.subjects import needed_vectors, subject_of
 from npeff.strategies import Strategy
 

@@ -26,6 +26,7 @@ from npeff.perturbation.opening import checked_options, opened
 from npeff.perturbation.options import Combine, Options, Signs, baseline_rows, top_rows
 from npeff.perturbation.session import Forward, Session
 from npeff.perturbation.subjects import Move, moves_of, needed_vectors, subject_of
+from npeff.short_repr import several
 from npeff.strategies import Strategy
 
 Array = npt.NDArray[Any]
@@ -66,7 +67,8 @@ class Trace:
 
     def __repr__(self) -> str:
         most = int(np.argmax([i.value for i in self.alone]))
-        return f"Trace({self.name}, {len(self)} parts; most in {self.groups[most]}: {self.alone[most].value:.0%})"
+        about = f"component{'s' if len(self.components) > 1 else ''} {several(self.components)}"
+        return f"Trace({about}, {len(self)} parts; most in {self.groups[most]}: {self.alone[most].value:.0%})"
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from npeff.errors import ArgumentError
 from npeff.perturbation.effect import CONTROLS
+from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
 TRUST_KEYS = {"stability", "null", "selection", "explained"}
@@ -41,6 +42,8 @@ class Effect:
     interval: tuple[float, float] | None = None
     controls: tuple[tuple[str, float], ...] = ()
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True)
 class Acts:
@@ -51,6 +54,8 @@ class Acts:
     """
 
     parts: tuple[tuple[str, float, float, float], ...]
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Trust:
     n_strategies: int | None = None
     explained: Array | None = None
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True)
 class Influences:
@@ -89,6 +96,8 @@ class Influences:
     pairs: list[tuple[int, float]]
     by: str = "+ towards, − away from it"
     texts: Mapping[int, str] = field(default_factory=dict)
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True)
@@ -155,8 +164,8 @@ def _subjects(value: Any, r: int, name: str, sign: str) -> list[tuple[tuple[int,
     """Effects or traces as ``(components, name for messages, effect)``.
 
     Args:
-        value: One, a sequence of them, or a mapping from components (or tuples of components) to them: what ``npeff.perturb`` and ``npeff.trace``
-            returned, or the JSON of it; in a mapping, also forms that do not say which component they are of.
+        value: What ``npeff.perturb`` or ``npeff.trace`` returned, or the JSON of it: one, a sequence of them, or a
+            mapping from components (or tuples of them), which may hold forms that do not say what they are of.
         r: Number of components.
         name: Of the argument.
         sign: The field by which an effect or trace is known.
@@ -181,7 +190,7 @@ def _subjects(value: Any, r: int, name: str, sign: str) -> list[tuple[tuple[int,
             if _get(item, sign) is None:
                 raise ArgumentError(
                     f"{name}: expected a mapping, got {type(value).__name__} whose item {i} is not what "
-                    f"npeff.{_MAKER[name]} returned: {item!r:.80}"
+                    f"npeff.{_MAKER[name]} returned: {_excerpt(item)}"
                 )
             key = _members(item, r, f"{name}[{i}]")
             if key in found:
@@ -202,7 +211,7 @@ def _called(components: Sequence[int]) -> str:
 def _members(item: Any, r: int, name: str) -> tuple[int, ...]:
     components = _get(item, "components")
     if not isinstance(components, Sequence) or isinstance(components, str) or not len(components):
-        raise ArgumentError(f"{name}.components: expected the numbers of components, got {components!r:.80}")
+        raise ArgumentError(f"{name}.components: expected the numbers of components, got {_excerpt(components)}")
     return tuple(sorted({_component(j, r, f"{name}.components") for j in components}))
 
 
@@ -221,38 +230,42 @@ def effect_of(j: Any, value: Any) -> Effect:
     if _get(value, "figures") is not None:
         return _from_experiment(name, value.to_json() if hasattr(value, "to_json") else value)
     if isinstance(value, str | bytes | int | float | Sequence):
-        raise ArgumentError(f"{name}: expected a mapping with kl_ratio, magnitudes, …, got {value!r:.80}")
+        raise ArgumentError(f"{name}: expected a mapping with kl_ratio, magnitudes, …, got {_excerpt(value)}")
     ratio, interval, controls = (_get(value, key) for key in ("kl_ratio", "interval", "controls"))
     if isinstance(controls, Mapping):
         controls = tuple(controls.items())
     ends = None if interval is None else numbers(interval, f"{name}.interval").ravel().tolist()
     if ends is not None and len(ends) != 2:
-        raise ArgumentError(f"{name}.interval: expected two numbers, got {interval!r:.80}")
+        raise ArgumentError(f"{name}.interval: expected two numbers, got {_excerpt(interval)}")
     return Effect(
         None if ratio is None else _number(ratio, f"{name}.kl_ratio"),
-        *_curves(name, {key: _get(value, key) for key in _CURVES}),
-        None if ends is None else (ends[0], ends[1]),
-        tuple((str(label), _number(of, f"{name}.controls")) for label, of in controls or ()),
+        **_curves(name, {key: _get(value, key) for key in _CURVES}),
+        interval=None if ends is None else (ends[0], ends[1]),
+        controls=tuple((str(label), _number(of, f"{name}.controls")) for label, of in controls or ()),
     )
 
 
-def _curves(name: str, given: Mapping[str, Any]) -> list[tuple[float, ...]]:
+def _curves(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     curves = [tuple(numbers(_or_empty(given[key]), f"{name}.{key}").ravel().tolist()) for key in _CURVES]
     if len({len(curve) for curve in curves if curve}) > 1 or (any(curves) and not curves[0]):
         lengths = ", ".join(f"{key} {len(curve)}" for key, curve in zip(_CURVES, curves, strict=True))
         raise ArgumentError(f"{name}: expected curves of one length, a value per magnitude, got {lengths}")
-    return curves
+    return dict(zip(_CURVES, curves, strict=True))
 
 
 def _from_experiment(name: str, value: Any) -> Effect:
-    """The JSON of what ``npeff.perturb`` returned: the curve of the sign kept, or the mean where each has its own."""
+    """The JSON of what ``npeff.perturb`` returned: the curve of the sign kept, or the mean where each has its own.
+
+    Raises:
+        ArgumentError: A field is missing or has another form.
+    """
     ratio = _interval(value, "ratio", name)
     controls = []
     for kind, control in _items(value.get("controls"), f"{name}.controls"):
         own = _interval(control, "ratio", f"{name}.controls.{kind}")[0]
         if own is not None:
             controls.append((CONTROLS.get(str(kind), str(kind)), own))
-    curves: list[tuple[float, ...]] = [(), (), ()]
+    curves: dict[str, Any] = {}
     curve = value.get("curve")
     if curve is not None:
         signs = numbers(_get(curve, "signs"), f"{name}.curve.signs").ravel().tolist()
@@ -268,14 +281,19 @@ def _from_experiment(name: str, value: Any) -> Effect:
             rows[key] = table[signs.index(sign)] if sign in signs else table.mean(0)
         curves = _curves(name, rows)
     low, high = ratio[1:]
-    return Effect(ratio[0], *curves, None if low is None or high is None else (low, high), tuple(controls))
+    interval = None if low is None or high is None else (low, high)
+    return Effect(ratio[0], **curves, interval=interval, controls=tuple(controls))
 
 
 def _interval(of: Any, key: str, name: str) -> tuple[float | None, float | None, float | None]:
-    """``(value, low, high)`` of a figure; None for what is not known."""
+    """``(value, low, high)`` of a figure; None for what is not known.
+
+    Raises:
+        ArgumentError: There is no such figure.
+    """
     figure = _get(_get(of, "figures"), key)
     if not isinstance(figure, Mapping):
-        raise ArgumentError(f"{name}.figures.{key}: expected an object with value, low and high, got {figure!r:.80}")
+        raise ArgumentError(f"{name}.figures.{key}: expected value, low and high, got {_excerpt(figure)}")
     return tuple(  # type: ignore[return-value]
         None if figure.get(part) is None else _number(figure[part], f"{name}.figures.{key}.{part}")
         for part in ("value", "low", "high")
@@ -291,7 +309,7 @@ def _acts(name: str, value: Any) -> Acts:
     value = value.to_json() if hasattr(value, "to_json") else value
     names, energy = value.get("groups"), numbers(_or_empty(value.get("energy")), f"{name}.energy").ravel()
     if not isinstance(names, Sequence) or not all(isinstance(part, str) for part in names):
-        raise ArgumentError(f"{name}.groups: expected names of parts, got {names!r:.80}")
+        raise ArgumentError(f"{name}.groups: expected names of parts, got {_excerpt(names)}")
     shares = {}
     for key in ("alone", "lost"):
         items = value.get(key)
@@ -331,7 +349,7 @@ def influences_of(j: Any, value: Any) -> Influences:
     elif isinstance(value, Mapping):
         pairs = list(value.items())
     if not isinstance(pairs, Sequence | np.ndarray) or not all(_length(pair) == 2 for pair in pairs):
-        raise ArgumentError(f"{name}: expected pairs (position in the training data, score), got {value!r:.80}")
+        raise ArgumentError(f"{name}: expected pairs (position in the training data, score), got {_excerpt(value)}")
     if not isinstance(by, str | None) or not isinstance(texts, Mapping):
         raise ArgumentError(f"{name}: expected by to be a text and texts a mapping from positions to texts")
     scores = [(_position(i, name), _number(score, f"{name}, the score of {i!r:.20}")) for i, score in pairs]
@@ -341,17 +359,30 @@ def influences_of(j: Any, value: Any) -> Influences:
     return Influences(scores, by or Influences.by, {_position(i, name): str(text) for i, text in texts.items()})
 
 
+def _excerpt(value: Any) -> str:
+    """The beginning of a value, without writing out all of a large one."""
+    if isinstance(value, list | tuple):
+        value = value[:8]
+    return repr(value)[:80]
+
+
 def _length(value: Any) -> int:
     return -1 if isinstance(value, str | bytes) or not hasattr(value, "__len__") else len(value)
 
 
 def _position(value: Any, name: str) -> int:
-    """The position of a training example, also as the text that JSON has for a key."""
+    """The position of a training example, also as the text that JSON has for a key.
+
+    Raises:
+        ArgumentError: It is none.
+    """
     whole = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
     if isinstance(whole, float | np.floating) and np.isfinite(whole) and whole == int(whole):
         whole = int(whole)  # pairs may stand in one array of floats
     if isinstance(whole, bool) or not isinstance(whole, int | np.integer) or not 0 <= whole < 1 << 63:
-        raise ArgumentError(f"{name}: expected positions of training examples, whole numbers ≥ 0, got {value!r:.80}")
+        raise ArgumentError(
+            f"{name}: expected whole numbers ≥ 0, positions of training examples, got {_excerpt(value)}"
+        )
     return int(whole)
 
 
@@ -390,10 +421,12 @@ def trust_of(value: Any, r: int, n: int) -> Trust:
     chosen, n_strategies = _get(selection, "chosen"), _get(stability, "n_strategies")
     threshold = null if isinstance(null, int | float | np.number | None) else _get(null, "threshold")
     if null is not None and threshold is None:
-        raise ArgumentError(f"trust.null: expected a threshold, or what npeff.trust.null_model returned, got {null!r:.80}")
+        raise ArgumentError(
+            f"trust.null: expected a threshold, or what npeff.trust.null_model returned, got {_excerpt(null)}"
+        )
     for name, number in (("selection.chosen", chosen), ("stability.n_strategies", n_strategies)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1):
-            raise ArgumentError(f"trust.{name}: expected a whole number ≥ 1, got {number!r:.80}")
+            raise ArgumentError(f"trust.{name}: expected a whole number ≥ 1, got {_excerpt(number)}")
     return Trust(
         None if stability is None else _per_component(stability, r),
         None if threshold is None else _number(threshold, "trust.null.threshold"),
@@ -443,16 +476,16 @@ def _items(value: Any, name: str) -> list[tuple[Any, Any]]:
 def _component(j: Any, r: int, name: str) -> int:
     whole = int(j) if isinstance(j, str) and j.isascii() and j.isdigit() and len(j) < 20 else j
     if isinstance(whole, bool) or not isinstance(whole, int | np.integer) or not 0 <= whole < r:
-        raise ArgumentError(f"{name}: expected components 0 to {r - 1}, got {j!r:.80}")
+        raise ArgumentError(f"{name}: expected components 0 to {r - 1}, got {_excerpt(j)}")
     return int(whole)
 
 
 def _pair(key: Any, r: int, n: int) -> tuple[int, int]:
     if not isinstance(key, tuple) or len(key) != 2:
-        raise ArgumentError(f"attributions: expected keys (component, example), got {key!r:.80}")
+        raise ArgumentError(f"attributions: expected keys (component, example), got {_excerpt(key)}")
     j, i = _component(key[0], r, "attributions"), key[1]
     if isinstance(i, bool) or not isinstance(i, int | np.integer) or not 0 <= i < n:
-        raise ArgumentError(f"attributions: expected examples 0 to {n - 1}, got {i!r:.80}")
+        raise ArgumentError(f"attributions: expected examples 0 to {n - 1}, got {_excerpt(i)}")
     return j, int(i)
 
 
@@ -464,17 +497,17 @@ def numbers(value: Any, name: str) -> Array:
     """
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
+    wrong = ArgumentError(f"{name}: expected numbers, got {_excerpt(value)}")
     try:
         array = np.asarray(value)
-        if array.dtype == object:
-            known = [item for item in array.ravel() if item is not None]
-            if not all(isinstance(item, int | float | np.number) and not isinstance(item, bool) for item in known):
-                raise TypeError
-        elif array.dtype.kind not in "iuf" and array.size:
-            raise TypeError
+        known = [item for item in array.ravel() if item is not None] if array.dtype == object else []
+        if not all(isinstance(item, int | float | np.number) and not isinstance(item, bool) for item in known):
+            raise wrong
+        if array.dtype.kind not in "iufO" and array.size:
+            raise wrong
         array = array.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ArgumentError(f"{name}: expected numbers, got {value!r:.80}") from error
+        raise wrong if not isinstance(error, ArgumentError) else error from None
     if np.isinf(array).any():
         raise ArgumentError(f"{name}: expected finite numbers, got an infinity")
     return array
@@ -483,5 +516,5 @@ def numbers(value: Any, name: str) -> Array:
 def _number(value: Any, name: str) -> float:
     array = numbers(value, name)
     if array.size != 1:
-        raise ArgumentError(f"{name}: expected a number, got {value!r:.80}")
+        raise ArgumentError(f"{name}: expected a number, got {_excerpt(value)}")
     return float(array.reshape(-1)[0])

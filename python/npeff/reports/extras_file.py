@@ -145,14 +145,17 @@ def _read(path: Path) -> Any:
         raise ExtrasError(f"{path}: {WRITTEN_BY}; got {size:,} bytes, and at most {LIMIT:,} are read")
     try:
         raw = path.read_bytes()
-        if raw.startswith(b"\x89HDF"):
-            raise ValueError("this is an HDF5 file; give the command that made it an --out that ends in .json")
+    except OSError as error:
+        raise ExtrasError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    if raw.startswith(b"\x89HDF"):
+        raise ExtrasError(f"{path}: {WRITTEN_BY}; got an HDF5 file, made by an --out that does not end in .json")
+    try:
         return json.loads(
             raw.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_whole
         )
     except RecursionError as error:
         raise ExtrasError(f"{path}: {WRITTEN_BY}; got lists or objects nested too deeply") from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ExtrasError(f"{path}: {WRITTEN_BY} ({error})") from error
 
 
@@ -207,7 +210,11 @@ def _understood(path: Path, content: Any) -> tuple[dict[str, dict[Any, Any]], se
 
 
 def _by_components(key: str, value: Any) -> dict[Any, Any]:
-    """Effects, traces or influences by component, or by a group of components."""
+    """Effects, traces or influences by component, or by a group of components.
+
+    Raises:
+        ArgumentError: They do not say what they are of, or two are of the same.
+    """
     if isinstance(value, dict):
         return {str(_number_of(key, j)): item for j, item in value.items()}
     if not isinstance(value, list) or key == "influences":

@@ -92,7 +92,7 @@ def _columns(study: Study) -> dict[str, Any]:
         ),
         "accuracy": any(s.accuracy is not None for s in study.summaries),
         "stability": study.extras.trust.stability is not None,
-        "effects": any(study.effect(s.j) and study.effect(s.j).kl_ratio is not None for s in study.summaries),
+        "effects": any(len(key) == 1 and effect.kl_ratio is not None for key, effect in study.extras.effects.items()),
         "profile": study.components.logits.shape[1] in PROFILED,
         "largest_share": max((s.share for s in study.summaries), default=0.0) or 1.0,
     }
