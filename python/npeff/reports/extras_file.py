@@ -52,7 +52,7 @@ def load_extras(*paths: str | Path, components: Components | None = None) -> dic
     merged: dict[str, dict[Any, Any]] = {}
     for given in paths:
         path = path_of(given)
-        found, about = _understood(path, _read(path))
+        found, about = _understood(path, read_json(path))
         with _naming(path):
             _check(found, about, components)
         for key, entries in found.items():
@@ -80,7 +80,7 @@ def describe_extras(path: str | Path) -> dict[str, Any]:
         ExtrasError: The file is damaged or of another kind.
     """
     path = path_of(path)
-    found, about = _understood(path, _read(path))
+    found, about = _understood(path, read_json(path))
     summary: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size, "format": "JSON"}
     summary["content"] = "for npeff report --extras"
     if about:
@@ -131,8 +131,11 @@ def save_extras(
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> Any:
-    """JSON of bounded size, with finite numbers, and no name twice in an object.
+def read_json(path: Path) -> Any:
+    """Read JSON of bounded size, without NaN or infinities, and with no name twice in an object.
+
+    Args:
+        path: A file of at most ``LIMIT`` bytes.
 
     Raises:
         ExtrasError: The file is not that.
