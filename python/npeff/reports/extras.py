@@ -308,7 +308,7 @@ def _acts(name: str, value: Any) -> Acts:
     """
     value = value.to_json() if hasattr(value, "to_json") else value
     names, energy = value.get("groups"), numbers(_or_empty(value.get("energy")), f"{name}.energy").ravel()
-    if not isinstance(names, Sequence) or not all(isinstance(part, str) for part in names):
+    if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(part, str) for part in names):
         raise ArgumentError(f"{name}.groups: expected names of parts, got {_excerpt(names)}")
     shares = {}
     for key in ("alone", "lost"):
@@ -316,7 +316,7 @@ def _acts(name: str, value: Any) -> Acts:
         if not isinstance(items, Sequence) or isinstance(items, str) or not len(items) == len(names) == len(energy):
             raise ArgumentError(f"{name}.{key}: expected a figure and an energy for each of {len(names)} parts")
         figures = [item.get("value") if isinstance(item, Mapping) else item for item in items]
-        shares[key] = numbers(figures, f"{name}.{key}").ravel()
+        shares[key] = _sized(numbers(figures, f"{name}.{key}"), len(names), f"{name}.{key}")
     order = np.argsort(-np.nan_to_num(shares["alone"], nan=-np.inf), kind="stable")
     rows = ((names[i], float(energy[i]), float(shares["alone"][i]), float(shares["lost"][i])) for i in order)
     return Acts(tuple(rows))

@@ -294,7 +294,7 @@ def _check(found: Mapping[str, Any], about: set[str], components: Components | N
         return
     if about and about != {components.digest}:
         raise ArgumentError(
-            f"{DIGEST}: expected {components.digest}, the components of this report, got {', '.join(sorted(about))}: "
+            f"{DIGEST}: expected {components.digest}, the components of this report, got {', '.join(sorted(about))[:80]}: "
             "the file is about another decomposition; run the command that wrote it on these components"
         )
     read_extras(components.n_components, len(components.coefficients), **found)
