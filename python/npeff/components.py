@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +116,18 @@ class Components:
         method = (options.get("compress") or {}).get("method")
         return None if method is None else str(method)
 
+    @property
+    def digest(self) -> str:
+        """Which decomposition this is: blake2b over the kind, the coefficients and the examples' positions.
+
+        A file of recovered vectors has the digest of the components that they were recovered for.
+        """
+        W = np.ascontiguousarray(self.coefficients, np.float32)
+        digest = hashlib.blake2b(f"{self.kind} {W.shape}".encode(), digest_size=16)
+        digest.update(W.data)
+        digest.update(np.ascontiguousarray(self.ids, np.int64).data)
+        return digest.hexdigest()
+
     def _component(self, j: int) -> int:
         if not isinstance(j, int | np.integer) or not -self.n_components <= j < self.n_components:
             raise ArgumentError(f"j: expected a component below {self.n_components}, got {j!r}")
@@ -129,7 +142,8 @@ class Components:
             ``(n_parameters,)`` float32, unit norm; its sign is arbitrary for the low-rank kind, ≥ 0 for the diagonal.
 
         Raises:
-            ArgumentError: ``j`` is not a component, or its vector has to be recovered first (:meth:`recover`).
+            ArgumentError: ``j`` is not a component, or its vector has to be recovered first (:meth:`recover`, or
+                ``npeff recover`` on the command line).
         """
         return parameter_vector(self, self._component(j))
 
@@ -302,7 +316,7 @@ class Components:
         if isinstance(fishers.rows, GramRows) or self.compression == "gram":
             raise ArgumentError(
                 "fishers: inner products alone (GramOnly) say nothing about other examples; compute Fishers with "
-                "compress=None, TopK(k) or Sketch(d) for that"
+                "compress=None, TopK(k) or Sketch(d) for that (npeff fishers --exact, --top-k or --sketch)"
             )
         if sketch_of(self.provenance.get("fishers", {})) != fishers.sketch:
             ours = sketch_of(self.provenance.get("fishers", {}))

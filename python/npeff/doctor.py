@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from npeff.short_repr import short_repr
+
 PACKAGES = ("numpy", "scipy", "h5py", "scikit-learn", "matplotlib", "safetensors")
 FEATURES = (
     "sse4_2",
@@ -32,6 +34,8 @@ class Section:
 
     title: str
     lines: list[tuple[str, str]] = field(default_factory=list)
+
+    __repr__ = short_repr
 
 
 def examine() -> list[Section]:

@@ -32,6 +32,11 @@ class Encoded:
     kkt: Array
     unexplained: Array
 
+    def __repr__(self) -> str:
+        n, r = self.coefficients.shape
+        left, worst = (float(np.median(self.unexplained)), float(self.kkt.max())) if n else (0.0, 0.0)
+        return f"Encoded({n} examples, {r} components, unexplained: median {left:.0%}, KKT residual ≤ {worst:.1e})"
+
     def __len__(self) -> int:
         return len(self.coefficients)
 

@@ -39,6 +39,10 @@ class NewerFileError(StorageError):
     """The file was written by a newer npeff whose format this one does not know."""
 
 
+class ExtrasError(StorageError, ArgumentError):
+    """A JSON file given to a report is damaged, of another kind, or about other components."""
+
+
 class WorkerError(NpeffError, RuntimeError):
     """Another process of a distributed run failed, or is no longer there."""
 

@@ -13,6 +13,7 @@ from npeff.compress import Sketch, sketch_of
 from npeff.errors import ArgumentError, DataError
 from npeff.parameters import Parameters
 from npeff.rows import GramRows, Rows
+from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
 Kind = Literal["low_rank", "diagonal"]
@@ -37,6 +38,8 @@ class FisherBlock:
     logits: Array
     labels: Array
     ids: Array
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, eq=False)

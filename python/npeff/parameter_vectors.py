@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +26,9 @@ def parameter_vector(components: Components, j: int) -> Array:
         ArgumentError: The vectors live in another space, and this one was not recovered.
     """
     if components.compression in ("sketch", "gram"):
-        known, vectors = components.recovered, components.recovered_vectors
-        if known is None or vectors is None or j not in known:
-            kept = "sketches of them" if components.compression == "sketch" else "their inner products"
-            raise ArgumentError(
-                f"component {j}: its vector in parameter space is not known, because the Fishers were kept as {kept}; "
-                f"components = components.recover(model, data, js=[{j}]) computes it in one pass over the data"
-            )
-        return np.array(vectors[int(np.flatnonzero(known == j)[0])], np.float32)
+        check_recovered(components, [j])
+        assert components.recovered is not None and components.recovered_vectors is not None
+        return np.array(components.recovered_vectors[int(np.flatnonzero(components.recovered == j)[0])], np.float32)
     kept_entries = components.vectors[j].astype(np.float64)
     if components.columns is None:
         full = kept_entries.copy()
@@ -44,6 +40,38 @@ def parameter_vector(components: Components, j: int) -> Array:
         full = np.divide(full, factor, out=np.zeros_like(full), where=factor > 0)
     norm = float(np.linalg.norm(full))
     return (full / norm if norm else full).astype(np.float32)
+
+
+def not_recovered(components: Components) -> list[int]:
+    """Components whose vectors in parameter space are not known: those of sketches, or of inner products alone."""
+    if components.compression not in ("sketch", "gram"):
+        return []
+    known = set() if components.recovered is None else set(components.recovered.tolist())
+    return [j for j in range(components.n_components) if j not in known]
+
+
+def check_recovered(components: Components, js: Sequence[int]) -> None:
+    """Make sure that some components' vectors in parameter space are known.
+
+    Args:
+        components: A decomposition.
+        js: The components in question.
+
+    Raises:
+        ArgumentError: Some are not; the message says how they are recovered.
+    """
+    unknown = set(not_recovered(components))
+    if not (missing := [j for j in dict.fromkeys(js) if j in unknown]):
+        return
+    kept = "sketches of rows" if components.compression == "sketch" else "inner products of rows"
+    named = ",".join(map(str, missing[:8])) + (",…" if len(missing) > 8 else "")
+    few = len(missing) < components.n_components
+    raise ArgumentError(
+        f"component{'s' if len(missing) > 1 else ''} {named}: the vector in parameter space is not known, because the "
+        f"Fishers were kept as {kept}. One pass over the data recovers it: on the command line with npeff recover "
+        f"COMPONENTS MODEL DATA{f' --component {named}' if few else ''} --out RECOVERED, in Python with "
+        f"components = components.recover(model, data{f', js=[{named}]' if few else ''}); then use what that gives"
+    )
 
 
 def write_state_dict(components: Components, j: int, path: str | Path) -> Path:

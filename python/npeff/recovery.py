@@ -23,6 +23,7 @@ from npeff.gradients.factors import FactorOptions, factorise
 from npeff.gradients.independence import differ
 from npeff.gradients.selection import placed, select_parameters
 from npeff.kernels import StreamingSketch
+from npeff.memory import available_bytes, format_bytes
 from npeff.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -52,13 +53,22 @@ def recover(
         ModelError: The model is not that of the Fishers.
     """
     if components.compression not in ("sketch", "gram"):
-        raise ArgumentError("recover: these components' vectors are in parameter space already; use vector(j)")
+        raise ArgumentError(
+            "recover: these components' vectors are in parameter space already: components.vector(j) gives them, and "
+            "every command takes the file as it is"
+        )
     if components.row_weights is None or components.row_offsets is None:
         raise ArgumentError(
             "recover: these components do not hold the combinations of rows that their vectors are, because they were "
             "expanded; recover the components before the expansion, or decompose all at once"
         )
     wanted = list(range(components.n_components)) if js is None else list(dict.fromkeys(js))
+    needed, free = 4 * len(wanted) * components.n_parameters, available_bytes()
+    if needed > free:
+        raise ArgumentError(
+            f"js: {len(wanted)} vectors of {components.n_parameters:,} parameters take {format_bytes(needed)}, and "
+            f"{format_bytes(free)} of memory are free; recover fewer at a time, with js=[…] or --component J,…"
+        )
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError
+from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
 
@@ -28,6 +29,8 @@ class SparseRows:
     indices: Array
     values: Array
     n_columns: int
+
+    __repr__ = short_repr
 
     @property
     def n_rows(self) -> int:
@@ -93,6 +96,8 @@ class DenseRows:
 
     values: Array
 
+    __repr__ = short_repr
+
     @classmethod
     def first_of_each(cls, values: Array, counts: Array) -> DenseRows:
         """Of ``(b, R, width)`` the first ``counts`` (b,) rows of each example, end to end; a view where that is all."""
@@ -150,6 +155,8 @@ class GramRows:
     """
 
     values: Array
+
+    __repr__ = short_repr
 
     @property
     def n_rows(self) -> int:

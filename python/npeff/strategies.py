@@ -19,11 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError
+from npeff.short_repr import several
 
 if TYPE_CHECKING:
     from npeff.components import Components
 
 Array = npt.NDArray[Any]
+
+PARTS_SHOWN = 16
+"""Parts of a strategy that its text lists."""
 
 LEAST_SHARE = 0.1
 """A group is a strategy when it holds this share of all coefficients, or half of an equal share if that is less."""
@@ -44,6 +48,23 @@ class Strategy:
     coefficient: Array
     distance: float = 0.0
     children: tuple[Strategy, ...] = ()
+
+    def __repr__(self) -> str:
+        """What the group holds, and a line for each of its largest parts."""
+        whole = float(self.coefficient.sum(dtype=np.float64)) or 1.0
+        head = f"{len(self.components)} component{'s' if len(self.components) > 1 else ''}: {several(self.components)}"
+        if not self.children:
+            return f"Strategy({head}; {len(self.coefficient):,} examples)"
+        shares = [float(child.coefficient.sum(dtype=np.float64)) / whole for child in self.children]
+        order = sorted(range(len(shares)), key=lambda i: -shares[i])
+        lines = [
+            f"  {shares[i]:4.0%} of the coefficients: {several(self.children[i].components)}"
+            for i in order[:PARTS_SHOWN]
+        ]
+        if len(order) > PARTS_SHOWN:
+            lines.append(f"  and {len(order) - PARTS_SHOWN} smaller parts")
+        joined = f"{len(self.children)} parts joined at 1 − similarity = {self.distance:.2f}"
+        return "\n".join([f"Strategy({head}; {len(self.coefficient):,} examples; {joined})", *lines])
 
     def top_examples(self, k: int = 16) -> Array:
         """Indices of the k examples with the largest summed coefficient, descending."""

@@ -27,6 +27,7 @@ COMMANDS = {
     "plan": "npeff.cli.plan:plan",
     "fishers": "npeff.cli.fishers:fishers",
     "decompose": "npeff.cli.decompose:decompose",
+    "recover": "npeff.cli.recover:recover",
     "encode": "npeff.cli.encode:encode",
     "trust": "npeff.cli.trust:trust",
     "perturb": "npeff.cli.perturb:perturb",

@@ -163,10 +163,10 @@ def components_of(text: str) -> tuple[Any, list[int]]:
     return components, chosen
 
 
-def for_report(out: Path, data: str | None = None, **found: Any) -> None:
+def for_report(out: Path, components: Any, data: str | None = None, **found: Any) -> None:
     """Write what a report shows of components to JSON, and tell how it gets there."""
     from npeff.reports import save_extras
 
-    save_extras(out, **found)
+    save_extras(out, components=components, **found)
     more = f" --influence-data {data}" if data else ""
     click.echo(f"{out}: for npeff report … --extras {out}{more}")

@@ -22,11 +22,10 @@ from npeff.cli.common import EXISTING, WRITABLE, command, misused, size, unruled
 def info(path: Path, as_json: bool) -> None:
     """Say what FILE holds, without reading its arrays.
 
-    FILE is one of npeff's, unfinished work of npeff fishers included, or in one of the published layouts.
+    FILE is one that a command of npeff wrote, in HDF5, JSON or safetensors, unfinished work of npeff fishers included,
+    or in one of the published layouts.
     """
-    from npeff.storage import describe
-
-    found = describe(path)
+    found = _described(path)
     if as_json:
         click.echo(json.dumps(found, indent=2, default=str))
         return
@@ -43,6 +42,82 @@ def info(path: Path, as_json: bool) -> None:
     if slow := dict(unruled(coverage)):
         lines["without a gradient rule"] = slow
     _print(lines)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """What a file holds, JSON-able; arrays as name → shape and dtype.
+
+    Raises:
+        ForeignFileError: No command of npeff writes such files.
+    """
+    from npeff.errors import ForeignFileError
+    from npeff.storage import describe
+
+    try:
+        return describe(path)
+    except ForeignFileError:
+        summary: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
+        with path.open("rb") as file:
+            head = file.read(64)
+        if head.lstrip(b"\xef\xbb\xbf \n\r\t")[:1] in (b"{", b"["):
+            return summary | _described_json(path)
+        if path.suffix.lower() == ".safetensors":
+            return summary | _described_tensors(path)
+        if head.startswith(b"\x89HDF") and (table := _described_table(path)):
+            return summary | table
+        raise
+
+
+def _described_json(path: Path) -> dict[str, Any]:
+    from npeff.reports.extras_file import describe_extras, read_json
+
+    content = read_json(path)
+    if isinstance(content, dict) and {"choices", "advice", "n_parameters"} <= set(content):
+        plain = {name: value for name, value in content.items() if isinstance(value, str | int | float)}
+        return {"format": "JSON", "content": "a plan of npeff plan", **plain}
+    return describe_extras(path)
+
+
+def _described_tensors(path: Path) -> dict[str, Any]:
+    """A component's vector as ``npeff export --component`` writes it.
+
+    Raises:
+        ForeignFileError: The file is damaged, or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from npeff.errors import ForeignFileError
+
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            arrays = {name: [list(part.get_shape()), part.get_dtype()] for name, part in slices.items()}
+            about = json.loads((file.metadata() or {}).get("npeff", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise ForeignFileError(f"{path}: expected a safetensors file of npeff export --component ({error})") from error
+    return {
+        "format": "safetensors",
+        "content": "a component's vector as tensors",
+        "arrays": arrays,
+        "provenance": about,
+    }
+
+
+def _described_table(path: Path) -> dict[str, Any]:
+    """Tables of ``npeff encode`` and ``npeff influence``; empty for other HDF5 files."""
+    import h5py
+
+    from npeff.storage.opening import open_hdf5
+
+    with open_hdf5(path) as file:
+        arrays = {n: [list(d.shape), str(d.dtype)] for n, d in file.items() if isinstance(d, h5py.Dataset)}
+    for content, names in (
+        ("coefficients, of npeff encode", {"coefficients", "kkt", "unexplained"}),
+        ("influence scores, of npeff influence", {"values", "test_values", "residuals"}),
+    ):
+        if names <= set(arrays):
+            return {"format": "HDF5", "content": content, "arrays": arrays}
+    return {}
 
 
 def _print(lines: dict[str, Any], indent: str = "") -> None:

@@ -92,6 +92,7 @@ def influence(
         misused("--tolerance belongs to --solver cg")
     from npeff.companions.influence import CrossLossInfluence, component_influence
     from npeff.companions.influence.scores import check_path
+    from npeff.parameter_vectors import check_recovered
     from npeff.storage.files import check_target
     from npeff.targets import load_data, load_model
 
@@ -113,13 +114,14 @@ def influence(
             components, chosen = components_of(component)
             if len(chosen) > 1 and not for_pages:
                 misused("--component: several components need an --out that ends in .json")
+            check_recovered(components, range(components.n_components))  # before the search: the work would be lost
             fitted = CrossLossInfluence(made, trained, **options).fit(train_data)
             behind = {
                 j: component_influence(made, components, j, train_data, test_data, train_loss=trained, fitted=fitted)
                 for j in chosen
             }
             if for_pages:
-                for_report(out, train, influences=behind)
+                for_report(out, components, train, influences=behind)
                 return
             scores = behind[chosen[0]].scores
             scores.save(out)

@@ -101,7 +101,7 @@ def linearize(
         found = attribute_top_examples(
             net, components, load_data(data), which, top, embed=given, forward=function, smooth=smooth
         )
-        for_report(out, attributions=found)
+        for_report(out, components, attributions=found)
         return
     inputs = _example(net, load_data(data), example)
     linear = linearize(net, inputs, at=at, smooth=smooth, batched=True, forward=function)

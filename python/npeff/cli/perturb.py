@@ -142,7 +142,7 @@ def chosen(components: Components, component: int | None, strategy: str | None, 
     metavar="N",
     help="Random directions to compare with, per control.",
 )
-@click.option("--out", type=WRITABLE, help="File for everything found, in JSON.")
+@click.option("--out", type=WRITABLE, help="JSON file for everything found; npeff report --extras shows it.")
 @seed
 @quiet
 def perturb(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     examples="""
         npeff report components.h5 --data train.py:data --out report/
         npeff report components.h5 --data train.py:data --class-names cat,dog,bird --out birds.html
+        npeff report components.h5 --data train.py:data --extras trust.json --extras effects.json
         npeff report components.h5 --data train.py:data --extras pixels.json --extras behind.json --collages --latex
         npeff report components.h5 --out numbers.html
     """
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     type=EXISTING,
     multiple=True,
     metavar="FILE",
-    help="JSON with effects, trust, attributions and influences, to show on the pages; repeatable.",
+    help="JSON that trust, perturb, trace, or the companions with --component, wrote with --out; repeatable.",
 )
 @click.option(
     "--influence-data", metavar="DATA", help="module:callable for the training data that the influences are about."
@@ -121,7 +122,7 @@ def report(
         size_limit=size_limit * 1_000_000 if size_limit else None,
         seed=seed,
         progress=not quiet,
-        **load_extras(*extras),
+        **load_extras(*extras, components=components),
     )
     total = _bytes_of(page, out)
     click.echo(f"{page}: {components.n_components} components, {size(total)}")

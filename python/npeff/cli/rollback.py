@@ -116,7 +116,7 @@ def rollback(
     if component and out:
         components, chosen = components_of(component)
         behind = {j: companion.component_rollback(method, components, j, rows, k) for j in chosen}
-        for_report(out, influences=behind)
+        for_report(out, components, influences=behind)
         return
     guesses = method.predictions(rows)
     open_ = [i for i, (_, _, tail) in enumerate(wanted) if predicted or tail == "?"]

@@ -31,7 +31,11 @@ ENDINGS = (".png", ".svg", ".pdf", ".json")
     metavar="layer|parameter|TARGET",
     help="What to take one at a time; module:callable for a mapping, as made by npeff.heads and npeff.units.",
 )
-@click.option("--out", type=WRITABLE, help="Picture, ending in .png, .svg or .pdf; or .json for the numbers.")
+@click.option(
+    "--out",
+    type=WRITABLE,
+    help="Picture, ending in .png, .svg or .pdf; or .json for the numbers, which npeff report --extras shows.",
+)
 @seed
 @quiet
 def trace(

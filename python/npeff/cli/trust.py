@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, quiet, seed, wants
+from npeff.cli.common import EXISTING, WRITABLE, command, note, quiet, seed, wants
 
 
 @command(
@@ -26,7 +25,7 @@ from npeff.cli.common import EXISTING, WRITABLE, command, quiet, seed, wants
 @click.option(
     "--shuffles", type=click.IntRange(min=0), default=2, show_default=True, help="Decompositions of shuffled Fishers."
 )
-@click.option("--out", type=WRITABLE, help="JSON file to write, for `npeff report --trust`.")
+@click.option("--out", type=WRITABLE, help="JSON file to write, for npeff report --extras.")
 @seed
 @quiet
 def trust(
@@ -43,16 +42,21 @@ def trust(
     import numpy as np
 
     import npeff
+    from npeff.perturbation.effect import plain, write_json
+    from npeff.rows import GramRows
     from npeff.storage import refuse_npeff_file
-    from npeff.storage.files import atomic
 
     if out is not None:
         refuse_npeff_file(out)
     fishers = wants(npeff.load(fishers_path), "Fishers", fishers_path)
     components = wants(npeff.load(components_path), "Components", components_path)
+    if shuffles and isinstance(fishers.rows, GramRows):
+        note("no null model: inner products alone (--gram-only) have no entries that could be shuffled")
+        shuffles = 0
     shares = npeff.trust.explained(components, fishers)
     stable = npeff.trust.stability(fishers, components, repeats=repeats, share=share, seed=seed, progress=not quiet)
-    found: dict[str, Any] = {"explained": np.where(np.isnan(shares), 0, shares).tolist(), "stability": stable.to_json()}
+    found: dict[str, Any] = {"explained": shares}
+    found["stability"] = stable.to_json() | {"components_digest": components.digest}
     energy = np.square(components.coefficients.astype(np.float64)).mean(0)
     if shuffles:
         null = npeff.trust.null_model(fishers, components, repeats=shuffles, seed=seed, progress=not quiet)
@@ -69,6 +73,5 @@ def trust(
     if shuffles:
         click.echo(f"loss {components.loss:.4f}; of shuffled Fishers {np.mean(found['null']['losses']):.4f}")
     if out is not None:
-        with atomic(out) as scratch:
-            scratch.write_text(json.dumps(found), encoding="utf-8")
-        click.echo(f"{out}: written")
+        write_json(plain(found), out)
+        click.echo(f"{out}: for npeff report … --extras {out}")

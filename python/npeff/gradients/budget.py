@@ -7,7 +7,8 @@ from torch import Tensor
 
 from npeff.batches import Batch
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
-from npeff.gradients.selfcheck import check_independence
+from npeff.gradients.graph import Graph
+from npeff.gradients.independence import check_independence
 
 _PROBED = 2
 """Examples of a trial."""
@@ -71,8 +72,9 @@ class Budget:
         if step == 1 and not self._compared:
             self._compared = True
             few = batch.take(slice(0, _PROBED))
-            with self._engine.recording(), torch.no_grad():
-                check_independence(self._engine, few, self._engine._forward(few))
+            with self._engine.recording():
+                logits = self._engine.forward(few)
+                check_independence(self._engine, few, logits, Graph(logits).precision)
         return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
     def _kept_of_one(self, few: Batch) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from npeff.errors import ArgumentError
 from npeff.kernels import arrays
+from npeff.short_repr import short_repr
 
 Implementation = Literal["reference", "base", "avx2", "avx512", "cuda"]
 
@@ -72,6 +73,8 @@ class KernelInfo:
     device: str
     implementation: str
     reason: str
+
+    __repr__ = short_repr
 
 
 def use(implementation: str | None) -> None:

@@ -13,6 +13,7 @@ from npeff.errors import ArgumentError, DataError
 from npeff.kernels import arrays, cuda, dispatch, reference
 from npeff.kernels.arrays import A, Operand
 from npeff.kernels.interop import accepts_cupy
+from npeff.short_repr import short_repr
 
 MOST_SWEEPS = 1_000_000
 """Sweeps that may be asked for."""
@@ -31,6 +32,8 @@ class NnlsResult(Generic[A]):
     w: A
     kkt: A | None
     sweeps: int
+
+    __repr__ = short_repr
 
 
 @accepts_cupy

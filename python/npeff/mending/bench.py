@@ -19,6 +19,7 @@ from npeff.gradients.selection import placed
 from npeff.mending.objective import Directions, Objective
 from npeff.mending.search import Judge, along_the_line, down_the_path
 from npeff.perturbation.weights import Weights
+from npeff.short_repr import several
 from npeff.strategies import Strategy
 
 Array = npt.NDArray[Any]
@@ -51,6 +52,16 @@ class Mending:
     n_repair: int
     n_others: int
     held_out: bool
+
+    def __repr__(self) -> str:
+        along = (
+            f"components {several(self.components)} in {len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
+        )
+        repaired = f"right on {self.n_repair} to repair {self.repaired[0]:.0%} → {self.repaired[1]:.0%}"
+        others = f"on {self.n_others} others {self.accuracy[0]:.1%} → {self.accuracy[1]:.1%}"
+        judged = "examples that were kept aside" if self.held_out else "the examples of the search itself"
+        change = "" if self.changed else "; no change was found within the tolerance"
+        return f"Mending({along}: {repaired}, {others}; judged on {judged}{change})"
 
     @property
     def changed(self) -> bool:

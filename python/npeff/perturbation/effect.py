@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.perturbation.measures import FIGURES, Interval
+from npeff.short_repr import several, short_repr
 
 Array = npt.NDArray[Any]
 
@@ -75,6 +76,8 @@ class Control:
     figures: dict[str, Interval]
     magnitudes: Array
 
+    __repr__ = short_repr
+
     def share_at_least(self, name: str, value: float) -> float:
         """``(1 + draws with at least that value) / (1 + draws)``: a permutation-like p-value, one-sided."""
         values = self.values[name]
@@ -98,6 +101,8 @@ class Curve:
     top: Array
     baseline: Array
     disjoint: Array
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +158,8 @@ class Effect:
     def __repr__(self) -> str:
         ratio = self.figures["ratio"]
         beside = "".join(f", {name} {c.figures['ratio'].value:.3g}" for name, c in self.controls.items())
-        return f"Effect({self.name}, KL ratio {ratio.value:.3g} [{ratio.low:.3g}, {ratio.high:.3g}]{beside})"
+        about = f"component{'s' if len(self.components) > 1 else ''} {several(self.components)}"
+        return f"Effect({about}, KL ratio {ratio.value:.3g} [{ratio.low:.3g}, {ratio.high:.3g}]{beside})"
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from npeff.errors import ArgumentError
 from npeff.parameters import Parameter, Parameters
+from npeff.short_repr import short_repr
 from npeff.solver.scaling import layer_of
 
 Array = npt.NDArray[Any]
@@ -39,6 +40,8 @@ class Part:
     number: int
     of: int
     packed: int = 1
+
+    __repr__ = short_repr
 
     def index(self, parameter: Parameter) -> tuple[Any, ...]:
         """Its elements in a tensor.

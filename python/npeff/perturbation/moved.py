@@ -49,6 +49,10 @@ class Moved(nn.Module):
             value = torch.tensor(checked_magnitude(magnitude), device=device)
             self.register_buffer("magnitude", value, persistent=False)
 
+    def __repr__(self) -> str:
+        size = float(self.magnitude.detach())
+        return f"Moved({type(self.model).__name__}, {len(self._names)} tensors, magnitude {size:.4g})"
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output at the moved weights."""
         tensors = dict(self.model.named_parameters(remove_duplicate=False))

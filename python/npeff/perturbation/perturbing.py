@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from npeff.components import Components
 from npeff.gradients.factors import Likelihood
+from npeff.parameter_vectors import check_recovered
 from npeff.perturbation.directions import Reject
 from npeff.perturbation.effect import Effect
 from npeff.perturbation.experiment import experiment
@@ -20,7 +21,7 @@ from npeff.perturbation.merging import FLOOR
 from npeff.perturbation.opening import checked_options, opened
 from npeff.perturbation.options import Combine, Options, Signs, baseline_rows, top_rows
 from npeff.perturbation.session import Forward
-from npeff.perturbation.subjects import subject_of
+from npeff.perturbation.subjects import needed_vectors, subject_of
 from npeff.strategies import Strategy
 
 Array = npt.NDArray[Any]
@@ -151,13 +152,17 @@ def perturb_all(
     if which is None:
         which = [j for j in range(components.n_components) if (components.coefficients[:, j] > 0).any()]
     subjects = [subject_of(components, j) for j in which]
+    check_recovered(components, needed_vectors(components, subjects, asked.reject))
     tops = [top_rows(subject.coefficient, asked.top) for subject in subjects]
     baseline = baseline_rows(len(components.coefficients), asked.baseline, asked.seed)
+    digest = components.digest
     with opened(model, data, components, np.concatenate([baseline, *tops]), likelihood, forward, device) as (
         session,
         places,
     ):
         effects = []
         for subject, top in zip(tqdm(subjects, desc="Perturb", disable=not progress), tops, strict=True):
-            effects.append(experiment(session, components, subject, asked, places, top, baseline))
+            effect = experiment(session, components, subject, asked, places, top, baseline)
+            effect.details["components_digest"] = digest
+            effects.append(effect)
     return effects

@@ -80,6 +80,11 @@ def subject_of(components: Components, j: Any) -> Subject:
     return Subject(members, W.sum(1), mass / mass.sum() if mass.sum() > 0 else np.full(len(members), 1 / len(members)))
 
 
+def needed_vectors(components: Components, subjects: Sequence[Subject], reject: Reject | None) -> list[int]:
+    """Components whose vectors a move needs: the subjects' own, and all of them where the others are rejected."""
+    return list(range(components.n_components)) if reject else [j for subject in subjects for j in subject.members]
+
+
 def moves_of(
     directions: Directions, subject: Subject, combine: Combine, reject: Reject | None, max_sim: float | None
 ) -> list[Move]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from npeff.components import Components
 from npeff.gradients.factors import Likelihood
+from npeff.parameter_vectors import check_recovered
 from npeff.perturbation.diagonal import diagonal_moves
 from npeff.perturbation.directions import Directions, Reject
 from npeff.perturbation.effect import plain, write_json
@@ -24,7 +25,8 @@ from npeff.perturbation.measures import Interval, ratio_with_interval
 from npeff.perturbation.opening import checked_options, opened
 from npeff.perturbation.options import Combine, Options, Signs, baseline_rows, top_rows
 from npeff.perturbation.session import Forward, Session
-from npeff.perturbation.subjects import Move, moves_of, subject_of
+from npeff.perturbation.subjects import Move, moves_of, needed_vectors, subject_of
+from npeff.short_repr import several
 from npeff.strategies import Strategy
 
 Array = npt.NDArray[Any]
@@ -65,7 +67,8 @@ class Trace:
 
     def __repr__(self) -> str:
         most = int(np.argmax([i.value for i in self.alone]))
-        return f"Trace({self.name}, {len(self)} parts; most in {self.groups[most]}: {self.alone[most].value:.0%})"
+        about = f"component{'s' if len(self.components) > 1 else ''} {several(self.components)}"
+        return f"Trace({about}, {len(self)} parts; most in {self.groups[most]}: {self.alone[most].value:.0%})"
 
     @property
     def name(self) -> str:
@@ -180,6 +183,7 @@ def trace(
     names = set(Options.__dataclass_fields__) & given.keys()
     options = checked_options(components, {name: given[name] for name in names})
     subject = subject_of(components, j)
+    check_recovered(components, needed_vectors(components, [subject], options.reject))
     resolved = resolve(groups, components.parameters)
     free = rest(components.parameters, resolved)
     rows = top_rows(subject.coefficient, options.top)
@@ -233,6 +237,7 @@ def trace(
             "sign": options.sign,
             "target_kl": options.target_kl if options.magnitude is None else None,
             "confidence": options.confidence,
+            "components_digest": components.digest,
         },
     )
 

@@ -11,6 +11,7 @@ from typing import Literal
 from npeff.memory import format_bytes
 from npeff.planning.advice import Advice
 from npeff.planning.choices import Choice
+from npeff.short_repr import short_repr
 
 SLOW = ("torch.func", "loop")
 SHOWN = 8
@@ -61,6 +62,8 @@ class Plan:
     disk: int
     choices: list[Choice]
     advice: list[Advice]
+
+    __repr__ = short_repr
 
     def to_json(self) -> str:
         """Everything, as one JSON document."""

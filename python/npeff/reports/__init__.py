@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npeff.reports.collage import collage
-from npeff.reports.extras import Effect, Influences, Trust
-from npeff.reports.extras_file import load_extras, save_extras
+from npeff.reports.extras import Acts, Effect, Influences, Trust
+from npeff.reports.extras_file import describe_extras, load_extras, save_extras
 from npeff.reports.latex import latex
 from npeff.storage.files import path_of
 
@@ -30,6 +30,7 @@ def report(
     tokenizer: Any = None,
     strategies: Any = None,
     effects: Any = None,
+    traces: Any = None,
     trust: Any = None,
     attributions: Any = None,
     influences: Any = None,
@@ -61,8 +62,10 @@ def report(
         tokenizer: Anything with ``decode(ids)``, for data that holds only token ids.
         strategies: What ``components.strategies()`` gave, or how many strategies to colour; by default the number
             that ``trust`` speaks for, else the one with the best silhouette.
-        effects: Per component what moving along it does: mappings with ``kl_ratio``, ``magnitudes``, ``kl_top``,
-            ``kl_baseline``; see :class:`npeff.reports.extras.Effect`.
+        effects: What moving along components does: what :func:`npeff.perturb` or ``npeff.perturb_all`` returned, or
+            per component a mapping with ``kl_ratio``, ``magnitudes``, ``kl_top``, ``kl_baseline`` (see
+            :class:`npeff.reports.extras.Effect`). The effect of several components stands with the strategies.
+        traces: Where components act: what :func:`npeff.trace` returned, one or several.
         trust: Stability of the components, the null model, held-out losses, explained shares; see
             :func:`npeff.reports.extras.trust_of`.
         attributions: ``(component, index of an example)`` → array of the shape of the input, or a number per token:
@@ -96,7 +99,15 @@ def report(
     checks.check_options(data, k, tokenizer, size_limit)
     checks.check_options(influence_data, k, None)
     names = checks.names_of(class_names, data, components.logits.shape[1])
-    extras = read_extras(components, effects, trust, attributions, influences)
+    extras = read_extras(
+        components.n_components,
+        len(components.coefficients),
+        effects=effects,
+        trust=trust,
+        attributions=attributions,
+        influences=influences,
+        traces=traces,
+    )
     check_heads(components.parameters, heads)
     path = path_of(out, "out")
     folder = path.suffix.lower() not in (".html", ".htm")
@@ -122,4 +133,15 @@ def report(
     return path
 
 
-__all__ = ["Effect", "Influences", "Trust", "collage", "latex", "load_extras", "report", "save_extras"]
+__all__ = [
+    "Acts",
+    "Effect",
+    "Influences",
+    "Trust",
+    "collage",
+    "describe_extras",
+    "latex",
+    "load_extras",
+    "report",
+    "save_extras",
+]

@@ -6,14 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
 from npeff.reports.assets import environment
 from npeff.reports.book import Book
 from npeff.reports.energy import block_map, head_map
-from npeff.reports.extras import INFLUENCES, Influences
+from npeff.reports.extras import INFLUENCES, Acts, Influences
 from npeff.reports.figures import bars, effect_curve
 from npeff.reports.groups import Node
 from npeff.reports.images import uri_of
@@ -29,6 +28,7 @@ THUMBS = 8
 THUMBS_SHARE = 0.2
 """What thumbnails may take of a single file's limit."""
 
+PARTS = 16  # of a network that are shown of a trace
 MEMBERS = 60  # components listed on a strategy's page
 PROFILED = range(2, 21)
 """Numbers of classes whose shares are drawn side by side in the overview."""
@@ -39,13 +39,13 @@ def component_page(study: Study, place: int) -> str:
     summary, names = study.summaries[place], study.names
     j = summary.j
     counts = [max(a, b) for _, a, b in summary.classes]
-    effect = study.effect(j)
     lists = {
         name: [study.gallery.show(top, names) for top in items]
         for name, items in (("shown", summary.top), ("middle", summary.middle), ("random", summary.random))
     }
     influences = study.extras.influences.get(j, Influences([]))
-    vector = study.components.vector(j) if study.heads is not None else np.zeros(0)
+    known = bool(summary.block_energy)
+    vector = study.components.vector(j) if study.heads is not None and known else None
     context = {
         "s": summary,
         **lists,
@@ -61,14 +61,14 @@ def component_page(study: Study, place: int) -> str:
         "explained": study.explained_of(summary),
         "chance": study.extras.trust.null_threshold is not None and not study.below_null(summary),
         "held_out": dict(study.extras.trust.held_out).get(study.components.n_components),
-        "effect": effect,
-        "curve": effect_curve(effect.magnitudes, effect.kl_top, effect.kl_baseline) if effect else Markup(""),
+        **_moved(study, j),
         "strategy": study.strategy(j),
         "doubtful": doubts(study, summary),
         "neighbours": [(i, study.headings[i], value) for i, value in closest(study.cosines, j)],
         "together": [(i, study.headings[i], value) for i, value in closest(study.together, j)],
-        "block_map": block_map(summary.block_energy),
-        "head_map": head_map(study.components.parameters, vector, study.heads) if study.heads is not None else None,
+        "known": known,
+        "block_map": block_map(summary.block_energy) if known else None,
+        "head_map": None if vector is None else head_map(study.components.parameters, vector, study.heads),
         "attributions": [
             {"j": j, "item": study.gallery.show(top, names), "drawn": what}
             for top, what in study.attributions.get(j, [])
@@ -78,6 +78,31 @@ def component_page(study: Study, place: int) -> str:
     }
     near = [study.summaries[p].j if 0 <= p < len(study.summaries) else None for p in (place - 1, place + 1)]
     return environment().get_template("component.html.j2").render(c=context, previous=near[0], next=near[1])
+
+
+def _moved(study: Study, *components: int) -> dict[str, Any]:
+    """What is known of moving the weights along a component, or a group of components."""
+    effect = study.effect(*components)
+    curve = effect_curve(effect.magnitudes, effect.kl_top, effect.kl_baseline) if effect else Markup("")
+    acts = study.extras.traces.get(components)
+    return {"effect": effect, "curve": curve, "acts": acts.parts[:PARTS] if acts else (), "more": _more(acts)}
+
+
+def _more(acts: Acts | None) -> int:
+    return max(0, len(acts.parts) - PARTS) if acts else 0
+
+
+def moved_groups(study: Study) -> list[dict[str, Any]]:
+    """Groups of components that were moved along or traced, for the page of strategies."""
+    nodes = {node.components: node for node in study.nodes if not node.leaf}
+    return [
+        {
+            "components": members,
+            "address": node_address(nodes[members]) if members in nodes else None,
+            **_moved(study, *members),
+        }
+        for members in study.extras.groups
+    ]
 
 
 def _influence(study: Study, influences: Influences, position: int, score: float) -> dict[str, Any]:

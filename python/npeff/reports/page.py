@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from tqdm import tqdm
 
+from npeff.parameter_vectors import not_recovered
 from npeff.reports import records
 from npeff.reports.assets import environment, script, style
 from npeff.reports.book import Book, script_json
@@ -19,6 +20,7 @@ from npeff.reports.figures import bars, held_out_curve, loss_curve
 from npeff.reports.fragments import (
     PROFILED,
     component_page,
+    moved_groups,
     row,
     strategy_page,
 )
@@ -90,7 +92,7 @@ def _columns(study: Study) -> dict[str, Any]:
         ),
         "accuracy": any(s.accuracy is not None for s in study.summaries),
         "stability": study.extras.trust.stability is not None,
-        "effects": any(effect.kl_ratio is not None for effect in study.extras.effects.values()),
+        "effects": any(len(key) == 1 and effect.kl_ratio is not None for key, effect in study.extras.effects.items()),
         "profile": study.components.logits.shape[1] in PROFILED,
         "largest_share": max((s.share for s in study.summaries), default=0.0) or 1.0,
     }
@@ -121,6 +123,8 @@ def _page(study: Study, book: Book, title: str, has: Mapping[str, Any], rows: li
             n_zero=int(np.sum(components.zero)),
             n_below_null=sum(map(study.below_null, summaries)) if trust.null_threshold is not None else None,
             left_out=_left_out(book),
+            n_unknown=len(not_recovered(components)),
+            kept_as="sketches" if components.compression == "sketch" else "inner products alone",
             figures=[
                 (
                     loss_curve(components.loss_curve),
@@ -145,6 +149,7 @@ def _page(study: Study, book: Book, title: str, has: Mapping[str, Any], rows: li
             complete=book.complete,
             inline=[(name, Markup(content)) for name, content in book.inline.items()],
             data=Markup(script_json(_data(study, book))),
+            moved_groups=moved_groups(study),
             provenance=_flatten(components.provenance),
         )
     )

@@ -76,9 +76,9 @@ class Study:
         values = [] if self.explained is None else [self.explained[t.index] for t in summary.top]
         return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
 
-    def effect(self, j: int) -> Effect | None:
-        """Its perturbation effect, where one is given."""
-        return self.extras.effects.get(j)
+    def effect(self, *components: int) -> Effect | None:
+        """The effect of moving along a component, or a group of components, where one is given."""
+        return self.extras.effects.get(components)
 
     def strategy(self, j: int) -> Node | None:
         """The coloured strategy it belongs to, where there are several."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from npeff.parameter_vectors import not_recovered
 from npeff.reports.selection import ACTIVE, at_random, middle
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Summary:
         histogram: Counts of the non-zero coefficients in bins of equal width up to the largest.
         profile: ``(C,)`` share of the component's weight per predicted class.
         blocks: ``(parameter, share of ‖g_j‖²)``, largest first, the rest summed under the name ``None``.
-        block_energy: Share of ‖g_j‖² of every parameter.
+        block_energy: Share of ‖g_j‖² of every parameter; empty where the vector in parameter space was not recovered.
     """
 
     j: int
@@ -144,7 +145,7 @@ def _summary(components: Components, j: int, share: float, k: int, seed: int) ->
     counts = np.unique([t.prediction for t in top], return_counts=True)[1] if top else np.zeros(1)
     classes = _classes(labels[active], predictions[active])
     n_classes = components.logits.shape[1]
-    blocks = components.block_energy(j)
+    blocks = {} if j in not_recovered(components) else components.block_energy(j)
     profile = np.bincount(predictions[seen], w[seen], minlength=n_classes) / (float(w.sum()) or 1.0)
     return Summary(
         j=j,

@@ -19,6 +19,8 @@ class ClassNames:
 
 def percent(share: float) -> str:
     """A share as a percentage with two significant digits."""
+    if share < 0:
+        return f"−{percent(-share)}"
     value = 100 * share
     if value >= 9.95 or value == 0:
         return f"{value:.0f} %"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from npeff.short_repr import short_repr
 from npeff.solver.forms import State
 
 
@@ -28,6 +29,8 @@ class Progress:
     loss: float
     best: float
     seconds: float
+
+    __repr__ = short_repr
 
 
 Callback = Callable[[Progress], Any]

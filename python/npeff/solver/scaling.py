@@ -165,7 +165,10 @@ def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, f
         what = "sketches" if fishers.sketch is not None else "inner products"
         raise ArgumentError(
             f"block_weights: {what} mix all parameters, so that none can be weighted afterwards; use "
-            "block_weights='energy', or compute the Fishers with TopK(k) or compress=None"
+            "block_weights='energy' (the default). Otherwise compute the Fishers again, in one of two ways: with "
+            "parameters=[…] (npeff fishers --parameters PATTERN) for the blocks that should count, the others left "
+            "out; or with TopK(k) (--top-k N), which keeps k numbers per example however large the model is, and can "
+            "be weighted afterwards"
         )
     names = fishers.parameters.names
     if choice == "balanced":

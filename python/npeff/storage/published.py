@@ -112,10 +112,11 @@ def write_published(
     path = path_of(path)
     check_target(path)
     elsewhere = isinstance(item, Fishers) and item.kept_elsewhere
-    if elsewhere or getattr(item, "compression", None) in ("sketch", "gram"):
+    if elsewhere:
         raise StorageError(
-            f"{path}: the published layouts hold rows and vectors in parameter space, and these are sketches or inner "
-            "products; save them in npeff's own format"
+            f"{path}: the published layouts hold rows in parameter space, and these are sketches or inner products, "
+            "from which the rows do not come back; compute Fishers with TopK(k) or compress=None (npeff fishers "
+            "--top-k N or --exact) for that"
         )
     if isinstance(item, Fishers):
         layout, data, attributes = plan_fishers(item, path, variable)

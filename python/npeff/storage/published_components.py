@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from npeff.errors import ArgumentError, StorageError
 from npeff.fishers import Fishers, Kind
+from npeff.parameter_vectors import check_recovered
 from npeff.storage.hdf5 import Data
 from npeff.storage.published_fishers import INT32, Plan, attribute, dataset, number, unnamed
 
@@ -138,6 +139,7 @@ def plan_decomposition(components: Components, path: Path, sparse: bool | None) 
     """The layout, datasets and attributes that hold ``components``.
 
     Raises:
+        ArgumentError: Their vectors in parameter space were not recovered.
         StorageError: They were fitted with weights per parameter, which the layouts cannot say, or indices do
             not fit.
     """
@@ -152,6 +154,9 @@ def plan_decomposition(components: Components, path: Path, sparse: bool | None) 
         )
     columns = np.arange(m) if components.columns is None else components.columns
     vectors = components.vectors
+    check_recovered(components, range(components.n_components))
+    if components.compression in ("sketch", "gram"):  # factorised elsewhere: what was recovered counts
+        vectors = np.stack([components.vector(j) for j in range(components.n_components)])
     data = [Data.of("data/W", components.coefficients, "<f4")]
     if components.kind == "low_rank":
         data += [Data.of("data/G", vectors, "<f4"), Data.of("data/new_to_old_col_indices", columns, "<i4")]

@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 from npeff.components import Components
 from npeff.fishers import Fishers
+from npeff.rows import GramRows
+from npeff.trust.inner_products import InnerProducts
 
 Array = npt.NDArray[Any]
 
@@ -18,7 +20,8 @@ def explained(components: Components, fishers: Fishers) -> Array:
 
     Args:
         components: A decomposition.
-        fishers: Fishers of the same parameters, of the decomposed examples or of others.
+        fishers: Fishers of the same parameters, of the decomposed examples or of others; where they keep inner products
+            alone, those that the components were made from.
 
     Returns:
         ``(n,)`` float64 in [0, 1]: 1 when the components say all, 0 when they say nothing; NaN for a zero Fisher.
@@ -26,6 +29,9 @@ def explained(components: Components, fishers: Fishers) -> Array:
     Raises:
         ArgumentError: Kind or parameters differ.
     """
-    share = 1 - components.encode(fishers).unexplained
+    if isinstance(fishers.rows, GramRows):
+        share = InnerProducts(fishers, components).explained()
+    else:
+        share = 1 - components.encode(fishers).unexplained
     share[fishers.zero] = np.nan
     return np.asarray(np.clip(share, 0, 1))

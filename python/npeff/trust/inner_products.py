@@ -40,8 +40,9 @@ class InnerProducts:
                 "fishers: inner products alone (GramOnly) say nothing about other examples; expected those that the "
                 "components were made from"
             )
-        self.K, self.offsets = fishers.rows.values, np.asarray(fishers.row_offsets)
-        self.factors = scale(fishers, "energy", components.provenance.get("normalize", "stored")).row_factors
+        self.K, self.offsets = fishers.rows.values, np.array(fishers.row_offsets)  # torch wants it writable
+        scaled = scale(fishers, "energy", components.provenance.get("normalize", "stored"))
+        self.factors, self.norms = scaled.row_factors, scaled.fisher_norms
         self.weights = self.combinations(components, np.arange(len(fishers)))
 
     def combinations(self, components: Components, examples: Array) -> Array:
@@ -75,6 +76,15 @@ class InnerProducts:
         return np.asarray(
             kernels.nnls(gram, kernels.cross(P, torch.from_numpy(self.offsets)), exact=True).w.float().numpy()
         )
+
+    def explained(self) -> Array:
+        """``(n,)`` float64 ``1 − ‖F_i − Σ_j w_ij C_j‖² / ‖F_i‖²`` with the best w_ij ≥ 0."""
+        Kc = self._times(self.weights)
+        cross = kernels.cross(torch.from_numpy(Kc * self.factors[:, None]), torch.from_numpy(self.offsets))
+        gram = torch.from_numpy(self.weights.T @ Kc) ** 2
+        w = kernels.nnls(gram, cross, exact=True).w
+        told = (2 * (w * cross).sum(1) - ((w @ gram) * w).sum(1)).numpy()
+        return np.asarray(told / np.maximum(self.norms**2, 1e-30))
 
     def _times(self, c: Array) -> Array:
         """``K c`` in float64, some rows of K at a time."""

@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.components import Components
+from npeff.compress import sketch_of
 from npeff.errors import ArgumentError
+from npeff.parameter_vectors import check_recovered
 
 Array = npt.NDArray[Any]
 
@@ -19,7 +21,8 @@ COLUMNS = 1 << 16
 def similarity(a: Components, b: Components) -> Array:
     """|cos| between the vectors of two decompositions of the same parameters.
 
-    The vectors are compared as they were factorised, on the columns that either kept.
+    The vectors are compared as they were factorised, on the columns that either kept; those of different sketches, or
+    of inner products alone, as they were recovered in parameter space.
 
     Args:
         a: Components, ``r_a`` of them.
@@ -29,14 +32,14 @@ def similarity(a: Components, b: Components) -> Array:
         ``(r_a, r_b)`` float64 in [0, 1].
 
     Raises:
-        ArgumentError: Kind, parameters or block weights differ.
+        ArgumentError: Kind, parameters or block weights differ, or vectors have to be recovered first.
     """
     if a.kind != b.kind or a.parameters != b.parameters:
         raise ArgumentError(
             f"b: expected {a.kind} components of {a.n_parameters:,} parameters like a, got {b.kind} ones of "
             f"{b.n_parameters:,}; compare decompositions of the same Fishers or of parts of them"
         )
-    va, vb = a.vectors, b.vectors
+    va, vb = _comparable(a, b)
     if a.columns is not None or b.columns is not None:
         everything = np.arange(a.n_parameters)
         ca, cb = (everything if x.columns is None else np.asarray(x.columns) for x in (a, b))
@@ -49,6 +52,22 @@ def similarity(a: Components, b: Components) -> Array:
         products += va[:, ia[part]].astype(np.float64) @ vb[:, ib[part]].astype(np.float64).T
     norms = np.outer(*(np.sqrt(np.einsum("ij,ij->i", v, v, dtype=np.float64)) for v in (va, vb)))
     return np.asarray(np.minimum(np.abs(products) / np.maximum(norms, 1e-30), 1.0))
+
+
+def _comparable(a: Components, b: Components) -> tuple[Array, Array]:
+    """The vectors of both in one space: as factorised, or recovered in parameter space.
+
+    Raises:
+        ArgumentError: They were factorised in different spaces, and were not all recovered.
+    """
+    elsewhere = [x.compression in ("sketch", "gram") for x in (a, b)]
+    sketches = [sketch_of(x.provenance.get("fishers", {})) for x in (a, b)]
+    if not any(elsewhere) or (sketches[0] is not None and sketches[0] == sketches[1]):
+        return a.vectors, b.vectors
+    for x in (a, b):
+        check_recovered(x, range(x.n_components))
+    found = [x.vectors if x.columns is not None else np.stack([x.vector(j) for j in range(len(x))]) for x in (a, b)]
+    return found[0], found[1]
 
 
 def match(a: Components, b: Components) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from npeff.components import Components
 from npeff.errors import ArgumentError
 from npeff.fishers import Fishers
-from npeff.rows import DenseRows, Rows, SparseRows
+from npeff.rows import DenseRows, GramRows, Rows, SparseRows
 from npeff.trust.stability import options_of
 
 Array = npt.NDArray[Any]
@@ -35,6 +35,11 @@ class NullModel:
     losses: Array
     energy: Array
     energies: Array
+
+    def __repr__(self) -> str:
+        above = f"{int(self.above.sum())} of {len(self.energy)} components above chance"
+        losses = f"loss {self.loss:.4f}, of shuffled Fishers {self.losses.mean():.4f}"
+        return f"NullModel({len(self.losses)} shuffles: {above}, {losses})"
 
     @property
     def threshold(self) -> float:
@@ -77,6 +82,11 @@ def null_model(
 
     if repeats < 1:
         raise ArgumentError(f"repeats: expected at least 1, got {repeats}")
+    if isinstance(fishers.rows, GramRows):
+        raise ArgumentError(
+            "fishers: inner products alone (GramOnly) have no entries that could be shuffled; compute Fishers with "
+            "compress=None, TopK(k) or Sketch(d) for a null model"
+        )
     components._check_compatible(fishers)
     options = {**options_of(components), **options, "progress": False}
     losses, energies = [], []

@@ -15,7 +15,8 @@ from npeff import kernels
 from npeff.components import Components, statistics
 from npeff.errors import ArgumentError
 from npeff.fishers import Fishers
-from npeff.rows import DenseRows, SparseRows
+from npeff.rows import DenseRows, GramRows, SparseRows
+from npeff.short_repr import several
 from npeff.solver.scaling import ScaledRows, fisher_norms, keep_columns
 
 Array = npt.NDArray[Any]
@@ -36,6 +37,12 @@ class Selection:
     train: Array
     held_out: Array
     chosen: int
+
+    def __repr__(self) -> str:
+        folds = len(self.held_out)
+        loss = float(self.held_out[:, self.n_components.index(self.chosen)].mean())
+        numbers = several(self.n_components)
+        return f"Selection(chosen {self.chosen} of {numbers}; held-out loss {loss:.4f}, mean of {folds} folds)"
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able description."""
@@ -75,6 +82,12 @@ def select(
     """
     from npeff.decomposition import decompose
 
+    if isinstance(fishers.rows, GramRows):
+        raise ArgumentError(
+            "fishers: inner products alone (GramOnly) cannot be split into halves of the parameters, on which the "
+            "number of components is judged; compute Fishers with compress=None, TopK(k) or Sketch(d) (--exact, "
+            "--top-k, --sketch), or choose the number yourself"
+        )
     numbers = tuple(sorted({int(r) for r in n_components}))
     if not numbers or numbers[0] < 1:
         raise ArgumentError(f"n_components: expected numbers of at least 1, got {list(n_components)!r}")

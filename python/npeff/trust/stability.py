@@ -39,6 +39,14 @@ class Stability:
     strategies: dict[int, float]
     share: float
 
+    def __repr__(self) -> str:
+        repeats, r = self.cosines.shape
+        back = self.components
+        found = f"mean |cos| {back.mean():.2f}, lowest {back.min():.2f}" if r else "no components"
+        n = self.n_strategies
+        groups = f"{n} strategies come back best (adjusted Rand index {self.strategies[n]:.2f})"
+        return f"Stability({r} components, {repeats} parts of {self.share:.0%} of the examples: {found}; {groups})"
+
     @property
     def components(self) -> Array:
         """``(r,)`` float64 mean |cos| of each component with its partners; 1: it always comes back."""

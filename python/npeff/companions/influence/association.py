@@ -15,6 +15,7 @@ from torch import Tensor
 
 from npeff.companions.influence.solvers.base import check_count
 from npeff.errors import ArgumentError
+from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
 Words = Sequence[int] | Sequence[str] | Array | Tensor
@@ -37,6 +38,8 @@ class Weat:
     statistic: float
     exact: bool
     associations: Array
+
+    __repr__ = short_repr
 
 
 def associations(embeddings: Tensor, words: Tensor, a: Tensor, b: Tensor) -> Tensor:

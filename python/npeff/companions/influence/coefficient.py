@@ -19,6 +19,8 @@ from npeff.companions.influence.scores import Array, Scores
 from npeff.components import Components
 from npeff.digests import model_digest
 from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.parameter_vectors import check_recovered
+from npeff.short_repr import short_repr
 from npeff.solver.scaling import column_factors
 
 Surrogate = Literal["coefficient", "cross"]
@@ -44,7 +46,7 @@ class Coefficient:
         forward: As in :func:`npeff.compute_fishers`.
 
     Raises:
-        ArgumentError: An argument has another value.
+        ArgumentError: An argument has another value, or the components' vectors were not recovered.
         DataError: The components' Fishers are not expectations over the model's own predictions.
     """
 
@@ -70,10 +72,15 @@ class Coefficient:
         self._normalize = components.provenance.get("normalize", "stored")
         self._diagonal = components.kind == "diagonal"
         self._names = components.parameters.names
-        m = components.n_parameters
-        self._vectors = torch.zeros((components.n_components, m), dtype=torch.float64)
-        columns = slice(None) if components.columns is None else torch.from_numpy(np.array(components.columns))
-        self._vectors[:, columns] = torch.from_numpy(np.array(components.vectors, np.float64))
+        r, m = components.n_components, components.n_parameters
+        self._vectors = torch.zeros((r, m), dtype=torch.float64)
+        if components.compression in ("sketch", "gram"):
+            check_recovered(components, range(r))
+            for k in range(r):
+                self._vectors[k] = torch.from_numpy(components.vector(k)).double()
+        else:
+            columns = slice(None) if components.columns is None else torch.from_numpy(np.array(components.columns))
+            self._vectors[:, columns] = torch.from_numpy(np.array(components.vectors, np.float64))
         self._gram = self._vectors @ self._vectors.T
         if not self._diagonal:
             self._gram = self._gram.square()
@@ -178,6 +185,8 @@ class ComponentInfluence:
     coefficients: Array
 
     by: ClassVar[str] = "influence on its coefficients; + training on the example raises them"
+
+    __repr__ = short_repr
 
     def made_by(self, k: int = 16) -> Array:
         """The training examples that raise the coefficients of the top examples most, summed over these."""

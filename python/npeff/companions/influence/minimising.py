@@ -16,6 +16,7 @@ from npeff.companions.influence.solvers.base import check_positive
 from npeff.companions.influence.solvers.exact import dense_hessian
 from npeff.errors import ArgumentError
 from npeff.gradients.selection import placed, select_parameters
+from npeff.short_repr import short_repr
 
 NEWTON_PARAMETERS = 3000
 """Up to so many parameters Newton's steps finish what L-BFGS began."""
@@ -34,6 +35,8 @@ class Minimum:
     value: float
     gradient_norm: float
     steps: int
+
+    __repr__ = short_repr
 
 
 def minimise(

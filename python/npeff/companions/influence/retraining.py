@@ -17,6 +17,7 @@ from npeff.companions.influence.losses import Examples, Loss, call_loss, check_l
 from npeff.companions.influence.minimising import Weighted
 from npeff.companions.influence.solvers.base import check_positive
 from npeff.gradients.selection import placed
+from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
 
@@ -34,6 +35,8 @@ class Retrained:
     changes: Array
     gradient_norms: Array
     before: Array
+
+    __repr__ = short_repr
 
 
 def leave_out(

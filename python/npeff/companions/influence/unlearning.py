@@ -16,6 +16,7 @@ from npeff.companions.influence.solvers.base import check_count, check_positive
 from npeff.errors import ArgumentError
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.selection import placed, select_parameters
+from npeff.short_repr import short_repr
 
 Measure = Callable[[nn.Module], float]
 
@@ -39,6 +40,8 @@ class Unlearned:
     history: tuple[float, ...]
     harmful_loss: tuple[float, float]
     helpful_loss: tuple[float, float]
+
+    __repr__ = short_repr
 
 
 def unlearn(

@@ -18,6 +18,7 @@ from npeff.companions.linearize.program import Frozen
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.gradients.factors import Likelihood, check_meaning
 from npeff.perturbation.outputs import curvature
+from npeff.short_repr import short_repr
 
 if TYPE_CHECKING:
     from npeff.components import Components
@@ -52,6 +53,8 @@ class ComponentAttribution:
     outputs: Tensor
     sensitivity: Tensor
     frozen: tuple[Frozen, ...]
+
+    __repr__ = short_repr
 
     def residual(self) -> float:
         """The largest |Σ maps + bias − change|, over the largest |change|."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from npeff.errors import ModelError
+from npeff.short_repr import short_repr
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Frozen:
     kind: str
     operation: str
     held: str
+
+    __repr__ = short_repr
 
     def __str__(self) -> str:
         return f"{self.module or 'the model itself'} ({self.kind}): {self.operation}, {self.held} held"

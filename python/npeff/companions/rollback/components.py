@@ -11,6 +11,7 @@ from torch import Tensor
 
 from npeff.companions.rollback.explaining import Explainer
 from npeff.errors import ArgumentError
+from npeff.short_repr import short_repr
 
 if TYPE_CHECKING:
     from npeff.components import Components
@@ -36,6 +37,8 @@ class ComponentRollback:
     examples: Array
     _names: tuple[list[str], ...] | None = field(default=None, repr=False)
     _train: Array | None = field(default=None, repr=False)
+
+    __repr__ = short_repr
 
     def made_by(self, k: int = 16) -> Array:
         """Positions of the k training examples with the largest support, ties by position, int64."""

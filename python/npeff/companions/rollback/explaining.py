@@ -14,6 +14,7 @@ from torch import Tensor
 from npeff.companions.rollback.models import FactorModel
 from npeff.companions.rollback.record import Record
 from npeff.errors import ArgumentError
+from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
 
@@ -35,6 +36,8 @@ class Explanation:
     positions: Array
     influences: Array
     n_candidates: int
+
+    __repr__ = short_repr
 
     def __len__(self) -> int:
         return len(self.positions)

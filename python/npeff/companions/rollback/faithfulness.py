@@ -14,6 +14,7 @@ from npeff.companions.rollback.explaining import Explainer, Explanation
 from npeff.companions.rollback.models import FactorModel
 from npeff.companions.rollback.training import REPLICA_BYTES, retrain
 from npeff.errors import ArgumentError
+from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
 Retrain = Callable[[Array], FactorModel]
@@ -38,6 +39,8 @@ class Faithfulness:
     top_before: Array
     top_after: Array
     explanations: list[Explanation]
+
+    __repr__ = short_repr
 
     @property
     def pd(self) -> float:

@@ -11,6 +11,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from npeff.short_repr import short_repr
 from npeff.storage.files import explain, reserve
 from npeff.storage.hdf5 import CHUNK_BYTES, Data
 
@@ -30,6 +31,8 @@ class Moves:
     offsets: Array
     rows: Array
     values: Array
+
+    __repr__ = short_repr
 
     def of(self, examples: Array) -> tuple[Array, Array, Array]:
         """The entries of some examples.

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import DataError, StorageError
+from npeff.short_repr import short_repr
 from npeff.storage.files import path_of
 
 Array = npt.NDArray[Any]
@@ -76,6 +77,8 @@ class Vocabulary:
 
     entities: tuple[str, ...]
     relations: tuple[str, ...]
+
+    __repr__ = short_repr
 
     @classmethod
     def of(cls, triples: Iterable[Triple]) -> Vocabulary:

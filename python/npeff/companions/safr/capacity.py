@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from npeff.errors import ArgumentError
+from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
 
@@ -52,6 +53,8 @@ class CapacityMap:
     units: Array
     shares: Array
     importance: Array
+
+    __repr__ = short_repr
 
     def figure(self) -> Any:
         """A matplotlib figure: tokens down, units across, dark where a unit carries much of a token."""

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from npeff.companions.safr.regularizer import SAFRRegularizer
 from npeff.companions.safr.vmask import VMask
 from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.short_repr import short_repr
 
 Split = tuple[Tensor, Tensor, Tensor]
 """Token ids ``(n, length)``, mask ``(n, length)`` true for real tokens, labels ``(n,)``."""
@@ -94,6 +95,8 @@ class History:
     accuracy: list[float] = field(default_factory=list)
     terms: list[dict[str, float]] = field(default_factory=list)
     best: int = 0
+
+    __repr__ = short_repr
 
 
 Keep = Literal["loss", "accuracy"]

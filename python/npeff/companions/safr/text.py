@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from npeff.errors import ArgumentError, DataError
+from npeff.short_repr import short_repr
 
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?|[!?]")
 PADDING, UNKNOWN = 0, 1
@@ -31,6 +32,8 @@ class WordVocabulary:
     """
 
     words: tuple[str, ...]
+
+    __repr__ = short_repr
 
     @classmethod
     def of(cls, texts: Iterable[str], size: int = 8000, least: int = 2) -> WordVocabulary:

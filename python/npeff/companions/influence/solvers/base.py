@@ -11,6 +11,7 @@ from torch import Tensor
 
 from npeff.companions.influence.objective import Objective
 from npeff.errors import ArgumentError
+from npeff.short_repr import short_repr
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Solution:
     x: Tensor
     residual: Tensor
     iterations: int = 0
+
+    __repr__ = short_repr
 
 
 class Inverse(ABC):
