@@ -35,13 +35,11 @@ def read_json(path: Path | str, expected: type | tuple[type, ...] = dict, *, fin
     """
     path = Path(path)
     check_regular(path)
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise StorageError(f"{path}: expected at most {MOST_BYTES:,} bytes of JSON, got {size:,}")
     try:
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise StorageError(f"{path}: expected at most {MOST_BYTES:,} bytes of JSON, got {size:,}")
         raw = path.read_bytes()
     except OSError as error:
-        if isinstance(error, StorageError):
-            raise
         raise StorageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     return parse_json(raw, str(path), expected, finite=finite)
 
@@ -63,7 +61,7 @@ def parse_json(raw: bytes | str, where: str, expected: type | tuple[type, ...] =
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise StorageError(f"{where}: damaged: expected JSON ({error})") from error
+        raise StorageError(f"{where} is damaged: expected JSON ({error})") from error
     _check_nodes(value, where, finite)
     return expect(value, where, expected)
 
@@ -79,7 +77,7 @@ def _check_nodes(value: Any, where: str, finite: bool) -> None:
         if finite:
             for node in level:
                 if type(node) is float and not math.isfinite(node):
-                    raise StorageError(f"{where}: damaged: expected finite numbers, got {node}")
+                    raise StorageError(f"{where} is damaged: expected finite numbers, got {node}")
         level = [
             child
             for node in level
@@ -88,7 +86,7 @@ def _check_nodes(value: Any, where: str, finite: bool) -> None:
         ]
         if not level:
             return
-    raise StorageError(f"{where}: damaged: expected at most {MOST_DEPTH} levels of JSON")
+    raise StorageError(f"{where} is damaged: expected at most {MOST_DEPTH} levels of JSON")
 
 
 def expect(value: Any, where: str, expected: type | tuple[type, ...]) -> Any:
@@ -107,7 +105,7 @@ def expect(value: Any, where: str, expected: type | tuple[type, ...]) -> Any:
     if object in types or type(value) in wide:
         return value
     names = " or ".join(_NAMES[item] for item in types)
-    raise StorageError(f"{where}: damaged: expected {names}, got {_NAMES.get(type(value), type(value).__name__)}")
+    raise StorageError(f"{where} is damaged: expected {names}, got {_NAMES.get(type(value), type(value).__name__)}")
 
 
 def item(document: dict[str, Any], key: str, where: str, expected: type | tuple[type, ...]) -> Any:
@@ -124,7 +122,7 @@ def item(document: dict[str, Any], key: str, where: str, expected: type | tuple[
     """
     types = expected if isinstance(expected, tuple) else (expected,)
     if key not in document and type(None) not in types:
-        raise StorageError(f"{where}: damaged: {key!r} is missing")
+        raise StorageError(f"{where} is damaged: {key!r} is missing")
     return expect(document.get(key), f"{where}, {key!r}", expected)
 
 
