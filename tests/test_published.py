@@ -206,10 +206,10 @@ def put(name, value, where=...):
         ("low_rank_fishers", put("data/col_offsets", 5), "col_offsets are neither"),
         ("low_rank_fishers", put("data/row_indices", 99), "outside 0 … 16"),
         ("low_rank_fishers", put("data/row_indices", 1), "two entries for one parameter"),
-        ("low_rank_fishers", delete("data/pef_frobenius_norms"), "data/pef_frobenius_norms is missing"),
+        ("low_rank_fishers", delete("data/pef_frobenius_norms"), "'data/pef_frobenius_norms' is missing"),
         ("low_rank_fishers", delete("data/logits"), "data/logits or data/predicted_logits is missing"),
-        ("low_rank_fishers", lambda f: f["data"].attrs.clear(), "attribute n_parameters of data is missing"),
-        ("low_rank_fishers_variable", put("data/ranks", 9), "9 9 9 9|ranks, in sum 36"),
+        ("low_rank_fishers", lambda f: f["data"].attrs.clear(), "attribute 'data@n_parameters' is missing"),
+        ("low_rank_fishers_variable", put("data/ranks", 9), "'data/ranks' is damaged: expected numbers ≤ 7, n_rows, got 9"),
         ("low_rank_fishers_variable", put("data/col_sizes", 9, 0), "has more than its 6 entries"),
         ("diagonal_fishers", put("data/fisher/indices", -1), "outside 0 … 16"),
     ],
@@ -228,7 +228,9 @@ def test_wrong_lengths_are_named(tmp_path):
         del f["data/labels"]
         f["data/labels"] = [1]
 
-    damage(path, shorten, r"3 examples, but labels of shape \(1,\)")
+    damage(
+        path, shorten, r"'data/labels' is damaged: expected the shape \(n_examples\) with n_examples = 3, got \(1,\)"
+    )
 
 
 def test_labels_may_be_missing(tmp_path):
@@ -366,10 +368,22 @@ def test_more_columns_than_g_has(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "change", "match"),
     [
-        ("low_rank_decomposition", delete("data/G"), "data/G is missing"),
-        ("low_rank_decomposition", put("data/new_to_old_col_indices", 99), "outside 0 … 16"),
-        ("diagonal_decomposition:sparse", put("data/H/row_indices", 0), "sparse H of shape"),
-        ("diagonal_decomposition:sparse", put("data/H/column_indices", 9), "column of sparse H"),
+        ("low_rank_decomposition", delete("data/G"), "'data/G' is missing"),
+        (
+            "low_rank_decomposition",
+            put("data/new_to_old_col_indices", 99),
+            "expected numbers < 17, n_parameters, got 99",
+        ),
+        (
+            "diagonal_decomposition:sparse",
+            put("data/H/row_indices", 0),
+            "'data/H/row_indices' is damaged: expected offsets up to 3",
+        ),
+        (
+            "diagonal_decomposition:sparse",
+            put("data/H/column_indices", 9),
+            "'data/H/column_indices' is damaged: expected numbers < 4, n_columns, got 9",
+        ),
     ],
 )
 def test_contradictions_in_decompositions_are_named(tmp_path, layout, change, match):
@@ -384,9 +398,9 @@ def test_decompositions_that_do_not_fit(tmp_path):
 
     def widen(f):
         del f["data/W"]
-        f["data/W"] = numbers(5, 7)
+        f["data/W"] = np.abs(numbers(5, 7))
 
-    damage(path, widen, r"W \(5, 7\), vectors \(2, 4\) and 4 columns")
+    damage(path, widen, r"'data/G' is damaged: .* with n_components = 7.*, got \(2, 4\)")
 
 
 def test_block_weights_have_no_place(tmp_path):

@@ -298,7 +298,7 @@ def test_a_newer_or_damaged_header(tmp_path):
     with pytest.raises(NewerFileError, match="upgrade npeff"):
         write(out)
     header.write_text("{")
-    with pytest.raises(StorageError, match=r"damaged .*remove .*parts to start anew"):
+    with pytest.raises(StorageError, match=r"damaged.*remove .*parts to start anew"):
         write(out)
 
 

@@ -58,6 +58,8 @@ class Components:
         row_offsets: ``(n + 1,)`` int64: example i has ``row_weights[row_offsets[i]:row_offsets[i + 1]]``.
         recovered: ``(k,)`` int64 components with known vectors in parameter space, where ``vectors`` are none.
         recovered_vectors: ``(k, n_parameters)`` float32, unit rows.
+        seconds: Wall-clock seconds that ``"building"`` the space and ``"solving"`` took; empty where a file was opened:
+            files of the same run are equal byte for byte.
     """
 
     kind: Kind
@@ -77,6 +79,7 @@ class Components:
     row_offsets: Array | None = None
     recovered: Array | None = None
     recovered_vectors: Array | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.n_components
@@ -313,6 +316,7 @@ class Components:
         )
 
     def _check_compatible(self, fishers: Fishers) -> None:
+        fishers.verify()
         if isinstance(fishers.rows, GramRows) or self.compression == "gram":
             raise ArgumentError(
                 "fishers: inner products alone (GramOnly) say nothing about other examples; compute Fishers with "
@@ -363,6 +367,7 @@ class Components:
     def from_parts(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> Components:
         """The inverse of :meth:`to_arrays` and :meth:`meta`."""
         names = ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
+        own: dict[str, Any] = {name: arrays[name] for name in (*names, *OPTIONAL[1:]) if name in arrays}
         return cls(
             kind=meta["kind"],
             block_weights=meta["block_weights"],
@@ -370,5 +375,5 @@ class Components:
             loss=float(meta["loss"]),
             provenance=dict(meta["provenance"]),
             columns=arrays.get("columns"),
-            **{name: arrays[name] for name in (*names, *(name for name in OPTIONAL[1:] if name in arrays))},
+            **own,
         )

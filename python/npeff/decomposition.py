@@ -222,6 +222,7 @@ def components_of(problem: Problem, state: State, curve: list[float], course: di
             "normalize": problem.options.normalize,
             "course": course,
         },
+        seconds={"building": problem.seconds_building, "solving": problem.seconds_solving},
         row_weights=weights,
         row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
     )

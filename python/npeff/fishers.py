@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,8 @@ class Fishers:
         provenance: Model digest, options, versions: enough to compute the same again.
         coverage: Per parameter, the gradient rule that served it, and why.
         path: The file this was opened from, if any.
+        check: Checks rows that were too large to be checked when the file was opened: some of them, or with None all,
+            once; None where nothing is left to check.
     """
 
     kind: Kind
@@ -73,6 +76,7 @@ class Fishers:
     provenance: dict[str, Any] = field(default_factory=dict)
     coverage: list[dict[str, str]] = field(default_factory=list)
     path: Path | None = None
+    check: Callable[[Rows | None], None] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.row_offsets) - 1
@@ -92,6 +96,23 @@ class Fishers:
         if self.sketch is not None:
             size += f", {self.sketch}"
         return f"Fishers({len(self)} examples, {self.kind}, {size}, {type(self.rows).__name__})"
+
+    def verify(self) -> None:
+        """Make sure that rows mapped from a large file are what was written, before all of them are used.
+
+        Every number is read once and checked, and compared with the checksum in the file. ``decompose``, ``encode``,
+        ``save`` and whatever else uses all rows call this; files up to 256 MiB were checked when they were opened.
+
+        Raises:
+            StorageError: The file is damaged.
+        """
+        if self.check is not None:
+            self.check(None)
+
+    def _checked(self, rows: Rows) -> Rows:
+        if self.check is not None:
+            self.check(rows)
+        return rows
 
     @property
     def n_parameters(self) -> int:
@@ -141,7 +162,8 @@ class Fishers:
         if not isinstance(i, int | np.integer) or not -len(self) <= i < len(self):
             raise ArgumentError(f"i: expected an example below {len(self)}, got {i!r}")
         i %= len(self)
-        block = self.rows.dense(int(self.row_offsets[i]), int(self.row_offsets[i + 1]))
+        start, stop = int(self.row_offsets[i]), int(self.row_offsets[i + 1])
+        block = self._checked(self.rows.part(start, stop)).dense(0, stop - start)
         return block[0] if self.kind == "diagonal" else block
 
     def __getitem__(self, which: Any) -> Fishers:
@@ -161,13 +183,14 @@ class Fishers:
         rows = np.arange(offsets[-1]) + np.repeat(self.row_offsets[examples] - offsets[:-1], ranks)
         return replace(
             self,
-            rows=self.rows.take(rows),
+            rows=self._checked(self.rows.take(rows)),
             row_offsets=offsets,
             norms=self.norms[examples],
             logits=self.logits[examples],
             labels=self.labels[examples],
             ids=self.ids[examples],
             path=None,
+            check=None,
         )
 
     def filter(self, *, wrong: bool | None = None) -> Fishers:

@@ -55,8 +55,10 @@ def block(fishers: Fishers, start: int, stop: int) -> Fishers:
     rows = fishers.rows
     part = rows.part(first, last) if isinstance(rows, SparseRows) else DenseRows(rows.values[first:last])
     arrays = {name: getattr(fishers, name)[start:stop] for name in ("norms", "logits", "labels", "ids")}
+    if fishers.check is not None:  # every process checks its own rows
+        fishers.check(part)
     offsets = np.asarray(fishers.row_offsets[start : stop + 1]) - first
-    return replace(fishers, rows=part, row_offsets=offsets, path=None, **arrays)
+    return replace(fishers, rows=part, row_offsets=offsets, path=None, check=None, **arrays)
 
 
 def scaled_block(

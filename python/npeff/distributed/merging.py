@@ -14,7 +14,8 @@ from npeff.errors import ResumeError, StorageError
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import atomic
 from npeff.storage.hdf5 import Data
-from npeff.storage.store import EXAMPLE_ARRAYS, write_fishers
+from npeff.storage.parts import batches_in
+from npeff.storage.store import EXAMPLE_ARRAYS, fishers_in, write_fishers
 from npeff.streamed_rows import forget
 
 Array = npt.NDArray[Any]
@@ -39,7 +40,10 @@ def merge_shares(out: Path, n_shares: int) -> None:
     """
     paths = [share_path(out, (k, n_shares)) for k in range(n_shares)]
     found = [open_container(path) if path.exists() else None for path in paths]
-    lengths = [0 if share is None else len(share.json("batches")) for share in found]
+    for share in found:
+        if share is not None:
+            fishers_in(share).verify()
+    lengths = [0 if share is None else len(batches_in(share)) for share in found]
     n_batches = sum(lengths)
     if not n_batches or lengths != [len(range(k, n_batches, n_shares)) for k in range(n_shares)]:
         raise StorageError(
@@ -48,7 +52,7 @@ def merge_shares(out: Path, n_shares: int) -> None:
         )
     shares = [share for share in found if share is not None]  # those that have no batch come last
     header = _common_header(shares)
-    batches = [share.json("batches") for share in shares]
+    batches = [batches_in(share) for share in shares]
     order = [(number % n_shares, number // n_shares) for number in range(n_batches)]
     if out.exists():
         raise StorageError(
@@ -60,7 +64,7 @@ def merge_shares(out: Path, n_shares: int) -> None:
             scratch,
             header,
             _coverage([share.json("coverage") for share in shares]),
-            [batches[k][i] for k, i in order],
+            [list(batches[k][i]) for k, i in order],
             _joined(shares, batches, order),
         )
 
@@ -75,7 +79,7 @@ def _common_header(shares: Sequence[Container]) -> dict[str, Any]:
     headers = []
     for share in shares:
         provenance = copy.deepcopy(share.json("provenance"))
-        provenance["options"].pop("share", None)
+        (provenance.get("options") or {}).pop("share", None)
         headers.append(
             {
                 "kind": share.attributes["kind"],

@@ -174,8 +174,8 @@ def tried_search(fishers: Fishers, n_components: int) -> Search:
     if r < 2 or not (fishers.norms[:n] > 0).any():
         return Search()
     start = Timing.now()
-    course = decompose(fishers[:n], r, progress=False).provenance["course"]
-    seconds, steps = course["seconds"], max(1, course["iterations"])
+    found = decompose(fishers[:n], r, progress=False)
+    seconds, steps = found.seconds, max(1, found.provenance["course"]["iterations"])
     share = seconds["solving"] / max(1e-9, seconds["building"] + seconds["solving"])
     per_step = (Timing.now() - start) * (share / steps)
     overhead = per_step - step_seconds(n, int(offsets[n]), r)

@@ -15,8 +15,19 @@ from npeff.rows import SparseRows
 from npeff.solver.course import Memory
 from npeff.solver.forms import State
 from npeff.solver.scaling import ScaledRows
+from npeff.storage.archives import read_npz
+from npeff.storage.documents import item, parse_json
+from npeff.storage.fields import Field, Sizes
 from npeff.storage.files import Lock, atomic, check_target, explain, refuse_link
 from npeff.streamed_rows import StreamedRows
+
+FIELDS = (
+    Field("meta", ("|u1",), ("n_bytes",)),
+    Field("W", ("<f4", "<f8"), ("n_examples", "n_components"), least=0),
+    Field("coords", ("<f4", "<f8"), ("n_components", "n_coordinates")),
+    Field("curve", ("<f8",), ("n_losses",)),
+)
+NUMBERS = ["failures", "iteration", "kept", "unit"]
 
 
 class Checkpoint:
@@ -84,23 +95,50 @@ class Checkpoint:
         if not self._path.exists():
             return None
         try:
-            with np.load(self._path) as file:
-                meta = json.loads(file["meta"].tobytes())
-                W, coords, curve = (torch.from_numpy(file[name]) for name in ("W", "coords", "curve"))
-        except (OSError, ValueError, KeyError) as error:
+            meta, arrays = self._read()
+        except StorageError as error:
             raise StorageError(
                 f"checkpoint: {self._path} is not a readable checkpoint ({error}); remove it or choose another path"
             ) from error
         if meta["key"] != self._key:
-            theirs, ours = meta["key"]["options"], self._key["options"]
+            theirs, ours = meta["key"].get("options"), self._key["options"]
+            theirs = theirs if isinstance(theirs, dict) else {}
             differing = [name for name in ours if theirs.get(name) != ours[name]] or ["the Fishers themselves"]
             raise ResumeError(
                 f"checkpoint: {self._path} is of another run; it differs in {', '.join(differing)}. Remove "
                 "it, or choose another path"
             )
+        r = self._key["options"].get("n_components")
+        if arrays["W"].shape[1] != r:
+            raise StorageError(
+                f"checkpoint: {self._path} is not a readable checkpoint (array 'W' has {arrays['W'].shape[1]} "
+                f"components, not {r}); remove it or choose another path"
+            )
+        W, coords = torch.from_numpy(arrays["W"]), torch.from_numpy(arrays["coords"])
         empty = W.new_zeros(0, 0)
         best = State(W, coords, empty, empty, meta["loss"], meta["frozen"])  # every unit refreshes P and Q
-        return Memory(best=best, curve=curve.tolist(), **meta["numbers"])
+        return Memory(best=best, curve=arrays["curve"].tolist(), **meta["numbers"])
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the file says, and its arrays.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        sizes: Sizes = {}
+        arrays = read_npz(self._path, FIELDS, sizes)
+        where = f"{self._path}: array 'meta'"
+        meta = parse_json(arrays["meta"].tobytes(), where)
+        item(meta, "key", where, dict)
+        if not 0 <= item(meta, "frozen", where, int) <= sizes["n_components"]:
+            raise StorageError(f"{where}, 'frozen', is damaged: expected a number of components, got {meta['frozen']}")
+        item(meta, "loss", where, float)
+        numbers = item(meta, "numbers", where, dict)
+        if sorted(numbers) != NUMBERS or any(item(numbers, name, where, int) < 0 for name in NUMBERS):
+            raise StorageError(
+                f"{where}, 'numbers', is damaged: expected {', '.join(NUMBERS)}, each ≥ 0, got {numbers}"
+            )
+        return meta, arrays
 
     def remove(self) -> None:
         """Delete the file: the search has ended."""

@@ -88,6 +88,7 @@ def checked_and_scaled(
         raise ArgumentError(f"fishers: expected Fishers, got {type(fishers).__name__}; open a file with npeff.load")
     if len(fishers) == 0:
         raise DataError("fishers: there are no examples to decompose")
+    fishers.verify()
     bad = _first_non_finite(fishers.rows.values)
     if bad is not None:
         rows = fishers.rows

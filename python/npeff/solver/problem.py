@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from npeff.distributed.place import comm_of
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, StorageError
 from npeff.fishers import Fishers
 from npeff.rows import GramRows
 from npeff.solver import published_algorithm
@@ -71,6 +71,7 @@ class Problem:
             embedded = None if frozen is None else self.space.embed(frozen)
             self.form = LowRank(self.space, scaled, options.orthogonality, embedded, frozen_W)
         self.seconds_building = time.perf_counter() - began
+        self.seconds_solving = 0.0
 
     def shared(self, space: Any) -> Any:
         """The space as the forms see it: over the rows of all processes, where there are several."""
@@ -125,10 +126,10 @@ class Problem:
                     "moves": max(0, memory.unit - options.starts),
                     "moves_kept": memory.kept,
                 }
-        seconds = {"building": round(self.seconds_building, 3), "solving": round(time.perf_counter() - began, 3)}
+        self.seconds_solving = time.perf_counter() - began
         if self.subspace is not None:
             course["subspace"] = self.subspace
-        return state, curve, course | {"space": self.space.name, "space_reason": self.reason, "seconds": seconds}
+        return state, curve, course | {"space": self.space.name, "space_reason": self.reason}
 
     def _search(self, initial: State | None, checkpoint: str | Path | None, callback: Callback) -> Memory:
         options = self.options
@@ -144,7 +145,15 @@ class Problem:
         if keeper is None:
             return search.run(None, initial)
         with keeper:
-            memory = search.run(keeper.load(), initial)
+            found = keeper.load()
+            if found is not None and found.best is not None:
+                try:
+                    search.form.refresh(found.best)
+                except (ValueError, RuntimeError, IndexError) as error:
+                    raise StorageError(
+                        f"checkpoint: {checkpoint} does not fit the Fishers ({error}); remove it or choose another path"
+                    ) from error
+            memory = search.run(found, initial)
             keeper.remove()
         return memory
 

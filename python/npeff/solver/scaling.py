@@ -121,6 +121,7 @@ def scale(
     Raises:
         ArgumentError: An option has an unknown value, or a weight is negative or matches nothing.
     """
+    fishers.verify()
     weights = resolve_block_weights(fishers, block_weights)
     if normalize not in ("stored", "dense", "none"):
         raise ArgumentError(f"normalize: expected 'stored', 'dense' or 'none', got {normalize!r}")
@@ -148,8 +149,9 @@ def scale(
 
 
 def column_factors(parameters: Parameters, weights: dict[str, float], kind: str) -> Array:
-    """``(m,)`` float32 factor of each row entry: √weight, or the weight itself for diagonal Fishers."""
-    factors = [math.sqrt(weights[p.name]) if kind == "low_rank" else weights[p.name] for p in parameters]
+    """``(m,)`` float32 factor of each row entry: √weight, or the weight itself for diagonal Fishers; 1 without one."""
+    own = [weights.get(p.name, 1.0) for p in parameters]
+    factors = [math.sqrt(weight) if kind == "low_rank" else weight for weight in own]
     return np.repeat(np.asarray(factors, np.float32), [p.numel for p in parameters])
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ForeignFileError, NewerFileError, StorageError, TruncatedFileError
+from npeff.storage.documents import MOST_BYTES, expect, parse_json
+from npeff.storage.fields import Field, Sizes, check_shapes, checked_pieces, refuse
 from npeff.storage.hdf5 import CHUNK_BYTES, Data, as_bytes, write_hdf5
-from npeff.storage.opening import open_hdf5, text_of
+from npeff.storage.opening import Spec, open_hdf5, structure_of
+from npeff.streamed_rows import forget
 
 Array = npt.NDArray[Any]
 
@@ -77,35 +80,33 @@ def write_container(
     write_hdf5(path, [*map(summed, data), sums_data], {"/": {**root, **attributes}})
 
 
-@dataclass(frozen=True)
-class Spec:
-    """Where a dataset lies: ``offset`` is None when it is empty, or stored by another program in pieces."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    offset: int | None
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+VERIFY_BYTES = 256 << 20
+"""Datasets no larger are checked when a file is opened; larger ones before all of them is used."""
 
 
 @dataclass(frozen=True)
 class Container:
-    """An npeff file opened for reading: no handle but, once arrays are asked for, one read-only mapping.
+    """An HDF5 file opened for reading: no handle but, once arrays are asked for, one read-only mapping.
 
     Attributes:
         path: The file.
-        content: What it holds: ``"fishers"``, ``"components"``, ``"shard"``.
-        attributes: All root attributes.
+        content: What it holds, as a file of npeff says: ``"fishers"``, ``"components"``, ``"shard"``, …; or the name of
+            its published layout.
+        attributes: Attributes of the root by name, of other objects as ``"path@name"``.
         specs: Its datasets.
+        refused: Why other datasets and attributes are not read.
     """
 
     path: Path
     content: str
     attributes: Mapping[str, Any]
     specs: Mapping[str, Spec]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_npeff(self) -> bool:
+        """Whether the file says that npeff wrote it."""
+        return self.attributes.get("format") == FORMAT
 
     @cached_property
     def _bytes(self) -> np.memmap[Any, np.dtype[np.uint8]]:
@@ -115,26 +116,23 @@ class Container:
         """Where dataset ``name`` lies.
 
         Raises:
-            StorageError: The file lacks it, or it holds nothing that npeff writes.
+            StorageError: The file lacks it, or it holds nothing that npeff reads.
         """
         if name not in self.specs:
+            reason = self.refused.get(name, "is missing")
             raise StorageError(
-                f"{self.path}: dataset {name!r} is missing; the file was changed by another program, or is damaged"
-            )
-        if self.specs[name].dtype.kind not in "biufcS":
-            raise StorageError(
-                f"{self.path}: dataset {name!r} has the type {self.specs[name].dtype}, which npeff never writes; the "
-                "file was changed by another program, or is damaged"
+                f"{self.path}: dataset {name!r} {reason}; the file was changed by another program, or is damaged"
             )
         return self.specs[name]
 
     def array(self, name: str) -> Array:
-        """Dataset ``name`` as a read-only array mapped from the file."""
+        """Dataset ``name`` as a read-only array mapped from the file; its contents are not checked."""
         spec = self.spec(name)
         if spec.offset is None:
             array = self._read(name)
         else:
             array = self._bytes[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).reshape(spec.shape)
+            array = array if array.flags.aligned else array.copy()
         array.flags.writeable = False
         return array
 
@@ -145,22 +143,84 @@ class Container:
         with open_hdf5(self.path) as file:
             return np.array(file[name][()], spec.dtype)
 
+    def attribute(self, name: str, *types: type) -> Any:
+        """Attribute ``name``: of the root, or of another object as ``"path@name"``.
+
+        Args:
+            name: Its name.
+            *types: Types that its value may have; an array of one number serves as a number.
+
+        Raises:
+            StorageError: The file lacks it, or its value has another type.
+        """
+        if name not in self.attributes:
+            reason = self.refused.get(name, "is missing")
+            raise StorageError(
+                f"{self.path}: attribute {name!r} {reason}; the file was changed by another program, or is damaged"
+            )
+        value = self.attributes[name]
+        while isinstance(value, list) and len(value) == 1 and list not in types:
+            value = value[0]
+        return expect(value, f"{self.path}: attribute {name!r}", types)
+
+    def read(
+        self, fields: Sequence[Field], sizes: Sizes, *, verify: bool = False
+    ) -> tuple[dict[str, Array], Callable[[], None]]:
+        """Arrays as a format expects them: types and shapes are checked, and the contents of all but large arrays.
+
+        Args:
+            fields: What is expected; fields that others refer to come first.
+            sizes: Sizes known beforehand; those that the fields decide are added.
+            verify: Check large arrays too.
+
+        Returns:
+            The arrays by name, mapped and read-only, and a function that checks those larger than
+            :data:`VERIFY_BYTES`, once.
+
+        Raises:
+            StorageError: One is not as expected, or its checksum differs.
+        """
+        for one in fields:
+            if not one.optional or one.name in self.refused:
+                self.spec(one.name)
+        check_shapes(self.path, self.specs, fields, sizes)
+        present = [one for one in fields if one.name in self.specs]
+        arrays = {one.name: self.array(one.name) for one in present}
+        later = [one for one in present if not verify and self.specs[one.name].nbytes > VERIFY_BYTES]
+
+        def check(chosen: Sequence[Field]) -> None:
+            for one in chosen:
+                for _ in self._summed(one.name, checked_pieces(self.path, one, arrays, sizes)):
+                    pass
+                if arrays[one.name].nbytes > CHUNK_BYTES:
+                    forget(arrays[one.name])
+
+        check([one for one in present if one not in later])
+        return arrays, cache(lambda: check(later))
+
+    def _summed(self, name: str, pieces: Iterable[Array]) -> Iterator[Array]:
+        """The pieces of a dataset, which are compared with its checksum, where the file has checksums.
+
+        Raises:
+            StorageError: They differ.
+        """
+        total = 0
+        for piece in pieces:
+            total = zlib.crc32(as_bytes(piece, self.specs[name].dtype).data, total)
+            yield piece
+        if self.checksums is not None and f"{total:08x}" != self.checksums.get(name):
+            raise StorageError(
+                f"{self.path}: dataset {name!r} is damaged (its checksum differs); restore the file, or "
+                "compute it again"
+            )
+
     def chunks(self, name: str) -> Iterator[Array]:
         """Dataset ``name`` in flat pieces of about 16 MiB, read, not mapped; its checksum is verified.
 
         Raises:
             StorageError: The contents do not match the checksum written with them.
         """
-        spec = self.spec(name)
-        total = 0
-        for chunk in self._pieces(name, spec):
-            total = zlib.crc32(as_bytes(chunk, spec.dtype).data, total)
-            yield chunk
-        if f"{total:08x}" != self.checksums.get(name, ""):
-            raise StorageError(
-                f"{self.path}: dataset {name!r} is damaged (its checksum differs); restore the file, or "
-                "compute it again"
-            )
+        return self._summed(name, self._pieces(name, self.spec(name)))
 
     def _pieces(self, name: str, spec: Spec) -> Iterator[Array]:
         if spec.offset is None:
@@ -177,39 +237,45 @@ class Container:
                 left -= len(chunk)
                 yield chunk
 
-    def text(self, name: str) -> str:
-        """The string in dataset ``name``.
+    def json(self, name: str, expected: type | tuple[type, ...] = (dict, list)) -> Any:
+        """The JSON document in dataset ``name``; its checksum is verified.
+
+        Args:
+            name: The dataset, a text.
+            expected: Type, or types, that the document must have.
 
         Raises:
-            StorageError: It is no UTF-8.
+            StorageError: It is damaged, or has another type.
         """
-        raw = b"".join(chunk.tobytes() for chunk in self._pieces(name, self.spec(name)))
-        try:
-            return raw.decode()
-        except UnicodeDecodeError as error:
-            raise StorageError(f"{self.path}: dataset {name!r} is damaged: {error}") from error
+        self._check_text(name)
+        raw = b"".join(chunk.tobytes() for chunk in self.chunks(name))
+        return parse_json(raw, f"{self.path}: dataset {name!r}", expected, finite=False)
 
-    def json(self, name: str) -> Any:
-        """The JSON document in dataset ``name``.
-
-        Raises:
-            StorageError: It is no JSON.
-        """
-        try:
-            return json.loads(self.text(name))
-        except ValueError as error:
-            raise StorageError(f"{self.path}: dataset {name!r} is damaged: {error}") from error
+    def _check_text(self, name: str) -> None:
+        spec = self.spec(name)
+        if spec.dtype.kind != "S" or spec.shape:
+            refuse(self.path, name, f"one text, got {spec.dtype} of shape {spec.shape}")
+        if spec.nbytes > MOST_BYTES:
+            refuse(self.path, name, f"at most {MOST_BYTES:,} bytes of JSON, got {spec.nbytes:,}")
 
     @cached_property
-    def checksums(self) -> dict[str, str]:
-        """CRC-32 of every dataset, hexadecimal.
+    def checksums(self) -> dict[str, str] | None:
+        """CRC-32 of every dataset, hexadecimal; None where another program wrote the file.
 
         Raises:
-            StorageError: They are damaged.
+            StorageError: They are damaged, or of a dataset that is missing.
         """
-        sums = self.json("checksums")
-        if not isinstance(sums, dict):
-            raise StorageError(f"{self.path}: dataset 'checksums' is damaged: it holds a {type(sums).__name__}")
+        where = f"{self.path}: dataset 'checksums'"
+        if self.is_npeff:
+            self._check_text("checksums")
+            raw: Any = b"".join(chunk.tobytes() for chunk in self._pieces("checksums", self.specs["checksums"]))
+        elif "checksums" in self.attributes:
+            raw = self.attribute("checksums", str)
+        else:
+            return None
+        sums: dict[str, str] = parse_json(raw, where)
+        for name in sums:
+            self.spec(name)
         return sums
 
     def verify(self) -> None:
@@ -218,7 +284,7 @@ class Container:
         Raises:
             StorageError: A dataset is damaged; named.
         """
-        for name in self.checksums:
+        for name in self.checksums or ():
             for _ in self.chunks(name):
                 pass
 
@@ -232,24 +298,26 @@ def open_container(path: Path) -> Container:
         ForeignFileError: It is not npeff's.
         NewerFileError: Its format is newer than this npeff knows.
     """
-    with open_hdf5(path) as file:
-        found = container_in(path, file)
-    if found is None:
+    found = open_file(path)
+    if not found.is_npeff:
         raise ForeignFileError(f"{path}: an HDF5 file, but not one written by npeff (no attribute format = {FORMAT!r})")
     return found
 
 
-def container_in(path: Path, file: h5py.File) -> Container | None:
-    """The container in an open HDF5 file, or None when it is not npeff's.
+def open_file(path: Path) -> Container:
+    """Open an HDF5 file, npeff's or not. Costs a few reads, however large the file.
 
     Raises:
+        StorageError: There is no such file, or it is damaged.
         TruncatedFileError: It ends before its contents do.
-        ForeignFileError: Its format version is none of npeff's.
+        ForeignFileError: It is no HDF5 file, or its format version is none of npeff's.
         NewerFileError: Its format is newer than this npeff knows.
     """
-    attributes = {name: _plain(value) for name, value in file.attrs.items()}
+    with open_hdf5(path) as file:
+        found = structure_of(path, file)
+    attributes = found.attributes
     if attributes.get("format") != FORMAT:
-        return None
+        return Container(path, "", attributes, found.specs, found.refused)
     version = attributes.get("format_version")
     if not isinstance(version, int) or version < 1:
         raise ForeignFileError(
@@ -261,25 +329,4 @@ def container_in(path: Path, file: h5py.File) -> Container | None:
             f"this is npeff {package_version()}, which reads version {FORMAT_VERSION}: upgrade npeff to open "
             "it"
         )
-    size = path.stat().st_size
-    specs: dict[str, Spec] = {}
-
-    def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            offset = item.id.get_offset()
-            specs[name] = Spec(item.shape, item.dtype, None if offset is None else int(offset))
-            if offset is not None and offset + specs[name].nbytes > size:
-                raise TruncatedFileError(
-                    f"{path}: the file ends at byte {size:,}, inside dataset {name!r} (up to byte "
-                    f"{offset + specs[name].nbytes:,}); "
-                    "copy it again from where it is whole, or compute it again"
-                )
-
-    file.visititems(visit)
-    return Container(path, str(attributes.get("content")), attributes, specs)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes | str):
-        return text_of(value)
-    return value.item() if isinstance(value, np.generic) else value
+    return Container(path, str(attributes.get("content")), attributes, found.specs, found.refused)

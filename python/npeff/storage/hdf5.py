@@ -8,6 +8,7 @@ memory stream through.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +92,15 @@ def pieces(array: Array) -> Iterator[Array]:
     if array.ndim == 0 or array.size == 0:
         yield array
         return
-    step = max(1, CHUNK_BYTES // max(1, array.nbytes // len(array)))
-    for start in range(0, len(array), step):
-        yield array[start : start + step]
+    for rows in row_slices(array.shape, array.dtype.itemsize):
+        yield array[rows]
+
+
+def row_slices(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
+    """Slices of the first axis that hold about 16 MiB each."""
+    step = max(1, CHUNK_BYTES // max(1, math.prod(shape[1:]) * itemsize))
+    for start in range(0, shape[0], step):
+        yield slice(start, start + step)
 
 
 class _Sparse:

@@ -8,6 +8,7 @@ from typing import Any
 
 from npeff.errors import NewerFileError, ResumeError, StorageError
 from npeff.storage.container import FORMAT_VERSION
+from npeff.storage.documents import item, read_json
 from npeff.storage.hdf5 import to_json
 
 
@@ -58,7 +59,7 @@ def plain(header: dict[str, Any]) -> Any:
     return json.loads(to_json(header, "header"))
 
 
-def read_header(path: Path) -> object:
+def read_header(path: Path) -> dict[str, Any]:
     """The header of unfinished work.
 
     Raises:
@@ -66,10 +67,10 @@ def read_header(path: Path) -> object:
         NewerFileError: A newer npeff wrote it.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        version, header = document["format_version"], document["header"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{path}: damaged ({error}); remove {path.parent} to start anew") from error
+        document = read_json(path, finite=False)
+        version, header = item(document, "format_version", str(path), int), item(document, "header", str(path), dict)
+    except StorageError as error:
+        raise StorageError(f"{error}; remove {path.parent} to start anew") from error
     if version > FORMAT_VERSION:
         raise NewerFileError(
             f"{path}: format version {version}, this npeff knows {FORMAT_VERSION}: upgrade npeff to continue"

@@ -1,15 +1,23 @@
-"""Opening HDF5 files, with a diagnosis where that fails."""
+"""Opening HDF5 files: what a file holds and where it lies, refused where it leads out of the file or is not stored.
+
+Only the structure of the file is read here. A dataset counts when it holds plain numbers or a text of fixed length,
+and when the file itself stores all of it; of what else has a name, the reason is kept why npeff does not read it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from npeff.errors import ForeignFileError, NpeffError, StorageError, TruncatedFileError
+from npeff.storage.documents import check_regular
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _OTHERS = {
@@ -18,27 +26,72 @@ _OTHERS = {
     b"\x80": "a pickle",
     b"{": "JSON",
 }
+_FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 4: "szip", 32000: "lzf"}
+_MOST_OBJECTS = 10_000
+_MOST_ELEMENTS = 1_000  # of an attribute
+
+MOST_TIMES = 1_100
+"""Memory that a file may ask for, as a multiple of what it stores: deflate's best, and a little."""
+
+LEAST_ALLOWED = 16 << 20
+"""Bytes that any file may ask for."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where a dataset lies: ``offset`` is None when it is empty, or stored by another program in pieces."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int | None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass
+class Structure:
+    """What an HDF5 file holds.
+
+    Attributes:
+        specs: Its datasets, by path.
+        attributes: Attributes of the root by name, of other objects as ``"path@name"``: numbers, texts, or lists of
+            numbers.
+        refused: Why npeff does not read other datasets, links and attributes, by the same names.
+    """
+
+    specs: dict[str, Spec] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class _Refused(Exception):
+    """A dataset or attribute is not for npeff; says why."""
 
 
 def check_readable(path: Path) -> None:
-    """Make sure that ``path`` is a file.
+    """Make sure that ``path`` is a regular file that may be read.
 
     Raises:
-        StorageError: Nothing is there, or a folder; a neighbouring ``.parts`` folder is pointed out.
+        StorageError: It is not; a neighbouring ``.parts`` folder is pointed out.
     """
-    if path.is_dir():
-        raise StorageError(f"{path}: expected a file, but this is a folder; give the file inside it")
-    if not path.exists():
-        parts = path.with_name(path.name + ".parts")
-        hint = (
-            f"; unfinished work for it is in {parts}: run the command that made it again, it resumes"
-            if parts.is_dir()
-            else ""
+    parts = path.with_name(path.name + ".parts")
+    if not path.exists() and parts.is_dir():
+        raise StorageError(
+            f"{path}: no such file; unfinished work for it is in {parts}: run the command that made it again, it "
+            "resumes"
         )
-        raise StorageError(f"{path}: no such file{hint or '; check the path'}")
+    check_regular(path)
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
-def _diagnose(path: Path, error: OSError) -> StorageError:
+def _diagnose(path: Path, error: Exception) -> StorageError:
     """Say why the HDF5 library could not open ``path``."""
     if "already open" in str(error):
         return StorageError(f"{path}: this process has the file open for writing; close it there first")
@@ -60,7 +113,7 @@ def _open(path: Path) -> h5py.File:
     except OSError as error:
         if "lock" not in str(error):
             raise
-        return h5py.File(path, "r", locking=False)  # a file system without locks: nobody rewrites finished files anyway
+        return h5py.File(path, "r", locking=False)  # a file system without locks: finished files are not rewritten
 
 
 @contextlib.contextmanager
@@ -77,17 +130,12 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         StorageError: There is no such file, or it may not be read.
         TruncatedFileError: It ends too early, or reading it fails inside the ``with`` block.
         NpeffError: Raised inside the ``with`` block: passed on.
-        ForeignFileError: It is not HDF5, or reading it inside the ``with`` block met what nobody expects there.
+        ForeignFileError: It is not HDF5, or reading it inside the ``with`` block met something unexpected.
     """
     check_readable(path)
     try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    try:
         file = _open(path)
-    except OSError as error:
+    except Exception as error:  # the HDF5 library meets a damaged file with errors of many types
         diagnosis = _diagnose(path, error)
         raise diagnosis from error
     with file:
@@ -95,15 +143,166 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
             yield file
         except NpeffError:
             raise
-        except (OSError, RuntimeError, KeyError) as error:
-            raise TruncatedFileError(
-                f"{path}: the file is damaged, or cut short ({error}); copy it again from where it is whole"
-            ) from error
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise ForeignFileError(
                 f"{path}: an HDF5 file, but damaged, or not as npeff and the published code write it "
                 f"({type(error).__name__}: {error})"
             ) from error
+        except Exception as error:
+            raise TruncatedFileError(
+                f"{path}: the file is damaged, or cut short ({error}); copy it again from where it is whole"
+            ) from error
+
+
+def structure_of(path: Path, file: h5py.File) -> Structure:
+    """What an open HDF5 file holds, without reading it. Links out of the file are not followed.
+
+    Raises:
+        TruncatedFileError: A dataset goes on after the end of the file.
+        StorageError: The file has more objects than any that npeff reads.
+    """
+    found, size = Structure(), path.stat().st_size
+    groups = [("", file.id)]
+    seen = {h5py.h5o.get_info(file.id).addr}
+    while groups:
+        where, group = groups.pop()
+        _read_attributes(where, group, found)
+        for raw in group:
+            leaf = raw.decode("utf-8", "replace")
+            name = f"{where}/{leaf}" if where else leaf
+            if group.links.get_info(raw).type != h5py.h5l.TYPE_HARD:
+                found.refused[name] = "is a link to another place"
+                continue
+            about = h5py.h5o.get_info(group, raw)
+            if about.type == h5py.h5o.TYPE_GROUP and about.addr not in seen:
+                seen.add(about.addr)
+                groups.append((name, h5py.h5g.open(group, raw)))
+            elif about.type == h5py.h5o.TYPE_DATASET:
+                dataset = h5py.h5d.open(group, raw)
+                try:
+                    found.specs[name] = _spec_of(path, name, dataset, size)
+                except _Refused as error:
+                    found.refused[name] = str(error)
+                _read_attributes(name, dataset, found)
+            if len(found.specs) + len(found.refused) + len(groups) > _MOST_OBJECTS:
+                raise StorageError(f"{path}: expected at most {_MOST_OBJECTS:,} datasets and links, found more")
+    return found
+
+
+def _spec_of(path: Path, name: str, dataset: Any, size: int) -> Spec:
+    """Where a dataset lies.
+
+    Raises:
+        TruncatedFileError: It goes on after the end of the file.
+        _Refused: It is not stored in the file, or holds something else than numbers or a text of fixed length.
+    """
+    properties = dataset.get_create_plist()
+    layout = properties.get_layout()
+    if layout == h5py.h5d.VIRTUAL or properties.get_external_count():  # before its shape: asking may open other files
+        raise _Refused("is stored in other files")
+    dtype = _dtype_of(dataset.get_type())
+    space = dataset.get_space()
+    if space.get_simple_extent_type() == h5py.h5s.NULL:
+        raise _Refused("holds nothing")
+    spec = Spec(tuple(int(n) for n in space.shape), dtype, None)
+    stored, nbytes = int(dataset.get_storage_size()), spec.nbytes
+    if not nbytes:
+        return spec
+    if layout == h5py.h5d.CHUNKED:
+        _check_chunks(spec, dataset, properties, stored)
+        return spec
+    if layout == h5py.h5d.CONTIGUOUS:
+        offset = dataset.get_offset()
+        if offset is None or stored != nbytes:
+            raise _Refused(f"declares {nbytes:,} bytes, of which {stored if offset is not None else 0:,} are stored")
+        if offset + nbytes > size:
+            raise TruncatedFileError(
+                f"{path}: the file ends at byte {size:,}, inside dataset {name!r} (up to byte "
+                f"{offset + nbytes:,}); "
+                "copy it again from where it is whole, or compute it again"
+            )
+        return Spec(spec.shape, dtype, int(offset))
+    if stored != nbytes:
+        raise _Refused(f"declares {nbytes:,} bytes, of which {stored:,} are stored")
+    return spec
+
+
+def _dtype_of(kind: Any) -> np.dtype[Any]:
+    """The type of plain numbers, or of a text of fixed length.
+
+    Raises:
+        _Refused: It is another one.
+    """
+    plain = {h5py.h5t.INTEGER: "iu", h5py.h5t.FLOAT: "f", h5py.h5t.STRING: "S"}.get(kind.get_class())
+    if plain is None:
+        raise _Refused(f"has the type {_class_name(kind)}, which npeff never writes")
+    dtype = np.dtype(kind.dtype)
+    if plain == "S" and not kind.is_variable_str():
+        return np.dtype(f"S{kind.get_size()}")
+    if dtype.kind not in plain:
+        raise _Refused(f"has the type {dtype}, which npeff never writes")
+    if dtype.itemsize > 8 or not kind.equal(h5py.h5t.py_create(dtype)):
+        raise _Refused(f"has the type {dtype} in an unusual form, which npeff never writes")
+    return dtype
+
+
+def _class_name(kind: Any) -> str:
+    names = ("REFERENCE", "COMPOUND", "ENUM", "OPAQUE", "VLEN", "ARRAY", "BITFIELD", "TIME")
+    return next((name.lower() for name in names if kind.get_class() == getattr(h5py.h5t, name, None)), "unknown")
+
+
+def _check_chunks(spec: Spec, dataset: Any, properties: Any, stored: int) -> None:
+    """Make sure that a dataset in pieces is stored, and is no larger than its bytes in the file can hold.
+
+    Raises:
+        _Refused: It is not.
+    """
+    filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
+    unknown = [str(code) for code in filters if code not in _FILTERS]
+    if unknown or len(set(filters)) != len(filters):
+        raise _Refused(f"is compressed by filters that npeff does not read ({', '.join(map(str, filters))})")
+    chunk = properties.get_chunk()
+    needed = math.prod(-(-n // k) for n, k in zip(spec.shape, chunk, strict=True))
+    most = max(LEAST_ALLOWED, MOST_TIMES * stored if filters else stored)
+    chunk_bytes = math.prod(chunk) * spec.dtype.itemsize
+    if spec.nbytes > most or chunk_bytes > max(most, 2 * spec.nbytes):
+        raise _Refused(f"declares {max(spec.nbytes, chunk_bytes):,} bytes, and {stored:,} are stored")
+    if dataset.get_num_chunks() < needed:
+        raise _Refused("is not stored as a whole")
+
+
+def _read_attributes(where: str, item: Any, found: Structure) -> None:
+    for index in range(h5py.h5a.get_num_attrs(item)):
+        attribute = h5py.h5a.open(item, index=index)
+        leaf = attribute.name.decode("utf-8", "replace")
+        name = f"{where}@{leaf}" if where else leaf
+        try:
+            found.attributes[name] = _attribute_value(attribute)
+        except _Refused as error:
+            found.refused[name] = str(error)
+        if len(found.attributes) > _MOST_OBJECTS:
+            found.refused[name] = "is one of too many attributes"
+            return
+
+
+def _attribute_value(attribute: Any) -> Any:
+    """A number, a text or a list of numbers.
+
+    Raises:
+        _Refused: It is something else.
+    """
+    space, kind = attribute.get_space(), attribute.get_type()
+    if space.get_simple_extent_type() == h5py.h5s.NULL or math.prod(attribute.shape) > _MOST_ELEMENTS:
+        raise _Refused("holds neither one value nor a few")
+    if kind.get_class() == h5py.h5t.STRING:
+        if math.prod(attribute.shape) != 1:
+            raise _Refused("holds several texts")
+        value = np.zeros(attribute.shape, kind.dtype)
+        attribute.read(value, mtype=h5py.h5t.py_create(kind.dtype))
+        return text_of(value.reshape(-1)[0])
+    value = np.empty(attribute.shape, _dtype_of(kind))
+    attribute.read(value)
+    return value.tolist()
 
 
 def text_of(value: Any) -> str:

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from npeff.errors import StorageError
+from npeff.errors import ForeignFileError, StorageError
 from npeff.fishers import FisherBlock
 from npeff.parameters import Parameters
 from npeff.rows import Rows, SparseRows
 from npeff.storage.container import FORMAT, FORMAT_VERSION, Container, open_container, write_container
+from npeff.storage.documents import expect, read_json
+from npeff.storage.fields import Field, Sizes, check_shapes
 from npeff.storage.files import Lock, atomic, explain, refuse_link, sync_folder
 from npeff.storage.hdf5 import Data, to_json
 from npeff.storage.headers import check_header, plain, read_header
-from npeff.storage.store import EXAMPLE_ARRAYS, index_dtype, write_fishers
+from npeff.storage.store import (
+    DENSE,
+    ENTRIES,
+    EXAMPLE_ARRAYS,
+    EXAMPLES,
+    SPARSE,
+    described_parameters,
+    index_dtype,
+    write_fishers,
+)
 
 Array = npt.NDArray[Any]
 Batch = tuple[str, int]
@@ -103,8 +114,8 @@ class Parts:
         else:
             self._write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "header": self.header})
             sync_folder(self.out.parent)  # the folder itself
-        self.shards = list_shards(self.folder)
-        self.batches = [(digest, size) for shard in self.shards for digest, size in shard.json("batches")]
+        self.shards = list_shards(self.folder, Parameters.from_json(self.header["parameters"]).n_parameters)
+        self.batches = [batch for shard in self.shards for batch in batches_in(shard)]
 
     def _remove_scratch(self) -> None:
         """Remove what a killed process was writing; the lock is held, so that none is at it now."""
@@ -127,7 +138,7 @@ class Parts:
     def coverage(self) -> object:
         """The coverage report recorded by the first run, if any."""
         path = self.folder / "coverage.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_json(path, list, finite=False) if path.exists() else None
 
     def record_coverage(self, coverage: object) -> None:
         """Keep the coverage report, unless one is kept already."""
@@ -196,20 +207,63 @@ def discard_parts(out: Path) -> None:
         Parts(out, {}).remove()
 
 
-def list_shards(folder: Path) -> list[Container]:
-    """Open the shards of a folder, in order.
+COUNTS = Field("rows/counts", ("<i8",), ("n_rows",), adds_up_to="n_entries")
+SHARD = (Field("row_counts", ("<i8",), ("n_examples",), adds_up_to="n_rows"), *EXAMPLES)
+SHARD_ROWS = {
+    "sparse": (COUNTS, replace(ENTRIES, ascending_in=None), SPARSE[-1]),
+    "dense": DENSE,
+}
+
+
+def batches_in(container: Container) -> list[Batch]:
+    """Digest and size of each batch that the examples of a file came in.
+
+    Raises:
+        StorageError: They are not those of the examples.
+    """
+    where = f"{container.path}: dataset 'batches'"
+    batches = []
+    for entry in container.json("batches", list):
+        if len(expect(entry, where, list)) != 2:
+            raise StorageError(f"{where} is damaged: expected a digest and a size per batch")
+        batches.append((expect(entry[0], where, str), expect(entry[1], where, int)))
+    n = container.spec("norms").shape[0]
+    if sum(size for _, size in batches) != n or any(size < 0 for _, size in batches):
+        raise StorageError(f"{where} is damaged: expected batches of {n} examples in all")
+    return batches
+
+
+def list_shards(folder: Path, n_parameters: int) -> list[Container]:
+    """Open and check the shards of a folder, in order.
+
+    Args:
+        folder: The unfinished work.
+        n_parameters: Columns of rows that are no sketches.
 
     Raises:
         StorageError: One is missing or damaged.
+        ForeignFileError: One is no shard.
     """
-    shards = []
+    shards: list[Container] = []
+    sizes: Sizes = {"n_parameters": n_parameters, "n_classes": 1 << 62}
+    form = "dense"
     for index, path in enumerate(sorted(folder.glob("shard-*.h5"))):
         if path.name != f"shard-{index:06d}.h5":
             raise StorageError(
                 f"{folder}: shard-{index:06d}.h5 is missing; remove {path.name} and those after it to resume before it"
             )
         try:
-            shards.append(open_container(path))
+            shard = open_container(path)
+            if shard.content != "shard":
+                raise ForeignFileError(f"{path}: expected a shard, found an npeff file with content {shard.content!r}")
+            if not shards and "rows/counts" in shard.specs:
+                form = "sparse"
+            own = dict(sizes)
+            check_shapes(path, shard.specs, [*SHARD, *SHARD_ROWS[form]], own)
+            shard.read([*SHARD, *SHARD_ROWS[form][:-2]], own, verify=True)  # entries are checked when they are merged
+            sizes |= {name: own[name] for name in ("n_outputs", "n_columns") if name in own}
+            batches_in(shard)
+            shards.append(shard)
         except StorageError as error:
             raise type(error)(
                 f"{error} (Or remove this shard and those after it: computing resumes before it.)"
@@ -261,11 +315,10 @@ def _merged_data(shards: Sequence[Container]) -> list[Data]:
 def describe_parts(out: Path) -> dict[str, Any]:
     """What unfinished work for ``out`` holds, JSON-able; nothing is locked or changed."""
     folder = parts_folder(out)
-    shards = list_shards(folder)
-    header = read_header(folder / "header.json") if (folder / "header.json").exists() else {}
-    summary = dict(header) if isinstance(header, dict) else {}
+    summary = dict(read_header(folder / "header.json")) if (folder / "header.json").exists() else {}
+    parameters = described_parameters(summary.get("parameters", []), f"{folder / 'header.json'}: 'parameters'")
+    shards = list_shards(folder, parameters.n_parameters)
     done = sum(shard.spec("norms").shape[0] for shard in shards)
     size = sum(shard.path.stat().st_size for shard in shards)
-    n_parameters = Parameters.from_json(summary.get("parameters", [])).n_parameters
     about = {"path": str(folder), "bytes": size, "format": FORMAT, "content": "unfinished fishers"}
-    return {**about, "shards": len(shards), "n_examples": done, "n_parameters": n_parameters, **summary}
+    return {**about, "shards": len(shards), "n_examples": done, "n_parameters": parameters.n_parameters, **summary}

@@ -15,16 +15,15 @@ which reading drops again.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import h5py
-
 from npeff.errors import ArgumentError, ForeignFileError, StorageError
 from npeff.fishers import Fishers
+from npeff.storage.container import Container, open_file
 from npeff.storage.files import atomic, check_target, path_of
 from npeff.storage.hdf5 import write_hdf5
-from npeff.storage.opening import open_hdf5
 from npeff.storage.published_components import plan_decomposition, read_decomposition
 from npeff.storage.published_fishers import plan_fishers, read_diagonal, read_low_rank
 from npeff.storage.store import check_replaceable
@@ -41,19 +40,20 @@ LAYOUTS = (
 )
 
 
-def layout_of(file: h5py.File) -> str | None:
-    """Which published layout an open HDF5 file has, by the names in it; None when none."""
-    if "data/fisher/values" in file and "data/fisher/indices" in file:
+def layout_of(file: Container) -> str | None:
+    """Which published layout an HDF5 file has, by the names in it; None when none."""
+    found = {*file.specs, *file.refused, *("data/H" for name in file.specs if name.startswith("data/H/"))}
+    if {"data/fisher/values", "data/fisher/indices"} <= found:
         return "diagonal_fishers"
-    if "data/values" in file and "data/row_indices" in file:
-        if "data/col_offsets" in file:
+    if {"data/values", "data/row_indices"} <= found:
+        if "data/col_offsets" in found:
             return "low_rank_fishers"
-        if "data/ranks" in file and "data/col_sizes" in file:
+        if {"data/ranks", "data/col_sizes"} <= found:
             return "low_rank_fishers_variable"
-    if "data/W" in file:
-        if "data/H" in file or "data/reduce_kept_indices" in file:
+    if "data/W" in found:
+        if {"data/H", "data/reduce_kept_indices"} & found:
             return "diagonal_decomposition"
-        if "data/G" in file or "data/new_to_old_col_indices" in file:
+        if {"data/G", "data/new_to_old_col_indices"} & found:
             return "low_rank_decomposition"
     return None
 
@@ -76,13 +76,18 @@ def read_published(path: Path | str, *, fishers: Fishers | None = None) -> Fishe
         ForeignFileError: It has none of the layouts.
     """
     path = path_of(path)
-    with open_hdf5(path) as file:
-        layout = layout_of(file)
-        if layout is None:
-            raise ForeignFileError(f"{path}: an HDF5 file, but not in a published layout ({', '.join(LAYOUTS)})")
-        if layout.endswith("decomposition"):
-            return read_decomposition(path, file, layout, fishers)
-        return read_diagonal(path, file) if layout == "diagonal_fishers" else read_low_rank(path, file, layout)
+    found = open_file(path)
+    layout = None if found.is_npeff else layout_of(found)
+    if layout is None:
+        raise ForeignFileError(f"{path}: an HDF5 file, but not in a published layout ({', '.join(LAYOUTS)})")
+    return published_in(replace(found, content=layout), fishers)
+
+
+def published_in(file: Container, fishers: Fishers | None = None) -> Fishers | Components:
+    """The Fishers or Components in a file that is known to have a published layout; see :func:`read_published`."""
+    if file.content.endswith("decomposition"):
+        return read_decomposition(file, fishers)
+    return read_diagonal(file) if file.content == "diagonal_fishers" else read_low_rank(file)
 
 
 def write_published(
@@ -119,12 +124,13 @@ def write_published(
             "--top-k N or --exact) for that"
         )
     if isinstance(item, Fishers):
+        item.verify()
         layout, data, attributes = plan_fishers(item, path, variable)
     elif hasattr(item, "coefficients"):
         layout, data, attributes = plan_decomposition(item, path, sparse)
     else:
         raise ArgumentError(f"item: expected Fishers or Components, got {type(item).__name__}")
-    check_replaceable(path, lambda found: found == layout, f"a published {layout} file")
+    check_replaceable(path, lambda found: found.content == layout and not found.is_npeff, f"a published {layout} file")
     with atomic(path) as scratch:
         write_hdf5(scratch, data, attributes)
     return path
@@ -132,30 +138,16 @@ def write_published(
 
 def describe_published(path: Path) -> dict[str, Any]:
     """What a file in a published layout holds, without reading its arrays: sizes, attributes, shapes."""
-    arrays: dict[str, Any] = {}
-    attributes: dict[str, Any] = {}
-
-    def visit(name: str, entry: Any) -> None:
-        if isinstance(entry, h5py.Dataset):
-            arrays[name] = [list(entry.shape), str(entry.dtype)]
-        for key, value in entry.attrs.items():
-            attributes[f"{name}@{key}"] = value.tolist() if hasattr(value, "tolist") else str(value)
-
-    with open_hdf5(path) as file:
-        layout = layout_of(file)
-        file.visititems(visit)
-    first = (
-        arrays.get("data/W")
-        or arrays.get("data/labels")
-        or arrays.get("data/fisher/values")
-        or arrays.get("data/values")
-    )
+    file = open_file(path)
+    arrays = {name: [list(spec.shape), str(spec.dtype)] for name, spec in file.specs.items()}
+    firsts = ("data/W", "data/labels", "data/fisher/values", "data/values")
+    first = next((file.specs[name].shape for name in firsts if name in file.specs), ())
     sizes = ("data@n_parameters", "data/fisher@dense_fisher_size", "data/reduce_kept_indices@full_dense_size")
-    found = next((attributes[name] for name in sizes if name in attributes), None)
+    found = next((file.attributes[name] for name in sizes if name in file.attributes), None)
     return {
-        "kind": "diagonal" if layout and layout.startswith("diagonal") else "low_rank",
-        "n_examples": first[0][0] if first and first[0] else None,
-        "n_parameters": found[0] if isinstance(found, list) else found,
-        "attributes": attributes,
+        "kind": "diagonal" if (layout_of(file) or "").startswith("diagonal") else "low_rank",
+        "n_examples": first[0] if first else None,
+        "n_parameters": found[0] if isinstance(found, list) and found else found,
+        "attributes": dict(file.attributes),
         "arrays": arrays,
     }

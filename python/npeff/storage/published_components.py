@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, StorageError
 from npeff.fishers import Fishers, Kind
 from npeff.parameter_vectors import check_recovered
+from npeff.storage.container import Container
+from npeff.storage.fields import Field, Sizes, refuse
 from npeff.storage.hdf5 import Data
-from npeff.storage.published_fishers import INT32, Plan, attribute, dataset, number, unnamed
+from npeff.storage.opening import LEAST_ALLOWED, MOST_TIMES
+from npeff.storage.published_fishers import INT32, NUMBER, WHOLE, Plan, n_parameters_of, told, unnamed
 
 if TYPE_CHECKING:
     from npeff.components import Components
@@ -21,43 +23,44 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 
-def read_decomposition(path: Path, file: h5py.File, layout: str, fishers: Fishers | None) -> Components:
+def read_decomposition(file: Container, fishers: Fishers | None) -> Components:
     """Read a decomposition; vectors are made unit-norm, their scale moved into the coefficients.
 
     Raises:
         StorageError: The file contradicts itself, or holds coefficients only.
     """
-    provenance: dict[str, Any] = {"source": "published layout", "layout": layout}
-    weights = dataset(path, file, "data/W")[()].astype(np.float64)
-    if layout == "low_rank_decomposition":
-        vectors = dataset(path, file, "data/G")[()].astype(np.float64)
-        columns = dataset(path, file, "data/new_to_old_col_indices")[()].astype(np.int64).reshape(-1)
-        m = attribute(path, file, "data", "n_parameters")
-        power = 2
-        if "n_classes" in file["data"].attrs:
-            provenance["n_classes"] = number(file["data"].attrs["n_classes"])
-        provenance["published_losses"] = _losses(file)
+    path = file.path
+    provenance: dict[str, Any] = {"source": "published layout", "layout": file.content}
+    low_rank = file.content == "low_rank_decomposition"
+    weights = Field("data/W", NUMBER, ("n_examples", "n_components"), least=0)
+    if low_rank:
+        power, kept, m = 2, "data/new_to_old_col_indices", n_parameters_of(file, "data@n_parameters")
     else:
-        kept = dataset(path, file, "data/reduce_kept_indices")
-        columns, power = kept[()].astype(np.int64).reshape(-1), 1
-        m = attribute(path, file, "data/reduce_kept_indices", "full_dense_size")
-        vectors = _read_h(path, dataset(path, file, "data/H"))
-    if vectors.shape[1] < len(columns):  # some published files list more columns than G has: the first ones are meant
+        power, kept = 1, "data/reduce_kept_indices"
+        m = n_parameters_of(file, "data/reduce_kept_indices@full_dense_size")
+    # some published files list more columns than G has, and the first ones are meant
+    listed = Field(kept, WHOLE, ("n_listed",) * max(1, len(file.spec(kept).shape)), least=0, below="n_parameters")
+    sizes = {"n_parameters": m}
+    arrays, _ = file.read([weights, listed], sizes, verify=True)
+    columns = arrays[kept].astype(np.int64).reshape(-1)
+    vectors = _vectors(file, "data/G" if low_rank else "data/H", sizes, None if low_rank else 0)
+    if vectors.shape[1] < len(columns):
         provenance["columns_dropped"] = len(columns) - vectors.shape[1]
         columns = columns[: vectors.shape[1]]
-    if vectors.shape != (weights.shape[1], len(columns)):
-        raise StorageError(
-            f"{path}: damaged: W {weights.shape}, vectors {vectors.shape} and {len(columns)} columns do not "
-            "fit together"
-        )
-    if len(columns) and (columns.min() < 0 or columns.max() >= m):
-        raise StorageError(f"{path}: damaged: a column index lies outside 0 … {m - 1}")
     order = np.argsort(columns, kind="stable")
-    norms = np.linalg.norm(vectors, axis=1)
-    unit = (vectors / np.where(norms > 0, norms, 1)[:, None])[:, order].astype(np.float32)
-    coefficients = (weights * norms**power).astype(np.float32)
-    whole = np.array_equal(columns[order], np.arange(m))
-    kind: Kind = "low_rank" if power == 2 else "diagonal"
+    if (np.diff(columns[order]) == 0).any():
+        refuse(path, kept, "every parameter once")
+    if low_rank:
+        provenance |= told(file, "data@n_classes")
+        provenance["published_losses"] = _losses(file)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(vectors, axis=1)
+        unit = (vectors / np.where(norms > 0, norms, 1)[:, None])[:, order].astype(np.float32)
+        coefficients = (arrays["data/W"].astype(np.float64) * norms**power).astype(np.float32)
+    if not np.isfinite(coefficients).all() or not np.isfinite(norms).all():
+        refuse(path, "data/W", "coefficients within the range of float32")
+    whole = np.array_equal(columns[order], np.arange(m)) if len(columns) == m else False
+    kind: Kind = "low_rank" if low_rank else "diagonal"
     return _components(path, kind, coefficients, unit, None if whole else columns[order], m, provenance, fishers)
 
 
@@ -96,42 +99,58 @@ def _components(
     )
 
 
-def _losses(file: h5py.File) -> dict[str, Any]:
+def _losses(file: Container) -> dict[str, Any]:
     """The losses logged by the published code: not comparable with npeff's, kept as they are."""
     found: dict[str, Any] = {}
-    if "losses" in file:
-        found = {
-            name: file["losses"][name][()].reshape(-1).tolist()
-            for name in ("G_only", "joint")
-            if name in file["losses"]
-        }
-        if "log_loss_frequency" in file["losses"].attrs:
-            found["log_loss_frequency"] = number(file["losses"].attrs["log_loss_frequency"])
-    return found
+    for name in ("G_only", "joint"):
+        if (path := f"losses/{name}") in file.specs or path in file.refused:
+            shape = tuple(f"n_{name}_{axis}" for axis in range(len(file.spec(path).shape)))
+            arrays, _ = file.read([Field(path, NUMBER, shape)], {}, verify=True)
+            found[name] = arrays[path].reshape(-1).tolist()
+    return found | told(file, "losses@log_loss_frequency")
 
 
-def _read_h(path: Path, item: h5py.Dataset | h5py.Group) -> Array:
-    if isinstance(item, h5py.Dataset):
-        return np.asarray(item[()], np.float64)
-    shape = tuple(int(size) for size in item.attrs["shape"])
-    values, starts, columns = (
-        item["values"][()],
-        item["row_indices"][()].astype(np.int64),
-        item["column_indices"][()],
-    )
-    if (
-        len(starts) != shape[0] + 1
-        or starts[-1] != len(values)
-        or len(columns) != len(values)
-        or (np.diff(starts) < 0).any()
-    ):
-        raise StorageError(
-            f"{path}: damaged: sparse H of shape {shape} has {len(values)} values and {len(starts)} row_indices"
-        )
-    if len(columns) and (columns.min() < 0 or columns.max() >= shape[1]):
-        raise StorageError(f"{path}: damaged: a column of sparse H lies outside 0 … {shape[1] - 1}")
-    dense = np.zeros(shape)
-    dense[np.repeat(np.arange(shape[0]), np.diff(starts)), columns] = values
+def _vectors(file: Container, name: str, sizes: Sizes, least: int | None) -> Array:
+    """G or H, ``(r, columns)`` float64, at most as many columns as are listed.
+
+    Raises:
+        StorageError: The file contradicts itself.
+    """
+    path, listed = file.path, sizes["n_listed"]
+    if name in file.specs or f"{name}/values" not in file.specs:
+        arrays, _ = file.read([Field(name, NUMBER, ("n_components", "n_columns"), least=least)], sizes, verify=True)
+        dense = np.asarray(arrays[name], np.float64)
+    else:
+        shape = file.attribute(f"{name}@shape", list)
+        if len(shape) != 2 or not all(type(size) is int and size >= 0 for size in shape):
+            raise StorageError(f"{path}: attribute '{name}@shape' is damaged: expected two sizes, got {shape}")
+        if shape[0] != sizes["n_components"] or shape[1] > listed:
+            raise StorageError(
+                f"{path}: damaged: sparse H of shape {tuple(shape)} does not fit {sizes['n_components']} components "
+                f"and {listed} columns"
+            )
+        nbytes, stored = 8 * shape[0] * shape[1], path.stat().st_size
+        if nbytes > max(LEAST_ALLOWED, MOST_TIMES * stored):
+            raise StorageError(
+                f"{path}: damaged: sparse H of shape {tuple(shape)} would take {nbytes:,} bytes of memory, and the "
+                f"whole file has {stored:,}"
+            )
+        sizes["n_columns"] = shape[1]
+        fields = [
+            Field(f"{name}/values", NUMBER, ("n_entries",), least=least),
+            Field(f"{name}/row_indices", WHOLE, ("n_components + 1",), ascends_to="n_entries"),
+            Field(f"{name}/column_indices", WHOLE, ("n_entries",), least=0, below="n_columns"),
+        ]
+        arrays, _ = file.read(fields, sizes, verify=True)
+        offsets: Array = arrays[f"{name}/row_indices"].astype(np.int64)
+        rows = np.repeat(np.arange(shape[0]), offsets[1:] - offsets[:-1])
+        columns = arrays[f"{name}/column_indices"].astype(np.int64)
+        if len(np.unique(rows * max(1, shape[1]) + columns)) != len(rows):
+            refuse(path, f"{name}/column_indices", "every column once per row")
+        dense = np.zeros(shape)
+        dense[rows, columns] = arrays[f"{name}/values"]
+    if dense.shape[1] > listed:
+        raise StorageError(f"{path}: damaged: vectors {dense.shape} and {listed} columns do not fit together")
     return dense
 
 

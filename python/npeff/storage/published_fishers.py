@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +15,8 @@ from npeff.fishers import Fishers, Kind
 from npeff.growing_rows import concatenate
 from npeff.parameters import Parameters
 from npeff.rows import DenseRows, SparseRows
+from npeff.storage.container import Container
+from npeff.storage.fields import Field, check_shapes, refuse
 from npeff.storage.hdf5 import CHUNK_BYTES, Attributes, Data
 from npeff.storage.store import index_dtype
 
@@ -29,107 +31,137 @@ def unnamed(n_parameters: int) -> Parameters:
     return Parameters.of([("parameters", (n_parameters,))])
 
 
-def number(value: Any) -> int:
-    """An attribute that is a number, or an array of one."""
-    return int(np.asarray(value).reshape(-1)[0])
+LOGITS = ("data/logits", "data/predicted_logits")
+NUMBER = ("f", "i", "u")
+WHOLE = ("i", "u")
 
 
-def dataset(path: Path, file: h5py.File, *names: str) -> h5py.Dataset:
-    """The first of ``names`` that the file has.
+def _fields(values: str, indices: str, norms: str, logits: str, least: int | None) -> list[Field]:
+    """What all layouts of Fishers have; numbers of any width and byte order are taken."""
+    return [
+        Field(values, NUMBER, ("n_examples", "n_entries"), least=least),
+        Field(indices, WHOLE, ("n_examples", "n_entries")),  # those of entries that are 0 mean nothing
+        Field(norms, NUMBER, ("n_examples",), least=0),
+        Field(logits, NUMBER, ("n_examples", "n_outputs")),
+        Field("data/labels", WHOLE, ("n_examples",), least=-1, below="n_classes", optional=True),
+    ]
+
+
+def told(file: Container, name: str, kind: type = int) -> dict[str, Any]:
+    """What attribute ``"path@name"`` tells, a finite number, as ``{name: number}``; empty where there is none.
 
     Raises:
-        StorageError: It has none.
+        StorageError: It is no such number.
     """
-    for name in names:
-        if name in file:
-            return file[name]
-    raise StorageError(f"{path}: {' or '.join(names)} is missing from this file in a published layout")
+    if name not in file.attributes and name not in file.refused:
+        return {}
+    value = file.attribute(name, int, float)
+    if not math.isfinite(value) or kind(value) != value:
+        raise StorageError(f"{file.path}: attribute {name!r} is damaged: expected a finite number, got {value}")
+    return {name.partition("@")[2]: kind(value)}
 
 
-def attribute(path: Path, file: h5py.File, where: str, name: str) -> int:
-    """A whole-number attribute.
+def n_parameters_of(file: Container, name: str) -> int:
+    """The number of parameters that an attribute tells.
 
     Raises:
-        StorageError: It is missing.
+        StorageError: It is missing, or no such number.
     """
-    if name not in file[where].attrs:
-        raise StorageError(f"{path}: attribute {name} of {where} is missing from this file in a published layout")
-    return number(file[where].attrs[name])
+    m = file.attribute(name, int, float)
+    if not 0 <= m < 1 << 62 or int(m) != m:
+        raise StorageError(f"{file.path}: attribute {name!r} is damaged: expected a number of parameters, got {m}")
+    return int(m)
 
 
-def read_low_rank(path: Path, file: h5py.File, layout: str) -> Fishers:
+def read_low_rank(file: Container) -> Fishers:
     """Read low-rank Fishers, of fixed or variable rank.
 
     Raises:
         StorageError: The file contradicts itself.
     """
-    values, indices = dataset(path, file, "data/values"), dataset(path, file, "data/row_indices")
-    n, k = values.shape
-    provenance: dict[str, Any] = {"source": "published layout", "layout": layout}
-    if layout == "low_rank_fishers":
-        sizes = _row_sizes(path, dataset(path, file, "data/col_offsets")[()].astype(np.int64), k)
+    path, provenance = file.path, {"source": "published layout", "layout": file.content}
+    m = n_parameters_of(file, "data@n_parameters")
+    fields = _fields("data/values", "data/row_indices", "data/pef_frobenius_norms", _logits(file), None)
+    if file.content == "low_rank_fishers":
+        arrays = _read(file, [*fields, Field("data/col_offsets", WHOLE, ("n_examples", "n_ranks + 1"))], m)
+        n, k = arrays["data/values"].shape
+        sizes = _row_sizes(path, arrays["data/col_offsets"].astype(np.int64), k)
         ranks = np.full(n, sizes.shape[1], np.int64)
         sizes = sizes.reshape(-1)
-        if "n_classes" in file["data"].attrs:
-            provenance["n_classes"] = number(file["data"].attrs["n_classes"])
+        provenance |= told(file, "data@n_classes")
     else:
-        ranks = dataset(path, file, "data/ranks")[()].astype(np.int64)
-        sizes = dataset(path, file, "data/col_sizes")[()].astype(np.int64)
-        if len(ranks) != n or ranks.sum() != len(sizes):
-            raise StorageError(
-                f"{path}: damaged: {len(ranks)} ranks, in sum {ranks.sum()}, for {n} examples and "
-                f"{len(sizes)} col_sizes"
-            )
-        if "min_prob_class" in file["data"].attrs:
-            provenance["min_prob_class"] = float(np.asarray(file["data"].attrs["min_prob_class"]).reshape(-1)[0])
-    m = attribute(path, file, "data", "n_parameters")
-    norms = dataset(path, file, "data/pef_frobenius_norms")
-    return _fishers(path, file, "low_rank", provenance, m, _rows(path, values, indices, sizes, ranks, m), ranks, norms)
+        ranks_field = Field("data/ranks", WHOLE, ("n_examples",), adds_up_to="n_rows")
+        arrays = _read(file, [*fields, Field("data/col_sizes", WHOLE, ("n_rows",), least=0), ranks_field], m)
+        ranks, sizes = (arrays[name].astype(np.int64) for name in ("data/ranks", "data/col_sizes"))
+        provenance |= told(file, "data@min_prob_class", float)
+    rows = _rows(path, arrays["data/values"], arrays["data/row_indices"], sizes, ranks, m)
+    return _fishers(file, "low_rank", provenance, m, rows, ranks, arrays, "data/pef_frobenius_norms")
 
 
-def read_diagonal(path: Path, file: h5py.File) -> Fishers:
+def read_diagonal(file: Container) -> Fishers:
     """Read diagonal Fishers.
 
     Raises:
         StorageError: The file contradicts itself.
     """
-    values, indices = dataset(path, file, "data/fisher/values"), dataset(path, file, "data/fisher/indices")
-    n, k = values.shape
-    m = attribute(path, file, "data/fisher", "dense_fisher_size")
+    m = n_parameters_of(file, "data/fisher@dense_fisher_size")
+    norms = "data/dense_fisher_norms"
+    arrays = _read(file, _fields("data/fisher/values", "data/fisher/indices", norms, _logits(file), 0), m)
+    n, k = arrays["data/fisher/values"].shape
     ranks = np.ones(n, np.int64)
-    rows = _rows(path, values, indices, np.full(n, k, np.int64), ranks, m)
+    entries = (arrays["data/fisher/values"], arrays["data/fisher/indices"])
+    rows = _rows(file.path, *entries, np.full(n, k, np.int64), ranks, m)
     provenance = {"source": "published layout", "layout": "diagonal_fishers"}
-    return _fishers(path, file, "diagonal", provenance, m, rows, ranks, dataset(path, file, "data/dense_fisher_norms"))
+    return _fishers(file, "diagonal", provenance, m, rows, ranks, arrays, norms)
+
+
+def _logits(file: Container) -> str:
+    """The name that the logits have.
+
+    Raises:
+        StorageError: They are missing.
+    """
+    for name in LOGITS:
+        if name in file.specs or name in file.refused:
+            return name
+    raise StorageError(f"{file.path}: {' or '.join(LOGITS)} is missing from this file in a published layout")
+
+
+def _read(file: Container, fields: list[Field], m: int) -> dict[str, Array]:
+    sizes = {"n_parameters": m}
+    check_shapes(file.path, file.specs, fields, sizes)
+    sizes["n_classes"] = sizes["n_outputs"] or 1 << 62
+    arrays, _ = file.read(fields, sizes, verify=True)
+    return arrays
 
 
 def _fishers(
-    path: Path,
-    file: h5py.File,
+    file: Container,
     kind: Kind,
     provenance: dict[str, Any],
     m: int,
     rows: SparseRows,
     ranks: Array,
-    norms: h5py.Dataset,
+    arrays: dict[str, Array],
+    norms: str,
 ) -> Fishers:
     n = len(ranks)
-    labels = file["data/labels"][()].astype(np.int64) if "data/labels" in file else np.full(n, -1, np.int64)
-    logits = dataset(path, file, "data/logits", "data/predicted_logits")[()].astype(np.float32)
-    for name, array in (("labels", labels), ("logits", logits), ("norms", norms)):
-        if array.shape[:1] != (n,):
-            raise StorageError(f"{path}: damaged: {n} examples, but {name} of shape {array.shape}")
-    offsets = np.concatenate([[0], np.cumsum(ranks)]).astype(np.int64)
+    with np.errstate(over="ignore"):
+        floats = {name: arrays[name].astype(np.float32) for name in (norms, _logits(file))}
+    for name, array in floats.items():
+        if not np.isfinite(array).all():
+            refuse(file.path, name, "numbers within the range of float32")
     return Fishers(
         kind=kind,
         rows=rows,
-        row_offsets=offsets,
-        norms=norms[()].astype(np.float32),
-        logits=logits,
-        labels=labels,
+        row_offsets=np.concatenate([[0], np.cumsum(ranks)]).astype(np.int64),
+        norms=floats[norms],
+        logits=floats[_logits(file)],
+        labels=arrays.get("data/labels", np.full(n, -1)).astype(np.int64),
         ids=np.arange(n),
         parameters=unnamed(m),
         provenance=provenance,
-        path=path,
+        path=file.path,
     )
 
 
@@ -139,6 +171,8 @@ def _row_sizes(path: Path, offsets: Array, k: int) -> Array:
     Raises:
         StorageError: They are neither.
     """
+    if (offsets < 0).any() or (offsets > k).any():
+        refuse(path, "data/col_offsets", f"offsets or sizes from 0 to {k}")
     cumulative = bool((np.diff(offsets, axis=1) >= 0).all() and (offsets[:, :1] == 0).all())
     if cumulative and (offsets[:, -1] == k).all():
         return np.diff(offsets, axis=1)
@@ -151,7 +185,7 @@ def _row_sizes(path: Path, offsets: Array, k: int) -> Array:
     )
 
 
-def _rows(path: Path, values: h5py.Dataset, indices: h5py.Dataset, sizes: Array, ranks: Array, m: int) -> SparseRows:
+def _rows(path: Path, values: Array, indices: Array, sizes: Array, ranks: Array, m: int) -> SparseRows:
     """CSR rows, ascending, without zeros, from ``(n, k)`` entries and the sizes ``(R,)`` of the rows in them.
 
     Raises:
@@ -164,24 +198,26 @@ def _rows(path: Path, values: h5py.Dataset, indices: h5py.Dataset, sizes: Array,
     for start in range(0, n, step):
         stop = min(n, start + step)
         mine = sizes[starts[start] : starts[stop]]
+        if (mine > k).any():
+            raise StorageError(f"{path}: damaged: an example among {start}…{stop - 1} has more than its {k} entries")
         per_example = np.add.reduceat(np.append(mine, 0), starts[start:stop] - starts[start]) * (ranks[start:stop] > 0)
         if (mine < 0).any() or (per_example > k).any():
             raise StorageError(f"{path}: damaged: an example among {start}…{stop - 1} has more than its {k} entries")
         inside = np.arange(k) < per_example[:, None]
-        value, index = (
-            values[start:stop][inside].astype(np.float32),
-            indices[start:stop][inside].astype(np.int64),
-        )
+        with np.errstate(over="ignore"):
+            value = values[start:stop][inside].astype(np.float32)
+        index = indices[start:stop][inside].astype(np.int64)
         row = np.repeat(np.arange(len(mine)), mine)
         keep = value != 0
         value, index, row = value[keep], index[keep], row[keep]
         if len(index) and (index.min() < 0 or index.max() >= m):
             raise StorageError(f"{path}: damaged: a parameter index lies outside 0 … {m - 1}")
-        key = row * m + index
-        if (np.diff(key) <= 0).any():
-            order = np.argsort(key, kind="stable")
-            value, index, row, key = value[order], index[order], row[order], key[order]
-            if (np.diff(key) == 0).any():
+        if not np.isfinite(value).all():
+            raise StorageError(f"{path}: damaged: expected values within the range of float32")
+        if ((np.diff(row) == 0) & (np.diff(index) <= 0)).any():
+            order = np.lexsort((index, row))
+            value, index, row = value[order], index[order], row[order]
+            if ((np.diff(row) == 0) & (np.diff(index) == 0)).any():
                 raise StorageError(f"{path}: damaged: a row has two entries for one parameter")
         indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(mine)))]).astype(np.int64)
         parts.append(SparseRows(indptr, index.astype(index_dtype(m)), value, m))

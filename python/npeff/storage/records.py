@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ForeignFileError
-from npeff.storage.container import Container, open_container, write_container
+from npeff.storage.container import open_container, write_container
+from npeff.storage.fields import Field, Sizes
 from npeff.storage.files import atomic, path_of
 from npeff.storage.hdf5 import Data
 from npeff.storage.store import check_replaceable
@@ -33,9 +34,7 @@ def check_record_target(path: Path | str, content: str) -> Path:
         StorageError: Something else is there, or the folder is missing.
     """
     path = path_of(path)
-    check_replaceable(
-        path, lambda found: isinstance(found, Container) and found.content == content, f"a {content} record of npeff"
-    )
+    check_replaceable(path, lambda found: found.is_npeff and found.content == content, f"a {content} record of npeff")
     return path
 
 
@@ -63,13 +62,21 @@ def write_record(path: Path | str, content: str, arrays: Mapping[str, Array | Da
     return path
 
 
-def read_record(path: Path | str, content: str, *, verify: bool = False) -> tuple[dict[str, Array], dict[str, Any]]:
+def read_record(
+    path: Path | str,
+    content: str,
+    describe: Callable[[dict[str, Any], str], tuple[Sequence[Field], Sizes]],
+    *,
+    verify: bool = False,
+) -> tuple[dict[str, Array], dict[str, Any]]:
     """Open a record: its arrays, mapped read-only, and its meta data.
 
     Args:
         path: The file.
         content: What it must hold.
-        verify: Read everything first and compare it with the stored checksums.
+        describe: From the meta data and the words for it in messages: what is expected of the arrays, and the sizes
+            that the meta data tell. Raises ``StorageError`` where those are not as expected.
+        verify: Read and check arrays larger than 256 MiB too.
 
     Raises:
         ArgumentError: ``path`` is no path.
@@ -84,7 +91,7 @@ def read_record(path: Path | str, content: str, *, verify: bool = False) -> tupl
         raise ForeignFileError(
             f"{path}: expected a {content} record, found an npeff file with content {found.content!r}"
         )
-    if verify:
-        found.verify()
-    names = [name for name, spec in found.specs.items() if spec.dtype.kind in "biufc"]
-    return {name: found.array(name) for name in names}, dict(found.json("meta"))
+    meta = found.json("meta", dict)
+    fields, sizes = describe(meta, f"{path}: dataset 'meta'")
+    arrays, _ = found.read(fields, sizes, verify=verify)
+    return arrays, meta

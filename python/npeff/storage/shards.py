@@ -22,7 +22,7 @@ from npeff.storage.container import Container, open_container
 from npeff.storage.files import check_target
 from npeff.storage.hdf5 import to_json
 from npeff.storage.headers import check_header, plain
-from npeff.storage.parts import Batch, Parts, parts_folder
+from npeff.storage.parts import Batch, Parts, batches_in, parts_folder
 from npeff.storage.store import fishers_in
 
 BESIDE_ROWS = ("row_counts", "norms", "logits", "labels", "ids")
@@ -133,9 +133,7 @@ class FisherWriter:
         check_header(out, out, header_in(container), plain(self.header))
         self.finished = fishers_in(container)
         self.examples_resumed = len(self.finished)
-        self._done = (
-            [(digest, size) for digest, size in container.json("batches")] if "batches" in container.specs else []
-        )
+        self._done = batches_in(container) if "batches" in container.specs else []
         return True
 
     @property

@@ -22,26 +22,31 @@ Arrays lie contiguously, so they are mapped, not read, and any HDF5 reader can o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from npeff.compress import sketch_of
 from npeff.errors import ForeignFileError, NewerFileError, NpeffError, StorageError
-from npeff.fishers import Fishers
+from npeff.fishers import Fishers, Kind
 from npeff.parameters import Parameters
 from npeff.rows import DenseRows, GramRows, Rows, SparseRows
-from npeff.storage.container import Container, container_in, write_container
+from npeff.storage.container import VERIFY_BYTES, Container, open_file, write_container
+from npeff.storage.documents import expect, item
+from npeff.storage.fields import FLOAT, INT, Field, Sizes, check_arrays, check_shapes, refuse
 from npeff.storage.files import atomic, check_target, path_of
 from npeff.storage.hdf5 import Data
-from npeff.storage.opening import open_hdf5
 
 if TYPE_CHECKING:
     from npeff.components import Components
 
 READ_BYTES = 256 << 20  # components no larger are read into memory
+KINDS = get_args(Kind)
 EXAMPLE_ARRAYS = {"norms": np.float32, "logits": np.float32, "labels": np.int64, "ids": np.int64}
 
 
@@ -107,7 +112,7 @@ def save_fishers(fishers: Fishers, path: Path | str) -> Path:
     path = path_of(path)
     check_replaceable(
         path,
-        lambda found: isinstance(found, Container) and found.content == "fishers",
+        lambda found: found.content == "fishers",
         "Fishers saved by npeff",
     )
     header = {
@@ -117,6 +122,7 @@ def save_fishers(fishers: Fishers, path: Path | str) -> Path:
     }
     arrays = [Data.of("row_offsets", fishers.row_offsets, np.int64)]
     arrays += [Data.of(name, getattr(fishers, name), dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
+    fishers.verify()
     with atomic(path) as scratch:
         write_fishers(scratch, header, fishers.coverage, None, arrays + row_data(fishers.rows))
     return path
@@ -152,63 +158,66 @@ def save_components(components: Components, path: Path | str) -> Path:
 def load(path: Path | str, *, verify: bool = False) -> Fishers | Components:
     """Open a file of Fishers or Components, saved by npeff or in one of the published layouts.
 
-    Arrays of npeff's own files are mapped read-only: opening is quick and needs no memory, whatever the size
+    Arrays of npeff's own files are mapped read-only: opening is quick and needs little memory, whatever the size
     (components up to 256 MiB are read instead). The file is never written to. Files in the published layouts
     are read into memory.
 
+    Types, shapes and sizes of everything are checked. Arrays up to 256 MiB are also read once, their contents checked
+    and compared with the stored checksums (about 0.1 s per 256 MiB in the system's cache). Larger rows of Fishers
+    are checked in the same way before they are first used as a whole (:meth:`npeff.fishers.Fishers.verify`); larger
+    arrays of Components with ``verify`` alone. The published layouts have no checksums: their contents are checked,
+    but a wrong number that could be a right one is not noticed.
+
     Args:
         path: The file.
-        verify: Read everything first and compare it with the stored checksums.
+        verify: Read and check large arrays too.
 
     Returns:
         What the file holds.
 
     Raises:
         ArgumentError: ``path`` is no path.
-        StorageError: There is no such file, or it is damaged; with ``verify``, any dataset of it.
+        StorageError: There is no such file, it is no regular file, or it is damaged.
         TruncatedFileError: It ends before its contents do.
         ForeignFileError: It was not written by npeff, nor in a published layout.
         NewerFileError: Its format is newer than this npeff knows.
     """
     path = path_of(path)
     found = recognise(path)
-    if isinstance(found, str):
-        from npeff.storage.published import read_published
+    if not found.is_npeff:
+        from npeff.storage.published import published_in
 
-        return read_published(path)
-    if verify:
-        found.verify()
+        return published_in(found)
     if found.content == "fishers":
-        return fishers_in(found)
+        return fishers_in(found, verify=verify)
     if found.content == "components":
-        return _components_in(found)
+        return _components_in(found, verify=verify)
     raise ForeignFileError(
         f"{path}: expected Fishers or Components, found an npeff file with content {found.content!r}"
     )
 
 
-def recognise(path: Path) -> Container | str:
-    """An npeff container, or the name of the published layout that ``path`` has.
+def recognise(path: Path) -> Container:
+    """A file of npeff, or one in a published layout, whose name is then its content.
 
     Raises:
         ForeignFileError: Neither.
     """
     from npeff.storage.published import layout_of
 
-    with open_hdf5(path) as file:
-        container = container_in(path, file)
-        if container is not None:
-            return container
-        layout = layout_of(file)
+    found = open_file(path)
+    if found.is_npeff:
+        return found
+    layout = layout_of(found)
     if layout is None:
         raise ForeignFileError(
             f"{path}: an HDF5 file, but neither npeff's (no attribute format = 'npeff') nor in a published layout "
             "(no data/values, data/fisher, data/G or data/H)"
         )
-    return layout
+    return replace(found, content=layout)
 
 
-def check_replaceable(path: Path, same: Callable[[Container | str], bool], what: str) -> None:
+def check_replaceable(path: Path, same: Callable[[Container], bool], what: str) -> None:
     """Make sure that ``path`` is free, or holds what is about to be written anew.
 
     Raises:
@@ -236,7 +245,7 @@ def check_components_target(path: Path) -> None:
     """
     check_replaceable(
         path,
-        lambda found: isinstance(found, Container) and found.content == "components",
+        lambda found: found.content == "components",
         "Components saved by npeff",
     )
 
@@ -259,6 +268,54 @@ def refuse_npeff_file(path: Path) -> None:
     raise StorageError(f"{path}: holds Fishers or Components, and is not overwritten; choose another name")
 
 
+OFFSETS = Field("row_offsets", ("<i8",), ("n_examples + 1",), ascends_to="n_rows")
+EXAMPLES = (
+    Field("norms", ("<f4",), ("n_examples",), least=0),
+    Field("logits", ("<f4",), ("n_examples", "n_outputs")),
+    Field("labels", ("<i8",), ("n_examples",), least=-1, below="n_classes"),
+    Field("ids", ("<i8",), ("n_examples",), least=0),
+)
+ENTRIES = Field("rows/indices", INT, ("n_entries",), least=0, below="n_parameters", ascending_in="rows/indptr")
+SPARSE = (
+    Field("rows/indptr", ("<i8",), ("n_rows + 1",), ascends_to="n_entries"),
+    ENTRIES,
+    Field("rows/values", ("<f4",), ("n_entries",)),
+)
+DENSE = (Field("rows/values", ("<f4",), ("n_rows", "n_columns")),)
+GRAM = (Field("rows/gram", ("<f4",), ("n_rows", "n_rows")),)
+ROWS = {"sparse": SPARSE, "dense": DENSE, "gram": GRAM}
+
+COMPONENTS = (
+    Field("coefficients", FLOAT, ("n_examples", "n_components"), least=0),
+    Field("vectors", FLOAT, ("n_components", "n_columns")),
+    Field("columns", INT, ("n_columns",), least=0, below="n_parameters", ascending_in="", optional=True),
+    Field("labels", INT, ("n_examples",), least=-1, below="n_classes"),
+    Field("logits", FLOAT, ("n_examples", "n_outputs")),
+    Field("ids", INT, ("n_examples",), least=0),
+    Field("norms", FLOAT, ("n_examples",), least=0, nan=True),
+    Field("loss_curve", FLOAT, ("n_losses",)),
+    Field("row_offsets", INT, ("n_examples + 1",), ascends_to="n_rows", optional=True),
+    Field("row_weights", FLOAT, ("n_rows", "n_components"), optional=True),
+    Field("recovered", INT, ("n_recovered",), least=0, below="n_components", ascending_in="", optional=True),
+    Field("recovered_vectors", FLOAT, ("n_recovered", "n_parameters"), optional=True),
+)
+
+
+def row_fields(form: str, kind: str) -> list[Field]:
+    """What is expected of rows, sparse, dense or inner products; those of diagonal Fishers are not negative."""
+    fields = ROWS[form]
+    return [
+        replace(field, least=0) if kind == "diagonal" and field.name == "rows/values" else field for field in fields
+    ]
+
+
+def row_arrays(rows: Rows) -> dict[str, Any]:
+    """The arrays of rows by the names of their datasets."""
+    if isinstance(rows, SparseRows):
+        return {"rows/indptr": rows.indptr, "rows/indices": rows.indices, "rows/values": rows.values}
+    return {"rows/gram" if isinstance(rows, GramRows) else "rows/values": rows.values}
+
+
 @contextmanager
 def _whole(path: Path) -> Iterator[None]:
     """Tell that a file is damaged where what it holds contradicts itself.
@@ -275,44 +332,171 @@ def _whole(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: damaged: {reason}") from error
 
 
-def fishers_in(container: Container) -> Fishers:
-    """The Fishers in an npeff container, mapped.
+def one_of(container: Container, name: str, value: object, choices: Iterable[str]) -> str:
+    """``value``, which is one of ``choices``.
 
     Raises:
-        StorageError: Its arrays contradict each other.
+        StorageError: It is another.
     """
+    if value not in tuple(choices):
+        raise StorageError(f"{container.path}: {name} is damaged: expected {' or '.join(choices)}, got {value!r}")
+    return str(value)
+
+
+def described_parameters(document: Any, where: str) -> Parameters:
+    """The parameters that a JSON document describes; ``where`` names file and field.
+
+    Raises:
+        StorageError: It describes none.
+    """
+    described = []
+    for entry in expect(document, where, list):
+        label, shape = item(expect(entry, where, dict), "name", where, str), item(entry, "shape", where, list)
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise StorageError(f"{where} is damaged: expected sizes ≥ 0 of {label!r}, got {shape}")
+        described.append((label, shape))
+    parameters = Parameters.of(described)
+    if len(set(parameters.names)) != len(parameters) or parameters.n_parameters >= 1 << 62:
+        raise StorageError(f"{where} is damaged: expected different names and fewer than 2⁶² elements")
+    return parameters
+
+
+def check_provenance(container: Container, provenance: dict[str, Any], name: str) -> dict[str, Any]:
+    """The options in the provenance of Fishers, once all that is looked up in it later has the type expected there.
+
+    Raises:
+        StorageError: Something has not.
+    """
+    where, nothing = f"{container.path}: {name}", type(None)
+    options = item(provenance, "options", where, (dict, nothing)) or {}
+    compress = item(options, "compress", where, (dict, nothing)) or {}
+    item(compress, "method", where, (str, nothing))
+    item(options, "likelihood", where, (str, nothing))
     with _whole(container.path):
-        parameters = Parameters.from_json(container.json("parameters"))
-        form = container.attributes.get("rows")
-        gram = form == "gram"
-        rows: Rows = GramRows(container.array("rows/gram")) if gram else DenseRows(container.array("rows/values"))
-        if form == "sparse":
-            indptr, indices = container.array("rows/indptr"), container.array("rows/indices")
-            rows = SparseRows(indptr, indices, rows.values, parameters.n_parameters)
-            if len(indices) != len(rows.values) or indptr[-1] != len(indices):
-                found = f"{len(rows.values)} values, {len(indices)} indices, {indptr[-1]} announced"
-                raise StorageError(f"{container.path}: damaged: {found}")
+        sketch_of(provenance)
+    return options
+
+
+def n_classes(options: dict[str, Any], n_outputs: int) -> int:
+    """What labels have to be below: the number of outputs, where those are classes."""
+    return n_outputs if n_outputs and options.get("likelihood", "categorical") == "categorical" else 1 << 62
+
+
+def check_sizes(container: Container, sizes: Sizes) -> None:
+    """Make sure that the sizes told by attributes are those of the arrays.
+
+    Raises:
+        StorageError: One is not.
+    """
+    for name in ("n_examples", "n_parameters", "n_components"):
+        if name in container.attributes and container.attribute(name, int) != sizes.get(name):
+            found = container.attributes[name]
+            raise StorageError(
+                f"{container.path}: attribute {name!r} is damaged: expected {sizes.get(name)} as the arrays have, got "
+                f"{found}"
+            )
+
+
+def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
+    """The Fishers in an npeff container, mapped; all arrays but large ones are checked.
+
+    Args:
+        container: The file.
+        verify: Check large arrays too; otherwise :meth:`npeff.fishers.Fishers.verify` does, before they are used.
+
+    Raises:
+        StorageError: An array is not as the format says, or its checksum differs.
+    """
+    kind = one_of(container, "attribute 'kind'", container.attribute("kind", str), KINDS)
+    form = one_of(container, "attribute 'rows'", container.attribute("rows", str), ROWS)
+    parameters = described_parameters(container.json("parameters", list), f"{container.path}: dataset 'parameters'")
+    provenance = container.json("provenance", dict)
+    options = check_provenance(container, provenance, "dataset 'provenance'")
+    coverage = container.json("coverage", list)
+    for line in coverage:
+        expect(line, f"{container.path}: dataset 'coverage'", dict)
+    sketch = sketch_of(provenance)
+    sizes: Sizes = {"n_parameters": parameters.n_parameters}
+    if form == "dense":
+        sizes["n_columns"] = parameters.n_parameters if sketch is None else sketch.d
+    fields = [OFFSETS, *EXAMPLES, *row_fields(form, kind)]
+    check_shapes(container.path, container.specs, [*EXAMPLES, *row_fields(form, kind)], sizes)
+    sizes["n_classes"] = n_classes(options, sizes["n_outputs"])
+    if kind == "diagonal":
+        sizes["n_rows"] = sizes["n_examples"]
+    check_sizes(container, sizes)
+    arrays, check = container.read(fields, sizes, verify=verify)
+    if kind == "diagonal" and not np.array_equal(arrays["row_offsets"], np.arange(sizes["n_examples"] + 1)):
+        refuse(container.path, "row_offsets", "one row per example, as diagonal Fishers have")
+    rows: Rows
+    if form == "gram":
+        rows = GramRows(arrays["rows/gram"])
+    elif form == "sparse":
+        rows = SparseRows(arrays["rows/indptr"], arrays["rows/indices"], arrays["rows/values"], parameters.n_parameters)
+    else:
+        rows = DenseRows(arrays["rows/values"])
+
+    def check_part(part: Rows | None) -> None:
+        if part is None:
+            check()
+        else:
+            known: Sizes = {name: size for name, size in sizes.items() if name in ("n_parameters", "n_columns")}
+            check_arrays(container.path, row_arrays(part), row_fields(form, kind), known)
+
+    large = any(container.specs[field.name].nbytes > VERIFY_BYTES for field in fields)
+    with _whole(container.path):
         return Fishers(
-            kind=container.attributes["kind"],
+            kind=kind,  # type: ignore[arg-type]
             rows=rows,
-            row_offsets=container.array("row_offsets"),
-            **{name: container.array(name) for name in EXAMPLE_ARRAYS},
+            row_offsets=arrays["row_offsets"],
+            **{name: arrays[name] for name in EXAMPLE_ARRAYS},
             parameters=parameters,
-            provenance=container.json("provenance"),
-            coverage=container.json("coverage"),
+            provenance=provenance,
+            coverage=coverage,
             path=container.path,
+            check=check_part if large and not verify else None,
         )
 
 
-def _components_in(container: Container) -> Components:
+def _components_in(container: Container, *, verify: bool = False) -> Components:
     from npeff.components import Components
 
-    prefix = "arrays/"
-    arrays = {name[len(prefix) :]: container.array(name) for name in container.specs if name.startswith(prefix)}
+    meta, where = container.json("meta", dict), f"{container.path}: dataset 'meta'"
+    one_of(container, "'kind' of dataset 'meta'", item(meta, "kind", where, str), KINDS)
+    parameters = described_parameters(item(meta, "parameters", where, list), f"{where}, 'parameters',")
+    if math.isinf(item(meta, "loss", where, float)):
+        raise StorageError(f"{where}, 'loss', is damaged: expected a finite number, or NaN")
+    weights = item(meta, "block_weights", where, (dict, type(None))) or {}
+    for name, weight in weights.items():
+        if name not in parameters.names or not 0 <= expect(weight, f"{where}, 'block_weights'", float) < math.inf:
+            raise StorageError(
+                f"{where}, 'block_weights', is damaged: expected a finite weight ≥ 0 per parameter, got {weight} for "
+                f"{name!r}"
+            )
+    provenance = item(meta, "provenance", where, dict)
+    source = item(provenance, "fishers", where, (dict, type(None))) or {}
+    options = check_provenance(container, source, "'provenance' of dataset 'meta'")
+    item(provenance, "course", where, (dict, type(None)))
+    fields = [replace(field, name=f"arrays/{field.name}") for field in COMPONENTS]
+    sizes: Sizes = {"n_parameters": parameters.n_parameters}
+    if "arrays/columns" not in container.specs:
+        sketch, gram = sketch_of(source), (options.get("compress") or {}).get("method") == "gram"
+        found = container.spec("arrays/coefficients").shape
+        sizes["n_columns"] = sketch.d if sketch else found[-1] if gram and found else parameters.n_parameters
+    check_shapes(container.path, container.specs, fields, sizes)
+    sizes["n_classes"] = n_classes(options, sizes["n_outputs"])
+    check_sizes(container, sizes)
+    for together in (("row_offsets", "row_weights"), ("recovered", "recovered_vectors")):
+        if len({f"arrays/{name}" in container.specs for name in together}) > 1:
+            raise StorageError(
+                f"{container.path}: damaged: expected both or none of the arrays {' and '.join(together)}"
+            )
+    found_arrays, _ = container.read(fields, sizes, verify=verify)
+    arrays = {name.removeprefix("arrays/"): array for name, array in found_arrays.items()}
     if sum(array.nbytes for array in arrays.values()) <= READ_BYTES:
         arrays = {name: np.array(array) for name, array in arrays.items()}
     with _whole(container.path):
-        return Components.from_parts(arrays, container.json("meta"))
+        return Components.from_parts(arrays, meta)
 
 
 def describe(path: Path | str) -> dict[str, Any]:
@@ -327,18 +511,16 @@ def describe(path: Path | str) -> dict[str, Any]:
         ``meta``; for unfinished work ``shards``. JSON-able.
     """
     from npeff.storage.parts import describe_parts, parts_folder
+    from npeff.storage.published import describe_published
 
     path = path_of(path)
     if not path.exists() and parts_folder(path).is_dir():
         return describe_parts(path)
-    summary: dict[str, Any] = {"path": str(path)}
     found = recognise(path)
-    summary["bytes"] = path.stat().st_size
-    if isinstance(found, str):
-        from npeff.storage.published import describe_published
-
-        return {**summary, "format": "published", "content": found, **describe_published(path)}
-    summary |= {str(name): value for name, value in found.attributes.items()}
+    summary: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
+    if not found.is_npeff:
+        return {**summary, "format": "published", "content": found.content, **describe_published(path)}
+    summary |= {name: value for name, value in found.attributes.items() if "@" not in name}
     summary["arrays"] = {
         name: [list(spec.shape), str(spec.dtype)] for name, spec in found.specs.items() if spec.dtype.kind != "S"
     }

@@ -111,6 +111,7 @@ def shuffled(fishers: Fishers, seed: int = 0) -> Fishers:
     Returns:
         Fishers of as many examples, rows and entries; labels and logits belong to nothing any more.
     """
+    fishers.verify()
     rng = np.random.default_rng(seed)
     rows, R = fishers.rows, fishers.rows.n_rows
     a, b = _units(rng, R, rows.n_columns), rng.integers(0, max(1, R), rows.n_columns)

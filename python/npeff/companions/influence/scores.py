@@ -9,19 +9,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, ForeignFileError, StorageError
 from npeff.storage import refuse_npeff_file
+from npeff.storage.container import open_file
+from npeff.storage.documents import item, parse_json
+from npeff.storage.fields import FLOAT, Field
 from npeff.storage.files import atomic, path_of
 from npeff.storage.hdf5 import Data, as_bytes, pieces, write_hdf5
-from npeff.storage.opening import text_of
 
 Array = npt.NDArray[Any]
 Direction = Literal["raises", "lowers", "both"]
 SUFFIXES = (".h5", ".hdf5", ".npz", ".csv")
+FIELDS = (
+    Field("values", FLOAT, ("n_train", "n_test"), nan=True),
+    Field("test_values", FLOAT, ("n_test",)),
+    Field("residuals", FLOAT, ("n_test",), least=0, nan=True),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,32 +150,33 @@ class Scores:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Scores:
+    def load(cls, path: str | Path, *, verify: bool = False) -> Scores:
         """Open scores from ``.h5``; the table stays on disk, mapped.
 
+        Types and shapes are checked; arrays up to 256 MiB are read once, checked, and compared with their checksums,
+        which files of earlier versions lack.
+
+        Args:
+            path: The file.
+            verify: Read and check larger tables too.
+
         Raises:
+            ArgumentError: ``path`` is no path.
             ForeignFileError: The file holds something else.
-            StorageError: It cannot be read.
+            StorageError: It cannot be read, or is damaged.
         """
         path = path_of(path)
-        try:
-            with h5py.File(path, "r") as table:
-                if text_of(table.attrs.get("content", "")) != "influence":
-                    raise ForeignFileError(f"{path}: holds no influence scores; they are written by Scores.save")
-                values = table["values"]
-                offset = values.id.get_offset()
-                mapped = (
-                    np.empty(values.shape)
-                    if offset is None
-                    else np.memmap(path, values.dtype, "r", offset, tuple(values.shape))
-                )
-                meta = json.loads(table.attrs["provenance"])
-                test_values, residuals = (np.asarray(table[name]) for name in ("test_values", "residuals"))
-        except StorageError:
-            raise
-        except (OSError, KeyError) as error:
-            raise StorageError(f"{path}: cannot be read as influence scores ({error})") from error
-        return cls(mapped, test_values, residuals, n=int(meta.pop("n")), provenance=meta)
+        file = open_file(path)
+        if file.is_npeff or file.attributes.get("content") != "influence":
+            raise ForeignFileError(f"{path}: holds no influence scores; they are written by Scores.save")
+        where = f"{path}: attribute 'provenance'"
+        meta = parse_json(file.attribute("provenance", str), where, finite=False)
+        n = item(meta, "n", where, int)
+        arrays, _ = file.read(FIELDS, {}, verify=verify)
+        if n < 1:
+            raise StorageError(f"{where}, 'n', is damaged: expected a number of examples, got {n}")
+        provenance = {name: value for name, value in meta.items() if name != "n"}
+        return cls(arrays["values"], arrays["test_values"], arrays["residuals"], n, provenance)
 
 
 def _write_hdf5(path: Path, scores: Scores, meta: str) -> None:

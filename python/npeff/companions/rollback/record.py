@@ -13,6 +13,8 @@ import numpy.typing as npt
 from npeff.companions.rollback.moves import Accumulator, Moves
 from npeff.companions.rollback.recipe import Recipe
 from npeff.errors import ArgumentError, ModelError, StorageError
+from npeff.storage.documents import expect, item
+from npeff.storage.fields import FLOAT, Field, Sizes, refuse
 from npeff.storage.hdf5 import Data
 from npeff.storage.records import check_record_target, read_record, write_record
 
@@ -67,7 +69,7 @@ class Record:
         """The trained model, built anew.
 
         Raises:
-            ModelError: It is of a class that npeff does not know.
+            ModelError: It is of a class that npeff does not know, or has no such options.
         """
         from npeff.companions.rollback.models import MODELS
 
@@ -76,7 +78,10 @@ class Record:
                 f"record: its model is of a class of your own ({self.model_kind or 'unnamed'}); build it and load "
                 "record.final with load_tables"
             )
-        model = MODELS[self.model_kind](**self.model_options)
+        try:
+            model = MODELS[self.model_kind](**self.model_options)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"record: no {self.model_kind} model has the options {self.model_options}") from error
         dtype = next(iter(self.final.values())).dtype
         if dtype == np.float64:
             model.double()
@@ -123,34 +128,73 @@ class Record:
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = False) -> Record:
-        """Open a record; its arrays are mapped, not read.
+        """Open a record; its arrays are mapped. Those up to 256 MiB are checked and compared with their checksums.
+
+        Args:
+            path: The file.
+            verify: Check larger arrays too.
 
         Raises:
             ArgumentError: ``path`` is no path.
             StorageError: There is no such file, or it is damaged.
             ForeignFileError: It holds something else.
         """
-        arrays, meta = read_record(path, CONTENT, verify=verify)
+        arrays, meta = read_record(path, CONTENT, _describe, verify=verify)
+        columns, examples = tuple(meta["columns"]), arrays["examples"]
+        tables = sorted(set(columns))
+        for column, table in enumerate(columns):
+            n_rows = len(arrays[f"initial/{table}"])
+            if len(examples) and not 0 <= examples[:, column].min() <= examples[:, column].max() < n_rows:
+                refuse(path, "examples", f"rows 0 to {n_rows - 1} of {table!r} in column {column}")
+            if len(meta["names"].get(table, arrays[f"initial/{table}"])) < n_rows:
+                refuse(path, "meta", f"a name for each of the {n_rows} rows of {table!r}")
         try:
-            tables = sorted(set(meta["columns"]))
-            moves = {
+            recipe = None if meta["recipe"] is None else Recipe(**meta["recipe"])
+        except (TypeError, ArgumentError) as error:
+            raise StorageError(f"{path}: dataset 'meta', 'recipe', is damaged: {error}") from error
+        return cls(
+            examples=examples,
+            columns=columns,
+            moves={
                 table: Moves(*(arrays[f"moves/{table}/{part}"] for part in ("offsets", "rows", "values")))
                 for table in tables
-            }
-            return cls(
-                examples=arrays["examples"],
-                columns=tuple(meta["columns"]),
-                moves=moves,
-                initial={table: arrays[f"initial/{table}"] for table in tables},
-                final={table: arrays[f"final/{table}"] for table in tables},
-                recipe=None if meta["recipe"] is None else Recipe(**meta["recipe"]),
-                model_kind=meta["model_kind"],
-                model_options=meta["model_options"],
-                names=meta["names"],
-                negatives=bool(meta["negatives"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise StorageError(f"{path}: damaged: {error}") from error
+            },
+            initial={table: arrays[f"initial/{table}"] for table in tables},
+            final={table: arrays[f"final/{table}"] for table in tables},
+            recipe=recipe,
+            model_kind=meta["model_kind"],
+            model_options=meta["model_options"],
+            names=meta["names"],
+            negatives=meta["negatives"],
+        )
+
+
+def _describe(meta: dict[str, Any], where: str) -> tuple[list[Field], Sizes]:
+    """What is expected of a record's arrays.
+
+    Raises:
+        StorageError: The meta data are not as expected.
+    """
+    nothing = type(None)
+    columns = item(meta, "columns", where, list)
+    for table in columns:
+        expect(table, f"{where}, 'columns'", str)
+    item(meta, "recipe", where, (dict, nothing))
+    item(meta, "model_kind", where, (str, nothing))
+    item(meta, "model_options", where, dict)
+    item(meta, "negatives", where, bool)
+    sizes = {"n_columns": len(columns)}
+    fields = [Field("examples", ("<i8",), ("n_examples", "n_columns"), least=0)]
+    for table in sorted(set(columns)):
+        rows, width, moved = (f"{what} of {table}" for what in ("n_rows", "width", "n_moves"))
+        fields += [Field(f"{part}/{table}", FLOAT, (rows, width)) for part in ("initial", "final")]
+        offsets = Field(f"moves/{table}/offsets", ("<i8",), ("n_examples + 1",), ascends_to=moved)
+        moves = Field(f"moves/{table}/rows", ("<i8",), (moved,), least=0, below=rows, ascending_in=offsets.name)
+        fields += [offsets, moves, Field(f"moves/{table}/values", FLOAT, (moved, width))]
+    for table, names in item(meta, "names", where, dict).items():
+        for name in expect(names, f"{where}, {table!r} of 'names'", list):
+            expect(name, f"{where}, {table!r} of 'names'", str)
+    return fields, sizes
 
 
 def _fixed(record: Record) -> dict[str, Array | Data]:

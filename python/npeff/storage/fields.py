@@ -1,0 +1,198 @@
+"""What a format expects of its arrays, as a table: one check serves every format, which states its fields alone.
+
+Sizes have names: the first field whose shape mentions ``"n_rows"`` decides it, all others have to agree. Nothing here
+depends on where arrays lie: mapped from HDF5, read from an archive, or cut from either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.errors import StorageError
+
+Array = npt.NDArray[Any]
+Sizes = dict[str, int]
+
+PIECE_BYTES = 1 << 20
+"""Bytes that are looked at together: they stay in the processor's cache from one check to the next."""
+
+FLOAT = ("<f2", "<f4", "<f8")
+INT = ("<i4", "<i8")
+
+
+class Shaped(Protocol):
+    """An array, or the description of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its axes."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of its elements."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a format. All floating-point numbers have to be finite.
+
+    Attributes:
+        name: Its name in the file.
+        dtypes: Types accepted, such as ``"<f4"``; a single letter (``"f"``, ``"i"``) stands for every width and byte
+            order of that kind.
+        shape: A number, a size's name, or a size's name with ``" + 1"``, per axis.
+        least: Elements are at least this.
+        below: Elements are below this size.
+        ascends_to: Elements rise from 0 to this size, each at least its predecessor: offsets.
+        adds_up_to: Elements, each at least 0, add up to this size: counts.
+        ascending_in: Elements rise strictly between each two offsets of the field of this name; ``""``: all of them.
+        nan: NaN is accepted: an unknown number.
+        optional: The field may be missing.
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    shape: tuple[int | str, ...]
+    least: int | None = None
+    below: str | None = None
+    ascends_to: str | None = None
+    adds_up_to: str | None = None
+    ascending_in: str | None = None
+    nan: bool = False
+    optional: bool = False
+
+
+def refuse(where: object, name: str, expected: str) -> NoReturn:
+    """Tell that an array is not as expected.
+
+    Raises:
+        StorageError: Always.
+    """
+    raise StorageError(f"{where}: dataset {name!r} is damaged: expected {expected}")
+
+
+def check_shapes(where: object, found: Mapping[str, Shaped], fields: Sequence[Field], sizes: Sizes) -> None:
+    """Make sure that types and shapes are as expected and agree with each other.
+
+    Args:
+        where: The file, for messages.
+        found: Arrays or their descriptions, by name.
+        fields: What is expected.
+        sizes: Sizes known beforehand; those that the fields decide are added.
+
+    Raises:
+        StorageError: A field is missing, or has another type or shape.
+    """
+    for field in fields:
+        if field.name not in found:
+            if field.optional:
+                continue
+            raise StorageError(
+                f"{where}: dataset {field.name!r} is missing; the file was changed by another program, or is damaged"
+            )
+        shape, dtype = found[field.name].shape, found[field.name].dtype
+        if not any(accepted in (dtype.str, dtype.kind) for accepted in field.dtypes):
+            refuse(where, field.name, f"the type {' or '.join(field.dtypes)}, got {dtype}")
+        if len(shape) != len(field.shape) or not all(map(_agrees, shape, field.shape, [sizes] * len(shape))):
+            known = {key: size for key, size in sizes.items() if any(key in str(axis) for axis in field.shape)}
+            about = f" with {', '.join(f'{key} = {size:,}' for key, size in known.items())}" if known else ""
+            expected = ", ".join(map(str, field.shape))
+            refuse(where, field.name, f"the shape ({expected}){about}, got {tuple(shape)}")
+
+
+def _agrees(found: int, expected: int | str, sizes: Sizes) -> bool:
+    """Whether an axis has the expected size; decides the size where it is not known yet."""
+    if isinstance(expected, int):
+        return found == expected
+    name, _, more = expected.partition(" + ")
+    return found - int(more or 0) >= 0 and found - int(more or 0) == sizes.setdefault(name, found - int(more or 0))
+
+
+def check_arrays(where: object, arrays: Mapping[str, Array], fields: Sequence[Field], sizes: Sizes) -> None:
+    """Make sure that arrays in memory are as a format expects them, in type, shape and contents.
+
+    Args:
+        where: The file that they come from, for messages.
+        arrays: By name.
+        fields: What is expected; fields that others refer to come first.
+        sizes: Sizes known beforehand; those that the fields decide are added.
+
+    Raises:
+        StorageError: One is not.
+    """
+    check_shapes(where, arrays, fields, sizes)
+    for field in fields:
+        if field.name in arrays:
+            for _ in checked_pieces(where, field, arrays, sizes):
+                pass
+
+
+def checked_pieces(where: object, field: Field, arrays: Mapping[str, Array], sizes: Sizes) -> Iterator[Array]:
+    """A field's elements in flat pieces, each checked before it is yielded.
+
+    Args:
+        where: The file, for messages.
+        field: The field; its type and shape are right.
+        arrays: Holds the field's array, and the offsets that it refers to.
+        sizes: All sizes that it refers to.
+
+    Raises:
+        StorageError: An element is not as expected; names it.
+    """
+    array = arrays[field.name]
+    flat = array.reshape(-1)
+    last, total = 0, 0
+    if field.ascends_to is not None and (not len(flat) or flat[0] != 0):
+        refuse(where, field.name, f"offsets from 0 on, got {flat[0] if len(flat) else 'none'}")
+    step = max(1, PIECE_BYTES // max(1, array.dtype.itemsize))
+    for start in range(0, len(flat), step):
+        piece = flat[start : start + step]
+        for wrong, expected in _rules(field, piece, sizes):
+            _refuse(where, field, piece, start, wrong, expected)
+        if field.ascends_to is not None:
+            if piece[0] < last:
+                _refuse(where, field, piece, start, np.array([True]), f"at least the {last} before it")
+            last = int(piece[-1])
+        if field.adds_up_to is not None:
+            total += int(piece.sum())  # cannot overflow: every count is at most the size
+        if field.ascending_in is not None:
+            before = flat[start - 1 : start + step] if start else piece
+            rises = before[1:] > before[:-1]
+            first = start + (0 if start else 1)  # of the element that rises[0] is about
+            offsets = arrays[field.ascending_in] if field.ascending_in else np.zeros(0, np.int64)
+            starts = offsets[slice(*np.searchsorted(offsets, [first, first + len(rises)]))]
+            rises[np.asarray(starts, np.int64) - first] = True
+            _refuse(where, field, before[1:], first, ~rises, "entries that rise within a row")
+        yield piece
+    size = sizes[field.ascends_to or field.adds_up_to or ""] if field.ascends_to or field.adds_up_to else 0
+    if field.ascends_to is not None and last != size:
+        refuse(where, field.name, f"offsets up to {size:,}, {field.ascends_to}, got {last:,}")
+    if field.adds_up_to is not None and total != size:
+        refuse(where, field.name, f"counts that add up to {size:,}, {field.adds_up_to}, got {total:,}")
+
+
+def _rules(field: Field, piece: Array, sizes: Sizes) -> Iterator[tuple[Array, str]]:
+    """Which elements break a rule, and what the rule expects."""
+    if piece.dtype.kind == "f":
+        finite = np.isfinite(piece)
+        yield ~(finite | np.isnan(piece) if field.nan else finite), "finite numbers"
+    least = 0 if field.ascends_to or field.adds_up_to else field.least
+    if least is not None:
+        yield piece < least, f"numbers ≥ {least}"
+    if field.below is not None:
+        yield piece >= sizes[field.below], f"numbers < {sizes[field.below]:,}, {field.below}"
+    if field.adds_up_to is not None:
+        yield piece > sizes[field.adds_up_to], f"numbers ≤ {sizes[field.adds_up_to]:,}, {field.adds_up_to}"
+    if field.ascends_to is not None:
+        yield np.append(False, piece[1:] < piece[:-1]), "offsets that do not fall"
+
+
+def _refuse(where: object, field: Field, piece: Array, start: int, wrong: Array, expected: str) -> None:
+    if wrong.any():
+        at = int(wrong.argmax())
+        refuse(where, field.name, f"{expected}, got {piece[at]} as element {start + at:,}")
