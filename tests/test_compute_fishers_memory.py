@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import npeff
 from npeff.compress import TopK
 from npeff.computation import compute_fishers
 from npeff.errors import ArgumentError, DataError, ResumeError
@@ -119,6 +120,24 @@ def test_progress_goes_to_stderr_and_can_be_silenced(
     silent = capsys.readouterr()
     assert not silent.err
     assert not silent.out
+
+
+@pytest.mark.parametrize("options", [{"compress": npeff.GramOnly()}, {"energy": 0.9}, {"basis": "class"}])
+def test_cotangents_of_pieces_are_those_of_the_batch(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from npeff.gradients import budget, exact_gram
+    from npeff.perturbation import data_fisher
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 70), 3 * torch.randn(7, 4)
+    whole, mean = fishers_of(model, [x], **options), npeff.mean_fisher(model, [x], progress=False)
+    for module in (budget, exact_gram, data_fisher):
+        monkeypatch.setattr(module, "KEPT_BYTES", 400_000)
+    pieces, summed = fishers_of(model, [x], **options), npeff.mean_fisher(model, [x], progress=False)
+    n = whole.rows.n_rows
+    np.testing.assert_allclose(whole.rows.gram(0, n), pieces.rows.gram(0, n), atol=1e-4)
+    np.testing.assert_allclose(whole.norms, pieces.norms, rtol=1e-5)
+    for name, one in mean.items():
+        np.testing.assert_allclose(one, summed[name], rtol=1e-5, atol=1e-9)
 
 
 MANY_CLASSES = """

@@ -193,8 +193,32 @@ def test_quantised_modules_are_refused() -> None:
     dynamic = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     with pytest.raises(ModelError, match=r"1 \(Linear is quantised, so no gradient .*before quantisation"):
         fishers_of(dynamic, [torch.randn(5, 4)])
+    with pytest.raises(ModelError, match="is quantised"):
+        fishers_of(torch.ao.quantization.quantize_dynamic(model[1:], {nn.Linear}), [torch.randn(5, 4)])
+
+
+def test_parameters_in_float8_are_told() -> None:
+    class Coarse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+            self.scale = nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False)
+
+        def forward(self, v: Tensor) -> Tensor:
+            return self.head(v * self.scale.float())
+
+    fishers = fishers_of(Coarse(), [torch.randn(5, 4)])
+    assert {line["parameter"]: line["rule"] for line in fishers.coverage}["scale"] == "left out"
 
 
 def test_a_vocabulary_with_too_many_rows_by_energy_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"energy: .* rows per example .* rank= as well"):
         fishers_of(nn.Linear(2, 12_000), [torch.zeros(1, 2)], energy=0.95)
+    with pytest.raises(ArgumentError, match=r"labels: 12,000 outputs .* labels='sampled'"):
+        fishers_of(nn.Linear(2, 12_000), [torch.zeros(1, 2)], likelihood="gaussian")
+
+
+def test_a_sigmoid_before_yes_no_questions_is_told(x: Tensor) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.Sigmoid())
+    with pytest.warns(UserWarning, match=r"ends in a sigmoid, take that off"):
+        fishers_of(model, [x], likelihood="bernoulli")

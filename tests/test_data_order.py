@@ -123,10 +123,29 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
         yield from (SET[i] for i in range(first, N, step))
 
 
+def take_rows(content: Any, positions: list[int]) -> Any:
+    return content[0][positions], content[1][positions]
+
+
+def batch_of(examples: list[Any]) -> npeff.Batch:
+    x, y = zip(*examples, strict=True)
+    return npeff.Batch((torch.stack(x), torch.stack(y)), len(x), take_rows)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_that_stay_give_the_same_as_none(persistent: bool) -> None:
+    """Of batches of their own, too, which come through a pipe."""
+    workers = DataLoader(SET, 4, collate_fn=batch_of, num_workers=2, persistent_workers=persistent)
+    found, expected = fishers_of(linear(), workers), fishers_of(linear(), DataLoader(SET, 4))
+    assert found.labels.tolist() == (torch.arange(N) % 3).tolist()
+    for i in range(N):
+        np.testing.assert_array_equal(found.dense(i), expected.dense(i))
+
+
 @pytest.mark.parametrize("size", [4, 20])
 def test_workers_that_repeat_a_stream_are_refused(size: int) -> None:
     with pytest.raises(DataError, match=r"every one of the 2 workers .*get_worker_info"):
-        fishers_of(linear(), DataLoader(Stream(False), size, num_workers=2))
+        fishers_of(linear(), Wrapped(DataLoader(Stream(False), size, num_workers=2)))
     assert len(fishers_of(linear(), DataLoader(Stream(True), size, num_workers=2))) == N
     assert len(fishers_of(linear(), DataLoader(Stream(False), size, num_workers=1))) == N
 

@@ -216,6 +216,19 @@ def test_a_wrong_guess_names_the_tensor_and_the_way_out(model: Any, batch: Any, 
     assert "npeff.Batch(content, n_examples, take)" in str(caught.value)
 
 
+def test_a_second_item_that_is_no_labels_is_left_to_forward() -> None:
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return model(*batch)
+
+    batch = npeff.Batch((X, ADJACENCY), 6, lambda c, i: (c[0][i], c[1]))
+    fishers = fishers_of(Graphs(), [batch], forward=forward)
+    agrees(fishers, Graphs(), squares(), apart)
+    assert fishers.labels.tolist() == [-1] * 6
+    mask = torch.ones(6, 6)
+    masked = fishers_of(Graphs(), [(X, mask)], forward=lambda m, b: m(b[0] * b[1][:, :, None], ADJACENCY))
+    agrees(masked, Graphs(), squares(), apart)
+
+
 @pytest.mark.parametrize("memory", [300, 3_000, "1MB"])
 def test_a_wrong_guess_is_seen_however_small_the_pieces(memory: int | str) -> None:
     with pytest.raises(npeff.ModelError, match="has other logits when it is alone"):

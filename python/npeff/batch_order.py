@@ -55,8 +55,8 @@ class FixedOrder:
             )
 
 
-def _shuffling(data: Any) -> str:
-    """The name of the sampler that shuffles, at whatever depth of wrappers; empty where none does."""
+def _within(data: Any) -> Iterator[Any]:
+    """The data, what it wraps, and the samplers of all of these."""
     waiting: list[Any] = [data]
     seen: set[int] = set()
     while waiting:
@@ -64,11 +64,15 @@ def _shuffling(data: Any) -> str:
         if found is None or id(found) in seen or len(seen) > 50:
             continue
         seen.add(id(found))
-        if isinstance(found, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
-            return f"{type(found).__name__}"
+        yield found
         for attribute in ("sampler", "batch_sampler", "base_dataloader", "dataloader", "iterable", "_data"):
             waiting.append(getattr(found, attribute, None))
-    return ""
+
+
+def _shuffling(data: Any) -> str:
+    """The name of a sampler that shuffles; empty where none does."""
+    kinds = RandomSampler | SubsetRandomSampler | WeightedRandomSampler
+    return next((type(found).__name__ for found in _within(data) if isinstance(found, kinds)), "")
 
 
 class Repeats:
@@ -79,8 +83,8 @@ class Repeats:
     """
 
     def __init__(self, data: Iterable[Any]) -> None:
-        streamed = isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
-        self._workers = data.num_workers if streamed else 0  # type: ignore[attr-defined]
+        loaders = [found for found in _within(data) if isinstance(found, DataLoader)]
+        self._workers = max((x.num_workers for x in loaders if isinstance(x.dataset, IterableDataset)), default=0)
         self._round: list[str] = []
         self._equal = 0
 

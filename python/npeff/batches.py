@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -67,8 +68,10 @@ class Batch:
         self._take = take
         self._device = torch.device("cpu")
         self._whole: frozenset[Path] = frozenset()
-        self._source: Batch | None = None
+        self._source: Batch | None = None  # for the user's take, which is always asked of the whole batch
         self._positions: list[int] = []
+        self._part_of = ""  # what to say of a part where it fails
+        self._count = "n_examples"
 
     @property
     def inputs(self) -> Any:
@@ -87,8 +90,9 @@ class Batch:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the tensors."""
-        return sum(leaf.numel() * leaf.element_size() for leaf in leaves(self.content) if isinstance(leaf, Tensor))
+        """Size of the tensors that it keeps alive."""
+        kept = self.content if self._source is None else self._source.content
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves(kept) if isinstance(leaf, Tensor))
 
     def take(self, examples: slice | Tensor) -> Batch:
         """Some of the examples, a slice or positions, by the user's ``take`` or cut from what has one entry for each.
@@ -100,9 +104,10 @@ class Batch:
         positions = list(range(n)[examples]) if isinstance(examples, slice) else examples.tolist()
         if positions == list(range(n)):
             return self
-        root = self._source or self
+        root = None
         if self._take is not None:
             # From the whole batch, always: take() may know it by other means than the content that it is given.
+            root = self._source or self
             positions = [self._positions[i] for i in positions] if self._source is not None else positions
             try:
                 content = self._take(root.content, positions)
@@ -116,8 +121,12 @@ class Batch:
             content = self._cut(self.content, (), examples, positions)
         some = Batch(content, len(positions), self._take)
         some._device, some._whole, some._source, some._positions = self._device, self._whole, root, positions
+        some._part_of = f"{len(positions)} of the {n} examples of a batch: {self.how_cut()}"
         some.labels = None if self.labels is None else _labels_in(content, self._device, "what take() gave")
         if some.labels is not None and len(some.labels) != len(positions):
+            if self.labels is None or self.labels.numel() != n:  # no labels, but something that all examples share
+                some.labels = None
+                return some
             raise DataError(
                 f"take: expected {len(positions)} labels for {len(positions)} positions, got {len(some.labels)}"
             )
@@ -134,7 +143,6 @@ class Batch:
         moved = self._with(_onto(device, self.content))
         moved.labels = None if self.labels is None else self.labels.to(device)
         moved._device = device
-        moved._source = None if self._source is None else self._source.to(device)
         return moved
 
     def stacked(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Batch]] | None:
@@ -190,7 +198,7 @@ class Batch:
             [torch.cat([part for part, _ in column]) if self._owns(*column[0]) else column[0][0] for column in columns]
         )
         made = self._with(map_tensors(lambda _: next(merged), self.content))
-        made.n_examples, made._source = sum(batch.n_examples for batch in every), None
+        made.n_examples, made._part_of = sum(batch.n_examples for batch in every), ""
         labels = [batch.labels for batch in every if batch.labels is not None]
         made.labels = torch.cat(labels) if labels else None
         return made
@@ -211,12 +219,9 @@ class Batch:
 
     def _counted(self) -> str:
         """How the examples were counted, and what to do where that is wrong."""
-        if self._source is not None:
-            whole = self._source
-            return f"as these are {self.n_examples} of the {whole.n_examples} examples of a batch: {whole.how_cut()}"
-        by = "the labels" if self.labels is not None else "the first tensor"
-        named = ", ".join(f"batch{''.join(path)} {_size(part)}" for part, path in _parts(self.content)[:8])
-        return f"as the examples were counted by {by} of {named}: {OWN_BATCH}"
+        if self._part_of:
+            return f"as these are {self._part_of}"
+        return f"as the examples were counted by the {self._count} of {_named(self.content)}: {OWN_BATCH}"
 
     def _input_parts(self) -> list[tuple[Any, Path]]:
         if isinstance(self.content, tuple | list) and self.labels is not None:
@@ -266,6 +271,11 @@ def _size(part: Any) -> str:
         shown = f"({part.size(0)}, nested)" if part.is_nested else str(tuple(part.shape))
         return f"{shown} {str(part.dtype).removeprefix('torch.')}"
     return f"({len(part)} items)" if isinstance(part, list | tuple | np.ndarray) else type(part).__name__
+
+
+def _named(content: Any) -> str:
+    """The parts of a batch, as messages show them."""
+    return ", ".join(f"batch{''.join(path)} {_size(part)}" for part, path in _parts(content)[:8])
 
 
 def _rows(tensor: Tensor, examples: slice | Tensor, positions: list[int]) -> Tensor:
@@ -344,7 +354,7 @@ def _is_plain(tree: Any) -> bool:
 
 
 def _attributes(tree: Any) -> list[str] | None:
-    """Names of a dataclass's fields, or of an object's attributes where one is a tensor; None for all else."""
+    """Names of a dataclass's fields, or of an object's attributes where one holds tensors; None for all else."""
     if isinstance(tree, type | nn.Module | Tensor | Batch):
         return None
     if is_dataclass(tree):
@@ -353,7 +363,13 @@ def _attributes(tree: Any) -> list[str] | None:
         values = vars(tree)
     except TypeError:
         return None
-    return list(values) if any(isinstance(value, Tensor) for value in values.values()) else None
+    return list(values) if any(_holds(value) for value in values.values()) else None
+
+
+def _holds(value: Any) -> bool:
+    if type(value) in (list, tuple, dict):
+        value = next(iter(value.values() if isinstance(value, dict) else value), None)
+    return isinstance(value, Tensor)
 
 
 def _parts(tree: Any, path: Path = ()) -> list[tuple[Any, Path]]:
@@ -485,12 +501,12 @@ def read_batch(
         if len(content) not in (1, 2) and not any_layout:
             raise DataError(
                 f"data: batch {number} has {len(content)} items; expected (inputs, labels), or pass "
-                "forward=callable(model, batch) -> logits"
+                f"forward=callable(model, batch) -> logits; {OWN_BATCH}"
             )
     elif not isinstance(content, (Tensor, Mapping)) and not any_layout:
         raise DataError(
             f"data: batch {number} is a {type(content).__name__}; expected (inputs, labels), a mapping or a "
-            "tensor, or pass forward="
+            f"tensor, or pass forward=; {OWN_BATCH}"
         )
     labels = _labels_in(content, device, f"batch {number}")
     if given is None or not given.n_examples:
@@ -500,6 +516,8 @@ def read_batch(
         labels = labels if labels is not None and len(labels) == n_examples else None
     batch = Batch(content, n_examples, None if given is None else given._take)
     batch.labels, batch._device, batch._whole = labels, device, whole
+    if given is None or not given.n_examples:
+        batch._count = "labels" if labels is not None else "first tensor"
     return batch
 
 
@@ -533,7 +551,10 @@ def _labels_in(content: Any, device: torch.device, where: str) -> Tensor | None:
         try:
             labels = torch.as_tensor(labels, device=device)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            raise DataError(f"labels: expected integers; encode strings as class numbers ({where}: {error})") from error
+            raise DataError(
+                f"labels: expected integers; encode strings as class numbers ({where}: {error}); the second item of "
+                f"a batch stands for its labels; {OWN_BATCH}"
+            ) from error
     return labels if isinstance(labels, Tensor) else None
 
 
@@ -547,7 +568,7 @@ def _count(content: Any, labels: Tensor | None, number: int, cut_by_user: bool) 
     sizes = [_length(part) for part, _ in parts if isinstance(part, Tensor) and part.dim()]
     if labels is not None:
         if sizes and not cut_by_user and len(labels) not in [_length(part) for part, _ in parts]:
-            named = ", ".join(f"batch{''.join(where)} {_size(part)}" for part, where in parts[:8])
+            named = _named(content)
             raise DataError(
                 f"data: batch {number} has {sizes[0]} inputs and {len(labels)} labels ({named}); {OWN_BATCH}"
             )
@@ -624,6 +645,20 @@ def update_with_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:
         digest.update(raw.numpy().data)
 
 
+@contextmanager
+def _one_function() -> Iterator[None]:
+    """Within it, a model computes the same whether gradients are recorded or not.
+
+    Without gradients torch's transformer layers take a fast path of their own, in which padded positions become zero.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _run(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
@@ -638,11 +673,8 @@ def _failure(error: Exception, forward: object, batch: Batch) -> str:
         remedy = "It is called with the model and a batch as the data yields it"
     if isinstance(batch.content, Mapping) and "label" in batch.content and "labels" not in batch.content:
         remedy += '; labels are taken from the key "labels": rename "label"'
-    whole = batch._source
-    if whole is not None:
-        remedy = (
-            f"It was called with {batch.n_examples} of the {whole.n_examples} examples of a batch: {whole.how_cut()}"
-        )
+    if batch._part_of:
+        remedy = f"It was called with {batch._part_of}"
     return (
         f"{what}: failed on a batch with inputs {shown or 'without tensors'}: {type(error).__name__}: {error}. {remedy}"
     )
@@ -669,7 +701,8 @@ def call_model(
     source = "the model" if forward is None else "forward="
     given = batch.fresh()
     try:
-        output = _run(model, given.inputs) if forward is None else forward(model, given.content)
+        with _one_function():
+            output = _run(model, given.inputs) if forward is None else forward(model, given.content)
     except Exception as error:
         # Inference tensors have an explanation of their own, see PerExampleGradients.recording.
         explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()

@@ -57,8 +57,9 @@ def compute_fishers(
 
     Args:
         model: Any PyTorch module, usually after ``model.eval()``. It is left exactly as it was.
-        data: Iterable of batches: ``(inputs, labels)``, a mapping with or without ``"labels"``, or a bare
-            tensor.
+        data: Iterable of batches, in the same order every time: ``(inputs, labels)``, a mapping with or without
+            ``"labels"``, or a bare tensor, with the examples as their first dimension; :class:`npeff.Batch` for
+            all else.
         kind: ``"low_rank"`` keeps A, ``"diagonal"`` keeps diag F (the same whatever the basis).
         compress: ``TopK(k)``, ``Sketch(d)``, ``GramOnly()``, or None for exact rows.
         basis: ``"reduced"``: eigenvectors of diag p − ppᵀ, C−1 rows; ``"class"``: one row √p_y ∇log p_y per
@@ -73,8 +74,8 @@ def compute_fishers(
             ``"true"`` uses the given labels: the empirical Fisher, one row.
         n_samples: Draws per example with ``labels="sampled"``. They depend on the seed and the example's
             position alone.
-        likelihood: What the outputs mean: ``"categorical"`` logits, ``"bernoulli"`` logits (one question
-            each), or ``"gaussian"`` means of unit variance.
+        likelihood: What the outputs mean: ``"categorical"`` logits, ``"probabilities"`` of classes (a model that
+            ends in a softmax), ``"bernoulli"`` logits (one question each), or ``"gaussian"`` means of unit variance.
         parameters: Name patterns as in the shell (``"layers.3.*"``), one or several; ``"!…"`` excludes. None
             takes all.
         forward: ``forward(model, batch) -> logits`` for models that are not simply called on the inputs.
@@ -85,17 +86,18 @@ def compute_fishers(
         max_examples: Stop after so many examples.
         share: ``(k, n)``: only batches k, k + n, k + 2n …, for n processes that share the work;
             :func:`npeff.distributed.compute_fishers` does so, and joins what they made.
-        memory: Bytes (``"4GB"`` is as good as a number) that a batch may take for activations and output gradients;
-            larger batches are cut, whatever their size, with the same result. None: activations are not bounded,
-            output gradients by 512 MB.
+        memory: Bytes (``"4GB"`` is as good as a number) that a batch may take for activations, cotangents and output
+            gradients; larger batches are cut, whatever their size, with the same result, at most to single examples.
+            None: activations are not bounded, cotangents and output gradients by 512 MB.
         progress: Show a progress bar on stderr.
 
     Returns:
         Fishers; opened from ``out`` if given.
 
     Raises:
-        ArgumentError: An argument has a wrong value, or does not go with the others.
-        DataError: Data is empty, unlabelled, misshapen, or gives non-finite logits or gradients.
+        ArgumentError: An argument has a wrong value, or does not go with the others; or a DataLoader shuffles.
+        DataError: Data is empty, unlabelled, misshapen, comes in another order each time, or gives non-finite logits or
+            gradients; or the outputs are not what ``likelihood`` says.
         ModelError: The model has no per-example gradients as it stands, fails on a batch, or changed during the work.
         ResumeError: ``out`` holds work on another model, other data or other options.
     """

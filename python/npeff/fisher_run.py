@@ -235,9 +235,10 @@ class Run:
         Raises:
             DataError: There is no such class.
         """
-        if batch.labels is None or not self.options.over_classes:
-            return batch.labels
-        classes = _as_classes(batch.labels, batch.n_examples)
+        labels = self._labels(batch)
+        if labels is None or not self.options.over_classes:
+            return labels
+        classes = _as_classes(labels, batch.n_examples)
         beyond = classes >= n_outputs
         if bool(beyond.any()):
             first = int(beyond.to(torch.uint8).argmax())
@@ -247,9 +248,17 @@ class Run:
             )
         return classes
 
+    def _labels(self, batch: Batch) -> Tensor | None:
+        """The batch's labels, unless its second item is something else that ``forward=``, or ``take``, understands."""
+        own = self.forward is not None or batch.cut_by_user
+        wanted = self.options.labels == "true" or not self.options.over_classes
+        if own and not wanted and batch.labels is not None and batch.labels.numel() != batch.n_examples:
+            return None
+        return batch.labels
+
     def stored_labels(self, batch: Batch) -> npt.NDArray[np.int64]:
         """``(b,)`` classes, −1 where unknown."""
-        labels = batch.labels
+        labels = self._labels(batch)
         if labels is None or (
             not self.options.over_classes and (labels.is_floating_point() or labels.numel() != batch.n_examples)
         ):

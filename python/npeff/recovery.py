@@ -18,8 +18,8 @@ from npeff.batches import Batch, call_model, check_data, read_batches
 from npeff.compress import Sketch, sketch_of
 from npeff.digests import model_digest
 from npeff.errors import ArgumentError, DataError, ModelError
-from npeff.gradients.engine import PerExampleGradients
-from npeff.gradients.factors import FactorOptions, factorise
+from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
+from npeff.gradients.factors import FactorOptions, factorise, in_pieces
 from npeff.gradients.independence import differ
 from npeff.gradients.selection import placed, select_parameters
 from npeff.kernels import StreamingSketch
@@ -159,16 +159,21 @@ class _Recovery:
         same = (fresh.to(torch.float32) == stored).all(dim=1)
         logits = torch.where(same[:, None], fresh.double(), stored.double())
         targets = None if batch.labels is None else batch.labels[torch.from_numpy(places).to(batch.labels.device)].cpu()
-        factors = factorise(logits, self.options, targets, ids[places])
-        width = factors.columns.shape[2]
-        weights = np.zeros((len(indices), width, len(self.js)))
-        for i, index in enumerate(indices):
-            own = self.weights[self.offsets[index] : self.offsets[index + 1]]
-            if len(own) > width:
-                raise DataError(f"data: the Fisher of example {ids[places[i]]} had {len(own)} rows, not {width}")
-            weights[i, : len(own)] = own
-        columns = factors.columns * factors.scale[:, None, None]
-        return torch.einsum("bcr,brk->bck", columns, torch.from_numpy(weights))
+        found = []
+        for some in in_pieces(logits, self.options, KEPT_BYTES):
+            own_targets = None if targets is None else targets[some]
+            factors = factorise(logits[some], self.options, own_targets, ids[places[some]])
+            width = factors.columns.shape[2]
+            weights = np.zeros((len(indices[some]), width, len(self.js)))
+            for i, index in enumerate(indices[some]):
+                own = self.weights[self.offsets[index] : self.offsets[index + 1]]
+                if len(own) > width:
+                    example = ids[places[some][i]]
+                    raise DataError(f"data: the Fisher of example {example} had {len(own)} rows, not {width}")
+                weights[i, : len(own)] = own
+            columns = factors.columns * factors.scale[:, None, None]
+            found.append(torch.einsum("bcr,brk->bck", columns, torch.from_numpy(weights)))
+        return torch.cat(found)
 
     def finish(self) -> Array:
         """``(k, m)``.

@@ -119,7 +119,7 @@ def size(n_bytes: int) -> str:
 
 def unruled(coverage: Iterable[Mapping[str, str]]) -> list[tuple[str, str]]:
     """Parameters that no gradient rule served: ``(name, what served it and why)``."""
-    slow = [line for line in coverage if line.get("rule") in ("torch.func", "loop", "zero")]
+    slow = [line for line in coverage if line.get("rule") in ("torch.func", "loop", "zero", "left out")]
     return [(line.get("parameter", "?"), f"{line['rule']} ({line.get('reason', '')})") for line in slow]
 
 

@@ -49,7 +49,8 @@ _OPTIONS = (
         type=click.Choice(["categorical", "probabilities", "bernoulli", "gaussian"]),
         default="categorical",
         show_default=True,
-        help="What the outputs parametrise.",
+        help="What the outputs are: logits of classes, probabilities of classes (after a softmax), logits of yes/no "
+        "questions, or means.",
     ),
     click.option(
         "--parameters",

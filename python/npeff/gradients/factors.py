@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -144,7 +146,12 @@ def factorise(logits: Tensor, options: FactorOptions, targets: Tensor | None, id
             "for one logit "
             "per yes/no question, or likelihood='gaussian' for regression"
         )
-    if options.labels == "expected" and options.over_classes and (rows := width(logits, options)) > MOST_PASSES:
+    if options.labels == "expected" and (rows := width(logits, options)) > MOST_PASSES:
+        if not options.over_classes:
+            raise ArgumentError(
+                f"labels: {rows:,} outputs are as many rows per example, and as many backward passes; take "
+                "labels='sampled', or fewer outputs in forward="
+            )
         option, other = ("rank", "energy") if options.basis == "reduced" else ("max_classes", "min_prob")
         truncated = getattr(options, other) is not None
         raise ArgumentError(
@@ -182,6 +189,13 @@ def width(logits: Tensor, options: FactorOptions) -> int:
     return _reduced_width(log_p, (log_p + _others(log_p).log()).exp().sum(dim=1), options)
 
 
+def in_pieces(logits: Tensor, options: FactorOptions, memory: int) -> Iterator[slice]:
+    """Where to cut a batch so that making the cotangents of a piece takes no more than ``memory`` bytes, if it can."""
+    step = max(1, len(logits) * memory // max(1, cotangent_bytes(logits, options)))
+    for start in range(0, len(logits), step):
+        yield slice(start, min(start + step, len(logits)))
+
+
 def cotangent_bytes(logits: Tensor, options: FactorOptions) -> int:
     """What making the cotangents of a batch takes, temporary arrays included.
 
@@ -207,6 +221,12 @@ def check_meaning(logits: Tensor, likelihood: str) -> None:
         DataError: They mean something else.
     """
     logits = logits.detach()
+    if likelihood == "bernoulli" and logits.numel() >= 8 and bool(((logits >= 0) & (logits <= 1)).all()):
+        warnings.warn(
+            "likelihood: 'bernoulli' takes logits, but all of the model's outputs lie between 0 and 1; if it ends in a "
+            "sigmoid, take that off, or give torch.logit(outputs) in forward=",
+            stacklevel=4,
+        )
     if likelihood == "probabilities":
         total = torch.logsumexp(logits.double(), dim=1).exp()
         bad = ((total - 1).abs() > 0.02).nonzero()

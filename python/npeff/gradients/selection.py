@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from npeff.devices import usable_device
 from npeff.errors import ArgumentError
-from npeff.gradients.eligibility import check_initialised
+from npeff.gradients.eligibility import check_eligible, check_initialised
 from npeff.parameters import Parameters
 
 
@@ -31,11 +31,12 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) ->
         ArgumentError: Nothing matches, or a pattern matches nothing.
     """
     check_initialised(model)
-    floating = [(name, tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point()]
+    floating = [(name, tensor) for name, tensor in model.named_parameters() if not _no_fisher(tensor)]
     aliases: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(tensor), []).append(name)
     if not floating:
+        check_eligible(model)  # quantised modules have no parameters of their own
         why = "".join(f" ({line['parameter']}: {line['reason']})" for line in left_out(model)[:1])
         raise ArgumentError(f"model: {type(model).__name__} has no floating-point parameters{why}")
     if patterns is not None and not isinstance(patterns, Iterable):
@@ -74,7 +75,8 @@ def left_out(model: nn.Module) -> list[dict[str, str]]:
 def _no_fisher(tensor: Tensor) -> str:
     if tensor.is_complex():
         return "complex parameters have no Fisher here; store real and imaginary part, and join them by torch.complex"
-    return "" if tensor.is_floating_point() else f"{str(tensor.dtype).removeprefix('torch.')} has no gradient"
+    coarse = tensor.dtype.itemsize < 2  # float8, as integers
+    return "" if tensor.is_floating_point() and not coarse else f"{str(tensor.dtype)[6:]} parameters have no gradient"
 
 
 def _listing(names: list[str]) -> str:
@@ -95,6 +97,7 @@ def placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torc
             "device; call model.to(device)"
         )
     if not devices:
+        check_eligible(model)
         raise ArgumentError(f"model: {type(model).__name__} has no parameters")
     home = devices.pop()
     if home.type == "meta":

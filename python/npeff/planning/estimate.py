@@ -106,7 +106,7 @@ def _coverage(plan: Plan) -> list[str]:
         rules[line["rule"]] = rules.get(line["rule"], 0) + 1
     served = ", ".join(f"{rule} {count}" for rule, count in sorted(rules.items(), key=lambda item: -item[1]))
     lines = [f"gradient rules (parameters each serves): {served}"]
-    others = [line for line in plan.coverage if line["rule"] in (*SLOW, "zero")]
+    others = [line for line in plan.coverage if line["rule"] in (*SLOW, "zero", "left out")]
     lines += [f"  {line['parameter']}: {line['rule']} — {line['reason']}" for line in others[:SHOWN]]
     if len(others) > SHOWN:
         lines.append(f"  and {len(others) - SHOWN} more")

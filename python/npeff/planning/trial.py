@@ -19,7 +19,8 @@ from npeff.batches import read_batches
 from npeff.compress import Compression
 from npeff.computation import compute_fishers
 from npeff.fishers import FisherBlock, Fishers, Kind
-from npeff.gradients.factors import FactorOptions, factorise
+from npeff.gradients.engine import KEPT_BYTES
+from npeff.gradients.factors import FactorOptions, factorise, in_pieces
 from npeff.planning.peak import Peak, settled_bytes
 from npeff.planning.quality import largest_entries, unit_gram
 from npeff.rows import DenseRows, SparseRows
@@ -211,7 +212,9 @@ def _passes(fishers: Fishers, options: dict[str, Any]) -> Array:
         chosen = replace(chosen, basis="reduced")
     if chosen.labels != "expected":
         return np.full(len(fishers), chosen.most_rows(fishers.logits.shape[1]))
-    return factorise(torch.from_numpy(np.array(fishers.logits)), chosen, None, fishers.ids).counts.numpy()
+    logits = torch.from_numpy(np.array(fishers.logits))
+    pieces = in_pieces(logits, chosen, KEPT_BYTES)
+    return np.concatenate([factorise(logits[some], chosen, None, fishers.ids[some]).counts.numpy() for some in pieces])
 
 
 def _counts(fishers: Fishers) -> Array:
