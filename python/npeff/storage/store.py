@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from npeff.compress import sketch_of
-from npeff.errors import ForeignFileError, NewerFileError, NpeffError, StorageError
+from npeff.errors import ArgumentError, ForeignFileError, NewerFileError, NpeffError, StorageError
 from npeff.fishers import Fishers, Kind
 from npeff.parameters import Parameters
 from npeff.rows import DenseRows, GramRows, Rows, SparseRows
@@ -107,6 +107,7 @@ def save_fishers(fishers: Fishers, path: Path | str) -> Path:
         ``path``.
 
     Raises:
+        ArgumentError: An array holds what no Fishers have, such as NaN; says which.
         StorageError: The file cannot be written there; what was there is untouched.
     """
     path = path_of(path)
@@ -123,9 +124,32 @@ def save_fishers(fishers: Fishers, path: Path | str) -> Path:
     arrays = [Data.of("row_offsets", fishers.row_offsets, np.int64)]
     arrays += [Data.of(name, getattr(fishers, name), dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
     fishers.verify()
+    _check_saved("fishers", fishers)
     with atomic(path) as scratch:
         write_fishers(scratch, header, fishers.coverage, None, arrays + row_data(fishers.rows))
     return path
+
+
+def _check_saved(name: str, saved: Fishers | Components) -> None:
+    """Make sure that a file never holds what :func:`load` would refuse.
+
+    Raises:
+        ArgumentError: An array is not as the format says.
+    """
+    known = {"n_parameters": saved.parameters.n_parameters}
+    source = saved.provenance if isinstance(saved, Fishers) else saved.provenance.get("fishers") or {}
+    known["n_classes"] = n_classes(source.get("options") or {}, saved.logits.shape[1])
+    if isinstance(saved, Fishers):
+        arrays = {field: getattr(saved, field) for field in ("row_offsets", *EXAMPLE_ARRAYS)} | row_arrays(saved.rows)
+        form = next(form for form, fields in ROWS.items() if {field.name for field in fields} <= set(arrays))
+        fields = [OFFSETS, *EXAMPLES, *row_fields(form, saved.kind)]
+        known["n_rows"] = saved.rows.n_rows
+    else:
+        arrays, fields = saved.to_arrays(), list(COMPONENTS)
+    try:
+        check_arrays(name, arrays, [replace(field, dtypes=(*"fiu",)) for field in fields], known)
+    except StorageError as error:
+        raise ArgumentError(str(error).replace(" is damaged", "")) from error
 
 
 def save_components(components: Components, path: Path | str) -> Path:
@@ -142,10 +166,12 @@ def save_components(components: Components, path: Path | str) -> Path:
         ``path``.
 
     Raises:
+        ArgumentError: An array holds what no Components have, such as NaN; says which.
         StorageError: The file cannot be written there; what was there is untouched.
     """
     path = path_of(path)
     check_components_target(path)
+    _check_saved("components", components)
     arrays = [Data.of(f"arrays/{name}", np.asarray(array)) for name, array in sorted(components.to_arrays().items())]
     n, r = components.coefficients.shape
     attributes: dict[str, Any] = {"kind": components.kind, "n_examples": np.int64(n), "n_components": np.int64(r)}

@@ -173,7 +173,10 @@ class Scores:
         if file.is_npeff or file.attributes.get("content") != "influence":
             raise ForeignFileError(f"{path}: holds no influence scores; they are written by Scores.save")
         where = f"{path}: attribute 'provenance'"
-        meta = parse_json(file.attribute("provenance", str), where, finite=False)
+        text, sums = file.attribute("provenance", str), file.checksums or {}
+        if sums.get("@provenance", _crc(text)) != _crc(text):
+            raise StorageError(f"{where} is damaged (its checksum differs); restore the file, or compute it again")
+        meta = parse_json(text, where, finite=False)
         n = item(meta, "n", where, int)
         arrays, _ = file.read(FIELDS, {}, verify=verify)
         if n < 1:
@@ -187,14 +190,19 @@ def finish_file(table: h5py.File, scores: Scores) -> None:
     table.create_dataset("test_values", data=scores.test_values)
     table.create_dataset("residuals", data=scores.residuals)
     table.attrs["content"] = "influence"
-    table.attrs["provenance"] = json.dumps({"n": scores.n, **scores.provenance}, default=str)
-    sums = {}
+    text = json.dumps({"n": scores.n, **scores.provenance}, default=str)
+    table.attrs["provenance"] = text
+    sums = {"@provenance": _crc(text)}
     for field_ in FIELDS:
         total, stored = 0, table[field_.name]
         for piece in (stored[rows] for rows in row_slices(stored.shape, stored.dtype.itemsize)):
             total = zlib.crc32(as_bytes(piece, stored.dtype).data, total)
         sums[field_.name] = f"{total:08x}"
     table.attrs["checksums"] = json.dumps(sums)
+
+
+def _crc(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def check_path(path: str | Path) -> Path:
