@@ -37,7 +37,9 @@ import npeff
 from npeff.companions import rollback
 from npeff.companions.influence.scores import Scores
 from npeff.errors import NpeffError, StorageError
+from npeff.rows import GramRows
 from npeff.solver.checkpoint import Checkpoint
+from npeff.storage import describe
 from npeff.storage.published import write_published
 from npeff.storage.shards import FisherWriter
 
@@ -103,10 +105,11 @@ def all_of(value: Any) -> Iterator[bytes]:
 
 
 def use_fishers(path: Path) -> Iterator[bytes]:
+    describe(path)
     found = npeff.load(path)
     assert isinstance(found, npeff.Fishers)
     yield from all_of(found)
-    if not hasattr(found.rows, "gram") or found.rows.__class__.__name__ != "GramRows":
+    if not isinstance(found.rows, GramRows):
         for i in range(len(found)):
             yield from all_of(found.dense(i))
     yield from all_of(found[: len(found) // 2])
@@ -116,6 +119,7 @@ def use_fishers(path: Path) -> Iterator[bytes]:
 
 def use_components(fishers: npeff.Fishers | None) -> Callable[[Path], Iterator[bytes]]:
     def use(path: Path) -> Iterator[bytes]:
+        describe(path)
         found = npeff.load(path)
         assert isinstance(found, npeff.Components)
         yield from all_of(found)

@@ -25,9 +25,9 @@ Array = npt.NDArray[Any]
 Direction = Literal["raises", "lowers", "both"]
 SUFFIXES = (".h5", ".hdf5", ".npz", ".csv")
 FIELDS = (
-    Field("values", FLOAT, ("n_train", "n_test"), nan=True),
+    Field("values", FLOAT, ("n_train", "n_test"), nan=True, infinite=True),
     Field("test_values", FLOAT, ("n_test",)),
-    Field("residuals", FLOAT, ("n_test",), least=0, nan=True),
+    Field("residuals", FLOAT, ("n_test",), least=0, nan=True, infinite=True),
 )
 
 
