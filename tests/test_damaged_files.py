@@ -19,7 +19,7 @@ import npeff
 from npeff.companions.influence.scores import Scores
 from npeff.errors import ArgumentError, StorageError
 from npeff.solver.checkpoint import Checkpoint
-from npeff.storage import container, describe, load, store
+from npeff.storage import container, contents, describe, load
 from npeff.storage.documents import parse_json, read_json
 from planted import planted
 from stored_samples import assert_same, components_of, fishers_of, write_by_hand
@@ -241,7 +241,7 @@ def test_large_rows_are_checked_before_they_are_used(tmp_path, monkeypatch):
     raw = bytearray(path.read_bytes())
     raw[spec.offset + 4 * 20 * 4 + 1] ^= 1  # the second example's
     path.write_bytes(raw)
-    for module in (container, store):
+    for module in (container, contents):
         monkeypatch.setattr(module, "VERIFY_BYTES", 1000)
     found = load(path)  # quick, whatever the size
     assert found.dense(0).shape == (4, 20)

@@ -186,7 +186,8 @@ class Container:
         check_shapes(self.path, self.specs, fields, sizes)
         present = [one for one in fields if one.name in self.specs]
         arrays = {one.name: self.array(one.name) for one in present}
-        later = [one for one in present if not verify and self.specs[one.name].nbytes > VERIFY_BYTES]
+        large = [one for one in present if self.specs[one.name].nbytes > VERIFY_BYTES]
+        later = [one for one in large if not verify and one.ascends_to is None]  # offsets are needed at once
 
         def check(chosen: Sequence[Field]) -> None:
             for one in chosen:

@@ -18,11 +18,11 @@ from npeff.fishers import FisherBlock, Fishers
 from npeff.growing_rows import GrowingRows
 from npeff.parameters import Parameters
 from npeff.storage.container import Container, open_container
+from npeff.storage.contents import fishers_in
 from npeff.storage.files import check_target
 from npeff.storage.hdf5 import to_json
 from npeff.storage.headers import check_header, plain
 from npeff.storage.parts import Batch, Parts, batches_in, parts_folder
-from npeff.storage.store import fishers_in
 
 BESIDE_ROWS = ("row_counts", "norms", "logits", "labels", "ids")
 
