@@ -14,10 +14,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 import npeff
 from npeff.companions.influence.scores import Scores
-from npeff.errors import ArgumentError, StorageError
+from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.solver.checkpoint import Checkpoint
 from npeff.storage import container, contents, describe, load
 from npeff.storage.documents import parse_json, read_json
@@ -266,11 +267,18 @@ def test_large_rows_are_checked_before_they_are_used(tmp_path, monkeypatch):
         load(path, verify=True)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_what_load_would_refuse_is_not_saved(tmp_path):
     fishers = fishers_of()
     fishers.rows.values[2] = np.nan
     with pytest.raises(ArgumentError, match=r"fishers: dataset 'rows/values': expected finite numbers, got nan"):
         fishers.save(tmp_path / "f.h5")
+    model = torch.nn.Linear(3, 3).eval()
+    with torch.no_grad():
+        model.weight.mul_(1e-22)
+    data = [(1e22 * torch.ones(2, 3), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(DataError, match="example 0 has the norm inf, beyond what float32 holds"):
+        npeff.compute_fishers(model, data, out=tmp_path / "f.h5", progress=False)
     components = components_of()
     components.coefficients[0, 0], kept = -1, components.coefficients[0, 0]
     with pytest.raises(ArgumentError, match=r"components: dataset 'coefficients': expected numbers ≥ 0, got -1"):

@@ -50,6 +50,9 @@ SECONDS = 20
 """Seconds that a case may take."""
 
 FAST = {"max_iterations": 1, "starts": 1, "moves": 0, "progress": False, "device": "cpu"}
+LOADED = b"loaded"
+"""What is used after this is a function of what came before."""
+
 OUTCOMES = ("same", "StorageError", "other npeff error", "other numbers", "other exception", "memory", "hang", "crash")
 
 
@@ -63,7 +66,7 @@ class Subject:
     Attributes:
         name: What it is.
         files: Contents by name; the first is the one that is loaded.
-        use: Loads and uses what lies at a path; yields what it found, as bytes.
+        use: Loads and uses what lies at a path; yields what it found, as bytes, and LOADED after what was loaded.
         checksums: Where the file keeps checksums of its datasets: "dataset", "attribute", or nowhere.
     """
 
@@ -71,6 +74,7 @@ class Subject:
     files: dict[str, bytes]
     use: Callable[[Path], Iterator[bytes]]
     checksums: str | None = "dataset"
+    loaded: str = field(default="", init=False)
     digest: str = field(default="", init=False)
 
 
@@ -109,6 +113,7 @@ def use_fishers(path: Path) -> Iterator[bytes]:
     found = npeff.load(path)
     assert isinstance(found, npeff.Fishers)
     yield from all_of(found)
+    yield LOADED
     if not isinstance(found.rows, GramRows):
         for i in range(len(found)):
             yield from all_of(found.dense(i))
@@ -123,6 +128,7 @@ def use_components(fishers: npeff.Fishers | None) -> Callable[[Path], Iterator[b
         found = npeff.load(path)
         assert isinstance(found, npeff.Components)
         yield from all_of(found)
+        yield LOADED
         known = range(found.n_components) if found.recovered is None else found.recovered.tolist()
         for j in known:
             yield from all_of(found.vector(j))
@@ -138,6 +144,7 @@ def use_components(fishers: npeff.Fishers | None) -> Callable[[Path], Iterator[b
 def use_scores(path: Path) -> Iterator[bytes]:
     found = Scores.load(path)
     yield from all_of(found)
+    yield LOADED
     yield from all_of(found.top(3))
     yield from all_of(found.removal([0, 1]))
 
@@ -146,13 +153,17 @@ def use_record(path: Path) -> Iterator[bytes]:
     found = rollback.Record.load(path)
     yield from all_of({name: getattr(found, name) for name in ("examples", "columns", "moves", "initial", "final")})
     yield from all_of(found.meta())
+    yield LOADED
     model = found.model()
     explained = rollback.GradientRollback(model, found).explain(found.examples[0], 3)
     yield from all_of(explained.positions)
 
 
-def use_checkpoint(fishers: npeff.Fishers) -> Callable[[Path], Iterator[bytes]]:
+def use_checkpoint(fishers: npeff.Fishers, keeper: Checkpoint) -> Callable[[Path], Iterator[bytes]]:
     def use(path: Path) -> Iterator[bytes]:
+        keeper._path = path
+        yield from all_of(keeper.load())
+        yield LOADED
         yield from all_of(npeff.decompose(fishers, 2, checkpoint=path, **{**FAST, "starts": 2}).to_arrays())
 
     return use
@@ -200,7 +211,8 @@ def subjects(folder: Path) -> list[Subject]:
     scores = Scores(np.arange(12.0).reshape(4, 3) - 5, np.ones(3), np.full(3, 1e-6), 4, {"solver": "exact"})
     found.append(Subject("influence scores", contents(scores.save(folder / "scores.h5")), use_scores, "attribute"))
     found.append(Subject("rollback record", record_of(folder), use_record))
-    found.append(Subject("checkpoint", checkpoint_of(folder, fishers["exact"]), use_checkpoint(fishers["exact"]), None))
+    state, keeper = checkpoint_of(folder, fishers["exact"])
+    found.append(Subject("checkpoint", state, use_checkpoint(fishers["exact"], keeper), None))
     found += parts_of(folder, fishers)
     for name, item in {
         "low-rank Fishers": fishers["exact"],
@@ -235,8 +247,8 @@ def record_of(folder: Path) -> dict[str, bytes]:
     return contents(folder / "record.h5")
 
 
-def checkpoint_of(folder: Path, fishers: npeff.Fishers) -> dict[str, bytes]:
-    """The state of a search between two starts."""
+def checkpoint_of(folder: Path, fishers: npeff.Fishers) -> tuple[dict[str, bytes], Checkpoint]:
+    """The state of a search between two starts, and what wrote it."""
     path = folder / "state.npz"
 
     class Ended(Exception):
@@ -246,14 +258,14 @@ def checkpoint_of(folder: Path, fishers: npeff.Fishers) -> dict[str, bytes]:
 
     def kept(self: Checkpoint, memory: Any) -> None:
         save(self, memory)
-        saved.append(path.read_bytes())
+        saved.append((path.read_bytes(), self))
 
     Checkpoint.save = kept  # type: ignore[method-assign]
     try:
         npeff.decompose(fishers, 2, checkpoint=path, **{**FAST, "starts": 2})
     finally:
         Checkpoint.save = save  # type: ignore[method-assign]
-    return {path.name: saved[0]}
+    return {path.name: saved[0][0]}, saved[0][1]
 
 
 def parts_of(folder: Path, fishers: dict[str, npeff.Fishers]) -> list[Subject]:
@@ -612,11 +624,13 @@ def put(folder: Path, subject: Subject) -> Path:
 
 
 def outcome(subject: Subject, path: Path) -> str:
-    """What comes of loading and using a file."""
+    """What comes of loading and using a file; what was loaded as ever is not used again."""
     hashed = hashlib.blake2b(digest_size=16)
     try:
         for found in subject.use(path):
             hashed.update(found)
+            if found == LOADED and hashed.hexdigest() == subject.loaded:
+                return "same"
     except StorageError:
         return "StorageError"
     except NpeffError:
@@ -717,6 +731,8 @@ def prepared(folder: Path) -> list[Subject]:
         hashed = hashlib.blake2b(digest_size=16)
         for piece in subject.use(put(folder / "case", subject)):
             hashed.update(piece)
+            if piece == LOADED:
+                subject.loaded = hashed.hexdigest()
         subject.digest = hashed.hexdigest()
         assert outcome(subject, put(folder / "case", subject)) == "same", subject.name
     return found

@@ -17,7 +17,7 @@ from npeff.parameters import Parameters
 from npeff.rows import DenseRows, GramRows, Rows, SparseRows
 from npeff.storage.container import VERIFY_BYTES, Container
 from npeff.storage.documents import expect, item
-from npeff.storage.fields import FLOAT, INT, Field, Sizes, check_arrays, check_shapes, refuse
+from npeff.storage.fields import FLOAT, INT, MOST_PARAMETERS, Field, Sizes, check_arrays, check_shapes, refuse
 
 if TYPE_CHECKING:
     from npeff.components import Components
@@ -112,8 +112,8 @@ def described_parameters(document: Any, where: str) -> Parameters:
             raise StorageError(f"{where} is damaged: expected sizes ≥ 0 of {label!r}, got {shape}")
         described.append((label, shape))
     parameters = Parameters.of(described)
-    if len(set(parameters.names)) != len(parameters) or parameters.n_parameters >= 1 << 62:
-        raise StorageError(f"{where} is damaged: expected different names and fewer than 2⁶² elements")
+    if len(set(parameters.names)) != len(parameters) or parameters.n_parameters > MOST_PARAMETERS:
+        raise StorageError(f"{where} is damaged: expected different names and at most 2⁴⁸ elements in all")
     return parameters
 
 

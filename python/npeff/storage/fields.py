@@ -21,6 +21,9 @@ Sizes = dict[str, int]
 PIECE_BYTES = 1 << 20
 """Bytes that are looked at together: they stay in the processor's cache from one check to the next."""
 
+MOST_PARAMETERS = 1 << 48
+"""No model has as many; arrays of one number per parameter stay below what can be addressed."""
+
 FLOAT = ("<f2", "<f4", "<f8")
 INT = ("<i4", "<i8")
 

@@ -201,6 +201,7 @@ class FisherWriter:
         Raises:
             ResumeError: Batches that are done already were not skipped.
             ArgumentError: The block contradicts itself, or does not fit the blocks before it.
+            DataError: A Fisher's norm is not finite.
             StorageError: The disk is full; finished shards are safe.
         """
         if self.finished is not None or self._cursor < len(self._done):
@@ -229,6 +230,12 @@ class FisherWriter:
         if int(np.sum(block.row_counts)) != block.rows.n_rows:
             raise ArgumentError(
                 f"block.rows: expected {int(np.sum(block.row_counts))} rows as in row_counts, got {block.rows.n_rows}"
+            )
+        if not np.isfinite(block.norms).all():
+            i = int(np.isfinite(block.norms).argmin())
+            raise DataError(
+                f"gradients: the Fisher of example {block.ids[i]} has the norm {block.norms[i]}, beyond what float32 "
+                "holds; scale the inputs, or leave the example out of the data"
             )
         like = (type(block.rows).__name__, block.rows.n_columns, block.logits.shape[1:])
         if self._like is None:
