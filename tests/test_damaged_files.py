@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import re
 import subprocess
@@ -265,6 +266,20 @@ def test_large_rows_are_checked_before_they_are_used(tmp_path, monkeypatch):
             use()
     with pytest.raises(StorageError, match="finite"):
         load(path, verify=True)
+
+
+def test_large_vectors_are_checked_before_they_are_used(tmp_path, monkeypatch):
+    fishers, _, _ = planted(12, 3, 20, 0.0, 0)
+    path = npeff.decompose(fishers, 2, **QUICK).save(tmp_path / "c.h5")
+    raw = bytearray(path.read_bytes())
+    raw[container.open_container(path).specs["arrays/vectors"].offset] ^= 1
+    path.write_bytes(raw)
+    monkeypatch.setattr(container, "VERIFY_BYTES", 100)
+    found = load(path)
+    uses = (found.verify, found.cosines, lambda: found.encode(fishers), lambda: found.save(tmp_path / "d.h5"))
+    for use in (*uses, lambda: pickle.dumps(found)):
+        with pytest.raises(StorageError, match=r"'arrays/vectors' is damaged \(its checksum differs\)"):
+            use()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")

@@ -159,6 +159,7 @@ def save_components(components: Components, path: Path | str) -> Path:
     """
     path = path_of(path)
     check_components_target(path)
+    components.verify()
     check_saved("components", components)
     arrays = [Data.of(f"arrays/{name}", np.asarray(array)) for name, array in sorted(components.to_arrays().items())]
     n, r = components.coefficients.shape
@@ -177,9 +178,9 @@ def load(path: Path | str, *, verify: bool = False) -> Fishers | Components:
     are read into memory.
 
     Types, shapes and sizes of everything are checked. Arrays up to 256 MiB are also read once, their contents checked
-    and compared with the stored checksums (about 0.1 s per 256 MiB in the system's cache). Larger rows of Fishers
-    are checked in the same way before they are first used as a whole (:meth:`npeff.fishers.Fishers.verify`); larger
-    arrays of Components with ``verify`` alone. The published layouts have no checksums: their contents are checked,
+    and compared with the stored checksums (about 0.1 s per 256 MiB in the system's cache). Larger ones are checked in
+    the same way before they are first used as a whole (:meth:`npeff.Fishers.verify`,
+    :meth:`npeff.Components.verify`). The published layouts have no checksums: their contents are checked,
     but a wrong number that could be a right one is not noticed.
 
     Args:
@@ -315,12 +316,12 @@ def _components_in(container: Container, *, verify: bool = False) -> Components:
             raise StorageError(
                 f"{container.path}: damaged: expected both or none of the arrays {' and '.join(together)}"
             )
-    found_arrays, _ = container.read(fields, sizes, verify=verify)
+    found_arrays, check = container.read(fields, sizes, verify=verify)
     arrays = {name.removeprefix("arrays/"): array for name, array in found_arrays.items()}
     if sum(array.nbytes for array in arrays.values()) <= READ_BYTES:
         arrays = {name: np.array(array) for name, array in arrays.items()}
     with coherent(container.path):
-        return Components.from_parts(arrays, meta)
+        return replace(Components.from_parts(arrays, meta), check=check)
 
 
 def describe(path: Path | str) -> dict[str, Any]:
