@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from npeff.batches import call_model, examples_at
 from npeff.compress import GramOnly, TopK
 from npeff.computation import compute_fishers
+from npeff.decomposition import decompose
+from npeff.perturbation import perturb
 from oracles import dense_fishers, dense_jacobians
 
 N = 5
@@ -292,3 +295,14 @@ def test_autocast_inside_the_model(name: str, dtype: torch.dtype) -> None:
     for i in range(N):
         one, other = fishers.dense(i), plain.dense(i)
         np.testing.assert_allclose(one.T @ one, other.T @ other, atol=0.1 * float((other**2).sum()))
+
+
+def test_a_padded_transformer_computes_the_same_where_no_gradients_are_recorded() -> None:
+    torch.manual_seed(0)
+    model, data = Padded().eval(), [padded_ids()]
+    fishers = compute_fishers(model, data, progress=False)
+    with torch.no_grad():
+        np.testing.assert_allclose(call_model(model, None, examples_at(data, [1])[0]), fishers.logits[1:2], atol=1e-5)
+    components = decompose(fishers, 2, starts=1, moves=0, progress=False)
+    effect = perturb(model, data, components, 0, n_random=2, n_resamples=9, progress=False)
+    assert effect.magnitude > 0

@@ -174,7 +174,7 @@ def test_results_and_files(model, tmp_path):
         file["x"] = 1
     with pytest.raises(ForeignFileError, match="no influence scores"):
         Scores.load(tmp_path / "other.h5")
-    with pytest.raises(StorageError, match="cannot be read"):
+    with pytest.raises(StorageError, match="no such file"):
         Scores.load(tmp_path / "absent.h5")
 
 

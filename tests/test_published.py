@@ -209,7 +209,7 @@ def put(name, value, where=...):
         ("low_rank_fishers", delete("data/pef_frobenius_norms"), "'data/pef_frobenius_norms' is missing"),
         ("low_rank_fishers", delete("data/logits"), "data/logits or data/predicted_logits is missing"),
         ("low_rank_fishers", lambda f: f["data"].attrs.clear(), "attribute 'data@n_parameters' is missing"),
-        ("low_rank_fishers_variable", put("data/ranks", 9), "'data/ranks' is damaged: expected numbers ≤ 7, n_rows, got 9"),
+        ("low_rank_fishers_variable", put("data/ranks", 9), "'data/ranks' is damaged: expected numbers ≤ 7, n_rows"),
         ("low_rank_fishers_variable", put("data/col_sizes", 9, 0), "has more than its 6 entries"),
         ("diagonal_fishers", put("data/fisher/indices", -1), "outside 0 … 16"),
     ],

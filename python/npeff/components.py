@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Components:
         recovered_vectors: ``(k, n_parameters)`` float32, unit rows.
         seconds: Wall-clock seconds that ``"building"`` the space and ``"solving"`` took; empty where a file was opened:
             files of the same run are equal byte for byte.
+        check: Checks arrays that were too large to be checked when the file was opened, once; None where nothing is
+            left to check.
     """
 
     kind: Kind
@@ -80,6 +82,11 @@ class Components:
     recovered: Array | None = None
     recovered_vectors: Array | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    check: Callable[[], None] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.verify()
+        return {**self.__dict__, "check": None}
 
     def __len__(self) -> int:
         return self.n_components
@@ -87,6 +94,17 @@ class Components:
     def __repr__(self) -> str:
         size = f"{len(self.coefficients)} examples, {self.n_parameters:,} parameters"
         return f"Components({self.n_components} {self.kind}, {size}, loss {self.loss:.4f})"
+
+    def verify(self) -> None:
+        """Make sure that arrays mapped from a large file are what was written, before all of them are used.
+
+        As :meth:`npeff.Fishers.verify`; ``encode``, ``expand``, ``recover``, ``cosines`` and ``save`` call this.
+
+        Raises:
+            StorageError: The file is damaged.
+        """
+        if self.check is not None:
+            self.check()
 
     # ---- what they are -------------------------------------------------------------------------------------
 
@@ -174,6 +192,7 @@ class Components:
         """
         from npeff.recovery import recover
 
+        self.verify()
         return recover(self, model, data, None if js is None else [self._component(j) for j in js], **options)
 
     def state_dict(self, j: int) -> dict[str, torch.Tensor]:
@@ -236,6 +255,7 @@ class Components:
 
     def cosines(self) -> Array:
         """``(r, r)`` |cos| between the vectors, as factorised."""
+        self.verify()
         unit = self.vectors / np.maximum(np.linalg.norm(self.vectors, axis=1, keepdims=True), 1e-30)
         return np.asarray(np.abs(unit @ unit.T))
 
@@ -316,6 +336,7 @@ class Components:
         )
 
     def _check_compatible(self, fishers: Fishers) -> None:
+        self.verify()
         fishers.verify()
         if isinstance(fishers.rows, GramRows) or self.compression == "gram":
             raise ArgumentError(

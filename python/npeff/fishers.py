@@ -88,6 +88,10 @@ class Fishers:
                 f"rows: expected {int(self.row_offsets[-1])} rows as in row_offsets, got {self.rows.n_rows}"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.verify()
+        return {**self.__dict__, "check": None}
+
     def __len__(self) -> int:
         return len(self.row_offsets) - 1
 

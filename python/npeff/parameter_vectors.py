@@ -29,17 +29,15 @@ def parameter_vector(components: Components, j: int) -> Array:
         check_recovered(components, [j])
         assert components.recovered is not None and components.recovered_vectors is not None
         return np.array(components.recovered_vectors[int(np.flatnonzero(components.recovered == j)[0])], np.float32)
-    kept_entries = components.vectors[j].astype(np.float64)
-    if components.columns is None:
-        full = kept_entries.copy()
-    else:
-        full = np.zeros(components.n_parameters)
-        full[components.columns] = kept_entries
+    entries = components.vectors[j].astype(np.float64)
+    columns = slice(None) if components.columns is None else components.columns
     if components.block_weights is not None:
-        factor = column_factors(components.parameters, components.block_weights, components.kind).astype(np.float64)
-        full = np.divide(full, factor, out=np.zeros_like(full), where=factor > 0)
-    norm = float(np.linalg.norm(full))
-    return (full / norm if norm else full).astype(np.float32)
+        factor = column_factors(components.parameters, components.block_weights, components.kind)[columns]
+        entries = np.divide(entries, factor, out=np.zeros_like(entries), where=factor > 0)
+    norm = float(np.linalg.norm(entries))
+    vector = np.zeros(components.n_parameters, np.float32)
+    vector[columns] = entries / norm if norm else entries
+    return vector
 
 
 def not_recovered(components: Components) -> list[int]:

@@ -98,7 +98,10 @@ def rollback(
         misused("--component: give --out, a name ending in .json")
     from npeff.companions import rollback as companion
 
-    is_record = path.read_bytes()[:4] == b"\x89HDF" if path.is_file() else False
+    is_record = False
+    if path.is_file():
+        with path.open("rb") as file:
+            is_record = file.read(4) == b"\x89HDF"
     if is_record and record_path is not None:
         misused(f"{path} is a record already: --record belongs to a training")
     if out is not None:

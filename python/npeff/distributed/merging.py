@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from npeff.errors import ResumeError, StorageError
 from npeff.storage.container import Container, open_container
+from npeff.storage.contents import EXAMPLE_ARRAYS, fishers_in
 from npeff.storage.files import atomic
 from npeff.storage.hdf5 import Data
 from npeff.storage.parts import batches_in
-from npeff.storage.store import EXAMPLE_ARRAYS, fishers_in, write_fishers
+from npeff.storage.store import write_fishers
 from npeff.streamed_rows import forget
 
 Array = npt.NDArray[Any]

@@ -216,9 +216,9 @@ def _postpone(layers: dict[str, Layer], memory: int) -> None:
 def _finished(out: Path, header: dict[str, Any]) -> Fishers | None:
     """The Fishers that are at ``out`` already, if they are these; None where there is nothing."""
     from npeff.storage.container import open_container
+    from npeff.storage.contents import fishers_in
     from npeff.storage.headers import check_header, plain
     from npeff.storage.shards import header_in
-    from npeff.storage.store import fishers_in
 
     if not out.exists():
         return None

@@ -259,7 +259,7 @@ def writing(header: dict[str, Any], n_columns: int, folder: Path | None = None) 
         folder: Where the file will be.
     """
     n_rows = max(1, PROBE_BYTES // (4 * n_columns))
-    values = np.random.default_rng(0).standard_normal((n_rows, n_columns), np.float32)
+    values = np.random.default_rng(0).random((n_rows, n_columns), np.float32)
     block = FisherBlock(
         rows=DenseRows(values),
         row_counts=np.ones(n_rows, np.int64),

@@ -149,6 +149,8 @@ class Problem:
             if found is not None and found.best is not None:
                 try:
                     search.form.refresh(found.best)
+                    if len(found.best.W) != self.form.n_examples:
+                        raise ValueError(f"{len(found.best.W)} examples, not {self.form.n_examples}")
                 except (ValueError, RuntimeError, IndexError) as error:
                     raise StorageError(
                         f"checkpoint: {checkpoint} does not fit the Fishers ({error}); remove it or choose another path"

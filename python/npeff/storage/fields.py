@@ -21,6 +21,9 @@ Sizes = dict[str, int]
 PIECE_BYTES = 1 << 20
 """Bytes that are looked at together: they stay in the processor's cache from one check to the next."""
 
+MOST_PARAMETERS = 1 << 48
+"""No model has as many; arrays of one number per parameter stay below what can be addressed."""
+
 FLOAT = ("<f2", "<f4", "<f8")
 INT = ("<i4", "<i8")
 
@@ -39,7 +42,7 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True)
 class Field:
-    """One array of a format. All floating-point numbers have to be finite.
+    """One array of a format. Floating-point numbers have to be finite where nothing else is said.
 
     Attributes:
         name: Its name in the file.
@@ -52,6 +55,7 @@ class Field:
         adds_up_to: Elements, each at least 0, add up to this size: counts.
         ascending_in: Elements rise strictly between each two offsets of the field of this name; ``""``: all of them.
         nan: NaN is accepted: an unknown number.
+        infinite: Infinite numbers are accepted: results that overflowed.
         optional: The field may be missing.
     """
 
@@ -64,6 +68,7 @@ class Field:
     adds_up_to: str | None = None
     ascending_in: str | None = None
     nan: bool = False
+    infinite: bool = False
     optional: bool = False
 
 
@@ -179,8 +184,10 @@ def checked_pieces(where: object, field: Field, arrays: Mapping[str, Array], siz
 def _rules(field: Field, piece: Array, sizes: Sizes) -> Iterator[tuple[Array, str]]:
     """Which elements break a rule, and what the rule expects."""
     if piece.dtype.kind == "f":
-        finite = np.isfinite(piece)
-        yield ~(finite | np.isnan(piece) if field.nan else finite), "finite numbers"
+        wrong = ~np.isfinite(piece)
+        if wrong.any() and (field.nan or field.infinite):
+            wrong &= ~(np.isnan(piece) & field.nan | np.isinf(piece) & field.infinite)
+        yield wrong, "finite numbers"
     least = 0 if field.ascends_to or field.adds_up_to else field.least
     if least is not None:
         yield piece < least, f"numbers ≥ {least}"

@@ -19,21 +19,13 @@ from npeff.fishers import FisherBlock
 from npeff.parameters import Parameters
 from npeff.rows import Rows, SparseRows
 from npeff.storage.container import FORMAT, FORMAT_VERSION, Container, open_container, write_container
+from npeff.storage.contents import DENSE, ENTRIES, EXAMPLE_ARRAYS, EXAMPLES, SPARSE, described_parameters
 from npeff.storage.documents import expect, read_json
 from npeff.storage.fields import Field, Sizes, check_shapes
 from npeff.storage.files import Lock, atomic, explain, refuse_link, sync_folder
 from npeff.storage.hdf5 import Data, to_json
 from npeff.storage.headers import check_header, plain, read_header
-from npeff.storage.store import (
-    DENSE,
-    ENTRIES,
-    EXAMPLE_ARRAYS,
-    EXAMPLES,
-    SPARSE,
-    described_parameters,
-    index_dtype,
-    write_fishers,
-)
+from npeff.storage.store import index_dtype, write_fishers
 
 Array = npt.NDArray[Any]
 Batch = tuple[str, int]

@@ -34,10 +34,14 @@ def read_decomposition(file: Container, fishers: Fishers | None) -> Components:
     low_rank = file.content == "low_rank_decomposition"
     weights = Field("data/W", NUMBER, ("n_examples", "n_components"), least=0)
     if low_rank:
-        power, kept, m = 2, "data/new_to_old_col_indices", n_parameters_of(file, "data@n_parameters")
+        power, kept, m = (
+            2,
+            "data/new_to_old_col_indices",
+            n_parameters_of(file, "data@n_parameters", "data/new_to_old_col_indices"),
+        )
     else:
         power, kept = 1, "data/reduce_kept_indices"
-        m = n_parameters_of(file, "data/reduce_kept_indices@full_dense_size")
+        m = n_parameters_of(file, "data/reduce_kept_indices@full_dense_size", kept)
     # some published files list more columns than G has, and the first ones are meant
     listed = Field(kept, WHOLE, ("n_listed",) * max(1, len(file.spec(kept).shape)), least=0, below="n_parameters")
     sizes = {"n_parameters": m}

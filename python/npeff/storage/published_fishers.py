@@ -16,7 +16,7 @@ from npeff.growing_rows import concatenate
 from npeff.parameters import Parameters
 from npeff.rows import DenseRows, SparseRows
 from npeff.storage.container import Container
-from npeff.storage.fields import Field, check_shapes, refuse
+from npeff.storage.fields import MOST_PARAMETERS, Field, check_shapes, refuse
 from npeff.storage.hdf5 import CHUNK_BYTES, Attributes, Data
 from npeff.storage.store import index_dtype
 
@@ -61,14 +61,15 @@ def told(file: Container, name: str, kind: type = int) -> dict[str, Any]:
     return {name.partition("@")[2]: kind(value)}
 
 
-def n_parameters_of(file: Container, name: str) -> int:
-    """The number of parameters that an attribute tells.
+def n_parameters_of(file: Container, name: str, indices: str) -> int:
+    """The number of parameters that an attribute tells; no more than the type of the ``indices`` can count.
 
     Raises:
         StorageError: It is missing, or no such number.
     """
-    m = file.attribute(name, int, float)
-    if not 0 <= m < 1 << 62 or int(m) != m:
+    m, dtype = file.attribute(name, int, float), file.spec(indices).dtype
+    most = min(MOST_PARAMETERS, np.iinfo(dtype).max + 1 if dtype.kind in "iu" else MOST_PARAMETERS)
+    if not 0 <= m <= most or int(m) != m:
         raise StorageError(f"{file.path}: attribute {name!r} is damaged: expected a number of parameters, got {m}")
     return int(m)
 
@@ -80,7 +81,7 @@ def read_low_rank(file: Container) -> Fishers:
         StorageError: The file contradicts itself.
     """
     path, provenance = file.path, {"source": "published layout", "layout": file.content}
-    m = n_parameters_of(file, "data@n_parameters")
+    m = n_parameters_of(file, "data@n_parameters", "data/row_indices")
     fields = _fields("data/values", "data/row_indices", "data/pef_frobenius_norms", _logits(file), None)
     if file.content == "low_rank_fishers":
         arrays = _read(file, [*fields, Field("data/col_offsets", WHOLE, ("n_examples", "n_ranks + 1"))], m)
@@ -104,7 +105,7 @@ def read_diagonal(file: Container) -> Fishers:
     Raises:
         StorageError: The file contradicts itself.
     """
-    m = n_parameters_of(file, "data/fisher@dense_fisher_size")
+    m = n_parameters_of(file, "data/fisher@dense_fisher_size", "data/fisher/indices")
     norms = "data/dense_fisher_norms"
     arrays = _read(file, _fields("data/fisher/values", "data/fisher/indices", norms, _logits(file), 0), m)
     n, k = arrays["data/fisher/values"].shape

@@ -19,11 +19,11 @@ from npeff.fishers import FisherBlock, Fishers
 from npeff.growing_rows import GrowingRows
 from npeff.parameters import Parameters
 from npeff.storage.container import Container, open_container
+from npeff.storage.contents import fishers_in
 from npeff.storage.files import check_target
 from npeff.storage.hdf5 import to_json
 from npeff.storage.headers import check_header, plain
 from npeff.storage.parts import Batch, Parts, batches_in, parts_folder
-from npeff.storage.store import fishers_in
 
 BESIDE_ROWS = ("row_counts", "norms", "logits", "labels", "ids")
 
@@ -203,6 +203,7 @@ class FisherWriter:
         Raises:
             ResumeError: Batches that are done already were not skipped.
             ArgumentError: The block contradicts itself, or does not fit the blocks before it.
+            DataError: A Fisher's norm is not finite.
             StorageError: The disk is full; finished shards are safe.
         """
         if self.finished is not None or self._cursor < len(self._done):
@@ -235,6 +236,12 @@ class FisherWriter:
         if int(np.sum(block.row_counts)) != block.rows.n_rows:
             raise ArgumentError(
                 f"block.rows: expected {int(np.sum(block.row_counts))} rows as in row_counts, got {block.rows.n_rows}"
+            )
+        if not np.isfinite(block.norms).all():
+            i = int(np.isfinite(block.norms).argmin())
+            raise DataError(
+                f"gradients: the Fisher of example {block.ids[i]} has the norm {block.norms[i]}, beyond what float32 "
+                "holds; scale the inputs, or leave the example out of the data"
             )
         like = (type(block.rows).__name__, block.rows.n_columns, block.logits.shape[1:])
         if self._like is None:

@@ -23,22 +23,34 @@ Arrays lie contiguously, so they are mapped, not read, and any HDF5 reader can o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from npeff.compress import sketch_of
 from npeff.errors import ForeignFileError, NewerFileError, NpeffError, StorageError
-from npeff.fishers import Fishers, Kind
+from npeff.fishers import Fishers
 from npeff.parameters import Parameters
-from npeff.rows import DenseRows, GramRows, Rows, SparseRows
-from npeff.storage.container import VERIFY_BYTES, Container, open_file, write_container
+from npeff.rows import DenseRows, GramRows, Rows
+from npeff.storage.container import Container, open_file, write_container
+from npeff.storage.contents import (
+    COMPONENTS,
+    EXAMPLE_ARRAYS,
+    KINDS,
+    check_provenance,
+    check_saved,
+    check_sizes,
+    coherent,
+    described_parameters,
+    fishers_in,
+    n_classes,
+    one_of,
+)
 from npeff.storage.documents import expect, item
-from npeff.storage.fields import FLOAT, INT, Field, Sizes, check_arrays, check_shapes, refuse
+from npeff.storage.fields import Sizes, check_shapes
 from npeff.storage.files import atomic, check_target, path_of
 from npeff.storage.hdf5 import Data
 
@@ -46,8 +58,6 @@ if TYPE_CHECKING:
     from npeff.components import Components
 
 READ_BYTES = 256 << 20  # components no larger are read into memory
-KINDS = get_args(Kind)
-EXAMPLE_ARRAYS = {"norms": np.float32, "logits": np.float32, "labels": np.int64, "ids": np.int64}
 
 
 def index_dtype(n_columns: int) -> np.dtype[Any]:
@@ -107,6 +117,7 @@ def save_fishers(fishers: Fishers, path: Path | str) -> Path:
         ``path``.
 
     Raises:
+        ArgumentError: An array holds what no Fishers have, such as NaN; says which.
         StorageError: The file cannot be written there; what was there is untouched.
     """
     path = path_of(path)
@@ -123,6 +134,7 @@ def save_fishers(fishers: Fishers, path: Path | str) -> Path:
     arrays = [Data.of("row_offsets", fishers.row_offsets, np.int64)]
     arrays += [Data.of(name, getattr(fishers, name), dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
     fishers.verify()
+    check_saved("fishers", fishers)
     with atomic(path) as scratch:
         write_fishers(scratch, header, fishers.coverage, None, arrays + row_data(fishers.rows))
     return path
@@ -142,10 +154,13 @@ def save_components(components: Components, path: Path | str) -> Path:
         ``path``.
 
     Raises:
+        ArgumentError: An array holds what no Components have, such as NaN; says which.
         StorageError: The file cannot be written there; what was there is untouched.
     """
     path = path_of(path)
     check_components_target(path)
+    components.verify()
+    check_saved("components", components)
     arrays = [Data.of(f"arrays/{name}", np.asarray(array)) for name, array in sorted(components.to_arrays().items())]
     n, r = components.coefficients.shape
     attributes: dict[str, Any] = {"kind": components.kind, "n_examples": np.int64(n), "n_components": np.int64(r)}
@@ -163,9 +178,9 @@ def load(path: Path | str, *, verify: bool = False) -> Fishers | Components:
     are read into memory.
 
     Types, shapes and sizes of everything are checked. Arrays up to 256 MiB are also read once, their contents checked
-    and compared with the stored checksums (about 0.1 s per 256 MiB in the system's cache). Larger rows of Fishers
-    are checked in the same way before they are first used as a whole (:meth:`npeff.fishers.Fishers.verify`); larger
-    arrays of Components with ``verify`` alone. The published layouts have no checksums: their contents are checked,
+    and compared with the stored checksums (about 0.1 s per 256 MiB in the system's cache). Larger ones are checked in
+    the same way before they are first used as a whole (:meth:`npeff.Fishers.verify`,
+    :meth:`npeff.Components.verify`). The published layouts have no checksums: their contents are checked,
     but a wrong number that could be a right one is not noticed.
 
     Args:
@@ -268,196 +283,6 @@ def refuse_npeff_file(path: Path) -> None:
     raise StorageError(f"{path}: holds Fishers or Components, and is not overwritten; choose another name")
 
 
-OFFSETS = Field("row_offsets", ("<i8",), ("n_examples + 1",), ascends_to="n_rows")
-EXAMPLES = (
-    Field("norms", ("<f4",), ("n_examples",), least=0),
-    Field("logits", ("<f4",), ("n_examples", "n_outputs")),
-    Field("labels", ("<i8",), ("n_examples",), least=-1, below="n_classes"),
-    Field("ids", ("<i8",), ("n_examples",), least=0),
-)
-ENTRIES = Field("rows/indices", INT, ("n_entries",), least=0, below="n_parameters", ascending_in="rows/indptr")
-SPARSE = (
-    Field("rows/indptr", ("<i8",), ("n_rows + 1",), ascends_to="n_entries"),
-    ENTRIES,
-    Field("rows/values", ("<f4",), ("n_entries",)),
-)
-DENSE = (Field("rows/values", ("<f4",), ("n_rows", "n_columns")),)
-GRAM = (Field("rows/gram", ("<f4",), ("n_rows", "n_rows")),)
-ROWS = {"sparse": SPARSE, "dense": DENSE, "gram": GRAM}
-
-COMPONENTS = (
-    Field("coefficients", FLOAT, ("n_examples", "n_components"), least=0),
-    Field("vectors", FLOAT, ("n_components", "n_columns")),
-    Field("columns", INT, ("n_columns",), least=0, below="n_parameters", ascending_in="", optional=True),
-    Field("labels", INT, ("n_examples",), least=-1, below="n_classes"),
-    Field("logits", FLOAT, ("n_examples", "n_outputs")),
-    Field("ids", INT, ("n_examples",), least=0),
-    Field("norms", FLOAT, ("n_examples",), least=0, nan=True),
-    Field("loss_curve", FLOAT, ("n_losses",)),
-    Field("row_offsets", INT, ("n_examples + 1",), ascends_to="n_rows", optional=True),
-    Field("row_weights", FLOAT, ("n_rows", "n_components"), optional=True),
-    Field("recovered", INT, ("n_recovered",), least=0, below="n_components", ascending_in="", optional=True),
-    Field("recovered_vectors", FLOAT, ("n_recovered", "n_parameters"), optional=True),
-)
-
-
-def row_fields(form: str, kind: str) -> list[Field]:
-    """What is expected of rows, sparse, dense or inner products; those of diagonal Fishers are not negative."""
-    fields = ROWS[form]
-    return [
-        replace(field, least=0) if kind == "diagonal" and field.name == "rows/values" else field for field in fields
-    ]
-
-
-def row_arrays(rows: Rows) -> dict[str, Any]:
-    """The arrays of rows by the names of their datasets."""
-    if isinstance(rows, SparseRows):
-        return {"rows/indptr": rows.indptr, "rows/indices": rows.indices, "rows/values": rows.values}
-    return {"rows/gram" if isinstance(rows, GramRows) else "rows/values": rows.values}
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """Tell that a file is damaged where what it holds contradicts itself.
-
-    Raises:
-        StorageError: It does.
-    """
-    try:
-        yield
-    except StorageError:
-        raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise StorageError(f"{path}: damaged: {reason}") from error
-
-
-def one_of(container: Container, name: str, value: object, choices: Iterable[str]) -> str:
-    """``value``, which is one of ``choices``.
-
-    Raises:
-        StorageError: It is another.
-    """
-    if value not in tuple(choices):
-        raise StorageError(f"{container.path}: {name} is damaged: expected {' or '.join(choices)}, got {value!r}")
-    return str(value)
-
-
-def described_parameters(document: Any, where: str) -> Parameters:
-    """The parameters that a JSON document describes; ``where`` names file and field.
-
-    Raises:
-        StorageError: It describes none.
-    """
-    described = []
-    for entry in expect(document, where, list):
-        label, shape = item(expect(entry, where, dict), "name", where, str), item(entry, "shape", where, list)
-        if not all(type(size) is int and size >= 0 for size in shape):
-            raise StorageError(f"{where} is damaged: expected sizes ≥ 0 of {label!r}, got {shape}")
-        described.append((label, shape))
-    parameters = Parameters.of(described)
-    if len(set(parameters.names)) != len(parameters) or parameters.n_parameters >= 1 << 62:
-        raise StorageError(f"{where} is damaged: expected different names and fewer than 2⁶² elements")
-    return parameters
-
-
-def check_provenance(container: Container, provenance: dict[str, Any], name: str) -> dict[str, Any]:
-    """The options in the provenance of Fishers, once all that is looked up in it later has the type expected there.
-
-    Raises:
-        StorageError: Something has not.
-    """
-    where, nothing = f"{container.path}: {name}", type(None)
-    options = item(provenance, "options", where, (dict, nothing)) or {}
-    compress = item(options, "compress", where, (dict, nothing)) or {}
-    item(compress, "method", where, (str, nothing))
-    item(options, "likelihood", where, (str, nothing))
-    with _whole(container.path):
-        sketch_of(provenance)
-    return options
-
-
-def n_classes(options: dict[str, Any], n_outputs: int) -> int:
-    """What labels have to be below: the number of outputs, where those are classes."""
-    return n_outputs if n_outputs and options.get("likelihood", "categorical") == "categorical" else 1 << 62
-
-
-def check_sizes(container: Container, sizes: Sizes) -> None:
-    """Make sure that the sizes told by attributes are those of the arrays.
-
-    Raises:
-        StorageError: One is not.
-    """
-    for name in ("n_examples", "n_parameters", "n_components"):
-        if name in container.attributes and container.attribute(name, int) != sizes.get(name):
-            found = container.attributes[name]
-            raise StorageError(
-                f"{container.path}: attribute {name!r} is damaged: expected {sizes.get(name)} as the arrays have, got "
-                f"{found}"
-            )
-
-
-def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
-    """The Fishers in an npeff container, mapped; all arrays but large ones are checked.
-
-    Args:
-        container: The file.
-        verify: Check large arrays too; otherwise :meth:`npeff.fishers.Fishers.verify` does, before they are used.
-
-    Raises:
-        StorageError: An array is not as the format says, or its checksum differs.
-    """
-    kind = one_of(container, "attribute 'kind'", container.attribute("kind", str), KINDS)
-    form = one_of(container, "attribute 'rows'", container.attribute("rows", str), ROWS)
-    parameters = described_parameters(container.json("parameters", list), f"{container.path}: dataset 'parameters'")
-    provenance = container.json("provenance", dict)
-    options = check_provenance(container, provenance, "dataset 'provenance'")
-    coverage = container.json("coverage", list)
-    for line in coverage:
-        expect(line, f"{container.path}: dataset 'coverage'", dict)
-    sketch = sketch_of(provenance)
-    sizes: Sizes = {"n_parameters": parameters.n_parameters}
-    if form == "dense":
-        sizes["n_columns"] = parameters.n_parameters if sketch is None else sketch.d
-    fields = [OFFSETS, *EXAMPLES, *row_fields(form, kind)]
-    check_shapes(container.path, container.specs, [*EXAMPLES, *row_fields(form, kind)], sizes)
-    sizes["n_classes"] = n_classes(options, sizes["n_outputs"])
-    if kind == "diagonal":
-        sizes["n_rows"] = sizes["n_examples"]
-    check_sizes(container, sizes)
-    arrays, check = container.read(fields, sizes, verify=verify)
-    if kind == "diagonal" and not np.array_equal(arrays["row_offsets"], np.arange(sizes["n_examples"] + 1)):
-        refuse(container.path, "row_offsets", "one row per example, as diagonal Fishers have")
-    rows: Rows
-    if form == "gram":
-        rows = GramRows(arrays["rows/gram"])
-    elif form == "sparse":
-        rows = SparseRows(arrays["rows/indptr"], arrays["rows/indices"], arrays["rows/values"], parameters.n_parameters)
-    else:
-        rows = DenseRows(arrays["rows/values"])
-
-    def check_part(part: Rows | None) -> None:
-        if part is None:
-            check()
-        else:
-            known: Sizes = {name: size for name, size in sizes.items() if name in ("n_parameters", "n_columns")}
-            check_arrays(container.path, row_arrays(part), row_fields(form, kind), known)
-
-    large = any(container.specs[field.name].nbytes > VERIFY_BYTES for field in fields)
-    with _whole(container.path):
-        return Fishers(
-            kind=kind,  # type: ignore[arg-type]
-            rows=rows,
-            row_offsets=arrays["row_offsets"],
-            **{name: arrays[name] for name in EXAMPLE_ARRAYS},
-            parameters=parameters,
-            provenance=provenance,
-            coverage=coverage,
-            path=container.path,
-            check=check_part if large and not verify else None,
-        )
-
-
 def _components_in(container: Container, *, verify: bool = False) -> Components:
     from npeff.components import Components
 
@@ -491,12 +316,12 @@ def _components_in(container: Container, *, verify: bool = False) -> Components:
             raise StorageError(
                 f"{container.path}: damaged: expected both or none of the arrays {' and '.join(together)}"
             )
-    found_arrays, _ = container.read(fields, sizes, verify=verify)
+    found_arrays, check = container.read(fields, sizes, verify=verify)
     arrays = {name.removeprefix("arrays/"): array for name, array in found_arrays.items()}
     if sum(array.nbytes for array in arrays.values()) <= READ_BYTES:
         arrays = {name: np.array(array) for name, array in arrays.items()}
-    with _whole(container.path):
-        return Components.from_parts(arrays, meta)
+    with coherent(container.path):
+        return replace(Components.from_parts(arrays, meta), check=check)
 
 
 def describe(path: Path | str) -> dict[str, Any]:

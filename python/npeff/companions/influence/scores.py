@@ -24,9 +24,9 @@ Array = npt.NDArray[Any]
 Direction = Literal["raises", "lowers", "both"]
 SUFFIXES = (".h5", ".hdf5", ".npz", ".csv")
 FIELDS = (
-    Field("values", FLOAT, ("n_train", "n_test"), nan=True),
+    Field("values", FLOAT, ("n_train", "n_test"), nan=True, infinite=True),
     Field("test_values", FLOAT, ("n_test",)),
-    Field("residuals", FLOAT, ("n_test",), least=0, nan=True),
+    Field("residuals", FLOAT, ("n_test",), least=0, nan=True, infinite=True),
 )
 
 
@@ -170,7 +170,10 @@ class Scores:
         if file.is_npeff or file.attributes.get("content") != "influence":
             raise ForeignFileError(f"{path}: holds no influence scores; they are written by Scores.save")
         where = f"{path}: attribute 'provenance'"
-        meta = parse_json(file.attribute("provenance", str), where, finite=False)
+        text, sums = file.attribute("provenance", str), file.checksums or {}
+        if sums.get("@provenance", _crc(text)) != _crc(text):
+            raise StorageError(f"{where} is damaged (its checksum differs); restore the file, or compute it again")
+        meta = parse_json(text, where, finite=False)
         n = item(meta, "n", where, int)
         arrays, _ = file.read(FIELDS, {}, verify=verify)
         if n < 1:
@@ -182,7 +185,7 @@ class Scores:
 def _write_hdf5(path: Path, scores: Scores, meta: str) -> None:
     """Write scores and their checksums; the HDF5 library itself would not survive a full disk."""
     arrays = {name: getattr(scores, name) for name in ("values", "test_values", "residuals")}
-    sums = {}
+    sums = {"@provenance": _crc(meta)}
     for name, array in arrays.items():
         total = 0
         for piece in pieces(array):
@@ -190,6 +193,10 @@ def _write_hdf5(path: Path, scores: Scores, meta: str) -> None:
         sums[name] = f"{total:08x}"
     attributes = {"content": "influence", "provenance": meta, "checksums": json.dumps(sums)}
     write_hdf5(path, [Data.of(name, array) for name, array in arrays.items()], {"/": attributes})
+
+
+def _crc(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def check_path(path: str | Path) -> Path:
