@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import npeff
 from npeff.companions.influence import CrossLossInfluence
+from npeff.reports.examples import collect
 from oracles import dense_fishers, dense_jacobians
 from small_network import fishers_of
 
@@ -363,6 +364,25 @@ def test_own_batches_in_every_function(both: tuple[Any, Any]) -> None:
     assert changes[0] == pytest.approx(changes[1])
     np.testing.assert_allclose(grams[0], grams[1], atol=1e-5)
     assert plans == [24, 24]
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        lambda xs: [npeff.Batch(((x, ADJACENCY), Y), 6, take_rows) for x in xs],
+        lambda xs: [((x[:5], ADJACENCY), Y[:5]) for x in xs],
+        lambda xs: [npeff.Batch((x[:, :5].transpose(0, 1), Y[:6]), 6, lambda c, i: (c[0][:, i], c[1][i])) for x in xs],
+    ],
+    ids=["square", "several inputs", "time first"],
+)
+def test_a_page_shows_the_examples_of_such_batches(batches: Any) -> None:
+    xs = torch.randn(3, 6, 6, F, generator=torch.Generator().manual_seed(6))
+    data = batches(xs)
+    n = 5 if isinstance(data[0], tuple) else 6
+    shown = collect(data, [0, n + 1, 2 * n], {0: 0, n + 1: 1, 2 * n: 0})
+    for batch, at, example in ((0, 0, shown[0]), (1, 1, shown[n + 1]), (2, 0, shown[2 * n])):
+        drawn = example.image if example.values is None else example.values
+        np.testing.assert_allclose(drawn, xs[batch][at][: len(drawn)])
 
 
 TARGET = """

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
 
@@ -312,9 +313,9 @@ def _rebuilt(
         return function(tree, path)
     if isinstance(tree, Mapping):
         return _filled(tree, {key: below(value, f"[{key!r}]") for key, value in tree.items()})
-    if isinstance(tree, torch.nn.utils.rnn.PackedSequence):  # whose batch sizes stay on the CPU
+    if isinstance(tree, PackedSequence):  # whose batch sizes stay on the CPU
         changed = {name: below(getattr(tree, name), f".{name}") for name in tree._fields if name != "batch_sizes"}
-        return torch.nn.utils.rnn.PackedSequence(batch_sizes=tree.batch_sizes, **changed)
+        return PackedSequence(batch_sizes=tree.batch_sizes, **changed)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(below(item, f"[{i}]") for i, item in enumerate(tree)))
     if isinstance(tree, (tuple, list)):
@@ -662,7 +663,8 @@ def _one_function() -> Iterator[None]:
 def _run(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
+    return model(*inputs) if several else model(inputs)
 
 
 def _failure(error: Exception, forward: object, batch: Batch) -> str:

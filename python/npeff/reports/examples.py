@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from npeff.batches import Batch, leaves, read_batch
 from npeff.errors import DataError
 from npeff.reports.images import looks_like_image
 from npeff.reports.text import words
@@ -71,13 +72,17 @@ def stream(
     missing = set(wanted)
     start = 0
     decode = _decoder(tokenizer)
-    for batch in data if missing else ():
-        inputs, targets = _split(batch)
-        size = _size(inputs, targets)
+    for number, batch in enumerate(data if missing else ()):
+        own = read_batch(batch, torch.device("cpu"), number, True) if isinstance(batch, Batch) else None
+        inputs, targets = (None, None) if own else _split(batch)
+        size = own.n_examples if own else _size(inputs, targets)
         here = [position for position in range(start, start + size) if position in missing]
         for position in here:
-            _check_label(position, targets, position - start, labels.get(position, -1))
-            yield position, _example(inputs, position - start, decode)
+            at = position - start
+            if own:
+                inputs, targets, at = *_split_one(own.take(slice(at, at + 1))), 0
+            _check_label(position, targets, at, labels.get(position, -1))
+            yield position, _example(inputs, at, decode)
         missing.difference_update(here)
         start += size
         if not missing:
@@ -87,6 +92,24 @@ def stream(
             f"data: has {start} examples, but the components were computed from data with at least "
             f"{max(missing) + 1}; pass the data given to compute_fishers, in the same order"
         )
+
+
+def _split_one(example: Batch) -> tuple[Any, Any]:
+    """Inputs and targets of one example, taken as its batch says; both with a first dimension of 1.
+
+    Raises:
+        DataError: It holds nothing to show.
+    """
+    inputs = example.inputs
+    if not isinstance(inputs, torch.Tensor | Mapping) or (isinstance(inputs, torch.Tensor) and inputs.is_nested):
+        inputs = next((leaf for leaf in leaves(inputs) if isinstance(leaf, torch.Tensor)), None)
+    if inputs is None:
+        raise DataError("data: an example holds neither text nor tensors to show")
+    if isinstance(inputs, torch.Tensor):
+        if inputs.is_nested:
+            inputs = inputs.unbind()[0]
+        return inputs if inputs.ndim and len(inputs) == 1 else inputs[None], example.labels
+    return _split(inputs)[0], example.labels
 
 
 def _split(batch: Any) -> tuple[Any, Any]:
@@ -108,7 +131,11 @@ def _split(batch: Any) -> tuple[Any, Any]:
         return batch, None
     if isinstance(batch, tuple | list) and len(batch) >= 2:
         inputs = _split(batch[0])[0] if isinstance(batch[0], Mapping) else batch[0]
-        return inputs, batch[1] if _is_labels(batch[1]) else None
+        targets = batch[1] if _is_labels(batch[1]) else None
+        several = isinstance(inputs, tuple | list) and all(isinstance(i, torch.Tensor | np.ndarray) for i in inputs)
+        if several and inputs and targets is not None and len(inputs) != len(targets):
+            inputs = inputs[0]  # of several inputs to the model
+        return inputs, targets
     if isinstance(batch, tuple | list) and len(batch) == 1:
         return batch[0], None
     return batch, None
