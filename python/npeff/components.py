@@ -322,7 +322,7 @@ class Components:
             ours = sketch_of(self.provenance.get("fishers", {}))
             raise ArgumentError(
                 f"fishers: expected the compression of the components ({ours or 'no sketch'}), got "
-                f"{fishers.sketch or 'no sketch'}"
+                f"{fishers.sketch or 'no sketch'}; compute them as the components' own, or decompose these"
             )
         if fishers.kind != self.kind:
             raise ArgumentError(f"fishers: expected {self.kind} Fishers like the components, got {fishers.kind} ones")

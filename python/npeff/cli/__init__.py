@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -163,8 +164,20 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (NpeffError, OSError, MemoryError) as error:
         if DEBUG:
             raise
-        click.echo(f"npeff: {str(error) or type(error).__name__}", err=True)
+        said = str(error) or type(error).__name__
+        click.echo(f"npeff: {said}{_as_options(said, arguments)}", err=True)
         return FAILED
+
+
+def _as_options(message: str, arguments: Sequence[str] | None) -> str:
+    """What keywords that a message names, as in ``forward=``, are called on the command line of the command given."""
+    given = sys.argv[1:] if arguments is None else arguments
+    name = next((word for word in given if word in COMMANDS), None)
+    command = None if name is None else cli.get_command(click.Context(cli), name)
+    options = {p.name: p.opts[0] for p in command.params if isinstance(p, click.Option)} if command else {}
+    keywords = dict.fromkeys(re.findall(r"(?<![\w.-])([a-z_]+)=(?!=)", message))
+    found = [f"{word}= is {options[word]}" for word in keywords if word in options and options[word] not in message]
+    return f" (on the command line: {', '.join(found)})" if found else ""
 
 
 def main() -> None:
