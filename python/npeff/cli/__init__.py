@@ -46,6 +46,8 @@ npeff demo                                           all of it, on handwritten d
 npeff fishers train.py:model train.py:data --out fishers.h5
 npeff decompose fishers.h5 --components 64 --out components.h5
 npeff report components.h5 --data train.py:data --out report/
+npeff trust fishers.h5 components.h5 --out trust.json
+npeff report components.h5 --data train.py:data --extras trust.json --out report/
 """
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -103,7 +105,9 @@ def cli() -> None:
     """Which strategies a network uses, on which examples, and which parameter directions carry them.
 
     Every step writes a file that the next one reads: `fishers` makes Fishers of a model and data, `decompose`
-    makes components of Fishers, `report` makes a page of components.
+    makes components of Fishers, `report` makes a page of components. `trust`, `perturb`, `trace` and the companions
+    write JSON about components, which `report --extras` shows. Components of sketched Fishers get their vectors in
+    parameter space from `recover`.
 
     Every command has --help, and --debug to see where an error came from. Exit status: 0 done, 1 failed, 2
     wrong usage, 130 interrupted.

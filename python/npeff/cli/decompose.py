@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, misused, quiet, seed, wants
+from npeff.cli.common import EXISTING, WRITABLE, command, misused, note, quiet, seed, wants
 from npeff.cli.processes import decompose_together, several
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def decompose(
     if select and options["algorithm"] == "published":
         misused("--select works with --algorithm npeff")
     import npeff
+    from npeff.parameter_vectors import not_recovered
     from npeff.storage import check_components_target
 
     check_components_target(out)  # before the search: a slip in --out must not cost it
@@ -142,6 +143,10 @@ def decompose(
     click.echo(
         f"{out}: {components.n_components} components of {len(fishers):,} examples, relative loss {components.loss:.4f}"
     )
+    if not_recovered(components):
+        note(
+            f"vectors in parameter space, for perturb, trace and export: npeff recover {out} MODEL DATA --out RECOVERED"
+        )
 
 
 def _selected(fishers: Any, numbers: list[int], options: dict[str, Any], quiet: bool) -> Selection:
