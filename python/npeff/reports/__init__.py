@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npeff.reports.collage import collage
-from npeff.reports.extras import Acts, Effect, Influences, Trust
+from npeff.reports.extras import Effect, Influences, Traced, Trust
 from npeff.reports.extras_file import describe_extras, load_extras, save_extras
 from npeff.reports.latex import latex
 from npeff.storage.files import path_of
@@ -140,9 +140,9 @@ def report(
 
 
 __all__ = [
-    "Acts",
     "Effect",
     "Influences",
+    "Traced",
     "Trust",
     "collage",
     "describe_extras",
