@@ -183,20 +183,17 @@ def test_python_blocks_of_the_docs_call_what_exists() -> None:
                 seen += 1
                 if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                     names = {p.name for p in parameters}
-                    wrong += [
-                        f"{page.name}: {called}({k.arg}=…)" for k in node.keywords if k.arg and k.arg not in names
-                    ]
+                    given = [keyword.arg for keyword in node.keywords if keyword.arg]
+                    wrong += [f"{page.name}: {called}({name}=…)" for name in given if name not in names]
     assert not wrong, "\n".join(wrong)
     assert seen > 50
 
 
 def test_files_named_in_the_docs_are_there() -> None:
+    path = re.compile(r"(?:`|\]\()((?:\.\./|docs/|benchmarks/|examples/|tests/|csrc/|python/)[\w./-]+\.\w+)")
     wrong = []
     for page in PAGES:
-        for name in re.findall(
-            r"(?:`|\]\()((?:\.\./|docs/|benchmarks/|examples/|tests/|csrc/|python/)[\w./-]+\.\w+)",
-            page.read_text("utf-8"),
-        ):
+        for name in path.findall(page.read_text("utf-8")):
             if not (page.parent / name).exists() and not (ROOT / name).exists():
                 wrong.append(f"{page.relative_to(ROOT)}: {name}")
     assert not wrong, "\n".join(sorted(set(wrong)))
