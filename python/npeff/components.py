@@ -83,6 +83,8 @@ class Components:
 
     def __repr__(self) -> str:
         size = f"{len(self.coefficients)} examples, {self.n_parameters:,} parameters"
+        if self.compression in ("sketch", "gram"):
+            size += f", {0 if self.recovered is None else len(self.recovered)} vectors in parameter space"
         return f"Components({self.n_components} {self.kind}, {size}, loss {self.loss:.4f})"
 
     # ---- what they are -------------------------------------------------------------------------------------
