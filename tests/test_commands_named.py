@@ -154,3 +154,46 @@ def test_python_names_in_docs_exist() -> None:
                         break
                 path += f".{part}"
     assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+def test_python_blocks_of_the_docs_call_what_exists() -> None:
+    """Calls of ``npeff.…`` and methods of components and Fishers, with the keywords that they are given."""
+    import importlib
+    import inspect
+
+    owners = {"npeff": npeff, "components": npeff.Components, "fishers": npeff.Fishers, "effect": npeff.Effect}
+    wrong, seen = [], 0
+    for page in PAGES:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+            for node in ast.walk(ast.parse(block)):
+                if not isinstance(node, ast.Call):
+                    continue
+                path = ast.unparse(node.func).split(".")
+                if path[0] not in owners or not all(part.isidentifier() for part in path):
+                    continue
+                item, called = owners[path[0]], path[0]
+                try:
+                    for part in path[1:]:
+                        called += f".{part}"
+                        item = getattr(item, part, None) or importlib.import_module(called)
+                    parameters = inspect.signature(item).parameters.values()  # type: ignore[arg-type]
+                except (ImportError, TypeError, ValueError):
+                    wrong.append(f"{page.name}: {called}")
+                    continue
+                seen += 1
+                if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                    names = {p.name for p in parameters}
+                    given = [keyword.arg for keyword in node.keywords if keyword.arg]
+                    wrong += [f"{page.name}: {called}({name}=…)" for name in given if name not in names]
+    assert not wrong, "\n".join(wrong)
+    assert seen > 50
+
+
+def test_files_named_in_the_docs_are_there() -> None:
+    path = re.compile(r"(?:`|\]\()((?:\.\./|docs/|benchmarks/|examples/|tests/|csrc/|python/)[\w./-]+\.\w+)")
+    wrong = []
+    for page in PAGES:
+        for name in path.findall(page.read_text("utf-8")):
+            if not (page.parent / name).exists() and not (ROOT / name).exists():
+                wrong.append(f"{page.relative_to(ROOT)}: {name}")
+    assert not wrong, "\n".join(sorted(set(wrong)))

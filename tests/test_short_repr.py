@@ -139,15 +139,18 @@ def by_hand() -> list[Any]:
 @pytest.mark.parametrize("item", by_hand(), ids=lambda item: type(item).__name__)
 def test_what_it_says(item: Any) -> None:
     text = repr(item)
-    assert len(text.splitlines()) <= LINES and len(text) <= CHARACTERS
+    assert len(text.splitlines()) == 1 and len(text) <= CHARACTERS
+    assert len(str(item).splitlines()) <= LINES
     assert text.startswith(type(item).__name__ + "(")
     assert any(number in text for number in ("64", "399", "900", "1 component")), "its size"
 
 
 def test_the_tree_says_its_parts() -> None:
     tree = by_hand()[1]
-    assert "64 components: 0, 1, 2, 3, 4, 5, … (64); 5,000 examples; 64 parts" in repr(tree)
-    assert "2% of the coefficients: " in repr(tree) and "and 48 smaller parts" in repr(tree)
+    assert "64 components: 0, 1, 2, 3, 4, 5, … (64); 5,000 examples; 64 parts" in str(tree)
+    assert "2% of the coefficients: " in str(tree) and "and 48 smaller parts" in str(tree)
+    assert len(str(tree).splitlines()) == 18 and len(repr(tree).splitlines()) == 1
+    assert len(repr(tree.children).splitlines()) == 1, "many of them in a list"
 
 
 @pytest.mark.parametrize("kind", public_classes(), ids=lambda kind: kind.__name__)

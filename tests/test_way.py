@@ -333,7 +333,8 @@ def test_the_way_with_sketches(folder: Path, form: str, capsys: Any) -> None:
     assert run(["recover", recovered, MODEL, DATA, "--out", recovered, "--quiet"]) == 0, "into the file itself"
     loaded, first = npeff.load(recovered), npeff.load(stored)
     assert isinstance(loaded, npeff.Components) and isinstance(first, npeff.Components)
-    assert loaded.digest == first.digest and "not recovered" not in repr(loaded)
+    assert loaded.digest == first.digest
+    assert ", 0 vectors in parameter space" in repr(first) and ", 3 vectors in parameter space" in repr(loaded)
     scope: dict[str, Any] = {}
     exec(SOURCE, scope)
     expected = first.recover(scope["model"](), scope["data"](), progress=False)
@@ -404,10 +405,60 @@ def test_block_weights_of_sketches_say_what_can_be_done(folder: Path, capsys: An
         assert run(["decompose", fishers, "--components", "2", *weights, "--out", f"b{number}.h5", *SEARCH]) == 0
 
 
+def test_the_held_out_losses_of_a_selection_are_on_the_page(folder: Path, capsys: Any) -> None:
+    assert run(["decompose", "topk.fishers.h5", "--components", "2,3", "--select", "--out", "s.h5", *SEARCH]) == 0
+    losses = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines()[1:3]]
+    assert run(["report", "s.h5", "--out", "s.html", "--quiet"]) == 0
+    html = Path("s.html").read_text(encoding="utf-8")
+    assert f"Held-out loss by number of components, least {min(losses):.3f}"[:-1] in html
+    assert run(["info", "s.h5"]) == 0
+
+
 def test_a_number_of_components_is_not_chosen_on_inner_products(folder: Path, capsys: Any) -> None:
     command = ["decompose", "gram.fishers.h5", "--components", "2,3", "--select", "--out", "s.h5", *SEARCH]
     assert run(command) == 1
     assert "cannot be split into halves of the parameters" in capsys.readouterr().err
+
+
+def test_keywords_in_messages_are_told_as_options(folder: Path, capsys: Any) -> None:
+    """A message of a Python function, read by someone at the command line."""
+    Path("dicts.py").write_text(
+        SOURCE
+        + """
+def dicts():
+    return [{"x": x, "labels": y} for x, y in data()]
+
+def tokens(model, batch):
+    return model(batch["x"])
+
+def loss(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch["x"]), batch["labels"], reduction="none")
+"""
+    )
+    model, dicts, forward = "dicts.py:model", "dicts.py:dicts", ["--forward", "dicts.py:tokens"]
+    fishers = ["fishers", model, dicts, "--top-k", "120", "--out", "dicts.f.h5", "--quiet"]
+    assert run(fishers) == 1
+    assert "(on the command line: forward= is --forward)" in capsys.readouterr().err
+    assert run([*fishers, *forward]) == 0
+    assert run(["decompose", "dicts.f.h5", "--components", "2", "--out", "dicts.h5", *SEARCH]) == 0
+    command = ["influence", model, dicts, dicts, "--train-loss", "dicts.py:loss", "--component", "dicts.h5:0"]
+    command += ["--damping", "1", "--quiet", "--out", "dicts.json"]
+    assert run(command) == 1
+    assert "forward= is --forward" in capsys.readouterr().err
+    assert run([*command, *forward]) == 0
+    assert run(["report", "dicts.h5", *extras("dicts.json"), "--out", "dicts.html", "--quiet"]) == 0
+    assert "Training examples with the largest influence" in text_of("dicts.html")
+    assert run(["influence", model, dicts, dicts, *forward, "--out", "s.h5"]) == 2
+
+
+def test_published_layouts_have_no_names_to_move_along(folder: Path, capsys: Any) -> None:
+    assert run(["export", "topk.h5", "--layout", "published", "--out", "nameless.h5"]) == 0
+    assert run(["perturb", MODEL, DATA, "nameless.h5", "--all", "--quiet"]) == 1
+    assert "published layout, which has no names of parameters" in capsys.readouterr().err
+    assert run(["report", "nameless.h5", "--out", "nameless.html", "--quiet"]) == 0
+    assert "nan" not in text_of("nameless.html").lower().split("provenance")[0].replace("domin", "")
+    command = ["trust", "topk.fishers.h5", "nameless.h5", "--quiet", "--repeats", "2", "--shuffles", "0"]
+    assert run(command) == 1 and "expected the parameters" in capsys.readouterr().err
 
 
 def test_info_knows_every_file_that_a_command_writes(folder: Path, written: Any, capsys: Any) -> None:

@@ -93,6 +93,8 @@ class Components:
 
     def __repr__(self) -> str:
         size = f"{len(self.coefficients)} examples, {self.n_parameters:,} parameters"
+        if self.compression in ("sketch", "gram"):
+            size += f", {0 if self.recovered is None else len(self.recovered)} vectors in parameter space"
         return f"Components({self.n_components} {self.kind}, {size}, loss {self.loss:.4f})"
 
     def verify(self) -> None:
@@ -347,7 +349,7 @@ class Components:
             ours = sketch_of(self.provenance.get("fishers", {}))
             raise ArgumentError(
                 f"fishers: expected the compression of the components ({ours or 'no sketch'}), got "
-                f"{fishers.sketch or 'no sketch'}"
+                f"{fishers.sketch or 'no sketch'}; compute them as the components' own, or decompose these"
             )
         if fishers.kind != self.kind:
             raise ArgumentError(f"fishers: expected {self.kind} Fishers like the components, got {fishers.kind} ones")

@@ -50,21 +50,25 @@ class Strategy:
     children: tuple[Strategy, ...] = ()
 
     def __repr__(self) -> str:
+        return f"Strategy({self._head()}{'; ' + several(self._parts(), 4) if self.children else ''})"
+
+    def __str__(self) -> str:
         """What the group holds, and a line for each of its largest parts."""
-        whole = float(self.coefficient.sum(dtype=np.float64)) or 1.0
+        parts = [f"  {part}" for part in self._parts()]
+        more = [f"  and {len(parts) - PARTS_SHOWN} smaller parts"] if len(parts) > PARTS_SHOWN else []
+        return "\n".join([f"Strategy({self._head()})", *parts[:PARTS_SHOWN], *more])
+
+    def _head(self) -> str:
         head = f"{len(self.components)} component{'s' if len(self.components) > 1 else ''}: {several(self.components)}"
-        if not self.children:
-            return f"Strategy({head}; {len(self.coefficient):,} examples)"
-        shares = [float(child.coefficient.sum(dtype=np.float64)) / whole for child in self.children]
-        order = sorted(range(len(shares)), key=lambda i: -shares[i])
-        lines = [
-            f"  {shares[i]:4.0%} of the coefficients: {several(self.children[i].components)}"
-            for i in order[:PARTS_SHOWN]
-        ]
-        if len(order) > PARTS_SHOWN:
-            lines.append(f"  and {len(order) - PARTS_SHOWN} smaller parts")
-        joined = f"{len(self.children)} parts joined at 1 − similarity = {self.distance:.2f}"
-        return "\n".join([f"Strategy({head}; {len(self.coefficient):,} examples; {joined})", *lines])
+        joined = f"; {len(self.children)} parts joined at 1 − similarity = {self.distance:.2f}" if self.children else ""
+        return f"{head}; {len(self.coefficient):,} examples{joined}"
+
+    def _parts(self) -> list[str]:
+        """The children, the largest share of the coefficients first."""
+        whole = float(self.coefficient.sum(dtype=np.float64)) or 1.0
+        shares = [(float(child.coefficient.sum(dtype=np.float64)) / whole, child) for child in self.children]
+        shares.sort(key=lambda item: -item[0])
+        return [f"{share:.0%} of the coefficients: {several(child.components)}" for share, child in shares]
 
     def top_examples(self, k: int = 16) -> Array:
         """Indices of the k examples with the largest summed coefficient, descending."""

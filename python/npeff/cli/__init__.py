@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ npeff demo                                           all of it, on handwritten d
 npeff fishers train.py:model train.py:data --out fishers.h5
 npeff decompose fishers.h5 --components 64 --out components.h5
 npeff report components.h5 --data train.py:data --out report/
+npeff trust fishers.h5 components.h5 --out trust.json
+npeff report components.h5 --data train.py:data --extras trust.json --out report/
 """
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -103,7 +106,9 @@ def cli() -> None:
     """Which strategies a network uses, on which examples, and which parameter directions carry them.
 
     Every step writes a file that the next one reads: `fishers` makes Fishers of a model and data, `decompose`
-    makes components of Fishers, `report` makes a page of components.
+    makes components of Fishers, `report` makes a page of components. `trust`, `perturb`, `trace` and the companions
+    write JSON about components, which `report --extras` shows. Components of sketched Fishers get their vectors in
+    parameter space from `recover`.
 
     Every command has --help, and --debug to see where an error came from. Exit status: 0 done, 1 failed, 2
     wrong usage, 130 interrupted (143 by SIGTERM, 129 by SIGHUP); what is finished is kept, and the same command
@@ -169,8 +174,20 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (NpeffError, OSError, MemoryError) as error:
         if DEBUG:
             raise
-        click.echo(f"npeff: {str(error) or type(error).__name__}", err=True)
+        said = str(error) or type(error).__name__
+        click.echo(f"npeff: {said}{_as_options(said, arguments)}", err=True)
         return FAILED
+
+
+def _as_options(message: str, arguments: Sequence[str] | None) -> str:
+    """What keywords that a message names, as in ``forward=``, are called on the command line of the command given."""
+    given = sys.argv[1:] if arguments is None else arguments
+    name = next((word for word in given if word in COMMANDS), None)
+    command = None if name is None else cli.get_command(click.Context(cli), name)
+    options = {p.name: p.opts[0] for p in command.params if isinstance(p, click.Option)} if command else {}
+    keywords = dict.fromkeys(re.findall(r"(?<![\w.-])([a-z_]+)=(?!=)", message))
+    found = [f"{word}= is {options[word]}" for word in keywords if word in options and options[word] not in message]
+    return f" (on the command line: {', '.join(found)})" if found else ""
 
 
 def main() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, misused, quiet, seed, several, wants
+from npeff.cli.common import EXISTING, WRITABLE, command, misused, note, quiet, seed, several, wants
 from npeff.cli.processes import decompose_together
+
+if TYPE_CHECKING:
+    from npeff.trust import Selection
 
 
 def _orthogonality(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
@@ -43,7 +47,11 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
 @click.option(
     "--components", "numbers", callback=_numbers, required=True, metavar="R[,R…]", help="How many; several: --select."
 )
-@click.option("--select", is_flag=True, help="Try several numbers; take the one that the held-out loss recommends.")
+@click.option(
+    "--select",
+    is_flag=True,
+    help="Try several numbers; take the one that the held-out loss recommends. The report shows the losses.",
+)
 @click.option("--out", type=WRITABLE, required=True, help="File to write.")
 @click.option(
     "--algorithm",
@@ -113,6 +121,7 @@ def decompose(
     if select and options["algorithm"] == "published":
         misused("--select works with --algorithm npeff")
     import npeff
+    from npeff.parameter_vectors import not_recovered
     from npeff.storage import check_components_target
 
     check_components_target(out)  # before the search: a slip in --out must not cost it
@@ -126,16 +135,23 @@ def decompose(
         if components is None:
             return
     else:
-        n_components = _selected(fishers, numbers, given, quiet) if select else numbers[0]
+        selection = _selected(fishers, numbers, given, quiet) if select else None
+        n_components = numbers[0] if selection is None else selection.chosen
         components = npeff.decompose(fishers, n_components, progress=not quiet, **given)
+        if selection is not None:  # for the report
+            components = replace(components, provenance={**components.provenance, "selection": selection.to_json()})
     components.save(out)
     click.echo(
         f"{out}: {components.n_components} components of {len(fishers):,} examples, relative loss {components.loss:.4f}"
     )
+    if not_recovered(components):
+        note(
+            f"vectors in parameter space, for perturb, trace and export: npeff recover {out} MODEL DATA --out RECOVERED"
+        )
 
 
-def _selected(fishers: Any, numbers: list[int], options: dict[str, Any], quiet: bool) -> int:
-    """The number of components that the held-out loss recommends; its table goes to the terminal."""
+def _selected(fishers: Any, numbers: list[int], options: dict[str, Any], quiet: bool) -> Selection:
+    """Try the numbers of components; the table of their held-out losses goes to the terminal."""
     import npeff
 
     plain = {name: value for name, value in options.items() if name not in ("checkpoint", "algorithm")}
@@ -145,4 +161,4 @@ def _selected(fishers: Any, numbers: list[int], options: dict[str, Any], quiet: 
         folds = selection.held_out[:, column]
         mark = "  ← chosen" if r == selection.chosen else ""
         click.echo(f"{r:10d}  {selection.train[column]:.4f}  {folds.mean():.4f} ± {folds.std(ddof=1):.4f}{mark}")
-    return selection.chosen
+    return selection

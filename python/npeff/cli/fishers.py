@@ -49,7 +49,7 @@ DEFAULT_TOP_K = 65_536
     "--sketch",
     type=click.IntRange(min=1),
     metavar="D",
-    help="Keep D random projections of every row, instead of --top-k; D a multiple of 16.",
+    help="Keep D random projections of every row, instead of --top-k; D a multiple of 16. See npeff recover.",
 )
 @click.option(
     "--sketch-form",
@@ -62,7 +62,7 @@ DEFAULT_TOP_K = 65_536
 @click.option(
     "--gram-only",
     is_flag=True,
-    help="Keep exact inner products of the rows, and no rows; instead of --top-k.",
+    help="Keep exact inner products of the rows, and no rows; instead of --top-k. See npeff recover.",
 )
 @fisher_options
 @click.option("--memory", metavar="BYTES", help="Cut batches so that activations and output gradients fit, e.g. 4GB.")

@@ -50,6 +50,11 @@ SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", 
     show_default=True,
     help="How H is inverted; gauss-newton and ekfac take the model's outputs with a named training loss.",
 )
+@click.option(
+    "--forward",
+    metavar="TARGET",
+    help="With --component: module:callable for (model, batch) -> logits, as for npeff fishers.",
+)
 @click.option("--damping", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Added to H's diagonal.")
 @click.option(
     "--weight-decay",
@@ -72,6 +77,7 @@ def influence(
     train_loss: str,
     test_loss: str | None,
     component: str | None,
+    forward: str | None,
     solver: str,
     tolerance: float | None,
     parameters: tuple[str, ...],
@@ -88,13 +94,15 @@ def influence(
     """
     if test_loss and component:
         misused("--test-loss and --component both say what is asked about: give one of them")
+    if forward and not component:
+        misused("--forward belongs to --component; a loss given as module:callable calls the model itself")
     if tolerance is not None and solver != "cg":
         misused("--tolerance belongs to --solver cg")
     from npeff.companions.influence import CrossLossInfluence, component_influence
     from npeff.companions.influence.scores import check_path
     from npeff.parameter_vectors import check_recovered
     from npeff.storage.files import check_target
-    from npeff.targets import load_data, load_model
+    from npeff.targets import load_data, load_model, load_object
 
     for_pages = out.suffix.lower() == ".json"
     if for_pages and not component:
@@ -107,6 +115,7 @@ def influence(
         "progress": not quiet,
     }
     trained, asked = _loss(train_loss, "--train-loss"), _loss(test_loss, "--test-loss") if test_loss else None
+    outputs = load_object(forward, "--forward") if forward else None
     made, train_data, test_data = load_model(model), load_data(train), load_data(test)
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
@@ -117,7 +126,9 @@ def influence(
             check_recovered(components, range(components.n_components))  # before the search: the work would be lost
             fitted = CrossLossInfluence(made, trained, **options).fit(train_data)
             behind = {
-                j: component_influence(made, components, j, train_data, test_data, train_loss=trained, fitted=fitted)
+                j: component_influence(
+                    made, components, j, train_data, test_data, train_loss=trained, fitted=fitted, forward=outputs
+                )
                 for j in chosen
             }
             if for_pages:

@@ -71,7 +71,8 @@ def trust(
         mark = "  as well as any" if n in stable.stable_numbers else ""
         click.echo(f"{n:2d} strategies: parts agree on {index:.2f} (adjusted Rand index){mark}")
     if shuffles:
-        click.echo(f"loss {components.loss:.4f}; of shuffled Fishers {np.mean(found['null']['losses']):.4f}")
+        loss = "not on record" if np.isnan(components.loss) else f"{components.loss:.4f}"
+        click.echo(f"loss {loss}; of shuffled Fishers {np.mean(found['null']['losses']):.4f}")
     if out is not None:
         write_json(plain(found), out)
         click.echo(f"{out}: for npeff report … --extras {out}")

@@ -90,6 +90,11 @@ def opened(
 
 def _check_parameters(model: nn.Module, components: Components) -> None:
     tensors = dict(model.named_parameters(remove_duplicate=False))
+    if components.parameters.names == ("parameters",) and "parameters" not in tensors:
+        raise ArgumentError(
+            "components: they come from a file in a published layout, which has no names of parameters, so that these "
+            "cannot be found in the model; take npeff's own files of the Fishers and the components"
+        )
     for parameter in components.parameters:
         found = tensors.get(parameter.name)
         if found is None:

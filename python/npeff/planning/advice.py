@@ -71,7 +71,7 @@ def _pick(kind: str, fitting: Sequence[Choice]) -> Advice:
     if isinstance(best.compress, TopK):
         return Advice(kind, best.name, f"{reason}; {_takes(best)}", f"--top-k {best.compress.k}{diagonal}")
     assert isinstance(best.compress, Sketch)
-    reason += "; vectors in parameter space take another pass (components.recover)"
+    reason += "; vectors in parameter space take another pass (npeff recover, components.recover)"
     return Advice(kind, best.name, f"{reason}; {_takes(best)}", f"--sketch {best.compress.d}")
 
 

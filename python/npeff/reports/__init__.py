@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npeff.reports.collage import collage
-from npeff.reports.extras import Acts, Effect, Influences, Trust
+from npeff.reports.extras import Effect, Influences, Traced, Trust
 from npeff.reports.extras_file import describe_extras, load_extras, save_extras
 from npeff.reports.latex import latex
 from npeff.storage.files import path_of
@@ -91,7 +92,7 @@ def report(
     from npeff.reports import checks
     from npeff.reports.book import Book
     from npeff.reports.energy import check_heads
-    from npeff.reports.extras import read_extras
+    from npeff.reports.extras import read_extras, trust_of
     from npeff.reports.investigation import investigate
     from npeff.reports.page import write
 
@@ -108,6 +109,11 @@ def report(
         influences=influences,
         traces=traces,
     )
+    selection = components.provenance.get("selection")
+    if selection is not None and not extras.trust.held_out:  # of npeff decompose --select
+        known = trust_of({"selection": selection}, components.n_components, len(components.coefficients))
+        trust_known = replace(extras.trust, held_out=known.held_out, train=known.train, chosen=known.chosen)
+        extras = replace(extras, trust=trust_known)
     check_heads(components.parameters, heads)
     path = path_of(out, "out")
     folder = path.suffix.lower() not in (".html", ".htm")
@@ -134,9 +140,9 @@ def report(
 
 
 __all__ = [
-    "Acts",
     "Effect",
     "Influences",
+    "Traced",
     "Trust",
     "collage",
     "describe_extras",

@@ -91,8 +91,9 @@ def check_heads(parameters: Parameters, heads: Heads) -> None:
         raise ArgumentError(f"heads: expected a number of heads, or a mapping from name patterns to one, got {heads!r}")
     if not any(_cut(parameter, heads) for parameter in parameters):
         raise ArgumentError(
-            f"heads: no parameter could be cut into {heads!r} heads; give a mapping from name patterns to numbers, "
-            f"for parameters whose first dimension holds the heads. Names: {', '.join(parameters.names[:6])}, …"
+            f"heads: no parameter could be cut into {heads!r} heads; leave heads out, give another number, or, from "
+            "Python, a mapping from name patterns to numbers, for parameters whose first dimension holds the heads. "
+            f"Names: {', '.join(parameters.names[:6])}, …"
         )
 
 

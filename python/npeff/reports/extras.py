@@ -46,7 +46,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Acts:
+class Traced:
     """Where in the network a component, or a group of components, acts.
 
     Attributes:
@@ -117,7 +117,7 @@ class Extras:
     trust: Trust = field(default_factory=Trust)
     attributions: Mapping[tuple[int, int], Array] = field(default_factory=dict)
     influences: Mapping[int, Influences] = field(default_factory=dict)
-    traces: Mapping[tuple[int, ...], Acts] = field(default_factory=dict)
+    traces: Mapping[tuple[int, ...], Traced] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
@@ -300,7 +300,7 @@ def _interval(of: Any, key: str, name: str) -> tuple[float | None, float | None,
     )
 
 
-def _acts(name: str, value: Any) -> Acts:
+def _acts(name: str, value: Any) -> Traced:
     """What a report shows of what ``npeff.trace`` returned, or of the JSON of it.
 
     Raises:
@@ -319,7 +319,7 @@ def _acts(name: str, value: Any) -> Acts:
         shares[key] = _sized(numbers(figures, f"{name}.{key}"), len(names), f"{name}.{key}")
     order = np.argsort(-np.nan_to_num(shares["alone"], nan=-np.inf), kind="stable")
     rows = ((names[i], float(energy[i]), float(shares["alone"][i]), float(shares["lost"][i])) for i in order)
-    return Acts(tuple(rows))
+    return Traced(tuple(rows))
 
 
 _CURVES = ("magnitudes", "kl_top", "kl_baseline")

@@ -53,8 +53,14 @@ def load_extras(*paths: str | Path, components: Components | None = None) -> dic
     for given in paths:
         path = path_of(given)
         found, about = _understood(path, read_json(path))
+        if components is not None and about and about != {components.digest}:
+            raise ExtrasError(
+                f"{path}: {DIGEST}: expected {components.digest}, the components of this report, got "
+                f"{', '.join(sorted(about))[:80]}: the file is about another decomposition; run the command that "
+                "wrote it on these components"
+            )
         with _naming(path):
-            _check(found, about, components)
+            _check(found, components)
         for key, entries in found.items():
             known = merged.setdefault(key, {})
             if twice := [name for name in entries if name in known]:
@@ -277,11 +283,11 @@ def _example(key: str, name: Any) -> str:
     return f" (example {name[1]})" if key == "attributions" else ""
 
 
-def _check(found: Mapping[str, Any], about: set[str], components: Components | None) -> None:
+def _check(found: Mapping[str, Any], components: Components | None) -> None:
     """Check every value, against the components where they are given.
 
     Raises:
-        ArgumentError: One is not as it should be, or the file is about other components.
+        ArgumentError: One is not as it should be.
     """
     if components is None:
         trust = found.get("trust", {})
@@ -292,11 +298,6 @@ def _check(found: Mapping[str, Any], about: set[str], components: Components | N
         trust_of(sized, r, len(trust["explained"]) if isinstance(trust.get("explained"), list) else 1)
         read_extras(1 << 62, 1 << 62, **{key: value for key, value in found.items() if key != "trust"})
         return
-    if about and about != {components.digest}:
-        raise ArgumentError(
-            f"{DIGEST}: expected {components.digest}, the components of this report, got {', '.join(sorted(about))[:80]}: "
-            "the file is about another decomposition; run the command that wrote it on these components"
-        )
     read_extras(components.n_components, len(components.coefficients), **found)
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from npeff.reports.assets import environment
 from npeff.reports.book import Book
 from npeff.reports.energy import block_map, head_map
-from npeff.reports.extras import INFLUENCES, Acts, Influences
+from npeff.reports.extras import INFLUENCES, Influences, Traced
 from npeff.reports.figures import bars, effect_curve
 from npeff.reports.groups import Node
 from npeff.reports.images import uri_of
@@ -88,7 +88,7 @@ def _moved(study: Study, *components: int) -> dict[str, Any]:
     return {"effect": effect, "curve": curve, "acts": acts.parts[:PARTS] if acts else (), "more": _more(acts)}
 
 
-def _more(acts: Acts | None) -> int:
+def _more(acts: Traced | None) -> int:
     return max(0, len(acts.parts) - PARTS) if acts else 0
 
 
