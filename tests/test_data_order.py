@@ -178,3 +178,20 @@ def test_inputs_changed_in_place_stay_as_they_were(kind: str, as_numpy: bool) ->
     np.testing.assert_allclose(components.coefficients, plain.coefficients, atol=1e-4)
     assert np.isfinite(effect.kl).all()
     assert torch.equal(x, before)
+
+
+def test_whatever_finds_examples_by_position_refuses_shuffling() -> None:
+    data, shuffled = list(DataLoader(SET, 4)), DataLoader(SET, 4, shuffle=True)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    components = npeff.decompose(fishers_of(model, data), 2, progress=False)
+    sketched = npeff.decompose(fishers_of(model, data, compress=npeff.Sketch(32)), 2, progress=False)
+    for call in (
+        lambda: npeff.perturb(model, shuffled, components, 0, progress=False),
+        lambda: npeff.perturb_all(model, shuffled, components, progress=False),
+        lambda: npeff.trace(model, shuffled, components, 0, progress=False),
+        lambda: npeff.mend(model, shuffled, components, 0, progress=False),
+        lambda: sketched.recover(model, shuffled, progress=False),
+    ):
+        with pytest.raises(ArgumentError, match=r"RandomSampler gives every pass .* shuffle=False"):
+            call()
+    assert npeff.mean_fisher(model, shuffled, progress=False)  # a mean has no order

@@ -31,12 +31,7 @@ class FixedOrder:
     """
 
     def __init__(self, data: Iterable[Any], batches: Callable[[], Iterator[Batch]]) -> None:
-        name = _shuffling(data)
-        if name:
-            raise ArgumentError(
-                f"data: its {name} gives every pass over it another order, and examples are known by their position; "
-                f"{_FIXED}"
-            )
+        check_sampler(data)
         self._first: str | None = None
         if not isinstance(data, list | tuple) and not hasattr(data, "__next__"):
             self._first = next((batch_digest(batch) for batch in batches()), None)
@@ -69,10 +64,23 @@ def _within(data: Any) -> Iterator[Any]:
             waiting.append(getattr(found, attribute, None))
 
 
-def _shuffling(data: Any) -> str:
-    """The name of a sampler that shuffles; empty where none does."""
+def check_sampler(data: Any, name: str = "data") -> None:
+    """Refuse a DataLoader, or a wrapper of one, whose sampler shuffles.
+
+    Args:
+        data: The data.
+        name: The argument's name, for the message.
+
+    Raises:
+        ArgumentError: It does.
+    """
     kinds = RandomSampler | SubsetRandomSampler | WeightedRandomSampler
-    return next((type(found).__name__ for found in _within(data) if isinstance(found, kinds)), "")
+    for found in _within(data):
+        if isinstance(found, kinds):
+            raise ArgumentError(
+                f"{name}: its {type(found).__name__} gives every pass over it another order, and examples are known by "
+                f"their position; {_FIXED}"
+            )
 
 
 class Repeats:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
+from npeff.tensor_trees import Path, called, leaves, length, map_tensors, named, onto, parts, rebuilt, rows_at, shown
 
 _REMEDY = "pass a DataLoader, or a list of batches such as [(inputs, labels)]"
 
@@ -26,9 +26,6 @@ OWN_BATCH = (
     "the content of some of them"
 )
 """The way out where the examples of a batch cannot be guessed from sizes."""
-
-Path = tuple[str, ...]
-"""Where a tensor lies in a batch, as Python would write it: ``("[0]", "['mask']")``."""
 
 Take = Callable[[Any, list[int]], Any]
 
@@ -117,7 +114,7 @@ class Batch:
                     f"take: failed on a batch of {root.n_examples} examples, asked for {positions[:8]}: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            content = _onto(self._device, content)
+            content = onto(self._device, content)
         else:
             content = self._cut(self.content, (), examples, positions)
         some = Batch(content, len(positions), self._take)
@@ -135,13 +132,13 @@ class Batch:
 
     def fresh(self) -> Batch:
         """The same with copies of all tensors, for those who may change them in place."""
-        return self._with(map_tensors(lambda tensor: tensor.clone(), self.content, lambda item: _called(item, "clone")))
+        return self._with(map_tensors(lambda tensor: tensor.clone(), self.content, lambda item: called(item, "clone")))
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
         if device == self._device:
             return self
-        moved = self._with(_onto(device, self.content))
+        moved = self._with(onto(device, self.content))
         moved.labels = None if self.labels is None else self.labels.to(device)
         moved._device = device
         return moved
@@ -153,7 +150,7 @@ class Batch:
         """
         if self._take is not None:
             return None
-        owned = [part for part, path in _parts(self.content) if self._owns(part, path)]
+        owned = [part for part, path in parts(self.content) if self._owns(part, path)]
         tensors = [part for part in owned if isinstance(part, Tensor) and not part.is_nested]
         if len(tensors) != len(owned) or any(tensor.layout != torch.strided for tensor in tensors):
             return None
@@ -164,7 +161,7 @@ class Batch:
             def place(part: Any, path: Path) -> Any:
                 return next(pending).unsqueeze(0) if self._owns(part, path) else part
 
-            made = Batch(_rebuilt(place, self.content, ()), 1)
+            made = Batch(rebuilt(place, self.content, ()), 1)
             made._device, made._whole = self._device, self._whole
             return made
 
@@ -179,7 +176,7 @@ class Batch:
             or (self.labels is None) != (other.labels is None)
         ):
             return False
-        for (one, path), (two, _) in zip(_parts(self.content), _parts(other.content), strict=True):
+        for (one, path), (two, _) in zip(parts(self.content), parts(other.content), strict=True):
             if not isinstance(one, Tensor):
                 continue
             owned = self._owns(one, path)
@@ -194,7 +191,7 @@ class Batch:
     def joined(self, others: Sequence[Batch]) -> Batch:
         """All examples of batches that join this one, in order."""
         every = [self, *others]
-        columns = zip(*(_parts(batch.content) for batch in every), strict=True)
+        columns = zip(*(parts(batch.content) for batch in every), strict=True)
         merged = iter(
             [torch.cat([part for part, _ in column]) if self._owns(*column[0]) else column[0][0] for column in columns]
         )
@@ -213,8 +210,8 @@ class Batch:
         """Which tensors :meth:`take` cuts, and what to do where that is wrong; for messages."""
         if self._take is not None:
             return "the batch was cut by its own take="
-        named = [(f"batch{''.join(path)} {_size(part)}", self._owns(part, path)) for part, path in _parts(self.content)]
-        cut, left = ([name for name, owned in named if owned is kept][:8] for kept in (True, False))
+        every = [(f"batch{''.join(path)} {shown(part)}", self._owns(part, path)) for part, path in parts(self.content)]
+        cut, left = ([name for name, owned in every if owned is kept][:8] for kept in (True, False))
         whole = f" and left {', '.join(left)} whole" if left else ""
         return f"the batch was cut along the first dimension of {', '.join(cut) or 'nothing'}{whole}; {OWN_BATCH}"
 
@@ -222,16 +219,16 @@ class Batch:
         """How the examples were counted, and what to do where that is wrong."""
         if self._part_of:
             return f"as these are {self._part_of}"
-        return f"as the examples were counted by the {self._count} of {_named(self.content)}: {OWN_BATCH}"
+        return f"as the examples were counted by the {self._count} of {named(self.content)}: {OWN_BATCH}"
 
     def _input_parts(self) -> list[tuple[Any, Path]]:
         if isinstance(self.content, tuple | list) and self.labels is not None:
-            return _parts(self.content[0], ("[0]",))
-        return _parts(_inputs_in(self.content) if isinstance(self.content, Mapping) else self.content)
+            return parts(self.content[0], ("[0]",))
+        return parts(_inputs_in(self.content) if isinstance(self.content, Mapping) else self.content)
 
     def _owns(self, part: Any, path: Path) -> bool:
         """Whether a part has one entry for every example."""
-        return path not in self._whole and _length(part) == self.n_examples
+        return path not in self._whole and length(part) == self.n_examples
 
     def _cut(self, tree: Any, path: Path, examples: slice | Tensor, positions: list[int]) -> Any:
         def cut(part: Any, where: Path) -> Any:
@@ -239,16 +236,16 @@ class Batch:
                 return part
             try:
                 if isinstance(part, Tensor):
-                    return _rows(part, examples, positions)
+                    return rows_at(part, examples, positions)
                 if isinstance(part, np.ndarray):
                     return part[positions]
                 return type(part)([part[i] for i in positions])
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 raise DataError(
-                    f"data: batch{''.join(where)} {_size(part)} cannot be cut ({error}); {OWN_BATCH}"
+                    f"data: batch{''.join(where)} {shown(part)} cannot be cut ({error}); {OWN_BATCH}"
                 ) from error
 
-        return _rebuilt(cut, tree, path)
+        return rebuilt(cut, tree, path)
 
     def _with(self, content: Any) -> Batch:
         made = copy.copy(self)
@@ -257,177 +254,7 @@ class Batch:
 
     def _form(self) -> Any:
         """The structure without the tensors' values."""
-        return [(path, "tensor" if isinstance(part, Tensor) else part) for part, path in _parts(self.content)]
-
-
-def _length(part: Any) -> int:
-    """Length of the dimension that may be the examples', −1 where there is none."""
-    if isinstance(part, Tensor):
-        return part.size(0) if part.dim() else -1
-    return len(part) if isinstance(part, list | tuple) or (isinstance(part, np.ndarray) and part.ndim) else -1
-
-
-def _size(part: Any) -> str:
-    if isinstance(part, Tensor):
-        shown = f"({part.size(0)}, nested)" if part.is_nested else str(tuple(part.shape))
-        return f"{shown} {str(part.dtype).removeprefix('torch.')}"
-    return f"({len(part)} items)" if isinstance(part, list | tuple | np.ndarray) else type(part).__name__
-
-
-def _named(content: Any) -> str:
-    """The parts of a batch, as messages show them."""
-    return ", ".join(f"batch{''.join(path)} {_size(part)}" for part, path in _parts(content)[:8])
-
-
-def _rows(tensor: Tensor, examples: slice | Tensor, positions: list[int]) -> Tensor:
-    if tensor.is_nested:
-        parts = tensor.unbind()
-        return torch.nested.as_nested_tensor([parts[i] for i in positions], layout=tensor.layout)
-    if tensor.layout != torch.strided:
-        index = torch.tensor(positions, device=tensor.device)
-        return tensor.to_sparse().index_select(0, index).to_sparse(layout=tensor.layout)
-    return tensor[examples if isinstance(examples, slice) else examples.to(tensor.device)]
-
-
-def _rebuilt(
-    function: Callable[[Any, Path], Any], tree: Any, path: Path = (), other: Callable[[Any], Any] | None = None
-) -> Any:
-    """A structure like this one, a function applied to its parts.
-
-    Parts are tensors, lists of plain values and arrays of strings; numeric arrays become tensors. Tuples, lists,
-    mappings, dataclasses and plain objects that hold tensors are gone through.
-
-    Args:
-        function: Of a part and where it lies.
-        tree: The structure.
-        path: Where it lies itself.
-        other: Of objects that are neither.
-    """
-
-    def below(item: Any, step: str) -> Any:
-        return _rebuilt(function, item, (*path, step), other)
-
-    if isinstance(tree, np.ndarray) and tree.dtype.kind in "biufc":
-        tree = torch.from_numpy(np.ascontiguousarray(tree))
-    if isinstance(tree, Tensor) or _is_plain(tree):
-        return function(tree, path)
-    if isinstance(tree, Mapping):
-        return _filled(tree, {key: below(value, f"[{key!r}]") for key, value in tree.items()})
-    if isinstance(tree, PackedSequence):  # whose batch sizes stay on the CPU
-        changed = {name: below(getattr(tree, name), f".{name}") for name in tree._fields if name != "batch_sizes"}
-        return PackedSequence(batch_sizes=tree.batch_sizes, **changed)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(below(item, f"[{i}]") for i, item in enumerate(tree)))
-    if isinstance(tree, (tuple, list)):
-        items = [below(item, f"[{i}]") for i, item in enumerate(tree)]
-        try:
-            return type(tree)(items)
-        except TypeError:
-            return items
-    if (names := _attributes(tree)) is not None:
-        made = copy.copy(tree)
-        for name in names:
-            object.__setattr__(made, name, below(getattr(tree, name), f".{name}"))
-        return made
-    return tree if other is None else other(tree)
-
-
-def _filled(like: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
-    """A mapping of the same class with other values; a plain dict where the class does not allow that."""
-    if type(like) is dict or not isinstance(like, MutableMapping):
-        return values
-    try:
-        made = copy.copy(like)
-        for key, value in values.items():
-            made[key] = value
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
-        return values
-    return made
-
-
-def _is_plain(tree: Any) -> bool:
-    """Whether it is a list of plain values, such as lengths or texts."""
-    if isinstance(tree, np.ndarray):
-        return tree.dtype.kind in "SU"
-    if type(tree) is tuple:  # of strings, as default_collate leaves them; numbers in a tuple are mostly sizes
-        return len(tree) > 0 and all(isinstance(item, str | bytes) for item in tree)
-    return type(tree) is list and len(tree) > 0 and all(isinstance(item, str | bytes | int | float) for item in tree)
-
-
-def _attributes(tree: Any) -> list[str] | None:
-    """Names of a dataclass's fields, or of an object's attributes where one holds tensors; None for all else."""
-    if isinstance(tree, type | nn.Module | Tensor | Batch):
-        return None
-    if is_dataclass(tree):
-        return [field.name for field in fields(tree) if hasattr(tree, field.name)]
-    try:
-        values = vars(tree)
-    except TypeError:
-        return None
-    return list(values) if any(_holds(value) for value in values.values()) else None
-
-
-def _holds(value: Any) -> bool:
-    if type(value) in (list, tuple, dict):
-        value = next(iter(value.values() if isinstance(value, dict) else value), None)
-    return isinstance(value, Tensor)
-
-
-def _parts(tree: Any, path: Path = ()) -> list[tuple[Any, Path]]:
-    """The parts of a structure and where they lie, in the order of :func:`map_tensors`."""
-    found: list[tuple[Any, Path]] = []
-
-    def note(part: Any, where: Path) -> Any:
-        found.append((part, where))
-        return part
-
-    _rebuilt(note, tree, path)
-    return found
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Any, other: Callable[[Any], Any] | None = None) -> Any:
-    """Apply a function to every tensor in nested tuples, lists, mappings, dataclasses and objects that hold tensors.
-
-    Numpy arrays count as tensors.
-
-    Args:
-        function: Of a tensor.
-        tree: The structure.
-        other: Of objects that cannot be gone through; by default they stay.
-    """
-    return _rebuilt(lambda part, _: function(part) if isinstance(part, Tensor) else part, tree, (), other)
-
-
-def _called(item: Any, method: str, *arguments: Any) -> Any:
-    """What an object's own method gives, if it has one."""
-    found = None if isinstance(item, type) else getattr(item, method, None)
-    return found(*arguments) if callable(found) and not isinstance(item, nn.Module) else item
-
-
-def _onto(device: torch.device, content: Any) -> Any:
-    def move(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        return (tensor.clone() if tensor.is_inference() else tensor).to(device, non_blocking=True)
-
-    with torch.inference_mode(False):
-        return map_tensors(move, content, None if device.type == "cpu" else lambda item: _called(item, "to", device))
-
-
-def leaves(tree: Any) -> Iterator[Any]:
-    """Everything in nested tuples, lists, mappings and dataclasses, in order, each key or name before its value."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield key
-            yield from leaves(value)
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from leaves(item)
-    elif (names := _attributes(tree)) is not None:
-        for name in names:
-            yield name
-            yield from leaves(getattr(tree, name))
-    else:
-        yield tree
+        return [(path, "tensor" if isinstance(part, Tensor) else part) for part, path in parts(self.content)]
 
 
 def check_data(data: Any) -> Iterable[Any]:
@@ -472,7 +299,7 @@ def read_batches(data: Iterable[Any], device: torch.device, any_layout: bool) ->
     for number, raw in enumerate(check_data(data)):
         batch = read_batch(raw, device, number, any_layout, whole)
         if batch._take is None:
-            whole |= {path for part, path in _parts(batch.content) if _length(part) != batch.n_examples}
+            whole |= {path for part, path in parts(batch.content) if length(part) != batch.n_examples}
             batch._whole = whole
         yield batch
 
@@ -496,7 +323,7 @@ def read_batch(
         DataError: It has no tensor, no examples, or a structure that the model cannot be called with.
     """
     given = raw if isinstance(raw, Batch) else None
-    content = _onto(device, raw if given is None else given.content)
+    content = onto(device, raw if given is None else given.content)
     any_layout = any_layout or given is not None
     if isinstance(content, (tuple, list)):
         if len(content) not in (1, 2) and not any_layout:
@@ -565,13 +392,12 @@ def _count(content: Any, labels: Tensor | None, number: int, cut_by_user: bool) 
         within = _inputs_in(content)
     elif isinstance(content, (tuple, list)) and labels is not None:
         within, path = content[0], ("[0]",)  # type: ignore[assignment]
-    parts = _parts(within, path)
-    sizes = [_length(part) for part, _ in parts if isinstance(part, Tensor) and part.dim()]
+    found = parts(within, path)
+    sizes = [length(part) for part, _ in found if isinstance(part, Tensor) and part.dim()]
     if labels is not None:
-        if sizes and not cut_by_user and len(labels) not in [_length(part) for part, _ in parts]:
-            named = _named(content)
+        if sizes and not cut_by_user and len(labels) not in [length(part) for part, _ in found]:
             raise DataError(
-                f"data: batch {number} has {sizes[0]} inputs and {len(labels)} labels ({named}); {OWN_BATCH}"
+                f"data: batch {number} has {sizes[0]} inputs and {len(labels)} labels ({named(content)}); {OWN_BATCH}"
             )
         sizes = [len(labels)]
     if not sizes:
@@ -669,7 +495,7 @@ def _run(model: nn.Module, inputs: Any) -> Any:
 
 def _failure(error: Exception, forward: object, batch: Batch) -> str:
     what, given = ("model", batch.inputs) if forward is None else ("forward", batch.content)
-    shown = ", ".join(_size(leaf) for leaf in [leaf for leaf in leaves(given) if isinstance(leaf, Tensor)][:8])
+    tensors = ", ".join(shown(leaf) for leaf in [leaf for leaf in leaves(given) if isinstance(leaf, Tensor)][:8])
     remedy = "Check that the data yields batches of what the model takes, or pass forward=callable(model, batch)"
     if forward is not None:
         remedy = "It is called with the model and a batch as the data yields it"
@@ -677,9 +503,8 @@ def _failure(error: Exception, forward: object, batch: Batch) -> str:
         remedy += '; labels are taken from the key "labels": rename "label"'
     if batch._part_of:
         remedy = f"It was called with {batch._part_of}"
-    return (
-        f"{what}: failed on a batch with inputs {shown or 'without tensors'}: {type(error).__name__}: {error}. {remedy}"
-    )
+    cause = f"{type(error).__name__}: {error}"
+    return f"{what}: failed on a batch with inputs {tensors or 'without tensors'}: {cause}. {remedy}"
 
 
 def call_model(

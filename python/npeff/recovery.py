@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from npeff.batch_order import check_sampler
 from npeff.batches import Batch, call_model, check_data, read_batches
 from npeff.compress import Sketch, sketch_of
 from npeff.digests import model_digest
@@ -75,6 +76,7 @@ def recover(
     about = components.provenance.get("fishers", {})
     if about.get("model_digest") not in (None, model_digest(inner)):
         raise ModelError("model: its weights or modules are not those that the Fishers were computed from")
+    check_sampler(data)
     with placed(inner, device) as place:
         selected = select_parameters(inner, about.get("options", {}).get("parameters"))
         if selected != components.parameters:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from npeff.batch_order import check_sampler
 from npeff.batches import Batch, call_model, read_batches
 from npeff.components import Components
 from npeff.computation import Forward
@@ -132,6 +133,7 @@ def mend(
         raise ArgumentError(f"tolerance: expected a share between 0 and 1, got {tolerance}")
     if iterations < 1:
         raise ArgumentError(f"iterations: expected at least 1, got {iterations}")
+    check_sampler(data)
     with placed(model, device) as place:
         batches = list(read_batches(data, place, forward is not None))
         likelihood = components.provenance.get("fishers", {}).get("options", {}).get("likelihood", "categorical")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from npeff.batch_order import check_sampler
 from npeff.components import Components
 from npeff.digests import model_digest
 from npeff.errors import ArgumentError, DataError
@@ -68,6 +69,7 @@ def opened(
     if likelihood not in get_args(Likelihood):
         raise ArgumentError(f"likelihood: expected one of {', '.join(get_args(Likelihood))}, got {likelihood!r}")
     check_eligible(inner)
+    check_sampler(data)
     _check_parameters(inner, components)
     ours = model_digest(inner)
     theirs = fishers.get("model_digest")

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
 
-from npeff.batches import Batch, check_data, leaves, read_batches
+from npeff.batch_order import check_sampler
+from npeff.batches import Batch, check_data, read_batches
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
+from npeff.tensor_trees import leaves
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch) -> (b,)``: one number per example of the batch as the data yields it."""
@@ -83,11 +84,7 @@ class Examples:
         self.data, self.name, self.device = check_data(data), name, device
         if iter(self.data) is self.data:
             raise ArgumentError(f"{name}: it can be read only once and is needed several times; pass list({name})")
-        if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
-            raise ArgumentError(
-                f"{name}: a shuffling DataLoader gives every pass another order, and examples are known by "
-                "their position; pass shuffle=False"
-            )
+        check_sampler(data, name)
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches, as read by :func:`npeff.batches.read_batches`.

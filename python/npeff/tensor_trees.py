@@ -1,0 +1,190 @@
+"""Tensors in nested structures: tuples, lists, mappings, dataclasses, and plain objects that hold tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+Path = tuple[str, ...]
+"""Where a part lies, as Python would write it: ``("[0]", "['mask']")``."""
+
+
+def length(part: Any) -> int:
+    """Length of the dimension that may be the examples', −1 where there is none."""
+    if isinstance(part, Tensor):
+        return part.size(0) if part.dim() else -1
+    return len(part) if isinstance(part, list | tuple) or (isinstance(part, np.ndarray) and part.ndim) else -1
+
+
+def shown(part: Any) -> str:
+    """A part's shape and dtype, as messages show them."""
+    if isinstance(part, Tensor):
+        shape = f"({part.size(0)}, nested)" if part.is_nested else str(tuple(part.shape))
+        return f"{shape} {str(part.dtype).removeprefix('torch.')}"
+    return f"({len(part)} items)" if isinstance(part, list | tuple | np.ndarray) else type(part).__name__
+
+
+def named(content: Any) -> str:
+    """The parts of a batch, as messages show them."""
+    return ", ".join(f"batch{''.join(path)} {shown(part)}" for part, path in parts(content)[:8])
+
+
+def rows_at(tensor: Tensor, examples: slice | Tensor, positions: list[int]) -> Tensor:
+    """Some rows of a tensor of any layout, given as a slice or an index and as integers."""
+    if tensor.is_nested:
+        rows = tensor.unbind()
+        return torch.nested.as_nested_tensor([rows[i] for i in positions], layout=tensor.layout)
+    if tensor.layout != torch.strided:
+        index = torch.tensor(positions, device=tensor.device)
+        return tensor.to_sparse().index_select(0, index).to_sparse(layout=tensor.layout)
+    return tensor[examples if isinstance(examples, slice) else examples.to(tensor.device)]
+
+
+def rebuilt(
+    function: Callable[[Any, Path], Any], tree: Any, path: Path = (), other: Callable[[Any], Any] | None = None
+) -> Any:
+    """A structure like this one, a function applied to its parts.
+
+    Parts are tensors, lists of plain values and arrays of strings; numeric arrays become tensors. Tuples, lists,
+    mappings, dataclasses and plain objects that hold tensors are gone through.
+
+    Args:
+        function: Of a part and where it lies.
+        tree: The structure.
+        path: Where it lies itself.
+        other: Of objects that are neither.
+    """
+
+    def below(item: Any, step: str) -> Any:
+        return rebuilt(function, item, (*path, step), other)
+
+    if isinstance(tree, np.ndarray) and tree.dtype.kind in "biufc":
+        tree = torch.from_numpy(np.ascontiguousarray(tree))
+    if isinstance(tree, Tensor) or _is_plain(tree):
+        return function(tree, path)
+    if isinstance(tree, Mapping):
+        return _filled(tree, {key: below(value, f"[{key!r}]") for key, value in tree.items()})
+    if isinstance(tree, PackedSequence):  # whose batch sizes stay on the CPU
+        changed = {name: below(getattr(tree, name), f".{name}") for name in tree._fields if name != "batch_sizes"}
+        return PackedSequence(batch_sizes=tree.batch_sizes, **changed)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(below(item, f"[{i}]") for i, item in enumerate(tree)))
+    if isinstance(tree, (tuple, list)):
+        items = [below(item, f"[{i}]") for i, item in enumerate(tree)]
+        try:
+            return type(tree)(items)
+        except TypeError:
+            return items
+    if (names := _attributes(tree)) is not None:
+        made = copy.copy(tree)
+        for name in names:
+            object.__setattr__(made, name, below(getattr(tree, name), f".{name}"))
+        return made
+    return tree if other is None else other(tree)
+
+
+def _filled(like: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """A mapping of the same class with other values; a plain dict where the class does not allow that."""
+    if type(like) is dict or not isinstance(like, MutableMapping):
+        return values
+    try:
+        made = copy.copy(like)
+        for key, value in values.items():
+            made[key] = value
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+        return values
+    return made
+
+
+def _is_plain(tree: Any) -> bool:
+    """Whether it is a list of plain values, such as lengths or texts."""
+    if isinstance(tree, np.ndarray):
+        return tree.dtype.kind in "SU"
+    if type(tree) is tuple:  # of strings, as default_collate leaves them; numbers in a tuple are mostly sizes
+        return len(tree) > 0 and all(isinstance(item, str | bytes) for item in tree)
+    return type(tree) is list and len(tree) > 0 and all(isinstance(item, str | bytes | int | float) for item in tree)
+
+
+def _attributes(tree: Any) -> list[str] | None:
+    """Names of a dataclass's fields, or of an object's attributes where one holds tensors; None for all else."""
+    if isinstance(tree, type | nn.Module | Tensor):
+        return None
+    if is_dataclass(tree):
+        return [field.name for field in fields(tree) if hasattr(tree, field.name)]
+    try:
+        values = vars(tree)
+    except TypeError:
+        return None
+    return list(values) if any(_holds(value) for value in values.values()) else None
+
+
+def _holds(value: Any) -> bool:
+    if type(value) in (list, tuple, dict):
+        value = next(iter(value.values() if isinstance(value, dict) else value), None)
+    return isinstance(value, Tensor)
+
+
+def parts(tree: Any, path: Path = ()) -> list[tuple[Any, Path]]:
+    """The parts of a structure and where they lie, in the order of :func:`map_tensors`."""
+    found: list[tuple[Any, Path]] = []
+
+    def note(part: Any, where: Path) -> Any:
+        found.append((part, where))
+        return part
+
+    rebuilt(note, tree, path)
+    return found
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any, other: Callable[[Any], Any] | None = None) -> Any:
+    """Apply a function to every tensor in nested tuples, lists, mappings, dataclasses and objects that hold tensors.
+
+    Numpy arrays count as tensors.
+
+    Args:
+        function: Of a tensor.
+        tree: The structure.
+        other: Of objects that cannot be gone through; by default they stay.
+    """
+    return rebuilt(lambda part, _: function(part) if isinstance(part, Tensor) else part, tree, (), other)
+
+
+def called(item: Any, method: str, *arguments: Any) -> Any:
+    """What an object's own method gives, if it has one."""
+    found = None if isinstance(item, type) else getattr(item, method, None)
+    return found(*arguments) if callable(found) and not isinstance(item, nn.Module) else item
+
+
+def onto(device: torch.device, content: Any) -> Any:
+    """The structure on a device, its tensors detached."""
+
+    def move(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return (tensor.clone() if tensor.is_inference() else tensor).to(device, non_blocking=True)
+
+    with torch.inference_mode(False):
+        return map_tensors(move, content, None if device.type == "cpu" else lambda item: called(item, "to", device))
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """Everything in nested tuples, lists, mappings and dataclasses, in order, each key or name before its value."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield key
+            yield from leaves(value)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from leaves(item)
+    elif (names := _attributes(tree)) is not None:
+        for name in names:
+            yield name
+            yield from leaves(getattr(tree, name))
+    else:
+        yield tree
