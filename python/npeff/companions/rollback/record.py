@@ -80,7 +80,7 @@ class Record:
             )
         try:
             model = MODELS[self.model_kind](**self.model_options)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ModelError(f"record: no {self.model_kind} model has the options {self.model_options}") from error
         dtype = next(iter(self.final.values())).dtype
         if dtype == np.float64:
