@@ -56,14 +56,14 @@ LOADED = b"loaded"
 ABOUT = """Small files of every format that npeff reads, each changed, loaded and used (vectors, rows, a step of a
 decomposition, encoding, …) in a child process with 1 GiB of memory to spare and 20 s of time.
 
-- *same*: all that was loaded is equal to what the unchanged file gives (the change hit padding, or nothing that counts).
-- *StorageError*: refused, by file and field. *Other npeff error*: a message about what the file asks for, such as unfinished
-  work of other settings.
+- *same*: all that was loaded is equal to what the unchanged file gives (the change hit padding, or what does not count).
+- *StorageError*: refused, by file and field. *Other npeff error*: a message about what the file asks for, such as
+  unfinished work of other settings.
 - *Other numbers*: random changes of files with checksums must not give any; the published layouts have none, so that a
   number which could be right is taken. Changes on purpose have their checksums made right again, so that all other
   checks are tried: here *other numbers* are valid files with other contents.
-- *Memory*: Python's MemoryError: a file of a published layout that tells of 2³¹ parameters, whose vectors are that long, or
-  256 MiB that are really there, compressed. *Hang* and *crash* end the child."""
+- *Memory*: Python's MemoryError: a file of a published layout that tells of 2³¹ parameters, whose vectors are that
+  long, or 256 MiB that are really there, compressed. *Hang* and *crash* end the child."""
 
 OUTCOMES = ("same", "StorageError", "other npeff error", "other numbers", "other exception", "memory", "hang", "crash")
 
