@@ -56,7 +56,8 @@ LOADED = b"loaded"
 ABOUT = """Small files of every format that npeff reads, each changed, loaded and used (vectors, rows, a step of a
 decomposition, encoding, …) in a child process with 1 GiB of memory to spare and 20 s of time.
 
-- *same*: all that was loaded is equal to what the unchanged file gives (the change hit padding, or what does not count).
+- *same*: all that was loaded is equal to what the unchanged file gives (the change hit padding, or nothing that
+  counts).
 - *StorageError*: refused, by file and field. *Other npeff error*: a message about what the file asks for, such as
   unfinished work of other settings.
 - *Other numbers*: random changes of files with checksums must not give any; the published layouts have none, so that a
@@ -655,7 +656,9 @@ def outcome(subject: Subject, path: Path) -> str:
 
 
 def limited() -> None:
-    """Bound the memory of this process."""
+    """Bound the memory of this process, where the system tells how much it has."""
+    if not Path("/proc/self/statm").exists():
+        return
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     size = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
