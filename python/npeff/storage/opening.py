@@ -184,8 +184,8 @@ def structure_of(path: Path, file: h5py.File) -> Structure:
                 except _Refused as error:
                     found.refused[name] = str(error)
                 _read_attributes(name, dataset, found)
-            if len(found.specs) + len(found.refused) + len(groups) > _MOST_OBJECTS:
-                raise StorageError(f"{path}: expected at most {_MOST_OBJECTS:,} datasets and links, found more")
+            if len(found.specs) + len(found.refused) + len(seen) > _MOST_OBJECTS:
+                raise StorageError(f"{path}: expected at most {_MOST_OBJECTS:,} datasets, groups and links, found more")
     return found
 
 
