@@ -236,7 +236,10 @@ def _dtype_of(kind: Any) -> np.dtype[Any]:
     plain = {h5py.h5t.INTEGER: "iu", h5py.h5t.FLOAT: "f", h5py.h5t.STRING: "S"}.get(kind.get_class())
     if plain is None:
         raise _Refused(f"has the type {_class_name(kind)}, which npeff never writes")
-    dtype = np.dtype(kind.dtype)
+    try:
+        dtype = np.dtype(kind.dtype)
+    except (TypeError, ValueError) as error:
+        raise _Refused("has a type that numpy does not know, which npeff never writes") from error
     if plain == "S" and not kind.is_variable_str():
         return np.dtype(f"S{kind.get_size()}")
     if dtype.kind not in plain:
