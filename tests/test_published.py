@@ -354,6 +354,15 @@ def test_a_vector_of_zeros_stays(tmp_path):
     assert (np.asarray(found.vectors)[1] == 0).all() and (found.coefficients[:, 1] == 0).all()
 
 
+def test_columns_of_two_axes(tmp_path):
+    path = tmp_path / "d.h5"
+    write_by_hand(path, "low_rank_decomposition")
+    with h5py.File(path, "r+") as f:
+        del f["data/new_to_old_col_indices"]
+        f["data/new_to_old_col_indices"] = COLUMNS[:, None]
+    check_decomposition(load(path), "low_rank")
+
+
 def test_more_columns_than_g_has(tmp_path):
     path = tmp_path / "d.h5"
     write_by_hand(path, "low_rank_decomposition")

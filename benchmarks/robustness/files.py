@@ -53,6 +53,19 @@ FAST = {"max_iterations": 1, "starts": 1, "moves": 0, "progress": False, "device
 LOADED = b"loaded"
 """What is used after this is a function of what came before."""
 
+ABOUT = """Small files of every format that npeff reads, each changed, loaded and used (vectors, rows, a step of a
+decomposition, encoding, …) in a child process with 1 GiB of memory to spare and 20 s of time.
+
+- *same*: all that was loaded is equal to what the unchanged file gives (the change hit padding, or nothing that
+  counts).
+- *StorageError*: refused, by file and field. *Other npeff error*: a message about what the file asks for, such as
+  unfinished work of other settings.
+- *Other numbers*: random changes of files with checksums must not give any; the published layouts have none, so that a
+  number which could be right is taken. Changes on purpose have their checksums made right again, so that all other
+  checks are tried: here *other numbers* are valid files with other contents.
+- *Memory*: Python's MemoryError: a file of a published layout that tells of 2³¹ parameters, whose vectors are that
+  long, or 256 MiB that are really there, compressed. *Hang* and *crash* end the child."""
+
 OUTCOMES = ("same", "StorageError", "other npeff error", "other numbers", "other exception", "memory", "hang", "crash")
 
 
@@ -643,7 +656,9 @@ def outcome(subject: Subject, path: Path) -> str:
 
 
 def limited() -> None:
-    """Bound the memory of this process."""
+    """Bound the memory of this process, where the system tells how much it has."""
+    if not Path("/proc/self/statm").exists():
+        return
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     size = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
@@ -771,7 +786,7 @@ def main() -> None:
                     if kind in OUTCOMES[4:] or silent:
                         bad.append(f"{subject.name}, {case}: {found}")
         print("## Damaged files\n")
-        print(__doc__.split("\n\n")[2])
+        print(ABOUT)
         for what, rows in tables.items():
             print(f"\nChanged {what}, in {time.monotonic() - began:.0f} s for both tables:\n\n{report(rows)}")
         print(f"\nCases that should not be: {len(bad)}")

@@ -124,7 +124,7 @@ def check_provenance(container: Container, provenance: dict[str, Any], name: str
         StorageError: Something has not.
     """
     where, nothing = f"{container.path}: {name}", type(None)
-    options = item(provenance, "options", where, (dict, nothing)) or {}
+    options = item(provenance, "options", where, dict) if "options" in provenance else {}
     compress = item(options, "compress", where, (dict, nothing)) or {}
     item(compress, "method", where, (str, nothing))
     item(options, "likelihood", where, (str, nothing))

@@ -184,8 +184,8 @@ def structure_of(path: Path, file: h5py.File) -> Structure:
                 except _Refused as error:
                     found.refused[name] = str(error)
                 _read_attributes(name, dataset, found)
-            if len(found.specs) + len(found.refused) + len(groups) > _MOST_OBJECTS:
-                raise StorageError(f"{path}: expected at most {_MOST_OBJECTS:,} datasets and links, found more")
+            if len(found.specs) + len(found.refused) + len(seen) > _MOST_OBJECTS:
+                raise StorageError(f"{path}: expected at most {_MOST_OBJECTS:,} datasets, groups and links, found more")
     return found
 
 
@@ -236,7 +236,10 @@ def _dtype_of(kind: Any) -> np.dtype[Any]:
     plain = {h5py.h5t.INTEGER: "iu", h5py.h5t.FLOAT: "f", h5py.h5t.STRING: "S"}.get(kind.get_class())
     if plain is None:
         raise _Refused(f"has the type {_class_name(kind)}, which npeff never writes")
-    dtype = np.dtype(kind.dtype)
+    try:
+        dtype = np.dtype(kind.dtype)
+    except (TypeError, ValueError) as error:
+        raise _Refused("has a type that numpy does not know, which npeff never writes") from error
     if plain == "S" and not kind.is_variable_str():
         return np.dtype(f"S{kind.get_size()}")
     if dtype.kind not in plain:

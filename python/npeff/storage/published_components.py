@@ -42,13 +42,14 @@ def read_decomposition(file: Container, fishers: Fishers | None) -> Components:
     else:
         power, kept = 1, "data/reduce_kept_indices"
         m = n_parameters_of(file, "data/reduce_kept_indices@full_dense_size", kept)
-    # some published files list more columns than G has, and the first ones are meant
-    listed = Field(kept, WHOLE, ("n_listed",) * max(1, len(file.spec(kept).shape)), least=0, below="n_parameters")
+    axes = tuple(f"axis {axis}" for axis in range(len(file.spec(kept).shape)))
+    listed = Field(kept, WHOLE, axes, least=0, below="n_parameters")
     sizes = {"n_parameters": m}
     arrays, _ = file.read([weights, listed], sizes, verify=True)
     columns = arrays[kept].astype(np.int64).reshape(-1)
+    sizes["n_listed"] = len(columns)
     vectors = _vectors(file, "data/G" if low_rank else "data/H", sizes, None if low_rank else 0)
-    if vectors.shape[1] < len(columns):
+    if vectors.shape[1] < len(columns):  # some published files list more columns than G has: the first ones are meant
         provenance["columns_dropped"] = len(columns) - vectors.shape[1]
         columns = columns[: vectors.shape[1]]
     order = np.argsort(columns, kind="stable")

@@ -299,7 +299,7 @@ def _components_in(container: Container, *, verify: bool = False) -> Components:
                 f"{name!r}"
             )
     provenance = item(meta, "provenance", where, dict)
-    source = item(provenance, "fishers", where, (dict, type(None))) or {}
+    source = item(provenance, "fishers", where, dict) if "fishers" in provenance else {}
     options = check_provenance(container, source, "'provenance' of dataset 'meta'")
     item(provenance, "course", where, (dict, type(None)))
     fields = [replace(field, name=f"arrays/{field.name}") for field in COMPONENTS]

@@ -80,7 +80,7 @@ class Record:
             )
         try:
             model = MODELS[self.model_kind](**self.model_options)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ModelError(f"record: no {self.model_kind} model has the options {self.model_options}") from error
         dtype = next(iter(self.final.values())).dtype
         if dtype == np.float64:
@@ -149,7 +149,7 @@ class Record:
             if len(meta["names"].get(table, arrays[f"initial/{table}"])) < n_rows:
                 refuse(path, "meta", f"a name for each of the {n_rows} rows of {table!r}")
         try:
-            recipe = None if meta["recipe"] is None else Recipe(**meta["recipe"])
+            recipe = None if meta.get("recipe") is None else Recipe(**meta["recipe"])
         except (TypeError, ArgumentError) as error:
             raise StorageError(f"{path}: dataset 'meta', 'recipe', is damaged: {error}") from error
         return cls(
@@ -162,7 +162,7 @@ class Record:
             initial={table: arrays[f"initial/{table}"] for table in tables},
             final={table: arrays[f"final/{table}"] for table in tables},
             recipe=recipe,
-            model_kind=meta["model_kind"],
+            model_kind=meta.get("model_kind"),
             model_options=meta["model_options"],
             names=meta["names"],
             negatives=meta["negatives"],
