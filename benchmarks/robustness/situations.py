@@ -821,6 +821,20 @@ def graphs_batch() -> Case:
     return Case(Model(_pooled, **head()), [npeff.Batch(batch, 3, take)], examples, _one_graph)
 
 
+@situation("nodes of one graph as npeff.Batch")
+def nodes() -> Case:
+    x, adjacency = numbers(7, F), torch.softmax(numbers(7, 7, seed=2), 1)
+    model = Model(lambda m, x, a: m.outer(a @ torch.tanh(a @ m.inner(x))), **head())
+    content = {"x": x, "adjacency": adjacency, "nodes": torch.arange(7)}
+    data = [npeff.Batch(content, 7, lambda c, i: {**c, "nodes": c["nodes"][i]})]
+
+    def alone(m: nn.Module, node: Tensor) -> Tensor:
+        dtype = m.outer.weight.dtype
+        return m(x.to(dtype), adjacency.to(dtype))[node]
+
+    return Case(model, data, list(torch.arange(7)), alone, lambda m, c: m(c["x"], c["adjacency"])[c["nodes"]])
+
+
 @situation("a mapping of its own class (BatchEncoding)")
 def encoding() -> Case:
     class Encoding(UserDict[str, Any]):
