@@ -24,6 +24,7 @@ from npeff.storage.hdf5 import as_bytes, row_slices
 Array = npt.NDArray[Any]
 Direction = Literal["raises", "lowers", "both"]
 SUFFIXES = (".h5", ".hdf5", ".npz", ".csv")
+LONGEST = 60_000  # bytes of an attribute of fixed length
 FIELDS = (
     Field("values", FLOAT, ("n_train", "n_test"), nan=True, infinite=True),
     Field("test_values", FLOAT, ("n_test",)),
@@ -189,16 +190,22 @@ def finish_file(table: h5py.File, scores: Scores) -> None:
     """Write everything but the values, and the checksums of all."""
     table.create_dataset("test_values", data=scores.test_values)
     table.create_dataset("residuals", data=scores.residuals)
-    table.attrs["content"] = "influence"
+    _set_text(table, "content", "influence")
     text = json.dumps({"n": scores.n, **scores.provenance}, default=str)
-    table.attrs["provenance"] = text
+    _set_text(table, "provenance", text)
     sums = {"@provenance": _crc(text)}
     for field_ in FIELDS:
         total, stored = 0, table[field_.name]
         for piece in (stored[rows] for rows in row_slices(stored.shape, stored.dtype.itemsize)):
             total = zlib.crc32(as_bytes(piece, stored.dtype).data, total)
         sums[field_.name] = f"{total:08x}"
-    table.attrs["checksums"] = json.dumps(sums)
+    _set_text(table, "checksums", json.dumps(sums))
+
+
+def _set_text(table: h5py.File, name: str, text: str) -> None:
+    raw = text.encode()
+    fixed = h5py.string_dtype("utf-8", max(1, len(raw))) if len(raw) < LONGEST else h5py.string_dtype()
+    table.attrs.create(name, raw if len(raw) < LONGEST else text, dtype=fixed)
 
 
 def _crc(text: str) -> str:
