@@ -60,9 +60,9 @@ decomposition, encoding, …) in a child process with 1 GiB of memory to spare a
   counts).
 - *StorageError*: refused, by file and field. *Other npeff error*: a message about what the file asks for, such as
   unfinished work of other settings.
-- *Other numbers*: random changes of files with checksums must not give any; the published layouts and scores of earlier
-  versions have none, so that a number which could be right is taken. Changes on purpose have their checksums made right again, so that all other
-  checks are tried: here *other numbers* are valid files with other contents.
+- *Other numbers*: random changes of files with checksums must not give any; the published layouts and scores of
+  earlier versions have none, so that a number which could be right is taken. Changes on purpose have their checksums
+  made right again, so that all other checks are tried: here *other numbers* are valid files with other contents.
 - *Memory*: Python's MemoryError: a file of a published layout that tells of 2³¹ parameters, whose vectors are that
   long, or 256 MiB that are really there, compressed. *Hang* and *crash* end the child."""
 
