@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ _OTHERS = {
     b"{": "JSON",
 }
 _FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 4: "szip", 32000: "lzf"}
+_HEAP = b"GCOL\x01\0\0\0"  # begins what holds texts of varying length
 _MOST_OBJECTS = 10_000
 _MOST_ELEMENTS = 1_000  # of an attribute
 
@@ -60,11 +62,13 @@ class Structure:
         attributes: Attributes of the root by name, of other objects as ``"path@name"``: numbers, texts, or lists of
             numbers.
         refused: Why npeff does not read other datasets, links and attributes, by the same names.
+        heaps_checked: Whether texts of varying length can be read.
     """
 
     specs: dict[str, Spec] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    heaps_checked: bool = False
 
 
 class _Refused(Exception):
@@ -166,7 +170,7 @@ def structure_of(path: Path, file: h5py.File) -> Structure:
     seen = {h5py.h5o.get_info(file.id).addr}
     while groups:
         where, group = groups.pop()
-        _read_attributes(where, group, found)
+        _read_attributes(path, where, group, found)
         for raw in group:
             leaf = raw.decode("utf-8", "replace")
             name = f"{where}/{leaf}" if where else leaf
@@ -183,7 +187,7 @@ def structure_of(path: Path, file: h5py.File) -> Structure:
                     found.specs[name] = _spec_of(path, name, dataset, size)
                 except _Refused as error:
                     found.refused[name] = str(error)
-                _read_attributes(name, dataset, found)
+                _read_attributes(path, name, dataset, found)
             if len(found.specs) + len(found.refused) + len(seen) > _MOST_OBJECTS:
                 raise StorageError(f"{path}: expected at most {_MOST_OBJECTS:,} datasets, groups and links, found more")
     return found
@@ -274,11 +278,15 @@ def _check_chunks(spec: Spec, dataset: Any, properties: Any, stored: int) -> Non
         raise _Refused("is not stored as a whole")
 
 
-def _read_attributes(where: str, item: Any, found: Structure) -> None:
+def _read_attributes(path: Path, where: str, item: Any, found: Structure) -> None:
     for index in range(h5py.h5a.get_num_attrs(item)):
         attribute = h5py.h5a.open(item, index=index)
         leaf = attribute.name.decode("utf-8", "replace")
         name = f"{where}@{leaf}" if where else leaf
+        kind = attribute.get_type()
+        if kind.get_class() == h5py.h5t.STRING and kind.is_variable_str() and not found.heaps_checked:
+            _check_heaps(path)
+            found.heaps_checked = True
         try:
             found.attributes[name] = _attribute_value(attribute)
         except _Refused as error:
@@ -306,6 +314,33 @@ def _attribute_value(attribute: Any) -> Any:
     value = np.empty(attribute.shape, _dtype_of(kind))
     attribute.read(value)
     return value.tolist()
+
+
+def _check_heaps(path: Path) -> None:
+    """Make sure that the HDF5 library can read texts of varying length: in a damaged heap it may search without end.
+
+    Raises:
+        TruncatedFileError: A heap is damaged.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+        start = raw.find(_HEAP)
+        while start >= 0:
+            end = start + int.from_bytes(raw[start + 8 : start + 16], "little")
+            at, whole = start + 16, end <= len(raw)
+            while whole and at + 16 <= end:
+                index, size = (
+                    int.from_bytes(raw[at : at + 2], "little"),
+                    int.from_bytes(raw[at + 8 : at + 16], "little"),
+                )
+                step = size if index == 0 else 16 + (size + 7) // 8 * 8  # 0: what is free, with its own 16 bytes
+                whole = step >= 16 and at + step <= end
+                at += step
+            if not whole:
+                raise TruncatedFileError(
+                    f"{path}: the file is damaged (its heap of texts, at byte {start:,}); copy it again from where "
+                    "it is whole"
+                )
+            start = raw.find(_HEAP, start + 1)
 
 
 def text_of(value: Any) -> str:
