@@ -72,6 +72,7 @@ def nnls(
         ArgumentError: Shapes, dtypes or devices do not fit.
         DataError: A row of cross (or gram, or w0) holds NaN or infinite values.
     """
+    exact, kkt = arrays.flag(exact, "exact"), arrays.flag(kkt, "kkt")
     max_sweeps = arrays.integer(max_sweeps, "max_sweeps", 0, MOST_SWEEPS)
     dtypes = ("float32", "float64")
     gram = arrays.check(gram, "gram", dtypes, (None, None))
@@ -87,10 +88,11 @@ def nnls(
         tol = 1e-10 if work == "float64" else 1e-5
     if isinstance(tol, bool) or not isinstance(tol, int | float | np.integer | np.floating) or not tol >= 0:
         raise ArgumentError(f"tol: expected a number ≥ 0, got {tol}")
-    tol = float(tol)
+    tol = float(min(tol, 1e300))
     if out is not None:
-        apart = None if w0 is None or arrays.same_memory(out, w0) else w0
-        arrays.check_output(out, "out", work, (n, r), gram=gram, cross=cross, w0=apart)
+        arrays.check_output(out, "out", work, (n, r), gram=gram, cross=cross)
+        if w0 is not None and not arrays.same_memory(out, w0):
+            arrays.check_apart(out, "out", w0=w0)
     device = arrays.same_device(gram=gram, cross=cross, w0=w0, out=out)
     if not bool(torch.isfinite(arrays.as_tensor(gram)).all()):
         raise DataError("gram: expected finite values, got NaN or infinite ones")
