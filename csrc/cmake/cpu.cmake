@@ -9,6 +9,7 @@ if(MSVC)
 endif()
 # psabi: vectors never cross between files. maybe-uninitialized: false alarms inside GCC 12's own AVX-512 headers.
 set(NPEFF_WARNINGS -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized)
+set(NPEFF_OPTIMISATION -O3 CACHE STRING "Optimisation of the CPU kernels; tests/sanitize.py builds with -O1")
 set(NPEFF_ISA_SOURCES
   cpu/isa/table.cpp
   cpu/isa/nnls_active_set.cpp
@@ -58,7 +59,7 @@ pybind11_add_module(_native
 foreach(isa IN LISTS NPEFF_ISAS)
   add_library(npeff_${isa} OBJECT ${NPEFF_ISA_SOURCES})
   target_include_directories(npeff_${isa} PRIVATE include cpu)
-  target_compile_options(npeff_${isa} PRIVATE ${NPEFF_WARNINGS} -O3 ${NPEFF_FLAGS_${isa}})
+  target_compile_options(npeff_${isa} PRIVATE ${NPEFF_WARNINGS} ${NPEFF_OPTIMISATION} ${NPEFF_FLAGS_${isa}})
   target_compile_definitions(npeff_${isa} PRIVATE NPEFF_ISA=${isa})
   target_link_libraries(_native PRIVATE npeff_${isa})
   target_compile_definitions(_native PRIVATE NPEFF_HAS_${isa})
@@ -68,6 +69,6 @@ endforeach()
 set_source_files_properties(cpu/sketch.cpp PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 
 target_include_directories(_native PRIVATE include cpu)
-target_compile_options(_native PRIVATE ${NPEFF_WARNINGS} -O3)
+target_compile_options(_native PRIVATE ${NPEFF_WARNINGS} ${NPEFF_OPTIMISATION})
 target_link_libraries(_native PRIVATE Threads::Threads)
 install(TARGETS _native LIBRARY DESTINATION npeff)

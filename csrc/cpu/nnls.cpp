@@ -96,6 +96,8 @@ NnlsStatus nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64
       sweeps[part] = std::max(sweeps[part], run_tile(table, {rows, r, padded, panels.data(), inverse_diagonal.data(),
                                                       cross + first * r, w + first * r, kkt ? kkt + first : nullptr,
                                                       scratch.data(), max_sweeps, tol, &Stop::before_sweep, &stop}));
+      for (int64_t i = first; i < first + rows && bad[part] < 0; ++i)
+        if (!finite(w + i * r, r)) bad[part] = i;
     }
   }, [&] { stop.ask(); });
   NnlsStatus status{-1, 0, stop.stopped()};

@@ -18,9 +18,11 @@ NnlsStatus nnls_exact(const double* gram, const double* cross, double* w, int64_
     Aligned<double> scratch(checked_sum({checked_product({r, r}), checked_product({5, r})}));
     const Range range = part_of(n, part, parts);
     for (int64_t i = range.begin; i < range.end && bad[part] < 0; ++i) {
-      if (!finite(cross + i * r, r) || !finite(w + i * r, r)) bad[part] = i;
-      else steps[part] = std::max(steps[part], kernels().nnls_active_set(
-                                                   {gram, cross + i * r, w + i * r, scratch.data(), r}, tol, kkt + i));
+      if (finite(cross + i * r, r) && finite(w + i * r, r))
+        steps[part] = std::max(steps[part], kernels().nnls_active_set(
+                                                {gram, cross + i * r, w + i * r, scratch.data(), r}, tol, kkt + i));
+      else bad[part] = i;
+      if (!finite(w + i * r, r)) bad[part] = i;
     }
   });
   NnlsStatus status{-1, 0, false};

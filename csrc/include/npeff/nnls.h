@@ -13,7 +13,7 @@
 namespace npeff {
 
 struct NnlsStatus {
-  int64_t bad_row;    // first row of cross or w with a non-finite value, or −1; w and kkt are then undefined
+  int64_t bad_row;    // first row of cross or w (before or after) with a non-finite value, or −1; w and kkt are then undefined
   int64_t iterations; // most sweeps (or active-set steps) that any row took
   bool stopped;       // because the caller said so; w and kkt are then undefined
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Any, TypeVar
 
 import numpy as np
@@ -70,6 +71,8 @@ def check_output(out: A, name: str, dtype: str, shape: tuple[int, ...], **others
     if tuple(x.shape) != shape:
         raise ArgumentError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
     if isinstance(x, torch.Tensor):
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            raise ArgumentError(f"{name}: expected a tensor that can be written to, got an inference tensor; clone it")
         if x.requires_grad:
             raise ArgumentError(f"{name}: expected a tensor without gradient, got one that requires it; detach it")
         aligned = x.device.type != "cpu" or x.numel() == 0 or x.data_ptr() % x.element_size() == 0
@@ -83,10 +86,19 @@ def check_output(out: A, name: str, dtype: str, shape: tuple[int, ...], **others
             f"{name}: expected a C-contiguous array in native byte order, got one with other strides, alignment or "
             "order; leave it out for a fresh one"
         )
-    for other, given in others.items():
-        if given is not None and _overlap(x, given):
-            raise ArgumentError(f"{name}: must not be the same memory as {other}, nor overlap it; use a copy")
+    check_apart(x, name, **others)
     return x
+
+
+def check_apart(out: Operand, name: str, **others: Operand | None) -> None:
+    """Refuse an output that shares memory with an input.
+
+    Raises:
+        ArgumentError: It does; the message names both.
+    """
+    for other, given in others.items():
+        if given is not None and _overlap(out, given):
+            raise ArgumentError(f"{name}: must not be the same memory as {other}, nor overlap it; use a copy")
 
 
 def _ordinary(x: A, name: str) -> A:
@@ -107,10 +119,13 @@ def _ordinary(x: A, name: str) -> A:
     if x.device.type != "cpu":
         return x
     try:
-        if type(x) is not torch.Tensor:
-            with torch._C.DisableTorchFunctionSubclass():
+        if type(x) is torch.Tensor:
+            empty = x.numel() > 0 and x.data_ptr() == 0
+        else:
+            with warnings.catch_warnings(), torch._C.DisableTorchFunctionSubclass():
+                warnings.simplefilter("ignore")  # torch warns of asking fake tensors
                 x = x.as_subclass(torch.Tensor)
-        empty = x.numel() > 0 and x.data_ptr() == 0
+                empty = x.numel() > 0 and x.data_ptr() == 0
     except Exception as error:  # what torch raises differs from wrapper to wrapper
         raise ArgumentError(f"{name}: expected a tensor that lies in memory, got one that does not ({error})") from None
     if empty:
@@ -165,6 +180,17 @@ def integer(value: Any, name: str, least: int, most: int) -> int:
     return number
 
 
+def flag(value: Any, name: str) -> bool:
+    """The value as a bool.
+
+    Raises:
+        ArgumentError: It is none; the message names the argument.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ArgumentError(f"{name}: expected True or False, got {type(value).__name__}")
+    return bool(value)
+
+
 def same_device(**operands: Operand | None) -> torch.device:
     """The one device of all operands (numpy is CPU).
 
@@ -187,14 +213,22 @@ def device_of(x: Operand) -> torch.device:
 
 
 def contiguous(x: A) -> A:
-    """x, copied when it is not C-contiguous and aligned in native byte order."""
+    """x, copied when it is not C-contiguous and aligned in native byte order.
+
+    Raises:
+        MemoryError: There is not enough for the copy.
+    """
     if isinstance(x, torch.Tensor):
-        return x.contiguous()
+        try:
+            return x.contiguous()
+        except RuntimeError as error:  # torch has no other one for memory
+            raise MemoryError(f"no memory for a contiguous copy of shape {tuple(x.shape)} ({error})") from None
     return np.require(x, x.dtype.newbyteorder("="), ["C", "A"])
 
 
 def on_host(x: Operand) -> Array:
     """X as a C-contiguous array."""
+    same_device(x=x)
     return contiguous(x.cpu().numpy() if isinstance(x, torch.Tensor) else x)
 
 

@@ -64,6 +64,7 @@ def convolution_gradients(
     for column in columns:
         device = arrays.same_device(inputs=inputs, delta=column)
     inputs, columns = arrays.contiguous(inputs), [arrays.contiguous(column) for column in columns]
+    squared = arrays.flag(squared, "squared")
     kernel, stride, dilation = (
         _pair(pair, name) for name, pair in (("kernel", kernel), ("stride", stride), ("dilation", dilation))
     )

@@ -87,8 +87,8 @@ def use(implementation: str | None) -> None:
         ArgumentError: There is no such implementation here.
     """
     global _forced
-    if implementation not in (None, "reference"):
-        if implementation not in ISAS:
+    if not (implementation is None or (isinstance(implementation, str) and implementation == "reference")):
+        if not isinstance(implementation, str) or implementation not in ISAS:
             raise ArgumentError(f"implementation: expected reference, base, avx2 or avx512, got {implementation!r}")
         if _native is None or not _native.has_isa(implementation):
             raise ArgumentError(

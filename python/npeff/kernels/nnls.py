@@ -73,8 +73,9 @@ def nnls(
 
     Raises:
         ArgumentError: Shapes, dtypes or devices do not fit.
-        DataError: A row of cross (or gram, or w0) holds NaN or infinite values.
+        DataError: A row of cross (or gram, or w0) holds NaN or infinite values, or its solution overflows.
     """
+    exact, kkt = arrays.flag(exact, "exact"), arrays.flag(kkt, "kkt")
     max_sweeps = arrays.integer(max_sweeps, "max_sweeps", 0, MOST_SWEEPS)
     dtypes = ("float32", "float64")
     gram = arrays.check(gram, "gram", dtypes, (None, None))
@@ -90,10 +91,11 @@ def nnls(
         tol = 1e-10 if work == "float64" else 1e-5
     if isinstance(tol, bool) or not isinstance(tol, int | float | np.integer | np.floating) or not tol >= 0:
         raise ArgumentError(f"tol: expected a number ≥ 0, got {tol}")
-    tol = float(tol)
+    tol = float(min(tol, 1e300))
     if out is not None:
-        apart = None if w0 is None or arrays.same_memory(out, w0) else w0
-        arrays.check_output(out, "out", work, (n, r), gram=gram, cross=cross, w0=apart)
+        arrays.check_output(out, "out", work, (n, r), gram=gram, cross=cross)
+        if w0 is not None and not arrays.same_memory(out, w0):
+            arrays.check_apart(out, "out", w0=w0)
     device = arrays.same_device(gram=gram, cross=cross, w0=w0, out=out)
     if not bool(torch.isfinite(arrays.as_tensor(gram)).all()):
         raise DataError("gram: expected finite values, got NaN or infinite ones")
@@ -114,7 +116,7 @@ def nnls(
     if bad < 0 and exact:
         bad, sweeps = native.nnls_exact(gram_n, cross_n, w, residual, tol, threads)
     if bad >= 0:
-        raise DataError(f"cross: row {bad} (or its start in w0) holds NaN or infinite values")
+        raise DataError(_nonfinite(bad))
     result = None if residual is None or not kkt else arrays.like(cross, residual)
     return NnlsResult(w=arrays.like(cross, w), kkt=result, sweeps=int(sweeps))
 
@@ -130,7 +132,11 @@ def _on_device(
     out: A | None,
     native: ModuleType | None,
 ) -> NnlsResult[A]:
-    """Sweeps on the device. Active sets, which are short work for many different rows, on the processor."""
+    """Sweeps on the device. Active sets, which are short work for many different rows, on the processor.
+
+    Raises:
+        DataError: A row is not finite, or its solution overflows.
+    """
     dtype = torch.float64 if exact else arrays.as_tensor(cross).dtype
     g, c = (arrays.as_tensor(x).to(dtype).contiguous() for x in (gram, cross))
     w = torch.empty_like(c) if out is None else arrays.as_tensor(out)
@@ -138,6 +144,9 @@ def _on_device(
     residual = torch.empty(len(c), dtype=dtype, device=c.device) if kkt and not exact else None
     status = cuda.nnls_(g, c, w, max_sweeps=max_sweeps, tol=max(tol, 1e-9) if exact else tol, kkt=residual)
     sweeps = cuda.check_status(status)
+    finite = torch.isfinite(w).all(dim=1)
+    if not bool(finite.all()):
+        raise DataError(_nonfinite(int((~finite).to(torch.uint8).argmax())))
     if exact and native is not None:
         here = [x.cpu() for x in (g, c, w)]
         found = torch.empty(len(c), dtype=dtype)
@@ -149,6 +158,13 @@ def _on_device(
         w.copy_(result)
         residual = reference.kkt(g, c, w) if kkt else None
     return NnlsResult(arrays.like(cross, w), None if residual is None else arrays.like(cross, residual), int(sweeps))
+
+
+def _nonfinite(row: int) -> str:
+    return (
+        f"cross: row {row} (or its start in w0) holds NaN or infinite values, or numbers so large that the solution "
+        "overflows"
+    )
 
 
 def _as(x: A, dtype: str) -> A:
@@ -170,13 +186,16 @@ def _reference(
     g, c = arrays.as_tensor(gram), arrays.as_tensor(cross)
     for i, row in enumerate(torch.isfinite(c).all(dim=1)):
         if not bool(row):
-            raise DataError(f"cross: row {i} (or its start in w0) holds NaN or infinite values")
+            raise DataError(_nonfinite(i))
     start = torch.zeros_like(c) if w0 is None else arrays.as_tensor(w0).clone()
     if exact:
         g, c, start = g.double(), c.double(), start.double()
         w, sweeps = reference.nnls_exact(g, c, start, tol)
     else:
         w, sweeps = reference.nnls(g, c, start, max_sweeps, tol)
+    finite = torch.isfinite(w).all(dim=1)
+    if not bool(finite.all()):
+        raise DataError(_nonfinite(int((~finite).to(torch.uint8).argmax())))
     residual = arrays.like(cross, reference.kkt(g, c, w)) if kkt else None
     if out is not None:
         arrays.as_tensor(out).copy_(w)

@@ -80,6 +80,7 @@ def sketch_csr(indptr: A, indices: A, values: A, d: int, seed: int = 0, *, nonze
         NonFiniteError: A value is NaN or infinite; the index is its place in ``values``.
     """
     check_map(d, seed, nonzeros)
+    d, seed, nonzeros = int(d), int(seed), int(nonzeros)
     indptr, indices, values = check_csr(indptr, indices, values)
     device = arrays.same_device(indptr=indptr, indices=indices, values=values)
     n_columns = arrays.MOST_INDEX

@@ -91,10 +91,12 @@ class StreamingSketch:
         array: Any = block
         values = arrays.check(array, "block", FLOATS, (None, None))
         n = values.shape[0]
-        bases, targets = bases_of(base, n), self._targets(rows, n)
         there = self._on_device(values)
         if there is None:
-            bases = bases.cpu().numpy() if isinstance(bases, torch.Tensor) else bases
+            _ = self._sums  # where they do not fit, nothing else is begun
+        bases, targets = bases_of(base, n), self._targets(rows, n)
+        if there is None:
+            bases = arrays.on_host(bases) if isinstance(bases, torch.Tensor) else bases
         if (
             isinstance(bases, np.ndarray)
             and n
@@ -169,7 +171,7 @@ class StreamingSketch:
         begins: Any = arrays.contiguous(arrays.check(given, "first", ("int64",), (values.shape[0],)))
         there = self._on_device(values)
         if there is None and isinstance(begins, torch.Tensor):
-            begins = begins.cpu().numpy()
+            begins = arrays.on_host(begins)
         if values.shape[1] % shape[1]:
             raise ArgumentError(f"block: expected whole rows of {shape[1]} columns, got width {values.shape[1]}")
         p = values.shape[1] // shape[1]
@@ -220,6 +222,7 @@ class StreamingSketch:
         right = arrays.as_tensor(arrays.check(factors[1], "inputs", FLOATS, (None,) * 3))
         arrays.same_device(delta=left, inputs=right)
         offset, shape = _matrix(offset, shape)
+        turned = arrays.flag(turned, "turned")
         if not isinstance(rows, slice) or rows.step not in (None, 1):
             raise ArgumentError(f"rows: expected a slice without a step, got {rows}")
         if len(range(self.n_rows)[rows]) != left.shape[0] * left.shape[2]:

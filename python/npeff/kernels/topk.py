@@ -108,7 +108,7 @@ class StreamingTopK:
     def __init__(self, n_rows: int, k: int, *, keep_zeros: bool = False) -> None:
         self.n_rows = arrays.integer(n_rows, "n_rows", 0, MOST_ROWS)
         self.k = arrays.integer(k, "k", 1, MOST_K)
-        self._keep_zeros = bool(keep_zeros)
+        self._keep_zeros = arrays.flag(keep_zeros, "keep_zeros")
         self._device: DeviceTopK | None = None
         native = dispatch.native()
         self._native = None if native is None else native.Selectors(self.n_rows, self.k, self._keep_zeros)
@@ -143,7 +143,7 @@ class StreamingTopK:
         if self._device is not None:
             raise ArgumentError(f"block: expected a CUDA tensor as before, got one on {arrays.device_of(values)}")
         self._pushed = True
-        bases = bases.cpu().numpy() if isinstance(bases, torch.Tensor) else bases
+        bases = arrays.on_host(bases) if isinstance(bases, torch.Tensor) else bases
         if arrays.device_of(values).type != "cpu":
             values = values.cpu()
         if arrays.dtype_name(values) == "float32" and _rows_contiguous(values):
@@ -172,6 +172,7 @@ class StreamingTopK:
             ArgumentError: Shapes or dtypes do not fit, or a selector does not exist.
             NonFiniteError: A product is NaN or infinite; start over with :meth:`reset`.
         """
+        turned = arrays.flag(turned, "turned")
         first = arrays.integer(first, "first", 0, self.n_rows)
         base = arrays.integer(base, "base", 0, arrays.MOST_INDEX)
         column_stride = arrays.integer(column_stride, "column_stride", 0, arrays.MOST_INDEX)
@@ -186,7 +187,7 @@ class StreamingTopK:
             raise ArgumentError(f"base, column_stride: expected flat indices up to 2^62, got some up to {end}")
         if self._native is not None and d.device.type == a.device.type == "cpu":
             d, a = d.float().contiguous(), a.float().contiguous()
-            bad = self._native.push_outer(d, a, first, base, column_stride, bool(turned), dispatch.num_threads())
+            bad = self._native.push_outer(d, a, first, base, column_stride, turned, dispatch.num_threads())
             if bad is not None:
                 raise NonFiniteError(*bad)
             self._pushed = True
