@@ -26,6 +26,9 @@ DENSE_RATE, SPARSE_RATE, SCATTER_RATE = 100e9, 10e9, 5e9
 POLISH_STEPS = 12
 """Steps over all rows, two products each, that a polish is reckoned to take: three rounds that widen the subspace."""
 
+COLUMN_BYTES = 20
+"""Bytes per stored column of sparse rows: how often it occurs, where it went, its factor."""
+
 LEAST_PART = 1 << 20
 """Bytes of rows below which reading by parts makes no sense."""
 
@@ -93,10 +96,12 @@ def choose_space(
     r, R, width = n_components + n_components // 2 + 8, rows.n_rows, rows.n_columns
     counts = None
     if isinstance(rows, SparseRows):
-        counts = column_counts(rows)
+        counts = column_counts(rows, PART_BYTES if memory is None else max(LEAST_PART, min(PART_BYTES, memory // 8)))
         counts = counts[counts >= max(1, least_per_column)].astype(np.float64)
         width = len(counts)
     state = number * r * (6 * R + 6 * n_examples)  # P, its change, W∘P, W and copies of them
+    if counts is not None:
+        state += COLUMN_BYTES * rows.n_columns
     coords = 5 * number * n_components * width
     gram = number * R * R
     held = rows.nbytes if isinstance(rows, GramRows) else rows.nbytes * (number // 4) * (2 if counts is not None else 1)
