@@ -70,11 +70,11 @@ def sparse(n_rows: int, k: int, width: int, positive: bool) -> SparseRows:
 
 
 DECOMPOSED = {
-    "sketch": ("12 000 rows of a sketch, d = 4096", lambda s: fishers_of(dense(12_000 // s, 4096), 3, "low_rank")),
-    "exact": ("3 000 dense rows of 40 000 parameters", lambda s: fishers_of(dense(3_000 // s, 40_000), 3, "low_rank")),
+    "sketch": ("9 000 rows of a sketch, d = 4096", lambda s: fishers_of(dense(9_000 // s, 4096), 3, "low_rank")),
+    "exact": ("2 400 dense rows of 30 000 parameters", lambda s: fishers_of(dense(2_400 // s, 30_000), 3, "low_rank")),
     "top-k": (
-        "18 000 rows of 1 000 entries among 50 000 columns",
-        lambda s: fishers_of(sparse(18_000 // s, 1_000, 50_000, False), 3, "low_rank"),
+        "12 000 rows of 1 000 entries among 50 000 columns",
+        lambda s: fishers_of(sparse(12_000 // s, 1_000, 50_000, False), 3, "low_rank"),
     ),
     "diagonal": (
         "12 000 examples of 1 000 entries among 50 000 columns",
@@ -136,7 +136,7 @@ def case(name: str, ceiling: int | None, folder: Path) -> dict[str, object]:
     torch.set_num_threads(1)
     if name in DECOMPOSED:
         path = folder / f"{name}.h5"
-        options = {"starts": 2, "moves": 3, "max_iterations": 30, "memory": ceiling, "progress": False}
+        options = {"starts": 1, "moves": 2, "max_iterations": 15, "memory": ceiling, "progress": False}
         small = npeff.load(folder / f"{name}-small.h5")
         for space in ("sparse", "sketch", *(("gram",) if name != "diagonal" else ())):
             npeff.decompose(small, 4, space=space, starts=1, moves=1, max_iterations=5, progress=False)
@@ -172,7 +172,7 @@ def main() -> None:
     """Run the cases and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=[*DECOMPOSED, *MODELS], choices=[*DECOMPOSED, *MODELS])
-    parser.add_argument("--ceilings", nargs="+", type=int, default=[100, 200, 400], help="in MB")
+    parser.add_argument("--ceilings", nargs="+", type=int, default=[80, 150, 300], help="in MB")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory.md")
     parser.add_argument("--one", nargs=3, metavar=("CASE", "BYTES", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -185,7 +185,7 @@ def main() -> None:
         for name in args.cases:
             if name in DECOMPOSED:
                 DECOMPOSED[name][1](1).save(Path(scratch) / f"{name}.h5")
-                DECOMPOSED[name][1](50).save(Path(scratch) / f"{name}-small.h5")
+                DECOMPOSED[name][1](40).save(Path(scratch) / f"{name}-small.h5")
             for ceiling in [*args.ceilings, 0]:
                 command = [sys.executable, __file__, "--one", name, str(ceiling * 1_000_000), scratch]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)

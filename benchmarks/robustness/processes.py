@@ -264,7 +264,7 @@ def kills(bench: Bench, count: int, chance: random.Random, faults: Faults) -> It
             kept[number.name] += 1
         faults.check(bench.again(COMMANDS[name], folder), f"{name} again after {number.name}")
         shutil.rmtree(folder)
-    yield f"| killed at a random moment | {done} | run again, every command made the right result, and left nothing else |"
+    yield f"| killed at a random moment | {done} | run again, the right result, and nothing else was left |"
     for number in signals:
         parts = ", ".join(f"{name} {seen[name, number.name]}" for name in KILLED)
         saved = f"; finished or open shards of `fishers` were on the disk in {kept[number.name]}"

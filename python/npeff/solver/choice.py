@@ -10,6 +10,7 @@ import torch
 
 from npeff import devices
 from npeff.errors import ArgumentError
+from npeff.kernels.sparse_gram import DENSE_BYTES
 from npeff.memory import available_bytes, format_bytes
 from npeff.rows import GramRows, Rows, SparseRows
 from npeff.solver.subspace import DIMENSIONS
@@ -108,6 +109,9 @@ def choose_space(
     there = device is not None and devices.has_own_memory(device)
     ceiling = memory if memory is not None else available_bytes(device) * 4 // 5
 
+    # To build K, sparse rows are scaled, their columns sorted by how many rows share them, and some of them made dense.
+    building = 2 * rows.nbytes + DENSE_BYTES if counts is not None and not there else 0
+
     dimensions = max(DIMENSIONS, 4 * n_components)
     basis = 2 * number * dimensions * width if low_rank else 0
 
@@ -115,7 +119,7 @@ def choose_space(
         return state + sum(needs) <= ceiling
 
     def plan(space: Literal["gram", "sparse", "sketch"], reason: str) -> Plan:
-        taken = {"gram": gram, "sparse": held + coords, "sketch": coords}[space]
+        taken = {"gram": gram + building, "sparse": held + coords, "sketch": coords}[space]
         held_for_gram = 0 if there else rows.nbytes  # rows come to a device by stretches
         stream = space == "sketch" or (space == "gram" and counts is None and not fits(gram, held_for_gram))
         left = ceiling - state - taken
@@ -139,7 +143,7 @@ def choose_space(
     if not low_rank:
         what = "the diagonal kind always works on the rows"
         return plan("sparse", what) if rows_fit else plan("sketch", f"{what}, and they stay on disk: {_exceeds(held)}")
-    gram_fits = gram <= GRAM_BYTES and fits(gram + gram // 4) and (there or counts is None or fits(gram, rows.nbytes))
+    gram_fits = gram <= GRAM_BYTES and fits(gram + gram // 4) and fits(gram, building)
     if not gram_fits:
         why = f"K of {R:,} rows would take {gram / 2**30:.1f} GiB"
         return plan("sparse", why) if rows_fit else plan("sketch", f"{why}, and {_exceeds(held)}")
