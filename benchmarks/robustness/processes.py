@@ -450,7 +450,10 @@ def main() -> int:
             lambda: links(bench, faults),
             lambda: launches(bench, args.launches, chance, faults),
         ]
-        lines = [line for trial in trials for line in trial()]
+        lines = []
+        for trial in trials:
+            lines += trial()
+            print(lines[-1], file=sys.stderr)
     print("## Killed, side by side, full\n")
     print(
         f"`python benchmarks/robustness/processes.py --kills {args.kills} --pairs {args.pairs} --disks {args.disks} "
