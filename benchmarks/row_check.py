@@ -73,8 +73,7 @@ def main() -> None:
             for other in found[1:]:
                 np.testing.assert_array_equal(found[0].rows.dense(0, 1), other.rows.dense(0, 1))
             sides: dict[str, Callable[[], object]] = {
-                way: partial(fishers, case, every, rank, arguments.batches)
-                for way, every in EVERY.items()
+                way: partial(fishers, case, every, rank, arguments.batches) for way, every in EVERY.items()
             }
             times = machine.interleaved(sides, arguments.rounds)
             count = arguments.batches * arguments.examples

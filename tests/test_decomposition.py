@@ -374,3 +374,38 @@ def test_fishers_too_small_for_float32_count_as_zero(kind: str) -> None:
     components = npeff.decompose(replace(fishers, rows=DenseRows(values)), 4, **QUICK)
     assert not components.coefficients[7].any()
     assert components.coefficients[8].any() and np.isfinite(components.coefficients).all()
+
+
+def held_by_decompose(rank: int, kind: str, memory: int) -> tuple[int, str]:
+    from npeff.planning.peak import Peak, settled_bytes
+    from npeff.rows import DenseRows, SparseRows
+    from planted import fishers_of
+
+    rng = np.random.default_rng(0)
+    n, k, m = (2000, 1000, 40_000) if kind == "top-k" else (1200, 4000, 4000)
+    values = rng.standard_normal((n, k), np.float32)
+    indices = (np.arange(k) * (m // k) + rng.integers(0, m // k, (n, k))).astype(np.int32)
+
+    def made(n: int) -> npeff.Fishers:
+        dense = kind != "top-k"
+        sparse = SparseRows(np.arange(0, n * k + 1, k), indices[:n].reshape(-1), values[:n].reshape(-1), m)
+        return fishers_of(DenseRows(values[:n]) if dense else sparse, np.arange(0, n + 1, 2))
+
+    options = {"starts": 1, "moves": 1, "max_iterations": 3, "progress": False}
+    npeff.decompose(made(40), 8, space="sparse", **options)  # the libraries' own memory is there before
+    fishers = made(n)
+    before = settled_bytes()
+    with Peak() as peak:
+        components = npeff.decompose(fishers, 8, memory=memory, **options)
+    return peak.peak - before, components.provenance["course"]["space"]
+
+
+@pytest.mark.parametrize(("kind", "memory"), [("top-k", 60_000_000), ("dense", 20_000_000)])
+def test_memory_is_a_ceiling(kind: str, memory: int) -> None:
+    from processes import run
+
+    ((how, found),) = run(1, held_by_decompose, kind, memory)
+    assert how == "returned", found
+    held, space = found
+    # 2 MB: freed pages that the allocator keeps
+    assert held <= memory + (2 << 20), f"{held:,} bytes in the space {space}"

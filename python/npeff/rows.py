@@ -13,6 +13,9 @@ from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
 
+SQUARED_AT_ONCE = 1 << 20
+"""Entries that are squared in float64 at a time."""
+
 
 @dataclass(frozen=True)
 class SparseRows:
@@ -79,10 +82,16 @@ class SparseRows:
     def squared_norms(self) -> Array:
         """Σ of squared entries per row, ``(n_rows,)`` float64."""
         out = np.zeros(self.n_rows)
-        filled = np.flatnonzero(np.diff(self.indptr))
-        if len(filled):  # row by row: differences of a running total would drown small rows in large ones
-            squares = np.square(self.values, dtype=np.float64)
-            out[filled] = np.add.reduceat(squares, np.asarray(self.indptr)[filled])
+        indptr = np.asarray(self.indptr)
+        filled = np.flatnonzero(np.diff(indptr))
+        # Row by row: differences of a running total would drown small rows in large ones; and not all rows at once,
+        # since squares take twice the bytes of the values.
+        cuts = np.searchsorted(indptr[filled], np.arange(0, len(self.values), SQUARED_AT_ONCE))
+        for part in np.split(filled, cuts[1:]):
+            if len(part):
+                start, stop = indptr[part[0]], indptr[part[-1] + 1]
+                squares = np.square(self.values[start:stop], dtype=np.float64)
+                out[part] = np.add.reduceat(squares, indptr[part] - start)
         return out
 
 

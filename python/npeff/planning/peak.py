@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import resource
 import sys
@@ -11,6 +9,8 @@ import threading
 from types import TracebackType
 
 import torch
+
+from npeff.memory import return_freed_memory
 
 INTERVAL = 0.004
 """Seconds between two looks."""
@@ -35,8 +35,7 @@ def held_bytes() -> int:
 def settled_bytes() -> int:
     """Bytes held once what nobody needs is given back to the system."""
     gc.collect(1)  # the young generations: what a trial leaves behind; a large heap makes a full one slow
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory; others do not know the name
+    return_freed_memory()
     return held_bytes()
 
 

@@ -10,6 +10,7 @@ import torch
 
 from npeff import devices
 from npeff.errors import ArgumentError
+from npeff.kernels.sparse_gram import DENSE_BYTES
 from npeff.memory import available_bytes, format_bytes
 from npeff.rows import GramRows, Rows, SparseRows
 from npeff.solver.subspace import DIMENSIONS
@@ -25,6 +26,9 @@ DENSE_RATE, SPARSE_RATE, SCATTER_RATE = 100e9, 10e9, 5e9
 
 POLISH_STEPS = 12
 """Steps over all rows, two products each, that a polish is reckoned to take: three rounds that widen the subspace."""
+
+COLUMN_BYTES = 20
+"""Bytes per stored column of sparse rows: how often it occurs, where it went, its factor."""
 
 LEAST_PART = 1 << 20
 """Bytes of rows below which reading by parts makes no sense."""
@@ -93,15 +97,20 @@ def choose_space(
     r, R, width = n_components + n_components // 2 + 8, rows.n_rows, rows.n_columns
     counts = None
     if isinstance(rows, SparseRows):
-        counts = column_counts(rows)
+        counts = column_counts(rows, PART_BYTES if memory is None else max(LEAST_PART, min(PART_BYTES, memory // 8)))
         counts = counts[counts >= max(1, least_per_column)].astype(np.float64)
         width = len(counts)
     state = number * r * (6 * R + 6 * n_examples)  # P, its change, W∘P, W and copies of them
+    if counts is not None:
+        state += COLUMN_BYTES * rows.n_columns
     coords = 5 * number * n_components * width
     gram = number * R * R
     held = rows.nbytes if isinstance(rows, GramRows) else rows.nbytes * (number // 4) * (2 if counts is not None else 1)
     there = device is not None and devices.has_own_memory(device)
     ceiling = memory if memory is not None else available_bytes(device) * 4 // 5
+
+    # To build K, sparse rows are scaled, their columns sorted by how many rows share them, and some of them made dense.
+    building = 2 * rows.nbytes + DENSE_BYTES if counts is not None and not there else 0
 
     dimensions = max(DIMENSIONS, 4 * n_components)
     basis = 2 * number * dimensions * width if low_rank else 0
@@ -110,7 +119,7 @@ def choose_space(
         return state + sum(needs) <= ceiling
 
     def plan(space: Literal["gram", "sparse", "sketch"], reason: str) -> Plan:
-        taken = {"gram": gram, "sparse": held + coords, "sketch": coords}[space]
+        taken = {"gram": gram + building, "sparse": held + coords, "sketch": coords}[space]
         held_for_gram = 0 if there else rows.nbytes  # rows come to a device by stretches
         stream = space == "sketch" or (space == "gram" and counts is None and not fits(gram, held_for_gram))
         left = ceiling - state - taken
@@ -134,7 +143,7 @@ def choose_space(
     if not low_rank:
         what = "the diagonal kind always works on the rows"
         return plan("sparse", what) if rows_fit else plan("sketch", f"{what}, and they stay on disk: {_exceeds(held)}")
-    gram_fits = gram <= GRAM_BYTES and fits(gram + gram // 4) and (there or counts is None or fits(gram, rows.nbytes))
+    gram_fits = gram <= GRAM_BYTES and fits(gram + gram // 4) and fits(gram, building)
     if not gram_fits:
         why = f"K of {R:,} rows would take {gram / 2**30:.1f} GiB"
         return plan("sparse", why) if rows_fit else plan("sketch", f"{why}, and {_exceeds(held)}")

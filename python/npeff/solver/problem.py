@@ -16,6 +16,7 @@ from tqdm import tqdm
 from npeff.distributed.place import comm_of
 from npeff.errors import ArgumentError, StorageError
 from npeff.fishers import Fishers
+from npeff.memory import return_freed_memory
 from npeff.rows import GramRows
 from npeff.solver import published_algorithm
 from npeff.solver.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ from npeff.solver.scaling import ScaledRows
 from npeff.solver.search import Search
 from npeff.solver.sketch_space import SketchSpace
 from npeff.solver.spaces import FactorSpace, GramSpace, SparseSpace
-from npeff.solver.subspace import find_subspace
+from npeff.solver.subspace import find_subspace, most_dimensions
 from npeff.streamed_rows import StreamedRows
 
 Array = npt.NDArray[Any]
@@ -164,13 +165,16 @@ class Problem:
         generator = torch.Generator().manual_seed(self.options.seed)
         comm = comm_of(self.space)
         energy = comm.number(float(self.scaled.rows.squared_norms().sum()))
-        per_direction = 16 * max(1, self.space.n_rows)
-        if not isinstance(fine.space, GramSpace):  # the basis, which is there twice while it is made
-            per_direction += 8 * self.scaled.rows.n_columns
-        most = int(comm.agreed(self.plan.subspace_bytes // per_direction))
+        width = 0 if isinstance(fine.space, GramSpace) else self.scaled.rows.n_columns
+        number = 8 if self.options.dtype == "float64" else 4
+        if self.options.memory is not None:
+            return_freed_memory()
+        most = int(comm.agreed(most_dimensions(self.plan.subspace_bytes, self.space.n_rows, width, number)))
         subspace = find_subspace(self.space, energy, self.options.n_components, generator, fine.frozen, most)
         if subspace is None:
             return None
+        if self.options.memory is not None:
+            return_freed_memory()
         self.subspace = {"dimensions": subspace.rows.shape[1], "kept": round(subspace.kept, 6)}
         return Coarse(fine, self.scaled, self.options.orthogonality, subspace, self.shared, most)
 

@@ -7,6 +7,7 @@ place of all columns. V comes from a randomised range finder with one power iter
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,24 @@ def find_subspace(
             return found
         d *= 2
     return None
+
+
+def most_dimensions(available: int, n_rows: int, width: int, number: int) -> int:
+    """The most dimensions of a subspace that is found, and widened, in given memory.
+
+    Per direction and row: random numbers in float64, their copy in the solver's precision, products with the rows, and
+    the rows in the subspace. Per direction and column: the basis, which is there twice while it is made. Beside them
+    eigenvectors of d × d matrices in float64, and what finding these takes.
+
+    Args:
+        available: Bytes.
+        n_rows: Rows that are here.
+        width: Columns of the basis; 0 where coordinates are combinations of the rows.
+        number: Bytes of a number in the solver's precision.
+    """
+    linear = n_rows * (16 + 3 * number) + 2 * number * width
+    square = 64
+    return int((math.sqrt(linear**2 + 4.0 * square * available) - linear) / (2 * square))
 
 
 def widen(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> tuple[Subspace, Tensor] | None:

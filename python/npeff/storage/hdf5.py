@@ -28,6 +28,10 @@ _PAGE = 4096
 _ALIGN = 64  # bytes: a cache line, the widest vector
 
 
+LONGEST = 60_000
+"""Bytes of an attribute that HDF5 can keep where it stands; longer texts lie elsewhere in the file."""
+
+
 @dataclass(frozen=True)
 class Data:
     """One dataset to write.
@@ -170,8 +174,9 @@ def _create(file: h5py.File, data: Data) -> int | None:
 
 
 def _set_attribute(item: Any, name: str, value: Any) -> None:
-    if isinstance(value, str):
-        item.attrs.create(name, value.encode(), dtype=h5py.string_dtype("utf-8", max(1, len(value.encode()))))
+    raw = value.encode() if isinstance(value, str) else b""
+    if isinstance(value, str) and len(raw) < LONGEST:
+        item.attrs.create(name, raw, dtype=h5py.string_dtype("utf-8", max(1, len(raw))))
     else:
         item.attrs.create(name, value)
 

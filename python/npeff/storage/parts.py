@@ -83,9 +83,7 @@ class Parts:
                 raise StorageError(
                     f"{self.folder}: needed for unfinished work, but holds {other}; choose another out, or move it away"
                 )
-            for path in self.folder.iterdir():
-                if path.suffix != ".tmp":
-                    refuse_link(path)
+            _refuse_links(self.folder)
             self.lock = Lock(self.folder / "lock", f"writing {self.out}")
         except FileNotFoundError:
             return False
@@ -187,6 +185,17 @@ class Parts:
         self._remove_scratch()
         self.lock.release(folder=True)
         sync_folder(self.out.parent)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse to go on from a folder in which something that is found again is no file; ``.tmp`` is removed unread.
+
+    Raises:
+        StorageError: There is such a thing.
+    """
+    for path in folder.iterdir():
+        if path.suffix != ".tmp":
+            refuse_link(path)
 
 
 def discard_parts(out: Path) -> None:
@@ -307,6 +316,7 @@ def _merged_data(shards: Sequence[Container]) -> list[Data]:
 def describe_parts(out: Path) -> dict[str, Any]:
     """What unfinished work for ``out`` holds, JSON-able; nothing is locked or changed."""
     folder = parts_folder(out)
+    _refuse_links(folder)
     summary = dict(read_header(folder / "header.json")) if (folder / "header.json").exists() else {}
     parameters = described_parameters(summary.get("parameters", []), f"{folder / 'header.json'}: 'parameters'")
     shards = list_shards(folder, parameters.n_parameters)

@@ -23,7 +23,6 @@ from npeff.storage.hdf5 import Data, as_bytes, pieces, write_hdf5
 Array = npt.NDArray[Any]
 Direction = Literal["raises", "lowers", "both"]
 SUFFIXES = (".h5", ".hdf5", ".npz", ".csv")
-LONGEST = 60_000  # bytes of an attribute of fixed length
 FIELDS = (
     Field("values", FLOAT, ("n_train", "n_test"), nan=True, infinite=True),
     Field("test_values", FLOAT, ("n_test",)),
