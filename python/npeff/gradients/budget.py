@@ -7,7 +7,6 @@ from torch import Tensor
 
 from npeff.batches import Batch
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
-from npeff.gradients.graph import Graph
 from npeff.gradients.independence import check_independence
 
 _PROBED = 2
@@ -72,9 +71,9 @@ class Budget:
         if step == 1 and not self._compared:
             self._compared = True
             few = batch.take(slice(0, _PROBED))
-            with self._engine.recording():
-                logits = self._engine.forward(few)
-                check_independence(self._engine, few, logits, Graph(logits).precision)
+            with self._engine.recording(), torch.no_grad():
+                logits = self._engine.run(few)
+                check_independence(self._engine, few, logits, self._engine.precision or logits.dtype)
         return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
     def _kept_of_one(self, few: Batch) -> int:

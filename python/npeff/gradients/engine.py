@@ -72,6 +72,9 @@ class PerExampleGradients:
         parameters: The selected parameters' places in the flat vector.
         call: Runs the model on a batch.
 
+    Attributes:
+        precision: The coarsest dtype in the graph of the last batch.
+
     Raises:
         ModelError: The model has no per-example gradients as it stands.
     """
@@ -85,6 +88,7 @@ class PerExampleGradients:
         self.moved: dict[str, str] = {}
         self.served: dict[str, str] = {}
         self.scratch = Scratch()
+        self.precision: torch.dtype | None = None
         self._call = call
         self._decompose = False
         self._forms: dict[tuple[object, ...], Form] = {}
@@ -154,6 +158,7 @@ class PerExampleGradients:
             ModelError: Examples influence each other, or checkpoints hide parameters.
         """
         graph = Graph(logits)
+        self.precision = graph.precision
         if "CheckpointFunctionBackward" in graph.names:
             raise ModelError(
                 "model: it calls torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside "
