@@ -2,13 +2,14 @@
 
     python tests/sanitize.py [--sanitizer address thread] [--kernels base avx2 avx512] [--examples 3000] [--quick]
 
-``address`` is AddressSanitizer with UndefinedBehaviorSanitizer; ``thread`` is ThreadSanitizer. The interpreter must have
-npeff's dependencies, pytest, hypothesis and pybind11; CMake ≥ 3.24 and GCC must be there. Nothing is installed: the
-module is built in a temporary folder, beside links to the package's Python files. Exits with 1 if anything was found.
+``address`` is AddressSanitizer with UndefinedBehaviorSanitizer; ``thread`` is ThreadSanitizer. The interpreter must
+have npeff's dependencies, pytest, hypothesis and pybind11; CMake ≥ 3.24 and GCC must be there. Nothing is installed:
+the module is built in a temporary folder, beside links to the package's Python files. Exits with 1 if anything was
+found.
 
-ThreadSanitizer sees the kernels' own accesses; torch and the interpreter are not instrumented. So it runs what has threads:
-a driver that calls every kernel from several Python threads, with several threads each, while the instruction set
-changes.
+ThreadSanitizer sees the kernels' own accesses; torch and the interpreter are not instrumented, and would be reported.
+So it runs a driver without torch (tests/native/threads.py): every kernel from several Python threads, with several
+threads each, while the instruction set changes.
 """
 
 from __future__ import annotations
@@ -64,17 +65,14 @@ def build(folder: Path, sanitizer: str) -> None:
 
 def environment(folder: Path, sanitizer: str, kernels: str, examples: int) -> dict[str, str]:
     compiler = os.environ.get("CXX", "g++")
-    found = [
-        subprocess.run(
-            [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
-        ).stdout.strip()
-        for name in LIBRARIES[sanitizer]
-    ]
+    asked = [[compiler, f"-print-file-name={name}"] for name in LIBRARIES[sanitizer]]
+    found = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() for command in asked]
     own = {
         "LD_PRELOAD": " ".join(found),
         "PYTHONPATH": str(folder),
         "NPEFF_KERNELS": kernels,
         "NPEFF_FUZZ_EXAMPLES": str(examples),
+        "NPEFF_FUZZ_FRUGAL": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONMALLOC": "malloc",
     }

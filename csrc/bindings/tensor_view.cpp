@@ -65,11 +65,11 @@ void fail(const std::string& message) {
 
 void TensorView::refuse(const std::string& message) const { fail(std::string(name_) + ": " + message); }
 
-TensorView::TensorView(py::handle source, const char* name, Access access, Place place) : name_(name), access_(access) {
+TensorView::TensorView(py::handle source, const char* name, Access access, Place place) : name_(name), access_(access), place_(place) {
   if (place == Place::host && PyObject_CheckBuffer(source.ptr()))
     from_buffer(source);
   else if (py::hasattr(source, "__dlpack__") && !PyType_Check(source.ptr()))
-    from_dlpack(source, place);
+    from_dlpack(source);
   else
     refuse(std::string("expected a ") + (place == Place::host ? "torch CPU tensor or a numpy array" : "CUDA tensor (torch or CuPy)") +
            ", got " + Py_TYPE(source.ptr())->tp_name);
@@ -108,8 +108,8 @@ void TensorView::from_buffer(py::handle source) {
   release.buffer = nullptr;
 }
 
-void TensorView::from_dlpack(py::handle source, Place place) {
-  const bool host = place == Place::host;
+void TensorView::from_dlpack(py::handle source) {
+  const bool host = place_ == Place::host;
   const std::string wanted = host ? "expected a CPU tensor" : "expected a CUDA tensor";
   try {
     if (!host && py::hasattr(source, "__dlpack_device__")) {
@@ -185,7 +185,7 @@ void TensorView::check(const char* dtype, size_t alignment, bool write, std::ini
     refuse("expected an address that is a multiple of " + std::to_string(alignment) + "; pass a copy");
   int64_t contiguous = 1;
   for (int i = ndim_ - 1; i >= (row_stride ? 1 : 0); --i) {
-    if (shape_[i] > 1 && strides_[i] != contiguous) refuse("expected a C-contiguous array");
+    if (shape_[i] > 1 && strides_[i] != contiguous) refuse(std::string("expected a C-contiguous ") + (place_ == Place::host ? "array" : "tensor"));
     contiguous *= shape_[i];
   }
 }

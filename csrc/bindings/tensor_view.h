@@ -54,12 +54,13 @@ class TensorView {
   template <class T> static const char* dtype_name();
   void check(const char* dtype, size_t alignment, bool write, std::initializer_list<int64_t> shape, bool row_stride) const;
   void from_buffer(py::handle source);
-  void from_dlpack(py::handle source, Place place);
+  void from_dlpack(py::handle source);
   void set_shape(int ndim, const int64_t* shape, const int64_t* strides);  // strides in elements; null: C-contiguous
   [[noreturn]] void refuse(const std::string& message) const;              // fail(), after the argument's name
 
   const char* name_;
   const Access access_;
+  const Place place_;
   std::string dtype_;
   void* data_ = nullptr;
   int ndim_ = 0, device_ = 0;

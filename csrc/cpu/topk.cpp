@@ -270,6 +270,7 @@ void Selector::finish() {
 }
 
 void Selector::copy_to(int64_t* indices, float* values, bool by_magnitude) const {
+  if (size_ == 0) return;
   std::copy_n(index_.get(), size_, indices);
   if (!by_magnitude) {
     std::memcpy(values, bits_.get(), sizeof(float) * size_);

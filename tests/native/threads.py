@@ -74,9 +74,8 @@ def work(seed: int) -> None:
         w, kkt = np.zeros((400, 40)), np.empty(400)
         N.nnls_f64(gram, cross, w, kkt, 20, 1e-8, THREADS)
         N.nnls_exact(gram, cross, w, kkt, 1e-8, THREADS)
-        N.nnls_f32(
-            *(y.astype(np.float32) for y in (gram, cross)), np.zeros((400, 40), np.float32), None, 5, 0.0, THREADS
-        )
+        narrow = [y.astype(np.float32) for y in (gram, cross)]
+        N.nnls_f32(*narrow, np.zeros((400, 40), np.float32), None, 5, 0.0, THREADS)
         N.cross(p, offsets, np.empty((100, 12), np.float32), THREADS)
         N.spread_multiply(np.ones((100, 12), np.float32), p, offsets, np.empty_like(p), THREADS)
         sums = np.zeros((6, 64))

@@ -182,7 +182,10 @@ class StreamingTopK:
         arrays.same_device(delta=d, inputs=a)
         if first + len(d) > self.n_rows:
             raise ArgumentError(f"first: expected at most {self.n_rows - len(d)} before {len(d)} examples, got {first}")
-        end = base + column_stride * d.shape[1] + d.shape[2] * a.shape[1]
+        size = d.shape[2] * a.shape[1]
+        if d.shape[1] > 1 and column_stride < size:
+            raise ArgumentError(f"column_stride: expected ≥ {size}, the size of a product, got {column_stride}")
+        end = base + column_stride * d.shape[1] + size
         if end > arrays.MOST_INDEX:
             raise ArgumentError(f"base, column_stride: expected flat indices up to 2^62, got some up to {end}")
         if self._native is not None and d.device.type == a.device.type == "cpu":
