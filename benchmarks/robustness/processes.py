@@ -168,8 +168,8 @@ class Bench:
                 (folder / name).symlink_to(self.inputs / name)
         return folder
 
-    def start(self, arguments: list[str], folder: Path, at: float = 0.0) -> Child:
-        """Begin a command in a folder, at a time."""
+    def start(self, arguments: list[str], folder: Path, at: float = 0.0, link: tuple[str, Path] | None = None) -> Child:
+        """Begin a command in a folder, at a time; with a link planted before, whose name may hold ``{pid}``."""
         self.count += 1
         log = self.root / f"log-{self.count}"
         pid = os.fork()
@@ -177,6 +177,8 @@ class Bench:
             status = 70
             try:
                 os.chdir(folder)
+                if link is not None:
+                    Path(link[0].format(pid=os.getpid())).symlink_to(link[1])
                 with quietly(log):
                     time.sleep(max(0.0, at - time.time()))
                     status = run(arguments)
@@ -230,10 +232,17 @@ class Faults:
 
     def __init__(self) -> None:
         self.found: list[str] = []
+        self.trial = 0
+
+    def since(self, before: int, count: int) -> str:
+        """How many of some trials went as they should."""
+        wrong = {fault.split(",")[0] for fault in self.found[before:]}
+        return f"{count - len(wrong)} of {count}"
 
     def check(self, fault: str, where: str) -> None:
         """Note a fault, if there is one."""
         if fault:
+            where = f"trial {self.trial}, {where}"
             self.found.append(f"{where}: {fault}")
             print(f"FAULT {where}: {fault}", file=sys.stderr)
 
@@ -244,11 +253,13 @@ def kills(bench: Bench, count: int, chance: random.Random, faults: Faults) -> It
     seen: collections.Counter[tuple[str, str]] = collections.Counter()
     kept: collections.Counter[str] = collections.Counter()
     done = tries = 0
+    before = len(faults.found)
     while done < count and tries < 8 * count:
         name = KILLED[tries % len(KILLED)]
         number = signals[tries // len(KILLED) % len(signals)]
         folder = bench.folder()
         tries += 1
+        faults.trial += 1
         child = bench.start(COMMANDS[name], folder)
         time.sleep(chance.uniform(0, bench.seconds[name]))
         os.kill(child.pid, number)
@@ -264,7 +275,8 @@ def kills(bench: Bench, count: int, chance: random.Random, faults: Faults) -> It
             kept[number.name] += 1
         faults.check(bench.again(COMMANDS[name], folder), f"{name} again after {number.name}")
         shutil.rmtree(folder)
-    yield f"| killed at a random moment | {done} | run again, the right result, and nothing else was left |"
+    went = faults.since(before, done)
+    yield f"| killed at a random moment | {done} | run again, the right result, and nothing else was left: {went} |"
     for number in signals:
         parts = ", ".join(f"{name} {seen[name, number.name]}" for name in KILLED)
         saved = f"; finished or open shards of `fishers` were on the disk in {kept[number.name]}"
@@ -274,7 +286,9 @@ def kills(bench: Bench, count: int, chance: random.Random, faults: Faults) -> It
 def pairs(bench: Bench, count: int, faults: Faults) -> Iterator[str]:
     """Two processes write the same thing at once."""
     outcomes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    before = len(faults.found)
     for trial in range(count):
+        faults.trial += 1
         name = list(COMMANDS)[trial % len(COMMANDS)]
         folder, at = bench.folder(), time.time() + 0.1
         commands = [COMMANDS[name], [*COMMANDS[name], *VARIED.get(name, [])]]
@@ -290,9 +304,10 @@ def pairs(bench: Bench, count: int, faults: Faults) -> Iterator[str]:
         for k, part in enumerate(by_target(made)):
             if part not in [whole[k] for whole in wholes]:
                 faults.check(f"a mixed result: {sorted(part)[:8]}", f"pair of {name}")
-        outcomes[name]["one was refused" if refused else "both ended, the result is wholly one's"] += 1
+        outcomes[name]["one was refused" if refused else "both ended"] += 1
         shutil.rmtree(folder)
-    yield f"| two processes into one target | {count} | the result was wholly one's, nothing else left |"
+    went = faults.since(before, count)
+    yield f"| two processes into one target | {count} | the result was wholly one's, nothing else was left: {went} |"
     for name, counter in outcomes.items():
         yield f"| – {name} | {counter.total()} | {', '.join(f'{what}: {n}' for what, n in counter.items())} |"
 
@@ -300,7 +315,9 @@ def pairs(bench: Bench, count: int, faults: Faults) -> Iterator[str]:
 def disks(bench: Bench, count: int, chance: random.Random, faults: Faults) -> Iterator[str]:
     """Small file systems that fill up; with more room, the same command must end with the right result."""
     outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
+    earlier = len(faults.found)
     for trial in range(count):
+        faults.trial += 1
         name = list(COMMANDS)[trial % len(COMMANDS)]
         kind = "bytes" if trial // len(COMMANDS) % 2 == 0 else "files"
         limit = (
@@ -337,7 +354,8 @@ def disks(bench: Bench, count: int, chance: random.Random, faults: Faults) -> It
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=False)
     total = sum(outcomes.values())
-    yield f"| file systems that fill up | {total} | nothing half was left; with room, run again, the right result |"
+    went = faults.since(earlier, total)
+    yield f"| file systems that fill up | {total} | nothing half left; run again with room, the right result: {went} |"
     for kind in ("bytes", "files"):
         parts = [f"{what}: {n}" for (k, what), n in outcomes.items() if k == kind]
         yield f"| – out of {kind} | {sum(n for (k, _), n in outcomes.items() if k == kind)} | {', '.join(parts)} |"
@@ -348,19 +366,19 @@ def links(bench: Bench, faults: Faults) -> Iterator[str]:
     victim = bench.root / "victim"
     victim.write_bytes(b"precious")
     ran = refused = 0
+    before = len(faults.found)
     for name, command in COMMANDS.items():
         for planted in (*FORESEEN, *REFUSED_LINKS):
             folder = bench.folder()
-            path = folder / planted.format(pid=os.getpid())
-            if path.parent != folder:
-                path.parent.mkdir()
-            path.symlink_to(victim)
+            faults.trial += 1
+            (folder / planted).parent.mkdir(exist_ok=True)
             concerned = planted.startswith(COMMANDS[name][-1]) or (name, planted[:4]) in {
                 ("fishers", "f.h5"),
                 ("decompose", "c.se"),
             }
-            child = bench.start(command, folder)
+            child = bench.start(command, folder, link=(planted, victim))
             status = child.wait()
+            path = folder / planted.format(pid=child.pid)
             must_refuse = concerned and planted in REFUSED_LINKS
             if must_refuse:
                 faults.check(
@@ -375,15 +393,17 @@ def links(bench: Bench, faults: Faults) -> Iterator[str]:
                 victim.write_bytes(b"precious")
             shutil.rmtree(folder)
     yield (
-        f"| links planted at foreseeable names | {ran + refused} | none was followed: {ran} commands did not meet "
-        f"theirs, {refused} refused to go on from one |"
+        f"| links planted at foreseeable names | {ran + refused} | none was followed, {ran} commands did their work, "
+        f"{refused} refused to go on from one: {faults.since(before, ran + refused)} |"
     )
 
 
 def launches(bench: Bench, count: int, chance: random.Random, faults: Faults) -> Iterator[str]:
     """torchrun, a worker of which is killed, or all of it told to end; the same command again."""
     outcomes: collections.Counter[str] = collections.Counter()
+    before = len(faults.found)
     for trial in range(count):
+        faults.trial += 1
         name = ("fishers", "decompose")[trial % 2]
         number = (signal.SIGKILL, signal.SIGTERM)[trial // 2 % 2]
         command = FISHERS if name == "fishers" else [word for word in DECOMPOSE if word not in ("--space", "sparse")]
@@ -412,7 +432,8 @@ def launches(bench: Bench, count: int, chance: random.Random, faults: Faults) ->
         faults.check("" if same else f"other result: {sorted(result_of(folder))[:8]}", f"torchrun {name}")
         shutil.rmtree(folder)
     parts = ", ".join(f"{what}: {n}" for what, n in outcomes.items())
-    yield f"| torchrun of two processes, killed | {count} | run again, the right result; {parts} |"
+    went = faults.since(before, count)
+    yield f"| torchrun of two processes, killed | {count} | run again, the right result: {went}; {parts} |"
 
 
 def torchrun(command: list[str], folder: Path) -> subprocess.Popen[bytes]:

@@ -26,7 +26,8 @@ def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
 
 def several() -> bool:
     """Whether this process is one of several that ``torchrun`` started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    size = os.environ.get("WORLD_SIZE", "1")
+    return size.isdecimal() and int(size) > 1
 
 
 class Command(click.Command):

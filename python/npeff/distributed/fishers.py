@@ -13,6 +13,7 @@ from torch import nn
 
 from npeff import computation
 from npeff.batches import batch_digest, check_data, read_batch
+from npeff.compress import GramOnly
 from npeff.digests import model_digest
 from npeff.distributed.communicator import Group, Local
 from npeff.distributed.launch import connect, told_to_end
@@ -64,6 +65,11 @@ def compute_fishers(
     out = path_of(out)
     if isinstance(group, Local):
         return computation.compute_fishers(model, data, out=out, progress=progress, **options)
+    if isinstance(options.get("compress"), GramOnly):
+        raise ArgumentError(
+            "compress: inner products alone (GramOnly) are of the rows of all examples with each other, and cannot be "
+            "shared out among processes; compute them in one, or use TopK(k) or Sketch(d)"
+        )
     if torch.device(options.get("device") or "cpu") == torch.device("cuda"):
         options["device"] = torch.device("cuda", torch.cuda.current_device())
     share = (group.rank, group.size)

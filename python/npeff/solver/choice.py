@@ -110,7 +110,7 @@ def choose_space(
     ceiling = memory if memory is not None else available_bytes(device) * 4 // 5
 
     # To build K, sparse rows are scaled, their columns sorted by how many rows share them, and some of them made dense.
-    building = 2 * rows.nbytes + DENSE_BYTES if counts is not None and not there else 0
+    for_gram = 2 * rows.nbytes + DENSE_BYTES if counts is not None and not there else 0
 
     dimensions = max(DIMENSIONS, 4 * n_components)
     basis = 2 * number * dimensions * width if low_rank else 0
@@ -119,7 +119,7 @@ def choose_space(
         return state + sum(needs) <= ceiling
 
     def plan(space: Literal["gram", "sparse", "sketch"], reason: str) -> Plan:
-        taken = {"gram": gram + building, "sparse": held + coords, "sketch": coords}[space]
+        taken = {"gram": gram + for_gram, "sparse": held + coords, "sketch": coords}[space]
         held_for_gram = 0 if there else rows.nbytes  # rows come to a device by stretches
         stream = space == "sketch" or (space == "gram" and counts is None and not fits(gram, held_for_gram))
         left = ceiling - state - taken
@@ -143,7 +143,7 @@ def choose_space(
     if not low_rank:
         what = "the diagonal kind always works on the rows"
         return plan("sparse", what) if rows_fit else plan("sketch", f"{what}, and they stay on disk: {_exceeds(held)}")
-    gram_fits = gram <= GRAM_BYTES and fits(gram + gram // 4) and fits(gram, building)
+    gram_fits = gram <= GRAM_BYTES and fits(gram + gram // 4) and fits(gram, for_gram)
     if not gram_fits:
         why = f"K of {R:,} rows would take {gram / 2**30:.1f} GiB"
         return plan("sparse", why) if rows_fit else plan("sketch", f"{why}, and {_exceeds(held)}")
