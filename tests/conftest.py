@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A shell that starts the tests in the background ignores Ctrl-C for them, and for what they start to be interrupted.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the tests' networks are tiny: a second thread only waits for the first
 
 

@@ -214,7 +214,10 @@ def test_ctrl_c_ends_the_sweeps(threads: int, rows: int) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "now\n"
         process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=120)
+        try:
+            out, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert "KeyboardInterrupt" in errors and "end" not in out
 
 
