@@ -70,17 +70,14 @@ def _alone(engine: PerExampleGradients, batch: Batch, example: int) -> Tensor | 
     A model that cannot be called on one example, as with ``.squeeze()``, is called on this one and another; None where
     that would be the batch itself.
     """
+    one = batch.take(torch.tensor([example]))
     try:
-        return _logits(engine, batch, [example])
+        return engine.run(one).detach()
     except NpeffError:
         if batch.n_examples == 2:
             return None
-        return _logits(engine, batch, [example, (example + 1) % batch.n_examples])[:1]
-
-
-def _logits(engine: PerExampleGradients, batch: Batch, examples: list[int]) -> Tensor:
-    # With gradients: without them, some layers of torch compute something else, such as nested tensors for padding.
-    return engine.run(batch.take(torch.tensor(examples))).detach()
+        two = batch.take(torch.tensor([example, (example + 1) % batch.n_examples]))
+        return engine.run(two).detach()[:1]
 
 
 def _explain(
@@ -91,7 +88,7 @@ def _explain(
     gap = float((alone - logits[example : example + 1]).abs().max())
     said = f"model: example {example} of a batch has other logits when it is alone (largest difference {gap:.3g})"
     try:
-        twice = _logits(engine, batch, [example, example])[:1]
+        twice = engine.run(batch.take(torch.tensor([example, example]))).detach()[:1]
     except NpeffError:
         twice = alone
     if gap < 0.3 * float(logits.abs().max().clamp_min(1.0)) and precision in (torch.bfloat16, torch.float16):
