@@ -169,6 +169,12 @@ class Scores:
         file = open_file(path)
         if file.is_npeff or file.attributes.get("content") != "influence":
             raise ForeignFileError(f"{path}: holds no influence scores; they are written by Scores.save")
+        known = {"content", "provenance", "checksums"}
+        unknown = sorted(name for name in file.attributes if "@" not in name and name not in known)
+        if unknown:  # such as a damaged name of the checksums
+            raise StorageError(
+                f"{path}: attribute {unknown[0]!r} is damaged: expected {', '.join(sorted(known))} alone"
+            )
         where = f"{path}: attribute 'provenance'"
         text, sums = file.attribute("provenance", str), file.checksums or {}
         if sums.get("@provenance", _crc(text)) != _crc(text):
