@@ -18,6 +18,8 @@ from npeff.errors import ArgumentError, NpeffError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _HANDLES = {errno.EMFILE, errno.ENFILE}
+FEW_INODES, FEW_BYTES = 16, 1 << 20
+"""With fewer inodes free and more bytes, a file system that refuses a write lacks inodes."""
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -69,11 +71,10 @@ def _lacking(folder: Path, number: int, reason: str) -> tuple[str, str]:
         folder = folder.parent
     found = os.statvfs(folder)
     free = found.f_bavail * found.f_frsize
-    if found.f_files and not found.f_favail:
-        return (
-            f"the file system of {folder} can hold no more files ({reason}; no inodes are left, {free:,} bytes are)",
-            "Remove some files",
-        )
+    # What was half made is gone by now: a few inodes may be free again.
+    if found.f_files and found.f_favail < FEW_INODES and (free > FEW_BYTES or not found.f_favail):
+        left = f"{found.f_favail or 'no'} inodes are left, {free:,} bytes are"
+        return f"the file system of {folder} can hold no more files ({reason}; {left})", "Remove some files"
     return f"the disk is full ({reason}; {free:,} bytes free in {folder})", "Free some space"
 
 
