@@ -364,14 +364,14 @@ def test_two_callers_of_one_selection() -> None:
     x = np.random.default_rng(0).standard_normal((1, 400_000)).astype(np.float32)
     refused: list[ArgumentError] = []
 
-    def work() -> None:
+    def work(caller: int) -> None:
         for i in range(20):
             try:
-                stream.push(x, i * x.size)
+                stream.push(x, (20 * caller + i) * x.size)
             except ArgumentError as error:
                 refused.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
+    threads = [threading.Thread(target=work, args=(caller,)) for caller in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
