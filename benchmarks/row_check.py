@@ -86,7 +86,7 @@ def main() -> None:
             columns = found[0].rows.n_rows // len(found[0])
             lines.append(f"| {name} | {columns} | {' | '.join(shown)} | {', '.join(ratios)} |")
             print(lines[-1], flush=True)
-    arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
