@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -68,6 +69,32 @@ def test_examples_that_influence_each_other_are_refused() -> None:
     ):
         with pytest.raises(ModelError, match=words):
             fishers_of(influenced, [x])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x - x.mean(0), "but not in a batch of twice itself: examples influence each other"),
+        (
+            lambda x: x + len(x),
+            "others again in a batch of twice itself: examples influence each other by",
+        ),
+        (lambda x: x + torch.rand(()), "two passes over the same batch give different logits"),
+        (lambda x: (x - 0.4 * x.mean(0)).bfloat16(), "computed in bfloat16: too much for rounding"),
+    ],
+)
+def test_why_logits_depend_on_the_batch_is_told(change: Callable[[Tensor], Tensor], words: str) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(4, 3)
+    with torch.no_grad():
+        head.weight.mul_(4)
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        changed = change(x)
+        return nn.functional.linear(changed, model.weight.to(changed.dtype), model.bias.to(changed.dtype))
+
+    with pytest.raises(ModelError, match=words):
+        fishers_of(head, [1 + 2 * torch.randn(5, 4)], forward=forward)
 
 
 def test_a_forward_pass_hidden_from_autograd_is_refused(model: nn.Module, x: Tensor) -> None:

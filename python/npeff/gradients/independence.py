@@ -91,8 +91,11 @@ def _explain(
         twice = engine.run(batch.take(torch.tensor([example, example]))).detach()[:1]
     except NpeffError:
         twice = alone
-    if gap < 0.3 * float(logits.abs().max().clamp_min(1.0)) and precision in (torch.bfloat16, torch.float16):
-        return f"{said}, more than rounding in {precision} explains by itself; compute in float32, without autocast"
+    if gap < float(logits.abs().max().clamp_min(1.0)) and precision in (torch.bfloat16, torch.float16):
+        return (
+            f"{said}, computed in {str(precision).removeprefix('torch.')}: too much for rounding, and too little to tell "
+            "why; compute in float32, without autocast"
+        )
     if differ(twice, alone, precision):
         return (
             f"{said}, and others again in a batch of twice itself: examples influence each other by their number, as "
