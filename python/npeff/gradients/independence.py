@@ -93,8 +93,8 @@ def _explain(
         twice = alone
     if gap < float(logits.abs().max().clamp_min(1.0)) and precision in (torch.bfloat16, torch.float16):
         return (
-            f"{said}, computed in {str(precision).removeprefix('torch.')}: too much for rounding, and too little to tell "
-            "why; compute in float32, without autocast"
+            f"{said}, computed in {str(precision).removeprefix('torch.')}: too much for rounding, too little to "
+            "tell why; compute in float32, without autocast"
         )
     if differ(twice, alone, precision):
         return (
