@@ -80,12 +80,17 @@ def environment(folder: Path, sanitizer: str, kernels: str, examples: int) -> di
 
 
 def available(folder: Path, sanitizer: str) -> set[str]:
-    code = "from npeff.kernels import available; print(*available())"
+    code = "from npeff import _native; from npeff.kernels import available; print(_native.__file__, *available())"
     command = [*prefix(sanitizer), sys.executable, "-c", code]
     said = subprocess.run(
         command, env=environment(folder, sanitizer, "", 0), capture_output=True, text=True, cwd=TESTS, check=True
     )
-    return set(said.stdout.split())
+    file, *names = said.stdout.split()
+    if not Path(file).is_relative_to(folder):
+        raise SystemExit(
+            f"{file} is imported before the sanitised module: use an interpreter without an editable npeff"
+        )
+    return set(names)
 
 
 def prefix(sanitizer: str) -> list[str]:
@@ -108,7 +113,8 @@ def commands(sanitizer: str, quick: bool) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sanitizer", nargs="+", choices=list(FLAGS), default=list(FLAGS))
-    parser.add_argument("--kernels", nargs="+", default=["base", "avx2", "avx512"], help="instruction sets; or: widest")
+    sets = ["base", "avx2", "avx512"]
+    parser.add_argument("--kernels", nargs="+", choices=[*sets, "widest"], default=sets, help="instruction sets")
     parser.add_argument("--examples", type=int, default=3000, help="calls of the fuzzer")
     parser.add_argument("--quick", action="store_true", help="of the tests, only those of hostile arguments")
     options = parser.parse_args()
@@ -117,10 +123,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             build(Path(work), sanitizer)
             there = available(Path(work), sanitizer)
-            chosen = options.kernels
-            if chosen == ["widest"]:
-                chosen = [next(name for name in ("avx512", "avx2", "base") if name in there)]
-            for kernels in chosen:
+            widest = next(name for name in ("avx512", "avx2", "base") if name in there)
+            for kernels in (widest if name == "widest" else name for name in options.kernels):
                 if kernels not in there:
                     print(f"{sanitizer}, {kernels}: not on this processor", flush=True)
                     continue
