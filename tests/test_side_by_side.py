@@ -305,6 +305,15 @@ def test_the_command_saves_the_open_shard(tmp_path, number):
     assert not list(tmp_path.glob("*.parts"))
 
 
+@pytest.mark.parametrize("where", ["at import", "in model()"])
+def test_a_signal_while_the_model_is_made_is_no_error_of_the_model(tmp_path, where):
+    die = "os.kill(os.getpid(), signal.SIGTERM)"
+    at = {"at import": "def model():", "in model()": "def model():\n    " + die}[where]
+    source = SOURCE.replace("def model():", at) + (die if where == "at import" else "")
+    (tmp_path / "work.py").write_text(source)
+    assert run(1, by_command, str(tmp_path)) == [("returned", 143)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_call_saves_the_open_shard(tmp_path, number):
     assert run(1, by_call, str(tmp_path), number) == [("returned", 128 + number)]

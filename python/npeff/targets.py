@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
+from npeff.errors import ArgumentError, DataError, ModelError, NpeffError, Terminated
 
 if TYPE_CHECKING:
     from torch import nn
@@ -171,7 +171,7 @@ def _importable(folder: Path) -> Iterator[None]:
 def _import_errors(source: str, name: str) -> Iterator[None]:
     try:
         yield
-    except NpeffError:
+    except (NpeffError, Terminated):
         raise
     except ModuleNotFoundError as error:
         if error.name and (source == error.name or source.startswith(f"{error.name}.")):
@@ -186,7 +186,7 @@ def _call(found: Any, target: str, name: str, kind: type[NpeffError]) -> Any:
         raise ArgumentError(f"{name}: {target} is {_kind(found)}, expected something to call without arguments")
     try:
         return found()
-    except NpeffError:
+    except (NpeffError, Terminated):
         raise
     except (Exception, SystemExit) as error:
         depth = len(traceback.extract_tb(error.__traceback__))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, Terminated
 
 Direction = Mapping[str, Tensor]
 """Parameter-shaped tensors by parameter name, as :meth:`npeff.Components.state_dict` gives; what is missing is 0."""
@@ -54,10 +54,11 @@ class Weights:
 
         Raises:
             KeyboardInterrupt: One that comes meanwhile, once all is back.
+            Terminated: Likewise.
         """
         try:
             self._put_all_back()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
             self._put_all_back()
             raise
 
