@@ -186,6 +186,7 @@ def time_to(fishers: npeff.Fishers, r: int, loss: float, device: torch.device) -
     began, reached = time.perf_counter(), [float("inf"), float("inf")]
 
     def watch(progress: Any) -> bool:
+        print(f"  {time.perf_counter() - began:.2f} s: loss {progress.best:.6f}", flush=True)
         if progress.best <= loss and reached[0] == float("inf"):
             reached[:] = [time.perf_counter() - began, progress.best]
         return reached[0] < float("inf")
@@ -198,7 +199,7 @@ def decomposition_table(
     device: torch.device, share: float, xp: Any, csr: Callable[..., Any], rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
 ) -> list[str]:
     """Ours against the published algorithm at its best rate, to its final loss."""
-    n, r, n_columns, entries = int(20_000 * share), max(4, int(256 * share)), int(1_000_000 * share), int(8192 * share)
+    n, r, n_columns, entries = int(20_000 * share), max(4, int(256 * share)), int(250_000 * share), int(2048 * share)
     fishers = large_fishers(n, r, n_columns, entries)
     scaled = scale(fishers)
     rows = scaled.rows

@@ -7,15 +7,17 @@ Then Fishers of MiniLM's architecture against C − 1 plain backward passes, and
 published algorithm written with CuPy (``cuda_end_to_end.py``).
 
     python benchmarks/cuda_kernels.py
-    python benchmarks/cuda_kernels.py --parts kernels --scale 0.1 --rounds 5
+    python benchmarks/cuda_kernels.py --parts kernels --families selection sketches --scale 0.1 --rounds 5 --profile
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import re
 import statistics
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +125,7 @@ def sketches(scale: float) -> Iterator[Case]:
 
 
 def sparse(scale: float) -> Iterator[Case]:
-    n_rows, n_columns, each, r = int(3000 * scale), 2_000_000, 65_536, 256
+    n_rows, n_columns, each, r = max(16, int(3000 * scale)), int(2_000_000 * scale), int(65_536 * scale), 256
     generator = torch.Generator(DEVICE).manual_seed(0)
     # A few columns that many rows share, and a long tail, as top-k rows have.
     raw = torch.rand(n_rows, each, generator=generator, device=DEVICE).pow(3).mul(n_columns).int()
@@ -195,7 +197,22 @@ def line(case: Case, times: list[float], bandwidth: float, rate: float) -> str:
     return f"| {case.name} | {median:.3f} | {low:.3f} – {high:.3f} | {floor:.3f} ({kind}) | {floor / median:.0%} |"
 
 
-def kernels_table(scale: float, rounds: int) -> list[str]:
+def print_profile(case: Case) -> None:
+    """Print the time of each CUDA kernel of one run, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        case.run()
+        torch.cuda.synchronize()
+    print(f"profile of {case.name}")
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    for event in events[:12]:
+        name = re.sub(r"npeff::|void |cuda::run_block", "", event.key)
+        print(f"  {event.self_device_time_total / 1e3:9.3f} ms {event.count:5d} × {name[:90]}", flush=True)
+
+
+FAMILIES = {"selection": selection, "sketches": sketches, "sparse": sparse, "solver": solver}
+
+
+def kernels_table(scale: float, rounds: int, families: list[str], profile: bool) -> list[str]:
     bandwidth, rate = ceilings(rounds)
     text = [
         "## Kernels",
@@ -206,10 +223,16 @@ def kernels_table(scale: float, rounds: int) -> list[str]:
         "| | median ms | quartiles | floor ms | of the floor's rate |",
         "|---|---|---|---|---|",
     ]
-    for family in (selection, sketches, sparse, solver):
-        for case in family(scale):
-            text.append(line(case, milliseconds(case.run, rounds), bandwidth, rate))
-            print(text[-1], flush=True)
+    for family in families:
+        try:
+            for case in FAMILIES[family](scale):
+                text.append(line(case, milliseconds(case.run, rounds), bandwidth, rate))
+                print(text[-1], flush=True)
+                if profile:
+                    print_profile(case)
+        except Exception as error:  # a family that fails must not lose the others' figures
+            traceback.print_exc()
+            text.append(f"| {family}: FAILED, {type(error).__name__}: {str(error).splitlines()[0][:120]} | | | | |")
         torch.cuda.empty_cache()
     return [*text, ""]
 
@@ -233,6 +256,8 @@ def absence() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help="of kernels")
+    parser.add_argument("--profile", action="store_true", help="also print the time of every CUDA kernel")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full sizes")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cuda.md")
@@ -254,7 +279,7 @@ def main() -> None:
     ]
     for part in args.parts:
         if part == "kernels":
-            text += kernels_table(args.scale, args.rounds)
+            text += kernels_table(args.scale, args.rounds, args.families, args.profile)
         elif part == "fishers":
             with tempfile.TemporaryDirectory() as folder:
                 text += fishers_table(DEVICE, Path(folder), args.scale, max(3, args.rounds // 4))

@@ -14,6 +14,7 @@ import torch
 
 import npeff
 from npeff.solver.scaling import scale
+from played_device import played
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,21 @@ def test_lines_say_what_the_floor_is(benchmark: Any) -> None:
     assert "| 4.000 | 4.000 – 4.000 | 2.000 (bytes) | 50% |" in module.line(by_bytes, [4.0, 4.0, 4.0], 1e12, 1e12)
     by_operations = module.Case("product", lambda: None, bytes=1e9, operations=3e9)
     assert "3.000 (operations) | 75% |" in module.line(by_operations, [4.0, 4.0, 4.0], 1e12, 1e12)
+
+
+def test_kernels_are_checked_and_timed(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every family with the kernels' blocks emulated on the processor; a family that fails keeps the others' lines."""
+    module = benchmark("cuda_kernels")
+    monkeypatch.setattr(module, "DEVICE", CPU)
+    monkeypatch.setattr(module, "ceilings", lambda rounds: (1e12, 1e12))
+    monkeypatch.setattr(module, "milliseconds", lambda run, rounds: [float(run() is None) + 1] * 3)
+    with played(monkeypatch):
+        table = module.kernels_table(0.0007, 1, list(module.FAMILIES), False)
+        assert sum("%" in line and "×" in line for line in table) == 11 and "FAILED" not in str(table)
+        monkeypatch.setattr(module, "nnls", lambda *args, **options: 1 / 0)
+        table = module.kernels_table(0.0007, 1, ["solver", "sketches"], False)
+    assert sum("sketch" in line and "×" in line for line in table) == 2
+    assert any(line.startswith("| solver: FAILED, ZeroDivisionError") for line in table)
 
 
 def test_the_published_algorithm_is_npeffs(benchmark: Any) -> None:
