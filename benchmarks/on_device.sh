@@ -83,7 +83,7 @@ part kernels 70 bash -c "figures kernels --parts kernels --rounds 10 --profile"
 part memcheck 45 bash -c "sanitizer memcheck"
 part racecheck 45 bash -c "sanitizer racecheck"
 part fishers 90 bash -c "figures fishers --parts fishers language"
-part decomposition 80 bash -c "figures decomposition --parts decomposition"
+part decomposition 80 bash -c "figures decomposition --parts decomposition --profile"
 part profiles 30 bash -c profiles
 echo "== summary"
 cat "$out/summary.txt"
