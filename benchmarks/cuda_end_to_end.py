@@ -211,24 +211,24 @@ def decomposition_table(
     rows = scaled.rows
     assert isinstance(rows, SparseRows)
     A = csr((xp.asarray(rows.values), xp.asarray(rows.indices), xp.asarray(rows.indptr)), shape=(2 * n, rows.n_columns))
-    A_T = A.T.tocsr()
     energy = float(np.square(scaled.fisher_norms).sum())
-    W, G = (xp.asarray(x) for x in start(n, r, rows.n_columns, 0))
+    operands = [A, A.T.tocsr(), *(xp.asarray(x) for x in start(n, r, rows.n_columns, 0))]
+    del A
 
     def theirs(rate: float, g_only: int, joint: int) -> tuple[float, float]:
         synchronize(device)
         began = time.perf_counter()
-        after = published(xp, A, A_T, W, G, rate, g_only, joint)
+        after = published(xp, *operands, rate, g_only, joint)
         synchronize(device)
         seconds = time.perf_counter() - began
-        loss = relative_loss(xp, A, *after, energy)
+        loss = relative_loss(xp, operands[0], *after, energy)
         print(f"published, rate {rate:g}, {g_only} + {joint} steps: {seconds:.2f} s, loss {loss:.6f}", flush=True)
         return seconds, loss
 
     tried = {rate: theirs(rate, 20, 20)[1] for rate in rates}
     best = min((rate for rate in rates if np.isfinite(tried[rate])), key=lambda rate: tried[rate])
     seconds_theirs, loss = theirs(best, g_only, joint)
-    del A, A_T, W, G
+    operands.clear()
     if xp is not np:
         xp.get_default_memory_pool().free_all_blocks()
     seconds, reached = time_to(fishers, r, loss, device)
@@ -246,6 +246,7 @@ def decomposition_table(
         f"| published, {g_only} + {joint} steps | {seconds_theirs:.2f} | {loss:.6f} |",
         f"| npeff.decompose, until as low | {seconds:.2f} | {reached:.6f} |",
         "",
-        f"{seconds_theirs / seconds:.1f} × as fast (target: 20), to {'an equal' if reached <= loss else 'A HIGHER'} loss.",
+        f"{seconds_theirs / seconds:.1f} × as fast (target: 20), to {'an equal' if reached <= loss else 'A HIGHER'} "
+        "loss.",
         "",
     ]

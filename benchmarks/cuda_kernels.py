@@ -172,7 +172,6 @@ def sparse(scale: float) -> Iterator[Case]:
         8 * nnz + 4 * k.numel(),
         pairs,
     )
-    del matrix
     yield Case("the same by dense products of stretches alone", by_dense_products, 8 * nnz + 4 * k.numel(), pairs)
 
 
