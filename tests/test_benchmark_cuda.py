@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     yield lambda name: importlib.import_module(name)
-    for name in ("cuda_kernels", "cuda_end_to_end", "machine"):
+    for name in ("cuda_kernels", "cuda_end_to_end", "cuda_fishers", "machine"):
         sys.modules.pop(name, None)
 
 
@@ -85,17 +85,55 @@ def test_tables(benchmark: Any, tmp_path: Path) -> None:
     assert "npeff.decompose, until as low" in table[-4] and "an equal loss" in table[-2]
 
 
-@pytest.mark.slow
-def test_fishers_table(benchmark: Any, tmp_path: Path) -> None:
+def test_fishers_lines(benchmark: Any, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    table = benchmark("cuda_end_to_end").fishers_table(CPU, tmp_path, 0.1, 1, length=16)
-    assert sum("compute_fishers" in line for line in table) == 2
+    table = list(benchmark("cuda_fishers").fishers_lines(CPU, tmp_path, 0.01, 1, size=3, length=4))
+    assert "FAILED" not in str(table)
+    for side in ("plain backward passes |", "TopK(65 536) |", 'form="kronecker") |'):
+        assert sum(side in line for line in table) == 2
+    assert sum(line.startswith("Checked") for line in table) == 2
+
+
+def test_language_lines(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a bergson whose collection fails: the other lines stay."""
+    pytest.importorskip("transformers")
+    module = benchmark("cuda_fishers")
+    monkeypatch.setattr(module, "bergson_absence", lambda: "")
+    monkeypatch.setattr(module, "bergson_side", lambda *args: lambda: 1 / 0)
+    table = list(module.language_lines(CPU, 0.01, 1, 3, 2, 4, npeff.Sketch(256, form="kronecker")))
+    assert sum("compute_fishers, Sketch(256" in line and "FAILED" not in line for line in table) == 4
+    assert sum("one plain backward pass" in line and "| 1.00 |" in line for line in table) == 2
+    assert sum(line.startswith("| bergson") and "FAILED, ZeroDivisionError" in line for line in table) == 4
+    assert sum(line.startswith("Checked") for line in table) == 2
+
+
+def test_the_full_sizes_are_the_published_ones(benchmark: Any) -> None:
+    pytest.importorskip("transformers")
+    module = benchmark("cuda_fishers")
+    with torch.device("meta"):
+        assert sum(p.numel() for p in module.smollm(1.0).parameters()) == 134_515_008
+        assert sum(p.numel() for p in module.minilm(3, 1.0).parameters()) == 22_713_216 + 3 * 385
+
+
+def test_says_that_bergson_is_absent(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark("cuda_fishers")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert module.bergson_absence() == "bergson: not run, it is not installed."
+
+
+def test_rounds_end_in_time(benchmark: Any) -> None:
+    module = benchmark("cuda_fishers")
+    data = module.Timed([torch.zeros(2, 3)] * 4)
+    sides = {"one": lambda: [module.time.sleep(0.005) for _ in data], "other": lambda: [1 / 0 for _ in data]}
+    table = list(module.compared(sides, data, CPU, 50, 0.1))
+    assert table[0].startswith("| other: FAILED") and table[1].startswith("| one | 0.02")
+    assert 1 <= int(table[1].split("(")[1].split(")")[0]) < 6
 
 
 def test_wrong_fishers_are_found_out(benchmark: Any) -> None:
-    module = benchmark("cuda_end_to_end")
+    module, check = benchmark("cuda_end_to_end"), benchmark("cuda_fishers").check_fishers
     fishers = module.large_fishers(10, 2, 100, 40)
-    module.check_fishers(fishers, fishers)
+    check(fishers, fishers)
     other = module.large_fishers(10, 2, 100, 40, seed=1)
     with pytest.raises(AssertionError, match="differs"):
-        module.check_fishers(other, fishers)
+        check(other, fishers)
