@@ -1,119 +1,23 @@
-"""The parts of ``cuda_kernels.py`` that go from a model to components: Fishers of MiniLM, and a large decomposition.
+"""The part of ``cuda_kernels.py`` that is a large decomposition, against the published algorithm.
 
-Everything here takes the device as an argument, and the published algorithm the module of its arrays (CuPy, or numpy),
-so that its answers can be checked where there is no device.
+The device is an argument, and for the published algorithm the module of its arrays (CuPy, or numpy), so that answers
+can be checked where there is no device.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-import machine
 import npeff
+from machine import synchronize
 from npeff.parameters import Parameters
 from npeff.rows import SparseRows
 from npeff.solver.scaling import scale
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# ---- Fishers ------------------------------------------------------------------------------------------------------
-
-
-def minilm(classes: int, share: float) -> nn.Module:
-    """all-MiniLM-L6's architecture (22.7 M parameters) with random weights: times do not depend on them."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
-        vocab_size=max(100, int(30_522 * share)), hidden_size=384, num_hidden_layers=max(1, round(6 * share)),
-        num_attention_heads=12, intermediate_size=1536, num_labels=classes,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return BertForSequenceClassification(config).eval()
-
-
-def logits_of(model: nn.Module, batch: Any) -> torch.Tensor:
-    return model(input_ids=batch).logits
-
-
-def backward_passes(model: nn.Module, data: list[torch.Tensor], device: torch.device) -> None:
-    """A forward pass and C − 1 backward passes to all parameters, for every batch; gradients are summed over it."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for batch in data:
-        logits = logits_of(model, batch.to(device))
-        for column in range(logits.shape[1] - 1):
-            cotangent = torch.zeros_like(logits)
-            cotangent[:, column] = 1
-            torch.autograd.grad(logits, parameters, cotangent, retain_graph=True, allow_unused=True)
-    synchronize(device)
-
-
-def fishers_table(
-    device: torch.device, folder: Path, share: float, rounds: int, classes: int = 3, length: int = 128
-) -> list[str]:
-    """Seconds of compute_fishers against C − 1 plain backward passes on the same batches, taking turns."""
-    model = minilm(classes, share)
-    generator = torch.Generator().manual_seed(0)
-    words = model.config.vocab_size  # type: ignore[union-attr]
-    data = [torch.randint(1, words, (32, length), generator=generator) for _ in range(max(2, int(16 * share)))]
-    compressions = {"TopK(65 536)": npeff.TopK(65_536), "Sketch(4096)": npeff.Sketch(4096)}
-    options: dict[str, Any] = {"forward": logits_of, "progress": False}
-    few = [data[0][:2]]
-    wanted = npeff.compute_fishers(model, few, **options)
-    model = model.to(device)
-    check_fishers(npeff.compute_fishers(model, few, **options), wanted)
-    number = 0
-
-    def ours(compress: Any) -> Callable[[], object]:
-        def run() -> object:
-            nonlocal number
-            number += 1
-            return npeff.compute_fishers(model, data, compress=compress, out=folder / f"{number}.h5", **options)
-
-        return run
-
-    sides: dict[str, Callable[[], object]] = {"plain": lambda: backward_passes(model, data, device)}
-    sides |= {name: ours(compress) for name, compress in compressions.items()}
-    times = machine.interleaved(sides, rounds)
-    plain = machine.quartiles(times["plain"])[1]
-    n = sum(len(batch) for batch in data)
-    lines = [
-        f"## Fishers of MiniLM's architecture: {n} examples of {length} tokens, {classes} classes, batches of 32",
-        "",
-        "Written to a file while they are computed. Checked first: exact Fishers of two examples are the processor's.",
-        "",
-        "| | median s | quartiles | examples/s | × the plain passes |",
-        "|---|---|---|---|---|",
-    ]
-    for name, values in times.items():
-        low, middle, high = machine.quartiles(values)
-        what = f"forward, {classes - 1} plain backward passes" if name == "plain" else f"compute_fishers, {name}"
-        lines.append(f"| {what} | {middle:.3f} | {low:.3f} – {high:.3f} | {n / middle:,.0f} | {middle / plain:.2f} |")
-    return [*lines, "", "Target: at most 1.3 × the plain passes.", ""]
-
-
-def check_fishers(found: npeff.Fishers, wanted: npeff.Fishers) -> None:
-    """The same Fishers ``AᵀA``: rows may differ by signs, so that inner products with a common vector are compared."""
-    rng = np.random.default_rng(0)
-    np.testing.assert_allclose(found.norms, wanted.norms, rtol=2e-2)
-    probe = rng.standard_normal(wanted.rows.n_columns).astype(np.float32)
-    for i in range(len(wanted)):
-        start, stop = int(wanted.row_offsets[i]), int(wanted.row_offsets[i + 1])
-        one, other = (np.square(f.rows.dense(start, stop) @ probe).sum() for f in (found, wanted))
-        assert abs(one - other) <= 2e-2 * abs(other), f"the Fisher of example {i} differs: {one} and {other}"
-
-
-# ---- a decomposition ----------------------------------------------------------------------------------------------
 
 
 def large_fishers(n: int, r: int, n_columns: int, entries: int, seed: int = 0) -> npeff.Fishers:

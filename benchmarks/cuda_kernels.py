@@ -3,8 +3,9 @@
 Answers are checked first, against the processor's kernels or a product in float64 on a part of the problem. Times are
 medians of single runs between device events, over inputs larger than the device's cache. Writes ``results/cuda.md``.
 
-Then Fishers of MiniLM's architecture against C − 1 plain backward passes, and a large decomposition against the
-published algorithm written with CuPy (``cuda_end_to_end.py``).
+Then Fishers of MiniLM's architecture against C − 1 plain backward passes, and of a language model's against one and
+bergson's projections (``cuda_fishers.py``); and a large decomposition against the published algorithm written with CuPy
+(``cuda_end_to_end.py``).
 
     python benchmarks/cuda_kernels.py
     python benchmarks/cuda_kernels.py --parts kernels --families selection sketches --scale 0.1 --rounds 5 --profile
@@ -18,7 +19,7 @@ import re
 import statistics
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cuda_end_to_end import decomposition_table, fishers_table
+from cuda_end_to_end import decomposition_table
+from cuda_fishers import fishers_lines, language_lines
 from npeff.kernels import cross, cuda, dispatch, nnls, sketch, sparse_gram, spmm, spread_multiply, topk
 from npeff.kernels.cuda_sketch import DeviceSketch
 from npeff.kernels.cuda_topk import DeviceTopK, plan_rows
 from npeff.kernels.sparse_gram import DEVICE_DENSE_ABOVE
 
 DEVICE = torch.device("cuda")
-PARTS = ("kernels", "fishers", "decomposition")
+PARTS = ("kernels", "fishers", "language", "decomposition")
 
 
 @dataclass
@@ -293,17 +295,30 @@ def main() -> None:
         f"--rounds {args.rounds}",
         "",
     ]
-    for part in args.parts:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for part in args.parts:
+            for found in lines_of(part, args, Path(folder)):
+                text.append(found)
+                args.out.write_text("\n".join(text))  # line by line: what fails later loses nothing
+                print(found, flush=True)
+
+
+def lines_of(part: str, args: argparse.Namespace, folder: Path) -> Iterable[str]:
+    """A part's table; if it fails, a line that says so."""
+    rounds = max(3, args.rounds // 8)
+    try:
         if part == "kernels":
-            text += kernels_table(args.scale, args.rounds, args.families, args.profile)
+            yield from kernels_table(args.scale, args.rounds, args.families, args.profile)
         elif part == "fishers":
-            with tempfile.TemporaryDirectory() as folder:
-                text += fishers_table(DEVICE, Path(folder), args.scale, max(3, args.rounds // 4))
+            yield from fishers_lines(DEVICE, folder, args.scale, rounds)
+        elif part == "language":
+            yield from language_lines(DEVICE, args.scale, rounds)
         else:
-            text += decomposition(args.scale, args.profile)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(text))  # part by part: a later one that fails loses nothing
-        print("\n".join(text[-12:]), flush=True)
+            yield from decomposition(args.scale, args.profile)
+    except Exception as error:
+        traceback.print_exc()
+        yield f"{part}: FAILED, {type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

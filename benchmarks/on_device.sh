@@ -78,12 +78,12 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >>"$out/summary
 figures() { "$python" benchmarks/cuda_kernels.py --scale "$scale" --out "$out/$1.md" "${@:2}"; }
 export -f figures
 part build 60 bash -c build
-part tests 110 bash -c gpu_tests
-part kernels 70 bash -c "figures kernels --parts kernels --rounds 10 --profile"
-part memcheck 45 bash -c "sanitizer memcheck"
-part racecheck 45 bash -c "sanitizer racecheck"
-part fishers 90 bash -c "figures fishers --parts fishers language"
+part tests 100 bash -c gpu_tests
+part kernels 60 bash -c "figures kernels --parts kernels --rounds 10 --profile"
+part memcheck 40 bash -c "sanitizer memcheck"
+part racecheck 40 bash -c "sanitizer racecheck"
+part fishers 120 bash -c "figures fishers --parts fishers language"
 part decomposition 80 bash -c "figures decomposition --parts decomposition --profile"
-part profiles 30 bash -c profiles
+part profiles 35 bash -c profiles
 echo "== summary"
 cat "$out/summary.txt"

@@ -88,7 +88,8 @@ def compute_fishers(
             :func:`npeff.distributed.compute_fishers` does so, and joins what they made.
         memory: Bytes (``"4GB"`` is as good as a number) that a batch may take for activations, cotangents and output
             gradients; larger batches are cut, whatever their size, with the same result, at most to single examples.
-            None: activations are not bounded, cotangents and output gradients by 512 MB.
+            None: activations are not bounded, cotangents and output gradients by 512 MB, on a CUDA device by a quarter
+            of its free memory if that is more.
         progress: Show a progress bar on stderr.
 
     Returns:
