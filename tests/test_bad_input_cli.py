@@ -7,9 +7,9 @@ import torch
 import npeff
 from npeff.cli import run
 from npeff.errors import ArgumentError, ModelError, StorageError
-from npeff.fishers import Fishers
-from npeff.rows import DenseRows
-from npeff.targets import load_model
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.rows import DenseRows
+from npeff.models.targets import load_model
 from test_report import components_of
 
 RNG = np.random.default_rng(0)

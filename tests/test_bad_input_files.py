@@ -11,8 +11,9 @@ import torch
 from safetensors.numpy import load_file
 
 import npeff
+from npeff.components.loading import describe
 from npeff.errors import ArgumentError, StorageError
-from npeff.storage import describe, refuse_npeff_file
+from npeff.storage import refuse_npeff_file
 from npeff.storage.files import atomic, check_target, explain
 from test_report import components_of
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import npeff
-from npeff.compress import TopK
-from npeff.computation import compute_fishers
 from npeff.errors import ArgumentError, DataError, ResumeError
+from npeff.fishers.compress import TopK
+from npeff.fishers.computation import compute_fishers
 from small_network import N, Y, fishers_of, model, x
 
 __all__ = ["model", "x"]  # fixtures
@@ -124,7 +124,8 @@ def test_progress_goes_to_stderr_and_can_be_silenced(
 
 @pytest.mark.parametrize("options", [{"compress": npeff.GramOnly()}, {"energy": 0.9}, {"basis": "class"}])
 def test_cotangents_of_pieces_are_those_of_the_batch(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from npeff.gradients import budget, exact_gram
+    from npeff.fishers import exact_gram
+    from npeff.gradients import budget
     from npeff.perturbation import data_fisher
 
     torch.manual_seed(0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from npeff.compress import TopK
 from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.fishers.compress import TopK
 from small_network import fishers_of, model, x
 
 __all__ = ["model", "x"]  # fixtures

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import npeff
-from npeff.gradients.collect import Collector
+from npeff.fishers.collect import Collector
 from npeff.gradients.factors import Factors
 from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import StreamingSketch, StreamingTopK, cross, csr_transpose, dispatch, spmm, spread_multiply
-from npeff.parameters import Parameters
+from npeff.models.parameters import Parameters
 from planted import fishers_of, planted, sparse
 from sparse_cases import skewed
 from test_shared_logic_device import Words, same
@@ -136,7 +136,7 @@ def test_decompositions(space: Any, form: str, dtype: Any, memory: str | None) -
     here = npeff.decompose(fishers, **options)
     there = npeff.decompose(fishers, **options, device="cuda")
     assert there.loss == pytest.approx(here.loss, abs=1e-4)
-    more = there.expand(fishers, 1, space=space, dtype=dtype, progress=False, device="cuda")
+    more = npeff.expand(there, fishers, 1, space=space, dtype=dtype, progress=False, device="cuda")
     assert more.loss <= there.loss + 1e-4
 
 

@@ -20,9 +20,11 @@ import torch
 
 import npeff
 from npeff.companions.influence.scores import Scores
+from npeff.components.loading import describe, load
+from npeff.decomposition.checkpoint import Checkpoint
 from npeff.errors import ArgumentError, DataError, StorageError
-from npeff.solver.checkpoint import Checkpoint
-from npeff.storage import container, contents, describe, load
+from npeff.fishers import contents
+from npeff.storage import container
 from npeff.storage.documents import parse_json, read_json
 from planted import planted
 from stored_samples import assert_same, components_of, fishers_of, write_by_hand

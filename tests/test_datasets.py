@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from npeff import datasets, models
 from npeff.errors import ArgumentError, DataError, StorageError, TruncatedFileError
+from npeff.models import datasets
+from npeff.models import networks as models
 
 
 def write_idx(path, array, code):

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import npeff
-from npeff.rows import DenseRows
-from npeff.solver.scaling import scale
+from npeff.fishers.rows import DenseRows
+from npeff.fishers.scaling import scale
 from planted import best_cosines, fishers_of, planted, random_rows, sparse
 
 QUICK = {"starts": 2, "moves": 4, "progress": False}
@@ -234,14 +234,14 @@ def test_expand_keeps_the_frozen_components(kind: str) -> None:
     fishers = example_fishers(kind, "sparse")
     few = npeff.decompose(fishers, 3, **QUICK)
     for space in ("gram", "sparse"):
-        more = few.expand(fishers, 2, space=space, **QUICK)
+        more = npeff.expand(few, fishers, 2, space=space, **QUICK)
         for j in range(3):
             np.testing.assert_allclose(np.abs(more.vector(j) @ few.vector(j)), 1, atol=1e-5)
         assert more.loss < few.loss
         assert more.loss == pytest.approx(dense_loss(more, fishers), rel=1e-3)
-    kept = few.expand(fishers, 2, keep_coefficients=True, **QUICK)
+    kept = npeff.expand(few, fishers, 2, keep_coefficients=True, **QUICK)
     np.testing.assert_allclose(kept.coefficients[:, :3], few.coefficients, atol=1e-6)
-    other = few.expand(example_fishers(kind, "sparse", seed=5), 1, **QUICK)
+    other = npeff.expand(few, example_fishers(kind, "sparse", seed=5), 1, **QUICK)
     assert other.n_components == 4
 
 
@@ -348,7 +348,7 @@ def test_kept_coefficients_need_the_same_examples() -> None:
     fishers = example_fishers()
     components = npeff.decompose(fishers, 3, **QUICK)
     with pytest.raises(npeff.ArgumentError, match="keep_coefficients"):
-        components.expand(fishers[::-1], 1, keep_coefficients=True, **QUICK)
+        npeff.expand(components, fishers[::-1], 1, keep_coefficients=True, **QUICK)
 
 
 def test_rows_of_any_size_get_unit_norm() -> None:
@@ -377,8 +377,8 @@ def test_fishers_too_small_for_float32_count_as_zero(kind: str) -> None:
 
 
 def held_by_decompose(rank: int, kind: str, memory: int) -> tuple[int, str]:
+    from npeff.fishers.rows import DenseRows, SparseRows
     from npeff.planning.peak import Peak, settled_bytes
-    from npeff.rows import DenseRows, SparseRows
     from planted import fishers_of
 
     rng = np.random.default_rng(0)

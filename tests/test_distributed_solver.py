@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import npeff
-from npeff.distributed import place
-from npeff.distributed.blocks import edges
+from npeff.decomposition import place
+from npeff.decomposition.blocks import edges
 from planted import fishers_of, planted, sparse
 from processes import all_returned, run
 
@@ -84,12 +84,12 @@ def test_components_are_those_of_one_process(tmp_path, case, size):
 
 def traffic(rank: int, path: str, r: int, kind: str) -> list[int]:
     """Numbers exchanged by each of three steps."""
-    from npeff.distributed.blocks import scaled_block
-    from npeff.distributed.sharded_space import ShardedSpace
-    from npeff.solver.diagonal import Diagonal
-    from npeff.solver.low_rank import LowRank
-    from npeff.solver.options import Options
-    from npeff.solver.spaces import SparseSpace
+    from npeff.decomposition.blocks import scaled_block
+    from npeff.decomposition.diagonal import Diagonal
+    from npeff.decomposition.low_rank import LowRank
+    from npeff.decomposition.options import Options
+    from npeff.decomposition.sharded_space import ShardedSpace
+    from npeff.decomposition.spaces import SparseSpace
 
     group = npeff.distributed.connect()
     _, scaled, _, place = scaled_block(npeff.load(path), Options(r), group, torch.device("cpu"))
@@ -120,7 +120,7 @@ def test_a_step_exchanges_r_times_d_plus_r_numbers(tmp_path, kind, scalars):
 
 
 def dies_at(rank: int, path: str, checkpoint: str, victim: int, iteration: int, options: dict) -> bool:
-    from npeff.solver import low_rank
+    from npeff.decomposition import low_rank
 
     step, count = low_rank.LowRank.step, 0
 

@@ -11,7 +11,7 @@ import torch
 
 import npeff
 from far_device import FarTensor, far_device
-from npeff.rows import DenseRows
+from npeff.fishers.rows import DenseRows
 from planted import fishers_of, planted, sparse
 from played_device import kernels
 from test_shared_logic_device import Words, same
@@ -82,7 +82,7 @@ def test_tiles_are_not_waited_for(device: Any, monkeypatch: pytest.MonkeyPatch, 
     """However many blocks a batch comes in, the device is waited for as often; exact rows are copied, in order."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 4)).eval().to("cuda")
-    monkeypatch.setattr("npeff.digests.model_digest", lambda model: "")  # made from time to time
+    monkeypatch.setattr("npeff.models.digests.model_digest", lambda model: "")  # made from time to time
     mode, waits, calls = device[0], [], []
     for elements in (1 << 20, 60):
         monkeypatch.setattr("npeff.gradients.tiles.TILE_ELEMENTS", elements)
@@ -110,7 +110,7 @@ def test_decompositions(device: Any, space: Any, form: str, kind: Any) -> None:
     here = npeff.decompose(fishers, **options)
     there = npeff.decompose(fishers, **options, device="cuda")
     assert there.loss == pytest.approx(here.loss, abs=2e-3)
-    more = there.expand(fishers, 1, space=space, moves=2, progress=False, device="cuda")
+    more = npeff.expand(there, fishers, 1, space=space, moves=2, progress=False, device="cuda")
     assert more.loss <= there.loss + 1e-3
     if space == "sparse":
         published = npeff.PublishedOptions(learning_rate=1e-3, g_only=3, joint=4, log_every=7)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from npeff.companions.influence import EKFAC, ConjugateGradients, CrossLossInfluence, EmpiricalFisher
-from npeff.compress import GramOnly, Sketch, TopK
-from npeff.computation import compute_fishers
 from npeff.errors import ModelError
+from npeff.fishers.compress import GramOnly, Sketch, TopK
+from npeff.fishers.computation import compute_fishers
 from npeff.gradients import selfcheck
 from npeff.perturbation import mean_fisher
 from oracles import dense_fishers, dense_jacobians

@@ -7,8 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from npeff.growing_rows import GrowingArray, GrowingRows, concatenate
-from npeff.rows import DenseRows, SparseRows
+from npeff.fishers.growing_rows import GrowingArray, GrowingRows, concatenate
+from npeff.fishers.rows import DenseRows, SparseRows
 from planted import sparse
 
 

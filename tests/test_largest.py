@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import npeff
-from npeff.gradients import largest
+from npeff.fishers import largest
 from npeff.gradients.tiles import Pairs
 from npeff.kernels import NonFiniteError, StreamingTopK, available, topk, use
-from npeff.parameters import Parameters
+from npeff.models.parameters import Parameters
 
 
 @pytest.fixture(params=available())

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from npeff import datasets, models
 from npeff.companions.linearize import linearize
 from npeff.errors import ArgumentError, ModelError
+from npeff.models import datasets
+from npeff.models import networks as models
 
 
 class Block(nn.Module):

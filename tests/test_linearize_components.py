@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import npeff
-from npeff import datasets, models
 from npeff.companions.linearize import attribute_component, contribution_grid, save_figure
 from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.models import datasets
+from npeff.models import networks as models
 
 
 def network():

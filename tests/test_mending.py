@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import npeff
-from npeff.batches import read_batch
-from npeff.mending.bench import Bench, _parts, mend
-from npeff.mending.objective import Directions, Objective
+from npeff.batches.batches import read_batch
+from npeff.perturbation.mending.bench import Bench, _parts, mend
+from npeff.perturbation.mending.objective import Directions, Objective
 from npeff.perturbation.weights import Weights, applied
 
 
@@ -106,7 +106,7 @@ def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
 @pytest.mark.parametrize("by_layer", [True, False])
 def test_nothing_is_changed_when_the_tolerance_forbids_it(shortcut, monkeypatch, by_layer) -> None:
     model, data, components, fooled = shortcut
-    monkeypatch.setattr("npeff.mending.search.Judge.within", lambda self, c: False)
+    monkeypatch.setattr("npeff.perturbation.mending.search.Judge.within", lambda self, c: False)
     mending = mend(
         model, data, components, 0, repair=np.flatnonzero(fooled), progress=False, by_layer=by_layer, iterations=2
     )

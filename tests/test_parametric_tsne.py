@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import squareform
 from torch import nn
 
-from npeff import datasets
 from npeff.companions.linearize import ParametricTSNE
 from npeff.companions.linearize.affinities import (
     conditional_probabilities,
@@ -21,6 +20,7 @@ from npeff.companions.linearize.affinities import (
     squared_distances,
 )
 from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.models import datasets
 
 
 def blobs(n=90, d=6, seed=0):

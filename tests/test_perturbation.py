@@ -11,13 +11,13 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import npeff
+from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.perturbation.directions import random_direction
 from npeff.perturbation.effect import CONTROLS
 from npeff.perturbation.magnitude import find_magnitude
 from npeff.perturbation.measures import FIGURES, Interval, of_draws
 from npeff.perturbation.outputs import correct, curvature, divergence, flipped
-from npeff.strategies import Strategy
 from test_perturbation_cases import batches, components_of, deep, fishers_of, flat, linear, same, state
 
 QUICK = {"n_random": 0, "curve": 0, "n_resamples": 0, "progress": False, "top": 5}
@@ -461,7 +461,7 @@ def test_data_that_is_not_that_of_the_fishers(case):
         npeff.perturb(model, data[:1], components, 0, **QUICK)
     with pytest.raises(DataError, match="generator may be used up"):
         npeff.perturb(model, iter([]), components, 0, **QUICK)
-    known = {"fishers": {"options": {}, "model_digest": npeff.digests.model_digest(model)}}
+    known = {"fishers": {"options": {}, "model_digest": npeff.models.digests.model_digest(model)}}
     stamped = replace(components, provenance=known)
     assert npeff.perturb(model, data, stamped, 0, **QUICK).ratio > 1
     with pytest.raises(DataError, match="have other outputs than when the Fishers were computed, although"):

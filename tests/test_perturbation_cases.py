@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from npeff import Components
-from npeff.parameters import Parameters
+from npeff.models.parameters import Parameters
 from oracles import dense_fishers, dense_jacobians
 
 

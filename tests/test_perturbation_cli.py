@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import npeff
-from npeff import datasets, models
 from npeff.cli import run
+from npeff.models import datasets
+from npeff.models import networks as models
 
 SOURCE = """
 import torch

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import npeff
+from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError
 from npeff.perturbation import interpolation
 from npeff.perturbation.outputs import divergence
-from npeff.strategies import Strategy
 from test_perturbation_cases import batches, components_of, deep, fishers_of, flat, same, state
 
 QUICK = {"n_random": 0, "curve": 0, "n_resamples": 0, "progress": False, "top": 6}

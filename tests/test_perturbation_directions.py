@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.perturbation import direction
 from npeff.perturbation.directions import CHUNK, Directions, random_direction
 from npeff.perturbation.subjects import moves_of, subject_of
-from npeff.strategies import Strategy
 from test_perturbation_cases import batches, components_of, linear
 
 
@@ -100,7 +100,7 @@ def test_many_columns_in_chunks():
     rng = np.random.default_rng(0)
     m = CHUNK + 1234
     base = components_of(linear(), batches(30, 8))
-    from npeff.parameters import Parameters
+    from npeff.models.parameters import Parameters
 
     G = rng.normal(size=(3, m))
     some = with_vectors(base, G, parameters=Parameters.of([("a", (m,))]), coefficients=base.coefficients[:, :3])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from npeff.batches import call_model
+from npeff.batches.batches import call_model
 from npeff.errors import DataError
 from npeff.perturbation.examples import Examples
 

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from npeff.components.loading import describe, load
+from npeff.components.published import describe_published, read_published, write_published
 from npeff.errors import ArgumentError, ForeignFileError, StorageError, TruncatedFileError
-from npeff.fishers import Fishers
-from npeff.parameters import Parameters
-from npeff.rows import DenseRows
-from npeff.storage import describe, load
-from npeff.storage.published import LAYOUTS, describe_published, read_published, write_published
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.rows import DenseRows
+from npeff.models.parameters import Parameters
+from npeff.storage.recognition import LAYOUTS
 from stored_samples import (
     COLUMNS,
     VECTORS,

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from npeff.components import Components
+from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, StorageError
-from npeff.parameters import Parameters
+from npeff.models.parameters import Parameters
 from npeff.reports import report
 from npeff.reports.summary import summarise
 from npeff.reports.text import excerpt

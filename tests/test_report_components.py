@@ -18,8 +18,8 @@ from npeff.companions import rollback
 from npeff.companions.influence import component_influence, cross_entropy, minimise
 from npeff.companions.linearize import attribute_component, attribute_top_examples
 from npeff.errors import ArgumentError, DataError
+from npeff.models.targets import load_data, load_model
 from npeff.reports import load_extras, save_extras
-from npeff.targets import load_data, load_model
 from test_report import Page
 
 DECAY = 1e-2

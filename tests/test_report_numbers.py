@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
-from npeff.parameters import Parameters
+from npeff.models.parameters import Parameters
 from npeff.reports.energy import block_map, check_heads, head_map, place
 from npeff.reports.groups import group_of_each, silhouette, tree_of
 from npeff.reports.layout import affinities, positions
 from npeff.reports.relations import closest, coactivation, explained_shares
 from npeff.reports.selection import at_random, middle
 from npeff.reports.summary import summarise
-from npeff.strategies import Strategy
 from test_report import PARAMETERS, components_of
 
 RNG = np.random.default_rng(0)

@@ -20,7 +20,7 @@ import pytest
 
 def write_with_writer(out: Path, n_batches: int = 12, pause: float = 0.004) -> None:
     """Batches with little sleeps, in shards of one or two."""
-    from npeff.storage.shards import FisherWriter
+    from npeff.fishers.shards import FisherWriter
     from stored_samples import blocks_of, fishers_of, header_of
 
     fishers = fishers_of(ranks=(2, 1, 3) * n_batches)
@@ -37,8 +37,8 @@ def write_with_model(out: Path | None) -> None:
     """compute_fishers of a tiny model, twelve batches, a shard each."""
     import torch
 
-    from npeff.computation import compute_fishers
-    from npeff.storage.shards import FisherWriter
+    from npeff.fishers.computation import compute_fishers
+    from npeff.fishers.shards import FisherWriter
 
     defaults = FisherWriter.__init__.__kwdefaults__
     assert defaults is not None
@@ -113,7 +113,7 @@ def die_at(step: int) -> None:
 
 
 def examples_on_disk(out: Path) -> int:
-    from npeff.storage import describe
+    from npeff.components.loading import describe
 
     return describe(out)["n_examples"] if out.exists() or Path(f"{out}.parts").exists() else 0
 
@@ -182,7 +182,7 @@ def test_killed_before_and_after_every_change_of_the_disk(tmp_path):
 
 
 def test_compute_fishers_killed_at_twenty_random_moments(tmp_path):
-    pytest.importorskip("npeff.computation", reason="compute_fishers is not built yet")
+    pytest.importorskip("npeff.fishers.computation", reason="compute_fishers is not built yet")
     report = run("model", tmp_path, 20, every_step=False)
     assert report["killed"] == 20
     assert len(set(report["resumed_with"])) >= 4

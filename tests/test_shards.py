@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from npeff.components.loading import describe, load
 from npeff.errors import (
     ArgumentError,
     DataError,
@@ -25,10 +26,10 @@ from npeff.errors import (
     StorageError,
     TruncatedFileError,
 )
-from npeff.fishers import FisherBlock
-from npeff.rows import SparseRows
-from npeff.storage import describe, files, load
-from npeff.storage.shards import FisherWriter
+from npeff.fishers.fishers import FisherBlock
+from npeff.fishers.rows import SparseRows
+from npeff.fishers.shards import FisherWriter
+from npeff.storage import files
 from stored_samples import assert_same, blocks_of, fishers_of, header_of
 
 FISHERS = fishers_of(ranks=(2, 1, 3, 0, 2, 2, 1, 1))

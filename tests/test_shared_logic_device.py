@@ -13,9 +13,9 @@ from torch import nn
 
 import npeff
 from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.fishers.rows import SparseRows
 from npeff.kernels import NonFiniteError, StreamingSketch, StreamingTopK, sketch, sketch_csr, topk
 from npeff.kernels.cuda_sketch import hadamard
-from npeff.rows import SparseRows
 from played_device import PlayedCuda, played
 from sparse_cases import skewed
 
@@ -197,7 +197,7 @@ def test_the_writers_error_comes_back_and_the_work_is_resumed(
     device: PlayedCuda, monkeypatch: pytest.MonkeyPatch, model: Words, data: list[torch.Tensor], tmp_path: Path
 ) -> None:
     from npeff.errors import StorageError
-    from npeff.storage.shards import FisherWriter
+    from npeff.fishers.shards import FisherWriter
 
     append, calls = FisherWriter.append, 0
 
@@ -220,7 +220,7 @@ def test_the_writers_error_comes_back_and_the_work_is_resumed(
 def test_a_model_that_changes_is_noticed_by_the_writers_thread(
     device: PlayedCuda, monkeypatch: pytest.MonkeyPatch, data: list[torch.Tensor], tmp_path: Path
 ) -> None:
-    from npeff.storage.shards import FisherWriter
+    from npeff.fishers.shards import FisherWriter
 
     assert FisherWriter.__init__.__kwdefaults__ is not None
     monkeypatch.setitem(FisherWriter.__init__.__kwdefaults__, "shard_bytes", 1)

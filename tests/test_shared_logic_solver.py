@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import npeff
+from npeff.decomposition.choice import choose_space
 from npeff.errors import ArgumentError
+from npeff.fishers import device_products, row_products
+from npeff.fishers.device_products import ENTRY_BYTES, ahead
+from npeff.fishers.rows import DenseRows, SparseRows
+from npeff.fishers.streamed_rows import StreamedRows
 from npeff.kernels import csr_transpose, sparse_gram, spmm
 from npeff.kernels.sparse_gram import add_gram_, mirror_
-from npeff.rows import DenseRows, SparseRows
-from npeff.solver import device_products, row_products
-from npeff.solver.choice import choose_space
-from npeff.solver.device_products import ENTRY_BYTES, ahead
-from npeff.streamed_rows import StreamedRows
 from planted import planted
 from played_device import played
 from sparse_cases import skewed
@@ -116,7 +116,7 @@ def test_decompositions(monkeypatch: pytest.MonkeyPatch, space: Any, form: str) 
     here = npeff.decompose(fishers, **options)
     with played(monkeypatch) as module:
         there = npeff.decompose(fishers, **options)
-        more = there.expand(fishers, 1, space=space, progress=False)
+        more = npeff.expand(there, fishers, 1, space=space, progress=False)
     assert there.loss == pytest.approx(here.loss, abs=1e-4)
     assert np.abs((here.vectors * there.vectors).sum(1)).min() > 0.999
     assert more.loss <= there.loss + 1e-4

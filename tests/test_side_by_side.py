@@ -21,7 +21,7 @@ from npeff.errors import StorageError, Terminated
 from npeff.reports import collage, latex
 from npeff.reports.parts_folder import MARKER
 from npeff.storage.files import atomic
-from npeff.termination import ending_in_order
+from npeff.storage.termination import ending_in_order
 from planted import planted
 from processes import run
 
@@ -295,7 +295,7 @@ def test_the_command_saves_the_open_shard(tmp_path, number):
     (tmp_path / "work.py").write_text(SOURCE)
     (tmp_path / "kill").write_text(str(int(number)))
     assert run(1, by_command, str(tmp_path)) == [("returned", 128 + number)]
-    from npeff.storage import describe
+    from npeff.components.loading import describe
 
     assert describe(tmp_path / "f.h5")["n_examples"] == 16
     (tmp_path / "kill").unlink()

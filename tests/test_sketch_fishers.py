@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import npeff
-from npeff.compress import GramOnly, Sketch, TopK
+from npeff.components.recovery import sketch_vectors
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
+from npeff.fishers.compress import GramOnly, Sketch, TopK
 from npeff.kernels import set_num_threads
-from npeff.recovery import sketch_vectors
 from planted import best_cosines
 
 
@@ -80,8 +80,9 @@ def test_two_sided_parameters_come_from_their_factors(
     model: Small, data: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Formed or not, it is one sketch; and here it is not formed."""
-    from npeff.gradients import collect, tiles
-    from npeff.gradients.sketched import Sketched
+    from npeff.fishers import collect
+    from npeff.fishers.sketched import Sketched
+    from npeff.gradients import tiles
 
     sketch, taken = Sketch(16, form="kronecker"), []
     put = Sketched.put_pairs
@@ -135,7 +136,7 @@ def test_sketches_are_stored_and_resumed(model: Small, data: list[torch.Tensor],
     assert isinstance(opened, npeff.Fishers) and opened.sketch == Sketch(64, seed=5)
     np.testing.assert_array_equal(opened.rows.values, whole.rows.values)
     with pytest.raises(StorageError, match="published"):
-        from npeff.storage.published import write_published
+        from npeff.components.published import write_published
 
         write_published(opened, tmp_path / "theirs.h5")
 
@@ -189,7 +190,7 @@ class Images(nn.Module):
 
 @pytest.mark.parametrize("contract", [True, False])
 def test_inner_products_of_every_form_of_layer(contract: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from npeff.gradients import exact_gram, gram_parts
+    from npeff.fishers import exact_gram, gram_parts
 
     torch.manual_seed(0)
     model = Images().eval()
@@ -297,7 +298,7 @@ def test_recovery_refuses_what_is_not_the_same(model: Small, data: list[torch.Te
         components.recover(model, data, [2])
     fishers = compute(model, data, Sketch(64))
     with pytest.raises(ArgumentError, match="expanded"):
-        components.expand(fishers, 1, **options).recover(model, data)
+        npeff.expand(components, fishers, 1, **options).recover(model, data)
     with pytest.raises(ArgumentError, match="compression"):
         components.encode(exact)
     with pytest.raises(ArgumentError, match="compression"):
@@ -310,7 +311,7 @@ def test_sketched_components_encode_and_expand(model: Small, data: list[torch.Te
     encoded = components.encode(fishers)
     assert encoded.kkt.max() < 1e-5
     np.testing.assert_allclose(encoded.unexplained.mean(), components.loss, atol=1e-3)
-    larger = components.expand(fishers, 2, starts=1, moves=1, progress=False)
+    larger = npeff.expand(components, fishers, 2, starts=1, moves=1, progress=False)
     np.testing.assert_allclose(larger.vectors[:3], components.vectors, atol=1e-6)
     assert larger.loss < components.loss
     inner = npeff.decompose(compute(model, data, GramOnly()), 3, starts=1, moves=1, progress=False)

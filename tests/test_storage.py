@@ -18,13 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planted
+from npeff.components import loading
+from npeff.components.loading import describe, load
 from npeff.errors import ArgumentError, ForeignFileError, NewerFileError, StorageError, TruncatedFileError
-from npeff.fishers import Fishers
-from npeff.growing_rows import concatenate
-from npeff.parameters import Parameters
-from npeff.rows import DenseRows, SparseRows
-from npeff.storage import container, describe, files, hdf5, load, save_fishers, store
-from npeff.storage.store import write_fishers
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.growing_rows import concatenate
+from npeff.fishers.rows import DenseRows, SparseRows
+from npeff.fishers.saving import save_fishers, write_fishers
+from npeff.models.parameters import Parameters
+from npeff.storage import container, files, hdf5
 from stored_samples import (
     M,
     assert_same,
@@ -377,7 +379,7 @@ def test_components_round_trip(tmp_path, saved, kind, columns, monkeypatch):
     again = load(path, verify=True)
     assert_same_components(again, components)
     again.coefficients[0] = 9  # small ones are read: a private copy
-    monkeypatch.setattr(store, "READ_BYTES", 0)
+    monkeypatch.setattr(loading, "READ_BYTES", 0)
     mapped = load(path)
     assert isinstance(mapped.vectors, np.memmap)
     assert_same_components(mapped, components)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import npeff
-from npeff.rows import DenseRows
-from npeff.solver.spaces import GramSpace, SparseSpace
-from npeff.solver.subspace import find_subspace, widen
+from npeff.decomposition.spaces import GramSpace, SparseSpace
+from npeff.decomposition.subspace import find_subspace, widen
+from npeff.fishers.rows import DenseRows
 from planted import planted
 
 
@@ -64,7 +64,7 @@ def test_the_polish_in_subspaces_ends_where_one_over_all_rows_does(monkeypatch, 
     fishers, _, _ = planted(200, 6, 400, 0.3, 3)
     options = {"space": space, "starts": 1, "moves": 3, "progress": False, "tolerance": 1e-6}
     components = npeff.decompose(fishers, 6, **options)
-    monkeypatch.setattr("npeff.solver.coarse.Coarse.widened", lambda self, state: None)
+    monkeypatch.setattr("npeff.decomposition.coarse.Coarse.widened", lambda self, state: None)
     plain = npeff.decompose(fishers, 6, **options)
     assert components.provenance["course"]["subspace"]["dimensions"] <= 256
     assert components.loss == pytest.approx(plain.loss, rel=1e-5)

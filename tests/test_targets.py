@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from npeff.errors import ArgumentError, DataError, ModelError
-from npeff.targets import load_data, load_model, load_object
+from npeff.models.targets import load_data, load_model, load_object
 
 SOURCE = """
 import torch

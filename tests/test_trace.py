@@ -10,11 +10,11 @@ from PIL import Image
 from torch import nn
 
 import npeff
+from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
-from npeff.parameters import Parameters
+from npeff.models.parameters import Parameters
 from npeff.perturbation.groups import REST, Part, resolve, rest, restricted
 from npeff.perturbation.outputs import divergence
-from npeff.strategies import Strategy
 from test_perturbation_cases import batches, components_of, deep, flat, linear, same, state
 
 QUICK = {"n_resamples": 0, "progress": False, "top": 6}
