@@ -13,7 +13,9 @@ from npeff.models import networks as models
 
 SOURCE = """
 import torch
-from npeff import datasets, models, heads, units
+from npeff import heads, units
+from npeff.models import datasets
+from npeff.models import networks as models
 
 def model():
     net = models.digits_cnn()

@@ -24,7 +24,7 @@ from npeff.errors import ArgumentError, ForeignFileError, NewerFileError, Storag
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.growing_rows import concatenate
 from npeff.fishers.rows import DenseRows, SparseRows
-from npeff.fishers.saving import save_fishers, write_fishers
+from npeff.fishers.saving import write_fishers
 from npeff.models.parameters import Parameters
 from npeff.storage import container, files, hdf5
 from stored_samples import (
@@ -417,7 +417,7 @@ def test_all_kept_files_of_format_1_are_there():
 
 
 def test_saving_takes_a_string(tmp_path):
-    assert save_fishers(fishers_of(), str(tmp_path / "s.h5")).exists()
+    assert fishers_of().save(str(tmp_path / "s.h5")).exists()
 
 
 @pytest.mark.parametrize("kind", [DenseRows, SparseRows])

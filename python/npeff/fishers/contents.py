@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -134,44 +134,6 @@ def check_sizes(container: Container, sizes: Sizes) -> None:
                 f"{container.path}: attribute {name!r} is damaged: expected {sizes.get(name)} as the arrays have, got "
                 f"{found}"
             )
-
-
-class StoredFishers(Protocol):
-    """What a file of Fishers holds; see :class:`npeff.Fishers`."""
-
-    @property
-    def kind(self) -> Kind: ...  # noqa: D102
-    @property
-    def rows(self) -> Rows: ...  # noqa: D102
-    @property
-    def row_offsets(self) -> Array: ...  # noqa: D102
-    @property
-    def norms(self) -> Array: ...  # noqa: D102
-    @property
-    def logits(self) -> Array: ...  # noqa: D102
-    @property
-    def parameters(self) -> Parameters: ...  # noqa: D102
-    @property
-    def provenance(self) -> dict[str, Any]: ...  # noqa: D102
-    @property
-    def coverage(self) -> list[dict[str, str]]: ...  # noqa: D102
-    def verify(self) -> None: ...  # noqa: D102
-
-
-def check_saved_fishers(saved: StoredFishers) -> None:
-    """Make sure that a file never holds what :func:`npeff.load` would refuse.
-
-    Raises:
-        ArgumentError: An array is not as the format says.
-    """
-    arrays = {field: getattr(saved, field) for field in ("row_offsets", *EXAMPLE_ARRAYS)} | row_arrays(saved.rows)
-    form = next(form for form, fields in ROWS.items() if {field.name for field in fields} <= set(arrays))
-    known = {
-        "n_parameters": saved.parameters.n_parameters,
-        "n_classes": n_classes(saved.provenance.get("options") or {}, saved.logits.shape[1]),
-        "n_rows": saved.rows.n_rows,
-    }
-    check_saved("fishers", arrays, [OFFSETS, *EXAMPLES, *row_fields(form, saved.kind)], known)
 
 
 def check_saved(name: str, arrays: dict[str, Any], fields: Iterable[Field], known: Sizes) -> None:

@@ -19,6 +19,7 @@ from npeff.fishers.contents import (
     OFFSETS,
     ROWS,
     check_provenance,
+    check_saved,
     check_sizes,
     coherent,
     described_parameters,
@@ -28,12 +29,15 @@ from npeff.fishers.contents import (
     row_fields,
 )
 from npeff.fishers.rows import DenseRows, GramRows, Kind, Rows, SparseRows
-from npeff.fishers.saving import save_fishers
+from npeff.fishers.saving import row_data, write_fishers
 from npeff.models.parameters import Parameters
 from npeff.short_repr import short_repr
 from npeff.storage.container import VERIFY_BYTES, Container
 from npeff.storage.documents import expect
 from npeff.storage.fields import Sizes, check_arrays, check_shapes, refuse
+from npeff.storage.files import atomic, path_of
+from npeff.storage.hdf5 import Data
+from npeff.storage.recognition import check_replaceable
 
 Array = npt.NDArray[Any]
 
@@ -231,11 +235,37 @@ class Fishers:
         return self[(self.predictions != self.labels) == wrong]
 
     def save(self, path: str | Path) -> Path:
-        """Write to an HDF5 file (see :mod:`npeff.storage`).
+        """Write to an HDF5 file (:mod:`npeff.fishers.saving` says what it holds).
 
-        An existing file is replaced only once the new one is whole.
+        The file appears whole or not at all. An existing file is replaced only if it, too, holds npeff Fishers.
+
+        Args:
+            path: Where; the rows may themselves be mapped from there.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            ArgumentError: An array holds what no Fishers have, such as NaN; says which.
+            StorageError: The file cannot be written there; what was there is untouched.
         """
-        return save_fishers(self, path)
+        path = path_of(path)
+        check_replaceable(path, lambda found: found.content == "fishers", "Fishers saved by npeff")
+        header = {"kind": self.kind, "parameters": self.parameters.to_json(), "provenance": self.provenance}
+        data = [Data.of("row_offsets", self.row_offsets, np.int64)]
+        data += [Data.of(name, getattr(self, name), dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
+        self.verify()
+        arrays = {name: getattr(self, name) for name in ("row_offsets", *EXAMPLE_ARRAYS)} | row_arrays(self.rows)
+        form = next(form for form, fields in ROWS.items() if {field.name for field in fields} <= set(arrays))
+        known: Sizes = {
+            "n_parameters": self.n_parameters,
+            "n_classes": n_classes(self.provenance.get("options") or {}, self.logits.shape[1]),
+            "n_rows": self.rows.n_rows,
+        }
+        check_saved("fishers", arrays, [OFFSETS, *EXAMPLES, *row_fields(form, self.kind)], known)
+        with atomic(path) as scratch:
+            write_fishers(scratch, header, self.coverage, None, data + row_data(self.rows))
+        return path
 
 
 def fishers_in(container: Container, *, verify: bool = False) -> Fishers:

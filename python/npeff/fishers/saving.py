@@ -28,13 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from npeff.fishers.contents import EXAMPLE_ARRAYS, StoredFishers, check_saved_fishers
 from npeff.fishers.rows import DenseRows, GramRows, Rows
 from npeff.models.parameters import Parameters
 from npeff.storage.container import write_container
-from npeff.storage.files import atomic, path_of
 from npeff.storage.hdf5 import Data
-from npeff.storage.recognition import check_replaceable
 
 
 def index_dtype(n_columns: int) -> np.dtype[Any]:
@@ -79,39 +76,3 @@ def row_data(rows: Rows) -> list[Data]:
         Data.of("rows/indices", rows.indices, index_dtype(rows.n_columns)),
         Data.of("rows/values", rows.values, np.float32),
     ]
-
-
-def save_fishers(fishers: StoredFishers, path: Path | str) -> Path:
-    """Write Fishers to an HDF5 file.
-
-    The file appears whole or not at all. An existing file is replaced only if it, too, holds npeff Fishers.
-
-    Args:
-        fishers: What to save; may itself be mapped from ``path``.
-        path: Where.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        ArgumentError: An array holds what no Fishers have, such as NaN; says which.
-        StorageError: The file cannot be written there; what was there is untouched.
-    """
-    path = path_of(path)
-    check_replaceable(
-        path,
-        lambda found: found.content == "fishers",
-        "Fishers saved by npeff",
-    )
-    header = {
-        "kind": fishers.kind,
-        "parameters": fishers.parameters.to_json(),
-        "provenance": fishers.provenance,
-    }
-    arrays = [Data.of("row_offsets", fishers.row_offsets, np.int64)]
-    arrays += [Data.of(name, getattr(fishers, name), dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
-    fishers.verify()
-    check_saved_fishers(fishers)
-    with atomic(path) as scratch:
-        write_fishers(scratch, header, fishers.coverage, None, arrays + row_data(fishers.rows))
-    return path
