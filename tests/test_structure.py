@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import npeff
 from structure import FLOORS, circles, imports, late_imports, modules, upward
 
 STILL_LATE = {
@@ -33,3 +34,8 @@ def test_imports_in_functions_and_for_annotations_are_counted() -> None:
     found = {(one.source, one.target, one.late) for one in imports()}
     assert ("cli.tables", "components.components", False) in found  # under TYPE_CHECKING
     assert any(late and source.startswith("cli.") for source, _, late in found)
+
+
+def test_no_module_has_the_name_of_a_public_function() -> None:
+    """Such a module would take the function's place once it is imported."""
+    assert not {name.split(".")[0] for name in modules()} & set(npeff.__all__)
