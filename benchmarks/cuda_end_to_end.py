@@ -15,9 +15,9 @@ import torch
 
 import npeff
 from machine import synchronize
-from npeff.parameters import Parameters
-from npeff.rows import SparseRows
-from npeff.solver.scaling import scale
+from npeff.fishers.rows import SparseRows
+from npeff.fishers.scaling import scale
+from npeff.models.parameters import Parameters
 
 
 def large_fishers(n: int, r: int, n_columns: int, entries: int, seed: int = 0) -> npeff.Fishers:

@@ -14,7 +14,7 @@ import scipy.sparse
 import torch
 
 import npeff
-from npeff.solver.scaling import scale
+from npeff.fishers.scaling import scale
 from played_device import played
 
 CPU = torch.device("cpu")
