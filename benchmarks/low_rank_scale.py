@@ -30,7 +30,7 @@ import low_rank_growth
 import npeff
 from low_rank import processor, recomputed_loss
 from npeff import datasets, models
-from npeff.planning.peak import Peak
+from npeff.memory import Peak
 from npeff.solver.published_algorithm import DivergedError
 
 HERE = Path(__file__).parent

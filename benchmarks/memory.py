@@ -24,8 +24,8 @@ from torch import nn
 
 import npeff
 from machine import description
+from npeff.memory import Peak, settled_bytes
 from npeff.parameters import Parameters
-from npeff.planning.peak import Peak, settled_bytes
 from npeff.rows import DenseRows, Rows, SparseRows
 
 R = 16

@@ -25,7 +25,7 @@ import torch
 from npeff.distributed.communicator import LOCAL, Group
 from npeff.distributed.place import Place
 from npeff.distributed.sharded_space import ShardedSpace
-from npeff.planning.peak import Peak
+from npeff.memory import Peak
 from npeff.rows import DenseRows
 from npeff.solver.low_rank import LowRank
 from npeff.solver.scaling import ScaledRows

@@ -377,7 +377,7 @@ def test_fishers_too_small_for_float32_count_as_zero(kind: str) -> None:
 
 
 def held_by_decompose(rank: int, kind: str, memory: int) -> tuple[int, str]:
-    from npeff.planning.peak import Peak, settled_bytes
+    from npeff.memory import Peak, settled_bytes
     from npeff.rows import DenseRows, SparseRows
     from planted import fishers_of
 

@@ -19,7 +19,7 @@ import torch
 import npeff
 from npeff import trust
 from npeff.gradients.factors import FactorOptions, factorise
-from npeff.planning.peak import Peak
+from npeff.memory import Peak
 
 HERE = Path(__file__).parent
 T = TypeVar("T")
