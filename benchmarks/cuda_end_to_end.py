@@ -17,9 +17,9 @@ from torch import nn
 
 import machine
 import npeff
-from npeff.parameters import Parameters
-from npeff.rows import SparseRows
-from npeff.solver.scaling import scale
+from npeff.fishers.rows import SparseRows
+from npeff.fishers.scaling import scale
+from npeff.models.parameters import Parameters
 
 
 def synchronize(device: torch.device) -> None:

@@ -24,9 +24,9 @@ from torch import nn
 
 import npeff
 from machine import description
-from npeff.memory import Peak, settled_bytes
-from npeff.parameters import Parameters
-from npeff.rows import DenseRows, Rows, SparseRows
+from npeff.fishers.memory import Peak, settled_bytes
+from npeff.fishers.rows import DenseRows, Rows, SparseRows
+from npeff.models.parameters import Parameters
 
 R = 16
 

@@ -35,7 +35,8 @@ EXAMPLES = {"digits": 1797, "fashion": 2000, "minilm": 320}
 
 
 def digits() -> tuple[nn.Module, Any]:
-    from npeff import datasets, models
+    from npeff.models import datasets
+    from npeff.models import networks as models
 
     data = datasets.digits(batch_size=32)
     torch.manual_seed(0)
@@ -43,7 +44,8 @@ def digits() -> tuple[nn.Module, Any]:
 
 
 def fashion() -> tuple[nn.Module, Any]:
-    from npeff import datasets, models
+    from npeff.models import datasets
+    from npeff.models import networks as models
 
     data = datasets.fashion_mnist("test", batch_size=32)
     torch.manual_seed(0)
@@ -87,8 +89,9 @@ def planned(name: str, n: int, batches: int) -> dict[str, Any]:
 
 
 def happened(name: str, n: int, kind: Any, way: str) -> dict[str, Any]:
-    import npeff
     from npeff.memory import Peak
+
+    import npeff
     from npeff.storage.container import open_container
 
     model, data = MODELS[name]()

@@ -16,9 +16,9 @@ import torch
 
 import blocks
 from far_device import near
-from npeff import devices
+from npeff.decomposition import choice
 from npeff.kernels import cuda, dispatch
-from npeff.solver import choice
+from npeff.models import devices
 
 
 def _array(x: torch.Tensor) -> np.ndarray | torch.Tensor:

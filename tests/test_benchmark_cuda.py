@@ -13,7 +13,7 @@ import scipy.sparse
 import torch
 
 import npeff
-from npeff.solver.scaling import scale
+from npeff.fishers.scaling import scale
 
 CPU = torch.device("cpu")
 

@@ -60,7 +60,7 @@ def plan(
     are as for npeff fishers.
     """
     import npeff
-    from npeff.targets import load_data, load_model
+    from npeff.models.targets import load_data, load_model
 
     result = npeff.plan(
         load_model(model),

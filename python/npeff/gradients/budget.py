@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
 from npeff.gradients.independence import check_independence
 
@@ -73,7 +73,7 @@ class Budget:
             few = batch.take(slice(0, _PROBED))
             with self._engine.recording(), torch.no_grad():
                 logits = self._engine.run(few)
-                check_independence(self._engine, few, logits, self._engine.precision or logits.dtype)
+                check_independence(self._engine.run, few, logits, self._engine.precision or logits.dtype)
         return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
     def _kept_of_one(self, few: Batch) -> int:

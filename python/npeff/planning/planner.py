@@ -26,16 +26,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from npeff.batches import check_data, read_batches
-from npeff.compress import Compression, GramOnly, Sketch, TopK
-from npeff.computation import compute_fishers
+from npeff.batches.batches import check_data, read_batches
+from npeff.decomposition.choice import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
+from npeff.decomposition.subspace import DIMENSIONS
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers import Kind
-from npeff.memory import available_bytes, format_bytes, parse_bytes
+from npeff.fishers.compress import Compression, GramOnly, Sketch, TopK
+from npeff.fishers.computation import compute_fishers
+from npeff.fishers.memory import available_bytes, format_bytes, parse_bytes
+from npeff.fishers.rows import Kind
 from npeff.planning.trials import SHARD_BYTES, Array, Trial, Trials, clock, write_seconds
 from npeff.short_repr import short_repr
-from npeff.solver.choice import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
-from npeff.solver.subspace import DIMENSIONS
 
 TOP_KS = (1024, 8192, 65_536)
 SKETCH_DS = (1024, 4096, 16_384)

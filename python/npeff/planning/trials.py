@@ -16,13 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from npeff.batches import read_batches
-from npeff.compress import Compression, TopK
-from npeff.computation import compute_fishers
-from npeff.fishers import FisherBlock, Fishers, Kind
-from npeff.memory import Peak, settled_bytes
-from npeff.rows import DenseRows, SparseRows
-from npeff.storage.shards import FisherWriter
+from npeff.batches.batches import read_batches
+from npeff.fishers.compress import Compression, TopK
+from npeff.fishers.computation import compute_fishers
+from npeff.fishers.fishers import FisherBlock, Fishers
+from npeff.fishers.memory import Peak, settled_bytes
+from npeff.fishers.rows import DenseRows, Kind, SparseRows
+from npeff.fishers.shards import FisherWriter
 
 Array = npt.NDArray[Any]
 
