@@ -107,7 +107,7 @@ def _described_table(path: Path) -> dict[str, Any]:
     """Tables of ``npeff encode`` and ``npeff influence``; empty for other HDF5 files."""
     import h5py
 
-    from npeff.storage.opening import open_hdf5
+    from npeff.storage.hdf5 import open_hdf5
 
     with open_hdf5(path) as file:
         arrays = {n: [list(d.shape), str(d.dtype)] for n, d in file.items() if isinstance(d, h5py.Dataset)}
