@@ -32,7 +32,7 @@ from npeff.fishers.rows import DenseRows, GramRows, Kind, Rows, SparseRows
 from npeff.fishers.saving import row_data, write_fishers
 from npeff.models.parameters import Parameters
 from npeff.short_repr import short_repr
-from npeff.storage.container import VERIFY_BYTES, Container
+from npeff.storage.container import Container
 from npeff.storage.documents import expect
 from npeff.storage.fields import Sizes, check_arrays, check_shapes, refuse
 from npeff.storage.files import atomic, path_of
@@ -309,12 +309,12 @@ def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
 
     def check_part(part: Rows | None) -> None:
         if part is None:
+            assert check is not None, "this is called only where something is left to check"
             check()
         else:
             known: Sizes = {name: size for name, size in sizes.items() if name in ("n_parameters", "n_columns")}
             check_arrays(container.path, row_arrays(part), row_fields(form, kind), known)
 
-    large = any(container.specs[field.name].nbytes > VERIFY_BYTES for field in fields)
     with coherent(container.path):
         return Fishers(
             kind=kind,  # type: ignore[arg-type]
@@ -325,5 +325,5 @@ def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
             provenance=provenance,
             coverage=coverage,
             path=container.path,
-            check=check_part if large and not verify else None,
+            check=None if check is None else check_part,
         )
