@@ -41,10 +41,9 @@ class GrowingArray:
     def finish(self) -> Array:
         """The whole, without the room to spare; nothing can be added any more."""
         assert self._array is not None, "something is added first"
-        array, self._array = self._array, None
-        if self._own and self._size < len(array):
-            array.resize((self._size, *array.shape[1:]), refcheck=False)
-        return array
+        if self._own and self._size < len(self._array):
+            self._array.resize((self._size, *self._array.shape[1:]), refcheck=False)
+        return self._array
 
 
 class GrowingRows:

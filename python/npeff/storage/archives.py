@@ -31,12 +31,15 @@ def read_npz(path: Path, fields: Sequence[Field], sizes: Sizes) -> dict[str, Arr
     check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                    raise ValueError(f"array {entry.filename!r}: expected a plainly stored entry")
+            plain = all(
+                entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size
+                for entry in archive.infolist()
+            )
         with np.load(path, allow_pickle=False) as found:
-            arrays = {field.name: np.asarray(found[field.name]) for field in fields}
+            arrays = {field.name: np.asarray(found[field.name]) for field in fields if plain}
     except Exception as error:  # numpy and zipfile meet damaged archives with errors of many types
         raise StorageError(f"{path}: damaged: {str(error) or type(error).__name__}") from error
+    if not plain:
+        raise StorageError(f"{path}: damaged: expected plainly stored arrays, as numpy.savez writes them")
     check_arrays(path, arrays, fields, sizes)
     return arrays
