@@ -30,9 +30,9 @@ import low_rank_growth
 import npeff
 from low_rank import processor, recomputed_loss
 from npeff.decomposition.published_algorithm import DivergedError
-from npeff.fishers.memory import Peak
 from npeff.models import datasets
 from npeff.models import networks as models
+from npeff.models.memory import Peak
 
 HERE = Path(__file__).parent
 STEPS = 550

@@ -27,9 +27,9 @@ from npeff.decomposition.low_rank import LowRank
 from npeff.decomposition.place import Place
 from npeff.decomposition.sharded_space import ShardedSpace
 from npeff.decomposition.spaces import SparseSpace
-from npeff.fishers.memory import Peak
 from npeff.fishers.rows import DenseRows
 from npeff.fishers.scaling import ScaledRows
+from npeff.models.memory import Peak
 
 RANK = 3
 STEPS = 3

@@ -16,11 +16,11 @@ from npeff.decomposition.choice import choose_space
 from npeff.decomposition.sketch_space import SketchSpace
 from npeff.decomposition.spaces import SparseSpace
 from npeff.errors import ArgumentError
-from npeff.fishers.memory import parse_bytes
 from npeff.fishers.row_products import combine_rows, project_rows, row_gram
 from npeff.fishers.rows import DenseRows, SparseRows
 from npeff.fishers.scaling import scale
 from npeff.fishers.streamed_rows import StreamedRows
+from npeff.models.memory import parse_bytes
 from planted import best_cosines, fishers_of, planted, random_rows, sparse
 
 

@@ -132,9 +132,9 @@ def test_decompositions(space: Any, form: str, dtype: Any, memory: str | None) -
     fishers, _, _ = planted(60, 4, 50, 0.05, 0)
     if form == "sparse":
         fishers = fishers_of(sparse(np.asarray(fishers.rows.values)), fishers.row_offsets)
-    options: dict[str, Any] = {"n_components": 4, "space": space, "dtype": dtype, "memory": memory, "progress": False}
+    options: dict[str, Any] = {"n_components": 4, "space": space, "dtype": dtype, "progress": False}
     here = npeff.decompose(fishers, **options)
-    there = npeff.decompose(fishers, **options, device="cuda")
+    there = npeff.decompose(fishers, **options, device="cuda", memory=memory)
     assert there.loss == pytest.approx(here.loss, abs=1e-4)
     more = npeff.expand(there, fishers, 1, space=space, dtype=dtype, progress=False, device="cuda")
     assert more.loss <= there.loss + 1e-4

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import blocks
 from kernel_cases import kinds, problem
 from npeff.kernels import reference, spmm, topk
+from npeff.kernels.cuda_topk import ordered_by_magnitude
 from sparse_cases import skewed, to_scipy
 
 SEEDS = [0, 1, 2]
@@ -42,8 +43,11 @@ class Stream:
     def finish(self, by_magnitude: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         counts, indices = np.empty(self.n, np.int64), np.empty((self.n, self.k), np.int64)
         values = np.empty((self.n, self.k), np.float32)
-        self.inner.finish(counts, indices, values, by_magnitude)
-        return counts, indices, values
+        self.inner.finish(counts, indices, values)
+        if not by_magnitude:
+            return counts, indices, values
+        ordered = ordered_by_magnitude(*map(torch.from_numpy, (counts, indices, values)))
+        return counts, ordered[0].numpy(), ordered[1].numpy()
 
 
 # Tiles of the scan are of 4096 entries, of the selection of 512 and 2048.

@@ -13,7 +13,7 @@ from torch import nn
 
 import npeff
 from npeff.fishers.compress import GramOnly, Sketch, TopK
-from npeff.fishers.memory import Peak, held_bytes
+from npeff.models.memory import Peak, held_bytes
 from npeff.planning import planner
 from npeff.storage.container import open_container
 

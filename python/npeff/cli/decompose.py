@@ -122,7 +122,7 @@ def decompose(
         misused("--select works with --algorithm npeff")
     import npeff
     from npeff.components.parameter_vectors import not_recovered
-    from npeff.storage import check_components_target
+    from npeff.storage.recognition import check_components_target
 
     check_components_target(out)  # before the search: a slip in --out must not cost it
     if published:

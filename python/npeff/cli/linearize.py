@@ -84,8 +84,8 @@ def linearize(
             misused(f"{option}: expected a name ending in {' or '.join(suffixes)}, got {path}")
     from npeff.companions.linearize.linearizing import linearize
     from npeff.models.targets import load_data, load_model, load_object
-    from npeff.storage import refuse_npeff_file
     from npeff.storage.files import check_target
+    from npeff.storage.recognition import refuse_npeff_file
 
     for path in (out, table):
         if path is not None:

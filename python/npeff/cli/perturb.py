@@ -170,8 +170,8 @@ def perturb(
     from npeff.models.targets import load_data, load_model
     from npeff.perturbation import perturb_all
     from npeff.perturbation.effect import write_json
-    from npeff.storage import refuse_npeff_file
     from npeff.storage.files import check_target
+    from npeff.storage.recognition import refuse_npeff_file
 
     if out is not None:
         check_target(out)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from npeff.storage import refuse_npeff_file
 from npeff.storage.files import atomic
 from npeff.storage.hdf5 import Data, write_hdf5
+from npeff.storage.recognition import refuse_npeff_file
 
 if TYPE_CHECKING:
     from npeff.components.components import Encoded

@@ -60,8 +60,8 @@ def trace(
     """
     import npeff
     from npeff.models.targets import load_data, load_made, load_model
-    from npeff.storage import refuse_npeff_file
     from npeff.storage.files import check_target
+    from npeff.storage.recognition import refuse_npeff_file
 
     if out is not None:
         if out.suffix.lower() not in ENDINGS:

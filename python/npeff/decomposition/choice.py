@@ -10,11 +10,11 @@ import torch
 
 from npeff.decomposition.subspace import DIMENSIONS
 from npeff.errors import ArgumentError
-from npeff.fishers.memory import available_bytes, format_bytes
 from npeff.fishers.rows import GramRows, Rows, SparseRows
 from npeff.fishers.streamed_rows import DEVICE_PART_BYTES, PART_BYTES, column_counts
 from npeff.kernels.sparse_gram import DENSE_BYTES
 from npeff.models import devices
+from npeff.models.memory import available_bytes, format_bytes
 
 SpaceName = Literal["auto", "gram", "sparse", "sketch"]
 

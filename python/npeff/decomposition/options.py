@@ -14,9 +14,9 @@ from npeff.decomposition.choice import Plan, SpaceName, choose_space
 from npeff.decomposition.published_algorithm import PublishedOptions
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.memory import parse_bytes
 from npeff.fishers.rows import SparseRows
 from npeff.fishers.scaling import BlockWeights, Normalize, ScaledRows, scale
+from npeff.models.memory import parse_bytes
 from npeff.storage.files import forget
 
 Array = npt.NDArray[Any]

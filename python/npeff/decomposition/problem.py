@@ -29,10 +29,10 @@ from npeff.decomposition.spaces import FactorSpace, GramSpace, SparseSpace
 from npeff.decomposition.subspace import find_subspace, most_dimensions
 from npeff.errors import ArgumentError, StorageError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.memory import return_freed_memory
 from npeff.fishers.rows import GramRows
 from npeff.fishers.scaling import ScaledRows
 from npeff.fishers.streamed_rows import StreamedRows
+from npeff.models.memory import return_freed_memory
 
 Array = npt.NDArray[Any]
 

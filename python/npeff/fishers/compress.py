@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from npeff.errors import ArgumentError, StorageError
-from npeff.fishers.memory import parse_bytes
 from npeff.kernels.sketch import check_map
+from npeff.models.memory import parse_bytes
 
 SketchForm = Literal["flat", "kronecker"]
 

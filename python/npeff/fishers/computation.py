@@ -16,11 +16,11 @@ from npeff.errors import ArgumentError
 from npeff.fishers.compress import Compression, GramOnly, Sketch
 from npeff.fishers.exact_gram import exact_gram
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.memory import parse_bytes
 from npeff.fishers.rows import Kind
 from npeff.fishers.run import Forward, Run
 from npeff.gradients.factors import Basis, FactorOptions, Labels, Likelihood
 from npeff.gradients.selection import placed, select_parameters
+from npeff.models.memory import parse_bytes
 from npeff.storage.files import check_target
 from npeff.storage.termination import ending_in_order
 
@@ -90,7 +90,8 @@ def compute_fishers(
             :func:`npeff.distributed.compute_fishers` does so, and joins what they made.
         memory: Bytes (``"4GB"`` is as good as a number) that a batch may take for activations, cotangents and output
             gradients; larger batches are cut, whatever their size, with the same result, at most to single examples.
-            None: activations are not bounded, cotangents and output gradients by 512 MB.
+            None: activations are not bounded, cotangents and output gradients by 512 MB, on a CUDA device by a quarter
+            of its free memory if that is more.
         progress: Show a progress bar on stderr.
 
     Returns:

@@ -29,7 +29,6 @@ from npeff.errors import ArgumentError, DataError
 from npeff.fishers.compress import GramOnly
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.gram_parts import Layer
-from npeff.fishers.memory import format_bytes, parse_bytes
 from npeff.fishers.parts import check_header, plain
 from npeff.fishers.rows import GramRows
 from npeff.fishers.run import Run
@@ -39,6 +38,7 @@ from npeff.gradients.factors import check_meaning, cotangent_bytes, factorise
 from npeff.gradients.rules import Rule
 from npeff.gradients.tiles import Block, Pairs
 from npeff.models.digests import ModelWatch
+from npeff.models.memory import format_bytes, parse_bytes
 from npeff.models.parameters import Parameter
 from npeff.storage.container import open_container
 

@@ -29,8 +29,8 @@ from npeff.perturbation.options import Combine, Options, Signs, baseline_rows, t
 from npeff.perturbation.session import Forward, Session
 from npeff.perturbation.subjects import Move, moves_of, needed_vectors, subject_of
 from npeff.short_repr import several
-from npeff.storage import refuse_npeff_file
 from npeff.storage.files import atomic, path_of
+from npeff.storage.recognition import refuse_npeff_file
 
 Array = npt.NDArray[Any]
 ENDINGS = (".png", ".svg", ".pdf")

@@ -32,8 +32,8 @@ from npeff.decomposition.subspace import DIMENSIONS
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.compress import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.computation import compute_fishers
-from npeff.fishers.memory import available_bytes, format_bytes, parse_bytes
 from npeff.fishers.rows import Kind
+from npeff.models.memory import available_bytes, format_bytes, parse_bytes
 from npeff.planning.trials import SHARD_BYTES, Array, Trial, Trials, clock, write_seconds
 from npeff.short_repr import short_repr
 

@@ -5,7 +5,3 @@ path. Everything that is read passes ``opening`` (what an HDF5 file stores), ``d
 (``.npz``), and then ``fields``: the one check of arrays against the table that a format states of itself.
 :mod:`npeff.fishers.contents` states that of Fishers and Components.
 """
-
-from npeff.storage.recognition import check_components_target, refuse_npeff_file
-
-__all__ = ["check_components_target", "refuse_npeff_file"]
