@@ -64,7 +64,7 @@ ROWS = {"sparse": SPARSE, "dense": DENSE, "gram": GRAM}
 
 
 def row_fields(form: str, kind: str) -> list[Field]:
-    """What is expected of rows, sparse, dense or inner products; those of diagonal Fishers are not negative."""
+    """List the fields of rows, sparse, dense or inner products; those of diagonal Fishers are not negative."""
     fields = ROWS[form]
     return [
         replace(field, least=0) if kind == "diagonal" and field.name == "rows/values" else field for field in fields
@@ -72,14 +72,14 @@ def row_fields(form: str, kind: str) -> list[Field]:
 
 
 def row_arrays(rows: Rows) -> dict[str, Any]:
-    """The arrays of rows by the names of their datasets."""
+    """Return the arrays of rows by the names of their datasets."""
     if isinstance(rows, SparseRows):
         return {"rows/indptr": rows.indptr, "rows/indices": rows.indices, "rows/values": rows.values}
     return {"rows/gram" if isinstance(rows, GramRows) else "rows/values": rows.values}
 
 
 def index_dtype(n_columns: int) -> np.dtype[Any]:
-    """The type of stored column indices: int32 where it suffices, so that it never depends on the entries."""
+    """Return the type of stored column indices: int32 where it suffices, whatever the entries."""
     return np.dtype(np.int32 if n_columns <= np.iinfo(np.int32).max else np.int64)
 
 
@@ -110,7 +110,7 @@ def write_fishers(
 
 
 def fisher_data(arrays: Mapping[str, Array], rows: Rows) -> list[Data]:
-    """The datasets of Fishers in memory (or mapped).
+    """Describe the datasets of Fishers in memory (or mapped).
 
     Args:
         arrays: ``row_offsets`` and the arrays of EXAMPLE_ARRAYS.
@@ -123,7 +123,7 @@ def fisher_data(arrays: Mapping[str, Array], rows: Rows) -> list[Data]:
 
 
 def joined_data(spans: Sequence[Span]) -> list[Data]:
-    """The datasets of a file of Fishers that has the examples of several, streamed.
+    """Describe the datasets of a file of Fishers that has the examples of several, streamed.
 
     Args:
         spans: A file that has the datasets of Fishers, and its examples from … to, in order. Of arrays that are taken
@@ -173,7 +173,7 @@ def _offsets(name: str, spans: Sequence[Span]) -> Data:
 
 @contextmanager
 def coherent(path: Path) -> Iterator[None]:
-    """Tell that a file is damaged where what it holds contradicts itself.
+    """Refuse a file as damaged where its contents contradict each other.
 
     Raises:
         StorageError: It does.
@@ -188,7 +188,7 @@ def coherent(path: Path) -> Iterator[None]:
 
 
 def one_of(container: Container, name: str, value: object, choices: Iterable[str]) -> str:
-    """``value``, which is one of ``choices``.
+    """Return ``value``, once it is one of ``choices``.
 
     Raises:
         StorageError: It is another.
@@ -199,7 +199,7 @@ def one_of(container: Container, name: str, value: object, choices: Iterable[str
 
 
 def described_parameters(document: Any, where: str) -> Parameters:
-    """The parameters that a JSON document describes; ``where`` names file and field.
+    """Read the parameters that a JSON document describes; ``where`` names file and field.
 
     Raises:
         StorageError: It describes none.
@@ -217,7 +217,7 @@ def described_parameters(document: Any, where: str) -> Parameters:
 
 
 def check_provenance(container: Container, provenance: dict[str, Any], name: str) -> dict[str, Any]:
-    """The options in the provenance of Fishers, once all that is looked up in it later has the type expected there.
+    """Return the options in the provenance of Fishers, once all that is looked up there later has its type.
 
     Raises:
         StorageError: Something has not.
@@ -233,7 +233,7 @@ def check_provenance(container: Container, provenance: dict[str, Any], name: str
 
 
 def n_classes(options: dict[str, Any], n_outputs: int) -> int:
-    """What labels have to be below: the number of outputs, where those are classes."""
+    """Return what labels have to be below: the number of outputs, where outputs are classes."""
     return n_outputs if n_outputs and options.get("likelihood", "categorical") == "categorical" else 1 << 62
 
 

@@ -33,7 +33,7 @@ class GrowingArray:
         if not self._own or dtype != self._array.dtype:
             self._array, self._own = np.array(self._array[: self._size], dtype, order="C"), True
         if end > len(self._array):
-            # No view of it is ever given away before the end, so that nobody minds its moving.
+            # The array may move: no view of it exists before the end.
             self._array.resize((max(end, len(self._array) * 9 // 8), *part.shape[1:]), refcheck=False)
         self._array[self._size : end] = part
         self._size = end

@@ -36,7 +36,7 @@ _OURS = re.compile(r"lock|header\.json|coverage\.json|shard-\d+\.h5|.*\.tmp")
 
 
 def parts_folder(out: Path) -> Path:
-    """Where unfinished work for ``out`` is kept."""
+    """Return the folder of unfinished work for ``out``."""
     return out.with_name(out.name + ".parts")
 
 
@@ -67,7 +67,7 @@ class Parts:
             raise failure from error
 
     def _take(self) -> bool:
-        """Create and lock the folder; False when a process that finished meanwhile removed it underfoot.
+        """Create and lock the folder; False when a process that finished meanwhile has removed it.
 
         Raises:
             StorageError: It holds something else.
@@ -185,7 +185,7 @@ class Parts:
 
 
 def differences(then: object, now: object, name: str = "") -> list[str]:
-    """What differs between two JSON values, one line per item, with its dotted name."""
+    """List what differs between two JSON values, one line per item, with its dotted name."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = sorted({*then, *now})
         return [
@@ -227,12 +227,12 @@ def check_header(out: Path, where: Path, then: object, now: object) -> None:
 
 
 def plain(header: dict[str, Any]) -> Any:
-    """The header as JSON gives it back."""
+    """Return the header as JSON gives it back."""
     return json.loads(to_json(header, "header"))
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """The header of unfinished work.
+    """Read the header of unfinished work.
 
     Raises:
         StorageError: It is damaged, or an older npeff wrote it.
@@ -276,7 +276,7 @@ def discard_parts(out: Path) -> None:
 
 
 def batches_in(container: Container) -> list[Batch]:
-    """Digest and size of each batch that the examples of a file came in.
+    """Read digest and size of each batch that the examples of a file came in.
 
     Raises:
         StorageError: They are not those of the examples.
@@ -334,7 +334,7 @@ def list_shards(folder: Path, n_parameters: int) -> list[Container]:
 
 
 def describe_parts(out: Path) -> dict[str, Any]:
-    """What unfinished work for ``out`` holds, JSON-able; nothing is locked or changed."""
+    """Describe unfinished work for ``out``, JSON-able; nothing is locked or changed."""
     folder = parts_folder(out)
     _refuse_links(folder)
     summary = dict(_read_header(folder / "header.json")) if (folder / "header.json").exists() else {}

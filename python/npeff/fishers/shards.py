@@ -53,7 +53,7 @@ class _Growing:
         self.nbytes += block.rows.nbytes + block.logits.nbytes
 
     def finish(self) -> tuple[dict[str, Any], Rows]:
-        """``row_offsets`` and what each example has by name, and the rows."""
+        """Return ``row_offsets`` and the arrays of examples by name, and the rows."""
         arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self._others.items()}
         arrays["row_offsets"] = np.concatenate([[0], np.cumsum(np.concatenate(self._counts))]).astype(np.int64)
         return arrays, self._rows.finish()
@@ -136,7 +136,7 @@ class FisherWriter:
                 return None
             raise
         try:
-            if self._find_finished(out):  # now that nobody else can be writing it
+            if self._find_finished(out):  # now that no other process can be writing it
                 parts.clear()
                 return None
             parts.resume()
@@ -166,7 +166,7 @@ class FisherWriter:
 
     @property
     def _where(self) -> Path | None:
-        """What holds the work done so far."""
+        """The file or folder of the work done so far."""
         return self._parts.folder if self._parts else self._out
 
     def __enter__(self) -> FisherWriter:
@@ -178,7 +178,7 @@ class FisherWriter:
         self.close()
 
     def skip(self, batch_digest: str, n_examples: int) -> bool:
-        """Whether the next batch is already done.
+        """Say whether the next batch is already done.
 
         Args:
             batch_digest: Identifies the batch's contents.
@@ -213,7 +213,7 @@ class FisherWriter:
         return True
 
     def stored_logits(self, n_examples: int) -> npt.NDArray[np.float32] | None:
-        """The logits of the first examples, if earlier work on the same batches is on the disk."""
+        """Return the logits of the first examples, if earlier work on the same batches is on the disk."""
         if not self._done:
             return None
         if self.finished is not None:
@@ -371,7 +371,7 @@ class FisherWriter:
 
 
 def header_in(container: Container) -> dict[str, Any]:
-    """The header that a finished file was made with."""
+    """Read the header that a finished file was made with."""
     return {
         "kind": container.attributes.get("kind"),
         "parameters": container.json("parameters"),

@@ -104,7 +104,7 @@ class Choice:
 
     @property
     def loss(self) -> tuple[float, str]:
-        """What is lost, in units of what is tolerable, and the number that says so."""
+        """The loss in units of what is tolerable (more than 1: not faithful), and the measurement in words."""
         sketch = isinstance(self.compress, Sketch)
         if self.gram_error is not None:
             told = f"on the trial's examples inner products of rows are off by {self.gram_error:.3f} of their size"
@@ -183,14 +183,14 @@ class Plan:
     __repr__ = short_repr
 
     def to_json(self) -> str:
-        """Everything, as one JSON document."""
+        """Write the plan as one JSON document."""
         described = asdict(self)
         for choice, own in zip(described["choices"], self.choices, strict=True):
             choice["compress"] = None if own.compress is None else {type(own.compress).__name__: choice["compress"]}
         return json.dumps(described, indent=1)
 
     def __str__(self) -> str:
-        """The table."""
+        """Return the table."""
         return _table(self)
 
 
@@ -207,7 +207,7 @@ def plan(
     folder: str | Path | None = None,
     **options: Any,
 ) -> Plan:
-    """Tell what the Fishers of a model and data, and their decomposition, will take.
+    """Estimate what the Fishers of a model and data, and their decomposition, will take.
 
     The first batches are computed for real, once per method of keeping them, and watched: clocks, memory, coverage,
     ranks, entries. Bytes follow from the counts. Data that can be iterated only once (a generator) loses those batches.
@@ -297,7 +297,7 @@ def plan(
 
 
 def _count(data: Iterable[Any], tried: int, batch_size: float) -> tuple[int, str]:
-    """How many examples the data holds, and how that is known.
+    """Count the examples of the data, and say how their number is known.
 
     Raises:
         ArgumentError: It does not say.
@@ -315,7 +315,7 @@ def _count(data: Iterable[Any], tried: int, batch_size: float) -> tuple[int, str
 
 
 def _ways(kind: Kind, n_parameters: int, most_rows: int) -> list[Compression | None]:
-    """The ways worth a line: a compression that would keep everything is left out."""
+    """List the ways to keep Fishers, without compressions that would keep everything."""
     if kind == "diagonal":
         return [None, *(TopK(k) for k in TOP_KS if k < n_parameters)]
     top_ks = [TopK(k) for k in TOP_KS if k < n_parameters * most_rows]
@@ -325,7 +325,7 @@ def _ways(kind: Kind, n_parameters: int, most_rows: int) -> list[Compression | N
 def _choice(
     trials: Trials, main: Trial, compress: Compression | None, n: int, to_disk: Array, n_components: int
 ) -> Choice:
-    """What one way takes for n examples.
+    """Estimate what one way takes for n examples.
 
     Where the first trial was long, only it and one sketch are tried, and stand for the others of their method. It
     stands, too, for exact rows that are too large to try and for inner products alone.
@@ -382,7 +382,7 @@ def _choice(
 def _decomposition(
     compress: Compression | None, n: int, R: int, entries: int, stored: int, r: int, m: int
 ) -> tuple[int, float]:
-    """Bytes and operations of a decomposition of R low-rank rows of n examples into r components, by its shapes.
+    """Count bytes and operations of a decomposition of R low-rank rows of n examples into r components.
 
     It holds P, W and copies of them, and the rows' coordinates in a subspace; then K, or the rows, those of top-k with
     their transpose, and a basis of the subspace over their columns. K is built once; a subspace and a polish take
@@ -405,7 +405,7 @@ def _decomposition(
 
 
 def _advice(choices: Sequence[Choice], memory: int, disk: int) -> list[Advice]:
-    """One recommendation per kind: the most faithful way that fits, and of equals the smallest.
+    """Recommend one way per kind: the most faithful way that fits, and of equals the smallest.
 
     Exact rows where file and memory allow; then exact inner products alone; then the smallest top-k or sketch whose
     inner products were close enough to the exact ones in the trial, or, of the diagonal kind and where exact rows were
@@ -450,7 +450,7 @@ def _pick(fitting: Sequence[Choice]) -> Advice:
 
 
 def _table(plan: Plan) -> str:
-    """The plan as lines of at most about 110 characters."""
+    """Write the plan as lines of at most about 110 characters."""
     at_most = " at most" if plan.examples_from == "upper bound" else ""
     passes = f"{plan.passes:.1f} on average" if plan.passes_vary else f"{plan.passes:.0f}"
     lines = [
@@ -482,7 +482,7 @@ def _coverage(plan: Plan) -> list[str]:
 
 
 def _lines(choices: Sequence[Choice], n_components: int) -> list[str]:
-    """The choices of one kind as a table; columns that no choice fills are left out."""
+    """Write the choices of one kind as a table, without columns that no choice fills."""
     table = []
     for choice in choices:
         row = {
@@ -507,7 +507,7 @@ def _lines(choices: Sequence[Choice], n_components: int) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
-    """``0.42 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
+    """Write seconds as ``0.42 s``, ``12 min``, ``3.5 h`` or ``2.1 days``."""
     for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"

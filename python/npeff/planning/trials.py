@@ -37,7 +37,7 @@ GRAM_ROWS = 384
 
 
 def clock() -> Array:
-    """Seconds: ``(2,)`` float64, of the wall clock and of the processor."""
+    """Read the clocks: ``(2,)`` float64 seconds, of the wall and of the processor."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
@@ -71,7 +71,7 @@ class Trial:
     working_bytes: int
 
     def largest(self, k: int, n: int | None = None) -> tuple[SparseRows, Array]:
-        """Rows of the first n examples with all but the k largest entries of each set to zero, and their offsets."""
+        """Return the first n examples' rows, with all but the k largest entries of each set to 0, and their offsets."""
         offsets, rows = np.asarray(self.fishers.row_offsets)[: None if n is None else n + 1], self.fishers.rows
         assert isinstance(rows, SparseRows), "a trial of TopK"
         rows = rows.part(0, int(offsets[-1]))
@@ -83,11 +83,11 @@ class Trial:
         return SparseRows(rows.indptr, rows.indices, values, rows.n_columns), offsets
 
     def entries(self, k: int) -> int:
-        """Entries that ``TopK(k)`` keeps: exact zeros are never kept."""
+        """Count the entries that ``TopK(k)`` keeps: exact zeros are never kept."""
         return int(np.count_nonzero(self.largest(k)[0].values))
 
     def kept(self, k: int) -> float:
-        """Median over examples of ‖F restricted to its k largest entries‖ / ‖F‖; 1 where no Fisher is left."""
+        """Return the median over examples of ‖F restricted to its k largest entries‖ / ‖F‖; 1 where none is left."""
         (rows, offsets), norms, shares = self.largest(k), self.fishers.norms, []
         for i in np.flatnonzero(norms > 0):
             start, stop = int(offsets[i]), int(offsets[i + 1])
@@ -96,7 +96,7 @@ class Trial:
         return float(np.median(shares)) if shares else 1.0
 
     def error_of_gram(self, exact: Trial, k: int | None = None) -> float | None:
-        """``‖K̂ − K‖ / ‖K‖`` of the first examples, beside exact rows; None where there is nothing to compare.
+        """Return ``‖K̂ − K‖ / ‖K‖`` of the first examples, beside exact rows; None where nothing compares.
 
         Args:
             exact: The trial of exact rows.
@@ -107,7 +107,7 @@ class Trial:
         return float(np.linalg.norm(found - K)) / size if found.shape == K.shape and size > 0 else None
 
     def _unit_gram(self, k: int | None = None) -> Array:
-        """Inner products ``(R, R)`` of the first R ≤ GRAM_ROWS rows, scaled to Fishers of norm 1 as the solver does."""
+        """Return inner products ``(R, R)`` of the first R ≤ GRAM_ROWS rows, scaled to Fishers of norm 1."""
         n = max(1, int(np.searchsorted(np.asarray(self.fishers.row_offsets), GRAM_ROWS, side="right")) - 1)
         offsets = np.asarray(self.fishers.row_offsets)[: n + 1]
         R = int(offsets[-1])
@@ -153,7 +153,7 @@ class Trials:
         self.pace = _seconds_per_operation()
 
     def passes_of_diagonal(self) -> Array:
-        """Backward passes per example of diagonal Fishers: ``(n,)`` int64, the rows of low-rank ones.
+        """Count the backward passes per example of diagonal Fishers: ``(n,)`` int64, the rows of low-rank ones.
 
         Without a limit on the classes they take the reduced basis, which is the smallest.
         """
@@ -164,7 +164,7 @@ class Trials:
     def _run(
         self, kind: Kind, compress: Compression | None, count: int | None = None, changed: dict[str, Any] | None = None
     ) -> Trial:
-        """One way on the first ``count`` batches, with some options changed."""
+        """Try one way on the first ``count`` batches, with some options changed."""
         settled, watched = settled_bytes(), _Watched(self._batches[:count])
         sizes, start = self._sizes[:count], clock()
         with Peak() as peak, warnings.catch_warnings():
@@ -187,7 +187,7 @@ class Trials:
 
 
 def write_seconds(like: Fishers, folder: Path) -> Array:
-    """Seconds for a byte of Fishers to be written as a shard, merged into the file and removed.
+    """Time how long a byte of Fishers takes to be written as a shard, merged into the file and removed.
 
     Args:
         like: Fishers with the parameters and options of the probe.
@@ -206,7 +206,7 @@ def write_seconds(like: Fishers, folder: Path) -> Array:
 
 
 def _seconds_per_operation() -> float:
-    """Seconds of one multiplication or addition in a float32 matrix product here: the best of several."""
+    """Time one multiplication or addition in a float32 matrix product on this machine: the best of several."""
     a, took = torch.randn(256, 2048), []
     for _ in range(5):
         start = clock()

@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 
 def read_npz(path: Path, fields: Sequence[Field], sizes: Sizes) -> dict[str, Array]:
-    """The arrays of an archive, in memory, once they are as expected.
+    """Read the arrays of an archive into memory and check them.
 
     Args:
         path: The file.

@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 
 @cache
 def package_version() -> str:
-    """The installed version of npeff."""
+    """Return the installed version of npeff."""
     try:
         return version("npeff")
     except PackageNotFoundError:
@@ -111,7 +111,7 @@ class Container:
         return np.memmap(self.path, np.uint8, "r")
 
     def spec(self, name: str) -> Spec:
-        """Where dataset ``name`` lies.
+        """Return where dataset ``name`` lies.
 
         Raises:
             StorageError: The file lacks it, or it holds nothing that npeff reads.
@@ -128,7 +128,7 @@ class Container:
         return items[name]
 
     def array(self, name: str) -> Array:
-        """Dataset ``name`` as a read-only array mapped from the file; its contents are not checked."""
+        """Map dataset ``name`` from the file as a read-only array, without a check of its contents."""
         spec = self.spec(name)
         if spec.offset is not None:
             array: Array = self._bytes[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).reshape(spec.shape)
@@ -142,7 +142,7 @@ class Container:
         return array
 
     def attribute(self, name: str, *types: type) -> Any:
-        """Attribute ``name``: of the root, or of another object as ``"path@name"``.
+        """Return attribute ``name``: of the root, or of another object as ``"path@name"``.
 
         Args:
             name: Its name.
@@ -159,7 +159,7 @@ class Container:
     def read(
         self, fields: Sequence[Field], sizes: Sizes, *, verify: bool = False
     ) -> tuple[dict[str, Array], Callable[[], None] | None]:
-        """Arrays as a format expects them: types and shapes are checked, and the contents of all but large arrays.
+        """Map the arrays of a format; check their types and shapes, and the contents of all but large ones.
 
         Args:
             fields: What is expected; fields that others refer to come first.
@@ -193,7 +193,7 @@ class Container:
         return arrays, cache(lambda: check(later)) if later else None
 
     def _summed(self, name: str, pieces: Iterable[Array]) -> Iterator[Array]:
-        """The pieces of a dataset, which are compared with its checksum, where the file has checksums.
+        """Yield the pieces of a dataset and compare them with its checksum, where the file has checksums.
 
         Raises:
             StorageError: They differ.
@@ -209,7 +209,7 @@ class Container:
             )
 
     def chunks(self, name: str) -> Iterator[Array]:
-        """Dataset ``name`` in flat pieces of about 16 MiB; its checksum is verified at the end.
+        """Yield dataset ``name`` in flat pieces of about 16 MiB, and verify its checksum at the end.
 
         Raises:
             StorageError: The contents do not match the checksum written with them.
@@ -220,7 +220,7 @@ class Container:
             forget(array)
 
     def json(self, name: str, expected: type | tuple[type, ...] = (dict, list)) -> Any:
-        """The JSON document in dataset ``name``; its checksum is verified.
+        """Read the JSON document in dataset ``name`` and verify its checksum.
 
         Args:
             name: The dataset, a text.
@@ -262,7 +262,7 @@ class Container:
 
 
 def open_container(path: Path) -> Container:
-    """Open an npeff file of any content. Costs a few reads, however large the file.
+    """Open an npeff file of any content, with a few reads, however large the file.
 
     Raises:
         StorageError: There is no such file.
@@ -277,7 +277,7 @@ def open_container(path: Path) -> Container:
 
 
 def open_file(path: Path) -> Container:
-    """Open an HDF5 file, npeff's or not. Costs a few reads, however large the file.
+    """Open an HDF5 file, npeff's or not, with a few reads, however large the file.
 
     Raises:
         StorageError: There is no such file, or it is damaged.

@@ -1,4 +1,4 @@
-"""HDF5 files: contiguous datasets that are written as streams, and the structure of files, read with distrust.
+"""HDF5 files: contiguous datasets, written as streams; the structure of files, checked when it is read.
 
 A dataset is read only where the file itself stores all of it, as plain numbers or a text of fixed length. For whatever
 else has a name in a file, the reason why npeff does not read it is kept.
@@ -75,7 +75,7 @@ class Data:
 
     @classmethod
     def of(cls, name: str, array: Array, dtype: npt.DTypeLike | None = None) -> Data:
-        """The dataset that holds ``array``, of any shape, converted to ``dtype`` piece by piece.
+        """Describe the dataset that holds ``array``, of any shape, converted to ``dtype`` piece by piece.
 
         Raises:
             ArgumentError: The array holds neither numbers, booleans nor fixed-length bytes.
@@ -87,18 +87,18 @@ class Data:
 
     @classmethod
     def text(cls, name: str, text: str) -> Data:
-        """A dataset of one UTF-8 string."""
+        """Describe a dataset of one UTF-8 string."""
         raw = text.encode() or b" "
         return cls(name, (), h5py.string_dtype("utf-8", len(raw)), lambda: [np.array(raw, f"S{len(raw)}")])
 
     @classmethod
     def json(cls, name: str, value: object) -> Data:
-        """A dataset of one JSON document."""
+        """Describe a dataset of one JSON document."""
         return cls.text(name, to_json(value, name))
 
 
 def to_json(value: object, name: str) -> str:
-    """``value`` as canonical JSON (sorted keys).
+    """Write ``value`` as canonical JSON (sorted keys).
 
     Raises:
         ArgumentError: It holds something that JSON cannot.
@@ -112,7 +112,7 @@ def to_json(value: object, name: str) -> str:
 
 
 def pieces(array: Array) -> Iterator[Array]:
-    """``array`` cut along its first axis into views of about 16 MiB."""
+    """Cut ``array`` along its first axis into views of about 16 MiB."""
     if array.ndim == 0 or array.size == 0:
         yield array
         return
@@ -122,7 +122,7 @@ def pieces(array: Array) -> Iterator[Array]:
 
 
 def as_bytes(chunk: Array, dtype: np.dtype[Any]) -> Array:
-    """The elements of ``chunk`` as ``dtype``, as a flat array of bytes; without a copy where it can be."""
+    """Return the elements of ``chunk``, as ``dtype``, as a flat array of bytes; without a copy where possible."""
     return np.ascontiguousarray(chunk, dtype).reshape(-1).view(np.uint8)
 
 
@@ -165,7 +165,7 @@ def write_hdf5(path: Path, data: Sequence[Data], attributes: Attributes) -> None
 
     Raises:
         OSError: The system refused a write.
-        StorageError: A dataset's chunks do not fill it (a bug, or a file that changed underfoot).
+        StorageError: A dataset's chunks do not fill it (a bug, or a source that changed meanwhile).
     """
     with _Output(path, "w+") as out:
         with h5py.File(out, "w", alignment_threshold=1, alignment_interval=_ALIGN) as file:
@@ -195,7 +195,7 @@ def write_hdf5(path: Path, data: Sequence[Data], attributes: Attributes) -> None
 
 
 def _create(file: h5py.File, data: Data) -> int:
-    """Create the dataset without writing it; its offset in the file, 0 where it is empty."""
+    """Create the dataset without writing it; return its offset in the file, 0 where it is empty."""
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_layout(h5py.h5d.CONTIGUOUS)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -316,7 +316,7 @@ def _diagnose(path: Path, error: Exception) -> StorageError:
 
 
 def structure_of(path: Path, file: h5py.File) -> Structure:
-    """What an open HDF5 file holds, without reading its data. Links out of the file are not followed.
+    """List what an open HDF5 file holds, without reading its data or following links out of the file.
 
     Raises:
         TruncatedFileError: A dataset goes on after the end of the file.
@@ -351,7 +351,7 @@ def structure_of(path: Path, file: h5py.File) -> Structure:
 
 
 def _spec_of(path: Path, name: str, dataset: Any, size: int) -> Spec:
-    """Where a dataset lies.
+    """Find where a dataset lies.
 
     Raises:
         TruncatedFileError: It goes on after the end of the file.
@@ -384,7 +384,7 @@ def _spec_of(path: Path, name: str, dataset: Any, size: int) -> Spec:
 
 
 def _dtype_of(kind: Any) -> np.dtype[Any]:
-    """The type of plain numbers, or of a text of fixed length.
+    """Return the type of plain numbers, or of a text of fixed length.
 
     Raises:
         _Refused: It is another one.
@@ -440,7 +440,7 @@ def _read_attributes(path: Path, where: str, item: Any, found: Structure) -> Non
 
 
 def _attribute_value(attribute: Any) -> Any:
-    """A number, a text or a list of numbers.
+    """Read a number, a text or a list of numbers.
 
     Raises:
         _Refused: It is something else.
