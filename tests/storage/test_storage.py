@@ -362,6 +362,7 @@ def test_arrays_of_text_are_refused():
 
 def test_large_arrays_stream_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(hdf5, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(container, "CHUNK_BYTES", 64)
     for sparse in (True, False):
         fishers = fishers_of(sparse=sparse)
         assert_same(fishers, load(fishers.save(tmp_path / "f.h5"), verify=True))

@@ -122,6 +122,11 @@ def fisher_data(arrays: Mapping[str, Array], rows: Rows) -> list[Data]:
     return [Data.of(name, array, dtypes[name]) for name, array in found.items()]
 
 
+def offsets_of(counts: Sequence[Array]) -> Array:
+    """Return the offsets, int64 from 0 on, of items with so many entries each."""
+    return np.concatenate([[0], np.cumsum(np.concatenate([*counts]))]).astype(np.int64)
+
+
 def joined_data(spans: Sequence[Span]) -> list[Data]:
     """Describe the datasets of a file of Fishers that has the examples of several, streamed.
 

@@ -15,10 +15,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ForeignFileError, NewerFileError, ResumeError, StorageError
-from npeff.fishers.contents import EXAMPLES, OFFSETS, ROWS, described_parameters, joined_data, write_fishers
+from npeff.fishers.contents import (
+    EXAMPLE_ARRAYS,
+    EXAMPLES,
+    OFFSETS,
+    ROWS,
+    described_parameters,
+    index_dtype,
+    joined_data,
+    offsets_of,
+    write_fishers,
+)
+from npeff.fishers.fishers import FisherBlock
+from npeff.fishers.rows import Rows, SparseRows
 from npeff.models.parameters import Parameters
 from npeff.storage.container import FORMAT, Container, open_container, write_container
 from npeff.storage.documents import expect, item, read_json
@@ -137,18 +150,19 @@ class Parts:
         if self.coverage is None:
             self._write_json(self.folder / "coverage.json", coverage)
 
-    def write_shard(self, data: Sequence[Data], batches: Sequence[Batch]) -> None:
-        """Write the next shard: complete and on the disk before it has its name.
+    def write_shard(self, blocks: Sequence[FisherBlock], batches: Sequence[Batch]) -> None:
+        """Write the blocks as the next shard: complete and on the disk before it has its name.
 
         Args:
-            data: The arrays of its Fishers.
-            batches: Digest and size of each batch.
+            blocks: At least one.
+            batches: Digest and size of each.
         """
         index = len(self.shards)
         path = self.folder / f"shard-{index:06d}.h5"
         kept = f"{index} finished shards ({self.n_examples} examples) are safe in {self.folder}."
         with atomic(path, kept=kept) as scratch:
-            write_container(scratch, "shard", [Data.json("batches", [list(batch) for batch in batches]), *data], {})
+            described = Data.json("batches", [list(batch) for batch in batches])
+            write_container(scratch, "shard", [described, *_block_data(blocks)], {})
         self.shards.append(open_container(path))
         self.batches += batches
 
@@ -331,6 +345,29 @@ def list_shards(folder: Path, n_parameters: int) -> list[Container]:
                 f"{error} (Or remove this shard and those after it: computing resumes before it.)"
             ) from error
     return shards
+
+
+def _block_data(blocks: Sequence[FisherBlock]) -> list[Data]:
+    """Describe the datasets of the Fishers of several batches, streamed.
+
+    Args:
+        blocks: At least one; their rows are all sparse or all dense.
+    """
+
+    def streamed(name: str, arrays: list[Array], dtype: npt.DTypeLike) -> Data:
+        shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
+        return Data(name, shape, np.dtype(dtype).newbyteorder("<"), lambda: arrays)
+
+    data = [Data.of("row_offsets", offsets_of([block.row_counts for block in blocks]))]
+    data += [
+        streamed(name, [getattr(block, name) for block in blocks], dtype) for name, dtype in EXAMPLE_ARRAYS.items()
+    ]
+    rows: list[Rows] = [block.rows for block in blocks]
+    sparse = [part for part in rows if isinstance(part, SparseRows)]
+    if sparse:
+        data.append(Data.of("rows/indptr", offsets_of([np.diff(part.indptr) for part in sparse])))
+        data.append(streamed("rows/indices", [part.indices for part in sparse], index_dtype(sparse[0].n_columns)))
+    return [*data, streamed("rows/values", [part.values for part in rows], np.float32)]
 
 
 def describe_parts(out: Path) -> dict[str, Any]:

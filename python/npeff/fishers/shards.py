@@ -15,48 +15,16 @@ import numpy.typing as npt
 
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
 from npeff.fishers.compress import sketch_of
-from npeff.fishers.contents import EXAMPLE_ARRAYS, fisher_data
+from npeff.fishers.contents import EXAMPLE_ARRAYS, offsets_of
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
 from npeff.fishers.growing_rows import GrowingRows
 from npeff.fishers.parts import Batch, Parts, batches_in, check_header, parts_folder, plain
-from npeff.fishers.rows import Rows
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import check_target
 from npeff.storage.hdf5 import to_json
 
 Array = npt.NDArray[Any]
-
-
-class _Growing:
-    """Fishers to which those of batch after batch are added.
-
-    Attributes:
-        batches: Digest and size of each.
-        nbytes: Bytes of their rows and logits.
-        since: When the first was added, by the monotonic clock.
-    """
-
-    def __init__(self) -> None:
-        self._rows, self._counts = GrowingRows(), list[Array]()
-        self._others: dict[str, list[Array]] = {name: [] for name in EXAMPLE_ARRAYS}
-        self.batches: list[Batch] = []
-        self.nbytes, self.since = 0, time.monotonic()
-
-    def add(self, block: FisherBlock, batch_digest: str) -> None:
-        """Add the Fishers of a batch."""
-        self._rows.add(block.rows)
-        self._counts.append(block.row_counts)
-        for name, parts in self._others.items():
-            parts.append(getattr(block, name))
-        self.batches.append((batch_digest, len(block.norms)))
-        self.nbytes += block.rows.nbytes + block.logits.nbytes
-
-    def finish(self) -> tuple[dict[str, Any], Rows]:
-        """Return ``row_offsets`` and the arrays of examples by name, and the rows."""
-        arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self._others.items()}
-        arrays["row_offsets"] = np.concatenate([[0], np.cumsum(np.concatenate(self._counts))]).astype(np.int64)
-        return arrays, self._rows.finish()
 
 
 class FisherWriter:
@@ -117,7 +85,10 @@ class FisherWriter:
         self._validate = validate
         self._done: list[Batch] = []
         self._cursor = 0
-        self._growing: _Growing | None = None
+        self._blocks: list[FisherBlock] = []  # of the open shard
+        self._batches: list[Batch] = []
+        self._bytes, self._since = 0, 0.0
+        self._rows, self._others = GrowingRows(), list[dict[str, Array]]()  # without a file
         self._like: tuple[str, int, tuple[int, ...]] | None = None
         self._failed = False
         self._appending = threading.Lock()  # a signal may close the writer while a thread appends to it
@@ -242,11 +213,15 @@ class FisherWriter:
 
     def _append(self, block: FisherBlock, batch_digest: str) -> None:
         self.examples_done += len(block.norms)
-        if self._growing is None:
-            self._growing = _Growing()
-        self._growing.add(block, batch_digest)
-        long = time.monotonic() - self._growing.since >= self._shard_seconds
-        if self._growing.nbytes >= self._shard_bytes or long:
+        if self._parts is None:
+            self._rows.add(block.rows)
+            self._others.append({name: getattr(block, name) for name in ("row_counts", *EXAMPLE_ARRAYS)})
+            return
+        self._since = self._since if self._blocks else time.monotonic()
+        self._blocks.append(block)
+        self._batches.append((batch_digest, len(block.norms)))
+        self._bytes += block.rows.nbytes + block.logits.nbytes
+        if self._bytes >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds:
             self._close_shard()
 
     def _check(self, block: FisherBlock) -> None:
@@ -281,15 +256,15 @@ class FisherWriter:
             )
 
     def _close_shard(self) -> None:
-        if self._parts is None or self._growing is None:
+        if self._parts is None or not self._blocks:
             return
         try:
             self._validate()
-            self._parts.write_shard(fisher_data(*self._growing.finish()), self._growing.batches)
+            self._parts.write_shard(self._blocks, self._batches)
         except Exception:
             self._failed = True
             raise
-        self._growing = None
+        self._blocks, self._batches, self._bytes = [], [], 0
 
     def record_coverage(self, coverage: object) -> None:
         """Keep the coverage report for :meth:`finish`; over resumed runs, the first one recorded stays."""
@@ -341,12 +316,15 @@ class FisherWriter:
         return self.finished
 
     def _in_memory(self, coverage: Any) -> Fishers:
-        assert self._growing is not None, "examples were appended"
-        arrays, rows = self._growing.finish()
+        fields: dict[str, Any] = {
+            name: np.concatenate([others[name] for others in self._others]) for name in self._others[0]
+        }
+        counts = fields.pop("row_counts")
         return Fishers(
             kind=self.header["kind"],
-            rows=rows,
-            **arrays,
+            rows=self._rows.finish(),
+            row_offsets=offsets_of([counts]),
+            **fields,
             parameters=Parameters.from_json(self.header["parameters"]),
             provenance=self.header["provenance"],
             coverage=coverage,
