@@ -24,16 +24,17 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+import rollback_baselines as baselines  # beside this file
 from npeff.companions import rollback
 from npeff.companions.rollback import Explainer, FactorModel, Recipe, Record
-from topk import cpu_name  # beside this file
+from topk import cpu_name
 
 KS = (1, 10)
 PARTS = ("speed", "nations", "kinships", "umls", "movielens")
 METHODS: dict[str, Callable[[FactorModel, Record], Explainer]] = {
-    "NH": rollback.RandomNeighbours,
-    "gradient products": rollback.GradientProducts,
-    "influence functions": lambda model, record: rollback.InfluenceFunctions(model, record, damping=1e-2),
+    "NH": baselines.RandomNeighbours,
+    "gradient products": baselines.GradientProducts,
+    "influence functions": lambda model, record: baselines.InfluenceFunctions(model, record, damping=1e-2),
     "GR": rollback.GradientRollback,
 }
 PUBLISHED = {("NH", 1): (54, 18), ("NH", 10): (66, 36), ("GR", 1): (93, 38), ("GR", 10): (97, 83)}
@@ -86,10 +87,10 @@ def check() -> None:
     assert recorder.record is not None
     for name, table in record.final.items():
         np.testing.assert_allclose(table, recorder.record.final[name], atol=1e-12)
-        np.testing.assert_allclose(record.moves[name].values, recorder.record.moves[name].values, atol=1e-6)
+        np.testing.assert_allclose(record.updates[name].values, recorder.record.updates[name].values, atol=1e-6)
     before = rollback.DistMult(9, 3, 5).double()
     one = rollback.DistMult(9, 3, 5).double()
-    step = rollback.fit(one, triples[:1], Recipe(epochs=1, negatives=4), negatives=True, progress=False)
+    step = rollback.fit(one, triples[:1], Recipe(epochs=1, negatives=4), all_rows=True, progress=False)
     assert step is not None
     influence = rollback.GradientRollback(one, step).influence(triples[0], np.array([0]))[0]
     p = [torch.softmax(m(triples[:1]), 1)[0, triples[0, 2]].item() for m in (one, before)]
@@ -129,7 +130,7 @@ def speed() -> list[str]:
     return [
         "## Recorded training",
         "",
-        "Nations, DistMult, dim 10, 13 negatives. Both give the same weights and moves (checked first).",
+        "Nations, DistMult, dim 10, 13 negatives. Both give the same weights and updates (checked first).",
         "",
         "| | µs per step |",
         "|---|---|",
@@ -198,7 +199,7 @@ def leave_one_out(model: FactorModel, record: Record, targets: np.ndarray) -> li
     falls = []
     for target in targets:
         context = [tables[t][row].astype(float) for t, row in zip(model.columns, target[:-1], strict=False)]
-        q = model.query(context, axis=0)
+        q = model.query(context)
         p = torch.softmax(torch.from_numpy(np.einsum("ndr,dr->nr", tables[model.answers], q)), 0)[target[-1]].numpy()
         falls.append(p[-1] - p[:-1])
     lines = [

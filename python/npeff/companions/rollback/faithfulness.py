@@ -1,8 +1,8 @@
-"""Are explanations what the predictions rest on? Leave them out, train again, look."""
+"""A check of explanations: leave them out of the training, train again, and compare the predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,18 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from npeff.companions.rollback.explaining import Explainer, Explanation
+from npeff.companions.rollback.explain import Explainer, Explanation
 from npeff.companions.rollback.models import FactorModel
-from npeff.companions.rollback.training import REPLICA_BYTES, retrain
+from npeff.companions.rollback.recipe import Recipe
+from npeff.companions.rollback.training import run_epochs
 from npeff.errors import ArgumentError
 from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
 Retrain = Callable[[Array], FactorModel]
+
+SIDE_BY_SIDE_BYTES = 512 << 20
+"""Size of the tables of the models that are trained side by side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,7 @@ def faithfulness(
         k: At most so many examples per explanation.
         targets: ``(n, m + 1)``; see :meth:`Explainer.predictions` for those that the model predicts.
         filtered: The most probable answer is looked for among the target's own and those that no training example
-            gives to its context, so that leaving out what was learnt by heart is no change of a prediction.
+            gives to its context, so that leaving out a memorised example does not count as a changed prediction.
         retrain_without: Given positions of training examples, the model trained without them; needed only where the
             record has no recipe, because something else than :func:`fit` trained.
         progress: Show a progress bar.
@@ -134,7 +138,7 @@ def trained_without(
             "of the positions to leave out that returns the model trained without them"
         )
     per_model = sum(table.nbytes for table in record.initial.values()) * (3 if record.recipe.optimizer == "adam" else 2)
-    step = max(1, REPLICA_BYTES // per_model)
+    step = max(1, SIDE_BY_SIDE_BYTES // per_model)
     after_parts, before_parts = [], []
     for start in tqdm(range(0, len(targets), step), disable=not progress or len(targets) <= step, desc="retraining"):
         some, without = targets[start : start + step], removed[start : start + step]
@@ -149,13 +153,52 @@ def trained_without(
     return np.concatenate(after_parts), np.concatenate(before_parts)
 
 
+def retrain(
+    model: FactorModel,
+    initial: Mapping[str, Array],
+    examples: Array,
+    recipe: Recipe,
+    removed: Sequence[Array],
+    *,
+    progress: bool = False,
+) -> dict[str, Array]:
+    """Train once per set of removed examples, all from the same beginning, in the same order, with the same negatives.
+
+    The models are trained side by side: a step acts on all of them at once, but for those that leave its example out.
+
+    Args:
+        model: Supplies the score; its weights are neither used nor changed.
+        initial: The tables at the beginning.
+        examples: ``(n, m + 1)`` training examples.
+        recipe: How to train.
+        removed: R arrays of positions in ``examples``.
+        progress: Show a progress bar.
+
+    Returns:
+        By table ``(rows, width, R)``, as large as R models: :func:`trained_without` splits many sets.
+
+    Raises:
+        ArgumentError: A removed position is no example.
+        ModelError: The model has no ``query_gradient``.
+    """
+    kept = np.ones((len(examples), len(removed)), bool)
+    for r, positions in enumerate(removed):
+        positions = np.asarray(positions, np.int64)
+        if len(positions) and (positions.min() < 0 or positions.max() >= len(examples)):
+            raise ArgumentError(f"removed: expected positions below {len(examples)}, got {positions.tolist()}")
+        kept[positions, r] = False
+    tables = {name: np.repeat(table[..., None], len(removed), axis=2) for name, table in initial.items()}
+    run_epochs(model, tables, model.check_examples(examples), recipe, kept=kept, progress=progress)
+    return tables
+
+
 def _scores(model: FactorModel, tables: dict[str, Array], targets: Array) -> Array:
     """Target i under model i of ``(rows, width, n)`` tables: ``(n_answers, n)`` float64."""
     index = np.arange(len(targets))
     context = [
         tables[table][targets[:, j], :, index].T.astype(np.float64) for j, table in enumerate(model.columns[:-1])
     ]
-    q = model.query(context, axis=0)
+    q = model.query(context)
     return np.asarray(np.einsum("ndr,dr->nr", tables[model.answers].astype(np.float64), q))
 
 
