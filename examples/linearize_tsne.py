@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 
 import npeff
 from npeff import datasets
-from npeff.companions.linearize import ParametricTSNE, save_figure
+from npeff.companions.linearize import save_figure
+from parametric_tsne import ParametricTSNE  # beside this file
 
 TRAINED_ON = 1437
 
