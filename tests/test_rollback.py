@@ -34,7 +34,6 @@ def examples_of(model: FactorModel, n: int, seed: int = 0) -> np.ndarray:
 def fitted(kind: str, n: int = 30, **options) -> tuple[FactorModel, Record]:
     model = MODELS[kind]()
     record = rollback.fit(model, examples_of(model, n), Recipe(epochs=3, negatives=4), progress=False, **options)
-    assert record is not None
     return model, record
 
 
@@ -106,7 +105,7 @@ def test_fit_records_what_torch_does(kind: str, optimizer: str, all_rows: bool) 
     with rollback.RollbackRecorder(stepper, slow, examples, all_rows=all_rows, momentum="accept") as recorder:
         train_with_torch(slow, examples, recipe, recorder, stepper, optimizer == "adam")
     other = recorder.record
-    assert record is not None and other is not None and other.all_rows == all_rows
+    assert other is not None and other.all_rows == all_rows
     for name in fast.tables:
         np.testing.assert_allclose(record.final[name], other.final[name], atol=1e-9)
         ours, theirs = record.updates[name], other.updates[name]
@@ -199,7 +198,6 @@ def test_rollback_of_one_step_is_exact_removal(kind: str) -> None:
     untouched, model = MODELS[kind](), MODELS[kind]()
     example = examples_of(model, 1)
     record = rollback.fit(model, example, Recipe(epochs=1, negatives=4), all_rows=True, progress=False)
-    assert record is not None
     influence = rollback.GradientRollback(model, record).influence(example[0], np.array([0]))
     assert influence[0] == pytest.approx(probability(model, example[0]) - probability(untouched, example[0]), abs=1e-7)
 
@@ -214,7 +212,6 @@ def test_rollback_of_the_last_step_is_exact_removal(kind: str) -> None:
     recipe = Recipe(epochs=1, negatives=4)
     last = int(recipe.schedule(0, examples[:, -1], model.n_answers)[0][-1])
     record = rollback.fit(model, examples, recipe, all_rows=True, progress=False)
-    assert record is not None
     explainer = rollback.GradientRollback(model, record)
     after, before = rollback.trained_without(explainer, examples[:1], [np.array([last])], progress=False)
     influence = explainer.influence(examples[0], np.array([last]))[0]
@@ -273,7 +270,7 @@ def test_float32_is_close_to_float64() -> None:
     examples = examples_of(model, 30)
     single = rollback.fit(model, examples, Recipe(epochs=3, negatives=4), progress=False)
     double, record = _record_of("distmult", False)
-    assert single is not None and single.final["entities"].dtype == np.float32
+    assert single.final["entities"].dtype == np.float32
     np.testing.assert_allclose(
         rollback.GradientRollback(model, single).influence(examples[0]),
         rollback.GradientRollback(double, record).influence(examples[0]),

@@ -157,7 +157,6 @@ def _train(path: Path, record_path: Path | None, quiet: bool, options: dict[str,
         names={"entities": names.entities, "relations": names.relations},
         progress=not quiet,
     )
-    assert record is not None
     return record
 
 

@@ -262,13 +262,13 @@ def batch_norm(call: Call) -> tuple[Outcome, ...]:
                 f"model: {call.where} normalises by the batch, so that examples influence each other: call model.eval()"
             )
         dims = tuple(range(2, v.dim()))
-        return _normalised(call, v, dims, float(call.args[7]), parameters), *others
+        return _normalised(v, v.shape, dims, float(call.args[7]), parameters, _per_channel(v)), *others
     mean, variance = call.fixed(3, "running mean"), call.fixed(4, "running variance")
     weight, bias = parameters
     scale = (variance + float(call.args[-1])).rsqrt()
     scale = scale if weight is None else scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
-    shape = (1, -1, *(1,) * (v.dim() - 2))
+    shape = _per_channel(v)
     scale, shift = scale.view(shape).to(v.dtype), shift.view(shape).to(v.dtype)
     return Affine(lambda z: torch.addcmul(shift, z, scale), (v,), offset=True), *others
 
@@ -278,23 +278,16 @@ def layer_norm(call: Call) -> tuple[Outcome, ...]:
     """(z − mean z)·γ/σ(v) + β over the last dimensions."""
     v, shape = call.args[0], call.args[1]
     parameters = [call.fixed(2, "weight"), call.fixed(3, "bias")]
-    return _normalised(call, v, tuple(range(-len(shape), 0)), float(call.args[4]), parameters, shape), None, None
+    dims = tuple(range(-len(shape), 0))
+    return _normalised(v, v.shape, dims, float(call.args[4]), parameters, tuple(shape)), None, None
 
 
 @affine_form("native_group_norm")
 def group_norm(call: Call) -> tuple[Outcome, ...]:
     """(z − mean z)·γ/σ(v) + β over groups of channels."""
-    v, groups, eps = call.args[0], int(call.args[6]), float(call.args[7])
+    v, grouped = call.args[0], (call.args[0].shape[0], int(call.args[6]), -1)
     parameters = [call.fixed(1, "weight"), call.fixed(2, "bias")]
-    grouped = (v.shape[0], groups, -1)
-    deviation = (v.reshape(grouped).var(-1, correction=0, keepdim=True) + eps).rsqrt()
-
-    def function(z: Tensor) -> Tensor:
-        parts = z.reshape(grouped)
-        unit = ((parts - parts.mean(-1, keepdim=True)) * deviation).reshape(z.shape)
-        return _affine(unit, parameters, (1, -1, *(1,) * (z.dim() - 2)))
-
-    return Affine(function, (v,), offset=True, held="standard deviation"), None, None
+    return _normalised(v, grouped, (-1,), float(call.args[7]), parameters, _per_channel(v)), None, None
 
 
 @affine_form("_fused_rms_norm")
@@ -305,25 +298,26 @@ def rms_norm(call: Call) -> tuple[Outcome, ...]:
     return Affine(lambda z: z * scale, (v,), held="root mean square"), None
 
 
+def _per_channel(v: Tensor) -> tuple[int, ...]:
+    return (1, -1, *(1,) * (v.dim() - 2))
+
+
 def _normalised(
-    call: Call,
     v: Tensor,
+    shape: tuple[int, ...],
     dims: tuple[int, ...],
     eps: float,
     parameters: list[Tensor | None],
-    shape: tuple[int, ...] | list[int] | None = None,
+    parameters_shape: tuple[int, ...],
 ) -> Affine:
-    deviation = (v.var(dims, correction=0, keepdim=True) + eps).rsqrt()
-    shape = tuple(shape) if shape is not None else (1, -1, *(1,) * (v.dim() - 2))
+    """(z − mean z)·γ/σ(v) + β with mean and σ over some dimensions of v in another shape."""
+    deviation = (v.reshape(shape).var(dims, correction=0, keepdim=True) + eps).rsqrt()
+    weight, bias = (None if given is None else given.view(parameters_shape) for given in parameters)
 
     def function(z: Tensor) -> Tensor:
-        return _affine((z - z.mean(dims, keepdim=True)) * deviation, parameters, shape)
+        parts = z.reshape(shape)
+        unit = ((parts - parts.mean(dims, keepdim=True)) * deviation).reshape(z.shape)
+        unit = unit if weight is None else unit * weight
+        return unit if bias is None else unit + bias
 
     return Affine(function, (v,), offset=True, held="standard deviation")
-
-
-def _affine(unit: Tensor, parameters: list[Tensor | None], shape: tuple[int, ...]) -> Tensor:
-    weight, bias = parameters
-    if weight is not None:
-        unit = unit * weight.view(shape)
-    return unit if bias is None else unit + bias.view(shape)

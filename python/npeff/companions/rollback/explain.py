@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,10 +45,6 @@ class Explanation:
 
     def __len__(self) -> int:
         return len(self.positions)
-
-    def first(self, k: int) -> Explanation:
-        """The same with at most k examples."""
-        return replace(self, positions=self.positions[:k], influences=self.influences[:k])
 
 
 class Explainer(ABC):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -35,9 +35,8 @@ def fit(
     all_rows: bool = False,
     out: str | Path | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
-    record: bool = True,
     progress: bool = True,
-) -> Record | None:
+) -> Record:
     """Train a model in place, at batch size 1, and record the updates that every example makes.
 
     The gradients are in closed form: a step takes a few dozen microseconds where torch's autograd takes a
@@ -51,11 +50,10 @@ def fit(
             example, and the rollback of a single step of plain SGD is exact.
         out: Stream the record to this HDF5 file and map it; by default it stays in memory.
         names: Names of the rows, by table, kept in the record.
-        record: With False, only train.
         progress: Show a progress bar.
 
     Returns:
-        The record; None with ``record=False``.
+        The record.
 
     Raises:
         ArgumentError: Examples that the model has no rows for, or none.
@@ -64,7 +62,7 @@ def fit(
     """
     recipe = recipe or Recipe()
     examples = model.check_examples(examples, least=1)
-    with closing(RecordBuilder(model, examples, all_rows, names, out)) if record else nullcontext() as builder:
+    with closing(RecordBuilder(model, examples, all_rows, names, out)) as builder:
         tables = model.numpy_tables()
         run_epochs(model, tables, examples, recipe, builder=builder, all_rows=all_rows, progress=progress)
         bad = [name for name, table in tables.items() if not np.isfinite(table).all()]
@@ -74,7 +72,7 @@ def fit(
                 "scale"
             )
         model.load_tables(tables)
-        return None if builder is None else builder.finish(recipe)
+        return builder.finish(recipe)
 
 
 def run_epochs(
