@@ -124,14 +124,12 @@ def test_bad_input(made):
 def test_pictures(made, tmp_path):
     model, data, _, components = made
     found = attribute_component(model, components, 0, data.inputs[:3], 0.1)
-    figure = contribution_grid(data.inputs[:3], [found.maps], ["component 0"], ["a", "b", "c"], shared=True)
+    figure = contribution_grid(data.inputs[:3], {"component 0": found.maps})
     assert save_figure(figure, tmp_path / "maps.png").stat().st_size > 1000
     with pytest.raises(ArgumentError, match=r"expected a name ending in .png, .svg or .pdf"):
         save_figure(figure, tmp_path / "maps.txt")
-    with pytest.raises(ArgumentError, match="titles: expected 1, one per map, got 2"):
-        contribution_grid(data.inputs[:3], [found.maps], ["a", "b"])
     with pytest.raises(ArgumentError, match="inputs: expected pictures"):
-        contribution_grid(torch.rand(3, 5), [torch.rand(3, 5)], ["a"])
+        contribution_grid(torch.rand(3, 5), {"a": torch.rand(3, 5)})
 
 
 def test_fused_attention():

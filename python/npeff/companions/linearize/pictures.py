@@ -1,8 +1,8 @@
-"""Contributions as pictures: the input beside what each of its numbers gave, red for and blue against."""
+"""Contributions as pictures: the input beside the contribution of each of its numbers, red for and blue against."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,60 +15,45 @@ from npeff.reports.images import looks_like_image
 from npeff.storage.files import atomic, check_target, path_of
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Array = npt.NDArray[Any]
-COLOURS = "RdBu_r"
 
 
-def contribution_grid(
-    inputs: Tensor,
-    maps: Sequence[Tensor],
-    titles: Sequence[str],
-    rows: Sequence[str] = (),
-    *,
-    shared: bool = False,
-) -> Figure:
-    """A row per example: the input, then one picture of contributions per column.
+def contribution_grid(inputs: Tensor, maps: Mapping[str, Tensor]) -> Figure:
+    """Draw a row per example: the input, then one picture of contributions per map.
 
     Args:
         inputs: ``(n, *s)``.
-        maps: Each ``(n, *s)``: contributions; channels are summed.
-        titles: One per map.
-        rows: One per example.
-        shared: One colour scale for all; otherwise each picture has its own, so that faint ones can be read.
+        maps: By title, each ``(n, *s)``: contributions; channels are summed.
 
     Returns:
-        A figure; red is positive, blue negative, white 0.
+        A figure; red is positive, blue negative, white 0, on a scale of its own in each picture.
 
     Raises:
-        ArgumentError: The inputs are no pictures, or the numbers of maps and titles differ.
+        ArgumentError: The inputs are no pictures.
     """
     from matplotlib.figure import Figure
 
-    if len(maps) != len(titles):
-        raise ArgumentError(f"titles: expected {len(maps)}, one per map, got {len(titles)}")
-    images = [_picture(item) for item in inputs]
-    drawn = [[_summed(item) for item in column] for column in maps]
-    limit = max((float(np.abs(item).max()) for column in drawn for item in column), default=0.0)
-    n, columns = len(images), 1 + len(maps)
+    n, columns = len(inputs), 1 + len(maps)
     figure = Figure((1.25 * columns + 0.3, 1.25 * n + 0.35), layout="constrained", dpi=80)
     axes = figure.subplots(n, columns, squeeze=False)
-    for i, image in enumerate(images):
-        _bare(axes[i, 0]).imshow(image, cmap="gray_r")
-        for k, column in enumerate(drawn, 1):
-            most = limit if shared else float(np.abs(column[i]).max())
-            _bare(axes[i, k]).imshow(column[i], cmap=COLOURS, vmin=-(most or 1), vmax=most or 1)
-        if rows:
-            axes[i, 0].set_ylabel(rows[i], fontsize=8)
-    for k, title in enumerate(("input", *titles)):
+    for i, image in enumerate(inputs):
+        axes[i, 0].imshow(_picture(image), cmap="gray_r")
+        for k, values in enumerate(maps.values(), 1):
+            drawn = _summed(values[i])
+            most = float(np.abs(drawn).max()) or 1
+            axes[i, k].imshow(drawn, cmap="RdBu_r", vmin=-most, vmax=most)
+    for item in axes.flat:
+        item.set_xticks([])
+        item.set_yticks([])
+    for k, title in enumerate(("input", *maps)):
         axes[0, k].set_title(title, fontsize=8)
     return figure
 
 
 def contribution_bars(values: Tensor, title: str, most: int = 40) -> Figure:
-    """Contributions that have no natural picture: the largest, as bars.
+    """Draw the largest contributions as bars, for inputs that are no pictures.
 
     Args:
         values: ``(*s)``.
@@ -89,11 +74,6 @@ def contribution_bars(values: Tensor, title: str, most: int = 40) -> Figure:
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("contribution")
     return figure
-
-
-def is_picture(x: Tensor) -> bool:
-    """Whether one example ``(*s)`` looks like an image."""
-    return looks_like_image(x.detach().cpu().numpy())
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
@@ -136,9 +116,3 @@ def _summed(x: Tensor) -> Array:
     if image.ndim == 3:
         image = image.sum(0 if image.shape[0] in (1, 3) else 2)
     return image
-
-
-def _bare(axes: Axes) -> Axes:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    return axes
