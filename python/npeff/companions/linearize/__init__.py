@@ -9,7 +9,11 @@
 Instance-wise Linearization (Li, Liu, Bhavya, Bremer, Pascucci 2023, arXiv 2310.16295).
 """
 
-from npeff.companions.linearize.attribution import ComponentAttribution, attribute_component, attribute_top_examples
+from npeff.companions.linearize.component_attribution import (
+    ComponentAttribution,
+    attribute_component,
+    attribute_top_examples,
+)
 from npeff.companions.linearize.linear_map import LinearMap
 from npeff.companions.linearize.linearizing import linearize
 from npeff.companions.linearize.pictures import contribution_bars, contribution_grid, save_figure

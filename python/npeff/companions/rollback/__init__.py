@@ -16,8 +16,7 @@ from npeff.companions.rollback.explain import (
     GradientRollback,
     component_rollback,
 )
-from npeff.companions.rollback.faithfulness import Faithfulness, faithfulness, retrain, trained_without
-from npeff.companions.rollback.models import (
+from npeff.companions.rollback.factor_models import (
     MODELS,
     ComplEx,
     DistMult,
@@ -26,6 +25,7 @@ from npeff.companions.rollback.models import (
     Vocabulary,
     read_triples,
 )
+from npeff.companions.rollback.faithfulness import Faithfulness, faithfulness, retrain, trained_without
 from npeff.companions.rollback.recipe import Recipe
 from npeff.companions.rollback.record import Record, RowUpdates
 from npeff.companions.rollback.training import RollbackRecorder, fit

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from npeff.companions.rollback.models import FactorModel
+from npeff.companions.rollback.factor_models import FactorModel
 from npeff.companions.rollback.record import Record
 from npeff.components import Components
 from npeff.errors import ArgumentError

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from npeff.companions.rollback.explain import Explainer, Explanation
-from npeff.companions.rollback.models import FactorModel
+from npeff.companions.rollback.factor_models import FactorModel
 from npeff.companions.rollback.recipe import Recipe
 from npeff.companions.rollback.training import run_epochs
 from npeff.errors import ArgumentError

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.companions.rollback.models import MODELS, FactorModel
+from npeff.companions.rollback.factor_models import MODELS, FactorModel
 from npeff.companions.rollback.recipe import Recipe
 from npeff.errors import ArgumentError, ModelError, StorageError
 from npeff.short_repr import short_repr
@@ -69,7 +69,7 @@ class Record:
         initial: The tables before training.
         final: The tables after training.
         recipe: How :func:`~npeff.companions.rollback.fit` trained; None where something else did.
-        model_kind: Name in :data:`~npeff.companions.rollback.models.MODELS`, None for a model of another class.
+        model_kind: Name in :data:`~npeff.companions.rollback.factor_models.MODELS`, None for a model of another class.
         model_options: Its arguments.
         names: Names of rows, by table, where known.
         all_rows: Whether the updates of all rows were recorded, not only those of the example's own rows.

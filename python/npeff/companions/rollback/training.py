@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from npeff.companions.rollback.models import FactorModel
+from npeff.companions.rollback.factor_models import FactorModel
 from npeff.companions.rollback.recipe import STEP_RULES, Recipe
 from npeff.companions.rollback.record import Record, RecordBuilder
 from npeff.errors import ArgumentError, ModelError
