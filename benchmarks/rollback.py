@@ -191,9 +191,8 @@ def table(runs: list[dict[tuple[str, int], tuple[float, ...]]], published: bool 
 
 def leave_one_out(model: FactorModel, record: Record, targets: np.ndarray) -> list[str]:
     """Spearman correlation of influences with what leaving out each single candidate does."""
-    assert record.recipe is not None
     alone = [np.array([d]) for d in range(len(record))]
-    tables = rollback.retrain(model, record.initial, record.examples, record.recipe, [*alone, np.empty(0, int)])
+    tables = rollback.retrain(model, record, [*alone, np.empty(0, int)])
     falls = []
     for target in targets:
         context = [tables[t][row].astype(float) for t, row in zip(model.columns, target[:-1], strict=False)]

@@ -32,19 +32,16 @@ class RandomNeighbours(Explainer):
         super().__init__(model, record)
         self._seed = seed
 
-    def influence(self, target: Array | Tensor | list[int], candidates: Array | None = None) -> Array:
+    def support(self, target: Array, candidates: Array) -> Array:
         """See :class:`Explainer`; uniform noise."""
-        target, candidates = self._chosen(target, candidates)
         return np.random.default_rng([self._seed, *target.tolist()]).random(len(candidates))
 
 
 class GradientProducts(Explainer):
     """``I(d) = −∇ log P(target) · ∇L(d)`` at the trained weights, L(d) = −log P(d), P the softmax over all answers."""
 
-    @torch.no_grad()
-    def influence(self, target: Array | Tensor | list[int], candidates: Array | None = None) -> Array:
+    def support(self, target: Array, candidates: Array) -> Array:
         """See :class:`Explainer`; in units of a squared gradient."""
-        target, candidates = self._chosen(target, candidates)
         return self._supports(self._gradient(target), candidates)
 
     def _gradient(self, target: Array) -> Direction:
@@ -121,14 +118,12 @@ class InfluenceFunctions(GradientProducts):
         with torch.no_grad():
             self._p = torch.softmax(model.queries(self._contexts, self._tables) @ A.T, 1)
 
-    @torch.no_grad()
-    def influence(self, target: Array | Tensor | list[int], candidates: Array | None = None) -> Array:
+    def support(self, target: Array, candidates: Array) -> Array:
         """See :class:`Explainer`; n times the first-order change of log P(target) when d is left out.
 
         Raises:
             ModelError: Conjugate gradients did not converge.
         """
-        target, candidates = self._chosen(target, candidates)
         return self._supports(self.solve(self._gradient(target)), candidates)
 
     def product(self, v: Direction) -> Direction:

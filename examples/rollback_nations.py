@@ -19,8 +19,7 @@ from npeff.companions.rollback import DistMult, Explainer, GradientRollback, Rec
 class RandomNeighbours(Explainer):
     """Candidates in random order, to compare with."""
 
-    def influence(self, target, candidates=None):
-        candidates = self.candidates(target) if candidates is None else candidates
+    def support(self, target, candidates):
         return np.random.default_rng([0, *target]).random(len(candidates))
 
 

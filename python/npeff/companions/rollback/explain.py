@@ -115,7 +115,6 @@ class Explainer(ABC):
         found[:, -1] = scores.argmax(1)
         return found
 
-    @abstractmethod
     def influence(self, target: Array | Tensor | list[int], candidates: Array | None = None) -> Array:
         """How much each training example supports a prediction.
 
@@ -125,7 +124,26 @@ class Explainer(ABC):
 
         Returns:
             ``(c,)`` float64, positive for support.
+
+        Raises:
+            ArgumentError: The target is no example of the model, or a candidate no training example.
         """
+        target = self.target(target)
+        candidates = self.candidates(target) if candidates is None else np.asarray(candidates)
+        if candidates.ndim != 1 or (candidates.size and candidates.dtype.kind not in "iu"):
+            raise ArgumentError(
+                f"candidates: expected positions (c,), got {candidates.dtype} of shape {candidates.shape}"
+            )
+        if candidates.size and (candidates.min() < 0 or candidates.max() >= len(self.record)):
+            raise ArgumentError(
+                f"candidates: expected positions below {len(self.record)}, got {candidates.tolist()[:5]}…"
+            )
+        with torch.no_grad():
+            return self.support(target, candidates.astype(np.int64))
+
+    @abstractmethod
+    def support(self, target: Array, candidates: Array) -> Array:
+        """The influence of candidates ``(c,)`` on a target ``(m + 1,)``, both checked: ``(c,)`` float64."""
 
     def explain(self, target: Array | Tensor | list[int], k: int = 10) -> Explanation:
         """The k candidates of the largest influence, those with influence below 0 left out.
@@ -147,26 +165,6 @@ class Explainer(ABC):
         probability = float(self.probabilities(target[None])[0, target[-1]])
         return Explanation(target, probability, candidates[order], influences[order], len(candidates))
 
-    def _chosen(self, target: Array | Tensor | list[int], candidates: Array | None) -> tuple[Array, Array]:
-        """The target and the candidates, checked.
-
-        Raises:
-            ArgumentError: A candidate is no training example.
-        """
-        target = self.target(target)
-        if candidates is None:
-            return target, self.candidates(target)
-        candidates = np.asarray(candidates)
-        if candidates.ndim != 1 or (candidates.size and candidates.dtype.kind not in "iu"):
-            raise ArgumentError(
-                f"candidates: expected positions (c,), got {candidates.dtype} of shape {candidates.shape}"
-            )
-        if candidates.size and (candidates.min() < 0 or candidates.max() >= len(self.record)):
-            raise ArgumentError(
-                f"candidates: expected positions below {len(self.record)}, got {candidates.tolist()[:5]}…"
-            )
-        return target, candidates.astype(np.int64)
-
 
 class GradientRollback(Explainer):
     """``I(d) = P(a | c; θ) − P(a | c; θ − γ[d])`` (Lawrence, Sztyler, Niepert 2021, arXiv 2010.05516).
@@ -183,23 +181,11 @@ class GradientRollback(Explainer):
         ArgumentError: The model is not the one that the record ended with.
     """
 
-    @torch.no_grad()
-    def influence(self, target: Array | Tensor | list[int], candidates: Array | None = None) -> Array:
+    def support(self, target: Array, candidates: Array) -> Array:
         """The probability that the target loses when each candidate's updates are subtracted.
 
         All candidates at once: only the rows of the context, and the scores of answers with updates, are recomputed.
-
-        Args:
-            target: ``(m + 1,)`` context and answer.
-            candidates: ``(c,)`` positions of training examples; by default :meth:`candidates`.
-
-        Returns:
-            ``(c,)`` float64 influences, in probability.
-
-        Raises:
-            ArgumentError: The target is no example of the model, or a candidate no training example.
         """
-        target, candidates = self._chosen(target, candidates)
         A = self._tables[self.model.answers]
         context = [
             self._tables[table][row] for table, row in zip(self.model.columns, target[:-1].tolist(), strict=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from npeff.companions.rollback.explain import Explainer, Explanation
 from npeff.companions.rollback.factor_models import FactorModel
-from npeff.companions.rollback.recipe import Recipe
+from npeff.companions.rollback.record import Record
 from npeff.companions.rollback.training import run_epochs
 from npeff.errors import ArgumentError
 from npeff.short_repr import short_repr
@@ -132,21 +132,14 @@ def trained_without(
             for target, again in zip(targets, map(retrain_without, removed), strict=True)
         ]
         return np.array(after), method.probabilities(targets)
-    if record.recipe is None:
-        raise ArgumentError(
-            "method: its record has no recipe (something else than fit trained); pass retrain_without=, a function "
-            "of the positions to leave out that returns the model trained without them"
-        )
-    per_model = sum(table.nbytes for table in record.initial.values()) * (3 if record.recipe.optimizer == "adam" else 2)
-    step = max(1, SIDE_BY_SIDE_BYTES // per_model)
+    # the tables, and at most two of their size for the averages of an optimiser
+    step = max(1, SIDE_BY_SIDE_BYTES // (3 * sum(table.nbytes for table in record.initial.values())))
     after_parts, before_parts = [], []
     for start in tqdm(range(0, len(targets), step), disable=not progress or len(targets) <= step, desc="retraining"):
         some, without = targets[start : start + step], removed[start : start + step]
-        # the last model leaves nothing out: what it says is "before", in the same arithmetic
+        # the last model is trained on all examples, for the comparison in the same arithmetic
         sets = [*without, np.empty(0, np.int64)]
-        tables = retrain(
-            model, record.initial, record.examples, record.recipe, sets, progress=progress and len(targets) <= step
-        )
+        tables = retrain(model, record, sets, progress=progress and len(targets) <= step)
         whole = {name: np.repeat(table[..., -1:], len(some), axis=2) for name, table in tables.items()}
         after_parts.append(_softmax(_scores(model, {n: t[..., :-1] for n, t in tables.items()}, some)).T)
         before_parts.append(_softmax(_scores(model, whole, some)).T)
@@ -154,13 +147,7 @@ def trained_without(
 
 
 def retrain(
-    model: FactorModel,
-    initial: Mapping[str, Array],
-    examples: Array,
-    recipe: Recipe,
-    removed: Sequence[Array],
-    *,
-    progress: bool = False,
+    model: FactorModel, record: Record, removed: Sequence[Array], *, progress: bool = False
 ) -> dict[str, Array]:
     """Train once per set of removed examples, all from the same beginning, in the same order, with the same negatives.
 
@@ -168,27 +155,30 @@ def retrain(
 
     Args:
         model: Supplies the score; its weights are neither used nor changed.
-        initial: The tables at the beginning.
-        examples: ``(n, m + 1)`` training examples.
-        recipe: How to train.
-        removed: R arrays of positions in ``examples``.
+        record: Supplies the tables at the beginning, the training examples and the recipe.
+        removed: R arrays of positions of training examples.
         progress: Show a progress bar.
 
     Returns:
         By table ``(rows, width, R)``, as large as R models: :func:`trained_without` splits many sets.
 
     Raises:
-        ArgumentError: A removed position is no example.
+        ArgumentError: A removed position is no example, or the record has no recipe.
         ModelError: The model has no ``query_gradient``.
     """
-    kept = np.ones((len(examples), len(removed)), bool)
+    if record.recipe is None:
+        raise ArgumentError(
+            "record: it has no recipe (something else than fit trained); pass retrain_without=, a function of the "
+            "positions to leave out that returns the model trained without them"
+        )
+    kept = np.ones((len(record), len(removed)), bool)
     for r, positions in enumerate(removed):
         positions = np.asarray(positions, np.int64)
-        if len(positions) and (positions.min() < 0 or positions.max() >= len(examples)):
-            raise ArgumentError(f"removed: expected positions below {len(examples)}, got {positions.tolist()}")
+        if len(positions) and (positions.min() < 0 or positions.max() >= len(record)):
+            raise ArgumentError(f"removed: expected positions below {len(record)}, got {positions.tolist()}")
         kept[positions, r] = False
-    tables = {name: np.repeat(table[..., None], len(removed), axis=2) for name, table in initial.items()}
-    run_epochs(model, tables, model.check_examples(examples), recipe, kept=kept, progress=progress)
+    tables = {name: np.repeat(table[..., None], len(removed), axis=2) for name, table in record.initial.items()}
+    run_epochs(model, tables, np.asarray(record.examples), record.recipe, kept=kept, progress=progress)
     return tables
 
 
