@@ -18,7 +18,7 @@ from npeff.errors import ModelError
 
 
 def names_in(text: str) -> frozenset[str]:
-    """The names of operations in a text."""
+    """Split a text into names of operations."""
     return frozenset(text.split())
 
 
@@ -30,8 +30,8 @@ class Affine:
         function: From their values.
         inputs: The tensors, as they are at the point.
         offset: Whether the function may be non-zero at zero.
-        pattern: What would change at a kink.
-        held: What was held, for an operation that is not piecewise linear.
+        pattern: Gates and positions that change at a kink.
+        held: The part that was held, for an operation that is not piecewise linear.
     """
 
     function: Callable[..., Tensor]
@@ -49,7 +49,7 @@ class Held:
 
 
 Outcome = Affine | Held | None
-"""Of one output. None: it is constant, exactly so away from kinks."""
+"""The form of one output; None where it is constant between kinks."""
 
 
 @dataclass
@@ -81,12 +81,12 @@ class Call:
     kept: list[Tensor] = field(default_factory=list)
 
     def constant(self, tensor: Tensor) -> Tensor:
-        """A tensor that the frozen operation holds on to."""
+        """Keep a tensor as a constant of the frozen operation."""
         self.kept.append(tensor)
         return self.keep(tensor)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument, wherever it was passed."""
+        """Look an argument up by position or by name."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 
     def varies(self, position: int) -> bool:
@@ -94,7 +94,7 @@ class Call:
         return position < len(self.args) and any(map(self.depends, tensors_in(self.args[position])))
 
     def fixed(self, position: int, name: str) -> Any:
-        """An argument that may not depend on the input.
+        """Look up an argument that must not depend on the input.
 
         Raises:
             ModelError: It does.
@@ -108,7 +108,7 @@ class Call:
         return self.constant(value) if isinstance(value, Tensor) else value
 
     def replay(self, *positions: int) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-        """The operation itself, as a function of the arguments that depend on the input.
+        """Give the operation itself as a function of the arguments that depend on the input.
 
         Args:
             *positions: The arguments that vary; the others are held. By default all vary.
@@ -158,7 +158,7 @@ def affine_form(*names: str) -> Callable[[Form], Form]:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors among an operation's arguments or outputs, in order."""
+    """List the tensors among an operation's arguments or outputs, in order."""
     found: list[Tensor] = []
     waiting = [tree]
     while waiting:

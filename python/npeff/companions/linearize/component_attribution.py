@@ -37,11 +37,11 @@ class ComponentAttribution:
         component: j.
         magnitude: δ.
         maps: ``(n, *s)`` the contribution of each number of each input; with ``bias`` they sum to ``change``.
-        bias: ``(n,)`` what the change of the constants contributed.
-        change: ``(n,)`` the change of the chosen output, or the size of the change of all, as the models gave it.
-        outputs: ``(n, C)`` the change of each output, F(x; θ + δ·g_j) − F(x; θ), as the models gave it.
-        sensitivity: ``(n,)`` ‖A_i g_j‖, the same size per unit of δ for infinitesimal δ; its square is what the
-            coefficient of example i on component j is fitted to.
+        bias: ``(n,)`` the contribution of the change of the constants.
+        change: ``(n,)`` the change of the chosen output, or the size of the change of all outputs.
+        outputs: ``(n, C)`` the change of each output, F(x; θ + δ·g_j) − F(x; θ).
+        sensitivity: ``(n,)`` ‖A_i g_j‖, the same size per unit of δ for infinitesimal δ; the
+            coefficient of example i on component j is fitted to its square.
         frozen: The parts that are not piecewise linear and were held, in either model; empty where all is exact.
     """
 
@@ -57,7 +57,7 @@ class ComponentAttribution:
     __repr__ = short_repr
 
     def residual(self) -> float:
-        """The largest |Σ maps + bias − change|, over the largest |change|."""
+        """Compute the largest |Σ maps + bias − change|, over the largest |change|."""
         total = self.maps.double().flatten(1).sum(1) + self.bias.double()
         largest = float(self.change.abs().max())
         gap = float((total - self.change.double()).abs().max())
@@ -166,9 +166,9 @@ def attribute_top_examples(
         which: Components; by default all.
         k: Top examples of each; those with a coefficient of 0 are left out.
         embed: ``callable(model, inputs) -> (1, t, d)`` floats for one example, where the inputs are tokens: then these
-            are attributed, and summed over d, a number per token. The attribution is of the paths through what
-            ``forward`` does with them; a change of the embedding itself, where the components have one, is left out.
-        forward: ``callable(model, inputs) -> (n, C)``, or of what ``embed`` gave.
+            are attributed, and summed over d, a number per token. The attribution covers the paths through
+            ``forward``; a change of the embedding itself, where the components have one, is left out.
+        forward: ``callable(model, inputs) -> (n, C)``; with ``embed`` its result takes the place of the inputs.
         smooth: As for :func:`npeff.companions.linearize.linearize`.
 
     Returns:
@@ -278,7 +278,7 @@ def _cotangent(logits: Tensor, changes: Tensor, likelihood: Likelihood, output: 
 
 
 def _inputs(model: nn.Module, given: Any, embed: Forward | None) -> Tensor:
-    """The numbers of one example that are attributed to, ``(1, *s)`` floats.
+    """Give the numbers of one example that are attributed to, ``(1, *s)`` floats.
 
     Raises:
         DataError: There is no floating-point tensor to attribute to.

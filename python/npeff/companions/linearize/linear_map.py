@@ -24,7 +24,7 @@ class LinearMap:
 
     Attributes:
         x: ``(n, *s)`` the point: the input, or the output of the layer ``at``.
-        output: ``(n, K)`` what the model gave there, F(x).
+        output: ``(n, K)`` the model's output there, F(x).
         at: ``"input"`` or the layer's name.
         frozen: The parts that are not piecewise linear and were held; empty where the map is exact.
     """
@@ -139,7 +139,7 @@ class LinearMap:
         return self.W * (self.x.unsqueeze(1) if self._batched else self.x)
 
     def bias_contributions(self, c: Tensor | None = None) -> dict[str, Tensor]:
-        """The contribution of each module's constants to each output: Σ bias·(gradient at that bias).
+        """Give the contribution of each module's constants to each output: Σ bias·(gradient at that bias).
 
         Constants are biases, the shifts of batch normalisation, bounds such as ReLU6's 6, and tensors that join
         without depending on the point.
@@ -167,7 +167,7 @@ class LinearMap:
         return {name: self._out(part if c is None else part[:, 0]) for name, part in found.items()}
 
     def residual(self) -> float:
-        """The largest |W·x + b − F(x)| over the largest |F(x)|.
+        """Compute the largest |W·x + b − F(x)| over the largest |F(x)|.
 
         Three computations meet: rows of W by backward passes, b by a pass at zero, F(x) by the model.
         """
@@ -276,7 +276,7 @@ class LinearMap:
 
 
 def _transpose(output: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient at the point of u·output, with its graph to u: what is affine in the point is linear in u."""
+    """Give the gradient at the point of u·output, with its graph to u, in which it is linear."""
     with torch.inference_mode(False), torch.enable_grad():
         u = torch.zeros_like(output).requires_grad_()
         return torch.autograd.grad(output, point, u, create_graph=True)[0], u

@@ -39,7 +39,7 @@ def linearize(
 
     Args:
         model: Any module whose forward pass is made of torch's operations, in evaluation mode. It is left as it was.
-        x: What the model takes: a float tensor, one example or many. With ``at`` a layer, anything it takes: token
+        x: The model's input: a float tensor, one example or many. With ``at`` a layer, any input: token
             ids, a tuple of positional or a mapping of keyword arguments.
         outputs: Which outputs, as positions in each example's flattened output; by default all, in that order.
         at: ``"input"``, or the name of a layer (as in ``model.named_modules()``), from whose output onwards the map is
@@ -135,7 +135,7 @@ def _recorded(
 
 
 def _output(model: nn.Module, x: Any, forward: Forward | None) -> Tensor:
-    """The model's output.
+    """Call the model.
 
     Raises:
         ModelError: The model failed, or gives no float tensor.

@@ -188,7 +188,7 @@ def _unsqueezed(tensor: Tensor, n_dims: int, dims: tuple[int, ...]) -> Tensor:
     return tensor
 
 
-# ---- what is not piecewise linear ---------------------------------------------------------------------------
+# ---- operations that are not piecewise linear --------------------------------------------------------------
 
 GATED = names_in("gelu silu mish hardswish tanh elu celu erf atan asinh sin tan expm1 log1p sinh")
 """Smooth functions of one number that are 0 at 0: written f(v) = v·g(v), and the gate g is held."""
@@ -203,7 +203,7 @@ HELD = names_in(
 """Smooth functions that are held at their value."""
 
 _SMALL = 1e-4
-"""Where a gate f(v)/v is taken for v = 0."""
+"""The value of v at which a gate f(v)/v is computed where v = 0."""
 
 
 @affine_form(*GATED)

@@ -44,7 +44,7 @@ class Frozen:
 
 
 def zero_like(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """A zero with a tensor's dtype and device, and its shape or another, that takes no memory."""
+    """Make a zero with a tensor's dtype and device, and its shape or another, that takes no memory."""
     shape = tensor.shape if shape is None else shape
     with torch.inference_mode(False):
         return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(shape)
@@ -123,11 +123,11 @@ class Program:
             )
 
     def run(self, z: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Replay.
+        """Replay the steps on another input.
 
         Args:
-            z: Of the input's shape.
-            scales: ``(n_sources,)`` what each offset of ``sources`` is multiplied by, or ``(n_sources, n)`` one for
+            z: A point of the input's shape.
+            scales: ``(n_sources,)`` factors of the offsets of ``sources``, or ``(n_sources, n)`` one for
                 each example where all offsets have the examples first; by default 1.
 
         Returns:
@@ -149,7 +149,7 @@ class Program:
         return values[len(self.steps) - 1]
 
     def offset(self, number: int) -> Tensor:
-        """c_d of a step: its value where all its inputs are zero."""
+        """Compute c_d of a step: its value where all its inputs are zero."""
         step = self.steps[number]
         with torch.no_grad():
             return step.function(*(self.steps[i].zero.contiguous() for i in step.inputs))

@@ -36,12 +36,12 @@ Geometry = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def geometry(tensor: Tensor) -> Geometry:
-    """The offset, shape, strides and dtype of a tensor within its storage."""
+    """Give the offset, shape, strides and dtype of a tensor within its storage."""
     return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def key(tensor: Tensor) -> int | None:
-    """The storage of a tensor; None for layouts without plain storage."""
+    """Identify the storage of a tensor; None for layouts without plain storage."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
 
 
@@ -92,7 +92,7 @@ class Values:
         return key(tensor) in self._memories
 
     def step(self, tensor: Tensor) -> int:
-        """The number of the step that holds a tensor's value."""
+        """Give the number of the step that holds a tensor's value."""
         memory = self._memories[key(tensor)]
         wanted = geometry(tensor)
         if wanted not in memory.steps:
@@ -112,7 +112,7 @@ class Values:
         """Note that an operation wrote a value into existing memory.
 
         Args:
-            tensor: What was written to, any view.
+            tensor: The tensor that was written to, any view.
             step: The value it has now.
             before: The whole storage as a flat tensor, before the write, where it did not depend on the input yet.
         """
@@ -145,7 +145,7 @@ class Values:
 
 
 def flat_storage(tensor: Tensor) -> Tensor:
-    """A copy of all of a tensor's storage, ``(elements,)``."""
+    """Copy all of a tensor's storage, ``(elements,)``."""
     count = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
     return tensor.detach().as_strided((count,), (1,), 0).clone()
 
@@ -170,11 +170,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._always: set[int] = set()
 
     def begin(self, point: Tensor) -> None:
-        """Record from here on what happens to a tensor."""
+        """Record the operations on a tensor from here on."""
         self._values.set(point, self._emit(Step(lambda: point, (), zero_like(point))))
 
     def program(self, output: Tensor) -> tuple[Program, list[Frozen]]:
-        """The steps that lead to an output, and the parts that were held on the way.
+        """Give the steps that lead to an output, and the parts that were held on the way.
 
         Raises:
             ModelError: The output does not depend on the input.
@@ -313,7 +313,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Call(name, function, tuple(args), kwargs, output, self._where(), kind, self._depends, self._keep)
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        """A weight itself, its version noted; a copy of anything else, which may be overwritten."""
+        """Keep a weight itself, with its version; a copy of any other tensor, which may be overwritten."""
         if key(tensor) not in self._weights or tensor.is_inference():
             with torch.inference_mode(False):
                 return tensor.detach().clone()
@@ -363,14 +363,14 @@ def _is_written(argument: Any) -> bool:
 
 
 def listed(held: list[Frozen]) -> str:
-    """What was held, in words: the first five."""
+    """List the first five held parts, for messages."""
     shown = [str(item) for item in held[:5]]
     return "; ".join(shown) + (f"; and {len(held) - 5} more" if len(held) > 5 else "")
 
 
 @contextmanager
 def recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Within it the recorder knows which module is running; afterwards the model is as it was."""
+    """Tell the recorder which module is running, within the block; restore the model afterwards."""
 
     def enter(name: str, kind: str) -> Callable[..., None]:
         return lambda *_: recorder.modules.append((name, kind))
@@ -382,9 +382,8 @@ def recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     fused = not any(isinstance(module, nn.RNNBase) for module in model.modules())
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if name and not isinstance(
-                module, torch.jit.ScriptModule
-            ):  # takes no hooks: its steps go by what is around
+            # scripted modules take no hooks: the module around gives the name of their steps
+            if name and not isinstance(module, torch.jit.ScriptModule):
                 hook = module.register_forward_pre_hook(enter(name, type(module).__name__))
                 stack.callback(hook.remove)
                 stack.callback(module.register_forward_hook(leave).remove)

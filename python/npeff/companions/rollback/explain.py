@@ -48,11 +48,11 @@ class Explanation:
 
 
 class Explainer(ABC):
-    """A way to find the training examples behind a prediction.
+    """A method that finds the training examples behind a prediction; a subclass gives :meth:`support`.
 
     Args:
         model: The trained model.
-        record: Of its training: supplies the examples, and for :func:`faithfulness` beginning and recipe.
+        record: The record of its training.
 
     Raises:
         ArgumentError: The model is not the one that the record ended with.
@@ -65,7 +65,7 @@ class Explainer(ABC):
         self._columns = np.ascontiguousarray(np.asarray(record.examples).T)
 
     def target(self, target: Array | Tensor | list[int]) -> Array:
-        """One target as ``(m + 1,)`` int64.
+        """Check one target:  ``(m + 1,)`` int64.
 
         Raises:
             ArgumentError: It is no example of the model.
@@ -73,7 +73,7 @@ class Explainer(ABC):
         return self.model.check_examples(np.asarray(target)[None], "target")[0]
 
     def candidates(self, target: Array | Tensor | list[int]) -> Array:
-        """Positions of the training examples that share a row of any table with the target, ascending, int64."""
+        """Find the training examples that share a row of any table with the target: positions, int64."""
         shares = np.zeros(len(self.record), bool)
         for table, row in zip(self.model.columns, self.target(target).tolist(), strict=True):
             for other, rows in zip(self.model.columns, self._columns, strict=True):
@@ -83,13 +83,13 @@ class Explainer(ABC):
 
     @torch.no_grad()
     def probabilities(self, targets: Array | Tensor) -> Array:
-        """``(n, n_answers)`` float64: P(a | c) of the trained model for the contexts of examples ``(n, m + 1)``."""
+        """Compute P(a | c) for the contexts of examples ``(n, m + 1)``: ``(n, n_answers)`` float64."""
         targets = self.model.check_examples(targets, "targets")
         scores = self.model.queries(targets, self._tables) @ self._tables[self.model.answers].T
         return np.asarray(torch.softmax(scores, 1).numpy())
 
     def known(self, targets: Array | Tensor) -> Array:
-        """``(n, n_answers)`` bool: answers that the training examples give to the targets' contexts."""
+        """Mark the answers that the training examples give to the targets' contexts: ``(n, n_answers)`` bool."""
         targets = self.model.check_examples(targets, "targets")
         given: dict[tuple[int, ...], list[int]] = {}
         for *context, answer in np.asarray(self.record.examples).tolist():
@@ -100,7 +100,7 @@ class Explainer(ABC):
         return mask
 
     def predictions(self, targets: Array | Tensor, *, filtered: bool = True) -> Array:
-        """Targets ``(n, m + 1)`` with the most probable answer in place of the given one.
+        """Replace the answers of targets ``(n, m + 1)`` by the most probable ones.
 
         Args:
             targets: Supply the contexts.
@@ -116,7 +116,7 @@ class Explainer(ABC):
         return found
 
     def influence(self, target: Array | Tensor | list[int], candidates: Array | None = None) -> Array:
-        """How much each training example supports a prediction.
+        """Compute how much each training example supports a prediction.
 
         Args:
             target: ``(m + 1,)`` context and answer.
@@ -143,10 +143,10 @@ class Explainer(ABC):
 
     @abstractmethod
     def support(self, target: Array, candidates: Array) -> Array:
-        """The influence of candidates ``(c,)`` on a target ``(m + 1,)``, both checked: ``(c,)`` float64."""
+        """Compute the influence of candidates ``(c,)`` on a target ``(m + 1,)``, both checked: ``(c,)`` float64."""
 
     def explain(self, target: Array | Tensor | list[int], k: int = 10) -> Explanation:
-        """The k candidates of the largest influence, those with influence below 0 left out.
+        """Find the k candidates of the largest influence, without those of influence below 0.
 
         Args:
             target: ``(m + 1,)`` context and answer.
@@ -182,7 +182,7 @@ class GradientRollback(Explainer):
     """
 
     def support(self, target: Array, candidates: Array) -> Array:
-        """The probability that the target loses when each candidate's updates are subtracted.
+        """Compute the probability that the target loses when each candidate's updates are subtracted.
 
         All candidates at once: only the rows of the context, and the scores of answers with updates, are recomputed.
         """
@@ -224,14 +224,14 @@ class GradientRollback(Explainer):
 
 @dataclass(frozen=True, eq=False)
 class ComponentRollback:
-    """How much each training example supports what the model says on a component's top examples.
+    """How much each training example supports the model's answers on a component's top examples.
 
     Attributes:
         j: The component.
         influence: ``(n_train,)`` float64, the mean over the top examples of the explainer's influence; 0 where an
             example is a candidate of none, or is itself among them.
         examples: ``(k,)`` int64 the component's top examples: indices of ``components.coefficients``.
-        record: Of the training.
+        record: The record of the training.
     """
 
     by: ClassVar[str] = "probability that its top examples lose when the example's updates are taken back, on average"
@@ -244,7 +244,7 @@ class ComponentRollback:
     __repr__ = short_repr
 
     def made_by(self, k: int = 16) -> Array:
-        """Positions of the k training examples with the largest support, ties by position, int64."""
+        """List the k training examples with the largest support: positions, int64, ties by position."""
         order = np.argsort(-self.influence, kind="stable")[:k]
         return order[self.influence[order] > 0]
 
@@ -267,7 +267,7 @@ def component_rollback(
     since it supports itself.
 
     Args:
-        explainer: Of the model that the components are of, such as :class:`GradientRollback`.
+        explainer: For the model that the components are of, such as :class:`GradientRollback`.
         components: A decomposition of the model's Fishers.
         j: Which component.
         examples: ``(n, m + 1)`` context and answer of the examples whose Fishers were computed, in their order.

@@ -63,7 +63,7 @@ class FactorModel(nn.Module, ABC):
 
     @abstractmethod
     def query(self, context: Sequence[Any]) -> Any:
-        """The vector that answers are compared with.
+        """Compute the vector that answers are compared with.
 
         Args:
             context: One tensor or numpy array per context column, ``(width, …)``: the elements of a row come first,
@@ -74,7 +74,7 @@ class FactorModel(nn.Module, ABC):
         """
 
     def query_gradient(self, context: Sequence[Any], gradient: Any) -> list[Any]:
-        """The gradients by the context rows, given the gradient by the query; shapes as for :meth:`query`.
+        """Compute the gradients by the context rows, given the gradient by the query; shapes as for :meth:`query`.
 
         Raises:
             NotImplementedError: The model has none; only :func:`~npeff.companions.rollback.fit` needs it.
@@ -97,7 +97,7 @@ class FactorModel(nn.Module, ABC):
         return len(self.tables[self.answers])
 
     def queries(self, contexts: Array | Tensor, tables: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The queries of several contexts.
+        """Compute the queries of several contexts.
 
         Args:
             contexts: ``(n, m)`` or ``(n, m + 1)`` integers; an answer column is not looked at.
@@ -113,7 +113,7 @@ class FactorModel(nn.Module, ABC):
         return found
 
     def forward(self, contexts: Array | Tensor) -> Tensor:
-        """Scores of all answers.
+        """Compute the scores of all answers.
 
         Args:
             contexts: ``(n, m)`` or ``(n, m + 1)`` integers; an answer column is not looked at.
@@ -124,11 +124,11 @@ class FactorModel(nn.Module, ABC):
         return self.queries(contexts) @ self.tables[self.answers].T
 
     def check_examples(self, examples: Array | Tensor, name: str = "examples", *, least: int = 0) -> Array:
-        """Examples as ``(n, m + 1)`` int64, each index inside its table.
+        """Check examples and convert them to ``(n, m + 1)`` int64, each index inside its table.
 
         Args:
             examples: One example per row.
-            name: Of the argument, for messages.
+            name: The argument's name, for messages.
             least: How many there must be.
 
         Raises:
@@ -335,7 +335,7 @@ class Vocabulary:
 
         Args:
             triples: With names.
-            name: Of the argument, for messages.
+            name: The argument's name, for messages.
 
         Raises:
             DataError: An entity or a relation is unknown; similar names are told.
