@@ -14,8 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 import npeff
-from npeff import datasets
 from npeff.companions.linearize import save_figure
+from npeff.models import datasets
 from parametric_tsne import ParametricTSNE  # beside this file
 
 TRAINED_ON = 1437

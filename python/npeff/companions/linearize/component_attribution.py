@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from npeff.batches import examples_at
+from npeff.batches.batches import examples_at
 from npeff.companions.linearize.linearizing import Forward, linearize
 from npeff.companions.linearize.program import Frozen
-from npeff.components import Components
+from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.gradients.factors import Likelihood, check_meaning
 from npeff.perturbation.outputs import curvature

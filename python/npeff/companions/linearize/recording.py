@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from npeff.batches.tensor_trees import leaves
 from npeff.companions.linearize import nonlinear_forms  # noqa: F401 - it fills the table of forms
 from npeff.companions.linearize.affine_forms import (
     AFFINE_FORMS,
@@ -26,7 +27,6 @@ from npeff.companions.linearize.affine_forms import (
 )
 from npeff.companions.linearize.program import Frozen, Program, Step, zero_like
 from npeff.errors import ModelError
-from npeff.tensor_trees import leaves
 
 _RANDOM = torch.Tag.nondeterministic_seeded
 _RESHAPED = names_in("as_strided as_strided_ transpose_ t_ squeeze_ unsqueeze_ swapaxes_ swapdims_ detach_")

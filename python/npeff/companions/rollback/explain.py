@@ -13,7 +13,7 @@ from torch import Tensor
 
 from npeff.companions.rollback.factor_models import FactorModel
 from npeff.companions.rollback.record import Record
-from npeff.components import Components
+from npeff.components.components import Components
 from npeff.errors import ArgumentError
 from npeff.short_repr import short_repr
 
