@@ -1,7 +1,7 @@
 """Affine forms of torch's operations: how each is frozen at a point, and the operations that are linear as they are.
 
-An operation's form is a function of the :class:`Call`, in the table :data:`AFFINE_FORMS`. Each form gives, for every
-output, an :class:`Affine` function of the inputs, or :class:`Held` for a value that is held, or None for a constant.
+An operation's form is a function of the :class:`Call`, in the table :data:`AFFINE_FORMS`. It gives an :class:`Affine`
+function of the inputs for each output, or for the first one where the others are constant.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,29 +27,18 @@ class Affine:
     """An output's value as an affine function of tensors that depend on the input.
 
     Attributes:
-        function: From their values.
+        function: From their values; None where the output is constant (between kinks).
         inputs: The tensors, as they are at the point.
         offset: Whether the function may be non-zero at zero.
         pattern: Gates and positions that change at a kink.
         held: The part that was held, for an operation that is not piecewise linear.
     """
 
-    function: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
+    function: Callable[..., Tensor] | None = None
+    inputs: tuple[Tensor, ...] = ()
     offset: bool = False
     pattern: tuple[Tensor, ...] = ()
     held: str = ""
-
-
-@dataclass(frozen=True)
-class Held:
-    """An output that is held at its value, because it is not piecewise linear."""
-
-    what: str = "value"
-
-
-Outcome = Affine | Held | None
-"""The form of one output; None where it is constant between kinks."""
 
 
 @dataclass
@@ -142,15 +131,16 @@ class Call:
 # In a replay values may lie in memory in another order than at the point, where no view of them exists.
 _REPLAYED_AS: dict[str, Callable[..., Any]] = {"view": torch.reshape, "_unsafe_view": torch.reshape}
 
-Form = Callable[[Call], Outcome | tuple[Outcome, ...]]
-AFFINE_FORMS: dict[str, Form] = {}
+F = TypeVar("F", bound=Callable[[Call], Affine | tuple[Affine, ...]])
+
+AFFINE_FORMS: dict[str, Callable[[Call], Affine | tuple[Affine, ...]]] = {}
 """By name of the operation; filled by the functions that :func:`affine_form` decorates."""
 
 
-def affine_form(*names: str) -> Callable[[Form], Form]:
+def affine_form(*names: str) -> Callable[[F], F]:
     """Put a function into the table, for the operations of these names."""
 
-    def put(function: Form) -> Form:
+    def put(function: F) -> F:
         AFFINE_FORMS.update(dict.fromkeys(names, function))
         return function
 
@@ -217,13 +207,13 @@ OFFSET = JOINT | names_in("constant_pad_nd convolution addmm addmv addbmm baddbm
 
 
 @affine_form(*CONSTANT)
-def constant(call: Call) -> Outcome:
+def constant(call: Call) -> Affine:
     """Depends on the shape of the input alone, or on the side of a jump that the input is on."""
-    return None
+    return Affine()
 
 
 @affine_form(*LINEAR)
-def linear(call: Call) -> Outcome | tuple[Outcome, ...]:
+def linear(call: Call) -> Affine | tuple[Affine, ...]:
     """Layout, sums, means, interpolation, copies: linear in the first argument."""
     for position in range(1, len(call.args)):
         if call.varies(position):
@@ -232,7 +222,7 @@ def linear(call: Call) -> Outcome | tuple[Outcome, ...]:
 
 
 @affine_form(*JOINT)
-def joint(call: Call) -> Outcome | tuple[Outcome, ...]:
+def joint(call: Call) -> Affine | tuple[Affine, ...]:
     """Additions, concatenations and similar: affine in all tensors together."""
     run, inputs = call.replay()
     if isinstance(call.output, Tensor):
@@ -241,7 +231,7 @@ def joint(call: Call) -> Outcome | tuple[Outcome, ...]:
 
 
 @affine_form(*FACTORS)
-def product(call: Call) -> Outcome:
+def product(call: Call) -> Affine:
     """Products and convolutions: linear in each factor.
 
     Where both factors depend on the input, each in turn varies while the other is held, and the mean is taken, which
@@ -262,24 +252,24 @@ def product(call: Call) -> Outcome:
 
 
 @affine_form("div")
-def quotient(call: Call) -> Outcome | tuple[Outcome, ...]:
+def quotient(call: Call) -> Affine | tuple[Affine, ...]:
     """Linear in the numerator; a denominator that depends on the input is held."""
     if call.argument(2, "rounding_mode"):
-        return None
+        return Affine()
     if not call.varies(1):
         return joint(call)
     if not call.varies(0):
-        return Held()
+        return Affine(held="value")
     run, inputs = call.replay(0)
     return Affine(run, inputs, held="denominator")
 
 
 @affine_form("copy", "fill", "zero")
-def overwritten(call: Call) -> Outcome:
+def overwritten(call: Call) -> Affine:
     """A copy of the second argument; the old value is overwritten."""
     if not call.varies(1):
         call.fixed(1, "value")
-        return None
+        return Affine()
     shape, dtype = call.output.shape, call.output.dtype
     return Affine(lambda z: z.to(dtype).expand(shape), (call.args[1],))
 

@@ -93,14 +93,7 @@ def linearize(
 def _recorded(
     model: nn.Module, x: Any, at: str, forward: Forward | None, point: Tensor | None = None
 ) -> tuple[Recorder, Tensor, Tensor]:
-    """Run and record the model, from the input or from a layer's output onwards.
-
-    Args:
-        model: See :func:`linearize`.
-        x: See :func:`linearize`.
-        at: See :func:`linearize`.
-        forward: See :func:`linearize`.
-        point: Take this in place of the input, or of the layer's output.
+    """Run and record the model, from the input or from a layer's output onwards, or from another point in its place.
 
     Returns:
         The recorder, the point and the output.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npeff.companions.linearize.affine_forms import Affine, Call, Held, Outcome, affine_form, names_in
+from npeff.companions.linearize.affine_forms import Affine, Call, affine_form, names_in, tensors_in
 from npeff.errors import ModelError
 
 
@@ -36,39 +36,39 @@ def _gated(
 
 
 @affine_form("relu")
-def relu(call: Call) -> Outcome:
+def relu(call: Call) -> Affine:
     """max(v, 0)."""
     return _gated(call, call.args[0] > 0)
 
 
 @affine_form("leaky_relu")
-def leaky_relu(call: Call) -> Outcome:
+def leaky_relu(call: Call) -> Affine:
     """Passes v, or a fraction of v below 0."""
     return _gated(call, call.args[0] > 0, float(call.argument(1, "negative_slope", 0.01)))
 
 
 @affine_form("_prelu_kernel", "prelu")
-def prelu(call: Call) -> Outcome:
+def prelu(call: Call) -> Affine:
     """Passes v, or a learned fraction of v below 0."""
     return _gated(call, call.args[0] > 0, call.fixed(1, "weight"))
 
 
 @affine_form("rrelu_with_noise")
-def rrelu(call: Call) -> Outcome:
+def rrelu(call: Call) -> Affine:
     """In evaluation mode a leaky ReLU with the mean slope."""
     lower, upper = call.argument(2, "lower", 0.125), call.argument(3, "upper", 1 / 3)
     return _gated(call, call.args[0] > 0, (lower + upper) / 2)
 
 
 @affine_form("threshold")
-def threshold(call: Call) -> Outcome:
+def threshold(call: Call) -> Affine:
     """Passes v above the threshold, a constant below."""
     above = call.args[0] > call.argument(1, "threshold")
     return _gated(call, above, shift=torch.where(above, 0, call.output))
 
 
 @affine_form("hardtanh", "clamp", "clamp_min", "clamp_max")
-def clamp(call: Call) -> Outcome:
+def clamp(call: Call) -> Affine:
     """Passes v between the bounds, the bound outside; ReLU6 is one."""
     v = call.args[0]
     inside = torch.ones_like(v, dtype=torch.bool)
@@ -86,7 +86,7 @@ def clamp(call: Call) -> Outcome:
 
 
 @affine_form("hardsigmoid")
-def hardsigmoid(call: Call) -> Outcome:
+def hardsigmoid(call: Call) -> Affine:
     """Passes v/6 + 1/2 between −3 and 3, 0 or 1 outside."""
     v = call.args[0]
     inside = (v > -3) & (v < 3)
@@ -94,7 +94,7 @@ def hardsigmoid(call: Call) -> Outcome:
 
 
 @affine_form("softshrink")
-def softshrink(call: Call) -> Outcome:
+def softshrink(call: Call) -> Affine:
     """Passes v shrunk towards 0 by λ; 0 within λ."""
     v, width = call.args[0], float(call.argument(1, "lambd", 0.5))
     outside = v.abs() > width
@@ -102,13 +102,13 @@ def softshrink(call: Call) -> Outcome:
 
 
 @affine_form("hardshrink")
-def hardshrink(call: Call) -> Outcome:
+def hardshrink(call: Call) -> Affine:
     """Passes v; 0 within λ."""
     return _gated(call, call.args[0].abs() > float(call.argument(1, "lambd", 0.5)))
 
 
 @affine_form("abs")
-def absolute(call: Call) -> Outcome:
+def absolute(call: Call) -> Affine:
     """±v."""
     v = call.args[0]
     side = v.sign()
@@ -116,14 +116,14 @@ def absolute(call: Call) -> Outcome:
 
 
 @affine_form("nan_to_num")
-def finite(call: Call) -> Outcome:
+def finite(call: Call) -> Affine:
     """Passes v where v is finite, a constant elsewhere."""
     v = call.args[0]
     return _gated(call, torch.isfinite(v), shift=torch.where(torch.isfinite(v), 0, call.output))
 
 
 @affine_form("maximum", "minimum", "fmax", "fmin")
-def extremum(call: Call) -> Outcome:
+def extremum(call: Call) -> Affine:
     """The larger (smaller) of two tensors, entry by entry."""
     a, b = call.args[0], call.args[1]
     first = a >= b if call.name in ("maximum", "fmax") else a <= b
@@ -139,7 +139,7 @@ def extremum(call: Call) -> Outcome:
 
 
 @affine_form("max", "min", "amax", "amin")
-def largest(call: Call) -> Outcome | tuple[Outcome, ...]:
+def largest(call: Call) -> Affine:
     """The largest (smallest) of all entries, or along dimensions; the mean over ties, as autograd has it."""
     if not isinstance(call.output, Tensor):
         return selected(call)
@@ -152,7 +152,7 @@ def largest(call: Call) -> Outcome | tuple[Outcome, ...]:
 
 
 @affine_form("sort", "topk", "median", "nanmedian", "kthvalue", "mode", "cummax", "cummin")
-def selected(call: Call) -> Outcome | tuple[Outcome, ...]:
+def selected(call: Call) -> Affine:
     """Entries chosen along a dimension, whose positions come with them.
 
     Raises:
@@ -169,17 +169,17 @@ def selected(call: Call) -> Outcome | tuple[Outcome, ...]:
     def function(z: Tensor) -> Tensor:
         return z.gather(dim, index) if keeps else z.gather(dim, index.unsqueeze(dim)).squeeze(dim)
 
-    return Affine(function, (v,), pattern=(index,)), None
+    return Affine(function, (v,), pattern=(index,))
 
 
 @affine_form("max_pool2d_with_indices", "adaptive_max_pool2d", "max_pool3d_with_indices", "adaptive_max_pool3d")
-def max_pool(call: Call) -> tuple[Outcome, ...]:
+def max_pool(call: Call) -> Affine:
     """The entry that was largest in each window."""
     v, index = call.args[0], call.output[1]
     kept = 2 if "2d" in call.name else 3
     shape = index.shape
     flat = index.flatten(-kept)
-    return Affine(lambda z: z.flatten(-kept).gather(-1, flat).reshape(shape), (v,), pattern=(index,)), None
+    return Affine(lambda z: z.flatten(-kept).gather(-1, flat).reshape(shape), (v,), pattern=(index,))
 
 
 def _unsqueezed(tensor: Tensor, n_dims: int, dims: tuple[int, ...]) -> Tensor:
@@ -207,7 +207,7 @@ _SMALL = 1e-4
 
 
 @affine_form(*GATED)
-def gated(call: Call) -> Outcome:
+def gated(call: Call) -> Affine:
     """z·g(v) with g(v) = f(v)/v."""
     v = call.args[0]
     rest = [call.fixed(i, f"{i + 1}th argument") for i in range(1, len(call.args))]
@@ -217,7 +217,7 @@ def gated(call: Call) -> Outcome:
 
 
 @affine_form("glu")
-def gated_linear_unit(call: Call) -> Outcome:
+def gated_linear_unit(call: Call) -> Affine:
     """The first half times σ of the second, which is held."""
     v, dim = call.args[0], call.argument(1, "dim", -1)
     gate = v.chunk(2, dim)[1].sigmoid()
@@ -225,19 +225,19 @@ def gated_linear_unit(call: Call) -> Outcome:
 
 
 @affine_form(*HELD)
-def held(call: Call) -> Outcome | tuple[Outcome, ...]:
-    """Its value is held."""
-    return Held() if isinstance(call.output, Tensor) else tuple(Held() for _ in call.output)
+def held(call: Call) -> tuple[Affine, ...]:
+    """The values of all its outputs are held."""
+    return tuple(Affine(held="value") for _ in tensors_in(call.output))
 
 
 @affine_form("_softmax", "_safe_softmax")
-def softmax(call: Call) -> Outcome:
+def softmax(call: Call) -> Affine:
     """Its values are held."""
-    return Held("attention pattern")
+    return Affine(held="attention pattern")
 
 
 @affine_form("_log_softmax")
-def log_softmax(call: Call) -> Outcome:
+def log_softmax(call: Call) -> Affine:
     """The difference z − log Σ exp v."""
     v = call.args[0]
     normaliser = v - call.output
@@ -246,7 +246,7 @@ def log_softmax(call: Call) -> Outcome:
 
 @affine_form("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_native_batch_norm_legit",
       "_native_batch_norm_legit_no_training", "_batch_norm_no_update", "_batch_norm_with_update")  # fmt: skip
-def batch_norm(call: Call) -> tuple[Outcome, ...]:
+def batch_norm(call: Call) -> Affine:
     """(z − μ)·γ/√(σ² + ε) + β with the running statistics.
 
     Raises:
@@ -255,14 +255,13 @@ def batch_norm(call: Call) -> tuple[Outcome, ...]:
     v = call.args[0]
     parameters = [call.fixed(1, "weight"), call.fixed(2, "bias")]
     evaluation = call.name in ("_native_batch_norm_legit_no_training", "_batch_norm_no_update")
-    others = (None,) * (len(call.output) - 1)
     if not evaluation and call.args[5]:
         if not call.kind.startswith("InstanceNorm") and v.shape[0] != 1:
             raise ModelError(
                 f"model: {call.where} normalises by the batch, so that examples influence each other: call model.eval()"
             )
         dims = tuple(range(2, v.dim()))
-        return _normalised(v, v.shape, dims, float(call.args[7]), parameters, _per_channel(v)), *others
+        return _normalised(v, v.shape, dims, float(call.args[7]), parameters, _per_channel(v))
     mean, variance = call.fixed(3, "running mean"), call.fixed(4, "running variance")
     weight, bias = parameters
     scale = (variance + float(call.args[-1])).rsqrt()
@@ -270,32 +269,32 @@ def batch_norm(call: Call) -> tuple[Outcome, ...]:
     shift = -mean * scale if bias is None else bias - mean * scale
     shape = _per_channel(v)
     scale, shift = scale.view(shape).to(v.dtype), shift.view(shape).to(v.dtype)
-    return Affine(lambda z: torch.addcmul(shift, z, scale), (v,), offset=True), *others
+    return Affine(lambda z: torch.addcmul(shift, z, scale), (v,), offset=True)
 
 
 @affine_form("native_layer_norm")
-def layer_norm(call: Call) -> tuple[Outcome, ...]:
+def layer_norm(call: Call) -> Affine:
     """(z − mean z)·γ/σ(v) + β over the last dimensions."""
     v, shape = call.args[0], call.args[1]
     parameters = [call.fixed(2, "weight"), call.fixed(3, "bias")]
     dims = tuple(range(-len(shape), 0))
-    return _normalised(v, v.shape, dims, float(call.args[4]), parameters, tuple(shape)), None, None
+    return _normalised(v, v.shape, dims, float(call.args[4]), parameters, tuple(shape))
 
 
 @affine_form("native_group_norm")
-def group_norm(call: Call) -> tuple[Outcome, ...]:
+def group_norm(call: Call) -> Affine:
     """(z − mean z)·γ/σ(v) + β over groups of channels."""
     v, grouped = call.args[0], (call.args[0].shape[0], int(call.args[6]), -1)
     parameters = [call.fixed(1, "weight"), call.fixed(2, "bias")]
-    return _normalised(v, grouped, (-1,), float(call.args[7]), parameters, _per_channel(v)), None, None
+    return _normalised(v, grouped, (-1,), float(call.args[7]), parameters, _per_channel(v))
 
 
 @affine_form("_fused_rms_norm")
-def rms_norm(call: Call) -> tuple[Outcome, ...]:
+def rms_norm(call: Call) -> Affine:
     """z·γ/rms(v)."""
     v, weight = call.args[0], call.fixed(2, "weight")
     scale = call.output[1] if weight is None else call.output[1] * weight
-    return Affine(lambda z: z * scale, (v,), held="root mean square"), None
+    return Affine(lambda z: z * scale, (v,), held="root mean square")
 
 
 def _per_channel(v: Tensor) -> tuple[int, ...]:

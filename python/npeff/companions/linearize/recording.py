@@ -19,8 +19,6 @@ from npeff.companions.linearize.affine_forms import (
     AFFINE_FORMS,
     Affine,
     Call,
-    Held,
-    Outcome,
     keeps_examples_apart,
     names_in,
     tensors_in,
@@ -166,7 +164,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._without_input: set[int] = set()
         self._weights = {key(t) for t in (*model.parameters(), *model.buffers())}
         self._versions: dict[int, tuple[Tensor, int]] = {}
-        self._leaning: dict[int | None, tuple[Tensor, frozenset[int]]] = {}
+        self._constants: dict[int | None, tuple[Tensor, frozenset[int]]] = {}
         self._always: set[int] = set()
 
     def begin(self, point: Tensor) -> None:
@@ -213,7 +211,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = tensors_in((args, kwargs))
         if not self.steps or not any(self._values.holds(tensor) for tensor in tensors):
             output = func(*args, **kwargs)
-            self._lean(output, self._notes(tensors))
+            self._note_constant(output, self._notes(tensors))
             return output
         if func._schema.is_mutable and name not in AFFINE_FORMS and name not in _RESHAPED:
             return self._in_place(func, name, args, kwargs)
@@ -227,7 +225,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs, outcomes = self._outcomes(self._call(name, func, args, kwargs, output), tensors)
         for tensor, (step, notes) in zip(outputs, outcomes, strict=True):
             if step is None:
-                self._lean(tensor, notes)
+                self._note_constant(tensor, notes)
             else:
                 self._values.set(tensor, step)
         return output
@@ -277,24 +275,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 "behind it (at=), or write it with operations that have one"
             )
         found = AFFINE_FORMS[call.name](call)
-        each: tuple[Outcome, ...] = found if isinstance(found, tuple) else (found,)
+        each = found if isinstance(found, tuple) else (found, *(Affine(),) * (len(outputs) - 1))
         notes = self._notes(call.kept)
-        each += (None,) * (len(outputs) - len(each))
         return outputs, [self._settle(call, *pair, notes) for pair in zip(each, outputs, strict=True)]
 
     def _settle(
-        self, call: Call, outcome: Outcome, output: Tensor, notes: frozenset[int]
+        self, call: Call, form: Affine, output: Tensor, notes: frozenset[int]
     ) -> tuple[int | None, frozenset[int]]:
-        if isinstance(outcome, Held):
-            return None, notes | {self._hold(call.name, outcome.what)}
-        if not isinstance(outcome, Affine):
+        if form.held:
+            notes = notes | {self._hold(call.name, form.held)}
+        if form.function is None:
             return None, notes
-        if outcome.held:
-            notes = notes | {self._hold(call.name, outcome.held)}
-        inputs = tuple(self._values.step(tensor) for tensor in outcome.inputs)
+        inputs = tuple(self._values.step(tensor) for tensor in form.inputs)
         zero, module = zero_like(output), self._module()
-        apart = not outcome.held and keeps_examples_apart(call, outcome.inputs, output)
-        step = Step(outcome.function, inputs, zero, module, outcome.offset, outcome.pattern, notes, apart)
+        apart = not form.held and keeps_examples_apart(call, form.inputs, output)
+        step = Step(form.function, inputs, zero, module, form.offset, form.pattern, notes, apart)
         return self._emit(step), notes
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
@@ -328,8 +323,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _notes(self, tensors: list[Tensor]) -> frozenset[int]:
         notes: frozenset[int] = frozenset()
         for tensor in tensors:
-            if key(tensor) in self._leaning:
-                notes |= self._leaning[key(tensor)][1]
+            if key(tensor) in self._constants:
+                notes |= self._constants[key(tensor)][1]
             if self._values.holds(tensor):
                 notes |= self._step_notes(self._values.step(tensor))
         return notes
@@ -342,12 +337,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else frozenset()
         )
 
-    def _lean(self, output: Any, notes: frozenset[int]) -> None:
+    def _note_constant(self, output: Any, notes: frozenset[int]) -> None:
         if notes:
             for tensor in leaves(output):
                 if isinstance(tensor, Tensor):
-                    earlier = self._leaning.get(key(tensor), (tensor, frozenset()))[1]
-                    self._leaning[key(tensor)] = tensor, earlier | notes
+                    earlier = self._constants.get(key(tensor), (tensor, frozenset()))[1]
+                    self._constants[key(tensor)] = tensor, earlier | notes
 
     def _module(self) -> str:
         name, kind = self.modules[-1]
