@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from npeff.batches.tensor_trees import leaves
 from npeff.companions.linearize.linear_map import LinearMap
 from npeff.companions.linearize.program import Frozen, Program
-from npeff.companions.linearize.recording import Recorder, listed, recording
+from npeff.companions.linearize.recording import Recorder, held_in_words, recording
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
 from npeff.gradients.eligibility import check_eligible
 
@@ -83,7 +83,7 @@ def linearize(
     found, frozen, flat = program(recorder, output)
     if smooth == "refuse" and frozen:
         raise ModelError(
-            f"model: it is not piecewise linear, so no exact linear map exists: {listed(list(frozen))}. "
+            f"model: it is not piecewise linear, so no exact linear map exists: {held_in_words(frozen)}. "
             "Pass smooth='freeze' to hold these as they are at x, or linearise from a layer behind them (at=)"
         )
     flat = flat[0] if n is None else flat

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,8 +183,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self.held:
                 raise ModelError(
                     "model: it is not piecewise linear, and its output does not depend on the input once these are "
-                    f"held: {listed(self.held)}; leave out a final sigmoid or softmax, or linearise from a layer "
-                    "behind them (at=)"
+                    f"held: {held_in_words(self.held)}; leave out a final sigmoid or softmax, or linearise from a "
+                    "layer behind them (at=)"
                 )
             raise ModelError(
                 "model: its output does not depend on the input as far as torch's operations show (does it pass "
@@ -357,7 +357,7 @@ def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
-def listed(held: list[Frozen]) -> str:
+def held_in_words(held: Sequence[Frozen]) -> str:
     """List the first five held parts, for messages."""
     shown = [str(item) for item in held[:5]]
     return "; ".join(shown) + (f"; and {len(held) - 5} more" if len(held) > 5 else "")
