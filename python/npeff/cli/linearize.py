@@ -178,13 +178,9 @@ def _write_table(linear: LinearMap, path: Path) -> None:
 
 
 def _draw(linear: LinearMap, output: int, path: Path) -> None:
-    from npeff.companions.linearize.pictures import contribution_bars, contribution_grid, save_figure
-    from npeff.reports.images import looks_like_image
+    from npeff.companions.linearize import contribution_figure
+    from npeff.storage.files import atomic
 
-    contributions = linear.contributions()[:, 0]
-    title = f"output {output}"
-    if looks_like_image(linear.x[0].cpu().numpy()):
-        figure = contribution_grid(linear.x, {f"{title}: W": linear.W[:, 0], f"{title}: W∘x": contributions})
-    else:
-        figure = contribution_bars(contributions[0], title)
-    save_figure(figure, path)
+    maps = {f"output {output}: W": linear.W[:, 0], f"output {output}: W∘x": linear.contributions()[:, 0]}
+    with atomic(path) as scratch:
+        contribution_figure(linear.x, maps).savefig(scratch, format=path.suffix.lower().removeprefix("."))

@@ -16,7 +16,7 @@ from npeff.companions.linearize.component_attribution import (
 )
 from npeff.companions.linearize.linear_map import LinearMap
 from npeff.companions.linearize.linearizing import linearize
-from npeff.companions.linearize.pictures import contribution_bars, contribution_grid, save_figure
+from npeff.companions.linearize.pictures import contribution_figure
 from npeff.companions.linearize.program import Frozen
 
 __all__ = [
@@ -25,8 +25,6 @@ __all__ = [
     "LinearMap",
     "attribute_component",
     "attribute_top_examples",
-    "contribution_bars",
-    "contribution_grid",
+    "contribution_figure",
     "linearize",
-    "save_figure",
 ]
