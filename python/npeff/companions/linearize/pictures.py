@@ -80,4 +80,3 @@ def _bars(axes: Axes, values: Array) -> None:
     names = [str(tuple(map(int, np.unravel_index(i, values.shape)))).replace(",)", ")") for i in chosen]
     axes.set_yticks(range(len(chosen)), names, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("contribution")
