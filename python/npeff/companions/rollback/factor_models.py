@@ -1,9 +1,16 @@
-"""Models whose training steps touch few rows: a score is the inner product of a query and an answer's row."""
+"""Models whose training steps change few rows of their tables, and the names of these rows.
+
+A score is the inner product of a query, made of the rows of the context, and the row of an answer.
+"""
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,9 +18,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, DataError, StorageError
+from npeff.short_repr import short_repr
+from npeff.storage.files import path_of
 
 Array = npt.NDArray[Any]
+Triple = tuple[str, str, str]
 
 
 class FactorModel(nn.Module, ABC):
@@ -52,19 +62,19 @@ class FactorModel(nn.Module, ABC):
         self.options: dict[str, Any] = {}
 
     @abstractmethod
-    def query(self, context: Sequence[Any], axis: int = -1) -> Any:
-        """The vector that answers are compared with.
+    def query(self, context: Sequence[Any]) -> Any:
+        """Compute the vector that answers are compared with.
 
         Args:
-            context: One tensor (or numpy array) per context column, of rows along ``axis``, other axes alike.
-            axis: Where the elements of a row lie.
+            context: One tensor or numpy array per context column, ``(width, …)``: the elements of a row come first,
+                the other axes are alike.
 
         Returns:
-            The same shape, with the width of the answers' table along ``axis``.
+            ``(width of the answers' table, …)``.
         """
 
-    def query_gradient(self, context: Sequence[Any], gradient: Any, axis: int = -1) -> list[Any]:
-        """The gradients by the context rows, given the one by the query.
+    def query_gradient(self, context: Sequence[Any], gradient: Any) -> list[Any]:
+        """Compute the gradients by the context rows, given the gradient by the query; shapes as for :meth:`query`.
 
         Raises:
             NotImplementedError: The model has none; only :func:`~npeff.companions.rollback.fit` needs it.
@@ -86,14 +96,24 @@ class FactorModel(nn.Module, ABC):
         """Number of answers."""
         return len(self.tables[self.answers])
 
-    def context_rows(self, contexts: Array | Tensor) -> list[Tensor]:
-        """The rows of contexts ``(n, m)`` or examples ``(n, m + 1)``, one ``(n, width)`` tensor per context column."""
+    def queries(self, contexts: Array | Tensor, tables: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Compute the queries of several contexts.
+
+        Args:
+            contexts: ``(n, m)`` or ``(n, m + 1)`` integers; an answer column is not looked at.
+            tables: Rows to take in place of the model's own.
+
+        Returns:
+            ``(n, width)``.
+        """
         index = contexts if isinstance(contexts, Tensor) else torch.tensor(np.asarray(contexts))
-        index = index.long()
-        return [self.tables[table][index[:, j]] for j, table in enumerate(self.columns[:-1])]
+        tables = self.tables if tables is None else tables
+        rows = [tables[table][index[:, j].long()].T for j, table in enumerate(self.columns[:-1])]
+        found: Tensor = self.query(rows).T
+        return found
 
     def forward(self, contexts: Array | Tensor) -> Tensor:
-        """Scores of all answers.
+        """Compute the scores of all answers.
 
         Args:
             contexts: ``(n, m)`` or ``(n, m + 1)`` integers; an answer column is not looked at.
@@ -101,15 +121,14 @@ class FactorModel(nn.Module, ABC):
         Returns:
             ``(n, n_answers)``; their softmax is P(a | c).
         """
-        scores: Tensor = self.query(self.context_rows(contexts)) @ self.tables[self.answers].T
-        return scores
+        return self.queries(contexts) @ self.tables[self.answers].T
 
     def check_examples(self, examples: Array | Tensor, name: str = "examples", *, least: int = 0) -> Array:
-        """Examples as ``(n, m + 1)`` int64, each index inside its table.
+        """Check examples and convert them to ``(n, m + 1)`` int64, each index inside its table.
 
         Args:
             examples: One example per row.
-            name: Of the argument, for messages.
+            name: The argument's name, for messages.
             least: How many there must be.
 
         Raises:
@@ -166,52 +185,42 @@ class DistMult(FactorModel):
     """
 
     columns = ("entities", "relations", "entities")
+    _numbers = 1  # real numbers per element of a row
 
     def __init__(self, n_entities: int, n_relations: int, dim: int = 10, *, scale: float = 0.5, seed: int = 0) -> None:
         sizes = {"entities": n_entities, "relations": n_relations}
-        super().__init__(sizes, {"entities": dim, "relations": dim}, scale, seed)
+        super().__init__(sizes, dict.fromkeys(sizes, self._numbers * dim), scale, seed)
         self.options = {"n_entities": int(n_entities), "n_relations": int(n_relations), "dim": int(dim)}
 
-    def query(self, context: Sequence[Any], axis: int = -1) -> Any:
+    def query(self, context: Sequence[Any]) -> Any:
         """``h ∘ r``."""
         head, relation = context
         return head * relation
 
-    def query_gradient(self, context: Sequence[Any], gradient: Any, axis: int = -1) -> list[Any]:
+    def query_gradient(self, context: Sequence[Any], gradient: Any) -> list[Any]:
         """``(g ∘ r, g ∘ h)``."""
         head, relation = context
         return [gradient * relation, gradient * head]
 
 
-class ComplEx(FactorModel):
+class ComplEx(DistMult):
     """Triples with complex rows: ``score = Re Σ_k h_k r_k t̄_k`` (Trouillon et al. 2016, arXiv 1606.06357).
 
-    A row holds the real parts, then the imaginary ones, so that the score is the real inner product of ``h ∘ r`` and t.
-
-    Args:
-        n_entities: Rows of the entity table.
-        n_relations: Rows of the relation table.
-        dim: Complex elements per row; the tables have 2·dim columns.
-        scale: Standard deviation of the initial elements.
-        seed: Decides the initial elements.
+    A row holds the real parts, then the imaginary ones, so that the score is the real inner product of ``h ∘ r`` and t:
+    the tables have 2·dim columns. Arguments as for :class:`DistMult`.
     """
 
-    columns = ("entities", "relations", "entities")
+    _numbers = 2
 
-    def __init__(self, n_entities: int, n_relations: int, dim: int = 10, *, scale: float = 0.5, seed: int = 0) -> None:
-        sizes = {"entities": n_entities, "relations": n_relations}
-        super().__init__(sizes, {"entities": 2 * dim, "relations": 2 * dim}, scale, seed)
-        self.options = {"n_entities": int(n_entities), "n_relations": int(n_relations), "dim": int(dim)}
-
-    def query(self, context: Sequence[Any], axis: int = -1) -> Any:
+    def query(self, context: Sequence[Any]) -> Any:
         """``h ∘ r``, complex."""
         head, relation = context
-        return _complex_product(head, relation, axis)
+        return _complex_product(head, relation)
 
-    def query_gradient(self, context: Sequence[Any], gradient: Any, axis: int = -1) -> list[Any]:
+    def query_gradient(self, context: Sequence[Any], gradient: Any) -> list[Any]:
         """``(g ∘ r̄, g ∘ h̄)``."""
         head, relation = context
-        return [_complex_product(gradient, _conjugate(row, axis), axis) for row in (relation, head)]
+        return [_complex_product(gradient, _conjugate(row)) for row in (relation, head)]
 
 
 class MatrixFactorization(FactorModel):
@@ -233,38 +242,119 @@ class MatrixFactorization(FactorModel):
         super().__init__({"users": n_users, "items": n_items}, {"users": dim, "items": dim + 1}, scale, seed)
         self.options = {"n_users": int(n_users), "n_items": int(n_items), "dim": int(dim)}
 
-    def query(self, context: Sequence[Any], axis: int = -1) -> Any:
+    def query(self, context: Sequence[Any]) -> Any:
         """``(p_u, 1)``."""
         (user,) = context
-        return _join([user, _take(user, slice(1), axis) * 0 + 1], axis)
+        return _join([user, user[:1] * 0 + 1])
 
-    def query_gradient(self, context: Sequence[Any], gradient: Any, axis: int = -1) -> list[Any]:
+    def query_gradient(self, context: Sequence[Any], gradient: Any) -> list[Any]:
         """The gradient without its last element, the constant's."""
-        return [_take(gradient, slice(-1), axis)]
+        return [gradient[:-1]]
 
 
 MODELS: dict[str, type[FactorModel]] = {"distmult": DistMult, "complex": ComplEx, "matrix": MatrixFactorization}
 """Models by the name they have in records and on the command line."""
 
 
-def _take(x: Any, part: slice, axis: int) -> Any:
-    return x[part] if axis == 0 else x[..., part]
+def _join(parts: list[Any]) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else np.concatenate(parts)
 
 
-def _join(parts: list[Any], axis: int) -> Any:
-    return torch.cat(parts, axis) if isinstance(parts[0], Tensor) else np.concatenate(parts, axis)
+def _conjugate(x: Any) -> Any:
+    half = len(x) // 2
+    return _join([x[:half], -x[half:]])
 
 
-def _halves(x: Any, axis: int) -> tuple[Any, Any]:
-    half = x.shape[axis] // 2
-    return _take(x, slice(half), axis), _take(x, slice(half, None), axis)
+def _complex_product(x: Any, y: Any) -> Any:
+    half = len(x) // 2
+    a, b, c, d = x[:half], x[half:], y[:half], y[half:]
+    return _join([a * c - b * d, a * d + b * c])
 
 
-def _conjugate(x: Any, axis: int) -> Any:
-    real, imaginary = _halves(x, axis)
-    return _join([real, -imaginary], axis)
+def read_triples(path: str | Path) -> list[Triple]:
+    """Read ``head⇥relation⇥tail``, one triple per line; empty lines are skipped.
+
+    Args:
+        path: A UTF-8 text file.
+
+    Raises:
+        ArgumentError: ``path`` is no path.
+        StorageError: The file cannot be read.
+        DataError: A line does not have three fields, or there are no lines.
+    """
+    path = path_of(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text with three tab-separated fields a line ({error})") from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
+    found: list[Triple] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        fields = tuple(field.strip() for field in line.split("\t"))
+        if len(fields) != 3 or not all(fields):
+            raise DataError(f"{path}, line {number}: expected head, relation and tail separated by tabs, got {line!r}")
+        found.append((fields[0], fields[1], fields[2]))
+    if not found:
+        raise DataError(f"{path}: holds no triples")
+    return found
 
 
-def _complex_product(x: Any, y: Any, axis: int) -> Any:
-    (a, b), (c, d) = _halves(x, axis), _halves(y, axis)
-    return _join([a * c - b * d, a * d + b * c], axis)
+@dataclass(frozen=True)
+class Vocabulary:
+    """Names of entities and relations; their positions are the rows of a model's tables.
+
+    Attributes:
+        entities: Names in order.
+        relations: Names in order.
+    """
+
+    entities: tuple[str, ...]
+    relations: tuple[str, ...]
+
+    __repr__ = short_repr
+
+    @classmethod
+    def of(cls, triples: Iterable[Triple]) -> Vocabulary:
+        """The names that occur, sorted."""
+        triples = list(triples)
+        heads = {name for head, _, tail in triples for name in (head, tail)}
+        return cls(tuple(sorted(heads)), tuple(sorted({relation for _, relation, _ in triples})))
+
+    @cached_property
+    def _rows(self) -> dict[str, dict[str, int]]:
+        return {
+            "entity": {name: i for i, name in enumerate(self.entities)},
+            "relation": {name: i for i, name in enumerate(self.relations)},
+        }
+
+    def encode(self, triples: Sequence[Triple], name: str = "triples") -> Array:
+        """Triples as ``(n, 3)`` int64.
+
+        Args:
+            triples: With names.
+            name: The argument's name, for messages.
+
+        Raises:
+            DataError: An entity or a relation is unknown; similar names are told.
+        """
+        kinds = ("entity", "relation", "entity")
+        rows = np.empty((len(triples), 3), np.int64)
+        for i, triple in enumerate(triples):
+            for j, (kind, given) in enumerate(zip(kinds, triple, strict=True)):
+                row = self._rows[kind].get(given)
+                if row is None:
+                    near = difflib.get_close_matches(given, self._rows[kind], n=3)
+                    hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+                    raise DataError(
+                        f"{name}: unknown {kind} {given!r} in {' '.join(triple)}; the model knows the "
+                        f"{len(self._rows[kind])} it was trained on{hint}"
+                    )
+                rows[i, j] = row
+        return rows
+
+    def decode(self, rows: Array) -> list[Triple]:
+        """Integers ``(n, 3)`` as names."""
+        return [(self.entities[h], self.relations[r], self.entities[t]) for h, r, t in np.asarray(rows).tolist()]

@@ -1,4 +1,4 @@
-"""What rollback is compared with: random neighbours, gradient products, influence functions."""
+"""The methods that Gradient Rollback is compared with: random neighbours, gradient products, influence functions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from npeff.companions.rollback.explaining import Explainer
-from npeff.companions.rollback.models import FactorModel
-from npeff.companions.rollback.record import Record
+from npeff.companions.rollback import Explainer, FactorModel, Record
 from npeff.errors import ArgumentError, ModelError
 
 Array = npt.NDArray[Any]
@@ -34,36 +32,34 @@ class RandomNeighbours(Explainer):
         super().__init__(model, record)
         self._seed = seed
 
-    def influence(self, target: Array | Tensor | list[int], candidates: Array | None = None) -> Array:
+    def support(self, target: Array, candidates: Array) -> Array:
         """See :class:`Explainer`; uniform noise."""
-        target, candidates = self._chosen(target, candidates)
         return np.random.default_rng([self._seed, *target.tolist()]).random(len(candidates))
 
 
 class GradientProducts(Explainer):
     """``I(d) = −∇ log P(target) · ∇L(d)`` at the trained weights, L(d) = −log P(d), P the softmax over all answers."""
 
-    @torch.no_grad()
-    def influence(self, target: Array | Tensor | list[int], candidates: Array | None = None) -> Array:
+    def support(self, target: Array, candidates: Array) -> Array:
         """See :class:`Explainer`; in units of a squared gradient."""
-        target, candidates = self._chosen(target, candidates)
         return self._supports(self._gradient(target), candidates)
 
     def _gradient(self, target: Array) -> Direction:
         """∇ log P of one target, dense."""
         found = {name: torch.zeros_like(table) for name, table in self._tables.items()}
         A = self._tables[self.model.answers]
-        rows = self._context(target[None])
+        rows = [row[:, 0] for row in self._context(target[None])]
         q, pull = torch.func.vjp(lambda *given: self.model.query(given), *rows)[:2]
-        residual = -torch.softmax(A @ q[0], 0)
+        residual = -torch.softmax(A @ q, 0)
         residual[target[-1]] += 1
         found[self.model.answers] += residual[:, None] * q
-        for j, gradient in enumerate(pull((residual @ A)[None])):
-            found[self.model.columns[j]][target[j]] += gradient[0]
+        for j, gradient in enumerate(pull(residual @ A)):
+            found[self.model.columns[j]][target[j]] += gradient
         return found
 
     def _context(self, examples: Array) -> list[Tensor]:
-        return [self._tables[table][examples[:, j]] for j, table in enumerate(self.model.columns[:-1])]
+        """The context rows, ``(width, n)`` each."""
+        return [self._tables[table][examples[:, j]].T for j, table in enumerate(self.model.columns[:-1])]
 
     def _supports(self, direction: Direction, candidates: Array) -> Array:
         """``−∇L(d) · v`` for every candidate: how fast log P(d) rises along v."""
@@ -80,8 +76,8 @@ class GradientProducts(Explainer):
     def _rates(self, contexts: Array, direction: Direction) -> tuple[Tensor, Tensor]:
         """The queries, and how fast the scores ``(c, n_answers)`` change along a direction."""
         rows = self._context(contexts)
-        tangents = [direction[table][contexts[:, j]] for j, table in enumerate(self.model.columns[:-1])]
-        q, change = torch.func.jvp(lambda *given: self.model.query(given), tuple(rows), tuple(tangents))[:2]
+        tangents = [direction[table][contexts[:, j]].T for j, table in enumerate(self.model.columns[:-1])]
+        q, change = torch.func.jvp(lambda *given: self.model.query(given).T, tuple(rows), tuple(tangents))[:2]
         return q, change @ self._tables[self.model.answers].T + q @ direction[self.model.answers].T
 
 
@@ -120,16 +116,14 @@ class InfluenceFunctions(GradientProducts):
         self._shares = torch.from_numpy(counts / len(record))
         A = self._tables[model.answers]
         with torch.no_grad():
-            self._p = torch.softmax(model.query(self._context(self._contexts)) @ A.T, 1)
+            self._p = torch.softmax(model.queries(self._contexts, self._tables) @ A.T, 1)
 
-    @torch.no_grad()
-    def influence(self, target: Array | Tensor | list[int], candidates: Array | None = None) -> Array:
+    def support(self, target: Array, candidates: Array) -> Array:
         """See :class:`Explainer`; n times the first-order change of log P(target) when d is left out.
 
         Raises:
             ModelError: Conjugate gradients did not converge.
         """
-        target, candidates = self._chosen(target, candidates)
         return self._supports(self.solve(self._gradient(target)), candidates)
 
     def product(self, v: Direction) -> Direction:
@@ -141,8 +135,8 @@ class InfluenceFunctions(GradientProducts):
         found = {name: self._damping * table for name, table in v.items()}
         found[answers] += u.T @ q
         _, pull = torch.func.vjp(lambda *given: self.model.query(given), *rows)[:2]
-        for j, gradient in enumerate(pull(u @ self._tables[answers])):
-            found[self.model.columns[j]].index_add_(0, torch.from_numpy(self._contexts[:, j].copy()), gradient)
+        for j, gradient in enumerate(pull((u @ self._tables[answers]).T)):
+            found[self.model.columns[j]].index_add_(0, torch.from_numpy(self._contexts[:, j].copy()), gradient.T)
         return found
 
     def solve(self, right: Direction) -> Direction:

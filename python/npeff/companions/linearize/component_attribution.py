@@ -1,48 +1,48 @@
-"""The input behind a component: what in an example makes the model's output change along a component's direction."""
+"""The input behind a component: the parts of an example that make the outputs change along its direction."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from npeff.companions.linearize.linear_map import LinearMap
-from npeff.companions.linearize.linearizing import linearize
+from npeff.batches.batches import examples_at
+from npeff.companions.linearize.linearizing import Forward, linearize
 from npeff.companions.linearize.program import Frozen
+from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.gradients.factors import Likelihood, check_meaning
 from npeff.perturbation.outputs import curvature
 from npeff.short_repr import short_repr
 
-if TYPE_CHECKING:
-    from npeff.components.components import Components
-
 TARGET = 0.05
 """Mean predicted divergence, in nats, of the default magnitude."""
 
-Forward = Callable[[Any, Any], Any]
+Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
 class ComponentAttribution:
-    """What n inputs contributed to the change of outputs when the weights move by δ along component j.
+    """The contributions of n inputs to the change of outputs when the weights move by δ along component j.
 
     Attributes:
         component: j.
         magnitude: δ.
         maps: ``(n, *s)`` the contribution of each number of each input; with ``bias`` they sum to ``change``.
-        bias: ``(n,)`` what the change of the constants contributed.
-        change: ``(n,)`` the change of the chosen output, or the size of the change of all, as the models gave it.
-        outputs: ``(n, C)`` the change of each output, F(x; θ + δ·g_j) − F(x; θ), as the models gave it.
-        sensitivity: ``(n,)`` ‖A_i g_j‖, the same size per unit of δ for infinitesimal δ; its square is what the
-            coefficient of example i on component j is fitted to.
-        frozen: What is not piecewise linear and was held, in either model; empty where all this is exact.
+        bias: ``(n,)`` the contribution of the change of the constants.
+        change: ``(n,)`` the change of the chosen output, or the size of the change of all outputs.
+        outputs: ``(n, C)`` the change of each output, F(x; θ + δ·g_j) − F(x; θ).
+        sensitivity: ``(n,)`` ‖A_i g_j‖, the same size per unit of δ for infinitesimal δ; the
+            coefficient of example i on component j is fitted to its square.
+        frozen: The parts that are not piecewise linear and were held, in either model; empty where all is exact.
     """
 
     component: int
@@ -57,7 +57,7 @@ class ComponentAttribution:
     __repr__ = short_repr
 
     def residual(self) -> float:
-        """The largest |Σ maps + bias − change|, over the largest |change|."""
+        """Compute the largest |Σ maps + bias − change|, over the largest |change|."""
         total = self.maps.double().flatten(1).sum(1) + self.bias.double()
         largest = float(self.change.abs().max())
         gap = float((total - self.change.double()).abs().max())
@@ -134,7 +134,7 @@ def attribute_component(
     return ComponentAttribution(
         component=int(j),
         magnitude=float(magnitude),
-        maps=_pulled(after, v, before),
+        maps=(after.rmatvec(v) - before.rmatvec(v)) * before.x,
         bias=(v * (after.b - before.b)).sum(1),
         change=(v * changes).sum(1),
         outputs=changes,
@@ -143,8 +143,65 @@ def attribute_component(
     )
 
 
-def _pulled(after: LinearMap, v: Tensor, before: LinearMap) -> Tensor:
-    return (after.rmatvec(v) - before.rmatvec(v)) * before.x
+def attribute_top_examples(
+    model: nn.Module,
+    components: Components,
+    data: Iterable[Any],
+    which: Sequence[int] | None = None,
+    k: int = 4,
+    *,
+    embed: Forward | None = None,
+    forward: Forward | None = None,
+    smooth: Literal["refuse", "freeze"] = "refuse",
+) -> dict[tuple[int, int], Array]:
+    """Attribute components to the inputs of their top examples, for ``attributions=`` of :func:`npeff.report`.
+
+    :func:`attribute_component` on each component's k top examples: the contribution of each number of the input to the
+    size of the outputs' change.
+
+    Args:
+        model: The model that the components are of, in evaluation mode.
+        components: A decomposition.
+        data: The data whose Fishers were decomposed.
+        which: Components; by default all.
+        k: Top examples of each; those with a coefficient of 0 are left out.
+        embed: ``callable(model, inputs) -> (1, t, d)`` floats for one example, where the inputs are tokens: then these
+            are attributed, and summed over d, a number per token. The attribution covers the paths through
+            ``forward``; a change of the embedding itself, where the components have one, is left out.
+        forward: ``callable(model, inputs) -> (n, C)``; with ``embed`` its result takes the place of the inputs.
+        smooth: As for :func:`npeff.companions.linearize.linearize`.
+
+    Returns:
+        ``(component, index of the example)`` → float32 array of the input's shape, or ``(t,)`` with ``embed``.
+
+    Raises:
+        ArgumentError: See :func:`attribute_component`; or ``embed`` without ``forward``.
+        DataError: The data ends before the top examples; or see :func:`attribute_component`.
+        ModelError: See :func:`npeff.companions.linearize.linearize`.
+    """
+    if embed is not None and forward is None:
+        raise ArgumentError(
+            "forward: embed= needs forward=callable(model, embedded) -> (1, C), what the model does next"
+        )
+    chosen = range(components.n_components) if which is None else which
+    W = components.coefficients
+    tops = {int(j): [int(i) for i in components.top_examples(int(j), k) if W[i, int(j)] > 0] for j in chosen}
+    wanted = sorted({i for indices in tops.values() for i in indices})
+    device = next(iter(model.parameters())).device
+    batches = examples_at(data, components.ids[wanted].tolist(), device)
+    inputs = {i: _inputs(model, batch.inputs, embed) for i, batch in zip(wanted, batches, strict=True)}
+    found: dict[tuple[int, int], Array] = {}
+    for j, indices in tops.items():
+        # examples of one shape together, so that a picture costs one pass; texts differ in length
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i in indices:
+            groups.setdefault(tuple(inputs[i].shape), []).append(i)
+        for members in groups.values():
+            x = torch.cat([inputs[i] for i in members])
+            maps = attribute_component(model, components, j, x, smooth=smooth, forward=forward).maps
+            maps = maps.sum(-1) if embed is not None else maps
+            found |= {(j, i): row.float().cpu().numpy() for i, row in zip(members, maps, strict=True)}
+    return found
 
 
 class _Holder(nn.Module):
@@ -218,3 +275,23 @@ def _cotangent(logits: Tensor, changes: Tensor, likelihood: Likelihood, output: 
         return v
     weighted, size = _metric(logits, changes, likelihood)
     return torch.where(size[:, None] > 0, weighted / size[:, None].clamp_min(1e-300), 0).to(changes)
+
+
+def _inputs(model: nn.Module, given: Any, embed: Forward | None) -> Tensor:
+    """Give the numbers of one example that are attributed to, ``(1, *s)`` floats.
+
+    Raises:
+        DataError: There is no floating-point tensor to attribute to.
+    """
+    if embed is not None:
+        with torch.no_grad():
+            given = embed(model, given)
+    if isinstance(given, (tuple, list)) and len(given) == 1:
+        given = given[0]
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        kind = str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
+        raise DataError(
+            f"data: expected inputs that are a floating-point tensor, got {kind}; for tokens pass "
+            "embed=callable(model, inputs) -> (1, t, d) and forward="
+        )
+    return given.detach()
