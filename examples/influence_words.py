@@ -24,13 +24,10 @@ from npeff.companions.influence import (
     ConjugateGradients,
     CrossLossInfluence,
     Identity,
-    SkipGram,
     minimise,
     unlearn,
-    weat,
-    weat_effect,
 )
-from npeff.companions.influence.skip_gram import Sentences, sentences, skip_gram_loss
+from word_vectors import Sentences, SkipGram, sentences, skip_gram_loss, weat, weat_effect  # beside this file
 
 TARGETS = (
     ["palestinian", "israeli", "afghanistan", "pakistan", "gaza", "taliban"],

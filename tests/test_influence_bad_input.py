@@ -22,9 +22,9 @@ from npeff.companions.influence import (
     minimise,
     squared_error,
     unlearn,
-    weat,
 )
 from npeff.errors import ArgumentError, DataError, ForeignFileError, ModelError, StorageError
+from word_vectors import weat
 
 X = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()

@@ -9,27 +9,19 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import npeff
+from deep_clustering import deep_embedded_clustering, kl_loss, nll_loss, target_distribution
 from npeff.companions.influence import (
     Coefficient,
     CrossLossInfluence,
-    SkipGram,
     component_influence,
     cross_entropy,
     leave_out,
     minimise,
     squared_error,
     unlearn,
-    weat,
-    weat_effect,
 )
-from npeff.companions.influence.clustering import (
-    deep_embedded_clustering,
-    kl_loss,
-    nll_loss,
-    target_distribution,
-)
-from npeff.companions.influence.skip_gram import sentences, skip_gram_loss
 from npeff.errors import DataError
+from word_vectors import SkipGram, sentences, skip_gram_loss, weat, weat_effect
 
 # ---- retraining --------------------------------------------------------------------------------------------
 
