@@ -144,8 +144,7 @@ def dattri_methods(case: Case) -> dict[str, Callable[[], np.ndarray]]:
         case.model, kl_loss, nll_loss, solver=ConjugateGradients(TOLERANCE, 5000), damping=case.damping,
         weight_decay=case.weight_decay, progress=False,
     )  # fmt: skip
-    estimator.scores([case.train], [case.test])
-    steps = estimator.iterations
+    steps = estimator.scores([case.train], [case.test]).provenance["iterations"]
 
     def run(kind: type, **options: object) -> Callable[[], np.ndarray]:
         def scores() -> np.ndarray:

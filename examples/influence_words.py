@@ -87,7 +87,7 @@ class Trained:
             progress=False,
         )  # fmt: skip
         found = estimator.fit(self.data.counted()).scores(self.data, [(torch.zeros(1),)])
-        return dataclasses.replace(found, n=len(self.data.texts)), estimator.iterations  # counted in sentences
+        return dataclasses.replace(found, n=len(self.data.texts)), found.provenance["iterations"]  # n: of sentences
 
     def changed(self, without) -> float:
         """What training again without some sentences does to d: from this optimum to the new one."""

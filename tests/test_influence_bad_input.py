@@ -154,8 +154,8 @@ def test_a_model_that_changed_after_fit(model):
 
 
 def test_results_and_files(model, tmp_path):
-    with pytest.raises(ArgumentError, match="call scores"):
-        influence(model).top(3)
+    with pytest.raises(ArgumentError, match=r"call fit\(data\) first"):
+        influence(model).solve(torch.zeros(1, 20))
     with pytest.raises(ArgumentError, match=r"ending in \.h5, \.npz or \.csv"):
         influence(model).scores(DATA, DATA, out=tmp_path / "s.txt")
     with pytest.raises(StorageError, match="does not exist"):

@@ -231,7 +231,7 @@ def test_unlearning_moves_weat_the_way_influence_predicts():
         model, skip_gram_loss, effect, solver="exact", damping=1e-5, weight_decay=2e-2, progress=False
     )
     scores = influence.scores(data, [(torch.zeros(1),)])
-    harmful = influence.top(4, direction="raises")
+    harmful = scores.top(4, direction="raises")
     truth = leave_out(
         model,
         skip_gram_loss,
