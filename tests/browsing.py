@@ -10,8 +10,7 @@ import torch
 
 from npeff.reports import page as page_module
 from npeff.reports import report
-from test_report import batches, components_of
-from test_report_extras import EFFECT
+from report_cases import EFFECT, batches, components_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser to drive")

@@ -14,7 +14,7 @@ from npeff.reports.latex import latex
 from npeff.storage.files import path_of
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
 
 FILE_LIMIT = 24_000_000
 FOLDER_LIMIT = 2_000_000_000

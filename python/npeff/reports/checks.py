@@ -17,7 +17,7 @@ def check_components(components: Any) -> None:
     Raises:
         ArgumentError: With what it is instead.
     """
-    from npeff.components import Components
+    from npeff.components.components import Components
 
     if not isinstance(components, Components):
         raise ArgumentError(f"components: expected Components, got {type(components).__name__}; see npeff.decompose")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from npeff.storage.files import atomic, path_of
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
     from npeff.reports.examples import Example
     from npeff.reports.gallery import Gallery
     from npeff.reports.summary import Summary, Top

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError
-from npeff.parameters import Parameter, Parameters
+from npeff.models.parameters import Parameter, Parameters
 
 Array = npt.NDArray[Any]
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from npeff.batches import Batch, read_batch
+from npeff.batches.batches import Batch, read_batch
+from npeff.batches.tensor_trees import leaves
 from npeff.errors import DataError
 from npeff.reports.images import looks_like_image
 from npeff.reports.text import words
-from npeff.tensor_trees import leaves
 
 TEXT_KEYS = ("text", "texts", "sentence", "sentences")
 INPUT_KEYS = ("pixel_values", "image", "images", "inputs", "input", "x", "features", "input_ids")

@@ -15,7 +15,7 @@ from npeff.reports.extras import TRUST_KEYS, influences_of, numbers, read_extras
 from npeff.storage.files import atomic, path_of
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
 
 FILE_KEYS = ("effects", "trust", "attributions", "influences", "traces")
 DIGEST = "components_digest"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from npeff.components.strategies import Strategy, response_similarity, strategy_tree
 from npeff.errors import ArgumentError
 from npeff.reports.summary import Summary, Top, known_predictions, tops
-from npeff.strategies import Strategy, response_similarity, strategy_tree
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
 
 Array = npt.NDArray[Any]
 
@@ -71,7 +71,8 @@ def tree_of(
         k: Examples per node.
         strategies: What ``components.strategies()`` gives, or a number of strategies to colour; by default the
             number with the best silhouette.
-        similarity: ``(r, r)`` of the components; by default that of their responses (:mod:`npeff.strategies`).
+        similarity: ``(r, r)`` of the components; by default that of their responses
+            (:mod:`npeff.components.strategies`).
 
     Raises:
         ArgumentError: ``strategies`` is neither a tree over these components nor such a number.

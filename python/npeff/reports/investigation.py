@@ -20,7 +20,7 @@ from npeff.reports.summary import Top, summarise, tops
 from npeff.reports.wording import ClassNames
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
 
 NODE_EXAMPLES = 12
 

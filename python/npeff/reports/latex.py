@@ -13,7 +13,7 @@ from npeff.reports.parts_folder import PartsFolder
 from npeff.storage.files import atomic, path_of
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
     from npeff.reports.picked import Picked
     from npeff.reports.summary import Summary, Top
 

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from tqdm import tqdm
 
-from npeff.parameter_vectors import not_recovered
+from npeff.components.parameter_vectors import not_recovered
 from npeff.reports import records
 from npeff.reports.assets import environment, script, style
 from npeff.reports.book import Book, script_json

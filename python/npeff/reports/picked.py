@@ -14,7 +14,7 @@ from npeff.reports.summary import Summary, summary_of
 from npeff.reports.wording import ClassNames
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
 
 
 @dataclass(frozen=True)

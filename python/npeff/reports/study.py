@@ -17,7 +17,7 @@ from npeff.reports.summary import Summary, Top
 from npeff.reports.wording import ClassNames
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
 
 Array = npt.NDArray[Any]
 

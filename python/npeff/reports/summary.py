@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from npeff.parameter_vectors import not_recovered
+from npeff.components.parameter_vectors import not_recovered
 from npeff.reports.selection import ACTIVE, at_random, middle
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
 
 Array = npt.NDArray[Any]
 

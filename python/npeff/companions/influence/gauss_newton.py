@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.companions.influence.losses import call_loss, check_finite
 from npeff.companions.influence.objective import TrainingObjective, dense_rows
 from npeff.companions.influence.solvers import Inverse, Solver, dense_inverse

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batch_order import check_sampler
-from npeff.batches import Batch, check_data, read_batches
+from npeff.batches.batch_order import check_sampler
+from npeff.batches.batches import Batch, check_data, read_batches
+from npeff.batches.tensor_trees import leaves
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
-from npeff.tensor_trees import leaves
 
 Array = npt.NDArray[Any]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -127,7 +127,7 @@ class RepeatableData:
         check_sampler(data, name)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches, as read by :func:`npeff.batches.read_batches`.
+        """Yield batches, as read by :func:`npeff.batches.batches.read_batches`.
 
         Raises:
             DataError: There are none.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.companions.influence.losses import check_count, check_positive
 from npeff.companions.influence.objective import TrainingObjective
 from npeff.errors import ArgumentError, ModelError

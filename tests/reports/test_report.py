@@ -1,0 +1,254 @@
+"""The page: what it shows of every kind of data, that it is self-contained, that no data can break it."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from npeff.errors import ArgumentError, DataError, StorageError
+from npeff.reports import report
+from npeff.reports.summary import summarise
+from npeff.reports.text import excerpt
+from report_cases import batches, components_of, page_of
+
+ROUTE = re.compile("(overview|strategies|examples|provenance|(component|example|strategy)-[0-9]+)$")
+
+
+def test_where_it_is_written(tmp_path):
+    components = components_of()
+    assert report(components, None, tmp_path / "a" / "b") == tmp_path / "a" / "b" / "index.html"
+    assert report(components, None, str(tmp_path / "c.html")) == tmp_path / "c.html"
+    made = {p.name for p in (tmp_path / "a" / "b").iterdir()}
+    assert made == {"index.html", "data-1"}, "nothing else is left"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="writing failed"):
+        report(components, None, tmp_path / "file" / "x.html")
+
+
+def test_without_data(tmp_path):
+    page = page_of(tmp_path, components_of(), title="A title")
+    assert page.all("h1") and "A title" in page.text
+    assert not page.all("img")
+    assert len(page.all("article")) == 3
+    assert re.search(r"example \d+", page.text)
+
+
+def test_self_contained_and_accessible(tmp_path):
+    components = components_of(loss_curve=np.geomspace(1, 0.1, 20))
+    page = page_of(tmp_path, components, batches(torch.rand(40, 1, 8, 8), components.labels))
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "action", "srcset"):
+            address = attributes.get(name)
+            assert address is None or address.startswith(("data:", "#")), (tag, address)
+    assert "@import" not in page.html and not re.search(r"url\((?!data:|#)", page.html)
+    assert all("alt" in img for img in page.all("img")), "every image has a text alternative"
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    anchors = {a["href"][1:] for a in page.all("a")}
+    assert all(a in ids or ROUTE.match(a) for a in anchors), anchors - set(ids)
+    assert {f"component-{j}" for j in range(3)} <= set(ids), "all components can be read without scripts"
+    svgs = page.all("svg")
+    assert svgs and all(svg.get("aria-label") for svg in svgs)
+    assert any("Relative loss over 20 iterations" in svg["aria-label"] for svg in svgs)
+    assert page.all("html")[0]["lang"] == "en"
+    assert "prefers-color-scheme: dark" in page.html
+    for labelled in [a["aria-labelledby"] for _, a in page.tags if "aria-labelledby" in a]:
+        assert labelled in ids
+
+
+def test_texts_are_escaped(tmp_path):
+    nasty = '<script>alert("x")</script> & <b>bold</b> {{ 7 * 7 }} \' " </style>'
+    components = components_of(n=10, r=2)
+    components.provenance["note"] = nasty
+    page = page_of(tmp_path, components, batches([nasty] * 10, components.labels), class_names=[nasty] * 4, title=nasty)
+    harmless = page_of(tmp_path, components_of(n=10, r=2), batches(["words"] * 10, components.labels))
+    assert page.html.count("<script") == harmless.html.count("<script") and page.html.count(
+        "</script"
+    ) == harmless.html.count("</script")
+    assert "<b>bold" not in page.html and " 49 " not in page.text
+    assert page.text.count('<script>alert("x")</script> & <b>bold</b> {{ 7 * 7 }}') >= 20
+    assert page.all("title") and nasty in "".join(page.words)
+
+
+@pytest.mark.parametrize("form", ["strings", "dict", "pairs", "tokens", "dict of ids", "ids alone"])
+def test_texts(tmp_path, form):
+    n = 10
+    texts = [f"review number {i} " + "of many words " * (30 if i % 2 else 1) for i in range(n)]
+    components = components_of(n=n, r=2)
+    ids = torch.arange(n)[:, None] + torch.tensor([[0, 100, 200]])
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: f"decoded {ids[0]} {skip_special_tokens}")
+    labels = torch.as_tensor(components.labels)
+    data = {
+        "strings": [texts],
+        "dict": [{"text": texts, "input_ids": ids, "labels": labels}],
+        "pairs": [([(text, "second") for text in texts], labels)],
+        "tokens": [(ids, labels)],
+        "dict of ids": [{"input_ids": ids, "attention_mask": ids, "labels": labels}],
+        "ids alone": [{"input_ids": ids}],
+    }[form]
+    page = page_of(tmp_path, components, data, tokenizer=None if form == "ids alone" else tokenizer)
+    first = summarise(components, 4)[0].top[0].position
+    wanted = {
+        "tokens": f"decoded {first} True",
+        "dict of ids": f"decoded {first} True",
+        "ids alone": f"token ids {first} ",
+    }
+    assert wanted.get(form, f"review number {first} of many words") in page.text
+    if form in ("strings", "dict"):
+        assert page.text.count("of many words of many words of many words") > 5, "long texts are all there"
+    assert not page.all("img")
+
+
+def test_excerpt():
+    assert excerpt("  short ") == ("short", "")
+    start, rest = excerpt("word " * 200)
+    assert start.endswith("word") and 100 < len(start) <= 220
+    assert (start + rest).replace(" ", "") == ("word " * 200).replace(" ", "")
+    start, rest = excerpt("x" * 1000)
+    assert start + rest == "x" * 1000
+
+
+def test_data_is_iterated_once_and_no_further_than_needed(tmp_path):
+    components = components_of(n=20, ids=np.arange(20) + 5)
+    inputs, seen = torch.rand(100, 1, 8, 8), []
+
+    def data():
+        for start in range(0, 100, 10):
+            seen.append(start)
+            yield inputs[start : start + 10]
+
+    page_of(tmp_path, components, data())
+    assert seen[-1] <= 20
+
+
+def test_other_data_is_refused(tmp_path):
+    components = components_of(n=20)
+    with pytest.raises(DataError, match=r"has 5 examples, .* at least \d+; pass the data given to compute_fishers"):
+        page_of(tmp_path, components, [torch.rand(5, 1, 8, 8)])
+    with pytest.raises(DataError, match=r"example \d+ has label \d, but \d when the Fishers were computed.*shuffling"):
+        page_of(tmp_path, components, batches(torch.rand(20, 1, 8, 8), (components.labels + 1) % 4))
+    with pytest.raises(DataError, match="keys a, b; found neither text nor tensors"):
+        page_of(tmp_path, components, [{"a": 1, "b": None}])
+    with pytest.raises(DataError, match="neither text nor numbers"):
+        page_of(tmp_path, components, [([object()] * 20, components.labels)])
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_options_are_checked(tmp_path):
+    with pytest.raises(ArgumentError, match="k: expected at least 1"):
+        page_of(tmp_path, components_of(), k=0)
+    with pytest.raises(ArgumentError, match="class_names: expected 4 names"):
+        page_of(tmp_path, components_of(), class_names=["a"])
+    with pytest.raises(ArgumentError, match="class_names: expected a list of names"):
+        page_of(tmp_path, components_of(), class_names="abcd")
+
+
+def test_class_names_of_the_data(tmp_path):
+    class Loader(list):
+        dataset = SimpleNamespace(classes=["cat", "dog", "bird", "fish"])
+
+    components = components_of()
+    page = page_of(tmp_path, components, Loader(batches(torch.rand(40, 1, 8, 8), components.labels)))
+    assert {"cat", "dog", "bird", "fish"} <= set(page.text.split())
+
+
+def test_odd_components(tmp_path):
+    W = components_of().coefficients
+    W[:, 1] = 0
+    page = page_of(tmp_path, components_of(coefficients=W, loss_curve=np.array([])))
+    assert "No example has a coefficient above zero" in page.text
+    page_of(tmp_path, components_of(loss_curve=np.array([1.0, np.nan, 0.5]), loss=float("nan")))
+    page_of(tmp_path, components_of(n=1, r=1))
+    page_of(tmp_path, components_of(kind="diagonal", norms=np.zeros(40, np.float32)))
+    regression = components_of(n_classes=1, labels=np.full(40, -1))
+    assert "Weighs between" not in page_of(tmp_path, regression).text
+    many = page_of(tmp_path, components_of(n_classes=500))
+    assert "more classes" in many.text
+
+
+def test_components_of_a_published_file_lack_labels_and_logits(tmp_path):
+    bare = components_of(n_classes=0, provenance={})
+    page = page_of(tmp_path, bare, batches(torch.rand(40, 1, 8, 8)))
+    assert "accuracy" not in page.text and "none on record" in page.text
+    assert "−1" not in page.text and "-1" not in page.text
+
+
+def test_summary_against_counting():
+    components = components_of(n=200, r=3)
+    W, labels, predictions = components.coefficients, components.labels, components.predictions
+    for s in summarise(components, 10):
+        w = W[:, s.j]
+        assert s.share == pytest.approx(w.sum() / W.sum(), rel=1e-5)
+        active = w >= 0.1 * w.max()
+        assert s.n_active == active.sum() and s.n_zero == (w == 0).sum()
+        assert sum(s.histogram) == (w > 0).sum()
+        assert s.accuracy == pytest.approx((labels == predictions)[active].mean())
+        assert sum(a for _, a, _ in s.classes) == active.sum()
+        assert [t.index for t in s.top] == np.argsort(-w, kind="stable")[:10].tolist()
+        assert s.profile.sum() == pytest.approx(1)
+        assert s.blocks[0][0] == "head.bias" and s.blocks[-1][0] is None
+        assert sum(share for _, share in s.blocks) == pytest.approx(1)
+        shares = [share for _, share in s.contest]
+        assert shares == sorted(shares, reverse=True) and sum(shares) <= 1 + 1e-9
+    sizes = [s.share for s in summarise(components, 10)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_contest_of_a_confident_prediction():
+    logits = np.zeros((1, 3), np.float32)
+    logits[0] = [60, 30, 0]
+    components = components_of(n=1, r=1, n_classes=3, logits=logits, coefficients=np.ones((1, 1), np.float32))
+    (s,) = summarise(components, 4)
+    assert [c for c, _ in s.contest] == [0, 1]
+    assert s.contest[0][1] == pytest.approx(0.5, abs=1e-6), "1 − p is not lost to rounding"
+
+
+def test_large_page_is_small(tmp_path):
+    components = components_of(n=1000, r=32, n_classes=10)
+    images = torch.rand(1000, 1, 28, 28)
+    path = report(components, batches(images, components.labels, 500), tmp_path)
+    assert path.stat().st_size < 2_000_000
+
+
+def test_same_input_same_page(tmp_path):
+    components = components_of(loss_curve=np.geomspace(1, 0.1, 60))
+    first = report(components, None, tmp_path / "a.html").read_bytes()
+    assert report(components, None, tmp_path / "b.html").read_bytes() == first
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to open the page with")
+def test_in_a_browser(tmp_path):
+    components = components_of()
+    path = report(components, batches(torch.rand(40, 1, 8, 8), components.labels), tmp_path / "page.html")
+    click = """<script>
+      const first = () => document.querySelector("#overview-table tbody tr td").dataset.value;
+      const heads = [...document.querySelectorAll("#overview-table th button")];
+      const press = head => { head.click(); return first(); };
+      const found = heads.flatMap(head => [press(head), press(head)]);
+      document.title = JSON.stringify([found, document.documentElement.scrollWidth <= innerWidth]);
+    </script>"""
+    page = re.sub("<meta http-equiv[^>]*>", "", path.read_text(encoding="utf-8"))  # it allows no script but its own
+    path.write_text(page + click, encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    more = [
+        "--disable-component-update",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command = [CHROMIUM, *flags.split(), *more, "--window-size=500,900", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in done.stderr, "no error is logged"
+    order, fits = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout).group(1)))
+    assert fits, "a narrow window needs no sideways scrolling"
+    shares = [str(s.j) for s in summarise(components, 16)]
+    assert order[:2] == ["0", "2"], "by number, up and down"
+    assert order[4:6] == [shares[0], shares[-1]], "by share, down and up"

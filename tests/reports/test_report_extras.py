@@ -1,0 +1,196 @@
+"""Perturbations, trust, attributions, influences: shown when given, checked, and absent otherwise."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from npeff.errors import ArgumentError
+from npeff.reports import Effect, Trust, load_extras, report
+from npeff.reports.attribution import coloured, overlay, tokens_of
+from npeff.reports.examples import Example
+from npeff.reports.extras import effect_of, trust_of
+from report_cases import EFFECT, batches, components_of, data_of, inline_of, page_of
+
+TOKENIZER = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: "".join(f"<{int(i)}>" for i in ids))
+
+
+def test_without_extras_nothing_is_said_of_them(tmp_path):
+    page = page_of(tmp_path, components_of())
+    for word in ("Stability", "KL ratio", "chance", "speaks for it", "influence", "When the weights move", "heads"):
+        assert word not in page.text
+
+
+def test_effects(tmp_path):
+    given = {0: EFFECT, "1": SimpleNamespace(kl_ratio=np.float32(0.5), magnitudes=None)}
+    page = page_of(tmp_path, components_of(), effects=given)
+    assert "KL ratio" in page.text and "12.5 KL ratio" in page.text
+    assert page.text.count("When the weights move along it") == 1, "no curve, no picture of it"
+    assert any("top examples 0.8, others 0.05" in svg.get("aria-label", "") for svg in page.all("svg"))
+    data = data_of(page.html)
+    ratios = {row[0]: row[data["columns"].index("kl_ratio")] for row in data["rows"]}
+    assert ratios == {0: 12.5, 1: 0.5, 2: None}
+
+
+def test_effects_as_objects_and_mappings():
+    assert effect_of(0, EFFECT) == effect_of(0, Effect(12.5, (0.0, 0.1, 0.2), (0, 0.2, 0.8), (0, 0.01, 0.05)))
+    assert effect_of(0, {}) == Effect()
+    torch_effect = effect_of(0, {"magnitudes": torch.tensor([0.0, 1.0]), "kl_top": torch.tensor([0.0, 2.0])})
+    assert torch_effect.kl_top == (0.0, 2.0) and torch_effect.kl_baseline == ()
+
+
+def test_trust(tmp_path):
+    components = components_of()
+    energy = np.square(components.coefficients).mean(0)
+    threshold = float(np.sort(energy)[:2].mean())  # one component is below
+    trust = {
+        "stability": {"components": [0.5, 0.9, 0.95], "n_strategies": 2},
+        "null": {"threshold": threshold, "energy": energy.tolist()},
+        "selection": {
+            "n_components": [2, 3, 4],
+            "held_out": [[0.5, 0.3, 0.4], [0.5, 0.32, 0.38]],
+            "train": [0.4, 0.2, 0.1],
+            "chosen": 3,
+        },
+        "explained": np.linspace(0, 1, 40),
+    }
+    page = page_of(tmp_path, components, trust=trust)
+    assert "0.90 stable" in page.text and "no more than chance 1" in page.text
+    assert page.text.count("Read this one with doubt") == len({0, int(energy.argmin())})
+    assert "does not come back when the decomposition is repeated (stability 0.50)" in page.text
+    assert "components of shuffled Fishers have as much energy" in page.text
+    assert page.text.count("more than chance") == 3, "two components' own pages, and one in all below chance"
+    assert page.text.count("of its top examples’ Fishers explained") == 3
+    assert page.text.count("0.310 held-out loss of all") == 3
+    assert any("least 0.31 at 3" in svg.get("aria-label", "") for svg in page.all("svg"))
+    assert len(data_of(page.html)["groups"]) == 2
+    shares = [record[4] for record in inline_of(page.html, "examples-0")]
+    np.testing.assert_allclose(shares, np.linspace(0, 1, 40), rtol=1e-3)
+
+
+def test_forms_of_trust():
+    flat = trust_of([0.1, 0.2], 2, 3)
+    np.testing.assert_array_equal(flat.stability, [0.1, 0.2])
+    np.testing.assert_array_equal(trust_of({1: 0.2}, 2, 3).stability, [np.nan, 0.2])
+    made = SimpleNamespace(components=np.array([0.1, 0.2]), n_strategies=9)
+    null = SimpleNamespace(threshold=0.5)
+    selection = SimpleNamespace(n_components=(1, 2), held_out=np.ones((3, 2)), train=np.ones(2), chosen=1)
+    trust = trust_of({"stability": made, "null": null, "selection": selection}, 2, 3)
+    assert (trust.null_threshold, trust.n_strategies, trust.chosen) == (0.5, 2, 1)
+    assert trust.held_out == trust.train == ((1, 1.0), (2, 1.0))
+    assert trust_of(Trust(chosen=3), 2, 3).chosen == 3 and trust_of({"null": 0.1}, 2, 3).null_threshold == 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"effects": [1, 2]}, "effects: expected a mapping, got list"),
+        ({"effects": {3: {}}}, "effects: expected components 0 to 2, got 3"),
+        ({"effects": {0: {**EFFECT, "kl_top": [1]}}}, r"effects\[0\]: expected curves of one length.*kl_top 1"),
+        ({"effects": {0: {"kl_ratio": "much"}}}, r"effects\[0\].kl_ratio: expected numbers"),
+        ({"trust": [1, 2]}, "trust.stability: expected 3 numbers"),
+        ({"trust": {"explained": [1]}}, "trust.explained: expected 40 numbers"),
+        ({"trust": {"selection": {"n_components": [1]}}}, "trust.selection: expected n_components, and held_out"),
+        ({"trust": {"stability": {7: 1}}}, "trust.stability: expected components 0 to 2, got 7"),
+        ({"attributions": {0: np.ones(3)}}, r"attributions: expected keys \(component, example\), got 0"),
+        ({"attributions": {(0, 40): np.ones(3)}}, "attributions: expected examples 0 to 39, got 40"),
+        ({"attributions": {(0, 1): np.ones(3)}}, "attributions: need the data"),
+        ({"influences": {0: [1, 2]}}, r"influences\[0\]: expected pairs"),
+        ({"heads": 4}, "heads: no parameter could be cut"),
+        ({"influence_data": 4}, "data: expected an iterable"),
+    ],
+)
+def test_other_forms_are_refused(tmp_path, options, words):
+    with pytest.raises(ArgumentError, match=words):
+        report(components_of(), None, tmp_path / "x.html", **options)
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_attributions_of_images(tmp_path):
+    components = components_of()
+    i = int(components.top_examples(1)[0])
+    data = batches(torch.rand(40, 1, 8, 8), components.labels)
+    page = page_of(tmp_path, components, data, attributions={(1, i): torch.randn(1, 8, 8)})
+    assert page.text.count("What in the input speaks for it") == 1
+    assert page.all("img", alt=f"What in example {i} speaks for component 1")
+    (drawn,) = inline_of(page.html, "examples-0")[i][7]
+    assert drawn[0] == 1 and drawn[1]["uri"].startswith("data:image/png")
+    with pytest.raises(ArgumentError, match=r"attributions\[1, \d+\]: expected shape \(8, 8\)"):
+        page_of(tmp_path, components, [torch.rand(40, 1, 8, 8)], attributions={(1, i): torch.randn(7, 8)})
+
+
+def test_overlay_colours():
+    grey = np.full((4, 4), 128, np.uint8)
+    weights = np.zeros((4, 4))
+    weights[0, 0], weights[3, 3] = 2.0, -2.0
+    drawn = overlay(grey, weights).astype(int)
+    assert drawn[0, 0, 0] > drawn[0, 0, 2] + 50 and drawn[3, 3, 2] > drawn[3, 3, 0] + 50
+    assert len(set(drawn[1, 1])) == 1, "grey where nothing speaks"
+    for form in (weights[None], weights[..., None], weights[None, None]):
+        np.testing.assert_array_equal(overlay(grey, form), drawn)
+    assert np.isfinite(overlay(grey, np.full((4, 4), np.nan))).all()
+
+
+def test_attributions_of_tokens(tmp_path):
+    components = components_of(n=10, r=2)
+    i = int(components.top_examples(0)[0])
+    ids = torch.arange(10)[:, None] + torch.tensor([[0, 100, 200]])
+    data = [{"input_ids": ids, "labels": torch.as_tensor(components.labels)}]
+    page = page_of(tmp_path, components, data, tokenizer=TOKENIZER, attributions={(0, i): [1.0, -2.0, 0.0]})
+    (drawn,) = inline_of(page.html, "examples-0")[i][7]
+    assert drawn == [0, {"tokens": [[f"<{i}>", 0.5], [f"<{i + 100}>", -1.0], [f"<{i + 200}>", 0.0]]}]
+    assert f"<{i}>" in page.text, "escaped in the markup"
+    words = [["one two <b> four"] * 10]
+    page = page_of(tmp_path, components, words, attributions={(0, i): [1, 0, 3, 0]})
+    assert "<b>" in page.text and "<b> " not in page.html
+    with pytest.raises(ArgumentError, match="3 weights for a text of 4 words"):
+        page_of(tmp_path, components, words, attributions={(0, i): [1, 0, 3]})
+
+
+def test_tokens_without_padding():
+    example = Example(text="a b", ids=np.array([1, 2, 0, 0]))
+    assert tokens_of(example, 2, TOKENIZER, "x") == ["<1>", "<2>"]
+    assert tokens_of(example, 2, None, "x") == ["a ", "b "]
+    assert coloured(["a", "b"], np.array([0.0, 0.0])) == [("a", 0.0), ("b", 0.0)]
+
+
+def test_attributions_of_values(tmp_path):
+    components = components_of(n=12, r=2)
+    page = page_of(tmp_path, components, [torch.randn(12, 13)], attributions={(0, 3): np.ones(13)})
+    assert page.all("img", alt="What in example 3 speaks for component 0")
+    with pytest.raises(ArgumentError, match="expected shape"):
+        page_of(tmp_path, components, [torch.randn(12, 13)], attributions={(0, 3): np.ones(12)})
+
+
+def test_influences(tmp_path):
+    scores = {1: {5: -0.5, 2: 3.0}, 2: np.array([[7, 0.1]])}
+    page = page_of(tmp_path, components_of(), influences=scores)
+    assert page.text.count("Training examples with the largest influence") == 2
+    assert page.text.index("+3") < page.text.index("-0.5"), "by magnitude"
+    training = [torch.rand(9, 1, 8, 8)]
+    page = page_of(tmp_path, components_of(), influences=scores, influence_data=training)
+    assert {img["alt"] for img in page.all("img")} == {f"Training example {i}" for i in (2, 5, 7)}
+    texts = page_of(tmp_path, components_of(), influences=scores, influence_data=[[f"review {i}" for i in range(9)]])
+    assert "review 7" in texts.text
+
+
+def test_extras_from_a_file(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(
+        json.dumps({"effects": {"0": EFFECT}, "trust": {"stability": [1, 2, 3]}, "influences": {"1": [[0, 1]]}})
+    )
+    page = page_of(tmp_path, components_of(), **load_extras(path))
+    assert "12.5" in page.text and "Stability" in page.text and "largest influence" in page.text
+    for wrong in ("[1]", "{", '{"effect": 1}'):
+        path.write_text(wrong)
+        with pytest.raises(ArgumentError, match=r"x\.json: expected a JSON"):
+            load_extras(path)
+    with pytest.raises(ArgumentError, match="absent"):
+        load_extras(tmp_path / "absent.json")
+
+
+def test_heads(tmp_path):
+    page = page_of(tmp_path, components_of(), heads={"layer?.weight": 3})
+    assert page.text.count("Which heads carry it") == 3 and page.text.count("Which layers carry it") == 3
