@@ -45,7 +45,7 @@ class DeepEmbeddedClustering(nn.Module):
             seed: Decides where the runs begin.
             n_init: Number of runs.
         """
-        found = KMeans(len(self.centres), n_init=n_init, random_state=seed).fit(self.encoder(x).numpy())
+        found = KMeans(len(self.centres), n_init=n_init, tol=0.0, random_state=seed).fit(self.encoder(x).numpy())
         self.centres.copy_(torch.from_numpy(found.cluster_centers_))
 
 
