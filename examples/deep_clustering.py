@@ -37,7 +37,7 @@ class DeepEmbeddedClustering(nn.Module):
         return -torch.log1p((z[:, None] - self.centres).square().sum(dim=2))
 
     @torch.no_grad()
-    def place_centres(self, x: Tensor, seed: int = 0, n_init: int = 10) -> None:
+    def place_centres(self, x: Tensor, seed: int = 0, n_init: int = 50) -> None:
         """Put the centres where k-means finds them in the embedding of x, the best of several runs.
 
         Args:

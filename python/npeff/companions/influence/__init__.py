@@ -15,7 +15,7 @@ from npeff.companions.influence.gauss_newton import EmpiricalFisher, GaussNewton
 from npeff.companions.influence.losses import cross_entropy, squared_error
 from npeff.companions.influence.retraining import Minimum, Retrained, Unlearned, leave_out, minimise, unlearn
 from npeff.companions.influence.scores import Scores
-from npeff.companions.influence.solvers import ConjugateGradients, Exact, Identity, LiSSA
+from npeff.companions.influence.solvers import ConjugateGradients, Exact, Identity, LiSSA, Solution
 
 __all__ = [
     "EKFAC",
@@ -31,6 +31,7 @@ __all__ = [
     "Minimum",
     "Retrained",
     "Scores",
+    "Solution",
     "Unlearned",
     "component_influence",
     "cross_entropy",
