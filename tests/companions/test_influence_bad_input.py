@@ -117,7 +117,7 @@ def test_lissa_that_diverges_says_so(model):
 
 def test_cg_that_stops_early_says_so(model):
     minimise(model, cross_entropy, DATA, weight_decay=1e-3, tolerance=1e-9)
-    with pytest.warns(UserWarning, match="stopped after 1 passes"):
+    with pytest.warns(UserWarning, match="conjugate gradients stopped after 1 passes"):
         influence(model, damping=1e-3, solver=ConjugateGradients(1e-8, max_iterations=1)).scores(DATA, DATA)
 
 

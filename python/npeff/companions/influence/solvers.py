@@ -47,6 +47,7 @@ class Inverse:
         apply: Computes ``(H + λI)⁻¹ v`` for rows v, and how many products with H that took.
         product: Computes ``(H + λI) x``, to measure the residual with.
         notes: What the user should know: approximations, parameters without a factor, estimates made.
+        name: What iterates, for the warning.
         accepted: Warn where the relative residual is larger; None: never.
         advice: What to do then.
     """
@@ -54,6 +55,7 @@ class Inverse:
     apply: Callable[[Tensor], tuple[Tensor, int]]
     product: Product
     notes: tuple[str, ...] = ()
+    name: str = "a direct solver"
     accepted: float | None = None
     advice: str = ""
 
@@ -68,7 +70,7 @@ class Inverse:
         worst = float(residual.max()) if len(residual) else 0.0
         if self.accepted is not None and worst > self.accepted:
             warnings.warn(
-                f"solver: it stopped after {iterations} passes with a relative residual of {worst:.1e} (expected "
+                f"solver: {self.name} stopped after {iterations} passes with a relative residual of {worst:.1e} (expected "
                 f"≤ {self.accepted:.1e}); {self.advice}",
                 stacklevel=2,
             )
@@ -221,6 +223,7 @@ class ConjugateGradients(Solver):
             apply,
             product,
             () if before is None else tuple(f"preconditioner: {note}" for note in before.notes),
+            "conjugate gradients",
             10 * self.tolerance,
             "raise max_iterations or damping, give a preconditioner such as EKFAC(), or make the model float64 with "
             "model.double()",
@@ -342,7 +345,7 @@ class LiSSA(Solver):
             return total / (self.repeats * scale), self.steps * self.repeats
 
         advice = "raise steps, repeats or damping, take larger batches, or use ConjugateGradients()"
-        return Inverse(apply, damped_product(objective, damping), notes, 0.1, advice)
+        return Inverse(apply, damped_product(objective, damping), notes, "LiSSA", 0.1, advice)
 
     def _largest(self, objective: TrainingObjective, batch: Batch) -> float:
         """Estimate the largest eigenvalue of a batch's Hessian by power iteration."""
