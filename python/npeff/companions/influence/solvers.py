@@ -70,8 +70,8 @@ class Inverse:
         worst = float(residual.max()) if len(residual) else 0.0
         if self.accepted is not None and worst > self.accepted:
             warnings.warn(
-                f"solver: {self.name} stopped after {iterations} passes with a relative residual of {worst:.1e} (expected "
-                f"≤ {self.accepted:.1e}); {self.advice}",
+                f"solver: {self.name} stopped after {iterations} passes with a relative residual of {worst:.1e} "
+                f"(expected ≤ {self.accepted:.1e}); {self.advice}",
                 stacklevel=2,
             )
         return Solution(x, residual, iterations)
