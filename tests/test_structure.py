@@ -7,7 +7,6 @@ from structure import FLOORS, circles, imports, late_imports, modules, upward
 
 STILL_LATE = {
     "companions.rollback.record",
-    "companions.safr.capacity",
     "planning.solving",
     "reports.checks",
     "reports.collage",

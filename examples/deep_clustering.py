@@ -1,16 +1,17 @@
-"""Deep embedded clustering: an encoder trained on soft assignments, without labels."""
+"""Deep embedded clustering: an encoder trained on soft assignments, without labels.
+
+``benchmarks/influence.py`` and the tests share this module.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-from npeff.companions.influence.minimising import minimise
-from npeff.companions.influence.solvers.base import check_count
-from npeff.errors import ArgumentError
+from npeff.companions.influence import minimise
 
 
 class DeepEmbeddedClustering(nn.Module):
@@ -27,8 +28,6 @@ class DeepEmbeddedClustering(nn.Module):
 
     def __init__(self, encoder: nn.Module, n_clusters: int, dimension: int) -> None:
         super().__init__()
-        check_count("n_clusters", n_clusters)
-        check_count("dimension", dimension)
         self.encoder = encoder
         self.centres = nn.Parameter(torch.randn(n_clusters, dimension, dtype=next(encoder.parameters()).dtype))
 
@@ -38,41 +37,16 @@ class DeepEmbeddedClustering(nn.Module):
         return -torch.log1p((z[:, None] - self.centres).square().sum(dim=2))
 
     @torch.no_grad()
-    def place_centres(self, x: Tensor, seed: int = 0, iterations: int = 100, starts: int = 10) -> None:
-        """Put the centres where k-means finds them in the embedding of x: the best of several k-means++ starts.
+    def place_centres(self, x: Tensor, seed: int = 0, n_init: int = 50) -> None:
+        """Put the centres where k-means finds them in the embedding of x, the best of several runs.
 
         Args:
             x: ``(n, …)`` inputs, n ≥ K.
-            seed: Decides the starts.
-            iterations: Most Lloyd steps of each.
-            starts: Number of starts.
-
-        Raises:
-            ArgumentError: There are fewer inputs than clusters.
+            seed: Decides where the runs begin.
+            n_init: Number of runs.
         """
-        z = self.encoder(x)
-        k = len(self.centres)
-        if len(z) < k:
-            raise ArgumentError(f"x: expected at least {k} inputs for {k} clusters, got {len(z)}")
-        generator = torch.Generator().manual_seed(seed)
-        best = float("inf")
-        for _ in range(starts):
-            centres = z[torch.randint(len(z), (1,), generator=generator)]
-            while len(centres) < k:
-                distance = torch.cdist(z, centres).amin(dim=1).square().cpu().double() + 1e-30
-                centres = torch.cat([centres, z[torch.multinomial(distance, 1, generator=generator)]])
-            for _ in range(iterations):
-                nearest = torch.cdist(z, centres).argmin(dim=1)
-                moved = torch.stack(
-                    [z[nearest == j].mean(dim=0) if (nearest == j).any() else centres[j] for j in range(k)]
-                )
-                if torch.equal(moved, centres):
-                    break
-                centres = moved
-            inertia = float(torch.cdist(z, centres).amin(dim=1).square().sum())
-            if inertia < best:
-                best = inertia
-                self.centres.copy_(centres)
+        found = KMeans(len(self.centres), n_init=n_init, tol=0.0, random_state=seed).fit(self.encoder(x).numpy())
+        self.centres.copy_(torch.from_numpy(found.cluster_centers_))
 
 
 def target_distribution(assignments: Tensor) -> Tensor:
@@ -169,7 +143,6 @@ def pretrain(
     *,
     steps: int = 500,
     learning_rate: float = 1e-2,
-    after_step: Callable[[int, float], None] | None = None,
 ) -> None:
     """Fit an autoencoder to x by Adam on all of x; the encoder's part is where clustering starts.
 
@@ -179,13 +152,10 @@ def pretrain(
         x: ``(n, …)``.
         steps: Steps.
         learning_rate: Adam's.
-        after_step: Called with the step and its loss.
     """
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], learning_rate)
-    for step in range(steps):
+    for _ in range(steps):
         loss = (decoder(encoder(x)) - x.flatten(1)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if after_step is not None:
-            after_step(step, float(loss.detach()))

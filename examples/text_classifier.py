@@ -1,24 +1,110 @@
-"""A small transformer text classifier with a VMASK, as the paper trains, and its training."""
+"""A small transformer that classifies texts, its vocabulary, and its training with SAFR.
+
+The scripts on SAFR share this module: ``examples/safr_reviews.py``, ``benchmarks/safr.py`` and the tests.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
+from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from npeff.companions.safr.regularizer import SAFRRegularizer
-from npeff.companions.safr.vmask import VMask
+from npeff.companions.safr import SAFRRegularizer, VMask
 from npeff.errors import ArgumentError, DataError, ModelError
-from npeff.short_repr import short_repr
 
+_WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?|[!?]")
+PADDING, UNKNOWN = 0, 1
 Split = tuple[Tensor, Tensor, Tensor]
 """Token ids ``(n, length)``, mask ``(n, length)`` true for real tokens, labels ``(n,)``."""
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words, numbers, and the signs ! and ?."""
+    return _WORD.findall(text.lower())
+
+
+@dataclass(frozen=True)
+class WordVocabulary:
+    """Words by id; 0 is padding, 1 any unknown word.
+
+    Attributes:
+        words: Names by id.
+    """
+
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, texts: Iterable[str], size: int = 8000, least: int = 2) -> WordVocabulary:
+        """The most frequent words of some texts, ties by spelling.
+
+        Args:
+            texts: Training texts.
+            size: At most so many ids.
+            least: A word must occur so often.
+
+        Raises:
+            ArgumentError: ``size`` is below 3.
+        """
+        if size < 3:
+            raise ArgumentError(f"size: expected at least 3, got {size!r}")
+        counts = Counter(word for text in texts for word in words_of(text))
+        known = sorted((word for word, n in counts.items() if n >= least), key=lambda word: (-counts[word], word))
+        return cls(("<pad>", "<unknown>", *known[: size - 2]))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, texts: Sequence[str], length: int = 64) -> tuple[Tensor, Tensor]:
+        """Texts as ids and mask, ``(n, length)`` int64 and bool; longer texts are cut.
+
+        Raises:
+            DataError: A text has no word.
+        """
+        ids = torch.zeros(len(texts), length, dtype=torch.int64)
+        for i, text in enumerate(texts):
+            found = [self._ids.get(word, UNKNOWN) for word in words_of(text)[:length]]
+            if not found:
+                raise DataError(f"texts: text {i} has no word ({text[:40]!r}); leave it out")
+            ids[i, : len(found)] = torch.tensor(found)
+        return ids, ids != PADDING
+
+
+PLANTED = 6
+"""Words of each class in planted texts."""
+
+
+def planted(n: int, seed: int, vocabulary: int = 120, length: int = 16) -> Split:
+    """Draw texts in which two of the ids 2…13 decide the class; everything else is chance. Id 0 pads."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (n,), generator=rng)
+    ids = torch.randint(2 + 2 * PLANTED, vocabulary, (n, length), generator=rng)
+    for i in range(n):
+        where = torch.randperm(10, generator=rng)[:2]
+        ids[i, where] = 2 + labels[i] * PLANTED + torch.randint(PLANTED, (2,), generator=rng)
+    mask = torch.arange(length) < torch.randint(10, length + 1, (n,), generator=rng)[:, None]
+    return ids * mask, mask, labels
+
+
+def mask_auc(model: TransformerClassifier, split: Split) -> float:
+    """Probability that the mask keeps a planted token rather than another one."""
+    ids, mask, _ = split
+    keep = model.vmask.importance(model.embed(ids))[mask].detach().numpy()
+    own = ((ids >= 2) & (ids < 2 + 2 * PLANTED))[mask].numpy()
+    return float(mannwhitneyu(keep[own], keep[~own]).statistic / (own.sum() * (~own).sum()))
 
 
 class TransformerClassifier(nn.Module):
@@ -96,8 +182,6 @@ class History:
     terms: list[dict[str, float]] = field(default_factory=list)
     best: int = 0
 
-    __repr__ = short_repr
-
 
 Keep = Literal["loss", "accuracy"]
 
@@ -118,7 +202,7 @@ def train_classifier(
     progress: bool = True,
     after_epoch: Callable[[int, History], Any] | None = None,
 ) -> History:
-    """Adam until the validation data say nothing better for some epochs; the best weights, kept as a copy, come back.
+    """Train by Adam until some epochs bring nothing better on the validation data; the best weights are restored.
 
     The weight of the mask's entropy falls linearly from ``entropy`` to 0 over the first half of ``epochs``, and
     patience counts from there: a lower loss with an undecided mask would end the training too soon.
@@ -158,7 +242,7 @@ def train_classifier(
     history, lowest = History(), (float("inf"), float("inf"))
     best: list[dict[str, Any]] = []
     annealed = max(1, epochs // 2)
-    attached, given = bool(regularizer._handles), regularizer.entropy
+    attached, given = regularizer.attached, regularizer.entropy
     regularizer.attach()
     try:
         for epoch in tqdm(range(epochs), disable=not progress, desc="training", unit="epoch"):
@@ -235,7 +319,7 @@ def measure(model: nn.Module, regularizer: SAFRRegularizer, split: Split, batch_
     """
     ids, mask, labels = split
     found = dict.fromkeys(("importance", "importance_cosine", "interaction"), 0.0)
-    attached, modes = bool(regularizer._handles), (model.training, regularizer.training)
+    attached, modes = regularizer.attached, (model.training, regularizer.training)
     regularizer.attach()
     model.eval()
     regularizer.eval()
