@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from npeff.reports import page as page_module
+from npeff.reports import html as page_module
 from npeff.reports import report
-from test_report import batches, components_of
-from test_report_extras import EFFECT
+from report_cases import EFFECT, batches, components_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser to drive")
@@ -47,8 +46,8 @@ def folders(tmp_path_factory):
     data = lambda: batches(torch.rand(130, 1, 8, 8), components.labels)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_module, "ROWS", 10)
-        patch.setattr("npeff.reports.book.INLINE", 20_000)
-        patch.setattr("npeff.reports.records.PER_PART", 50)
+        patch.setattr("npeff.reports.writer.INLINE", 20_000)
+        patch.setattr("npeff.reports.html.PER_PART", 50)
         made = {
             "folder": report(components, data(), root / "folder", **options),
             "file": report(components, data(), root / "file.html", **options),

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from test_report import components_of
+from report_cases import components_of
 
 
 def large_case(n=100_000, r=1_000, n_classes=10, per_example=5, groups=8):

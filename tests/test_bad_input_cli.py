@@ -10,7 +10,7 @@ from npeff.errors import ArgumentError, ModelError, StorageError
 from npeff.fishers import Fishers
 from npeff.rows import DenseRows
 from npeff.targets import load_model
-from test_report import components_of
+from report_cases import components_of
 
 RNG = np.random.default_rng(0)
 

@@ -14,7 +14,7 @@ import npeff
 from npeff.errors import ArgumentError, StorageError
 from npeff.storage import describe, refuse_npeff_file
 from npeff.storage.files import atomic, check_target, explain
-from test_report import components_of
+from report_cases import components_of
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from PIL import Image
 from npeff.cli import run
 from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.reports import collage, latex
-from npeff.reports.latex import escape
-from test_report import batches, components_of
+from npeff.reports.export import escape
+from report_cases import batches, components_of
 
 ENGINES = ("pdflatex", "xelatex", "lualatex")
 NASTY = r"\input{x} $a_1^2$ {} % & # ~ ^ _ \ < > | \"q\" `x' --- … → é ß ő 中文 🙂 ́a \end{document} [a] \\[3cm] ?`!`"

@@ -1,11 +1,12 @@
-"""What else a report can show, when it is given: perturbations, traces, trust, attributions, influences.
+"""What else a report can show, when it is given: effects, traces, trust, attributions, influences; also as JSON files.
 
-Every input may be a plain mapping or sequence, as read from JSON, or the object that another part of npeff made.
+Every input may be a plain mapping or sequence, as read from JSON, or the object that another part of npeff made. The
+same functions therefore read what ``npeff.report`` is given and what ``npeff report --extras`` finds in files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +18,19 @@ from npeff.perturbation.effect import CONTROLS
 from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
-TRUST_KEYS = {"stability", "null", "selection", "explained"}
+
 INFLUENCES = 12
 """Training examples shown on a component's page."""
+TRUST_KEYS = ("stability", "null", "selection", "explained")
+RECORDS = {
+    "effects": ("npeff.perturb", ("components", "figures")),
+    "traces": ("npeff.trace", ("components", "groups", "alone")),
+}
+"""Per input, which function returns one, and the fields by which it is known; the second is in no other record."""
 
 
 @dataclass(frozen=True)
-class Effect:
+class EffectSummary:
     """What moving the weights along one component, or a group of components, does.
 
     Attributes:
@@ -46,7 +53,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Traced:
+class TraceSummary:
     """Where in the network a component, or a group of components, acts.
 
     Attributes:
@@ -59,7 +66,7 @@ class Traced:
 
 
 @dataclass(frozen=True)
-class Trust:
+class TrustSummary:
     """How far components may be believed.
 
     Attributes:
@@ -84,7 +91,7 @@ class Trust:
 
 
 @dataclass(frozen=True)
-class Influences:
+class InfluenceSummary:
     """The training examples behind a component.
 
     Attributes:
@@ -102,22 +109,22 @@ class Influences:
 
 @dataclass(frozen=True)
 class Extras:
-    """All optional inputs, checked.
+    """All optional inputs of a report, checked.
 
     Attributes:
         effects: Per component or group of components, ascending, as many as were perturbed.
-        trust: See :class:`Trust`.
+        traces: Per component or group of components.
+        influences: Per component.
         attributions: ``(component, index of the example)`` → array of the shape of the example's input (or one
             number per token), positive where the input speaks for the component.
-        influences: Per component.
-        traces: Per component or group of components.
+        trust: See :class:`TrustSummary`.
     """
 
-    effects: Mapping[tuple[int, ...], Effect] = field(default_factory=dict)
-    trust: Trust = field(default_factory=Trust)
-    attributions: Mapping[tuple[int, int], Array] = field(default_factory=dict)
-    influences: Mapping[int, Influences] = field(default_factory=dict)
-    traces: Mapping[tuple[int, ...], Traced] = field(default_factory=dict)
+    effects: Mapping[tuple[int, ...], EffectSummary]
+    traces: Mapping[tuple[int, ...], TraceSummary]
+    influences: Mapping[int, InfluenceSummary]
+    attributions: Mapping[tuple[int, int], Array]
+    trust: TrustSummary
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
@@ -125,110 +132,135 @@ class Extras:
         return sorted({key for key in (*self.effects, *self.traces) if len(key) > 1})
 
 
-def read_extras(
-    r: int,
-    n: int,
-    *,
-    effects: Any = None,
-    trust: Any = None,
-    attributions: Any = None,
-    influences: Any = None,
-    traces: Any = None,
-) -> Extras:
+def read_extras(r: int | None, n: int | None, **given: Any) -> Extras:
     """Check the optional inputs of :func:`npeff.report`.
 
     Args:
-        r: Number of components.
-        n: Number of examples.
-        effects: As for :func:`npeff.report`.
-        trust: As for :func:`npeff.report`.
-        attributions: As for :func:`npeff.report`.
-        influences: As for :func:`npeff.report`.
-        traces: As for :func:`npeff.report`.
+        r: Number of components; None where it is not known.
+        n: Number of examples; None where it is not known.
+        **given: ``effects``, ``traces``, ``influences``, ``attributions`` and ``trust``, as for :func:`npeff.report`.
 
     Raises:
         ArgumentError: One of them has another form than documented, or names components or examples that are not
             there.
     """
-    drawings = _items(attributions, "attributions")
-    return Extras(
-        {key: effect_of(name, value) for key, name, value in _subjects(effects, r, "effects", "figures")},
-        trust_of(trust, r, n),
-        {_pair(key, r, n): numbers(value, f"attributions[{key}]") for key, value in drawings},
-        {_component(j, r, "influences"): influences_of(j, value) for j, value in _items(influences, "influences")},
-        {key: _acts(name, value) for key, name, value in _subjects(traces, r, "traces", "groups")},
-    )
+    read = {
+        key: {entry: kind.read(name, value) for entry, (name, value) in kind.entries(key, given.get(key), r, n).items()}
+        for key, kind in KINDS.items()
+    }
+    return Extras(**read, trust=trust_of(given.get("trust"), r, n))
 
 
-def _subjects(value: Any, r: int, name: str, sign: str) -> list[tuple[tuple[int, ...], str, Any]]:
-    """Effects or traces as ``(components, name for messages, effect)``.
+# ---- entries: what each input says, of which components -----------------------------------------------------
+
+Entries = dict[Any, tuple[str, Any]]
+"""What an entry is about → its name for messages, and its value."""
+
+
+def _by_group(key: str, given: Any, r: int | None, n: int | None) -> Entries:
+    """Effects or traces by component, or by a group of components.
 
     Args:
-        value: What ``npeff.perturb`` or ``npeff.trace`` returned, or the JSON of it: one, a sequence of them, or a
+        key: ``"effects"`` or ``"traces"``.
+        given: What ``npeff.perturb`` or ``npeff.trace`` returned, or the JSON of it: one, a sequence of them, or a
             mapping from components (or tuples of them), which may hold forms that do not say what they are of.
-        r: Number of components.
-        name: Of the argument.
-        sign: The field by which an effect or trace is known.
+        r: Number of components, where it is known.
+        n: Number of examples.
 
     Raises:
         ArgumentError: It is none of these, names no component, or says two things of one.
     """
-    if value is None:
-        return []
-    if _get(value, sign) is not None:
-        value = [value]
-    found: dict[tuple[int, ...], tuple[str, Any]] = {}
-    if isinstance(value, Mapping):
-        for j, item in value.items():
+    maker, (_, sign, *_rest) = RECORDS[key]
+    entries: Entries = {}
+    if given is None:
+        return entries
+    if _get(given, sign) is not None:
+        given = [given]
+    if isinstance(given, Mapping):
+        for j, item in given.items():
             several = j if isinstance(j, tuple) and j else (j,)
-            key = tuple(sorted({_component(k, r, name) for k in several}))
-            if _get(item, sign) is not None and (own := _members(item, r, f"{name}[{j}]")) != key:
-                raise ArgumentError(f"{name}[{j}]: is about {_called(own)}")
-            found[key] = (f"{name}[{j}]", item)
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        for i, item in enumerate(value):
-            if _get(item, sign) is None:
+            group = tuple(sorted({_index(k, r, key) for k in several}))
+            if _get(item, sign) is not None and (own := _members(item, r, f"{key}[{j}]")) != group:
+                raise ArgumentError(f"{key}[{j}]: is about {called(key, own)}")
+            entries[group] = (f"{key}[{j}]", item)
+        return entries
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise ArgumentError(f"{key}: expected a mapping from components, or a list, got {type(given).__name__}")
+    for i, item in enumerate(given):
+        if _get(item, sign) is None:
+            raise ArgumentError(
+                f"{key}: expected a mapping, got {type(given).__name__} whose item {i} is not what {maker} returned: "
+                f"{_excerpt(item)}"
+            )
+        group = _members(item, r, f"{key}[{i}]")
+        if group in entries:
+            raise ArgumentError(f"{key}[{i}]: another one of {called(key, group)} was given; pass one of them")
+        entries[group] = (f"{key}[{i}]", item)
+    return entries
+
+
+def _by_component(key: str, given: Any, r: int | None, n: int | None) -> Entries:
+    """Influences by component.
+
+    Raises:
+        ArgumentError: They are no mapping, or one is about another component.
+    """
+    entries: Entries = {}
+    for given_key, value in _items(given, key):
+        j = _index(given_key, r, key)
+        if (own := getattr(value, "j", j)) != j:
+            raise ArgumentError(f"{key}[{j}]: is about component {own}")
+        entries[j] = (f"{key}[{j}]", value)
+    return entries
+
+
+def _by_example(key: str, given: Any, r: int | None, n: int | None) -> Entries:
+    """Attributions by component and example: ``{(j, i): …}``, or ``{j: {i: …}}`` as in JSON.
+
+    Raises:
+        ArgumentError: A key is neither.
+    """
+    entries: Entries = {}
+    for given_key, value in _items(given, key):
+        pairs = [(given_key, value)]
+        if not isinstance(given_key, tuple) and isinstance(value, Mapping):
+            pairs = [((given_key, i), weights) for i, weights in value.items()]
+        for pair, weights in pairs:
+            if not isinstance(pair, tuple) or len(pair) != 2:
                 raise ArgumentError(
-                    f"{name}: expected a mapping, got {type(value).__name__} whose item {i} is not what "
-                    f"npeff.{_MAKER[name]} returned: {_excerpt(item)}"
+                    f"{key}: expected keys (component, example), got {_excerpt(pair)}; in JSON, an object with "
+                    "components, and within them examples, as keys"
                 )
-            key = _members(item, r, f"{name}[{i}]")
-            if key in found:
-                raise ArgumentError(f"{name}[{i}]: another one of {_called(key)} was given; pass one of them")
-            found[key] = (f"{name}[{i}]", item)
-    else:
-        raise ArgumentError(f"{name}: expected a mapping from components, or a list, got {type(value).__name__}")
-    return [(key, *item) for key, item in found.items()]
+            j, i = _index(pair[0], r, key), _index(pair[1], n, key, "examples")
+            entries[j, i] = (f"{key}[{j}, {i}]", weights)
+    return entries
 
 
-_MAKER = {"effects": "perturb", "traces": "trace"}
-
-
-def _called(components: Sequence[int]) -> str:
-    return f"component{'s' if len(components) > 1 else ''} {', '.join(map(str, components))}"
-
-
-def _members(item: Any, r: int, name: str) -> tuple[int, ...]:
+def _members(item: Any, r: int | None, name: str) -> tuple[int, ...]:
     components = _get(item, "components")
     if not isinstance(components, Sequence) or isinstance(components, str) or not len(components):
         raise ArgumentError(f"{name}.components: expected the numbers of components, got {_excerpt(components)}")
-    return tuple(sorted({_component(j, r, f"{name}.components") for j in components}))
+    return tuple(sorted({_index(j, r, f"{name}.components") for j in components}))
 
 
-def effect_of(j: Any, value: Any) -> Effect:
-    """One component's effect.
+# ---- values -------------------------------------------------------------------------------------------------
+
+_CURVES = ("magnitudes", "kl_top", "kl_baseline")
+
+
+def effect_of(name: str, value: Any) -> EffectSummary:
+    """Read one component's effect.
 
     Args:
-        j: The component, or a name for messages.
-        value: A mapping or an object with the attributes of :class:`Effect`, or what ``npeff.perturb`` returned, or
-            the JSON of it.
+        name: For messages.
+        value: A mapping or an object with the attributes of :class:`EffectSummary`, or what ``npeff.perturb``
+            returned, or the JSON of it.
 
     Raises:
         ArgumentError: The curves' lengths differ, or something is no number.
     """
-    name = j if isinstance(j, str) and j.startswith("effects") else f"effects[{j}]"
     if _get(value, "figures") is not None:
-        return _from_experiment(name, value.to_json() if hasattr(value, "to_json") else value)
+        value = _of_experiment(name, value.to_json() if hasattr(value, "to_json") else value)
     if isinstance(value, str | bytes | int | float | Sequence):
         raise ArgumentError(f"{name}: expected a mapping with kl_ratio, magnitudes, …, got {_excerpt(value)}")
     ratio, interval, controls = (_get(value, key) for key in ("kl_ratio", "interval", "controls"))
@@ -237,118 +269,115 @@ def effect_of(j: Any, value: Any) -> Effect:
     ends = None if interval is None else numbers(interval, f"{name}.interval").ravel().tolist()
     if ends is not None and len(ends) != 2:
         raise ArgumentError(f"{name}.interval: expected two numbers, got {_excerpt(interval)}")
-    return Effect(
+    curves = [tuple(numbers(_or_empty(_get(value, key)), f"{name}.{key}").ravel().tolist()) for key in _CURVES]
+    if len({len(curve) for curve in curves if curve}) > 1 or (any(curves) and not curves[0]):
+        lengths = ", ".join(f"{key} {len(curve)}" for key, curve in zip(_CURVES, curves, strict=True))
+        raise ArgumentError(f"{name}: expected curves of one length, a value per magnitude, got {lengths}")
+    magnitudes, kl_top, kl_baseline = curves
+    return EffectSummary(
         None if ratio is None else _number(ratio, f"{name}.kl_ratio"),
-        **_curves(name, {key: _get(value, key) for key in _CURVES}),
+        magnitudes,
+        kl_top,
+        kl_baseline,
         interval=None if ends is None else (ends[0], ends[1]),
         controls=tuple((str(label), _number(of, f"{name}.controls")) for label, of in controls or ()),
     )
 
 
-def _curves(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    curves = [tuple(numbers(_or_empty(given[key]), f"{name}.{key}").ravel().tolist()) for key in _CURVES]
-    if len({len(curve) for curve in curves if curve}) > 1 or (any(curves) and not curves[0]):
-        lengths = ", ".join(f"{key} {len(curve)}" for key, curve in zip(_CURVES, curves, strict=True))
-        raise ArgumentError(f"{name}: expected curves of one length, a value per magnitude, got {lengths}")
-    return dict(zip(_CURVES, curves, strict=True))
+def _of_experiment(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the JSON of what ``npeff.perturb`` returned into the fields of :class:`EffectSummary`.
 
-
-def _from_experiment(name: str, value: Any) -> Effect:
-    """The JSON of what ``npeff.perturb`` returned: the curve of the sign kept, or the mean where each has its own.
+    The curve is that of the sign kept, or the mean where each component has its own sign.
 
     Raises:
         ArgumentError: A field is missing or has another form.
     """
-    ratio = _interval(value, "ratio", name)
-    controls = []
-    for kind, control in _items(value.get("controls"), f"{name}.controls"):
-        own = _interval(control, "ratio", f"{name}.controls.{kind}")[0]
-        if own is not None:
-            controls.append((CONTROLS.get(str(kind), str(kind)), own))
-    curves: dict[str, Any] = {}
+    ratio, low, high = _interval(value, name)
+    fields: dict[str, Any] = {"kl_ratio": ratio, "interval": None if low is None or high is None else (low, high)}
+    controls = [
+        (CONTROLS.get(str(kind), str(kind)), _interval(control, f"{name}.controls.{kind}")[0])
+        for kind, control in _items(value.get("controls"), f"{name}.controls")
+    ]
+    fields["controls"] = tuple((kind, own) for kind, own in controls if own is not None)
     curve = value.get("curve")
-    if curve is not None:
-        signs = numbers(_get(curve, "signs"), f"{name}.curve.signs").ravel().tolist()
-        rows: dict[str, Any] = {}
-        for key, field_ in zip(_CURVES, ("magnitudes", "top", "baseline"), strict=True):
-            table = numbers(_get(curve, field_), f"{name}.curve.{field_}")
-            if table.ndim != 2 or len(table) != len(signs) or not len(signs):
-                raise ArgumentError(
-                    f"{name}.curve.{field_}: expected a list of numbers for each of {len(signs)} signs, got shape "
-                    f"{table.shape}"
-                )
-            sign = value.get("sign")
-            rows[key] = table[signs.index(sign)] if sign in signs else table.mean(0)
-        curves = _curves(name, rows)
-    low, high = ratio[1:]
-    interval = None if low is None or high is None else (low, high)
-    return Effect(ratio[0], **curves, interval=interval, controls=tuple(controls))
+    if curve is None:
+        return fields
+    signs = numbers(_get(curve, "signs"), f"{name}.curve.signs").ravel().tolist()
+    for key, own_key in zip(_CURVES, ("magnitudes", "top", "baseline"), strict=True):
+        table = numbers(_get(curve, own_key), f"{name}.curve.{own_key}")
+        if table.ndim != 2 or len(table) != len(signs) or not len(signs):
+            raise ArgumentError(
+                f"{name}.curve.{own_key}: expected a list of numbers for each of {len(signs)} signs, got shape "
+                f"{table.shape}"
+            )
+        sign = value.get("sign")
+        fields[key] = table[signs.index(sign)] if sign in signs else table.mean(0)
+    return fields
 
 
-def _interval(of: Any, key: str, name: str) -> tuple[float | None, float | None, float | None]:
-    """``(value, low, high)`` of a figure; None for what is not known.
+def _interval(of: Any, name: str) -> list[float | None]:
+    """Value, low and high end of the KL ratio; None for what is not known.
 
     Raises:
         ArgumentError: There is no such figure.
     """
-    figure = _get(_get(of, "figures"), key)
+    figure = _get(_get(of, "figures"), "ratio")
     if not isinstance(figure, Mapping):
-        raise ArgumentError(f"{name}.figures.{key}: expected value, low and high, got {_excerpt(figure)}")
-    return tuple(  # type: ignore[return-value]
-        None if figure.get(part) is None else _number(figure[part], f"{name}.figures.{key}.{part}")
+        raise ArgumentError(f"{name}.figures.ratio: expected value, low and high, got {_excerpt(figure)}")
+    return [
+        None if figure.get(part) is None else _number(figure[part], f"{name}.figures.ratio.{part}")
         for part in ("value", "low", "high")
-    )
+    ]
 
 
-def _acts(name: str, value: Any) -> Traced:
-    """What a report shows of what ``npeff.trace`` returned, or of the JSON of it.
+def trace_of(name: str, value: Any) -> TraceSummary:
+    """Read what ``npeff.trace`` returned, or the JSON of it.
 
     Raises:
         ArgumentError: The lists do not go together, or something is no number.
     """
     value = value.to_json() if hasattr(value, "to_json") else value
-    names, energy = value.get("groups"), numbers(_or_empty(value.get("energy")), f"{name}.energy").ravel()
+    names, energy = _get(value, "groups"), numbers(_or_empty(_get(value, "energy")), f"{name}.energy").ravel()
     if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(part, str) for part in names):
         raise ArgumentError(f"{name}.groups: expected names of parts, got {_excerpt(names)}")
-    shares = {}
+    shares = []
     for key in ("alone", "lost"):
-        items = value.get(key)
+        items = _get(value, key)
         if not isinstance(items, Sequence) or isinstance(items, str) or not len(items) == len(names) == len(energy):
             raise ArgumentError(f"{name}.{key}: expected a figure and an energy for each of {len(names)} parts")
         figures = [item.get("value") if isinstance(item, Mapping) else item for item in items]
-        shares[key] = _sized(numbers(figures, f"{name}.{key}"), len(names), f"{name}.{key}")
-    order = np.argsort(-np.nan_to_num(shares["alone"], nan=-np.inf), kind="stable")
-    rows = ((names[i], float(energy[i]), float(shares["alone"][i]), float(shares["lost"][i])) for i in order)
-    return Traced(tuple(rows))
+        shares.append(_sized(numbers(figures, f"{name}.{key}"), len(names), f"{name}.{key}"))
+    alone, lost = shares
+    order = np.argsort(-np.nan_to_num(alone, nan=-np.inf), kind="stable")
+    return TraceSummary(tuple((names[i], float(energy[i]), float(alone[i]), float(lost[i])) for i in order))
 
 
-_CURVES = ("magnitudes", "kl_top", "kl_baseline")
-
-
-def influences_of(j: Any, value: Any) -> Influences:
-    """One component's influences.
+def influences_of(name: str, value: Any) -> InfluenceSummary:
+    """Read one component's influences.
 
     Args:
-        j: The component, for messages.
+        name: ``influences[j]``.
         value: Pairs (position, score), or a mapping from positions to scores; a mapping with ``pairs`` and perhaps
             ``by`` and ``texts``; or what ``component_influence`` or ``component_rollback`` returned.
 
     Raises:
         ArgumentError: It is none of these.
     """
-    name = f"influences[{j}]"
-    by, texts, pairs = None, {}, value
-    if hasattr(value, "pairs"):
-        if getattr(value, "j", int(j)) != int(j):
-            raise ArgumentError(f"{name}: is about component {value.j}")
+    by, pairs = None, value
+    texts: Mapping[int, str] = {}
+    if callable(getattr(value, "pairs", None)):
         pairs, by = value.pairs(INFLUENCES), value.by
         told = getattr(value, "text", lambda position: None)
         texts = {i: text for i, _ in pairs if (text := told(i)) is not None}
+    elif isinstance(value, InfluenceSummary):
+        pairs, by, texts = value.pairs, value.by, value.texts
     elif isinstance(value, Mapping) and "pairs" in value:
         pairs, by, texts = value["pairs"], value.get("by"), value.get("texts") or {}
     elif isinstance(value, Mapping):
         pairs = list(value.items())
-    if not isinstance(pairs, Sequence | np.ndarray) or not all(_length(pair) == 2 for pair in pairs):
+    if not isinstance(pairs, Sequence | np.ndarray) or not all(
+        hasattr(pair, "__len__") and not isinstance(pair, str | bytes) and len(pair) == 2 for pair in pairs
+    ):
         raise ArgumentError(f"{name}: expected pairs (position in the training data, score), got {_excerpt(value)}")
     if not isinstance(by, str | None) or not isinstance(texts, Mapping):
         raise ArgumentError(f"{name}: expected by to be a text and texts a mapping from positions to texts")
@@ -356,141 +385,74 @@ def influences_of(j: Any, value: Any) -> Influences:
     if not np.isfinite([score for _, score in scores]).all():
         raise ArgumentError(f"{name}: expected finite scores")
     scores.sort(key=lambda item: (-abs(item[1]), item[0]))
-    return Influences(scores, by or Influences.by, {_position(i, name): str(text) for i, text in texts.items()})
+    texts = {_position(i, name): str(text) for i, text in texts.items()}
+    return InfluenceSummary(scores, by or InfluenceSummary.by, texts)
 
 
-def _excerpt(value: Any) -> str:
-    """The beginning of a value, without writing out all of a large one."""
-    if isinstance(value, list | tuple):
-        value = value[:8]
-    return repr(value)[:80]
-
-
-def _length(value: Any) -> int:
-    return -1 if isinstance(value, str | bytes) or not hasattr(value, "__len__") else len(value)
-
-
-def _position(value: Any, name: str) -> int:
-    """The position of a training example, also as the text that JSON has for a key.
-
-    Raises:
-        ArgumentError: It is none.
-    """
-    whole = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
-    if isinstance(whole, float | np.floating) and np.isfinite(whole) and whole == int(whole):
-        whole = int(whole)  # pairs may stand in one array of floats
-    if isinstance(whole, bool) or not isinstance(whole, int | np.integer) or not 0 <= whole < 1 << 63:
-        raise ArgumentError(
-            f"{name}: expected whole numbers ≥ 0, positions of training examples, got {_excerpt(value)}"
-        )
-    return int(whole)
-
-
-def trust_of(value: Any, r: int, n: int) -> Trust:
-    """What ``trust=`` says.
+def trust_of(value: Any, r: int | None, n: int | None) -> TrustSummary:
+    """Read what ``trust=`` says.
 
     Args:
-        value: A :class:`Trust`; one number per component (its stability), as a sequence or a mapping from components;
-            or a mapping with any of ``stability`` (the same, or what ``npeff.trust.stability`` returned), ``null``
-            (a threshold, or what ``npeff.trust.null_model`` returned), ``selection`` (what ``npeff.trust.select``
-            returned) and ``explained`` (one number per example).
-        r: Number of components.
-        n: Number of examples.
+        value: A :class:`TrustSummary`; one number per component (its stability), as a sequence or a mapping from
+            components; or a mapping with any of ``stability`` (the same, or what ``npeff.trust.stability`` returned),
+            ``null`` (a threshold, or what ``npeff.trust.null_model`` returned), ``selection`` (what
+            ``npeff.trust.select`` returned) and ``explained`` (one number per example).
+        r: Number of components; None where it is not known.
+        n: Number of examples; None where it is not known.
 
     Raises:
         ArgumentError: It is none of these.
     """
     if value is None:
-        return Trust()
-    if isinstance(value, Trust):
+        return TrustSummary()
+    if isinstance(value, TrustSummary):
         _sized(value.stability, r, "trust.stability")
         _sized(value.explained, n, "trust.explained")
         return value
-    if not isinstance(value, Mapping) or not set(map(str, value)) <= TRUST_KEYS:
+    if not isinstance(value, Mapping) or not set(map(str, value)) <= set(TRUST_KEYS):
         value = {"stability": value}
-    stability, null, selection = (value.get(key) for key in ("stability", "null", "selection"))
-    explained = value.get("explained")
-    losses = _get(selection, "held_out")
-    held_out = numbers(_or_empty(losses), "trust.selection.held_out")
+    stability, null, selection, explained = (value.get(key) for key in TRUST_KEYS)
+    held_out = numbers(_or_empty(_get(selection, "held_out")), "trust.selection.held_out")
     tried = numbers(_or_empty(_get(selection, "n_components")), "trust.selection.n_components").ravel()
     train = numbers(_or_empty(_get(selection, "train")), "trust.selection.train").ravel()
     folds = len(tried) and held_out.size and held_out.size % len(tried) == 0
-    means = held_out.reshape(-1, len(tried)).mean(0) if folds else ()
-    if selection is not None and not len(means):
+    if selection is not None and not folds:
         raise ArgumentError("trust.selection: expected n_components, and held_out with a loss for each of them")
-    chosen, n_strategies = _get(selection, "chosen"), _get(stability, "n_strategies")
+    means = held_out.reshape(-1, len(tried)).mean(0) if folds else ()
     threshold = null if isinstance(null, int | float | np.number | None) else _get(null, "threshold")
     if null is not None and threshold is None:
         raise ArgumentError(
             f"trust.null: expected a threshold, or what npeff.trust.null_model returned, got {_excerpt(null)}"
         )
+    chosen, n_strategies = _get(selection, "chosen"), _get(stability, "n_strategies")
     for name, number in (("selection.chosen", chosen), ("stability.n_strategies", n_strategies)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1):
             raise ArgumentError(f"trust.{name}: expected a whole number ≥ 1, got {_excerpt(number)}")
-    return Trust(
+    return TrustSummary(
         None if stability is None else _per_component(stability, r),
         None if threshold is None else _number(threshold, "trust.null.threshold"),
         tuple((int(a), float(b)) for a, b in zip(tried, means, strict=True)),
         tuple((int(a), float(b)) for a, b in zip(tried, train, strict=False)),
         None if chosen is None else int(chosen),
-        None if n_strategies is None else min(int(n_strategies), r),
+        None if n_strategies is None else min(int(n_strategies), r or int(n_strategies)),
         None if explained is None else _sized(numbers(explained, "trust.explained"), n, "trust.explained"),
     )
 
 
-def _per_component(value: Any, r: int) -> Array:
+def _per_component(value: Any, r: int | None) -> Array:
     name = "trust.stability"
     inner = _get(value, "components")
-    if inner is not None:
-        value = inner
-    if isinstance(value, Mapping):
-        full = np.full(r, np.nan)
-        for j, number in value.items():
-            full[_component(j, r, name)] = np.nan if number is None else _number(number, f"{name}[{j}]")
-        return full
-    return _sized(numbers(value, name), r, name)
-
-
-def _get(value: Any, key: str) -> Any:
-    return value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
-
-
-def _or_empty(value: Any) -> Any:
-    return () if value is None else value
-
-
-def _sized(value: Any, size: int, name: str) -> Any:
-    if value is not None and np.shape(value) != (size,):
-        raise ArgumentError(f"{name}: expected {size} numbers, got shape {np.shape(value)}")
-    return value
-
-
-def _items(value: Any, name: str) -> list[tuple[Any, Any]]:
-    if value is None:
-        return []
+    value = value if inner is None else inner
     if not isinstance(value, Mapping):
-        raise ArgumentError(f"{name}: expected a mapping, got {type(value).__name__}")
-    return list(value.items())
-
-
-def _component(j: Any, r: int, name: str) -> int:
-    whole = int(j) if isinstance(j, str) and j.isascii() and j.isdigit() and len(j) < 20 else j
-    if isinstance(whole, bool) or not isinstance(whole, int | np.integer) or not 0 <= whole < r:
-        raise ArgumentError(f"{name}: expected components 0 to {r - 1}, got {_excerpt(j)}")
-    return int(whole)
-
-
-def _pair(key: Any, r: int, n: int) -> tuple[int, int]:
-    if not isinstance(key, tuple) or len(key) != 2:
-        raise ArgumentError(f"attributions: expected keys (component, example), got {_excerpt(key)}")
-    j, i = _component(key[0], r, "attributions"), key[1]
-    if isinstance(i, bool) or not isinstance(i, int | np.integer) or not 0 <= i < n:
-        raise ArgumentError(f"attributions: expected examples 0 to {n - 1}, got {_excerpt(i)}")
-    return j, int(i)
+        return np.asarray(_sized(numbers(value, name), r, name))
+    known = {_index(j, r, name): _number(number, f"{name}[{j}]") for j, number in value.items()}
+    full = np.full(r or len(known), np.nan)
+    full[list(known) if r else slice(None)] = list(known.values())
+    return full
 
 
 def numbers(value: Any, name: str) -> Array:
-    """Numbers as float64; None among them is unknown, NaN.
+    """Read numbers as float64; None among them is unknown, NaN.
 
     Raises:
         ArgumentError: Something else is among them: text, truth values, an infinity, lists of unequal lengths.
@@ -518,3 +480,88 @@ def _number(value: Any, name: str) -> float:
     if array.size != 1:
         raise ArgumentError(f"{name}: expected a number, got {_excerpt(value)}")
     return float(array.reshape(-1)[0])
+
+
+def called(key: str, entry: Any) -> str:
+    """Say what an entry is about."""
+    if key == "trust":
+        return str(entry)
+    members = entry[:1] if key == "attributions" else entry if isinstance(entry, tuple) else (entry,)
+    return f"component{'s' if len(members) > 1 else ''} {', '.join(map(str, members))}"
+
+
+def _index(value: Any, size: int | None, name: str, of: str = "components") -> int:
+    """Read the number of a component or example, also as the text that JSON has for a key.
+
+    Raises:
+        ArgumentError: It is none, or not below ``size``.
+    """
+    whole = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20 else value
+    if isinstance(whole, bool) or not isinstance(whole, int | np.integer) or not 0 <= whole < (size or 1 << 63):
+        span = f"0 to {size - 1}" if size else "as whole numbers"
+        raise ArgumentError(f"{name}: expected {of} {span}, got {_excerpt(whole)}")
+    return int(whole)
+
+
+def _position(value: Any, name: str) -> int:
+    """Read the position of a training example; pairs may stand in one array of floats.
+
+    Raises:
+        ArgumentError: It is none.
+    """
+    whole = int(value) if isinstance(value, float | np.floating) and np.isfinite(value) and value % 1 == 0 else value
+    try:
+        return _index(whole, None, name)
+    except ArgumentError:
+        raise ArgumentError(
+            f"{name}: expected whole numbers ≥ 0, positions of training examples, got {_excerpt(value)}"
+        ) from None
+
+
+def _excerpt(value: Any) -> str:
+    """Print the beginning of a value, without writing out all of a large one."""
+    return repr(value[:8] if isinstance(value, list | tuple) else value)[:80]
+
+
+def _get(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
+
+
+def _or_empty(value: Any) -> Any:
+    return () if value is None else value
+
+
+def _sized(value: Any, size: int | None, name: str) -> Any:
+    if value is not None and size is not None and np.shape(value) != (size,):
+        raise ArgumentError(f"{name}: expected {size} numbers, got shape {np.shape(value)}")
+    return value
+
+
+def _items(value: Any, name: str) -> list[tuple[Any, Any]]:
+    if value is None:
+        return []
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{name}: expected a mapping, got {type(value).__name__}")
+    return list(value.items())
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One optional input.
+
+    Attributes:
+        entries: Tells apart what it says of which components.
+        read: Reads one entry, ``(name for messages, value)``.
+    """
+
+    entries: Callable[[str, Any, int | None, int | None], Entries]
+    read: Callable[[str, Any], Any]
+
+
+KINDS = {
+    "effects": _Kind(_by_group, effect_of),
+    "traces": _Kind(_by_group, trace_of),
+    "attributions": _Kind(_by_example, lambda name, value: numbers(value, name)),
+    "influences": _Kind(_by_component, influences_of),
+}
+"""Every optional input but ``trust``, whose entries are its fields. The keys are those of files, too."""

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from npeff.batches import looks_like_image
 from npeff.errors import ArgumentError
-from npeff.reports.images import looks_like_image
 from npeff.storage.files import atomic, check_target, path_of
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def contribution_bars(values: Tensor, title: str, most: int = 40) -> Figure:
 
 def is_picture(x: Tensor) -> bool:
     """Whether one example ``(*s)`` looks like an image."""
-    return looks_like_image(x.detach().cpu().numpy())
+    return looks_like_image(x.shape)
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
@@ -122,7 +122,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 def _picture(x: Tensor) -> Array:
     image = x.detach().cpu().double().numpy()
-    if not looks_like_image(image):
+    if not looks_like_image(image.shape):
         raise ArgumentError(f"inputs: expected pictures (C, H, W) or (H, W), C 1 or 3, got shape {image.shape}")
     if image.ndim == 3 and image.shape[0] in (1, 3):
         image = image.transpose(1, 2, 0)
