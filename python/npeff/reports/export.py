@@ -155,8 +155,9 @@ def collage(
         DataError: The data ends early, or its labels are not those of the decomposed examples.
         StorageError: The file cannot be written.
     """
-    more: dict[str, Any] = {"class_names": class_names, "k": k, "columns": columns, "title": title}
-    return collages(components, data, {j: path_of(path)}, **more, tokenizer=tokenizer, dpi=dpi)[0]
+    look = {"columns": columns, "title": title, "dpi": dpi}
+    paths = {j: path_of(path)}
+    return collages(components, data, paths, class_names=class_names, k=k, tokenizer=tokenizer, **look)[0]
 
 
 def collages(
@@ -166,10 +167,8 @@ def collages(
     *,
     class_names: Sequence[str] | None = None,
     k: int = 25,
-    columns: int | None = None,
-    title: str | None = None,
     tokenizer: Any = None,
-    dpi: int = 150,
+    **look: Any,
 ) -> list[Path]:
     """Draw collages of several components, ``j → path``, with one pass over the data; see :func:`collage`.
 
@@ -179,23 +178,30 @@ def collages(
         StorageError: As there.
     """
     check_data(components, data, k, tokenizer)
+    columns = look.get("columns")
     if columns is not None and (not isinstance(columns, int) or columns < 1):
         raise ArgumentError(f"columns: expected a number of pictures per row, got {columns!r}")
     for path in paths.values():
         check_page(path)
     with TopExamples.collect(components, data, list(paths), k, class_names, tokenizer) as found:
         for summary, path in zip(found.summaries, paths.values(), strict=True):
-            name = f"{summary.j}  {heading(summary, found.names)}" if title is None else title
-            figure = _collage(found, summary.top, columns, name, dpi)
+            figure = _collage(found, summary, **look)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as scratch:
                 figure.savefig(scratch, format="png", metadata={"Software": "npeff"})
     return list(paths.values())
 
 
-def _collage(found: TopExamples, tops: Sequence[TopExample], columns: int | None, title: str, dpi: int) -> Figure:
+def _collage(
+    found: TopExamples,
+    summary: ComponentSummary,
+    columns: int | None = None,
+    title: str | None = None,
+    dpi: int = 150,
+) -> Figure:
+    tops = summary.top
     pictures = [found.pixels(top) for top in tops]
-    texts = [_lines(found.text(top, 400)) for top in tops]
+    texts = [[w for line in found.text(t, 400).splitlines() for w in textwrap.wrap(line, TEXT_WIDTH)] for t in tops]
     pictured = any(picture is not None for picture in pictures)
     wide = columns or (max(1, math.ceil(math.sqrt(len(tops)))) if pictured else 1)
     rows = max(1, math.ceil(len(tops) / wide))
@@ -203,6 +209,7 @@ def _collage(found: TopExamples, tops: Sequence[TopExample], columns: int | None
     heights = [max(sizes[a : a + wide] or [0.5]) for a in range(0, rows * wide, wide)]
     width = wide * 1.05 if pictured else 7.5
     figure = Figure((max(width, 3.0) + 0.3, sum(heights) + 0.5), dpi=dpi, layout="constrained")
+    title = f"{summary.j}  {heading(summary, found.names)}" if title is None else title
     figure.suptitle(printable(title), x=0.02, ha="left", fontsize=10, parse_math=False)
     grid = figure.subplots(rows, wide, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes in grid.flat:
@@ -217,10 +224,6 @@ def _collage(found: TopExamples, tops: Sequence[TopExample], columns: int | None
             axes.imshow(picture, interpolation="nearest", aspect="equal" if picture.shape[0] > 3 else "auto")
             axes.set_title(caption, fontsize=6.5, color=colour, pad=2, parse_math=False)
     return figure
-
-
-def _lines(text: str) -> list[str]:
-    return [line for part in text.splitlines() for line in textwrap.wrap(part, TEXT_WIDTH)]
 
 
 # ---- documents ----------------------------------------------------------------------------------------------

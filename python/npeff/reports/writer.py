@@ -11,17 +11,16 @@ referred to is removed after it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from npeff.errors import StorageError
-from npeff.storage.files import atomic, check_target, explain
+from npeff.storage.files import abandoned, atomic, check_target, claim, explain
 
 MARKER = "parts-of-a-npeff-report.txt"
 HEADING = "Parts of the report beside this folder; these files are replaced along with it:\n"
@@ -162,8 +161,8 @@ class ReportWriter:
 class PartsFolder:
     """The folder ``data-N`` that holds the parts of one page; for use in a ``with`` block.
 
-    It is made with the first part. Its marker lists every file that npeff wrote there: only these are ever removed. The
-    marker is locked until the page is in place, by which other processes see that the folder is in use.
+    It is made with the first part, and claimed until the page is in place, by which other processes see that the folder
+    is in use. Its marker lists every file that npeff wrote there: only these are ever removed.
 
     Args:
         page: The page (or document) that will refer to it.
@@ -176,7 +175,7 @@ class PartsFolder:
     def __init__(self, page: Path, parent: Path) -> None:
         self.page, self.parent = page, parent
         self.path: Path | None = None
-        self._marker: TextIO | None = None
+        self._claim: int | None = None
         self._around: list[Path] = []
 
     def __enter__(self) -> PartsFolder:
@@ -195,8 +194,9 @@ class PartsFolder:
         self._around = [folder for folder in (self.parent, *self.parent.parents) if not folder.exists()]
         try:
             with _explained(self.page):
-                self.path, self._marker = _new_folder(self.parent)
-                self._marker.write(HEADING)
+                self.path, self._claim = _new_folder(self.parent)
+                with (self.path / MARKER).open("x", encoding="utf-8") as marker:
+                    marker.write(HEADING)
         except BaseException:
             self._discard()
             raise
@@ -212,9 +212,10 @@ class PartsFolder:
         """
         if self.path is None:
             self.make()
-        assert self.path is not None and self._marker is not None
+        assert self.path is not None
         with _explained(self.page):
-            self._marker.write(f"{name}\n")
+            with (self.path / MARKER).open("a", encoding="utf-8") as marker:
+                marker.write(f"{name}\n")
             (self.path / name).write_bytes(content)
         return (self.path / name).relative_to(self.page.parent).as_posix()
 
@@ -228,20 +229,26 @@ class PartsFolder:
             self.page.parent.mkdir(parents=True, exist_ok=True)
         with atomic(self.page) as scratch:
             scratch.write_text(text, encoding="utf-8", errors="replace")
-        if self._marker is not None:
-            self._marker.close()
+        if self.path is not None:
+            self._unclaim()
             for folder in self.parent.glob("data-*"):  # this one, too: another page may be in place by now
                 _remove_unused(folder, self.page)
 
     def _discard(self) -> None:
         """Remove the folder, unless the page is in place already; and those around it that are empty."""
-        if self._marker is not None and self.path is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._marker.close()
+        if self.path is not None:
+            self._unclaim()
             _remove_unused(self.path, self.page)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # without a marker, on a full disk
         with contextlib.suppress(OSError):
             for folder in self._around:
                 folder.rmdir()
+
+    def _unclaim(self) -> None:
+        if self._claim is not None:
+            os.close(self._claim)
+        self._claim = None
 
 
 @contextlib.contextmanager
@@ -258,8 +265,8 @@ def _explained(page: Path) -> Iterator[None]:
         raise failure from error
 
 
-def _new_folder(parent: Path) -> tuple[Path, TextIO]:
-    """Make ``data-N`` and open its marker; N is above all there: an open page never takes new parts for its own.
+def _new_folder(parent: Path) -> tuple[Path, int | None]:
+    """Make ``data-N`` and claim it; N is above all there: an open page never takes new parts for its own.
 
     Raises:
         OSError: The system refuses it.
@@ -272,47 +279,42 @@ def _new_folder(parent: Path) -> tuple[Path, TextIO]:
         folder = parent / f"data-{number}"
         try:
             folder.mkdir()
-            marker = (folder / MARKER).open("x", encoding="utf-8", buffering=1)
+            return folder, claim(folder)
         except (FileExistsError, FileNotFoundError):  # another process was quicker, or removed what was empty
             continue
-        except OSError:
+        except OSError as error:  # a BlockingIOError: another process looks whether the folder is in use
             with contextlib.suppress(OSError):
                 folder.rmdir()
-            raise
-        if _locked(marker.fileno()) and os.path.samestat(os.stat(folder / MARKER), os.fstat(marker.fileno())):
-            return folder, marker
-        marker.close()  # another process took the folder for one that is not in use, and removes it
-
-
-def _locked(fd: int) -> bool:
-    """Lock a marker; False where another process has it. Without locks no folder of parts is ever removed."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
+            if not isinstance(error, BlockingIOError):
+                raise
 
 
 def _remove_unused(folder: Path, page: Path) -> None:
     """Remove a folder of parts unless its page is being written, or is the one in place.
 
-    An error of the system (no marker, a marker that a living process has locked) leaves the folder as it is.
+    An error of the system (no marker, something else in the folder) leaves what is there.
     """
+    fd = abandoned(folder)
+    if fd is None:
+        return
     marker = folder / MARKER
     with contextlib.suppress(OSError):
-        fd = os.open(marker, os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Looked up after the lock is there: a page is put in place before its folder's lock goes.
-            text = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
-            if re.search(rf"(?<![\w-]){re.escape(folder.name)}(?![\w-])", text):
-                return
-            for name in marker.read_text(encoding="utf-8").splitlines()[1:]:
+        # Looked up after the claim is there: a page is put in place before the claim on its folder goes.
+        text = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
+        if not re.search(rf"(?<![\w-]){re.escape(folder.name)}(?![\w-])", text):
+            for name in _regular_text(marker).splitlines()[1:]:
                 if os.path.basename(name) == name:
                     (folder / name).unlink(missing_ok=True)
             marker.unlink()
-            folder.rmdir()  # it stays where something else is in it
-        finally:
-            os.close(fd)
+            folder.rmdir()
+    os.close(fd)
+
+
+def _regular_text(path: Path) -> str:
+    """Read a marker, which must be no symbolic link.
+
+    Raises:
+        OSError: It is one, or is not there.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as file:
+        return file.read()
