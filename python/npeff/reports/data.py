@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from npeff.components import Components
 from npeff.errors import ArgumentError
+from npeff.reports.evidence import INFLUENCES, trust_of
 from npeff.reports.examples import Gallery
-from npeff.reports.extras import INFLUENCES, Extras, read_extras, trust_of
+from npeff.reports.extras import Extras, read_extras
 from npeff.reports.figures import Heads, check_heads
 from npeff.reports.layout import StrategyNode, map_positions, tree_of
 from npeff.reports.summary import (

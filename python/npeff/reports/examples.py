@@ -199,13 +199,9 @@ class Gallery:
         return excerpt(found["text"], 60)[0] if found and found["kind"] == "text" else ""
 
     def draw_attribution(self, position: int, weights: Array, tokenizer: Any, name: str) -> dict[str, Any]:
-        """Draw what in an example speaks for a component, as a picture or as coloured tokens.
+        """Draw what in an example of ``kept`` speaks for a component, as a picture or as coloured tokens.
 
-        Args:
-            position: Of an example in ``kept``.
-            weights: Of the shape of the input, or one number per token.
-            tokenizer: Cuts a text into its tokens.
-            name: For messages.
+        The weights have the shape of the input, or are one number per token.
 
         Returns:
             ``{"uri": …, "small": …}`` or ``{"tokens": [(text, level), …]}``, levels in [−1, 1].

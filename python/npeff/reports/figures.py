@@ -67,16 +67,10 @@ def loss_curve(curve: Array) -> Markup:
 def held_out_curve(
     held_out: Sequence[tuple[int, float]], train: Sequence[tuple[int, float]], chosen: int | None, used: int
 ) -> Markup:
-    """Draw the loss on held-out and on decomposed examples against the number of components.
+    """Draw the loss on held-out and on decomposed examples against the number of components; nothing for one point.
 
-    Args:
-        held_out: ``(number of components, relative loss)``, ascending.
-        train: The same on the examples that were decomposed.
-        chosen: The number that the held-out losses speak for.
-        used: The number of components of this report.
-
-    Returns:
-        An ``<svg>``, or nothing for fewer than two points.
+    Both are ``(number of components, relative loss)``, ascending; ``chosen`` is the number that the held-out losses
+    speak for, ``used`` that of this report.
     """
     if len(held_out) < 2:
         return Markup("")
@@ -102,15 +96,9 @@ def held_out_curve(
 
 
 def effect_curve(magnitudes: Sequence[float], top: Sequence[float], baseline: Sequence[float]) -> Markup:
-    """Draw the KL against how far the weights move along a component.
+    """Draw the mean KL on the top and the other examples (either may be empty) against the step length.
 
-    Args:
-        magnitudes: Step lengths.
-        top: Mean KL on its top examples at each; may be empty.
-        baseline: The same on the others.
-
-    Returns:
-        An ``<svg>``, or nothing for fewer than two points.
+    Nothing is drawn for fewer than two steps.
     """
     if len(magnitudes) < 2 or not (len(top) or len(baseline)):
         return Markup("")
@@ -176,13 +164,8 @@ def bars(
 ) -> Markup:
     """Draw a row of bars that stand on one line.
 
-    Args:
-        heights: Of each bar, the largest filling the height.
-        width: Of the drawing, in user units.
-        height: Of the drawing.
-        titles: What a pointer over each bar shows; None to draw all bars as one shape, for many.
-        label: Text alternative of the whole.
-        least: Fewer bars are drawn no wider than so many would be.
+    The largest fills the height. ``titles`` show at a pointer over each bar; without them all bars are one shape, for
+    many. ``label`` is the text alternative; fewer bars than ``least`` are drawn no wider than so many would be.
     """
     top = max(heights, default=0) or 1
     step = width / max(least, len(heights), 1)

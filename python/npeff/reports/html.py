@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from npeff.parameter_vectors import not_recovered
 from npeff.reports.data import THUMBS, ReportData
-from npeff.reports.extras import INFLUENCES, InfluenceSummary
+from npeff.reports.evidence import INFLUENCES, InfluenceSummary
 from npeff.reports.figures import (
     PROFILED,
     block_map,
@@ -80,13 +80,9 @@ def script() -> tuple[Markup, str]:
 
 
 def write_report(data: ReportData, writer: ReportWriter, title: str, progress: bool = True) -> None:
-    """Put all parts where they belong, in the order of their importance, and finish with the page.
+    """Write all parts in the order of their importance, and then the page with that title.
 
-    Args:
-        data: What the report shows.
-        writer: Where the parts go; where its limit ends, the last are left out.
-        title: The page's heading.
-        progress: Show a progress bar.
+    Where the writer's limit ends, the last parts are left out.
 
     Raises:
         StorageError: The report cannot be written.

@@ -83,14 +83,9 @@ def picture_of(pixels: Pixels) -> Image.Image:
 
 
 def data_uri(pixels: Pixels, largest: int = LARGEST) -> str:
-    """Encode an image as a ``data:`` address, shrunk to ``largest`` pixels on the longer side.
+    """Encode ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)`` as a ``data:`` address, the longer side at most ``largest``.
 
-    Args:
-        pixels: uint8 ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)``.
-        largest: In pixels.
-
-    Returns:
-        PNG for small pictures (exact), WebP for photographs (a tenth of the bytes).
+    Small pictures become PNG (exact), photographs WebP (a tenth of the bytes).
     """
     picture = picture_of(pixels)
     if max(picture.size) > largest:

@@ -187,15 +187,9 @@ def known_predictions(components: Components) -> Array:
 
 
 def middle(w: Array, top: Array, m: int) -> Array:
-    """Choose the m examples around the median of the active ones that are not at the top.
+    """Choose the m examples around the median of the active ones that are not in ``top``.
 
-    Args:
-        w: ``(n,)`` coefficients.
-        top: Indices that are shown already.
-        m: How many.
-
-    Returns:
-        Indices by falling coefficient; fewer than m where fewer are active.
+    The coefficients are ``w (n,)``; the result is indices by falling coefficient, fewer than m where fewer are active.
     """
     rest = np.setdiff1d(np.flatnonzero((w >= ACTIVE * w.max(initial=0)) & (w > 0)), top)
     order = rest[np.argsort(-w[rest], kind="stable")]
@@ -204,16 +198,9 @@ def middle(w: Array, top: Array, m: int) -> Array:
 
 
 def at_random(w: Array, shown: Array, m: int, seed: tuple[int, ...]) -> Array:
-    """Choose m random examples of those with a coefficient above zero that are not shown yet.
+    """Choose m random examples of those with a coefficient ``w (n,)`` above zero that are not in ``shown``.
 
-    Args:
-        w: ``(n,)`` coefficients.
-        shown: Indices that are shown already.
-        m: How many.
-        seed: Decides the choice.
-
-    Returns:
-        Indices by falling coefficient.
+    The result is indices by falling coefficient.
     """
     rest = np.setdiff1d(np.flatnonzero(w > 0), shown)
     if len(rest) > m:

@@ -119,11 +119,7 @@ class ReportWriter:
             self.pages = []
 
     def add_picture(self, name: str, content: bytes) -> str | None:
-        """Put a picture beside the page.
-
-        Returns:
-            Its address for the page; None where the limit leaves no room.
-        """
+        """Put a picture beside the page; return its address, or None where the limit leaves no room."""
         return self._parts.write(name, content) if self._room(name, len(content)) else None
 
     def room_inline(self, name: str, size: int, share: float) -> bool:
