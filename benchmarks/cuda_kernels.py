@@ -3,20 +3,23 @@
 Answers are checked first, against the processor's kernels or a product in float64 on a part of the problem. Times are
 medians of single runs between device events, over inputs larger than the device's cache. Writes ``results/cuda.md``.
 
-Then Fishers of MiniLM's architecture against C − 1 plain backward passes, and a large decomposition against the
-published algorithm written with CuPy (``cuda_end_to_end.py``).
+Then Fishers of MiniLM's architecture against C − 1 plain backward passes, and of a language model's against one and
+bergson's projections (``cuda_fishers.py``); and a large decomposition against the published algorithm written with CuPy
+(``cuda_end_to_end.py``).
 
     python benchmarks/cuda_kernels.py
-    python benchmarks/cuda_kernels.py --parts kernels --scale 0.1 --rounds 5
+    python benchmarks/cuda_kernels.py --parts kernels --families selection sketches --scale 0.1 --rounds 5 --profile
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import re
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cuda_end_to_end import decomposition_table, fishers_table
+from cuda_end_to_end import decomposition_table
+from cuda_fishers import fishers_lines, language_lines
 from npeff.kernels import cross, cuda, dispatch, nnls, sketch, sparse_gram, spmm, spread_multiply, topk
 from npeff.kernels.cuda_sketch import DeviceSketch
 from npeff.kernels.cuda_topk import DeviceTopK, plan_rows
 from npeff.kernels.sparse_gram import DEVICE_DENSE_ABOVE
 
 DEVICE = torch.device("cuda")
-PARTS = ("kernels", "fishers", "decomposition")
+PARTS = ("kernels", "fishers", "language", "decomposition")
 
 
 @dataclass
@@ -123,7 +127,7 @@ def sketches(scale: float) -> Iterator[Case]:
 
 
 def sparse(scale: float) -> Iterator[Case]:
-    n_rows, n_columns, each, r = int(3000 * scale), 2_000_000, 65_536, 256
+    n_rows, n_columns, each, r = max(16, int(3000 * scale)), int(2_000_000 * scale), int(65_536 * scale), 256
     generator = torch.Generator(DEVICE).manual_seed(0)
     # A few columns that many rows share, and a long tail, as top-k rows have.
     raw = torch.rand(n_rows, each, generator=generator, device=DEVICE).pow(3).mul(n_columns).int()
@@ -145,8 +149,23 @@ def sparse(scale: float) -> Iterator[Case]:
         8 * nnz + touched + 4 * out.numel(),
         2.0 * nnz * r,
     )
+    matrix = torch.sparse_csr_tensor(indptr.int(), indices, values, (n_rows, n_columns))
+    yield Case(
+        "the same in torch (cuSPARSE)", lambda: matrix @ dense, 8 * nnz + touched + 4 * out.numel(), 2.0 * nnz * r
+    )
     k = sparse_gram(indptr, indices, values, n_columns)
     close("sparse Gram", k[:8, :8], sparse_gram(*few, n_columns), 1e-4)
+
+    def by_dense_products() -> Tensor:
+        total = torch.zeros_like(k)
+        owner = torch.repeat_interleave(torch.arange(n_rows, device=DEVICE), indptr.diff(), output_size=nnz)
+        for start in range(0, n_columns, 65_536):
+            part = torch.nonzero((indices >= start) & (indices < start + 65_536)).squeeze(1)
+            stretch = torch.zeros(n_rows, min(65_536, n_columns - start), device=DEVICE)
+            stretch[owner[part], indices[part].long() - start] = values[part]
+            total.addmm_(stretch, stretch.T)
+        return total
+
     counts = torch.bincount(indices.long(), minlength=n_columns).double()
     pairs = float(counts.square().sum())
     yield Case(
@@ -155,6 +174,7 @@ def sparse(scale: float) -> Iterator[Case]:
         8 * nnz + 4 * k.numel(),
         pairs,
     )
+    yield Case("the same by dense products of stretches alone", by_dense_products, 8 * nnz + 4 * k.numel(), pairs)
 
 
 def solver(scale: float) -> Iterator[Case]:
@@ -195,7 +215,22 @@ def line(case: Case, times: list[float], bandwidth: float, rate: float) -> str:
     return f"| {case.name} | {median:.3f} | {low:.3f} – {high:.3f} | {floor:.3f} ({kind}) | {floor / median:.0%} |"
 
 
-def kernels_table(scale: float, rounds: int) -> list[str]:
+def print_profile(name: str, run: Callable[[], object]) -> None:
+    """Print the time of each CUDA kernel of one run, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    print(f"profile of {name}")
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    for event in events[:16]:
+        name = re.sub(r"npeff::|void |cuda::run_block", "", event.key)
+        print(f"  {event.self_device_time_total / 1e3:9.3f} ms {event.count:5d} × {name[:90]}", flush=True)
+
+
+FAMILIES = {"selection": selection, "sketches": sketches, "sparse": sparse, "solver": solver}
+
+
+def kernels_table(scale: float, rounds: int, families: list[str], profile: bool) -> list[str]:
     bandwidth, rate = ceilings(rounds)
     text = [
         "## Kernels",
@@ -206,21 +241,27 @@ def kernels_table(scale: float, rounds: int) -> list[str]:
         "| | median ms | quartiles | floor ms | of the floor's rate |",
         "|---|---|---|---|---|",
     ]
-    for family in (selection, sketches, sparse, solver):
-        for case in family(scale):
-            text.append(line(case, milliseconds(case.run, rounds), bandwidth, rate))
-            print(text[-1], flush=True)
+    for family in families:
+        try:
+            for case in FAMILIES[family](scale):
+                text.append(line(case, milliseconds(case.run, rounds), bandwidth, rate))
+                print(text[-1], flush=True)
+                if profile:
+                    print_profile(case.name, case.run)
+        except Exception as error:  # a family that fails must not lose the others' figures
+            traceback.print_exc()
+            text.append(f"| {family}: FAILED, {type(error).__name__}: {str(error).splitlines()[0][:120]} | | | | |")
         torch.cuda.empty_cache()
     return [*text, ""]
 
 
-def decomposition(scale: float) -> list[str]:
+def decomposition(scale: float, profile: bool) -> list[str]:
     try:
         import cupy
         from cupyx.scipy.sparse import csr_matrix
     except ImportError as error:
         return ["## Low-rank decomposition", "", f"Not run: the published algorithm needs CuPy ({error}).", ""]
-    return decomposition_table(DEVICE, scale, cupy, csr_matrix)
+    return decomposition_table(DEVICE, scale, cupy, csr_matrix, print_profile if profile else None)
 
 
 def absence() -> str:
@@ -233,6 +274,8 @@ def absence() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help="of kernels")
+    parser.add_argument("--profile", action="store_true", help="also print the time of every CUDA kernel")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full sizes")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cuda.md")
@@ -252,17 +295,30 @@ def main() -> None:
         f"--rounds {args.rounds}",
         "",
     ]
-    for part in args.parts:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for part in args.parts:
+            for found in lines_of(part, args, Path(folder)):
+                text.append(found)
+                args.out.write_text("\n".join(text))  # line by line: what fails later loses nothing
+                print(found, flush=True)
+
+
+def lines_of(part: str, args: argparse.Namespace, folder: Path) -> Iterable[str]:
+    """A part's table; if it fails, a line that says so."""
+    rounds = max(3, args.rounds // 8)
+    try:
         if part == "kernels":
-            text += kernels_table(args.scale, args.rounds)
+            yield from kernels_table(args.scale, args.rounds, args.families, args.profile)
         elif part == "fishers":
-            with tempfile.TemporaryDirectory() as folder:
-                text += fishers_table(DEVICE, Path(folder), args.scale, max(3, args.rounds // 4))
+            yield from fishers_lines(DEVICE, folder, args.scale, rounds)
+        elif part == "language":
+            yield from language_lines(DEVICE, args.scale, rounds)
         else:
-            text += decomposition(args.scale)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(text))  # part by part: a later one that fails loses nothing
-        print("\n".join(text[-12:]), flush=True)
+            yield from decomposition(args.scale, args.profile)
+    except Exception as error:
+        traceback.print_exc()
+        yield f"{part}: FAILED, {type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

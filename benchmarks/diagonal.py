@@ -27,10 +27,10 @@ from sklearn.decomposition import NMF, MiniBatchNMF
 import npeff
 from low_rank import processor
 from low_rank_scale import network
-from npeff import datasets
-from npeff.solver.diagonal import SWEEPS, Diagonal
-from npeff.solver.scaling import scale
-from npeff.solver.spaces import SparseSpace
+from npeff.decomposition.diagonal import SWEEPS, Diagonal
+from npeff.decomposition.spaces import SparseSpace
+from npeff.fishers.scaling import scale
+from npeff.models import datasets
 
 HERE = Path(__file__).parent
 

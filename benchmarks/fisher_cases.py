@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import npeff
-from npeff import datasets, models
 from npeff.gradients.factors import FactorOptions, factorise
+from npeff.models import datasets
+from npeff.models import networks as models
 
 
 @dataclass

@@ -58,7 +58,7 @@ def check(case: Case, kind: str, name: str, found: list[tuple[torch.Tensor, torc
 def selection(fishers: npeff.Fishers, m: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """npeff's rows as flat indices and values."""
     rows, found = fishers.rows, []
-    assert isinstance(rows, npeff.rows.SparseRows)
+    assert isinstance(rows, npeff.fishers.rows.SparseRows)
     for i in range(len(fishers)):
         first, last = int(fishers.row_offsets[i]), int(fishers.row_offsets[i + 1])
         parts, values = [], []

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from npeff import datasets
 from npeff.companions.influence import EKFAC, ConjugateGradients, CrossLossInfluence, cross_entropy
 from npeff.companions.influence.losses import NAMED_OUTPUT_LOSSES, model_outputs
 from npeff.errors import NpeffError
+from npeff.models import datasets
 from topk import cpu_name  # beside this file
 
 

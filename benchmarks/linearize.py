@@ -29,8 +29,9 @@ import torch
 from captum.attr import DeepLift, InputXGradient
 from torch import Tensor, nn
 
-from npeff import datasets, models
 from npeff.companions.linearize import linearize
+from npeff.models import datasets
+from npeff.models import networks as models
 from topk import cpu_name
 
 

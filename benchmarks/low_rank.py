@@ -25,10 +25,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 import npeff
-from npeff import datasets, models
-from npeff.solver.published_algorithm import DivergedError
-from npeff.solver.scaling import scale
-from npeff.solver.spaces import project_rows
+from npeff.decomposition.published_algorithm import DivergedError
+from npeff.decomposition.spaces import project_rows
+from npeff.fishers.scaling import scale
+from npeff.models import datasets
+from npeff.models import networks as models
 
 RATES = (1e-3, 3e-3, 1e-2)
 SWEEP = npeff.PublishedOptions(g_only=50, joint=50)

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from npeff.rows import DenseRows, SparseRows
-from npeff.solver.low_rank import LowRank
-from npeff.solver.scaling import ScaledRows
-from npeff.solver.spaces import SparseSpace
-from npeff.solver.subspace import DIMENSIONS, find_subspace
+from npeff.decomposition.low_rank import LowRank
+from npeff.decomposition.spaces import SparseSpace
+from npeff.decomposition.subspace import DIMENSIONS, find_subspace
+from npeff.fishers.rows import DenseRows, SparseRows
+from npeff.fishers.scaling import ScaledRows
 
 
 @dataclass(frozen=True)

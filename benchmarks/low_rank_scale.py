@@ -29,9 +29,10 @@ import torch
 import low_rank_growth
 import npeff
 from low_rank import processor, recomputed_loss
-from npeff import datasets, models
+from npeff.decomposition.published_algorithm import DivergedError
+from npeff.models import datasets
+from npeff.models import networks as models
 from npeff.planning.peak import Peak
-from npeff.solver.published_algorithm import DivergedError
 
 HERE = Path(__file__).parent
 STEPS = 550

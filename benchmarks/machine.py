@@ -28,6 +28,12 @@ def description() -> str:
     )
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the work on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def interleaved(
     sides: dict[Key, Callable[[], object]],
     rounds: int,

@@ -24,9 +24,9 @@ from torch import nn
 
 import npeff
 from machine import description
-from npeff.parameters import Parameters
+from npeff.fishers.rows import DenseRows, Rows, SparseRows
+from npeff.models.parameters import Parameters
 from npeff.planning.peak import Peak, settled_bytes
-from npeff.rows import DenseRows, Rows, SparseRows
 
 R = 16
 

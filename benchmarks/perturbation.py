@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 import npeff
-from npeff import datasets, models
+from npeff.models import datasets
+from npeff.models import networks as models
 
 sys.path.insert(0, str(Path(__file__).parent / "ground_truth"))
 from table import processor

@@ -35,7 +35,8 @@ EXAMPLES = {"digits": 1797, "fashion": 2000, "minilm": 320}
 
 
 def digits() -> tuple[nn.Module, Any]:
-    from npeff import datasets, models
+    from npeff.models import datasets
+    from npeff.models import networks as models
 
     data = datasets.digits(batch_size=32)
     torch.manual_seed(0)
@@ -43,7 +44,8 @@ def digits() -> tuple[nn.Module, Any]:
 
 
 def fashion() -> tuple[nn.Module, Any]:
-    from npeff import datasets, models
+    from npeff.models import datasets
+    from npeff.models import networks as models
 
     data = datasets.fashion_mnist("test", batch_size=32)
     torch.manual_seed(0)

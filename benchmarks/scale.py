@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from npeff.distributed.communicator import LOCAL, Group
-from npeff.distributed.place import Place
-from npeff.distributed.sharded_space import ShardedSpace
+from npeff.decomposition.communicator import LOCAL, Group
+from npeff.decomposition.low_rank import LowRank
+from npeff.decomposition.place import Place
+from npeff.decomposition.sharded_space import ShardedSpace
+from npeff.decomposition.spaces import SparseSpace
+from npeff.fishers.rows import DenseRows
+from npeff.fishers.scaling import ScaledRows
 from npeff.planning.peak import Peak
-from npeff.rows import DenseRows
-from npeff.solver.low_rank import LowRank
-from npeff.solver.scaling import ScaledRows
-from npeff.solver.spaces import SparseSpace
 
 RANK = 3
 STEPS = 3

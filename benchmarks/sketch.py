@@ -28,10 +28,11 @@ from scipy.optimize import linear_sum_assignment
 
 import machine
 import npeff
-from npeff import datasets, models
-from npeff.encoding import statistics as least_squares
+from npeff.components.encoding import statistics as least_squares
+from npeff.fishers.scaling import scale
 from npeff.kernels import nnls, reference, sketch
-from npeff.solver.scaling import scale
+from npeff.models import datasets
+from npeff.models import networks as models
 
 Projector = Callable[[torch.Tensor, int], np.ndarray]
 

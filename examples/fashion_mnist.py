@@ -13,7 +13,8 @@ import click
 import torch
 
 import npeff
-from npeff import datasets, models
+from npeff.models import datasets
+from npeff.models import networks as models
 
 
 @click.command(help="Train, compute Fishers, decompose, write a page: Fashion-MNIST.")

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 import npeff
-from npeff import datasets
 from npeff.companions.influence import (
     Coefficient,
     ConjugateGradients,
@@ -26,6 +25,7 @@ from npeff.companions.influence import (
     leave_out,
     minimise,
 )
+from npeff.models import datasets
 
 
 @click.command(help=__doc__.splitlines()[0])

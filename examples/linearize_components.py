@@ -13,8 +13,9 @@ import click
 import torch
 
 import npeff
-from npeff import datasets, models
 from npeff.companions.linearize import attribute_component, attribute_top_examples
+from npeff.models import datasets
+from npeff.models import networks as models
 
 
 @click.command(help="Attribute components' effects to the pixels of their top examples.")

@@ -14,8 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 import npeff
-from npeff import datasets
 from npeff.companions.linearize import ParametricTSNE, save_figure
+from npeff.models import datasets
 
 TRAINED_ON = 1437
 

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff import Fishers
-from npeff.parameters import Parameters
-from npeff.rows import DenseRows, Rows, SparseRows
+from npeff.fishers.rows import DenseRows, Rows, SparseRows
+from npeff.models.parameters import Parameters
 
 Array = npt.NDArray[Any]
 

@@ -16,9 +16,9 @@ import torch
 
 import blocks
 from far_device import near
-from npeff import devices
+from npeff.decomposition import choice
 from npeff.kernels import cuda, dispatch
-from npeff.solver import choice
+from npeff.models import devices
 
 
 def _array(x: torch.Tensor) -> np.ndarray | torch.Tensor:
@@ -68,10 +68,10 @@ class PlayedCuda:
         if selectors.status()[0] >= 0 > int(status[0]):
             status.copy_(torch.tensor(selectors.status()))
 
-    def topk_finish(self, memory: torch.Tensor, n: int, k: int, keep_zeros: bool, by_magnitude: bool,
+    def topk_finish(self, memory: torch.Tensor, n: int, k: int, keep_zeros: bool,
                     counts: torch.Tensor, indices: torch.Tensor, values: torch.Tensor,
                     stream: int) -> None:  # fmt: skip
-        self._selectors[memory.data_ptr()].finish(counts.numpy(), indices.numpy(), values.numpy(), by_magnitude)
+        self._selectors[memory.data_ptr()].finish(counts.numpy(), indices.numpy(), values.numpy())
         self._selectors[memory.data_ptr()] = blocks.Selectors(n, k, keep_zeros, self.seed)
 
     # ---- sketches ---------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import torch
 
-from npeff.components import Components
-from npeff.parameters import Parameters
+from npeff.components.components import Components
+from npeff.models.parameters import Parameters
 from npeff.reports import report
 
 EFFECT = {"kl_ratio": 12.5, "magnitudes": [0.0, 0.1, 0.2], "kl_top": [0, 0.2, 0.8], "kl_baseline": [0, 0.01, 0.05]}

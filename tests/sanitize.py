@@ -103,10 +103,10 @@ def commands(sanitizer: str, quick: bool) -> list[list[str]]:
         return [[sys.executable, "-W", "ignore", str(TESTS / "native" / "threads.py")]]
     suites = SUITES[-1:] if quick else SUITES
     tests = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    named = [str(TESTS / f"test_{name}.py") for name in suites]
+    named = [str(TESTS / "kernels" / f"test_{name}.py") for name in suites]
     return [
         [sys.executable, *tests, *named, "-k", "not ctrl_c and not file"],
-        [sys.executable, *tests, str(TESTS / "test_native_fuzz.py")],
+        [sys.executable, *tests, str(TESTS / "kernels" / "test_native_fuzz.py")],
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from npeff.computation import compute_fishers
+from npeff.fishers.computation import compute_fishers
 from oracles import dense_fishers, dense_jacobians
 
 N = 9

@@ -7,9 +7,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from npeff.fishers import FisherBlock, Fishers
-from npeff.parameters import Parameters
-from npeff.rows import DenseRows, SparseRows
+from npeff.fishers.fishers import FisherBlock, Fishers
+from npeff.fishers.rows import DenseRows, SparseRows
+from npeff.models.parameters import Parameters
 
 PARAMETERS = Parameters.of([("layer.weight", (3, 4)), ("layer.bias", (3,)), ("head", (2, 1))])
 M = PARAMETERS.n_parameters
@@ -182,7 +182,7 @@ def equal_entries(ranks: tuple[int, ...], kind: str = "low_rank", k: int = 6) ->
 
 def components_of(kind: str = "low_rank", *, columns: bool = True):
     """Components of five examples, two vectors."""
-    from npeff.components import Components
+    from npeff.components.components import Components
 
     vectors = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
     if not columns:

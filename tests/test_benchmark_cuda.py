@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import scipy.sparse
 import torch
 
 import npeff
-from npeff.solver.scaling import scale
+from npeff.fishers.scaling import scale
+from played_device import played
 
 CPU = torch.device("cpu")
 
@@ -22,7 +24,7 @@ CPU = torch.device("cpu")
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     yield lambda name: importlib.import_module(name)
-    for name in ("cuda_kernels", "cuda_end_to_end", "machine"):
+    for name in ("cuda_kernels", "cuda_end_to_end", "cuda_fishers", "machine"):
         sys.modules.pop(name, None)
 
 
@@ -43,6 +45,21 @@ def test_lines_say_what_the_floor_is(benchmark: Any) -> None:
     assert "| 4.000 | 4.000 – 4.000 | 2.000 (bytes) | 50% |" in module.line(by_bytes, [4.0, 4.0, 4.0], 1e12, 1e12)
     by_operations = module.Case("product", lambda: None, bytes=1e9, operations=3e9)
     assert "3.000 (operations) | 75% |" in module.line(by_operations, [4.0, 4.0, 4.0], 1e12, 1e12)
+
+
+def test_kernels_are_checked_and_timed(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every family with the kernels' blocks emulated on the processor; a family that fails keeps the others' lines."""
+    module = benchmark("cuda_kernels")
+    monkeypatch.setattr(module, "DEVICE", CPU)
+    monkeypatch.setattr(module, "ceilings", lambda rounds: (1e12, 1e12))
+    monkeypatch.setattr(module, "milliseconds", lambda run, rounds: [float(run() is None) + 1] * 3)
+    with played(monkeypatch):
+        table = module.kernels_table(0.0007, 1, list(module.FAMILIES), False)
+        assert sum(line.endswith("% |") for line in table) == 13 and "FAILED" not in str(table)
+        monkeypatch.setattr(module, "nnls", lambda *args, **options: 1 / 0)
+        table = module.kernels_table(0.0007, 1, ["solver", "sketches"], False)
+    assert sum("sketch" in line and "×" in line for line in table) == 2
+    assert any(line.startswith("| solver: FAILED, ZeroDivisionError") for line in table)
 
 
 def test_the_published_algorithm_is_npeffs(benchmark: Any) -> None:
@@ -69,17 +86,67 @@ def test_tables(benchmark: Any, tmp_path: Path) -> None:
     assert "npeff.decompose, until as low" in table[-4] and "an equal loss" in table[-2]
 
 
-@pytest.mark.slow
-def test_fishers_table(benchmark: Any, tmp_path: Path) -> None:
+def test_fishers_lines(benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    table = benchmark("cuda_end_to_end").fishers_table(CPU, tmp_path, 0.1, 1, length=16)
-    assert sum("compute_fishers" in line for line in table) == 2
+    module = benchmark("cuda_fishers")
+    with played(monkeypatch):
+        table = list(module.fishers_lines(CPU, tmp_path, 0.01, 1, size=3, length=4))
+    assert "FAILED" not in str(table)
+    for side in ("plain backward passes |", "TopK(65 536) |", 'form="kronecker") |'):
+        assert sum(side in line for line in table) == 2
+    assert sum(line.startswith("Checked") for line in table) == 2
+
+
+def test_language_lines(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a bergson whose collection fails: the other lines stay."""
+    pytest.importorskip("transformers")
+    module = benchmark("cuda_fishers")
+    monkeypatch.setattr(module, "bergson_absence", lambda: "")
+    monkeypatch.setattr(module, "bergson_side", lambda *args: lambda: 1 / 0)
+    with played(monkeypatch):
+        table = list(module.language_lines(CPU, 0.01, 1, 3, 2, 4, npeff.Sketch(256, form="kronecker")))
+    assert sum("compute_fishers, Sketch(256" in line and "FAILED" not in line for line in table) == 4
+    assert sum("one plain backward pass" in line and "| 1.00 |" in line for line in table) == 2
+    assert sum(line.startswith("| bergson") and "FAILED, ZeroDivisionError" in line for line in table) == 4
+    assert sum(line.startswith("Checked") for line in table) == 2
+
+
+def test_the_full_sizes_are_the_published_ones(benchmark: Any) -> None:
+    pytest.importorskip("transformers")
+    module = benchmark("cuda_fishers")
+    with torch.device("meta"):
+        assert sum(p.numel() for p in module.smollm(1.0).parameters()) == 134_515_008
+        assert sum(p.numel() for p in module.minilm(3, 1.0).parameters()) == 22_713_216 + 3 * 385
+
+
+def test_says_that_bergson_is_absent(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark("cuda_fishers")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert module.bergson_absence() == "bergson: not run, it is not installed."
+
+
+def test_rounds_end_in_time(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that the batches move: one round to warm up, and as many as end within the limit."""
+    module, now = benchmark("cuda_fishers"), [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    data = module.Timed([torch.zeros(2, 3)] * 4)
+
+    def work() -> None:
+        for _ in data:
+            now[0] += 0.25
+
+    sides = {"one": work, "other": lambda: [1 / 0 for _ in data]}
+    table = list(module.compared(sides, data, CPU, 50, 5.0))
+    assert table[0].startswith("| other: FAILED, ZeroDivisionError")
+    assert table[1].startswith("| one | 1.000 (4) | 0.2500 | 0.2500 – 0.2500 | 24 | 1.00 |")
+    table = list(module.compared({"one": work}, data, CPU, 50, 0.5))
+    assert table[0].startswith("| one | 1.000 (1) |")
 
 
 def test_wrong_fishers_are_found_out(benchmark: Any) -> None:
-    module = benchmark("cuda_end_to_end")
+    module, check = benchmark("cuda_end_to_end"), benchmark("cuda_fishers").check_fishers
     fishers = module.large_fishers(10, 2, 100, 40)
-    module.check_fishers(fishers, fishers)
+    check(fishers, fishers)
     other = module.large_fishers(10, 2, 100, 40, seed=1)
     with pytest.raises(AssertionError, match="differs"):
-        module.check_fishers(other, fishers)
+        check(other, fishers)

@@ -12,9 +12,9 @@ import torch
 
 import npeff
 from npeff.companions.rollback import Record
-from npeff.fishers import FisherBlock
-from npeff.rows import DenseRows, GramRows, SparseRows
-from npeff.strategies import Strategy
+from npeff.components.strategies import Strategy
+from npeff.fishers.fishers import FisherBlock
+from npeff.fishers.rows import DenseRows, GramRows, SparseRows
 from npeff.trust import NullModel, Selection, Stability
 
 LINES, CHARACTERS = 20, 2000

@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 import npeff
-from npeff import datasets
+from npeff.models import datasets
 from reviews import ReviewModel, reviews
 from shortcut import fit, network
 from table import Table, write

@@ -21,7 +21,8 @@ from torch import nn
 
 import npeff
 from measures import auc, best_auc, purity
-from npeff import TopK, datasets
+from npeff import TopK
+from npeff.models import datasets
 from shortcut import fit, network
 from table import Table, write
 

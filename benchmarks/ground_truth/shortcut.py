@@ -22,7 +22,8 @@ from torch import nn
 import npeff
 from measures import Scores, best_auc
 from methods import Fit, Subject, baselines, npeff_methods, npeff_scores
-from npeff import GramOnly, TopK, datasets
+from npeff import GramOnly, TopK
+from npeff.models import datasets
 from table import GROUPS, Table, evaluate, write
 
 GIVEN_AWAY = 7

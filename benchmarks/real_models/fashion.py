@@ -19,7 +19,8 @@ from measure import Measured, arguments, decomposed, energy_kept, fishers_of, su
 from torch import nn
 
 import npeff
-from npeff import datasets, models
+from npeff.models import datasets
+from npeff.models import networks as models
 
 
 def network(args: Any, data: datasets.Images) -> nn.Module:

@@ -36,12 +36,12 @@ import torch
 import npeff
 from npeff.companions import rollback
 from npeff.companions.influence.scores import Scores
+from npeff.components.loading import describe
+from npeff.components.published import write_published
+from npeff.decomposition.checkpoint import Checkpoint
 from npeff.errors import NpeffError, StorageError
-from npeff.rows import GramRows
-from npeff.solver.checkpoint import Checkpoint
-from npeff.storage import describe
-from npeff.storage.published import write_published
-from npeff.storage.shards import FisherWriter
+from npeff.fishers.rows import GramRows
+from npeff.fishers.shards import FisherWriter
 
 MEMORY = 1 << 30
 """Bytes that a child may allocate beyond what it has."""
@@ -289,7 +289,7 @@ def checkpoint_of(folder: Path, fishers: npeff.Fishers) -> tuple[dict[str, bytes
 
 def parts_of(folder: Path, fishers: dict[str, npeff.Fishers]) -> list[Subject]:
     """The folder of a computation that was stopped: its shard, its header and its coverage."""
-    from npeff.fishers import FisherBlock
+    from npeff.fishers.fishers import FisherBlock
 
     found = []
     for name in ("exact", "top-k"):

@@ -29,7 +29,7 @@ from npeff.errors import ExtrasError
 from npeff.reports import load_extras
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from test_way import DATA, FEW, FREEZE, MODEL, SEARCH, SOURCE
+from way_cases import DATA, FEW, FREEZE, MODEL, SEARCH, SOURCE
 
 COMMANDS = (
     ["fishers", MODEL, DATA, "--top-k", "120", "--out", "fishers.h5", "--quiet"],

@@ -61,8 +61,8 @@ void push(py::handle memory, int64_t n, int64_t k, bool keep_zeros, py::handle b
   cuda::topk_push(where, selectors, push);
 }
 
-void finish(py::handle memory, int64_t n, int64_t k, bool keep_zeros, bool by_magnitude, py::handle counts,
-            py::handle indices, py::handle values, uintptr_t stream) {
+void finish(py::handle memory, int64_t n, int64_t k, bool keep_zeros, py::handle counts, py::handle indices,
+            py::handle values, uintptr_t stream) {
   const DeviceView view(memory, "memory", Access::write), counts_view(counts, "counts", Access::write),
       indices_view(indices, "indices", Access::write), values_view(values, "values", Access::write);
   const Selectors selectors = selectors_in(view, n, k, keep_zeros);
@@ -71,7 +71,7 @@ void finish(py::handle memory, int64_t n, int64_t k, bool keep_zeros, bool by_ma
   auto* v = values_view.as<float>({n, k});
   const cuda::Stream where = stream_of(stream, {&view, &counts_view, &indices_view, &values_view});
   const py::gil_scoped_release release;
-  cuda::topk_finish(where, selectors, by_magnitude, c, i, v);
+  cuda::topk_finish(where, selectors, c, i, v);
 }
 
 }  // namespace
@@ -85,10 +85,10 @@ void bind_cuda_topk(py::module_& m) {
         py::arg("targets"), py::arg("bases"), py::arg("order"), py::arg("starts"), py::arg("bad"), py::arg("stream"),
         "block (b, width) float32, float16 or bfloat16; int64: targets (b,) in [0, n), bases (b,), order (b,): rows by "
         "target, starts (n + 1,): where each target's begin in order, bad (b,): scratch.");
-  m.def("topk_finish", &finish, py::arg("memory"), py::arg("n"), py::arg("k"), py::arg("keep_zeros"), py::arg("by_magnitude"),
-        py::arg("counts"), py::arg("indices"), py::arg("values"), py::arg("stream"),
-        "counts (n,) int64, indices (n, k) int64 and values (n, k) float32, -1 and 0 behind a row's last. Empties the "
-        "selectors; the status stays.");
+  m.def("topk_finish", &finish, py::arg("memory"), py::arg("n"), py::arg("k"), py::arg("keep_zeros"), py::arg("counts"),
+        py::arg("indices"), py::arg("values"), py::arg("stream"),
+        "counts (n,) int64, indices (n, k) int64 and values (n, k) float32 by index, -1 and 0 behind a row's last. Empties "
+        "the selectors; the status stays.");
 }
 
 }  // namespace npeff

@@ -18,7 +18,18 @@ endif()
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
-  set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 90-real 90-virtual)
+  # For the devices that are there. Where there is none: code that a driver compiles for its own device at first use.
+  # Releases name theirs in CUDAARCHS.
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE found RESULT_VARIABLE failed ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(failed OR NOT found MATCHES "^[0-9]+\\.[0-9]+(\n[0-9]+\\.[0-9]+)*$")
+    set(CMAKE_CUDA_ARCHITECTURES 75-virtual)
+  else()
+    string(REPLACE "." "" found "${found}-real")
+    string(REPLACE "\n" "-real;" CMAKE_CUDA_ARCHITECTURES "${found}")
+    list(REMOVE_DUPLICATES CMAKE_CUDA_ARCHITECTURES)
+  endif()
+  message(STATUS "npeff._cuda: for ${CMAKE_CUDA_ARCHITECTURES}")
 endif()
 enable_language(CUDA)
 

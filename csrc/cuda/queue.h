@@ -38,6 +38,7 @@ class Queue {
 
   template <class Kernel>
   void run(int64_t blocks, const Kernel& kernel) {
+    if (blocks == 0) return;  // CUDA refuses an empty launch
     if (blocks > INT32_MAX) throw std::runtime_error(std::string(name_) + ": too large for one launch");
     const auto bytes = static_cast<size_t>(kernel.shared_bytes());
     if (bytes > 48 << 10)

@@ -6,13 +6,13 @@ namespace npeff::cuda {
 template <class T, class Sum>
 void cross(const Stream& stream, const T* p, const int64_t* offsets, int64_t n, int64_t r, Sum* out) {
   Queue queue(stream, "cross");
-  run_segments(queue, CrossBlocks<T>{p, offsets, n, r, out});
+  run_segments<CrossBlocks, T>(queue, offsets, n, r, out, p);
 }
 
 template <class T, class Sum>
 void spread_multiply(const Stream& stream, const T* w, const T* p, const int64_t* offsets, int64_t n, int64_t r, Sum* out) {
   Queue queue(stream, "spread_multiply");
-  run_segments(queue, SpreadMultiplyBlocks<T>{w, p, offsets, n, r, out});
+  run_segments<SpreadMultiplyBlocks, T>(queue, offsets, n, r, out, w, p);
 }
 
 #define NPEFF_SEGMENTS(T, Sum)                                                                        \

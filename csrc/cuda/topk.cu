@@ -13,10 +13,9 @@ void topk_push(const Stream& stream, const Selectors& selectors, const Push& pus
   npeff::topk_push(queue, selectors, push);
 }
 
-void topk_finish(const Stream& stream, const Selectors& selectors, bool by_magnitude, int64_t* counts, int64_t* indices,
-                 float* values) {
+void topk_finish(const Stream& stream, const Selectors& selectors, int64_t* counts, int64_t* indices, float* values) {
   Queue queue(stream, "topk_finish");
-  npeff::topk_finish(queue, selectors, by_magnitude, counts, indices, values);
+  npeff::topk_finish(queue, selectors, counts, indices, values);
 }
 
 }  // namespace npeff::cuda

@@ -3,7 +3,7 @@
 ::
 
     model, data ──compute_fishers──▶ Fishers ──decompose──▶ Components ──report──▶ pages to read
-                  (TopK · Sketch ·      │ ▲                    │  encode · expand · strategies · state_dict
+                  (TopK · Sketch ·      │ ▲                    │  encode · strategies · state_dict
                    GramOnly · exact)    ▼ │ load               │  perturb · trace: what the weights along them do
                                      fishers.h5             components.h5
                                                                │  trust: do they come back, would chance do as well
@@ -33,13 +33,17 @@ from npeff.errors import (
 if TYPE_CHECKING:
     from npeff import companions as companions
     from npeff import trust as trust
-    from npeff.batches import Batch
-    from npeff.components import Components, Encoded
-    from npeff.compress import GramOnly, Sketch, TopK
-    from npeff.computation import compute_fishers
-    from npeff.decomposition import decompose
-    from npeff.fishers import Fishers
-    from npeff.mending import Mending, mend
+    from npeff.batches.batches import Batch
+    from npeff.batches.token_batches import TokenBatches
+    from npeff.components.components import Components, Encoded
+    from npeff.components.loading import load
+    from npeff.components.strategies import Strategy
+    from npeff.decomposition.decomposition import decompose, expand
+    from npeff.decomposition.published_algorithm import PublishedOptions
+    from npeff.decomposition.search_state import Progress
+    from npeff.fishers.compress import GramOnly, Sketch, TopK
+    from npeff.fishers.computation import compute_fishers
+    from npeff.fishers.fishers import Fishers
     from npeff.perturbation import (
         Effect,
         Moved,
@@ -53,13 +57,9 @@ if TYPE_CHECKING:
         trace,
         units,
     )
+    from npeff.perturbation.mending import Mending, mend
     from npeff.planning import Plan, plan
     from npeff.reports import report
-    from npeff.solver.course import Progress
-    from npeff.solver.published_algorithm import PublishedOptions
-    from npeff.storage import load
-    from npeff.strategies import Strategy
-    from npeff.token_batches import TokenBatches
 
 __version__ = _version("npeff")
 
@@ -93,6 +93,7 @@ __all__ = [
     "applied",
     "compute_fishers",
     "decompose",
+    "expand",
     "heads",
     "load",
     "mean_fisher",
@@ -107,30 +108,31 @@ __all__ = [
 
 # Imported at first use, so that `npeff --help` need not wait for torch.
 _HOMES = {
-    "Batch": "batches",
-    "Components": "components",
+    "Batch": "batches.batches",
+    "Components": "components.components",
     "Effect": "perturbation",
-    "Encoded": "components",
-    "Fishers": "fishers",
-    "GramOnly": "compress",
-    "Mending": "mending",
+    "Encoded": "components.components",
+    "Fishers": "fishers.fishers",
+    "GramOnly": "fishers.compress",
+    "Mending": "perturbation.mending",
     "Moved": "perturbation",
     "Plan": "planning",
-    "Progress": "solver.course",
-    "PublishedOptions": "solver.published_algorithm",
-    "Sketch": "compress",
-    "Strategy": "strategies",
-    "TokenBatches": "token_batches",
-    "TopK": "compress",
+    "Progress": "decomposition.search_state",
+    "PublishedOptions": "decomposition.published_algorithm",
+    "Sketch": "fishers.compress",
+    "Strategy": "components.strategies",
+    "TokenBatches": "batches.token_batches",
+    "TopK": "fishers.compress",
     "Trace": "perturbation",
     "ablated": "perturbation",
     "applied": "perturbation",
-    "compute_fishers": "computation",
-    "decompose": "decomposition",
+    "compute_fishers": "fishers.computation",
+    "decompose": "decomposition.decomposition",
+    "expand": "decomposition.decomposition",
     "heads": "perturbation",
-    "load": "storage",
+    "load": "components.loading",
     "mean_fisher": "perturbation",
-    "mend": "mending",
+    "mend": "perturbation.mending",
     "perturb": "perturbation",
     "perturb_all": "perturbation",
     "plan": "planning",

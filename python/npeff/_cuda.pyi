@@ -39,7 +39,6 @@ def topk_finish(
     n: int,
     k: int,
     keep_zeros: bool,
-    by_magnitude: bool,
     counts: Operand,
     indices: Operand,
     values: Operand,

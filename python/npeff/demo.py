@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from npeff import datasets, models
+import npeff
 from npeff.errors import StorageError
+from npeff.fishers.parts import discard_parts
+from npeff.models import datasets
+from npeff.models import networks as models
 from npeff.storage.files import Lock, atomic
-from npeff.storage.parts import discard_parts
 
 TRAINED_ON = 1200
 """The network sees the first 1200 digits; the other 597, by other writers, are new to it."""
@@ -23,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from npeff import datasets, models
+from npeff.models import datasets
+from npeff.models import networks as models
 
 
 def model():
@@ -90,8 +93,6 @@ def _pipeline(
     say: Callable[[str], object],
     progress: bool,
 ) -> Path:
-    import npeff
-
     began = time.perf_counter()
 
     def step(message: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from npeff.storage.shards import FisherWriter  # noqa: E402
+from npeff.fishers.shards import FisherWriter  # noqa: E402
 from stored_samples import blocks_of, components_of, equal_entries, fishers_of, header_of, write_by_hand  # noqa: E402
 
 PUBLISHED = {

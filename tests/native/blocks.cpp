@@ -50,10 +50,10 @@ class BlockSelectors {
     topk_push(queue_, selectors_, push);
   }
 
-  void finish(py::handle counts, py::handle indices, py::handle values, bool by_magnitude) {
+  void finish(py::handle counts, py::handle indices, py::handle values) {
     const TensorView c(counts, "counts", Access::write), i(indices, "indices", Access::write), v(values, "values", Access::write);
     const int64_t n = selectors_.n, k = selectors_.k;
-    topk_finish(queue_, selectors_, by_magnitude, c.as<int64_t>({n}), i.as<int64_t>({n, k}), v.as<float>({n, k}));
+    topk_finish(queue_, selectors_, c.as<int64_t>({n}), i.as<int64_t>({n, k}), v.as<float>({n, k}));
   }
 
   py::tuple status() const { return py::make_tuple(selectors_.status[0], selectors_.status[1]); }
@@ -161,7 +161,7 @@ PYBIND11_MODULE(npeff_test_blocks, blocks) {
   py::class_<BlockSelectors>(blocks, "Selectors")
       .def(py::init<int64_t, int64_t, bool, uint64_t>(), py::arg("n"), py::arg("k"), py::arg("keep_zeros"), py::arg("seed"))
       .def("push", &BlockSelectors::push, py::arg("block"), py::arg("bases"), py::arg("targets"))
-      .def("finish", &BlockSelectors::finish, py::arg("counts"), py::arg("indices"), py::arg("values"), py::arg("by_magnitude"))
+      .def("finish", &BlockSelectors::finish, py::arg("counts"), py::arg("indices"), py::arg("values"))
       .def("status", &BlockSelectors::status)
       .def("held", &BlockSelectors::held, py::arg("selector"));
   blocks.def("sketch_rows", &run_sketch_rows, py::arg("d"), py::arg("copies"), py::arg("map_seed"), py::arg("block"),

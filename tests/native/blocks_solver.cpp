@@ -87,7 +87,7 @@ void cross_of(const TensorView& p, const TensorView& offsets, const TensorView& 
   auto* sums = out.as<Sum>({any, r});
   const int64_t n = out.shape(0);
   HostQueue queue(seed);
-  run_segments(queue, CrossBlocks<T>{rows, offsets.as<const int64_t>({n + 1}), n, r, sums});
+  run_segments<CrossBlocks, T>(queue, offsets.as<const int64_t>({n + 1}), n, r, sums, rows);
 }
 
 template <class T>
@@ -96,8 +96,8 @@ void spread_of(const TensorView& w, const TensorView& p, const TensorView& offse
   const auto* weights = w.as<const T>({any, any});
   const int64_t n = w.shape(0), r = w.shape(1);
   HostQueue queue(seed);
-  run_segments(queue, SpreadMultiplyBlocks<T>{weights, p.as<const T>({any, r}), offsets.as<const int64_t>({n + 1}), n, r,
-                                              out.as<Sum>({p.shape(0), r})});
+  run_segments<SpreadMultiplyBlocks, T>(queue, offsets.as<const int64_t>({n + 1}), n, r, out.as<Sum>({p.shape(0), r}),
+                                        weights, p.as<const T>({any, r}));
 }
 
 void run_cross(py::handle p, py::handle offsets, py::handle out, uint64_t seed) {

@@ -71,6 +71,11 @@ class CudaBlock {
     return 0;
 #endif
   }
+  NPEFF_INLINE static void set(uint32_t* to, uint32_t bits) {
+#ifdef __CUDA_ARCH__
+    atomicOr(to, bits);
+#endif
+  }
   NPEFF_INLINE static void lower(int64_t* to, int64_t n) {
 #ifdef __CUDA_ARCH__
     atomicMin(reinterpret_cast<long long*>(to), static_cast<long long>(n));
@@ -115,6 +120,7 @@ class HostBlock {
     *to += n;
     return before;
   }
+  static void set(uint32_t* to, uint32_t bits) { *to |= bits; }
   static void lower(int64_t* to, int64_t n) { *to = std::min(*to, n); }
   static void raise(int64_t* to, int64_t n) { *to = std::max(*to, n); }
 

@@ -27,8 +27,7 @@ struct Stream {
 // topk_blocks.h
 void topk_reset(const Stream& stream, const Selectors& selectors);
 void topk_push(const Stream& stream, const Selectors& selectors, const Push& push);
-void topk_finish(const Stream& stream, const Selectors& selectors, bool by_magnitude, int64_t* counts, int64_t* indices,
-                 float* values);
+void topk_finish(const Stream& stream, const Selectors& selectors, int64_t* counts, int64_t* indices, float* values);
 
 // nnls.h; T: float, double. workspace: nnls_workspace() of T. status (2,): the first row with a non-finite value, or
 // INT64_MAX; the most sweeps that a row took. kkt may be null.

@@ -68,6 +68,7 @@ NPEFF_UNROLL
           const int place = tile + q * warps + t / lanes;
           if (row_of(place) >= n) continue;
           const int64_t end = s.to[place];
+NPEFF_UNROLL_4
           for (int64_t e = s.from[place]; e < end; ++e) {
             const float value = a.values[e];
             const float* line = s.panel[a.indices[e] - first];

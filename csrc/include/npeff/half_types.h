@@ -39,4 +39,13 @@ NPEFF_INLINE void load_together(const T* from, T* to) {
   for (int i = 0; i < count; ++i) to[i] = pack.entries[i];
 }
 
+// The other way; on the device in one access.
+template <int count, class T>
+NPEFF_INLINE void store_together(const T* from, T* to) {
+  struct alignas(sizeof(T) * count) Pack { T entries[count]; };
+  Pack pack;
+  for (int i = 0; i < count; ++i) pack.entries[i] = from[i];
+  *reinterpret_cast<Pack*>(to) = pack;
+}
+
 }  // namespace npeff

@@ -38,6 +38,14 @@ NPEFF_INLINE To bit_cast(const From& from) {
 template <class V> NPEFF_INLINE V larger(V a, V b) { return a > b ? a : b; }
 template <class V> NPEFF_INLINE V size_of(V a) { return a < 0 ? -a : a; }
 
+NPEFF_INLINE uint32_t bits_set(uint32_t word) {
+#ifdef __CUDA_ARCH__
+  return static_cast<uint32_t>(__popc(word));
+#else
+  return static_cast<uint32_t>(__builtin_popcount(word));
+#endif
+}
+
 template <class I> NPEFF_INLINE I ceil_div(I a, I b) { return (a + b - 1) / b; }
 
 }  // namespace npeff

@@ -1,10 +1,11 @@
 // nnls.h by blocks: a thread owns a row of the problem from the first sweep to the last and never waits for another.
-// The coefficients and cross lie transposed in the workspace, so that a warp's accesses are neighbours; gram comes by
-// panels that all threads read at the same place. As in isa/nnls_tile.cpp, a panel's gradients are computed afresh, and
+// The coefficients lie transposed, so that a warp's accesses are neighbours: in shared memory where they fit, or else in
+// the workspace, where cross lies. gram comes by panels that all threads read at the same place. As in isa/nnls_tile.cpp, a panel's gradients are computed afresh, and
 // then its coordinates move one after the other while the rest of the panel hears of it.
 #pragma once
 
 #include "npeff/block.h"
+#include "npeff/half_types.h"
 #include "npeff/nnls_step.h"
 
 namespace npeff {
@@ -55,12 +56,17 @@ struct NnlsPack {
 
 template <class T>
 struct NnlsSweeps {
-  static constexpr int threads = 128, panel = NnlsProblem<T>::panel;
-  struct Shared { int64_t bad, sweeps; };
+  static constexpr int threads = 32, panel = NnlsProblem<T>::panel;  // few: many blocks share out the rows evenly
+  struct Shared {
+    int64_t bad, sweeps;
+    T w[1];  // (r, threads), where they fit
+  };
   NnlsProblem<T> p;
   int64_t max_sweeps;
   T tol;
-  int64_t shared_bytes() const { return sizeof(Shared); }
+  bool in_shared;
+  static int64_t most_shared_bytes(int64_t r) { return static_cast<int64_t>(sizeof(Shared)) + r * threads * static_cast<int64_t>(sizeof(T)); }
+  int64_t shared_bytes() const { return in_shared ? most_shared_bytes(p.r) : static_cast<int64_t>(sizeof(Shared)); }
 
   template <class Block>
   NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
@@ -72,7 +78,7 @@ struct NnlsSweeps {
     block.each([&](int t) {
       const int64_t slot = id * threads + t;
       for (int64_t i = slot; slot < p.slots && i < p.n; i += p.slots) {
-        const int64_t sweeps = row(i, slot);
+        const int64_t sweeps = in_shared ? row(i, slot, s.w + t, threads) : row(i, slot, p.columns + slot, p.slots);
         if (sweeps < 0) Block::lower(&s.bad, i);
         else Block::raise(&s.sweeps, sweeps);
       }
@@ -85,43 +91,47 @@ struct NnlsSweeps {
   }
 
  private:
-  // Sweeps made on row i, or −1 when it holds a non-finite value.
-  NPEFF_INLINE int64_t row(int64_t i, int64_t slot) const {
-    const int64_t r = p.r, stride = p.slots;
-    T* const w = p.columns + slot;
-    T* const cross = w + r * stride;
+  static constexpr int together = 16 / sizeof(T);
+
+  // Sweeps made on row i, or −1 when it holds a non-finite value; w: its coefficients, `stride` entries apart.
+  NPEFF_INLINE int64_t row(int64_t i, int64_t slot, T* w, int64_t stride) const {
+    const int64_t r = p.r;
+    T* const cross = p.columns + r * p.slots + slot;
     T scale = 0, zero = 0;
     for (int64_t j = 0; j < r; ++j) {
       const T start = p.w[i * r + j], c = p.cross[i * r + j];
       zero += start * 0 + c * 0;
       w[j * stride] = nnls_start(start, p.inverse_diagonal[j]);
-      cross[j * stride] = c;
+      cross[j * p.slots] = c;
       scale = larger(scale, size_of(c));
     }
     if (!(zero == 0)) return -1;
     if (!(scale > 0)) scale = 1;
     int64_t sweep = 0;
-    for (bool going = true; going && sweep < max_sweeps; ++sweep) going = pass<true>(w, cross) / scale > tol;
+    for (bool going = true; going && sweep < max_sweeps; ++sweep) going = pass<true>(w, stride, cross) / scale > tol;
     for (int64_t j = 0; j < r; ++j) p.w[i * r + j] = w[j * stride];
-    if (p.kkt) p.kkt[i] = pass<false>(w, cross) / scale;
+    if (p.kkt) p.kkt[i] = pass<false>(w, stride, cross) / scale;
     return sweep;
   }
 
   // One sweep (or, without update, none): the largest violation met on the way.
   template <bool update>
-  NPEFF_INLINE T pass(T* w, const T* cross) const {
-    const int64_t r = p.r, stride = p.slots;
+  NPEFF_INLINE T pass(T* w, int64_t stride, const T* cross) const {
+    const int64_t r = p.r;
     T worst = 0;
     for (int64_t start = 0; start < r; start += panel) {
       const T* const columns = p.panels + start * r;
       T gradient[panel];
 NPEFF_UNROLL
-      for (int b = 0; b < panel; ++b) gradient[b] = start + b < r ? -cross[(start + b) * stride] : T{0};
+      for (int b = 0; b < panel; ++b) gradient[b] = start + b < r ? -cross[(start + b) * p.slots] : T{0};
 NPEFF_UNROLL_4
       for (int64_t l = 0; l < r; ++l) {
         const T own = w[l * stride];
+        T line[panel];
 NPEFF_UNROLL
-        for (int b = 0; b < panel; ++b) gradient[b] += own * columns[l * panel + b];
+        for (int b = 0; b < panel; b += together) load_together<together>(columns + l * panel + b, line + b);
+NPEFF_UNROLL
+        for (int b = 0; b < panel; ++b) gradient[b] += own * line[b];
       }
 NPEFF_UNROLL
       for (int b = 0; b < panel; ++b) {
@@ -154,7 +164,8 @@ void nnls_by_blocks(Queue& queue, NnlsProblem<T> problem, T* workspace, int64_t 
   const int64_t entries = larger<int64_t>(problem.padded() * problem.r, 2);
   queue.run(ceil_div<int64_t>(entries, NnlsPack<T>::threads), NnlsPack<T>{problem});
   if (problem.n > 0)
-    queue.run(ceil_div<int64_t>(problem.slots, NnlsSweeps<T>::threads), NnlsSweeps<T>{problem, max_sweeps, tol});
+    queue.run(ceil_div<int64_t>(problem.slots, NnlsSweeps<T>::threads),
+              NnlsSweeps<T>{problem, max_sweeps, tol, NnlsSweeps<T>::most_shared_bytes(problem.r) <= queue.most_shared_bytes()});
 }
 
 }  // namespace npeff

@@ -1,9 +1,9 @@
 // The flat map of sketch.h by blocks. Sums have no atomics of floats in them, so that their bits are the same every time:
 //
-//   rows    a block takes a stretch of a row and keeps float32 sums in shared memory. Of the tile at hand, it sorts the
-//           16-element blocks by the owner of their group of buckets; each owner is 16 threads, one per bucket of a
-//           group, and adds what falls on its own buckets in the order of the input. Stretches are long against d, so
-//           that the sums cost little to write; they are added in float64, in order, by
+//   rows    a block takes a stretch of a row and keeps float32 sums in shared memory. It sorts the 16-element blocks of
+//           the tile at hand by the owner of their group of buckets; an owner is 16 threads, one per bucket of a group,
+//           and adds what falls on its own buckets in the order of the input, read from device memory. Stretches are
+//           long against d, so that the sums cost little to write; they are added in float64, in order, by
 //   gather  one thread per bucket.
 //   csr     entries of a sparse row meet in no order; they are added as integers, scaled so that the row's largest
 //           entry has 2^38 steps: the error is that of float64 for sums of up to 2^24 such entries, and addition of
@@ -33,18 +33,20 @@ struct SketchKeys {
 
 template <class T>
 struct SketchRowsBlocks {
-  static constexpr int threads = 256, lanes = sketch_lanes, owners = threads / lanes, items = threads, tile = items * lanes;
-  static_assert(owners == 16 && lanes == 16, "lists are made by 16 threads per owner");
-  struct Shared {
-    T x[tile + lanes];
-    uint32_t group[items];    // of the bucket group, within those of this block; `none` when it belongs to others
-    uint32_t turn_signs[items];
-    uint8_t owner[items];
-    uint8_t count[owners][lanes];
-    uint8_t list[owners][items];
-    float sums[1];            // (n_groups · 16,)
+  static constexpr int threads = 256, lanes = sketch_lanes, owners = threads / lanes;
+  static constexpr int items = 1024, tile = items * lanes, each_has = items / threads, words = items / 32, ahead = 8;
+  static_assert(owners == 16 && lanes == 16 && words == 2 * lanes, "an owner's threads count two words each");
+  struct Item {
+    uint32_t item_group;  // its number in the tile, and its group within those of this block in the lower 16 bits
+    uint32_t turn_signs;
   };
-  static constexpr uint32_t none = ~uint32_t{0};
+  struct Shared {
+    Item sorted[items];                 // by owner, and by number
+    uint32_t mine[owners][words + 1];   // bit i: item i belongs to the owner; + 1: owners fall on different banks
+    uint32_t before[owners][words + 1]; // items of the owner before those of a word
+    uint32_t first[owners + 1];         // where each owner's items begin
+    float sums[1];                      // (n_groups · 16,)
+  };
   SketchKeys map;
   const T* x;  // (n_rows, width), `stride` entries apart
   int64_t n_rows, width, stride;
@@ -62,68 +64,94 @@ struct SketchRowsBlocks {
     const int64_t n_groups = first_group + part_groups < all_groups ? part_groups : all_groups - first_group;
     const int64_t from = at * stretch, to = from + stretch < width ? from + stretch : width;
     const int64_t base = bases[row];
-    float* const own = s.sums;
     block.each([&](int t) {
-      for (int64_t i = t; i < n_groups * lanes; i += threads) own[i] = 0;
+      for (int64_t i = t; i < n_groups * lanes; i += threads) s.sums[i] = 0;
+      for (int i = t; i < owners * (words + 1); i += threads) s.mine[i / (words + 1)][i % (words + 1)] = 0;
     });
     // Tiles begin where blocks of 16 parameters do: `lead` places before the stretch.
     const int64_t lead = (base + from) % lanes;
     for (int64_t start = from - lead; start < to; start += tile) {
-      block.each([&](int t) {
-NPEFF_UNROLL
-        for (int q = 0; q < lanes; ++q) {
-          const int64_t column = start + q * threads + t;
-          s.x[q * threads + t] = column >= from && column < to ? x[row * stride + column] : T{};
-        }
-      });
-      const auto first_item = static_cast<uint64_t>((base + start) / lanes);
-      const int64_t here = ceil_div<int64_t>(to - start < tile ? to - start : tile, lanes);
-      for (int c = 0; c < map.copies; ++c) add_tile(block, s, own, c, first_item, here, first_group, n_groups);
+      const auto low = static_cast<uint32_t>(start < from ? from - start : 0);
+      const auto high = static_cast<uint32_t>(to - start < tile ? to - start : tile);
+      for (int copy = 0; copy < map.copies; ++copy)
+        add_tile(block, s, copy, static_cast<uint64_t>((base + start) / lanes), x + (row * stride + start), low, high,
+                 first_group, n_groups);
     }
     block.each([&](int t) {
       float* const out = sums + (row * stretches + at) * map.d + first_group * lanes;
-      for (int64_t i = t; i < n_groups * lanes; i += threads) out[i] = own[i];
+      for (int64_t i = t; i < n_groups * lanes; i += threads) out[i] = s.sums[i];
     });
   }
 
  private:
+  // Adds entries low ≤ i < high of the tile at `entries`; leaves s.mine empty, as it was.
   template <class Block>
-  NPEFF_INLINE void add_tile(const Block& block, Shared& s, float* own, int copy, uint64_t first_item, int64_t here,
-                             int64_t first_group, int64_t n_groups) const {
+  NPEFF_INLINE void add_tile(const Block& block, Shared& s, int copy, uint64_t first_item, const T* entries,
+                             uint32_t low, uint32_t high, int64_t first_group, int64_t n_groups) const {
+    struct Held { Item items[each_has]; };
+    typename Block::template Local<Held> held(block);
+    const int here = static_cast<int>(ceil_div<uint32_t>(high, lanes));
     block.each([&](int t) {
-      const uint64_t hash = sketch_hash(map.keys[copy], first_item + static_cast<uint64_t>(t));
-      const int64_t group = int64_t{sketch_group(hash, map.groups)} + int64_t{copy} * map.groups - first_group;
-      const bool mine = t < here && group >= 0 && group < n_groups;
-      s.group[t] = static_cast<uint32_t>(group);
-      s.turn_signs[t] = sketch_turn(hash) << 16 | sketch_signs(hash);
-      s.owner[t] = mine ? static_cast<uint8_t>(group % owners) : uint8_t{255};
-    });
-    // Thread (owner, part) looks through the part's 16 items; its finds go behind those of the parts before it.
-    block.each([&](int t) {
-      const int owner = t / lanes, first = t % lanes * lanes;
-      int count = 0;
-      for (int i = 0; i < lanes; ++i) count += s.owner[first + i] == owner;
-      s.count[owner][t % lanes] = static_cast<uint8_t>(count);
-    });
-    block.each([&](int t) {
-      const int owner = t / lanes, first = t % lanes * lanes;
-      int place = 0;
-      for (int p = 0; p < t % lanes; ++p) place += s.count[owner][p];
-      for (int i = 0; i < lanes; ++i)
-        if (s.owner[first + i] == owner) s.list[owner][place++] = static_cast<uint8_t>(first + i);
+NPEFF_UNROLL
+      for (int q = 0; q < each_has; ++q) {
+        const int i = q * threads + t;
+        const uint64_t hash = sketch_hash(map.keys[copy], first_item + static_cast<uint64_t>(i));
+        const int64_t group = int64_t{sketch_group(hash, map.groups)} + int64_t{copy} * map.groups - first_group;
+        const bool mine = i < here && group >= 0 && group < n_groups;
+        held[t].items[q] = {mine ? static_cast<uint32_t>(i) << 16 | static_cast<uint32_t>(group) : none,
+                            sketch_turn(hash) << 16 | sketch_signs(hash)};
+        if (mine) Block::add(&s.mine[group % owners][i / 32], uint32_t{1} << i % 32);
+      }
     });
     block.each([&](int t) {
-      const int owner = t / lanes, bucket = t % lanes;
-      int n = 0;
-      for (int p = 0; p < lanes; ++p) n += s.count[owner][p];
-      for (int i = 0; i < n; ++i) {
-        const int item = s.list[owner][i];
-        const uint32_t turn_signs = s.turn_signs[item], lane = static_cast<uint32_t>(bucket) ^ (turn_signs >> 16);
-        const float value = widen(s.x[item * lanes + lane]);
-        own[int64_t{s.group[item]} * lanes + bucket] += (turn_signs >> lane) & 1 ? -value : value;
+      const int owner = t / lanes, word = t % lanes * 2;
+      uint32_t count = 0;
+      for (int p = 0; p < word; ++p) count += bits_set(s.mine[owner][p]);
+      s.before[owner][word] = count;
+      s.before[owner][word + 1] = count += bits_set(s.mine[owner][word]);
+      if (word + 2 == words) s.before[owner][words] = count + bits_set(s.mine[owner][word + 1]);
+    });
+    block.each([&](int t) {
+      if (t > owners) return;
+      uint32_t count = 0;
+      for (int owner = 0; owner < t; ++owner) count += s.before[owner][words];
+      s.first[t] = count;
+    });
+    block.each([&](int t) {
+NPEFF_UNROLL
+      for (int q = 0; q < each_has; ++q) {
+        const Item item = held[t].items[q];
+        if (item.item_group == none) continue;
+        const int i = q * threads + t, owner = static_cast<int>(item.item_group % owners);
+        const uint32_t lower = s.mine[owner][i / 32] & ((uint32_t{1} << i % 32) - 1);
+        s.sorted[s.first[owner] + s.before[owner][i / 32] + bits_set(lower)] = item;
+      }
+    });
+    block.each([&](int t) {
+      for (int i = t; i < owners * (words + 1); i += threads) s.mine[i / (words + 1)][i % (words + 1)] = 0;
+      const int owner = t / lanes;
+      const auto bucket = static_cast<uint32_t>(t % lanes);
+      const uint32_t first = s.first[owner], last = s.first[owner + 1];
+      for (uint32_t i = first; i < last; i += ahead) {  // loads run ahead of the sums
+        float values[ahead];
+        uint32_t to[ahead];
+NPEFF_UNROLL
+        for (int q = 0; q < ahead; ++q) {
+          const bool there = i + q < last;
+          const Item item = s.sorted[there ? i + q : first];
+          const uint32_t lane = bucket ^ (item.turn_signs >> 16), place = (item.item_group >> 16) * lanes + lane;
+          const bool within = there && place >= low && place < high;
+          const float value = within ? widen(entries[place]) : 0.0f;
+          values[q] = bit_cast<float>(bit_cast<uint32_t>(value) ^ ((item.turn_signs >> lane) & 1) << 31);
+          to[q] = (item.item_group & 0xffffu) * lanes + bucket;
+        }
+NPEFF_UNROLL
+        for (int q = 0; q < ahead; ++q) s.sums[to[q]] += values[q];
       }
     });
   }
+
+  static constexpr uint32_t none = ~uint32_t{0};
 };
 
 // out[target, bucket] += Σ over the target's rows (in `order`) and their stretches.

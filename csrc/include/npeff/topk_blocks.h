@@ -184,55 +184,184 @@ struct TopkSettle {
   }
 };
 
-// counts (n,); indices and values (n, k), by index or by descending magnitude, −1 and 0 behind the last. Empties the
-// selectors, but leaves the status.
+// The order by index is made in two kernels: Finish deals the k best out to windows of the index range, in any order
+// within one; Order, with many blocks, sets a bit for each index of a window: an entry's place is the number of bits
+// before its own. Indices of a selector are distinct.
+constexpr int topk_windows = 2048;
+
+// Where Finish leaves, in the unused end of a selector's candidates, what Order needs.
+struct TopkDealt {
+  int64_t *least, *width, *starts;  // lowest index; of a window; (topk_windows + 1,)
+  uint32_t* bits;                   // (k,) the entries by window
+  int64_t* index;
+
+  NPEFF_INLINE TopkDealt(const Selectors& selectors, int64_t id)
+      : least(selectors.index + id * selectors.capacity + 3 * selectors.k), width(least + 1), starts(least + 2),
+        bits(selectors.bits + id * selectors.capacity + 2 * selectors.k),
+        index(selectors.index + id * selectors.capacity + 2 * selectors.k) {}
+};
+
+// counts (n,). Empties the selectors, but leaves the status.
 struct TopkFinish {
-  static constexpr int threads = topk_threads;
-  union Shared {
+  static constexpr int threads = topk_threads, each_has = topk_windows / threads, at_once = 8;
+  static constexpr int64_t narrowest = 1 << 17;  // entries of a window
+  struct Shared {
     NarrowShared narrow;
-    SortShared<threads> sort;
+    int64_t least, most;
+    uint32_t counts[topk_windows];
   };
   Selectors selectors;
-  int64_t by_magnitude;
   int64_t* counts;
+  int64_t shared_bytes() const { return sizeof(Shared); }
+
+  template <class Block>
+  NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
+    SelectorState& state = selectors.states[id];
+    uint32_t* const bits = selectors.bits + id * selectors.capacity;
+    int64_t* const index = selectors.index + id * selectors.capacity;
+    const TopkDealt dealt(selectors, id);
+    int64_t n = block.uniform(state.size);
+    if (n > selectors.k) {
+      narrow(block, s.narrow, bits, index, n, selectors.k);
+      n = selectors.k;
+    }
+    block.each([&](int t) {
+      for (int w = t; w < topk_windows; w += threads) s.counts[w] = 0;
+      if (t > 0) return;
+      s.least = INT64_MAX;
+      s.most = 0;
+    });
+    block.each([&](int t) {
+      int64_t least = INT64_MAX, most = 0;
+      for (int64_t i = t; i < n; i += threads) {
+        least = index[i] < least ? index[i] : least;
+        most = index[i] > most ? index[i] : most;
+      }
+      Block::lower(&s.least, least);
+      Block::raise(&s.most, most);
+    });
+    const int64_t least = block.uniform(s.least), most = block.uniform(s.most);
+    const int64_t width = n == 0 ? 1 : larger<int64_t>((most - least) / topk_windows + 1, narrowest);
+    const auto in_batches = [&](auto take) {  // loads run ahead of the atomics
+      block.each([&](int t) {
+        for (int64_t start = t; start < n; start += at_once * threads) {
+          uint32_t b[at_once];
+          int64_t x[at_once];
+NPEFF_UNROLL
+          for (int q = 0; q < at_once; ++q) {
+            const int64_t i = start + q * threads;
+            b[q] = i < n ? bits[i] : 0;
+            x[q] = i < n ? index[i] : -1;
+          }
+NPEFF_UNROLL
+          for (int q = 0; q < at_once; ++q)
+            if (x[q] >= 0) take(b[q], x[q], &s.counts[(x[q] - least) / width]);
+        }
+      });
+    };
+    in_batches([&](uint32_t, int64_t, uint32_t* count) { Block::add(count, 1u); });
+    typename Block::template Local<uint32_t> before(block);
+    block.each([&](int t) {
+      before[t] = 0;
+      for (int w = 0; w < each_has; ++w) before[t] += s.counts[t * each_has + w];
+    });
+    exclusive_scan(block, s.narrow.cut.scan, before);
+    block.each([&](int t) {
+      uint32_t sum = before[t];
+      for (int w = t * each_has; w < (t + 1) * each_has; ++w) {
+        const uint32_t count = s.counts[w];
+        s.counts[w] = sum;
+        dealt.starts[w] = sum;
+        sum += count;
+      }
+    });
+    in_batches([&](uint32_t b, int64_t x, uint32_t* count) {
+      const uint32_t to = Block::add(count, 1u);
+      dealt.bits[to] = b;
+      dealt.index[to] = x;
+    });
+    block.each([&](int t) {
+      if (t > 0) return;
+      *dealt.least = least;
+      *dealt.width = width;
+      dealt.starts[topk_windows] = n;
+      const Threshold first = first_threshold(selectors.keep_zeros != 0);
+      counts[id] = n;
+      state = {0, 0, 0, first, first, 0};
+    });
+  }
+};
+
+// indices and values (n, k), by index; −1 and 0 behind the last.
+struct TopkOrder {
+  static constexpr int threads = 256, words = TopkFinish::narrowest / 32, each_has = words / threads;
+  struct Shared {
+    int64_t next;
+    uint32_t marks[words], before[words];
+    uint32_t scan[2][threads];
+  };
+  Selectors selectors;
+  int64_t share;  // blocks of each selector: block b takes windows b, b + share, …
   int64_t* indices;
   float* values;
   int64_t shared_bytes() const { return sizeof(Shared); }
 
   template <class Block>
   NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
-    SelectorState& state = selectors.states[id];
-    uint32_t* bits = selectors.bits + id * selectors.capacity;
-    int64_t* index = selectors.index + id * selectors.capacity;
-    uint32_t* other_bits = bits + 2 * selectors.k;
-    int64_t* other_index = index + 2 * selectors.k;
-    const int64_t k = selectors.k;
-    int64_t n = block.uniform(state.size);
-    if (n > k) {
-      narrow(block, s.narrow, bits, index, n, k);
-      n = k;
-    }
-    const auto sort = [&](auto key) {
-      if (!sort_pairs(block, s.sort, bits, index, other_bits, other_index, n, key)) return;
-      uint32_t* const b = bits;
-      int64_t* const x = index;
-      bits = other_bits;
-      index = other_index;
-      other_bits = b;
-      other_index = x;
-    };
-    sort([](uint32_t, int64_t i) { return i; });
-    if (by_magnitude) sort([](uint32_t b, int64_t) { return static_cast<int64_t>(topk_magnitude - (b & topk_magnitude)); });
+    const int64_t selector = id / share, k = selectors.k;
+    const TopkDealt dealt(selectors, selector);
+    int64_t* const to_index = indices + selector * k;
+    float* const to_value = values + selector * k;
+    const int64_t n = dealt.starts[topk_windows], least = *dealt.least, width = *dealt.width;
     block.each([&](int t) {
-      for (int64_t i = t; i < k; i += threads) {
-        indices[id * k + i] = i < n ? index[i] : -1;
-        values[id * k + i] = i < n ? bit_cast<float>(bits[i]) : 0.0f;
+      for (int64_t i = n + id % share * threads + t; i < k; i += share * threads) {
+        to_index[i] = -1;
+        to_value[i] = 0;
       }
-      if (t > 0) return;
-      const Threshold first = first_threshold(selectors.keep_zeros != 0);
-      counts[id] = n;
-      state = {0, 0, 0, first, first, 0};
     });
+    for (int64_t window = id % share; window < topk_windows; window += share) {
+      const int64_t first = dealt.starts[window], last = dealt.starts[window + 1];
+      // A window wider than there are bits is taken piece by piece; a piece begins at the lowest index that is left.
+      int64_t begin = least + window * width, done = first;
+      while (done < last) {
+        block.each([&](int t) {
+          for (int w = t; w < words; w += threads) s.marks[w] = 0;
+          if (t == 0) s.next = INT64_MAX;
+        });
+        block.each([&](int t) {
+          for (int64_t i = first + t; i < last; i += threads) {
+            const int64_t at = dealt.index[i] - begin;
+            if (at >= TopkFinish::narrowest) Block::lower(&s.next, dealt.index[i]);
+            else if (at >= 0) Block::set(&s.marks[at / 32], uint32_t{1} << at % 32);
+          }
+        });
+        typename Block::template Local<uint32_t> before(block);
+        block.each([&](int t) {
+          before[t] = 0;
+          for (int w = 0; w < each_has; ++w) before[t] += bits_set(s.marks[t * each_has + w]);
+        });
+        const int64_t count = exclusive_scan(block, s.scan, before);
+        block.each([&](int t) {
+          uint32_t sum = before[t];
+          for (int w = t * each_has; w < (t + 1) * each_has; ++w) {
+            s.before[w] = sum;
+            sum += bits_set(s.marks[w]);
+          }
+        });
+        block.each([&](int t) {
+          for (int64_t i = first + t; i < last; i += threads) {
+            const int64_t at = dealt.index[i] - begin;
+            if (at < 0 || at >= TopkFinish::narrowest) continue;
+            const uint32_t lower = s.marks[at / 32] & ((uint32_t{1} << at % 32) - 1);
+            const int64_t to = done + s.before[at / 32] + bits_set(lower);
+            to_index[to] = dealt.index[i];
+            to_value[to] = bit_cast<float>(dealt.bits[i]);
+          }
+        });
+        begin = block.uniform(s.next);
+        done = begin == INT64_MAX ? last : done + count;
+      }
+    }
   }
 };
 
@@ -265,9 +394,13 @@ void topk_push(Queue& queue, const Selectors& selectors, const Push& push) {
   queue.run(selectors.n + 1, TopkSettle{selectors, push});
 }
 
+// counts (n,); indices and values (n, k), by index, −1 and 0 behind the last. Empties the selectors.
 template <class Queue>
-void topk_finish(Queue& queue, const Selectors& selectors, bool by_magnitude, int64_t* counts, int64_t* indices, float* values) {
-  if (selectors.n > 0) queue.run(selectors.n, TopkFinish{selectors, by_magnitude, counts, indices, values});
+void topk_finish(Queue& queue, const Selectors& selectors, int64_t* counts, int64_t* indices, float* values) {
+  if (selectors.n == 0) return;
+  queue.run(selectors.n, TopkFinish{selectors, counts});
+  const int64_t share = ceil_div<int64_t>(8 * queue.processors(), selectors.n);
+  queue.run(selectors.n * share, TopkOrder{selectors, share, indices, values});
 }
 
 }  // namespace npeff

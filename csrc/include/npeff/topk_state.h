@@ -66,7 +66,7 @@ struct Push {
   }
 };
 
-constexpr int topk_threads = 512;
+constexpr int topk_threads = 1024;
 
 struct NarrowShared {
   int64_t size;
@@ -85,7 +85,7 @@ NPEFF_INLINE Threshold narrow(const Block& block, NarrowShared& s, uint32_t* bit
                                 [&](int64_t i) { return static_cast<uint64_t>(index[i]); });
     threshold.index = static_cast<int64_t>(by_index.key) + 1;
   }
-  constexpr int at_once = 4;
+  constexpr int at_once = 8;
   struct Held { uint32_t bits[at_once]; int64_t index[at_once]; };
   typename Block::template Local<Held> held(block);
   block.each([&](int t) {
@@ -93,6 +93,7 @@ NPEFF_INLINE Threshold narrow(const Block& block, NarrowShared& s, uint32_t* bit
   });
   for (int64_t start = 0; start < n; start += at_once * Block::threads) {  // in place: reads run ahead of writes
     block.each([&](int t) {
+NPEFF_UNROLL
       for (int q = 0; q < at_once; ++q) {
         const int64_t i = start + q * Block::threads + t;
         if (i >= n) continue;
@@ -101,6 +102,7 @@ NPEFF_INLINE Threshold narrow(const Block& block, NarrowShared& s, uint32_t* bit
       }
     });
     block.each([&](int t) {
+NPEFF_UNROLL
       for (int q = 0; q < at_once; ++q) {
         if (start + q * Block::threads + t >= n) continue;
         if (!admits(threshold, held[t].bits[q] & topk_magnitude, held[t].index[q])) continue;

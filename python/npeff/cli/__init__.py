@@ -21,7 +21,7 @@ import click
 
 from npeff.cli.common import DEBUG, HELP_WIDTH, write_block
 from npeff.errors import NpeffError, Terminated
-from npeff.termination import ending_in_order
+from npeff.storage.termination import ending_in_order
 
 COMMANDS = {
     "demo": "npeff.cli.demo:demo",

@@ -121,8 +121,8 @@ def decompose(
     if select and options["algorithm"] == "published":
         misused("--select works with --algorithm npeff")
     import npeff
-    from npeff.parameter_vectors import not_recovered
-    from npeff.storage import check_components_target
+    from npeff.components.parameter_vectors import not_recovered
+    from npeff.storage.recognition import check_components_target
 
     check_components_target(out)  # before the search: a slip in --out must not cost it
     if published:

@@ -28,7 +28,7 @@ def encode(components_path: Path, fishers_path: Path, out: Path) -> None:
     if out.suffix.lower() not in SUFFIXES:
         misused(f"--out: expected a name ending in .h5, .npz or .csv, got {out}")
     import npeff
-    from npeff.storage import refuse_npeff_file
+    from npeff.storage.recognition import refuse_npeff_file
 
     refuse_npeff_file(out)
     components = wants(npeff.load(components_path), "Components", components_path)

@@ -50,8 +50,8 @@ def _described(path: Path) -> dict[str, Any]:
     Raises:
         ForeignFileError: No command of npeff writes such files.
     """
+    from npeff.components.loading import describe
     from npeff.errors import ForeignFileError
-    from npeff.storage import describe
 
     try:
         return describe(path)
@@ -164,7 +164,7 @@ def export(path: Path, out: Path, layout: str | None, component: int | None) -> 
 
     loaded = npeff.load(path)
     if component is None:
-        from npeff.storage.published import write_published
+        from npeff.components.published import write_published
 
         write_published(loaded, out)
     else:

@@ -82,7 +82,7 @@ def understood(options: dict[str, Any], parameters: tuple[str, ...], forward: st
         parameters: Patterns, none for all.
         forward: ``module:callable``.
     """
-    from npeff.targets import load_object
+    from npeff.models.targets import load_object
 
     options = options | {"parameters": list(parameters) or None, "forward": None}
     if options["min_prob"] is not None or options["max_classes"] is not None:

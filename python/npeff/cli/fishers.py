@@ -104,7 +104,7 @@ def fishers(
     if sketch_form != "flat" and not sketch:
         misused("--sketch-form belongs to --sketch")
     import npeff
-    from npeff.targets import load_data, load_model
+    from npeff.models.targets import load_data, load_model
 
     if first():
         _announce(out)
@@ -143,7 +143,7 @@ def _compression(top_k: int | None, sketch: int | None, form: str, seed: int, ex
 
 def _announce(out: Path) -> None:
     """Say what is already there, since resuming happens by itself."""
-    from npeff.storage.parts import describe_parts, parts_folder
+    from npeff.fishers.parts import describe_parts, parts_folder
 
     if out.exists():
         note(f"{out} exists: checking that it was made from this model, this data and these options")

@@ -100,9 +100,9 @@ def influence(
         misused("--tolerance belongs to --solver cg")
     from npeff.companions.influence import CrossLossInfluence, component_influence
     from npeff.companions.influence.scores import check_path
-    from npeff.parameter_vectors import check_recovered
+    from npeff.components.parameter_vectors import check_recovered
+    from npeff.models.targets import load_data, load_model, load_object
     from npeff.storage.files import check_target
-    from npeff.targets import load_data, load_model, load_object
 
     for_pages = out.suffix.lower() == ".json"
     if for_pages and not component:
@@ -150,7 +150,7 @@ def influence(
 
 def _loss(target: str, option: str) -> Loss:
     from npeff.companions.influence.losses import NAMED
-    from npeff.targets import load_object
+    from npeff.models.targets import load_object
 
     if target in NAMED:
         return NAMED[target]

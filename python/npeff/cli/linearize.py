@@ -83,9 +83,9 @@ def linearize(
         if path is not None and path.suffix.lower() not in suffixes:
             misused(f"{option}: expected a name ending in {' or '.join(suffixes)}, got {path}")
     from npeff.companions.linearize.linearizing import linearize
-    from npeff.storage import refuse_npeff_file
+    from npeff.models.targets import load_data, load_model, load_object
     from npeff.storage.files import check_target
-    from npeff.targets import load_data, load_model, load_object
+    from npeff.storage.recognition import refuse_npeff_file
 
     for path in (out, table):
         if path is not None:
@@ -123,7 +123,7 @@ def _example(net: Any, data: Any, wanted: int) -> Any:
     """The inputs of one example, as a batch of one."""
     import torch
 
-    from npeff.batches import examples_at
+    from npeff.batches.batches import examples_at
 
     first = next(iter((*net.parameters(), *net.buffers())), None)
     (batch,) = examples_at(data, [wanted], first.device if first is not None else torch.device("cpu"))

@@ -11,7 +11,7 @@ import click
 from npeff.cli.common import EXISTING, WRITABLE, command, listed, misused, note, quiet, seed, wants
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
     from npeff.perturbation import Effect
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -87,7 +87,7 @@ def asked(
     sign: str, baseline: str, mix: tuple[float, ...], forward: str | None, quiet: bool, options: dict[str, Any]
 ) -> dict[str, Any]:
     """The keywords of :func:`npeff.perturb` for the shared options."""
-    from npeff.targets import load_object
+    from npeff.models.targets import load_object
 
     if baseline != "all" and not (baseline.isascii() and baseline.isdigit() and int(baseline) > 0):
         misused(f"--baseline: expected a number of examples or 'all', got {baseline!r}")
@@ -111,7 +111,7 @@ def chosen(components: Components, component: int | None, strategy: str | None, 
             misused(f"--component: {path} has components 0 to {r - 1}, got {component}")
         return component
     assert strategy is not None
-    from npeff.strategies import Strategy
+    from npeff.components.strategies import Strategy
 
     members = listed(strategy)
     if members is None or max(members) >= r:
@@ -167,11 +167,11 @@ def perturb(
     well above theirs.
     """
     import npeff
+    from npeff.models.targets import load_data, load_model
     from npeff.perturbation import perturb_all
     from npeff.perturbation.effect import write_json
-    from npeff.storage import refuse_npeff_file
     from npeff.storage.files import check_target
-    from npeff.targets import load_data, load_model
+    from npeff.storage.recognition import refuse_npeff_file
 
     if out is not None:
         check_target(out)

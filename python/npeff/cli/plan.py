@@ -60,7 +60,7 @@ def plan(
     are as for npeff fishers.
     """
     import npeff
-    from npeff.targets import load_data, load_model
+    from npeff.models.targets import load_data, load_model
 
     result = npeff.plan(
         load_model(model),
@@ -69,8 +69,8 @@ def plan(
     )
     click.echo(str(result))
     if json_file is not None:
-        from npeff.storage import refuse_npeff_file
         from npeff.storage.files import atomic
+        from npeff.storage.recognition import refuse_npeff_file
 
         refuse_npeff_file(json_file)
         with atomic(json_file) as scratch:

@@ -43,8 +43,8 @@ def recover(
     if component is not None and js is None:
         misused(f"--component: expected J or J,J,…, got {component!r}")
     import npeff
-    from npeff.storage import check_components_target
-    from npeff.targets import load_data, load_model, load_object
+    from npeff.models.targets import load_data, load_model, load_object
+    from npeff.storage.recognition import check_components_target
 
     check_components_target(out)
     components = wants(npeff.load(path), "Components", path)

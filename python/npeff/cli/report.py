@@ -12,7 +12,7 @@ import click
 from npeff.cli.common import EXISTING, WRITABLE, command, misused, note, quiet, size, wants
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
 
 
 @command(
@@ -100,8 +100,8 @@ def report(
     birds.html to birds-collages/ and birds.tex.
     """
     import npeff
+    from npeff.models.targets import load_data, load_made
     from npeff.reports import load_extras
-    from npeff.targets import load_data, load_made
 
     components = wants(npeff.load(path), "Components", path)
     if strategies is not None and strategies > components.n_components:

@@ -105,7 +105,7 @@ def rollback(
     if is_record and record_path is not None:
         misused(f"{path} is a record already: --record belongs to a training")
     if out is not None:
-        from npeff.storage import refuse_npeff_file
+        from npeff.storage.recognition import refuse_npeff_file
 
         refuse_npeff_file(out)
     record = companion.Record.load(path) if is_record else _train(path, record_path, quiet, options)

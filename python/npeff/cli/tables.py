@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from npeff.storage import refuse_npeff_file
 from npeff.storage.files import atomic
 from npeff.storage.hdf5 import Data, write_hdf5
+from npeff.storage.recognition import refuse_npeff_file
 
 if TYPE_CHECKING:
-    from npeff.components import Encoded
-    from npeff.fishers import Fishers
+    from npeff.components.components import Encoded
+    from npeff.fishers.fishers import Fishers
 
 SUFFIXES = (".h5", ".hdf5", ".npz", ".csv")
 

@@ -59,9 +59,9 @@ def trace(
     all of it on the component's top examples.
     """
     import npeff
-    from npeff.storage import refuse_npeff_file
+    from npeff.models.targets import load_data, load_made, load_model
     from npeff.storage.files import check_target
-    from npeff.targets import load_data, load_made, load_model
+    from npeff.storage.recognition import refuse_npeff_file
 
     if out is not None:
         if out.suffix.lower() not in ENDINGS:

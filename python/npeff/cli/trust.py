@@ -42,9 +42,9 @@ def trust(
     import numpy as np
 
     import npeff
+    from npeff.fishers.rows import GramRows
     from npeff.perturbation.effect import plain, write_json
-    from npeff.rows import GramRows
-    from npeff.storage import refuse_npeff_file
+    from npeff.storage.recognition import refuse_npeff_file
 
     if out is not None:
         refuse_npeff_file(out)

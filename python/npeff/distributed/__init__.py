@@ -11,21 +11,20 @@ from typing import TYPE_CHECKING
 from npeff.errors import WorkerError
 
 if TYPE_CHECKING:
-    from npeff.distributed.communicator import Communicator, Group, Local
+    from npeff.decomposition.communicator import Communicator, Group, Local
     from npeff.distributed.decomposition import decompose
     from npeff.distributed.fishers import compute_fishers
     from npeff.distributed.launch import connect
 
 __all__ = ["Communicator", "Group", "Local", "WorkerError", "compute_fishers", "connect", "decompose"]
 
-# The solver imports the communicator from here, and ``decomposition`` the solver: the higher floor only when asked for.
 _HOMES = {
-    "Communicator": "communicator",
-    "Group": "communicator",
-    "Local": "communicator",
-    "compute_fishers": "fishers",
-    "connect": "launch",
-    "decompose": "decomposition",
+    "Communicator": "decomposition.communicator",
+    "Group": "decomposition.communicator",
+    "Local": "decomposition.communicator",
+    "compute_fishers": "distributed.fishers",
+    "connect": "distributed.launch",
+    "decompose": "distributed.decomposition",
 }
 
 
@@ -37,4 +36,4 @@ def __getattr__(name: str) -> object:
     """
     if name not in _HOMES:
         raise AttributeError(f"module 'npeff.distributed' has no attribute {name!r}")
-    return getattr(_import_module(f"npeff.distributed.{_HOMES[name]}"), name)
+    return getattr(_import_module(f"npeff.{_HOMES[name]}"), name)

@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from npeff import decomposition
-from npeff.components import Components
-from npeff.devices import usable_device
-from npeff.distributed.blocks import scaled_block
-from npeff.distributed.communicator import Group, Local
+from npeff.components.components import Components
+from npeff.decomposition import decomposition
+from npeff.decomposition.blocks import scaled_block
+from npeff.decomposition.checkpoint import Checkpoint
+from npeff.decomposition.communicator import Group, Local
+from npeff.decomposition.options import Options
+from npeff.decomposition.place import Place
+from npeff.decomposition.problem import Problem
+from npeff.decomposition.search_state import Memory, Progress
+from npeff.decomposition.sharded_space import ShardedSpace
 from npeff.distributed.launch import connect, told_to_end
-from npeff.distributed.place import Place
-from npeff.distributed.sharded_space import ShardedSpace
 from npeff.errors import ArgumentError, StorageError
-from npeff.fishers import Fishers
-from npeff.solver.checkpoint import Checkpoint
-from npeff.solver.course import Memory, Progress
-from npeff.solver.options import Options
-from npeff.solver.problem import Problem
+from npeff.fishers.fishers import Fishers
+from npeff.models.devices import usable_device
 
 OURS = ("init", "checkpoint", "callback", "progress", "device", "published")
 """Arguments of ``decompose`` that do not determine the result by themselves."""

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from npeff import computation
-from npeff.batches import batch_digest, check_data, read_batch
-from npeff.compress import GramOnly
-from npeff.digests import model_digest
-from npeff.distributed.communicator import Group, Local
+from npeff.batches.batches import batch_digest, check_data, read_batch
+from npeff.components.loading import load
+from npeff.decomposition.communicator import Group, Local
 from npeff.distributed.launch import connect, told_to_end
 from npeff.distributed.merging import merge_shares, remove_shares, share_path
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError
-from npeff.fisher_run import EmptyShareError
-from npeff.fishers import Fishers
+from npeff.fishers import computation
+from npeff.fishers.compress import GramOnly
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.parts import parts_folder
+from npeff.fishers.run import EmptyShareError
+from npeff.models.digests import model_digest
 from npeff.storage.files import check_target, path_of, refuse_link
-from npeff.storage.parts import parts_folder
-from npeff.storage.store import load
 
 
 def compute_fishers(

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from npeff.distributed.communicator import LOCAL, PATIENCE, Group, Local
+from npeff.decomposition.communicator import LOCAL, PATIENCE, Group, Local
 from npeff.errors import ArgumentError, Terminated, WorkerError
-from npeff.termination import ending_in_order
+from npeff.storage.termination import ending_in_order
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

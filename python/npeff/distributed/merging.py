@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ResumeError, StorageError
+from npeff.fishers.contents import EXAMPLE_ARRAYS
+from npeff.fishers.fishers import fishers_in
+from npeff.fishers.parts import batches_in
+from npeff.fishers.saving import write_fishers
 from npeff.storage.container import Container, open_container
-from npeff.storage.contents import EXAMPLE_ARRAYS, fishers_in
-from npeff.storage.files import atomic
+from npeff.storage.files import atomic, forget
 from npeff.storage.hdf5 import Data
-from npeff.storage.parts import batches_in
-from npeff.storage.store import write_fishers
-from npeff.streamed_rows import forget
 
 Array = npt.NDArray[Any]
 Span = tuple[Container, int, int]

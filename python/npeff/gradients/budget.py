@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
 from npeff.gradients.independence import check_independence
+from npeff.models.memory import available_bytes
 
 _PROBED = 2
 """Examples of a trial."""
@@ -23,13 +24,16 @@ class Budget:
 
     Args:
         engine: The per-example gradients.
-        memory: Bytes; None: activations take what they take, and output gradients 512 MB at most.
+        memory: Bytes; None: activations take what they take, and output gradients 512 MB at most, on a CUDA device a
+            quarter of the free memory if that is more: small pieces leave a device idle.
     """
 
     def __init__(self, engine: PerExampleGradients, memory: int | None) -> None:
         self._engine = engine
         self._for_activations = None if memory is None else memory // 2
-        self._for_gradients = KEPT_BYTES if memory is None else min(KEPT_BYTES, memory // 2)
+        device = next(iter(engine.tensors.values())).device
+        most = max(KEPT_BYTES, available_bytes(device) // 4) if device.type == "cuda" else KEPT_BYTES
+        self._for_gradients = most if memory is None else min(most, memory // 2)
         self._activations: dict[object, int] = {}
         self._gradients: dict[object, int] = {}
         self._compared = False
@@ -73,7 +77,7 @@ class Budget:
             few = batch.take(slice(0, _PROBED))
             with self._engine.recording(), torch.no_grad():
                 logits = self._engine.run(few)
-                check_independence(self._engine, few, logits, self._engine.precision or logits.dtype)
+                check_independence(self._engine.run, few, logits, self._engine.precision or logits.dtype)
         return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
     def _kept_of_one(self, few: Batch) -> int:

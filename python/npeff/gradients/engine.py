@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.errors import ModelError
 from npeff.gradients import tiles
 from npeff.gradients.eligibility import check_eligible
@@ -28,7 +28,7 @@ from npeff.gradients.rules import Found, Rule, Unsupported, find_uses
 from npeff.gradients.rules.base import Scratch
 from npeff.gradients.selfcheck import EVERY, Form, check_rules, misplaced, powers_of_two, rows_follow
 from npeff.gradients.tiles import Block, Pairs
-from npeff.parameters import Parameter, Parameters
+from npeff.models.parameters import Parameter, Parameters
 
 KEPT_BYTES = 512 << 20
 _FUSED_RECURRENT = frozenset({"MkldnnRnnLayerBackward0", "CudnnRnnBackward0", "MiopenRnnBackward0"})
@@ -180,7 +180,7 @@ class PerExampleGradients:
         key = (graph.form, *_choices(found, batch.n_examples))
         form = self._forms.get(key)
         if form is None:
-            check_independence(self, batch, logits, graph.precision)
+            check_independence(self.run, batch, logits, graph.precision)
             form = self._forms[key] = check_rules(self, batch, logits, found, unused, graph)
             checked = False
         else:

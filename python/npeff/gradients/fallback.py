@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.errors import ModelError
 from npeff.gradients.rules.base import working
 

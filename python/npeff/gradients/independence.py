@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.errors import ModelError, NpeffError
 from npeff.gradients.fallback import TOLERANCE
-
-if TYPE_CHECKING:
-    from npeff.gradients.engine import PerExampleGradients
 
 _RANDOM = (
     "model: two passes over the same batch give different logits; make it deterministic (model.eval() switches dropout "
@@ -20,13 +17,13 @@ _RANDOM = (
 )
 
 
-def check_independence(engine: PerExampleGradients, batch: Batch, logits: Tensor, precision: torch.dtype) -> None:
+def check_independence(run: Callable[[Batch], Tensor], batch: Batch, logits: Tensor, precision: torch.dtype) -> None:
     """The first and the last example alone must have the logits that they have in the batch.
 
     A batch that cannot be cut is called again as it is.
 
     Args:
-        engine: Runs the model.
+        run: Runs the model on a batch: ``(b, C)`` logits.
         batch: The batch.
         logits: ``(b, C)`` its logits.
         precision: The coarsest dtype in the graph.
@@ -36,13 +33,13 @@ def check_independence(engine: PerExampleGradients, batch: Batch, logits: Tensor
     """
     logits = logits.detach()
     if batch.n_examples == 1 or not batch.sliceable:
-        if differ(engine.run(batch).detach(), logits, precision):
+        if differ(run(batch).detach(), logits, precision):
             raise ModelError(_RANDOM)
         return
     for example in (0, batch.n_examples - 1):
-        alone = _alone(engine, batch, example)
+        alone = _alone(run, batch, example)
         if alone is not None and differ(alone, logits[example : example + 1], precision):
-            raise ModelError(_explain(engine, batch, logits, example, alone, precision))
+            raise ModelError(_explain(run, batch, logits, example, alone, precision))
 
 
 def differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
@@ -64,7 +61,7 @@ def differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     return bool((gap > 5 * TOLERANCE.get(dtype, 2e-4) * size).any())
 
 
-def _alone(engine: PerExampleGradients, batch: Batch, example: int) -> Tensor | None:
+def _alone(run: Callable[[Batch], Tensor], batch: Batch, example: int) -> Tensor | None:
     """The example's logits ``(1, C)`` in a batch of its own.
 
     A model that cannot be called on one example, as with ``.squeeze()``, is called on this one and another; None where
@@ -72,23 +69,23 @@ def _alone(engine: PerExampleGradients, batch: Batch, example: int) -> Tensor | 
     """
     one = batch.take(torch.tensor([example]))
     try:
-        return engine.run(one).detach()
+        return run(one).detach()
     except NpeffError:
         if batch.n_examples == 2:
             return None
         two = batch.take(torch.tensor([example, (example + 1) % batch.n_examples]))
-        return engine.run(two).detach()[:1]
+        return run(two).detach()[:1]
 
 
 def _explain(
-    engine: PerExampleGradients, batch: Batch, logits: Tensor, example: int, alone: Tensor, precision: torch.dtype
+    run: Callable[[Batch], Tensor], batch: Batch, logits: Tensor, example: int, alone: Tensor, precision: torch.dtype
 ) -> str:
-    if differ(engine.run(batch).detach(), logits, precision):
+    if differ(run(batch).detach(), logits, precision):
         return _RANDOM
     gap = float((alone - logits[example : example + 1]).abs().max())
     said = f"model: example {example} of a batch has other logits when it is alone (largest difference {gap:.3g})"
     try:
-        twice = engine.run(batch.take(torch.tensor([example, example]))).detach()[:1]
+        twice = run(batch.take(torch.tensor([example, example]))).detach()[:1]
     except NpeffError:
         twice = alone
     if gap < float(logits.abs().max().clamp_min(1.0)) and precision in (torch.bfloat16, torch.float16):

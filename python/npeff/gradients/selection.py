@@ -10,10 +10,10 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from npeff.devices import usable_device
 from npeff.errors import ArgumentError
 from npeff.gradients.eligibility import check_eligible, check_initialised
-from npeff.parameters import Parameters
+from npeff.models.devices import usable_device
+from npeff.models.parameters import Parameters
 
 
 def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> Parameters:

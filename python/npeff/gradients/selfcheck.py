@@ -18,20 +18,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.gradients import tiles
 from npeff.gradients.fallback import ABSOLUTE, TOLERANCE, dense, flat, norm, rounding
 from npeff.gradients.graph import Graph
 from npeff.gradients.rules import Found, Rule, Unsupported
-
-if TYPE_CHECKING:
-    from npeff.gradients.engine import PerExampleGradients
+from npeff.gradients.rules.base import Scratch
+from npeff.models.parameters import Parameters
 
 EVERY = 16
 """Of batches whose graph is known and moves rows by its shapes alone, one in so many is checked again."""
@@ -67,8 +66,17 @@ class Form:
         return False
 
 
+class Checked(Protocol):
+    """What is checked: an engine's parameters, and those of them that failed before."""
+
+    parameters: Parameters
+    tensors: dict[str, Tensor]
+    scratch: Scratch
+    moved: dict[str, str]
+
+
 def check_rules(
-    engine: PerExampleGradients,
+    engine: Checked,
     batch: Batch,
     logits: Tensor,
     found: Mapping[str, list[Found]],
@@ -217,7 +225,7 @@ class Autograd:
 
 
 def _fitting(
-    entry: Found, delta: Tensor, weighted: Tensor, w: Tensor, precision: torch.dtype, engine: PerExampleGradients
+    entry: Found, delta: Tensor, weighted: Tensor, w: Tensor, precision: torch.dtype, engine: Checked
 ) -> list[int]:
     """The layouts in which the rows of each example follow its weight.
 
@@ -249,7 +257,7 @@ def _dense(gradient: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Ten
     return like.detach().new_zeros(shape) if gradient is None else dense(gradient).detach()
 
 
-def _sum(engine: PerExampleGradients, name: str, rules: list[Rule], delta: list[Tensor], u: Tensor) -> Tensor:
+def _sum(engine: Checked, name: str, rules: list[Rule], delta: list[Tensor], u: Tensor) -> Tensor:
     """``Σ_i u_i rule_i``, ``(numel,)`` float64, by way of the per-example gradients."""
     for rule, one in zip(rules, delta, strict=True):
         rule.reserve(1)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from npeff import devices
 from npeff.gradients.rules.base import Rule, Scratch
 from npeff.gradients.rules.embedding import Embedding
-from npeff.parameters import Parameter
+from npeff.models import devices
+from npeff.models.parameters import Parameter
 
 TILE_ELEMENTS = 1 << 20
 """Most elements (columns × parameters × examples) made at a time: 4 MB stay in the cache until compressed."""

@@ -75,6 +75,13 @@ def _plan_there(bases: Tensor, targets: Tensor, n_targets: int) -> RowPlan:
     return RowPlan(targets, bases, order, starts, torch.empty_like(bases))
 
 
+def ordered_by_magnitude(counts: Tensor, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and values ``(n, k)``, ordered by index, in the order of descending |value|; ties by index."""
+    there = torch.arange(indices.shape[1], device=counts.device) < counts[:, None]
+    order = torch.where(there, values.abs(), -1).sort(dim=1, descending=True, stable=True).indices
+    return indices.gather(1, order), values.gather(1, order)
+
+
 class DeviceTopK:
     """Running selections of the k largest |value|, in device memory; see ``kernels.StreamingTopK``.
 
@@ -120,12 +127,15 @@ class DeviceTopK:
         """Counts ``(n_rows,)``, indices and values ``(n_rows, k)`` with −1 and 0 behind the last of a row.
 
         The selectors are empty afterwards. Waits for nothing.
+
+        Args:
+            by_magnitude: Order by descending |value|, ties by index, instead of by index.
         """
         counts = torch.empty(self.n_rows, dtype=torch.int64, device=self.device)
         indices = torch.empty(self.n_rows, self.k, dtype=torch.int64, device=self.device)
         values = torch.empty(self.n_rows, self.k, dtype=torch.float32, device=self.device)
-        self._cuda.topk_finish(*self._selectors, by_magnitude, counts, indices, values, cuda.stream(self._memory))
-        return counts, indices, values
+        self._cuda.topk_finish(*self._selectors, counts, indices, values, cuda.stream(self._memory))
+        return counts, *(ordered_by_magnitude(counts, indices, values) if by_magnitude else (indices, values))
 
     def take_status(self) -> Tensor:
         """``(2,)`` int64: row and flat index of the first non-finite value pushed since the last call, or row −1.

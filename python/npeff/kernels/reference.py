@@ -171,10 +171,12 @@ def spmm(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tens
 
 def csr_transpose(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """indptr, indices and values of the transposed matrix; indices keep their dtype."""
-    rows = torch.repeat_interleave(torch.arange(len(indptr) - 1, device=indptr.device), indptr.diff())
-    order = torch.argsort(indices, stable=True)
-    counts = torch.bincount(indices.long(), minlength=n_columns)
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    numbers = torch.arange(len(indptr) - 1, device=indptr.device)
+    rows = torch.repeat_interleave(
+        numbers, indptr.diff(), output_size=len(indices)
+    )  # without it a device is waited for
+    columns, order = torch.sort(indices, stable=True)
+    starts = torch.searchsorted(columns.long(), torch.arange(n_columns + 1, device=indptr.device))
     return starts, rows[order].to(indices.dtype), values[order]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.gradients.factors import Likelihood
 from npeff.perturbation.examples import Examples
 from npeff.perturbation.outputs import curvature

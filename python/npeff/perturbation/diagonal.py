@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.batches import Batch
-from npeff.components import Components
+from npeff.batches.batches import Batch
+from npeff.components.components import Components
 from npeff.errors import ArgumentError
-from npeff.parameters import Parameters
+from npeff.models.parameters import Parameters
 from npeff.perturbation.data_fisher import summed_fisher
 from npeff.perturbation.effect import Side
 from npeff.perturbation.examples import Piece

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from npeff.components import Components
+from npeff.components.components import Components
 from npeff.errors import ArgumentError
-from npeff.solver.scaling import column_factors
+from npeff.fishers.scaling import column_factors
 
 Array = npt.NDArray[Any]
 Reject = Literal["span", "sequential"]

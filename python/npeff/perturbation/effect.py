@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from npeff.perturbation.measures import FIGURES, Interval
 from npeff.short_repr import several, short_repr
+from npeff.storage.files import atomic, path_of
+from npeff.storage.recognition import refuse_npeff_file
 
 Array = npt.NDArray[Any]
 
@@ -204,9 +206,6 @@ def write_json(content: Any, path: str | Path) -> Path:
         ArgumentError: ``path`` is no path.
         StorageError: Fishers or Components are there, or the file cannot be written.
     """
-    from npeff.storage import refuse_npeff_file
-    from npeff.storage.files import atomic, path_of
-
     path = path_of(path)
     refuse_npeff_file(path)
     with atomic(path) as scratch:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from npeff.batches import Batch, batch_digest, check_data, read_batches
+from npeff.batches.batches import Batch, batch_digest, check_data, read_batches
 from npeff.errors import DataError, NpeffError
 from npeff.gradients.independence import differ
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.components import Components
+from npeff.components.components import Components
 from npeff.errors import ArgumentError
 from npeff.perturbation.diagonal import diagonal_moves
 from npeff.perturbation.directions import Directions, random_direction

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError
-from npeff.parameters import Parameter, Parameters
+from npeff.fishers.scaling import layer_of
+from npeff.models.parameters import Parameter, Parameters
 from npeff.short_repr import short_repr
-from npeff.solver.scaling import layer_of
 
 Array = npt.NDArray[Any]
 Groups = Literal["layer", "parameter"] | Mapping[str, Any]

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from npeff.batch_order import check_sampler
-from npeff.components import Components
-from npeff.digests import model_digest
+from npeff.batches.batch_order import check_sampler
+from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError
 from npeff.gradients.eligibility import check_eligible
 from npeff.gradients.factors import Likelihood
 from npeff.gradients.selection import placed
+from npeff.models.digests import model_digest
 from npeff.perturbation.options import Options
 from npeff.perturbation.session import Forward, Session, untouched
 

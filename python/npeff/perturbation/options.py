@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from npeff.errors import ArgumentError
 from npeff.perturbation.directions import Reject
+from npeff.perturbation.merging import MIXES
 
 Array = npt.NDArray[Any]
 Combine = Literal["each", "principal"] | Sequence[float]
@@ -97,8 +98,6 @@ class Options:
     @property
     def mixes(self) -> tuple[float, ...]:
         """λ to try for a diagonal component."""
-        from npeff.perturbation.merging import MIXES
-
         if self.mix is None:
             return MIXES
         given = [self.mix] if np.ndim(self.mix) == 0 else self.mix

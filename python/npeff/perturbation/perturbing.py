@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from npeff.components import Components
+from npeff.components.components import Components
+from npeff.components.parameter_vectors import check_recovered
+from npeff.components.strategies import Strategy
 from npeff.gradients.factors import Likelihood
-from npeff.parameter_vectors import check_recovered
 from npeff.perturbation.directions import Reject
 from npeff.perturbation.effect import Effect
 from npeff.perturbation.experiment import experiment
@@ -22,7 +23,6 @@ from npeff.perturbation.opening import checked_options, opened
 from npeff.perturbation.options import Combine, Options, Signs, baseline_rows, top_rows
 from npeff.perturbation.session import Forward
 from npeff.perturbation.subjects import needed_vectors, subject_of
-from npeff.strategies import Strategy
 
 Array = npt.NDArray[Any]
 

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches import Batch, call_model
+from npeff.batches.batches import Batch, call_model
 from npeff.errors import DataError
 from npeff.gradients.factors import Likelihood, check_meaning
-from npeff.parameters import Parameters
+from npeff.models.parameters import Parameters
 from npeff.perturbation import outputs
 from npeff.perturbation.curvature import Curvature
 from npeff.perturbation.directions import Directions, random_direction

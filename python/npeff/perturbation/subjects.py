@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from npeff.components import Components
+from npeff.components.components import Components
+from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.perturbation.directions import Directions, Reject, Rejection
 from npeff.perturbation.options import Combine
-from npeff.strategies import Strategy
 
 Array = npt.NDArray[Any]
 

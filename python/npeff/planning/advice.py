@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from npeff.compress import GramOnly, Sketch, TopK
-from npeff.memory import format_bytes
+from npeff.fishers.compress import GramOnly, Sketch, TopK
+from npeff.models.memory import format_bytes
 from npeff.planning.quality import SKETCH_ERROR, TOP_K_ERROR
 
 if TYPE_CHECKING:

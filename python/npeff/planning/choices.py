@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from npeff.compress import Compression, GramOnly, Sketch, TopK
-from npeff.fishers import Fishers, Kind
+from npeff.fishers.compress import Compression, GramOnly, Sketch, TopK
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.rows import Kind
 from npeff.planning.peak import settled_bytes
 from npeff.planning.quality import gram_error
 from npeff.planning.sizes import example_bytes, kept_entries, name_of, row_bytes

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Literal
 
-from npeff.memory import format_bytes
+from npeff.models.memory import format_bytes
 from npeff.planning.advice import Advice
 from npeff.planning.choices import Choice
 from npeff.short_repr import short_repr

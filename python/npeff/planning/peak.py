@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 
-from npeff.memory import return_freed_memory
+from npeff.models.memory import return_freed_memory
 
 INTERVAL = 0.004
 """Seconds between two looks."""

@@ -11,13 +11,13 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from npeff.batches import check_data, read_batches
-from npeff.compress import TopK
-from npeff.computation import Forward
+from npeff.batches.batches import check_data, read_batches
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers import Kind
+from npeff.fishers.compress import TopK
+from npeff.fishers.computation import Forward
+from npeff.fishers.rows import Kind
 from npeff.gradients.factors import Basis, Labels, Likelihood
-from npeff.memory import available_bytes, parse_bytes
+from npeff.models.memory import available_bytes, parse_bytes
 from npeff.planning.advice import advise
 from npeff.planning.choices import TOP_KS, Trials, ways, weigh
 from npeff.planning.estimate import Plan, Source

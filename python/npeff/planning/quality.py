@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.fishers import Fishers
-from npeff.rows import SparseRows
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.rows import SparseRows
 
 Array = npt.NDArray[Any]
 

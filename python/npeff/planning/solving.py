@@ -1,9 +1,9 @@
 """What the decomposition of Fishers that do not exist yet will take.
 
-Bytes follow from the shapes, as :func:`npeff.solver.choice.choose_space` counts them. Seconds are those of real steps
-on random rows of the right shape, times the number of steps: half way (in the logarithm) between what a search on the
-trial's own Fishers took and what searches have taken elsewhere. Few examples say little about many, so the seconds are
-a guide and no more.
+Bytes follow from the shapes, as :func:`npeff.decomposition.choice.choose_space` counts them. Seconds are those of real
+steps on random rows of the right shape, times the number of steps: half way (in the logarithm) between what a search on
+the trial's own Fishers took and what searches have taken elsewhere. Few examples say little about many, so the seconds
+are a guide and no more.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from npeff.compress import Compression, GramOnly, TopK
-from npeff.fishers import Fishers
+from npeff.decomposition.choice import DENSE_RATE, GRAM_BYTES, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
+from npeff.decomposition.low_rank import LowRank
+from npeff.decomposition.spaces import SparseSpace
+from npeff.decomposition.subspace import DIMENSIONS
+from npeff.fishers.compress import Compression, GramOnly, TopK
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.rows import DenseRows
+from npeff.fishers.scaling import ScaledRows
+from npeff.kernels.threads import threads_for
 from npeff.planning.trial import Timing
-from npeff.rows import DenseRows
-from npeff.solver.choice import DENSE_RATE, GRAM_BYTES, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
-from npeff.solver.low_rank import LowRank
-from npeff.solver.scaling import ScaledRows
-from npeff.solver.spaces import SparseSpace
-from npeff.solver.subspace import DIMENSIONS
-from npeff.threads import threads_for
 
 STEPS_PER_ROOT = 280
 """Steps of a whole search (three starts, up to forty moves) per √r: measured searches took 220 to 400."""
@@ -166,7 +166,7 @@ def tried_search(fishers: Fishers, n_components: int) -> Search:
         fishers: Low-rank ones.
         n_components: Of the larger one; there are fewer here where there are less than four examples for each.
     """
-    from npeff.decomposition import decompose
+    from npeff.decomposition.decomposition import decompose
 
     offsets = np.asarray(fishers.row_offsets)
     n = int(np.searchsorted(offsets, SEARCH_ROWS, side="right")) - 1

@@ -15,16 +15,16 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from npeff.batches import read_batches
-from npeff.compress import Compression
-from npeff.computation import compute_fishers
-from npeff.fishers import FisherBlock, Fishers, Kind
+from npeff.batches.batches import read_batches
+from npeff.fishers.compress import Compression
+from npeff.fishers.computation import compute_fishers
+from npeff.fishers.fishers import FisherBlock, Fishers
+from npeff.fishers.rows import DenseRows, Kind, SparseRows
+from npeff.fishers.shards import FisherWriter
 from npeff.gradients.engine import KEPT_BYTES
 from npeff.gradients.factors import FactorOptions, factorise, in_pieces
 from npeff.planning.peak import Peak, settled_bytes
 from npeff.planning.quality import largest_entries, unit_gram
-from npeff.rows import DenseRows, SparseRows
-from npeff.storage.shards import FisherWriter
 
 SHARD_BYTES = 64 << 20
 """Bytes of Fishers that are held until a shard is written."""
@@ -254,7 +254,7 @@ def writing(header: dict[str, Any], n_columns: int, folder: Path | None = None) 
     """What a byte of Fishers takes to be written as a shard, merged into the file and removed.
 
     Args:
-        header: Of the Fishers, for :class:`npeff.storage.shards.FisherWriter`.
+        header: Of the Fishers, for :class:`npeff.fishers.shards.FisherWriter`.
         n_columns: Width of the rows in the probe.
         folder: Where the file will be.
     """

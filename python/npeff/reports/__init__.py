@@ -7,7 +7,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from npeff.components import Components
+from npeff.components.components import Components
 from npeff.errors import ArgumentError
 from npeff.reports.data import check_data, collect_report_data
 from npeff.reports.evidence import EffectSummary, InfluenceSummary, TraceSummary, TrustSummary

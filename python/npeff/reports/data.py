@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.components import Components
+from npeff.components.components import Components
 from npeff.errors import ArgumentError
 from npeff.reports.evidence import INFLUENCES, trust_of
 from npeff.reports.examples import Gallery

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from npeff.batches import Batch, looks_like_image, read_batch
+from npeff.batches.batches import Batch, looks_like_image, read_batch
+from npeff.batches.tensor_trees import leaves
 from npeff.errors import ArgumentError, DataError
 from npeff.reports.images import (
     PIXELATED_BELOW,
@@ -29,7 +30,6 @@ from npeff.reports.images import (
 )
 from npeff.reports.summary import DELAY, TopExample
 from npeff.reports.text import ClassNames, coefficient, excerpt, printable, text_of
-from npeff.tensor_trees import leaves
 
 Array = npt.NDArray[Any]
 Decode = Callable[[Any], str]

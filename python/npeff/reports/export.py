@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from npeff.components import Components
+from npeff.components.components import Components
 from npeff.errors import ArgumentError
 from npeff.reports.data import check_data, class_names_of, heading
 from npeff.reports.examples import Gallery, RawExample

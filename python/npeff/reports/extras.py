@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.components import Components
+from npeff.components.components import Components
 from npeff.errors import ArgumentError, ExtrasError, StorageError
 from npeff.reports.evidence import (
     TRUST_KEYS,

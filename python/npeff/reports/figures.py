@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from npeff.errors import ArgumentError
-from npeff.parameters import Parameter, Parameters
+from npeff.models.parameters import Parameter, Parameters
 from npeff.reports.summary import ComponentSummary
 from npeff.reports.text import ClassNames, percent
 

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from scipy.special import softmax
 from tqdm import tqdm
 
-from npeff.parameter_vectors import not_recovered
+from npeff.components.parameter_vectors import not_recovered
 from npeff.reports.data import THUMBS, ReportData
 from npeff.reports.evidence import INFLUENCES, InfluenceSummary
 from npeff.reports.figures import (

@@ -12,10 +12,10 @@ import torch
 from scipy.linalg import eigh
 
 from npeff.companions.linearize.affinities import conditional_probabilities
-from npeff.components import Components
+from npeff.components.components import Components
+from npeff.components.strategies import Strategy, response_similarity, strategy_tree
 from npeff.errors import ArgumentError
 from npeff.reports.summary import ComponentSummary, TopExample, known_predictions, top_examples
-from npeff.strategies import Strategy, response_similarity, strategy_tree
 
 Array = npt.NDArray[Any]
 
@@ -81,7 +81,7 @@ def tree_of(
         k: Examples per node.
         strategies: What ``components.strategies()`` gives, or a number of strategies to colour; by default the
             number with the best silhouette.
-        similarity: ``(r, r)`` of the components; by default that of their responses (:mod:`npeff.strategies`).
+        similarity: ``(r, r)`` of the components; by default that of their responses.
 
     Raises:
         ArgumentError: ``strategies`` is neither a tree over these components nor such a number.

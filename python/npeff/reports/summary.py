@@ -11,8 +11,8 @@ import numpy.typing as npt
 from scipy.special import softmax
 from tqdm import tqdm
 
-from npeff.components import Components
-from npeff.parameter_vectors import not_recovered
+from npeff.components.components import Components
+from npeff.components.parameter_vectors import not_recovered
 
 Array = npt.NDArray[Any]
 

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from npeff.errors import ForeignFileError, NewerFileError, StorageError, TruncatedFileError
 from npeff.storage.documents import MOST_BYTES, expect, parse_json
 from npeff.storage.fields import Field, Sizes, check_shapes, checked_pieces, refuse
+from npeff.storage.files import forget
 from npeff.storage.hdf5 import CHUNK_BYTES, Data, as_bytes, write_hdf5
 from npeff.storage.opening import Spec, open_hdf5, structure_of
-from npeff.streamed_rows import forget
 
 Array = npt.NDArray[Any]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import re
 import socket
@@ -12,7 +13,9 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import numpy.typing as npt
 
 from npeff.errors import ArgumentError, NpeffError, StorageError
 
@@ -349,3 +352,17 @@ class Lock:
             with contextlib.suppress(OSError):  # not empty: another process has come, or the user keeps something there
                 os.rmdir(self.path.parent)
         os.close(self._fd)
+
+
+def forget(*arrays: npt.NDArray[Any]) -> None:
+    """Let go of the pages of mapped files: they count as this process's memory until the system wants them back.
+
+    The contents stay on disk, and are read again when they are needed.
+    """
+    for array in arrays:
+        base: Any = array
+        while base is not None and not isinstance(base, mmap.mmap):
+            base = getattr(base, "base", None)
+        if base is not None and hasattr(base, "madvise"):
+            with contextlib.suppress(OSError, ValueError):
+                base.madvise(mmap.MADV_DONTNEED)

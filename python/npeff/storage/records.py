@@ -14,7 +14,7 @@ from npeff.storage.container import open_container, write_container
 from npeff.storage.fields import Field, Sizes
 from npeff.storage.files import atomic, path_of
 from npeff.storage.hdf5 import Data
-from npeff.storage.store import check_replaceable
+from npeff.storage.recognition import check_replaceable
 
 Array = npt.NDArray[Any]
 

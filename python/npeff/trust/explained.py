@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.components import Components
-from npeff.fishers import Fishers
-from npeff.rows import GramRows
+from npeff.components.components import Components
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.rows import GramRows
 from npeff.trust.inner_products import InnerProducts
 
 Array = npt.NDArray[Any]

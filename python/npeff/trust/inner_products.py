@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 
 from npeff import kernels
-from npeff.components import Components
+from npeff.components.components import Components
 from npeff.errors import ArgumentError
-from npeff.fishers import Fishers
-from npeff.rows import GramRows
-from npeff.solver.scaling import scale
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.rows import GramRows
+from npeff.fishers.scaling import scale
 
 Array = npt.NDArray[Any]
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.components import Components
-from npeff.compress import sketch_of
+from npeff.components.components import Components
+from npeff.components.parameter_vectors import check_recovered
 from npeff.errors import ArgumentError
-from npeff.parameter_vectors import check_recovered
+from npeff.fishers.compress import sketch_of
 
 Array = npt.NDArray[Any]
 

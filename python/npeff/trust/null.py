@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from npeff.components import Components
+from npeff.components.components import Components
+from npeff.decomposition.decomposition import decompose
 from npeff.errors import ArgumentError
-from npeff.fishers import Fishers
-from npeff.rows import DenseRows, GramRows, Rows, SparseRows
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.rows import DenseRows, GramRows, Rows, SparseRows
 from npeff.trust.stability import options_of
 
 Array = npt.NDArray[Any]
@@ -78,8 +79,6 @@ def null_model(
     Raises:
         ArgumentError: ``repeats`` is below 1, or the Fishers are not those of the components.
     """
-    from npeff.decomposition import decompose
-
     if repeats < 1:
         raise ArgumentError(f"repeats: expected at least 1, got {repeats}")
     if isinstance(fishers.rows, GramRows):
@@ -87,7 +86,7 @@ def null_model(
             "fishers: inner products alone (GramOnly) have no entries that could be shuffled; compute Fishers with "
             "compress=None, TopK(k) or Sketch(d) for a null model"
         )
-    components._check_compatible(fishers)
+    components.check_compatible(fishers)
     options = {**options_of(components), **options, "progress": False}
     losses, energies = [], []
     for repeat in tqdm(range(repeats), "null model", disable=not progress, unit="shuffle"):

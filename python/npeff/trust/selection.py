@@ -12,12 +12,13 @@ import torch
 from tqdm import tqdm
 
 from npeff import kernels
-from npeff.components import Components, statistics
+from npeff.components.components import Components, statistics
+from npeff.decomposition.decomposition import decompose
 from npeff.errors import ArgumentError
-from npeff.fishers import Fishers
-from npeff.rows import DenseRows, GramRows, SparseRows
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.rows import DenseRows, GramRows, SparseRows
+from npeff.fishers.scaling import ScaledRows, fisher_norms, keep_columns
 from npeff.short_repr import several
-from npeff.solver.scaling import ScaledRows, fisher_norms, keep_columns
 
 Array = npt.NDArray[Any]
 
@@ -80,8 +81,6 @@ def select(
     Raises:
         ArgumentError: A number is out of range, or there are too few examples.
     """
-    from npeff.decomposition import decompose
-
     if isinstance(fishers.rows, GramRows):
         raise ArgumentError(
             "fishers: inner products alone (GramOnly) cannot be split into halves of the parameters, on which the "

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from npeff.components import Components
+from npeff.components.components import Components
+from npeff.components.strategies import strategies_of_each
+from npeff.decomposition.decomposition import decompose
 from npeff.errors import ArgumentError
-from npeff.fishers import Fishers
-from npeff.rows import GramRows
-from npeff.strategies import strategies_of_each
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.rows import GramRows
 from npeff.trust.inner_products import InnerProducts
 from npeff.trust.matching import assigned, match
 
@@ -106,15 +107,13 @@ def stability(
     Raises:
         ArgumentError: An option is out of range, or the Fishers are not those of the components.
     """
-    from npeff.decomposition import decompose
-
     if repeats < 2:
         raise ArgumentError(f"repeats: expected at least 2, got {repeats}")
     if not 0 < share <= 1:
         raise ArgumentError(f"share: expected a share above 0 and at most 1, got {share}")
     inner = InnerProducts(fishers, components) if isinstance(fishers.rows, GramRows) else None
     if inner is None:
-        components._check_compatible(fishers)
+        components.check_compatible(fishers)
     n, r = len(fishers), components.n_components
     size = max(1, round(share * n))
     most = min(r, most_strategies or MOST_STRATEGIES)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from npeff import kernels
-from npeff.batches import call_model, examples_at, read_batch
+from npeff.batches.batches import call_model, examples_at, read_batch
 from npeff.companions.influence.estimator import CrossLossInfluence
 from npeff.companions.influence.losses import Loss, cross_entropy
 from npeff.companions.influence.scores import Array, Scores
-from npeff.components import Components
-from npeff.digests import model_digest
+from npeff.components.components import Components
+from npeff.components.parameter_vectors import check_recovered
 from npeff.errors import ArgumentError, DataError, ModelError
-from npeff.parameter_vectors import check_recovered
+from npeff.fishers.scaling import column_factors
+from npeff.models.digests import model_digest
 from npeff.short_repr import short_repr
-from npeff.solver.scaling import column_factors
 
 Surrogate = Literal["coefficient", "cross"]
 Forward = Callable[[Any, Any], Any]

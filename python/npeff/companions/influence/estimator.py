@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.companions.influence.blocks import contract, formed, scatter
 from npeff.companions.influence.losses import Examples, Loss, call_loss, check_loss
 from npeff.companions.influence.objective import Objective, Stationarity, check_finite
 from npeff.companions.influence.scores import Array, Direction, Scores, check_path
 from npeff.companions.influence.solvers import Inverse, Solver, resolve
 from npeff.companions.influence.solvers.base import check_count, check_positive
-from npeff.digests import model_digest
 from npeff.errors import ArgumentError, ModelError
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.selection import placed, select_parameters
+from npeff.models.digests import model_digest
 from npeff.storage.files import check_target, explain, reserve
 
 _VECTORS = 10

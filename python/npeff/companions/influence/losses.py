@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npeff.batch_order import check_sampler
-from npeff.batches import Batch, check_data, read_batches
+from npeff.batches.batch_order import check_sampler
+from npeff.batches.batches import Batch, check_data, read_batches
+from npeff.batches.tensor_trees import leaves
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
-from npeff.tensor_trees import leaves
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch) -> (b,)``: one number per example of the batch as the data yields it."""
@@ -87,7 +87,7 @@ class Examples:
         check_sampler(data, name)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches, as read by :func:`npeff.batches.read_batches`.
+        """Batches, as read by :func:`npeff.batches.batches.read_batches`.
 
         Raises:
             DataError: There are none.

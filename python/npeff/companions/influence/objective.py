@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.companions.influence.blocks import formed, place
 from npeff.companions.influence.losses import Examples, Loss, call_loss
 from npeff.errors import DataError, ModelError
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.rules.base import working
 from npeff.gradients.tiles import Block
-from npeff.parameters import Parameters
+from npeff.models.parameters import Parameters
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.companions.influence.losses import Examples, Loss, call_loss, check_loss
 from npeff.companions.influence.minimising import Weighted
 from npeff.companions.influence.solvers.base import check_positive

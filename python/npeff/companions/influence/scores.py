@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, ForeignFileError, StorageError
-from npeff.storage import refuse_npeff_file
 from npeff.storage.container import open_file
 from npeff.storage.documents import item, parse_json
 from npeff.storage.fields import FLOAT, Field
 from npeff.storage.files import atomic, path_of
 from npeff.storage.hdf5 import Data, as_bytes, pieces, write_hdf5
+from npeff.storage.recognition import refuse_npeff_file
 
 Array = npt.NDArray[Any]
 Direction = Literal["raises", "lowers", "both"]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.companions.influence.losses import Examples, Loss, call_loss, check_loss
 from npeff.companions.influence.solvers.base import check_count, check_positive
 from npeff.errors import ArgumentError

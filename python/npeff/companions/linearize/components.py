@@ -21,7 +21,7 @@ from npeff.perturbation.outputs import curvature
 from npeff.short_repr import short_repr
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
 
 TARGET = 0.05
 """Mean predicted divergence, in nats, of the default magnitude."""

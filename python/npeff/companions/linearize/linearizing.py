@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from npeff.batches.tensor_trees import leaves
 from npeff.companions.linearize.linear_map import LinearMap
 from npeff.companions.linearize.program import Frozen, Program
 from npeff.companions.linearize.recording import Recorder, listed, recording
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
 from npeff.gradients.eligibility import check_eligible
-from npeff.tensor_trees import leaves
 
 Forward = Callable[[Any, Any], Any]
 

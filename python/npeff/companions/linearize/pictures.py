@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from npeff.batches import looks_like_image
+from npeff.batches.batches import looks_like_image
 from npeff.errors import ArgumentError
 from npeff.storage.files import atomic, check_target, path_of
 

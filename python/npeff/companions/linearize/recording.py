@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from npeff.batches.tensor_trees import leaves
 from npeff.companions.linearize import piecewise, smooth  # noqa: F401 - they fill the table of rules
 from npeff.companions.linearize.examples_apart import examples_apart
 from npeff.companions.linearize.names import RESHAPED
@@ -19,7 +20,6 @@ from npeff.companions.linearize.program import Frozen, Like, Program, Step
 from npeff.companions.linearize.rules import RULES, Affine, Call, Held, Outcome
 from npeff.companions.linearize.values import Values, flat_storage, key
 from npeff.errors import ModelError
-from npeff.tensor_trees import leaves
 
 _RANDOM = torch.Tag.nondeterministic_seeded
 _ROOT = ""

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches import examples_at
+from npeff.batches.batches import examples_at
 from npeff.companions.linearize.components import Forward, attribute_component
 from npeff.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
 
 Array = npt.NDArray[np.float32]
 

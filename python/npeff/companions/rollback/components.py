@@ -14,7 +14,7 @@ from npeff.errors import ArgumentError
 from npeff.short_repr import short_repr
 
 if TYPE_CHECKING:
-    from npeff.components import Components
+    from npeff.components.components import Components
 
 Array = npt.NDArray[Any]
 

@@ -80,8 +80,8 @@ class CapacityMap:
             ArgumentError: ``path`` is no path, or its suffix is no format.
             StorageError: npeff's work is there, or the file cannot be written.
         """
-        from npeff.storage import refuse_npeff_file
         from npeff.storage.files import atomic, path_of
+        from npeff.storage.recognition import refuse_npeff_file
 
         path = path_of(path)
         kind = path.suffix.lower().lstrip(".")

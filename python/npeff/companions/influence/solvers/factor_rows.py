@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.companions.influence.blocks import formed, scatter
 from npeff.companions.influence.losses import call_loss
 from npeff.companions.influence.objective import Objective, check_finite

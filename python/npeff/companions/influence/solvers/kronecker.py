@@ -13,7 +13,7 @@ from npeff.gradients.engine import Prepared
 from npeff.gradients.rules.base import Rule, working
 from npeff.gradients.rules.convolution import ConvolutionBias, ConvolutionWeight, patches
 from npeff.gradients.rules.linear import MatrixBias, MatrixProduct
-from npeff.parameters import Parameters
+from npeff.models.parameters import Parameters
 
 
 @dataclass(frozen=True)

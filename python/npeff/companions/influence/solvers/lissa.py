@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from npeff.batches import Batch
+from npeff.batches.batches import Batch
 from npeff.companions.influence.objective import Objective
 from npeff.companions.influence.solvers.base import (
     Inverse,

@@ -1,0 +1,1 @@
+"""Components: what a decomposition gives, encoded, recovered, grouped into strategies, and stored."""

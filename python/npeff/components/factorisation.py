@@ -1,0 +1,149 @@
+"""The arrays of a decomposition, and what follows from them directly."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.fishers.rows import Kind
+from npeff.models.parameters import Parameters
+
+Array = npt.NDArray[Any]
+
+OPTIONAL = ("columns", "row_weights", "row_offsets", "recovered", "recovered_vectors")
+"""Arrays that not all components have."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factorisation:
+    """Coefficients and vectors of r components of n examples, and where they came from.
+
+    Attributes:
+        kind: ``"low_rank"`` or ``"diagonal"``.
+        coefficients: W, ``(n, r)`` float32 ≥ 0, of the unit-norm Fishers.
+        vectors: G (or H), ``(r, n_kept)`` float32 with unit rows, on the kept columns, block weights applied; of
+            sketched Fishers ``(r, d)``; of inner products ``(r, r)`` with the right inner products.
+        columns: ``(n_kept,)`` int64 parameter index of each kept column; None when all are kept.
+        block_weights: Weight per parameter name that the Fisher's blocks were multiplied by; None for 1.
+        parameters: The parameters that the columns stand for.
+        labels: ``(n,)`` int64 true classes, −1 where unknown.
+        logits: ``(n, C)`` float32.
+        ids: ``(n,)`` int64 positions of the examples in their data.
+        norms: ``(n,)`` float32 norms of the uncompressed Fishers.
+        loss_curve: Relative loss per iteration, L / Σ‖A_iA_iᵀ‖², float64.
+        loss: Relative loss of this factorisation.
+        provenance: How it was made: the Fishers' provenance and the options and course of the decomposition.
+        row_weights: ``(Σ rank, r)`` float32: vectors are these combinations of the stored rows; kept where those are
+            no parameter-space rows.
+        row_offsets: ``(n + 1,)`` int64: example i has ``row_weights[row_offsets[i]:row_offsets[i + 1]]``.
+        recovered: ``(k,)`` int64 components with known vectors in parameter space, where ``vectors`` are none.
+        recovered_vectors: ``(k, n_parameters)`` float32, unit rows.
+        seconds: Wall-clock seconds that ``"building"`` the space and ``"solving"`` took; empty where a file was opened:
+            files of the same run are equal byte for byte.
+        check: Checks arrays that were too large to be checked when the file was opened, once; None where nothing is
+            left to check.
+    """
+
+    kind: Kind
+    coefficients: Array
+    vectors: Array
+    columns: Array | None
+    block_weights: dict[str, float] | None
+    parameters: Parameters
+    labels: Array
+    logits: Array
+    ids: Array
+    norms: Array
+    loss_curve: Array
+    loss: float
+    provenance: dict[str, Any] = field(default_factory=dict)
+    row_weights: Array | None = None
+    row_offsets: Array | None = None
+    recovered: Array | None = None
+    recovered_vectors: Array | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    check: Callable[[], None] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.verify()
+        return {**self.__dict__, "check": None}
+
+    def __len__(self) -> int:
+        return self.n_components
+
+    def verify(self) -> None:
+        """Make sure that arrays mapped from a large file are what was written, before all of them are used.
+
+        As :meth:`npeff.Fishers.verify`; ``encode``, ``expand``, ``recover``, ``cosines`` and ``save`` call this.
+
+        Raises:
+            StorageError: The file is damaged.
+        """
+        if self.check is not None:
+            self.check()
+
+    @property
+    def n_components(self) -> int:
+        """Number of components, r."""
+        return int(self.coefficients.shape[1])
+
+    @property
+    def n_parameters(self) -> int:
+        """Length of the flat parameter vector, m."""
+        return self.parameters.n_parameters
+
+    @property
+    def predictions(self) -> Array:
+        """``(n,)`` int64 arg-max of the logits; −1 where the file that this came from holds no logits."""
+        if not self.logits.shape[1]:
+            return np.full(len(self.logits), -1, np.int64)
+        return np.asarray(np.argmax(self.logits, axis=1), np.int64)
+
+    @property
+    def zero(self) -> Array:
+        """``(n,)`` bool: examples whose Fisher vanished; their coefficients are 0."""
+        return np.asarray(self.norms == 0)
+
+    @property
+    def compression(self) -> str | None:
+        """How the Fishers' rows were kept: ``"topk"``, ``"sketch"``, ``"gram"``, or None for exact rows."""
+        options = (self.provenance.get("fishers") or {}).get("options") or {}
+        method = (options.get("compress") or {}).get("method")
+        return None if method is None else str(method)
+
+    @property
+    def digest(self) -> str:
+        """Which decomposition this is: blake2b over the kind, the coefficients and the examples' positions.
+
+        A file of recovered vectors has the digest of the components that they were recovered for.
+        """
+        W = np.ascontiguousarray(self.coefficients, np.float32)
+        digest = hashlib.blake2b(f"{self.kind} {W.shape}".encode(), digest_size=16)
+        digest.update(W.data)
+        digest.update(np.ascontiguousarray(self.ids, np.int64).data)
+        return digest.hexdigest()
+
+    def cosines(self) -> Array:
+        """``(r, r)`` |cos| between the vectors, as factorised."""
+        self.verify()
+        unit = self.vectors / np.maximum(np.linalg.norm(self.vectors, axis=1, keepdims=True), 1e-30)
+        return np.asarray(np.abs(unit @ unit.T))
+
+    def to_arrays(self) -> dict[str, Array]:
+        """The arrays of the container format."""
+        arrays = {
+            name: getattr(self, name)
+            for name in ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
+        }
+        optional = {name: getattr(self, name) for name in OPTIONAL}
+        return arrays | {name: array for name, array in optional.items() if array is not None}
+
+    def meta(self) -> dict[str, Any]:
+        """Everything else, JSON-able."""
+        same = {name: getattr(self, name) for name in ("kind", "block_weights", "loss", "provenance")}
+        return {**same, "parameters": self.parameters.to_json()}

@@ -1,0 +1,66 @@
+"""Saving Components: one HDF5 container, which says by itself what it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npeff.components.factorisation import Factorisation
+from npeff.fishers.contents import check_saved, n_classes
+from npeff.storage.container import write_container
+from npeff.storage.fields import FLOAT, INT, Field
+from npeff.storage.files import atomic, path_of
+from npeff.storage.hdf5 import Data
+from npeff.storage.recognition import check_components_target
+
+COMPONENTS = (
+    Field("coefficients", FLOAT, ("n_examples", "n_components"), least=0),
+    Field("vectors", FLOAT, ("n_components", "n_columns")),
+    Field("columns", INT, ("n_columns",), least=0, below="n_parameters", ascending_in="", optional=True),
+    Field("labels", INT, ("n_examples",), least=-1, below="n_classes"),
+    Field("logits", FLOAT, ("n_examples", "n_outputs")),
+    Field("ids", INT, ("n_examples",), least=0),
+    Field("norms", FLOAT, ("n_examples",), least=0, nan=True),
+    Field("loss_curve", FLOAT, ("n_losses",)),
+    Field("row_offsets", INT, ("n_examples + 1",), ascends_to="n_rows", optional=True),
+    Field("row_weights", FLOAT, ("n_rows", "n_components"), optional=True),
+    Field("recovered", INT, ("n_recovered",), least=0, below="n_components", ascending_in="", optional=True),
+    Field("recovered_vectors", FLOAT, ("n_recovered", "n_parameters"), optional=True),
+)
+
+
+def save_components(components: Factorisation, path: Path | str) -> Path:
+    """Write Components to an HDF5 file: their arrays under ``arrays/`` and ``components.meta()`` as JSON.
+
+    The file appears whole or not at all. An existing file is replaced only if it, too, holds npeff
+    Components.
+
+    Args:
+        components: What to save.
+        path: Where.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ArgumentError: An array holds what no Components have, such as NaN; says which.
+        StorageError: The file cannot be written there; what was there is untouched.
+    """
+    path = path_of(path)
+    check_components_target(path)
+    components.verify()
+    source = components.provenance.get("fishers") or {}
+    known = {
+        "n_parameters": components.parameters.n_parameters,
+        "n_classes": n_classes(source.get("options") or {}, components.logits.shape[1]),
+    }
+    check_saved("components", components.to_arrays(), COMPONENTS, known)
+    arrays = [Data.of(f"arrays/{name}", np.asarray(array)) for name, array in sorted(components.to_arrays().items())]
+    n, r = components.coefficients.shape
+    attributes: dict[str, Any] = {"kind": components.kind, "n_examples": np.int64(n), "n_components": np.int64(r)}
+    attributes["n_parameters"] = np.int64(components.parameters.n_parameters)
+    with atomic(path) as scratch:
+        write_container(scratch, "components", [Data.json("meta", components.meta()), *arrays], attributes)
+    return path

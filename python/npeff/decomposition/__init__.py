@@ -1,0 +1,1 @@
+"""Stage 2: Fishers are factorised into components."""

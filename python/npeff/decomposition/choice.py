@@ -1,0 +1,169 @@
+"""Which space a decomposition works in: the one that takes least time among those that fit into memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from npeff.decomposition.subspace import DIMENSIONS
+from npeff.errors import ArgumentError
+from npeff.fishers.rows import GramRows, Rows, SparseRows
+from npeff.fishers.streamed_rows import DEVICE_PART_BYTES, PART_BYTES, column_counts
+from npeff.kernels.sparse_gram import DENSE_BYTES
+from npeff.models import devices
+from npeff.models.memory import available_bytes, format_bytes
+
+SpaceName = Literal["auto", "gram", "sparse", "sketch"]
+
+GRAM_BYTES = 4 << 30
+"""Largest K that ``space="auto"`` builds."""
+
+DENSE_RATE, SPARSE_RATE, SCATTER_RATE = 100e9, 10e9, 5e9
+"""Operations per second of dense products, of sparse times dense, and of sparse Gram matrices: ratios matter."""
+
+POLISH_STEPS = 12
+"""Steps over all rows, two products each, that a polish is reckoned to take: three rounds that widen the subspace."""
+
+COLUMN_BYTES = 20
+"""Bytes per stored column of sparse rows: how often it occurs, where it went, its factor."""
+
+LEAST_PART = 1 << 20
+"""Bytes of rows below which reading by parts makes no sense."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a decomposition uses memory.
+
+    Attributes:
+        space: ``"gram"`` (K in memory), ``"sparse"`` (the rows in memory) or ``"sketch"`` (rows streamed).
+        reason: Why.
+        stream: Leave the rows where they are.
+        part_bytes: Bytes of stored rows that a pass takes at a time.
+        subspace_bytes: Most bytes for a subspace: its basis, and the rows' coordinates in it.
+    """
+
+    space: Literal["gram", "sparse", "sketch"]
+    reason: str
+    stream: bool
+    part_bytes: int
+    subspace_bytes: int
+
+
+def choose_space(
+    rows: Rows,
+    n_examples: int,
+    choice: SpaceName,
+    n_components: int,
+    *,
+    memory: int | None = None,
+    low_rank: bool = True,
+    dtype: str = "float32",
+    device: torch.device | None = None,
+    least_per_column: int = 1,
+) -> Plan:
+    """Plan a decomposition: by the operations of each space, at typical rates, and the memory each takes.
+
+    The spaces serve the search's subspace (about five products with d vectors; over the rows its basis, d vectors of
+    their width, is turned once) and the polish (two products with r vectors a step; over K one). K has to be built
+    first.
+
+    Args:
+        rows: The rows as stored.
+        n_examples: Their examples.
+        choice: What was asked for.
+        n_components: r.
+        memory: Ceiling in bytes; None: what the machine has, or the device, which binds nothing that was asked for by
+            name; but ``"sparse"`` rows that exceed a CUDA device's memory are streamed to it.
+        low_rank: Whether K would do in place of the rows.
+        dtype: Of the solver's products.
+        device: Where the products take place; None: the processor.
+        least_per_column: Columns with fewer entries are dropped.
+
+    Raises:
+        ArgumentError: ``choice`` is unknown, cannot serve these rows, or does not fit under the ceiling.
+    """
+    if choice not in ("auto", "gram", "sparse", "sketch"):
+        raise ArgumentError(f"space: expected 'auto', 'gram', 'sparse' or 'sketch', got {choice!r}")
+    if isinstance(rows, GramRows) and choice not in ("auto", "gram"):
+        raise ArgumentError(
+            f"space: Fishers of inner products alone (GramOnly) have no rows for {choice!r}; use 'gram', or compute "
+            "Fishers with rows"
+        )
+    number = 8 if dtype == "float64" else 4
+    r, R, width = n_components + n_components // 2 + 8, rows.n_rows, rows.n_columns
+    counts = None
+    if isinstance(rows, SparseRows):
+        counts = column_counts(rows, PART_BYTES if memory is None else max(LEAST_PART, min(PART_BYTES, memory // 8)))
+        counts = counts[counts >= max(1, least_per_column)].astype(np.float64)
+        width = len(counts)
+    state = number * r * (6 * R + 6 * n_examples)  # P, its change, W∘P, W and copies of them
+    if counts is not None:
+        state += COLUMN_BYTES * rows.n_columns
+    coords = 5 * number * n_components * width
+    gram = number * R * R
+    held = rows.nbytes if isinstance(rows, GramRows) else rows.nbytes * (number // 4) * (2 if counts is not None else 1)
+    there = device is not None and devices.has_own_memory(device)
+    ceiling = memory if memory is not None else available_bytes(device) * 4 // 5
+
+    # To build K, sparse rows are scaled, their columns sorted by how many rows share them, and some of them made dense.
+    for_gram = 2 * rows.nbytes + DENSE_BYTES if counts is not None and not there else 0
+
+    dimensions = max(DIMENSIONS, 4 * n_components)
+    basis = 2 * number * dimensions * width if low_rank else 0
+
+    def fits(*needs: int) -> bool:
+        return state + sum(needs) <= ceiling
+
+    def plan(space: Literal["gram", "sparse", "sketch"], reason: str) -> Plan:
+        taken = {"gram": gram + for_gram, "sparse": held + coords, "sketch": coords}[space]
+        held_for_gram = 0 if there else rows.nbytes  # rows come to a device by stretches
+        stream = space == "sketch" or (space == "gram" and counts is None and not fits(gram, held_for_gram))
+        left = ceiling - state - taken
+        if memory is not None and left < 4 * LEAST_PART:
+            raise ArgumentError(
+                f"memory: {format_bytes(memory)} does not hold what {n_components} components of {R:,} rows need in "
+                f"the space {space!r}, {format_bytes(state + taken + 4 * LEAST_PART)}; allow so much, or fewer "
+                "components" + ("" if space == "sketch" else ", or space='sketch'")
+            )
+        part = int(min(DEVICE_PART_BYTES if there else PART_BYTES, max(LEAST_PART, left // 6)))
+        return Plan(space, reason, stream and not isinstance(rows, GramRows), part, max(0, left // 2))
+
+    if isinstance(rows, GramRows):
+        return plan("gram", "inner products are all there is")
+    # Coordinates are as long wherever the rows are; a search without its subspace is possible, but slow.
+    rows_fit = fits(held, coords) or (memory is None and fits(held))
+    if choice == "sparse" and there and not rows_fit:
+        return plan("sketch", f"asked for the rows, and {_exceeds(held)}: they are streamed")
+    if choice != "auto":
+        return plan(choice, "asked for")
+    if not low_rank:
+        what = "the diagonal kind always works on the rows"
+        return plan("sparse", what) if rows_fit else plan("sketch", f"{what}, and they stay on disk: {_exceeds(held)}")
+    gram_fits = gram <= GRAM_BYTES and fits(gram + gram // 4) and fits(gram, for_gram)
+    if not gram_fits:
+        why = f"K of {R:,} rows would take {gram / 2**30:.1f} GiB"
+        return plan("sparse", why) if rows_fit else plan("sketch", f"{why}, and {_exceeds(held)}")
+    products = 5 * dimensions + 2 * POLISH_STEPS * n_components
+    if counts is not None:
+        building = min(np.square(counts).sum() / SCATTER_RATE, R**2 * width / DENSE_RATE)
+        over_rows = counts.sum() * 2 * products / SPARSE_RATE
+    else:
+        building = R**2 * width / DENSE_RATE
+        over_rows = 2 * R * width * products / DENSE_RATE
+    over_rows += 4 * width * dimensions**2 / DENSE_RATE
+    over_gram = building + 2 * R**2 * products / DENSE_RATE
+    if not rows_fit:
+        return plan("gram", f"{_exceeds(held)}, and K of {R:,} rows does not")
+    if not fits(held, coords, basis):
+        what = f"a basis of {dimensions} directions over {width:,} columns"
+        return plan("gram", f"{what} would exceed the memory allowed, and K of {R:,} rows does not")
+    found = f"reckoned {over_gram:.2g} s over K of {R:,} rows, {over_rows:.2g} s over the rows themselves"
+    return plan("gram" if over_gram < over_rows else "sparse", found)
+
+
+def _exceeds(held: int) -> str:
+    return f"the rows, {format_bytes(held)}, exceed the memory allowed"

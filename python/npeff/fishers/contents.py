@@ -1,0 +1,148 @@
+"""What Fishers look like in a container: their fields, and what is looked up in their JSON later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.errors import ArgumentError, StorageError
+from npeff.fishers.compress import sketch_of
+from npeff.fishers.rows import GramRows, Kind, Rows, SparseRows
+from npeff.models.parameters import Parameters
+from npeff.storage.container import Container
+from npeff.storage.documents import expect, item
+from npeff.storage.fields import INT, MOST_PARAMETERS, Field, Sizes, check_arrays
+
+Array = npt.NDArray[Any]
+KINDS = get_args(Kind)
+EXAMPLE_ARRAYS = {"norms": np.float32, "logits": np.float32, "labels": np.int64, "ids": np.int64}
+OFFSETS = Field("row_offsets", ("<i8",), ("n_examples + 1",), ascends_to="n_rows")
+EXAMPLES = (
+    Field("norms", ("<f4",), ("n_examples",), least=0),
+    Field("logits", ("<f4",), ("n_examples", "n_outputs")),
+    Field("labels", ("<i8",), ("n_examples",), least=-1, below="n_classes"),
+    Field("ids", ("<i8",), ("n_examples",), least=0),
+)
+ENTRIES = Field("rows/indices", INT, ("n_entries",), least=0, below="n_parameters", ascending_in="rows/indptr")
+SPARSE = (
+    Field("rows/indptr", ("<i8",), ("n_rows + 1",), ascends_to="n_entries"),
+    ENTRIES,
+    Field("rows/values", ("<f4",), ("n_entries",)),
+)
+DENSE = (Field("rows/values", ("<f4",), ("n_rows", "n_columns")),)
+GRAM = (Field("rows/gram", ("<f4",), ("n_rows", "n_rows")),)
+ROWS = {"sparse": SPARSE, "dense": DENSE, "gram": GRAM}
+
+
+def row_fields(form: str, kind: str) -> list[Field]:
+    """What is expected of rows, sparse, dense or inner products; those of diagonal Fishers are not negative."""
+    fields = ROWS[form]
+    return [
+        replace(field, least=0) if kind == "diagonal" and field.name == "rows/values" else field for field in fields
+    ]
+
+
+def row_arrays(rows: Rows) -> dict[str, Any]:
+    """The arrays of rows by the names of their datasets."""
+    if isinstance(rows, SparseRows):
+        return {"rows/indptr": rows.indptr, "rows/indices": rows.indices, "rows/values": rows.values}
+    return {"rows/gram" if isinstance(rows, GramRows) else "rows/values": rows.values}
+
+
+@contextmanager
+def coherent(path: Path) -> Iterator[None]:
+    """Tell that a file is damaged where what it holds contradicts itself.
+
+    Raises:
+        StorageError: It does.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise StorageError(f"{path}: damaged: {reason}") from error
+
+
+def one_of(container: Container, name: str, value: object, choices: Iterable[str]) -> str:
+    """``value``, which is one of ``choices``.
+
+    Raises:
+        StorageError: It is another.
+    """
+    if value not in tuple(choices):
+        raise StorageError(f"{container.path}: {name} is damaged: expected {' or '.join(choices)}, got {value!r}")
+    return str(value)
+
+
+def described_parameters(document: Any, where: str) -> Parameters:
+    """The parameters that a JSON document describes; ``where`` names file and field.
+
+    Raises:
+        StorageError: It describes none.
+    """
+    described = []
+    for entry in expect(document, where, list):
+        label, shape = item(expect(entry, where, dict), "name", where, str), item(entry, "shape", where, list)
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise StorageError(f"{where} is damaged: expected sizes ≥ 0 of {label!r}, got {shape}")
+        described.append((label, shape))
+    parameters = Parameters.of(described)
+    if len(set(parameters.names)) != len(parameters) or parameters.n_parameters > MOST_PARAMETERS:
+        raise StorageError(f"{where} is damaged: expected different names and at most 2⁴⁸ elements in all")
+    return parameters
+
+
+def check_provenance(container: Container, provenance: dict[str, Any], name: str) -> dict[str, Any]:
+    """The options in the provenance of Fishers, once all that is looked up in it later has the type expected there.
+
+    Raises:
+        StorageError: Something has not.
+    """
+    where, nothing = f"{container.path}: {name}", type(None)
+    options = item(provenance, "options", where, dict) if "options" in provenance else {}
+    compress = item(options, "compress", where, (dict, nothing)) or {}
+    item(compress, "method", where, (str, nothing))
+    item(options, "likelihood", where, (str, nothing))
+    with coherent(container.path):
+        sketch_of(provenance)
+    return options
+
+
+def n_classes(options: dict[str, Any], n_outputs: int) -> int:
+    """What labels have to be below: the number of outputs, where those are classes."""
+    return n_outputs if n_outputs and options.get("likelihood", "categorical") == "categorical" else 1 << 62
+
+
+def check_sizes(container: Container, sizes: Sizes) -> None:
+    """Make sure that the sizes told by attributes are those of the arrays.
+
+    Raises:
+        StorageError: One is not.
+    """
+    for name in ("n_examples", "n_parameters", "n_components"):
+        if name in container.attributes and container.attribute(name, int) != sizes.get(name):
+            found = container.attributes[name]
+            raise StorageError(
+                f"{container.path}: attribute {name!r} is damaged: expected {sizes.get(name)} as the arrays have, got "
+                f"{found}"
+            )
+
+
+def check_saved(name: str, arrays: dict[str, Any], fields: Iterable[Field], known: Sizes) -> None:
+    """Make sure that arrays are as the format says, before they are written.
+
+    Raises:
+        ArgumentError: One is not.
+    """
+    try:
+        check_arrays(name, arrays, [replace(field, dtypes=(*"fiu",)) for field in fields], known)
+    except StorageError as error:
+        raise ArgumentError(str(error).replace(" is damaged", "")) from error

@@ -1,0 +1,242 @@
+"""Inner products of all rows of all examples, layer by layer, with no per-example gradient kept.
+
+``K = A Aᵀ`` is a sum over parameters. For a matrix whose gradient is ``Σ_t δ_t ⊗ a_t`` an entry is
+``Σ_tu (a_t·a'_u)(δ_t·δ'_u)``: with T = 1 the Hadamard product of two small Gram matrices. With T > 1 either that sum is
+contracted, or the gradients are formed a few rows of the matrix at a time and forgotten, whichever takes fewer
+operations. Parameters whose gradient is smaller than its factors (biases, norms, small convolutions) keep it.
+
+What has been collected is held until K has taken it in; parameters that do not fit into the memory allowed wait for
+another pass over the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from npeff.batches.batch_order import FixedOrder, Repeats
+from npeff.batches.batches import Batch, batch_digest
+from npeff.errors import ArgumentError, DataError
+from npeff.fishers.compress import GramOnly
+from npeff.fishers.fishers import Fishers, fishers_in
+from npeff.fishers.gram_parts import Layer
+from npeff.fishers.rows import GramRows
+from npeff.fishers.run import Run
+from npeff.fishers.shards import header_in
+from npeff.gradients.engine import KEPT_BYTES
+from npeff.gradients.factors import check_meaning, cotangent_bytes, factorise
+from npeff.gradients.rules import Rule
+from npeff.gradients.tiles import Block, Pairs
+from npeff.models.digests import ModelWatch
+from npeff.models.memory import format_bytes, parse_bytes
+from npeff.models.parameters import Parameter
+from npeff.storage.container import open_container
+from npeff.storage.headers import check_header, plain
+
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class _Examples:
+    """What the first pass says of the examples."""
+
+    counts: list[Array] = field(default_factory=list)
+    scales: list[Array] = field(default_factory=list)
+    logits: list[Array] = field(default_factory=list)
+    labels: list[Array] = field(default_factory=list)
+
+    @property
+    def n(self) -> int:
+        """Number of examples so far."""
+        return sum(map(len, self.counts))
+
+
+def exact_gram(
+    run: Run, data: Iterable[Any], out: Path | None, max_examples: int | None, progress: bool, patterns: Any
+) -> Fishers:
+    """Fishers that hold K; see :class:`npeff.GramOnly`.
+
+    Args:
+        run: What :func:`npeff.compute_fishers` was asked for.
+        data: The batches.
+        out: File to write once K is whole; an equal one that is there is opened instead.
+        max_examples: Stop after so many.
+        progress: Show a progress bar.
+        patterns: The parameters asked for, for the provenance.
+
+    Raises:
+        ArgumentError: One parameter alone exceeds the memory allowed.
+        DataError: The data is empty, cannot be read a second time, or gives non-finite logits or gradients.
+        ResumeError: ``out`` holds other work.
+        StorageError: ``out`` cannot be written.
+    """
+    assert isinstance(run.compress, GramOnly)
+    watch = ModelWatch(run.model)
+    memory = parse_bytes(run.compress.memory)
+    examples, waiting, K = _Examples(), set(run.parameters.names), None
+    order = FixedOrder(data, lambda: run.batches(data, max_examples))
+    repeats, digests = Repeats(data), list[str]()
+    while waiting:
+        first_pass = K is None
+        layers = {name: Layer(run.parameters.named(name)) for name in sorted(waiting)}
+        n = 0
+        with tqdm(run.batches(data, max_examples), desc="inner products", unit="batch", disable=not progress) as bar:
+            for number, batch in enumerate(bar):
+                watch.check()
+                digest = batch_digest(batch)
+                if first_pass:
+                    if number == 0:
+                        order.check(batch)
+                    repeats.add(digest)
+                    digests.append(digest)
+                elif number >= len(digests) or digest != digests[number]:
+                    raise DataError(
+                        f"data: batch {number} is another one in a second pass over it, which the inner products need; "
+                        "pass data that keeps its order, or allow GramOnly more memory"
+                    )
+                ids = np.arange(n, n + batch.n_examples)
+                n += batch.n_examples
+                _collect(run, batch, ids, layers, examples if first_pass else None)
+                _postpone(layers, memory)
+        if first_pass:
+            repeats.end()
+            if not examples.n:
+                raise DataError("data: it yielded no examples; if it is a generator it may be used up: pass a list")
+            header = run.header(watch.digest, examples.logits[0].shape[1], max_examples, patterns)
+            if out is not None and (found := _finished(out, header)) is not None:
+                return found
+            n_rows = int(np.concatenate(examples.counts).sum())
+            K = np.zeros((n_rows, n_rows), np.float32)
+        elif n != examples.n:
+            raise DataError(
+                f"data: a second pass over it gave {n} examples, the first {examples.n}; pass a list or a DataLoader "
+                "rather than a generator, or allow GramOnly more memory"
+            )
+        assert K is not None
+        for name, layer in layers.items():
+            layer.add_to(K)
+            waiting.discard(name)
+    watch.check(thorough=True)
+    assert K is not None
+    fishers = _fishers(run, K, examples, header)
+    if out is None:
+        return fishers
+    return fishers_in(open_container(fishers.save(out)))
+
+
+def _collect(run: Run, batch: Batch, ids: Array, layers: dict[str, Layer], examples: _Examples | None) -> None:
+    engine = run.engine
+    with engine.recording():
+        logits = engine.forward(batch)
+        detached = logits.detach().to(torch.float64)
+        if ids[0] == 0:
+            check_meaning(logits, run.options.likelihood)
+        run.check_logits(detached, ids)
+        if batch.n_examples > 1 and batch.sliceable and cotangent_bytes(logits, run.options) > KEPT_BYTES:
+            most = max(1, batch.n_examples * KEPT_BYTES // cotangent_bytes(logits, run.options))
+            del logits, detached
+            for cut in run.budget.pieces(batch, most):
+                _collect(run, batch.take(cut), ids[cut], layers, examples)
+            return
+        factors = factorise(logits, run.options, run.targets(batch, logits.shape[1], ids), ids)
+        counts = factors.counts.cpu().numpy()
+        if examples is not None:
+            examples.counts.append(counts)
+            examples.scales.append(factors.scale.cpu().numpy())
+            examples.logits.append(detached.cpu().numpy().astype(np.float32))
+            examples.labels.append(run.stored_labels(batch))
+        prepared = engine.prepare(batch, logits)
+        prepared.rules = {name: rules for name, rules in prepared.rules.items() if name in layers}
+        prepared.others = [name for name in prepared.others if name in layers]
+        for layer in layers.values():
+            layer.begin(counts, factors.columns.shape[2])
+        for block in engine.blocks(prepared, factors.columns, paired=_factors_are_smaller(factors.columns.shape[2])):
+            _check_finite(run, block, ids)
+            layers[block.parameter.name].take(block)
+        for layer in layers.values():
+            layer.end()
+
+
+def _factors_are_smaller(n_columns: int) -> Any:
+    def decide(parameter: Parameter, rules: list[Rule]) -> bool:
+        if len(parameter.shape) != 2 or len(rules) != 1:
+            return False
+        n, k = parameter.shape
+        t = rules[0].layout.positions
+        return bool(t * (n_columns * max(n, k) + min(n, k)) < n_columns * n * k)
+
+    return decide
+
+
+def _check_finite(run: Run, block: Block | Pairs, ids: Array) -> None:
+    """Refuse gradients that are not finite.
+
+    Raises:
+        DataError: Naming the example and the parameter.
+    """
+    tensors: Iterator[Tensor] = iter((block.delta, block.inputs) if isinstance(block, Pairs) else (block.values,))
+    for tensor in tensors:
+        finite = torch.isfinite(tensor).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            example = ids[block.examples.start + int((~finite).to(torch.uint8).argmax())]
+            raise DataError(
+                f"gradients: example {example} has a gradient for {block.parameter.name} that is not finite; find what "
+                "overflows in the model on that example, or leave it out of the data"
+            )
+
+
+def _postpone(layers: dict[str, Layer], memory: int) -> None:
+    """Let the largest parameters wait for the next pass, until the rest fits into memory.
+
+    Raises:
+        ArgumentError: One alone does not.
+    """
+    while (total := sum(layer.nbytes for layer in layers.values())) > memory:
+        if len(layers) == 1:
+            raise ArgumentError(
+                f"memory: {next(iter(layers))} alone keeps more than the {format_bytes(memory)} that GramOnly was "
+                f"allowed ({format_bytes(total)} and growing); allow more, or leave the parameter out"
+            )
+        layers.pop(max(layers, key=lambda name: layers[name].nbytes))
+
+
+def _finished(out: Path, header: dict[str, Any]) -> Fishers | None:
+    """The Fishers that are at ``out`` already, if they are these; None where there is nothing."""
+    if not out.exists():
+        return None
+    container = open_container(out)
+    check_header(out, out, header_in(container), plain(header))
+    return fishers_in(container)
+
+
+def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) -> Fishers:
+    counts = np.concatenate(examples.counts)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    scale = np.concatenate(examples.scales)
+    norms = np.zeros(len(counts), np.float64)
+    for i, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        norms[i] = np.linalg.norm(K[start:stop, start:stop].astype(np.float64)) * scale[i] ** 2
+    per_row = np.repeat(scale, counts).astype(np.float32)
+    K *= per_row
+    K *= per_row[:, None]
+    return Fishers(
+        kind="low_rank",
+        rows=GramRows(K),
+        row_offsets=offsets,
+        norms=norms.astype(np.float32),
+        logits=np.concatenate(examples.logits),
+        labels=np.concatenate(examples.labels),
+        ids=np.arange(len(counts), dtype=np.int64),
+        parameters=run.parameters,
+        provenance=header["provenance"],
+        coverage=run.coverage(),
+    )

@@ -1,0 +1,329 @@
+"""Per-example Fishers as stored: rows, norms, predictions, and where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.errors import ArgumentError, DataError
+from npeff.fishers.compress import Sketch, sketch_of
+from npeff.fishers.contents import (
+    EXAMPLE_ARRAYS,
+    EXAMPLES,
+    KINDS,
+    OFFSETS,
+    ROWS,
+    check_provenance,
+    check_saved,
+    check_sizes,
+    coherent,
+    described_parameters,
+    n_classes,
+    one_of,
+    row_arrays,
+    row_fields,
+)
+from npeff.fishers.rows import DenseRows, GramRows, Kind, Rows, SparseRows
+from npeff.fishers.saving import row_data, write_fishers
+from npeff.models.parameters import Parameters
+from npeff.short_repr import short_repr
+from npeff.storage.container import VERIFY_BYTES, Container
+from npeff.storage.documents import expect
+from npeff.storage.fields import Sizes, check_arrays, check_shapes, refuse
+from npeff.storage.files import atomic, path_of
+from npeff.storage.hdf5 import Data
+from npeff.storage.recognition import check_replaceable
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class FisherBlock:
+    """The Fishers of one batch, on their way to memory or disk.
+
+    Attributes:
+        rows: The examples' rows, in order.
+        row_counts: ``(b,)`` int64 rows per example.
+        norms: ``(b,)`` float32 norms of the dense Fishers.
+        logits: ``(b, C)`` float32.
+        labels: ``(b,)`` int64, −1 where unknown.
+        ids: ``(b,)`` int64 positions in the data.
+    """
+
+    rows: Rows
+    row_counts: Array
+    norms: Array
+    logits: Array
+    labels: Array
+    ids: Array
+
+    __repr__ = short_repr
+
+
+@dataclass(frozen=True, eq=False)
+class Fishers:
+    """Fishers of n examples: ``F_i = A_iᵀ A_i`` (low-rank) or the non-negative ``f_i = diag F_i`` (diagonal).
+
+    Made by :func:`npeff.compute_fishers`; opened from a file by :func:`npeff.load`.
+
+    Attributes:
+        kind: ``"low_rank"`` or ``"diagonal"``.
+        rows: Rows of all A_i (or all f_i) end to end, unnormalised, as they were compressed.
+        row_offsets: ``(n + 1,)`` int64; example i owns rows ``row_offsets[i]:row_offsets[i+1]``.
+        norms: ``(n,)`` float32 norms of the Fishers *before* compression: Frobenius ‖F_i‖_F, or ‖f_i‖₂.
+        logits: ``(n, C)`` float32 outputs of the model.
+        labels: ``(n,)`` int64 true classes, −1 where unknown.
+        ids: ``(n,)`` int64 positions of the examples in the data they were computed from.
+        parameters: The parameters the columns stand for.
+        provenance: Model digest, options, versions: enough to compute the same again.
+        coverage: Per parameter, the gradient rule that served it, and why.
+        path: The file this was opened from, if any.
+        check: Checks rows that were too large to be checked when the file was opened: some of them, or with None all,
+            once; None where nothing is left to check.
+    """
+
+    kind: Kind
+    rows: Rows
+    row_offsets: Array
+    norms: Array
+    logits: Array
+    labels: Array
+    ids: Array
+    parameters: Parameters
+    provenance: dict[str, Any] = field(default_factory=dict)
+    coverage: list[dict[str, str]] = field(default_factory=list)
+    path: Path | None = None
+    check: Callable[[Rows | None], None] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        n = len(self.row_offsets) - 1
+        for name in ("norms", "logits", "labels", "ids"):
+            if len(getattr(self, name)) != n:
+                raise ArgumentError(f"{name}: expected {n} examples as in row_offsets, got {len(getattr(self, name))}")
+        if self.rows.n_rows != int(self.row_offsets[-1]):
+            raise ArgumentError(
+                f"rows: expected {int(self.row_offsets[-1])} rows as in row_offsets, got {self.rows.n_rows}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.verify()
+        return {**self.__dict__, "check": None}
+
+    def __len__(self) -> int:
+        return len(self.row_offsets) - 1
+
+    def __repr__(self) -> str:
+        size = f"{self.rows.n_rows} rows × {self.n_parameters:,} parameters"
+        if self.sketch is not None:
+            size += f", {self.sketch}"
+        return f"Fishers({len(self)} examples, {self.kind}, {size}, {type(self.rows).__name__})"
+
+    def verify(self) -> None:
+        """Make sure that rows mapped from a large file are what was written, before all of them are used.
+
+        Every number is read once and checked, and compared with the checksum in the file. ``decompose``, ``encode``,
+        ``save`` and whatever else uses all rows call this; files up to 256 MiB were checked when they were opened.
+
+        Raises:
+            StorageError: The file is damaged.
+        """
+        if self.check is not None:
+            self.check(None)
+
+    def _checked(self, rows: Rows) -> Rows:
+        if self.check is not None:
+            self.check(rows)
+        return rows
+
+    @property
+    def n_parameters(self) -> int:
+        """Length of the flat parameter vector, m."""
+        return self.parameters.n_parameters
+
+    @property
+    def sketch(self) -> Sketch | None:
+        """The sketch that the rows were compressed by, or None."""
+        return sketch_of(self.provenance)
+
+    @property
+    def kept_elsewhere(self) -> bool:
+        """Whether the rows are not in parameter space: sketches, or inner products alone."""
+        return self.sketch is not None or isinstance(self.rows, GramRows)
+
+    @property
+    def ranks(self) -> Array:
+        """``(n,)`` int64 rows per example."""
+        return np.diff(self.row_offsets)
+
+    @property
+    def predictions(self) -> Array:
+        """``(n,)`` int64 arg-max of the logits."""
+        return np.asarray(np.argmax(self.logits, axis=1), np.int64)
+
+    @property
+    def zero(self) -> Array:
+        """``(n,)`` bool: examples whose Fisher vanished (a perfectly confident prediction). Kept; coefficient 0."""
+        return np.asarray(self.norms == 0)
+
+    def dense(self, i: int) -> Array:
+        """Example i's rows as stored, unnormalised.
+
+        Returns:
+            float32 ``(rank_i, n_parameters)``, compressed entries scattered back to their place; ``(rank_i, d)``
+            where rows are sketches; for the diagonal kind ``(n_parameters,)``.
+
+        Raises:
+            ArgumentError: ``i`` is not an example, or no rows are kept (``GramOnly``).
+        """
+        if isinstance(self.rows, GramRows):
+            raise ArgumentError(
+                "dense: these Fishers keep inner products alone (GramOnly); compute them with compress=None, TopK(k) "
+                "or Sketch(d) to see rows"
+            )
+        if not isinstance(i, int | np.integer) or not -len(self) <= i < len(self):
+            raise ArgumentError(f"i: expected an example below {len(self)}, got {i!r}")
+        i %= len(self)
+        start, stop = int(self.row_offsets[i]), int(self.row_offsets[i + 1])
+        block = self._checked(self.rows.part(start, stop)).dense(0, stop - start)
+        return block[0] if self.kind == "diagonal" else block
+
+    def __getitem__(self, which: Any) -> Fishers:
+        """A subset, in the given order: integers, a slice or a boolean mask over examples.
+
+        Raises:
+            ArgumentError: An example is not there, or ``which`` is no index.
+        """
+        which = np.asarray(which, np.int64) if isinstance(which, list) and not which else which
+        try:
+            examples = np.atleast_1d(np.arange(len(self))[which])
+        except IndexError as error:
+            expected = f"integers below {len(self)}, a slice or a mask"
+            raise ArgumentError(f"fishers[…]: {error}; expected {expected}") from error
+        ranks = self.ranks[examples]
+        offsets = np.concatenate([[0], np.cumsum(ranks)]).astype(np.int64)
+        rows = np.arange(offsets[-1]) + np.repeat(self.row_offsets[examples] - offsets[:-1], ranks)
+        return replace(
+            self,
+            rows=self._checked(self.rows.take(rows)),
+            row_offsets=offsets,
+            norms=self.norms[examples],
+            logits=self.logits[examples],
+            labels=self.labels[examples],
+            ids=self.ids[examples],
+            path=None,
+            check=None,
+        )
+
+    def filter(self, *, wrong: bool | None = None) -> Fishers:
+        """Keep the wrongly (``wrong=True``) or rightly (``False``) predicted examples.
+
+        Raises:
+            DataError: Labels are missing.
+        """
+        if wrong is None:
+            return self
+        if len(self) and (self.labels < 0).any():
+            raise DataError(
+                f"labels: {int((self.labels < 0).sum())} of {len(self)} examples have none; compute the "
+                "Fishers from data with labels"
+            )
+        return self[(self.predictions != self.labels) == wrong]
+
+    def save(self, path: str | Path) -> Path:
+        """Write to an HDF5 file (:mod:`npeff.fishers.saving` says what it holds).
+
+        The file appears whole or not at all. An existing file is replaced only if it, too, holds npeff Fishers.
+
+        Args:
+            path: Where; the rows may themselves be mapped from there.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            ArgumentError: An array holds what no Fishers have, such as NaN; says which.
+            StorageError: The file cannot be written there; what was there is untouched.
+        """
+        path = path_of(path)
+        check_replaceable(path, lambda found: found.content == "fishers", "Fishers saved by npeff")
+        header = {"kind": self.kind, "parameters": self.parameters.to_json(), "provenance": self.provenance}
+        data = [Data.of("row_offsets", self.row_offsets, np.int64)]
+        data += [Data.of(name, getattr(self, name), dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
+        self.verify()
+        arrays = {name: getattr(self, name) for name in ("row_offsets", *EXAMPLE_ARRAYS)} | row_arrays(self.rows)
+        form = next(form for form, fields in ROWS.items() if {field.name for field in fields} <= set(arrays))
+        known: Sizes = {
+            "n_parameters": self.n_parameters,
+            "n_classes": n_classes(self.provenance.get("options") or {}, self.logits.shape[1]),
+            "n_rows": self.rows.n_rows,
+        }
+        check_saved("fishers", arrays, [OFFSETS, *EXAMPLES, *row_fields(form, self.kind)], known)
+        with atomic(path) as scratch:
+            write_fishers(scratch, header, self.coverage, None, data + row_data(self.rows))
+        return path
+
+
+def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
+    """The Fishers in an npeff container, mapped; all arrays but large ones are checked.
+
+    Args:
+        container: The file.
+        verify: Check large arrays too; otherwise :meth:`npeff.Fishers.verify` does, before they are used.
+
+    Raises:
+        StorageError: An array is not as the format says, or its checksum differs.
+    """
+    kind = one_of(container, "attribute 'kind'", container.attribute("kind", str), KINDS)
+    form = one_of(container, "attribute 'rows'", container.attribute("rows", str), ROWS)
+    parameters = described_parameters(container.json("parameters", list), f"{container.path}: dataset 'parameters'")
+    provenance = container.json("provenance", dict)
+    options = check_provenance(container, provenance, "dataset 'provenance'")
+    coverage = container.json("coverage", list)
+    for line in coverage:
+        expect(line, f"{container.path}: dataset 'coverage'", dict)
+    sketch = sketch_of(provenance)
+    sizes: Sizes = {"n_parameters": parameters.n_parameters}
+    if form == "dense":
+        sizes["n_columns"] = parameters.n_parameters if sketch is None else sketch.d
+    fields = [OFFSETS, *EXAMPLES, *row_fields(form, kind)]
+    check_shapes(container.path, container.specs, [*EXAMPLES, *row_fields(form, kind)], sizes)
+    sizes["n_classes"] = n_classes(options, sizes["n_outputs"])
+    if kind == "diagonal":
+        sizes["n_rows"] = sizes["n_examples"]
+    check_sizes(container, sizes)
+    arrays, check = container.read(fields, sizes, verify=verify)
+    if kind == "diagonal" and not np.array_equal(arrays["row_offsets"], np.arange(sizes["n_examples"] + 1)):
+        refuse(container.path, "row_offsets", "one row per example, as diagonal Fishers have")
+    rows: Rows
+    if form == "gram":
+        rows = GramRows(arrays["rows/gram"])
+    elif form == "sparse":
+        rows = SparseRows(arrays["rows/indptr"], arrays["rows/indices"], arrays["rows/values"], parameters.n_parameters)
+    else:
+        rows = DenseRows(arrays["rows/values"])
+
+    def check_part(part: Rows | None) -> None:
+        if part is None:
+            check()
+        else:
+            known: Sizes = {name: size for name, size in sizes.items() if name in ("n_parameters", "n_columns")}
+            check_arrays(container.path, row_arrays(part), row_fields(form, kind), known)
+
+    large = any(container.specs[field.name].nbytes > VERIFY_BYTES for field in fields)
+    with coherent(container.path):
+        return Fishers(
+            kind=kind,  # type: ignore[arg-type]
+            rows=rows,
+            row_offsets=arrays["row_offsets"],
+            **{name: arrays[name] for name in EXAMPLE_ARRAYS},
+            parameters=parameters,
+            provenance=provenance,
+            coverage=coverage,
+            path=container.path,
+            check=check_part if large and not verify else None,
+        )

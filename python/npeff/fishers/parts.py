@@ -1,0 +1,326 @@
+"""Unfinished work, ``<out>.parts/``: a header, a lock and numbered shards, each whole before it is named."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.errors import ForeignFileError, StorageError
+from npeff.fishers.contents import DENSE, ENTRIES, EXAMPLE_ARRAYS, EXAMPLES, SPARSE, described_parameters
+from npeff.fishers.fishers import FisherBlock
+from npeff.fishers.rows import Rows, SparseRows
+from npeff.fishers.saving import index_dtype, write_fishers
+from npeff.models.parameters import Parameters
+from npeff.storage.container import FORMAT, FORMAT_VERSION, Container, open_container, write_container
+from npeff.storage.documents import expect, read_json
+from npeff.storage.fields import Field, Sizes, check_shapes
+from npeff.storage.files import Lock, atomic, explain, refuse_link, sync_folder
+from npeff.storage.hdf5 import Data, to_json
+from npeff.storage.headers import check_header, plain, read_header
+
+Array = npt.NDArray[Any]
+Batch = tuple[str, int]
+
+_OURS = re.compile(r"lock|header\.json|coverage\.json|shard-\d+\.h5|.*\.tmp")
+
+
+def parts_folder(out: Path) -> Path:
+    """Where unfinished work for ``out`` is kept."""
+    return out.with_name(out.name + ".parts")
+
+
+class Parts:
+    """The shards of one output, held under a lock: written, listed, merged, removed."""
+
+    def __init__(self, out: Path, header: dict[str, Any]) -> None:
+        """Open or create the folder.
+
+        Args:
+            out: The final file.
+            header: ``kind``, ``parameters``, ``provenance``.
+
+        Raises:
+            StorageError: The folder belongs to something else, or another process works in it.
+            ResumeError: The work in it was made with other settings.
+        """
+        self.out, self.header, self.folder = out, header, parts_folder(out)
+        self.shards: list[Container] = []
+        self.batches: list[Batch] = []
+        try:
+            while not self._take():
+                pass
+        except StorageError:
+            raise
+        except OSError as error:
+            failure = explain(self.folder, error, "Nothing was computed yet.")
+            raise failure from error
+
+    def _take(self) -> bool:
+        """Create and lock the folder; False when a process that finished meanwhile removed it underfoot.
+
+        Raises:
+            StorageError: It holds something else.
+        """
+        if self.folder.is_symlink() or (not self.folder.is_dir() and self.folder.exists()):
+            what = "a symbolic link" if self.folder.is_symlink() else "a file"
+            raise StorageError(
+                f"{self.folder}: needed as a folder for unfinished work, but is {what}; choose another out, "
+                "or move it away"
+            )
+        self.folder.mkdir(exist_ok=True)
+        try:
+            other = next((path.name for path in self.folder.iterdir() if not _OURS.fullmatch(path.name)), None)
+            if other is not None:
+                raise StorageError(
+                    f"{self.folder}: needed for unfinished work, but holds {other}; choose another out, or move it away"
+                )
+            _refuse_links(self.folder)
+            self.lock = Lock(self.folder / "lock", f"writing {self.out}")
+        except FileNotFoundError:
+            return False
+        return True
+
+    def resume(self) -> None:
+        """Read the header and list the shards; in a new folder write the header.
+
+        Raises:
+            ResumeError: The work was made with other settings.
+            NewerFileError: By a newer npeff.
+            StorageError: A shard is missing or damaged.
+        """
+        self._remove_scratch()
+        path = self.folder / "header.json"
+        if path.exists():
+            check_header(self.out, self.folder, read_header(path), plain(self.header))
+        else:
+            self._write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "header": self.header})
+            sync_folder(self.out.parent)  # the folder itself
+        self.shards = list_shards(self.folder, Parameters.from_json(self.header["parameters"]).n_parameters)
+        self.batches = [batch for shard in self.shards for batch in batches_in(shard)]
+
+    def _remove_scratch(self) -> None:
+        """Remove what a killed process was writing; the lock is held, so that none is at it now."""
+        for scratch in self.folder.glob("*.tmp"):
+            if scratch.is_dir() and not scratch.is_symlink():
+                shutil.rmtree(scratch)
+            else:
+                scratch.unlink()
+
+    @property
+    def n_examples(self) -> int:
+        """Examples in finished shards."""
+        return sum(size for _, size in self.batches)
+
+    def _write_json(self, path: Path, value: object) -> None:
+        with atomic(path, kept="Nothing was computed yet.") as scratch:
+            scratch.write_text(to_json(value, path.name), encoding="utf-8")
+
+    @property
+    def coverage(self) -> object:
+        """The coverage report recorded by the first run, if any."""
+        path = self.folder / "coverage.json"
+        return read_json(path, list, finite=False) if path.exists() else None
+
+    def record_coverage(self, coverage: object) -> None:
+        """Keep the coverage report, unless one is kept already."""
+        if self.coverage is None:
+            self._write_json(self.folder / "coverage.json", coverage)
+
+    def write_shard(self, blocks: Sequence[FisherBlock], batches: Sequence[Batch]) -> None:
+        """Write the blocks as the next shard: complete and on the disk before it has its name.
+
+        Args:
+            blocks: At least one.
+            batches: Digest and size of each.
+        """
+        index = len(self.shards)
+        path = self.folder / f"shard-{index:06d}.h5"
+        kept = f"{index} finished shards ({self.n_examples} examples) are safe in {self.folder}."
+        with atomic(path, kept=kept) as scratch:
+            write_container(
+                scratch,
+                "shard",
+                [Data.json("batches", [list(batch) for batch in batches]), *_shard_data(blocks)],
+                {},
+            )
+        self.shards.append(open_container(path))
+        self.batches += batches
+
+    def merge(self, coverage: object) -> None:
+        """Stream the shards into the final file, one piece in memory at a time; the folder stays."""
+        kept = f"All {self.n_examples} examples are safe in {self.folder}."
+        with atomic(self.out, kept=kept) as scratch:
+            write_fishers(
+                scratch,
+                self.header,
+                coverage,
+                [list(batch) for batch in self.batches],
+                _merged_data(self.shards),
+            )
+
+    def clear(self) -> None:
+        """Clean up after a run that was killed between naming the final file and removing the folder."""
+        path = self.folder / "header.json"
+        if not path.exists() or read_header(path) == plain(self.header):
+            self.remove()
+        else:  # someone else's unfinished work
+            self.lock.release()
+
+    def remove(self) -> None:
+        """Remove the folder. Shards go last to first: whatever is left by a kill is a valid beginning."""
+        for path in sorted(self.folder.glob("shard-*.h5"), reverse=True):
+            path.unlink()
+        for name in ("coverage.json", "header.json"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.folder / name)
+        self._remove_scratch()
+        self.lock.release(folder=True)
+        sync_folder(self.out.parent)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse to go on from a folder in which something that is found again is no file; ``.tmp`` is removed unread.
+
+    Raises:
+        StorageError: There is such a thing.
+    """
+    for path in folder.iterdir():
+        if path.suffix != ".tmp":
+            refuse_link(path)
+
+
+def discard_parts(out: Path) -> None:
+    """Remove unfinished work for ``out``, if there is any and no process is at it.
+
+    Raises:
+        StorageError: Another process is at it, or the folder holds something else.
+    """
+    if parts_folder(out).exists():
+        Parts(out, {}).remove()
+
+
+COUNTS = Field("rows/counts", ("<i8",), ("n_rows",), adds_up_to="n_entries")
+SHARD = (Field("row_counts", ("<i8",), ("n_examples",), adds_up_to="n_rows"), *EXAMPLES)
+SHARD_ROWS = {
+    "sparse": (COUNTS, replace(ENTRIES, ascending_in=None), SPARSE[-1]),
+    "dense": DENSE,
+}
+
+
+def batches_in(container: Container) -> list[Batch]:
+    """Digest and size of each batch that the examples of a file came in.
+
+    Raises:
+        StorageError: They are not those of the examples.
+    """
+    where = f"{container.path}: dataset 'batches'"
+    batches = []
+    for entry in container.json("batches", list):
+        if len(expect(entry, where, list)) != 2:
+            raise StorageError(f"{where} is damaged: expected a digest and a size per batch")
+        batches.append((expect(entry[0], where, str), expect(entry[1], where, int)))
+    n = container.spec("norms").shape[0]
+    if sum(size for _, size in batches) != n or any(size < 0 for _, size in batches):
+        raise StorageError(f"{where} is damaged: expected batches of {n} examples in all")
+    return batches
+
+
+def list_shards(folder: Path, n_parameters: int) -> list[Container]:
+    """Open and check the shards of a folder, in order.
+
+    Args:
+        folder: The unfinished work.
+        n_parameters: Columns of rows that are no sketches.
+
+    Raises:
+        StorageError: One is missing or damaged.
+        ForeignFileError: One is no shard.
+    """
+    shards: list[Container] = []
+    sizes: Sizes = {"n_parameters": n_parameters, "n_classes": 1 << 62}
+    form = "dense"
+    for index, path in enumerate(sorted(folder.glob("shard-*.h5"))):
+        if path.name != f"shard-{index:06d}.h5":
+            raise StorageError(
+                f"{folder}: shard-{index:06d}.h5 is missing; remove {path.name} and those after it to resume before it"
+            )
+        try:
+            shard = open_container(path)
+            if shard.content != "shard":
+                raise ForeignFileError(f"{path}: expected a shard, found an npeff file with content {shard.content!r}")
+            if not shards and "rows/counts" in shard.specs:
+                form = "sparse"
+            own = dict(sizes)
+            check_shapes(path, shard.specs, [*SHARD, *SHARD_ROWS[form]], own)
+            shard.read([*SHARD, *SHARD_ROWS[form][:-2]], own, verify=True)  # entries are checked when they are merged
+            sizes |= {name: own[name] for name in ("n_outputs", "n_columns") if name in own}
+            batches_in(shard)
+            shards.append(shard)
+        except StorageError as error:
+            raise type(error)(
+                f"{error} (Or remove this shard and those after it: computing resumes before it.)"
+            ) from error
+    return shards
+
+
+def _shard_data(blocks: Sequence[FisherBlock]) -> list[Data]:
+    def joined(name: str, arrays: list[Array], dtype: npt.DTypeLike) -> Data:
+        shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
+        return Data(name, shape, np.dtype(dtype).newbyteorder("<"), lambda: arrays)
+
+    data = [joined("row_counts", [block.row_counts for block in blocks], np.int64)]
+    data += [joined(name, [getattr(block, name) for block in blocks], dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
+    rows: list[Rows] = [block.rows for block in blocks]
+    sparse = [part for part in rows if isinstance(part, SparseRows)]
+    if sparse:
+        data.append(joined("rows/counts", [np.diff(part.indptr) for part in sparse], np.int64))
+        data.append(joined("rows/indices", [part.indices for part in sparse], index_dtype(sparse[0].n_columns)))
+    return [*data, joined("rows/values", [part.values for part in rows], np.float32)]
+
+
+def _merged_data(shards: Sequence[Container]) -> list[Data]:
+    """The arrays of all shards end to end; counts become offsets."""
+
+    def joined(name: str) -> Data:
+        specs = [shard.spec(name) for shard in shards]
+        shape = (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:])
+        return Data(name, shape, specs[0].dtype, lambda: (chunk for shard in shards for chunk in shard.chunks(name)))
+
+    def offsets(name: str, counts: str) -> Data:
+        def chunks() -> Iterator[Array]:
+            total = np.zeros(1, np.int64)
+            yield total
+            for shard in shards:
+                for chunk in shard.chunks(counts):
+                    running = total[-1] + np.cumsum(chunk, dtype=np.int64)
+                    total = running[-1:] if len(running) else total
+                    yield running
+
+        return Data(name, (sum(shard.spec(counts).shape[0] for shard in shards) + 1,), np.dtype("<i8"), chunks)
+
+    data = [offsets("row_offsets", "row_counts"), *map(joined, EXAMPLE_ARRAYS)]
+    if "rows/counts" in shards[0].specs:
+        data += [offsets("rows/indptr", "rows/counts"), joined("rows/indices")]
+    return [*data, joined("rows/values")]
+
+
+def describe_parts(out: Path) -> dict[str, Any]:
+    """What unfinished work for ``out`` holds, JSON-able; nothing is locked or changed."""
+    folder = parts_folder(out)
+    _refuse_links(folder)
+    summary = dict(read_header(folder / "header.json")) if (folder / "header.json").exists() else {}
+    parameters = described_parameters(summary.get("parameters", []), f"{folder / 'header.json'}: 'parameters'")
+    shards = list_shards(folder, parameters.n_parameters)
+    done = sum(shard.spec("norms").shape[0] for shard in shards)
+    size = sum(shard.path.stat().st_size for shard in shards)
+    about = {"path": str(folder), "bytes": size, "format": FORMAT, "content": "unfinished fishers"}
+    return {**about, "shards": len(shards), "n_examples": done, "n_parameters": parameters.n_parameters, **summary}

@@ -1,0 +1,219 @@
+"""From stored rows to the rows that are factorised: block weights, unit Fisher norm, kept columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff import kernels
+from npeff.errors import ArgumentError
+from npeff.fishers.fishers import Fishers
+from npeff.fishers.rows import GramRows, Rows, SparseRows
+from npeff.fishers.streamed_rows import PART_BYTES, StreamedRows, column_counts, keep_columns
+from npeff.models.parameters import Parameters
+from npeff.storage.files import forget
+
+Array = npt.NDArray[Any]
+BlockWeights = Literal["energy", "balanced"] | Mapping[str, float]
+Normalize = Literal["stored", "dense", "none"]
+
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""Rows that are smaller than this have lost their digits in float32: the example counts as zero."""
+
+__all__ = [
+    "BlockWeights",
+    "Normalize",
+    "ScaledRows",
+    "block_energy",
+    "column_factors",
+    "fisher_norms",
+    "keep_columns",
+    "layer_of",
+    "resolve_block_weights",
+    "scale",
+]
+
+
+@dataclass(frozen=True)
+class ScaledRows:
+    """Rows ready to be factorised: ``A_i D / √‖A_i D² A_iᵀ‖_F`` on the kept columns, D = √(block weight).
+
+    Attributes:
+        rows: All examples' rows end to end, ``(Σ rank, n_kept)`` float32; or their inner products.
+        row_offsets: ``(n + 1,)`` int64.
+        columns: ``(n_kept,)`` int64 parameter index of each kept column, or None for all of them.
+        fisher_norms: ``(n,)`` float64 Fisher norm of each example's scaled rows: 1, or 0 for a zero Fisher.
+        block_weights: Weight per parameter name that was applied; None when all are 1.
+        row_factors: ``(Σ rank,)`` float32 what each stored row was multiplied by, block weights apart.
+    """
+
+    rows: Rows | StreamedRows
+    row_offsets: Array
+    columns: Array | None
+    fisher_norms: Array
+    block_weights: dict[str, float] | None
+    row_factors: Array = field(default_factory=lambda: np.ones(0, np.float32))
+
+    @property
+    def n_examples(self) -> int:
+        """Number of examples."""
+        return len(self.row_offsets) - 1
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to: its name without the last part (``"0.weight"`` → ``"0"``)."""
+    return name.rpartition(".")[0] or name
+
+
+def fisher_norms(rows: Rows | StreamedRows, row_offsets: Array, kind: str) -> Array:
+    """``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` per example (``‖f_i‖₂`` for the diagonal kind), ``(n,)`` float64."""
+    if kind == "diagonal":
+        return np.asarray(np.sqrt(rows.squared_norms()))
+    if isinstance(rows, SparseRows):
+        return kernels.fisher_norms(rows.indptr, rows.indices, rows.values, rows.n_columns, row_offsets)
+    out = np.zeros(len(row_offsets) - 1)
+    if isinstance(rows, StreamedRows):
+        for start, stop, part in rows.parts(row_offsets):
+            examples = slice(*np.searchsorted(row_offsets, (start, stop), "left"))
+            if examples.stop < len(out) and stop == rows.n_rows:
+                examples = slice(examples.start, len(out))  # examples without rows at the end
+            own = np.asarray(row_offsets[examples.start : examples.stop + 1]) - start
+            out[examples] = fisher_norms(part, own, kind)
+        return out
+    for i, (start, stop) in enumerate(pairwise(row_offsets)):
+        out[i] = math.sqrt(np.square(rows.gram(int(start), int(stop))).sum())
+    return out
+
+
+def scale(
+    fishers: Fishers,
+    block_weights: BlockWeights = "energy",
+    normalize: Normalize = "stored",
+    columns: Array | None = None,
+    min_nonzero_per_column: int = 1,
+    *,
+    stream: bool = False,
+    part_bytes: int = PART_BYTES,
+) -> ScaledRows:
+    """Weigh parameter blocks, drop unused columns, and give every example unit Fisher norm.
+
+    Args:
+        fishers: The Fishers to factorise or to encode.
+        block_weights: ``"energy"`` leaves the Fishers as they are; ``"balanced"`` gives every layer
+            the same share of the total trace; a mapping from name patterns to weights scales the
+            Fisher's blocks by them (parameters that no pattern matches keep weight 1; 0 removes a block).
+        normalize: ``"stored"`` divides by the Fisher norm of the rows as stored; ``"dense"`` by the norm of the
+            uncompressed Fisher (without regard to weights); ``"none"`` leaves the scale.
+        columns: Keep exactly these parameter indices (those of components that already exist).
+        min_nonzero_per_column: Drop columns with fewer non-zero entries than this (sparse rows only).
+        stream: Leave the rows where they are, to be scaled whenever they are read.
+        part_bytes: Bytes of stored rows taken at a time.
+
+    Returns:
+        The scaled rows. Columns without any entry are always dropped from sparse rows.
+
+    Raises:
+        ArgumentError: An option has an unknown value, or a weight is negative or matches nothing.
+    """
+    fishers.verify()
+    weights = resolve_block_weights(fishers, block_weights)
+    if normalize not in ("stored", "dense", "none"):
+        raise ArgumentError(f"normalize: expected 'stored', 'dense' or 'none', got {normalize!r}")
+    factors = None if weights is None else column_factors(fishers.parameters, weights, fishers.kind)
+    rows = fishers.rows
+    if isinstance(rows, GramRows):
+        stored = fisher_norms(rows, fishers.row_offsets, fishers.kind)
+    else:
+        plain = StreamedRows(rows, None, factors, None, part_bytes)
+        stored = fisher_norms(plain, fishers.row_offsets, fishers.kind)
+    norms = {"stored": stored, "dense": fishers.norms.astype(np.float64), "none": np.ones(len(fishers))}[normalize]
+    least = SMALLEST if fishers.kind == "diagonal" or isinstance(rows, GramRows) else SMALLEST**2
+    divisor = np.where(norms > least, norms, 1.0)
+    per_example = 1 / divisor if fishers.kind == "diagonal" else 1 / np.sqrt(divisor)
+    per_example[stored <= least] = 0
+    per_row = np.repeat(per_example, fishers.ranks).astype(np.float32)
+    ours = np.where(stored > least, stored, 0) / divisor
+    if isinstance(rows, GramRows):
+        K = GramRows(rows.values * per_row * per_row[:, None])
+        return ScaledRows(K, fishers.row_offsets, None, ours, weights, per_row)
+    if columns is None and isinstance(rows, SparseRows):
+        columns = np.flatnonzero(column_counts(rows, part_bytes) >= max(1, min_nonzero_per_column))
+    scaled = StreamedRows(rows, per_row, factors, columns, part_bytes)
+    return ScaledRows(scaled if stream else scaled.whole(), fishers.row_offsets, columns, ours, weights, per_row)
+
+
+def column_factors(parameters: Parameters, weights: dict[str, float], kind: str) -> Array:
+    """``(m,)`` float32 factor of each row entry: √weight, or the weight itself for diagonal Fishers; 1 without one."""
+    own = [weights.get(p.name, 1.0) for p in parameters]
+    factors = [math.sqrt(weight) if kind == "low_rank" else weight for weight in own]
+    return np.repeat(np.asarray(factors, np.float32), [p.numel for p in parameters])
+
+
+def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, float] | None:
+    """A weight per parameter name, or None when all are 1.
+
+    Raises:
+        ArgumentError: See :func:`scale`.
+    """
+    if choice == "energy":
+        return None
+    if fishers.sketch is not None or isinstance(fishers.rows, GramRows):
+        what = "sketches" if fishers.sketch is not None else "inner products"
+        raise ArgumentError(
+            f"block_weights: {what} mix all parameters, so that none can be weighted afterwards; use "
+            "block_weights='energy' (the default). Otherwise compute the Fishers again, in one of two ways: with "
+            "parameters=[…] (npeff fishers --parameters PATTERN) for the blocks that should count, the others left "
+            "out; or with TopK(k) (--top-k N), which keeps k numbers per example however large the model is, and can "
+            "be weighted afterwards"
+        )
+    names = fishers.parameters.names
+    if choice == "balanced":
+        energy: dict[str, float] = {}
+        for name, value in block_energy(fishers).items():
+            energy[layer_of(name)] = energy.get(layer_of(name), 0.0) + value
+        total = sum(energy.values()) or 1.0
+        return {name: total / len(energy) / energy[layer_of(name)] if energy[layer_of(name)] else 0.0 for name in names}
+    if not isinstance(choice, Mapping):
+        raise ArgumentError(
+            f"block_weights: expected 'energy', 'balanced' or a mapping from name patterns to weights, got {choice!r}"
+        )
+    weights = dict.fromkeys(names, 1.0)
+    for pattern, weight in choice.items():
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ArgumentError(
+                f"block_weights: pattern {pattern!r} matches no parameter; there are {', '.join(names[:8])}"
+            )
+        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ArgumentError(f"block_weights: expected finite weights ≥ 0, got {weight!r} for {pattern!r}")
+        weights.update(dict.fromkeys(matched, float(weight)))
+    if not any(weights.values()):
+        raise ArgumentError("block_weights: every parameter has weight 0; keep at least one")
+    return weights
+
+
+def block_energy(fishers: Fishers) -> dict[str, float]:
+    """Share of the summed trace of the unit-norm Fishers that lies in each parameter (they sum to 1)."""
+    norms = fishers.norms.astype(np.float64)
+    scale_of = np.repeat(np.where(norms > 0, 1 / np.where(norms > 0, norms, 1), 0), fishers.ranks)
+    squares: Array = np.zeros(fishers.n_parameters)
+    if isinstance(fishers.rows, SparseRows):
+        entries = np.asarray(fishers.rows.values, np.float64)
+        entries = (entries if fishers.kind == "diagonal" else entries**2) * np.repeat(
+            scale_of, np.diff(fishers.rows.indptr)
+        )
+        squares = np.bincount(fishers.rows.indices, entries, minlength=fishers.n_parameters)
+    else:
+        for start in range(0, fishers.rows.n_rows, 256):
+            block = np.asarray(fishers.rows.values[start : start + 256], np.float64)
+            forget(fishers.rows.values)
+            squares += scale_of[start : start + 256] @ (block if fishers.kind == "diagonal" else block**2)
+    total = squares.sum() or 1.0
+    return {p.name: float(squares[p.slice].sum() / total) for p in fishers.parameters}

@@ -1,0 +1,356 @@
+"""Writing Fishers while they are computed: a kill loses at most the batches since the last shard."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
+from npeff.fishers.compress import sketch_of
+from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
+from npeff.fishers.growing_rows import GrowingRows
+from npeff.fishers.parts import Batch, Parts, batches_in, parts_folder
+from npeff.models.parameters import Parameters
+from npeff.storage.container import Container, open_container
+from npeff.storage.files import check_target
+from npeff.storage.hdf5 import to_json
+from npeff.storage.headers import check_header, plain
+
+BESIDE_ROWS = ("row_counts", "norms", "logits", "labels", "ids")
+
+
+class FisherWriter:
+    """Takes the Fishers of batch after batch; keeps them in memory, or in shards that become one file.
+
+    Use as a context manager, and for every batch, in order, call :meth:`skip` and, unless it says True,
+    :meth:`append`::
+
+        with FisherWriter(out, header) as writer:
+            if writer.finished is None:
+                for batch in data:
+                    if not writer.skip(digest(batch), len(batch)):
+                        writer.append(compute(batch), digest(batch))
+            fishers = writer.finish(coverage)
+
+    The shards live in ``<out>.parts/`` until :meth:`finish` has merged them. The bytes of the final file
+    depend on what was appended alone: not on where shards ended, nor on how often the work was interrupted.
+    Leaving the context by an exception (Ctrl-C and SIGTERM too) first writes the open shard.
+
+    Attributes:
+        finished: The Fishers, when ``out`` was complete, with the same header, before this run: nothing is
+            left to do. :meth:`skip` still compares batches with those it was computed from, and
+            :meth:`finish` returns it.
+        examples_resumed: Examples found in finished shards (or in the finished file).
+        examples_done: Examples found or appended so far.
+    """
+
+    def __init__(
+        self,
+        out: Path | str | None,
+        header: dict[str, Any],
+        *,
+        shard_bytes: int = 64 << 20,
+        shard_seconds: float = 15.0,
+        validate: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Open the output, its unfinished work if there is any, and lock it.
+
+        Args:
+            out: The file to make; None keeps everything in memory.
+            header: ``kind``, ``parameters`` (``Parameters.to_json()``) and ``provenance`` (all that decides
+                the results: model digest, options); work on disk is continued only if its header is equal.
+            shard_bytes: A shard is closed once it holds this much,
+            shard_seconds: or once this long has passed since its first batch.
+            validate: Called before a shard is written; raises ``ModelError`` when what was appended since the
+                last one cannot be trusted: it is dropped.
+
+        Raises:
+            StorageError: ``out`` cannot be written, holds something else, or another process is writing it.
+            ResumeError: What is there was made with another header; says what differs.
+        """
+        to_json(header, "header")
+        self.header = header
+        self.finished: Fishers | None = None
+        self.examples_resumed = 0
+        self._out = None if out is None else Path(out)
+        self._shard_bytes, self._shard_seconds = shard_bytes, shard_seconds
+        self._validate = validate
+        self._done: list[Batch] = []
+        self._cursor = 0
+        self._blocks: list[FisherBlock] = []
+        self._rows, self._others = GrowingRows(), dict[str, list[npt.NDArray[Any]]]()
+        self._batches: list[Batch] = []
+        self._bytes, self._since = 0, 0.0
+        self._like: tuple[str, int, tuple[int, ...]] | None = None
+        self._failed = False
+        self._appending = threading.Lock()  # a signal may close the writer while a thread appends to it
+        self._coverage: object = None
+        self._parts = None if self._out is None else self._open(self._out)
+        self.examples_done = self.examples_resumed
+
+    def _open(self, out: Path) -> Parts | None:
+        check_target(out)
+        if self._find_finished(out) and not parts_folder(out).exists():
+            return None
+        try:
+            parts = Parts(out, self.header)
+        except StorageError:
+            if self.finished is not None:
+                return None
+            raise
+        try:
+            if self._find_finished(out):  # now that nobody else can be writing it
+                parts.clear()
+                return None
+            parts.resume()
+            self._done = list(parts.batches)
+        except BaseException:
+            parts.lock.release(folder=True)
+            raise
+        self.examples_resumed = sum(size for _, size in self._done)
+        return parts
+
+    def _find_finished(self, out: Path) -> bool:
+        if not out.exists():
+            return False
+        try:
+            container = open_container(out)
+        except StorageError as error:
+            raise type(error)(f"{error} It is not overwritten: remove it, or choose another out.") from error
+        if container.content != "fishers":
+            raise StorageError(
+                f"{out}: holds npeff {container.content}, and is not overwritten; remove it, or choose another out"
+            )
+        check_header(out, out, header_in(container), plain(self.header))
+        self.finished = fishers_in(container)
+        self.examples_resumed = len(self.finished)
+        self._done = batches_in(container) if "batches" in container.specs else []
+        return True
+
+    @property
+    def _where(self) -> Path | None:
+        """What holds the work done so far."""
+        return self._parts.folder if self._parts else self._out
+
+    def __enter__(self) -> FisherWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def skip(self, batch_digest: str, n_examples: int) -> bool:
+        """Whether the next batch is already done.
+
+        Args:
+            batch_digest: Identifies the batch's contents.
+            n_examples: Its size.
+
+        Returns:
+            True: go on with the batch after it. False: compute it and :meth:`append`.
+
+        Raises:
+            ResumeError: The batch done at this place was another one.
+        """
+        if self.finished is not None and not self._done:
+            return True  # saved by hand: nothing to compare with
+        if self._cursor >= len(self._done):
+            if self.finished is None:
+                return False
+            raise ResumeError(
+                f"the data goes on after the {len(self._done)} batches that {self._out} was computed from: "
+                "it is not the same data. "
+                f"Give the same data, choose another out, or remove {self._out} to start anew."
+            )
+        digest, size = self._done[self._cursor]
+        if (digest, size) != (batch_digest, n_examples):
+            what = f"{size} examples then, {n_examples} now" if size != n_examples else "its contents differ"
+            raise ResumeError(
+                f"batch {self._cursor} is not the one that was computed before ({what}): the data, its order "
+                "or the batch size changed. "
+                f"Give the same data in the same order (no shuffling), choose another out than {self._out}, "
+                f"or remove {self._where} to start anew."
+            )
+        self._cursor += 1
+        return True
+
+    def stored_logits(self, n_examples: int) -> npt.NDArray[np.float32] | None:
+        """The logits of the first examples, if earlier work on the same batches is on the disk."""
+        if not self._done:
+            return None
+        if self.finished is not None:
+            return np.asarray(self.finished.logits[:n_examples])
+        assert self._parts is not None, "what is done and not finished is in shards"
+        return np.asarray(self._parts.shards[0].array("logits")[:n_examples])
+
+    def append(self, block: FisherBlock, batch_digest: str) -> None:
+        """Add the Fishers of the next batch. Its arrays are kept until a shard is written: do not reuse them.
+
+        Args:
+            block: The batch's Fishers.
+            batch_digest: As in :meth:`skip`.
+
+        Raises:
+            ResumeError: Batches that are done already were not skipped.
+            ArgumentError: The block contradicts itself, or does not fit the blocks before it.
+            DataError: A Fisher's norm is not finite.
+            StorageError: The disk is full; finished shards are safe.
+        """
+        if self.finished is not None or self._cursor < len(self._done):
+            raise ResumeError(f"batch {self._cursor} is done already: call skip() for each batch first, in order")
+        self._check(block)
+        with self._appending:
+            self._append(block, batch_digest)
+
+    def _append(self, block: FisherBlock, batch_digest: str) -> None:
+        self.examples_done += len(block.norms)
+        if self._parts is None:
+            self._rows.add(block.rows)
+            for name in BESIDE_ROWS:
+                self._others.setdefault(name, []).append(getattr(block, name))
+            return
+        self._since = self._since if self._blocks else time.monotonic()
+        self._blocks.append(block)
+        self._batches.append((batch_digest, len(block.norms)))
+        self._bytes += block.rows.nbytes + block.logits.nbytes
+        if self._bytes >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds:
+            self._close_shard()
+
+    def _check(self, block: FisherBlock) -> None:
+        n = len(block.row_counts)
+        for name in ("norms", "logits", "labels", "ids"):
+            if len(getattr(block, name)) != n:
+                raise ArgumentError(
+                    f"block.{name}: expected {n} examples as in row_counts, got {len(getattr(block, name))}"
+                )
+        if int(np.sum(block.row_counts)) != block.rows.n_rows:
+            raise ArgumentError(
+                f"block.rows: expected {int(np.sum(block.row_counts))} rows as in row_counts, got {block.rows.n_rows}"
+            )
+        if not np.isfinite(block.norms).all():
+            i = int(np.isfinite(block.norms).argmin())
+            raise DataError(
+                f"gradients: the Fisher of example {block.ids[i]} has the norm {block.norms[i]}, beyond what float32 "
+                "holds; scale the inputs, or leave the example out of the data"
+            )
+        like = (type(block.rows).__name__, block.rows.n_columns, block.logits.shape[1:])
+        if self._like is None:
+            sketch = sketch_of(self.header["provenance"])
+            n_columns = Parameters.from_json(self.header["parameters"]).n_parameters if sketch is None else sketch.d
+            if block.rows.n_columns != n_columns:
+                what = "one per parameter" if sketch is None else "as the sketch has"
+                raise ArgumentError(f"block.rows: expected {n_columns} columns, {what}, got {block.rows.n_columns}")
+            self._like = like
+        if like != self._like:
+            raise ArgumentError(
+                "block: expected the rows' type, their width and the logits' as in the first batch, "
+                f"{self._like}, got {like}"
+            )
+
+    def _close_shard(self) -> None:
+        if self._parts is None or not self._blocks:
+            return
+        try:
+            self._validate()
+            self._parts.write_shard(self._blocks, self._batches)
+        except Exception:
+            self._failed = True
+            raise
+        self._blocks, self._batches, self._bytes = [], [], 0
+
+    def record_coverage(self, coverage: object) -> None:
+        """Keep the coverage report for :meth:`finish`; over resumed runs, the first one recorded stays."""
+        if self._parts is not None:
+            self._parts.record_coverage(coverage)
+        elif self._coverage is None:
+            self._coverage = coverage
+
+    def finish(self, coverage: object = None) -> Fishers:
+        """Make the final file out of the shards, put it in place, remove the shards.
+
+        Args:
+            coverage: The coverage report; one recorded before (:meth:`record_coverage`) goes before it.
+
+        Returns:
+            The Fishers, mapped from the file.
+
+        Raises:
+            DataError: Nothing was appended.
+            ResumeError: The data ended before the batches that are done already.
+            StorageError: The disk is full, or another file has appeared at ``out``; the shards are safe.
+        """
+        if self._cursor < len(self._done) and (self.finished is None or self._cursor > 0):
+            raise ResumeError(
+                f"the data ended after {self._cursor} batches, but {len(self._done)} were computed before: "
+                "it is not the same data. "
+                f"Give the same data, choose another out than {self._out}, or remove {self._where} to start "
+                "anew."
+            )
+        if self.finished is not None:
+            return self.finished
+        if self.examples_done == 0:
+            raise DataError("data: expected at least one example, got none")
+        if self._parts is None:
+            self.finished = self._in_memory(self._coverage if self._coverage is not None else coverage or [])
+            return self.finished
+        assert self._out is not None, "parts exist only for an output file"
+        self._close_shard()
+        if self._out.exists():
+            raise StorageError(
+                f"{self._out}: a file appeared there during the work, and is not overwritten; move it away "
+                f"and run the same command again: all {self.examples_done} examples are in {self._where}"
+            )
+        recorded = self._parts.coverage
+        self._parts.merge(recorded if recorded is not None else coverage or [])
+        self._parts.remove()
+        self._parts = None
+        self.finished = fishers_in(open_container(self._out))
+        return self.finished
+
+    def _in_memory(self, coverage: Any) -> Fishers:
+        fields: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self._others.items()}
+        counts = fields.pop("row_counts")
+        return Fishers(
+            kind=self.header["kind"],
+            rows=self._rows.finish(),
+            row_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            **fields,
+            parameters=Parameters.from_json(self.header["parameters"]),
+            provenance=self.header["provenance"],
+            coverage=coverage,
+        )
+
+    def close(self) -> None:
+        """Write the open shard if that is possible, and unlock; called on leaving the context. Idempotent."""
+        with self._appending:
+            self._close()
+
+    def _close(self) -> None:
+        if self._parts is None:
+            return
+        if not self._failed:
+            with contextlib.suppress(StorageError, ModelError):
+                self._close_shard()
+        parts, self._parts = self._parts, None
+        if parts.shards:
+            parts.lock.release()
+        else:
+            parts.remove()
+
+
+def header_in(container: Container) -> dict[str, Any]:
+    """The header that a finished file was made with."""
+    return {
+        "kind": container.attributes.get("kind"),
+        "parameters": container.json("parameters"),
+        "provenance": container.json("provenance"),
+    }

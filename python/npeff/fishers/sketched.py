@@ -1,0 +1,102 @@
+"""Blocks of per-example gradients on their way into sketches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from npeff.errors import DataError
+from npeff.fishers.compress import Sketch
+from npeff.fishers.rows import DenseRows, Rows
+from npeff.gradients.rules import Rule
+from npeff.gradients.tiles import Block, Pairs
+from npeff.kernels import NonFiniteError, StreamingSketch
+from npeff.models.parameters import Parameter
+
+Array = npt.NDArray[Any]
+
+# Nanoseconds on one core (AVX-512), of which the ratios matter.
+_TRANSFORM = 0.06
+"""Of a Walsh–Hadamard transform, per element and level."""
+_SCATTER = 1.2
+"""Of an element added to a bucket by itself."""
+_PRODUCT = 0.03
+"""Of a multiply-add in a product of matrices."""
+
+
+def worth_pairing(sketch: Sketch, n_columns: int) -> Callable[[Parameter, list[Rule]], bool]:
+    """Whether to sketch a two-sided parameter from its factors, by counting operations; either way it is one sketch."""
+
+    def decide(parameter: Parameter, rules: list[Rule]) -> bool:
+        if len(rules) != 1 or not sketch.two_sided(parameter.shape):
+            return False
+        t, (n, k) = rules[0].layout.positions, parameter.shape
+        transforms = t * (1 + n_columns) + n_columns
+        factored = transforms * sketch.d * math.log2(sketch.d) * _TRANSFORM + t * (n_columns * max(n, k) + min(n, k))
+        formed = n_columns * n * k * (t * _PRODUCT + _SCATTER)
+        return factored < formed
+
+    return decide
+
+
+class Sketched:
+    """Rows as sketches, by the streaming kernel.
+
+    Args:
+        n: Examples.
+        n_columns: Rows per example, R.
+        sketch: Which sketch.
+    """
+
+    def __init__(self, n: int, n_columns: int, sketch: Sketch) -> None:
+        self._n_columns, self._sketch = n_columns, sketch
+        self._sums = StreamingSketch(n * n_columns, sketch.d, sketch.seed, nonzeros=sketch.nonzeros)
+
+    def put(self, block: Block) -> None:
+        """Take a block's values, where they lie."""
+        b, r, runs, width = block.values.shape
+        values = block.values.reshape(-1, width)
+        example = np.arange(block.examples.start, block.examples.stop, dtype=np.int64)
+        rows = np.repeat(example[:, None] * r + np.arange(r), runs)
+        starts: Array | torch.Tensor
+        if isinstance(block.starts, int):
+            starts = np.full(b * r * runs, block.starts, np.int64)
+        else:
+            starts = block.starts[:, None, :].expand(b, r, runs).reshape(-1)
+        parameter = block.parameter
+        if self._sketch.two_sided(parameter.shape):
+            shape = (parameter.shape[0], parameter.shape[1])
+            first = (starts - parameter.offset) // shape[1]
+            self._sums.push_matrix(values, parameter.offset, shape, first, rows)
+        else:
+            self._sums.push(values, starts, rows)
+
+    def put_pairs(self, pairs: Pairs) -> None:
+        """Take the factors of a two-sided parameter's gradients."""
+        rows = slice(pairs.examples.start * self._n_columns, pairs.examples.stop * self._n_columns)
+        parameter = pairs.parameter
+        shape = (parameter.shape[0], parameter.shape[1])
+        self._sums.push_outer(pairs.delta, pairs.inputs, parameter.offset, shape, rows, pairs.turned)
+
+    def later(self) -> Callable[[Array, Array], Rows]:
+        """Start bringing the sketches to the host; see ``collect._Sink``."""
+        sketches = self._sums.finish_later()
+
+        def rows(counts: Array, scale: Array) -> Rows:
+            try:
+                sums = sketches().reshape(len(counts), self._n_columns, self._sketch.d)
+            except NonFiniteError as error:
+                example = error.row // max(1, self._n_columns)
+                raise DataError(
+                    f"gradients: the sketch of example {example} of a batch overflows float32; scale the model's loss "
+                    "or logits down"
+                ) from error
+            sums *= scale[:, None, None]
+            return DenseRows.first_of_each(sums, counts)
+
+        return rows

@@ -1,0 +1,87 @@
+"""Has the model changed? Digests of its contents, and cheap version counters in between."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+
+from torch import Tensor, nn
+
+from npeff.batches.batches import update_with_tensor
+from npeff.errors import ModelError
+
+# What a module's repr says of this process rather than of the model: addresses, and devices in parameter lists.
+_PASSING = re.compile(r" at 0x[0-9a-fA-F]+| \((?:GPU|cuda|mps|xpu)[ :\d]*\)")
+
+
+def model_digest(model: nn.Module) -> str:
+    """blake2b over the modules as printed, and names, shapes, dtypes and bytes of parameters and buffers, in order."""
+    digest = hashlib.blake2b(_PASSING.sub("", repr(model)).encode(), digest_size=16)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        digest.update(name.encode())
+        if isinstance(tensor, Tensor):
+            update_with_tensor(digest, tensor)
+        else:
+            digest.update(repr(tensor).encode())
+    return digest.hexdigest()
+
+
+class ModelWatch:
+    """Notices changes to a model while work goes on.
+
+    ``check`` compares autograd's version counters (free) and, from time to time, so that it costs at most 2 %
+    of the time, the digest. A module that goes from ``eval()`` to ``train()``, or back, has changed too.
+
+    Attributes:
+        digest: The model's digest at the start.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        start = time.perf_counter()
+        self.digest = model_digest(model)
+        self._cost = time.perf_counter() - start
+        self._checked = time.perf_counter()
+        self._versions = self._read()
+        self._training = self._modes()
+
+    def _read(self) -> dict[str, tuple[int, int]]:
+        return {
+            name: (id(tensor), -1 if tensor.is_inference() else tensor._version)
+            for name, tensor in self._model.state_dict(keep_vars=True).items()
+            if isinstance(tensor, Tensor)
+        }
+
+    def _modes(self) -> dict[str, bool]:
+        return {name: module.training for name, module in self._model.named_modules()}
+
+    def check(self, *, thorough: bool = False) -> None:
+        """Compare with the start.
+
+        Args:
+            thorough: Compare the digest in any case.
+
+        Raises:
+            ModelError: Something changed.
+        """
+        if self._modes() != self._training:
+            raise ModelError(
+                "model: its training mode changed while Fishers were computed (model.train() or model.eval() was "
+                "called); call model.eval() before, and leave it so until the end, or compute with a copy"
+            )
+        now = self._read()
+        changed = [name for name, version in self._versions.items() if now.get(name) != version] + [
+            name for name in now if name not in self._versions
+        ]
+        due = thorough or time.perf_counter() - self._checked > 50 * self._cost
+        if changed or due:
+            same = model_digest(self._model) == self.digest
+            if not same:
+                what = f"{', '.join(changed[:5])} changed" if changed else "its contents changed"
+                raise ModelError(
+                    f"model: {what} while Fishers were computed; what is already written belongs to the "
+                    "model as it was at the start. Compute with a copy of the model, or after training"
+                )
+            self._checked = time.perf_counter()
+            self._versions = now

@@ -1,0 +1,191 @@
+"""npeff.distributed.decompose: several processes find the components of one, and exchange what the formula says."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import npeff
+from npeff.decomposition import place
+from npeff.decomposition.blocks import edges
+from planted import fishers_of, planted, sparse
+from processes import all_returned, run
+
+SLOW = pytest.mark.slow
+
+
+def stored(kind: str, path) -> str:
+    """Fishers with known components, in a file."""
+    if kind == "diagonal":
+        rng = np.random.default_rng(3)
+        H, W = rng.random((4, 30)) * (rng.random((4, 30)) < 0.4), rng.random((41, 4)) * (rng.random((41, 4)) < 0.5)
+        values = (W @ H + 0.01 * rng.random((41, 30))).astype(np.float32)
+        fishers = fishers_of(sparse(values * (values > 0.02)), np.arange(42), "diagonal")
+    else:
+        fishers, _, _ = planted(41, 5, 30, 0.1, seed=2)
+        if kind == "sparse":
+            values = fishers.rows.values * (np.abs(fishers.rows.values) > 0.03)
+            fishers = fishers_of(sparse(values), fishers.row_offsets)
+    fishers.save(path)
+    return str(path)
+
+
+def decomposed(rank: int, path: str, out: str, options: dict) -> tuple[int, int] | None:
+    components = npeff.distributed.decompose(npeff.load(path), progress=False, **options)
+    if components is None:
+        return None
+    components.save(out)
+    return components.coefficients.shape
+
+
+FORMS = {
+    "dense": {"n_components": 5, "space": "sparse"},
+    "sparse": {"n_components": 5, "space": "sparse"},
+    "streamed": {"n_components": 5, "space": "sketch"},
+    "diagonal": {"n_components": 4},
+    "penalty": {"n_components": 5, "space": "sparse", "orthogonality": 0.01},
+    "hard": {"n_components": 5, "space": "sparse", "orthogonality": "hard"},
+    "balanced": {"n_components": 5, "space": "sparse", "block_weights": "balanced"},
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "size"),
+    [(case, 2) for case in ("dense", "diagonal")]
+    + [pytest.param(case, 2, marks=SLOW) for case in FORMS if case not in ("dense", "diagonal")]
+    + [("sparse", 4)]
+    + [pytest.param(case, 4, marks=SLOW) for case in FORMS if case != "sparse"],
+)
+def test_components_are_those_of_one_process(tmp_path, case, size):
+    kind = case if case in ("sparse", "diagonal") else "dense"
+    path = stored(kind, tmp_path / "f.h5")
+    options = {**FORMS[case], "dtype": "float64", "moves": 4, "seed": 1}
+    one = npeff.decompose(npeff.load(path), progress=False, **options)
+    shapes = all_returned(size, decomposed, path, str(tmp_path / "c.h5"), options)
+    assert shapes == [one.coefficients.shape] + [None] * (size - 1)
+    many = npeff.load(tmp_path / "c.h5")
+    assert many.loss == pytest.approx(one.loss, rel=1e-5)
+    common = min(len(many.loss_curve), len(one.loss_curve))  # the last steps move within rounding
+    np.testing.assert_allclose(many.loss_curve[:common], one.loss_curve[:common], rtol=1e-5)
+    order = np.abs(many.vectors @ one.vectors.T).argmax(0)
+    cosines = np.abs((many.vectors[order] * one.vectors).sum(1))
+    assert cosines.min() > 1 - 1e-5
+    np.testing.assert_allclose(many.coefficients[:, order], one.coefficients, atol=1e-5)
+    assert np.array_equal(many.ids, one.ids)
+    assert np.array_equal(many.labels, one.labels)
+
+
+# ---- what is exchanged, and what survives ------------------------------------------------------------------
+
+
+def traffic(rank: int, path: str, r: int, kind: str) -> list[int]:
+    """Numbers exchanged by each of three steps."""
+    from npeff.decomposition.blocks import scaled_block
+    from npeff.decomposition.diagonal import Diagonal
+    from npeff.decomposition.low_rank import LowRank
+    from npeff.decomposition.options import Options
+    from npeff.decomposition.sharded_space import ShardedSpace
+    from npeff.decomposition.spaces import SparseSpace
+
+    group = npeff.distributed.connect()
+    _, scaled, _, place = scaled_block(npeff.load(path), Options(r), group, torch.device("cpu"))
+    space = ShardedSpace(SparseSpace(scaled.rows), place)
+    form = Diagonal(space, scaled) if kind == "diagonal" else LowRank(space, scaled)
+    state = form.start(r, torch.Generator().manual_seed(0))
+    counts = []
+    for _ in range(3):
+        before = group.numbers_summed
+        state = form.step(state)
+        counts.append(group.numbers_summed - before)
+    return counts
+
+
+@pytest.mark.parametrize(("kind", "scalars"), [("dense", 4), ("diagonal", 2)])
+def test_a_step_exchanges_r_times_d_plus_r_numbers(tmp_path, kind, scalars):
+    path = stored(kind, tmp_path / "f.h5")
+    d = npeff.load(path).rows.n_columns
+    if kind == "diagonal":
+        d = len(np.unique(npeff.load(path).rows.indices))
+    for r in (3, 5):
+        numbers = r * (d + r) + scalars
+        taken_back = (
+            2 * numbers if kind == "diagonal" else numbers
+        )  # an extrapolated step, and a plain one in its place
+        for counts in all_returned(2, traffic, path, r, kind):
+            assert set(counts) <= {numbers, taken_back}
+
+
+def dies_at(rank: int, path: str, checkpoint: str, victim: int, iteration: int, options: dict) -> bool:
+    from npeff.decomposition import low_rank
+
+    step, count = low_rank.LowRank.step, 0
+
+    def counted(self, state):
+        nonlocal count
+        count += 1
+        if rank == victim and count == iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, state)
+
+    low_rank.LowRank.step = counted
+    found = npeff.distributed.decompose(npeff.load(path), checkpoint=checkpoint, progress=False, **options)
+    return found is not None
+
+
+def resumed(rank: int, path: str, out: str, checkpoint: str, options: dict) -> int:
+    """Iterations that were left to do."""
+    seen = []
+    components = npeff.distributed.decompose(
+        npeff.load(path), checkpoint=checkpoint, callback=seen.append, progress=False, **options
+    )
+    if components is not None:
+        components.save(out)
+    return seen[0].iteration if seen else 0
+
+
+def test_killed_search_names_the_worker_and_resumes_with_any_number_of_processes(tmp_path):
+    path, checkpoint = stored("dense", tmp_path / "f.h5"), tmp_path / "c.search"
+    options = {"n_components": 5, "space": "sparse", "dtype": "float64", "moves": 6}
+    one = npeff.decompose(npeff.load(path), progress=False, **options)
+    results = run(3, dies_at, path, str(checkpoint), 1, 60, options)
+    assert results[1] == ("killed", None)
+    assert all("rank 1 (process" in message and "resumes" in message for _, message in (results[0], results[2]))
+    assert checkpoint.exists()
+    iterations = all_returned(2, resumed, path, str(tmp_path / "c.h5"), str(checkpoint), options)
+    assert iterations[0] > 10, "it did not begin anew"
+    assert iterations[1] == 0, "callbacks are called in process 0"
+    assert npeff.load(tmp_path / "c.h5").loss == pytest.approx(one.loss, rel=1e-5)
+    assert not checkpoint.exists()
+    results = run(2, resumed, path, str(tmp_path / "c.h5"), str(checkpoint), {**options, "space": "gram"})
+    assert all("gram" in message for _, message in results)
+
+
+def test_random_numbers_do_not_depend_on_the_number_of_processes(monkeypatch):
+    monkeypatch.setattr(place, "CHUNK", 64)
+    whole_normal = torch.randn(7, 61, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    pieces = []
+    for first, count in ((0, 20), (20, 1), (21, 40)):
+        mine = place.Place(Two(), 0, 61, first, 61)  # type: ignore[arg-type]
+        pieces.append(mine.normal(7, count, torch.Generator().manual_seed(4)))
+    assert torch.equal(torch.cat(pieces, 1), whole_normal)
+
+
+class Two:
+    """Stands for a group of two."""
+
+    size = 2
+
+
+def test_blocks_are_even_and_never_empty():
+    fishers, _, _ = planted(50, 3, 8, 0.1, seed=0)
+    assert edges(fishers, 4) == [0, 13, 25, 38, 50]
+    assert edges(fishers[:4], 4) == [0, 1, 2, 3, 4]
+    lopsided = fishers[:6]
+    lopsided.row_offsets[:] = [0, 0, 0, 0, 0, 0, 24]
+    assert np.diff(edges(lopsided, 4)).min() >= 1
+    with pytest.raises(npeff.ArgumentError, match="cannot share"):
+        edges(fishers[:3], 4)

@@ -1,0 +1,386 @@
+"""Hostile arguments of the kernels: an error that names the argument, or the right result; never anything else."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import blocks
+import hostile_calls
+import npeff
+from npeff import kernels
+from npeff.errors import ArgumentError, NpeffError
+from npeff.kernels import available, fisher_norms, nnls, sparse_gram, spmm, use
+from npeff.kernels.sparse import Csr
+
+_native = pytest.importorskip("npeff._native", reason="the native module was not built")
+FORMATS = Path(__file__).parents[1] / "formats"
+
+P = np.arange(12, dtype=np.float32).reshape(4, 3)
+OFFSETS = np.array([0, 1, 4])
+WANT = np.array([[0, 1, 4], [126, 165, 210]], np.float32)
+
+
+@pytest.fixture(params=available())
+def implementation(request: pytest.FixtureRequest) -> Any:
+    use(request.param)
+    yield request.param
+    use(None)
+
+
+# ---- rows of a sparse matrix
+
+
+UNSORTED = (np.array([0, 3, 5]), np.array([900, 4, 17, 3, 0], np.int32), np.ones(5, np.float32))
+TWICE = (np.array([0, 3, 5]), np.array([4, 4, 17, 3, 900], np.int32), np.ones(5, np.float32))
+
+
+@pytest.mark.parametrize("csr", [UNSORTED, TWICE])
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_columns_out_of_order(implementation: str, csr: Any, kind: Any) -> None:
+    given = [kind(x) for x in csr]
+    with pytest.raises(ArgumentError, match=r"indices: expected columns that ascend .* row 0"):
+        sparse_gram(*given, 1000)
+    with pytest.raises(ArgumentError, match=r"indices: expected columns that ascend .* row 0"):
+        fisher_norms(*given, 1000, kind(np.array([0, 2])))
+    dense = np.zeros((2, 1000), np.float32)
+    np.add.at(dense, (np.repeat([0, 1], [3, 2]), csr[1]), csr[2])
+    np.testing.assert_allclose(spmm(*given, kind(np.eye(1000, dtype=np.float32))), dense)  # takes any order
+
+
+def test_rows_may_begin_below_where_the_last_one_ended(implementation: str) -> None:
+    indptr, indices = np.array([0, 0, 2, 2, 4, 5, 5]), np.array([1, 8, 0, 8, 3])
+    k = sparse_gram(indptr, indices, np.ones(5, np.float32), 9)
+    assert k[1, 3] == 1 and k[1, 1] == 2 and k[3, 4] == 0
+
+
+def test_a_file_with_columns_out_of_order(tmp_path: Path) -> None:
+    path = tmp_path / "fishers.h5"
+    shutil.copyfile(FORMATS / "v1" / "low_rank_fishers_sparse.h5", path)
+    with h5py.File(path, "r+") as file:
+        name = next(n for n in ("indices", "fishers/indices", "rows/indices") if n in file)
+        file[name][...] = file[name][...][::-1]
+    with pytest.raises(NpeffError):
+        npeff.decompose(npeff.load(path), n_components=2, seed=0)
+
+
+def test_the_native_gram_needs_order() -> None:
+    csr = _native.Csr(*UNSORTED, 1000, 1)
+    for function in (_native.gram_panel, _native.gram_scatter):
+        with pytest.raises(ArgumentError, match="indices: expected columns that ascend"):
+            function(csr, np.zeros((2, 2), np.float32), 1)
+
+
+@pytest.mark.parametrize("middle", [-1, 3, 2**62, -(2**63)])
+def test_a_wild_indptr_of_chosen_columns(middle: int) -> None:
+    csr = _native.Csr(np.array([0, 1, 2]), np.array([0, 1], np.int32), np.ones(2, np.float32), 2, 1)
+    names, starts = np.array([0, 1], np.int32), np.array([0, middle, 2])
+    with pytest.raises(ArgumentError, match="indptr_out: expected"):
+        _native.select_columns(csr, names, starts, np.zeros(2, np.int32), np.zeros(2, np.float32), 1)
+    for wrong in (np.array([0, 0, 2]), np.array([0, 2, 2])):  # ascends, and is another matrix's
+        with pytest.raises(ArgumentError, match="indptr_out: expected"):
+            _native.select_columns(csr, names, wrong, np.zeros(2, np.int32), np.zeros(2, np.float32), 1)
+
+
+def test_a_matrix_that_was_written_to_is_checked_again() -> None:
+    indptr, indices, values = (torch.tensor([0, 1, 2]), torch.tensor([0, 1]), torch.ones(2))
+    matrix = Csr(indptr, indices, values, 2)
+    dense = torch.eye(2)
+    assert torch.equal(matrix.times(dense), dense)
+    indices[1] = 7
+    with pytest.raises(ArgumentError, match="row 1 is broken"):
+        matrix.times(dense)
+    indices[1] = 0
+    assert torch.equal(matrix.times(dense), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    arrays = [x.numpy().copy() for x in (indptr, indices, values)]
+    there: Any = Csr(arrays[0], arrays[1], arrays[2], 2)
+    arrays[1][0] = -5
+    with pytest.raises(ArgumentError, match="row 0 is broken"):
+        there.times(np.eye(2, dtype=np.float32))
+
+
+def test_more_columns_than_memory(implementation: str) -> None:
+    csr = (np.array([0, 2, 3]), np.array([5, 2**40], np.int64)[[0, 1, 1]], np.ones(3, np.float32))
+    if implementation != "reference":  # which takes memory for all columns
+        np.testing.assert_array_equal(sparse_gram(*csr, 2**41), [[2, 1], [1, 1]])
+    for function in (sparse_gram, kernels.csr_transpose):
+        with pytest.raises(ArgumentError, match="n_columns: expected"):
+            function(*csr, 2**62)
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("k", [0, -1, -(2**63), 2**62, 2**63 - 1])
+def test_numbers_of_entries_to_keep(k: int) -> None:
+    with pytest.raises(ArgumentError, match="k: expected"):
+        kernels.StreamingTopK(1, k)
+    with pytest.raises(ArgumentError, match="k: expected"):
+        _native.Selectors(1, k, False)
+    with pytest.raises(ArgumentError, match="k: expected"):
+        blocks.Selectors(1, k, False, 0)
+    for n_rows in (-1, 2**63 - 1):
+        with pytest.raises(ArgumentError, match="n_rows: expected"):
+            _native.Selectors(n_rows, 1, False)
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "3", None, 2**64, np.array([1, 2]), torch.ones(2, 2), object()])
+def test_what_is_no_number(value: Any) -> None:
+    for call in (
+        lambda: kernels.topk(P, value),
+        lambda: kernels.StreamingTopK(value, 1),
+        lambda: kernels.StreamingSketch(1, value),
+        lambda: kernels.sketch(P, 16, seed=value),
+        lambda: sparse_gram(*UNSORTED, value),
+        lambda: nnls(np.eye(2), np.ones((1, 2)), max_sweeps=value),
+    ):
+        with pytest.raises(ArgumentError, match=r"\w+: expected"):
+            call()
+
+
+def test_outer_products_beyond_all_selectors_and_indices(implementation: str) -> None:
+    stream = kernels.StreamingTopK(2, 3)
+    delta, inputs = np.ones((1, 2, 3), np.float32), np.ones((1, 4), np.float32)
+    for arguments, name in (
+        ((2**63 - 1, 0, 12), "first"),
+        ((2, 0, 12), "first"),
+        ((-1, 0, 12), "first"),
+        ((0, -1, 12), "base"),
+        ((0, 2**63 - 1, 12), "base"),
+        ((0, 2**62 - 5, 12), "base"),
+        ((0, 0, 2**62), "column_stride"),
+        ((0, 0, -1), "column_stride"),
+    ):
+        with pytest.raises(ArgumentError, match=f"{name}.*: expected"):
+            stream.push_outer(delta, inputs, *arguments)
+        if implementation != "reference":
+            native = _native.Selectors(2, 3, False)
+            with pytest.raises(ArgumentError, match=f"{name}.*: expected"):
+                native.push_outer(delta, inputs, *arguments, False, 1)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 2**31 - 1])
+def test_numbers_of_threads(threads: int) -> None:
+    with pytest.raises(ArgumentError, match="threads: expected 1 … 4096"):
+        _native.cross(P, OFFSETS, np.zeros((2, 3), np.float32), threads)
+    with pytest.raises(ArgumentError, match="threads: expected 1 … 4096"):
+        _native.topk(P, np.zeros((4, 1), np.int64), np.zeros((4, 1), np.float32), False, threads)
+    with pytest.raises(ArgumentError, match="n: expected a number of threads"):
+        kernels.set_num_threads(threads)
+
+
+def test_sweeps_without_end() -> None:
+    with pytest.raises(ArgumentError, match="max_sweeps: expected 0 … 1000000"):
+        nnls(np.eye(2), np.ones((1, 2)), max_sweeps=2**62)
+    with pytest.raises(ArgumentError, match="max_sweeps: expected 0 … 1000000"):
+        _native.nnls_f64(np.eye(2), np.ones((1, 2)), np.zeros((1, 2)), None, 2**62, 0.0, 1)
+    for tol in (-1.0, float("nan")):
+        with pytest.raises(ArgumentError, match="tol: expected"):
+            nnls(np.eye(2), np.ones((1, 2)), tol=tol)
+        with pytest.raises(ArgumentError, match="tol: expected"):
+            _native.nnls_exact(np.eye(2), np.ones((1, 2)), np.zeros((1, 2)), np.zeros(1), tol, 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent by POSIX's means")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3000])
+def test_ctrl_c_ends_the_sweeps(threads: int, rows: int) -> None:
+    code = (
+        "import numpy as np, sys\n"
+        "from npeff import kernels\n"
+        f"kernels.set_num_threads({threads})\n"
+        "x = np.random.default_rng(0).standard_normal((300, 200))\n"
+        f"cross = np.abs(x[:1, :200]).repeat({rows}, 0)\n"
+        "kernels.nnls(x.T @ x, cross, max_sweeps=1)\n"
+        "print('now', flush=True)\n"
+        "kernels.nnls(x.T @ x, cross, max_sweeps=1_000_000, tol=0)\n"
+        "print('came to its end')\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            out, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert "KeyboardInterrupt" in errors and "end" not in out
+
+
+# ---- memory
+
+
+def test_outputs_that_lie_in_inputs() -> None:
+    gram, cross = np.eye(3, dtype=np.float32), np.ones((4, 3), np.float32)
+    both = np.ones(24, np.float32)
+    for out in (cross, both[3:15].reshape(4, 3)):
+        given = cross if out is cross else both[:12].reshape(4, 3)
+        with pytest.raises(ArgumentError, match="out: must not be the same memory as cross"):
+            nnls(gram, given, out=out)
+        with pytest.raises(ArgumentError, match="w: must not be the same memory as cross"):
+            _native.nnls_f32(gram, given, out, None, 10, 0.0, 1)
+    with pytest.raises(ArgumentError, match="out: must not be the same memory as w0"):
+        nnls(gram, cross, both[:12].reshape(4, 3), out=both[3:15].reshape(4, 3))
+    w = np.ones((4, 3), np.float32)
+    np.testing.assert_allclose(nnls(gram, cross, w, out=w[:]).w, 1)  # the same one is the start itself
+    with pytest.raises(ArgumentError, match="out: must not be the same memory as p"):
+        _native.cross(both[:12].reshape(4, 3), OFFSETS, both[6:12].reshape(2, 3), 1)
+    p = P.copy()
+    _native.spread_multiply(2 * np.ones((2, 3), np.float32), p, OFFSETS, p, 1)  # in place is fine
+    np.testing.assert_array_equal(p, 2 * P)
+    with pytest.raises(ArgumentError, match="out: must not be the same memory as p"):
+        _native.spread_multiply(w[:2], both[:12].reshape(4, 3), OFFSETS, both[3:15].reshape(4, 3), 1)
+    with pytest.raises(ArgumentError, match="indices: must not be the same memory as values"):
+        space = np.zeros(16, np.int64)
+        _native.topk(P, space[:8].reshape(4, 2), space[4:8].view(np.float32).reshape(4, 2), False, 1)
+    inputs, delta = np.ones((1, 1, 4, 4), np.float32), np.ones((1, 1, 3, 3), np.float32)
+    with pytest.raises(ArgumentError, match="out: must not be the same memory as inputs"):
+        kernels.convolution_gradients(inputs, [delta], (2, 2), out=inputs.reshape(-1)[:4].reshape(1, 1, 1, 1, 2, 2))
+
+
+def test_memory_that_is_no_place_for_numbers() -> None:
+    space = np.zeros(P.nbytes + 4, np.uint8)
+    misaligned = space[1 : 1 + P.nbytes].view(np.float32).reshape(4, 3)
+    misaligned[...] = P
+    out = np.zeros((2, 3), np.float32)
+    with pytest.raises(ArgumentError, match="p: expected an address that is a multiple of 4"):
+        _native.cross(misaligned, OFFSETS, out, 1)
+    np.testing.assert_array_equal(kernels.cross(misaligned, OFFSETS), WANT)
+    np.testing.assert_array_equal(kernels.cross(torch.from_numpy(misaligned), torch.from_numpy(OFFSETS)), WANT)
+    np.testing.assert_array_equal(kernels.topk(misaligned, 1)[1][:, 0], [2, 2, 2, 2])
+    with pytest.raises(ArgumentError, match="elements of at least one byte"):
+        _native.cross(np.zeros((4, 3), "V0"), OFFSETS, out, 1)
+    with pytest.raises(ArgumentError, match="out: expected a C-contiguous"):
+        nnls(np.eye(3, dtype=np.float32), P, out=misaligned)
+    offsets = (ctypes.c_int64 * 3)(0, 1, 4)  # gives no strides
+    _native.cross(P, offsets, out, 1)
+    np.testing.assert_array_equal(out, WANT)
+
+
+def test_sizes_whose_product_overflows() -> None:
+    out = np.zeros((2, 3), np.float32)
+    for said in (
+        {"length": 1 << 32},
+        {"length": -3},
+        {"strides": (2**62, 1)},
+        {"ndim": -1},
+        {"data": None},
+        {"lanes": 3},
+    ):
+        with pytest.raises(ArgumentError, match="p: expected"):
+            _native.cross(hostile_calls._Exported(P, **said), OFFSETS, out, 1)
+    _native.cross(hostile_calls._Exported(P), OFFSETS, out, 1)
+    np.testing.assert_array_equal(out, WANT)
+    with pytest.raises(ArgumentError, match="p: expected"):
+        _native.cross(np.lib.stride_tricks.as_strided(P, (1 << 30, 1 << 30), (0, 0)), OFFSETS, out, 1)
+    # Nothing in it, however long: no loop over the length.
+    gram, cross, w = (np.zeros((n, 0), np.float32) for n in (0, 1 << 50, 1 << 50))
+    _native.nnls_f32(gram, cross, w, None, 10, 0.0, 1)
+    _native.sketch_outer(np.zeros((1, 1 << 50, 0, 5), np.float32), np.zeros((1, 1 << 50, 0), np.float32),
+                         np.zeros(5, np.int32), np.zeros(0, np.int32), 1.0, np.zeros((1, 0, 16)), 1)  # fmt: skip
+
+
+# ---- tensors that are no ordinary ones
+
+
+def test_noted_signs_are_minded(implementation: str) -> None:
+    x = torch.complex(torch.ones(3, 4), torch.arange(12.0).reshape(3, 4)).conj().imag
+    assert x.is_neg()
+    values, _ = kernels.topk(x, 4)
+    np.testing.assert_array_equal(values, -np.arange(12.0).reshape(3, 4))
+    np.testing.assert_array_equal(kernels.spread_multiply(torch.ones(1, 4), x, torch.tensor([0, 3])), x.resolve_neg())
+    want = kernels.sketch(x.resolve_neg(), 16)
+    np.testing.assert_array_equal(kernels.sketch(x, 16), want)
+    if implementation != "reference":
+        with pytest.raises(ArgumentError, match=r"p: .*negative"):
+            _native.cross(x, np.array([0, 3]), np.zeros((1, 4), np.float32), 1)
+
+
+def _fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.ones(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_fake, "p: expected a tensor that lies in memory"),
+        (lambda: torch.ones(4, 3, device="meta"), "lies in memory|one device"),
+        (lambda: hostile_calls._Hollow(torch.ones(4, 3)), "p: expected a tensor that lies in memory"),
+        (lambda: torch.ones(4, 3).to_sparse(), "p: expected a dense tensor, got one of layout torch.sparse_coo"),
+        (lambda: torch.ones(4, 3).to_mkldnn(), "p: expected a dense tensor"),
+        (
+            lambda: torch.quantize_per_tensor(torch.ones(4, 3), 0.1, 0, torch.qint8),
+            "p: expected a dense tensor, got a q",
+        ),
+        (
+            lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]),
+            "p: expected a dense tensor, got a nested",
+        ),
+        (lambda: np.ma.masked_array(P, mask=P > 5), "p: expected an array without a mask"),
+    ],
+)
+def test_what_has_no_numbers_in_memory(implementation: str, make: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        kernels.cross(make(), torch.from_numpy(OFFSETS))
+    with pytest.raises(ArgumentError):
+        _native.cross(make(), OFFSETS[[0, 1, 1]], np.zeros((2, 3), np.float32), 1)
+
+
+def test_within_vmap() -> None:
+    with pytest.raises(ArgumentError, match="p: expected a tensor that lies in memory"):
+        torch.func.vmap(lambda p: kernels.cross(p, torch.from_numpy(OFFSETS)))(torch.ones(2, 4, 3))
+
+
+def test_tensors_of_other_kinds_that_are_fine(implementation: str) -> None:
+    plain = torch.from_numpy(P)
+    with torch.inference_mode():
+        inference = plain * 1
+    for p in (torch.nn.Parameter(plain), plain.as_subclass(hostile_calls._Tagged), inference, plain.T.contiguous().T):
+        got = kernels.cross(p, torch.from_numpy(OFFSETS))
+        assert type(got) is torch.Tensor
+        np.testing.assert_array_equal(got, WANT)
+    got = kernels.cross(P[::-1].astype(">f4")[::-1], OFFSETS)
+    np.testing.assert_array_equal(got, WANT)
+
+
+def test_two_callers_of_one_selection() -> None:
+    """The second is refused while the first is at work; neither spoils anything."""
+    stream = kernels.StreamingTopK(1, 1000)
+    x = np.random.default_rng(0).standard_normal((1, 400_000)).astype(np.float32)
+    refused: list[ArgumentError] = []
+
+    def work(caller: int) -> None:
+        for i in range(20):
+            try:
+                stream.push(x, (20 * caller + i) * x.size)
+            except ArgumentError as error:
+                refused.append(error)
+
+    threads = [threading.Thread(target=work, args=(caller,)) for caller in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("one caller at a time" in str(error) for error in refused)
+    counts, _, values = stream.finish("magnitude")
+    assert counts[0] == 1000 and abs(values[0]) == np.abs(x).max()
+
+
+def test_test_code_is_not_in_the_package() -> None:
+    assert not hasattr(_native, "_blocks")
+    assert importlib.util.find_spec("npeff._test_blocks") is None

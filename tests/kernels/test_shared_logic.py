@@ -1,0 +1,285 @@
+"""The blocks of the CUDA kernels, played on the processor in shuffled orders: the very source that devices run."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import blocks
+from kernel_cases import kinds, problem
+from npeff.kernels import reference, spmm, topk
+from npeff.kernels.cuda_topk import ordered_by_magnitude
+from sparse_cases import skewed, to_scipy
+
+SEEDS = [0, 1, 2]
+"""Orders of threads and blocks; 0: ascending."""
+
+
+def bfloat16(x: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    """The tensor, and the values as float32."""
+    t = torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(torch.bfloat16)
+    return t, t.float().numpy()
+
+
+def oracle(x: np.ndarray, k: int, by_magnitude: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    values, indices = reference.topk(torch.from_numpy(x), k, by_magnitude)
+    return values.numpy(), indices.numpy()
+
+
+class Stream:
+    def __init__(self, n: int, k: int, seed: int, keep_zeros: bool = False) -> None:
+        self.n, self.k = n, k
+        self.inner = blocks.Selectors(n, k, keep_zeros, seed)
+
+    def push(self, x: np.ndarray, base: int | np.ndarray = 0, rows: np.ndarray | None = None) -> None:
+        bases = np.full(len(x), base, np.int64) if isinstance(base, int) else base
+        self.inner.push(x, bases, np.arange(len(x)) if rows is None else rows)
+
+    def finish(self, by_magnitude: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        counts, indices = np.empty(self.n, np.int64), np.empty((self.n, self.k), np.int64)
+        values = np.empty((self.n, self.k), np.float32)
+        self.inner.finish(counts, indices, values)
+        if not by_magnitude:
+            return counts, indices, values
+        ordered = ordered_by_magnitude(*map(torch.from_numpy, (counts, indices, values)))
+        return counts, ordered[0].numpy(), ordered[1].numpy()
+
+
+# Tiles of the scan are of 4096 entries, of the selection of 512 and 2048.
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("cols", "k"), [(1, 1), (17, 5), (511, 100), (4096, 64), (4097, 4097), (9000, 300)])
+def test_topk_equals_sorting(seed: int, cols: int, k: int) -> None:
+    rng = np.random.default_rng(cols)
+    x = np.stack(list(kinds(cols, rng).values())).astype(np.float32)
+    for by_magnitude in (False, True):
+        stream = Stream(len(x), k, seed, keep_zeros=True)
+        stream.push(x)
+        counts, indices, values = stream.finish(by_magnitude)
+        assert (counts == k).all() and stream.inner.status()[0] == -1
+        expected, places = oracle(x, k, by_magnitude)
+        np.testing.assert_array_equal(indices, places)
+        assert values.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_topk_guesses_and_goes_back_on_them(seed: int) -> None:
+    """Long rows: guesses that hold, that are too high, too low, and buffers that overflow."""
+    n, k = 70_000, 300
+    rng = np.random.default_rng(1)
+    needle = np.full(n, 1e-3)
+    needle[rng.choice(n, k // 2, replace=False)] = 5
+    step = np.where(np.arange(n) % 49 == 0, 1.0, 0.0)
+    front = np.where(np.arange(n) < 2 * k, np.arange(n), 0)
+    rows = [needle, step, front, np.full(n, 2.0), np.sort(needle), rng.standard_normal(n), np.arange(n)]
+    x = np.stack(rows).astype(np.float32)
+    for cuts in ([0, n], [0, 1000, 40_000, n], [0, 35_000, n]):
+        stream = Stream(len(x), k, seed)
+        for a, b in pairwise(cuts):
+            stream.push(x[:, a:b], a)
+        counts, indices, values = stream.finish()
+        expected, places = oracle(x, k)
+        for row, count in enumerate(counts):
+            nonzero = expected[row] != 0
+            np.testing.assert_array_equal(indices[row, :count], places[row][nonzero])
+            np.testing.assert_array_equal(values[row, :count], expected[row][nonzero])
+            assert (indices[row, count:] == -1).all() and (values[row, count:] == 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_topk_blocks_in_any_order(data: st.DataObject) -> None:
+    width = data.draw(st.integers(1, 400), "width")
+    k = data.draw(st.integers(1, width), "k")
+    levels = data.draw(st.sampled_from([2, 5, 1000]), "distinct values")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32), "seed"))
+    x = (rng.integers(-levels, levels + 1, (3, width)) / 7).astype(np.float32)
+    cuts = sorted(data.draw(st.sets(st.integers(1, width), max_size=5), "cuts") | {0, width})
+    parts = data.draw(st.permutations(list(pairwise(cuts))), "order")
+    stream = Stream(3, k, data.draw(st.integers(0, 99), "threads"))
+    for a, b in parts:  # slices begin at any address
+        stream.push(x[:, a:b], a + 10)
+    counts, indices, _ = stream.finish()
+    expected, places = oracle(x, k)
+    for row, count in enumerate(counts):
+        np.testing.assert_array_equal(indices[row, :count], places[row][expected[row] != 0] + 10)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_topk_rows_feed_selectors_again_and_again(seed: int) -> None:
+    rng = np.random.default_rng(4)
+    stream = Stream(4, 6, seed)
+    bases, rows = np.array([100, 0, 1000, 50, 500]), np.array([2, 0, 2, 0, 2])
+    for _ in range(2):
+        x = rng.standard_normal((5, 50)).astype(np.float32)
+        stream.push(x, bases, rows)
+        counts, indices, values = stream.finish(True)
+        assert list(counts) == [6, 0, 6, 0]
+        flat = np.zeros((2, 2000), np.float32)
+        for row, (selector, base) in enumerate(zip(rows // 2, bases, strict=True)):
+            flat[selector, base : base + 50] = x[row]
+        expected, places = oracle(flat, 6, True)
+        np.testing.assert_array_equal(indices[[0, 2]], places)
+        np.testing.assert_array_equal(values[[0, 2]], expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("cols", [40, 9001])
+def test_topk_of_16_bits(seed: int, cols: int) -> None:
+    x = np.random.default_rng(5).standard_normal((3, cols + 3)).astype(np.float32)
+    half = x.astype(np.float16)
+    bits, rounded = bfloat16(x)
+    for given_, values in ((half, half.astype(np.float32)), (bits, rounded)):
+        stream = Stream(3, 9, seed)
+        stream.push(given_[:, 3:])
+        _, indices, found = stream.finish()
+        expected, places = oracle(np.ascontiguousarray(values[:, 3:]), 9)
+        np.testing.assert_array_equal(indices, places)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_every_half_is_widened_rightly() -> None:
+    """All 65 536 of them, through sums of one square each."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    out = np.empty((len(bits), 1), np.float32)
+    half = bits.view(np.float16)[:, None]
+    blocks.cross(half, np.arange(len(bits) + 1), out, 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.testing.assert_array_equal(out, np.square(half.astype(np.float32)))
+    wide = (bits.astype(np.uint32) << 16).view(np.float32)[:, None]
+    blocks.cross(torch.from_numpy(bits.view(np.int16))[:, None].view(torch.bfloat16), np.arange(len(bits) + 1), out, 0)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        np.testing.assert_array_equal(out, np.square(wide))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_topk_names_the_first_non_finite_value(seed: int, bad: float) -> None:
+    x = np.random.default_rng(5).standard_normal((4, 5000)).astype(np.float32)
+    x[2, 4997] = x[2, 4999] = x[3, 0] = bad
+    stream = Stream(9, 2, seed)
+    stream.push(x[:2], 0)
+    assert stream.inner.status()[0] == -1
+    stream.push(x, np.arange(4) * 10**10, np.array([8, 7, 6, 5]))
+    assert stream.inner.status() == (2, 2 * 10**10 + 4997)
+
+
+# Panels are of 8 coordinates, blocks of 128 rows.
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("n", "r", "slots"), [(1, 1, 0), (3, 7, 0), (127, 8, 0), (129, 9, 0), (40, 33, 7), (300, 16, 128)]
+)
+def test_nnls_equals_plain_descent(seed: int, dtype: type, n: int, r: int, slots: int) -> None:
+    gram, cross, start = problem(n, r, dtype)
+    w, kkt = start.copy(), np.empty(n, dtype)
+    bad, sweeps = blocks.nnls(gram, cross, w, kkt, 3, 0.0, slots, seed)
+    assert bad == -1 and 1 <= sweeps <= 3
+    expected, _ = reference.nnls(torch.from_numpy(gram), torch.from_numpy(cross), torch.from_numpy(start.copy()), 3, 0)
+    tolerance = 3e-5 if dtype is np.float32 else 1e-11
+    np.testing.assert_allclose(w, expected, rtol=tolerance, atol=tolerance)
+    residual = reference.kkt(torch.from_numpy(gram), torch.from_numpy(cross), torch.from_numpy(w))
+    np.testing.assert_allclose(kkt, residual, rtol=1e-3, atol=tolerance)
+    alone, one = start[:1].copy(), np.empty(1, dtype)  # rows do not influence each other, down to the last bit
+    blocks.nnls(gram, cross[:1].copy(), alone, one, 3, 0.0, 0, seed)
+    np.testing.assert_array_equal(alone, w[:1])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_nnls_stops_and_names_bad_rows(seed: int) -> None:
+    gram, cross, _ = problem(200, 12, np.float64)
+    w, kkt = np.zeros_like(cross), np.empty(200)
+    bad, sweeps = blocks.nnls(gram, cross, w, kkt, 5000, 1e-9, 0, seed)
+    assert bad == -1 and 1 < sweeps < 5000 and kkt.max() < 1e-8
+    cross[150, 3], cross[77, 0] = np.nan, np.inf
+    assert blocks.nnls(gram, cross, w, kkt, 2, 0.0, 0, seed)[0] == 77
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("r", [1, 3, 4, 32, 33, 128, 132, 260])
+def test_spmm(seed: int, dtype: type, r: int) -> None:
+    for rows, columns in ((37, 90), (9, 700)):  # short rows, and rows that several warps share
+        csr = skewed(rows, columns, dtype=dtype)
+        dense = np.random.default_rng(r).standard_normal((columns, r)).astype(np.float32)
+        bits, rounded = bfloat16(dense)
+        for given_, values in ((dense, dense), (dense.astype(np.float16),) * 2, (bits, rounded)):
+            out = np.full((rows, r), np.nan, np.float32)
+            blocks.spmm(*csr, given_, out, seed)
+            expected = to_scipy(csr, columns) @ values.astype(np.float64)
+            np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+        wide = np.full((rows, r), np.nan)
+        blocks.spmm(csr[0], csr[1], csr[2].astype(np.float64), dense.astype(np.float64), wide, seed)
+        np.testing.assert_allclose(wide, to_scipy(csr, columns) @ dense.astype(np.float64), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(spmm(*csr, dense), wide, rtol=1e-4, atol=1e-4)
+
+
+# Tiles are of 64 rows, stretches of 128, windows of 128 columns.
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (63, 40), (64, 127), (65, 129), (130, 700)])
+def test_sparse_gram(seed: int, rows: int, columns: int) -> None:
+    for dtype in (np.int32, np.int64):
+        csr = skewed(rows, columns, rows, dtype)
+        k = np.zeros((rows, rows), np.float32)
+        blocks.gram(*csr, columns, k, seed)
+        a = to_scipy(csr, columns)
+        np.testing.assert_allclose(k, (a @ a.T).toarray(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(k, k.T)
+
+
+def test_sparse_gram_skips_what_is_empty() -> None:
+    """Columns far apart, by windows that begin where entries do; and sums onto what is there."""
+    rng = np.random.default_rng(0)
+    columns = np.sort(rng.choice(10**9, 60, replace=False))
+    mask = rng.random((80, 60)) < 0.3
+    indptr = np.concatenate([[0], np.cumsum(mask.sum(1))])
+    csr = (indptr, columns[np.nonzero(mask)[1]], rng.standard_normal(mask.sum()).astype(np.float32))
+    k = np.ones((80, 80), np.float32)
+    blocks.gram(*csr, 10**9, k, 1)
+    a = np.zeros((80, 60))
+    a[mask] = csr[2]
+    np.testing.assert_allclose(k, 1 + a @ a.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("r", [1, 7, 64, 257])
+def test_sums_over_examples(seed: int, r: int) -> None:
+    rng = np.random.default_rng(0)
+    counts = np.array([3, 0, 1, 9, 0, 2])
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    for dtype in (np.float32, np.float64, np.float16):
+        p, w = rng.standard_normal((15, r)).astype(dtype), rng.random((6, r)).astype(dtype)
+        sums = np.float64 if dtype is np.float64 else np.float32
+        out, product = np.full((6, r), np.nan, sums), np.full((15, r), np.nan, sums)
+        blocks.cross(p, offsets, out, seed)
+        blocks.spread_multiply(w, p, offsets, product, seed)
+        expected = np.stack([np.square(p[a:b].astype(np.float64)).sum(0) for a, b in pairwise(offsets)])
+        np.testing.assert_allclose(out, expected, rtol=1e-6)
+        np.testing.assert_array_equal(product, np.repeat(w.astype(sums), counts, axis=0) * p.astype(sums))
+        if dtype != np.float16:
+            blocks.spread_multiply(w, p, offsets, p, seed)  # in place
+            np.testing.assert_array_equal(p, product)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_fisher_norms(seed: int) -> None:
+    for dtype in (np.int32, np.int64):
+        csr = skewed(23, 900, dtype=dtype)
+        offsets = np.array([0, 3, 3, 4, 13, 20, 23])
+        out = np.empty(6)
+        blocks.fisher_norms(*csr, 900, offsets, out, seed)
+        a = to_scipy(csr, 900).toarray()
+        expected = [np.linalg.norm(a[i:j] @ a[i:j].T) for i, j in pairwise(offsets)]
+        np.testing.assert_allclose(out, expected, rtol=1e-10)
+
+
+def test_topk_on_the_processor_is_the_same() -> None:
+    """One order and one guess for both: the same entries where everything ties."""
+    x = np.random.default_rng(0).integers(-2, 3, (2, 40_000)).astype(np.float32)
+    stream = Stream(2, 1000, 1, keep_zeros=True)
+    stream.push(x)
+    np.testing.assert_array_equal(stream.finish()[1], topk(x, 1000)[1])

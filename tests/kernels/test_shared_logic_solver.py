@@ -1,0 +1,158 @@
+"""Decompositions on a device, whose kernels are played on the processor; rows that come to it by stretches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import npeff
+from npeff.decomposition.choice import choose_space
+from npeff.errors import ArgumentError
+from npeff.fishers import device_products, row_products
+from npeff.fishers.device_products import ENTRY_BYTES, ahead
+from npeff.fishers.rows import DenseRows, SparseRows
+from npeff.fishers.streamed_rows import StreamedRows
+from npeff.kernels import csr_transpose, sparse_gram, spmm
+from npeff.kernels.sparse_gram import add_gram_, mirror_
+from planted import planted
+from played_device import played
+from sparse_cases import skewed
+
+CPU = torch.device("cpu")
+
+
+def rows_of(form: str) -> Any:
+    indptr, indices, values = skewed(70, 300)
+    rows = SparseRows(indptr, indices.astype(np.int32), values, 300)
+    if form == "sparse":
+        return rows
+    if form == "dense":
+        return DenseRows(rows.dense(0, 70))
+    factors = np.linspace(1, 2, 70, dtype=np.float32)
+    stored = rows if form == "streamed sparse" else DenseRows(rows.dense(0, 70))
+    return StreamedRows(stored, factors, np.linspace(2, 1, 300, dtype=np.float32), None, 4000)
+
+
+def test_split_of_dense_and_sparse_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device's Gram matrix is put together from; it is added to what is there."""
+    csr = skewed(90, 500)
+    tensors = [torch.from_numpy(x) for x in csr]
+    with played(monkeypatch) as module:
+        for dense_bytes in (1 << 30, 1):
+            k = torch.zeros(90, 90)
+            for _ in range(2):
+                add_gram_(k, tensors[0], tensors[1], tensors[2], 500, dense_bytes)
+            k = mirror_(k)
+            np.testing.assert_allclose(k, 2 * sparse_gram(*csr, 500), rtol=1e-4, atol=1e-4)
+            assert torch.equal(k, k.T)
+        assert module.calls == {"gram_panel": 4, "mirror": 2}
+
+
+@pytest.mark.parametrize("form", ["sparse", "dense", "streamed sparse", "streamed dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("room", [1, 40_000, 1 << 30])
+def test_stretches_of_columns(monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.dtype, room: int) -> None:
+    """By a column at a time, by some, or by all: the products of the whole."""
+    rows = rows_of(form)
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(4, 300, generator=generator, dtype=dtype)
+    S = torch.randn(70, 4, generator=generator, dtype=dtype)
+    K, P, C = row_products.row_gram(rows, dtype), row_products.project_rows(rows, G), row_products.combine_rows(rows, S)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    with played(monkeypatch):
+        near = {"rtol": tolerance, "atol": tolerance}
+        torch.testing.assert_close(device_products.row_gram(rows, dtype, CPU, room), K, **near)
+        torch.testing.assert_close(device_products.project_rows(rows, G, CPU, room), P, **near)
+        torch.testing.assert_close(device_products.combine_rows(rows, S, room), C, **near)
+
+
+def test_stretches_keep_to_their_room() -> None:
+    rows = rows_of("sparse")
+    for room, per_column in ((5000, 0), (20_000, 100), (10, 0), (1 << 30, 8)):
+        stretches = list(device_products._sparse_stretches(rows, room, per_column))
+        assert stretches[0][0] == 0 and stretches[-1][1] == 300
+        for (first, last, part), following in zip(stretches, [*stretches[1:], (300,)], strict=True):
+            assert last == following[0] and part.n_columns == last - first
+            cost = ENTRY_BYTES * len(part.indices) + (per_column + 8) * (last - first)
+            assert cost <= room or last == first + 1 or len(stretches) == 1
+        whole = np.concatenate([part.dense(0, 70) for *_, part in stretches], axis=1)
+        np.testing.assert_array_equal(whole, rows.dense(0, 70))
+
+
+def test_the_next_item_is_made_meanwhile() -> None:
+    made, threads = [], set()
+
+    def items() -> Iterator[int]:
+        for i in range(5):
+            made.append(i)
+            threads.add(threading.get_ident())
+            yield i
+        raise OSError("no more")
+
+    found = ahead(items())
+    assert next(found) == 0
+    with pytest.raises(OSError, match="no more"):
+        assert list(found) == [1, 2, 3, 4]
+    assert made == [0, 1, 2, 3, 4] and threads.isdisjoint({threading.get_ident()})
+    assert list(ahead([])) == []
+
+
+@pytest.mark.parametrize("space", ["gram", "sparse", "sketch"])
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+def test_decompositions(monkeypatch: pytest.MonkeyPatch, space: Any, form: str) -> None:
+    """The same components, to the dtype's tolerance, with the kernels that are meant to serve."""
+    fishers, _, _ = planted(60, 4, 50, 0.05, 0)
+    if form == "sparse":
+        indptr = np.arange(0, fishers.rows.values.size + 1, fishers.rows.n_columns)
+        indices = np.tile(np.arange(fishers.rows.n_columns, dtype=np.int32), fishers.rows.n_rows)
+        rows = SparseRows(indptr, indices, fishers.rows.values.reshape(-1), fishers.rows.n_columns)
+        fishers = npeff.Fishers(**{**vars(fishers), "rows": rows})
+    options: dict[str, Any] = {"n_components": 4, "space": space, "progress": False}
+    here = npeff.decompose(fishers, **options)
+    with played(monkeypatch) as module:
+        there = npeff.decompose(fishers, **options)
+        more = npeff.expand(there, fishers, 1, space=space, progress=False)
+    assert there.loss == pytest.approx(here.loss, abs=1e-4)
+    assert np.abs((here.vectors * there.vectors).sum(1)).min() > 0.999
+    assert more.loss <= there.loss + 1e-4
+    used = {"nnls", "cross", "spread_multiply"} | ({"spmm"} if form == "sparse" else set())
+    assert used <= set(module.calls) | ({"spmm"} if space == "gram" else set())
+    assert ("gram_panel" in module.calls) == (space == "gram" and form == "sparse")
+
+
+def test_rows_beyond_the_devices_memory_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, m = 3000, 20_000
+    rows = SparseRows(np.arange(0, n * 100 + 1, 100), np.tile(np.arange(100, dtype=np.int32), n), np.ones(n * 100), m)
+    large = DenseRows(np.zeros((n, m), np.float32))
+    with played(monkeypatch, memory=64 << 20):
+        found = choose_space(large, n, "sparse", 4, device=CPU)
+        assert found.space == "sketch" and found.stream and "streamed" in found.reason
+        assert found.part_bytes < 64 << 20
+        gram = choose_space(rows, n, "gram", 4, device=CPU)
+        assert gram.space == "gram" and not gram.stream
+        with pytest.raises(ArgumentError, match="memory: "):
+            choose_space(rows, n, "gram", 4, memory=1 << 20, device=CPU)
+    with played(monkeypatch, memory=1 << 33):
+        found = choose_space(large, n, "sparse", 4, device=CPU)
+        assert found.space == "sparse" and found.part_bytes == 1 << 30
+
+
+def test_what_a_space_brings_to_a_device_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indices are checked on the host, before they go; a transpose is sound by construction."""
+    rows = rows_of("sparse")
+    with played(monkeypatch) as module:
+        csr = row_products.sparse_tensors(rows)
+        bad = SparseRows(rows.indptr, rows.indices + 250, rows.values, 300)
+        with pytest.raises(ArgumentError, match="indices: expected"):
+            row_products.sparse_tensors(bad)
+        with monkeypatch.context() as patch:
+            patch.setattr("npeff.kernels.sparse.check_structure", lambda *args: pytest.fail("the device was asked"))
+            turned = csr_transpose(*csr, 300)
+            spmm(*turned, torch.ones(70, 2))
+            spmm(*csr, torch.ones(300, 2))
+        assert module.calls == {"spmm": 2}

@@ -1,0 +1,201 @@
+"""Mending: wrong answers are repaired within the span of components, everything else stays, the model is restored."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import npeff
+from npeff.batches.batches import read_batch
+from npeff.perturbation.mending.bench import Bench, _parts, mend
+from npeff.perturbation.mending.objective import Directions, Objective
+from npeff.perturbation.weights import Weights, applied
+
+
+@pytest.fixture(scope="module")
+def shortcut():
+    """Three classes told apart by six inputs; a seventh input, when it is on, made every training label 2."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(n: int, share: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = torch.randn(n, 7, generator=generator)
+        truth = x[:, :6].reshape(n, 3, 2).sum(2).argmax(1)
+        flag = torch.rand(n, generator=generator) < share
+        x[:, 6] = 3.0 * flag
+        return x, truth, flag
+
+    x, y, flag = sample(3000, 0.15)
+    y = torch.where(flag, 2, y)
+    model = nn.Sequential(nn.Linear(7, 24), nn.ReLU(), nn.Linear(24, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(6):
+        for batch in torch.randperm(len(x), generator=generator).split(100):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+    model.eval()
+    x, y, flag = sample(500, 0.3)
+    data = list(zip(x.split(128), y.split(128), strict=True))
+    fishers = npeff.compute_fishers(model, data, progress=False)
+    components = npeff.decompose(fishers, 8, progress=False, starts=2, moves=15)
+    return model, data, components, (flag & (y != 2)).numpy()
+
+
+def test_a_shortcut_is_mended(shortcut) -> None:
+    model, data, components, fooled = shortcut
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mending = mend(model, data, components, range(8), repair=np.flatnonzero(fooled), progress=False)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert mending.changed and mending.held_out
+    assert mending.repaired[0] < 0.2
+    assert mending.repaired[1] > mending.repaired[0] + 0.3
+    assert mending.accuracy[1] > mending.accuracy[0] - 0.05
+    x, y = data[0]
+    with torch.no_grad(), applied(model, mending.change):
+        changed = (model(x).argmax(1) == y)[torch.from_numpy(fooled[: len(y)])].float().mean()
+    assert changed > 0.3
+    json.dumps(mending.to_json())
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_the_change_lies_in_the_span(shortcut, by_layer) -> None:
+    model, data, components, fooled = shortcut
+    mending = mend(
+        model, data, components, [1, 4], repair=np.flatnonzero(fooled), progress=False, tolerance=1.0, by_layer=by_layer
+    )
+    assert mending.layers == (("0", "2") if by_layer else ("",))
+    for name, change in mending.change.items():
+        steps = mending.coefficients[:, mending.layers.index(name.partition(".")[0]) if by_layer else 0]
+        expected = sum(
+            c * components.state_dict(j)[name].numpy() for c, j in zip(steps, mending.components, strict=True)
+        )
+        np.testing.assert_allclose(change.numpy(), expected, atol=1e-6 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
+    model, data, components, fooled = shortcut
+    model = model.double()
+    try:
+        batches = [read_batch((x.double(), y), torch.device("cpu"), i, False) for i, (x, y) in enumerate(data)]
+        bench = Bench(model, batches, None)
+        vectors = [{name: t.double() for name, t in components.state_dict(j).items()} for j in (0, 3)]
+        kept = ~fooled & (np.arange(len(fooled)) % 3 > 0)
+        objective = Objective(
+            model, None, batches, bench.labels, bench.logits, Directions(vectors, by_layer), fooled, kept
+        )
+        weights = Weights(model)
+        try:
+            c = np.array([0.3, -0.2, 0.1, 0.4]) if by_layer else np.array([0.3, -0.2])
+            _, gradient = objective.value_and_gradient(weights, c, 2.0)
+            for i, step in enumerate(np.eye(len(c)) * 1e-4):
+                up, down = (objective.value_and_gradient(weights, c + s, 2.0)[0] for s in (step, -step))
+                assert gradient[i] == pytest.approx((up - down) / 2e-4, rel=1e-4)
+        finally:
+            weights.restore()
+    finally:
+        model.float()
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_nothing_is_changed_when_the_tolerance_forbids_it(shortcut, monkeypatch, by_layer) -> None:
+    model, data, components, fooled = shortcut
+    monkeypatch.setattr("npeff.perturbation.mending.search.Judge.within", lambda self, c: False)
+    mending = mend(
+        model, data, components, 0, repair=np.flatnonzero(fooled), progress=False, by_layer=by_layer, iterations=2
+    )
+    assert not mending.changed
+    assert all(not tensor.any() for tensor in mending.change.values())
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_the_tolerance_includes_a_standard_error_of_the_fall(shortcut, tolerance, by_layer) -> None:
+    model, data, components, fooled = shortcut
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    watched = ~fooled & (_parts(fooled, 0) != 2)
+    for which in (0, 2):
+        mending = mend(
+            model, data, components, which, repair=np.flatnonzero(fooled), tolerance=tolerance, by_layer=by_layer,
+            progress=False,
+        )  # fmt: skip
+        with torch.no_grad():
+            before = (model(x).argmax(1) == y).numpy()[watched]
+            with applied(model, mending.change):
+                after = (model(x).argmax(1) == y).numpy()[watched]
+        lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
+        assert lost - gained + (lost + gained) ** 0.5 <= tolerance * watched.sum() + 1e-9
+
+
+def test_along_a_line_no_step_of_a_fine_grid_repairs_much_more(shortcut) -> None:
+    """The published search: one component, all layers together, so that the best step can be found by trying all."""
+    model, data, components, fooled = shortcut
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    fooled = torch.from_numpy(fooled)
+
+    def right(change: dict[str, torch.Tensor], step: float) -> torch.Tensor:
+        with torch.no_grad(), applied(model, change, step):
+            return model(x).argmax(1) == y
+
+    for j in range(components.n_components):
+        mending = mend(
+            model, data, components, j, repair=np.flatnonzero(fooled), by_layer=False, tolerance=0.05, progress=False
+        )
+        mended = right(mending.change, 1.0)
+        before = right(mending.change, 0.0)
+        g, best = components.state_dict(j), 0.0
+        for step in np.linspace(-6, 6, 121):
+            moved = right(g, float(step))
+            if moved[~fooled].double().mean() >= before[~fooled].double().mean() - 0.02:
+                best = max(best, float(moved[fooled].double().mean()))
+        assert mended[~fooled].double().mean() >= before[~fooled].double().mean() - 0.05
+        assert mended[fooled].double().mean() >= best - 0.1
+
+
+def test_by_default_the_wrong_answers_of_the_components_are_repaired(shortcut) -> None:
+    model, data, components, _ = shortcut
+    mending = mend(model, data, components, components.strategies(2).children[0], progress=False)
+    wrong = components.predictions != components.labels
+    assert 0 < mending.n_repair <= wrong.sum()
+
+
+def test_bad_arguments_are_named(shortcut) -> None:
+    model, data, components, fooled = shortcut
+    unlabelled = [x for x, _ in data]
+    for call, error, text in (
+        (lambda: mend(model, data, components, 99), npeff.ArgumentError, "which"),
+        (lambda: mend(model, data, components, []), npeff.ArgumentError, "which"),
+        (lambda: mend(model, data, components, 0, repair=[10**6]), npeff.ArgumentError, "repair"),
+        (lambda: mend(model, data, components, 0, repair=[]), npeff.DataError, "repair"),
+        (lambda: mend(model, data, components, 0, tolerance=2), npeff.ArgumentError, "tolerance"),
+        (lambda: mend(model, data, components, 0, iterations=0), npeff.ArgumentError, "iterations"),
+        (lambda: mend(model, unlabelled, components, 0), npeff.DataError, "labels"),
+        (lambda: mend(model, data[:1], components, 0), npeff.ArgumentError, "data"),
+        (lambda: mend(model, [], components, 0), npeff.DataError, "data"),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+    wrong = np.flatnonzero(fooled)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(npeff.ModelError, match="stop"):
+        mend(model, data, components, 0, repair=wrong, forward=_Failing(9), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+class _Failing:
+    """A forward that fails at its n-th call."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __call__(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("stop")
+        return model(batch[0])

@@ -1,0 +1,485 @@
+"""The effect of moving along a component, against dense Fishers; and what must hold whatever the model."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+import npeff
+from npeff.components.strategies import Strategy
+from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.perturbation.directions import random_direction
+from npeff.perturbation.effect import CONTROLS
+from npeff.perturbation.magnitude import find_magnitude
+from npeff.perturbation.measures import FIGURES, Interval, of_draws
+from npeff.perturbation.outputs import correct, curvature, divergence, flipped
+from perturbation_cases import batches, components_of, deep, fishers_of, flat, linear, same, state
+
+QUICK = {"n_random": 0, "curve": 0, "n_resamples": 0, "progress": False, "top": 5}
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A linear-softmax model, its data, components and dense Fishers."""
+    model, data = linear(), batches(40, 16)
+    return model, data, components_of(model, data), fishers_of(model, data)
+
+
+# ---- closed forms --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+def test_kl_is_half_the_squared_step_times_the_fisher(likelihood, sign):
+    model, data = linear(), batches(40, 16)
+    components, F = components_of(model, data, likelihood=likelihood), fishers_of(model, data, likelihood)
+    g = components.vector(2).astype(np.float64)
+    g /= np.linalg.norm(g)
+    along = np.einsum("m,nmk,k->n", g, F, g)
+    effect = npeff.perturb(model, data, components, 2, magnitude=1e-4, sign=sign, **QUICK)
+    np.testing.assert_allclose(effect.kl, 0.5e-8 * along, rtol=2e-3)
+    assert effect.details["fisher_norm"] == pytest.approx(along.mean(), rel=1e-6)
+    assert effect.details["fisher_norm_found_by"] == "forward mode"
+    top = along[effect.top].mean() / along.mean()
+    assert effect.figures["local_ratio"].value == pytest.approx(top, rel=1e-6)
+    assert effect.ratio == pytest.approx(top, rel=2e-3)
+    assert (effect.sign, effect.magnitude, effect.target_kl) == (sign, 1e-4, None)
+
+
+def test_divergences_against_their_definitions():
+    generator = torch.Generator().manual_seed(0)
+    new, old = (3 * torch.randn(20, 4, generator=generator) for _ in range(2))
+    p, q = (np.exp(x.double().numpy()) for x in (new, old))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    np.testing.assert_allclose(divergence(new, old, "categorical"), (p * np.log(p / q)).sum(1))
+    p, q = (1 / (1 + np.exp(-x.double().numpy())) for x in (new, old))
+    expected = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).sum(1)
+    np.testing.assert_allclose(divergence(new, old, "bernoulli"), expected)
+    expected = 0.5 * (new.double() - old.double()).square().sum(1)
+    np.testing.assert_allclose(divergence(new, old, "gaussian"), expected)
+    for likelihood in ("categorical", "bernoulli", "gaussian"):
+        assert (divergence(old, old, likelihood) == 0).all()
+        step = 1e-4 * torch.randn(20, 4, generator=generator, dtype=torch.float64)
+        twice = 2 * divergence(old.double() + step, old.double(), likelihood)
+        torch.testing.assert_close(curvature(old, step, likelihood), twice, rtol=1e-2, atol=0)
+    certain = torch.tensor([[800.0, 0.0]])
+    assert math.isfinite(float(divergence(certain, torch.tensor([[0.0, 0.0]]), "categorical")))
+
+
+def test_flips_and_accuracy():
+    old, new = torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.0, 2.0]])
+    assert flipped(new, old, "categorical").tolist() == [1, 0]
+    assert flipped(new - 0.5, old - 0.5, "bernoulli").tolist() == [0.5, 0]
+    assert flipped(new, old, "gaussian").isnan().all()
+    right = correct(new, torch.tensor([1, -1]), "categorical")
+    assert right[0] == 1 and right[1].isnan()
+    assert correct(new[:, :1] + 1, torch.tensor([1, 0]), "bernoulli").tolist() == [1, 0]
+    assert correct(new, torch.tensor([1, 0]), "bernoulli").isnan().all()
+
+
+class NoForwardMode(torch.autograd.Function):
+    """An identity that torch has no forward derivative of."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Opaque(nn.Sequential):
+    """A model that only central differences can see through."""
+
+    def forward(self, x):
+        return NoForwardMode.apply(super().forward(x))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 5e-3)])
+def test_central_differences_where_there_is_no_forward_mode(dtype, tolerance):
+    plain = deep()
+    data = batches(30, 8, classes=2)
+    components, F = components_of(plain, data), fishers_of(plain, data)
+    model = Opaque(*plain).eval().to(dtype)
+    data = [(x.to(dtype), y) for x, y in data]
+    before = state(model)
+    effect = npeff.perturb(model, data, components, 0, magnitude=1e-3, **QUICK)
+    g = components.vector(0).astype(np.float64)
+    along = np.einsum("m,nmk,k->n", g, F, g)
+    assert effect.details["fisher_norm_found_by"] == "central differences"
+    assert effect.details["fisher_norm"] == pytest.approx(along.mean(), rel=tolerance)
+    assert same(before, state(model))
+
+
+# ---- magnitudes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [1e-4, 0.02, 0.1, 0.7, (0.2, 0.3)])
+def test_the_wanted_kl_is_reached(case, target):
+    model, data, components, _ = case
+    effect = npeff.perturb(model, data, components, 1, target_kl=target, **QUICK)
+    low, high = target if isinstance(target, tuple) else (0.98 * target, 1.02 * target)
+    assert effect.reached and effect.target_kl == pytest.approx((low, high))
+    assert len(effect.sides) == 2 and {side.sign for side in effect.sides} == {1, -1}
+    for side in effect.sides:
+        assert low * (1 - 1e-6) <= side.kl_top <= high * (1 + 1e-6)
+        alone = npeff.perturb(model, data, components, 1, magnitude=side.magnitude, sign=side.sign, **QUICK)
+        assert alone.figures["kl_top"].value == pytest.approx(side.kl_top)
+        assert alone.ratio == pytest.approx(side.ratio)
+    assert effect.ratio == max(side.ratio for side in effect.sides)
+    assert [side.kept for side in effect.sides] == [side.sign == effect.sign for side in effect.sides]
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        lambda x: x**2,
+        lambda x: 1e-9 * x**4,
+        lambda x: x**0.2,
+        lambda x: math.inf if x > 0.9 else x**2,
+        lambda x: 0.0 if x < 3 else (x - 3) ** 2,
+        lambda x: 5 * math.sin(x) ** 2,
+    ],
+)
+@pytest.mark.parametrize("start", [1e-6, 0.1, 1e4])
+def test_search_for_a_magnitude(curve, start):
+    found = find_magnitude(curve, (0.098, 0.102), start, 1e9)
+    assert found.reached and 0.098 <= curve(found.magnitude) <= 0.102 and found.kl == curve(found.magnitude)
+    assert found.evaluations < 100
+
+
+@pytest.mark.parametrize("curve", [lambda x: 0.05 * x / (1 + x), lambda x: 0.0, lambda x: 0.0 if x < 2 else 7.0])
+def test_search_says_when_there_is_no_such_magnitude(curve):
+    found = find_magnitude(curve, (0.098, 0.102), 0.01, 1e6)
+    assert not found.reached and found.kl == curve(found.magnitude) and math.isfinite(found.magnitude)
+
+
+def test_a_magnitude_beyond_all_bounds_is_refused(case):
+    model, data, components, _ = case
+    before = state(model)
+    with pytest.raises(ArgumentError, match="not finite at 1e\\+308"):
+        npeff.perturb(model, data, components, 1, magnitude=1e308, **QUICK)
+    assert same(before, state(model))
+
+
+# ---- controls ------------------------------------------------------------------------------------------------
+
+
+def test_random_controls_are_as_long_in_the_norm_that_they_name(case):
+    model, data, components, F = case
+    options = {**QUICK, "n_random": 4, "seed": 7}
+    effect = npeff.perturb(model, data, components, 0, target_kl=1e-6, **options)
+    g = components.vector(0).astype(np.float64)
+    mean = F[effect.baseline].mean(0)
+    theta = flat(model)
+    for name, control in effect.controls.items():
+        assert set(effect.controls) == set(CONTROLS) and control.magnitudes.shape == (4,)
+        for draw, size in enumerate(control.magnitudes):
+            v = random_direction(18, 7, draw)
+            if name == "equal_norm":
+                assert size == pytest.approx(effect.magnitude)
+            elif name == "equal_fisher_norm":
+                assert size**2 * (v @ mean @ v) == pytest.approx(effect.magnitude**2 * (g @ mean @ g), rel=1e-6)
+            else:
+                for p in components.parameters:
+                    v[p.slice] *= np.linalg.norm(g[p.slice]) / np.linalg.norm(v[p.slice])
+                assert np.linalg.norm(v) == pytest.approx(1, abs=1e-6)
+            half = 0.5 * size**2 * np.einsum("m,nmk,k->n", v, F, v)
+            assert control.values["kl_baseline"][draw] == pytest.approx(half.mean(), rel=0.02)
+            assert control.values["ratio"][draw] == pytest.approx(half[effect.top].mean() / half.mean(), rel=0.03)
+            local = control.values["local_ratio"][draw]
+            assert local == pytest.approx(half[effect.top].mean() / half.mean(), rel=1e-6)
+    np.testing.assert_array_equal(theta, flat(model))
+    values = effect.controls["equal_norm"].values["ratio"]
+    assert effect.controls["equal_norm"].share_at_least("ratio", values.max()) == pytest.approx(2 / 5)
+    assert effect.ratio > values.mean(), "a component acts on its own examples more than a random direction does"
+
+
+def test_the_seed_decides_everything_drawn(case):
+    model, data, components, _ = case
+    options = {**QUICK, "n_random": 2, "n_resamples": 50, "baseline": 20}
+    one, two, other = (npeff.perturb(model, data, components, 0, seed=s, **options).to_json() for s in (1, 1, 2))
+    assert (one == two and one["baseline"] != other["baseline"]) or one["ids"] != other["ids"]
+
+
+# ---- figures -------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_what_they_say(case):
+    model, data, components, _ = case
+    effect = npeff.perturb(model, data, components, 3, target_kl=0.5, **{**QUICK, "n_resamples": 200, "curve": 3})
+    c, kl = effect.coefficient, effect.kl
+    np.testing.assert_allclose(c, components.coefficients[:, 3], rtol=1e-6)
+    assert set(effect.top) == set(components.top_examples(3, 5).tolist())
+    assert len(effect.baseline) == 40 and set(effect.disjoint).isdisjoint(effect.top)
+    assert (c[effect.disjoint] <= 0.01 * c[effect.top].mean()).all() and len(effect.disjoint) > 3
+    value = {name: interval.value for name, interval in effect.figures.items()}
+    assert set(value) == set(FIGURES)
+    assert value["ratio"] == pytest.approx(kl[effect.top].mean() / kl.mean())
+    assert value["disjoint_ratio"] == pytest.approx(kl[effect.top].mean() / kl[effect.disjoint].mean())
+    relative = kl / components.norms
+    assert value["normalised_ratio"] == pytest.approx(relative[effect.top].mean() / relative.mean())
+    assert value["rank_correlation"] == pytest.approx(spearmanr(kl, c).statistic)
+    assert value["normalised_rank_correlation"] == pytest.approx(spearmanr(relative, c).statistic)
+    with npeff.applied(model, components.state_dict(3), effect.sign * effect.magnitude):
+        after = torch.cat([model(x).argmax(1) for x, _ in data])
+    before, labels = torch.cat([model(x).argmax(1) for x, _ in data]), torch.cat([y for _, y in data])
+    assert value["flipped_all"] == pytest.approx(float((after != before).double().mean()))
+    assert value["accuracy_all"] == pytest.approx(float((after == labels).double().mean()))
+    change = float((after == labels).double().mean() - (before == labels).double().mean())
+    assert value["accuracy_change_all"] == pytest.approx(change)
+    assert effect.before["all"] == pytest.approx(float((before == labels).double().mean()))
+    for interval in effect.figures.values():
+        assert interval.low - 1e-12 <= interval.high
+    ratio = effect.figures["ratio"]
+    assert ratio.low < ratio.value < ratio.high
+    assert effect.curve.top.shape == (2, 3) and (np.diff(effect.curve.top, axis=1) > 0).all()
+    kept = [side.sign for side in effect.sides].index(effect.sign)
+    np.testing.assert_allclose(effect.curve.magnitudes[kept], effect.magnitude * np.geomspace(0.25, 2, 3))
+
+
+def test_intervals_cover():
+    rng = np.random.default_rng(0)
+    hits = sum(
+        i.low <= 1.0 <= i.high
+        for i in (of_draws(rng.exponential(size=60).tolist(), n_resamples=300) for _ in range(100))
+    )
+    assert 84 <= hits <= 100
+    assert of_draws([2.0, 2.0, 2.0]) == Interval(2.0, 2.0, 2.0)
+    assert np.isnan(of_draws([np.nan, np.inf]).value)
+
+
+def test_json_holds_everything_and_the_table_shows_it(case, tmp_path):
+    model, data, components, _ = case
+    effect = npeff.perturb(model, data, components, -1, top=5, n_random=2, curve=2, n_resamples=20, progress=False)
+    content = json.loads(effect.save(tmp_path / "effect.json").read_text())
+    assert content == effect.to_json()
+    assert content["figures"]["ratio"]["value"] == pytest.approx(effect.ratio)
+    assert len(content["kl"]) == len(content["ids"]) == 40 and len(content["curve"]["top"][0]) == 2
+    assert content["components"] == [3] and content["controls"]["equal_norm"]["values"]["ratio"]
+    table = effect.table()
+    for what in (*CONTROLS.values(), "component 3", FIGURES["ratio"], FIGURES["flipped_top"]):
+        assert what in table
+    assert "component 3" in repr(effect) and "equal_norm" in repr(effect)
+
+
+def test_unlabelled_data_and_unlogged_components(case):
+    model, data, components, _ = case
+    blank = replace(components, labels=np.full(40, -1), logits=np.zeros((40, 0), np.float32))
+    effect = npeff.perturb(model, [x for x, _ in data], blank, 0, **QUICK)
+    assert math.isnan(effect.figures["accuracy_all"].value) and math.isnan(effect.before["top"])
+    assert effect.to_json()["figures"]["accuracy_all"]["value"] is None
+    assert effect.ratio > 1
+
+
+# ---- strategies ----------------------------------------------------------------------------------------------
+
+
+def test_a_strategy_taken_each_is_the_average_of_its_members(case):
+    model, data, components, _ = case
+    group = Strategy((0, 2), components.coefficients[:, [0, 2]].sum(1))
+    options = {**QUICK, "magnitude": 0.3, "sign": 1}
+    effect = npeff.perturb(model, data, components, group, **options)
+    top = group.top_examples(5)
+    single = [npeff.perturb(model, data, components, j, **{**options, "top": top}) for j in (0, 2)]
+    mass = components.coefficients[:, [0, 2]].sum(0)
+    mass = mass / mass.sum()
+    np.testing.assert_allclose(effect.kl, mass[0] * single[0].kl + mass[1] * single[1].kl)
+    assert (effect.components, effect.combine, effect.sign, len(effect.sides)) == ((0, 2), "each", 0, 2)
+    assert set(effect.top) == set(top.tolist())
+    root = components.strategies()
+    principal = npeff.perturb(model, data, components, root, combine="principal", **QUICK)
+    assert principal.reached and principal.combine == "principal" and len(principal.sides) == 2
+    assert 0 < principal.details["moves"][0]["explained"] <= 1
+
+
+def test_rejection_reaches_the_measurement(case):
+    model, data, components, _ = case
+    effect = npeff.perturb(model, data, components, 0, reject="span", magnitude=0.1, sign=1, **QUICK)
+    moved = npeff.perturbation.direction(components, 0, reject="span")
+    with npeff.applied(model, moved, 0.1), torch.no_grad():
+        after = torch.cat([model(x) for x, _ in data])
+    with torch.no_grad():
+        before = torch.cat([model(x) for x, _ in data])
+    np.testing.assert_allclose(effect.kl, divergence(after, before, "categorical").numpy(), rtol=1e-4)
+    rejection = effect.to_json()["details"]["moves"][0]["rejection"]
+    assert rejection["components"] == [1, 2, 3] and 0 < rejection["kept"] < 1
+
+
+# ---- the model is left alone ---------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """Changes a buffer in every forward pass, and fails in one of them."""
+
+    def __init__(self, inner, error=None, at=-1):
+        super().__init__()
+        self.inner, self.error, self.at = inner, error, at
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.total = 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.total += 1
+        if self.total == self.at:
+            raise self.error
+        return self.inner(x)
+
+
+def counted(components):
+    named = [(f"inner.{p.name}", p.shape) for p in components.parameters]
+    return replace(components, parameters=type(components.parameters).of(named))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("at", [1, 5, 14, 40])
+def test_the_model_is_as_it_was_after_any_failure(error, at):
+    inner, data = deep(), batches(30, 8, classes=2)
+    inner[0].bias.requires_grad_(False)
+    model = Counting(inner, error, at).eval()
+    components = counted(components_of(inner, data))
+    before = state(model)
+    options = {**QUICK, "n_random": 2, "curve": 2}
+    with pytest.raises(ModelError if isinstance(error, RuntimeError) else type(error)):
+        npeff.perturb(model, data, components, 0, **options)
+    assert same(before, state(model))
+
+
+def test_the_model_is_as_it_was_afterwards_even_its_counters():
+    inner, data = deep(torch.float32), batches(30, 8, torch.float32, classes=2)
+    model = Counting(inner).eval()
+    model.inner.training = True  # a container's mode that matters to nobody
+    components = counted(components_of(deep(), batches(30, 8, classes=2)))
+    before = state(model)
+    npeff.perturb(model, data, components, 0, **{**QUICK, "n_random": 1})
+    assert same(before, state(model)) and model.total > 10 and int(model.calls) == 0
+    with torch.no_grad():
+        assert torch.equal(inner(data[0][0]), inner(data[0][0]))
+
+
+def test_float32_agrees_with_float64(case):
+    _, _, components, _ = case
+    options = {**QUICK, "magnitude": 0.5, "sign": 1}
+    wide = npeff.perturb(linear(), batches(40, 16), components, 0, **options)
+    narrow = npeff.perturb(linear(torch.float32), batches(40, 16, torch.float32), components, 0, **options)
+    np.testing.assert_allclose(narrow.kl, wide.kl, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 40])
+def test_any_batch_size_gives_the_same(case, size):
+    model, data, components, _ = case
+    options = {**QUICK, "n_random": 1, "baseline": 25}
+    expected = npeff.perturb(model, data, components, 2, **options)
+    found = npeff.perturb(model, batches(40, size), components, 2, **options)
+    np.testing.assert_allclose(found.kl, expected.kl, rtol=1e-6)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+
+
+def test_many_components_with_one_reading(case):
+    model, data, components, _ = case
+    readings = []
+
+    class Data:
+        def __iter__(self):
+            readings.append(1)
+            return iter(data)
+
+    effects = npeff.perturb_all(model, Data(), components, **QUICK)
+    assert [e.components for e in effects] == [(0,), (1,), (2,), (3,)] and len(readings) == 1
+    alone = npeff.perturb(model, data, components, 2, **QUICK)
+    np.testing.assert_allclose(effects[2].kl, alone.kl)
+    idle = components.coefficients.copy()
+    idle[:, 1] = 0
+    some = npeff.perturb_all(model, data, replace(components, coefficients=idle), **QUICK)
+    assert [e.components for e in some] == [(0,), (2,), (3,)]
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"magnitude": 0}, "magnitude: expected a number > 0"),
+        ({"target_kl": -1}, "target_kl"),
+        ({"target_kl": (0.2, 0.1)}, "target_kl"),
+        ({"sign": 2}, "sign"),
+        ({"reject": "all"}, "reject"),
+        ({"max_sim": 0.1}, "max_sim: it belongs to reject"),
+        ({"combine": "sum"}, "combine"),
+        ({"mix": 0.5}, "diagonal"),
+        ({"top": 0}, "top"),
+        ({"top": [40]}, "top: expected indices below 40"),
+        ({"top": [0.5]}, "top"),
+        ({"baseline": 0}, "baseline"),
+        ({"baseline": "some"}, "baseline"),
+        ({"baseline": [-1]}, "baseline"),
+        ({"n_random": -1}, "n_random"),
+        ({"confidence": 1.0}, "confidence"),
+        ({"curve": 1.5}, "curve"),
+        ({"seed": -1}, "seed"),
+        ({"forward": 3}, "forward"),
+        ({"likelihood": "poisson"}, "likelihood"),
+        ({"device": "cuda:99"}, "device"),
+    ],
+)
+def test_options_that_mean_nothing(case, options, words):
+    model, data, components, _ = case
+    with pytest.raises(ArgumentError, match=words):
+        npeff.perturb(model, data, components, 0, **{**QUICK, **options})
+
+
+def test_other_arguments_that_do_not_go_together(case):
+    model, data, components, _ = case
+    with pytest.raises(ArgumentError, match="components: expected Components"):
+        npeff.perturb(model, data, "components.h5", 0, **QUICK)
+    with pytest.raises(ArgumentError, match="model: expected a torch"):
+        npeff.perturb("model", data, components, 0, **QUICK)
+    with pytest.raises(ArgumentError, match=r"a parameter '0.weight', which Linear has not"):
+        npeff.perturb(nn.Linear(5, 3).double(), data, components, 0, **QUICK)
+    with pytest.raises(ArgumentError, match=r"0.weight has shape \(4, 5\), expected \(3, 5\)"):
+        npeff.perturb(nn.Sequential(nn.Linear(5, 4)).double(), data, components, 0, **QUICK)
+    idle = replace(components, coefficients=np.zeros((40, 4), np.float32))
+    with pytest.raises(ArgumentError, match="no example has a coefficient"):
+        npeff.perturb(model, data, idle, 0, **QUICK)
+    with pytest.raises(ArgumentError, match="there is no such option"):
+        npeff.perturb_all(model, data, components, [0], speed=3)
+    training = nn.Sequential(linear()[0], nn.Dropout()).train()
+    with pytest.raises(ModelError, match="eval"):
+        npeff.perturb(training, data, components, 0, **QUICK)
+
+
+def test_data_that_is_not_that_of_the_fishers(case):
+    model, data, components, _ = case
+    with pytest.raises(DataError, match="expected an example at position 16, but it ends after 16"):
+        npeff.perturb(model, data[:1], components, 0, **QUICK)
+    with pytest.raises(DataError, match="generator may be used up"):
+        npeff.perturb(model, iter([]), components, 0, **QUICK)
+    known = {"fishers": {"options": {}, "model_digest": npeff.models.digests.model_digest(model)}}
+    stamped = replace(components, provenance=known)
+    assert npeff.perturb(model, data, stamped, 0, **QUICK).ratio > 1
+    with pytest.raises(DataError, match="have other outputs than when the Fishers were computed, although"):
+        npeff.perturb(model, data[::-1], stamped, 0, **QUICK)
+    with pytest.warns(UserWarning, match="are model and data the same"):
+        npeff.perturb(model, data[::-1], components, 0, **QUICK)
+    with npeff.applied(model, components.state_dict(0), 0.1), pytest.warns(UserWarning, match="other weights"):
+        npeff.perturb(model, data, stamped, 0, **QUICK)
+    with pytest.raises(DataError, match="logits: example 0 "):
+        npeff.perturb(model, [(x * torch.nan, y) for x, y in data], components, 0, **QUICK)
+
+
+def test_components_of_some_of_the_data(case):
+    model, data, _, _ = case
+    ids = np.array([33, 4, 11, 25, 8, 39, 17, 2])
+    components = components_of(model, data, ids=ids)
+    effect = npeff.perturb(model, (batch for batch in data), components, 0, **{**QUICK, "top": 3})
+    np.testing.assert_array_equal(effect.ids, np.sort(ids))
+    np.testing.assert_array_equal(effect.coefficient, components.coefficients[np.argsort(ids), 0])
+    top = ids[components.top_examples(0, 3)]
+    assert set(effect.ids[effect.top]) == set(top.tolist())

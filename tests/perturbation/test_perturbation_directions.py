@@ -1,0 +1,194 @@
+"""Directions of components and strategies, and what rejection leaves of them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npeff.components.strategies import Strategy
+from npeff.errors import ArgumentError
+from npeff.perturbation import direction
+from npeff.perturbation.directions import CHUNK, Directions, random_direction
+from npeff.perturbation.subjects import moves_of, subject_of
+from perturbation_cases import batches, components_of, linear
+
+
+@pytest.fixture(scope="module")
+def components():
+    return components_of(linear(), batches(30, 8))
+
+
+def with_vectors(components, vectors, **changes):
+    return replace(components, vectors=vectors.astype(np.float32), **changes)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10_000), st.integers(2, 8), st.floats(0, 0.98))
+def test_rejecting_the_span_leaves_the_orthogonal_part(seed, r, overlap):
+    rng = np.random.default_rng(seed)
+    base = components_of(linear(), batches(30, 8))
+    G = (1 - overlap) * rng.normal(size=(r, 18)) + overlap * rng.normal(size=18)
+    W = np.abs(rng.normal(size=(30, r))).astype(np.float32)
+    found = Directions(with_vectors(base, G, coefficients=W))
+    vector = found.combination([0], [1.0])
+    left, rejection = found.reject(vector, [0], "span", None)
+    others = G[1:].astype(np.float32).astype(np.float64)
+    np.testing.assert_allclose(others @ left / np.linalg.norm(others, axis=1), 0, atol=1e-10)
+    assert np.linalg.norm(left) == pytest.approx(1, abs=1e-12)
+    Q, _ = np.linalg.qr(others.T)
+    expected = vector - Q @ (Q.T @ vector)
+    np.testing.assert_allclose(left * rejection.kept, expected, atol=1e-10)
+    assert rejection.components == tuple(range(1, r))
+
+
+def test_linearly_dependent_others_are_no_trouble(components):
+    G = components.vectors.astype(np.float64).copy()
+    G[2] = 2 * G[1] - G[3]
+    found = Directions(with_vectors(components, G))
+    left, _ = found.reject(found.combination([0], [1.0]), [0], "span", None)
+    np.testing.assert_allclose(G[[1, 3]] @ left, 0, atol=1e-6)
+
+
+def test_nothing_left_is_an_error(components):
+    G = components.vectors.astype(np.float64).copy()
+    G[0] = G[1] + G[2]
+    found = Directions(with_vectors(components, G))
+    with pytest.raises(ArgumentError, match="nothing is left"):
+        found.reject(found.combination([0], [1.0]), [0], "span", None)
+
+
+def test_the_sequential_form_is_the_published_one(components):
+    rng = np.random.default_rng(0)
+    G = rng.normal(size=(6, 18))
+    G /= np.linalg.norm(G, axis=1, keepdims=True)
+    G[5] = G[0] + 0.05 * rng.normal(size=18)
+    W = np.ones((30, 6), np.float32)
+    found = Directions(with_vectors(components, G, coefficients=W))
+    unit = G.astype(np.float32).astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    for max_sim in (0.1, 0.3, 1.0):
+        expected = unit[0].copy()
+        for k in range(1, 6):
+            if abs(unit[k] @ unit[0]) <= max_sim:
+                expected -= (expected @ unit[k]) * unit[k]
+        expected /= np.linalg.norm(expected)
+        left, rejection = found.reject(unit[0], [0], "sequential", max_sim)
+        np.testing.assert_allclose(left, expected, atol=1e-12)
+        assert (5 in rejection.components) == (max_sim == 1.0)
+        limited, said = found.reject(unit[0], [0], "span", max_sim)
+        np.testing.assert_allclose(unit[list(said.components)] @ limited, 0, atol=1e-10)
+    chosen = found.reject(unit[0], [0], "sequential", None)[1].components
+    assert chosen == found.reject(unit[0], [0], "sequential", 0.1)[1].components
+
+
+def test_block_weights_are_undone_and_columns_scattered(components):
+    columns = np.array([0, 2, 3, 7, 16])
+    weights = {"0.weight": 4.0, "0.bias": 0.25}
+    some = replace(components, vectors=components.vectors[:, columns], columns=columns, block_weights=weights)
+    found = Directions(some)
+    for j in range(4):
+        (move,) = moves_of(found, subject_of(some, j), "each", None, None)
+        np.testing.assert_allclose(move.vector, some.vector(j), atol=1e-6)
+    left, _ = found.reject(found.combination([0], [1.0]), [0], "span", None)
+    others = np.stack([some.vector(j) for j in (1, 2, 3)]).astype(np.float64)
+    np.testing.assert_allclose(others @ found.full(left), 0, atol=1e-6)
+
+
+def test_many_columns_in_chunks():
+    rng = np.random.default_rng(0)
+    m = CHUNK + 1234
+    base = components_of(linear(), batches(30, 8))
+    from npeff.models.parameters import Parameters
+
+    G = rng.normal(size=(3, m))
+    some = with_vectors(base, G, parameters=Parameters.of([("a", (m,))]), coefficients=base.coefficients[:, :3])
+    found = Directions(some)
+    unit = G.astype(np.float32).astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    np.testing.assert_allclose(found.gram(range(3)), unit @ unit.T, atol=1e-12)
+    left, _ = found.reject(found.combination([1], [1.0]), [1], "span", None)
+    np.testing.assert_allclose(unit[[0, 2]] @ left, 0, atol=1e-12)
+
+
+def test_a_strategys_principal_direction(components):
+    group = Strategy((0, 1, 3), components.coefficients[:, [0, 1, 3]].sum(1))
+    subject = subject_of(components, group)
+    np.testing.assert_allclose(subject.coefficient, components.coefficients[:, [0, 1, 3]].sum(1), rtol=1e-6)
+    mass = components.coefficients[:, [0, 1, 3]].sum(0).astype(np.float64)
+    mass /= mass.sum()
+    np.testing.assert_allclose(subject.mass, mass)
+    G = components.vectors[[0, 1, 3]].astype(np.float64)
+    G /= np.linalg.norm(G, axis=1, keepdims=True)
+    values, vectors = np.linalg.eigh((G.T * mass) @ G)
+    found = Directions(components)
+    (move,) = moves_of(found, subject, "principal", None, None)
+    assert abs(move.vector @ vectors[:, -1]) == pytest.approx(1, abs=1e-10)
+    assert move.explained == pytest.approx(values[-1] / values.sum())
+    flipped = with_vectors(components, components.vectors * np.array([[-1], [1], [1], [-1]]))
+    (other,) = moves_of(Directions(flipped), subject, "principal", None, None)
+    assert abs(other.vector @ move.vector) == pytest.approx(1, abs=1e-6)
+    each = moves_of(found, subject, "each", None, None)
+    assert [m.component for m in each] == [0, 1, 3]
+    np.testing.assert_allclose([m.share for m in each], mass)
+    (sum_,) = moves_of(found, subject, [1.0, 0.0, -2.0], None, None)
+    expected = G[0] - 2 * G[2]
+    np.testing.assert_allclose(sum_.vector, expected / np.linalg.norm(expected), atol=1e-7)
+    rejected = moves_of(found, subject, "each", "span", None)
+    assert all(m.rejection.components == (2,) for m in rejected)
+    with pytest.raises(ArgumentError, match="a weight for each of the 3 components"):
+        moves_of(found, subject, [1.0], None, None)
+
+
+def test_direction_as_tensors(components):
+    tensors = direction(components, 2)
+    joined = np.concatenate([t.numpy().reshape(-1) for t in tensors.values()])
+    np.testing.assert_allclose(joined, components.vector(2), atol=1e-6)
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == {p.name: p.shape for p in components.parameters}
+    with pytest.raises(ArgumentError, match="one direction is asked for"):
+        direction(components, 2, combine="each")
+    with pytest.raises(ArgumentError, match="low-rank"):
+        direction(replace(components, kind="diagonal"), 2)
+
+
+@pytest.mark.parametrize("j", [4, -5, 1.0, True, "0", Strategy((0, 9), np.zeros(30)), Strategy((0,), np.zeros(2))])
+def test_subjects_that_are_none(components, j):
+    with pytest.raises(ArgumentError, match="j: "):
+        subject_of(components, j)
+
+
+def test_zero_components_are_refused_and_left_out_of_groups(components):
+    G = components.vectors.copy()
+    G[1] = 0
+    some = with_vectors(components, G)
+    with pytest.raises(ArgumentError, match="component 1 is zero"):
+        moves_of(Directions(some), subject_of(some, 1), "each", None, None)
+    group = subject_of(some, Strategy((0, 1), np.zeros(30)))
+    (move,) = moves_of(Directions(some), group, "each", None, None)
+    assert (move.component, move.share) == (0, 1.0)
+    left, rejection = Directions(some).reject(Directions(some).combination([0], [1.0]), [0], "span", None)
+    assert rejection.components == (2, 3) and np.isfinite(left).all()
+
+
+def test_random_directions_are_units_that_seed_and_number_decide():
+    a, b = random_direction(1000, 3, 0), random_direction(1000, 3, 1)
+    assert np.linalg.norm(a) == pytest.approx(1) and abs(a @ b) < 0.2
+    np.testing.assert_array_equal(a, random_direction(1000, 3, 0))
+    assert not np.array_equal(a, random_direction(1000, 4, 0))
+
+
+def test_vectors_that_were_recovered(components):
+    rng = np.random.default_rng(0)
+    sketched = replace(
+        components,
+        vectors=rng.normal(size=(4, 7)).astype(np.float32),
+        provenance={"fishers": {"options": {"compress": {"method": "sketch"}}}},
+        recovered=np.array([1, 2]),
+        recovered_vectors=components.vectors[[1, 2]],
+    )
+    (move,) = moves_of(Directions(sketched), subject_of(sketched, 2), "each", None, None)
+    np.testing.assert_allclose(move.vector, components.vector(2), atol=1e-6)
+    for j, reject in ((0, None), (1, "span")):
+        with pytest.raises(ArgumentError, match="recover"):
+            moves_of(Directions(sketched), subject_of(sketched, j), "each", reject, None)

@@ -1,0 +1,263 @@
+"""npeff.plan: bytes against the files that are really written, passes and coverage against what the model has."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import npeff
+from npeff.fishers.compress import GramOnly, Sketch, TopK
+from npeff.planning import choices, sizes
+from npeff.planning.advice import advise
+from npeff.planning.choices import Choice
+from npeff.planning.estimate import format_seconds
+from npeff.planning.peak import Peak
+from npeff.planning.quality import gram_error, unit_gram
+from npeff.planning.solving import STEPS_PER_ROOT, Search, choose, needed_bytes, operations, tried_search
+from npeff.storage.container import open_container
+from planted import planted
+
+
+class Scaled(nn.Module):
+    """A layer and a parameter that no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.exponent = nn.Linear(6, 8), nn.Parameter(torch.full((8,), 1.5))
+        self.outer, self.idle = nn.Linear(8, 3), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.relu(self.inner(x)).clamp_min(0.1) ** self.exponent)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 4)).eval()
+
+
+@pytest.fixture
+def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(7, 6), torch.randint(4, (7,))) for _ in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch):
+    """Sizes that fit the tests' models."""
+    monkeypatch.setattr(choices, "TOP_KS", (16, 64, 4096))
+    monkeypatch.setattr("npeff.planning.planner.TOP_KS", (16, 64, 4096))
+    monkeypatch.setattr(choices, "SKETCH_DS", (32, 64))
+    monkeypatch.setattr("npeff.planning.trial.PROBE_BYTES", 1 << 16)
+
+
+def array_bytes(path) -> int:
+    """Bytes of the numbers in a file, without its JSON documents."""
+    return sum(spec.nbytes for spec in open_container(path).specs.values() if spec.dtype.kind != "S")
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+@pytest.mark.parametrize("energy", [None, 0.8])
+def test_bytes_on_disk_are_those_of_the_file(model, data, tmp_path, kind, energy):
+    """The whole data is the trial, so that nothing is extrapolated: the bytes must agree exactly."""
+    planned = npeff.plan(model, data, kind=kind, energy=energy, batches=3, folder=tmp_path)
+    assert planned.n_examples == 21
+    assert planned.examples_from == "counted"
+    checked = 0
+    for choice in planned.choices:
+        if isinstance(choice.compress, GramOnly):
+            continue
+        out = tmp_path / f"{choice.name}.h5"
+        npeff.compute_fishers(model, data, kind=kind, energy=energy, compress=choice.compress, out=out, progress=False)
+        assert choice.disk_bytes == array_bytes(out), choice.name
+        checked += 1
+    assert checked >= 3
+
+
+def test_nothing_is_left_behind(model, data, tmp_path):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    npeff.plan(model, data, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_passes_are_those_of_the_factor(model, data):
+    exact = npeff.plan(model, data, kind="low_rank")
+    assert exact.passes == 3
+    assert not exact.passes_vary
+    assert npeff.plan(model, data, kind="low_rank", basis="class").passes == 4
+    assert npeff.plan(model, data, kind="low_rank", rank=2).passes == 2
+    assert npeff.plan(model, data, kind="low_rank", labels="sampled", n_samples=5).passes == 5
+    truncated = npeff.plan(model, data, kind="low_rank", energy=0.7, batches=3)
+    ranks = npeff.compute_fishers(model, data, energy=0.7, progress=False).ranks
+    assert truncated.passes == pytest.approx(ranks.mean())
+    assert truncated.passes_vary == bool((ranks != ranks[0]).any())
+
+
+def test_passes_of_the_diagonal_kind_count_columns_not_rows(model, data):
+    assert npeff.plan(model, data, kind="diagonal").passes == 3
+    ranks = npeff.compute_fishers(model, data, energy=0.7, progress=False).ranks
+    assert npeff.plan(model, data, kind="diagonal", energy=0.7, batches=3).passes == pytest.approx(ranks.mean())
+
+
+def test_coverage_says_what_falls_back_and_why(data):
+    torch.manual_seed(0)
+    planned = npeff.plan(Scaled().eval(), [(x, y % 3) for x, y in data], kind="low_rank")
+    rules = {line["parameter"]: line["rule"] for line in planned.coverage}
+    assert rules["inner.weight"] == "linear"
+    assert rules["exponent"] in ("torch.func", "loop")
+    assert rules["idle"] == "zero"
+    text = str(planned)
+    assert "exponent: " in text
+    assert "idle: zero — the logits do not depend on it" in text
+
+
+def test_more_examples_scale_what_was_counted(model, data):
+    once = npeff.plan(model, data, kind="low_rank", batches=3)
+    many = npeff.plan(model, data, kind="low_rank", batches=3, n_examples=2100)
+    per_example = sizes.example_bytes(2100, 4), sizes.example_bytes(21, 4)
+    for a, b in zip(once.choices, many.choices, strict=True):
+        rows_once, rows_many = a.disk_bytes - per_example[1], b.disk_bytes - per_example[0]
+        factor = 100**2 if isinstance(a.compress, GramOnly) else 100
+        assert rows_many == pytest.approx(factor * rows_once, abs=8 * 100)
+        assert b.seconds > 0
+        assert b.decomposition is not None
+        assert b.decomposition.memory_bytes >= a.decomposition.memory_bytes
+    assert many.examples_from == "given"
+
+
+def test_kept_share_is_measured(model, data):
+    planned = npeff.plan(model, data, batches=3)
+    for choice in planned.choices:
+        if isinstance(choice.compress, TopK):
+            stored = npeff.compute_fishers(model, data, kind=choice.kind, compress=choice.compress, progress=False)
+            dense = [stored.dense(i) for i in range(len(stored))]
+            norms = [np.linalg.norm(a @ a.T if choice.kind == "low_rank" else a) for a in dense]
+            assert choice.kept == pytest.approx(float(np.median(norms / stored.norms)), rel=1e-4)
+
+
+def test_error_of_inner_products_is_measured(model, data):
+    planned = npeff.plan(model, data, kind="low_rank", batches=3)
+    exact = unit_gram(npeff.compute_fishers(model, data, progress=False))
+    measured = {type(choice.compress) for choice in planned.choices if choice.gram_error}
+    assert measured == {TopK, Sketch}
+    for choice in planned.choices:
+        if isinstance(choice.compress, TopK | Sketch):
+            stored = npeff.compute_fishers(model, data, compress=choice.compress, progress=False)
+            assert choice.gram_error == pytest.approx(gram_error(unit_gram(stored), exact), rel=1e-3)
+    assert "error of K" in str(planned)
+
+
+def test_advice_takes_what_is_faithful_enough():
+    def choice(compress, disk, error=None, kept=None):
+        return Choice("low_rank", compress, str(compress), disk, 1, 1, 1.0, 1.0, "", kept, error, None)
+
+    top_k, sketch = choice(TopK(8), 20, 0.04), choice(Sketch(1024), 10, 0.08)
+    assert advise([top_k, sketch], 100, 100)[0].flags == "--sketch 1024"
+    assert advise([top_k, choice(Sketch(1024), 10, 0.12)], 100, 100)[0].flags == "--top-k 8"
+    assert advise([choice(TopK(8), 5, 0.3), choice(Sketch(1024), 10, 0.2)], 100, 100)[0].flags == "--sketch 1024"
+    untried = [choice(TopK(8), 20, kept=0.95), choice(Sketch(64), 5)]
+    assert advise(untried, 100, 100)[0].flags == "--top-k 8"
+    assert "keeps 0.95" in advise(untried, 100, 100)[0].reason
+
+
+def test_advice_follows_the_budget(model, data):
+    roomy = npeff.plan(model, data, memory="2GB", disk="1GB")
+    assert [(a.kind, a.name) for a in roomy.advice] == [("low_rank", "exact"), ("diagonal", "exact")]
+    assert roomy.advice[0].flags == "--exact"
+    tight = npeff.plan(model, data, kind="low_rank", memory="2GB", disk="8kB", n_examples=21)
+    assert tight.advice[0].name == "top-k 16"
+    assert tight.advice[0].flags == "--top-k 16"
+    assert "Fisher's norm" in tight.advice[0].reason or "inner products" in tight.advice[0].reason
+    nothing = npeff.plan(model, data, memory="1kB", disk="1kB")
+    assert all(a.name == "" and "nothing fits" in a.reason and not a.flags for a in nothing.advice)
+
+
+def test_space_follows_from_bytes_and_operations():
+    needs = needed_bytes(TopK(64), 1000, 3000, 500, 1_000_000, 16)
+    assert needs["gram"] > 4 * 3000**2
+    short, long = {"gram": 1.0, "sparse": 2.0}, {"gram": 2.0, "sparse": 1.0}
+    assert choose(TopK(64), needs, short, 3000, 10**12)[0] == "gram"
+    assert choose(TopK(64), needs, long, 3000, 10**12)[0] == "sparse"
+    assert choose(TopK(64), needs, short, 3000, needs["sparse"])[0] == "sparse"
+    assert choose(TopK(64), needs, short, 3000, 0)[0] == "sketch"
+    assert choose(GramOnly(), needed_bytes(GramOnly(), 1000, 3000, 500, 0, 16), short, 3000, 0)[0] == "gram"
+    million = needed_bytes(Sketch(64), 10**6, 3 * 10**6, 64, 768 * 10**6, 16)
+    assert choose(Sketch(64), million, short, 3 * 10**6, 10**13)[0] == "sparse"
+    few, many = (operations(None, n_rows, 10**5, n_rows * 10**5, 16) for n_rows in (100, 10**5))
+    assert few["gram"] < few["sparse"]
+    assert many["gram"] > many["sparse"]
+
+
+def test_json_and_text_hold_the_same_choices(model, data):
+    planned = npeff.plan(model, data, n_components=5)
+    document = json.loads(planned.to_json())
+    assert [c["name"] for c in document["choices"]] == [c.name for c in planned.choices]
+    assert document["n_parameters"] == planned.n_parameters == 6 * 40 + 40 + 40 * 4 + 4
+    text = str(planned)
+    assert all(choice.name in text for choice in planned.choices)
+    assert "decompose r=5" in text
+    assert max(len(line) for line in text.splitlines() if "—" not in line) <= 130
+
+
+def test_bad_arguments_are_named(model, data):
+    for given in ({"n_examples": 0}, {"batches": 1}, {"n_components": True}, {"kind": "dense"}, {"folder": "/no/such"}):
+        with pytest.raises(npeff.ArgumentError, match=next(iter(given))):
+            npeff.plan(model, data, **given)
+    with pytest.raises(npeff.DataError, match="no batches"):
+        npeff.plan(model, [])
+    with pytest.raises(npeff.ArgumentError, match="n_examples"):
+        npeff.plan(model, iter(data))
+    assert npeff.plan(model, iter(data), n_examples=21).n_examples == 21
+
+
+def test_command_prints_the_table_and_writes_json(tmp_path, capsys):
+    from npeff.cli import run
+
+    source = tmp_path / "work.py"
+    source.write_text(
+        "import torch\nfrom torch import nn\n"
+        "def model():\n    torch.manual_seed(0)\n    return nn.Linear(5, 3).eval()\n"
+        "def data():\n    return [(torch.randn(4, 5), torch.zeros(4).long()) for _ in range(2)]\n"
+    )
+    arguments = ["plan", f"{source}:model", f"{source}:data", "--examples", "40", "--components", "3"]
+    assert run([*arguments, "--memory", "1GB", "--json", str(tmp_path / "plan.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "backward passes per example: 2" in printed
+    assert "within 1.0 GB of memory" in printed
+    assert json.loads((tmp_path / "plan.json").read_text())["memory"] == 10**9
+
+
+def test_peak_sees_what_is_held_for_a_while():
+    with Peak() as peak:
+        held = np.ones(64 << 20, np.uint8)
+        time.sleep(0.1)
+        del held
+    assert peak.peak - peak.before >= 48 << 20
+
+
+def test_seconds_for_people():
+    assert [format_seconds(s) for s in (0.123, 45, 130, 8000, 3e5)] == [
+        "0.12 s",
+        "45 s",
+        "2.17 min",
+        "2.22 h",
+        "3.47 days",
+    ]
+
+
+def test_a_search_on_the_trials_fishers_says_how_searches_go() -> None:
+    fishers, _, _ = planted(60, 4, 50, noise=0.05, seed=0)
+    found = tried_search(fishers, 4)
+    course = npeff.decompose(fishers, 4, progress=False).provenance["course"]
+    assert found.steps_per_root == pytest.approx((STEPS_PER_ROOT * course["iterations"] / 2) ** 0.5)
+    assert found.overhead.wall >= 0 and found.overhead.cpu >= 0
+    assert tried_search(fishers[:5], 4) == Search()  # too few examples for two components
+    assert tried_search(replace(fishers, norms=np.zeros(60, np.float32)), 4) == Search()
