@@ -18,14 +18,6 @@ from report_cases import Page, batches, components_of, data_of, inline_of, part_
 NASTY = "</script><script>alert(1)</script><!-- \u2028 & ' \" \\ ]]>"
 
 
-@pytest.fixture
-def strict(monkeypatch):
-    """A page that holds little, so that a small decomposition is a large one."""
-    monkeypatch.setattr(page_module, "ROWS", 10)
-    monkeypatch.setattr("npeff.reports.writer.INLINE", 20_000)
-    monkeypatch.setattr("npeff.reports.html.PER_PART", 30)
-
-
 def large(n=70, r=24, **changes):
     """More components than stand in a strict page at once."""
     return components_of(n=n, r=r, vectors=np.random.default_rng(1).normal(size=(r, 122)).astype(np.float32), **changes)
