@@ -86,11 +86,11 @@ def read_extras(r: int | None, n: int | None, **given: Any) -> Extras:
         ArgumentError: One of them has another form than documented, or names components or examples that are not
             there.
     """
-    read = {
-        key: {entry: kind.read(name, value) for entry, (name, value) in kind.entries(key, given.get(key), r, n).items()}
-        for key, kind in KINDS.items()
+    checked = {
+        key: {entry: read(name, value) for entry, (name, value) in entries(key, given.get(key), r, n).items()}
+        for key, (entries, read) in KINDS.items()
     }
-    return Extras(**read, trust=trust_of(given.get("trust"), r, n))
+    return Extras(**checked, trust=trust_of(given.get("trust"), r, n))
 
 
 # ---- entries: what each input says, of which components -----------------------------------------------------
@@ -193,26 +193,16 @@ def called(key: str, entry: Any) -> str:
     return f"component{'s' if len(members) > 1 else ''} {', '.join(map(str, members))}"
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """One optional input.
-
-    Attributes:
-        entries: Tells apart what it says of which components.
-        read: Reads one entry, ``(name for messages, value)``.
-    """
-
-    entries: Callable[[str, Any, int | None, int | None], Entries]
-    read: Callable[[str, Any], Any]
-
-
-KINDS = {
-    "effects": _Kind(_by_group, effect_of),
-    "traces": _Kind(_by_group, trace_of),
-    "attributions": _Kind(_by_example, lambda name, value: numbers(value, name)),
-    "influences": _Kind(_by_component, influences_of),
+KINDS: dict[str, tuple[Callable[[str, Any, int | None, int | None], Entries], Callable[[str, Any], Any]]] = {
+    "effects": (_by_group, effect_of),
+    "traces": (_by_group, trace_of),
+    "attributions": (_by_example, lambda name, value: numbers(value, name)),
+    "influences": (_by_component, influences_of),
 }
-"""Every optional input but ``trust``, whose entries are its fields. The keys are those of files, too."""
+"""Every optional input but ``trust``, whose entries are its fields: what tells its entries apart, what reads each.
+
+The keys are those of files, too.
+"""
 
 
 # ---- files --------------------------------------------------------------------------------------------------
@@ -371,7 +361,7 @@ def _recognised(path: Path, content: Any) -> tuple[dict[str, Any], set[str]]:
 def _entries(found: Mapping[str, Any], r: int | None, n: int | None) -> dict[str, dict[Any, Any]]:
     """What each keyword says, by what it is about: what two files may not both say."""
     entries = {
-        key: {entry: value for entry, (_, value) in KINDS[key].entries(key, found[key], r, n).items()}
+        key: {entry: value for entry, (_, value) in KINDS[key][0](key, found[key], r, n).items()}
         for key in KINDS
         if key in found
     }

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +159,6 @@ def _overview(data: ReportData, writer: ReportWriter, title: str, columns: Mappi
     labels, predictions = np.asarray(components.labels), known_predictions(components)
     known = (labels >= 0) & (predictions >= 0)
     code, digest = script()
-    try:
-        own_version = version("npeff")
-    except PackageNotFoundError:
-        own_version = "(source tree)"
     fit = (
         loss_curve(components.loss_curve),
         "The fit: squared error left, as a share of the Fishers’ squared norm.",
@@ -176,7 +172,7 @@ def _overview(data: ReportData, writer: ReportWriter, title: str, columns: Mappi
         .get_template("report.html.j2")
         .render(
             title=title,
-            version=own_version,
+            version=version("npeff"),
             style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
             script=code,
             script_digest=digest,
