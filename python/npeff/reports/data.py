@@ -110,7 +110,7 @@ class ReportData:
         return threshold is not None and summary.energy <= threshold
 
     def doubts(self, summary: ComponentSummary) -> str:
-        """Say what speaks against reading much into a component; empty where nothing is known to."""
+        """Give the reasons to doubt a component in a sentence; empty where none is known."""
         reasons = []
         stability = self.stability(summary.j)
         if stability is not None and stability < UNSTABLE:

@@ -1,4 +1,4 @@
-"""What a report is told of components: effects, traces, trust and influences, read from any of their forms.
+"""What is known of components besides: effects, traces, trust and influences, read from any of their forms.
 
 Every input may be a plain mapping or sequence, as read from JSON, or the object that another part of npeff made.
 """

@@ -24,7 +24,7 @@ from npeff.reports.html import environment
 from npeff.reports.images import Pixels, full_colour, picture_of, strip
 from npeff.reports.summary import ComponentSummary, TopExample, summarise
 from npeff.reports.text import ClassNames, coefficient, excerpt, percent, printable
-from npeff.reports.writer import PartsFolder, check_page
+from npeff.reports.writer import AssetsFolder, check_page
 from npeff.storage.files import atomic, path_of
 
 TEXT_WIDTH = 96  # characters per line of a collage
@@ -272,7 +272,7 @@ def latex(
     if chosen is None:
         sizes = components.coefficients.sum(0, dtype=np.float64)
         chosen = np.argsort(-sizes, kind="stable").tolist()
-    images = PartsFolder(path, path.with_name(f"{path.stem}-images"))
+    images = AssetsFolder(path, path.with_name(f"{path.stem}-images"))
     with images, TopExamples.collect(components, data, chosen, k, class_names, tokenizer) as found:
         sections = [_section(found, summary, images) for summary in found.summaries]
         text = _tex_environment().get_template("document.tex.j2").render(
@@ -306,7 +306,7 @@ def escape(text: str) -> str:
     return "".join(out)
 
 
-def _section(found: TopExamples, summary: ComponentSummary, images: PartsFolder) -> dict[str, Any]:
+def _section(found: TopExamples, summary: ComponentSummary, images: AssetsFolder) -> dict[str, Any]:
     facts = [f"{percent(summary.share)} of all coefficients", f"{summary.n_active} active examples"]
     if summary.purity is not None:
         facts.append(f"{percent(summary.purity)} pure")

@@ -44,7 +44,7 @@ ROWS = 100
 PER_PART = 300
 """Examples in a part beside the page."""
 COLUMNS = ("j", "heading", "share", "active", "purity", "accuracy", "stability", "kl_ratio", "group", "class", "x", "y")
-KINDS = {
+PART_KINDS = {
     "component": "component pages",
     "strategy": "strategy pages",
     "examples": "examples’ pages",
@@ -204,11 +204,11 @@ def _overview(data: ReportData, writer: ReportWriter, title: str, columns: Mappi
 
 def _left_out(writer: ReportWriter) -> str:
     missing = [
-        f"{number(n)} of {number(n + writer.added[kind])} {KINDS[kind]}"
+        f"{number(n)} of {number(n + writer.added[kind])} {PART_KINDS[kind]}"
         if kind not in ("examples", "pictures")
-        else f"{KINDS[kind]} ({percent(n / (n + writer.added[kind]))} of them)"
+        else f"{PART_KINDS[kind]} ({percent(n / (n + writer.added[kind]))} of them)"
         for kind, n in writer.left_out.items()
-        if kind in KINDS
+        if kind in PART_KINDS
     ]
     if not missing:
         return ""

@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 MOST_GROUPS = 12
 """Strategies that get a colour of their own; where the caller names no number, no more are made."""
 STEPS, EXAGGERATED = 350, 100  # of t-SNE
-LARGEST = 2500  # components; with more, r² numbers a step take too long, and the map is classical scaling alone
+MOST_POINTS = 2500  # components; with more, r² numbers a step take too long, and the map is classical scaling alone
 
 # ---- the tree -----------------------------------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ def map_positions(distances: Array) -> Array:
     if r == 1:
         return np.full((1, 2), 0.5)
     Y = _classical_scaling(distances)
-    if 6 <= r <= LARGEST:
+    if 6 <= r <= MOST_POINTS:
         Y = _tsne(distances, Y, min(30.0, max(3.0, r / 10), (r - 1) / 3))
     low, high = Y.min(0), Y.max(0)
     side = float((high - low).max()) or 1.0

@@ -82,7 +82,7 @@ class ReportWriter:
         self.added: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.absent: set[str] = set()
-        self._parts = PartsFolder(page, page.parent)
+        self._parts = AssetsFolder(page, page.parent)
 
     @property
     def parts(self) -> str:
@@ -154,7 +154,7 @@ class ReportWriter:
         self._parts.publish(html)
 
 
-class PartsFolder:
+class AssetsFolder:
     """The folder ``data-N`` that holds the parts of one page; for use in a ``with`` block.
 
     It is made with the first part, and claimed until the page is in place, by which other processes see that the folder
@@ -174,7 +174,7 @@ class PartsFolder:
         self._claim: int | None = None
         self._around: list[Path] = []
 
-    def __enter__(self) -> PartsFolder:
+    def __enter__(self) -> AssetsFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
