@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from npeff.reports.images import looks_like_image
+from npeff.batches.batches import looks_like_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

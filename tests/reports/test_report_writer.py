@@ -10,30 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npeff.errors import ArgumentError, DataError, StorageError
-from npeff.reports import page as page_module
+from npeff.reports import html as page_module
 from npeff.reports import report
-from npeff.reports.book import MARKER, Book, script_json
-from npeff.reports.spool import Spool
-from report_cases import Page, batches, components_of, data_of, inline_of
+from npeff.reports.writer import MARKER, ReportWriter, script_json
+from report_cases import Page, batches, components_of, data_of, inline_of, part_of
 
 NASTY = "</script><script>alert(1)</script><!-- \u2028 & ' \" \\ ]]>"
-
-
-def part_of(folder, name):
-    """What a part beside the page hands to it."""
-    (parts,) = folder.glob("data-*")
-    text = (parts / f"{name}.js").read_text(encoding="utf-8")
-    head = f'npeff("{name}",'
-    assert text.startswith(head) and text.endswith(");\n")
-    return json.loads(text[len(head) : -3])
-
-
-@pytest.fixture
-def strict(monkeypatch):
-    """A page that holds little, so that a small decomposition is a large one."""
-    monkeypatch.setattr(page_module, "ROWS", 10)
-    monkeypatch.setattr("npeff.reports.book.INLINE", 20_000)
-    monkeypatch.setattr("npeff.reports.records.PER_PART", 30)
 
 
 def large(n=70, r=24, **changes):
@@ -188,7 +170,7 @@ def test_a_report_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Book, "finish", full)
+    monkeypatch.setattr(ReportWriter, "finish", full)
     with pytest.raises(OSError, match="No space"):
         report(components, None, tmp_path)
     monkeypatch.undo()
@@ -222,13 +204,12 @@ def test_positions_with_gaps_can_be_found(tmp_path):
     assert data_of(html)["first_id"] == 7
 
 
-def test_spool_in_memory_and_on_disk(monkeypatch):
-    monkeypatch.setattr("npeff.reports.spool.IN_MEMORY", 1000)
-    with Spool() as spool:
-        for i in range(200):
-            spool[i * 7] = {"text": "ü" * i}
-        assert len(spool) == 200 and 7 in spool and 8 not in spool and spool.get(8) is None
-        assert all(spool.get(i * 7) == {"text": "ü" * i} for i in reversed(range(200)))
+def test_examples_beyond_the_memory_lie_in_a_file(tmp_path, monkeypatch):
+    components = components_of()
+    texts = ["ü" * i for i in range(40)]
+    kept = report(components, [texts], tmp_path / "kept.html").read_bytes()
+    monkeypatch.setattr("npeff.reports.examples.IN_MEMORY", 100)
+    assert report(components, [texts], tmp_path / "spilled.html").read_bytes() == kept
 
 
 def test_rows_of_a_file_are_all_there(tmp_path, strict):

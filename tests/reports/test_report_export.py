@@ -14,7 +14,7 @@ from PIL import Image
 from npeff.cli import run
 from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.reports import collage, latex
-from npeff.reports.latex import escape
+from npeff.reports.export import escape
 from report_cases import batches, components_of
 
 ENGINES = ("pdflatex", "xelatex", "lualatex")
