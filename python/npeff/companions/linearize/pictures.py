@@ -35,7 +35,7 @@ def contribution_figure(inputs: Tensor, maps: Mapping[str, Tensor]) -> Figure:
 
     examples = list(_array(inputs))
     drawn = {title: _array(values) for title, values in maps.items()}
-    pictures = all(looks_like_image(example) for example in examples)
+    pictures = all(looks_like_image(example.shape) for example in examples)
     width, height = (1.25, 1.25) if pictures else (6, 0.4 + 0.16 * min(BARS, examples[0].size))
     columns = len(maps) + pictures
     figure = Figure((width * columns + 0.3, height * len(examples) + 0.35), layout="constrained", dpi=80)
