@@ -12,6 +12,7 @@ from npeff.cli.command import check_out, command, first, misused, note, several,
 from npeff.cli.options import WRITABLE, Arguments
 
 DEFAULT_TOP_K = 65_536
+UNPLANNED = ("compress", "share", "out", "seed", "max_examples", "progress")
 
 
 @command(
@@ -137,6 +138,7 @@ def _announce(out: Path) -> None:
         npeff plan bert.py:model bert.py:batches --kind low_rank --energy 0.99 --json plan.json
     """,
     Arguments("npeff:plan"),
+    Arguments("npeff:compute_fishers", skip=UNPLANNED),
 )
 @click.argument("model", metavar="MODEL")
 @click.argument("data", metavar="DATA")

@@ -1,4 +1,4 @@
-"""``npeff linearize``: what an example's input and the model's biases contributed to its outputs."""
+"""``npeff linearize``: the contributions of an example's input and of the model's biases to its outputs."""
 
 from __future__ import annotations
 
@@ -149,12 +149,9 @@ def _write_table(linear: LinearMap, path: Path) -> None:
 
 
 def _draw(linear: LinearMap, output: int, path: Path) -> None:
-    from npeff.companions.linearize.pictures import contribution_bars, contribution_grid, is_picture, save_figure
+    from npeff.companions.linearize import contribution_figure
+    from npeff.storage.files import atomic
 
-    contributions = linear.contributions()[:, 0]
-    title = f"output {output}"
-    if is_picture(linear.x[0]):
-        figure = contribution_grid(linear.x, [linear.W[:, 0], contributions], [f"{title}: W", f"{title}: W∘x"])
-    else:
-        figure = contribution_bars(contributions[0], title)
-    save_figure(figure, path)
+    maps = {f"output {output}: W": linear.W[:, 0], f"output {output}: W∘x": linear.contributions()[:, 0]}
+    with atomic(path) as scratch:
+        contribution_figure(linear.x, maps).savefig(scratch, format=path.suffix.lower().removeprefix("."))

@@ -111,7 +111,7 @@ def report(
     common: dict[str, Any] = {"class_names": names, "tokenizer": tokens}
     common |= {name: value for name, value in options.items() if name == "k"}
     if collages:
-        from npeff.reports.collage import collages as write_collages
+        from npeff.reports.export import collages as write_collages
 
         folder = stem.with_name(f"{stem.name}-collages")
         paths = {j: folder / f"component-{j}.png" for j in range(components.n_components)}

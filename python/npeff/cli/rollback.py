@@ -37,13 +37,13 @@ FIELDS = (
         npeff rollback train.txt --model complex --dim 32 --epochs 20 --targets test.txt --predicted --check
     """,
     Arguments("npeff.companions.rollback:Recipe"),
-    Arguments("npeff.companions.rollback:fit", only=("progress",)),
+    Arguments("npeff.companions.rollback:fit", only=("all_rows", "progress")),
 )
 @click.argument("path", metavar="TRIPLES|RECORD", type=EXISTING)
 @click.option("--targets", type=EXISTING, help="Triples to explain; a tail ? stands for the predicted one.")
 @click.option("--predicted", is_flag=True, help="Explain the predicted tails in place of the given ones.")
 @click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Training triples per target.")
-@click.option("--check", is_flag=True, help="Leave the explanations out, train again, and tell what changed.")
+@click.option("--check", is_flag=True, help="Leave the explanations out, train again, and report what changed.")
 @click.option(
     "--component",
     metavar="FILE:J",
@@ -55,12 +55,11 @@ FIELDS = (
     type=WRITABLE,
     help="Tab-separated file of explanations; with --component .json for a report.  [default: print them]",
 )
-@click.option("--record", "record_path", type=WRITABLE, help="Keep the record of the training in this file.")
+@click.option("--record", "record_path", type=WRITABLE, help="Write the record of the training to this file.")
 @click.option(
     "--model", "kind", type=click.Choice(["distmult", "complex"]), default="distmult", show_default=True, help="Score."
 )
 @click.option("--dim", type=click.IntRange(min=1), default=10, show_default=True, help="Elements per embedding.")
-@click.option("--all-moves", is_flag=True, help="Record what the wrong tails moved, too.")
 def rollback(
     path: Path,
     targets: Path | None,
@@ -72,14 +71,13 @@ def rollback(
     component: str | None,
     kind: str,
     dim: int,
-    all_moves: bool,
     **options: Any,
 ) -> None:
     """Explain predictions of knowledge-graph models by the training triples that made them.
 
     TRIPLES, one a line as head, relation and tail separated by tabs, train a model at batch size 1 while every
-    triple's moves are recorded; a RECORD made so before is explained from at once. The influence of a triple is the
-    probability that the target loses when its moves are taken back (Gradient Rollback).
+    triple's updates of the weights are recorded; a RECORD of an earlier training is explained without training. The
+    influence of a triple is the probability that the target loses when its updates are subtracted (Gradient Rollback).
     """
     if targets is None and (record_path is None or out or check or predicted):
         misused("give --targets to explain, or --record to keep the record of a training for later")
@@ -98,8 +96,7 @@ def rollback(
     if is_record and record_path is not None:
         misused(f"{path} is a record already: --record belongs to a training")
     check_out(out)
-    progress = {name: options.pop(name) for name in ("progress",) if name in options}
-    record: Any
+    recording = {name: options.pop(name) for name in ("all_rows", "progress") if name in options}
     if is_record:
         record = companion.Record.load(path)
     else:
@@ -111,14 +108,13 @@ def rollback(
             model,
             known.encode(triples),
             companion.Recipe(**options),
-            negatives=all_moves,
             out=record_path,
             names={"entities": known.entities, "relations": known.relations},
-            **progress,
+            **recording,
         )
     names = _names(record, path)
     if targets is None:
-        click.echo(f"{record_path}: {len(record):,} triples, {size(record.nbytes)} of moves")
+        click.echo(f"{record_path}: {len(record):,} triples, {size(record.nbytes)} of updates")
         return
     method = companion.GradientRollback(record.model(), record)
     wanted = companion.read_triples(targets)
@@ -141,7 +137,7 @@ def rollback(
             _write(file, explanations, record, names)
         click.echo(f"{out}: {len(explanations)} targets, {sum(map(len, explanations))} training triples")
     if check:
-        found = companion.faithfulness(method, k, rows, **progress)
+        found = companion.faithfulness(method, k, rows, progress=recording.get("progress", True))
         note(
             f"without them, trained again: {found.pd:.0f} % of the targets less probable (by {found.drop:.3f} on "
             f"average), {found.tc:.0f} % of the predicted tails changed"
