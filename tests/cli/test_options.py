@@ -55,6 +55,8 @@ def test_each_argument_is_an_option_with_the_same_default(name: str, arguments: 
         not_planned = {"out", "seed", "max_examples", "progress"} if name == "plan" else set()
         assert set(wanted) - set(parameters) - not_planned == NO_TEXT.get(arguments.path, set())
     for argument, default in wanted.items():
+        if argument in arguments.skip:
+            continue
         option = parameters.get(argument)
         if isinstance(option, FunctionOption):
             assert option.argument.default == default, argument

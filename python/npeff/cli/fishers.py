@@ -12,7 +12,8 @@ from npeff.cli.command import check_out, command, first, misused, note, several,
 from npeff.cli.options import WRITABLE, Arguments
 
 DEFAULT_TOP_K = 65_536
-UNPLANNED = ("compress", "share", "out", "seed", "max_examples", "progress")
+UNPLANNED = ("kind", "compress", "share", "out", "seed", "max_examples", "memory", "progress")
+"""Arguments of ``compute_fishers`` that ``plan`` does not take, or in a sense of its own."""
 
 
 @command(
