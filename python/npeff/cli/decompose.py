@@ -45,8 +45,8 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
         npeff decompose fishers.h5 --n-components 48 --wrong-only --out heuristics.h5
     """,
     Arguments("npeff:decompose", skip=("published", "init", "callback")),
-    Arguments("npeff:PublishedOptions"),
     Arguments("npeff.trust:select", only=("folds",)),
+    Arguments("npeff:PublishedOptions"),
     shared=True,
 )
 @click.argument("path", metavar="FISHERS", type=EXISTING)
@@ -62,7 +62,8 @@ def decompose(path: Path, n_components: list[int], select: bool, out: Path, wron
     """Factorise FISHERS into components.
 
     Started by torchrun (torchrun --nproc-per-node=4 -m npeff decompose …), each process holds a block of the
-    examples; killed, the same command resumes. The last four options belong to --algorithm published.
+    examples; killed, the same command resumes. --learning-rate, --g-only, --joint and
+    --log-every belong to --algorithm published, --folds to --select.
     """
     published = {name: options.pop(name) for name in PUBLISHED if name in options}
     folds = {name: options.pop(name) for name in ("folds",) if name in options}
