@@ -57,7 +57,7 @@ def numbers_of(name: str) -> dict[str, Any]:
             name: [control.magnitudes.tolist(), [control.values[figure].tolist() for figure in FIGURES]]
             for name, control in effect.controls.items()
         },
-        "sides": [[s.sign, s.magnitude, s.ratio, s.kl_top, s.kept, s.step] for s in effect.sides],
+        "sides": [[s.sign, s.magnitude, s.ratio, s.kl_top, s.kept, s.step] for s in effect.sign_results],
         "curve": [effect.curve.magnitudes.tolist(), effect.curve.top.tolist(), effect.curve.disjoint.tolist()],
         "examples": [effect.ids[effect.top].tolist(), effect.ids[effect.baseline].tolist()],
         "kl": effect.kl.tolist(),

@@ -61,7 +61,7 @@ def moving(function: F) -> F:
             "--baseline", default="4096", show_default=True, metavar="N|all", help="Examples to compare with, drawn."
         ),
         click.option(
-            "--mix",
+            "--lam",
             type=click.FloatRange(0, 1, min_open=True, max_open=True),
             multiple=True,
             help="λ of a diagonal component's interpolation; repeatable.",
@@ -84,7 +84,7 @@ def moving(function: F) -> F:
 
 
 def asked(
-    sign: str, baseline: str, mix: tuple[float, ...], forward: str | None, quiet: bool, options: dict[str, Any]
+    sign: str, baseline: str, lam: tuple[float, ...], forward: str | None, quiet: bool, options: dict[str, Any]
 ) -> dict[str, Any]:
     """The keywords of :func:`npeff.perturb` for the shared options."""
     from npeff.models.targets import load_object
@@ -95,7 +95,7 @@ def asked(
         **options,
         "sign": {"both": "both", "+": 1, "-": -1}[sign],
         "baseline": "all" if baseline == "all" else int(baseline),
-        "mix": mix or None,
+        "lam": lam or None,
         "forward": load_object(forward, "--forward") if forward else None,
         "progress": not quiet,
     }
@@ -154,7 +154,7 @@ def perturb(
     strategy: str | None,
     sign: str,
     baseline: str,
-    mix: tuple[float, ...],
+    lam: tuple[float, ...],
     forward: str | None,
     out: Path | None,
     quiet: bool,
@@ -180,7 +180,7 @@ def perturb(
         misused("--all takes every component: leave --component and --strategy out")
     components = wants(npeff.load(path), "Components", path)
     which = None if every else [chosen(components, component, strategy, path)]
-    keywords = asked(sign, baseline, mix, forward, quiet, options)
+    keywords = asked(sign, baseline, lam, forward, quiet, options)
     if every:
         keywords["curve"] = 8 if out else 0
     effects = perturb_all(load_model(model), load_data(data), components, which, **keywords)
@@ -197,21 +197,19 @@ def perturb(
 
 def _ratios(effects: list[Effect]) -> str:
     """One line per component: KL ratio with interval, the controls' ratios, rank correlation."""
-    from npeff.perturbation.effect import CONTROLS
+    from npeff.perturbation.effect import CONTROLS, text_table
 
     rows = [("component", "KL ratio", *CONTROLS.values(), "disjoint", "rank corr. of KL/‖F‖", "magnitude")]
     for e in sorted(effects, key=lambda e: -e.ratio):
-        own = e.figures["ratio"]
         beside = [f"{e.controls[n].figures['ratio'].value:.3g}" if n in e.controls else "–" for n in CONTROLS]
         rows.append(
             (
                 ", ".join(map(str, e.components)),
-                f"{own.value:.3g} [{own.low:.3g}, {own.high:.3g}]",
+                e.figures["ratio"].text(),
                 *beside,
                 f"{e.figures['disjoint_ratio'].value:.3g}",
                 f"{e.figures['normalised_rank_correlation'].value:.2f}",
                 f"{e.magnitude:.3g}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return text_table(rows)

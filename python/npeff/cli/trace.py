@@ -46,7 +46,7 @@ def trace(
     strategy: str | None,
     sign: str,
     baseline: str,
-    mix: tuple[float, ...],
+    lam: tuple[float, ...],
     forward: str | None,
     groups: str,
     out: Path | None,
@@ -77,7 +77,7 @@ def trace(
         components,
         j,
         parts,
-        **asked(sign, baseline, mix, forward, quiet, options),
+        **asked(sign, baseline, lam, forward, quiet, options),
     )
     click.echo(found.table())
     if out is not None:

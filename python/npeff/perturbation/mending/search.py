@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from npeff.batches.batches import Batch, call_model
 from npeff.fishers.computation import Forward
-from npeff.perturbation.magnitude import FARTHEST, find_magnitude
 from npeff.perturbation.mending.objective import Directions, Objective, needed
+from npeff.perturbation.steps import FARTHEST, find_step
 from npeff.perturbation.weights import Weights
 
 Array = npt.NDArray[Any]
@@ -127,7 +127,7 @@ def along_the_line(judge: Judge, repairing: Objective, progress: bool) -> None:
         return
     side = -np.sign(slope)
     size = judge.directions.size_of_weights(judge.model)
-    start = find_magnitude(lambda step: judge.kl(step * side), CAREFUL, 1e-3 * size, FARTHEST * size).magnitude
+    start = find_step(lambda step: judge.kl(step * side), CAREFUL, 1e-3 * size, FARTHEST * size).magnitude
     steps = [start * 2.0**i for i in range(DOUBLINGS)]
     _walk(judge, steps, start / 2, lambda step, _: step * side, progress)
 
