@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -184,6 +184,13 @@ class ChosenStep(DirectionSteps):
         """The step of the chosen sign."""
         return self.searches[self.sign].magnitude
 
+    def measured_result(self, sign: int, sets: ExampleSets) -> SignResult:
+        """The result of one sign, with what was measured on the sets of examples."""
+        kl = self.measured[sign].kl
+        top, baseline = (float(kl[which].mean()) for which in (sets.top, sets.baseline))
+        kept = sign == self.sign
+        return replace(self.result(sign), kl_top=top, kl_baseline=baseline, ratio=sets.ratio(kl), kept=kept)
+
 
 def measure_effect(
     evaluator: Evaluator, directions: ComponentDirections, target: Target, options: PerturbOptions
@@ -236,8 +243,8 @@ def measure_effect(
             name: _control(evaluator, name, steps, along, options, sets) for name in CONTROLS if options.n_random
         },
         sign_results=(
-            *(_sign_result(one, sign) for one in found[len(used) :] for sign in one.searches),
-            *(_sign_result(step, sign, sets) for step in steps for sign in step.searches),
+            *(one.result(sign) for one in found[len(used) :] for sign in one.searches),
+            *(step.measured_result(sign, sets) for step in steps for sign in step.searches),
         ),
         curve=_curve(evaluator, steps, options, sets) if options.curve else None,
         ids=evaluator.examples.ids,
@@ -281,28 +288,6 @@ def _chosen_step(evaluator: Evaluator, one: DirectionSteps, sets: ExampleSets) -
 def _larger(measured: dict[int, Measured], sets: ExampleSets) -> int:
     """The sign with the larger KL ratio."""
     return max(measured, key=lambda sign: np.nan_to_num(sets.ratio(measured[sign].kl), nan=-np.inf, posinf=-np.inf))
-
-
-def _sign_result(steps: DirectionSteps, sign: int, sets: ExampleSets | None = None) -> SignResult:
-    """The result of one sign, measured on sets of examples; only the search's KL if the direction is not used."""
-    search, scale, nan = steps.searches[sign], steps.direction.scale, float("nan")
-    kl_top, kl_baseline, ratio, kept = search.kl, nan, nan, False
-    if isinstance(steps, ChosenStep) and sets is not None:
-        kl = steps.measured[sign].kl
-        kl_top, kl_baseline = (float(kl[which].mean()) for which in (sets.top, sets.baseline))
-        ratio, kept = sets.ratio(kl), sign == steps.sign
-    return SignResult(
-        component=steps.direction.component,
-        sign=sign,
-        magnitude=search.magnitude,
-        reached=search.reached,
-        kl_top=kl_top,
-        kl_baseline=kl_baseline,
-        ratio=ratio,
-        kept=kept,
-        lam=steps.direction.lam,
-        step=None if scale is None else search.magnitude / scale,
-    )
 
 
 def _control(

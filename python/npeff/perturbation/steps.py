@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from npeff.perturbation.diagonal import diagonal_directions
 from npeff.perturbation.directions import ComponentDirections, Direction, Target
+from npeff.perturbation.effect import SignResult
 from npeff.perturbation.evaluate import Evaluator
 from npeff.perturbation.examples import BatchSlice
 from npeff.perturbation.options import PerturbOptions
@@ -62,6 +63,22 @@ class DirectionSteps:
         """Whether a sign missed the wanted KL, and the mean change of the weights: the least is the best."""
         found = self.searches.values()
         return not all(s.reached for s in found), float(np.mean([s.magnitude for s in found]))
+
+    def result(self, sign: int) -> SignResult:
+        """The result of one sign as far as the search knows it, not kept."""
+        search, scale, unknown = self.searches[sign], self.direction.scale, float("nan")
+        return SignResult(
+            component=self.direction.component,
+            sign=sign,
+            magnitude=search.magnitude,
+            reached=search.reached,
+            kl_top=search.kl,
+            kl_baseline=unknown,
+            ratio=unknown,
+            kept=False,
+            lam=self.direction.lam,
+            step=None if scale is None else search.magnitude / scale,
+        )
 
 
 def search_steps(
