@@ -90,7 +90,7 @@ def check(estimator: CrossLossInfluence, values: np.ndarray, train: tuple, test:
         loss = cross_entropy(estimator.model, (pair[0][i : i + 1], pair[1][i : i + 1]))[0]
         return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, parameters)])
 
-    solved = estimator._inverse()[0].solve(torch.stack([gradient(test, j) for j in (0, 99)])).x
+    solved = estimator.solve(torch.stack([gradient(test, j) for j in (0, 99)])).x
     for i, (row, j) in ((17, (0, 0)), (9_999, (1, 99))):
         expected = -float(gradient(train, i) @ solved[row])
         assert abs(values[i, j] - expected) <= 2e-3 * max(abs(expected), float(np.abs(values[:, j]).mean()))

@@ -32,7 +32,7 @@ from low_rank import processor, recomputed_loss
 from npeff.decomposition.published_algorithm import DivergedError
 from npeff.models import datasets
 from npeff.models import networks as models
-from npeff.planning.peak import Peak
+from npeff.models.memory import Peak
 
 HERE = Path(__file__).parent
 STEPS = 550

@@ -29,7 +29,7 @@ from npeff.decomposition.sharded_space import ShardedSpace
 from npeff.decomposition.spaces import SparseSpace
 from npeff.fishers.rows import DenseRows
 from npeff.fishers.scaling import ScaledRows
-from npeff.planning.peak import Peak
+from npeff.models.memory import Peak
 
 RANK = 3
 STEPS = 3

@@ -26,7 +26,6 @@ PUBLIC = (
     "npeff.kernels",
     "npeff.companions.linearize",
     "npeff.companions.influence",
-    "npeff.companions.influence.solvers",
     "npeff.companions.rollback",
     "npeff.companions.safr",
 )

@@ -163,9 +163,9 @@ def damaged(content: Any, *path: Any, value: Any) -> str:
 @pytest.mark.parametrize(
     ("name", "path", "value", "words"),
     [
-        ("one.json", ["components"], [3], r"effects: expected components 0 to 2, got '?3"),
-        ("one.json", ["components"], ["a"], r"effects\[0\].components: expected numbers of components, got \['a'\]"),
-        ("one.json", ["components"], [-1], r"effects\[0\].components: expected numbers of components"),
+        ("one.json", ["components"], [3], r"effects\[0\].components: expected components 0 to 2, got 3"),
+        ("one.json", ["components"], ["a"], r"effects\[0\].components: expected components 0 to 2, got 'a'"),
+        ("one.json", ["components"], [-1], r"effects\[0\].components: expected components 0 to 2, got -1"),
         ("one.json", ["figures", "ratio"], "del", r"figures.ratio: expected value, low and high, got None"),
         ("one.json", ["figures", "ratio", "value"], "5", r"figures.ratio.value: expected numbers, got '5'"),
         ("one.json", ["figures", "ratio", "value"], True, r"figures.ratio.value: expected numbers, got True"),
@@ -175,8 +175,8 @@ def damaged(content: Any, *path: Any, value: Any) -> str:
         ("one.json", ["curve", "top"], [[1]], r"curve.top: expected a list of numbers for each of 2 signs"),
         ("one.json", ["curve", "top", 0], [1], r"curve.top: expected numbers"),
         ("one.json", ["curve", "signs"], None, r"curve"),
-        ("all.json", [1, "components"], [0], r"effects\[1\]: component 0 was described before"),
-        ("trace.json", ["alone"], [], r"traces\[1\].alone: expected a figure and an energy for each of 3 parts"),
+        ("all.json", [1, "components"], [0], r"effects\[1\]: another one of component 0 was given"),
+        ("trace.json", ["alone"], [], r"traces\[0\].alone: expected a figure and an energy for each of 3 parts"),
         ("trace.json", ["groups", 0], 7, r"groups: expected names of parts"),
         ("trace.json", ["energy", 0], {}, r"energy: expected numbers"),
         ("trust.json", ["stability", "components"], [1, 2], r"trust.stability: expected 3 numbers, got shape \(2,\)"),
@@ -186,10 +186,10 @@ def damaged(content: Any, *path: Any, value: Any) -> str:
         ("trust.json", ["null"], "low", r"trust.null: expected a threshold"),
         ("trust.json", ["explained"], [1], r"trust.explained: expected 48 numbers"),
         ("trust.json", ["explained", 3], {"a": 1}, r"trust.explained: expected numbers"),
-        ("in.json", ["attributions", "0"], [1], r"attributions: expected an object with components"),
+        ("in.json", ["attributions", "0"], [1], r"in JSON, an object with components"),
         ("in.json", ["attributions", "9"], {"0": [1]}, r"attributions: expected components 0 to 2, got 9"),
         ("in.json", ["attributions", "0", "48"], [1], r"attributions: expected examples 0 to 47, got 48"),
-        ("in.json", ["attributions", "0", "-1"], [1], r"expected numbers of components and examples, got '-1'"),
+        ("in.json", ["attributions", "0", "-1"], [1], r"attributions: expected examples 0 to 47, got '-1'"),
         ("in.json", ["attributions", "0", "1"], ["x"], r"attributions\[0, 1\]: expected numbers"),
         ("in.json", ["components_digest"], 4, r"components_digest: expected a text, got 4"),
         (
@@ -206,7 +206,7 @@ def damaged(content: Any, *path: Any, value: Any) -> str:
         ),
         ("behind.json", ["influences", "2", "pairs"], "pairs", r"influences\[2\]: expected pairs"),
         ("behind.json", ["influences", "2", "by"], 4, r"influences\[2\]: expected by to be a text"),
-        ("behind.json", ["influences"], [], r"influences: expected an object with components as keys"),
+        ("behind.json", ["influences"], [], r"influences: expected a mapping, got list"),
     ],
 )
 def test_damaged_files_are_named_with_the_field(
@@ -225,15 +225,14 @@ def test_damaged_files_are_named_with_the_field(
     [
         ("", "expected a JSON file written by npeff trust"),
         ('{"trust": ', "expected a JSON file"),
-        ('{"trust": {"null": NaN}}', "NaN is not JSON; write null"),
-        ('{"trust": {"null": -Infinity}}', "-Infinity is not JSON"),
-        ('{"trust": {"null": 1e999}}', "trust.null.threshold: expected finite numbers"),
-        ('{"trust": {"null": 1' + "0" * 40 + "}}", "a whole number of 41 digits"),
+        ('{"trust": {"null": NaN}}', "expected finite numbers or null, got nan"),
+        ('{"trust": {"null": -Infinity}}', "expected finite numbers or null, got -inf"),
+        ('{"trust": {"null": 1e999}}', "expected finite numbers or null, got inf"),
         ('{"trust": {"null": 1}, "trust": {"null": 2}}', "the name 'trust' stands twice"),
         ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
-        ('{"trust": {"stability": ' + "[" * 90 + "1" + "]" * 90 + "}}", "trust.stability: expected"),
+        ('{"trust": {"stability": ' + "[" * 90 + "1" + "]" * 90 + "}}", "expected at most 64 levels"),
         ("[]", "got a list of 0"),
-        ("7", "got 7"),
+        ("7", "expected an object or a list, got a whole number"),
         ('{"model": "m", "choices": []}', "got model, choices"),
         ('[{"components": [0], "figures": {}}, 3]', "got a list of 2"),
         ("\ufeff{}", r"got \{\}"),
@@ -254,13 +253,13 @@ def test_files_that_are_none(folder: Path, tmp_path: Path) -> None:
     large = tmp_path / "large.json"
     with large.open("wb") as file:
         file.truncate((1 << 30) + 1)
-    with pytest.raises(ExtrasError, match=r"large.json: .*got 1,073,741,825 bytes, and at most 1,073,741,824 are read"):
+    with pytest.raises(ExtrasError, match="at most 1,073,741,824 bytes of JSON, got 1,073,741,825"):
         load_extras(large)
     os.mkfifo(tmp_path / "pipe.json")
     for path, words in (
-        (tmp_path / "pipe.json", "this is no file"),
-        (tmp_path, "no file"),
-        (tmp_path / "x", "no such"),
+        (tmp_path / "pipe.json", "a regular file, but this is a device, pipe"),
+        (tmp_path, "this is a folder"),
+        (tmp_path / "x", "no such file"),
     ):
         with pytest.raises(ExtrasError, match=words):
             load_extras(path)

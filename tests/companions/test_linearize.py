@@ -325,7 +325,10 @@ def test_a_model_that_changed_is_noticed():
 
 
 def test_steps_known_to_keep_examples_apart():
-    """What is told from names and shapes agrees with what gradients show, and is enough for usual networks."""
+    """Names and shapes tell that usual networks keep examples apart, and the gradients agree.
+
+    Private names are read here, since a wrong answer costs time or a wrong refusal, and no number shows it.
+    """
     torch.manual_seed(0)
     usual = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),

@@ -280,13 +280,13 @@ def test_files_are_put_together(tmp_path):
     save_extras(two, influences={1: {"pairs": [(4, 2.0)], "by": "mine", "texts": {4: "four"}}})
     both = load_extras(one, two)
     np.testing.assert_array_equal(both["attributions"][0, 3], np.ones((2, 2)))
-    assert both["influences"]["0"]["pairs"] == [[1, -0.5]] and both["influences"]["1"]["texts"] == {"4": "four"}
+    assert both["influences"][0]["pairs"] == [[1, -0.5]] and both["influences"][1]["texts"] == {"4": "four"}
     with pytest.raises(ArgumentError, match="attributions of component 0 were given by another file"):
         load_extras(one, one)
     with pytest.raises(ArgumentError, match=r"expected a name ending in .json"):
         save_extras(tmp_path / "x.txt")
     two.write_text(json.dumps({"attributions": {"a": {"b": [1]}}}))
-    with pytest.raises(ArgumentError, match="expected numbers of components and examples, got 'a'"):
+    with pytest.raises(ArgumentError, match="attributions: expected components as whole numbers, got 'a'"):
         load_extras(two)
 
 

@@ -580,3 +580,18 @@ def log_probabilities(outputs: Tensor) -> Tensor:
     """
     wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     return wide.clamp_min(torch.finfo(wide.dtype).tiny).log()
+
+
+def looks_like_image(shape: Sequence[int]) -> bool:
+    """Whether an array of that shape is plausibly one picture: ``(H, W)``, or 1 or 3 channels of it, first or last.
+
+    Both sides must be at least 4 and no more than 16 times apart, so that ``(tokens, features)`` matrices
+    rarely qualify.
+    """
+    if len(shape) == 3 and {1, 3} & {shape[0], shape[2]}:
+        height, width = shape[1:] if shape[0] in (1, 3) else shape[:2]
+    elif len(shape) == 2:
+        height, width = shape
+    else:
+        return False
+    return min(height, width) >= 4 and max(height, width) <= 16 * min(height, width)

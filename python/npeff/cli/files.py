@@ -69,9 +69,9 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _described_json(path: Path) -> dict[str, Any]:
-    from npeff.reports.extras_file import describe_extras, read_json
+    from npeff.reports.extras import describe_extras, read_extras_file
 
-    content = read_json(path)
+    content = read_extras_file(path)
     if isinstance(content, dict) and {"choices", "advice", "n_parameters"} <= set(content):
         plain = {name: value for name, value in content.items() if isinstance(value, str | int | float)}
         return {"format": "JSON", "content": "a plan of npeff plan", **plain}
@@ -107,7 +107,7 @@ def _described_table(path: Path) -> dict[str, Any]:
     """Tables of ``npeff encode`` and ``npeff influence``; empty for other HDF5 files."""
     import h5py
 
-    from npeff.storage.opening import open_hdf5
+    from npeff.storage.hdf5 import open_hdf5
 
     with open_hdf5(path) as file:
         arrays = {n: [list(d.shape), str(d.dtype)] for n, d in file.items() if isinstance(d, h5py.Dataset)}

@@ -159,8 +159,8 @@ def _loss(target: str, option: str) -> Loss:
 
 
 def _solver(name: str, train_loss: str, tolerance: float | None) -> Solver | str:
+    from npeff.companions.influence import EKFAC, ConjugateGradients, GaussNewton
     from npeff.companions.influence.losses import NAMED_OUTPUT_LOSSES, model_outputs
-    from npeff.companions.influence.solvers import EKFAC, ConjugateGradients, GaussNewton
 
     if name == "cg":
         return ConjugateGradients() if tolerance is None else ConjugateGradients(tolerance)

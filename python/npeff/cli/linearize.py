@@ -1,4 +1,4 @@
-"""``npeff linearize``: what an example's input and the model's biases contributed to its outputs."""
+"""``npeff linearize``: the contributions of an example's input and of the model's biases to its outputs."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ SHOWN = 12
     type=click.Choice(["refuse", "freeze"]),
     default="refuse",
     show_default=True,
-    help="What to do where the model is not piecewise linear.",
+    help="Refuse a model that is not piecewise linear, or hold its gates.",
 )
 @click.option(
     "--component",
     metavar="FILE:J",
-    help="Instead: what in the top examples of component J (or several, FILE:J,J,…) speaks for it; DATA is the data of "
-    "its Fishers.",
+    help="Instead: attribute component J (or several, FILE:J,J,…) to the inputs of its top examples; DATA is the data "
+    "of its Fishers.",
 )
 @click.option("--top", type=click.IntRange(min=1), default=4, show_default=True, help="Examples per component.")
 @click.option(
@@ -69,7 +69,7 @@ def linearize(
     top: int,
     embed: str | None,
 ) -> None:
-    """Split an output of MODEL on one example of DATA into what each input number and each bias contributed.
+    """Split an output of MODEL on one example of DATA into the contributions of the input numbers and of the biases.
 
     A piecewise linear network (ReLU, max-pooling, convolutions, batch normalisation in evaluation mode, …) is exactly
     F(x) = W·x + b around x. MODEL and DATA are module:callable or file.py:callable, as for npeff fishers.
@@ -178,12 +178,9 @@ def _write_table(linear: LinearMap, path: Path) -> None:
 
 
 def _draw(linear: LinearMap, output: int, path: Path) -> None:
-    from npeff.companions.linearize.pictures import contribution_bars, contribution_grid, is_picture, save_figure
+    from npeff.companions.linearize import contribution_figure
+    from npeff.storage.files import atomic
 
-    contributions = linear.contributions()[:, 0]
-    title = f"output {output}"
-    if is_picture(linear.x[0]):
-        figure = contribution_grid(linear.x, [linear.W[:, 0], contributions], [f"{title}: W", f"{title}: W∘x"])
-    else:
-        figure = contribution_bars(contributions[0], title)
-    save_figure(figure, path)
+    maps = {f"output {output}: W": linear.W[:, 0], f"output {output}: W∘x": linear.contributions()[:, 0]}
+    with atomic(path) as scratch:
+        contribution_figure(linear.x, maps).savefig(scratch, format=path.suffix.lower().removeprefix("."))

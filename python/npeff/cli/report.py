@@ -137,7 +137,7 @@ def report(
 
 
 def _write_collages(components: Components, data: Any, stem: Path, common: dict[str, Any]) -> None:
-    from npeff.reports.collage import collages
+    from npeff.reports.export import collages
 
     folder = stem.with_name(f"{stem.name}-collages")
     collages(components, data, {j: folder / f"component-{j}.png" for j in range(components.n_components)}, **common)

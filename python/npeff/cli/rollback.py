@@ -40,7 +40,7 @@ FIELDS = (
 @click.option("--targets", type=EXISTING, help="Triples to explain; a tail ? stands for the predicted one.")
 @click.option("--predicted", is_flag=True, help="Explain the predicted tails in place of the given ones.")
 @click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Training triples per target.")
-@click.option("--check", is_flag=True, help="Leave the explanations out, train again, and tell what changed.")
+@click.option("--check", is_flag=True, help="Leave the explanations out, train again, and report what changed.")
 @click.option(
     "--component",
     metavar="FILE:J",
@@ -52,7 +52,7 @@ FIELDS = (
     type=WRITABLE,
     help="Tab-separated file of explanations; with --component .json for a report.  [default: print them]",
 )
-@click.option("--record", "record_path", type=WRITABLE, help="Keep the record of the training in this file.")
+@click.option("--record", "record_path", type=WRITABLE, help="Write the record of the training to this file.")
 @click.option(
     "--model", "kind", type=click.Choice(["distmult", "complex"]), default="distmult", show_default=True, help="Score."
 )
@@ -67,7 +67,7 @@ FIELDS = (
     show_default=True,
     help="Of the training.",
 )
-@click.option("--all-moves", is_flag=True, help="Record what the wrong tails moved, too.")
+@click.option("--all-rows", is_flag=True, help="Record the updates of the wrong tails' rows, too.")
 @seed
 @quiet
 def rollback(
@@ -85,8 +85,8 @@ def rollback(
     """Explain predictions of knowledge-graph models by the training triples that made them.
 
     TRIPLES, one a line as head, relation and tail separated by tabs, train a model at batch size 1 while every
-    triple's moves are recorded; a RECORD made so before is explained from at once. The influence of a triple is the
-    probability that the target loses when its moves are taken back (Gradient Rollback).
+    triple's updates of the weights are recorded; a RECORD of an earlier training is explained without training. The
+    influence of a triple is the probability that the target loses when its updates are subtracted (Gradient Rollback).
     """
     if targets is None and (record_path is None or out or check or predicted):
         misused("give --targets to explain, or --record to keep the record of a training for later")
@@ -111,7 +111,7 @@ def rollback(
     record = companion.Record.load(path) if is_record else _train(path, record_path, quiet, options)
     names = _names(record, path)
     if targets is None:
-        click.echo(f"{record_path}: {len(record):,} triples, {size(record.nbytes)} of moves")
+        click.echo(f"{record_path}: {len(record):,} triples, {size(record.nbytes)} of updates")
         return
     method = companion.GradientRollback(record.model(), record)
     wanted = companion.read_triples(targets)
@@ -146,18 +146,17 @@ def _train(path: Path, record_path: Path | None, quiet: bool, options: dict[str,
 
     triples = companion.read_triples(path)
     names = companion.Vocabulary.of(triples)
-    kind, dim, all_moves = (options.pop(name) for name in ("kind", "dim", "all_moves"))
+    kind, dim, all_rows = (options.pop(name) for name in ("kind", "dim", "all_rows"))
     model = companion.MODELS[kind](len(names.entities), len(names.relations), dim, seed=options["seed"])  # type: ignore[arg-type]
     record = companion.fit(
         model,
         names.encode(triples),
         companion.Recipe(**options),
-        negatives=all_moves,
+        all_rows=all_rows,
         out=record_path,
         names={"entities": names.entities, "relations": names.relations},
         progress=not quiet,
     )
-    assert record is not None
     return record
 
 

@@ -16,8 +16,7 @@ from npeff.fishers.published_fishers import INT32, NUMBER, WHOLE, Plan, n_parame
 from npeff.fishers.rows import Kind
 from npeff.storage.container import Container
 from npeff.storage.fields import Field, Sizes, refuse
-from npeff.storage.hdf5 import Data
-from npeff.storage.opening import LEAST_ALLOWED, MOST_TIMES
+from npeff.storage.hdf5 import LEAST_ALLOWED, MOST_TIMES, Data
 
 Array = npt.NDArray[Any]
 

@@ -113,7 +113,7 @@ class Collector:
         elif isinstance(compress, Sketch):
             self._sink = Sketched(n, self._n_columns, compress)
             if compress.form == "kronecker":
-                self.paired = worth_pairing(compress, self._n_columns)
+                self.paired = worth_pairing(compress, self._n_columns, factors.columns.device)
         else:
             self._sink = _Whole(self._n_columns, m, self._scale)
 

@@ -29,6 +29,7 @@ from npeff.errors import ArgumentError, DataError
 from npeff.fishers.compress import GramOnly
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.gram_parts import Layer
+from npeff.fishers.parts import check_header, plain
 from npeff.fishers.rows import GramRows
 from npeff.fishers.run import Run
 from npeff.fishers.shards import header_in
@@ -40,7 +41,6 @@ from npeff.models.digests import ModelWatch
 from npeff.models.memory import format_bytes, parse_bytes
 from npeff.models.parameters import Parameter
 from npeff.storage.container import open_container
-from npeff.storage.headers import check_header, plain
 
 Array = npt.NDArray[Any]
 

@@ -33,7 +33,7 @@ class GrowingArray:
         if not self._own or dtype != self._array.dtype:
             self._array, self._own = np.array(self._array[: self._size], dtype, order="C"), True
         if end > len(self._array):
-            # No view of it is ever given away before the end, so that nobody minds its moving.
+            # The array may move: no view of it exists before the end.
             self._array.resize((max(end, len(self._array) * 9 // 8), *part.shape[1:]), refcheck=False)
         self._array[self._size : end] = part
         self._size = end
@@ -41,10 +41,9 @@ class GrowingArray:
     def finish(self) -> Array:
         """The whole, without the room to spare; nothing can be added any more."""
         assert self._array is not None, "something is added first"
-        array, self._array = self._array, None
-        if self._own and self._size < len(array):
-            array.resize((self._size, *array.shape[1:]), refcheck=False)
-        return array
+        if self._own and self._size < len(self._array):
+            self._array.resize((self._size, *self._array.shape[1:]), refcheck=False)
+        return self._array
 
 
 class GrowingRows:

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import StorageError
+from npeff.fishers.contents import index_dtype
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.growing_rows import concatenate
 from npeff.fishers.rows import DenseRows, Kind, SparseRows
-from npeff.fishers.saving import index_dtype
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container
 from npeff.storage.fields import MOST_PARAMETERS, Field, check_shapes, refuse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,25 +20,37 @@ from npeff.models.parameters import Parameter
 
 Array = npt.NDArray[Any]
 
-# Nanoseconds on one core (AVX-512), of which the ratios matter.
-_TRANSFORM = 0.06
-"""Of a Walsh–Hadamard transform, per element and level."""
-_SCATTER = 1.2
-"""Of an element added to a bucket by itself."""
-_PRODUCT = 0.03
-"""Of a multiply-add in a product of matrices."""
+
+class _Costs(NamedTuple):
+    """Nanoseconds, of which the ratios matter.
+
+    Attributes:
+        transform: Of a Walsh–Hadamard transform, per element and level.
+        scatter: Of an element added to a bucket by itself.
+        product: Of a multiply-add in a product of matrices.
+    """
+
+    transform: float
+    scatter: float
+    product: float
 
 
-def worth_pairing(sketch: Sketch, n_columns: int) -> Callable[[Parameter, list[Rule]], bool]:
+_ON_HOST = _Costs(0.06, 1.2, 0.03)  # one core, AVX-512
+_ON_DEVICE = _Costs(0.002, 0.008, 0.00004)  # an H100, from its bandwidth and its rate of float32 products
+
+
+def worth_pairing(sketch: Sketch, n_columns: int, device: torch.device) -> Callable[[Parameter, list[Rule]], bool]:
     """Whether to sketch a two-sided parameter from its factors, by counting operations; either way it is one sketch."""
+    costs = _ON_DEVICE if device.type == "cuda" else _ON_HOST
 
     def decide(parameter: Parameter, rules: list[Rule]) -> bool:
         if len(rules) != 1 or not sketch.two_sided(parameter.shape):
             return False
         t, (n, k) = rules[0].layout.positions, parameter.shape
         transforms = t * (1 + n_columns) + n_columns
-        factored = transforms * sketch.d * math.log2(sketch.d) * _TRANSFORM + t * (n_columns * max(n, k) + min(n, k))
-        formed = n_columns * n * k * (t * _PRODUCT + _SCATTER)
+        factored = transforms * sketch.d * math.log2(sketch.d) * costs.transform
+        factored += t * (n_columns * max(n, k) + min(n, k)) * costs.scatter
+        formed = n_columns * n * k * (t * costs.product + costs.scatter)
         return factored < formed
 
     return decide
