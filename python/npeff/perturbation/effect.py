@@ -141,11 +141,10 @@ class Result:
     @property
     def name(self) -> str:
         """``"component 3"``, ``"components 1, 4, 7"``."""
-        return f"component{'s' if len(self.components) > 1 else ''} {', '.join(map(str, self.components))}"
+        return self._named(len(self.components))
 
-    @property
-    def _short_name(self) -> str:
-        return f"component{'s' if len(self.components) > 1 else ''} {several(self.components)}"
+    def _named(self, most: int = 6) -> str:
+        return f"component{'s' if len(self.components) > 1 else ''} {several(self.components, most)}"
 
     def to_json(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts; None for what is not finite."""
@@ -216,7 +215,7 @@ class Effect(Result):
     def __repr__(self) -> str:
         ratio = self.figures["ratio"]
         beside = "".join(f", {name} {c.figures['ratio'].value:.3g}" for name, c in self.controls.items())
-        return f"Effect({self._short_name}, KL ratio {ratio.value:.3g} [{ratio.low:.3g}, {ratio.high:.3g}]{beside})"
+        return f"Effect({self._named()}, KL ratio {ratio.text()}{beside})"
 
     @property
     def ratio(self) -> float:
@@ -228,7 +227,8 @@ class Effect(Result):
         rows = [("", self.name, *(CONTROLS[name] for name in self.controls))]
         for name, what in FIGURES.items():
             if not math.isnan(self.figures[name].value):
-                rows.append((what, *(of[name].text() for of in (self.figures, *_figures_of(self.controls)))))
+                beside = (control.figures[name].text() for control in self.controls.values())
+                rows.append((what, self.figures[name].text(), *beside))
         kl = " and ".join(
             f"{self.kl[which].mean():.3g} on the {len(which)} {where}"
             for which, where in ((self.top, "top examples"), (self.baseline, "of the baseline"))
@@ -239,10 +239,6 @@ class Effect(Result):
             changes = ", ".join(f"{where} {before:.1%} → {after:.1%}" for where, (before, after) in known.items())
             lines.append(f"accuracy: {changes}")
         return "\n".join([text_table(rows), *lines])
-
-
-def _figures_of(controls: Mapping[str, Control]) -> list[dict[str, Interval]]:
-    return [control.figures for control in controls.values()]
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:

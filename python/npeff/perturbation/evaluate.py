@@ -178,12 +178,9 @@ class Evaluator:
     def _moved(
         self, slices: Iterable[BatchSlice], direction: TensorsByName, magnitude: float
     ) -> Iterator[tuple[BatchSlice, Tensor]]:
-        try:
-            self.weights.move(direction, magnitude)
+        with self.weights.at(direction, magnitude):
             for one in slices:
                 yield one, self.call(one.batch)[one.rows]
-        finally:
-            self.weights.restore()
 
     # ---- Fishers at the model's own weights ------------------------------------------------------------------
 
@@ -244,13 +241,10 @@ class Evaluator:
             return None
 
     def _difference(self, batch: Batch, direction: TensorsByName, step: float) -> Tensor:
-        try:
-            self.weights.move(direction, step)
+        with self.weights.at(direction, step):
             ahead = self.call(batch).double()
-            self.weights.move(direction, -step)
+        with self.weights.at(direction, -step):
             return (ahead - self.call(batch).double()) / (2 * step)
-        finally:
-            self.weights.restore()
 
     def _difference_step(self, batch: Batch, direction: TensorsByName, own: Tensor) -> float:
         share = DIFFERENCE.get(next(iter(self.model.parameters())).dtype, 2e-2)

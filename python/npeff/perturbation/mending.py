@@ -149,8 +149,8 @@ def mend(
     if iterations < 1:
         raise ArgumentError(f"iterations: expected at least 1, got {iterations}")
     check_sampler(data)
-    with placed(model, device) as target:
-        batches = list(read_batches(data, target, forward is not None))
+    with placed(model, device) as used_device:
+        batches = list(read_batches(data, used_device, forward is not None))
         if any(batch.labels is None for batch in batches):
             raise DataError("labels: mending needs them; pass batches of (inputs, labels)")
         if not batches:
@@ -161,7 +161,7 @@ def mend(
         wanted = _to_repair(components, chosen, before.cpu().numpy(), repair)
         part = divide_examples(wanted, seed)
         steps = LayerSteps(
-            [{name: t.to(target) for name, t in components.state_dict(j).items()} for j in chosen], by_layer
+            [{name: t.to(used_device) for name, t in components.state_dict(j).items()} for j in chosen], by_layer
         )
         weights = Weights(model)
         try:

@@ -236,7 +236,7 @@ def measure_effect(
         figures={name: f.interval(*bootstrap, options.seed + i) for i, (name, f) in enumerate(figures)},
         local_ratio=sets.ratio(np.tensordot(shares, fishers, 1)),
         accuracy={
-            name: (_known_mean(evaluator.correct[which]), _known_mean(measured.correct[which]))
+            name: (mean_figure(evaluator.correct[which]).value, mean_figure(measured.correct[which]).value)
             for name, which in accuracy.items()
         },
         controls={
@@ -350,8 +350,3 @@ def _curve(evaluator: Evaluator, steps: Sequence[ChosenStep], options: PerturbOp
                 if len(which):
                     means[i, s, p] = kl[which].mean()
     return Curve(magnitudes, options.signs, *means)
-
-
-def _known_mean(values: Array) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")

@@ -20,7 +20,7 @@ from npeff.perturbation.weights import TensorsByName, Weights
 
 Array = npt.NDArray[Any]
 
-LAMBDAS = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+KL_WEIGHTS = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 """λ, from small changes to large ones."""
 
 DOUBLINGS = 24
@@ -234,7 +234,7 @@ class RepairSearch:
 
     def down_the_path(self, loss: RepairLoss, iterations: int, progress: bool) -> None:
         """Try the minimisers of the objective at falling λ."""
-        self._walk(LAMBDAS, LAMBDAS[0] * 3, lambda lam, start: loss.solve(start, lam, iterations), progress)
+        self._walk(KL_WEIGHTS, KL_WEIGHTS[0] * 3, lambda lam, start: loss.solve(start, lam, iterations), progress)
 
     def along_the_line(self, loss: RepairLoss, progress: bool) -> None:
         """Try steps of doubling length along one direction, to the side on which −log p of R falls.

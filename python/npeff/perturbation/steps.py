@@ -35,13 +35,11 @@ class StepSearch:
         magnitude: The step.
         kl: The mean KL at this step.
         reached: Whether this KL is in the wanted range.
-        evaluations: How many steps were tried.
     """
 
     magnitude: float
     kl: float
     reached: bool
-    evaluations: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +113,7 @@ def search_steps(
     for direction in directions:
         tensors = evaluator.tensors(direction.vector)
         if options.magnitude is not None:
-            searches = {sign: StepSearch(float(options.magnitude), math.nan, True, 0) for sign in options.signs}
+            searches = {sign: StepSearch(float(options.magnitude), math.nan, True) for sign in options.signs}
         else:
             kl_at = partial(evaluator.kl, slices, tensors)
             searches = {sign: find_step(kl_at, options.target_range, *ends, sign=sign) for sign in options.signs}
@@ -178,4 +176,4 @@ def find_step(
         if distance(before) < 0 < distance(u):
             brentq(distance, before, u, xtol=1e-9, disp=False)
     nearest = min(tried, key=lambda u: abs(distance(u)) if 0 < tried[u] < math.inf else math.inf)
-    return StepSearch(math.exp(nearest), tried[nearest], low <= tried[nearest] <= high, len(tried))
+    return StepSearch(math.exp(nearest), tried[nearest], low <= tried[nearest] <= high)

@@ -68,9 +68,7 @@ class Trace(Result):
 
     def __repr__(self) -> str:
         most = int(np.argmax([i.value for i in self.alone]))
-        return (
-            f"Trace({self._short_name}, {len(self)} parts; most in {self.groups[most]}: {self.alone[most].value:.0%})"
-        )
+        return f"Trace({self._named()}, {len(self)} parts; most in {self.groups[most]}: {self.alone[most].value:.0%})"
 
     def table(self) -> str:
         """The parts as text: energy, KL alone, KL lost without the part."""

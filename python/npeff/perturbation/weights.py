@@ -50,6 +50,15 @@ class Weights:
             with _writing(tensor):
                 tensor.copy_(moved_by(self._saved[key][1], part, magnitude))
 
+    @contextmanager
+    def at(self, direction: TensorsByName, magnitude: float) -> Iterator[None]:
+        """Move the weights within a ``with`` block, as :meth:`move` does, and restore them at its end."""
+        try:
+            self.move(direction, magnitude)
+            yield
+        finally:
+            self.restore()
+
     def restore(self) -> None:
         """Restore all weights.
 
@@ -121,13 +130,8 @@ def applied(model: nn.Module, direction: TensorsByName, magnitude: float = 1.0) 
     Raises:
         ArgumentError: The direction has a name or a shape that the model has not, or is not finite.
     """
-    placed = on_model(model, direction, "direction")
-    weights = Weights(model)
-    try:
-        weights.move(placed, checked_magnitude(magnitude))
+    with Weights(model).at(on_model(model, direction, "direction"), checked_magnitude(magnitude)):
         yield model
-    finally:
-        weights.restore()
 
 
 @contextmanager
@@ -155,13 +159,8 @@ def ablated(
     """
     several = [directions] if isinstance(directions, Mapping) else list(directions)
     placed = [on_model(model, direction, "directions") for direction in several]
-    change = _part_along(model, placed, origin)
-    weights = Weights(model)
-    try:
-        weights.move(change, -1.0)
+    with Weights(model).at(_part_along(model, placed, origin), -1.0):
         yield model
-    finally:
-        weights.restore()
 
 
 class Moved(nn.Module):
