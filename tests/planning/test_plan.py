@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import npeff
-from npeff.fishers.compress import GramOnly, Sketch, TopK
+from npeff.fishers.options import GramOnly, Sketch, TopK
 from npeff.planning import choices, sizes
 from npeff.planning.advice import advise
 from npeff.planning.choices import Choice

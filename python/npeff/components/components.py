@@ -20,8 +20,8 @@ from npeff.components.recovery import recover
 from npeff.components.saving import save_components
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
 from npeff.errors import ArgumentError
-from npeff.fishers.compress import sketch_of
 from npeff.fishers.fishers import Fishers
+from npeff.fishers.options import sketch_of
 from npeff.fishers.rows import GramRows
 from npeff.fishers.scaling import ScaledRows, scale
 from npeff.models.parameters import Parameters

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, StorageError
-from npeff.fishers.compress import sketch_of
+from npeff.fishers.options import sketch_of
 from npeff.fishers.rows import GramRows, Kind, Rows, SparseRows
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container

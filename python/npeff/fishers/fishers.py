@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers.compress import Sketch, sketch_of
 from npeff.fishers.contents import (
     EXAMPLE_ARRAYS,
     EXAMPLES,
@@ -28,6 +27,7 @@ from npeff.fishers.contents import (
     row_arrays,
     row_fields,
 )
+from npeff.fishers.options import Sketch, sketch_of
 from npeff.fishers.rows import DenseRows, GramRows, Kind, Rows, SparseRows
 from npeff.fishers.saving import row_data, write_fishers
 from npeff.models.parameters import Parameters

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from npeff.errors import ForeignFileError, StorageError
 from npeff.fishers.contents import DENSE, ENTRIES, EXAMPLE_ARRAYS, EXAMPLES, SPARSE, described_parameters
 from npeff.fishers.fishers import FisherBlock
-from npeff.fishers.rows import Rows, SparseRows
-from npeff.fishers.saving import index_dtype, write_fishers
+from npeff.fishers.rows import Rows, SparseRows, index_dtype
+from npeff.fishers.saving import write_fishers
 from npeff.models.parameters import Parameters
 from npeff.storage.container import FORMAT, FORMAT_VERSION, Container, open_container, write_container
 from npeff.storage.documents import expect, read_json

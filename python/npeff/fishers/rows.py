@@ -19,6 +19,11 @@ SQUARED_AT_ONCE = 1 << 20
 """Entries that are squared in float64 at a time."""
 
 
+def index_dtype(n_columns: int) -> np.dtype[Any]:
+    """The type of stored column indices: int32 where it suffices, so that it does not depend on the entries."""
+    return np.dtype(np.int32 if n_columns <= np.iinfo(np.int32).max else np.int64)
+
+
 @dataclass(frozen=True)
 class SparseRows:
     """Compressed sparse rows.

@@ -28,15 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from npeff.fishers.rows import DenseRows, GramRows, Rows
+from npeff.fishers.rows import DenseRows, GramRows, Rows, index_dtype
 from npeff.models.parameters import Parameters
 from npeff.storage.container import write_container
 from npeff.storage.hdf5 import Data
-
-
-def index_dtype(n_columns: int) -> np.dtype[Any]:
-    """The type of stored column indices: int32 where it suffices, so that it never depends on the entries."""
-    return np.dtype(np.int32 if n_columns <= np.iinfo(np.int32).max else np.int64)
 
 
 def write_fishers(

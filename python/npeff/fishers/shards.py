@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
-from npeff.fishers.compress import sketch_of
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
 from npeff.fishers.growing_rows import GrowingRows
+from npeff.fishers.options import sketch_of
 from npeff.fishers.parts import Batch, Parts, batches_in, parts_folder
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container, open_container

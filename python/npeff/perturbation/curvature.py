@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from npeff.batches.batches import Batch
-from npeff.gradients.factors import Likelihood
+from npeff.fishers.options import Likelihood
 from npeff.perturbation.examples import Examples
 from npeff.perturbation.outputs import curvature
 from npeff.perturbation.weights import Direction, Weights

@@ -15,8 +15,8 @@ from torch import nn
 from npeff.batches.batch_order import check_sampler
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError
+from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible
-from npeff.gradients.factors import Likelihood
 from npeff.gradients.selection import placed
 from npeff.models.digests import model_digest
 from npeff.perturbation.options import Options

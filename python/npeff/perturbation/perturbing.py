@@ -14,7 +14,7 @@ from tqdm import tqdm
 from npeff.components.components import Components
 from npeff.components.parameter_vectors import check_recovered
 from npeff.components.strategies import Strategy
-from npeff.gradients.factors import Likelihood
+from npeff.fishers.options import Likelihood
 from npeff.perturbation.directions import Reject
 from npeff.perturbation.effect import Effect
 from npeff.perturbation.experiment import experiment

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from npeff.batches.batches import Batch, call_model
 from npeff.errors import DataError
-from npeff.gradients.factors import Likelihood, check_meaning
+from npeff.fishers.factors import check_meaning
+from npeff.fishers.options import Likelihood
 from npeff.models.parameters import Parameters
 from npeff.perturbation import outputs
 from npeff.perturbation.curvature import Curvature

@@ -17,7 +17,7 @@ from npeff.components.components import Components
 from npeff.components.parameter_vectors import check_recovered
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
-from npeff.gradients.factors import Likelihood
+from npeff.fishers.options import Likelihood
 from npeff.perturbation.diagonal import diagonal_moves
 from npeff.perturbation.directions import Directions, Reject
 from npeff.perturbation.effect import plain, write_json

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from npeff.fishers.compress import GramOnly, Sketch, TopK
+from npeff.fishers.options import GramOnly, Sketch, TopK
 from npeff.models.memory import format_bytes
 from npeff.planning.quality import SKETCH_ERROR, TOP_K_ERROR
 

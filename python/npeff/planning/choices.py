@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from npeff.fishers.compress import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.fishers import Fishers
+from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.rows import Kind
 from npeff.planning.peak import settled_bytes
 from npeff.planning.quality import gram_error

@@ -13,10 +13,8 @@ from torch import nn
 
 from npeff.batches.batches import check_data, read_batches
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers.compress import TopK
-from npeff.fishers.computation import Forward
+from npeff.fishers.options import Basis, Forward, Labels, Likelihood, TopK
 from npeff.fishers.rows import Kind
-from npeff.gradients.factors import Basis, Labels, Likelihood
 from npeff.models.memory import available_bytes, parse_bytes
 from npeff.planning.advice import advise
 from npeff.planning.choices import TOP_KS, Trials, ways, weigh

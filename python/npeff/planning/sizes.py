@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from npeff.fishers.compress import Compression, GramOnly, Sketch, TopK
+from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
 
 INT32_COLUMNS = 2**31 - 1
 """Most columns whose indices are stored in four bytes."""

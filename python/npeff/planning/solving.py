@@ -18,8 +18,8 @@ from npeff.decomposition.choice import DENSE_RATE, GRAM_BYTES, POLISH_STEPS, SCA
 from npeff.decomposition.low_rank import LowRank
 from npeff.decomposition.spaces import SparseSpace
 from npeff.decomposition.subspace import DIMENSIONS
-from npeff.fishers.compress import Compression, GramOnly, TopK
 from npeff.fishers.fishers import Fishers
+from npeff.fishers.options import Compression, GramOnly, TopK
 from npeff.fishers.rows import DenseRows
 from npeff.fishers.scaling import ScaledRows
 from npeff.kernels.threads import threads_for

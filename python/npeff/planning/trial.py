@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from npeff.batches.batches import read_batches
-from npeff.fishers.compress import Compression
 from npeff.fishers.computation import compute_fishers
+from npeff.fishers.factors import factorise, in_pieces
 from npeff.fishers.fishers import FisherBlock, Fishers
+from npeff.fishers.options import Compression, FisherOptions
 from npeff.fishers.rows import DenseRows, Kind, SparseRows
 from npeff.fishers.shards import FisherWriter
 from npeff.gradients.engine import KEPT_BYTES
-from npeff.gradients.factors import FactorOptions, factorise, in_pieces
 from npeff.planning.peak import Peak, settled_bytes
 from npeff.planning.quality import largest_entries, unit_gram
 
@@ -207,7 +207,7 @@ def _passes(fishers: Fishers, options: dict[str, Any]) -> Array:
     """Columns of the factor S per example: as many backward passes."""
     if fishers.kind == "low_rank":
         return np.array(fishers.ranks)
-    chosen = FactorOptions(**{name: options[name] for name in FactorOptions.__dataclass_fields__ if name in options})
+    chosen = FisherOptions(**{name: options[name] for name in FisherOptions.__dataclass_fields__ if name in options})
     if chosen.basis == "class" and chosen.min_prob is None and chosen.max_classes is None:
         chosen = replace(chosen, basis="reduced")
     if chosen.labels != "expected":

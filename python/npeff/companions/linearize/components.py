@@ -16,7 +16,8 @@ from npeff.companions.linearize.linear_map import LinearMap
 from npeff.companions.linearize.linearizing import linearize
 from npeff.companions.linearize.program import Frozen
 from npeff.errors import ArgumentError, DataError, ModelError
-from npeff.gradients.factors import Likelihood, check_meaning
+from npeff.fishers.factors import check_meaning
+from npeff.fishers.options import Likelihood
 from npeff.perturbation.outputs import curvature
 from npeff.short_repr import short_repr
 

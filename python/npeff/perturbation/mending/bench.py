@@ -16,7 +16,7 @@ from npeff.batches.batches import Batch, call_model, read_batches
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers.computation import Forward
+from npeff.fishers.options import Forward
 from npeff.gradients.selection import placed
 from npeff.perturbation.mending.objective import Directions, Objective
 from npeff.perturbation.mending.search import Judge, along_the_line, down_the_path

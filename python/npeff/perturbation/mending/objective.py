@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from npeff.batches.batches import Batch, call_model
-from npeff.fishers.computation import Forward
+from npeff.fishers.options import Forward
 from npeff.perturbation.weights import Weights
 
 Array = npt.NDArray[Any]

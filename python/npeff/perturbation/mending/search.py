@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff.batches.batches import Batch, call_model
-from npeff.fishers.computation import Forward
+from npeff.fishers.options import Forward
 from npeff.perturbation.magnitude import FARTHEST, find_magnitude
 from npeff.perturbation.mending.objective import Directions, Objective, needed
 from npeff.perturbation.weights import Weights
