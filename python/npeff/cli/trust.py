@@ -42,7 +42,6 @@ def trust(
     import numpy as np
 
     import npeff
-    from npeff.fishers.rows import GramRows
     from npeff.perturbation.effect import plain, write_json
     from npeff.storage.recognition import refuse_npeff_file
 
@@ -50,7 +49,7 @@ def trust(
         refuse_npeff_file(out)
     fishers = wants(npeff.load(fishers_path), "Fishers", fishers_path)
     components = wants(npeff.load(components_path), "Components", components_path)
-    if shuffles and isinstance(fishers.rows, GramRows):
+    if shuffles and fishers.rows.products_only:
         note("no null model: inner products alone (--gram-only) have no entries that could be shuffled")
         shuffles = 0
     shares = npeff.trust.explained(components, fishers)

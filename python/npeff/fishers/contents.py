@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from npeff.errors import ArgumentError, StorageError
 from npeff.fishers.options import sketch_of
-from npeff.fishers.rows import GramRows, Kind, Rows, SparseRows
+from npeff.fishers.rows import Kind
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container
 from npeff.storage.documents import expect, item
@@ -46,13 +46,6 @@ def row_fields(form: str, kind: str) -> list[Field]:
     return [
         replace(field, least=0) if kind == "diagonal" and field.name == "rows/values" else field for field in fields
     ]
-
-
-def row_arrays(rows: Rows) -> dict[str, Any]:
-    """The arrays of rows by the names of their datasets."""
-    if isinstance(rows, SparseRows):
-        return {"rows/indptr": rows.indptr, "rows/indices": rows.indices, "rows/values": rows.values}
-    return {"rows/gram" if isinstance(rows, GramRows) else "rows/values": rows.values}
 
 
 @contextmanager

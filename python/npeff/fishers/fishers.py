@@ -24,11 +24,10 @@ from npeff.fishers.contents import (
     described_parameters,
     n_classes,
     one_of,
-    row_arrays,
     row_fields,
 )
 from npeff.fishers.options import Sketch, sketch_of
-from npeff.fishers.rows import DenseRows, GramRows, Kind, Rows, SparseRows
+from npeff.fishers.rows import Kind, Rows, rows_from
 from npeff.fishers.saving import row_data, write_fishers
 from npeff.models.parameters import Parameters
 from npeff.short_repr import short_repr
@@ -153,7 +152,7 @@ class Fishers:
     @property
     def kept_elsewhere(self) -> bool:
         """Whether the rows are not in parameter space: sketches, or inner products alone."""
-        return self.sketch is not None or isinstance(self.rows, GramRows)
+        return self.sketch is not None or self.rows.products_only
 
     @property
     def ranks(self) -> Array:
@@ -180,7 +179,7 @@ class Fishers:
         Raises:
             ArgumentError: ``i`` is not an example, or no rows are kept (``GramOnly``).
         """
-        if isinstance(self.rows, GramRows):
+        if self.rows.products_only:
             raise ArgumentError(
                 "dense: these Fishers keep inner products alone (GramOnly); compute them with compress=None, TopK(k) "
                 "or Sketch(d) to see rows"
@@ -255,14 +254,14 @@ class Fishers:
         data = [Data.of("row_offsets", self.row_offsets, np.int64)]
         data += [Data.of(name, getattr(self, name), dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
         self.verify()
-        arrays = {name: getattr(self, name) for name in ("row_offsets", *EXAMPLE_ARRAYS)} | row_arrays(self.rows)
-        form = next(form for form, fields in ROWS.items() if {field.name for field in fields} <= set(arrays))
+        arrays = {name: getattr(self, name) for name in ("row_offsets", *EXAMPLE_ARRAYS)}
+        arrays |= self.rows.arrays()
         known: Sizes = {
             "n_parameters": self.n_parameters,
             "n_classes": n_classes(self.provenance.get("options") or {}, self.logits.shape[1]),
             "n_rows": self.rows.n_rows,
         }
-        check_saved("fishers", arrays, [OFFSETS, *EXAMPLES, *row_fields(form, self.kind)], known)
+        check_saved("fishers", arrays, [OFFSETS, *EXAMPLES, *row_fields(self.rows.form, self.kind)], known)
         with atomic(path) as scratch:
             write_fishers(scratch, header, self.coverage, None, data + row_data(self.rows))
         return path
@@ -299,20 +298,14 @@ def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
     arrays, check = container.read(fields, sizes, verify=verify)
     if kind == "diagonal" and not np.array_equal(arrays["row_offsets"], np.arange(sizes["n_examples"] + 1)):
         refuse(container.path, "row_offsets", "one row per example, as diagonal Fishers have")
-    rows: Rows
-    if form == "gram":
-        rows = GramRows(arrays["rows/gram"])
-    elif form == "sparse":
-        rows = SparseRows(arrays["rows/indptr"], arrays["rows/indices"], arrays["rows/values"], parameters.n_parameters)
-    else:
-        rows = DenseRows(arrays["rows/values"])
+    rows = rows_from(arrays, parameters.n_parameters)
 
     def check_part(part: Rows | None) -> None:
         if part is None:
             check()
         else:
             known: Sizes = {name: size for name, size in sizes.items() if name in ("n_parameters", "n_columns")}
-            check_arrays(container.path, row_arrays(part), row_fields(form, kind), known)
+            check_arrays(container.path, part.arrays(), row_fields(form, kind), known)
 
     large = any(container.specs[field.name].nbytes > VERIFY_BYTES for field in fields)
     with coherent(container.path):

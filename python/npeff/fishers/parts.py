@@ -17,7 +17,7 @@ import numpy.typing as npt
 from npeff.errors import ForeignFileError, StorageError
 from npeff.fishers.contents import DENSE, ENTRIES, EXAMPLE_ARRAYS, EXAMPLES, SPARSE, described_parameters
 from npeff.fishers.fishers import FisherBlock
-from npeff.fishers.rows import Rows, SparseRows, index_dtype
+from npeff.fishers.rows import index_dtype
 from npeff.fishers.saving import write_fishers
 from npeff.models.parameters import Parameters
 from npeff.storage.container import FORMAT, FORMAT_VERSION, Container, open_container, write_container
@@ -279,12 +279,12 @@ def _shard_data(blocks: Sequence[FisherBlock]) -> list[Data]:
 
     data = [joined("row_counts", [block.row_counts for block in blocks], np.int64)]
     data += [joined(name, [getattr(block, name) for block in blocks], dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
-    rows: list[Rows] = [block.rows for block in blocks]
-    sparse = [part for part in rows if isinstance(part, SparseRows)]
-    if sparse:
-        data.append(joined("rows/counts", [np.diff(part.indptr) for part in sparse], np.int64))
-        data.append(joined("rows/indices", [part.indices for part in sparse], index_dtype(sparse[0].n_columns)))
-    return [*data, joined("rows/values", [part.values for part in rows], np.float32)]
+    rows = [block.rows.arrays() for block in blocks]
+    if "rows/indptr" in rows[0]:
+        data.append(joined("rows/counts", [np.diff(own["rows/indptr"]) for own in rows], np.int64))
+        indices = [own["rows/indices"] for own in rows]
+        data.append(joined("rows/indices", indices, index_dtype(blocks[0].rows.n_columns)))
+    return [*data, joined("rows/values", [own["rows/values"] for own in rows], np.float32)]
 
 
 def _merged_data(shards: Sequence[Container]) -> list[Data]:

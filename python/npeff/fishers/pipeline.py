@@ -126,7 +126,6 @@ class BatchPipeline:
             ModelError: The model changed.
         """
         with self._computing:
-            self._watch.check()
             pending = PendingBatch(self._run, batch, ids, at_once=not self._deferred)
             self._watch.check()
         self._waiting.append((batch, ids, digest, pending))

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from npeff.fishers.rows import DenseRows, GramRows, Rows, index_dtype
+from npeff.fishers.rows import Rows, index_dtype
 from npeff.models.parameters import Parameters
 from npeff.storage.container import write_container
 from npeff.storage.hdf5 import Data
@@ -62,12 +62,5 @@ def write_fishers(
 
 def row_data(rows: Rows) -> list[Data]:
     """The datasets of rows held in memory (or mapped)."""
-    if isinstance(rows, DenseRows):
-        return [Data.of("rows/values", rows.values, np.float32)]
-    if isinstance(rows, GramRows):
-        return [Data.of("rows/gram", rows.values, np.float32)]
-    return [
-        Data.of("rows/indptr", rows.indptr, np.int64),
-        Data.of("rows/indices", rows.indices, index_dtype(rows.n_columns)),
-        Data.of("rows/values", rows.values, np.float32),
-    ]
+    dtypes = {"rows/indptr": np.dtype(np.int64), "rows/indices": index_dtype(rows.n_columns)}
+    return [Data.of(name, array, dtypes.get(name, np.dtype(np.float32))) for name, array in rows.arrays().items()]
