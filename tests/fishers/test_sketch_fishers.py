@@ -189,17 +189,17 @@ class Images(nn.Module):
 
 @pytest.mark.parametrize("contract", [True, False])
 def test_inner_products_of_every_form_of_layer(contract: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from npeff.fishers import exact_gram, gram_parts
+    from npeff.fishers import exact_gram, layer_gram
 
     torch.manual_seed(0)
     model = Images().eval()
     images = [torch.randn(b, 1, 8, 8) for b in (4, 3)]
     words = Small().eval()
     texts = [torch.randint(0, 20, (4, 6)), torch.randint(0, 20, (5, 3))]
-    monkeypatch.setattr(gram_parts, "MERGED", 4)
-    chosen = gram_parts._contracted if contract else gram_parts._formed
-    monkeypatch.setattr(gram_parts, "_contracted", chosen)
-    monkeypatch.setattr(gram_parts, "_formed", chosen)
+    monkeypatch.setattr(layer_gram, "MERGED", 4)
+    chosen = layer_gram._contracted if contract else layer_gram._formed
+    monkeypatch.setattr(layer_gram, "_contracted", chosen)
+    monkeypatch.setattr(layer_gram, "_formed", chosen)
     sides = [lambda n: lambda parameter, rules: parameter.shape[0] % 3 == 0, lambda n: lambda parameter, rules: True]
     for net, batches in ((model, images), (words, texts)):
         rows = compute(net, batches, None)

@@ -13,7 +13,7 @@ from npeff.components.components import Components
 from npeff.components.published import describe_published, published_in
 from npeff.components.saving import COMPONENTS
 from npeff.errors import ForeignFileError, StorageError
-from npeff.fishers.contents import (
+from npeff.fishers.file_format import (
     KINDS,
     check_provenance,
     check_sizes,

@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ResumeError, StorageError
-from npeff.fishers.contents import EXAMPLE_ARRAYS
+from npeff.fishers.file_format import EXAMPLE_ARRAYS, write_fishers
 from npeff.fishers.fishers import fishers_in
 from npeff.fishers.parts import batches_in
-from npeff.fishers.saving import write_fishers
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import atomic, forget
 from npeff.storage.hdf5 import Data

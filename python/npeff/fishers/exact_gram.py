@@ -27,7 +27,7 @@ from npeff.batches.batch_order import FixedOrder, Repeats
 from npeff.batches.batches import Batch, batch_digest
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers, fishers_in
-from npeff.fishers.gram_parts import Layer
+from npeff.fishers.layer_gram import LayerGram
 from npeff.fishers.options import GramOnly
 from npeff.fishers.passes import Ids, Run
 from npeff.fishers.rows import GramRows
@@ -82,7 +82,7 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
     repeats, digests = Repeats(data), list[str]()
     while waiting:
         first_pass = K is None
-        layers = {name: Layer(run.parameters.named(name)) for name in sorted(waiting)}
+        layers = {name: LayerGram(run.parameters.named(name)) for name in sorted(waiting)}
         n = 0
         with tqdm(run.batches(data), desc="inner products", unit="batch", disable=not options.progress) as bar:
             for number, batch in enumerate(bar):
@@ -125,7 +125,7 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
     return fishers if out is None else fishers_in(open_container(fishers.save(out)))
 
 
-def _collect(run: Run, batch: Batch, ids: Ids, layers: dict[str, Layer], examples: _Examples | None) -> None:
+def _collect(run: Run, batch: Batch, ids: Ids, layers: dict[str, LayerGram], examples: _Examples | None) -> None:
     """Give a batch's gradients to the layers; in the first pass, what is known of its examples to ``examples``."""
     with run.engine.recording():
         for one in run.passes(batch, ids):
@@ -172,7 +172,7 @@ def _check_finite(block: Block | Pairs, ids: Ids) -> None:
             )
 
 
-def _postpone(layers: dict[str, Layer], memory: int) -> None:
+def _postpone(layers: dict[str, LayerGram], memory: int) -> None:
     """Let the largest parameters wait for the next pass, until the rest fits into memory.
 
     Raises:

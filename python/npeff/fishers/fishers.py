@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers.contents import (
+from npeff.fishers.file_format import (
     EXAMPLE_ARRAYS,
     EXAMPLES,
     KINDS,
@@ -24,11 +24,12 @@ from npeff.fishers.contents import (
     described_parameters,
     n_classes,
     one_of,
+    row_data,
     row_fields,
+    write_fishers,
 )
 from npeff.fishers.options import Sketch, sketch_of
 from npeff.fishers.rows import Kind, Rows, rows_from
-from npeff.fishers.saving import row_data, write_fishers
 from npeff.models.parameters import Parameters
 from npeff.short_repr import short_repr
 from npeff.storage.container import VERIFY_BYTES, Container
@@ -234,7 +235,7 @@ class Fishers:
         return self[(self.predictions != self.labels) == wrong]
 
     def save(self, path: str | Path) -> Path:
-        """Write to an HDF5 file (:mod:`npeff.fishers.saving` says what it holds).
+        """Write to an HDF5 file (:mod:`npeff.fishers.file_format` says what it holds).
 
         The file appears whole or not at all. An existing file is replaced only if it, too, holds npeff Fishers.
 

@@ -15,10 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ForeignFileError, StorageError
-from npeff.fishers.contents import DENSE, ENTRIES, EXAMPLE_ARRAYS, EXAMPLES, SPARSE, described_parameters
+from npeff.fishers.file_format import (
+    DENSE,
+    ENTRIES,
+    EXAMPLE_ARRAYS,
+    EXAMPLES,
+    SPARSE,
+    described_parameters,
+    write_fishers,
+)
 from npeff.fishers.fishers import FisherBlock
 from npeff.fishers.rows import index_dtype
-from npeff.fishers.saving import write_fishers
 from npeff.models.parameters import Parameters
 from npeff.storage.container import FORMAT, FORMAT_VERSION, Container, open_container, write_container
 from npeff.storage.documents import expect, read_json
@@ -28,7 +35,7 @@ from npeff.storage.hdf5 import Data, to_json
 from npeff.storage.headers import check_header, plain, read_header
 
 Array = npt.NDArray[Any]
-Batch = tuple[str, int]
+BatchRecord = tuple[str, int]
 
 _OURS = re.compile(r"lock|header\.json|coverage\.json|shard-\d+\.h5|.*\.tmp")
 
@@ -54,7 +61,7 @@ class Parts:
         """
         self.out, self.header, self.folder = out, header, parts_folder(out)
         self.shards: list[Container] = []
-        self.batches: list[Batch] = []
+        self.batches: list[BatchRecord] = []
         try:
             while not self._take():
                 pass
@@ -135,7 +142,7 @@ class Parts:
         if self.coverage is None:
             self._write_json(self.folder / "coverage.json", coverage)
 
-    def write_shard(self, blocks: Sequence[FisherBlock], batches: Sequence[Batch]) -> None:
+    def write_shard(self, blocks: Sequence[FisherBlock], batches: Sequence[BatchRecord]) -> None:
         """Write the blocks as the next shard: complete and on the disk before it has its name.
 
         Args:
@@ -216,7 +223,7 @@ SHARD_ROWS = {
 }
 
 
-def batches_in(container: Container) -> list[Batch]:
+def batches_in(container: Container) -> list[BatchRecord]:
     """Digest and size of each batch that the examples of a file came in.
 
     Raises:

@@ -20,7 +20,7 @@ from npeff.storage.fields import MOST_PARAMETERS, Field, check_shapes, refuse
 from npeff.storage.hdf5 import CHUNK_BYTES, Attributes, Data
 
 Array = npt.NDArray[Any]
-Plan = tuple[str, list[Data], Attributes]
+PublishedLayout = tuple[str, list[Data], Attributes]
 Entries = tuple[Array, Array, Array]
 INT32 = int(np.iinfo(np.int32).max)
 
@@ -225,7 +225,7 @@ def _rows(path: Path, values: Array, indices: Array, sizes: Array, ranks: Array,
     return rows  # type: ignore[return-value]  # sparse parts give sparse rows
 
 
-def plan_fishers(fishers: Fishers, path: Path, variable: bool | None) -> Plan:
+def plan_fishers(fishers: Fishers, path: Path, variable: bool | None) -> PublishedLayout:
     """The layout, datasets and attributes that hold ``fishers``.
 
     Raises:

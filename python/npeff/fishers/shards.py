@@ -17,7 +17,7 @@ from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, Stor
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
 from npeff.fishers.growing_rows import GrowingRows
 from npeff.fishers.options import sketch_of
-from npeff.fishers.parts import Batch, Parts, batches_in, parts_folder
+from npeff.fishers.parts import BatchRecord, Parts, batches_in, parts_folder
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import check_target
@@ -83,11 +83,11 @@ class FisherWriter:
         self._out = None if out is None else Path(out)
         self._shard_bytes, self._shard_seconds = shard_bytes, shard_seconds
         self._validate = validate
-        self._done: list[Batch] = []
+        self._done: list[BatchRecord] = []
         self._cursor = 0
         self._blocks: list[FisherBlock] = []
         self._rows, self._others = GrowingRows(), dict[str, list[npt.NDArray[Any]]]()
-        self._batches: list[Batch] = []
+        self._batches: list[BatchRecord] = []
         self._bytes, self._since = 0, 0.0
         self._like: tuple[str, int, tuple[int, ...]] | None = None
         self._failed = False
