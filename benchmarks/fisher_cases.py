@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import npeff
-from npeff.gradients.factors import FactorOptions, factorise
+from npeff.fishers.factors import factorise
+from npeff.fishers.options import FisherOptions
 from npeff.models import datasets
 from npeff.models import networks as models
 
@@ -60,7 +61,7 @@ class Case:
         """Cotangents ``(b, C, R)`` float64 whose rows are the Fisher factor, as npeff makes them."""
         with torch.no_grad():
             logits = self.logits()
-        found = factorise(logits, FactorOptions(basis=basis), None, np.arange(self.n))  # type: ignore[arg-type]
+        found = factorise(logits, FisherOptions(basis=basis), None, np.arange(self.n))  # type: ignore[arg-type]
         return found.columns * found.scale[:, None, None]
 
     def oracle(self, i: int, columns: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from scipy.optimize import linear_sum_assignment
 
 import npeff
 from npeff.decomposition.published_algorithm import DivergedError
-from npeff.decomposition.spaces import project_rows
 from npeff.fishers.scaling import scale
 from npeff.models import datasets
 from npeff.models import networks as models
@@ -62,7 +61,7 @@ def recomputed_loss(components: npeff.Components, fishers: npeff.Fishers) -> flo
     """L / Σ‖A_iA_iᵀ‖² in float64, from the stored rows, G and W."""
     scaled = scale(fishers)
     G, W = torch.from_numpy(components.vectors).double(), torch.from_numpy(components.coefficients).double()
-    P = project_rows(scaled.rows, G)
+    P = scaled.rows.project(G)
     offsets = torch.from_numpy(np.asarray(fishers.row_offsets))
     examples = torch.repeat_interleave(torch.arange(len(W)), offsets.diff())
     cross = torch.zeros_like(W).index_add_(0, examples, P.square())

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from npeff.decomposition.decomposition import decompose, expand
     from npeff.decomposition.published_algorithm import PublishedOptions
     from npeff.decomposition.search_state import Progress
-    from npeff.fishers.compress import GramOnly, Sketch, TopK
     from npeff.fishers.computation import compute_fishers
     from npeff.fishers.fishers import Fishers
+    from npeff.fishers.options import GramOnly, Sketch, TopK
     from npeff.perturbation import (
         Effect,
         Moved,
@@ -113,16 +113,16 @@ _HOMES = {
     "Effect": "perturbation",
     "Encoded": "components.components",
     "Fishers": "fishers.fishers",
-    "GramOnly": "fishers.compress",
+    "GramOnly": "fishers.options",
     "Mending": "perturbation.mending",
     "Moved": "perturbation",
     "Plan": "planning",
     "Progress": "decomposition.search_state",
     "PublishedOptions": "decomposition.published_algorithm",
-    "Sketch": "fishers.compress",
+    "Sketch": "fishers.options",
     "Strategy": "components.strategies",
     "TokenBatches": "batches.token_batches",
-    "TopK": "fishers.compress",
+    "TopK": "fishers.options",
     "Trace": "perturbation",
     "ablated": "perturbation",
     "applied": "perturbation",

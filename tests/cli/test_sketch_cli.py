@@ -8,7 +8,7 @@ import pytest
 
 import npeff
 from npeff.cli import run
-from npeff.fishers.compress import Sketch
+from npeff.fishers.options import Sketch
 
 TARGETS = """
 import torch

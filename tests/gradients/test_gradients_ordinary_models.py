@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations
 
 from npeff.batches.batches import call_model, examples_at
 from npeff.decomposition.decomposition import decompose
-from npeff.fishers.compress import GramOnly, TopK
 from npeff.fishers.computation import compute_fishers
+from npeff.fishers.options import GramOnly, TopK
 from npeff.perturbation import perturb
 from oracles import dense_fishers, dense_jacobians
 

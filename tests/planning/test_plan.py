@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import npeff
-from npeff.fishers.compress import GramOnly, Sketch, TopK
+from npeff.fishers.options import GramOnly, Sketch, TopK
 from npeff.models.memory import Peak, held_bytes
 from npeff.planning import planner
 from npeff.storage.container import open_container

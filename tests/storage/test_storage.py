@@ -21,7 +21,7 @@ import planted
 from npeff.components import loading
 from npeff.components.loading import describe, load
 from npeff.errors import ArgumentError, ForeignFileError, NewerFileError, StorageError, TruncatedFileError
-from npeff.fishers.contents import write_fishers
+from npeff.fishers.file_format import write_fishers
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.growing_rows import concatenate
 from npeff.fishers.rows import DenseRows, SparseRows

@@ -20,9 +20,8 @@ from npeff.components.recovery import recover
 from npeff.components.saving import save_components
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
 from npeff.errors import ArgumentError
-from npeff.fishers.compress import sketch_of
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import GramRows
+from npeff.fishers.options import sketch_of
 from npeff.fishers.scaling import ScaledRows, scale
 from npeff.models.parameters import Parameters
 
@@ -203,7 +202,7 @@ class Components(Factorisation):
         """
         self.verify()
         fishers.verify()
-        if isinstance(fishers.rows, GramRows) or self.compression == "gram":
+        if fishers.rows.products_only or self.compression == "gram":
             raise ArgumentError(
                 "fishers: inner products alone (GramOnly) say nothing about other examples; compute Fishers with "
                 "compress=None, TopK(k) or Sketch(d) for that (npeff fishers --exact, --top-k or --sketch)"

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 
 from npeff import kernels
-from npeff.fishers.row_products import project_rows
 from npeff.fishers.rows import Kind
 from npeff.fishers.scaling import ScaledRows
 
@@ -61,7 +60,7 @@ def solve(kind: Kind, scaled: ScaledRows, vectors: Array, tolerance: float) -> E
 
 def statistics(kind: Kind, scaled: ScaledRows, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``cross (n, r)`` and ``gram (r, r)`` of the least-squares problem for W, in the dtype of ``vectors``."""
-    P, Q = project_rows(scaled.rows, vectors), vectors @ vectors.T
+    P, Q = scaled.rows.project(vectors), vectors @ vectors.T
     if kind == "diagonal":
         return P, Q
     return kernels.cross(P, torch.tensor(np.asarray(scaled.row_offsets))), Q * Q

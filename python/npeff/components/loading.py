@@ -13,8 +13,7 @@ from npeff.components.components import Components
 from npeff.components.published import describe_published, published_in
 from npeff.components.saving import COMPONENTS
 from npeff.errors import ForeignFileError, StorageError
-from npeff.fishers.compress import sketch_of
-from npeff.fishers.contents import (
+from npeff.fishers.file_format import (
     KINDS,
     check_provenance,
     check_sizes,
@@ -24,6 +23,7 @@ from npeff.fishers.contents import (
     one_of,
 )
 from npeff.fishers.fishers import Fishers, fishers_in
+from npeff.fishers.options import sketch_of
 from npeff.fishers.parts import describe_parts, parts_folder
 from npeff.storage.container import Container
 from npeff.storage.documents import expect, item

@@ -12,7 +12,7 @@ from npeff.components.components import Components
 from npeff.components.parameter_vectors import check_recovered
 from npeff.errors import ArgumentError, StorageError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.published_fishers import INT32, NUMBER, WHOLE, Plan, n_parameters_of, told, unnamed
+from npeff.fishers.published_fishers import INT32, NUMBER, WHOLE, PublishedLayout, n_parameters_of, told, unnamed
 from npeff.fishers.rows import Kind
 from npeff.storage.container import Container
 from npeff.storage.fields import Field, Sizes, refuse
@@ -155,7 +155,7 @@ def _vectors(file: Container, name: str, sizes: Sizes, least: int | None) -> Arr
     return dense
 
 
-def plan_decomposition(components: Components, path: Path, sparse: bool | None) -> Plan:
+def plan_decomposition(components: Components, path: Path, sparse: bool | None) -> PublishedLayout:
     """The layout, datasets and attributes that hold ``components``.
 
     Raises:

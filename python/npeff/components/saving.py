@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from npeff.components.factorisation import Factorisation
-from npeff.fishers.contents import check_saved, n_classes
+from npeff.fishers.file_format import check_saved, n_classes
 from npeff.storage.container import write_container
 from npeff.storage.fields import FLOAT, INT, Field
 from npeff.storage.files import atomic, path_of

@@ -15,9 +15,7 @@ from npeff.decomposition.options import Options, checked_and_scaled
 from npeff.decomposition.place import Place
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import DenseRows, GramRows, SparseRows
 from npeff.fishers.scaling import ScaledRows, resolve_block_weights
-from npeff.fishers.streamed_rows import column_counts
 
 Array = npt.NDArray[Any]
 
@@ -32,7 +30,7 @@ def edges(fishers: Fishers, size: int) -> list[int]:
     if n < size:
         raise ArgumentError(f"distributed: {size} processes cannot share {n} examples; start fewer")
     rows = np.asarray(fishers.row_offsets)
-    at = np.asarray(fishers.rows.indptr)[rows] if isinstance(fishers.rows, SparseRows) else rows
+    at = fishers.rows.starts(rows)
     cuts = [0]
     for k in range(1, size):
         cut = int(np.searchsorted(at, at[-1] * k / size))
@@ -47,13 +45,12 @@ def block(fishers: Fishers, start: int, stop: int) -> Fishers:
         ArgumentError: There are inner products alone.
     """
     first, last = int(fishers.row_offsets[start]), int(fishers.row_offsets[stop])
-    if isinstance(fishers.rows, GramRows):
+    if fishers.rows.products_only:
         raise ArgumentError(
             "fishers: inner products alone (GramOnly) cannot be shared out; decompose them in one process, or compute "
             "Fishers with TopK(k) or Sketch(d)"
         )
-    rows = fishers.rows
-    part = rows.part(first, last) if isinstance(rows, SparseRows) else DenseRows(rows.values[first:last])
+    part = fishers.rows.part(first, last)
     arrays = {name: getattr(fishers, name)[start:stop] for name in ("norms", "logits", "labels", "ids")}
     if fishers.check is not None:  # every process checks its own rows
         fishers.check(part)
@@ -85,9 +82,8 @@ def scaled_block(
         group.together(lambda: resolve_block_weights(fishers, options.block_weights) if group.rank == 0 else None)
     )[0]
     columns = None
-    if isinstance(own.rows, SparseRows):
+    if (found := own.rows.column_counts()) is not None:
         counts = torch.zeros(own.rows.n_columns, dtype=torch.int64)
-        found = column_counts(own.rows)
         counts[: len(found)] = torch.from_numpy(found)
         kept = group.sum(counts) >= max(1, options.min_nonzero_per_column)
         columns = kept.nonzero()[:, 0].numpy()

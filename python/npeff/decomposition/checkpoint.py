@@ -13,9 +13,7 @@ import torch
 from npeff.decomposition.forms import State
 from npeff.decomposition.search_state import Memory
 from npeff.errors import ResumeError, StorageError
-from npeff.fishers.rows import SparseRows
 from npeff.fishers.scaling import ScaledRows
-from npeff.fishers.streamed_rows import StreamedRows
 from npeff.storage.archives import read_npz
 from npeff.storage.documents import item, parse_json
 from npeff.storage.fields import Field, Sizes
@@ -148,13 +146,6 @@ class Checkpoint:
 def _digest(scaled: ScaledRows) -> str:
     digest = hashlib.blake2b(digest_size=16)
     rows = scaled.rows
-    arrays = [scaled.row_offsets, np.asarray(rows.values)]
-    if isinstance(rows, StreamedRows):
-        given = (rows.row_factors, rows.column_factors, rows.columns)
-        arrays += [array for array in given if array is not None]
-        rows = rows.stored
-    if isinstance(rows, SparseRows):
-        arrays += [rows.indptr, rows.indices]
-    for array in arrays:
+    for array in (scaled.row_offsets, *rows.deciding()):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

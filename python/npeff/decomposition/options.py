@@ -14,7 +14,6 @@ from npeff.decomposition.choice import Plan, SpaceName, choose_space
 from npeff.decomposition.published_algorithm import PublishedOptions
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import SparseRows
 from npeff.fishers.scaling import BlockWeights, Normalize, ScaledRows, scale
 from npeff.models.memory import parse_bytes
 from npeff.storage.files import forget
@@ -92,7 +91,7 @@ def checked_and_scaled(
     bad = _first_non_finite(fishers.rows.values)
     if bad is not None:
         rows = fishers.rows
-        row = int(np.searchsorted(rows.indptr, bad, "right")) - 1 if isinstance(rows, SparseRows) else bad
+        row = int(np.searchsorted(rows.starts(np.arange(rows.n_rows + 1)), bad, "right")) - 1
         example = int(np.searchsorted(fishers.row_offsets, row, "right")) - 1
         raise DataError(
             f"fishers: example {example} (id {fishers.ids[example]}) has a value that is not finite; compute "

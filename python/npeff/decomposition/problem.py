@@ -29,7 +29,6 @@ from npeff.decomposition.spaces import FactorSpace, GramSpace, SparseSpace
 from npeff.decomposition.subspace import find_subspace, most_dimensions
 from npeff.errors import ArgumentError, StorageError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import GramRows
 from npeff.fishers.scaling import ScaledRows
 from npeff.fishers.streamed_rows import StreamedRows
 from npeff.models.memory import return_freed_memory
@@ -97,7 +96,7 @@ class Problem:
         if np.min(W) < 0 or not np.any(G, axis=1).all():
             raise ArgumentError("init: expected W ≥ 0 and no vector of G that is all zero")
         if isinstance(self.space, GramSpace):
-            if isinstance(self.scaled.rows, GramRows):
+            if self.scaled.rows.products_only:
                 raise ArgumentError("init: Fishers of inner products alone (GramOnly) cannot take given vectors")
             self.space = _rows_space(self.scaled, self.space.K.dtype, self.space.K.device)
             self.form = LowRank(self.space, self.scaled, self.options.orthogonality)

@@ -12,11 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from npeff import kernels
-from npeff.fishers.device_products import ahead
-from npeff.fishers.row_products import dense_tensor, sparse_tensors
 from npeff.fishers.rows import DenseRows, SparseRows
-from npeff.fishers.streamed_rows import StreamedRows
+from npeff.fishers.streamed_rows import StreamedRows, ahead
 from npeff.models import devices
 
 
@@ -50,24 +47,17 @@ class SketchSpace:
 
     def project(self, coords: Tensor) -> Tensor:
         """``A Gᵀ``, one pass."""
-        turned = coords.T.contiguous()
+        vectors = coords.T.contiguous().T  # transposed once, not for every part
         out = torch.empty(self.n_rows, len(coords), dtype=self.dtype, device=self.device)
         for start, stop, part in self._parts():
-            if isinstance(part, SparseRows):
-                out[start:stop] = kernels.spmm(*sparse_tensors(part, self.dtype, self.device), turned)
-            else:
-                torch.mm(dense_tensor(part, self.dtype, self.device), turned, out=out[start:stop])
+            out[start:stop] = part.project(vectors)
         return out
 
     def combine(self, S: Tensor) -> Tensor:
         """``Sᵀ A``, one pass."""
         out = torch.zeros(S.shape[1], self.n_columns, dtype=self.dtype, device=self.device)
         for start, stop, part in self._parts():
-            if isinstance(part, SparseRows):
-                csr = sparse_tensors(part, self.dtype, self.device)
-                out += kernels.spmm(*kernels.csr_transpose(*csr, self.n_columns), S[start:stop].contiguous()).T
-            else:
-                out.addmm_(S[start:stop].T, dense_tensor(part, self.dtype, self.device))
+            part.combine(S[start:stop], out)
         return out
 
     def _parts(self) -> Iterator[tuple[int, int, SparseRows | DenseRows]]:

@@ -16,17 +16,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from npeff import kernels
 from npeff.errors import ArgumentError
-from npeff.fishers import device_products
-from npeff.fishers.row_products import combine_rows, dense_tensor, project_rows, row_gram, sparse_tensors
-from npeff.fishers.rows import DenseRows, GramRows, Rows, SparseRows
-from npeff.fishers.streamed_rows import DEVICE_PART_BYTES, StreamedRows
-from npeff.kernels.sparse import Csr
+from npeff.fishers.rows import Rows
+from npeff.fishers.streamed_rows import DEVICE_PART_BYTES, device_combine, device_gram, device_project
 from npeff.models import devices
 
 
@@ -90,7 +85,7 @@ class GramSpace:
 
     def __init__(
         self,
-        rows: Rows | StreamedRows,
+        rows: Rows,
         anchors: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
@@ -100,16 +95,13 @@ class GramSpace:
         self._rows, self._room = rows, room
         self._anchors = None if anchors is None or not len(anchors) else anchors.to(dtype).cpu()
         self.n_rows = rows.n_rows
-        self._far = None if isinstance(rows, GramRows) or not devices.has_own_memory(device) else rows
-        if self._far is None:
-            own = row_gram(rows, dtype).to(device)
-        else:
-            own = device_products.row_gram(self._far, dtype, device, room)
+        self._far = None if rows.products_only or not devices.has_own_memory(device) else rows
+        own = rows.row_gram(dtype).to(device) if self._far is None else device_gram(self._far, dtype, device, room)
         if self._anchors is not None:
             if self._far is None:
-                across = project_rows(rows, self._anchors).to(device)
+                across = rows.project(self._anchors).to(device)
             else:
-                across = device_products.project_rows(self._far, self._anchors, device, room)
+                across = device_project(self._far, self._anchors, device, room)
             among = (self._anchors @ self._anchors.T).to(device)
             own = torch.cat([torch.cat([own, across], 1), torch.cat([across.T, among], 1)])
         self.K = own
@@ -153,14 +145,11 @@ class GramSpace:
 
         Where there are inner products alone: vectors ``(r, r)`` that have the same ones among each other.
         """
-        if isinstance(self._rows, GramRows):
+        if self._rows.products_only:
             values, basis = torch.linalg.eigh((coords @ self.K @ coords.T).double())
             return ((basis * values.clamp_min(0).sqrt()) @ basis.T).to(coords).cpu()
         own = coords[:, : self.n_rows].T.contiguous()
-        if self._far is None:
-            G = combine_rows(self._rows, own)
-        else:
-            G = device_products.combine_rows(self._far, own, self._room)
+        G = self._rows.combine(own) if self._far is None else device_combine(self._far, own, self._room)
         coords = coords.cpu()
         return G if self._anchors is None else G + coords[:, self.n_rows :] @ self._anchors
 
@@ -182,12 +171,7 @@ class SparseSpace:
         self.dtype, self.device = dtype, torch.device(device)
         self._rows = rows
         self.step_bytes = 2 * rows.nbytes
-        if isinstance(rows, SparseRows):
-            csr = sparse_tensors(rows, dtype, self.device)
-            self._csr = Csr(*csr, rows.n_columns)
-            self._transposed = Csr(*kernels.csr_transpose(*csr, rows.n_columns), rows.n_rows)
-        else:
-            self._dense = dense_tensor(DenseRows(np.asarray(rows.values)), dtype, self.device)
+        self._matrix = rows.on(dtype, self.device)
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
         """Random combinations of all rows, as in the Gram space: the row space is where solutions lie."""
@@ -203,15 +187,11 @@ class SparseSpace:
 
     def project(self, coords: Tensor) -> Tensor:
         """``A Gᵀ``."""
-        if isinstance(self._rows, SparseRows):
-            return self._csr.times(coords.T.contiguous())
-        return self._dense @ coords.T
+        return self._matrix.project(coords)
 
     def combine(self, S: Tensor) -> Tensor:
         """``Sᵀ A``."""
-        if isinstance(self._rows, SparseRows):
-            return self._transposed.times(S.contiguous()).T
-        return S.T @ self._dense
+        return self._matrix.combine(S)
 
     def inner(self, a: Tensor, b: Tensor, P_b: Tensor) -> Tensor:
         """``G_a G_bᵀ``."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ResumeError, StorageError
-from npeff.fishers.contents import joined_data, write_fishers
+from npeff.fishers.file_format import joined_data, write_fishers
 from npeff.fishers.fishers import fishers_in
 from npeff.fishers.parts import batches_in
 from npeff.storage.container import Container, open_container

@@ -1,7 +1,7 @@
 """Unfinished work, ``<out>.parts/``: a header, a lock and numbered shards, each whole before it is named.
 
 The header says what the work is made with; it is continued only with the same. A shard holds the arrays of a file of
-Fishers (:mod:`npeff.fishers.contents`), of its own examples.
+Fishers (:mod:`npeff.fishers.file_format`), of its own examples.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ForeignFileError, NewerFileError, ResumeError, StorageError
-from npeff.fishers.contents import (
+from npeff.fishers.file_format import (
     EXAMPLE_ARRAYS,
     EXAMPLES,
     OFFSETS,
     ROWS,
     described_parameters,
-    index_dtype,
     joined_data,
     offsets_of,
     write_fishers,
 )
 from npeff.fishers.fishers import FisherBlock
-from npeff.fishers.rows import Rows, SparseRows
+from npeff.fishers.rows import index_dtype
 from npeff.models.parameters import Parameters
 from npeff.storage.container import FORMAT, Container, open_container, write_container
 from npeff.storage.documents import expect, item, read_json
@@ -40,7 +39,7 @@ from npeff.storage.files import Lock, atomic, explain, refuse_link, sync_folder
 from npeff.storage.hdf5 import Data, to_json
 
 Array = npt.NDArray[Any]
-Batch = tuple[str, int]
+BatchRecord = tuple[str, int]
 
 PARTS_VERSION = 2
 """Version of unfinished work; that of version 1 had other shards."""
@@ -69,7 +68,7 @@ class Parts:
         """
         self.out, self.header, self.folder = out, header, parts_folder(out)
         self.shards: list[Container] = []
-        self.batches: list[Batch] = []
+        self.batches: list[BatchRecord] = []
         try:
             while not self._take():
                 pass
@@ -150,7 +149,7 @@ class Parts:
         if self.coverage is None:
             self._write_json(self.folder / "coverage.json", coverage)
 
-    def write_shard(self, blocks: Sequence[FisherBlock], batches: Sequence[Batch]) -> None:
+    def write_shard(self, blocks: Sequence[FisherBlock], batches: Sequence[BatchRecord]) -> None:
         """Write the blocks as the next shard: complete and on the disk before it has its name.
 
         Args:
@@ -289,7 +288,7 @@ def discard_parts(out: Path) -> None:
         Parts(out, {}).remove()
 
 
-def batches_in(container: Container) -> list[Batch]:
+def batches_in(container: Container) -> list[BatchRecord]:
     """Read digest and size of each batch that the examples of a file came in.
 
     Raises:
@@ -362,12 +361,12 @@ def _block_data(blocks: Sequence[FisherBlock]) -> list[Data]:
     data += [
         streamed(name, [getattr(block, name) for block in blocks], dtype) for name, dtype in EXAMPLE_ARRAYS.items()
     ]
-    rows: list[Rows] = [block.rows for block in blocks]
-    sparse = [part for part in rows if isinstance(part, SparseRows)]
-    if sparse:
-        data.append(Data.of("rows/indptr", offsets_of([np.diff(part.indptr) for part in sparse])))
-        data.append(streamed("rows/indices", [part.indices for part in sparse], index_dtype(sparse[0].n_columns)))
-    return [*data, streamed("rows/values", [part.values for part in rows], np.float32)]
+    rows = [block.rows.arrays() for block in blocks]
+    if "rows/indptr" in rows[0]:
+        data.append(Data.of("rows/indptr", offsets_of([np.diff(own["rows/indptr"]) for own in rows])))
+        indices = [own["rows/indices"] for own in rows]
+        data.append(streamed("rows/indices", indices, index_dtype(blocks[0].rows.n_columns)))
+    return [*data, streamed("rows/values", [own["rows/values"] for own in rows], np.float32)]
 
 
 def describe_parts(out: Path) -> dict[str, Any]:

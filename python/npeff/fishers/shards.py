@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
-from npeff.fishers.compress import sketch_of
-from npeff.fishers.contents import EXAMPLE_ARRAYS, offsets_of
+from npeff.fishers.file_format import EXAMPLE_ARRAYS, offsets_of
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
 from npeff.fishers.growing_rows import GrowingRows
-from npeff.fishers.parts import Batch, Parts, batches_in, check_header, parts_folder, plain
+from npeff.fishers.options import sketch_of
+from npeff.fishers.parts import BatchRecord, Parts, batches_in, check_header, parts_folder, plain
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import check_target
@@ -83,10 +83,10 @@ class FisherWriter:
         self._out = None if out is None else Path(out)
         self._shard_bytes, self._shard_seconds = shard_bytes, shard_seconds
         self._validate = validate
-        self._done: list[Batch] = []
+        self._done: list[BatchRecord] = []
         self._cursor = 0
         self._blocks: list[FisherBlock] = []  # of the open shard
-        self._batches: list[Batch] = []
+        self._batches: list[BatchRecord] = []
         self._bytes, self._since = 0, 0.0
         self._rows, self._others = GrowingRows(), list[dict[str, Array]]()  # without a file
         self._like: tuple[str, int, tuple[int, ...]] | None = None

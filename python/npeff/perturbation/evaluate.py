@@ -20,8 +20,9 @@ from npeff.batches.batch_order import check_sampler
 from npeff.batches.batches import Batch, call_model
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError
+from npeff.fishers.factors import check_meaning
+from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible
-from npeff.gradients.factors import Likelihood, check_meaning
 from npeff.gradients.selection import placed
 from npeff.models.digests import model_digest
 from npeff.perturbation import outputs

@@ -13,7 +13,7 @@ import torch
 
 from npeff.components.components import Components
 from npeff.errors import ArgumentError
-from npeff.gradients.factors import Likelihood
+from npeff.fishers.options import Likelihood
 
 Array = npt.NDArray[Any]
 Combine = Literal["each", "principal"] | Sequence[float]

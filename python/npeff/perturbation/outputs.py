@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npeff.gradients.factors import Likelihood
+from npeff.fishers.options import Likelihood
 
 
 def divergence(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:

@@ -16,7 +16,7 @@ from npeff.components.components import Components
 from npeff.components.parameter_vectors import check_recovered
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
-from npeff.gradients.factors import Likelihood
+from npeff.fishers.options import Likelihood
 from npeff.perturbation.directions import (
     ComponentDirections,
     Target,

@@ -17,7 +17,7 @@ from npeff.components.components import Components
 from npeff.components.parameter_vectors import check_recovered
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
-from npeff.gradients.factors import Likelihood
+from npeff.fishers.options import Likelihood
 from npeff.perturbation.directions import ComponentDirections, needed_vectors, target_of
 from npeff.perturbation.effect import Interval, Result, ratio_figure, text_table
 from npeff.perturbation.evaluate import evaluator_for

@@ -30,8 +30,8 @@ from npeff.batches.batches import check_data, read_batches
 from npeff.decomposition.choice import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
 from npeff.decomposition.subspace import DIMENSIONS
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers.compress import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.computation import compute_fishers
+from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.rows import Kind
 from npeff.models.memory import available_bytes, format_bytes, parse_bytes
 from npeff.planning.trials import SHARD_BYTES, Array, Trial, Trials, clock, write_seconds

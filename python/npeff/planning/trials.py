@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from npeff.batches.batches import read_batches
-from npeff.fishers.compress import Compression, TopK
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.fishers import FisherBlock, Fishers
+from npeff.fishers.options import Compression, TopK
 from npeff.fishers.rows import DenseRows, Kind, SparseRows
 from npeff.fishers.shards import FisherWriter
 from npeff.models.memory import Peak, settled_bytes

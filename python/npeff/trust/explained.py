@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from npeff.components.components import Components
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import GramRows
 from npeff.trust.inner_products import InnerProducts
 
 Array = npt.NDArray[Any]
@@ -29,7 +28,7 @@ def explained(components: Components, fishers: Fishers) -> Array:
     Raises:
         ArgumentError: Kind or parameters differ.
     """
-    if isinstance(fishers.rows, GramRows):
+    if fishers.rows.products_only:
         share = InnerProducts(fishers, components).explained()
     else:
         share = 1 - components.encode(fishers).unexplained

@@ -16,7 +16,6 @@ from npeff import kernels
 from npeff.components.components import Components
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import GramRows
 from npeff.fishers.scaling import scale
 
 Array = npt.NDArray[Any]
@@ -34,7 +33,7 @@ class InnerProducts:
     """
 
     def __init__(self, fishers: Fishers, components: Components) -> None:
-        assert isinstance(fishers.rows, GramRows)
+        assert fishers.rows.products_only
         if components.compression != "gram" or not np.array_equal(components.ids, fishers.ids):
             raise ArgumentError(
                 "fishers: inner products alone (GramOnly) say nothing about other examples; expected those that the "

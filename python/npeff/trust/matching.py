@@ -10,7 +10,7 @@ import numpy.typing as npt
 from npeff.components.components import Components
 from npeff.components.parameter_vectors import check_recovered
 from npeff.errors import ArgumentError
-from npeff.fishers.compress import sketch_of
+from npeff.fishers.options import sketch_of
 
 Array = npt.NDArray[Any]
 

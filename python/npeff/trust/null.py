@@ -13,7 +13,7 @@ from npeff.components.components import Components
 from npeff.decomposition.decomposition import decompose
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import DenseRows, GramRows, Rows, SparseRows
+from npeff.fishers.rows import DenseRows, Rows, SparseRows
 from npeff.trust.stability import options_of
 
 Array = npt.NDArray[Any]
@@ -81,7 +81,7 @@ def null_model(
     """
     if repeats < 1:
         raise ArgumentError(f"repeats: expected at least 1, got {repeats}")
-    if isinstance(fishers.rows, GramRows):
+    if fishers.rows.products_only:
         raise ArgumentError(
             "fishers: inner products alone (GramOnly) have no entries that could be shuffled; compute Fishers with "
             "compress=None, TopK(k) or Sketch(d) for a null model"

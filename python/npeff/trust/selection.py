@@ -16,8 +16,7 @@ from npeff.components.components import Components, statistics
 from npeff.decomposition.decomposition import decompose
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import DenseRows, GramRows, SparseRows
-from npeff.fishers.scaling import ScaledRows, fisher_norms, keep_columns
+from npeff.fishers.scaling import ScaledRows, fisher_norms
 from npeff.short_repr import several
 
 Array = npt.NDArray[Any]
@@ -81,7 +80,7 @@ def select(
     Raises:
         ArgumentError: A number is out of range, or there are too few examples.
     """
-    if isinstance(fishers.rows, GramRows):
+    if fishers.rows.products_only:
         raise ArgumentError(
             "fishers: inner products alone (GramOnly) cannot be split into halves of the parameters, on which the "
             "number of components is judged; compute Fishers with compress=None, TopK(k) or Sketch(d) (--exact, "
@@ -138,6 +137,5 @@ def held_out_loss(components: Components, fishers: Fishers, seed: int = 0) -> fl
 
 def _restricted(scaled: ScaledRows, columns: Array, kind: str) -> ScaledRows:
     """The rows on some of their columns; the Fisher norms are those of the restricted rows."""
-    rows = scaled.rows
-    rows = keep_columns(rows, columns) if isinstance(rows, SparseRows) else DenseRows(rows.values[:, columns])
+    rows = scaled.rows.on_columns(columns)
     return ScaledRows(rows, scaled.row_offsets, None, fisher_norms(rows, scaled.row_offsets, kind), None)

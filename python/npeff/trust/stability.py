@@ -15,7 +15,6 @@ from npeff.components.strategies import strategies_of_each
 from npeff.decomposition.decomposition import decompose
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import GramRows
 from npeff.trust.inner_products import InnerProducts
 from npeff.trust.matching import assigned, match
 
@@ -111,7 +110,7 @@ def stability(
         raise ArgumentError(f"repeats: expected at least 2, got {repeats}")
     if not 0 < share <= 1:
         raise ArgumentError(f"share: expected a share above 0 and at most 1, got {share}")
-    inner = InnerProducts(fishers, components) if isinstance(fishers.rows, GramRows) else None
+    inner = InnerProducts(fishers, components) if fishers.rows.products_only else None
     if inner is None:
         components.check_compatible(fishers)
     n, r = len(fishers), components.n_components

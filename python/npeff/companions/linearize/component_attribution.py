@@ -19,7 +19,8 @@ from npeff.companions.linearize.linearizing import Forward, linearize
 from npeff.companions.linearize.program import Frozen
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, ModelError
-from npeff.gradients.factors import Likelihood, check_meaning
+from npeff.fishers.factors import check_meaning
+from npeff.fishers.options import Likelihood
 from npeff.perturbation.outputs import curvature
 from npeff.short_repr import short_repr
 

@@ -1,4 +1,4 @@
-"""The largest entries of sums of outer products, forming only those rows that can hold one.
+"""The sink of the largest entries; of sums of outer products it forms only those rows that can hold one.
 
 The rows of a layer's gradient are ``Σ_t δ_ti a_t``. By the inequality of Cauchy and Schwarz no entry of row i exceeds
 ``‖δ_i‖ max_j ‖a_j‖``; a row whose bound lies below the running threshold of the selection is never made. What every row
@@ -8,31 +8,44 @@ adds to the inner products of the columns comes from the factors, so that the de
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from npeff.fishers.rows import SparseRows
+from npeff.fishers.factors import Factors
+from npeff.fishers.rows import Rows, SparseRows, index_dtype
+from npeff.fishers.sinks import Sink
 from npeff.gradients import tiles
 from npeff.gradients.rules import Rule
-from npeff.gradients.tiles import Pairs
+from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import StreamingTopK
-from npeff.models.parameters import Parameter
+from npeff.models import devices
+from npeff.models.parameters import Parameter, Parameters
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 _FEWEST = 1 << 22
 """Multiply-adds per example below which calls cost more than products."""
 _SHARE = 0.5
 """What share of the rows is made, as seen in convolutional networks and transformers with some 1 % of entries kept."""
 
 
-def worth_pairing(squared: bool, n_columns: int) -> Callable[[Parameter, list[Rule]], bool]:
-    """Whether to select from the factors, by counting multiply-adds per example; the selection is the same."""
+class TopKSink(Sink):
+    """Keeps the k largest entries over each example's rows, selected by the streaming kernel."""
 
-    def decide(parameter: Parameter, rules: list[Rule]) -> bool:
-        if len(rules) != 1:
+    def __init__(
+        self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, at_once: bool, k: int
+    ) -> None:
+        super().__init__(parameters, factors, ids, squared, at_once)
+        self._m, self._n_backward = parameters.n_parameters, factors.columns.shape[2]
+        self._forms_all = devices.has_own_memory(factors.columns.device)
+        self._selectors = StreamingTopK(self.n_examples, min(k, self.n_columns * self._m))
+
+    def paired(self, parameter: Parameter, rules: list[Rule]) -> bool:
+        """Decide whether entries are selected from the factors, by counting multiply-adds per example."""
+        if self._forms_all or len(rules) != 1:
             return False
         sizes = rules[0].pair_sizes()
         if sizes is None:
@@ -40,11 +53,27 @@ def worth_pairing(squared: bool, n_columns: int) -> Callable[[Parameter, list[Ru
         t, n, k = sizes
         if t == 1:
             return True
-        formed = t * n_columns * n * k
-        gram = t * t * (k + n_columns * n)
-        return not squared and formed >= _FEWEST and gram + _SHARE * formed < formed
+        formed = t * self._n_backward * n * k
+        gram = t * t * (k + self._n_backward * n)
+        return not self._squared and formed >= _FEWEST and gram + _SHARE * formed < formed
 
-    return decide
+    def _put(self, block: Block) -> None:
+        b, r, runs, width = block.values.shape
+        base: Array | Tensor
+        if isinstance(block.starts, int):
+            base = np.tile(np.arange(r, dtype=np.int64) * self._m + block.starts, b)
+        else:
+            offsets = torch.arange(r, device=block.starts.device) * self._m
+            base = (block.starts[:, None, :] + offsets[:, None]).reshape(-1)
+        example = np.repeat(np.arange(block.examples.start, block.examples.stop, dtype=np.int64), r * runs)
+        self._selectors.push(block.values.reshape(-1, width), base, example)
+
+    def _put_pairs(self, pairs: Pairs) -> None:
+        push(self._selectors, pairs, self._m)
+
+    def _rows(self) -> Callable[[Array, Array], Rows]:
+        selections, n_columns, m = self._selectors.finish_later(), self.n_columns, self._m
+        return lambda counts, scale: sparse_rows(*selections(), n_columns, m, counts, scale)
 
 
 def push(selectors: StreamingTopK, pairs: Pairs, column_stride: int) -> None:
@@ -117,7 +146,7 @@ def sparse_rows(
     Returns:
         The examples' rows end to end.
     """
-    columns = np.empty(len(flat), np.int32 if n_parameters <= np.iinfo(np.int32).max else np.int64)
+    columns = np.empty(len(flat), index_dtype(n_parameters))
     lengths = np.zeros((len(found), n_columns), np.int64)
     begins = np.arange(n_columns + 1) * n_parameters
     start = 0

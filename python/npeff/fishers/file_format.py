@@ -32,8 +32,8 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, StorageError
-from npeff.fishers.compress import sketch_of
-from npeff.fishers.rows import GramRows, Kind, Rows, SparseRows
+from npeff.fishers.options import sketch_of
+from npeff.fishers.rows import Kind, Rows, index_dtype
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container, write_container
 from npeff.storage.documents import expect, item
@@ -71,18 +71,6 @@ def row_fields(form: str, kind: str) -> list[Field]:
     ]
 
 
-def row_arrays(rows: Rows) -> dict[str, Any]:
-    """Return the arrays of rows by the names of their datasets."""
-    if isinstance(rows, SparseRows):
-        return {"rows/indptr": rows.indptr, "rows/indices": rows.indices, "rows/values": rows.values}
-    return {"rows/gram" if isinstance(rows, GramRows) else "rows/values": rows.values}
-
-
-def index_dtype(n_columns: int) -> np.dtype[Any]:
-    """Return the type of stored column indices: int32 where it suffices, whatever the entries."""
-    return np.dtype(np.int32 if n_columns <= np.iinfo(np.int32).max else np.int64)
-
-
 def write_fishers(
     path: Path, header: dict[str, Any], coverage: object, batches: object, arrays: Sequence[Data]
 ) -> None:
@@ -118,7 +106,7 @@ def fisher_data(arrays: Mapping[str, Array], rows: Rows) -> list[Data]:
     """
     dtypes: dict[str, npt.DTypeLike] = {"row_offsets": np.int64, **EXAMPLE_ARRAYS, "rows/indptr": np.int64}
     dtypes |= {"rows/indices": index_dtype(rows.n_columns), "rows/values": np.float32, "rows/gram": np.float32}
-    found = {name: arrays[name] for name in ("row_offsets", *EXAMPLE_ARRAYS)} | row_arrays(rows)
+    found = {name: arrays[name] for name in ("row_offsets", *EXAMPLE_ARRAYS)} | rows.arrays()
     return [Data.of(name, array, dtypes[name]) for name, array in found.items()]
 
 

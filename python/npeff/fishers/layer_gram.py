@@ -24,7 +24,7 @@ MERGED = 1024
 
 
 @dataclass
-class Kept:
+class KeptPart:
     """Some examples of one parameter: factors, whole gradients, or gradients on a few runs of elements.
 
     Attributes:
@@ -67,7 +67,7 @@ class Kept:
         return torch.repeat_interleave(torch.arange(len(self.counts)), torch.from_numpy(self.counts))
 
 
-class Layer:
+class LayerGram:
     """One parameter: collects, batch by batch, and adds its share to K.
 
     Args:
@@ -76,7 +76,7 @@ class Layer:
 
     def __init__(self, parameter: Parameter) -> None:
         self.parameter = parameter
-        self.parts: list[Kept] = []
+        self.parts: list[KeptPart] = []
         self.nbytes = 0
 
     def begin(self, counts: Array, n_columns: int) -> None:
@@ -115,13 +115,13 @@ class Layer:
             delta = torch.cat([pairs.delta for pairs in self._pairs])  # (b, T, R, n)
             delta = delta.transpose(1, 2).flatten(0, 1)[kept].contiguous()
             inputs = torch.cat([pairs.inputs for pairs in self._pairs])
-            part = Kept(counts, delta=delta, inputs=inputs, turned=self._pairs[0].turned)
+            part = KeptPart(counts, delta=delta, inputs=inputs, turned=self._pairs[0].turned)
         elif self._runs:
-            part = Kept(counts, sparse=self._csr(kept.numpy()))
+            part = KeptPart(counts, sparse=self._csr(kept.numpy()))
         elif self._whole is not None:
-            part = Kept(counts, values=self._whole.flatten(0, 1)[kept])
+            part = KeptPart(counts, values=self._whole.flatten(0, 1)[kept])
         else:
-            part = Kept(counts)  # the logits do not depend on it
+            part = KeptPart(counts)  # the logits do not depend on it
         self._pairs, self._whole, self._runs = [], None, []
         self.parts.append(part)
         self.nbytes += part.nbytes
@@ -160,7 +160,7 @@ class Layer:
                 if j < i:
                     target[columns, rows] += product.T
 
-    def _add_sparse(self, target: Tensor, parts: list[Kept]) -> None:
+    def _add_sparse(self, target: Tensor, parts: list[KeptPart]) -> None:
         """All examples' runs at once, by the kernel for sparse rows; whole gradients among them become sparse."""
         starts, indices, values = [np.zeros(1, np.int64)], [], []
         for part in parts:
@@ -180,9 +180,9 @@ class Layer:
         target += torch.from_numpy(kernels.sparse_gram(*csr, self.parameter.numel))
 
 
-def _merged(parts: list[Kept]) -> list[Kept]:
+def _merged(parts: list[KeptPart]) -> list[KeptPart]:
     """The parts, neighbours of one form joined up to MERGED rows: few large products rather than many small ones."""
-    groups: list[list[Kept]] = []
+    groups: list[list[KeptPart]] = []
     for part in parts:
         last = groups[-1] if groups else []
         if last and last[0].form == part.form and sum(int(p.counts.sum()) for p in last) < MERGED:
@@ -192,15 +192,15 @@ def _merged(parts: list[Kept]) -> list[Kept]:
     return [group[0] if len(group) == 1 else _joined(group) for group in groups]
 
 
-def _joined(group: list[Kept]) -> Kept:
+def _joined(group: list[KeptPart]) -> KeptPart:
     def together(name: str) -> Tensor | None:
         return None if getattr(group[0], name) is None else torch.cat([getattr(part, name) for part in group])
 
     counts = np.concatenate([part.counts for part in group])
-    return Kept(counts, together("delta"), together("inputs"), group[0].turned, together("values"))
+    return KeptPart(counts, together("delta"), together("inputs"), group[0].turned, together("values"))
 
 
-def _of_factors(mine: Kept, other: Kept) -> Tensor:
+def _of_factors(mine: KeptPart, other: KeptPart) -> Tensor:
     assert mine.delta is not None and mine.inputs is not None
     assert other.delta is not None and other.inputs is not None
     n_mine, t, n = mine.delta.shape
@@ -214,7 +214,7 @@ def _of_factors(mine: Kept, other: Kept) -> Tensor:
     return _contracted(mine, other) if contracting < forming else _formed(mine, other)
 
 
-def _gradients(part: Kept) -> Tensor:
+def _gradients(part: KeptPart) -> Tensor:
     """``(rows, numel)`` in the parameter's order."""
     if part.values is not None:
         return part.values
@@ -224,7 +224,7 @@ def _gradients(part: Kept) -> Tensor:
     return formed.view(-1, n, k).transpose(1, 2).flatten(1) if part.turned else formed
 
 
-def _contracted(mine: Kept, other: Kept) -> Tensor:
+def _contracted(mine: KeptPart, other: KeptPart) -> Tensor:
     """``Σ_tu (a_t·a'_u)(δ_t·δ'_u)``, a few examples at a time."""
     assert mine.delta is not None and mine.inputs is not None
     assert other.delta is not None and other.inputs is not None
@@ -241,7 +241,7 @@ def _contracted(mine: Kept, other: Kept) -> Tensor:
     return out
 
 
-def _formed(mine: Kept, other: Kept) -> Tensor:
+def _formed(mine: KeptPart, other: KeptPart) -> Tensor:
     """The gradients formed, some of the δ's elements at a time, and multiplied."""
     assert mine.delta is not None and mine.inputs is not None
     assert other.delta is not None
@@ -254,7 +254,7 @@ def _formed(mine: Kept, other: Kept) -> Tensor:
     return out
 
 
-def _stretch(part: Kept, start: int, stop: int) -> Tensor:
+def _stretch(part: KeptPart, start: int, stop: int) -> Tensor:
     """``(rows, p·k)`` gradients for elements start … stop − 1 of δ."""
     assert part.delta is not None and part.inputs is not None
     delta = part.delta[:, :, start:stop]

@@ -5,18 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from npeff.errors import ArgumentError, DataError
-from npeff.gradients.leading import leading_eigenpairs, needed
-
-Likelihood = Literal["categorical", "probabilities", "bernoulli", "gaussian"]
-Basis = Literal["reduced", "class"]
-Labels = Literal["expected", "sampled", "true"]
+from npeff.fishers.leading import leading_eigenpairs, needed
+from npeff.fishers.options import FisherOptions
 
 DENSE_CLASSES = 64
 """Up to so many classes the reduced basis comes from a dense eigendecomposition."""
@@ -29,80 +25,6 @@ COPIES = 4
 
 SUMS_TO_ONE = 64 * torch.finfo(torch.float32).eps
 """Outputs whose sum differs from 1 by no more are probabilities; in half precision, by no more than its epsilon."""
-
-
-@dataclass(frozen=True)
-class FactorOptions:
-    """Which rows a Fisher factor has; see :func:`npeff.compute_fishers` for the meaning of each."""
-
-    basis: Basis = "reduced"
-    rank: int | None = None
-    energy: float | None = None
-    min_prob: float | None = None
-    max_classes: int | None = None
-    labels: Labels = "expected"
-    n_samples: int = 1
-    likelihood: Likelihood = "categorical"
-    seed: int = 0
-
-    @property
-    def over_classes(self) -> bool:
-        """Whether the outputs stand for one distribution over classes; ``"probabilities"`` come as their logarithms."""
-        return self.likelihood in ("categorical", "probabilities")
-
-    def check(self) -> None:
-        """Refuse values that mean nothing, and options that do not go together.
-
-        Raises:
-            ArgumentError: Naming the option.
-        """
-        for name, kinds in (("basis", Basis), ("labels", Labels), ("likelihood", Likelihood)):
-            if getattr(self, name) not in get_args(kinds):
-                raise ArgumentError(
-                    f"{name}: expected one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}"
-                )
-        for name in ("rank", "max_classes", "n_samples"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ArgumentError(f"{name}: expected an integer ≥ 1, got {value!r}")
-        for name, upper in (("energy", 1.0), ("min_prob", 1.0)):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= upper:
-                raise ArgumentError(f"{name}: expected a number in (0, 1], got {value!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ArgumentError(f"seed: expected an integer in [0, 2⁶³), got {self.seed!r}")
-        self._check_together()
-
-    def _check_together(self) -> None:
-        exact = self.labels == "expected" and self.over_classes
-        for name, basis, remedy in (
-            ("rank", "reduced", "max_classes="),
-            ("energy", "reduced", "min_prob="),
-            ("min_prob", "class", "energy="),
-            ("max_classes", "class", "rank="),
-        ):
-            if getattr(self, name) is None:
-                continue
-            if not exact:
-                raise ArgumentError(f"{name}: truncates a categorical factor with labels='expected'; leave it out here")
-            if self.basis != basis:
-                raise ArgumentError(f"{name}: belongs to basis={basis!r}; with basis={self.basis!r} use {remedy}")
-        if self.n_samples != 1 and self.labels != "sampled":
-            raise ArgumentError(
-                f"n_samples: counts the draws of labels='sampled'; got {self.n_samples} with labels={self.labels!r}"
-            )
-
-    def most_rows(self, n_outputs: int) -> int:
-        """The most rows that an example can have with ``n_outputs`` logits."""
-        if self.labels == "true":
-            return 1
-        if self.labels == "sampled":
-            return self.n_samples
-        if not self.over_classes:
-            return n_outputs
-        if self.basis == "class":
-            return min(n_outputs, self.max_classes or n_outputs)
-        return min(n_outputs - 1, self.rank or n_outputs)
 
 
 @dataclass(frozen=True)
@@ -121,7 +43,7 @@ class Factors:
     counts: Tensor
 
 
-def factorise(logits: Tensor, options: FactorOptions, targets: Tensor | None, ids: np.ndarray) -> Factors:
+def factorise(logits: Tensor, options: FisherOptions, targets: Tensor | None, ids: np.ndarray) -> Factors:
     """Cotangents S for every example of a batch.
 
     For a categorical output ``S Sᵀ = diag p − ppᵀ`` (Matena & Raffel 2023, §3; the reduced basis takes the
@@ -173,7 +95,7 @@ def factorise(logits: Tensor, options: FactorOptions, targets: Tensor | None, id
     return Factors(columns, largest * norm, counts)
 
 
-def width(logits: Tensor, options: FactorOptions) -> int:
+def width(logits: Tensor, options: FisherOptions) -> int:
     """The most columns that an example's cotangents can have, known before they are made.
 
     Args:
@@ -189,14 +111,14 @@ def width(logits: Tensor, options: FactorOptions) -> int:
     return _reduced_width(log_p, (log_p + _others(log_p).log()).exp().sum(dim=1), options)
 
 
-def in_pieces(logits: Tensor, options: FactorOptions, memory: int) -> Iterator[slice]:
+def in_pieces(logits: Tensor, options: FisherOptions, memory: int) -> Iterator[slice]:
     """Where to cut a batch so that making the cotangents of a piece takes no more than ``memory`` bytes, if it can."""
     step = max(1, len(logits) * memory // max(1, cotangent_bytes(logits, options)))
     for start in range(0, len(logits), step):
         yield slice(start, min(start + step, len(logits)))
 
 
-def cotangent_bytes(logits: Tensor, options: FactorOptions) -> int:
+def cotangent_bytes(logits: Tensor, options: FisherOptions) -> int:
     """What making the cotangents of a batch takes, temporary arrays included.
 
     Args:
@@ -245,7 +167,7 @@ def check_meaning(logits: Tensor, likelihood: str) -> None:
             )
 
 
-def _expected(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tensor]:
+def _expected(logits: Tensor, options: FisherOptions) -> tuple[Tensor, Tensor]:
     n, n_outputs = logits.shape
     if options.likelihood == "gaussian":
         columns = torch.eye(n_outputs, dtype=torch.float64, device=logits.device).repeat(n, 1, 1)
@@ -267,7 +189,7 @@ def _others(log_p: Tensor) -> Tensor:
     return (1 - p).scatter(-1, top, rest)
 
 
-def _class_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tensor]:
+def _class_columns(logits: Tensor, options: FisherOptions) -> tuple[Tensor, Tensor]:
     """Columns √p_y (e_y − p), without the classes below ``min_prob`` or beyond ``max_classes``.
 
     The most probable class is never left out.
@@ -292,7 +214,7 @@ def _class_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tens
     return columns.mul_(keep[:, None]), counts
 
 
-def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Tensor]:
+def _reduced_columns(logits: Tensor, options: FisherOptions) -> tuple[Tensor, Tensor]:
     """Eigenvectors × √eigenvalue of diag p − ppᵀ, descending, the null one dropped.
 
     The largest entry of each is positive.
@@ -329,18 +251,18 @@ def _reduced_columns(logits: Tensor, options: FactorOptions) -> tuple[Tensor, Te
     return columns, counts
 
 
-def _reduced_width(log_p: Tensor, trace: Tensor, options: FactorOptions) -> int:
+def _reduced_width(log_p: Tensor, trace: Tensor, options: FisherOptions) -> int:
     most = options.most_rows(log_p.shape[1])
     return most if options.energy is None else min(most, needed(log_p, trace, options.energy))
 
 
-def _eigendecomposed(n_outputs: int, width: int, options: FactorOptions) -> bool:
+def _eigendecomposed(n_outputs: int, width: int, options: FisherOptions) -> bool:
     """Whether cotangents come from a dense eigendecomposition, whatever their width."""
     reduced = options.labels == "expected" and options.over_classes and options.basis == "reduced"
     return reduced and (n_outputs <= DENSE_CLASSES or width >= n_outputs - 1)
 
 
-def _residuals(logits: Tensor, options: FactorOptions, targets: Tensor | None, ids: np.ndarray) -> Tensor:
+def _residuals(logits: Tensor, options: FisherOptions, targets: Tensor | None, ids: np.ndarray) -> Tensor:
     """Columns ∇_logits log p(y) for the true label or for draws, divided by √n_samples."""
     if options.labels == "true":
         return _score(logits, _as_outcome(logits, options, targets, ids), options)[:, :, None]
@@ -362,7 +284,7 @@ def _residuals(logits: Tensor, options: FactorOptions, targets: Tensor | None, i
     return _score(logits[:, None], outcome, options).transpose(1, 2) / options.n_samples**0.5
 
 
-def _as_outcome(logits: Tensor, options: FactorOptions, targets: Tensor | None, ids: np.ndarray) -> Tensor:
+def _as_outcome(logits: Tensor, options: FisherOptions, targets: Tensor | None, ids: np.ndarray) -> Tensor:
     n, n_outputs = logits.shape
     if targets is None:
         raise DataError(
@@ -391,7 +313,7 @@ def _as_outcome(logits: Tensor, options: FactorOptions, targets: Tensor | None, 
     return outcome
 
 
-def _score(logits: Tensor, outcome: Tensor, options: FactorOptions) -> Tensor:
+def _score(logits: Tensor, outcome: Tensor, options: FisherOptions) -> Tensor:
     """∇_logits log p(outcome), ``(…, C)``: outcome minus its mean, without cancellation."""
     if options.likelihood == "gaussian":
         return outcome - logits
