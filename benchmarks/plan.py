@@ -90,9 +90,8 @@ def planned(name: str, n: int, batches: int) -> dict[str, Any]:
 
 
 def happened(name: str, n: int, kind: Any, way: str) -> dict[str, Any]:
-    from npeff.models.memory import Peak
-
     import npeff
+    from npeff.models.memory import Peak
     from npeff.storage.container import open_container
 
     model, data = MODELS[name]()

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from npeff.memory import Peak
 
 import npeff
 from npeff import trust
 from npeff.gradients.factors import FactorOptions, factorise
+from npeff.models.memory import Peak
 
 HERE = Path(__file__).parent
 T = TypeVar("T")

@@ -33,8 +33,8 @@ from npeff.errors import (
 if TYPE_CHECKING:
     from npeff import companions as companions
     from npeff import trust as trust
+    from npeff.batches.batch_order import TokenBatches
     from npeff.batches.batches import Batch
-    from npeff.batches.token_batches import TokenBatches
     from npeff.components.components import Components, Encoded
     from npeff.components.loading import load
     from npeff.components.strategies import Strategy
@@ -121,7 +121,7 @@ _HOMES = {
     "PublishedOptions": "decomposition.published_algorithm",
     "Sketch": "fishers.compress",
     "Strategy": "components.strategies",
-    "TokenBatches": "batches.token_batches",
+    "TokenBatches": "batches.batch_order",
     "TopK": "fishers.compress",
     "Trace": "perturbation",
     "ablated": "perturbation",

@@ -55,6 +55,7 @@ def _versions() -> Section:
 
 
 def _processor() -> Section:
+    import psutil
     import torch
 
     model, flags = _cpuinfo()
@@ -66,8 +67,7 @@ def _processor() -> Section:
         ("threads", f"{torch.get_num_threads()} in torch" + _limits()),
         ("features", " ".join(present) or "unknown on this system"),
     ]
-    memory = _memory()
-    return Section("Processor", lines + ([("memory", memory)] if memory else []))
+    return Section("Processor", [*lines, ("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB")])
 
 
 def _kernels() -> Section:
@@ -143,13 +143,6 @@ def _limits() -> str:
         if name in os.environ
     ]
     return f" ({', '.join(found)})" if found else ""
-
-
-def _memory() -> str:
-    try:
-        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    except (AttributeError, ValueError, OSError):
-        return ""
 
 
 def _driver() -> str:

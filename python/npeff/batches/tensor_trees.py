@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -188,3 +189,31 @@ def leaves(tree: Any) -> Iterator[Any]:
             yield from leaves(getattr(tree, name))
     else:
         yield tree
+
+
+def update_with_tree(digest: hashlib.blake2b, tree: Any, depth: int = 0) -> None:
+    """Add a structure's tensors and plain values to a digest, in order; objects count by what they hold."""
+    for leaf in leaves(tree):
+        if isinstance(leaf, Tensor):
+            update_with_tensor(digest, leaf)
+        elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "SU":
+            digest.update(repr(leaf.tolist()).encode())
+        elif isinstance(leaf, (str, bytes, int, float, bool, type(None))):
+            digest.update(repr(leaf).encode())
+        elif depth < 3 and not isinstance(leaf, nn.Module | type) and hasattr(leaf, "__dict__"):
+            update_with_tree(digest, vars(leaf), depth + 1)  # what an object holds, as far as that can be seen
+
+
+def update_with_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:
+    """Add a tensor's shape, dtype and bytes to a digest."""
+    tensor = tensor.detach()
+    if tensor.is_nested:
+        for part in tensor.unbind():
+            update_with_tensor(digest, part)
+        return
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    if tensor.numel():
+        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().data)

@@ -121,7 +121,6 @@ def decompose(
     if select and options["algorithm"] == "published":
         misused("--select works with --algorithm npeff")
     import npeff
-    from npeff.components.parameter_vectors import not_recovered
     from npeff.storage.recognition import check_components_target
 
     check_components_target(out)  # before the search: a slip in --out must not cost it
@@ -144,7 +143,7 @@ def decompose(
     click.echo(
         f"{out}: {components.n_components} components of {len(fishers):,} examples, relative loss {components.loss:.4f}"
     )
-    if not_recovered(components):
+    if components.not_recovered:
         note(
             f"vectors in parameter space, for perturb, trace and export: npeff recover {out} MODEL DATA --out RECOVERED"
         )

@@ -100,7 +100,6 @@ def influence(
         misused("--tolerance belongs to --solver cg")
     from npeff.companions.influence import CrossLossInfluence, component_influence
     from npeff.companions.influence.scores import check_path
-    from npeff.components.parameter_vectors import check_recovered
     from npeff.models.targets import load_data, load_model, load_object
     from npeff.storage.files import check_target
 
@@ -123,7 +122,7 @@ def influence(
             components, chosen = components_of(component)
             if len(chosen) > 1 and not for_pages:
                 misused("--component: several components need an --out that ends in .json")
-            check_recovered(components, range(components.n_components))  # before the search: the work would be lost
+            components.check_recovered(range(components.n_components))  # before the search: the work would be lost
             fitted = CrossLossInfluence(made, trained, **options).fit(train_data)
             behind = {
                 j: component_influence(

@@ -15,9 +15,8 @@ from torch import nn
 
 from npeff.components.encoding import Encoded, solve, statistics
 from npeff.components.factorisation import OPTIONAL, Factorisation
-from npeff.components.parameter_vectors import parameter_vector, write_state_dict
 from npeff.components.recovery import recover
-from npeff.components.saving import save_components
+from npeff.components.saving import save_components, write_state_dict
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
 from npeff.errors import ArgumentError
 from npeff.fishers.compress import sketch_of
@@ -44,25 +43,6 @@ class Components(Factorisation):
         if self.compression in ("sketch", "gram"):
             size += f", {0 if self.recovered is None else len(self.recovered)} vectors in parameter space"
         return f"Components({self.n_components} {self.kind}, {size}, loss {self.loss:.4f})"
-
-    def _component(self, j: int) -> int:
-        if not isinstance(j, int | np.integer) or not -self.n_components <= j < self.n_components:
-            raise ArgumentError(f"j: expected a component below {self.n_components}, got {j!r}")
-        return int(j) % self.n_components
-
-    def vector(self, j: int) -> Array:
-        """Component j's pseudo-Fisher vector in parameter space.
-
-        Block weights are undone, so that the vector belongs to the Fisher itself.
-
-        Returns:
-            ``(n_parameters,)`` float32, unit norm; its sign is arbitrary for the low-rank kind, ≥ 0 for the diagonal.
-
-        Raises:
-            ArgumentError: ``j`` is not a component, or its vector has to be recovered first (:meth:`recover`, or
-                ``npeff recover`` on the command line).
-        """
-        return parameter_vector(self, self._component(j))
 
     def recover(
         self, model: nn.Module, data: Iterable[Any], js: Sequence[int] | None = None, **options: Any

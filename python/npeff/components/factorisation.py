@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from npeff.errors import ArgumentError
 from npeff.fishers.rows import Kind
+from npeff.fishers.scaling import column_factors
 from npeff.models.parameters import Parameters
 
 Array = npt.NDArray[Any]
@@ -127,6 +129,68 @@ class Factorisation:
         digest.update(W.data)
         digest.update(np.ascontiguousarray(self.ids, np.int64).data)
         return digest.hexdigest()
+
+    @property
+    def not_recovered(self) -> list[int]:
+        """Components whose vectors in parameter space are not known: those of sketches, or of inner products alone."""
+        if self.compression not in ("sketch", "gram"):
+            return []
+        known = set() if self.recovered is None else set(self.recovered.tolist())
+        return [j for j in range(self.n_components) if j not in known]
+
+    def check_recovered(self, js: Sequence[int]) -> None:
+        """Make sure that some components' vectors in parameter space are known.
+
+        Args:
+            js: The components in question.
+
+        Raises:
+            ArgumentError: Some are not; the message says how they are recovered.
+        """
+        unknown = set(self.not_recovered)
+        if not (missing := [j for j in dict.fromkeys(js) if j in unknown]):
+            return
+        kept = "sketches of rows" if self.compression == "sketch" else "inner products of rows"
+        named = ",".join(map(str, missing[:8])) + (",…" if len(missing) > 8 else "")
+        few = len(missing) < self.n_components
+        raise ArgumentError(
+            f"component{'s' if len(missing) > 1 else ''} {named}: the vector in parameter space is not known, because "
+            f"the Fishers were kept as {kept}. One pass over the data recovers it: on the command line with npeff "
+            f"recover COMPONENTS MODEL DATA{f' --component {named}' if few else ''} --out RECOVERED, in Python with "
+            f"components = components.recover(model, data{f', js=[{named}]' if few else ''}); then use what that gives"
+        )
+
+    def _component(self, j: int) -> int:
+        if not isinstance(j, int | np.integer) or not -self.n_components <= j < self.n_components:
+            raise ArgumentError(f"j: expected a component below {self.n_components}, got {j!r}")
+        return int(j) % self.n_components
+
+    def vector(self, j: int) -> Array:
+        """Component j's pseudo-Fisher vector in parameter space.
+
+        Block weights are undone, so that the vector belongs to the Fisher itself.
+
+        Returns:
+            ``(n_parameters,)`` float32, unit norm; its sign is arbitrary for the low-rank kind, ≥ 0 for the diagonal.
+
+        Raises:
+            ArgumentError: ``j`` is not a component, or its vector has to be recovered first (:meth:`recover`, or
+                ``npeff recover`` on the command line).
+        """
+        j = self._component(j)
+        if self.compression in ("sketch", "gram"):
+            self.check_recovered([j])
+            assert self.recovered is not None and self.recovered_vectors is not None
+            return np.array(self.recovered_vectors[int(np.flatnonzero(self.recovered == j)[0])], np.float32)
+        entries = self.vectors[j].astype(np.float64)
+        columns = slice(None) if self.columns is None else self.columns
+        if self.block_weights is not None:
+            factor = column_factors(self.parameters, self.block_weights, self.kind)[columns]
+            entries = np.divide(entries, factor, out=np.zeros_like(entries), where=factor > 0)
+        norm = float(np.linalg.norm(entries))
+        vector = np.zeros(self.n_parameters, np.float32)
+        vector[columns] = entries / norm if norm else entries
+        return vector
 
     def cosines(self) -> Array:
         """``(r, r)`` |cos| between the vectors, as factorised."""

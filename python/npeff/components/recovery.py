@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff.batches.batch_order import check_sampler
-from npeff.batches.batches import Batch, call_model, check_data, read_batches
+from npeff.batches.batches import Batch, check_data, read_batches
 from npeff.components.factorisation import Factorisation
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.fishers.compress import Sketch, sketch_of
@@ -25,6 +25,7 @@ from npeff.gradients.independence import differ
 from npeff.gradients.selection import placed, select_parameters
 from npeff.kernels import StreamingSketch
 from npeff.models.digests import model_digest
+from npeff.models.forward import call_model
 from npeff.models.memory import available_bytes, format_bytes
 from npeff.models.parameters import Parameters
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff.batches.batch_order import FixedOrder, Repeats
-from npeff.batches.batches import OWN_BATCH, Batch, batch_digest, call_model, read_batches
+from npeff.batches.batches import OWN_BATCH, Batch, batch_digest, read_batches
 from npeff.errors import ArgumentError, DataError, ResumeError
 from npeff.fishers.collect import Collector
 from npeff.fishers.compress import Compression, GramOnly, Sketch, TopK
@@ -35,6 +35,7 @@ from npeff.gradients.selection import left_out
 from npeff.kernels.transfers import to_host
 from npeff.models import devices
 from npeff.models.digests import ModelWatch
+from npeff.models.forward import call_model
 from npeff.models.parameters import Parameters
 
 Forward = Callable[[Any, Any], Any]

@@ -8,7 +8,7 @@ import time
 
 from torch import Tensor, nn
 
-from npeff.batches.batches import update_with_tensor
+from npeff.batches.tensor_trees import update_with_tensor
 from npeff.errors import ModelError
 
 # What a module's repr says of this process rather than of the model: addresses, and devices in parameter lists.

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from npeff.batches.batches import Batch, call_model, check_data, read_batches
+from npeff.batches.batches import Batch, check_data, read_batches
 from npeff.errors import ArgumentError, DataError
 from npeff.gradients.budget import Budget
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
 from npeff.gradients.factors import FactorOptions, Likelihood, check_meaning, cotangent_bytes, factorise
 from npeff.gradients.selection import placed, select_parameters
 from npeff.gradients.tiles import Block
+from npeff.models.forward import call_model
 from npeff.models.parameters import Parameters
 
 Array = npt.NDArray[Any]

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches.batches import call_model
 from npeff.errors import DataError
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.factors import Likelihood
+from npeff.models.forward import call_model
 from npeff.models.parameters import Parameters
 from npeff.perturbation.examples import Piece
 from npeff.perturbation.outputs import surprise

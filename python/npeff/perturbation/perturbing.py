@@ -12,7 +12,6 @@ from torch import nn
 from tqdm import tqdm
 
 from npeff.components.components import Components
-from npeff.components.parameter_vectors import check_recovered
 from npeff.components.strategies import Strategy
 from npeff.gradients.factors import Likelihood
 from npeff.perturbation.directions import Reject
@@ -152,7 +151,7 @@ def perturb_all(
     if which is None:
         which = [j for j in range(components.n_components) if (components.coefficients[:, j] > 0).any()]
     subjects = [subject_of(components, j) for j in which]
-    check_recovered(components, needed_vectors(components, subjects, asked.reject))
+    components.check_recovered(needed_vectors(components, subjects, asked.reject))
     tops = [top_rows(subject.coefficient, asked.top) for subject in subjects]
     baseline = baseline_rows(len(components.coefficients), asked.baseline, asked.seed)
     digest = components.digest

@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches.batches import Batch, call_model
+from npeff.batches.batches import Batch
 from npeff.errors import DataError
 from npeff.gradients.factors import Likelihood, check_meaning
+from npeff.models.forward import call_model
 from npeff.models.parameters import Parameters
 from npeff.perturbation import outputs
 from npeff.perturbation.curvature import Curvature

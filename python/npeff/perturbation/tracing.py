@@ -14,7 +14,6 @@ from torch import nn
 from tqdm import tqdm
 
 from npeff.components.components import Components
-from npeff.components.parameter_vectors import check_recovered
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.gradients.factors import Likelihood
@@ -187,7 +186,7 @@ def trace(
     names = set(Options.__dataclass_fields__) & given.keys()
     options = checked_options(components, {name: given[name] for name in names})
     subject = subject_of(components, j)
-    check_recovered(components, needed_vectors(components, [subject], options.reject))
+    components.check_recovered(needed_vectors(components, [subject], options.reject))
     resolved = resolve(groups, components.parameters)
     free = rest(components.parameters, resolved)
     rows = top_rows(subject.coefficient, options.top)

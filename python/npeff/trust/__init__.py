@@ -5,8 +5,7 @@ of components; ``null_model``: what shuffled Fishers give; ``explained``: how mu
 for.
 """
 
-from npeff.trust.explained import explained
-from npeff.trust.matching import match, similarity
+from npeff.trust.comparison import explained, match, similarity
 from npeff.trust.null import NullModel, null_model, shuffled
 from npeff.trust.selection import Selection, select
 from npeff.trust.stability import Stability, stability

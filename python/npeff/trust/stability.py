@@ -16,8 +16,7 @@ from npeff.decomposition.decomposition import decompose
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.rows import GramRows
-from npeff.trust.inner_products import InnerProducts
-from npeff.trust.matching import assigned, match
+from npeff.trust.comparison import InnerProducts, assigned, match
 
 Array = npt.NDArray[Any]
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from npeff.batches.batch_order import check_sampler
-from npeff.batches.batches import Batch, call_model, read_batches
+from npeff.batches.batches import Batch, read_batches
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.computation import Forward
 from npeff.gradients.selection import placed
+from npeff.models.forward import call_model
 from npeff.perturbation.mending.objective import Directions, Objective
 from npeff.perturbation.mending.search import Judge, along_the_line, down_the_path
 from npeff.perturbation.weights import Weights

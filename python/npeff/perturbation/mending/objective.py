@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches.batches import Batch, call_model
+from npeff.batches.batches import Batch
 from npeff.fishers.computation import Forward
+from npeff.models.forward import call_model
 from npeff.perturbation.weights import Weights
 
 Array = npt.NDArray[Any]

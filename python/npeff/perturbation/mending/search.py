@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.batches.batches import Batch, call_model
+from npeff.batches.batches import Batch
 from npeff.fishers.computation import Forward
+from npeff.models.forward import call_model
 from npeff.perturbation.magnitude import FARTHEST, find_magnitude
 from npeff.perturbation.mending.objective import Directions, Objective, needed
 from npeff.perturbation.weights import Weights
