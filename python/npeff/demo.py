@@ -1,4 +1,4 @@
-"""The whole pipeline on handwritten digits, in about a minute."""
+"""Run the whole pipeline on handwritten digits, in about a minute."""
 
 from __future__ import annotations
 
@@ -205,16 +205,16 @@ class Images:
         return f"Images({shape}, {len(self.class_names)} classes, batches of {self.batch_size})"
 
     def take(self, which: slice | npt.NDArray[Any] | torch.Tensor) -> Images:
-        """A subset in the given order: a slice, indices or a mask over examples."""
+        """Take a subset in the given order: a slice, indices or a mask over examples."""
         return replace(self, inputs=self.inputs[which], labels=self.labels[which])
 
     def first(self, n: int) -> Images:
-        """The first ``n`` examples (all, when there are fewer)."""
+        """Take the first ``n`` examples (all, when there are fewer)."""
         return self.take(slice(n))
 
 
 def digits(batch_size: int = 128) -> Images:
-    """Handwritten digits, 1797 images of 8×8, bundled with scikit-learn.
+    """Load handwritten digits: 1797 images of 8×8, bundled with scikit-learn.
 
     Args:
         batch_size: Examples per batch.
@@ -237,7 +237,7 @@ def digits(batch_size: int = 128) -> Images:
 
 
 def digits_cnn() -> nn.Sequential:
-    """A network for 8×8 digits: two convolutions, two dense layers, 38 282 parameters.
+    """Make a network for 8×8 digits: two convolutions, two dense layers, 38 282 parameters.
 
     Returns:
         ``(b, 1, 8, 8)`` float32 → ``(b, 10)`` logits.
@@ -303,6 +303,6 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Images) -> float:
-    """Share of examples whose largest logit is the label's."""
+    """Compute the share of examples whose largest logit is the label's."""
     hits = sum(int((model(inputs).argmax(1) == labels).sum()) for inputs, labels in data)
     return hits / max(1, len(data.labels))

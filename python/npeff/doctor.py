@@ -1,4 +1,4 @@
-"""What this machine offers, which kernels npeff uses on it, and why not faster ones."""
+"""Report what this machine offers, which kernels npeff uses on it, and why not faster ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Section:
 
 
 def examine() -> list[Section]:
-    """Look at versions, processor, kernels and CUDA. What cannot be found out is told, never raised."""
+    """Look at versions, processor, kernels and CUDA. Failures are reported, never raised."""
     return [_versions(), _processor(), _kernels(), _cuda()]
 
 

@@ -1,4 +1,4 @@
-"""The order of examples: checks that data keeps it, for examples are known by their position; batches by length."""
+"""Check that data keeps its order, because examples are known by their position; make batches by length."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Repeats:
         self._equal = 0
 
     def add(self, digest: str) -> None:
-        """The next batch; workers take turns.
+        """Note the next batch; workers take turns.
 
         Raises:
             DataError: All workers gave the same batches, twice.
@@ -113,7 +113,7 @@ class Repeats:
                 self._refuse()
 
     def end(self) -> None:
-        """There are no more batches.
+        """Note that there are no more batches.
 
         Raises:
             DataError: All workers gave the same.
@@ -142,7 +142,7 @@ class TokenBatches:
         sort: Take sequences by length, longest first, so that the largest batch comes first; otherwise in their order.
 
     Attributes:
-        order: ``(n,)`` int64 places in the dataset, in the order in which they come.
+        order: ``(n,)`` int64 positions in the dataset, in the order in which they come.
 
     Raises:
         ArgumentError: A length is below 1, or a sequence has more tokens than the budget.
@@ -172,7 +172,7 @@ class TokenBatches:
             self._cuts.append(n)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The places of each batch."""
+        """Iterate over the positions of each batch."""
         for start, end in zip(self._cuts[:-1], self._cuts[1:], strict=True):
             yield self.order[start:end].tolist()
 

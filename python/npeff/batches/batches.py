@@ -1,4 +1,4 @@
-"""Batches as they come from the user's data: inputs, labels, examples, digests.
+"""Read batches from the user's data: inputs, labels, examples, digests.
 
 Which dimension of a batch is the examples' is guessed from sizes; :class:`Batch` lets the data say it.
 """
@@ -105,7 +105,7 @@ class Batch:
         return sum(leaf.numel() * leaf.element_size() for leaf in leaves(kept) if isinstance(leaf, Tensor))
 
     def take(self, examples: slice | Tensor) -> Batch:
-        """Some of the examples, a slice or positions, by the user's ``take`` or cut from what has one entry for each.
+        """Take some examples, a slice or positions: by the user's ``take``, or from all parts with one entry for each.
 
         Raises:
             DataError: The user's ``take`` failed, or a tensor cannot be cut.
@@ -143,11 +143,11 @@ class Batch:
         return some
 
     def fresh(self) -> Batch:
-        """The same with copies of all tensors, for those who may change them in place."""
+        """Copy the batch and all its tensors, for callers that may change them in place."""
         return self._with(map_tensors(lambda tensor: tensor.clone(), self.content, lambda item: called(item, "clone")))
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
+        """Move the batch to another device."""
         if device == self._device:
             return self
         moved = self._with(onto(device, self.content))
@@ -156,7 +156,7 @@ class Batch:
         return moved
 
     def stacked(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Batch]] | None:
-        """The tensors with the examples as their first dimension, and how one row of each makes a batch of one.
+        """Give the tensors with one row per example, and a function that makes a batch of one from a row of each.
 
         None where tensors are not all that belongs to examples.
         """
@@ -180,7 +180,7 @@ class Batch:
         return tensors, one
 
     def joins(self, other: Batch) -> bool:
-        """Whether the examples of both can be put into one batch."""
+        """Tell whether the examples of both can be put into one batch."""
         if (
             self._take
             or other._take
@@ -201,7 +201,7 @@ class Batch:
         return True
 
     def joined(self, others: Sequence[Batch]) -> Batch:
-        """All examples of batches that join this one, in order."""
+        """Join the examples of batches that fit this one, in order."""
         every = [self, *others]
         columns = zip(*(parts(batch.content) for batch in every), strict=True)
         merged = iter(
@@ -214,12 +214,12 @@ class Batch:
         return made
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of every tensor of the inputs, the shape without its first dimension: equal for batches of one kind."""
+        """Give the shapes of the inputs' tensors without their first dimension: equal for batches of one kind."""
         tensors = [leaf for leaf in leaves(self.inputs) if isinstance(leaf, Tensor)]
         return tuple(() if tensor.is_nested else tuple(tensor.shape[1:]) for tensor in tensors)
 
     def how_cut(self) -> str:
-        """Which tensors :meth:`take` cuts, and what to do where that is wrong; for messages."""
+        """Say which tensors :meth:`take` cuts, and what to do where that is wrong; for messages."""
         if self._take is not None:
             return "the batch was cut by its own take="
         every = [(f"batch{''.join(path)} {shown(part)}", self._owns(part, path)) for part, path in parts(self.content)]
@@ -228,7 +228,7 @@ class Batch:
         return f"the batch was cut along the first dimension of {', '.join(cut) or 'nothing'}{whole}; {OWN_BATCH}"
 
     def how_counted(self) -> str:
-        """How the examples were counted, and what to do where that is wrong."""
+        """Say how the examples were counted, and what to do where that is wrong."""
         if self.part_of:
             return f"as these are {self.part_of}"
         return f"as the examples were counted by the {self._count} of {named(self.content)}: {OWN_BATCH}"
@@ -294,7 +294,7 @@ def check_data(data: Any) -> Iterable[Any]:
 
 
 def read_batches(data: Iterable[Any], device: torch.device, any_layout: bool) -> Iterator[Batch]:
-    """Every batch of the data as :func:`read_batch` makes it.
+    """Iterate over the batches of the data as :func:`read_batch` makes it.
 
     A tensor whose first dimension was not the number of examples in one batch is cut in none that follows: in a batch
     where the two agree, that is chance.
@@ -325,7 +325,7 @@ def read_batch(
         raw: A :class:`Batch`, ``(inputs, labels)``, ``(inputs,)``, a mapping with or without ``"labels"``, or a tensor.
         device: Where the model is.
         number: The batch's position in the data, for messages.
-        any_layout: A ``forward=`` of the user's will make sense of it: any structure with a tensor will do.
+        any_layout: Take any structure with a tensor, because the user's ``forward=`` will understand it.
         whole: Where the tensors lie that do not have the examples as their first dimension, whatever their size.
 
     Returns:
@@ -370,7 +370,7 @@ def _inputs_in(content: Any) -> Any:
 
 
 def _labels_in(content: Any, device: torch.device, where: str) -> Tensor | None:
-    """What stands for the labels in a batch's content.
+    """Find what stands for the labels in a batch's content.
 
     Raises:
         DataError: It is one label, or not numbers.
@@ -420,7 +420,7 @@ def _count(content: Any, labels: Tensor | None, number: int, cut_by_user: bool) 
 
 
 def examples_at(data: Iterable[Any], positions: Sequence[int], device: torch.device | None = None) -> list[Batch]:
-    """The examples at some positions of the data, each as a batch of one, in the order asked for.
+    """Find the examples at some positions of the data, each as a batch of one, in the order asked for.
 
     Args:
         data: Batches, read until all are found.
@@ -451,14 +451,14 @@ def examples_at(data: Iterable[Any], positions: Sequence[int], device: torch.dev
 
 
 def batch_digest(batch: Batch) -> str:
-    """blake2b of a batch's structure and bytes, the same wherever the tensors live."""
+    """Compute blake2b of a batch's structure and bytes, the same wherever the tensors live."""
     digest = hashlib.blake2b(digest_size=16)
     update_with_tree(digest, batch.content)
     return digest.hexdigest()
 
 
 def looks_like_image(shape: Sequence[int]) -> bool:
-    """Whether an array of that shape is plausibly one picture: ``(H, W)``, or 1 or 3 channels of it, first or last.
+    """Tell whether an array of that shape is plausibly a picture: ``(H, W)``, or 1 or 3 channels of it, first or last.
 
     Both sides must be at least 4 and no more than 16 times apart, so that ``(tokens, features)`` matrices
     rarely qualify.

@@ -39,11 +39,11 @@ class Factorisation:
         norms: ``(n,)`` float32 norms of the uncompressed Fishers.
         loss_curve: Relative loss per iteration, L / Σ‖A_iA_iᵀ‖², float64.
         loss: Relative loss of this factorisation.
-        provenance: How it was made: the Fishers' provenance and the options and course of the decomposition.
+        provenance: How it was made: the Fishers' provenance and the options and history of the decomposition.
         row_weights: ``(Σ rank, r)`` float32: vectors are these combinations of the stored rows; kept where those are
             no parameter-space rows.
         row_offsets: ``(n + 1,)`` int64: example i has ``row_weights[row_offsets[i]:row_offsets[i + 1]]``.
-        recovered: ``(k,)`` int64 components with known vectors in parameter space, where ``vectors`` are none.
+        recovered: ``(k,)`` int64 components whose vectors in parameter space are known, where ``vectors`` are others.
         recovered_vectors: ``(k, n_parameters)`` float32, unit rows.
         seconds: Wall-clock seconds that ``"building"`` the space and ``"solving"`` took; empty where a file was opened:
             files of the same run are equal byte for byte.
@@ -79,7 +79,7 @@ class Factorisation:
         return self.n_components
 
     def verify(self) -> None:
-        """Make sure that arrays mapped from a large file are what was written, before all of them are used.
+        """Check that arrays mapped from a large file are what was written, before all of them are used.
 
         As :meth:`npeff.Fishers.verify`; ``encode``, ``expand``, ``recover``, ``cosines`` and ``save`` call this.
 
@@ -139,7 +139,7 @@ class Factorisation:
         return [j for j in range(self.n_components) if j not in known]
 
     def check_recovered(self, js: Sequence[int]) -> None:
-        """Make sure that some components' vectors in parameter space are known.
+        """Check that some components' vectors in parameter space are known.
 
         Args:
             js: The components in question.
@@ -166,7 +166,7 @@ class Factorisation:
         return int(j) % self.n_components
 
     def vector(self, j: int) -> Array:
-        """Component j's pseudo-Fisher vector in parameter space.
+        """Give component j's pseudo-Fisher vector in parameter space.
 
         Block weights are undone, so that the vector belongs to the Fisher itself.
 
@@ -193,13 +193,13 @@ class Factorisation:
         return vector
 
     def cosines(self) -> Array:
-        """``(r, r)`` |cos| between the vectors, as factorised."""
+        """Compute the ``(r, r)`` |cos| between the vectors, as factorised."""
         self.verify()
         unit = self.vectors / np.maximum(np.linalg.norm(self.vectors, axis=1, keepdims=True), 1e-30)
         return np.asarray(np.abs(unit @ unit.T))
 
     def to_arrays(self) -> dict[str, Array]:
-        """The arrays of the container format."""
+        """Give the arrays of the container format by name."""
         arrays = {
             name: getattr(self, name)
             for name in ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
@@ -208,6 +208,6 @@ class Factorisation:
         return arrays | {name: array for name, array in optional.items() if array is not None}
 
     def meta(self) -> dict[str, Any]:
-        """Everything else, JSON-able."""
+        """Give everything else, JSON-able."""
         same = {name: getattr(self, name) for name in ("kind", "block_weights", "loss", "provenance")}
         return {**same, "parameters": self.parameters.to_json()}

@@ -1,4 +1,4 @@
-"""The file layouts of the published NPEFF code (Matena & Raffel 2023), read and written.
+"""Read and write the file layouts of the published NPEFF code (Matena & Raffel 2023).
 
 =============================  ======================================================================
 ``low_rank_fishers``           fixed rank: every example has the same number of rows
@@ -73,7 +73,7 @@ def read_published(path: Path | str, *, fishers: Fishers | None = None) -> Fishe
 
 
 def published_in(file: Container, fishers: Fishers | None = None) -> Fishers | Components:
-    """The Fishers or Components in a file that is known to have a published layout; see :func:`read_published`."""
+    """Read Fishers or Components from a file that is known to have a published layout; see :func:`read_published`."""
     if file.content.endswith("decomposition"):
         return read_decomposition(file, fishers)
     return read_diagonal(file) if file.content == "diagonal_fishers" else read_low_rank(file)
@@ -126,7 +126,7 @@ def write_published(
 
 
 def describe_published(path: Path) -> dict[str, Any]:
-    """What a file in a published layout holds, without reading its arrays: sizes, attributes, shapes."""
+    """Describe a file in a published layout without reading its arrays: sizes, attributes, shapes."""
     file = open_file(path)
     arrays = {name: [list(spec.shape), str(spec.dtype)] for name, spec in file.specs.items()}
     firsts = ("data/W", "data/labels", "data/fisher/values", "data/values")
@@ -222,7 +222,7 @@ def _components(
 
 
 def _losses(file: Container) -> dict[str, Any]:
-    """The losses logged by the published code: not comparable with npeff's, kept as they are."""
+    """Read the losses logged by the published code: not comparable with npeff's, kept as they are."""
     found: dict[str, Any] = {}
     for name in ("G_only", "joint"):
         if (path := f"losses/{name}") in file.specs or path in file.refused:
@@ -233,7 +233,7 @@ def _losses(file: Container) -> dict[str, Any]:
 
 
 def _vectors(file: Container, name: str, sizes: Sizes, least: int | None) -> Array:
-    """G or H, ``(r, columns)`` float64, at most as many columns as are listed.
+    """Read G or H, ``(r, columns)`` float64, at most as many columns as are listed.
 
     Raises:
         StorageError: The file contradicts itself.
@@ -277,7 +277,7 @@ def _vectors(file: Container, name: str, sizes: Sizes, least: int | None) -> Arr
 
 
 def plan_decomposition(components: Components, path: Path, sparse: bool | None) -> Plan:
-    """The layout, datasets and attributes that hold ``components``.
+    """Lay out ``components``: the layout's name, datasets and attributes.
 
     Raises:
         ArgumentError: Their vectors in parameter space were not recovered.

@@ -17,7 +17,7 @@ from npeff.errors import DataError, ModelError, NpeffError
 
 @contextmanager
 def _one_function() -> Iterator[None]:
-    """Within it, a model computes the same whether gradients are recorded or not.
+    """A context within which a model computes the same whether gradients are recorded or not.
 
     Without gradients torch's transformer layers take a fast path of their own, in which padded positions become zero.
     """
@@ -53,7 +53,7 @@ def _failure(error: Exception, forward: object, batch: Batch) -> str:
 def call_model(
     model: nn.Module, forward: Callable[[Any, Any], Any] | None, batch: Batch, likelihood: str = "categorical"
 ) -> Tensor:
-    """The model's logits for a batch, which stays as it is even where the model changes its inputs in place.
+    """Call the model; the batch stays as it is even where the model changes its inputs in place.
 
     Args:
         model: The model.
@@ -104,7 +104,7 @@ def call_model(
 
 
 def log_probabilities(outputs: Tensor) -> Tensor:
-    """Logits whose softmax these probabilities are: their logarithms, finite where one is zero.
+    """Give logits whose softmax these probabilities are: their logarithms, finite where one is zero.
 
     With z = log p the Fisher of a categorical output is that of its logits: ``J_pᵀ diag(1/p) J_p = J_zᵀ (diag p − ppᵀ)
     J_z``, since Σp = 1. What underflowed to zero has no gradient and no share in it.

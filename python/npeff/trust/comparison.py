@@ -29,7 +29,7 @@ COLUMNS = 1 << 16
 
 
 def similarity(a: Components, b: Components) -> Array:
-    """|cos| between the vectors of two decompositions of the same parameters.
+    """Compute |cos| between the vectors of two decompositions of the same parameters.
 
     The vectors are compared as they were factorised, on the columns that either kept; those of different sketches, or
     of inner products alone, as they were recovered in parameter space.
@@ -81,7 +81,7 @@ def _comparable(a: Components, b: Components) -> tuple[Array, Array]:
 
 
 def match(a: Components, b: Components) -> tuple[Array, Array]:
-    """The one-to-one matching of largest total |cos| (Hungarian algorithm).
+    """Find the one-to-one matching of largest total |cos| (Hungarian algorithm).
 
     Args:
         a: Components, ``r_a`` of them.
@@ -98,7 +98,7 @@ def match(a: Components, b: Components) -> tuple[Array, Array]:
 
 
 def assigned(cosines: Array) -> tuple[Array, Array]:
-    """As :func:`match`, from the ``(r_a, r_b)`` |cos|."""
+    """Match as :func:`match`, from the ``(r_a, r_b)`` |cos|."""
     rows, columns = linear_sum_assignment(-cosines)
     partner = np.full(len(cosines), -1, np.int64)
     cosine = np.zeros(len(cosines))
@@ -107,7 +107,7 @@ def assigned(cosines: Array) -> tuple[Array, Array]:
 
 
 def explained(components: Components, fishers: Fishers) -> Array:
-    """``1 − ‖F_i − Σ_j w_ij C_j‖² / ‖F_i‖²`` with the best w_ij ≥ 0, C_j = g_j g_jᵀ (or h_j).
+    """Compute ``1 − ‖F_i − Σ_j w_ij C_j‖² / ‖F_i‖²`` with the best w_ij ≥ 0, C_j = g_j g_jᵀ (or h_j).
 
     Args:
         components: A decomposition.
@@ -115,7 +115,8 @@ def explained(components: Components, fishers: Fishers) -> Array:
             alone, those that the components were made from.
 
     Returns:
-        ``(n,)`` float64 in [0, 1]: 1 when the components say all, 0 when they say nothing; NaN for a zero Fisher.
+        ``(n,)`` float64 in [0, 1]: 1 when the components give the whole Fisher, 0 when none of it; NaN for a zero
+        Fisher.
 
     Raises:
         ArgumentError: Kind or parameters differ.
@@ -152,7 +153,7 @@ class InnerProducts:
         self.weights = self.combinations(components, np.arange(len(fishers)))
 
     def combinations(self, components: Components, examples: Array) -> Array:
-        """``(n_rows, r)`` float64 c, of components made of some of the examples.
+        """Give c ``(n_rows, r)`` float64 of components made of some of the examples.
 
         Raises:
             ArgumentError: They do not hold them.
@@ -168,14 +169,14 @@ class InnerProducts:
         return c
 
     def cosines(self, c: Array) -> Array:
-        """``(r, r')`` float64 |cos| between the components and those with the combinations c."""
+        """Compute ``(r, r')`` float64 |cos| between the components and those with the combinations c."""
         ours, theirs = self._times(self.weights), self._times(c)
         products = np.abs(self.weights.T @ theirs)
         squares = [np.einsum("ij,ij->j", w, k) for w, k in ((self.weights, ours), (c, theirs))]
         return np.asarray(np.minimum(products / np.sqrt(np.maximum(np.outer(*squares), 1e-60)), 1.0))
 
     def coefficients(self, c: Array) -> Array:
-        """``(n, r')`` float32 coefficients of all examples on the components with the combinations c."""
+        """Solve for ``(n, r')`` float32 coefficients of all examples on the components with the combinations c."""
         Kc = self._times(c)
         P = torch.from_numpy(Kc * self.factors[:, None])
         gram = torch.from_numpy(c.T @ Kc) ** 2
@@ -184,7 +185,7 @@ class InnerProducts:
         )
 
     def explained(self) -> Array:
-        """``(n,)`` float64 ``1 − ‖F_i − Σ_j w_ij C_j‖² / ‖F_i‖²`` with the best w_ij ≥ 0."""
+        """Compute ``(n,)`` float64 ``1 − ‖F_i − Σ_j w_ij C_j‖² / ‖F_i‖²`` with the best w_ij ≥ 0."""
         Kc = self._times(self.weights)
         cross = kernels.cross(torch.from_numpy(Kc * self.factors[:, None]), torch.from_numpy(self.offsets))
         gram = torch.from_numpy(self.weights.T @ Kc) ** 2
