@@ -133,7 +133,7 @@ def _pipeline(
     step(f"wrote the page: {page}")
     say("")
     say("The same data, by hand:")
-    say(f"  npeff decompose {folder / 'fishers.h5'} --components 16 --out {folder / 'sixteen.h5'}")
+    say(f"  npeff decompose {folder / 'fishers.h5'} --n-components 16 --out {folder / 'sixteen.h5'}")
     page_too = folder / "sixteen.html"
     say(f"  npeff report {folder / 'sixteen.h5'} --data {folder / 'digits.py'}:data --out {page_too}")
     return page

@@ -40,7 +40,7 @@ def test_command_line(tmp_path: Path, options: list[str], expected: Sketch | Non
     opened = npeff.load(fishers)
     assert isinstance(opened, npeff.Fishers) and opened.sketch == expected
     options = ["--memory", "1GB", "--quiet", "--moves", "1", "--starts", "1"]
-    code = run(["decompose", str(fishers), "--components", "2", "--out", str(components), *options])
+    code = run(["decompose", str(fishers), "--n-components", "2", "--out", str(components), *options])
     assert code == 0 and npeff.load(components).coefficients.shape == (24, 2)
     assert run(["info", str(fishers)]) == 0
 

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     Path("net.py").write_text(SOURCE)
     for name, options in (("topk", ["--top-k", "120"]), ("sketch", ["--sketch", "128"]), ("gram", ["--gram-only"])):
         assert run(["fishers", MODEL, DATA, *options, "--out", f"{name}.fishers.h5", "--quiet"]) == 0
-        assert run(["decompose", f"{name}.fishers.h5", "--components", "3", "--out", f"{name}.h5", *SEARCH]) == 0
+        assert run(["decompose", f"{name}.fishers.h5", "--n-components", "3", "--out", f"{name}.h5", *SEARCH]) == 0
     yield path
     os.chdir(before)
 
@@ -42,7 +42,7 @@ def written(folder: Path) -> dict[str, Any]:
         ["perturb", MODEL, DATA, "topk.h5", "-j", "1", *FEW, "--out", "one.json"],
         ["perturb", MODEL, DATA, "topk.h5", "--strategy", "0,2", *FEW, "--out", "group.json"],
         ["trace", MODEL, DATA, "topk.h5", "-j", "1", "--top", "12", "--quiet", "--out", "trace.json"],
-        ["linearize", MODEL, DATA, *FREEZE, "--component", "topk.h5:0,1", "--top", "2", "--out", "in.json"],
+        ["linearize", MODEL, DATA, *FREEZE, "--component", "topk.h5:0,1", "-k", "2", "--out", "in.json"],
         ["influence", MODEL, "net.py:train", DATA, "--component", "topk.h5:2", "--damping", "1", "--quiet", "--out",
          "behind.json"],
     ):  # fmt: skip
@@ -113,7 +113,9 @@ def test_two_files_about_one_component_are_not_mixed(folder: Path, written: Any,
 
 
 def test_files_about_other_components_are_refused(folder: Path, written: Any, capsys: Any) -> None:
-    assert run(["decompose", "topk.fishers.h5", "--components", "3", "--seed", "5", "--out", "other.h5", *SEARCH]) == 0
+    assert (
+        run(["decompose", "topk.fishers.h5", "--n-components", "3", "--seed", "5", "--out", "other.h5", *SEARCH]) == 0
+    )
     for name in ("trust.json", "all.json", "one.json", "group.json", "trace.json", "in.json", "behind.json"):
         capsys.readouterr()
         assert run(["report", "other.h5", "--data", DATA, *extras(name), "--out", "no.html", "--quiet"]) == 1
@@ -368,7 +370,7 @@ def test_explained_shares_of_inner_products_are_those_of_rows(folder: Path) -> N
 
 def test_block_weights_of_sketches_say_what_can_be_done(folder: Path, capsys: Any) -> None:
     for form in ("sketch", "gram"):
-        command = ["decompose", f"{form}.fishers.h5", "--components", "2", "--block-weights", "balanced"]
+        command = ["decompose", f"{form}.fishers.h5", "--n-components", "2", "--block-weights", "balanced"]
         assert run([*command, "--out", "b.h5", *SEARCH]) == 1
         said = capsys.readouterr().err
         assert "npeff fishers --parameters PATTERN" in said and "--top-k N" in said and "'energy'" in said
@@ -377,11 +379,11 @@ def test_block_weights_of_sketches_say_what_can_be_done(folder: Path, capsys: An
         fishers = f"weighted{number}.h5"
         assert run(["fishers", MODEL, DATA, *options, "--out", fishers, "--quiet"]) == 0
         weights = ["--block-weights", "energy" if number == 0 else "balanced"]
-        assert run(["decompose", fishers, "--components", "2", *weights, "--out", f"b{number}.h5", *SEARCH]) == 0
+        assert run(["decompose", fishers, "--n-components", "2", *weights, "--out", f"b{number}.h5", *SEARCH]) == 0
 
 
 def test_the_held_out_losses_of_a_selection_are_on_the_page(folder: Path, capsys: Any) -> None:
-    assert run(["decompose", "topk.fishers.h5", "--components", "2,3", "--select", "--out", "s.h5", *SEARCH]) == 0
+    assert run(["decompose", "topk.fishers.h5", "--n-components", "2,3", "--select", "--out", "s.h5", *SEARCH]) == 0
     losses = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines()[1:3]]
     assert run(["report", "s.h5", "--out", "s.html", "--quiet"]) == 0
     html = Path("s.html").read_text(encoding="utf-8")
@@ -390,7 +392,7 @@ def test_the_held_out_losses_of_a_selection_are_on_the_page(folder: Path, capsys
 
 
 def test_a_number_of_components_is_not_chosen_on_inner_products(folder: Path, capsys: Any) -> None:
-    command = ["decompose", "gram.fishers.h5", "--components", "2,3", "--select", "--out", "s.h5", *SEARCH]
+    command = ["decompose", "gram.fishers.h5", "--n-components", "2,3", "--select", "--out", "s.h5", *SEARCH]
     assert run(command) == 1
     assert "cannot be split into halves of the parameters" in capsys.readouterr().err
 
@@ -415,7 +417,7 @@ def loss(model, batch):
     assert run(fishers) == 1
     assert "(on the command line: forward= is --forward)" in capsys.readouterr().err
     assert run([*fishers, *forward]) == 0
-    assert run(["decompose", "dicts.f.h5", "--components", "2", "--out", "dicts.h5", *SEARCH]) == 0
+    assert run(["decompose", "dicts.f.h5", "--n-components", "2", "--out", "dicts.h5", *SEARCH]) == 0
     command = ["influence", model, dicts, dicts, "--train-loss", "dicts.py:loss", "--component", "dicts.h5:0"]
     command += ["--damping", "1", "--quiet", "--out", "dicts.json"]
     assert run(command) == 1
@@ -442,7 +444,7 @@ def test_info_knows_every_file_that_a_command_writes(folder: Path, written: Any,
         ["encode", "topk.h5", "topk.fishers.h5", "--out", "coefficients.h5"],
         ["influence", MODEL, "net.py:train", DATA, "--solver", "identity", "--damping", "1", "--out", "scores.h5"],
         ["rollback", "triples.txt", "--record", "record.h5", "--dim", "2", "--epochs", "1", "--quiet"],
-        ["plan", MODEL, DATA, "--components", "3", "--batches", "2", "--json", "plan.json"],
+        ["plan", MODEL, DATA, "--n-components", "3", "--batches", "2", "--json", "plan.json"],
         ["export", "topk.h5", "--component", "0", "--out", "g0.safetensors"],
         ["export", "topk.fishers.h5", "--layout", "published", "--out", "theirs.h5"],
     ):

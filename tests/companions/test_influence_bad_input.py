@@ -266,7 +266,7 @@ def test_the_command_writes_what_the_class_computes(script, capsys, solver):
 
 def test_the_command_on_a_component(script, capsys):
     assert run(["fishers", "it.py:model", "it.py:train", "--exact", "--out", "f.h5", "--quiet"]) == 0
-    assert run(["decompose", "f.h5", "--components", "2", "--out", "c.h5", "--quiet"]) == 0
+    assert run(["decompose", "f.h5", "--n-components", "2", "--out", "c.h5", "--quiet"]) == 0
     script[3] = "it.py:train"
     assert run([*script, "--component", "c.h5:1", "--out", "s.csv"]) == 0
     assert "the coefficients" in capsys.readouterr().out

@@ -60,7 +60,7 @@ TARGETS = ["digits.py:model", "digits.py:data"]
 
 
 def test_one_component(folder, capsys):
-    command = ["perturb", *TARGETS, "low_rank.h5", "--component", "1", "--random", "2", "--top", "16", "--quiet"]
+    command = ["perturb", *TARGETS, "low_rank.h5", "--component", "1", "--n-random", "2", "--top", "16", "--quiet"]
     assert run([*command, "--out", "effect.json"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -77,7 +77,7 @@ def test_one_component(folder, capsys):
 
 
 def test_every_component(folder, capsys):
-    command = ["perturb", *TARGETS, "low_rank.h5", "--all", "--random", "1", "--baseline", "40", "--quiet"]
+    command = ["perturb", *TARGETS, "low_rank.h5", "--all", "--n-random", "1", "--baseline", "40", "--quiet"]
     assert run([*command, "--out", "effects.json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["component", "KL", "ratio"] and len(lines) == 6
@@ -88,8 +88,8 @@ def test_every_component(folder, capsys):
 
 
 def test_options_reach_the_experiment(folder, capsys):
-    command = ["perturb", *TARGETS, "low_rank.h5", "--strategy", "0, 2", "--random", "0", "--quiet", "--top", "8"]
-    options = ["--combine", "principal", "--reject", "span", "--max-sim", "0.9", "--sign", "-", "--magnitude", "0.05"]
+    command = ["perturb", *TARGETS, "low_rank.h5", "--strategy", "0, 2", "--n-random", "0", "--quiet", "--top", "8"]
+    options = ["--combine", "principal", "--reject", "span", "--max-sim", "0.9", "--sign", "-1", "--magnitude", "0.05"]
     assert run([*command, *options, "--forward", "digits.py:forward", "--baseline", "all", "--out", "s.json"]) == 0
     content = json.loads((folder / "s.json").read_text())
     assert (content["components"], content["combine"], content["sign"]) == ([0, 2], "principal", -1)
@@ -98,7 +98,7 @@ def test_options_reach_the_experiment(folder, capsys):
 
 
 def test_diagonal_components(folder, capsys):
-    command = ["perturb", *TARGETS, "diagonal.h5", "-j", "0", "--mix", "0.3", "--mix", "0.7", "--random", "1"]
+    command = ["perturb", *TARGETS, "diagonal.h5", "-j", "0", "--mix", "0.3", "--mix", "0.7", "--n-random", "1"]
     assert run([*command, "--quiet", "--out", "d.json"]) == 0
     content = json.loads((folder / "d.json").read_text())
     assert {side["mix"] for side in content["sides"]} == {0.3, 0.7} and content["reached"]
@@ -141,6 +141,6 @@ def test_mistakes_are_one_clean_message(folder, arguments, status, words, capsys
 
 
 def test_another_model_is_noticed(folder, capsys):
-    command = ["perturb", "digits.py:other", "digits.py:data", "low_rank.h5", "-j", "0", "--random", "0", "--quiet"]
+    command = ["perturb", "digits.py:other", "digits.py:data", "low_rank.h5", "-j", "0", "--n-random", "0", "--quiet"]
     assert run(command) == 0
     assert "npeff: note: model: it is not the one of the components' Fishers" in capsys.readouterr().err

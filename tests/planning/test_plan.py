@@ -226,7 +226,7 @@ def test_command_prints_the_table_and_writes_json(tmp_path, capsys):
         "def model():\n    torch.manual_seed(0)\n    return nn.Linear(5, 3).eval()\n"
         "def data():\n    return [(torch.randn(4, 5), torch.zeros(4).long()) for _ in range(2)]\n"
     )
-    arguments = ["plan", f"{source}:model", f"{source}:data", "--examples", "40", "--components", "3"]
+    arguments = ["plan", f"{source}:model", f"{source}:data", "--n-examples", "40", "--n-components", "3"]
     assert run([*arguments, "--memory", "1GB", "--json", str(tmp_path / "plan.json")]) == 0
     printed = capsys.readouterr().out
     assert "backward passes per example: 2" in printed

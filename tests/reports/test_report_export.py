@@ -139,7 +139,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
         "--quiet",
         "--collages",
         "--latex",
-        "--examples",
+        "-k",
         "3",
         "--strategies",
         "2",

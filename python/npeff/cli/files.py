@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, misused, size, unruled, wants
+from npeff.cli.command import check_members, command, loaded, misused, size, unruled
+from npeff.cli.options import EXISTING, WRITABLE
 
 
 @command(
-    examples="""
+    """
         npeff info fishers.h5
         npeff info components.h5 --json | jq .provenance
     """
@@ -138,7 +139,7 @@ def _print(lines: dict[str, Any], indent: str = "") -> None:
 
 
 @command(
-    examples="""
+    """
         npeff export fishers.h5 --layout published --out theirs.h5
         npeff export components.h5 --component 7 --out g7.safetensors
     """
@@ -160,16 +161,13 @@ def export(path: Path, out: Path, layout: str | None, component: int | None) -> 
     """
     if (layout is None) == (component is None):
         misused("give either --layout published or --component J")
-    import npeff
-
-    loaded = npeff.load(path)
     if component is None:
+        import npeff
         from npeff.components.published import write_published
 
-        write_published(loaded, out)
+        write_published(npeff.load(path), out)
     else:
-        components = wants(loaded, "Components", path)
-        if component >= components.n_components:
-            misused(f"--component: {path} has components 0 to {components.n_components - 1}, got {component}")
+        components = loaded(path, "Components")
+        check_members([component], components, path)
         components.save_state_dict(component, out)
     click.echo(f"{out}: {size(out.stat().st_size)}")
