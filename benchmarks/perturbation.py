@@ -33,12 +33,9 @@ FIGURES = {
     "ratio": "KL ratio, published",
     "disjoint_ratio": "KL ratio, disjoint baseline",
     "normalised_ratio": "KL ratio of KL / ‖F‖",
-    "rank_correlation": "rank correlation of KL and coefficient",
-    "normalised_rank_correlation": "the same of KL / ‖F‖",
+    "normalised_rank_correlation": "rank correlation of KL / ‖F‖ and coefficient",
     "flipped_top": "predictions flipped, top",
     "flipped_baseline": "predictions flipped, baseline",
-    "accuracy_change_top": "change of accuracy, top",
-    "accuracy_change_baseline": "change of accuracy, baseline",
 }
 CONTROLS = {"equal_norm": "random, equal norm", "equal_fisher_norm": "random, equal Fisher norm"}
 

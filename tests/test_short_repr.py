@@ -106,6 +106,7 @@ def by_hand() -> list[Any]:
         None,
         True,
         few,
+        1.5,
         {},
         {},
         (),

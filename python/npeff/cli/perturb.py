@@ -104,24 +104,22 @@ def perturb(
 
 def _ratios(effects: list[Effect]) -> str:
     """One line per component: KL ratio with interval, the controls' ratios, rank correlation."""
-    from npeff.perturbation.effect import CONTROLS
+    from npeff.perturbation.effect import CONTROLS, text_table
 
     rows = [("component", "KL ratio", *CONTROLS.values(), "disjoint", "rank corr. of KL/‖F‖", "magnitude")]
     for e in sorted(effects, key=lambda e: -e.ratio):
-        own = e.figures["ratio"]
         beside = [f"{e.controls[n].figures['ratio'].value:.3g}" if n in e.controls else "–" for n in CONTROLS]
         rows.append(
             (
                 ", ".join(map(str, e.components)),
-                f"{own.value:.3g} [{own.low:.3g}, {own.high:.3g}]",
+                e.figures["ratio"].text(),
                 *beside,
                 f"{e.figures['disjoint_ratio'].value:.3g}",
                 f"{e.figures['normalised_rank_correlation'].value:.2f}",
                 f"{e.magnitude:.3g}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return text_table(rows)
 
 
 @command(

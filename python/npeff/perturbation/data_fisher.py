@@ -1,4 +1,4 @@
-"""The diagonal Fisher of a data set: the mean of the examples' diagonals, made in one pass, never stored apart."""
+"""The diagonal Fisher of a data set: the mean of the examples' diagonals, computed in one pass."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def mean_fisher(
     max_examples: int | None = None,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """``f̄ = (1/n) Σ_i diag F_i``, the diagonal Fisher of a data set, unnormalised.
+    """Compute ``f̄ = (1/n) Σ_i diag F_i``, the diagonal Fisher of a data set, unnormalised.
 
-    Exact, from the same per-example gradients as :func:`npeff.compute_fishers`, summed as they are made.
+    It is exact, from the same per-example gradients as :func:`npeff.compute_fishers`, summed at once.
 
     Args:
         model: As for :func:`npeff.compute_fishers`; left as it was.
         data: Iterable of batches.
         parameters: Name patterns; None takes all.
-        likelihood: What the outputs mean.
+        likelihood: Likelihood of the outputs.
         forward: ``forward(model, batch) -> logits``.
         device: Where to compute.
-        max_examples: Stop after the batch in which so many are reached.
+        max_examples: Stop after the batch that reaches this number.
         progress: Show a progress bar.
 
     Returns:
@@ -55,7 +55,7 @@ def mean_fisher(
     Raises:
         ArgumentError: An argument has a wrong value.
         DataError: The data is empty, or gives outputs or gradients that are not finite.
-        ModelError: The model has no per-example gradients as it stands.
+        ModelError: The model has no per-example gradients.
     """
     options = FactorOptions(likelihood=likelihood)
     options.check()
@@ -88,13 +88,13 @@ def summed_fisher(
     likelihood: Likelihood,
     forward: Any = None,
 ) -> tuple[Array, int]:
-    """``Σ_i diag F_i`` over examples, and how many they are.
+    """Compute ``Σ_i diag F_i`` over examples, and count them.
 
     Args:
         model: On the batches' device.
         parameters: The flat vector's layout.
-        batches: Each with the rows that count, or None for all of them.
-        likelihood: What the outputs mean.
+        batches: Each with the rows to sum over, or None for all.
+        likelihood: Likelihood of the outputs.
         forward: As for :func:`npeff.compute_fishers`.
 
     Returns:
