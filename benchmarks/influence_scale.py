@@ -24,15 +24,17 @@ from torch import nn
 from npeff.companions.influence import EKFAC, ConjugateGradients, CrossLossInfluence, cross_entropy
 from npeff.companions.influence.losses import NAMED_OUTPUT_LOSSES, model_outputs
 from npeff.errors import NpeffError
-from npeff.models import datasets
 from topk import cpu_name  # beside this file
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import fashion_data
 
 
 def scale(solver: str) -> dict[str, float]:
     """10 000 × 100 scores on a network of 101 770 parameters; run in a process of its own, for its peak memory."""
     torch.manual_seed(0)
     try:
-        train, test = (datasets.fashion_mnist(split).first(n) for split, n in (("train", 10_000), ("test", 100)))
+        train, test = (fashion_data.fashion_mnist(split).first(n) for split, n in (("train", 10_000), ("test", 100)))
         pairs = [(data.inputs.flatten(1), data.labels) for data in (train, test)]
     except NpeffError:  # the images are not installed: what it costs does not depend on them
         pairs = [(torch.randn(n, 784), torch.randint(0, 10, (n,))) for n in (10_000, 100)]

@@ -25,10 +25,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 import npeff
+from npeff import demo
 from npeff.decomposition.published_algorithm import DivergedError
 from npeff.fishers.scaling import scale
-from npeff.models import datasets
-from npeff.models import networks as models
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import fashion_data
 
 RATES = (1e-3, 3e-3, 1e-2)
 SWEEP = npeff.PublishedOptions(g_only=50, joint=50)
@@ -39,17 +41,17 @@ def fishers_of(name: str) -> tuple[npeff.Fishers, int]:
     """The Fishers of 1 500 digits or 5 000 Fashion-MNIST images, rank 3, and the number of components."""
     torch.manual_seed(0)
     if name == "digits":
-        images, model, epochs, n, compress, r = datasets.digits(100), models.digits_cnn(), 6, 1500, None, 32
+        images, model, epochs, n, compress, r = demo.digits(100), demo.digits_cnn(), 6, 1500, None, 32
     else:
         images, model, epochs, n, compress, r = (
-            datasets.fashion_mnist(),
-            models.fashion_cnn(),
+            fashion_data.fashion_mnist(),
+            fashion_data.fashion_cnn(),
             2,
             5000,
             npeff.TopK(2048),
             32,
         )
-    models.train(model, images, epochs=epochs)
+    demo.train(model, images, epochs=epochs)
     model.eval()
     began = time.perf_counter()
     fishers = npeff.compute_fishers(model, images, rank=3, compress=compress, max_examples=n, progress=False)

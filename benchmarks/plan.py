@@ -26,6 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import fashion_data
+
 WAYS = {
     "digits": [("low_rank", "top-k 8,192"), ("low_rank", "sketch 4,096"), ("diagonal", "top-k 8,192")],
     "fashion": [("low_rank", "top-k 8,192"), ("low_rank", "sketch 4,096"), ("diagonal", "top-k 8,192")],
@@ -35,21 +38,19 @@ EXAMPLES = {"digits": 1797, "fashion": 2000, "minilm": 320}
 
 
 def digits() -> tuple[nn.Module, Any]:
-    from npeff.models import datasets
-    from npeff.models import networks as models
+    from npeff import demo
 
-    data = datasets.digits(batch_size=32)
+    data = demo.digits(batch_size=32)
     torch.manual_seed(0)
-    return models.train(models.digits_cnn(), data.first(1200), epochs=4, learning_rate=3e-3), data
+    return demo.train(demo.digits_cnn(), data.first(1200), epochs=4, learning_rate=3e-3), data
 
 
 def fashion() -> tuple[nn.Module, Any]:
-    from npeff.models import datasets
-    from npeff.models import networks as models
+    from npeff import demo
 
-    data = datasets.fashion_mnist("test", batch_size=32)
+    data = fashion_data.fashion_mnist("test", batch_size=32)
     torch.manual_seed(0)
-    return models.train(models.fashion_cnn(), data.first(2000), epochs=1, learning_rate=1e-3), data.first(2000)
+    return demo.train(fashion_data.fashion_cnn(), data.first(2000), epochs=1, learning_rate=1e-3), data.first(2000)
 
 
 def minilm() -> tuple[nn.Module, Any]:
@@ -89,9 +90,8 @@ def planned(name: str, n: int, batches: int) -> dict[str, Any]:
 
 
 def happened(name: str, n: int, kind: Any, way: str) -> dict[str, Any]:
-    from npeff.memory import Peak
-
     import npeff
+    from npeff.models.memory import Peak
     from npeff.storage.container import open_container
 
     model, data = MODELS[name]()

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 import npeff
-from npeff.models import datasets
+from npeff import demo
 from parametric_tsne import ParametricTSNE  # beside this file
 
 TRAINED_ON = 1437
@@ -27,7 +27,7 @@ TRAINED_ON = 1437
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, perplexity: float, epochs: int, seed: int) -> None:
     try:
-        digits = datasets.digits()
+        digits = demo.digits()
     except npeff.errors.NpeffError as error:
         raise click.ClickException(str(error)) from error
     train, unseen = digits.take(slice(TRAINED_ON)), digits.take(slice(TRAINED_ON, None))

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from npeff.memory import Peak
 
 import npeff
 from npeff import trust
-from npeff.fishers.factors import FisherOptions, factorise
+from npeff.fishers.factors import factorise
+from npeff.fishers.options import FisherOptions
+from npeff.models.memory import Peak
 
 HERE = Path(__file__).parent
 T = TypeVar("T")

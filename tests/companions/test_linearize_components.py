@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 import npeff
+from npeff import demo
 from npeff.companions.linearize import attribute_component, contribution_figure
 from npeff.errors import ArgumentError, DataError, ModelError
-from npeff.models import datasets
-from npeff.models import networks as models
 
 
 def network():
@@ -21,8 +20,8 @@ def network():
 @pytest.fixture(scope="module")
 def made():
     torch.manual_seed(0)
-    data = datasets.digits().first(24)
-    model = models.train(network(), data, epochs=10, learning_rate=1e-2)
+    data = demo.digits().first(24)
+    model = demo.train(network(), data, epochs=10, learning_rate=1e-2)
     fishers = npeff.compute_fishers(model, data, compress=None, progress=False)
     return model, data, fishers, npeff.decompose(fishers, 3, starts=1, moves=0, max_iterations=40, progress=False)
 
@@ -107,7 +106,7 @@ def test_bad_input(made):
     with pytest.raises(ArgumentError, match=r"parameter 0.weight has shape .* the model has none of that name"):
         attribute_component(nn.Flatten(), components, 0, data.inputs[:2])
     with pytest.raises(ArgumentError, match=r"components: their parameter .* the model has \("):
-        attribute_component(models.fashion_cnn(), components, 0, data.inputs[:2])
+        attribute_component(demo.digits_cnn(), components, 0, data.inputs[:2])
     with pytest.raises(ArgumentError, match="magnitude: expected a finite number other than 0, got 0"):
         attribute_component(model, components, 0, data.inputs[:2], 0)
     with pytest.raises(ArgumentError, match="j: expected a component below 3"):

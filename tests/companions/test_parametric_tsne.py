@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import squareform
 from torch import nn
 
+from npeff import demo
 from npeff.errors import ArgumentError, DataError, ModelError
-from npeff.models import datasets
 
 SCRIPTS = next(folder for folder in Path(__file__).parents if (folder / "examples").is_dir()) / "examples"
 
@@ -123,7 +123,7 @@ def test_the_same_seed_gives_the_same_embedding(tsne):
 
 
 def test_a_network_of_ones_own(tsne):
-    images = datasets.digits().first(60).inputs
+    images = demo.digits().first(60).inputs
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     fitted = tsne.ParametricTSNE(network, perplexity=5, epochs=2).fit(images)
     assert fitted.network_ is network and not network.training

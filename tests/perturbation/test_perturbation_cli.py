@@ -7,29 +7,27 @@ import pytest
 import torch
 
 import npeff
+from npeff import demo
 from npeff.cli import run
-from npeff.models import datasets
-from npeff.models import networks as models
 
 SOURCE = """
 import torch
 from npeff import heads, units
-from npeff.models import datasets
-from npeff.models import networks as models
+from npeff import demo
 
 def model():
-    net = models.digits_cnn()
+    net = demo.digits_cnn()
     net.load_state_dict(torch.load("model.pt", weights_only=True))
     return net.eval()
 
 def other():
-    return models.digits_cnn().eval()
+    return demo.digits_cnn().eval()
 
 def data():
-    return datasets.digits(batch_size=64).first(120)
+    return demo.digits(batch_size=64).first(120)
 
 def short():
-    return datasets.digits(batch_size=64).first(30)
+    return demo.digits(batch_size=64).first(30)
 
 def hidden():
     return units({"5.*": 0, "7.weight": 1}, 4, label="hidden")
@@ -44,8 +42,8 @@ def folder(tmp_path_factory):
     """A trained network, and low-rank and diagonal components of 90 digits."""
     path = tmp_path_factory.mktemp("perturb")
     torch.manual_seed(0)
-    digits = datasets.digits(batch_size=64).first(120)
-    net = models.train(models.digits_cnn(), digits, epochs=3, learning_rate=3e-3)
+    digits = demo.digits(batch_size=64).first(120)
+    net = demo.train(demo.digits_cnn(), digits, epochs=3, learning_rate=3e-3)
     torch.save(net.state_dict(), path / "model.pt")
     (path / "digits.py").write_text(SOURCE)
     options = {"max_examples": 90, "progress": False, "compress": npeff.TopK(1024)}

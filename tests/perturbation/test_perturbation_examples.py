@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from npeff.batches.batches import call_model
 from npeff.errors import DataError
+from npeff.models.forward import call_model
 from npeff.perturbation.examples import SelectedExamples
 
 CPU = torch.device("cpu")

@@ -81,7 +81,6 @@ def decompose(path: Path, n_components: list[int], select: bool, out: Path, wron
         misused("--select tries numbers of components in one process; choose one, then start several")
     import npeff
     from npeff import distributed
-    from npeff.components.parameter_vectors import not_recovered
     from npeff.storage.recognition import check_components_target
 
     check_components_target(out)  # before the search: a slip in --out must not cost it
@@ -106,7 +105,7 @@ def decompose(path: Path, n_components: list[int], select: bool, out: Path, wron
     click.echo(
         f"{out}: {components.n_components} components of {len(fishers):,} examples, relative loss {components.loss:.4f}"
     )
-    if not_recovered(components):
+    if components.not_recovered:
         note(
             f"vectors in parameter space, for perturb, trace and export: npeff recover {out} MODEL DATA --out RECOVERED"
         )

@@ -89,7 +89,6 @@ def influence(
         misused("--out: .json is what a report shows of components; give --component, or another ending")
     from npeff.companions.influence import CrossLossInfluence, component_influence
     from npeff.companions.influence.scores import check_path
-    from npeff.components.parameter_vectors import check_recovered
     from npeff.models.targets import load_data, load_model
 
     check_out(out)
@@ -104,7 +103,7 @@ def influence(
             components, chosen = components_of(component)
             if len(chosen) > 1 and not for_pages:
                 misused("--component: several components need an --out that ends in .json")
-            check_recovered(components, range(components.n_components))  # before the search: the work would be lost
+            components.check_recovered(range(components.n_components))  # before the search: the work would be lost
             asked |= {"train_loss": trained, "fitted": CrossLossInfluence(made, trained, **options).fit(train_data)}
             behind = {j: component_influence(made, components, j, train_data, test_data, **asked) for j in chosen}
             if for_pages:

@@ -1,4 +1,4 @@
-"""Opening a file of Fishers or Components, npeff's own or in a published layout."""
+"""Open a file of Fishers or Components, npeff's own or in a published layout."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _components_in(container: Container, *, verify: bool = False) -> Components:
 
 
 def describe(path: Path | str) -> dict[str, Any]:
-    """What a file holds, without reading its arrays.
+    """Describe what a file holds, without reading its arrays.
 
     Args:
         path: A file, finished or (its ``.parts`` folder) unfinished.

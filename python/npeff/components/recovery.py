@@ -1,4 +1,4 @@
-"""Vectors in parameter space of components whose Fishers were kept as sketches or as inner products alone."""
+"""Recover vectors in parameter space where Fishers were kept as sketches or as inner products alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def recover(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> F:
-    """One more pass of backward over the data; see :meth:`npeff.Components.recover`.
+    """Run one more backward pass over the data; see :meth:`npeff.Components.recover`.
 
     ``g_j = Σ_i Σ_row c_row,j S_i,rowᵀ J_i``: the vector–Jacobian product of a whole batch with the cotangents
     ``Σ_row c_row,j S_i,row``. S comes from the logits as they were, so that batches may be cut anew.
@@ -214,7 +214,7 @@ def _with_vectors(components: F, js: list[int], vectors: Array) -> F:
 
 
 def sketch_vectors(sketch: Sketch, parameters: Parameters, vectors: Array) -> Array:
-    """The sketches ``(k, d)`` float32 of vectors in parameter space ``(k, n_parameters)``."""
+    """Compute the sketches ``(k, d)`` float32 of vectors in parameter space ``(k, n_parameters)``."""
     stream = StreamingSketch(len(vectors), sketch.d, sketch.seed, nonzeros=sketch.nonzeros)
     for parameter in parameters:
         values = vectors[:, parameter.slice]

@@ -136,7 +136,7 @@ def check_meaning(logits: Tensor, likelihood: str) -> None:
     """Refuse probabilities that are taken for logits, and logits that are taken for probabilities.
 
     Args:
-        logits: ``(b, C)`` as :func:`npeff.batches.batches.call_model` gives them.
+        logits: ``(b, C)`` as :func:`npeff.models.forward.call_model` gives them.
         likelihood: What the outputs are said to mean.
 
     Raises:

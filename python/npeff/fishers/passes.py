@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches.batches import OWN_BATCH, Batch, call_model, read_batches
+from npeff.batches.batches import OWN_BATCH, Batch, read_batches
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.factors import Factors, check_meaning, cotangent_bytes, factorise
 from npeff.fishers.options import FisherOptions, Sketch, TopK
@@ -24,6 +24,7 @@ from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.gradients.rules import Rule
 from npeff.gradients.selection import left_out
 from npeff.gradients.tiles import Block, Pairs
+from npeff.models.forward import call_model
 from npeff.models.memory import parse_bytes
 from npeff.models.parameters import Parameter, Parameters
 from npeff.storage.container import package_version

@@ -18,7 +18,7 @@ _POWERS = {letter: power for power, letter in enumerate(" kmgt")}
 
 
 def parse_bytes(amount: int | str, name: str = "memory") -> int:
-    """A number of bytes from ``4_000_000``, ``"4GB"`` (10⁹ bytes each) or ``"512 MiB"`` (2²⁰ bytes each).
+    """Parse a number of bytes from ``4_000_000``, ``"4GB"`` (10⁹ bytes each) or ``"512 MiB"`` (2²⁰ bytes each).
 
     Raises:
         ArgumentError: It is none.
@@ -36,7 +36,7 @@ def parse_bytes(amount: int | str, name: str = "memory") -> int:
 
 
 def format_bytes(amount: float) -> str:
-    """The shortest of ``512 B``, ``1.5 MB``, ``4.0 GB``."""
+    """Write a number of bytes as the shortest of ``512 B``, ``1.5 MB``, ``4.0 GB``."""
     units = ["B", "kB", "MB", "GB", "TB"]
     while amount >= 1000 and len(units) > 1:
         amount /= 1000

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from npeff.batches.batches import call_model
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError
 from npeff.gradients.engine import PerExampleGradients
+from npeff.models.forward import call_model
 from npeff.models.parameters import Parameters
 from npeff.perturbation.directions import Direction, Target
 from npeff.perturbation.evaluate import Evaluator

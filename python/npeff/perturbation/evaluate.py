@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from npeff.batches.batch_order import check_sampler
-from npeff.batches.batches import Batch, call_model
+from npeff.batches.batches import Batch
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.factors import check_meaning
@@ -25,6 +25,7 @@ from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible
 from npeff.gradients.selection import placed
 from npeff.models.digests import model_digest
+from npeff.models.forward import call_model
 from npeff.perturbation import outputs
 from npeff.perturbation.data_fisher import summed_fisher
 from npeff.perturbation.directions import random_direction

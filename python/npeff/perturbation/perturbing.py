@@ -13,7 +13,6 @@ from torch import nn
 from tqdm import tqdm
 
 from npeff.components.components import Components
-from npeff.components.parameter_vectors import check_recovered
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.fishers.options import Likelihood
@@ -167,7 +166,7 @@ def _targets(
 ) -> tuple[list[Target], Array]:
     """The targets, and the rows of their top examples and of the baseline."""
     targets = [target_of(components, j) for j in which]
-    check_recovered(components, needed_vectors(components, targets, options.reject))
+    components.check_recovered(needed_vectors(components, targets, options.reject))
     tops = [options.top_rows(target.coefficient) for target in targets]
     return targets, np.concatenate([options.baseline_rows(len(components.coefficients)), *tops])
 

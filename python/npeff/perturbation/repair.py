@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.batches.batches import Batch, call_model
+from npeff.batches.batches import Batch
+from npeff.models.forward import call_model
 from npeff.perturbation.options import Forward
 from npeff.perturbation.steps import FARTHEST, FIRST, find_step
 from npeff.perturbation.weights import TensorsByName, Weights

@@ -14,7 +14,6 @@ from torch import nn
 from tqdm import tqdm
 
 from npeff.components.components import Components
-from npeff.components.parameter_vectors import check_recovered
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.fishers.options import Likelihood
@@ -179,7 +178,7 @@ def trace(
     """
     options = PerturbOptions.checked(components, PerturbOptions.among(locals()))
     target = target_of(components, j)
-    check_recovered(components, needed_vectors(components, [target], options.reject))
+    components.check_recovered(needed_vectors(components, [target], options.reject))
     resolved = resolve(groups, components.parameters)
     free = rest(components.parameters, resolved)
     top = options.top_rows(target.coefficient)

@@ -17,7 +17,6 @@ from markupsafe import Markup
 from scipy.special import softmax
 from tqdm import tqdm
 
-from npeff.components.parameter_vectors import not_recovered
 from npeff.reports.data import THUMBS, ReportData
 from npeff.reports.evidence import INFLUENCES, InfluenceSummary
 from npeff.reports.figures import (
@@ -186,7 +185,7 @@ def _overview(data: ReportData, writer: ReportWriter, title: str, columns: Mappi
             n_zero=int(np.sum(components.zero)),
             n_below_null=sum(map(data.below_null, summaries)) if trust.null_threshold is not None else None,
             left_out=_left_out(writer),
-            n_unknown=len(not_recovered(components)),
+            n_unknown=len(components.not_recovered),
             kept_as="sketches" if components.compression == "sketch" else "inner products alone",
             figures=[fit, selection],
             sizes=size_bars(summaries),

@@ -12,7 +12,6 @@ from scipy.special import softmax
 from tqdm import tqdm
 
 from npeff.components.components import Components
-from npeff.components.parameter_vectors import not_recovered
 
 Array = npt.NDArray[Any]
 
@@ -163,7 +162,7 @@ def _summary(components: Components, j: int, share: float, k: int, seed: int) ->
         n_other=len(classes[CLASSES:]),
         histogram=np.histogram(w[w > 0], BINS, (0.0, largest or 1.0))[0].tolist(),
         profile=np.bincount(predictions[seen], w[seen], components.logits.shape[1]) / (float(w.sum()) or 1.0),
-        block_energy={} if j in not_recovered(components) else components.block_energy(j),
+        block_energy={} if j in components.not_recovered else components.block_energy(j),
         energy=float(np.mean(np.square(w))) if len(w) else 0.0,
     )
 

@@ -1,4 +1,4 @@
-"""What would chance give? Decompositions of shuffled Fishers."""
+"""Decompose shuffled Fishers: what chance would give."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class NullModel:
         return np.asarray(self.energy > self.threshold)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able description."""
+        """Describe it for JSON."""
         return {
             "loss": self.loss,
             "losses": self.losses.tolist(),
@@ -66,7 +66,7 @@ class NullModel:
 def null_model(
     fishers: Fishers, components: Components, *, repeats: int = 3, seed: int = 0, progress: bool = True, **options: Any
 ) -> NullModel:
-    """Decompose Fishers whose shared structure is destroyed, as often as ``repeats`` says.
+    """Decompose shuffled Fishers, in which entries of different parameters occur together by chance alone.
 
     Args:
         fishers: The Fishers that the components were made from.
@@ -97,11 +97,11 @@ def null_model(
 
 
 def shuffled(fishers: Fishers, seed: int = 0) -> Fishers:
-    """The same Fishers with every parameter's entries dealt out to other rows.
+    """Move every parameter's entries to other rows at random.
 
-    Each column keeps its entries, so that parameters are as busy as before, and every entry of low-rank rows gets a
-    random sign; but which entries occur together is left to chance. Column c moves row i to ``(a_c·i + b_c) mod R``,
-    a random bijection.
+    Each column keeps its entries, so that every parameter has as much energy as before, and every entry of
+    low-rank rows gets a random sign; but which entries occur together is left to chance. Column c moves row i to
+    ``(a_c·i + b_c) mod R``, a random bijection.
 
     Args:
         fishers: The Fishers, either kind.

@@ -1,4 +1,4 @@
-"""How many components? The loss on what was held out, against their number."""
+"""Choose the number of components: the loss on held-out examples against it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Selection:
         return f"Selection(chosen {self.chosen} of {numbers}; held-out loss {loss:.4f}, mean of {folds} folds)"
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able description."""
+        """Describe it for JSON."""
         return {
             "n_components": list(self.n_components),
             "train": self.train.tolist(),
@@ -66,8 +66,8 @@ def select(
     """Try several numbers of components by bi-cross-validation (Owen & Perry 2009).
 
     A fold's examples are left out of the decomposition. Their coefficients are then solved for on a random half of the
-    parameters, and judged on the other half: so a component that only fits noise costs something. The halves change
-    places, and both losses are averaged.
+    parameters, and judged on the other half, so that a component that only fits noise raises the loss. Then the halves
+    change places, and both losses are averaged.
 
     Args:
         fishers: The Fishers, either kind.
@@ -110,7 +110,7 @@ def select(
 
 
 def held_out_loss(components: Components, fishers: Fishers, seed: int = 0) -> float:
-    """Relative loss on one half of the parameters with coefficients solved for on the other half, averaged both ways.
+    """Compute the relative loss on each half of the parameters with coefficients of the other half; average both.
 
     Args:
         components: A decomposition of other examples.

@@ -1,4 +1,4 @@
-"""Do the components, and the groups of them, come back when only a part of the examples is seen?"""
+"""Test whether components, and groups of them, come back from parts of the examples."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from npeff.components.strategies import strategies_of_each
 from npeff.decomposition.decomposition import decompose
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
-from npeff.trust.inner_products import InnerProducts
-from npeff.trust.matching import assigned, match
+from npeff.trust.comparison import InnerProducts, assigned, match
 
 Array = npt.NDArray[Any]
 
@@ -26,7 +25,7 @@ EQUAL = 0.05  # adjusted Rand indices that differ by less say the same
 
 @dataclass(frozen=True, eq=False)
 class Stability:
-    """How a decomposition stands up to seeing only parts of the examples.
+    """Agreement of a decomposition with those of parts of the examples.
 
     Attributes:
         cosines: ``(repeats, r)`` float64 |cos| of each component with its partner in every repeat.
@@ -64,7 +63,7 @@ class Stability:
         return self.stable_numbers[0]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able description."""
+        """Describe it for JSON."""
         return {
             "share": self.share,
             "cosines": self.cosines.tolist(),
@@ -86,7 +85,7 @@ def stability(
     progress: bool = True,
     **options: Any,
 ) -> Stability:
-    """Decompose parts of the examples and see what returns.
+    """Decompose parts of the examples, and compare with the decomposition of all.
 
     Every repeat decomposes a random share of the examples with another seed. Components are matched one to one by |cos|
     of their vectors. Every repeat also sorts *all* examples into strategies: their coefficients on its components are
@@ -139,7 +138,7 @@ def stability(
 
 
 def rand_index(a: Array, b: Array) -> float:
-    """The adjusted Rand index of two ways to sort the same things (Hubert & Arabie 1985).
+    """Compute the adjusted Rand index of two ways to sort the same things (Hubert & Arabie 1985).
 
     Args:
         a: ``(n,)`` group of each thing.
@@ -159,7 +158,7 @@ def rand_index(a: Array, b: Array) -> float:
 
 
 def options_of(components: Components) -> dict[str, Any]:
-    """The options of ``decompose`` that decide what is minimised, as the components were made with them."""
+    """Give the options of ``decompose`` that decide what is minimised, as the components were made with them."""
     return {
         "block_weights": components.block_weights or "energy",
         "normalize": components.provenance.get("normalize", "stored"),

@@ -1,18 +1,18 @@
-"""Small real data for demos, tests and benchmarks: images that need no download."""
+"""Fashion-MNIST and a small network for it, for the examples and the benchmarks."""
 
 from __future__ import annotations
 
 import gzip
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
+from npeff.demo import Images
 from npeff.errors import ArgumentError, DataError, StorageError, TruncatedFileError
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -32,65 +32,24 @@ FASHION_CLASSES = (
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
-@dataclass(frozen=True, eq=False)
-class Images:
-    """Labelled images, iterated as batches ``(inputs, labels)`` in a fixed order, as often as wanted.
-
-    Attributes:
-        inputs: ``(n, 1, height, width)`` float32 in [0, 1].
-        labels: ``(n,)`` int64.
-        class_names: One name per class.
-        batch_size: Examples per batch; the last batch may be smaller.
-    """
-
-    inputs: torch.Tensor
-    labels: torch.Tensor
-    class_names: tuple[str, ...]
-    batch_size: int = 128
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for start in range(0, len(self.labels), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            yield self.inputs[batch], self.labels[batch]
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return -(-len(self.labels) // self.batch_size)
-
-    def __repr__(self) -> str:
-        shape = " × ".join(map(str, self.inputs.shape))
-        return f"Images({shape}, {len(self.class_names)} classes, batches of {self.batch_size})"
-
-    def take(self, which: slice | npt.NDArray[Any] | torch.Tensor) -> Images:
-        """A subset in the given order: a slice, indices or a mask over examples."""
-        return replace(self, inputs=self.inputs[which], labels=self.labels[which])
-
-    def first(self, n: int) -> Images:
-        """The first ``n`` examples (all, when there are fewer)."""
-        return self.take(slice(n))
-
-
-def digits(batch_size: int = 128) -> Images:
-    """Handwritten digits, 1797 images of 8×8, bundled with scikit-learn.
-
-    Args:
-        batch_size: Examples per batch.
+def fashion_cnn() -> nn.Sequential:
+    """A network for 28×28 images: two convolutions with pooling, two dense layers, 114 314 parameters.
 
     Returns:
-        All examples in the order of the file.
-
-    Raises:
-        ArgumentError: scikit-learn is not installed.
+        ``(b, 1, 28, 28)`` float32 → ``(b, 10)`` logits.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ArgumentError(
-            "the digits come with scikit-learn, which is not installed: pip install 'npeff[demo]'"
-        ) from error
-    bunch = load_digits()
-    inputs = torch.from_numpy(np.asarray(bunch.images, np.float32)[:, None] / 16)
-    return Images(inputs, torch.from_numpy(np.asarray(bunch.target, np.int64)), tuple("0123456789"), batch_size)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(1568, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
 
 
 def fashion_mnist(
