@@ -173,7 +173,7 @@ def tiles(
                     square = squares(_summed(parameter, rules, examples, rows), rules[0].scratch)
                 yield Block(parameter, examples, square.reshape(len(square), 1, 1, -1), offset)
             else:
-                gram = alone.gram(examples) if alone is not None and alone.use.value.reshaped else None
+                gram = alone.gram(examples) if alone is not None and alone.value.reshaped else None
                 if gram is not None and row > 0:
                     gram = torch.zeros_like(gram)  # the first tile of rows brought all of it
                 values = _summed(parameter, rules, examples, rows)
@@ -186,7 +186,7 @@ def _summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slic
         if _is_the_parameter(rule, parameter):
             block = rule.block(examples, rows)
         else:
-            block = rule.use.to_parameter(rule.block(examples, slice(None)))
+            block = rule.to_parameter(rule.block(examples, slice(None)))
             block = block[:, :, rows] if parameter.shape else block
         if len(rules) == 1:
             return block
@@ -201,7 +201,7 @@ def _summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slic
 
 def _is_the_parameter(rule: Rule, parameter: Parameter) -> bool:
     """Whether the rule's operand is the parameter as it is, not a part of it, or something made of it."""
-    return rule.use.value.reshaped and rule.use.value.shape == parameter.shape
+    return rule.value.reshaped and rule.value.shape == parameter.shape
 
 
 def squares(block: Tensor, scratch: Scratch) -> Tensor:

@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 from typing_extensions import override
 
 from npeff.gradients.graph import Unsupported, Use
 from npeff.gradients.layout import Layout
 
-__all__ = ["Rule", "Scratch", "SmallRule", "StackedRule", "Unsupported", "saved", "saved_tensor", "working"]
-
-
-def saved(use: Use, name: str) -> Any:
-    """What the use's operation kept for its backward pass.
-
-    Raises:
-        Unsupported: It kept nothing under that name.
-    """
-    try:
-        value = getattr(use.node, f"_saved_{name}")
-    except (AttributeError, RuntimeError) as error:
-        raise Unsupported(f"{use.node.name()} does not give its {name} ({str(error).splitlines()[0]})") from error
-    return value
-
-
-def saved_tensor(use: Use, name: str) -> Tensor:
-    """The same for a tensor that must be there; detached.
-
-    Raises:
-        Unsupported: There is none.
-    """
-    value = saved(use, name)
-    if not isinstance(value, Tensor):
-        raise Unsupported(f"{use.node.name()} kept no {name}")
-    return value.detach()
+__all__ = ["Rule", "Scratch", "SmallRule", "StackedRule", "Unsupported", "working"]
 
 
 def working(tensor: Tensor) -> Tensor:
@@ -68,18 +44,51 @@ class Rule(ABC):
     A rule is made anew for every batch. ``store`` is called once per cotangent column with δ, the gradient of
     that column's output with respect to the operation's output; then ``block`` is called tile by tile.
 
-    Attributes:
-        name: The name in the coverage report.
+    Args:
+        use: The use.
+        nodes: The nodes of the batch's graph.
         layout: Which rows of δ belong to which example.
         scratch: Memory for tiles.
+
+    Attributes:
+        name: The name in the coverage report.
+        value: The operand with respect to which the gradient is.
+        edge: Where δ is taken.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
+    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
         self.use = use
+        self.value = use.value
         self.layout = layout
         self.scratch = scratch
+        self.edge = GradientEdge(nodes[use.node], 0)
+        self._nodes = nodes
+
+    def saved(self, name: str) -> Any:
+        """What the operation kept for its backward pass.
+
+        Raises:
+            Unsupported: It kept nothing under that name.
+        """
+        try:
+            return getattr(self.edge.node, f"_saved_{name}")
+        except (AttributeError, RuntimeError) as error:
+            raise Unsupported(
+                f"{self.use.operation} does not give its {name} ({str(error).splitlines()[0]})"
+            ) from error
+
+    def saved_tensor(self, name: str) -> Tensor:
+        """A tensor that the operation must have kept; detached.
+
+        Raises:
+            Unsupported: There is none.
+        """
+        value = self.saved(name)
+        if not isinstance(value, Tensor):
+            raise Unsupported(f"{self.use.operation} kept no {name}")
+        return value.detach()
 
     @classmethod
     @abstractmethod
@@ -88,11 +97,6 @@ class Rule(ABC):
 
         Empty if the rule does not apply.
         """
-
-    @property
-    def edge(self) -> GradientEdge:
-        """Where δ is taken."""
-        return GradientEdge(self.use.node, 0)
 
     def split(self, delta: Tensor) -> Tensor:
         """δ with the examples first and the positions second: ``(b, T, …)``."""
@@ -150,6 +154,38 @@ class Rule(ABC):
         """Σ over columns of the block's squares ``(b', p, …)``, where that costs less than the block."""
         return None
 
+    def to_parameter(self, gradient: Tensor) -> Tensor:
+        """Carry gradients of the value back to the parameter.
+
+        Args:
+            gradient: ``(b, R, *value.shape)``.
+
+        Returns:
+            ``(b, R, *parameter_shape)``: the adjoint of what derived the value from the parameter, applied
+            b·R times.
+
+        Raises:
+            Unsupported: Autograd cannot apply it to many gradients at once.
+        """
+        size = gradient.shape[:2]
+        if not self.value.reshaped:
+            node, output = self._nodes[self.value.node], self.value.output
+            cotangents = gradient.flatten(0, 1).to(node._input_metadata[output].dtype)
+            try:
+                (result,) = torch.autograd.grad(
+                    [GradientEdge(node, output)],
+                    [GradientEdge(self._nodes[self.use.parameter], 0)],
+                    [cotangents],
+                    retain_graph=True,
+                    is_grads_batched=True,
+                )
+            except (RuntimeError, TypeError) as error:
+                raise Unsupported(
+                    f"{node.name()} cannot be differentiated for many examples at once ({error})"
+                ) from error
+            gradient = result.to(gradient.dtype)
+        return gradient.reshape(*size, *self.use.parameter_shape)
+
 
 class StackedRule(Rule):
     """A rule that keeps δ of every column as it came, and multiplies when a tile is made.
@@ -187,7 +223,7 @@ class SmallRule(Rule):
     @override
     def bytes_per_column(self) -> int:
         count = self.layout.examples
-        for size in self.use.value.shape:
+        for size in self.value.shape:
             count *= size
         return 4 * count
 
@@ -199,12 +235,12 @@ class SmallRule(Rule):
     def store(self, column: int, delta: Tensor) -> None:
         gradient = self.reduce(self.split(working(delta)))
         if self._kept is None:
-            self._kept = gradient.new_empty((len(gradient), self._n_columns, *self.use.value.shape))
-        self._kept[:, column] = gradient.reshape(len(gradient), *self.use.value.shape)
+            self._kept = gradient.new_empty((len(gradient), self._n_columns, *self.value.shape))
+        self._kept[:, column] = gradient.reshape(len(gradient), *self.value.shape)
 
     @override
     def block(self, examples: slice, rows: slice) -> Tensor:
         if self._kept is None:
             raise RuntimeError("store() comes before block()")
         kept = self._kept[examples]
-        return kept[:, :, rows] if self.use.value.shape else kept
+        return kept[:, :, rows] if self.value.shape else kept

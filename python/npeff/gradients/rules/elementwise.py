@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
+from torch.autograd.graph import Node
 from typing_extensions import override
 
 from npeff.gradients.graph import Use
 from npeff.gradients.layout import Layout, layouts_of_rows
-from npeff.gradients.rules.base import Scratch, SmallRule, Unsupported, saved, saved_tensor, working
+from npeff.gradients.rules.base import Scratch, SmallRule, Unsupported, working
 
 
 class Broadcast(SmallRule):
@@ -49,7 +52,7 @@ class Sum(Broadcast):
 
     @override
     def factor(self) -> Tensor | float:
-        return float(saved(self.use, "alpha")) if self.use.operand == 1 else 1.0
+        return float(self.saved("alpha")) if self.use.operand == 1 else 1.0
 
 
 class Difference(Broadcast):
@@ -57,7 +60,7 @@ class Difference(Broadcast):
 
     @override
     def factor(self) -> Tensor | float:
-        return -float(saved(self.use, "alpha")) if self.use.operand == 1 else 1.0
+        return -float(self.saved("alpha")) if self.use.operand == 1 else 1.0
 
 
 class Product(Broadcast):
@@ -65,9 +68,9 @@ class Product(Broadcast):
 
     name = "scale"
 
-    def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, layout, scratch)
-        self._other = working(saved_tensor(use, "self" if use.operand == 1 else "other"))
+    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
+        super().__init__(use, nodes, layout, scratch)
+        self._other = working(self.saved_tensor("self" if use.operand == 1 else "other"))
         if self._other.is_complex():
             raise Unsupported("complex product")
 
@@ -81,9 +84,9 @@ class Slope(Broadcast):
 
     name = "prelu"
 
-    def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, layout, scratch)
-        self._below = working(saved_tensor(use, "self")).clamp_max(0.0)
+    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
+        super().__init__(use, nodes, layout, scratch)
+        self._below = working(self.saved_tensor("self")).clamp_max(0.0)
 
     @override
     def factor(self) -> Tensor | float:

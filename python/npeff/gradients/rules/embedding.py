@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from typing_extensions import override
 
 from npeff.gradients.graph import Use
 from npeff.gradients.layout import Layout, layouts_of_rows
-from npeff.gradients.rules.base import Scratch, StackedRule, Unsupported, saved, saved_tensor
+from npeff.gradients.rules.base import Scratch, StackedRule, Unsupported
 
 
 class Embedding(StackedRule):
@@ -18,12 +20,12 @@ class Embedding(StackedRule):
 
     name = "embedding"
 
-    def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, layout, scratch)
-        if saved(use, "scale_grad_by_freq"):
+    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
+        super().__init__(use, nodes, layout, scratch)
+        if self.saved("scale_grad_by_freq"):
             raise Unsupported("embedding with scale_grad_by_freq, which counts over the batch")
-        self._tokens = self.split(saved_tensor(use, "indices").reshape(-1))  # (b, t)
-        padding = int(saved(use, "padding_idx"))
+        self._tokens = self.split(self.saved_tensor("indices").reshape(-1))  # (b, t)
+        padding = int(self.saved("padding_idx"))
         self._padding = None if padding < 0 else self._tokens == padding
 
     @classmethod
@@ -42,7 +44,7 @@ class Embedding(StackedRule):
     @override
     def block(self, examples: slice, rows: slice) -> Tensor:
         delta, tokens = self._stored(examples), self._tokens[examples]
-        start, stop, _ = rows.indices(self.use.value.shape[0])
+        start, stop, _ = rows.indices(self.value.shape[0])
         inside = (tokens >= start) & (tokens < stop)
         return self._sum(delta * inside[:, None, :, None], (tokens - start).clamp(0, stop - start - 1), stop - start)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from typing_extensions import override
 
 from npeff.gradients.graph import Use
@@ -15,8 +16,6 @@ from npeff.gradients.rules.base import (
     SmallRule,
     StackedRule,
     Unsupported,
-    saved,
-    saved_tensor,
     working,
 )
 
@@ -29,16 +28,14 @@ class MatrixProduct(StackedRule):
 
     name = "linear"
 
-    def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
-        by_rows = use.value.untransposed is not None
-        if use.value.untransposed is not None:
-            use = replace(use, value=use.value.untransposed)
-        super().__init__(use, layout, scratch)
-        self._by_rows = by_rows
-        addmm = use.node.name() == "AddmmBackward0"
-        if addmm and saved(use, "alpha") != 1:
+    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
+        super().__init__(use, nodes, layout, scratch)
+        self._by_rows = use.value.untransposed is not None
+        self.value = use.value.untransposed or use.value
+        addmm = use.operation == "AddmmBackward0"
+        if addmm and self.saved("alpha") != 1:
             raise Unsupported("addmm with alpha ≠ 1")
-        self._input = self.split(working(saved_tensor(use, "mat1" if addmm else "self")))
+        self._input = self.split(working(self.saved_tensor("mat1" if addmm else "self")))
 
     @classmethod
     @override
@@ -86,10 +83,15 @@ class MatrixBias(SmallRule):
 
     name = "bias"
 
+    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
+        super().__init__(use, nodes, layout, scratch)
+        if self.saved("beta") != 1:
+            raise Unsupported("addmm with beta ≠ 1")
+
     @classmethod
     @override
     def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
-        if use.value.shape != use.output_shape[-1:] or saved(use, "beta") != 1:
+        if use.value.shape != use.output_shape[-1:]:
             return []
         return layouts_of_rows(use.output_shape[0], n_examples)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from typing_extensions import override
 
 from npeff.gradients.graph import Use
 from npeff.gradients.layout import Layout, layouts_of_rows
-from npeff.gradients.rules.base import Scratch, SmallRule, Unsupported, saved, saved_tensor, working
+from npeff.gradients.rules.base import Scratch, SmallRule, Unsupported, working
 
 
 class _LastDimensions(SmallRule):
@@ -24,7 +26,7 @@ class _LastDimensions(SmallRule):
 
     @override
     def split(self, delta: Tensor) -> Tensor:
-        return self.layout.split(delta.reshape(-1, *self.use.value.shape))
+        return self.layout.split(delta.reshape(-1, *self.value.shape))
 
 
 class _Channels(SmallRule):
@@ -46,10 +48,10 @@ class LayerNormWeight(_LastDimensions):
 
     name = "layer_norm"
 
-    def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, layout, scratch)
-        mean, rstd = working(saved_tensor(use, "result1")), working(saved_tensor(use, "result2"))
-        self._normalised = self.split((working(saved_tensor(use, "input")) - mean) * rstd)
+    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
+        super().__init__(use, nodes, layout, scratch)
+        mean, rstd = working(self.saved_tensor("result1")), working(self.saved_tensor("result2"))
+        self._normalised = self.split((working(self.saved_tensor("input")) - mean) * rstd)
 
     @override
     def reduce(self, delta: Tensor) -> Tensor:
@@ -61,9 +63,9 @@ class FusedRMSNormWeight(_LastDimensions):
 
     name = "rms_norm"
 
-    def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, layout, scratch)
-        self._normalised = self.split(working(saved_tensor(use, "input")) * working(saved_tensor(use, "result1")))
+    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
+        super().__init__(use, nodes, layout, scratch)
+        self._normalised = self.split(working(self.saved_tensor("input")) * working(self.saved_tensor("result1")))
 
     @override
     def reduce(self, delta: Tensor) -> Tensor:
@@ -81,9 +83,9 @@ class LayerNormBias(_LastDimensions):
 
 
 class _ChannelWeight(_Channels):
-    def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, layout, scratch)
-        self._normalised = self.split(self.normalised(working(saved_tensor(use, "input"))))
+    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
+        super().__init__(use, nodes, layout, scratch)
+        self._normalised = self.split(self.normalised(working(self.saved_tensor("input"))))
 
     @abstractmethod
     def normalised(self, inputs: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class GroupNormWeight(_ChannelWeight):
 
     @override
     def normalised(self, inputs: Tensor) -> Tensor:
-        mean, rstd = working(saved_tensor(self.use, "result1")), working(saved_tensor(self.use, "result2"))
+        mean, rstd = working(self.saved_tensor("result1")), working(self.saved_tensor("result2"))
         grouped = inputs.reshape(*mean.shape, -1)
         return ((grouped - mean[..., None]) * rstd[..., None]).reshape(inputs.shape)
 
@@ -113,14 +115,14 @@ class BatchNormWeight(_ChannelWeight):
 
     @override
     def normalised(self, inputs: Tensor) -> Tensor:
-        if saved(self.use, "training"):
+        if self.saved("training"):
             raise Unsupported("batch normalisation by the batch's own statistics")
         mean, variance = (
-            working(saved_tensor(self.use, "running_mean")),
-            working(saved_tensor(self.use, "running_var")),
+            working(self.saved_tensor("running_mean")),
+            working(self.saved_tensor("running_var")),
         )
         shape = (1, -1, *(1,) * (inputs.dim() - 2))
-        return (inputs - mean.view(shape)) * torch.rsqrt(variance + saved(self.use, "eps")).view(shape)
+        return (inputs - mean.view(shape)) * torch.rsqrt(variance + self.saved("eps")).view(shape)
 
 
 class ChannelBias(_Channels):

@@ -39,7 +39,7 @@ def find_layers(prepared: Prepared) -> list[Layer]:
     Layers whose weight is used several times count as one with more positions if all uses are products alike.
     """
     biases = {
-        id(rule.use.node): name
+        rule.use.node: name
         for name, rules in prepared.rules.items()
         for rule in rules
         if isinstance(rule, (MatrixBias, ConvolutionBias)) and len(rules) == 1
@@ -50,10 +50,10 @@ def find_layers(prepared: Prepared) -> list[Layer]:
         if len(kinds) != 1 or not kinds <= {MatrixProduct, ConvolutionWeight}:
             continue
         first = rules[0]
-        whole = all(rule.use.value.shape == first.use.parameter_shape and rule.use.value.reshaped for rule in rules)
+        whole = all(rule.value.shape == first.use.parameter_shape and rule.value.reshaped for rule in rules)
         if not whole:
             continue
-        bias = biases.get(id(first.use.node)) if len(rules) == 1 else None
+        bias = biases.get(first.use.node) if len(rules) == 1 else None
         if isinstance(first, MatrixProduct):
             orientations = {rule._by_rows for rule in rules if isinstance(rule, MatrixProduct)}
             if len(orientations) == 1:
@@ -93,7 +93,7 @@ def _convolution(rule: Rule) -> tuple[Tensor, Tensor]:
     b, t, r, channels = delta.shape[:4]
     delta = delta.reshape(b, t, r, groups, channels // groups, -1).permute(0, 3, 1, 5, 2, 4)  # (b, G, t, L, R, q)
     output = rule.use.output_shape[2:]
-    under = patches(rule._input.flatten(0, 1), rule.use.value.shape[2:], output, rule._stride, rule._dilation)
+    under = patches(rule._input.flatten(0, 1), rule.value.shape[2:], output, rule._stride, rule._dilation)
     under = under.reshape(b, t, groups, -1, math.prod(output)).permute(0, 2, 1, 4, 3)  # (b, G, t, L, p)
     return under.flatten(2, 3), delta.flatten(2, 3)
 
