@@ -225,14 +225,14 @@ class _Largest:
 
     def put(self, block: Block) -> None:
         b, r, runs, width = block.values.shape
-        base: Array | Tensor
+        values, first = block.values.reshape(-1, width), block.examples.start
         if isinstance(block.starts, int):
-            base = np.tile(np.arange(r, dtype=np.int64) * self._n_parameters + block.starts, b)
-        else:
-            offsets = torch.arange(r, device=block.starts.device) * self._n_parameters
-            base = (block.starts[:, None, :] + offsets[:, None]).reshape(-1)
-        example = np.repeat(np.arange(block.examples.start, block.examples.stop, dtype=np.int64), r * runs)
-        self._selectors.push(block.values.reshape(-1, width), base, example)
+            n, m = self._selectors.n_rows, self._n_parameters
+            self._selectors.push(values, largest.rows_at(block.starts, first, b, r, m, n))
+            return
+        offsets = torch.arange(r, device=block.starts.device) * self._n_parameters
+        base = (block.starts[:, None, :] + offsets[:, None]).reshape(-1)
+        self._selectors.push(values, base, np.repeat(np.arange(first, first + b, dtype=np.int64), r * runs))
 
     def put_pairs(self, pairs: Pairs) -> None:
         largest.push(self._selectors, pairs, self._n_parameters)

@@ -7,6 +7,7 @@ adds to the inner products of the columns comes from the factors, so that the de
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,6 +20,7 @@ from npeff.gradients import tiles
 from npeff.gradients.rules import Rule
 from npeff.gradients.tiles import Pairs
 from npeff.kernels import StreamingTopK
+from npeff.kernels.block_rows import BlockRows
 from npeff.models.parameters import Parameter
 
 Array = npt.NDArray[np.generic]
@@ -45,6 +47,13 @@ def worth_pairing(squared: bool, n_columns: int) -> Callable[[Parameter, list[Ru
         return not squared and formed >= _FEWEST and gram + _SHARE * formed < formed
 
     return decide
+
+
+@functools.lru_cache(maxsize=2048)
+def rows_at(start: int, first: int, b: int, r: int, column_stride: int, n_selectors: int) -> BlockRows:
+    """The rows of b examples, whose columns begin at one flat index each, example by example."""
+    bases = np.tile(np.arange(r, dtype=np.int64) * column_stride + start, b)
+    return BlockRows(bases, np.repeat(np.arange(first, first + b, dtype=np.int64), r), n_selectors)
 
 
 def push(selectors: StreamingTopK, pairs: Pairs, column_stride: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from npeff.fishers.rows import DenseRows, Rows
 from npeff.gradients.rules import Rule
 from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import NonFiniteError, StreamingSketch
+from npeff.kernels.block_rows import BlockRows
 from npeff.models.parameters import Parameter
 
 Array = npt.NDArray[Any]
@@ -72,21 +74,23 @@ class Sketched:
     def put(self, block: Block) -> None:
         """Take a block's values, where they lie."""
         b, r, runs, width = block.values.shape
-        values = block.values.reshape(-1, width)
-        example = np.arange(block.examples.start, block.examples.stop, dtype=np.int64)
-        rows = np.repeat(example[:, None] * r + np.arange(r), runs)
-        starts: Array | torch.Tensor
-        if isinstance(block.starts, int):
-            starts = np.full(b * r * runs, block.starts, np.int64)
-        else:
-            starts = block.starts[:, None, :].expand(b, r, runs).reshape(-1)
-        parameter = block.parameter
+        values, parameter, shape = block.values.reshape(-1, width), block.parameter, None
         if self._sketch.two_sided(parameter.shape):
             shape = (parameter.shape[0], parameter.shape[1])
-            first = (starts - parameter.offset) // shape[1]
-            self._sums.push_matrix(values, parameter.offset, shape, first, rows)
+        where: BlockRows | torch.Tensor
+        rows: Array | None = None
+        if isinstance(block.starts, int):
+            start = block.starts if shape is None else (block.starts - parameter.offset) // shape[1]
+            where = _rows_at(start, block.examples.start, b, r, self._sums.n_rows)
         else:
-            self._sums.push(values, starts, rows)
+            where = block.starts[:, None, :].expand(b, r, runs).reshape(-1)
+            where = where if shape is None else (where - parameter.offset) // shape[1]
+            example = np.arange(block.examples.start, block.examples.stop, dtype=np.int64)
+            rows = np.repeat(example[:, None] * r + np.arange(r), runs)
+        if shape is None:
+            self._sums.push(values, where, rows)
+        else:
+            self._sums.push_matrix(values, parameter.offset, shape, where, rows)
 
     def put_pairs(self, pairs: Pairs) -> None:
         """Take the factors of a two-sided parameter's gradients."""
@@ -112,3 +116,10 @@ class Sketched:
             return DenseRows.first_of_each(sums, counts)
 
         return rows
+
+
+@functools.lru_cache(maxsize=2048)
+def _rows_at(start: int, first: int, b: int, r: int, n_rows: int) -> BlockRows:
+    """The rows of b examples that begin at one flat index, example by example, column by column."""
+    rows = np.arange(first * r, (first + b) * r, dtype=np.int64)
+    return BlockRows(np.full(b * r, start, np.int64), rows, n_rows)

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,7 +176,8 @@ class Graph:
                 found.append(tuple(made.shape))
                 found.append(made.dtype)
             if name == _ACCUMULATOR:
-                number = parameters.get(id(node.variable), -1)
+                leaf: Any = node
+                number = parameters.get(id(leaf.variable), -1)
                 found.append(number)
                 self.leaves[number] = position
             elif name in _NUMBERED:
