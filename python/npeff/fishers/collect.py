@@ -100,6 +100,8 @@ class Collector:
         self._scale = scale.to(torch.float32)
         # A square may be 0 · ∞ where the Fisher is zero because the model is certain.
         self._certain = self._norm_scale == 0
+        there = devices.has_own_memory(factors.columns.device)
+        self._some_certain = squared and (there or bool(self._certain.any()))
         self._gram = torch.zeros(
             (n, self._n_columns, self._n_columns), dtype=torch.float64, device=factors.columns.device
         )
@@ -108,7 +110,7 @@ class Collector:
         self.paired: Callable[[Parameter, list[Rule]], bool] | None = None
         if isinstance(compress, TopK):
             self._sink = _Largest(n, self._n_columns, m, compress.k)
-            if not devices.has_own_memory(factors.columns.device):
+            if not there:
                 self.paired = largest.worth_pairing(squared, width)
         elif isinstance(compress, Sketch):
             self._sink = Sketched(n, self._n_columns, compress)
@@ -126,8 +128,8 @@ class Collector:
         if isinstance(block, Pairs):
             self._add_pairs(block)
             return
-        certain = self._certain[block.examples]
-        if self._squared and not (self._at_once and not bool(certain.any())):
+        if self._some_certain:
+            certain = self._certain[block.examples]
             block = replace(block, values=block.values.masked_fill(certain[:, None, None, None], 0.0))
         gram = block.gram
         if gram is None:
@@ -145,7 +147,7 @@ class Collector:
         pairs = pairs.squared() if self._squared else pairs
         gram = pairs.gram().to(self._gram.device, torch.float64)
         unsound = self._at_once and not torch.isfinite(gram).all()
-        unsound = unsound or (self._squared and bool(self._certain[pairs.examples].any()))
+        unsound = unsound or (self._some_certain and bool(self._certain[pairs.examples].any()))
         if unsound or not isinstance(self._sink, Sketched | _Largest):
             self.add(pairs.formed())
             return

@@ -17,6 +17,7 @@ from npeff.fishers.collect import Collected
 from npeff.fishers.fishers import FisherBlock
 from npeff.fishers.growing_rows import concatenate
 from npeff.fishers.shards import FisherWriter
+from npeff.kernels import NonFiniteError
 from npeff.kernels.transfers import HostCopy, InOrder
 from npeff.models.digests import ModelWatch
 
@@ -53,8 +54,8 @@ class UnderWay:
 class Course:
     """The order in which batches are computed, looked at and written.
 
-    On a device a batch is looked at when the next one has been given to it, so that it never runs dry. A batch with a
-    gradient that is not finite is then computed again, to say where.
+    A batch is computed without a look at its gradients. One with a gradient that is not finite is computed again, to
+    say where. On a device a batch is looked at when the next one has been given to it, so that the device never runs dry.
 
     Args:
         begin: Begins the computation of a batch: ``begin(batch, ids, at_once)``.
@@ -97,7 +98,10 @@ class Course:
         """
         with self._computing:
             self._watch.check()
-            under_way = self._begin(batch, ids, at_once=not self._deferred)
+            try:
+                under_way = self._begin(batch, ids, at_once=False)
+            except NonFiniteError:
+                under_way = self._begin(batch, ids, at_once=True)
             self._watch.check()
         self._waiting.append((batch, ids, digest, under_way))
         self._settle(1 if self._deferred else 0)
@@ -105,7 +109,7 @@ class Course:
     def _settle(self, left: int) -> None:
         while len(self._waiting) > left:
             batch, ids, digest, under_way = self._waiting.popleft()
-            if self._deferred and not under_way.finite():
+            if not under_way.finite():
                 with self._computing:
                     under_way = self._begin(batch, ids)
             self._thread.put((under_way, digest))

@@ -146,7 +146,8 @@ def tiles(
     Yields:
         Blocks, each overwritten by the next.
     """
-    per_row = n_columns * math.prod(parameter.shape[1:])
+    row_size = math.prod(parameter.shape[1:])
+    per_row = n_columns * row_size
     n_rows = parameter.shape[0] if parameter.shape else 1
     alone = rules[0] if len(rules) == 1 else None
     if alone is not None and isinstance(alone, Embedding) and _is_the_parameter(alone, parameter):
@@ -164,7 +165,7 @@ def tiles(
             continue
         for row in range(0, n_rows, n_tile_rows):
             rows = slice(row, min(row + n_tile_rows, n_rows))
-            offset = parameter.offset + row * math.prod(parameter.shape[1:])
+            offset = parameter.offset + row * row_size
             if squared:
                 square = (
                     alone.square(examples, rows) if alone is not None and _is_the_parameter(alone, parameter) else None

@@ -208,6 +208,8 @@ class StackedRule(Rule):
     def stacked(self, examples: slice, dim: int) -> Tensor:
         """δ of some examples, all columns side by side in a new dimension ``dim`` of ``(b', T, …)``."""
         pieces = [working(self.split(delta)[examples]) for delta in self._kept]
+        if len(pieces) == 1 and pieces[0].is_contiguous():
+            return pieces[0].unsqueeze(dim)
         shape = (*pieces[0].shape[:dim], len(pieces), *pieces[0].shape[dim:])
         return torch.stack(pieces, dim=dim, out=self.scratch.take("columns", shape, pieces[0]))
 
@@ -234,6 +236,9 @@ class SmallRule(Rule):
     @override
     def store(self, column: int, delta: Tensor) -> None:
         gradient = self.reduce(self.split(working(delta)))
+        if self._n_columns == 1:
+            self._kept = gradient.reshape(len(gradient), 1, *self.value.shape)
+            return
         if self._kept is None:
             self._kept = gradient.new_empty((len(gradient), self._n_columns, *self.value.shape))
         self._kept[:, column] = gradient.reshape(len(gradient), *self.value.shape)
