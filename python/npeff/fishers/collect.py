@@ -133,8 +133,7 @@ class Collector:
             block = replace(block, values=block.values.masked_fill(certain[:, None, None, None], 0.0))
         gram = block.gram
         if gram is None:
-            flat = _at_least_float32(block.values.flatten(2))
-            gram = torch.bmm(flat, flat.mT)
+            gram = _gram(_at_least_float32(block.values), block.starts)
         gram = gram.to(self._gram.device, torch.float64)
         if self._at_once and not torch.isfinite(gram).all():
             self._refuse_non_finite(block)
@@ -164,7 +163,8 @@ class Collector:
         if not len(bad):
             return
         example, _, run, offset = (int(i) for i in bad[0])
-        start = block.starts if isinstance(block.starts, int) else int(block.starts[example, run])
+        starts = (block.starts,) if isinstance(block.starts, int) else block.starts
+        start = starts[run] if isinstance(starts, tuple) else int(starts[example, run])
         name, index = self._parameters.locate(start + offset)
         value = float(block.values[tuple(bad[0])])
         position = int(self._ids[block.examples.start + example])
@@ -184,6 +184,7 @@ class _Whole:
         self._values: Array | None = None
 
     def put(self, block: Block) -> None:
+        assert not isinstance(block.starts, tuple), "exact rows are not gathered"
         scale = self._scale[block.examples]
         if self._on_the_way:
             scaled = block.values.to(torch.float32) * scale  # the block's own memory is used again
@@ -228,9 +229,10 @@ class _Largest:
     def put(self, block: Block) -> None:
         b, r, runs, width = block.values.shape
         values, first = block.values.reshape(-1, width), block.examples.start
-        if isinstance(block.starts, int):
+        if not isinstance(block.starts, Tensor):
+            starts = (block.starts,) if isinstance(block.starts, int) else block.starts
             n, m = self._selectors.n_rows, self._n_parameters
-            self._selectors.push(values, largest.rows_at(block.starts, first, b, r, m, n))
+            self._selectors.push(values, largest.rows_at(starts, first, b, r, m, n))
             return
         offsets = torch.arange(r, device=block.starts.device) * self._n_parameters
         base = (block.starts[:, None, :] + offsets[:, None]).reshape(-1)
@@ -242,6 +244,15 @@ class _Largest:
     def later(self) -> Callable[[Array, Array], Rows]:
         selections, n_columns, m = self._selectors.finish_later(), self._n_columns, self._n_parameters
         return lambda counts, scale: largest.sparse_rows(*selections(), n_columns, m, counts, scale)
+
+
+def _gram(values: Tensor, starts: Tensor | tuple[int, ...] | int) -> Tensor:
+    """Inner products of the columns ``(b, R, R)``; in float64 summed over gathered parameters."""
+    if isinstance(starts, tuple):
+        runs = values.transpose(1, 2)
+        return (runs @ runs.mT).sum(dim=1, dtype=torch.float64)
+    flat = values.flatten(2)
+    return torch.bmm(flat, flat.mT)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -50,10 +50,11 @@ def worth_pairing(squared: bool, n_columns: int) -> Callable[[Parameter, list[Ru
 
 
 @functools.lru_cache(maxsize=2048)
-def rows_at(start: int, first: int, b: int, r: int, column_stride: int, n_selectors: int) -> BlockRows:
-    """The rows of b examples, whose columns begin at one flat index each, example by example."""
-    bases = np.tile(np.arange(r, dtype=np.int64) * column_stride + start, b)
-    return BlockRows(bases, np.repeat(np.arange(first, first + b, dtype=np.int64), r), n_selectors)
+def rows_at(starts: tuple[int, ...], first: int, b: int, r: int, column_stride: int, n_selectors: int) -> BlockRows:
+    """The rows of b examples: example by example, column by column, one for each start."""
+    one = np.arange(r, dtype=np.int64)[:, None] * column_stride + np.array(starts, np.int64)
+    rows = np.repeat(np.arange(first, first + b, dtype=np.int64), one.size)
+    return BlockRows(np.tile(one.reshape(-1), b), rows, n_selectors)
 
 
 def push(selectors: StreamingTopK, pairs: Pairs, column_stride: int) -> None:

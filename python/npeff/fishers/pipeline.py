@@ -55,7 +55,8 @@ class Course:
     """The order in which batches are computed, looked at and written.
 
     A batch is computed without a look at its gradients. One with a gradient that is not finite is computed again, to
-    say where. On a device a batch is looked at when the next one has been given to it, so that the device never runs dry.
+    say where. On a device a batch is looked at when the next one has been given to it, so that the device is never
+    idle.
 
     Args:
         begin: Begins the computation of a batch: ``begin(batch, ids, at_once)``.

@@ -202,6 +202,7 @@ class Run:
                         squared=squared,
                         paired=collector.paired,
                         last_first=isinstance(self.compress, TopK),
+                        gathered=self.compress is not None,
                     ):
                         collector.add(block)
                     shown = to_host(detached.to(torch.float32))

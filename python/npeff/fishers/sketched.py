@@ -79,9 +79,11 @@ class Sketched:
             shape = (parameter.shape[0], parameter.shape[1])
         where: BlockRows | torch.Tensor
         rows: Array | None = None
-        if isinstance(block.starts, int):
-            start = block.starts if shape is None else (block.starts - parameter.offset) // shape[1]
-            where = _rows_at(start, block.examples.start, b, r, self._sums.n_rows)
+        if not isinstance(block.starts, torch.Tensor):
+            starts = (block.starts,) if isinstance(block.starts, int) else block.starts
+            if shape is not None:
+                starts = tuple((start - parameter.offset) // shape[1] for start in starts)
+            where = _rows_at(starts, block.examples.start, b, r, self._sums.n_rows)
         else:
             where = block.starts[:, None, :].expand(b, r, runs).reshape(-1)
             where = where if shape is None else (where - parameter.offset) // shape[1]
@@ -119,7 +121,7 @@ class Sketched:
 
 
 @functools.lru_cache(maxsize=2048)
-def _rows_at(start: int, first: int, b: int, r: int, n_rows: int) -> BlockRows:
-    """The rows of b examples that begin at one flat index, example by example, column by column."""
-    rows = np.arange(first * r, (first + b) * r, dtype=np.int64)
-    return BlockRows(np.full(b * r, start, np.int64), rows, n_rows)
+def _rows_at(starts: tuple[int, ...], first: int, b: int, r: int, n_rows: int) -> BlockRows:
+    """The rows of b examples: example by example, column by column, one for each start."""
+    rows = np.repeat(np.arange(first * r, (first + b) * r, dtype=np.int64), len(starts))
+    return BlockRows(np.tile(np.array(starts, np.int64), b * r), rows, n_rows)

@@ -309,6 +309,7 @@ class PerExampleGradients:
         squared: bool = False,
         paired: Callable[[Parameter, list[Rule]], bool] | None = None,
         last_first: bool = False,
+        gathered: bool = False,
     ) -> Iterator[Block | Pairs]:
         """Run the backward passes, then yield the per-example gradients.
 
@@ -318,30 +319,43 @@ class PerExampleGradients:
             squared: Yield Σ over columns of the squares instead.
             paired: Says of which parameters the factors are wanted rather than their products, where there are any.
             last_first: Begin with the last parameters.
+            gathered: Gather small parameters of one size in one block; give a large table that is used as embedding and
+                as output layer partly as runs, partly as factors, where ``paired`` says so of the output layer.
 
         Yields:
             Blocks that together cover every element of every selected parameter, except where gradients are
             zero.
         """
+        elements, n_columns = tiles.tile_elements(columns.device), columns.shape[2]
+        heads = {
+            name: tiles.head_of_tied(self.parameters.named(name), rules, n_columns, elements) if gathered else None
+            for name, rules in prepared.rules.items()
+        }
         as_factors = {
-            name: paired is not None and paired(self.parameters.named(name), rules)
+            name: paired is not None and paired(self.parameters.named(name), [head] if (head := heads[name]) else rules)
             for name, rules in prepared.rules.items()
         }
         whole = {id(rule) for name, rules in prepared.rules.items() if not as_factors[name] for rule in rules}
         self.backward(prepared, columns, whole)
         columns = columns.to(prepared.logits.dtype)
-        n, n_columns = prepared.batch.n_examples, columns.shape[2]
-        elements = tiles.tile_elements(columns.device)
+        n, small = prepared.batch.n_examples, list[tuple[Parameter, Rule]]()
         # The last layers first: they mostly have the largest gradients, so that a selection's threshold rises early.
         for name in reversed(list(prepared.rules)) if last_first else list(prepared.rules):
             parameter, rules = self.parameters.named(name), prepared.rules.pop(name)
             factors = None
+            if gathered and tiles.is_small(parameter, rules, n, n_columns, elements):
+                small.append((parameter, rules[0]))
+                continue
+            if as_factors[name] and heads[name] is not None:
+                yield from tiles.tied(parameter, rules, n, n_columns, squared, elements)
+                continue
             if as_factors[name]:
                 factors = tiles.pairs(parameter, rules, n, n_columns, elements)
             if factors is not None:
                 yield from factors
             else:
                 yield from tiles.tiles(parameter, rules, n, n_columns, squared, elements)
+        yield from tiles.gathered(small, n, squared)
         others = {name: self.tensors[name] for name in prepared.others}
         for group in groups(others, columns.shape[2], elements):
             for name, examples, gradient in self.fallback.gradients(

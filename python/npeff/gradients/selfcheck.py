@@ -277,6 +277,7 @@ def _sum(engine: Checked, name: str, rules: list[Rule], delta: list[Tensor], u: 
             start = block.starts - parameter.offset
             _add_examples(total[start : start + width], values[:, 0], weights)
         else:
+            assert isinstance(block.starts, Tensor), "small parameters were not to be gathered"
             values = values.to(torch.float64) * weights[:, None, None]
             rows = (block.starts - parameter.offset).reshape(-1) // width
             total.view(-1, width).index_add_(0, rows, values.reshape(-1, width))

@@ -141,6 +141,7 @@ def _add(engine: PerExampleGradients, batch: Batch, counted: Array, likelihood: 
                 if isinstance(block.starts, int):
                     total[block.starts : block.starts + values.shape[2]] += values[:, 0].sum(0)
                     continue
+                assert isinstance(block.starts, torch.Tensor), "small parameters were not to be gathered"
                 places = block.starts.cpu().numpy()[:, :, None] + np.arange(values.shape[2])
                 np.add.at(total, places, values)
             return

@@ -30,6 +30,7 @@ def place(block: Block, values: Tensor, mean: Tensor) -> None:
     if isinstance(block.starts, int):
         mean[block.starts : block.starts + width] += values.sum(dim=(0, 1, 2))
         return
+    assert isinstance(block.starts, Tensor), "small parameters were not to be gathered"
     columns = block.starts[:, :, None] + torch.arange(width, device=mean.device)
     mean.index_add_(0, columns.reshape(-1), values.sum(dim=1).reshape(-1))
 
@@ -47,6 +48,7 @@ def scatter(block: Block, rows: Tensor) -> None:
     if isinstance(block.starts, int):
         target[:, :, block.starts : block.starts + width] += values[:, :, 0]
         return
+    assert isinstance(block.starts, Tensor), "small parameters were not to be gathered"
     columns = (block.starts[:, :, None] + torch.arange(width, device=rows.device)).flatten(1)
     target.scatter_add_(2, columns[:, None].expand(-1, values.shape[1], -1), values.flatten(2))
 
@@ -64,6 +66,7 @@ def contract(block: Block, vectors: Tensor, out: Tensor) -> None:
     if isinstance(block.starts, int):
         out[block.examples] += values[:, 0] @ vectors[:, block.starts : block.starts + width].T
         return
+    assert isinstance(block.starts, Tensor), "small parameters were not to be gathered"
     reach = torch.arange(width, device=vectors.device)
     for row, (starts, value) in enumerate(zip(block.starts, values, strict=True), block.examples.start):
         out[row] += vectors[:, (starts[:, None] + reach).reshape(-1)] @ value.reshape(-1)

@@ -13,6 +13,7 @@ from typing_extensions import override
 from npeff.gradients.graph import Use
 from npeff.gradients.layout import Layout, layouts_of_rows
 from npeff.gradients.rules.base import Scratch, StackedRule, Unsupported
+from npeff.models import devices
 
 
 class Embedding(StackedRule):
@@ -48,21 +49,23 @@ class Embedding(StackedRule):
         inside = (tokens >= start) & (tokens < stop)
         return self._sum(delta * inside[:, None, :, None], (tokens - start).clamp(0, stop - start - 1), stop - start)
 
-    def looked_up(self, examples: slice) -> tuple[Tensor, Tensor]:
+    def looked_up(self, examples: slice) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient on the rows looked up alone.
 
         Returns:
-            ``(b', R, u, d)`` values and ``(b', u)`` rows of the table; zero values fill up examples with
-            fewer rows.
+            ``(b', R, u, d)`` values, ``(b', u)`` rows of the table, and ``(b', u)`` which of them count. Examples with
+            fewer rows are filled up with their first row again, and zero values, which do not count.
         """
         delta, tokens = self._stored(examples), self._tokens[examples]
         ordered, order = tokens.sort(dim=1)
         new = torch.ones_like(ordered)
         new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
         slot = new.cumsum(dim=1) - 1
-        width = int(slot[:, -1].max()) + 1
-        table_rows = tokens.new_zeros((len(tokens), width)).scatter_(1, slot, ordered)
-        return self._sum(delta, torch.zeros_like(slot).scatter_(1, order, slot), width), table_rows
+        # To know how many rows there are at most would mean waiting for a device.
+        width = tokens.shape[1] if devices.has_own_memory(tokens.device) else int(slot[:, -1].max()) + 1
+        table_rows = ordered[:, :1].repeat(1, width).scatter_(1, slot, ordered)
+        counts = torch.arange(width, device=tokens.device) <= slot[:, -1:]
+        return self._sum(delta, torch.zeros_like(slot).scatter_(1, order, slot), width), table_rows, counts
 
     @staticmethod
     def _sum(delta: Tensor, slot: Tensor, width: int) -> Tensor:

@@ -24,13 +24,16 @@ class MatrixProduct(StackedRule):
     """The weight of ``mm(x, W)`` or ``addmm(b, x, W)``; per example ∂/∂W = Σ_t x_t δ_tᵀ.
 
     W is either the parameter (in, out), or its transpose: then the gradient is made as (out, in).
+
+    Attributes:
+        by_rows: W is the parameter's transpose.
     """
 
     name = "linear"
 
     def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
         super().__init__(use, nodes, layout, scratch)
-        self._by_rows = use.value.untransposed is not None
+        self.by_rows = use.value.untransposed is not None
         self.value = use.value.untransposed or use.value
         addmm = use.operation == "AddmmBackward0"
         if addmm and self.saved("alpha") != 1:
@@ -45,7 +48,7 @@ class MatrixProduct(StackedRule):
     @override
     def block(self, examples: slice, rows: slice) -> Tensor:
         inputs = self._input[examples]
-        if not self._by_rows:
+        if not self.by_rows:
             return torch.matmul(inputs[:, :, rows].transpose(1, 2).unsqueeze(1), self.stacked(examples, 1))
         delta = self.stacked(examples, 2)[..., rows]
         b, t, r, out = delta.shape
@@ -56,12 +59,12 @@ class MatrixProduct(StackedRule):
         return torch.bmm(delta.reshape(b, t, r * out).transpose(1, 2), inputs, out=target).view(b, r, out, -1)
 
     @override
-    def pair_sizes(self) -> tuple[int, int, int] | None:
+    def pair_sizes(self) -> tuple[int, int, int]:
         return self.layout.positions, self.use.output_shape[-1], self._input.shape[2]
 
     @override
-    def pairs(self, examples: slice) -> tuple[Tensor, Tensor, bool] | None:
-        return self.stacked(examples, 2), self._input[examples], not self._by_rows
+    def pairs(self, examples: slice) -> tuple[Tensor, Tensor, bool]:
+        return self.stacked(examples, 2), self._input[examples], not self.by_rows
 
     @override
     def gram(self, examples: slice) -> Tensor | None:
@@ -72,7 +75,7 @@ class MatrixProduct(StackedRule):
 
     @override
     def square(self, examples: slice, rows: slice) -> Tensor | None:
-        if self.layout.positions > 1 or not self._by_rows:
+        if self.layout.positions > 1 or not self.by_rows:
             return None
         delta = self.stacked(examples, 2)[:, 0, :, rows].square().sum(dim=1)
         return delta[:, :, None] * self._input[examples].square()

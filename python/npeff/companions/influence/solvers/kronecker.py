@@ -55,9 +55,9 @@ def find_layers(prepared: Prepared) -> list[Layer]:
             continue
         bias = biases.get(first.use.node) if len(rules) == 1 else None
         if isinstance(first, MatrixProduct):
-            orientations = {rule._by_rows for rule in rules if isinstance(rule, MatrixProduct)}
+            orientations = {rule.by_rows for rule in rules if isinstance(rule, MatrixProduct)}
             if len(orientations) == 1:
-                layers.append(Layer(name, bias, 1, not first._by_rows))
+                layers.append(Layer(name, bias, 1, not first.by_rows))
         elif isinstance(first, ConvolutionWeight):
             layers.append(Layer(name, bias, first._groups, False))
     return layers
