@@ -19,9 +19,9 @@ from npeff.batches.batches import Batch, call_model, check_data, read_batches
 from npeff.components.factorisation import Factorisation
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.fishers.compress import Sketch, sketch_of
+from npeff.gradients.eligibility import differ
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
 from npeff.gradients.factors import FactorOptions, factorise, in_pieces
-from npeff.gradients.independence import differ
 from npeff.gradients.selection import placed, select_parameters
 from npeff.kernels import StreamingSketch
 from npeff.models.digests import model_digest

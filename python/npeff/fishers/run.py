@@ -28,9 +28,9 @@ from npeff.fishers.pipeline import Course, UnderWay
 from npeff.fishers.rows import Kind
 from npeff.fishers.shards import FisherWriter
 from npeff.gradients.budget import Budget
+from npeff.gradients.eligibility import differ
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.factors import FactorOptions, check_meaning, cotangent_bytes, factorise
-from npeff.gradients.independence import differ
 from npeff.gradients.selection import left_out
 from npeff.kernels.transfers import to_host
 from npeff.models import devices

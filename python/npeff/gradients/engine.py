@@ -20,10 +20,9 @@ from torch.autograd.graph import Node
 from npeff.batches.batches import Batch
 from npeff.errors import ModelError
 from npeff.gradients import tiles
-from npeff.gradients.eligibility import check_eligible
+from npeff.gradients.eligibility import check_eligible, check_independence
 from npeff.gradients.fallback import Fallback, Logits, groups
 from npeff.gradients.graph import Graph, Value
-from npeff.gradients.independence import check_independence
 from npeff.gradients.passes import backward, small_products
 from npeff.gradients.rules import Found, Rule, Unsupported, find_uses
 from npeff.gradients.rules.base import Scratch

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from npeff.gradients.rules.base import Rule, Scratch, SmallRule
-from npeff.gradients.rules.embedding import Embedding
-from npeff.gradients.rules.linear import MatrixProduct
+from npeff.gradients.rules.dense import MatrixProduct
+from npeff.gradients.rules.embedding_and_norm import Embedding
 from npeff.models import devices
 from npeff.models.parameters import Parameter
 

@@ -8,15 +8,13 @@ model it is used on.
 from __future__ import annotations
 
 from npeff.gradients.graph import Graph, Use, Value
-from npeff.gradients.layout import Layout
-from npeff.gradients.rules.base import Rule, Unsupported
+from npeff.gradients.rules.base import Layout, Rule, Unsupported
 from npeff.gradients.rules.convolution import ConvolutionBias, ConvolutionWeight
-from npeff.gradients.rules.elementwise import Broadcast, Difference, Product, Slope, Sum
-from npeff.gradients.rules.embedding import Embedding
-from npeff.gradients.rules.linear import MatrixBias, MatrixProduct
-from npeff.gradients.rules.normalisation import (
+from npeff.gradients.rules.dense import Broadcast, Difference, MatrixBias, MatrixProduct, Product, Slope, Sum
+from npeff.gradients.rules.embedding_and_norm import (
     BatchNormWeight,
     ChannelBias,
+    Embedding,
     FusedRMSNormWeight,
     GroupNormWeight,
     LayerNormBias,

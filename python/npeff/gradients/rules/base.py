@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,14 +14,54 @@ from torch.autograd.graph import GradientEdge, Node
 from typing_extensions import override
 
 from npeff.gradients.graph import Unsupported, Use
-from npeff.gradients.layout import Layout
 
-__all__ = ["Rule", "Scratch", "SmallRule", "StackedRule", "Unsupported", "working"]
+__all__ = ["Layout", "Rule", "Scratch", "SmallRule", "StackedRule", "Unsupported", "layouts_of_rows", "working"]
 
 
 def working(tensor: Tensor) -> Tensor:
     """The tensor in the dtype in which gradients are multiplied: half precisions become float32."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
+
+
+Order = Literal["examples first", "positions first", "examples second"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor's leading rows are shared out among examples.
+
+    Attributes:
+        examples: Number of examples, b.
+        positions: Rows per example, T (1 for a plain batch; time steps, patches, frames …).
+        order: ``"examples first"``: row = example·T + position; ``"positions first"``: row = position·b +
+            example; ``"examples second"``: the examples are dimension 1, positions dimension 0.
+    """
+
+    examples: int
+    positions: int
+    order: Order = "examples first"
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """View ``(b·T, …)`` (or ``(T, b, …)`` for ``"examples second"``) as ``(b, T, …)``."""
+        if self.order == "examples second":
+            return tensor.movedim(1, 0)
+        if self.order == "positions first":
+            return tensor.reshape(self.positions, self.examples, *tensor.shape[1:]).transpose(0, 1)
+        return tensor.reshape(self.examples, self.positions, *tensor.shape[1:])
+
+
+def layouts_of_rows(n_rows: int, n_examples: int) -> list[Layout]:
+    """The ways in which ``n_rows`` rows can belong to ``n_examples``, likeliest first.
+
+    None when they do not divide.
+    """
+    if n_rows == 0 or n_rows % n_examples:
+        return []
+    positions = n_rows // n_examples
+    orders: tuple[Order, ...] = (
+        ("examples first",) if positions == 1 or n_examples == 1 else ("examples first", "positions first")
+    )
+    return [Layout(n_examples, positions, order) for order in orders]
 
 
 class Scratch:

@@ -16,12 +16,13 @@ from torch.autograd.graph import Node
 from typing_extensions import override
 
 from npeff.gradients.graph import Use
-from npeff.gradients.layout import Layout, layouts_of_rows
 from npeff.gradients.rules.base import (
+    Layout,
     Scratch,
     SmallRule,
     StackedRule,
     Unsupported,
+    layouts_of_rows,
     working,
 )
 from npeff.kernels import convolution_gradients, dispatch

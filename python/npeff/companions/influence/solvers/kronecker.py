@@ -12,7 +12,7 @@ from torch import Tensor
 from npeff.gradients.engine import Prepared
 from npeff.gradients.rules.base import Rule, working
 from npeff.gradients.rules.convolution import ConvolutionBias, ConvolutionWeight, patches
-from npeff.gradients.rules.linear import MatrixBias, MatrixProduct
+from npeff.gradients.rules.dense import MatrixBias, MatrixProduct
 from npeff.models.parameters import Parameters
 
 
