@@ -14,6 +14,7 @@ from torch.func import functional_call, jvp
 
 from npeff.batches.batches import Batch
 from npeff.gradients.factors import Likelihood
+from npeff.gradients.fallback import CalledModel
 from npeff.perturbation.examples import Examples
 from npeff.perturbation.outputs import curvature
 from npeff.perturbation.weights import Direction, Weights
@@ -23,18 +24,6 @@ Call = Callable[[nn.Module, Batch], Tensor]
 
 STEP = {torch.float64: 1e-5, torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
 """Change of the outputs, relative to their size, that central differences aim for: rounding and curvature even out."""
-
-
-class _Holder(nn.Module):
-    """Lets functional_call replace the model's parameters around any way of calling it."""
-
-    def __init__(self, model: nn.Module, call: Call) -> None:
-        super().__init__()
-        self.training = model.training
-        self.model, self._call = model, call
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._call(self.model, batch)
 
 
 class Curvature:
@@ -56,7 +45,7 @@ class Curvature:
 
     def __init__(self, model: nn.Module, call: Call, weights: Weights, likelihood: Likelihood) -> None:
         self._model, self._call, self._weights, self._likelihood = model, call, weights, likelihood
-        self._holder = _Holder(model, call)
+        self._called = CalledModel(model, call)
         self.method: Method = "forward mode"
 
     def along(self, direction: Direction, examples: Examples, outputs: Tensor) -> npt.NDArray[Any]:
@@ -92,7 +81,7 @@ class Curvature:
         along = {f"model.{name}": part.to(tensors[name].dtype) for name, part in direction.items()}
 
         def outputs(moved: dict[str, Tensor]) -> Tensor:
-            return functional_call(self._holder, moved, (batch,))
+            return functional_call(self._called, moved, (batch,))
 
         try:
             with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
