@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from typing import Any, TypeVar
@@ -24,7 +25,12 @@ MOST_INDEX = 1 << 62
 
 def dtype_name(x: Operand) -> str:
     """``"float32"``, ``"int64"``, … for either kind."""
-    return str(x.dtype).removeprefix("torch.") if isinstance(x, torch.Tensor) else x.dtype.name
+    return _name(x.dtype)
+
+
+@functools.cache
+def _name(dtype: torch.dtype | np.dtype[Any]) -> str:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype.name
 
 
 def check(x: A, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]) -> A:
@@ -39,7 +45,7 @@ def check(x: A, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...
     x = _ordinary(x, name)
     if dtype_name(x) not in dtypes:
         raise ArgumentError(f"{name}: expected {' or '.join(dtypes)}, got {dtype_name(x)}")
-    if len(x.shape) != len(shape) or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
+    if len(x.shape) != len(shape) or any([want not in (None, got) for want, got in zip(shape, x.shape, strict=True)]):
         expected = ", ".join("any" if want is None else str(want) for want in shape)
         raise ArgumentError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")
     if isinstance(x, torch.Tensor):
