@@ -9,8 +9,7 @@ import torch
 
 from npeff.errors import ArgumentError
 from npeff.kernels import arrays, cuda, dispatch, reference
-from npeff.kernels.arrays import A
-from npeff.kernels.interop import accepts_cupy
+from npeff.kernels.arrays import A, accepts_cupy
 
 FLOATS = ("float32", "float64")
 DEVICE_FLOATS = (*FLOATS, "float16", "bfloat16")

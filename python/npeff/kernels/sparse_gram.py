@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from npeff.kernels import arrays, cuda, dispatch, reference
-from npeff.kernels.arrays import A, Array
-from npeff.kernels.interop import accepts_cupy
+from npeff.kernels.arrays import A, Array, accepts_cupy
 from npeff.kernels.sparse import check_csr, check_structure
 
 # Rates measured on one core (AVX-512): 0.45 scattered, 13 panel, 55 dense multiply-adds a nanosecond.

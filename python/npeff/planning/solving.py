@@ -22,7 +22,7 @@ from npeff.fishers.compress import Compression, GramOnly, TopK
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.rows import DenseRows
 from npeff.fishers.scaling import ScaledRows
-from npeff.kernels.threads import threads_for
+from npeff.kernels.dispatch import threads_for
 from npeff.planning.trial import Timing
 
 STEPS_PER_ROOT = 280
