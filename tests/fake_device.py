@@ -1,8 +1,8 @@
 """A CUDA device that is not there: tensors that say they are on it, and refuse to meet those of the processor.
 
-Each holds a tensor of the processor, on which the work is done; what is brought there and back, and what waits for the
-device, goes through here. With the CUDA kernels emulated (see emulated_device), the whole way from a model on a device to a
-decomposition on it runs where there is none.
+Each holds a tensor of the processor, on which the work is done; copies to and from the device, and operations that wait
+for it, go through this module. With the CUDA kernels emulated (see emulated_device), the whole way from a model on a
+device to a decomposition runs on a machine without one.
 """
 
 from __future__ import annotations

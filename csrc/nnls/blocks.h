@@ -1,7 +1,7 @@
 // nnls.h by blocks: a thread owns a row of the problem from the first sweep to the last. The coefficients lie transposed,
 // so that a warp's accesses are neighbours, and gram comes by panels that all threads read at the same place: both in
-// shared memory where they fit, or else in the workspace, where cross lies. As in simd.cpp, a panel's gradients are computed afresh, and
-// then its coordinates move one after the other while the rest of the panel hears of it.
+// shared memory where they fit, or else in the workspace, where cross lies. As in simd.cpp, a panel's gradients are
+// computed afresh; then its coordinates change one after the other, and each change is added to the panel's gradients.
 #pragma once
 
 #include "common/block.h"
