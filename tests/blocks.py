@@ -2,8 +2,8 @@
 
 The module has the functions of ``npeff._cuda`` (tests/native/emulated_cuda.cpp): the same bindings and the same blocks
 of threads, run one thread after the other in an order that the ``stream`` argument seeds. The functions defined here
-make plans and workspaces for them. The compiler is ``CXX``, or else ``c++``, ``g++`` or ``clang++``; where there is none
-the test is skipped.
+make plans and workspaces for them. The compiler is ``CXX``, or else ``c++``, ``g++`` or ``clang++``; where there
+is none the test is skipped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// What lets one source serve the processor and CUDA devices.
+// Macros and helpers for code that is compiled for the processor and for CUDA devices.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@
 
 namespace npeff {
 
-// Bit for bit, as memcpy does it.
+// The bits of `from` as another type of the same size.
 template <class To, class From>
 NPEFF_INLINE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast: sizes differ");
@@ -34,7 +34,7 @@ NPEFF_INLINE To bit_cast(const From& from) {
   return to;
 }
 
-// `a > b ? a : b` and its kin, for numbers and for vectors of them alike.
+// The larger of two, and the absolute value: of numbers, and of vectors element by element.
 template <class V> NPEFF_INLINE V larger(V a, V b) { return a > b ? a : b; }
 template <class V> NPEFF_INLINE V size_of(V a) { return a < 0 ? -a : a; }
 

@@ -84,7 +84,7 @@ class Pool {
   int size_ = 0, tickets_ = 0, active_ = 0;
 };
 
-// Never destroyed: its threads outlive static destructors. A forked child has none of them, so it starts anew.
+// Never destroyed: its threads outlive static destructors. A forked child has none of them, and makes a new pool.
 Pool* pool = nullptr;
 
 Pool& the_pool() {

@@ -1,4 +1,4 @@
-// sparse_gram.h by blocks: a tile of rows is laid out dense in shared memory, a window of columns at a time, and a
+// gram.h by blocks: a tile of rows is laid out dense in shared memory, a window of columns at a time, and a
 // longer stretch of rows is multiplied with it entry by entry: one broadcast value times 64 neighbouring numbers. The
 // sums stay in registers until the last window. Windows that no row of the tile has an entry in are skipped.
 #pragma once

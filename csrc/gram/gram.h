@@ -2,8 +2,8 @@
 //
 //   K (n_rows, n_rows); above the diagonal its entries are undefined until mirror()
 //
-// Columns of A that few rows share are best met entry by entry (gram_scatter), those that many share as a panel
-// (gram_panel), and those that nearly all share as a dense matrix product (which is the caller's).
+// Columns of A that few rows share are multiplied fastest entry by entry (gram_scatter), those that many share as a
+// panel (gram_panel), and those that nearly all share as a dense matrix product (which the caller makes).
 #pragma once
 
 #include "common/csr.h"

@@ -1,7 +1,7 @@
 // A tile holds a few vectors' worth of rows, transposed: for each coordinate, one vector of rows after the other.
 // Coordinates go in blocks. A block's gradient is computed afresh, gram[block, :]·w − cross, as a small matrix product
-// in registers; then its coordinates are updated one after the other, and only the rest of the block hears of it at
-// once. That is plain cyclic coordinate descent at the speed of a matrix product, with no gradient to keep up to date,
+// in registers; then its coordinates are updated one after the other, and each update is added to the gradients of the
+// block alone. That is plain cyclic coordinate descent at the speed of a matrix product, with no gradient to keep up to date,
 // or to drift. Several vectors of rows at a time, because each coordinate waits for the one before it.
 
 #include "common/simd.h"

@@ -1,4 +1,4 @@
-// The sums and products of segments.h, one row of an example at a time: all of its columns, or a thread's one.
+// The sums and products of segments.h, for one row of an example: all columns of the row, or those of one thread.
 #pragma once
 
 #include "common/half_types.h"

@@ -1,7 +1,7 @@
 // The flat map of sketch.h by blocks. Sums have no atomics of floats in them, so that their bits are the same every time:
 //
 //   rows    a block takes a stretch of a row and keeps float32 sums in shared memory. It sorts the 16-element blocks of
-//           the tile at hand by the owner of their group of buckets; an owner is four threads, four buckets of a group
+//           a tile by the owner of their group of buckets; an owner is four threads, four buckets of a group
 //           each, and adds what falls on its own buckets in the order of the input, read from device memory. Stretches
 //           are long against d, so that the sums cost little to write; they are added in float64, in order, by
 //   gather  one thread per bucket.
@@ -17,7 +17,7 @@
 
 namespace npeff {
 
-// A map with its hash keys at hand.
+// A map with its hash keys.
 struct SketchKeys {
   static constexpr int most_copies = 64;
   uint64_t keys[most_copies];

@@ -1,5 +1,5 @@
 // Which bucket and which sign a parameter has in a sketch. The seed and the parameter's index alone decide, so that
-// any machine, CPU or GPU, comes to the same sketch without having been told more.
+// every machine, CPU or GPU, computes the same sketch.
 //
 // Flat map: parameters are taken by blocks of 16 (index >> 4). A block falls on one group of 16 buckets: the element in
 // lane l goes to bucket 16·group + (l ^ turn) with a sign of its own. Two parameters of one block never meet; two of

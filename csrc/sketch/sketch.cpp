@@ -33,7 +33,7 @@ void sketch_rows(const SketchMap& map, const float* x, int64_t n_rows, int64_t w
   const uint32_t groups = groups_of(map), all = groups * map.copies;
   if (n_rows * width < small) threads = 1;
   // With few targets, several threads share one: each takes the blocks that fall on its own groups of buckets, so that
-  // no two add to one bucket and every bucket sees its terms in the same order as ever.
+  // no two add to one bucket and every bucket is given its terms in the same order.
   const int64_t parts = n_targets >= 4 * threads ? 1 : threads;
   parallel_for(n_targets * parts, threads, [&](int64_t task) {
     const int64_t t = task / parts;

@@ -1,5 +1,5 @@
 // Sparse Johnson–Lindenstrauss transforms: d numbers whose inner products are those of the long rows, up to noise of
-// variance at most (‖x‖²‖y‖² + ⟨x, y⟩²) / d. The maps are those of sketch_hash.h.
+// variance at most (‖x‖²‖y‖² + ⟨x, y⟩²) / d. The maps are those of hash.h.
 //
 // Sums are kept in float64 and added to in the order of the input, bucket by bucket: their bits do not depend on the
 // number of threads, nor on the instruction set, nor on how an input that comes in order is cut into calls.

@@ -22,7 +22,8 @@ struct CutShared {
   };
 };
 
-// The cut at the rank-th smallest (from 1) of the keys of entries i < n with chosen(i); there are that many. Keys < 2^63.
+// The cut at the rank-th smallest (from 1) of the keys of the entries i < n with chosen(i), which are at least `rank`.
+// Keys are below 2^63.
 template <class Block, class Chosen, class Key>
 NPEFF_INLINE Cut cut_at(const Block& block, CutShared<Block::threads>& s, int64_t n, int64_t rank, Chosen chosen, Key key) {
   constexpr int threads = Block::threads, buckets = CutShared<threads>::buckets, each_has = buckets / threads;

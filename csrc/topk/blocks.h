@@ -3,11 +3,11 @@
 //   prepare  one block per selector: guesses a threshold from a sample of what comes and what is held
 //   scan     many blocks: appends what beats the threshold to the selector's candidates, in any order
 //   settle   one block per selector: if the guess was too high, or more came than there is room for, what was appended
-//            is dropped and this block alone goes over the input again, selecting whenever its buffer is full; at last
+//            is dropped and this block alone reads the input again, selecting whenever its buffer is full; at last
 //            it selects if there are too many candidates for the next push
 //
-// so that the host need not know how a guess turned out. Order among the candidates never matters: an entry is told
-// from all others by its flat index.
+// so that the host need not know whether a guess was right. The order of the candidates does not matter: an entry is
+// identified by its flat index.
 #pragma once
 
 #include "topk/scan_block.h"

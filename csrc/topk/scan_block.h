@@ -1,4 +1,4 @@
-// The scan of the streaming top-k (topk_blocks.h): a block goes over a stretch of a row, 16 entries per thread at a time,
+// The scan of the streaming top-k (blocks.h): a block reads a stretch of a row, 16 entries per thread at a time,
 // collects what beats the threshold in shared memory, and appends it to the selector's candidates when there is much.
 #pragma once
 

@@ -8,7 +8,8 @@
 
 namespace npeff {
 
-// Stable, by key(bits, index), least significant digit first. bits, index: (n,), sorted in place. Keys are ≥ 0; digits in which all keys agree are passed over.
+// Stable, by key(bits, index), least significant digit first. bits, index: (n,), sorted in place. Keys are ≥ 0; digits in
+// which all keys agree are passed over.
 template <class Key>
 void radix_sort(uint32_t* bits, int64_t* index, int64_t n, Key key) {
   constexpr int digit = 11;

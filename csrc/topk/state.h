@@ -1,4 +1,4 @@
-// What the blocks of the streaming top-k (topk_blocks.h) share: selections in device memory, a push, and the narrowing.
+// What the blocks of the streaming top-k (blocks.h) share: selections in device memory, a push, and the narrowing.
 #pragma once
 
 #include "topk/block_select.h"
@@ -15,7 +15,7 @@ struct SelectorState {
   int64_t guessed;  // whether threshold is a guess that has to be checked
 };
 
-// n running selections in memory given by the caller, who never looks into it.
+// n running selections in memory that the caller gives and does not read.
 struct Selectors {
   int64_t n, k, capacity;
   int64_t keep_zeros;

@@ -97,7 +97,7 @@ def use(implementation: str | None) -> None:
             raise ArgumentError(f"implementation: expected reference, base, avx2 or avx512, got {implementation!r}")
         if _native is None or not _native.has_isa(implementation):
             raise ArgumentError(
-                f"implementation: {implementation} is not to be had here; there is: {', '.join(available())}"
+                f"implementation: {implementation} is not available here; available: {', '.join(available())}"
             )
     if _native is not None and implementation != "reference":
         _native.use_isa(implementation or next(isa for isa in ISAS if _native.has_isa(isa)))
