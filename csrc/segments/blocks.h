@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/block.h"
-#include "segments/rows.h"
+#include "segments/segments.h"
 
 namespace npeff {
 

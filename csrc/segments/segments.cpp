@@ -4,7 +4,6 @@
 
 #include "common/csr.h"
 #include "common/parallel.h"
-#include "segments/rows.h"
 
 namespace npeff {
 namespace {
