@@ -22,7 +22,7 @@ import torch
 from npeff.decomposition.coarse import Coarse
 from npeff.decomposition.forms import Form, State, usefulness
 from npeff.decomposition.search_state import Callback, Memory, Progress, Stopped, end_at
-from npeff.kernels.threads import threads_for
+from npeff.kernels.dispatch import threads_for
 
 WINDOW = 5
 """Iterations over which progress is judged."""

@@ -11,10 +11,9 @@ import torch
 
 from npeff.errors import ArgumentError, DataError
 from npeff.kernels import arrays, dispatch, reference
-from npeff.kernels.arrays import A, Array, Operand
+from npeff.kernels.arrays import A, Array, Operand, accepts_cupy
 from npeff.kernels.block_rows import BlockRows
 from npeff.kernels.cuda_topk import DeviceTopK, plan_rows
-from npeff.kernels.interop import accepts_cupy
 from npeff.kernels.transfers import to_host
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
