@@ -35,7 +35,7 @@ from npeff.gradients.rules.base import working
 from npeff.gradients.selection import placed, select_parameters
 from npeff.gradients.tiles import Block
 from npeff.models.digests import model_digest
-from npeff.storage.files import check_target, explain, reserve
+from npeff.storage.files import explain, reserve
 
 SOLVERS: dict[str, type[Solver]] = {
     kind.name: kind for kind in (ConjugateGradients, Exact, LiSSA, EmpiricalFisher, EKFAC, Identity)
@@ -178,8 +178,6 @@ class CrossLossInfluence:
             StorageError: ``out`` cannot be written.
         """
         target = None if out is None else check_path(out)
-        if target is not None:
-            check_target(target)
         if self._fitted is None:
             fitted = copy.copy(self).fit(train)
             self.stationarity = fitted.stationarity

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from npeff.companions.rollback.factor_models import FactorModel
-from npeff.companions.rollback.recipe import STEP_RULES, Recipe
+from npeff.companions.rollback.recipe import Recipe, RowOptimizer
 from npeff.companions.rollback.record import Record, RecordBuilder
 from npeff.errors import ArgumentError, ModelError
 
@@ -106,7 +106,7 @@ def run_epochs(
             f"{type(model).__name__} has no query_gradient, which fit needs; write it, or train with torch under "
             "RollbackRecorder"
         )
-    rule = STEP_RULES[recipe.optimizer](tables, recipe.learning_rate)
+    rule = RowOptimizer(recipe.optimizer, tables, recipe.learning_rate)
     answers, A = model.answers, tables[model.answers]
     sums = builder.sums if builder else None
     contexts = [list(zip(model.columns, rows, strict=False)) for rows in examples[:, :-1].tolist()]
