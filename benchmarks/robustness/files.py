@@ -299,7 +299,7 @@ def parts_of(folder: Path, fishers: dict[str, npeff.Fishers]) -> list[Subject]:
                 continue
             what = "shard" if chosen.endswith(".h5") else "header"
             ordered = {chosen: files[chosen], **files}
-            checksums = "dataset" if what == "shard" else None
+            checksums = what == "shard"
             found.append(Subject(f"unfinished Fishers, {name}, {what}", ordered, use_parts(header), checksums))
     return found
 

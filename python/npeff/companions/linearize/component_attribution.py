@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import functional_call, jvp
 
 from npeff.batches.batches import examples_at
 from npeff.companions.linearize.linearizing import Forward, linearize
 from npeff.companions.linearize.program import Frozen
+from npeff.companions.linearize.recording import plain_operations
 from npeff.components.components import Components
-from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.errors import ArgumentError, DataError
 from npeff.gradients.factors import Likelihood, check_meaning
 from npeff.perturbation.outputs import curvature
 from npeff.short_repr import short_repr
@@ -236,27 +236,17 @@ def _direction(model: nn.Module, components: Components, j: int) -> dict[str, Te
 
 
 def _directional_derivative(holder: _Holder, direction: dict[str, Tensor], x: Tensor) -> Tensor:
-    """J_i g for each example, ``(n, C)``: the transpose of one backward pass.
-
-    Raises:
-        ModelError: The model gives no ``(n, C)`` tensor, or none that depends on the parameters.
-    """
+    """J_i g for each example, ``(n, C)``, in forward mode."""
     named = dict(holder.model.named_parameters())
-    # fused attention has no second derivative
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        leaves = {name: named[name].detach().requires_grad_() for name in direction}
-        logits = functional_call(holder, {f"model.{name}": leaf for name, leaf in leaves.items()}, (x.clone(),))
-        logits = getattr(logits, "logits", logits)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.requires_grad:
-            raise ModelError("model: expected outputs (n, C) that depend on its parameters; pass forward=")
-        u = torch.zeros_like(logits).requires_grad_()
-        gradients = torch.autograd.grad(logits, list(leaves.values()), u, create_graph=True, allow_unused=True)
-        pairs = zip(gradients, direction.values(), strict=True)
-        along = sum(((g * step).sum() for g, step in pairs if g is not None), torch.zeros((), device=x.device))
-        if not along.requires_grad:
-            return torch.zeros_like(logits).detach()
-        found = torch.autograd.grad(along, u, allow_unused=True)[0]
-    return torch.zeros_like(logits).detach() if found is None else found.detach()
+    at = {f"model.{name}": named[name].detach() for name in direction}
+    along = {f"model.{name}": step for name, step in direction.items()}
+
+    def outputs(weights: dict[str, Tensor]) -> Tensor:
+        found = functional_call(holder, weights, (x.clone(),))
+        return getattr(found, "logits", found)
+
+    with plain_operations(holder.model):  # fused layers have no forward mode
+        return jvp(outputs, (at,), (along,))[1]
 
 
 def _metric(logits: Tensor, change: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:

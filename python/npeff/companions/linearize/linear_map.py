@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.func import jvp
 
 from npeff.companions.linearize.program import Frozen, Program
 from npeff.errors import ArgumentError, ModelError
@@ -60,11 +61,6 @@ class LinearMap:
             z = torch.zeros_like(self.x).requires_grad_()
             return z, self._program.run(z)
 
-    @cached_property
-    def _transposed(self) -> tuple[Tensor, Tensor]:
-        """Wᵀ·u with the graph to u, for which it is linear: its own transpose is W."""
-        return _transpose(*reversed(self._graph))
-
     # ---- W and b --------------------------------------------------------------------------------------
 
     @cached_property
@@ -111,8 +107,8 @@ class LinearMap:
             ArgumentError: ``v`` has another shape.
         """
         v = self._checked(v, self.x, "v")
-        self._program.check()
-        return self._out(self._gradients(*self._transposed, v[None])[0])
+        with torch.inference_mode(False), torch.no_grad():
+            return self._out(jvp(self._program.run, (torch.zeros_like(self.x),), (v.clone(),))[1])
 
     def rmatvec(self, c: Tensor) -> Tensor:
         """Wᵀ·c ``(n, *s)`` for ``c (n, K)``, by one backward pass; W is not formed.
@@ -248,35 +244,25 @@ class LinearMap:
 
         With a scale per source and example, one backward pass each. That needs the examples to come first in every
         constant, which shapes alone do not show: the sum is compared with b, and if it differs the scales are
-        without examples, at a backward pass for every source.
+        without examples, at a forward pass for every source.
         """
         n, n_sources = len(self._flat), len(self._program.sources)
         if not n_sources:
             return cotangents.new_zeros(0, n, len(cotangents))
         if n == 1 or (self._program.examples_first(n) and self._are_independent()):
-            found = self._pulled(*self._scaled(n_sources, n), cotangents).permute(1, 2, 0)
+            with torch.inference_mode(False), torch.enable_grad():
+                scales = torch.ones((n_sources, n), dtype=self.x.dtype, device=self.x.device).requires_grad_()
+                output = self._program.run(torch.zeros_like(self.x), scales)
+            size = max(1, BUDGET // self._program.widest)
+            parts = [self._gradients(output, scales, part) for part in torch.split(cotangents, size)]
+            found = torch.cat(parts).permute(1, 2, 0)
             expected = (cotangents * self._graph[1].detach()).sum(-1).T
             tolerance = 1e3 * torch.finfo(found.dtype).eps * found.abs().sum(0)
             if bool(((found.sum(0) - expected).abs() <= tolerance + torch.finfo(found.dtype).tiny).all()):
                 return found
-        output, scales = self._scaled(n_sources, None)
-        each = self._pulled(*_transpose(output, scales), torch.eye(n_sources, dtype=output.dtype).to(output))
+        zero = torch.zeros_like(self.x)
+        with torch.inference_mode(False), torch.no_grad():
+            units = torch.eye(n_sources, dtype=zero.dtype, device=zero.device)
+            run = lambda scales: self._program.run(zero, scales)  # noqa: E731
+            each = torch.stack([jvp(run, (torch.ones_like(unit),), (unit,))[1] for unit in units])
         return torch.einsum("snk,mnk->snm", each, cotangents)
-
-    def _scaled(self, n_sources: int, n: int | None) -> tuple[Tensor, Tensor]:
-        """The output at zero, and the scales of the sources that it has a graph to."""
-        shape = (n_sources,) if n is None else (n_sources, n)
-        with torch.inference_mode(False), torch.enable_grad():
-            scales = torch.ones(shape, dtype=self.x.dtype, device=self.x.device).requires_grad_()
-            return self._program.run(torch.zeros_like(self.x), scales), scales
-
-    def _pulled(self, output: Tensor, point: Tensor, cotangents: Tensor) -> Tensor:
-        size = max(1, BUDGET // self._program.widest)
-        return torch.cat([self._gradients(output, point, part) for part in torch.split(cotangents, size)])
-
-
-def _transpose(output: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the gradient at the point of u·output, with its graph to u, in which it is linear."""
-    with torch.inference_mode(False), torch.enable_grad():
-        u = torch.zeros_like(output).requires_grad_()
-        return torch.autograd.grad(output, point, u, create_graph=True)[0], u
