@@ -237,7 +237,7 @@ class CrossLossInfluence:
         return iterations
 
     def _test_gradients(self, test: RepeatableData) -> Iterator[Tensor]:
-        """``∇L_test`` batch by batch, ``(b, m)``."""
+        """Yield ``∇L_test`` batch by batch, ``(b, m)``."""
         call = lambda _, batch: call_loss(self.model, self.test_loss, batch, "test_loss")[:, None]  # noqa: E731
         engine = PerExampleGradients(self.model, self.parameters, call)
         tensors = list(engine.tensors.values())
@@ -303,7 +303,7 @@ def _products(block: Block, vectors: Tensor) -> Tensor:
 
 
 def _on_disk(shape: tuple[int, int], target: Path) -> Array:
-    """An array in a file beside ``target`` that has no name, and goes with the array.
+    """Make an array in a temporary file beside ``target`` that vanishes with the array.
 
     Raises:
         StorageError: The disk does not hold it.

@@ -69,7 +69,7 @@ class Scores:
         return np.asarray(self.values[:, test])
 
     def top(self, k: int = 16, test: int | None = None, direction: Direction = "both") -> Array:
-        """The training examples with most influence, strongest first, ties by lower index.
+        """Find the training examples with most influence, strongest first, ties by lower index.
 
         Args:
             k: How many at most.

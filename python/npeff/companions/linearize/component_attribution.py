@@ -217,7 +217,7 @@ class _Holder(nn.Module):
 
 
 def _direction(model: nn.Module, components: Components, j: int) -> dict[str, Tensor]:
-    """g_j by parameter, on the model's device.
+    """Get g_j by parameter, on the model's device.
 
     Raises:
         ArgumentError: The model has no such parameters.
@@ -236,7 +236,7 @@ def _direction(model: nn.Module, components: Components, j: int) -> dict[str, Te
 
 
 def _directional_derivative(holder: _Holder, direction: dict[str, Tensor], x: Tensor) -> Tensor:
-    """J_i g for each example, ``(n, C)``, in forward mode."""
+    """Compute J_i g for each example, ``(n, C)``, in forward mode."""
     named = dict(holder.model.named_parameters())
     at = {f"model.{name}": named[name].detach() for name in direction}
     along = {f"model.{name}": step for name, step in direction.items()}
@@ -250,7 +250,7 @@ def _directional_derivative(holder: _Holder, direction: dict[str, Tensor], x: Te
 
 
 def _metric(logits: Tensor, change: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
-    """M·ΔF ``(n, C)`` and √(ΔFᵀ M ΔF) ``(n,)`` in float64, M the Fisher of the outputs."""
+    """Compute M·ΔF ``(n, C)`` and √(ΔFᵀ M ΔF) ``(n,)`` in float64, M the Fisher of the outputs."""
     with torch.inference_mode(False), torch.enable_grad():
         u = change.detach().double().clone().requires_grad_()
         squared = curvature(logits.detach(), u, likelihood)

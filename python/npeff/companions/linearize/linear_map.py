@@ -77,7 +77,7 @@ class LinearMap:
         return torch.cat(list(self.rows()), dim=1 if self._batched else 0)
 
     def rows(self) -> Iterator[Tensor]:
-        """W some rows at a time.
+        """Compute W some rows at a time.
 
         Yields:
             ``(n, k, *s)``, the next k rows.
@@ -92,7 +92,7 @@ class LinearMap:
     # ---- products ---------------------------------------------------------------------------------------------
 
     def __call__(self, z: Tensor) -> Tensor:
-        """W·z + b: the frozen network at any point ``(n, *s)``.
+        """Compute W·z + b, the frozen network at any point ``(n, *s)``.
 
         Raises:
             ArgumentError: ``z`` has another shape.
@@ -101,7 +101,7 @@ class LinearMap:
             return self._out(self._program.run(self._checked(z, self.x, "z")))
 
     def matvec(self, v: Tensor) -> Tensor:
-        """W·v ``(n, K)`` for ``v (n, *s)``, by one pass; W is not formed.
+        """Compute W·v ``(n, K)`` for ``v (n, *s)``, by one pass; W is not formed.
 
         Raises:
             ArgumentError: ``v`` has another shape.
@@ -111,7 +111,7 @@ class LinearMap:
             return self._out(jvp(self._program.run, (torch.zeros_like(self.x),), (v.clone(),))[1])
 
     def rmatvec(self, c: Tensor) -> Tensor:
-        """Wᵀ·c ``(n, *s)`` for ``c (n, K)``, by one backward pass; W is not formed.
+        """Compute Wᵀ·c ``(n, *s)`` for ``c (n, K)``, by one backward pass; W is not formed.
 
         Raises:
             ArgumentError: ``c`` has another shape.
@@ -122,7 +122,9 @@ class LinearMap:
     # ---- contributions -----------------------------------------------------------------------------------------
 
     def contributions(self, c: Tensor | None = None) -> Tensor:
-        """``(n, K, *s)`` W_k ∘ x: the contribution of each number of the point to each output. They and b sum to F(x).
+        """Compute W_k ∘ x ``(n, K, *s)``: the contribution of each number of the point to each output.
+
+        The contributions and b sum to F(x).
 
         Args:
             c: ``(n, K)`` weights of outputs: then ``(n, *s)``, the contributions to Σ_k c_k·F_k, by one backward pass.
@@ -178,7 +180,7 @@ class LinearMap:
         return gap / largest if largest else gap
 
     def same_pattern(self, z: Tensor) -> bool:
-        """Whether all gates and selections at another point ``(n, *s)`` are those of x, so that the map holds there.
+        """Tell whether all gates and selections at another point ``(n, *s)`` are those of x: then the map holds there.
 
         Raises:
             ArgumentError: ``z`` has another shape.
@@ -203,7 +205,7 @@ class LinearMap:
         return given.detach().to(like)
 
     def _pull(self, cotangents: Tensor) -> Tensor:
-        """Wᵀ of each of ``(m, n, K)`` cotangents: ``(m, n, *s)``, without the n where the point has none.
+        """Compute Wᵀ·c for each c of ``(m, n, K)`` cotangents: ``(m, n, *s)``, without the n where the point has none.
 
         Raises:
             ModelError: Examples influence each other.
@@ -230,7 +232,7 @@ class LinearMap:
         return torch.stack(rows)
 
     def _are_independent(self) -> bool:
-        """Whether every other example's outputs have no gradient at the examples between."""
+        """Tell whether every other example's outputs have no gradient at the examples between."""
         if not self._independent:
             z, output = self._graph
             cotangent = torch.zeros_like(output)
@@ -240,7 +242,7 @@ class LinearMap:
         return self._independent
 
     def _from_sources(self, cotangents: Tensor) -> Tensor:
-        """The contribution of each source to each of ``(m, n, K)`` combinations of outputs: ``(sources, n, m)``.
+        """Compute each source's contribution to each of ``(m, n, K)`` combinations of outputs: ``(sources, n, m)``.
 
         With a scale per source and example, one backward pass each. That needs the examples to come first in every
         constant, which shapes alone do not show: the sum is compared with b, and if it differs the scales are

@@ -196,7 +196,7 @@ def _embedding(model: nn.Module) -> str:
 
 
 def _n_examples(point: Tensor, output: Tensor, batched: bool | None) -> int | None:
-    """The number of examples that come first in the point and in the output; None for one map of all.
+    """Find the number of examples that come first in the point and in the output; None for one map of all.
 
     Raises:
         ArgumentError: They are not batched as asked for.

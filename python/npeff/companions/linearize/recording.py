@@ -52,7 +52,7 @@ class _Memory:
     steps: dict[Geometry, int] = field(default_factory=dict)
 
     def positions(self, wanted: Geometry) -> Tensor:
-        """Flat positions in the whole of a view's elements, in the view's shape.
+        """Find the flat positions in the whole of a view's elements, in the view's shape.
 
         Raises:
             ModelError: The view reaches outside the whole.
@@ -86,7 +86,7 @@ class Values:
         self._memories: dict[int | None, _Memory] = {}
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor's memory has a step."""
+        """Tell whether a tensor's memory has a step."""
         return key(tensor) in self._memories
 
     def step(self, tensor: Tensor) -> int:

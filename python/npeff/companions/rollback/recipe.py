@@ -60,7 +60,7 @@ class Recipe:
             )
 
     def schedule(self, epoch: int, answers: Array, n_answers: int) -> tuple[Array, Array]:
-        """One epoch.
+        """Draw one epoch.
 
         Args:
             epoch: From 0.
@@ -79,7 +79,7 @@ class Recipe:
 
 
 def _distinct(rng: np.random.Generator, n: int, k: int, size: int) -> Array:
-    """``(n, k)`` int64: rows of k different numbers below ``size``, uniform."""
+    """Draw ``(n, k)`` int64: rows of k different numbers below ``size``, uniform."""
     if k == size:
         return np.tile(np.arange(size), (n, 1))
     if k * k > size:  # collisions are likely: take the smallest of random keys
@@ -99,18 +99,21 @@ def _distinct(rng: np.random.Generator, n: int, k: int, size: int) -> Array:
 
 
 def _sgd(gradient: Array, rate: float, step: Array) -> tuple[Array, ...]:
-    """``−η g``, as ``torch.optim.SGD``."""
+    """Take a step of ``−η g``, as ``torch.optim.SGD``."""
     return (-rate * gradient,)
 
 
 def _adagrad(gradient: Array, rate: float, step: Array, sums: Array) -> tuple[Array, ...]:
-    """``S += g²; −η g / (√S + 1e-10)``, as ``torch.optim.Adagrad``."""
+    """Take a step of ``−η g / (√S + 1e-10)`` after ``S += g²``, as ``torch.optim.Adagrad``."""
     sums = sums + gradient * gradient
     return -rate * gradient / (np.sqrt(sums) + 1e-10), sums
 
 
 def _adam(gradient: Array, rate: float, step: Array, mean: Array, square: Array) -> tuple[Array, ...]:
-    """``m += (1−β₁)(g−m); v += (1−β₂)(g²−v); −η √(1−β₂ᵗ)/(1−β₁ᵗ) · m/(√v + ε)``, as ``torch.optim.SparseAdam``."""
+    """Take a step of ``−η √(1−β₂ᵗ)/(1−β₁ᵗ) · m/(√v + ε)``, as ``torch.optim.SparseAdam``.
+
+    Before it ``m += (1−β₁)(g−m)`` and ``v += (1−β₂)(g²−v)``; t counts the steps.
+    """
     b1, b2, epsilon = 0.9, 0.999, 1e-8
     t = np.maximum(step, 1)
     size = (rate * np.sqrt(1 - b2**t) / (1 - b1**t)).astype(gradient.dtype)

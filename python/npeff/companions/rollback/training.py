@@ -1,4 +1,4 @@
-"""Training at batch size 1 under record: by gradients in closed form, or in a loop of your own with torch.
+"""Training at batch size 1 under record: by gradients in closed form, or in your own loop with torch.
 
 The closed form also trains many models side by side that each leave examples out.
 """
@@ -226,7 +226,7 @@ class RollbackRecorder:
         return self
 
     def step(self, example: int, closure: Any = None) -> Any:
-        """``optimizer.step()`` for one training example, recorded.
+        """Call ``optimizer.step()`` for one training example, and record it.
 
         Args:
             example: Its position in ``examples``; the gradients must be of its loss alone.
@@ -259,7 +259,7 @@ class RollbackRecorder:
         return result
 
     def _own(self, example: int, table: str) -> Tensor | None:
-        """Rows to compare: the example's own, or (None) all."""
+        """Find the rows to compare: the example's own, or (None) all."""
         if self._all_rows:
             return None
         pairs = zip(self._examples[example].tolist(), self._model.columns, strict=True)
