@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from npeff.batches.batches import examples_at
-from npeff.companions.linearize.linearizing import Forward, linearize
+from npeff.companions.linearize.linearizing import Forward, linearize, model_output
 from npeff.companions.linearize.program import Frozen
 from npeff.companions.linearize.recording import plain_operations
 from npeff.components.components import Components
@@ -242,8 +242,8 @@ def _directional_derivative(holder: _Holder, direction: dict[str, Tensor], x: Te
     along = {f"model.{name}": step for name, step in direction.items()}
 
     def outputs(weights: dict[str, Tensor]) -> Tensor:
-        found = functional_call(holder, weights, (x.clone(),))
-        return getattr(found, "logits", found)
+        run = lambda _, given: functional_call(holder, weights, (given,))  # noqa: E731
+        return model_output(holder.model, x.clone(), run).flatten(1)
 
     with plain_operations(holder.model):  # fused layers have no forward mode
         return jvp(outputs, (at,), (along,))[1]
