@@ -163,11 +163,11 @@ class RowOptimizer:
             rows: One row, or k rows, that have no update in this step yet.
             gradient: ``(width,)`` or ``(k, width)``; with R models a last axis of R.
         """
-        before = [average[rows] for average in self._averages[table]]
-        change, *after = self._rule(gradient, self._rate, self._step, *before)
+        averages = self._averages[table]
+        change, *after = self._rule(gradient, self._rate, self._step, *[average[rows] for average in averages])
         if self._active is not None:
             change = change * self._active
-            after = [np.where(self._active, new, old) for new, old in zip(after, before, strict=True)]
-        for average, values in zip(self._averages[table], after, strict=True):
-            average[rows] = values
-        return np.asarray(change)
+            after = [np.where(self._active, new, old[rows]) for new, old in zip(after, averages, strict=True)]
+        for index, values in enumerate(after):
+            averages[index][rows] = values
+        return change

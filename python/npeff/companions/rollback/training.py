@@ -117,7 +117,8 @@ def run_epochs(
             for step, d in enumerate(order.tolist()):
                 active = None if kept is None or full[d] else kept[d]
                 held = [tables[table][row] for table, row in contexts[d]]
-                X = A[candidates[d]]
+                chosen = candidates[d]
+                X = A[chosen]
                 q = model.query(held)
                 p = X @ q if kept is None else np.einsum("ndr,dr->nr", X, q)
                 p -= p.max(0)
@@ -125,7 +126,7 @@ def run_epochs(
                 p /= p.sum(0)
                 p[0] -= 1  # now the gradient by the scores
                 by_query = p @ X if kept is None else np.einsum("nr,ndr->dr", p, X)
-                rows, by_rows = candidates[d].tolist(), p[:, None] * q
+                rows, by_rows = chosen.tolist(), p[:, None] * q
                 own: list[int] = [0]  # places of the example's rows among the candidates
                 others: dict[tuple[str, int], Array] = {}  # gradients of its other rows
                 for key, gradient in zip(contexts[d], model.query_gradient(held, by_query), strict=True):
@@ -135,9 +136,9 @@ def run_epochs(
                     else:
                         others[key] = others[key] + gradient if key in others else gradient
                 rule.begin(active)
-                change = rule.update(answers, candidates[d], by_rows)
+                change = rule.update(answers, chosen, by_rows)
                 changes = [(table, row, rule.update(table, row, gradient)) for (table, row), gradient in others.items()]
-                A[candidates[d]] = X + change
+                A[chosen] = X + change
                 for table, row, update in changes:
                     tables[table][row] += update
                 if sums:
