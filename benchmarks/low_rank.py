@@ -26,7 +26,7 @@ from scipy.optimize import linear_sum_assignment
 
 import npeff
 from npeff.decomposition.published_algorithm import DivergedError
-from npeff.decomposition.spaces import project_rows
+from npeff.fishers.row_products import project_rows
 from npeff.fishers.scaling import scale
 from npeff.models import datasets
 from npeff.models import networks as models

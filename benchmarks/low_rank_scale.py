@@ -157,7 +157,7 @@ def limited(args: argparse.Namespace) -> None:
                 said = f"2 steps, loss {found.loss:.4f}"
             else:
                 allowed = args.megabytes * 10**6 - peak.before - (150 << 20)
-                short: dict[str, Any] = {"starts": 1, "moves": 4, "tolerance": 1e-4}
+                short: dict[str, Any] = {"n_init": 1, "n_replacements": 4, "tolerance": 1e-4}
                 found = npeff.decompose(rows, args.components, memory=allowed, progress=False, **short)
                 course = found.provenance["course"]
                 said = f"finished: loss {found.loss:.5f}, {course['iterations']} steps, space {course['space']}"

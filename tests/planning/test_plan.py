@@ -183,17 +183,17 @@ def test_advice_follows_the_budget(model, data):
 def test_space_follows_from_bytes_and_operations():
     needs = needed_bytes(TopK(64), 1000, 3000, 500, 1_000_000, 16)
     assert needs["gram"] > 4 * 3000**2
-    short, long = {"gram": 1.0, "sparse": 2.0}, {"gram": 2.0, "sparse": 1.0}
+    short, long = {"gram": 1.0, "rows": 2.0}, {"gram": 2.0, "rows": 1.0}
     assert choose(TopK(64), needs, short, 3000, 10**12)[0] == "gram"
-    assert choose(TopK(64), needs, long, 3000, 10**12)[0] == "sparse"
-    assert choose(TopK(64), needs, short, 3000, needs["sparse"])[0] == "sparse"
-    assert choose(TopK(64), needs, short, 3000, 0)[0] == "sketch"
+    assert choose(TopK(64), needs, long, 3000, 10**12)[0] == "rows"
+    assert choose(TopK(64), needs, short, 3000, needs["rows"])[0] == "rows"
+    assert choose(TopK(64), needs, short, 3000, 0)[0] == "streamed"
     assert choose(GramOnly(), needed_bytes(GramOnly(), 1000, 3000, 500, 0, 16), short, 3000, 0)[0] == "gram"
     million = needed_bytes(Sketch(64), 10**6, 3 * 10**6, 64, 768 * 10**6, 16)
-    assert choose(Sketch(64), million, short, 3 * 10**6, 10**13)[0] == "sparse"
+    assert choose(Sketch(64), million, short, 3 * 10**6, 10**13)[0] == "rows"
     few, many = (operations(None, n_rows, 10**5, n_rows * 10**5, 16) for n_rows in (100, 10**5))
-    assert few["gram"] < few["sparse"]
-    assert many["gram"] > many["sparse"]
+    assert few["gram"] < few["rows"]
+    assert many["gram"] > many["rows"]
 
 
 def test_json_and_text_hold_the_same_choices(model, data):

@@ -38,7 +38,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
     examples="""
         npeff decompose fishers.h5 --components 64 --out components.h5
         npeff decompose fishers.h5 --components 16,32,64,128 --select --out components.h5
-        npeff decompose fishers.h5 --components 64 --block-weights balanced --starts 8 --out components.h5
+        npeff decompose fishers.h5 --components 64 --block-weights balanced --n-init 8 --out components.h5
         npeff decompose fishers.h5 --components 48 --wrong-only --out heuristics.h5
     """,
     shared=True,
@@ -62,13 +62,13 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
 )
 @click.option(
     "--space",
-    type=click.Choice(["auto", "gram", "sparse", "sketch"]),
+    type=click.Choice(["auto", "gram", "rows", "streamed"]),
     default="auto",
     show_default=True,
     help="Work on inner products of rows, on the rows in memory, or on rows streamed from FISHERS.",
 )
-@click.option("--starts", type=click.IntRange(min=1), help="Random starts; the best goes on.")
-@click.option("--moves", type=click.IntRange(min=0), help="Attempts to replace poor components.")
+@click.option("--n-init", type=click.IntRange(min=1), help="Random starts; the best goes on.")
+@click.option("--n-replacements", type=click.IntRange(min=0), help="Attempts to replace poor components.")
 @click.option("--max-iterations", type=click.IntRange(min=1), help="Limit of each descent.")
 @click.option("--tolerance", type=click.FloatRange(min=0), help="Relative decrease of the loss at which it ends.")
 @click.option(
@@ -131,7 +131,8 @@ def decompose(
     if wrong_only:
         fishers = fishers.filter(wrong=True)
     if several():
-        components = decompose_together(fishers, numbers[0], out, select, progress=not quiet, **given)
+        given.setdefault("checkpoint", out.with_name(f"{out.name}.search"))
+        components = decompose_together(fishers, numbers[0], select, progress=not quiet, **given)
         if components is None:
             return
     else:
@@ -141,6 +142,8 @@ def decompose(
         if selection is not None:  # for the report
             components = replace(components, provenance={**components.provenance, "selection": selection.to_json()})
     components.save(out)
+    if given.get("checkpoint"):  # only now that the components are safe
+        Path(given["checkpoint"]).unlink(missing_ok=True)
     click.echo(
         f"{out}: {components.n_components} components of {len(fishers):,} examples, relative loss {components.loss:.4f}"
     )

@@ -13,8 +13,7 @@ from torch import nn
 
 from npeff.batches.batches import batch_digest, check_data, read_batch
 from npeff.components.loading import load
-from npeff.decomposition.communicator import Group, Local
-from npeff.distributed.launch import connect, told_to_end
+from npeff.decomposition.processes import Group, Local, connect, ending_together
 from npeff.distributed.merging import merge_shares, remove_shares, share_path
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError
 from npeff.fishers import computation
@@ -94,7 +93,7 @@ def compute_fishers(
                 **options,
             )
 
-    with told_to_end(group):
+    with ending_together(group):
         group.together(work)
         same.compare("the end")
         group.together(lambda: merge_shares(out, group.size) if group.rank == 0 else None)

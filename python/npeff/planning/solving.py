@@ -1,9 +1,9 @@
 """What the decomposition of Fishers that do not exist yet will take.
 
-Bytes follow from the shapes, as :func:`npeff.decomposition.choice.choose_space` counts them. Seconds are those of real
-steps on random rows of the right shape, times the number of steps: half way (in the logarithm) between what a search on
-the trial's own Fishers took and what searches have taken elsewhere. Few examples say little about many, so the seconds
-are a guide and no more.
+Bytes follow from the shapes, as :func:`npeff.decomposition.space_choice.choose_space` counts them. Seconds are those of
+real steps on random rows of the right shape, times the number of steps: half way (in the logarithm) between what a
+search on the trial's own Fishers took and what searches have taken elsewhere. Few examples say little about many, so
+the seconds are a guide and no more.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from npeff.decomposition.choice import DENSE_RATE, GRAM_BYTES, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
 from npeff.decomposition.low_rank import LowRank
-from npeff.decomposition.spaces import SparseSpace
+from npeff.decomposition.space_choice import DENSE_RATE, GRAM_BYTES, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
+from npeff.decomposition.spaces import RowSpace
 from npeff.decomposition.subspace import DIMENSIONS
 from npeff.fishers.compress import Compression, GramOnly, TopK
 from npeff.fishers.fishers import Fishers
@@ -41,7 +41,7 @@ class Solving:
 
     Attributes:
         n_components: r.
-        space: ``"gram"``, ``"sparse"`` or ``"sketch"``.
+        space: ``"gram"``, ``"rows"`` or ``"streamed"``.
         memory_bytes: Held by the decomposition at most.
         seconds: Expected, by the wall clock: a guide.
         cpu_seconds: Likewise, of the processor.
@@ -82,8 +82,8 @@ def needed_bytes(
     counting = stored + 8 * n_parameters if isinstance(compress, TopK) else 0
     return {
         "gram": max(counting, state + subspace + 4 * n_rows**2 + held + 8 * r * width),
-        "sparse": max(counting, state + subspace + wide + held),
-        "sketch": max(counting, state + subspace + wide + (64 << 20)),
+        "rows": max(counting, state + subspace + wide + held),
+        "streamed": max(counting, state + subspace + wide + (64 << 20)),
     }
 
 
@@ -99,14 +99,14 @@ def choose(
         n_rows: Rows.
         ceiling: Memory allowed.
     """
-    if "sparse" not in needs:
+    if "rows" not in needs:
         return "gram", "inner products are all there is"
-    gram_fits, rows_fit = 4 * n_rows**2 <= GRAM_BYTES and needs["gram"] <= ceiling, needs["sparse"] <= ceiling
-    if gram_fits and (not rows_fit or work["gram"] < work["sparse"]):
+    gram_fits, rows_fit = 4 * n_rows**2 <= GRAM_BYTES and needs["gram"] <= ceiling, needs["rows"] <= ceiling
+    if gram_fits and (not rows_fit or work["gram"] < work["rows"]):
         return "gram", f"K of {n_rows:,} rows fits into memory" + (" and takes less time" if rows_fit else "")
     if rows_fit:
-        return "sparse", "the rows take less time than K" if gram_fits else "K does not fit into memory, the rows do"
-    return "sketch", "neither K nor the rows fit into memory: they stream from disk"
+        return "rows", "the rows take less time than K" if gram_fits else "K does not fit into memory, the rows do"
+    return "streamed", "neither K nor the rows fit into memory: they stream from disk"
 
 
 def operations(compress: Compression | None, n_rows: int, width: int, entries: int, r: int) -> dict[str, float]:
@@ -127,7 +127,7 @@ def operations(compress: Compression | None, n_rows: int, width: int, entries: i
     elif isinstance(compress, TopK):
         building = min(building, entries**2 / max(1, width) * DENSE_RATE / SCATTER_RATE)
     rows = 2.0 * entries * products * (DENSE_RATE / SPARSE_RATE if isinstance(compress, TopK) else 1.0)
-    return {"gram": building + 2.0 * n_rows**2 * products, "sparse": rows + turning, "sketch": rows + turning}
+    return {"gram": building + 2.0 * n_rows**2 * products, "rows": rows + turning, "streamed": rows + turning}
 
 
 def step_seconds(n_examples: int, n_rows: int, r: int) -> Timing:
@@ -139,7 +139,7 @@ def step_seconds(n_examples: int, n_rows: int, r: int) -> Timing:
     rows = DenseRows(rng.standard_normal((n * per, d), np.float32))
     offsets = np.arange(n + 1, dtype=np.int64) * per
     scaled = ScaledRows(rows, offsets, None, np.ones(n), None)
-    space = SparseSpace(rows)
+    space = RowSpace(rows)
     form = LowRank(space, scaled)
     with threads_for(space.step_bytes):
         state = form.start(min(r, n * per), torch.Generator().manual_seed(0))
@@ -166,7 +166,7 @@ def tried_search(fishers: Fishers, n_components: int) -> Search:
         fishers: Low-rank ones.
         n_components: Of the larger one; there are fewer here where there are less than four examples for each.
     """
-    from npeff.decomposition.decomposition import decompose
+    from npeff.decomposition.decompose import decompose
 
     offsets = np.asarray(fishers.row_offsets)
     n = int(np.searchsorted(offsets, SEARCH_ROWS, side="right")) - 1
