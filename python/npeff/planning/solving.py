@@ -26,7 +26,7 @@ from npeff.kernels.threads import threads_for
 from npeff.planning.trial import Timing
 
 STEPS_PER_ROOT = 280
-"""Steps of a whole search (three starts, up to forty moves) per √r: measured searches took 220 to 400."""
+"""Steps of a whole search (three starts, up to forty replacements) per √r: measured searches took 220 to 400."""
 
 SEARCH_ROWS = 1200
 """Most rows of the trial that a search is tried on."""
@@ -152,7 +152,7 @@ class Search:
 
     Attributes:
         steps_per_root: Steps per √r.
-        overhead: What a step takes beside its arithmetic: moves, and the time of small calls.
+        overhead: What a step takes beside its arithmetic: replacements, and the time of small calls.
     """
 
     steps_per_root: float = STEPS_PER_ROOT
