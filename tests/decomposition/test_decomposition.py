@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import npeff
 from decomposition_cases import QUICK, example_fishers
+from npeff.cli import run as run_command
 from npeff.decomposition.options import DecomposeOptions
 from npeff.fishers.rows import DenseRows
 from npeff.fishers.scaling import scale
@@ -422,3 +423,20 @@ def test_memory_is_a_ceiling(kind: str, memory: int) -> None:
     held, space = found
     # 2 MB: freed pages that the allocator keeps
     assert held <= memory + (2 << 20), f"{held:,} bytes in the space {space}"
+
+
+def test_the_command_keeps_its_checkpoint_until_the_components_are_saved(tmp_path, monkeypatch) -> None:
+    fishers, state, out = tmp_path / "f.h5", tmp_path / "c.search", tmp_path / "c.h5"
+    example_fishers(n=40).save(fishers)
+    command = ["decompose", str(fishers), "--components", "3", "--n-init", "1", "--n-replacements", "1", "--quiet"]
+    command += ["--checkpoint", str(state), "--out", str(out)]
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(npeff.Components, "save", killed)
+        assert run_command(command) != 0
+    assert state.exists() and not out.exists()
+    assert run_command(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.h5", "f.h5"]
