@@ -137,7 +137,7 @@ class Checkpoint:
     def load(self) -> SearchState | None:
         """Read the state in the file, with this process's part of W; None when there is no file.
 
-        P and Q are not in the file: whoever goes on computes them.
+        P and Q are not in the file; the caller computes them.
 
         Raises:
             ResumeError: The file belongs to other Fishers or other options.

@@ -25,7 +25,7 @@ DENSE_RATE, SPARSE_RATE, SCATTER_RATE = 100e9, 10e9, 5e9
 """Operations per second of dense products, of sparse times dense, and of sparse Gram matrices: ratios matter."""
 
 POLISH_STEPS = 12
-"""Steps over all rows, two products each, that a polish is reckoned to take: three rounds that widen the subspace."""
+"""Steps over all rows, two products each, assumed for a polish: three rounds that widen the subspace."""
 
 COLUMN_BYTES = 20
 """Bytes per stored column of sparse rows: how often it occurs, where it went, its factor."""
@@ -74,10 +74,10 @@ def choose_space(
     Args:
         rows: The rows as stored.
         n_examples: Their examples.
-        choice: What was asked for.
+        choice: The space that the user named, or ``"auto"``.
         n_components: r.
-        memory: Ceiling in bytes; None: what the machine has, or the device, which binds nothing that was asked for by
-            name; but rows in memory (``"rows"``) that exceed a CUDA device's memory are streamed to it.
+        memory: Ceiling in bytes. None: the memory of the machine or of the device; a space that the user named is
+            then taken even if it exceeds this, but ``"rows"`` that exceed a CUDA device's memory are streamed to it.
         low_rank: Whether K would do in place of the rows.
         dtype: Of the solver's products.
         device: Where the products take place; None: the processor.
@@ -163,7 +163,7 @@ def choose_space(
     if not fits(held, coords, basis):
         what = f"a basis of {dimensions} directions over {width:,} columns"
         return chosen("gram", f"{what} would exceed the memory allowed, and K of {R:,} rows does not")
-    found = f"reckoned {over_gram:.2g} s over K of {R:,} rows, {over_rows:.2g} s over the rows themselves"
+    found = f"estimated {over_gram:.2g} s over K of {R:,} rows, {over_rows:.2g} s over the rows themselves"
     return chosen("gram" if over_gram < over_rows else "rows", found)
 
 

@@ -34,7 +34,7 @@ def compute_fishers(
     progress: bool = True,
     **options: Any,
 ) -> Fishers:
-    """Compute Fishers with all processes, to the file that :func:`npeff.compute_fishers` would write, byte for byte.
+    """Compute Fishers with all processes, with the arrays that :func:`npeff.compute_fishers` would write.
 
     Every process calls it, with the same model, the same data in the same order, and the same options. Batch b is
     computed by process b mod n; each saves its work as it goes, so that a killed process loses little and the same
@@ -127,7 +127,7 @@ def _check_leftovers(out: Path, size: int) -> None:
 
 
 class _SameForAll:
-    """Data that makes sure that every process has the same: at the first batch, and, in one digest, of all."""
+    """Data that checks that every process has the same: at the first batch, and, in one digest, of all batches."""
 
     def __init__(self, data: Iterable[Any], model: nn.Module, group: Group, any_layout: bool) -> None:
         self._data, self._model, self._group, self._any_layout = data, model, group, any_layout
@@ -158,7 +158,7 @@ class _SameForAll:
             )
 
     def compare(self, when: str) -> None:
-        """Compare what was seen so far.
+        """Compare the batches that the processes have read so far.
 
         Raises:
             DataError: It differs.
