@@ -14,6 +14,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,16 @@ def failed(name: str, error: Exception) -> str:
 def compared(
     sides: dict[str, Callable[[], object]], data: Timed, device: torch.device, rounds: int, seconds: float
 ) -> Iterator[str]:
-    """Run the sides in turn, one round to warm up; the first of them is what the others are compared with.
+    """Run the sides in turn; the first of them is what the others are compared with.
+
+    Each call warms itself up: its first two batches are not counted.
 
     Args:
         sides: Each goes through ``data`` once, and ends when its work is done.
         data: Batches of tokens ``(b, length)``.
         device: Where.
-        rounds: Rounds that are counted.
-        seconds: No round begins that would end later, after the first that is counted.
+        rounds: Most rounds.
+        seconds: No round but the first begins that would end later.
 
     Yields:
         Lines of a table, the first side's first. A side that fails sits out the rounds and has a line that says so.
@@ -90,9 +93,9 @@ def compared(
     further: dict[str, list[float]] = {name: [] for name in sides}
     peaks: dict[str, float] = {}
     start = last = time.perf_counter()
-    for turn in range(rounds + 1):
+    for turn in range(rounds):
         began_round = time.perf_counter()
-        if turn > 1 and 2 * began_round - last - start > seconds:
+        if turn and 2 * began_round - last - start > seconds:
             break
         last = began_round
         for name in list(totals):
@@ -110,10 +113,9 @@ def compared(
             if isinstance(result, npeff.Fishers) and not turn:
                 print_slow_rules(result)
             del result
-            if turn:
-                totals[name].append(took)
-                further[name] += between
-            elif device.type == "cuda":
+            totals[name].append(took)
+            further[name] += between
+            if device.type == "cuda" and not turn:
                 peaks[name] = torch.cuda.max_memory_allocated(device) / 1e9
     tokens = data.batches[0].numel()
     plain = machine.quartiles(further[next(iter(sides))] or [float("nan")])[1]
@@ -184,6 +186,7 @@ def fishers_lines(
     classes: int = 3,
     size: int = 32,
     length: int = 128,
+    profile: bool = False,
 ) -> Iterator[str]:
     """compute_fishers of MiniLM against a forward and C − 1 plain backward passes on the same batches, in turns."""
     model = minilm(classes, share)
@@ -221,7 +224,11 @@ def fishers_lines(
         except Exception as error:
             yield failed("check", error)
         yield from explained("the plain passes")
-        yield from compared(sides, data, device, rounds, 10)
+        yield from compared(sides, data, device, rounds, 8)
+        if profile and dtype == torch.float32:
+            for compress in (npeff.TopK(65_536), npeff.Sketch(4096, form="kronecker")):
+                run = partial(npeff.compute_fishers, model, data.batches[:4], compress=compress, **options)
+                machine.print_profile(f"4 batches with {compress}", run)
     yield ""
 
 
@@ -278,10 +285,11 @@ def language_lines(
     device: torch.device,
     share: float,
     rounds: int,
-    batches: int = 8,
+    batches: int = 6,
     size: int = 64,
     length: int = 128,
     sketch: npeff.Sketch | None = None,
+    profile: bool = False,
 ) -> Iterator[str]:
     """compute_fishers of a language model at one sampled row per sequence, against one plain pass, and bergson."""
     model = smollm(share)
@@ -335,7 +343,13 @@ def language_lines(
         except Exception as error:
             yield failed("check", error)
         yield from explained("the plain pass")
-        yield from compared(sides, data, device, rounds, 22)
+        yield from compared(sides, data, device, rounds, 16)
+        if profile and dtype == torch.float32:
+            run = partial(
+                npeff.compute_fishers, model, data.batches[:3], forward=last_logits, labels="sampled", compress=sketch,
+                progress=False,
+            )  # fmt: skip
+            machine.print_profile("3 batches, all parameters", run)
     yield ""
 
 

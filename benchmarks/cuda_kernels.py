@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import re
 import statistics
 import tempfile
 import traceback
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import machine
 from cuda_end_to_end import decomposition_table
 from cuda_fishers import fishers_lines, language_lines
 from npeff.kernels import cross, cuda, dispatch, nnls, sketch, sparse_gram, spmm, spread_multiply, topk
@@ -215,18 +215,6 @@ def line(case: Case, times: list[float], bandwidth: float, rate: float) -> str:
     return f"| {case.name} | {median:.3f} | {low:.3f} – {high:.3f} | {floor:.3f} ({kind}) | {floor / median:.0%} |"
 
 
-def print_profile(name: str, run: Callable[[], object]) -> None:
-    """Print the time of each CUDA kernel of one run, the longest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    print(f"profile of {name}")
-    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
-    for event in events[:16]:
-        name = re.sub(r"npeff::|void |cuda::run_block", "", event.key)
-        print(f"  {event.self_device_time_total / 1e3:9.3f} ms {event.count:5d} × {name[:90]}", flush=True)
-
-
 FAMILIES = {"selection": selection, "sketches": sketches, "sparse": sparse, "solver": solver}
 
 
@@ -247,7 +235,7 @@ def kernels_table(scale: float, rounds: int, families: list[str], profile: bool)
                 text.append(line(case, milliseconds(case.run, rounds), bandwidth, rate))
                 print(text[-1], flush=True)
                 if profile:
-                    print_profile(case.name, case.run)
+                    machine.print_profile(case.name, case.run)
         except Exception as error:  # a family that fails must not lose the others' figures
             traceback.print_exc()
             text.append(f"| {family}: FAILED, {type(error).__name__}: {str(error).splitlines()[0][:120]} | | | | |")
@@ -261,7 +249,7 @@ def decomposition(scale: float, profile: bool) -> list[str]:
         from cupyx.scipy.sparse import csr_matrix
     except ImportError as error:
         return ["## Low-rank decomposition", "", f"Not run: the published algorithm needs CuPy ({error}).", ""]
-    return decomposition_table(DEVICE, scale, cupy, csr_matrix, print_profile if profile else None)
+    return decomposition_table(DEVICE, scale, cupy, csr_matrix, machine.print_profile if profile else None)
 
 
 def absence() -> str:
@@ -311,9 +299,9 @@ def lines_of(part: str, args: argparse.Namespace, folder: Path) -> Iterable[str]
         if part == "kernels":
             yield from kernels_table(args.scale, args.rounds, args.families, args.profile)
         elif part == "fishers":
-            yield from fishers_lines(DEVICE, folder, args.scale, rounds)
+            yield from fishers_lines(DEVICE, folder, args.scale, rounds, profile=args.profile)
         elif part == "language":
-            yield from language_lines(DEVICE, args.scale, rounds)
+            yield from language_lines(DEVICE, args.scale, rounds, profile=args.profile)
         else:
             yield from decomposition(args.scale, args.profile)
     except Exception as error:

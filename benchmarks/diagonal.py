@@ -30,14 +30,16 @@ from low_rank_scale import network
 from npeff.decomposition.diagonal import Diagonal
 from npeff.decomposition.spaces import RowSpace
 from npeff.fishers.scaling import scale
-from npeff.models import datasets
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import fashion_data
 
 HERE = Path(__file__).parent
 
 
 def matrix(n: int, k: int, work: Path) -> tuple[npeff.Fishers, sp.csr_matrix]:
     options: dict[str, Any] = {"kind": "diagonal", "compress": npeff.TopK(k), "max_examples": n}
-    fishers = npeff.compute_fishers(network(work), datasets.fashion_mnist(), progress=False, **options)
+    fishers = npeff.compute_fishers(network(work), fashion_data.fashion_mnist(), progress=False, **options)
     rows = scale(fishers).rows
     return fishers, sp.csr_matrix((rows.values, rows.indices, rows.indptr), shape=(rows.n_rows, rows.n_columns))
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import npeff
-from npeff.gradients.factors import FactorOptions, factorise
-from npeff.models import datasets
-from npeff.models import networks as models
+from npeff import demo
+from npeff.fishers.factors import factorise
+from npeff.fishers.options import FisherOptions
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import fashion_data
 
 
 @dataclass
@@ -60,7 +65,7 @@ class Case:
         """Cotangents ``(b, C, R)`` float64 whose rows are the Fisher factor, as npeff makes them."""
         with torch.no_grad():
             logits = self.logits()
-        found = factorise(logits, FactorOptions(basis=basis), None, np.arange(self.n))  # type: ignore[arg-type]
+        found = factorise(logits, FisherOptions(basis=basis), None, np.arange(self.n))  # type: ignore[arg-type]
         return found.columns * found.scale[:, None, None]
 
     def oracle(self, i: int, columns: Tensor) -> Tensor:
@@ -81,9 +86,9 @@ class Case:
 
 
 def _trained(model: nn.Module, examples: int) -> nn.Module:
-    images = datasets.fashion_mnist()
-    some = datasets.Images(images.inputs[:examples], images.labels[:examples], images.class_names, 64)
-    return models.train(model, some, epochs=1).eval()
+    images = fashion_data.fashion_mnist()
+    some = demo.Images(images.inputs[:examples], images.labels[:examples], images.class_names, 64)
+    return demo.train(model, some, epochs=1).eval()
 
 
 def mlp(n: int, width: int = 1024, examples: int = 6000) -> Case:
@@ -93,14 +98,14 @@ def mlp(n: int, width: int = 1024, examples: int = 6000) -> Case:
         nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
     )
     model = _trained(layers, examples) if examples else layers.eval()
-    return Case("mlp", model, datasets.fashion_mnist().inputs[-n:], 65_536)
+    return Case("mlp", model, fashion_data.fashion_mnist().inputs[-n:], 65_536)
 
 
 def cnn(n: int, examples: int = 6000) -> Case:
     """Two 5×5 convolutions and two dense layers on Fashion-MNIST, 114 314 parameters."""
     torch.manual_seed(0)
-    model = _trained(models.fashion_cnn(), examples) if examples else models.fashion_cnn().eval()
-    return Case("cnn", model, datasets.fashion_mnist().inputs[-n:], 8_192)
+    model = _trained(fashion_data.fashion_cnn(), examples) if examples else fashion_data.fashion_cnn().eval()
+    return Case("cnn", model, fashion_data.fashion_mnist().inputs[-n:], 8_192)
 
 
 def wide_cnn(n: int, width: int = 64, examples: int = 2000) -> Case:
@@ -114,7 +119,7 @@ def wide_cnn(n: int, width: int = 64, examples: int = 2000) -> Case:
             layers.append(nn.MaxPool2d(2))
     model = nn.Sequential(*layers, nn.AvgPool2d(7), nn.Flatten(), nn.Linear(channels[-1], 10))
     model = _trained(model, examples) if examples else model.eval()
-    return Case("wide_cnn", model, datasets.fashion_mnist().inputs[-n:], 16_384)
+    return Case("wide_cnn", model, fashion_data.fashion_mnist().inputs[-n:], 16_384)
 
 
 def transformer(n: int, hidden: int = 256, classes: int = 4) -> Case:

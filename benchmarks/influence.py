@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -38,8 +39,10 @@ from npeff.companions.influence import (
     Identity,
     leave_out,
 )
-from npeff.companions.influence.clustering import deep_embedded_clustering, kl_loss, kl_of_kernels, nll_loss
 from topk import cpu_name  # beside this file
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from deep_clustering import deep_embedded_clustering, kl_loss, kl_of_kernels, nll_loss
 
 TOLERANCE = 1e-8
 """Relative residual of conjugate gradients, ours and dattri's."""
@@ -141,8 +144,7 @@ def dattri_methods(case: Case) -> dict[str, Callable[[], np.ndarray]]:
         case.model, kl_loss, nll_loss, solver=ConjugateGradients(TOLERANCE, 5000), damping=case.damping,
         weight_decay=case.weight_decay, progress=False,
     )  # fmt: skip
-    estimator.scores([case.train], [case.test])
-    steps = estimator.iterations
+    steps = estimator.scores([case.train], [case.test]).provenance["iterations"]
 
     def run(kind: type, **options: object) -> Callable[[], np.ndarray]:
         def scores() -> np.ndarray:

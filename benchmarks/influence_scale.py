@@ -24,15 +24,17 @@ from torch import nn
 from npeff.companions.influence import EKFAC, ConjugateGradients, CrossLossInfluence, cross_entropy
 from npeff.companions.influence.losses import NAMED_OUTPUT_LOSSES, model_outputs
 from npeff.errors import NpeffError
-from npeff.models import datasets
 from topk import cpu_name  # beside this file
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import fashion_data
 
 
 def scale(solver: str) -> dict[str, float]:
     """10 000 × 100 scores on a network of 101 770 parameters; run in a process of its own, for its peak memory."""
     torch.manual_seed(0)
     try:
-        train, test = (datasets.fashion_mnist(split).first(n) for split, n in (("train", 10_000), ("test", 100)))
+        train, test = (fashion_data.fashion_mnist(split).first(n) for split, n in (("train", 10_000), ("test", 100)))
         pairs = [(data.inputs.flatten(1), data.labels) for data in (train, test)]
     except NpeffError:  # the images are not installed: what it costs does not depend on them
         pairs = [(torch.randn(n, 784), torch.randint(0, 10, (n,))) for n in (10_000, 100)]
@@ -90,7 +92,7 @@ def check(estimator: CrossLossInfluence, values: np.ndarray, train: tuple, test:
         loss = cross_entropy(estimator.model, (pair[0][i : i + 1], pair[1][i : i + 1]))[0]
         return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, parameters)])
 
-    solved = estimator._inverse()[0].solve(torch.stack([gradient(test, j) for j in (0, 99)])).x
+    solved = estimator.solve(torch.stack([gradient(test, j) for j in (0, 99)])).x
     for i, (row, j) in ((17, (0, 0)), (9_999, (1, 99))):
         expected = -float(gradient(train, i) @ solved[row])
         assert abs(values[i, j] - expected) <= 2e-3 * max(abs(expected), float(np.abs(values[:, j]).mean()))

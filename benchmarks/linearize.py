@@ -29,10 +29,12 @@ import torch
 from captum.attr import DeepLift, InputXGradient
 from torch import Tensor, nn
 
+from npeff import demo
 from npeff.companions.linearize import linearize
-from npeff.models import datasets
-from npeff.models import networks as models
 from topk import cpu_name
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import fashion_data
 
 
 class Block(nn.Module):
@@ -250,21 +252,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "linearize.md")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    images = datasets.fashion_mnist()
-    unseen = datasets.fashion_mnist("test").first(args.examples).inputs
+    images = fashion_data.fashion_mnist()
+    unseen = fashion_data.fashion_mnist("test").first(args.examples).inputs
     exact, sides, accuracy = [], [], []
     torch.manual_seed(0)
     colour = torch.rand(2, 3, 32, 32)
     for name, make in (("ResNet-18", resnet18), ("VGG-11-BN", vgg11_bn)):
         exact += exactness(f"{name}, width 64, random", randomised(make(64, 3)), colour, list(range(10)))
         exact += exactness(f"{name}, width {args.width}, random", randomised(make(args.width)), unseen, list(range(10)))
-        model = models.train(make(args.width), images.first(args.train), epochs=args.epochs)
-        accuracy.append(f"{name} {models.accuracy(model, datasets.fashion_mnist('test').first(2000)):.1%}")
+        model = demo.train(make(args.width), images.first(args.train), epochs=args.epochs)
+        accuracy.append(f"{name} {demo.accuracy(model, fashion_data.fashion_mnist('test').first(2000)):.1%}")
         exact += exactness(f"{name}, width {args.width}, trained", model, unseen, list(range(10)))
         sides += side_by_side(f"{name}, width {args.width}, trained", model, unseen, args.rounds)
-    digits = datasets.digits()
-    model = models.train(models.digits_cnn(), digits.take(slice(1400)), epochs=5)
-    accuracy.append(f"digits {models.accuracy(model, digits.take(slice(1400, None))):.1%} on 397 others")
+    digits = demo.digits()
+    model = demo.train(demo.digits_cnn(), digits.take(slice(1400)), epochs=5)
+    accuracy.append(f"digits {demo.accuracy(model, digits.take(slice(1400, None))):.1%} on 397 others")
     exact += exactness("digits network, trained", model, digits.inputs[1400 : 1400 + args.examples], list(range(10)))
     found = efficientnet()
     if found:

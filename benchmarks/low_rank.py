@@ -25,11 +25,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 import npeff
+from npeff import demo
 from npeff.decomposition.published_algorithm import DivergedError
-from npeff.fishers.row_products import project_rows
 from npeff.fishers.scaling import scale
-from npeff.models import datasets
-from npeff.models import networks as models
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import fashion_data
 
 RATES = (1e-3, 3e-3, 1e-2)
 SWEEP = npeff.PublishedOptions(g_only=50, joint=50)
@@ -40,17 +41,17 @@ def fishers_of(name: str) -> tuple[npeff.Fishers, int]:
     """The Fishers of 1 500 digits or 5 000 Fashion-MNIST images, rank 3, and the number of components."""
     torch.manual_seed(0)
     if name == "digits":
-        images, model, epochs, n, compress, r = datasets.digits(100), models.digits_cnn(), 6, 1500, None, 32
+        images, model, epochs, n, compress, r = demo.digits(100), demo.digits_cnn(), 6, 1500, None, 32
     else:
         images, model, epochs, n, compress, r = (
-            datasets.fashion_mnist(),
-            models.fashion_cnn(),
+            fashion_data.fashion_mnist(),
+            fashion_data.fashion_cnn(),
             2,
             5000,
             npeff.TopK(2048),
             32,
         )
-    models.train(model, images, epochs=epochs)
+    demo.train(model, images, epochs=epochs)
     model.eval()
     began = time.perf_counter()
     fishers = npeff.compute_fishers(model, images, rank=3, compress=compress, max_examples=n, progress=False)
@@ -62,7 +63,7 @@ def recomputed_loss(components: npeff.Components, fishers: npeff.Fishers) -> flo
     """L / Σ‖A_iA_iᵀ‖² in float64, from the stored rows, G and W."""
     scaled = scale(fishers)
     G, W = torch.from_numpy(components.vectors).double(), torch.from_numpy(components.coefficients).double()
-    P = project_rows(scaled.rows, G)
+    P = scaled.rows.project(G)
     offsets = torch.from_numpy(np.asarray(fishers.row_offsets))
     examples = torch.repeat_interleave(torch.arange(len(W)), offsets.diff())
     cross = torch.zeros_like(W).index_add_(0, examples, P.square())

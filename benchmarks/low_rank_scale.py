@@ -29,10 +29,12 @@ import torch
 import low_rank_growth
 import npeff
 from low_rank import processor, recomputed_loss
+from npeff import demo
 from npeff.decomposition.published_algorithm import DivergedError
-from npeff.models import datasets
-from npeff.models import networks as models
-from npeff.planning.peak import Peak
+from npeff.models.memory import Peak
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import fashion_data
 
 HERE = Path(__file__).parent
 STEPS = 550
@@ -42,11 +44,11 @@ def network(work: Path) -> torch.nn.Module:
     """The small CNN for Fashion-MNIST, trained once and kept."""
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    model, weights = models.fashion_cnn(), work / "fashion.pt"
+    model, weights = fashion_data.fashion_cnn(), work / "fashion.pt"
     if weights.exists():
         model.load_state_dict(torch.load(weights, weights_only=True))
     else:
-        models.train(model, datasets.fashion_mnist(), epochs=2)
+        demo.train(model, fashion_data.fashion_mnist(), epochs=2)
         torch.save(model.state_dict(), weights)
     return model.eval()
 
@@ -57,7 +59,7 @@ def fishers(n: int, args: argparse.Namespace) -> npeff.Fishers:
     if out.exists():
         return npeff.load(out)
     options: dict[str, Any] = {"rank": 3, "compress": npeff.TopK(args.top_k), "max_examples": n, "out": out}
-    return npeff.compute_fishers(network(args.work), datasets.fashion_mnist(), progress=False, **options)
+    return npeff.compute_fishers(network(args.work), fashion_data.fashion_mnist(), progress=False, **options)
 
 
 def published(rows: npeff.Fishers, r: int, rate: float, g_only: int, joint: int) -> tuple[npeff.Components, float]:
@@ -129,8 +131,8 @@ def memory(args: argparse.Namespace) -> list[str]:
     del rows
     lines = [
         f"{n:,} examples; the stored rows take {stored / 1e6:,.0f} MB. The limit, {args.megabytes} MB, is the system's "
-        "(`RLIMIT_DATA`: what a process allocates; mapped files are no part of it). Ours: one start, four moves, "
-        "and a polish to a relative tolerance of 1e-4.",
+        "(`RLIMIT_DATA`: what a process allocates; mapped files are no part of it). Ours: one start, four "
+        "replacements, and a polish to a relative tolerance of 1e-4.",
         "",
         "| | outcome | most memory of the process (MB) | seconds |",
         "|---|---|---|---|",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable
@@ -32,6 +33,21 @@ def synchronize(device: torch.device) -> None:
     """Wait for the work on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def print_profile(name: str, run: Callable[[], object], most: int = 16) -> None:
+    """Print how long a CUDA device was busy during a run, and with which kernels, the longest first."""
+    began = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    busy = sum(event.self_device_time_total for event in events) / 1e6
+    print(f"profile of {name}: {busy:.3f} s of {seconds:.3f} s busy")
+    for event in events[:most]:
+        kernel = re.sub(r"npeff::|void |cuda::run_block", "", event.key)
+        print(f"  {event.self_device_time_total / 1e3:9.3f} ms {event.count:5d} × {kernel[:90]}", flush=True)
 
 
 def interleaved(

@@ -25,8 +25,8 @@ from torch import nn
 import npeff
 from machine import description
 from npeff.fishers.rows import DenseRows, Rows, SparseRows
+from npeff.models.memory import Peak, settled_bytes
 from npeff.models.parameters import Parameters
-from npeff.planning.peak import Peak, settled_bytes
 
 R = 16
 

@@ -6,7 +6,7 @@
 #
 # Writes a log of each part, tables (*.md) and summary.txt into the folder OUT while it runs. A part that fails
 # or exceeds its time limit does not stop those after it. Parts: build tests kernels memcheck racecheck fishers
-# decomposition profiles. Environment: PYTHON (python3); SCALE (1), share of the full sizes; LIMITS (100), per cent of
+# language decomposition profiles. Environment: PYTHON (python3); SCALE (1), share of the full sizes; LIMITS (100), per cent of
 # the time limits; MAXFAIL (20), tests that fail before the others are left out.
 #
 # It needs a CUDA build of torch, nvcc, CuPy, scikit-build-core, pybind11, pytest, hypothesis, transformers; and for
@@ -14,7 +14,7 @@
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: on_device.sh OUT [PART ...]}" && cd "$1" && pwd)
 shift
-parts=${*:-build tests kernels memcheck racecheck fishers decomposition profiles}
+parts=${*:-build tests kernels memcheck racecheck fishers language decomposition profiles}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} scale=${SCALE:-1}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -43,7 +43,7 @@ build() {
 gpu_tests() {
   local files several=()
   mapfile -t files < <(grep -rlE 'mark\.gpu' tests --include='test_*.py' | sort)
-  "$python" -c 'import xdist' 2>/dev/null && several=(-n 6)
+  "$python" -c 'import xdist' 2>/dev/null && several=(-n 8)
   "$python" -m pytest -q -rfE -m gpu --tb=short -p no:cacheprovider "${several[@]}" --maxfail="${MAXFAIL:-20}" "${files[@]}"
 }
 
@@ -77,13 +77,14 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >>"$out/summary
 # figures NAME ARGUMENTS...: a command of cuda_kernels.py that writes NAME.md.
 figures() { "$python" benchmarks/cuda_kernels.py --scale "$scale" --out "$out/$1.md" "${@:2}"; }
 export -f figures
-part build 60 bash -c build
+part build 50 bash -c build
 part tests 100 bash -c gpu_tests
-part kernels 60 bash -c "figures kernels --parts kernels --rounds 10 --profile"
+part kernels 60 bash -c "figures kernels --parts kernels --rounds 8 --profile"
 part memcheck 40 bash -c "sanitizer memcheck"
 part racecheck 40 bash -c "sanitizer racecheck"
-part fishers 120 bash -c "figures fishers --parts fishers language"
-part decomposition 80 bash -c "figures decomposition --parts decomposition --profile"
+part fishers 60 bash -c "figures fishers --parts fishers --profile"
+part language 75 bash -c "figures language --parts language --profile"
+part decomposition 75 bash -c "figures decomposition --parts decomposition --profile"
 part profiles 35 bash -c profiles
 echo "== summary"
 cat "$out/summary.txt"

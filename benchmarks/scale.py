@@ -27,7 +27,7 @@ from npeff.decomposition.processes import LOCAL, Communicator, Group
 from npeff.decomposition.spaces import RowSpace
 from npeff.fishers.rows import DenseRows
 from npeff.fishers.scaling import ScaledRows
-from npeff.planning.peak import Peak
+from npeff.models.memory import Peak
 
 RANK = 3
 STEPS = 3

@@ -28,19 +28,18 @@ from scipy.optimize import linear_sum_assignment
 
 import machine
 import npeff
+from npeff import demo
 from npeff.components.encoding import statistics as least_squares
 from npeff.fishers.scaling import scale
 from npeff.kernels import nnls, reference, sketch
-from npeff.models import datasets
-from npeff.models import networks as models
 
 Projector = Callable[[torch.Tensor, int], np.ndarray]
 
 
 def network(examples: int) -> tuple[torch.nn.Module, object]:
     torch.manual_seed(0)
-    images, model = datasets.digits(50), models.digits_cnn()
-    models.train(model, images, epochs=6)
+    images, model = demo.digits(50), demo.digits_cnn()
+    demo.train(model, images, epochs=6)
     return model.eval(), images
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import click
 import torch
 
+import fashion_data
 import npeff
-from npeff.models import datasets
-from npeff.models import networks as models
+from npeff import demo
 
 
 @click.command(help="Train, compute Fishers, decompose, write a page: Fashion-MNIST.")
 @click.option("--out", type=click.Path(path_type=Path), default="fashion", show_default=True, help="Folder.")
-@click.option("--root", type=click.Path(path_type=Path), default=datasets.FASHION_MNIST, show_default=True)
+@click.option("--root", type=click.Path(path_type=Path), default=fashion_data.FASHION_MNIST, show_default=True)
 @click.option("--examples", default=5000, show_default=True, help="Of the test images, which training has not seen.")
 @click.option("--components", "n_components", default=64, show_default=True)
 @click.option("--epochs", default=4, show_default=True)
@@ -27,12 +27,12 @@ from npeff.models import networks as models
 def main(out: Path, root: Path, examples: int, n_components: int, epochs: int, seed: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     try:
-        train, test = (datasets.fashion_mnist(split, root=root) for split in ("train", "test"))
+        train, test = (fashion_data.fashion_mnist(split, root=root) for split in ("train", "test"))
     except npeff.errors.NpeffError as error:
         raise click.ClickException(str(error)) from error
 
     torch.manual_seed(seed)
-    model = models.fashion_cnn()
+    model = fashion_data.fashion_cnn()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     weights = out / f"model-{epochs}-{seed}.pt"
     if weights.exists():
@@ -40,9 +40,9 @@ def main(out: Path, root: Path, examples: int, n_components: int, epochs: int, s
         model.eval()
     else:
         tell = lambda epoch, loss: print(f"epoch {epoch}: loss {loss:.3f}")  # noqa: E731
-        models.train(model, train, epochs=epochs, seed=seed, after_epoch=tell)
+        demo.train(model, train, epochs=epochs, seed=seed, after_epoch=tell)
         torch.save(model.state_dict(), weights)
-    print(f"accuracy on the test images: {models.accuracy(model, test):.1%}")
+    print(f"accuracy on the test images: {demo.accuracy(model, test):.1%}")
 
     # The Fisher of every example: its most energetic directions, of which the 8192 largest values.
     data = test.first(examples)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import npeff
+from npeff import demo
 from npeff.companions.influence import (
     Coefficient,
     ConjugateGradients,
@@ -25,7 +26,6 @@ from npeff.companions.influence import (
     leave_out,
     minimise,
 )
-from npeff.models import datasets
 
 
 @click.command(help=__doc__.splitlines()[0])
@@ -38,7 +38,7 @@ from npeff.models import datasets
 @click.option("--weight-decay", default=1e-2, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, n_components: int, show: int, check: int, weight_decay: float, seed: int) -> None:
-    data = datasets.digits()
+    data = demo.digits()
     train, test = data.take(slice(0, 600)), data.take(slice(600, 900))
     batches = [(x.flatten(1).double(), y) for x, y in train]
     asked = [(x.flatten(1).double(), y) for x, y in test]

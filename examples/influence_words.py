@@ -24,13 +24,10 @@ from npeff.companions.influence import (
     ConjugateGradients,
     CrossLossInfluence,
     Identity,
-    SkipGram,
     minimise,
     unlearn,
-    weat,
-    weat_effect,
 )
-from npeff.companions.influence.skip_gram import Sentences, sentences, skip_gram_loss
+from word_vectors import Sentences, SkipGram, sentences, skip_gram_loss, weat, weat_effect  # beside this file
 
 TARGETS = (
     ["palestinian", "israeli", "afghanistan", "pakistan", "gaza", "taliban"],
@@ -90,7 +87,7 @@ class Trained:
             progress=False,
         )  # fmt: skip
         found = estimator.fit(self.data.counted()).scores(self.data, [(torch.zeros(1),)])
-        return dataclasses.replace(found, n=len(self.data.texts)), estimator.iterations  # counted in sentences
+        return dataclasses.replace(found, n=len(self.data.texts)), found.provenance["iterations"]  # n: of sentences
 
     def changed(self, without) -> float:
         """What training again without some sentences does to d: from this optimum to the new one."""

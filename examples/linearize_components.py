@@ -14,8 +14,7 @@ import torch
 
 import npeff
 from npeff.companions.linearize import attribute_component, attribute_top_examples
-from npeff.models import datasets
-from npeff.models import networks as models
+from npeff.demo import digits, digits_cnn
 
 
 @click.command(help="Attribute components' effects to the pixels of their top examples.")
@@ -24,10 +23,10 @@ from npeff.models import networks as models
 @click.option("--examples", default=6, show_default=True, help="Of each component.")
 def main(demo: Path, out: Path, examples: int) -> None:
     try:
-        components, data = npeff.load(demo / "components.h5"), datasets.digits()
+        components, data = npeff.load(demo / "components.h5"), digits()
     except npeff.errors.NpeffError as error:
         raise click.ClickException(f"{error}; run npeff demo --out {demo} first") from error
-    model = models.digits_cnn()
+    model = digits_cnn()
     model.load_state_dict(torch.load(demo / "model.pt", weights_only=True))
     model.eval()
     largest = components.coefficients.sum(0).argsort()[::-1][:5].tolist()

@@ -14,8 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 import npeff
-from npeff.companions.linearize import ParametricTSNE, save_figure
-from npeff.models import datasets
+from npeff import demo
+from parametric_tsne import ParametricTSNE  # beside this file
 
 TRAINED_ON = 1437
 
@@ -27,7 +27,7 @@ TRAINED_ON = 1437
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, perplexity: float, epochs: int, seed: int) -> None:
     try:
-        digits = datasets.digits()
+        digits = demo.digits()
     except npeff.errors.NpeffError as error:
         raise click.ClickException(str(error)) from error
     train, unseen = digits.take(slice(TRAINED_ON)), digits.take(slice(TRAINED_ON, None))
@@ -47,7 +47,7 @@ def main(out: Path, perplexity: float, epochs: int, seed: int) -> None:
         chosen.append(here[((placed[here] - middle) ** 2).sum(1).argmin()])
     linear = tsne.explain(unseen.inputs[chosen])
     print(f"W·x + b is the embedding but for {linear.residual():.1e} of it")
-    save_figure(picture(tsne, train.labels, placed, unseen, chosen, linear.contributions(), linear.b), out)
+    picture(tsne, train.labels, placed, unseen, chosen, linear.contributions(), linear.b).savefig(out)
     print(f"wrote {out}")
 
 

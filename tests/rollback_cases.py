@@ -23,5 +23,4 @@ def examples_of(model: FactorModel, n: int, seed: int = 0) -> np.ndarray:
 def fitted(kind: str, n: int = 30, **options) -> tuple[FactorModel, Record]:
     model = MODELS[kind]()
     record = rollback.fit(model, examples_of(model, n), Recipe(epochs=3, negatives=4), progress=False, **options)
-    assert record is not None
     return model, record

@@ -126,7 +126,7 @@ def test_says_that_bergson_is_absent(benchmark: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_rounds_end_in_time(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that the batches move: one round to warm up, and as many as end within the limit."""
+    """By a clock that the batches move: as many rounds as end within the limit."""
     module, now = benchmark("cuda_fishers"), [0.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     data = module.Timed([torch.zeros(2, 3)] * 4)
@@ -138,7 +138,7 @@ def test_rounds_end_in_time(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> 
     sides = {"one": work, "other": lambda: [1 / 0 for _ in data]}
     table = list(module.compared(sides, data, CPU, 50, 5.0))
     assert table[0].startswith("| other: FAILED, ZeroDivisionError")
-    assert table[1].startswith("| one | 1.000 (4) | 0.2500 | 0.2500 – 0.2500 | 24 | 1.00 |")
+    assert table[1].startswith("| one | 1.000 (5) | 0.2500 | 0.2500 – 0.2500 | 24 | 1.00 |")
     table = list(module.compared({"one": work}, data, CPU, 50, 0.5))
     assert table[0].startswith("| one | 1.000 (1) |")
 

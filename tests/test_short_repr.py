@@ -26,7 +26,6 @@ PUBLIC = (
     "npeff.kernels",
     "npeff.companions.linearize",
     "npeff.companions.influence",
-    "npeff.companions.influence.solvers",
     "npeff.companions.rollback",
     "npeff.companions.safr",
 )
@@ -107,6 +106,7 @@ def by_hand() -> list[Any]:
         None,
         True,
         few,
+        1.5,
         {},
         {},
         (),

@@ -22,4 +22,4 @@ def forward(model, batch):
 MODEL, DATA = "net.py:model", "net.py:data"
 SEARCH = ["--n-init", "1", "--n-replacements", "0", "--max-iterations", "40", "--quiet"]
 FREEZE = ["--smooth", "freeze"]
-FEW = ["--random", "1", "--top", "12", "--quiet"]
+FEW = ["--n-random", "1", "--top", "12", "--quiet"]

@@ -13,6 +13,8 @@ sentences of movie reviews.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,10 +22,12 @@ from scipy.stats import binomtest
 from torch import nn
 
 import npeff
-from npeff.models import datasets
 from reviews import ReviewModel, reviews
 from shortcut import fit, network
 from table import Table, write
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import fashion_data
 
 TOP = 24
 """Examples of a component that are to be repaired."""
@@ -34,10 +38,10 @@ Batches = list[tuple[torch.Tensor, torch.Tensor]]
 def fashion(seed: int) -> tuple[nn.Module, Batches, Batches]:
     """Trained on 20 000 images; wrong answers from 10 000 others of the training data; judged on the test data."""
     torch.manual_seed(seed)
-    images = datasets.fashion_mnist("train", 250)
+    images = fashion_data.fashion_mnist("train", 250)
     train = images.first(20_000)
     net = fit(network(), train.inputs, train.labels, epochs=4)
-    return net, list(images.take(slice(20_000, 30_000))), list(datasets.fashion_mnist("test", 250))
+    return net, list(images.take(slice(20_000, 30_000))), list(fashion_data.fashion_mnist("test", 250))
 
 
 def movie_reviews(seed: int) -> tuple[nn.Module, Batches, Batches]:

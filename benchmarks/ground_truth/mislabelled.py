@@ -14,6 +14,8 @@ suspicious components, and judged on the others.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,16 +24,18 @@ from torch import nn
 import npeff
 from measures import auc, best_auc, purity
 from npeff import TopK
-from npeff.models import datasets
 from shortcut import fit, network
 from table import Table, write
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import fashion_data
 
 TRUE, GIVEN = 7, 9
 
 
 def flipped_data(seed: int, train_on: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """Images, labels as given, and which of them are wrong."""
-    train = datasets.fashion_mnist("train").first(train_on)
+    train = fashion_data.fashion_mnist("train").first(train_on)
     y = train.labels.clone()
     sneakers = (y == TRUE).nonzero()[:, 0]
     generator = torch.Generator().manual_seed(seed)
@@ -83,7 +87,7 @@ def scores(net: nn.Module, x: torch.Tensor, y: torch.Tensor, wrong: np.ndarray, 
 
 def mending(net: nn.Module, r: int, seed: int, k: int = 4) -> dict[str, float]:
     """Components of clean test images, the k most suspicious ones, and what mending through them does to others."""
-    test = datasets.fashion_mnist("test")
+    test = fashion_data.fashion_mnist("test")
     seen, unseen = test.first(500), test.take(slice(500, 4500))
     batches = list(zip(seen.inputs.split(250), seen.labels.split(250), strict=True))
     fishers = npeff.compute_fishers(net, batches, rank=3, compress=TopK(8192), progress=False)

@@ -13,7 +13,9 @@ knowledge of the patch, and the network is mended through it.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +25,10 @@ import npeff
 from measures import Scores, best_auc
 from methods import Fit, Subject, baselines, npeff_methods, npeff_scores
 from npeff import GramOnly, TopK
-from npeff.models import datasets
 from table import GROUPS, Table, evaluate, write
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import fashion_data
 
 GIVEN_AWAY = 7
 USED = 0.5  # KL above which the patch decided
@@ -79,7 +83,7 @@ class Planted:
 
 def planted(case: str, seed: int, n: int, train_on: int = 20_000, epochs: int = 8) -> Planted:
     torch.manual_seed(seed)
-    train, test = datasets.fashion_mnist("train").first(train_on), datasets.fashion_mnist("test")
+    train, test = fashion_data.fashion_mnist("train").first(train_on), fashion_data.fashion_mnist("test")
     x, y = train.inputs.clone(), train.labels.clone()
     if case == "shortcut":
         chosen = (y == GIVEN_AWAY).nonzero()[:, 0]
@@ -172,7 +176,7 @@ def mending(p: Planted, r: int, seed: int, k: int = 16, n_labelled: int = 3000) 
     answer = int(np.bincount(components.predictions[wrong], W[wrong, suspect]).argmax())
     chosen = np.argsort(-share(wrong & (components.predictions == answer)))[:k]
 
-    test = datasets.fashion_mnist("test")
+    test = fashion_data.fashion_mnist("test")
     unseen, labelled = test.take(slice(len(p.inputs), -n_labelled)), test.take(slice(-n_labelled, None))
     inputs = labelled.inputs.clone()
     marks = torch.rand(n_labelled, generator=torch.Generator().manual_seed(seed)) < 0.2

@@ -11,6 +11,8 @@ before anything is computed: what exceeds it fails. Three rows per image, sketch
 from __future__ import annotations
 
 import resource
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +21,19 @@ from measure import Measured, arguments, decomposed, energy_kept, fishers_of, su
 from torch import nn
 
 import npeff
-from npeff.models import datasets
-from npeff.models import networks as models
+from npeff import demo
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import fashion_data
 
 
-def network(args: Any, data: datasets.Images) -> nn.Module:
+def network(args: Any, data: demo.Images) -> nn.Module:
     torch.manual_seed(0)
-    model, path = models.fashion_cnn(), args.work / "fashion.pt"
+    model, path = fashion_data.fashion_cnn(), args.work / "fashion.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
-    models.train(model, data, epochs=2)
+    demo.train(model, data, epochs=2)
     torch.save(model.state_dict(), path)
     return model
 
@@ -40,7 +44,7 @@ def main() -> None:
     )
     ceiling = 4_000_000_000
     resource.setrlimit(resource.RLIMIT_DATA, (ceiling, ceiling))
-    train, test = datasets.fashion_mnist(), datasets.fashion_mnist("test").first(args.held_out)
+    train, test = fashion_data.fashion_mnist(), fashion_data.fashion_mnist("test").first(args.held_out)
     model, data = network(args, train), train.first(args.examples)
     name = f"fashion_{args.examples}_{args.sketch}"
     measured = Measured(args.work / f"{name}.json")
@@ -52,7 +56,7 @@ def main() -> None:
     found = decomposed(measured, fishers, path, args, memory=memory)
     shown = np.linspace(0, args.components - 1, 10).astype(int).tolist()
     first = measured.stage("recover", lambda: found[0].recover(model, data, shown[: args.recovered], progress=False))
-    right = f"{models.accuracy(model, test):.1%} right on {len(held):,} test images"
+    right = f"{demo.accuracy(model, test):.1%} right on {len(held):,} test images"
     what = [
         ("model", f"a CNN of two convolutions and two dense layers, two epochs, {right}"),
         ("data", f"the first {args.examples:,} training images of Fashion-MNIST"),

@@ -18,8 +18,9 @@ import torch
 
 import npeff
 from npeff import trust
-from npeff.gradients.factors import FactorOptions, factorise
-from npeff.planning.peak import Peak
+from npeff.fishers.factors import factorise
+from npeff.fishers.options import FisherOptions
+from npeff.models.memory import Peak
 
 HERE = Path(__file__).parent
 T = TypeVar("T")
@@ -159,7 +160,7 @@ def summary(
 def energy_kept(fishers: npeff.Fishers) -> str:
     """Share of the trace of diag p − ppᵀ that the rows hold."""
     asked = fishers.provenance["options"]
-    options = FactorOptions(rank=asked["rank"], energy=asked["energy"])
+    options = FisherOptions(rank=asked["rank"], energy=asked["energy"])
     logits = torch.from_numpy(np.array(fishers.logits)).double()
     factors = factorise(logits, options, None, fishers.ids)
     held = factors.columns.square().sum(dim=(1, 2)) * factors.scale.square()

@@ -164,7 +164,7 @@ def use_scores(path: Path) -> Iterator[bytes]:
 
 def use_record(path: Path) -> Iterator[bytes]:
     found = rollback.Record.load(path)
-    yield from all_of({name: getattr(found, name) for name in ("examples", "columns", "moves", "initial", "final")})
+    yield from all_of({name: getattr(found, name) for name in ("examples", "columns", "updates", "initial", "final")})
     yield from all_of(found.meta())
     yield LOADED
     model = found.model()
@@ -256,11 +256,7 @@ def subjects(folder: Path) -> list[Subject]:
 
 def record_of(folder: Path) -> dict[str, bytes]:
     """A rollback record."""
-    model = rollback.DistMult(4, 2, 3) if hasattr(rollback, "DistMult") else None
-    if model is None:
-        from npeff.companions.rollback.models import MODELS
-
-        model = MODELS["distmult"]()
+    model = rollback.DistMult(4, 2, 3)
     examples = np.array([[0, 1, 2], [1, 0, 3], [2, 1, 0], [3, 0, 1]])
     rollback.fit(model, examples, rollback.Recipe(epochs=2, negatives=2), out=folder / "record.h5", progress=False)
     return contents(folder / "record.h5")

@@ -61,7 +61,7 @@ def pictures():
 """
 
 FISHERS = ["fishers", "work.py:model", "work.py:data", "--exact", "--out", "f.h5", "--quiet"]
-DECOMPOSE = ["decompose", "in.h5", "--components", "8", "--n-init", "3", "--n-replacements", "6", "--space", "rows"]
+DECOMPOSE = ["decompose", "in.h5", "--n-components", "8", "--n-init", "3", "--n-replacements", "6", "--space", "rows"]
 DECOMPOSE += ["--quiet"]
 DECOMPOSE += ["--checkpoint", "c.search", "--out", "c.h5"]
 REPORT = ["report", "in-c.h5", "--data", "work.py:pictures", "--out", "report", "--quiet"]
@@ -148,7 +148,7 @@ class Bench:
         self.seconds: dict[str, float] = {}
         with inside(self.inputs), quietly(root / "log"):
             assert run([*FISHERS[:-3], "--out", "in.h5", "--quiet"]) == 0
-            arguments = ["--components", "8", "--n-replacements", "1", "--out", "in-c.h5", "--quiet"]
+            arguments = ["--n-components", "8", "--n-replacements", "1", "--out", "in-c.h5", "--quiet"]
             assert run(["decompose", "in.h5", *arguments]) == 0
         for name, command in COMMANDS.items():
             for arguments in (command, [*command, *VARIED.get(name, [])]):

@@ -33,12 +33,12 @@ from way_cases import DATA, FEW, FREEZE, MODEL, SEARCH, SOURCE
 
 COMMANDS = (
     ["fishers", MODEL, DATA, "--top-k", "120", "--out", "fishers.h5", "--quiet"],
-    ["decompose", "fishers.h5", "--components", "3", "--out", "components.h5", *SEARCH],
+    ["decompose", "fishers.h5", "--n-components", "3", "--out", "components.h5", *SEARCH],
     ["trust", "fishers.h5", "components.h5", "--repeats", "2", "--shuffles", "1", "--out", "trust.json", "--quiet"],
     ["perturb", MODEL, DATA, "components.h5", "--all", *FEW, "--out", "effects.json"],
     ["perturb", MODEL, DATA, "components.h5", "--strategy", "0,2", *FEW, "--out", "group.json"],
     ["trace", MODEL, DATA, "components.h5", "-j", "1", "--top", "12", "--quiet", "--out", "trace.json"],
-    ["linearize", MODEL, DATA, *FREEZE, "--component", "components.h5:0,1", "--top", "2", "--out", "attributions.json"],
+    ["linearize", MODEL, DATA, *FREEZE, "--component", "components.h5:0,1", "-k", "2", "--out", "attributions.json"],
     ["influence", MODEL, "net.py:train", DATA, "--component", "components.h5:2", "--damping", "1", "--quiet", "--out",
      "influences.json"],
 )  # fmt: skip

@@ -43,6 +43,8 @@ class Queue {
     const auto bytes = static_cast<size_t>(kernel.shared_bytes());
     if (bytes > 48 << 10)
       check(cudaFuncSetAttribute(run_block<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name_);
+    if (bytes > 16 << 10)  // let as many blocks share a processor as can
+      check(cudaFuncSetAttribute(run_block<Kernel>, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), name_);
     run_block<Kernel><<<static_cast<unsigned>(blocks), Kernel::threads, bytes, stream_>>>(kernel);
     check(cudaGetLastError(), name_);
   }

@@ -3,7 +3,7 @@
 ::
 
     model, data ──compute_fishers──▶ Fishers ──decompose──▶ Components ──report──▶ pages to read
-                  (TopK · Sketch ·      │ ▲                    │  encode · strategies · state_dict
+                  (TopK · Sketch ·      │ ▲                    │  encode · recover · strategies · state_dict
                    GramOnly · exact)    ▼ │ load               │  perturb · trace: what the weights along them do
                                      fishers.h5             components.h5
                                                                │  trust: do they come back, would chance do as well
@@ -11,7 +11,13 @@
                                                                ▼
     companions: linearize (inputs) · influence, rollback (training examples) · safr (training)
 
-The method is Non-Negative Per-Example Fisher Factorization (Matena & Raffel 2023, arXiv 2310.04649).
+Packages, each of which imports only from itself and from those before it::
+
+    kernels, storage ▶ batches, models ▶ gradients ▶ fishers ▶ components ▶ decomposition ▶ distributed, trust
+    ▶ perturbation ▶ companions ▶ reports ▶ planning, demo, doctor ▶ cli
+
+The method is Non-Negative Per-Example Fisher Factorization (Matena & Raffel, arXiv 2310.04649v3, 2026; first published
+in 2023 as NPEFF).
 """
 
 from importlib import import_module as _import_module
@@ -33,16 +39,16 @@ from npeff.errors import (
 if TYPE_CHECKING:
     from npeff import companions as companions
     from npeff import trust as trust
+    from npeff.batches.batch_order import TokenBatches
     from npeff.batches.batches import Batch
-    from npeff.batches.token_batches import TokenBatches
     from npeff.components.components import Components, Encoded
     from npeff.components.loading import load
     from npeff.components.strategies import Strategy
     from npeff.decomposition.decompose import decompose, expand
     from npeff.decomposition.options import Progress, PublishedOptions
-    from npeff.fishers.compress import GramOnly, Sketch, TopK
     from npeff.fishers.computation import compute_fishers
     from npeff.fishers.fishers import Fishers
+    from npeff.fishers.options import GramOnly, Sketch, TopK
     from npeff.perturbation import (
         Effect,
         Moved,
@@ -112,16 +118,16 @@ _HOMES = {
     "Effect": "perturbation",
     "Encoded": "components.components",
     "Fishers": "fishers.fishers",
-    "GramOnly": "fishers.compress",
+    "GramOnly": "fishers.options",
     "Mending": "perturbation.mending",
     "Moved": "perturbation",
     "Plan": "planning",
     "Progress": "decomposition.options",
     "PublishedOptions": "decomposition.options",
-    "Sketch": "fishers.compress",
+    "Sketch": "fishers.options",
     "Strategy": "components.strategies",
-    "TokenBatches": "batches.token_batches",
-    "TopK": "fishers.compress",
+    "TokenBatches": "batches.batch_order",
+    "TopK": "fishers.options",
     "Trace": "perturbation",
     "ablated": "perturbation",
     "applied": "perturbation",

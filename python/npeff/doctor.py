@@ -1,4 +1,4 @@
-"""What this machine offers, which kernels npeff uses on it, and why not faster ones."""
+"""Report what this machine offers, which kernels npeff uses on it, and why not faster ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Section:
 
 
 def examine() -> list[Section]:
-    """Look at versions, processor, kernels and CUDA. What cannot be found out is told, never raised."""
+    """Look at versions, processor, kernels and CUDA. Failures are reported, never raised."""
     return [_versions(), _processor(), _kernels(), _cuda()]
 
 
@@ -55,6 +55,7 @@ def _versions() -> Section:
 
 
 def _processor() -> Section:
+    import psutil
     import torch
 
     model, flags = _cpuinfo()
@@ -66,8 +67,7 @@ def _processor() -> Section:
         ("threads", f"{torch.get_num_threads()} in torch" + _limits()),
         ("features", " ".join(present) or "unknown on this system"),
     ]
-    memory = _memory()
-    return Section("Processor", lines + ([("memory", memory)] if memory else []))
+    return Section("Processor", [*lines, ("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB")])
 
 
 def _kernels() -> Section:
@@ -143,13 +143,6 @@ def _limits() -> str:
         if name in os.environ
     ]
     return f" ({', '.join(found)})" if found else ""
-
-
-def _memory() -> str:
-    try:
-        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    except (AttributeError, ValueError, OSError):
-        return ""
 
 
 def _driver() -> str:

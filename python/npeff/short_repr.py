@@ -1,4 +1,4 @@
-"""Short text for objects that hold large arrays: what each field is, its size, and small values as they are."""
+"""Represent objects that hold large arrays in one line: each field's dtype and shape, small values as they are."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 ITEMS = 6
-"""Items shown of a list or mapping; of longer ones the number is told."""
+"""Items shown of a list or mapping; of longer ones, their number."""
 
 CHARACTERS = 60
 """Characters shown of a text."""
 
 
 def short_repr(item: Any) -> str:
-    """One line for a dataclass: ``Curve(magnitudes=float64 (2, 8), signs=(1, -1), …)``.
+    """Represent a dataclass in one line: ``Curve(magnitudes=float64 (2, 8), signs=(1, -1), …)``.
 
-    To be used as ``__repr__``. Arrays are told by dtype and shape, long lists and mappings by their number of items.
+    Used as ``__repr__``. Shows arrays by dtype and shape, long lists and mappings by their number of items.
     """
     fields = ", ".join(f"{name}={_shown(getattr(item, name))}" for name in item.__dataclass_fields__)
     return f"{type(item).__name__}({fields})"
 
 
 def several(items: Sequence[Any], most: int = ITEMS) -> str:
-    """``1, 4, 7``; of more than ``most``, the first and how many there are."""
+    """Write ``1, 4, 7``; of more than ``most`` items, the first ones and their number."""
     first = ", ".join(map(str, items[:most]))
     return first if len(items) <= most else f"{first}, … ({len(items)})"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import npeff
 from npeff.companions.influence import CrossLossInfluence
-from npeff.reports.examples import collect
+from npeff.reports.examples import read_examples
 from oracles import dense_fishers, dense_jacobians
 from small_network import fishers_of
 
@@ -379,7 +379,7 @@ def test_a_page_shows_the_examples_of_such_batches(batches: Any) -> None:
     xs = torch.randn(3, 6, 6, F, generator=torch.Generator().manual_seed(6))
     data = batches(xs)
     n = 5 if isinstance(data[0], tuple) else 6
-    shown = collect(data, [0, n + 1, 2 * n], {0: 0, n + 1: 1, 2 * n: 0})
+    shown = dict(read_examples(data, [0, n + 1, 2 * n], {0: 0, n + 1: 1, 2 * n: 0}))
     for batch, at, example in ((0, 0, shown[0]), (1, 1, shown[n + 1]), (2, 0, shown[2 * n])):
         drawn = example.image if example.values is None else example.values
         np.testing.assert_allclose(drawn, xs[batch][at][: len(drawn)])

@@ -66,7 +66,7 @@ def test_inputs_are_not_overwritten(files, capsys, command, target):
 )
 def test_decompose_checks_the_output_before_the_search(files, capsys, monkeypatch, out, words):
     monkeypatch.setattr(npeff, "decompose", lambda *a, **k: pytest.fail("it searched"))
-    assert run(["decompose", "f.h5", "--components", "2", "--out", out]) == 1
+    assert run(["decompose", "f.h5", "--n-components", "2", "--out", out]) == 1
     assert words in capsys.readouterr().err
 
 
@@ -94,7 +94,7 @@ def test_report_checks_the_output_before_the_data(components, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
 def test_device_that_is_not_there(files, capsys):
-    command = ["decompose", "f.h5", "--components", "2", "--device", "cuda", "--out", "d.h5", "--quiet"]
+    command = ["decompose", "f.h5", "--n-components", "2", "--device", "cuda", "--out", "d.h5", "--quiet"]
     assert run(command) == 1
     assert capsys.readouterr().err.startswith("npeff: device")
 

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import npeff
-from npeff.cli import COMMANDS, common, run
+from npeff.cli import COMMANDS, run
+from npeff.cli.command import command
 from npeff.errors import DataError
 
 SOURCE = """
@@ -49,7 +50,7 @@ def folder(tmp_path_factory):
     os.chdir(path)
     assert run(["fishers", "tiny.py:model", "tiny.py:data", "--exact", "--out", "fishers.h5", "--quiet"]) == 0
     assert run(["fishers", "tiny.py:model", "tiny.py:new", "--exact", "--out", "new.h5", "--quiet"]) == 0
-    assert run(["decompose", "fishers.h5", "--components", "4", "--out", "components.h5", "--quiet"]) == 0
+    assert run(["decompose", "fishers.h5", "--n-components", "4", "--out", "components.h5", "--quiet"]) == 0
     yield path
     os.chdir(before)
 
@@ -92,14 +93,15 @@ def test_as_module_and_version(monkeypatch, capsys):
         (["fishers", "m:f", "d:f"], "Missing option '--out'"),
         (["fishers", "m:f", "d:f", "--out", "x.h5", "--exact", "--top-k", "3"], "--exact keeps all values"),
         (["fishers", "m:f", "d:f", "--out", "x.h5", "--top-k", "0"], "0 is not in the range x>=1"),
-        (["decompose", "absent.h5", "--components", "3", "--out", "x.h5"], "'absent.h5' does not exist"),
+        (["decompose", "absent.h5", "--n-components", "3", "--out", "x.h5"], "'absent.h5' does not exist"),
         (
-            ["decompose", __file__, "--components", "3", "--out", "x", "--orthogonality", "big"],
+            ["decompose", __file__, "--n-components", "3", "--out", "x", "--orthogonality", "big"],
             "a number or 'hard'",
         ),
         (["encode", __file__, __file__, "--out", "x.txt"], "ending in .h5, .npz or .csv"),
         (["export", __file__, "--out", "x"], "either --layout published or --component J"),
-        (["report", __file__, "--examples", "0"], "0 is not in the range x>=1"),
+        (["report", __file__, "-k", "few"], "'-k': expected a whole number, got 'few'"),
+        (["report", __file__, "--heads", "0"], "0 is not in the range x>=1"),
         (["doctor", "--nonsense"], "No such option"),
     ],
 )
@@ -110,7 +112,7 @@ def test_wrong_usage_is_2(arguments, words, capsys):
 
 
 def _raising(error):
-    @common.command(examples="npeff boom")
+    @command("npeff boom")
     def boom():
         raise error
 
@@ -175,6 +177,7 @@ def test_a_bug_is_not_disguised(boom):
         (["info", "tiny.py"], "tiny.py"),
         (["info", "absent.h5"], "absent.h5"),
         (["report", "components.h5", "--data", "tiny.py:new", "--out", "x.html"], "data: "),
+        (["report", "components.h5", "-k", "0"], "got 0 (on the command line: k is -k)"),
     ],
 )
 def test_errors_are_one_clean_message(folder, arguments, words, capsys):
@@ -216,7 +219,7 @@ def test_options_reach_compute_fishers(folder, capsys):
 
 
 def test_decompose(folder, capsys):
-    command = ["decompose", "fishers.h5", "--components", "3", "--quiet", "--n-init", "2", "--n-replacements", "0"]
+    command = ["decompose", "fishers.h5", "--n-components", "3", "--quiet", "--n-init", "2", "--n-replacements", "0"]
     assert run([*command, "--block-weights", "balanced", "--wrong-only", "--out", "wrong.h5"]) == 0
     assert "wrong.h5: 3 components of" in capsys.readouterr().out
     components = npeff.load("wrong.h5")
@@ -239,7 +242,7 @@ def test_encode(folder, suffix, capsys):
 
 
 def test_commands_refuse_files_of_the_wrong_kind(folder, capsys):
-    assert run(["decompose", "components.h5", "--components", "3", "--out", "x.h5"]) == 2
+    assert run(["decompose", "components.h5", "--n-components", "3", "--out", "x.h5"]) == 2
     assert "components.h5 holds Components, expected Fishers (made by: npeff fishers)" in capsys.readouterr().err
     assert run(["report", "fishers.h5"]) == 2
     assert "expected Components (made by: npeff decompose)" in capsys.readouterr().err
@@ -247,7 +250,7 @@ def test_commands_refuse_files_of_the_wrong_kind(folder, capsys):
 
 def test_report(folder, capsys):
     command = ["report", "components.h5", "--out", "page.html", "--title", "Tiny"]
-    assert run([*command, "--data", "tiny.py:data", "--class-names", "red, green,blue", "--examples", "3"]) == 0
+    assert run([*command, "--data", "tiny.py:data", "--class-names", "red, green,blue", "-k", "3"]) == 0
     assert "page.html: 4 components" in capsys.readouterr().out
     html = (folder / "page.html").read_text(encoding="utf-8")
     assert "<h1>Tiny</h1>" in html and "green" in html and "data:image/png" in html
@@ -318,7 +321,7 @@ def test_demo(tmp_path, capsys, monkeypatch):
     real, solve = import_module("npeff.demo").run_demo, npeff.decompose
     monkeypatch.setattr(npeff, "decompose", lambda *a, **k: solve(*a, **k, n_init=1, n_replacements=0))
     monkeypatch.setattr("npeff.demo.run_demo", lambda *a, **k: real(*a, **k, epochs=1, max_examples=40))
-    command = ["demo", "--out", str(tmp_path / "demo"), "--components", "3", "--no-open", "--quiet"]
+    command = ["demo", "--out", str(tmp_path / "demo"), "--n-components", "3", "--no-open", "--quiet"]
     assert run(command) == 0
     text = capsys.readouterr().out
     page = tmp_path / "demo" / "report" / "index.html"

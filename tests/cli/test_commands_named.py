@@ -72,7 +72,11 @@ def problem(rest: str) -> str | None:
     if name not in KNOWN:
         return f"there is no command {name!r}"
     rest = re.split(r"[,;:.)](?=\s|$)", rest)[0]  # the sentence goes on
-    options = {opt for parameter in KNOWN[name].params for opt in (*parameter.opts, *parameter.secondary_opts)}
+    options = {
+        opt
+        for parameter in KNOWN[name].get_params(click.Context(KNOWN[name]))
+        for opt in (*parameter.opts, *parameter.secondary_opts)
+    }
     options |= {"--help", "-h", "--debug"}
     try:
         words = shlex.split(rest.replace("…", " "))

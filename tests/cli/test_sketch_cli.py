@@ -8,7 +8,7 @@ import pytest
 
 import npeff
 from npeff.cli import run
-from npeff.fishers.compress import Sketch
+from npeff.fishers.options import Sketch
 
 TARGETS = """
 import torch
@@ -40,7 +40,7 @@ def test_command_line(tmp_path: Path, options: list[str], expected: Sketch | Non
     opened = npeff.load(fishers)
     assert isinstance(opened, npeff.Fishers) and opened.sketch == expected
     options = ["--memory", "1GB", "--quiet", "--n-replacements", "1", "--n-init", "1"]
-    code = run(["decompose", str(fishers), "--components", "2", "--out", str(components), *options])
+    code = run(["decompose", str(fishers), "--n-components", "2", "--out", str(components), *options])
     assert code == 0 and npeff.load(components).coefficients.shape == (24, 2)
     assert run(["info", str(fishers)]) == 0
 

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     Path("net.py").write_text(SOURCE)
     for name, options in (("topk", ["--top-k", "120"]), ("sketch", ["--sketch", "128"]), ("gram", ["--gram-only"])):
         assert run(["fishers", MODEL, DATA, *options, "--out", f"{name}.fishers.h5", "--quiet"]) == 0
-        assert run(["decompose", f"{name}.fishers.h5", "--components", "3", "--out", f"{name}.h5", *SEARCH]) == 0
+        assert run(["decompose", f"{name}.fishers.h5", "--n-components", "3", "--out", f"{name}.h5", *SEARCH]) == 0
     yield path
     os.chdir(before)
 
@@ -42,7 +42,7 @@ def written(folder: Path) -> dict[str, Any]:
         ["perturb", MODEL, DATA, "topk.h5", "-j", "1", *FEW, "--out", "one.json"],
         ["perturb", MODEL, DATA, "topk.h5", "--strategy", "0,2", *FEW, "--out", "group.json"],
         ["trace", MODEL, DATA, "topk.h5", "-j", "1", "--top", "12", "--quiet", "--out", "trace.json"],
-        ["linearize", MODEL, DATA, *FREEZE, "--component", "topk.h5:0,1", "--top", "2", "--out", "in.json"],
+        ["linearize", MODEL, DATA, *FREEZE, "--component", "topk.h5:0,1", "-k", "2", "--out", "in.json"],
         ["influence", MODEL, "net.py:train", DATA, "--component", "topk.h5:2", "--damping", "1", "--quiet", "--out",
          "behind.json"],
     ):  # fmt: skip
@@ -113,7 +113,9 @@ def test_two_files_about_one_component_are_not_mixed(folder: Path, written: Any,
 
 
 def test_files_about_other_components_are_refused(folder: Path, written: Any, capsys: Any) -> None:
-    assert run(["decompose", "topk.fishers.h5", "--components", "3", "--seed", "5", "--out", "other.h5", *SEARCH]) == 0
+    assert (
+        run(["decompose", "topk.fishers.h5", "--n-components", "3", "--seed", "5", "--out", "other.h5", *SEARCH]) == 0
+    )
     for name in ("trust.json", "all.json", "one.json", "group.json", "trace.json", "in.json", "behind.json"):
         capsys.readouterr()
         assert run(["report", "other.h5", "--data", DATA, *extras(name), "--out", "no.html", "--quiet"]) == 1
@@ -163,9 +165,9 @@ def damaged(content: Any, *path: Any, value: Any) -> str:
 @pytest.mark.parametrize(
     ("name", "path", "value", "words"),
     [
-        ("one.json", ["components"], [3], r"effects: expected components 0 to 2, got '?3"),
-        ("one.json", ["components"], ["a"], r"effects\[0\].components: expected numbers of components, got \['a'\]"),
-        ("one.json", ["components"], [-1], r"effects\[0\].components: expected numbers of components"),
+        ("one.json", ["components"], [3], r"effects\[0\].components: expected components 0 to 2, got 3"),
+        ("one.json", ["components"], ["a"], r"effects\[0\].components: expected components 0 to 2, got 'a'"),
+        ("one.json", ["components"], [-1], r"effects\[0\].components: expected components 0 to 2, got -1"),
         ("one.json", ["figures", "ratio"], "del", r"figures.ratio: expected value, low and high, got None"),
         ("one.json", ["figures", "ratio", "value"], "5", r"figures.ratio.value: expected numbers, got '5'"),
         ("one.json", ["figures", "ratio", "value"], True, r"figures.ratio.value: expected numbers, got True"),
@@ -175,8 +177,8 @@ def damaged(content: Any, *path: Any, value: Any) -> str:
         ("one.json", ["curve", "top"], [[1]], r"curve.top: expected a list of numbers for each of 2 signs"),
         ("one.json", ["curve", "top", 0], [1], r"curve.top: expected numbers"),
         ("one.json", ["curve", "signs"], None, r"curve"),
-        ("all.json", [1, "components"], [0], r"effects\[1\]: component 0 was described before"),
-        ("trace.json", ["alone"], [], r"traces\[1\].alone: expected a figure and an energy for each of 3 parts"),
+        ("all.json", [1, "components"], [0], r"effects\[1\]: another one of component 0 was given"),
+        ("trace.json", ["alone"], [], r"traces\[0\].alone: expected a figure and an energy for each of 3 parts"),
         ("trace.json", ["groups", 0], 7, r"groups: expected names of parts"),
         ("trace.json", ["energy", 0], {}, r"energy: expected numbers"),
         ("trust.json", ["stability", "components"], [1, 2], r"trust.stability: expected 3 numbers, got shape \(2,\)"),
@@ -186,10 +188,10 @@ def damaged(content: Any, *path: Any, value: Any) -> str:
         ("trust.json", ["null"], "low", r"trust.null: expected a threshold"),
         ("trust.json", ["explained"], [1], r"trust.explained: expected 48 numbers"),
         ("trust.json", ["explained", 3], {"a": 1}, r"trust.explained: expected numbers"),
-        ("in.json", ["attributions", "0"], [1], r"attributions: expected an object with components"),
+        ("in.json", ["attributions", "0"], [1], r"in JSON, an object with components"),
         ("in.json", ["attributions", "9"], {"0": [1]}, r"attributions: expected components 0 to 2, got 9"),
         ("in.json", ["attributions", "0", "48"], [1], r"attributions: expected examples 0 to 47, got 48"),
-        ("in.json", ["attributions", "0", "-1"], [1], r"expected numbers of components and examples, got '-1'"),
+        ("in.json", ["attributions", "0", "-1"], [1], r"attributions: expected examples 0 to 47, got '-1'"),
         ("in.json", ["attributions", "0", "1"], ["x"], r"attributions\[0, 1\]: expected numbers"),
         ("in.json", ["components_digest"], 4, r"components_digest: expected a text, got 4"),
         (
@@ -206,7 +208,7 @@ def damaged(content: Any, *path: Any, value: Any) -> str:
         ),
         ("behind.json", ["influences", "2", "pairs"], "pairs", r"influences\[2\]: expected pairs"),
         ("behind.json", ["influences", "2", "by"], 4, r"influences\[2\]: expected by to be a text"),
-        ("behind.json", ["influences"], [], r"influences: expected an object with components as keys"),
+        ("behind.json", ["influences"], [], r"influences: expected a mapping, got list"),
     ],
 )
 def test_damaged_files_are_named_with_the_field(
@@ -225,15 +227,14 @@ def test_damaged_files_are_named_with_the_field(
     [
         ("", "expected a JSON file written by npeff trust"),
         ('{"trust": ', "expected a JSON file"),
-        ('{"trust": {"null": NaN}}', "NaN is not JSON; write null"),
-        ('{"trust": {"null": -Infinity}}', "-Infinity is not JSON"),
-        ('{"trust": {"null": 1e999}}', "trust.null.threshold: expected finite numbers"),
-        ('{"trust": {"null": 1' + "0" * 40 + "}}", "a whole number of 41 digits"),
+        ('{"trust": {"null": NaN}}', "expected finite numbers or null, got nan"),
+        ('{"trust": {"null": -Infinity}}', "expected finite numbers or null, got -inf"),
+        ('{"trust": {"null": 1e999}}', "expected finite numbers or null, got inf"),
         ('{"trust": {"null": 1}, "trust": {"null": 2}}', "the name 'trust' stands twice"),
         ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
-        ('{"trust": {"stability": ' + "[" * 90 + "1" + "]" * 90 + "}}", "trust.stability: expected"),
+        ('{"trust": {"stability": ' + "[" * 90 + "1" + "]" * 90 + "}}", "expected at most 64 levels"),
         ("[]", "got a list of 0"),
-        ("7", "got 7"),
+        ("7", "expected an object or a list, got a whole number"),
         ('{"model": "m", "choices": []}', "got model, choices"),
         ('[{"components": [0], "figures": {}}, 3]', "got a list of 2"),
         ("\ufeff{}", r"got \{\}"),
@@ -254,13 +255,13 @@ def test_files_that_are_none(folder: Path, tmp_path: Path) -> None:
     large = tmp_path / "large.json"
     with large.open("wb") as file:
         file.truncate((1 << 30) + 1)
-    with pytest.raises(ExtrasError, match=r"large.json: .*got 1,073,741,825 bytes, and at most 1,073,741,824 are read"):
+    with pytest.raises(ExtrasError, match="at most 1,073,741,824 bytes of JSON, got 1,073,741,825"):
         load_extras(large)
     os.mkfifo(tmp_path / "pipe.json")
     for path, words in (
-        (tmp_path / "pipe.json", "this is no file"),
-        (tmp_path, "no file"),
-        (tmp_path / "x", "no such"),
+        (tmp_path / "pipe.json", "a regular file, but this is a device, pipe"),
+        (tmp_path, "this is a folder"),
+        (tmp_path / "x", "no such file"),
     ):
         with pytest.raises(ExtrasError, match=words):
             load_extras(path)
@@ -369,7 +370,7 @@ def test_explained_shares_of_inner_products_are_those_of_rows(folder: Path) -> N
 
 def test_block_weights_of_sketches_say_what_can_be_done(folder: Path, capsys: Any) -> None:
     for form in ("sketch", "gram"):
-        command = ["decompose", f"{form}.fishers.h5", "--components", "2", "--block-weights", "balanced"]
+        command = ["decompose", f"{form}.fishers.h5", "--n-components", "2", "--block-weights", "balanced"]
         assert run([*command, "--out", "b.h5", *SEARCH]) == 1
         said = capsys.readouterr().err
         assert "npeff fishers --parameters PATTERN" in said and "--top-k N" in said and "'energy'" in said
@@ -378,11 +379,11 @@ def test_block_weights_of_sketches_say_what_can_be_done(folder: Path, capsys: An
         fishers = f"weighted{number}.h5"
         assert run(["fishers", MODEL, DATA, *options, "--out", fishers, "--quiet"]) == 0
         weights = ["--block-weights", "energy" if number == 0 else "balanced"]
-        assert run(["decompose", fishers, "--components", "2", *weights, "--out", f"b{number}.h5", *SEARCH]) == 0
+        assert run(["decompose", fishers, "--n-components", "2", *weights, "--out", f"b{number}.h5", *SEARCH]) == 0
 
 
 def test_the_held_out_losses_of_a_selection_are_on_the_page(folder: Path, capsys: Any) -> None:
-    assert run(["decompose", "topk.fishers.h5", "--components", "2,3", "--select", "--out", "s.h5", *SEARCH]) == 0
+    assert run(["decompose", "topk.fishers.h5", "--n-components", "2,3", "--select", "--out", "s.h5", *SEARCH]) == 0
     losses = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines()[1:3]]
     assert run(["report", "s.h5", "--out", "s.html", "--quiet"]) == 0
     html = Path("s.html").read_text(encoding="utf-8")
@@ -391,7 +392,7 @@ def test_the_held_out_losses_of_a_selection_are_on_the_page(folder: Path, capsys
 
 
 def test_a_number_of_components_is_not_chosen_on_inner_products(folder: Path, capsys: Any) -> None:
-    command = ["decompose", "gram.fishers.h5", "--components", "2,3", "--select", "--out", "s.h5", *SEARCH]
+    command = ["decompose", "gram.fishers.h5", "--n-components", "2,3", "--select", "--out", "s.h5", *SEARCH]
     assert run(command) == 1
     assert "cannot be split into halves of the parameters" in capsys.readouterr().err
 
@@ -416,7 +417,7 @@ def loss(model, batch):
     assert run(fishers) == 1
     assert "(on the command line: forward= is --forward)" in capsys.readouterr().err
     assert run([*fishers, *forward]) == 0
-    assert run(["decompose", "dicts.f.h5", "--components", "2", "--out", "dicts.h5", *SEARCH]) == 0
+    assert run(["decompose", "dicts.f.h5", "--n-components", "2", "--out", "dicts.h5", *SEARCH]) == 0
     command = ["influence", model, dicts, dicts, "--train-loss", "dicts.py:loss", "--component", "dicts.h5:0"]
     command += ["--damping", "1", "--quiet", "--out", "dicts.json"]
     assert run(command) == 1
@@ -443,7 +444,7 @@ def test_info_knows_every_file_that_a_command_writes(folder: Path, written: Any,
         ["encode", "topk.h5", "topk.fishers.h5", "--out", "coefficients.h5"],
         ["influence", MODEL, "net.py:train", DATA, "--solver", "identity", "--damping", "1", "--out", "scores.h5"],
         ["rollback", "triples.txt", "--record", "record.h5", "--dim", "2", "--epochs", "1", "--quiet"],
-        ["plan", MODEL, DATA, "--components", "3", "--batches", "2", "--json", "plan.json"],
+        ["plan", MODEL, DATA, "--n-components", "3", "--batches", "2", "--json", "plan.json"],
         ["export", "topk.h5", "--component", "0", "--out", "g0.safetensors"],
         ["export", "topk.fishers.h5", "--layout", "published", "--out", "theirs.h5"],
     ):

@@ -87,7 +87,7 @@ def test_a_preconditioner_saves_passes(classifier):
         fitted = estimator(model, solver=ConjugateGradients(tolerance=1e-10, preconditioner=before), damping=1e-4).fit(
             data
         )
-        solution = fitted._inverse()[0].solve(vectors)
+        solution = fitted.solve(vectors)
         assert float(solution.residual.max()) < 1e-9
         passes.append(solution.iterations)
     assert passes[1] < passes[0]
@@ -182,7 +182,7 @@ def test_ekfac_equals_its_definition(classifier, size):
     vectors = torch.randn(3, sum(p.numel() for p in model.parameters()), dtype=torch.float64)
     expected = ekfac_oracle(model, x, y, layers, 2e-2, vectors)
     fitted = estimator(model, solver="ekfac", damping=1e-2, max_gradient=9.0).fit(batches(x, y, size=size))
-    solution = fitted._inverse()[0].solve(vectors)
+    solution = fitted.solve(vectors)
     torch.testing.assert_close(solution.x, expected, rtol=1e-8, atol=1e-10)
     assert float(solution.residual.max()) < 1e-10
 

@@ -9,27 +9,19 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import npeff
+from deep_clustering import deep_embedded_clustering, kl_loss, nll_loss, target_distribution
 from npeff.companions.influence import (
     Coefficient,
     CrossLossInfluence,
-    SkipGram,
     component_influence,
     cross_entropy,
     leave_out,
     minimise,
     squared_error,
     unlearn,
-    weat,
-    weat_effect,
 )
-from npeff.companions.influence.clustering import (
-    deep_embedded_clustering,
-    kl_loss,
-    nll_loss,
-    target_distribution,
-)
-from npeff.companions.influence.skip_gram import sentences, skip_gram_loss
 from npeff.errors import DataError
+from word_vectors import SkipGram, sentences, skip_gram_loss, weat, weat_effect
 
 # ---- retraining --------------------------------------------------------------------------------------------
 
@@ -239,7 +231,7 @@ def test_unlearning_moves_weat_the_way_influence_predicts():
         model, skip_gram_loss, effect, solver="exact", damping=1e-5, weight_decay=2e-2, progress=False
     )
     scores = influence.scores(data, [(torch.zeros(1),)])
-    harmful = influence.top(4, direction="raises")
+    harmful = scores.top(4, direction="raises")
     truth = leave_out(
         model,
         skip_gram_loss,

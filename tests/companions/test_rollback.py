@@ -62,54 +62,86 @@ def test_scores_are_the_published_formulas() -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_query_gradients_are_autograds(kind: str) -> None:
     model = MODELS[kind]()
-    rows = [row.detach().requires_grad_() for row in model.context_rows(examples_of(model, 5))]
-    gradient = torch.randn(5, model.tables[model.answers].shape[1], dtype=torch.float64)
+    examples = examples_of(model, 5)
+    rows = [
+        model.tables[table][examples[:, j]].T.detach().requires_grad_() for j, table in enumerate(model.columns[:-1])
+    ]
+    gradient = torch.randn(model.tables[model.answers].shape[1], 5, dtype=torch.float64)
     expected = torch.autograd.grad(model.query(rows), rows, gradient)
-    for axis, swap in ((-1, lambda x: x), (0, lambda x: x.T)):  # numpy, elements first, is how fit calls it
-        found = model.query_gradient([swap(row.detach().numpy()) for row in rows], swap(gradient.numpy()), axis)
-        for ours, theirs in zip(found, expected, strict=True):
-            np.testing.assert_allclose(swap(ours), theirs.numpy())
+    found = model.query_gradient([row.detach().numpy() for row in rows], gradient.numpy())
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy())
 
 
 # ---- recording ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("negatives", [False, True])
+@pytest.mark.parametrize("all_rows", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_fit_records_what_torch_does(kind: str, optimizer: str, negatives: bool) -> None:
+def test_fit_records_what_torch_does(kind: str, optimizer: str, all_rows: bool) -> None:
     fast, slow = MODELS[kind](), MODELS[kind]()
     examples = examples_of(fast, 12)
     examples[0, 0] = min(examples[0, -1], len(fast.tables[fast.columns[0]]) - 1)  # where it can be: head = tail
     recipe = Recipe(epochs=2, negatives=4, learning_rate=0.05, optimizer=optimizer)
-    record = rollback.fit(fast, examples, recipe, negatives=negatives, progress=False)
+    record = rollback.fit(fast, examples, recipe, all_rows=all_rows, progress=False)
     stepper = OPTIMIZERS[optimizer](slow.parameters(), 0.05)
-    with rollback.RollbackRecorder(stepper, slow, examples, negatives=negatives, momentum="accept") as recorder:
+    with rollback.RollbackRecorder(stepper, slow, examples, all_rows=all_rows, momentum="accept") as recorder:
         train_with_torch(slow, examples, recipe, recorder, stepper, optimizer == "adam")
     other = recorder.record
-    assert record is not None and other is not None and other.negatives == negatives
+    assert other is not None and other.all_rows == all_rows
     for name in fast.tables:
         np.testing.assert_allclose(record.final[name], other.final[name], atol=1e-9)
-        ours, theirs = record.moves[name], other.moves[name]
+        ours, theirs = record.updates[name], other.updates[name]
         np.testing.assert_array_equal(ours.offsets, theirs.offsets)
         np.testing.assert_array_equal(ours.rows, theirs.rows)
         np.testing.assert_allclose(ours.values, theirs.values, atol=1e-6)
 
 
-def test_all_moves_add_up_to_the_training() -> None:
+class Translation(FactorModel):
+    """A model of the user's: ``(h + r) · t``; both context rows have one gradient, the same array."""
+
+    columns = ("entities", "entities", "entities")
+
+    def __init__(self) -> None:
+        super().__init__({"entities": N_ENTITIES}, {"entities": 4}, 0.5, 0)
+
+    def query(self, context):
+        return context[0] + context[1]
+
+    def query_gradient(self, context, gradient):
+        return [gradient, gradient]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_gradients_shared_between_rows(optimizer: str) -> None:
+    fast, slow = Translation().double(), Translation().double()
+    examples = np.array([[1, 1, 2], [3, 4, 3], [5, 6, 7], [5, 5, 5]])
+    recipe = Recipe(epochs=2, negatives=4, learning_rate=0.05, optimizer=optimizer)
+    record = rollback.fit(fast, examples, recipe, progress=False)
+    stepper = OPTIMIZERS[optimizer](slow.parameters(), 0.05)
+    with rollback.RollbackRecorder(stepper, slow, examples, momentum="accept") as recorder:
+        train_with_torch(slow, examples, recipe, recorder, stepper, optimizer == "adam")
+    ours, theirs = record.updates["entities"], recorder.record.updates["entities"]
+    np.testing.assert_allclose(record.final["entities"], recorder.record.final["entities"], atol=1e-9)
+    np.testing.assert_array_equal(ours.rows, theirs.rows)
+    np.testing.assert_allclose(ours.values, theirs.values, atol=1e-6)
+
+
+def test_all_updates_add_up_to_the_training() -> None:
     for kind in MODELS:
-        _, record = fitted(kind, negatives=True)
-        for name, moves in record.moves.items():
+        _, record = fitted(kind, all_rows=True)
+        for name, updates in record.updates.items():
             total = np.zeros_like(record.initial[name])
-            np.add.at(total, moves.rows, moves.values)
+            np.add.at(total, updates.rows, updates.values)
             np.testing.assert_allclose(record.initial[name] + total, record.final[name], atol=1e-5)
 
 
-def test_a_record_without_negatives_has_the_examples_own_rows() -> None:
+def test_a_record_has_the_examples_own_rows() -> None:
     _, record = fitted("distmult")
     for d, (head, relation, tail) in enumerate(record.examples.tolist()):
         for name, rows in (("entities", {head, tail}), ("relations", {relation})):
-            _, found, _ = record.moves[name].of(np.array([d]))
+            _, found, _ = record.updates[name].of(np.array([d]))
             assert found.tolist() == sorted(rows)
 
 
@@ -123,9 +155,9 @@ def test_records_survive_the_disk(tmp_path, on_disk: bool) -> None:
     opened, (_, memory) = Record.load(tmp_path / "r.h5", verify=True), fitted("complex", names=names)
     for name in model.tables:
         for part in ("offsets", "rows", "values"):
-            np.testing.assert_array_equal(getattr(opened.moves[name], part), getattr(memory.moves[name], part))
+            np.testing.assert_array_equal(getattr(opened.updates[name], part), getattr(memory.updates[name], part))
         np.testing.assert_array_equal(opened.initial[name], memory.initial[name])
-    assert opened.recipe == memory.recipe and opened.names == names and not opened.negatives
+    assert opened.recipe == memory.recipe and opened.names == names and not opened.all_rows
     again = opened.model()
     assert torch.equal(again(opened.examples), model(opened.examples))
     assert rollback.GradientRollback(again, opened).explain(opened.examples[0], 3).positions.size
@@ -149,8 +181,7 @@ def test_negatives_are_different_and_never_the_answer() -> None:
 def test_rollback_of_one_step_is_exact_removal(kind: str) -> None:
     untouched, model = MODELS[kind](), MODELS[kind]()
     example = examples_of(model, 1)
-    record = rollback.fit(model, example, Recipe(epochs=1, negatives=4), negatives=True, progress=False)
-    assert record is not None
+    record = rollback.fit(model, example, Recipe(epochs=1, negatives=4), all_rows=True, progress=False)
     influence = rollback.GradientRollback(model, record).influence(example[0], np.array([0]))
     assert influence[0] == pytest.approx(probability(model, example[0]) - probability(untouched, example[0]), abs=1e-7)
 
@@ -164,8 +195,7 @@ def test_rollback_of_the_last_step_is_exact_removal(kind: str) -> None:
     examples[1, -1] = (examples[0, -1] + 1) % model.n_answers
     recipe = Recipe(epochs=1, negatives=4)
     last = int(recipe.schedule(0, examples[:, -1], model.n_answers)[0][-1])
-    record = rollback.fit(model, examples, recipe, negatives=True, progress=False)
-    assert record is not None
+    record = rollback.fit(model, examples, recipe, all_rows=True, progress=False)
     explainer = rollback.GradientRollback(model, record)
     after, before = rollback.trained_without(explainer, examples[:1], [np.array([last])], progress=False)
     influence = explainer.influence(examples[0], np.array([last]))[0]
@@ -175,22 +205,22 @@ def test_rollback_of_the_last_step_is_exact_removal(kind: str) -> None:
 
 
 @cache
-def _record_of(kind: str, negatives: bool) -> tuple[FactorModel, Record]:
-    return fitted(kind, negatives=negatives)
+def _record_of(kind: str, all_rows: bool) -> tuple[FactorModel, Record]:
+    return fitted(kind, all_rows=all_rows)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(list(MODELS)), st.booleans(), st.integers(0, 29), st.integers(0, 10_000))
-def test_influence_is_that_of_changed_tables(kind: str, negatives: bool, of: int, seed: int) -> None:
+def test_influence_is_that_of_changed_tables(kind: str, all_rows: bool, of: int, seed: int) -> None:
     """Oracle: subtract γ[d] from whole tables, run the model again."""
-    model, record = _record_of(kind, negatives)
+    model, record = _record_of(kind, all_rows)
     explainer = rollback.GradientRollback(model, record)
     target = examples_of(model, 1, seed)[0]
     influence = explainer.influence(target, np.array([of]))[0]
     changed = MODELS[kind]()
     tables = {name: table.copy() for name, table in record.final.items()}
-    for name, moves in record.moves.items():
-        _, rows, values = moves.of(np.array([of]))
+    for name, updates in record.updates.items():
+        _, rows, values = updates.of(np.array([of]))
         tables[name][rows] -= values
     changed.load_tables(tables)
     assert influence == pytest.approx(probability(model, target) - probability(changed, target), abs=1e-9)
@@ -202,7 +232,7 @@ def test_any_number_of_candidates_at_a_time(monkeypatch) -> None:
     whole = explainer.influence(record.examples[3])
     one = [explainer.influence(record.examples[3], c[None])[0] for c in explainer.candidates(record.examples[3])]
     np.testing.assert_allclose(whole, one, atol=1e-12)
-    monkeypatch.setattr("npeff.companions.rollback.influence._CHUNK_BYTES", 1)
+    monkeypatch.setattr("npeff.companions.rollback.explain.CHUNK_BYTES", 1)
     np.testing.assert_allclose(explainer.influence(record.examples[3]), whole, atol=1e-12)
 
 
@@ -224,7 +254,7 @@ def test_float32_is_close_to_float64() -> None:
     examples = examples_of(model, 30)
     single = rollback.fit(model, examples, Recipe(epochs=3, negatives=4), progress=False)
     double, record = _record_of("distmult", False)
-    assert single is not None and single.final["entities"].dtype == np.float32
+    assert single.final["entities"].dtype == np.float32
     np.testing.assert_allclose(
         rollback.GradientRollback(model, single).influence(examples[0]),
         rollback.GradientRollback(double, record).influence(examples[0]),

@@ -10,32 +10,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from npeff.companions import safr
-from npeff.companions.safr import SAFRRegularizer, TransformerClassifier, VMask
+from npeff.companions.safr import SAFRRegularizer, VMask
 from npeff.errors import ArgumentError, DataError, ModelError
-
-WORDS = 6  # planted words per class
-
-
-def planted(n: int, seed: int, vocabulary: int = 120, length: int = 16) -> safr.classifier.Split:
-    """Ids 2…13 decide the class, two of them per example; everything else is chance. Id 0 pads."""
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.randint(2, (n,), generator=rng)
-    ids = torch.randint(2 + 2 * WORDS, vocabulary, (n, length), generator=rng)
-    for i in range(n):
-        where = torch.randperm(10, generator=rng)[:2]
-        ids[i, where] = 2 + labels[i] * WORDS + torch.randint(WORDS, (2,), generator=rng)
-    mask = torch.arange(length) < torch.randint(10, length + 1, (n,), generator=rng)[:, None]
-    return ids * mask, mask, labels
-
-
-def mask_auc(model: TransformerClassifier, split: safr.classifier.Split) -> float:
-    """Probability that a planted token is kept rather than another one."""
-    ids, mask, _ = split
-    keep = model.vmask.importance(model.embed(ids))[mask].detach().numpy()
-    own = ((ids >= 2) & (ids < 2 + 2 * WORDS))[mask].numpy()
-    ranks = np.argsort(np.argsort(keep)) + 1
-    n = own.sum()
-    return float((ranks[own].sum() - n * (n + 1) / 2) / (n * (~own).sum()))
+from text_classifier import (
+    TransformerClassifier,
+    WordVocabulary,
+    evaluate,
+    mask_auc,
+    measure,
+    planted,
+    train_classifier,
+)
 
 
 def random_case(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -284,7 +269,7 @@ def test_capacity_map_orders_tokens_by_unit(tmp_path) -> None:
 
 
 def test_words_become_ids() -> None:
-    vocabulary = safr.WordVocabulary.of(["A good film!", "a good, good cast"], least=1)
+    vocabulary = WordVocabulary.of(["A good film!", "a good, good cast"], least=1)
     assert vocabulary.words[:4] == ("<pad>", "<unknown>", "good", "a")
     ids, mask = vocabulary.encode(["good unseen film", "a"], length=4)
     assert ids[0].tolist()[:2] == [2, 1] and mask.sum(1).tolist() == [3, 1]
@@ -301,9 +286,9 @@ def trained(seed: int, **weights) -> tuple[dict[str, float], float]:
     regularizer = SAFRRegularizer(model, "vmask", **weights)
     splits = [planted(n, 10 * k + seed) for k, n in ((1, 480), (2, 100), (3, 300))]
     options = {"epochs": 10, "learning_rate": 3e-3, "seed": seed, "progress": False}
-    safr.train_classifier(model, regularizer, *splits[:2], **options)
+    train_classifier(model, regularizer, *splits[:2], **options)
     assert not model.training and not any(m._forward_hooks for m in model.modules())
-    return safr.measure(model, regularizer, splits[2]), mask_auc(model, splits[2])
+    return measure(model, regularizer, splits[2]), mask_auc(model, splits[2])
 
 
 def test_regularised_training_of_planted_text_side_by_side() -> None:
@@ -342,13 +327,13 @@ def test_the_best_weights_come_back_as_they_were() -> None:
     regularizer = SAFRRegularizer(model, "vmask", importance=0.1, interaction=0.1)
     train, validation = planted(64, 1), planted(40, 2)
     train[2][:20] = 1 - train[2][:20]  # wrong labels: it overfits soon
-    history = safr.train_classifier(
+    history = train_classifier(
         model, regularizer, train, validation, epochs=12, patience=2, learning_rate=2e-2, entropy=0.0, progress=False
     )
     assert history.best < len(history.accuracy) - 1  # it did go on
-    assert safr.evaluate(model, validation)[0] == pytest.approx(history.validation_loss[history.best], rel=1e-5)
+    assert evaluate(model, validation)[0] == pytest.approx(history.validation_loss[history.best], rel=1e-5)
     assert history.validation_loss[history.best] == min(history.validation_loss)
-    by_accuracy = safr.train_classifier(
+    by_accuracy = train_classifier(
         model,
         regularizer,
         train,
@@ -359,8 +344,8 @@ def test_the_best_weights_come_back_as_they_were() -> None:
         keep="accuracy",
         progress=False,
     )
-    assert safr.evaluate(model, validation)[1] == pytest.approx(max(by_accuracy.accuracy))
+    assert evaluate(model, validation)[1] == pytest.approx(max(by_accuracy.accuracy))
     with pytest.raises(ArgumentError, match="keep: expected 'loss' or 'accuracy', got 'best'"):
-        safr.train_classifier(model, regularizer, train, validation, keep="best")
+        train_classifier(model, regularizer, train, validation, keep="best")
     with pytest.raises(ArgumentError, match="epochs"):
-        safr.train_classifier(model, regularizer, train, validation, epochs=0)
+        train_classifier(model, regularizer, train, validation, epochs=0)

@@ -392,7 +392,7 @@ def test_fishers_too_small_for_float32_count_as_zero(kind: str) -> None:
 
 def held_by_decompose(rank: int, kind: str, memory: int) -> tuple[int, str]:
     from npeff.fishers.rows import DenseRows, SparseRows
-    from npeff.planning.peak import Peak, settled_bytes
+    from npeff.models.memory import Peak, settled_bytes
     from planted import fishers_of
 
     rng = np.random.default_rng(0)
@@ -428,7 +428,7 @@ def test_memory_is_a_ceiling(kind: str, memory: int) -> None:
 def test_the_command_keeps_its_checkpoint_until_the_components_are_saved(tmp_path, monkeypatch) -> None:
     fishers, state, out = tmp_path / "f.h5", tmp_path / "c.search", tmp_path / "c.h5"
     example_fishers(n=40).save(fishers)
-    command = ["decompose", str(fishers), "--components", "3", "--n-init", "1", "--n-replacements", "1", "--quiet"]
+    command = ["decompose", str(fishers), "--n-components", "3", "--n-init", "1", "--n-replacements", "1", "--quiet"]
     command += ["--checkpoint", str(state), "--out", str(out)]
 
     def killed(*arguments: object) -> None:

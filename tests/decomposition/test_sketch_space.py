@@ -15,7 +15,6 @@ import npeff
 from npeff.decomposition.space_choice import choose_space
 from npeff.decomposition.spaces import RowSpace, StreamedSpace
 from npeff.errors import ArgumentError
-from npeff.fishers.row_products import combine_rows, project_rows, row_gram
 from npeff.fishers.rows import DenseRows, SparseRows
 from npeff.fishers.scaling import scale
 from npeff.fishers.streamed_rows import StreamedRows
@@ -63,12 +62,12 @@ def test_products_by_parts_are_the_products(form: str, part_bytes: int) -> None:
     G = torch.randn(5, rows.n_columns, generator=generator, dtype=torch.float64)
     S = torch.randn(rows.n_rows, 4, generator=generator, dtype=torch.float64)
     space = StreamedSpace(rows, torch.float64)
-    for project, combine in ((space.project, space.combine), (lambda g: project_rows(rows, g), None)):
+    for project, combine in ((space.project, space.combine), (rows.project, None)):
         torch.testing.assert_close(project(G), dense @ G.T)
         if combine is not None:
             torch.testing.assert_close(combine(S), S.T @ dense)
-    torch.testing.assert_close(combine_rows(rows, S), S.T @ dense)
-    torch.testing.assert_close(row_gram(rows, torch.float64), dense @ dense.T)
+    torch.testing.assert_close(rows.combine(S), S.T @ dense)
+    torch.testing.assert_close(rows.row_gram(torch.float64), dense @ dense.T)
     one, other = space, RowSpace(whole, torch.float64)
     coords = (one.random(3, torch.Generator().manual_seed(1)), other.random(3, torch.Generator().manual_seed(1)))
     torch.testing.assert_close(*coords)

@@ -19,7 +19,7 @@ from npeff.cli import run as npeff_command
 from npeff.demo import _prepare
 from npeff.errors import StorageError, Terminated
 from npeff.reports import collage, latex
-from npeff.reports.parts_folder import MARKER
+from npeff.reports.writer import MARKER
 from npeff.storage.files import atomic
 from npeff.storage.termination import ending_in_order
 from planted import planted
@@ -74,12 +74,12 @@ def test_reports_into_one_folder_at_once(tmp_path):
 
 
 def report_killed(rank: int, folder: str) -> None:
-    from npeff.reports import page
+    from npeff.reports.writer import ReportWriter
 
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    page.environment = die  # parts are written, the page is not
+    ReportWriter.finish = die  # parts are written, the page is not
     npeff.report(decomposed(), pictures(), folder, progress=False)
 
 

@@ -55,7 +55,7 @@ FORMS = {
 CASES = {name: name for name in ("exact", "topk", "sketch", "diagonal", "ragged", "seven", "lopsided")}
 CASES |= {"streamed": "sketch", "balanced": "exact"}
 """Decompositions, and the Fishers they are of."""
-SEARCH = ["--components", "3", "--n-init", "1", "--n-replacements", "1", "--max-iterations", "60", "--quiet"]
+SEARCH = ["--n-components", "3", "--n-init", "1", "--n-replacements", "1", "--max-iterations", "60", "--quiet"]
 OPTIONS = {"streamed": ["--space", "streamed"], "balanced": ["--block-weights", "balanced"]}
 
 
@@ -73,7 +73,7 @@ def decompose_command(case: str, fishers: str, out: str, several: bool) -> list[
 REFUSED = {
     "fishers": ["fishers", "work.py:model", "work.py:data", "--gram-only", "--out", "refused.h5", "--quiet"],
     "decompose": ["decompose", "gram.h5", *SEARCH, "--out", "refused.h5"],
-    "--select": ["decompose", "exact.h5", "--components", "2,3", "--select", "--out", "refused.h5", "--quiet"],
+    "--select": ["decompose", "exact.h5", "--n-components", "2,3", "--select", "--out", "refused.h5", "--quiet"],
     "published": ["decompose", "exact.h5", *SEARCH, "--algorithm", "published", "--out", "refused.h5"],
     "encode": ["encode", "c-exact.h5", "exact.h5", "--out", "refused.h5"],
     "export": ["export", "c-exact.h5", "--component", "0", "--out", "refused.safetensors"],

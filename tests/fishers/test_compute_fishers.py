@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers.compress import TopK
+from npeff.fishers.options import TopK
 from oracles import largest
 from small_network import N, Y, exact, fishers_of, model, network, x
 

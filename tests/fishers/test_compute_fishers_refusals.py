@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from npeff.errors import ArgumentError, DataError, ModelError
-from npeff.fishers.compress import TopK
+from npeff.fishers.options import TopK
 from small_network import fishers_of, model, x
 
 __all__ = ["model", "x"]  # fixtures

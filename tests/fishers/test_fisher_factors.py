@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npeff.errors import ArgumentError, DataError
-from npeff.gradients.factors import DENSE_CLASSES, FactorOptions, factorise
+from npeff.fishers.factors import DENSE_CLASSES, factorise
+from npeff.fishers.options import FisherOptions
 from oracles import output_fisher
 
 IDS = np.arange(100)
 
 
 def square(logits: torch.Tensor, **options: object) -> np.ndarray:
-    made = FactorOptions(**options)
+    made = FisherOptions(**options)
     made.check()
     factors = factorise(logits, made, None, IDS[: len(logits)])
     s = (factors.columns * factors.scale[:, None, None]).numpy()
@@ -45,7 +46,7 @@ def test_categorical_factors_are_exact(n_classes: int, n: int, basis: str, sprea
 @pytest.mark.parametrize("gap", [40.0, 200.0, 700.0])
 def test_confident_examples_keep_their_tail(basis: str, gap: float) -> None:
     logits = torch.tensor([[gap, 0.0, 0.0], [0.0, gap, 1.0]], dtype=torch.float64)
-    factors = factorise(logits, FactorOptions(basis=basis), None, IDS[:2])
+    factors = factorise(logits, FisherOptions(basis=basis), None, IDS[:2])
     np.testing.assert_allclose(factors.columns.square().sum(dim=(1, 2)), 1.0)
     # trace = Σ p(1−p) ≈ 2 · (tail probability)
     tail = np.array([2.0, 1 + np.e]) * 2
@@ -54,14 +55,14 @@ def test_confident_examples_keep_their_tail(basis: str, gap: float) -> None:
 
 def test_reduced_basis_counts_order_and_binary_case() -> None:
     logits = torch.tensor([[0.3, -0.4]])
-    factors = factorise(logits, FactorOptions(), None, IDS[:1])
+    factors = factorise(logits, FisherOptions(), None, IDS[:1])
     assert factors.columns.shape == (1, 2, 1)
     p = torch.softmax(logits.double(), 1)[0, 0]
     np.testing.assert_allclose(
         factors.columns[0, :, 0] * factors.scale[0],
         torch.sqrt(p * (1 - p)) * torch.tensor([1.0, -1.0]).double(),
     )
-    three = factorise(torch.tensor([[2.0, 1.0, 0.0]]), FactorOptions(), None, IDS[:1]).columns[0]
+    three = factorise(torch.tensor([[2.0, 1.0, 0.0]]), FisherOptions(), None, IDS[:1]).columns[0]
     assert three.shape == (3, 2)
     assert three[:, 0].norm() > three[:, 1].norm()
     assert abs(float(three[:, 0] @ three[:, 1])) < 1e-12
@@ -70,17 +71,17 @@ def test_reduced_basis_counts_order_and_binary_case() -> None:
 
 def test_rank_and_energy_truncate() -> None:
     logits = torch.tensor([[0.0] * 6, [9.0, 4.0, 0, 0, 0, 0]])
-    kept = factorise(logits, FactorOptions(rank=2), None, IDS[:2])
+    kept = factorise(logits, FisherOptions(rank=2), None, IDS[:2])
     assert kept.columns.shape == (2, 6, 2)
-    whole = factorise(logits, FactorOptions(), None, IDS[:2])
+    whole = factorise(logits, FisherOptions(), None, IDS[:2])
     eigenvalues = (whole.columns * whole.scale[:, None, None]).square().sum(dim=1)
     for share in (0.2, 0.5, 0.9, 1.0):
-        some = factorise(logits, FactorOptions(energy=share), None, IDS[:2])
+        some = factorise(logits, FisherOptions(energy=share), None, IDS[:2])
         for i in range(2):
             cumulative = eigenvalues[i].cumsum(0) / eigenvalues[i].sum()
             assert int(some.counts[i]) == int((cumulative < share - 1e-12).sum()) + 1
             assert not some.columns[i, :, int(some.counts[i]) :].any()
-    assert int(factorise(logits, FactorOptions(energy=0.9), None, IDS[:2]).counts.min()) == 1
+    assert int(factorise(logits, FisherOptions(energy=0.9), None, IDS[:2]).counts.min()) == 1
 
 
 @pytest.mark.parametrize("n_classes", [65, 300, 1000])
@@ -89,7 +90,7 @@ def test_many_classes_have_the_leading_eigenvectors(n_classes: int, spread: floa
     """The secular equation against the dense eigendecomposition: equal and nearly equal probabilities included."""
     logits = spread * torch.randn(3, n_classes, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     logits[0, 7:12] = logits[0, 3]  # ties
-    factors = factorise(logits, FactorOptions(rank=9), None, IDS[:3])
+    factors = factorise(logits, FisherOptions(rank=9), None, IDS[:3])
     for i, exact in enumerate(output_fisher(logits.numpy())):
         s = (factors.columns[i] * factors.scale[i]).numpy()
         eigenvalues = np.linalg.eigvalsh(exact)[::-1][:9].clip(0)
@@ -103,7 +104,7 @@ def test_many_classes_have_the_leading_eigenvectors(n_classes: int, spread: floa
 def test_many_classes_truncate_by_energy() -> None:
     logits = 2 * torch.randn(4, 500, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for share in (0.3, 0.7, 0.95):
-        factors = factorise(logits, FactorOptions(energy=share), None, IDS[:4])
+        factors = factorise(logits, FisherOptions(energy=share), None, IDS[:4])
         for i, exact in enumerate(output_fisher(logits.numpy())):
             kept = np.linalg.eigvalsh(exact)[::-1].cumsum() / np.trace(exact)
             assert int(factors.counts[i]) == int((kept < share - 1e-12).sum()) + 1
@@ -115,23 +116,23 @@ def test_many_classes_truncate_by_energy() -> None:
 def test_a_vocabulary_has_to_be_truncated(basis: str) -> None:
     logits = torch.randn(2, 50_000, generator=torch.Generator().manual_seed(3))
     with pytest.raises(ArgumentError, match="rank=" if basis == "reduced" else "max_classes="):
-        factorise(logits, FactorOptions(basis=basis), None, IDS[:2])
-    options = FactorOptions(basis=basis, **({"rank": 3} if basis == "reduced" else {"max_classes": 3}))
+        factorise(logits, FisherOptions(basis=basis), None, IDS[:2])
+    options = FisherOptions(basis=basis, **({"rank": 3} if basis == "reduced" else {"max_classes": 3}))
     assert factorise(logits, options, None, IDS[:2]).columns.shape == (2, 50_000, 3)
 
 
 def test_class_basis_is_the_published_form_in_published_order() -> None:
     logits = torch.log(torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.4, 0.4], [0.98, 0.01, 0.01]], dtype=torch.float64))
     p = logits.exp()
-    natural = factorise(logits, FactorOptions(basis="class"), None, IDS[:3])
+    natural = factorise(logits, FisherOptions(basis="class"), None, IDS[:3])
     literal = p.sqrt()[:, None, :] * (torch.eye(3) - p[:, :, None])
     np.testing.assert_allclose(natural.columns * natural.scale[:, None, None], literal, atol=1e-12)
-    some = factorise(logits, FactorOptions(basis="class", min_prob=0.15, max_classes=2), None, IDS[:3])
+    some = factorise(logits, FisherOptions(basis="class", min_prob=0.15, max_classes=2), None, IDS[:3])
     assert some.counts.tolist() == [2, 2, 1]
     got = some.columns * some.scale[:, None, None]
     for i, order in enumerate([[1, 2], [1, 2], [0]]):
         np.testing.assert_allclose(got[i, :, : len(order)], literal[i][:, order], atol=1e-12)
-    only = factorise(torch.zeros(1, 4), FactorOptions(basis="class", min_prob=0.9), None, IDS[:1])
+    only = factorise(torch.zeros(1, 4), FisherOptions(basis="class", min_prob=0.9), None, IDS[:1])
     assert only.counts.tolist() == [1]  # never none at all
 
 
@@ -146,7 +147,7 @@ def test_other_likelihoods(likelihood: str) -> None:
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
 def test_sampled_labels_are_unbiased_and_depend_on_seed_and_id_alone(likelihood: str) -> None:
     logits = torch.tensor([[0.5, -1.0, 0.2], [2.0, 0.0, 0.0]], dtype=torch.float64)
-    options = FactorOptions(labels="sampled", n_samples=40_000, likelihood=likelihood, seed=3)
+    options = FisherOptions(labels="sampled", n_samples=40_000, likelihood=likelihood, seed=3)
     factors = factorise(logits, options, None, IDS[5:7])
     s = (factors.columns * factors.scale[:, None, None]).numpy()
     np.testing.assert_allclose(s @ s.transpose(0, 2, 1), output_fisher(logits.numpy(), likelihood), atol=0.03)
@@ -154,7 +155,7 @@ def test_sampled_labels_are_unbiased_and_depend_on_seed_and_id_alone(likelihood:
     torch.testing.assert_close(alone.columns[0], factors.columns[1])
     other = factorise(
         logits[1:],
-        FactorOptions(labels="sampled", n_samples=40_000, likelihood=likelihood, seed=4),
+        FisherOptions(labels="sampled", n_samples=40_000, likelihood=likelihood, seed=4),
         None,
         IDS[6:7],
     )
@@ -163,16 +164,16 @@ def test_sampled_labels_are_unbiased_and_depend_on_seed_and_id_alone(likelihood:
 
 def test_true_labels() -> None:
     logits = torch.tensor([[0.5, -1.0, 0.2], [2.0, 0.0, 0.0]], dtype=torch.float64)
-    factors = factorise(logits, FactorOptions(labels="true"), torch.tensor([2, 0]), IDS[:2])
+    factors = factorise(logits, FisherOptions(labels="true"), torch.tensor([2, 0]), IDS[:2])
     wanted = torch.eye(3)[[2, 0]] - torch.softmax(logits, 1)
     np.testing.assert_allclose(factors.columns[:, :, 0] * factors.scale[:, None], wanted, atol=1e-12)
     targets = torch.tensor([[1.0, 0, 1], [0, 0, 1]])
-    regression = factorise(logits, FactorOptions(labels="true", likelihood="gaussian"), targets, IDS[:2])
+    regression = factorise(logits, FisherOptions(labels="true", likelihood="gaussian"), targets, IDS[:2])
     np.testing.assert_allclose(regression.columns[:, :, 0] * regression.scale[:, None], targets - logits, atol=1e-12)
     with pytest.raises(DataError, match="labels"):
-        factorise(logits, FactorOptions(labels="true"), None, IDS[:2])
+        factorise(logits, FisherOptions(labels="true"), None, IDS[:2])
     with pytest.raises(DataError, match="example 41 has label 3"):
-        factorise(logits, FactorOptions(labels="true"), torch.tensor([0, 3]), IDS[40:42])
+        factorise(logits, FisherOptions(labels="true"), torch.tensor([0, 3]), IDS[40:42])
 
 
 @pytest.mark.parametrize(
@@ -195,12 +196,12 @@ def test_true_labels() -> None:
 )
 def test_bad_options_are_named(options: dict[str, object], name: str) -> None:
     with pytest.raises(ArgumentError, match=f"^{name}:"):
-        FactorOptions(**options).check()
+        FisherOptions(**options).check()
 
 
 def test_one_logit_needs_another_likelihood() -> None:
     with pytest.raises(ArgumentError, match="bernoulli"):
-        factorise(torch.zeros(2, 1), FactorOptions(), None, IDS[:2])
+        factorise(torch.zeros(2, 1), FisherOptions(), None, IDS[:2])
 
 
 @pytest.mark.parametrize("n_classes", [2, 5, DENSE_CLASSES + 1])
@@ -209,5 +210,5 @@ def test_probabilities_too_small_for_a_float64_of_full_precision(n_classes: int,
     for gap in np.linspace(690, 750, 61):  # 1 − p goes through the subnormal numbers to 0
         logits = torch.zeros(1, n_classes, dtype=torch.float64)
         logits[0, 1] = gap
-        found = factorise(logits, FactorOptions(**options), None, np.arange(1))
+        found = factorise(logits, FisherOptions(**options), None, np.arange(1))
         assert bool(torch.isfinite(found.columns).all()) and 0 <= float(found.scale) < 1e-140

@@ -63,7 +63,8 @@ def made(tmp_path_factory) -> Path:
     os.chdir(folder)
     try:
         assert run(["fishers", "work.py:model", "work.py:data", "--exact", "--out", "f.h5", "--quiet"]) == 0
-        assert run(["decompose", "f.h5", "--components", "4", "--n-replacements", "0", "--out", "c.h5", "--quiet"]) == 0
+        search = ["--n-components", "4", "--n-replacements", "0"]
+        assert run(["decompose", "f.h5", *search, "--out", "c.h5", "--quiet"]) == 0
     finally:
         os.chdir(before)
     return folder

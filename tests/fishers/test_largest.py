@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import npeff
-from npeff.fishers import largest
+from npeff.fishers import topk_sink
 from npeff.gradients.tiles import Pairs
 from npeff.kernels import NonFiniteError, StreamingTopK, available, topk, use
 from npeff.models.parameters import Parameters
@@ -114,8 +114,8 @@ def networks() -> dict[str, tuple[nn.Module, Tensor]]:
 @pytest.mark.parametrize("name", ["dense", "tokens", "convolutions"])
 @pytest.mark.parametrize("k", [3, 40, 400])
 def test_selected_from_factors_as_from_rows(monkeypatch: pytest.MonkeyPatch, name: str, kind: str, k: int) -> None:
-    monkeypatch.setattr(largest, "_FEWEST", 0)
-    monkeypatch.setattr(largest, "_SHARE", -1e3)
+    monkeypatch.setattr(topk_sink, "_FEWEST", 0)
+    monkeypatch.setattr(topk_sink, "_SHARE", -1e3)
     model, inputs = networks()[name]
     options = {"kind": kind, "progress": False}
     whole = npeff.compute_fishers(model.eval(), [inputs], **options)

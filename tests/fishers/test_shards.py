@@ -295,7 +295,7 @@ def test_a_newer_or_damaged_header(tmp_path):
     write(out, until=3)
     header = tmp_path / "f.h5.parts" / "header.json"
     document = json.loads(header.read_text())
-    header.write_text(json.dumps({**document, "format_version": 2}))
+    header.write_text(json.dumps({**document, "format_version": 3}))
     with pytest.raises(NewerFileError, match="upgrade npeff"):
         write(out)
     header.write_text("{")
@@ -443,15 +443,18 @@ def test_a_folder_without_permission(tmp_path):
         tmp_path.chmod(0o700)
 
 
-def test_kept_unfinished_work_of_format_1(tmp_path):
-    kept = Path(__file__).parents[1] / "formats" / "v1" / "unfinished.h5.parts"
+def test_kept_unfinished_work(tmp_path):
+    formats = Path(__file__).parents[1] / "formats"
     fishers = fishers_of()
-    shutil.copytree(kept, tmp_path / "f.h5.parts")
+    shutil.copytree(formats / "v2" / "unfinished.h5.parts", tmp_path / "f.h5.parts")
     with FisherWriter(tmp_path / "f.h5", header_of(fishers)) as writer:
         blocks = blocks_of(fishers, 2)
         assert [writer.skip(f"batch {i}", 2) for i in range(3)] == [True, True, False]
         writer.append(blocks[2], "batch 2")
         assert_same(writer.finish(), fishers)
+    shutil.copytree(formats / "v1" / "unfinished.h5.parts", tmp_path / "g.h5.parts")
+    with pytest.raises(StorageError, match=r"of an older npeff \(version 1\).*remove .*g.h5.parts to start anew"):
+        FisherWriter(tmp_path / "g.h5", header_of(fishers))
 
 
 def test_a_file_that_appears_during_the_work_is_not_overwritten(tmp_path, expected):

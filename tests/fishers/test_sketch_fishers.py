@@ -13,7 +13,7 @@ from torch import nn
 import npeff
 from npeff.components.recovery import sketch_vectors
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
-from npeff.fishers.compress import GramOnly, Sketch, TopK
+from npeff.fishers.options import GramOnly, Sketch, TopK
 from npeff.kernels import set_num_threads
 from planted import best_cosines
 
@@ -80,17 +80,16 @@ def test_two_sided_parameters_come_from_their_factors(
     model: Small, data: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Formed or not, it is one sketch; and here it is not formed."""
-    from npeff.fishers import collect
-    from npeff.fishers.sketched import Sketched
+    from npeff.fishers.sinks import SketchSink
     from npeff.gradients import tiles
 
     sketch, taken = Sketch(16, form="kronecker"), []
-    put = Sketched.put_pairs
-    monkeypatch.setattr(
-        Sketched, "put_pairs", lambda self, pairs: (taken.append(pairs.parameter.name), put(self, pairs))
+    put = SketchSink._put_pairs
+    monkeypatch.setattr(  # whether factors are taken is decided by their cost, which small models do not reach
+        SketchSink, "_put_pairs", lambda self, pairs: (taken.append(pairs.parameter.name), put(self, pairs))
     )
-    always = lambda *_: lambda parameter, rules: len(rules) == 1 and sketch.two_sided(parameter.shape)  # noqa: E731
-    monkeypatch.setattr(collect, "worth_pairing", always)
+    always = lambda self, parameter, rules: len(rules) == 1 and sketch.two_sided(parameter.shape)  # noqa: E731
+    monkeypatch.setattr(SketchSink, "paired", always)
     factored = compute(model, data, sketch)
     assert set(taken) == {"layer.weight", "turned"}
     monkeypatch.setattr(tiles, "pairs", lambda *_: None)
@@ -190,17 +189,17 @@ class Images(nn.Module):
 
 @pytest.mark.parametrize("contract", [True, False])
 def test_inner_products_of_every_form_of_layer(contract: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from npeff.fishers import exact_gram, gram_parts
+    from npeff.fishers import exact_gram, layer_gram
 
     torch.manual_seed(0)
     model = Images().eval()
     images = [torch.randn(b, 1, 8, 8) for b in (4, 3)]
     words = Small().eval()
     texts = [torch.randint(0, 20, (4, 6)), torch.randint(0, 20, (5, 3))]
-    monkeypatch.setattr(gram_parts, "MERGED", 4)
-    chosen = gram_parts._contracted if contract else gram_parts._formed
-    monkeypatch.setattr(gram_parts, "_contracted", chosen)
-    monkeypatch.setattr(gram_parts, "_formed", chosen)
+    monkeypatch.setattr(layer_gram, "MERGED", 4)
+    chosen = layer_gram._contracted if contract else layer_gram._formed
+    monkeypatch.setattr(layer_gram, "_contracted", chosen)
+    monkeypatch.setattr(layer_gram, "_formed", chosen)
     sides = [lambda n: lambda parameter, rules: parameter.shape[0] % 3 == 0, lambda n: lambda parameter, rules: True]
     for net, batches in ((model, images), (words, texts)):
         rows = compute(net, batches, None)
@@ -322,7 +321,6 @@ def test_sketched_components_encode_and_expand(model: Small, data: list[torch.Te
             refuse()
 
 
-def test_compressions_describe_themselves() -> None:
-    assert Sketch(64, 2).describe() == {"method": "sketch", "d": 64, "seed": 2, "form": "flat", "nonzeros": 1}
+def test_two_sided_matrices() -> None:
     assert Sketch(16, form="kronecker").two_sided((16, 16)) and not Sketch(16, form="kronecker").two_sided((256,))
     assert not Sketch(16).two_sided((100, 100)) and TopK(3).k == 3

@@ -30,10 +30,11 @@ PUBLISHED = {
 def main(version: str) -> None:
     folder = HERE / version
     folder.mkdir()
-    for kind in ("low_rank", "diagonal"):
-        for sparse in (True, False):
-            fishers_of(kind, sparse=sparse).save(folder / f"{kind}_fishers_{'sparse' if sparse else 'dense'}.h5")
-        components_of(kind).save(folder / f"{kind}_components.h5")
+    if not (HERE / "v1").exists():  # only unfinished work has changed since
+        for kind in ("low_rank", "diagonal"):
+            for sparse in (True, False):
+                fishers_of(kind, sparse=sparse).save(folder / f"{kind}_fishers_{'sparse' if sparse else 'dense'}.h5")
+            components_of(kind).save(folder / f"{kind}_components.h5")
     fishers = fishers_of()
     with FisherWriter(folder / "unfinished.h5", header_of(fishers), shard_bytes=1) as writer:
         for index, block in enumerate(blocks_of(fishers, 2)[:2]):

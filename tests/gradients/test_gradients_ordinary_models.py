@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from npeff.batches.batches import call_model, examples_at
+from npeff.batches.batches import examples_at
 from npeff.decomposition.decompose import decompose
-from npeff.fishers.compress import GramOnly, TopK
 from npeff.fishers.computation import compute_fishers
+from npeff.fishers.options import GramOnly, TopK
+from npeff.models.forward import call_model
 from npeff.perturbation import perturb
 from oracles import dense_fishers, dense_jacobians
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from npeff.companions.influence import EKFAC, ConjugateGradients, CrossLossInfluence, EmpiricalFisher
 from npeff.errors import ModelError
-from npeff.fishers.compress import GramOnly, Sketch, TopK
 from npeff.fishers.computation import compute_fishers
+from npeff.fishers.options import GramOnly, Sketch, TopK
 from npeff.gradients import selfcheck
 from npeff.perturbation import mean_fisher
 from oracles import dense_fishers, dense_jacobians

@@ -13,8 +13,10 @@ import torch
 
 import npeff
 from device_cases import Words, same
-from npeff.fishers.collect import Collector
-from npeff.gradients.factors import Factors
+from npeff.fishers.factors import Factors
+from npeff.fishers.options import FisherOptions
+from npeff.fishers.pipeline import sink_for
+from npeff.fishers.sinks import Sink
 from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import StreamingSketch, StreamingTopK, cross, csr_transpose, dispatch, spmm, spread_multiply
 from npeff.models.parameters import Parameters
@@ -83,23 +85,24 @@ def test_blocks_are_collected_without_waiting(compress: Any) -> None:
     pairs = Pairs(
         layer, slice(0, 8), torch.randn(8, 2, 3, 24, device="cuda"), torch.randn(8, 2, 20, device="cuda"), False
     )
+    logits = torch.zeros(8, 4, device="cuda")
     for attempt in range(2):  # the first one makes plans and workspaces
-        collector = Collector(parameters, factors, np.arange(8), False, compress, at_once=False)
+        sink = sink_for(parameters, factors, np.arange(8), FisherOptions(compress=compress), at_once=False)
         if attempt == 0:
-            _add(collector, table, runs, starts, pairs)
-            collected = collector.finish()
+            _add(sink, table, runs, starts, pairs)
+            numbers, made = sink.finish(logits)
         else:
             with waiting_forbidden():
-                _add(collector, table, runs, starts, pairs)
-                collected = collector.finish()
-        assert collected.finite()
-        rows, counts, norms = collected.take()
+                _add(sink, table, runs, starts, pairs)
+                numbers, made = sink.finish(logits)
+        norms, counts, scale, _ = numbers.wait()
+        rows = made(counts, scale)
         assert (counts == 3).all() and np.isfinite(norms).all() and rows.n_rows == 24
 
 
-def _add(collector: Collector, table: Any, runs: torch.Tensor, starts: torch.Tensor, pairs: Pairs) -> None:
-    collector.add(Block(table, slice(0, 8), runs, starts))
-    collector.add(pairs if collector.paired is not None else pairs.formed())
+def _add(sink: Sink, table: Any, runs: torch.Tensor, starts: torch.Tensor, pairs: Pairs) -> None:
+    sink.add(Block(table, slice(0, 8), runs, starts))
+    sink.add(pairs)
 
 
 def test_streams_and_products_wait_for_nothing() -> None:

@@ -13,10 +13,8 @@ import torch
 import npeff
 from npeff.decomposition.space_choice import choose_space
 from npeff.errors import ArgumentError
-from npeff.fishers import device_products, row_products
-from npeff.fishers.device_products import ENTRY_BYTES, ahead
-from npeff.fishers.rows import DenseRows, SparseRows
-from npeff.fishers.streamed_rows import StreamedRows
+from npeff.fishers.rows import ENTRY_BYTES, DenseRows, SparseRows
+from npeff.fishers.streamed_rows import StreamedRows, ahead, device_combine, device_gram, device_project
 from npeff.kernels import csr_transpose, sparse_gram, spmm
 from npeff.kernels.sparse_gram import add_gram_, mirror_
 from planted import planted
@@ -62,19 +60,19 @@ def test_stretches_of_columns(monkeypatch: pytest.MonkeyPatch, form: str, dtype:
     generator = torch.Generator().manual_seed(0)
     G = torch.randn(4, 300, generator=generator, dtype=dtype)
     S = torch.randn(70, 4, generator=generator, dtype=dtype)
-    K, P, C = row_products.row_gram(rows, dtype), row_products.project_rows(rows, G), row_products.combine_rows(rows, S)
+    K, P, C = rows.row_gram(dtype), rows.project(G), rows.combine(S)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
     with played(monkeypatch):
         near = {"rtol": tolerance, "atol": tolerance}
-        torch.testing.assert_close(device_products.row_gram(rows, dtype, CPU, room), K, **near)
-        torch.testing.assert_close(device_products.project_rows(rows, G, CPU, room), P, **near)
-        torch.testing.assert_close(device_products.combine_rows(rows, S, room), C, **near)
+        torch.testing.assert_close(device_gram(rows, dtype, CPU, room), K, **near)
+        torch.testing.assert_close(device_project(rows, G, CPU, room), P, **near)
+        torch.testing.assert_close(device_combine(rows, S, room), C, **near)
 
 
 def test_stretches_keep_to_their_room() -> None:
     rows = rows_of("sparse")
     for room, per_column in ((5000, 0), (20_000, 100), (10, 0), (1 << 30, 8)):
-        stretches = list(device_products._sparse_stretches(rows, room, per_column))
+        stretches = list(rows.stretches(room, per_column))
         assert stretches[0][0] == 0 and stretches[-1][1] == 300
         for (first, last, part), following in zip(stretches, [*stretches[1:], (300,)], strict=True):
             assert last == following[0] and part.n_columns == last - first
@@ -146,10 +144,10 @@ def test_what_a_space_brings_to_a_device_is_looked_at_once(monkeypatch: pytest.M
     """Indices are checked on the host, before they go; a transpose is sound by construction."""
     rows = rows_of("sparse")
     with played(monkeypatch) as module:
-        csr = row_products.sparse_tensors(rows)
+        csr = rows.tensors()
         bad = SparseRows(rows.indptr, rows.indices + 250, rows.values, 300)
         with pytest.raises(ArgumentError, match="indices: expected"):
-            row_products.sparse_tensors(bad)
+            bad.tensors()
         with monkeypatch.context() as patch:
             patch.setattr("npeff.kernels.sparse.check_structure", lambda *args: pytest.fail("the device was asked"))
             turned = csr_transpose(*csr, 300)

@@ -11,8 +11,8 @@ from torch import nn
 
 import npeff
 from npeff.batches.batches import read_batch
-from npeff.perturbation.mending.bench import Bench, _parts, mend
-from npeff.perturbation.mending.objective import Directions, Objective
+from npeff.perturbation.mending import divide_examples, mend
+from npeff.perturbation.repair import LabelledOutputs, LayerSteps, RepairLoss, RepairSearch
 from npeff.perturbation.weights import Weights, applied
 
 
@@ -84,18 +84,16 @@ def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
     model = model.double()
     try:
         batches = [read_batch((x.double(), y), torch.device("cpu"), i, False) for i, (x, y) in enumerate(data)]
-        bench = Bench(model, batches, None)
+        labelled = LabelledOutputs.of(model, batches, None, "categorical")
         vectors = [{name: t.double() for name, t in components.state_dict(j).items()} for j in (0, 3)]
         kept = ~fooled & (np.arange(len(fooled)) % 3 > 0)
-        objective = Objective(
-            model, None, batches, bench.labels, bench.logits, Directions(vectors, by_layer), fooled, kept
-        )
         weights = Weights(model)
+        loss = RepairLoss(labelled, weights, LayerSteps(vectors, by_layer), fooled, kept)
         try:
             c = np.array([0.3, -0.2, 0.1, 0.4]) if by_layer else np.array([0.3, -0.2])
-            _, gradient = objective.value_and_gradient(weights, c, 2.0)
+            _, gradient = loss.value_and_gradient(c, 2.0)
             for i, step in enumerate(np.eye(len(c)) * 1e-4):
-                up, down = (objective.value_and_gradient(weights, c + s, 2.0)[0] for s in (step, -step))
+                up, down = (loss.value_and_gradient(c + s, 2.0)[0] for s in (step, -step))
                 assert gradient[i] == pytest.approx((up - down) / 2e-4, rel=1e-4)
         finally:
             weights.restore()
@@ -106,7 +104,7 @@ def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
 @pytest.mark.parametrize("by_layer", [True, False])
 def test_nothing_is_changed_when_the_tolerance_forbids_it(shortcut, monkeypatch, by_layer) -> None:
     model, data, components, fooled = shortcut
-    monkeypatch.setattr("npeff.perturbation.mending.search.Judge.within", lambda self, c: False)
+    monkeypatch.setattr(RepairSearch, "within", lambda self, c: False)
     mending = mend(
         model, data, components, 0, repair=np.flatnonzero(fooled), progress=False, by_layer=by_layer, iterations=2
     )
@@ -119,7 +117,7 @@ def test_nothing_is_changed_when_the_tolerance_forbids_it(shortcut, monkeypatch,
 def test_the_tolerance_includes_a_standard_error_of_the_fall(shortcut, tolerance, by_layer) -> None:
     model, data, components, fooled = shortcut
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
-    watched = ~fooled & (_parts(fooled, 0) != 2)
+    watched = ~fooled & (divide_examples(fooled, 0) != 2)
     for which in (0, 2):
         mending = mend(
             model, data, components, which, repair=np.flatnonzero(fooled), tolerance=tolerance, by_layer=by_layer,

@@ -7,29 +7,27 @@ import pytest
 import torch
 
 import npeff
+from npeff import demo
 from npeff.cli import run
-from npeff.models import datasets
-from npeff.models import networks as models
 
 SOURCE = """
 import torch
 from npeff import heads, units
-from npeff.models import datasets
-from npeff.models import networks as models
+from npeff import demo
 
 def model():
-    net = models.digits_cnn()
+    net = demo.digits_cnn()
     net.load_state_dict(torch.load("model.pt", weights_only=True))
     return net.eval()
 
 def other():
-    return models.digits_cnn().eval()
+    return demo.digits_cnn().eval()
 
 def data():
-    return datasets.digits(batch_size=64).first(120)
+    return demo.digits(batch_size=64).first(120)
 
 def short():
-    return datasets.digits(batch_size=64).first(30)
+    return demo.digits(batch_size=64).first(30)
 
 def hidden():
     return units({"5.*": 0, "7.weight": 1}, 4, label="hidden")
@@ -44,8 +42,8 @@ def folder(tmp_path_factory):
     """A trained network, and low-rank and diagonal components of 90 digits."""
     path = tmp_path_factory.mktemp("perturb")
     torch.manual_seed(0)
-    digits = datasets.digits(batch_size=64).first(120)
-    net = models.train(models.digits_cnn(), digits, epochs=3, learning_rate=3e-3)
+    digits = demo.digits(batch_size=64).first(120)
+    net = demo.train(demo.digits_cnn(), digits, epochs=3, learning_rate=3e-3)
     torch.save(net.state_dict(), path / "model.pt")
     (path / "digits.py").write_text(SOURCE)
     options = {"max_examples": 90, "progress": False, "compress": npeff.TopK(1024)}
@@ -63,7 +61,7 @@ TARGETS = ["digits.py:model", "digits.py:data"]
 
 
 def test_one_component(folder, capsys):
-    command = ["perturb", *TARGETS, "low_rank.h5", "--component", "1", "--random", "2", "--top", "16", "--quiet"]
+    command = ["perturb", *TARGETS, "low_rank.h5", "--component", "1", "--n-random", "2", "--top", "16", "--quiet"]
     assert run([*command, "--out", "effect.json"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -75,12 +73,12 @@ def test_one_component(folder, capsys):
     ratios = [content["figures"]["ratio"]["value"]]  # four components of a loss of 0.53 promise nothing about it
     ratios += [control["figures"]["ratio"]["value"] for control in content["controls"].values()]
     assert len(ratios) == 4 and min(ratios) > 0
-    assert 0.098 <= content["figures"]["kl_top"]["value"] <= 0.102
+    assert all(0.098 <= result["kl_top"] <= 0.102 for result in content["sign_results"])
     assert len(content["curve"]["magnitudes"][0]) == 8
 
 
 def test_every_component(folder, capsys):
-    command = ["perturb", *TARGETS, "low_rank.h5", "--all", "--random", "1", "--baseline", "40", "--quiet"]
+    command = ["perturb", *TARGETS, "low_rank.h5", "--all", "--n-random", "1", "--baseline", "40", "--quiet"]
     assert run([*command, "--out", "effects.json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["component", "KL", "ratio"] and len(lines) == 6
@@ -91,20 +89,21 @@ def test_every_component(folder, capsys):
 
 
 def test_options_reach_the_experiment(folder, capsys):
-    command = ["perturb", *TARGETS, "low_rank.h5", "--strategy", "0, 2", "--random", "0", "--quiet", "--top", "8"]
-    options = ["--combine", "principal", "--reject", "span", "--max-sim", "0.9", "--sign", "-", "--magnitude", "0.05"]
+    command = ["perturb", *TARGETS, "low_rank.h5", "--strategy", "0, 2", "--n-random", "0", "--quiet", "--top", "8"]
+    options = ["--combine", "principal", "--reject", "span", "--max-sim", "0.9", "--sign", "-1", "--magnitude", "0.05"]
     assert run([*command, *options, "--forward", "digits.py:forward", "--baseline", "all", "--out", "s.json"]) == 0
     content = json.loads((folder / "s.json").read_text())
     assert (content["components"], content["combine"], content["sign"]) == ([0, 2], "principal", -1)
-    assert content["magnitude"] == pytest.approx(0.05) and content["details"]["moves"][0]["rejection"]["mode"] == "span"
+    assert content["magnitude"] == pytest.approx(0.05)
+    assert content["details"]["directions"][0]["rejection"]["mode"] == "span"
     assert "components 0, 2" in capsys.readouterr().out
 
 
 def test_diagonal_components(folder, capsys):
-    command = ["perturb", *TARGETS, "diagonal.h5", "-j", "0", "--mix", "0.3", "--mix", "0.7", "--random", "1"]
+    command = ["perturb", *TARGETS, "diagonal.h5", "-j", "0", "--lam", "0.3", "--lam", "0.7", "--n-random", "1"]
     assert run([*command, "--quiet", "--out", "d.json"]) == 0
     content = json.loads((folder / "d.json").read_text())
-    assert {side["mix"] for side in content["sides"]} == {0.3, 0.7} and content["reached"]
+    assert {result["lam"] for result in content["sign_results"]} == {0.3, 0.7} and content["reached"]
 
 
 def test_trace(folder, capsys):
@@ -144,6 +143,6 @@ def test_mistakes_are_one_clean_message(folder, arguments, status, words, capsys
 
 
 def test_another_model_is_noticed(folder, capsys):
-    command = ["perturb", "digits.py:other", "digits.py:data", "low_rank.h5", "-j", "0", "--random", "0", "--quiet"]
+    command = ["perturb", "digits.py:other", "digits.py:data", "low_rank.h5", "-j", "0", "--n-random", "0", "--quiet"]
     assert run(command) == 0
     assert "npeff: note: model: it is not the one of the components' Fishers" in capsys.readouterr().err

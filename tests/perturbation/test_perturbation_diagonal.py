@@ -20,10 +20,10 @@ def case():
     return model, data, components_of(model, data, kind="diagonal"), fishers_of(model, data)
 
 
-def merged(theta, step, h, f, mix, floor):
+def merged(theta, step, h, f, lam, floor):
     """The published merge, parameter by parameter: λ h against (1 − λ) max(f̄, floor)."""
     h, f = h / np.linalg.norm(h), np.maximum(f / np.linalg.norm(f), floor)
-    return (mix * h * (theta + step) + (1 - mix) * f * theta) / (mix * h + (1 - mix) * f)
+    return (lam * h * (theta + step) + (1 - lam) * f * theta) / (lam * h + (1 - lam) * f)
 
 
 def gradient(model, data, top):
@@ -44,46 +44,46 @@ def outputs_at(model, data, theta):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("mix", [0.1, 0.9])
+@pytest.mark.parametrize("lam", [0.1, 0.9])
 @pytest.mark.parametrize("given", [True, False])
-def test_interpolation_against_the_published_merge(case, sign, mix, given):
+def test_interpolation_against_the_published_merge(case, sign, lam, given):
     model, data, components, F = case
     f = np.einsum("nmm->nm", F).mean(0)
     h = components.vector(1).astype(np.float64)
     h /= np.linalg.norm(h)
     signs = np.sign(gradient(model, data, components.top_examples(1, 6)))
     theta, delta = flat(model), 0.2
-    after = merged(theta, sign * delta * signs, h, f, mix, 1e-3)
+    after = merged(theta, sign * delta * signs, h, f, lam, 1e-3)
     magnitude = np.linalg.norm(after - theta)
     before = state(model)
     effect = npeff.perturb(
-        model, data, components, 1, magnitude=magnitude, sign=sign, mix=mix, floor=1e-3, fisher=f if given else None,
+        model, data, components, 1, magnitude=magnitude, sign=sign, lam=lam, floor=1e-3, fisher=f if given else None,
         **QUICK,
     )  # fmt: skip
     expected = divergence(outputs_at(model, data, after), outputs_at(model, data, theta), "categorical").numpy()
     np.testing.assert_allclose(effect.kl, expected, rtol=1e-4, atol=1e-12)
-    (side,) = effect.sides
-    assert side.mix == mix and side.step == pytest.approx(delta, rel=1e-5)
+    (side,) = effect.sign_results
+    assert side.lam == lam and side.step == pytest.approx(delta, rel=1e-5)
     assert same(before, state(model))
-    np.testing.assert_allclose(theta + interpolation(h, f, mix, 1e-3) * sign * delta * signs, after, atol=1e-12)
+    np.testing.assert_allclose(theta + interpolation(h, f, lam, 1e-3) * sign * delta * signs, after, atol=1e-12)
 
 
 def test_the_pair_that_moves_least_is_kept(case):
     model, data, components, _ = case
     effect = npeff.perturb(model, data, components, 0, target_kl=(0.05, 0.06), **QUICK)
-    assert effect.reached and 0.05 <= effect.figures["kl_top"].value <= 0.06
+    assert effect.reached and 0.05 <= effect.kl[effect.top].mean() <= 0.06
     effort = {}
-    for side in effect.sides:
-        effort.setdefault(side.mix, []).append(side.magnitude)
+    for side in effect.sign_results:
+        effort.setdefault(side.lam, []).append(side.magnitude)
     assert sorted(effort) == [0.1, 0.3, 0.5, 0.7, 0.9] and all(len(v) == 2 for v in effort.values())
-    (kept,) = [side for side in effect.sides if side.kept]
-    assert np.mean(effort[kept.mix]) == min(np.mean(v) for v in effort.values())
+    (kept,) = [side for side in effect.sign_results if side.kept]
+    assert np.mean(effort[kept.lam]) == min(np.mean(v) for v in effort.values())
     assert effect.sign == kept.sign and effect.magnitude == kept.magnitude and effect.kind == "diagonal"
 
 
 def test_the_positive_sign_makes_predictions_less_certain(case):
     model, data, components, F = case
-    found = npeff.perturb(model, data, components, 2, magnitude=1e-3, sign=1, mix=0.5, **QUICK)
+    found = npeff.perturb(model, data, components, 2, magnitude=1e-3, sign=1, lam=0.5, **QUICK)
     h, f = components.vector(2).astype(np.float64), np.einsum("nmm->nm", F).mean(0)
     top = components.top_examples(2, 6)
     rho = interpolation(h, f, 0.5) * np.sign(gradient(model, data, top))
@@ -95,7 +95,7 @@ def test_the_positive_sign_makes_predictions_less_certain(case):
 def test_a_strategy_is_the_weighted_sum(case):
     model, data, components, F = case
     W = components.coefficients[:, [0, 3]]
-    effect = npeff.perturb(model, data, components, Strategy((0, 3), W.sum(1)), magnitude=0.1, sign=1, mix=0.3, **QUICK)
+    effect = npeff.perturb(model, data, components, Strategy((0, 3), W.sum(1)), magnitude=0.1, sign=1, lam=0.3, **QUICK)
     mass = W.sum(0) / W.sum()
     h = mass[0] * components.vector(0) + mass[1] * components.vector(3)
     signs = np.sign(gradient(model, data, np.argsort(-W.sum(1), kind="stable")[:6]))
@@ -111,10 +111,10 @@ def test_interpolation_properties():
     h, f = rng.random(50) * (rng.random(50) < 0.5), rng.random(50) * (rng.random(50) < 0.5)
     h /= np.linalg.norm(h)
     previous = np.zeros(50)
-    for mix in (0.01, 0.2, 0.5, 0.99):
-        rho = interpolation(h, f, mix)
+    for lam in (0.01, 0.2, 0.5, 0.99):
+        rho = interpolation(h, f, lam)
         assert (rho >= 0).all() and (rho <= 1).all() and (rho[h == 0] == 0).all()
-        assert (rho >= previous).all() and np.allclose(rho, interpolation(h, 7 * f, mix))
+        assert (rho >= previous).all() and np.allclose(rho, interpolation(h, 7 * f, lam))
         previous = rho
     assert (interpolation(h, f, 0.5)[(h > 1e-3) & (f == 0)] > 0.99).all()
 
@@ -155,7 +155,7 @@ def test_what_is_refused(case):
     ):
         with pytest.raises(ArgumentError, match=words):
             npeff.perturb(model, data, components, 0, fisher=fisher, **QUICK)
-    for options in ({"mix": 1.0}, {"mix": [0.5, "x"]}, {"reject": "span"}, {"floor": -1.0}):
+    for options in ({"lam": 1.0}, {"lam": [0.5, "x"]}, {"reject": "span"}, {"floor": -1.0}):
         with pytest.raises(ArgumentError, match=next(iter(options))):
             npeff.perturb(model, data, components, 0, **{**QUICK, **options})
     with pytest.raises(DataError, match="it yielded no batches"):

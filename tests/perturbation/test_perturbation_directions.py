@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.perturbation import direction
-from npeff.perturbation.directions import CHUNK, Directions, random_direction
-from npeff.perturbation.subjects import moves_of, subject_of
+from npeff.perturbation.directions import CHUNK, ComponentDirections, random_direction, target_of
 from perturbation_cases import batches, components_of, linear
 
 
@@ -31,7 +30,7 @@ def test_rejecting_the_span_leaves_the_orthogonal_part(seed, r, overlap):
     base = components_of(linear(), batches(30, 8))
     G = (1 - overlap) * rng.normal(size=(r, 18)) + overlap * rng.normal(size=18)
     W = np.abs(rng.normal(size=(30, r))).astype(np.float32)
-    found = Directions(with_vectors(base, G, coefficients=W))
+    found = ComponentDirections(with_vectors(base, G, coefficients=W))
     vector = found.combination([0], [1.0])
     left, rejection = found.reject(vector, [0], "span", None)
     others = G[1:].astype(np.float32).astype(np.float64)
@@ -46,7 +45,7 @@ def test_rejecting_the_span_leaves_the_orthogonal_part(seed, r, overlap):
 def test_linearly_dependent_others_are_no_trouble(components):
     G = components.vectors.astype(np.float64).copy()
     G[2] = 2 * G[1] - G[3]
-    found = Directions(with_vectors(components, G))
+    found = ComponentDirections(with_vectors(components, G))
     left, _ = found.reject(found.combination([0], [1.0]), [0], "span", None)
     np.testing.assert_allclose(G[[1, 3]] @ left, 0, atol=1e-6)
 
@@ -54,7 +53,7 @@ def test_linearly_dependent_others_are_no_trouble(components):
 def test_nothing_left_is_an_error(components):
     G = components.vectors.astype(np.float64).copy()
     G[0] = G[1] + G[2]
-    found = Directions(with_vectors(components, G))
+    found = ComponentDirections(with_vectors(components, G))
     with pytest.raises(ArgumentError, match="nothing is left"):
         found.reject(found.combination([0], [1.0]), [0], "span", None)
 
@@ -65,7 +64,7 @@ def test_the_sequential_form_is_the_published_one(components):
     G /= np.linalg.norm(G, axis=1, keepdims=True)
     G[5] = G[0] + 0.05 * rng.normal(size=18)
     W = np.ones((30, 6), np.float32)
-    found = Directions(with_vectors(components, G, coefficients=W))
+    found = ComponentDirections(with_vectors(components, G, coefficients=W))
     unit = G.astype(np.float32).astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     for max_sim in (0.1, 0.3, 1.0):
@@ -87,9 +86,9 @@ def test_block_weights_are_undone_and_columns_scattered(components):
     columns = np.array([0, 2, 3, 7, 16])
     weights = {"0.weight": 4.0, "0.bias": 0.25}
     some = replace(components, vectors=components.vectors[:, columns], columns=columns, block_weights=weights)
-    found = Directions(some)
+    found = ComponentDirections(some)
     for j in range(4):
-        (move,) = moves_of(found, subject_of(some, j), "each", None, None)
+        (move,) = found.of_target(target_of(some, j), "each", None, None)
         np.testing.assert_allclose(move.vector, some.vector(j), atol=1e-6)
     left, _ = found.reject(found.combination([0], [1.0]), [0], "span", None)
     others = np.stack([some.vector(j) for j in (1, 2, 3)]).astype(np.float64)
@@ -104,7 +103,7 @@ def test_many_columns_in_chunks():
 
     G = rng.normal(size=(3, m))
     some = with_vectors(base, G, parameters=Parameters.of([("a", (m,))]), coefficients=base.coefficients[:, :3])
-    found = Directions(some)
+    found = ComponentDirections(some)
     unit = G.astype(np.float32).astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     np.testing.assert_allclose(found.gram(range(3)), unit @ unit.T, atol=1e-12)
@@ -114,31 +113,31 @@ def test_many_columns_in_chunks():
 
 def test_a_strategys_principal_direction(components):
     group = Strategy((0, 1, 3), components.coefficients[:, [0, 1, 3]].sum(1))
-    subject = subject_of(components, group)
-    np.testing.assert_allclose(subject.coefficient, components.coefficients[:, [0, 1, 3]].sum(1), rtol=1e-6)
+    target = target_of(components, group)
+    np.testing.assert_allclose(target.coefficient, components.coefficients[:, [0, 1, 3]].sum(1), rtol=1e-6)
     mass = components.coefficients[:, [0, 1, 3]].sum(0).astype(np.float64)
     mass /= mass.sum()
-    np.testing.assert_allclose(subject.mass, mass)
+    np.testing.assert_allclose(target.shares, mass)
     G = components.vectors[[0, 1, 3]].astype(np.float64)
     G /= np.linalg.norm(G, axis=1, keepdims=True)
     values, vectors = np.linalg.eigh((G.T * mass) @ G)
-    found = Directions(components)
-    (move,) = moves_of(found, subject, "principal", None, None)
+    found = ComponentDirections(components)
+    (move,) = found.of_target(target, "principal", None, None)
     assert abs(move.vector @ vectors[:, -1]) == pytest.approx(1, abs=1e-10)
     assert move.explained == pytest.approx(values[-1] / values.sum())
     flipped = with_vectors(components, components.vectors * np.array([[-1], [1], [1], [-1]]))
-    (other,) = moves_of(Directions(flipped), subject, "principal", None, None)
+    (other,) = ComponentDirections(flipped).of_target(target, "principal", None, None)
     assert abs(other.vector @ move.vector) == pytest.approx(1, abs=1e-6)
-    each = moves_of(found, subject, "each", None, None)
+    each = found.of_target(target, "each", None, None)
     assert [m.component for m in each] == [0, 1, 3]
     np.testing.assert_allclose([m.share for m in each], mass)
-    (sum_,) = moves_of(found, subject, [1.0, 0.0, -2.0], None, None)
+    (sum_,) = found.of_target(target, [1.0, 0.0, -2.0], None, None)
     expected = G[0] - 2 * G[2]
     np.testing.assert_allclose(sum_.vector, expected / np.linalg.norm(expected), atol=1e-7)
-    rejected = moves_of(found, subject, "each", "span", None)
+    rejected = found.of_target(target, "each", "span", None)
     assert all(m.rejection.components == (2,) for m in rejected)
     with pytest.raises(ArgumentError, match="a weight for each of the 3 components"):
-        moves_of(found, subject, [1.0], None, None)
+        found.of_target(target, [1.0], None, None)
 
 
 def test_direction_as_tensors(components):
@@ -153,9 +152,9 @@ def test_direction_as_tensors(components):
 
 
 @pytest.mark.parametrize("j", [4, -5, 1.0, True, "0", Strategy((0, 9), np.zeros(30)), Strategy((0,), np.zeros(2))])
-def test_subjects_that_are_none(components, j):
+def test_targets_that_are_none(components, j):
     with pytest.raises(ArgumentError, match="j: "):
-        subject_of(components, j)
+        target_of(components, j)
 
 
 def test_zero_components_are_refused_and_left_out_of_groups(components):
@@ -163,11 +162,13 @@ def test_zero_components_are_refused_and_left_out_of_groups(components):
     G[1] = 0
     some = with_vectors(components, G)
     with pytest.raises(ArgumentError, match="component 1 is zero"):
-        moves_of(Directions(some), subject_of(some, 1), "each", None, None)
-    group = subject_of(some, Strategy((0, 1), np.zeros(30)))
-    (move,) = moves_of(Directions(some), group, "each", None, None)
+        ComponentDirections(some).of_target(target_of(some, 1), "each", None, None)
+    group = target_of(some, Strategy((0, 1), np.zeros(30)))
+    (move,) = ComponentDirections(some).of_target(group, "each", None, None)
     assert (move.component, move.share) == (0, 1.0)
-    left, rejection = Directions(some).reject(Directions(some).combination([0], [1.0]), [0], "span", None)
+    left, rejection = ComponentDirections(some).reject(
+        ComponentDirections(some).combination([0], [1.0]), [0], "span", None
+    )
     assert rejection.components == (2, 3) and np.isfinite(left).all()
 
 
@@ -187,8 +188,8 @@ def test_vectors_that_were_recovered(components):
         recovered=np.array([1, 2]),
         recovered_vectors=components.vectors[[1, 2]],
     )
-    (move,) = moves_of(Directions(sketched), subject_of(sketched, 2), "each", None, None)
+    (move,) = ComponentDirections(sketched).of_target(target_of(sketched, 2), "each", None, None)
     np.testing.assert_allclose(move.vector, components.vector(2), atol=1e-6)
     for j, reject in ((0, None), (1, "span")):
         with pytest.raises(ArgumentError, match="recover"):
-            moves_of(Directions(sketched), subject_of(sketched, j), "each", reject, None)
+            ComponentDirections(sketched).of_target(target_of(sketched, j), "each", reject, None)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from npeff.batches.batches import call_model
 from npeff.errors import DataError
-from npeff.perturbation.examples import Examples
+from npeff.models.forward import call_model
+from npeff.perturbation.examples import SelectedExamples
 
 CPU = torch.device("cpu")
 
@@ -23,8 +23,8 @@ def plain(model=None, forward=None):
 
 def outputs(examples, call):
     found = torch.full((len(examples), 3), torch.nan)
-    for piece in examples:
-        found[torch.from_numpy(piece.places)] = call(piece.batch)[piece.rows]
+    for one in examples:
+        found[torch.from_numpy(one.indices)] = call(one.batch)[one.rows]
     return found
 
 
@@ -34,18 +34,18 @@ def outputs(examples, call):
 def test_outputs_are_those_of_the_positions(size, ids, held):
     x, call = inputs(), plain()
     data = [x[i : i + size] for i in range(0, 23, size)]
-    examples = Examples(data, np.array(ids), CPU, call, held_bytes=held)
+    examples = SelectedExamples(data, np.array(ids), CPU, call, held_bytes=held)
     for _ in range(2):
         torch.testing.assert_close(outputs(examples, call), x[ids])
-    pieces = examples.subset(np.array([len(ids) - 1]))
-    assert sum(len(piece.places) for piece in pieces) == 1
-    torch.testing.assert_close(call(pieces[0].batch)[pieces[0].rows], x[ids[-1:]])
+    slices = examples.subset(np.array([len(ids) - 1]))
+    assert sum(len(one.indices) for one in slices) == 1
+    torch.testing.assert_close(call(slices[0].batch)[slices[0].rows], x[ids[-1:]])
 
 
 def test_small_cuts_are_joined():
     x, call = inputs(), plain()
-    examples = Examples([x[i : i + 4] for i in range(0, 23, 4)], np.array([0, 5, 10, 15, 20]), CPU, call)
-    assert [piece.batch.n_examples for piece in examples] == [4, 1]
+    examples = SelectedExamples([x[i : i + 4] for i in range(0, 23, 4)], np.array([0, 5, 10, 15, 20]), CPU, call)
+    assert [one.batch.n_examples for one in examples] == [4, 1]
     torch.testing.assert_close(outputs(examples, call), x[[0, 5, 10, 15, 20]])
 
 
@@ -61,9 +61,9 @@ def test_padded_batches_of_several_lengths_are_joined_by_length():
     ]
     call = plain(forward=sized)
     expected = torch.cat([sized(None, batch) for batch in data])[[1, 6, 9, 14, 18]]
-    examples = Examples(data, np.array([1, 6, 9, 14, 18]), CPU, call, any_layout=True)
-    assert [piece.batch.n_examples for piece in examples] == [1, 2, 2]
-    assert all(piece.batch.labels is not None for piece in examples)
+    examples = SelectedExamples(data, np.array([1, 6, 9, 14, 18]), CPU, call, any_layout=True)
+    assert [one.batch.n_examples for one in examples] == [1, 2, 2]
+    assert all(one.batch.labels is not None for one in examples)
     torch.testing.assert_close(outputs(examples, call), expected)
 
 
@@ -76,15 +76,15 @@ def test_batches_that_cannot_be_cut_stay_whole():
     words = ["a", "bbb", "cc", "dddd", "e", "ff"]
     data = [{"text": words[i : i + 3], "x": torch.zeros(3, 1)} for i in (0, 3)]
     call = plain(forward=lengths)
-    examples = Examples(data, np.array([1, 3]), CPU, call, any_layout=True)
+    examples = SelectedExamples(data, np.array([1, 3]), CPU, call, any_layout=True)
     assert outputs(examples, call)[:, 0].tolist() == [3, 4]
-    assert all(piece.batch.n_examples == 3 for piece in examples)
+    assert all(one.batch.n_examples == 3 for one in examples)
 
 
 def test_models_that_mix_examples_are_not_given_parts_of_batches():
     call = plain(forward=lambda model, batch: batch - batch.mean(0))
     x = inputs(8)
-    examples = Examples([x[:4], x[4:]], np.array([1, 6]), CPU, call, any_layout=True)
+    examples = SelectedExamples([x[:4], x[4:]], np.array([1, 6]), CPU, call, any_layout=True)
     expected = torch.stack([(x[:4] - x[:4].mean(0))[1], (x[4:] - x[4:].mean(0))[2]])
     torch.testing.assert_close(outputs(examples, call), expected)
 
@@ -92,9 +92,9 @@ def test_models_that_mix_examples_are_not_given_parts_of_batches():
 def test_data_that_changes_or_ends_is_noticed():
     x, call = inputs(), plain()
     with pytest.raises(DataError, match="position 22, but it ends after 8"):
-        Examples([x[:8]], np.array([1, 22]), CPU, call)
+        SelectedExamples([x[:8]], np.array([1, 22]), CPU, call)
     with pytest.raises(DataError, match="can be iterated only once"):
-        Examples(iter([x[:8], x[8:]]), np.arange(23), CPU, call, held_bytes=10)
+        SelectedExamples(iter([x[:8], x[8:]]), np.arange(23), CPU, call, held_bytes=10)
 
     class Shuffled:
         turn = 0
@@ -103,7 +103,7 @@ def test_data_that_changes_or_ends_is_noticed():
             self.turn += 1
             return iter([x[torch.randperm(23, generator=torch.Generator().manual_seed(self.turn))]])
 
-    examples = Examples(Shuffled(), np.array([2, 3]), CPU, call, held_bytes=0)
+    examples = SelectedExamples(Shuffled(), np.array([2, 3]), CPU, call, held_bytes=0)
     with pytest.raises(DataError, match="turn shuffling"):
         outputs(examples, call)
-    assert len(outputs(Examples(Shuffled(), np.array([2, 3]), CPU, call), call)) == 2
+    assert len(outputs(SelectedExamples(Shuffled(), np.array([2, 3]), CPU, call), call)) == 2

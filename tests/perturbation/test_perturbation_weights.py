@@ -11,7 +11,7 @@ from torch import nn
 
 import npeff
 from npeff.errors import ArgumentError
-from npeff.perturbation.session import untouched
+from npeff.perturbation.evaluate import untouched
 from npeff.perturbation.weights import Weights
 from perturbation_cases import batches, components_of, deep, same, state
 

@@ -90,7 +90,7 @@ def test_layers_are_the_default_and_the_rest_is_shown():
 def test_diagonal_components():
     model, data = deep(), batches(30, 8, classes=2)
     components = components_of(model, data, kind="diagonal")
-    trace = npeff.trace(model, data, components, 1, mix=0.5, **QUICK)
+    trace = npeff.trace(model, data, components, 1, lam=0.5, **QUICK)
     assert trace.energy.sum() == pytest.approx(1, abs=1e-6) and trace.kl.mean() == pytest.approx(0.1, rel=0.021)
 
 

@@ -12,16 +12,10 @@ import torch
 from torch import nn
 
 import npeff
-from npeff.fishers.compress import GramOnly, Sketch, TopK
-from npeff.planning import choices, sizes
-from npeff.planning.advice import advise
-from npeff.planning.choices import Choice
-from npeff.planning.estimate import format_seconds
-from npeff.planning.peak import Peak
-from npeff.planning.quality import gram_error, unit_gram
-from npeff.planning.solving import STEPS_PER_ROOT, Search, choose, needed_bytes, operations, tried_search
+from npeff.fishers.options import GramOnly, Sketch, TopK
+from npeff.models.memory import Peak, held_bytes
+from npeff.planning import planner
 from npeff.storage.container import open_container
-from planted import planted
 
 
 class Scaled(nn.Module):
@@ -51,10 +45,9 @@ def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
     """Sizes that fit the tests' models."""
-    monkeypatch.setattr(choices, "TOP_KS", (16, 64, 4096))
-    monkeypatch.setattr("npeff.planning.planner.TOP_KS", (16, 64, 4096))
-    monkeypatch.setattr(choices, "SKETCH_DS", (32, 64))
-    monkeypatch.setattr("npeff.planning.trial.PROBE_BYTES", 1 << 16)
+    monkeypatch.setattr(planner, "TOP_KS", (16, 64, 4096))
+    monkeypatch.setattr(planner, "SKETCH_DS", (32,))
+    monkeypatch.setattr("npeff.planning.trials.PROBE_BYTES", 1 << 16)
 
 
 def array_bytes(path) -> int:
@@ -122,14 +115,14 @@ def test_coverage_says_what_falls_back_and_why(data):
 def test_more_examples_scale_what_was_counted(model, data):
     once = npeff.plan(model, data, kind="low_rank", batches=3)
     many = npeff.plan(model, data, kind="low_rank", batches=3, n_examples=2100)
-    per_example = sizes.example_bytes(2100, 4), sizes.example_bytes(21, 4)
+    beside_rows = [8 * (n + 1) + n * (4 + 4 * 4 + 8 + 8) for n in (21, 2100)]
     for a, b in zip(once.choices, many.choices, strict=True):
-        rows_once, rows_many = a.disk_bytes - per_example[1], b.disk_bytes - per_example[0]
+        rows_once, rows_many = a.disk_bytes - beside_rows[0], b.disk_bytes - beside_rows[1]
         factor = 100**2 if isinstance(a.compress, GramOnly) else 100
         assert rows_many == pytest.approx(factor * rows_once, abs=8 * 100)
         assert b.seconds > 0
-        assert b.decomposition is not None
-        assert b.decomposition.memory_bytes >= a.decomposition.memory_bytes
+        assert b.decompose_bytes > a.decompose_bytes > 0
+        assert b.decompose_seconds > 0
     assert many.examples_from == "given"
 
 
@@ -145,27 +138,47 @@ def test_kept_share_is_measured(model, data):
 
 def test_error_of_inner_products_is_measured(model, data):
     planned = npeff.plan(model, data, kind="low_rank", batches=3)
-    exact = unit_gram(npeff.compute_fishers(model, data, progress=False))
-    measured = {type(choice.compress) for choice in planned.choices if choice.gram_error}
-    assert measured == {TopK, Sketch}
+
+    def scaled_gram(fishers):
+        """K with every example scaled to a Fisher of norm 1."""
+        rows = [fishers.dense(i).astype(np.float64) for i in range(len(fishers))]
+        A = np.concatenate([a / np.linalg.norm(a @ a.T) ** 0.5 for a in rows])
+        return A @ A.T
+
+    exact = scaled_gram(npeff.compute_fishers(model, data, progress=False))
+    checked = set()
     for choice in planned.choices:
-        if isinstance(choice.compress, TopK | Sketch):
+        if isinstance(choice.compress, TopK):
             stored = npeff.compute_fishers(model, data, compress=choice.compress, progress=False)
-            assert choice.gram_error == pytest.approx(gram_error(unit_gram(stored), exact), rel=1e-3)
+            expected = np.linalg.norm(scaled_gram(stored) - exact) / np.linalg.norm(exact)
+        elif isinstance(choice.compress, Sketch):
+            stored = npeff.compute_fishers(model, data, compress=choice.compress, progress=False)
+            A = np.asarray(stored.rows.values, np.float64).reshape(len(stored), -1, choice.compress.d)
+            A = np.concatenate([a / np.linalg.norm(a @ a.T) ** 0.5 for a in A])
+            expected = np.linalg.norm(A @ A.T - exact) / np.linalg.norm(exact)
+        else:
+            expected = 0.0
+        assert choice.gram_error == pytest.approx(expected, rel=1e-3)
+        checked.add(type(choice.compress))
+    assert checked == {type(None), GramOnly, TopK, Sketch}
     assert "error of K" in str(planned)
 
 
 def test_advice_takes_what_is_faithful_enough():
-    def choice(compress, disk, error=None, kept=None):
-        return Choice("low_rank", compress, str(compress), disk, 1, 1, 1.0, 1.0, "", kept, error, None)
+    def advice(*ways):
+        choices = [
+            planner.Choice("low_rank", compress, str(compress), disk, 1, 1.0, 1.0, "", kept, error, None, None)
+            for compress, disk, error, kept in ways
+        ]
+        return planner._advice(choices, 100, 100)[0]  # private: errors of real trials cannot be chosen
 
-    top_k, sketch = choice(TopK(8), 20, 0.04), choice(Sketch(1024), 10, 0.08)
-    assert advise([top_k, sketch], 100, 100)[0].flags == "--sketch 1024"
-    assert advise([top_k, choice(Sketch(1024), 10, 0.12)], 100, 100)[0].flags == "--top-k 8"
-    assert advise([choice(TopK(8), 5, 0.3), choice(Sketch(1024), 10, 0.2)], 100, 100)[0].flags == "--sketch 1024"
-    untried = [choice(TopK(8), 20, kept=0.95), choice(Sketch(64), 5)]
-    assert advise(untried, 100, 100)[0].flags == "--top-k 8"
-    assert "keeps 0.95" in advise(untried, 100, 100)[0].reason
+    top_k, sketch = (TopK(8), 20, 0.04, None), (Sketch(1024), 10, 0.08, None)
+    assert advice(top_k, sketch).flags == "--sketch 1024"
+    assert advice(top_k, (Sketch(1024), 10, 0.12, None)).flags == "--top-k 8"
+    assert advice((TopK(8), 5, 0.3, None), (Sketch(1024), 10, 0.2, None)).flags == "--sketch 1024"
+    untried = (TopK(8), 20, None, 0.95), (Sketch(64), 5, None, None)
+    assert advice(*untried).flags == "--top-k 8"
+    assert "keeps 0.95" in advice(*untried).reason
 
 
 def test_advice_follows_the_budget(model, data):
@@ -178,22 +191,6 @@ def test_advice_follows_the_budget(model, data):
     assert "Fisher's norm" in tight.advice[0].reason or "inner products" in tight.advice[0].reason
     nothing = npeff.plan(model, data, memory="1kB", disk="1kB")
     assert all(a.name == "" and "nothing fits" in a.reason and not a.flags for a in nothing.advice)
-
-
-def test_space_follows_from_bytes_and_operations():
-    needs = needed_bytes(TopK(64), 1000, 3000, 500, 1_000_000, 16)
-    assert needs["gram"] > 4 * 3000**2
-    short, long = {"gram": 1.0, "rows": 2.0}, {"gram": 2.0, "rows": 1.0}
-    assert choose(TopK(64), needs, short, 3000, 10**12)[0] == "gram"
-    assert choose(TopK(64), needs, long, 3000, 10**12)[0] == "rows"
-    assert choose(TopK(64), needs, short, 3000, needs["rows"])[0] == "rows"
-    assert choose(TopK(64), needs, short, 3000, 0)[0] == "streamed"
-    assert choose(GramOnly(), needed_bytes(GramOnly(), 1000, 3000, 500, 0, 16), short, 3000, 0)[0] == "gram"
-    million = needed_bytes(Sketch(64), 10**6, 3 * 10**6, 64, 768 * 10**6, 16)
-    assert choose(Sketch(64), million, short, 3 * 10**6, 10**13)[0] == "rows"
-    few, many = (operations(None, n_rows, 10**5, n_rows * 10**5, 16) for n_rows in (100, 10**5))
-    assert few["gram"] < few["rows"]
-    assert many["gram"] > many["rows"]
 
 
 def test_json_and_text_hold_the_same_choices(model, data):
@@ -215,7 +212,9 @@ def test_bad_arguments_are_named(model, data):
         npeff.plan(model, [])
     with pytest.raises(npeff.ArgumentError, match="n_examples"):
         npeff.plan(model, iter(data))
-    assert npeff.plan(model, iter(data), n_examples=21).n_examples == 21
+    with pytest.raises(TypeError, match="compress"):
+        npeff.plan(model, data, compress=TopK(8))
+    assert npeff.plan(model, iter(data), n_examples=21, kind="diagonal").n_examples == 21
 
 
 def test_command_prints_the_table_and_writes_json(tmp_path, capsys):
@@ -227,7 +226,7 @@ def test_command_prints_the_table_and_writes_json(tmp_path, capsys):
         "def model():\n    torch.manual_seed(0)\n    return nn.Linear(5, 3).eval()\n"
         "def data():\n    return [(torch.randn(4, 5), torch.zeros(4).long()) for _ in range(2)]\n"
     )
-    arguments = ["plan", f"{source}:model", f"{source}:data", "--examples", "40", "--components", "3"]
+    arguments = ["plan", f"{source}:model", f"{source}:data", "--n-examples", "40", "--n-components", "3"]
     assert run([*arguments, "--memory", "1GB", "--json", str(tmp_path / "plan.json")]) == 0
     printed = capsys.readouterr().out
     assert "backward passes per example: 2" in printed
@@ -238,26 +237,17 @@ def test_command_prints_the_table_and_writes_json(tmp_path, capsys):
 def test_peak_sees_what_is_held_for_a_while():
     with Peak() as peak:
         held = np.ones(64 << 20, np.uint8)
-        time.sleep(0.1)
+        for _ in range(100):  # until the watcher has looked
+            if peak.peak - peak.before >= 48 << 20:
+                break
+            time.sleep(0.01)
         del held
     assert peak.peak - peak.before >= 48 << 20
+    assert held_bytes() < peak.peak - (32 << 20)
 
 
-def test_seconds_for_people():
-    assert [format_seconds(s) for s in (0.123, 45, 130, 8000, 3e5)] == [
-        "0.12 s",
-        "45 s",
-        "2.17 min",
-        "2.22 h",
-        "3.47 days",
-    ]
-
-
-def test_a_search_on_the_trials_fishers_says_how_searches_go() -> None:
-    fishers, _, _ = planted(60, 4, 50, noise=0.05, seed=0)
-    found = tried_search(fishers, 4)
-    course = npeff.decompose(fishers, 4, progress=False).provenance["course"]
-    assert found.steps_per_root == pytest.approx((STEPS_PER_ROOT * course["iterations"] / 2) ** 0.5)
-    assert found.overhead.wall >= 0 and found.overhead.cpu >= 0
-    assert tried_search(fishers[:5], 4) == Search()  # too few examples for two components
-    assert tried_search(replace(fishers, norms=np.zeros(60, np.float32)), 4) == Search()
+def test_durations_have_fitting_units(model, data):
+    planned = npeff.plan(model, data, kind="diagonal")
+    times = {0.123: "0.12 s", 45: "45 s", 130: "2.17 min", 8000: "2.22 h", 3e5: "3.47 days"}
+    choices = [replace(planned.choices[0], seconds=seconds) for seconds in times]
+    assert all(f"  {text}  " in str(replace(planned, choices=choices)) for text in times.values())

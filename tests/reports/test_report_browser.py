@@ -1,15 +1,19 @@
-"""Reports in headless Chromium, opened from disk: views, sorting, filtering, dark, on a phone."""
+"""Reports in headless Chromium, opened from disk: views, sorting, filtering, keyboard, dark, on a phone, and large."""
 
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
+import torch
 
-from browsing import NAMES, PATIENCE, R, browser, by, folders, go, needs_chromium, numbers, opened, until
+from browsing import NAMES, PATIENCE, R, by, go, needs_chromium, numbers, opened, until
+from npeff.reports import report
+from report_cases import components_of
 
 pytestmark = needs_chromium
-__all__ = ["browser", "folders"]  # fixtures
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -123,10 +127,9 @@ def test_back_to_where_one_was(browser, folders):
         until(page, "scrollY === 500")
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_on_a_phone(browser, folders, kind):
+def test_on_a_phone(browser, folders):
     phone = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
-    with opened(browser, folders[1][kind], **phone) as page:
+    with opened(browser, folders[1]["folder"], **phone) as page:
         page.click("#ranges summary")
         page.tap("#overview-table tbody a >> nth=0")
         until(page, "document.documentElement.dataset.route.startsWith('#component')")
@@ -187,3 +190,138 @@ def test_without_scripts(browser, folders):
     )
     assert page.locator("nav.site:visible, #filters:visible").count() == 0, "nothing that would not work"
     context.close()
+
+
+# ---- by keyboard alone --------------------------------------------------------------------------------------
+
+
+def test_by_keyboard(browser, folders):
+    components, made = folders
+    order = by(components, components.coefficients.sum(0, dtype=np.float64).tolist())
+    with opened(browser, made["folder"]) as page:
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "skip"
+        page.keyboard.press("/")
+        assert page.evaluate("document.activeElement.id") == "search"
+        page.keyboard.type("#3")
+        until(page, "document.querySelectorAll('#overview-table tbody tr').length === 1")
+        assert numbers(page) == [3]
+        page.fill("#search", "")
+        page.keyboard.press("Escape")
+        page.focus("th button:has-text('No.')")
+        page.keyboard.press("Enter")
+        until(page, "document.querySelector('#overview-table tbody tr').dataset.row === '0'")
+        page.keyboard.press("Tab")
+        go(page, "component-1")
+        page.keyboard.press("ArrowRight")
+        until(page, "document.documentElement.dataset.route === '#component-2'")
+        assert page.evaluate("document.activeElement.id") == "name-2", "the arrows follow the table's order"
+        page.keyboard.press("ArrowLeft")
+        until(page, "document.documentElement.dataset.route === '#component-1'")
+        page.keyboard.press("/")
+        until(page, "document.activeElement.id === 'search'")
+        page.keyboard.press("Escape")
+        go(page, "component-1")
+        page.keyboard.press("Escape")
+        until(page, "document.documentElement.dataset.route === '#overview'")
+        page.focus("#map a[tabindex='0']")
+        start = page.evaluate("document.activeElement.getAttribute('href')")
+        assert start == f"#component-{order[0]}"
+        for key in ("ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown"):
+            page.keyboard.press(key)
+        assert page.evaluate("document.querySelectorAll(\"#map a[tabindex='0']\").length") == 1
+        target = page.evaluate("document.activeElement.getAttribute('href')")
+        assert target != start or R == 1
+        page.keyboard.press("Enter")
+        until(page, f"document.documentElement.dataset.route === '{target}'")
+
+
+def test_tree_by_keyboard(browser, folders):
+    with opened(browser, folders[1]["folder"], "strategies") as page:
+        page.wait_for_selector("[role=treeitem]")
+        items = "[...document.querySelectorAll('[role=treeitem]')]"
+        page.focus("[role=treeitem][tabindex='0']")
+        active = lambda: page.evaluate(f"{items}.indexOf(document.activeElement)")  # noqa: E731
+        count = lambda: page.evaluate(f"{items}.length")  # noqa: E731
+        assert active() == 0
+        page.keyboard.press("ArrowDown")
+        assert active() == 1
+        page.keyboard.press("Home")
+        before = count()
+        page.keyboard.press("ArrowLeft")
+        assert count() == 1 and page.get_attribute("[role=treeitem]", "aria-expanded") == "false"
+        page.keyboard.press("ArrowRight")
+        assert count() == before
+        for _ in range(60):  # open everything
+            page.keyboard.press("ArrowRight")
+            if page.evaluate("document.activeElement.getAttribute('aria-expanded')") is None:
+                page.keyboard.press("ArrowDown")
+        page.keyboard.press("End")
+        assert active() == count() - 1
+        assert page.evaluate("document.querySelectorAll(\"[role=treeitem][tabindex='0']\").length") == 1
+        page.keyboard.press("Enter")
+        until(page, "/^#(component|strategy)-/.test(document.documentElement.dataset.route)")
+
+
+# ---- 1 000 components and 100 000 examples ------------------------------------------------------------------
+
+
+def large_case(n=100_000, r=1_000, n_classes=10, per_example=5, groups=8):
+    """Components in planted groups of directions; every example uses a few."""
+    rng = np.random.default_rng(0)
+    W = np.zeros((n, r), np.float32)
+    rows = np.repeat(np.arange(n), per_example)
+    W[rows, rng.integers(0, r, n * per_example)] = rng.gamma(2, 0.1, n * per_example)
+    centres = rng.normal(size=(groups, 122))
+    vectors = centres[rng.integers(0, groups, r)] + 1.5 * rng.normal(size=(r, 122))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return components_of(
+        n=n,
+        r=r,
+        n_classes=n_classes,
+        coefficients=W,
+        vectors=vectors.astype(np.float32),
+        labels=rng.integers(0, n_classes, n),
+        logits=(3 * rng.normal(size=(n, n_classes))).astype(np.float32),
+    )
+
+
+def large_images(components, size=1000):
+    """Batches of 28×28 images with a few strokes, which compress like drawn digits."""
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, len(components.labels), size):
+        noise = torch.rand(size, 1, 7, 7, generator=generator)
+        images = torch.nn.functional.interpolate((noise - 0.6).clamp_min(0) * 2.5, scale_factor=4, mode="bilinear")
+        yield images, torch.as_tensor(components.labels[start : start + size])
+
+
+@pytest.mark.slow
+def test_a_thousand_components_and_a_hundred_thousand_examples(browser, tmp_path):
+    components = large_case()
+    path = report(components, large_images(components), tmp_path, progress=sys.stderr.isatty())
+    total = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    asked = []
+
+    def bytes_of(url):
+        return os.path.getsize(url.removeprefix("file://").split("#")[0])
+
+    with opened(browser, path) as page:
+        first = path.stat().st_size
+        thumbs = page.evaluate("performance.getEntriesByType('resource').map(entry => entry.name)")
+        first += sum(bytes_of(url) for url in thumbs if url.startswith("file:"))
+        page.on("request", lambda request: asked.append(request.url))
+        assert page.locator("#map circle").count() == 1000
+        page.click("th button:has-text('Purity')")
+        until(page, "document.querySelector('th[aria-sort]').textContent.startsWith('Purity')")
+        page.click("nav.site a:has-text('Strategies')")
+        page.wait_for_selector("[role=treeitem]")
+        asked.clear()
+        go(page, "component-523")
+        until(page, "document.querySelector('article#component-523 img')")
+        component = sum(bytes_of(url) for url in asked if url.startswith("file:"))
+        asked.clear()
+        go(page, "example-77777")
+        assert page.locator("#example img").count() == 1
+        example = sum(bytes_of(url) for url in asked if url.startswith("file:"))
+    print(f"total {total:,} bytes; first page {first:,}; a component {component:,}; an example {example:,}")
+    assert first < 1_000_000 and component < 200_000 and example < 500_000 and total > 100_000_000

@@ -174,7 +174,7 @@ def test_pixels_behind_a_component(tmp_path, capsys):
     assert page.text.count("What in the input speaks for it") == 1, "component 1 was not asked about"
 
     out = str(tmp_path / "p.json")
-    command = ["linearize", "it.py:model", "it.py:data", "--component", "c.h5:0", "--top", "3", "--out", out]
+    command = ["linearize", "it.py:model", "it.py:data", "--component", "c.h5:0", "-k", "3", "--out", out]
     assert run(command) == 0
     assert "--extras" in capsys.readouterr().out
     for key, map_ in load_extras(out)["attributions"].items():
@@ -197,7 +197,7 @@ def test_tokens_behind_a_component(tmp_path):
     assert re.search(rf'class="{side}" style="--v:1.00"[^>]*>{strongest} <', shown)
 
     out = str(tmp_path / "t.json")
-    command = ["linearize", "it.py:reader", "it.py:texts", "--component", "t.h5:1", "--top", "2", "--out", out]
+    command = ["linearize", "it.py:reader", "it.py:texts", "--component", "t.h5:1", "-k", "2", "--out", out]
     assert run([*command, "--embed", "it.py:embed", "--forward", "it.py:read"]) == 0
     again = from_the_shell(tmp_path, "t.h5", "--data", "it.py:printed", "--extras", out)
     assert section(again, 1, "attributions") == shown
@@ -280,13 +280,13 @@ def test_files_are_put_together(tmp_path):
     save_extras(two, influences={1: {"pairs": [(4, 2.0)], "by": "mine", "texts": {4: "four"}}})
     both = load_extras(one, two)
     np.testing.assert_array_equal(both["attributions"][0, 3], np.ones((2, 2)))
-    assert both["influences"]["0"]["pairs"] == [[1, -0.5]] and both["influences"]["1"]["texts"] == {"4": "four"}
+    assert both["influences"][0]["pairs"] == [[1, -0.5]] and both["influences"][1]["texts"] == {"4": "four"}
     with pytest.raises(ArgumentError, match="attributions of component 0 were given by another file"):
         load_extras(one, one)
     with pytest.raises(ArgumentError, match=r"expected a name ending in .json"):
         save_extras(tmp_path / "x.txt")
     two.write_text(json.dumps({"attributions": {"a": {"b": [1]}}}))
-    with pytest.raises(ArgumentError, match="expected numbers of components and examples, got 'a'"):
+    with pytest.raises(ArgumentError, match="attributions: expected components as whole numbers, got 'a'"):
         load_extras(two)
 
 

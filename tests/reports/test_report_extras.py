@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from npeff.errors import ArgumentError
-from npeff.reports import Effect, Trust, load_extras, report
-from npeff.reports.attribution import coloured, overlay, tokens_of
-from npeff.reports.examples import Example
-from npeff.reports.extras import effect_of, trust_of
+from npeff.reports import EffectSummary, TrustSummary, load_extras, report
+from npeff.reports.evidence import effect_of, trust_of
+from npeff.reports.examples import RawExample, tokens_of
+from npeff.reports.images import overlay
 from report_cases import EFFECT, batches, components_of, data_of, inline_of, page_of
 
 TOKENIZER = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: "".join(f"<{int(i)}>" for i in ids))
@@ -35,9 +35,11 @@ def test_effects(tmp_path):
 
 
 def test_effects_as_objects_and_mappings():
-    assert effect_of(0, EFFECT) == effect_of(0, Effect(12.5, (0.0, 0.1, 0.2), (0, 0.2, 0.8), (0, 0.01, 0.05)))
-    assert effect_of(0, {}) == Effect()
-    torch_effect = effect_of(0, {"magnitudes": torch.tensor([0.0, 1.0]), "kl_top": torch.tensor([0.0, 2.0])})
+    assert effect_of("effects[0]", EFFECT) == effect_of(
+        "effects[0]", EffectSummary(12.5, (0.0, 0.1, 0.2), (0, 0.2, 0.8), (0, 0.01, 0.05))
+    )
+    assert effect_of("effects[0]", {}) == EffectSummary()
+    torch_effect = effect_of("effects[0]", {"magnitudes": torch.tensor([0.0, 1.0]), "kl_top": torch.tensor([0.0, 2.0])})
     assert torch_effect.kl_top == (0.0, 2.0) and torch_effect.kl_baseline == ()
 
 
@@ -80,7 +82,7 @@ def test_forms_of_trust():
     trust = trust_of({"stability": made, "null": null, "selection": selection}, 2, 3)
     assert (trust.null_threshold, trust.n_strategies, trust.chosen) == (0.5, 2, 1)
     assert trust.held_out == trust.train == ((1, 1.0), (2, 1.0))
-    assert trust_of(Trust(chosen=3), 2, 3).chosen == 3 and trust_of({"null": 0.1}, 2, 3).null_threshold == 0.1
+    assert trust_of(TrustSummary(chosen=3), 2, 3).chosen == 3 and trust_of({"null": 0.1}, 2, 3).null_threshold == 0.1
 
 
 @pytest.mark.parametrize(
@@ -150,10 +152,9 @@ def test_attributions_of_tokens(tmp_path):
 
 
 def test_tokens_without_padding():
-    example = Example(text="a b", ids=np.array([1, 2, 0, 0]))
+    example = RawExample(text="a b", ids=np.array([1, 2, 0, 0]))
     assert tokens_of(example, 2, TOKENIZER, "x") == ["<1>", "<2>"]
     assert tokens_of(example, 2, None, "x") == ["a ", "b "]
-    assert coloured(["a", "b"], np.array([0.0, 0.0])) == [("a", 0.0), ("b", 0.0)]
 
 
 def test_attributions_of_values(tmp_path):

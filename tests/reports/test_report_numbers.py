@@ -10,12 +10,9 @@ from hypothesis import strategies as st
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.models.parameters import Parameters
-from npeff.reports.energy import block_map, check_heads, head_map, place
-from npeff.reports.groups import group_of_each, silhouette, tree_of
-from npeff.reports.layout import affinities, positions
-from npeff.reports.relations import closest, coactivation, explained_shares
-from npeff.reports.selection import at_random, middle
-from npeff.reports.summary import summarise
+from npeff.reports.figures import block_map, check_heads, head_map, layer_and_part
+from npeff.reports.layout import map_positions, silhouette, tree_of
+from npeff.reports.summary import at_random, closest, coactivation, explained_shares, middle, summarise
 from report_cases import PARAMETERS, components_of
 
 RNG = np.random.default_rng(0)
@@ -28,6 +25,12 @@ def clustered(groups=3, each=5, n=60, noise=0.05, **changes):
     centres = np.linalg.qr(rng.normal(size=(PARAMETERS.n_parameters, groups)))[0].T
     vectors = centres[member] + noise * rng.normal(size=(groups * each, PARAMETERS.n_parameters)) / 11
     return components_of(n=n, r=groups * each, vectors=vectors.astype(np.float32), **changes), member
+
+
+def group_of_each(nodes, r):
+    """The coloured strategy of every component."""
+    groups = {node.components[0]: node.group for node in nodes if node.leaf}
+    return [groups[j] for j in range(r)]
 
 
 # ---- strategies --------------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ def test_silhouette_against_the_definition():
 
 @pytest.mark.parametrize("r", [1, 2, 3, 5, 6, 40])
 def test_map_fills_the_unit_square(r):
-    points = positions(1 - components_of(r=r, vectors=RNG.normal(size=(r, 122)).astype(np.float32)).cosines())
+    points = map_positions(1 - components_of(r=r, vectors=RNG.normal(size=(r, 122)).astype(np.float32)).cosines())
     assert points.shape == (r, 2) and np.isfinite(points).all()
     assert points.min() >= -1e-9 and points.max() <= 1 + 1e-9
     if r > 1:
@@ -124,26 +127,15 @@ def test_map_fills_the_unit_square(r):
 
 def test_neighbours_on_the_map_are_neighbours():
     components, member = clustered(4, 12)
-    points = positions(1 - components.cosines())
+    points = map_positions(1 - components.cosines())
     distances = np.linalg.norm(points[:, None] - points, axis=2) + 9 * np.eye(48)
     assert (member[distances.argmin(1)] == member).all()
-    np.testing.assert_array_equal(points, positions(1 - components.cosines()))
+    np.testing.assert_array_equal(points, map_positions(1 - components.cosines()))
 
 
 def test_map_of_equal_components():
-    assert np.isfinite(positions(np.zeros((9, 9)))).all()
-    assert np.isfinite(positions(1 - np.eye(9))).all()
-
-
-@given(st.integers(8, 30), st.floats(2, 6), st.integers(0, 9))
-@settings(max_examples=20, deadline=None)
-def test_affinities_have_the_wanted_perplexity(r, perplexity, seed):
-    x = np.random.default_rng(seed).normal(size=(r, 3))
-    p = affinities(np.square(x[:, None] - x).sum(2), perplexity)
-    np.testing.assert_allclose(p.sum(1), 1)
-    entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(1)
-    np.testing.assert_allclose(np.exp(entropy), perplexity, rtol=1e-3)
-    assert (np.diag(p) == 0).all()
+    assert np.isfinite(map_positions(np.zeros((9, 9)))).all()
+    assert np.isfinite(map_positions(1 - np.eye(9))).all()
 
 
 # ---- relations ---------------------------------------------------------------------------------------------
@@ -219,7 +211,7 @@ def test_middle_is_the_middle():
     ],
 )
 def test_places(name, row, column):
-    assert place(name) == (row, column)
+    assert layer_and_part(name) == (row, column)
 
 
 def test_block_map_holds_all_energy():

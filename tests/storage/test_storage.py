@@ -21,10 +21,10 @@ import planted
 from npeff.components import loading
 from npeff.components.loading import describe, load
 from npeff.errors import ArgumentError, ForeignFileError, NewerFileError, StorageError, TruncatedFileError
+from npeff.fishers.file_format import write_fishers
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.growing_rows import concatenate
 from npeff.fishers.rows import DenseRows, SparseRows
-from npeff.fishers.saving import write_fishers
 from npeff.models.parameters import Parameters
 from npeff.storage import container, files, hdf5
 from stored_samples import (
@@ -233,7 +233,7 @@ def test_foreign_hdf5(tmp_path):
 
 def test_newer(tmp_path):
     path = tmp_path / "x.h5"
-    container.write_container(path, "fishers", [], {}, version=2)
+    container.write_container(path, "fishers", [], {}, format_version=2)
     refuse(path, NewerFileError, "format version 2 .* upgrade npeff")
 
 

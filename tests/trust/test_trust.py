@@ -204,10 +204,11 @@ def test_command_line(known, tmp_path, capsys) -> None:
     found = json.loads(out.read_text())
     assert set(found) == {"explained", "stability", "null"}
     assert "more than chance" in capsys.readouterr().out
-    several = ["decompose", str(f), "--components", "2,5", "--out", str(tmp_path / "d.h5"), "--quiet"]
+    several = ["decompose", str(f), "--n-components", "2,5", "--out", str(tmp_path / "d.h5"), "--quiet"]
+    several += ["--n-replacements", "3"]
     assert run(several) == 2
     assert "--select" in capsys.readouterr().err
     assert run([*several, "--select"]) == 0
     assert "← chosen" in capsys.readouterr().out
     assert npeff.load(tmp_path / "d.h5").n_components == 5
-    assert run(["decompose", str(f), "--components", "0", "--out", str(tmp_path / "d.h5")]) == 2
+    assert run(["decompose", str(f), "--n-components", "0", "--out", str(tmp_path / "d.h5")]) == 2

@@ -184,4 +184,15 @@ NPEFF_INLINE T exclusive_scan(const Block& block, T (*scratch)[Block::threads], 
   return total;
 }
 
+// The lowest of the threads' values. scratch: (threads,).
+template <class Block, class T>
+NPEFF_INLINE T lowest_of(const Block& block, T* scratch, typename Block::template Local<T>& values) {
+  block.each([&](int t) { scratch[t] = values[t]; });
+  for (int half = Block::threads / 2; half > 0; half /= 2)
+    block.each([&](int t) {
+      if (t < half && scratch[t + half] < scratch[t]) scratch[t] = scratch[t + half];
+    });
+  return block.uniform(scratch[0]);
+}
+
 }  // namespace npeff

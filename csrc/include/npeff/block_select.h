@@ -14,9 +14,12 @@ struct Cut {
 template <int threads>
 struct CutShared {
   static constexpr int buckets = 2048;
-  int64_t least, most, bucket, below, upto;
+  int64_t bucket, below, upto;
   uint32_t counts[buckets];
-  uint32_t scan[2][threads];
+  union {
+    uint32_t scan[2][threads];
+    int64_t ends[threads];
+  };
 };
 
 // The cut at the rank-th smallest (from 1) of the keys of entries i < n with chosen(i); there are that many. Keys < 2^63.
@@ -24,13 +27,6 @@ template <class Block, class Chosen, class Key>
 NPEFF_INLINE Cut cut_at(const Block& block, CutShared<Block::threads>& s, int64_t n, int64_t rank, Chosen chosen, Key key) {
   constexpr int threads = Block::threads, buckets = CutShared<threads>::buckets, each_has = buckets / threads;
   static_assert(buckets % threads == 0, "buckets fall to threads in equal parts");
-  block.each([&](int t) {
-    if (t == 0) {
-      s.least = INT64_MAX;
-      s.most = 0;
-      s.below = 0;
-    }
-  });
   constexpr int at_once = 8;
   const auto in_batches = [&](int t, auto take) {  // loads run ahead of the atomics
     for (int64_t start = t; start < n; start += at_once * threads) {
@@ -45,16 +41,17 @@ NPEFF_UNROLL
         if (keys[q] >= 0) take(keys[q]);
     }
   };
+  typename Block::template Local<int64_t> lowest(block), highest(block);
   block.each([&](int t) {
     int64_t least = INT64_MAX, most = 0;
     in_batches(t, [&](int64_t k) {
       least = k < least ? k : least;
       most = k > most ? k : most;
     });
-    Block::lower(&s.least, least);
-    Block::raise(&s.most, most);
+    lowest[t] = least;
+    highest[t] = -most;
   });
-  int64_t least = block.uniform(s.least), most = block.uniform(s.most), below = 0;
+  int64_t least = lowest_of(block, s.ends, lowest), most = -lowest_of(block, s.ends, highest), below = 0;
   for (;;) {
     int shift = 0;
     while ((most - least) >> shift >= buckets) ++shift;

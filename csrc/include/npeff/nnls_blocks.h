@@ -1,6 +1,6 @@
-// nnls.h by blocks: a thread owns a row of the problem from the first sweep to the last and never waits for another.
-// The coefficients lie transposed, so that a warp's accesses are neighbours: in shared memory where they fit, or else in
-// the workspace, where cross lies. gram comes by panels that all threads read at the same place. As in isa/nnls_tile.cpp, a panel's gradients are computed afresh, and
+// nnls.h by blocks: a thread owns a row of the problem from the first sweep to the last. The coefficients lie transposed,
+// so that a warp's accesses are neighbours, and gram comes by panels that all threads read at the same place: both in
+// shared memory where they fit, or else in the workspace, where cross lies. As in isa/nnls_tile.cpp, a panel's gradients are computed afresh, and
 // then its coordinates move one after the other while the rest of the panel hears of it.
 #pragma once
 
@@ -57,32 +57,70 @@ struct NnlsPack {
 template <class T>
 struct NnlsSweeps {
   static constexpr int threads = 32, panel = NnlsProblem<T>::panel;  // few: many blocks share out the rows evenly
+  static constexpr int together = 16 / sizeof(T);
   struct Shared {
     int64_t bad, sweeps;
-    T w[1];  // (r, threads), where they fit
+    uint32_t going;
+    alignas(16) T numbers[together];  // where they fit: a panel (r, panel), and the coefficients (r, threads)
+  };
+  // What a thread knows of its row between two steps.
+  struct Row {
+    T scale, worst;
+    int64_t sweeps;
+    bool there, going;
   };
   NnlsProblem<T> p;
   int64_t max_sweeps;
   T tol;
   bool in_shared;
-  static int64_t most_shared_bytes(int64_t r) { return static_cast<int64_t>(sizeof(Shared)) + r * threads * static_cast<int64_t>(sizeof(T)); }
+  static int64_t most_shared_bytes(int64_t r) {
+    return static_cast<int64_t>(sizeof(Shared)) + r * (panel + threads) * static_cast<int64_t>(sizeof(T));
+  }
   int64_t shared_bytes() const { return in_shared ? most_shared_bytes(p.r) : static_cast<int64_t>(sizeof(Shared)); }
 
   template <class Block>
   NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
+    typename Block::template Local<Row> rows(block);
     block.each([&](int t) {
       if (t > 0) return;
       s.bad = nnls_all_finite;
       s.sweeps = 0;
     });
-    block.each([&](int t) {
-      const int64_t slot = id * threads + t;
-      for (int64_t i = slot; slot < p.slots && i < p.n; i += p.slots) {
-        const int64_t sweeps = in_shared ? row(i, slot, s.w + t, threads) : row(i, slot, p.columns + slot, p.slots);
-        if (sweeps < 0) Block::lower(&s.bad, i);
-        else Block::raise(&s.sweeps, sweeps);
+    for (int64_t first = id * threads; first < p.n; first += p.slots) {
+      block.each([&](int t) { rows[t] = begin(s, first + t, id * threads + t, t); });
+      for (int64_t sweep = 0; sweep < max_sweeps; ++sweep) {
+        block.each([&](int t) {
+          if (t == 0) s.going = 0;
+        });
+        block.each([&](int t) {
+          if (rows[t].going) Block::add(&s.going, 1u);
+          rows[t].worst = 0;
+        });
+        if (block.uniform(s.going) == 0) break;
+        pass<true>(block, s, id, rows);
+        block.each([&](int t) {
+          if (!rows[t].going) return;
+          ++rows[t].sweeps;
+          rows[t].going = rows[t].worst / rows[t].scale > tol;
+        });
       }
-    });
+      if (p.kkt) {
+        block.each([&](int t) {
+          rows[t].worst = 0;
+          rows[t].going = rows[t].there;
+        });
+        pass<false>(block, s, id, rows);
+      }
+      block.each([&](int t) {
+        const int64_t i = first + t;
+        if (i >= p.n || id * threads + t >= p.slots) return;
+        if (!rows[t].there) return Block::lower(&s.bad, i);
+        const Coefficients own = coefficients(s, id * threads + t, t);
+        for (int64_t j = 0; j < p.r; ++j) p.w[i * p.r + j] = own.w[j * own.stride];
+        if (p.kkt) p.kkt[i] = rows[t].worst / rows[t].scale;
+        Block::raise(&s.sweeps, rows[t].sweeps);
+      });
+    }
     block.each([&](int t) {
       if (t > 0) return;
       Block::lower(&p.status[0], s.bad);
@@ -91,62 +129,83 @@ struct NnlsSweeps {
   }
 
  private:
-  static constexpr int together = 16 / sizeof(T);
+  struct Coefficients {
+    T* w;  // `stride` entries apart
+    int64_t stride;
+    T* cross;  // p.slots entries apart
+  };
 
-  // Sweeps made on row i, or −1 when it holds a non-finite value; w: its coefficients, `stride` entries apart.
-  NPEFF_INLINE int64_t row(int64_t i, int64_t slot, T* w, int64_t stride) const {
-    const int64_t r = p.r;
-    T* const cross = p.columns + r * p.slots + slot;
-    T scale = 0, zero = 0;
-    for (int64_t j = 0; j < r; ++j) {
-      const T start = p.w[i * r + j], c = p.cross[i * r + j];
-      zero += start * 0 + c * 0;
-      w[j * stride] = nnls_start(start, p.inverse_diagonal[j]);
-      cross[j * p.slots] = c;
-      scale = larger(scale, size_of(c));
-    }
-    if (!(zero == 0)) return -1;
-    if (!(scale > 0)) scale = 1;
-    int64_t sweep = 0;
-    for (bool going = true; going && sweep < max_sweeps; ++sweep) going = pass<true>(w, stride, cross) / scale > tol;
-    for (int64_t j = 0; j < r; ++j) p.w[i * r + j] = w[j * stride];
-    if (p.kkt) p.kkt[i] = pass<false>(w, stride, cross) / scale;
-    return sweep;
+  NPEFF_INLINE Coefficients coefficients(Shared& s, int64_t slot, int t) const {
+    T* const cross = p.columns + p.r * p.slots + slot;
+    if (in_shared) return {s.numbers + p.r * panel + t, threads, cross};
+    return {p.columns + slot, p.slots, cross};
   }
 
-  // One sweep (or, without update, none): the largest violation met on the way.
-  template <bool update>
-  NPEFF_INLINE T pass(T* w, int64_t stride, const T* cross) const {
-    const int64_t r = p.r;
-    T worst = 0;
-    for (int64_t start = 0; start < r; start += panel) {
-      const T* const columns = p.panels + start * r;
-      T gradient[panel];
-NPEFF_UNROLL
-      for (int b = 0; b < panel; ++b) gradient[b] = start + b < r ? -cross[(start + b) * p.slots] : T{0};
+  NPEFF_INLINE Row begin(Shared& s, int64_t i, int64_t slot, int t) const {
+    if (i >= p.n || slot >= p.slots) return {1, 0, 0, false, false};
+    const Coefficients own = coefficients(s, slot, t);
+    T scale = 0, zero = 0;
+    for (int64_t j = 0; j < p.r; ++j) {
+      const T start = p.w[i * p.r + j], c = p.cross[i * p.r + j];
+      zero += start * 0 + c * 0;
+      own.w[j * own.stride] = nnls_start(start, p.inverse_diagonal[j]);
+      own.cross[j * p.slots] = c;
+      scale = larger(scale, size_of(c));
+    }
+    const bool finite = zero == 0;
+    return {scale > 0 ? scale : T{1}, 0, 0, finite, finite};
+  }
+
+  // One sweep over the rows that are going (or, without update, a look): the largest violation met on the way.
+  template <bool update, class Block>
+  NPEFF_INLINE void pass(const Block& block, Shared& s, int64_t id, typename Block::template Local<Row>& rows) const {
+    for (int64_t start = 0; start < p.r; start += panel) {
+      const T* columns = p.panels + start * p.r;
+      if (in_shared) {
+        block.each([&](int t) {
 NPEFF_UNROLL_4
-      for (int64_t l = 0; l < r; ++l) {
-        const T own = w[l * stride];
-        T line[panel];
-NPEFF_UNROLL
-        for (int b = 0; b < panel; b += together) load_together<together>(columns + l * panel + b, line + b);
-NPEFF_UNROLL
-        for (int b = 0; b < panel; ++b) gradient[b] += own * line[b];
+          for (int64_t i = t * together; i < p.r * panel; i += threads * together) {
+            T entries[together];
+            load_together<together>(columns + i, entries);
+            store_together<together>(entries, s.numbers + i);
+          }
+        });
+        columns = s.numbers;
       }
+      block.each([&](int t) {
+        if (rows[t].going) rows[t].worst = larger(rows[t].worst, descend<update>(coefficients(s, id * threads + t, t), columns, start));
+      });
+    }
+  }
+
+  // Coordinates start … start + panel of a row: the largest violation among them.
+  template <bool update>
+  NPEFF_INLINE T descend(const Coefficients& own, const T* columns, int64_t start) const {
+    T gradient[panel], worst = 0;
 NPEFF_UNROLL
-      for (int b = 0; b < panel; ++b) {
-        const int64_t j = start + b;
-        if (j >= r) break;
-        const T inverse = p.inverse_diagonal[j];
-        if (!(inverse > 0)) continue;
-        const T old = w[j * stride];
-        worst = larger(worst, nnls_violation(old, gradient[b]));
-        if (!update) continue;
-        const T step = nnls_moved(old, gradient[b], inverse) - old;
-        w[j * stride] = old + step;
+    for (int b = 0; b < panel; ++b) gradient[b] = start + b < p.r ? -own.cross[(start + b) * p.slots] : T{0};
+NPEFF_UNROLL_4
+    for (int64_t l = 0; l < p.r; ++l) {
+      const T w = own.w[l * own.stride];
+      T line[panel];
 NPEFF_UNROLL
-        for (int c = 0; c < panel; ++c) gradient[c] += step * columns[j * panel + c];
-      }
+      for (int b = 0; b < panel; b += together) load_together<together>(columns + l * panel + b, line + b);
+NPEFF_UNROLL
+      for (int b = 0; b < panel; ++b) gradient[b] += w * line[b];
+    }
+NPEFF_UNROLL
+    for (int b = 0; b < panel; ++b) {
+      const int64_t j = start + b;
+      if (j >= p.r) break;
+      const T inverse = p.inverse_diagonal[j];
+      if (!(inverse > 0)) continue;
+      const T old = own.w[j * own.stride];
+      worst = larger(worst, nnls_violation(old, gradient[b]));
+      if (!update) continue;
+      const T step = nnls_moved(old, gradient[b], inverse) - old;
+      own.w[j * own.stride] = old + step;
+NPEFF_UNROLL
+      for (int c = 0; c < panel; ++c) gradient[c] += step * columns[j * panel + c];
     }
     return worst;
   }

@@ -1,9 +1,9 @@
 // The flat map of sketch.h by blocks. Sums have no atomics of floats in them, so that their bits are the same every time:
 //
 //   rows    a block takes a stretch of a row and keeps float32 sums in shared memory. It sorts the 16-element blocks of
-//           the tile at hand by the owner of their group of buckets; an owner is 16 threads, one per bucket of a group,
-//           and adds what falls on its own buckets in the order of the input, read from device memory. Stretches are
-//           long against d, so that the sums cost little to write; they are added in float64, in order, by
+//           the tile at hand by the owner of their group of buckets; an owner is four threads, four buckets of a group
+//           each, and adds what falls on its own buckets in the order of the input, read from device memory. Stretches
+//           are long against d, so that the sums cost little to write; they are added in float64, in order, by
 //   gather  one thread per bucket.
 //   csr     entries of a sparse row meet in no order; they are added as integers, scaled so that the row's largest
 //           entry has 2^38 steps: the error is that of float64 for sums of up to 2^24 such entries, and addition of
@@ -33,19 +33,19 @@ struct SketchKeys {
 
 template <class T>
 struct SketchRowsBlocks {
-  static constexpr int threads = 256, lanes = sketch_lanes, owners = threads / lanes;
-  static constexpr int items = 1024, tile = items * lanes, each_has = items / threads, words = items / 32, ahead = 8;
-  static_assert(owners == 16 && lanes == 16 && words == 2 * lanes, "an owner's threads count two words each");
+  static constexpr int threads = 256, lanes = sketch_lanes, quad = 4, quads = lanes / quad, owners = threads / quads;
+  static constexpr int items = 2048, tile = items * lanes, each_has = items / threads, words = items / 32, ahead = 4;
+  static_assert(words % quads == 0, "an owner's threads count as many words each");
   struct Item {
     uint32_t item_group;  // its number in the tile, and its group within those of this block in the lower 16 bits
     uint32_t turn_signs;
   };
   struct Shared {
-    Item sorted[items];                 // by owner, and by number
-    uint32_t mine[owners][words + 1];   // bit i: item i belongs to the owner; + 1: owners fall on different banks
-    uint32_t before[owners][words + 1]; // items of the owner before those of a word
-    uint32_t first[owners + 1];         // where each owner's items begin
-    float sums[1];                      // (n_groups · 16,)
+    Item sorted[items];                  // by owner, and by number
+    uint32_t mine[owners][words + 1];    // bit i: item i belongs to the owner; + 1: owners fall on different banks
+    uint16_t before[owners][words + 2];  // items of the owner before those of a word; then all of them
+    uint32_t first[owners + 1];          // where each owner's items begin
+    alignas(16) float sums[quad];        // (n_groups · 16,)
   };
   SketchKeys map;
   const T* x;  // (n_rows, width), `stride` entries apart
@@ -66,7 +66,7 @@ struct SketchRowsBlocks {
     const int64_t base = bases[row];
     block.each([&](int t) {
       for (int64_t i = t; i < n_groups * lanes; i += threads) s.sums[i] = 0;
-      for (int i = t; i < owners * (words + 1); i += threads) s.mine[i / (words + 1)][i % (words + 1)] = 0;
+      clear(s, t);
     });
     // Tiles begin where blocks of 16 parameters do: `lead` places before the stretch.
     const int64_t lead = (base + from) % lanes;
@@ -84,6 +84,12 @@ struct SketchRowsBlocks {
   }
 
  private:
+  static constexpr uint32_t none = ~uint32_t{0};
+
+  NPEFF_INLINE static void clear(Shared& s, int t) {
+    for (int i = t; i < owners * (words + 1); i += threads) (&s.mine[0][0])[i] = 0;
+  }
+
   // Adds entries low ≤ i < high of the tile at `entries`; leaves s.mine empty, as it was.
   template <class Block>
   NPEFF_INLINE void add_tile(const Block& block, Shared& s, int copy, uint64_t first_item, const T* entries,
@@ -103,13 +109,17 @@ NPEFF_UNROLL
         if (mine) Block::add(&s.mine[group % owners][i / 32], uint32_t{1} << i % 32);
       }
     });
-    block.each([&](int t) {
-      const int owner = t / lanes, word = t % lanes * 2;
+    block.each([&](int t) {  // each thread of an owner: its share of the words
+      constexpr int share = words / quads;
+      const int owner = t / quads, word = t % quads * share;
       uint32_t count = 0;
       for (int p = 0; p < word; ++p) count += bits_set(s.mine[owner][p]);
-      s.before[owner][word] = count;
-      s.before[owner][word + 1] = count += bits_set(s.mine[owner][word]);
-      if (word + 2 == words) s.before[owner][words] = count + bits_set(s.mine[owner][word + 1]);
+NPEFF_UNROLL
+      for (int p = 0; p < share; ++p) {
+        s.before[owner][word + p] = static_cast<uint16_t>(count);
+        count += bits_set(s.mine[owner][word + p]);
+      }
+      if (word + share == words) s.before[owner][words] = static_cast<uint16_t>(count);
     });
     block.each([&](int t) {
       if (t > owners) return;
@@ -122,36 +132,55 @@ NPEFF_UNROLL
       for (int q = 0; q < each_has; ++q) {
         const Item item = held[t].items[q];
         if (item.item_group == none) continue;
-        const int i = q * threads + t, owner = static_cast<int>(item.item_group % owners);
+        const int i = q * threads + t, owner = static_cast<int>((item.item_group & 0xffffu) % owners);
         const uint32_t lower = s.mine[owner][i / 32] & ((uint32_t{1} << i % 32) - 1);
         s.sorted[s.first[owner] + s.before[owner][i / 32] + bits_set(lower)] = item;
       }
     });
+    // Blocks of 16 lie whole in the tile but for its ends, and four entries are one access where memory allows it.
+    const bool wide = reinterpret_cast<uintptr_t>(entries) % (quad * sizeof(T)) == 0;
     block.each([&](int t) {
-      for (int i = t; i < owners * (words + 1); i += threads) s.mine[i / (words + 1)][i % (words + 1)] = 0;
-      const int owner = t / lanes;
-      const auto bucket = static_cast<uint32_t>(t % lanes);
-      const uint32_t first = s.first[owner], last = s.first[owner + 1];
+      clear(s, t);
+      const auto own = static_cast<uint32_t>(t % quads);
+      const uint32_t first = s.first[t / quads], last = s.first[t / quads + 1];
       for (uint32_t i = first; i < last; i += ahead) {  // loads run ahead of the sums
-        float values[ahead];
-        uint32_t to[ahead];
+        T raw[ahead][quad];
+        Item at[ahead];
 NPEFF_UNROLL
         for (int q = 0; q < ahead; ++q) {
-          const bool there = i + q < last;
-          const Item item = s.sorted[there ? i + q : first];
-          const uint32_t lane = bucket ^ (item.turn_signs >> 16), place = (item.item_group >> 16) * lanes + lane;
-          const bool within = there && place >= low && place < high;
-          const float value = within ? widen(entries[place]) : 0.0f;
-          values[q] = bit_cast<float>(bit_cast<uint32_t>(value) ^ ((item.turn_signs >> lane) & 1) << 31);
-          to[q] = (item.item_group & 0xffffu) * lanes + bucket;
+          at[q] = s.sorted[i + q < last ? i + q : first];
+          const uint32_t place = (at[q].item_group >> 16) * lanes + (own ^ at[q].turn_signs >> 18) * quad;
+          if (wide && i + q < last && place >= low && place + quad <= high) {
+            load_together<quad>(entries + place, raw[q]);
+          } else {
+NPEFF_UNROLL
+            for (int v = 0; v < quad; ++v)
+              raw[q][v] = i + q < last && place + v >= low && place + v < high ? entries[place + v] : T{};
+          }
         }
 NPEFF_UNROLL
-        for (int q = 0; q < ahead; ++q) s.sums[to[q]] += values[q];
+        for (int q = 0; q < ahead; ++q) {
+          const uint32_t turn = at[q].turn_signs >> 16, signs = at[q].turn_signs >> (own ^ turn >> 2) * quad;
+          float signed_values[quad], values[quad];
+NPEFF_UNROLL
+          for (int v = 0; v < quad; ++v)
+            signed_values[v] = bit_cast<float>(bit_cast<uint32_t>(widen(raw[q][v])) ^ (signs >> v & 1) << 31);
+          float* const to = s.sums + (at[q].item_group & 0xffffu) * lanes + own * quad;
+NPEFF_UNROLL
+          for (int v = 0; v < quad; ++v) {  // lane v ^ turn: by halves, since registers have no index
+            const float one = turn & 1 ? signed_values[v ^ 1] : signed_values[v];
+            const float other = turn & 1 ? signed_values[v ^ 3] : signed_values[v ^ 2];
+            values[v] = turn & 2 ? other : one;
+          }
+          float sum[quad];
+          load_together<quad>(to, sum);
+NPEFF_UNROLL
+          for (int v = 0; v < quad; ++v) sum[v] += values[v];
+          store_together<quad>(sum, to);
+        }
       }
     });
   }
-
-  static constexpr uint32_t none = ~uint32_t{0};
 };
 
 // out[target, bucket] += Σ over the target's rows (in `order`) and their stretches.

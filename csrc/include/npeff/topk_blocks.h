@@ -191,12 +191,13 @@ constexpr int topk_windows = 2048;
 
 // Where Finish leaves, in the unused end of a selector's candidates, what Order needs.
 struct TopkDealt {
-  int64_t *least, *width, *starts;  // lowest index; of a window; (topk_windows + 1,)
+  int64_t *least, *width, *used, *starts;  // lowest index; of a window; number of windows; (topk_windows + 1,)
   uint32_t* bits;                   // (k,) the entries by window
   int64_t* index;
 
   NPEFF_INLINE TopkDealt(const Selectors& selectors, int64_t id)
-      : least(selectors.index + id * selectors.capacity + 3 * selectors.k), width(least + 1), starts(least + 2),
+      : least(selectors.index + id * selectors.capacity + 3 * selectors.k), width(least + 1),
+        used(least + 2), starts(least + 3),
         bits(selectors.bits + id * selectors.capacity + 2 * selectors.k),
         index(selectors.index + id * selectors.capacity + 2 * selectors.k) {}
 };
@@ -207,7 +208,6 @@ struct TopkFinish {
   static constexpr int64_t narrowest = 1 << 17;  // entries of a window
   struct Shared {
     NarrowShared narrow;
-    int64_t least, most;
     uint32_t counts[topk_windows];
   };
   Selectors selectors;
@@ -225,22 +225,19 @@ struct TopkFinish {
       narrow(block, s.narrow, bits, index, n, selectors.k);
       n = selectors.k;
     }
+    typename Block::template Local<int64_t> lowest(block), highest(block);
     block.each([&](int t) {
       for (int w = t; w < topk_windows; w += threads) s.counts[w] = 0;
-      if (t > 0) return;
-      s.least = INT64_MAX;
-      s.most = 0;
-    });
-    block.each([&](int t) {
       int64_t least = INT64_MAX, most = 0;
+NPEFF_UNROLL_4
       for (int64_t i = t; i < n; i += threads) {
         least = index[i] < least ? index[i] : least;
         most = index[i] > most ? index[i] : most;
       }
-      Block::lower(&s.least, least);
-      Block::raise(&s.most, most);
+      lowest[t] = least;
+      highest[t] = -most;
     });
-    const int64_t least = block.uniform(s.least), most = block.uniform(s.most);
+    const int64_t least = lowest_of(block, s.narrow.cut.ends, lowest), most = -lowest_of(block, s.narrow.cut.ends, highest);
     const int64_t width = n == 0 ? 1 : larger<int64_t>((most - least) / topk_windows + 1, narrowest);
     const auto in_batches = [&](auto take) {  // loads run ahead of the atomics
       block.each([&](int t) {
@@ -284,6 +281,7 @@ NPEFF_UNROLL
       if (t > 0) return;
       *dealt.least = least;
       *dealt.width = width;
+      *dealt.used = n == 0 ? 0 : (most - least) / width + 1;
       dealt.starts[topk_windows] = n;
       const Threshold first = first_threshold(selectors.keep_zeros != 0);
       counts[id] = n;
@@ -297,7 +295,7 @@ struct TopkOrder {
   static constexpr int threads = 256, words = TopkFinish::narrowest / 32, each_has = words / threads;
   struct Shared {
     int64_t next;
-    uint32_t marks[words], before[words];
+    uint32_t marks[words + threads], before[words + threads];  // word w at w + w / each_has: on different banks
     uint32_t scan[2][threads];
   };
   Selectors selectors;
@@ -305,6 +303,7 @@ struct TopkOrder {
   int64_t* indices;
   float* values;
   int64_t shared_bytes() const { return sizeof(Shared); }
+  static NPEFF_INLINE int64_t place_of(int64_t bit) { return bit / 32 + bit / 32 / each_has; }
 
   template <class Block>
   NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
@@ -312,38 +311,38 @@ struct TopkOrder {
     const TopkDealt dealt(selectors, selector);
     int64_t* const to_index = indices + selector * k;
     float* const to_value = values + selector * k;
-    const int64_t n = dealt.starts[topk_windows], least = *dealt.least, width = *dealt.width;
+    const int64_t n = dealt.starts[topk_windows], least = *dealt.least, width = *dealt.width, used = *dealt.used;
     block.each([&](int t) {
       for (int64_t i = n + id % share * threads + t; i < k; i += share * threads) {
         to_index[i] = -1;
         to_value[i] = 0;
       }
     });
-    for (int64_t window = id % share; window < topk_windows; window += share) {
+    for (int64_t window = id % share; window < used; window += share) {
       const int64_t first = dealt.starts[window], last = dealt.starts[window + 1];
       // A window wider than there are bits is taken piece by piece; a piece begins at the lowest index that is left.
       int64_t begin = least + window * width, done = first;
       while (done < last) {
         block.each([&](int t) {
-          for (int w = t; w < words; w += threads) s.marks[w] = 0;
+          for (int w = t; w < words + threads; w += threads) s.marks[w] = 0;
           if (t == 0) s.next = INT64_MAX;
         });
         block.each([&](int t) {
           for (int64_t i = first + t; i < last; i += threads) {
             const int64_t at = dealt.index[i] - begin;
             if (at >= TopkFinish::narrowest) Block::lower(&s.next, dealt.index[i]);
-            else if (at >= 0) Block::set(&s.marks[at / 32], uint32_t{1} << at % 32);
+            else if (at >= 0) Block::set(&s.marks[place_of(at)], uint32_t{1} << at % 32);
           }
         });
         typename Block::template Local<uint32_t> before(block);
         block.each([&](int t) {
           before[t] = 0;
-          for (int w = 0; w < each_has; ++w) before[t] += bits_set(s.marks[t * each_has + w]);
+          for (int w = 0; w < each_has; ++w) before[t] += bits_set(s.marks[t * (each_has + 1) + w]);
         });
         const int64_t count = exclusive_scan(block, s.scan, before);
         block.each([&](int t) {
           uint32_t sum = before[t];
-          for (int w = t * each_has; w < (t + 1) * each_has; ++w) {
+          for (int w = t * (each_has + 1); w < t * (each_has + 1) + each_has; ++w) {
             s.before[w] = sum;
             sum += bits_set(s.marks[w]);
           }
@@ -352,8 +351,8 @@ struct TopkOrder {
           for (int64_t i = first + t; i < last; i += threads) {
             const int64_t at = dealt.index[i] - begin;
             if (at < 0 || at >= TopkFinish::narrowest) continue;
-            const uint32_t lower = s.marks[at / 32] & ((uint32_t{1} << at % 32) - 1);
-            const int64_t to = done + s.before[at / 32] + bits_set(lower);
+            const uint32_t lower = s.marks[place_of(at)] & ((uint32_t{1} << at % 32) - 1);
+            const int64_t to = done + s.before[place_of(at)] + bits_set(lower);
             to_index[to] = dealt.index[i];
             to_value[to] = bit_cast<float>(dealt.bits[i]);
           }
@@ -399,7 +398,7 @@ template <class Queue>
 void topk_finish(Queue& queue, const Selectors& selectors, int64_t* counts, int64_t* indices, float* values) {
   if (selectors.n == 0) return;
   queue.run(selectors.n, TopkFinish{selectors, counts});
-  const int64_t share = ceil_div<int64_t>(8 * queue.processors(), selectors.n);
+  const int64_t share = ceil_div<int64_t>(24 * queue.processors(), selectors.n);
   queue.run(selectors.n * share, TopkOrder{selectors, share, indices, values});
 }
 

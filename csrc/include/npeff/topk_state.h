@@ -69,7 +69,7 @@ struct Push {
 constexpr int topk_threads = 1024;
 
 struct NarrowShared {
-  int64_t size;
+  uint32_t size;
   CutShared<topk_threads> cut;
 };
 
@@ -102,13 +102,20 @@ NPEFF_UNROLL
       }
     });
     block.each([&](int t) {
+      bool stays[at_once];
+NPEFF_UNROLL
+      for (int q = 0; q < at_once; ++q)
+        stays[q] = start + q * Block::threads + t < n && admits(threshold, held[t].bits[q] & topk_magnitude, held[t].index[q]);
+      uint32_t count = 0;
+NPEFF_UNROLL
+      for (int q = 0; q < at_once; ++q) count += stays[q];
+      if (count == 0) return;
+      int64_t to = Block::add(&s.size, count);  // once a thread: all meet at this one number
 NPEFF_UNROLL
       for (int q = 0; q < at_once; ++q) {
-        if (start + q * Block::threads + t >= n) continue;
-        if (!admits(threshold, held[t].bits[q] & topk_magnitude, held[t].index[q])) continue;
-        const int64_t to = Block::add(&s.size, int64_t{1});
+        if (!stays[q]) continue;
         bits[to] = held[t].bits[q];
-        index[to] = held[t].index[q];
+        index[to++] = held[t].index[q];
       }
     });
   }

@@ -1,10 +1,11 @@
-"""Whether data comes in one order: examples are known by their position in it."""
+"""Check that data keeps its order, because examples are known by their position; make batches by length."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from npeff.batches.batches import Batch, batch_digest
@@ -97,7 +98,7 @@ class Repeats:
         self._equal = 0
 
     def add(self, digest: str) -> None:
-        """The next batch; workers take turns.
+        """Note the next batch; workers take turns.
 
         Raises:
             DataError: All workers gave the same batches, twice.
@@ -112,7 +113,7 @@ class Repeats:
                 self._refuse()
 
     def end(self) -> None:
-        """There are no more batches.
+        """Note that there are no more batches.
 
         Raises:
             DataError: All workers gave the same.
@@ -126,3 +127,55 @@ class Repeats:
             "example comes several times; let the IterableDataset yield a share of the examples in each worker "
             "(torch.utils.data.get_worker_info()), or pass num_workers=0"
         )
+
+
+class TokenBatches:
+    """A batch sampler: as many sequences at a time as keep longest × number within a budget of tokens.
+
+    Pass it to ``torch.utils.data.DataLoader(dataset, batch_sampler=…, collate_fn=…)`` with a function that pads to the
+    longest of the batch. Sorted by length, batches hold little padding; Fishers then come in the order of ``order``,
+    and ``fishers[np.argsort(batches.order)]`` in that of the data.
+
+    Args:
+        lengths: Tokens of every sequence of the dataset.
+        tokens: The most tokens in a batch, padding included.
+        sort: Take sequences by length, longest first, so that the largest batch comes first; otherwise in their order.
+
+    Attributes:
+        order: ``(n,)`` int64 positions in the dataset, in the order in which they come.
+
+    Raises:
+        ArgumentError: A length is below 1, or a sequence has more tokens than the budget.
+    """
+
+    def __init__(self, lengths: Sequence[int], tokens: int, *, sort: bool = True) -> None:
+        self._lengths = np.asarray(lengths, np.int64)
+        if self._lengths.ndim != 1 or (self._lengths < 1).any():
+            raise ArgumentError("lengths: expected a sequence of numbers ≥ 1, the tokens of every sequence")
+        if len(self._lengths) and self._lengths.max() > tokens:
+            longest = int(self._lengths.argmax())
+            raise ArgumentError(
+                f"tokens: expected at least {self._lengths[longest]}, the length of sequence {longest}, got {tokens}; "
+                "cut long sequences, or give more"
+            )
+        self._tokens = tokens
+        n = len(self._lengths)
+        self.order = np.argsort(-self._lengths, kind="stable") if sort else np.arange(n, dtype=np.int64)
+        self._cuts = [0]
+        longest = 0
+        for at, length in enumerate(self._lengths[self.order].tolist()):
+            longest = max(longest, length)
+            if longest * (at + 1 - self._cuts[-1]) > tokens:
+                self._cuts.append(at)
+                longest = length
+        if n:
+            self._cuts.append(n)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Iterate over the positions of each batch."""
+        for start, end in zip(self._cuts[:-1], self._cuts[1:], strict=True):
+            yield self.order[start:end].tolist()
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._cuts) - 1

@@ -1,4 +1,4 @@
-"""Batches as they come from the user's data: inputs, labels, examples, digests.
+"""Read batches from the user's data: inputs, labels, examples, digests.
 
 Which dimension of a batch is the examples' is guessed from sizes; :class:`Batch` lets the data say it.
 """
@@ -8,13 +8,11 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import Tensor
 
 from npeff.batches.tensor_trees import (
     Path,
@@ -28,8 +26,9 @@ from npeff.batches.tensor_trees import (
     rebuilt,
     rows_at,
     shown,
+    update_with_tree,
 )
-from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
+from npeff.errors import ArgumentError, DataError
 
 _REMEDY = "pass a DataLoader, or a list of batches such as [(inputs, labels)]"
 
@@ -60,6 +59,7 @@ class Batch:
         content: The same, once read: its tensors on the model's device, numpy arrays turned into tensors.
         labels: What stands for the labels in it, if anything.
         n_examples: Number of examples.
+        part_of: Of a part of a batch, which part it is, for messages; empty for a whole batch.
 
     Raises:
         ArgumentError: ``n_examples`` is not a positive integer, or ``take`` cannot be called.
@@ -80,7 +80,7 @@ class Batch:
         self._whole: frozenset[Path] = frozenset()
         self._source: Batch | None = None  # for the user's take, which is always asked of the whole batch
         self._positions: list[int] = []
-        self._part_of = ""  # what to say of a part where it fails
+        self.part_of = ""
         self._count = "n_examples"
 
     @property
@@ -105,7 +105,7 @@ class Batch:
         return sum(leaf.numel() * leaf.element_size() for leaf in leaves(kept) if isinstance(leaf, Tensor))
 
     def take(self, examples: slice | Tensor) -> Batch:
-        """Some of the examples, a slice or positions, by the user's ``take`` or cut from what has one entry for each.
+        """Take some examples, a slice or positions: by the user's ``take``, or from all parts with one entry for each.
 
         Raises:
             DataError: The user's ``take`` failed, or a tensor cannot be cut.
@@ -131,7 +131,7 @@ class Batch:
             content = self._cut(self.content, (), examples, positions)
         some = Batch(content, len(positions), self._take)
         some._device, some._whole, some._source, some._positions = self._device, self._whole, root, positions
-        some._part_of = f"{len(positions)} of the {n} examples of a batch: {self.how_cut()}"
+        some.part_of = f"{len(positions)} of the {n} examples of a batch: {self.how_cut()}"
         some.labels = None if self.labels is None else _labels_in(content, self._device, "what take() gave")
         if some.labels is not None and len(some.labels) != len(positions):
             if self.labels is None or self.labels.numel() != n:  # no labels, but something that all examples share
@@ -143,11 +143,11 @@ class Batch:
         return some
 
     def fresh(self) -> Batch:
-        """The same with copies of all tensors, for those who may change them in place."""
+        """Copy the batch and all its tensors, for callers that may change them in place."""
         return self._with(map_tensors(lambda tensor: tensor.clone(), self.content, lambda item: called(item, "clone")))
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
+        """Move the batch to another device."""
         if device == self._device:
             return self
         moved = self._with(onto(device, self.content))
@@ -156,7 +156,7 @@ class Batch:
         return moved
 
     def stacked(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Batch]] | None:
-        """The tensors with the examples as their first dimension, and how one row of each makes a batch of one.
+        """Give the tensors with one row per example, and a function that makes a batch of one from a row of each.
 
         None where tensors are not all that belongs to examples.
         """
@@ -180,7 +180,7 @@ class Batch:
         return tensors, one
 
     def joins(self, other: Batch) -> bool:
-        """Whether the examples of both can be put into one batch."""
+        """Tell whether the examples of both can be put into one batch."""
         if (
             self._take
             or other._take
@@ -201,25 +201,25 @@ class Batch:
         return True
 
     def joined(self, others: Sequence[Batch]) -> Batch:
-        """All examples of batches that join this one, in order."""
+        """Join the examples of batches that fit this one, in order."""
         every = [self, *others]
         columns = zip(*(parts(batch.content) for batch in every), strict=True)
         merged = iter(
             [torch.cat([part for part, _ in column]) if self._owns(*column[0]) else column[0][0] for column in columns]
         )
         made = self._with(map_tensors(lambda _: next(merged), self.content))
-        made.n_examples, made._part_of = sum(batch.n_examples for batch in every), ""
+        made.n_examples, made.part_of = sum(batch.n_examples for batch in every), ""
         labels = [batch.labels for batch in every if batch.labels is not None]
         made.labels = torch.cat(labels) if labels else None
         return made
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of every tensor of the inputs, the shape without its first dimension: equal for batches of one kind."""
+        """Give the shapes of the inputs' tensors without their first dimension: equal for batches of one kind."""
         tensors = [leaf for leaf in leaves(self.inputs) if isinstance(leaf, Tensor)]
         return tuple(() if tensor.is_nested else tuple(tensor.shape[1:]) for tensor in tensors)
 
     def how_cut(self) -> str:
-        """Which tensors :meth:`take` cuts, and what to do where that is wrong; for messages."""
+        """Say which tensors :meth:`take` cuts, and what to do where that is wrong; for messages."""
         if self._take is not None:
             return "the batch was cut by its own take="
         every = [(f"batch{''.join(path)} {shown(part)}", self._owns(part, path)) for part, path in parts(self.content)]
@@ -227,10 +227,10 @@ class Batch:
         whole = f" and left {', '.join(left)} whole" if left else ""
         return f"the batch was cut along the first dimension of {', '.join(cut) or 'nothing'}{whole}; {OWN_BATCH}"
 
-    def _counted(self) -> str:
-        """How the examples were counted, and what to do where that is wrong."""
-        if self._part_of:
-            return f"as these are {self._part_of}"
+    def how_counted(self) -> str:
+        """Say how the examples were counted, and what to do where that is wrong."""
+        if self.part_of:
+            return f"as these are {self.part_of}"
         return f"as the examples were counted by the {self._count} of {named(self.content)}: {OWN_BATCH}"
 
     def _input_parts(self) -> list[tuple[Any, Path]]:
@@ -294,7 +294,7 @@ def check_data(data: Any) -> Iterable[Any]:
 
 
 def read_batches(data: Iterable[Any], device: torch.device, any_layout: bool) -> Iterator[Batch]:
-    """Every batch of the data as :func:`read_batch` makes it.
+    """Iterate over the batches of the data as :func:`read_batch` makes it.
 
     A tensor whose first dimension was not the number of examples in one batch is cut in none that follows: in a batch
     where the two agree, that is chance.
@@ -325,7 +325,7 @@ def read_batch(
         raw: A :class:`Batch`, ``(inputs, labels)``, ``(inputs,)``, a mapping with or without ``"labels"``, or a tensor.
         device: Where the model is.
         number: The batch's position in the data, for messages.
-        any_layout: A ``forward=`` of the user's will make sense of it: any structure with a tensor will do.
+        any_layout: Take any structure with a tensor, because the user's ``forward=`` will understand it.
         whole: Where the tensors lie that do not have the examples as their first dimension, whatever their size.
 
     Returns:
@@ -370,7 +370,7 @@ def _inputs_in(content: Any) -> Any:
 
 
 def _labels_in(content: Any, device: torch.device, where: str) -> Tensor | None:
-    """What stands for the labels in a batch's content.
+    """Find what stands for the labels in a batch's content.
 
     Raises:
         DataError: It is one label, or not numbers.
@@ -420,7 +420,7 @@ def _count(content: Any, labels: Tensor | None, number: int, cut_by_user: bool) 
 
 
 def examples_at(data: Iterable[Any], positions: Sequence[int], device: torch.device | None = None) -> list[Batch]:
-    """The examples at some positions of the data, each as a batch of one, in the order asked for.
+    """Find the examples at some positions of the data, each as a batch of one, in the order asked for.
 
     Args:
         data: Batches, read until all are found.
@@ -451,132 +451,22 @@ def examples_at(data: Iterable[Any], positions: Sequence[int], device: torch.dev
 
 
 def batch_digest(batch: Batch) -> str:
-    """blake2b of a batch's structure and bytes, the same wherever the tensors live."""
+    """Compute blake2b of a batch's structure and bytes, the same wherever the tensors live."""
     digest = hashlib.blake2b(digest_size=16)
-    _update_with(digest, batch.content, 0)
+    update_with_tree(digest, batch.content)
     return digest.hexdigest()
 
 
-def _update_with(digest: hashlib.blake2b, tree: Any, depth: int) -> None:
-    for leaf in leaves(tree):
-        if isinstance(leaf, Tensor):
-            update_with_tensor(digest, leaf)
-        elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "SU":
-            digest.update(repr(leaf.tolist()).encode())
-        elif isinstance(leaf, (str, bytes, int, float, bool, type(None))):
-            digest.update(repr(leaf).encode())
-        elif depth < 3 and not isinstance(leaf, nn.Module | type) and hasattr(leaf, "__dict__"):
-            _update_with(digest, vars(leaf), depth + 1)  # what an object holds, as far as that can be seen
+def looks_like_image(shape: Sequence[int]) -> bool:
+    """Tell whether an array of that shape is plausibly a picture: ``(H, W)``, or 1 or 3 channels of it, first or last.
 
-
-def update_with_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:
-    """Add a tensor's shape, dtype and bytes to a digest."""
-    tensor = tensor.detach()
-    if tensor.is_nested:
-        for part in tensor.unbind():
-            update_with_tensor(digest, part)
-        return
-    if tensor.layout != torch.strided:
-        tensor = tensor.to_dense()
-    digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-    if tensor.numel():
-        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().data)
-
-
-@contextmanager
-def _one_function() -> Iterator[None]:
-    """Within it, a model computes the same whether gradients are recorded or not.
-
-    Without gradients torch's transformer layers take a fast path of their own, in which padded positions become zero.
+    Both sides must be at least 4 and no more than 16 times apart, so that ``(tokens, features)`` matrices
+    rarely qualify.
     """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _run(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
-    return model(*inputs) if several else model(inputs)
-
-
-def _failure(error: Exception, forward: object, batch: Batch) -> str:
-    what, given = ("model", batch.inputs) if forward is None else ("forward", batch.content)
-    tensors = ", ".join(shown(leaf) for leaf in [leaf for leaf in leaves(given) if isinstance(leaf, Tensor)][:8])
-    remedy = "Check that the data yields batches of what the model takes, or pass forward=callable(model, batch)"
-    if forward is not None:
-        remedy = "It is called with the model and a batch as the data yields it"
-    if isinstance(batch.content, Mapping) and "label" in batch.content and "labels" not in batch.content:
-        remedy += '; labels are taken from the key "labels": rename "label"'
-    if batch._part_of:
-        remedy = f"It was called with {batch._part_of}"
-    cause = f"{type(error).__name__}: {error}"
-    return f"{what}: failed on a batch with inputs {tensors or 'without tensors'}: {cause}. {remedy}"
-
-
-def call_model(
-    model: nn.Module, forward: Callable[[Any, Any], Any] | None, batch: Batch, likelihood: str = "categorical"
-) -> Tensor:
-    """The model's logits for a batch, which stays as it is even where the model changes its inputs in place.
-
-    Args:
-        model: The model.
-        forward: ``forward(model, batch) -> logits``; None calls the model with the inputs.
-        batch: The batch.
-        likelihood: What the outputs mean; the logits of ``"probabilities"`` are their logarithms.
-
-    Returns:
-        ``(b, C)`` with its graph; a ``(b,)`` output becomes ``(b, 1)``.
-
-    Raises:
-        DataError: The model gave something else.
-        ModelError: The model, or ``forward``, raised an error.
-    """
-    source = "the model" if forward is None else "forward="
-    given = batch.fresh()
-    try:
-        with _one_function():
-            output = _run(model, given.inputs) if forward is None else forward(model, given.content)
-    except Exception as error:
-        # Inference tensors have an explanation of their own, see PerExampleGradients.recording.
-        explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
-        if explained or isinstance(error, (NpeffError, MemoryError, torch.OutOfMemoryError)):
-            raise
-        raise ModelError(_failure(error, forward, batch)) from error
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", output)
-    if isinstance(logits, Mapping):
-        logits = logits.get("logits")
-    if isinstance(logits, (tuple, list)) and len(logits) == 1:
-        logits = logits[0]
-    if not isinstance(logits, Tensor):
-        raise DataError(
-            f"logits: expected a tensor (or an output with .logits) from {source}, got "
-            f"{type(output).__name__}; pass forward=callable(model, batch) -> logits"
-        )
-    if logits.dim() == 1 and len(logits) == batch.n_examples:
-        logits = logits[:, None]
-    if logits.dim() != 2 or len(logits) != batch.n_examples or logits.shape[1] == 0:
-        raise DataError(
-            f"logits: expected shape ({batch.n_examples}, C) for a batch of {batch.n_examples} examples, "
-            f"got {tuple(logits.shape)} from {source}; "
-            "choose or flatten outputs in forward=callable(model, batch) -> logits"
-            + (f", or, {batch._counted()}" if logits.dim() == 2 and len(logits) != batch.n_examples else "")
-        )
-    if not logits.is_floating_point():
-        raise DataError(f"logits: expected floating point numbers from {source}, got {logits.dtype}")
-    return log_probabilities(logits) if likelihood == "probabilities" else logits
-
-
-def log_probabilities(outputs: Tensor) -> Tensor:
-    """Logits whose softmax these probabilities are: their logarithms, finite where one is zero.
-
-    With z = log p the Fisher of a categorical output is that of its logits: ``J_pᵀ diag(1/p) J_p = J_zᵀ (diag p − ppᵀ)
-    J_z``, since Σp = 1. What underflowed to zero has no gradient and no share in it.
-    """
-    wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    return wide.clamp_min(torch.finfo(wide.dtype).tiny).log()
+    if len(shape) == 3 and {1, 3} & {shape[0], shape[2]}:
+        height, width = shape[1:] if shape[0] in (1, 3) else shape[:2]
+    elif len(shape) == 2:
+        height, width = shape
+    else:
+        return False
+    return min(height, width) >= 4 and max(height, width) <= 16 * min(height, width)

@@ -1,8 +1,9 @@
-"""Tensors in nested structures: tuples, lists, mappings, dataclasses, and plain objects that hold tensors."""
+"""Work on tensors in nested structures: tuples, lists, mappings, dataclasses, and plain objects that hold tensors."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -17,14 +18,14 @@ Path = tuple[str, ...]
 
 
 def length(part: Any) -> int:
-    """Length of the dimension that may be the examples', −1 where there is none."""
+    """Give the length of the dimension that may be the examples', −1 where there is none."""
     if isinstance(part, Tensor):
         return part.size(0) if part.dim() else -1
     return len(part) if isinstance(part, list | tuple) or (isinstance(part, np.ndarray) and part.ndim) else -1
 
 
 def shown(part: Any) -> str:
-    """A part's shape and dtype, as messages show them."""
+    """Describe a part's shape and dtype, for messages."""
     if isinstance(part, Tensor):
         shape = f"({part.size(0)}, nested)" if part.is_nested else str(tuple(part.shape))
         return f"{shape} {str(part.dtype).removeprefix('torch.')}"
@@ -32,12 +33,12 @@ def shown(part: Any) -> str:
 
 
 def named(content: Any) -> str:
-    """The parts of a batch, as messages show them."""
+    """Describe the parts of a batch, for messages."""
     return ", ".join(f"batch{''.join(path)} {shown(part)}" for part, path in parts(content)[:8])
 
 
 def rows_at(tensor: Tensor, examples: slice | Tensor, positions: list[int]) -> Tensor:
-    """Some rows of a tensor of any layout, given as a slice or an index and as integers."""
+    """Take some rows of a tensor of any layout, given as a slice or an index and as integers."""
     if tensor.is_nested:
         rows = tensor.unbind()
         return torch.nested.as_nested_tensor([rows[i] for i in positions], layout=tensor.layout)
@@ -50,10 +51,10 @@ def rows_at(tensor: Tensor, examples: slice | Tensor, positions: list[int]) -> T
 def rebuilt(
     function: Callable[[Any, Path], Any], tree: Any, path: Path = (), other: Callable[[Any], Any] | None = None
 ) -> Any:
-    """A structure like this one, a function applied to its parts.
+    """Make a structure like this one, with a function applied to its parts.
 
     Parts are tensors, lists of plain values and arrays of strings; numeric arrays become tensors. Tuples, lists,
-    mappings, dataclasses and plain objects that hold tensors are gone through.
+    mappings, dataclasses and plain objects that hold tensors are searched for parts.
 
     Args:
         function: Of a part and where it lies.
@@ -132,7 +133,7 @@ def _holds(value: Any) -> bool:
 
 
 def parts(tree: Any, path: Path = ()) -> list[tuple[Any, Path]]:
-    """The parts of a structure and where they lie, in the order of :func:`map_tensors`."""
+    """List the parts of a structure and where they lie, in the order of :func:`map_tensors`."""
     found: list[tuple[Any, Path]] = []
 
     def note(part: Any, where: Path) -> Any:
@@ -157,13 +158,13 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any, other: Callable
 
 
 def called(item: Any, method: str, *arguments: Any) -> Any:
-    """What an object's own method gives, if it has one."""
+    """Call an object's own method, if it has one; give the object itself otherwise."""
     found = None if isinstance(item, type) else getattr(item, method, None)
     return found(*arguments) if callable(found) and not isinstance(item, nn.Module) else item
 
 
 def onto(device: torch.device, content: Any) -> Any:
-    """The structure on a device, its tensors detached."""
+    """Move a structure to a device, its tensors detached."""
 
     def move(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
@@ -174,7 +175,7 @@ def onto(device: torch.device, content: Any) -> Any:
 
 
 def leaves(tree: Any) -> Iterator[Any]:
-    """Everything in nested tuples, lists, mappings and dataclasses, in order, each key or name before its value."""
+    """Iterate over all leaves of nested tuples, lists, mappings and dataclasses, each key or name before its value."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield key
@@ -188,3 +189,31 @@ def leaves(tree: Any) -> Iterator[Any]:
             yield from leaves(getattr(tree, name))
     else:
         yield tree
+
+
+def update_with_tree(digest: hashlib.blake2b, tree: Any, depth: int = 0) -> None:
+    """Add a structure's tensors and plain values to a digest, in order; objects count by what they hold."""
+    for leaf in leaves(tree):
+        if isinstance(leaf, Tensor):
+            update_with_tensor(digest, leaf)
+        elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "SU":
+            digest.update(repr(leaf.tolist()).encode())
+        elif isinstance(leaf, (str, bytes, int, float, bool, type(None))):
+            digest.update(repr(leaf).encode())
+        elif depth < 3 and not isinstance(leaf, nn.Module | type) and hasattr(leaf, "__dict__"):
+            update_with_tree(digest, vars(leaf), depth + 1)  # what an object holds, as far as that can be seen
+
+
+def update_with_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:
+    """Add a tensor's shape, dtype and bytes to a digest."""
+    tensor = tensor.detach()
+    if tensor.is_nested:
+        for part in tensor.unbind():
+            update_with_tensor(digest, part)
+        return
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    if tensor.numel():
+        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().data)

@@ -19,33 +19,33 @@ from typing import Any
 
 import click
 
-from npeff.cli.common import DEBUG, HELP_WIDTH, write_block
+from npeff.cli.command import DEBUG, HELP_WIDTH, write_block
 from npeff.errors import NpeffError, Terminated
 from npeff.storage.termination import ending_in_order
 
 COMMANDS = {
     "demo": "npeff.cli.demo:demo",
-    "plan": "npeff.cli.plan:plan",
+    "plan": "npeff.cli.fishers:plan",
     "fishers": "npeff.cli.fishers:fishers",
     "decompose": "npeff.cli.decompose:decompose",
-    "recover": "npeff.cli.recover:recover",
-    "encode": "npeff.cli.encode:encode",
-    "trust": "npeff.cli.trust:trust",
+    "recover": "npeff.cli.decompose:recover",
+    "encode": "npeff.cli.decompose:encode",
+    "trust": "npeff.cli.decompose:trust",
     "perturb": "npeff.cli.perturb:perturb",
-    "trace": "npeff.cli.trace:trace",
+    "trace": "npeff.cli.perturb:trace",
     "linearize": "npeff.cli.linearize:linearize",
     "report": "npeff.cli.report:report",
     "influence": "npeff.cli.influence:influence",
     "rollback": "npeff.cli.rollback:rollback",
     "info": "npeff.cli.files:info",
     "export": "npeff.cli.files:export",
-    "doctor": "npeff.cli.doctor:doctor",
+    "doctor": "npeff.cli.demo:doctor",
 }
 
 EXAMPLES = """
 npeff demo                                           all of it, on handwritten digits
 npeff fishers train.py:model train.py:data --out fishers.h5
-npeff decompose fishers.h5 --components 64 --out components.h5
+npeff decompose fishers.h5 --n-components 64 --out components.h5
 npeff report components.h5 --data train.py:data --out report/
 npeff trust fishers.h5 components.h5 --out trust.json
 npeff report components.h5 --data train.py:data --extras trust.json --out report/
@@ -180,13 +180,18 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _as_options(message: str, arguments: Sequence[str] | None) -> str:
-    """What keywords that a message names, as in ``forward=``, are called on the command line of the command given."""
+    """Name the options for the arguments that a message names, as in ``forward=`` or ``k: expected``."""
     given = sys.argv[1:] if arguments is None else arguments
     name = next((word for word in given if word in COMMANDS), None)
-    command = None if name is None else cli.get_command(click.Context(cli), name)
-    options = {p.name: p.opts[0] for p in command.params if isinstance(p, click.Option)} if command else {}
-    keywords = dict.fromkeys(re.findall(r"(?<![\w.-])([a-z_]+)=(?!=)", message))
-    found = [f"{word}= is {options[word]}" for word in keywords if word in options and options[word] not in message]
+    context = click.Context(cli)
+    command = None if name is None else cli.get_command(context, name)
+    parameters = command.get_params(context) if command else []
+    options = {parameter.name: parameter.opts[0] for parameter in parameters if isinstance(parameter, click.Option)}
+    named = re.findall(r"(?<![\w.-])([a-z_]+)=(?!=)|^([a-z_]+)(?=: )", message)
+    keywords = {f"{word}=" if word else first: word or first for word, first in named}
+    found = [
+        f"{text} is {options[word]}" for text, word in keywords.items() if options.get(word, message) not in message
+    ]
     return f" (on the command line: {', '.join(found)})" if found else ""
 
 

@@ -1,167 +1,269 @@
-"""``npeff decompose``: stage 2."""
+"""``npeff decompose``, ``recover``, ``encode`` and ``trust``: components of Fishers, and what is done with both."""
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, misused, note, quiet, seed, several, wants
-from npeff.cli.processes import decompose_together
+from npeff.cli.command import (
+    check_members,
+    check_out,
+    command,
+    listed,
+    loaded,
+    misused,
+    note,
+    several,
+    size,
+)
+from npeff.cli.options import EXISTING, WRITABLE, Arguments
 
 if TYPE_CHECKING:
+    from npeff.components.components import Encoded
+    from npeff.fishers.fishers import Fishers
     from npeff.trust import Selection
 
-
-def _orthogonality(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
-    if value is None or value == "hard":
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        raise click.BadParameter(f"expected a number or 'hard', got {value!r}") from None
+PUBLISHED = ("learning_rate", "g_only", "joint", "log_every")
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in value.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
+    numbers = listed(value)
+    if numbers is None or min(numbers) < 1:
         raise click.BadParameter(f"expected a number of components, or several as in 16,32,64, got {value!r}")
     return numbers
 
 
 @command(
-    examples="""
-        npeff decompose fishers.h5 --components 64 --out components.h5
-        npeff decompose fishers.h5 --components 16,32,64,128 --select --out components.h5
-        npeff decompose fishers.h5 --components 64 --block-weights balanced --n-init 8 --out components.h5
-        npeff decompose fishers.h5 --components 48 --wrong-only --out heuristics.h5
+    """
+        npeff decompose fishers.h5 --n-components 64 --out components.h5
+        npeff decompose fishers.h5 --n-components 16,32,64,128 --select --out components.h5
+        npeff decompose fishers.h5 --n-components 64 --block-weights balanced --n-init 8 --out components.h5
+        npeff decompose fishers.h5 --n-components 48 --wrong-only --out heuristics.h5
     """,
+    Arguments("npeff:decompose", skip=("published", "init", "callback")),
+    Arguments("npeff.trust:select", only=("folds",)),
+    Arguments("npeff:PublishedOptions"),
     shared=True,
 )
 @click.argument("path", metavar="FISHERS", type=EXISTING)
-@click.option(
-    "--components", "numbers", callback=_numbers, required=True, metavar="R[,R…]", help="How many; several: --select."
-)
+@click.option("--n-components", callback=_numbers, required=True, metavar="R[,R…]", help="How many; several: --select.")
 @click.option(
     "--select",
     is_flag=True,
     help="Try several numbers; take the one that the held-out loss recommends. The report shows the losses.",
 )
 @click.option("--out", type=WRITABLE, required=True, help="File to write.")
-@click.option(
-    "--algorithm",
-    type=click.Choice(["npeff", "published"]),
-    default="npeff",
-    show_default=True,
-    help="Solver.",
-)
-@click.option(
-    "--space",
-    type=click.Choice(["auto", "gram", "rows", "streamed"]),
-    default="auto",
-    show_default=True,
-    help="Work on inner products of rows, on the rows in memory, or on rows streamed from FISHERS.",
-)
-@click.option("--n-init", type=click.IntRange(min=1), help="Random starts; the best goes on.")
-@click.option("--n-replacements", type=click.IntRange(min=0), help="Attempts to replace poor components.")
-@click.option("--max-iterations", type=click.IntRange(min=1), help="Limit of each descent.")
-@click.option("--tolerance", type=click.FloatRange(min=0), help="Relative decrease of the loss at which it ends.")
-@click.option(
-    "--block-weights",
-    type=click.Choice(["energy", "balanced"]),
-    help="Parameter blocks as they are, or with equal shares.",
-)
-@click.option(
-    "--orthogonality",
-    callback=_orthogonality,
-    metavar="WEIGHT|hard",
-    help="Push components apart, or make them orthonormal.",
-)
-@click.option(
-    "--normalize",
-    type=click.Choice(["stored", "dense", "none"]),
-    help="Norm scaled to 1: of the rows as stored, of the Fisher before compression, or none.",
-)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Of --algorithm published.")
-@click.option("--steps", type=click.IntRange(min=1), help="Joint steps of --algorithm published.")
 @click.option("--wrong-only", is_flag=True, help="Only examples that the model predicts wrongly.")
-@click.option("--memory", metavar="SIZE", help="Ceiling such as 4GB: what does not fit stays on disk.")
-@click.option("--checkpoint", type=WRITABLE, help="File that keeps the state; the same command then goes on from it.")
-@click.option("--device", help="cpu, cuda …  [default: cpu]")
-@seed
-@quiet
-def decompose(
-    path: Path,
-    numbers: list[int],
-    select: bool,
-    out: Path,
-    wrong_only: bool,
-    learning_rate: float | None,
-    steps: int | None,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def decompose(path: Path, n_components: list[int], select: bool, out: Path, wrong_only: bool, **options: Any) -> None:
     """Factorise FISHERS into components.
 
     Started by torchrun (torchrun --nproc-per-node=4 -m npeff decompose …), each process holds a block of the
-    examples; killed, the same command resumes.
+    examples; killed, the same command resumes. --learning-rate, --g-only, --joint and
+    --log-every belong to --algorithm published, --folds to --select.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    rates: dict[str, Any] = {"learning_rate": learning_rate, "joint": steps}
-    published = {name: value for name, value in rates.items() if value is not None}
-    if published and options["algorithm"] != "published":
-        misused("--learning-rate and --steps belong to --algorithm published")
-    if len(numbers) > 1 and not select:
-        misused(f"--components {','.join(map(str, numbers))}: several numbers need --select")
-    if select and options["algorithm"] == "published":
+    published = {name: options.pop(name) for name in PUBLISHED if name in options}
+    folds = {name: options.pop(name) for name in ("folds",) if name in options}
+    if published and options.get("algorithm") != "published":
+        misused(
+            f"--{' and --'.join(published).replace('_', '-')}: give --algorithm published, the solver they belong to"
+        )
+    if len(n_components) > 1 and not select:
+        misused(f"--n-components {','.join(map(str, n_components))}: several numbers need --select")
+    if folds and not select:
+        misused("--folds belongs to --select")
+    if select and options.get("algorithm") == "published":
         misused("--select works with --algorithm npeff")
+    if select and several():
+        misused("--select tries numbers of components in one process; choose one, then start several")
     import npeff
-    from npeff.components.parameter_vectors import not_recovered
+    from npeff import distributed
     from npeff.storage.recognition import check_components_target
 
     check_components_target(out)  # before the search: a slip in --out must not cost it
     if published:
-        given["published"] = npeff.PublishedOptions(**published)
-    fishers = wants(npeff.load(path), "Fishers", path)
+        options["published"] = npeff.PublishedOptions(**published)
+    fishers = loaded(path, "Fishers")
     if wrong_only:
         fishers = fishers.filter(wrong=True)
     if several():
-        given.setdefault("checkpoint", out.with_name(f"{out.name}.search"))
-        components = decompose_together(fishers, numbers[0], select, progress=not quiet, **given)
+        options.setdefault("checkpoint", out.with_name(f"{out.name}.search"))
+        components = distributed.decompose(fishers, n_components[0], **options)
         if components is None:
             return
+    elif select:
+        selection = _selected(fishers, n_components, options | folds)
+        components = npeff.decompose(fishers, selection.chosen, **options)
+        # for the report
+        components = replace(components, provenance={**components.provenance, "selection": selection.to_json()})
     else:
-        selection = _selected(fishers, numbers, given, quiet) if select else None
-        n_components = numbers[0] if selection is None else selection.chosen
-        components = npeff.decompose(fishers, n_components, progress=not quiet, **given)
-        if selection is not None:  # for the report
-            components = replace(components, provenance={**components.provenance, "selection": selection.to_json()})
+        components = npeff.decompose(fishers, n_components[0], **options)
     components.save(out)
-    if given.get("checkpoint"):  # only now that the components are safe
-        Path(given["checkpoint"]).unlink(missing_ok=True)
+    if options.get("checkpoint"):  # only now that the components are safe
+        Path(options["checkpoint"]).unlink(missing_ok=True)
     click.echo(
         f"{out}: {components.n_components} components of {len(fishers):,} examples, relative loss {components.loss:.4f}"
     )
-    if not_recovered(components):
+    if components.not_recovered:
         note(
             f"vectors in parameter space, for perturb, trace and export: npeff recover {out} MODEL DATA --out RECOVERED"
         )
 
 
-def _selected(fishers: Any, numbers: list[int], options: dict[str, Any], quiet: bool) -> Selection:
-    """Try the numbers of components; the table of their held-out losses goes to the terminal."""
+def _selected(fishers: Any, numbers: list[int], options: dict[str, Any]) -> Selection:
+    """Try the numbers of components, and print a table of their held-out losses."""
     import npeff
 
     plain = {name: value for name, value in options.items() if name not in ("checkpoint", "algorithm")}
-    selection = npeff.trust.select(fishers, numbers, progress=not quiet, **plain)
+    selection = npeff.trust.select(fishers, numbers, **plain)
     click.echo("components  loss  held-out loss (mean ± standard deviation over folds)")
     for column, r in enumerate(selection.n_components):
         folds = selection.held_out[:, column]
         mark = "  ← chosen" if r == selection.chosen else ""
         click.echo(f"{r:10d}  {selection.train[column]:.4f}  {folds.mean():.4f} ± {folds.std(ddof=1):.4f}{mark}")
     return selection
+
+
+@command(
+    """
+        npeff recover components.h5 train.py:model train.py:data --out recovered.h5
+        npeff recover components.h5 train.py:model train.py:data --component 3,7 --out recovered.h5
+    """,
+    Arguments("npeff:compute_fishers", only=("forward", "device", "progress")),
+)
+@click.argument("path", metavar="COMPONENTS", type=EXISTING)
+@click.argument("model", metavar="MODEL")
+@click.argument("data", metavar="DATA")
+@click.option("--component", "-j", metavar="J[,J…]", help="Which components.  [default: all]")
+@click.option("--out", type=WRITABLE, required=True, help="File of components to write; may be COMPONENTS itself.")
+def recover(path: Path, model: str, data: str, component: str | None, out: Path, **options: Any) -> None:
+    """Compute the vectors in parameter space of COMPONENTS that were made of sketches, or of inner products alone.
+
+    MODEL and DATA are those of the Fishers, the data in the same order. One pass over DATA serves all components asked
+    for: a forward pass, and a backward pass per component. report, perturb, trace, export and the others take the file
+    written here as they take COMPONENTS.
+    """
+    js = None if component is None else listed(component)
+    if component is not None and js is None:
+        misused(f"--component: expected J or J,J,…, got {component!r}")
+    from npeff.models.targets import load_data, load_model
+    from npeff.storage.recognition import check_components_target
+
+    check_components_target(out)
+    components = loaded(path, "Components")
+    if js:
+        check_members(js, components, path)
+    recovered = components.recover(load_model(model), load_data(data), js, **options)
+    recovered.save(out)
+    n = len(recovered.recovered)
+    click.echo(
+        f"{out}: {n} of {recovered.n_components} components have vectors in parameter space, {size(out.stat().st_size)}"
+    )
+
+
+@command(
+    """
+        npeff encode components.h5 fishers_new.h5 --out coefficients.h5
+        npeff encode components.h5 fishers_new.h5 --out coefficients.csv
+    """,
+    Arguments("npeff:Components.encode"),
+)
+@click.argument("components_path", metavar="COMPONENTS", type=EXISTING)
+@click.argument("fishers_path", metavar="FISHERS", type=EXISTING)
+@click.option("--out", type=WRITABLE, required=True, help="Ending in .h5, .npz or .csv.")
+def encode(components_path: Path, fishers_path: Path, out: Path, **options: Any) -> None:
+    """Coefficients of the examples in FISHERS on fixed COMPONENTS, solved to optimality.
+
+    FISHERS must be computed with the same parameters and options as those the components come from. The table holds
+    the coefficients, and per example its id, label, prediction, KKT residual and unexplained share.
+    """
+    check_out(out, ".h5", ".npz", ".csv")
+    components, fishers = loaded(components_path, "Components"), loaded(fishers_path, "Fishers")
+    encoded = components.encode(fishers, **options)
+    _write_coefficients(encoded, fishers, out)
+    worst = float(encoded.kkt.max()) if len(encoded.kkt) else 0.0
+    n, r = encoded.coefficients.shape
+    click.echo(f"{out}: coefficients of {n:,} examples on {r} components; largest KKT residual {worst:.1e}")
+
+
+def _write_coefficients(encoded: Encoded, fishers: Fishers, path: Path) -> None:
+    """Write coefficients and what identifies the examples; to CSV with a column ``component_j`` per component."""
+    import numpy as np
+
+    from npeff.storage.files import atomic
+    from npeff.storage.hdf5 import Data, write_hdf5
+
+    columns: dict[str, Any] = {
+        "ids": np.asarray(fishers.ids),
+        "labels": np.asarray(fishers.labels),
+        "predictions": np.asarray(fishers.predictions),
+        "kkt": encoded.kkt,
+        "unexplained": encoded.unexplained,
+    }
+    arrays = {"coefficients": encoded.coefficients, **columns}
+    with atomic(path) as scratch:
+        if path.suffix.lower() == ".csv":
+            with scratch.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow([*columns, *(f"component_{j}" for j in range(encoded.coefficients.shape[1]))])
+                for i, row in enumerate(encoded.coefficients):
+                    writer.writerow([*(column[i] for column in columns.values()), *row])
+        elif path.suffix.lower() == ".npz":
+            with scratch.open("wb") as binary:
+                np.savez_compressed(binary, **arrays)
+        else:
+            write_hdf5(scratch, [Data.of(name, values) for name, values in arrays.items()], {})
+
+
+@command(
+    """
+        npeff trust fishers.h5 components.h5
+        npeff trust fishers.h5 components.h5 --repeats 8 --shuffles 5 --out trust.json
+    """,
+    Arguments("npeff.trust:stability"),
+)
+@click.argument("fishers_path", metavar="FISHERS", type=EXISTING)
+@click.argument("components_path", metavar="COMPONENTS", type=EXISTING)
+@click.option(
+    "--shuffles", type=click.IntRange(min=0), default=2, show_default=True, help="Decompositions of shuffled Fishers."
+)
+@click.option("--out", type=WRITABLE, help="JSON file to write, for npeff report --extras.")
+def trust(fishers_path: Path, components_path: Path, shuffles: int, out: Path | None, **options: Any) -> None:
+    """How stable COMPONENTS are, what they explain of FISHERS, and what chance would give."""
+    import numpy as np
+
+    import npeff
+    from npeff.fishers.rows import GramRows
+    from npeff.perturbation.effect import plain, write_json
+
+    check_out(out)
+    fishers, components = loaded(fishers_path, "Fishers"), loaded(components_path, "Components")
+    if shuffles and isinstance(fishers.rows, GramRows):
+        note("no null model: inner products alone (--gram-only) have no entries that could be shuffled")
+        shuffles = 0
+    stable = npeff.trust.stability(fishers, components, **options)
+    shares = npeff.trust.explained(components, fishers)
+    found: dict[str, Any] = {"explained": shares}
+    found["stability"] = stable.to_json() | {"components_digest": components.digest}
+    energy = np.square(components.coefficients.astype(np.float64)).mean(0)
+    if shuffles:
+        shared = {name: value for name, value in options.items() if name in ("seed", "progress")}
+        found["null"] = npeff.trust.null_model(fishers, components, repeats=shuffles, **shared).to_json()
+    known = shares[~np.isnan(shares)]
+    click.echo(f"explained of an example's Fisher: median {np.median(known):.0%}, lowest {known.min(initial=1):.0%}")
+    click.echo("component  energy  comes back (|cos|)" + ("  more than chance" if shuffles else ""))
+    for j in range(components.n_components):
+        line = f"{j:9d}  {energy[j]:6.4f}  {stable.components[j]:18.3f}"
+        click.echo(line + (f"  {'yes' if found['null']['above'][j] else 'no':>16}" if shuffles else ""))
+    for n, index in stable.strategies.items():
+        mark = "  as well as any" if n in stable.stable_numbers else ""
+        click.echo(f"{n:2d} strategies: parts agree on {index:.2f} (adjusted Rand index){mark}")
+    if shuffles:
+        loss = "not on record" if np.isnan(components.loss) else f"{components.loss:.4f}"
+        click.echo(f"loss {loss}; of shuffled Fishers {np.mean(found['null']['losses']):.4f}")
+    if out is not None:
+        write_json(plain(found), out)
+        click.echo(f"{out}: for npeff report … --extras {out}")

@@ -1,33 +1,29 @@
-"""``npeff demo``: the whole pipeline on handwritten digits."""
+"""``npeff demo`` and ``npeff doctor``: the whole pipeline on handwritten digits, and what this machine offers."""
 
 from __future__ import annotations
 
+import os
+import sys
+import webbrowser
 from pathlib import Path
+from typing import Any
 
 import click
 
-from npeff.cli.common import WRITABLE, command, quiet, seed
+from npeff.cli.command import command
+from npeff.cli.options import WRITABLE, Arguments
 
 
 @command(
-    examples="""
-        npeff demo
-        npeff demo --out /tmp/demo --components 16 --no-open
     """
+        npeff demo
+        npeff demo --out /tmp/demo --n-components 16 --no-open
+    """,
+    Arguments("npeff.demo:run_demo", skip=("say",)),
 )
 @click.option("--out", type=WRITABLE, default="npeff-demo", show_default=True, help="Folder for everything made.")
-@click.option(
-    "--components",
-    "n_components",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="How many.",
-)
 @click.option("--open/--no-open", "open_page", default=True, show_default=True, help="Open the page in a browser.")
-@seed
-@quiet
-def demo(out: Path, n_components: int, open_page: bool, seed: int, quiet: bool) -> None:
+def demo(out: Path, open_page: bool, **options: Any) -> None:
     """Train a small network on handwritten digits and show its components.
 
     Needs no download and about a minute: the digits come with scikit-learn (pip install 'npeff[demo]').
@@ -35,17 +31,27 @@ def demo(out: Path, n_components: int, open_page: bool, seed: int, quiet: bool) 
     """
     from npeff.demo import run_demo
 
-    page = run_demo(out, n_components=n_components, seed=seed, say=click.echo, progress=not quiet)
-    if open_page:
-        _open(page)
-
-
-def _open(page: Path) -> None:
-    """Open the page where there is somewhere to show it."""
-    import os
-    import sys
-    import webbrowser
-
-    somewhere = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if somewhere and webbrowser.open(page.resolve().as_uri()):
+    page = run_demo(out, say=click.echo, **options)
+    screen = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if open_page and screen and webbrowser.open(page.resolve().as_uri()):
         click.echo("Opened it in your browser.")
+
+
+@command(
+    """
+        npeff doctor
+    """
+)
+def doctor() -> None:
+    """Say which hardware and kernels are used, and why not faster ones."""
+    from npeff.doctor import examine
+
+    for section in examine():
+        click.echo(click.style(section.title, bold=True))
+        width = max((len(name) for name, _ in section.lines), default=0)
+        for name, value in section.lines:
+            head, *rest = value.splitlines() or [""]
+            click.echo(f"  {name:<{width}}  {head}")
+            for line in rest:
+                click.echo(f"  {'':<{width}}  {line}")
+        click.echo()

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, misused, size, unruled, wants
+from npeff.cli.command import check_members, command, loaded, misused, size, unruled
+from npeff.cli.options import EXISTING, WRITABLE
 
 
 @command(
-    examples="""
+    """
         npeff info fishers.h5
         npeff info components.h5 --json | jq .provenance
     """
@@ -69,9 +70,9 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _described_json(path: Path) -> dict[str, Any]:
-    from npeff.reports.extras_file import describe_extras, read_json
+    from npeff.reports.extras import describe_extras, read_extras_file
 
-    content = read_json(path)
+    content = read_extras_file(path)
     if isinstance(content, dict) and {"choices", "advice", "n_parameters"} <= set(content):
         plain = {name: value for name, value in content.items() if isinstance(value, str | int | float)}
         return {"format": "JSON", "content": "a plan of npeff plan", **plain}
@@ -107,7 +108,7 @@ def _described_table(path: Path) -> dict[str, Any]:
     """Tables of ``npeff encode`` and ``npeff influence``; empty for other HDF5 files."""
     import h5py
 
-    from npeff.storage.opening import open_hdf5
+    from npeff.storage.hdf5 import open_hdf5
 
     with open_hdf5(path) as file:
         arrays = {n: [list(d.shape), str(d.dtype)] for n, d in file.items() if isinstance(d, h5py.Dataset)}
@@ -138,7 +139,7 @@ def _print(lines: dict[str, Any], indent: str = "") -> None:
 
 
 @command(
-    examples="""
+    """
         npeff export fishers.h5 --layout published --out theirs.h5
         npeff export components.h5 --component 7 --out g7.safetensors
     """
@@ -160,16 +161,13 @@ def export(path: Path, out: Path, layout: str | None, component: int | None) -> 
     """
     if (layout is None) == (component is None):
         misused("give either --layout published or --component J")
-    import npeff
-
-    loaded = npeff.load(path)
     if component is None:
+        import npeff
         from npeff.components.published import write_published
 
-        write_published(loaded, out)
+        write_published(npeff.load(path), out)
     else:
-        components = wants(loaded, "Components", path)
-        if component >= components.n_components:
-            misused(f"--component: {path} has components 0 to {components.n_components - 1}, got {component}")
+        components = loaded(path, "Components")
+        check_members([component], components, path)
         components.save_state_dict(component, out)
     click.echo(f"{out}: {size(out.stat().st_size)}")

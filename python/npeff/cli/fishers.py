@@ -1,4 +1,4 @@
-"""``npeff fishers``: stage 1."""
+"""``npeff fishers`` and ``npeff plan``: stage 1, and what it and stage 2 will take."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Any
 
 import click
 
-from npeff.cli.common import WRITABLE, command, misused, note, quiet, seed, several, size, unruled
-from npeff.cli.fisher_options import fisher_options, understood
-from npeff.cli.processes import first
+from npeff.cli.command import check_out, command, first, misused, note, several, size, unruled
+from npeff.cli.options import WRITABLE, Arguments
 
 DEFAULT_TOP_K = 65_536
+UNPLANNED = ("kind", "compress", "share", "out", "seed", "max_examples", "memory", "progress")
+"""Arguments of ``compute_fishers`` that ``plan`` does not take, or in a sense of its own."""
 
 
 @command(
-    examples="""
+    """
         npeff fishers train.py:model train.py:data --out fishers.h5
         npeff fishers zoo.mnist:load zoo.mnist:test --exact --energy 0.99 --out fishers.h5
         npeff fishers train.py:model train.py:data --sketch 4096 --out fishers.h5
         npeff fishers bert.py:model bert.py:batches --kind diagonal --parameters 'bert.encoder.*' --out d.h5
     """,
+    Arguments("npeff:compute_fishers", skip=("compress", "share")),
     shared=True,
 )
 @click.argument("model", metavar="MODEL")
@@ -31,13 +33,6 @@ DEFAULT_TOP_K = 65_536
     type=WRITABLE,
     required=True,
     help="File to write; with unfinished work beside it, that is continued.",
-)
-@click.option(
-    "--kind",
-    type=click.Choice(["low_rank", "diagonal"]),
-    default="low_rank",
-    show_default=True,
-    help="Form of the Fishers.",
 )
 @click.option(
     "--top-k",
@@ -64,11 +59,6 @@ DEFAULT_TOP_K = 65_536
     is_flag=True,
     help="Keep exact inner products of the rows, and no rows; instead of --top-k. See npeff recover.",
 )
-@fisher_options
-@click.option("--memory", metavar="BYTES", help="Cut batches so that activations and output gradients fit, e.g. 4GB.")
-@click.option("--max-examples", type=click.IntRange(min=1), help="Stop after this many.")
-@seed
-@quiet
 def fishers(
     model: str,
     data: str,
@@ -78,9 +68,6 @@ def fishers(
     sketch_form: str,
     exact: bool,
     gram_only: bool,
-    parameters: tuple[str, ...],
-    forward: str | None,
-    quiet: bool,
     **options: Any,
 ) -> None:
     """Compute the Fisher of every example of DATA under MODEL.
@@ -104,23 +91,21 @@ def fishers(
     if sketch_form != "flat" and not sketch:
         misused("--sketch-form belongs to --sketch")
     import npeff
+    from npeff import distributed
     from npeff.models.targets import load_data, load_model
 
+    if sketch:
+        options["compress"] = npeff.Sketch(sketch, seed=options.get("seed", 0), form=sketch_form)  # type: ignore[arg-type]
+    elif gram_only:
+        options["compress"] = npeff.GramOnly()
+    elif not exact:
+        options["compress"] = npeff.TopK(top_k or DEFAULT_TOP_K)
+    if not top_k:  # that a model is smaller than the default is no news
+        warnings.filterwarnings("ignore", message=r"TopK\(k=")
     if first():
         _announce(out)
-    if not top_k:  # a model smaller than our default is no news
-        warnings.filterwarnings("ignore", message=r"TopK\(k=")
-    from npeff import distributed
-
     compute = distributed.compute_fishers if several() else npeff.compute_fishers
-    result = compute(
-        load_model(model),
-        load_data(data),
-        compress=_compression(top_k, sketch, sketch_form, options["seed"], exact, gram_only),
-        out=out,
-        progress=not quiet,
-        **understood(options, parameters, forward),
-    )
+    result = compute(load_model(model), load_data(data), out=out, **class_basis(options))
     if not first():
         return
     click.echo(f"{out}: {len(result):,} Fishers of {result.n_parameters:,} parameters, {size(out.stat().st_size)}")
@@ -131,14 +116,10 @@ def fishers(
         note(f"  and {len(slow) - 5} more parameters: npeff info {out}")
 
 
-def _compression(top_k: int | None, sketch: int | None, form: str, seed: int, exact: bool, gram_only: bool) -> Any:
-    import npeff
-
-    if sketch:
-        return npeff.Sketch(sketch, seed=seed, form="kronecker" if form == "kronecker" else "flat")
-    if gram_only:
-        return npeff.GramOnly()
-    return None if exact else npeff.TopK(top_k or DEFAULT_TOP_K)
+def class_basis(options: dict[str, Any]) -> dict[str, Any]:
+    """Complete the options: a threshold on classes implies the basis of classes."""
+    thresholds = {"min_prob", "max_classes"} & options.keys()
+    return options | {"basis": "class"} if thresholds else options
 
 
 def _announce(out: Path) -> None:
@@ -149,3 +130,33 @@ def _announce(out: Path) -> None:
         note(f"{out} exists: checking that it was made from this model, this data and these options")
     elif parts_folder(out).is_dir():
         note(f"{out}: resuming; {describe_parts(out)['n_examples']:,} examples are done")
+
+
+@command(
+    """
+        npeff plan train.py:model train.py:data
+        npeff plan train.py:model train.py:data --n-examples 60000 --memory 4GB --n-components 128
+        npeff plan bert.py:model bert.py:batches --kind low_rank --energy 0.99 --json plan.json
+    """,
+    Arguments("npeff:plan"),
+    Arguments("npeff:compute_fishers", skip=UNPLANNED),
+)
+@click.argument("model", metavar="MODEL")
+@click.argument("data", metavar="DATA")
+@click.option("--json", "json_file", type=WRITABLE, metavar="FILE", help="Write the plan as JSON too.")
+def plan(model: str, data: str, json_file: Path | None, **options: Any) -> None:
+    """Tell what Fishers of DATA under MODEL, and their decomposition, will take: time, memory, disk.
+
+    The first batches are computed for real, once per way of keeping the Fishers; nothing of it stays. MODEL and DATA
+    are as for npeff fishers.
+    """
+    import npeff
+    from npeff.models.targets import load_data, load_model
+    from npeff.storage.files import atomic
+
+    check_out(json_file, option="--json")
+    result = npeff.plan(load_model(model), load_data(data), **class_basis(options))
+    click.echo(str(result))
+    if json_file is not None:
+        with atomic(json_file) as scratch:
+            scratch.write_text(result.to_json(), encoding="utf-8")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from npeff.cli.common import WRITABLE, command, components_of, for_report, misused, note, quiet
+from npeff.cli.command import check_out, command, components_of, for_report, misused, note
+from npeff.cli.options import WRITABLE, Arguments
 
 if TYPE_CHECKING:
     from npeff.companions.influence.losses import Loss
@@ -18,12 +19,15 @@ SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", 
 
 
 @command(
-    examples="""
+    """
         npeff influence train.py:model train.py:train train.py:test --weight-decay 1e-4 --out scores.h5
         npeff influence v.py:model v.py:train v.py:test --train-loss v.py:elbo --test-loss v.py:error --out s.csv
         npeff influence train.py:model train.py:train train.py:data --component components.h5:3 --out behind_3.h5
         npeff influence train.py:model train.py:train train.py:data --component components.h5:3,7 --out behind.json
-    """
+    """,
+    Arguments("npeff.companions.influence:CrossLossInfluence"),
+    Arguments("npeff.companions.influence:ConjugateGradients", only=("tolerance",)),
+    Arguments("npeff.companions.influence:component_influence", only=("k", "surrogate", "forward")),
 )
 @click.argument("model", metavar="MODEL")
 @click.argument("train", metavar="TRAIN")
@@ -50,25 +54,8 @@ SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", 
     show_default=True,
     help="How H is inverted; gauss-newton and ekfac take the model's outputs with a named training loss.",
 )
-@click.option(
-    "--forward",
-    metavar="TARGET",
-    help="With --component: module:callable for (model, batch) -> logits, as for npeff fishers.",
-)
-@click.option("--damping", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Added to H's diagonal.")
-@click.option(
-    "--weight-decay",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="w, if (w/2)‖θ‖² was part of what was trained.",
-)
-@click.option("--tolerance", type=click.FloatRange(min=0, min_open=True), help="Relative residual, for cg.")
-@click.option("--parameters", multiple=True, metavar="PATTERN", help="Only parameters whose name matches; repeatable.")
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="In GB.")
 @click.option("--top", type=click.IntRange(min=0), default=5, show_default=True, help="Show so many examples each way.")
-@click.option("--device", help="cpu, cuda, cuda:1 …  [default: where the model is]")
-@quiet
 def influence(
     model: str,
     train: str,
@@ -77,13 +64,9 @@ def influence(
     train_loss: str,
     test_loss: str | None,
     component: str | None,
-    forward: str | None,
     solver: str,
-    tolerance: float | None,
-    parameters: tuple[str, ...],
     memory: float,
     top: int,
-    quiet: bool,
     **options: Any,
 ) -> None:
     """Influence of every example of TRAIN on every example of TEST: I = −∇L_testᵀ H⁻¹ ∇L_train.
@@ -94,28 +77,25 @@ def influence(
     """
     if test_loss and component:
         misused("--test-loss and --component both say what is asked about: give one of them")
-    if forward and not component:
-        misused("--forward belongs to --component; a loss given as module:callable calls the model itself")
+    asked: dict[str, Any] = {name: options.pop(name) for name in ("k", "surrogate", "forward") if name in options}
+    tolerance = options.pop("tolerance", None)
+    if asked and not component:
+        more = "; a loss given as module:callable calls the model itself" if "forward" in asked else ""
+        misused(f"{' and '.join(f'--{name}' for name in asked)}: give --component, which it belongs to{more}")
     if tolerance is not None and solver != "cg":
         misused("--tolerance belongs to --solver cg")
-    from npeff.companions.influence import CrossLossInfluence, component_influence
-    from npeff.companions.influence.scores import check_path
-    from npeff.components.parameter_vectors import check_recovered
-    from npeff.models.targets import load_data, load_model, load_object
-    from npeff.storage.files import check_target
-
     for_pages = out.suffix.lower() == ".json"
     if for_pages and not component:
         misused("--out: .json is what a report shows of components; give --component, or another ending")
-    check_target(out if for_pages else check_path(out))
-    options |= {
-        "parameters": list(parameters) or None,
-        "solver": _solver(solver, train_loss, tolerance),
-        "memory": max(1, int(memory * 1e9)),
-        "progress": not quiet,
-    }
-    trained, asked = _loss(train_loss, "--train-loss"), _loss(test_loss, "--test-loss") if test_loss else None
-    outputs = load_object(forward, "--forward") if forward else None
+    from npeff.companions.influence import CrossLossInfluence, component_influence
+    from npeff.companions.influence.scores import check_path
+    from npeff.models.targets import load_data, load_model
+
+    check_out(out)
+    if not for_pages:
+        check_path(out)
+    options |= {"solver": _solver(solver, train_loss, tolerance), "memory": max(1, int(memory * 1e9))}
+    trained, tested = _loss(train_loss, "--train-loss"), _loss(test_loss, "--test-loss") if test_loss else None
     made, train_data, test_data = load_model(model), load_data(train), load_data(test)
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
@@ -123,21 +103,16 @@ def influence(
             components, chosen = components_of(component)
             if len(chosen) > 1 and not for_pages:
                 misused("--component: several components need an --out that ends in .json")
-            check_recovered(components, range(components.n_components))  # before the search: the work would be lost
-            fitted = CrossLossInfluence(made, trained, **options).fit(train_data)
-            behind = {
-                j: component_influence(
-                    made, components, j, train_data, test_data, train_loss=trained, fitted=fitted, forward=outputs
-                )
-                for j in chosen
-            }
+            components.check_recovered(range(components.n_components))  # before the search: the work would be lost
+            asked |= {"train_loss": trained, "fitted": CrossLossInfluence(made, trained, **options).fit(train_data)}
+            behind = {j: component_influence(made, components, j, train_data, test_data, **asked) for j in chosen}
             if for_pages:
                 for_report(out, components, train, influences=behind)
                 return
             scores = behind[chosen[0]].scores
             scores.save(out)
         else:
-            scores = CrossLossInfluence(made, trained, asked, **options).scores(train_data, test_data, out=out)
+            scores = CrossLossInfluence(made, trained, tested, **options).scores(train_data, test_data, out=out)
     n_train, n_test = scores.values.shape
     click.echo(f"{out}: {n_train:,} × {n_test:,} scores; largest residual {float(scores.residuals.max()):.1e}")
     for line in scores.provenance.get("notes", []):
@@ -159,8 +134,8 @@ def _loss(target: str, option: str) -> Loss:
 
 
 def _solver(name: str, train_loss: str, tolerance: float | None) -> Solver | str:
+    from npeff.companions.influence import EKFAC, ConjugateGradients, GaussNewton
     from npeff.companions.influence.losses import NAMED_OUTPUT_LOSSES, model_outputs
-    from npeff.companions.influence.solvers import EKFAC, ConjugateGradients, GaussNewton
 
     if name == "cg":
         return ConjugateGradients() if tolerance is None else ConjugateGradients(tolerance)

@@ -1,4 +1,4 @@
-"""``npeff linearize``: what an example's input and the model's biases contributed to its outputs."""
+"""``npeff linearize``: the contributions of an example's input and of the model's biases to its outputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from npeff.cli.common import WRITABLE, command, components_of, for_report, misused, note
+from npeff.cli.command import check_out, command, components_of, for_report, misused, note
+from npeff.cli.options import WRITABLE, Arguments
 
 if TYPE_CHECKING:
     from npeff.companions.linearize import LinearMap
@@ -16,100 +17,70 @@ SHOWN = 12
 
 
 @command(
-    examples="""
+    """
         npeff linearize train.py:model train.py:data --example 17
         npeff linearize train.py:model train.py:data --example 17 --output 3 --out example17.png
         npeff linearize train.py:model train.py:data --at layer3 --table contributions.csv
         npeff linearize bert.py:model bert.py:batches --at embeddings --smooth freeze
-        npeff linearize train.py:model train.py:data --component components.h5:3,7 --top 6 --out pixels.json
-    """
+        npeff linearize train.py:model train.py:data --component components.h5:3,7 -k 6 --out pixels.json
+    """,
+    Arguments("npeff.companions.linearize:linearize", only=("at", "smooth", "forward")),
+    Arguments("npeff.companions.linearize:attribute_top_examples", only=("k", "embed")),
 )
 @click.argument("model", metavar="MODEL")
 @click.argument("data", metavar="DATA")
 @click.option("--example", type=click.IntRange(min=0), default=0, show_default=True, help="Its position in DATA.")
 @click.option("--output", type=click.IntRange(min=0), help="Which output to explain.  [default: the largest]")
-@click.option("--at", default="input", show_default=True, help="Explain by the output of this layer instead.")
-@click.option(
-    "--smooth",
-    type=click.Choice(["refuse", "freeze"]),
-    default="refuse",
-    show_default=True,
-    help="What to do where the model is not piecewise linear.",
-)
 @click.option(
     "--component",
     metavar="FILE:J",
-    help="Instead: what in the top examples of component J (or several, FILE:J,J,…) speaks for it; DATA is the data of "
-    "its Fishers.",
-)
-@click.option("--top", type=click.IntRange(min=1), default=4, show_default=True, help="Examples per component.")
-@click.option(
-    "--embed",
-    metavar="TARGET",
-    help="module:callable for (model, inputs) -> (1, t, d), where inputs are tokens; --forward takes what it gives.",
+    help="Instead: attribute component J (or several, FILE:J,J,…) to the inputs of its top examples; DATA is the data "
+    "of its Fishers. -k and --embed belong to it.",
 )
 @click.option("--out", type=WRITABLE, help="Picture to write: .png, .svg or .pdf; with --component .json for a report.")
 @click.option("--table", type=WRITABLE, help="Table to write: .csv, every contribution of the input and of the biases.")
-@click.option(
-    "--forward",
-    metavar="TARGET",
-    help="module:callable for (model, inputs) -> outputs, where model(inputs) is not enough.",
-)
 def linearize(
     model: str,
     data: str,
     example: int,
     output: int | None,
-    at: str,
-    smooth: Any,
+    component: str | None,
     out: Path | None,
     table: Path | None,
-    forward: str | None,
-    component: str | None,
-    top: int,
-    embed: str | None,
+    **options: Any,
 ) -> None:
-    """Split an output of MODEL on one example of DATA into what each input number and each bias contributed.
+    """Split an output of MODEL on one example of DATA into the contributions of the input numbers and of the biases.
 
     A piecewise linear network (ReLU, max-pooling, convolutions, batch normalisation in evaluation mode, …) is exactly
     F(x) = W·x + b around x. MODEL and DATA are module:callable or file.py:callable, as for npeff fishers.
     """
-    endings = (".json",) if component else (".png", ".svg", ".pdf")
     if component and out is None:
         misused("--component: give --out, a name ending in .json")
-    if embed and not (component and forward):
+    if "embed" in options and not (component and "forward" in options):
         misused("--embed belongs to --component, and needs --forward for what the model does with it")
-    for option, path, suffixes in (("--out", out, endings), ("--table", table, (".csv",))):
-        if path is not None and path.suffix.lower() not in suffixes:
-            misused(f"{option}: expected a name ending in {' or '.join(suffixes)}, got {path}")
+    if "k" in options and not component:
+        misused("-k belongs to --component")
+    check_out(out, *((".json",) if component else (".png", ".svg", ".pdf")))
+    check_out(table, ".csv", option="--table")
+    from npeff.companions.linearize import attribute_top_examples
     from npeff.companions.linearize.linearizing import linearize
-    from npeff.models.targets import load_data, load_model, load_object
-    from npeff.storage.files import check_target
-    from npeff.storage.recognition import refuse_npeff_file
+    from npeff.models.targets import load_data, load_model
 
-    for path in (out, table):
-        if path is not None:
-            refuse_npeff_file(path)
-            check_target(path)
     net = load_model(model)
-    function = load_object(forward, "--forward") if forward else None
     if component and out:
-        from npeff.companions.linearize import attribute_top_examples
-
+        if "at" in options:
+            misused("--at: a component is attributed to the input; leave --at or --component out")
         components, which = components_of(component)
-        given = load_object(embed, "--embed") if embed else None
-        found = attribute_top_examples(
-            net, components, load_data(data), which, top, embed=given, forward=function, smooth=smooth
-        )
+        found = attribute_top_examples(net, components, load_data(data), which, **options)
         for_report(out, components, attributions=found)
         return
     inputs = _example(net, load_data(data), example)
-    linear = linearize(net, inputs, at=at, smooth=smooth, batched=True, forward=function)
+    linear = linearize(net, inputs, batched=True, **options)
     n_outputs = linear.output.shape[1]
     if output is not None and output >= n_outputs:
         misused(f"--output: expected a position below {n_outputs}, got {output}")
     chosen = int(linear.output[0].argmax()) if output is None else output
-    linear = linearize(net, inputs, chosen, at, smooth=smooth, batched=True, forward=function)
+    linear = linearize(net, inputs, chosen, batched=True, **options)
     _tell(linear, example, chosen)
     if table:
         _write_table(linear, table)
@@ -178,12 +149,9 @@ def _write_table(linear: LinearMap, path: Path) -> None:
 
 
 def _draw(linear: LinearMap, output: int, path: Path) -> None:
-    from npeff.companions.linearize.pictures import contribution_bars, contribution_grid, is_picture, save_figure
+    from npeff.companions.linearize import contribution_figure
+    from npeff.storage.files import atomic
 
-    contributions = linear.contributions()[:, 0]
-    title = f"output {output}"
-    if is_picture(linear.x[0]):
-        figure = contribution_grid(linear.x, [linear.W[:, 0], contributions], [f"{title}: W", f"{title}: W∘x"])
-    else:
-        figure = contribution_bars(contributions[0], title)
-    save_figure(figure, path)
+    maps = {f"output {output}: W": linear.W[:, 0], f"output {output}: W∘x": linear.contributions()[:, 0]}
+    with atomic(path) as scratch:
+        contribution_figure(linear.x, maps).savefig(scratch, format=path.suffix.lower().removeprefix("."))

@@ -5,24 +5,23 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, misused, note, quiet, size, wants
-
-if TYPE_CHECKING:
-    from npeff.components.components import Components
+from npeff.cli.command import command, loaded, misused, note, size
+from npeff.cli.options import EXISTING, WRITABLE, Arguments
 
 
 @command(
-    examples="""
+    """
         npeff report components.h5 --data train.py:data --out report/
         npeff report components.h5 --data train.py:data --class-names cat,dog,bird --out birds.html
         npeff report components.h5 --data train.py:data --extras trust.json --extras effects.json
         npeff report components.h5 --data train.py:data --extras pixels.json --extras behind.json --collages --latex
         npeff report components.h5 --out numbers.html
-    """
+    """,
+    Arguments("npeff:report", skip=("effects", "traces", "trust", "attributions", "influences")),
 )
 @click.argument("path", metavar="COMPONENTS", type=EXISTING)
 @click.option(
@@ -43,15 +42,6 @@ if TYPE_CHECKING:
     help="Names of the classes: separated by commas, or a file with one per line.",
 )
 @click.option(
-    "--examples",
-    "k",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Top examples per component.",
-)
-@click.option("--title", help="Heading of the overview.")
-@click.option(
     "--tokenizer",
     metavar="TARGET",
     help="module:callable that returns a tokenizer, to print token ids as text.",
@@ -71,27 +61,22 @@ if TYPE_CHECKING:
     "--influence-data", metavar="DATA", help="module:callable for the training data that the influences are about."
 )
 @click.option("--size-limit", type=click.IntRange(min=1), metavar="MB", help="What the report may take on the disk.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides the examples shown at random.")
 @click.option("--collages", is_flag=True, help="Also a PNG of each component's top examples.")
 @click.option("--latex", is_flag=True, help="Also a LaTeX document of the top examples.")
-@quiet
 def report(
     path: Path,
     data: str | None,
     out: Path,
     class_names: str | None,
-    k: int,
-    title: str | None,
     tokenizer: str | None,
     strategies: int | None,
     heads: int | None,
     extras: tuple[Path, ...],
     influence_data: str | None,
     size_limit: int | None,
-    seed: int,
     collages: bool,
     latex: bool,
-    quiet: bool,
+    **options: Any,
 ) -> None:
     """Write pages that show what each of COMPONENTS responds to.
 
@@ -103,7 +88,7 @@ def report(
     from npeff.models.targets import load_data, load_made
     from npeff.reports import load_extras
 
-    components = wants(npeff.load(path), "Components", path)
+    components = loaded(path, "Components")
     if strategies is not None and strategies > components.n_components:
         misused(f"--strategies: expected at most {components.n_components}, one per component, got {strategies}")
     names = _names(class_names)
@@ -113,37 +98,32 @@ def report(
         load_data(data) if data else None,
         out,
         class_names=names,
-        k=k,
-        title=title,
         tokenizer=tokens,
         strategies=strategies,
         heads=heads,
         influence_data=load_data(influence_data) if influence_data else None,
         size_limit=size_limit * 1_000_000 if size_limit else None,
-        seed=seed,
-        progress=not quiet,
         **load_extras(*extras, components=components),
+        **options,
     )
-    total = _bytes_of(page, out)
-    click.echo(f"{page}: {components.n_components} components, {size(total)}")
+    click.echo(f"{page}: {components.n_components} components, {size(_bytes_of(page, out))}")
     stem = page.parent / "components" if page.name == "index.html" and page != out else page.with_suffix("")
-    common: dict[str, Any] = {"class_names": names, "tokenizer": tokens, "k": k}
+    common: dict[str, Any] = {"class_names": names, "tokenizer": tokens}
+    common |= {name: value for name, value in options.items() if name == "k"}
     if collages:
-        _write_collages(components, load_data(data) if data else None, stem, common)
+        from npeff.reports.export import collages as write_collages
+
+        folder = stem.with_name(f"{stem.name}-collages")
+        paths = {j: folder / f"component-{j}.png" for j in range(components.n_components)}
+        write_collages(components, load_data(data) if data else None, paths, **common)
+        click.echo(f"{folder}: {components.n_components} collages")
+        if data is None:
+            note("without --data, collages hold captions only")
     if latex:
         document = stem.with_suffix(".tex")
-        npeff.reports.latex(components, load_data(data) if data else None, document, title=title, **common)
+        common["title"] = options.get("title")
+        npeff.reports.latex(components, load_data(data) if data else None, document, **common)
         click.echo(f"{document}: compile it with pdflatex, xelatex or lualatex")
-
-
-def _write_collages(components: Components, data: Any, stem: Path, common: dict[str, Any]) -> None:
-    from npeff.reports.collage import collages
-
-    folder = stem.with_name(f"{stem.name}-collages")
-    collages(components, data, {j: folder / f"component-{j}.png" for j in range(components.n_components)}, **common)
-    click.echo(f"{folder}: {components.n_components} collages")
-    if data is None:
-        note("without --data, collages hold captions only")
 
 
 def _bytes_of(page: Path, out: Path) -> int:

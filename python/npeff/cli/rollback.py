@@ -10,7 +10,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from npeff.cli.common import EXISTING, WRITABLE, command, components_of, for_report, misused, note, quiet, seed, size
+from npeff.cli.command import check_out, command, components_of, for_report, misused, note, size
+from npeff.cli.options import EXISTING, WRITABLE, Arguments
 
 if TYPE_CHECKING:
     from npeff.companions.rollback import Explanation, Record, Vocabulary
@@ -29,18 +30,20 @@ FIELDS = (
 
 
 @command(
-    examples="""
+    """
         npeff rollback train.txt --record record.h5
         npeff rollback record.h5 --targets test.txt -k 10 --out explanations.tsv
         npeff rollback record.h5 --targets data.txt --component components.h5:3,7 --out behind.json
         npeff rollback train.txt --model complex --dim 32 --epochs 20 --targets test.txt --predicted --check
-    """
+    """,
+    Arguments("npeff.companions.rollback:Recipe"),
+    Arguments("npeff.companions.rollback:fit", only=("all_rows", "progress")),
 )
 @click.argument("path", metavar="TRIPLES|RECORD", type=EXISTING)
 @click.option("--targets", type=EXISTING, help="Triples to explain; a tail ? stands for the predicted one.")
 @click.option("--predicted", is_flag=True, help="Explain the predicted tails in place of the given ones.")
 @click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Training triples per target.")
-@click.option("--check", is_flag=True, help="Leave the explanations out, train again, and tell what changed.")
+@click.option("--check", is_flag=True, help="Leave the explanations out, train again, and report what changed.")
 @click.option(
     "--component",
     metavar="FILE:J",
@@ -52,24 +55,11 @@ FIELDS = (
     type=WRITABLE,
     help="Tab-separated file of explanations; with --component .json for a report.  [default: print them]",
 )
-@click.option("--record", "record_path", type=WRITABLE, help="Keep the record of the training in this file.")
+@click.option("--record", "record_path", type=WRITABLE, help="Write the record of the training to this file.")
 @click.option(
     "--model", "kind", type=click.Choice(["distmult", "complex"]), default="distmult", show_default=True, help="Score."
 )
 @click.option("--dim", type=click.IntRange(min=1), default=10, show_default=True, help="Elements per embedding.")
-@click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True, help="Passes over the triples.")
-@click.option("--negatives", type=click.IntRange(min=1), default=13, show_default=True, help="Wrong tails per step.")
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=0.1, show_default=True)
-@click.option(
-    "--optimizer",
-    type=click.Choice(["sgd", "adagrad", "adam"]),
-    default="sgd",
-    show_default=True,
-    help="Of the training.",
-)
-@click.option("--all-moves", is_flag=True, help="Record what the wrong tails moved, too.")
-@seed
-@quiet
 def rollback(
     path: Path,
     targets: Path | None,
@@ -79,14 +69,15 @@ def rollback(
     out: Path | None,
     record_path: Path | None,
     component: str | None,
-    quiet: bool,
+    kind: str,
+    dim: int,
     **options: Any,
 ) -> None:
     """Explain predictions of knowledge-graph models by the training triples that made them.
 
     TRIPLES, one a line as head, relation and tail separated by tabs, train a model at batch size 1 while every
-    triple's moves are recorded; a RECORD made so before is explained from at once. The influence of a triple is the
-    probability that the target loses when its moves are taken back (Gradient Rollback).
+    triple's updates of the weights are recorded; a RECORD of an earlier training is explained without training. The
+    influence of a triple is the probability that the target loses when its updates are subtracted (Gradient Rollback).
     """
     if targets is None and (record_path is None or out or check or predicted):
         misused("give --targets to explain, or --record to keep the record of a training for later")
@@ -104,14 +95,26 @@ def rollback(
             is_record = file.read(4) == b"\x89HDF"
     if is_record and record_path is not None:
         misused(f"{path} is a record already: --record belongs to a training")
-    if out is not None:
-        from npeff.storage.recognition import refuse_npeff_file
-
-        refuse_npeff_file(out)
-    record = companion.Record.load(path) if is_record else _train(path, record_path, quiet, options)
+    check_out(out)
+    recording = {name: options.pop(name) for name in ("all_rows", "progress") if name in options}
+    if is_record:
+        record = companion.Record.load(path)
+    else:
+        triples = companion.read_triples(path)
+        known = companion.Vocabulary.of(triples)
+        seed = options.get("seed", 0)
+        model = companion.MODELS[kind](len(known.entities), len(known.relations), dim, seed=seed)  # type: ignore[arg-type]
+        record = companion.fit(
+            model,
+            known.encode(triples),
+            companion.Recipe(**options),
+            out=record_path,
+            names={"entities": known.entities, "relations": known.relations},
+            **recording,
+        )
     names = _names(record, path)
     if targets is None:
-        click.echo(f"{record_path}: {len(record):,} triples, {size(record.nbytes)} of moves")
+        click.echo(f"{record_path}: {len(record):,} triples, {size(record.nbytes)} of updates")
         return
     method = companion.GradientRollback(record.model(), record)
     wanted = companion.read_triples(targets)
@@ -134,31 +137,11 @@ def rollback(
             _write(file, explanations, record, names)
         click.echo(f"{out}: {len(explanations)} targets, {sum(map(len, explanations))} training triples")
     if check:
-        found = companion.faithfulness(method, k, rows, progress=not quiet)
+        found = companion.faithfulness(method, k, rows, progress=recording.get("progress", True))
         note(
             f"without them, trained again: {found.pd:.0f} % of the targets less probable (by {found.drop:.3f} on "
             f"average), {found.tc:.0f} % of the predicted tails changed"
         )
-
-
-def _train(path: Path, record_path: Path | None, quiet: bool, options: dict[str, Any]) -> Record:
-    from npeff.companions import rollback as companion
-
-    triples = companion.read_triples(path)
-    names = companion.Vocabulary.of(triples)
-    kind, dim, all_moves = (options.pop(name) for name in ("kind", "dim", "all_moves"))
-    model = companion.MODELS[kind](len(names.entities), len(names.relations), dim, seed=options["seed"])  # type: ignore[arg-type]
-    record = companion.fit(
-        model,
-        names.encode(triples),
-        companion.Recipe(**options),
-        negatives=all_moves,
-        out=record_path,
-        names={"entities": names.entities, "relations": names.relations},
-        progress=not quiet,
-    )
-    assert record is not None
-    return record
 
 
 def _names(record: Record, path: Path) -> Vocabulary:

@@ -15,14 +15,12 @@ from torch import nn
 
 from npeff.components.encoding import Encoded, solve, statistics
 from npeff.components.factorisation import OPTIONAL, Factorisation
-from npeff.components.parameter_vectors import parameter_vector, write_state_dict
 from npeff.components.recovery import recover
-from npeff.components.saving import save_components
+from npeff.components.saving import save_components, write_state_dict
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
 from npeff.errors import ArgumentError
-from npeff.fishers.compress import sketch_of
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import GramRows
+from npeff.fishers.options import sketch_of
 from npeff.fishers.scaling import ScaledRows, scale
 from npeff.models.parameters import Parameters
 
@@ -45,29 +43,10 @@ class Components(Factorisation):
             size += f", {0 if self.recovered is None else len(self.recovered)} vectors in parameter space"
         return f"Components({self.n_components} {self.kind}, {size}, loss {self.loss:.4f})"
 
-    def _component(self, j: int) -> int:
-        if not isinstance(j, int | np.integer) or not -self.n_components <= j < self.n_components:
-            raise ArgumentError(f"j: expected a component below {self.n_components}, got {j!r}")
-        return int(j) % self.n_components
-
-    def vector(self, j: int) -> Array:
-        """Component j's pseudo-Fisher vector in parameter space.
-
-        Block weights are undone, so that the vector belongs to the Fisher itself.
-
-        Returns:
-            ``(n_parameters,)`` float32, unit norm; its sign is arbitrary for the low-rank kind, ≥ 0 for the diagonal.
-
-        Raises:
-            ArgumentError: ``j`` is not a component, or its vector has to be recovered first (:meth:`recover`, or
-                ``npeff recover`` on the command line).
-        """
-        return parameter_vector(self, self._component(j))
-
     def recover(
         self, model: nn.Module, data: Iterable[Any], js: Sequence[int] | None = None, **options: Any
     ) -> Components:
-        """These components with vectors in parameter space, where the Fishers kept sketches or inner products alone.
+        """Recover vectors in parameter space, where the Fishers kept sketches or inner products alone.
 
         Every vector is a combination of the examples' rows, ``g_j = Σ c_row a_row``: one backward pass per batch and
         component asked for, and no per-example gradient.
@@ -90,7 +69,7 @@ class Components(Factorisation):
         return recover(self, model, data, None if js is None else [self._component(j) for j in js], **options)
 
     def state_dict(self, j: int) -> dict[str, torch.Tensor]:
-        """Component j's vector cut into parameter-shaped tensors: a direction that can be added to the model."""
+        """Cut component j's vector into parameter-shaped tensors: a direction that can be added to the model."""
         return {
             name: torch.from_numpy(block.copy()) for name, block in self.parameters.unflatten(self.vector(j)).items()
         }
@@ -105,16 +84,16 @@ class Components(Factorisation):
         return write_state_dict(self, self._component(j), path)
 
     def block_energy(self, j: int) -> dict[str, float]:
-        """Share of ``‖g_j‖²`` in each parameter (they sum to 1)."""
+        """Compute the share of ``‖g_j‖²`` in each parameter (they sum to 1)."""
         vector = self.vector(j).astype(np.float64)
         return {p.name: float(np.square(vector[p.slice]).sum()) for p in self.parameters}
 
     # ---- what they respond to ------------------------------------------------------------------------------
 
     def top_examples(self, j: int, k: int = 16) -> Array:
-        """Indices of the k examples with the largest coefficients on component j, descending, ties by lower index.
+        """Find the k examples with the largest coefficients on component j, descending, ties by lower index.
 
-        They index ``coefficients``; ``ids`` translates them to positions in the data.
+        Returns indices into ``coefficients``; ``ids`` translates them to positions in the data.
 
         Raises:
             ArgumentError: ``j`` is not a component, or k is negative.
@@ -125,7 +104,7 @@ class Components(Factorisation):
         return order[: min(k, len(order))].astype(np.int64)
 
     def class_distribution(self, j: int, of: str = "predictions") -> Array:
-        """How component j's coefficient mass is spread over classes.
+        """Compute how component j's coefficient mass is spread over classes.
 
         Args:
             j: A component.
@@ -148,7 +127,7 @@ class Components(Factorisation):
         return np.asarray(mass / mass.sum() if mass.sum() else mass)
 
     def strategies(self, n: int | None = None) -> Strategy:
-        """The tree of component groups: average linkage on the similarity of what they respond to.
+        """Group components into a tree: average linkage on the similarity of what they respond to.
 
         Two components are alike when a move along either changes the same examples
         (:mod:`npeff.components.strategies`).
@@ -169,7 +148,7 @@ class Components(Factorisation):
     # ---- new examples, new components ----------------------------------------------------------------------
 
     def encode(self, fishers: Fishers, tolerance: float = 1e-8) -> Encoded:
-        """Coefficients of other examples' Fishers on these components.
+        """Solve for the coefficients of other examples' Fishers on these components.
 
         Solves ``min_{w ≥ 0} ‖F_i − Σ_j w_j g_j g_jᵀ‖²`` per example, a convex problem, to optimality in float64.
 
@@ -195,7 +174,7 @@ class Components(Factorisation):
         )
 
     def check_compatible(self, fishers: Fishers) -> None:
-        """Make sure that Fishers can be encoded on these components, or the components be expanded by them.
+        """Check that Fishers can be encoded on these components, or the components be expanded by them.
 
         Raises:
             ArgumentError: Kind, compression or parameters differ.
@@ -203,7 +182,7 @@ class Components(Factorisation):
         """
         self.verify()
         fishers.verify()
-        if isinstance(fishers.rows, GramRows) or self.compression == "gram":
+        if fishers.rows.products_only or self.compression == "gram":
             raise ArgumentError(
                 "fishers: inner products alone (GramOnly) say nothing about other examples; compute Fishers with "
                 "compress=None, TopK(k) or Sketch(d) for that (npeff fishers --exact, --top-k or --sketch)"
@@ -235,7 +214,7 @@ class Components(Factorisation):
 
     @classmethod
     def from_parts(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> Components:
-        """The inverse of :meth:`to_arrays` and :meth:`meta`."""
+        """Make Components of what :meth:`to_arrays` and :meth:`meta` gave."""
         names = ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
         own: dict[str, Any] = {name: arrays[name] for name in (*names, *OPTIONAL[1:]) if name in arrays}
         return cls(

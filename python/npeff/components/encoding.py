@@ -1,4 +1,4 @@
-"""Coefficients of examples on given components: a convex problem, solved to optimality."""
+"""Solve for coefficients of examples on given components: a convex problem, to optimality."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 
 from npeff import kernels
-from npeff.fishers.row_products import project_rows
 from npeff.fishers.rows import Kind
 from npeff.fishers.scaling import ScaledRows
 
@@ -42,7 +41,7 @@ class Encoded:
 
 
 def solve(kind: Kind, scaled: ScaledRows, vectors: Array, tolerance: float) -> Encoded:
-    """``min_{w ≥ 0} ‖F_i − Σ_j w_j g_j g_jᵀ‖²`` for every example, in float64.
+    """Solve ``min_{w ≥ 0} ‖F_i − Σ_j w_j g_j g_jᵀ‖²`` for every example, in float64.
 
     Args:
         kind: Of the Fishers.
@@ -60,8 +59,8 @@ def solve(kind: Kind, scaled: ScaledRows, vectors: Array, tolerance: float) -> E
 
 
 def statistics(kind: Kind, scaled: ScaledRows, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``cross (n, r)`` and ``gram (r, r)`` of the least-squares problem for W, in the dtype of ``vectors``."""
-    P, Q = project_rows(scaled.rows, vectors), vectors @ vectors.T
+    """Compute ``cross (n, r)`` and ``gram (r, r)`` of the least-squares problem for W, in the dtype of ``vectors``."""
+    P, Q = scaled.rows.project(vectors), vectors @ vectors.T
     if kind == "diagonal":
         return P, Q
     return kernels.cross(P, torch.tensor(np.asarray(scaled.row_offsets))), Q * Q

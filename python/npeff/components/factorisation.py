@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from npeff.errors import ArgumentError
 from npeff.fishers.rows import Kind
+from npeff.fishers.scaling import column_factors
 from npeff.models.parameters import Parameters
 
 Array = npt.NDArray[Any]
@@ -37,11 +39,11 @@ class Factorisation:
         norms: ``(n,)`` float32 norms of the uncompressed Fishers.
         loss_curve: Relative loss per iteration, L / Σ‖A_iA_iᵀ‖², float64.
         loss: Relative loss of this factorisation.
-        provenance: How it was made: the Fishers' provenance and the options and course of the decomposition.
+        provenance: How it was made: the Fishers' provenance and the options and history of the decomposition.
         row_weights: ``(Σ rank, r)`` float32: vectors are these combinations of the stored rows; kept where those are
             no parameter-space rows.
         row_offsets: ``(n + 1,)`` int64: example i has ``row_weights[row_offsets[i]:row_offsets[i + 1]]``.
-        recovered: ``(k,)`` int64 components with known vectors in parameter space, where ``vectors`` are none.
+        recovered: ``(k,)`` int64 components whose vectors in parameter space are known, where ``vectors`` are others.
         recovered_vectors: ``(k, n_parameters)`` float32, unit rows.
         seconds: Wall-clock seconds that ``"building"`` the space and ``"solving"`` took; empty where a file was opened:
             files of the same run are equal byte for byte.
@@ -77,7 +79,7 @@ class Factorisation:
         return self.n_components
 
     def verify(self) -> None:
-        """Make sure that arrays mapped from a large file are what was written, before all of them are used.
+        """Check that arrays mapped from a large file are what was written, before all of them are used.
 
         As :meth:`npeff.Fishers.verify`; ``encode``, ``expand``, ``recover``, ``cosines`` and ``save`` call this.
 
@@ -128,14 +130,76 @@ class Factorisation:
         digest.update(np.ascontiguousarray(self.ids, np.int64).data)
         return digest.hexdigest()
 
+    @property
+    def not_recovered(self) -> list[int]:
+        """Components whose vectors in parameter space are not known: those of sketches, or of inner products alone."""
+        if self.compression not in ("sketch", "gram"):
+            return []
+        known = set() if self.recovered is None else set(self.recovered.tolist())
+        return [j for j in range(self.n_components) if j not in known]
+
+    def check_recovered(self, js: Sequence[int]) -> None:
+        """Check that some components' vectors in parameter space are known.
+
+        Args:
+            js: The components in question.
+
+        Raises:
+            ArgumentError: Some are not; the message says how they are recovered.
+        """
+        unknown = set(self.not_recovered)
+        if not (missing := [j for j in dict.fromkeys(js) if j in unknown]):
+            return
+        kept = "sketches of rows" if self.compression == "sketch" else "inner products of rows"
+        named = ",".join(map(str, missing[:8])) + (",…" if len(missing) > 8 else "")
+        few = len(missing) < self.n_components
+        raise ArgumentError(
+            f"component{'s' if len(missing) > 1 else ''} {named}: the vector in parameter space is not known, because "
+            f"the Fishers were kept as {kept}. One pass over the data recovers it: on the command line with npeff "
+            f"recover COMPONENTS MODEL DATA{f' --component {named}' if few else ''} --out RECOVERED, in Python with "
+            f"components = components.recover(model, data{f', js=[{named}]' if few else ''}); then use what that gives"
+        )
+
+    def _component(self, j: int) -> int:
+        if not isinstance(j, int | np.integer) or not -self.n_components <= j < self.n_components:
+            raise ArgumentError(f"j: expected a component below {self.n_components}, got {j!r}")
+        return int(j) % self.n_components
+
+    def vector(self, j: int) -> Array:
+        """Give component j's pseudo-Fisher vector in parameter space.
+
+        Block weights are undone, so that the vector belongs to the Fisher itself.
+
+        Returns:
+            ``(n_parameters,)`` float32, unit norm; its sign is arbitrary for the low-rank kind, ≥ 0 for the diagonal.
+
+        Raises:
+            ArgumentError: ``j`` is not a component, or its vector has to be recovered first (:meth:`recover`, or
+                ``npeff recover`` on the command line).
+        """
+        j = self._component(j)
+        if self.compression in ("sketch", "gram"):
+            self.check_recovered([j])
+            assert self.recovered is not None and self.recovered_vectors is not None
+            return np.array(self.recovered_vectors[int(np.flatnonzero(self.recovered == j)[0])], np.float32)
+        entries = self.vectors[j].astype(np.float64)
+        columns = slice(None) if self.columns is None else self.columns
+        if self.block_weights is not None:
+            factor = column_factors(self.parameters, self.block_weights, self.kind)[columns]
+            entries = np.divide(entries, factor, out=np.zeros_like(entries), where=factor > 0)
+        norm = float(np.linalg.norm(entries))
+        vector = np.zeros(self.n_parameters, np.float32)
+        vector[columns] = entries / norm if norm else entries
+        return vector
+
     def cosines(self) -> Array:
-        """``(r, r)`` |cos| between the vectors, as factorised."""
+        """Compute the ``(r, r)`` |cos| between the vectors, as factorised."""
         self.verify()
         unit = self.vectors / np.maximum(np.linalg.norm(self.vectors, axis=1, keepdims=True), 1e-30)
         return np.asarray(np.abs(unit @ unit.T))
 
     def to_arrays(self) -> dict[str, Array]:
-        """The arrays of the container format."""
+        """Give the arrays of the container format by name."""
         arrays = {
             name: getattr(self, name)
             for name in ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
@@ -144,6 +208,6 @@ class Factorisation:
         return arrays | {name: array for name, array in optional.items() if array is not None}
 
     def meta(self) -> dict[str, Any]:
-        """Everything else, JSON-able."""
+        """Give everything else, JSON-able."""
         same = {name: getattr(self, name) for name in ("kind", "block_weights", "loss", "provenance")}
         return {**same, "parameters": self.parameters.to_json()}

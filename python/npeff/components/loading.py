@@ -1,4 +1,4 @@
-"""Opening a file of Fishers or Components, npeff's own or in a published layout."""
+"""Open a file of Fishers or Components, npeff's own or in a published layout."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from npeff.components.components import Components
 from npeff.components.published import describe_published, published_in
 from npeff.components.saving import COMPONENTS
 from npeff.errors import ForeignFileError, StorageError
-from npeff.fishers.compress import sketch_of
-from npeff.fishers.contents import (
+from npeff.fishers.file_format import (
     KINDS,
     check_provenance,
     check_sizes,
@@ -24,6 +23,7 @@ from npeff.fishers.contents import (
     one_of,
 )
 from npeff.fishers.fishers import Fishers, fishers_in
+from npeff.fishers.options import sketch_of
 from npeff.fishers.parts import describe_parts, parts_folder
 from npeff.storage.container import Container
 from npeff.storage.documents import expect, item
@@ -114,7 +114,7 @@ def _components_in(container: Container, *, verify: bool = False) -> Components:
 
 
 def describe(path: Path | str) -> dict[str, Any]:
-    """What a file holds, without reading its arrays.
+    """Describe what a file holds, without reading its arrays.
 
     Args:
         path: A file, finished or (its ``.parts`` folder) unfinished.

@@ -1,4 +1,4 @@
-"""Vectors in parameter space of components whose Fishers were kept as sketches or as inner products alone."""
+"""Recover vectors in parameter space where Fishers were kept as sketches or as inner products alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff.batches.batch_order import check_sampler
-from npeff.batches.batches import Batch, call_model, check_data, read_batches
+from npeff.batches.batches import Batch, check_data, read_batches
 from npeff.components.factorisation import Factorisation
 from npeff.errors import ArgumentError, DataError, ModelError
-from npeff.fishers.compress import Sketch, sketch_of
-from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
-from npeff.gradients.factors import FactorOptions, factorise, in_pieces
+from npeff.fishers.factors import Factors
+from npeff.fishers.options import FisherOptions, Sketch, sketch_of
+from npeff.fishers.passes import Run
 from npeff.gradients.independence import differ
 from npeff.gradients.selection import placed, select_parameters
 from npeff.kernels import StreamingSketch
@@ -42,7 +42,7 @@ def recover(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> F:
-    """One more pass of backward over the data; see :meth:`npeff.Components.recover`.
+    """Run one more backward pass over the data; see :meth:`npeff.Components.recover`.
 
     ``g_j = Σ_i Σ_row c_row,j S_i,rowᵀ J_i``: the vector–Jacobian product of a whole batch with the cotangents
     ``Σ_row c_row,j S_i,row``. S comes from the logits as they were, so that batches may be cut anew.
@@ -80,7 +80,8 @@ def recover(
         selected = select_parameters(inner, about.get("options", {}).get("parameters"))
         if selected != components.parameters:
             raise ModelError("model: its parameters are not those that the Fishers were computed from")
-        work = _Recovery(components, inner, selected, wanted, forward)
+        options = FisherOptions.recorded(about)
+        work = _Recovery(components, Run(inner, place, selected, replace(options, forward=forward)), wanted)
         bar = tqdm(check_data(data), desc="recover", unit="batch", disable=not progress)
         for batch in read_batches(bar, place, forward is not None):
             work.add(batch)
@@ -90,22 +91,11 @@ def recover(
 
 
 class _Recovery:
-    def __init__(
-        self,
-        components: Factorisation,
-        model: nn.Module,
-        parameters: Parameters,
-        js: list[int],
-        forward: Callable[[Any, Any], Any] | None,
-    ) -> None:
+    def __init__(self, components: Factorisation, run: Run, js: list[int]) -> None:
         assert components.row_weights is not None and components.row_offsets is not None
-        self.components, self.js = components, js
-        described = components.provenance.get("fishers", {}).get("options", {})
-        self.options = FactorOptions(**{name: described[name] for name in FactorOptions.__dataclass_fields__})
-        likelihood = self.options.likelihood
-        self.engine = PerExampleGradients(model, parameters, lambda m, batch: call_model(m, forward, batch, likelihood))
+        self.components, self.js, self.run = components, js, run
         self.weights, self.offsets = components.row_weights[:, js], components.row_offsets
-        self.sums = np.zeros((len(js), parameters.n_parameters), np.float32)
+        self.sums = np.zeros((len(js), run.parameters.n_parameters), np.float32)
         self.examples: dict[int, list[int]] = {}
         for index, position in enumerate(components.ids.tolist()):
             self.examples.setdefault(int(position), []).append(index)
@@ -124,57 +114,62 @@ class _Recovery:
         """
         ids = np.arange(self.position, self.position + batch.n_examples)
         self.position += batch.n_examples
-        own = [(place, index) for place, i in enumerate(ids.tolist()) for index in self.examples.get(i, ())]
-        if not own:
+        wanted = [place for place, i in enumerate(ids.tolist()) if i in self.examples]
+        if not wanted:
             return
-        self.left -= len(own)
-        places, indices = (np.array(column) for column in zip(*own, strict=True))
-        with self.engine.recording():
-            logits = self.engine.forward(batch)
-            fresh, stored = logits.detach()[places].cpu(), torch.from_numpy(self.components.logits[indices])
-            if fresh.shape != stored.shape or differ(fresh, stored, logits.dtype):
-                raise DataError(
-                    f"data: examples {ids[0]} to {ids[-1]} have other logits than when their Fishers were computed; "
-                    "give the same data in the same order, and the same forward="
-                )
-            cotangents = self._cotangents(batch, fresh, stored, places, indices, ids)
-            whole = torch.zeros((*logits.shape, len(self.js)), dtype=torch.float64)
-            whole.index_add_(0, torch.from_numpy(places), cotangents)
-            tensors = list(self.engine.tensors.values())
-            for column in range(len(self.js)):
-                given = whole[:, :, column].to(logits)
-                gradients = torch.autograd.grad(logits, tensors, given, retain_graph=True, allow_unused=True)
-                for parameter, gradient in zip(self.engine.parameters, gradients, strict=True):
-                    if gradient is not None:
-                        dense = gradient.to_dense() if gradient.is_sparse else gradient
-                        self.sums[column, parameter.slice] += dense.reshape(-1).to("cpu", torch.float32).numpy()
+        self.left -= sum(len(self.examples[int(i)]) for i in ids[wanted])
+        if batch.sliceable and wanted[-1] + 1 < batch.n_examples:  # it ends where max_examples ended
+            batch, ids = batch.take(slice(0, wanted[-1] + 1)), ids[: wanted[-1] + 1]
+        engine = self.run.engine
+        with engine.recording():
+            tensors = list(engine.tensors.values())
+            for one in self.run.passes(batch, ids, per_example=False, replace_logits=self._as_stored):
+                cotangents = self._cotangents(one.factors, one.ids)
+                for column in range(len(self.js)):
+                    given = cotangents[:, :, column].to(one.logits)
+                    gradients = torch.autograd.grad(one.logits, tensors, given, retain_graph=True, allow_unused=True)
+                    for parameter, gradient in zip(engine.parameters, gradients, strict=True):
+                        if gradient is not None:
+                            dense = gradient.to_dense() if gradient.is_sparse else gradient
+                            self.sums[column, parameter.slice] += dense.reshape(-1).to("cpu", torch.float32).numpy()
 
-    def _cotangents(
-        self, batch: Batch, fresh: Tensor, stored: Tensor, places: Array, indices: Array, ids: Array
-    ) -> Tensor:
-        """``(e, C, k)`` float64: ``Σ_row c_row,j S_row`` per example that counts.
+    def _as_stored(self, logits: Tensor, ids: Array) -> Tensor:
+        """The logits ``(b, C)`` float64, as they were stored where they differ by rounding alone.
+
+        Raises:
+            DataError: They differ by more.
+        """
+        own = [(place, self.examples[i][0]) for place, i in enumerate(ids.tolist()) if i in self.examples]
+        factorised = logits.to(torch.float64)
+        if not own:
+            return factorised
+        places, indices = (list(column) for column in zip(*own, strict=True))
+        fresh, stored = logits[places], torch.from_numpy(self.components.logits[indices]).to(logits.device)
+        if fresh.shape != stored.shape or differ(fresh.cpu(), stored.cpu(), logits.dtype):
+            raise DataError(
+                f"data: examples {ids[0]} to {ids[-1]} have other logits than when their Fishers were computed; "
+                "give the same data in the same order, and the same forward="
+            )
+        same = (fresh.to(torch.float32) == stored).all(dim=1)
+        factorised[places] = torch.where(same[:, None], fresh.double(), stored.double())
+        return factorised
+
+    def _cotangents(self, factors: Factors, ids: Array) -> Tensor:
+        """``(b, C, k)`` float64: ``Σ_row c_row,j S_row`` per example; 0 for those that do not count.
 
         Raises:
             DataError: An example had more rows than it has now.
         """
-        same = (fresh.to(torch.float32) == stored).all(dim=1)
-        logits = torch.where(same[:, None], fresh.double(), stored.double())
-        targets = None if batch.labels is None else batch.labels[torch.from_numpy(places).to(batch.labels.device)].cpu()
-        found = []
-        for some in in_pieces(logits, self.options, KEPT_BYTES):
-            own_targets = None if targets is None else targets[some]
-            factors = factorise(logits[some], self.options, own_targets, ids[places[some]])
-            width = factors.columns.shape[2]
-            weights = np.zeros((len(indices[some]), width, len(self.js)))
-            for i, index in enumerate(indices[some]):
+        width = factors.columns.shape[2]
+        weights = np.zeros((len(ids), width, len(self.js)))
+        for place, example in enumerate(ids.tolist()):
+            for index in self.examples.get(example, ()):
                 own = self.weights[self.offsets[index] : self.offsets[index + 1]]
                 if len(own) > width:
-                    example = ids[places[some][i]]
                     raise DataError(f"data: the Fisher of example {example} had {len(own)} rows, not {width}")
-                weights[i, : len(own)] = own
-            columns = factors.columns * factors.scale[:, None, None]
-            found.append(torch.einsum("bcr,brk->bck", columns, torch.from_numpy(weights)))
-        return torch.cat(found)
+                weights[place, : len(own)] += own
+        columns = factors.columns * factors.scale[:, None, None]
+        return torch.einsum("bcr,brk->bck", columns, torch.from_numpy(weights).to(columns.device))
 
     def finish(self) -> Array:
         """``(k, m)``.
@@ -219,7 +214,7 @@ def _with_vectors(components: F, js: list[int], vectors: Array) -> F:
 
 
 def sketch_vectors(sketch: Sketch, parameters: Parameters, vectors: Array) -> Array:
-    """The sketches ``(k, d)`` float32 of vectors in parameter space ``(k, n_parameters)``."""
+    """Compute the sketches ``(k, d)`` float32 of vectors in parameter space ``(k, n_parameters)``."""
     stream = StreamingSketch(len(vectors), sketch.d, sketch.seed, nonzeros=sketch.nonzeros)
     for parameter in parameters:
         values = vectors[:, parameter.slice]

@@ -1,19 +1,22 @@
-"""Saving Components: one HDF5 container, which says by itself what it holds."""
+"""Save Components: all of them as one HDF5 container, one component's vector as a safetensors file."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save
 
 from npeff.components.factorisation import Factorisation
-from npeff.fishers.contents import check_saved, n_classes
+from npeff.fishers.file_format import check_saved, n_classes
 from npeff.storage.container import write_container
 from npeff.storage.fields import FLOAT, INT, Field
 from npeff.storage.files import atomic, path_of
 from npeff.storage.hdf5 import Data
-from npeff.storage.recognition import check_components_target
+from npeff.storage.recognition import check_components_target, refuse_npeff_file
 
 COMPONENTS = (
     Field("coefficients", FLOAT, ("n_examples", "n_components"), least=0),
@@ -63,4 +66,19 @@ def save_components(components: Factorisation, path: Path | str) -> Path:
     attributes["n_parameters"] = np.int64(components.parameters.n_parameters)
     with atomic(path) as scratch:
         write_container(scratch, "components", [Data.json("meta", components.meta()), *arrays], attributes)
+    return path
+
+
+def write_state_dict(components: Factorisation, j: int, path: str | Path) -> Path:
+    """Write component j as a safetensors file; see :meth:`npeff.Components.save_state_dict`."""
+    path = path_of(path)
+    refuse_npeff_file(path)
+    about = {"component": j, "kind": components.kind, **components.provenance}
+    tensors = {
+        name: torch.from_numpy(block.copy())
+        for name, block in components.parameters.unflatten(components.vector(j)).items()
+    }
+    content = save(tensors, {"npeff": json.dumps(about, default=str)})
+    with atomic(path) as scratch:
+        scratch.write_bytes(content)
     return path

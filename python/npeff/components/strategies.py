@@ -1,7 +1,7 @@
-"""Groups of components that respond on the same examples, as a tree.
+"""Group components that respond on the same examples into a tree.
 
-Components of one route may have quite different vectors: on 1 − |cos| the vectors of a whole group can be as far apart
-as the groups are, and a single outlying component then takes a cut for itself. What they share is the examples. The
+Components that respond on the same examples may have quite different vectors: by 1 − |cos| the vectors of one group can
+be as far apart as those of different groups, and a single outlying component then takes a cut for itself. The
 *response* of example i to a move along component j is to second order ½ δ² gⱼᵀF_i gⱼ, and with F_i ≈ Σ_k W_ik g_k g_kᵀ
 
     E_ij = Σ_k W_ik (g_k·g_j)²        (low-rank; Σ_k W_ik h_k·h_j for the diagonal kind).
@@ -69,24 +69,24 @@ class Strategy:
         return [f"{share:.0%} of the coefficients: {several(child.components)}" for share, child in shares]
 
     def top_examples(self, k: int = 16) -> Array:
-        """Indices of the k examples with the largest summed coefficient, descending."""
+        """Find the k examples with the largest summed coefficient; give their indices, descending."""
         return np.argsort(-self.coefficient, kind="stable")[:k].astype(np.int64)
 
     def walk(self) -> Iterator[Strategy]:
-        """This node and all below it, parents first."""
+        """Iterate over this node and all below it, parents first."""
         yield self
         for child in self.children:
             yield from child.walk()
 
 
 def response_weights(components: Factorisation) -> Array:
-    """``(r, r)`` float64 S with E = W S: squared cosines of the vectors, or cosines for the diagonal kind."""
+    """Compute S ``(r, r)`` float64 with E = W S: squared cosines of the vectors, or cosines for the diagonal kind."""
     cosines = components.cosines().astype(np.float64)
     return np.asarray(cosines**2 if components.kind == "low_rank" else cosines)
 
 
 def response_similarity(components: Factorisation) -> Array:
-    """``(r, r)`` float64 in [0, 1]: cosines between the columns of E (module docstring)."""
+    """Compute ``(r, r)`` float64 in [0, 1]: cosines between the columns of E (module docstring)."""
     S, W = response_weights(components), components.coefficients
     products = S @ (W.T @ W).astype(np.float64) @ S
     norms = np.sqrt(np.maximum(np.diag(products), 1e-30))
@@ -96,11 +96,11 @@ def response_similarity(components: Factorisation) -> Array:
 
 
 def strategy_tree(similarity: Array, coefficients: Array, n: int | None = None, mass: Array | None = None) -> Strategy:
-    """Average linkage on ``1 − similarity``, cut into groups that weigh something.
+    """Link components on average ``1 − similarity``, and cut the tree into groups with enough coefficient mass.
 
-    The cut goes down from the root: the pair that was joined at the largest distance is parted first, but a part with
-    less than ``LEAST_SHARE`` of all coefficients is no strategy. It is set aside, and goes at last to the strategy that
-    it is most similar to on average.
+    The cut goes down from the root: the pair that was joined at the largest distance is split first, but a part with
+    less than ``LEAST_SHARE`` of all coefficients is no strategy: it joins, at the end, the strategy that it is most
+    similar to on average.
 
     Args:
         similarity: ``(r, r)`` in [0, 1] between components.
@@ -181,7 +181,7 @@ def _cut(nodes: list[Strategy], merges: Array, mass: Array, n: int, similarity: 
 
 
 def strategies_of_each(components: Factorisation, coefficients: Array, numbers: Iterable[int]) -> dict[int, Array]:
-    """Which strategy each example follows: that with the largest mean response.
+    """Find the strategy that each example follows: that with the largest mean response.
 
     The mean is over the strategy's components, weighted by their summed coefficients.
 

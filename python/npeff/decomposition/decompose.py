@@ -20,7 +20,6 @@ from npeff.decomposition.search import Search
 from npeff.decomposition.space_choice import SpaceName
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import SparseRows
 from npeff.fishers.scaling import BlockWeights, Normalize
 
 Array = npt.NDArray[Any]
@@ -158,8 +157,8 @@ def expand(
     if chosen.orthogonality:
         raise ArgumentError("orthogonality: not available with frozen components; leave it at 0")
     columns = None
-    if isinstance(fishers.rows, SparseRows):
-        present = np.flatnonzero(np.bincount(fishers.rows.indices, minlength=fishers.n_parameters))
+    if (counts := fishers.rows.column_counts()) is not None:
+        present = np.flatnonzero(counts)
         kept = np.arange(fishers.n_parameters) if components.columns is None else components.columns
         columns = np.union1d(present, kept).astype(np.int64)
     frozen = np.zeros((components.n_components, fishers.rows.n_columns), np.float32)

@@ -22,9 +22,8 @@ from npeff.decomposition.space_choice import SpaceChoice, choose_space
 from npeff.decomposition.spaces import FactorSpace, GramSpace, RowSpace, StreamedSpace
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import DenseRows, GramRows, SparseRows
 from npeff.fishers.scaling import ScaledRows, resolve_block_weights, scale
-from npeff.fishers.streamed_rows import StreamedRows, column_counts
+from npeff.fishers.streamed_rows import StreamedRows
 from npeff.models.devices import usable_device
 from npeff.storage.files import forget
 
@@ -68,15 +67,7 @@ class Problem:
             text, fishers = json.dumps(self.fishers.provenance, sort_keys=True, default=str), self.fishers
             arrays = [fishers.row_offsets, fishers.ids, fishers.norms, fishers.logits]
             return _digest(text, arrays)
-        rows = self.scaled.rows
-        arrays = [self.scaled.row_offsets, np.asarray(rows.values)]
-        if isinstance(rows, StreamedRows):
-            given = (rows.row_factors, rows.column_factors, rows.columns)
-            arrays += [array for array in given if array is not None]
-            rows = rows.stored
-        if isinstance(rows, SparseRows):
-            arrays += [rows.indptr, rows.indices]
-        return _digest("", arrays)
+        return _digest("", [self.scaled.row_offsets, *self.scaled.rows.deciding()])
 
     def row_weights(self, state: State, norms: torch.Tensor) -> Array | None:
         """Express the unit vectors as combinations of the stored rows, ``(n_rows, r)``, for the rows of this process.
@@ -181,7 +172,7 @@ def _check_init(W: Array, G: Array, fishers: Fishers, r: int) -> None:
             raise ArgumentError(f"init: expected finite values, got some in {name} that are not")
     if np.min(W) < 0 or not np.any(G, axis=1).all():
         raise ArgumentError("init: expected W ≥ 0 and no vector of G that is all zero")
-    if isinstance(fishers.rows, GramRows):
+    if fishers.rows.products_only:
         raise ArgumentError("init: Fishers of inner products alone (GramOnly) cannot take given vectors")
 
 
@@ -208,7 +199,7 @@ def _checked_and_scaled(
     bad = _first_non_finite(fishers.rows.values)
     if bad is not None:
         rows = fishers.rows
-        row = int(np.searchsorted(rows.indptr, bad, "right")) - 1 if isinstance(rows, SparseRows) else bad
+        row = int(np.searchsorted(rows.starts(np.arange(rows.n_rows + 1)), bad, "right")) - 1
         example = int(np.searchsorted(fishers.row_offsets, row, "right")) - 1
         raise DataError(
             f"fishers: example {example} (id {fishers.ids[example]}) has a value that is not finite; compute "
@@ -292,9 +283,8 @@ def _scaled_block(
         comm.together(lambda: resolve_block_weights(fishers, options.block_weights) if comm.rank == 0 else None)
     )[0]
     columns = None
-    if isinstance(own.rows, SparseRows):
+    if (found := own.rows.column_counts()) is not None:
         counts = torch.zeros(own.rows.n_columns, dtype=torch.int64)
-        found = column_counts(own.rows)
         counts[: len(found)] = torch.from_numpy(found)
         columns = (comm.sum(counts) >= max(1, options.min_nonzero_per_column)).nonzero()[:, 0].numpy()
         if not len(columns):
@@ -317,7 +307,7 @@ def block_edges(fishers: Fishers, size: int) -> list[int]:
     if n < size:
         raise ArgumentError(f"distributed: {size} processes cannot share {n} examples; start fewer")
     rows = np.asarray(fishers.row_offsets)
-    at = np.asarray(fishers.rows.indptr)[rows] if isinstance(fishers.rows, SparseRows) else rows
+    at = fishers.rows.starts(rows)
     cuts = [0]
     for k in range(1, size):
         cut = int(np.searchsorted(at, at[-1] * k / size))
@@ -332,13 +322,12 @@ def _block(fishers: Fishers, start: int, stop: int) -> Fishers:
         ArgumentError: There are inner products alone.
     """
     first, last = int(fishers.row_offsets[start]), int(fishers.row_offsets[stop])
-    if isinstance(fishers.rows, GramRows):
+    if fishers.rows.products_only:
         raise ArgumentError(
             "fishers: inner products alone (GramOnly) cannot be shared out; decompose them in one process, or compute "
             "Fishers with TopK(k) or Sketch(d)"
         )
-    rows = fishers.rows
-    part = rows.part(first, last) if isinstance(rows, SparseRows) else DenseRows(rows.values[first:last])
+    part = fishers.rows.part(first, last)
     arrays = {name: getattr(fishers, name)[start:stop] for name in ("norms", "logits", "labels", "ids")}
     if fishers.check is not None:  # every process checks its own rows
         fishers.check(part)

@@ -10,8 +10,9 @@ import torch
 
 from npeff.decomposition.subspace import DIMENSIONS
 from npeff.errors import ArgumentError
-from npeff.fishers.rows import GramRows, Rows, SparseRows
-from npeff.fishers.streamed_rows import DEVICE_PART_BYTES, PART_BYTES, column_counts
+from npeff.fishers.dense_rows import PART_BYTES
+from npeff.fishers.rows import Rows
+from npeff.fishers.streamed_rows import DEVICE_PART_BYTES
 from npeff.kernels.sparse_gram import DENSE_BYTES
 from npeff.models import devices
 from npeff.models.memory import available_bytes, format_bytes
@@ -88,16 +89,15 @@ def choose_space(
     """
     if choice not in ("auto", "gram", "rows", "streamed"):
         raise ArgumentError(f"space: expected 'auto', 'gram', 'rows' or 'streamed', got {choice!r}")
-    if isinstance(rows, GramRows) and choice not in ("auto", "gram"):
+    if rows.products_only and choice not in ("auto", "gram"):
         raise ArgumentError(
             f"space: Fishers of inner products alone (GramOnly) have no rows for {choice!r}; use 'gram', or compute "
             "Fishers with rows"
         )
     number = 8 if dtype == "float64" else 4
     r, R, width = n_components + n_components // 2 + 8, rows.n_rows, rows.n_columns
-    counts = None
-    if isinstance(rows, SparseRows):
-        counts = column_counts(rows, PART_BYTES if memory is None else max(LEAST_PART, min(PART_BYTES, memory // 8)))
+    counts = rows.column_counts(PART_BYTES if memory is None else max(LEAST_PART, min(PART_BYTES, memory // 8)))
+    if counts is not None:
         counts = counts[counts >= max(1, least_per_column)].astype(np.float64)
         width = len(counts)
     state = number * r * (6 * R + 6 * n_examples)  # P, its change, W∘P, W and copies of them
@@ -105,7 +105,7 @@ def choose_space(
         state += COLUMN_BYTES * rows.n_columns
     coords = 5 * number * n_components * width
     gram = number * R * R
-    held = rows.nbytes if isinstance(rows, GramRows) else rows.nbytes * (number // 4) * (2 if counts is not None else 1)
+    held = rows.nbytes if rows.products_only else rows.nbytes * (number // 4) * (2 if counts is not None else 1)
     there = device is not None and devices.has_own_memory(device)
     ceiling = memory if memory is not None else available_bytes(device) * 4 // 5
 
@@ -130,9 +130,9 @@ def choose_space(
                 "components" + ("" if space == "streamed" else ", or space='streamed'")
             )
         part = int(min(DEVICE_PART_BYTES if there else PART_BYTES, max(LEAST_PART, left // 6)))
-        return SpaceChoice(space, reason, stream and not isinstance(rows, GramRows), part, max(0, left // 2))
+        return SpaceChoice(space, reason, stream and not rows.products_only, part, max(0, left // 2))
 
-    if isinstance(rows, GramRows):
+    if rows.products_only:
         return chosen("gram", "inner products are all there is")
     # Coordinates are as long wherever the rows are; a search without its subspace is possible, but slow.
     rows_fit = fits(held, coords) or (memory is None and fits(held))

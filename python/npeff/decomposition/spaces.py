@@ -20,18 +20,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from npeff import kernels
 from npeff.decomposition.processes import LOCAL, Communicator, normal_columns
 from npeff.errors import ArgumentError
-from npeff.fishers import device_products
-from npeff.fishers.row_products import combine_rows, dense_tensor, project_rows, row_gram, sparse_tensors
-from npeff.fishers.rows import DenseRows, GramRows, Rows, SparseRows
-from npeff.fishers.streamed_rows import DEVICE_PART_BYTES, StreamedRows
-from npeff.kernels.sparse import Csr
+from npeff.fishers.rows import DenseRows, Rows, SparseRows
+from npeff.fishers.streamed_rows import (
+    DEVICE_PART_BYTES,
+    StreamedRows,
+    ahead,
+    device_combine,
+    device_gram,
+    device_project,
+)
 from npeff.models import devices
 
 
@@ -98,7 +100,7 @@ class GramSpace:
 
     def __init__(
         self,
-        rows: Rows | StreamedRows,
+        rows: Rows,
         anchors: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
@@ -108,16 +110,16 @@ class GramSpace:
         self._rows, self._block_bytes = rows, block_bytes
         self._anchors = None if anchors is None or not len(anchors) else anchors.to(dtype).cpu()
         self.n_rows = rows.n_rows
-        self._to_device = None if isinstance(rows, GramRows) or not devices.has_own_memory(device) else rows
+        self._to_device = None if rows.products_only or not devices.has_own_memory(device) else rows
         if self._to_device is None:
-            own = row_gram(rows, dtype).to(device)
+            own = rows.row_gram(dtype).to(device)
         else:
-            own = device_products.row_gram(self._to_device, dtype, device, block_bytes)
+            own = device_gram(self._to_device, dtype, device, block_bytes)
         if self._anchors is not None:
             if self._to_device is None:
-                across = project_rows(rows, self._anchors).to(device)
+                across = rows.project(self._anchors).to(device)
             else:
-                across = device_products.project_rows(self._to_device, self._anchors, device, block_bytes)
+                across = device_project(self._to_device, self._anchors, device, block_bytes)
             among = (self._anchors @ self._anchors.T).to(device)
             own = torch.cat([torch.cat([own, across], 1), torch.cat([across.T, among], 1)])
         self.K = own
@@ -159,14 +161,14 @@ class GramSpace:
 
         Where there are inner products alone: vectors ``(r, r)`` that have the same ones among each other.
         """
-        if isinstance(self._rows, GramRows):
+        if self._rows.products_only:
             values, basis = torch.linalg.eigh((coords @ self.K @ coords.T).double())
             return ((basis * values.clamp_min(0).sqrt()) @ basis.T).to(coords).cpu()
         own = coords[:, : self.n_rows].T.contiguous()
         if self._to_device is None:
-            G = combine_rows(self._rows, own)
+            G = self._rows.combine(own)
         else:
-            G = device_products.combine_rows(self._to_device, own, self._block_bytes)
+            G = device_combine(self._to_device, own, self._block_bytes)
         coords = coords.cpu()
         return G if self._anchors is None else G + coords[:, self.n_rows :] @ self._anchors
 
@@ -194,17 +196,9 @@ class RowSpace:
         comm: Communicator = LOCAL,
     ) -> None:
         self._share(rows, dtype, device, comm)
-        self._csr: Csr[Tensor] | None = None
-        if isinstance(rows, SparseRows):
-            csr = sparse_tensors(rows, dtype, self.device)
-            self._csr = Csr(*csr, rows.n_columns)
-            self._transposed = Csr(*kernels.csr_transpose(*csr, rows.n_columns), rows.n_rows)
-        else:
-            self._dense = dense_tensor(DenseRows(np.asarray(rows.values)), dtype, self.device)
+        self._matrix = rows.on(dtype, self.device)
 
-    def _share(
-        self, rows: Rows | StreamedRows, dtype: torch.dtype, device: str | torch.device, comm: Communicator
-    ) -> None:
+    def _share(self, rows: Rows, dtype: torch.dtype, device: str | torch.device, comm: Communicator) -> None:
         self.n_rows, self.n_columns = rows.n_rows, rows.n_columns
         self.dtype, self.device, self.comm = dtype, torch.device(device), comm
         self.step_bytes = 2 * rows.nbytes
@@ -224,13 +218,11 @@ class RowSpace:
 
     def project(self, coords: Tensor) -> Tensor:
         """Compute ``A Gᵀ`` for the rows of this process."""
-        return self._dense @ coords.T if self._csr is None else self._csr.times(coords.T.contiguous())
+        return self._matrix.project(coords)
 
     def combine(self, S: Tensor) -> Tensor:
         """Compute ``Sᵀ A``, summed over the rows of all processes."""
-        if self._csr is None:
-            return self.comm.sum(S.T @ self._dense)
-        return self.comm.sum(self._transposed.times(S.contiguous()).T)
+        return self.comm.sum(self._matrix.combine(S))
 
     def inner(self, a: Tensor, b: Tensor, P_b: Tensor) -> Tensor:
         """Compute ``G_a G_bᵀ``."""
@@ -268,30 +260,23 @@ class StreamedSpace(RowSpace):
 
     def project(self, coords: Tensor) -> Tensor:
         """Compute ``A Gᵀ`` in one pass."""
-        turned = coords.T.contiguous()
+        vectors = coords.T.contiguous().T  # transposed once, not for every part
         out = torch.empty(self.n_rows, len(coords), dtype=self.dtype, device=self.device)
         for start, stop, part in self._parts():
-            if isinstance(part, SparseRows):
-                out[start:stop] = kernels.spmm(*sparse_tensors(part, self.dtype, self.device), turned)
-            else:
-                torch.mm(dense_tensor(part, self.dtype, self.device), turned, out=out[start:stop])
+            out[start:stop] = part.project(vectors)
         return out
 
     def combine(self, S: Tensor) -> Tensor:
         """Compute ``Sᵀ A`` in one pass, summed over the rows of all processes."""
         out = torch.zeros(S.shape[1], self.n_columns, dtype=self.dtype, device=self.device)
         for start, stop, part in self._parts():
-            if isinstance(part, SparseRows):
-                csr = sparse_tensors(part, self.dtype, self.device)
-                out += kernels.spmm(*kernels.csr_transpose(*csr, self.n_columns), S[start:stop].contiguous()).T
-            else:
-                out.addmm_(S[start:stop].T, dense_tensor(part, self.dtype, self.device))
+            part.combine(S[start:stop], out)
         return self.comm.sum(out)
 
     def _parts(self) -> Iterator[tuple[int, int, SparseRows | DenseRows]]:
         """Read part by part; while a device works on one, a thread reads the next."""
         parts = self._rows.parts()
-        return device_products.ahead(parts) if devices.has_own_memory(self.device) else parts
+        return ahead(parts) if devices.has_own_memory(self.device) else parts
 
 
 def _largest_eigenvalue(K: Tensor, products: int = 5) -> float:

@@ -17,10 +17,10 @@ from npeff.decomposition.processes import Group, Local, connect, ending_together
 from npeff.distributed.merging import merge_shares, remove_shares, share_path
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError
 from npeff.fishers import computation
-from npeff.fishers.compress import GramOnly
+from npeff.fishers.computation import EmptyShareError
 from npeff.fishers.fishers import Fishers
+from npeff.fishers.options import GramOnly
 from npeff.fishers.parts import parts_folder
-from npeff.fishers.run import EmptyShareError
 from npeff.models.digests import model_digest
 from npeff.storage.files import check_target, path_of, refuse_link
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ResumeError, StorageError
-from npeff.fishers.contents import EXAMPLE_ARRAYS
+from npeff.fishers.file_format import joined_data, write_fishers
 from npeff.fishers.fishers import fishers_in
 from npeff.fishers.parts import batches_in
-from npeff.fishers.saving import write_fishers
 from npeff.storage.container import Container, open_container
-from npeff.storage.files import atomic, forget
-from npeff.storage.hdf5 import Data
+from npeff.storage.files import atomic
 
 Array = npt.NDArray[Any]
 Span = tuple[Container, int, int]
@@ -54,7 +52,9 @@ def merge_shares(out: Path, n_shares: int) -> None:
     shares = [share for share in found if share is not None]  # those that have no batch come last
     header = _common_header(shares)
     batches = [batches_in(share) for share in shares]
+    ends = [np.concatenate([[0], np.cumsum([size for _, size in own])]).astype(int) for own in batches]
     order = [(number % n_shares, number // n_shares) for number in range(n_batches)]
+    spans = [(shares[k], int(ends[k][i]), int(ends[k][i + 1])) for k, i in order]
     if out.exists():
         raise StorageError(
             f"{out}: a file appeared there during the work, and is not overwritten; move it away and run the same "
@@ -66,7 +66,7 @@ def merge_shares(out: Path, n_shares: int) -> None:
             header,
             _coverage([share.json("coverage") for share in shares]),
             [list(batches[k][i]) for k, i in order],
-            _joined(shares, batches, order),
+            joined_data(spans),
         )
 
 
@@ -103,49 +103,3 @@ def _coverage(reports: Sequence[list[dict[str, str]]]) -> list[dict[str, str]]:
     """Give, per parameter, the first share's line, or the first line that names a fallback."""
     slow = ("torch.func", "loop")
     return [next((line for line in lines if line["rule"] in slow), lines[0]) for lines in zip(*reports, strict=True)]
-
-
-def _joined(
-    shares: Sequence[Container], batches: Sequence[list[tuple[str, int]]], order: Sequence[tuple[int, int]]
-) -> list[Data]:
-    """Give the arrays of a file of Fishers, batch after batch from the share that has it."""
-    ends = [np.concatenate([[0], np.cumsum([size for _, size in own])]).astype(np.int64) for own in batches]
-    examples = [(shares[k], int(ends[k][i]), int(ends[k][i + 1])) for k, i in order]
-    rows = [_inside(span, "row_offsets") for span in examples]
-    data = [_offsets("row_offsets", examples)]
-    data += [_slices(name, examples) for name in EXAMPLE_ARRAYS]
-    if "rows/indptr" in shares[0].specs:
-        entries = [_inside(span, "rows/indptr") for span in rows]
-        return [*data, _offsets("rows/indptr", rows), _slices("rows/indices", entries), _slices("rows/values", entries)]
-    return [*data, _slices("rows/values", rows)]
-
-
-def _inside(span: Span, offsets: str) -> Span:
-    share, start, stop = span
-    array = share.array(offsets)
-    return share, int(array[start]), int(array[stop])
-
-
-def _slices(name: str, spans: Sequence[Span]) -> Data:
-    spec = spans[0][0].spec(name)
-    shape = (sum(stop - start for _, start, stop in spans), *spec.shape[1:])
-
-    def chunks() -> Iterator[Array]:
-        for share, start, stop in spans:
-            array = share.array(name)
-            yield array[start:stop]
-            forget(array)
-
-    return Data(name, shape, spec.dtype, chunks)
-
-
-def _offsets(name: str, spans: Sequence[Span]) -> Data:
-    def chunks() -> Iterator[Array]:
-        total = 0
-        yield np.zeros(1, np.int64)
-        for share, start, stop in spans:
-            array = np.asarray(share.array(name)[start : stop + 1], np.int64)
-            yield array[1:] - array[0] + total
-            total += int(array[-1] - array[0])
-
-    return Data(name, (sum(stop - start for _, start, stop in spans) + 1,), np.dtype("<i8"), chunks)

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from npeff.batches.batches import check_data
-from npeff.errors import ArgumentError
-from npeff.fishers.compress import Compression, GramOnly, Sketch
+from npeff.batches.batch_order import FixedOrder, Repeats
+from npeff.batches.batches import Batch, batch_digest, check_data
+from npeff.errors import ArgumentError, DataError, ResumeError
 from npeff.fishers.exact_gram import exact_gram
 from npeff.fishers.fishers import Fishers
+from npeff.fishers.options import Basis, Compression, FisherOptions, Forward, GramOnly, Labels, Likelihood
+from npeff.fishers.passes import Run
+from npeff.fishers.pipeline import BatchPipeline
 from npeff.fishers.rows import Kind
-from npeff.fishers.run import Forward, Run
-from npeff.gradients.factors import Basis, FactorOptions, Labels, Likelihood
+from npeff.fishers.shards import FisherWriter
+from npeff.gradients.independence import differ
 from npeff.gradients.selection import placed, select_parameters
-from npeff.models.memory import parse_bytes
+from npeff.models.digests import ModelWatch
 from npeff.storage.files import check_target
 from npeff.storage.termination import ending_in_order
 
-__all__ = ["Forward", "compute_fishers"]
+
+class EmptyShareError(DataError):
+    """No batch falls to a share: there are more shares than batches."""
 
 
 def compute_fishers(
@@ -104,55 +113,106 @@ def compute_fishers(
         ModelError: The model has no per-example gradients as it stands, fails on a batch, or changed during the work.
         ResumeError: ``out`` holds work on another model, other data or other options.
     """
-    options = FactorOptions(basis, rank, energy, min_prob, max_classes, labels, n_samples, likelihood, seed)
+    given = locals()
+    options = FisherOptions(**{name: given[name] for name in FisherOptions.__dataclass_fields__})
     options.check()
-    if kind not in get_args(Kind):
-        raise ArgumentError(f"kind: expected 'low_rank' or 'diagonal', got {kind!r}")
-    if compress is not None and not isinstance(compress, Compression):
-        raise ArgumentError(f"compress: expected TopK(k), Sketch(d), GramOnly() or None, got {compress!r}")
-    if kind == "diagonal" and isinstance(compress, Sketch):
-        raise ArgumentError(
-            "compress: a sketch adds entries with random signs, so sketches of diagonal Fishers are not non-negative "
-            "and cannot be factorised as such; use TopK(k) or None, or kind='low_rank'"
-        )
-    if kind == "diagonal" and isinstance(compress, GramOnly):
-        raise ArgumentError(
-            "compress: non-negative factors of diagonal Fishers need the rows themselves, not their inner products; "
-            "use TopK(k) or None, or kind='low_rank'"
-        )
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if forward is not None and not callable(forward):
-        raise ArgumentError(f"forward: expected callable(model, batch) -> logits, got {forward!r}")
-    if out is not None and not isinstance(out, (str, os.PathLike)):
-        raise ArgumentError(f"out: expected the path of a file, got {out!r}")
     if out is not None:
         check_target(Path(out))
-    if max_examples is not None and (
-        isinstance(max_examples, bool) or not isinstance(max_examples, int) or max_examples < 1
-    ):
-        raise ArgumentError(f"max_examples: expected an integer ≥ 1, got {max_examples!r}")
-    if share is not None and not _is_share(share):
-        raise ArgumentError(f"share: expected (k, n) with 0 ≤ k < n, got {share!r}")
-    if share is not None and isinstance(compress, GramOnly):
-        raise ArgumentError("share: inner products of all examples cannot be computed in shares; compress otherwise")
-    if kind == "diagonal" and basis == "class" and min_prob is None and max_classes is None:
-        # diag(AᵀA) is the same in every basis; the reduced one has a column less.
-        options = FactorOptions("reduced", None, None, None, None, labels, n_samples, likelihood, seed)
-    bound = None if memory is None else parse_bytes(memory)
-    batches = check_data(data)
+    data = check_data(data)
     inner = getattr(model, "_orig_mod", model)  # torch.compile hides the operations that rules look for
     if not isinstance(inner, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
     # Work that is saved while it is done is saved at a SIGTERM, too.
     with nullcontext() if out is None else ending_in_order(), placed(inner, device) as place:
-        selected = select_parameters(inner, parameters)
-        run = Run(inner, place, selected, kind, compress, options, forward, share, bound)
-        if isinstance(compress, GramOnly):
-            return exact_gram(run, batches, None if out is None else Path(out), max_examples, progress, parameters)
-        return run.over(batches, None if out is None else Path(out), max_examples, progress, parameters)
+        run = Run(inner, place, select_parameters(inner, parameters), options.cheapest())
+        return exact_gram(run, data) if isinstance(compress, GramOnly) else _compute(run, data)
 
 
-def _is_share(share: Any) -> bool:
-    whole = isinstance(share, tuple | list) and len(share) == 2 and all(type(part) is int for part in share)
-    return whole and 0 <= share[0] < share[1]
+def _compute(run: Run, data: Iterable[Any]) -> Fishers:
+    """Compute all batches, one after the other; resume where ``out`` holds part of them.
+
+    Raises:
+        DataError: The data is empty, or gives non-finite logits or gradients.
+        EmptyShareError: No batch falls to this share.
+    """
+    options, out = run.options, None if run.options.out is None else Path(run.options.out)
+    watch = ModelWatch(run.model)
+    run.engine  # noqa: B018  a model without per-example gradients is refused before its data are touched
+    order, repeats = FixedOrder(data, lambda: run.batches(data)), Repeats(data)
+    batches = run.batches(data)
+    first = next(batches, None)
+    if first is None:
+        raise DataError(
+            "data: it yielded no batches; if it is a generator it may be used up: pass a DataLoader or a list"
+        )
+    order.check(first)
+    first_logits = run.choose_rules(first)
+    header = run.header(watch.digest, first_logits.shape[1])
+    pipeline, share, done = BatchPipeline(run, watch), options.share, 0
+    bar = tqdm(
+        total=_n_batches(data, first, options),
+        desc="Fishers",
+        unit="batch",
+        disable=not options.progress,
+        smoothing=0.05,
+    )
+    with bar, FisherWriter(out, header, validate=pipeline.validate) as writer:
+        with pipeline.writing(writer):
+            for number, batch in enumerate(chain([first], batches)):
+                ids = np.arange(done, done + batch.n_examples, dtype=np.int64)
+                done += batch.n_examples
+                if share is not None and number % share[1] != share[0]:
+                    continue
+                digest = batch_digest(batch)
+                repeats.add(digest)
+                if writer.skip(digest, batch.n_examples):
+                    if number == 0:
+                        _check_function(writer.stored_logits(batch.n_examples), first_logits, out)
+                    _pass_over(bar)
+                else:
+                    pipeline.add(batch, ids, digest)
+                    bar.update(1)
+                bar.set_postfix(examples=done, refresh=False)
+            repeats.end()
+        watch.check(thorough=True)
+        if share is not None and not writer.examples_done:
+            raise EmptyShareError("share: {} of {}: the data has fewer batches".format(*share))
+        return writer.finish(run.coverage())
+
+
+def _n_batches(data: Iterable[Any], first: Batch, options: FisherOptions) -> int | None:
+    """How many batches there will be, for the progress bar; None where the data does not say."""
+    try:
+        total = len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    if options.max_examples is not None:
+        total = min(total, -(-options.max_examples // first.n_examples))
+    return total if options.share is None else len(range(options.share[0], total, options.share[1]))
+
+
+def _pass_over(bar: tqdm[Any]) -> None:
+    """Count a batch that an earlier run computed, without regard to it in the estimated speed."""
+    bar.update(1)
+    if not bar.disable:
+        bar.initial = bar.n
+        bar.start_t = bar.last_print_t = time.time()
+
+
+def _check_function(stored: npt.NDArray[np.float32] | None, logits: Tensor, out: Path | None) -> None:
+    """Refuse to continue work with a model that computes something else with the same weights.
+
+    Raises:
+        ResumeError: The first batch has other logits than it had.
+    """
+    if stored is None:
+        return
+    before = torch.from_numpy(np.array(stored))[: len(logits)]
+    if before.shape != logits.shape or not bool(torch.isfinite(logits).all()) or differ(logits, before, logits.dtype):
+        raise ResumeError(
+            f"the model gives other logits than those that {out} was computed from, although its weights are the "
+            "same: its code or forward= changed. Use them as they were, choose another out, or remove it "
+            "to start anew."
+        )

@@ -26,21 +26,19 @@ from tqdm import tqdm
 from npeff.batches.batch_order import FixedOrder, Repeats
 from npeff.batches.batches import Batch, batch_digest
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers.compress import GramOnly
 from npeff.fishers.fishers import Fishers, fishers_in
-from npeff.fishers.gram_parts import Layer
+from npeff.fishers.layer_gram import LayerGram
+from npeff.fishers.options import GramOnly
+from npeff.fishers.parts import check_header, plain
+from npeff.fishers.passes import Ids, Run
 from npeff.fishers.rows import GramRows
-from npeff.fishers.run import Run
 from npeff.fishers.shards import header_in
-from npeff.gradients.engine import KEPT_BYTES
-from npeff.gradients.factors import check_meaning, cotangent_bytes, factorise
 from npeff.gradients.rules import Rule
 from npeff.gradients.tiles import Block, Pairs
 from npeff.models.digests import ModelWatch
 from npeff.models.memory import format_bytes, parse_bytes
 from npeff.models.parameters import Parameter
 from npeff.storage.container import open_container
-from npeff.storage.headers import check_header, plain
 
 Array = npt.NDArray[Any]
 
@@ -60,18 +58,14 @@ class _Examples:
         return sum(map(len, self.counts))
 
 
-def exact_gram(
-    run: Run, data: Iterable[Any], out: Path | None, max_examples: int | None, progress: bool, patterns: Any
-) -> Fishers:
-    """Fishers that hold K; see :class:`npeff.GramOnly`.
+def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
+    """Compute Fishers that hold K; see :class:`npeff.GramOnly`.
+
+    Where the options' ``out`` holds them already, they are opened instead.
 
     Args:
-        run: What :func:`npeff.compute_fishers` was asked for.
+        run: The model and the options.
         data: The batches.
-        out: File to write once K is whole; an equal one that is there is opened instead.
-        max_examples: Stop after so many.
-        progress: Show a progress bar.
-        patterns: The parameters asked for, for the provenance.
 
     Raises:
         ArgumentError: One parameter alone exceeds the memory allowed.
@@ -79,17 +73,18 @@ def exact_gram(
         ResumeError: ``out`` holds other work.
         StorageError: ``out`` cannot be written.
     """
-    assert isinstance(run.compress, GramOnly)
+    options, out = run.options, None if run.options.out is None else Path(run.options.out)
+    assert isinstance(options.compress, GramOnly)
     watch = ModelWatch(run.model)
-    memory = parse_bytes(run.compress.memory)
+    memory = parse_bytes(options.compress.memory)
     examples, waiting, K = _Examples(), set(run.parameters.names), None
-    order = FixedOrder(data, lambda: run.batches(data, max_examples))
+    order = FixedOrder(data, lambda: run.batches(data))
     repeats, digests = Repeats(data), list[str]()
     while waiting:
         first_pass = K is None
-        layers = {name: Layer(run.parameters.named(name)) for name in sorted(waiting)}
+        layers = {name: LayerGram(run.parameters.named(name)) for name in sorted(waiting)}
         n = 0
-        with tqdm(run.batches(data, max_examples), desc="inner products", unit="batch", disable=not progress) as bar:
+        with tqdm(run.batches(data), desc="inner products", unit="batch", disable=not options.progress) as bar:
             for number, batch in enumerate(bar):
                 watch.check()
                 digest = batch_digest(batch)
@@ -103,15 +98,14 @@ def exact_gram(
                         f"data: batch {number} is another one in a second pass over it, which the inner products need; "
                         "pass data that keeps its order, or allow GramOnly more memory"
                     )
-                ids = np.arange(n, n + batch.n_examples)
+                _collect(run, batch, np.arange(n, n + batch.n_examples), layers, examples if first_pass else None)
                 n += batch.n_examples
-                _collect(run, batch, ids, layers, examples if first_pass else None)
                 _postpone(layers, memory)
         if first_pass:
             repeats.end()
             if not examples.n:
                 raise DataError("data: it yielded no examples; if it is a generator it may be used up: pass a list")
-            header = run.header(watch.digest, examples.logits[0].shape[1], max_examples, patterns)
+            header = run.header(watch.digest, examples.logits[0].shape[1])
             if out is not None and (found := _finished(out, header)) is not None:
                 return found
             n_rows = int(np.concatenate(examples.counts).sum())
@@ -128,42 +122,26 @@ def exact_gram(
     watch.check(thorough=True)
     assert K is not None
     fishers = _fishers(run, K, examples, header)
-    if out is None:
-        return fishers
-    return fishers_in(open_container(fishers.save(out)))
+    return fishers if out is None else fishers_in(open_container(fishers.save(out)))
 
 
-def _collect(run: Run, batch: Batch, ids: Array, layers: dict[str, Layer], examples: _Examples | None) -> None:
-    engine = run.engine
-    with engine.recording():
-        logits = engine.forward(batch)
-        detached = logits.detach().to(torch.float64)
-        if ids[0] == 0:
-            check_meaning(logits, run.options.likelihood)
-        run.check_logits(detached, ids)
-        if batch.n_examples > 1 and batch.sliceable and cotangent_bytes(logits, run.options) > KEPT_BYTES:
-            most = max(1, batch.n_examples * KEPT_BYTES // cotangent_bytes(logits, run.options))
-            del logits, detached
-            for cut in run.budget.pieces(batch, most):
-                _collect(run, batch.take(cut), ids[cut], layers, examples)
-            return
-        factors = factorise(logits, run.options, run.targets(batch, logits.shape[1], ids), ids)
-        counts = factors.counts.cpu().numpy()
-        if examples is not None:
-            examples.counts.append(counts)
-            examples.scales.append(factors.scale.cpu().numpy())
-            examples.logits.append(detached.cpu().numpy().astype(np.float32))
-            examples.labels.append(run.stored_labels(batch))
-        prepared = engine.prepare(batch, logits)
-        prepared.rules = {name: rules for name, rules in prepared.rules.items() if name in layers}
-        prepared.others = [name for name in prepared.others if name in layers]
-        for layer in layers.values():
-            layer.begin(counts, factors.columns.shape[2])
-        for block in engine.blocks(prepared, factors.columns, paired=_factors_are_smaller(factors.columns.shape[2])):
-            _check_finite(run, block, ids)
-            layers[block.parameter.name].take(block)
-        for layer in layers.values():
-            layer.end()
+def _collect(run: Run, batch: Batch, ids: Ids, layers: dict[str, LayerGram], examples: _Examples | None) -> None:
+    """Give a batch's gradients to the layers; in the first pass, what is known of its examples to ``examples``."""
+    with run.engine.recording():
+        for one in run.passes(batch, ids):
+            counts, n_columns = one.factors.counts.cpu().numpy(), one.n_columns
+            if examples is not None:
+                examples.counts.append(counts)
+                examples.scales.append(one.factors.scale.cpu().numpy())
+                examples.logits.append(one.logits.detach().to("cpu", torch.float32, copy=True).numpy())
+                examples.labels.append(one.stored_labels())
+            for layer in layers.values():
+                layer.begin(counts, n_columns)
+            for block in one.blocks(_factors_are_smaller(n_columns), among=layers):
+                _check_finite(block, one.ids)
+                layers[block.parameter.name].take(block)
+            for layer in layers.values():
+                layer.end()
 
 
 def _factors_are_smaller(n_columns: int) -> Any:
@@ -177,7 +155,7 @@ def _factors_are_smaller(n_columns: int) -> Any:
     return decide
 
 
-def _check_finite(run: Run, block: Block | Pairs, ids: Array) -> None:
+def _check_finite(block: Block | Pairs, ids: Ids) -> None:
     """Refuse gradients that are not finite.
 
     Raises:
@@ -194,7 +172,7 @@ def _check_finite(run: Run, block: Block | Pairs, ids: Array) -> None:
             )
 
 
-def _postpone(layers: dict[str, Layer], memory: int) -> None:
+def _postpone(layers: dict[str, LayerGram], memory: int) -> None:
     """Let the largest parameters wait for the next pass, until the rest fits into memory.
 
     Raises:

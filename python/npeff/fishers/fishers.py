@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers.compress import Sketch, sketch_of
-from npeff.fishers.contents import (
+from npeff.fishers.file_format import (
     EXAMPLE_ARRAYS,
     EXAMPLES,
     KINDS,
@@ -23,20 +22,20 @@ from npeff.fishers.contents import (
     check_sizes,
     coherent,
     described_parameters,
+    fisher_data,
     n_classes,
     one_of,
-    row_arrays,
     row_fields,
+    write_fishers,
 )
-from npeff.fishers.rows import DenseRows, GramRows, Kind, Rows, SparseRows
-from npeff.fishers.saving import row_data, write_fishers
+from npeff.fishers.options import Sketch, sketch_of
+from npeff.fishers.rows import Kind, Rows, rows_from
 from npeff.models.parameters import Parameters
 from npeff.short_repr import short_repr
-from npeff.storage.container import VERIFY_BYTES, Container
+from npeff.storage.container import Container
 from npeff.storage.documents import expect
 from npeff.storage.fields import Sizes, check_arrays, check_shapes, refuse
 from npeff.storage.files import atomic, path_of
-from npeff.storage.hdf5 import Data
 from npeff.storage.recognition import check_replaceable
 
 Array = npt.NDArray[Any]
@@ -153,7 +152,7 @@ class Fishers:
     @property
     def kept_elsewhere(self) -> bool:
         """Whether the rows are not in parameter space: sketches, or inner products alone."""
-        return self.sketch is not None or isinstance(self.rows, GramRows)
+        return self.sketch is not None or self.rows.products_only
 
     @property
     def ranks(self) -> Array:
@@ -180,7 +179,7 @@ class Fishers:
         Raises:
             ArgumentError: ``i`` is not an example, or no rows are kept (``GramOnly``).
         """
-        if isinstance(self.rows, GramRows):
+        if self.rows.products_only:
             raise ArgumentError(
                 "dense: these Fishers keep inner products alone (GramOnly); compute them with compress=None, TopK(k) "
                 "or Sketch(d) to see rows"
@@ -235,7 +234,7 @@ class Fishers:
         return self[(self.predictions != self.labels) == wrong]
 
     def save(self, path: str | Path) -> Path:
-        """Write to an HDF5 file (:mod:`npeff.fishers.saving` says what it holds).
+        """Write to an HDF5 file (:mod:`npeff.fishers.file_format` says what it holds).
 
         The file appears whole or not at all. An existing file is replaced only if it, too, holds npeff Fishers.
 
@@ -252,19 +251,18 @@ class Fishers:
         path = path_of(path)
         check_replaceable(path, lambda found: found.content == "fishers", "Fishers saved by npeff")
         header = {"kind": self.kind, "parameters": self.parameters.to_json(), "provenance": self.provenance}
-        data = [Data.of("row_offsets", self.row_offsets, np.int64)]
-        data += [Data.of(name, getattr(self, name), dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
         self.verify()
-        arrays = {name: getattr(self, name) for name in ("row_offsets", *EXAMPLE_ARRAYS)} | row_arrays(self.rows)
-        form = next(form for form, fields in ROWS.items() if {field.name for field in fields} <= set(arrays))
+        arrays = {name: getattr(self, name) for name in ("row_offsets", *EXAMPLE_ARRAYS)}
+        data = fisher_data(arrays, self.rows)
+        arrays |= self.rows.arrays()
         known: Sizes = {
             "n_parameters": self.n_parameters,
             "n_classes": n_classes(self.provenance.get("options") or {}, self.logits.shape[1]),
             "n_rows": self.rows.n_rows,
         }
-        check_saved("fishers", arrays, [OFFSETS, *EXAMPLES, *row_fields(form, self.kind)], known)
+        check_saved("fishers", arrays, [OFFSETS, *EXAMPLES, *row_fields(self.rows.form, self.kind)], known)
         with atomic(path) as scratch:
-            write_fishers(scratch, header, self.coverage, None, data + row_data(self.rows))
+            write_fishers(scratch, header, self.coverage, None, data)
         return path
 
 
@@ -299,22 +297,16 @@ def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
     arrays, check = container.read(fields, sizes, verify=verify)
     if kind == "diagonal" and not np.array_equal(arrays["row_offsets"], np.arange(sizes["n_examples"] + 1)):
         refuse(container.path, "row_offsets", "one row per example, as diagonal Fishers have")
-    rows: Rows
-    if form == "gram":
-        rows = GramRows(arrays["rows/gram"])
-    elif form == "sparse":
-        rows = SparseRows(arrays["rows/indptr"], arrays["rows/indices"], arrays["rows/values"], parameters.n_parameters)
-    else:
-        rows = DenseRows(arrays["rows/values"])
+    rows = rows_from(arrays, parameters.n_parameters)
 
     def check_part(part: Rows | None) -> None:
         if part is None:
+            assert check is not None, "this is called only where something is left to check"
             check()
         else:
             known: Sizes = {name: size for name, size in sizes.items() if name in ("n_parameters", "n_columns")}
-            check_arrays(container.path, row_arrays(part), row_fields(form, kind), known)
+            check_arrays(container.path, part.arrays(), row_fields(form, kind), known)
 
-    large = any(container.specs[field.name].nbytes > VERIFY_BYTES for field in fields)
     with coherent(container.path):
         return Fishers(
             kind=kind,  # type: ignore[arg-type]
@@ -325,5 +317,5 @@ def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
             provenance=provenance,
             coverage=coverage,
             path=container.path,
-            check=check_part if large and not verify else None,
+            check=None if check is None else check_part,
         )

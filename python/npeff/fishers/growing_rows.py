@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.fishers.rows import DenseRows, Rows, SparseRows
+from npeff.fishers.rows import Rows, rows_from
 
 Array = npt.NDArray[Any]
 
@@ -33,7 +33,7 @@ class GrowingArray:
         if not self._own or dtype != self._array.dtype:
             self._array, self._own = np.array(self._array[: self._size], dtype, order="C"), True
         if end > len(self._array):
-            # No view of it is ever given away before the end, so that nobody minds its moving.
+            # No view is given away before the end, so that the array may move in memory.
             self._array.resize((max(end, len(self._array) * 9 // 8), *part.shape[1:]), refcheck=False)
         self._array[self._size : end] = part
         self._size = end
@@ -41,35 +41,31 @@ class GrowingArray:
     def finish(self) -> Array:
         """The whole, without the room to spare; nothing can be added any more."""
         assert self._array is not None, "something is added first"
-        array, self._array = self._array, None
-        if self._own and self._size < len(array):
-            array.resize((self._size, *array.shape[1:]), refcheck=False)
-        return array
+        if self._own and self._size < len(self._array):
+            self._array.resize((self._size, *self._array.shape[1:]), refcheck=False)
+        return self._array
 
 
 class GrowingRows:
-    """Rows of one type and one width, from batch after batch."""
+    """Rows of one form and one width, from batch after batch."""
 
     def __init__(self) -> None:
-        self._lengths: list[Array] = []
-        self._indices, self._values = GrowingArray(), GrowingArray()
-        self._n_columns: int | None = None
+        self._arrays: dict[str, GrowingArray] = {}
+        self._n_columns = 0
 
     def add(self, rows: Rows) -> None:
-        """Add rows, sparse or dense as those before; they are not held any longer than the first ones must be."""
-        if isinstance(rows, SparseRows):
-            self._n_columns = rows.n_columns
-            self._lengths.append(np.diff(rows.indptr))
-            self._indices.add(rows.indices)
-        assert isinstance(rows, SparseRows | DenseRows)
-        self._values.add(rows.values)
+        """Add rows, of the form of those before; they are not held any longer than the first ones must be."""
+        self._n_columns = rows.n_columns
+        for name, array in rows.arrays().items():
+            own = np.diff(array) if name == "rows/indptr" else array
+            self._arrays.setdefault(name, GrowingArray()).add(own)
 
     def finish(self) -> Rows:
         """All rows, in order."""
-        if self._n_columns is None:
-            return DenseRows(self._values.finish())
-        indptr = np.concatenate([[0], np.cumsum(np.concatenate(self._lengths))]).astype(np.int64)
-        return SparseRows(indptr, self._indices.finish(), self._values.finish(), self._n_columns)
+        arrays = {name: array.finish() for name, array in self._arrays.items()}
+        if "rows/indptr" in arrays:
+            arrays["rows/indptr"] = np.concatenate([[0], np.cumsum(arrays["rows/indptr"])]).astype(np.int64)
+        return rows_from(arrays, self._n_columns)
 
 
 def concatenate(parts: list[Rows]) -> Rows:

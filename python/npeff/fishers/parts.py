@@ -1,40 +1,54 @@
-"""Unfinished work, ``<out>.parts/``: a header, a lock and numbered shards, each whole before it is named."""
+"""Unfinished work, ``<out>.parts/``: a header, a lock and numbered shards, each whole before it is named.
+
+The header says what the work is made with; it is continued only with the same. A shard holds the arrays of a file of
+Fishers (:mod:`npeff.fishers.file_format`), of its own examples.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from npeff.errors import ForeignFileError, StorageError
-from npeff.fishers.contents import DENSE, ENTRIES, EXAMPLE_ARRAYS, EXAMPLES, SPARSE, described_parameters
+from npeff.errors import ForeignFileError, NewerFileError, ResumeError, StorageError
+from npeff.fishers.file_format import (
+    EXAMPLE_ARRAYS,
+    EXAMPLES,
+    OFFSETS,
+    ROWS,
+    described_parameters,
+    joined_data,
+    offsets_of,
+    write_fishers,
+)
 from npeff.fishers.fishers import FisherBlock
-from npeff.fishers.rows import Rows, SparseRows
-from npeff.fishers.saving import index_dtype, write_fishers
+from npeff.fishers.rows import index_dtype
 from npeff.models.parameters import Parameters
-from npeff.storage.container import FORMAT, FORMAT_VERSION, Container, open_container, write_container
-from npeff.storage.documents import expect, read_json
-from npeff.storage.fields import Field, Sizes, check_shapes
+from npeff.storage.container import FORMAT, Container, open_container, write_container
+from npeff.storage.documents import expect, item, read_json
+from npeff.storage.fields import Sizes, check_shapes
 from npeff.storage.files import Lock, atomic, explain, refuse_link, sync_folder
 from npeff.storage.hdf5 import Data, to_json
-from npeff.storage.headers import check_header, plain, read_header
 
 Array = npt.NDArray[Any]
-Batch = tuple[str, int]
+BatchRecord = tuple[str, int]
+
+PARTS_VERSION = 2
+"""Version of unfinished work; that of version 1 had other shards."""
 
 _OURS = re.compile(r"lock|header\.json|coverage\.json|shard-\d+\.h5|.*\.tmp")
 
 
 def parts_folder(out: Path) -> Path:
-    """Where unfinished work for ``out`` is kept."""
+    """Return the folder of unfinished work for ``out``."""
     return out.with_name(out.name + ".parts")
 
 
@@ -54,7 +68,7 @@ class Parts:
         """
         self.out, self.header, self.folder = out, header, parts_folder(out)
         self.shards: list[Container] = []
-        self.batches: list[Batch] = []
+        self.batches: list[BatchRecord] = []
         try:
             while not self._take():
                 pass
@@ -65,7 +79,7 @@ class Parts:
             raise failure from error
 
     def _take(self) -> bool:
-        """Create and lock the folder; False when a process that finished meanwhile removed it underfoot.
+        """Create and lock the folder; False when a process that finished meanwhile has removed it.
 
         Raises:
             StorageError: It holds something else.
@@ -100,9 +114,9 @@ class Parts:
         self._remove_scratch()
         path = self.folder / "header.json"
         if path.exists():
-            check_header(self.out, self.folder, read_header(path), plain(self.header))
+            check_header(self.out, self.folder, _read_header(path), plain(self.header))
         else:
-            self._write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "header": self.header})
+            self._write_json(path, {"format": FORMAT, "format_version": PARTS_VERSION, "header": self.header})
             sync_folder(self.out.parent)  # the folder itself
         self.shards = list_shards(self.folder, Parameters.from_json(self.header["parameters"]).n_parameters)
         self.batches = [batch for shard in self.shards for batch in batches_in(shard)]
@@ -135,7 +149,7 @@ class Parts:
         if self.coverage is None:
             self._write_json(self.folder / "coverage.json", coverage)
 
-    def write_shard(self, blocks: Sequence[FisherBlock], batches: Sequence[Batch]) -> None:
+    def write_shard(self, blocks: Sequence[FisherBlock], batches: Sequence[BatchRecord]) -> None:
         """Write the blocks as the next shard: complete and on the disk before it has its name.
 
         Args:
@@ -146,12 +160,8 @@ class Parts:
         path = self.folder / f"shard-{index:06d}.h5"
         kept = f"{index} finished shards ({self.n_examples} examples) are safe in {self.folder}."
         with atomic(path, kept=kept) as scratch:
-            write_container(
-                scratch,
-                "shard",
-                [Data.json("batches", [list(batch) for batch in batches]), *_shard_data(blocks)],
-                {},
-            )
+            described = Data.json("batches", [list(batch) for batch in batches])
+            write_container(scratch, "shard", [described, *_block_data(blocks)], {})
         self.shards.append(open_container(path))
         self.batches += batches
 
@@ -164,13 +174,13 @@ class Parts:
                 self.header,
                 coverage,
                 [list(batch) for batch in self.batches],
-                _merged_data(self.shards),
+                joined_data([(shard, 0, shard.spec("norms").shape[0]) for shard in self.shards]),
             )
 
     def clear(self) -> None:
         """Clean up after a run that was killed between naming the final file and removing the folder."""
         path = self.folder / "header.json"
-        if not path.exists() or read_header(path) == plain(self.header):
+        if not path.exists() or _read_header(path) == plain(self.header):
             self.remove()
         else:  # someone else's unfinished work
             self.lock.release()
@@ -185,6 +195,76 @@ class Parts:
         self._remove_scratch()
         self.lock.release(folder=True)
         sync_folder(self.out.parent)
+
+
+def differences(then: object, now: object, name: str = "") -> list[str]:
+    """List what differs between two JSON values, one line per item, with its dotted name."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = sorted({*then, *now})
+        return [
+            line for key in keys for line in differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
+        ]
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        return [
+            line for i, pair in enumerate(zip(then, now, strict=True)) for line in differences(*pair, f"{name}[{i}]")
+        ]
+    return [] if then == now else [f"{name}: {_short(then)} then, {_short(now)} now"]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def check_header(out: Path, where: Path, then: object, now: object) -> None:
+    """Make sure that work found on disk was made with the same model and options.
+
+    Args:
+        out: The output asked for.
+        where: What holds the older work: ``out`` itself or its parts folder.
+        then: Its header.
+        now: The header of this run.
+
+    Raises:
+        ResumeError: They differ; says in what.
+    """
+    lines = differences(then, now)
+    if lines:
+        more = f" (and {len(lines) - 5} more)" if len(lines) > 5 else ""
+        work = "finished" if where == out else "unfinished"
+        raise ResumeError(
+            f"{where} holds {work} work with other settings: {'; '.join(lines[:5])}{more}. "
+            f"Use the same settings to continue it, choose another out than {out}, or remove {where} to "
+            "start anew."
+        )
+
+
+def plain(header: dict[str, Any]) -> Any:
+    """Return the header as JSON gives it back."""
+    return json.loads(to_json(header, "header"))
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Read the header of unfinished work.
+
+    Raises:
+        StorageError: It is damaged, or an older npeff wrote it.
+        NewerFileError: A newer npeff wrote it.
+    """
+    try:
+        document = read_json(path, finite=False)
+        version, header = item(document, "format_version", str(path), int), item(document, "header", str(path), dict)
+        if version < PARTS_VERSION:
+            raise StorageError(
+                f"{path}: unfinished work of an older npeff (version {version}), which this one cannot read"
+            )
+    except StorageError as error:
+        raise StorageError(f"{error}; remove {path.parent} to start anew") from error
+    if version > PARTS_VERSION:
+        raise NewerFileError(
+            f"{path}: format version {version}, this npeff knows {PARTS_VERSION}: upgrade npeff to continue"
+        )
+    return header
 
 
 def _refuse_links(folder: Path) -> None:
@@ -208,16 +288,8 @@ def discard_parts(out: Path) -> None:
         Parts(out, {}).remove()
 
 
-COUNTS = Field("rows/counts", ("<i8",), ("n_rows",), adds_up_to="n_entries")
-SHARD = (Field("row_counts", ("<i8",), ("n_examples",), adds_up_to="n_rows"), *EXAMPLES)
-SHARD_ROWS = {
-    "sparse": (COUNTS, replace(ENTRIES, ascending_in=None), SPARSE[-1]),
-    "dense": DENSE,
-}
-
-
-def batches_in(container: Container) -> list[Batch]:
-    """Digest and size of each batch that the examples of a file came in.
+def batches_in(container: Container) -> list[BatchRecord]:
+    """Read digest and size of each batch that the examples of a file came in.
 
     Raises:
         StorageError: They are not those of the examples.
@@ -257,11 +329,13 @@ def list_shards(folder: Path, n_parameters: int) -> list[Container]:
             shard = open_container(path)
             if shard.content != "shard":
                 raise ForeignFileError(f"{path}: expected a shard, found an npeff file with content {shard.content!r}")
-            if not shards and "rows/counts" in shard.specs:
+            if not shards and "rows/indptr" in shard.specs:
                 form = "sparse"
             own = dict(sizes)
-            check_shapes(path, shard.specs, [*SHARD, *SHARD_ROWS[form]], own)
-            shard.read([*SHARD, *SHARD_ROWS[form][:-2]], own, verify=True)  # entries are checked when they are merged
+            rows = [field for field in ROWS[form] if field.name != "rows/indptr"]
+            offsets = [OFFSETS, *(field for field in ROWS[form] if field.name == "rows/indptr")]
+            check_shapes(path, shard.specs, [*offsets, *EXAMPLES, *rows], own)
+            shard.read([*offsets, *EXAMPLES], own, verify=True)  # checksums of rows are compared when they are merged
             sizes |= {name: own[name] for name in ("n_outputs", "n_columns") if name in own}
             batches_in(shard)
             shards.append(shard)
@@ -272,52 +346,34 @@ def list_shards(folder: Path, n_parameters: int) -> list[Container]:
     return shards
 
 
-def _shard_data(blocks: Sequence[FisherBlock]) -> list[Data]:
-    def joined(name: str, arrays: list[Array], dtype: npt.DTypeLike) -> Data:
+def _block_data(blocks: Sequence[FisherBlock]) -> list[Data]:
+    """Describe the datasets of the Fishers of several batches, streamed.
+
+    Args:
+        blocks: At least one; their rows are all sparse or all dense.
+    """
+
+    def streamed(name: str, arrays: list[Array], dtype: npt.DTypeLike) -> Data:
         shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
         return Data(name, shape, np.dtype(dtype).newbyteorder("<"), lambda: arrays)
 
-    data = [joined("row_counts", [block.row_counts for block in blocks], np.int64)]
-    data += [joined(name, [getattr(block, name) for block in blocks], dtype) for name, dtype in EXAMPLE_ARRAYS.items()]
-    rows: list[Rows] = [block.rows for block in blocks]
-    sparse = [part for part in rows if isinstance(part, SparseRows)]
-    if sparse:
-        data.append(joined("rows/counts", [np.diff(part.indptr) for part in sparse], np.int64))
-        data.append(joined("rows/indices", [part.indices for part in sparse], index_dtype(sparse[0].n_columns)))
-    return [*data, joined("rows/values", [part.values for part in rows], np.float32)]
-
-
-def _merged_data(shards: Sequence[Container]) -> list[Data]:
-    """The arrays of all shards end to end; counts become offsets."""
-
-    def joined(name: str) -> Data:
-        specs = [shard.spec(name) for shard in shards]
-        shape = (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:])
-        return Data(name, shape, specs[0].dtype, lambda: (chunk for shard in shards for chunk in shard.chunks(name)))
-
-    def offsets(name: str, counts: str) -> Data:
-        def chunks() -> Iterator[Array]:
-            total = np.zeros(1, np.int64)
-            yield total
-            for shard in shards:
-                for chunk in shard.chunks(counts):
-                    running = total[-1] + np.cumsum(chunk, dtype=np.int64)
-                    total = running[-1:] if len(running) else total
-                    yield running
-
-        return Data(name, (sum(shard.spec(counts).shape[0] for shard in shards) + 1,), np.dtype("<i8"), chunks)
-
-    data = [offsets("row_offsets", "row_counts"), *map(joined, EXAMPLE_ARRAYS)]
-    if "rows/counts" in shards[0].specs:
-        data += [offsets("rows/indptr", "rows/counts"), joined("rows/indices")]
-    return [*data, joined("rows/values")]
+    data = [Data.of("row_offsets", offsets_of([block.row_counts for block in blocks]))]
+    data += [
+        streamed(name, [getattr(block, name) for block in blocks], dtype) for name, dtype in EXAMPLE_ARRAYS.items()
+    ]
+    rows = [block.rows.arrays() for block in blocks]
+    if "rows/indptr" in rows[0]:
+        data.append(Data.of("rows/indptr", offsets_of([np.diff(own["rows/indptr"]) for own in rows])))
+        indices = [own["rows/indices"] for own in rows]
+        data.append(streamed("rows/indices", indices, index_dtype(blocks[0].rows.n_columns)))
+    return [*data, streamed("rows/values", [own["rows/values"] for own in rows], np.float32)]
 
 
 def describe_parts(out: Path) -> dict[str, Any]:
-    """What unfinished work for ``out`` holds, JSON-able; nothing is locked or changed."""
+    """Describe unfinished work for ``out``, JSON-able; nothing is locked or changed."""
     folder = parts_folder(out)
     _refuse_links(folder)
-    summary = dict(read_header(folder / "header.json")) if (folder / "header.json").exists() else {}
+    summary = dict(_read_header(folder / "header.json")) if (folder / "header.json").exists() else {}
     parameters = described_parameters(summary.get("parameters", []), f"{folder / 'header.json'}: 'parameters'")
     shards = list_shards(folder, parameters.n_parameters)
     done = sum(shard.spec("norms").shape[0] for shard in shards)

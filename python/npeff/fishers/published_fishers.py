@@ -13,15 +13,14 @@ import numpy.typing as npt
 from npeff.errors import StorageError
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.growing_rows import concatenate
-from npeff.fishers.rows import DenseRows, Kind, SparseRows
-from npeff.fishers.saving import index_dtype
+from npeff.fishers.rows import Kind, SparseRows, index_dtype
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container
 from npeff.storage.fields import MOST_PARAMETERS, Field, check_shapes, refuse
 from npeff.storage.hdf5 import CHUNK_BYTES, Attributes, Data
 
 Array = npt.NDArray[Any]
-Plan = tuple[str, list[Data], Attributes]
+PublishedLayout = tuple[str, list[Data], Attributes]
 Entries = tuple[Array, Array, Array]
 INT32 = int(np.iinfo(np.int32).max)
 
@@ -223,11 +222,10 @@ def _rows(path: Path, values: Array, indices: Array, sizes: Array, ranks: Array,
         indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(mine)))]).astype(np.int64)
         parts.append(SparseRows(indptr, index.astype(index_dtype(m)), value, m))
     rows = concatenate([*parts])
-    assert isinstance(rows, SparseRows), "sparse parts give sparse rows"
-    return rows
+    return rows  # type: ignore[return-value]  # sparse parts give sparse rows
 
 
-def plan_fishers(fishers: Fishers, path: Path, variable: bool | None) -> Plan:
+def plan_fishers(fishers: Fishers, path: Path, variable: bool | None) -> PublishedLayout:
     """The layout, datasets and attributes that hold ``fishers``.
 
     Raises:
@@ -304,17 +302,8 @@ def _min_prob(provenance: dict[str, Any]) -> float:
 def _examples(fishers: Fishers) -> Iterator[SparseRows]:
     """Every example's non-zero entries."""
     for start, stop in zip(fishers.row_offsets[:-1], fishers.row_offsets[1:], strict=True):
-        if isinstance(fishers.rows, DenseRows):
-            block = fishers.rows.values[start:stop]
-            row, index = np.nonzero(block)
-            value = block[row, index]
-        else:
-            assert isinstance(fishers.rows, SparseRows), "sketches and inner products are refused before"
-            lo, hi = fishers.rows.indptr[start], fishers.rows.indptr[stop]
-            row = np.repeat(np.arange(stop - start), np.diff(fishers.rows.indptr[start : stop + 1]))
-            value, index = fishers.rows.values[lo:hi], fishers.rows.indices[lo:hi]
-            keep = value != 0
-            row, index, value = row[keep], index[keep], value[keep]
+        assert not fishers.rows.products_only, "sketches and inner products are refused before"
+        row, index, value = fishers.rows.nonzero(int(start), int(stop))
         indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=int(stop - start)))]).astype(np.int64)
         yield SparseRows(indptr, index, value, fishers.rows.n_columns)
 

@@ -6,19 +6,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from npeff import kernels
 from npeff.errors import ArgumentError
+from npeff.fishers.dense_rows import PART_BYTES
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import GramRows, Rows, SparseRows
-from npeff.fishers.streamed_rows import PART_BYTES, StreamedRows, column_counts, keep_columns
+from npeff.fishers.rows import DenseRows, GramRows, Rows, SparseRows
+from npeff.fishers.streamed_rows import StreamedRows
 from npeff.models.parameters import Parameters
-from npeff.storage.files import forget
 
 Array = npt.NDArray[Any]
 BlockWeights = Literal["energy", "balanced"] | Mapping[str, float]
@@ -34,7 +32,6 @@ __all__ = [
     "block_energy",
     "column_factors",
     "fisher_norms",
-    "keep_columns",
     "layer_of",
     "resolve_block_weights",
     "scale",
@@ -54,7 +51,7 @@ class ScaledRows:
         row_factors: ``(Σ rank,)`` float32 what each stored row was multiplied by, block weights apart.
     """
 
-    rows: Rows | StreamedRows
+    rows: Rows
     row_offsets: Array
     columns: Array | None
     fisher_norms: Array
@@ -72,24 +69,11 @@ def layer_of(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def fisher_norms(rows: Rows | StreamedRows, row_offsets: Array, kind: str) -> Array:
+def fisher_norms(rows: Rows, row_offsets: Array, kind: str) -> Array:
     """``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` per example (``‖f_i‖₂`` for the diagonal kind), ``(n,)`` float64."""
     if kind == "diagonal":
         return np.asarray(np.sqrt(rows.squared_norms()))
-    if isinstance(rows, SparseRows):
-        return kernels.fisher_norms(rows.indptr, rows.indices, rows.values, rows.n_columns, row_offsets)
-    out = np.zeros(len(row_offsets) - 1)
-    if isinstance(rows, StreamedRows):
-        for start, stop, part in rows.parts(row_offsets):
-            examples = slice(*np.searchsorted(row_offsets, (start, stop), "left"))
-            if examples.stop < len(out) and stop == rows.n_rows:
-                examples = slice(examples.start, len(out))  # examples without rows at the end
-            own = np.asarray(row_offsets[examples.start : examples.stop + 1]) - start
-            out[examples] = fisher_norms(part, own, kind)
-        return out
-    for i, (start, stop) in enumerate(pairwise(row_offsets)):
-        out[i] = math.sqrt(np.square(rows.gram(int(start), int(stop))).sum())
-    return out
+    return rows.fisher_norms(row_offsets)
 
 
 def scale(
@@ -128,25 +112,26 @@ def scale(
         raise ArgumentError(f"normalize: expected 'stored', 'dense' or 'none', got {normalize!r}")
     factors = None if weights is None else column_factors(fishers.parameters, weights, fishers.kind)
     rows = fishers.rows
-    if isinstance(rows, GramRows):
-        stored = fisher_norms(rows, fishers.row_offsets, fishers.kind)
-    else:
-        plain = StreamedRows(rows, None, factors, None, part_bytes)
-        stored = fisher_norms(plain, fishers.row_offsets, fishers.kind)
+    weighted = rows if rows.products_only else StreamedRows(_kept(rows), None, factors, None, part_bytes)
+    stored = fisher_norms(weighted, fishers.row_offsets, fishers.kind)
     norms = {"stored": stored, "dense": fishers.norms.astype(np.float64), "none": np.ones(len(fishers))}[normalize]
-    least = SMALLEST if fishers.kind == "diagonal" or isinstance(rows, GramRows) else SMALLEST**2
+    least = SMALLEST if fishers.kind == "diagonal" or rows.products_only else SMALLEST**2
     divisor = np.where(norms > least, norms, 1.0)
     per_example = 1 / divisor if fishers.kind == "diagonal" else 1 / np.sqrt(divisor)
     per_example[stored <= least] = 0
     per_row = np.repeat(per_example, fishers.ranks).astype(np.float32)
     ours = np.where(stored > least, stored, 0) / divisor
-    if isinstance(rows, GramRows):
+    if rows.products_only:
         K = GramRows(rows.values * per_row * per_row[:, None])
         return ScaledRows(K, fishers.row_offsets, None, ours, weights, per_row)
-    if columns is None and isinstance(rows, SparseRows):
-        columns = np.flatnonzero(column_counts(rows, part_bytes) >= max(1, min_nonzero_per_column))
-    scaled = StreamedRows(rows, per_row, factors, columns, part_bytes)
+    if columns is None and (counts := rows.column_counts(part_bytes)) is not None:
+        columns = np.flatnonzero(counts >= max(1, min_nonzero_per_column))
+    scaled = StreamedRows(_kept(rows), per_row, factors, columns, part_bytes)
     return ScaledRows(scaled if stream else scaled.whole(), fishers.row_offsets, columns, ours, weights, per_row)
+
+
+def _kept(rows: Rows) -> SparseRows | DenseRows:
+    return rows  # type: ignore[return-value]  # not inner products alone, and never streamed when stored
 
 
 def column_factors(parameters: Parameters, weights: dict[str, float], kind: str) -> Array:
@@ -164,7 +149,7 @@ def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, f
     """
     if choice == "energy":
         return None
-    if fishers.sketch is not None or isinstance(fishers.rows, GramRows):
+    if fishers.kept_elsewhere:
         what = "sketches" if fishers.sketch is not None else "inner products"
         raise ArgumentError(
             f"block_weights: {what} mix all parameters, so that none can be weighted afterwards; use "
@@ -203,17 +188,6 @@ def block_energy(fishers: Fishers) -> dict[str, float]:
     """Share of the summed trace of the unit-norm Fishers that lies in each parameter (they sum to 1)."""
     norms = fishers.norms.astype(np.float64)
     scale_of = np.repeat(np.where(norms > 0, 1 / np.where(norms > 0, norms, 1), 0), fishers.ranks)
-    squares: Array = np.zeros(fishers.n_parameters)
-    if isinstance(fishers.rows, SparseRows):
-        entries = np.asarray(fishers.rows.values, np.float64)
-        entries = (entries if fishers.kind == "diagonal" else entries**2) * np.repeat(
-            scale_of, np.diff(fishers.rows.indptr)
-        )
-        squares = np.bincount(fishers.rows.indices, entries, minlength=fishers.n_parameters)
-    else:
-        for start in range(0, fishers.rows.n_rows, 256):
-            block = np.asarray(fishers.rows.values[start : start + 256], np.float64)
-            forget(fishers.rows.values)
-            squares += scale_of[start : start + 256] @ (block if fishers.kind == "diagonal" else block**2)
+    squares = fishers.rows.column_sums(scale_of, squared=fishers.kind == "low_rank")
     total = squares.sum() or 1.0
     return {p.name: float(squares[p.slice].sum() / total) for p in fishers.parameters}

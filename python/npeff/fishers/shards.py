@@ -14,17 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
-from npeff.fishers.compress import sketch_of
+from npeff.fishers.file_format import EXAMPLE_ARRAYS, offsets_of
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
 from npeff.fishers.growing_rows import GrowingRows
-from npeff.fishers.parts import Batch, Parts, batches_in, parts_folder
+from npeff.fishers.options import sketch_of
+from npeff.fishers.parts import BatchRecord, Parts, batches_in, check_header, parts_folder, plain
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import check_target
 from npeff.storage.hdf5 import to_json
-from npeff.storage.headers import check_header, plain
 
-BESIDE_ROWS = ("row_counts", "norms", "logits", "labels", "ids")
+Array = npt.NDArray[Any]
 
 
 class FisherWriter:
@@ -83,12 +83,12 @@ class FisherWriter:
         self._out = None if out is None else Path(out)
         self._shard_bytes, self._shard_seconds = shard_bytes, shard_seconds
         self._validate = validate
-        self._done: list[Batch] = []
+        self._done: list[BatchRecord] = []
         self._cursor = 0
-        self._blocks: list[FisherBlock] = []
-        self._rows, self._others = GrowingRows(), dict[str, list[npt.NDArray[Any]]]()
-        self._batches: list[Batch] = []
+        self._blocks: list[FisherBlock] = []  # of the open shard
+        self._batches: list[BatchRecord] = []
         self._bytes, self._since = 0, 0.0
+        self._rows, self._others = GrowingRows(), list[dict[str, Array]]()  # without a file
         self._like: tuple[str, int, tuple[int, ...]] | None = None
         self._failed = False
         self._appending = threading.Lock()  # a signal may close the writer while a thread appends to it
@@ -107,7 +107,7 @@ class FisherWriter:
                 return None
             raise
         try:
-            if self._find_finished(out):  # now that nobody else can be writing it
+            if self._find_finished(out):  # now that no other process can be writing it
                 parts.clear()
                 return None
             parts.resume()
@@ -137,7 +137,7 @@ class FisherWriter:
 
     @property
     def _where(self) -> Path | None:
-        """What holds the work done so far."""
+        """The file or folder of the work done so far."""
         return self._parts.folder if self._parts else self._out
 
     def __enter__(self) -> FisherWriter:
@@ -149,7 +149,7 @@ class FisherWriter:
         self.close()
 
     def skip(self, batch_digest: str, n_examples: int) -> bool:
-        """Whether the next batch is already done.
+        """Say whether the next batch is already done.
 
         Args:
             batch_digest: Identifies the batch's contents.
@@ -184,7 +184,7 @@ class FisherWriter:
         return True
 
     def stored_logits(self, n_examples: int) -> npt.NDArray[np.float32] | None:
-        """The logits of the first examples, if earlier work on the same batches is on the disk."""
+        """Return the logits of the first examples, if earlier work on the same batches is on the disk."""
         if not self._done:
             return None
         if self.finished is not None:
@@ -215,8 +215,7 @@ class FisherWriter:
         self.examples_done += len(block.norms)
         if self._parts is None:
             self._rows.add(block.rows)
-            for name in BESIDE_ROWS:
-                self._others.setdefault(name, []).append(getattr(block, name))
+            self._others.append({name: getattr(block, name) for name in ("row_counts", *EXAMPLE_ARRAYS)})
             return
         self._since = self._since if self._blocks else time.monotonic()
         self._blocks.append(block)
@@ -317,12 +316,14 @@ class FisherWriter:
         return self.finished
 
     def _in_memory(self, coverage: Any) -> Fishers:
-        fields: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self._others.items()}
+        fields: dict[str, Any] = {
+            name: np.concatenate([others[name] for others in self._others]) for name in self._others[0]
+        }
         counts = fields.pop("row_counts")
         return Fishers(
             kind=self.header["kind"],
             rows=self._rows.finish(),
-            row_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            row_offsets=offsets_of([counts]),
             **fields,
             parameters=Parameters.from_json(self.header["parameters"]),
             provenance=self.header["provenance"],
@@ -348,7 +349,7 @@ class FisherWriter:
 
 
 def header_in(container: Container) -> dict[str, Any]:
-    """The header that a finished file was made with."""
+    """Read the header that a finished file was made with."""
     return {
         "kind": container.attributes.get("kind"),
         "parameters": container.json("parameters"),

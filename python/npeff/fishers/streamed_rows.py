@@ -1,25 +1,29 @@
-"""Stored rows as they are factorised, scaled piece by piece while they are read: never copied as a whole."""
+"""Stored rows as they are factorised: scaled piece by piece while they are read, never copied as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from npeff.fishers.rows import DenseRows, SparseRows
+from npeff.fishers.dense_rows import PART_BYTES, DenseRows, Matrix, Rows, dense_stretches
+from npeff.fishers.rows import SparseRows
+from npeff.kernels.sparse_gram import mirror_
+from npeff.kernels.transfers import to_device
 from npeff.storage.files import forget
 
 Array = npt.NDArray[Any]
-
-PART_BYTES = 64 << 20
-"""Bytes of stored rows taken at a time where nobody asks for less."""
+T = TypeVar("T")
 
 DEVICE_PART_BYTES = 1 << 30
-"""Bytes of a CUDA device's memory that rows take there at a time where nobody asks for less."""
+"""Bytes of a CUDA device's memory that rows take there at a time, unless fewer are asked for."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class StreamedRows:
         columns: ``(n_columns,)`` int64 stored columns that are kept, ascending; None: all.
         part_bytes: Bytes of stored rows that a pass takes at a time.
     """
+
+    form: ClassVar[str] = "streamed"
+    products_only: ClassVar[bool] = False
 
     stored: SparseRows | DenseRows
     row_factors: Array | None = None
@@ -60,38 +67,25 @@ class StreamedRows:
         """The stored values, unscaled."""
         return self.stored.values
 
-    @cached_property
-    def _places(self) -> Array:
-        """``(stored columns,)`` int32: where each column went, −1 where it was dropped."""
-        assert self.columns is not None
-        places = np.full(self.stored.n_columns, -1, np.int32)
-        places[self.columns] = np.arange(len(self.columns), dtype=np.int32)
-        return places
+    def arrays(self) -> dict[str, Array]:
+        """The stored arrays, unscaled, by the names of their datasets in a file."""
+        return self.stored.arrays()
 
     def part(self, start: int, stop: int) -> SparseRows | DenseRows:
         """Rows ``start … stop − 1``, scaled, in memory."""
-        factors = None if self.row_factors is None else self.row_factors[start:stop]
-        if isinstance(self.stored, DenseRows):
-            values = self.stored.values[start:stop]
-            if self.column_factors is not None:
-                values = values * self.column_factors
-            if factors is not None:
-                values = values * factors[:, None]
-            forget(self.stored.values)
-            return DenseRows(values if self.columns is None else values[:, self.columns])
-        part = self.stored.part(start, stop)
-        values = part.values if self.column_factors is None else part.values * self.column_factors[part.indices]
-        if factors is not None:
-            values = values * np.repeat(factors, np.diff(part.indptr))
-        scaled = SparseRows(part.indptr, part.indices, values, part.n_columns)
-        if self.columns is not None:
-            scaled = _renamed(scaled, self._places, len(self.columns))
-        forget(self.stored.values, self.stored.indices)
-        return scaled
+        given = (self.row_factors, self.column_factors, self._numbering, self.n_columns)
+        return self.stored.scaled(start, stop, *given)
 
-    def stretch(self, first: int, last: int) -> Array:
+    @cached_property
+    def _numbering(self) -> Array | None:
+        return None if self.columns is None else self.stored.numbering(self.columns)
+
+    def take(self, rows: Array) -> Rows:
+        """The given rows, in the given order, scaled, in memory."""
+        return self.whole().take(rows)
+
+    def read_columns(self, first: int, last: int) -> Array:
         """Columns ``first … last − 1`` of all rows, scaled, float32; dense rows only."""
-        assert isinstance(self.stored, DenseRows)
         wanted: Any = slice(first, last) if self.columns is None else self.columns[first:last]
         values = np.array(self.stored.values[:, wanted], np.float32)
         forget(self.stored.values)
@@ -118,21 +112,94 @@ class StreamedRows:
         norms = [part.squared_norms() for _, _, part in self.parts()]
         return np.concatenate(norms) if norms else np.zeros(0)
 
+    def fisher_norms(self, row_offsets: Array) -> Array:
+        """``‖A_i A_iᵀ‖_F`` per example, ``(n,)`` float64."""
+        out = np.zeros(len(row_offsets) - 1)
+        for start, stop, part in self.parts(row_offsets):
+            examples = slice(*np.searchsorted(row_offsets, (start, stop), "left"))
+            if examples.stop < len(out) and stop == self.n_rows:
+                examples = slice(examples.start, len(out))  # examples without rows at the end
+            out[examples] = part.fisher_norms(np.asarray(row_offsets[examples.start : examples.stop + 1]) - start)
+        return out
+
+    def starts(self, rows: Array) -> Array:
+        """Where the given rows begin among the stored numbers."""
+        return self.stored.starts(rows)
+
+    def deciding(self) -> list[Array]:
+        """All arrays that decide the numbers, for a digest."""
+        factors = (self.row_factors, self.column_factors, self.columns)
+        return [*self.stored.deciding(), *(array for array in factors if array is not None)]
+
+    def on(self, dtype: torch.dtype, device: torch.device) -> Matrix:
+        """All rows, on a device."""
+        return self.whole().on(dtype, device)
+
+    def column_counts(self, part_bytes: int = PART_BYTES) -> Array | None:
+        """Entries per stored column; see :class:`~npeff.fishers.rows.Rows`."""
+        return self.stored.column_counts(part_bytes)
+
+    def column_sums(self, weights: Array, squared: bool) -> Array:
+        """``Σ_i weights_i a_ij``, or of the squares of the entries, per column: ``(n_columns,)`` float64."""
+        sums = np.zeros(self.n_columns)
+        for start, stop, part in self.parts():
+            sums += part.column_sums(weights[start:stop], squared)
+        return sums
+
+    def nonzero(self, start: int, stop: int) -> tuple[Array, Array, Array]:
+        """Row, counted from ``start``, column and value of the entries of rows ``start … stop − 1`` that are not 0."""
+        return self.part(start, stop).nonzero(0, stop - start)
+
+    def on_columns(self, columns: Array) -> Rows:
+        """The rows on ``columns`` alone, in memory."""
+        return self.whole().on_columns(columns)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """``A Gᵀ`` for G ``(r, n_columns)``: ``(n_rows, r)`` in G's dtype."""
+        parts = [part.project(vectors) for _, _, part in self.parts()]
+        return torch.cat(parts) if parts else vectors.new_zeros(0, len(vectors))
+
+    def combine(self, S: Tensor, out: Tensor | None = None) -> Tensor:
+        """``Sᵀ A`` for S ``(n_rows, r)``: ``(r, n_columns)`` in S's dtype, added to ``out`` where that is given."""
+        out = S.new_zeros(S.shape[1], self.n_columns) if out is None else out
+        for start, stop, part in self.parts():
+            part.combine(S[start:stop], out)
+        return out
+
+    def row_gram(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``K = A Aᵀ``, ``(n_rows, n_rows)``; dense rows by stretches of columns, so that every number is read once."""
+        if not self.stored.by_columns:
+            return self.whole().row_gram(dtype)
+        K = torch.zeros(self.n_rows, self.n_rows, dtype=dtype)
+        width = max(64, self.part_bytes // max(1, 4 * self.n_rows))
+        edges = range(0, self.n_rows, max(512, -(-self.n_rows // 8)))
+        for start in range(0, self.n_columns, width):
+            A = torch.from_numpy(self.read_columns(start, min(start + width, self.n_columns))).to(dtype)
+            for i in edges:
+                K[i:, i : i + edges.step] += A[i:] @ A[i : i + edges.step].T
+        for i in edges:
+            K[i : i + edges.step, i + edges.step :] = K[i + edges.step :, i : i + edges.step].T
+        return K
+
+    def add_gram(self, K: Tensor, room: int) -> None:
+        """Add the lower triangle of ``A Aᵀ`` to K, on its device, by stretches of at most ``room`` bytes there."""
+        for _, _, part in ahead(self.stretches(room, 0)):
+            part.add_gram(K, room)
+
+    def stretches(self, room: int, per_column: int) -> Iterator[tuple[int, int, Rows]]:
+        """First column, column after the last, and the rows on them, which take at most ``room`` bytes on a device."""
+        if self.stored.by_columns:
+            return dense_stretches(self, room, per_column)
+        return self.whole().stretches(room, per_column)
+
     def edges(self, within: Array | None = None) -> Array:
         """Where parts of about ``part_bytes`` begin and end.
 
         Args:
             within: Ascending row numbers from 0 to n_rows of which edges are chosen; None: any row may be one.
         """
-        if within is None and isinstance(self.stored, DenseRows):
-            step = max(1, self.part_bytes // max(1, 4 * self.stored.n_columns))
-            return np.append(np.arange(0, self.n_rows, step), self.n_rows)
         rows = np.arange(self.n_rows + 1) if within is None else np.asarray(within)
-        if isinstance(self.stored, DenseRows):
-            at = rows.astype(np.int64) * max(1, 4 * self.stored.n_columns)
-        else:
-            entry = self.stored.values.itemsize + self.stored.indices.itemsize
-            at = np.asarray(self.stored.indptr)[rows].astype(np.int64) * entry + 8 * rows
+        at = self.stored.byte_offsets(rows)
         chosen = [0]
         while chosen[-1] < len(rows) - 1:
             last = chosen[-1]
@@ -148,29 +215,46 @@ class StreamedRows:
                 yield start, stop, self.part(start, stop)
 
 
-def column_counts(rows: SparseRows, part_bytes: int = PART_BYTES) -> Array:
-    """Entries per column ``(≤ n_columns,)`` int64, up to the last column that has any, part by part."""
-    counts: Array = np.zeros(0, np.int64)
-    step = max(1, part_bytes // (2 * rows.indices.itemsize))
-    for start in range(0, len(rows.indices), step):
-        found = np.bincount(rows.indices[start : start + step])
-        forget(rows.indices)
-        if len(found) > len(counts):
-            counts, found = found, counts
-        counts[: len(found)] += found
-    return counts
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made by a thread while the one before it is in use."""
+    made = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(lambda: next(made, None))
+        while (item := following.result()) is not None:
+            following = pool.submit(lambda: next(made, None))
+            yield item
 
 
-def keep_columns(rows: SparseRows, columns: Array) -> SparseRows:
-    """The rows on ``columns`` alone, renumbered 0 … len(columns) − 1."""
-    places = np.full(rows.n_columns, -1, np.int32)
-    places[columns] = np.arange(len(columns), dtype=np.int32)
-    return _renamed(rows, places, len(columns))
+def device_gram(rows: Rows, dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
+    """``K = A Aᵀ`` on the device, ``(n_rows, n_rows)``, of rows that lie on the host.
+
+    ``A = [A_1 A_2 …]`` by columns, so ``A Aᵀ = Σ A_s A_sᵀ``; while the device works on one stretch of columns, a thread
+    makes the next. :func:`device_project` and :func:`device_combine` go by the same stretches.
+
+    Args:
+        rows: The rows.
+        dtype: float32 or float64.
+        device: Where K is to be.
+        room: Bytes there for a stretch of the rows, beside K.
+    """
+    K = torch.zeros(rows.n_rows, rows.n_rows, dtype=dtype, device=device)
+    for _, _, part in ahead(rows.stretches(room, 0)):
+        part.add_gram(K, room)
+    return mirror_(K)
 
 
-def _renamed(rows: SparseRows, places: Array, n_columns: int) -> SparseRows:
-    indices = places[rows.indices]
-    if (kept := indices >= 0).all():
-        return SparseRows(rows.indptr, indices, rows.values, n_columns)
-    indptr = np.concatenate([[0], np.cumsum(kept)])[rows.indptr].astype(np.int64)
-    return SparseRows(indptr, indices[kept], rows.values[kept], n_columns)
+def device_project(rows: Rows, vectors: Tensor, device: torch.device, room: int) -> Tensor:
+    """``A Gᵀ = Σ A_s G_sᵀ`` on the device for G ``(r, n_columns)`` on the host: ``(n_rows, r)`` in G's dtype."""
+    out = torch.zeros(rows.n_rows, len(vectors), dtype=vectors.dtype, device=device)
+    for first, last, part in ahead(rows.stretches(room, 2 * len(vectors) * vectors.element_size())):
+        out += part.project(to_device(vectors[:, first:last].numpy(), device))
+    return out
+
+
+def device_combine(rows: Rows, S: Tensor, room: int) -> Tensor:
+    """``Sᵀ A = [Sᵀ A_1 Sᵀ A_2 …]`` on the host, ``(r, n_columns)``, for S ``(n_rows, r)`` on the device."""
+    out = torch.empty(S.shape[1], rows.n_columns, dtype=S.dtype)
+    S = S.contiguous()
+    for first, last, part in ahead(rows.stretches(room, 2 * S.shape[1] * S.element_size())):
+        out[:, first:last] = part.combine(S).cpu()
+    return out

@@ -1,1 +1,1 @@
-"""What a model is: its parameters, its device, its digest; small models and data sets to try."""
+"""What a model is: its parameters, its device, its digest, how it is called."""

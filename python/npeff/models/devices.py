@@ -1,4 +1,4 @@
-"""Devices that can be computed on here."""
+"""Check the devices that can be computed on here."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from npeff.errors import ArgumentError
 
 
 def has_own_memory(device: torch.device) -> bool:
-    """Whether data have to be brought there and back, and work there goes on by itself."""
+    """Tell whether a device has memory of its own, and works asynchronously."""
     return device.type == "cuda"
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device, after making sure that it holds tensors.
+    """Check that a device can hold tensors.
 
     Args:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, … or a ``torch.device``.

@@ -1,4 +1,4 @@
-"""Has the model changed? Digests of its contents, and cheap version counters in between."""
+"""Notice changes of a model: digests of its contents, and version counters, which are cheap, in between."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 from torch import Tensor, nn
 
-from npeff.batches.batches import update_with_tensor
+from npeff.batches.tensor_trees import update_with_tensor
 from npeff.errors import ModelError
 
 # What a module's repr says of this process rather than of the model: addresses, and devices in parameter lists.
@@ -16,7 +16,7 @@ _PASSING = re.compile(r" at 0x[0-9a-fA-F]+| \((?:GPU|cuda|mps|xpu)[ :\d]*\)")
 
 
 def model_digest(model: nn.Module) -> str:
-    """blake2b over the modules as printed, and names, shapes, dtypes and bytes of parameters and buffers, in order."""
+    """Compute blake2b over the printed modules, and names, shapes, dtypes and bytes of parameters and buffers."""
     digest = hashlib.blake2b(_PASSING.sub("", repr(model)).encode(), digest_size=16)
     for name, tensor in model.state_dict(keep_vars=True).items():
         digest.update(name.encode())
@@ -57,7 +57,7 @@ class ModelWatch:
         return {name: module.training for name, module in self._model.named_modules()}
 
     def check(self, *, thorough: bool = False) -> None:
-        """Compare with the start.
+        """Compare the model with what it was at the start.
 
         Args:
             thorough: Compare the digest in any case.

@@ -1,12 +1,15 @@
-"""Amounts of memory: as people write them, and what this machine has."""
+"""Amounts of memory: parsing and printing them, what the machine has free, and what this process holds."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
+import gc
 import re
+import threading
+from types import TracebackType
 
+import psutil
 import torch
 
 from npeff.errors import ArgumentError
@@ -15,7 +18,7 @@ _POWERS = {letter: power for power, letter in enumerate(" kmgt")}
 
 
 def parse_bytes(amount: int | str, name: str = "memory") -> int:
-    """A number of bytes from ``4_000_000``, ``"4GB"`` (10⁹ bytes each) or ``"512 MiB"`` (2²⁰ bytes each).
+    """Parse a number of bytes from ``4_000_000``, ``"4GB"`` (10⁹ bytes each) or ``"512 MiB"`` (2²⁰ bytes each).
 
     Raises:
         ArgumentError: It is none.
@@ -33,7 +36,7 @@ def parse_bytes(amount: int | str, name: str = "memory") -> int:
 
 
 def format_bytes(amount: float) -> str:
-    """The shortest of ``512 B``, ``1.5 MB``, ``4.0 GB``."""
+    """Write a number of bytes as the shortest of ``512 B``, ``1.5 MB``, ``4.0 GB``."""
     units = ["B", "kB", "MB", "GB", "TB"]
     while amount >= 1000 and len(units) > 1:
         amount /= 1000
@@ -42,27 +45,69 @@ def format_bytes(amount: float) -> str:
 
 
 def available_bytes(device: torch.device | None = None) -> int:
-    """Memory that a new process could take now; all physical memory where the system does not say.
+    """Return the bytes that a new process could take now.
 
     On a CUDA device: what is free there, and what torch keeps there for new tensors.
     """
     if device is not None and device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 8 << 30
+    return int(psutil.virtual_memory().available)
 
 
 def return_freed_memory() -> None:
     """Give freed memory back to the system, where the allocator would keep it for later."""
     with contextlib.suppress(OSError, AttributeError):  # glibc alone knows the name
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def held_bytes() -> int:
+    """Return the anonymous memory of this process: without mapped files, which the system takes back when it needs to.
+
+    Where the system does not tell these apart (it does on Linux), the whole resident memory.
+    """
+    held = psutil.Process().memory_info()
+    return int(held.rss - getattr(held, "shared", 0))
+
+
+def settled_bytes() -> int:
+    """Return :func:`held_bytes` after unused memory has gone back to the system."""
+    gc.collect(1)  # the young generations: what a call leaves behind; a large heap makes a full collection slow
+    return_freed_memory()
+    return held_bytes()
+
+
+class Peak:
+    """A context that watches this process's memory every few milliseconds; shorter peaks may escape it.
+
+    Attributes:
+        before: Bytes held on entering (:func:`held_bytes`).
+        peak: Most bytes held since.
+        device: Most bytes of CUDA memory allocated since; 0 without CUDA.
+    """
+
+    INTERVAL = 0.004
+    """Seconds between two looks."""
+
+    def __enter__(self) -> Peak:
+        self.before = self.peak = held_bytes()
+        self.device = 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.INTERVAL):
+            self.peak = max(self.peak, held_bytes())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._watcher.join()
+        self.peak = max(self.peak, held_bytes())
+        if torch.cuda.is_available():
+            self.device = torch.cuda.max_memory_allocated()

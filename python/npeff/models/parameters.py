@@ -1,4 +1,4 @@
-"""Which parameters a Fisher is about, and where each one lies in the flat parameter vector."""
+"""The parameters of a Fisher, and where each one lies in the flat parameter vector."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ class Parameters(Sequence[Parameter]):
         return self._by_name[name]
 
     def block(self, name: str) -> slice:
-        """The elements of parameter ``name`` in the flat vector."""
+        """Give the elements of parameter ``name`` in the flat vector."""
         return self.named(name).slice
 
     def locate(self, index: int) -> tuple[str, tuple[int, ...]]:
-        """Name and multi-index of flat element ``index``.
+        """Find the name and multi-index of flat element ``index``.
 
         Raises:
             ArgumentError: ``index`` lies outside the vector.
@@ -129,10 +129,10 @@ class Parameters(Sequence[Parameter]):
         return {item.name: vector[item.slice].reshape(item.shape) for item in self._items}
 
     def to_json(self) -> list[Mapping[str, Any]]:
-        """A JSON-able description: name and shape of each parameter, in order."""
+        """Describe them for JSON: name and shape of each parameter, in order."""
         return [{"name": item.name, "shape": list(item.shape)} for item in self._items]
 
     @classmethod
     def from_json(cls, description: Iterable[Mapping[str, Any]]) -> Parameters:
-        """The inverse of :meth:`to_json`."""
+        """Make Parameters of what :meth:`to_json` gave."""
         return cls.of((str(item["name"]), item["shape"]) for item in description)

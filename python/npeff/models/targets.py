@@ -1,4 +1,4 @@
-"""MODEL and DATA of the command line: ``package.module:callable`` or ``path/to/file.py:callable``."""
+"""Import MODEL and DATA of the command line: ``package.module:callable`` or ``path/to/file.py:callable``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def load_object(target: str, name: str = "target") -> Any:
 
 
 def load_model(target: str) -> nn.Module:
-    """The model that MODEL names: a module, or what a callable without arguments returns.
+    """Load the model that MODEL names: a module, or what a callable without arguments returns.
 
     Args:
         target: See :func:`load_object`.
@@ -76,7 +76,7 @@ def load_model(target: str) -> nn.Module:
 
 
 def load_data(target: str) -> Iterable[Any]:
-    """The data that DATA names: an iterable of batches, or what a callable without arguments returns.
+    """Load the data that DATA names: an iterable of batches, or what a callable without arguments returns.
 
     Args:
         target: See :func:`load_object`.
@@ -105,7 +105,7 @@ def load_data(target: str) -> Iterable[Any]:
 
 
 def load_made(target: str, name: str) -> Any:
-    """What the callable without arguments that a target names returns.
+    """Call what a target names, without arguments.
 
     Args:
         target: See :func:`load_object`.
@@ -196,7 +196,7 @@ def _call(found: Any, target: str, name: str, kind: type[NpeffError]) -> Any:
 
 
 def _describe(error: BaseException) -> str:
-    """Type, message and place of an error raised in someone else's code."""
+    """Describe an error by type, message and place: one raised in someone else's code."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)

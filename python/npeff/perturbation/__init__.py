@@ -1,17 +1,15 @@
-"""Stage 4a: move the weights along a component, measure what changes, and trace where it acts."""
+"""Stage 4a: move the weights along a component, measure what changes, and trace where the component acts."""
 
 from __future__ import annotations
 
 from npeff.perturbation.data_fisher import mean_fisher
-from npeff.perturbation.effect import Control, Curve, Effect, Side
+from npeff.perturbation.diagonal import interpolation
+from npeff.perturbation.directions import direction
+from npeff.perturbation.effect import FIGURES, Control, Curve, Effect, Interval, SignResult
 from npeff.perturbation.groups import Part, heads, units
-from npeff.perturbation.measures import FIGURES, Interval
-from npeff.perturbation.merging import interpolation
-from npeff.perturbation.moved import Moved
 from npeff.perturbation.perturbing import perturb, perturb_all
-from npeff.perturbation.subjects import direction
 from npeff.perturbation.tracing import Trace, trace
-from npeff.perturbation.weights import ablated, applied
+from npeff.perturbation.weights import Moved, ablated, applied
 
 __all__ = [
     "FIGURES",
@@ -21,7 +19,7 @@ __all__ = [
     "Interval",
     "Moved",
     "Part",
-    "Side",
+    "SignResult",
     "Trace",
     "ablated",
     "applied",

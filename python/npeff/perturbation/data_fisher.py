@@ -1,4 +1,4 @@
-"""The diagonal Fisher of a data set: the mean of the examples' diagonals, made in one pass, never stored apart."""
+"""The diagonal Fisher of a data set: the mean of the examples' diagonals, computed in one pass."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from npeff.batches.batches import Batch, call_model, check_data, read_batches
+from npeff.batches.batches import Batch, check_data, read_batches
 from npeff.errors import ArgumentError, DataError
-from npeff.gradients.budget import Budget
-from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
-from npeff.gradients.factors import FactorOptions, Likelihood, check_meaning, cotangent_bytes, factorise
+from npeff.fishers.options import FisherOptions, Likelihood
+from npeff.fishers.passes import Run
 from npeff.gradients.selection import placed, select_parameters
 from npeff.gradients.tiles import Block
 from npeff.models.parameters import Parameters
@@ -34,18 +33,18 @@ def mean_fisher(
     max_examples: int | None = None,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """``f̄ = (1/n) Σ_i diag F_i``, the diagonal Fisher of a data set, unnormalised.
+    """Compute ``f̄ = (1/n) Σ_i diag F_i``, the diagonal Fisher of a data set, unnormalised.
 
-    Exact, from the same per-example gradients as :func:`npeff.compute_fishers`, summed as they are made.
+    It is exact, from the same per-example gradients as :func:`npeff.compute_fishers`, summed at once.
 
     Args:
         model: As for :func:`npeff.compute_fishers`; left as it was.
         data: Iterable of batches.
         parameters: Name patterns; None takes all.
-        likelihood: What the outputs mean.
+        likelihood: Likelihood of the outputs.
         forward: ``forward(model, batch) -> logits``.
         device: Where to compute.
-        max_examples: Stop after the batch in which so many are reached.
+        max_examples: Stop after the batch that reaches this number.
         progress: Show a progress bar.
 
     Returns:
@@ -54,9 +53,9 @@ def mean_fisher(
     Raises:
         ArgumentError: An argument has a wrong value.
         DataError: The data is empty, or gives outputs or gradients that are not finite.
-        ModelError: The model has no per-example gradients as it stands.
+        ModelError: The model has no per-example gradients.
     """
-    options = FactorOptions(likelihood=likelihood)
+    options = FisherOptions(likelihood=likelihood)
     options.check()
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -87,13 +86,13 @@ def summed_fisher(
     likelihood: Likelihood,
     forward: Any = None,
 ) -> tuple[Array, int]:
-    """``Σ_i diag F_i`` over examples, and how many they are.
+    """Compute ``Σ_i diag F_i`` over examples, and count them.
 
     Args:
         model: On the batches' device.
         parameters: The flat vector's layout.
-        batches: Each with the rows that count, or None for all of them.
-        likelihood: What the outputs mean.
+        batches: Each with the rows to sum over, or None for all.
+        likelihood: Likelihood of the outputs.
         forward: As for :func:`npeff.compute_fishers`.
 
     Returns:
@@ -102,48 +101,35 @@ def summed_fisher(
     Raises:
         DataError: Outputs or gradients are not finite.
     """
-    engine = PerExampleGradients(model, parameters, lambda inner, batch: call_model(inner, forward, batch, likelihood))
-    total, count = np.zeros(parameters.n_parameters), 0
+    run = Run(
+        model,
+        next(model.parameters()).device,
+        parameters,
+        FisherOptions("diagonal", likelihood=likelihood, forward=forward),
+    )
+    total, count, position = np.zeros(parameters.n_parameters), 0, 0
     for batch, rows in batches:
         counted = np.ones(batch.n_examples, bool)
         if rows is not None:
             counted = np.isin(np.arange(batch.n_examples), rows)
-        count += int(counted.sum())
-        _add(engine, batch, counted, likelihood, total)
+        with run.engine.recording():
+            for one in run.passes(batch, np.arange(position, position + batch.n_examples)):
+                scale = one.factors.scale.square().cpu().numpy() * counted[one.ids - position]
+                for block in one.blocks():
+                    assert isinstance(block, Block)  # factors come only to those who ask for them
+                    _add(block, scale[block.examples], total)
+        count, position = count + int(counted.sum()), position + batch.n_examples
     if not np.isfinite(total).all():
         raise DataError("gradients: the diagonal Fisher of the data is not finite; find what overflows in the model")
     return total, count
 
 
-def _add(engine: PerExampleGradients, batch: Batch, counted: Array, likelihood: Likelihood, total: Array) -> None:
-    options = FactorOptions(likelihood=likelihood)
-    with engine.recording():
-        logits = engine.forward(batch)
-        if not bool(torch.isfinite(logits).all()):
-            raise DataError("logits: some are not finite; find what overflows in the model")
-        if not total.any():  # the first batch
-            check_meaning(logits, likelihood)
-        whole = batch.n_examples == 1 or not batch.sliceable
-        pieces = -(-cotangent_bytes(logits, options) // KEPT_BYTES)
-        if pieces <= 1 or whole:
-            factors = factorise(logits, options, None, np.arange(batch.n_examples))
-            prepared = engine.prepare(batch, logits)
-            pieces = -(-prepared.kept_bytes(factors.columns.shape[2]) // KEPT_BYTES)
-            if pieces > 1 and not whole:
-                del prepared, factors
-        if pieces <= 1 or whole:
-            scale = factors.scale.square().cpu().numpy() * counted
-            for block in engine.blocks(prepared, factors.columns, squared=True):
-                assert isinstance(block, Block)  # factors come only to those who ask for them
-                own = scale[block.examples]
-                values = block.values[:, 0].to("cpu", torch.float64).numpy()
-                values = np.where((own > 0)[:, None, None], values, 0.0) * own[:, None, None]  # 0 · ∞ of the certain
-                if isinstance(block.starts, int):
-                    total[block.starts : block.starts + values.shape[2]] += values[:, 0].sum(0)
-                    continue
-                places = block.starts.cpu().numpy()[:, :, None] + np.arange(values.shape[2])
-                np.add.at(total, places, values)
-            return
-    del logits
-    for cut in Budget(engine, None).pieces(batch, max(1, batch.n_examples // int(pieces))):
-        _add(engine, batch.take(cut), counted[cut], likelihood, total)
+def _add(block: Block, scale: Array, total: Array) -> None:
+    """Add Σ over the block's examples of their squared gradients, each multiplied by its ``scale``."""
+    values = block.values[:, 0].to("cpu", torch.float64).numpy()
+    values = np.where((scale > 0)[:, None, None], values, 0.0) * scale[:, None, None]  # 0 · ∞ of certain examples
+    if isinstance(block.starts, int):
+        total[block.starts : block.starts + values.shape[2]] += values[:, 0].sum(0)
+        return
+    places = block.starts.cpu().numpy()[:, :, None] + np.arange(values.shape[2])
+    np.add.at(total, places, values)

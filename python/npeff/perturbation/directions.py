@@ -1,34 +1,51 @@
-"""Directions in parameter space: of components and groups of them, without the others', and at random."""
+"""Directions in parameter space: of components and groups of components, with the others rejected, and random ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from npeff.components.components import Components
+from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.fishers.scaling import column_factors
+from npeff.perturbation.options import Combine, Reject
 
 Array = npt.NDArray[Any]
-Reject = Literal["span", "sequential"]
 
 CHUNK = 1 << 16
 """Columns worked on at a time: a chunk of 512 components is 256 MB in float64."""
 DEFAULT_MAX_SIM = {"span": 1.0, "sequential": 0.1}
 
 
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A component, or a group of components, to perturb.
+
+    Attributes:
+        members: The components.
+        coefficient: ``(n,)`` float64 coefficient of every example: a component's own, a strategy's sum.
+        shares: Share of the group's coefficients that each member holds; they sum to 1.
+    """
+
+    members: tuple[int, ...]
+    coefficient: Array
+    shares: Array
+
+
 @dataclass(frozen=True)
 class Rejection:
-    """What was taken out of a direction.
+    """What was removed from a direction.
 
     Attributes:
         mode: ``"span"`` or ``"sequential"``.
-        components: The components whose directions were taken out.
-        kept: Norm of what is left of the unit vector: 1 when nothing was lost.
+        components: The components whose directions were removed.
+        kept: Norm of the rest of the unit vector: 1 when nothing was lost.
     """
 
     mode: Reject
@@ -36,80 +53,139 @@ class Rejection:
     kept: float
 
 
-@dataclass(eq=False)
-class Directions:
-    """Unit directions of low-rank components, in the Fisher's own parameter space (block weights undone).
-
-    Everything is float64 on the columns that the components keep; only the result has all parameters.
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A unit direction along which the weights move.
 
     Attributes:
+        vector: ``(m,)`` float64 of unit norm.
+        component: The component of the direction; None for a combination.
+        share: Weight in the average over a strategy's directions; the weights sum to 1.
+        rejection: What was removed from the direction.
+        explained: Share of the group's weighted directions that a principal direction holds.
+        lam: λ of a diagonal component's interpolation.
+        scale: Norm of ρ ∘ sign(gradient): magnitude / scale is δ.
+    """
+
+    vector: Array
+    component: int | None
+    share: float = 1.0
+    rejection: Rejection | None = None
+    explained: float | None = None
+    lam: float | None = None
+    scale: float | None = None
+
+
+def target_of(components: Components, j: Any) -> Target:
+    """The component or strategy that ``j`` names.
+
+    Raises:
+        ArgumentError: ``j`` is neither a component nor a strategy of these components.
+    """
+    r = components.n_components
+    if isinstance(j, Strategy) or (hasattr(j, "components") and hasattr(j, "coefficient")):
+        members = tuple(int(k) for k in j.components)
+        if not members or max(members) >= r or len(j.coefficient) != len(components.coefficients):
+            raise ArgumentError(
+                f"j: the strategy is not one of these {r} components of {len(components.coefficients)} examples; "
+                "take it from components.strategies()"
+            )
+    elif isinstance(j, int | np.integer) and not isinstance(j, bool) and -r <= j < r:
+        members = (int(j) % r,)
+    else:
+        raise ArgumentError(f"j: expected a component from 0 to {r - 1}, or a strategy of components, got {j!r}")
+    W = components.coefficients[:, list(members)].astype(np.float64)
+    mass = W.sum(0)
+    shares = mass / mass.sum() if mass.sum() > 0 else np.full(len(members), 1 / len(members))
+    return Target(members, W.sum(1), shares)
+
+
+def needed_vectors(components: Components, targets: Sequence[Target], reject: Reject | None) -> list[int]:
+    """Components whose vectors the directions need: the targets' own, and all of them if the others are rejected."""
+    return list(range(components.n_components)) if reject else [j for target in targets for j in target.members]
+
+
+class ComponentDirections:
+    """Unit directions of low-rank components, in the Fisher's own parameter space (block weights undone).
+
+    Everything is float64 on the columns that the components keep; only :meth:`full` has all parameters.
+
+    Args:
         components: The decomposition.
     """
 
-    components: Components
-    _factor: Array = field(init=False)
-    _columns: Array | None = field(init=False)
-    _norms: dict[int, float] = field(init=False, default_factory=dict)
-    _known: dict[int, Array] = field(init=False, default_factory=dict)
+    def __init__(self, components: Components) -> None:
+        self.components = components
+        self._columns = components.columns
+        self._norms: dict[int, float] = {}
+        self._recovered: dict[int, Array] = {}
+        self._stored = components.compression not in ("sketch", "gram")
+        if not self._stored:  # of sketches and inner products, the vectors recovered in parameter space are used
+            self._columns = None
+        self._factor = np.ones(components.n_parameters if self._columns is None else len(self._columns))
+        if self._stored and components.block_weights is not None:
+            factors = column_factors(components.parameters, components.block_weights, components.kind).astype(
+                np.float64
+            )
+            full = np.divide(1.0, factors, out=np.zeros(len(factors)), where=factors > 0)
+            self._factor = full if self._columns is None else full[self._columns]
 
-    def __post_init__(self) -> None:
-        c = self.components
-        self._columns = c.columns
-        kept = c.n_parameters if c.columns is None else len(c.columns)
-        self._stored = c.compression not in ("sketch", "gram")
-        if not self._stored:  # sketches or inner products: what was recovered in parameter space counts
-            kept, self._columns = c.n_parameters, None
-        self._factor = np.ones(kept)
-        if self._stored and c.block_weights is not None:
-            full = column_factors(c.parameters, c.block_weights, c.kind).astype(np.float64)
-            full = np.divide(1.0, full, out=np.zeros_like(full), where=full > 0)
-            self._factor = full if c.columns is None else full[c.columns]
+    def of_target(
+        self, target: Target, combine: Combine, reject: Reject | None, max_sim: float | None
+    ) -> list[Direction]:
+        """Unit directions along which a target moves.
 
-    def _rows(self, which: Sequence[int], columns: slice) -> Array:
-        if self._stored:
-            return self.components.vectors[list(which)][:, columns].astype(np.float64) * self._factor[columns]
-        for k in which:
-            if k not in self._known:
-                self._known[k] = self.components.vector(k)
-        rows = [self._known[k][columns].astype(np.float64) for k in which]
-        return np.stack(rows) if rows else np.zeros((0, len(self._factor[columns])))
+        Args:
+            target: The component or group.
+            combine: For a group: ``"each"`` direction by itself, the ``"principal"`` direction, or weights.
+            reject: Remove the directions of the other components.
+            max_sim: See :meth:`reject`.
 
-    def _chunks(self) -> list[slice]:
-        return [slice(start, start + CHUNK) for start in range(0, len(self._factor), CHUNK)]
+        Returns:
+            One direction; for a group with ``"each"``, one per member that is not zero.
 
-    def norms(self, which: Sequence[int]) -> Array:
-        """``(k,)`` float64 norms of some vectors, their block weights undone."""
-        if new := [k for k in which if k not in self._norms]:
-            squares = sum((np.square(self._rows(new, c)).sum(1) for c in self._chunks()), np.zeros(len(new)))
-            self._norms.update(zip(new, np.sqrt(squares).tolist(), strict=True))
-        return np.array([self._norms[k] for k in which], np.float64)
+        Raises:
+            ArgumentError: A direction is zero, or nothing is left of it; weights do not fit the group.
+        """
+        members = target.members
+        found: list[tuple[Array, int | None, float, float | None]]
+        if len(members) == 1:
+            found = [(self.combination(members, [1.0]), members[0], 1.0, None)]
+        elif not isinstance(combine, str):
+            weights = np.asarray(combine, np.float64)
+            if weights.shape != (len(members),) or not np.isfinite(weights).all():
+                raise ArgumentError(
+                    f"combine: expected a weight for each of the {len(members)} components, got {combine!r}"
+                )
+            found = [(self.combination(members, weights), None, 1.0, None)]
+        elif combine == "principal":
+            vector, explained = self.principal(members, target.shares)
+            found = [(vector, None, 1.0, explained)]
+        else:
+            alive = [
+                (k, share)
+                for k, share, norm in zip(members, target.shares, self.norms(members), strict=True)
+                if norm > 0 and share > 0
+            ]
+            if not alive:
+                raise ArgumentError(f"j: the components {list(members)} are all zero, so there is no direction")
+            total = sum(share for _, share in alive)
+            found = [(self.combination([k], [1.0]), k, float(share / total), None) for k, share in alive]
+        directions = []
+        for vector, component, share, held in found:
+            rejection = None
+            if reject is not None:
+                vector, rejection = self.reject(vector, members, reject, max_sim)
+            directions.append(Direction(self.full(vector), component, share, rejection, held))
+        return directions
 
-    def gram(self, which: Sequence[int]) -> Array:
-        """``(k, k)`` float64 cosines between some directions; 0 beside a zero direction."""
-        products = sum((rows @ rows.T for rows in (self._rows(which, c) for c in self._chunks())), np.zeros(()))
-        norms = self.norms(which)
-        scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-        return np.asarray(products * scale[:, None] * scale)
-
-    def _combined(self, which: Sequence[int], weights: Array) -> Array:
-        """``Σ_k weights_k ĝ_k`` on the kept columns."""
-        norms = self.norms(which)
-        scaled = np.divide(weights, norms, out=np.zeros(len(norms)), where=norms > 0)
-        return np.concatenate([scaled @ self._rows(which, c) for c in self._chunks()] or [np.zeros(0)])
-
-    def _against(self, which: Sequence[int], vector: Array) -> Array:
-        """``ĝ_k · vector`` for each k."""
-        norms = self.norms(which)
-        products = sum((self._rows(which, c) @ vector[c] for c in self._chunks()), np.zeros(len(norms)))
-        return np.divide(products, norms, out=np.zeros(len(norms)), where=norms > 0)
-
-    def combination(self, which: Sequence[int], weights: Sequence[float]) -> Array:
+    def combination(self, which: Sequence[int], weights: Sequence[float] | Array) -> Array:
         """The unit vector along ``Σ_k weights_k ĝ_k``, ``(n_kept,)`` float64.
 
         Raises:
-            ArgumentError: It is zero.
+            ArgumentError: The sum is zero.
         """
-        vector = self._combined(which, np.asarray(weights, np.float64))
+        vector = self._sum(which, np.asarray(weights, np.float64))
         norm = float(np.linalg.norm(vector))
         if norm == 0:
             what = f"component {which[0]} is zero" if len(which) == 1 else f"the components {list(which)} cancel"
@@ -117,9 +193,10 @@ class Directions:
         return vector / norm
 
     def principal(self, which: Sequence[int], weights: Array) -> tuple[Array, float]:
-        """The top eigenvector of ``Σ_k weights_k ĝ_k ĝ_kᵀ``, and the share of the trace that it holds.
+        """The top eigenvector of ``Σ_k weights_k ĝ_k ĝ_kᵀ``, and its share of the trace.
 
-        It does not depend on the arbitrary signs of the directions. Its own sign is that of the heaviest direction.
+        The eigenvector does not depend on the arbitrary signs of the directions. Its own sign is the sign of the
+        direction with the largest weight.
         """
         root = np.sqrt(np.asarray(weights, np.float64))
         cosines = self.gram(which)
@@ -132,30 +209,31 @@ class Directions:
     def reject(
         self, vector: Array, members: Sequence[int], mode: Reject, max_sim: float | None
     ) -> tuple[Array, Rejection]:
-        """Take the other components' directions out of a unit vector.
+        """Remove the other components' directions from a unit vector.
 
         ``"span"``: ``v ← v − P v``, P the orthogonal projection onto the span of the others, so that v ends
         orthogonal to each of them. ``"sequential"``, as published: ``v ← v − (v·ĝ_k) ĝ_k`` for one k after the
-        other, in their order; where the ĝ_k are not orthogonal to each other, v does not end orthogonal to all.
+        other, in their order; if the ĝ_k are not orthogonal to each other, v does not end orthogonal to all.
 
         Args:
             vector: ``(n_kept,)`` unit.
-            members: Components that ``vector`` stands for: not rejected.
+            members: Components of which ``vector`` is made: not rejected.
             mode: Which form.
             max_sim: Only components with ``|cos(ĝ_k, vector)|`` up to this are rejected; by default 1 (all)
                 for the span, 0.1 for the sequential form.
 
         Returns:
-            What is left, scaled to unit norm, and what was done.
+            The rest, scaled to unit norm, and what was removed.
 
         Raises:
             ArgumentError: Nothing is left.
         """
         limit = DEFAULT_MAX_SIM[mode] if max_sim is None else max_sim
         others = [k for k in range(self.components.n_components) if k not in set(members)]
-        similar = np.abs(self._against(others, vector)) if others else np.zeros(0)
-        alive = (similar <= limit + 1e-12) & (self.norms(others) > 0)
-        chosen = [k for k, kept in zip(others, alive, strict=True) if kept]
+        chosen = []
+        if others:
+            alive = (np.abs(self._products(others, vector)) <= limit + 1e-12) & (self.norms(others) > 0)
+            chosen = [k for k, kept in zip(others, alive, strict=True) if kept]
         left = self._beside_span(vector, chosen) if mode == "span" else self._one_by_one(vector, chosen)
         kept = float(np.linalg.norm(left))
         if kept < 1e-5:
@@ -168,16 +246,14 @@ class Directions:
     def _beside_span(self, vector: Array, chosen: Sequence[int]) -> Array:
         if not chosen:
             return vector
-        values, vectors = np.linalg.eigh(self.gram(chosen))
-        kept = values > 1e-9 * values[-1]
-        inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
+        inverse = np.linalg.pinv(self.gram(chosen), rcond=1e-9, hermitian=True)
         for _ in range(3):  # each round shrinks what rounding left of the projection
-            vector = vector - self._combined(chosen, inverse @ self._against(chosen, vector))
+            vector = vector - self._sum(chosen, inverse @ self._products(chosen, vector))
         return vector
 
     def _one_by_one(self, vector: Array, chosen: Sequence[int]) -> Array:
         for k in chosen:
-            vector = vector - self._combined([k], self._against([k], vector))
+            vector = vector - self._sum([k], self._products([k], vector))
         return vector
 
     def full(self, vector: Array) -> Array:
@@ -188,9 +264,80 @@ class Directions:
         full[self._columns] = vector
         return full
 
+    def norms(self, which: Sequence[int]) -> Array:
+        """``(k,)`` float64 norms of some vectors, their block weights undone."""
+        if new := [k for k in which if k not in self._norms]:
+            squares = sum((np.square(self._rows(new, c)).sum(1) for c in self._chunks()), np.zeros(len(new)))
+            self._norms.update(zip(new, np.sqrt(squares).tolist(), strict=True))
+        return np.array([self._norms[k] for k in which], np.float64)
+
+    def gram(self, which: Sequence[int]) -> Array:
+        """``(k, k)`` float64 cosines between some directions; 0 beside a zero direction."""
+        products = sum((rows @ rows.T for rows in (self._rows(which, c) for c in self._chunks())), np.zeros(()))
+        scale = self._inverse_norms(which)
+        return np.asarray(products * scale[:, None] * scale)
+
+    def _inverse_norms(self, which: Sequence[int]) -> Array:
+        norms = self.norms(which)
+        return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+
+    def _sum(self, which: Sequence[int], weights: Array) -> Array:
+        """``Σ_k weights_k ĝ_k`` on the kept columns."""
+        scaled = weights * self._inverse_norms(which)
+        return np.concatenate([scaled @ self._rows(which, c) for c in self._chunks()] or [np.zeros(0)])
+
+    def _products(self, which: Sequence[int], vector: Array) -> Array:
+        """``ĝ_k · vector`` for each k."""
+        products = sum((self._rows(which, c) @ vector[c] for c in self._chunks()), np.zeros(len(which)))
+        return np.asarray(products * self._inverse_norms(which))
+
+    def _rows(self, which: Sequence[int], columns: slice) -> Array:
+        if self._stored:
+            return self.components.vectors[list(which)][:, columns].astype(np.float64) * self._factor[columns]
+        for k in which:
+            if k not in self._recovered:
+                self._recovered[k] = self.components.vector(k)
+        return np.stack([self._recovered[k][columns].astype(np.float64) for k in which])
+
+    def _chunks(self) -> list[slice]:
+        return [slice(start, start + CHUNK) for start in range(0, len(self._factor), CHUNK)]
+
 
 def random_direction(n_parameters: int, seed: int, number: int) -> Array:
-    """An isotropic unit vector ``(m,)`` float64; the seed and the number decide it."""
+    """An isotropic unit vector ``(m,)`` float64 that the seed and the number determine."""
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 1, number]))
     vector = generator.standard_normal(n_parameters)
     return np.asarray(vector / np.linalg.norm(vector))
+
+
+def direction(
+    components: Components,
+    j: Any,
+    *,
+    combine: Combine = "principal",
+    reject: Reject | None = None,
+    max_sim: float | None = None,
+) -> dict[str, torch.Tensor]:
+    """The unit direction of a low-rank component or strategy, for :func:`npeff.applied` and similar functions.
+
+    Args:
+        components: Low-rank components.
+        j: A component, or a strategy of components.
+        combine: A strategy's ``"principal"`` direction (the top eigenvector of ``Σ_k w_k g_k g_kᵀ``, w_k the
+            member's share of the strategy's coefficients), or a weight per member for ``Σ_k a_k g_k``.
+        reject: Remove the directions of the other components, as for :func:`npeff.perturb`.
+        max_sim: As for :func:`npeff.perturb`.
+
+    Returns:
+        Parameter-shaped float32 tensors by name, of unit norm together.
+
+    Raises:
+        ArgumentError: The components are not low-rank, or there is no such direction.
+    """
+    if components.kind != "low_rank":
+        raise ArgumentError("components: expected low-rank ones; a diagonal component's direction depends on the data")
+    if isinstance(combine, str) and combine != "principal":
+        raise ArgumentError(f"combine: expected 'principal' or weights, got {combine!r}: one direction is asked for")
+    (found,) = ComponentDirections(components).of_target(target_of(components, j), combine, reject, max_sim)
+    flat = components.parameters.unflatten(found.vector.astype(np.float32))
+    return {name: torch.from_numpy(part.copy()) for name, part in flat.items()}

@@ -1,4 +1,4 @@
-"""Some examples of a data set, by their positions: held in memory when they fit, read again when not."""
+"""Selected examples of a data set, as batches for the model: held in memory if they fit, else read again each time."""
 
 from __future__ import annotations
 
@@ -18,47 +18,54 @@ from npeff.gradients.independence import differ
 Array = npt.NDArray[Any]
 
 HELD_BYTES = 1 << 30
-"""Examples up to this size are held; beyond it, the data is iterated anew for every measurement."""
+"""Examples up to this size stay in memory; if they are larger, every measurement iterates the data again."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some wanted examples, in a batch that the model can be called with.
+class BatchSlice:
+    """Selected examples in one batch, with which the model can be called.
 
     Attributes:
         batch: The batch, on the model's device.
-        rows: ``(k,)`` int64 which of the batch's examples are wanted.
-        places: ``(k,)`` int64 their places among the wanted examples.
+        rows: ``(k,)`` int64 rows of the selected examples in the batch.
+        indices: ``(k,)`` int64 indices of these examples among all selected examples.
     """
 
     batch: Batch
     rows: Tensor
-    places: Array
+    indices: Array
 
-    @property
-    def n_bytes(self) -> int:
-        """Size of the batch's tensors."""
-        return self.batch.n_bytes
+    def restricted(self, chosen: Array) -> BatchSlice:
+        """The same batch with only the examples that a mask ``(n,)`` over all selected examples chooses."""
+        keep = np.flatnonzero(chosen[self.indices])
+        return BatchSlice(self.batch, self.rows[torch.from_numpy(keep).to(self.rows.device)], self.indices[keep])
 
-    def at(self, chosen: Array) -> Piece:
-        """The part of it whose places ``chosen`` (a mask over places) are."""
-        keep = np.flatnonzero(chosen[self.places])
-        return Piece(self.batch, self.rows[torch.from_numpy(keep).to(self.rows.device)], self.places[keep])
+    def cut(self) -> BatchSlice:
+        """A batch with the selected examples alone."""
+        k = len(self.indices)
+        if k == self.batch.n_examples:
+            return self
+        return BatchSlice(self.batch.take(self.rows), torch.arange(k, device=self.rows.device), self.indices)
+
+    def joins(self, other: BatchSlice) -> bool:
+        """Whether the examples of both can form one batch."""
+        whole = all(len(s.indices) == s.batch.n_examples and _of_tensors(s.batch.content) for s in (self, other))
+        return whole and self.batch.joins(other.batch)
 
 
-class Examples:
+class SelectedExamples:
     """The examples at given positions of the data, as batches for the model.
 
-    Batches are cut down to the wanted examples, and small ones joined, where their tensors allow it and the model
-    says the same of an example with and without its neighbours. Otherwise whole batches are kept.
+    Batches are cut to the selected examples, and small batches are joined, if their tensors allow this and the model
+    gives an example the same outputs with and without its neighbours. Otherwise whole batches are kept.
 
     Args:
         data: As for :func:`npeff.compute_fishers`.
-        ids: ``(n,)`` int64 ascending positions, each once.
-        device: Where the model is.
+        ids: ``(n,)`` int64 ascending positions in the data, each once.
+        device: The device of the model.
         call: Runs the model on a batch.
-        any_layout: The batch's structure is the user's business (``forward=`` is given).
-        held_bytes: What may be held in memory.
+        any_layout: Batches may have any structure, because ``forward=`` is given.
+        held_bytes: Bytes that may be held in memory.
 
     Raises:
         DataError: The data ends before the last position, or is too large to hold and cannot be iterated again.
@@ -76,65 +83,65 @@ class Examples:
         self.ids = np.asarray(ids, np.int64)
         self._data, self._device, self._call, self._any_layout = check_data(data), device, call, any_layout
         self._cut: bool | None = None
-        self._held: list[Piece] | None = []
+        self._held: list[BatchSlice] | None = []
         self._digests: list[str] = []
         self._held_bytes = held_bytes
         self._source_size = size = largest = 0
-        for piece in self._read():
+        for one in self._read():
             largest = max(largest, self._source_size)
             if self._held is None:
-                self._digests.append(batch_digest(piece.batch))
+                self._digests.append(batch_digest(one.batch))
                 continue
-            self._held.append(piece)
-            size += piece.n_bytes
+            self._held.append(one)
+            size += one.batch.n_bytes
             if size > held_bytes:
                 self._check_again()
                 self._digests = [batch_digest(held.batch) for held in self._held]
                 self._held = None
-        if self._held is not None:
-            self._held = list(_joined(self._held, largest)) if self._cut else self._held
+        if self._held is not None and self._cut:
+            self._held = _joined(self._held, largest)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __iter__(self) -> Iterator[Piece]:
-        """The pieces, in an order that stays the same; their places cover 0 … n − 1.
+    def __iter__(self) -> Iterator[BatchSlice]:
+        """Yield slices in a fixed order; together their indices are 0 … n − 1.
 
         Raises:
-            DataError: The data yields other batches than before.
+            DataError: The data yields other batches than the first time.
         """
         if self._held is not None:
             yield from self._held
             return
         number = -1
-        for number, piece in enumerate(self._read()):
-            if number >= len(self._digests) or batch_digest(piece.batch) != self._digests[number]:
+        for number, one in enumerate(self._read()):
+            if number >= len(self._digests) or batch_digest(one.batch) != self._digests[number]:
                 raise DataError(
                     "data: it yields other batches than the first time; examples are known by their position, so it "
                     "must keep one order: turn shuffling and random changes off"
                 )
-            yield piece
+            yield one
         if number + 1 < len(self._digests):
             raise DataError("data: it yields fewer batches than the first time; pass a DataLoader or a list")
 
-    def subset(self, places: Array) -> list[Piece]:
-        """Some of the wanted examples as pieces of their own, cut and joined; places stay those of the whole."""
+    def subset(self, indices: Array) -> list[BatchSlice]:
+        """Some of the examples as slices of their own, cut and joined; indices keep their meaning."""
         chosen = np.zeros(len(self), bool)
-        chosen[places] = True
-        pieces = [piece.at(chosen) for piece in self if chosen[piece.places].any()]
+        chosen[indices] = True
+        slices = [one.restricted(chosen) for one in self if chosen[one.indices].any()]
         if not self._cut:
-            return pieces
-        largest = max((piece.batch.n_examples for piece in pieces), default=1)
-        return list(_joined([_cut_down(piece) for piece in pieces], max(largest, 32)))
+            return slices
+        largest = max((one.batch.n_examples for one in slices), default=1)
+        return _joined([one.cut() for one in slices], max(largest, 32))
 
-    def _read(self) -> Iterator[Piece]:
+    def _read(self) -> Iterator[BatchSlice]:
         seen = done = 0
         for batch in read_batches(self._data, torch.device("cpu"), self._any_layout) if len(self.ids) else ():
             self._source_size = batch.n_examples
             stop = int(np.searchsorted(self.ids, seen + batch.n_examples))
             if stop > done:
                 rows = torch.from_numpy(self.ids[done:stop] - seen)
-                yield self._piece(batch, rows, np.arange(done, stop))
+                yield self._slice(batch, rows, np.arange(done, stop))
             seen, done = seen + batch.n_examples, stop
             if done == len(self.ids):
                 return
@@ -145,21 +152,21 @@ class Examples:
                 + ("" if seen else " (a generator may be used up: pass a DataLoader or a list)")
             )
 
-    def _piece(self, batch: Batch, rows: Tensor, places: Array) -> Piece:
+    def _slice(self, batch: Batch, rows: Tensor, indices: Array) -> BatchSlice:
         if self._cut is None and batch.n_examples > 1:
             self._cut = _cuttable(batch) and self._agrees(batch)
-        piece = Piece(batch, rows, places)
-        piece = _cut_down(piece) if self._cut else piece
-        return Piece(piece.batch.to(self._device), piece.rows.to(self._device), places)
+        found = BatchSlice(batch, rows, indices)
+        found = found.cut() if self._cut else found
+        return BatchSlice(found.batch.to(self._device), found.rows.to(self._device), indices)
 
     def _agrees(self, batch: Batch) -> bool:
-        """Whether half of a batch gets the outputs that it has in the whole."""
+        """Whether the model gives half of a batch the outputs that it gives these examples in the whole batch."""
         half = torch.arange(1, batch.n_examples, 2)
         expected = self._call(batch.to(self._device))[half.to(self._device)]
-        cut = _cut_down(Piece(batch, half, np.arange(len(half))))
+        cut = BatchSlice(batch, half, np.arange(len(half))).cut()
         try:
             return not differ(self._call(cut.batch.to(self._device)), expected, expected.dtype)
-        except NpeffError:  # its batches cannot be cut: they stay whole
+        except NpeffError:  # these batches cannot be cut: they stay whole
             return False
 
     def _check_again(self) -> None:
@@ -183,34 +190,19 @@ def _of_tensors(content: Any) -> bool:
     return content is None or isinstance(content, (Tensor, bool))
 
 
-def _cut_down(piece: Piece) -> Piece:
-    k = len(piece.places)
-    if k == piece.batch.n_examples:
-        return piece
-    return Piece(piece.batch.take(piece.rows), torch.arange(k, device=piece.rows.device), piece.places)
+def _joined(slices: list[BatchSlice], size: int) -> list[BatchSlice]:
+    """Join neighbours of the same structure into batches of up to ``size`` examples."""
+    groups: list[list[BatchSlice]] = []
+    for one in slices:
+        last = groups[-1] if groups else []
+        if last and sum(len(s.indices) for s in last) + len(one.indices) <= size and last[0].joins(one):
+            last.append(one)
+        else:
+            groups.append([one])
+    return [_join(group) if len(group) > 1 else group[0] for group in groups]
 
 
-def _joined(pieces: list[Piece], size: int) -> Iterator[Piece]:
-    """Join neighbours of one form into batches of up to ``size`` examples."""
-    group: list[Piece] = []
-    for piece in pieces:
-        total = sum(len(p.places) for p in group) + len(piece.places)
-        if group and (total > size or not _alike(group[0], piece)):
-            yield _join(group)
-            group = []
-        group.append(piece)
-    if group:
-        yield _join(group)
-
-
-def _alike(one: Piece, other: Piece) -> bool:
-    whole = all(len(p.places) == p.batch.n_examples and _of_tensors(p.batch.content) for p in (one, other))
-    return whole and one.batch.joins(other.batch)
-
-
-def _join(group: list[Piece]) -> Piece:
-    if len(group) == 1:
-        return group[0]
-    batch = group[0].batch.joined([piece.batch for piece in group[1:]])
-    places = np.concatenate([piece.places for piece in group])
-    return Piece(batch, torch.arange(batch.n_examples, device=group[0].rows.device), places)
+def _join(group: list[BatchSlice]) -> BatchSlice:
+    batch = group[0].batch.joined([one.batch for one in group[1:]])
+    indices = np.concatenate([one.indices for one in group])
+    return BatchSlice(batch, torch.arange(batch.n_examples, device=group[0].rows.device), indices)

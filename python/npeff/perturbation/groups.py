@@ -1,4 +1,4 @@
-"""Groups of parameters that a trace takes one at a time: layers, tensors, heads, blocks of units."""
+"""Groups of parameters for a trace: layers, tensors, heads, blocks of units."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Part:
     Attributes:
         pattern: Shell pattern of parameter names.
         dim: Dimension that is divided.
-        number: Which part.
-        of: How many there are.
-        packed: How many matrices lie behind each other along ``dim`` (3 for query, key and value in one tensor);
+        number: Number of the part, from 0.
+        of: Number of parts.
+        packed: Number of matrices that lie behind each other along ``dim`` (3 for query, key and value in one tensor);
             the part is taken of each.
     """
 
@@ -44,10 +44,10 @@ class Part:
     __repr__ = short_repr
 
     def index(self, parameter: Parameter) -> tuple[Any, ...]:
-        """Its elements in a tensor.
+        """The index of the part in a tensor.
 
         Raises:
-            ArgumentError: The tensor cannot be divided so.
+            ArgumentError: The tensor cannot be divided in this way.
         """
         dims = len(parameter.shape)
         if not -dims <= self.dim < dims:
@@ -71,14 +71,14 @@ Division = str | Sequence[str] | Mapping[str, int | tuple[int, int]]
 
 
 def heads(parameters: Division, n_heads: int, dim: int = 0, *, label: str = "") -> dict[str, list[Part]]:
-    """A group per attention head, for :func:`npeff.trace`.
+    """Make a group per attention head, for :func:`npeff.trace`.
 
     Args:
         parameters: Patterns of the tensors that the heads divide. A mapping gives each its dimension: rows (0) of
             query, key and value, columns (1) of the output projection; ``(dimension, 3)`` where query, key and
             value lie behind each other in one tensor. For ``torch.nn.MultiheadAttention``:
             ``{"attn.in_proj_*": (0, 3), "attn.out_proj.weight": 1}``.
-        n_heads: How many heads there are.
+        n_heads: Number of heads.
         dim: Dimension for patterns given without one.
         label: Put before each name: ``"layer 3"``. Groups whose names have a label are drawn as a heat map.
 
@@ -92,12 +92,12 @@ def heads(parameters: Division, n_heads: int, dim: int = 0, *, label: str = "") 
 
 
 def units(parameters: Division, n_blocks: int, dim: int = 0, *, label: str = "") -> dict[str, list[Part]]:
-    """A group per block of hidden units, for :func:`npeff.trace`.
+    """Make a group per block of hidden units, for :func:`npeff.trace`.
 
     Args:
         parameters: As for :func:`heads`: a hidden unit owns a row of the layer before it, an element of its bias,
             and a column of the layer after it: ``{"fc1.*": 0, "fc2.weight": 1}``.
-        n_blocks: How many blocks of equal size the units are cut into; as many as units for single ones.
+        n_blocks: Number of blocks of equal size that the units are cut into; the number of units for single units.
         dim: Dimension for patterns given without one.
         label: Put before each name.
 
@@ -118,15 +118,15 @@ def _divided(parameters: Division, n: int, dim: int, label: str, what: str) -> d
     prefix = f"{label} · " if label else ""
     return {
         f"{prefix}{what} {i}": [
-            Part(pattern, *((place, i, int(n)) if isinstance(place, int) else (place[0], i, int(n), place[1])))
-            for pattern, place in given.items()
+            Part(pattern, *((at, i, int(n)) if isinstance(at, int) else (at[0], i, int(n), at[1])))
+            for pattern, at in given.items()
         ]
         for i in range(n)
     }
 
 
 def resolve(groups: Groups | None, parameters: Parameters) -> Resolved:
-    """The elements of every group.
+    """Find the elements of every group.
 
     Args:
         groups: ``"layer"`` (the default), ``"parameter"``, or a mapping from names to patterns: one or several of

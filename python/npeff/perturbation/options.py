@@ -1,27 +1,37 @@
-"""What can be asked of a perturbation, and what cannot."""
+"""The options of a perturbation, their checks, and the examples that they choose."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from npeff.components.components import Components
 from npeff.errors import ArgumentError
-from npeff.perturbation.directions import Reject
-from npeff.perturbation.merging import MIXES
+from npeff.fishers.options import Likelihood
 
 Array = npt.NDArray[Any]
 Combine = Literal["each", "principal"] | Sequence[float]
+Forward = Callable[[Any, Any], Any]
+Reject = Literal["span", "sequential"]
 Signs = Literal["both", 1, -1]
+
+LAMBDAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""λ of a diagonal interpolation that are tried when none is given."""
+FLOOR = 1e-6
+"""Least value of the data's Fisher at unit norm: defines the interpolation where neither Fisher sees a parameter."""
+TOLERANCE = 0.02
+"""Relative distance from a wanted KL at which it counts as reached."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of :func:`npeff.perturb`, where each is explained."""
+class PerturbOptions:
+    """The keyword arguments of :func:`npeff.perturb`, which documents them; :func:`npeff.trace` has some of them."""
 
     magnitude: float | None = None
     target_kl: float | tuple[float, float] = 0.1
@@ -31,26 +41,63 @@ class Options:
     max_sim: float | None = None
     top: int | Sequence[int] | Array = 32
     baseline: int | Literal["all"] | Sequence[int] | Array = 4096
-    mix: float | Sequence[float] | None = None
-    fisher: Any = None
-    floor: float = 1e-6
+    lam: float | Sequence[float] | None = None
+    fisher: Mapping[str, torch.Tensor] | Array | None = None
+    floor: float = FLOOR
     n_random: int = 8
     curve: int = 8
     confidence: float = 0.95
     n_resamples: int = 999
+    forward: Forward | None = None
+    likelihood: Likelihood | None = None
+    device: torch.device | str | None = None
     seed: int = 0
+    progress: bool = True
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The options among the arguments of a function."""
+        return {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
+
+    @classmethod
+    def checked(cls, components: Components, given: Mapping[str, Any]) -> PerturbOptions:
+        """Options from keyword arguments.
+
+        Raises:
+            ArgumentError: An option is unknown, or its value is wrong for these components.
+        """
+        if not isinstance(components, Components):
+            raise ArgumentError(
+                f"components: expected Components, got {type(components).__name__}; see npeff.decompose"
+            )
+        known = [field.name for field in fields(cls)]
+        if unknown := given.keys() - set(known):
+            raise ArgumentError(f"{min(unknown)}: there is no such option; there are {', '.join(known)}")
+        options = cls(**given)
+        options._check(components.kind)
+        return options
 
     @property
     def signs(self) -> tuple[int, ...]:
         """The signs to try."""
         return (1, -1) if self.sign == "both" else (int(self.sign),)
 
-    def check(self, kind: str) -> None:
-        """Refuse what means nothing.
+    @property
+    def target_range(self) -> tuple[float, float]:
+        """The range for the mean KL on the top examples: as given, or the number ± 2 %."""
+        if isinstance(self.target_kl, (tuple, list)):
+            low, high = self.target_kl
+            return low, high
+        return self.target_kl * (1 - TOLERANCE), self.target_kl * (1 + TOLERANCE)
 
-        Raises:
-            ArgumentError: Naming the option.
-        """
+    @property
+    def lambdas(self) -> tuple[float, ...]:
+        """λ to try for a diagonal component."""
+        if self.lam is None:
+            return LAMBDAS
+        return tuple(np.ravel(np.asarray(self.lam, object)).tolist())
+
+    def _check(self, kind: str) -> None:
         if self.magnitude is not None:
             _number("magnitude", self.magnitude, 0, math.inf)
         self._check_target()
@@ -66,26 +113,20 @@ class Options:
             raise ArgumentError(f"combine: expected 'each', 'principal' or weights, got {self.combine!r}")
         if kind == "diagonal" and self.reject is not None:
             raise ArgumentError("reject: it belongs to low-rank components; diagonal ones have no direction to reject")
-        if kind == "low_rank" and (self.mix is not None or self.fisher is not None):
-            raise ArgumentError("mix, fisher: they belong to diagonal components; leave them out for low-rank ones")
-        for value in [] if self.mix is None else self.mixes:
-            _number("mix", value, 0, 1, open_ends=True)
+        if kind == "low_rank" and (self.lam is not None or self.fisher is not None):
+            raise ArgumentError("lam, fisher: they belong to diagonal components; leave them out for low-rank ones")
+        for value in self.lambdas:
+            _number("lam", value, 0, 1, open_ends=True)
         _number("floor", self.floor, 0, 1)
-        for name, least in (("n_random", 0), ("curve", 0), ("n_resamples", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ArgumentError(f"{name}: expected an integer ≥ {least}, got {value!r}")
+        for name in ("n_random", "curve", "n_resamples", "seed"):
+            _whole(name, getattr(self, name), 0, "an integer ≥ 0")
         _number("confidence", self.confidence, 0, 1, open_ends=True)
-        if (
-            self.top is None
-            or (isinstance(self.top, int | np.integer) and self.top < 1)
-            or isinstance(self.top, bool | str)
-        ):
-            raise ArgumentError(f"top: expected a number of examples ≥ 1, or their indices, got {self.top!r}")
+        if np.ndim(self.top) == 0:
+            _whole("top", self.top, 1, "a number of examples ≥ 1, or their indices")
         if isinstance(self.baseline, str) and self.baseline != "all":
             raise ArgumentError(f"baseline: expected a number of examples, 'all' or indices, got {self.baseline!r}")
-        if isinstance(self.baseline, bool) or (isinstance(self.baseline, int | np.integer) and self.baseline < 1):
-            raise ArgumentError(f"baseline: expected a number of examples ≥ 1, got {self.baseline!r}")
+        if self.baseline is not None and not isinstance(self.baseline, str) and np.ndim(self.baseline) == 0:
+            _whole("baseline", self.baseline, 1, "a number of examples ≥ 1")
 
     def _check_target(self) -> None:
         target = self.target_kl
@@ -95,13 +136,48 @@ class Options:
         if not 0 < float(ends[0]) <= float(ends[1]) < math.inf:
             raise ArgumentError(f"target_kl: expected 0 < low ≤ high, finite, got {target!r}")
 
-    @property
-    def mixes(self) -> tuple[float, ...]:
-        """λ to try for a diagonal component."""
-        if self.mix is None:
-            return MIXES
-        given = [self.mix] if np.ndim(self.mix) == 0 else self.mix
-        return tuple(given)  # type: ignore[arg-type]
+    # ---- examples --------------------------------------------------------------------------------------------
+
+    def top_rows(self, coefficient: Array) -> Array:
+        """Rows of the examples with the largest coefficients, those without any left out; or the given rows.
+
+        Raises:
+            ArgumentError: Given rows do not exist, or no example has a coefficient.
+        """
+        if not isinstance(self.top, int | np.integer):
+            return _given_rows("top", self.top, len(coefficient))
+        order = np.argsort(-coefficient, kind="stable")[: int(self.top)]
+        order = order[coefficient[order] > 0]
+        if not len(order):
+            raise ArgumentError(
+                "j: no example has a coefficient on it; choose another component, or give examples: top="
+            )
+        return order.astype(np.int64)
+
+    def baseline_rows(self, n: int) -> Array:
+        """Rows of a random sample of the n examples, of all of them, or the given rows.
+
+        Raises:
+            ArgumentError: Given rows do not exist.
+        """
+        wanted = self.baseline
+        if isinstance(wanted, str) or (isinstance(wanted, int | np.integer) and wanted >= n):
+            return np.arange(n, dtype=np.int64)
+        if isinstance(wanted, int | np.integer):
+            generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 2, 0]))
+            return np.sort(generator.choice(n, int(wanted), replace=False)).astype(np.int64)
+        return _given_rows("baseline", wanted, n)
+
+
+def _given_rows(name: str, rows: Any, n: int) -> Array:
+    found = np.asarray(rows)
+    if found.dtype == bool and found.shape == (n,):
+        found = np.flatnonzero(found)
+    if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu":
+        raise ArgumentError(f"{name}: expected indices of examples (rows of components.coefficients), got {rows!r}")
+    if found.min() < 0 or found.max() >= n:
+        raise ArgumentError(f"{name}: expected indices below {n}, got {int(found.min())} to {int(found.max())}")
+    return np.asarray(list(dict.fromkeys(found.tolist())), np.int64)
 
 
 def _number(name: str, value: Any, low: float, high: float, open_ends: bool = False) -> None:
@@ -114,46 +190,6 @@ def _number(name: str, value: Any, low: float, high: float, open_ends: bool = Fa
         raise ArgumentError(f"{name}: expected a number {ends}, got {value!r}")
 
 
-def top_rows(coefficient: Array, top: Any) -> Array:
-    """The examples with the largest coefficients, those without any left out; or the given ones.
-
-    Raises:
-        ArgumentError: Given ones are not there, or no example has a coefficient.
-    """
-    if not isinstance(top, int | np.integer):
-        return given_rows("top", top, len(coefficient))
-    order = np.argsort(-coefficient, kind="stable")[: int(top)]
-    order = order[coefficient[order] > 0]
-    if not len(order):
-        raise ArgumentError("j: no example has a coefficient on it; choose another component, or give examples: top=")
-    return order.astype(np.int64)
-
-
-def baseline_rows(n: int, baseline: Any, seed: int) -> Array:
-    """A random sample of the examples, all of them, or the given ones.
-
-    Raises:
-        ArgumentError: Given ones are not there.
-    """
-    if isinstance(baseline, str) or (isinstance(baseline, int | np.integer) and baseline >= n):
-        return np.arange(n, dtype=np.int64)
-    if isinstance(baseline, int | np.integer):
-        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 2, 0]))
-        return np.sort(generator.choice(n, int(baseline), replace=False)).astype(np.int64)
-    return given_rows("baseline", baseline, n)
-
-
-def given_rows(name: str, rows: Any, n: int) -> Array:
-    """Indices of examples that were given, each once.
-
-    Raises:
-        ArgumentError: They are none, or not below ``n``.
-    """
-    found = np.asarray(rows)
-    if found.dtype == bool and found.shape == (n,):
-        found = np.flatnonzero(found)
-    if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu":
-        raise ArgumentError(f"{name}: expected indices of examples (rows of components.coefficients), got {rows!r}")
-    if found.min() < 0 or found.max() >= n:
-        raise ArgumentError(f"{name}: expected indices below {n}, got {int(found.min())} to {int(found.max())}")
-    return np.asarray(list(dict.fromkeys(found.tolist())), np.int64)
+def _whole(name: str, value: Any, least: int, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ArgumentError(f"{name}: expected {expected}, got {value!r}")

@@ -1,15 +1,15 @@
-"""What the model says of an example, and how far two such statements are apart, for each likelihood."""
+"""Compare a model's outputs on an example, for each likelihood: KL, Fisher of the outputs, predictions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from npeff.gradients.factors import Likelihood
+from npeff.fishers.options import Likelihood
 
 
 def divergence(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
-    """``KL(new ‖ old)`` of every example's predictive distributions, in nats.
+    """Compute ``KL(new ‖ old)`` of every example's predictive distributions, in nats.
 
     ``Σ_y p′_y (log p′_y − log p_y)`` for categorical logits; the sum of that over independent yes/no questions
     for Bernoulli ones; ``½‖new − old‖²`` for Gaussian means of unit variance.
@@ -17,7 +17,7 @@ def divergence(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
     Args:
         new: ``(b, C)`` outputs of the changed model, any floating dtype.
         old: ``(b, C)`` outputs of the model itself.
-        likelihood: What the outputs mean.
+        likelihood: Likelihood of the outputs.
 
     Returns:
         ``(b,)`` float64 ≥ 0; not finite where ``new`` is not.
@@ -34,12 +34,12 @@ def divergence(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
 
 
 def curvature(logits: Tensor, change: Tensor, likelihood: Likelihood) -> Tensor:
-    """``uᵀ S u`` with S the Fisher of the outputs and u their change: twice the KL to second order.
+    """Compute ``uᵀ S u`` with S the Fisher of the outputs and u their change: twice the KL to second order.
 
     Args:
         logits: ``(b, C)`` outputs.
         change: ``(b, C)`` u, for example ``J_i v``.
-        likelihood: What the outputs mean; S is ``diag p − ppᵀ``, ``diag p(1−p)`` or the identity.
+        likelihood: Likelihood of the outputs; S is ``diag p − ppᵀ``, ``diag p(1−p)`` or the identity.
 
     Returns:
         ``(b,)`` float64 ≥ 0.
@@ -69,7 +69,7 @@ def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
     Args:
         logits: ``(b, C)`` outputs.
         labels: ``(b,)`` int64 classes, negative where unknown.
-        likelihood: What the outputs mean; Bernoulli outputs count when there is one per example.
+        likelihood: Likelihood of the outputs; Bernoulli outputs count when there is one per example.
     """
     if likelihood == "gaussian" or (likelihood == "bernoulli" and logits.shape[1] != 1):
         return torch.full((len(logits),), torch.nan, dtype=torch.float64, device=logits.device)
@@ -78,10 +78,10 @@ def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
 
 
 def surprise(logits: Tensor, likelihood: Likelihood) -> Tensor:
-    """``(b,)`` −log p(ŷ|x) of the prediction ŷ, its graph kept: what the diagonal perturbation moves against or along.
+    """``(b,)`` −log p(ŷ|x) of the prediction ŷ, with its graph: the diagonal perturbation follows its gradient.
 
-    For Gaussian outputs ŷ is the mean itself and the gradient would vanish, so ½‖outputs‖² stands in: the direction
-    in which the outputs grow.
+    For Gaussian outputs ŷ is the mean itself and the gradient would vanish; ½‖outputs‖² is used instead, whose
+    gradient is the direction in which the outputs grow.
     """
     if likelihood == "gaussian":
         return logits.square().sum(1) / 2

@@ -1,8 +1,9 @@
-"""Stage 4a of the pipeline: move the weights along a component, and measure what changes."""
+"""Stage 4a of the pipeline: move the weights along components, and measure what changes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,19 +13,25 @@ from torch import nn
 from tqdm import tqdm
 
 from npeff.components.components import Components
-from npeff.components.parameter_vectors import check_recovered
 from npeff.components.strategies import Strategy
-from npeff.gradients.factors import Likelihood
-from npeff.perturbation.directions import Reject
-from npeff.perturbation.effect import Effect
-from npeff.perturbation.experiment import experiment
-from npeff.perturbation.merging import FLOOR
-from npeff.perturbation.opening import checked_options, opened
-from npeff.perturbation.options import Combine, Options, Signs, baseline_rows, top_rows
-from npeff.perturbation.session import Forward
-from npeff.perturbation.subjects import needed_vectors, subject_of
+from npeff.errors import ArgumentError
+from npeff.fishers.options import Likelihood
+from npeff.perturbation.directions import (
+    ComponentDirections,
+    Target,
+    needed_vectors,
+    random_direction,
+    target_of,
+)
+from npeff.perturbation.effect import CONTROLS, Control, Curve, Effect, ExampleSets, SignResult, mean_figure
+from npeff.perturbation.evaluate import Evaluator, Measured, evaluator_for
+from npeff.perturbation.options import FLOOR, Combine, Forward, PerturbOptions, Reject, Signs
+from npeff.perturbation.steps import DirectionSteps, search_steps
 
 Array = npt.NDArray[Any]
+
+NEAR_ZERO = 0.01
+"""A coefficient up to this share of the top examples' mean counts as none."""
 
 
 def perturb(
@@ -41,7 +48,7 @@ def perturb(
     max_sim: float | None = None,
     top: int | Sequence[int] | Array = 32,
     baseline: int | Literal["all"] | Sequence[int] | Array = 4096,
-    mix: float | Sequence[float] | None = None,
+    lam: float | Sequence[float] | None = None,
     fisher: Mapping[str, torch.Tensor] | Array | None = None,
     floor: float = FLOOR,
     n_random: int = 8,
@@ -54,15 +61,15 @@ def perturb(
     seed: int = 0,
     progress: bool = True,
 ) -> Effect:
-    """Move the model's weights along a component, and measure what that does to its outputs.
+    """Move the model's weights along a component, and measure what this does to its outputs.
 
     Low-rank: ``θ ± δ g_j`` with g_j of unit norm, in the Fisher's own space. Diagonal: the Fisher-weighted
     interpolation between θ and ``θ ± δ·sign(∇)``, see :func:`npeff.perturbation.interpolation`. A component that
-    is about a behaviour of the model changes its outputs on its own top examples more than on others, and more
-    so than a random direction does (Matena & Raffel 2023, §4; docs/perturbation).
+    stands for a behaviour of the model changes the outputs on its own top examples more than on others, and more
+    than a random direction does (Matena & Raffel 2023, §4; docs/perturbation).
 
-    The model is used as it is, and left bit for bit as it was, whatever happens: weights, buffers, training
-    mode, gradients' flags.
+    The model is used in place and left bit for bit as it was, also after an exception: weights, buffers, training
+    mode, gradient flags.
 
     Args:
         model: The model that the components are of.
@@ -84,7 +91,7 @@ def perturb(
         top: The 32 examples with the largest coefficients, another number, or rows of ``components.coefficients``.
         baseline: What they are compared with: a random sample of 4096 examples (all, where there are fewer),
             another number, ``"all"``, or rows of ``components.coefficients``.
-        mix: λ of a diagonal interpolation, or several; by default 0.1, 0.3, 0.5, 0.7, 0.9. Of those that reach
+        lam: λ of a diagonal interpolation, or several; by default 0.1, 0.3, 0.5, 0.7, 0.9. Of those that reach
             the target the one that moves the weights least is kept.
         fisher: f̄ of a diagonal interpolation: parameter-shaped tensors from :func:`npeff.mean_fisher`, or
             ``(m,)``; by default the mean over the measured examples.
@@ -104,15 +111,20 @@ def perturb(
         ``vᵀF̄v`` (F̄ the mean Fisher of the baseline), curve, and KL of each example.
 
     Raises:
-        ArgumentError: An option has a wrong value, the model has not the components' parameters, or there is no
-            such component.
+        ArgumentError: An option has a wrong value, the model does not have the components' parameters, or there is
+            no such component.
         DataError: The data is not that of the Fishers, or too short, or the outputs are not finite.
-        ModelError: The model fails, or is in training mode with layers to which that matters.
+        ModelError: The model fails, or is in training mode with layers whose outputs depend on the mode.
     """
-    given = dict(locals())
-    options = {name: given[name] for name in Options.__dataclass_fields__}
-    where = {name: given[name] for name in ("forward", "likelihood", "device", "progress")}
-    return perturb_all(model, data, components, [j], **where, **options)[0]
+    options = PerturbOptions.checked(components, PerturbOptions.among(locals()))
+    (target,), rows = _targets(components, [j], options)
+    with (
+        evaluator_for(model, data, components, rows, options) as evaluator,
+        tqdm(total=1, desc="Perturb", disable=not progress) as bar,
+    ):
+        effect = measure_effect(evaluator, ComponentDirections(components), target, options)
+        bar.update()
+    return effect
 
 
 def perturb_all(
@@ -120,24 +132,15 @@ def perturb_all(
     data: Iterable[Any],
     components: Components,
     which: Iterable[int | Strategy] | None = None,
-    *,
-    forward: Forward | None = None,
-    likelihood: Likelihood | None = None,
-    device: torch.device | str | None = None,
-    progress: bool = True,
     **options: Any,
 ) -> list[Effect]:
-    """:func:`perturb` for many components, with one reading of the data and one baseline.
+    """Perturb many components as :func:`perturb` does, with one reading of the data and one baseline.
 
     Args:
         model: As for :func:`perturb`.
         data: As for :func:`perturb`.
         components: A decomposition.
-        which: Components or strategies; all components by default, those without coefficients left out.
-        forward: As for :func:`perturb`.
-        likelihood: As for :func:`perturb`.
-        device: As for :func:`perturb`.
-        progress: As for :func:`perturb`.
+        which: Components or strategies; by default all components that have coefficients.
         **options: As for :func:`perturb`.
 
     Returns:
@@ -148,21 +151,201 @@ def perturb_all(
         DataError: As for :func:`perturb`.
         ModelError: As for :func:`perturb`.
     """
-    asked = checked_options(components, options)
+    checked = PerturbOptions.checked(components, options)
     if which is None:
         which = [j for j in range(components.n_components) if (components.coefficients[:, j] > 0).any()]
-    subjects = [subject_of(components, j) for j in which]
-    check_recovered(components, needed_vectors(components, subjects, asked.reject))
-    tops = [top_rows(subject.coefficient, asked.top) for subject in subjects]
-    baseline = baseline_rows(len(components.coefficients), asked.baseline, asked.seed)
-    digest = components.digest
-    with opened(model, data, components, np.concatenate([baseline, *tops]), likelihood, forward, device) as (
-        session,
-        places,
-    ):
-        effects = []
-        for subject, top in zip(tqdm(subjects, desc="Perturb", disable=not progress), tops, strict=True):
-            effect = experiment(session, components, subject, asked, places, top, baseline)
-            effect.details["components_digest"] = digest
-            effects.append(effect)
-    return effects
+    targets, rows = _targets(components, which, checked)
+    with evaluator_for(model, data, components, rows, checked) as evaluator:
+        directions = ComponentDirections(components)
+        bar = tqdm(targets, desc="Perturb", disable=not checked.progress)
+        return [measure_effect(evaluator, directions, target, checked) for target in bar]
+
+
+def _targets(
+    components: Components, which: Iterable[int | Strategy], options: PerturbOptions
+) -> tuple[list[Target], Array]:
+    """The targets, and the rows of their top examples and of the baseline."""
+    targets = [target_of(components, j) for j in which]
+    components.check_recovered(needed_vectors(components, targets, options.reject))
+    tops = [options.top_rows(target.coefficient) for target in targets]
+    return targets, np.concatenate([options.baseline_rows(len(components.coefficients)), *tops])
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenStep(DirectionSteps):
+    """The steps along a direction, what they do, and the sign with the larger KL ratio."""
+
+    measured: dict[int, Measured]
+    sign: int
+
+    @property
+    def magnitude(self) -> float:
+        """The step of the chosen sign."""
+        return self.searches[self.sign].magnitude
+
+    def measured_result(self, sign: int, sets: ExampleSets) -> SignResult:
+        """The result of one sign, with what was measured on the sets of examples."""
+        kl = self.measured[sign].kl
+        top, baseline = (float(kl[which].mean()) for which in (sets.top, sets.baseline))
+        kept = sign == self.sign
+        return replace(self.result(sign), kl_top=top, kl_baseline=baseline, ratio=sets.ratio(kl), kept=kept)
+
+
+def measure_effect(
+    evaluator: Evaluator, directions: ComponentDirections, target: Target, options: PerturbOptions
+) -> Effect:
+    """Perturb along one component or group: both signs, random controls, curve, figures.
+
+    Args:
+        evaluator: Of the top examples and the baseline.
+        directions: Of all components.
+        target: The component or group.
+        options: As for :func:`perturb`.
+
+    Raises:
+        ArgumentError: There is no direction, or the outputs are not finite at the magnitude asked for.
+    """
+    components = directions.components
+    sets = _example_sets(evaluator, components, target, options)
+    slices = evaluator.examples.subset(sets.top)
+    found = search_steps(evaluator, directions, target, options, slices, sets.baseline)
+    used = found[:1] if components.kind == "diagonal" else found
+    steps = [_chosen_step(evaluator, one, sets) for one in used]
+    shares = [step.direction.share for step in steps]
+    measured = Measured.average([step.measured[step.sign] for step in steps], shares)
+    if not np.isfinite(measured.kl).all():
+        raise ArgumentError(
+            f"magnitude: {int((~np.isfinite(measured.kl)).sum())} examples have outputs that are not finite at "
+            f"{steps[0].magnitude:.3g}; choose a smaller magnitude, or a smaller target_kl"
+        )
+    fishers = [evaluator.fisher_along(step.tensors) for step in steps]
+    along = [float(fisher[sets.baseline].mean()) for fisher in fishers]
+    figures = sets.figures(measured.kl, measured.flipped).items()
+    bootstrap = options.confidence, options.n_resamples
+    accuracy = {"top": sets.top, "baseline": sets.baseline, "all": np.arange(len(sets.coefficient))}
+    combine = "weighted sum" if components.kind == "diagonal" else options.combine
+    return Effect(
+        components=target.members,
+        kind=components.kind,
+        combine=None if len(target.members) == 1 else combine if isinstance(combine, str) else "weights",
+        magnitude=float(np.dot(shares, [step.magnitude for step in steps])),
+        sign=steps[0].sign if len(steps) == 1 else 0,
+        target_kl=None if options.magnitude is not None else options.target_range,
+        reached=all(step.searches[step.sign].reached for step in steps),
+        figures={name: f.interval(*bootstrap, options.seed + i) for i, (name, f) in enumerate(figures)},
+        local_ratio=sets.ratio(np.tensordot(shares, fishers, 1)),
+        accuracy={
+            name: (mean_figure(evaluator.correct[which]).value, mean_figure(measured.correct[which]).value)
+            for name, which in accuracy.items()
+        },
+        controls={
+            name: _control(evaluator, name, steps, along, options, sets) for name in CONTROLS if options.n_random
+        },
+        sign_results=(
+            *(one.result(sign) for one in found[len(used) :] for sign in one.searches),
+            *(step.measured_result(sign, sets) for step in steps for sign in step.searches),
+        ),
+        curve=_curve(evaluator, steps, options, sets) if options.curve else None,
+        ids=evaluator.examples.ids,
+        coefficient=sets.coefficient,
+        kl=measured.kl,
+        flipped=measured.flipped,
+        top=sets.top,
+        baseline=sets.baseline,
+        disjoint=sets.disjoint,
+        details={
+            "likelihood": evaluator.likelihood,
+            "fisher_norm": float(np.dot(shares, along)),
+            "fisher_norm_found_by": evaluator.fisher_method,
+            "rounding": min(evaluator.weights.realised(step.tensors, step.sign * step.magnitude) for step in steps),
+            "directions": [
+                {name: getattr(step.direction, name) for name in ("component", "share", "explained", "rejection")}
+                for step in steps
+            ],
+            "n_random": options.n_random,
+            "confidence": options.confidence,
+            "seed": options.seed,
+            "components_digest": components.digest,
+        },
+    )
+
+
+def _example_sets(evaluator: Evaluator, components: Components, target: Target, options: PerturbOptions) -> ExampleSets:
+    coefficient = target.coefficient[evaluator.rows]
+    top = evaluator.indices(options.top_rows(target.coefficient))
+    baseline = evaluator.indices(options.baseline_rows(len(target.coefficient)))
+    without = coefficient[baseline] <= NEAR_ZERO * coefficient[top].mean()
+    disjoint = np.setdiff1d(baseline[without], top)
+    return ExampleSets(top, baseline, disjoint, coefficient, components.norms[evaluator.rows].astype(np.float64))
+
+
+def _chosen_step(evaluator: Evaluator, one: DirectionSteps, sets: ExampleSets) -> ChosenStep:
+    measured = {sign: evaluator.measure(one.tensors, sign * s.magnitude) for sign, s in one.searches.items()}
+    return ChosenStep(one.direction, one.tensors, one.searches, measured, _larger(measured, sets))
+
+
+def _larger(measured: dict[int, Measured], sets: ExampleSets) -> int:
+    """The sign with the larger KL ratio."""
+    return max(measured, key=lambda sign: np.nan_to_num(sets.ratio(measured[sign].kl), nan=-np.inf, posinf=-np.inf))
+
+
+def _control(
+    evaluator: Evaluator,
+    name: str,
+    steps: Sequence[ChosenStep],
+    along: Sequence[float],
+    options: PerturbOptions,
+    sets: ExampleSets,
+) -> Control:
+    """Measure random directions at the component's step; of each, keep the sign with the larger KL ratio.
+
+    Args:
+        evaluator: Of the examples.
+        name: What is equal to the component's: the norm, the norm in the mean Fisher, or the norm in every tensor.
+        steps: The component's steps, or those of a strategy's members.
+        along: The mean Fisher of the baseline along each direction.
+        options: As for :func:`perturb`.
+        sets: The examples that are compared.
+    """
+    shares = [step.direction.share for step in steps]
+    values: dict[str, list[float]] = {}
+    sizes = np.zeros((options.n_random, len(steps)))
+    for draw in range(options.n_random):
+        found = []
+        for q, (step, fisher) in enumerate(zip(steps, along, strict=True)):
+            number = draw * len(steps) + q
+            vector = random_direction(evaluator.parameters.n_parameters, options.seed, number)
+            sizes[draw, q] = step.magnitude
+            if name == "equal_fisher_norm":
+                own = float(evaluator.random_fisher(options.seed, number)[sets.baseline].mean())
+                sizes[draw, q] *= np.sqrt(fisher / own) if own > 0 else 1.0
+            if name == "equal_tensor_norms":
+                for part in (parameter.slice for parameter in evaluator.parameters):
+                    own = float(np.linalg.norm(vector[part])) or 1.0
+                    vector[part] *= float(np.linalg.norm(step.direction.vector[part])) / own
+            tensors = evaluator.tensors(vector)
+            both = {sign: evaluator.measure(tensors, sign * sizes[draw, q]) for sign in options.signs}
+            found.append(both[_larger(both, sets)])
+        measured = Measured.average(found, shares)
+        for figure, of in sets.figures(measured.kl, measured.flipped).items():
+            values.setdefault(figure, []).append(of.value)
+    bootstrap = options.confidence, options.n_resamples, options.seed
+    figures = {figure: mean_figure(drawn).interval(*bootstrap) for figure, drawn in values.items()}
+    return Control({figure: np.asarray(drawn) for figure, drawn in values.items()}, figures, sizes @ shares)
+
+
+def _curve(evaluator: Evaluator, steps: Sequence[ChosenStep], options: PerturbOptions, sets: ExampleSets) -> Curve:
+    factors = np.geomspace(0.25, 2.0, options.curve) if options.curve > 1 else np.ones(1)
+    shares = [step.direction.share for step in steps]
+    magnitudes = np.zeros((len(options.signs), len(factors)))
+    means = np.full((3, *magnitudes.shape), np.nan)
+    for s, sign in enumerate(options.signs):
+        for p, factor in enumerate(factors):
+            sizes = [factor * step.searches[sign].magnitude for step in steps]
+            found = [evaluator.measure(step.tensors, sign * size) for step, size in zip(steps, sizes, strict=True)]
+            kl = Measured.average(found, shares).kl
+            magnitudes[s, p] = np.dot(shares, sizes)
+            for i, which in enumerate((sets.top, sets.baseline, sets.disjoint)):
+                if len(which):
+                    means[i, s, p] = kl[which].mean()
+    return Curve(magnitudes, options.signs, *means)

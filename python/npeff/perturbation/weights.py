@@ -1,4 +1,4 @@
-"""Moving a model's weights along a direction: in place and back, or without touching them."""
+"""Move a model's weights along a direction: in place and back, or without writing to the weights."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from npeff.errors import ArgumentError, Terminated
 
-Direction = Mapping[str, Tensor]
-"""Parameter-shaped tensors by parameter name, as :meth:`npeff.Components.state_dict` gives; what is missing is 0."""
+TensorsByName = Mapping[str, Tensor]
+"""Parameter-shaped tensors by parameter name, as from :meth:`npeff.Components.state_dict`; a missing one is 0."""
 
 
 class Weights:
-    """The weights of a model, moved in place, and put back bit for bit from copies of what was moved.
+    """Moves the weights of a model in place, and restores them bit for bit from copies.
 
     Only the tensors that a direction touches are copied, once. Tied weights are one tensor and move once. Values
     are computed in float32 (float64 for float64 weights) and rounded to the weights' dtype last.
@@ -31,7 +32,7 @@ class Weights:
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._moved: set[int] = set()
 
-    def move(self, direction: Direction, magnitude: float) -> None:
+    def move(self, direction: TensorsByName, magnitude: float) -> None:
         """Set θ to (θ as it was + magnitude · direction).
 
         Args:
@@ -49,11 +50,20 @@ class Weights:
             with _writing(tensor):
                 tensor.copy_(moved_by(self._saved[key][1], part, magnitude))
 
+    @contextmanager
+    def at(self, direction: TensorsByName, magnitude: float) -> Iterator[None]:
+        """Move the weights within a ``with`` block, as :meth:`move` does, and restore them at its end."""
+        try:
+            self.move(direction, magnitude)
+            yield
+        finally:
+            self.restore()
+
     def restore(self) -> None:
-        """Put everything back.
+        """Restore all weights.
 
         Raises:
-            KeyboardInterrupt: One that comes meanwhile, once all is back.
+            KeyboardInterrupt: If it came during the restoration, after all weights are restored.
             Terminated: Likewise.
         """
         try:
@@ -72,10 +82,10 @@ class Weights:
             tensor.copy_(saved)
         self._moved.discard(key)
 
-    def realised(self, direction: Direction, magnitude: float) -> float:
-        """Norm of the change that rounding to the weights' dtype leaves, relative to the norm asked for.
+    def realised(self, direction: TensorsByName, magnitude: float) -> float:
+        """Norm of the change after rounding to the weights' dtype, relative to the norm asked for.
 
-        1 in float32; far from it where half-precision weights swallow a small change.
+        It is 1 in float32, and far from 1 if half-precision weights lose a small change.
         """
         asked = left = 0.0
         for name, part in direction.items():
@@ -95,18 +105,18 @@ def moved_by(base: Tensor, part: Tensor, magnitude: float | Tensor) -> Tensor:
 
 @contextmanager
 def _writing(tensor: Tensor) -> Iterator[None]:
-    """Let a parameter be written, also one made under ``torch.inference_mode()``."""
+    """Allow writing to a parameter, also to one made under ``torch.inference_mode()``."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         yield
 
 
 @contextmanager
-def applied(model: nn.Module, direction: Direction, magnitude: float = 1.0) -> Iterator[nn.Module]:
-    """Within it the model's weights are ``θ + magnitude · direction``; afterwards θ again, bit for bit.
+def applied(model: nn.Module, direction: TensorsByName, magnitude: float = 1.0) -> Iterator[nn.Module]:
+    """Move the model's weights to ``θ + magnitude · direction`` within a ``with`` block; then restore θ, bit for bit.
 
-    No copy of the model is made: of the tensors that the direction touches alone, for the way back. Everything that
-    uses the model sees the moved weights (``generate``, hooks, compiled versions). Whatever happens to those tensors
-    inside is undone at the end, also after an exception or Ctrl-C.
+    Only the tensors that the direction touches are copied. Everything that uses the model sees the moved weights
+    (``generate``, hooks, compiled versions). Any change of these tensors inside the block is undone at its end, also
+    after an exception or Ctrl-C.
 
     Args:
         model: Any model; tied weights move once.
@@ -120,26 +130,21 @@ def applied(model: nn.Module, direction: Direction, magnitude: float = 1.0) -> I
     Raises:
         ArgumentError: The direction has a name or a shape that the model has not, or is not finite.
     """
-    placed = on_model(model, direction, "direction")
-    weights = Weights(model)
-    try:
-        weights.move(placed, checked_magnitude(magnitude))
+    with Weights(model).at(on_model(model, direction, "direction"), checked_magnitude(magnitude)):
         yield model
-    finally:
-        weights.restore()
 
 
 @contextmanager
 def ablated(
     model: nn.Module,
-    directions: Direction | Sequence[Direction],
+    directions: TensorsByName | Sequence[TensorsByName],
     origin: Mapping[str, Tensor] | None = None,
 ) -> Iterator[nn.Module]:
-    """Within it the weights have no part along the directions: ``θ − P (θ − θ₀)``, P the projection onto their span.
+    """Remove the weights' part along some directions within a ``with`` block: ``θ − P (θ − θ₀)``.
 
-    For one direction g this is ``θ − ĝ ĝᵀ(θ − θ₀)``, ĝ = g/‖g‖. With ``origin`` (the weights before training, or
-    before fine-tuning) only what was learned along g is removed; without it θ₀ = 0, and the weights themselves
-    lose their part along g. Put back as by :func:`applied`.
+    P is the projection onto the span of the directions. For one direction g this is ``θ − ĝ ĝᵀ(θ − θ₀)``, ĝ = g/‖g‖.
+    With ``origin`` (the weights before training, or before fine-tuning) only what was learned along g is removed;
+    without it θ₀ = 0, and the weights themselves lose their part along g. They are restored as by :func:`applied`.
 
     Args:
         model: Any model.
@@ -154,17 +159,63 @@ def ablated(
     """
     several = [directions] if isinstance(directions, Mapping) else list(directions)
     placed = [on_model(model, direction, "directions") for direction in several]
-    change = _part_along(model, placed, origin)
-    weights = Weights(model)
-    try:
-        weights.move(change, -1.0)
+    with Weights(model).at(_part_along(model, placed, origin), -1.0):
         yield model
-    finally:
-        weights.restore()
+
+
+class Moved(nn.Module):
+    """A model at ``θ + magnitude · direction`` whose own parameters are never written to.
+
+    Calls go through ``torch.func.functional_call`` with the moved tensors in place of the model's parameters. These
+    stay as they are, may serve other users of the model at the same time, and receive gradients. Tied weights stay
+    tied. Only ``forward`` is moved; for ``generate`` and similar methods use :func:`applied`.
+
+    Args:
+        model: Any model; kept, not copied.
+        direction: As for :func:`applied`.
+        magnitude: A number, or a ``torch.nn.Parameter`` of one element to be learned.
+
+    Attributes:
+        model: The model.
+        magnitude: ``()`` tensor; may be set while the model is in use.
+
+    Raises:
+        ArgumentError: The direction does not fit the model.
+    """
+
+    magnitude: Tensor
+
+    def __init__(self, model: nn.Module, direction: TensorsByName, magnitude: float | nn.Parameter = 1.0) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self._names: list[str] = []
+        for i, (name, part) in enumerate(on_model(model, direction, "direction").items()):
+            self._names.append(name)
+            self.register_buffer(f"direction_{i}", part, persistent=False)
+        if isinstance(magnitude, nn.Parameter):
+            self.register_parameter("magnitude", magnitude)
+        else:
+            device = next(iter(model.parameters())).device
+            value = torch.tensor(checked_magnitude(magnitude), device=device)
+            self.register_buffer("magnitude", value, persistent=False)
+
+    def __repr__(self) -> str:
+        size = float(self.magnitude.detach())
+        return f"Moved({type(self.model).__name__}, {len(self._names)} tensors, magnitude {size:.4g})"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output at the moved weights."""
+        tensors = dict(self.model.named_parameters(remove_duplicate=False))
+        moved = {
+            name: moved_by(tensors[name], self.get_buffer(f"direction_{i}"), self.magnitude).to(tensors[name].dtype)
+            for i, name in enumerate(self._names)
+        }
+        return functional_call(self.model, moved, args, kwargs)
 
 
 def _part_along(
-    model: nn.Module, directions: Sequence[Direction], origin: Mapping[str, Tensor] | None
+    model: nn.Module, directions: Sequence[TensorsByName], origin: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
     """``P (θ − θ₀)``, parameter-shaped, float64.
 
@@ -190,19 +241,19 @@ def _part_along(
     return {name: part.reshape(tensors[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
-def _flat(direction: Direction, names: Sequence[str], like: Mapping[str, Tensor]) -> Tensor:
+def _flat(direction: TensorsByName, names: Sequence[str], like: Mapping[str, Tensor]) -> Tensor:
     parts = [direction[name] if name in direction else torch.zeros_like(like[name]) for name in names]
     return torch.cat([part.detach().double().reshape(-1) for part in parts])
 
 
 def on_model(model: nn.Module, direction: Any, argument: str) -> dict[str, Tensor]:
-    """A direction checked against the model, on the device of each parameter, without its zero tensors.
+    """Check a direction against the model, and move it to the device of each parameter, without its zero tensors.
 
     Returns:
         Tensors by name, in the order given, float32, or float64 for float64 parameters.
 
     Raises:
-        ArgumentError: It is no mapping, names or shapes differ from the model's, or it is not finite.
+        ArgumentError: The direction is no mapping, its names or shapes differ from the model's, or it is not finite.
     """
     if not isinstance(direction, Mapping):
         raise ArgumentError(
@@ -233,10 +284,10 @@ def on_model(model: nn.Module, direction: Any, argument: str) -> dict[str, Tenso
 
 
 def checked_magnitude(value: Any) -> float:
-    """A finite number.
+    """The value as a finite number.
 
     Raises:
-        ArgumentError: It is none.
+        ArgumentError: The value is none.
     """
     try:
         number = float(value)

@@ -1,10 +1,5 @@
-"""What a computation will take, before it runs: passes, coverage, bytes, seconds, and what to choose.
+"""What Fishers and their decomposition will take, before they are computed."""
 
-``sizes`` counts bytes, ``trial`` times real calls on the first batches, ``solving`` reckons with the decomposition,
-``advice`` chooses under a budget; ``planner`` ties them together into the :class:`~npeff.planning.estimate.Plan`.
-"""
-
-from npeff.planning.estimate import Plan
-from npeff.planning.planner import plan
+from npeff.planning.planner import Plan, plan
 
 __all__ = ["Plan", "plan"]

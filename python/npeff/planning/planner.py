@@ -1,28 +1,197 @@
-"""Before anything runs: what Fishers and their decomposition will take, and what to choose."""
+"""What Fishers and their decomposition will take, before they are computed: passes, bytes, seconds, and what to choose.
+
+:func:`plan` computes the first batches for real with each way to keep Fishers (:class:`Trials`), counts what they
+store, and scales the counts to all examples (:func:`_choice`). :func:`_advice` picks a way that fits a budget.
+
+With n examples, R rows, m parameters and C outputs a file holds ``8(n+1) + 4n + 4nC + 8n + 8n`` bytes of offsets,
+norms, logits, labels and ids, and the rows: ``4·R·m`` exact, ``4·R·d`` sketched, ``8(R+1) + (4 + w)·E`` for E kept
+entries with indices of w = 4 bytes (8 beyond 2³¹ parameters); ``4·R²`` where only inner products are kept.
+"""
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence, Sized
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import nn
 
 from npeff.batches.batches import check_data, read_batches
+from npeff.decomposition.space_choice import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
+from npeff.decomposition.subspace import DIMENSIONS
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers.compress import TopK
-from npeff.fishers.computation import Forward
+from npeff.fishers.computation import compute_fishers
+from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.rows import Kind
-from npeff.gradients.factors import Basis, Labels, Likelihood
-from npeff.models.memory import available_bytes, parse_bytes
-from npeff.planning.advice import advise
-from npeff.planning.choices import TOP_KS, Trials, ways, weigh
-from npeff.planning.estimate import Plan, Source
-from npeff.planning.solving import dense_operation, step_seconds
-from npeff.planning.trial import Trial, first_batches, writing
+from npeff.models.memory import available_bytes, format_bytes, parse_bytes
+from npeff.planning.trials import SHARD_BYTES, Array, Trial, Trials, clock, write_seconds
+from npeff.short_repr import short_repr
+
+TOP_KS = (1024, 8192, 65_536)
+SKETCH_DS = (1024, 4096, 16_384)
+
+EXACT_TRIAL_BYTES = 256 << 20
+"""Exact rows of the first batches are computed for a trial only where they take no more than this."""
+
+LONG_TRIAL = 5.0
+"""Seconds of a trial from which on one trial stands for all sizes of its method."""
+
+SKETCH_ERROR, TOP_K_ERROR = 0.1, 0.05
+"""Errors of K up to which the components of exact rows came back (mean |cos| ≥ 0.99): see docs/sketch.md. Top-k needs
+the smaller one: the entries that it leaves out are a bias, the error of a sketch is noise about the truth."""
+
+ENOUGH_KEPT = 0.9
+"""Share of the Fisher's norm from which on a larger k is not worth its bytes."""
+
+STEPS_PER_ROOT = 280
+"""Steps of a whole search per √r: searches that were measured took 220 to 400."""
+
+COVERAGE_LINES = 8
+"""Parameters without a fast gradient rule that the table names."""
+
+_NOT_PLANNED = {"model", "data", "kind", "compress", "out", "seed", "max_examples", "share", "memory", "progress"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to keep the Fishers.
+
+    Attributes:
+        kind: ``"low_rank"`` or ``"diagonal"``.
+        compress: What is kept; None: everything.
+        name: Its name in the table.
+        disk_bytes: Of the file's arrays, and of the Fishers in memory where no file is written; merging the shards
+            needs as much disk again. Exact for the ranks and entries seen.
+        memory_bytes: Held while Fishers are written to a file, beyond the process with model and data.
+        seconds: Expected, by the wall clock, the start included.
+        cpu_seconds: Likewise, of the processor.
+        timed: The way whose trial gave the seconds and the memory.
+        kept: ‖stored Fisher‖ / ‖Fisher‖, median over the trial's examples; None where it was not measured.
+        gram_error: ``‖K̂ − K‖ / ‖K‖`` on the trial's examples; None where it was not measured.
+        decompose_bytes: Memory of a decomposition whose rows, or their inner products K, stay in memory, whichever is
+            less; None for the diagonal kind.
+        decompose_seconds: Rough, right within a factor of about three: operations of a usual decomposition over the
+            pace of a matrix product here; the data decide how many steps the search takes. None likewise.
+    """
+
+    kind: Kind
+    compress: Compression | None
+    name: str
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float
+    cpu_seconds: float
+    timed: str
+    kept: float | None
+    gram_error: float | None
+    decompose_bytes: int | None
+    decompose_seconds: float | None
+
+    @property
+    def most_memory(self) -> int:
+        """Bytes of memory that the Fishers or their decomposition hold, whichever is more."""
+        return max(self.memory_bytes, self.decompose_bytes or 0)
+
+    @property
+    def loss(self) -> tuple[float, str]:
+        """The loss in units of what is tolerable (more than 1: not faithful), and the measurement in words."""
+        sketch = isinstance(self.compress, Sketch)
+        if self.gram_error is not None:
+            told = f"on the trial's examples inner products of rows are off by {self.gram_error:.3f} of their size"
+            return self.gram_error / (SKETCH_ERROR if sketch else TOP_K_ERROR), told
+        if isinstance(self.compress, Sketch):
+            spread = (2 / self.compress.d) ** 0.5
+            told = f"inner products of sketches have a standard deviation of at most {spread:.1%} of the norms"
+            return spread / SKETCH_ERROR, told
+        kept = self.kept or 0.0
+        return (1 - kept) / (1 - ENOUGH_KEPT), f"it keeps {kept:.2f} of the Fisher's norm"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A recommended way.
+
+    Attributes:
+        kind: ``"low_rank"`` or ``"diagonal"``.
+        name: Name of the way; empty where nothing fits.
+        reason: Why this one, with the numbers that decide.
+        flags: Of ``npeff fishers``.
+    """
+
+    kind: str
+    name: str
+    reason: str
+    flags: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a computation will take; ``str(plan)`` is a table for the terminal.
+
+    Attributes:
+        model: Its class.
+        n_parameters: Selected parameters, m.
+        n_examples: Examples that the numbers are for.
+        examples_from: ``"given"``, ``"counted"``, or an ``"upper bound"`` from the number of batches.
+        n_outputs: Logits, C.
+        n_components: Components of the decomposition, r.
+        passes: Backward passes per example, mean over the trial's examples.
+        passes_vary: Whether they differ between examples.
+        coverage: Per parameter, the gradient rule that serves it, and why.
+        batch_size: Examples per batch, mean over the trial.
+        trial_batches: Batches that were computed.
+        one_off_seconds: Start, choice of rules and self-check: once per run.
+        seconds_per_example: After that, of the first kind asked for.
+        write_rate: Bytes per second to disk, merging included.
+        process_bytes: Held before: Python, torch, the model, the first batches.
+        memory: Budget of memory in bytes.
+        disk: Budget of disk in bytes.
+        choices: The ways to keep the Fishers.
+        advice: Recommended ones, each with its reason.
+    """
+
+    model: str
+    n_parameters: int
+    n_examples: int
+    examples_from: str
+    n_outputs: int
+    n_components: int
+    passes: float
+    passes_vary: bool
+    coverage: list[dict[str, str]]
+    batch_size: float
+    trial_batches: int
+    one_off_seconds: float
+    seconds_per_example: float
+    write_rate: float
+    process_bytes: int
+    memory: int
+    disk: int
+    choices: list[Choice]
+    advice: list[Advice]
+
+    __repr__ = short_repr
+
+    def to_json(self) -> str:
+        """Write the plan as one JSON document."""
+        described = asdict(self)
+        for choice, own in zip(described["choices"], self.choices, strict=True):
+            choice["compress"] = None if own.compress is None else {type(own.compress).__name__: choice["compress"]}
+        return json.dumps(described, indent=1)
+
+    def __str__(self) -> str:
+        """Return the table."""
+        return _table(self)
 
 
 def plan(
@@ -36,19 +205,9 @@ def plan(
     disk: int | str | None = None,
     batches: int = 4,
     folder: str | Path | None = None,
-    basis: Basis = "reduced",
-    rank: int | None = None,
-    energy: float | None = None,
-    min_prob: float | None = None,
-    max_classes: int | None = None,
-    labels: Labels = "expected",
-    n_samples: int = 1,
-    likelihood: Likelihood = "categorical",
-    parameters: str | Sequence[str] | None = None,
-    forward: Forward | None = None,
-    device: torch.device | str | None = None,
+    **options: Any,
 ) -> Plan:
-    """Tell what the Fishers of a model and data, and their decomposition, will take.
+    """Estimate what the Fishers of a model and data, and their decomposition, will take.
 
     The first batches are computed for real, once per method of keeping them, and watched: clocks, memory, coverage,
     ranks, entries. Bytes follow from the counts. Data that can be iterated only once (a generator) loses those batches.
@@ -63,17 +222,9 @@ def plan(
         disk: Budget for the file; by default half of what is free in ``folder``: merging needs the file twice.
         batches: Batches of a trial, at least 2.
         folder: Where the file will be; the trials' files go there too. By default the system's temporary folder.
-        basis: As for :func:`npeff.compute_fishers`, like all that follow.
-        rank: Likewise.
-        energy: Likewise.
-        min_prob: Likewise.
-        max_classes: Likewise.
-        labels: Likewise.
-        n_samples: Likewise.
-        likelihood: Likewise.
-        parameters: Likewise.
-        forward: Likewise.
-        device: Likewise.
+        **options: Arguments of :func:`npeff.compute_fishers` that decide which rows there are, and how they are made:
+            ``basis``, ``rank``, ``energy``, ``min_prob``, ``max_classes``, ``labels``, ``n_samples``, ``likelihood``,
+            ``parameters``, ``forward``, ``device``.
 
     Returns:
         The plan.
@@ -82,7 +233,11 @@ def plan(
         ArgumentError: An argument has a wrong value.
         DataError: There are no batches, or they cannot be used.
         ModelError: The model has no per-example gradients as it stands.
+        TypeError: ``options`` holds a name that is none of those.
     """
+    for name in options:
+        if name not in set(inspect.signature(compute_fishers).parameters) - _NOT_PLANNED:
+            raise TypeError(f"plan() got an unexpected keyword argument {name!r}")
     for name, value, least in (
         ("n_examples", n_examples, 1),
         ("n_components", n_components, 1),
@@ -97,55 +252,52 @@ def plan(
         raise ArgumentError(f"folder: {where} is not a folder; name one that exists")
     room = available_bytes() * 4 // 5 if memory is None else parse_bytes(memory)
     space = shutil.disk_usage(where).free // 2 if disk is None else parse_bytes(disk, "disk")
-    first, loading = first_batches(check_data(data), batches)
+    start, first = clock(), []
+    for batch in check_data(data):
+        first.append(batch)
+        if len(first) == batches:
+            break
     if not first:
         raise DataError("data: it yielded no batches; pass a DataLoader or a list of batches")
-    options: dict[str, Any] = {
-        "basis": basis, "rank": rank, "energy": energy, "min_prob": min_prob, "max_classes": max_classes,
-        "labels": labels, "n_samples": n_samples, "likelihood": likelihood, "parameters": parameters,
-        "forward": forward, "device": device,
-    }  # fmt: skip
+    loading = (clock() - start) / len(first)
     kinds: list[Kind] = ["low_rank", "diagonal"] if kind is None else [kind]
-    trials = Trials(model, first, loading, kinds[0], options, where, n_components)
-    main = trials.of(kinds[0], TopK(TOP_KS[-1]))
-    source: Source = "given"
-    if n_examples is None:
-        n_examples, source = _count(data, first, main)
-    to_disk = writing(main.header, main.n_parameters, where)
-    choices = []
-    for each in kinds:
-        trial = trials.of(each, TopK(TOP_KS[-1]))
-        solving = None
-        if each == "low_rank":
-            n_rows = max(1, round(float(trial.ranks.mean()) * n_examples))
-            r = min(n_components, n_rows)
-            solving = (r, room, (dense_operation(), step_seconds(n_examples, n_rows, r)))
-        for compress in ways(each, main.n_parameters, int(trial.ranks.max(initial=1))):
-            choices.append(weigh(trials, each, compress, n_examples, to_disk, solving))
-    return Plan(
-        model=type(model).__name__,
-        n_parameters=main.n_parameters,
-        n_examples=n_examples,
-        examples_from=source,
-        n_outputs=main.n_outputs,
-        passes=float(main.passes.mean()),
-        passes_vary=bool((main.passes != main.passes[0]).any()),
-        coverage=main.coverage,
-        batch_size=main.batch_size,
-        trial_batches=len(first),
-        one_off_seconds=trials.one_off.wall,
-        seconds_per_example=main.per_example.wall,
-        write_rate=1 / max(1e-12, to_disk.wall),
-        process_bytes=trials.before,
-        memory=room,
-        disk=space,
-        choices=choices,
-        advice=advise(choices, room, space),
-    )
+    with tempfile.TemporaryDirectory(dir=where) as scratch:
+        trials = Trials(model, first, loading, options, Path(scratch))
+        mains = {each: trials.of(each, TopK(TOP_KS[-1])) for each in kinds}
+        main, fishers = mains[kinds[0]], mains[kinds[0]].fishers
+        passes = fishers.ranks if kinds[0] == "low_rank" else trials.passes_of_diagonal()
+        to_disk = write_seconds(fishers, Path(scratch))
+        n, source = _count(data, len(first), trials.batch_size) if n_examples is None else (n_examples, "given")
+        choices = [
+            _choice(trials, mains[each], compress, n, to_disk, n_components)
+            for each in kinds
+            for compress in _ways(each, fishers.n_parameters, int(passes.max(initial=1)))
+        ]
+        return Plan(
+            model=type(model).__name__,
+            n_parameters=fishers.n_parameters,
+            n_examples=n,
+            examples_from=source,
+            n_outputs=int(fishers.logits.shape[1]),
+            n_components=n_components,
+            passes=float(passes.mean()),
+            passes_vary=bool((passes != passes[0]).any()),
+            coverage=fishers.coverage,
+            batch_size=trials.batch_size,
+            trial_batches=len(first),
+            one_off_seconds=float(trials.one_off[0]),
+            seconds_per_example=float(main.per_example[0]),
+            write_rate=1 / max(1e-12, float(to_disk[0])),
+            process_bytes=trials.before,
+            memory=room,
+            disk=space,
+            choices=choices,
+            advice=_advice(choices, room, space),
+        )
 
 
-def _count(data: Iterable[Any], first: Sequence[Any], trial: Trial) -> tuple[int, Source]:
-    """How many examples the data holds.
+def _count(data: Iterable[Any], tried: int, batch_size: float) -> tuple[int, str]:
+    """Count the examples of the data, and say how their number is known.
 
     Raises:
         ArgumentError: It does not say.
@@ -156,7 +308,207 @@ def _count(data: Iterable[Any], first: Sequence[Any], trial: Trial) -> tuple[int
     if isinstance(dataset, Sized) and not getattr(data, "drop_last", False):
         return len(dataset), "counted"
     if isinstance(data, Sized):
-        return max(1, round(len(data) * trial.batch_size)), "upper bound"
-    if len(first) < 2:
-        return len(trial.ranks), "counted"
+        return max(1, round(len(data) * batch_size)), "upper bound"
+    if tried < 2:
+        return round(batch_size), "counted"
     raise ArgumentError("n_examples: the data does not say how many batches it has; give the number of examples")
+
+
+def _ways(kind: Kind, n_parameters: int, most_rows: int) -> list[Compression | None]:
+    """List the ways to keep Fishers, without compressions that would keep everything."""
+    if kind == "diagonal":
+        return [None, *(TopK(k) for k in TOP_KS if k < n_parameters)]
+    top_ks = [TopK(k) for k in TOP_KS if k < n_parameters * most_rows]
+    return [None, GramOnly(), *top_ks, *(Sketch(d) for d in SKETCH_DS if d < n_parameters)]
+
+
+def _choice(
+    trials: Trials, main: Trial, compress: Compression | None, n: int, to_disk: Array, n_components: int
+) -> Choice:
+    """Estimate what one way takes for n examples.
+
+    Where the first trial was long, only it and one sketch are tried, and stand for the others of their method. It
+    stands, too, for exact rows that are too large to try and for inner products alone.
+
+    Args:
+        trials: Calls on the first batches.
+        main: That of the largest top-k, of the kind wanted.
+        compress: The way.
+        n: Examples.
+        to_disk: Seconds per byte of the file.
+        n_components: Of the decomposition.
+    """
+    kind, m, share = main.fishers.kind, main.fishers.n_parameters, n / len(main.fishers)
+    exact_bytes, long = 4 * main.fishers.rows.n_rows * m, main.seconds > LONG_TRIAL
+    exact = trials.of(kind, None) if exact_bytes <= EXACT_TRIAL_BYTES else None
+    R, C = max(1, round(main.fishers.rows.n_rows * share)), int(main.fishers.logits.shape[1])
+    trial, timed, error = main, f"top-k {TOP_KS[-1]:,}", None
+    if isinstance(compress, TopK):
+        name, kept, entries = f"top-k {compress.k:,}", main.kept(compress.k), round(main.entries(compress.k) * share)
+        rows = 8 * (R + 1) + (8 if m <= np.iinfo(np.int32).max else 12) * entries
+        error = None if exact is None else main.error_of_gram(exact, compress.k)
+        trial, timed = (main, timed) if long else (trials.of(kind, compress), name)
+    elif isinstance(compress, Sketch):
+        tried = Sketch(SKETCH_DS[1]) if long else compress
+        trial, timed = trials.of(kind, tried), f"sketch {tried.d:,}"
+        name, kept, entries, rows = f"sketch {compress.d:,}", None, R * compress.d, 4 * R * compress.d
+        error = None if exact is None or tried != compress else trial.error_of_gram(exact)
+    elif isinstance(compress, GramOnly):
+        name, kept, entries, rows, error = "Gram only", 1.0, 0, 4 * R * R, 0.0
+    else:
+        name, kept, entries, rows, error = "exact", 1.0, R * m, 4 * R * m, 0.0
+        trial, timed = (main, timed) if exact is None else (exact, name)
+    total = rows + 8 * (n + 1) + n * (4 + 4 * C + 8 + 8)
+    took = trials.one_off + trial.per_example * n + to_disk * total
+    held = rows if isinstance(compress, GramOnly) else min(rows, SHARD_BYTES + rows / n * trials.batch_size)
+    solving, operations = _decomposition(compress, n, R, entries, rows, n_components, m)
+    low_rank = kind == "low_rank"
+    return Choice(
+        kind=kind,
+        compress=compress,
+        name=name,
+        disk_bytes=total,
+        memory_bytes=trial.working_bytes + int(held),
+        seconds=float(took[0]),
+        cpu_seconds=float(took[1]),
+        timed=timed,
+        kept=kept,
+        gram_error=error if low_rank else None,
+        decompose_bytes=solving if low_rank else None,
+        decompose_seconds=operations * trials.pace if low_rank else None,
+    )
+
+
+def _decomposition(
+    compress: Compression | None, n: int, R: int, entries: int, stored: int, r: int, m: int
+) -> tuple[int, float]:
+    """Count bytes and operations of a decomposition of R low-rank rows of n examples into r components.
+
+    It holds P, W and copies of them, and the rows' coordinates in a subspace; then K, or the rows, those of top-k with
+    their transpose, and a basis of the subspace over their columns. K is built once; a subspace and a polish take
+    ``products`` products of vectors with K or the rows; the search's steps take place in the subspace.
+    """
+    r, sparse = min(r, R), isinstance(compress, TopK)
+    most, dimensions, width = r + r // 2 + 8, max(DIMENSIONS, 4 * r), max(1, min(m, entries))
+    width = compress.d if isinstance(compress, Sketch) else width
+    held, counting = (2 * stored, stored + 8 * m) if sparse else (stored, 0)  # columns are counted first
+    state = 24 * most * (R + n) + 16 * R * dimensions
+    products = 5 * dimensions + 2 * POLISH_STEPS * r
+    scattered = entries**2 / width * DENSE_RATE / SCATTER_RATE  # operations of K, by the pairs of entries in a column
+    with_rows = 2.0 * entries * products * (DENSE_RATE / SPARSE_RATE if sparse else 1) + 4.0 * width * dimensions**2
+    with_k = min(float(R**2 * width), scattered if sparse else math.inf) + 2.0 * R**2 * products
+    search = STEPS_PER_ROOT * r**0.5 * (4.0 * R * dimensions * r + 10.0 * n * r**2)
+    if isinstance(compress, GramOnly):
+        return state + stored, 2.0 * R**2 * products + search
+    least = min(4 * R**2 + held + 8 * r * width, held + max(8 * dimensions, 4 * dimensions + 24 * most) * width)
+    return max(counting, state + least), min(with_k, with_rows) + search
+
+
+def _advice(choices: Sequence[Choice], memory: int, disk: int) -> list[Advice]:
+    """Recommend one way per kind: the most faithful way that fits, and of equals the smallest.
+
+    Exact rows where file and memory allow; then exact inner products alone; then the smallest top-k or sketch whose
+    inner products were close enough to the exact ones in the trial, or, of the diagonal kind and where exact rows were
+    too large to try, the smallest top-k that keeps nine tenths of the Fisher's norm and a sketch by its theory; then
+    the closest one.
+    """
+    found = []
+    for kind, group in groupby(choices, key=lambda choice: choice.kind):
+        own = list(group)
+        fitting = [choice for choice in own if choice.disk_bytes <= disk and choice.most_memory <= memory]
+        least = min(own, key=lambda choice: choice.disk_bytes)
+        nothing = (
+            f"nothing fits into {format_bytes(memory)} of memory and {format_bytes(disk)} of disk; {least.name}, the "
+            f"smallest, takes {format_bytes(least.most_memory)} and {format_bytes(least.disk_bytes)}: allow more, "
+            "select parameters, or take fewer examples or passes (rank=, energy=)"
+        )
+        found.append(_pick(fitting) if fitting else Advice(kind, "", nothing, ""))
+    return found
+
+
+def _pick(fitting: Sequence[Choice]) -> Advice:
+    lossless = [choice for choice in fitting if choice.compress is None or isinstance(choice.compress, GramOnly)]
+    faithful = [choice for choice in fitting if choice.loss[0] <= 1]
+    if lossless:
+        best = lossless[0]
+        reason = "exact rows do not fit, their inner products do: nothing is lost to the solver"
+        reason = "everything is kept" if best.compress is None else reason
+    elif faithful:
+        best = min(faithful, key=lambda choice: choice.disk_bytes)
+        reason = f"the smallest that is faithful enough: {best.loss[1]}"
+    else:
+        best = min(fitting, key=lambda choice: choice.loss[0])
+        reason = f"the most faithful that fits: {best.loss[1]}"
+    flags = "--exact" if best.compress is None else "--gram-only"
+    if isinstance(best.compress, TopK):
+        flags = f"--top-k {best.compress.k}"
+    elif isinstance(best.compress, Sketch):
+        flags = f"--sketch {best.compress.d}"
+        reason += "; vectors in parameter space take another pass (npeff recover, components.recover)"
+    reason += f"; it takes {format_bytes(best.disk_bytes)} of disk and {format_bytes(best.memory_bytes)} of memory"
+    return Advice(best.kind, best.name, reason, flags + (" --kind diagonal" if best.kind == "diagonal" else ""))
+
+
+def _table(plan: Plan) -> str:
+    """Write the plan as lines of at most about 110 characters."""
+    at_most = " at most" if plan.examples_from == "upper bound" else ""
+    passes = f"{plan.passes:.1f} on average" if plan.passes_vary else f"{plan.passes:.0f}"
+    lines = [
+        f"{plan.model}: {plan.n_parameters:,} parameters, {plan.n_outputs} outputs;"
+        f"{at_most} {plan.n_examples:,} examples in batches of {plan.batch_size:g}",
+        f"backward passes per example: {passes}",
+        *_coverage(plan),
+        f"measured on {plan.trial_batches} batches: {_duration(plan.one_off_seconds)} once (start, self-check), "
+        f"then {1e3 * plan.seconds_per_example:.3g} ms an example; disk {format_bytes(plan.write_rate)}/s",
+        f"memory of the process before: {format_bytes(plan.process_bytes)}",
+    ]
+    for kind, choices in groupby(plan.choices, key=lambda choice: choice.kind):
+        lines += ["", f"{kind} Fishers", *_lines(list(choices), plan.n_components)]
+    lines += ["", f"within {format_bytes(plan.memory)} of memory and {format_bytes(plan.disk)} of disk:"]
+    for advice in plan.advice:
+        lines.append(f"  {advice.kind}: {advice.name or 'none'} — {advice.reason}")
+        if advice.flags:
+            lines.append(f"    npeff fishers … {advice.flags}")
+    return "\n".join(lines)
+
+
+def _coverage(plan: Plan) -> list[str]:
+    rules = Counter(line["rule"] for line in plan.coverage)
+    served = ", ".join(f"{rule} {count}" for rule, count in rules.most_common())
+    slow = [line for line in plan.coverage if line["rule"] in ("torch.func", "loop", "zero", "left out")]
+    lines = [f"  {line['parameter']}: {line['rule']} — {line['reason']}" for line in slow[:COVERAGE_LINES]]
+    more = [f"  and {len(slow) - COVERAGE_LINES} more"] if len(slow) > COVERAGE_LINES else []
+    return [f"gradient rules (parameters each serves): {served}", *lines, *more]
+
+
+def _lines(choices: Sequence[Choice], n_components: int) -> list[str]:
+    """Write the choices of one kind as a table, without columns that no choice fills."""
+    table = []
+    for choice in choices:
+        row = {
+            "": choice.name,
+            "disk": format_bytes(choice.disk_bytes),
+            "memory": format_bytes(choice.memory_bytes),
+            "time": _duration(choice.seconds),
+            "timed as": choice.timed,
+            "norm kept": "" if choice.kept is None else f"{choice.kept:.2f}",
+            "error of K": "" if choice.gram_error is None else f"{choice.gram_error:.3f}",
+        }
+        if choice.decompose_bytes is not None and choice.decompose_seconds is not None:
+            row[f"decompose r={n_components}"] = format_bytes(choice.decompose_bytes)
+            row["rough time"] = _duration(choice.decompose_seconds)
+        table.append(row)
+    heads = [head for head in table[0] if head == "" or any(row[head] for row in table)]
+    cells = [heads, *([row[head] for head in heads] for row in table)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    ]
+
+
+def _duration(seconds: float) -> str:
+    """Write seconds as ``0.42 s``, ``12 min``, ``3.5 h`` or ``2.1 days``."""
+    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

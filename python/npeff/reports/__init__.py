@@ -1,20 +1,21 @@
-"""Stage 4b: pages in which people read components; formats what it is given."""
+"""Write pages in which people read components; collages and LaTeX documents; extras that other commands wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from npeff.reports.collage import collage
-from npeff.reports.extras import Effect, Influences, Traced, Trust
-from npeff.reports.extras_file import describe_extras, load_extras, save_extras
-from npeff.reports.latex import latex
+from npeff.components.components import Components
+from npeff.errors import ArgumentError
+from npeff.reports.data import check_data, collect_report_data
+from npeff.reports.evidence import EffectSummary, InfluenceSummary, TraceSummary, TrustSummary
+from npeff.reports.export import collage, latex
+from npeff.reports.extras import describe_extras, load_extras, save_extras
+from npeff.reports.html import write_report
+from npeff.reports.writer import ReportWriter, check_page
 from npeff.storage.files import path_of
-
-if TYPE_CHECKING:
-    from npeff.components.components import Components
 
 FILE_LIMIT = 24_000_000
 FOLDER_LIMIT = 2_000_000_000
@@ -50,8 +51,8 @@ def report(
     Args:
         components: A decomposition.
         data: The data given to ``compute_fishers``, in the same order; iterated once. The order is checked by the
-            labels: in data without labels another order (a loader that
-            shuffles) cannot be noticed, and the pages would show the wrong examples.
+            labels: in data without labels another order (a loader that shuffles) cannot be noticed, and the pages
+            would show the wrong examples.
             Inputs that look like images ``(C, H, W)`` or ``(H, W)``, C in {1, 3}, are drawn;
             strings, dicts with ``"text"``, and ``"input_ids"`` with a ``tokenizer``, are printed; other
             tensors become strips of colours. None: numbers only.
@@ -65,10 +66,10 @@ def report(
             that ``trust`` speaks for, else the one with the best silhouette.
         effects: What moving along components does: what :func:`npeff.perturb` or ``npeff.perturb_all`` returned, or
             per component a mapping with ``kl_ratio``, ``magnitudes``, ``kl_top``, ``kl_baseline`` (see
-            :class:`npeff.reports.extras.Effect`). The effect of several components stands with the strategies.
+            :class:`npeff.reports.EffectSummary`). The effect of several components stands with the strategies.
         traces: Where components act: what :func:`npeff.trace` returned, one or several.
         trust: Stability of the components, the null model, held-out losses, explained shares; see
-            :func:`npeff.reports.extras.trust_of`.
+            :func:`npeff.reports.evidence.trust_of`.
         attributions: ``(component, index of an example)`` → array of the shape of the input, or a number per token:
             what :func:`npeff.companions.linearize.attribute_top_examples` returns.
         influences: Component → pairs (position in ``influence_data``, score), or what
@@ -89,61 +90,42 @@ def report(
         DataError: The data ends early, or its labels are not those of the decomposed examples.
         StorageError: The report cannot be written; an earlier one there is kept.
     """
-    from npeff.reports import checks
-    from npeff.reports.book import Book
-    from npeff.reports.energy import check_heads
-    from npeff.reports.extras import read_extras, trust_of
-    from npeff.reports.investigation import investigate
-    from npeff.reports.page import write
-
-    checks.check_components(components)
-    checks.check_options(data, k, tokenizer, size_limit)
-    checks.check_options(influence_data, k, None)
-    names = checks.names_of(class_names, data, components.logits.shape[1])
-    extras = read_extras(
-        components.n_components,
-        len(components.coefficients),
-        effects=effects,
-        trust=trust,
-        attributions=attributions,
-        influences=influences,
-        traces=traces,
-    )
-    selection = components.provenance.get("selection")
-    if selection is not None and not extras.trust.held_out:  # of npeff decompose --select
-        known = trust_of({"selection": selection}, components.n_components, len(components.coefficients))
-        trust_known = replace(extras.trust, held_out=known.held_out, train=known.train, chosen=known.chosen)
-        extras = replace(extras, trust=trust_known)
-    check_heads(components.parameters, heads)
+    check_data(components, data, k, tokenizer)
+    if size_limit is not None and (not isinstance(size_limit, Integral) or size_limit < 1):
+        raise ArgumentError(f"size_limit: expected a number of bytes, got {size_limit!r}")
     path = path_of(out, "out")
     folder = path.suffix.lower() not in (".html", ".htm")
     path = path / "index.html" if folder else path
-    checks.check_page(path)
+    check_page(path)
     limit = int(size_limit) if size_limit else FOLDER_LIMIT if folder else FILE_LIMIT
-    study = investigate(
+    found = collect_report_data(
         components,
         data,
-        names,
-        k=int(k),
+        class_names=class_names,
+        k=k,
         tokenizer=tokenizer,
         strategies=strategies,
-        extras=extras,
         influence_data=influence_data,
         heads=heads,
         all_examples=folder or len(components.coefficients) * 200 < limit,
         seed=seed,
         progress=progress,
+        effects=effects,
+        traces=traces,
+        trust=trust,
+        attributions=attributions,
+        influences=influences,
     )
-    with study.gallery, study.training, Book(path, folder, limit) as book:
-        write(study, book, title or "What the network responds to", progress)
+    with found, ReportWriter(path, folder, limit) as writer:
+        write_report(found, writer, title or "What the network responds to", progress)
     return path
 
 
 __all__ = [
-    "Effect",
-    "Influences",
-    "Traced",
-    "Trust",
+    "EffectSummary",
+    "InfluenceSummary",
+    "TraceSummary",
+    "TrustSummary",
     "collage",
     "describe_extras",
     "latex",

@@ -1,30 +1,53 @@
-"""The examples a page shows, picked out of one pass over the data."""
+"""The examples that a report shows: read in one pass over the data, each encoded once as the data goes by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from tqdm import tqdm
 
-from npeff.batches.batches import Batch, read_batch
+from npeff.batches.batches import Batch, looks_like_image, read_batch
 from npeff.batches.tensor_trees import leaves
-from npeff.errors import DataError
-from npeff.reports.images import looks_like_image
-from npeff.reports.text import words
+from npeff.errors import ArgumentError, DataError
+from npeff.reports.images import (
+    PIXELATED_BELOW,
+    Pixels,
+    Scale,
+    channels_of,
+    data_uri,
+    full_colour,
+    overlay,
+    sprite,
+    strip,
+    tile,
+)
+from npeff.reports.summary import DELAY, TopExample
+from npeff.reports.text import ClassNames, coefficient, excerpt, printable, text_of
+
+Array = npt.NDArray[Any]
+Decode = Callable[[Any], str]
 
 TEXT_KEYS = ("text", "texts", "sentence", "sentences")
 INPUT_KEYS = ("pixel_values", "image", "images", "inputs", "input", "x", "features", "input_ids")
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
-
-Decode = Callable[[Any], str]
+SAMPLE, SAMPLE_BYTES = 256, 64 << 20
+"""So many examples, or bytes of them, decide how numbers become brightness and colour."""
+IN_MEMORY = 64 << 20
+"""Bytes of encoded examples that are kept in memory; a temporary file takes more."""
+SHOWN, OTHER = 160, 96  # pixels of the pictures of examples on some component's page, and of the others
+LONGEST, EXTRACT = 20_000, 400  # characters kept of a text on some component's page, and of the others
 
 
 @dataclass(frozen=True)
-class Example:
-    """One example as it will be shown: exactly one of the three is set.
+class RawExample:
+    """One example of the data: exactly one of the first three is set.
 
     Attributes:
         image: float or integer array ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)``.
@@ -33,16 +56,201 @@ class Example:
         ids: ``(tokens,)`` the token ids behind a text, where there are any.
     """
 
-    image: np.ndarray[Any, Any] | None = None
+    image: Array | None = None
     text: str | None = None
-    values: np.ndarray[Any, Any] | None = None
-    ids: np.ndarray[Any, Any] | None = None
+    values: Array | None = None
+    ids: Array | None = None
 
 
-def collect(
+# ---- encoding ----------------------------------------------------------------------------------------------
+
+
+class Gallery:
+    """Pictures, texts and strips of examples, by position in the data; to be closed.
+
+    Args:
+        shown: Positions that appear on some component's page: kept large.
+        tiles: Positions that need a thumbnail.
+        keep: Positions whose raw example is needed too.
+
+    Attributes:
+        kept: Raw examples of the positions in ``keep``.
+    """
+
+    def __init__(self, shown: Collection[int] = (), tiles: Collection[int] = (), keep: Collection[int] = ()) -> None:
+        self._shown, self._wants_tile, self._keep = frozenset(shown), frozenset(tiles), frozenset(keep)
+        self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 - closed by close
+        self._spans: dict[int, tuple[int, int]] = {}  # where each example's JSON stands in the file
+        self._tiles: dict[int, Pixels] = {}
+        self._scales: dict[int, Scale] = {}
+        self._limit: float | None = None
+        self._waiting: list[tuple[int, RawExample]] = []
+        self.kept: dict[int, RawExample] = {}
+
+    def close(self) -> None:
+        """Forget all encoded examples."""
+        self._spans.clear()
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def fill(
+        self,
+        data: Iterable[Any],
+        wanted: Collection[int],
+        labels: Mapping[int, int],
+        tokenizer: Any = None,
+        progress: bool = False,
+    ) -> None:
+        """Iterate the data once and encode the wanted examples; see :func:`read_examples`.
+
+        Raises:
+            DataError: The data ends early, or its labels are not those on record.
+        """
+        waiting_bytes = 0
+        found = read_examples(data, wanted, labels, tokenizer)
+        for position, example in tqdm(
+            found, "examples", len(wanted), delay=DELAY, disable=not progress, unit="example"
+        ):
+            if position in self._keep:
+                self.kept[position] = example
+            self._waiting.append((position, example))
+            waiting_bytes += sum(a.nbytes for a in (example.image, example.values) if a is not None)
+            if self._limit is not None or len(self._waiting) >= SAMPLE or waiting_bytes >= SAMPLE_BYTES:
+                self._encode_waiting()
+        self._encode_waiting()
+
+    def _encode_waiting(self) -> None:
+        if self._limit is None:  # the first examples: they decide the scales
+            images = [e.image for _, e in self._waiting if e.image is not None]
+            for channels in {channels_of(image) for image in images}:
+                self._scales[channels] = Scale.of([image for image in images if channels_of(image) == channels])
+            self._limit = full_colour(*(e.values for _, e in self._waiting if e.values is not None))
+        for position, example in self._waiting:
+            content = json.dumps(self._encoded(position, example)).encode()
+            start = self._file.seek(0, 2)
+            self._file.write(content)
+            self._spans[position] = (start, len(content))
+        self._waiting = []
+
+    def _encoded(self, position: int, example: RawExample) -> dict[str, Any]:
+        shown = position in self._shown
+        if example.text is not None:
+            return {"kind": "text", "text": printable(example.text[: LONGEST if shown else EXTRACT])}
+        if example.image is not None:
+            pixels = self.pixels(example.image)
+            if position in self._wants_tile:
+                self._tiles[position] = tile(pixels)
+            small = max(pixels.shape[:2]) <= PIXELATED_BELOW
+            return {"kind": "image", "uri": data_uri(pixels, SHOWN if shown else OTHER), "small": small}
+        assert example.values is not None
+        sample = ", ".join(f"{v:.3g}" for v in example.values.ravel()[:6])
+        more = ", …" if example.values.size > 6 else ""
+        uri = data_uri(strip(example.values, self._limit or 1.0), 256)
+        return {"kind": "values", "uri": uri, "values": f"{sample}{more}"}
+
+    def pixels(self, image: Array) -> Pixels:
+        """Return an image's bytes on the gallery's scale."""
+        channels = channels_of(image)
+        if channels not in self._scales:
+            self._scales[channels] = Scale.of([image])
+        return self._scales[channels].bytes(image)
+
+    # ---- showing -------------------------------------------------------------------------------------------
+
+    def encoded(self, position: int) -> dict[str, Any] | None:
+        """Return ``kind`` (``"image"``, ``"text"``, ``"values"``) and what goes with it; None for other examples."""
+        if position not in self._spans:
+            return None
+        start, size = self._spans[position]
+        self._file.seek(start)
+        return dict(json.loads(self._file.read(size)))
+
+    def show(self, top: TopExample, names: ClassNames) -> dict[str, Any]:
+        """Return what a template prints of an example; of one that is not here, its number alone."""
+        verdict = [
+            f"{word} {names[c]}" for word, c in (("labelled", top.label), ("predicted", top.prediction)) if c >= 0
+        ]
+        base = {
+            "kind": "number",
+            "top": top,
+            "label": names[top.known_class] if top.known_class >= 0 else "",
+            "prediction": names[top.prediction],
+            "alt": ", ".join([f"Example {top.position}", *verdict, f"coefficient {coefficient(top.coefficient)}"]),
+        }
+        found = self.encoded(top.position)
+        if found is None:
+            return base
+        if found["kind"] == "text":
+            start, rest = excerpt(found["text"])
+            return {**base, "kind": "text", "start": start, "rest": rest}
+        alt = f"{base['alt']}; values {found['values']}" if found["kind"] == "values" else base["alt"]
+        return {**base, **found, "alt": alt}
+
+    def thumbs(self, tops: Iterable[TopExample]) -> bytes | None:
+        """Return thumbnails of image examples as one picture; None without images."""
+        tiles = [self._tiles[top.position] for top in tops if top.position in self._tiles]
+        return sprite(tiles) if tiles else None
+
+    def quote(self, top: TopExample) -> str:
+        """Return the first words of a text example; empty for others."""
+        found = self.encoded(top.position)
+        return excerpt(found["text"], 60)[0] if found and found["kind"] == "text" else ""
+
+    def draw_attribution(self, position: int, weights: Array, tokenizer: Any, name: str) -> dict[str, Any]:
+        """Draw what in an example of ``kept`` speaks for a component, as a picture or as coloured tokens.
+
+        The weights have the shape of the input, or are one number per token.
+
+        Returns:
+            ``{"uri": …, "small": …}`` or ``{"tokens": [(text, level), …]}``, levels in [−1, 1].
+
+        Raises:
+            ArgumentError: The weights do not fit the example.
+        """
+        example = self.kept[position]
+        if example.image is not None:
+            pixels = self.pixels(example.image)
+            return {"uri": data_uri(overlay(pixels, weights, name)), "small": max(pixels.shape[:2]) <= PIXELATED_BELOW}
+        if example.text is not None:
+            tokens = tokens_of(example, weights.size, tokenizer, name)
+            flat = np.nan_to_num(weights.ravel())
+            largest = float(np.abs(flat).max(initial=0)) or 1.0
+            return {"tokens": [(printable(t), round(float(w) / largest, 3)) for t, w in zip(tokens, flat, strict=True)]}
+        assert example.values is not None
+        if weights.size != example.values.size:
+            raise ArgumentError(f"{name}: expected shape {example.values.shape} as the example's, got {weights.shape}")
+        shaped = weights.reshape(example.values.shape)
+        return {"uri": data_uri(strip(shaped, full_colour(shaped)), 256), "small": True}
+
+
+def tokens_of(example: RawExample, count: int, tokenizer: Any, name: str) -> list[str]:
+    """Cut a text into ``count`` tokens: those of its ids, each decoded alone; else its words.
+
+    Raises:
+        ArgumentError: There are not so many.
+    """
+    counts: Mapping[str, int] = {}
+    if example.ids is not None and tokenizer is not None:
+        ids = np.asarray(example.ids).ravel()
+        if len(ids) >= count:  # weights may leave out the padding behind
+            return [str(tokenizer.decode([int(i)])) for i in ids[:count]]
+        counts = {"tokens": len(ids)}
+    words = (example.text or "").split()
+    if len(words) == count:
+        return [word + " " for word in words]
+    have = " and ".join(f"{number} {what}" for what, number in {**counts, "words": len(words)}.items())
+    raise ArgumentError(f"{name}: {count} weights for a text of {have}; pass a number per token, and tokenizer=")
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def read_examples(
     data: Iterable[Any], wanted: Iterable[int], labels: Mapping[int, int], tokenizer: Any = None
-) -> dict[int, Example]:
-    """Iterate the data once and keep the wanted examples.
+) -> Iterator[tuple[int, RawExample]]:
+    """Iterate the data once and yield ``(position, example)`` for the wanted positions, in order.
 
     Args:
         data: Batches as given to ``compute_fishers``: ``(inputs, labels)``, a dict, a tensor.
@@ -50,25 +258,9 @@ def collect(
         labels: The labels on record of wanted positions, −1 where unknown; checked against those in the data.
         tokenizer: Anything with ``decode(ids)``, for batches that hold only token ids.
 
-    Returns:
-        An example per wanted position.
-
     Raises:
         DataError: The data ends early, or its labels are not those on record: it is other data, or in another
             order.
-    """
-    return dict(stream(data, wanted, labels, tokenizer))
-
-
-def stream(
-    data: Iterable[Any], wanted: Iterable[int], labels: Mapping[int, int], tokenizer: Any = None
-) -> Iterator[tuple[int, Example]]:
-    """Iterate the data once and yield ``(position, example)`` for the wanted positions, in order.
-
-    Takes and raises what :func:`collect` does; nothing is kept.
-
-    Raises:
-        DataError: As :func:`collect`.
     """
     missing = set(wanted)
     start = 0
@@ -96,21 +288,21 @@ def stream(
 
 
 def _split_one(example: Batch) -> tuple[Any, Any]:
-    """Inputs and targets of one example, taken as its batch says; both with a first dimension of 1.
+    """Return inputs and targets of one example, taken as its batch says; both with a first dimension of 1.
 
     Raises:
         DataError: It holds nothing to show.
     """
     inputs = example.inputs
-    if not isinstance(inputs, torch.Tensor | Mapping) or (isinstance(inputs, torch.Tensor) and inputs.is_nested):
+    if isinstance(inputs, Mapping):
+        return _split(inputs)[0], example.labels
+    if not isinstance(inputs, torch.Tensor) or inputs.is_nested:
         inputs = next((leaf for leaf in leaves(inputs) if isinstance(leaf, torch.Tensor)), None)
     if inputs is None:
         raise DataError("data: an example holds neither text nor tensors to show")
-    if isinstance(inputs, torch.Tensor):
-        if inputs.is_nested:
-            inputs = inputs.unbind()[0]
-        return inputs if inputs.ndim and len(inputs) == 1 else inputs[None], example.labels
-    return _split(inputs)[0], example.labels
+    if inputs.is_nested:
+        inputs = inputs.unbind()[0]
+    return inputs if inputs.ndim and len(inputs) == 1 else inputs[None], example.labels
 
 
 def _split(batch: Any) -> tuple[Any, Any]:
@@ -132,7 +324,8 @@ def _split(batch: Any) -> tuple[Any, Any]:
         return batch, None
     if isinstance(batch, tuple | list) and len(batch) >= 2:
         inputs = _split(batch[0])[0] if isinstance(batch[0], Mapping) else batch[0]
-        targets = batch[1] if _is_labels(batch[1]) else None
+        labels = isinstance(batch[1], torch.Tensor | np.ndarray | Sequence) and not isinstance(batch[1], str)
+        targets = batch[1] if labels else None
         several = isinstance(inputs, tuple | list) and all(isinstance(i, torch.Tensor | np.ndarray) for i in inputs)
         if several and inputs and targets is not None and len(inputs) != len(targets):
             inputs = inputs[0]  # of several inputs to the model
@@ -140,10 +333,6 @@ def _split(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, tuple | list) and len(batch) == 1:
         return batch[0], None
     return batch, None
-
-
-def _is_labels(value: Any) -> bool:
-    return isinstance(value, torch.Tensor | np.ndarray | Sequence) and not isinstance(value, str)
 
 
 def _size(inputs: Any, targets: Any) -> int:
@@ -171,29 +360,29 @@ def _check_label(position: int, targets: Any, index: int, on_record: int) -> Non
         )
 
 
-def _example(inputs: Any, index: int, decode: Decode | None) -> Example:
+def _example(inputs: Any, index: int, decode: Decode | None) -> RawExample:
     if isinstance(inputs, Mapping):
         ids = _array(inputs["input_ids"][index])
         if "text" in inputs:
-            return Example(text=words(inputs["text"][index]) or str(inputs["text"][index]), ids=ids)
-        return Example(ids=ids, text=decode(ids) if decode else "token ids " + " ".join(str(i) for i in ids.tolist()))
+            return RawExample(text=text_of(inputs["text"][index]) or str(inputs["text"][index]), ids=ids)
+        text = decode(ids) if decode else "token ids " + " ".join(str(i) for i in ids.tolist())
+        return RawExample(ids=ids, text=text)
     item = inputs[index]
-    text = words(item)
-    if text is not None:
-        return Example(text=text)
+    if (found := text_of(item)) is not None:
+        return RawExample(text=found)
     array = _array(item)
     if decode and array.ndim == 1 and np.issubdtype(array.dtype, np.integer):
-        return Example(text=decode(array), ids=array)
-    if looks_like_image(array):
-        return Example(image=np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] in (1, 3) else array)
+        return RawExample(text=decode(array), ids=array)
+    if looks_like_image(array.shape):
+        return RawExample(image=np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] in (1, 3) else array)
     if not array.size:
-        return Example(text=f"(empty: shape {array.shape})")
+        return RawExample(text=f"(empty: shape {array.shape})")
     rows = array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
-    return Example(values=rows[0] if len(rows) == 1 else rows)
+    return RawExample(values=rows[0] if len(rows) == 1 else rows)
 
 
-def _array(item: Any) -> np.ndarray[Any, Any]:
-    """Numbers to show; of complex ones their magnitude.
+def _array(item: Any) -> Array:
+    """Return the numbers to show; of complex ones their magnitude.
 
     Raises:
         DataError: The item holds no numbers.

@@ -1,21 +1,216 @@
-"""Where components stand on the map: two dimensions in which neighbours by cosine are near."""
+"""How components are laid out: as the tree of strategies, and as points of a map."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from scipy.linalg import eigh
+from torch import Tensor
+
+from npeff.components.components import Components
+from npeff.components.strategies import Strategy, response_similarity, strategy_tree
+from npeff.errors import ArgumentError, DataError
+from npeff.reports.summary import ComponentSummary, TopExample, known_predictions, top_examples
 
 Array = npt.NDArray[Any]
 
-STEPS = 350
-EXAGGERATED = 100
-LARGEST = 2500  # beyond, r² numbers a step take too long: classical scaling alone
+MOST_GROUPS = 12
+"""Strategies that get a colour of their own; where the caller names no number, no more are made."""
+STEPS, EXAGGERATED = 350, 100  # of t-SNE
+_SEARCH_STEPS, _ENTROPY_TOLERANCE = 100, 1e-8  # of its neighbourhoods; the entropy is in nats
+MOST_POINTS = 2500  # components; with more, r² numbers a step take too long, and the map is classical scaling alone
+
+# ---- the tree -----------------------------------------------------------------------------------------------
 
 
-def positions(distances: Array) -> Array:
-    """Lay points out in the unit square.
+@dataclass
+class StrategyNode:
+    """A node of the tree of strategies as a report shows it.
+
+    Attributes:
+        id: Its number, parents before children; the root is 0.
+        components: Indices of the components below it.
+        distance: Average ``1 − similarity`` of the responses at which its children were joined.
+        parent: The parent's number; −1 for the root.
+        children: The children's numbers, the larger share first.
+        group: The coloured strategy it belongs to; −1 above those.
+        share: Σ of its coefficients as a share of Σ W.
+        top: Examples with the largest summed coefficients.
+        profile: ``(C,)`` share of its weight per predicted class.
+        accuracy: Of its labelled examples, weighted by their coefficients; None without labels.
+    """
+
+    id: int
+    components: tuple[int, ...]
+    distance: float
+    parent: int
+    children: list[int] = field(default_factory=list)
+    group: int = -1
+    share: float = 0.0
+    top: list[TopExample] = field(default_factory=list)
+    profile: Array = field(default_factory=lambda: np.zeros(0))
+    accuracy: float | None = None
+
+    @property
+    def leaf(self) -> bool:
+        """Whether it is a single component."""
+        return not self.children
+
+    @property
+    def address(self) -> str:
+        """Where the page shows it."""
+        return f"#component-{self.components[0]}" if self.leaf else f"#strategy-{self.id}"
+
+
+def tree_of(
+    components: Components,
+    summaries: Sequence[ComponentSummary],
+    k: int,
+    strategies: Any = None,
+    similarity: Array | None = None,
+) -> list[StrategyNode]:
+    """Number the nodes of the tree of strategies, parents before children, and measure each.
+
+    Args:
+        components: A decomposition.
+        summaries: Its components; their shares order the children.
+        k: Examples per node.
+        strategies: What ``components.strategies()`` gives, or a number of strategies to colour; by default the
+            number with the best silhouette.
+        similarity: ``(r, r)`` of the components; by default that of their responses.
+
+    Raises:
+        ArgumentError: ``strategies`` is neither a tree over these components nor such a number.
+    """
+    similarity = response_similarity(components) if similarity is None else similarity
+    r = components.n_components
+    root = strategies
+    if not isinstance(strategies, Strategy):
+        if strategies is not None and (not isinstance(strategies, int) or not 1 <= strategies <= r):
+            raise ArgumentError(f"strategies: expected a Strategy or a number from 1 to {r}, got {strategies!r}")
+        mass = components.coefficients.sum(0, dtype=np.float64)
+        nothing = components.coefficients[:0]  # the tree's shape alone: no sums over the examples yet
+        root = strategy_tree(similarity, nothing, strategies, mass)
+    if sorted(root.components) != list(range(r)):
+        raise ArgumentError(
+            f"strategies: expected a tree over the components 0 to {r - 1}; take components.strategies()"
+        )
+    shares = {s.j: s.share for s in summaries}
+    nodes: list[StrategyNode] = []
+    waiting = [(root, -1)]
+    while waiting:  # no recursion: a tree may be as deep as there are components
+        strategy, parent = waiting.pop()
+        node = StrategyNode(len(nodes), strategy.components, float(strategy.distance), parent)
+        node.share = sum(shares[j] for j in node.components)
+        nodes.append(node)
+        if parent >= 0:
+            nodes[parent].children.append(node.id)
+        by_share = sorted(strategy.children, key=lambda child: sum(shares[j] for j in child.components))
+        waiting += [(child, node.id) for child in by_share]
+    _colour(nodes, similarity, strategies if isinstance(strategies, int) else None)
+    _measure(components, nodes, k)
+    return nodes
+
+
+def _colour(nodes: list[StrategyNode], similarity: Array, number: int | None) -> None:
+    if number == 1:
+        cut = [0]
+    elif number is not None or len(nodes[0].children) > 2:
+        cut = nodes[0].children  # already cut
+    else:
+        cut = _best_cut(nodes, similarity)
+    for group, top in enumerate(sorted(cut, key=lambda i: -nodes[i].share)):
+        below = [top]
+        while below:
+            node = nodes[below.pop()]
+            node.group = group
+            below += node.children
+
+
+def _best_cut(nodes: Sequence[StrategyNode], similarity: Array) -> list[int]:
+    """Cut the tree where the groups have the largest mean silhouette under ``1 − similarity``.
+
+    The cuts compared have 2, 3, … nodes: each time the widest node is split.
+    """
+    distances = 1 - similarity
+    cut, best, chosen = [0], -np.inf, [0]
+    while len(cut) < min(MOST_GROUPS, len(similarity)):
+        widest = max((i for i in cut if nodes[i].children), key=lambda i: (nodes[i].distance, -i))
+        cut = [i for i in cut if i != widest] + nodes[widest].children
+        member = np.zeros((len(distances), len(cut)))
+        for column, i in enumerate(cut):
+            member[list(nodes[i].components), column] = 1
+        value = silhouette(distances, member)
+        if value > best + 1e-12:
+            best, chosen = value, cut
+    return chosen
+
+
+def silhouette(distances: Array, member: Array) -> float:
+    """Mean of ``(b − a) / max(a, b)``: a the mean distance within the own group, b to the nearest other one.
+
+    Rousseeuw (1987).
+
+    Args:
+        distances: ``(r, r)``.
+        member: ``(r, groups)`` 0 or 1, one 1 per row. Points alone in their group count as 0.
+    """
+    sizes = member.sum(0)
+    sums = distances @ member - np.diag(distances)[:, None] * member
+    own = member.astype(bool)
+    alone = (own * sizes).sum(1) <= 1
+    a = (sums * own).sum(1) / np.maximum((own * sizes).sum(1) - 1, 1)
+    b = np.where(own, np.inf, sums / sizes).min(1)
+    return float(np.where(alone, 0, (b - a) / np.maximum(np.maximum(a, b), 1e-12)).mean())
+
+
+def _measure(components: Components, nodes: list[StrategyNode], k: int) -> None:
+    """Sum coefficients from the leaves up.
+
+    Children come before parents, the subtree with most components first: at most log r arrays ``(n,)`` are alive.
+    """
+    order, waiting = [], [0]
+    while waiting:
+        order.append(waiting.pop())
+        waiting += sorted(nodes[order[-1]].children, key=lambda i: -len(nodes[i].components))
+    W = components.coefficients
+    sums: dict[int, Array] = {}
+    for i in reversed(order):
+        node = nodes[i]
+        if node.leaf:
+            continue
+        w = np.zeros(len(W), np.float32)
+        for child in node.children:
+            w += W[:, nodes[child].components[0]] if nodes[child].leaf else sums.pop(child)
+        sums[i] = w
+        _describe(components, node, w, k)
+
+
+def _describe(components: Components, node: StrategyNode, w: Array, k: int) -> None:
+    order = np.argpartition(-w, min(k, len(w) - 1))[:k] if len(w) else np.zeros(0, np.int64)
+    order = order[np.lexsort((order, -w[order]))]
+    node.top = top_examples(components, order[w[order] > 0], w)
+    labels, predictions = np.asarray(components.labels), known_predictions(components)
+    weights, n_classes = w.astype(np.float64), components.logits.shape[1]
+    if n_classes:
+        mass = np.bincount(predictions, weights, minlength=n_classes)
+        node.profile = mass / (mass.sum() or 1.0)
+    known = (labels >= 0) & (predictions >= 0)
+    if known.any() and weights[known].sum() > 0:
+        node.accuracy = float(np.average((labels == predictions)[known], weights=weights[known]))
+
+
+# ---- the map ------------------------------------------------------------------------------------------------
+
+
+def map_positions(distances: Array) -> Array:
+    """Lay points out in the unit square so that near points stay near.
 
     Classical scaling (Torgerson 1952), from which t-SNE (van der Maaten & Hinton 2008) starts: exact, with a perplexity
     of a tenth of the points (3 to 30). The same distances give the same map.
@@ -29,18 +224,16 @@ def positions(distances: Array) -> Array:
     r = len(distances)
     if r == 1:
         return np.full((1, 2), 0.5)
-    Y = classical(distances)
-    if 6 <= r <= LARGEST:
-        Y = tsne(distances, Y, min(30.0, max(3.0, r / 10), (r - 1) / 3))
+    Y = _classical_scaling(distances)
+    if 6 <= r <= MOST_POINTS:
+        Y = _tsne(distances, Y, min(30.0, max(3.0, r / 10), (r - 1) / 3))
     low, high = Y.min(0), Y.max(0)
     side = float((high - low).max()) or 1.0
     return np.asarray((Y - (low + high) / 2) / side + 0.5)
 
 
-def classical(distances: Array) -> Array:
+def _classical_scaling(distances: Array) -> Array:
     """The two leading coordinates of ``−½ J D² J``, ``(r, 2)``."""
-    from scipy.linalg import eigh
-
     r = len(distances)
     squared = np.square(distances)
     centred = -0.5 * (squared - squared.mean(0) - squared.mean(1)[:, None] + squared.mean())
@@ -51,19 +244,58 @@ def classical(distances: Array) -> Array:
     return np.asarray(Y * np.where(signs == 0, 1, signs))
 
 
-def tsne(distances: Array, start: Array, perplexity: float) -> Array:
-    """Exact t-SNE from given coordinates.
+def conditional_probabilities(distances: Tensor, perplexity: float) -> Tensor:
+    """p_{j|i} ∝ exp(−β_i d_ij), with β_i such that the entropy of row i is log perplexity.
+
+    All rows are searched at once, by Newton steps in β within a bracket that is bisected where they leave it.
 
     Args:
-        distances: ``(r, r)``.
-        start: ``(r, 2)``; scaled down first.
-        perplexity: Effective number of neighbours.
+        distances: ``(n, n)`` float64 squared distances.
+        perplexity: Effective number of neighbours, above 1 and below n − 1.
 
     Returns:
-        ``(r, 2)``.
+        ``(n, n)`` float64, rows sum to 1, zero diagonal.
+
+    Raises:
+        ArgumentError: The perplexity is out of range.
+        DataError: Distances are not finite.
     """
+    n = len(distances)
+    if not 1 <= perplexity <= n - 1:
+        raise ArgumentError(f"perplexity: expected 1 ≤ perplexity ≤ n − 1 = {n - 1}, got {perplexity}")
+    if not bool(torch.isfinite(distances).all()):
+        raise DataError("distances: expected finite numbers, got NaN or infinite values")
+    target = math.log(perplexity)
+    others = ~torch.eye(n, dtype=torch.bool, device=distances.device)
+    # Distances from the nearest one: the same probabilities, and exp never underflows altogether.
+    gaps = distances.masked_fill(~others, torch.inf)
+    gaps = (gaps - gaps.min(1, keepdim=True).values).masked_fill(~others, 0.0)
+    scale = gaps.sum(1, keepdim=True) / (n - 1)
+    beta = 1 / torch.where(scale > 0, scale, 1.0)
+    low, high = torch.zeros_like(beta), torch.full_like(beta, torch.inf)
+    p = torch.empty_like(distances)
+    for _ in range(_SEARCH_STEPS):
+        weights = torch.exp(-beta * gaps) * others
+        total = weights.sum(1, keepdim=True)
+        p = weights / total
+        entropy = total.log() + beta * (p * gaps).sum(1, keepdim=True)
+        if float((entropy - target).abs().max()) < _ENTROPY_TOLERANCE:
+            break
+        mean = (p * gaps).sum(1, keepdim=True)
+        slope = -beta * ((p * gaps.square()).sum(1, keepdim=True) - mean.square())  # dH/dβ
+        flat = entropy > target
+        low, high = torch.where(flat, beta, low), torch.where(flat, high, beta)
+        middle = torch.where(torch.isinf(high), 2 * beta, (low + high) / 2)
+        newton = beta - (entropy - target) / slope
+        inside = (newton > low) & (newton < high.clamp_max(4 * beta))
+        beta = torch.where(inside, newton, middle).clamp_max(1e300)
+    return p
+
+
+def _tsne(distances: Array, start: Array, perplexity: float) -> Array:
+    """Run exact t-SNE from the coordinates ``start (r, 2)``, which are scaled down first."""
     r = len(distances)
-    P = affinities(np.square(distances), perplexity)
+    P = conditional_probabilities(torch.from_numpy(np.square(distances, dtype=np.float64)), perplexity).numpy()
     P = np.maximum((P + P.T) / (2 * r), 1e-12)
     Y = start / max(float(start.std()), 1e-12) * 1e-2
     # Points that coincide would never part.
@@ -82,21 +314,3 @@ def tsne(distances: Array, start: Array, perplexity: float) -> Array:
         Y = Y + velocity
         Y -= Y.mean(0)
     return np.asarray(Y)
-
-
-def affinities(squared: Array, perplexity: float) -> Array:
-    """``(r, r)`` rows ``p_k|j ∝ exp(−β_j d²_jk)`` with β_j such that each row's entropy is log(perplexity)."""
-    r = len(squared)
-    other = ~np.eye(r, dtype=bool)
-    shifted = np.where(other, squared - np.where(other, squared, np.inf).min(1)[:, None], 0)
-    low, high = np.zeros(r), np.full(r, np.inf)
-    beta = np.full(r, 1 / max(float(np.median(shifted[other])), 1e-12))
-    for _ in range(60):
-        p = np.where(other, np.exp(-np.minimum(shifted * beta[:, None], 700)), 0)
-        p /= p.sum(1, keepdims=True)
-        entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(1)
-        wide = entropy > np.log(perplexity)
-        low, high = np.where(wide, beta, low), np.where(wide, high, beta)
-        beta = np.where(np.isinf(high), beta * 2, (low + high) / 2)
-        beta = np.minimum(beta, 1e12)
-    return np.asarray(p)

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import softmax
 from tqdm import tqdm
 
-from npeff.components.parameter_vectors import not_recovered
-from npeff.reports.selection import ACTIVE, at_random, middle
-
-if TYPE_CHECKING:
-    from npeff.components.components import Components
+from npeff.components.components import Components
 
 Array = npt.NDArray[Any]
 
 DELAY = 3.0  # seconds before a progress bar shows
-BINS = 28
-BLOCKS = 8
-CLASSES = 8
+ACTIVE = 0.1
+"""An example counts as active from this share of the component's largest coefficient."""
+BINS, BLOCKS, CLASSES, CONTESTED = 28, 8, 8, 4  # entries listed at most
+CHUNK = 8192  # examples multiplied at once
 
 
 @dataclass(frozen=True)
-class Top:
-    """One of the examples with the largest coefficients.
+class TopExample:
+    """One of the examples with the largest coefficients on a component or a strategy.
 
     Attributes:
         index: Among the decomposed examples.
@@ -47,9 +45,14 @@ class Top:
         """Whether the prediction is known to be wrong."""
         return self.label >= 0 and self.prediction >= 0 and self.label != self.prediction
 
+    @property
+    def known_class(self) -> int:
+        """The label, else the prediction, else −1."""
+        return self.label if self.label >= 0 else self.prediction
+
 
 @dataclass(frozen=True)
-class Summary:
+class ComponentSummary:
     """One component in numbers.
 
     Attributes:
@@ -58,7 +61,6 @@ class Summary:
         top: Examples by falling coefficient; none with coefficient 0.
         middle: Examples around the median of the active ones, without those at the top.
         random: Others with a coefficient above zero, drawn at random.
-        energy: Mean squared coefficient, ``Σ_i W_ij² / n``.
         n_active: Examples with at least a tenth of the largest coefficient.
         n_zero: Examples with coefficient 0.
         purity: Share of the top examples with the commonest prediction among them; None without predictions.
@@ -68,15 +70,15 @@ class Summary:
         n_other: Classes beyond those, with any active example.
         histogram: Counts of the non-zero coefficients in bins of equal width up to the largest.
         profile: ``(C,)`` share of the component's weight per predicted class.
-        blocks: ``(parameter, share of ‖g_j‖²)``, largest first, the rest summed under the name ``None``.
         block_energy: Share of ‖g_j‖² of every parameter; empty where the vector in parameter space was not recovered.
+        energy: Mean squared coefficient, ``Σ_i W_ij² / n``.
     """
 
     j: int
     share: float
-    top: list[Top]
-    middle: list[Top]
-    random: list[Top]
+    top: list[TopExample]
+    middle: list[TopExample]
+    random: list[TopExample]
     n_active: int
     n_zero: int
     purity: float | None
@@ -86,12 +88,11 @@ class Summary:
     n_other: int
     histogram: list[int]
     profile: Array
-    blocks: list[tuple[str | None, float]]
     block_energy: dict[str, float]
     energy: float
 
     @property
-    def shown(self) -> list[Top]:
+    def shown(self) -> list[TopExample]:
         """All examples on the component's page."""
         return [*self.top, *self.middle, *self.random]
 
@@ -105,54 +106,53 @@ class Summary:
         """The largest coefficient."""
         return self.top[0].coefficient if self.top else 0.0
 
+    @property
+    def blocks(self) -> list[tuple[str, float]]:
+        """``(parameter, share of ‖g_j‖²)``, largest first, the rest summed as all others."""
+        order = sorted(self.block_energy.items(), key=lambda item: -item[1])
+        rest = sum(share for _, share in order[BLOCKS:])
+        return [*order[:BLOCKS], ("all others", rest)] if len(order) > BLOCKS else order
 
-def summarise(components: Components, k: int, seed: int = 0, progress: bool = False) -> list[Summary]:
-    """Summaries of all components, the largest share first.
+
+def summarise(
+    components: Components, k: int, seed: int = 0, chosen: Iterable[int] | None = None, progress: bool = False
+) -> list[ComponentSummary]:
+    """Summarise components, the largest share first.
 
     Args:
         components: A decomposition.
         k: Top examples of each; half as many from the middle, and half as many at random.
         seed: Decides the random ones.
+        chosen: Components, in this order; by default all, the largest share first.
         progress: Show a progress bar.
     """
-    W = np.asarray(components.coefficients)
-    sizes = W.sum(0, dtype=np.float64)
-    total = float(sizes.sum()) or 1.0
-    order = np.argsort(-sizes, kind="stable")
+    sizes = np.asarray(components.coefficients).sum(0, dtype=np.float64)
+    shares = sizes / (sizes.sum() or 1.0)
+    order = np.argsort(-sizes, kind="stable") if chosen is None else chosen
     bar = tqdm(order, "components", delay=DELAY, disable=not progress, unit="component")
-    return [_summary(components, int(j), float(sizes[j]) / total, k, seed) for j in bar]
+    return [_summary(components, int(j), float(shares[j]), k, seed) for j in bar]
 
 
-def summary_of(components: Components, j: int, k: int) -> Summary:
-    """The summary of one component."""
-    W = components.coefficients
-    total = float(W.sum(dtype=np.float64)) or 1.0
-    return _summary(components, j, float(W[:, j].sum(dtype=np.float64)) / total, k, 0)
-
-
-def _summary(components: Components, j: int, share: float, k: int, seed: int) -> Summary:
+def _summary(components: Components, j: int, share: float, k: int, seed: int) -> ComponentSummary:
     w = np.asarray(components.coefficients[:, j], np.float64)
     labels, predictions = np.asarray(components.labels), known_predictions(components)
     best = components.top_examples(j, k=k)
     best = best[w[best] > 0]
     between = middle(w, best, k // 2)
     others = at_random(w, np.concatenate([best, between]), k // 2, (seed, j))
-    top = tops(components, best, w)
+    top = top_examples(components, best, w)
     largest = float(w.max(initial=0))
     active = (w >= ACTIVE * largest) & (w > 0)
     known = active & (labels >= 0) & (predictions >= 0)
     seen = predictions >= 0
     counts = np.unique([t.prediction for t in top], return_counts=True)[1] if top else np.zeros(1)
     classes = _classes(labels[active], predictions[active])
-    n_classes = components.logits.shape[1]
-    blocks = {} if j in not_recovered(components) else components.block_energy(j)
-    profile = np.bincount(predictions[seen], w[seen], minlength=n_classes) / (float(w.sum()) or 1.0)
-    return Summary(
+    return ComponentSummary(
         j=j,
         share=share,
         top=top,
-        middle=tops(components, between, w),
-        random=tops(components, others, w),
+        middle=top_examples(components, between, w),
+        random=top_examples(components, others, w),
         n_active=int(active.sum()),
         n_zero=int((w == 0).sum()),
         purity=float(counts.max() / max(1, len(top))) if seen.any() else None,
@@ -161,18 +161,17 @@ def _summary(components: Components, j: int, share: float, k: int, seed: int) ->
         classes=classes[:CLASSES],
         n_other=len(classes[CLASSES:]),
         histogram=np.histogram(w[w > 0], BINS, (0.0, largest or 1.0))[0].tolist(),
-        profile=profile,
-        blocks=_blocks(blocks),
-        block_energy=blocks,
+        profile=np.bincount(predictions[seen], w[seen], components.logits.shape[1]) / (float(w.sum()) or 1.0),
+        block_energy={} if j in components.not_recovered else components.block_energy(j),
         energy=float(np.mean(np.square(w))) if len(w) else 0.0,
     )
 
 
-def tops(components: Components, indices: Array, w: Array) -> list[Top]:
-    """Examples by their indices, with their coefficients ``w (n,)``."""
+def top_examples(components: Components, indices: Array, w: Array) -> list[TopExample]:
+    """Describe examples by their indices, with their coefficients ``w (n,)``."""
     predictions = known_predictions(components)
     return [
-        Top(int(i), int(components.ids[i]), float(w[i]), int(components.labels[i]), int(predictions[i]))
+        TopExample(int(i), int(components.ids[i]), float(w[i]), int(components.labels[i]), int(predictions[i]))
         for i in indices
     ]
 
@@ -183,40 +182,59 @@ def known_predictions(components: Components) -> Array:
     return np.asarray(components.predictions) if n_classes else np.full(n, -1, np.int64)
 
 
+# ---- which examples are shown -------------------------------------------------------------------------------
+
+
+def middle(w: Array, top: Array, m: int) -> Array:
+    """Choose the m examples around the median of the active ones that are not in ``top``.
+
+    The coefficients are ``w (n,)``; the result is indices by falling coefficient, fewer than m where fewer are active.
+    """
+    rest = np.setdiff1d(np.flatnonzero((w >= ACTIVE * w.max(initial=0)) & (w > 0)), top)
+    order = rest[np.argsort(-w[rest], kind="stable")]
+    start = max(0, (len(order) - m) // 2)
+    return order[start : start + m]
+
+
+def at_random(w: Array, shown: Array, m: int, seed: tuple[int, ...]) -> Array:
+    """Choose m random examples of those with a coefficient ``w (n,)`` above zero that are not in ``shown``.
+
+    The result is indices by falling coefficient.
+    """
+    rest = np.setdiff1d(np.flatnonzero(w > 0), shown)
+    if len(rest) > m:
+        rest = np.random.default_rng(seed).choice(rest, m, replace=False)
+    return rest[np.lexsort((rest, -w[rest]))]
+
+
+# ---- classes ------------------------------------------------------------------------------------------------
+
+
 def _classes(labels: Array, predictions: Array) -> list[tuple[int, int, int]]:
     classes = np.union1d(labels[labels >= 0], predictions[predictions >= 0])
     rows = [(int(c), int((labels == c).sum()), int((predictions == c).sum())) for c in classes]
     return sorted(rows, key=lambda row: (-row[1] - row[2], row[0]))
 
 
-def _contest(components: Components, top: Sequence[Top]) -> list[tuple[int, float]]:
+def _contest(components: Components, top: Sequence[TopExample]) -> list[tuple[int, float]]:
     """Shares of trace(diag p − ppᵀ) = Σ_y p_y (1 − p_y) by class, the top examples' weighted mean."""
     logits = np.asarray(components.logits[[t.index for t in top]], np.float64)
     if not top or logits.shape[1] < 2 or not _categorical(components.provenance):
         return []
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    spread = p * _one_minus(p)
+    p = softmax(logits, axis=1)
+    rest = 1 - p  # of a confident row's largest p, from the others: 1 − p would cancel
+    rows, best = np.arange(len(p)), p.argmax(1)
+    rest[rows, best] = np.where(np.arange(p.shape[1]) == best[:, None], 0, p).sum(1)
+    spread = p * rest
     shares = spread / np.maximum(spread.sum(1, keepdims=True), 1e-300)
     mean = np.average(shares, axis=0, weights=[t.coefficient for t in top])
-    order = np.argsort(-mean, kind="stable")[:4]
+    order = np.argsort(-mean, kind="stable")[:CONTESTED]
     return [(int(c), float(mean[c])) for c in order if mean[c] >= 0.02]
-
-
-def _one_minus(p: Array) -> Array:
-    """1 − p without cancellation for confident rows: the sum of the other probabilities."""
-    best = p.argmax(1)
-    rows = np.arange(len(p))
-    rest = p.copy()
-    rest[rows, best] = 0
-    out = 1 - p
-    out[rows, best] = rest.sum(1)
-    return np.asarray(out)
 
 
 def _categorical(provenance: Any) -> bool:
     """Whether the Fishers were those of a softmax (the default), as far as the provenance tells."""
-    if isinstance(provenance, dict):
+    if isinstance(provenance, Mapping):
         return all(
             value in ("categorical", "probabilities") if key == "likelihood" else _categorical(value)
             for key, value in provenance.items()
@@ -224,8 +242,49 @@ def _categorical(provenance: Any) -> bool:
     return True
 
 
-def _blocks(energy: dict[str, float]) -> list[tuple[str | None, float]]:
-    order = sorted(energy.items(), key=lambda item: -item[1])
-    head: list[tuple[str | None, float]] = [(name, share) for name, share in order[:BLOCKS]]
-    rest = sum(share for _, share in order[BLOCKS:])
-    return [*head, (None, rest)] if len(order) > BLOCKS else head
+# ---- which components are like each other -------------------------------------------------------------------
+
+
+def coactivation(coefficients: Array) -> Array:
+    """``(r, r)`` cosine between the components' coefficients ``(n, r)`` ≥ 0: 1 where they go together."""
+    products = np.zeros((coefficients.shape[1],) * 2)
+    for start in range(0, len(coefficients), CHUNK):
+        part = coefficients[start : start + CHUNK]
+        products += part.T @ part
+    norms = np.sqrt(np.maximum(np.diag(products), 1e-30))
+    return np.asarray(products / norms / norms[:, None])
+
+
+def closest(similarity: Array, j: int, m: int = 6, least: float = 0.01) -> list[tuple[int, float]]:
+    """Find the m others most similar to j, ``(component, similarity)``; those below ``least`` are left out."""
+    row = similarity[j].astype(np.float64)
+    row[j] = -1
+    order = np.argsort(-row, kind="stable")[:m]
+    return [(int(i), float(min(1.0, row[i]))) for i in order if row[i] >= least]
+
+
+def explained_shares(vectors: Array, coefficients: Array, loss: float, kind: str) -> Array | None:
+    """Compute the share of each example's unit-norm Fisher that the components account for, from W and G alone.
+
+    Where ``w`` minimises ``‖F − Σ_j w_j C_j‖²`` over w ≥ 0, complementary slackness gives
+    ``⟨F, Σ w_j C_j⟩ = ‖Σ w_j C_j‖²``, so the share is ``1 − ‖F − Σ‖² / ‖F‖² = wᵀ gram w`` for ‖F‖ = 1, with
+    ``gram = (GGᵀ)∘²`` (low-rank) or ``HHᵀ``.
+
+    Args:
+        vectors: G or H, ``(r, n_kept)``.
+        coefficients: W, ``(n, r)``.
+        loss: The relative loss on record, to check with: 1 − loss is the mean share.
+        kind: ``"low_rank"`` or ``"diagonal"``.
+
+    Returns:
+        ``(n,)`` in [0, 1], NaN for examples without coefficients; None where the mean is not 1 − loss: the
+        coefficients are no such minimum, or the Fishers were not of unit norm.
+    """
+    Q = vectors @ vectors.T
+    gram = np.square(Q) if kind == "low_rank" else Q
+    chunks = np.array_split(coefficients, -(-len(coefficients) // CHUNK) or 1)
+    share = np.concatenate([np.einsum("ij,ij->i", part @ gram, part) for part in chunks]).astype(np.float64)
+    used = share > 0
+    if not used.any() or not abs(1 - share[used].mean() - loss) <= 0.01 + 0.05 * abs(loss):
+        return None
+    return np.where(used, np.clip(share, 0, 1), np.nan)

@@ -6,7 +6,8 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from npeff.errors import ForeignFileError, NewerFileError, StorageError, Truncat
 from npeff.storage.documents import MOST_BYTES, expect, parse_json
 from npeff.storage.fields import Field, Sizes, check_shapes, checked_pieces, refuse
 from npeff.storage.files import forget
-from npeff.storage.hdf5 import CHUNK_BYTES, Data, as_bytes, write_hdf5
-from npeff.storage.opening import Spec, open_hdf5, structure_of
+from npeff.storage.hdf5 import CHUNK_BYTES, Data, Spec, as_bytes, open_hdf5, structure_of, write_hdf5
 
 Array = npt.NDArray[Any]
 
@@ -27,11 +27,9 @@ FORMAT = "npeff"
 FORMAT_VERSION = 1
 
 
-@lru_cache
+@cache
 def package_version() -> str:
-    """The installed version of npeff."""
-    from importlib.metadata import PackageNotFoundError, version
-
+    """Return the installed version of npeff."""
     try:
         return version("npeff")
     except PackageNotFoundError:
@@ -44,7 +42,7 @@ def write_container(
     data: Sequence[Data],
     attributes: Mapping[str, Any],
     *,
-    version: int = FORMAT_VERSION,
+    format_version: int = FORMAT_VERSION,
 ) -> None:
     """Write an npeff container: ``data``, what it is, and a CRC-32 of every dataset.
 
@@ -53,7 +51,7 @@ def write_container(
         content: ``"fishers"``, ``"components"``, ``"shard"``, …: what a reader has to know.
         data: The datasets.
         attributes: Further root attributes, such as ``kind``.
-        version: Format version to declare (tests of newer files only).
+        format_version: To declare (tests of newer files only).
     """
     sums = {item.name: 0 for item in data}
 
@@ -73,7 +71,7 @@ def write_container(
     sums_data = Data("checksums", (), h5py.string_dtype("utf-8", length), lambda: [np.array(text(), f"S{length}")])
     root = {
         "format": FORMAT,
-        "format_version": np.int64(version),
+        "format_version": np.int64(format_version),
         "content": content,
         "written_by": f"npeff {package_version()}",
     }
@@ -113,38 +111,38 @@ class Container:
         return np.memmap(self.path, np.uint8, "r")
 
     def spec(self, name: str) -> Spec:
-        """Where dataset ``name`` lies.
+        """Return where dataset ``name`` lies.
 
         Raises:
             StorageError: The file lacks it, or it holds nothing that npeff reads.
         """
-        if name not in self.specs:
+        spec: Spec = self._found(self.specs, "dataset", name)
+        return spec
+
+    def _found(self, items: Mapping[str, Any], what: str, name: str) -> Any:
+        if name not in items:
             reason = self.refused.get(name, "is missing")
             raise StorageError(
-                f"{self.path}: dataset {name!r} {reason}; the file was changed by another program, or is damaged"
+                f"{self.path}: {what} {name!r} {reason}; the file was changed by another program, or is damaged"
             )
-        return self.specs[name]
+        return items[name]
 
     def array(self, name: str) -> Array:
-        """Dataset ``name`` as a read-only array mapped from the file; its contents are not checked."""
+        """Map dataset ``name`` from the file as a read-only array, without a check of its contents."""
         spec = self.spec(name)
-        if spec.offset is None:
-            array = self._read(name)
-        else:
-            array = self._bytes[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).reshape(spec.shape)
+        if spec.offset is not None:
+            array: Array = self._bytes[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).reshape(spec.shape)
             array = array if array.flags.aligned else array.copy()
+        elif spec.nbytes == 0:
+            array = np.empty(spec.shape, spec.dtype)
+        else:
+            with open_hdf5(self.path) as file:
+                array = np.array(file[name][()], spec.dtype)
         array.flags.writeable = False
         return array
 
-    def _read(self, name: str) -> Array:
-        spec = self.specs[name]
-        if spec.nbytes == 0:
-            return np.empty(spec.shape, spec.dtype)
-        with open_hdf5(self.path) as file:
-            return np.array(file[name][()], spec.dtype)
-
     def attribute(self, name: str, *types: type) -> Any:
-        """Attribute ``name``: of the root, or of another object as ``"path@name"``.
+        """Return attribute ``name``: of the root, or of another object as ``"path@name"``.
 
         Args:
             name: Its name.
@@ -153,20 +151,15 @@ class Container:
         Raises:
             StorageError: The file lacks it, or its value has another type.
         """
-        if name not in self.attributes:
-            reason = self.refused.get(name, "is missing")
-            raise StorageError(
-                f"{self.path}: attribute {name!r} {reason}; the file was changed by another program, or is damaged"
-            )
-        value = self.attributes[name]
+        value = self._found(self.attributes, "attribute", name)
         while isinstance(value, list) and len(value) == 1 and list not in types:
             value = value[0]
         return expect(value, f"{self.path}: attribute {name!r}", types)
 
     def read(
         self, fields: Sequence[Field], sizes: Sizes, *, verify: bool = False
-    ) -> tuple[dict[str, Array], Callable[[], None]]:
-        """Arrays as a format expects them: types and shapes are checked, and the contents of all but large arrays.
+    ) -> tuple[dict[str, Array], Callable[[], None] | None]:
+        """Map the arrays of a format; check their types and shapes, and the contents of all but large ones.
 
         Args:
             fields: What is expected; fields that others refer to come first.
@@ -175,7 +168,7 @@ class Container:
 
         Returns:
             The arrays by name, mapped and read-only, and a function that checks those larger than
-            :data:`VERIFY_BYTES`, once.
+            :data:`VERIFY_BYTES`, once; None where there are none.
 
         Raises:
             StorageError: One is not as expected, or its checksum differs.
@@ -197,10 +190,10 @@ class Container:
                     forget(arrays[one.name])
 
         check([one for one in present if one not in later])
-        return arrays, cache(lambda: check(later))
+        return arrays, cache(lambda: check(later)) if later else None
 
     def _summed(self, name: str, pieces: Iterable[Array]) -> Iterator[Array]:
-        """The pieces of a dataset, which are compared with its checksum, where the file has checksums.
+        """Yield the pieces of a dataset and compare them with its checksum, where the file has checksums.
 
         Raises:
             StorageError: They differ.
@@ -216,7 +209,7 @@ class Container:
             )
 
     def chunks(self, name: str) -> Iterator[Array]:
-        """Dataset ``name`` in flat pieces of about 16 MiB, read, not mapped; its checksum is verified.
+        """Yield dataset ``name`` in flat pieces of about 16 MiB, and verify its checksum at the end.
 
         Raises:
             StorageError: The contents do not match the checksum written with them.
@@ -225,21 +218,20 @@ class Container:
 
     def _pieces(self, name: str, spec: Spec) -> Iterator[Array]:
         if spec.offset is None:
-            yield self._read(name).reshape(-1)
+            yield self.array(name).reshape(-1)
             return
-        size = spec.dtype.itemsize
-        with open(self.path, "rb") as file:
+        left = spec.nbytes // spec.dtype.itemsize
+        with open(self.path, "rb") as file:  # read, not mapped: faster for one pass, and no page stays
             file.seek(spec.offset)
-            left = spec.nbytes // size
             while left:
-                chunk = np.fromfile(file, spec.dtype, min(left, max(1, CHUNK_BYTES // size)))
-                if not len(chunk):
+                piece = np.fromfile(file, spec.dtype, min(left, max(1, CHUNK_BYTES // spec.dtype.itemsize)))
+                if not len(piece):
                     raise TruncatedFileError(f"{self.path}: the file ended inside dataset {name!r}")
-                left -= len(chunk)
-                yield chunk
+                left -= len(piece)
+                yield piece
 
     def json(self, name: str, expected: type | tuple[type, ...] = (dict, list)) -> Any:
-        """The JSON document in dataset ``name``; its checksum is verified.
+        """Read the JSON document in dataset ``name`` and verify its checksum.
 
         Args:
             name: The dataset, a text.
@@ -248,16 +240,16 @@ class Container:
         Raises:
             StorageError: It is damaged, or has another type.
         """
-        self._check_text(name)
-        raw = b"".join(chunk.tobytes() for chunk in self.chunks(name))
-        return parse_json(raw, f"{self.path}: dataset {name!r}", expected, finite=False)
+        return parse_json(self._text(name, checked=True), f"{self.path}: dataset {name!r}", expected, finite=False)
 
-    def _check_text(self, name: str) -> None:
+    def _text(self, name: str, checked: bool) -> bytes:
         spec = self.spec(name)
         if spec.dtype.kind != "S" or spec.shape:
             refuse(self.path, name, f"one text, got {spec.dtype} of shape {spec.shape}")
         if spec.nbytes > MOST_BYTES:
             refuse(self.path, name, f"at most {MOST_BYTES:,} bytes of JSON, got {spec.nbytes:,}")
+        array = self.array(name).reshape(-1)
+        return b"".join(piece.tobytes() for piece in (self._summed(name, [array]) if checked else [array]))
 
     @cached_property
     def checksums(self) -> dict[str, str] | None:
@@ -268,8 +260,7 @@ class Container:
         """
         where = f"{self.path}: dataset 'checksums'"
         if self.is_npeff:
-            self._check_text("checksums")
-            raw: Any = b"".join(chunk.tobytes() for chunk in self._pieces("checksums", self.specs["checksums"]))
+            raw: Any = self._text("checksums", checked=False)
         elif "checksums" in self.attributes:
             raw = self.attribute("checksums", str)
         else:
@@ -282,7 +273,7 @@ class Container:
 
 
 def open_container(path: Path) -> Container:
-    """Open an npeff file of any content. Costs a few reads, however large the file.
+    """Open an npeff file of any content, with a few reads, however large the file.
 
     Raises:
         StorageError: There is no such file.
@@ -297,7 +288,7 @@ def open_container(path: Path) -> Container:
 
 
 def open_file(path: Path) -> Container:
-    """Open an HDF5 file, npeff's or not. Costs a few reads, however large the file.
+    """Open an HDF5 file, npeff's or not, with a few reads, however large the file.
 
     Raises:
         StorageError: There is no such file, or it is damaged.

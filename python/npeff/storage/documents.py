@@ -22,48 +22,69 @@ _NAMES = {
 }  # fmt: skip
 
 
-def read_json(path: Path | str, expected: type | tuple[type, ...] = dict, *, finite: bool = True) -> Any:
-    """The JSON document in a file.
+def read_json(
+    path: Path | str, expected: type | tuple[type, ...] = dict, *, finite: bool = True, most: int = MOST_BYTES
+) -> Any:
+    """Read the JSON document in a file.
 
     Args:
         path: The file.
         expected: Type, or types, that the document must have: dict, list, str, int, float, bool or NoneType.
         finite: Refuse NaN and infinite numbers.
+        most: Bytes; larger files are refused.
 
     Raises:
         StorageError: There is no such file, it is no regular file, or it holds something else.
     """
     path = Path(path)
     check_regular(path)
-    if (size := path.stat().st_size) > MOST_BYTES:
-        raise StorageError(f"{path}: expected at most {MOST_BYTES:,} bytes of JSON, got {size:,}")
+    if (size := path.stat().st_size) > most:
+        raise StorageError(f"{path}: expected at most {most:,} bytes of JSON, got {size:,}")
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    return parse_json(raw, str(path), expected, finite=finite)
+    return parse_json(raw, str(path), expected, finite=finite, most=most)
 
 
-def parse_json(raw: bytes | str, where: str, expected: type | tuple[type, ...] = dict, *, finite: bool = True) -> Any:
-    """A JSON document.
+def parse_json(
+    raw: bytes | str,
+    where: str,
+    expected: type | tuple[type, ...] = dict,
+    *,
+    finite: bool = True,
+    most: int = MOST_BYTES,
+) -> Any:
+    """Read a JSON document; no name may stand twice in an object.
 
     Args:
         raw: The document, UTF-8.
         where: File and field, for messages.
         expected: Type, or types, that the document must have.
         finite: Refuse NaN and infinite numbers.
+        most: Bytes; larger documents are refused.
 
     Raises:
         StorageError: It is no JSON, is too large or too deep, or has another type.
     """
-    if len(raw) > MOST_BYTES:
-        raise StorageError(f"{where}: expected at most {MOST_BYTES:,} bytes of JSON, got {len(raw):,}")
+    if len(raw) > most:
+        raise StorageError(f"{where}: expected at most {most:,} bytes of JSON, got {len(raw):,}")
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        value = json.loads(raw, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise StorageError(f"{where} is damaged: expected JSON (lists or objects nested too deeply)") from error
+    except ValueError as error:
         raise StorageError(f"{where} is damaged: expected JSON ({error})") from error
     _check_nodes(value, where, finite)
     return expect(value, where, expected)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r:.80} stands twice")
+    return content
 
 
 def _check_nodes(value: Any, where: str, finite: bool) -> None:
@@ -77,7 +98,7 @@ def _check_nodes(value: Any, where: str, finite: bool) -> None:
         if finite:
             for node in level:
                 if type(node) is float and not math.isfinite(node):
-                    raise StorageError(f"{where} is damaged: expected finite numbers, got {node}")
+                    raise StorageError(f"{where} is damaged: expected finite numbers or null, got {node}")
         level = [
             child
             for node in level

@@ -73,7 +73,7 @@ class Field:
 
 
 def refuse(where: object, name: str, expected: str) -> NoReturn:
-    """Tell that an array is not as expected.
+    """Refuse an array that is not as expected.
 
     Raises:
         StorageError: Always.
@@ -111,7 +111,7 @@ def check_shapes(where: object, found: Mapping[str, Shaped], fields: Sequence[Fi
 
 
 def _agrees(found: int, expected: int | str, sizes: Sizes) -> bool:
-    """Whether an axis has the expected size; decides the size where it is not known yet."""
+    """Compare an axis with the expected size; decide the size where it is not known yet."""
     if isinstance(expected, int):
         return found == expected
     name, _, more = expected.partition(" + ")
@@ -138,7 +138,7 @@ def check_arrays(where: object, arrays: Mapping[str, Array], fields: Sequence[Fi
 
 
 def checked_pieces(where: object, field: Field, arrays: Mapping[str, Array], sizes: Sizes) -> Iterator[Array]:
-    """A field's elements in flat pieces, each checked before it is yielded.
+    """Yield a field's elements in flat pieces, each once it is checked.
 
     Args:
         where: The file, for messages.
@@ -182,7 +182,7 @@ def checked_pieces(where: object, field: Field, arrays: Mapping[str, Array], siz
 
 
 def _rules(field: Field, piece: Array, sizes: Sizes) -> Iterator[tuple[Array, str]]:
-    """Which elements break a rule, and what the rule expects."""
+    """Yield, per rule, which elements break it, and what it expects."""
     if piece.dtype.kind == "f":
         wrong = ~np.isfinite(piece)
         if wrong.any() and (field.nan or field.infinite):

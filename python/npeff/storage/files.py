@@ -59,7 +59,7 @@ def explain(path: Path, error: OSError, kept: str) -> StorageError:
 
 
 def _number(error: OSError) -> int | None:
-    """The system's number of an error; HDF5 gives it in its message alone."""
+    """Return the system's number of an error; HDF5 gives it in its message alone."""
     if error.errno is not None:
         return error.errno
     found = re.search(r"\berrno = (\d+)", str(error))
@@ -67,7 +67,7 @@ def _number(error: OSError) -> int | None:
 
 
 def _lacking(folder: Path, number: int, reason: str) -> tuple[str, str]:
-    """What a file system lacks that refused a write, and what to do about it."""
+    """Say what a file system lacks that refused a write, and what to do about it."""
     if number == errno.EDQUOT:
         return f"the disk quota is used up ({reason})", "Free some of your space there, or have the quota raised,"
     while not folder.is_dir() and folder != folder.parent:
@@ -82,7 +82,7 @@ def _lacking(folder: Path, number: int, reason: str) -> tuple[str, str]:
 
 
 def path_of(value: object, name: str = "path") -> Path:
-    """A path that someone gave, of a file that may not exist yet.
+    """Check the path of a file that may not exist yet.
 
     Args:
         value: A string or a path.
@@ -128,7 +128,7 @@ def check_target(path: Path) -> None:
 def refuse_link(path: Path) -> None:
     """Refuse to go on from a file of npeff's own naming that is a symbolic link, a folder or a device.
 
-    Such files have names that anyone can foresee: a link there would have another file read, or overwritten.
+    The names of such files are known in advance: through a link there, another file would be read or overwritten.
 
     Raises:
         StorageError: It is one.
@@ -144,7 +144,7 @@ def refuse_link(path: Path) -> None:
 
 
 def _target(path: Path) -> Path:
-    """The file that ``path`` means: where a symbolic link leads, itself otherwise."""
+    """Return the file that ``path`` means: where a symbolic link leads, otherwise the path itself."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
@@ -162,7 +162,7 @@ def sync_folder(folder: Path) -> None:
 def atomic(path: Path, *, kept: str = "Nothing else was touched.") -> Iterator[Path]:
     """Write a file aside; rename it to ``path`` once it is whole and on the disk.
 
-    It is written in a new folder beside ``path`` whose name cannot be foreseen and which only this user may enter, so
+    It is written in a new folder beside ``path`` that has a random name and that only this user may enter, so
     that processes which write the same file do not meet, and no link planted there is followed. The last one that ends
     replaces the file. What a killed process leaves of it, :func:`check_target` removes the next time.
 
@@ -204,7 +204,7 @@ def atomic(path: Path, *, kept: str = "Nothing else was touched.") -> Iterator[P
 
 
 def _system_error(error: BaseException, folder: Path) -> OSError | None:
-    """The system's error on writing in ``folder``; zip files hide a full disk behind a ValueError.
+    """Find the system's error on writing in ``folder``; zip files hide a full disk behind a ValueError.
 
     Errors that npeff raised itself, and those about files elsewhere, are none.
     """
@@ -220,7 +220,7 @@ def _system_error(error: BaseException, folder: Path) -> OSError | None:
 
 
 def _aside(target: Path) -> tuple[Path, int | None]:
-    """A new folder beside ``target`` to write it in, and what holds it; see :func:`claim`."""
+    """Make a folder beside ``target`` to write it in, and claim it; see :func:`claim`."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}.", suffix=".tmp", dir=target.parent))
         try:
@@ -260,7 +260,7 @@ def claim(folder: Path) -> int | None:
 
 
 def abandoned(folder: Path) -> int | None:
-    """Claim a folder that a process left when it was killed; None where one is at work in it, or nobody can tell."""
+    """Claim a folder that a process left when it was killed; None where one is at work in it, or that is unknown."""
     with contextlib.suppress(OSError):
         return claim(folder)
     return None
@@ -285,7 +285,7 @@ def _discard(folder: Path, name: str) -> None:
 
 
 def reserve(file: IO[bytes], size: int) -> None:
-    """Have a file take its space on the disk now: on a full one, a later write to its mapping would end the process.
+    """Take a file's space on the disk now: on a full disk, a later write to its mapping would end the process.
 
     Args:
         file: An open file.

@@ -1,16 +1,18 @@
-"""Plain HDF5 files with contiguous datasets, written by streaming.
+"""HDF5 files: contiguous datasets, written as streams; the structure of files, checked when it is read.
 
-The HDF5 library lays the file out in memory, without the data; npeff then writes that skeleton and the data
-itself. So the bytes depend on the contents alone, a full disk is an ordinary error, and arrays larger than
-memory stream through.
+A dataset is read only where the file itself stores all of it, as plain numbers or a text of fixed length. For whatever
+else has a name in a file, the reason why npeff does not read it is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,36 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from npeff.errors import ArgumentError, StorageError
+from npeff.errors import ArgumentError, ForeignFileError, NpeffError, StorageError, TruncatedFileError
+from npeff.storage.documents import check_regular
 
 Array = npt.NDArray[Any]
 Attributes = Mapping[str, Mapping[str, Any]]
 
 CHUNK_BYTES = 16 << 20
-_PAGE = 4096
-_ALIGN = 64  # bytes: a cache line, the widest vector
+"""Bytes of a dataset that are written or read together."""
 
+MOST_TIMES = 1_100
+"""Memory that a file may ask for, as a multiple of what it stores: deflate's best, and a little."""
+
+LEAST_ALLOWED = 16 << 20
+"""Bytes of memory that any file may ask for."""
 
 LONGEST = 60_000
-"""Bytes of an attribute that HDF5 can keep where it stands; longer texts lie elsewhere in the file."""
+"""Bytes of an attribute that HDF5 keeps beside its object; longer texts lie elsewhere in the file."""
+
+_ALIGN = 64  # bytes: a cache line, the widest vector
+_MOST_OBJECTS = 10_000
+_MOST_ELEMENTS = 1_000  # of an attribute
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_OTHERS = {
+    b"PK\x03\x04": "a zip archive (torch.save or numpy .npz)",
+    b"\x93NUMPY": "a numpy .npy file",
+    b"\x80": "a pickle",
+    b"{": "JSON",
+}
+_HEAP = b"GCOL\x01\0\0\0"  # begins what holds texts of varying length
+_FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 4: "szip", 32000: "lzf"}
 
 
 @dataclass(frozen=True)
@@ -51,11 +71,11 @@ class Data:
     @property
     def nbytes(self) -> int:
         """Size of the dataset in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @classmethod
     def of(cls, name: str, array: Array, dtype: npt.DTypeLike | None = None) -> Data:
-        """The dataset that holds ``array``, of any shape, converted to ``dtype`` piece by piece.
+        """Describe the dataset that holds ``array``, of any shape, converted to ``dtype`` piece by piece.
 
         Raises:
             ArgumentError: The array holds neither numbers, booleans nor fixed-length bytes.
@@ -67,18 +87,18 @@ class Data:
 
     @classmethod
     def text(cls, name: str, text: str) -> Data:
-        """A dataset of one UTF-8 string."""
+        """Describe a dataset of one UTF-8 string."""
         raw = text.encode() or b" "
         return cls(name, (), h5py.string_dtype("utf-8", len(raw)), lambda: [np.array(raw, f"S{len(raw)}")])
 
     @classmethod
     def json(cls, name: str, value: object) -> Data:
-        """A dataset of one JSON document."""
+        """Describe a dataset of one JSON document."""
         return cls.text(name, to_json(value, name))
 
 
 def to_json(value: object, name: str) -> str:
-    """``value`` as canonical JSON (sorted keys).
+    """Write ``value`` as canonical JSON (sorted keys).
 
     Raises:
         ArgumentError: It holds something that JSON cannot.
@@ -92,74 +112,90 @@ def to_json(value: object, name: str) -> str:
 
 
 def pieces(array: Array) -> Iterator[Array]:
-    """``array`` cut along its first axis into views of about 16 MiB."""
+    """Cut ``array`` along its first axis into views of about 16 MiB."""
     if array.ndim == 0 or array.size == 0:
         yield array
         return
-    for rows in row_slices(array.shape, array.dtype.itemsize):
-        yield array[rows]
+    step = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
+    for start in range(0, len(array), step):
+        yield array[start : start + step]
 
 
-def row_slices(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
-    """Slices of the first axis that hold about 16 MiB each."""
-    step = max(1, CHUNK_BYTES // max(1, math.prod(shape[1:]) * itemsize))
-    for start in range(0, shape[0], step):
-        yield slice(start, start + step)
+def as_bytes(chunk: Array, dtype: np.dtype[Any]) -> Array:
+    """Return the elements of ``chunk``, as ``dtype``, as a flat array of bytes; without a copy where possible."""
+    return np.ascontiguousarray(chunk, dtype).reshape(-1).view(np.uint8)
 
 
-class _Sparse:
-    """A file object for the HDF5 library that keeps only the pages written: the skeleton of a file."""
+class _Output(io.FileIO):
+    """A file for the HDF5 library that keeps a refused write to itself, as ``failed``.
 
-    def __init__(self) -> None:
-        self.pages: dict[int, bytearray] = {}
-        self.size = 0
-        self._at = 0
+    The library cannot close a file to which it could not write; it would leave it open until the process ends.
+    """
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self.size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def _spans(self, n: int) -> Iterator[tuple[int, int, int, int]]:
-        done = 0
-        while done < n:
-            page, start = divmod(self._at + done, _PAGE)
-            take = min(n - done, _PAGE - start)
-            yield page, start, done, take
-            done += take
+    failed: OSError | None = None
 
     def write(self, data: Any) -> int:
-        raw = bytes(data)
-        for page, start, done, take in self._spans(len(raw)):
-            self.pages.setdefault(page, bytearray(_PAGE))[start : start + take] = raw[done : done + take]
-        self._at += len(raw)
-        self.size = max(self.size, self._at)
-        return len(raw)
-
-    def readinto(self, buffer: Any) -> int:
-        blank = bytearray(_PAGE)
-        for page, start, done, take in self._spans(len(buffer)):
-            buffer[done : done + take] = self.pages.get(page, blank)[start : start + take]
-        self._at += len(buffer)
-        return len(buffer)
-
-    def read(self, n: int) -> bytes:
-        buffer = bytearray(n)
-        self.readinto(buffer)
-        return bytes(buffer)
+        view = memoryview(data)
+        try:
+            done = 0
+            while done < len(view):
+                done += super().write(view[done:]) or 0
+        except OSError as error:
+            self.failed = self.failed or error
+        return len(view)
 
     def truncate(self, size: int | None = None) -> int:
-        self.size = self._at if size is None else size
-        return self.size
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failed = self.failed or error
+            return size or 0
 
-    def flush(self) -> None:
-        pass
+
+def write_hdf5(path: Path, data: Sequence[Data], attributes: Attributes) -> None:
+    """Write a plain HDF5 file with contiguous datasets.
+
+    The HDF5 library lays the file out and writes its structure; the data are then written to where it placed them.
+
+    Args:
+        path: Where; an existing file is overwritten (callers write to temporary names, see
+            :mod:`npeff.storage.files`).
+        data: The datasets, written in this order. A later one may depend on what an earlier one yielded.
+        attributes: Attributes per group or dataset; ``"/"`` is the root.
+
+    Raises:
+        OSError: The system refused a write.
+        StorageError: A dataset's chunks do not fill it (a bug, or a source that changed meanwhile).
+    """
+    with _Output(path, "w+") as out:
+        with h5py.File(out, "w", alignment_threshold=1, alignment_interval=_ALIGN) as file:
+            offsets = [_create(file, item) for item in data]
+            for where, values in attributes.items():
+                target = file[where] if where in file else file.require_group(where)
+                for name, value in values.items():
+                    raw = value.encode() if isinstance(value, str) and len(value.encode()) < LONGEST else None
+                    text = None if raw is None else h5py.string_dtype("utf-8", max(1, len(raw)))
+                    target.attrs.create(name, value if raw is None else raw, dtype=text)
+        for item, offset in zip(data, offsets, strict=True):
+            out.seek(offset)
+            written = 0
+            for chunk in item.chunks():
+                raw_chunk = as_bytes(chunk, item.dtype)
+                written += len(raw_chunk)
+                if written <= item.nbytes:
+                    out.write(raw_chunk.data)
+                if written > item.nbytes or out.failed is not None:
+                    break
+            if out.failed is not None:
+                raise out.failed
+            if written != item.nbytes:
+                raise StorageError(
+                    f"{path}: dataset {item.name} should have {item.nbytes:,} bytes, its source gave {written:,}"
+                )
 
 
-def _create(file: h5py.File, data: Data) -> int | None:
-    """Create the dataset without writing it; its offset in the file, None when it is empty."""
+def _create(file: h5py.File, data: Data) -> int:
+    """Create the dataset without writing it; return its offset in the file, 0 where it is empty."""
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_layout(h5py.h5d.CONTIGUOUS)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -169,56 +205,281 @@ def _create(file: h5py.File, data: Data) -> int | None:
     group = file.require_group(parent) if parent else file
     space = h5py.h5s.create_simple(data.shape) if data.shape else h5py.h5s.create(h5py.h5s.SCALAR)
     dataset = h5py.h5d.create(group.id, leaf.encode(), h5py.h5t.py_create(data.dtype, logical=True), space, dcpl=plist)
-    offset = dataset.get_offset()
-    return None if offset is None else int(offset)
+    return int(dataset.get_offset() or 0)
 
 
-def _set_attribute(item: Any, name: str, value: Any) -> None:
-    raw = value.encode() if isinstance(value, str) else b""
-    if isinstance(value, str) and len(raw) < LONGEST:
-        item.attrs.create(name, raw, dtype=h5py.string_dtype("utf-8", max(1, len(raw))))
-    else:
-        item.attrs.create(name, value)
+@dataclass(frozen=True)
+class Spec:
+    """Where a dataset lies: ``offset`` is None when it is empty, or stored by another program in pieces."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int | None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_hdf5(path: Path, data: Sequence[Data], attributes: Attributes) -> None:
-    """Write a plain HDF5 file with contiguous datasets; the same contents always give the same bytes.
+@dataclass
+class Structure:
+    """What an HDF5 file holds.
+
+    Attributes:
+        specs: Its datasets, by path.
+        attributes: Attributes of the root by name, of other objects as ``"path@name"``: numbers, texts, or lists of
+            numbers.
+        refused: Why npeff does not read other datasets, links and attributes, by the same names.
+        heaps_checked: Whether texts of varying length can be read.
+    """
+
+    specs: dict[str, Spec] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    heaps_checked: bool = False
+
+
+class _Refused(Exception):
+    """A dataset or attribute is not for npeff; says why."""
+
+
+@contextlib.contextmanager
+def open_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Open an HDF5 file for reading, without touching it.
 
     Args:
-        path: Where; an existing file is overwritten (callers write to temporary names, see
-            :mod:`npeff.storage.files`).
-        data: The datasets, written in this order. A later one may depend on what an earlier one yielded.
-        attributes: Attributes per group or dataset; ``"/"`` is the root.
+        path: The file.
+
+    Yields:
+        The open file.
 
     Raises:
-        StorageError: A dataset's chunks do not fill it (a bug, or a file that changed underfoot).
+        StorageError: There is no such file, or it may not be read; a neighbouring ``.parts`` folder is pointed out.
+        TruncatedFileError: It ends too early, or reading it fails inside the ``with`` block.
+        NpeffError: Raised inside the ``with`` block: passed on.
+        ForeignFileError: It is not HDF5, or reading it inside the ``with`` block met something unexpected.
     """
-    skeleton = _Sparse()
-    with h5py.File(skeleton, "w", alignment_threshold=1, alignment_interval=_ALIGN) as file:
-        offsets = [_create(file, item) for item in data]
-        for where, values in attributes.items():
-            for name, value in values.items():
-                _set_attribute(file.require_group(where) if where not in file else file[where], name, value)
-    with open(path, "wb") as out:
-        out.truncate(skeleton.size)
-        for page in sorted(skeleton.pages):
-            out.seek(page * _PAGE)
-            out.write(skeleton.pages[page][: skeleton.size - page * _PAGE])
-        for item, offset in zip(data, offsets, strict=True):
-            out.seek(offset or 0)
-            written = 0
-            for chunk in item.chunks():
-                raw = as_bytes(chunk, item.dtype)
-                written += len(raw)
-                if written > item.nbytes:
-                    break
-                out.write(raw.data)
-            if written != item.nbytes:
-                raise StorageError(
-                    f"{path}: dataset {item.name} should have {item.nbytes:,} bytes, its source gave {written:,}"
+    parts = path.with_name(path.name + ".parts")
+    if not path.exists() and parts.is_dir():
+        raise StorageError(
+            f"{path}: no such file; unfinished work for it is in {parts}: run the command that made it again, it "
+            "resumes"
+        )
+    check_regular(path)
+    try:
+        file = _open(path)
+    except Exception as error:  # the HDF5 library meets a damaged file with errors of many types
+        diagnosis = _diagnose(path, error)
+        raise diagnosis from error
+    with file:
+        try:
+            yield file
+        except NpeffError:
+            raise
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise ForeignFileError(
+                f"{path}: an HDF5 file, but damaged, or not as npeff and the published code write it "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        except Exception as error:
+            raise TruncatedFileError(
+                f"{path}: the file is damaged, or cut short ({error}); copy it again from where it is whole"
+            ) from error
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        if "lock" not in str(error):
+            raise
+        return h5py.File(path, "r", locking=False)  # a file system without locks: finished files are not rewritten
+
+
+def _diagnose(path: Path, error: Exception) -> StorageError:
+    """Say why the HDF5 library could not open ``path``."""
+    if "already open" in str(error):
+        return StorageError(f"{path}: this process has the file open for writing; close it there first")
+    try:
+        with open(path, "rb") as file:
+            head, size = file.read(len(_SIGNATURE)), path.stat().st_size
+    except OSError as refusal:
+        return StorageError(f"{path}: cannot be read ({refusal.strerror}); check its permissions")
+    if not size or not head.strip(b"\0") or head == _SIGNATURE or _SIGNATURE.startswith(head):
+        return TruncatedFileError(
+            f"{path}: the file is cut short or damaged ({size:,} bytes; {error}); copy it again from where "
+            "it is whole, or compute it again"
+        )
+    kind = next((name for start, name in _OTHERS.items() if head.startswith(start)), "something else")
+    return ForeignFileError(f"{path}: expected an HDF5 file written by npeff or in a published layout, found {kind}")
+
+
+def structure_of(path: Path, file: h5py.File) -> Structure:
+    """List what an open HDF5 file holds, without reading its data or following links out of the file.
+
+    Raises:
+        TruncatedFileError: A dataset goes on after the end of the file.
+        StorageError: The file has more objects than any that npeff reads.
+    """
+    found, size = Structure(), path.stat().st_size
+    groups = [("", file.id)]
+    seen = {h5py.h5o.get_info(file.id).addr}
+    while groups:
+        where, group = groups.pop()
+        _read_attributes(path, where, group, found)
+        for raw in group:
+            leaf = raw.decode("utf-8", "replace")
+            name = f"{where}/{leaf}" if where else leaf
+            if group.links.get_info(raw).type != h5py.h5l.TYPE_HARD:
+                found.refused[name] = "is a link to another place"
+                continue
+            about = h5py.h5o.get_info(group, raw)
+            if about.type == h5py.h5o.TYPE_GROUP and about.addr not in seen:
+                seen.add(about.addr)
+                groups.append((name, h5py.h5g.open(group, raw)))
+            elif about.type == h5py.h5o.TYPE_DATASET:
+                dataset = h5py.h5d.open(group, raw)
+                try:
+                    found.specs[name] = _spec_of(path, name, dataset, size)
+                except _Refused as error:
+                    found.refused[name] = str(error)
+                _read_attributes(path, name, dataset, found)
+            if len(found.specs) + len(found.refused) + len(found.attributes) + len(seen) > _MOST_OBJECTS:
+                raise StorageError(f"{path}: expected at most {_MOST_OBJECTS:,} objects and attributes, found more")
+    return found
+
+
+def _spec_of(path: Path, name: str, dataset: Any, size: int) -> Spec:
+    """Find where a dataset lies.
+
+    Raises:
+        TruncatedFileError: It goes on after the end of the file.
+        _Refused: It is not stored in the file, or holds something else than numbers or a text of fixed length.
+    """
+    properties = dataset.get_create_plist()
+    layout = properties.get_layout()
+    if layout == h5py.h5d.VIRTUAL or properties.get_external_count():  # before its shape: asking may open other files
+        raise _Refused("is stored in other files")
+    dtype = _dtype_of(dataset.get_type())
+    space = dataset.get_space()
+    if space.get_simple_extent_type() == h5py.h5s.NULL:
+        raise _Refused("holds nothing")
+    spec = Spec(tuple(int(n) for n in space.shape), dtype, None)
+    stored, nbytes = int(dataset.get_storage_size()), spec.nbytes
+    if not nbytes:
+        return spec
+    if layout == h5py.h5d.CHUNKED:
+        _check_chunks(spec, dataset, properties, stored)
+        return spec
+    offset = dataset.get_offset() if layout == h5py.h5d.CONTIGUOUS else None
+    if stored != nbytes or (layout == h5py.h5d.CONTIGUOUS and offset is None):
+        raise _Refused(f"declares {nbytes:,} bytes, of which {stored if stored != nbytes else 0:,} are stored")
+    if offset is not None and offset + nbytes > size:
+        raise TruncatedFileError(
+            f"{path}: the file ends at byte {size:,}, inside dataset {name!r} (up to byte {offset + nbytes:,}); "
+            "copy it again from where it is whole, or compute it again"
+        )
+    return Spec(spec.shape, dtype, offset)
+
+
+def _dtype_of(kind: Any) -> np.dtype[Any]:
+    """Return the type of plain numbers, or of a text of fixed length.
+
+    Raises:
+        _Refused: It is another one.
+    """
+    plain = {h5py.h5t.INTEGER: "iu", h5py.h5t.FLOAT: "f", h5py.h5t.STRING: "S"}.get(kind.get_class())
+    if plain is None:
+        names = ("REFERENCE", "COMPOUND", "ENUM", "OPAQUE", "VLEN", "ARRAY", "BITFIELD", "TIME")
+        found = next((name.lower() for name in names if kind.get_class() == getattr(h5py.h5t, name, None)), "unknown")
+        raise _Refused(f"has the type {found}, which npeff never writes")
+    try:
+        dtype = np.dtype(kind.dtype)
+    except (TypeError, ValueError) as error:
+        raise _Refused("has a type that numpy does not know, which npeff never writes") from error
+    if plain == "S" and not kind.is_variable_str():
+        return np.dtype(f"S{kind.get_size()}")
+    if dtype.kind not in plain:
+        raise _Refused(f"has the type {dtype}, which npeff never writes")
+    if dtype.itemsize > 8 or not kind.equal(h5py.h5t.py_create(dtype)):
+        raise _Refused(f"has the type {dtype} in an unusual form, which npeff never writes")
+    return dtype
+
+
+def _check_chunks(spec: Spec, dataset: Any, properties: Any, stored: int) -> None:
+    """Make sure that a dataset in pieces is stored, and is no larger than its bytes in the file can hold.
+
+    Raises:
+        _Refused: It is not.
+    """
+    filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
+    if not _FILTERS.keys() >= set(filters) or len(set(filters)) != len(filters):
+        raise _Refused(f"is compressed by filters that npeff does not read ({', '.join(map(str, filters))})")
+    chunk = properties.get_chunk()
+    most = max(LEAST_ALLOWED, MOST_TIMES * stored if filters else stored)
+    chunk_bytes = math.prod(chunk) * spec.dtype.itemsize
+    if spec.nbytes > most or chunk_bytes > max(most, 2 * spec.nbytes):
+        raise _Refused(f"declares {max(spec.nbytes, chunk_bytes):,} bytes, and {stored:,} are stored")
+    if dataset.get_num_chunks() < math.prod(-(-n // k) for n, k in zip(spec.shape, chunk, strict=True)):
+        raise _Refused("is not stored as a whole")
+
+
+def _read_attributes(path: Path, where: str, item: Any, found: Structure) -> None:
+    for index in range(min(h5py.h5a.get_num_attrs(item), _MOST_OBJECTS + 1)):
+        attribute = h5py.h5a.open(item, index=index)
+        leaf, kind = attribute.name.decode("utf-8", "replace"), attribute.get_type()
+        name = f"{where}@{leaf}" if where else leaf
+        if kind.get_class() == h5py.h5t.STRING and kind.is_variable_str() and not found.heaps_checked:
+            _check_heaps(path)
+            found.heaps_checked = True
+        try:
+            found.attributes[name] = _attribute_value(attribute)
+        except _Refused as error:
+            found.refused[name] = str(error)
+
+
+def _attribute_value(attribute: Any) -> Any:
+    """Read a number, a text or a list of numbers.
+
+    Raises:
+        _Refused: It is something else.
+    """
+    kind, count = attribute.get_type(), math.prod(attribute.shape)
+    if attribute.get_space().get_simple_extent_type() == h5py.h5s.NULL or count > _MOST_ELEMENTS:
+        raise _Refused("holds neither one value nor a few")
+    if kind.get_class() != h5py.h5t.STRING:
+        value = np.empty(attribute.shape, _dtype_of(kind))
+        attribute.read(value)
+        return value.tolist()
+    if count != 1:
+        raise _Refused("holds several texts")
+    text = np.zeros(attribute.shape, kind.dtype)
+    attribute.read(text, mtype=h5py.h5t.py_create(kind.dtype))
+    found = text.reshape(-1)[0]
+    return found.decode(errors="replace") if isinstance(found, bytes) else str(found)
+
+
+def _check_heaps(path: Path) -> None:
+    """Make sure that the HDF5 library can read texts of varying length: in a damaged heap it may search without end.
+
+    Raises:
+        TruncatedFileError: A heap is damaged.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+        start = raw.find(_HEAP)
+        while start >= 0:
+            end = start + int.from_bytes(raw[start + 8 : start + 16], "little")
+            at, whole = start + 16, end <= len(raw)
+            while whole and at + 16 <= end:
+                index = int.from_bytes(raw[at : at + 2], "little")
+                size = int.from_bytes(raw[at + 8 : at + 16], "little")
+                step = size if index == 0 else 16 + (size + 7) // 8 * 8  # 0: what is free, with its own 16 bytes
+                whole = step >= 16 and at + step <= end
+                at += step
+            if not whole:
+                raise TruncatedFileError(
+                    f"{path}: the file is damaged (its heap of texts, at byte {start:,}); copy it again from where "
+                    "it is whole"
                 )
-
-
-def as_bytes(chunk: Array, dtype: np.dtype[Any]) -> Array:
-    """The elements of ``chunk`` as ``dtype``, as a flat array of bytes; without a copy where it can be."""
-    return np.ascontiguousarray(chunk, dtype).reshape(-1).view(np.uint8)
+            start = raw.find(_HEAP, start + 1)

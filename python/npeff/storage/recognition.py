@@ -20,7 +20,7 @@ LAYOUTS = (
 
 
 def layout_of(file: Container) -> str | None:
-    """Which published layout an HDF5 file has, by the names in it; None when none."""
+    """Return the published layout that an HDF5 file has, by the names in it; None where it has none."""
     found = {*file.specs, *file.refused, *("data/H" for name in file.specs if name.startswith("data/H/"))}
     if {"data/fisher/values", "data/fisher/indices"} <= found:
         return "diagonal_fishers"
@@ -38,7 +38,7 @@ def layout_of(file: Container) -> str | None:
 
 
 def recognise(path: Path) -> Container:
-    """A file of npeff, or one in a published layout, whose name is then its content.
+    """Open a file of npeff, or one in a published layout; its content is then the layout's name.
 
     Raises:
         ForeignFileError: Neither.

@@ -21,7 +21,7 @@ TOGETHER = 5.0
 
 @contextmanager
 def ending_in_order() -> Iterator[None]:
-    """Within it, SIGTERM and SIGHUP raise an error in the main thread; the handlers of before are restored at its end.
+    """Turn SIGTERM and SIGHUP into an error in the main thread; at the end, restore the handlers of before.
 
     A signal that the program handles itself, or ignores (``nohup``), is left to it. Where the caller is another thread
     nothing changes: Python handles signals in the main thread alone.

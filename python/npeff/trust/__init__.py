@@ -1,12 +1,11 @@
-"""What speaks for a decomposition: do its components come back, do they generalise, and does chance do as well?
+"""Test a decomposition: do its components come back, do they generalise, and does chance do as well?
 
 ``stability``: the same components from half the examples; ``select``: the loss on what was held out, against the number
 of components; ``null_model``: what shuffled Fishers give; ``explained``: how much of each example's Fisher is accounted
 for.
 """
 
-from npeff.trust.explained import explained
-from npeff.trust.matching import match, similarity
+from npeff.trust.comparison import explained, match, similarity
 from npeff.trust.null import NullModel, null_model, shuffled
 from npeff.trust.selection import Selection, select
 from npeff.trust.stability import Stability, stability

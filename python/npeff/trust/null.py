@@ -1,4 +1,4 @@
-"""What would chance give? Decompositions of shuffled Fishers."""
+"""Decompose shuffled Fishers: what chance would give."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from npeff.components.components import Components
 from npeff.decomposition.decompose import decompose
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import DenseRows, GramRows, Rows, SparseRows
+from npeff.fishers.rows import DenseRows, Rows, SparseRows
 from npeff.trust.stability import options_of
 
 Array = npt.NDArray[Any]
@@ -53,7 +53,7 @@ class NullModel:
         return np.asarray(self.energy > self.threshold)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able description."""
+        """Describe it for JSON."""
         return {
             "loss": self.loss,
             "losses": self.losses.tolist(),
@@ -66,7 +66,7 @@ class NullModel:
 def null_model(
     fishers: Fishers, components: Components, *, repeats: int = 3, seed: int = 0, progress: bool = True, **options: Any
 ) -> NullModel:
-    """Decompose Fishers whose shared structure is destroyed, as often as ``repeats`` says.
+    """Decompose shuffled Fishers, in which entries of different parameters occur together by chance alone.
 
     Args:
         fishers: The Fishers that the components were made from.
@@ -81,7 +81,7 @@ def null_model(
     """
     if repeats < 1:
         raise ArgumentError(f"repeats: expected at least 1, got {repeats}")
-    if isinstance(fishers.rows, GramRows):
+    if fishers.rows.products_only:
         raise ArgumentError(
             "fishers: inner products alone (GramOnly) have no entries that could be shuffled; compute Fishers with "
             "compress=None, TopK(k) or Sketch(d) for a null model"
@@ -97,11 +97,11 @@ def null_model(
 
 
 def shuffled(fishers: Fishers, seed: int = 0) -> Fishers:
-    """The same Fishers with every parameter's entries dealt out to other rows.
+    """Move every parameter's entries to other rows at random.
 
-    Each column keeps its entries, so that parameters are as busy as before, and every entry of low-rank rows gets a
-    random sign; but which entries occur together is left to chance. Column c moves row i to ``(a_c·i + b_c) mod R``,
-    a random bijection.
+    Each column keeps its entries, so that every parameter has as much energy as before, and every entry of
+    low-rank rows gets a random sign; but which entries occur together is left to chance. Column c moves row i to
+    ``(a_c·i + b_c) mod R``, a random bijection.
 
     Args:
         fishers: The Fishers, either kind.

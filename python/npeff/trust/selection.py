@@ -1,4 +1,4 @@
-"""How many components? The loss on what was held out, against their number."""
+"""Choose the number of components: the loss on held-out examples against it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from npeff.components.components import Components, statistics
 from npeff.decomposition.decompose import decompose
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import DenseRows, GramRows, SparseRows
-from npeff.fishers.scaling import ScaledRows, fisher_norms, keep_columns
+from npeff.fishers.scaling import ScaledRows, fisher_norms
 from npeff.short_repr import several
 
 Array = npt.NDArray[Any]
@@ -46,7 +45,7 @@ class Selection:
         return f"Selection(chosen {self.chosen} of {numbers}; held-out loss {loss:.4f}, mean of {folds} folds)"
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able description."""
+        """Describe it for JSON."""
         return {
             "n_components": list(self.n_components),
             "train": self.train.tolist(),
@@ -67,8 +66,8 @@ def select(
     """Try several numbers of components by bi-cross-validation (Owen & Perry 2009).
 
     A fold's examples are left out of the decomposition. Their coefficients are then solved for on a random half of the
-    parameters, and judged on the other half: so a component that only fits noise costs something. The halves change
-    places, and both losses are averaged.
+    parameters, and judged on the other half, so that a component that only fits noise raises the loss. Then the halves
+    change places, and both losses are averaged.
 
     Args:
         fishers: The Fishers, either kind.
@@ -81,7 +80,7 @@ def select(
     Raises:
         ArgumentError: A number is out of range, or there are too few examples.
     """
-    if isinstance(fishers.rows, GramRows):
+    if fishers.rows.products_only:
         raise ArgumentError(
             "fishers: inner products alone (GramOnly) cannot be split into halves of the parameters, on which the "
             "number of components is judged; compute Fishers with compress=None, TopK(k) or Sketch(d) (--exact, "
@@ -111,7 +110,7 @@ def select(
 
 
 def held_out_loss(components: Components, fishers: Fishers, seed: int = 0) -> float:
-    """Relative loss on one half of the parameters with coefficients solved for on the other half, averaged both ways.
+    """Compute the relative loss on each half of the parameters with coefficients of the other half; average both.
 
     Args:
         components: A decomposition of other examples.
@@ -138,6 +137,5 @@ def held_out_loss(components: Components, fishers: Fishers, seed: int = 0) -> fl
 
 def _restricted(scaled: ScaledRows, columns: Array, kind: str) -> ScaledRows:
     """The rows on some of their columns; the Fisher norms are those of the restricted rows."""
-    rows = scaled.rows
-    rows = keep_columns(rows, columns) if isinstance(rows, SparseRows) else DenseRows(rows.values[:, columns])
+    rows = scaled.rows.on_columns(columns)
     return ScaledRows(rows, scaled.row_offsets, None, fisher_norms(rows, scaled.row_offsets, kind), None)

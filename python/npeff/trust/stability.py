@@ -1,4 +1,4 @@
-"""Do the components, and the groups of them, come back when only a part of the examples is seen?"""
+"""Test whether components, and groups of them, come back from parts of the examples."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from npeff.components.strategies import strategies_of_each
 from npeff.decomposition.decompose import decompose
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import GramRows
-from npeff.trust.inner_products import InnerProducts
-from npeff.trust.matching import assigned, match
+from npeff.trust.comparison import InnerProducts, assigned, match
 
 Array = npt.NDArray[Any]
 
@@ -27,7 +25,7 @@ EQUAL = 0.05  # adjusted Rand indices that differ by less say the same
 
 @dataclass(frozen=True, eq=False)
 class Stability:
-    """How a decomposition stands up to seeing only parts of the examples.
+    """Agreement of a decomposition with those of parts of the examples.
 
     Attributes:
         cosines: ``(repeats, r)`` float64 |cos| of each component with its partner in every repeat.
@@ -65,7 +63,7 @@ class Stability:
         return self.stable_numbers[0]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able description."""
+        """Describe it for JSON."""
         return {
             "share": self.share,
             "cosines": self.cosines.tolist(),
@@ -87,7 +85,7 @@ def stability(
     progress: bool = True,
     **options: Any,
 ) -> Stability:
-    """Decompose parts of the examples and see what returns.
+    """Decompose parts of the examples, and compare with the decomposition of all.
 
     Every repeat decomposes a random share of the examples with another seed. Components are matched one to one by |cos|
     of their vectors. Every repeat also sorts *all* examples into strategies: their coefficients on its components are
@@ -111,7 +109,7 @@ def stability(
         raise ArgumentError(f"repeats: expected at least 2, got {repeats}")
     if not 0 < share <= 1:
         raise ArgumentError(f"share: expected a share above 0 and at most 1, got {share}")
-    inner = InnerProducts(fishers, components) if isinstance(fishers.rows, GramRows) else None
+    inner = InnerProducts(fishers, components) if fishers.rows.products_only else None
     if inner is None:
         components.check_compatible(fishers)
     n, r = len(fishers), components.n_components
@@ -140,7 +138,7 @@ def stability(
 
 
 def rand_index(a: Array, b: Array) -> float:
-    """The adjusted Rand index of two ways to sort the same things (Hubert & Arabie 1985).
+    """Compute the adjusted Rand index of two ways to sort the same things (Hubert & Arabie 1985).
 
     Args:
         a: ``(n,)`` group of each thing.
@@ -160,7 +158,7 @@ def rand_index(a: Array, b: Array) -> float:
 
 
 def options_of(components: Components) -> dict[str, Any]:
-    """The options of ``decompose`` that decide what is minimised, as the components were made with them."""
+    """Give the options of ``decompose`` that decide what is minimised, as the components were made with them."""
     return {
         "block_weights": components.block_weights or "energy",
         "normalize": components.provenance.get("normalize", "stored"),

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from npeff import kernels
-from npeff.batches.batches import call_model, examples_at, read_batch
+from npeff.batches.batches import examples_at, read_batch
 from npeff.companions.influence.estimator import CrossLossInfluence
 from npeff.companions.influence.losses import Loss, cross_entropy
 from npeff.companions.influence.scores import Array, Scores
 from npeff.components.components import Components
-from npeff.components.parameter_vectors import check_recovered
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.fishers.scaling import column_factors
 from npeff.models.digests import model_digest
+from npeff.models.forward import call_model
 from npeff.short_repr import short_repr
 
 Surrogate = Literal["coefficient", "cross"]
@@ -75,7 +75,7 @@ class Coefficient:
         r, m = components.n_components, components.n_parameters
         self._vectors = torch.zeros((r, m), dtype=torch.float64)
         if components.compression in ("sketch", "gram"):
-            check_recovered(components, range(r))
+            components.check_recovered(range(r))
             for k in range(r):
                 self._vectors[k] = torch.from_numpy(components.vector(k)).double()
         else:

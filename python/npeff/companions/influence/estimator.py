@@ -15,18 +15,32 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.batches.batches import Batch
-from npeff.companions.influence.blocks import contract, formed, scatter
-from npeff.companions.influence.losses import Examples, Loss, call_loss, check_loss
-from npeff.companions.influence.objective import Objective, Stationarity, check_finite
-from npeff.companions.influence.scores import Array, Direction, Scores, check_path
-from npeff.companions.influence.solvers import Inverse, Solver, resolve
-from npeff.companions.influence.solvers.base import check_count, check_positive
+from npeff.companions.influence.ekfac import EKFAC
+from npeff.companions.influence.gauss_newton import EmpiricalFisher
+from npeff.companions.influence.losses import (
+    Loss,
+    RepeatableData,
+    call_loss,
+    check_count,
+    check_loss,
+    check_positive,
+    loss_values,
+)
+from npeff.companions.influence.objective import Stationarity, TrainingObjective, dense_rows
+from npeff.companions.influence.scores import Array, Scores, check_path
+from npeff.companions.influence.solvers import ConjugateGradients, Exact, Identity, Inverse, LiSSA, Solution, Solver
 from npeff.errors import ArgumentError, ModelError
 from npeff.gradients.engine import PerExampleGradients
+from npeff.gradients.rules.base import working
 from npeff.gradients.selection import placed, select_parameters
+from npeff.gradients.tiles import Block
 from npeff.models.digests import model_digest
 from npeff.storage.files import check_target, explain, reserve
+
+SOLVERS: dict[str, type[Solver]] = {
+    kind.name: kind for kind in (ConjugateGradients, Exact, LiSSA, EmpiricalFisher, EKFAC, Identity)
+}
+"""Solvers that a name means, with their default options."""
 
 _VECTORS = 10
 """Vectors of length m that a right-hand side takes while it is solved for."""
@@ -56,8 +70,6 @@ class CrossLossInfluence:
 
     Attributes:
         stationarity: How far the model is from an optimum, after :meth:`fit`.
-        result: The last scores.
-        iterations: Products with H that the last scores took, where the solver is iterative.
 
     Raises:
         ArgumentError: An argument has a wrong value.
@@ -90,19 +102,14 @@ class CrossLossInfluence:
         self.model, self.train_loss = model, train_loss
         self.test_loss = train_loss if test_loss is None else test_loss
         self.parameters = select_parameters(model, parameters)
-        self.solver, self.damping, self.weight_decay = resolve(solver), float(damping), float(weight_decay)
+        self.solver, self.damping, self.weight_decay = _named(solver), float(damping), float(weight_decay)
         self.max_gradient, self.memory, self.progress = max_gradient, memory, progress
         self.stationarity: Stationarity | None = None
-        self.result: Scores | None = None
-        self.iterations = 0
         self._device = device
-        self._fitted: tuple[Inverse, int, str] | None = None
-        self._last_objective: Objective | None = None
-
-    # ---- the curvature -------------------------------------------------------------------------------------
+        self._fitted: tuple[Inverse, TrainingObjective, str] | None = None
 
     def fit(self, data: Iterable[Any]) -> CrossLossInfluence:
-        """Prepare H from data, for all following scores; a sample of the training data will do where all is too much.
+        """Prepare H from data, for all following scores; a sample of the training data suffices where all is too much.
 
         Args:
             data: Batches as the losses take them, in the same order every time they are read.
@@ -116,51 +123,45 @@ class CrossLossInfluence:
             ModelError: The model has no per-example gradients, or its Hessian is not positive definite.
         """
         with placed(self.model, self._device) as device:
-            objective = self._last_objective = self._objective(Examples(data, "train", device))
-            self.stationarity = objective.stationarity()
-            self._judge(self.stationarity)
+            objective = self._objective(RepeatableData(data, "train", device))
+            found = self.stationarity = objective.stationarity()
+            if found.relative > self.max_gradient:
+                warnings.warn(
+                    f"model: it is not at an optimum of train_loss: the gradient of the mean loss is "
+                    f"{found.relative:.2g} of an example's typical gradient (expected ≤ {self.max_gradient:g}). "
+                    "Influence describes what retraining does at an optimum: train until it vanishes, make train_loss "
+                    "all of what was trained, and give weight_decay= if there was one; the ranking may still be useful",
+                    stacklevel=2,
+                )
             inverse = self.solver.fit(objective, self.damping, self.memory // 2)
-            self._fitted = (inverse, objective.n, model_digest(self.model))
+            self._fitted = (inverse, objective, model_digest(self.model))
         return self
 
     def with_test_loss(self, test_loss: Loss) -> CrossLossInfluence:
-        """The same estimator, its curvature included, for another test loss.
+        """Return the same estimator, its curvature included, for another test loss.
 
         Raises:
             ArgumentError: ``test_loss`` cannot be called.
         """
         check_loss(test_loss, "test_loss")
         other = copy.copy(self)
-        other.test_loss, other.result = test_loss, None
+        other.test_loss = test_loss
         return other
 
-    def _objective(self, examples: Examples) -> Objective:
-        return Objective(
-            self.model, self.train_loss, examples, self.parameters, self.weight_decay, max(1, self.memory // 4)
-        )
+    def solve(self, vectors: Tensor) -> Solution:
+        """Compute ``(H + λI)⁻¹ v`` with the curvature of :meth:`fit`.
 
-    def _judge(self, found: Stationarity) -> None:
-        if found.relative > self.max_gradient:
-            warnings.warn(
-                f"model: it is not at an optimum of train_loss: the gradient of the mean loss is "
-                f"{found.relative:.2g} of an example's typical gradient (expected ≤ {self.max_gradient:g}). "
-                "Influence describes what retraining does at an optimum: train until it vanishes, make train_loss "
-                "all of what was trained, and give weight_decay= if there was one; the ranking may still be useful",
-                stacklevel=3,
-            )
+        Args:
+            vectors: ``(k, m)``, one right-hand side per row.
 
-    def _inverse(self) -> tuple[Inverse, int]:
-        if self._fitted is None:
-            raise RuntimeError("fit() comes first")
-        inverse, n, digest = self._fitted
-        if model_digest(self.model) != digest:
-            raise ModelError("model: it changed since fit(); call fit() again with the model as it is now")
-        return inverse, n
-
-    # ---- influence -----------------------------------------------------------------------------------------
+        Raises:
+            ArgumentError: :meth:`fit` was not called.
+            ModelError: The model changed since.
+        """
+        return self._inverse().solve(vectors)
 
     def scores(self, train: Iterable[Any], test: Iterable[Any], *, out: str | Path | None = None) -> Scores:
-        """The influence of every training example on every test example.
+        """Compute the influence of every training example on every test example.
 
         The test side is solved for once, in groups that fit into memory; the training examples' gradients stream past
         the solutions and are never held together.
@@ -169,9 +170,6 @@ class CrossLossInfluence:
             train: Batches. Without :meth:`fit` before, they make H too.
             test: Batches as the test loss takes them.
             out: ``.h5`` file to stream the table to (``.csv`` and ``.npz`` are written at the end).
-
-        Returns:
-            Scores, also kept as ``result``.
 
         Raises:
             ArgumentError: Data that can be read only once, or a bad ``out``.
@@ -182,113 +180,83 @@ class CrossLossInfluence:
         target = None if out is None else check_path(out)
         if target is not None:
             check_target(target)
-        fresh, self.iterations = self._fitted is None, 0
-        if fresh:
-            self.fit(train)
-        try:
-            with placed(self.model, self._device) as device:
-                inverse, n = self._inverse()
-                train_data, test_data = Examples(train, "train", device), Examples(test, "test", device)
-                test_values = self._measure(test_data)
-                shape = (train_data.count(), len(test_values))
-                streamed = target is not None and target.suffix.lower() in (".h5", ".hdf5")
-                values = np.empty(shape) if target is None or not streamed else _on_disk(shape, target)
-                residuals = np.zeros(shape[1])
-                self._fill(values, residuals, inverse, train_data, test_data)
-                result = Scores(values, test_values, residuals, n, self._provenance(inverse))
-                if target is not None:
-                    result.save(target)
-        finally:
-            if fresh:
-                self._fitted = self._last_objective = None
-        if target is not None and streamed:
-            result = Scores.load(target)
-        self.result = result
-        return result
+        if self._fitted is None:
+            fitted = copy.copy(self).fit(train)
+            self.stationarity = fitted.stationarity
+            return fitted.scores(train, test, out=out)
+        streamed = target is not None and target.suffix.lower() in (".h5", ".hdf5")
+        with placed(self.model, self._device) as device:
+            inverse, objective = self._inverse(), self._fitted[1]
+            n = objective.n
+            train_data, test_data = RepeatableData(train, "train", device), RepeatableData(test, "test", device)
+            test_values = loss_values(self.model, self.test_loss, test_data)
+            if objective.data.data is not train_data.data or objective.device != device:
+                objective = self._objective(train_data)
+            shape = (objective.n, len(test_values))
+            values = _on_disk(shape, target) if target is not None and streamed else np.empty(shape)
+            residuals = np.zeros(shape[1])
+            iterations = self._fill(values, residuals, inverse, objective, test_data)
+        provenance = self._provenance(inverse, iterations)
+        result = Scores(values, test_values, residuals, n, provenance)
+        if target is None:
+            return result
+        result.save(target)
+        return Scores.load(target) if streamed else result
 
-    def _fill(self, values: Any, residuals: Array, inverse: Inverse, train: Examples, test: Examples) -> None:
-        objective = self._last_objective
-        if objective is None or objective.data.data is not train.data or objective.device != train.device:
-            objective = self._objective(train)
+    def _objective(self, data: RepeatableData) -> TrainingObjective:
+        memory = max(1, self.memory // 4)
+        return TrainingObjective(self.model, self.train_loss, data, self.parameters, self.weight_decay, memory)
+
+    def _inverse(self) -> Inverse:
+        if self._fitted is None:
+            raise ArgumentError("fit: it was not called; call fit(data) first")
+        inverse, _, digest = self._fitted
+        if model_digest(self.model) != digest:
+            raise ModelError("model: it changed since fit(); call fit() again with the model as it is now")
+        return inverse
+
+    def _fill(
+        self, values: Any, residuals: Array, inverse: Inverse, objective: TrainingObjective, test: RepeatableData
+    ) -> int:
+        """Fill the table group by group of test examples; return the products with H that this took."""
         size = objective.m * torch.finfo(objective.dtype).bits // 8
         width = max(1, self.memory // 2 // (_VECTORS * size))
         kept = max(width, self.memory // 4 // size)
-        bar = tqdm(total=values.shape[1], desc="Influence", unit="test", disable=not self.progress)
-        with bar:
+        iterations = 0
+        with tqdm(total=values.shape[1], desc="Influence", unit="test", disable=not self.progress) as bar:
             pending: list[Tensor] = []
             first = done = 0
             for vectors in _groups(self._test_gradients(test), width):
                 solved = inverse.solve(vectors)
                 residuals[done : done + len(vectors)] = solved.residual.cpu().numpy()
-                self.iterations += solved.iterations
+                iterations += solved.iterations
                 pending.append(solved.x)
                 done += len(vectors)
                 bar.update(len(vectors))
                 if done - first + width > kept or done == values.shape[1]:
-                    self._stream(values, first, torch.cat(pending), objective)
+                    _stream(values, first, torch.cat(pending), objective)
                     first, pending = done, []
+        return iterations
 
-    def _stream(self, values: Any, first: int, solved: Tensor, objective: Objective) -> None:
-        row = 0
-        for batch, blocks in objective.blocks():
-            products = solved.new_zeros((batch.n_examples, len(solved)), dtype=torch.float64)
-            for block in blocks:
-                part = solved.new_zeros((batch.n_examples, len(solved)))
-                contract(block, solved, part)
-                products += part
-            values[row : row + batch.n_examples, first : first + len(solved)] = (-products).cpu().numpy()
-            row += batch.n_examples
-
-    # ---- the test side -------------------------------------------------------------------------------------
-
-    def _measure(self, test: Examples) -> Array:
-        found = []
-        with _grad_as(self.test_loss):
-            for batch in test:
-                values = call_loss(self.model, self.test_loss, batch, "test_loss", whole=True).detach().reshape(-1)
-                check_finite(values, "test_loss")
-                found.append(values.double().cpu().numpy())
-        return np.concatenate(found)
-
-    def _test_gradients(self, test: Examples) -> Iterator[Tensor]:
+    def _test_gradients(self, test: RepeatableData) -> Iterator[Tensor]:
         """``∇L_test`` batch by batch, ``(b, m)``."""
         call = lambda _, batch: call_loss(self.model, self.test_loss, batch, "test_loss")[:, None]  # noqa: E731
         engine = PerExampleGradients(self.model, self.parameters, call)
         tensors = list(engine.tensors.values())
+        dtype = working(tensors[0]).dtype
         for batch in test:
             with engine.recording():
-                yield from self._gradients_of(batch, engine, tensors)
+                values = call_loss(self.model, self.test_loss, batch, "test_loss", whole=True)
+                if values.dim() and not getattr(self.test_loss, "one_by_one", False):
+                    prepared = engine.prepare(batch, engine.forward(batch))
+                    columns = torch.ones_like(prepared.logits)[:, :, None]
+                    yield dense_rows(engine, prepared, columns, dtype)[:, 0].detach()
+                    continue
+                for value in values.reshape(-1):
+                    parts = _gradient(value, tensors)
+                    yield torch.cat([part.detach().reshape(-1) for part in parts]).to(dtype)[None]
 
-    def _gradients_of(self, batch: Batch, engine: PerExampleGradients, tensors: list[Tensor]) -> Iterator[Tensor]:
-        values = call_loss(self.model, self.test_loss, batch, "test_loss", whole=True)
-        like = tensors[0] if tensors[0].dtype == torch.float64 else tensors[0].float()
-        if values.dim() == 0 or getattr(self.test_loss, "one_by_one", False):
-            for value in values.reshape(-1):
-                parts = _gradient(value, tensors)
-                yield torch.cat([part.detach().reshape(-1) for part in parts]).to(like.dtype)[None]
-            return
-        rows = like.new_zeros((batch.n_examples, 1, self.parameters.n_parameters))
-        prepared = engine.prepare(batch, engine.forward(batch))
-        for block in formed(engine.blocks(prepared, rows.new_ones((batch.n_examples, 1, 1)))):
-            scatter(block, rows)
-        yield rows[:, 0].detach()
-
-    # ---- what stands out -----------------------------------------------------------------------------------
-
-    def top(self, k: int = 16, test: int | None = None, direction: Direction = "both") -> Array:
-        """:meth:`Scores.top` of the last scores."""
-        return self._last().top(k, test, direction)
-
-    def group(self, indices: Any) -> Array:
-        """:meth:`Scores.group` of the last scores."""
-        return self._last().group(indices)
-
-    def _last(self) -> Scores:
-        if self.result is None:
-            raise ArgumentError("scores: none have been computed; call scores(train, test) first")
-        return self.result
-
-    def _provenance(self, inverse: Inverse) -> dict[str, Any]:
+    def _provenance(self, inverse: Inverse, iterations: int) -> dict[str, Any]:
         found = self.stationarity
         return {
             **self.solver.describe(),
@@ -296,8 +264,44 @@ class CrossLossInfluence:
             "weight_decay": self.weight_decay,
             "gradient_norm": None if found is None else found.gradient_norm,
             "relative_gradient_norm": None if found is None else found.relative,
+            "iterations": iterations,
             "notes": list(inverse.notes),
         }
+
+
+def _named(solver: Solver | str) -> Solver:
+    if isinstance(solver, Solver):
+        return solver
+    if isinstance(solver, str) and solver in SOLVERS:
+        return SOLVERS[solver]()
+    raise ArgumentError(
+        f"solver: expected a solver such as ConjugateGradients(), or one of {', '.join(SOLVERS)}; got {solver!r}"
+    )
+
+
+def _stream(values: Any, first: int, solved: Tensor, objective: TrainingObjective) -> None:
+    """Write the columns of the solutions ``(k, m)``: their negative products with all per-example gradients."""
+    row = 0
+    for batch, _, blocks in objective.blocks():
+        products = solved.new_zeros((batch.n_examples, len(solved)), dtype=torch.float64)
+        for block in blocks:
+            products[block.examples] += _products(block, solved)
+        values[row : row + batch.n_examples, first : first + len(solved)] = (-products).cpu().numpy()
+        row += batch.n_examples
+
+
+def _products(block: Block, vectors: Tensor) -> Tensor:
+    """Compute the inner products ``(b', k)`` of a block's gradients (one column) with ``(k, m)``."""
+    values = block.values[:, 0].to(vectors.dtype)
+    width = values.shape[2]
+    if isinstance(block.starts, int):
+        return values[:, 0] @ vectors[:, block.starts : block.starts + width].T
+    reach = torch.arange(width, device=vectors.device)
+    rows = [
+        vectors[:, (starts[:, None] + reach).reshape(-1)] @ value.reshape(-1)
+        for starts, value in zip(block.starts, values, strict=True)
+    ]
+    return torch.stack(rows)
 
 
 def _on_disk(shape: tuple[int, int], target: Path) -> Array:
@@ -320,11 +324,6 @@ def _gradient(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
     if not value.requires_grad:  # a coefficient outside of its active set: constant around here
         return [torch.zeros_like(tensor) for tensor in tensors]
     return torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True, materialize_grads=True)
-
-
-def _grad_as(loss: Loss) -> Any:
-    """Test functions that differentiate within need autograd even where only their value is asked for."""
-    return torch.enable_grad() if getattr(loss, "one_by_one", False) else torch.no_grad()
 
 
 def _groups(rows: Iterator[Tensor], width: int) -> Iterator[Tensor]:

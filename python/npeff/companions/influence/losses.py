@@ -1,10 +1,13 @@
-"""Losses as callables, and data that can be read more than once."""
+"""Per-example losses as callables, and data that can be read several times."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -13,29 +16,66 @@ from npeff.batches.batches import Batch, check_data, read_batches
 from npeff.batches.tensor_trees import leaves
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
 
+Array = npt.NDArray[Any]
 Loss = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch) -> (b,)``: one number per example of the batch as the data yields it."""
 
 
 def check_loss(loss: object, name: str) -> None:
-    """Refuse what cannot be called.
+    """Refuse a loss that cannot be called.
 
     Raises:
-        ArgumentError: It cannot.
+        ArgumentError: Naming the argument.
     """
     if not callable(loss):
         raise ArgumentError(f"{name}: expected callable(model, batch) -> (b,) per-example losses, got {loss!r}")
 
 
+def check_positive(name: str, value: object, *, zero: bool = False) -> None:
+    """Refuse a value that is no finite number > 0 (≥ 0 with ``zero``).
+
+    Raises:
+        ArgumentError: Naming the argument.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not (value > 0 or (zero and value == 0)):  # type: ignore[operator]
+        raise ArgumentError(f"{name}: expected a finite number {'≥' if zero else '>'} 0, got {value!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse a value that is no integer ≥ 1.
+
+    Raises:
+        ArgumentError: Naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{name}: expected an integer ≥ 1, got {value!r}")
+
+
+def check_finite(losses: Tensor, name: str) -> None:
+    """Refuse losses that are not finite.
+
+    Raises:
+        DataError: Naming the first.
+    """
+    finite = torch.isfinite(losses.detach()).reshape(-1)
+    if not bool(finite.all()):
+        bad = int((~finite).to(torch.uint8).argmax())
+        raise DataError(
+            f"{name}: example {bad} of a batch has the loss {float(losses.detach().reshape(-1)[bad])}; find what "
+            "overflows in the model on it, or leave it out of the data"
+        )
+
+
 def call_loss(model: nn.Module, loss: Loss, batch: Batch, name: str, *, whole: bool = False) -> Tensor:
-    """The losses of a batch, with their graph.
+    """Compute the losses of a batch, with their graph.
 
     Args:
         model: The model.
         loss: What to call.
         batch: The batch.
         name: The argument's name, for messages.
-        whole: A single number for the whole batch (no dimensions) is welcome too.
+        whole: Accept a single number for the whole batch (no dimensions) too.
 
     Returns:
         ``(b,)``, or ``()`` where ``whole`` allows it.
@@ -68,7 +108,7 @@ def call_loss(model: nn.Module, loss: Loss, batch: Batch, name: str, *, whole: b
     return value
 
 
-class Examples:
+class RepeatableData:
     """Data as batches on a device, in the same order every time.
 
     Args:
@@ -87,7 +127,7 @@ class Examples:
         check_sampler(data, name)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches, as read by :func:`npeff.batches.batches.read_batches`.
+        """Yield batches, as read by :func:`npeff.batches.batches.read_batches`.
 
         Raises:
             DataError: There are none.
@@ -100,12 +140,31 @@ class Examples:
             raise DataError(f"{self.name}: it yielded no batches")
 
     def count(self) -> int:
-        """How many examples there are; reads the data once, without the model."""
+        """Count the examples by reading the data once, without the model."""
         return sum(batch.n_examples for batch in self)
 
 
+def loss_values(model: nn.Module, loss: Loss, data: Iterable[Batch], name: str = "test_loss") -> Array:
+    """Compute a test loss on all batches: one number per example, or per batch where the loss is of the whole batch.
+
+    Returns:
+        float64.
+
+    Raises:
+        DataError: A loss is not finite or has another shape.
+    """
+    found = []
+    # A loss that differentiates within itself needs autograd even where only its value is asked for.
+    with torch.enable_grad() if getattr(loss, "one_by_one", False) else torch.no_grad():
+        for batch in data:
+            values = call_loss(model, loss, batch, name, whole=True).detach().reshape(-1)
+            check_finite(values, name)
+            found.append(values.double().cpu().numpy())
+    return np.concatenate(found)
+
+
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    """Cross-entropy of ``model(inputs)`` with the labels, per example.
+    """Compute the cross-entropy of ``model(inputs)`` with the labels, per example.
 
     Args:
         model: Gives logits ``(b, C)``.
@@ -119,7 +178,7 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 
 
 def squared_error(model: nn.Module, batch: Any) -> Tensor:
-    """``½ Σ (model(inputs) − targets)²``, per example.
+    """Compute ``½ Σ (model(inputs) − targets)²`` per example.
 
     Args:
         model: Gives ``(b, …)``.
@@ -134,7 +193,7 @@ def squared_error(model: nn.Module, batch: Any) -> Tensor:
 
 
 def model_outputs(model: nn.Module, batch: Any) -> Tensor:
-    """``model(inputs)`` of a batch ``(inputs, …)``, flattened to ``(b, C)``."""
+    """Compute ``model(inputs)`` of a batch ``(inputs, …)``, flattened to ``(b, C)``."""
     outputs: Tensor = model(batch[0])
     return outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
 

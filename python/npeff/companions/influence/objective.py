@@ -1,22 +1,21 @@
-"""What was trained: J(θ) = (1/n) Σ ℓ(z_i, θ) + (w/2)‖θ‖², its gradient, and its Hessian's products."""
+"""The training objective J(θ) = (1/n) Σ ℓ(z_i, θ) + (w/2)‖θ‖²: its value, its gradient and its Hessian's products."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from npeff.batches.batches import Batch
-from npeff.companions.influence.blocks import formed, place
-from npeff.companions.influence.losses import Examples, Loss, call_loss
-from npeff.errors import DataError, ModelError
-from npeff.gradients.engine import PerExampleGradients
+from npeff.companions.influence.losses import Loss, RepeatableData, call_loss, check_finite
+from npeff.errors import ModelError
+from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.gradients.rules.base import working
-from npeff.gradients.tiles import Block
+from npeff.gradients.tiles import Block, Pairs
 from npeff.models.parameters import Parameters
 
 
@@ -40,10 +39,8 @@ class Stationarity:
         return self.gradient_norm / self.example_norm if self.example_norm else 0.0
 
 
-class Objective:
+class TrainingObjective:
     """The training objective over given data.
-
-    Made within ``recording()`` contexts of its engine: every method opens one.
 
     Args:
         model: The model, in evaluation mode.
@@ -52,6 +49,11 @@ class Objective:
         parameters: The selected parameters' places in the flat vector of length m.
         weight_decay: w; the coefficient of ½‖θ‖² in what was trained.
         memory: Bytes that Hessian products may take beside their vectors.
+        name: The loss's name, for messages.
+
+    Attributes:
+        weights: ``(n,)`` float64 factor of each example's loss, 1 at first. Retraining changes it; the per-example
+            gradients of :meth:`blocks` are those of the unweighted losses.
 
     Raises:
         ModelError: The model has no per-example gradients as it stands.
@@ -61,62 +63,81 @@ class Objective:
         self,
         model: nn.Module,
         loss: Loss,
-        data: Examples,
+        data: RepeatableData,
         parameters: Parameters,
         weight_decay: float = 0.0,
         memory: int = 1 << 29,
+        name: str = "train_loss",
     ) -> None:
         self.model, self.loss, self.data, self.parameters = model, loss, data, parameters
-        self.weight_decay, self.memory = weight_decay, memory
+        self.weight_decay, self.memory, self.name = weight_decay, memory, name
         self.engine = PerExampleGradients(model, parameters, lambda _, batch: self.losses(batch)[:, None])
         self.tensors = list(self.engine.tensors.values())
         self.dtype = working(self.tensors[0]).dtype
         self.device = self.tensors[0].device
-        self.n = data.count()
+        self.n, self.m = data.count(), parameters.n_parameters
+        self.weights = torch.ones(self.n, dtype=torch.float64, device=self.device)
         self._batched = True
         self._saved: int | None = None
         self._graphs: dict[int, Tensor] | None = None
 
-    @property
-    def m(self) -> int:
-        """Number of selected parameters."""
-        return self.parameters.n_parameters
-
     def losses(self, batch: Batch) -> Tensor:
-        """``(b,)`` with their graph."""
-        return call_loss(self.model, self.loss, batch, "train_loss")
+        """Compute the unweighted losses of a batch, ``(b,)`` with their graph.
+
+        Raises:
+            DataError: A loss is not finite or has another shape.
+        """
+        losses = call_loss(self.model, self.loss, batch, self.name)
+        check_finite(losses, self.name)
+        return losses
 
     def theta(self) -> Tensor:
-        """The selected parameters as one vector ``(m,)``, a copy."""
+        """Copy the selected parameters into one vector ``(m,)``."""
         return torch.cat([tensor.detach().reshape(-1) for tensor in self.tensors]).to(self.dtype)
 
-    def blocks(self) -> Iterator[tuple[Batch, Iterator[Block]]]:
-        """Per batch, the blocks of its per-example gradients ``∇ℓ(z_i)`` (one column each)."""
+    @torch.no_grad()
+    def set_theta(self, theta: Tensor) -> None:
+        """Set the selected parameters from a vector ``(m,)``."""
+        for parameter, tensor in zip(self.parameters, self.tensors, strict=True):
+            tensor.copy_(theta[parameter.slice].view_as(tensor))
+
+    def blocks(self) -> Iterator[tuple[Batch, Tensor, Iterator[Block]]]:
+        """Yield per batch its losses and the blocks of its per-example gradients ``∇ℓ(z_i)`` (one column each)."""
         for batch in self.data:
             with self.engine.recording():
                 losses = self.engine.forward(batch)
-                check_finite(losses, "train_loss")
                 prepared = self.engine.prepare(batch, losses)
-                yield batch, formed(self.engine.blocks(prepared, torch.ones_like(losses)[:, :, None]))
+                columns = torch.ones_like(losses)[:, :, None]
+                yield batch, losses, gradient_blocks(self.engine, prepared, columns)
+
+    def value_and_gradient(self) -> tuple[float, Tensor]:
+        """Compute J and ``∇J``, ``(m,)`` float64, with the weights of the examples."""
+        total, gradient = 0.0, torch.zeros(self.m, dtype=torch.float64, device=self.device)
+        for start, batch in self._numbered():
+            with self.engine.recording():
+                losses = self._weighted(batch, start)
+                gradient += self._flat_gradient(losses, create_graph=False)
+            total += float(losses.detach().double().sum())
+        theta = self.theta().double()
+        value = total / self.n + self.weight_decay / 2 * float(theta.square().sum())
+        return value, gradient / self.n + self.weight_decay * theta
 
     def stationarity(self) -> Stationarity:
         """Compare the mean gradient with the examples' own gradients, in one pass."""
-        mean = torch.zeros(self.m, dtype=torch.float64, device=self.device)
-        squares = 0.0
-        for _, blocks in self.blocks():
+        gradient, squares = torch.zeros(self.m, dtype=torch.float64, device=self.device), 0.0
+        for _, losses, blocks in self.blocks():
+            gradient += self._flat_gradient(losses, create_graph=False, retain_graph=True)
             for block in blocks:
-                values = block.values.to(torch.float64)
-                squares += float(values.square().sum())
-                place(block, values, mean)
-        mean = mean / self.n + self.weight_decay * self.theta().to(torch.float64)
-        return Stationarity(float(mean.norm()), (squares / self.n) ** 0.5, self.n)
+                squares += float(block.values.to(torch.float64).square().sum())
+        gradient = gradient / self.n + self.weight_decay * self.theta().double()
+        return Stationarity(float(gradient.norm()), (squares / self.n) ** 0.5, self.n)
 
     def products(self, vectors: Tensor, batches: list[Batch] | None = None) -> Tensor:
-        """``∇²J · v`` for several vectors at once: one double backward pass per batch serves all of them.
+        """Compute ``∇²J · v`` for several vectors at once: one double backward pass per batch serves all of them.
 
         Args:
             vectors: ``(k, m)``.
-            batches: Take the mean over these alone (stochastic estimates); None: all data.
+            batches: Take the mean over these alone, unweighted (stochastic estimates); None: all data.
 
         Returns:
             ``(k, m)`` in the vectors' dtype.
@@ -126,17 +147,28 @@ class Objective:
         """
         total = torch.zeros_like(vectors)
         count = 0
-        for number, batch in enumerate(self.data if batches is None else batches):
+        for start, batch in self._numbered() if batches is None else ((None, batch) for batch in batches):
             count += batch.n_examples
             with self.engine.recording():
-                self._add_products(batch, None if batches is not None else number, vectors, total)
+                self._add_products(batch, start, vectors, total)
         return total.div_(count).add_(vectors, alpha=self.weight_decay)
+
+    def hessian(self) -> Tensor:
+        """Compute ``∇²J`` with weight decay, ``(m, m)`` float64, symmetrised."""
+        hessian = torch.empty((self.m, self.m), dtype=torch.float64, device=self.device)
+        step = min(self.m, 2048)
+        with self.kept_graphs():
+            for start in range(0, self.m, step):
+                rows = torch.zeros((min(step, self.m - start), self.m), dtype=self.dtype, device=self.device)
+                rows[:, start:].fill_diagonal_(1.0)
+                hessian[start : start + step] = self.products(rows)
+        return (hessian + hessian.T) / 2
 
     @contextmanager
     def kept_graphs(self) -> Iterator[None]:
-        """Within it the gradients' graphs are kept for the next products over all data, as far as memory goes.
+        """Keep the gradients' graphs within it for the next products over all data, as far as memory goes.
 
-        The parameters must not change meanwhile.
+        The parameters and the weights must not change meanwhile.
         """
         self._graphs = {}
         try:
@@ -144,10 +176,28 @@ class Objective:
         finally:
             self._graphs = None
 
-    def _recorded(self, batch: Batch, number: int | None) -> Tensor:
+    def _numbered(self) -> Iterator[tuple[int, Batch]]:
+        """Yield batches with the position of their first example."""
+        start = 0
+        for batch in self.data:
+            yield start, batch
+            start += batch.n_examples
+
+    def _weighted(self, batch: Batch, start: int | None) -> Tensor:
+        losses = self.losses(batch)
+        return losses if start is None else losses * self.weights[start : start + len(losses)].to(losses.dtype)
+
+    def _flat_gradient(self, losses: Tensor, *, create_graph: bool, retain_graph: bool | None = None) -> Tensor:
+        parts = torch.autograd.grad(
+            losses.sum(), self.tensors, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True,
+            materialize_grads=True,
+        )  # fmt: skip
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def _recorded(self, batch: Batch, start: int | None) -> Tensor:
         """The gradient of a batch's summed loss, ``(m,)``, with its graph."""
-        if number is not None and self._graphs and number in self._graphs:
-            return self._graphs[number]
+        if start is not None and self._graphs and start in self._graphs:
+            return self._graphs[start]
         saved = 0
 
         def pack(tensor: Tensor) -> Tensor:
@@ -155,41 +205,35 @@ class Objective:
             saved += tensor.numel()
             return tensor
 
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks if self._saved is None else nullcontext():
+            gradient = self._flat_gradient(self._weighted(batch, start), create_graph=True)
         if self._saved is None:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                gradient = self._gradient(batch)
             self._saved = 1 + saved // batch.n_examples
-        else:
-            gradient = self._gradient(batch)
         held = (self._saved * self.n + self.m * (1 + len(self._graphs or ()))) * gradient.element_size()
-        if number is not None and self._graphs is not None and 2 * held <= self.memory:
-            self._graphs[number] = gradient
+        if start is not None and self._graphs is not None and 2 * held <= self.memory:
+            self._graphs[start] = gradient
         return gradient
 
-    def _add_products(self, batch: Batch, number: int | None, vectors: Tensor, total: Tensor) -> None:
+    def _add_products(self, batch: Batch, start: int | None, vectors: Tensor, total: Tensor) -> None:
         try:
-            gradient = self._recorded(batch, number)
+            gradient = self._recorded(batch, start)
             if not gradient.requires_grad:
                 return  # linear in θ
             width = (self._saved or 1) * batch.n_examples + self.m
             step = max(1, min(len(vectors), self.memory // (width * gradient.element_size())))
-            for start in range(0, len(vectors), step):
-                part = slice(start, start + step)
+            for first in range(0, len(vectors), step):
+                part = slice(first, first + step)
                 total[part] += self._pull(gradient, vectors[part].to(gradient.dtype)).to(total.dtype)
-        except NotImplementedError as error:
-            raise _not_twice(error) from error
-        except RuntimeError as error:
-            if any(word in str(error) for word in ("not implemented", "not differentiable", "derivative for")):
-                raise _not_twice(error) from error
-            raise
-
-    def _gradient(self, batch: Batch) -> Tensor:
-        losses = self.losses(batch)
-        check_finite(losses, "train_loss")
-        gradients = torch.autograd.grad(
-            losses.sum(), self.tensors, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return torch.cat([gradient.reshape(-1) for gradient in gradients])
+        except (NotImplementedError, RuntimeError) as error:
+            known = ("not implemented", "not differentiable", "derivative for")
+            if not isinstance(error, NotImplementedError) and not any(word in str(error) for word in known):
+                raise
+            raise ModelError(
+                f"model: an operation in it cannot be differentiated twice ({str(error).splitlines()[0]}); use "
+                "GaussNewton(…), EmpiricalFisher() or EKFAC(…), which need first derivatives alone, or replace the "
+                "fused operation (attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
+            ) from error
 
     def _pull(self, gradient: Tensor, vectors: Tensor) -> Tensor:
         if self._batched and len(vectors) > 1:
@@ -215,24 +259,38 @@ class Objective:
         return torch.cat(parts, dim=1)
 
 
-def _not_twice(error: Exception) -> ModelError:
-    return ModelError(
-        f"model: an operation in it cannot be differentiated twice ({str(error).splitlines()[0]}); use "
-        "GaussNewton(…), EmpiricalFisher() or EKFAC(…), which need first derivatives alone, or replace the fused "
-        "operation (attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
-    )
+def gradient_blocks(
+    engine: PerExampleGradients, prepared: Prepared, columns: Tensor, squared: bool = False
+) -> Iterator[Block]:
+    """Yield the blocks of a batch's per-example gradients, none of them as factors."""
+    for block in engine.blocks(prepared, columns, squared=squared):
+        yield block.formed() if isinstance(block, Pairs) else block
 
 
-def check_finite(losses: Tensor, name: str) -> None:
-    """Refuse losses that are not finite.
+def dense_rows(
+    engine: PerExampleGradients, prepared: Prepared, columns: Tensor, dtype: torch.dtype, squared: bool = False
+) -> Tensor:
+    """Compute the per-example gradients of a batch as dense rows.
 
-    Raises:
-        DataError: Naming the first.
+    Args:
+        engine: Made ``prepared``.
+        prepared: The batch.
+        columns: ``(b, C, R)`` cotangents.
+        dtype: Of the rows.
+        squared: Σ over columns of the squares instead; then R = 1 in the result.
+
+    Returns:
+        ``(b, R, m)``.
     """
-    finite = torch.isfinite(losses.detach()).reshape(-1)
-    if not bool(finite.all()):
-        bad = int((~finite).to(torch.uint8).argmax())
-        raise DataError(
-            f"{name}: example {bad} of a batch has the loss {float(losses.detach().reshape(-1)[bad])}; find what "
-            "overflows in the model on it, or leave it out of the data"
-        )
+    b, _, n_columns = columns.shape
+    shape = (b, 1 if squared else n_columns, engine.parameters.n_parameters)
+    rows = torch.zeros(shape, dtype=dtype, device=columns.device)
+    for block in gradient_blocks(engine, prepared, columns, squared):
+        values, target = block.values.to(dtype), rows[block.examples]
+        width = values.shape[3]
+        if isinstance(block.starts, int):
+            target[:, :, block.starts : block.starts + width] += values[:, :, 0]
+            continue
+        at = (block.starts[:, :, None] + torch.arange(width, device=rows.device)).flatten(1)
+        target.scatter_add_(2, at[:, None].expand(-1, values.shape[1], -1), values.flatten(2))
+    return rows

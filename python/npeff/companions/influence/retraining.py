@@ -1,25 +1,93 @@
-"""The truth that influence predicts: training again without some examples, to the new optimum."""
+"""Training to an optimum, training again without some examples, and unlearning examples by gradient steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.batches.batches import Batch
-from npeff.companions.influence.losses import Examples, Loss, call_loss, check_loss
-from npeff.companions.influence.minimising import Weighted
-from npeff.companions.influence.solvers.base import check_positive
-from npeff.gradients.selection import placed
+from npeff.companions.influence.losses import (
+    Array,
+    Loss,
+    RepeatableData,
+    check_count,
+    check_loss,
+    check_positive,
+    loss_values,
+)
+from npeff.companions.influence.objective import TrainingObjective
+from npeff.companions.influence.solvers import conjugate_gradients
+from npeff.errors import ArgumentError
+from npeff.gradients.selection import placed, select_parameters
 from npeff.short_repr import short_repr
 
-Array = npt.NDArray[Any]
+NEWTON_PARAMETERS = 3000
+"""Up to so many parameters Newton's steps finish what L-BFGS began."""
+
+Measure = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where a minimisation ended.
+
+    Attributes:
+        value: J there.
+        gradient_norm: ``‖∇J‖`` there.
+        steps: Newton-like steps after L-BFGS.
+    """
+
+    value: float
+    gradient_norm: float
+    steps: int
+
+    __repr__ = short_repr
+
+
+def minimise(
+    model: nn.Module,
+    loss: Loss,
+    data: Iterable[Any],
+    *,
+    weight_decay: float = 0.0,
+    parameters: str | Sequence[str] | None = None,
+    tolerance: float = 1e-8,
+    max_iterations: int = 2000,
+) -> Minimum:
+    """Train on all of the data at once until the gradient vanishes: L-BFGS, then Newton's steps for small models.
+
+    Minimises ``(1/n) Σ ℓ(z_i) + (w/2)‖θ‖²``; use ``model.double()`` for small tolerances.
+
+    Args:
+        model: Changed in place: trained.
+        loss: Per-example loss.
+        data: Batches.
+        weight_decay: w.
+        parameters: Name patterns; the others stay fixed.
+        tolerance: ``‖∇J‖`` to reach.
+        max_iterations: Most L-BFGS iterations.
+
+    Returns:
+        Where it ended; look at ``gradient_norm``.
+
+    Raises:
+        ArgumentError: An argument has a wrong value.
+        DataError: A loss is not finite or has another shape.
+        ModelError: The loss fails.
+    """
+    check_loss(loss, "loss")
+    check_positive("tolerance", tolerance)
+    with placed(model, None) as device:
+        objective = _objective(model, loss, data, ("loss", "data"), device, parameters, weight_decay)
+        small = objective.m <= NEWTON_PARAMETERS
+        _lbfgs(objective, max(tolerance, 1e-5) if small else tolerance, max_iterations)
+        return _newton(objective, tolerance, None, 60 if small else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +124,9 @@ def leave_out(
     """Train again without some examples, with the same loss, and measure what changed.
 
     Each retraining minimises ``(1/n) Σ_{i not left out} ℓ(z_i) + (w/2)‖θ‖²`` — the weights of the others stay 1/n, as
-    in the derivation of influence — from the given optimum and to a new one, with an optimiser that remembers nothing
-    of the one before. Up to 3000 parameters its steps are Newton's, with the Hessian of the full data until progress
-    slows and the present one then, by conjugate gradients that the former preconditions; L-BFGS beyond that.
+    in the derivation of influence — from the given optimum to a new one, with a new optimiser each time. Up to 3000
+    parameters the steps are Newton's, by conjugate gradients that the Hessian of the full data preconditions; L-BFGS
+    beyond that.
 
     Args:
         model: At an optimum of the full objective; restored afterwards.
@@ -85,26 +153,228 @@ def leave_out(
     check_loss(test_loss, "test_loss")
     check_positive("tolerance", tolerance)
     with placed(model, None) as device:
-        work = Weighted(model, train_loss, Examples(train, "train", device), parameters, weight_decay)
-        test_batches = list(Examples(test, "test", device))
-        start = work.theta()
-        before = _values(model, test_loss, test_batches)
-        factor = work.factor() if work.newtonian else None
+        objective = _objective(model, train_loss, train, ("train_loss", "train"), device, parameters, weight_decay)
+        test_batches = list(RepeatableData(test, "test", device))
+        small = objective.m <= NEWTON_PARAMETERS
+        start, before = objective.theta(), loss_values(model, test_loss, test_batches)
+        factor = _positive_factor(objective) if small else None
         changes, norms = [], []
         try:
             for group in tqdm(list(groups), desc="Retraining", unit="run", disable=not progress):
-                work.leave_out(group)
-                work.move(start)
-                if not work.newtonian:
-                    work.lbfgs(tolerance, max_iterations)
-                norms.append(work.newton(tolerance, factor).gradient_norm)
-                changes.append(_values(model, test_loss, test_batches) - before)
+                objective.weights.fill_(1.0)
+                objective.weights[_positions(group, objective.n)] = 0.0
+                objective.set_theta(start)
+                if not small:
+                    _lbfgs(objective, tolerance, max_iterations)
+                norms.append(_newton(objective, tolerance, factor, 60 if small else 0).gradient_norm)
+                changes.append(loss_values(model, test_loss, test_batches) - before)
         finally:
-            work.move(start)
+            objective.set_theta(start)
     return Retrained(np.array(changes).reshape(-1, len(before)), np.array(norms), before)
 
 
-def _values(model: nn.Module, loss: Loss, batches: list[Batch]) -> Array:
-    with torch.enable_grad() if getattr(loss, "one_by_one", False) else torch.no_grad():
-        found = [call_loss(model, loss, batch, "test_loss", whole=True).detach().reshape(-1) for batch in batches]
-    return np.asarray(torch.cat(found).double().cpu().numpy())
+def _objective(
+    model: nn.Module,
+    loss: Loss,
+    data: Iterable[Any],
+    names: tuple[str, str],
+    device: torch.device,
+    parameters: str | Sequence[str] | None,
+    weight_decay: float = 0.0,
+) -> TrainingObjective:
+    """Make the objective of data that is read once and held in memory; the names are those of loss and data."""
+    check_positive("weight_decay", weight_decay, zero=True)
+    held = RepeatableData(list(RepeatableData(data, names[1], device)), names[1], device)
+    return TrainingObjective(model, loss, held, select_parameters(model, parameters), weight_decay, name=names[0])
+
+
+def _positions(group: int | Sequence[int], n: int) -> Tensor:
+    chosen = np.atleast_1d(np.asarray(group, np.int64))
+    if chosen.size and not (chosen.min() >= 0 and chosen.max() < n):
+        raise ArgumentError(f"groups: expected training examples 0 … {n - 1}, got {group!r}")
+    return torch.from_numpy(chosen)
+
+
+def _lbfgs(objective: TrainingObjective, tolerance: float, max_iterations: int) -> None:
+    """Minimise by a new L-BFGS with a strong Wolfe search over the whole vector."""
+    vector = objective.theta().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [vector],
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
+        history_size=30,
+        tolerance_grad=tolerance / max(1.0, vector.numel() ** 0.5),
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        objective.set_theta(vector.detach())
+        value, gradient = objective.value_and_gradient()
+        vector.grad = gradient.to(vector.dtype)
+        return value
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    objective.set_theta(vector.detach())
+
+
+def _positive_factor(objective: TrainingObjective) -> Tensor:
+    """Compute the Cholesky factor of |H|, the Hessian here with the absolute values of its eigenvalues."""
+    sizes, vectors = torch.linalg.eigh(objective.hessian())
+    floor = 1e-7 * sizes.abs().max().clamp_min(1e-12)
+    return torch.linalg.cholesky((vectors * sizes.abs().clamp_min(floor)) @ vectors.T)
+
+
+def _newton(objective: TrainingObjective, tolerance: float, factor: Tensor | None, max_steps: int) -> Minimum:
+    """Take Newton's steps with a line search until ``‖∇J‖ ≤ tolerance``.
+
+    The steps ``−H⁻¹∇J`` are solved for by conjugate gradients with the Hessian H at the present parameters, which an
+    earlier |H| preconditions. Where H has negative curvature, or the step does not lead down, |H| is computed again
+    and ``−|H|⁻¹∇J`` taken.
+
+    Args:
+        objective: Its model is trained.
+        tolerance: ``‖∇J‖`` to reach.
+        factor: Cholesky factor of an |H| near here, or None.
+        max_steps: Most steps.
+    """
+    value, gradient = objective.value_and_gradient()
+    steps = 0
+    while float(gradient.norm()) > tolerance and steps < max_steps:
+        direction = None if factor is None else _newton_direction(objective, gradient, factor)
+        renewed = direction is None
+        if direction is None:
+            factor = _positive_factor(objective)
+            direction = -_by(factor, gradient[None])[0]
+        found = _line_search(objective, value, gradient, direction)
+        if found is not None:
+            value, gradient = found
+            steps += 1
+        elif renewed:
+            break  # rounding allows no further step
+        else:
+            factor = None
+    return Minimum(value, float(gradient.norm()), steps)
+
+
+def _newton_direction(objective: TrainingObjective, gradient: Tensor, factor: Tensor) -> Tensor | None:
+    """Solve ``H d = −∇J`` to a relative residual of 1e-3; None where H has negative curvature."""
+    right = -gradient[None].to(objective.dtype)
+    with objective.kept_graphs():
+        found, _, lowest = conjugate_gradients(objective.products, right, 1e-3, 200, lambda rows: _by(factor, rows))
+    return None if lowest is not None else found[0].double()
+
+
+def _line_search(
+    objective: TrainingObjective, value: float, gradient: Tensor, direction: Tensor
+) -> tuple[float, Tensor] | None:
+    """Halve the step until the gradient or the value is smaller; None, and no step, if neither ever is."""
+    origin, length = objective.theta(), 1.0
+    while length > 1e-6:
+        objective.set_theta(origin + (length * direction).to(origin.dtype))
+        found = objective.value_and_gradient()
+        lower = found[0] < value + 1e-4 * length * float(gradient @ direction)
+        if lower or float(found[1].norm()) < 0.9 * float(gradient.norm()):
+            return found
+        length /= 2
+    objective.set_theta(origin)
+    return None
+
+
+def _by(factor: Tensor, rows: Tensor) -> Tensor:
+    """Solve with a Cholesky factor for the right-hand sides ``(k, m)``."""
+    return torch.cholesky_solve(rows.double().T, factor).T.to(rows.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Unlearned:
+    """A model after unlearning.
+
+    Attributes:
+        model: A changed copy; the model given is as it was.
+        before: The measure of the model given.
+        after: The measure of ``model``.
+        history: The measure after every step, ``before`` first.
+        harmful_loss: Mean loss of the harmful examples, before and after.
+        helpful_loss: Mean loss of the helpful examples, before and after.
+    """
+
+    model: nn.Module
+    before: float
+    after: float
+    history: tuple[float, ...]
+    harmful_loss: tuple[float, float]
+    helpful_loss: tuple[float, float]
+
+    __repr__ = short_repr
+
+
+def unlearn(
+    model: nn.Module,
+    loss: Loss,
+    harmful: Iterable[Any] | None,
+    helpful: Iterable[Any] | None,
+    measure: Measure,
+    *,
+    learning_rate: float,
+    steps: int = 10,
+    target: float | None = None,
+    goal: Literal["lower", "higher"] = "lower",
+    parameters: str | Sequence[str] | None = None,
+) -> Unlearned:
+    """Climb the loss of harmful examples and descend that of helpful ones, and measure the model after every step.
+
+    Each step is ``θ ← θ + η (∇ mean L(harmful) − ∇ mean L(helpful))``, plain gradient steps as in Silva, Chopra &
+    Gombolay 2022. Ascent has no bound of its own: take few small steps, and look at ``history`` and the losses.
+
+    Args:
+        model: Not changed; the steps are made on a copy.
+        loss: The training loss, per example.
+        harmful: Batches to climb on; None for none.
+        helpful: Batches to descend on; None for none.
+        measure: ``measure(model) -> float``, such as a WEAT score.
+        learning_rate: η.
+        steps: Most steps.
+        target: Stop once the measure has reached it.
+        goal: Whether reaching means ≤ (``"lower"``) or ≥ (``"higher"``).
+        parameters: Name patterns of what may change.
+
+    Returns:
+        The changed copy and the measure's history.
+
+    Raises:
+        ArgumentError: Neither harmful nor helpful examples, or an option has another value.
+        DataError: A loss is not finite or has another shape.
+        ModelError: The loss or the model fails.
+    """
+    check_loss(loss, "loss")
+    check_positive("learning_rate", learning_rate)
+    check_count("steps", steps)
+    if harmful is None and helpful is None:
+        raise ArgumentError("harmful: neither harmful nor helpful examples were given; pass batches of at least one")
+    if not callable(measure):
+        raise ArgumentError(f"measure: expected callable(model) -> float, got {measure!r}")
+    if goal not in ("lower", "higher"):
+        raise ArgumentError(f"goal: expected 'lower' or 'higher', got {goal!r}")
+    changed = copy.deepcopy(model)
+    with placed(changed, None) as device:
+        sides = {
+            name: _objective(changed, loss, data, (name, name), device, parameters)
+            for name, data in (("harmful", harmful), ("helpful", helpful))
+            if data is not None
+        }
+        history = [float(measure(changed))]
+        before = {name: side.value_and_gradient()[0] for name, side in sides.items()}
+        for _ in range(steps):
+            if target is not None and (history[-1] <= target if goal == "lower" else history[-1] >= target):
+                break
+            gradients = {name: side.value_and_gradient()[1] for name, side in sides.items()}
+            for name, side in sides.items():
+                step = (1.0 if name == "harmful" else -1.0) * learning_rate * gradients[name]
+                side.set_theta(side.theta() + step.to(side.dtype))
+            history.append(float(measure(changed)))
+        losses = {
+            name: (before[name], sides[name].value_and_gradient()[0]) if name in sides else (float("nan"),) * 2
+            for name in ("harmful", "helpful")
+        }
+    return Unlearned(changed, history[0], history[-1], tuple(history), losses["harmful"], losses["helpful"])

@@ -1,4 +1,4 @@
-"""The affine map that a network is at a point: F(z) = W·z + b."""
+"""The affine map of a network around a point: F(z) = W·z + b."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ BUDGET = 1 << 26
 
 
 class LinearMap:
-    """F(z) = W·z + b, which a network is around a point x (Li et al. 2023, arXiv 2310.16295).
+    """F(z) = W·z + b, which equals a network around a point x (Li et al. 2023, arXiv 2310.16295).
 
     Shapes below are for n examples of shape s and K outputs, ``x (n, *s)``; where the point is one example without
     a dimension for it, all shapes lack the n. Examples do not influence each other, so W is a matrix per example.
 
     Attributes:
         x: ``(n, *s)`` the point: the input, or the output of the layer ``at``.
-        output: ``(n, K)`` what the model gave there, F(x).
+        output: ``(n, K)`` the model's output there, F(x).
         at: ``"input"`` or the layer's name.
-        frozen: What is not piecewise linear and was held; empty where the map is exact.
+        frozen: The parts that are not piecewise linear and were held; empty where the map is exact.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class LinearMap:
         """Wᵀ·u with the graph to u, for which it is linear: its own transpose is W."""
         return _transpose(*reversed(self._graph))
 
-    # ---- the two halves --------------------------------------------------------------------------------------
+    # ---- W and b --------------------------------------------------------------------------------------
 
     @cached_property
     def b(self) -> Tensor:
@@ -123,10 +123,10 @@ class LinearMap:
         c = self._checked(c, self.output, "c")
         return self._pull(c.reshape(1, *self._flat.shape))[0]
 
-    # ---- what it says -----------------------------------------------------------------------------------------
+    # ---- contributions -----------------------------------------------------------------------------------------
 
     def contributions(self, c: Tensor | None = None) -> Tensor:
-        """``(n, K, *s)`` W_k ∘ x: what each number of the point gave to each output. They and b sum to F(x).
+        """``(n, K, *s)`` W_k ∘ x: the contribution of each number of the point to each output. They and b sum to F(x).
 
         Args:
             c: ``(n, K)`` weights of outputs: then ``(n, *s)``, the contributions to Σ_k c_k·F_k, by one backward pass.
@@ -139,13 +139,14 @@ class LinearMap:
         return self.W * (self.x.unsqueeze(1) if self._batched else self.x)
 
     def bias_contributions(self, c: Tensor | None = None) -> dict[str, Tensor]:
-        """What each module's constants gave to each output: Σ bias·(gradient at that bias).
+        """Give the contribution of each module's constants to each output: Σ bias·(gradient at that bias).
 
         Constants are biases, the shifts of batch normalisation, bounds such as ReLU6's 6, and tensors that join
         without depending on the point.
 
         Args:
-            c: ``(n, K)`` weights of outputs: then ``(n,)`` each, what they gave to Σ_k c_k·F_k, by one backward pass.
+            c: ``(n, K)`` weights of outputs: then ``(n,)`` each, the contributions to Σ_k c_k·F_k, by one
+                backward pass.
 
         Returns:
             ``(n, K)`` by module name (the model's class in brackets where its own code adds one), in order of use;
@@ -166,7 +167,7 @@ class LinearMap:
         return {name: self._out(part if c is None else part[:, 0]) for name, part in found.items()}
 
     def residual(self) -> float:
-        """The largest |W·x + b − F(x)| over the largest |F(x)|.
+        """Compute the largest |W·x + b − F(x)| over the largest |F(x)|.
 
         Three computations meet: rows of W by backward passes, b by a pass at zero, F(x) by the model.
         """
@@ -189,7 +190,7 @@ class LinearMap:
         theirs, ours = self._again(self._checked(z, self.x, "z")).pattern, self._program.pattern
         return len(theirs) == len(ours) and all(map(torch.equal, theirs, ours))
 
-    # ---- how --------------------------------------------------------------------------------------------------
+    # ---- internals --------------------------------------------------------------------------------------------------
 
     @property
     def _flat(self) -> Tensor:
@@ -243,11 +244,11 @@ class LinearMap:
         return self._independent
 
     def _from_sources(self, cotangents: Tensor) -> Tensor:
-        """What each source gave to each of ``(m, n, K)`` combinations of outputs: ``(sources, n, m)``.
+        """The contribution of each source to each of ``(m, n, K)`` combinations of outputs: ``(sources, n, m)``.
 
         With a scale per source and example, one backward pass each. That needs the examples to come first in every
         constant, which shapes alone do not show: the sum is compared with b, and if it differs the scales are
-        without examples, at a backward pass for every source, or for every output of every example.
+        without examples, at a backward pass for every source.
         """
         n, n_sources = len(self._flat), len(self._program.sources)
         if not n_sources:
@@ -259,11 +260,7 @@ class LinearMap:
             if bool(((found.sum(0) - expected).abs() <= tolerance + torch.finfo(found.dtype).tiny).all()):
                 return found
         output, scales = self._scaled(n_sources, None)
-        if output.numel() > n_sources:
-            each = self._pulled(*_transpose(output, scales), torch.eye(n_sources, dtype=output.dtype).to(output))
-        else:
-            units = torch.eye(output.numel(), dtype=output.dtype).to(output).reshape(-1, *output.shape)
-            each = self._pulled(output, scales, units).T.reshape(n_sources, *output.shape)
+        each = self._pulled(*_transpose(output, scales), torch.eye(n_sources, dtype=output.dtype).to(output))
         return torch.einsum("snk,mnk->snm", each, cotangents)
 
     def _scaled(self, n_sources: int, n: int | None) -> tuple[Tensor, Tensor]:
@@ -279,7 +276,7 @@ class LinearMap:
 
 
 def _transpose(output: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient at the point of u·output, with its graph to u: what is affine in the point is linear in u."""
+    """Give the gradient at the point of u·output, with its graph to u, in which it is linear."""
     with torch.inference_mode(False), torch.enable_grad():
         u = torch.zeros_like(output).requires_grad_()
         return torch.autograd.grad(output, point, u, create_graph=True)[0], u

@@ -1,9 +1,10 @@
-"""From a model and a point to the affine map that the model is there."""
+"""The affine map of a model around a point: checks, the recorded run, the map."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from npeff.batches.tensor_trees import leaves
 from npeff.companions.linearize.linear_map import LinearMap
 from npeff.companions.linearize.program import Frozen, Program
-from npeff.companions.linearize.recording import Recorder, listed, recording
+from npeff.companions.linearize.recording import Recorder, held_in_words, recording
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
 from npeff.gradients.eligibility import check_eligible
 
@@ -30,7 +31,7 @@ def linearize(
     batched: bool | None = None,
     forward: Forward | None = None,
 ) -> LinearMap:
-    """The affine map F(z) = W·z + b that a piecewise linear network is around x (Li et al. 2023, arXiv 2310.16295).
+    """Find the affine map F(z) = W·z + b that equals a piecewise linear network around x (arXiv 2310.16295).
 
     The model runs once, unmodified; every operation on the way from the point to the output is recorded with its
     gates and selections frozen. W and b come from that frozen network: rows of W by backward passes, b as its output
@@ -38,14 +39,14 @@ def linearize(
 
     Args:
         model: Any module whose forward pass is made of torch's operations, in evaluation mode. It is left as it was.
-        x: What the model takes: a float tensor, one example or many. With ``at`` a layer, anything it takes: token
+        x: The model's input: a float tensor, one example or many. With ``at`` a layer, any input: token
             ids, a tuple of positional or a mapping of keyword arguments.
         outputs: Which outputs, as positions in each example's flattened output; by default all, in that order.
         at: ``"input"``, or the name of a layer (as in ``model.named_modules()``), from whose output onwards the map is
-            taken. What reaches the output by another way is a constant, and counts in b.
-        smooth: What is not piecewise linear (GELU, softmax, LayerNorm, …) is refused, or frozen: the gate, the
-            attention pattern, the standard deviation are held as they are at x, and
-            :attr:`LinearMap.frozen` says so.
+            taken. Paths to the output that avoid the layer are constants, and count in b.
+        smooth: Operations that are not piecewise linear (GELU, softmax, LayerNorm, …) are refused, or frozen: the gate,
+            the attention pattern, the standard deviation are held as they are at x, and :attr:`LinearMap.frozen`
+            lists them.
         batched: Whether the first dimension of the point and of the output are examples. By default they are if the
             output has two dimensions or more and they are equal in length, or if a point of several dimensions
             gives one number per example.
@@ -62,110 +63,102 @@ def linearize(
     """
     _check(model, x, at, smooth)
     check_eligible(model)
-    run = _Run(model, x, at, forward)
-    recorder, point, output = run(None)
+    recorder, point, output = _recorded(model, x, at, forward)
     if not bool(torch.isfinite(output).all()):
         raise DataError("model: its output at x is not finite (NaN or infinite weights or inputs?)")
-    examples = _examples(point, output, batched)
-    chosen = _chosen(outputs, output.shape.numel() // examples)
-    batched = _is_batched(point, output, batched)
+    n = _n_examples(point, output, batched)
+    chosen = _chosen(outputs, output.shape.numel() // (n or 1))
 
-    def program(given: tuple[Recorder, Tensor, Tensor]) -> tuple[Program, tuple[Frozen, ...], Tensor]:
-        recorder, _, output = given
+    def program(recorder: Recorder, output: Tensor) -> tuple[Program, tuple[Frozen, ...], Tensor]:
         with torch.no_grad(), recorder:
-            flat = output.reshape(examples, -1)
+            flat = output.reshape(n or 1, -1)
             flat = flat if chosen is None else flat.index_select(1, torch.tensor(chosen, device=flat.device))
         found, held = recorder.program(flat)
         return found, tuple(held), flat
 
-    found, frozen, flat = program((recorder, point, output))
+    def again(z: Tensor) -> Program:
+        recorder, _, output = _recorded(model, x, at, forward, z)
+        return program(recorder, output)[0]
+
+    found, frozen, flat = program(recorder, output)
     if smooth == "refuse" and frozen:
         raise ModelError(
-            f"model: it is not piecewise linear, so no exact linear map exists: {listed(list(frozen))}. "
+            f"model: it is not piecewise linear, so no exact linear map exists: {held_in_words(frozen)}. "
             "Pass smooth='freeze' to hold these as they are at x, or linearise from a layer behind them (at=)"
         )
-    return LinearMap(
-        found,
-        point,
-        flat if batched else flat[0],
-        at=at,
-        batched=batched,
-        frozen=frozen,
-        again=lambda z: program(run(z))[0],
-    )
+    flat = flat[0] if n is None else flat
+    return LinearMap(found, point, flat, at=at, batched=n is not None, frozen=frozen, again=again)
 
 
-class _Run:
-    """Runs and records the model, from the input or from a layer's output onwards."""
+def _recorded(
+    model: nn.Module, x: Any, at: str, forward: Forward | None, point: Tensor | None = None
+) -> tuple[Recorder, Tensor, Tensor]:
+    """Run and record the model, from the input or from a layer's output onwards, or from another point in its place.
 
-    def __init__(self, model: nn.Module, x: Any, at: str, forward: Forward | None) -> None:
-        self._model, self._x, self._at, self._forward = model, x, at, forward
+    Returns:
+        The recorder, the point and the output.
 
-    def __call__(self, point: Tensor | None) -> tuple[Recorder, Tensor, Tensor]:
-        """Record at x, or at another point.
+    Raises:
+        ArgumentError: The layer is not used, or more than once, or gives no float tensor.
+        ModelError: The model failed.
+    """
+    recorder, points = Recorder(model), []
 
-        Returns:
-            The recorder, the point and the output.
+    def begin(value: Tensor) -> Tensor:
+        value = value.detach().clone() if point is None else point.clone()
+        points.append(value.clone())
+        recorder.begin(value)
+        return value
 
-        Raises:
-            ArgumentError: The layer is not used, or more than once, or gives no float tensor.
-            ModelError: The model failed.
-        """
-        recorder, points = Recorder(self._model), []
-
-        def begin(value: Tensor) -> Tensor:
-            value = value.detach().clone() if point is None else point.clone()
-            points.append(value.clone())
-            recorder.begin(value)
-            return value
-
-        def from_layer(_: nn.Module, __: Any, output: Any) -> Tensor:
-            if points:
-                raise ArgumentError(f"at: {self._at!r} runs more than once in a forward pass; choose a layer around it")
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                raise ArgumentError(
-                    f"at: {self._at!r} gives {_shown(output)}, expected a float tensor; choose a layer in it"
-                )
-            return begin(output)
-
-        hook = None
-        try:
-            with recording(self._model, recorder):
-                if self._at != "input":
-                    hook = self._model.get_submodule(self._at).register_forward_hook(from_layer)
-                output = self._call(begin(self._x) if self._at == "input" else self._x)
-        finally:
-            if hook is not None:
-                hook.remove()
-        if not points:
-            raise ArgumentError(f"at: {self._at!r} does not run when the model is called with x")
-        return recorder, points[0], output
-
-    def _call(self, x: Any) -> Tensor:
-        try:
-            if self._forward is not None:
-                output = self._forward(self._model, x)
-            elif isinstance(x, Mapping):
-                output = self._model(**x)
-            else:
-                output = self._model(*x) if isinstance(x, tuple) else self._model(x)
-        except (NpeffError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            given = ", ".join(_shown(leaf) for leaf in leaves(x) if isinstance(leaf, Tensor))
-            raise ModelError(
-                f"model: failed on {given or type(x).__name__}: {type(error).__name__}: {error}. Check that x is what "
-                "the model takes (images with a dimension for examples?), or pass forward=callable(model, x)"
-            ) from error
-        output = getattr(output, "logits", output)
-        if isinstance(output, (tuple, list)) and len(output) == 1:
-            output = output[0]
+    def from_layer(_: nn.Module, __: Any, output: Any) -> Tensor:
+        if points:
+            raise ArgumentError(f"at: {at!r} runs more than once in a forward pass; choose a layer around it")
         if not isinstance(output, Tensor) or not output.is_floating_point():
-            raise ModelError(
-                f"model: its output is {_shown(output)}, expected a float tensor; choose one in "
-                "forward=callable(model, x)"
-            )
-        return output
+            raise ArgumentError(f"at: {at!r} gives {_shown(output)}, expected a float tensor; choose a layer in it")
+        return begin(output)
+
+    with ExitStack() as stack:
+        stack.enter_context(recording(model, recorder))
+        if at != "input":
+            stack.callback(model.get_submodule(at).register_forward_hook(from_layer).remove)
+        output = _output(model, begin(x) if at == "input" else x, forward)
+    if not points:
+        raise ArgumentError(f"at: {at!r} does not run when the model is called with x")
+    return recorder, points[0], output
+
+
+def _output(model: nn.Module, x: Any, forward: Forward | None) -> Tensor:
+    """Call the model.
+
+    Raises:
+        ModelError: The model failed, or gives no float tensor.
+        NpeffError: The model raised it.
+        MemoryError: The model raised it.
+        OutOfMemoryError: The model raised it.
+    """
+    try:
+        if forward is not None:
+            output = forward(model, x)
+        elif isinstance(x, Mapping):
+            output = model(**x)
+        else:
+            output = model(*x) if isinstance(x, tuple) else model(x)
+    except (NpeffError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        given = ", ".join(_shown(leaf) for leaf in leaves(x) if isinstance(leaf, Tensor))
+        raise ModelError(
+            f"model: failed on {given or type(x).__name__}: {type(error).__name__}: {error}. Check that x is what "
+            "the model takes (images with a dimension for examples?), or pass forward=callable(model, x)"
+        ) from error
+    output = getattr(output, "logits", output)
+    if isinstance(output, (tuple, list)) and len(output) == 1:
+        output = output[0]
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        raise ModelError(
+            f"model: its output is {_shown(output)}, expected a float tensor; choose one in forward=callable(model, x)"
+        )
+    return output
 
 
 def _check(model: Any, x: Any, at: Any, smooth: Any) -> None:
@@ -202,22 +195,21 @@ def _embedding(model: nn.Module) -> str:
     return f", at={name!r}" if name else ""
 
 
-def _is_batched(point: Tensor, output: Tensor, batched: bool | None) -> bool:
-    if batched is not None:
-        return batched
+def _n_examples(point: Tensor, output: Tensor, batched: bool | None) -> int | None:
+    """The number of examples that come first in the point and in the output; None for one map of all.
+
+    Raises:
+        ArgumentError: They are not batched as asked for.
+    """
     same = point.dim() > 0 and output.dim() > 0 and len(point) == len(output)
-    return same and (output.dim() > 1 or point.dim() > 1)
-
-
-def _examples(point: Tensor, output: Tensor, batched: bool | None) -> int:
-    if not _is_batched(point, output, batched):
-        return 1
-    if not (point.dim() and output.dim() and len(point) == len(output)):
+    if batched is None:
+        batched = same and (output.dim() > 1 or point.dim() > 1)
+    if batched and not same:
         raise ArgumentError(
             f"batched: expected the same number of examples first in the point {tuple(point.shape)} and in the "
             f"output {tuple(output.shape)}; pass batched=False for one map of all"
         )
-    return len(point)
+    return len(point) if batched else None
 
 
 def _chosen(outputs: Any, n_outputs: int) -> list[int] | None:

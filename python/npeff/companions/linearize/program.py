@@ -1,4 +1,4 @@
-"""A frozen network: the affine operations that an input went through, to be replayed on any other input.
+"""A frozen network: the affine operations on the way from an input to the output, to be replayed on other inputs.
 
 ::
 
@@ -23,13 +23,13 @@ from npeff.short_repr import short_repr
 
 @dataclass(frozen=True)
 class Frozen:
-    """Something that is not piecewise linear, and was held as it was at the point of linearisation.
+    """A part of an operation that is not piecewise linear, held as it was at the point of linearisation.
 
     Attributes:
         module: Name of the module; empty for the model itself.
         kind: Its class.
         operation: Of torch: ``"gelu"``, ``"softmax"``, ``"native_layer_norm"``, …
-        held: What is held: ``"gate"``, ``"attention pattern"``, ``"standard deviation"``, …
+        held: The part: ``"gate"``, ``"attention pattern"``, ``"standard deviation"``, …
     """
 
     module: str
@@ -43,22 +43,11 @@ class Frozen:
         return f"{self.module or 'the model itself'} ({self.kind}): {self.operation}, {self.held} held"
 
 
-@dataclass(frozen=True)
-class Like:
-    """Shape, dtype and device of a tensor."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Like:
-        """Those of a given tensor."""
-        return cls(tensor.shape, tensor.dtype, tensor.device)
-
-    def zeros(self) -> Tensor:
-        """A tensor of zeros."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+def zero_like(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Make a zero with a tensor's dtype and device, and its shape or another, that takes no memory."""
+    shape = tensor.shape if shape is None else shape
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +57,17 @@ class Step:
     Attributes:
         function: Maps the values of ``inputs`` to this step's value, affinely and differentiably.
         inputs: Numbers of earlier steps.
-        like: Shape, dtype and device of the value.
+        zero: A zero with the shape, dtype and device of the value, from :func:`zero_like`.
         module: Name of the module it ran in; the model's class in brackets for the model itself.
         offset: Whether the value may be non-zero where all inputs are zero.
-        pattern: What was found at the point and would change at its kinks: gates, arg-maxima.
-        notes: Numbers of what was held, that this step leans on.
-        apart: Row i of the value is known to depend on row i of the inputs alone.
+        pattern: Gates and positions of maxima at the point, which change at kinks.
+        notes: Numbers of the held parts that this step depends on.
+        apart: Whether row i of the value is known to depend on row i of the inputs alone.
     """
 
     function: Callable[..., Tensor]
     inputs: tuple[int, ...]
-    like: Like
+    zero: Tensor
     module: str = ""
     offset: bool = False
     pattern: tuple[Tensor, ...] = ()
@@ -109,7 +98,7 @@ class Program:
 
     @property
     def notes(self) -> frozenset[int]:
-        """Numbers of what was held on the way from input to output."""
+        """Numbers of the held parts on the way from input to output."""
         return frozenset().union(*(step.notes for step in self.steps))
 
     @property
@@ -120,7 +109,7 @@ class Program:
     @property
     def widest(self) -> int:
         """Elements of the largest value."""
-        return max(1, *(step.like.shape.numel() for step in self.steps))
+        return max(1, *(step.zero.shape.numel() for step in self.steps))
 
     def check(self) -> None:
         """Make sure that the model's weights are those of the recording.
@@ -134,11 +123,11 @@ class Program:
             )
 
     def run(self, z: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Replay.
+        """Replay the steps on another input.
 
         Args:
-            z: Of the input's shape.
-            scales: ``(n_sources,)`` what each offset of ``sources`` is multiplied by, or ``(n_sources, n)`` one for
+            z: A point of the input's shape.
+            scales: ``(n_sources,)`` factors of the offsets of ``sources``, or ``(n_sources, n)`` one for
                 each example where all offsets have the examples first; by default 1.
 
         Returns:
@@ -160,21 +149,21 @@ class Program:
         return values[len(self.steps) - 1]
 
     def offset(self, number: int) -> Tensor:
-        """c_d of a step: its value where all its inputs are zero."""
+        """Compute c_d of a step: its value where all its inputs are zero."""
         step = self.steps[number]
         with torch.no_grad():
-            return step.function(*(self.steps[i].like.zeros() for i in step.inputs))
+            return step.function(*(self.steps[i].zero.contiguous() for i in step.inputs))
 
     def examples_apart(self, n: int) -> bool:
         """Whether every step is known to keep n examples, which come first in each value, apart."""
-        return all(step.apart and step.like.shape[0] == n for step in self.steps[1:])
+        return all(step.apart and step.zero.shape[0] == n for step in self.steps[1:])
 
     def examples_first(self, n: int) -> bool:
         """Whether every source's value has n as its first dimension."""
-        return all(self.steps[number].like.shape[:1] == (n,) for number in self.sources)
+        return all(self.steps[number].zero.shape[:1] == (n,) for number in self.sources)
 
     @cached_property
     def sources(self) -> list[int]:
-        """The steps with an offset: where something other than the input enters."""
+        """Numbers of the steps with an offset."""
         candidates = (number for number, step in enumerate(self.steps) if number and step.offset)
         return [number for number in candidates if bool(self.offset(number).count_nonzero())]

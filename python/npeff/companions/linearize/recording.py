@@ -1,10 +1,11 @@
-"""One pass of a model over a point, below autograd, in which every operation on the input's path is frozen."""
+"""Recording: a pass of a model over a point, below autograd, in which every operation that depends on it is frozen."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,16 +14,138 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npeff.batches.tensor_trees import leaves
-from npeff.companions.linearize import piecewise, smooth  # noqa: F401 - they fill the table of rules
-from npeff.companions.linearize.examples_apart import examples_apart
-from npeff.companions.linearize.names import RESHAPED
-from npeff.companions.linearize.program import Frozen, Like, Program, Step
-from npeff.companions.linearize.rules import RULES, Affine, Call, Held, Outcome
-from npeff.companions.linearize.values import Values, flat_storage, key
+from npeff.companions.linearize import nonlinear_forms  # noqa: F401 - it fills the table of forms
+from npeff.companions.linearize.affine_forms import (
+    AFFINE_FORMS,
+    Affine,
+    Call,
+    keeps_examples_apart,
+    names_in,
+    tensors_in,
+)
+from npeff.companions.linearize.program import Frozen, Program, Step, zero_like
 from npeff.errors import ModelError
 
 _RANDOM = torch.Tag.nondeterministic_seeded
-_ROOT = ""
+_RESHAPED = names_in("as_strided as_strided_ transpose_ t_ squeeze_ unsqueeze_ swapaxes_ swapdims_ detach_")
+"""Operations that give the same memory another shape."""
+
+Geometry = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def geometry(tensor: Tensor) -> Geometry:
+    """Give the offset, shape, strides and dtype of a tensor within its storage."""
+    return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def key(tensor: Tensor) -> int | None:
+    """Identify the storage of a tensor; None for layouts without plain storage."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
+
+
+@dataclass
+class _Memory:
+    """One storage: the geometry of its whole, and the step of each geometry that was written or viewed since."""
+
+    holder: Tensor  # keeps the storage alive, so that its key stays its own
+    whole: Geometry
+    steps: dict[Geometry, int] = field(default_factory=dict)
+
+    def positions(self, wanted: Geometry) -> Tensor:
+        """Flat positions in the whole of a view's elements, in the view's shape.
+
+        Raises:
+            ModelError: The view reaches outside the whole.
+        """
+        offset, shape, stride, dtype = self.whole
+        count = torch.Size(shape).numel()
+        places = torch.full((self.holder.untyped_storage().nbytes() // dtype.itemsize,), -1)
+        places.as_strided(shape, stride, offset).copy_(torch.arange(count).reshape(shape))
+        found = places.as_strided(wanted[1], wanted[2], wanted[0]).clone()
+        if wanted[3] != dtype or bool((found < 0).any()):
+            raise ModelError(
+                "model: it reads memory through a view of another type or extent, which cannot be followed"
+            )
+        return found.to(self.holder.device)
+
+
+class Values:
+    """The step that holds the value of each tensor that depends on the input, with views and writes in place.
+
+    Tensors that share memory share a storage. Per storage there is one *whole* (the tensor that filled it) and a step
+    for its value; views of it have steps of their own. A write through any view makes a new whole, and views that are
+    read later are taken from that whole by position. So in-place code keeps its meaning, and the operations that make
+    views need not be known.
+
+    Args:
+        emit: Appends a step to the program and returns its number.
+    """
+
+    def __init__(self, emit: Callable[[Step], int]) -> None:
+        self._emit = emit
+        self._memories: dict[int | None, _Memory] = {}
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor's memory has a step."""
+        return key(tensor) in self._memories
+
+    def step(self, tensor: Tensor) -> int:
+        """Give the number of the step that holds a tensor's value."""
+        memory = self._memories[key(tensor)]
+        wanted = geometry(tensor)
+        if wanted not in memory.steps:
+            index = memory.positions(wanted)
+            whole = memory.steps[memory.whole]
+            memory.steps[wanted] = self._emit(Step(lambda z: z.reshape(-1)[index], (whole,), zero_like(tensor)))
+        return memory.steps[wanted]
+
+    def set(self, tensor: Tensor, step: int) -> None:
+        """Note the value of an operation's output: new memory, or a view of memory that is known."""
+        memory = self._memories.get(key(tensor))
+        if memory is None:
+            memory = self._memories[key(tensor)] = _Memory(tensor, geometry(tensor))
+        memory.steps.setdefault(geometry(tensor), step)
+
+    def write(self, tensor: Tensor, step: int, before: Tensor | None) -> None:
+        """Note that an operation wrote a value into existing memory.
+
+        Args:
+            tensor: The tensor that was written to, any view.
+            step: The value it has now.
+            before: The whole storage as a flat tensor, before the write, where it did not depend on the input yet.
+        """
+        memory = self._memories.get(key(tensor))
+        if memory is None:
+            assert before is not None
+            memory = _Memory(tensor, (0, tuple(before.shape), (1,), before.dtype))
+            memory.steps[memory.whole] = self._emit(Step(lambda: before, (), zero_like(before), offset=True))
+            self._memories[key(tensor)] = memory
+        wanted = geometry(tensor)
+        if wanted == memory.whole:
+            memory.steps = {wanted: step}
+            return
+        index = memory.positions(wanted).reshape(-1)
+        shape = memory.whole[1]
+
+        def write(z: Tensor, part: Tensor) -> Tensor:
+            return z.reshape(-1).scatter(0, index, part.reshape(-1)).reshape(shape)
+
+        whole = memory.steps[memory.whole]
+        written = self._emit(Step(write, (whole, step), zero_like(tensor, shape)))
+        untouched = torch.ones(torch.Size(shape).numel(), dtype=torch.bool, device=index.device)
+        untouched[index] = False
+        kept = {
+            view: number
+            for view, number in memory.steps.items()
+            if view not in (memory.whole, wanted) and bool(untouched[memory.positions(view)].all())
+        }
+        memory.steps = {**kept, memory.whole: written, wanted: step}
+
+
+def flat_storage(tensor: Tensor) -> Tensor:
+    """Copy all of a tensor's storage, ``(elements,)``."""
+    count = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+    return tensor.detach().as_strided((count,), (1,), 0).clone()
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -36,20 +159,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
         self.held: list[Frozen] = []
-        self.modules: list[tuple[str, str]] = [(_ROOT, type(model).__name__)]
+        self.modules: list[tuple[str, str]] = [("", type(model).__name__)]  # those that are running
         self._values = Values(self._emit)
         self._without_input: set[int] = set()
         self._weights = {key(t) for t in (*model.parameters(), *model.buffers())}
         self._versions: dict[int, tuple[Tensor, int]] = {}
-        self._leaning: dict[int | None, tuple[Tensor, frozenset[int]]] = {}
+        self._constants: dict[int | None, tuple[Tensor, frozenset[int]]] = {}
         self._always: set[int] = set()
 
     def begin(self, point: Tensor) -> None:
-        """Record from here on what happens to a tensor."""
-        self._values.set(point, self._emit(Step(lambda: point, (), Like.of(point))))
+        """Record the operations on a tensor from here on."""
+        self._values.set(point, self._emit(Step(lambda: point, (), zero_like(point))))
 
     def program(self, output: Tensor) -> tuple[Program, list[Frozen]]:
-        """The steps that lead to an output, and what was held on the way.
+        """Give the steps that lead to an output, and the parts that were held on the way.
 
         Raises:
             ModelError: The output does not depend on the input.
@@ -60,8 +183,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self.held:
                 raise ModelError(
                     "model: it is not piecewise linear, and its output does not depend on the input once these are "
-                    f"held: {listed(self.held)}; leave out a final sigmoid or softmax, or linearise from a layer "
-                    "behind them (at=)"
+                    f"held: {held_in_words(self.held)}; leave out a final sigmoid or softmax, or linearise from a "
+                    "layer behind them (at=)"
                 )
             raise ModelError(
                 "model: its output does not depend on the input as far as torch's operations show (does it pass "
@@ -73,7 +196,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch would import its compiler, for seconds, to keep it away from this
 
-    # ---- every operation comes through here ------------------------------------------------------------------
+    # ---- every operation ------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and freeze it if it depends on the input.
@@ -85,15 +208,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.partition("::")[2]
         if _RANDOM in func.tags and not (name == "rrelu_with_noise" and not any(args[4:5])):
             raise ModelError(f"model: {self._where()} draws random numbers ({name}): call model.eval()")
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         if not self.steps or not any(self._values.holds(tensor) for tensor in tensors):
             output = func(*args, **kwargs)
-            self._lean(output, self._notes(tensors))
+            self._note_constant(output, self._notes(tensors))
             return output
-        if func._schema.is_mutable and name not in RULES and name not in RESHAPED:
+        if func._schema.is_mutable and name not in AFFINE_FORMS and name not in _RESHAPED:
             return self._in_place(func, name, args, kwargs)
         output = func(*args, **kwargs)
-        if name in RESHAPED:  # another view of the same memory, read by position
+        if name in _RESHAPED:  # another view of the same memory, read by position
             return output
         if name == "_local_scalar_dense":
             if args[0].is_floating_point() and self._depends(args[0]):
@@ -102,13 +225,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs, outcomes = self._outcomes(self._call(name, func, args, kwargs, output), tensors)
         for tensor, (step, notes) in zip(outputs, outcomes, strict=True):
             if step is None:
-                self._lean(tensor, notes)
+                self._note_constant(tensor, notes)
             else:
                 self._values.set(tensor, step)
         return output
 
     def _in_place(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """x.f_(…) is x.copy_(f(x, …)); what else shares the memory follows.
+        """Treat x.f_(…) as x.copy_(f(x, …)); views of the same memory follow.
 
         Raises:
             ModelError: It has no functional form.
@@ -122,54 +245,51 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise ModelError(f"model: {self._where()} computes {func}, which writes in place in a way not known here")
         before = None if self._values.holds(target) else flat_storage(target)
         output: Tensor = function(*args, **kwargs)
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         _, ((step, notes),) = self._outcomes(self._call(functional, function, args, kwargs, output), tensors)
         with torch.no_grad():
             target.copy_(output)
         if step is None:
             value = target.detach().clone()
-            step = self._emit(Step(lambda: value, (), Like.of(value), self._module(), True, (), notes))
+            step = self._emit(Step(lambda: value, (), zero_like(value), self._module(), True, (), notes))
         self._values.write(target, step, before)
         return target
 
     def _outcomes(
         self, call: Call, tensors: list[Tensor]
     ) -> tuple[list[Tensor], list[tuple[int | None, frozenset[int]]]]:
-        """Apply the rule. For each output its step, or none where it is constant, and the notes it leans on.
+        """Freeze an operation: for each output its step, or none where it is constant, and the notes that it needs.
 
         Raises:
             ModelError: There is none.
         """
-        outputs = _tensors(call.output)
+        outputs = tensors_in(call.output)
         nothing: frozenset[int] = frozenset()
         involved = any(self._depends(tensor) for tensor in tensors)
         if not involved or not any(tensor.is_floating_point() for tensor in outputs):
             notes = self._notes(tensors)
             return outputs, [(None, notes if not involved else nothing) for _ in outputs]
-        if call.name not in RULES:
+        if call.name not in AFFINE_FORMS:
             raise ModelError(
                 f"model: {call.where} computes {call.name}, which has no affine form here; linearise from a layer "
                 "behind it (at=), or write it with operations that have one"
             )
-        found = RULES[call.name](call)
-        each: tuple[Outcome, ...] = found if isinstance(found, tuple) else (found,)
+        found = AFFINE_FORMS[call.name](call)
+        each = found if isinstance(found, tuple) else (found, *(Affine(),) * (len(outputs) - 1))
         notes = self._notes(call.kept)
-        each += (None,) * (len(outputs) - len(each))
         return outputs, [self._settle(call, *pair, notes) for pair in zip(each, outputs, strict=True)]
 
     def _settle(
-        self, call: Call, outcome: Outcome, output: Tensor, notes: frozenset[int]
+        self, call: Call, form: Affine, output: Tensor, notes: frozenset[int]
     ) -> tuple[int | None, frozenset[int]]:
-        if isinstance(outcome, Held):
-            return None, notes | {self._hold(call.name, outcome.what)}
-        if not isinstance(outcome, Affine):
+        if form.held:
+            notes = notes | {self._hold(call.name, form.held)}
+        if form.function is None:
             return None, notes
-        if outcome.held:
-            notes = notes | {self._hold(call.name, outcome.held)}
-        inputs = tuple(self._values.step(tensor) for tensor in outcome.inputs)
-        like, module = Like.of(output), self._module()
-        apart = not outcome.held and examples_apart(call, outcome.inputs, output)
-        step = Step(outcome.function, inputs, like, module, outcome.offset, outcome.pattern, notes, apart)
+        inputs = tuple(self._values.step(tensor) for tensor in form.inputs)
+        zero, module = zero_like(output), self._module()
+        apart = not form.held and keeps_examples_apart(call, form.inputs, output)
+        step = Step(form.function, inputs, zero, module, form.offset, form.pattern, notes, apart)
         return self._emit(step), notes
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
@@ -188,7 +308,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Call(name, function, tuple(args), kwargs, output, self._where(), kind, self._depends, self._keep)
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        """A weight itself, its version noted; a copy of anything else, which may be overwritten."""
+        """Keep a weight itself, with its version; a copy of any other tensor, which may be overwritten."""
         if key(tensor) not in self._weights or tensor.is_inference():
             with torch.inference_mode(False):
                 return tensor.detach().clone()
@@ -203,8 +323,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _notes(self, tensors: list[Tensor]) -> frozenset[int]:
         notes: frozenset[int] = frozenset()
         for tensor in tensors:
-            if key(tensor) in self._leaning:
-                notes |= self._leaning[key(tensor)][1]
+            if key(tensor) in self._constants:
+                notes |= self._constants[key(tensor)][1]
             if self._values.holds(tensor):
                 notes |= self._step_notes(self._values.step(tensor))
         return notes
@@ -217,12 +337,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else frozenset()
         )
 
-    def _lean(self, output: Any, notes: frozenset[int]) -> None:
+    def _note_constant(self, output: Any, notes: frozenset[int]) -> None:
         if notes:
             for tensor in leaves(output):
                 if isinstance(tensor, Tensor):
-                    earlier = self._leaning.get(key(tensor), (tensor, frozenset()))[1]
-                    self._leaning[key(tensor)] = tensor, earlier | notes
+                    earlier = self._constants.get(key(tensor), (tensor, frozenset()))[1]
+                    self._constants[key(tensor)] = tensor, earlier | notes
 
     def _module(self) -> str:
         name, kind = self.modules[-1]
@@ -233,34 +353,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return f"{name!r} ({kind})" if name else f"the forward pass of {kind}"
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors among an operation's arguments or outputs, in order."""
-    found: list[Tensor] = []
-    waiting = [tree]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, (tuple, list)):
-            waiting.extend(reversed(item))
-        elif isinstance(item, dict):
-            waiting.extend(reversed(item.values()))
-    return found
-
-
 def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
-def listed(held: list[Frozen]) -> str:
-    """What was held, in words: the first five."""
+def held_in_words(held: Sequence[Frozen]) -> str:
+    """List the first five held parts, for messages."""
     shown = [str(item) for item in held[:5]]
     return "; ".join(shown) + (f"; and {len(held) - 5} more" if len(held) > 5 else "")
 
 
 @contextmanager
 def recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Within it the recorder knows which module is running; afterwards the model is as it was."""
+    """Tell the recorder which module is running, within the block; restore the model afterwards."""
 
     def enter(name: str, kind: str) -> Callable[..., None]:
         return lambda *_: recorder.modules.append((name, kind))
@@ -272,9 +377,8 @@ def recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     fused = not any(isinstance(module, nn.RNNBase) for module in model.modules())
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if name and not isinstance(
-                module, torch.jit.ScriptModule
-            ):  # takes no hooks: its steps go by what is around
+            # scripted modules take no hooks: the module around gives the name of their steps
+            if name and not isinstance(module, torch.jit.ScriptModule):
                 hook = module.register_forward_pre_hook(enter(name, type(module).__name__))
                 stack.callback(hook.remove)
                 stack.callback(module.register_forward_hook(leave).remove)

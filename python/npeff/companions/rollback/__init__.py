@@ -1,26 +1,34 @@
-"""Gradient Rollback: which training examples made a prediction, for models whose steps touch few rows.
+"""Gradient Rollback: which training examples made a prediction, for models whose steps change few rows.
 
 ::
 
-    model, triples ──fit──▶ Record (what every example moved) ──GradientRollback──▶ Explanation
-                 (or RollbackRecorder        │                                         │
-                  around a loop of one's own) └──────────── faithfulness ◀──────────────┘  leave out, train again
+    model, triples ──fit──▶ Record (the updates of every example) ──GradientRollback──▶ Explanation
+                 (or RollbackRecorder        │                                            │
+                  in a loop of your own)     └────────────── faithfulness ◀───────────────┘  leave out, train again
 
 Lawrence, Sztyler & Niepert 2021, arXiv 2010.05516. See ``docs/companions/rollback.md``.
 """
 
-from npeff.companions.rollback.baselines import GradientProducts, InfluenceFunctions, RandomNeighbours
-from npeff.companions.rollback.components import ComponentRollback, component_rollback
-from npeff.companions.rollback.explaining import Explainer, Explanation
-from npeff.companions.rollback.faithfulness import Faithfulness, faithfulness, trained_without
-from npeff.companions.rollback.influence import GradientRollback
-from npeff.companions.rollback.models import MODELS, ComplEx, DistMult, FactorModel, MatrixFactorization
-from npeff.companions.rollback.moves import Moves
+from npeff.companions.rollback.explain import (
+    ComponentRollback,
+    Explainer,
+    Explanation,
+    GradientRollback,
+    component_rollback,
+)
+from npeff.companions.rollback.factor_models import (
+    MODELS,
+    ComplEx,
+    DistMult,
+    FactorModel,
+    MatrixFactorization,
+    Vocabulary,
+    read_triples,
+)
+from npeff.companions.rollback.faithfulness import Faithfulness, faithfulness, retrain, trained_without
 from npeff.companions.rollback.recipe import Recipe
-from npeff.companions.rollback.record import Record
-from npeff.companions.rollback.recorder import RollbackRecorder
-from npeff.companions.rollback.training import fit, retrain
-from npeff.companions.rollback.triples import Vocabulary, parse_triples, read_triples
+from npeff.companions.rollback.record import Record, RowUpdates
+from npeff.companions.rollback.training import RollbackRecorder, fit
 
 __all__ = [
     "MODELS",
@@ -31,20 +39,16 @@ __all__ = [
     "Explanation",
     "FactorModel",
     "Faithfulness",
-    "GradientProducts",
     "GradientRollback",
-    "InfluenceFunctions",
     "MatrixFactorization",
-    "Moves",
-    "RandomNeighbours",
     "Recipe",
     "Record",
     "RollbackRecorder",
+    "RowUpdates",
     "Vocabulary",
     "component_rollback",
     "faithfulness",
     "fit",
-    "parse_triples",
     "read_triples",
     "retrain",
     "trained_without",

@@ -1,8 +1,8 @@
-"""Are explanations what the predictions rest on? Leave them out, train again, look."""
+"""A check of explanations: leave them out of the training, train again, and compare the predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,18 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from npeff.companions.rollback.explaining import Explainer, Explanation
-from npeff.companions.rollback.models import FactorModel
-from npeff.companions.rollback.training import REPLICA_BYTES, retrain
+from npeff.companions.rollback.explain import Explainer, Explanation
+from npeff.companions.rollback.factor_models import FactorModel
+from npeff.companions.rollback.record import Record
+from npeff.companions.rollback.training import run_epochs
 from npeff.errors import ArgumentError
 from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
 Retrain = Callable[[Array], FactorModel]
+
+SIDE_BY_SIDE_BYTES = 512 << 20
+"""Size of the tables of the models that are trained side by side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,7 @@ def faithfulness(
         k: At most so many examples per explanation.
         targets: ``(n, m + 1)``; see :meth:`Explainer.predictions` for those that the model predicts.
         filtered: The most probable answer is looked for among the target's own and those that no training example
-            gives to its context, so that leaving out what was learnt by heart is no change of a prediction.
+            gives to its context, so that leaving out a memorised example does not count as a changed prediction.
         retrain_without: Given positions of training examples, the model trained without them; needed only where the
             record has no recipe, because something else than :func:`fit` trained.
         progress: Show a progress bar.
@@ -128,25 +132,54 @@ def trained_without(
             for target, again in zip(targets, map(retrain_without, removed), strict=True)
         ]
         return np.array(after), method.probabilities(targets)
-    if record.recipe is None:
-        raise ArgumentError(
-            "method: its record has no recipe (something else than fit trained); pass retrain_without=, a function "
-            "of the positions to leave out that returns the model trained without them"
-        )
-    per_model = sum(table.nbytes for table in record.initial.values()) * (3 if record.recipe.optimizer == "adam" else 2)
-    step = max(1, REPLICA_BYTES // per_model)
+    # the tables, and at most two of their size for the averages of an optimiser
+    step = max(1, SIDE_BY_SIDE_BYTES // (3 * sum(table.nbytes for table in record.initial.values())))
     after_parts, before_parts = [], []
     for start in tqdm(range(0, len(targets), step), disable=not progress or len(targets) <= step, desc="retraining"):
         some, without = targets[start : start + step], removed[start : start + step]
-        # the last model leaves nothing out: what it says is "before", in the same arithmetic
+        # the last model is trained on all examples, for the comparison in the same arithmetic
         sets = [*without, np.empty(0, np.int64)]
-        tables = retrain(
-            model, record.initial, record.examples, record.recipe, sets, progress=progress and len(targets) <= step
-        )
+        tables = retrain(model, record, sets, progress=progress and len(targets) <= step)
         whole = {name: np.repeat(table[..., -1:], len(some), axis=2) for name, table in tables.items()}
         after_parts.append(_softmax(_scores(model, {n: t[..., :-1] for n, t in tables.items()}, some)).T)
         before_parts.append(_softmax(_scores(model, whole, some)).T)
     return np.concatenate(after_parts), np.concatenate(before_parts)
+
+
+def retrain(
+    model: FactorModel, record: Record, removed: Sequence[Array], *, progress: bool = False
+) -> dict[str, Array]:
+    """Train once per set of removed examples, all from the same beginning, in the same order, with the same negatives.
+
+    The models are trained side by side: a step acts on all of them at once, but for those that leave its example out.
+
+    Args:
+        model: Supplies the score; its weights are neither used nor changed.
+        record: Supplies the tables at the beginning, the training examples and the recipe.
+        removed: R arrays of positions of training examples.
+        progress: Show a progress bar.
+
+    Returns:
+        By table ``(rows, width, R)``, as large as R models: :func:`trained_without` splits many sets.
+
+    Raises:
+        ArgumentError: A removed position is no example, or the record has no recipe.
+        ModelError: The model has no ``query_gradient``.
+    """
+    if record.recipe is None:
+        raise ArgumentError(
+            "record: it has no recipe (something else than fit trained); pass retrain_without=, a function of the "
+            "positions to leave out that returns the model trained without them"
+        )
+    kept = np.ones((len(record), len(removed)), bool)
+    for r, positions in enumerate(removed):
+        positions = np.asarray(positions, np.int64)
+        if len(positions) and (positions.min() < 0 or positions.max() >= len(record)):
+            raise ArgumentError(f"removed: expected positions below {len(record)}, got {positions.tolist()}")
+        kept[positions, r] = False
+    tables = {name: np.repeat(table[..., None], len(removed), axis=2) for name, table in record.initial.items()}
+    run_epochs(model, tables, np.asarray(record.examples), record.recipe, kept=kept, progress=progress)
+    return tables
 
 
 def _scores(model: FactorModel, tables: dict[str, Array], targets: Array) -> Array:
@@ -155,7 +188,7 @@ def _scores(model: FactorModel, tables: dict[str, Array], targets: Array) -> Arr
     context = [
         tables[table][targets[:, j], :, index].T.astype(np.float64) for j, table in enumerate(model.columns[:-1])
     ]
-    q = model.query(context, axis=0)
+    q = model.query(context)
     return np.asarray(np.einsum("ndr,dr->nr", tables[model.answers].astype(np.float64), q))
 
 

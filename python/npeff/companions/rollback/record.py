@@ -1,69 +1,109 @@
-"""The record of a training: the examples, what each moved, where it began and ended, and how to repeat it."""
+"""The record of a training: the examples, the updates that each made, the first and last tables, and the recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from npeff.companions.rollback.moves import Accumulator, Moves
+from npeff.companions.rollback.factor_models import MODELS, FactorModel
 from npeff.companions.rollback.recipe import Recipe
 from npeff.errors import ArgumentError, ModelError, StorageError
+from npeff.short_repr import short_repr
 from npeff.storage.documents import expect, item
 from npeff.storage.fields import FLOAT, Field, Sizes, refuse
-from npeff.storage.hdf5 import Data
+from npeff.storage.files import explain, reserve
+from npeff.storage.hdf5 import CHUNK_BYTES, Data
 from npeff.storage.records import check_record_target, read_record, write_record
-
-if TYPE_CHECKING:
-    from npeff.companions.rollback.models import FactorModel
 
 Array = npt.NDArray[Any]
 CONTENT = "rollback"
 
 
 @dataclass(frozen=True, eq=False)
+class RowUpdates:
+    """The recorded updates γ[d, w] of one table's rows w by the examples d, sorted by example.
+
+    Attributes:
+        offsets: ``(n + 1,)`` int64; example d owns entries ``offsets[d]:offsets[d + 1]``.
+        rows: ``(R,)`` int64 row of the table, ascending within an example.
+        values: ``(R, width)`` float32, γ.
+    """
+
+    offsets: Array
+    rows: Array
+    values: Array
+
+    __repr__ = short_repr
+
+    def of(self, examples: Array) -> tuple[Array, Array, Array]:
+        """The entries of some examples.
+
+        Args:
+            examples: ``(c,)`` int64.
+
+        Returns:
+            For each entry the position in ``examples`` that it belongs to, its row, and γ: ``(e,)``, ``(e,)``,
+            ``(e, width)``.
+        """
+        starts, counts = self.offsets[examples], self.offsets[examples + 1] - self.offsets[examples]
+        owner = np.repeat(np.arange(len(examples)), counts)
+        firsts = np.cumsum(counts) - counts
+        entries = np.arange(len(owner)) - firsts[owner] + starts[owner]
+        return owner, self.rows[entries], self.values[entries]
+
+
+@dataclass(frozen=True, eq=False)
 class Record:
-    """γ[d, w]: how far every training example d moved every row w it touched, over the whole training.
+    """γ[d, w]: the sum of the updates that every training example d made to every row w, over the whole training.
 
     Attributes:
         examples: ``(n, m + 1)`` int64 training examples.
         columns: The table of each column of an example.
-        moves: By table.
+        updates: By table.
         initial: The tables before training.
-        final: The tables after it.
+        final: The tables after training.
         recipe: How :func:`~npeff.companions.rollback.fit` trained; None where something else did.
-        model_kind: Name in :data:`~npeff.companions.rollback.models.MODELS`, None for a model of another class.
+        model_kind: Name in :data:`~npeff.companions.rollback.factor_models.MODELS`, None for a model of another class.
         model_options: Its arguments.
         names: Names of rows, by table, where known.
-        negatives: Whether all moved rows were recorded, not only those of the example itself.
+        all_rows: Whether the updates of all rows were recorded, not only those of the example's own rows.
     """
 
     examples: Array
     columns: tuple[str, ...]
-    moves: Mapping[str, Moves]
+    updates: Mapping[str, RowUpdates]
     initial: Mapping[str, Array]
     final: Mapping[str, Array]
     recipe: Recipe | None = None
     model_kind: str | None = None
     model_options: dict[str, Any] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
-    negatives: bool = False
+    all_rows: bool = False
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __repr__(self) -> str:
-        vectors = sum(len(moves.rows) for moves in self.moves.values())
-        return f"Record({len(self)} examples, {vectors:,} moves{', negatives too' if self.negatives else ''})"
+        vectors = sum(len(updates.rows) for updates in self.updates.values())
+        return f"Record({len(self)} examples, {vectors:,} updates{' of all rows' if self.all_rows else ''})"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the recorded moves."""
-        return sum(moves.nbytes for moves in self.moves.values())
+        """Bytes of the recorded updates."""
+        return sum(array.nbytes for updates in self.updates.values() for array in vars(updates).values())
+
+    def text(self, position: int) -> str | None:
+        """The names in a training example; None where the record lacks names of a table."""
+        if not all(table in self.names for table in self.columns):
+            return None
+        rows = self.examples[position].tolist()
+        return " · ".join(self.names[table][row] for table, row in zip(self.columns, rows, strict=True))
 
     def model(self) -> FactorModel:
         """The trained model, built anew.
@@ -71,8 +111,6 @@ class Record:
         Raises:
             ModelError: It is of a class that npeff does not know, or has no such options.
         """
-        from npeff.companions.rollback.models import MODELS
-
         if self.model_kind not in MODELS:
             raise ModelError(
                 f"record: its model is of a class of your own ({self.model_kind or 'unnamed'}); build it and load "
@@ -89,10 +127,10 @@ class Record:
         return model
 
     def check_model(self, model: FactorModel) -> None:
-        """Make sure that a model's weights are those the record ended with.
+        """Make sure that a model's weights are those that the record ended with.
 
         Raises:
-            ArgumentError: They differ: a rollback from elsewhere means nothing.
+            ArgumentError: They differ, so that a rollback would mean nothing.
         """
         if tuple(model.columns) != tuple(self.columns):
             raise ArgumentError(f"model: expected one with the columns {self.columns}, got {tuple(model.columns)}")
@@ -107,11 +145,11 @@ class Record:
         """Everything but the arrays, JSON-able."""
         return {
             "columns": list(self.columns),
-            "recipe": None if self.recipe is None else self.recipe.to_json(),
+            "recipe": None if self.recipe is None else asdict(self.recipe),
             "model_kind": self.model_kind,
             "model_options": self.model_options,
             "names": self.names,
-            "negatives": self.negatives,
+            "all_rows": self.all_rows,
         }
 
     def save(self, path: str | Path) -> Path:
@@ -122,9 +160,16 @@ class Record:
             StorageError: Something else is there, or the file cannot be written.
         """
         arrays: dict[str, Array | Data] = {}
-        for table, moves in self.moves.items():
-            arrays |= {f"moves/{table}/{part}": getattr(moves, part) for part in ("offsets", "rows", "values")}
-        return write_record(path, CONTENT, {**_fixed(self), **arrays}, self.meta())
+        for table, updates in self.updates.items():
+            arrays |= {f"updates/{table}/{part}": array for part, array in vars(updates).items()}
+        return write_record(path, CONTENT, {**self._fixed(), **arrays}, self.meta())
+
+    def _fixed(self) -> dict[str, Array | Data]:
+        """All arrays but the updates."""
+        arrays: dict[str, Array | Data] = {"examples": np.asarray(self.examples, np.int64)}
+        for part in ("initial", "final"):
+            arrays |= {f"{part}/{table}": values for table, values in getattr(self, part).items()}
+        return arrays
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = False) -> Record:
@@ -155,17 +200,14 @@ class Record:
         return cls(
             examples=examples,
             columns=columns,
-            moves={
-                table: Moves(*(arrays[f"moves/{table}/{part}"] for part in ("offsets", "rows", "values")))
+            updates={
+                table: RowUpdates(*(arrays[f"updates/{table}/{part}"] for part in ("offsets", "rows", "values")))
                 for table in tables
             },
             initial={table: arrays[f"initial/{table}"] for table in tables},
             final={table: arrays[f"final/{table}"] for table in tables},
             recipe=recipe,
-            model_kind=meta.get("model_kind"),
-            model_options=meta["model_options"],
-            names=meta["names"],
-            negatives=meta["negatives"],
+            **{name: meta[name] for name in ("model_kind", "model_options", "names", "all_rows")},
         )
 
 
@@ -182,60 +224,170 @@ def _describe(meta: dict[str, Any], where: str) -> tuple[list[Field], Sizes]:
     item(meta, "recipe", where, (dict, nothing))
     item(meta, "model_kind", where, (str, nothing))
     item(meta, "model_options", where, dict)
-    item(meta, "negatives", where, bool)
+    item(meta, "all_rows", where, bool)
     sizes = {"n_columns": len(columns)}
     fields = [Field("examples", ("<i8",), ("n_examples", "n_columns"), least=0)]
     for table in sorted(set(columns)):
-        rows, width, moved = (f"{what} of {table}" for what in ("n_rows", "width", "n_moves"))
+        rows, width, updated = (f"{what} of {table}" for what in ("n_rows", "width", "n_updates"))
         fields += [Field(f"{part}/{table}", FLOAT, (rows, width)) for part in ("initial", "final")]
-        offsets = Field(f"moves/{table}/offsets", ("<i8",), ("n_examples + 1",), ascends_to=moved)
-        moves = Field(f"moves/{table}/rows", ("<i8",), (moved,), least=0, below=rows, ascending_in=offsets.name)
-        fields += [offsets, moves, Field(f"moves/{table}/values", FLOAT, (moved, width))]
+        offsets = Field(f"updates/{table}/offsets", ("<i8",), ("n_examples + 1",), ascends_to=updated)
+        updates = Field(f"updates/{table}/rows", ("<i8",), (updated,), least=0, below=rows, ascending_in=offsets.name)
+        fields += [offsets, updates, Field(f"updates/{table}/values", FLOAT, (updated, width))]
     for table, names in item(meta, "names", where, dict).items():
         for name in expect(names, f"{where}, {table!r} of 'names'", list):
             expect(name, f"{where}, {table!r} of 'names'", str)
     return fields, sizes
 
 
-def _fixed(record: Record) -> dict[str, Array | Data]:
-    arrays: dict[str, Array | Data] = {"examples": np.asarray(record.examples, np.int64)}
-    for part in ("initial", "final"):
-        arrays |= {f"{part}/{table}": values for table, values in getattr(record, part).items()}
-    return arrays
-
-
-def finish_record(record: Record, accumulators: Mapping[str, Accumulator], out: Path | None) -> Record:
-    """Fill a record with what was added up; with ``out`` it is streamed there and mapped again.
+class RecordBuilder:
+    """Adds the updates up while a model is trained, and makes the record at the end.
 
     Args:
-        record: All but the moves.
-        accumulators: By table; closed afterwards.
-        out: The file, checked beforehand.
-    """
-    from dataclasses import replace
-
-    try:
-        if out is None:
-            return replace(record, moves={table: sums.finish() for table, sums in accumulators.items()})
-        arrays = _fixed(record)
-        for table, sums in accumulators.items():
-            arrays |= sums.streams(f"moves/{table}")
-        write_record(out, CONTENT, arrays, record.meta())
-    finally:
-        for sums in accumulators.values():
-            sums.close()
-    return Record.load(out)
-
-
-def open_accumulators(
-    sizes: Mapping[str, tuple[int, int]], n_examples: int, out: str | Path | None
-) -> tuple[dict[str, Accumulator], Path | None]:
-    """Accumulators for tables of given ``(rows, width)``; with ``out`` their sums lie in files beside it.
+        model: The model, before its training.
+        examples: ``(n, m + 1)`` training examples.
+        all_rows: Whether the updates of all rows will be added.
+        names: Names of the rows, by table.
+        out: Keep the sums in temporary files beside this HDF5 file, and stream the record to it at the end; by default
+            all stays in memory.
 
     Raises:
         ArgumentError: ``out`` is no path.
         StorageError: No record can be written there.
+
+    Attributes:
+        sums: What to add the updates to, by table.
     """
-    path = None if out is None else check_record_target(out, CONTENT)
-    folder = None if path is None else path.resolve().parent
-    return {table: Accumulator(n_examples, *size, folder) for table, size in sizes.items()}, path
+
+    def __init__(
+        self,
+        model: FactorModel,
+        examples: Array,
+        all_rows: bool,
+        names: Mapping[str, Sequence[str]] | None,
+        out: str | Path | None,
+    ) -> None:
+        self._out = None if out is None else check_record_target(out, CONTENT)
+        folder = None if self._out is None else self._out.resolve().parent
+        self._model, self._examples, self._all_rows = model, examples, all_rows
+        self._names = {table: list(given) for table, given in (names or {}).items()}
+        self.initial = model.numpy_tables()
+        self.sums = {name: UpdateSums(len(examples), table, folder) for name, table in self.initial.items()}
+
+    def finish(self, recipe: Recipe | None = None) -> Record:
+        """The record, the model being trained; with ``out`` it is written there and mapped.
+
+        Args:
+            recipe: How the model was trained.
+
+        Raises:
+            StorageError: The record cannot be written.
+        """
+        model = self._model
+        record = Record(
+            examples=self._examples,
+            columns=tuple(model.columns),
+            updates={} if self._out else {name: sums.updates() for name, sums in self.sums.items()},
+            initial=self.initial,
+            final=model.numpy_tables(),
+            recipe=recipe,
+            model_kind=next((name for name, cls in MODELS.items() if type(model) is cls), None),
+            model_options=model.options,
+            names=self._names,
+            all_rows=self._all_rows,
+        )
+        if self._out is None:
+            return record
+        arrays = record._fixed()
+        for name, sums in self.sums.items():
+            arrays |= sums.streams(f"updates/{name}")
+        write_record(self._out, CONTENT, arrays, record.meta())
+        return Record.load(self._out)
+
+    def close(self) -> None:
+        """Remove the temporary files."""
+        for sums in self.sums.values():
+            sums.close()
+
+
+class UpdateSums:
+    """The sums γ of one table, each in a slot that its example and row receive at the first update.
+
+    Args:
+        n_examples: Number of training examples.
+        table: ``(rows, width)``, for its shape.
+        folder: Keep the sums in a temporary file there, mapped; by default in memory.
+    """
+
+    def __init__(self, n_examples: int, table: Array, folder: Path | None) -> None:
+        self._n_examples, (self._n_rows, self._width) = n_examples, table.shape
+        self._slots: dict[int, int] = {}
+        self._folder = folder or Path()
+        self._file: IO[bytes] | None = None
+        if folder is not None:  # closed by close(): it outlives this function
+            self._file = tempfile.TemporaryFile(dir=folder, prefix=".npeff-updates-")  # noqa: SIM115
+        self._values = self._allocate(max(64, n_examples))
+
+    def _allocate(self, slots: int) -> Array:
+        if self._file is None:
+            grown = np.zeros((slots, self._width), np.float32)
+            if self._slots:
+                grown[: len(self._values)] = self._values
+            return grown
+        size = 4 * slots * self._width
+        try:
+            reserve(self._file, size)
+        except OSError as error:
+            failure = explain(self._folder / "updates", error, "No record was written.")
+            raise failure from error
+        return np.memmap(self._file, np.float32, "r+", shape=(slots, self._width))
+
+    def _slot(self, key: int) -> int:
+        slot = self._slots.setdefault(key, len(self._slots))
+        if slot >= len(self._values):
+            self._values = self._allocate(2 * len(self._values))
+        return slot
+
+    def add(self, example: int, row: int, update: Array) -> None:
+        """γ[example, row] += update ``(width,)``."""
+        slot = self._slot(example * self._n_rows + row)
+        self._values[slot] += update
+
+    def add_rows(self, example: int, rows: Sequence[int], updates: Array) -> None:
+        """The same for several different rows: updates ``(len(rows), width)``."""
+        first = example * self._n_rows
+        slots = [self._slot(first + row) for row in rows]
+        self._values[slots] += updates
+
+    def _sorted(self) -> tuple[Array, Array, Array]:
+        """Offsets, rows, and the slots in their order."""
+        keys = np.fromiter(self._slots, np.int64, len(self._slots))
+        order = np.argsort(keys)  # the slot of a key is its place in the dictionary
+        keys = keys[order]
+        offsets = np.searchsorted(keys, np.arange(self._n_examples + 1) * self._n_rows)
+        return offsets.astype(np.int64), keys % self._n_rows, order
+
+    def updates(self) -> RowUpdates:
+        """The sums, in memory."""
+        offsets, rows, order = self._sorted()
+        return RowUpdates(offsets, rows, np.asarray(self._values[order]))
+
+    def streams(self, name: str) -> dict[str, Data]:
+        """The sums as datasets, the values in pieces."""
+        offsets, rows, order = self._sorted()
+        step = max(1, CHUNK_BYTES // (4 * self._width))
+
+        def chunks() -> Iterator[Array]:
+            for start in range(0, len(order), step):
+                yield np.asarray(self._values[order[start : start + step]])
+
+        return {
+            f"{name}/offsets": Data.of(f"{name}/offsets", offsets),
+            f"{name}/rows": Data.of(f"{name}/rows", rows),
+            f"{name}/values": Data(f"{name}/values", (len(order), self._width), np.dtype("<f4"), chunks),
+        }
+
+    def close(self) -> None:
+        """Remove the temporary file."""
+        self._values = np.zeros((0, self._width), np.float32)
+        if self._file is not None:
+            self._file.close()

@@ -1,25 +1,30 @@
-"""Training at batch size 1 by closed-form gradients: one model recorded, or many that each leave examples out."""
+"""Training at batch size 1 under record: by gradients in closed form, or in a loop of your own with torch.
+
+The closed form also trains many models side by side that each leave examples out.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-from npeff.companions.rollback.models import MODELS, FactorModel
-from npeff.companions.rollback.moves import Accumulator
-from npeff.companions.rollback.recipe import Recipe
-from npeff.companions.rollback.record import Record, finish_record, open_accumulators
-from npeff.companions.rollback.steps import RULES
+from npeff.companions.rollback.factor_models import FactorModel
+from npeff.companions.rollback.recipe import STEP_RULES, Recipe
+from npeff.companions.rollback.record import Record, RecordBuilder
 from npeff.errors import ArgumentError, ModelError
 
 Array = npt.NDArray[Any]
-
-REPLICA_BYTES = 512 << 20  # tables of the models that are trained side by side
 
 
 def fit(
@@ -27,30 +32,28 @@ def fit(
     examples: Array,
     recipe: Recipe | None = None,
     *,
-    negatives: bool = False,
+    all_rows: bool = False,
     out: str | Path | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
-    record: bool = True,
     progress: bool = True,
-) -> Record | None:
-    """Train a model in place, at batch size 1, and record what every example moved.
+) -> Record:
+    """Train a model in place, at batch size 1, and record the updates that every example makes.
 
-    The gradients are written out, and a step costs a few dozen microseconds where torch's autograd costs a
+    The gradients are in closed form: a step takes a few dozen microseconds where torch's autograd takes a
     millisecond; the weights are those of the same training with ``torch.optim`` up to rounding.
 
     Args:
         model: Its present weights are the beginning.
         examples: ``(n, m + 1)`` integers, one example per row.
         recipe: How to train; see :class:`Recipe`.
-        negatives: Record the moves of the negatives' rows too: the record grows by up to epochs · negatives rows per
+        all_rows: Record the updates of the negatives' rows too: the record grows by up to epochs · negatives rows per
             example, and the rollback of a single step of plain SGD is exact.
         out: Stream the record to this HDF5 file and map it; by default it stays in memory.
         names: Names of the rows, by table, kept in the record.
-        record: With False, only train.
         progress: Show a progress bar.
 
     Returns:
-        The record; None with ``record=False``.
+        The record.
 
     Raises:
         ArgumentError: Examples that the model has no rows for, or none.
@@ -59,78 +62,17 @@ def fit(
     """
     recipe = recipe or Recipe()
     examples = model.check_examples(examples, least=1)
-    initial = model.numpy_tables()
-    sizes = {name: table.shape for name, table in initial.items()}
-    accumulators, path = open_accumulators(sizes, len(examples), out) if record else ({}, None)
-    try:
-        tables = {name: table.copy() for name, table in initial.items()}
-        run_epochs(model, tables, examples, recipe, None, accumulators, negatives, progress)
+    with closing(RecordBuilder(model, examples, all_rows, names, out)) as builder:
+        tables = model.numpy_tables()
+        run_epochs(model, tables, examples, recipe, builder=builder, all_rows=all_rows, progress=progress)
         bad = [name for name, table in tables.items() if not np.isfinite(table).all()]
         if bad:
             raise ModelError(
                 f"training diverged: table {bad[0]!r} is not finite; lower learning_rate ({recipe.learning_rate}) or "
                 "scale"
             )
-    except BaseException:
-        for sums in accumulators.values():
-            sums.close()
-        raise
-    model.load_tables(tables)
-    if not record:
-        return None
-    kind = next((name for name, cls in MODELS.items() if type(model) is cls), None)
-    made = Record(
-        examples=examples,
-        columns=tuple(model.columns),
-        moves={},
-        initial=initial,
-        final=tables,
-        recipe=recipe,
-        model_kind=kind,
-        model_options=model.options,
-        names={table: list(given) for table, given in (names or {}).items()},
-        negatives=negatives,
-    )
-    return finish_record(made, accumulators, path)
-
-
-def retrain(
-    model: FactorModel,
-    initial: Mapping[str, Array],
-    examples: Array,
-    recipe: Recipe,
-    removed: Sequence[Array],
-    *,
-    progress: bool = False,
-) -> dict[str, Array]:
-    """Train once per set of removed examples, all from the same beginning, in the same order, with the same negatives.
-
-    The models are trained side by side: a step acts on all of them at once, but for those that leave its example out.
-
-    Args:
-        model: Supplies the score; its weights are neither used nor changed.
-        initial: The tables at the beginning.
-        examples: ``(n, m + 1)`` training examples.
-        recipe: How to train.
-        removed: R arrays of positions in ``examples``.
-        progress: Show a progress bar.
-
-    Returns:
-        By table ``(rows, width, R)``. Their size is R models: see :data:`REPLICA_BYTES` for how callers split.
-
-    Raises:
-        ArgumentError: A removed position is no example.
-        ModelError: The model has no ``query_gradient``.
-    """
-    kept = np.ones((len(examples), len(removed)), bool)
-    for r, positions in enumerate(removed):
-        positions = np.asarray(positions, np.int64)
-        if len(positions) and (positions.min() < 0 or positions.max() >= len(examples)):
-            raise ArgumentError(f"removed: expected positions below {len(examples)}, got {positions.tolist()}")
-        kept[positions, r] = False
-    tables = {name: np.repeat(table[..., None], len(removed), axis=2) for name, table in initial.items()}
-    run_epochs(model, tables, model.check_examples(examples), recipe, kept, {}, False, progress)
-    return tables
+        model.load_tables(tables)
+        return builder.finish(recipe)
 
 
 def run_epochs(
@@ -138,12 +80,23 @@ def run_epochs(
     tables: dict[str, Array],
     examples: Array,
     recipe: Recipe,
-    kept: Array | None,
-    accumulators: Mapping[str, Accumulator],
-    negatives: bool,
-    progress: bool,
+    *,
+    kept: Array | None = None,
+    builder: RecordBuilder | None = None,
+    all_rows: bool = False,
+    progress: bool = False,
 ) -> None:
-    """All steps, on tables ``(rows, width)`` or, with ``kept (n, R)``, ``(rows, width, R)``; in place.
+    """Take all steps of a training, on the tables given, in place.
+
+    Args:
+        model: Supplies the score; its weights are neither used nor changed.
+        tables: ``(rows, width)``, or with ``kept`` ``(rows, width, R)`` for R models side by side.
+        examples: ``(n, m + 1)`` int64.
+        recipe: How to train.
+        kept: ``(n, R)`` bool, the examples that each model is trained on; by default all.
+        builder: Receives the updates.
+        all_rows: Those of all rows.
+        progress: Show a progress bar.
 
     Raises:
         ModelError: The model has no ``query_gradient``.
@@ -153,83 +106,213 @@ def run_epochs(
             f"{type(model).__name__} has no query_gradient, which fit needs; write it, or train with torch under "
             "RollbackRecorder"
         )
-    answers = model.answers
-    n_columns = len(model.columns) - 1
-    own = [j for j, table in enumerate(model.columns[:-1]) if table == answers]
-    rule = RULES[recipe.optimizer](tables, recipe.learning_rate)
-    product, back = (_product_one, _back_one) if kept is None else (_product_many, _back_many)
-    A = tables[answers]
+    rule = STEP_RULES[recipe.optimizer](tables, recipe.learning_rate)
+    answers, A = model.answers, tables[model.answers]
+    sums = builder.sums if builder else None
+    contexts = [list(zip(model.columns, rows, strict=False)) for rows in examples[:, :-1].tolist()]
+    full: Any = None if kept is None else kept.all(axis=1)
     with tqdm(total=recipe.epochs * len(examples), disable=not progress, desc="training", unit="step") as bar:
         for epoch in range(recipe.epochs):
             order, candidates = recipe.schedule(epoch, examples[:, -1], len(A))
-            # where a context row of the answers' table is itself among the candidates, −1 elsewhere
-            places = {j: _places(candidates, examples[:, j]) for j in own}
-            contexts = examples[:, :-1].tolist()
-            full: Array | None = None if kept is None else np.asarray(kept.all(axis=1))
             for step, d in enumerate(order.tolist()):
-                rows, context = candidates[d], contexts[d]
-                alive = None if kept is None or full is None or full[d] else kept[d]
-                held = [tables[model.columns[j]][context[j]] for j in range(n_columns)]
-                X = A[rows]
-                q = model.query(held, axis=0)
-                p = product(X, q)
+                active = None if kept is None or full[d] else kept[d]
+                held = [tables[table][row] for table, row in contexts[d]]
+                X = A[candidates[d]]
+                q = model.query(held)
+                p = X @ q if kept is None else np.einsum("ndr,dr->nr", X, q)
                 p -= p.max(0)
                 np.exp(p, p)
                 p /= p.sum(0)
                 p[0] -= 1  # now the gradient by the scores
-                by_context = model.query_gradient(held, back(p, X), axis=0)
-                by_rows = p[:, None] * q
-                moved: list[tuple[str, int, Array]] = []
-                rule.begin(alive)
-                for j in range(n_columns):
-                    place = places[j][d] if j in places else -1
-                    if place >= 0:
-                        by_rows[place] += by_context[j]
+                by_query = p @ X if kept is None else np.einsum("nr,ndr->dr", p, X)
+                rows, by_rows = candidates[d].tolist(), p[:, None] * q
+                own: list[int] = [0]  # places of the example's rows among the candidates
+                others: dict[tuple[str, int], Array] = {}  # gradients of its other rows
+                for key, gradient in zip(contexts[d], model.query_gradient(held, by_query), strict=True):
+                    if key[0] == answers and key[1] in rows:
+                        own.append(rows.index(key[1]))
+                        by_rows[own[-1]] += gradient
                     else:
-                        _collect(moved, model.columns[j], context[j], by_context[j])
-                moved = [(table, row, rule.move(table, row, gradient)) for table, row, gradient in moved]
-                change = rule.move(answers, rows, by_rows)
-                A[rows] = X + change
-                for table, row, delta in moved:
-                    tables[table][row] += delta
-                if accumulators:
-                    if negatives:
-                        accumulators[answers].add_rows(d, rows.tolist(), change)
+                        others[key] = others[key] + gradient if key in others else gradient
+                rule.begin(active)
+                change = rule.update(answers, candidates[d], by_rows)
+                changes = [(table, row, rule.update(table, row, gradient)) for (table, row), gradient in others.items()]
+                A[candidates[d]] = X + change
+                for table, row, update in changes:
+                    tables[table][row] += update
+                if sums:
+                    if all_rows:
+                        sums[answers].add_rows(d, rows, change)
                     else:
-                        for at in {0, *(int(places[j][d]) for j in own)} - {-1}:
-                            accumulators[answers].add(d, int(rows[at]), change[at])
-                    for table, row, delta in moved:
-                        accumulators[table].add(d, row, delta)
+                        for place in set(own):
+                            sums[answers].add(d, rows[place], change[place])
+                    for table, row, update in changes:
+                        sums[table].add(d, row, update)
                 if step % 256 == 255:
                     bar.update(256)
             bar.update(len(order) % 256)
 
 
-def _collect(moved: list[tuple[str, int, Array]], table: str, row: int, gradient: Array) -> None:
-    """Append a row's gradient, or add it to that of the same row."""
-    for i, (other, at, sum_) in enumerate(moved):
-        if other == table and at == row:
-            moved[i] = (table, row, sum_ + gradient)
-            return
-    moved.append((table, row, gradient))
+class RollbackRecorder:
+    """Records ``γ[d, w] += w_{k+1} − w_k`` over every step of training example d, at batch size 1, in a loop of torch.
+
+    ::
+
+        with RollbackRecorder(optimizer, touched=model, examples=triples) as recorder:
+            for d in order:
+                optimizer.zero_grad()
+                loss(model, triples[d]).backward()
+                recorder.step(d)          # in place of optimizer.step()
+        record = recorder.record
+
+    The difference of the rows is taken, whatever the optimiser made of the gradient. An optimiser with momentum,
+    Adam's averages or weight decay also changes rows that have no gradient in a step, by gradients of earlier examples.
+    Such an optimiser is refused, unless ``momentum="accept"``: then the whole change of the example's own rows is
+    recorded as the example's, and changes of other rows are recorded for no example.
+
+    Args:
+        optimizer: Of the training loop; its parameters must include the tables.
+        touched: The model, whose tables are recorded.
+        examples: ``(n, m + 1)`` training examples.
+        all_rows: Record every row that changed, not only those of the example. Compares whole tables at every step.
+        momentum: ``"refuse"`` or ``"accept"`` an optimiser that changes rows without a gradient.
+        out: Stream the record to this HDF5 file; by default it stays in memory.
+        names: Names of the rows, by table, kept in the record.
+
+    Attributes:
+        record: The :class:`Record`, once the ``with`` block has ended without an error; None before.
+
+    Raises:
+        ArgumentError: The examples do not fit the model, the optimiser lacks a table, or an option has no such value.
+        ModelError: The optimiser changes rows without a gradient, or cannot be probed.
+        StorageError: No record can be written at ``out``.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        touched: FactorModel,
+        examples: Array,
+        *,
+        all_rows: bool = False,
+        momentum: Literal["refuse", "accept"] = "refuse",
+        out: str | Path | None = None,
+        names: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        if not isinstance(touched, FactorModel):
+            raise ArgumentError(
+                "touched: expected a FactorModel (DistMult, ComplEx, MatrixFactorization, or a subclass of your "
+                f"own), got {type(touched).__name__}"
+            )
+        if momentum not in ("refuse", "accept"):
+            raise ArgumentError(f"momentum: expected 'refuse' or 'accept', got {momentum!r}")
+        self._model, self._optimizer, self._all_rows = touched, optimizer, all_rows
+        self._examples = touched.check_examples(examples, least=1)
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for name, table in touched.tables.items():
+            if id(table) not in groups:
+                raise ArgumentError(
+                    f"optimizer: does not hold the table {name!r} of the model; pass model.parameters() to it"
+                )
+            if momentum == "refuse":
+                check_optimizer(optimizer, groups[id(table)])
+        self._names, self._out = names, out
+        self._builder: RecordBuilder | None = None
+        self.record: Record | None = None
+
+    def __enter__(self) -> RollbackRecorder:
+        self.record = None
+        self._builder = RecordBuilder(self._model, self._examples, self._all_rows, self._names, self._out)
+        return self
+
+    def step(self, example: int, closure: Any = None) -> Any:
+        """``optimizer.step()`` for one training example, recorded.
+
+        Args:
+            example: Its position in ``examples``; the gradients must be of its loss alone.
+            closure: Passed on to the optimiser.
+
+        Returns:
+            What the optimiser returned.
+
+        Raises:
+            ArgumentError: There is no such example.
+            ModelError: Outside the ``with`` block; or the weights are no longer finite.
+        """
+        if self._builder is None:
+            raise ModelError("RollbackRecorder.step: call it inside 'with RollbackRecorder(…) as recorder:'")
+        if not isinstance(example, int | np.integer) or not 0 <= example < len(self._examples):
+            raise ArgumentError(f"example: expected a position below {len(self._examples)}, got {example!r}")
+        example = int(example)
+        rows = {name: self._own(example, name) for name in self._model.tables}
+        before = {name: self._read(name, rows[name]) for name in rows}
+        result = self._optimizer.step(closure)
+        for name, given in rows.items():
+            change = self._read(name, given) - before[name]
+            if not torch.isfinite(change).all():
+                raise ModelError(
+                    f"training diverged at example {example}: table {name!r} is not finite; lower the learning rate"
+                )
+            changed = torch.nonzero(change.any(1)).flatten()
+            at = changed if given is None else given[changed]
+            self._builder.sums[name].add_rows(example, at.tolist(), change[changed].numpy())
+        return result
+
+    def _own(self, example: int, table: str) -> Tensor | None:
+        """Rows to compare: the example's own, or (None) all."""
+        if self._all_rows:
+            return None
+        pairs = zip(self._examples[example].tolist(), self._model.columns, strict=True)
+        return torch.tensor(sorted({row for row, name in pairs if name == table}))
+
+    def _read(self, table: str, rows: Tensor | None) -> Tensor:
+        values = self._model.tables[table].detach()
+        return values.clone().cpu() if rows is None else values[rows.to(values.device)].cpu()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        builder, self._builder = self._builder, None
+        assert builder is not None
+        with closing(builder):
+            if error is None:
+                self.record = builder.finish()
 
 
-def _places(candidates: Array, rows: Array) -> Array:
-    same = candidates == rows[:, None]
-    return np.where(same.any(axis=1), same.argmax(axis=1), -1)
+def check_optimizer(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
+    """Make sure that an optimiser does not change rows without a gradient.
 
+    An optimiser of the same class and options takes two steps on a parameter of its own, the second step with a
+    gradient in one of two rows.
 
-def _product_one(X: Array, q: Array) -> Array:
-    return np.asarray(X @ q)
+    Args:
+        optimizer: Is not changed.
+        group: The parameter group whose options count.
 
-
-def _back_one(p: Array, X: Array) -> Array:
-    return np.asarray(p @ X)
-
-
-def _product_many(X: Array, q: Array) -> Array:
-    return np.asarray(np.einsum("ndr,dr->nr", X, q))
-
-
-def _back_many(p: Array, X: Array) -> Array:
-    return np.asarray(np.einsum("nr,ndr->dr", p, X))
+    Raises:
+        ModelError: It changes such rows, or cannot be tried out.
+    """
+    name = type(optimizer).__name__
+    accepted = inspect.signature(type(optimizer)).parameters
+    options = {key: value for key, value in group.items() if key in accepted and key != "params"}
+    sparse = isinstance(optimizer, torch.optim.SparseAdam)
+    try:
+        probe = torch.nn.Parameter(torch.ones(2, 1))
+        trial = type(optimizer)([probe], **options)
+        for gradient in ([[1.0], [1.0]], [[0.0], [1.0]]):
+            full = torch.tensor(gradient)
+            probe.grad = full.to_sparse(1) if sparse else full
+            before = probe.detach().clone()
+            trial.step()
+    except Exception as error:
+        raise ModelError(
+            f"optimizer: {name} could not be tried out ({type(error).__name__}: {error}), so that it is not known "
+            "whether it changes rows without a gradient; pass momentum='accept' if it does not, or if it may"
+        ) from error
+    if bool((probe.detach() != before)[0]):
+        raise ModelError(
+            f"optimizer: {name} with these options changes rows that have no gradient (momentum, running averages or "
+            "weight decay), so that the changes in a step are not due to its example alone; use SGD without momentum "
+            "and weight decay, Adagrad, or SparseAdam with sparse gradients; or pass momentum='accept' to record the "
+            "example's own rows all the same"
+        )

@@ -11,24 +11,15 @@ Chang, Deng & Chen 2025, arXiv 2501.16374. See ``docs/companions/safr.md``.
 """
 
 from npeff.companions.safr.capacity import CapacityMap, capacity_map, superposition_score
-from npeff.companions.safr.classifier import History, TransformerClassifier, evaluate, measure, train_classifier
-from npeff.companions.safr.losses import importance_loss, interaction_loss
+from npeff.companions.safr.losses import VMask, importance_loss, interaction_loss
 from npeff.companions.safr.regularizer import SAFRRegularizer
-from npeff.companions.safr.text import WordVocabulary
-from npeff.companions.safr.vmask import VMask
 
 __all__ = [
     "CapacityMap",
-    "History",
     "SAFRRegularizer",
-    "TransformerClassifier",
     "VMask",
-    "WordVocabulary",
     "capacity_map",
-    "evaluate",
     "importance_loss",
     "interaction_loss",
-    "measure",
     "superposition_score",
-    "train_classifier",
 ]

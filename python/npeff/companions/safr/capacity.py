@@ -1,4 +1,4 @@
-"""How tokens share units: a score, and a picture."""
+"""Measure and draw how tokens share units."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from npeff.errors import ArgumentError
 from npeff.short_repr import short_repr
+from npeff.storage.files import atomic, path_of
+from npeff.storage.recognition import refuse_npeff_file
 
 Array = npt.NDArray[Any]
 
 
 def superposition_score(vectors: Tensor | Array, importance: Tensor | Array | None = None) -> float:
-    """A measure of superposition, our own: 0 for orthogonal features, towards 1 the more others share a direction.
+    """Measure superposition by npeff's own formula: 0 for orthogonal features, near 1 where many share a direction.
 
     ``score = Σ_i w_i (1 − D_i) / Σ_i w_i``, ``D_i = 1 / Σ_j cos²(x_i, x_j)``: D is the feature dimensionality of
     Elhage et al. 2022 (arXiv 2209.10652) for unit vectors, w the importance. The score of the SAFR paper has no public
@@ -56,10 +59,8 @@ class CapacityMap:
 
     __repr__ = short_repr
 
-    def figure(self) -> Any:
-        """A matplotlib figure: tokens down, units across, dark where a unit carries much of a token."""
-        from matplotlib.figure import Figure
-
+    def figure(self) -> Figure:
+        """Draw a matplotlib figure: tokens down, units across, dark where a unit carries much of a token."""
         n, u = self.shares.shape
         figure = Figure((2.2 + 0.22 * u, 1.2 + 0.22 * n), layout="constrained")
         axes = figure.subplots()
@@ -80,9 +81,6 @@ class CapacityMap:
             ArgumentError: ``path`` is no path, or its suffix is no format.
             StorageError: npeff's work is there, or the file cannot be written.
         """
-        from npeff.storage.files import atomic, path_of
-        from npeff.storage.recognition import refuse_npeff_file
-
         path = path_of(path)
         kind = path.suffix.lower().lstrip(".")
         if kind not in ("svg", "png", "pdf"):
@@ -101,7 +99,7 @@ def capacity_map(
     n_tokens: int = 40,
     n_units: int = 32,
 ) -> CapacityMap:
-    """Which units carry the most important tokens.
+    """Find the units that carry the most important tokens.
 
     Args:
         vectors: ``(V, d)`` embeddings, one row per token; none zero.

@@ -1,7 +1,9 @@
-"""SAFR on any transformer, by hooks."""
+"""SAFR on any transformer: hooks read the embeddings and the attention weights of an unmodified model."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -9,9 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from npeff.companions.safr.attention import AttentionTap, attention_modules, find_module
-from npeff.companions.safr.losses import importance_loss, interaction_loss, token_mask
-from npeff.companions.safr.vmask import VMask
+from npeff.companions.safr.losses import VMask, importance_loss, interaction_loss, token_mask
 from npeff.errors import ArgumentError, ModelError
 
 
@@ -66,25 +66,30 @@ class SAFRRegularizer(nn.Module):
                 raise ArgumentError(f"{name}: expected a weight ≥ 0, got {value!r}")
         if interaction and not isinstance(attention, str) and not len(attention):
             raise ArgumentError("attention: interaction > 0 needs attention modules; name them, or pass interaction=0")
-        _, source = find_module(model, embeddings, "embeddings")
+        _, source = _find_module(model, embeddings, "embeddings")
         own = source if isinstance(source, VMask) else None
         self._parts = (model, source, vmask or own)  # a tuple, so that the model's parameters are not ours
-        self._attention = attention_modules(model, attention)
+        self._attention = _attention_modules(model, attention)
         self.vmask = vmask
         self.importance, self.interaction, self.cosine, self.entropy = importance, interaction, cosine, entropy
         self.terms: dict[str, float] = {}
         self._x: list[Tensor] = []
         self._weights: list[Tensor] = []
-        self._handles: list[RemovableHandle | AttentionTap] = []
+        self._handles: list[RemovableHandle | _AttentionTap] = []
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are in place."""
+        return bool(self._handles)
 
     def attach(self) -> SAFRRegularizer:
         """Put the hooks in place, until :meth:`detach`."""
         if not self._handles:
             model, source, _ = self._parts
             self._handles = [
-                model.register_forward_pre_hook(self._begin),
+                model.register_forward_pre_hook(self._forget),
                 source.register_forward_hook(self._embed),
-                *(AttentionTap(name, module, self._weights) for name, module in self._attention),
+                *(_AttentionTap(name, module, self._weights) for name, module in self._attention),
             ]
         return self
 
@@ -93,8 +98,7 @@ class SAFRRegularizer(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._x.clear()
-        self._weights.clear()
+        self._forget()
 
     def __enter__(self) -> SAFRRegularizer:
         return self.attach()
@@ -104,7 +108,7 @@ class SAFRRegularizer(nn.Module):
     ) -> None:
         self.detach()
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
+    def _forget(self, *_: Any) -> None:
         self._x.clear()
         self._weights.clear()
 
@@ -167,3 +171,108 @@ class SAFRRegularizer(nn.Module):
         entropy = masker.entropy(token_mask(mask, self._x[0])) if masker is not None else imp.new_zeros(())
         self.terms = {"importance": imp.item(), "interaction": inter.item(), "entropy": entropy.item()}
         return self.importance * imp + self.interaction * inter - self.entropy * entropy
+
+
+def _attention_modules(model: nn.Module, which: str | Sequence[str | nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Find the modules whose attention weights count, with their names.
+
+    ``"auto"`` takes every ``nn.MultiheadAttention``, and every innermost module whose class is named ``…Attention``, as
+    in Hugging Face's models.
+
+    Raises:
+        ArgumentError: A name is none of the model's modules.
+        ModelError: ``"auto"`` finds none.
+    """
+    named = dict(model.named_modules())
+    if isinstance(which, str) and which != "auto":
+        which = [which]
+    if not isinstance(which, str):
+        return [_find_module(model, item, "attention") for item in which]
+    found = [(name, module) for name, module in named.items() if _is_attention(module)]
+    inner = [(name, module) for name, module in found if not any(map(_is_attention, list(module.modules())[1:]))]
+    if not inner:
+        raise ModelError(
+            "attention: no module of the model is an nn.MultiheadAttention or of a class named …Attention; pass the "
+            "names of those whose output holds weights (batch, heads, n, n), or attention=() with interaction=0"
+        )
+    return inner
+
+
+def _find_module(model: nn.Module, which: str | nn.Module, argument: str) -> tuple[str, nn.Module]:
+    """Find one module of the model, by its name or by itself.
+
+    Raises:
+        ArgumentError: It is none of the model's modules.
+    """
+    for name, module in model.named_modules():
+        if module is which or (isinstance(which, str) and name == which):
+            return name, module
+    names = [name for name, _ in model.named_modules() if name]
+    near = difflib.get_close_matches(str(which), names, n=3) if isinstance(which, str) else names[:3]
+    hint = f"; it has {', '.join(map(repr, near or names[:5]))} …" if names else ""
+    raise ArgumentError(
+        f"{argument}: the model has no module {which if isinstance(which, str) else type(which).__name__!r}{hint}"
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or type(module).__name__.endswith("Attention")
+
+
+class _AttentionTap:
+    """Collects the weights of one attention module; its callers still get what they asked for.
+
+    Args:
+        name: Of the module, for messages.
+        module: The module.
+        into: Where weights ``(batch, heads, n, n)`` go, forward by forward.
+    """
+
+    def __init__(self, name: str, module: nn.Module, into: list[Tensor]) -> None:
+        self._name, self._into = name, into
+        self._asked: list[tuple[bool, bool]] = []
+        self._handles: list[RemovableHandle] = []
+        if isinstance(module, nn.MultiheadAttention):
+            self._handles.append(module.register_forward_pre_hook(self._ask, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._take))
+        else:
+            self._handles.append(module.register_forward_hook(self._look))
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _ask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Make nn.MultiheadAttention return the weights of every head."""
+        given = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
+        del given["self"]
+        self._asked.append((bool(given.get("need_weights", True)), bool(given.get("average_attn_weights", True))))
+        return (), {**given, "need_weights": True, "average_attn_weights": False}
+
+    def _take(
+        self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        result, weights = output
+        self._into.append(weights if weights.ndim == 4 else weights[None])
+        needed, averaged = self._asked.pop()
+        return result, None if not needed else weights.mean(-3) if averaged else weights
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Find the weights in the output of any other attention module.
+
+        Raises:
+            ModelError: It gives none.
+        """
+        parts = output if isinstance(output, tuple | list) else (output,)
+        found = [
+            part for part in parts if isinstance(part, Tensor) and part.ndim == 4 and part.shape[2] == part.shape[3]
+        ]
+        if not found:
+            raise ModelError(
+                f"attention: module {self._name!r} ({type(module).__name__}) returned no attention weights (batch, "
+                "heads, n, n). A Hugging Face model needs attn_implementation='eager' (from_pretrained or config), "
+                "fused attention has none; otherwise name other modules, or pass attention=() with "
+                "interaction=0"
+            )
+        self._into.append(found[-1])

@@ -1,0 +1,221 @@
+"""What the commands share: the class of a command, checks of files, and messages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from click.core import ParameterSource
+
+from npeff.cli.options import Arguments, FunctionOption
+
+HELP_WIDTH = 112
+DEBUG: list[bool] = []
+"""Holds True once ``--debug`` was given: errors then keep their traceback."""
+
+MAKERS = {"Fishers": "npeff fishers", "Components": "npeff decompose"}
+
+
+class Command(click.Command):
+    """A command with the options of public functions, worked examples in its help, and ``--debug``.
+
+    Args:
+        examples: Lines shown as they are.
+        arguments: Functions whose arguments are options; the callback gets those that were given, ``forward`` and
+            other callables imported.
+        shared: Whether several processes can share its work; else it refuses to run in more than one.
+    """
+
+    def __init__(
+        self, *args: Any, examples: str = "", arguments: tuple[Arguments, ...] = (), shared: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples, self.arguments, self.shared = examples, arguments, shared
+        self.complete = False
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The parameters stated by the command, then those of its functions, read at the first call."""
+        if not self.complete:
+            for arguments in self.arguments:
+                stated = {parameter.name for parameter in self.params}
+                self.params += arguments.options(stated)
+            debug = click.Option(
+                ["--debug"],
+                is_flag=True,
+                expose_value=False,
+                is_eager=True,
+                callback=_remember,
+                help="Show the traceback of an error.",
+            )
+            self.params.append(debug)
+            self.complete = True
+        return super().get_params(ctx)
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the description, then the examples."""
+        super().format_help_text(ctx, formatter)
+        write_block(formatter, "Examples", self.examples)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; refuse where several processes would each do all of it, and write the same file."""
+        if several() and not self.shared:
+            misused(
+                f"npeff {self.name} runs in one process, and WORLD_SIZE says that this is one of "
+                f"{os.environ['WORLD_SIZE']}; start it without torchrun, or unset WORLD_SIZE (npeff fishers and npeff "
+                "decompose share their work among processes)"
+            )
+        for option in self.params:
+            if isinstance(option, FunctionOption) and option.name:
+                value = ctx.params.pop(option.name)
+                if ctx.get_parameter_source(option.name) is not ParameterSource.DEFAULT:
+                    ctx.params[option.name] = option.given(value)
+        return super().invoke(ctx)
+
+
+def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        DEBUG.append(True)
+
+
+def command(examples: str, *arguments: Arguments, shared: bool = False) -> Callable[[Callable[..., Any]], Command]:
+    """Make a command of a function; see :class:`Command`."""
+    return click.command(cls=Command, examples=examples, arguments=arguments, shared=shared)
+
+
+def several() -> bool:
+    """Whether this process is one of several that ``torchrun`` started."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return size.isdecimal() and int(size) > 1
+
+
+def first() -> bool:
+    """Whether this process writes the messages: the only one, or the first of several."""
+    return not several() or os.environ.get("RANK", "0") == "0"
+
+
+def write_block(formatter: click.HelpFormatter, heading: str, text: str) -> None:
+    """Write lines as they are under a heading."""
+    if text.strip():
+        with formatter.section(heading):
+            for line in text.strip().splitlines():
+                formatter.write(f"{'':{formatter.current_indent}}{line.strip()}\n")
+
+
+def note(message: str) -> None:
+    """Tell the user something beside the result: on stderr."""
+    click.echo(message, err=True)
+
+
+def misused(message: str) -> NoReturn:
+    """End with exit status 2.
+
+    Args:
+        message: What is wrong with the arguments.
+
+    Raises:
+        UsageError: Always.
+    """
+    raise click.UsageError(message)
+
+
+def size(n_bytes: int) -> str:
+    """Write a number of bytes for people: ``1.5 MB``."""
+    value, unit = float(n_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def unruled(coverage: Iterable[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """List the parameters that no gradient rule served: ``(name, what served it and why)``."""
+    slow = [line for line in coverage if line.get("rule") in ("torch.func", "loop", "zero", "left out")]
+    return [(line.get("parameter", "?"), f"{line['rule']} ({line.get('reason', '')})") for line in slow]
+
+
+def check_out(path: Path | None, *suffixes: str, option: str = "--out") -> None:
+    """Check, before the work, that a file can be written, and that it replaces no Fishers and no components.
+
+    Args:
+        path: The file; None where none is asked for.
+        suffixes: Endings that its name may have; none: any.
+        option: Names the file in messages.
+
+    Raises:
+        UsageError: The name has another ending.
+        StorageError: The file cannot be written, or holds Fishers or Components.
+    """
+    if path is None:
+        return
+    if suffixes and path.suffix.lower() not in suffixes:
+        *others, last = suffixes
+        misused(f"{option}: expected a name ending in {', '.join(others)}{' or ' if others else ''}{last}, got {path}")
+    from npeff.storage.files import check_target
+    from npeff.storage.recognition import refuse_npeff_file
+
+    refuse_npeff_file(path)
+    check_target(path)
+
+
+def loaded(path: Path, kind: str) -> Any:
+    """Open a file that a command needs.
+
+    Args:
+        path: The file.
+        kind: ``"Fishers"`` or ``"Components"``.
+
+    Raises:
+        UsageError: It holds the other kind.
+    """
+    import npeff
+
+    found = npeff.load(path)
+    if type(found).__name__ != kind:
+        misused(f"{path} holds {type(found).__name__}, expected {kind} (made by: {MAKERS[kind]})")
+    return found
+
+
+def listed(text: str) -> list[int] | None:
+    """Read the numbers of ``J,K,…``; None where something else stands among them."""
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) for part in parts] if all(part.isascii() and part.isdigit() for part in parts) else None
+
+
+def check_members(members: Iterable[int], components: Any, path: Path, option: str = "--component") -> None:
+    """Check that there are such components.
+
+    Raises:
+        UsageError: One is not there.
+    """
+    if max(members) >= components.n_components:
+        misused(f"{option}: {path} has components 0 to {components.n_components - 1}, got {max(members)}")
+
+
+def components_of(text: str) -> tuple[Any, list[int]]:
+    """Open what ``--component FILE:J[,J…]`` names: the components, and which.
+
+    Raises:
+        UsageError: The text has another form, or there is no such file or component.
+    """
+    name, _, numbers = text.rpartition(":")
+    chosen, path = listed(numbers), Path(name)
+    if not name or chosen is None:
+        misused(f"--component: expected FILE:J such as components.h5:3, or FILE:J,J,…, got {text!r}")
+    if not path.exists():
+        misused(f"--component: there is no file {path}")
+    components = loaded(path, "Components")
+    check_members(chosen, components, path)
+    return components, chosen
+
+
+def for_report(out: Path, components: Any, data: str | None = None, **found: Any) -> None:
+    """Write what a report shows of components to JSON, and say how the report gets it."""
+    from npeff.reports import save_extras
+
+    save_extras(out, components=components, **found)
+    more = f" --influence-data {data}" if data else ""
+    click.echo(f"{out}: for npeff report … --extras {out}{more}")

@@ -1,0 +1,301 @@
+"""Options of a command, from the signature and the docstring of a public function.
+
+The function's source is parsed and not imported: ``npeff fishers --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Container, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+
+PACKAGE = Path(__file__).parents[1]
+EXISTING = click.Path(exists=True, path_type=Path)
+WRITABLE = click.Path(path_type=Path)
+
+_SECTION = re.compile(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)*)", re.MULTILINE)
+_ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+_REFERENCE = re.compile(r"(?:As (?:for|in)|See) :\w+:`~?(?:(npeff[.a-z_]*)\.)?(\w+)`|Likewise")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of a public function, or fields of a public dataclass, that a command offers as options.
+
+    The command itself states those without a default, and those whose values come from elsewhere: from a file, say.
+
+    Args:
+        path: ``"npeff:compute_fishers"``: a module and a name in it.
+        skip: Arguments that no text can give.
+        only: These arguments alone; None: all.
+    """
+
+    path: str
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+
+    def options(self, stated: Container[str | None]) -> list[FunctionOption]:
+        """Make the options, in the order of the signature.
+
+        Args:
+            stated: Names of the parameters that the command states itself.
+        """
+        return [
+            FunctionOption(argument)
+            for argument in arguments_of(self.path)
+            if argument.name not in stated
+            and argument.name not in self.skip
+            and (self.only is None or argument.name in self.only)
+        ]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument as its function states it.
+
+    Args:
+        name: Its name.
+        kinds: Types that a text can be read as, and words that stand for themselves.
+        default: Its default.
+        help: Its description, as plain text.
+    """
+
+    name: str
+    kinds: tuple[Any, ...]
+    default: Any
+    help: str
+
+
+@cache
+def arguments_of(path: str) -> tuple[Argument, ...]:
+    """Read the arguments that have a default.
+
+    Args:
+        path: See :class:`Arguments`.
+
+    Raises:
+        LookupError: The package has no such name.
+    """
+    module, node = _find(*path.split(":"))
+    described = _descriptions(module, node)
+    return tuple(
+        Argument(name, tuple(_kinds(annotation, module)), _default(value, module), described.get(name, ""))
+        for name, annotation, value in _signature(node)
+    )
+
+
+def _signature(node: ast.AST) -> Iterator[tuple[str, ast.expr | None, ast.expr]]:
+    """Name, annotation and default of each argument that has a default."""
+    body = node.body if isinstance(node, ast.ClassDef) else []
+    function = next((part for part in body if isinstance(part, ast.FunctionDef) and part.name == "__init__"), node)
+    if isinstance(function, ast.FunctionDef):
+        arguments = function.args
+        optional = arguments.args[len(arguments.args) - len(arguments.defaults) :]
+        pairs = [*zip(optional, arguments.defaults, strict=True)]
+        for argument, default in (*pairs, *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)):
+            if default is not None:
+                yield argument.arg, argument.annotation, default
+    for field in body if function is node else []:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.value is not None:
+            yield field.target.id, field.annotation, field.value
+
+
+def _descriptions(module: str, node: ast.AST) -> dict[str, str]:
+    """The text of each argument; where it refers to another function, the text of that one's argument."""
+    docstring = ast.get_docstring(node) if isinstance(node, ast.FunctionDef | ast.ClassDef) else None
+    section = _SECTION.search(f"{docstring}\n")
+    found: dict[str, str] = {}
+    referred = module, ""
+    for name, text in _ENTRY.findall(section[1] if section else ""):
+        if reference := _REFERENCE.match(text):
+            referred = (reference[1] or module, reference[2]) if reference[2] else referred
+            text = _descriptions(*_find(*referred)).get(name, text)
+        found[name] = re.sub(r":\w+:`~?([^`]+)`", r"\1", " ".join(text.split())).replace("``", "")
+    return found
+
+
+@cache
+def _statements(module: str) -> tuple[ast.stmt, ...]:
+    """Top-level statements of a module of npeff, those within ``if TYPE_CHECKING`` included."""
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return tuple(inner for node in body for inner in (node, *(node.body if isinstance(node, ast.If) else ())))
+
+
+def _find(module: str, name: str) -> tuple[str, ast.AST]:
+    """Find what a name stands for, through imports: its module, and its definition or value.
+
+    Raises:
+        LookupError: The package does not define it.
+    """
+    head, _, rest = name.partition(".")
+    for node in _statements(module):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == head:
+            inner = (part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == rest)
+            return module, next(inner) if rest else node
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == head:
+            return module, node.value
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("npeff"):
+            for alias in node.names:
+                if (alias.asname or alias.name) == head:
+                    return _find(node.module, ".".join((alias.name, rest)).rstrip("."))
+    raise LookupError(f"{module} has no {name}")
+
+
+def _default(node: ast.expr, module: str) -> Any:
+    """The value of a default: a literal, the name of one, or None for what is no literal."""
+    with suppress(ValueError):
+        return ast.literal_eval(node)
+    if isinstance(node, ast.Name):
+        with suppress(LookupError):
+            home, value = _find(module, node.id)
+            return _default(value, home) if isinstance(value, ast.expr) else None
+    return None
+
+
+_PLAIN = {"int": int, "float": float, "str": str, "bool": bool, "Path": Path}
+
+
+def _kinds(node: ast.AST | None, module: str) -> Iterator[Any]:
+    """What a text can be read as under an annotation: types, :class:`Word`, ``Callable``, ``list`` for several."""
+    match node:
+        case ast.BinOp(left=left, right=right):
+            yield from _kinds(left, module)
+            yield from _kinds(right, module)
+        case ast.Constant(value=str(text)):
+            yield from _kinds(ast.parse(text, mode="eval").body, module)
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=values):
+            for word in values.elts if isinstance(values, ast.Tuple) else [values]:
+                yield Word(ast.literal_eval(word))
+        case ast.Subscript(value=ast.Name(id="Sequence"), slice=inner):
+            yield list
+            yield from _kinds(inner, module)
+        case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=[ast.Name(id="float"), _])):
+            yield pair
+        case ast.Subscript(value=ast.Name(id="Callable")):
+            yield Callable
+        case ast.Name(id=name) if name in _PLAIN:
+            yield _PLAIN[name]
+        case ast.Name(id=name):
+            with suppress(LookupError):  # a type of another library, which no text gives
+                home, value = _find(module, name)
+                yield from _kinds(value, home)
+
+
+@dataclass(frozen=True)
+class Word:
+    """A value of a ``Literal``."""
+
+    value: Any
+
+
+def pair(text: str) -> tuple[float, float]:
+    """Read ``LOW,HIGH``.
+
+    Raises:
+        ValueError: The text is something else.
+    """
+    low, high = text.split(",")
+    return float(low), float(high)
+
+
+_NAMES: dict[Any, tuple[str, str]] = {
+    int: ("N", "a whole number"),
+    float: ("NUMBER", "a number"),
+    pair: ("LOW,HIGH", "two numbers as LOW,HIGH"),
+    str: ("TEXT", "a text"),
+}
+
+
+class Value(click.ParamType):  # type: ignore[type-arg]  # no generic in earlier clicks
+    """A text read as the first that fits: a word of a ``Literal``, a whole number, a number, two numbers, a text."""
+
+    def __init__(self, kinds: tuple[Any, ...]) -> None:
+        self.words = {str(kind.value): kind.value for kind in kinds if isinstance(kind, Word)}
+        self.types = [type_ for type_ in _NAMES if type_ in kinds]
+        read = dict.fromkeys(kind for kind in kinds if kind in _NAMES or isinstance(kind, Word))
+        named = [(str(kind.value), repr(kind.value)) if isinstance(kind, Word) else _NAMES[kind] for kind in read]
+        self.expected = [long for _, long in named]
+        bytes_ = {int, str} <= {*self.types}  # as in 4GB
+        self.name = "SIZE" if bytes_ else "|".join(short for short, _ in named)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """The words and types, as in ``[low_rank|diagonal]``."""
+        return f"[{self.name}]" if "|" in self.name else self.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read one value; the error says what was expected and what came."""
+        if not isinstance(value, str):
+            return value
+        if value in self.words:
+            return self.words[value]
+        for type_ in self.types:
+            with suppress(ValueError):
+                return type_(value)
+        *others, last = self.expected
+        self.fail(f"expected {', '.join(others)}{' or ' if others else ''}{last}, got {value!r}", param, ctx)
+
+
+class FunctionOption(click.Option):
+    """The option of one argument; its value is what the function takes.
+
+    A flag for a bool; ``progress`` is switched off by ``--quiet``; an argument that takes a sequence is repeatable; a
+    callable is named as ``module:callable`` or ``file.py:callable``.
+
+    Args:
+        argument: What the function states.
+
+    Raises:
+        TypeError: No text can give the argument.
+    """
+
+    def __init__(self, argument: Argument) -> None:
+        name, kinds = argument.name, argument.kinds
+        flag = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
+        if bool in kinds:
+            flag += "/--quiet" if name == "progress" else f"/--no-{flag[2:]}"
+        elif not kinds:
+            raise TypeError(f"{name}: no text can give it; skip it, or state an option of the command in its place")
+        self.callable, self.repeatable = Callable in kinds, list in kinds
+        self.scalar = list not in kinds[:1]
+        given = {bool: None, Path: WRITABLE, Callable: click.STRING}
+        type_ = next((type_ for kind, type_ in given.items() if kind in kinds), Value(kinds))
+        super().__init__(
+            [name, flag],
+            type=type_,
+            metavar="TARGET" if self.callable else None,
+            multiple=self.repeatable,
+            default=[] if self.repeatable else argument.default,
+            show_default=False,
+            help=_help(argument),
+        )
+        self.argument = argument
+
+    def given(self, value: Any) -> Any:
+        """What the function takes for a value on the command line."""
+        if self.callable:
+            from npeff.models.targets import load_object
+
+            return load_object(value, self.opts[0])
+        if self.repeatable:
+            return value[0] if self.scalar and len(value) == 1 else list(value)
+        return value
+
+
+def _help(argument: Argument) -> str:
+    text = re.sub(r"\b([a-z_]+)=\"(\w+)\"", lambda m: f"--{m[1].replace('_', '-')} {m[2]}", argument.help)
+    if Callable in argument.kinds:
+        text += " Named as module:callable or file.py:callable."
+    if list in argument.kinds:
+        text += " Repeatable."
+    if argument.default is not None and bool not in argument.kinds:
+        text += f"  [default: {argument.default}]"
+    return text

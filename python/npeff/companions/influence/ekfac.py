@@ -1,0 +1,228 @@
+"""EK-FAC: curvature that is diagonal in the Kronecker-factored eigenbasis of every linear and convolutional layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from npeff.companions.influence.gauss_newton import FactorRows, OutputLoss, Outputs
+from npeff.companions.influence.objective import TrainingObjective, dense_rows
+from npeff.companions.influence.solvers import Inverse, Solver
+from npeff.errors import ArgumentError, ModelError
+from npeff.gradients.engine import Prepared
+from npeff.gradients.rules.base import Rule, working
+from npeff.gradients.rules.convolution import ConvolutionBias, ConvolutionWeight, patches
+from npeff.gradients.rules.linear import MatrixBias, MatrixProduct
+from npeff.models.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class EKFAC(Solver):
+    """Eigenvalue-corrected Kronecker factors (George et al. 2018), for influence as in Grosse et al. 2023.
+
+    A linear or convolutional layer's gradient is ``Σ_t δ_t a_tᵀ``. With ``E[aaᵀ] = U_a Λ_a U_aᵀ`` and
+    ``E[δδᵀ] = U_δ Λ_δ U_δᵀ``, its block of the curvature is taken as diagonal in the basis ``U_δ ⊗ U_a``, with the
+    second moments that the per-example gradients really have there. Two passes over the data; memory of a few copies
+    of the model. Layers do not interact, and other parameters (normalisation, embeddings …) get the diagonal of their
+    block; the notes name them.
+
+    Attributes:
+        outputs: With ``output_loss``: the curvature is the Gauss–Newton matrix's, from all columns of the loss's
+            Hessian in the outputs (no sampling). None: the empirical Fisher's.
+        output_loss: See :class:`GaussNewton`.
+    """
+
+    outputs: Outputs | None = None
+    output_loss: OutputLoss | None = None
+    name = "ekfac"
+
+    @override
+    def fit(self, objective: TrainingObjective, damping: float, memory: int) -> Inverse:
+        if (self.outputs is None) != (self.output_loss is None):
+            raise ArgumentError("outputs: give outputs and output_loss both, or neither (empirical Fisher)")
+        if damping + objective.weight_decay <= 0:
+            raise ArgumentError("damping: EK-FAC needs damping or weight decay > 0: directions without data have none")
+        source = FactorRows(objective, self.outputs, self.output_loss)
+        return _Eigenbasis(objective, source, damping + objective.weight_decay).inverse()
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One weight (and its bias) as G matrices of q × p; G > 1 for grouped convolutions.
+
+    Attributes:
+        weight: Name of the weight.
+        bias: Name of the bias that is added in the same operation, if it is selected; it is p's last column.
+        groups: G.
+        transposed: The weight is stored (p, q) rather than (q, p).
+    """
+
+    weight: str
+    bias: str | None
+    groups: int
+    transposed: bool
+
+    def factors(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
+        """Read a ``(b, G, T, p)`` and δ ``(b, G, T, R, q)`` of all uses, after the backward passes of R columns."""
+        found = [_factors(rule) for rule in prepared.rules[self.weight]]
+        a, delta = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
+        return (a if self.bias is None else torch.cat([a, a.new_ones((*a.shape[:3], 1))], dim=3)), delta
+
+    def to_matrices(self, vectors: Tensor, parameters: Parameters) -> Tensor:
+        """Take the layer's part of flat vectors ``(k, m)`` as ``(k, G, q, p)``."""
+        weight = parameters.named(self.weight)
+        rows = vectors[:, weight.slice].reshape(len(vectors), *weight.shape)
+        matrices = rows.mT if self.transposed else rows.flatten(2)
+        matrices = matrices.reshape(len(vectors), self.groups, -1, matrices.shape[2])
+        if self.bias is None:
+            return matrices
+        column = vectors[:, parameters.named(self.bias).slice].reshape(*matrices.shape[:3], 1)
+        return torch.cat([matrices, column], dim=3)
+
+    def from_matrices(self, matrices: Tensor, parameters: Parameters, vectors: Tensor) -> None:
+        """Write ``(k, G, q, p)`` into the layer's part of flat vectors ``(k, m)``."""
+        k = len(vectors)
+        if self.bias is not None:
+            vectors[:, parameters.named(self.bias).slice] = matrices[..., -1].reshape(k, -1)
+            matrices = matrices[..., :-1]
+        rows = matrices[:, 0].mT if self.transposed else matrices
+        vectors[:, parameters.named(self.weight).slice] = rows.reshape(k, -1)
+
+
+def _layers(prepared: Prepared) -> list[_Layer]:
+    """Find the weights of a batch's graph that have Kronecker factors: those of linear and convolutional layers.
+
+    A weight that is used several times counts as one layer with more positions if all uses are products alike.
+    """
+    biases = {
+        id(rule.use.node): name
+        for name, rules in prepared.rules.items()
+        for rule in rules
+        if isinstance(rule, (MatrixBias, ConvolutionBias)) and len(rules) == 1
+    }
+    layers = []
+    for name, rules in prepared.rules.items():
+        kinds = {type(rule) for rule in rules}
+        whole = all(rule.use.value.shape == rule.use.parameter_shape and rule.use.value.reshaped for rule in rules)
+        if len(kinds) != 1 or not whole:
+            continue
+        first = rules[0]
+        bias = biases.get(id(first.use.node)) if len(rules) == 1 else None
+        if isinstance(first, MatrixProduct):
+            if len({rule._by_rows for rule in rules if isinstance(rule, MatrixProduct)}) == 1:
+                layers.append(_Layer(name, bias, 1, not first._by_rows))
+        elif isinstance(first, ConvolutionWeight):
+            layers.append(_Layer(name, bias, first._groups, False))
+    return layers
+
+
+def _factors(rule: Rule) -> tuple[Tensor, Tensor]:
+    """Read a ``(b, G, T, p)`` and δ ``(b, G, T, R, q)`` of one use.
+
+    Raises:
+        TypeError: The use has no such factors.
+    """
+    if isinstance(rule, MatrixProduct) and (found := rule.pairs(slice(None))) is not None:
+        return found[1][:, None], found[0][:, None].clone()  # the rule may use its memory again
+    if not isinstance(rule, ConvolutionWeight):
+        raise TypeError(f"no Kronecker factors from {type(rule).__name__}")
+    groups = rule._groups
+    delta = torch.stack([working(rule.split(kept)) for kept in rule._kept], dim=2)  # (b, t, R, channels, *space)
+    b, t, r, channels = delta.shape[:4]
+    delta = delta.reshape(b, t, r, groups, channels // groups, -1).permute(0, 3, 1, 5, 2, 4)  # (b, G, t, L, R, q)
+    output = rule.use.output_shape[2:]
+    under = patches(rule._input.flatten(0, 1), rule.use.value.shape[2:], output, rule._stride, rule._dilation)
+    under = under.reshape(b, t, groups, -1, math.prod(output)).permute(0, 2, 1, 4, 3)  # (b, G, t, L, p)
+    return under.flatten(2, 3), delta.flatten(2, 3)
+
+
+class _Eigenbasis:
+    """The eigenbasis of every layer, from a first pass over the data, and the second moments in it, from another."""
+
+    def __init__(self, objective: TrainingObjective, source: FactorRows, ridge: float) -> None:
+        self._objective, self._source = objective, source
+        self._layers: list[_Layer] | None = None
+        self._others: dict[str, None] = {}
+        inputs: dict[str, Tensor] = {}
+        deltas: dict[str, Tensor] = {}
+        for _, prepared, columns in source.passes():
+            for layer in self._backward(prepared, columns):
+                a, delta = (x.double() for x in layer.factors(prepared))
+                _add(inputs, layer, torch.einsum("bgtp,bgtu->gpu", a, a))
+                _add(deltas, layer, torch.einsum("bgtrq,bgtrv->gqv", delta, delta))
+        self._bases = {
+            name: tuple(torch.linalg.eigh(sums[name])[1].to(objective.dtype) for sums in (deltas, inputs))
+            for name in inputs
+        }
+        moments: dict[str, Tensor] = {}
+        diagonal = torch.zeros(objective.m, dtype=torch.float64, device=objective.device)
+        for _, prepared, columns in source.passes():
+            layers = self._backward(prepared, columns)
+            for layer in layers:
+                self._add_moments(prepared, layer, moments)
+            taken = {name for layer in layers for name in (layer.weight, layer.bias)}
+            rest = {name: rules for name, rules in prepared.rules.items() if name not in taken}
+            self._others |= dict.fromkeys([*rest, *prepared.others])
+            if rest or prepared.others:
+                prepared = replace(prepared, rules=rest, checked=False)
+                diagonal += dense_rows(source.engine, prepared, columns, torch.float64, squared=True).sum(dim=(0, 1))
+        self._curvature = {name: (sums / objective.n + ridge).to(objective.dtype) for name, sums in moments.items()}
+        self._diagonal = (diagonal / objective.n + ridge).to(objective.dtype)
+
+    def inverse(self) -> Inverse:
+        """Return the products with the curvature, its inverse, and what is approximated."""
+        notes: tuple[str, ...] = ()
+        if self._others:
+            names = ", ".join(list(self._others)[:8]) + (" …" if len(self._others) > 8 else "")
+            notes = (f"EK-FAC: diagonal blocks for {names}: no linear or convolutional weight",)
+        return Inverse(lambda v: (self._scaled(v, torch.div), 0), lambda x: self._scaled(x, torch.mul), notes)
+
+    def _backward(self, prepared: Prepared, columns: Tensor) -> list[_Layer]:
+        """Run the backward passes of a batch, and check that it uses the layers as the first batch does.
+
+        Raises:
+            ModelError: It does not.
+        """
+        self._source.engine.backward(prepared, columns)
+        layers = _layers(prepared)
+        if self._layers is None:
+            self._layers = layers
+        elif layers != self._layers:
+            raise ModelError(
+                "model: batches use its layers in different ways, so that its Kronecker factors are not of one form; "
+                "use ConjugateGradients(), GaussNewton(…) or EmpiricalFisher()"
+            )
+        return layers
+
+    def _add_moments(self, prepared: Prepared, layer: _Layer, moments: dict[str, Tensor]) -> None:
+        a, delta = layer.factors(prepared)
+        left, right = (basis.to(a.dtype) for basis in self._bases[layer.weight])
+        a = torch.einsum("bgtp,gpu->bgtu", a, right)
+        delta = torch.einsum("bgtrq,gqv->bgtrv", delta, left)
+        if a.shape[2] == 1:
+            square = torch.einsum("bgv,bgu->gvu", delta[:, :, 0].square().sum(dim=2), a[:, :, 0].square())
+            _add(moments, layer, square.double())
+            return
+        size = delta.shape[3] * delta.shape[4] * a.shape[3] * a.shape[1]
+        for a_part, delta_part in zip(*(torch.split(x, max(1, (1 << 22) // size)) for x in (a, delta)), strict=True):
+            rotated = torch.einsum("bgtrv,bgtu->bgrvu", delta_part, a_part)
+            _add(moments, layer, rotated.square().sum(dim=(0, 2)).double())
+
+    def _scaled(self, vectors: Tensor, scale: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Multiply or divide by the curvature, in the eigenbases and on the remaining diagonal."""
+        parameters = self._objective.parameters
+        result = scale(vectors, self._diagonal)
+        for layer in self._layers or ():
+            left, right = self._bases[layer.weight]
+            rotated = scale(left.mT @ layer.to_matrices(vectors, parameters) @ right, self._curvature[layer.weight])
+            layer.from_matrices(left @ rotated @ right.mT, parameters, result)
+        return result
+
+
+def _add(sums: dict[str, Tensor], layer: _Layer, value: Tensor) -> None:
+    sums[layer.weight] = sums[layer.weight] + value if layer.weight in sums else value

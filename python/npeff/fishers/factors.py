@@ -1,0 +1,323 @@
+"""Cotangents S of the logits with S Sᵀ = the output's Fisher, so that A = SᵀJ has F = AᵀA."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from npeff.errors import ArgumentError, DataError
+from npeff.fishers.leading import leading_eigenpairs, needed
+from npeff.fishers.options import FisherOptions
+
+DENSE_CLASSES = 64
+"""Up to so many classes the reduced basis comes from a dense eigendecomposition."""
+
+MOST_PASSES = 10_000
+"""Beyond so many rows per example, a factor has to be truncated."""
+
+COPIES = 4
+"""Arrays of the cotangents' size that exist at once while they are made, at most."""
+
+SUMS_TO_ONE = 64 * torch.finfo(torch.float32).eps
+"""Outputs whose sum differs from 1 by no more are probabilities; in half precision, by no more than its epsilon."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Cotangents of a batch, scaled per example to unit Frobenius norm (no underflow in half precision).
+
+    Attributes:
+        columns: ``(b, C, R)`` float64; columns beyond an example's count are zero. ``S_i = scale_i ·
+            columns_i``.
+        scale: ``(b,)`` float64.
+        counts: ``(b,)`` int64 columns per example.
+    """
+
+    columns: Tensor
+    scale: Tensor
+    counts: Tensor
+
+
+def factorise(logits: Tensor, options: FisherOptions, targets: Tensor | None, ids: np.ndarray) -> Factors:
+    """Cotangents S for every example of a batch.
+
+    For a categorical output ``S Sᵀ = diag p − ppᵀ`` (Matena & Raffel 2023, §3; the reduced basis takes the
+    eigenvectors), in expectation only when ``labels="sampled"``, and ``S = e_y − p`` when ``labels="true"``.
+
+    Args:
+        logits: ``(b, C)``, any floating dtype and device; finite.
+        options: Checked options.
+        targets: ``(b,)`` labels or ``(b, C)`` targets on the same device; needed for ``labels="true"``.
+        ids: ``(b,)`` int64 positions of the examples in the data: they and the seed decide the draws.
+
+    Returns:
+        Factors on the logits' device.
+
+    Raises:
+        ArgumentError: One logit only, with a categorical likelihood; or a vocabulary of outputs and no truncation.
+    """
+    logits = logits.detach().to(torch.float64)
+    if options.over_classes and logits.shape[1] < 2:
+        raise ArgumentError(
+            "likelihood: a categorical output needs at least 2 logits, got 1; use likelihood='bernoulli' "
+            "for one logit "
+            "per yes/no question, or likelihood='gaussian' for regression"
+        )
+    if options.labels == "expected" and (rows := width(logits, options)) > MOST_PASSES:
+        if not options.over_classes:
+            raise ArgumentError(
+                f"labels: {rows:,} outputs are as many rows per example, and as many backward passes; take "
+                "labels='sampled', or fewer outputs in forward="
+            )
+        option, other = ("rank", "energy") if options.basis == "reduced" else ("max_classes", "min_prob")
+        truncated = getattr(options, other) is not None
+        raise ArgumentError(
+            f"{other if truncated else option}: {rows:,} rows per example are as many backward passes; truncate the "
+            f"factor with {option}={' as well' if truncated else f' or {other}='}, or take labels='sampled'"
+        )
+    if options.labels == "expected":
+        columns, counts = _expected(logits, options)
+    else:
+        columns = _residuals(logits, options, targets, ids)
+        counts = torch.full((len(logits),), columns.shape[2], dtype=torch.int64, device=logits.device)
+    # Two steps: entries below √(smallest float64) would vanish when squared.
+    largest = columns.new_zeros(len(columns))
+    if columns.numel():
+        largest = torch.maximum(columns.amax(dim=(1, 2)), -columns.amin(dim=(1, 2)))
+    columns /= torch.where(largest > 0, largest, 1.0)[:, None, None]
+    norm = columns.square().sum(dim=(1, 2)).sqrt()
+    columns /= torch.where(norm > 0, norm, 1.0)[:, None, None]
+    return Factors(columns, largest * norm, counts)
+
+
+def width(logits: Tensor, options: FisherOptions) -> int:
+    """The most columns that an example's cotangents can have, known before they are made.
+
+    Args:
+        logits: ``(b, C)``.
+        options: Checked options.
+    """
+    most = options.most_rows(logits.shape[1])
+    if options.energy is None and options.min_prob is None:
+        return most
+    log_p = torch.log_softmax(logits.detach().to(torch.float64), dim=1)
+    if options.min_prob is not None:
+        return min(most, max(1, int((log_p.exp() >= options.min_prob).sum(dim=1).max()))) if len(log_p) else 1
+    return _reduced_width(log_p, (log_p + _others(log_p).log()).exp().sum(dim=1), options)
+
+
+def in_pieces(logits: Tensor, options: FisherOptions, memory: int) -> Iterator[slice]:
+    """Where to cut a batch so that making the cotangents of a piece takes no more than ``memory`` bytes, if it can."""
+    step = max(1, len(logits) * memory // max(1, cotangent_bytes(logits, options)))
+    for start in range(0, len(logits), step):
+        yield slice(start, min(start + step, len(logits)))
+
+
+def cotangent_bytes(logits: Tensor, options: FisherOptions) -> int:
+    """What making the cotangents of a batch takes, temporary arrays included.
+
+    Args:
+        logits: ``(b, C)``.
+        options: Checked options.
+    """
+    n, n_outputs = logits.shape
+    columns = width(logits, options)
+    if _eigendecomposed(n_outputs, columns, options):
+        columns = n_outputs
+    return COPIES * 8 * n * n_outputs * columns
+
+
+def check_meaning(logits: Tensor, likelihood: str) -> None:
+    """Refuse probabilities that are taken for logits, and logits that are taken for probabilities.
+
+    Args:
+        logits: ``(b, C)`` as :func:`npeff.models.forward.call_model` gives them.
+        likelihood: What the outputs are said to mean.
+
+    Raises:
+        DataError: They mean something else.
+    """
+    logits = logits.detach()
+    if likelihood == "bernoulli" and logits.numel() >= 8 and bool(((logits >= 0) & (logits <= 1)).all()):
+        warnings.warn(
+            "likelihood: 'bernoulli' takes logits, but all of the model's outputs lie between 0 and 1; if it ends in a "
+            "sigmoid, take that off, or give torch.logit(outputs) in forward=",
+            stacklevel=4,
+        )
+    if likelihood == "probabilities":
+        total = torch.logsumexp(logits.double(), dim=1).exp()
+        bad = ((total - 1).abs() > 0.02).nonzero()
+        if len(bad):
+            raise DataError(
+                f"likelihood: 'probabilities' are ≥ 0 and sum to 1, but those of example {int(bad[0])} of a batch sum "
+                f"to {float(total[bad[0]]):.4g}; pass likelihood='categorical' if they are logits"
+            )
+    if likelihood == "categorical" and logits.shape[1] > 1 and len(logits):
+        allowed = max(SUMS_TO_ONE, torch.finfo(logits.dtype).eps if logits.dtype.itemsize < 4 else 0.0)
+        if bool((logits >= 0).all()) and bool(((logits.double().sum(dim=1) - 1).abs() <= allowed).all()):
+            raise DataError(
+                "likelihood: the model's outputs are all ≥ 0 and sum to 1, so they are probabilities, not logits: pass "
+                "likelihood='probabilities', or take the softmax off the model (if they are logits all the same, add a "
+                "constant to them in forward=, which changes no Fisher)"
+            )
+
+
+def _expected(logits: Tensor, options: FisherOptions) -> tuple[Tensor, Tensor]:
+    n, n_outputs = logits.shape
+    if options.likelihood == "gaussian":
+        columns = torch.eye(n_outputs, dtype=torch.float64, device=logits.device).repeat(n, 1, 1)
+    elif options.likelihood == "bernoulli":
+        log_std = (torch.nn.functional.logsigmoid(logits) + torch.nn.functional.logsigmoid(-logits)) / 2
+        columns = torch.diag_embed(log_std.exp())
+    elif options.basis == "class":
+        return _class_columns(logits, options)
+    else:
+        return _reduced_columns(logits, options)
+    return columns, torch.full((n,), n_outputs, dtype=torch.int64, device=logits.device)
+
+
+def _others(log_p: Tensor) -> Tensor:
+    """``1 − p_y`` per class, ``(…, C)``, without cancellation when p_y is nearly one."""
+    p = log_p.exp()
+    top = log_p.argmax(dim=-1, keepdim=True)
+    rest = p.scatter(-1, top, 0.0).sum(dim=-1, keepdim=True)
+    return (1 - p).scatter(-1, top, rest)
+
+
+def _class_columns(logits: Tensor, options: FisherOptions) -> tuple[Tensor, Tensor]:
+    """Columns √p_y (e_y − p), without the classes below ``min_prob`` or beyond ``max_classes``.
+
+    The most probable class is never left out.
+    """
+    log_p = torch.log_softmax(logits, dim=1)
+    p = log_p.exp()
+    n, n_outputs = p.shape
+    order, counts, keep = torch.arange(n_outputs, device=p.device).expand(n, -1), None, None
+    if options.min_prob is not None or options.max_classes is not None:
+        sorted_p, order = torch.sort(p, dim=1, descending=True, stable=True)
+        keep = sorted_p >= (options.min_prob or 0.0)
+        keep[:, 0] = True
+        keep[:, options.max_classes or n_outputs :] = False
+        counts = keep.sum(dim=1)
+        width = int(counts.max())
+        order, keep = order[:, :width], keep[:, :width]
+    columns = -p[:, :, None].expand(-1, -1, order.shape[1]).clone()
+    columns.scatter_(1, order[:, None], _others(log_p).gather(1, order)[:, None])
+    columns *= (log_p / 2).exp().gather(1, order)[:, None]
+    if keep is None or counts is None:
+        return columns, torch.full((n,), n_outputs, dtype=torch.int64, device=p.device)
+    return columns.mul_(keep[:, None]), counts
+
+
+def _reduced_columns(logits: Tensor, options: FisherOptions) -> tuple[Tensor, Tensor]:
+    """Eigenvectors × √eigenvalue of diag p − ppᵀ, descending, the null one dropped.
+
+    The largest entry of each is positive.
+    """
+    log_p = torch.log_softmax(logits, dim=1)
+    n, n_outputs = log_p.shape
+    # Dividing by the trace keeps the smallest eigenvalues of a confident example in range.
+    variance = (log_p + _others(log_p).log()).exp()
+    trace = variance.sum(dim=1)
+    unit = torch.where(trace > 0, trace, 1.0)
+    p = log_p.exp()
+    width = _reduced_width(log_p, trace, options)
+    if not _eigendecomposed(n_outputs, width, options):
+        values, vectors = leading_eigenpairs(log_p, width)
+        values = values / unit[:, None]
+    else:
+        scaled = p / unit.sqrt()[:, None]  # 1 / unit would overflow where the trace is subnormal
+        matrix = -scaled[:, :, None] * scaled[:, None, :]
+        matrix.diagonal(dim1=1, dim2=2).copy_(variance / unit[:, None])
+        values, vectors = torch.linalg.eigh(matrix)
+        values = values.flip(1)[:, :width].clamp_min(0.0)
+        vectors = vectors.flip(2)[:, :, :width]
+    leading = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+    size = (values * unit[:, None]).sqrt() * (trace > 0)[:, None]
+    columns = vectors.mul_(torch.where(leading < 0, -1.0, 1.0) * size[:, None, :])
+    counts = torch.full((n,), width, dtype=torch.int64, device=p.device)
+    if options.energy is not None:
+        short = values.cumsum(dim=1) < options.energy - 1e-12
+        counts = (short.sum(dim=1) + 1).clamp_max(width)
+        counts = torch.where(trace > 0, counts, 1)
+        kept = torch.arange(width, device=p.device) < counts[:, None]
+        width = int(counts.max())
+        columns = columns.mul_(kept[:, None, :])[:, :, :width]
+    return columns, counts
+
+
+def _reduced_width(log_p: Tensor, trace: Tensor, options: FisherOptions) -> int:
+    most = options.most_rows(log_p.shape[1])
+    return most if options.energy is None else min(most, needed(log_p, trace, options.energy))
+
+
+def _eigendecomposed(n_outputs: int, width: int, options: FisherOptions) -> bool:
+    """Whether cotangents come from a dense eigendecomposition, whatever their width."""
+    reduced = options.labels == "expected" and options.over_classes and options.basis == "reduced"
+    return reduced and (n_outputs <= DENSE_CLASSES or width >= n_outputs - 1)
+
+
+def _residuals(logits: Tensor, options: FisherOptions, targets: Tensor | None, ids: np.ndarray) -> Tensor:
+    """Columns ∇_logits log p(y) for the true label or for draws, divided by √n_samples."""
+    if options.labels == "true":
+        return _score(logits, _as_outcome(logits, options, targets, ids), options)[:, :, None]
+    n_outputs = logits.shape[1]
+    draws = []
+    for example in ids:
+        generator = np.random.Generator(np.random.Philox(key=options.seed, counter=[0, 0, 0, int(example)]))
+        size = options.n_samples if options.over_classes else (options.n_samples, n_outputs)
+        draws.append(generator.standard_normal(size) if options.likelihood == "gaussian" else generator.random(size))
+    noise = torch.from_numpy(np.stack(draws)).to(logits.device)
+    if options.likelihood == "gaussian":
+        return (noise / options.n_samples**0.5).transpose(1, 2)
+    if options.likelihood == "bernoulli":
+        outcome = (noise < torch.sigmoid(logits)[:, None, :]).to(torch.float64)
+    else:
+        cumulative = torch.softmax(logits, dim=1).cumsum(dim=1)
+        index = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True).clamp_max(n_outputs - 1)
+        outcome = torch.nn.functional.one_hot(index, n_outputs).to(torch.float64)
+    return _score(logits[:, None], outcome, options).transpose(1, 2) / options.n_samples**0.5
+
+
+def _as_outcome(logits: Tensor, options: FisherOptions, targets: Tensor | None, ids: np.ndarray) -> Tensor:
+    n, n_outputs = logits.shape
+    if targets is None:
+        raise DataError(
+            "labels: labels='true' needs a label for every example, but the data has none; yield (inputs, labels)"
+        )
+    if options.over_classes:
+        bad = (targets < 0) | (targets >= n_outputs)
+        if bool(bad.any()):
+            first = int(bad.to(torch.uint8).argmax())
+            raise DataError(
+                f"labels: example {ids[first]} has label {int(targets[first])}; expected 0 ≤ label < "
+                f"{n_outputs} with labels='true'"
+            )
+        return torch.nn.functional.one_hot(targets.to(torch.int64), n_outputs).to(torch.float64)
+    if targets.numel() != logits.numel():
+        raise DataError(f"labels: expected one target per output, shape {(n, n_outputs)}, got {tuple(targets.shape)}")
+    outcome = targets.reshape(n, n_outputs).to(torch.float64)
+    bernoulli = options.likelihood == "bernoulli"
+    usable = (outcome >= 0) & (outcome <= 1) if bernoulli else torch.isfinite(outcome)
+    if not bool(usable.all()):
+        first, output = (int(i) for i in (~usable).nonzero()[0])
+        raise DataError(
+            f"labels: example {ids[first]} has the target {float(outcome[first, output])} for output {output}; "
+            f"expected {'0 ≤ target ≤ 1' if bernoulli else 'finite targets'} with likelihood={options.likelihood!r}"
+        )
+    return outcome
+
+
+def _score(logits: Tensor, outcome: Tensor, options: FisherOptions) -> Tensor:
+    """∇_logits log p(outcome), ``(…, C)``: outcome minus its mean, without cancellation."""
+    if options.likelihood == "gaussian":
+        return outcome - logits
+    if options.likelihood == "bernoulli":
+        return torch.where(outcome == 1, torch.sigmoid(-logits), outcome - torch.sigmoid(logits))
+    log_p = torch.log_softmax(logits, dim=-1)
+    return torch.where(outcome == 1, _others(log_p), -log_p.exp())

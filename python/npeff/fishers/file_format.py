@@ -1,0 +1,257 @@
+"""The file of Fishers: what one HDF5 container holds, how it is written, and what is checked of it.
+
+A file of Fishers has the root attributes ``format``, ``format_version``, ``content``, ``kind``, ``rows``
+(``sparse``, ``dense`` or ``gram``), ``n_examples`` and ``n_parameters``, the JSON documents ``parameters`` (names and
+shapes in order), ``provenance``, ``coverage``, ``batches`` (digest and size of each batch, when known) and
+``checksums`` (CRC-32 of every dataset), and the arrays
+
+=================  =============================  ==========================================================
+``row_offsets``    int64 ``(n + 1,)``             example i owns rows ``row_offsets[i]:row_offsets[i+1]``
+``norms``          float32 ``(n,)``               norms of the dense Fishers
+``logits``         float32 ``(n, C)``             outputs of the model
+``labels``         int64 ``(n,)``                 true classes, −1 where unknown
+``ids``            int64 ``(n,)``                 positions in the data
+``rows/indptr``    int64 ``(R + 1,)``             sparse rows: row j holds entries ``indptr[j]:indptr[j+1]``
+``rows/indices``   int32 or int64 ``(nnz,)``      sparse rows: parameter index, ascending within a row
+``rows/values``    float32 ``(nnz,)``, ``(R,m)``  the entries; the whole rows where dense, ``(R, d)`` of sketches
+``rows/gram``      float32 ``(R, R)``             inner products of the rows, in place of them
+=================  =============================  ==========================================================
+
+Arrays lie contiguously, so they are mapped, not read, and any HDF5 reader can open them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.errors import ArgumentError, StorageError
+from npeff.fishers.options import sketch_of
+from npeff.fishers.rows import Kind, Rows, index_dtype
+from npeff.models.parameters import Parameters
+from npeff.storage.container import Container, write_container
+from npeff.storage.documents import expect, item
+from npeff.storage.fields import INT, MOST_PARAMETERS, Field, Sizes, check_arrays
+from npeff.storage.files import forget
+from npeff.storage.hdf5 import Data
+
+Array = npt.NDArray[Any]
+Span = tuple[Container, int, int]
+KINDS = get_args(Kind)
+EXAMPLE_ARRAYS = {"norms": np.float32, "logits": np.float32, "labels": np.int64, "ids": np.int64}
+OFFSETS = Field("row_offsets", ("<i8",), ("n_examples + 1",), ascends_to="n_rows")
+EXAMPLES = (
+    Field("norms", ("<f4",), ("n_examples",), least=0),
+    Field("logits", ("<f4",), ("n_examples", "n_outputs")),
+    Field("labels", ("<i8",), ("n_examples",), least=-1, below="n_classes"),
+    Field("ids", ("<i8",), ("n_examples",), least=0),
+)
+ENTRIES = Field("rows/indices", INT, ("n_entries",), least=0, below="n_parameters", ascending_in="rows/indptr")
+SPARSE = (
+    Field("rows/indptr", ("<i8",), ("n_rows + 1",), ascends_to="n_entries"),
+    ENTRIES,
+    Field("rows/values", ("<f4",), ("n_entries",)),
+)
+DENSE = (Field("rows/values", ("<f4",), ("n_rows", "n_columns")),)
+GRAM = (Field("rows/gram", ("<f4",), ("n_rows", "n_rows")),)
+ROWS = {"sparse": SPARSE, "dense": DENSE, "gram": GRAM}
+
+
+def row_fields(form: str, kind: str) -> list[Field]:
+    """List the fields of rows, sparse, dense or inner products; those of diagonal Fishers are not negative."""
+    fields = ROWS[form]
+    return [
+        replace(field, least=0) if kind == "diagonal" and field.name == "rows/values" else field for field in fields
+    ]
+
+
+def write_fishers(
+    path: Path, header: dict[str, Any], coverage: object, batches: object, arrays: Sequence[Data]
+) -> None:
+    """Write the container of Fishers from streams.
+
+    Args:
+        path: A temporary name.
+        header: ``kind``, ``parameters`` (JSON) and ``provenance``.
+        coverage: As in :class:`npeff.fishers.fishers.Fishers`.
+        batches: ``[digest, size]`` per batch, or None.
+        arrays: The arrays in the order of the table above.
+    """
+    by_name = {item.name: item for item in arrays}
+    parameters = Parameters.from_json(header["parameters"])
+    texts = [Data.json(name, header[name]) for name in ("parameters", "provenance")] + [Data.json("coverage", coverage)]
+    if batches is not None:
+        texts.append(Data.json("batches", batches))
+    attributes = {
+        "kind": header["kind"],
+        "rows": "sparse" if "rows/indptr" in by_name else "gram" if "rows/gram" in by_name else "dense",
+        "n_examples": np.int64(by_name["norms"].shape[0]),
+        "n_parameters": np.int64(parameters.n_parameters),
+    }
+    write_container(path, "fishers", [*texts, *arrays], attributes)
+
+
+def fisher_data(arrays: Mapping[str, Array], rows: Rows) -> list[Data]:
+    """Describe the datasets of Fishers in memory (or mapped).
+
+    Args:
+        arrays: ``row_offsets`` and the arrays of EXAMPLE_ARRAYS.
+        rows: All rows.
+    """
+    dtypes: dict[str, npt.DTypeLike] = {"row_offsets": np.int64, **EXAMPLE_ARRAYS, "rows/indptr": np.int64}
+    dtypes |= {"rows/indices": index_dtype(rows.n_columns), "rows/values": np.float32, "rows/gram": np.float32}
+    found = {name: arrays[name] for name in ("row_offsets", *EXAMPLE_ARRAYS)} | rows.arrays()
+    return [Data.of(name, array, dtypes[name]) for name, array in found.items()]
+
+
+def offsets_of(counts: Sequence[Array]) -> Array:
+    """Return the offsets, int64 from 0 on, of items with so many entries each."""
+    return np.concatenate([[0], np.cumsum(np.concatenate([*counts]))]).astype(np.int64)
+
+
+def joined_data(spans: Sequence[Span]) -> list[Data]:
+    """Describe the datasets of a file of Fishers that has the examples of several, streamed.
+
+    Args:
+        spans: A file that has the datasets of Fishers, and its examples from … to, in order. Of arrays that are taken
+            as a whole, the checksum is compared.
+    """
+    rows = [_inside(span, "row_offsets") for span in spans]
+    data = [_offsets("row_offsets", spans), *(_slices(name, spans) for name in EXAMPLE_ARRAYS)]
+    if "rows/indptr" in spans[0][0].specs:
+        entries = [_inside(span, "rows/indptr") for span in rows]
+        return [*data, _offsets("rows/indptr", rows), _slices("rows/indices", entries), _slices("rows/values", entries)]
+    return [*data, _slices("rows/values", rows)]
+
+
+def _inside(span: Span, offsets: str) -> Span:
+    file, start, stop = span
+    array = file.array(offsets)
+    return file, int(array[start]), int(array[stop])
+
+
+def _slices(name: str, spans: Sequence[Span]) -> Data:
+    spec = spans[0][0].spec(name)
+    shape = (sum(stop - start for _, start, stop in spans), *spec.shape[1:])
+
+    def chunks() -> Iterator[Array]:
+        for file, start, stop in spans:
+            if (start, stop) == (0, file.spec(name).shape[0]):
+                yield from file.chunks(name)
+            else:
+                array = file.array(name)
+                yield array[start:stop]
+                forget(array)
+
+    return Data(name, shape, spec.dtype, chunks)
+
+
+def _offsets(name: str, spans: Sequence[Span]) -> Data:
+    def chunks() -> Iterator[Array]:
+        total = 0
+        yield np.zeros(1, np.int64)
+        for file, start, stop in spans:
+            array = np.asarray(file.array(name)[start : stop + 1], np.int64)
+            yield array[1:] - array[0] + total
+            total += int(array[-1] - array[0])
+
+    return Data(name, (sum(stop - start for _, start, stop in spans) + 1,), np.dtype("<i8"), chunks)
+
+
+@contextmanager
+def coherent(path: Path) -> Iterator[None]:
+    """Refuse a file as damaged where its contents contradict each other.
+
+    Raises:
+        StorageError: It does.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise StorageError(f"{path}: damaged: {reason}") from error
+
+
+def one_of(container: Container, name: str, value: object, choices: Iterable[str]) -> str:
+    """Return ``value``, once it is one of ``choices``.
+
+    Raises:
+        StorageError: It is another.
+    """
+    if value not in tuple(choices):
+        raise StorageError(f"{container.path}: {name} is damaged: expected {' or '.join(choices)}, got {value!r}")
+    return str(value)
+
+
+def described_parameters(document: Any, where: str) -> Parameters:
+    """Read the parameters that a JSON document describes; ``where`` names file and field.
+
+    Raises:
+        StorageError: It describes none.
+    """
+    described = []
+    for entry in expect(document, where, list):
+        label, shape = item(expect(entry, where, dict), "name", where, str), item(entry, "shape", where, list)
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise StorageError(f"{where} is damaged: expected sizes ≥ 0 of {label!r}, got {shape}")
+        described.append((label, shape))
+    parameters = Parameters.of(described)
+    if len(set(parameters.names)) != len(parameters) or parameters.n_parameters > MOST_PARAMETERS:
+        raise StorageError(f"{where} is damaged: expected different names and at most 2⁴⁸ elements in all")
+    return parameters
+
+
+def check_provenance(container: Container, provenance: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the options in the provenance of Fishers, once all that is looked up there later has its type.
+
+    Raises:
+        StorageError: Something has not.
+    """
+    where, nothing = f"{container.path}: {name}", type(None)
+    options = item(provenance, "options", where, dict) if "options" in provenance else {}
+    compress = item(options, "compress", where, (dict, nothing)) or {}
+    item(compress, "method", where, (str, nothing))
+    item(options, "likelihood", where, (str, nothing))
+    with coherent(container.path):
+        sketch_of(provenance)
+    return options
+
+
+def n_classes(options: dict[str, Any], n_outputs: int) -> int:
+    """Return what labels have to be below: the number of outputs, where outputs are classes."""
+    return n_outputs if n_outputs and options.get("likelihood", "categorical") == "categorical" else 1 << 62
+
+
+def check_sizes(container: Container, sizes: Sizes) -> None:
+    """Make sure that the sizes told by attributes are those of the arrays.
+
+    Raises:
+        StorageError: One is not.
+    """
+    for name in ("n_examples", "n_parameters", "n_components"):
+        if name in container.attributes and container.attribute(name, int) != sizes.get(name):
+            found = container.attributes[name]
+            raise StorageError(
+                f"{container.path}: attribute {name!r} is damaged: expected {sizes.get(name)} as the arrays have, got "
+                f"{found}"
+            )
+
+
+def check_saved(name: str, arrays: dict[str, Any], fields: Iterable[Field], known: Sizes) -> None:
+    """Make sure that arrays are as the format says, before they are written.
+
+    Raises:
+        ArgumentError: One is not.
+    """
+    try:
+        check_arrays(name, arrays, [replace(field, dtypes=(*"fiu",)) for field in fields], known)
+    except StorageError as error:
+        raise ArgumentError(str(error).replace(" is damaged", "")) from error

@@ -1,0 +1,271 @@
+"""Sinks of per-example gradients: each takes the blocks of one pass, and gives compressed rows and dense norms."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from npeff.errors import DataError
+from npeff.fishers.factors import Factors
+from npeff.fishers.options import Sketch
+from npeff.fishers.rows import DenseRows, Rows
+from npeff.gradients.rules import Rule
+from npeff.gradients.tiles import Block, Pairs
+from npeff.kernels import NonFiniteError, StreamingSketch
+from npeff.kernels.transfers import HostCopy, to_host
+from npeff.models import devices
+from npeff.models.parameters import Parameter, Parameters
+
+Array = npt.NDArray[Any]
+
+
+class _Costs(NamedTuple):
+    """Nanoseconds, of which the ratios matter.
+
+    Attributes:
+        transform: Of a Walsh–Hadamard transform, per element and level.
+        scatter: Of an element added to a bucket by itself.
+        product: Of a multiply-add in a product of matrices.
+    """
+
+    transform: float
+    scatter: float
+    product: float
+
+
+_ON_HOST = _Costs(0.06, 1.2, 0.03)  # one core, AVX-512
+_ON_DEVICE = _Costs(0.002, 0.008, 0.00004)  # an H100, from its bandwidth and its rate of float32 products
+
+
+class Sink:
+    """Collects the blocks of one pass on the device where they lie, and sums their inner products for the norms.
+
+    Args:
+        parameters: The flat vector's layout.
+        factors: The cotangents; blocks were made with their unit-norm columns.
+        ids: ``(b,)`` positions of the examples, for messages.
+        squared: Blocks are Σ of squares (diagonal Fishers).
+        at_once: Check every block for gradients that are not finite, and name the first. Otherwise the device is
+            not waited for, and the norms tell whether the pass has to be repeated with the check.
+
+    Attributes:
+        n_examples: Examples, b.
+        n_columns: Most rows of an example, R.
+        scale: ``(b,)`` float32 factor of each example's rows.
+    """
+
+    def __init__(self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, at_once: bool) -> None:
+        self.parameters, self._ids, self._squared, self._at_once = parameters, ids, squared, at_once
+        self.n_examples, _, width = factors.columns.shape
+        self.n_columns = 1 if squared else width
+        self._counts = torch.ones_like(factors.counts) if squared else factors.counts
+        self._norm_scale = factors.scale.square()
+        self.scale = (self._norm_scale if squared else factors.scale).to(torch.float32)
+        # A square may be 0 · ∞ where the Fisher is zero because the model is certain.
+        self._certain = self._norm_scale == 0
+        self._any_certain = squared and not (at_once and not bool(self._certain.any()))
+        shape = (self.n_examples, self.n_columns, self.n_columns)
+        self._gram = torch.zeros(shape, dtype=torch.float64, device=factors.columns.device)
+
+    def paired(self, parameter: Parameter, rules: list[Rule]) -> bool:
+        """Decide whether blocks of a parameter are wanted as factors."""
+        return False
+
+    def add(self, block: Block | Pairs) -> None:
+        """Take one block, where it lies.
+
+        Raises:
+            DataError: A gradient is not finite; names example and element.
+        """
+        if isinstance(block, Pairs):
+            pairs = block.squared() if self._squared else block
+            if self._add_norms(pairs):
+                self._put_pairs(pairs)
+                return
+            block = pairs.formed()
+        if self._any_certain:
+            certain = self._certain[block.examples]
+            block = replace(block, values=block.values.masked_fill(certain[:, None, None, None], 0.0))
+        gram = block.gram
+        if gram is None:
+            flat = _at_least_float32(block.values.flatten(2))
+            gram = torch.bmm(flat, flat.mT)
+        gram = gram.to(self._gram.device, torch.float64)
+        if self._at_once and not torch.isfinite(gram).all():
+            self._refuse_non_finite(block)
+            flat = block.values.flatten(2).to(torch.float64)
+            gram = (flat @ flat.mT).to(self._gram.device)
+        self._gram[block.examples] += gram
+        self._put(block)
+
+    def _add_norms(self, pairs: Pairs) -> bool:
+        """Add the inner products of factors; False where their product has to be looked at instead."""
+        gram = pairs.gram().to(self._gram.device, torch.float64)
+        if self._at_once and not torch.isfinite(gram).all():
+            return False
+        if self._squared and bool(self._certain[pairs.examples].any()):
+            return False
+        self._gram[pairs.examples] += gram
+        return True
+
+    def _put(self, block: Block) -> None:
+        """Take the values of a block."""
+        raise NotImplementedError
+
+    def _put_pairs(self, pairs: Pairs) -> None:
+        """Take the gradients that factors stand for."""
+        self._put(pairs.formed())
+
+    def finish(self, logits: Tensor) -> tuple[HostCopy, Callable[[Array, Array], Rows]]:
+        """Start bringing the results to the host; the sink is done.
+
+        Args:
+            logits: ``(b, C)`` of the examples.
+
+        Returns:
+            The norms of the dense Fishers ``(b,)``, the rows per example ``(b,)``, their scale ``(b,)`` and the logits
+            ``(b, C)`` float32, on their way; and a function that makes rows of ``counts`` and ``scale`` once they are
+            there: example by example, the first ``counts`` of each, multiplied by the example's scale.
+        """
+        norms = self._gram[:, 0, 0].sqrt() if self._squared else self._gram.square().sum(dim=(1, 2)).sqrt()
+        shown = logits.detach().to(torch.float32, copy=True)
+        return to_host(norms * self._norm_scale, self._counts, self.scale, shown), self._rows()
+
+    def _rows(self) -> Callable[[Array, Array], Rows]:
+        """Start bringing what was taken to the host; see :meth:`finish`."""
+        raise NotImplementedError
+
+    def _refuse_non_finite(self, block: Block) -> None:
+        bad = (~torch.isfinite(block.values)).nonzero()
+        if not len(bad):
+            return
+        example, _, run, offset = (int(i) for i in bad[0])
+        start = block.starts if isinstance(block.starts, int) else int(block.starts[example, run])
+        name, index = self.parameters.locate(start + offset)
+        value = float(block.values[tuple(bad[0])])
+        position = int(self._ids[block.examples.start + example])
+        raise DataError(
+            f"gradients: example {position} has the gradient {value} for {name}{list(index)}; find what "
+            "overflows in the model on that example, or leave it out of the data"
+        )
+
+
+class DenseSink(Sink):
+    """Keeps exact rows, written where they stay; blocks on a device come over first, one after the other."""
+
+    def __init__(self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, at_once: bool) -> None:
+        super().__init__(parameters, factors, ids, squared, at_once)
+        self._shape = (self.n_examples, self.n_columns, parameters.n_parameters)
+        self._on_a_device = devices.has_own_memory(self.scale.device)
+        self._pieces: deque[tuple[slice, HostCopy, int | None]] = deque()
+        self._values: Array | None = None
+
+    def _put(self, block: Block) -> None:
+        scale = self.scale[block.examples, None, None, None]
+        if self._on_a_device:
+            scaled = block.values.to(torch.float32) * scale  # the block's own memory is used again
+            starts = () if isinstance(block.starts, int) else (block.starts,)
+            start = block.starts if isinstance(block.starts, int) else None
+            self._pieces.append((block.examples, to_host(scaled, *starts), start))
+            return
+        starts_here = block.starts if isinstance(block.starts, int) else block.starts.numpy()
+        self._write(block.examples, block.values.to(torch.float32).numpy(), starts_here, scale.numpy())
+
+    def _write(self, examples: slice, values: Array, starts: int | Array, scale: Array | float) -> None:
+        if self._values is None:
+            self._values = np.zeros(self._shape, np.float32)
+        target, width = self._values[examples], values.shape[3]
+        if isinstance(starts, int):
+            np.multiply(values, scale, out=target[:, :, None, starts : starts + width])
+            return
+        scaled = values * scale
+        for example, begins in enumerate(starts):
+            for run, start in enumerate(begins):
+                target[example, :, start : start + width] += scaled[example, :, run]
+
+    def _rows(self) -> Callable[[Array, Array], Rows]:
+        def arrived(counts: Array, _: Array) -> Rows:
+            while self._pieces:
+                examples, copy, start = self._pieces.popleft()
+                values, *starts = copy.wait()
+                self._write(examples, values, starts[0] if start is None else start, 1.0)
+            values = np.zeros(self._shape, np.float32) if self._values is None else self._values
+            return DenseRows.first_of_each(values, counts)
+
+        return arrived
+
+
+class SketchSink(Sink):
+    """Keeps the rows' sketches, made by the streaming kernel."""
+
+    def __init__(
+        self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, at_once: bool, sketch: Sketch
+    ) -> None:
+        super().__init__(parameters, factors, ids, squared, at_once)
+        self._sketch = sketch
+        self._sums = StreamingSketch(self.n_examples * self.n_columns, sketch.d, sketch.seed, nonzeros=sketch.nonzeros)
+
+    def paired(self, parameter: Parameter, rules: list[Rule]) -> bool:
+        """Decide whether a two-sided parameter is sketched from its factors, by counting operations."""
+        if len(rules) != 1 or not self._sketch.two_sided(parameter.shape):
+            return False
+        t, (n, k), d = rules[0].layout.positions, parameter.shape, self._sketch.d
+        transforms = t * (1 + self.n_columns) + self.n_columns
+        costs = _ON_DEVICE if self.scale.device.type == "cuda" else _ON_HOST
+        factored = transforms * d * math.log2(d) * costs.transform
+        factored += t * (self.n_columns * max(n, k) + min(n, k)) * costs.scatter
+        formed = self.n_columns * n * k * (t * costs.product + costs.scatter)
+        return factored < formed
+
+    def _put(self, block: Block) -> None:
+        b, r, runs, width = block.values.shape
+        values = block.values.reshape(-1, width)
+        example = np.arange(block.examples.start, block.examples.stop, dtype=np.int64)
+        rows = np.repeat(example[:, None] * r + np.arange(r), runs)
+        starts: Array | torch.Tensor
+        if isinstance(block.starts, int):
+            starts = np.full(b * r * runs, block.starts, np.int64)
+        else:
+            starts = block.starts[:, None, :].expand(b, r, runs).reshape(-1)
+        parameter = block.parameter
+        if self._sketch.two_sided(parameter.shape):
+            shape = (parameter.shape[0], parameter.shape[1])
+            first = (starts - parameter.offset) // shape[1]
+            self._sums.push_matrix(values, parameter.offset, shape, first, rows)
+        else:
+            self._sums.push(values, starts, rows)
+
+    def _put_pairs(self, pairs: Pairs) -> None:
+        rows = slice(pairs.examples.start * self.n_columns, pairs.examples.stop * self.n_columns)
+        parameter = pairs.parameter
+        shape = (parameter.shape[0], parameter.shape[1])
+        self._sums.push_outer(pairs.delta, pairs.inputs, parameter.offset, shape, rows, pairs.turned)
+
+    def _rows(self) -> Callable[[Array, Array], Rows]:
+        sketches = self._sums.finish_later()
+
+        def arrived(counts: Array, scale: Array) -> Rows:
+            try:
+                sums = sketches().reshape(len(counts), self.n_columns, self._sketch.d)
+            except NonFiniteError as error:
+                example = error.row // max(1, self.n_columns)
+                raise DataError(
+                    f"gradients: the sketch of example {example} of a batch overflows float32; scale the model's loss "
+                    "or logits down"
+                ) from error
+            sums *= scale[:, None, None]
+            return DenseRows.first_of_each(sums, counts)
+
+        return arrived
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,0 +1,113 @@
+"""Call a model with a batch and get its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from npeff.batches.batches import Batch
+from npeff.batches.tensor_trees import leaves, shown
+from npeff.errors import DataError, ModelError, NpeffError
+
+
+@contextmanager
+def _one_function() -> Iterator[None]:
+    """A context within which a model computes the same whether gradients are recorded or not.
+
+    Without gradients torch's transformer layers take a fast path of their own, in which padded positions become zero.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _run(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
+    return model(*inputs) if several else model(inputs)
+
+
+def _failure(error: Exception, forward: object, batch: Batch) -> str:
+    what, given = ("model", batch.inputs) if forward is None else ("forward", batch.content)
+    tensors = ", ".join(shown(leaf) for leaf in [leaf for leaf in leaves(given) if isinstance(leaf, Tensor)][:8])
+    remedy = "Check that the data yields batches of what the model takes, or pass forward=callable(model, batch)"
+    if forward is not None:
+        remedy = "It is called with the model and a batch as the data yields it"
+    if isinstance(batch.content, Mapping) and "label" in batch.content and "labels" not in batch.content:
+        remedy += '; labels are taken from the key "labels": rename "label"'
+    if batch.part_of:
+        remedy = f"It was called with {batch.part_of}"
+    cause = f"{type(error).__name__}: {error}"
+    return f"{what}: failed on a batch with inputs {tensors or 'without tensors'}: {cause}. {remedy}"
+
+
+def call_model(
+    model: nn.Module, forward: Callable[[Any, Any], Any] | None, batch: Batch, likelihood: str = "categorical"
+) -> Tensor:
+    """Call the model; the batch stays as it is even where the model changes its inputs in place.
+
+    Args:
+        model: The model.
+        forward: ``forward(model, batch) -> logits``; None calls the model with the inputs.
+        batch: The batch.
+        likelihood: What the outputs mean; the logits of ``"probabilities"`` are their logarithms.
+
+    Returns:
+        ``(b, C)`` with its graph; a ``(b,)`` output becomes ``(b, 1)``.
+
+    Raises:
+        DataError: The model gave something else.
+        ModelError: The model, or ``forward``, raised an error.
+    """
+    source = "the model" if forward is None else "forward="
+    given = batch.fresh()
+    try:
+        with _one_function():
+            output = _run(model, given.inputs) if forward is None else forward(model, given.content)
+    except Exception as error:
+        # Inference tensors have an explanation of their own, see PerExampleGradients.recording.
+        explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
+        if explained or isinstance(error, (NpeffError, MemoryError, torch.OutOfMemoryError)):
+            raise
+        raise ModelError(_failure(error, forward, batch)) from error
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", output)
+    if isinstance(logits, Mapping):
+        logits = logits.get("logits")
+    if isinstance(logits, (tuple, list)) and len(logits) == 1:
+        logits = logits[0]
+    if not isinstance(logits, Tensor):
+        raise DataError(
+            f"logits: expected a tensor (or an output with .logits) from {source}, got "
+            f"{type(output).__name__}; pass forward=callable(model, batch) -> logits"
+        )
+    if logits.dim() == 1 and len(logits) == batch.n_examples:
+        logits = logits[:, None]
+    if logits.dim() != 2 or len(logits) != batch.n_examples or logits.shape[1] == 0:
+        raise DataError(
+            f"logits: expected shape ({batch.n_examples}, C) for a batch of {batch.n_examples} examples, "
+            f"got {tuple(logits.shape)} from {source}; "
+            "choose or flatten outputs in forward=callable(model, batch) -> logits"
+            + (f", or, {batch.how_counted()}" if logits.dim() == 2 and len(logits) != batch.n_examples else "")
+        )
+    if not logits.is_floating_point():
+        raise DataError(f"logits: expected floating point numbers from {source}, got {logits.dtype}")
+    return log_probabilities(logits) if likelihood == "probabilities" else logits
+
+
+def log_probabilities(outputs: Tensor) -> Tensor:
+    """Give logits whose softmax these probabilities are: their logarithms, finite where one is zero.
+
+    With z = log p the Fisher of a categorical output is that of its logits: ``J_pᵀ diag(1/p) J_p = J_zᵀ (diag p − ppᵀ)
+    J_z``, since Σp = 1. What underflowed to zero has no gradient and no share in it.
+    """
+    wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    return wide.clamp_min(torch.finfo(wide.dtype).tiny).log()

@@ -1,0 +1,265 @@
+"""Repair wrong answers of a model along the directions of some components, and keep all other answers.
+
+A component that stands for a shortcut, a backdoor or a flawed heuristic names the weights that carry it: its direction
+g_j. The repair is searched for along these directions only. With B the directions of the chosen components, each cut
+into layers (:class:`LayerSteps`), R the examples to repair and K the others,
+
+``min_c  mean_{i∈R} −log p(y_i | x_i, θ + Bᵀc)  +  λ · mean_{i∈K} KL(p(·|x_i, θ) ‖ p(·|x_i, θ + Bᵀc))``
+
+has only as many unknowns as there are components times layers. It is solved at falling λ. Of the solutions, the one is
+taken that repairs most on examples set aside for the choice, while accuracy on the others, of the fit and of the
+choice, falls by no more than a tolerance, one standard error of the fall included. Matena & Raffel (2023) repair by a
+line search along ±g_j, one component, all layers together: this is the case of a single unknown, in which steps of
+doubling length replace the solutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from npeff.batches.batch_order import check_sampler
+from npeff.batches.batches import read_batches
+from npeff.components.components import Components
+from npeff.components.strategies import Strategy
+from npeff.errors import ArgumentError, DataError
+from npeff.gradients.selection import placed
+from npeff.perturbation.options import Forward
+from npeff.perturbation.repair import LabelledOutputs, LayerSteps, RepairLoss, RepairSearch, share_right
+from npeff.perturbation.weights import Weights
+from npeff.short_repr import several
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Mending:
+    """A change of the weights, and its effect.
+
+    Attributes:
+        components: The components whose directions it combines.
+        layers: The modules whose parts have a step each; one empty name where all layers go together.
+        coefficients: ``(k, len(layers))`` float64 multiples of each component's part in each layer; all 0 when nothing
+            could be repaired within the tolerance.
+        change: The change of the weights, parameter-shaped: use it with :func:`npeff.applied`.
+        repaired: Share of the examples to repair that are answered as labelled, ``(before, after)``, on examples that
+            neither the fit nor the choice of λ used when ``held_out`` is true.
+        accuracy: Accuracy on the other examples, ``(before, after)``, likewise.
+        n_repair: Number of examples to repair that these shares are of.
+        n_others: Number of other examples that the accuracies are of.
+        held_out: Whether there were enough examples to set some aside for this judgement.
+    """
+
+    components: tuple[int, ...]
+    layers: tuple[str, ...]
+    coefficients: Array
+    change: dict[str, Tensor]
+    repaired: tuple[float, float]
+    accuracy: tuple[float, float]
+    n_repair: int
+    n_others: int
+    held_out: bool
+
+    def __repr__(self) -> str:
+        along = (
+            f"components {several(self.components)} in {len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
+        )
+        repaired = f"right on {self.n_repair} to repair {self.repaired[0]:.0%} → {self.repaired[1]:.0%}"
+        others = f"on {self.n_others} others {self.accuracy[0]:.1%} → {self.accuracy[1]:.1%}"
+        judged = "examples that were set aside" if self.held_out else "the examples of the search itself"
+        change = "" if self.changed else "; no change was found within the tolerance"
+        return f"Mending({along}: {repaired}, {others}; judged on {judged}{change})"
+
+    @property
+    def changed(self) -> bool:
+        """Whether a repair within the tolerance was found."""
+        return bool(np.any(self.coefficients))
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able description, without the change itself."""
+        return {
+            "components": list(self.components),
+            "layers": list(self.layers),
+            "coefficients": self.coefficients.tolist(),
+            "repaired": list(self.repaired),
+            "accuracy": list(self.accuracy),
+            "n_repair": self.n_repair,
+            "n_others": self.n_others,
+            "held_out": self.held_out,
+        }
+
+
+def mend(
+    model: nn.Module,
+    data: Iterable[Any],
+    components: Components,
+    which: int | Sequence[int] | Strategy,
+    *,
+    repair: Sequence[int] | Array | None = None,
+    tolerance: float = 0.01,
+    by_layer: bool = True,
+    iterations: int = 20,
+    forward: Forward | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Mending:
+    """Find a change of the weights along the directions of some components that repairs wrong answers.
+
+    The examples are divided at random: half to fit c, a quarter to choose λ, a quarter to judge. The model is left as
+    it was; ``npeff.applied(model, mending.change)`` makes the change.
+
+    Args:
+        model: The model of the Fishers, in evaluation mode.
+        data: Labelled batches, as for :func:`npeff.compute_fishers`.
+        components: Low-rank components of the model.
+        which: A component, several, or a strategy.
+        repair: Positions in ``data`` of the examples to repair; by default the wrongly predicted ones on which the
+            chosen components hold at least half of the coefficients.
+        tolerance: Largest fall of the accuracy on all other examples, one standard error of it included.
+        by_layer: Whether every layer's part of a direction has a step of its own; otherwise, as published, all layers
+            move together along ±g_j.
+        iterations: Of the optimiser, per λ.
+        forward: ``forward(model, batch) -> logits``.
+        device: Where to compute; the model's own device by default.
+        seed: Determines the division of the examples.
+        progress: Show a progress bar.
+
+    Returns:
+        The change, and its effect.
+
+    Raises:
+        ArgumentError: A component or an example does not exist, or the components are not low-rank.
+        DataError: Labels are missing, or there is nothing to repair.
+    """
+    chosen = _indices(components, which)
+    if components.kind != "low_rank":
+        raise ArgumentError(
+            "components: mending moves along pseudo-Fisher vectors, which low-rank components have; these are "
+            f"{components.kind}"
+        )
+    if not 0 <= tolerance <= 1:
+        raise ArgumentError(f"tolerance: expected a share between 0 and 1, got {tolerance}")
+    if iterations < 1:
+        raise ArgumentError(f"iterations: expected at least 1, got {iterations}")
+    check_sampler(data)
+    with placed(model, device) as used_device:
+        batches = list(read_batches(data, used_device, forward is not None))
+        if any(batch.labels is None for batch in batches):
+            raise DataError("labels: mending needs them; pass batches of (inputs, labels)")
+        if not batches:
+            raise DataError("data: it has no batches")
+        likelihood = components.provenance.get("fishers", {}).get("options", {}).get("likelihood", "categorical")
+        labelled = LabelledOutputs.of(model, batches, forward, likelihood)
+        before = labelled.right(labelled.logits)
+        wanted = _to_repair(components, chosen, before.cpu().numpy(), repair)
+        part = divide_examples(wanted, seed)
+        steps = LayerSteps(
+            [{name: t.to(used_device) for name, t in components.state_dict(j).items()} for j in chosen], by_layer
+        )
+        weights = Weights(model)
+        try:
+            c = _best_step(labelled, weights, steps, wanted, part, tolerance, iterations, progress)
+            change = steps.change(c)
+            weights.move(change, 1.0)
+            after = labelled.right(labelled.outputs())
+        finally:
+            weights.restore()
+    held_out = bool((wanted & (part == 2)).any() and (~wanted & (part == 2)).any())
+    judged = part == 2 if held_out else np.ones(len(part), bool)
+    R, K = wanted & judged, ~wanted & judged
+    return Mending(
+        components=chosen,
+        layers=steps.layers,
+        coefficients=steps.coefficients(c),
+        change={name: tensor.cpu() for name, tensor in change.items()},
+        repaired=(share_right(before, R), share_right(after, R)),
+        accuracy=(share_right(before, K), share_right(after, K)),
+        n_repair=int(R.sum()),
+        n_others=int(K.sum()),
+        held_out=held_out,
+    )
+
+
+def _indices(components: Components, which: int | Sequence[int] | Strategy) -> tuple[int, ...]:
+    if isinstance(which, Strategy):
+        return which.components
+    numbers = [which] if isinstance(which, int | np.integer) else list(which)
+    r = components.n_components
+    if not numbers or any(not isinstance(j, int | np.integer) or not -r <= j < r for j in numbers):
+        raise ArgumentError(f"which: expected components below {r}, or a strategy, got {which!r}")
+    return tuple(dict.fromkeys(int(j) % r for j in numbers))
+
+
+def _to_repair(
+    components: Components, chosen: tuple[int, ...], right: Array, repair: Sequence[int] | Array | None
+) -> Array:
+    """Choose the examples to repair, ``(n,)`` bool, of n examples whose answers are right or not.
+
+    Raises:
+        ArgumentError: Given examples do not exist, or the components are of other data.
+        DataError: There are fewer than two.
+    """
+    n = len(right)
+    wanted = np.zeros(n, bool)
+    if repair is not None:
+        positions = np.asarray(repair, np.int64).reshape(-1)
+        if len(positions) and not (positions.min() >= 0 and positions.max() < n):
+            raise ArgumentError(f"repair: expected positions below {n}, the examples in data, got {repair!r}")
+        wanted[positions] = True
+    else:
+        if len(components.ids) and components.ids.max() >= n:
+            raise ArgumentError(
+                f"data: it has {n} examples, but the components are of examples up to {components.ids.max()}; "
+                "pass the data that the Fishers were computed from, or repair="
+            )
+        W = components.coefficients.astype(np.float64)
+        share = W[:, chosen].sum(1) / np.maximum(W.sum(1), 1e-30)
+        wanted[components.ids[share >= 0.5]] = True
+        wanted &= ~right
+    if wanted.sum() < 2:
+        raise DataError(
+            f"repair: {int(wanted.sum())} wrongly predicted examples belong to these components; at least 2 are "
+            "needed. Name the examples to repair with repair="
+        )
+    return wanted
+
+
+def divide_examples(wanted: Array, seed: int) -> Array:
+    """``(n,)`` 0: fit, 1: choose, 2: judge; of those to repair and of the others alike."""
+    rng = np.random.default_rng(seed)
+    part = np.zeros(len(wanted), np.int64)
+    for group in (np.flatnonzero(wanted), np.flatnonzero(~wanted)):
+        order = rng.permutation(group)
+        n = len(order)
+        part[order[n // 2 : n // 2 + (n - n // 2) // 2]] = 1
+        part[order[n // 2 + (n - n // 2) // 2 :]] = 2
+        if n < 8:  # too few to set some aside for judgement: fit on the first half, choose on the second
+            part[order] = np.where(np.arange(n) < (n + 1) // 2, 0, 1)
+    return part
+
+
+def _best_step(
+    labelled: LabelledOutputs, weights: Weights, steps: LayerSteps, wanted: Array, part: Array, tolerance: float,
+    iterations: int, progress: bool,
+) -> Array:  # fmt: skip
+    """The step that repairs most on the part for the choice, within the tolerance; 0 if none does."""
+    line = steps.shape == (1, 1)
+    chooses = part == 1 if (wanted & (part == 1)).any() and not line else part != 2
+    # A few numbers hardly adapt to the examples of the fit: accuracy is watched on these too, three times as many.
+    R, K = wanted & chooses, ~wanted & (part != 2)
+    search = RepairSearch(labelled, weights, steps, R, K, tolerance)
+    if line:
+        search.along_the_line(RepairLoss(labelled, weights, steps, R, np.zeros_like(R)), progress)
+    else:
+        fitted = part == 0
+        search.down_the_path(
+            RepairLoss(labelled, weights, steps, wanted & fitted, ~wanted & fitted), iterations, progress
+        )
+    return search.best

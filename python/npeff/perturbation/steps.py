@@ -1,0 +1,179 @@
+"""Search how far to move along a direction until the outputs have changed by a wanted amount."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.perturbation.diagonal import diagonal_directions
+from npeff.perturbation.directions import ComponentDirections, Direction, Target
+from npeff.perturbation.effect import SignResult
+from npeff.perturbation.evaluate import Evaluator
+from npeff.perturbation.examples import BatchSlice
+from npeff.perturbation.options import PerturbOptions
+from npeff.perturbation.weights import TensorsByName
+
+Array = npt.NDArray[Any]
+
+FARTHEST = 1e3
+"""The search ends at this many times ‖θ‖."""
+FIRST = 1e-3
+"""The search starts at this many times ‖θ‖."""
+
+
+@dataclass(frozen=True)
+class StepSearch:
+    """The end of a search.
+
+    Attributes:
+        magnitude: The step.
+        kl: The mean KL at this step.
+        reached: Whether this KL is in the wanted range.
+    """
+
+    magnitude: float
+    kl: float
+    reached: bool
+
+
+@dataclass(frozen=True, eq=False)
+class DirectionSteps:
+    """A direction and the step found along it for each sign.
+
+    Attributes:
+        direction: The direction.
+        tensors: The same as tensors on the model's device.
+        searches: The search of each sign.
+    """
+
+    direction: Direction
+    tensors: TensorsByName
+    searches: dict[int, StepSearch]
+
+    @property
+    def effort(self) -> tuple[bool, float]:
+        """Whether a sign missed the wanted KL, and the mean change of the weights: the least is the best."""
+        found = self.searches.values()
+        return not all(s.reached for s in found), float(np.mean([s.magnitude for s in found]))
+
+    def result(self, sign: int) -> SignResult:
+        """The result of one sign as far as the search knows it, not kept."""
+        search, scale, unknown = self.searches[sign], self.direction.scale, float("nan")
+        return SignResult(
+            component=self.direction.component,
+            sign=sign,
+            magnitude=search.magnitude,
+            reached=search.reached,
+            kl_top=search.kl,
+            kl_baseline=unknown,
+            ratio=unknown,
+            kept=False,
+            lam=self.direction.lam,
+            step=None if scale is None else search.magnitude / scale,
+        )
+
+
+def search_steps(
+    evaluator: Evaluator,
+    known: ComponentDirections,
+    target: Target,
+    options: PerturbOptions,
+    slices: Sequence[BatchSlice],
+    baseline: Array,
+) -> list[DirectionSteps]:
+    """Find the directions of a target, and for each sign the magnitude given, or the first that has the wanted KL.
+
+    Args:
+        evaluator: Of the examples.
+        known: The directions of all components.
+        target: The component or group.
+        options: As for :func:`npeff.perturb`.
+        slices: The top examples.
+        baseline: Indices of the examples whose mean Fisher a diagonal target is merged with.
+
+    Returns:
+        The directions of a low-rank target, along each of which the weights move; or one direction per λ of a diagonal
+        target, of which the one that changes the weights least is used, the first.
+
+    Raises:
+        ArgumentError: There is no direction.
+    """
+    if known.components.kind == "diagonal":
+        directions = diagonal_directions(evaluator, known.components, target, options, slices, baseline)
+    else:
+        directions = known.of_target(target, options.combine, options.reject, options.max_sim)
+    ends = FIRST * evaluator.weight_norm, FARTHEST * evaluator.weight_norm
+    found = []
+    for direction in directions:
+        tensors = evaluator.tensors(direction.vector)
+        if options.magnitude is not None:
+            searches = {sign: StepSearch(float(options.magnitude), math.nan, True) for sign in options.signs}
+        else:
+            kl_at = partial(evaluator.kl, slices, tensors)
+            searches = {sign: find_step(kl_at, options.target_range, *ends, sign=sign) for sign in options.signs}
+        found.append(DirectionSteps(direction, tensors, searches))
+    if known.components.kind == "diagonal":
+        best = min(found, key=lambda steps: steps.effort)
+        return [best, *(steps for steps in found if steps is not best)]
+    return found
+
+
+def find_step(
+    kl_at: Callable[[float], Any], wanted: tuple[float, float], start: float, limit: float, *, sign: int = 1
+) -> StepSearch:
+    """Find the first step at which the mean KL lies in a range.
+
+    The search starts with a small step. The next step is chosen as if KL grew with the square of the step, but at
+    most four times as large, so that the first crossing is not missed. Once two steps enclose the range, Brent's
+    method finds a step in it, between logarithms. KL need not be monotone, nor ever reach the range.
+
+    Args:
+        kl_at: KL at ``sign`` times a step > 0, a number or an array whose mean counts; not finite where the outputs
+            are not.
+        wanted: The range, ``0 < low ≤ high``.
+        start: First step.
+        limit: Largest step to try.
+        sign: Of all steps.
+
+    Returns:
+        The step found; if the range was not reached, the step whose KL came nearest (in the logarithm).
+    """
+    from scipy.optimize import brentq
+
+    low, high = wanted
+    aim = math.log(math.sqrt(low * high))
+    tried: dict[float, float] = {}
+
+    def at(u: float) -> float:
+        """Mean KL at the step exp(u)."""
+        if u not in tried:
+            y = float(np.mean(kl_at(sign * math.exp(u))))
+            tried[u] = y if math.isfinite(y) else math.inf
+        return tried[u]
+
+    def distance(u: float) -> float:
+        """Logarithm of the KL over the middle of the range, from −50 to 50; 0 in the range."""
+        y = at(u)
+        if low <= y <= high:
+            return 0.0
+        return min(math.log(y) - aim, 50.0) if y > math.exp(aim - 50) else -50.0
+
+    u = before = math.log(start)
+    while at(u) > high and u > math.log(start) - 27:
+        u -= math.log(8)
+    while at(u) < low:
+        growth = math.sqrt(math.exp(aim) / at(u)) if at(u) > 1e-14 else 4.0
+        before, u = u, u + math.log(min(4.0, max(1.15, growth)))
+        if u > math.log(limit):
+            break
+    else:
+        if distance(before) < 0 < distance(u):
+            brentq(distance, before, u, xtol=1e-9, disp=False)
+    nearest = min(tried, key=lambda u: abs(distance(u)) if 0 < tried[u] < math.inf else math.inf)
+    return StepSearch(math.exp(nearest), tried[nearest], low <= tried[nearest] <= high)

@@ -1,0 +1,356 @@
+r"""Top examples outside a page: image collages, and a LaTeX document with one section per component."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from npeff.components.components import Components
+from npeff.errors import ArgumentError
+from npeff.reports.data import check_data, class_names_of, heading
+from npeff.reports.examples import Gallery, RawExample
+from npeff.reports.html import environment
+from npeff.reports.images import Pixels, full_colour, picture_of, strip
+from npeff.reports.summary import ComponentSummary, TopExample, summarise
+from npeff.reports.text import ClassNames, coefficient, excerpt, percent, printable
+from npeff.reports.writer import AssetsFolder, check_page
+from npeff.storage.files import atomic, path_of
+
+TEXT_WIDTH = 96  # characters per line of a collage
+SPECIAL = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", '"': r"\textquotedbl{}", "'": r"\textquotesingle{}", "`": r"\textasciigrave{}", "-": "-{}",
+    "\u00a0": " ", "\u2009": r"\,", "\u202f": r"\,", "–": r"\textendash{}", "—": r"\textemdash{}",
+    "\u2018": r"\textquoteleft{}", "\u2019": r"\textquoteright{}",
+    "\u201c": r"\textquotedblleft{}", "\u201d": r"\textquotedblright{}",
+    "…": r"\dots{}", "→": r"$\to$", "[": "{[}", "]": "{]}",
+}  # fmt: skip
+TEXT_LENGTH = 600
+PICTURE_WIDTH = 0.118  # of the line: eight side by side
+
+
+@dataclass(frozen=True)
+class TopExamples:
+    """Some components with the raw examples that they are shown by.
+
+    Attributes:
+        summaries: Of the chosen components, in their order.
+        gallery: Holds the raw examples, under ``kept``.
+        names: Of the classes.
+    """
+
+    summaries: list[ComponentSummary]
+    gallery: Gallery
+    names: ClassNames
+
+    @classmethod
+    @contextmanager
+    def collect(
+        cls,
+        components: Components,
+        data: Iterable[Any] | None,
+        chosen: Sequence[int],
+        k: int,
+        class_names: Sequence[str] | None,
+        tokenizer: Any,
+    ) -> Iterator[TopExamples]:
+        """Collect the k top examples of the chosen components in one pass over the data; see :func:`npeff.report`.
+
+        Raises:
+            ArgumentError: An argument is not as documented, or one of the chosen is no component.
+            DataError: The data ends early, or its labels are not those of the decomposed examples.
+        """
+        names = class_names_of(class_names, data, components)
+        for j in chosen:
+            if isinstance(j, bool) or not hasattr(j, "__index__") or not 0 <= j < components.n_components:
+                raise ArgumentError(f"j: expected a component below {components.n_components}, got {j!r}")
+        summaries = summarise(components, k, chosen=chosen)
+        labels = {top.position: top.label for summary in summaries for top in summary.top}
+        gallery = Gallery(labels, (), labels)
+        try:
+            if data is not None:
+                gallery.fill(data, labels, labels, tokenizer)
+            yield cls(summaries, gallery, names)
+        finally:
+            gallery.close()
+
+    def example(self, top: TopExample) -> RawExample | None:
+        """Return the raw example; None without data."""
+        return self.gallery.kept.get(top.position)
+
+    def pixels(self, top: TopExample) -> Pixels | None:
+        """Return an example as a picture, ``(H, W, 3)``; None for texts and without data."""
+        example = self.example(top)
+        if example is None or (example.image is None and example.values is None):
+            return None
+        if example.image is None:
+            assert example.values is not None
+            return strip(example.values, full_colour(example.values))
+        pixels = self.gallery.pixels(example.image)
+        return np.asarray(np.broadcast_to(np.atleast_3d(pixels), (*pixels.shape[:2], 3)))
+
+    def text(self, top: TopExample, length: int) -> str:
+        """Return the beginning of a text; empty for other examples and without data."""
+        example = self.example(top)
+        if example is None or example.text is None:
+            return ""
+        start, rest = excerpt(printable(example.text), length)
+        return start + (" …" if rest else "")
+
+    def verdict(self, top: TopExample) -> str:
+        """Return the label, and the prediction where it is wrong."""
+        names = self.names
+        if top.wrong:
+            return f"{names[top.label]} → {names[top.prediction]}"
+        return names[top.known_class] if top.known_class >= 0 else ""
+
+
+# ---- collages -----------------------------------------------------------------------------------------------
+
+
+def collage(
+    components: Components,
+    data: Iterable[Any] | None,
+    j: int,
+    path: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    k: int = 25,
+    columns: int | None = None,
+    title: str | None = None,
+    tokenizer: Any = None,
+    dpi: int = 150,
+) -> Path:
+    """Draw a component's top examples side by side, each with its label, its prediction if wrong, and its coefficient.
+
+    Args:
+        components: A decomposition.
+        data: The data given to ``compute_fishers``, in the same order. None: captions only.
+        j: A component.
+        path: The PNG to write; its folder is made if missing.
+        class_names: See :func:`npeff.report`.
+        k: How many examples.
+        columns: Pictures per row; by default about as many as rows.
+        title: By default the component's number and heading.
+        tokenizer: See :func:`npeff.report`.
+        dpi: Pixels per inch; a picture is an inch wide.
+
+    Returns:
+        The file.
+
+    Raises:
+        ArgumentError: ``j`` is not a component, or another argument is not as documented.
+        DataError: The data ends early, or its labels are not those of the decomposed examples.
+        StorageError: The file cannot be written.
+    """
+    look = {"columns": columns, "title": title, "dpi": dpi}
+    paths = {j: path_of(path)}
+    return collages(components, data, paths, class_names=class_names, k=k, tokenizer=tokenizer, **look)[0]
+
+
+def collages(
+    components: Components,
+    data: Iterable[Any] | None,
+    paths: dict[int, Path],
+    *,
+    class_names: Sequence[str] | None = None,
+    k: int = 25,
+    tokenizer: Any = None,
+    **look: Any,
+) -> list[Path]:
+    """Draw collages of several components, ``j → path``, with one pass over the data; see :func:`collage`.
+
+    Raises:
+        ArgumentError: As there.
+        DataError: As there.
+        StorageError: As there.
+    """
+    check_data(components, data, k, tokenizer)
+    columns = look.get("columns")
+    if columns is not None and (not isinstance(columns, int) or columns < 1):
+        raise ArgumentError(f"columns: expected a number of pictures per row, got {columns!r}")
+    for path in paths.values():
+        check_page(path)
+    with TopExamples.collect(components, data, list(paths), k, class_names, tokenizer) as found:
+        for summary, path in zip(found.summaries, paths.values(), strict=True):
+            figure = _collage(found, summary, **look)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as scratch:
+                figure.savefig(scratch, format="png", metadata={"Software": "npeff"})
+    return list(paths.values())
+
+
+def _collage(
+    found: TopExamples,
+    summary: ComponentSummary,
+    columns: int | None = None,
+    title: str | None = None,
+    dpi: int = 150,
+) -> Figure:
+    tops = summary.top
+    pictures = [found.pixels(top) for top in tops]
+    texts = [[w for line in found.text(t, 400).splitlines() for w in textwrap.wrap(line, TEXT_WIDTH)] for t in tops]
+    pictured = any(picture is not None for picture in pictures)
+    wide = columns or (max(1, math.ceil(math.sqrt(len(tops)))) if pictured else 1)
+    rows = max(1, math.ceil(len(tops) / wide))
+    sizes = [1.22 if picture is not None else 0.3 + 0.16 * len(t) for picture, t in zip(pictures, texts, strict=True)]
+    heights = [max(sizes[a : a + wide] or [0.5]) for a in range(0, rows * wide, wide)]
+    width = wide * 1.05 if pictured else 7.5
+    figure = Figure((max(width, 3.0) + 0.3, sum(heights) + 0.5), dpi=dpi, layout="constrained")
+    title = f"{summary.j}  {heading(summary, found.names)}" if title is None else title
+    figure.suptitle(printable(title), x=0.02, ha="left", fontsize=10, parse_math=False)
+    grid = figure.subplots(rows, wide, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, top, picture, lines in zip(grid.flat, tops, pictures, texts, strict=False):
+        caption = printable(f"{found.verdict(top)[:24]}  {coefficient(top.coefficient)}".strip())
+        colour = "#a8431b" if top.wrong else "#1d1d1b"
+        if picture is None:
+            axes.text(0, 1, caption, fontsize=7, va="top", color=colour, parse_math=False, transform=axes.transAxes)
+            axes.text(0, 1, "\n" + "\n".join(lines), fontsize=8, va="top", parse_math=False, transform=axes.transAxes)
+        else:
+            axes.imshow(picture, interpolation="nearest", aspect="equal" if picture.shape[0] > 3 else "auto")
+            axes.set_title(caption, fontsize=6.5, color=colour, pad=2, parse_math=False)
+    return figure
+
+
+# ---- documents ----------------------------------------------------------------------------------------------
+
+
+def latex(
+    components: Components,
+    data: Iterable[Any] | None,
+    path: str | Path,
+    *,
+    chosen: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+    k: int = 16,
+    title: str | None = None,
+    tokenizer: Any = None,
+) -> Path:
+    """Write a document that pdfLaTeX, XeLaTeX or LuaLaTeX compiles: components and their top examples.
+
+    Pictures go into a new folder within one of the same name with ``-images`` behind it; those of the document that is
+    replaced are removed once the new one is in place. Text is escaped; characters that the
+    engine's fonts lack are printed by their number.
+
+    Args:
+        components: A decomposition.
+        data: The data given to ``compute_fishers``, in the same order. None: numbers only.
+        path: The ``.tex`` file.
+        chosen: Components, in this order; by default all, the largest share first.
+        class_names: See :func:`npeff.report`.
+        k: Examples per component.
+        title: Of the document.
+        tokenizer: See :func:`npeff.report`.
+
+    Returns:
+        The ``.tex`` file.
+
+    Raises:
+        ArgumentError: An argument is not as documented.
+        DataError: The data ends early, or its labels are not those of the decomposed examples.
+        StorageError: The document cannot be written.
+    """
+    check_data(components, data, k, tokenizer)
+    path = path_of(path)
+    if path.suffix.lower() != ".tex":
+        raise ArgumentError(f"path: expected a name ending in .tex, got {path}")
+    check_page(path)
+    if chosen is None:
+        sizes = components.coefficients.sum(0, dtype=np.float64)
+        chosen = np.argsort(-sizes, kind="stable").tolist()
+    images = AssetsFolder(path, path.with_name(f"{path.stem}-images"))
+    with images, TopExamples.collect(components, data, chosen, k, class_names, tokenizer) as found:
+        sections = [_section(found, summary, images) for summary in found.summaries]
+        text = _tex_environment().get_template("document.tex.j2").render(
+            title=escape(title or "What the network responds to"),
+            n_components=components.n_components,
+            n_examples=len(components.coefficients),
+            loss=f"{components.loss:.4f}",
+            sections=sections,
+            width=PICTURE_WIDTH,
+        )  # fmt: skip
+        images.publish(text)
+    return path
+
+
+def escape(text: str) -> str:
+    r"""Escape text so that it stands for itself in LaTeX.
+
+    Line breaks become spaces. Control characters are dropped; what pdfLaTeX's fonts lack becomes ``\npeffchar{…}``.
+    """
+    out = []
+    for character in re.sub(r"\s+", " ", text):
+        if character in SPECIAL:
+            out.append(SPECIAL[character])
+        elif character.isascii():
+            out.append(character if character.isprintable() else "")
+        elif "\u00c0" <= character <= "\u017f" and character not in "\u0149\u017f\u0138\u0140\u013f":
+            out.append(character)
+        else:
+            code = ord(character)
+            out.append(rf"\npeffchar{{{code:04X}}}" if not 0xD800 <= code < 0xE000 else "?")
+    return "".join(out)
+
+
+def _section(found: TopExamples, summary: ComponentSummary, images: AssetsFolder) -> dict[str, Any]:
+    facts = [f"{percent(summary.share)} of all coefficients", f"{summary.n_active} active examples"]
+    if summary.purity is not None:
+        facts.append(f"{percent(summary.purity)} pure")
+    if summary.accuracy is not None:
+        facts.append(f"{percent(summary.accuracy)} right")
+    items = []
+    for rank, top in enumerate(summary.top):
+        pixels = found.pixels(top)
+        items.append(
+            {
+                "file": "" if pixels is None else images.write(f"component-{summary.j}-{rank}.png", _png(pixels)),
+                "verdict": escape(found.verdict(top)),
+                "wrong": top.wrong,
+                "coefficient": coefficient(top.coefficient),
+                "position": top.position,
+                "text": escape(found.text(top, TEXT_LENGTH)),
+            }
+        )
+    return {
+        "j": summary.j,
+        "heading": escape(heading(summary, found.names)),
+        "facts": escape(", ".join(facts)),
+        "pictures": [item for item in items if item["file"]],
+        "texts": [item for item in items if not item["file"]],
+    }
+
+
+def _png(pixels: Pixels) -> bytes:
+    picture = picture_of(pixels)
+    if max(picture.size) < 128:  # viewers blur what they enlarge
+        factor = -(-128 // max(picture.size))
+        picture = picture.resize((picture.width * factor, picture.height * factor), 0)
+    content = io.BytesIO()
+    picture.save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
+def _tex_environment() -> Environment:
+    return environment().overlay(
+        autoescape=False,
+        block_start_string="<%",
+        block_end_string="%>",
+        variable_start_string="<<",
+        variable_end_string=">>",
+        comment_start_string="<#",
+        comment_end_string="#>",
+    )

@@ -1,0 +1,398 @@
+"""The pages of a report as markup: the overview, a page per component, strategy and example, and what scripts need."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from scipy.special import softmax
+from tqdm import tqdm
+
+from npeff.reports.data import THUMBS, ReportData
+from npeff.reports.evidence import INFLUENCES, InfluenceSummary
+from npeff.reports.figures import (
+    PROFILED,
+    block_map,
+    effect_curve,
+    head_map,
+    held_out_curve,
+    histogram,
+    loss_curve,
+    profile,
+    size_bars,
+)
+from npeff.reports.images import uri_of
+from npeff.reports.layout import StrategyNode
+from npeff.reports.summary import DELAY, ComponentSummary, TopExample, closest, known_predictions
+from npeff.reports.text import coefficient, number, percent, plain, printable, short, size_of
+from npeff.reports.writer import ReportWriter, script_json
+
+TEMPLATES = Path(__file__).parent / "templates"
+SCRIPTS = ("dom", "parts", "table", "map", "tree", "examples", "routes")
+ROWS = 100
+"""Rows of the overview that stand in the page from the start; in a folder, the others come when they are needed."""
+PER_PART = 300
+"""Examples in a part beside the page."""
+COLUMNS = ("j", "heading", "share", "active", "purity", "accuracy", "stability", "kl_ratio", "group", "class", "x", "y")
+PART_KINDS = {
+    "component": "component pages",
+    "strategy": "strategy pages",
+    "examples": "examples’ pages",
+    "pictures": "examples’ inputs",
+}
+THUMBS_SHARE = 0.2
+"""What thumbnails may take of a single file's limit."""
+TRACED = 16  # parts of a network that are shown of a trace
+MEMBERS = 60  # components listed on a strategy's page
+LISTED, LEAST = 12, 0.005  # components listed of an example, and the least share of its summed coefficients
+
+
+@cache
+def environment() -> Environment:
+    """Return the templates; everything printed by them is escaped."""
+    env = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters.update(percent=percent, number=number, coefficient=coefficient, plain=plain)
+    return env
+
+
+@cache
+def script() -> tuple[Markup, str]:
+    """Return the script, and the base64 SHA-256 of it by which the page allows it and no other."""
+    bodies = [(TEMPLATES / "app" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
+    text = '(() => {\n"use strict";\n' + "\n".join(bodies) + "})();\n"
+    return Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def write_report(data: ReportData, writer: ReportWriter, title: str, progress: bool = True) -> None:
+    """Write all parts in the order of their importance, and then the page with that title.
+
+    Where the writer's limit ends, the last parts are left out.
+
+    Raises:
+        StorageError: The report cannot be written.
+    """
+    summaries = data.summaries
+    columns = _columns(data)
+    rows = [_row(data, s, writer, columns) for s in summaries]
+    if writer.folder:
+        for start in range(ROWS, len(rows), ROWS):
+            writer.add(f"rows-{start // ROWS}", rows[start : start + ROWS])
+        rows = rows[:ROWS]
+    writer.size += sum(map(len, rows))  # they are always there
+    for place in tqdm(range(len(summaries)), "pages", delay=DELAY, disable=not progress, unit="component"):
+        name = f"component-{summaries[place].j}"
+        if not writer.full(name):
+            writer.add_page(name, _component_page(data, place))
+    writer.add("tree-0", [_tree_line(data, node) for node in data.nodes])
+    for part, records in _example_records(data):
+        writer.add(f"examples-{part}", records)
+    for node in sorted((n for n in data.nodes if not n.leaf), key=lambda n: (-len(n.components), n.id)):
+        if not writer.full(f"strategy-{node.id}"):
+            writer.add(f"strategy-{node.id}", _strategy_page(data, node))
+    ids = np.asarray(data.components.ids)
+    if _first_id(ids) is None:
+        writer.add("ids-0", ids.tolist())
+    for start in range(0, len(ids), PER_PART):
+        pictures = [data.gallery.encoded(int(position)) for position in ids[start : start + PER_PART]]
+        if any(pictures):
+            writer.add(f"pictures-{start // PER_PART}", pictures)
+    writer.finish(_overview(data, writer, title, columns, rows))
+
+
+# ---- the overview -------------------------------------------------------------------------------------------
+
+
+def _columns(data: ReportData) -> dict[str, Any]:
+    """Which columns the table of components has, and what its meters are scaled by."""
+    tops = [s.top[0].position for s in data.summaries if s.top]
+    return {
+        "thumbs": any(data.gallery.encoded(position) is not None for position in tops),
+        "accuracy": any(s.accuracy is not None for s in data.summaries),
+        "stability": data.extras.trust.stability is not None,
+        "effects": any(data.kl_ratio(s.j) is not None for s in data.summaries),
+        "profile": data.components.logits.shape[1] in PROFILED,
+        "largest_share": max((s.share for s in data.summaries), default=0.0) or 1.0,
+    }
+
+
+def _row(data: ReportData, summary: ComponentSummary, writer: ReportWriter, columns: Mapping[str, Any]) -> str:
+    """A component's row in the table; its thumbnails go beside the page where there are many rows."""
+    j = summary.j
+    strip = data.gallery.thumbs(summary.top[:THUMBS])
+    address = None
+    if strip is not None:
+        if writer.folder and len(data.summaries) > ROWS:
+            address = writer.add_picture(f"thumb-{j}.webp", strip)
+        elif writer.room_inline(f"thumb-{j}", 4 * len(strip) // 3, THUMBS_SHARE):
+            address = uri_of(strip, "webp")
+    context = {
+        "s": summary,
+        "heading": data.headings[j],
+        "thumbs": address,
+        "quote": data.gallery.quote(summary.top[0]) if summary.top else "",
+        "stability": data.stability(j),
+        "kl_ratio": data.kl_ratio(j),
+        "strategy": data.strategy(j),
+        "profile": profile(summary, data.names),
+    }
+    return environment().get_template("row.html.j2").render(c=context, has=columns)
+
+
+def _overview(data: ReportData, writer: ReportWriter, title: str, columns: Mapping[str, Any], rows: list[str]) -> str:
+    components, summaries, trust = data.components, data.summaries, data.extras.trust
+    labels, predictions = np.asarray(components.labels), known_predictions(components)
+    known = (labels >= 0) & (predictions >= 0)
+    code, digest = script()
+    fit = (
+        loss_curve(components.loss_curve),
+        "The fit: squared error left, as a share of the Fishers’ squared norm.",
+    )
+    selection = (
+        held_out_curve(trust.held_out, trust.train, trust.chosen, len(summaries)),
+        "How many components: the loss on what was held out, and on what was decomposed.",
+    )
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            version=version("npeff"),
+            style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+            script=code,
+            script_digest=digest,
+            parts=writer.parts,
+            n_examples=len(labels),
+            n_components=len(summaries),
+            n_parameters=components.parameters.n_parameters,
+            kind={"low_rank": "low-rank", "diagonal": "diagonal"}.get(components.kind, components.kind),
+            loss=float(components.loss),
+            accuracy=float((labels == predictions)[known].mean()) if known.any() else None,
+            n_zero=int(np.sum(components.zero)),
+            n_below_null=sum(map(data.below_null, summaries)) if trust.null_threshold is not None else None,
+            left_out=_left_out(writer),
+            n_unknown=len(components.not_recovered),
+            kept_as="sketches" if components.compression == "sketch" else "inner products alone",
+            figures=[fit, selection],
+            sizes=size_bars(summaries),
+            has=columns,
+            rows=[Markup(row) for row in rows],
+            pages=[Markup(html) for _, html in writer.pages],
+            complete=writer.complete,
+            inline=[(name, Markup(content)) for name, content in writer.inline.items()],
+            data=Markup(script_json(_script_data(data, writer))),
+            moved_groups=_moved_groups(data),
+            provenance=_flatten(components.provenance),
+        )
+    )
+
+
+def _left_out(writer: ReportWriter) -> str:
+    missing = [
+        f"{number(n)} of {number(n + writer.added[kind])} {PART_KINDS[kind]}"
+        if kind not in ("examples", "pictures")
+        else f"{PART_KINDS[kind]} ({percent(n / (n + writer.added[kind]))} of them)"
+        for kind, n in writer.left_out.items()
+        if kind in PART_KINDS
+    ]
+    if not missing:
+        return ""
+    return (
+        f"Left out, for this report may take no more than {size_of(writer.limit)}: {', '.join(missing)}. "
+        + ("A larger size_limit" if writer.folder else "A folder, or a larger size_limit,")
+        + " holds everything."
+    )
+
+
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Provenance as lines ``(path, text)``."""
+    if isinstance(value, Mapping) and value:
+        return [
+            line for key, item in value.items() for line in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return [(prefix, text if len(text) <= 400 else text[:400] + " …")] if prefix else []
+
+
+# ---- what the script needs ----------------------------------------------------------------------------------
+
+
+def _script_data(data: ReportData, writer: ReportWriter) -> dict[str, Any]:
+    """What the script needs from the start: a line per component."""
+    components = data.components
+    n_classes = max(int(components.logits.shape[1]), int(np.max(components.labels, initial=-1)) + 1)
+    branches = [data.branches[group] for group in sorted(data.branches)]
+    return {
+        "columns": COLUMNS,
+        "rows": [_line(data, s) for s in data.summaries],
+        "groups": [{"heading": data.node_heading(b), "address": b.address} for b in branches],
+        "classes": [data.names[c] for c in range(n_classes)],
+        "parts": writer.parts,
+        "absent": sorted(writer.absent),
+        "limit": size_of(writer.limit),
+        "rows_per_part": ROWS if writer.folder else max(ROWS, len(data.summaries)),
+        "examples_per_part": PER_PART,
+        "n_examples": len(components.ids),
+        "first_id": _first_id(np.asarray(components.ids)),
+        "has_labels": bool((np.asarray(components.labels) >= 0).any()),
+        "pictures": len(data.gallery) > 0,
+    }
+
+
+def _line(data: ReportData, s: ComponentSummary) -> list[Any]:
+    """A component's values in the order of ``COLUMNS``."""
+    values = (s.purity, s.accuracy, data.stability(s.j), data.kl_ratio(s.j))
+    place = (round(float(value), 3) for value in data.places[s.j])
+    head = [s.j, data.headings[s.j], short(s.share), s.n_active, *map(short, values)]
+    return [*head, data.leaves[s.j].group, s.leading_class, *place]
+
+
+def _tree_line(data: ReportData, node: StrategyNode) -> list[Any]:
+    j = node.components[0] if node.leaf else -1
+    head = [node.parent, node.children, len(node.components), short(node.share), short(node.distance)]
+    return [*head, data.node_heading(node), j, node.group]
+
+
+def _first_id(ids: Any) -> int | None:
+    """The first position, where the others follow it without a gap; None otherwise."""
+    return int(ids[0]) if len(ids) and np.array_equal(ids, np.arange(len(ids)) + ids[0]) else None
+
+
+def _example_records(data: ReportData) -> Iterator[tuple[int, list[list[Any]]]]:
+    """Yield ``(number of the part, records)``.
+
+    A record is ``[position, label, prediction, confidence, explained share, number of components with a coefficient,
+    [[component, coefficient], …], [[component, what is drawn], …]]``, None for what is unknown; the last is there
+    where something is drawn.
+    """
+    components = data.components
+    W, labels, predictions = components.coefficients, np.asarray(components.labels), known_predictions(components)
+    drawn: dict[int, list[list[Any]]] = {}
+    for j, items in data.attributions.items():
+        for top, what in items:
+            drawn.setdefault(top.index, []).append([j, what])
+    for start in range(0, len(W), PER_PART):
+        w, logits = W[start : start + PER_PART], components.logits[start : start + PER_PART]
+        order = np.argsort(-w, axis=1, kind="stable")[:, :LISTED]
+        counts, sums = (w > 0).sum(1), w.sum(1, dtype=np.float64)
+        confidence = softmax(logits.astype(np.float64), axis=1).max(1) if logits.shape[1] > 1 else [None] * len(w)
+        records = []
+        for k in range(len(w)):
+            i = start + k
+            record = [
+                int(components.ids[i]),
+                int(labels[i]),
+                int(predictions[i]),
+                short(confidence[k]),
+                None if data.explained is None else short(data.explained[i]),
+                int(counts[k]),
+                [[int(j), short(w[k, j])] for j in order[k] if w[k, j] > LEAST * sums[k]],
+            ]
+            records.append([*record, drawn[i]] if i in drawn else record)
+        yield start // PER_PART, records
+
+
+# ---- the other pages ----------------------------------------------------------------------------------------
+
+
+def _component_page(data: ReportData, place: int) -> str:
+    """The page of the component at that place among the summaries."""
+    summary, names = data.summaries[place], data.names
+    j, trust = summary.j, data.extras.trust
+    lists = {
+        name: [data.gallery.show(top, names) for top in items]
+        for name, items in (("shown", summary.top), ("middle", summary.middle), ("random", summary.random))
+    }
+    influences = data.extras.influences.get(j, InfluenceSummary([]))
+    known = bool(summary.block_energy)
+    vector = data.components.vector(j) if data.heads is not None and known else None
+    context = {
+        "s": summary,
+        **lists,
+        "heading": data.headings[j],
+        "tall": any(item["kind"] == "text" for item in lists["shown"]),
+        "contest": [(names[c], share) for c, share in summary.contest],
+        "classes": [(names[c], a, b) for c, a, b in summary.classes],
+        "most": max((max(a, b) for _, a, b in summary.classes), default=0) or 1,
+        "has_labels": any(a for _, a, _ in summary.classes),
+        "histogram": histogram(summary),
+        "stability": data.stability(j),
+        "explained": data.explained_of(summary),
+        "chance": trust.null_threshold is not None and not data.below_null(summary),
+        "held_out": dict(trust.held_out).get(data.components.n_components),
+        **_moved(data, j),
+        "strategy": data.strategy(j),
+        "doubtful": data.doubts(summary),
+        "neighbours": [(i, data.headings[i], value) for i, value in closest(data.cosines, j)],
+        "together": [(i, data.headings[i], value) for i, value in closest(data.together, j)],
+        "known": known,
+        "block_map": block_map(summary.block_energy) if known else None,
+        "head_map": None if vector is None else head_map(data.components.parameters, vector, data.heads),
+        "attributions": [
+            {"j": j, "item": data.gallery.show(top, names), "drawn": what} for top, what in data.attributions.get(j, [])
+        ],
+        "influences": [_influence(data, influences, *pair) for pair in influences.pairs[:INFLUENCES]],
+        "influences_by": influences.by,
+    }
+    near = [data.summaries[p].j if 0 <= p < len(data.summaries) else None for p in (place - 1, place + 1)]
+    return environment().get_template("component.html.j2").render(c=context, previous=near[0], next=near[1])
+
+
+def _moved(data: ReportData, *components: int) -> dict[str, Any]:
+    """What is known of moving the weights along a component, or a group of components."""
+    effect, trace = data.extras.effects.get(components), data.extras.traces.get(components)
+    parts = trace.parts if trace else ()
+    return {
+        "effect": effect,
+        "curve": effect_curve(effect.magnitudes, effect.kl_top, effect.kl_baseline) if effect else Markup(""),
+        "acts": parts[:TRACED],
+        "more": len(parts[TRACED:]),
+    }
+
+
+def _moved_groups(data: ReportData) -> list[dict[str, Any]]:
+    """Groups of components that were moved along or traced, for the page of strategies."""
+    nodes = {node.components: node.address for node in data.nodes if not node.leaf}
+    return [
+        {"components": members, "address": nodes.get(members), **_moved(data, *members)}
+        for members in data.extras.groups
+    ]
+
+
+def _influence(data: ReportData, influences: InfluenceSummary, position: int, score: float) -> dict[str, Any]:
+    shown = data.training.show(TopExample(position, position, 0.0, -1, -1), data.names)
+    if shown["kind"] == "number" and position in influences.texts:
+        shown |= {"kind": "text", "start": printable(influences.texts[position]), "rest": ""}
+    return {**shown, "position": position, "score": score}
+
+
+def _strategy_page(data: ReportData, node: StrategyNode) -> str:
+    """The page of a node of the tree that is no single component."""
+    names, shares = data.names, {s.j: s.share for s in data.summaries}
+    members = sorted(node.components, key=lambda j: -shares[j])
+    predicted = sorted(enumerate(node.profile.tolist()), key=lambda item: -item[1])[:8]
+    parts = [data.nodes[i] for i in node.children]
+    template = environment().get_template("strategy.html.j2")
+    return template.render(
+        node=node,
+        heading=data.node_heading(node),
+        shown=[data.gallery.show(top, names) for top in node.top],
+        profile=[(names[c], share) for c, share in predicted if share >= 0.005],
+        parts_of=[(part.address, data.node_heading(part), part.share) for part in parts],
+        members=[(j, data.headings[j], shares[j]) for j in members[:MEMBERS]],
+        n_more=len(members[MEMBERS:]),
+    )
