@@ -137,15 +137,14 @@ def sparse(scale: float) -> Iterator[Case]:
     values = torch.randn(len(indices), generator=generator, device=DEVICE)
     dense = torch.randn(n_columns, r, generator=generator, device=DEVICE)
     nnz = len(indices)
-    out = torch.empty(n_rows, r, device=DEVICE)
     part = int(indptr[8])
     few = (indptr[:9].cpu(), indices[:part].cpu(), values[:part].cpu())
-    cuda.spmm(indptr, indices, values, dense, out)
+    out = cuda.spmm(indptr, indices, values, dense)
     close("spmm", out[:8], spmm(*few[:2], few[2].double(), dense.double().cpu()), 1e-5)
     touched = min(nnz, n_columns) * 4 * r
     yield Case(
         f"spmm, {n_rows:,} × {n_columns:,}, {nnz:,} entries, r = {r}",
-        lambda: cuda.spmm(indptr, indices, values, dense, out),
+        lambda: cuda.spmm(indptr, indices, values, dense),
         8 * nnz + touched + 4 * out.numel(),
         2.0 * nnz * r,
     )
@@ -183,26 +182,23 @@ def solver(scale: float) -> Iterator[Case]:
     gram = (g @ g.T).square()
     c = torch.rand(n, r, device=DEVICE)
     w = torch.zeros_like(c)
-    workspace, status = cuda.nnls_workspace(c), torch.empty(2, dtype=torch.int64, device=DEVICE)
 
     def descend() -> None:
         w.zero_()
-        cuda.nnls_(gram, c, w, max_sweeps=sweeps, tol=0.0, workspace=workspace, status=status)
+        cuda.nnls_(gram, c, w, max_sweeps=sweeps, tol=0.0)
 
     descend()
     close("nnls", w[:64], nnls(gram.cpu(), c[:64].cpu(), max_sweeps=sweeps, tol=0.0).w, 1e-4)
     yield Case(f"nnls, n = {n:,}, r = {r}, {sweeps} sweeps", descend, 12 * w.numel(), 2.0 * n * r * r * sweeps)
     offsets = torch.arange(0, 3 * 40 * n + 1, 3, device=DEVICE)
     p, weights = torch.randn(3 * 40 * n, r, device=DEVICE), torch.rand(40 * n, r, device=DEVICE)
-    sums, products = torch.empty_like(weights), torch.empty_like(p)
-    cuda.cross(p, offsets, sums)
+    sums, products = cuda.cross(p, offsets), cuda.spread_multiply(weights, p, offsets)
     close("cross", sums[:9], cross(p[:27].cpu(), offsets[:10].cpu()), 1e-6)
-    cuda.spread_multiply(weights, p, offsets, products)
     close("spread", products[:27], spread_multiply(weights[:9].cpu(), p[:27].cpu(), offsets[:10].cpu()), 1e-6)
-    yield Case(f"cross, {len(p):,} rows, r = {r}", lambda: cuda.cross(p, offsets, sums), 4 * (p.numel() + sums.numel()))
+    yield Case(f"cross, {len(p):,} rows, r = {r}", lambda: cuda.cross(p, offsets), 4 * (p.numel() + sums.numel()))
     yield Case(
         f"W∘P, {len(p):,} rows, r = {r}",
-        lambda: cuda.spread_multiply(weights, p, offsets, products),
+        lambda: cuda.spread_multiply(weights, p, offsets),
         4 * (2 * p.numel() + weights.numel()),
     )
 

@@ -79,7 +79,7 @@ figures() { "$python" benchmarks/cuda_kernels.py --scale "$scale" --out "$out/$1
 export -f figures
 part build 50 bash -c build
 part tests 100 bash -c gpu_tests
-part kernels 60 bash -c "figures kernels --parts kernels --rounds 8 --profile"
+part kernels 60 bash -c "figures kernels --parts kernels --rounds 5 --profile"
 part memcheck 40 bash -c "sanitizer memcheck"
 part racecheck 40 bash -c "sanitizer racecheck"
 part fishers 60 bash -c "figures fishers --parts fishers --profile"

@@ -1,7 +1,9 @@
-"""The blocks of the CUDA kernels as a module for the processor, compiled when a test first asks for one.
+"""The CUDA kernels on arrays of the processor, compiled as a module when a test first asks for it.
 
-``blocks.Selectors``, ``blocks.spmm``, …: see tests/native/blocks.cpp. Installed packages do not hold them. The compiler
-is ``CXX``, or else ``c++``, ``g++`` or ``clang++``; where there is none the test is skipped.
+The module has the functions of ``npeff._cuda`` (tests/native/emulated_cuda.cpp): the same bindings and the same blocks
+of threads, run one thread after the other in an order that the ``stream`` argument seeds. The functions defined here
+make plans and workspaces for them. The compiler is ``CXX``, or else ``c++``, ``g++`` or ``clang++``; where there
+is none the test is skipped.
 """
 
 from __future__ import annotations
@@ -20,18 +22,99 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-NAME = "npeff_test_blocks"
+from npeff.kernels.cuda import ALL_FINITE
+
+NAME = "npeff_emulated_cuda"
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
-SOURCES = (
-    HERE / "native" / "blocks.cpp",
-    HERE / "native" / "blocks_solver.cpp",
-    CSRC / "bindings" / "tensor_view.cpp",
-    CSRC / "cpu" / "csr_check.cpp",
-    CSRC / "cpu" / "parallel.cpp",
-)
+SOURCES = (HERE / "native" / "emulated_cuda.cpp", CSRC / "common" / "tensor_view.cpp")
+
+
+class Selectors:
+    """Running selections of the k largest |value|, in memory of the processor."""
+
+    def __init__(self, n: int, k: int, keep_zeros: bool, seed: int) -> None:
+        self.seed = seed
+        self.memory = torch.empty(module().topk_bytes(n, k), dtype=torch.uint8)
+        self.selectors = (self.memory, n, k, keep_zeros)
+        module().topk_reset(*self.selectors, seed)
+
+    def push(self, block: Any, bases: np.ndarray, targets: np.ndarray) -> None:
+        """Take in the rows of a block."""
+        order, starts = by_target(targets, np.zeros_like(bases), self.selectors[1])
+        scratch = np.empty(len(bases), np.int64)
+        module().topk_push(*self.selectors, block, targets, bases, order, starts, scratch, self.seed)
+
+    def finish(self, counts: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
+        """Fill the selections; the selectors are empty afterwards."""
+        module().topk_finish(*self.selectors, counts, indices, values, self.seed)
+
+    def status(self) -> tuple[int, int]:
+        """Row and flat index of the first non-finite value, or row −1."""
+        row, index = self.memory[:16].view(torch.int64).tolist()
+        return row, index
+
+    def held(self, selector: int) -> int:
+        """Candidates that a selector holds: the first number of its state of 64 bytes, behind the status."""
+        return int(self.memory[16 + 64 * selector :][:8].view(torch.int64))
+
+
+def by_target(targets: np.ndarray, bases: np.ndarray, n_targets: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows by target and base, and where each target's begin."""
+    order = np.lexsort((bases, targets))
+    return order, np.searchsorted(targets[order], np.arange(n_targets + 1)).astype(np.int64)
+
+
+def space(entries: int, dtype: type = np.float32) -> np.ndarray:
+    """A workspace that holds nothing."""
+    return np.full(entries, np.nan, dtype)
+
+
+def dtype_of(block: Any) -> str:
+    """Name of an array's dtype."""
+    return str(block.dtype).removeprefix("torch.")
+
+
+def sketch_rows(d: int, copies: int, map_seed: int, block: Any, bases: np.ndarray, targets: np.ndarray,
+                sums: np.ndarray, seed: int) -> None:  # fmt: skip
+    """Add the sketches of rows by the flat map."""
+    order, starts = by_target(targets, bases, len(sums))
+    workspace = space(module().sketch_workspace(0, dtype_of(block), d, copies, *block.shape))
+    module().sketch_rows(d, copies, map_seed, block, bases, order, starts, workspace, sums, seed)
+
+
+def sketch_matrix(d: int, weight: float, block: Any, row_places: Any, column_places: Any, first: np.ndarray,
+                  targets: np.ndarray, sums: np.ndarray, seed: int) -> None:  # fmt: skip
+    """Add the sketches of rows of a matrix by the two-sided map."""
+    order, starts = by_target(targets, first, len(sums))
+    workspace = space(module().sketch_matrix_workspace(0, dtype_of(block), d, *block.shape))
+    places = (row_places, column_places)
+    module().sketch_matrix(d, weight, block, *places, first, order, starts, workspace, sums, seed)
+
+
+def sketch_finish(sums: np.ndarray, scale: float, out: np.ndarray, seed: int) -> int:
+    """The first row that is not finite, or −1."""
+    bad = np.full(1, ALL_FINITE)
+    module().sketch_finish(sums, scale, out, bad, seed)
+    return -1 if bad[0] == ALL_FINITE else int(bad[0])
+
+
+def gram(indptr: Any, indices: Any, values: Any, n_columns: int, k: np.ndarray, seed: int) -> None:
+    """Add A·Aᵀ to k, both triangles."""
+    module().gram_panel(indptr, indices, values, n_columns, k, seed)
+    module().mirror(k, seed)
+
+
+def nnls(gram: np.ndarray, cross: np.ndarray, w: np.ndarray, kkt: np.ndarray, max_sweeps: int, tol: float,
+         seed: int) -> tuple[int, int]:  # fmt: skip
+    """The first row that is not finite (or −1), and the sweeps made."""
+    workspace, status = space(module().nnls_workspace(0, *cross.shape), cross.dtype.type), np.full(2, -7)
+    module().nnls(gram, cross, w, kkt, max_sweeps, tol, workspace, status, seed)
+    return -1 if status[0] == ALL_FINITE else int(status[0]), int(status[1])
 
 
 def __getattr__(name: str) -> Any:
@@ -59,29 +142,27 @@ def compiler() -> list[str]:
         return shlex.split(os.environ["CXX"])
     found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     if found is None:
-        pytest.skip("the CUDA kernels' blocks are compiled for the processor, and there is no C++ compiler here")
+        pytest.skip("the emulated CUDA kernels are compiled for the processor, and there is no C++ compiler here")
     return [found]
 
 
 def _folder() -> Path:
     digest = hashlib.sha256(sys.version.encode())
-    for path in sorted([*SOURCES, HERE / "native" / "blocks.h", *CSRC.rglob("*.h")]):
+    for path in sorted([*SOURCES, HERE / "native" / "emulated_blocks.h", *CSRC.rglob("*.h")]):
         digest.update(path.name.encode() + path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"npeff-test-blocks-{os.getuid()}-{digest.hexdigest()[:16]}"
+    folder = Path(tempfile.gettempdir()) / f"npeff-emulated-cuda-{os.getuid()}-{digest.hexdigest()[:16]}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():  # somebody else's: nothing of it is loaded
+    if folder.stat().st_uid != os.getuid():  # of another user: nothing in it is loaded
         return Path(tempfile.mkdtemp())
     return folder
 
 
 def _compile(path: Path) -> None:
-    pybind11 = pytest.importorskip("pybind11", reason="the CUDA kernels' blocks are compiled with pybind11's headers")
+    pybind11 = pytest.importorskip("pybind11", reason="the emulated CUDA kernels are compiled with pybind11's headers")
     includes = [
         sysconfig.get_path("include"),
         pybind11.get_include(),
-        CSRC / "include",
-        CSRC / "bindings",
-        CSRC / "cpu",
+        CSRC,
     ]
     command = [
         *compiler(),

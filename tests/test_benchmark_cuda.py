@@ -14,8 +14,8 @@ import scipy.sparse
 import torch
 
 import npeff
+from emulated_device import emulated
 from npeff.fishers.scaling import scale
-from played_device import played
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def test_kernels_are_checked_and_timed(benchmark: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "DEVICE", CPU)
     monkeypatch.setattr(module, "ceilings", lambda rounds: (1e12, 1e12))
     monkeypatch.setattr(module, "milliseconds", lambda run, rounds: [float(run() is None) + 1] * 3)
-    with played(monkeypatch):
+    with emulated(monkeypatch):
         table = module.kernels_table(0.0007, 1, list(module.FAMILIES), False)
         assert sum(line.endswith("% |") for line in table) == 13 and "FAILED" not in str(table)
         monkeypatch.setattr(module, "nnls", lambda *args, **options: 1 / 0)
@@ -89,7 +89,7 @@ def test_tables(benchmark: Any, tmp_path: Path) -> None:
 def test_fishers_lines(benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     module = benchmark("cuda_fishers")
-    with played(monkeypatch):
+    with emulated(monkeypatch):
         table = list(module.fishers_lines(CPU, tmp_path, 0.01, 1, size=3, length=4))
     assert "FAILED" not in str(table)
     for side in ("plain backward passes |", "TopK(65 536) |", 'form="kronecker") |'):
@@ -103,7 +103,7 @@ def test_language_lines(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None
     module = benchmark("cuda_fishers")
     monkeypatch.setattr(module, "bergson_absence", lambda: "")
     monkeypatch.setattr(module, "bergson_side", lambda *args: lambda: 1 / 0)
-    with played(monkeypatch):
+    with emulated(monkeypatch):
         table = list(module.language_lines(CPU, 0.01, 1, 3, 2, 4, npeff.Sketch(256, form="kronecker")))
     assert sum("compute_fishers, Sketch(256" in line and "FAILED" not in line for line in table) == 4
     assert sum("one plain backward pass" in line and "| 1.00 |" in line for line in table) == 2

@@ -33,24 +33,10 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
 endif()
 enable_language(CUDA)
 
-pybind11_add_module(_cuda
-  bindings/cuda_module.cpp
-  bindings/cuda_bind_device.cpp
-  bindings/cuda_bind_sketch.cpp
-  bindings/cuda_bind_solver.cpp
-  bindings/cuda_bind_sparse.cpp
-  bindings/cuda_bind_topk.cpp
-  bindings/tensor_view.cpp
-  cuda/device.cu
-  cuda/fisher_norms.cu
-  cuda/nnls.cu
-  cuda/segments.cu
-  cuda/sketch.cu
-  cuda/sparse_gram.cu
-  cuda/spmm.cu
-  cuda/topk.cu)
+file(GLOB NPEFF_CUDA_SOURCES CONFIGURE_DEPENDS */*.cu)
+pybind11_add_module(_cuda common/cuda_module.cpp common/tensor_view.cpp ${NPEFF_CUDA_SOURCES})
 set_target_properties(_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden)
-target_include_directories(_cuda PRIVATE include)
+target_include_directories(_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
 target_link_libraries(_cuda PRIVATE Threads::Threads)
 install(TARGETS _cuda LIBRARY DESTINATION npeff)

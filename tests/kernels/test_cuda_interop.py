@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.sparse
 import torch
 
 from npeff.errors import ArgumentError
 from npeff.kernels import NnlsResult, nnls, spmm, topk
+from npeff.kernels.arrays import accepts_cupy, is_cupy
 from npeff.kernels.cuda import Checked
 from npeff.kernels.cuda_topk import plan_rows
-from npeff.kernels.interop import accepts_cupy, csr_arrays, csr_matrix, is_cupy
 from sparse_cases import skewed, to_scipy
 
 
@@ -41,7 +40,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = ModuleType("cupy")
     module.from_dlpack = lambda tensor: FakeArray(tensor.numpy())
     monkeypatch.setitem(sys.modules, "cupy", module)
-    monkeypatch.setattr("npeff.kernels.interop._stream_of", lambda x: nullcontext())
+    monkeypatch.setattr("npeff.kernels.arrays._stream_of", lambda x: nullcontext())
 
 
 def test_in_and_out(cupy: None) -> None:
@@ -71,22 +70,6 @@ def test_without_cuda_in_torch_it_says_what_to_install(monkeypatch: pytest.Monke
 def test_others_pass_untouched() -> None:
     assert accepts_cupy(lambda *x: x)(1, "a", None) == (1, "a", None)
     assert not is_cupy(np.ones(3)) and not is_cupy(torch.ones(3))
-
-
-def test_csr_matrices() -> None:
-    csr = skewed(20, 30)
-    matrix = scipy.sparse.csr_matrix((csr[2], csr[1], csr[0]), shape=(20, 30))
-    indptr, indices, values = csr_arrays(matrix)
-    assert indptr.dtype == np.int64 and values is matrix.data
-    np.testing.assert_array_equal(indices, csr[1])
-    shuffled = matrix[:, np.random.default_rng(0).permutation(30)]
-    back = csr_matrix(*csr_arrays(shuffled), 30)
-    np.testing.assert_array_equal(back.toarray(), shuffled.toarray())
-    assert back.has_sorted_indices
-    tensors = csr_matrix(*(torch.from_numpy(a) for a in csr), 30)
-    np.testing.assert_array_equal(tensors.toarray(), matrix.toarray())
-    with pytest.raises(ArgumentError, match="expected a CSR matrix"):
-        csr_arrays(matrix.tocsc())
 
 
 def test_plan_of_rows() -> None:

@@ -1,4 +1,4 @@
-"""The way from a model on a device to stored Fishers, played on the processor; see played_device."""
+"""The way from a model on a device to stored Fishers, emulated on the processor; see emulated_device."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import nn
 
 import npeff
 from device_cases import Words, same
+from emulated_device import EmulatedCuda, emulated
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.kernels import NonFiniteError, StreamingSketch, StreamingTopK, sketch, sketch_csr, topk
 from npeff.kernels.cuda_sketch import hadamard
-from played_device import PlayedCuda, played
 from sparse_cases import skewed
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A device that is the processor."""
-    with played(monkeypatch) as module:
+    with emulated(monkeypatch) as module:
         yield module
 
 
@@ -50,14 +50,14 @@ def test_fishers(
     options: dict[str, Any] = {"kind": kind, "compress": compress, "progress": False}
     here = npeff.compute_fishers(model, data, **options)
     monkeypatch.setattr("npeff.gradients.tiles.TILE_ELEMENTS", 90)  # matrices come in several blocks
-    with played(monkeypatch) as module:
+    with emulated(monkeypatch) as module:
         there = npeff.compute_fishers(model, data, **options, out=tmp_path / "f.h5")
     same(here, there, 2e-6)
     used = {"topk_push": isinstance(compress, npeff.TopK), "sketch_rows": isinstance(compress, npeff.Sketch)}
     assert {name: name in module.calls for name in used} == used
 
 
-def test_two_sided_sketches_of_factors_and_of_products(device: PlayedCuda) -> None:
+def test_two_sided_sketches_of_factors_and_of_products(device: EmulatedCuda) -> None:
     """Both ways to the same sketch, as on the processor."""
     generator = torch.Generator().manual_seed(0)
     delta, inputs = torch.randn(2, 5, 3, 24, generator=generator), torch.randn(2, 5, 20, generator=generator)
@@ -90,7 +90,7 @@ def test_walsh_hadamard(d: int) -> None:
     torch.testing.assert_close(hadamard(hadamard(x)), d * x)
 
 
-def test_streams_by_blocks(device: PlayedCuda) -> None:
+def test_streams_by_blocks(device: EmulatedCuda) -> None:
     """Bases as arrays and as tensors; 16-bit values; selectors that are used again."""
     x = torch.round(torch.randn(4, 5000, generator=torch.Generator().manual_seed(0)), decimals=2)
     rows = np.array([1, 0, 1, 0])
@@ -113,7 +113,7 @@ def test_streams_by_blocks(device: PlayedCuda) -> None:
         sketched.push(x[:2].numpy())
 
 
-def test_functions_of_tensors(device: PlayedCuda) -> None:
+def test_functions_of_tensors(device: EmulatedCuda) -> None:
     x = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(topk(x, 9)[1], torch.from_numpy(topk(x.numpy(), 9)[1]))
     np.testing.assert_allclose(sketch(x, 64, 3, 100), sketch(x.numpy(), 64, 3, 100), atol=1e-4)
@@ -145,7 +145,7 @@ class Explodes(nn.Module):
 @pytest.mark.parametrize("where", [2, 9, 11])
 @pytest.mark.filterwarnings("ignore:Sketch")  # longer than the rows
 def test_a_gradient_that_is_not_finite_is_named_later(
-    device: PlayedCuda, tmp_path: Path, compress: Any, where: int
+    device: EmulatedCuda, tmp_path: Path, compress: Any, where: int
 ) -> None:
     x = torch.rand(12, 3, generator=torch.Generator().manual_seed(0)) + 1
     x[where] = 0
@@ -157,7 +157,7 @@ def test_a_gradient_that_is_not_finite_is_named_later(
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # of the norm
-def test_norms_beyond_float32_are_refused(device: PlayedCuda) -> None:
+def test_norms_beyond_float32_are_refused(device: EmulatedCuda) -> None:
     """Finite gradients of 1e25: their Fisher has a norm of 1e50, by which the example would be scaled to nothing."""
     model = nn.Linear(3, 2)
     x = torch.full((5, 3), 1e25)
@@ -168,7 +168,7 @@ def test_norms_beyond_float32_are_refused(device: PlayedCuda) -> None:
 
 
 def test_the_writers_error_comes_back_and_the_work_is_resumed(
-    device: PlayedCuda, monkeypatch: pytest.MonkeyPatch, model: Words, data: list[torch.Tensor], tmp_path: Path
+    device: EmulatedCuda, monkeypatch: pytest.MonkeyPatch, model: Words, data: list[torch.Tensor], tmp_path: Path
 ) -> None:
     from npeff.errors import StorageError
     from npeff.fishers.shards import FisherWriter
@@ -192,7 +192,7 @@ def test_the_writers_error_comes_back_and_the_work_is_resumed(
 
 
 def test_a_model_that_changes_is_noticed_by_the_writers_thread(
-    device: PlayedCuda, monkeypatch: pytest.MonkeyPatch, data: list[torch.Tensor], tmp_path: Path
+    device: EmulatedCuda, monkeypatch: pytest.MonkeyPatch, data: list[torch.Tensor], tmp_path: Path
 ) -> None:
     from npeff.fishers.shards import FisherWriter
 

@@ -1,4 +1,4 @@
-"""The blocks of the CUDA sketch, played on the processor, against the processor's own kernel."""
+"""The blocks of the CUDA sketch, emulated on the processor, against the processor's own kernel."""
 
 from __future__ import annotations
 

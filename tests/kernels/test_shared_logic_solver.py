@@ -1,4 +1,4 @@
-"""Decompositions on a device, whose kernels are played on the processor; rows that come to it by stretches."""
+"""Decompositions on a device, whose kernels are emulated on the processor; rows that come to it by stretches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import npeff
+from emulated_device import emulated
 from npeff.decomposition.space_choice import choose_space
 from npeff.errors import ArgumentError
 from npeff.fishers.rows import ENTRY_BYTES, DenseRows, SparseRows
@@ -18,7 +19,6 @@ from npeff.fishers.streamed_rows import StreamedRows, ahead, device_combine, dev
 from npeff.kernels import csr_transpose, sparse_gram, spmm
 from npeff.kernels.sparse_gram import add_gram_, mirror_
 from planted import planted
-from played_device import played
 from sparse_cases import skewed
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_split_of_dense_and_sparse_columns(monkeypatch: pytest.MonkeyPatch) -> N
     """What the device's Gram matrix is put together from; it is added to what is there."""
     csr = skewed(90, 500)
     tensors = [torch.from_numpy(x) for x in csr]
-    with played(monkeypatch) as module:
+    with emulated(monkeypatch) as module:
         for dense_bytes in (1 << 30, 1):
             k = torch.zeros(90, 90)
             for _ in range(2):
@@ -62,7 +62,7 @@ def test_stretches_of_columns(monkeypatch: pytest.MonkeyPatch, form: str, dtype:
     S = torch.randn(70, 4, generator=generator, dtype=dtype)
     K, P, C = rows.row_gram(dtype), rows.project(G), rows.combine(S)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
-    with played(monkeypatch):
+    with emulated(monkeypatch):
         near = {"rtol": tolerance, "atol": tolerance}
         torch.testing.assert_close(device_gram(rows, dtype, CPU, room), K, **near)
         torch.testing.assert_close(device_project(rows, G, CPU, room), P, **near)
@@ -112,7 +112,7 @@ def test_decompositions(monkeypatch: pytest.MonkeyPatch, space: Any, form: str) 
         fishers = npeff.Fishers(**{**vars(fishers), "rows": rows})
     options: dict[str, Any] = {"n_components": 4, "space": space, "progress": False}
     here = npeff.decompose(fishers, **options)
-    with played(monkeypatch) as module:
+    with emulated(monkeypatch) as module:
         there = npeff.decompose(fishers, **options)
         more = npeff.expand(there, fishers, 1, space=space, progress=False)
     assert there.loss == pytest.approx(here.loss, abs=1e-4)
@@ -127,7 +127,7 @@ def test_rows_beyond_the_devices_memory_are_streamed(monkeypatch: pytest.MonkeyP
     n, m = 3000, 20_000
     rows = SparseRows(np.arange(0, n * 100 + 1, 100), np.tile(np.arange(100, dtype=np.int32), n), np.ones(n * 100), m)
     large = DenseRows(np.zeros((n, m), np.float32))
-    with played(monkeypatch, memory=64 << 20):
+    with emulated(monkeypatch, memory=64 << 20):
         found = choose_space(large, n, "rows", 4, device=CPU)
         assert found.space == "streamed" and found.stream and "streamed" in found.reason
         assert found.part_bytes < 64 << 20
@@ -135,7 +135,7 @@ def test_rows_beyond_the_devices_memory_are_streamed(monkeypatch: pytest.MonkeyP
         assert gram.space == "gram" and not gram.stream
         with pytest.raises(ArgumentError, match="memory: "):
             choose_space(rows, n, "gram", 4, memory=1 << 20, device=CPU)
-    with played(monkeypatch, memory=1 << 33):
+    with emulated(monkeypatch, memory=1 << 33):
         found = choose_space(large, n, "rows", 4, device=CPU)
         assert found.space == "rows" and found.part_bytes == 1 << 30
 
@@ -143,7 +143,7 @@ def test_rows_beyond_the_devices_memory_are_streamed(monkeypatch: pytest.MonkeyP
 def test_what_a_space_brings_to_a_device_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Indices are checked on the host, before they go; a transpose is sound by construction."""
     rows = rows_of("sparse")
-    with played(monkeypatch) as module:
+    with emulated(monkeypatch) as module:
         csr = rows.tensors()
         bad = SparseRows(rows.indptr, rows.indices + 250, rows.values, 300)
         with pytest.raises(ArgumentError, match="indices: expected"):

@@ -21,7 +21,7 @@ from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.fishers.factors import Factors
 from npeff.fishers.options import FisherOptions, Sketch, sketch_of
 from npeff.fishers.passes import Run
-from npeff.gradients.independence import differ
+from npeff.gradients.eligibility import differ
 from npeff.gradients.selection import placed, select_parameters
 from npeff.kernels import StreamingSketch
 from npeff.models.digests import model_digest

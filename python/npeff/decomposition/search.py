@@ -28,7 +28,7 @@ from npeff.decomposition.options import DecomposeOptions, Progress
 from npeff.decomposition.problem import Problem
 from npeff.decomposition.spaces import GramSpace
 from npeff.decomposition.subspace import RestrictedObjective, find_subspace, most_dimensions
-from npeff.kernels.threads import threads_for
+from npeff.kernels.dispatch import threads_for
 from npeff.models.memory import return_freed_memory
 
 WINDOW = 5

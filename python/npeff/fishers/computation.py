@@ -25,7 +25,7 @@ from npeff.fishers.passes import Run
 from npeff.fishers.pipeline import BatchPipeline
 from npeff.fishers.rows import Kind
 from npeff.fishers.shards import FisherWriter
-from npeff.gradients.independence import differ
+from npeff.gradients.eligibility import differ
 from npeff.gradients.selection import placed, select_parameters
 from npeff.models.digests import ModelWatch
 from npeff.storage.files import check_target

@@ -100,6 +100,7 @@ class LayerGram:
             start = block.starts - self.parameter.offset
             self._whole[block.examples, :, start : start + width] = values[:, :, 0]
             return
+        assert isinstance(block.starts, Tensor), "small parameters were not to be gathered"
         starts = (block.starts.cpu() - self.parameter.offset)[:, None, :, None] + torch.arange(width)
         rows = torch.arange(block.examples.start, block.examples.stop)[:, None] * r + torch.arange(r)
         entries = values != 0

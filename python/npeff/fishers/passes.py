@@ -61,12 +61,14 @@ class Pass:
         self,
         paired: Callable[[Parameter, list[Rule]], bool] | None = None,
         among: Iterable[str] | None = None,
+        gathered: bool = False,
     ) -> Iterator[Block | Pairs]:
         """Run the backward passes; yield the per-example gradients, Σ of their squares for diagonal Fishers.
 
         Args:
             paired: Decides for which parameters the factors are yielded in place of their products.
             among: The parameters wanted; None: all.
+            gathered: Small neighbouring parameters may come in one block.
         """
         assert self.prepared is not None, "per-example gradients were asked for"
         if among is not None:
@@ -80,6 +82,7 @@ class Pass:
             squared=options.kind == "diagonal",
             paired=paired,
             last_first=isinstance(options.compress, TopK),
+            gathered=gathered,
         )
 
     def stored_labels(self) -> Ids:

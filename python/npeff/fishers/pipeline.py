@@ -20,6 +20,7 @@ from npeff.fishers.passes import Ids, Run
 from npeff.fishers.shards import FisherWriter
 from npeff.fishers.sinks import DenseSink, Sink, SketchSink
 from npeff.fishers.topk_sink import TopKSink
+from npeff.kernels import NonFiniteError
 from npeff.kernels.transfers import InOrder
 from npeff.models import devices
 from npeff.models.digests import ModelWatch
@@ -57,7 +58,7 @@ class PendingBatch:
         with run.engine.recording():
             for one in run.passes(batch, ids):
                 sink = sink_for(run.parameters, one.factors, one.ids, run.options, at_once)
-                for block in one.blocks(sink.paired):
+                for block in one.blocks(sink.paired, gathered=run.options.compress is not None):
                     sink.add(block)
                 self._pieces.append((*sink.finish(one.logits), one.stored_labels(), one.ids))
 
@@ -82,8 +83,9 @@ class PendingBatch:
 class BatchPipeline:
     """The order in which batches are computed, checked and written.
 
-    On a device a batch is checked when the next one has been given to it, so that the device always has work. A batch
-    with a gradient that is not finite is then computed again, to name the example and the parameter.
+    A batch is computed without a look at its gradients; one with a gradient that is not finite is computed again, to
+    name the example and the parameter. On a device a batch is checked when the next one has been given to it, so that
+    the device always has work.
 
     Args:
         run: The model and the options.
@@ -126,7 +128,10 @@ class BatchPipeline:
             ModelError: The model changed.
         """
         with self._computing:
-            pending = PendingBatch(self._run, batch, ids, at_once=not self._deferred)
+            try:
+                pending = PendingBatch(self._run, batch, ids, at_once=False)
+            except NonFiniteError:
+                pending = PendingBatch(self._run, batch, ids)
             self._watch.check()
         self._waiting.append((batch, ids, digest, pending))
         self._settle(1 if self._deferred else 0)
@@ -134,7 +139,7 @@ class BatchPipeline:
     def _settle(self, left: int) -> None:
         while len(self._waiting) > left:
             batch, ids, digest, pending = self._waiting.popleft()
-            if self._deferred and not pending.finite():
+            if not pending.finite():
                 with self._computing:
                     pending = PendingBatch(self._run, batch, ids)
             self._thread.put((pending, digest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from npeff.fishers.rows import DenseRows, Rows
 from npeff.gradients.rules import Rule
 from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import NonFiniteError, StreamingSketch
+from npeff.kernels.block_rows import BlockRows
 from npeff.kernels.transfers import HostCopy, to_host
 from npeff.models import devices
 from npeff.models.parameters import Parameter, Parameters
@@ -71,7 +73,8 @@ class Sink:
         self.scale = (self._norm_scale if squared else factors.scale).to(torch.float32)
         # A square may be 0 · ∞ where the Fisher is zero because the model is certain.
         self._certain = self._norm_scale == 0
-        self._any_certain = squared and not (at_once and not bool(self._certain.any()))
+        there = devices.has_own_memory(factors.columns.device)
+        self._any_certain = squared and (there or bool(self._certain.any()))
         shape = (self.n_examples, self.n_columns, self.n_columns)
         self._gram = torch.zeros(shape, dtype=torch.float64, device=factors.columns.device)
 
@@ -96,8 +99,7 @@ class Sink:
             block = replace(block, values=block.values.masked_fill(certain[:, None, None, None], 0.0))
         gram = block.gram
         if gram is None:
-            flat = _at_least_float32(block.values.flatten(2))
-            gram = torch.bmm(flat, flat.mT)
+            gram = _gram(_at_least_float32(block.values), block.starts)
         gram = gram.to(self._gram.device, torch.float64)
         if self._at_once and not torch.isfinite(gram).all():
             self._refuse_non_finite(block)
@@ -111,7 +113,7 @@ class Sink:
         gram = pairs.gram().to(self._gram.device, torch.float64)
         if self._at_once and not torch.isfinite(gram).all():
             return False
-        if self._squared and bool(self._certain[pairs.examples].any()):
+        if self._any_certain and bool(self._certain[pairs.examples].any()):
             return False
         self._gram[pairs.examples] += gram
         return True
@@ -148,7 +150,8 @@ class Sink:
         if not len(bad):
             return
         example, _, run, offset = (int(i) for i in bad[0])
-        start = block.starts if isinstance(block.starts, int) else int(block.starts[example, run])
+        starts = (block.starts,) if isinstance(block.starts, int) else block.starts
+        start = starts[run] if isinstance(starts, tuple) else int(starts[example, run])
         name, index = self.parameters.locate(start + offset)
         value = float(block.values[tuple(bad[0])])
         position = int(self._ids[block.examples.start + example])
@@ -169,6 +172,7 @@ class DenseSink(Sink):
         self._values: Array | None = None
 
     def _put(self, block: Block) -> None:
+        assert not isinstance(block.starts, tuple), "exact rows are not gathered"
         scale = self.scale[block.examples, None, None, None]
         if self._on_a_device:
             scaled = block.values.to(torch.float32) * scale  # the block's own memory is used again
@@ -227,21 +231,25 @@ class SketchSink(Sink):
 
     def _put(self, block: Block) -> None:
         b, r, runs, width = block.values.shape
-        values = block.values.reshape(-1, width)
-        example = np.arange(block.examples.start, block.examples.stop, dtype=np.int64)
-        rows = np.repeat(example[:, None] * r + np.arange(r), runs)
-        starts: Array | torch.Tensor
-        if isinstance(block.starts, int):
-            starts = np.full(b * r * runs, block.starts, np.int64)
-        else:
-            starts = block.starts[:, None, :].expand(b, r, runs).reshape(-1)
-        parameter = block.parameter
+        values, parameter, shape = block.values.reshape(-1, width), block.parameter, None
         if self._sketch.two_sided(parameter.shape):
             shape = (parameter.shape[0], parameter.shape[1])
-            first = (starts - parameter.offset) // shape[1]
-            self._sums.push_matrix(values, parameter.offset, shape, first, rows)
+        where: BlockRows | Tensor
+        rows: Array | None = None
+        if not isinstance(block.starts, Tensor):
+            starts = (block.starts,) if isinstance(block.starts, int) else block.starts
+            if shape is not None:
+                starts = tuple((start - parameter.offset) // shape[1] for start in starts)
+            where = _rows_at(starts, block.examples.start, b, r, self._sums.n_rows)
         else:
-            self._sums.push(values, starts, rows)
+            where = block.starts[:, None, :].expand(b, r, runs).reshape(-1)
+            where = where if shape is None else (where - parameter.offset) // shape[1]
+            example = np.arange(block.examples.start, block.examples.stop, dtype=np.int64)
+            rows = np.repeat(example[:, None] * r + np.arange(r), runs)
+        if shape is None:
+            self._sums.push(values, where, rows)
+        else:
+            self._sums.push_matrix(values, parameter.offset, shape, where, rows)
 
     def _put_pairs(self, pairs: Pairs) -> None:
         rows = slice(pairs.examples.start * self.n_columns, pairs.examples.stop * self.n_columns)
@@ -265,6 +273,22 @@ class SketchSink(Sink):
             return DenseRows.first_of_each(sums, counts)
 
         return arrived
+
+
+@functools.lru_cache(maxsize=2048)
+def _rows_at(starts: tuple[int, ...], first: int, b: int, r: int, n_rows: int) -> BlockRows:
+    """The rows of b examples: example by example, column by column, one for each start."""
+    rows = np.repeat(np.arange(first * r, (first + b) * r, dtype=np.int64), len(starts))
+    return BlockRows(np.tile(np.array(starts, np.int64), b * r), rows, n_rows)
+
+
+def _gram(values: Tensor, starts: Tensor | tuple[int, ...] | int) -> Tensor:
+    """Inner products of the columns ``(b, R, R)``; in float64 summed over gathered parameters."""
+    if isinstance(starts, tuple):
+        runs = values.transpose(1, 2)
+        return (runs @ runs.mT).sum(dim=1, dtype=torch.float64)
+    flat = values.flatten(2)
+    return torch.bmm(flat, flat.mT)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from npeff.batches.batches import Batch
+from npeff.gradients.eligibility import check_independence
 from npeff.gradients.engine import KEPT_BYTES, PerExampleGradients
-from npeff.gradients.independence import check_independence
 from npeff.models.memory import available_bytes
 
 _PROBED = 2

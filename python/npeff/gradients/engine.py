@@ -8,21 +8,21 @@ takes a block compresses it and forgets it, so that no (batch, rank, parameters)
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 
 from npeff.batches.batches import Batch
 from npeff.errors import ModelError
 from npeff.gradients import tiles
-from npeff.gradients.eligibility import check_eligible
+from npeff.gradients.eligibility import check_eligible, check_independence
 from npeff.gradients.fallback import Fallback, Logits, groups
 from npeff.gradients.graph import Graph, Value
-from npeff.gradients.independence import check_independence
 from npeff.gradients.passes import backward, small_products
 from npeff.gradients.rules import Found, Rule, Unsupported, find_uses
 from npeff.gradients.rules.base import Scratch
@@ -31,7 +31,26 @@ from npeff.gradients.tiles import Block, Pairs
 from npeff.models.parameters import Parameter, Parameters
 
 KEPT_BYTES = 512 << 20
+_KNOWN_GRAPHS = 64
+"""Of so many fingerprints of graphs it is remembered which rules serve them."""
 _FUSED_RECURRENT = frozenset({"MkldnnRnnLayerBackward0", "CudnnRnnBackward0", "MiopenRnnBackward0"})
+
+
+@dataclass(frozen=True)
+class KnownGraph:
+    """What holds for every batch whose graph has a certain fingerprint.
+
+    Attributes:
+        found: Per parameter, its uses with their rules and layouts.
+        form: What the checks found for graphs of its form.
+        precision: The coarsest dtype in the graph.
+        routed: The graph can move rows by the values of a tensor.
+    """
+
+    found: dict[str, list[Found]]
+    form: Form
+    precision: torch.dtype
+    routed: bool
 
 
 @dataclass
@@ -43,9 +62,8 @@ class Prepared:
         logits: ``(b, C)`` with their graph.
         rules: Per parameter, the rules of its uses.
         others: Parameters that the fallback serves.
-        unused: Parameters on which the logits do not depend.
         graph: The batch's graph.
-        form: What is known of graphs of its form.
+        known: What is known of graphs with its fingerprint.
         checked: The backward passes have to check which rows belong to which example.
     """
 
@@ -53,9 +71,8 @@ class Prepared:
     logits: Tensor
     rules: dict[str, list[Rule]]
     others: list[str]
-    unused: list[str]
     graph: Graph
-    form: Form
+    known: KnownGraph
     checked: bool
 
     def kept_bytes(self, n_columns: int) -> int:
@@ -91,6 +108,9 @@ class PerExampleGradients:
         self.precision: torch.dtype | None = None
         self._call = call
         self._decompose = False
+        self._numbers = {id(tensor): number for number, tensor in enumerate(self.tensors.values())}
+        self._graph: Graph | None = None
+        self._known: OrderedDict[tuple[int, int], KnownGraph] = OrderedDict()
         self._forms: dict[tuple[object, ...], Form] = {}
 
     @contextmanager
@@ -117,6 +137,7 @@ class PerExampleGradients:
                 ) from error
             raise
         finally:
+            self._graph = None
             for tensor, flag in before:
                 if tensor.requires_grad != flag:
                     tensor.requires_grad_(flag)
@@ -127,11 +148,15 @@ class PerExampleGradients:
         Raises:
             ModelError: Autograd recorded nothing.
         """
+        self._graph = None
         logits = self.run(batch)
-        if not self._decompose and logits.requires_grad and Graph(logits).names & _FUSED_RECURRENT:
-            # Fused recurrent kernels hide their steps; the plain ones are matrix products, which have a rule.
-            self._decompose = True
-            logits = self.run(batch)
+        if logits.requires_grad and not self._decompose:
+            graph = self._graph = Graph(logits, self._numbers)
+            if (graph.fingerprint, batch.n_examples) not in self._known and _FUSED_RECURRENT.intersection(graph.names):
+                # Fused recurrent kernels hide their steps; the plain ones are matrix products, which have a rule.
+                self._decompose, self._graph = True, None
+                del graph
+                logits = self.run(batch)
         if not logits.requires_grad:
             raise ModelError(
                 "model: the logits do not depend on any selected parameter as far as autograd can see; "
@@ -157,7 +182,45 @@ class PerExampleGradients:
         Raises:
             ModelError: Examples influence each other, or checkpoints hide parameters.
         """
-        graph = Graph(logits)
+        graph, self._graph = self._graph, None
+        if graph is None or graph.root is not logits.grad_fn:
+            graph = Graph(logits, self._numbers)
+        key = (graph.fingerprint, batch.n_examples)
+        known, checked = self._known.get(key), True
+        if known is None:
+            known, checked = self._survey(batch, logits, graph)
+            self._known[key] = known
+            if len(self._known) > _KNOWN_GRAPHS:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        self.precision = known.precision
+        checked = checked and batch.n_examples > 1 and known.form.due(graph.fingerprint, known.routed)
+        rules: dict[str, list[Rule]] = {}
+        for name, choice in known.form.layouts.items():
+            if name in self.moved:
+                continue
+            try:
+                rules[name] = [
+                    rule(use, graph.nodes, layouts[i], self.scratch)
+                    for (rule, use, layouts), i in zip(known.found[name], choice, strict=True)
+                ]
+            except Unsupported as reason:
+                self.moved[name] = str(reason)
+                continue
+            if name not in self.served:
+                self.served[name] = "+".join(dict.fromkeys(rule.name for rule in rules[name]))
+        others = [name for name in self.tensors if name in self.moved] if self.moved else []
+        return Prepared(batch, logits, rules, others, graph, known, checked)
+
+    def _survey(self, batch: Batch, logits: Tensor, graph: Graph) -> tuple[KnownGraph, bool]:
+        """Find every use of every parameter in a graph with a new fingerprint.
+
+        Returns:
+            What was found, and whether graphs of its form were seen before; otherwise this batch has been checked.
+
+        Raises:
+            ModelError: Examples influence each other, or checkpoints hide parameters.
+        """
         self.precision = graph.precision
         if "CheckpointFunctionBackward" in graph.names:
             raise ModelError(
@@ -166,40 +229,23 @@ class PerExampleGradients:
             )
         found: dict[str, list[Found]] = {}
         unused = []
-        for name, tensor in self.tensors.items():
-            edge = get_gradient_edge(tensor)
+        for number, (name, tensor) in enumerate(self.tensors.items()):
             if name in self.moved:
                 continue
-            if tensor.numel() == 0 or not graph.takers(edge):
+            if tensor.numel() == 0 or number not in graph.leaves:
                 unused.append(name)
                 continue
             try:
-                found[name] = find_uses(graph, Value(edge, tuple(tensor.shape)), batch.n_examples)
+                found[name] = find_uses(graph, Value(graph.leaves[number], 0, tuple(tensor.shape)), batch.n_examples)
             except Unsupported as reason:
                 self.moved[name] = str(reason)
         key = (graph.form, *_choices(found, batch.n_examples))
         form = self._forms.get(key)
+        seen = form is not None
         if form is None:
             check_independence(self.run, batch, logits, graph.precision)
             form = self._forms[key] = check_rules(self, batch, logits, found, unused, graph)
-            checked = False
-        else:
-            checked = batch.n_examples > 1 and form.due(graph)
-        rules: dict[str, list[Rule]] = {}
-        for name, choice in form.layouts.items():
-            if name in self.moved:
-                continue
-            try:
-                rules[name] = [
-                    rule(use, layouts[i], self.scratch)
-                    for (rule, use, layouts), i in zip(found[name], choice, strict=True)
-                ]
-            except Unsupported as reason:
-                self.moved[name] = str(reason)
-                continue
-            self.served[name] = "+".join(dict.fromkeys(rule.name for rule in rules[name]))
-        others = [name for name in self.tensors if name in self.moved]
-        return Prepared(batch, logits, rules, others, unused, graph, form, checked)
+        return KnownGraph(found, form, graph.precision, graph.routed), seen
 
     def backward(self, prepared: Prepared, columns: Tensor, whole: Container[int] = ()) -> None:
         """Run the backward passes: afterwards the rules hold what they need of δ.
@@ -218,7 +264,7 @@ class PerExampleGradients:
         every = [rule for rules in prepared.rules.values() for rule in rules]
         weights = None
         if prepared.checked:
-            weights = powers_of_two(prepared.batch.n_examples, prepared.graph.precision).to(columns.device)
+            weights = powers_of_two(prepared.batch.n_examples, prepared.known.precision).to(columns.device)
         columns = columns.to(prepared.logits.dtype)
         checked = backward(prepared.logits, columns, every, whole, small_products(every), weights)
         if weights is not None:
@@ -227,14 +273,14 @@ class PerExampleGradients:
     def _check_rows(
         self, prepared: Prepared, checked: Mapping[tuple[Node, int], tuple[Tensor, Tensor]], weights: Tensor
     ) -> None:
-        form, sizes = prepared.form, prepared.graph.sizes
+        form, sizes = prepared.known.form, prepared.graph.fingerprint
         for name, rules in list(prepared.rules.items()):
             deltas = [checked[rule.edge.node, rule.edge.output_nr] for rule in rules]
             wrong = next(
                 (
                     rule
                     for rule, delta in zip(rules, deltas, strict=True)
-                    if not rows_follow(rule, *delta, weights, prepared.graph.precision)
+                    if not rows_follow(rule, *delta, weights, prepared.known.precision)
                 ),
                 None,
             )
@@ -242,7 +288,7 @@ class PerExampleGradients:
                 if all(bool(delta.any()) for delta, _ in deltas):
                     form.undecided.discard(name)
                 continue
-            reason = misplaced(wrong.use.node.name(), wrong.use.output_shape)
+            reason = misplaced(wrong.use.operation, wrong.use.output_shape)
             if 0 < form.unchecked[sizes] < EVERY:
                 raise ModelError(
                     f"model: {reason} (parameter {name}). They were in earlier batches, so the model moves rows by "
@@ -262,6 +308,7 @@ class PerExampleGradients:
         squared: bool = False,
         paired: Callable[[Parameter, list[Rule]], bool] | None = None,
         last_first: bool = False,
+        gathered: bool = False,
     ) -> Iterator[Block | Pairs]:
         """Run the backward passes, then yield the per-example gradients.
 
@@ -271,34 +318,47 @@ class PerExampleGradients:
             squared: Yield Σ over columns of the squares instead.
             paired: Says of which parameters the factors are wanted rather than their products, where there are any.
             last_first: Begin with the last parameters.
+            gathered: Gather small parameters of one size in one block; give a large table that is used as embedding and
+                as output layer partly as runs, partly as factors, where ``paired`` says so of the output layer.
 
         Yields:
             Blocks that together cover every element of every selected parameter, except where gradients are
             zero.
         """
+        elements, n_columns = tiles.tile_elements(columns.device), columns.shape[2]
+        heads = {
+            name: tiles.head_of_tied(self.parameters.named(name), rules, n_columns, elements) if gathered else None
+            for name, rules in prepared.rules.items()
+        }
         as_factors = {
-            name: paired is not None and paired(self.parameters.named(name), rules)
+            name: paired is not None and paired(self.parameters.named(name), [head] if (head := heads[name]) else rules)
             for name, rules in prepared.rules.items()
         }
         whole = {id(rule) for name, rules in prepared.rules.items() if not as_factors[name] for rule in rules}
         self.backward(prepared, columns, whole)
         columns = columns.to(prepared.logits.dtype)
-        n, n_columns = prepared.batch.n_examples, columns.shape[2]
-        elements = tiles.tile_elements(columns.device)
+        n, small = prepared.batch.n_examples, list[tuple[Parameter, Rule]]()
         # The last layers first: they mostly have the largest gradients, so that a selection's threshold rises early.
         for name in reversed(list(prepared.rules)) if last_first else list(prepared.rules):
             parameter, rules = self.parameters.named(name), prepared.rules.pop(name)
             factors = None
+            if gathered and tiles.is_small(parameter, rules, n, n_columns, elements):
+                small.append((parameter, rules[0]))
+                continue
+            if as_factors[name] and heads[name] is not None:
+                yield from tiles.tied(parameter, rules, n, n_columns, squared, elements)
+                continue
             if as_factors[name]:
                 factors = tiles.pairs(parameter, rules, n, n_columns, elements)
             if factors is not None:
                 yield from factors
             else:
                 yield from tiles.tiles(parameter, rules, n, n_columns, squared, elements)
+        yield from tiles.gathered(small, n, squared)
         others = {name: self.tensors[name] for name in prepared.others}
         for group in groups(others, columns.shape[2], elements):
             for name, examples, gradient in self.fallback.gradients(
-                prepared.batch, prepared.logits, columns, group, elements, prepared.graph.precision
+                prepared.batch, prepared.logits, columns, group, elements, prepared.known.precision
             ):
                 parameter = self.parameters.named(name)
                 values = gradient.reshape(*gradient.shape[:2], 1, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,22 @@ the gradient of an attention's key bias, is so much of the rest in practice."""
 Logits = Callable[[nn.Module, Batch], Tensor]
 
 
-class _Holder(nn.Module):
-    """Lets functional_call replace the model's parameters around any way of calling it."""
+class CalledModel(nn.Module):
+    """A model with the way in which it is called, as a module: functional_call can replace its parameters.
 
-    def __init__(self, model: nn.Module, call: Logits) -> None:
+    Args:
+        model: The model, the submodule ``model``.
+        call: Called with the model and the module's argument.
+    """
+
+    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Any], Any]) -> None:
         super().__init__()
-        self.model = model
-        self._call = call
+        self.model, self._call = model, call
+        self.training = model.training
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self._call(self.model, batch)
+    def forward(self, given: Any) -> Any:
+        """Call the model."""
+        return self._call(self.model, given)
 
 
 class Fallback:
@@ -51,9 +58,8 @@ class Fallback:
     """
 
     def __init__(self, model: nn.Module, call: Logits, selected: Mapping[str, Tensor]) -> None:
-        self._holder = _Holder(model, call)
+        self._called = CalledModel(model, call)
         self._selected = selected
-        self._holder.training = model.training
         self._call = call
         self._model = model
         self.loop_reason = ""
@@ -138,7 +144,7 @@ class Fallback:
             one = example_of(example)
 
             def output(replaced: dict[str, Tensor]) -> Tensor:
-                result: Tensor = functional_call(self._holder, replaced, (one,))
+                result: Tensor = functional_call(self._called, replaced, (one,))
                 return result[0]
 
             pullback = vjp(output, values)[1]

@@ -1,21 +1,29 @@
-"""Reading the autograd graph: where each parameter meets the data.
+"""Reads the autograd graph of a batch: where each parameter meets the data.
 
 The graph that autograd recorded in the forward pass is the one complete account of how parameters were used:
 through modules or functions, once or many times, tied, sliced or transposed. Each use found here is an
 operation that takes a parameter (or something derived from it alone: its *value*) together with data.
-Operations are known by the names of their backward nodes; what is not known by name is reported, and left to
+Operations are known by the names of their backward nodes. Operations with other names are reported, and left to
 the fallback.
+
+Values and uses name nodes by their positions in the graph, so that what was found in one batch holds for every
+later batch whose graph has the same fingerprint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
+_ACCUMULATOR = "torch::autograd::AccumulateGrad"
 _RESHAPES = frozenset(
     f"{name}Backward{version}"
     for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias", "Clone", "ToCopy")
@@ -57,7 +65,7 @@ _PRODUCTS = (
 )
 _FIXED = frozenset(
     f"{name}Backward{version}" for name in (*_ELEMENTWISE, *_MOVES, *_REDUCTIONS, *_PRODUCTS) for version in range(6)
-) | {"torch::autograd::AccumulateGrad"}
+) | {_ACCUMULATOR}
 """Operations that move rows by shapes and by the numbers in _NUMBERS alone, never by the values of a tensor."""
 
 _NUMBERS = tuple(
@@ -83,13 +91,15 @@ class Value:
     """A parameter, or a tensor derived from it alone.
 
     Attributes:
-        edge: Where the value is made; the parameter's own accumulator for the parameter itself.
+        node: Position of the node that makes the value; of the parameter's own accumulator for the parameter itself.
+        output: Which output of that node the value is.
         shape: Its shape.
         reshaped: It was only reshaped or cast on the way from the parameter, if anything.
         untransposed: What this is the plain (2-D) transpose of, if it is.
     """
 
-    edge: GradientEdge
+    node: int
+    output: int
     shape: tuple[int, ...]
     reshaped: bool = True
     untransposed: Value | None = None
@@ -100,149 +110,171 @@ class Use:
     """An operation in which a parameter's value meets data.
 
     Attributes:
-        node: The operation's backward node.
+        operation: Name of the operation's backward node.
+        node: Position of that node.
         operand: Which of its inputs the value is.
         value: The value.
-        parameter: The parameter: its accumulator.
+        parameter: Position of the parameter's accumulator.
         parameter_shape: The parameter's shape.
+        output_shape: Shape of the operation's (first) output.
+        output_bytes: Bytes of that output.
     """
 
-    node: Node
+    operation: str
+    node: int
     operand: int
     value: Value
-    parameter: GradientEdge
+    parameter: int
     parameter_shape: tuple[int, ...]
-
-    @property
-    def output_shape(self) -> tuple[int, ...]:
-        """Shape of the operation's (first) output."""
-        return output_shapes(self.node)[0]
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of that output."""
-        metadata = self.node._input_metadata[0]
-        return int(metadata.dtype.itemsize) * int(torch.Size(metadata.shape).numel())
-
-    def to_parameter(self, gradient: Tensor) -> Tensor:
-        """Carry gradients of the value back to the parameter.
-
-        Args:
-            gradient: ``(b, R, *value.shape)``.
-
-        Returns:
-            ``(b, R, *parameter_shape)``: the adjoint of what derived the value from the parameter, applied
-            b·R times.
-
-        Raises:
-            Unsupported: Autograd cannot apply it to many gradients at once.
-        """
-        size = gradient.shape[:2]
-        if not self.value.reshaped:
-            node, output = self.value.edge.node, self.value.edge.output_nr
-            cotangents = gradient.flatten(0, 1).to(node._input_metadata[output].dtype)
-            try:
-                (result,) = torch.autograd.grad(
-                    [self.value.edge],
-                    [self.parameter],
-                    [cotangents],
-                    retain_graph=True,
-                    is_grads_batched=True,
-                )
-            except (RuntimeError, TypeError) as error:
-                raise Unsupported(
-                    f"{node.name()} cannot be differentiated for many examples at once ({error})"
-                ) from error
-            gradient = result.to(gradient.dtype)
-        return gradient.reshape(*size, *self.parameter_shape)
-
-
-def output_shapes(node: Node) -> list[tuple[int, ...]]:
-    """Shapes of the outputs of the operation that ``node`` is the backward of."""
-    return [tuple(int(size) for size in metadata.shape) for metadata in node._input_metadata]
+    output_shape: tuple[int, ...]
+    output_bytes: int
 
 
 class Graph:
-    """The operations between the parameters and the logits, and who takes whose output.
+    """The operations between the parameters and the logits, and which operation takes whose output.
 
-    Holds every node, so that their identities stay fixed while it lives.
+    Holds every node, so that their identities stay fixed while it lives. The walk that makes it is done for every
+    batch; all other properties are computed when they are asked for, which only graphs with a new fingerprint need.
+
+    Args:
+        logits: The model's output with its graph.
+        parameters: Number of each parameter by ``id``.
 
     Attributes:
-        names: Names of all nodes.
-        form: Equal for graphs with the same operations on the same operands, whatever the sizes.
-        sizes: Equal where also all shapes, dimensions, indices and steps are the same.
-        precision: The coarsest floating dtype of any operation's output.
-        routed: Some operation may move rows by the values of a tensor (an index, a sorted order, a product with a
-            matrix of data), so that graphs of the same form and sizes can give rows to other examples.
+        nodes: The nodes, in the order of the walk.
+        leaves: Position of the accumulator of each parameter in the graph, by the parameter's number.
+        fingerprint: Equal for graphs with the same operations on the same operands and the same parameters, where also
+            all shapes, dtypes, dimensions, indices and steps are the same.
     """
 
-    def __init__(self, logits: Tensor) -> None:
-        self._takers: dict[tuple[Node, int], list[tuple[Node, int]]] = {}
-        order: dict[Node, int] = {}
-        pending = [] if logits.grad_fn is None else [logits.grad_fn]
+    def __init__(self, logits: Tensor, parameters: Mapping[int, int]) -> None:
+        self.root = logits.grad_fn
+        self.nodes: list[Node] = []
+        self.leaves: dict[int, int] = {}
+        self._logits = tuple(logits.shape), logits.dtype
+        self._sources: list[tuple[tuple[Node | None, int], ...]] = []
+        positions: dict[Node | None, int] = {None: -1}
+        pending: list[Node | None] = [self.root]
         while pending:
             node = pending.pop()
-            if node in order:
+            if node is None or node in positions:
                 continue
-            order[node] = len(order)
-            for operand, (source, output) in enumerate(node.next_functions):
-                if source is not None:
-                    self._takers.setdefault((source, output), []).append((node, operand))
-                    pending.append(source)
-        self._nodes = order
-        self.names = {node.name() for node in order}
-        wiring = [
-            (
-                node.name(),
-                *((order.get(source, -1) if source else -1, output) for source, output in node.next_functions),
-            )
-            for node in order
-        ]
-        self.form = hash(tuple(wiring))
-        metadata = [[(tuple(made.shape), made.dtype) for made in node._input_metadata] for node in order]
-        self.sizes = hash((self.form, repr(metadata), repr([list(_numbers(node)) for node in order])))
-        dtypes = {dtype for outputs in metadata for _, dtype in outputs} | {logits.dtype}
-        self.precision = next((dtype for dtype in _PRECISIONS if dtype in dtypes), torch.float32)
-        self.routed = not self.names <= _FIXED or any(_mixes_rows(node, len(logits)) for node in order)
+            positions[node] = len(self.nodes)
+            self.nodes.append(node)
+            sources = node.next_functions
+            self._sources.append(sources)
+            pending.extend([source for source, _ in sources])
+        self._positions = positions
+        found: list[object] = list(self._logits)
+        for position, (node, sources) in enumerate(zip(self.nodes, self._sources, strict=True)):
+            name = node.name()
+            found.append(name)
+            for source, output in sources:
+                found.append(positions[source])
+                found.append(output)
+            for made in node._input_metadata:
+                found.append(tuple(made.shape))
+                found.append(made.dtype)
+            if name == _ACCUMULATOR:
+                leaf: Any = node
+                number = parameters.get(id(leaf.variable), -1)
+                found.append(number)
+                self.leaves[number] = position
+            elif name in _NUMBERED:
+                found.extend([_hashable(getattr(node, number, None)) for number in _numbers(type(node))])
+        self.leaves.pop(-1, None)
+        self.fingerprint = hash(tuple(found))
 
-    def takers(self, edge: GradientEdge) -> list[tuple[Node, int]]:
-        """The operations that take the value made at ``edge``, and as which operand."""
-        return self._takers.get((edge.node, edge.output_nr), [])
+    @cached_property
+    def names(self) -> list[str]:
+        """Name of each node."""
+        return [node.name() for node in self.nodes]
 
-    def derive(self, value: Value, node: Node) -> list[Value] | None:
-        """The outputs of ``node`` as values, if it is an operation of parameters alone."""
-        name = node.name()
+    @cached_property
+    def form(self) -> int:
+        """Equal for graphs with the same operations on the same operands, whatever the sizes."""
+        wiring = [tuple((self._positions[source], output) for source, output in sources) for sources in self._sources]
+        return hash((tuple(self.names), tuple(wiring)))
+
+    @cached_property
+    def precision(self) -> torch.dtype:
+        """The coarsest floating dtype of any operation's output."""
+        dtypes = {made.dtype for node in self.nodes for made in node._input_metadata} | {self._logits[1]}
+        return next((dtype for dtype in _PRECISIONS if dtype in dtypes), torch.float32)
+
+    @cached_property
+    def routed(self) -> bool:
+        """Some operation may move rows by the values of a tensor, so that equal graphs can give rows to other examples.
+
+        Such operations take an index, a sorted order, or a matrix of data as a factor.
+        """
+        n_examples = self._logits[0][0]
+        return not _FIXED.issuperset(self.names) or any(
+            self._mixes_rows(position, n_examples) for position in range(len(self.nodes))
+        )
+
+    @cached_property
+    def _takers(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        takers: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for position, sources in enumerate(self._sources):
+            for operand, (source, output) in enumerate(sources):
+                takers.setdefault((self._positions[source], output), []).append((position, operand))
+        return takers
+
+    def takers(self, value: Value) -> list[tuple[int, int]]:
+        """The operations that take the value, and as which operand."""
+        return self._takers.get((value.node, value.output), [])
+
+    def shapes(self, position: int) -> list[tuple[int, ...]]:
+        """Shapes of the outputs of the operation that the node at that position is the backward of."""
+        return [tuple(int(size) for size in made.shape) for made in self.nodes[position]._input_metadata]
+
+    def use(self, position: int, operand: int, value: Value, parameter: Value) -> Use:
+        """Describe the use of a value by the node at a position."""
+        shape = self.shapes(position)[0]
+        n_bytes = int(self.nodes[position]._input_metadata[0].dtype.itemsize) * math.prod(shape)
+        name = self.names[position]
+        return Use(name, position, operand, value, parameter.node, parameter.shape, shape, n_bytes)
+
+    def derive(self, value: Value, position: int) -> list[Value] | None:
+        """The outputs of a node as values, if it is an operation of parameters alone."""
+        name = self.names[position]
         if name not in _RESHAPES and name not in _MAPS:
             return None
+        shapes = self.shapes(position)
         if name in _RESHAPES:
-            return [Value(GradientEdge(node, 0), output_shapes(node)[0], value.reshaped)]
+            return [Value(position, 0, shapes[0], value.reshaped)]
         if name == "TBackward0" and len(value.shape) == 2:
-            return [Value(GradientEdge(node, 0), output_shapes(node)[0], False, untransposed=value)]
-        return [Value(GradientEdge(node, i), shape, False) for i, shape in enumerate(output_shapes(node))]
+            return [Value(position, 0, shapes[0], False, untransposed=value)]
+        return [Value(position, i, shape, False) for i, shape in enumerate(shapes)]
 
-    def widens(self, node: Node) -> bool:
-        """Whether everything that takes the output of ``node`` broadcasts it to a larger shape."""
-        takers = self.takers(GradientEdge(node, 0))
-        shape = output_shapes(node)[0]
+    def widens(self, position: int) -> bool:
+        """Whether everything that takes the node's output broadcasts it to a larger shape."""
+        shape = self.shapes(position)[0]
+        takers = self.takers(Value(position, 0, shape))
         return bool(takers) and all(
-            taker.name() in ("AddBackward0", "MulBackward0", "ExpandBackward0", "SubBackward0")
-            and torch.Size(output_shapes(taker)[0]).numel() > torch.Size(shape).numel()
+            self.names[taker] in ("AddBackward0", "MulBackward0", "ExpandBackward0", "SubBackward0")
+            and math.prod(self.shapes(taker)[0]) > math.prod(shape)
             for taker, _ in takers
         )
 
+    def _mixes_rows(self, position: int, n_examples: int) -> bool:
+        """Whether it is a product that may give an example rows of another: by matrices that depend on the data."""
+        name = self.names[position]
+        if name in ("BmmBackward0", "BaddbmmBackward0") or name.startswith("ScaledDotProduct"):
+            return self.shapes(position)[0][0] % n_examples != 0  # otherwise each example has matrices of its own
+        second = {"MmBackward0": 1, "AddmmBackward0": 2}.get(name)
+        source = -1 if second is None else self._positions[self._sources[position][second][0]]
+        while source >= 0 and self.names[source] in (_RESHAPES | _MAPS) - {"EmbeddingBackward0"}:
+            source = self._positions[self._sources[source][0][0]]
+        return source >= 0 and self.names[source] != _ACCUMULATOR
 
-def _numbers(node: Node) -> Iterator[object]:
-    if node.name() in _NUMBERED:
-        yield from (getattr(node, name) for name in _NUMBERS if hasattr(node, name))
+
+@functools.cache
+def _numbers(kind: type[Node]) -> tuple[str, ...]:
+    """Which numbers nodes of a kind have kept."""
+    return tuple(name for name in _NUMBERS if hasattr(kind, name))
 
 
-def _mixes_rows(node: Node, n_examples: int) -> bool:
-    """Whether it is a product that may give an example rows of another: by matrices that depend on the data."""
-    name = node.name()
-    if name in ("BmmBackward0", "BaddbmmBackward0") or name.startswith("ScaledDotProduct"):
-        return output_shapes(node)[0][0] % n_examples != 0  # otherwise each example has matrices of its own
-    second = {"MmBackward0": 1, "AddmmBackward0": 2}.get(name)
-    source = None if second is None else node.next_functions[second][0]
-    while source is not None and source.name() in (_RESHAPES | _MAPS) - {"EmbeddingBackward0"}:
-        source = source.next_functions[0][0]
-    return source is not None and source.name() != "torch::autograd::AccumulateGrad"
+def _hashable(number: object) -> object:
+    return tuple(number) if isinstance(number, list) else number

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from npeff.gradients.rules import Rule
-from npeff.gradients.rules.linear import MatrixBias, MatrixProduct
+from npeff.gradients.rules.dense import MatrixBias, MatrixProduct
 
 
 def backward(

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from npeff.batches.batches import Batch
 from npeff.gradients import tiles
@@ -50,19 +50,24 @@ class Form:
     Attributes:
         layouts: Per parameter that passed, the index of the layout chosen for each use.
         undecided: Parameters of which δ was zero, or could belong to the examples in more than one way.
-        unchecked: For each size (:attr:`Graph.sizes`) that was checked, the batches computed since.
+        unchecked: For each size (:attr:`Graph.fingerprint`) that was checked, the batches computed since.
     """
 
     layouts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     undecided: set[str] = field(default_factory=set)
     unchecked: dict[int, int] = field(default_factory=dict)
 
-    def due(self, graph: Graph) -> bool:
-        """Whether the rows of the next batch have to be checked; counts the batch."""
-        before = self.unchecked.setdefault(graph.sizes, EVERY)
-        if graph.routed or self.undecided or before >= EVERY - 1:
+    def due(self, fingerprint: int, routed: bool) -> bool:
+        """Whether the rows of the next batch have to be checked; counts the batch.
+
+        Args:
+            fingerprint: Of the batch's graph.
+            routed: The graph can move rows by the values of a tensor.
+        """
+        before = self.unchecked.setdefault(fingerprint, EVERY)
+        if routed or self.undecided or before >= EVERY - 1:
             return True
-        self.unchecked[graph.sizes] += 1
+        self.unchecked[fingerprint] += 1
         return False
 
 
@@ -99,7 +104,7 @@ def check_rules(
     n, precision = batch.n_examples, graph.precision
     uses = [(name, rule, use, layouts) for name in found for rule, use, layouts in found[name]]
     shapes = [use.output_shape for _, _, use, _ in uses]
-    edges: list[Any] = [GradientEdge(use.node, 0) for _, _, use, _ in uses]
+    edges: list[Any] = [GradientEdge(graph.nodes[use.node], 0) for _, _, use, _ in uses]
     tensors = {name: tensor for name, tensor in engine.tensors.items() if name not in unused}
     generator = torch.Generator().manual_seed(0)
     cotangent = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
@@ -126,19 +131,20 @@ def check_rules(
         delta, weighted = deltas(passed(edges, torch.ones_like(w))), deltas(passed(edges, w))
         truth = passed(list(tensors.values()), u)
     autograd = Autograd(truth, lambda factor: passed(list(tensors.values()), u * factor), tensors, precision)
-    form, position = Form(unchecked={graph.sizes: 0}), 0
+    form, position = Form(unchecked={graph.fingerprint: 0}), 0
     for name, entries in found.items():
         own = slice(position, position + len(entries))
         position += len(entries)
         try:
             chosen = []
             for entry, one, other in zip(entries, delta[own], weighted[own], strict=True):
-                fitting = _fitting(entry, one, other, w, precision, engine)
+                fitting = _fitting(entry, graph.nodes, one, other, w, precision, engine)
                 chosen.append(fitting[0])
                 if n > 1 and (len(fitting) > 1 or not bool(one.any())):
                     form.undecided.add(name)
             rules = [
-                rule(use, layouts[i], engine.scratch) for (rule, use, layouts), i in zip(entries, chosen, strict=True)
+                rule(use, graph.nodes, layouts[i], engine.scratch)
+                for (rule, use, layouts), i in zip(entries, chosen, strict=True)
             ]
             total = _sum(engine, name, rules, delta[own], u)
         except Unsupported as error:
@@ -225,7 +231,7 @@ class Autograd:
 
 
 def _fitting(
-    entry: Found, delta: Tensor, weighted: Tensor, w: Tensor, precision: torch.dtype, engine: Checked
+    entry: Found, nodes: list[Node], delta: Tensor, weighted: Tensor, w: Tensor, precision: torch.dtype, engine: Checked
 ) -> list[int]:
     """The layouts in which the rows of each example follow its weight.
 
@@ -238,10 +244,10 @@ def _fitting(
     fitting = [
         index
         for index, layout in enumerate(layouts)
-        if rows_follow(rule(use, layout, engine.scratch), delta, weighted, w, precision)
+        if rows_follow(rule(use, nodes, layout, engine.scratch), delta, weighted, w, precision)
     ]
     if not fitting:
-        raise Unsupported(misplaced(entry[1].node.name(), use.output_shape))
+        raise Unsupported(misplaced(use.operation, use.output_shape))
     return fitting
 
 
@@ -271,6 +277,7 @@ def _sum(engine: Checked, name: str, rules: list[Rule], delta: list[Tensor], u: 
             start = block.starts - parameter.offset
             _add_examples(total[start : start + width], values[:, 0], weights)
         else:
+            assert isinstance(block.starts, Tensor), "small parameters were not to be gathered"
             values = values.to(torch.float64) * weights[:, None, None]
             rows = (block.starts - parameter.offset).reshape(-1) // width
             total.view(-1, width).index_add_(0, rows, values.reshape(-1, width))

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from npeff.gradients.rules.base import Rule, Scratch
-from npeff.gradients.rules.embedding import Embedding
+from npeff.gradients.rules.base import Rule, Scratch, SmallRule
+from npeff.gradients.rules.dense import MatrixProduct
+from npeff.gradients.rules.embedding_and_norm import Embedding
 from npeff.models import devices
 from npeff.models.parameters import Parameter
 
@@ -23,6 +24,9 @@ def tile_elements(device: torch.device) -> int:
     return TILE_ELEMENTS * (8 if devices.has_own_memory(device) else 1)
 
 
+GATHERED = 32
+"""Most small parameters that are gathered in one block."""
+
 _CANCELLATION = 64.0
 """How much larger than their sum the terms of an inner product may be in float32."""
 
@@ -32,11 +36,12 @@ class Block:
     """Some per-example gradients, on their way to compression; overwritten when the next block is asked for.
 
     Attributes:
-        parameter: The parameter, with its place in the flat vector.
+        parameter: The parameter, with its place in the flat vector; the first of several small ones that were gathered.
         examples: Which examples of the batch, b'.
         values: ``(b', R, g, w)``: g runs of w consecutive elements, per example and column. Squared blocks
             have R = 1.
-        starts: Where the runs start in the flat vector: ``(b', g)`` int64, or one number when g = 1.
+        starts: Where the runs start in the flat vector: ``(b', g)`` int64, g numbers that hold for every example, or
+            one number when g = 1.
         gram: ``(b', R, R)`` float64 inner products of the columns, if they were cheaper to get than from the
             values.
     """
@@ -44,7 +49,7 @@ class Block:
     parameter: Parameter
     examples: slice
     values: Tensor
-    starts: Tensor | int
+    starts: Tensor | tuple[int, ...] | int
     gram: Tensor | None = None
 
 
@@ -146,7 +151,8 @@ def tiles(
     Yields:
         Blocks, each overwritten by the next.
     """
-    per_row = n_columns * math.prod(parameter.shape[1:])
+    row_size = math.prod(parameter.shape[1:])
+    per_row = n_columns * row_size
     n_rows = parameter.shape[0] if parameter.shape else 1
     alone = rules[0] if len(rules) == 1 else None
     if alone is not None and isinstance(alone, Embedding) and _is_the_parameter(alone, parameter):
@@ -158,13 +164,13 @@ def tiles(
     for start in range(0, n_examples, step):
         examples = slice(start, min(start + step, n_examples))
         if isinstance(alone, Embedding):
-            values, table_rows = alone.looked_up(examples)
+            values, table_rows, _ = alone.looked_up(examples)
             starts = parameter.offset + table_rows * values.shape[3]
             yield Block(parameter, examples, squares(values, alone.scratch)[:, None] if squared else values, starts)
             continue
         for row in range(0, n_rows, n_tile_rows):
             rows = slice(row, min(row + n_tile_rows, n_rows))
-            offset = parameter.offset + row * math.prod(parameter.shape[1:])
+            offset = parameter.offset + row * row_size
             if squared:
                 square = (
                     alone.square(examples, rows) if alone is not None and _is_the_parameter(alone, parameter) else None
@@ -173,11 +179,80 @@ def tiles(
                     square = squares(_summed(parameter, rules, examples, rows), rules[0].scratch)
                 yield Block(parameter, examples, square.reshape(len(square), 1, 1, -1), offset)
             else:
-                gram = alone.gram(examples) if alone is not None and alone.use.value.reshaped else None
+                gram = alone.gram(examples) if alone is not None and alone.value.reshaped else None
                 if gram is not None and row > 0:
                     gram = torch.zeros_like(gram)  # the first tile of rows brought all of it
                 values = _summed(parameter, rules, examples, rows)
                 yield Block(parameter, examples, values.reshape(*values.shape[:2], 1, -1), offset, gram)
+
+
+def head_of_tied(parameter: Parameter, rules: list[Rule], n_columns: int, elements: int) -> MatrixProduct | None:
+    """The product of a large table that is used as embedding and as output layer; None where it is used otherwise."""
+    if len(rules) != 2 or n_columns * parameter.numel <= elements:
+        return None
+    head = next((rule for rule in rules if isinstance(rule, MatrixProduct) and rule.by_rows), None)
+    table = next((rule for rule in rules if isinstance(rule, Embedding)), None)
+    whole = head is not None and table is not None and all(_is_the_parameter(rule, parameter) for rule in rules)
+    return head if whole else None
+
+
+def tied(
+    parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, squared: bool, elements: int
+) -> Iterator[Block | Pairs]:
+    """The gradients of a table that is used as embedding and as output layer, without forming them.
+
+    Rows that an example looks up come as runs, with what the output layer adds to them. All other rows come as
+    factors of the output layer's gradient, whose δ is zero on the rows that came before.
+    """
+    head, table = rules if isinstance(rules[0], MatrixProduct) else rules[::-1]
+    assert isinstance(head, MatrixProduct) and isinstance(table, Embedding)
+    t, n, k = head.pair_sizes()
+    step = max(1, elements // max(1, n_columns * (t * n + table.layout.positions * k)))
+    for start in range(0, n_examples, step):
+        examples = slice(start, min(start + step, n_examples))
+        values, table_rows, counts = table.looked_up(examples)
+        delta, inputs, turned = head.pairs(examples)
+        rows = table_rows[:, None, None].expand(*delta.shape[:3], -1)
+        here = delta.gather(3, rows) * counts[:, None, None]
+        values += torch.einsum("btru,btk->bruk", here, inputs)
+        starts = parameter.offset + table_rows * k
+        yield Block(parameter, examples, squares(values, table.scratch)[:, None] if squared else values, starts)
+        yield Pairs(parameter, examples, delta.scatter(3, rows, 0.0), inputs, turned)
+
+
+def is_small(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, elements: int) -> bool:
+    """Whether a parameter's gradients are worth gathering with others of its size: biases, scales and shifts."""
+    return (
+        len(rules) == 1
+        and isinstance(rules[0], SmallRule)
+        and len(parameter.shape) <= 1
+        and _is_the_parameter(rules[0], parameter)
+        and GATHERED * n_examples * n_columns * parameter.numel <= elements
+    )
+
+
+def gathered(small: list[tuple[Parameter, Rule]], n_examples: int, squared: bool) -> Iterator[Block]:
+    """The gradients of small parameters, several of one size to a block.
+
+    Args:
+        small: The parameters, each with its rule.
+        n_examples: Examples in the batch.
+        squared: Yield Σ over columns of the squares instead.
+    """
+    by_size: dict[tuple[int, torch.dtype], list[tuple[Parameter, Tensor]]] = {}
+    examples = slice(0, n_examples)
+    for parameter, rule in small:
+        values = rule.block(examples, slice(None))
+        values = values.reshape(*values.shape[:2], -1)
+        by_size.setdefault((values.shape[2], values.dtype), []).append((parameter, values))
+    for members in by_size.values():
+        for start in range(0, len(members), GATHERED):
+            some = members[start : start + GATHERED]
+            values = torch.stack([values for _, values in some], dim=2)
+            starts = tuple(parameter.offset for parameter, _ in some)
+            if squared:
+                values = squares(values, small[0][1].scratch)[:, None]
+            yield Block(some[0][0], examples, values, starts)
 
 
 def _summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slice) -> Tensor:
@@ -186,7 +261,7 @@ def _summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slic
         if _is_the_parameter(rule, parameter):
             block = rule.block(examples, rows)
         else:
-            block = rule.use.to_parameter(rule.block(examples, slice(None)))
+            block = rule.to_parameter(rule.block(examples, slice(None)))
             block = block[:, :, rows] if parameter.shape else block
         if len(rules) == 1:
             return block
@@ -201,7 +276,7 @@ def _summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slic
 
 def _is_the_parameter(rule: Rule, parameter: Parameter) -> bool:
     """Whether the rule's operand is the parameter as it is, not a part of it, or something made of it."""
-    return rule.use.value.reshaped and rule.use.value.shape == parameter.shape
+    return rule.value.reshaped and rule.value.shape == parameter.shape
 
 
 def squares(block: Tensor, scratch: Scratch) -> Tensor:

@@ -1,7 +1,7 @@
-"""The one door to native code: CPU kernels in C++, each with a plain torch version as oracle and fallback.
+"""The kernels: native code for the CPU and for CUDA, each with a plain torch version as oracle and fallback.
 
-Tensors and numpy arrays go in without copies, and the same kind comes out. CUDA tensors run through torch on
-their own device. :func:`report` says which implementation serves each kernel, and why not a faster one.
+Tensors and numpy arrays go in without copies, and the same kind comes out. CUDA tensors are served
+on their own device. :func:`report` says which implementation serves each kernel, and why not a faster one.
 """
 
 from npeff.kernels.convolution import convolution_gradients

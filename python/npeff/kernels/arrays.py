@@ -1,20 +1,26 @@
-"""Arrays in, the same kind out: numpy and torch at the kernels' door, where every argument is checked."""
+"""Arrays in, the same kind out: checks of numpy and torch arguments, and CuPy arrays by DLPack."""
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from npeff.errors import ArgumentError
 
 Array = npt.NDArray[Any]
 Operand = Array | torch.Tensor
 A = TypeVar("A", npt.NDArray[Any], torch.Tensor)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MOST_COLUMNS = 1 << 48
 """Columns that a matrix may have."""
@@ -24,7 +30,12 @@ MOST_INDEX = 1 << 62
 
 def dtype_name(x: Operand) -> str:
     """``"float32"``, ``"int64"``, … for either kind."""
-    return str(x.dtype).removeprefix("torch.") if isinstance(x, torch.Tensor) else x.dtype.name
+    return _name(x.dtype)
+
+
+@functools.cache
+def _name(dtype: torch.dtype | np.dtype[Any]) -> str:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype.name
 
 
 def check(x: A, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]) -> A:
@@ -39,7 +50,7 @@ def check(x: A, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...
     x = _ordinary(x, name)
     if dtype_name(x) not in dtypes:
         raise ArgumentError(f"{name}: expected {' or '.join(dtypes)}, got {dtype_name(x)}")
-    if len(x.shape) != len(shape) or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
+    if len(x.shape) != len(shape) or any([want not in (None, got) for want, got in zip(shape, x.shape, strict=True)]):
         expected = ", ".join("any" if want is None else str(want) for want in shape)
         raise ArgumentError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")
     if isinstance(x, torch.Tensor):
@@ -245,3 +256,57 @@ def like(model: A, result: Operand) -> A:
     if isinstance(model, torch.Tensor):
         return result if isinstance(result, torch.Tensor) else torch.from_numpy(result)
     return result.numpy() if isinstance(result, torch.Tensor) else result
+
+
+def is_cupy(x: object) -> bool:
+    """Whether x is a CuPy array (without importing CuPy)."""
+    return type(x).__module__.partition(".")[0] == "cupy" and hasattr(x, "__dlpack__")
+
+
+def accepts_cupy(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function of tensors take CuPy arrays: results are then CuPy arrays, too; no copies.
+
+    The work goes to CuPy's current stream of the arrays' device.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        found = next((x for x in (*args, *kwargs.values()) if is_cupy(x)), None)
+        if found is None:
+            return function(*args, **kwargs)
+        with _stream_of(found):
+            tensors = [_to_torch(x) for x in args]
+            named = {name: _to_torch(x) for name, x in kwargs.items()}
+            return _to_cupy(function(*tensors, **named))
+
+    return call
+
+
+def _stream_of(x: Any) -> Any:
+    import cupy
+
+    if not torch.cuda.is_available():
+        raise ArgumentError(
+            "CuPy arrays are handed to torch, whose build here has no CUDA; install a CUDA build of torch"
+        )
+    device = torch.device("cuda", x.device.id)
+    with x.device:
+        pointer = cupy.cuda.get_current_stream().ptr
+    side = torch.cuda.ExternalStream(pointer, device=device)  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(side)
+
+
+def _to_torch(x: Any) -> Any:
+    return from_dlpack(x) if is_cupy(x) else x
+
+
+def _to_cupy(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        import cupy
+
+        return cupy.from_dlpack(x.detach())
+    if isinstance(x, tuple):
+        return tuple(_to_cupy(entry) for entry in x)
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{field.name: _to_cupy(getattr(x, field.name)) for field in fields(x)})
+    return x

@@ -1,8 +1,7 @@
 """The CUDA kernels on torch tensors: put on the caller's stream, never waited for.
 
-What :mod:`npeff.kernels` calls for tensors on a CUDA device. Arguments are taken as checked there. Outputs and
-workspaces may be given, so that a step allocates nothing and can be captured in a CUDA graph; where they are not,
-torch's caching allocator makes them.
+What :mod:`npeff.kernels` calls for tensors on a CUDA device, after it has checked the arguments. Outputs and workspaces
+come from torch's caching allocator.
 """
 
 from __future__ import annotations
@@ -37,12 +36,6 @@ def stream(x: Tensor) -> int:
     return int(torch.cuda.current_stream(x.device).cuda_stream)
 
 
-def nnls_workspace(cross: Tensor) -> Tensor:
-    """What :func:`nnls_` needs for cross ``(n, r)``: to be given to it again and again."""
-    n = module(cross).nnls_workspace(index_of(cross), *cross.shape)
-    return torch.empty(n, dtype=cross.dtype, device=cross.device)
-
-
 def nnls_(
     gram: Tensor,
     cross: Tensor,
@@ -51,8 +44,6 @@ def nnls_(
     max_sweeps: int,
     tol: float,
     kkt: Tensor | None = None,
-    workspace: Tensor | None = None,
-    status: Tensor | None = None,
 ) -> Tensor:
     """Coordinate descent in place, as :func:`npeff.kernels.nnls` without ``exact``; waits for nothing.
 
@@ -63,20 +54,19 @@ def nnls_(
         max_sweeps: Most sweeps.
         tol: A row stops once its residual is ≤ tol.
         kkt: ``(n,)`` out: residuals; None to save that pass.
-        workspace: From :func:`nnls_workspace` for at least as many rows; None: a new one.
-        status: ``(2,)`` int64 out; None: a new one.
 
     Returns:
-        status: the first row with a non-finite value (or ``ALL_FINITE``), and the sweeps made.
+        Status ``(2,)`` int64: the first row with a non-finite value (or ``ALL_FINITE``), and the sweeps made.
     """
-    workspace = nnls_workspace(cross) if workspace is None else workspace
-    status = torch.empty(2, dtype=torch.int64, device=cross.device) if status is None else status
+    entries = module(cross).nnls_workspace(index_of(cross), *cross.shape)
+    workspace = torch.empty(entries, dtype=cross.dtype, device=cross.device)
+    status = torch.empty(2, dtype=torch.int64, device=cross.device)
     module(cross).nnls(gram, cross, w, kkt, max_sweeps, tol, workspace, status, stream(cross))
     return status
 
 
 def check_status(status: Tensor) -> int:
-    """Waits for a status; the sweeps made.
+    """Wait for a status, and return the sweeps made.
 
     Raises:
         DataError: A row was not finite.
@@ -87,10 +77,9 @@ def check_status(status: Tensor) -> int:
     return sweeps
 
 
-def spmm(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor, out: Tensor | None = None) -> Tensor:
+def spmm(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
     """``A · dense``: values and sums float32 (dense float32, float16 or bfloat16), or all float64."""
-    if out is None:
-        out = torch.empty(len(indptr) - 1, dense.shape[1], dtype=values.dtype, device=dense.device)
+    out = torch.empty(len(indptr) - 1, dense.shape[1], dtype=values.dtype, device=dense.device)
     module(dense).spmm(indptr, indices, values, dense, out, stream(dense))
     return out
 
@@ -105,12 +94,9 @@ def mirror_(k: Tensor) -> None:
     module(k).mirror(k, stream(k))
 
 
-def fisher_norms(
-    indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int, row_offsets: Tensor, out: Tensor | None = None
-) -> Tensor:
+def fisher_norms(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int, row_offsets: Tensor) -> Tensor:
     """``(n,)`` float64 norms of the examples' ``A Aᵀ``."""
-    if out is None:
-        out = torch.empty(len(row_offsets) - 1, dtype=torch.float64, device=values.device)
+    out = torch.empty(len(row_offsets) - 1, dtype=torch.float64, device=values.device)
     module(values).fisher_norms(indptr, indices, values, n_columns, row_offsets, out, stream(values))
     return out
 
@@ -119,18 +105,16 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def cross(p: Tensor, row_offsets: Tensor, out: Tensor | None = None) -> Tensor:
+def cross(p: Tensor, row_offsets: Tensor) -> Tensor:
     """Sums of squares over each example's rows; 16-bit p give float32."""
-    if out is None:
-        out = torch.empty(len(row_offsets) - 1, p.shape[1], dtype=_sum_dtype(p), device=p.device)
+    out = torch.empty(len(row_offsets) - 1, p.shape[1], dtype=_sum_dtype(p), device=p.device)
     module(p).cross(p, row_offsets, out, stream(p))
     return out
 
 
-def spread_multiply(w: Tensor, p: Tensor, row_offsets: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rows of p times their example's row of w; 16-bit w and p give float32. out may be p."""
-    if out is None:
-        out = torch.empty(p.shape, dtype=_sum_dtype(p), device=p.device)
+def spread_multiply(w: Tensor, p: Tensor, row_offsets: Tensor) -> Tensor:
+    """Rows of p times their example's row of w; 16-bit w and p give float32."""
+    out = torch.empty(p.shape, dtype=_sum_dtype(p), device=p.device)
     module(p).spread_multiply(w, p, row_offsets, out, stream(p))
     return out
 

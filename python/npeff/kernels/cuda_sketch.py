@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from npeff.kernels import arrays, cuda
 from npeff.kernels.cuda_topk import RowPlan
+from npeff.kernels.transfers import to_device
 
 
 class DeviceSketch:
@@ -152,8 +155,12 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def _signs(d: int, like: Tensor) -> Tensor:
-    rows = torch.arange(d, device=like.device)
-    both, ones = rows[:, None] & rows, torch.zeros(d, d, dtype=torch.int64, device=like.device)
-    for bit in range(d.bit_length()):
-        ones += (both >> bit) & 1
-    return (1 - 2 * (ones & 1)).to(like.dtype)
+    """``H_d`` for small d, made once per stream."""
+    return _made_signs(d, like.dtype, like.device, cuda.stream(like) if like.is_cuda else 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _made_signs(d: int, dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
+    rows = np.arange(d)
+    ones = sum(((rows[:, None] & rows) >> bit) & 1 for bit in range(d.bit_length()))
+    return to_device(1.0 - 2.0 * (np.asarray(ones) & 1), device, dtype)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
@@ -43,6 +45,9 @@ SERVED_OTHERWISE = {
 
 MOST_THREADS = 4096
 """Threads that a kernel may have."""
+
+SMALL_STEP = 16 << 20
+"""Bytes read by a step below which one thread is faster than several."""
 
 ISAS = ("avx512", "avx2", "base")
 """Instruction sets, fastest first."""
@@ -92,7 +97,7 @@ def use(implementation: str | None) -> None:
             raise ArgumentError(f"implementation: expected reference, base, avx2 or avx512, got {implementation!r}")
         if _native is None or not _native.has_isa(implementation):
             raise ArgumentError(
-                f"implementation: {implementation} is not to be had here; there is: {', '.join(available())}"
+                f"implementation: {implementation} is not available here; available: {', '.join(available())}"
             )
     if _native is not None and implementation != "reference":
         _native.use_isa(implementation or next(isa for isa in ISAS if _native.has_isa(isa)))
@@ -168,6 +173,20 @@ def set_num_threads(n: int | None) -> None:
 def num_threads() -> int:
     """Threads that the native kernels use."""
     return _threads if _threads is not None else min(torch.get_num_threads(), MOST_THREADS)
+
+
+@contextmanager
+def threads_for(step_bytes: int) -> Iterator[None]:
+    """Use one torch thread where a step reads less than SMALL_STEP bytes; restore the number afterwards.
+
+    There, waiting for the other threads takes longer than the work; on a machine whose cores are busy, many times so.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if step_bytes < SMALL_STEP else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def report() -> list[KernelInfo]:

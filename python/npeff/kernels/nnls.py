@@ -11,8 +11,7 @@ import torch
 
 from npeff.errors import ArgumentError, DataError
 from npeff.kernels import arrays, cuda, dispatch, reference
-from npeff.kernels.arrays import A, Operand
-from npeff.kernels.interop import accepts_cupy
+from npeff.kernels.arrays import A, Operand, accepts_cupy
 from npeff.short_repr import short_repr
 
 MOST_SWEEPS = 1_000_000

@@ -244,7 +244,7 @@ def convolution_gradients(
 
 
 def _hash(key: int, index: Array) -> npt.NDArray[np.uint64]:
-    """Entry ``index`` of stream ``key``; as ``sketch_hash`` in csrc/include/npeff/sketch_hash.h."""
+    """Entry ``index`` of stream ``key``; as ``sketch_hash`` in csrc/sketch/hash.h."""
     return _mix(np.uint64(key) + (index.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
 
 

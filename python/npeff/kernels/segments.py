@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
-from npeff.errors import ArgumentError
 from npeff.kernels import arrays, cuda, dispatch, reference
-from npeff.kernels.arrays import A
-from npeff.kernels.interop import accepts_cupy
+from npeff.kernels.arrays import A, accepts_cupy
+from npeff.kernels.sparse import check_offsets
 
 FLOATS = ("float32", "float64")
 DEVICE_FLOATS = (*FLOATS, "float16", "bfloat16")
@@ -80,14 +77,7 @@ def _check(p: A, row_offsets: A) -> tuple[A, A, str]:
     p, row_offsets = arrays.contiguous(p), arrays.contiguous(row_offsets)
     if isinstance(given, torch.Tensor) and on_device and cuda.checked.known(given, extent=p.shape[0]):
         return p, row_offsets, device  # looking again would mean waiting for the device
-    offsets: Any = row_offsets
-    if (
-        len(offsets) == 0
-        or int(offsets[0]) != 0
-        or int(offsets[-1]) != p.shape[0]
-        or bool((offsets[1:] < offsets[:-1]).any())
-    ):
-        raise ArgumentError(f"row_offsets: expected to ascend from 0 to {p.shape[0]}, the number of rows of p")
+    check_offsets(arrays.as_tensor(row_offsets), p.shape[0])
     if isinstance(given, torch.Tensor) and on_device:
         cuda.checked.record(given, extent=p.shape[0])
     return p, row_offsets, device

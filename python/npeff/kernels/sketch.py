@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from npeff.kernels import arrays, cuda, dispatch, reference
-from npeff.kernels.arrays import A
+from npeff.kernels.arrays import A, accepts_cupy
 from npeff.kernels.cuda_sketch import DeviceSketch
-from npeff.kernels.interop import accepts_cupy
 from npeff.kernels.sparse import check_csr, check_structure
 from npeff.kernels.streaming_sketch import NONZEROS, StreamingSketch, check_map, finished
 from npeff.kernels.topk import NonFiniteError, matrix_of

@@ -9,8 +9,7 @@ import torch
 
 from npeff.errors import ArgumentError
 from npeff.kernels import arrays, cuda, dispatch, reference
-from npeff.kernels.arrays import A, Operand
-from npeff.kernels.interop import accepts_cupy
+from npeff.kernels.arrays import A, Operand, accepts_cupy
 
 
 @accepts_cupy

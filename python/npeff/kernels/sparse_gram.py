@@ -1,7 +1,7 @@
 """``K = A·Aᵀ`` of compressed sparse rows.
 
-A column that ``count`` of the R rows share costs ``count²/2`` multiply-adds when its entries are met one by
-one, each a scattered access; ``count·R/2`` in vectors, against a dense panel of rows in cache; ``R²/2`` at
+A column that ``count`` of the R rows share costs ``count²/2`` multiply-adds when its entries are multiplied one
+by one, each a scattered access; ``count·R/2`` in vectors, against a dense panel of rows in cache; ``R²/2`` at
 the full rate of a dense matrix product. Top-k rows have columns of all sorts, so each column goes the way
 that is cheapest for it.
 """
@@ -15,13 +15,12 @@ import numpy as np
 import torch
 
 from npeff.kernels import arrays, cuda, dispatch, reference
-from npeff.kernels.arrays import A, Array
-from npeff.kernels.interop import accepts_cupy
+from npeff.kernels.arrays import A, Array, accepts_cupy
 from npeff.kernels.sparse import check_csr, check_structure
 
 # Rates measured on one core (AVX-512): 0.45 scattered, 13 panel, 55 dense multiply-adds a nanosecond.
 SCATTER_BELOW = 1 / 30
-"""Share of the rows below which a column's entries are met one by one."""
+"""Share of the rows below which a column's entries are multiplied one by one."""
 DENSE_ABOVE = 1 / 3
 """Share of the rows above which a column joins the dense product."""
 DENSE_BYTES = 1 << 26

@@ -15,8 +15,9 @@ import torch
 from npeff.errors import ArgumentError
 from npeff.kernels import arrays, cuda, dispatch, reference
 from npeff.kernels.arrays import Array, Operand
+from npeff.kernels.block_rows import BlockRows
 from npeff.kernels.cuda_sketch import DeviceSketch, Side
-from npeff.kernels.cuda_topk import plan_rows
+from npeff.kernels.cuda_topk import RowPlan, plan_rows
 from npeff.kernels.topk import FLOATS, MOST_ROWS, NonFiniteError, _blocks, _rows_contiguous, bases_of, for_device
 from npeff.kernels.transfers import to_device, to_host
 
@@ -75,13 +76,14 @@ class StreamingSketch:
         """Where nothing lies on a device."""
         return np.zeros((self.n_rows, self.d), np.float64)
 
-    def push(self, block: Operand, base: int | Operand = 0, rows: Array | None = None) -> None:
+    def push(self, block: Operand, base: int | Operand | BlockRows = 0, rows: Array | None = None) -> None:
         """Add a block of values.
 
         Args:
             block: ``(b, width)`` float32 (other floats are converted); any strides.
             base: Flat index of the block's first column; a scalar, or ``(b,)`` int64 for each row its own. A tensor on
-                the block's CUDA device is taken unseen: looking at it would mean waiting.
+                the block's CUDA device is taken unseen: looking at it would mean waiting. :class:`BlockRows` say
+                where all rows go.
             rows: ``(b,)`` int64, the sketch that each row of the block belongs to; several may share one. None:
                 row i belongs to sketch i.
 
@@ -94,21 +96,34 @@ class StreamingSketch:
         there = self._on_device(values)
         if there is None:
             _ = self._sums  # where they do not fit, nothing else is begun
-        bases, targets = bases_of(base, n), self._targets(rows, n)
-        if there is None:
-            bases = arrays.on_host(bases) if isinstance(bases, torch.Tensor) else bases
-        if (
-            isinstance(bases, np.ndarray)
-            and n
-            and not 0 <= int(bases.min()) <= int(bases.max()) <= 2**62 - values.shape[1]
-        ):
-            raise ArgumentError(f"base: expected flat indices from 0 to 2⁶², got {bases.min()} … {bases.max()}")
-        if there is not None:
+        if there is not None and isinstance(base, torch.Tensor):
+            bases, targets = bases_of(base, n), self._targets(rows, n)
             there.push(for_device(values), plan_rows(bases, targets, self.n_rows, there.device))
             return
-        assert isinstance(bases, np.ndarray)
+        where = self._where(base, rows, n)
+        if where.last > arrays.MOST_INDEX - values.shape[1]:
+            raise ArgumentError(
+                f"base: expected flat indices up to 2⁶², got {where.last} and {values.shape[1]} columns"
+            )
+        if there is not None:
+            there.push(for_device(values), where.there(there.device))
+            return
         for start, chunk in _as_float32(values):
-            self._push(chunk, np.ascontiguousarray(bases + start), targets)
+            self._push(chunk, where.bases + start if start else where.bases, where.targets)
+
+    def _where(self, base: int | Operand | BlockRows, rows: Array | None, n: int, name: str = "base") -> BlockRows:
+        """Where the n rows of a block go, checked.
+
+        Raises:
+            ArgumentError: Shapes or dtypes do not fit, a sketch does not exist, or a base is out of range.
+        """
+        if isinstance(base, BlockRows):
+            base.check(n, self.n_rows)
+            return base
+        targets, bases = self._targets(rows, n), arrays.on_host(bases_of(base, n, name))
+        if n and not 0 <= int(bases.min()) <= int(bases.max()) <= arrays.MOST_INDEX:
+            raise ArgumentError(f"{name}: expected flat indices from 0 to 2⁶², got {bases.min()} … {bases.max()}")
+        return BlockRows(bases, targets, self.n_rows)
 
     def _targets(self, rows: Array | None, n: int) -> Array:
         if rows is None:
@@ -148,7 +163,12 @@ class StreamingSketch:
     # ---- two-sided maps ------------------------------------------------------------------------------------
 
     def push_matrix(
-        self, block: Operand, offset: int, shape: tuple[int, int], first: Operand, rows: Array | None = None
+        self,
+        block: Operand,
+        offset: int,
+        shape: tuple[int, int],
+        first: Operand | BlockRows,
+        rows: Array | None = None,
     ) -> None:
         """Add rows of a matrix by its two-sided map: ``bucket(i, j) = bucket(i) xor bucket(j)``, signs multiplied.
 
@@ -157,7 +177,7 @@ class StreamingSketch:
             offset: Flat index of the matrix's first element: together with the seed, it decides the map.
             shape: ``(rows, columns)`` of the whole matrix.
             first: ``(b,)`` int64, which row of the matrix each row of the block begins with. A tensor on the block's
-                CUDA device is taken unseen.
+                CUDA device is taken unseen. :class:`BlockRows` say where all rows go.
             rows: ``(b,)`` int64, the sketch that each row of the block belongs to; None: sketch i.
 
         Raises:
@@ -166,23 +186,27 @@ class StreamingSketch:
         array: Any = block
         values = arrays.check(array, "block", FLOATS, (None, None))
         offset, shape = _matrix(offset, shape)
-        targets = self._targets(rows, values.shape[0])
-        given: Any = first
-        begins: Any = arrays.contiguous(arrays.check(given, "first", ("int64",), (values.shape[0],)))
+        n, width = values.shape
         there = self._on_device(values)
-        if there is None and isinstance(begins, torch.Tensor):
-            begins = arrays.on_host(begins)
-        if values.shape[1] % shape[1]:
-            raise ArgumentError(f"block: expected whole rows of {shape[1]} columns, got width {values.shape[1]}")
-        p = values.shape[1] // shape[1]
-        if isinstance(begins, np.ndarray) and len(begins):
-            low, high = int(begins.min()), int(begins.max()) + p - 1
-            if not 0 <= low <= high < shape[0]:
-                raise ArgumentError(f"first: expected rows of a {shape} matrix, got {low} … {high}")
-        if there is not None:
+        if width % shape[1]:
+            raise ArgumentError(f"block: expected whole rows of {shape[1]} columns, got width {width}")
+        p = width // shape[1]
+        if there is not None and isinstance(first, torch.Tensor):
+            unseen = arrays.contiguous(arrays.check(first, "first", ("int64",), (n,)))
+            targets = self._targets(rows, n)
+            plan: RowPlan | None = plan_rows(unseen, targets, self.n_rows, there.device)
+        else:
+            where = self._where(first, rows, n, "first")
+            if n and where.last + p > shape[0]:
+                raise ArgumentError(
+                    f"first: expected rows of a {shape} matrix, got {where.first} … {where.last + p - 1}"
+                )
+            plan = None if there is None else where.there(there.device)
+        if there is not None and plan is not None:
             down, right = (self._side(there, offset, side, shape[side]).places for side in (0, 1))
-            there.push_matrix(for_device(values), down, right, plan_rows(begins, targets, self.n_rows, there.device))
+            there.push_matrix(for_device(values), down, right, plan)
             return
+        begins, targets = where.bases, where.targets
         own, across = self.places(offset, 0, shape[0]), self.places(offset, 1, shape[1])
         values = values.cpu() if isinstance(values, torch.Tensor) else values
         if not (arrays.dtype_name(values) == "float32" and _rows_contiguous(values)):

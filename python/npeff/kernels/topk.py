@@ -11,9 +11,9 @@ import torch
 
 from npeff.errors import ArgumentError, DataError
 from npeff.kernels import arrays, dispatch, reference
-from npeff.kernels.arrays import A, Array, Operand
+from npeff.kernels.arrays import A, Array, Operand, accepts_cupy
+from npeff.kernels.block_rows import BlockRows
 from npeff.kernels.cuda_topk import DeviceTopK, plan_rows
-from npeff.kernels.interop import accepts_cupy
 from npeff.kernels.transfers import to_host
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
@@ -115,14 +115,14 @@ class StreamingTopK:
         self._reference = reference.Selectors(self.n_rows, self.k, self._keep_zeros) if native is None else None
         self._pushed = False
 
-    def push(self, block: Operand, base: int | Operand = 0, rows: Array | None = None) -> None:
+    def push(self, block: Operand, base: int | Operand | BlockRows = 0, rows: Array | None = None) -> None:
         """Take in a block of values.
 
         Args:
             block: ``(b, width)`` float32 (other floats are converted); any strides.
             base: Flat index of the block's first column; a scalar, or ``(b,)`` int64 for each row its own.
                 Flat indices must not repeat within a selector. A tensor on the block's CUDA device is taken
-                unseen: looking at it would mean waiting.
+                unseen: looking at it would mean waiting. :class:`BlockRows` say where all rows go.
             rows: ``(b,)`` int64, the selector of each row of the block; several rows may share one. None: row
                 i feeds selector i.
 
@@ -134,11 +134,23 @@ class StreamingTopK:
         values = arrays.check(array, "block", FLOATS, (None, None))
         arrays.same_device(block=values)
         n = values.shape[0]
-        bases = bases_of(base, n)
-        targets = None if rows is None else arrays.on_host(arrays.check(rows, "rows", ("int64",), (n,)))
+        planned = base if isinstance(base, BlockRows) else None
+        bases: Operand
+        targets: Array | None
+        if isinstance(base, BlockRows):
+            base.check(n, self.n_rows)
+            bases, targets = base.bases, base.targets
+        else:
+            bases = bases_of(base, n)
+            targets = None if rows is None else arrays.on_host(arrays.check(rows, "rows", ("int64",), (n,)))
         if isinstance(values, torch.Tensor) and (self._device or not self._pushed) and dispatch.cuda(values.device):
-            self._check(n, bases, targets)
-            self._push_on_device(values, bases, targets)
+            if planned is None:
+                self._check(n, bases, targets)
+            if self._device is None:
+                self._device = DeviceTopK(self.n_rows, self.k, self._keep_zeros, values.device)
+            there = self._device.device
+            plan = planned.there(there) if planned else plan_rows(bases, targets, self.n_rows, there)
+            self._device.push(for_device(values), plan)
             return
         if self._device is not None:
             raise ArgumentError(f"block: expected a CUDA tensor as before, got one on {arrays.device_of(values)}")
@@ -206,11 +218,6 @@ class StreamingTopK:
         if self._native is not None and self._device is None:
             self._native.thresholds(out)
         return out
-
-    def _push_on_device(self, values: torch.Tensor, bases: Operand, targets: Array | None) -> None:
-        if self._device is None:
-            self._device = DeviceTopK(self.n_rows, self.k, self._keep_zeros, values.device)
-        self._device.push(for_device(values), plan_rows(bases, targets, self.n_rows, self._device.device))
 
     def _push(self, block: Operand, bases: Array, targets: Array | None) -> None:
         if self._native is not None:
@@ -293,7 +300,7 @@ class StreamingTopK:
         selectors.reset()
 
 
-def bases_of(base: int | Operand, n: int) -> Operand:
+def bases_of(base: int | Operand, n: int, name: str = "base") -> Operand:
     """``(n,)`` int64 flat indices of the rows' first columns: an array, or the tensor that was given.
 
     Raises:
@@ -301,8 +308,8 @@ def bases_of(base: int | Operand, n: int) -> Operand:
     """
     given: Any = base
     if not isinstance(base, torch.Tensor | np.ndarray):
-        return np.full(n, arrays.integer(base, "base", 0, arrays.MOST_INDEX), np.int64)
-    return arrays.check(given, "base", ("int64",), (n,))
+        return np.full(n, arrays.integer(base, name, 0, arrays.MOST_INDEX), np.int64)
+    return arrays.check(given, name, ("int64",), (n,))
 
 
 def for_device(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Results on their way from a device to whoever stores them: pinned copies, and a thread that takes them in order.
+"""Copies of results from a device to pinned memory, and a thread that stores them in order.
 
 The device never waits for the disk::
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from itertools import chain
 
 from torch import Tensor, nn
 
@@ -45,6 +46,7 @@ class ModelWatch:
         self._checked = time.perf_counter()
         self._versions = self._read()
         self._training = self._modes()
+        self._seen = self._glance()
 
     def _read(self) -> dict[str, tuple[int, int]]:
         return {
@@ -56,6 +58,23 @@ class ModelWatch:
     def _modes(self) -> dict[str, bool]:
         return {name: module.training for name, module in self._model.named_modules()}
 
+    def _glance(self) -> list[object]:
+        """Modules and stored tensors by identity, modes and versions, without the names that only messages need."""
+        seen: list[object] = []
+        modules, known = [self._model], set()
+        while modules:
+            module = modules.pop()
+            if id(module) in known:
+                continue
+            known.add(id(module))
+            seen += id(module), module.training
+            passing = module._non_persistent_buffers_set
+            for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+                if tensor is not None and name not in passing:
+                    seen += id(tensor), -1 if tensor.is_inference() else tensor._version
+            modules += [child for child in module._modules.values() if child is not None]
+        return seen
+
     def check(self, *, thorough: bool = False) -> None:
         """Compare the model with what it was at the start.
 
@@ -65,6 +84,10 @@ class ModelWatch:
         Raises:
             ModelError: Something changed.
         """
+        due = thorough or time.perf_counter() - self._checked > 50 * self._cost
+        glance = self._glance()
+        if glance == self._seen and not due:
+            return
         if self._modes() != self._training:
             raise ModelError(
                 "model: its training mode changed while Fishers were computed (model.train() or model.eval() was "
@@ -74,7 +97,6 @@ class ModelWatch:
         changed = [name for name, version in self._versions.items() if now.get(name) != version] + [
             name for name in now if name not in self._versions
         ]
-        due = thorough or time.perf_counter() - self._checked > 50 * self._cost
         if changed or due:
             same = model_digest(self._model) == self.digest
             if not same:
@@ -85,3 +107,4 @@ class ModelWatch:
                 )
             self._checked = time.perf_counter()
             self._versions = now
+        self._seen = glance

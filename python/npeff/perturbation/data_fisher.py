@@ -131,5 +131,6 @@ def _add(block: Block, scale: Array, total: Array) -> None:
     if isinstance(block.starts, int):
         total[block.starts : block.starts + values.shape[2]] += values[:, 0].sum(0)
         return
+    assert isinstance(block.starts, torch.Tensor), "small parameters were not to be gathered"
     places = block.starts.cpu().numpy()[:, :, None] + np.arange(values.shape[2])
     np.add.at(total, places, values)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from npeff.batches.batches import Batch, batch_digest, check_data, read_batches
 from npeff.errors import DataError, NpeffError
-from npeff.gradients.independence import differ
+from npeff.gradients.eligibility import differ
 
 Array = npt.NDArray[Any]
 

@@ -17,7 +17,7 @@ from npeff.errors import ArgumentError, ModelError
 from npeff.gradients.engine import Prepared
 from npeff.gradients.rules.base import Rule, working
 from npeff.gradients.rules.convolution import ConvolutionBias, ConvolutionWeight, patches
-from npeff.gradients.rules.linear import MatrixBias, MatrixProduct
+from npeff.gradients.rules.dense import MatrixBias, MatrixProduct
 from npeff.models.parameters import Parameters
 
 
@@ -100,7 +100,7 @@ def _layers(prepared: Prepared) -> list[_Layer]:
     A weight that is used several times counts as one layer with more positions if all uses are products alike.
     """
     biases = {
-        id(rule.use.node): name
+        rule.use.node: name
         for name, rules in prepared.rules.items()
         for rule in rules
         if isinstance(rule, (MatrixBias, ConvolutionBias)) and len(rules) == 1
@@ -108,14 +108,14 @@ def _layers(prepared: Prepared) -> list[_Layer]:
     layers = []
     for name, rules in prepared.rules.items():
         kinds = {type(rule) for rule in rules}
-        whole = all(rule.use.value.shape == rule.use.parameter_shape and rule.use.value.reshaped for rule in rules)
+        whole = all(rule.value.shape == rule.use.parameter_shape and rule.value.reshaped for rule in rules)
         if len(kinds) != 1 or not whole:
             continue
         first = rules[0]
-        bias = biases.get(id(first.use.node)) if len(rules) == 1 else None
+        bias = biases.get(first.use.node) if len(rules) == 1 else None
         if isinstance(first, MatrixProduct):
-            if len({rule._by_rows for rule in rules if isinstance(rule, MatrixProduct)}) == 1:
-                layers.append(_Layer(name, bias, 1, not first._by_rows))
+            if len({rule.by_rows for rule in rules if isinstance(rule, MatrixProduct)}) == 1:
+                layers.append(_Layer(name, bias, 1, not first.by_rows))
         elif isinstance(first, ConvolutionWeight):
             layers.append(_Layer(name, bias, first._groups, False))
     return layers
@@ -136,7 +136,7 @@ def _factors(rule: Rule) -> tuple[Tensor, Tensor]:
     b, t, r, channels = delta.shape[:4]
     delta = delta.reshape(b, t, r, groups, channels // groups, -1).permute(0, 3, 1, 5, 2, 4)  # (b, G, t, L, R, q)
     output = rule.use.output_shape[2:]
-    under = patches(rule._input.flatten(0, 1), rule.use.value.shape[2:], output, rule._stride, rule._dilation)
+    under = patches(rule._input.flatten(0, 1), rule.value.shape[2:], output, rule._stride, rule._dilation)
     under = under.reshape(b, t, groups, -1, math.prod(output)).permute(0, 2, 1, 4, 3)  # (b, G, t, L, p)
     return under.flatten(2, 3), delta.flatten(2, 3)
 

@@ -296,6 +296,7 @@ def _products(block: Block, vectors: Tensor) -> Tensor:
     width = values.shape[2]
     if isinstance(block.starts, int):
         return values[:, 0] @ vectors[:, block.starts : block.starts + width].T
+    assert isinstance(block.starts, Tensor), "small parameters were not to be gathered"
     reach = torch.arange(width, device=vectors.device)
     rows = [
         vectors[:, (starts[:, None] + reach).reshape(-1)] @ value.reshape(-1)

@@ -291,6 +291,7 @@ def dense_rows(
         if isinstance(block.starts, int):
             target[:, :, block.starts : block.starts + width] += values[:, :, 0]
             continue
+        assert isinstance(block.starts, Tensor), "small parameters were not to be gathered"
         at = (block.starts[:, :, None] + torch.arange(width, device=rows.device)).flatten(1)
         target.scatter_add_(2, at[:, None].expand(-1, values.shape[1], -1), values.flatten(2))
     return rows

@@ -21,6 +21,7 @@ from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.fishers.factors import check_meaning
 from npeff.fishers.options import Likelihood
+from npeff.gradients.fallback import CalledModel
 from npeff.perturbation.outputs import curvature
 from npeff.short_repr import short_repr
 
@@ -109,7 +110,7 @@ def attribute_component(
     direction = _direction(model, components, j)
     if magnitude is not None and not (isinstance(magnitude, (int, float)) and math.isfinite(magnitude) and magnitude):
         raise ArgumentError(f"magnitude: expected a finite number other than 0, got {magnitude!r}")
-    holder = _Holder(model, forward)
+    called = CalledModel(model, forward or (lambda model, x: model(x)))
     before = linearize(model, inputs, smooth=smooth, batched=True, forward=forward)
     if output is not None and not -before.output.shape[1] <= output < before.output.shape[1]:
         raise ArgumentError(f"output: expected a position below {before.output.shape[1]}, got {output!r}")
@@ -118,7 +119,7 @@ def attribute_component(
         # The same Fisher in the logits, where forward= gives these.
         check_meaning(before.output, "categorical")
         likelihood = "categorical"
-    slope = _directional_derivative(holder, direction, before.x)
+    slope = _directional_derivative(called, direction, before.x)
     _, sensitivity = _metric(before.output, slope, likelihood)
     if magnitude is None:
         mean = float(sensitivity.square().mean())
@@ -128,7 +129,7 @@ def attribute_component(
     named = dict(model.named_parameters())
     moved = {f"model.{name}": named[name].detach() + magnitude * step for name, step in direction.items()}
     after = linearize(
-        model, inputs, smooth=smooth, batched=True, forward=lambda _, x: functional_call(holder, moved, (x,))
+        model, inputs, smooth=smooth, batched=True, forward=lambda _, x: functional_call(called, moved, (x,))
     )
     changes = after.output - before.output
     v = _cotangent(before.output, changes, likelihood, output)
@@ -205,18 +206,6 @@ def attribute_top_examples(
     return found
 
 
-class _Holder(nn.Module):
-    """Lets functional_call replace the model's parameters around any way of calling it."""
-
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
-        super().__init__()
-        self.model, self._forward = model, forward
-        self.training = model.training
-
-    def forward(self, x: Tensor) -> Any:
-        return self.model(x) if self._forward is None else self._forward(self.model, x)
-
-
 def _direction(model: nn.Module, components: Components, j: int) -> dict[str, Tensor]:
     """g_j by parameter, on the model's device.
 
@@ -236,17 +225,17 @@ def _direction(model: nn.Module, components: Components, j: int) -> dict[str, Te
     return direction
 
 
-def _directional_derivative(holder: _Holder, direction: dict[str, Tensor], x: Tensor) -> Tensor:
+def _directional_derivative(called: CalledModel, direction: dict[str, Tensor], x: Tensor) -> Tensor:
     """J_i g for each example, ``(n, C)``: the transpose of one backward pass.
 
     Raises:
         ModelError: The model gives no ``(n, C)`` tensor, or none that depends on the parameters.
     """
-    named = dict(holder.model.named_parameters())
+    named = dict(called.model.named_parameters())
     # fused attention has no second derivative
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         leaves = {name: named[name].detach().requires_grad_() for name in direction}
-        logits = functional_call(holder, {f"model.{name}": leaf for name, leaf in leaves.items()}, (x.clone(),))
+        logits = functional_call(called, {f"model.{name}": leaf for name, leaf in leaves.items()}, (x.clone(),))
         logits = getattr(logits, "logits", logits)
         if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.requires_grad:
             raise ModelError("model: expected outputs (n, C) that depend on its parameters; pass forward=")

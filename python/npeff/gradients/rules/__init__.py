@@ -8,15 +8,13 @@ model it is used on.
 from __future__ import annotations
 
 from npeff.gradients.graph import Graph, Use, Value
-from npeff.gradients.layout import Layout
-from npeff.gradients.rules.base import Rule, Unsupported
+from npeff.gradients.rules.base import Layout, Rule, Unsupported
 from npeff.gradients.rules.convolution import ConvolutionBias, ConvolutionWeight
-from npeff.gradients.rules.elementwise import Broadcast, Difference, Product, Slope, Sum
-from npeff.gradients.rules.embedding import Embedding
-from npeff.gradients.rules.linear import MatrixBias, MatrixProduct
-from npeff.gradients.rules.normalisation import (
+from npeff.gradients.rules.dense import Broadcast, Difference, MatrixBias, MatrixProduct, Product, Slope, Sum
+from npeff.gradients.rules.embedding_and_norm import (
     BatchNormWeight,
     ChannelBias,
+    Embedding,
     FusedRMSNormWeight,
     GroupNormWeight,
     LayerNormBias,
@@ -70,23 +68,18 @@ def find_uses(graph: Graph, parameter: Value, n_examples: int) -> list[Found]:
     pending = [parameter]
     while pending:
         value = pending.pop()
-        for node, operand in graph.takers(value.edge):
-            use = Use(node, operand, value, parameter.edge, parameter.shape)
-            rule = RULES.get((node.name(), operand))
+        for node, operand in graph.takers(value):
+            name = graph.names[node]
+            use = graph.use(node, operand, value, parameter)
+            rule = RULES.get((name, operand))
             layouts = rule.layouts(use, n_examples) if rule is not None else []
             derived = graph.derive(value, node)
-            if (
-                rule is not None
-                and layouts
-                and not (derived and node.name() == "EmbeddingBackward0" and graph.widens(node))
-            ):
+            if rule is not None and layouts and not (derived and name == "EmbeddingBackward0" and graph.widens(node)):
                 found.append((rule, use, layouts))
             elif derived is not None:
                 pending.extend(derived)
             elif rule is not None:
-                raise Unsupported(
-                    f"{node.name()} gives {use.output_shape}, which {n_examples} examples do not share out"
-                )
+                raise Unsupported(f"{name} gives {use.output_shape}, which {n_examples} examples do not share out")
             else:
-                raise Unsupported(f"used by {node.name()} as operand {operand}, for which there is no rule")
+                raise Unsupported(f"used by {name} as operand {operand}, for which there is no rule")
     return found

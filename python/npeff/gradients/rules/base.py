@@ -4,47 +4,64 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 from typing_extensions import override
 
 from npeff.gradients.graph import Unsupported, Use
-from npeff.gradients.layout import Layout
 
-__all__ = ["Rule", "Scratch", "SmallRule", "StackedRule", "Unsupported", "saved", "saved_tensor", "working"]
-
-
-def saved(use: Use, name: str) -> Any:
-    """What the use's operation kept for its backward pass.
-
-    Raises:
-        Unsupported: It kept nothing under that name.
-    """
-    try:
-        value = getattr(use.node, f"_saved_{name}")
-    except (AttributeError, RuntimeError) as error:
-        raise Unsupported(f"{use.node.name()} does not give its {name} ({str(error).splitlines()[0]})") from error
-    return value
-
-
-def saved_tensor(use: Use, name: str) -> Tensor:
-    """The same for a tensor that must be there; detached.
-
-    Raises:
-        Unsupported: There is none.
-    """
-    value = saved(use, name)
-    if not isinstance(value, Tensor):
-        raise Unsupported(f"{use.node.name()} kept no {name}")
-    return value.detach()
+__all__ = ["Layout", "Rule", "Scratch", "SmallRule", "StackedRule", "Unsupported", "layouts_of_rows", "working"]
 
 
 def working(tensor: Tensor) -> Tensor:
     """The tensor in the dtype in which gradients are multiplied: half precisions become float32."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
+
+
+Order = Literal["examples first", "positions first", "examples second"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor's leading rows are shared out among examples.
+
+    Attributes:
+        examples: Number of examples, b.
+        positions: Rows per example, T (1 for a plain batch; time steps, patches, frames …).
+        order: ``"examples first"``: row = example·T + position; ``"positions first"``: row = position·b +
+            example; ``"examples second"``: the examples are dimension 1, positions dimension 0.
+    """
+
+    examples: int
+    positions: int
+    order: Order = "examples first"
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """View ``(b·T, …)`` (or ``(T, b, …)`` for ``"examples second"``) as ``(b, T, …)``."""
+        if self.order == "examples second":
+            return tensor.movedim(1, 0)
+        if self.order == "positions first":
+            return tensor.reshape(self.positions, self.examples, *tensor.shape[1:]).transpose(0, 1)
+        return tensor.reshape(self.examples, self.positions, *tensor.shape[1:])
+
+
+def layouts_of_rows(n_rows: int, n_examples: int) -> list[Layout]:
+    """The ways in which ``n_rows`` rows can belong to ``n_examples``, likeliest first.
+
+    None when they do not divide.
+    """
+    if n_rows == 0 or n_rows % n_examples:
+        return []
+    positions = n_rows // n_examples
+    orders: tuple[Order, ...] = (
+        ("examples first",) if positions == 1 or n_examples == 1 else ("examples first", "positions first")
+    )
+    return [Layout(n_examples, positions, order) for order in orders]
 
 
 class Scratch:
@@ -68,18 +85,51 @@ class Rule(ABC):
     A rule is made anew for every batch. ``store`` is called once per cotangent column with δ, the gradient of
     that column's output with respect to the operation's output; then ``block`` is called tile by tile.
 
-    Attributes:
-        name: The name in the coverage report.
+    Args:
+        use: The use.
+        nodes: The nodes of the batch's graph.
         layout: Which rows of δ belong to which example.
         scratch: Memory for tiles.
+
+    Attributes:
+        name: The name in the coverage report.
+        value: The operand with respect to which the gradient is.
+        edge: Where δ is taken.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
+    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
         self.use = use
+        self.value = use.value
         self.layout = layout
         self.scratch = scratch
+        self.edge = GradientEdge(nodes[use.node], 0)
+        self._nodes = nodes
+
+    def saved(self, name: str) -> Any:
+        """What the operation kept for its backward pass.
+
+        Raises:
+            Unsupported: It kept nothing under that name.
+        """
+        try:
+            return getattr(self.edge.node, f"_saved_{name}")
+        except (AttributeError, RuntimeError) as error:
+            raise Unsupported(
+                f"{self.use.operation} does not give its {name} ({str(error).splitlines()[0]})"
+            ) from error
+
+    def saved_tensor(self, name: str) -> Tensor:
+        """A tensor that the operation must have kept; detached.
+
+        Raises:
+            Unsupported: There is none.
+        """
+        value = self.saved(name)
+        if not isinstance(value, Tensor):
+            raise Unsupported(f"{self.use.operation} kept no {name}")
+        return value.detach()
 
     @classmethod
     @abstractmethod
@@ -88,11 +138,6 @@ class Rule(ABC):
 
         Empty if the rule does not apply.
         """
-
-    @property
-    def edge(self) -> GradientEdge:
-        """Where δ is taken."""
-        return GradientEdge(self.use.node, 0)
 
     def split(self, delta: Tensor) -> Tensor:
         """δ with the examples first and the positions second: ``(b, T, …)``."""
@@ -150,6 +195,38 @@ class Rule(ABC):
         """Σ over columns of the block's squares ``(b', p, …)``, where that costs less than the block."""
         return None
 
+    def to_parameter(self, gradient: Tensor) -> Tensor:
+        """Carry gradients of the value back to the parameter.
+
+        Args:
+            gradient: ``(b, R, *value.shape)``.
+
+        Returns:
+            ``(b, R, *parameter_shape)``: the adjoint of what derived the value from the parameter, applied
+            b·R times.
+
+        Raises:
+            Unsupported: Autograd cannot apply it to many gradients at once.
+        """
+        size = gradient.shape[:2]
+        if not self.value.reshaped:
+            node, output = self._nodes[self.value.node], self.value.output
+            cotangents = gradient.flatten(0, 1).to(node._input_metadata[output].dtype)
+            try:
+                (result,) = torch.autograd.grad(
+                    [GradientEdge(node, output)],
+                    [GradientEdge(self._nodes[self.use.parameter], 0)],
+                    [cotangents],
+                    retain_graph=True,
+                    is_grads_batched=True,
+                )
+            except (RuntimeError, TypeError) as error:
+                raise Unsupported(
+                    f"{node.name()} cannot be differentiated for many examples at once ({error})"
+                ) from error
+            gradient = result.to(gradient.dtype)
+        return gradient.reshape(*size, *self.use.parameter_shape)
+
 
 class StackedRule(Rule):
     """A rule that keeps δ of every column as it came, and multiplies when a tile is made.
@@ -172,6 +249,8 @@ class StackedRule(Rule):
     def stacked(self, examples: slice, dim: int) -> Tensor:
         """δ of some examples, all columns side by side in a new dimension ``dim`` of ``(b', T, …)``."""
         pieces = [working(self.split(delta)[examples]) for delta in self._kept]
+        if len(pieces) == 1 and pieces[0].is_contiguous():
+            return pieces[0].unsqueeze(dim)
         shape = (*pieces[0].shape[:dim], len(pieces), *pieces[0].shape[dim:])
         return torch.stack(pieces, dim=dim, out=self.scratch.take("columns", shape, pieces[0]))
 
@@ -187,7 +266,7 @@ class SmallRule(Rule):
     @override
     def bytes_per_column(self) -> int:
         count = self.layout.examples
-        for size in self.use.value.shape:
+        for size in self.value.shape:
             count *= size
         return 4 * count
 
@@ -198,13 +277,16 @@ class SmallRule(Rule):
     @override
     def store(self, column: int, delta: Tensor) -> None:
         gradient = self.reduce(self.split(working(delta)))
+        if self._n_columns == 1:
+            self._kept = gradient.reshape(len(gradient), 1, *self.value.shape)
+            return
         if self._kept is None:
-            self._kept = gradient.new_empty((len(gradient), self._n_columns, *self.use.value.shape))
-        self._kept[:, column] = gradient.reshape(len(gradient), *self.use.value.shape)
+            self._kept = gradient.new_empty((len(gradient), self._n_columns, *self.value.shape))
+        self._kept[:, column] = gradient.reshape(len(gradient), *self.value.shape)
 
     @override
     def block(self, examples: slice, rows: slice) -> Tensor:
         if self._kept is None:
             raise RuntimeError("store() comes before block()")
         kept = self._kept[examples]
-        return kept[:, :, rows] if self.use.value.shape else kept
+        return kept[:, :, rows] if self.value.shape else kept

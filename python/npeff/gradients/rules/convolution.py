@@ -7,21 +7,22 @@ convolution kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from typing_extensions import override
 
 from npeff.gradients.graph import Use
-from npeff.gradients.layout import Layout, layouts_of_rows
 from npeff.gradients.rules.base import (
+    Layout,
     Scratch,
     SmallRule,
     StackedRule,
     Unsupported,
-    saved,
-    saved_tensor,
+    layouts_of_rows,
     working,
 )
 from npeff.kernels import convolution_gradients, dispatch
@@ -79,14 +80,14 @@ class ConvolutionWeight(StackedRule):
 
     name = "convolution"
 
-    def __init__(self, use: Use, layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, layout, scratch)
-        if saved(use, "transposed"):
+    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
+        super().__init__(use, nodes, layout, scratch)
+        if self.saved("transposed"):
             raise Unsupported("transposed convolution")
-        self._stride, self._dilation = tuple(saved(use, "stride")), tuple(saved(use, "dilation"))
-        self._groups = int(saved(use, "groups"))
-        padding = tuple(saved(use, "padding"))
-        inputs = working(saved_tensor(use, "input"))
+        self._stride, self._dilation = tuple(self.saved("stride")), tuple(self.saved("dilation"))
+        self._groups = int(self.saved("groups"))
+        padding = tuple(self.saved("padding"))
+        inputs = working(self.saved_tensor("input"))
         if any(padding):
             inputs = torch.nn.functional.pad(inputs, tuple(chain.from_iterable((p, p) for p in reversed(padding))))
         self._input = self.split(inputs)
@@ -103,7 +104,7 @@ class ConvolutionWeight(StackedRule):
     @override
     def form_early(self) -> None:
         if self._saves_memory():
-            shape = (self.layout.examples, len(self._kept), *self.use.value.shape)
+            shape = (self.layout.examples, len(self._kept), *self.value.shape)
             self._early = torch.empty(shape, dtype=self._input.dtype, device=self._input.device)
             if not self._in_place:
                 self._under = self._by_groups(slice(None)).clone()  # what it is a view of is used again
@@ -111,8 +112,8 @@ class ConvolutionWeight(StackedRule):
     def _saves_memory(self) -> bool:
         positions = self.layout.positions * math.prod(self.use.output_shape[2:])
         delta = self.use.output_shape[1] * positions
-        under = self._input.shape[2] * math.prod(self.use.value.shape[2:]) * positions
-        return EARLY * math.prod(self.use.value.shape) <= delta and (self._in_place or under <= 2 * delta)
+        under = self._input.shape[2] * math.prod(self.value.shape[2:]) * positions
+        return EARLY * math.prod(self.value.shape) <= delta and (self._in_place or under <= 2 * delta)
 
     @override
     def store(self, column: int, delta: Tensor) -> None:
@@ -120,16 +121,16 @@ class ConvolutionWeight(StackedRule):
             super().store(column, delta)
             return
         if self._in_place:
-            self._early[:, column] = self._summed(
-                [delta], slice(None), slice(0, self.use.value.shape[0]), squared=False
-            )[:, 0]
+            self._early[:, column] = self._summed([delta], slice(None), slice(0, self.value.shape[0]), squared=False)[
+                :, 0
+            ]
             return
         delta = working(self.split(delta))
         b, t, channels = delta.shape[:3]
         delta = delta.reshape(b, t, self._groups, channels // self._groups, -1).movedim(1, 3)  # (b, g, out/g, t, L)
         delta = delta.reshape(b * self._groups, delta.shape[2], -1)
         product = torch.bmm(self._under, delta.transpose(1, 2))
-        self._early[:, column] = product.mT.reshape(b, *self.use.value.shape)
+        self._early[:, column] = product.mT.reshape(b, *self.value.shape)
 
     def _summed(self, columns: list[Tensor], examples: slice, rows: slice, squared: bool) -> Tensor:
         """``(b', R, p, …)``, or without R: the kernel's sums over positions, where everything lies."""
@@ -143,17 +144,17 @@ class ConvolutionWeight(StackedRule):
 
         inputs = in_two_dimensions(self._input)
         deltas = [in_two_dimensions(working(self.split(column))) for column in columns]
-        kernel = both(tuple(self.use.value.shape[2:]))
+        kernel = both(tuple(self.value.shape[2:]))
         # With groups, some rows are not the same channels of every group: all are made.
         channels = (rows.start, rows.stop) if self._groups == 1 else None
-        wanted = rows.stop - rows.start if channels else self.use.value.shape[0]
+        wanted = rows.stop - rows.start if channels else self.value.shape[0]
         shape = (len(inputs) // self.layout.positions, *(() if squared else (len(deltas),)), wanted)
-        out = self.scratch.take("product", (*shape, self.use.value.shape[1], *kernel), inputs)
+        out = self.scratch.take("product", (*shape, self.value.shape[1], *kernel), inputs)
         found = convolution_gradients(
             inputs, deltas, kernel, stride=both(self._stride), dilation=both(self._dilation), groups=self._groups,
             turns=self.layout.positions, channels=channels, squared=squared, out=out,
         )  # fmt: skip
-        found = found.view(*shape, *self.use.value.shape[1:])
+        found = found.view(*shape, *self.value.shape[1:])
         return found if channels else found.narrow(len(shape) - 1, rows.start, rows.stop - rows.start)
 
     @override
@@ -177,14 +178,14 @@ class ConvolutionWeight(StackedRule):
     def _patches(self, examples: slice) -> Tensor:
         """``(b', t, in, *kernel, *output)``."""
         inputs = self._input[examples]
-        kernel, output = self.use.value.shape[2:], self.use.output_shape[2:]
+        kernel, output = self.value.shape[2:], self.use.output_shape[2:]
         under = patches(inputs.flatten(0, 1), kernel, output, self._stride, self._dilation)
         under = self.scratch.take("patches", tuple(under.shape), under).copy_(under)
         return under.view(*inputs.shape[:2], *under.shape[1:])
 
     @override
     def block(self, examples: slice, rows: slice) -> Tensor:
-        rows = slice(*rows.indices(self.use.value.shape[0]))
+        rows = slice(*rows.indices(self.value.shape[0]))
         if self._early is not None:
             return self._early[examples][:, :, rows]
         if self._in_place:
@@ -199,7 +200,7 @@ class ConvolutionWeight(StackedRule):
         under = self._by_groups(examples)
         target = self.scratch.take("product", (b * groups, r * out, under.shape[1]), delta)
         product = torch.bmm(delta.reshape(b * groups, r * out, -1), under.transpose(1, 2), out=target)
-        shape = (-1, *self.use.value.shape[1:])
+        shape = (-1, *self.value.shape[1:])
         if groups == 1:
             return product.view(b, r, *shape)
         return product.view(b, groups, r, out, -1).transpose(1, 2).reshape(b, r, *shape)[:, :, rows]
@@ -209,7 +210,7 @@ class ConvolutionWeight(StackedRule):
         if self._groups > 1:
             return None
         positions = self.layout.positions * math.prod(self.use.output_shape[2:])
-        return positions, self.use.value.shape[0], math.prod(self.use.value.shape[1:])
+        return positions, self.value.shape[0], math.prod(self.value.shape[1:])
 
     @override
     def pairs(self, examples: slice) -> tuple[Tensor, Tensor, bool] | None:

@@ -1,0 +1,152 @@
+#include "nnls/nnls.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "common/memory.h"
+#include "common/checked.h"
+#include "common/parallel.h"
+#include "nnls/simd.h"
+#include "nnls/step.h"
+
+namespace npeff {
+namespace {
+
+// Whether x (n,) holds neither NaN nor infinity: one more than an exponent of ones carries into the sign's place.
+template <class T>
+bool finite(const T* x, int64_t n) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr int sign = 8 * sizeof(T) - 1, mantissa = sizeof(T) == 4 ? 23 : 52;
+  constexpr Bits exponent = (Bits{1} << sign) - (Bits{1} << mantissa);
+  Bits carried = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    Bits bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    carried |= (bits & exponent) + (Bits{1} << mantissa);
+  }
+  return carried >> sign == 0;
+}
+
+int64_t run_tile(const NnlsSimd& table, const NnlsTile<float>& tile) { return table.tile_f32(tile); }
+int64_t run_tile(const NnlsSimd& table, const NnlsTile<double>& tile) { return table.tile_f64(tile); }
+
+// Whether the caller wants all threads to give up: asked on its own thread, at most some ten times a second.
+class Stop {
+ public:
+  // sweeps: how many to make, at most, before the clock is looked at
+  Stop(const std::function<bool()>& asked, int64_t sweeps) : asked_(asked), sweeps_(sweeps) {}
+
+  static bool before_sweep(void* context) { return static_cast<Stop*>(context)->before_sweep(); }
+
+  void ask() {
+    if (asked_ && std::this_thread::get_id() == caller_ && asked_()) stopped_ = true;
+  }
+
+  bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
+
+ private:
+  bool before_sweep() {
+    if (asked_ && std::this_thread::get_id() == caller_ && ++made_ >= sweeps_) {
+      made_ = 0;
+      const auto now = std::chrono::steady_clock::now();
+      if (now >= next_) {
+        ask();
+        next_ = now + std::chrono::milliseconds(50);
+      }
+    }
+    return stopped();
+  }
+
+  const std::function<bool()>& asked_;
+  const int64_t sweeps_;
+  const std::thread::id caller_ = std::this_thread::get_id();
+  std::atomic<bool> stopped_{false};
+  int64_t made_ = 0;  // by the calling thread
+  std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now() + std::chrono::milliseconds(50);
+};
+
+// gram by blocks of columns, as a tile reads it.
+template <class T>
+Aligned<T> pack(const T* gram, int64_t r, int64_t padded, int64_t block) {
+  Aligned<T> panels(checked_product({padded, r}));
+  for (int64_t start = 0; start < padded; start += block)
+    for (int64_t l = 0; l < r; ++l)
+      for (int64_t b = 0; b < block; ++b)
+        panels[start * r + l * block + b] = start + b < r ? gram[l * r + start + b] : T{0};
+  return panels;
+}
+
+// The status of all parts, each with its first bad row (or −1) and its iterations.
+NnlsStatus joined(const std::vector<int64_t>& bad, const std::vector<int64_t>& iterations, bool stopped) {
+  NnlsStatus status{-1, 0, stopped};
+  for (auto part = static_cast<int64_t>(bad.size()) - 1; part >= 0; --part) {
+    if (bad[part] >= 0) status.bad_row = bad[part];
+    status.iterations = std::max(status.iterations, iterations[part]);
+  }
+  return status;
+}
+
+}  // namespace
+
+template <class T>
+NnlsStatus nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64_t max_sweeps, T tol, T* kkt,
+                int threads, const std::function<bool()>& asked) {
+  if (r == 0) {
+    if (kkt) std::fill_n(kkt, n, T{0});
+    return {-1, 0, false};
+  }
+  const NnlsSimd& table = nnls_simd();  // one for the whole call: panels are laid out for it
+  const int64_t block = table.block;
+  const int64_t lanes = table.vectors * table.vector_bytes / static_cast<int64_t>(sizeof(T));
+  const int64_t padded = (r + block - 1) / block * block;
+  Stop stop(asked, 1 + (int64_t{1} << 24) / (lanes * r * r));
+  const Aligned<T> panels = pack(gram, r, padded, block);
+  Aligned<T> inverse_diagonal(padded);
+  for (int64_t j = 0; j < padded; ++j) inverse_diagonal[j] = j < r ? nnls_inverse(gram[j * r + j]) : T{0};
+
+  const int64_t tiles = (n + lanes - 1) / lanes, parts = std::min<int64_t>(tiles, 8 * threads);
+  std::vector<int64_t> sweeps(parts, 0), bad(parts, -1);
+  parallel_for(parts, n * r * r < 1 << 18 ? 1 : threads, [&](int64_t part) {
+    Aligned<T> scratch(checked_product({2, padded, lanes}) + (padded / 8 + 8) / static_cast<int64_t>(sizeof(T)) + 1);
+    const Range range = part_of(tiles, part, parts);
+    for (int64_t tile = range.begin; tile < range.end; ++tile) {
+      const int64_t first = tile * lanes, rows = std::min(lanes, n - first);
+      for (int64_t i = first; i < first + rows; ++i)
+        if (bad[part] < 0 && !(finite(cross + i * r, r) && finite(w + i * r, r))) bad[part] = i;
+      if (bad[part] >= 0 || stop.stopped()) return;
+      sweeps[part] = std::max(sweeps[part], run_tile(table, {rows, r, padded, panels.data(), inverse_diagonal.data(),
+                                                      cross + first * r, w + first * r, kkt ? kkt + first : nullptr,
+                                                      scratch.data(), max_sweeps, tol, &Stop::before_sweep, &stop}));
+      for (int64_t i = first; i < first + rows && bad[part] < 0; ++i)
+        if (!finite(w + i * r, r)) bad[part] = i;
+    }
+  }, [&] { stop.ask(); });
+  return joined(bad, sweeps, stop.stopped());
+}
+
+template NnlsStatus nnls(const float*, const float*, float*, int64_t, int64_t, int64_t, float, float*, int, const std::function<bool()>&);
+template NnlsStatus nnls(const double*, const double*, double*, int64_t, int64_t, int64_t, double, double*, int, const std::function<bool()>&);
+
+NnlsStatus nnls_exact(const double* gram, const double* cross, double* w, int64_t n, int64_t r, double tol, double* kkt,
+                      int threads) {
+  const int64_t parts = std::min<int64_t>(n, 64 * threads);
+  std::vector<int64_t> steps(parts, 0), bad(parts, -1);
+  parallel_for(parts, n * r * r < 1 << 16 ? 1 : threads, [&](int64_t part) {
+    Aligned<double> scratch(checked_sum({checked_product({r, r}), checked_product({5, r})}));
+    const Range range = part_of(n, part, parts);
+    for (int64_t i = range.begin; i < range.end && bad[part] < 0; ++i) {
+      if (finite(cross + i * r, r) && finite(w + i * r, r))
+        steps[part] = std::max(steps[part], nnls_simd().active_set(
+                                                {gram, cross + i * r, w + i * r, scratch.data(), r}, tol, kkt + i));
+      else bad[part] = i;
+      if (!finite(w + i * r, r)) bad[part] = i;
+    }
+  });
+  return joined(bad, steps, false);
+}
+
+}  // namespace npeff

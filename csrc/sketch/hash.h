@@ -1,0 +1,58 @@
+// Which bucket and which sign a parameter has in a sketch. The seed and the parameter's index alone decide, so that
+// every machine, CPU or GPU, computes the same sketch.
+//
+// Flat map: parameters are taken by blocks of 16 (index >> 4). A block falls on one group of 16 buckets: the element in
+// lane l goes to bucket 16·group + (l ^ turn) with a sign of its own. Two parameters of one block never meet; two of
+// different blocks meet with probability 1/(16·groups), as in a count sketch with a hash per parameter, at a sixteenth
+// of the hashes and with vectors in place of scattered adds.
+//
+// Two-sided map of a matrix: element (i, j) goes to bucket(i) ^ bucket(j) with sign(i)·sign(j), so that the sketch of an
+// outer product is the dyadic convolution of the sketches of its factors.
+#pragma once
+
+#include <cstdint>
+
+#include "common/host_device.h"
+
+namespace npeff {
+
+constexpr int sketch_lanes = 16;
+
+// The finaliser of SplitMix64 (Steele, Lea & Flood 2014, variant 13 of Stafford).
+NPEFF_INLINE uint64_t sketch_mix(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+constexpr uint64_t sketch_step = 0x9e3779b97f4a7c15u;  // 2^64 / golden ratio
+
+// Stream `number` of a seed: the copies of the flat map are streams 0, 1, …; the sides of two-sided maps have theirs.
+NPEFF_INLINE uint64_t sketch_key(uint64_t seed, uint64_t number) {
+  return sketch_mix(sketch_mix(seed + sketch_step) ^ sketch_mix(number + 0x5851f42d4c957f2du));
+}
+
+// Entry `index` of a stream.
+NPEFF_INLINE uint64_t sketch_hash(uint64_t key, uint64_t index) {
+  return sketch_mix(key + (index + 1) * sketch_step);
+}
+
+// The parts of a block's hash: bit l of the signs negates the element in lane l.
+NPEFF_INLINE uint32_t sketch_signs(uint64_t hash) { return static_cast<uint32_t>(hash) & 0xffffu; }
+NPEFF_INLINE uint32_t sketch_turn(uint64_t hash) { return static_cast<uint32_t>(hash >> 16) & 15u; }
+NPEFF_INLINE uint32_t sketch_group(uint64_t hash, uint32_t groups) {
+  return static_cast<uint32_t>(((hash >> 32) * groups) >> 32);
+}
+
+// Stream of a side (0: rows, 1: columns) of the matrix whose first element has that flat index.
+NPEFF_INLINE uint64_t sketch_side_key(uint64_t seed, uint64_t offset, int side) {
+  return sketch_key(seed, (uint64_t{1} << 63) | (offset << 1) | static_cast<uint64_t>(side));
+}
+
+// Place of one index of a side: bucket << 1 | sign, for d a power of two below 2^31.
+NPEFF_INLINE uint32_t sketch_place(uint64_t key, uint64_t index, uint32_t d) {
+  const uint64_t hash = sketch_hash(key, index);
+  return ((static_cast<uint32_t>(hash >> 32) & (d - 1)) << 1) | (static_cast<uint32_t>(hash) & 1u);
+}
+
+}  // namespace npeff

@@ -1,0 +1,27 @@
+// The inner loops of sketch.cpp, for each instruction set.
+#pragma once
+
+#include "common/isa.h"
+
+namespace npeff {
+
+// A stretch of one row on its way into a sketch.
+struct SketchRun {
+  const float* x;        // (n,)
+  int64_t n, base;       // flat index of x[0]
+  const uint64_t* keys;  // (copies,): streams of the hash
+  int copies;
+  uint32_t groups;       // groups of buckets per copy
+  double* sums;          // (copies · groups · 16,), added to
+  uint32_t begin, end;   // only blocks that fall on these groups
+};
+
+struct SketchSimd {
+  // Adds a stretch of a row; the same bits whatever the instruction set.
+  void (*run)(const SketchRun& run);
+  // x (d,) becomes its Walsh–Hadamard transform, unnormalised; d a power of two.
+  void (*walsh_hadamard)(float* x, int64_t d);
+};
+NPEFF_SIMD(SketchSimd, sketch_simd)
+
+}  // namespace npeff

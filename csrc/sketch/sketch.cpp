@@ -1,0 +1,153 @@
+#include "sketch/sketch.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "common/csr.h"
+#include "common/checked.h"
+#include "common/parallel.h"
+#include "common/rows_by_target.h"
+#include "sketch/hash.h"
+#include "sketch/simd.h"
+
+namespace npeff {
+namespace {
+
+constexpr int64_t small = 1 << 14;  // elements below which a second thread is not worth waking
+
+std::vector<uint64_t> keys_of(const SketchMap& map) {
+  std::vector<uint64_t> keys(map.copies);
+  for (int c = 0; c < map.copies; ++c) keys[c] = sketch_key(map.seed, c);
+  return keys;
+}
+
+uint32_t groups_of(const SketchMap& map) { return static_cast<uint32_t>(map.d / (sketch_lanes * map.copies)); }
+
+}  // namespace
+
+void sketch_rows(const SketchMap& map, const float* x, int64_t n_rows, int64_t width, int64_t stride,
+                 const int64_t* targets, const int64_t* bases, double* sums, int threads) {
+  const RowsByTarget rows(targets, bases, n_rows);
+  const int64_t n_targets = rows.n_groups();
+  const std::vector<uint64_t> keys = keys_of(map);
+  const uint32_t groups = groups_of(map), all = groups * map.copies;
+  if (n_rows * width < small) threads = 1;
+  // With few targets, several threads share one: each takes the blocks that fall on its own groups of buckets, so that
+  // no two add to one bucket and every bucket is given its terms in the same order.
+  const int64_t parts = n_targets >= 4 * threads ? 1 : threads;
+  parallel_for(n_targets * parts, threads, [&](int64_t task) {
+    const int64_t t = task / parts;
+    const Range mine = part_of(all, task % parts, parts);
+    for (int64_t i = rows.starts[t]; i < rows.starts[t + 1]; ++i) {
+      const int64_t row = rows.order[i];
+      SketchRun run{x + row * stride, width, bases[row], keys.data(), map.copies, groups, sums + rows.target(row) * map.d,
+                    static_cast<uint32_t>(mine.begin), static_cast<uint32_t>(mine.end)};
+      sketch_simd().run(run);
+    }
+  });
+}
+
+template <class Index>
+void sketch_csr(const SketchMap& map, const Csr<Index>& a, double* sums, int threads) {
+  const std::vector<uint64_t> keys = keys_of(map);
+  const uint32_t groups = groups_of(map);
+  const std::vector<int64_t> bounds = parts_by_entries(a.indptr, a.n_rows, a.indptr[a.n_rows] < small ? 1 : 4 * threads);
+  parallel_for(static_cast<int64_t>(bounds.size()) - 1, threads, [&](int64_t part) {
+    for (int64_t row = bounds[part]; row < bounds[part + 1]; ++row) {
+      double* own = sums + row * map.d;
+      for (int64_t e = a.indptr[row]; e < a.indptr[row + 1]; ++e) {
+        const auto index = static_cast<uint64_t>(a.indices[e]);
+        const auto lane = static_cast<uint32_t>(index % sketch_lanes);
+        for (int c = 0; c < map.copies; ++c) {
+          const uint64_t hash = sketch_hash(keys[c], index / sketch_lanes);
+          const int64_t bucket = sketch_lanes * (int64_t{sketch_group(hash, groups)} + int64_t{c} * groups);
+          const double value = a.values[e];
+          own[bucket + (lane ^ sketch_turn(hash))] += (sketch_signs(hash) >> lane) & 1 ? -value : value;
+        }
+      }
+    }
+  });
+}
+
+template void sketch_csr(const SketchMap&, const Csr<int32_t>&, double*, int);
+template void sketch_csr(const SketchMap&, const Csr<int64_t>&, double*, int);
+
+int64_t sketch_finish(const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int threads) {
+  std::vector<char> bad(n_rows, 0);
+  parallel_for(n_rows, n_rows * d < small ? 1 : threads, [&](int64_t row) {
+    float zero = 0;
+    for (int64_t i = row * d; i < (row + 1) * d; ++i) {
+      out[i] = static_cast<float>(scale * sums[i]);
+      zero += out[i] * 0;
+    }
+    bad[row] = !(zero == 0);
+  });
+  const auto first = std::find(bad.begin(), bad.end(), 1);
+  return first == bad.end() ? -1 : first - bad.begin();
+}
+
+void sketch_places(uint64_t seed, int64_t offset, int side, int64_t d, int64_t n, uint32_t* places) {
+  const uint64_t key = sketch_side_key(seed, static_cast<uint64_t>(offset), side);
+  for (int64_t i = 0; i < n; ++i) places[i] = sketch_place(key, static_cast<uint64_t>(i), static_cast<uint32_t>(d));
+}
+
+void sketch_matrix(int64_t d, double weight, const float* x, int64_t n, int64_t p, int64_t columns, int64_t stride,
+                   const uint32_t* row_places, const uint32_t* column_places, const int64_t* targets,
+                   const int64_t* first_row, double* sums, int threads) {
+  const RowsByTarget rows(targets, first_row, n);
+  parallel_for(rows.n_groups(), n * p * columns < small ? 1 : threads, [&](int64_t t) {
+    for (int64_t i = rows.starts[t]; i < rows.starts[t + 1]; ++i) {
+      const int64_t at = rows.order[i];
+      double* own = sums + targets[at] * d;
+      for (int64_t row = 0; row < p; ++row) {
+        const uint32_t place = row_places[first_row[at] + row];
+        const float* values = x + at * stride + row * columns;
+        for (int64_t j = 0; j < columns; ++j) {
+          const uint32_t both = place ^ column_places[j];  // signs multiply, buckets combine
+          own[both >> 1] += (both & 1 ? -weight : weight) * static_cast<double>(values[j]);
+        }
+      }
+    }
+  });
+}
+
+namespace {
+
+// out (d,) = the count sketch of x (n,).
+void scatter(const float* x, int64_t n, const uint32_t* places, int64_t d, float* out) {
+  std::fill(out, out + d, 0.0f);
+  for (int64_t i = 0; i < n; ++i) out[places[i] >> 1] += places[i] & 1 ? -x[i] : x[i];
+}
+
+}  // namespace
+
+void sketch_outer(int64_t d, double weight, const float* delta, const float* input, int64_t b, int64_t t, int64_t columns,
+                  int64_t n_delta, int64_t n_input, const uint32_t* delta_places, const uint32_t* input_places,
+                  double* sums, int threads) {
+  if (columns == 0 || n_delta == 0 || n_input == 0) return;  // however many steps there are
+  const int64_t space_size = checked_product({d, columns + 2});
+  parallel_for(b, threads, [&](int64_t i) {
+    const double share = weight / static_cast<double>(d);
+    std::vector<float> space(space_size);
+    float *a = space.data(), *g = a + d, *products = g + d;
+    const auto transform = sketch_simd().walsh_hadamard;
+    for (int64_t step = 0; step < t; ++step) {
+      scatter(input + (i * t + step) * n_input, n_input, input_places, d, a);
+      transform(a, d);
+      for (int64_t c = 0; c < columns; ++c) {
+        scatter(delta + ((i * t + step) * columns + c) * n_delta, n_delta, delta_places, d, g);
+        transform(g, d);
+        float* product = products + c * d;
+        for (int64_t k = 0; k < d; ++k) product[k] += a[k] * g[k];
+      }
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      float* product = products + c * d;
+      transform(product, d);
+      double* own = sums + (i * columns + c) * d;
+      for (int64_t k = 0; k < d; ++k) own[k] += share * static_cast<double>(product[k]);
+    }
+  });
+}
+
+}  // namespace npeff

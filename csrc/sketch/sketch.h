@@ -1,0 +1,52 @@
+// Sparse Johnson–Lindenstrauss transforms: d numbers whose inner products are those of the long rows, up to noise of
+// variance at most (‖x‖²‖y‖² + ⟨x, y⟩²) / d. The maps are those of hash.h.
+//
+// Sums are kept in float64 and added to in the order of the input, bucket by bucket: their bits do not depend on the
+// number of threads, nor on the instruction set, nor on how an input that comes in order is cut into calls.
+#pragma once
+
+#include <cstdint>
+
+#include "spmm/spmm.h"
+
+namespace npeff {
+
+// The flat map: every parameter has one bucket in each of `copies` stretches of d / copies buckets.
+struct SketchMap {
+  int64_t d;   // a multiple of 16·copies
+  int copies;  // non-zeros per parameter
+  uint64_t seed;
+};
+
+// sums[targets[i]] += the sketch of row x[i] (n_rows, width), `stride` floats apart, whose column 0 has the flat index
+// bases[i]. Several rows may have one target; they are taken by ascending base. targets null: row i goes to sums[i].
+//   sums (targets, d)
+void sketch_rows(const SketchMap& map, const float* x, int64_t n_rows, int64_t width, int64_t stride,
+                 const int64_t* targets, const int64_t* bases, double* sums, int threads);
+
+// sums (n_rows, d) += the sketches of compressed sparse rows; indices ascend for the bits to be those of sketch_rows.
+template <class Index>
+void sketch_csr(const SketchMap& map, const Csr<Index>& a, double* sums, int threads);
+
+// out = scale · sums, both (n_rows, d). Returns the first row with a non-finite value, or −1.
+int64_t sketch_finish(const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int threads);
+
+// ---- two-sided maps of matrices; d a power of two -----------------------------------------------------------------
+
+// Places (see sketch_place) of the n rows (side 0) or columns (side 1) of the matrix at `offset`.
+void sketch_places(uint64_t seed, int64_t offset, int side, int64_t d, int64_t n, uint32_t* places);
+
+// sums[targets[i]] += weight · the sketch of rows first_row[i] … first_row[i] + p − 1 of a matrix, x[i] (p, columns).
+//   x (n, p·columns), `stride` floats apart; row_places (matrix rows,), column_places (columns,)
+void sketch_matrix(int64_t d, double weight, const float* x, int64_t n, int64_t p, int64_t columns, int64_t stride,
+                   const uint32_t* row_places, const uint32_t* column_places, const int64_t* targets,
+                   const int64_t* first_row, double* sums, int threads);
+
+// sums[i, c] += weight · the sketch of Σ_t delta[i, t, c] ⊗ input[i, t], without the outer products: the Walsh–Hadamard
+// transforms of the factors' sketches are multiplied and summed over t, and transformed back once (float32).
+//   delta (b, t, columns, n_delta), input (b, t, n_input), sums (b, columns, d); places (n_delta,), (n_input,)
+void sketch_outer(int64_t d, double weight, const float* delta, const float* input, int64_t b, int64_t t, int64_t columns,
+                  int64_t n_delta, int64_t n_input, const uint32_t* delta_places, const uint32_t* input_places,
+                  double* sums, int threads);
+
+}  // namespace npeff
