@@ -47,7 +47,7 @@ def classifier_case():
     )
     model = model.double()
     data = batches(x, y, size=16)
-    found = minimise(model, cross_entropy, data, weight_decay=1e-2, tolerance=1e-10)
+    found = minimise(model, cross_entropy, [(x, y)], weight_decay=1e-2, tolerance=1e-10)
     assert found.gradient_norm < 1e-8
     tx = torch.randn(6, 1, 4, 4, dtype=torch.float64)
     return model, data, batches(tx, (tx.mean((1, 2, 3)) > 0).long(), size=4), x, y

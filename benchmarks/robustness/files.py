@@ -60,8 +60,8 @@ decomposition, encoding, …) in a child process with 1 GiB of memory to spare a
   counts).
 - *StorageError*: refused, by file and field. *Other npeff error*: a message about what the file asks for, such as
   unfinished work of other settings.
-- *Other numbers*: random changes of files with checksums must not give any; the published layouts and scores of
-  earlier versions have none, so that a number which could be right is taken. Changes on purpose have their checksums
+- *Other numbers*: random changes of files with checksums must not give any; the published layouts have none, so that
+  a number which could be right is taken. Changes on purpose have their checksums
   made right again, so that all other checks are tried: here *other numbers* are valid files with other contents.
 - *Memory*: Python's MemoryError: a file of a published layout that tells of 2³¹ parameters, whose vectors are that
   long, or 256 MiB that are really there, compressed. *Hang* and *crash* end the child."""
@@ -80,13 +80,13 @@ class Subject:
         name: What it is.
         files: Contents by name; the first is the one that is loaded.
         use: Loads and uses what lies at a path; yields what it found, as bytes, and LOADED after what was loaded.
-        checksums: Where the file keeps checksums of its datasets: "dataset", "attribute", or nowhere.
+        checksums: Whether the file keeps checksums of its datasets.
     """
 
     name: str
     files: dict[str, bytes]
     use: Callable[[Path], Iterator[bytes]]
-    checksums: str | None = "dataset"
+    checksums: bool = True
     loaded: str = field(default="", init=False)
     digest: str = field(default="", init=False)
 
@@ -223,15 +223,10 @@ def subjects(folder: Path) -> list[Subject]:
         found.append(Subject(f"Components, {name}", contents(path), use_components(fishers[name])))
     scores = Scores(np.arange(12.0).reshape(4, 3) - 5, np.ones(3), np.full(3, 1e-6), 4, {"solver": "exact"})
     path = scores.save(folder / "scores.h5")
-    found.append(Subject("influence scores", contents(path), use_scores, "attribute"))
-    with h5py.File(path, "r+") as file:
-        text = file.attrs["provenance"].decode()
-        del file.attrs["checksums"], file.attrs["provenance"], file.attrs["content"]
-        file.attrs["content"], file.attrs["provenance"] = "influence", text  # of varying length
-    found.append(Subject("influence scores of earlier versions", contents(path), use_scores, None))
+    found.append(Subject("influence scores", contents(path), use_scores))
     found.append(Subject("rollback record", record_of(folder), use_record))
     state, keeper = checkpoint_of(folder, fishers["exact"])
-    found.append(Subject("checkpoint", state, use_checkpoint(fishers["exact"], keeper), None))
+    found.append(Subject("checkpoint", state, use_checkpoint(fishers["exact"], keeper), False))
     found += parts_of(folder, fishers)
     for name, item in {
         "low-rank Fishers": fishers["exact"],
@@ -241,16 +236,16 @@ def subjects(folder: Path) -> list[Subject]:
     }.items():
         path = write_published(item, folder / f"published {name}.h5")
         use = use_fishers if name.endswith("Fishers") else use_components(None)
-        found.append(Subject(f"published {name}", contents(path), use, None))
+        found.append(Subject(f"published {name}", contents(path), use, False))
     path = write_published(made["diagonal"], folder / "sparse.h5", sparse=True)
-    found.append(Subject("published diagonal decomposition, sparse", contents(path), use_components(None), None))
+    found.append(Subject("published diagonal decomposition, sparse", contents(path), use_components(None), False))
     path = write_published(fishers["exact"], folder / "variable.h5", variable=True)
-    found.append(Subject("published low-rank Fishers, variable rank", contents(path), use_fishers, None))
+    found.append(Subject("published low-rank Fishers, variable rank", contents(path), use_fishers, False))
     path = folder / "published low-rank Fishers.h5"
     with h5py.File(path, "r+") as file:
         offsets = file["data/col_offsets"][()]
         file["data/col_offsets"][...] = np.concatenate([offsets[:, :1], np.diff(offsets, axis=1)], axis=1)
-    found.append(Subject("published low-rank Fishers, first generation", contents(path), use_fishers, None))
+    found.append(Subject("published low-rank Fishers, first generation", contents(path), use_fishers, False))
     return found
 
 
@@ -304,7 +299,7 @@ def parts_of(folder: Path, fishers: dict[str, npeff.Fishers]) -> list[Subject]:
                 continue
             what = "shard" if chosen.endswith(".h5") else "header"
             ordered = {chosen: files[chosen], **files}
-            checksums = "dataset" if what == "shard" else None
+            checksums = what == "shard"
             found.append(Subject(f"unfinished Fishers, {name}, {what}", ordered, use_parts(header), checksums))
     return found
 
@@ -599,14 +594,13 @@ def on_purpose(subject: Subject) -> Iterator[tuple[str, Change]]:
             yield f"{where}@{key} {what}", change
 
 
-def repaired(path: Path, where: str | None) -> None:
+def repaired(path: Path, checksums: bool) -> None:
     """Make the checksums of a changed file right again, so that all other checks are tried."""
-    if where is None:
+    if not checksums:
         return
     with h5py.File(path, "r+") as file:
         try:
-            held = file["checksums"] if where == "dataset" else file.attrs["checksums"]
-            sums = json.loads(held[()] if where == "dataset" else held)
+            sums = json.loads(file["checksums"][()])
             for name in list(sums):
                 kind = file.get(name, getlink=True)
                 item = file.get(name) if isinstance(kind, h5py.HardLink) else None
@@ -618,11 +612,8 @@ def repaired(path: Path, where: str | None) -> None:
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError):
             return
         text = json.dumps(sums).encode()
-        if where == "dataset":
-            del file["checksums"]
-            file["checksums"] = np.array(text, f"S{len(text)}")
-        else:
-            file.attrs["checksums"] = text.decode()
+        del file["checksums"]
+        file["checksums"] = np.array(text, f"S{len(text)}")
 
 
 # ---- running ------------------------------------------------------------------------------------------------------
@@ -789,7 +780,7 @@ def main() -> None:
                         continue
                     kind = found.partition(":")[0]
                     counts[kind] += 1
-                    bare = "published" in subject.name or "earlier" in subject.name  # without checksums
+                    bare = "published" in subject.name  # without checksums
                     silent = kind == "other numbers" and what == "random" and not bare
                     if kind in OUTCOMES[4:] or silent:
                         bad.append(f"{subject.name}, {case}: {found}")

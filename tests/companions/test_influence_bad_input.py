@@ -172,7 +172,7 @@ def test_results_and_files(model, tmp_path):
             call()
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["x"] = 1
-    with pytest.raises(ForeignFileError, match="no influence scores"):
+    with pytest.raises(ForeignFileError, match="not one written by npeff"):
         Scores.load(tmp_path / "other.h5")
     with pytest.raises(StorageError, match="no such file"):
         Scores.load(tmp_path / "absent.h5")

@@ -50,7 +50,7 @@ def output_loss(values, batch):
 )
 def test_iterative_solvers_agree_with_the_exact_one(classifier, solver):
     model, _, test, x, y = classifier
-    data = batches(x, y, size=16)
+    data = batches(x, y, size=40)
     exact = estimator(model, solver=Exact(), damping=1e-2).scores(data, test).values
     scores = estimator(model, solver=solver, damping=1e-2).scores(data, test)
     np.testing.assert_allclose(scores.values, exact, atol=1e-5 * np.abs(exact).max())
@@ -63,7 +63,7 @@ def test_lissa_needs_its_final_scale_and_has_it(regression):
     solve = lambda solver: CrossLossInfluence(model, squared_error, solver=solver, damping=0.2, progress=False)  # noqa: E731
     exact = solve("exact").scores([(x, y)], [(tx, ty)]).values
     for scale in (None, 7.0):
-        scores = solve(LiSSA(steps=400, scale=scale)).scores([(x, y)], [(tx, ty)])
+        scores = solve(LiSSA(steps=200, scale=scale)).scores([(x, y)], [(tx, ty)])
         np.testing.assert_allclose(scores.values, exact, atol=1e-6 * np.abs(exact).max())
         assert (scores.residuals < 1e-6).all()
 
@@ -80,13 +80,12 @@ def test_lissa_on_batches_is_near_and_reports_its_residual(regression):
 
 
 def test_a_preconditioner_saves_passes(classifier):
-    model, data, _, _, _ = classifier
+    model, _, _, x, y = classifier
     vectors = torch.randn(3, sum(p.numel() for p in model.parameters()), dtype=torch.float64)
     passes = []
     for before in (None, EKFAC(outputs, output_loss)):
-        fitted = estimator(model, solver=ConjugateGradients(tolerance=1e-10, preconditioner=before), damping=1e-4).fit(
-            data
-        )
+        solver = ConjugateGradients(tolerance=1e-10, preconditioner=before)
+        fitted = estimator(model, solver=solver, damping=1e-4).fit([(x, y)])
         solution = fitted.solve(vectors)
         assert float(solution.residual.max()) < 1e-9
         passes.append(solution.iterations)

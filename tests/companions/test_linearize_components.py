@@ -148,3 +148,23 @@ def test_fused_attention():
     assert found.residual() <= 1e-3 and any(
         item.operation == "_softmax" or "softmax" in str(item) for item in found.frozen
     )
+
+
+class Nested(nn.Module):
+    """Gives its outputs as the only item of a tuple, with a third dimension."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return (self.model(x).unflatten(1, (5, 2)),)
+
+
+def test_outputs_of_another_form(made):
+    model, data, _, components = made
+    renamed = Nested(model).eval()
+    plain = attribute_component(model, components, 1, data.inputs[:4], 0.1)
+    found = attribute_component(model, components, 1, data.inputs[:4], 0.1, forward=lambda m, x: renamed(x))
+    torch.testing.assert_close(found.maps, plain.maps)
+    torch.testing.assert_close(found.sensitivity, plain.sensitivity)

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from npeff.cli import run
 from npeff.companions import rollback
-from npeff.companions.rollback import DistMult, FactorModel, MatrixFactorization, Recipe, Record
+from npeff.companions.rollback import DistMult, MatrixFactorization, Recipe, Record
 from npeff.errors import ArgumentError, DataError, ForeignFileError, ModelError, StorageError
 from rollback_cases import examples_of, fitted
 
@@ -74,22 +74,19 @@ def test_side_by_side_retraining_is_retraining(trained) -> None:
     removed = [np.array([3, 80, 121]), np.array([], np.int64)]
     explainer = rollback.GradientRollback(model, record)
     after, before = rollback.trained_without(explainer, targets[:2], removed, progress=False)
-    for i, sets in enumerate(removed):
+    alone = {}
+    for i, positions in enumerate(removed):
         single, _, _ = planted()
-        tables = rollback.retrain(single, record, [sets])
+        tables = rollback.retrain(single, record, [positions])
         single.load_tables({name: table[..., 0] for name, table in tables.items()})
         p = torch.softmax(single(targets[i : i + 1]), 1).detach().numpy()[0]
         np.testing.assert_allclose(after[i], p, atol=1e-4)
+        alone[tuple(positions)] = single
     np.testing.assert_allclose(before, explainer.probabilities(targets[:2]), atol=1e-4)
     np.testing.assert_allclose(after[1], before[1], atol=1e-6)
-
-    def without(positions: np.ndarray) -> FactorModel:
-        again, _, _ = planted()
-        tables = rollback.retrain(again, record, [positions])
-        again.load_tables({name: table[..., 0] for name, table in tables.items()})
-        return again
-
-    given, _ = rollback.trained_without(explainer, targets[:2], removed, retrain_without=without, progress=False)
+    given, _ = rollback.trained_without(
+        explainer, targets[:2], removed, retrain_without=lambda positions: alone[tuple(positions)], progress=False
+    )
     np.testing.assert_allclose(given, after, atol=1e-4)
 
 

@@ -16,7 +16,7 @@ from device_cases import Words, same
 from npeff.fishers.factors import Factors
 from npeff.fishers.options import FisherOptions
 from npeff.fishers.pipeline import sink_for
-from npeff.fishers.sinks import Sink
+from npeff.fishers.sinks import Sink, SketchSink
 from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import StreamingSketch, StreamingTopK, cross, csr_transpose, dispatch, spmm, spread_multiply
 from npeff.models.parameters import Parameters
@@ -102,7 +102,7 @@ def test_blocks_are_collected_without_waiting(compress: Any) -> None:
 
 def _add(sink: Sink, table: Any, runs: torch.Tensor, starts: torch.Tensor, pairs: Pairs) -> None:
     sink.add(Block(table, slice(0, 8), runs, starts))
-    sink.add(pairs)
+    sink.add(pairs if isinstance(sink, SketchSink) else pairs.formed())
 
 
 def test_streams_and_products_wait_for_nothing() -> None:

@@ -23,5 +23,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """The companions."""
+    """List the companions."""
     return sorted(_NAMES)

@@ -29,6 +29,10 @@ from npeff.models.parameters import Parameter, Parameters
 Array = npt.NDArray[Any]
 
 
+FEW_ROWS = 4
+"""Rows of an example up to which a device takes their inner products pair by pair."""
+
+
 class _Costs(NamedTuple):
     """Nanoseconds, of which the ratios matter.
 
@@ -288,7 +292,23 @@ def _gram(values: Tensor, starts: Tensor | tuple[int, ...] | int) -> Tensor:
         runs = values.transpose(1, 2)
         return (runs @ runs.mT).sum(dim=1, dtype=torch.float64)
     flat = values.flatten(2)
+    if flat.shape[1] <= FEW_ROWS and devices.has_own_memory(flat.device):
+        return _gram_of_few(flat)
     return torch.bmm(flat, flat.mT)
+
+
+def _gram_of_few(flat: Tensor) -> Tensor:
+    """Inner products of few long rows ``(b, R, m)``: ``(b, R, R)`` float64, by one sum over all entries for each pair.
+
+    cuBLAS gives a product of two rows of 147 456 entries to one multiprocessor per example: 1 ms for 32 examples on an
+    H100, where reading them takes 0.02 ms.
+    """
+    gram = flat.new_empty(len(flat), flat.shape[1], flat.shape[1], dtype=torch.float64)
+    for i in range(flat.shape[1]):
+        gram[:, i, i] = torch.linalg.vector_norm(flat[:, i], dim=1, dtype=torch.float64).square()
+        for j in range(i):
+            gram[:, i, j] = gram[:, j, i] = (flat[:, i] * flat[:, j]).sum(dim=1, dtype=torch.float64)
+    return gram
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

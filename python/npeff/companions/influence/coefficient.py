@@ -90,7 +90,7 @@ class Coefficient:
             self._factor = torch.from_numpy(column_factors(components.parameters, weights, components.kind)).double()
 
     def __call__(self, model: nn.Module, content: Any) -> Tensor:
-        """The coefficients of a batch, ``(b,)``, with their graph.
+        """Compute the coefficients of a batch, ``(b,)``, with their graph.
 
         Raises:
             ModelError: The model lacks a parameter of the components, or an operation has no second derivative.
@@ -126,7 +126,7 @@ class Coefficient:
         return row @ cross[active.to(cross.device)]
 
     def _rows(self, logits: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        """A with ``F = AᵀA`` in the class basis, ``(C, m)`` with its graph.
+        """Compute A with ``F = AᵀA`` in the class basis, ``(C, m)`` with its graph.
 
         Raises:
             ModelError: Autograd cannot record the gradient.
@@ -189,11 +189,11 @@ class ComponentInfluence:
     __repr__ = short_repr
 
     def made_by(self, k: int = 16) -> Array:
-        """The training examples that raise the coefficients of the top examples most, summed over these."""
+        """List the training examples that raise the coefficients of the top examples most, summed over these."""
         return self.scores.top(k, direction="raises")
 
     def pairs(self, k: int = 16) -> list[tuple[int, float]]:
-        """``(position, I)`` of the k training examples with most influence, summed over the top ones; for a report."""
+        """List ``(position, I)`` of the k training examples with most summed influence, for a report."""
         totals = self.scores.values.sum(axis=1)
         return [(int(i), float(totals[i])) for i in self.scores.top(k)]
 
@@ -213,7 +213,7 @@ def component_influence(
     parameters: str | Sequence[str] | None = None,
     **options: Any,
 ) -> ComponentInfluence:
-    """The training examples behind a component: cross-loss influence with its coefficient as the test function.
+    """Find the training examples behind a component: cross-loss influence with its coefficient as the test function.
 
     Args:
         model: The model that the components belong to, at an optimum of ``train_loss``.

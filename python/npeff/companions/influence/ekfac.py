@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,9 +14,6 @@ from npeff.companions.influence.objective import TrainingObjective, dense_rows
 from npeff.companions.influence.solvers import Inverse, Solver
 from npeff.errors import ArgumentError, ModelError
 from npeff.gradients.engine import Prepared
-from npeff.gradients.rules.base import Rule, working
-from npeff.gradients.rules.convolution import ConvolutionBias, ConvolutionWeight, patches
-from npeff.gradients.rules.dense import MatrixBias, MatrixProduct
 from npeff.models.parameters import Parameters
 
 
@@ -69,7 +65,7 @@ class _Layer:
 
     def factors(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
         """Read a ``(b, G, T, p)`` and δ ``(b, G, T, R, q)`` of all uses, after the backward passes of R columns."""
-        found = [_factors(rule) for rule in prepared.rules[self.weight]]
+        found = [rule.kronecker_factors() for rule in prepared.rules[self.weight]]
         a, delta = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
         return (a if self.bias is None else torch.cat([a, a.new_ones((*a.shape[:3], 1))], dim=3)), delta
 
@@ -99,46 +95,18 @@ def _layers(prepared: Prepared) -> list[_Layer]:
 
     A weight that is used several times counts as one layer with more positions if all uses are products alike.
     """
+    forms = {name: {rule.kronecker_form() for rule in rules} for name, rules in prepared.rules.items()}
     biases = {
-        rule.use.node: name
-        for name, rules in prepared.rules.items()
-        for rule in rules
-        if isinstance(rule, (MatrixBias, ConvolutionBias)) and len(rules) == 1
+        rules[0].use.node: name for name, rules in prepared.rules.items() if len(rules) == 1 and forms[name] == {None}
     }
     layers = []
     for name, rules in prepared.rules.items():
-        kinds = {type(rule) for rule in rules}
         whole = all(rule.value.shape == rule.use.parameter_shape and rule.value.reshaped for rule in rules)
-        if len(kinds) != 1 or not whole:
-            continue
-        first = rules[0]
-        bias = biases.get(first.use.node) if len(rules) == 1 else None
-        if isinstance(first, MatrixProduct):
-            if len({rule.by_rows for rule in rules if isinstance(rule, MatrixProduct)}) == 1:
-                layers.append(_Layer(name, bias, 1, not first.by_rows))
-        elif isinstance(first, ConvolutionWeight):
-            layers.append(_Layer(name, bias, first._groups, False))
+        form = forms[name].pop()
+        if form is not None and not forms[name] and whole:
+            bias = biases.get(rules[0].use.node) if len(rules) == 1 else None
+            layers.append(_Layer(name, bias, *form))
     return layers
-
-
-def _factors(rule: Rule) -> tuple[Tensor, Tensor]:
-    """Read a ``(b, G, T, p)`` and δ ``(b, G, T, R, q)`` of one use.
-
-    Raises:
-        TypeError: The use has no such factors.
-    """
-    if isinstance(rule, MatrixProduct) and (found := rule.pairs(slice(None))) is not None:
-        return found[1][:, None], found[0][:, None].clone()  # the rule may use its memory again
-    if not isinstance(rule, ConvolutionWeight):
-        raise TypeError(f"no Kronecker factors from {type(rule).__name__}")
-    groups = rule._groups
-    delta = torch.stack([working(rule.split(kept)) for kept in rule._kept], dim=2)  # (b, t, R, channels, *space)
-    b, t, r, channels = delta.shape[:4]
-    delta = delta.reshape(b, t, r, groups, channels // groups, -1).permute(0, 3, 1, 5, 2, 4)  # (b, G, t, L, R, q)
-    output = rule.use.output_shape[2:]
-    under = patches(rule._input.flatten(0, 1), rule.value.shape[2:], output, rule._stride, rule._dilation)
-    under = under.reshape(b, t, groups, -1, math.prod(output)).permute(0, 2, 1, 4, 3)  # (b, G, t, L, p)
-    return under.flatten(2, 3), delta.flatten(2, 3)
 
 
 class _Eigenbasis:

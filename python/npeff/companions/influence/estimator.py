@@ -35,7 +35,7 @@ from npeff.gradients.rules.base import working
 from npeff.gradients.selection import placed, select_parameters
 from npeff.gradients.tiles import Block
 from npeff.models.digests import model_digest
-from npeff.storage.files import check_target, explain, reserve
+from npeff.storage.files import explain, reserve
 
 SOLVERS: dict[str, type[Solver]] = {
     kind.name: kind for kind in (ConjugateGradients, Exact, LiSSA, EmpiricalFisher, EKFAC, Identity)
@@ -178,8 +178,6 @@ class CrossLossInfluence:
             StorageError: ``out`` cannot be written.
         """
         target = None if out is None else check_path(out)
-        if target is not None:
-            check_target(target)
         if self._fitted is None:
             fitted = copy.copy(self).fit(train)
             self.stationarity = fitted.stationarity
@@ -239,7 +237,7 @@ class CrossLossInfluence:
         return iterations
 
     def _test_gradients(self, test: RepeatableData) -> Iterator[Tensor]:
-        """``∇L_test`` batch by batch, ``(b, m)``."""
+        """Yield ``∇L_test`` batch by batch, ``(b, m)``."""
         call = lambda _, batch: call_loss(self.model, self.test_loss, batch, "test_loss")[:, None]  # noqa: E731
         engine = PerExampleGradients(self.model, self.parameters, call)
         tensors = list(engine.tensors.values())
@@ -306,7 +304,7 @@ def _products(block: Block, vectors: Tensor) -> Tensor:
 
 
 def _on_disk(shape: tuple[int, int], target: Path) -> Array:
-    """An array in a file beside ``target`` that has no name, and goes with the array.
+    """Make an array in a temporary file beside ``target`` that vanishes with the array.
 
     Raises:
         StorageError: The disk does not hold it.

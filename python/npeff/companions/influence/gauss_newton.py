@@ -216,7 +216,7 @@ def _woodbury(rows: Tensor, n: int, ridge: float) -> Inverse:
 
 
 def _wide(a: Tensor, b: Tensor) -> Tensor:
-    """``a bᵀ`` accumulated in float64 over slices of the columns."""
+    """Compute ``a bᵀ``, accumulated in float64 over slices of the columns."""
     total = torch.zeros((len(a), len(b)), dtype=torch.float64, device=a.device)
     for start in range(0, a.shape[1], 8192):
         total.addmm_(a[:, start : start + 8192].double(), b[:, start : start + 8192].double().T)

@@ -173,8 +173,7 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     Returns:
         ``(b,)``.
     """
-    inputs, labels = batch
-    return nn.functional.cross_entropy(model(inputs), labels, reduction="none")
+    return _cross_entropy_of(model(batch[0]), batch)
 
 
 def squared_error(model: nn.Module, batch: Any) -> Tensor:
@@ -187,9 +186,7 @@ def squared_error(model: nn.Module, batch: Any) -> Tensor:
     Returns:
         ``(b,)``.
     """
-    inputs, targets = batch
-    outputs = model(inputs)
-    return (outputs - targets.reshape(outputs.shape)).square().reshape(len(outputs), -1).sum(1) / 2
+    return _squared_error_of(model_outputs(model, batch), batch)
 
 
 def model_outputs(model: nn.Module, batch: Any) -> Tensor:

@@ -195,7 +195,7 @@ class TrainingObjective:
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _recorded(self, batch: Batch, start: int | None) -> Tensor:
-        """The gradient of a batch's summed loss, ``(m,)``, with its graph."""
+        """Compute the gradient of a batch's summed loss, ``(m,)``, with its graph."""
         if start is not None and self._graphs and start in self._graphs:
             return self._graphs[start]
         saved = 0

@@ -22,7 +22,6 @@ from npeff.companions.influence.losses import (
     loss_values,
 )
 from npeff.companions.influence.objective import TrainingObjective
-from npeff.companions.influence.solvers import conjugate_gradients
 from npeff.errors import ArgumentError
 from npeff.gradients.selection import placed, select_parameters
 from npeff.short_repr import short_repr
@@ -125,8 +124,7 @@ def leave_out(
 
     Each retraining minimises ``(1/n) Σ_{i not left out} ℓ(z_i) + (w/2)‖θ‖²`` — the weights of the others stay 1/n, as
     in the derivation of influence — from the given optimum to a new one, with a new optimiser each time. Up to 3000
-    parameters the steps are Newton's, by conjugate gradients that the Hessian of the full data preconditions; L-BFGS
-    beyond that.
+    parameters the steps are Newton's, with the Hessian of the full data as long as it serves; L-BFGS beyond that.
 
     Args:
         model: At an optimum of the full objective; restored afterwards.
@@ -228,9 +226,8 @@ def _positive_factor(objective: TrainingObjective) -> Tensor:
 def _newton(objective: TrainingObjective, tolerance: float, factor: Tensor | None, max_steps: int) -> Minimum:
     """Take Newton's steps with a line search until ``‖∇J‖ ≤ tolerance``.
 
-    The steps ``−H⁻¹∇J`` are solved for by conjugate gradients with the Hessian H at the present parameters, which an
-    earlier |H| preconditions. Where H has negative curvature, or the step does not lead down, |H| is computed again
-    and ``−|H|⁻¹∇J`` taken.
+    The steps are ``−|H|⁻¹∇J``. The same |H| serves as long as a step makes the gradient much smaller; otherwise it is
+    computed again, at the present parameters.
 
     Args:
         objective: Its model is trained.
@@ -241,28 +238,19 @@ def _newton(objective: TrainingObjective, tolerance: float, factor: Tensor | Non
     value, gradient = objective.value_and_gradient()
     steps = 0
     while float(gradient.norm()) > tolerance and steps < max_steps:
-        direction = None if factor is None else _newton_direction(objective, gradient, factor)
-        renewed = direction is None
-        if direction is None:
+        renewed = factor is None
+        if factor is None:
             factor = _positive_factor(objective)
-            direction = -_by(factor, gradient[None])[0]
+        direction = -torch.cholesky_solve(gradient[:, None], factor)[:, 0]
         found = _line_search(objective, value, gradient, direction)
+        if found is None and renewed:
+            break  # rounding allows no further step
+        if found is None or float(found[1].norm()) > 0.3 * float(gradient.norm()):
+            factor = None
         if found is not None:
             value, gradient = found
             steps += 1
-        elif renewed:
-            break  # rounding allows no further step
-        else:
-            factor = None
     return Minimum(value, float(gradient.norm()), steps)
-
-
-def _newton_direction(objective: TrainingObjective, gradient: Tensor, factor: Tensor) -> Tensor | None:
-    """Solve ``H d = −∇J`` to a relative residual of 1e-3; None where H has negative curvature."""
-    right = -gradient[None].to(objective.dtype)
-    with objective.kept_graphs():
-        found, _, lowest = conjugate_gradients(objective.products, right, 1e-3, 200, lambda rows: _by(factor, rows))
-    return None if lowest is not None else found[0].double()
 
 
 def _line_search(
@@ -279,11 +267,6 @@ def _line_search(
         length /= 2
     objective.set_theta(origin)
     return None
-
-
-def _by(factor: Tensor, rows: Tensor) -> Tensor:
-    """Solve with a Cholesky factor for the right-hand sides ``(k, m)``."""
-    return torch.cholesky_solve(rows.double().T, factor).T.to(rows.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,16 +12,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from npeff.errors import ArgumentError, ForeignFileError, StorageError
-from npeff.storage.container import open_file
-from npeff.storage.documents import item, parse_json
-from npeff.storage.fields import FLOAT, Field
+from npeff.errors import ArgumentError, StorageError
+from npeff.storage.documents import item
+from npeff.storage.fields import FLOAT, Field, Sizes
 from npeff.storage.files import atomic, path_of
-from npeff.storage.hdf5 import Data, as_bytes, pieces, write_hdf5
 from npeff.storage.recognition import refuse_npeff_file
+from npeff.storage.records import check_record_target, read_record, write_record
 
 Array = npt.NDArray[Any]
 Direction = Literal["raises", "lowers", "both"]
+CONTENT = "influence"
 SUFFIXES = (".h5", ".hdf5", ".npz", ".csv")
 FIELDS = (
     Field("values", FLOAT, ("n_train", "n_test"), nan=True, infinite=True),
@@ -69,7 +69,7 @@ class Scores:
         return np.asarray(self.values[:, test])
 
     def top(self, k: int = 16, test: int | None = None, direction: Direction = "both") -> Array:
-        """The training examples with most influence, strongest first, ties by lower index.
+        """Find the training examples with most influence, strongest first, ties by lower index.
 
         Args:
             k: How many at most.
@@ -126,35 +126,29 @@ class Scores:
 
         Raises:
             ArgumentError: The name ends otherwise.
-            StorageError: Fishers or Components are there, or the file cannot be written.
+            StorageError: The path holds other work of npeff, or the file cannot be written.
         """
         path = check_path(path)
-        meta = json.dumps({"n": self.n, **self.provenance}, default=str)
+        arrays = {part.name: getattr(self, part.name) for part in FIELDS}
+        meta = json.loads(json.dumps({"n": self.n, "provenance": self.provenance}, default=str))
+        if path.suffix.lower() not in (".npz", ".csv"):
+            return write_record(path, CONTENT, arrays, meta)
         with atomic(path) as scratch:
-            if path.suffix.lower() == ".csv":
+            if path.suffix.lower() == ".npz":
+                with scratch.open("wb") as binary:
+                    np.savez(binary, **arrays, provenance=np.array(json.dumps({"n": self.n, **meta["provenance"]})))
+            else:
                 with scratch.open("w", newline="", encoding="utf-8") as file:
                     writer = csv.writer(file)
                     writer.writerow(["train", *(f"test_{j}" for j in range(self.values.shape[1]))])
                     writer.writerows([i, *row] for i, row in enumerate(self.values.tolist()))
-            elif path.suffix.lower() == ".npz":
-                with scratch.open("wb") as binary:
-                    np.savez(
-                        binary,
-                        values=self.values,
-                        test_values=self.test_values,
-                        residuals=self.residuals,
-                        provenance=np.array(meta),
-                    )
-            else:
-                _write_hdf5(scratch, self, meta)
         return path
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = False) -> Scores:
         """Open scores from ``.h5``; the table stays on disk, mapped.
 
-        Types and shapes are checked; arrays up to 256 MiB are read once, checked, and compared with their checksums,
-        which files of earlier versions lack.
+        Types and shapes are checked; arrays up to 256 MiB are read once, checked, and compared with their checksums.
 
         Args:
             path: The file.
@@ -165,54 +159,33 @@ class Scores:
             ForeignFileError: The file holds something else.
             StorageError: It cannot be read, or is damaged.
         """
-        path = path_of(path)
-        file = open_file(path)
-        if file.is_npeff or file.attributes.get("content") != "influence":
-            raise ForeignFileError(f"{path}: holds no influence scores; they are written by Scores.save")
-        known = {"content", "provenance", "checksums"}
-        unknown = sorted(name for name in file.attributes if "@" not in name and name not in known)
-        if unknown:  # such as a damaged name of the checksums
-            raise StorageError(
-                f"{path}: attribute {unknown[0]!r} is damaged: expected {', '.join(sorted(known))} alone"
-            )
-        where = f"{path}: attribute 'provenance'"
-        text, sums = file.attribute("provenance", str), file.checksums or {}
-        if sums.get("@provenance", _crc(text)) != _crc(text):
-            raise StorageError(f"{where} is damaged (its checksum differs); restore the file, or compute it again")
-        meta = parse_json(text, where, finite=False)
-        n = item(meta, "n", where, int)
-        arrays, _ = file.read(FIELDS, {}, verify=verify)
-        if n < 1:
-            raise StorageError(f"{where}, 'n', is damaged: expected a number of examples, got {n}")
-        provenance = {name: value for name, value in meta.items() if name != "n"}
-        return cls(arrays["values"], arrays["test_values"], arrays["residuals"], n, provenance)
+        arrays, meta = read_record(path, CONTENT, _describe, verify=verify)
+        return cls(**arrays, n=meta["n"], provenance=meta["provenance"])
 
 
-def _write_hdf5(path: Path, scores: Scores, meta: str) -> None:
-    """Write scores and their checksums; the HDF5 library itself would not survive a full disk."""
-    arrays = {name: getattr(scores, name) for name in ("values", "test_values", "residuals")}
-    sums = {"@provenance": _crc(meta)}
-    for name, array in arrays.items():
-        total = 0
-        for piece in pieces(array):
-            total = zlib.crc32(as_bytes(piece, array.dtype).data, total)
-        sums[name] = f"{total:08x}"
-    attributes = {"content": "influence", "provenance": meta, "checksums": json.dumps(sums)}
-    write_hdf5(path, [Data.of(name, array) for name, array in arrays.items()], {"/": attributes})
+def _describe(meta: dict[str, Any], where: str) -> tuple[Sequence[Field], Sizes]:
+    """Check the meta data of a file of scores, and state what is expected of its arrays.
 
-
-def _crc(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"
+    Raises:
+        StorageError: The meta data are not as expected.
+    """
+    if (n := item(meta, "n", where, int)) < 1:
+        raise StorageError(f"{where}, 'n', is damaged: expected a number of examples, got {n}")
+    item(meta, "provenance", where, dict)
+    return FIELDS, {}
 
 
 def check_path(path: str | Path) -> Path:
-    """Refuse names that no writer serves, and files that hold Fishers or Components.
+    """Refuse names that no writer serves, and files that hold other work of npeff.
 
     Raises:
         ArgumentError: The name ends otherwise.
+        StorageError: Something else is there, or the folder is missing.
     """
     path = path_of(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ArgumentError(f"out: expected a name ending in .h5, .npz or .csv, got {path}")
+    if path.suffix.lower() not in (".npz", ".csv"):
+        return check_record_target(path, CONTENT)
     refuse_npeff_file(path)
     return path

@@ -79,7 +79,7 @@ class Call:
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 
     def varies(self, position: int) -> bool:
-        """Whether an argument depends on the input."""
+        """Tell whether an argument depends on the input."""
         return position < len(self.args) and any(map(self.depends, tensors_in(self.args[position])))
 
     def fixed(self, position: int, name: str) -> Any:
@@ -108,7 +108,7 @@ class Call:
         inputs: list[Tensor] = []
 
         def filled(tree: Any, vary: bool) -> Callable[[tuple[Tensor, ...]], Any]:
-            """The tree as a function of the tensors that vary."""
+            """Turn the tree into a function of the tensors that vary."""
             if isinstance(tree, (list, tuple)):
                 kind, parts = type(tree), [filled(item, vary) for item in tree]
                 return lambda values: kind(part(values) for part in parts)
@@ -296,7 +296,7 @@ POOLING = names_in(
 
 
 def keeps_examples_apart(call: Call, inputs: tuple[Tensor, ...], output: Tensor) -> bool:
-    """Whether row i of the output is known to depend on row i of the inputs alone, rows being the first dimension.
+    """Tell whether row i of the output is known to depend on row i of the inputs alone, rows being the first dimension.
 
     Known from names and shapes, for the operations of usual networks over batches; False where it is not known.
 

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import functional_call, jvp
 
 from npeff.batches.batches import examples_at
-from npeff.companions.linearize.linearizing import Forward, linearize
+from npeff.companions.linearize.linearizing import Forward, linearize, model_output
 from npeff.companions.linearize.program import Frozen
+from npeff.companions.linearize.recording import plain_operations
 from npeff.components.components import Components
-from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.errors import ArgumentError, DataError
 from npeff.fishers.factors import check_meaning
 from npeff.fishers.options import Likelihood
 from npeff.gradients.fallback import CalledModel
@@ -207,7 +207,7 @@ def attribute_top_examples(
 
 
 def _direction(model: nn.Module, components: Components, j: int) -> dict[str, Tensor]:
-    """g_j by parameter, on the model's device.
+    """Get g_j by parameter, on the model's device.
 
     Raises:
         ArgumentError: The model has no such parameters.
@@ -226,31 +226,21 @@ def _direction(model: nn.Module, components: Components, j: int) -> dict[str, Te
 
 
 def _directional_derivative(called: CalledModel, direction: dict[str, Tensor], x: Tensor) -> Tensor:
-    """J_i g for each example, ``(n, C)``: the transpose of one backward pass.
-
-    Raises:
-        ModelError: The model gives no ``(n, C)`` tensor, or none that depends on the parameters.
-    """
+    """Compute J_i g for each example, ``(n, C)``, in forward mode."""
     named = dict(called.model.named_parameters())
-    # fused attention has no second derivative
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        leaves = {name: named[name].detach().requires_grad_() for name in direction}
-        logits = functional_call(called, {f"model.{name}": leaf for name, leaf in leaves.items()}, (x.clone(),))
-        logits = getattr(logits, "logits", logits)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.requires_grad:
-            raise ModelError("model: expected outputs (n, C) that depend on its parameters; pass forward=")
-        u = torch.zeros_like(logits).requires_grad_()
-        gradients = torch.autograd.grad(logits, list(leaves.values()), u, create_graph=True, allow_unused=True)
-        pairs = zip(gradients, direction.values(), strict=True)
-        along = sum(((g * step).sum() for g, step in pairs if g is not None), torch.zeros((), device=x.device))
-        if not along.requires_grad:
-            return torch.zeros_like(logits).detach()
-        found = torch.autograd.grad(along, u, allow_unused=True)[0]
-    return torch.zeros_like(logits).detach() if found is None else found.detach()
+    at = {f"model.{name}": named[name].detach() for name in direction}
+    along = {f"model.{name}": step for name, step in direction.items()}
+
+    def outputs(weights: dict[str, Tensor]) -> Tensor:
+        run = lambda _, given: functional_call(called, weights, (given,))  # noqa: E731
+        return model_output(called.model, x.clone(), run).flatten(1)
+
+    with plain_operations(called.model):  # fused layers have no forward mode
+        return jvp(outputs, (at,), (along,))[1]
 
 
 def _metric(logits: Tensor, change: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
-    """M·ΔF ``(n, C)`` and √(ΔFᵀ M ΔF) ``(n,)`` in float64, M the Fisher of the outputs."""
+    """Compute M·ΔF ``(n, C)`` and √(ΔFᵀ M ΔF) ``(n,)`` in float64, M the Fisher of the outputs."""
     with torch.inference_mode(False), torch.enable_grad():
         u = change.detach().double().clone().requires_grad_()
         squared = curvature(logits.detach(), u, likelihood)

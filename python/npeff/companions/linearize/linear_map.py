@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.func import jvp
 
 from npeff.companions.linearize.program import Frozen, Program
 from npeff.errors import ArgumentError, ModelError
@@ -60,11 +61,6 @@ class LinearMap:
             z = torch.zeros_like(self.x).requires_grad_()
             return z, self._program.run(z)
 
-    @cached_property
-    def _transposed(self) -> tuple[Tensor, Tensor]:
-        """Wᵀ·u with the graph to u, for which it is linear: its own transpose is W."""
-        return _transpose(*reversed(self._graph))
-
     # ---- W and b --------------------------------------------------------------------------------------
 
     @cached_property
@@ -81,7 +77,7 @@ class LinearMap:
         return torch.cat(list(self.rows()), dim=1 if self._batched else 0)
 
     def rows(self) -> Iterator[Tensor]:
-        """W some rows at a time.
+        """Compute W some rows at a time.
 
         Yields:
             ``(n, k, *s)``, the next k rows.
@@ -96,7 +92,7 @@ class LinearMap:
     # ---- products ---------------------------------------------------------------------------------------------
 
     def __call__(self, z: Tensor) -> Tensor:
-        """W·z + b: the frozen network at any point ``(n, *s)``.
+        """Compute W·z + b, the frozen network at any point ``(n, *s)``.
 
         Raises:
             ArgumentError: ``z`` has another shape.
@@ -105,17 +101,17 @@ class LinearMap:
             return self._out(self._program.run(self._checked(z, self.x, "z")))
 
     def matvec(self, v: Tensor) -> Tensor:
-        """W·v ``(n, K)`` for ``v (n, *s)``, by one pass; W is not formed.
+        """Compute W·v ``(n, K)`` for ``v (n, *s)``, by one pass; W is not formed.
 
         Raises:
             ArgumentError: ``v`` has another shape.
         """
         v = self._checked(v, self.x, "v")
-        self._program.check()
-        return self._out(self._gradients(*self._transposed, v[None])[0])
+        with torch.inference_mode(False), torch.no_grad():
+            return self._out(jvp(self._program.run, (torch.zeros_like(self.x),), (v.clone(),))[1])
 
     def rmatvec(self, c: Tensor) -> Tensor:
-        """Wᵀ·c ``(n, *s)`` for ``c (n, K)``, by one backward pass; W is not formed.
+        """Compute Wᵀ·c ``(n, *s)`` for ``c (n, K)``, by one backward pass; W is not formed.
 
         Raises:
             ArgumentError: ``c`` has another shape.
@@ -126,7 +122,9 @@ class LinearMap:
     # ---- contributions -----------------------------------------------------------------------------------------
 
     def contributions(self, c: Tensor | None = None) -> Tensor:
-        """``(n, K, *s)`` W_k ∘ x: the contribution of each number of the point to each output. They and b sum to F(x).
+        """Compute W_k ∘ x ``(n, K, *s)``: the contribution of each number of the point to each output.
+
+        The contributions and b sum to F(x).
 
         Args:
             c: ``(n, K)`` weights of outputs: then ``(n, *s)``, the contributions to Σ_k c_k·F_k, by one backward pass.
@@ -182,7 +180,7 @@ class LinearMap:
         return gap / largest if largest else gap
 
     def same_pattern(self, z: Tensor) -> bool:
-        """Whether all gates and selections at another point ``(n, *s)`` are those of x, so that the map holds there.
+        """Tell whether all gates and selections at another point ``(n, *s)`` are those of x: then the map holds there.
 
         Raises:
             ArgumentError: ``z`` has another shape.
@@ -207,7 +205,7 @@ class LinearMap:
         return given.detach().to(like)
 
     def _pull(self, cotangents: Tensor) -> Tensor:
-        """Wᵀ of each of ``(m, n, K)`` cotangents: ``(m, n, *s)``, without the n where the point has none.
+        """Compute Wᵀ·c for each c of ``(m, n, K)`` cotangents: ``(m, n, *s)``, without the n where the point has none.
 
         Raises:
             ModelError: Examples influence each other.
@@ -234,7 +232,7 @@ class LinearMap:
         return torch.stack(rows)
 
     def _are_independent(self) -> bool:
-        """Whether every other example's outputs have no gradient at the examples between."""
+        """Tell whether every other example's outputs have no gradient at the examples between."""
         if not self._independent:
             z, output = self._graph
             cotangent = torch.zeros_like(output)
@@ -244,39 +242,29 @@ class LinearMap:
         return self._independent
 
     def _from_sources(self, cotangents: Tensor) -> Tensor:
-        """The contribution of each source to each of ``(m, n, K)`` combinations of outputs: ``(sources, n, m)``.
+        """Compute each source's contribution to each of ``(m, n, K)`` combinations of outputs: ``(sources, n, m)``.
 
         With a scale per source and example, one backward pass each. That needs the examples to come first in every
         constant, which shapes alone do not show: the sum is compared with b, and if it differs the scales are
-        without examples, at a backward pass for every source.
+        without examples, at a forward pass for every source.
         """
         n, n_sources = len(self._flat), len(self._program.sources)
         if not n_sources:
             return cotangents.new_zeros(0, n, len(cotangents))
         if n == 1 or (self._program.examples_first(n) and self._are_independent()):
-            found = self._pulled(*self._scaled(n_sources, n), cotangents).permute(1, 2, 0)
+            with torch.inference_mode(False), torch.enable_grad():
+                scales = torch.ones((n_sources, n), dtype=self.x.dtype, device=self.x.device).requires_grad_()
+                output = self._program.run(torch.zeros_like(self.x), scales)
+            size = max(1, BUDGET // self._program.widest)
+            parts = [self._gradients(output, scales, part) for part in torch.split(cotangents, size)]
+            found = torch.cat(parts).permute(1, 2, 0)
             expected = (cotangents * self._graph[1].detach()).sum(-1).T
             tolerance = 1e3 * torch.finfo(found.dtype).eps * found.abs().sum(0)
             if bool(((found.sum(0) - expected).abs() <= tolerance + torch.finfo(found.dtype).tiny).all()):
                 return found
-        output, scales = self._scaled(n_sources, None)
-        each = self._pulled(*_transpose(output, scales), torch.eye(n_sources, dtype=output.dtype).to(output))
+        zero = torch.zeros_like(self.x)
+        with torch.inference_mode(False), torch.no_grad():
+            units = torch.eye(n_sources, dtype=zero.dtype, device=zero.device)
+            run = lambda scales: self._program.run(zero, scales)  # noqa: E731
+            each = torch.stack([jvp(run, (torch.ones_like(unit),), (unit,))[1] for unit in units])
         return torch.einsum("snk,mnk->snm", each, cotangents)
-
-    def _scaled(self, n_sources: int, n: int | None) -> tuple[Tensor, Tensor]:
-        """The output at zero, and the scales of the sources that it has a graph to."""
-        shape = (n_sources,) if n is None else (n_sources, n)
-        with torch.inference_mode(False), torch.enable_grad():
-            scales = torch.ones(shape, dtype=self.x.dtype, device=self.x.device).requires_grad_()
-            return self._program.run(torch.zeros_like(self.x), scales), scales
-
-    def _pulled(self, output: Tensor, point: Tensor, cotangents: Tensor) -> Tensor:
-        size = max(1, BUDGET // self._program.widest)
-        return torch.cat([self._gradients(output, point, part) for part in torch.split(cotangents, size)])
-
-
-def _transpose(output: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the gradient at the point of u·output, with its graph to u, in which it is linear."""
-    with torch.inference_mode(False), torch.enable_grad():
-        u = torch.zeros_like(output).requires_grad_()
-        return torch.autograd.grad(output, point, u, create_graph=True)[0], u

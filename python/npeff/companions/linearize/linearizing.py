@@ -121,14 +121,14 @@ def _recorded(
         stack.enter_context(recording(model, recorder))
         if at != "input":
             stack.callback(model.get_submodule(at).register_forward_hook(from_layer).remove)
-        output = _output(model, begin(x) if at == "input" else x, forward)
+        output = model_output(model, begin(x) if at == "input" else x, forward)
     if not points:
         raise ArgumentError(f"at: {at!r} does not run when the model is called with x")
     return recorder, points[0], output
 
 
-def _output(model: nn.Module, x: Any, forward: Forward | None) -> Tensor:
-    """Call the model.
+def model_output(model: nn.Module, x: Any, forward: Forward | None) -> Tensor:
+    """Call the model on one input.
 
     Raises:
         ModelError: The model failed, or gives no float tensor.
@@ -196,7 +196,7 @@ def _embedding(model: nn.Module) -> str:
 
 
 def _n_examples(point: Tensor, output: Tensor, batched: bool | None) -> int | None:
-    """The number of examples that come first in the point and in the output; None for one map of all.
+    """Find the number of examples that come first in the point and in the output; None for one map of all.
 
     Raises:
         ArgumentError: They are not batched as asked for.

@@ -24,7 +24,7 @@ from npeff.errors import ModelError
 def _gated(
     call: Call, open_: Tensor, slope: float | Tensor = 0.0, shift: Tensor | None = None, inner: float = 1.0
 ) -> Affine:
-    """inner·z where the gate is open, slope·z where it is closed, plus a shift."""
+    """Freeze a gate: inner·z where it is open, slope·z where it is closed, plus a shift."""
 
     def function(z: Tensor) -> Tensor:
         passed = z if inner == 1.0 else z * inner
@@ -309,7 +309,7 @@ def _normalised(
     parameters: list[Tensor | None],
     parameters_shape: tuple[int, ...],
 ) -> Affine:
-    """(z − mean z)·γ/σ(v) + β with mean and σ over some dimensions of v in another shape."""
+    """Freeze (z − mean z)·γ/σ(v) + β, with mean and σ over some dimensions of v in another shape."""
     deviation = (v.reshape(shape).var(dims, correction=0, keepdim=True) + eps).rsqrt()
     weight, bias = (None if given is None else given.view(parameters_shape) for given in parameters)
 

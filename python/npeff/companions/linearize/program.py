@@ -155,11 +155,11 @@ class Program:
             return step.function(*(self.steps[i].zero.contiguous() for i in step.inputs))
 
     def examples_apart(self, n: int) -> bool:
-        """Whether every step is known to keep n examples, which come first in each value, apart."""
+        """Tell whether every step is known to keep n examples, which come first in each value, apart."""
         return all(step.apart and step.zero.shape[0] == n for step in self.steps[1:])
 
     def examples_first(self, n: int) -> bool:
-        """Whether every source's value has n as its first dimension."""
+        """Tell whether every source's value has n as its first dimension."""
         return all(self.steps[number].zero.shape[:1] == (n,) for number in self.sources)
 
     @cached_property

@@ -52,7 +52,7 @@ class _Memory:
     steps: dict[Geometry, int] = field(default_factory=dict)
 
     def positions(self, wanted: Geometry) -> Tensor:
-        """Flat positions in the whole of a view's elements, in the view's shape.
+        """Find the flat positions in the whole of a view's elements, in the view's shape.
 
         Raises:
             ModelError: The view reaches outside the whole.
@@ -86,7 +86,7 @@ class Values:
         self._memories: dict[int | None, _Memory] = {}
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor's memory has a step."""
+        """Tell whether a tensor's memory has a step."""
         return key(tensor) in self._memories
 
     def step(self, tensor: Tensor) -> int:
@@ -373,8 +373,6 @@ def recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     def leave(*_: Any) -> None:
         recorder.modules.pop()
 
-    fast = torch.backends.mha.get_fastpath_enabled()
-    fused = not any(isinstance(module, nn.RNNBase) for module in model.modules())
     with ExitStack() as stack:
         for name, module in model.named_modules():
             # scripted modules take no hooks: the module around gives the name of their steps
@@ -382,9 +380,19 @@ def recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
                 hook = module.register_forward_pre_hook(enter(name, type(module).__name__))
                 stack.callback(hook.remove)
                 stack.callback(module.register_forward_hook(leave).remove)
+        stack.enter_context(plain_operations(model))
+        stack.enter_context(recorder)
+        yield
+
+
+@contextmanager
+def plain_operations(model: nn.Module) -> Iterator[None]:
+    """Run fused layers of a model as the operations that they are made of, without a graph, within the block."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)
-        if not fused:  # fused recurrent layers hide their steps
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # the flags themselves warn about devices that are not here
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
@@ -392,5 +400,4 @@ def recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(recorder)
         yield

@@ -201,7 +201,7 @@ class GradientRollback(Explainer):
         return probability - (np.concatenate(parts) if parts else np.empty(0))
 
     def _rolled_back(self, target: Array, context: list[Tensor], base: Tensor, candidates: Array) -> Array:
-        """P of the target without each candidate's updates: ``(c,)``."""
+        """Compute P of the target without each candidate's updates: ``(c,)``."""
         model, n = self.model, len(candidates)
         entries = {table: self.record.updates[table].of(candidates) for table in set(model.columns)}
         rows = [row.expand(n, -1).clone() for row in context]
@@ -249,11 +249,11 @@ class ComponentRollback:
         return order[self.influence[order] > 0]
 
     def pairs(self, k: int = 16) -> list[tuple[int, float]]:
-        """``(position, influence)`` of :meth:`made_by`, for a report."""
+        """List ``(position, influence)`` of :meth:`made_by`, for a report."""
         return [(int(d), float(self.influence[d])) for d in self.made_by(k)]
 
     def text(self, position: int) -> str | None:
-        """The names in a training example; None where the record has none."""
+        """Get the names in a training example; None where the record has none."""
         return self.record.text(position)
 
 

@@ -100,7 +100,7 @@ class FactorModel(nn.Module, ABC):
         """Compute the queries of several contexts.
 
         Args:
-            contexts: ``(n, m)`` or ``(n, m + 1)`` integers; an answer column is not looked at.
+            contexts: ``(n, m)`` or ``(n, m + 1)`` integers; an answer column is ignored.
             tables: Rows to take in place of the model's own.
 
         Returns:
@@ -116,7 +116,7 @@ class FactorModel(nn.Module, ABC):
         """Compute the scores of all answers.
 
         Args:
-            contexts: ``(n, m)`` or ``(n, m + 1)`` integers; an answer column is not looked at.
+            contexts: ``(n, m)`` or ``(n, m + 1)`` integers; an answer column is ignored.
 
         Returns:
             ``(n, n_answers)``; their softmax is P(a | c).
@@ -193,12 +193,12 @@ class DistMult(FactorModel):
         self.options = {"n_entities": int(n_entities), "n_relations": int(n_relations), "dim": int(dim)}
 
     def query(self, context: Sequence[Any]) -> Any:
-        """``h ∘ r``."""
+        """Compute ``h ∘ r``."""
         head, relation = context
         return head * relation
 
     def query_gradient(self, context: Sequence[Any], gradient: Any) -> list[Any]:
-        """``(g ∘ r, g ∘ h)``."""
+        """Compute ``(g ∘ r, g ∘ h)``."""
         head, relation = context
         return [gradient * relation, gradient * head]
 
@@ -213,12 +213,12 @@ class ComplEx(DistMult):
     _numbers = 2
 
     def query(self, context: Sequence[Any]) -> Any:
-        """``h ∘ r``, complex."""
+        """Compute ``h ∘ r``, complex."""
         head, relation = context
         return _complex_product(head, relation)
 
     def query_gradient(self, context: Sequence[Any], gradient: Any) -> list[Any]:
-        """``(g ∘ r̄, g ∘ h̄)``."""
+        """Compute ``(g ∘ r̄, g ∘ h̄)``."""
         head, relation = context
         return [_complex_product(gradient, _conjugate(row)) for row in (relation, head)]
 
@@ -243,12 +243,12 @@ class MatrixFactorization(FactorModel):
         self.options = {"n_users": int(n_users), "n_items": int(n_items), "dim": int(dim)}
 
     def query(self, context: Sequence[Any]) -> Any:
-        """``(p_u, 1)``."""
+        """Compute ``(p_u, 1)``."""
         (user,) = context
         return _join([user, user[:1] * 0 + 1])
 
     def query_gradient(self, context: Sequence[Any], gradient: Any) -> list[Any]:
-        """The gradient without its last element, the constant's."""
+        """Leave out the gradient's last element, that of the constant."""
         return [gradient[:-1]]
 
 
@@ -318,7 +318,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, triples: Iterable[Triple]) -> Vocabulary:
-        """The names that occur, sorted."""
+        """Collect the names that occur, sorted."""
         triples = list(triples)
         heads = {name for head, _, tail in triples for name in (head, tail)}
         return cls(tuple(sorted(heads)), tuple(sorted({relation for _, relation, _ in triples})))
@@ -331,14 +331,14 @@ class Vocabulary:
         }
 
     def encode(self, triples: Sequence[Triple], name: str = "triples") -> Array:
-        """Triples as ``(n, 3)`` int64.
+        """Convert triples to ``(n, 3)`` int64.
 
         Args:
             triples: With names.
             name: The argument's name, for messages.
 
         Raises:
-            DataError: An entity or a relation is unknown; similar names are told.
+            DataError: An entity or a relation is unknown; the message lists similar names.
         """
         kinds = ("entity", "relation", "entity")
         rows = np.empty((len(triples), 3), np.int64)
@@ -356,5 +356,5 @@ class Vocabulary:
         return rows
 
     def decode(self, rows: Array) -> list[Triple]:
-        """Integers ``(n, 3)`` as names."""
+        """Convert integers ``(n, 3)`` to names."""
         return [(self.entities[h], self.relations[r], self.entities[t]) for h, r, t in np.asarray(rows).tolist()]

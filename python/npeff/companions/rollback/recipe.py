@@ -1,4 +1,4 @@
-"""How a training goes: its options, the order of the examples and their negatives, and the steps of its optimiser.
+"""The recipe of a training: its options, the order of the examples and their negatives, the steps of its optimiser.
 
 All are the same at every repetition. The optimisers change only rows with a gradient, and act on the tables of one
 model, or of many models side by side.
@@ -6,8 +6,7 @@ model, or of many models side by side.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -61,7 +60,7 @@ class Recipe:
             )
 
     def schedule(self, epoch: int, answers: Array, n_answers: int) -> tuple[Array, Array]:
-        """One epoch.
+        """Draw one epoch.
 
         Args:
             epoch: From 0.
@@ -80,7 +79,7 @@ class Recipe:
 
 
 def _distinct(rng: np.random.Generator, n: int, k: int, size: int) -> Array:
-    """``(n, k)`` int64: rows of k different numbers below ``size``, uniform."""
+    """Draw ``(n, k)`` int64: rows of k different numbers below ``size``, uniform."""
     if k == size:
         return np.tile(np.arange(size), (n, 1))
     if k * k > size:  # collisions are likely: take the smallest of random keys
@@ -99,16 +98,52 @@ def _distinct(rng: np.random.Generator, n: int, k: int, size: int) -> Array:
         drawn[again] = rng.integers(size, size=(len(again), k))
 
 
-class StepRule(ABC):
-    """How an optimiser changes rows, given their gradients.
+def _sgd(gradient: Array, rate: float, step: Array) -> tuple[Array, ...]:
+    """Take a step of ``−η g``, as ``torch.optim.SGD``."""
+    return (-rate * gradient,)
+
+
+def _adagrad(gradient: Array, rate: float, step: Array, sums: Array) -> tuple[Array, ...]:
+    """Take a step of ``−η g / (√S + 1e-10)`` after ``S += g²``, as ``torch.optim.Adagrad``."""
+    sums = sums + gradient * gradient
+    return -rate * gradient / (np.sqrt(sums) + 1e-10), sums
+
+
+def _adam(gradient: Array, rate: float, step: Array, mean: Array, square: Array) -> tuple[Array, ...]:
+    """Take a step of ``−η √(1−β₂ᵗ)/(1−β₁ᵗ) · m/(√v + ε)``, as ``torch.optim.SparseAdam``.
+
+    Before it ``m += (1−β₁)(g−m)`` and ``v += (1−β₂)(g²−v)``; t counts the steps.
+    """
+    b1, b2, epsilon = 0.9, 0.999, 1e-8
+    t = np.maximum(step, 1)
+    size = (rate * np.sqrt(1 - b2**t) / (1 - b1**t)).astype(gradient.dtype)
+    mean = mean + (1 - b1) * (gradient - mean)
+    square = square + (1 - b2) * (gradient * gradient - square)
+    return -size * mean / (np.sqrt(square) + epsilon), mean, square
+
+
+_RULES: dict[str, tuple[int, Callable[..., tuple[Array, ...]]]] = {
+    "sgd": (0, _sgd),
+    "adagrad": (1, _adagrad),
+    "adam": (2, _adam),
+}
+"""By optimiser: the number of its averages, and its function from a gradient and them to a change and new averages."""
+
+
+class RowOptimizer:
+    """The steps of an optimiser that changes only rows with a gradient.
 
     Args:
+        name: ``"sgd"``, ``"adagrad"`` or ``"adam"``.
         tables: ``(rows, width)``, or ``(rows, width, R)`` for R models side by side; for their shapes.
         learning_rate: η.
     """
 
-    def __init__(self, tables: Mapping[str, Array], learning_rate: float) -> None:
+    def __init__(self, name: Optimizer, tables: Mapping[str, Array], learning_rate: float) -> None:
+        n_averages, self._rule = _RULES[name]
         self._rate = learning_rate
+        self._averages = {name: [np.zeros_like(table) for _ in range(n_averages)] for name, table in tables.items()}
+        self._step = np.zeros(next(iter(tables.values())).shape[2:])  # per model
         self._active: Array | None = None
 
     def begin(self, active: Array | None) -> None:
@@ -118,78 +153,21 @@ class StepRule(ABC):
             active: ``(R,)`` bool, the models that take the step; None for all.
         """
         self._active = active
+        self._step = self._step + (1 if active is None else active)
 
-    @abstractmethod
     def update(self, table: str, rows: Rows, gradient: Array) -> Array:
-        """The change of a row, or of several different rows, of a table; the shape of ``gradient``.
+        """Compute the change of one or several different rows of a table; the shape of ``gradient``.
 
         Args:
             table: Its name.
             rows: One row, or k rows, that have no update in this step yet.
             gradient: ``(width,)`` or ``(k, width)``; with R models a last axis of R.
         """
-
-
-class SGD(StepRule):
-    """``−η g``, as ``torch.optim.SGD``."""
-
-    def update(self, table: str, rows: Rows, gradient: Array) -> Array:
-        """See :class:`StepRule`."""
-        change = -self._rate * gradient
-        return change if self._active is None else change * self._active
-
-
-class Adagrad(StepRule):
-    """``S += g²; −η g / (√S + 1e-10)``, as ``torch.optim.Adagrad``."""
-
-    def __init__(self, tables: Mapping[str, Array], learning_rate: float) -> None:
-        super().__init__(tables, learning_rate)
-        self._sums = {name: np.zeros_like(table) for name, table in tables.items()}
-
-    def update(self, table: str, rows: Rows, gradient: Array) -> Array:
-        """See :class:`StepRule`."""
+        averages = self._averages[table]
+        change, *after = self._rule(gradient, self._rate, self._step, *[average[rows] for average in averages])
         if self._active is not None:
-            gradient = gradient * self._active
-        sums = self._sums[table][rows] + gradient * gradient
-        self._sums[table][rows] = sums
-        return np.asarray(-self._rate * gradient / (np.sqrt(sums) + 1e-10))
-
-
-class Adam(StepRule):
-    """Adam whose averages of a row do not change while it has no gradient, as ``torch.optim.SparseAdam``.
-
-    ``m += (1−β₁)(g−m); v += (1−β₂)(g²−v); −η √(1−β₂ᵗ)/(1−β₁ᵗ) · m/(√v + ε)``; t counts the steps.
-    """
-
-    BETAS, EPSILON = (0.9, 0.999), 1e-8
-
-    def __init__(self, tables: Mapping[str, Array], learning_rate: float) -> None:
-        super().__init__(tables, learning_rate)
-        self._means = {name: np.zeros_like(table) for name, table in tables.items()}
-        self._squares = {name: np.zeros_like(table) for name, table in tables.items()}
-        self._steps = np.zeros(next(iter(tables.values())).shape[2:])  # per model
-
-    def begin(self, active: Array | None) -> None:
-        """See :class:`StepRule`."""
-        super().begin(active)
-        self._steps = self._steps + (1 if active is None else active)
-        b1, b2 = self.BETAS
-        t = np.maximum(self._steps, 1)
-        self._size = self._rate * np.sqrt(1 - b2**t) / (1 - b1**t)
-
-    def update(self, table: str, rows: Rows, gradient: Array) -> Array:
-        """See :class:`StepRule`."""
-        (b1, b2), active = self.BETAS, self._active
-        mean, square = self._means[table][rows], self._squares[table][rows]
-        new_mean = mean + (1 - b1) * (gradient - mean)
-        new_square = square + (1 - b2) * (gradient * gradient - square)
-        change = -self._size.astype(gradient.dtype) * new_mean / (np.sqrt(new_square) + self.EPSILON)
-        if active is not None:
-            new_mean, new_square = np.where(active, new_mean, mean), np.where(active, new_square, square)
-            change = change * active
-        self._means[table][rows], self._squares[table][rows] = new_mean, new_square
-        return np.asarray(change)
-
-
-STEP_RULES: dict[str, type[StepRule]] = {"sgd": SGD, "adagrad": Adagrad, "adam": Adam}
-"""By the name of the optimiser in recipes."""
+            change = change * self._active
+            after = [np.where(self._active, new, old[rows]) for new, old in zip(after, averages, strict=True)]
+        for index, values in enumerate(after):
+            averages[index][rows] = values
+        return change

@@ -42,7 +42,7 @@ class RowUpdates:
     __repr__ = short_repr
 
     def of(self, examples: Array) -> tuple[Array, Array, Array]:
-        """The entries of some examples.
+        """Get the entries of some examples.
 
         Args:
             examples: ``(c,)`` int64.
@@ -99,14 +99,14 @@ class Record:
         return sum(array.nbytes for updates in self.updates.values() for array in vars(updates).values())
 
     def text(self, position: int) -> str | None:
-        """The names in a training example; None where the record lacks names of a table."""
+        """Get the names in a training example; None where the record lacks names of a table."""
         if not all(table in self.names for table in self.columns):
             return None
         rows = self.examples[position].tolist()
         return " · ".join(self.names[table][row] for table, row in zip(self.columns, rows, strict=True))
 
     def model(self) -> FactorModel:
-        """The trained model, built anew.
+        """Build the trained model anew.
 
         Raises:
             ModelError: It is of a class that npeff does not know, or has no such options.
@@ -142,7 +142,7 @@ class Record:
                 )
 
     def meta(self) -> dict[str, Any]:
-        """Everything but the arrays, JSON-able."""
+        """Collect everything but the arrays, JSON-able."""
         return {
             "columns": list(self.columns),
             "recipe": None if self.recipe is None else asdict(self.recipe),
@@ -165,7 +165,7 @@ class Record:
         return write_record(path, CONTENT, {**self._fixed(), **arrays}, self.meta())
 
     def _fixed(self) -> dict[str, Array | Data]:
-        """All arrays but the updates."""
+        """Collect all arrays but the updates."""
         arrays: dict[str, Array | Data] = {"examples": np.asarray(self.examples, np.int64)}
         for part in ("initial", "final"):
             arrays |= {f"{part}/{table}": values for table, values in getattr(self, part).items()}
@@ -212,7 +212,7 @@ class Record:
 
 
 def _describe(meta: dict[str, Any], where: str) -> tuple[list[Field], Sizes]:
-    """What is expected of a record's arrays.
+    """Check the meta data of a record, and state what is expected of its arrays.
 
     Raises:
         StorageError: The meta data are not as expected.
@@ -274,7 +274,7 @@ class RecordBuilder:
         self.sums = {name: UpdateSums(len(examples), table, folder) for name, table in self.initial.items()}
 
     def finish(self, recipe: Recipe | None = None) -> Record:
-        """The record, the model being trained; with ``out`` it is written there and mapped.
+        """Make the record of the trained model; with ``out`` it is written there and mapped.
 
         Args:
             recipe: How the model was trained.
@@ -348,18 +348,18 @@ class UpdateSums:
         return slot
 
     def add(self, example: int, row: int, update: Array) -> None:
-        """γ[example, row] += update ``(width,)``."""
+        """Add an update ``(width,)`` to γ[example, row]."""
         slot = self._slot(example * self._n_rows + row)
         self._values[slot] += update
 
     def add_rows(self, example: int, rows: Sequence[int], updates: Array) -> None:
-        """The same for several different rows: updates ``(len(rows), width)``."""
+        """Add updates ``(len(rows), width)`` to γ of several different rows."""
         first = example * self._n_rows
         slots = [self._slot(first + row) for row in rows]
         self._values[slots] += updates
 
     def _sorted(self) -> tuple[Array, Array, Array]:
-        """Offsets, rows, and the slots in their order."""
+        """Sort the sums: offsets, rows, and the slots in their order."""
         keys = np.fromiter(self._slots, np.int64, len(self._slots))
         order = np.argsort(keys)  # the slot of a key is its place in the dictionary
         keys = keys[order]
@@ -367,12 +367,12 @@ class UpdateSums:
         return offsets.astype(np.int64), keys % self._n_rows, order
 
     def updates(self) -> RowUpdates:
-        """The sums, in memory."""
+        """Collect the sums in memory."""
         offsets, rows, order = self._sorted()
         return RowUpdates(offsets, rows, np.asarray(self._values[order]))
 
     def streams(self, name: str) -> dict[str, Data]:
-        """The sums as datasets, the values in pieces."""
+        """Describe the sums as datasets, the values in pieces."""
         offsets, rows, order = self._sorted()
         step = max(1, CHUNK_BYTES // (4 * self._width))
 

@@ -1,4 +1,4 @@
-"""Training at batch size 1 under record: by gradients in closed form, or in a loop of your own with torch.
+"""Training at batch size 1 under record: by gradients in closed form, or in your own loop with torch.
 
 The closed form also trains many models side by side that each leave examples out.
 """
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from npeff.companions.rollback.factor_models import FactorModel
-from npeff.companions.rollback.recipe import STEP_RULES, Recipe
+from npeff.companions.rollback.recipe import Recipe, RowOptimizer
 from npeff.companions.rollback.record import Record, RecordBuilder
 from npeff.errors import ArgumentError, ModelError
 
@@ -106,7 +106,7 @@ def run_epochs(
             f"{type(model).__name__} has no query_gradient, which fit needs; write it, or train with torch under "
             "RollbackRecorder"
         )
-    rule = STEP_RULES[recipe.optimizer](tables, recipe.learning_rate)
+    rule = RowOptimizer(recipe.optimizer, tables, recipe.learning_rate)
     answers, A = model.answers, tables[model.answers]
     sums = builder.sums if builder else None
     contexts = [list(zip(model.columns, rows, strict=False)) for rows in examples[:, :-1].tolist()]
@@ -117,7 +117,8 @@ def run_epochs(
             for step, d in enumerate(order.tolist()):
                 active = None if kept is None or full[d] else kept[d]
                 held = [tables[table][row] for table, row in contexts[d]]
-                X = A[candidates[d]]
+                chosen = candidates[d]
+                X = A[chosen]
                 q = model.query(held)
                 p = X @ q if kept is None else np.einsum("ndr,dr->nr", X, q)
                 p -= p.max(0)
@@ -125,7 +126,7 @@ def run_epochs(
                 p /= p.sum(0)
                 p[0] -= 1  # now the gradient by the scores
                 by_query = p @ X if kept is None else np.einsum("nr,ndr->dr", p, X)
-                rows, by_rows = candidates[d].tolist(), p[:, None] * q
+                rows, by_rows = chosen.tolist(), p[:, None] * q
                 own: list[int] = [0]  # places of the example's rows among the candidates
                 others: dict[tuple[str, int], Array] = {}  # gradients of its other rows
                 for key, gradient in zip(contexts[d], model.query_gradient(held, by_query), strict=True):
@@ -135,9 +136,9 @@ def run_epochs(
                     else:
                         others[key] = others[key] + gradient if key in others else gradient
                 rule.begin(active)
-                change = rule.update(answers, candidates[d], by_rows)
+                change = rule.update(answers, chosen, by_rows)
                 changes = [(table, row, rule.update(table, row, gradient)) for (table, row), gradient in others.items()]
-                A[candidates[d]] = X + change
+                A[chosen] = X + change
                 for table, row, update in changes:
                     tables[table][row] += update
                 if sums:
@@ -226,7 +227,7 @@ class RollbackRecorder:
         return self
 
     def step(self, example: int, closure: Any = None) -> Any:
-        """``optimizer.step()`` for one training example, recorded.
+        """Call ``optimizer.step()`` for one training example, and record it.
 
         Args:
             example: Its position in ``examples``; the gradients must be of its loss alone.
@@ -259,7 +260,7 @@ class RollbackRecorder:
         return result
 
     def _own(self, example: int, table: str) -> Tensor | None:
-        """Rows to compare: the example's own, or (None) all."""
+        """Find the rows to compare: the example's own, or (None) all."""
         if self._all_rows:
             return None
         pairs = zip(self._examples[example].tolist(), self._model.columns, strict=True)

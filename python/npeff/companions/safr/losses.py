@@ -12,7 +12,7 @@ from npeff.errors import ArgumentError, DataError
 
 
 def importance_loss(x: Tensor, mask: Tensor | None = None, *, cosine: bool = False) -> Tensor:
-    """``L_imp = mean_i ‖(x̂_i · x_j)_{j≠i}‖₂ / √d``, x̂ = x/‖x‖ (Chang, Deng, Chen 2025, arXiv 2501.16374).
+    """Compute ``L_imp = mean_i ‖(x̂_i · x_j)_{j≠i}‖₂ / √d``, x̂ = x/‖x‖ (Chang, Deng, Chen 2025, arXiv 2501.16374).
 
     x are the embeddings times their mask r (:class:`VMask`): a token that the mask drops is the zero vector and
     overlaps nothing. The mean is over the real tokens of an example, then over examples. An example with one real token
@@ -43,10 +43,11 @@ def importance_loss(x: Tensor, mask: Tensor | None = None, *, cosine: bool = Fal
 
 
 def interaction_loss(attention: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``L_inter = mean over heads and pairs i≠k of C_ik (1 − J_ik)``, ``J_ik = Σ_j A_ij A_kj`` (arXiv 2501.16374).
+    """Compute ``L_inter``, the mean over heads and pairs i≠k of ``C_ik (1 − J_ik)``, ``J_ik = Σ_j A_ij A_kj``.
 
-    A pair that attention correlates (C large) costs little where both tokens attend alike (J large). Columns of padding
-    are taken out of A and the rows scaled to sum 1 again, which gives C, and A in J.
+    SAFR's penalty of interaction (arXiv 2501.16374): a pair that attention correlates (C large) costs little where both
+    tokens attend alike (J large). Columns of padding are taken out of A and the rows scaled to sum 1 again, which gives
+    C, and A in J.
 
     Args:
         attention: ``(batch, heads, n, n)`` weights, row i over what token i attends to.
@@ -78,7 +79,7 @@ def interaction_loss(attention: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def token_mask(mask: Any, like: Tensor) -> Tensor:
-    """The mask ``(batch, n)`` as numbers 0 and 1 in the dtype and on the device of ``like (batch, n, …)``.
+    """Give the mask ``(batch, n)`` as numbers 0 and 1 in the dtype and on the device of ``like (batch, n, …)``.
 
     Raises:
         ArgumentError: It is of another shape, or holds something else than truth values.
@@ -138,7 +139,7 @@ class VMask(nn.Module):
         return embeddings * r[..., None]
 
     def importance(self, embeddings: Tensor) -> Tensor:
-        """The probability of each token to be kept, ``(batch, n)`` or as the embeddings ``(…, dim)`` have it."""
+        """Compute the probability of each token to be kept, in the shape of the embeddings ``(…, dim)`` without dim."""
         return torch.softmax(self.outer(torch.tanh(self.inner(embeddings))), -1)[..., 0]
 
     def entropy(self, mask: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ class SAFRRegularizer(nn.Module):
         return imp, sum(each, each[0].new_zeros(())) / len(each)
 
     def penalty(self, mask: Tensor | None = None) -> Tensor:
-        """``λ_imp L_imp + λ_inter L_inter − β H`` of the model's last forward pass: add it to the task's loss.
+        """Compute ``λ_imp L_imp + λ_inter L_inter − β H`` of the model's last forward pass: add it to the task's loss.
 
         Args:
             mask: ``(batch, n)``, true for real tokens; all by default.

@@ -227,6 +227,21 @@ class Rule(ABC):
             gradient = result.to(gradient.dtype)
         return gradient.reshape(*size, *self.use.parameter_shape)
 
+    def kronecker_form(self) -> tuple[int, bool] | None:
+        """The number G of groups in :meth:`kronecker_factors`, and whether the operand is turned; None without them."""
+        return None
+
+    def kronecker_factors(self) -> tuple[Tensor, Tensor]:
+        """The factors of the gradients of all examples and columns, ``Σ_t δ_gt ⊗ a_gt`` in each group g.
+
+        Returns:
+            a ``(b, G, T, p)`` and δ ``(b, G, T, R, q)``, in memory of their own.
+
+        Raises:
+            NotImplementedError: :meth:`kronecker_form` is None.
+        """
+        raise NotImplementedError
+
 
 class StackedRule(Rule):
     """A rule that keeps δ of every column as it came, and multiplies when a tile is made.

@@ -218,6 +218,18 @@ class ConvolutionWeight(StackedRule):
         under = self._patches(examples).flatten(2, -1 - len(self.use.output_shape[2:])).flatten(3)  # (b, t, k, L)
         return delta.permute(0, 1, 4, 2, 3).flatten(1, 2), under.transpose(2, 3).flatten(1, 2), False
 
+    @override
+    def kronecker_form(self) -> tuple[int, bool] | None:
+        return self._groups, False
+
+    @override
+    def kronecker_factors(self) -> tuple[Tensor, Tensor]:
+        b, groups = self.layout.examples, self._groups
+        delta = self.stacked(slice(None), 2)  # (b, t, R, out, *space)
+        delta = delta.reshape(*delta.shape[:3], groups, delta.shape[3] // groups, -1).permute(0, 3, 1, 5, 2, 4)
+        under = self._by_groups(slice(None)).clone()
+        return under.view(b, groups, *under.shape[1:]).mT, delta.flatten(2, 3).clone()
+
 
 class ConvolutionBias(SmallRule):
     """Σ of δ over positions."""

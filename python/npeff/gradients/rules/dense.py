@@ -68,6 +68,14 @@ class MatrixProduct(StackedRule):
         return self.stacked(examples, 2), self._input[examples], not self.by_rows
 
     @override
+    def kronecker_form(self) -> tuple[int, bool] | None:
+        return 1, not self.by_rows
+
+    @override
+    def kronecker_factors(self) -> tuple[Tensor, Tensor]:
+        return self._input[:, None], self.stacked(slice(None), 2)[:, None].clone()
+
+    @override
     def gram(self, examples: slice) -> Tensor | None:
         if self.layout.positions > 1:
             return None
