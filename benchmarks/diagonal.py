@@ -27,8 +27,8 @@ from sklearn.decomposition import NMF, MiniBatchNMF
 import npeff
 from low_rank import processor
 from low_rank_scale import network
-from npeff.decomposition.diagonal import SWEEPS, Diagonal
-from npeff.decomposition.spaces import SparseSpace
+from npeff.decomposition.diagonal import Diagonal
+from npeff.decomposition.spaces import RowSpace
 from npeff.fishers.scaling import scale
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -101,9 +101,9 @@ def one_start(fishers: npeff.Fishers, X: sp.csr_matrix, r: int, sweeps: int, sta
 
     began = time.process_time()
     scaled = scale(fishers)
-    form = Diagonal(SparseSpace(scaled.rows), scaled)
+    form = Diagonal(RowSpace(scaled.rows), scaled)
     state = form.from_vectors(torch.from_numpy(H0), torch.from_numpy(W0))
-    state = form.solve_W(state, SWEEPS)  # W first, as scikit-learn does
+    state = form.solve_W(state, Diagonal.sweeps)  # W first, as scikit-learn does
     iterations = 0
     while state.loss > target and time.process_time() - began < limit:
         state, iterations = form.step(state), iterations + 1

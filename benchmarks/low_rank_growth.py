@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from npeff.decomposition.low_rank import LowRank
-from npeff.decomposition.spaces import SparseSpace
+from npeff.decomposition.spaces import RowSpace
 from npeff.decomposition.subspace import DIMENSIONS, find_subspace
 from npeff.fishers.rows import DenseRows, SparseRows
 from npeff.fishers.scaling import ScaledRows
@@ -67,7 +67,7 @@ def costs(size: Size) -> tuple[float, float, float]:
     rows, offsets = random_rows(size), np.arange(size.n + 1, dtype=np.int64) * size.rank
     scaled = ScaledRows(rows, offsets, None, np.ones(size.n), None)
     generator = torch.Generator().manual_seed(0)
-    space = SparseSpace(rows)
+    space = RowSpace(rows)
     began = time.process_time()
     # No random subspace holds random rows: asking for no energy makes it the one of the first size, as real rows do.
     subspace = find_subspace(space, 1e-9, size.r, generator)
@@ -75,10 +75,10 @@ def costs(size: Size) -> tuple[float, float, float]:
     assert subspace is not None
     fine = LowRank(space, scaled)
     inner = DenseRows(subspace.rows.numpy())
-    coarse = LowRank(SparseSpace(inner), replace(scaled, rows=inner))
+    coarse = LowRank(RowSpace(inner), replace(scaled, rows=inner))
     state = coarse.start(size.r, generator)
     search = timed(lambda: coarse.step(state))
-    lifted = fine.from_vectors(subspace.lift(state.coords), state.W)
+    lifted = fine.from_vectors(subspace.to_full_space(state.coords), state.W)
     return finding, search, timed(lambda: fine.step(lifted), 3)
 
 

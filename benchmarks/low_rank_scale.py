@@ -131,8 +131,8 @@ def memory(args: argparse.Namespace) -> list[str]:
     del rows
     lines = [
         f"{n:,} examples; the stored rows take {stored / 1e6:,.0f} MB. The limit, {args.megabytes} MB, is the system's "
-        "(`RLIMIT_DATA`: what a process allocates; mapped files are no part of it). Ours: one start, four moves, "
-        "and a polish to a relative tolerance of 1e-4.",
+        "(`RLIMIT_DATA`: what a process allocates; mapped files are no part of it). Ours: one start, four "
+        "replacements, and a polish to a relative tolerance of 1e-4.",
         "",
         "| | outcome | most memory of the process (MB) | seconds |",
         "|---|---|---|---|",
@@ -159,7 +159,7 @@ def limited(args: argparse.Namespace) -> None:
                 said = f"2 steps, loss {found.loss:.4f}"
             else:
                 allowed = args.megabytes * 10**6 - peak.before - (150 << 20)
-                short: dict[str, Any] = {"starts": 1, "moves": 4, "tolerance": 1e-4}
+                short: dict[str, Any] = {"n_init": 1, "n_replacements": 4, "tolerance": 1e-4}
                 found = npeff.decompose(rows, args.components, memory=allowed, progress=False, **short)
                 course = found.provenance["course"]
                 said = f"finished: loss {found.loss:.5f}, {course['iterations']} steps, space {course['space']}"

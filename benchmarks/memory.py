@@ -136,10 +136,10 @@ def case(name: str, ceiling: int | None, folder: Path) -> dict[str, object]:
     torch.set_num_threads(1)
     if name in DECOMPOSED:
         path = folder / f"{name}.h5"
-        options = {"starts": 1, "moves": 2, "max_iterations": 15, "memory": ceiling, "progress": False}
+        options = {"n_init": 1, "n_replacements": 2, "max_iterations": 15, "memory": ceiling, "progress": False}
         small = npeff.load(folder / f"{name}-small.h5")
-        for space in ("sparse", "sketch", *(("gram",) if name != "diagonal" else ())):
-            npeff.decompose(small, 4, space=space, starts=1, moves=1, max_iterations=5, progress=False)
+        for space in ("rows", "streamed", *(("gram",) if name != "diagonal" else ())):
+            npeff.decompose(small, 4, space=space, n_init=1, n_replacements=1, max_iterations=5, progress=False)
         fishers = npeff.load(path)
         before = settled_bytes()
         try:

@@ -22,11 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from npeff.decomposition.communicator import LOCAL, Group
 from npeff.decomposition.low_rank import LowRank
-from npeff.decomposition.place import Place
-from npeff.decomposition.sharded_space import ShardedSpace
-from npeff.decomposition.spaces import SparseSpace
+from npeff.decomposition.processes import LOCAL, Communicator, Group
+from npeff.decomposition.spaces import RowSpace
 from npeff.fishers.rows import DenseRows
 from npeff.fishers.scaling import ScaledRows
 from npeff.models.memory import Peak
@@ -45,24 +43,21 @@ def rows_of(first: int, count: int, width: int) -> np.ndarray:
     return rows
 
 
-def steps(place: Place, count: int, width: int, r: int) -> dict[str, float]:
+def steps(comm: Communicator, first_row: int, count: int, width: int, r: int) -> dict[str, float]:
     """A process's part of a few steps: seconds a step, bytes held, numbers exchanged a step, and the loss."""
     n = count // RANK
     with Peak() as peak:
-        rows = DenseRows(rows_of(place.first_row, count, width))
+        rows = DenseRows(rows_of(first_row, count, width))
         scaled = ScaledRows(rows, np.arange(n + 1, dtype=np.int64) * RANK, None, np.ones(n), None)
-        space: Any = SparseSpace(scaled.rows)
-        if place.comm.size > 1:
-            space = ShardedSpace(space, place)
-        form = LowRank(space, scaled)
+        form = LowRank(RowSpace(scaled.rows, comm=comm), scaled)
         state = form.start(r, torch.Generator().manual_seed(0))
         state = form.step(state)
-        before = getattr(place.comm, "numbers_summed", 0)
+        before = getattr(comm, "numbers_summed", 0)
         began = time.process_time()
         for _ in range(STEPS):
             state = form.step(state)
         seconds = (time.process_time() - began) / STEPS
-    numbers = (getattr(place.comm, "numbers_summed", 0) - before) / STEPS
+    numbers = (getattr(comm, "numbers_summed", 0) - before) / STEPS
     return {"seconds": seconds, "bytes": peak.peak - peak.before, "numbers": numbers, "loss": state.loss}
 
 
@@ -71,8 +66,7 @@ def worker(rank: int, size: int, port: int, total: int, width: int, r: int, pipe
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     cuts = [total // RANK * k // size * RANK for k in range(size + 1)]
-    place = Place(Group(), cuts[rank] // RANK, total // RANK, cuts[rank], total)
-    pipe.send(steps(place, cuts[rank + 1] - cuts[rank], width, r))
+    pipe.send(steps(Group(), cuts[rank], cuts[rank + 1] - cuts[rank], width, r))
     torch.distributed.destroy_process_group()
 
 
@@ -106,7 +100,7 @@ def main() -> None:
     table, points = [], []
     for total in args.rows:
         total -= total % RANK
-        one = steps(Place(LOCAL, 0, total // RANK, 0, total), total, d, r)
+        one = steps(LOCAL, 0, total, d, r)
         two = together(2, total, d, r)
         assert all(abs(part["loss"] - one["loss"]) < 1e-5 * one["loss"] for part in two), (
             "two processes differ from one"

@@ -8,7 +8,7 @@ import npeff
 from npeff.fishers.rows import DenseRows
 from planted import fishers_of, random_rows, sparse
 
-QUICK = {"starts": 2, "moves": 4, "progress": False}
+QUICK = {"n_init": 2, "n_replacements": 4, "progress": False}
 
 
 def example_fishers(

@@ -22,7 +22,9 @@ def digits_components(kind: str) -> npeff.Components:
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
     fishers = npeff.compute_fishers(model.eval(), images.split(32), kind=kind, progress=False)  # type: ignore[arg-type]
-    return npeff.decompose(fishers, 6, seed=3, starts=2, moves=6, patience=4, max_iterations=150, progress=False)
+    return npeff.decompose(
+        fishers, 6, seed=3, n_init=2, n_replacements=6, patience=4, max_iterations=150, progress=False
+    )
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "diagonal"])

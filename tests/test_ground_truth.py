@@ -78,7 +78,7 @@ def test_components_keep_to_one_route_and_strategies_are_the_routes(seed: int) -
     net, generator = trained("context", seed=seed, epochs=8, examples=40_000)
     x, _, route = context(600, generator)
     subject = Subject(net, x, {})
-    options = {"fishers": {"compress": GramOnly()}, "starts": 2, "moves": 10}
+    options = {"fishers": {"compress": GramOnly()}, "n_init": 2, "n_replacements": 10}
     scores = npeff_methods(subject, 16, npeff=options)["npeff"](0)
     route = route.numpy()
     assert purity(scores.values, route).mean() > 0.9

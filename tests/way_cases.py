@@ -20,6 +20,6 @@ def forward(model, batch):
     return model(batch[0])
 """
 MODEL, DATA = "net.py:model", "net.py:data"
-SEARCH = ["--starts", "1", "--moves", "0", "--max-iterations", "40", "--quiet"]
+SEARCH = ["--n-init", "1", "--n-replacements", "0", "--max-iterations", "40", "--quiet"]
 FREEZE = ["--smooth", "freeze"]
 FEW = ["--n-random", "1", "--top", "12", "--quiet"]

@@ -98,7 +98,7 @@ def measured(args: argparse.Namespace, seed: int) -> dict[str, float]:
     model, seen, unseen = (fashion if args.data == "fashion" else movie_reviews)(seed)
     fishers = npeff.compute_fishers(model, seen, rank=3, compress=npeff.TopK(16384), progress=False)
     wrong = fishers.filter(wrong=True)
-    components = npeff.decompose(wrong, args.components, seed=seed, progress=False, moves=10)
+    components = npeff.decompose(wrong, args.components, seed=seed, progress=False, n_replacements=10)
     before = right(model, unseen)
     options = {"tolerance": args.tolerance, "seed": seed, "progress": False}
     single = []

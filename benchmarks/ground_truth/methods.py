@@ -102,7 +102,7 @@ def npeff_scores(components: npeff.Components, fishers: npeff.Fishers | None = N
     }
     chosen = None
     if fishers is not None:
-        effort = {"repeats": 3, "starts": 1, "moves": 8, "most_strategies": MOST}
+        effort = {"repeats": 3, "n_init": 1, "n_replacements": 8, "most_strategies": MOST}
         chosen = npeff.trust.stability(fishers, components, seed=seed, progress=False, **effort).n_strategies
     return Scores(components.coefficients, cuts, chosen)
 

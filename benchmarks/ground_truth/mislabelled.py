@@ -70,7 +70,7 @@ def scores(net: nn.Module, x: torch.Tensor, y: torch.Tensor, wrong: np.ndarray, 
         fishers = npeff.compute_fishers(net, batches, compress=TopK(8192), progress=False, **options)
         norm = "norm of ∇ log p(y)" if "labels" in options else "norm of the Fisher"
         found[norm] = {"AUC": auc(wrong[within], fishers.norms[within])}
-        components = npeff.decompose(fishers, r, seed=seed, progress=False, starts=2, moves=20)
+        components = npeff.decompose(fishers, r, seed=seed, progress=False, n_init=2, n_replacements=20)
         W = components.coefficients
         score = suspicion(W, doubted)
         found[f"suspicion, {name}"] = {"AUC": auc(wrong[within], score[within])}
@@ -91,7 +91,7 @@ def mending(net: nn.Module, r: int, seed: int, k: int = 4) -> dict[str, float]:
     seen, unseen = test.first(500), test.take(slice(500, 4500))
     batches = list(zip(seen.inputs.split(250), seen.labels.split(250), strict=True))
     fishers = npeff.compute_fishers(net, batches, rank=3, compress=TopK(8192), progress=False)
-    components = npeff.decompose(fishers, r, seed=seed, progress=False, starts=2, moves=20)
+    components = npeff.decompose(fishers, r, seed=seed, progress=False, n_init=2, n_replacements=20)
     W = components.coefficients.astype(np.float64)
     taken = (components.predictions == GIVEN) & (components.labels != GIVEN)
     found = np.argsort(-W[taken].sum(0) / np.maximum(W.sum(0), 1e-30))[:k]

@@ -49,7 +49,7 @@ MEMORY = 1 << 30
 SECONDS = 20
 """Seconds that a case may take."""
 
-FAST = {"max_iterations": 1, "starts": 1, "moves": 0, "progress": False, "device": "cpu"}
+FAST = {"max_iterations": 1, "n_init": 1, "n_replacements": 0, "progress": False, "device": "cpu"}
 LOADED = b"loaded"
 """What is used after this is a function of what came before."""
 
@@ -177,7 +177,7 @@ def use_checkpoint(fishers: npeff.Fishers, keeper: Checkpoint) -> Callable[[Path
         keeper._path = path
         yield from all_of(keeper.load())
         yield LOADED
-        yield from all_of(npeff.decompose(fishers, 2, checkpoint=path, **{**FAST, "starts": 2}).to_arrays())
+        yield from all_of(npeff.decompose(fishers, 2, checkpoint=path, **{**FAST, "n_init": 2}).to_arrays())
 
     return use
 
@@ -272,7 +272,7 @@ def checkpoint_of(folder: Path, fishers: npeff.Fishers) -> tuple[dict[str, bytes
 
     Checkpoint.save = kept  # type: ignore[method-assign]
     try:
-        npeff.decompose(fishers, 2, checkpoint=path, **{**FAST, "starts": 2})
+        npeff.decompose(fishers, 2, checkpoint=path, **{**FAST, "n_init": 2})
     finally:
         Checkpoint.save = save  # type: ignore[method-assign]
     return {path.name: saved[0][0]}, saved[0][1]

@@ -61,19 +61,8 @@ def pictures():
 """
 
 FISHERS = ["fishers", "work.py:model", "work.py:data", "--exact", "--out", "f.h5", "--quiet"]
-DECOMPOSE = [
-    "decompose",
-    "in.h5",
-    "--n-components",
-    "8",
-    "--starts",
-    "3",
-    "--moves",
-    "6",
-    "--space",
-    "sparse",
-    "--quiet",
-]
+DECOMPOSE = ["decompose", "in.h5", "--n-components", "8", "--n-init", "3", "--n-replacements", "6", "--space", "rows"]
+DECOMPOSE += ["--quiet"]
 DECOMPOSE += ["--checkpoint", "c.search", "--out", "c.h5"]
 REPORT = ["report", "in-c.h5", "--data", "work.py:pictures", "--out", "report", "--quiet"]
 PAGE = ["report", "in-c.h5", "--data", "work.py:pictures", "--out", "page.html", "--quiet"]
@@ -159,7 +148,7 @@ class Bench:
         self.seconds: dict[str, float] = {}
         with inside(self.inputs), quietly(root / "log"):
             assert run([*FISHERS[:-3], "--out", "in.h5", "--quiet"]) == 0
-            arguments = ["--n-components", "8", "--moves", "1", "--out", "in-c.h5", "--quiet"]
+            arguments = ["--n-components", "8", "--n-replacements", "1", "--out", "in-c.h5", "--quiet"]
             assert run(["decompose", "in.h5", *arguments]) == 0
         for name, command in COMMANDS.items():
             for arguments in (command, [*command, *VARIED.get(name, [])]):
@@ -418,7 +407,7 @@ def launches(bench: Bench, count: int, chance: random.Random, faults: Faults) ->
         faults.trial += 1
         name = ("fishers", "decompose")[trial % 2]
         number = (signal.SIGKILL, signal.SIGTERM)[trial // 2 % 2]
-        command = FISHERS if name == "fishers" else [word for word in DECOMPOSE if word not in ("--space", "sparse")]
+        command = FISHERS if name == "fishers" else [word for word in DECOMPOSE if word not in ("--space", "rows")]
         folder = bench.folder()
         launch = torchrun(command, folder)
         time.sleep(chance.uniform(3, 8))
@@ -439,7 +428,8 @@ def launches(bench: Bench, count: int, chance: random.Random, faults: Faults) ->
             same = result_of(folder) == bench.expected[tuple(FISHERS)]
         else:
             ours = npeff.load(folder / "c.h5").loss
-            one = npeff.decompose(npeff.load(bench.inputs / "in.h5"), 8, moves=6, space="sparse", progress=False).loss
+            fishers = npeff.load(bench.inputs / "in.h5")
+            one = npeff.decompose(fishers, 8, n_replacements=6, space="rows", progress=False).loss
             same = abs(ours - one) < 1e-3 * one and not list(folder.glob("*.search*"))
         faults.check("" if same else f"other result: {sorted(result_of(folder))[:8]}", f"torchrun {name}")
         shutil.rmtree(folder)

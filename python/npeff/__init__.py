@@ -44,9 +44,8 @@ if TYPE_CHECKING:
     from npeff.components.components import Components, Encoded
     from npeff.components.loading import load
     from npeff.components.strategies import Strategy
-    from npeff.decomposition.decomposition import decompose, expand
-    from npeff.decomposition.published_algorithm import PublishedOptions
-    from npeff.decomposition.search_state import Progress
+    from npeff.decomposition.decompose import decompose, expand
+    from npeff.decomposition.options import Progress, PublishedOptions
     from npeff.fishers.computation import compute_fishers
     from npeff.fishers.fishers import Fishers
     from npeff.fishers.options import GramOnly, Sketch, TopK
@@ -123,8 +122,8 @@ _HOMES = {
     "Mending": "perturbation.mending",
     "Moved": "perturbation",
     "Plan": "planning",
-    "Progress": "decomposition.search_state",
-    "PublishedOptions": "decomposition.published_algorithm",
+    "Progress": "decomposition.options",
+    "PublishedOptions": "decomposition.options",
     "Sketch": "fishers.options",
     "Strategy": "components.strategies",
     "TokenBatches": "batches.batch_order",
@@ -133,8 +132,8 @@ _HOMES = {
     "ablated": "perturbation",
     "applied": "perturbation",
     "compute_fishers": "fishers.computation",
-    "decompose": "decomposition.decomposition",
-    "expand": "decomposition.decomposition",
+    "decompose": "decomposition.decompose",
+    "expand": "decomposition.decompose",
     "heads": "perturbation",
     "load": "components.loading",
     "mean_fisher": "perturbation",

@@ -219,7 +219,7 @@ def test_options_reach_compute_fishers(folder, capsys):
 
 
 def test_decompose(folder, capsys):
-    command = ["decompose", "fishers.h5", "--n-components", "3", "--quiet", "--starts", "2", "--moves", "0"]
+    command = ["decompose", "fishers.h5", "--n-components", "3", "--quiet", "--n-init", "2", "--n-replacements", "0"]
     assert run([*command, "--block-weights", "balanced", "--wrong-only", "--out", "wrong.h5"]) == 0
     assert "wrong.h5: 3 components of" in capsys.readouterr().out
     components = npeff.load("wrong.h5")
@@ -319,7 +319,7 @@ def test_reader_that_goes_away(tmp_path):
 def test_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("npeff.demo.TRAINED_ON", 100)
     real, solve = import_module("npeff.demo").run_demo, npeff.decompose
-    monkeypatch.setattr(npeff, "decompose", lambda *a, **k: solve(*a, **k, starts=1, moves=0))
+    monkeypatch.setattr(npeff, "decompose", lambda *a, **k: solve(*a, **k, n_init=1, n_replacements=0))
     monkeypatch.setattr("npeff.demo.run_demo", lambda *a, **k: real(*a, **k, epochs=1, max_examples=40))
     command = ["demo", "--out", str(tmp_path / "demo"), "--n-components", "3", "--no-open", "--quiet"]
     assert run(command) == 0

@@ -39,7 +39,7 @@ def test_command_line(tmp_path: Path, options: list[str], expected: Sketch | Non
     run(["fishers", f"{targets}:model", f"{targets}:data", "--out", str(fishers), "--quiet", *options])
     opened = npeff.load(fishers)
     assert isinstance(opened, npeff.Fishers) and opened.sketch == expected
-    options = ["--memory", "1GB", "--quiet", "--moves", "1", "--starts", "1"]
+    options = ["--memory", "1GB", "--quiet", "--n-replacements", "1", "--n-init", "1"]
     code = run(["decompose", str(fishers), "--n-components", "2", "--out", str(components), *options])
     assert code == 0 and npeff.load(components).coefficients.shape == (24, 2)
     assert run(["info", str(fishers)]) == 0

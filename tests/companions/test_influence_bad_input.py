@@ -190,7 +190,7 @@ def test_a_failing_run_leaves_no_file_and_the_model_as_it_was(model, tmp_path):
 
 def test_components_of_another_model_are_refused(model):
     fishers = npeff.compute_fishers(model, DATA, progress=False)
-    components = npeff.decompose(fishers, 2, starts=1, moves=0, progress=False)
+    components = npeff.decompose(fishers, 2, n_init=1, n_replacements=0, progress=False)
     options = {"damping": 1.0, "max_gradient": 9.0, "progress": False}
     with pytest.raises(ArgumentError, match="j: expected a component below 2"):
         component_influence(model, components, 2, DATA, DATA, **options)

@@ -97,7 +97,7 @@ def decomposed(request):
     minimise(model, cross_entropy, [(x, y)], weight_decay=1e-2, tolerance=1e-9)
     data = [(x[:16], y[:16]), (x[16:], y[16:])]
     fishers = npeff.compute_fishers(model, data, kind=request.param, progress=False)
-    components = npeff.decompose(fishers, 4, starts=1, moves=0, progress=False)
+    components = npeff.decompose(fishers, 4, n_init=1, n_replacements=0, progress=False)
     return model, data, x, y, components
 
 

@@ -23,7 +23,8 @@ def made():
     data = demo.digits().first(24)
     model = demo.train(network(), data, epochs=10, learning_rate=1e-2)
     fishers = npeff.compute_fishers(model, data, compress=None, progress=False)
-    return model, data, fishers, npeff.decompose(fishers, 3, starts=1, moves=0, max_iterations=40, progress=False)
+    components = npeff.decompose(fishers, 3, n_init=1, n_replacements=0, max_iterations=40, progress=False)
+    return model, data, fishers, components
 
 
 @pytest.mark.parametrize("magnitude", [None, 0.05, -0.2])
@@ -94,7 +95,7 @@ def test_smooth_models_are_refused_or_held(made):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 10)).eval()
     fishers = npeff.compute_fishers(model, data.first(20), compress=None, progress=False)
-    components = npeff.decompose(fishers, 2, starts=1, moves=0, max_iterations=20, progress=False)
+    components = npeff.decompose(fishers, 2, n_init=1, n_replacements=0, max_iterations=20, progress=False)
     with pytest.raises(ModelError, match="not piecewise linear"):
         attribute_component(model, components, 0, data.inputs[:4])
     found = attribute_component(model, components, 0, data.inputs[:4], smooth="freeze")
@@ -142,7 +143,7 @@ def test_fused_attention():
     model = nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Flatten(), nn.Linear(40, 2))
     data = [(x, y)]
     fishers = npeff.compute_fishers(model.eval(), data, compress=None, progress=False)
-    components = npeff.decompose(fishers, 2, starts=1, moves=0, max_iterations=20, progress=False)
+    components = npeff.decompose(fishers, 2, n_init=1, n_replacements=0, max_iterations=20, progress=False)
     found = attribute_component(model, components, 0, x[:4], smooth="freeze")
     assert found.residual() <= 1e-3 and any(
         item.operation == "_softmax" or "softmax" in str(item) for item in found.frozen

@@ -66,7 +66,7 @@ def test_encode_solves_to_optimality(fitted) -> None:
     # W fully solved for the same vectors: the coefficients that the solver ends with are close, the loss is not higher.
     again = npeff.decompose(
         fishers, 5, init=(encoded.coefficients, np.stack([components.vector(j) for j in range(5)])),
-        starts=1, moves=0, max_iterations=1, progress=False,
+        n_init=1, n_replacements=0, max_iterations=1, progress=False,
     )  # fmt: skip
     assert again.loss_curve[0] <= components.loss * (1 + 1e-5)
     assert np.abs(encoded.coefficients - components.coefficients).max() < 5e-3

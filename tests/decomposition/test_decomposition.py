@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+import typing
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 import npeff
 from decomposition_cases import QUICK, example_fishers
+from npeff.cli import run as run_command
+from npeff.decomposition.options import DecomposeOptions
 from npeff.fishers.rows import DenseRows
 from npeff.fishers.scaling import scale
 from planted import best_cosines, fishers_of, planted, sparse
@@ -37,7 +41,7 @@ def dense_loss(components: npeff.Components, fishers: npeff.Fishers) -> float:
 
 @pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
 @pytest.mark.parametrize("stored", ["dense", "sparse"])
-@pytest.mark.parametrize("space", ["gram", "sparse"])
+@pytest.mark.parametrize("space", ["gram", "rows"])
 def test_loss_is_that_of_the_dense_matrices_and_never_rises(kind: str, stored: str, space: str) -> None:
     fishers = example_fishers(kind, stored)
     components = npeff.decompose(fishers, 5, space=space, **QUICK)
@@ -50,16 +54,16 @@ def test_loss_is_that_of_the_dense_matrices_and_never_rises(kind: str, stored: s
 
 def test_gram_and_sparse_space_walk_the_same_path() -> None:
     fishers = example_fishers(stored="sparse")
-    options = {"starts": 1, "moves": 0, "max_iterations": 20, "progress": False, "dtype": "float64"}
+    options = {"n_init": 1, "n_replacements": 0, "max_iterations": 20, "progress": False, "dtype": "float64"}
     gram = npeff.decompose(fishers, 4, space="gram", **options)
-    rows = npeff.decompose(fishers, 4, space="sparse", **options)
+    rows = npeff.decompose(fishers, 4, space="rows", **options)
     np.testing.assert_allclose(gram.loss_curve, rows.loss_curve, rtol=1e-9)
     np.testing.assert_allclose(gram.coefficients, rows.coefficients, atol=1e-5)
     assert best_cosines(gram.vectors, rows.vectors).min() > 1 - 1e-6
 
 
 def test_dense_and_sparse_rows_give_the_same() -> None:
-    options = {"starts": 1, "moves": 0, "max_iterations": 20, "progress": False, "dtype": "float64"}
+    options = {"n_init": 1, "n_replacements": 0, "max_iterations": 20, "progress": False, "dtype": "float64"}
     one = npeff.decompose(example_fishers(stored="dense"), 4, **options)
     two = npeff.decompose(example_fishers(stored="sparse"), 4, **options)
     np.testing.assert_allclose(one.loss_curve, two.loss_curve, rtol=1e-9)
@@ -68,7 +72,7 @@ def test_dense_and_sparse_rows_give_the_same() -> None:
 @pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
 def test_float32_agrees_with_float64(kind: str) -> None:
     fishers = example_fishers(kind)
-    options = {"starts": 1, "moves": 0, "max_iterations": 15, "progress": False}
+    options = {"n_init": 1, "n_replacements": 0, "max_iterations": 15, "progress": False}
     single = npeff.decompose(fishers, 4, dtype="float32", **options)
     double = npeff.decompose(fishers, 4, dtype="float64", **options)
     steps = min(len(single.loss_curve), len(double.loss_curve))
@@ -176,14 +180,35 @@ def test_checkpoint_resumes_to_the_same_bits(tmp_path) -> None:
     resumed = npeff.decompose(fishers, 5, checkpoint=path, **QUICK)
     np.testing.assert_array_equal(whole.coefficients, resumed.coefficients)
     np.testing.assert_array_equal(whole.vectors, resumed.vectors)
-    assert not path.exists()
+    again = npeff.decompose(fishers, 5, checkpoint=path, callback=stop, **QUICK)  # finished: no iteration is left
+    np.testing.assert_array_equal(whole.coefficients, again.coefficients)
+    np.testing.assert_array_equal(whole.vectors, again.vectors)
+    assert again.provenance == whole.provenance
+
+
+def test_a_search_that_its_callback_ended_goes_on_from_its_checkpoint(tmp_path) -> None:
+    fishers, path = example_fishers(n=60), tmp_path / "search.npz"
+    stopped = npeff.decompose(fishers, 5, checkpoint=path, callback=lambda p: p.stage == "replacement", **QUICK)
+    whole = npeff.decompose(fishers, 5, checkpoint=path, **QUICK)
+    assert whole.loss <= stopped.loss
+    np.testing.assert_array_equal(whole.vectors, npeff.decompose(fishers, 5, **QUICK).vectors)
+
+
+def test_options_are_the_arguments_of_decompose() -> None:
+    arguments = list(inspect.signature(npeff.decompose).parameters.values())[1:]
+    assert [(one.name, one.default) for one in arguments[1:]] == [
+        (one.name, one.default) for one in fields(DecomposeOptions)[1:]
+    ]
+    assert arguments[0].name == fields(DecomposeOptions)[0].name == "n_components"
+    hints = typing.get_type_hints(DecomposeOptions)
+    assert {one.name: typing.get_type_hints(npeff.decompose)[one.name] for one in arguments} == hints
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path) -> None:
     fishers, path = example_fishers(), tmp_path / "search.npz"
 
     def stop(progress: npeff.Progress) -> None:
-        if progress.stage == "move":
+        if progress.stage == "replacement":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -211,9 +236,9 @@ def test_a_callback_can_end_the_search() -> None:
 
 def test_init_is_where_the_descent_begins() -> None:
     fishers = example_fishers()
-    first = npeff.decompose(fishers, 4, starts=1, moves=0, max_iterations=3, progress=False)
+    first = npeff.decompose(fishers, 4, n_init=1, n_replacements=0, max_iterations=3, progress=False)
     init = (first.coefficients, np.stack([first.vector(j) for j in range(4)]))
-    second = npeff.decompose(fishers, 4, init=init, moves=0, progress=False)
+    second = npeff.decompose(fishers, 4, init=init, n_replacements=0, progress=False)
     assert second.loss_curve[0] == pytest.approx(first.loss, rel=1e-5)
     assert second.loss < first.loss
 
@@ -222,7 +247,7 @@ def test_init_is_where_the_descent_begins() -> None:
 def test_expand_keeps_the_frozen_components(kind: str) -> None:
     fishers = example_fishers(kind, "sparse")
     few = npeff.decompose(fishers, 3, **QUICK)
-    for space in ("gram", "sparse"):
+    for space in ("gram", "rows"):
         more = npeff.expand(few, fishers, 2, space=space, **QUICK)
         for j in range(3):
             np.testing.assert_allclose(np.abs(more.vector(j) @ few.vector(j)), 1, atol=1e-5)
@@ -292,7 +317,7 @@ def test_more_components_than_directions_leave_a_true_loss(n: int, m: int, seed:
     """K is singular and the fit exact: duplicates cancel, and what rounding leaves of them must not be scaled up."""
     fishers = example_fishers(n=n, m=m, seed=seed)
     r = min(3, fishers.rows.n_rows)
-    components = npeff.decompose(fishers, r, space="gram", dtype=dtype, starts=1, moves=2, progress=False)
+    components = npeff.decompose(fishers, r, space="gram", dtype=dtype, n_init=1, n_replacements=2, progress=False)
     assert components.loss == pytest.approx(dense_loss(components, fishers), abs=2e-5)
 
 
@@ -304,7 +329,7 @@ def test_any_shape_descends(n: int, m: int, seed: int, kind: str) -> None:
     if not fishers.norms.any():
         return
     r = min(3, fishers.rows.n_rows)
-    components = npeff.decompose(fishers, r, starts=1, moves=2, progress=False)
+    components = npeff.decompose(fishers, r, n_init=1, n_replacements=2, progress=False)
     assert np.isfinite(components.vectors).all() and np.isfinite(components.coefficients).all()
     assert (np.diff(components.loss_curve) <= 0).all()
     assert components.loss <= 1 + 1e-6
@@ -327,7 +352,7 @@ def test_published_that_diverges_says_so() -> None:
         )
 
 
-@pytest.mark.parametrize("space", ["gram", "sparse"])
+@pytest.mark.parametrize("space", ["gram", "rows"])
 def test_hard_orthogonality_needs_room(space: str) -> None:
     with pytest.raises(npeff.ArgumentError, match="linearly independent"):
         npeff.decompose(example_fishers()[[0] * 10], 9, orthogonality="hard", space=space, **QUICK)
@@ -380,8 +405,8 @@ def held_by_decompose(rank: int, kind: str, memory: int) -> tuple[int, str]:
         sparse = SparseRows(np.arange(0, n * k + 1, k), indices[:n].reshape(-1), values[:n].reshape(-1), m)
         return fishers_of(DenseRows(values[:n]) if dense else sparse, np.arange(0, n + 1, 2))
 
-    options = {"starts": 1, "moves": 1, "max_iterations": 3, "progress": False}
-    npeff.decompose(made(40), 8, space="sparse", **options)  # the libraries' own memory is there before
+    options = {"n_init": 1, "n_replacements": 1, "max_iterations": 3, "progress": False}
+    npeff.decompose(made(40), 8, space="rows", **options)  # the libraries' own memory is there before
     fishers = made(n)
     before = settled_bytes()
     with Peak() as peak:
@@ -398,3 +423,20 @@ def test_memory_is_a_ceiling(kind: str, memory: int) -> None:
     held, space = found
     # 2 MB: freed pages that the allocator keeps
     assert held <= memory + (2 << 20), f"{held:,} bytes in the space {space}"
+
+
+def test_the_command_keeps_its_checkpoint_until_the_components_are_saved(tmp_path, monkeypatch) -> None:
+    fishers, state, out = tmp_path / "f.h5", tmp_path / "c.search", tmp_path / "c.h5"
+    example_fishers(n=40).save(fishers)
+    command = ["decompose", str(fishers), "--n-components", "3", "--n-init", "1", "--n-replacements", "1", "--quiet"]
+    command += ["--checkpoint", str(state), "--out", str(out)]
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(npeff.Components, "save", killed)
+        assert run_command(command) != 0
+    assert state.exists() and not out.exists()
+    assert run_command(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.h5", "f.h5"]

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import npeff
-from npeff.decomposition.choice import choose_space
-from npeff.decomposition.sketch_space import SketchSpace
-from npeff.decomposition.spaces import SparseSpace
+from npeff.decomposition.space_choice import choose_space
+from npeff.decomposition.spaces import RowSpace, StreamedSpace
 from npeff.errors import ArgumentError
 from npeff.fishers.rows import DenseRows, SparseRows
 from npeff.fishers.scaling import scale
@@ -62,14 +61,14 @@ def test_products_by_parts_are_the_products(form: str, part_bytes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     G = torch.randn(5, rows.n_columns, generator=generator, dtype=torch.float64)
     S = torch.randn(rows.n_rows, 4, generator=generator, dtype=torch.float64)
-    space = SketchSpace(rows, torch.float64)
+    space = StreamedSpace(rows, torch.float64)
     for project, combine in ((space.project, space.combine), (rows.project, None)):
         torch.testing.assert_close(project(G), dense @ G.T)
         if combine is not None:
             torch.testing.assert_close(combine(S), S.T @ dense)
     torch.testing.assert_close(rows.combine(S), S.T @ dense)
     torch.testing.assert_close(rows.row_gram(torch.float64), dense @ dense.T)
-    one, other = space, SparseSpace(whole, torch.float64)
+    one, other = space, RowSpace(whole, torch.float64)
     coords = (one.random(3, torch.Generator().manual_seed(1)), other.random(3, torch.Generator().manual_seed(1)))
     torch.testing.assert_close(*coords)
 
@@ -78,10 +77,10 @@ def test_products_by_parts_are_the_products(form: str, part_bytes: int) -> None:
 @pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
 def test_streamed_decompositions_are_those_in_memory(form: str, kind: str) -> None:
     fishers = stored(form, kind=kind)
-    options = {"starts": 1, "moves": 2, "progress": False, "dtype": "float64"}
-    memory = npeff.decompose(fishers, 4, space="sparse" if kind == "low_rank" else "auto", **options)
-    disk = npeff.decompose(fishers, 4, space="sketch", **options)
-    assert disk.provenance["course"]["space"] == "sketch"
+    options = {"n_init": 1, "n_replacements": 2, "progress": False, "dtype": "float64"}
+    memory = npeff.decompose(fishers, 4, space="rows" if kind == "low_rank" else "auto", **options)
+    disk = npeff.decompose(fishers, 4, space="streamed", **options)
+    assert disk.provenance["course"]["space"] == "streamed"
     assert disk.loss == pytest.approx(memory.loss, abs=1e-9)
     np.testing.assert_allclose(disk.coefficients, memory.coefficients, atol=1e-5)
     assert best_cosines(disk.vectors, memory.vectors).min() > 1 - 1e-6
@@ -90,21 +89,21 @@ def test_streamed_decompositions_are_those_in_memory(form: str, kind: str) -> No
 def test_planted_components_are_found_from_disk(tmp_path: Path) -> None:
     fishers, G, _ = planted(200, 5, 400, 0.02, 0)
     opened = npeff.load(fishers.save(tmp_path / "f.h5"))
-    components = npeff.decompose(opened, 5, space="sketch", memory="30MB", progress=False)
+    components = npeff.decompose(opened, 5, space="streamed", memory="30MB", progress=False)
     assert best_cosines(components.vectors, G).min() > 0.98
     np.testing.assert_array_equal(opened.rows.values, fishers.rows.values)
 
 
 def test_checkpoints_resume_over_streamed_rows(tmp_path: Path) -> None:
     fishers = stored("dense")
-    options = {"space": "sketch", "starts": 1, "moves": 3, "progress": False}
+    options = {"space": "streamed", "n_init": 1, "n_replacements": 3, "progress": False}
     whole = npeff.decompose(fishers, 4, **options)
     path = tmp_path / "state.npz"
     seen: list[int] = []
 
     def stop(progress: npeff.Progress) -> bool:
         seen.append(progress.iteration)
-        if progress.stage == "move" and progress.unit == 1:
+        if progress.stage == "replacement" and progress.unit == 1:
             raise KeyboardInterrupt
         return False
 
@@ -128,9 +127,9 @@ def huge(n_rows: int, width: int, nnz: int | None = None) -> DenseRows | SparseR
 
 def test_the_space_is_chosen_by_what_fits() -> None:
     rows = huge(40_000, 16_384)  # 2.6 GB; K 6.4 GB
-    assert choose_space(rows, 10_000, "auto", 16, memory=parse_bytes("8GB")).space == "sparse"
+    assert choose_space(rows, 10_000, "auto", 16, memory=parse_bytes("8GB")).space == "rows"
     plan = choose_space(rows, 10_000, "auto", 16, memory=parse_bytes("1GB"))
-    assert plan.space == "sketch" and plan.stream and 6 * plan.part_bytes < 10**9
+    assert plan.space == "streamed" and plan.stream and 6 * plan.part_bytes < 10**9
     exact = huge(3000, 2_000_000)  # 24 GB; K 36 MB
     plan = choose_space(exact, 1000, "auto", 16, memory=parse_bytes("1GB"))
     assert plan.space == "gram" and plan.stream
@@ -139,9 +138,9 @@ def test_the_space_is_chosen_by_what_fits() -> None:
     assert plan.space == "gram"
     with pytest.raises(ArgumentError, match=r"memory: 1\.0 MB"):
         choose_space(rows, 10_000, "auto", 16, memory=10**6)
-    with pytest.raises(ArgumentError, match="space='sketch'"):
+    with pytest.raises(ArgumentError, match="space='streamed'"):
         choose_space(rows, 10_000, "gram", 16, memory=parse_bytes("1GB"))
-    assert choose_space(huge(5000, 1000, 100_000), 5000, "auto", 4, low_rank=False).space == "sparse"
+    assert choose_space(huge(5000, 1000, 100_000), 5000, "auto", 4, low_rank=False).space == "rows"
     with pytest.raises(ArgumentError, match="space"):
         choose_space(rows, 10_000, "disk", 16)  # type: ignore[arg-type]
 
@@ -182,15 +181,15 @@ def test_the_ceiling_holds(tmp_path: Path, form: str) -> None:
         import npeff, resource, numpy as np
         fishers = npeff.load({str(path)!r})
         tiny = fishers[:20]
-        npeff.decompose(tiny, 2, progress=False, starts=1, moves=0)
+        npeff.decompose(tiny, 2, progress=False, n_init=1, n_replacements=0)
         def reset():
             with open("/proc/self/clear_refs", "w") as file: file.write("5")
         def peak():
             return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
         reset()
         before = peak()
-        c = npeff.decompose(fishers, 8, memory="100MB", progress=False, starts=1, moves=1, max_iterations=2)
-        assert c.provenance["course"]["space"] == "sketch", c.provenance["course"]
+        c = npeff.decompose(fishers, 8, memory="100MB", progress=False, n_init=1, n_replacements=1, max_iterations=2)
+        assert c.provenance["course"]["space"] == "streamed", c.provenance["course"]
         print(peak() - before)
     """
     run = [sys.executable, "-c", textwrap.dedent(script)]

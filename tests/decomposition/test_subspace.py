@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import npeff
-from npeff.decomposition.spaces import GramSpace, SparseSpace
+from npeff.decomposition.spaces import GramSpace, RowSpace
 from npeff.decomposition.subspace import find_subspace, widen
 from npeff.fishers.rows import DenseRows
 from planted import planted
 
 
 @pytest.mark.parametrize("shape", [(700, 3000), (1500, 600)], ids=["wide", "tall"])
-@pytest.mark.parametrize("space", [SparseSpace, GramSpace])
+@pytest.mark.parametrize("space", [RowSpace, GramSpace])
 @pytest.mark.parametrize("given", [0, 3])
 def test_the_basis_is_orthonormal_and_holds_the_rows(shape: tuple[int, int], space: type, given: int) -> None:
     rng = np.random.default_rng(0)
@@ -27,7 +27,7 @@ def test_the_basis_is_orthonormal_and_holds_the_rows(shape: tuple[int, int], spa
     assert found is not None
     assert found.kept == pytest.approx(1, abs=1e-5)
     d = found.rows.shape[1]
-    V = over.vectors(found.lift(torch.eye(d))).double().numpy()
+    V = over.vectors(found.to_full_space(torch.eye(d))).double().numpy()
     np.testing.assert_allclose(V @ V.T, np.eye(d), atol=2e-3)
     np.testing.assert_allclose(
         found.rows.numpy(), A.astype(np.float64) @ V.T, atol=2e-3 * np.linalg.norm(A, axis=1).max()
@@ -37,7 +37,7 @@ def test_the_basis_is_orthonormal_and_holds_the_rows(shape: tuple[int, int], spa
         np.testing.assert_allclose(found.given.numpy() @ V, anchors.numpy(), atol=2e-3)
 
 
-@pytest.mark.parametrize("space", [SparseSpace, GramSpace])
+@pytest.mark.parametrize("space", [RowSpace, GramSpace])
 def test_a_widened_subspace_holds_the_vectors_as_well(space: type) -> None:
     rng = np.random.default_rng(1)
     A = (rng.standard_normal((600, 60)) @ rng.standard_normal((60, 900)) / 8).astype(np.float32)
@@ -52,19 +52,19 @@ def test_a_widened_subspace_holds_the_vectors_as_well(space: type) -> None:
     subspace, inside = wider
     d = subspace.rows.shape[1]
     assert d == found.rows.shape[1] + 5
-    V = over.vectors(subspace.lift(torch.eye(d))).double().numpy()
+    V = over.vectors(subspace.to_full_space(torch.eye(d))).double().numpy()
     np.testing.assert_allclose(V @ V.T, np.eye(d), atol=2e-3)
     np.testing.assert_allclose(inside.numpy() @ V, over.vectors(coords).numpy(), atol=1e-4)
     np.testing.assert_allclose(subspace.rows.numpy(), A @ V.T, atol=0.02)
     assert widen(over, subspace, coords, over.project(coords)) is None
 
 
-@pytest.mark.parametrize("space", ["sparse", "gram"])
+@pytest.mark.parametrize("space", ["rows", "gram"])
 def test_the_polish_in_subspaces_ends_where_one_over_all_rows_does(monkeypatch, space: str) -> None:
     fishers, _, _ = planted(200, 6, 400, 0.3, 3)
-    options = {"space": space, "starts": 1, "moves": 3, "progress": False, "tolerance": 1e-6}
+    options = {"space": space, "n_init": 1, "n_replacements": 3, "progress": False, "tolerance": 1e-6}
     components = npeff.decompose(fishers, 6, **options)
-    monkeypatch.setattr("npeff.decomposition.coarse.Coarse.widened", lambda self, state: None)
+    monkeypatch.setattr("npeff.decomposition.subspace.RestrictedObjective.widened", lambda self, state: None)
     plain = npeff.decompose(fishers, 6, **options)
     assert components.provenance["course"]["subspace"]["dimensions"] <= 256
     assert components.loss == pytest.approx(plain.loss, rel=1e-5)
@@ -81,7 +81,7 @@ def test_a_polish_that_is_stopped_leaves_sound_components() -> None:
         return seen.count("polish") == 2
 
     components = npeff.decompose(
-        fishers, 6, space="sparse", starts=1, moves=1, progress=False, tolerance=1e-9, callback=stop
+        fishers, 6, space="rows", n_init=1, n_replacements=1, progress=False, tolerance=1e-9, callback=stop
     )
     assert seen[-1] == "polish"
     assert components.vectors.shape == (6, 400)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import npeff
-from npeff.decomposition.communicator import LOCAL
+from npeff.decomposition.processes import LOCAL
 from npeff.distributed.merging import merge_shares, share_path
 from processes import all_returned, run
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import npeff
-from npeff.decomposition import place
-from npeff.decomposition.blocks import edges
+from npeff.decomposition import processes
+from npeff.decomposition.problem import block_edges
 from planted import fishers_of, planted, sparse
 from processes import all_returned, run
 
@@ -43,13 +43,13 @@ def decomposed(rank: int, path: str, out: str, options: dict) -> tuple[int, int]
 
 
 FORMS = {
-    "dense": {"n_components": 5, "space": "sparse"},
-    "sparse": {"n_components": 5, "space": "sparse"},
-    "streamed": {"n_components": 5, "space": "sketch"},
+    "dense": {"n_components": 5, "space": "rows"},
+    "sparse": {"n_components": 5, "space": "rows"},
+    "streamed": {"n_components": 5, "space": "streamed"},
     "diagonal": {"n_components": 4},
-    "penalty": {"n_components": 5, "space": "sparse", "orthogonality": 0.01},
-    "hard": {"n_components": 5, "space": "sparse", "orthogonality": "hard"},
-    "balanced": {"n_components": 5, "space": "sparse", "block_weights": "balanced"},
+    "penalty": {"n_components": 5, "space": "rows", "orthogonality": 0.01},
+    "hard": {"n_components": 5, "space": "rows", "orthogonality": "hard"},
+    "balanced": {"n_components": 5, "space": "rows", "block_weights": "balanced"},
 }
 
 
@@ -63,7 +63,7 @@ FORMS = {
 def test_components_are_those_of_one_process(tmp_path, case, size):
     kind = case if case in ("sparse", "diagonal") else "dense"
     path = stored(kind, tmp_path / "f.h5")
-    options = {**FORMS[case], "dtype": "float64", "moves": 4, "seed": 1}
+    options = {**FORMS[case], "dtype": "float64", "n_replacements": 4, "seed": 1}
     one = npeff.decompose(npeff.load(path), progress=False, **options)
     shapes = all_returned(size, decomposed, path, str(tmp_path / "c.h5"), options)
     assert shapes == [one.coefficients.shape] + [None] * (size - 1)
@@ -82,24 +82,18 @@ def test_components_are_those_of_one_process(tmp_path, case, size):
 # ---- what is exchanged, and what survives ------------------------------------------------------------------
 
 
-def traffic(rank: int, path: str, r: int, kind: str) -> list[int]:
+def traffic(rank: int, path: str, r: int) -> list[int]:
     """Numbers exchanged by each of three steps."""
-    from npeff.decomposition.blocks import scaled_block
-    from npeff.decomposition.diagonal import Diagonal
-    from npeff.decomposition.low_rank import LowRank
-    from npeff.decomposition.options import Options
-    from npeff.decomposition.sharded_space import ShardedSpace
-    from npeff.decomposition.spaces import SparseSpace
+    from npeff.decomposition.options import DecomposeOptions
+    from npeff.decomposition.problem import prepare
 
     group = npeff.distributed.connect()
-    _, scaled, _, place = scaled_block(npeff.load(path), Options(r), group, torch.device("cpu"))
-    space = ShardedSpace(SparseSpace(scaled.rows), place)
-    form = Diagonal(space, scaled) if kind == "diagonal" else LowRank(space, scaled)
-    state = form.start(r, torch.Generator().manual_seed(0))
+    objective = prepare(npeff.load(path), DecomposeOptions(r), group).objective
+    state = objective.start(r, torch.Generator().manual_seed(0))
     counts = []
     for _ in range(3):
         before = group.numbers_summed
-        state = form.step(state)
+        state = objective.step(state)
         counts.append(group.numbers_summed - before)
     return counts
 
@@ -115,7 +109,7 @@ def test_a_step_exchanges_r_times_d_plus_r_numbers(tmp_path, kind, scalars):
         taken_back = (
             2 * numbers if kind == "diagonal" else numbers
         )  # an extrapolated step, and a plain one in its place
-        for counts in all_returned(2, traffic, path, r, kind):
+        for counts in all_returned(2, traffic, path, r):
             assert set(counts) <= {numbers, taken_back}
 
 
@@ -149,7 +143,7 @@ def resumed(rank: int, path: str, out: str, checkpoint: str, options: dict) -> i
 
 def test_killed_search_names_the_worker_and_resumes_with_any_number_of_processes(tmp_path):
     path, checkpoint = stored("dense", tmp_path / "f.h5"), tmp_path / "c.search"
-    options = {"n_components": 5, "space": "sparse", "dtype": "float64", "moves": 6}
+    options = {"n_components": 5, "space": "rows", "dtype": "float64", "n_replacements": 6}
     one = npeff.decompose(npeff.load(path), progress=False, **options)
     results = run(3, dies_at, path, str(checkpoint), 1, 60, options)
     assert results[1] == ("killed", None)
@@ -159,33 +153,27 @@ def test_killed_search_names_the_worker_and_resumes_with_any_number_of_processes
     assert iterations[0] > 10, "it did not begin anew"
     assert iterations[1] == 0, "callbacks are called in process 0"
     assert npeff.load(tmp_path / "c.h5").loss == pytest.approx(one.loss, rel=1e-5)
-    assert not checkpoint.exists()
+    again = all_returned(2, resumed, path, str(tmp_path / "c.h5"), str(checkpoint), options)
+    assert again == [0, 0], "the finished search is in the file"
     results = run(2, resumed, path, str(tmp_path / "c.h5"), str(checkpoint), {**options, "space": "gram"})
     assert all("gram" in message for _, message in results)
 
 
 def test_random_numbers_do_not_depend_on_the_number_of_processes(monkeypatch):
-    monkeypatch.setattr(place, "CHUNK", 64)
+    monkeypatch.setattr(processes, "CHUNK", 64)
     whole_normal = torch.randn(7, 61, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     pieces = []
     for first, count in ((0, 20), (20, 1), (21, 40)):
-        mine = place.Place(Two(), 0, 61, first, 61)  # type: ignore[arg-type]
-        pieces.append(mine.normal(7, count, torch.Generator().manual_seed(4)))
+        pieces.append(processes.normal_columns(7, first, count, 61, torch.Generator().manual_seed(4)))
     assert torch.equal(torch.cat(pieces, 1), whole_normal)
-
-
-class Two:
-    """Stands for a group of two."""
-
-    size = 2
 
 
 def test_blocks_are_even_and_never_empty():
     fishers, _, _ = planted(50, 3, 8, 0.1, seed=0)
-    assert edges(fishers, 4) == [0, 13, 25, 38, 50]
-    assert edges(fishers[:4], 4) == [0, 1, 2, 3, 4]
+    assert block_edges(fishers, 4) == [0, 13, 25, 38, 50]
+    assert block_edges(fishers[:4], 4) == [0, 1, 2, 3, 4]
     lopsided = fishers[:6]
     lopsided.row_offsets[:] = [0, 0, 0, 0, 0, 0, 24]
-    assert np.diff(edges(lopsided, 4)).min() >= 1
+    assert np.diff(block_edges(lopsided, 4)).min() >= 1
     with pytest.raises(npeff.ArgumentError, match="cannot share"):
-        edges(fishers[:3], 4)
+        block_edges(fishers[:3], 4)

@@ -29,7 +29,7 @@ FISHERS, _, _ = planted(40, 3, 30, 0.1, seed=0)
 
 
 def decomposed(seed: int = 0) -> npeff.Components:
-    return npeff.decompose(FISHERS, 3, seed=seed, starts=1, moves=0, max_iterations=5, progress=False)
+    return npeff.decompose(FISHERS, 3, seed=seed, n_init=1, n_replacements=0, max_iterations=5, progress=False)
 
 
 def pictures() -> torch.Tensor:
@@ -118,7 +118,7 @@ def test_files_written_at_once_are_one_or_the_other(tmp_path):
 def search(rank: int, folder: str, at: float) -> float:
     together(at)
     checkpoint = Path(folder) / "c.search"
-    found = npeff.decompose(FISHERS, 3, starts=20, moves=2, checkpoint=checkpoint, progress=False)
+    found = npeff.decompose(FISHERS, 3, n_init=20, n_replacements=2, checkpoint=checkpoint, progress=False)
     return found.loss
 
 
@@ -127,7 +127,7 @@ def test_one_search_keeps_its_state_in_a_file(tmp_path):
     assert {how for how, _ in results} <= {"returned", "raised"} and ("returned" in dict(results)), results
     for how, message in results:
         assert how == "returned" or "is already keeping the state of a search in" in message
-    assert not os.listdir(tmp_path)
+    assert os.listdir(tmp_path) == ["c.search"]
 
 
 def test_one_demo_at_a_time_in_a_folder(tmp_path):
@@ -188,7 +188,8 @@ def test_links_at_names_that_could_be_foreseen_are_not_followed(victim, tmp_path
     out = tmp_path / "out"
     (out / name).symlink_to(victim)
     npeff.compute_fishers(model(), batches(), out=out / "f.h5", progress=False)
-    npeff.decompose(FISHERS, 3, starts=1, moves=0, checkpoint=out / "c.search", progress=False).save(out / "c.h5")
+    options = {"n_init": 1, "n_replacements": 0, "progress": False}
+    npeff.decompose(FISHERS, 3, checkpoint=out / "c.search", **options).save(out / "c.h5")
     npeff.report(decomposed(), None, out, progress=False)
     assert (out / name).is_symlink()
 

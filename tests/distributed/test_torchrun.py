@@ -55,8 +55,8 @@ FORMS = {
 CASES = {name: name for name in ("exact", "topk", "sketch", "diagonal", "ragged", "seven", "lopsided")}
 CASES |= {"streamed": "sketch", "balanced": "exact"}
 """Decompositions, and the Fishers they are of."""
-SEARCH = ["--n-components", "3", "--starts", "1", "--moves", "1", "--max-iterations", "60", "--quiet"]
-OPTIONS = {"streamed": ["--space", "sketch"], "balanced": ["--block-weights", "balanced"]}
+SEARCH = ["--n-components", "3", "--n-init", "1", "--n-replacements", "1", "--max-iterations", "60", "--quiet"]
+OPTIONS = {"streamed": ["--space", "streamed"], "balanced": ["--block-weights", "balanced"]}
 
 
 def fishers_command(form: str, out: str) -> list[str]:
@@ -66,7 +66,7 @@ def fishers_command(form: str, out: str) -> list[str]:
 
 def decompose_command(case: str, fishers: str, out: str, several: bool) -> list[str]:
     # One process would take K = A Aᵀ, which several never do: rows for both, so that they take the same steps.
-    space = [] if several or "--space" in OPTIONS.get(case, []) else ["--space", "sparse"]
+    space = [] if several or "--space" in OPTIONS.get(case, []) else ["--space", "rows"]
     return ["decompose", fishers, *SEARCH, *OPTIONS.get(case, []), *space, "--out", out]
 
 

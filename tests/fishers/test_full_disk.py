@@ -63,7 +63,8 @@ def made(tmp_path_factory) -> Path:
     os.chdir(folder)
     try:
         assert run(["fishers", "work.py:model", "work.py:data", "--exact", "--out", "f.h5", "--quiet"]) == 0
-        assert run(["decompose", "f.h5", "--n-components", "4", "--moves", "0", "--out", "c.h5", "--quiet"]) == 0
+        search = ["--n-components", "4", "--n-replacements", "0"]
+        assert run(["decompose", "f.h5", *search, "--out", "c.h5", "--quiet"]) == 0
     finally:
         os.chdir(before)
     return folder
@@ -79,7 +80,9 @@ def compute(made: Path, out: Path) -> None:
 
 def search(made: Path, out: Path) -> None:
     fishers, _, _ = planted(400, 8, 40, 0.1, seed=0)
-    npeff.decompose(fishers, 64, starts=2, moves=0, max_iterations=2, checkpoint=out / "c.search", progress=False)
+    npeff.decompose(
+        fishers, 64, n_init=2, n_replacements=0, max_iterations=2, checkpoint=out / "c.search", progress=False
+    )
 
 
 def pictures(made: Path) -> torch.Tensor:
@@ -156,7 +159,8 @@ def test_no_files_left(made, few, writer):
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(made, small):
     fishers, _, _ = planted(400, 8, 40, 0.1, seed=0)
-    options = {"starts": 4, "moves": 0, "max_iterations": 2, "checkpoint": small / "c.search", "progress": False}
+    options = {"n_init": 4, "n_replacements": 0, "max_iterations": 2, "progress": False}
+    options["checkpoint"] = small / "c.search"
     saved = []
 
     def fill(progress: npeff.Progress) -> None:

@@ -232,7 +232,7 @@ def test_inner_products_give_the_components_of_the_rows(
     model: Small, data: list[torch.Tensor], options: dict[str, Any]
 ) -> None:
     labelled = [(batch, torch.arange(len(batch)) % 4) for batch in data]
-    search = {"starts": 1, "moves": 3, "progress": False, "space": "gram", "dtype": "float64"}
+    search = {"n_init": 1, "n_replacements": 3, "progress": False, "space": "gram", "dtype": "float64"}
     rows = npeff.decompose(compute(model, labelled, None, **options), 4, **search)
     components = npeff.decompose(compute(model, labelled, GramOnly(), **options), 4, **search)
     assert components.loss == pytest.approx(rows.loss, abs=1e-5)
@@ -243,13 +243,13 @@ def test_inner_products_give_the_components_of_the_rows(
     np.testing.assert_allclose(np.abs(vectors @ vectors.T), components.cosines(), atol=1e-5)
 
 
-@pytest.mark.parametrize("space", ["gram", "sparse", "sketch"])
+@pytest.mark.parametrize("space", ["gram", "rows", "streamed"])
 @pytest.mark.parametrize("sketch", [Sketch(128), Sketch(32, form="kronecker")], ids=str)
 def test_sketched_components_come_back_from_every_space(
     model: Small, data: list[torch.Tensor], exact: npeff.Fishers, space: Any, sketch: Sketch, tmp_path: Path
 ) -> None:
     fishers = compute(model, data, sketch)
-    components = npeff.decompose(fishers, 3, space=space, starts=1, moves=2, tolerance=1e-9, progress=False)
+    components = npeff.decompose(fishers, 3, space=space, n_init=1, n_replacements=2, tolerance=1e-9, progress=False)
     with pytest.raises(ArgumentError, match=r"recover\(model, data, js=\[1\]\)"):
         components.vector(1)
     partly = components.recover(model, data, [1], progress=False)
@@ -274,7 +274,9 @@ def test_subsets_are_recovered_from_their_own_examples(
     model: Small, data: list[torch.Tensor], exact: npeff.Fishers
 ) -> None:
     chosen = [25, 3, 3, 11, 17, 0]
-    components = npeff.decompose(compute(model, data, Sketch(128))[chosen], 2, moves=1, starts=1, progress=False)
+    components = npeff.decompose(
+        compute(model, data, Sketch(128))[chosen], 2, n_replacements=1, n_init=1, progress=False
+    )
     recovered = components.recover(model, data, progress=False)
     expected = components.row_weights.T.astype(np.float64) @ exact[chosen].rows.values
     for j in range(2):
@@ -282,7 +284,7 @@ def test_subsets_are_recovered_from_their_own_examples(
 
 
 def test_recovery_refuses_what_is_not_the_same(model: Small, data: list[torch.Tensor], exact: npeff.Fishers) -> None:
-    options = {"starts": 1, "moves": 1, "progress": False}
+    options = {"n_init": 1, "n_replacements": 1, "progress": False}
     components = npeff.decompose(compute(model, data, Sketch(64)), 2, **options)
     with pytest.raises(DataError, match="other logits"):
         components.recover(model, data[::-1], progress=False)
@@ -306,14 +308,14 @@ def test_recovery_refuses_what_is_not_the_same(model: Small, data: list[torch.Te
 
 def test_sketched_components_encode_and_expand(model: Small, data: list[torch.Tensor]) -> None:
     fishers = compute(model, data, Sketch(256))
-    components = npeff.decompose(fishers, 3, starts=1, moves=2, progress=False)
+    components = npeff.decompose(fishers, 3, n_init=1, n_replacements=2, progress=False)
     encoded = components.encode(fishers)
     assert encoded.kkt.max() < 1e-5
     np.testing.assert_allclose(encoded.unexplained.mean(), components.loss, atol=1e-3)
-    larger = npeff.expand(components, fishers, 2, starts=1, moves=1, progress=False)
+    larger = npeff.expand(components, fishers, 2, n_init=1, n_replacements=1, progress=False)
     np.testing.assert_allclose(larger.vectors[:3], components.vectors, atol=1e-6)
     assert larger.loss < components.loss
-    inner = npeff.decompose(compute(model, data, GramOnly()), 3, starts=1, moves=1, progress=False)
+    inner = npeff.decompose(compute(model, data, GramOnly()), 3, n_init=1, n_replacements=1, progress=False)
     for refuse in (lambda: inner.encode(fishers), lambda: components.encode(compute(model, data, GramOnly()))):
         with pytest.raises(ArgumentError, match="GramOnly"):
             refuse()

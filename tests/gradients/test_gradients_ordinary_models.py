@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from npeff.batches.batches import examples_at
-from npeff.decomposition.decomposition import decompose
+from npeff.decomposition.decompose import decompose
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.options import GramOnly, TopK
 from npeff.models.forward import call_model
@@ -304,6 +304,6 @@ def test_a_padded_transformer_computes_the_same_where_no_gradients_are_recorded(
     fishers = compute_fishers(model, data, progress=False)
     with torch.no_grad():
         np.testing.assert_allclose(call_model(model, None, examples_at(data, [1])[0]), fishers.logits[1:2], atol=1e-5)
-    components = decompose(fishers, 2, starts=1, moves=0, progress=False)
+    components = decompose(fishers, 2, n_init=1, n_replacements=0, progress=False)
     effect = perturb(model, data, components, 0, n_random=2, n_resamples=9, progress=False)
     assert effect.magnitude > 0

@@ -127,7 +127,7 @@ def test_streams_and_products_wait_for_nothing() -> None:
     assert len(later[0]()[1]) == 600 and later[1]().shape == (2, 64)
 
 
-@pytest.mark.parametrize("space", ["gram", "sparse", "sketch"])
+@pytest.mark.parametrize("space", ["gram", "rows", "streamed"])
 @pytest.mark.parametrize("form", ["sparse", "dense"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("memory", [None, "12MB"])

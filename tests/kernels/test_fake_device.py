@@ -94,7 +94,7 @@ def test_tiles_are_not_waited_for(device: Any, monkeypatch: pytest.MonkeyPatch, 
     assert compress is None or calls[1] > calls[0]
 
 
-@pytest.mark.parametrize("space", ["gram", "sparse", "sketch"])
+@pytest.mark.parametrize("space", ["gram", "rows", "streamed"])
 @pytest.mark.parametrize("form", ["sparse", "dense"])
 @pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
 def test_decompositions(device: Any, space: Any, form: str, kind: Any) -> None:
@@ -106,13 +106,13 @@ def test_decompositions(device: Any, space: Any, form: str, kind: Any) -> None:
     if kind == "diagonal":
         values, offsets = np.square(values).reshape(40, 4, -1).sum(1), np.arange(41)
     fishers = fishers_of(sparse(values) if form == "sparse" else DenseRows(values), offsets, kind)
-    options: dict[str, Any] = {"n_components": 3, "space": space, "progress": False, "moves": 4}
+    options: dict[str, Any] = {"n_components": 3, "space": space, "progress": False, "n_replacements": 4}
     here = npeff.decompose(fishers, **options)
     there = npeff.decompose(fishers, **options, device="cuda")
     assert there.loss == pytest.approx(here.loss, abs=2e-3)
-    more = npeff.expand(there, fishers, 1, space=space, moves=2, progress=False, device="cuda")
+    more = npeff.expand(there, fishers, 1, space=space, n_replacements=2, progress=False, device="cuda")
     assert more.loss <= there.loss + 1e-3
-    if space == "sparse":
+    if space == "rows":
         published = npeff.PublishedOptions(learning_rate=1e-3, g_only=3, joint=4, log_every=7)
         options = {"n_components": 3, "algorithm": "published", "published": published, "progress": False}
         here, there = (npeff.decompose(fishers, **options, device=name) for name in ("cpu", "cuda"))

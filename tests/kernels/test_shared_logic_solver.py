@@ -12,7 +12,7 @@ import torch
 
 import npeff
 from emulated_device import emulated
-from npeff.decomposition.choice import choose_space
+from npeff.decomposition.space_choice import choose_space
 from npeff.errors import ArgumentError
 from npeff.fishers.rows import ENTRY_BYTES, DenseRows, SparseRows
 from npeff.fishers.streamed_rows import StreamedRows, ahead, device_combine, device_gram, device_project
@@ -100,7 +100,7 @@ def test_the_next_item_is_made_meanwhile() -> None:
     assert list(ahead([])) == []
 
 
-@pytest.mark.parametrize("space", ["gram", "sparse", "sketch"])
+@pytest.mark.parametrize("space", ["gram", "rows", "streamed"])
 @pytest.mark.parametrize("form", ["sparse", "dense"])
 def test_decompositions(monkeypatch: pytest.MonkeyPatch, space: Any, form: str) -> None:
     """The same components, to the dtype's tolerance, with the kernels that are meant to serve."""
@@ -128,16 +128,16 @@ def test_rows_beyond_the_devices_memory_are_streamed(monkeypatch: pytest.MonkeyP
     rows = SparseRows(np.arange(0, n * 100 + 1, 100), np.tile(np.arange(100, dtype=np.int32), n), np.ones(n * 100), m)
     large = DenseRows(np.zeros((n, m), np.float32))
     with emulated(monkeypatch, memory=64 << 20):
-        found = choose_space(large, n, "sparse", 4, device=CPU)
-        assert found.space == "sketch" and found.stream and "streamed" in found.reason
+        found = choose_space(large, n, "rows", 4, device=CPU)
+        assert found.space == "streamed" and found.stream and "streamed" in found.reason
         assert found.part_bytes < 64 << 20
         gram = choose_space(rows, n, "gram", 4, device=CPU)
         assert gram.space == "gram" and not gram.stream
         with pytest.raises(ArgumentError, match="memory: "):
             choose_space(rows, n, "gram", 4, memory=1 << 20, device=CPU)
     with emulated(monkeypatch, memory=1 << 33):
-        found = choose_space(large, n, "sparse", 4, device=CPU)
-        assert found.space == "sparse" and found.part_bytes == 1 << 30
+        found = choose_space(large, n, "rows", 4, device=CPU)
+        assert found.space == "rows" and found.part_bytes == 1 << 30
 
 
 def test_what_a_space_brings_to_a_device_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def shortcut():
     x, y, flag = sample(500, 0.3)
     data = list(zip(x.split(128), y.split(128), strict=True))
     fishers = npeff.compute_fishers(model, data, progress=False)
-    components = npeff.decompose(fishers, 8, progress=False, starts=2, moves=15)
+    components = npeff.decompose(fishers, 8, progress=False, n_init=2, n_replacements=15)
     return model, data, components, (flag & (y != 2)).numpy()
 
 

@@ -49,7 +49,8 @@ def folder(tmp_path_factory):
     options = {"max_examples": 90, "progress": False, "compress": npeff.TopK(1024)}
     for kind, more in (("low_rank", {"energy": 0.9}), ("diagonal", {})):
         fishers = npeff.compute_fishers(net, digits, kind=kind, **options, **more)
-        npeff.decompose(fishers, 4, starts=1, moves=0, max_iterations=30, progress=False).save(path / f"{kind}.h5")
+        components = npeff.decompose(fishers, 4, n_init=1, n_replacements=0, max_iterations=30, progress=False)
+        components.save(path / f"{kind}.h5")
     before = os.getcwd()
     os.chdir(path)
     yield path

@@ -123,7 +123,7 @@ def folder(tmp_path_factory):
             fishers = npeff.compute_fishers(
                 made, load_data(f"it.py:{data}"), compress=None, parameters=parameters, progress=False
             )
-            npeff.decompose(fishers, 2, starts=1, moves=0, max_iterations=30, progress=False).save(here / out)
+            npeff.decompose(fishers, 2, n_init=1, n_replacements=0, max_iterations=30, progress=False).save(here / out)
     finally:
         os.chdir(before)
     return here

@@ -30,7 +30,7 @@ from stored_samples import assert_same, components_of, fishers_of, write_by_hand
 
 ROOT = Path(__file__).parents[2]
 FORMATS = Path(__file__).parents[1] / "formats"
-QUICK = {"max_iterations": 3, "starts": 1, "moves": 0, "progress": False}
+QUICK = {"max_iterations": 3, "n_init": 1, "n_replacements": 0, "progress": False}
 
 
 def put(path: Path, name: str, data: object = None, **options: object) -> None:
@@ -345,7 +345,7 @@ def test_scores_with_other_meta_data(tmp_path, meta):
 
 def test_damaged_checkpoints(tmp_path):
     fishers, _, _ = planted(12, 3, 20, 0.1, 0)
-    path, options, kept = tmp_path / "state", {**QUICK, "starts": 2}, []
+    path, options, kept = tmp_path / "state", {**QUICK, "n_init": 2}, []
     save = Checkpoint.save
 
     class Interrupted(Exception):
@@ -391,7 +391,7 @@ def test_damaged_checkpoints(tmp_path):
 )  # fmt: skip
 def test_checkpoints_whose_arrays_do_not_fit(tmp_path, name, change):
     fishers, _, _ = planted(12, 3, 20, 0.1, 0)
-    path, options = tmp_path / "state", {**QUICK, "starts": 2}
+    path, options = tmp_path / "state", {**QUICK, "n_init": 2}
 
     def stop(progress):
         if path.exists():

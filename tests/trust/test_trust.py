@@ -20,7 +20,7 @@ from npeff.trust.selection import held_out_loss
 from npeff.trust.stability import rand_index
 from planted import fishers_of, planted, sparse
 
-QUICK = {"starts": 2, "moves": 10, "patience": 5, "max_iterations": 150}
+QUICK = {"n_init": 2, "n_replacements": 10, "patience": 5, "max_iterations": 150}
 
 
 def quick(fishers: Fishers, r: int, **options) -> npeff.Components:
@@ -204,7 +204,8 @@ def test_command_line(known, tmp_path, capsys) -> None:
     found = json.loads(out.read_text())
     assert set(found) == {"explained", "stability", "null"}
     assert "more than chance" in capsys.readouterr().out
-    several = ["decompose", str(f), "--n-components", "2,5", "--out", str(tmp_path / "d.h5"), "--quiet", "--moves", "3"]
+    several = ["decompose", str(f), "--n-components", "2,5", "--out", str(tmp_path / "d.h5"), "--quiet"]
+    several += ["--n-replacements", "3"]
     assert run(several) == 2
     assert "--select" in capsys.readouterr().err
     assert run([*several, "--select"]) == 0

@@ -41,7 +41,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
     """
         npeff decompose fishers.h5 --n-components 64 --out components.h5
         npeff decompose fishers.h5 --n-components 16,32,64,128 --select --out components.h5
-        npeff decompose fishers.h5 --n-components 64 --block-weights balanced --starts 8 --out components.h5
+        npeff decompose fishers.h5 --n-components 64 --block-weights balanced --n-init 8 --out components.h5
         npeff decompose fishers.h5 --n-components 48 --wrong-only --out heuristics.h5
     """,
     Arguments("npeff:decompose", skip=("published", "init", "callback")),
@@ -102,6 +102,8 @@ def decompose(path: Path, n_components: list[int], select: bool, out: Path, wron
     else:
         components = npeff.decompose(fishers, n_components[0], **options)
     components.save(out)
+    if options.get("checkpoint"):  # only now that the components are safe
+        Path(options["checkpoint"]).unlink(missing_ok=True)
     click.echo(
         f"{out}: {components.n_components} components of {len(fishers):,} examples, relative loss {components.loss:.4f}"
     )

@@ -1,1 +1,1 @@
-"""Stage 2: Fishers are factorised into components."""
+"""Stage 2: factorise Fishers into components."""

@@ -1,19 +1,18 @@
-"""The search's state on disk: written whole or not at all, and only ever resumed by the same run."""
+"""The state of a search, and the file that keeps it: written whole or not at all, and resumed by the same run only."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from npeff.decomposition.forms import State
-from npeff.decomposition.search_state import Memory
+from npeff.decomposition.objective import State
+from npeff.decomposition.problem import Problem
 from npeff.errors import ResumeError, StorageError
-from npeff.fishers.scaling import ScaledRows
 from npeff.storage.archives import read_npz
 from npeff.storage.documents import item, parse_json
 from npeff.storage.fields import Field, Sizes
@@ -25,30 +24,78 @@ FIELDS = (
     Field("coords", ("<f4", "<f8"), ("n_components", "n_coordinates")),
     Field("curve", ("<f8",), ("n_losses",)),
 )
-NUMBERS = ["failures", "iteration", "kept", "unit"]
+NUMBERS = ["failures", "finished", "iteration", "kept", "unit"]
+
+
+@dataclass
+class SearchState:
+    """All that a search must remember between units; at the end, its result.
+
+    Attributes:
+        unit: Units (starts and replacements) finished.
+        failures: Replacements since the last that helped.
+        iteration: Iterations done.
+        kept: Replacements that helped.
+        finished: 1 after the polish, else 0.
+        best: The best factorisation.
+        curve: Its losses: those of its start, then of every improvement.
+        subspace: The dimensions of the subspace that was searched, and the share of the rows' energy in it.
+        seconds: Time since the search began or was resumed.
+    """
+
+    unit: int = 0
+    failures: int = 0
+    iteration: int = 0
+    kept: int = 0
+    finished: int = 0
+    best: State | None = None
+    curve: list[float] = field(default_factory=list)
+    subspace: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+    def extend_curve(self, curve: list[float]) -> None:
+        """Continue the curve by losses on the way to the best state's, which ends it."""
+        assert self.best is not None
+        self.curve += [loss for loss in curve if loss < self.curve[-1]]
+        end_at(self.curve, self.best.loss)
+
+
+def end_at(curve: list[float], loss: float) -> None:
+    """End a falling curve at a loss; losses below it go."""
+    while curve and curve[-1] <= loss:
+        curve.pop()
+    curve.append(loss)
 
 
 class Checkpoint:
-    """Keeps a :class:`npeff.decomposition.search_state.Memory` in one ``.npz`` file.
+    """Keeps a :class:`SearchState` in one ``.npz`` file.
 
-    A context manager: within it no other process may keep its state there.
+    A context manager: within it no other process may keep its state there. Of several processes that work together,
+    process 0 writes the file, all read it, and each keeps its part of W.
 
     Args:
         path: The file; its folder must exist.
-        scaled: The rows being factorised; the file remembers their digest.
-        options: Everything else that determines the result.
+        problem: The decomposition; the file remembers a digest of its rows and its options.
     """
 
-    def __init__(self, path: Path, scaled: ScaledRows, options: dict[str, Any]) -> None:
-        self._path = path
-        self._key = {"rows": _digest(scaled), "options": json.loads(json.dumps(options, default=str, sort_keys=True))}
+    def __init__(self, path: str | Path, problem: Problem) -> None:
+        self._path, self._objective = Path(path), problem.objective
+        self._comm = problem.objective.comm
+        options = {"kind": problem.fishers.kind, **problem.options.record()}
+        options = json.loads(json.dumps(options, default=str, sort_keys=True))
+        self._key = {"rows": problem.digest(), "options": options}
+        self._lock: Lock | None = None
 
     def __enter__(self) -> Checkpoint:
-        """Take the file for this process.
+        """Take the file for this process, or, in process 0, for all of them.
 
         Raises:
             StorageError: Another process keeps its state there, or no file can be written there.
         """
+        self._comm.together(lambda: self._take() if self._comm.rank == 0 else None)
+        return self
+
+    def _take(self) -> None:
         check_target(self._path)
         path = self._path.with_name(f"{self._path.name}.lock")
         try:
@@ -58,42 +105,71 @@ class Checkpoint:
         except OSError as error:
             failure = explain(path, error, "Nothing was computed yet.")
             raise failure from error
-        return self
 
     def __exit__(self, *error: object) -> None:
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
-    def save(self, memory: Memory) -> None:
+    def save(self, state: SearchState) -> None:
         """Replace the file by the present state.
 
         Raises:
             StorageError: The file cannot be written.
         """
-        assert memory.best is not None
-        numbers = {"unit": memory.unit, "failures": memory.failures, "iteration": memory.iteration, "kept": memory.kept}
-        meta = {"key": self._key, "numbers": numbers, "loss": memory.best.loss, "frozen": memory.best.frozen}
+        assert state.best is not None
+        W = self._comm.collected(state.best.W)
+        self._comm.together(lambda: None if W is None else self._write(state, state.best, W))
+
+    def _write(self, state: SearchState, best: State | None, W: torch.Tensor) -> None:
+        assert best is not None
+        numbers = {name: getattr(state, name) for name in NUMBERS}
+        meta = {"key": self._key, "numbers": numbers, "loss": best.loss, "frozen": best.frozen}
         kept = "The state that was saved there before is kept."
         with atomic(self._path, kept=kept) as scratch, scratch.open("wb") as file:
             np.savez(
                 file,
                 meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
-                W=memory.best.W.cpu().numpy(),
-                coords=memory.best.coords.cpu().numpy(),
-                curve=np.asarray(memory.curve, np.float64),
+                W=W.cpu().numpy(),
+                coords=best.coords.cpu().numpy(),
+                curve=np.asarray(state.curve, np.float64),
             )
 
-    def load(self) -> Memory | None:
-        """The state in the file, or None when there is no file.
+    def load(self) -> SearchState | None:
+        """Read the state in the file, with this process's part of W; None when there is no file.
+
+        P and Q are not in the file; the caller computes them.
 
         Raises:
             ResumeError: The file belongs to other Fishers or other options.
-            StorageError: The file cannot be read.
+            StorageError: The file cannot be read, or some processes do not see it.
         """
+        state = self._comm.together(self._read)
+        seen = self._comm.objects(state is not None)
+        if len(set(seen)) > 1:
+            raise StorageError(
+                f"checkpoint: ranks {', '.join(str(r) for r, s in enumerate(seen) if not s)} do not see {self._path}; "
+                "put it on a disk that all processes share"
+            )
+        if state is None or state.best is None:
+            return None
+        n, first = self._objective.n_examples, self._objective.first_example
+        if len(state.best.W) != self._objective.n_all_examples:
+            raise self.misfit(f"{len(state.best.W)} examples, not {self._objective.n_all_examples}")
+        state.best = replace(state.best, W=state.best.W[first : first + n].contiguous())
+        return state
+
+    def misfit(self, what: object) -> StorageError:
+        """Make the error that says that the file does not fit the Fishers."""
+        return StorageError(
+            f"checkpoint: {self._path} does not fit the Fishers ({what}); remove it or choose another path"
+        )
+
+    def _read(self) -> SearchState | None:
         refuse_link(self._path)
         if not self._path.exists():
             return None
         try:
-            meta, arrays = self._read()
+            meta, arrays = self._contents()
         except StorageError as error:
             raise StorageError(
                 f"checkpoint: {self._path} is not a readable checkpoint ({error}); remove it or choose another path"
@@ -106,7 +182,7 @@ class Checkpoint:
                 f"checkpoint: {self._path} is of another run; it differs in {', '.join(differing)}. Remove "
                 "it, or choose another path"
             )
-        r = self._key["options"].get("n_components")
+        r = self._key["options"]["n_components"]
         if arrays["W"].shape[1] != r:
             raise StorageError(
                 f"checkpoint: {self._path} is not a readable checkpoint (array 'W' has {arrays['W'].shape[1]} "
@@ -114,14 +190,14 @@ class Checkpoint:
             )
         W, coords = torch.from_numpy(arrays["W"]), torch.from_numpy(arrays["coords"])
         empty = W.new_zeros(0, 0)
-        best = State(W, coords, empty, empty, meta["loss"], meta["frozen"])  # every unit refreshes P and Q
-        return Memory(best=best, curve=arrays["curve"].tolist(), **meta["numbers"])
+        best = State(W, coords, empty, empty, meta["loss"], meta["frozen"])
+        return SearchState(best=best, curve=arrays["curve"].tolist(), **meta["numbers"])
 
-    def _read(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the file says, and its arrays.
+    def _contents(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the file's description, and its arrays.
 
         Raises:
-            StorageError: It is damaged.
+            StorageError: The file is damaged.
         """
         sizes: Sizes = {}
         arrays = read_npz(self._path, FIELDS, sizes)
@@ -137,15 +213,3 @@ class Checkpoint:
                 f"{where}, 'numbers', is damaged: expected {', '.join(NUMBERS)}, each ≥ 0, got {numbers}"
             )
         return meta, arrays
-
-    def remove(self) -> None:
-        """Delete the file: the search has ended."""
-        self._path.unlink(missing_ok=True)
-
-
-def _digest(scaled: ScaledRows) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    rows = scaled.rows
-    for array in (scaled.row_offsets, *rows.deciding()):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

@@ -1,202 +1,76 @@
-"""One decomposition to be solved: its options, its checked and scaled Fishers, its space and form, its course."""
+"""A decomposition to be solved: the Fishers checked and scaled, a space over them, and the objective."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import time
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from npeff.decomposition import published_algorithm
-from npeff.decomposition.checkpoint import Checkpoint
-from npeff.decomposition.choice import Plan
-from npeff.decomposition.coarse import Coarse
 from npeff.decomposition.diagonal import Diagonal
-from npeff.decomposition.forms import State
 from npeff.decomposition.low_rank import LowRank
-from npeff.decomposition.options import Options
-from npeff.decomposition.place import comm_of
-from npeff.decomposition.search import Search
-from npeff.decomposition.search_state import Callback, Memory, Progress
-from npeff.decomposition.sketch_space import SketchSpace
-from npeff.decomposition.spaces import FactorSpace, GramSpace, SparseSpace
-from npeff.decomposition.subspace import find_subspace, most_dimensions
-from npeff.errors import ArgumentError, StorageError
+from npeff.decomposition.objective import State
+from npeff.decomposition.options import DecomposeOptions
+from npeff.decomposition.processes import LOCAL, Communicator
+from npeff.decomposition.space_choice import SpaceChoice, choose_space
+from npeff.decomposition.spaces import FactorSpace, GramSpace, RowSpace, StreamedSpace
+from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.scaling import ScaledRows
+from npeff.fishers.scaling import ScaledRows, resolve_block_weights, scale
 from npeff.fishers.streamed_rows import StreamedRows
-from npeff.models.memory import return_freed_memory
+from npeff.models.devices import usable_device
+from npeff.storage.files import forget
 
 Array = npt.NDArray[Any]
 
 
+@dataclass(frozen=True)
 class Problem:
-    """Fishers, a space over them and a form: one decomposition to be solved."""
+    """One decomposition to be solved.
 
-    def __init__(
-        self,
-        fishers: Fishers,
-        scaled: ScaledRows,
-        plan: Plan,
-        options: Options,
-        device: torch.device,
-        frozen: Tensor | None = None,
-        frozen_W: Tensor | None = None,
-    ) -> None:
-        self.fishers, self.scaled, self.plan, self.options = fishers, scaled, plan, options
-        self.reason = plan.reason
-        self.subspace: dict[str, Any] | None = None
-        began = time.perf_counter()
-        dtype = torch.float64 if options.dtype == "float64" else torch.float32
-        self.space: FactorSpace
-        self.form: LowRank | Diagonal
-        if fishers.kind == "diagonal":
-            if options.orthogonality:
-                raise ArgumentError("orthogonality: only for the low-rank kind; leave it at 0 for diagonal Fishers")
-            rows_space = self.shared(_rows_space(scaled, dtype, device))
-            self.space, self.form = rows_space, Diagonal(rows_space, scaled, frozen, frozen_W)
-        else:
-            gram = plan.space == "gram"
-            if gram:
-                own: Any = GramSpace(scaled.rows, frozen, dtype, device, plan.part_bytes)
-            else:
-                own = _rows_space(scaled, dtype, device)
-            self.space = self.shared(own)
-            embedded = None if frozen is None else self.space.embed(frozen)
-            self.form = LowRank(self.space, scaled, options.orthogonality, embedded, frozen_W)
-        self.seconds_building = time.perf_counter() - began
-        self.seconds_solving = 0.0
+    Attributes:
+        fishers: The Fishers of all processes.
+        own: The block of this process; with one process, ``fishers``.
+        scaled: The rows of ``own`` as they are factorised.
+        options: The options.
+        objective: The objective, over a space.
+        choice: The space that was chosen, and why.
+        seconds: Time that building the space took.
+    """
 
-    def shared(self, space: Any) -> Any:
-        """The space as the forms see it: over the rows of all processes, where there are several."""
-        return space
+    fishers: Fishers
+    own: Fishers
+    scaled: ScaledRows
+    options: DecomposeOptions
+    objective: LowRank | Diagonal
+    choice: SpaceChoice
+    seconds: float
 
-    def keeper(self, path: Path, options: dict[str, Any]) -> Checkpoint:
-        """Where the search's state is kept."""
-        return Checkpoint(path, self.scaled, options)
-
-    def state_from(self, W: Array, G: Array) -> State:
-        """A state from given coefficients ``(n, r)`` and vectors ``(r, n_parameters)``.
-
-        Raises:
-            ArgumentError: A shape is wrong, or a value.
-        """
-        n, r, m = len(self.fishers), self.options.n_components, self.fishers.rows.n_columns
-        for name, array, shape in (("W", W, (n, r)), ("G", G, (r, m))):
-            if np.shape(array) != shape:
-                raise ArgumentError(f"init: expected {name} of shape {shape}, got {np.shape(array)}")
-            if not np.isfinite(array).all():
-                raise ArgumentError(f"init: expected finite values, got some in {name} that are not")
-        if np.min(W) < 0 or not np.any(G, axis=1).all():
-            raise ArgumentError("init: expected W ≥ 0 and no vector of G that is all zero")
-        if isinstance(self.space, GramSpace):
-            if self.scaled.rows.products_only:
-                raise ArgumentError("init: Fishers of inner products alone (GramOnly) cannot take given vectors")
-            self.space = _rows_space(self.scaled, self.space.K.dtype, self.space.K.device)
-            self.form = LowRank(self.space, self.scaled, self.options.orthogonality)
-            self.reason = "given vectors need not lie in the row space"
-        kept = np.asarray(G, np.float32)[:, slice(None) if self.scaled.columns is None else self.scaled.columns]
-        return self.form.from_vectors(
-            self.space.embed(torch.from_numpy(kept.copy())), torch.from_numpy(np.array(W, np.float32))
-        )
-
-    def solve(
-        self, initial: State | None, checkpoint: str | Path | None, callback: Callback | None, progress: bool
-    ) -> tuple[State, list[float], dict[str, Any]]:
-        """Run the algorithm; returns the factorisation, its losses, and how the search went."""
-        options = self.options
-        began = time.perf_counter()
-        bar_options = {"desc": f"decompose r={options.n_components}", "unit": "it", "disable": not progress}
-        with tqdm(**bar_options) as bar:
-            if options.algorithm == "published":
-                state, curve = self._published(bar, callback)
-                course: dict[str, Any] = {"iterations": options.published.g_only + options.published.joint}
-            else:
-                memory = self._search(initial, checkpoint, with_bar(bar, callback))
-                assert memory.best is not None
-                state, curve = memory.best, memory.curve
-                course = {
-                    "iterations": memory.iteration,
-                    "moves": max(0, memory.unit - options.starts),
-                    "moves_kept": memory.kept,
-                }
-        self.seconds_solving = time.perf_counter() - began
-        if self.subspace is not None:
-            course["subspace"] = self.subspace
-        return state, curve, course | {"space": self.space.name, "space_reason": self.reason}
-
-    def _search(self, initial: State | None, checkpoint: str | Path | None, callback: Callback) -> Memory:
-        options = self.options
-        keeper = None
-        if checkpoint is not None:
-            keeper = self.keeper(Path(checkpoint), {"kind": self.fishers.kind, **asdict(options)})
-        coarse = self._coarse(self.form) if isinstance(self.form, LowRank) and initial is None else None
-        search = Search(
-            self.form, options.n_components, seed=options.seed, starts=options.starts, moves=options.moves,
-            patience=options.patience, max_iterations=options.max_iterations, tolerance=options.tolerance,
-            callback=callback, save=None if keeper is None else keeper.save, coarse=coarse,
-        )  # fmt: skip
-        if keeper is None:
-            return search.run(None, initial)
-        with keeper:
-            found = keeper.load()
-            if found is not None and found.best is not None:
-                try:
-                    search.form.refresh(found.best)
-                    if len(found.best.W) != self.form.n_examples:
-                        raise ValueError(f"{len(found.best.W)} examples, not {self.form.n_examples}")
-                except (ValueError, RuntimeError, IndexError) as error:
-                    raise StorageError(
-                        f"checkpoint: {checkpoint} does not fit the Fishers ({error}); remove it or choose another path"
-                    ) from error
-            memory = search.run(found, initial)
-            keeper.remove()
-        return memory
-
-    def _coarse(self, fine: LowRank) -> Coarse | None:
-        """The form to search in: a subspace where one holds nearly all of the rows for less work."""
-        generator = torch.Generator().manual_seed(self.options.seed)
-        comm = comm_of(self.space)
-        energy = comm.number(float(self.scaled.rows.squared_norms().sum()))
-        width = 0 if isinstance(fine.space, GramSpace) else self.scaled.rows.n_columns
-        number = 8 if self.options.dtype == "float64" else 4
-        if self.options.memory is not None:
-            return_freed_memory()
-        most = int(comm.agreed(most_dimensions(self.plan.subspace_bytes, self.space.n_rows, width, number)))
-        subspace = find_subspace(self.space, energy, self.options.n_components, generator, fine.frozen, most)
-        if subspace is None:
+    def initial_state(self) -> State | None:
+        """Make the state from which ``init`` asks to descend; None without ``init``."""
+        if self.options.init is None:
             return None
-        if self.options.memory is not None:
-            return_freed_memory()
-        self.subspace = {"dimensions": subspace.rows.shape[1], "kept": round(subspace.kept, 6)}
-        return Coarse(fine, self.scaled, self.options.orthogonality, subspace, self.shared, most)
+        W, G = self.options.init
+        kept = np.asarray(G, np.float32)[:, slice(None) if self.scaled.columns is None else self.scaled.columns]
+        coords = self.objective.space.embed(torch.from_numpy(kept.copy()))
+        return self.objective.from_vectors(coords, torch.from_numpy(np.array(W, np.float32)))
 
-    def _published(self, bar: Any, callback: Callback | None) -> tuple[State, list[float]]:
-        began, generator = time.perf_counter(), torch.Generator().manual_seed(self.options.seed)
+    def digest(self) -> str:
+        """Identify the data: by the rows; where processes share them, by everything but the rows."""
+        if self.objective.comm.size > 1:
+            text, fishers = json.dumps(self.fishers.provenance, sort_keys=True, default=str), self.fishers
+            arrays = [fishers.row_offsets, fishers.ids, fishers.norms, fishers.logits]
+            return _digest(text, arrays)
+        return _digest("", [self.scaled.row_offsets, *self.scaled.rows.deciding()])
 
-        def report(iteration: int, loss: float) -> Any:
-            bar.n = iteration
-            bar.set_postfix(loss=f"{loss:.5f}")
-            return callback is not None and callback(
-                Progress("published", 0, iteration, loss, loss, time.perf_counter() - began)
-            )
-
-        if isinstance(self.form, Diagonal):
-            return published_algorithm.diagonal(
-                self.form, self.options.n_components, self.options.published, generator, report
-            )
-        return published_algorithm.low_rank(
-            self.form, self.options.n_components, self.options.published, generator, report
-        )
-
-    def row_weights(self, state: State, norms: Tensor) -> Array | None:
-        """``(n_rows, r)``: the unit vectors as combinations of the stored rows, for the rows that are here.
+    def row_weights(self, state: State, norms: torch.Tensor) -> Array | None:
+        """Express the unit vectors as combinations of the stored rows, ``(n_rows, r)``, for the rows of this process.
 
         Over K these are the coordinates. Elsewhere they follow from stationarity, ``G = M⁻¹ (W∘P)ᵀ A`` with
         ``M = WᵀW ∘ Q``.
@@ -206,35 +80,263 @@ class Problem:
             norms: ``(r,)`` norms of its vectors, which are divided out.
 
         Returns:
-            None where the rows are in parameter space, so that the vectors say it all, or some vectors are frozen.
+            None where the rows are in parameter space, so that the vectors say everything, or some vectors are frozen.
         """
-        if not self.fishers.kept_elsewhere or state.frozen:
+        if not self.own.kept_elsewhere or state.frozen:
             return None
-        form = self.form
-        assert isinstance(form, LowRank)
-        if isinstance(self.space, GramSpace):
-            weights = state.coords[:, : self.space.n_rows].T.double()
+        objective = self.objective
+        assert isinstance(objective, LowRank)
+        if isinstance(objective.space, GramSpace):
+            weights = state.coords[:, : objective.space.n_rows].T.double()
         else:
-            M = form.comm.sum(state.W.T @ state.W).double() * state.Q.double()
+            M = objective.comm.sum(state.W.T @ state.W).double() * state.Q.double()
             ridge = 1e-9 * M.diagonal().mean().clamp_min(1e-30) * torch.eye(len(M), dtype=M.dtype, device=M.device)
-            weights = form.spread(state.W, state.P).double() @ torch.linalg.inv(M + ridge)
+            weights = objective.spread(state.W, state.P).double() @ torch.linalg.inv(M + ridge)
         weights = weights.cpu() / norms
         return np.asarray(weights.numpy() * self.scaled.row_factors[:, None], np.float32)
 
 
-def _rows_space(scaled: ScaledRows, dtype: torch.dtype, device: torch.device) -> SparseSpace | SketchSpace:
-    if isinstance(scaled.rows, StreamedRows):
-        return SketchSpace(scaled.rows, dtype, device)
-    return SparseSpace(scaled.rows, dtype, device)
+def _digest(text: str, arrays: list[Array]) -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
-def with_bar(bar: Any, callback: Callback | None) -> Callback:
-    """A callback that also moves the progress bar."""
+def prepare(
+    fishers: Fishers,
+    options: DecomposeOptions,
+    comm: Communicator = LOCAL,
+    *,
+    columns: Array | None = None,
+    frozen: Array | None = None,
+    frozen_W: Array | None = None,
+) -> Problem:
+    """Check and scale the Fishers, and build the objective over the space that the options ask for.
 
-    def report(progress: Progress) -> Any:
-        bar.n = progress.iteration
-        bar.set_postfix_str(f"{progress.stage} {progress.unit} loss {progress.best:.5f}", refresh=False)
-        bar.update(0)
-        return callback is not None and callback(progress)
+    Args:
+        fishers: The Fishers; every process gives all of them, and takes its block.
+        options: The options.
+        comm: The processes.
+        columns: Parameter indices to keep; None: those that hold entries.
+        frozen: ``(f, n_parameters)`` float32 vectors that stay as they are.
+        frozen_W: ``(n, f)`` coefficients of the frozen vectors to keep as well, or None to fit them.
 
-    return report
+    Raises:
+        ArgumentError: An option is out of range for these Fishers, or does not go with several processes.
+        DataError: There are no examples, every Fisher is zero, or a stored value is not finite.
+    """
+    device = comm.together(lambda: usable_device(options.device))
+    if comm.size > 1:
+        own, scaled, choice = _scaled_block(fishers, options, comm, device)
+    else:
+        own = fishers
+        scaled, choice = _checked_and_scaled(fishers, options, columns, device)
+    if options.init is not None:
+        _check_init(*options.init, fishers, options.n_components)
+        if choice.space == "gram":
+            choice = replace(choice, space="rows", reason="given vectors need not lie in the row space")
+    low_rank = fishers.kind == "low_rank"
+    if options.orthogonality and not low_rank:
+        raise ArgumentError("orthogonality: only for the low-rank kind; leave it at 0 for diagonal Fishers")
+    anchors = None
+    if frozen is not None:
+        anchors = torch.from_numpy(frozen if scaled.columns is None else frozen[:, scaled.columns])
+    began = time.perf_counter()
+    space: FactorSpace
+    if choice.space == "gram" and low_rank:
+        space = GramSpace(scaled.rows, anchors, options.torch_dtype, device, choice.part_bytes)
+    elif isinstance(scaled.rows, StreamedRows):
+        space = StreamedSpace(scaled.rows, options.torch_dtype, device, comm)
+    else:
+        space = RowSpace(scaled.rows, options.torch_dtype, device, comm)
+    kept = None if anchors is None else space.embed(anchors)
+    kept_W = None if frozen_W is None else torch.from_numpy(frozen_W)
+    if low_rank:
+        objective: LowRank | Diagonal = LowRank(space, scaled, options.orthogonality, kept, kept_W)
+    else:
+        objective = Diagonal(space, scaled, kept, kept_W)
+    return Problem(fishers, own, scaled, options, objective, choice, time.perf_counter() - began)
+
+
+def _check_init(W: Array, G: Array, fishers: Fishers, r: int) -> None:
+    """Check given coefficients ``(n, r)`` and vectors ``(r, n_parameters)``.
+
+    Raises:
+        ArgumentError: A shape is wrong, or a value; or the Fishers have no rows.
+    """
+    for name, array, shape in (("W", W, (len(fishers), r)), ("G", G, (r, fishers.rows.n_columns))):
+        if np.shape(array) != shape:
+            raise ArgumentError(f"init: expected {name} of shape {shape}, got {np.shape(array)}")
+        if not np.isfinite(array).all():
+            raise ArgumentError(f"init: expected finite values, got some in {name} that are not")
+    if np.min(W) < 0 or not np.any(G, axis=1).all():
+        raise ArgumentError("init: expected W ≥ 0 and no vector of G that is all zero")
+    if fishers.rows.products_only:
+        raise ArgumentError("init: Fishers of inner products alone (GramOnly) cannot take given vectors")
+
+
+# ---- checking and scaling ----------------------------------------------------------------------------------
+
+
+def _checked_and_scaled(
+    fishers: Fishers, options: DecomposeOptions, columns: Array | None, device: torch.device, *, block: bool = False
+) -> tuple[ScaledRows, SpaceChoice]:
+    """Check the Fishers, choose the space, and scale the rows.
+
+    With ``block``, they are one of several processes' block: the block may lack what all blocks together must have,
+    and inner products with the rows of others cannot be had.
+
+    Raises:
+        ArgumentError: There are more components than rows, or the space does not serve the Fishers or does not fit.
+        DataError: There is nothing to decompose, or a stored value is not finite.
+    """
+    if not isinstance(fishers, Fishers):
+        raise ArgumentError(f"fishers: expected Fishers, got {type(fishers).__name__}; open a file with npeff.load")
+    if len(fishers) == 0:
+        raise DataError("fishers: there are no examples to decompose")
+    fishers.verify()
+    bad = _first_non_finite(fishers.rows.values)
+    if bad is not None:
+        rows = fishers.rows
+        row = int(np.searchsorted(rows.starts(np.arange(rows.n_rows + 1)), bad, "right")) - 1
+        example = int(np.searchsorted(fishers.row_offsets, row, "right")) - 1
+        raise DataError(
+            f"fishers: example {example} (id {fishers.ids[example]}) has a value that is not finite; compute "
+            "its Fisher again"
+        )
+    if not block:
+        _check_number(fishers, options)
+    choice = choose_space(
+        fishers.rows,
+        len(fishers),
+        "rows" if options.algorithm == "published" else options.space,
+        options.n_components,
+        memory=options.memory_bytes,
+        low_rank=fishers.kind == "low_rank" and not block,
+        dtype=options.dtype,
+        device=device,
+        least_per_column=options.min_nonzero_per_column,
+    )
+    scaled = scale(
+        fishers, options.block_weights, options.normalize, columns, options.min_nonzero_per_column,
+        stream=choice.stream, part_bytes=choice.part_bytes,
+    )  # fmt: skip
+    if not block and scaled.rows.n_columns == 0 and fishers.norms.any():
+        raise DataError(_no_columns(options))
+    if not block and not scaled.fisher_norms.any():
+        raise DataError(
+            f"fishers: all {len(fishers)} are zero (the model is certain of every example, or every block has "
+            "weight 0): nothing to decompose"
+        )
+    return scaled, choice
+
+
+def _check_number(fishers: Fishers, options: DecomposeOptions) -> None:
+    """Check the number of components.
+
+    Raises:
+        ArgumentError: There are more components than rows.
+    """
+    if options.n_components > fishers.rows.n_rows:
+        raise ArgumentError(
+            f"n_components: expected at most the {fishers.rows.n_rows} rows of the {len(fishers)} Fishers, "
+            f"got {options.n_components}"
+        )
+
+
+def _no_columns(options: DecomposeOptions) -> str:
+    return f"fishers: no parameter has {options.min_nonzero_per_column} non-zero entries; lower min_nonzero_per_column"
+
+
+def _first_non_finite(values: Array) -> int | None:
+    """Find the first index, along the first dimension, of a value that is not finite; reads part by part."""
+    step = max(1, (16 << 20) // max(1, values.itemsize * math.prod(values.shape[1:])))
+    for start in range(0, len(values), step):
+        finite = np.isfinite(values[start : start + step])
+        forget(values)
+        if not finite.all():
+            return start + int(np.argwhere(~finite)[0][0])
+    return None
+
+
+# ---- blocks of several processes ---------------------------------------------------------------------------
+
+
+def _scaled_block(
+    fishers: Fishers, options: DecomposeOptions, comm: Communicator, device: torch.device
+) -> tuple[Fishers, ScaledRows, SpaceChoice]:
+    """Take this process's block of examples, and scale it as one process would scale it.
+
+    Raises:
+        ArgumentError: An option does not go with several processes, or there are more components than rows.
+        DataError: There is nothing to decompose.
+    """
+    if options.algorithm != "npeff" or options.space == "gram":
+        what = "algorithm: the published algorithm" if options.algorithm != "npeff" else "space: 'gram'"
+        raise ArgumentError(f"{what} cannot be shared out among processes; use one, or leave the option out")
+    _check_number(fishers, options)
+    cuts = block_edges(fishers, comm.size)
+    own = _block(fishers, cuts[comm.rank], cuts[comm.rank + 1])
+    # Read by process 0 alone: the energies are sums over all rows, and the same bits must reach every process.
+    weights = comm.objects(
+        comm.together(lambda: resolve_block_weights(fishers, options.block_weights) if comm.rank == 0 else None)
+    )[0]
+    columns = None
+    if (found := own.rows.column_counts()) is not None:
+        counts = torch.zeros(own.rows.n_columns, dtype=torch.int64)
+        counts[: len(found)] = torch.from_numpy(found)
+        columns = (comm.sum(counts) >= max(1, options.min_nonzero_per_column)).nonzero()[:, 0].numpy()
+        if not len(columns):
+            raise DataError(_no_columns(options))
+    resolved = replace(options, block_weights="energy" if weights is None else _exactly(weights))
+    scaled, choice = comm.together(lambda: _checked_and_scaled(own, resolved, columns, device, block=True))
+    if not comm.number(float(np.abs(scaled.fisher_norms).sum())):
+        raise DataError(f"fishers: all {len(fishers)} are zero: nothing to decompose")
+    choice = replace(choice, reason=f"{comm.size} processes hold a block of rows each")
+    return own, replace(scaled, block_weights=weights), choice
+
+
+def block_edges(fishers: Fishers, size: int) -> list[int]:
+    """Cut the examples into blocks of about as many entries: ``size + 1`` ascending example numbers.
+
+    Raises:
+        ArgumentError: There are fewer examples than processes.
+    """
+    n = len(fishers)
+    if n < size:
+        raise ArgumentError(f"distributed: {size} processes cannot share {n} examples; start fewer")
+    rows = np.asarray(fishers.row_offsets)
+    at = fishers.rows.starts(rows)
+    cuts = [0]
+    for k in range(1, size):
+        cut = int(np.searchsorted(at, at[-1] * k / size))
+        cuts.append(min(max(cut, cuts[-1] + 1), n - size + k))
+    return [*cuts, n]
+
+
+def _block(fishers: Fishers, start: int, stop: int) -> Fishers:
+    """Take examples ``start … stop − 1``; rows that are mapped from a file stay mapped.
+
+    Raises:
+        ArgumentError: There are inner products alone.
+    """
+    first, last = int(fishers.row_offsets[start]), int(fishers.row_offsets[stop])
+    if fishers.rows.products_only:
+        raise ArgumentError(
+            "fishers: inner products alone (GramOnly) cannot be shared out; decompose them in one process, or compute "
+            "Fishers with TopK(k) or Sketch(d)"
+        )
+    part = fishers.rows.part(first, last)
+    arrays = {name: getattr(fishers, name)[start:stop] for name in ("norms", "logits", "labels", "ids")}
+    if fishers.check is not None:  # every process checks its own rows
+        fishers.check(part)
+    offsets = np.asarray(fishers.row_offsets[start : stop + 1]) - first
+    return replace(fishers, rows=part, row_offsets=offsets, path=None, check=None, **arrays)
+
+
+def _exactly(weights: dict[str, float]) -> dict[str, float]:
+    """Give the same weights under patterns that match their names alone."""
+    return {
+        name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]"): weight for name, weight in weights.items()
+    }

@@ -1,43 +1,50 @@
-"""The search over starts and moves: the only loop of the solver, the same for every form and space.
+"""The search: the only loop of the solver, the same for every objective and space.
 
 1. *Starts*: a few random starts, each descended until it slows down; the best goes on.
-2. *Moves*: components made from badly explained examples are added, the enlarged factorisation descends, the least
-   useful components are pruned one by one, and the result descends again. Kept if the loss is lower.
+2. *Replacements*: components made from badly explained examples are added, the enlarged factorisation descends, the
+   least useful components are pruned one by one, and the result descends again. Kept if the loss is lower.
 3. *Polish*: the best is descended to the final tolerance. After a search in a subspace: a step in the full space, which
    widens the subspace, and a descent in that, for as long as such rounds help.
 
-The work is cut into units (a start, a move, the polish). A unit's randomness depends on the seed and the unit's number
-alone, so that a run resumed from a checkpoint ends where an uninterrupted one does, bit for bit.
+The work is cut into units (a start, a replacement, the polish). A unit's randomness depends on the seed and the unit's
+number alone, so that a run resumed from a checkpoint ends where an uninterrupted one does, bit for bit.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from npeff.decomposition.coarse import Coarse
-from npeff.decomposition.forms import Form, State, usefulness
-from npeff.decomposition.search_state import Callback, Memory, Progress, Stopped, end_at
+from npeff.decomposition.checkpoint import Checkpoint, SearchState, end_at
+from npeff.decomposition.low_rank import LowRank
+from npeff.decomposition.objective import Objective, State
+from npeff.decomposition.options import DecomposeOptions, Progress
+from npeff.decomposition.problem import Problem
+from npeff.decomposition.spaces import GramSpace
+from npeff.decomposition.subspace import RestrictedObjective, find_subspace, most_dimensions
 from npeff.kernels.dispatch import threads_for
+from npeff.models.memory import return_freed_memory
 
 WINDOW = 5
 """Iterations over which progress is judged."""
 
 REFRESH = 50
-"""Iterations after which P is computed anew, and where a descent may be checkpointed."""
+"""Iterations after which P is computed anew."""
 
 WIDE = 8
 """Steps that an enlarged factorisation descends before it is pruned."""
 
 PRUNING_NOISE = 0.5
-"""Standard deviation of the log of the random factor on usefulness: without it the same moves are tried for ever."""
+"""Standard deviation of the log of the random factor on usefulness: it makes repeated replacements differ."""
 
-MOVE_TOLERANCE = 1e-4
-"""Starts and moves end when the loss falls by less than this share in WINDOW iterations."""
+UNIT_TOLERANCE = 1e-4
+"""Starts and replacements end when the loss falls by less than this share in WINDOW iterations."""
 
 SOUND = 1e-5
 """Difference between a loss and the same loss from P and Q computed anew up to which it is believed."""
@@ -46,235 +53,284 @@ ROUNDS = 12
 """Times that a subspace is widened."""
 
 
+def progress_bar(options: DecomposeOptions) -> Any:
+    """Open the progress bar of a decomposition."""
+    return tqdm(desc=f"decompose r={options.n_components}", unit="it", disable=not options.progress)
+
+
 class Search:
     """One run of the search.
 
     Args:
-        form: The factorisation.
-        r: Number of components, frozen ones included.
-        seed: Determines every random choice.
-        starts: Random starts.
-        moves: At most this many moves.
-        patience: Moves without success after which the search ends.
-        max_iterations: Limit of one descent.
-        tolerance: Final relative decrease of the loss over WINDOW iterations.
-        callback: Called after every iteration; a true answer ends the search with the best so far.
-        save: Called with the memory whenever it is worth keeping.
-        coarse: A subspace to search in; None: everything happens in ``form``.
+        problem: What to solve.
     """
 
-    def __init__(
-        self,
-        form: Form,
-        r: int,
-        *,
-        seed: int,
-        starts: int,
-        moves: int,
-        patience: int,
-        max_iterations: int,
-        tolerance: float,
-        callback: Callback | None = None,
-        save: Callable[[Memory], None] | None = None,
-        coarse: Coarse | None = None,
-    ) -> None:
-        self._full, self._coarse = form, coarse
-        self.form: Form = form if coarse is None else coarse.form
-        self.r, self.seed = r, seed
-        self.starts, self.moves, self.patience = starts, moves, patience
-        self.max_iterations, self.tolerance = max_iterations, tolerance
-        self._callback, self._save = callback, save or (lambda memory: None)
+    def __init__(self, problem: Problem) -> None:
+        self._problem, self._options = problem, problem.options
+        self._full: Objective = problem.objective
+        self._objective: Objective = problem.objective
+        self._restricted: RestrictedObjective | None = None
+        self._state = SearchState()
+        self._stopped = False
         self._began = time.perf_counter()
 
-    def run(self, memory: Memory | None = None, initial: State | None = None) -> Memory:
-        """Search from the beginning, from a given state (no starts), or from where ``memory`` left off."""
-        memory = memory or Memory()
-        try:
-            with threads_for(self.form.space.step_bytes):
-                while memory.unit < self.starts:
-                    self._start(memory, initial)
-                    if initial is not None:
-                        memory.unit = self.starts
-                while memory.unit < self.starts + self.moves and memory.failures < self.patience:
-                    self._move(memory)
-            with threads_for(self._full.space.step_bytes):
-                self._polish(memory)
-        except Stopped:
-            self._leave_subspace(memory)
-        return memory
+    def run(self) -> SearchState:
+        """Search from the beginning, or from the state in the checkpoint.
 
-    # ---- units ---------------------------------------------------------------------------------------------
-
-    def _start(self, memory: Memory, initial: State | None) -> None:
-        state = initial if initial is not None else self.form.start(self.r, self._generator(memory.unit))
-        curve = [state.loss]
-        try:
-            state = self._descend(state, memory, "start", MOVE_TOLERANCE, self.max_iterations, curve)
-        finally:  # also when stopped: a single start's result is better than none
-            state = self._believed(curve)
-            if memory.best is None or state.loss < memory.best.loss:
-                memory.best, memory.curve = state, curve
-        self._finish(memory)
-
-    def _move(self, memory: Memory) -> None:
-        assert memory.best is not None
-        best = self.form.refresh(memory.best)
-        generator = self._generator(memory.unit)
-        count = int(
-            max(2.0, self.r / 4) ** float(torch.rand(1, generator=generator)) * 2**0.5
-        )  # log-uniform: 1 … r/4·√2
-        curve: list[float] = []
-        state = self.form.candidates(best, count, generator)
-        state = self._descend(state, memory, "move", 0.0, WIDE, [])
-        state = self.prune(state, generator)
-        state = self._descend(state, memory, "move", MOVE_TOLERANCE, self.max_iterations, curve, below=best.loss)
-        if state.loss < best.loss * (1 - 1e-6) and self._is_sound(state):
-            memory.best, memory.failures, memory.kept = state, 0, memory.kept + 1
-            memory.curve += [loss for loss in curve if loss < memory.curve[-1]]
-        else:
-            memory.failures += 1
-        self._finish(memory)
-
-    def _polish(self, memory: Memory) -> None:
-        """Descend to the final tolerance in the full space, or in subspaces that its steps widen."""
-        assert memory.best is not None
-        coarse = self._coarse
-        if coarse is None:
-            memory.best = replace(self.form.refresh(memory.best), loss=memory.best.loss)
-        else:
-            self._leave_subspace(memory)
-            if self._widen(memory, coarse):
-                return
-        self.form = self._full
-        curve: list[float] = [memory.best.loss]
-        try:
-            self._descend(memory.best, memory, "polish", self.tolerance, self.max_iterations, curve)
-        finally:
-            memory.best = self._believed(curve)
-            memory.note(curve)
-
-    def _leave_subspace(self, memory: Memory) -> None:
-        """Turn the best of a search in a subspace into a state of the full space."""
-        if self._coarse is not None and memory.best is not None:
-            memory.best = self._coarse.lift(self.form.refresh(memory.best))
-            memory.note([])
-            self._coarse = None
-
-    def _widen(self, memory: Memory, coarse: Coarse) -> bool:
-        """Rounds of a step in the full space and a descent in the subspace widened by it.
+        The checkpoint stays, also at the end: the caller removes it once the result is safe.
 
         Returns:
-            Whether the last round fell short of the final tolerance, at its pace; if not, no wider subspace was to be
-            had.
+            The result; its best state is one of the full space.
+
+        Raises:
+            StorageError: The checkpoint cannot be read or written.
+            ResumeError: The checkpoint belongs to other Fishers or other options.
         """
-        for _ in range(ROUNDS):
-            assert memory.best is not None
-            before = memory.best
-            self.form = self._full
-            moved = self.form.step(before)
-            memory.iteration += 1
-            if not moved.loss < before.loss or not self._is_sound(moved):
-                return True
-            memory.best = moved
-            memory.note([])
-            wider = coarse.widened(moved)
-            if wider is None:
-                return False
-            coarse, state = wider
-            curve: list[float] = []
-            self.form = coarse.form
-            with threads_for(self.form.space.step_bytes):
-                self._descend(state, memory, "polish", self.tolerance, self.max_iterations, curve)
-                state = self.form.refresh(self._believed(curve))
-            lifted = coarse.lift(state)
-            if lifted.loss < moved.loss:
-                memory.best = lifted
-                memory.note(curve)
-            if before.loss - memory.best.loss < self.tolerance * before.loss * max(1, (1 + len(curve)) / WINDOW):
-                return True
-        return False
-
-    def _is_sound(self, state: State) -> bool:
-        """Whether the loss stands when P and Q are computed anew: not so after a numerical accident."""
-        return self._agree(self.form.solve_W(self.form.refresh(state), 0), state)
-
-    @staticmethod
-    def _agree(fresh: State, state: State) -> bool:
-        return abs(fresh.loss - state.loss) < SOUND and state.loss > -SOUND
-
-    def _believed(self, curve: list[float]) -> State:
-        """Where the descent came to, or the last state on its way whose loss stands; the curve ends there, too."""
-        if not self._is_sound(self._last):
-            end_at(curve, self._sound.loss)
-            return self._sound
-        return self._last
-
-    def prune(self, state: State, generator: torch.Generator) -> State:
-        """Drop the least useful components one by one, W refitted in between, until r are left."""
-        while state.r > self.r:
-            noise = torch.randn(state.r, generator=generator, dtype=torch.float64).mul(PRUNING_NOISE).exp()
-            squares = self.form.comm.sum(state.W.double().square().sum(0))
-            use = usefulness(state, self.form.gram(state), squares)
-            use = use * noise.to(use)
-            state = self.form.solve_W(state.keep(torch.arange(state.r, device=use.device) != use.argmin()), 2)
+        options, path = self._options, self._options.checkpoint
+        keeper = None if path is None else Checkpoint(path, self._problem)
+        with progress_bar(options) as self._bar, keeper or nullcontext():
+            initial = self._problem.initial_state()
+            if initial is None:
+                self._restrict()
+            if keeper is not None:
+                self._resume(keeper)
+            state = self._state
+            with threads_for(self._objective.space.step_bytes):
+                while state.unit < options.n_init and not (self._stopped or state.finished):
+                    first = initial or self._objective.start(options.n_components, self._generator())
+                    found, curve = self._descend(first, "start", UNIT_TOLERANCE)
+                    self._keep_if_better(found, curve)
+                    self._finish_unit(keeper, 1 if initial is None else options.n_init)
+                while self._replacements_left():
+                    enlarged, generator = self._enlarged()
+                    wide, _ = self._descend(enlarged, "replacement", 0.0, WIDE)
+                    pruned = self._prune(wide, generator)
+                    found, curve = self._descend(pruned, "replacement", UNIT_TOLERANCE, below=self._best.loss)
+                    self._replace_if_better(found, curve)
+                    self._finish_unit(keeper)
+            if not state.finished:
+                with threads_for(self._full.space.step_bytes):
+                    self._polish(keeper)
+        state.seconds = time.perf_counter() - self._began
         return state
+
+    # ---- before the units ----------------------------------------------------------------------------------
+
+    def _restrict(self) -> None:
+        """Search in a subspace, where one holds nearly all of the rows for less work."""
+        full, problem = self._full, self._problem
+        if not isinstance(full, LowRank):
+            return
+        generator = torch.Generator().manual_seed(self._options.seed)
+        energy = full.comm.number(float(problem.scaled.rows.squared_norms().sum()))
+        width = 0 if isinstance(full.space, GramSpace) else problem.scaled.rows.n_columns
+        limited = self._options.memory is not None
+        if limited:
+            return_freed_memory()
+        number = self._options.torch_dtype.itemsize
+        most = most_dimensions(problem.choice.subspace_bytes, full.space.n_rows, width, number)
+        most = int(full.comm.agreed(most))
+        subspace = find_subspace(full.space, energy, self._options.n_components, generator, full.frozen, most)
+        if subspace is None:
+            return
+        if limited:
+            return_freed_memory()
+        self._state.subspace = {"dimensions": subspace.rows.shape[1], "kept": round(subspace.kept, 6)}
+        self._restricted = RestrictedObjective(full, subspace, most)
+        self._objective = self._restricted.objective
+
+    def _resume(self, keeper: Checkpoint) -> None:
+        """Go on from the state in the file, if there is one.
+
+        Raises:
+            StorageError: The state does not fit the Fishers.
+        """
+        found = keeper.load()
+        if found is None or found.best is None:
+            return
+        best, objective = found.best, self._full if found.finished else self._objective
+        try:
+            objective.refresh(best)
+            if found.finished:  # the result itself: nothing but P and Q, which the file does not hold, is computed
+                P = objective.space.project(best.coords)
+                found.best = replace(best, P=P, Q=objective.space.inner(best.coords, best.coords, P))
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise keeper.misfit(error) from error
+        found.subspace, self._state = self._state.subspace, found
+
+    # ---- starts and replacements ---------------------------------------------------------------------------
+
+    @property
+    def _best(self) -> State:
+        assert self._state.best is not None
+        return self._state.best
+
+    def _replacements_left(self) -> bool:
+        state, options = self._state, self._options
+        left = state.unit < options.n_init + options.n_replacements and state.failures < options.patience
+        return left and not (self._stopped or state.finished)
+
+    def _keep_if_better(self, found: State, curve: list[float]) -> None:
+        """Keep a start's result, also that of a start that was stopped."""
+        found = self._believed(found, curve)
+        if self._state.best is None or found.loss < self._state.best.loss:
+            self._state.best, self._state.curve = found, curve
+
+    def _enlarged(self) -> tuple[State, torch.Generator]:
+        """Add components to the best factorisation; their number is log-uniform in 1 … r/4·√2."""
+        best = self._objective.refresh(self._best)
+        generator = self._generator()
+        spread = max(2.0, self._options.n_components / 4)
+        count = int(spread ** float(torch.rand(1, generator=generator)) * 2**0.5)
+        return self._objective.enlarged(best, count, generator), generator
+
+    def _prune(self, state: State, generator: torch.Generator) -> State:
+        """Drop the least useful components one by one, W refitted in between, until r are left."""
+        while state.r > self._options.n_components:
+            noise = torch.randn(state.r, generator=generator, dtype=torch.float64).mul(PRUNING_NOISE).exp()
+            use = self._objective.usefulness(state)
+            use = use * noise.to(use)
+            state = self._objective.solve_W(state.keep(torch.arange(state.r, device=use.device) != use.argmin()), 2)
+        return state
+
+    def _replace_if_better(self, found: State, curve: list[float]) -> None:
+        """Keep a replacement's result if its loss is lower, and stands when computed anew."""
+        state = self._state
+        if self._stopped:
+            return
+        if found.loss < self._best.loss * (1 - 1e-6) and self._is_sound(found):
+            state.best, state.failures, state.kept = found, 0, state.kept + 1
+            state.curve += [loss for loss in curve[1:] if loss < state.curve[-1]]
+        else:
+            state.failures += 1
+
+    def _finish_unit(self, keeper: Checkpoint | None, units: int = 1) -> None:
+        if self._stopped:
+            return
+        self._state.unit += units
+        if keeper is not None:
+            keeper.save(self._state)
+
+    def _generator(self) -> torch.Generator:
+        entropy = np.random.SeedSequence([self._options.seed, self._state.unit]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(entropy) & (2**63 - 1))
 
     # ---- descent -------------------------------------------------------------------------------------------
 
     def _descend(
-        self,
-        state: State,
-        memory: Memory,
-        stage: str,
-        tolerance: float,
-        limit: int,
-        curve: list[float],
-        below: float | None = None,
-    ) -> State:
-        """Step until the loss stops falling. A step that would raise it is not taken.
+        self, state: State, stage: str, tolerance: float, limit: int | None = None, below: float | None = None
+    ) -> tuple[State, list[float]]:
+        """Step until the loss stops falling, or the callback stops the search. A step that would raise it is not taken.
 
         With ``below``, give up once the pace of the last window could not get there in ten more.
+
+        Returns:
+            The last state, and the losses from the first state on.
         """
-        self._last = self._sound = state
-        losses = [state.loss]
-        for i in range(1, limit + 1):
+        self._sound = state
+        losses, curve = [state.loss], [state.loss]
+        for i in range(1, (self._options.max_iterations if limit is None else limit) + 1):
+            if self._stopped:
+                break
             if i % REFRESH == 0:
-                fresh = self.form.solve_W(self.form.refresh(state), 0)
-                if not self._agree(fresh, state):
+                fresh = self._objective.solve_W(self._objective.refresh(state), 0)
+                if not _agree(fresh, state):
                     break
-                self._last = self._sound = state = fresh
+                self._sound = state = fresh
                 losses = [fresh.loss]  # the pace is judged anew: drift is no fall
                 end_at(curve, fresh.loss)
-            moved = self.form.step(state)
-            memory.iteration += 1
+            moved = self._objective.step(state)
+            self._state.iteration += 1
             if not moved.loss < losses[-1]:
                 break
-            self._last = state = moved
+            state = moved
             losses.append(state.loss)
             curve.append(state.loss)
-            self._report(memory, stage, state.loss)
+            self._report(stage, state.loss)
             if len(losses) > WINDOW:
                 fall = losses[-1 - WINDOW] - losses[-1]
                 if fall < tolerance * losses[-1]:
                     break
                 if below is not None and losses[-1] - 10 * fall > below:
                     break
-        return self._last
+        return state, curve
 
-    # ---- bookkeeping ---------------------------------------------------------------------------------------
+    def _report(self, stage: str, loss: float) -> None:
+        """Move the progress bar, and ask the callback whether to stop."""
+        state = self._state
+        best = loss if state.best is None else min(loss, state.best.loss)
+        unit = state.unit if stage == "start" else state.unit - self._options.n_init
+        self._bar.n = state.iteration
+        self._bar.set_postfix_str(f"{stage} {unit} loss {best:.5f}", refresh=False)
+        self._bar.update(0)
+        if self._options.callback is not None:
+            seconds = time.perf_counter() - self._began
+            progress = Progress(stage, unit, state.iteration, loss, best, seconds)
+            self._stopped = bool(self._options.callback(progress))
 
-    def _generator(self, unit: int) -> torch.Generator:
-        entropy = np.random.SeedSequence([self.seed, unit]).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(entropy) & (2**63 - 1))
+    def _is_sound(self, state: State) -> bool:
+        """Tell whether the loss stands when P and Q are computed anew: not so after a numerical accident."""
+        return _agree(self._objective.solve_W(self._objective.refresh(state), 0), state)
 
-    def _finish(self, memory: Memory) -> None:
-        memory.unit += 1
-        self._save(memory)
+    def _believed(self, last: State, curve: list[float]) -> State:
+        """Give a descent's last state, or the last one before whose loss stands; the curve ends there, too."""
+        if self._is_sound(last):
+            return last
+        end_at(curve, self._sound.loss)
+        return self._sound
 
-    def _report(self, memory: Memory, stage: str, loss: float) -> None:
-        if self._callback is None:
-            return
-        best = min(loss, memory.best.loss) if memory.best is not None else loss
-        unit = memory.unit if stage == "start" else memory.unit - self.starts
-        if self._callback(Progress(stage, unit, memory.iteration, loss, best, time.perf_counter() - self._began)):
-            raise Stopped
+    # ---- the polish ----------------------------------------------------------------------------------------
+
+    def _polish(self, keeper: Checkpoint | None) -> None:
+        """Descend to the final tolerance in the full space, or in subspaces that its steps widen."""
+        state, restricted = self._state, self._restricted
+        if restricted is None:
+            state.best = replace(self._objective.refresh(self._best), loss=self._best.loss)
+        else:
+            state.best = restricted.to_full_space(self._objective.refresh(self._best))
+            state.extend_curve([])
+        if not self._stopped and (restricted is None or not self._widen(restricted)):
+            self._objective = self._full
+            last, curve = self._descend(self._best, "polish", self._options.tolerance)
+            state.best = self._believed(last, curve)
+            state.extend_curve(curve)
+        if keeper is not None and not self._stopped:
+            state.finished = 1
+            keeper.save(state)
+
+    def _widen(self, restricted: RestrictedObjective) -> bool:
+        """Alternate steps in the full space and descents in the subspace widened by them.
+
+        Returns:
+            Whether the last round fell short of the final tolerance, at its pace, or the search was stopped; if not,
+            the subspace could not be widened.
+        """
+        state, tolerance = self._state, self._options.tolerance
+        for _ in range(ROUNDS):
+            before = self._best
+            self._objective = self._full
+            moved = self._full.step(before)
+            state.iteration += 1
+            if not moved.loss < before.loss or not self._is_sound(moved):
+                return True
+            state.best = moved
+            state.extend_curve([])
+            wider = restricted.widened(moved)
+            if wider is None:
+                return False
+            restricted, inside = wider
+            self._objective = restricted.objective
+            with threads_for(self._objective.space.step_bytes):
+                last, curve = self._descend(inside, "polish", tolerance)
+                last = self._objective.refresh(self._believed(last, curve))
+            lifted = restricted.to_full_space(last)
+            if lifted.loss < moved.loss:
+                state.best = lifted
+                state.extend_curve(curve)
+            if self._stopped or before.loss - self._best.loss < tolerance * before.loss * max(1, len(curve) / WINDOW):
+                return True
+        return False
+
+
+def _agree(fresh: State, state: State) -> bool:
+    return abs(fresh.loss - state.loss) < SOUND and state.loss > -SOUND

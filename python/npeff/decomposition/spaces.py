@@ -1,6 +1,6 @@
-"""Where the components' vectors live: three verbs that the solver needs, and nothing else.
+"""Where the components' vectors live: the products with the Fishers' rows that the solver needs.
 
-A space holds the rows A of all examples, end to end, and represents r vectors by *coordinates*:
+A space holds the rows A of all examples, end to end, and represents r vectors G by *coordinates*:
 
 - ``project(coords)`` → ``P = A Gᵀ``, ``(rows, r)``;
 - ``combine(S)`` → coordinates of ``Sᵀ A``;
@@ -8,20 +8,32 @@ A space holds the rows A of all examples, end to end, and represents r vectors b
 
 :class:`GramSpace` writes ``G = C A`` and keeps only ``K = A Aᵀ``: at every stationary point
 ``(WᵀW ∘ GGᵀ) G = (W∘AG)ᵀ A``, so G lies in the row space and nothing is lost. Its cost does not depend on the
-number of parameters. :class:`SparseSpace` keeps the rows themselves and G over the kept columns;
-:class:`~npeff.decomposition.sketch_space.SketchSpace` leaves them on disk.
+number of parameters. :class:`RowSpace` keeps the rows in memory, and G over the kept columns; :class:`StreamedSpace`
+leaves the rows on disk.
+
+Several processes hold a block of rows each. P, W and S are then those of the process's rows; coordinates and inner
+products are the same in every process, since :meth:`RowSpace.combine` adds up over the processes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from npeff.decomposition.processes import LOCAL, Communicator, normal_columns
 from npeff.errors import ArgumentError
-from npeff.fishers.rows import Rows
-from npeff.fishers.streamed_rows import DEVICE_PART_BYTES, device_combine, device_gram, device_project
+from npeff.fishers.rows import DenseRows, Rows, SparseRows
+from npeff.fishers.streamed_rows import (
+    DEVICE_PART_BYTES,
+    StreamedRows,
+    ahead,
+    device_combine,
+    device_gram,
+    device_project,
+)
 from npeff.models import devices
 
 
@@ -29,46 +41,48 @@ class FactorSpace(Protocol):
     """The solver's whole view of the data.
 
     Attributes:
-        name: What reports call it.
-        n_rows: Rows of A.
-        step_bytes: What a product with A reads.
-        stretch: The most that ``‖g‖²`` can be of ``‖coords‖²``: rounding of ``‖g‖²`` is of this order.
+        name: The name in reports.
+        n_rows: Rows of A that this process holds.
+        step_bytes: Bytes that a product with A reads.
+        norm_bound: The most that ``‖g‖²`` can be of ``‖coords‖²``: rounding of ``‖g‖²`` is of this order.
         device: Where coordinates live.
+        comm: The processes that hold the rows.
     """
 
     name: str
     n_rows: int
     step_bytes: int
-    stretch: float
+    norm_bound: float
     device: torch.device
+    comm: Communicator
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
-        """Coordinates of r random vectors."""
+        """Draw coordinates of r random combinations of all rows: solutions lie in the row space."""
         ...
 
     def embed(self, vectors: Tensor) -> Tensor:
-        """Coordinates of given vectors ``(r, n_columns)``."""
+        """Find the coordinates of given vectors ``(r, n_columns)``."""
         ...
 
     def project(self, coords: Tensor) -> Tensor:
-        """``P = A Gᵀ``, ``(n_rows, r)``."""
+        """Compute ``P = A Gᵀ``, ``(n_rows, r)``."""
         ...
 
     def combine(self, S: Tensor) -> Tensor:
-        """Coordinates of ``Sᵀ A`` for S ``(n_rows, r)``."""
+        """Compute the coordinates of ``Sᵀ A`` for S ``(n_rows, r)``."""
         ...
 
     def inner(self, a: Tensor, b: Tensor, P_b: Tensor) -> Tensor:
-        """``G_a G_bᵀ``, ``(r_a, r_b)``, where ``P_b = project(b)``."""
+        """Compute ``G_a G_bᵀ``, ``(r_a, r_b)``, where ``P_b = project(b)``."""
         ...
 
     def vectors(self, coords: Tensor) -> Tensor:
-        """G itself, ``(r, n_columns)``."""
+        """Compute G itself, ``(r, n_columns)``, in the processor's memory."""
         ...
 
 
 class GramSpace:
-    """G = C·A, with K = A Aᵀ in memory, ``(rows, rows)``.
+    """G = C·A, with K = A Aᵀ in memory, ``(rows, rows)``; for one process.
 
     Vectors that do not lie in the row space (frozen components of an expansion) come in as ``anchors``:
     extra rows of A that belong to no example.
@@ -77,11 +91,12 @@ class GramSpace:
         rows: The scaled rows, in memory or streamed, or their inner products.
         anchors: ``(f, n_columns)`` float32 further vectors that coordinates may use.
         dtype: float32 or float64, of K and of everything derived from it.
-        device: Where K lives. Rows come to a CUDA device by stretches of columns; they never have to fit there.
-        room: Bytes there for a stretch.
+        device: Where K lives. Rows come to a CUDA device by blocks of columns; they never have to fit there.
+        block_bytes: Bytes on that device for a block of columns.
     """
 
     name = "gram"
+    comm: Communicator = LOCAL
 
     def __init__(
         self,
@@ -89,59 +104,60 @@ class GramSpace:
         anchors: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        room: int = DEVICE_PART_BYTES,
+        block_bytes: int = DEVICE_PART_BYTES,
     ) -> None:
         self.device = device = torch.device(device)
-        self._rows, self._room = rows, room
+        self._rows, self._block_bytes = rows, block_bytes
         self._anchors = None if anchors is None or not len(anchors) else anchors.to(dtype).cpu()
         self.n_rows = rows.n_rows
-        self._far = None if rows.products_only or not devices.has_own_memory(device) else rows
-        own = rows.row_gram(dtype).to(device) if self._far is None else device_gram(self._far, dtype, device, room)
+        self._to_device = None if rows.products_only or not devices.has_own_memory(device) else rows
+        if self._to_device is None:
+            own = rows.row_gram(dtype).to(device)
+        else:
+            own = device_gram(self._to_device, dtype, device, block_bytes)
         if self._anchors is not None:
-            if self._far is None:
+            if self._to_device is None:
                 across = rows.project(self._anchors).to(device)
             else:
-                across = device_project(self._far, self._anchors, device, room)
+                across = device_project(self._to_device, self._anchors, device, block_bytes)
             among = (self._anchors @ self._anchors.T).to(device)
             own = torch.cat([torch.cat([own, across], 1), torch.cat([across.T, among], 1)])
         self.K = own
         self.step_bytes = self.K.nbytes
-        self.stretch = _largest_eigenvalue(own)
+        self.norm_bound = _largest_eigenvalue(own)
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
-        """Random combinations of all rows."""
+        """Draw random combinations of all rows."""
         coords = torch.zeros(r, len(self.K), dtype=torch.float64)
         coords[:, : self.n_rows] = torch.randn(r, self.n_rows, generator=generator, dtype=torch.float64)
         return coords.to(self.K)
 
     def embed(self, vectors: Tensor) -> Tensor:
-        """Coordinates of the anchors, which ``vectors`` must be.
+        """Find the coordinates of the anchors, which ``vectors`` must be.
 
         Raises:
             ArgumentError: The space was built without these vectors as anchors.
         """
         if self._anchors is None or vectors.shape != self._anchors.shape:
-            raise ArgumentError(
-                "vectors: a GramSpace can only embed the anchors that it was built with; use SparseSpace"
-            )
+            raise ArgumentError("vectors: a GramSpace can only embed the anchors that it was built with; use RowSpace")
         coords = torch.zeros(len(vectors), len(self.K), dtype=self.K.dtype, device=self.K.device)
         coords[:, self.n_rows :] = torch.eye(len(vectors))
         return coords
 
     def project(self, coords: Tensor) -> Tensor:
-        """``K Cᵀ``; rows past ``n_rows`` are those of the anchors."""
+        """Compute ``K Cᵀ``; rows past ``n_rows`` are those of the anchors."""
         return self.K @ coords.T
 
     def combine(self, S: Tensor) -> Tensor:
-        """``Sᵀ``, with zeros for the anchors."""
+        """Give ``Sᵀ``, with zeros for the anchors."""
         return torch.nn.functional.pad(S.T, (0, len(self.K) - self.n_rows))
 
     def inner(self, a: Tensor, b: Tensor, P_b: Tensor) -> Tensor:
-        """``C_a K C_bᵀ``."""
+        """Compute ``C_a K C_bᵀ``."""
         return a @ P_b
 
     def vectors(self, coords: Tensor) -> Tensor:
-        """``C A``, one pass over the rows.
+        """Compute ``C A`` in one pass over the rows.
 
         Where there are inner products alone: vectors ``(r, r)`` that have the same ones among each other.
         """
@@ -149,61 +165,122 @@ class GramSpace:
             values, basis = torch.linalg.eigh((coords @ self.K @ coords.T).double())
             return ((basis * values.clamp_min(0).sqrt()) @ basis.T).to(coords).cpu()
         own = coords[:, : self.n_rows].T.contiguous()
-        G = self._rows.combine(own) if self._far is None else device_combine(self._far, own, self._room)
+        if self._to_device is None:
+            G = self._rows.combine(own)
+        else:
+            G = device_combine(self._to_device, own, self._block_bytes)
         coords = coords.cpu()
         return G if self._anchors is None else G + coords[:, self.n_rows :] @ self._anchors
 
 
-class SparseSpace:
-    """The rows themselves (CSR and its transpose, or dense), coordinates = G ``(r, n_columns)``.
+class RowSpace:
+    """The rows in memory (CSR and its transpose, or dense); coordinates are G itself, ``(r, n_columns)``.
+
+    Making one is a collective operation: every process of ``comm`` must do it.
 
     Args:
-        rows: The scaled rows.
+        rows: The scaled rows of this process.
         dtype: float32 or float64 of G and P (sparse products accumulate in that dtype).
         device: Where coordinates live.
+        comm: The processes that hold the rows.
     """
 
-    name = "sparse"
-    stretch = 1.0
+    name = "rows"
+    norm_bound = 1.0
 
-    def __init__(self, rows: Rows, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
-        self.n_rows, self.n_columns = rows.n_rows, rows.n_columns
-        self.dtype, self.device = dtype, torch.device(device)
-        self._rows = rows
-        self.step_bytes = 2 * rows.nbytes
+    def __init__(
+        self,
+        rows: Rows,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        comm: Communicator = LOCAL,
+    ) -> None:
+        self._share(rows, dtype, device, comm)
         self._matrix = rows.on(dtype, self.device)
 
+    def _share(self, rows: Rows, dtype: torch.dtype, device: str | torch.device, comm: Communicator) -> None:
+        self.n_rows, self.n_columns = rows.n_rows, rows.n_columns
+        self.dtype, self.device, self.comm = dtype, torch.device(device), comm
+        self.step_bytes = 2 * rows.nbytes
+        counts = comm.lengths(rows.n_rows)
+        self._first_row, self._all_rows = sum(counts[: comm.rank]), sum(counts)
+        if comm.size > 1:
+            self.name = f"{self.name}, {comm.size} processes"
+
     def random(self, r: int, generator: torch.Generator) -> Tensor:
-        """Random combinations of all rows, as in the Gram space: the row space is where solutions lie."""
-        return self.combine(
-            torch.randn(r, self.n_rows, generator=generator, dtype=torch.float64)
-            .to(self.device, self.dtype)
-            .T.contiguous()
-        )
+        """Draw random combinations of the rows of all processes; the numbers do not depend on how many there are."""
+        weights = normal_columns(r, self._first_row, self.n_rows, self._all_rows, generator)
+        return self.combine(weights.to(self.device, self.dtype).T.contiguous())
 
     def embed(self, vectors: Tensor) -> Tensor:
-        """The vectors."""
+        """Give the vectors."""
         return vectors.to(self.device, self.dtype)
 
     def project(self, coords: Tensor) -> Tensor:
-        """``A Gᵀ``."""
+        """Compute ``A Gᵀ`` for the rows of this process."""
         return self._matrix.project(coords)
 
     def combine(self, S: Tensor) -> Tensor:
-        """``Sᵀ A``."""
-        return self._matrix.combine(S)
+        """Compute ``Sᵀ A``, summed over the rows of all processes."""
+        return self.comm.sum(self._matrix.combine(S))
 
     def inner(self, a: Tensor, b: Tensor, P_b: Tensor) -> Tensor:
-        """``G_a G_bᵀ``."""
+        """Compute ``G_a G_bᵀ``."""
         return a @ b.T
 
     def vectors(self, coords: Tensor) -> Tensor:
-        """The coordinates."""
+        """Give the coordinates."""
         return coords.cpu()
 
 
+class StreamedSpace(RowSpace):
+    """Rows that stay on disk: every product reads them once, part by part, under a ceiling of memory.
+
+    Any stored rows will do: sparse, dense, or sketched. Products are exact: a part contributes what it would in
+    memory, and sums over parts are taken in order.
+
+    Args:
+        rows: The rows as they are stored, and how much of them a pass takes at a time; scaled while they are read.
+        dtype: float32 or float64 of G and P.
+        device: Where coordinates live, and products take place.
+        comm: The processes that hold the rows.
+    """
+
+    name = "streamed"
+
+    def __init__(
+        self,
+        rows: StreamedRows,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        comm: Communicator = LOCAL,
+    ) -> None:
+        self._share(rows, dtype, device, comm)
+        self._rows = rows
+
+    def project(self, coords: Tensor) -> Tensor:
+        """Compute ``A Gᵀ`` in one pass."""
+        vectors = coords.T.contiguous().T  # transposed once, not for every part
+        out = torch.empty(self.n_rows, len(coords), dtype=self.dtype, device=self.device)
+        for start, stop, part in self._parts():
+            out[start:stop] = part.project(vectors)
+        return out
+
+    def combine(self, S: Tensor) -> Tensor:
+        """Compute ``Sᵀ A`` in one pass, summed over the rows of all processes."""
+        out = torch.zeros(S.shape[1], self.n_columns, dtype=self.dtype, device=self.device)
+        for start, stop, part in self._parts():
+            part.combine(S[start:stop], out)
+        return self.comm.sum(out)
+
+    def _parts(self) -> Iterator[tuple[int, int, SparseRows | DenseRows]]:
+        """Read part by part; while a device works on one, a thread reads the next."""
+        parts = self._rows.parts()
+        return ahead(parts) if devices.has_own_memory(self.device) else parts
+
+
 def _largest_eigenvalue(K: Tensor, products: int = 5) -> float:
-    """Of a positive semi-definite matrix, within a factor of two or so: power iteration from its row norms."""
+    """Estimate it for a positive semi-definite matrix, within a factor of two: power iteration from its row norms."""
     v = torch.linalg.vector_norm(K, dim=1)
     value = 0.0
     for _ in range(products):

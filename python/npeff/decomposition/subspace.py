@@ -1,22 +1,28 @@
-"""A small subspace that holds nearly all of the rows: the search happens in it, only the polish outside.
+"""A small subspace that holds nearly all of the rows: the search happens in it, and only the polish in the full space.
 
 With V an orthonormal basis of d directions and ``B = A Vᵀ``, vectors ``G = G' V`` have ``A Gᵀ = B G'ᵀ`` and
 ``G Gᵀ = G'G'ᵀ``: the loss over G' is the exact loss of vectors restricted to the subspace, at d numbers per row in
 place of all columns. V comes from a randomised range finder with one power iteration (Halko, Martinsson & Tropp 2011).
+
+After the search, one step of the full problem is taken. Its r vectors are added to the basis and the cheap descent goes
+on in the wider subspace; a few such rounds do what many full steps would (as Krylov methods enlarge their subspace by
+residuals; Saad 2011, ch. 6).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from npeff.decomposition.communicator import Communicator
-from npeff.decomposition.place import comm_of
-from npeff.decomposition.spaces import FactorSpace
+from npeff.decomposition.low_rank import LowRank
+from npeff.decomposition.objective import State
+from npeff.decomposition.processes import Communicator
+from npeff.decomposition.spaces import FactorSpace, RowSpace
+from npeff.fishers.rows import DenseRows
 
 DIMENSIONS = 256
 """Dimensions tried first; at least four per component."""
@@ -28,7 +34,7 @@ LEAST = 1e-6
 """Energy of a direction, as a share of the strongest one's, below which it is dropped: rounding would show."""
 
 LEAST_NEW = 1e-3
-"""The same for directions that widen a subspace: these carry the descent, and the next round finds what was left."""
+"""The same for directions that widen a subspace; the next round finds the directions that were left out."""
 
 LEAST_LACKING = 1e-9
 """Squared length outside the subspace, of a unit vector, that is more than rounding."""
@@ -58,9 +64,54 @@ class Subspace:
     kept: float
     given: Tensor | None
 
-    def lift(self, coords: Tensor) -> Tensor:
-        """Full-space coordinates of vectors given in the basis, ``(r, d)`` → ``(r, …)``."""
+    def to_full_space(self, coords: Tensor) -> Tensor:
+        """Turn coordinates in the basis into coordinates of the full space, ``(r, d)`` → ``(r, …)``."""
         return (coords.to(self.basis) @ self.turn) @ self.basis
+
+
+class RestrictedObjective:
+    """The low-rank objective restricted to vectors in a subspace.
+
+    Args:
+        full: The objective in the full space.
+        subspace: The subspace.
+        most: Dimensions up to which the subspace may be widened.
+
+    Attributes:
+        objective: The restricted objective.
+    """
+
+    def __init__(self, full: LowRank, subspace: Subspace, most: int) -> None:
+        self.full, self.subspace, self._most = full, subspace, most
+        B = subspace.rows
+        rows = DenseRows(B.cpu().numpy())
+        space = RowSpace(rows, B.dtype, B.device, full.comm)
+        within = replace(full.scaled, rows=rows, columns=None)
+        self.objective = LowRank(space, within, full.orthogonality, subspace.given, full.frozen_W)
+
+    def to_full_space(self, state: State) -> State:
+        """Turn a factorisation in the subspace into one in the full space, its loss computed there."""
+        coords = self.subspace.to_full_space(state.coords)
+        if self.full.frozen is not None:
+            coords[: len(self.full.frozen)] = self.full.frozen
+        return self.full.from_vectors(coords, state.W)
+
+    def widened(self, state: State) -> tuple[RestrictedObjective, State] | None:
+        """Widen the subspace to contain a state of the full space, and give that state in it.
+
+        Returns:
+            None where the state lies in the subspace already, or no wider subspace is allowed.
+        """
+        if self.subspace.rows.shape[1] + state.r > self._most:
+            return None
+        wider = widen(self.full.space, self.subspace, state.coords, state.P)
+        if wider is None:
+            return None
+        subspace, coords = wider
+        if subspace.given is not None:
+            coords = torch.cat([subspace.given, coords[len(subspace.given) :]])
+        restricted = RestrictedObjective(self.full, subspace, self._most)
+        return restricted, restricted.objective.from_vectors(coords, state.W)
 
 
 def find_subspace(
@@ -85,7 +136,7 @@ def find_subspace(
         The subspace, or None where it would save nothing (as many dimensions as rows) or does not fit into memory.
     """
     d = max(DIMENSIONS, 4 * r)
-    comm = comm_of(space)
+    comm = space.comm
     n_rows = int(comm.number(space.n_rows))
     while 2 * d <= n_rows and (most is None or d <= most):
         found = _range(space, d, energy, generator, given)
@@ -96,7 +147,7 @@ def find_subspace(
 
 
 def most_dimensions(available: int, n_rows: int, width: int, number: int) -> int:
-    """The most dimensions of a subspace that is found, and widened, in given memory.
+    """Compute the most dimensions of a subspace that is found, and widened, in given memory.
 
     Per direction and row: random numbers in float64, their copy in the solver's precision, products with the rows, and
     the rows in the subspace. Per direction and column: the basis, which is there twice while it is made. Beside them
@@ -114,7 +165,7 @@ def most_dimensions(available: int, n_rows: int, width: int, number: int) -> int
 
 
 def widen(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> tuple[Subspace, Tensor] | None:
-    """Add to a subspace what it lacks of some vectors of the full space.
+    """Widen a subspace to contain some vectors of the full space.
 
     Args:
         space: The rows.
@@ -123,20 +174,20 @@ def widen(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> 
         P: ``A Xᵀ``.
 
     Returns:
-        The wider subspace and X in it, ``(r, d + what was lacking)``; None where nothing but rounding was lacking.
+        The wider subspace and the coordinates of X in it; None where the subspace contains X up to rounding.
     """
     inside = _within(space, subspace, coords, P)
-    rest = coords - subspace.lift(inside)
+    rest = coords - subspace.to_full_space(inside)
     P_rest = space.project(rest)
     squares = space.inner(rest, rest, P_rest).double().diagonal()
-    noise = torch.finfo(P.dtype).eps * space.stretch * rest.double().square().sum(1)
+    noise = torch.finfo(P.dtype).eps * space.norm_bound * rest.double().square().sum(1)
     lacking = (squares > LEAST_LACKING) & (squares > 1e3 * noise)
     if not bool(lacking.any()):
         return None
     scale = squares[lacking].rsqrt().to(P)
     rest, P_rest = rest[lacking] * scale[:, None], P_rest[:, lacking] * scale
-    # What was small beside X has lost digits that tell it from the subspace: once more is enough (Giraud et al. 2005).
-    rest = rest - subspace.lift(_within(space, subspace, rest, P_rest))
+    # A small remainder of X has lost digits to the subtraction: repeating it once is enough (Giraud et al. 2005).
+    rest = rest - subspace.to_full_space(_within(space, subspace, rest, P_rest))
     P_rest = space.project(rest)
     turn = _turn(space.inner(rest, rest, P_rest).double(), LEAST_NEW).to(P)
     outside = (turn @ space.inner(rest, coords, P)).T
@@ -156,14 +207,14 @@ def widen(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> 
 
 
 def _within(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> Tensor:
-    """Coordinates in the subspace of full-space vectors' projections on it, ``(r, d)``."""
+    """Compute the coordinates in the subspace of full-space vectors' projections on it, ``(r, d)``."""
     return (subspace.turn @ space.inner(subspace.basis, coords, P)).T
 
 
 def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator, given: Tensor | None) -> Subspace:
     coords = space.random(d if given is None else d - len(given), generator)
     Y = space.project(coords)[: space.n_rows]
-    comm = comm_of(space)
+    comm = space.comm
     Q = _whitened(Y, comm)
     coords = space.combine(Q)
     weights: Tensor | None = Q
@@ -179,7 +230,7 @@ def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator
 
 
 def _whitened(Y: Tensor, comm: Communicator) -> Tensor:
-    """``Y (YᵀY)^{-1/2}``: columns as orthonormal as what follows needs them, for less work than a QR decomposition."""
+    """Compute ``Y (YᵀY)^{-1/2}``: nearly orthonormal columns, for less work than a QR decomposition."""
     gram = torch.zeros(Y.shape[1], Y.shape[1], dtype=torch.float64, device=Y.device)
     parts = torch.split(Y, WHITENED_ROWS)
     for part in parts:
@@ -195,7 +246,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal(space: FactorSpace, coords: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis V of the span, without the directions that are lost in rounding.
+    """Compute an orthonormal basis V of the span, without the directions that are lost in rounding.
 
     Where the vectors are combinations ``Sᵀ A`` of known weights, their inner products are ``Sᵀ (A Gᵀ)``: for fewer rows
     than columns that is less work than G Gᵀ.
@@ -212,12 +263,12 @@ def _orthonormal(space: FactorSpace, coords: Tensor, weights: Tensor | None) -> 
     if weights is None:
         gram = space.inner(coords, coords, P).double()
     else:
-        gram = comm_of(space).sum(weights.T @ P[: space.n_rows]).double()
+        gram = space.comm.sum(weights.T @ P[: space.n_rows]).double()
     return _turn(gram).to(P), P
 
 
 def _turn(gram: Tensor, least: float = LEAST) -> Tensor:
-    """T ``(d, d₀)`` that makes vectors with these inner products orthonormal, less what is lost in rounding."""
+    """Compute T ``(d, d₀)`` that makes vectors with these inner products orthonormal, less what is lost in rounding."""
     values, vectors = _eigh((gram + gram.T) / 2)
     alive = values > least * values.max()
     return (vectors[:, alive] * values[alive].rsqrt()).T

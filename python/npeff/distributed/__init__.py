@@ -1,8 +1,8 @@
 """Several processes, on one machine or many: examples are shared out, the solver asks only for sums.
 
-``launch`` finds the other processes, ``communicator`` adds up numbers over them (the only module that the solver
-knows), ``fishers`` computes each process's share of the batches and joins the files, ``decomposition`` gives each a
-block of rows. Under ``torchrun`` the commands ``npeff fishers`` and ``npeff decompose`` do this by themselves.
+``fishers`` computes each process's share of the batches and joins the files, ``decomposition`` gives each process a
+block of rows; :mod:`npeff.decomposition.processes` finds the processes and adds up numbers over them. Under
+``torchrun`` the commands ``npeff fishers`` and ``npeff decompose`` do this by themselves.
 """
 
 from importlib import import_module as _import_module
@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING
 from npeff.errors import WorkerError
 
 if TYPE_CHECKING:
-    from npeff.decomposition.communicator import Communicator, Group, Local
+    from npeff.decomposition.processes import Communicator, Group, Local, connect
     from npeff.distributed.decomposition import decompose
     from npeff.distributed.fishers import compute_fishers
-    from npeff.distributed.launch import connect
 
 __all__ = ["Communicator", "Group", "Local", "WorkerError", "compute_fishers", "connect", "decompose"]
 
 _HOMES = {
-    "Communicator": "decomposition.communicator",
-    "Group": "decomposition.communicator",
-    "Local": "decomposition.communicator",
+    "Communicator": "decomposition.processes",
+    "Group": "decomposition.processes",
+    "Local": "decomposition.processes",
     "compute_fishers": "distributed.fishers",
-    "connect": "distributed.launch",
+    "connect": "decomposition.processes",
     "decompose": "distributed.decomposition",
 }
 

@@ -13,8 +13,7 @@ from torch import nn
 
 from npeff.batches.batches import batch_digest, check_data, read_batch
 from npeff.components.loading import load
-from npeff.decomposition.communicator import Group, Local
-from npeff.distributed.launch import connect, told_to_end
+from npeff.decomposition.processes import Group, Local, connect, ending_together
 from npeff.distributed.merging import merge_shares, remove_shares, share_path
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError
 from npeff.fishers import computation
@@ -35,7 +34,7 @@ def compute_fishers(
     progress: bool = True,
     **options: Any,
 ) -> Fishers:
-    """Compute Fishers with all processes, to the file that :func:`npeff.compute_fishers` would write, byte for byte.
+    """Compute Fishers with all processes, with the arrays that :func:`npeff.compute_fishers` would write.
 
     Every process calls it, with the same model, the same data in the same order, and the same options. Batch b is
     computed by process b mod n; each saves its work as it goes, so that a killed process loses little and the same
@@ -94,7 +93,7 @@ def compute_fishers(
                 **options,
             )
 
-    with told_to_end(group):
+    with ending_together(group):
         group.together(work)
         same.compare("the end")
         group.together(lambda: merge_shares(out, group.size) if group.rank == 0 else None)
@@ -128,7 +127,7 @@ def _check_leftovers(out: Path, size: int) -> None:
 
 
 class _SameForAll:
-    """Data that makes sure that every process has the same: at the first batch, and, in one digest, of all."""
+    """Data that checks that every process has the same: at the first batch, and, in one digest, of all batches."""
 
     def __init__(self, data: Iterable[Any], model: nn.Module, group: Group, any_layout: bool) -> None:
         self._data, self._model, self._group, self._any_layout = data, model, group, any_layout
@@ -159,7 +158,7 @@ class _SameForAll:
             )
 
     def compare(self, when: str) -> None:
-        """Compare what was seen so far.
+        """Compare the batches that the processes have read so far.
 
         Raises:
             DataError: It differs.

@@ -1,4 +1,4 @@
-"""Joining the Fishers that processes made of every n-th batch each into the file that one process would have made."""
+"""Join the Fishers that processes made of every n-th batch each into the file that one process would have made."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Span = tuple[Container, int, int]
 
 
 def share_path(out: Path, share: tuple[int, int]) -> Path:
-    """Where a share of the work for ``out`` is kept: ``fishers.h5.2-of-4``."""
+    """Give the file of a share of the work for ``out``: ``fishers.h5.2-of-4``."""
     return out.with_name(f"{out.name}.{share[0]}-of-{share[1]}")
 
 
 def merge_shares(out: Path, n_shares: int) -> None:
-    """Write ``out`` from the files of its shares: byte for byte what one process would have written.
+    """Write ``out`` from the files of its shares, with the arrays that one process would have written.
 
     Args:
         out: The file to make; the shares lie beside it, see :func:`share_path`. They stay.
@@ -100,6 +100,6 @@ def _common_header(shares: Sequence[Container]) -> dict[str, Any]:
 
 
 def _coverage(reports: Sequence[list[dict[str, str]]]) -> list[dict[str, str]]:
-    """Per parameter, the first share's line, or the first that tells of a fallback."""
+    """Give, per parameter, the first share's line, or the first line that names a fallback."""
     slow = ("torch.func", "loop")
     return [next((line for line in lines if line["rule"] in slow), lines[0]) for lines in zip(*reports, strict=True)]

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from npeff.batches.batches import check_data, read_batches
-from npeff.decomposition.choice import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
+from npeff.decomposition.space_choice import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
 from npeff.decomposition.subspace import DIMENSIONS
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.computation import compute_fishers

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from npeff.components.components import Components
-from npeff.decomposition.decomposition import decompose
+from npeff.decomposition.decompose import decompose
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.rows import DenseRows, Rows, SparseRows

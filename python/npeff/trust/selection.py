@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from npeff import kernels
 from npeff.components.components import Components, statistics
-from npeff.decomposition.decomposition import decompose
+from npeff.decomposition.decompose import decompose
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.scaling import ScaledRows, fisher_norms

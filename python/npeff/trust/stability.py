@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from npeff.components.components import Components
 from npeff.components.strategies import strategies_of_each
-from npeff.decomposition.decomposition import decompose
+from npeff.decomposition.decompose import decompose
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
 from npeff.trust.comparison import InnerProducts, assigned, match

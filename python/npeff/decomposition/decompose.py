@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,16 +12,15 @@ import numpy.typing as npt
 import torch
 
 from npeff.components.components import Components
-from npeff.decomposition.choice import SpaceName
-from npeff.decomposition.forms import State
-from npeff.decomposition.options import Algorithm, Options, checked_and_scaled
-from npeff.decomposition.problem import Problem
-from npeff.decomposition.published_algorithm import PublishedOptions
-from npeff.decomposition.search_state import Callback
+from npeff.decomposition.checkpoint import SearchState
+from npeff.decomposition.options import Algorithm, Callback, DecomposeOptions, PublishedOptions
+from npeff.decomposition.problem import Problem, prepare
+from npeff.decomposition.published_algorithm import run_published
+from npeff.decomposition.search import Search
+from npeff.decomposition.space_choice import SpaceName
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.scaling import BlockWeights, Normalize
-from npeff.models.devices import usable_device
 
 Array = npt.NDArray[Any]
 
@@ -33,8 +32,8 @@ def decompose(
     seed: int = 0,
     algorithm: Algorithm = "npeff",
     space: SpaceName = "auto",
-    starts: int = 3,
-    moves: int = 40,
+    n_init: int = 3,
+    n_replacements: int = 40,
     patience: int = 15,
     max_iterations: int = 500,
     tolerance: float = 1e-6,
@@ -60,12 +59,13 @@ def decompose(
         fishers: The Fishers, either kind.
         n_components: Number of components, r; at most the number of rows.
         seed: Determines every random choice.
-        algorithm: ``"npeff"``: exact line search, starts and moves; ``"published"``: the authors' fixed-rate algorithm.
-        space: ``"gram"`` works on K = A Aᵀ, ``"sparse"`` on the rows in memory, ``"sketch"`` on rows that are
-            streamed from where they are stored; ``"auto"``: the cheapest that fits into memory.
-        starts: Random starts, of which the best goes on.
-        moves: At most so many attempts to replace components by better ones.
-        patience: Moves in vain after which the search ends.
+        algorithm: ``"npeff"``: exact line search, random starts and replacements; ``"published"``: the authors'
+            fixed-rate algorithm.
+        space: ``"gram"`` works on K = A Aᵀ, ``"rows"`` on the rows in memory, ``"streamed"`` on rows that are read
+            from the file in every product; ``"auto"``: the cheapest that fits into memory.
+        n_init: Random starts, of which the best goes on.
+        n_replacements: Limit of attempts to replace components by better ones.
+        patience: Successive failed replacements after which the search ends.
         max_iterations: Limit of each descent.
         tolerance: Relative decrease of the loss over five iterations at which the final descent ends.
         block_weights: ``"energy"`` (as they are), ``"balanced"`` (equal share per layer), or a mapping from name
@@ -78,7 +78,9 @@ def decompose(
         dtype: Precision of the solver's products; ``"float64"`` for checks.
         published: Options of the published algorithm.
         init: ``(W (n, r), G (r, n_parameters))`` to descend from in place of random starts.
-        checkpoint: A file that keeps the search's state; the same call with the same file resumes there.
+        checkpoint: A file that keeps the search's state; the same call with the same file resumes there. The file
+            stays when the search has ended, and the same call then gives the same components at once, so that a kill
+            loses nothing; remove the file once the components are saved, as the command line does.
         callback: Called with a :class:`npeff.Progress` after every iteration; a true answer ends the search.
         progress: Show a progress bar.
         device: Where the solver's products run.
@@ -94,22 +96,10 @@ def decompose(
         DataError: There are no examples, every Fisher is zero, or a stored value is not finite.
         ResumeError: The checkpoint belongs to other Fishers or other options.
     """
-    if published is not None and algorithm != "published":
-        raise ArgumentError("published: these options belong to algorithm='published'")
-    if callback is not None and not callable(callback):
-        raise ArgumentError(f"callback: expected a callable, got {type(callback).__name__}")
-    options = Options(
-        n_components, seed, algorithm, space, starts, moves, patience, max_iterations, tolerance, block_weights,
-        normalize, orthogonality, min_nonzero_per_column, dtype, published or PublishedOptions(), memory,
-    )  # fmt: skip
-    place = usable_device(device)
-    scaled, plan = checked_and_scaled(fishers, options, None, place)
-    problem = Problem(fishers, scaled, plan, options, place)
-    if init is not None and len(init) != 2:
-        raise ArgumentError("init: expected a pair (W, G)")
-    initial = None if init is None else problem.state_from(*init)
-    state, curve, course = problem.solve(initial, checkpoint, callback, progress)
-    return components_of(problem, state, curve, course)
+    options = DecomposeOptions(**{name: value for name, value in locals().items() if name != "fishers"})
+    problem = prepare(fishers, options)
+    result = run_published(problem) if algorithm == "published" else Search(problem).run()
+    return components_of(problem, result)
 
 
 def expand(
@@ -147,20 +137,21 @@ def expand(
     components.check_compatible(fishers)
     if n < 1:
         raise ArgumentError(f"n: expected at least 1 new component, got {n}")
-    unknown = set(options) - {
-        f
-        for f in Options.__dataclass_fields__
-        if f not in ("n_components", "algorithm", "published", "block_weights", "normalize")
-    }
+    given = ("n_components", "algorithm", "published", "block_weights", "normalize", "init")
+    unknown = set(options) - {one.name for one in fields(DecomposeOptions) if one.name not in given}
     if unknown:
         raise ArgumentError(
             f"options: {', '.join(sorted(unknown))} cannot be given to expand; weights and normalisation are "
             "those of the components"
         )
-    chosen = Options(
+    chosen = DecomposeOptions(
         components.n_components + n,
         block_weights=components.block_weights or "energy",
         normalize=components.provenance.get("normalize", "stored"),
+        checkpoint=checkpoint,
+        callback=callback,
+        progress=progress,
+        device=device,
         **options,
     )
     if chosen.orthogonality:
@@ -170,11 +161,8 @@ def expand(
         present = np.flatnonzero(counts)
         kept = np.arange(fishers.n_parameters) if components.columns is None else components.columns
         columns = np.union1d(present, kept).astype(np.int64)
-    place = usable_device(device)
-    scaled, plan = checked_and_scaled(fishers, chosen, columns, place)
-    vectors = np.zeros((components.n_components, fishers.rows.n_columns), np.float32)
-    vectors[:, slice(None) if components.columns is None else components.columns] = components.vectors
-    frozen = torch.from_numpy(vectors if scaled.columns is None else vectors[:, scaled.columns])
+    frozen = np.zeros((components.n_components, fishers.rows.n_columns), np.float32)
+    frozen[:, slice(None) if components.columns is None else components.columns] = components.vectors
     frozen_W = None
     if keep_coefficients:
         same = np.array_equal(components.ids, fishers.ids)
@@ -183,37 +171,37 @@ def expand(
                 f"keep_coefficients: needs the {len(components.coefficients)} examples that the components "
                 f"were made from, in their order; got {len(fishers)} that are not these"
             )
-        frozen_W = torch.from_numpy(components.coefficients.copy())
-    problem = Problem(fishers, scaled, plan, chosen, place, frozen, frozen_W)
-    state, curve, course = problem.solve(None, checkpoint, callback, progress)
-    return components_of(problem, state, curve, course | {"expanded_from": components.n_components})
+        frozen_W = components.coefficients.copy()
+    problem = prepare(fishers, chosen, columns=columns, frozen=frozen, frozen_W=frozen_W)
+    return components_of(problem, Search(problem).run(), expanded_from=components.n_components)
 
 
-def components_of(problem: Problem, state: State, curve: list[float], course: dict[str, Any]) -> Components:
-    """A solved problem as components with unit vectors, new ones ordered by total coefficient.
+def components_of(problem: Problem, result: SearchState, **course: Any) -> Components:
+    """Make components of a solved problem: unit vectors, new ones ordered by total coefficient.
 
-    Where several processes hold a block of examples each, every one must call it; the coefficients and the weights of
-    rows are then those of its block.
+    Where several processes hold a block of examples each, every process must call it; the coefficients and the weights
+    of rows are then those of its block.
 
     Args:
-        problem: What was solved.
-        state: Its factorisation.
-        curve: Relative loss per iteration.
-        course: How the search went.
+        problem: The problem.
+        result: Its factorisation, and how the search went.
+        **course: Further facts for the record of the search.
 
     Raises:
         DataError: The factorisation is not finite.
     """
+    state = result.best
+    assert state is not None
     if not -1e-3 < state.loss < math.inf:
         raise DataError(
             f"fishers: the factorisation broke down numerically (relative loss {state.loss:.3g}); "
             "use dtype='float64', or fewer components"
         )
-    f, fishers, scaled = state.frozen, problem.fishers, problem.scaled
-    total = problem.form.comm.sum(state.W[:, f:].double().sum(0))
+    f, fishers, scaled, space = state.frozen, problem.own, problem.scaled, problem.objective.space
+    total = problem.objective.comm.sum(state.W[:, f:].double().sum(0))
     order = torch.cat([torch.arange(f, device=total.device), f + torch.argsort(total, descending=True, stable=True)])
     state = replace(state.keep(order), loss=state.loss)
-    vectors = problem.space.vectors(state.coords)
+    vectors = space.vectors(state.coords)
     norms = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).clamp_min(1e-30)
     W = state.W.cpu().float().clone()
     W[torch.from_numpy(scaled.fisher_norms == 0)] = 0
@@ -229,15 +217,23 @@ def components_of(problem: Problem, state: State, curve: list[float], course: di
         logits=np.asarray(fishers.logits),
         ids=np.asarray(fishers.ids),
         norms=np.asarray(fishers.norms),
-        loss_curve=np.asarray(curve, np.float64),
+        loss_curve=np.asarray(result.curve, np.float64),
         loss=float(state.loss),
         provenance={
             "fishers": fishers.provenance,
-            "options": asdict(problem.options),
+            "options": problem.options.record(),
             "normalize": problem.options.normalize,
-            "course": course,
+            "course": {
+                "iterations": result.iteration,
+                "replacements": max(0, result.unit - problem.options.n_init),
+                "replacements_kept": result.kept,
+                **({} if result.subspace is None else {"subspace": result.subspace}),
+                "space": space.name,
+                "space_reason": problem.choice.reason,
+                **course,
+            },
         },
-        seconds={"building": problem.seconds_building, "solving": problem.seconds_solving},
+        seconds={"building": problem.seconds, "solving": result.seconds},
         row_weights=weights,
         row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
     )

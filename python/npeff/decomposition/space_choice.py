@@ -1,4 +1,4 @@
-"""Which space a decomposition works in: the one that takes least time among those that fit into memory."""
+"""Choose the space of a decomposition: the one that takes least time among those that fit into memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from npeff.kernels.sparse_gram import DENSE_BYTES
 from npeff.models import devices
 from npeff.models.memory import available_bytes, format_bytes
 
-SpaceName = Literal["auto", "gram", "sparse", "sketch"]
+SpaceName = Literal["auto", "gram", "rows", "streamed"]
 
 GRAM_BYTES = 4 << 30
 """Largest K that ``space="auto"`` builds."""
@@ -26,7 +26,7 @@ DENSE_RATE, SPARSE_RATE, SCATTER_RATE = 100e9, 10e9, 5e9
 """Operations per second of dense products, of sparse times dense, and of sparse Gram matrices: ratios matter."""
 
 POLISH_STEPS = 12
-"""Steps over all rows, two products each, that a polish is reckoned to take: three rounds that widen the subspace."""
+"""Steps over all rows, two products each, assumed for a polish: three rounds that widen the subspace."""
 
 COLUMN_BYTES = 20
 """Bytes per stored column of sparse rows: how often it occurs, where it went, its factor."""
@@ -36,18 +36,18 @@ LEAST_PART = 1 << 20
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a decomposition uses memory.
+class SpaceChoice:
+    """The space of a decomposition, and how it uses memory.
 
     Attributes:
-        space: ``"gram"`` (K in memory), ``"sparse"`` (the rows in memory) or ``"sketch"`` (rows streamed).
+        space: ``"gram"`` (K in memory), ``"rows"`` (the rows in memory) or ``"streamed"`` (rows streamed).
         reason: Why.
-        stream: Leave the rows where they are.
+        stream: Leave the rows on disk.
         part_bytes: Bytes of stored rows that a pass takes at a time.
         subspace_bytes: Most bytes for a subspace: its basis, and the rows' coordinates in it.
     """
 
-    space: Literal["gram", "sparse", "sketch"]
+    space: Literal["gram", "rows", "streamed"]
     reason: str
     stream: bool
     part_bytes: int
@@ -65,8 +65,8 @@ def choose_space(
     dtype: str = "float32",
     device: torch.device | None = None,
     least_per_column: int = 1,
-) -> Plan:
-    """Plan a decomposition: by the operations of each space, at typical rates, and the memory each takes.
+) -> SpaceChoice:
+    """Choose by the operations of each space, at typical rates, and the memory that each takes.
 
     The spaces serve the search's subspace (about five products with d vectors; over the rows its basis, d vectors of
     their width, is turned once) and the polish (two products with r vectors a step; over K one). K has to be built
@@ -75,10 +75,10 @@ def choose_space(
     Args:
         rows: The rows as stored.
         n_examples: Their examples.
-        choice: What was asked for.
+        choice: The space that the user named, or ``"auto"``.
         n_components: r.
-        memory: Ceiling in bytes; None: what the machine has, or the device, which binds nothing that was asked for by
-            name; but ``"sparse"`` rows that exceed a CUDA device's memory are streamed to it.
+        memory: Ceiling in bytes. None: the memory of the machine or of the device; a space that the user named is
+            then taken even if it exceeds this, but ``"rows"`` that exceed a CUDA device's memory are streamed to it.
         low_rank: Whether K would do in place of the rows.
         dtype: Of the solver's products.
         device: Where the products take place; None: the processor.
@@ -87,8 +87,8 @@ def choose_space(
     Raises:
         ArgumentError: ``choice`` is unknown, cannot serve these rows, or does not fit under the ceiling.
     """
-    if choice not in ("auto", "gram", "sparse", "sketch"):
-        raise ArgumentError(f"space: expected 'auto', 'gram', 'sparse' or 'sketch', got {choice!r}")
+    if choice not in ("auto", "gram", "rows", "streamed"):
+        raise ArgumentError(f"space: expected 'auto', 'gram', 'rows' or 'streamed', got {choice!r}")
     if rows.products_only and choice not in ("auto", "gram"):
         raise ArgumentError(
             f"space: Fishers of inner products alone (GramOnly) have no rows for {choice!r}; use 'gram', or compute "
@@ -118,35 +118,37 @@ def choose_space(
     def fits(*needs: int) -> bool:
         return state + sum(needs) <= ceiling
 
-    def plan(space: Literal["gram", "sparse", "sketch"], reason: str) -> Plan:
-        taken = {"gram": gram + for_gram, "sparse": held + coords, "sketch": coords}[space]
-        held_for_gram = 0 if there else rows.nbytes  # rows come to a device by stretches
-        stream = space == "sketch" or (space == "gram" and counts is None and not fits(gram, held_for_gram))
+    def chosen(space: Literal["gram", "rows", "streamed"], reason: str) -> SpaceChoice:
+        taken = {"gram": gram + for_gram, "rows": held + coords, "streamed": coords}[space]
+        held_for_gram = 0 if there else rows.nbytes  # rows come to a device by blocks
+        stream = space == "streamed" or (space == "gram" and counts is None and not fits(gram, held_for_gram))
         left = ceiling - state - taken
         if memory is not None and left < 4 * LEAST_PART:
             raise ArgumentError(
                 f"memory: {format_bytes(memory)} does not hold what {n_components} components of {R:,} rows need in "
                 f"the space {space!r}, {format_bytes(state + taken + 4 * LEAST_PART)}; allow so much, or fewer "
-                "components" + ("" if space == "sketch" else ", or space='sketch'")
+                "components" + ("" if space == "streamed" else ", or space='streamed'")
             )
         part = int(min(DEVICE_PART_BYTES if there else PART_BYTES, max(LEAST_PART, left // 6)))
-        return Plan(space, reason, stream and not rows.products_only, part, max(0, left // 2))
+        return SpaceChoice(space, reason, stream and not rows.products_only, part, max(0, left // 2))
 
     if rows.products_only:
-        return plan("gram", "inner products are all there is")
+        return chosen("gram", "inner products are all there is")
     # Coordinates are as long wherever the rows are; a search without its subspace is possible, but slow.
     rows_fit = fits(held, coords) or (memory is None and fits(held))
-    if choice == "sparse" and there and not rows_fit:
-        return plan("sketch", f"asked for the rows, and {_exceeds(held)}: they are streamed")
+    if choice == "rows" and there and not rows_fit:
+        return chosen("streamed", f"asked for the rows, and {_exceeds(held)}: they are streamed")
     if choice != "auto":
-        return plan(choice, "asked for")
+        return chosen(choice, "asked for")
     if not low_rank:
         what = "the diagonal kind always works on the rows"
-        return plan("sparse", what) if rows_fit else plan("sketch", f"{what}, and they stay on disk: {_exceeds(held)}")
+        return (
+            chosen("rows", what) if rows_fit else chosen("streamed", f"{what}, and they stay on disk: {_exceeds(held)}")
+        )
     gram_fits = gram <= GRAM_BYTES and fits(gram + gram // 4) and fits(gram, for_gram)
     if not gram_fits:
         why = f"K of {R:,} rows would take {gram / 2**30:.1f} GiB"
-        return plan("sparse", why) if rows_fit else plan("sketch", f"{why}, and {_exceeds(held)}")
+        return chosen("rows", why) if rows_fit else chosen("streamed", f"{why}, and {_exceeds(held)}")
     products = 5 * dimensions + 2 * POLISH_STEPS * n_components
     if counts is not None:
         building = min(np.square(counts).sum() / SCATTER_RATE, R**2 * width / DENSE_RATE)
@@ -157,12 +159,12 @@ def choose_space(
     over_rows += 4 * width * dimensions**2 / DENSE_RATE
     over_gram = building + 2 * R**2 * products / DENSE_RATE
     if not rows_fit:
-        return plan("gram", f"{_exceeds(held)}, and K of {R:,} rows does not")
+        return chosen("gram", f"{_exceeds(held)}, and K of {R:,} rows does not")
     if not fits(held, coords, basis):
         what = f"a basis of {dimensions} directions over {width:,} columns"
-        return plan("gram", f"{what} would exceed the memory allowed, and K of {R:,} rows does not")
-    found = f"reckoned {over_gram:.2g} s over K of {R:,} rows, {over_rows:.2g} s over the rows themselves"
-    return plan("gram" if over_gram < over_rows else "sparse", found)
+        return chosen("gram", f"{what} would exceed the memory allowed, and K of {R:,} rows does not")
+    found = f"estimated {over_gram:.2g} s over K of {R:,} rows, {over_rows:.2g} s over the rows themselves"
+    return chosen("gram" if over_gram < over_rows else "rows", found)
 
 
 def _exceeds(held: int) -> str:

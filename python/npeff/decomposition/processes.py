@@ -1,0 +1,329 @@
+"""Sums over processes, and finding the processes: the solver uses nothing else of ``torch.distributed``.
+
+:class:`Local` is one process; :class:`Group` adds up over a ``torch.distributed`` process group, gloo for tensors in
+memory and NCCL for those on a GPU. :func:`connect` gives the one or the other.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from npeff.errors import ArgumentError, NpeffError, Terminated, WorkerError
+from npeff.storage.termination import ending_in_order
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""Time that a process waits for a slower one. A process that ends closes its connection, which is noticed at once."""
+
+CHUNK = 1 << 20
+"""Random numbers drawn at a time (a multiple of 16, in which torch draws normal ones)."""
+
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which torchrun tells a process of the others."""
+
+
+class Communicator(Protocol):
+    """What processes that work together ask of each other. Every process must ask, in the same order.
+
+    Attributes:
+        rank: This process, from 0.
+        size: Number of processes.
+    """
+
+    rank: int
+    size: int
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up over processes; the same bits in all of them. The argument may be overwritten."""
+        ...
+
+    def number(self, value: float) -> float:
+        """Add up one float64."""
+        ...
+
+    def agreed(self, value: float) -> float:
+        """Give process 0's value: decisions are taken on it, so that rounding does not lead processes apart."""
+        ...
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """Give the tensors of all processes end to end along the first dimension, in every process."""
+        ...
+
+    def collected(self, tensor: Tensor) -> Tensor | None:
+        """Give the same in process 0 alone, and None in the others."""
+        ...
+
+    def lengths(self, own: int) -> list[int]:
+        """Give a whole number of every process, in order."""
+        ...
+
+    def objects(self, value: T, *, failed: bool = False) -> list[T]:
+        """Give small objects of all processes, in order."""
+        ...
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Call a function in every process; where it fails in one, it fails in all."""
+        ...
+
+
+class Local:
+    """A single process: every sum is the argument."""
+
+    rank, size = 0, 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Give the tensor."""
+        return tensor
+
+    def number(self, value: float) -> float:
+        """Give the number."""
+        return value
+
+    def agreed(self, value: float) -> float:
+        """Give the number."""
+        return value
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """Give the tensor."""
+        return tensor
+
+    def collected(self, tensor: Tensor) -> Tensor | None:
+        """Give the tensor."""
+        return tensor
+
+    def lengths(self, own: int) -> list[int]:
+        """Give the number."""
+        return [own]
+
+    def objects(self, value: T, *, failed: bool = False) -> list[T]:
+        """Give the object."""
+        return [value]
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Call the function."""
+        return function()
+
+
+LOCAL = Local()
+
+
+class Group:
+    """The processes of a ``torch.distributed`` process group, which must be initialised.
+
+    Making one is a collective operation: every process must do it.
+
+    Attributes:
+        rank: This process.
+        size: Number of processes.
+        numbers_summed: Numbers that were added up or agreed upon so far.
+        sums: Sums so far.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.numbers_summed = self.sums = 0
+        self._peers: list[tuple[str, int]] = [(socket.gethostname(), os.getpid())] * self.size
+        # A group of its own: gloo whatever the default is, since most of what is exchanged lives in memory.
+        self._gloo = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._peers = self.objects((socket.gethostname(), os.getpid()))
+
+    # ---- sums ----------------------------------------------------------------------------------------------
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up over processes."""
+        self.numbers_summed += tensor.numel()
+        self.sums += 1
+        tensor = tensor.contiguous()
+        group = None if tensor.is_cuda else self._gloo
+        self._with_others(lambda: dist.all_reduce(tensor, group=group))
+        return tensor
+
+    def number(self, value: float) -> float:
+        """Add up one float64."""
+        return float(self.sum(torch.tensor([value], dtype=torch.float64)))
+
+    def agreed(self, value: float) -> float:
+        """Give process 0's value."""
+        self.numbers_summed += 1
+        box = torch.tensor([value], dtype=torch.float64)
+        self._with_others(lambda: dist.broadcast(box, 0, group=self._gloo))
+        return float(box)
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """Give the tensors of all processes end to end; they may differ in length."""
+        lengths = self.lengths(len(tensor))
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:]).cpu()
+        padded[: len(tensor)] = tensor
+        received = [torch.empty_like(padded) for _ in range(self.size)]
+        self._with_others(lambda: dist.all_gather(received, padded, group=self._gloo))
+        return torch.cat([part[:length] for part, length in zip(received, lengths, strict=True)]).to(tensor.device)
+
+    def collected(self, tensor: Tensor) -> Tensor | None:
+        """Give the same in process 0 alone, received from one process after another; None in the others."""
+        lengths = self.lengths(len(tensor))
+        if self.rank:
+            self._with_others(lambda: dist.send(tensor.cpu().contiguous(), 0, group=self._gloo))
+            return None
+        whole = torch.empty(sum(lengths), *tensor.shape[1:], dtype=tensor.dtype)
+        whole[: lengths[0]] = tensor
+        at = lengths[0]
+        for other in range(1, self.size):
+            part = whole[at : at + lengths[other]]
+            self._with_others(lambda part=part, other=other: dist.recv(part, other, group=self._gloo))  # type: ignore[misc]
+            at += lengths[other]
+        return whole
+
+    def lengths(self, own: int) -> list[int]:
+        """Give a whole number of every process, in order."""
+        return [int(length) for length in self.objects(own)]
+
+    # ---- other exchanges ------------------------------------------------------------------------------------
+
+    def objects(self, value: T, *, failed: bool = False) -> list[T]:
+        """Give small objects of all processes, in order.
+
+        Args:
+            value: This process's.
+            failed: ``value`` is the message of an error: the others must not go on.
+
+        Raises:
+            WorkerError: Another process failed; gives its message.
+        """
+        received: list[Any] = [None] * self.size
+        self._with_others(lambda: dist.all_gather_object(received, (failed, value), group=self._gloo))
+        if not failed:
+            for rank, (bad, message) in enumerate(received):
+                if bad:
+                    raise WorkerError(f"rank {rank} of {self.size}: {message}")
+        return [value for _, value in received]
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Call a function in every process; where it fails in one, it fails in all.
+
+        Raises:
+            NpeffError: The error of this process.
+            WorkerError: Another process failed; gives its message.
+        """
+        try:
+            result = function()
+        except WorkerError:
+            raise
+        except NpeffError as error:
+            self.objects(str(error), failed=True)
+            raise
+        self.objects(None)
+        return result
+
+    def _with_others(self, exchange: Callable[[], object]) -> None:
+        try:
+            exchange()
+        except RuntimeError as error:
+            raise WorkerError(
+                f"rank {self.rank} of {self.size}: {self.missing()}. What is finished is kept on the disk; the same "
+                f"command resumes it ({str(error).splitlines()[0][:200]})"
+            ) from error
+
+    def missing(self) -> str:
+        """Say which processes have ended, as far as this one can see."""
+        here = socket.gethostname()
+        for _ in range(20):  # a dying process takes a moment
+            gone = [
+                f"rank {rank} (process {pid})"
+                for rank, (host, pid) in enumerate(self._peers)
+                if host == here and rank != self.rank and not _alive(pid)
+            ]
+            if gone:
+                return f"{' and '.join(gone)} on {here} ended before the work was done"
+            time.sleep(0.1)
+        hosts = sorted({host for host, _ in self._peers} - {here})
+        return f"the connection to another process was lost{': on ' + ' or '.join(hosts) if hosts else ''}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:  # it exists, and another user's process does not tell more
+        return True
+
+
+def normal_columns(r: int, first: int, count: int, total: int, generator: torch.Generator) -> Tensor:
+    """Draw columns ``first … first + count − 1`` of ``torch.randn(r, total)``, float64.
+
+    Every process draws all the numbers and keeps its own, so that their generators stay in step.
+    """
+    own = torch.empty(r, count, dtype=torch.float64)
+    start = 0
+    while start < total * r:
+        # The last piece is longer rather than short: torch draws fewer than 16 numbers in another way.
+        stop = total * r if total * r - start < 2 * CHUNK else start + CHUNK
+        drawn = torch.randn(stop - start, generator=generator, dtype=torch.float64)
+        for j in range(start // total, -(-stop // total)):
+            row = j * total + first  # where this process's part of row j begins
+            lo, hi = max(start, row), min(stop, row + count)
+            if lo < hi:
+                own[j, lo - row : hi - row] = drawn[lo - start : hi - start]
+        start = stop
+    return own
+
+
+def connect() -> Group | Local:
+    """Find the processes that work together with this one.
+
+    Those of the default process group, if ``torch.distributed`` is initialised; else those that ``torchrun`` started
+    (by the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT); else this process alone. A collective operation:
+    every process must call it.
+
+    Raises:
+        ArgumentError: Some of torchrun's variables are there, others are not.
+        WorkerError: The others cannot be reached.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return Group() if dist.get_world_size() > 1 else LOCAL
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return LOCAL
+    missing = [name for name in NEEDED if name not in os.environ]
+    if missing:
+        raise ArgumentError(
+            f"distributed: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start with "
+            "torchrun, or initialise torch.distributed"
+        )
+    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise WorkerError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: the other processes cannot be reached at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({error})"
+        ) from error
+    return Group()
+
+
+@contextmanager
+def ending_together(group: Group | Local) -> Iterator[None]:
+    """Save open files at SIGTERM and SIGHUP within the block: torchrun sends SIGTERM when another process has failed.
+
+    Raises:
+        Terminated: One of these signals came; says which process has ended.
+    """
+    try:
+        with ending_in_order():
+            yield
+    except Terminated as error:
+        why = group.missing() if isinstance(group, Group) else "the system asked for it"
+        raise Terminated(error.signal, f"rank {group.rank} of {group.size}: {error.reason}; {why}") from error
