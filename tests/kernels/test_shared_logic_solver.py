@@ -106,17 +106,18 @@ def test_the_next_item_is_made_meanwhile() -> None:
 @pytest.mark.parametrize("form", ["sparse", "dense"])
 def test_decompositions(monkeypatch: pytest.MonkeyPatch, space: Any, form: str) -> None:
     """The same components, to the dtype's tolerance, with the kernels that are meant to serve."""
-    fishers, _, _ = planted(60, 4, 50, 0.05, 0)
+    fishers, _, _ = planted(40, 4, 50, 0.05, 0)
     if form == "sparse":
         indptr = np.arange(0, fishers.rows.values.size + 1, fishers.rows.n_columns)
         indices = np.tile(np.arange(fishers.rows.n_columns, dtype=np.int32), fishers.rows.n_rows)
         rows = SparseRows(indptr, indices, fishers.rows.values.reshape(-1), fishers.rows.n_columns)
         fishers = npeff.Fishers(**{**vars(fishers), "rows": rows})
-    options: dict[str, Any] = {"n_components": 4, "space": space, "progress": False}
+    few: dict[str, Any] = {"starts": 1, "moves": 1, "max_iterations": 60, "progress": False}
+    options: dict[str, Any] = {"n_components": 4, "space": space, **few}
     here = npeff.decompose(fishers, **options)
     with played(monkeypatch) as module:
         there = npeff.decompose(fishers, **options)
-        more = npeff.expand(there, fishers, 1, space=space, progress=False)
+        more = npeff.expand(there, fishers, 1, space=space, **few)
     assert there.loss == pytest.approx(here.loss, abs=1e-4)
     assert np.abs((here.vectors * there.vectors).sum(1)).min() > 0.999
     assert more.loss <= there.loss + 1e-4
