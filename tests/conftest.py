@@ -11,6 +11,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell that starts the tests in the background ignores Ctrl-C for them, and for what they start to be interrupted.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# A killed process loses nothing that it wrote; what a power cut loses no test can see, and a disk takes long to answer.
+os.fsync = lambda fd: None
 torch.set_num_threads(1)  # the tests' networks are tiny: a second thread only waits for the first
 
 

@@ -16,6 +16,7 @@ import npeff
 from npeff.cli import COMMANDS, run
 from npeff.cli.command import command
 from npeff.errors import DataError
+from way_cases import SEARCH
 
 SOURCE = """
 import torch
@@ -50,7 +51,7 @@ def folder(tmp_path_factory):
     os.chdir(path)
     assert run(["fishers", "tiny.py:model", "tiny.py:data", "--exact", "--out", "fishers.h5", "--quiet"]) == 0
     assert run(["fishers", "tiny.py:model", "tiny.py:new", "--exact", "--out", "new.h5", "--quiet"]) == 0
-    assert run(["decompose", "fishers.h5", "--n-components", "4", "--out", "components.h5", "--quiet"]) == 0
+    assert run(["decompose", "fishers.h5", "--n-components", "4", "--out", "components.h5", *SEARCH]) == 0
     yield path
     os.chdir(before)
 
