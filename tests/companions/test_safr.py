@@ -284,7 +284,7 @@ def trained(seed: int, **weights) -> tuple[dict[str, float], float]:
     torch.manual_seed(seed)
     model = TransformerClassifier(120, dim=64, heads=4, feedforward=64, length=16, dropout=0.0)
     regularizer = SAFRRegularizer(model, "vmask", **weights)
-    splits = [planted(n, 10 * k + seed) for k, n in ((1, 480), (2, 100), (3, 300))]
+    splits = [planted(n, 10 * k + seed) for k, n in ((1, 360), (2, 100), (3, 200))]
     options = {"epochs": 10, "learning_rate": 3e-3, "seed": seed, "progress": False}
     train_classifier(model, regularizer, *splits[:2], **options)
     assert not model.training and not any(m._forward_hooks for m in model.modules())

@@ -47,7 +47,7 @@ FORMS = {
 CASES = {name: name for name in ("exact", "topk", "sketch", "diagonal", "ragged", "seven", "lopsided")}
 CASES |= {"streamed": "sketch", "balanced": "exact"}
 """Decompositions, and the Fishers they are of."""
-SEARCH = ["--n-components", "3", "--starts", "1", "--moves", "1", "--max-iterations", "60", "--quiet"]
+SEARCH = ["--n-components", "3", "--starts", "1", "--moves", "1", "--max-iterations", "30", "--quiet"]
 OPTIONS = {"streamed": ["--space", "sketch"], "balanced": ["--block-weights", "balanced"]}
 
 
