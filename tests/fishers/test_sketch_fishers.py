@@ -198,6 +198,7 @@ def test_inner_products_of_every_form_of_layer(contract: bool, monkeypatch: pyte
     words = Small().eval()
     texts = [torch.randint(0, 20, (4, 6)), torch.randint(0, 20, (5, 3))]
     monkeypatch.setattr(gram_parts, "MERGED", 4)
+    # Private: sizes choose between these ways, and each has to be right at any size.
     chosen = gram_parts._contracted if contract else gram_parts._formed
     monkeypatch.setattr(gram_parts, "_contracted", chosen)
     monkeypatch.setattr(gram_parts, "_formed", chosen)

@@ -204,8 +204,8 @@ for threads in (1, 3):
         kernels.set_num_threads(threads)
         cross = np.abs(x[:1, :200]).repeat(rows, 0)
         kernels.nnls(x.T @ x, cross, max_sweeps=1)
-        print("now", flush=True)
         try:
+            print("now", flush=True)
             kernels.nnls(x.T @ x, cross, max_sweeps=1_000_000, tol=0)
         except KeyboardInterrupt:
             print(f"interrupted with {threads} threads and {rows} rows", flush=True)

@@ -72,6 +72,7 @@ def test_stretches_of_columns(monkeypatch: pytest.MonkeyPatch, form: str, dtype:
 
 
 def test_stretches_keep_to_their_room() -> None:
+    """A private function is called: the products do not show how the columns were divided."""
     rows = rows_of("sparse")
     for room, per_column in ((5000, 0), (20_000, 100), (10, 0), (1 << 30, 8)):
         stretches = list(device_products._sparse_stretches(rows, room, per_column))
