@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "python" / "npeff"
@@ -66,7 +67,8 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports() -> list[Import]:
+@cache
+def imports() -> tuple[Import, ...]:
     """Every import between modules, those inside functions and under TYPE_CHECKING included."""
     known = modules()
     found = []
@@ -75,7 +77,7 @@ def imports() -> list[Import]:
             for target in _targets(node, known):
                 if target != name:
                     found.append(Import(name, target, node.lineno, late))
-    return found
+    return tuple(found)
 
 
 def _statements(node: ast.AST, late: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:

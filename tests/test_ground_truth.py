@@ -67,15 +67,14 @@ def test_scores_of_some_examples_are_spread_over_all() -> None:
     np.testing.assert_array_equal(spread.cuts[2][:, 1], [0, 5, 0, 0, 5, 0])
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_components_keep_to_one_route_and_strategies_are_the_routes(seed: int) -> None:
+def test_components_keep_to_one_route_and_strategies_are_the_routes() -> None:
     """Over 21 networks like these: purity 0.97 and more, the best strategy of 2 to 4 AUC 0.986 and more."""
     from measures import best_auc, purity
     from methods import Subject, npeff_methods
     from npeff import GramOnly
     from routes import context, trained
 
-    net, generator = trained("context", seed=seed, epochs=8, examples=40_000)
+    net, generator = trained("context", seed=0, epochs=8, examples=40_000)
     x, _, route = context(600, generator)
     subject = Subject(net, x, {})
     options = {"fishers": {"compress": GramOnly()}, "n_init": 2, "n_replacements": 10}

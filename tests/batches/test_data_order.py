@@ -27,6 +27,7 @@ from npeff.errors import ArgumentError, DataError
 from small_network import fishers_of
 
 N = 20
+QUICK: dict[str, Any] = {"n_init": 1, "n_replacements": 0, "max_iterations": 50, "progress": False}
 SET = TensorDataset(torch.randn(N, 4, generator=torch.Generator().manual_seed(0)), torch.arange(N) % 3)
 
 
@@ -172,9 +173,9 @@ def test_inputs_changed_in_place_stay_as_they_were(kind: str, as_numpy: bool) ->
     for i in range(5):
         np.testing.assert_allclose(found.dense(i), expected.dense(i), atol=1e-6)
     assert torch.equal(x, before)
-    components = npeff.decompose(found, 2, progress=False)
+    components = npeff.decompose(found, 2, **QUICK)
     effect = npeff.perturb(model, [given], components, 0, top=2, forward=forward, progress=False)
-    plain = npeff.decompose(expected, 2, progress=False)
+    plain = npeff.decompose(expected, 2, **QUICK)
     np.testing.assert_allclose(components.coefficients, plain.coefficients, atol=1e-4)
     assert np.isfinite(effect.kl).all()
     assert torch.equal(x, before)
@@ -183,8 +184,8 @@ def test_inputs_changed_in_place_stay_as_they_were(kind: str, as_numpy: bool) ->
 def test_whatever_finds_examples_by_position_refuses_shuffling() -> None:
     data, shuffled = list(DataLoader(SET, 4)), DataLoader(SET, 4, shuffle=True)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    components = npeff.decompose(fishers_of(model, data), 2, progress=False)
-    sketched = npeff.decompose(fishers_of(model, data, compress=npeff.Sketch(32)), 2, progress=False)
+    components = npeff.decompose(fishers_of(model, data), 2, **QUICK)
+    sketched = npeff.decompose(fishers_of(model, data, compress=npeff.Sketch(32)), 2, **QUICK)
     for call in (
         lambda: npeff.perturb(model, shuffled, components, 0, progress=False),
         lambda: npeff.perturb_all(model, shuffled, components, progress=False),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import npeff
+from npeff.cli import run
 from npeff.companions.influence import CrossLossInfluence
 from npeff.reports.examples import read_examples
 from oracles import dense_fishers, dense_jacobians
@@ -341,7 +340,7 @@ def both() -> tuple[Any, Any]:
     found = []
     for model, data in ((Graphs(), own), (Plain(), plain)):
         fishers = fishers_of(model, data)
-        found.append((model, data, npeff.decompose(fishers, 2, progress=False)))
+        found.append((model, data, npeff.decompose(fishers, 2, n_init=1, n_replacements=0, progress=False)))
     return found[0], found[1]
 
 
@@ -409,18 +408,15 @@ def data():
 """
 
 
-def test_the_command_line_takes_them_too(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(TARGET)
-
-    def npeff_(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "npeff", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    refused = npeff_("fishers", "mine.py:model", "mine.py:data", "--out", "f.h5")
-    assert refused.returncode != 0
-    assert "likelihood='probabilities'" in refused.stderr
-    made = npeff_("fishers", "mine.py:model", "mine.py:data", "--out", "f.h5", "--likelihood", "probabilities")
-    assert made.returncode == 0, made.stderr
-    found = npeff.load(tmp_path / "f.h5")
+def test_the_command_line_takes_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(TARGET)
+    command = ["fishers", "mine.py:model", "mine.py:data", "--out", "f.h5", "--quiet"]
+    assert run(command) == 1
+    assert "likelihood='probabilities'" in capsys.readouterr().err
+    assert run([*command, "--likelihood", "probabilities"]) == 0
+    found = npeff.load("f.h5")
     assert len(found) == 4
     assert found.provenance["options"]["likelihood"] == "probabilities"

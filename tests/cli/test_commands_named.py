@@ -139,11 +139,12 @@ def test_python_names_in_docs_exist() -> None:
     """``npeff.name(`` and ``npeff.part.name(`` in docs, docstrings and messages."""
     import importlib
 
-    wrong = []
+    wrong, seen = [], 0
     for where, text in texts():
         for match in re.finditer(r"(?<![\w/.@-])npeff((?:\.[A-Za-z_]\w*)+)", text):
             if "._" in match[0] or re.match(r"[\w-]*\.(h5|json|py|toml|md|dev)\b", match[0]):
                 continue
+            seen += 1
             item: object = npeff
             path = "npeff"
             for part in match[1].strip(".").split("."):
@@ -158,6 +159,7 @@ def test_python_names_in_docs_exist() -> None:
                         break
                 path += f".{part}"
     assert not wrong, "\n".join(sorted(set(wrong)))
+    assert seen > 100
 
 
 def test_python_blocks_of_the_docs_call_what_exists() -> None:
@@ -195,9 +197,11 @@ def test_python_blocks_of_the_docs_call_what_exists() -> None:
 
 def test_files_named_in_the_docs_are_there() -> None:
     path = re.compile(r"(?:`|\]\()((?:\.\./|docs/|benchmarks/|examples/|tests/|csrc/|python/)[\w./-]+\.\w+)")
-    wrong = []
+    wrong, seen = [], 0
     for page in PAGES:
         for name in path.findall(page.read_text("utf-8")):
+            seen += 1
             if not (page.parent / name).exists() and not (ROOT / name).exists():
                 wrong.append(f"{page.relative_to(ROOT)}: {name}")
     assert not wrong, "\n".join(sorted(set(wrong)))
+    assert seen > 20

@@ -136,7 +136,7 @@ def test_hooks_see_every_layer_and_change_no_output(training: bool) -> None:
         torch.manual_seed(1)
         watched = model(ids, mask)
         penalty = regularizer.penalty(mask)
-        seen = len(regularizer._weights)
+        seen = len(regularizer._weights)  # private: the losses do not say of how many layers they are
         imp, inter = regularizer.losses(mask)
     assert seen == 2
     torch.testing.assert_close(watched, plain, atol=1e-5, rtol=1e-5)

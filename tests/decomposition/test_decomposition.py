@@ -88,7 +88,7 @@ def test_same_seed_same_bits(kind: str) -> None:
     assert one.loss_curve.tolist() == two.loss_curve.tolist()
 
 
-@pytest.mark.parametrize("r", [8, 32, 64])
+@pytest.mark.parametrize("r", [8, 32])
 def test_planted_components_are_recovered(r: int) -> None:
     fishers, G, _ = planted(n=12 * r + 100, r=r, m=300, noise=0.1, seed=r)
     components = npeff.decompose(fishers, r, seed=1, progress=False)
@@ -123,7 +123,7 @@ def test_soft_orthogonality_lowers_the_cosines() -> None:
     fishers = example_fishers()
 
     def overlap(strength: float) -> float:
-        cosines = npeff.decompose(fishers, 5, orthogonality=strength, **QUICK).cosines()
+        cosines = npeff.decompose(fishers, 5, orthogonality=strength, max_iterations=150, **QUICK).cosines()
         return float(np.square(cosines).sum() - 5)
 
     free, some, much = overlap(0.0), overlap(0.05), overlap(5.0)

@@ -63,7 +63,7 @@ FORMS = {
 def test_components_are_those_of_one_process(tmp_path, case, size):
     kind = case if case in ("sparse", "diagonal") else "dense"
     path = stored(kind, tmp_path / "f.h5")
-    options = {**FORMS[case], "dtype": "float64", "n_replacements": 4, "seed": 1}
+    options = {**FORMS[case], "dtype": "float64", "n_init": 1, "n_replacements": 1, "max_iterations": 80, "seed": 1}
     one = npeff.decompose(npeff.load(path), progress=False, **options)
     shapes = all_returned(size, decomposed, path, str(tmp_path / "c.h5"), options)
     assert shapes == [one.coefficients.shape] + [None] * (size - 1)

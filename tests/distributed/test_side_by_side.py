@@ -131,7 +131,7 @@ def test_one_search_keeps_its_state_in_a_file(tmp_path):
 
 
 def test_one_demo_at_a_time_in_a_folder(tmp_path):
-    lock = _prepare(tmp_path / "demo")
+    lock = _prepare(tmp_path / "demo")  # private: the whole demo holds its lock for as long as it trains
     with pytest.raises(StorageError, match="already running the demo in"):
         _prepare(tmp_path / "demo")
     lock.release()

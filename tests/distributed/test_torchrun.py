@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +33,6 @@ def seven():
     return data((3, 4))
 """
 
-WORKER = """
-import json, os, sys
-from npeff.cli import run
-codes = [run(command) for command in json.load(open("commands.json"))]
-with open(f"codes-{os.environ['RANK']}.json", "w") as file:
-    json.dump(codes, file)
-"""
-"""Runs several command lines in one launch: starting processes takes longer than all of these."""
-
 FORMS = {
     "exact": ["--exact"],
     "topk": ["--top-k", "20"],
@@ -55,7 +47,7 @@ FORMS = {
 CASES = {name: name for name in ("exact", "topk", "sketch", "diagonal", "ragged", "seven", "lopsided")}
 CASES |= {"streamed": "sketch", "balanced": "exact"}
 """Decompositions, and the Fishers they are of."""
-SEARCH = ["--n-components", "3", "--n-init", "1", "--n-replacements", "1", "--max-iterations", "60", "--quiet"]
+SEARCH = ["--n-components", "3", "--n-init", "1", "--n-replacements", "1", "--max-iterations", "30", "--quiet"]
 OPTIONS = {"streamed": ["--space", "streamed"], "balanced": ["--block-weights", "balanced"]}
 
 
@@ -82,19 +74,6 @@ REFUSED = {
 }
 
 
-def torchrun(folder: Path, size: int, *command: str) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}"]
-    return subprocess.run(
-        [*launch, f"--master-port={free_port()}", *command],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """A folder with what one process makes."""
@@ -118,30 +97,27 @@ def one(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def many(request, one, tmp_path_factory) -> tuple[Path, dict[str, list[int]], str]:
-    """A folder with what several processes make in one launch, the exit statuses of each, and what was said."""
+    """A folder with what several processes make in one launch, the exit statuses of each, and what they said.
+
+    They are forked, with the variables that torchrun sets: they need not import torch again.
+    """
     folder = tmp_path_factory.mktemp(f"many-{request.param}")
     (folder / "work.py").write_text(SOURCE)
-    (folder / "worker.py").write_text(WORKER)
     for name in ("gram.h5", "lopsided.h5", "c-exact.h5"):
         (folder / name).write_bytes((one / name).read_bytes())
     commands = {f"fishers {form}": fishers_command(form, f"{form}.h5") for form in FORMS}
     for case, fishers in CASES.items():
         commands[f"decompose {case}"] = decompose_command(case, f"{fishers}.h5", f"d-{case}.h5", several=True)
     commands |= {f"refused {name}": command for name, command in REFUSED.items()}
-    if request.param == 2:  # forked, with the variables of torchrun: they need not import torch again
-        codes, said = all_returned(2, run_all, str(folder), list(commands.values())), ""
-    else:
-        (folder / "commands.json").write_text(json.dumps(list(commands.values())))
-        done = torchrun(folder, request.param, "worker.py")
-        assert done.returncode == 0, done.stderr
-        codes = [json.loads((folder / f"codes-{rank}.json").read_text()) for rank in range(request.param)]
-        said = done.stderr
-    return folder, dict(zip(commands, map(list, zip(*codes, strict=True)), strict=True)), said
+    codes, said = zip(*all_returned(request.param, run_all, str(folder), list(commands.values())), strict=True)
+    return folder, dict(zip(commands, map(list, zip(*codes, strict=True)), strict=True)), "".join(said)
 
 
-def run_all(rank: int, folder: str, commands: list[list[str]]) -> list[int]:
+def run_all(rank: int, folder: str, commands: list[list[str]]) -> tuple[list[int], str]:
     os.chdir(folder)
-    return [run(command) for command in commands]
+    with redirect_stderr(StringIO()) as said:
+        codes = [run(command) for command in commands]
+    return codes, said.getvalue()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -178,14 +154,14 @@ def test_what_cannot_be_shared_out_is_refused(many, what):
     assert set(codes[f"refused {what}"]) <= {1, 2}, said
     assert not list(folder.glob("*refused*"))
     assert "Traceback" not in said
-    assert not said or f"npeff {what} runs in one process" in said or what not in ("encode", "export", "report", "info")
+    assert f"npeff {what} runs in one process" in said or what not in ("encode", "export", "report", "info")
 
 
 def test_nothing_else_is_left(many):
     folder, _, _ = many
-    kept = {"work.py", "worker.py", "commands.json", "gram.h5", "lopsided.h5", "c-exact.h5", "__pycache__"}
+    kept = {"work.py", "gram.h5", "lopsided.h5", "c-exact.h5", "__pycache__"}
     kept |= {f"{form}.h5" for form in FORMS} | {f"d-{case}.h5" for case in CASES}
-    assert {path.name for path in folder.iterdir() if not path.name.startswith("codes-")} <= kept
+    assert {path.name for path in folder.iterdir()} <= kept
 
 
 def test_only_commands_that_share_their_work_run_in_several_processes():
@@ -197,7 +173,12 @@ def test_only_commands_that_share_their_work_run_in_several_processes():
 
 
 def test_the_documented_command(one, tmp_path):
-    done = torchrun(one, 2, "-m", "npeff", *decompose_command("sketch", "sketch.h5", str(tmp_path / "c.h5"), True))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command = decompose_command("sketch", "sketch.h5", str(tmp_path / "c.h5"), several=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*launch, "-m", "npeff", *command], cwd=one, capture_output=True, text=True, timeout=400, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("3 components of 28 examples") == 1
     assert npeff.load(tmp_path / "c.h5").loss == pytest.approx(npeff.load(one / "c-sketch.h5").loss, rel=1e-4)

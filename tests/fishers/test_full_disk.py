@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from npeff.cli import run
 from npeff.errors import StorageError
 from npeff.reports import collage, latex
 from planted import planted
+from processes import all_returned
 
 SOURCE = """
 import torch
@@ -178,28 +179,24 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(made, small):
     assert np.array_equal(resumed.coefficients, whole.coefficients)
 
 
+def save_with_too_many_open_files(rank: int, components: Path, out: Path) -> str:
+    loaded = npeff.load(components)
+    loaded.save(out).unlink()
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 20, held[0] + 20))
+    with pytest.raises(OSError, match="Too many open files"):
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    os.close(held.pop())
+    with pytest.raises(StorageError) as caught:
+        loaded.save(out)
+    for file in held:
+        os.close(file)
+    return str(caught.value)
+
+
 def test_too_many_open_files(made, tmp_path):
     """The limit of open files is told as such."""
-    code = (
-        "import resource, sys, npeff, os\n"
-        "components = npeff.load(sys.argv[1])\n"
-        "components.save(sys.argv[2]); os.unlink(sys.argv[2]); held = []\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
-        "try:\n"
-        "    while True:\n"
-        "        held.append(os.open(os.devnull, os.O_RDONLY))\n"
-        "except OSError:\n"
-        "    os.close(held.pop())\n"
-        "try:\n"
-        "    components.save(sys.argv[2])\n"
-        "except npeff.StorageError as error:\n"
-        "    print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(made / "c.h5"), str(tmp_path / "c.h5")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "too many files are open" in done.stdout, done
+    (said,) = all_returned(1, save_with_too_many_open_files, made / "c.h5", tmp_path / "c.h5")
+    assert "too many files are open" in said
     assert not os.listdir(tmp_path)

@@ -114,7 +114,7 @@ def networks() -> dict[str, tuple[nn.Module, Tensor]]:
 @pytest.mark.parametrize("name", ["dense", "tokens", "convolutions"])
 @pytest.mark.parametrize("k", [3, 40, 400])
 def test_selected_from_factors_as_from_rows(monkeypatch: pytest.MonkeyPatch, name: str, kind: str, k: int) -> None:
-    monkeypatch.setattr(topk_sink, "_FEWEST", 0)
+    monkeypatch.setattr(topk_sink, "_FEWEST", 0)  # private: rows so large that they pay would take long
     monkeypatch.setattr(topk_sink, "_SHARE", -1e3)
     model, inputs = networks()[name]
     options = {"kind": kind, "progress": False}

@@ -126,7 +126,8 @@ def test_probabilities_all_the_way() -> None:
     plain, soft = logits_of(), with_softmax(logits_of())
     fishers = [fishers_of(plain, data), fishers_of(soft, data, likelihood="probabilities")]
     models = (plain, soft)
-    components = [npeff.decompose(f, 2, progress=False) for f in fishers]
+    few: dict[str, Any] = {"n_init": 1, "n_replacements": 0, "max_iterations": 50, "progress": False}
+    components = [npeff.decompose(f, 2, **few) for f in fishers]
     np.testing.assert_allclose(components[0].coefficients, components[1].coefficients, atol=1e-3)
     pairs = list(zip(models, components, strict=True))
     one, two = (npeff.perturb(model, data, c, 0, top=3, progress=False) for model, c in pairs)
@@ -138,9 +139,7 @@ def test_probabilities_all_the_way() -> None:
              zip(models, ("categorical", "probabilities"), strict=True)]  # fmt: skip
     for name, mean in means[0].items():
         np.testing.assert_allclose(mean, means[1][name], rtol=1e-3, atol=1e-9)
-    sketched = npeff.decompose(
-        fishers_of(soft, data, likelihood="probabilities", compress=npeff.Sketch(64)), 2, progress=False
-    )
+    sketched = npeff.decompose(fishers_of(soft, data, likelihood="probabilities", compress=npeff.Sketch(64)), 2, **few)
     assert sketched.recover(soft, data, progress=False).vectors.shape == (2, fishers[0].n_parameters)
     planned = npeff.plan(soft, data, likelihood="probabilities", kind="low_rank", n_components=2)
     assert planned.n_outputs == C

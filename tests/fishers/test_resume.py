@@ -1,28 +1,27 @@
 """kill -9 at any moment: the same command resumes, and the final file is equal to an uninterrupted one.
 
-Run as a script, this file is the process that is killed: a warmed-up parent forks one child per attempt, so
-that Python and torch are imported once.
+A forked process forks one child per attempt, so that Python and torch are imported once.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import pytest
+import torch
+
+from npeff.components.loading import describe
+from npeff.fishers.computation import compute_fishers
+from npeff.fishers.shards import FisherWriter
+from processes import all_returned
+from stored_samples import blocks_of, fishers_of, header_of
 
 
 def write_with_writer(out: Path, n_batches: int = 12, pause: float = 0.004) -> None:
     """Batches with little sleeps, in shards of one or two."""
-    from npeff.fishers.shards import FisherWriter
-    from stored_samples import blocks_of, fishers_of, header_of
-
     fishers = fishers_of(ranks=(2, 1, 3) * n_batches)
     with FisherWriter(out, header_of(fishers), shard_bytes=200) as writer:
         writer.record_coverage(fishers.coverage)
@@ -35,15 +34,9 @@ def write_with_writer(out: Path, n_batches: int = 12, pause: float = 0.004) -> N
 
 def write_with_model(out: Path | None) -> None:
     """compute_fishers of a tiny model, twelve batches, a shard each."""
-    import torch
-
-    from npeff.fishers.computation import compute_fishers
-    from npeff.fishers.shards import FisherWriter
-
     defaults = FisherWriter.__init__.__kwdefaults__
     assert defaults is not None
-    defaults["shard_bytes"] = 1
-    torch.set_num_threads(1)
+    defaults["shard_bytes"] = 1  # in this process alone
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).eval()
     inputs, labels = torch.randn(48, 6), torch.arange(48) % 3
@@ -113,17 +106,13 @@ def die_at(step: int) -> None:
 
 
 def examples_on_disk(out: Path) -> int:
-    from npeff.components.loading import describe
-
     return describe(out)["n_examples"] if out.exists() or Path(f"{out}.parts").exists() else 0
 
 
-def main(command: str, folder: Path, kills: int, every_step: bool) -> None:
-    """Kill, resume, compare; print what happened as JSON."""
-    import npeff.storage  # noqa: F401 - warmed up before forking
-
+def trial(rank: int, command: str, folder: Path, kills: int, every_step: bool) -> dict:
+    """Kill, resume, compare; return what happened."""
     if command == "model":
-        write_with_model(None)
+        write_with_model(None)  # warmed up before forking
     whole = folder / "whole.h5"
     seconds = []
     for _ in range(3):
@@ -153,20 +142,12 @@ def main(command: str, folder: Path, kills: int, every_step: bool) -> None:
         tries += 1
     while every_step and attempt(f"step {report['steps']}", step=report["steps"]):
         report["steps"] += 1
-    print(json.dumps(report))
+    return report
 
 
 def run(command: str, folder: Path, kills: int, every_step: bool) -> dict:
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    result = subprocess.run(
-        [sys.executable, __file__, command, str(folder), str(kills), str(int(every_step))],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    (report,) = all_returned(1, trial, command, folder, kills, every_step)
+    return report
 
 
 def test_killed_at_random_moments(tmp_path):
@@ -181,12 +162,7 @@ def test_killed_before_and_after_every_change_of_the_disk(tmp_path):
     assert report["finished_before"] == 1  # the step after the last one
 
 
-def test_compute_fishers_killed_at_twenty_random_moments(tmp_path):
-    pytest.importorskip("npeff.fishers.computation", reason="compute_fishers is not built yet")
-    report = run("model", tmp_path, 20, every_step=False)
-    assert report["killed"] == 20
+def test_compute_fishers_killed_at_random_moments(tmp_path):
+    report = run("model", tmp_path, 10, every_step=False)
+    assert report["killed"] == 10
     assert len(set(report["resumed_with"])) >= 4
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), bool(int(sys.argv[4])))

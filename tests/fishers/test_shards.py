@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
-import subprocess
-import sys
-import textwrap
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from npeff.fishers.fishers import FisherBlock
 from npeff.fishers.rows import SparseRows
 from npeff.fishers.shards import FisherWriter
 from npeff.storage import files
+from processes import all_returned
 from stored_samples import assert_same, blocks_of, fishers_of, header_of
 
 FISHERS = fishers_of(ranks=(2, 1, 3, 0, 2, 2, 1, 1))
@@ -335,25 +336,24 @@ def test_two_writers_in_one_process(tmp_path):
 
 def test_two_processes(tmp_path):
     """The second is told the pid of the first, and may go on once that one is dead."""
-    code = textwrap.dedent("""
-        import sys, time
-        from test_shards import *
-        with FisherWriter(sys.argv[1], HEADER, shard_bytes=1) as writer:
-            writer.append(BLOCKS[0], DIGESTS[0])
-            print("ready", flush=True)
-            time.sleep(60)
-    """)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     out = tmp_path / "f.h5"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(out)], env=environment, stdout=subprocess.PIPE, text=True
-    ) as other:
-        try:
-            assert other.stdout.readline() == "ready\n"
-            with pytest.raises(StorageError, match=rf"another process \(pid {other.pid} on .*\) is already writing"):
-                write(out)
-        finally:
-            other.kill()
+    read, write_end = os.pipe()
+    other = os.fork()
+    if other == 0:
+        with FisherWriter(out, HEADER, shard_bytes=1) as writer:
+            writer.append(BLOCKS[0], DIGESTS[0])
+            os.write(write_end, b"ready")
+            time.sleep(60)
+            os._exit(0)
+    try:
+        assert os.read(read, 5) == b"ready"
+        with pytest.raises(StorageError, match=rf"another process \(pid {other} on .*\) is already writing"):
+            write(out)
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+        os.close(read)
+        os.close(write_end)
     assert_same(write(out), FISHERS)
 
 
@@ -400,18 +400,17 @@ def test_disk_full_keeps_finished_shards(tmp_path, monkeypatch, expected):
     assert out.read_bytes() == expected
 
 
+def write_with_limit(rank: int, out: Path, limit: int) -> str:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        write(out, shard_bytes=1)
+    except StorageError as error:
+        return str(error)
+    return "written"
+
+
 def test_a_real_file_size_limit(tmp_path, expected):
     """Not simulated: the kernel refuses to write past a limit, as it does on a full disk."""
-    code = textwrap.dedent("""
-        import resource, sys
-        from test_shards import *
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
-        try:
-            write(sys.argv[1], shard_bytes=1)
-        except StorageError as error:
-            print(error)
-    """)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     write(tmp_path / "sizes.h5", until=3, shard_bytes=1)
     sizes = [path.stat().st_size for path in tmp_path.glob("sizes.h5.parts/shard-*")]
     shutil.rmtree(tmp_path / "sizes.h5.parts")
@@ -419,15 +418,8 @@ def test_a_real_file_size_limit(tmp_path, expected):
     assert max(sizes) < between < len(expected)
     out = tmp_path / "f.h5"
     for limit, wanted in ((1000, "may not grow further"), (between, "All 8 examples are safe")):
-        run = subprocess.run(
-            [sys.executable, "-c", code, str(out), str(limit)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert wanted in run.stdout, run
-        assert not run.stderr
+        (said,) = all_returned(1, write_with_limit, out, limit)
+        assert wanted in said
         assert not list(tmp_path.rglob("*.tmp"))
     write(out)
     assert out.read_bytes() == expected

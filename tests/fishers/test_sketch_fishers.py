@@ -197,6 +197,7 @@ def test_inner_products_of_every_form_of_layer(contract: bool, monkeypatch: pyte
     words = Small().eval()
     texts = [torch.randint(0, 20, (4, 6)), torch.randint(0, 20, (5, 3))]
     monkeypatch.setattr(layer_gram, "MERGED", 4)
+    # Private: sizes choose between these ways, and each has to be right at any size.
     chosen = layer_gram._contracted if contract else layer_gram._formed
     monkeypatch.setattr(layer_gram, "_contracted", chosen)
     monkeypatch.setattr(layer_gram, "_formed", chosen)

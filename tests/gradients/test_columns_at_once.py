@@ -37,7 +37,7 @@ def perceptron(*middle: nn.Module) -> nn.Module:
 def side_by_side(monkeypatch) -> list[bool]:
     """Whether the passes of each batch were made at once."""
     made: list[bool] = []
-    real = passes._side_by_side
+    real = passes._side_by_side  # private: both ways give the same gradients
 
     def record(*arguments):
         found = real(*arguments)

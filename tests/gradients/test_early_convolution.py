@@ -46,7 +46,7 @@ def test_the_kernel_and_the_batched_product_agree(name: str, kind: str, monkeypa
 def test_first_layers_are_formed_early_and_later_ones_are_not(monkeypatch) -> None:
     torch.manual_seed(0)
     early: dict[tuple[int, ...], bool] = {}
-    asked = ConvolutionWeight._saves_memory
+    asked = ConvolutionWeight._saves_memory  # private: both ways give the same Fishers, and only the memory differs
 
     def record(self: ConvolutionWeight) -> bool:
         early[tuple(self.use.value.shape)] = asked(self)

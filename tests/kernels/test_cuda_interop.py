@@ -40,6 +40,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = ModuleType("cupy")
     module.from_dlpack = lambda tensor: FakeArray(tensor.numpy())
     monkeypatch.setitem(sys.modules, "cupy", module)
+    # Private: without a device there is no stream to ask for.
     monkeypatch.setattr("npeff.kernels.arrays._stream_of", lambda x: nullcontext())
 
 
@@ -91,4 +92,4 @@ def test_what_was_checked_is_known_until_it_is_written_to() -> None:
     checked.record(a, b, extent=7)
     del b
     checked.record(a, extent=1)
-    assert len(checked._seen) == 1  # what died is forgotten
+    assert len(checked._seen) == 1  # private: what died is forgotten, and only the memory shows it

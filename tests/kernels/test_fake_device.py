@@ -87,7 +87,7 @@ def test_tiles_are_not_waited_for(device: Any, monkeypatch: pytest.MonkeyPatch, 
     for elements in (1 << 20, 60):
         monkeypatch.setattr("npeff.gradients.tiles.TILE_ELEMENTS", elements)
         before, device[1].calls = len(mode.waits), {}
-        npeff.compute_fishers(model, [torch.randn(8, 20)] * 4, compress=compress, progress=False)
+        npeff.compute_fishers(model, [torch.randn(8, 20)] * 2, compress=compress, progress=False)
         waits.append(len(mode.waits) - before)
         calls.append(sum(device[1].calls.values()))
     assert waits[0] == waits[1]
@@ -100,17 +100,18 @@ def test_tiles_are_not_waited_for(device: Any, monkeypatch: pytest.MonkeyPatch, 
 def test_decompositions(device: Any, space: Any, form: str, kind: Any) -> None:
     if (space, kind) == ("gram", "diagonal"):
         pytest.skip("the diagonal kind works on the rows")
-    fishers, _, _ = planted(40, 4, 30, 0.05, 0)
+    fishers, _, _ = planted(20, 4, 30, 0.05, 0)
     values = np.asarray(fishers.rows.values)
     offsets = fishers.row_offsets
     if kind == "diagonal":
-        values, offsets = np.square(values).reshape(40, 4, -1).sum(1), np.arange(41)
+        values, offsets = np.square(values).reshape(20, 4, -1).sum(1), np.arange(21)
     fishers = fishers_of(sparse(values) if form == "sparse" else DenseRows(values), offsets, kind)
-    options: dict[str, Any] = {"n_components": 3, "space": space, "progress": False, "n_replacements": 4}
+    few: dict[str, Any] = {"n_init": 1, "max_iterations": 30, "progress": False}
+    options: dict[str, Any] = {"n_components": 3, "space": space, "n_replacements": 1, **few}
     here = npeff.decompose(fishers, **options)
     there = npeff.decompose(fishers, **options, device="cuda")
     assert there.loss == pytest.approx(here.loss, abs=2e-3)
-    more = npeff.expand(there, fishers, 1, space=space, n_replacements=2, progress=False, device="cuda")
+    more = npeff.expand(there, fishers, 1, space=space, n_replacements=1, device="cuda", **few)
     assert more.loss <= there.loss + 1e-3
     if space == "rows":
         published = npeff.PublishedOptions(learning_rate=1e-3, g_only=3, joint=4, log_every=7)

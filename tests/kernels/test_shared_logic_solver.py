@@ -70,6 +70,7 @@ def test_stretches_of_columns(monkeypatch: pytest.MonkeyPatch, form: str, dtype:
 
 
 def test_stretches_keep_to_their_room() -> None:
+    """A private function is called: the products do not show how the columns were divided."""
     rows = rows_of("sparse")
     for room, per_column in ((5000, 0), (20_000, 100), (10, 0), (1 << 30, 8)):
         stretches = list(rows.stretches(room, per_column))
@@ -104,17 +105,18 @@ def test_the_next_item_is_made_meanwhile() -> None:
 @pytest.mark.parametrize("form", ["sparse", "dense"])
 def test_decompositions(monkeypatch: pytest.MonkeyPatch, space: Any, form: str) -> None:
     """The same components, to the dtype's tolerance, with the kernels that are meant to serve."""
-    fishers, _, _ = planted(60, 4, 50, 0.05, 0)
+    fishers, _, _ = planted(40, 4, 50, 0.05, 0)
     if form == "sparse":
         indptr = np.arange(0, fishers.rows.values.size + 1, fishers.rows.n_columns)
         indices = np.tile(np.arange(fishers.rows.n_columns, dtype=np.int32), fishers.rows.n_rows)
         rows = SparseRows(indptr, indices, fishers.rows.values.reshape(-1), fishers.rows.n_columns)
         fishers = npeff.Fishers(**{**vars(fishers), "rows": rows})
-    options: dict[str, Any] = {"n_components": 4, "space": space, "progress": False}
+    few: dict[str, Any] = {"n_init": 1, "n_replacements": 1, "max_iterations": 60, "progress": False}
+    options: dict[str, Any] = {"n_components": 4, "space": space, **few}
     here = npeff.decompose(fishers, **options)
     with emulated(monkeypatch) as module:
         there = npeff.decompose(fishers, **options)
-        more = npeff.expand(there, fishers, 1, space=space, progress=False)
+        more = npeff.expand(there, fishers, 1, space=space, **few)
     assert there.loss == pytest.approx(here.loss, abs=1e-4)
     assert np.abs((here.vectors * there.vectors).sum(1)).min() > 0.999
     assert more.loss <= there.loss + 1e-4

@@ -57,7 +57,7 @@ def test_an_interrupt_during_the_restoration_loses_nothing(monkeypatch):
     before = state(model)
     weights = Weights(model)
     weights.move(some_direction(model), 1.0)
-    real, calls = Weights._put_back, []
+    real, calls = Weights._put_back, []  # private: the only moment between two weights
 
     def interrupted(self, key):
         calls.append(key)

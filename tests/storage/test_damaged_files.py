@@ -20,7 +20,6 @@ import torch
 import npeff
 from npeff.companions.influence.scores import Scores
 from npeff.components.loading import describe, load
-from npeff.decomposition.checkpoint import Checkpoint
 from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.storage import container
 from npeff.storage.documents import parse_json, read_json
@@ -49,7 +48,7 @@ def put(path: Path, name: str, data: object = None, **options: object) -> None:
 
 def test_a_few_hundred_damaged_files_of_every_format() -> None:
     """The trial of benchmarks/robustness/files.py, in short: no wrong numbers, crash, endless loop or other error."""
-    command = [sys.executable, ROOT / "benchmarks/robustness/files.py", "--random", "300", "--every", "150"]
+    command = [sys.executable, ROOT / "benchmarks/robustness/files.py", "--random", "120", "--every", "150"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert "Cases that should not be: 0" in done.stdout, done.stdout
 
@@ -321,7 +320,7 @@ def test_kept_components_have_vectors(path):
 def test_components_of_the_same_run_are_equal_byte_for_byte(tmp_path):
     fishers, _, _ = planted(20, 3, 30, 0.1, 0)
     for name in "ab":
-        npeff.decompose(fishers, 2, seed=1, progress=False).save(tmp_path / f"{name}.h5")
+        npeff.decompose(fishers, 2, **{**QUICK, "n_replacements": 2, "seed": 1}).save(tmp_path / f"{name}.h5")
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
     made = npeff.decompose(fishers, 2, **QUICK)
     assert made.seconds["solving"] > 0 and not re.search("seconds", json.dumps(made.meta()))
@@ -345,8 +344,7 @@ def test_scores_with_other_meta_data(tmp_path, meta):
 
 def test_damaged_checkpoints(tmp_path):
     fishers, _, _ = planted(12, 3, 20, 0.1, 0)
-    path, options, kept = tmp_path / "state", {**QUICK, "n_init": 2}, []
-    save = Checkpoint.save
+    path, options = tmp_path / "state", {**QUICK, "n_init": 2}
 
     class Interrupted(Exception):
         pass
@@ -358,7 +356,6 @@ def test_damaged_checkpoints(tmp_path):
     with pytest.raises(Interrupted):
         npeff.decompose(fishers, 2, checkpoint=path, callback=stop, **options)
     whole = path.read_bytes()
-    assert Checkpoint.save is save and not kept
     expected = npeff.decompose(fishers, 2, **options)
     resumed = npeff.decompose(fishers, 2, checkpoint=path, **options)
     np.testing.assert_array_equal(resumed.coefficients, expected.coefficients)

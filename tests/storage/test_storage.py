@@ -131,21 +131,12 @@ def test_wide_models_get_int64_indices(tmp_path):
 
 
 def test_bytes_depend_on_contents_alone(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from stored_samples import fishers_of;"
-        "fishers_of().save(Path(sys.argv[1]))"
-    )
-    for name, perturb in (
-        ("a.h5", "0"),
-        ("b.h5", "165"),
-    ):  # glibc fills fresh and freed memory: leaks would differ
-        environment = {**os.environ, "MALLOC_PERTURB_": perturb, "PYTHONPATH": os.pathsep.join(sys.path)}
-        subprocess.run([sys.executable, "-c", code, tmp_path / name], check=True, env=environment)
-    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes() == fishers_bytes(tmp_path)
-
-
-def fishers_bytes(folder):
-    return fishers_of().save(folder / "c.h5").read_bytes()
+    code = "import sys; from stored_samples import fishers_of; fishers_of().save(sys.argv[1])"
+    # glibc fills fresh and freed memory: bytes of it in the file would differ
+    environment = {**os.environ, "MALLOC_PERTURB_": "165", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "there.h5"], check=True, env=environment)
+    here = fishers_of().save(tmp_path / "here.h5")
+    assert here.read_bytes() == (tmp_path / "there.h5").read_bytes()
 
 
 def test_any_hdf5_reader_can_read_it(saved):
@@ -268,14 +259,14 @@ def test_damage_is_named(saved):
 
 @settings(max_examples=40, deadline=None)
 @given(flips=st.lists(st.tuples(st.integers(0, 8000), st.integers(1, 255)), min_size=1, max_size=4))
-def test_random_damage_gives_our_errors_only(tmp_path_factory, flips):
+def test_random_damage_gives_our_errors_or_changes_nothing(tmp_path_factory, flips):
     path = fishers_of().save(tmp_path_factory.mktemp("flips") / "f.h5")
     raw = bytearray(path.read_bytes())
     for at, bits in flips:
         raw[at] ^= bits
     path.write_bytes(raw)
     with contextlib.suppress(StorageError, ArgumentError):
-        load(path, verify=True)
+        assert_same(load(path, verify=True), fishers_of())
 
 
 def test_missing_dataset(tmp_path):

@@ -205,7 +205,7 @@ def test_command_line(known, tmp_path, capsys) -> None:
     assert set(found) == {"explained", "stability", "null"}
     assert "more than chance" in capsys.readouterr().out
     several = ["decompose", str(f), "--n-components", "2,5", "--out", str(tmp_path / "d.h5"), "--quiet"]
-    several += ["--n-replacements", "3"]
+    several += ["--n-init", "1", "--n-replacements", "3", "--max-iterations", "100"]
     assert run(several) == 2
     assert "--select" in capsys.readouterr().err
     assert run([*several, "--select"]) == 0
