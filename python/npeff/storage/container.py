@@ -184,10 +184,10 @@ class Container:
 
         def check(chosen: Sequence[Field]) -> None:
             for one in chosen:
+                mapped_large = arrays[one.name].nbytes > CHUNK_BYTES
                 for _ in self._summed(one.name, checked_pieces(self.path, one, arrays, sizes)):
-                    pass
-                if arrays[one.name].nbytes > CHUNK_BYTES:
-                    forget(arrays[one.name])
+                    if mapped_large:  # pages that were read count as this process's memory
+                        forget(arrays[one.name])
 
         check([one for one in present if one not in later])
         return arrays, cache(lambda: check(later)) if later else None
