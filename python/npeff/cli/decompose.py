@@ -236,12 +236,11 @@ def trust(fishers_path: Path, components_path: Path, shuffles: int, out: Path | 
     import numpy as np
 
     import npeff
-    from npeff.fishers.rows import GramRows
     from npeff.perturbation.effect import plain, write_json
 
     check_out(out)
     fishers, components = loaded(fishers_path, "Fishers"), loaded(components_path, "Components")
-    if shuffles and isinstance(fishers.rows, GramRows):
+    if shuffles and fishers.rows.products_only:
         note("no null model: inner products alone (--gram-only) have no entries that could be shuffled")
         shuffles = 0
     stable = npeff.trust.stability(fishers, components, **options)

@@ -1,8 +1,8 @@
 """Per-example gradients of a batch, block by block: one forward pass, one backward pass per cotangent column.
 
 The backward passes go to the outputs of the operations in which parameters meet data, never to the
-parameters. Then, parameter by parameter and tile by tile, the rules make the per-example gradients; whoever
-takes a block compresses it and forgets it, so that no (batch, rank, parameters) tensor ever exists.
+parameters. Then, parameter by parameter and tile by tile, the rules make the per-example gradients. The
+caller compresses each block before it asks for the next, so that no (batch, rank, parameters) tensor ever exists.
 """
 
 from __future__ import annotations

@@ -357,7 +357,7 @@ def _places(seed: int, d: int, offset: int, side: int, n: int) -> Array:
 
 @functools.lru_cache(maxsize=256)
 def _side(seed: int, d: int, offset: int, side: int, n: int, device: torch.device, stream: int) -> Side:
-    """Made once per stream: nobody has to wait before using it."""
+    """Make the map of one side of a matrix; once per stream, so that no call waits for another stream."""
     return Side(to_device(_places(seed, d, offset, side, n), device), d)
 
 

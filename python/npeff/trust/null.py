@@ -115,9 +115,10 @@ def shuffled(fishers: Fishers, seed: int = 0) -> Fishers:
     rows, R = fishers.rows, fishers.rows.n_rows
     a, b = _units(rng, R, rows.n_columns), rng.integers(0, max(1, R), rows.n_columns)
     out: Rows
-    if isinstance(rows, SparseRows):
-        columns = np.asarray(rows.indices)
-        source = np.repeat(np.arange(R), np.diff(rows.indptr))
+    stored = rows.arrays()
+    if rows.form == "sparse":
+        columns, counts = np.asarray(stored["rows/indices"]), np.diff(stored["rows/indptr"])
+        source = np.repeat(np.arange(R), counts)
         target = (a[columns] * source + b[columns]) % max(1, R)
         order = np.lexsort((columns, target))
         indptr = np.concatenate([[0], np.cumsum(np.bincount(target, minlength=R))]).astype(np.int64)
