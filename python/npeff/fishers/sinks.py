@@ -300,8 +300,8 @@ def _gram(values: Tensor, starts: Tensor | tuple[int, ...] | int) -> Tensor:
 def _gram_of_few(flat: Tensor) -> Tensor:
     """Inner products of few long rows ``(b, R, m)``: ``(b, R, R)`` float64, by one sum over all entries for each pair.
 
-    cuBLAS gives a product of two rows of 147 456 entries to one multiprocessor per example: 1 ms for 32 examples on an
-    H100, where reading them takes 0.02 ms.
+    In a profile on an H100 cuBLAS took 1 ms for such products of 32 examples, some 50 times what reading them takes: it
+    gives an example to one multiprocessor (benchmarks/results/cuda.md).
     """
     gram = flat.new_empty(len(flat), flat.shape[1], flat.shape[1], dtype=torch.float64)
     for i in range(flat.shape[1]):
