@@ -24,6 +24,13 @@ class Words(nn.Module):
         return self.out(self.norm(torch.relu(self.layer(self.words(words)))).mean(1))
 
 
+def words_and_data() -> tuple[Words, list[torch.Tensor]]:
+    """Make the model, and three batches of five words an example."""
+    torch.manual_seed(0)
+    model = Words().eval()
+    return model, [torch.randint(0, 20, (b, 5)) for b in (9, 7, 9)]
+
+
 def same(one: npeff.Fishers, other: npeff.Fishers, tolerance: float = 0.0) -> None:
     np.testing.assert_array_equal(one.row_offsets, other.row_offsets)
     np.testing.assert_allclose(one.norms, other.norms, rtol=1e-6)

@@ -456,7 +456,7 @@ class _Lying:
         return self.given
 
 
-class _Managed(ctypes.Structure):
+class Managed(ctypes.Structure):
     """DLManagedTensor, flattened."""
 
     _fields_ = [
@@ -487,7 +487,7 @@ class _Exported:
         code = {"f": 2, "i": 0}.get(x.dtype.kind, 1)
         fields = {"data": x.ctypes.data, "device_type": 1, "ndim": x.ndim, "code": code,
                   "bits": 8 * x.itemsize, "lanes": 1, "shape": self.kept[1], "strides": self.kept[2]}  # fmt: skip
-        self.managed = _Managed(**{**fields, **said})
+        self.managed = Managed(**{**fields, **said})
 
     def __dlpack__(self, **options: Any) -> Any:
         new = ctypes.pythonapi.PyCapsule_New

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import strategies as st
 
 
 def kinds(n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -16,6 +17,16 @@ def kinds(n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         "denormal": rng.integers(-50, 50, n) * 1e-45,
         "heavy tail": rng.standard_cauchy(n) ** 3,
     }
+
+
+def drawn_cuts(data: st.DataObject) -> tuple[np.ndarray, int, list[int]]:
+    """Draw three rows with ties, how many entries of each are kept, and where the rows are cut into blocks."""
+    width = data.draw(st.integers(1, 400), "width")
+    k = data.draw(st.integers(1, width), "k")
+    levels = data.draw(st.sampled_from([2, 5, 1000]), "distinct values")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32), "seed"))
+    x = (rng.integers(-levels, levels + 1, (3, width)) / 7).astype(np.float32)
+    return x, k, sorted(data.draw(st.sets(st.integers(1, width), max_size=5), "cuts") | {0, width})
 
 
 def problem(n: int, r: int, dtype: type, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

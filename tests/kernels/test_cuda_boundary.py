@@ -11,30 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from hostile_calls import Managed
 from npeff.errors import ArgumentError
 from npeff.kernels import dispatch
 
 _cuda = pytest.importorskip("npeff._cuda", reason="npeff._cuda was not built")
 no_device = pytest.mark.skipif(_cuda.device_count() > 0, reason="there is a CUDA device here")
-
-
-class _Managed(ctypes.Structure):
-    """DLManagedTensor, flattened."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-    ]
 
 
 class OnDevice:
@@ -46,7 +28,7 @@ class OnDevice:
         self.shape = (ctypes.c_int64 * array.ndim)(*array.shape)
         self.strides = (ctypes.c_int64 * array.ndim)(*(s // array.itemsize for s in array.strides))
         code, bits = dtype or (code, 8 * array.itemsize)
-        self.managed = _Managed(
+        self.managed = Managed(
             array.ctypes.data, 2, index, array.ndim, code, bits, 1, self.shape, self.strides, 0, None, None
         )
         self.index = index

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import npeff
-from device_cases import Words, same
+from device_cases import same, words_and_data
 from npeff.fishers.factors import Factors
 from npeff.fishers.options import FisherOptions
 from npeff.fishers.pipeline import sink_for
@@ -50,9 +50,7 @@ def waiting_forbidden() -> Iterator[None]:
 def test_fishers(tmp_path: Path, compress: Any, kind: Any, side_stream: bool) -> None:
     if kind == "diagonal" and isinstance(compress, npeff.Sketch):
         pytest.skip("there are no such sketches")
-    torch.manual_seed(0)
-    model = Words().eval()
-    data = [torch.randint(0, 20, (b, 5)) for b in (9, 7, 9)]
+    model, data = words_and_data()
     options: dict[str, Any] = {"kind": kind, "compress": compress, "progress": False}
     here = npeff.compute_fishers(model, data, **options)
     with torch.cuda.stream(torch.cuda.Stream() if side_stream else torch.cuda.current_stream()):

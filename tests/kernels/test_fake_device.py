@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import npeff
-from device_cases import Words, same
+from device_cases import same, words_and_data
 from emulated_device import kernels
 from fake_device import FakeTensor, fake_device
 from npeff.fishers.rows import DenseRows
@@ -39,9 +39,7 @@ def test_the_device_keeps_to_itself(device: Any) -> None:
 def test_fishers(device: Any, tmp_path: Path, compress: Any, kind: Any) -> None:
     if kind == "diagonal" and isinstance(compress, npeff.Sketch):
         pytest.skip("there are no such sketches")
-    torch.manual_seed(0)
-    model = Words().eval()
-    data = [torch.randint(0, 20, (b, 5)) for b in (9, 7, 9)]
+    model, data = words_and_data()
     options: dict[str, Any] = {"kind": kind, "compress": compress, "progress": False}
     here = npeff.compute_fishers(model, data, **options)
     model = model.to("cuda")

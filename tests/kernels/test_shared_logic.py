@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import blocks
-from kernel_cases import kinds, problem
+from kernel_cases import drawn_cuts, kinds, problem
 from npeff.kernels import reference, spmm, topk
 from npeff.kernels.cuda_topk import ordered_by_magnitude
 from sparse_cases import skewed, to_scipy
@@ -93,12 +93,7 @@ def test_topk_guesses_and_goes_back_on_them(seed: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_topk_blocks_in_any_order(data: st.DataObject) -> None:
-    width = data.draw(st.integers(1, 400), "width")
-    k = data.draw(st.integers(1, width), "k")
-    levels = data.draw(st.sampled_from([2, 5, 1000]), "distinct values")
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32), "seed"))
-    x = (rng.integers(-levels, levels + 1, (3, width)) / 7).astype(np.float32)
-    cuts = sorted(data.draw(st.sets(st.integers(1, width), max_size=5), "cuts") | {0, width})
+    x, k, cuts = drawn_cuts(data)
     parts = data.draw(st.permutations(list(pairwise(cuts))), "order")
     stream = Stream(3, k, data.draw(st.integers(0, 99), "threads"))
     for a, b in parts:  # slices begin at any address

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel_cases import drawn_cuts
 from npeff.errors import ArgumentError, DataError
 from npeff.kernels import NonFiniteError, StreamingTopK, available, dispatch, set_num_threads, topk, use
 
@@ -140,12 +141,7 @@ def stream(blocks: list[tuple[np.ndarray, int]], k: int, **options: bool) -> tup
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_blocks_in_any_order_equal_one_shot(data: st.DataObject) -> None:
-    width = data.draw(st.integers(1, 400), "width")
-    k = data.draw(st.integers(1, width), "k")
-    levels = data.draw(st.sampled_from([2, 5, 1000]), "distinct values")
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32), "seed"))
-    x = (rng.integers(-levels, levels + 1, (3, width)) / 7).astype(np.float32)
-    cuts = sorted(data.draw(st.sets(st.integers(1, width), max_size=5), "cuts") | {0, width})
+    x, k, cuts = drawn_cuts(data)
     blocks = [(x[:, a:b], a + 10) for a, b in pairwise(cuts)]
     order = data.draw(st.permutations(range(len(blocks))), "order")
     use(data.draw(st.sampled_from(IMPLEMENTATIONS), "implementation"))

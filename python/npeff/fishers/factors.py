@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,13 +108,6 @@ def width(logits: Tensor, options: FisherOptions) -> int:
     if options.min_prob is not None:
         return min(most, max(1, int((log_p.exp() >= options.min_prob).sum(dim=1).max()))) if len(log_p) else 1
     return _reduced_width(log_p, (log_p + _others(log_p).log()).exp().sum(dim=1), options)
-
-
-def in_pieces(logits: Tensor, options: FisherOptions, memory: int) -> Iterator[slice]:
-    """Where to cut a batch so that making the cotangents of a piece takes no more than ``memory`` bytes, if it can."""
-    step = max(1, len(logits) * memory // max(1, cotangent_bytes(logits, options)))
-    for start in range(0, len(logits), step):
-        yield slice(start, min(start + step, len(logits)))
 
 
 def cotangent_bytes(logits: Tensor, options: FisherOptions) -> int:

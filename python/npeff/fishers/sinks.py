@@ -244,7 +244,7 @@ class SketchSink(Sink):
             starts = (block.starts,) if isinstance(block.starts, int) else block.starts
             if shape is not None:
                 starts = tuple((start - parameter.offset) // shape[1] for start in starts)
-            where = _rows_at(starts, block.examples.start, b, r, self._sums.n_rows)
+            where = target_rows(starts, block.examples.start, b, r, self._sums.n_rows)
         else:
             where = block.starts[:, None, :].expand(b, r, runs).reshape(-1)
             where = where if shape is None else (where - parameter.offset) // shape[1]
@@ -280,10 +280,24 @@ class SketchSink(Sink):
 
 
 @functools.lru_cache(maxsize=2048)
-def _rows_at(starts: tuple[int, ...], first: int, b: int, r: int, n_rows: int) -> BlockRows:
-    """The rows of b examples: example by example, column by column, one for each start."""
-    rows = np.repeat(np.arange(first * r, (first + b) * r, dtype=np.int64), len(starts))
-    return BlockRows(np.tile(np.array(starts, np.int64), b * r), rows, n_rows)
+def target_rows(
+    starts: tuple[int, ...], first: int, b: int, r: int, n_targets: int, column_stride: int | None = None
+) -> BlockRows:
+    """Plan the rows of a block: example by example, column by column, one for each start.
+
+    Args:
+        starts: Flat indices where the runs of one column begin.
+        first: The first example.
+        b: Examples.
+        r: Columns of each.
+        n_targets: Sketches or selectors.
+        column_stride: Distance of two columns' flat indices in the one target of an example; None: each column has a
+            target of its own.
+    """
+    one = np.arange(r, dtype=np.int64)[:, None] * (column_stride or 0) + np.array(starts, np.int64)
+    columns = 1 if column_stride is not None else r
+    rows = np.repeat(np.arange(first * columns, (first + b) * columns, dtype=np.int64), one.size // columns)
+    return BlockRows(np.tile(one.reshape(-1), b), rows, n_targets)
 
 
 def _gram(values: Tensor, starts: Tensor | tuple[int, ...] | int) -> Tensor:

@@ -7,7 +7,6 @@ adds to the inner products of the columns comes from the factors, so that the de
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,12 +17,11 @@ from torch import Tensor
 
 from npeff.fishers.factors import Factors
 from npeff.fishers.rows import Rows, SparseRows, index_dtype
-from npeff.fishers.sinks import Sink
+from npeff.fishers.sinks import Sink, target_rows
 from npeff.gradients import tiles
 from npeff.gradients.rules import Rule
 from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import StreamingTopK
-from npeff.kernels.block_rows import BlockRows
 from npeff.models import devices
 from npeff.models.parameters import Parameter, Parameters
 
@@ -64,7 +62,7 @@ class TopKSink(Sink):
         values, first = block.values.reshape(-1, width), block.examples.start
         if not isinstance(block.starts, Tensor):
             starts = (block.starts,) if isinstance(block.starts, int) else block.starts
-            self._selectors.push(values, rows_at(starts, first, b, r, self._m, self._selectors.n_rows))
+            self._selectors.push(values, target_rows(starts, first, b, r, self._selectors.n_rows, self._m))
             return
         offsets = torch.arange(r, device=block.starts.device) * self._m
         base = (block.starts[:, None, :] + offsets[:, None]).reshape(-1)
@@ -76,14 +74,6 @@ class TopKSink(Sink):
     def _rows(self) -> Callable[[Array, Array], Rows]:
         selections, n_columns, m = self._selectors.finish_later(), self.n_columns, self._m
         return lambda counts, scale: sparse_rows(*selections(), n_columns, m, counts, scale)
-
-
-@functools.lru_cache(maxsize=2048)
-def rows_at(starts: tuple[int, ...], first: int, b: int, r: int, column_stride: int, n_selectors: int) -> BlockRows:
-    """The rows of b examples: example by example, column by column, one for each start."""
-    one = np.arange(r, dtype=np.int64)[:, None] * column_stride + np.array(starts, np.int64)
-    rows = np.repeat(np.arange(first, first + b, dtype=np.int64), one.size)
-    return BlockRows(np.tile(one.reshape(-1), b), rows, n_selectors)
 
 
 def push(selectors: StreamingTopK, pairs: Pairs, column_stride: int) -> None:

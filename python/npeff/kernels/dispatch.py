@@ -12,15 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
 
 import torch
 
 from npeff.errors import ArgumentError
 from npeff.kernels import arrays
 from npeff.short_repr import short_repr
-
-Implementation = Literal["reference", "base", "avx2", "avx512", "cuda"]
 
 KERNELS = (
     "topk",
