@@ -87,8 +87,9 @@ def compute_fishers(
             position alone.
         likelihood: What the outputs mean: ``"categorical"`` logits, ``"probabilities"`` of classes (a model that
             ends in a softmax), ``"bernoulli"`` logits (one question each), or ``"gaussian"`` means of unit variance.
-        parameters: Name patterns as in the shell (``"layers.3.*"``), one or several; ``"!…"`` excludes. None
-            takes all.
+        parameters: Name patterns as in the shell (``"layers.3.*"``), one or several; ``"!…"`` excludes.
+            ``"blocks"`` stands for the weights of all linear layers in the transformer blocks: no embeddings, norms,
+            biases, nor the head. None takes all; with :class:`npeff.language.Places`, the blocks.
         forward: ``forward(model, batch) -> logits`` for models that are not simply called on the inputs.
         out: File to write. Work is saved while it is done, at Ctrl-C, SIGTERM and SIGHUP too (called from the main
             thread); the same call resumes it.
