@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from language_cases import model_of
+from tiny_language import model_of
 from npeff.errors import ArgumentError
 from npeff.gradients.selection import block_weights, select_parameters
 

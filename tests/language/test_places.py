@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from language_cases import VOCABULARY, model_of, tokenizer_of
+from tiny_language import VOCABULARY, model_of, tokenizer_of
 from npeff.errors import ArgumentError, DataError
 from npeff.language import Places
 
