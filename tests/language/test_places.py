@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from tiny_language import VOCABULARY, model_of, tokenizer_of
 from npeff.errors import ArgumentError, DataError
 from npeff.language import Places
+from tiny_language import VOCABULARY, model_of, tokenizer_of
 
 pytest.importorskip("transformers")
 

@@ -15,7 +15,6 @@ from npeff.gradients.eligibility import check_eligible, check_initialised
 from npeff.models.devices import usable_device
 from npeff.models.parameters import Parameters
 
-
 BLOCKS = "blocks"
 """The pattern that stands for :func:`block_weights`."""
 
@@ -41,8 +40,8 @@ def block_weights(model: nn.Module) -> frozenset[str]:
     )
     if not found:
         raise ArgumentError(
-            f"parameters: {BLOCKS!r} stands for the linear layers of transformer blocks, and {type(model).__name__} has "
-            "none within an nn.ModuleList; name its parameters by patterns"
+            f"parameters: {BLOCKS!r} stands for the linear layers of transformer blocks, and {type(model).__name__} "
+            "has none within an nn.ModuleList; name its parameters by patterns"
         )
     return found
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from npeff.batches.batch_order import TokenBatches
 from npeff.errors import ArgumentError, DataError
+from npeff.language.hugging_face import load_tokenizer
 from npeff.language.sources import Text, read_texts
 from npeff.language.tokens import Ids, Tokens, Where, continuation, finder, tokenize
 
@@ -117,6 +118,16 @@ class Places:
         ):
             raise ArgumentError(f"answers: expected at least two different words, got {answers!r}")
         self.tokenizer = tokenizer
+        self._options = {
+            "where": where,
+            "answers": answers and list(answers),
+            "context": context,
+            "text_column": text_column,
+            "label_column": label_column,
+            "batch_tokens": batch_tokens,
+            "sort": sort,
+            "padding_side": padding_side,
+        }
         self.answers = None if answers is None else tuple(answers)
         self.outputs: Ids | None = None
         self._context, self._left = context, padding_side == "left"
@@ -181,6 +192,28 @@ class Places:
         if self._left:
             batch["position_ids"] = np.maximum(mask.cumsum(1) - 1, 0)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the tokenizer and the options for the provenance, JSON-able."""
+        described = {"tokenizer": getattr(self.tokenizer, "name_or_path", ""), **self._options}
+        if callable(described["where"]):
+            described["where"] = None
+        return described
+
+    @classmethod
+    def described(cls, description: Mapping[str, Any], texts: Any) -> Places:
+        """Make the places of texts as :meth:`describe` says, with the tokenizer of that path.
+
+        Raises:
+            ArgumentError: They were found by a callable, or there is no such tokenizer.
+        """
+        options = dict(description)
+        tokenizer = options.pop("tokenizer")
+        if options["where"] is None:
+            raise ArgumentError(
+                "where: these places were found by a callable; make Places with the same one, in Python"
+            )
+        return cls(load_tokenizer(tokenizer), texts, **options)
 
     def check_model(self, model: nn.Module) -> None:
         """Check that a model takes these tokens, and sequences as long as these.
