@@ -33,8 +33,13 @@ def examples(places: Places) -> list[tuple[str, str]]:
 
 def from_batches(places: Places) -> np.ndarray:
     """The classes of the examples, in the order of the batches."""
-    labels = [batch["labels"] for batch in places]
+    labels = [content["labels"] for content in contents(places)]
     return np.concatenate([part[part != -100].numpy() for part in labels])
+
+
+def contents(places: Places) -> list[dict[str, Any]]:
+    """What the batches hold."""
+    return [batch.content for batch in places]
 
 
 # ---- where and labels -----------------------------------------------------------------------------------------
@@ -44,7 +49,7 @@ def test_last_token_of_each_text(tokenizer: Any) -> None:
     places = Places(tokenizer, TEXTS)
     assert examples(places) == [(" is", ""), (" is", "")]
     assert places.places[:, 0].tolist() == [0, 1] and places.labels.tolist() == [-1, -1]
-    (batch,) = places
+    (batch,) = contents(places)
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
     at = torch.argwhere(batch["labels"] != -100)
     assert at[:, 1].tolist() == [int(row.sum()) - 1 for row in batch["attention_mask"]]
@@ -58,7 +63,7 @@ def test_every_token_predicts_the_next(tokenizer: Any) -> None:
     first = int((places.places[:, 0] == 0).sum())
     assert [label for _, label in words[: first - 1]] == [token for token, _ in words[1:first]]
     assert words[first - 1] == (" is", "")
-    (batch,) = places
+    (batch,) = contents(places)
     np.testing.assert_array_equal(batch["labels"][:, :-1][0, : first - 1], batch["input_ids"][0, 1:first])
     np.testing.assert_array_equal(from_batches(places), places.labels)
 
@@ -96,7 +101,7 @@ def test_context_makes_a_sequence_of_each_place() -> None:
     found = places.example(4)
     assert found.tokens == ("<s>", *whole.example(4).tokens[3:6])
     assert found.index == 3 and found.text == 0
-    assert all(batch["input_ids"].shape[1] <= 4 for batch in places)
+    assert all(batch["input_ids"].shape[1] <= 4 for batch in contents(places))
 
 
 def test_labels_of_a_column(tokenizer: Any) -> None:
@@ -115,7 +120,9 @@ def test_answers_are_the_classes(tokenizer: Any) -> None:
     rows = [{"text": "Is it good?", "label": label} for label in (" yes", " no", 1, "0", None, float("nan"))]
     places = Places(tokenizer, rows, answers=[" yes", " no"], label_column="label")
     assert places.labels.tolist() == [0, 1, 1, 0, -1, -1]
-    assert places.outputs is not None and places.output_names([0, 1]) == [" yes", " no"]
+    (batch,) = places
+    assert batch.outputs is not None and places.outputs is not None
+    assert batch.outputs.tolist() == places.outputs.tolist() and places.output_names([0, 1]) == [" yes", " no"]
     assert [tokenizer.decode([i]) for i in places.outputs] == [" yes", " no"]
     next_word = Places(tokenizer, ["Is it good? yes Is it bad? no"], r"\?", answers=[" yes", " no"])
     assert next_word.labels.tolist() == [0, 1]
@@ -128,10 +135,10 @@ def test_batches_are_bounded_and_come_again(tokenizer: Any) -> None:
     texts = [" yes" * n for n in (3, 9, 1, 12, 5, 5, 2)]
     for sort in (False, True):
         places = Places(tokenizer, texts, "every", batch_tokens=24, sort=sort)
-        batches = list(places)
+        batches = contents(places)
         assert len(batches) == len(places) > 1
         assert all(batch["input_ids"].numel() <= 24 for batch in batches)
-        for one, two in zip(batches, places, strict=True):
+        for one, two in zip(batches, contents(places), strict=True):
             assert all(torch.equal(one[name], two[name]) for name in one)
         np.testing.assert_array_equal(from_batches(places), places.labels)
     assert places.places[0, 0] == 3, "the longest first"
@@ -143,7 +150,7 @@ def test_batches_are_bounded_and_come_again(tokenizer: Any) -> None:
 def test_padding_on_the_left(tokenizer: Any) -> None:
     right, left = Places(tokenizer, TEXTS, "every"), Places(tokenizer, TEXTS, "every", padding_side="left")
     np.testing.assert_array_equal(right.labels, left.labels)
-    (one,), (two,) = right, left
+    (one,), (two,) = contents(right), contents(left)
     assert "position_ids" not in one
     kept = two["attention_mask"].bool()
     assert torch.equal(one["input_ids"][one["attention_mask"].bool()], two["input_ids"][kept])
@@ -296,7 +303,7 @@ def test_padding_changes_no_prediction(tokenizer: Any, kind: str) -> None:
     for options in ({}, {"padding_side": "left"}, {"batch_tokens": 20}):
         places = Places(tokenizer, TEXTS, "every", **options)  # type: ignore[arg-type]
         with torch.no_grad():
-            found.append(torch.cat([model(**inputs_of(b)).logits[b["labels"] != -100] for b in places]))
+            found.append(torch.cat([model(**inputs_of(b)).logits[b["labels"] != -100] for b in contents(places)]))
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found[0], found[2], atol=1e-5, rtol=1e-4)
 

@@ -26,7 +26,8 @@ from npeff.fishers.pipeline import BatchPipeline
 from npeff.fishers.rows import Kind
 from npeff.fishers.shards import FisherWriter
 from npeff.gradients.eligibility import differ
-from npeff.gradients.selection import placed, select_parameters
+from npeff.gradients.selection import BLOCKS, placed, select_parameters
+from npeff.language.places import places_of
 from npeff.models.digests import ModelWatch
 from npeff.storage.files import check_target
 from npeff.storage.termination import ending_in_order
@@ -114,6 +115,9 @@ def compute_fishers(
         ModelError: The model has no per-example gradients as it stands, fails on a batch, or changed during the work.
         ResumeError: ``out`` holds work on another model, other data or other options.
     """
+    places = places_of(data)
+    if places is not None and parameters is None:
+        parameters = BLOCKS
     given = locals()
     options = FisherOptions(**{name: given[name] for name in FisherOptions.__dataclass_fields__})
     options.check()
@@ -125,9 +129,12 @@ def compute_fishers(
     inner = getattr(model, "_orig_mod", model)  # torch.compile hides the operations that rules look for
     if not isinstance(inner, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
+    if places is not None:
+        places.check_model(inner)
     # Work that is saved while it is done is saved at a SIGTERM, too.
     with nullcontext() if out is None else ending_in_order(), placed(inner, device) as place:
-        run = Run(inner, place, select_parameters(inner, parameters), options.cheapest())
+        about = {} if places is None else {"places": places.describe()}
+        run = Run(inner, place, select_parameters(inner, parameters), options.cheapest(), about)
         return exact_gram(run, data) if isinstance(compress, GramOnly) else _compute(run, data)
 
 

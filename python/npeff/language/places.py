@@ -8,16 +8,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from npeff.batches.batch_order import TokenBatches
+from npeff.batches.batches import IGNORED, Batch
 from npeff.errors import ArgumentError, DataError
 from npeff.language.hugging_face import load_tokenizer
 from npeff.language.sources import Text, read_texts
 from npeff.language.tokens import Ids, Tokens, Where, continuation, finder, tokenize
 
-NO_PLACE, UNKNOWN = -100, -1
-"""Labels of positions that are no examples, and of examples whose next token is not known."""
+UNKNOWN = -1
+"""The label of a place whose next token is not known."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Places:
 
     An example is a *place*: a position in a text, and what the model predicts there. The object is iterated as any data
     of :func:`npeff.compute_fishers`, as often as wanted; examples are numbered from 0 as the batches hold them, text by
-    text and from left to right. A batch holds ``input_ids`` and ``attention_mask`` ``(b, T)``, padded to its longest
-    sequence, and ``labels`` ``(b, T)``: at a place the token that comes next (nothing is left to shift), −1 where it is
-    not known; −100 at every other position.
+    text and from left to right. The content of a batch is a mapping: ``input_ids`` and ``attention_mask`` ``(b, T)``,
+    padded to the longest of its sequences, and ``labels`` ``(b, T)``: at a place the token that comes next (nothing is
+    left to shift), −1 where it is not known; −100 at every other position.
 
     Args:
         tokenizer: The model's own tokenizer, a fast one of the transformers package.
@@ -152,9 +153,9 @@ class Places:
             )
         self._batches = TokenBatches(lengths, batch_tokens, sort=sort)
         self._sequences_read = [sequences[i] for i in self._batches.order.tolist()]
-        self._ends = np.cumsum([int((s.labels != NO_PLACE).sum()) for s in self._sequences_read])
-        self.labels = np.concatenate([s.labels[s.labels != NO_PLACE] for s in self._sequences_read])
-        positions = np.concatenate([s.kept[s.labels != NO_PLACE] for s in self._sequences_read])
+        self._ends = np.cumsum([int((s.labels != IGNORED).sum()) for s in self._sequences_read])
+        self.labels = np.concatenate([s.labels[s.labels != IGNORED] for s in self._sequences_read])
+        positions = np.concatenate([s.kept[s.labels != IGNORED] for s in self._sequences_read])
         numbers = np.repeat([s.text for s in self._sequences_read], np.diff(self._ends, prepend=0))
         self.places = np.stack([numbers.astype(np.int64), positions], axis=1)
 
@@ -167,7 +168,7 @@ class Places:
         """Number of places, n."""
         return len(self.places)
 
-    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         """Iterate over the batches."""
         for numbers in self._slices():
             yield self._batch(self._sequences_read[numbers])
@@ -178,12 +179,12 @@ class Places:
             yield slice(start, start + len(numbers))
             start += len(numbers)
 
-    def _batch(self, sequences: list[_Sequence]) -> Mapping[str, Tensor]:
+    def _batch(self, sequences: list[_Sequence]) -> Batch:
         """Pad some sequences to the longest of them."""
         shape = (len(sequences), max(len(sequence.ids) for sequence in sequences))
         padding = self.tokenizer.pad_token_id
         ids = np.full(shape, 0 if padding is None else padding, np.int64)
-        labels, mask = np.full(shape, NO_PLACE, np.int64), np.zeros(shape, np.int64)
+        labels, mask = np.full(shape, IGNORED, np.int64), np.zeros(shape, np.int64)
         for row, sequence in enumerate(sequences):
             length = len(sequence.ids)
             columns = slice(shape[1] - length, None) if self._left else slice(length)
@@ -191,7 +192,8 @@ class Places:
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if self._left:
             batch["position_ids"] = np.maximum(mask.cumsum(1) - 1, 0)
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
+        content = {name: torch.from_numpy(values) for name, values in batch.items()}
+        return Batch(content, outputs=None if self.outputs is None else torch.from_numpy(self.outputs), places=True)
 
     def describe(self) -> dict[str, Any]:
         """Describe the tokenizer and the options for the provenance, JSON-able."""
@@ -274,7 +276,7 @@ class Places:
     def _sequences(self, number: int, tokens: Tokens, positions: Ids) -> list[_Sequence]:
         """Make the sequences of one text: one, or one for each place where the context is limited."""
         own = tokens.spans[:, 1] > tokens.spans[:, 0]
-        labels = np.full(len(tokens.ids), NO_PLACE, np.int64)
+        labels = np.full(len(tokens.ids), IGNORED, np.int64)
         following = np.where(np.append(own[1:], False), np.append(tokens.ids[1:], 0), UNKNOWN)
         # A masked token is not followed by what it stands for.
         labels[positions] = np.where(tokens.ids[positions] == self._mask, UNKNOWN, following[positions])
@@ -290,7 +292,7 @@ class Places:
         lead, found = tokens.n_leading, []
         for p in positions.tolist():
             kept = np.append(np.arange(min(lead, p)), np.arange(max(p - self._context, min(lead, p)), p + 1))
-            only = np.where(kept == p, labels[p], NO_PLACE)
+            only = np.where(kept == p, labels[p], IGNORED)
             found.append(_Sequence(number, kept, tokens.ids[kept], only))
         return found
 
@@ -350,3 +352,8 @@ class Places:
         if key not in self._known:
             self._known[key] = continuation(self.tokenizer, before, word, what)
         return self._known[key]
+
+
+def places_of(data: object) -> Places | None:
+    """The places that data are, or that a wrapper holds as ``data``; None for other data."""
+    return next((found for found in (data, getattr(data, "data", None)) if isinstance(found, Places)), None)

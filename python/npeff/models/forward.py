@@ -89,9 +89,12 @@ def call_model(
     if isinstance(logits, (tuple, list)) and len(logits) == 1:
         logits = logits[0]
     if not isinstance(logits, Tensor):
+        head = (
+            "load it with its head, as AutoModelForCausalLM does, or " if hasattr(output, "last_hidden_state") else ""
+        )
         raise DataError(
             f"logits: expected a tensor (or an output with .logits) from {source}, got "
-            f"{type(output).__name__}; pass forward=callable(model, batch) -> logits"
+            f"{type(output).__name__}; {head}pass forward=callable(model, batch) -> logits"
         )
     if batch.places is None and logits.dim() == 1 and len(logits) == batch.n_examples:
         logits = logits[:, None]
