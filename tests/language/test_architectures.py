@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import npeff
 from language_cases import VOCABULARY, token_batches
+from npeff.batches.batches import read_batches
+from npeff.models.forward import call_model
 from tiny_language import model_of
 
 pytest.importorskip("transformers")
@@ -64,3 +66,20 @@ def test_half_precision() -> None:
     model = model_of("llama", vocab_size=VOCABULARY)
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     agree(rounded, token_batches(every=2, counts=((4,), (3,))), tolerance=0.1, parameters="blocks")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mamba", "bert"])
+def test_logits_before_the_first_place_are_not_made(kind: str) -> None:
+    model = model_of(kind, vocab_size=VOCABULARY)
+    (content,) = token_batches("left", counts=((6, 5),))
+    content["labels"][:, :4] = -100
+    made = []
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    head.register_forward_hook(lambda module, given, logits: made.append(logits.shape[1]))
+    (batch,) = read_batches([content], torch.device("cpu"), False, True)
+    logits = call_model(model, None, batch)
+    whole = model(**{name: tensor for name, tensor in content.items() if name != "labels"}).logits
+    torch.testing.assert_close(logits, whole[content["labels"] != -100])
+    assert made == [6 if kind == "bert" else 2, 6]
+    some = call_model(model, None, batch.take(torch.tensor([1, 3])))
+    torch.testing.assert_close(some, logits[[1, 3]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from npeff.errors import ArgumentError, ModelError
@@ -27,7 +28,7 @@ def load_model(target: str) -> nn.Module:
     try:
         architectures = transformers.AutoConfig.from_pretrained(path, **options).architectures or [""]
         kind = getattr(transformers, architectures[0], transformers.AutoModelForCausalLM)
-        model, found = kind.from_pretrained(path, output_loading_info=True, **options)
+        model, found = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"MODEL: {target} cannot be loaded: {_first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
@@ -36,7 +37,7 @@ def load_model(target: str) -> nn.Module:
             f"{kind.__name__}; these would be random"
         )
     model.config.use_cache = False
-    loaded: nn.Module = model.float().eval()
+    loaded: nn.Module = model.eval()
     return loaded
 
 
