@@ -23,8 +23,7 @@ from npeff.components.loading import describe, load
 from npeff.errors import ArgumentError, ForeignFileError, NewerFileError, StorageError, TruncatedFileError
 from npeff.fishers.file_format import write_fishers
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.growing_rows import concatenate
-from npeff.fishers.rows import DenseRows, SparseRows
+from npeff.fishers.rows import DenseRows, SparseRows, concatenate
 from npeff.models.parameters import Parameters
 from npeff.storage import container, files, hdf5
 from stored_samples import (

@@ -23,7 +23,6 @@ from npeff.decomposition.spaces import FactorSpace, GramSpace, RowSpace, Streame
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.scaling import ScaledRows, resolve_block_weights, scale
-from npeff.fishers.streamed_rows import StreamedRows
 from npeff.models.devices import usable_device
 from npeff.storage.files import forget
 
@@ -146,7 +145,7 @@ def prepare(
     space: FactorSpace
     if choice.space == "gram" and low_rank:
         space = GramSpace(scaled.rows, anchors, options.torch_dtype, device, choice.part_bytes)
-    elif isinstance(scaled.rows, StreamedRows):
+    elif choice.stream:
         space = StreamedSpace(scaled.rows, options.torch_dtype, device, comm)
     else:
         space = RowSpace(scaled.rows, options.torch_dtype, device, comm)

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from npeff.batches.batches import Batch
 from npeff.fishers.factors import Factors
 from npeff.fishers.fishers import FisherBlock
-from npeff.fishers.growing_rows import concatenate
 from npeff.fishers.options import FisherOptions, Sketch, TopK
 from npeff.fishers.passes import Ids, Run
+from npeff.fishers.rows import concatenate
 from npeff.fishers.shards import FisherWriter
 from npeff.fishers.sinks import DenseSink, Sink, SketchSink
 from npeff.fishers.topk_sink import TopKSink

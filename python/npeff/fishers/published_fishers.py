@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from npeff.errors import StorageError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.growing_rows import concatenate
-from npeff.fishers.rows import Kind, SparseRows, index_dtype
+from npeff.fishers.rows import Kind, SparseRows, concatenate, index_dtype
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container
 from npeff.storage.fields import MOST_PARAMETERS, Field, check_shapes, refuse

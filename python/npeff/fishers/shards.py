@@ -16,9 +16,9 @@ import numpy.typing as npt
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
 from npeff.fishers.file_format import EXAMPLE_ARRAYS, offsets_of
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
-from npeff.fishers.growing_rows import GrowingRows
 from npeff.fishers.options import sketch_of
 from npeff.fishers.parts import BatchRecord, Parts, batches_in, check_header, parts_folder, plain
+from npeff.fishers.rows import GrowingRows
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import check_target

@@ -72,15 +72,15 @@ class Trial:
 
     def largest(self, k: int, n: int | None = None) -> tuple[SparseRows, Array]:
         """Return the first n examples' rows, with all but the k largest entries of each set to 0, and their offsets."""
-        offsets, rows = np.asarray(self.fishers.row_offsets)[: None if n is None else n + 1], self.fishers.rows
-        assert isinstance(rows, SparseRows), "a trial of TopK"
-        rows = rows.part(0, int(offsets[-1]))
-        values = np.array(rows.values)
-        for start, stop in pairwise(rows.indptr[offsets]):
+        offsets = np.asarray(self.fishers.row_offsets)[: None if n is None else n + 1]
+        rows = self.fishers.rows.part(0, int(offsets[-1]))
+        indptr, indices, values = (rows.arrays()[f"rows/{name}"] for name in ("indptr", "indices", "values"))  # of TopK
+        values = np.array(values)
+        for start, stop in pairwise(indptr[offsets]):
             own = values[int(start) : int(stop)]
             if k < len(own):
                 own[np.argpartition(np.abs(own), len(own) - k)[: len(own) - k]] = 0
-        return SparseRows(rows.indptr, rows.indices, values, rows.n_columns), offsets
+        return SparseRows(indptr, indices, values, rows.n_columns), offsets
 
     def entries(self, k: int) -> int:
         """Count the entries that ``TopK(k)`` keeps: exact zeros are never kept."""
