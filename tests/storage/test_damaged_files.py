@@ -22,8 +22,8 @@ from npeff.companions.influence.scores import Scores
 from npeff.components.loading import describe, load
 from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.storage import container
-from npeff.storage.documents import parse_json, read_json
-from npeff.storage.records import write_record
+from npeff.storage.checks import parse_json, read_json
+from npeff.storage.writing import write_record
 from planted import planted
 from stored_samples import assert_same, components_of, fishers_of, write_by_hand
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from npeff.components.components import Components
+from npeff.components.components import COMPONENTS, Components
 from npeff.components.published import describe_published, published_in
-from npeff.components.saving import COMPONENTS
 from npeff.errors import ForeignFileError, StorageError
 from npeff.fishers.file_format import (
     KINDS,
@@ -25,11 +24,9 @@ from npeff.fishers.file_format import (
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.options import sketch_of
 from npeff.fishers.parts import describe_parts, parts_folder
-from npeff.storage.container import Container
-from npeff.storage.documents import expect, item
-from npeff.storage.fields import Sizes, check_shapes
+from npeff.storage.checks import Sizes, check_shapes, expect, item
+from npeff.storage.container import Container, recognise
 from npeff.storage.files import path_of
-from npeff.storage.recognition import recognise
 
 READ_BYTES = 256 << 20  # components no larger are read into memory
 

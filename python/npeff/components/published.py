@@ -38,11 +38,11 @@ from npeff.fishers.published_fishers import (
     unnamed,
 )
 from npeff.fishers.rows import Kind
-from npeff.storage.container import Container, open_file
-from npeff.storage.fields import Field, Sizes, refuse
+from npeff.storage.checks import Field, Sizes, refuse
+from npeff.storage.container import LAYOUTS, Container, check_replaceable, layout_of, open_file
 from npeff.storage.files import atomic, check_target, path_of
-from npeff.storage.hdf5 import LEAST_ALLOWED, MOST_TIMES, Data, write_hdf5
-from npeff.storage.recognition import LAYOUTS, check_replaceable, layout_of
+from npeff.storage.hdf5 import LEAST_ALLOWED, MOST_TIMES
+from npeff.storage.writing import Data, write_hdf5
 
 Array = npt.NDArray[Any]
 
@@ -119,7 +119,7 @@ def write_published(
         layout, data, attributes = plan_decomposition(item, path, sparse)
     else:
         raise ArgumentError(f"item: expected Fishers or Components, got {type(item).__name__}")
-    check_replaceable(path, lambda found: found.content == layout and not found.is_npeff, f"a published {layout} file")
+    check_replaceable(path, layout)
     with atomic(path) as scratch:
         write_hdf5(scratch, data, attributes)
     return path

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from npeff.batches.batch_order import FixedOrder, Repeats
 from npeff.batches.batches import Batch, batch_digest, check_data
-from npeff.errors import ArgumentError, DataError, ResumeError
+from npeff.errors import ArgumentError, DataError, ResumeError, ending_in_order
 from npeff.fishers.exact_gram import exact_gram
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import Basis, Compression, FisherOptions, Forward, GramOnly, Labels, Likelihood
@@ -29,7 +29,6 @@ from npeff.gradients.eligibility import differ
 from npeff.gradients.selection import placed, select_parameters
 from npeff.models.digests import ModelWatch
 from npeff.storage.files import check_target
-from npeff.storage.termination import ending_in_order
 
 
 class EmptyShareError(DataError):

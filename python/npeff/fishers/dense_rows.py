@@ -44,8 +44,8 @@ class Matrix:
 class Rows:
     """Rows ``A (n_rows, n_columns)`` of all examples end to end, whatever form they have.
 
-    A form overrides what it does in its own way; a form without rows refuses, with an ``ArgumentError``, what needs
-    them.
+    A form overrides what it does in its own way. Whatever else is asked of it goes to a part in memory; a form without
+    rows refuses to give one, with an ``ArgumentError``.
 
     Attributes:
         form: The form in a file.
@@ -80,7 +80,7 @@ class Rows:
 
     def gram(self, start: int, stop: int) -> Array:
         """Inner products of rows ``start … stop − 1``, float64."""
-        raise NotImplementedError
+        return self.part(start, stop).gram(0, stop - start)
 
     def squared_norms(self) -> Array:
         """Σ of squared entries per row, ``(n_rows,)`` float64."""
@@ -88,11 +88,11 @@ class Rows:
 
     def take(self, rows: Array) -> Rows:
         """The given rows, in the given order, copied."""
-        raise NotImplementedError
+        return self.whole().take(rows)
 
     def row_gram(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``K = A Aᵀ``, ``(n_rows, n_rows)``."""
-        raise NotImplementedError
+        return self.whole().row_gram(dtype)
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +111,26 @@ class Rows:
         """Where the given rows begin among the stored numbers, in rows or in entries; ``n_rows`` is the end."""
         return np.asarray(rows, np.int64)
 
+    def byte_offsets(self, rows: Array) -> Array:
+        """Where the given rows begin in the bytes of all; ``n_rows`` is the end."""
+        return self.starts(rows) * max(1, 4 * self.n_columns)
+
+    def numbering(self, columns: Array) -> Array:
+        """What :meth:`scaled` takes for ``columns``: themselves, or the number of each stored column among them."""
+        return columns
+
+    def scaled(
+        self,
+        start: int,
+        stop: int,
+        row_factors: Array | None,
+        column_factors: Array | None,
+        numbers: Array | None,
+        n_columns: int,
+    ) -> Rows:
+        """Rows ``start … stop − 1`` times their factors, on some columns, see :meth:`numbering`; None: on all."""
+        raise NotImplementedError
+
     def column_counts(self, part_bytes: int = PART_BYTES) -> Array | None:
         """Entries per column, int64, up to the last column that has any; None where every column has all rows."""
         return None
@@ -123,45 +143,49 @@ class Rows:
         """
         yield 0, self.n_rows, self
 
+    def whole(self) -> Rows:
+        """All rows, in memory."""
+        return self.part(0, self.n_rows)
+
     def part(self, start: int, stop: int) -> Rows:
-        """Rows ``start … stop − 1``; views where that can be."""
-        _no_rows()
+        """Rows ``start … stop − 1``, in memory; views where that can be."""
+        raise NotImplementedError
 
     def dense(self, start: int, stop: int) -> Array:
         """Rows ``start … stop − 1`` as float32 ``(stop − start, n_columns)``, copied; absent entries are 0."""
-        _no_rows()
+        return self.part(start, stop).dense(0, stop - start)
 
     def nonzero(self, start: int, stop: int) -> tuple[Array, Array, Array]:
         """Row, counted from ``start``, column and value of the entries of rows ``start … stop − 1`` that are not 0."""
-        _no_rows()
+        return self.part(start, stop).nonzero(0, stop - start)
 
     def on_columns(self, columns: Array) -> Rows:
         """The rows on ``columns`` alone, renumbered 0 … len(columns) − 1."""
-        _no_rows()
+        return self.whole().on_columns(columns)
 
     def column_sums(self, weights: Array, squared: bool) -> Array:
         """``Σ_i weights_i a_ij``, or of the squares of the entries, per column: ``(n_columns,)`` float64."""
-        _no_rows()
+        return self.whole().column_sums(weights, squared)
 
     def project(self, vectors: Tensor) -> Tensor:
         """``A Gᵀ`` for G ``(r, n_columns)``: ``(n_rows, r)`` in G's dtype, on its device."""
-        _no_rows()
+        return self.whole().project(vectors)
 
     def combine(self, S: Tensor, out: Tensor | None = None) -> Tensor:
         """``Sᵀ A`` for S ``(n_rows, r)``: ``(r, n_columns)`` in S's dtype, on its device, added to ``out`` if given."""
-        _no_rows()
+        return self.whole().combine(S, out)
 
     def add_gram(self, K: Tensor, room: int) -> None:
         """Add the lower triangle of ``A Aᵀ`` to K, on its device, with at most ``room`` bytes there beside the rows."""
-        _no_rows()
+        self.whole().add_gram(K, room)
 
     def on(self, dtype: torch.dtype, device: torch.device) -> Matrix:
         """The rows on a device, for products again and again."""
-        _no_rows()
+        return self.whole().on(dtype, device)
 
     def read_columns(self, first: int, last: int) -> Array:
         """Columns ``first … last − 1`` of all rows, float32; where :attr:`by_columns`."""
-        _no_rows()
+        return self.whole().read_columns(first, last)
 
     def stretches(self, room: int, per_column: int) -> Iterator[tuple[int, int, Rows]]:
         """First column, column after the last, and the rows on them, which take at most ``room`` bytes on a device."""
@@ -169,10 +193,6 @@ class Rows:
         for first in range(0, self.n_columns, width):
             last = min(first + width, self.n_columns)
             yield first, last, DenseRows(np.ascontiguousarray(self.read_columns(first, last), np.float32))
-
-
-def _no_rows() -> NoReturn:
-    raise ArgumentError("fishers: they keep inner products alone (GramOnly), and this needs their rows")
 
 
 @dataclass(frozen=True)
@@ -236,10 +256,6 @@ class DenseRows(Rows):
         blocks = np.array_split(self.values, max(1, self.n_rows // 256))
         return np.concatenate([np.einsum("ij,ij->i", b, b, dtype=np.float64) for b in blocks])
 
-    def byte_offsets(self, rows: Array) -> Array:
-        """Where the given rows begin in the bytes of all; ``n_rows`` is the end."""
-        return self.starts(rows) * max(1, 4 * self.n_columns)
-
     @override
     def column_sums(self, weights: Array, squared: bool) -> Array:
         sums = np.zeros(self.n_columns)
@@ -259,27 +275,23 @@ class DenseRows(Rows):
     def on_columns(self, columns: Array) -> DenseRows:
         return DenseRows(self.values[:, columns])
 
-    def numbering(self, columns: Array) -> Array:
-        """The columns."""
-        return columns
-
+    @override
     def scaled(
         self,
         start: int,
         stop: int,
         row_factors: Array | None,
         column_factors: Array | None,
-        columns: Array | None,
+        numbers: Array | None,
         n_columns: int,
     ) -> DenseRows:
-        """Rows ``start … stop − 1`` times their factors, on the given columns; see :class:`StreamedRows`."""
         values = self.values[start:stop]
         if column_factors is not None:
             values = values * column_factors
         if row_factors is not None:
             values = values * row_factors[start:stop, None]
         forget(self.values)
-        return DenseRows(values if columns is None else values[:, columns])
+        return DenseRows(values if numbers is None else values[:, numbers])
 
     def tensor(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
         """The rows as a torch tensor; shared memory where dtype and device allow it."""
@@ -358,6 +370,10 @@ class GramRows(Rows):
     @override
     def arrays(self) -> dict[str, Array]:
         return {"rows/gram": self.values}
+
+    @override
+    def part(self, start: int, stop: int) -> NoReturn:
+        raise ArgumentError("fishers: they keep inner products alone (GramOnly), and this needs their rows")
 
     @override
     def row_gram(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -35,11 +35,10 @@ from npeff.errors import ArgumentError, StorageError
 from npeff.fishers.options import sketch_of
 from npeff.fishers.rows import Kind, Rows, index_dtype
 from npeff.models.parameters import Parameters
-from npeff.storage.container import Container, write_container
-from npeff.storage.documents import expect, item
-from npeff.storage.fields import INT, MOST_PARAMETERS, Field, Sizes, check_arrays
+from npeff.storage.checks import INT, MOST_PARAMETERS, Field, Sizes, check_arrays, expect, item
+from npeff.storage.container import Container
 from npeff.storage.files import forget
-from npeff.storage.hdf5 import Data
+from npeff.storage.writing import Data, write_container
 
 Array = npt.NDArray[Any]
 Span = tuple[Container, int, int]

@@ -32,11 +32,9 @@ from npeff.fishers.options import Sketch, sketch_of
 from npeff.fishers.rows import Kind, Rows, rows_from
 from npeff.models.parameters import Parameters
 from npeff.short_repr import short_repr
-from npeff.storage.container import Container
-from npeff.storage.documents import expect
-from npeff.storage.fields import Sizes, check_arrays, check_shapes, refuse
-from npeff.storage.files import atomic, path_of
-from npeff.storage.recognition import check_replaceable
+from npeff.storage.checks import Sizes, check_arrays, check_shapes, expect, refuse
+from npeff.storage.container import Container, check_replaceable
+from npeff.storage.files import atomic
 
 Array = npt.NDArray[Any]
 
@@ -248,8 +246,7 @@ class Fishers:
             ArgumentError: An array holds what no Fishers have, such as NaN; says which.
             StorageError: The file cannot be written there; what was there is untouched.
         """
-        path = path_of(path)
-        check_replaceable(path, lambda found: found.content == "fishers", "Fishers saved by npeff")
+        path = check_replaceable(path, "fishers")
         header = {"kind": self.kind, "parameters": self.parameters.to_json(), "provenance": self.provenance}
         self.verify()
         arrays = {name: getattr(self, name) for name in ("row_offsets", *EXAMPLE_ARRAYS)}

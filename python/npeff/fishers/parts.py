@@ -32,11 +32,10 @@ from npeff.fishers.file_format import (
 from npeff.fishers.fishers import FisherBlock
 from npeff.fishers.rows import index_dtype
 from npeff.models.parameters import Parameters
-from npeff.storage.container import FORMAT, Container, open_container, write_container
-from npeff.storage.documents import expect, item, read_json
-from npeff.storage.fields import Sizes, check_shapes
+from npeff.storage.checks import Sizes, check_shapes, expect, item, read_json
+from npeff.storage.container import FORMAT, Container, open_container
 from npeff.storage.files import Lock, atomic, explain, refuse_link, sync_folder
-from npeff.storage.hdf5 import Data, to_json
+from npeff.storage.writing import Data, to_json, write_container
 
 Array = npt.NDArray[Any]
 BatchRecord = tuple[str, int]

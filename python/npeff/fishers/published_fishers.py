@@ -14,9 +14,10 @@ from npeff.errors import StorageError
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.rows import Kind, SparseRows, concatenate, index_dtype
 from npeff.models.parameters import Parameters
+from npeff.storage.checks import MOST_PARAMETERS, Field, check_shapes, refuse
 from npeff.storage.container import Container
-from npeff.storage.fields import MOST_PARAMETERS, Field, check_shapes, refuse
-from npeff.storage.hdf5 import CHUNK_BYTES, Attributes, Data
+from npeff.storage.hdf5 import CHUNK_BYTES
+from npeff.storage.writing import Attributes, Data
 
 Array = npt.NDArray[Any]
 PublishedLayout = tuple[str, list[Data], Attributes]

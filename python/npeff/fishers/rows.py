@@ -141,8 +141,8 @@ class SparseRows(Rows):
     def fisher_norms(self, row_offsets: Array) -> Array:
         return kernels.fisher_norms(self.indptr, self.indices, self.values, self.n_columns, row_offsets)
 
+    @override
     def byte_offsets(self, rows: Array) -> Array:
-        """Where the given rows begin in the bytes of all; ``n_rows`` is the end."""
         return self.starts(rows) * (self.values.itemsize + self.indices.itemsize) + 8 * rows
 
     @override
@@ -181,8 +181,8 @@ class SparseRows(Rows):
     def on_columns(self, columns: Array) -> SparseRows:
         return self.renumbered(self.numbering(columns), len(columns))
 
-    def numbering(self, columns: Array) -> Array:
-        """``(n_columns,)`` int32 number of each of ``columns`` among them, −1 of all others."""
+    @override
+    def numbering(self, columns: Array) -> Array:  # (n_columns,) int32; -1 of columns that are left out
         numbers = np.full(self.n_columns, -1, np.int32)
         numbers[columns] = np.arange(len(columns), dtype=np.int32)
         return numbers
@@ -195,6 +195,7 @@ class SparseRows(Rows):
         indptr = np.concatenate([[0], np.cumsum(kept)])[self.indptr].astype(np.int64)
         return SparseRows(indptr, indices[kept], self.values[kept], n_columns)
 
+    @override
     def scaled(
         self,
         start: int,
@@ -204,7 +205,6 @@ class SparseRows(Rows):
         numbers: Array | None,
         n_columns: int,
     ) -> SparseRows:
-        """Rows ``start … stop − 1`` times their factors, on the numbered columns; see :class:`StreamedRows`."""
         part = self.part(start, stop)
         values = part.values if column_factors is None else part.values * column_factors[part.indices]
         if row_factors is not None:

@@ -22,7 +22,7 @@ from npeff.fishers.rows import GrowingRows
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import check_target
-from npeff.storage.hdf5 import to_json
+from npeff.storage.writing import to_json
 
 Array = npt.NDArray[Any]
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from npeff.fishers.dense_rows import PART_BYTES, DenseRows, Matrix, Rows
-from npeff.fishers.rows import SparseRows
+from npeff.fishers.dense_rows import PART_BYTES, Rows
 from npeff.kernels.sparse_gram import mirror_
 from npeff.kernels.transfers import to_device
 from npeff.storage.files import forget
@@ -41,7 +40,7 @@ class StreamedRows(Rows):
 
     form: ClassVar[str] = "streamed"
 
-    stored: SparseRows | DenseRows
+    stored: Rows
     row_factors: Array | None = None
     column_factors: Array | None = None
     columns: Array | None = None
@@ -72,17 +71,13 @@ class StreamedRows(Rows):
         return self.stored.arrays()
 
     @override
-    def part(self, start: int, stop: int) -> SparseRows | DenseRows:
-        given = (self.row_factors, self.column_factors, self._numbering, self.n_columns)
-        return self.stored.scaled(start, stop, *given)
+    def part(self, start: int, stop: int) -> Rows:
+        factors = (self.row_factors, self.column_factors)
+        return self.stored.scaled(start, stop, *factors, self._numbering, self.n_columns)
 
     @cached_property
     def _numbering(self) -> Array | None:
         return None if self.columns is None else self.stored.numbering(self.columns)
-
-    @override
-    def take(self, rows: Array) -> Rows:
-        return self.whole().take(rows)
 
     @override
     def read_columns(self, first: int, last: int) -> Array:
@@ -94,18 +89,6 @@ class StreamedRows(Rows):
         if self.row_factors is not None:
             values *= self.row_factors[:, None]
         return values
-
-    def whole(self) -> SparseRows | DenseRows:
-        """All rows, in memory."""
-        return self.part(0, self.n_rows)
-
-    @override
-    def dense(self, start: int, stop: int) -> Array:
-        return self.part(start, stop).dense(0, stop - start)
-
-    @override
-    def gram(self, start: int, stop: int) -> Array:
-        return self.part(start, stop).gram(0, stop - start)
 
     @override
     def squared_norms(self) -> Array:
@@ -132,27 +115,8 @@ class StreamedRows(Rows):
         return [*self.stored.deciding(), *(array for array in factors if array is not None)]
 
     @override
-    def on(self, dtype: torch.dtype, device: torch.device) -> Matrix:
-        return self.whole().on(dtype, device)
-
-    @override
     def column_counts(self, part_bytes: int = PART_BYTES) -> Array | None:  # of stored columns
         return self.stored.column_counts(part_bytes)
-
-    @override
-    def column_sums(self, weights: Array, squared: bool) -> Array:
-        sums = np.zeros(self.n_columns)
-        for start, stop, part in self.parts():
-            sums += part.column_sums(weights[start:stop], squared)
-        return sums
-
-    @override
-    def nonzero(self, start: int, stop: int) -> tuple[Array, Array, Array]:
-        return self.part(start, stop).nonzero(0, stop - start)
-
-    @override
-    def on_columns(self, columns: Array) -> Rows:
-        return self.whole().on_columns(columns)
 
     @override
     def project(self, vectors: Tensor) -> Tensor:
@@ -182,11 +146,6 @@ class StreamedRows(Rows):
         return K
 
     @override
-    def add_gram(self, K: Tensor, room: int) -> None:
-        for _, _, part in ahead(self.stretches(room, 0)):
-            part.add_gram(K, room)
-
-    @override
     def stretches(self, room: int, per_column: int) -> Iterator[tuple[int, int, Rows]]:
         return super().stretches(room, per_column) if self.by_columns else self.whole().stretches(room, per_column)
 
@@ -206,7 +165,7 @@ class StreamedRows(Rows):
         return rows[chosen]
 
     @override
-    def parts(self, within: Array | None = None) -> Iterator[tuple[int, int, SparseRows | DenseRows]]:
+    def parts(self, within: Array | None = None) -> Iterator[tuple[int, int, Rows]]:
         edges = self.edges(within)
         for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             if stop > start:
