@@ -20,7 +20,7 @@ from npeff.components.factorisation import OPTIONAL, Factorisation
 from npeff.components.recovery import recover
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
 from npeff.errors import ArgumentError
-from npeff.fishers.file_format import check_saved, n_classes
+from npeff.fishers.file_format import LOGITS, PLACES, check_saved, count_outputs, example_fields
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import sketch_of
 from npeff.fishers.rows import Kind
@@ -38,8 +38,9 @@ COMPONENTS = (
     Field("vectors", FLOAT, ("n_components", "n_columns")),
     Field("columns", INT, ("n_columns",), least=0, below="n_parameters", ascending_in="", optional=True),
     Field("labels", INT, ("n_examples",), least=-1, below="n_classes"),
-    Field("logits", FLOAT, ("n_examples", "n_outputs")),
+    *LOGITS,
     Field("ids", INT, ("n_examples",), least=0),
+    PLACES,
     Field("norms", FLOAT, ("n_examples",), least=0, nan=True),
     Field("loss_curve", FLOAT, ("n_losses",)),
     Field("row_offsets", INT, ("n_examples + 1",), ascends_to="n_rows", optional=True),
@@ -278,10 +279,8 @@ class Components(Factorisation):
         path = check_replaceable(path, "components")
         self.verify()
         source = self.provenance.get("fishers") or {}
-        known = {
-            "n_parameters": self.n_parameters,
-            "n_classes": n_classes(source.get("options") or {}, self.logits.shape[1]),
-        }
+        known = {"n_parameters": self.n_parameters, "n_logits": self.logits.values.shape[1]}
+        count_outputs("components", known, source.get("options") or {}, self.logits.n_outputs)
         check_saved("components", self.to_arrays(), COMPONENTS, known)
         arrays = [Data.of(f"arrays/{name}", np.asarray(array)) for name, array in sorted(self.to_arrays().items())]
         sizes = {"n_examples": len(self.coefficients), "n_components": self.n_components}
@@ -294,7 +293,7 @@ class Components(Factorisation):
     @classmethod
     def from_parts(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> Components:
         """Make Components of what :meth:`to_arrays` and :meth:`meta` gave."""
-        names = ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
+        names = ("coefficients", "vectors", "loss_curve")
         own: dict[str, Any] = {name: arrays[name] for name in (*names, *OPTIONAL[1:]) if name in arrays}
         return cls(
             kind=meta["kind"],
@@ -304,6 +303,7 @@ class Components(Factorisation):
             provenance=dict(meta["provenance"]),
             columns=arrays.get("columns"),
             **own,
+            **example_fields(arrays),
         )
 
 

@@ -17,9 +17,10 @@ from npeff.fishers.file_format import (
     check_provenance,
     check_sizes,
     coherent,
+    count_outputs,
     described_parameters,
-    n_classes,
     one_of,
+    told_outputs,
 )
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.options import sketch_of
@@ -95,7 +96,7 @@ def _components_in(container: Container, *, verify: bool = False) -> Components:
         found = container.spec("arrays/coefficients").shape
         sizes["n_columns"] = sketch.d if sketch else found[-1] if gram and found else parameters.n_parameters
     check_shapes(container.path, container.specs, fields, sizes)
-    sizes["n_classes"] = n_classes(options, sizes["n_outputs"])
+    count_outputs(container.path, sizes, options, told_outputs(container, "arrays/n_outputs"))
     check_sizes(container, sizes)
     for together in (("row_offsets", "row_weights"), ("recovered", "recovered_vectors")):
         if len({f"arrays/{name}" in container.specs for name in together}) > 1:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, ForeignFileError, StorageError
 from npeff.fishers.fishers import Fishers
+from npeff.fishers.logits import Logits
 from npeff.fishers.published_fishers import (
     INT32,
     NUMBER,
@@ -212,7 +213,8 @@ def _components(
         block_weights=None,
         parameters=fishers.parameters if fishers is not None else unnamed(m),
         labels=fishers.labels if fishers is not None else np.full(n, -1, np.int64),
-        logits=fishers.logits if fishers is not None else np.zeros((n, 0), np.float32),
+        logits=fishers.logits if fishers is not None else Logits(np.zeros((n, 0), np.float32)),
+        places=None if fishers is None else fishers.places,
         ids=fishers.ids if fishers is not None else np.arange(n),
         norms=fishers.norms if fishers is not None else np.full(n, np.nan, np.float32),
         loss_curve=np.zeros(0),

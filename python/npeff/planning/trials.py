@@ -19,6 +19,7 @@ from torch import nn
 from npeff.batches.batches import read_batches
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.fishers import FisherBlock, Fishers
+from npeff.fishers.logits import Logits
 from npeff.fishers.options import Compression, TopK
 from npeff.fishers.rows import DenseRows, Kind, SparseRows
 from npeff.fishers.shards import FisherWriter
@@ -196,7 +197,9 @@ def write_seconds(like: Fishers, folder: Path) -> Array:
     n = max(1, PROBE_BYTES // (4 * like.n_parameters))
     values = np.random.default_rng(0).random((n, like.n_parameters), np.float32)
     ones, ids = np.ones(n, np.int64), np.arange(n)
-    block = FisherBlock(DenseRows(values), ones, np.ones(n, np.float32), np.zeros((n, 2), np.float32), ones, ids)
+    block = FisherBlock(
+        DenseRows(values), ones, np.ones(n, np.float32), Logits(np.zeros((n, 2), np.float32)), ones, ids
+    )
     header = {"kind": like.kind, "parameters": like.parameters.to_json(), "provenance": like.provenance}
     start = clock()
     with FisherWriter(folder / "probe.h5", header) as writer:

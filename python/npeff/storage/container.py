@@ -21,7 +21,8 @@ from npeff.storage.hdf5 import CHUNK_BYTES, Spec, as_bytes, open_hdf5, structure
 Array = npt.NDArray[Any]
 
 FORMAT = "npeff"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Since version 2 a file may hold the largest logits alone, and places."""
 
 
 @cache
