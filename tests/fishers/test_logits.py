@@ -12,6 +12,7 @@ from torch import nn
 
 import npeff
 from npeff.components.published import write_published
+from npeff.distributed.merging import merge_shares, share_path
 from npeff.errors import ArgumentError, DataError, ResumeError, StorageError
 from npeff.fishers.logits import MOST_OUTPUTS, N_LARGEST, Logits, largest
 
@@ -199,6 +200,17 @@ def test_work_is_resumed_with_the_same_model_alone(tmp_path, monkeypatch) -> Non
     whole = npeff.compute_fishers(network(), batches(), **options)
     assert resumed.logits.same(whole.logits)
     np.testing.assert_array_equal(resumed.rows.values, whole.rows.values)
+
+
+def test_shares_of_the_data_join(fishers, tmp_path) -> None:
+    out = tmp_path / "f.h5"
+    for k in (0, 1):
+        options = {"out": share_path(out, (k, 2)), "share": (k, 2), "compress": npeff.TopK(64), "rank": 2}
+        npeff.compute_fishers(network(), batches(), progress=False, **options)
+    merge_shares(out, 2)
+    joined = npeff.load(out, verify=True)
+    assert joined.logits.same(fishers.logits)
+    np.testing.assert_array_equal(joined.rows.values, fishers.rows.values)
 
 
 def test_published_layouts_need_all_logits(fishers, tmp_path) -> None:
