@@ -25,15 +25,8 @@ from torch import Tensor
 
 from npeff.decomposition.processes import LOCAL, Communicator, normal_columns
 from npeff.errors import ArgumentError
-from npeff.fishers.rows import DenseRows, Rows, SparseRows
-from npeff.fishers.streamed_rows import (
-    DEVICE_PART_BYTES,
-    StreamedRows,
-    ahead,
-    device_combine,
-    device_gram,
-    device_project,
-)
+from npeff.fishers.rows import Rows
+from npeff.fishers.streamed_rows import DEVICE_PART_BYTES, ahead, device_combine, device_gram, device_project
 from npeff.models import devices
 
 
@@ -250,7 +243,7 @@ class StreamedSpace(RowSpace):
 
     def __init__(
         self,
-        rows: StreamedRows,
+        rows: Rows,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         comm: Communicator = LOCAL,
@@ -273,7 +266,7 @@ class StreamedSpace(RowSpace):
             part.combine(S[start:stop], out)
         return self.comm.sum(out)
 
-    def _parts(self) -> Iterator[tuple[int, int, SparseRows | DenseRows]]:
+    def _parts(self) -> Iterator[tuple[int, int, Rows]]:
         """Read part by part; while a device works on one, a thread reads the next."""
         parts = self._rows.parts()
         return ahead(parts) if devices.has_own_memory(self.device) else parts

@@ -90,7 +90,8 @@ def _joined(part: Components, fishers: Fishers, group: Group) -> Components | No
         row_weights=None if weights is None else weights.numpy(),
         row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
         labels=np.asarray(fishers.labels),
-        logits=np.asarray(fishers.logits),
+        logits=fishers.logits,
+        places=fishers.places,
         ids=np.asarray(fishers.ids),
         norms=np.asarray(fishers.norms),
     )

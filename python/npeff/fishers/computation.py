@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff.batches.batch_order import FixedOrder, Repeats
 from npeff.batches.batches import Batch, batch_digest, check_data
-from npeff.errors import ArgumentError, DataError, ResumeError
+from npeff.errors import ArgumentError, DataError, ResumeError, ending_in_order
 from npeff.fishers.exact_gram import exact_gram
 from npeff.fishers.fishers import Fishers
+from npeff.fishers.logits import Logits
 from npeff.fishers.options import Basis, Compression, FisherOptions, Forward, GramOnly, Labels, Likelihood
 from npeff.fishers.passes import Run
 from npeff.fishers.pipeline import BatchPipeline
@@ -29,7 +29,6 @@ from npeff.gradients.eligibility import differ
 from npeff.gradients.selection import placed, select_parameters
 from npeff.models.digests import ModelWatch
 from npeff.storage.files import check_target
-from npeff.storage.termination import ending_in_order
 
 
 class EmptyShareError(DataError):
@@ -201,7 +200,7 @@ def _pass_over(bar: tqdm[Any]) -> None:
         bar.start_t = bar.last_print_t = time.time()
 
 
-def _check_function(stored: npt.NDArray[np.float32] | None, logits: Tensor, out: Path | None) -> None:
+def _check_function(stored: Logits | None, logits: Tensor, out: Path | None) -> None:
     """Refuse to continue work with a model that computes something else with the same weights.
 
     Raises:
@@ -209,8 +208,9 @@ def _check_function(stored: npt.NDArray[np.float32] | None, logits: Tensor, out:
     """
     if stored is None:
         return
-    before = torch.from_numpy(np.array(stored))[: len(logits)]
-    if before.shape != logits.shape or not bool(torch.isfinite(logits).all()) or differ(logits, before, logits.dtype):
+    before = stored.take(slice(len(logits)))
+    same = before.shape == logits.shape and bool(torch.isfinite(logits).all())
+    if not same or differ(before.numbers_of(logits), before.numbers, logits.dtype):
         raise ResumeError(
             f"the model gives other logits than those that {out} was computed from, although its weights are the "
             "same: its code or forward= changed. Use them as they were, choose another out, or remove it "

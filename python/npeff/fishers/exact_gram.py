@@ -28,6 +28,7 @@ from npeff.batches.batches import Batch, batch_digest
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.layer_gram import LayerGram
+from npeff.fishers.logits import Logits, largest
 from npeff.fishers.options import GramOnly
 from npeff.fishers.parts import check_header, plain
 from npeff.fishers.passes import Ids, Run
@@ -49,7 +50,7 @@ class _Examples:
 
     counts: list[Array] = field(default_factory=list)
     scales: list[Array] = field(default_factory=list)
-    logits: list[Array] = field(default_factory=list)
+    logits: list[Logits] = field(default_factory=list)
     labels: list[Array] = field(default_factory=list)
 
     @property
@@ -133,7 +134,8 @@ def _collect(run: Run, batch: Batch, ids: Ids, layers: dict[str, LayerGram], exa
             if examples is not None:
                 examples.counts.append(counts)
                 examples.scales.append(one.factors.scale.cpu().numpy())
-                examples.logits.append(one.logits.detach().to("cpu", torch.float32, copy=True).numpy())
+                kept = [array.cpu().numpy() for array in largest(one.logits, run.options.over_classes)]
+                examples.logits.append(Logits.kept(kept, one.logits.shape[1]))
                 examples.labels.append(one.stored_labels())
             for layer in layers.values():
                 layer.begin(counts, n_columns)
@@ -211,7 +213,7 @@ def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) ->
         rows=GramRows(K),
         row_offsets=offsets,
         norms=norms.astype(np.float32),
-        logits=np.concatenate(examples.logits),
+        logits=Logits.concatenate(examples.logits),
         labels=np.concatenate(examples.labels),
         ids=np.arange(len(counts), dtype=np.int64),
         parameters=run.parameters,

@@ -21,6 +21,7 @@ from npeff.batches.batches import Batch
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.factors import check_meaning
+from npeff.fishers.logits import Logits
 from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible
 from npeff.gradients.selection import placed
@@ -344,7 +345,7 @@ def evaluator_for(
         raise ArgumentError("components: their ids are not positions in data; examples cannot be found")
     with placed(inner, options.device) as device, untouched(inner):
         evaluator = Evaluator(inner, data, components, rows, device, likelihood, options.forward)
-        _check_outputs(evaluator, components.logits[evaluator.rows], same_model)
+        _check_outputs(evaluator, components.logits.take(evaluator.rows), same_model)
         yield evaluator
 
 
@@ -369,20 +370,21 @@ def _check_parameters(model: nn.Module, components: Components) -> None:
             )
 
 
-def _check_outputs(evaluator: Evaluator, stored: Array, same_model: bool | None) -> None:
+def _check_outputs(evaluator: Evaluator, logits: Logits, same_model: bool | None) -> None:
     """Compare the outputs with those that were stored with the components: they show whether the data is the same.
 
     Raises:
         DataError: The model is the same, but not its outputs.
     """
-    if not stored.shape[1]:
+    outputs = evaluator.outputs
+    if not logits.n_outputs:
         return
-    found = evaluator.outputs.double().cpu().numpy()
-    if found.shape != stored.shape:
+    if outputs.shape != logits.shape:
         raise DataError(
-            f"logits: expected {stored.shape[1]} per example as with the Fishers, got {found.shape[1]}; pass the same "
-            "model, data and forward="
+            f"logits: expected {logits.n_outputs} per example as with the Fishers, got {outputs.shape[1]}; pass the "
+            "same model, data and forward="
         )
+    found, stored = logits.numbers_of(outputs.double()).numpy(), logits.numbers.numpy()
     size = max(1.0, float(np.abs(stored).max()))
     differs = np.abs(found - stored).max(1) > 0.02 * size
     if not differs.any() or same_model is False:

@@ -4,8 +4,9 @@
 store, and scales the counts to all examples (:func:`_choice`). :func:`_advice` picks a way that fits a budget.
 
 With n examples, R rows, m parameters and C outputs a file holds ``8(n+1) + 4n + 4nC + 8n + 8n`` bytes of offsets,
-norms, logits, labels and ids, and the rows: ``4·R·m`` exact, ``4·R·d`` sketched, ``8(R+1) + (4 + w)·E`` for E kept
-entries with indices of w = 4 bytes (8 beyond 2³¹ parameters); ``4·R²`` where only inner products are kept.
+norms, logits (of more than 1,024 classes 260n), labels and ids, and the rows: ``4·R·m`` exact, ``4·R·d`` sketched,
+``8(R+1) + (4 + w)·E`` for E kept entries with indices of w = 4 bytes (8 beyond 2³¹ parameters); ``4·R²`` where only
+inner products are kept.
 """
 
 from __future__ import annotations
@@ -341,7 +342,7 @@ def _choice(
     kind, m, share = main.fishers.kind, main.fishers.n_parameters, n / len(main.fishers)
     exact_bytes, long = 4 * main.fishers.rows.n_rows * m, main.seconds > LONG_TRIAL
     exact = trials.of(kind, None) if exact_bytes <= EXACT_TRIAL_BYTES else None
-    R, C = max(1, round(main.fishers.rows.n_rows * share)), int(main.fishers.logits.shape[1])
+    R = max(1, round(main.fishers.rows.n_rows * share))
     trial, timed, error = main, f"top-k {TOP_KS[-1]:,}", None
     if isinstance(compress, TopK):
         name, kept, entries = f"top-k {compress.k:,}", main.kept(compress.k), round(main.entries(compress.k) * share)
@@ -358,7 +359,7 @@ def _choice(
     else:
         name, kept, entries, rows, error = "exact", 1.0, R * m, 4 * R * m, 0.0
         trial, timed = (main, timed) if exact is None else (exact, name)
-    total = rows + 8 * (n + 1) + n * (4 + 4 * C + 8 + 8)
+    total = rows + 8 * (n + 1) + n * (4 + 8 + 8) + round(main.fishers.logits.nbytes * share)
     took = trials.one_off + trial.per_example * n + to_disk * total
     held = rows if isinstance(compress, GramOnly) else min(rows, SHARD_BYTES + rows / n * trials.batch_size)
     solving, operations = _decomposition(compress, n, R, entries, rows, n_components, m)

@@ -19,6 +19,7 @@ from torch import nn
 from npeff.batches.batches import read_batches
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.fishers import FisherBlock, Fishers
+from npeff.fishers.logits import Logits
 from npeff.fishers.options import Compression, TopK
 from npeff.fishers.rows import DenseRows, Kind, SparseRows
 from npeff.fishers.shards import FisherWriter
@@ -73,15 +74,15 @@ class Trial:
 
     def largest(self, k: int, n: int | None = None) -> tuple[SparseRows, Array]:
         """Return the first n examples' rows, with all but the k largest entries of each set to 0, and their offsets."""
-        offsets, rows = np.asarray(self.fishers.row_offsets)[: None if n is None else n + 1], self.fishers.rows
-        assert isinstance(rows, SparseRows), "a trial of TopK"
-        rows = rows.part(0, int(offsets[-1]))
-        values = np.array(rows.values)
-        for start, stop in pairwise(rows.indptr[offsets]):
+        offsets = np.asarray(self.fishers.row_offsets)[: None if n is None else n + 1]
+        rows = self.fishers.rows.part(0, int(offsets[-1]))
+        indptr, indices, values = (rows.arrays()[f"rows/{name}"] for name in ("indptr", "indices", "values"))  # of TopK
+        values = np.array(values)
+        for start, stop in pairwise(indptr[offsets]):
             own = values[int(start) : int(stop)]
             if k < len(own):
                 own[np.argpartition(np.abs(own), len(own) - k)[: len(own) - k]] = 0
-        return SparseRows(rows.indptr, rows.indices, values, rows.n_columns), offsets
+        return SparseRows(indptr, indices, values, rows.n_columns), offsets
 
     def entries(self, k: int) -> int:
         """Count the entries that ``TopK(k)`` keeps: exact zeros are never kept."""
@@ -198,7 +199,9 @@ def write_seconds(like: Fishers, folder: Path) -> Array:
     n = max(1, PROBE_BYTES // (4 * like.n_parameters))
     values = np.random.default_rng(0).random((n, like.n_parameters), np.float32)
     ones, ids = np.ones(n, np.int64), np.arange(n)
-    block = FisherBlock(DenseRows(values), ones, np.ones(n, np.float32), np.zeros((n, 2), np.float32), ones, ids)
+    block = FisherBlock(
+        DenseRows(values), ones, np.ones(n, np.float32), Logits(np.zeros((n, 2), np.float32)), ones, ids
+    )
     header = {"kind": like.kind, "parameters": like.parameters.to_json(), "provenance": like.provenance}
     start = clock()
     with FisherWriter(folder / "probe.h5", header) as writer:

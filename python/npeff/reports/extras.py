@@ -33,7 +33,7 @@ from npeff.reports.evidence import (
     trace_of,
     trust_of,
 )
-from npeff.storage.documents import read_json
+from npeff.storage.checks import read_json
 from npeff.storage.files import atomic, path_of
 
 Array = npt.NDArray[Any]

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from scipy.special import softmax
 from tqdm import tqdm
 
 from npeff.reports.data import THUMBS, ReportData
@@ -286,10 +285,10 @@ def _example_records(data: ReportData) -> Iterator[tuple[int, list[list[Any]]]]:
         for top, what in items:
             drawn.setdefault(top.index, []).append([j, what])
     for start in range(0, len(W), PER_PART):
-        w, logits = W[start : start + PER_PART], components.logits[start : start + PER_PART]
+        w, logits = W[start : start + PER_PART], components.logits.take(slice(start, start + PER_PART))
         order = np.argsort(-w, axis=1, kind="stable")[:, :LISTED]
         counts, sums = (w > 0).sum(1), w.sum(1, dtype=np.float64)
-        confidence = softmax(logits.astype(np.float64), axis=1).max(1) if logits.shape[1] > 1 else [None] * len(w)
+        confidence = logits.confidence if logits.n_outputs > 1 else [None] * len(w)
         records = []
         for k in range(len(w)):
             i = start + k

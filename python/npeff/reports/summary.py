@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import softmax
 from tqdm import tqdm
 
 from npeff.components.components import Components
@@ -178,8 +177,7 @@ def top_examples(components: Components, indices: Array, w: Array) -> list[TopEx
 
 def known_predictions(components: Components) -> Array:
     """``(n,)`` predicted classes; −1 for all where the file had no logits."""
-    n, n_classes = components.logits.shape
-    return np.asarray(components.predictions) if n_classes else np.full(n, -1, np.int64)
+    return components.predictions
 
 
 # ---- which examples are shown -------------------------------------------------------------------------------
@@ -218,16 +216,16 @@ def _classes(labels: Array, predictions: Array) -> list[tuple[int, int, int]]:
 
 def _contest(components: Components, top: Sequence[TopExample]) -> list[tuple[int, float]]:
     """Shares of trace(diag p − ppᵀ) = Σ_y p_y (1 − p_y) by class, the top examples' weighted mean."""
-    logits = np.asarray(components.logits[[t.index for t in top]], np.float64)
-    if not top or logits.shape[1] < 2 or not _categorical(components.provenance):
+    if not top or components.logits.n_outputs < 2 or not _categorical(components.provenance):
         return []
-    p = softmax(logits, axis=1)
+    classes, p = components.logits.take([t.index for t in top]).top(components.logits.n_outputs)
+    unkept = np.maximum(0, 1 - p.sum(1)) if p.shape[1] < components.logits.n_outputs else np.zeros(len(p))
     rest = 1 - p  # of a confident row's largest p, from the others: 1 − p would cancel
-    rows, best = np.arange(len(p)), p.argmax(1)
-    rest[rows, best] = np.where(np.arange(p.shape[1]) == best[:, None], 0, p).sum(1)
+    rest[:, 0] = p[:, 1:].sum(1) + unkept
     spread = p * rest
-    shares = spread / np.maximum(spread.sum(1, keepdims=True), 1e-300)
-    mean = np.average(shares, axis=0, weights=[t.coefficient for t in top])
+    shares = spread / np.maximum(spread.sum(1, keepdims=True) + unkept[:, None], 1e-300)  # each unkept p is small
+    mean, weights = np.zeros(components.logits.n_outputs), np.array([t.coefficient for t in top])
+    np.add.at(mean, classes, shares * (weights / weights.sum())[:, None])
     order = np.argsort(-mean, kind="stable")[:CONTESTED]
     return [(int(c), float(mean[c])) for c in order if mean[c] >= 0.02]
 

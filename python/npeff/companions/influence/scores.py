@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, StorageError
-from npeff.storage.documents import item
-from npeff.storage.fields import FLOAT, Field, Sizes
+from npeff.storage.checks import FLOAT, Field, Sizes, item
+from npeff.storage.container import check_replaceable, read_record, refuse_npeff_file
 from npeff.storage.files import atomic, path_of
-from npeff.storage.recognition import refuse_npeff_file
-from npeff.storage.records import check_record_target, read_record, write_record
+from npeff.storage.writing import write_record
 
 Array = npt.NDArray[Any]
 Direction = Literal["raises", "lowers", "both"]
@@ -186,6 +185,6 @@ def check_path(path: str | Path) -> Path:
     if path.suffix.lower() not in SUFFIXES:
         raise ArgumentError(f"out: expected a name ending in .h5, .npz or .csv, got {path}")
     if path.suffix.lower() not in (".npz", ".csv"):
-        return check_record_target(path, CONTENT)
+        return check_replaceable(path, CONTENT)
     refuse_npeff_file(path)
     return path

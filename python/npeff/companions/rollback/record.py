@@ -15,11 +15,11 @@ from npeff.companions.rollback.factor_models import MODELS, FactorModel
 from npeff.companions.rollback.recipe import Recipe
 from npeff.errors import ArgumentError, ModelError, StorageError
 from npeff.short_repr import short_repr
-from npeff.storage.documents import expect, item
-from npeff.storage.fields import FLOAT, Field, Sizes, refuse
+from npeff.storage.checks import FLOAT, Field, Sizes, expect, item, refuse
+from npeff.storage.container import check_replaceable, read_record
 from npeff.storage.files import explain, reserve
-from npeff.storage.hdf5 import CHUNK_BYTES, Data
-from npeff.storage.records import check_record_target, read_record, write_record
+from npeff.storage.hdf5 import CHUNK_BYTES
+from npeff.storage.writing import Data, write_record
 
 Array = npt.NDArray[Any]
 CONTENT = "rollback"
@@ -266,7 +266,7 @@ class RecordBuilder:
         names: Mapping[str, Sequence[str]] | None,
         out: str | Path | None,
     ) -> None:
-        self._out = None if out is None else check_record_target(out, CONTENT)
+        self._out = None if out is None else check_replaceable(out, CONTENT)
         folder = None if self._out is None else self._out.resolve().parent
         self._model, self._examples, self._all_rows = model, examples, all_rows
         self._names = {table: list(given) for table, given in (names or {}).items()}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from npeff.errors import ArgumentError
 from npeff.short_repr import short_repr
+from npeff.storage.container import refuse_npeff_file
 from npeff.storage.files import atomic, path_of
-from npeff.storage.recognition import refuse_npeff_file
 
 Array = npt.NDArray[Any]
 
