@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from npeff import kernels
 from npeff.batches.batches import examples_at, read_batch
-from npeff.companions.influence.estimator import CrossLossInfluence
-from npeff.companions.influence.losses import Loss, cross_entropy
-from npeff.companions.influence.scores import Array, Scores
+from npeff.companions.influence.estimator import Array, CrossLossInfluence, Scores
+from npeff.companions.influence.objective import Loss, cross_entropy
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.fishers.scaling import column_factors

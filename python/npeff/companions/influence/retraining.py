@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.companions.influence.losses import (
+from npeff.companions.influence.objective import (
     Array,
     Loss,
     RepeatableData,
+    TrainingObjective,
     check_count,
     check_loss,
     check_positive,
     loss_values,
 )
-from npeff.companions.influence.objective import TrainingObjective
 from npeff.errors import ArgumentError
 from npeff.gradients.selection import placed, select_parameters
 from npeff.short_repr import short_repr

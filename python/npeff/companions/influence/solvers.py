@@ -13,8 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from npeff.batches.batches import Batch
-from npeff.companions.influence.losses import check_count, check_positive
-from npeff.companions.influence.objective import TrainingObjective
+from npeff.companions.influence.objective import TrainingObjective, check_count, check_positive
 from npeff.errors import ArgumentError, ModelError
 from npeff.short_repr import short_repr
 
