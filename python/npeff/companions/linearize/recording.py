@@ -282,14 +282,7 @@ class Values:
 
         whole = memory.steps[memory.whole]
         written = self._emit(Step(write, (whole, step), zero_like(tensor, shape)))
-        untouched = torch.ones(torch.Size(shape).numel(), dtype=torch.bool, device=index.device)
-        untouched[index] = False
-        kept = {
-            view: number
-            for view, number in memory.steps.items()
-            if view not in (memory.whole, wanted) and bool(untouched[memory.positions(view)].all())
-        }
-        memory.steps = {**kept, memory.whole: written, wanted: step}
+        memory.steps = {memory.whole: written, wanted: step}
 
 
 def flat_storage(tensor: Tensor) -> Tensor:
@@ -314,7 +307,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._without_input: set[int] = set()
         self._weights = {key(t) for t in (*model.parameters(), *model.buffers())}
         self._versions: dict[int, tuple[Tensor, int]] = {}
-        self._constants: dict[int | None, tuple[Tensor, frozenset[int]]] = {}
         self._always: set[int] = set()
 
     def begin(self, point: Tensor) -> None:
@@ -360,9 +352,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise ModelError(f"model: {self._where()} draws random numbers ({name}): call model.eval()")
         tensors = tensors_in((args, kwargs))
         if not self.steps or not any(self._values.holds(tensor) for tensor in tensors):
-            output = func(*args, **kwargs)
-            self._note_constant(output, self._notes(tensors))
-            return output
+            return func(*args, **kwargs)
         if func._schema.is_mutable and name not in AFFINE_FORMS and name not in _RESHAPED:
             return self._in_place(func, name, args, kwargs)
         output = func(*args, **kwargs)
@@ -374,9 +364,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return output
         outputs, outcomes = self._outcomes(self._call(name, func, args, kwargs, output), tensors)
         for tensor, (step, notes) in zip(outputs, outcomes, strict=True):
-            if step is None:
-                self._note_constant(tensor, notes)
-            else:
+            if step is None and notes:
+                step = self._constant(tensor, notes)
+            if step is not None:
                 self._values.set(tensor, step)
         return output
 
@@ -399,10 +389,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         _, ((step, notes),) = self._outcomes(self._call(functional, function, args, kwargs, output), tensors)
         with torch.no_grad():
             target.copy_(output)
-        if step is None:
-            value = target.detach().clone()
-            step = self._emit(Step(lambda: value, (), zero_like(value), self._module(), True, (), notes))
-        self._values.write(target, step, before)
+        self._values.write(target, self._constant(target, notes) if step is None else step, before)
         return target
 
     def _outcomes(
@@ -470,29 +457,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.held.append(Frozen(name, kind, operation, what))
         return len(self.held) - 1
 
+    def _constant(self, tensor: Tensor, notes: frozenset[int]) -> int:
+        """Make a step of a value that is held as it is."""
+        value = self._keep(tensor)
+        return self._emit(Step(lambda: value, (), zero_like(value), self._module(), True, (), notes))
+
     def _notes(self, tensors: list[Tensor]) -> frozenset[int]:
-        notes: frozenset[int] = frozenset()
-        for tensor in tensors:
-            if key(tensor) in self._constants:
-                notes |= self._constants[key(tensor)][1]
-            if self._values.holds(tensor):
-                notes |= self._step_notes(self._values.step(tensor))
-        return notes
+        """Give the numbers of the held parts that made those of the tensors that are constants."""
+        steps = [self._values.step(tensor) for tensor in tensors if self._values.holds(tensor)]
+        return frozenset().union(*(self._step_notes(number) for number in steps if number in self._without_input))
 
     def _step_notes(self, number: int) -> frozenset[int]:
         step = self.steps[number]
-        return (
-            step.notes.union(*(self._step_notes(i) for i in step.inputs))
-            if number in self._without_input
-            else frozenset()
-        )
-
-    def _note_constant(self, output: Any, notes: frozenset[int]) -> None:
-        if notes:
-            for tensor in leaves(output):
-                if isinstance(tensor, Tensor):
-                    earlier = self._constants.get(key(tensor), (tensor, frozenset()))[1]
-                    self._constants[key(tensor)] = tensor, earlier | notes
+        return step.notes.union(*(self._step_notes(i) for i in step.inputs))
 
     def _module(self) -> str:
         name, kind = self.modules[-1]
