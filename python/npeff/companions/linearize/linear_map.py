@@ -222,20 +222,20 @@ class LinearMap:
                 "model: examples influence each other, so that there is no map per example; pass one example, or "
                 "batched=False for one map of all"
             )
-        return self._gradients(self._graph[1], self._graph[0], cotangents)
+        return self._gradients(self._graph[1], [self._graph[0]], cotangents)[0]
 
     @staticmethod
-    def _gradients(output: Tensor, point: Tensor, cotangents: Tensor) -> Tensor:
+    def _gradients(output: Tensor, points: list[Tensor], cotangents: Tensor) -> Sequence[Tensor]:
         if len(cotangents) > 1:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "(?s).*performance drop", UserWarning)
-                    return torch.autograd.grad(output, point, cotangents, retain_graph=True, is_grads_batched=True)[0]
+                    return torch.autograd.grad(output, points, cotangents, retain_graph=True, is_grads_batched=True)
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-        rows = [torch.autograd.grad(output, point, c, retain_graph=True)[0] for c in cotangents]
-        return torch.stack(rows)
+        rows = [torch.autograd.grad(output, points, c, retain_graph=True) for c in cotangents]
+        return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
     def _are_independent(self) -> bool:
         """Tell whether every other example's outputs have no gradient at the examples between."""
@@ -250,30 +250,39 @@ class LinearMap:
     def _from_sources(self, cotangents: Tensor) -> Tensor:
         """Compute each source's contribution to each of ``(m, n, K)`` combinations of outputs: ``(sources, n, m)``.
 
-        With a scale per source and example, one backward pass each. That needs the examples to come first in every
-        constant, which shapes alone do not show: the sum is compared with b, and if it differs the scales are
-        without examples, at a forward pass for every source.
+        A source contributes its offset times the gradient at its value. One backward pass serves all examples where
+        they come first in every source, which shapes alone do not show: the sum is compared with b, and if it
+        differs, each example has a backward pass of its own.
         """
-        n, n_sources = len(self._flat), len(self._program.sources)
-        if not n_sources:
+        n, sources = len(self._flat), self._program.sources
+        if not sources:
             return cotangents.new_zeros(0, n, len(cotangents))
-        if n == 1 or (self._program.examples_first(n) and self._are_independent()):
-            with torch.inference_mode(False), torch.enable_grad():
-                scales = torch.ones((n_sources, n), dtype=self.x.dtype, device=self.x.device).requires_grad_()
-                output = self._program.run(torch.zeros_like(self.x), scales)
-            size = max(1, BUDGET // self._program.widest)
-            parts = [self._gradients(output, scales, part) for part in torch.split(cotangents, size)]
-            found = torch.cat(parts).permute(1, 2, 0)
+        values: list[Tensor] = []
+        with torch.inference_mode(False), torch.enable_grad():
+            output = self._program.run(torch.zeros_like(self.x).requires_grad_(), values)
+        offsets = [self._program.offset(number) for number in sources]
+        size = max(1, BUDGET // sum(value.numel() for value in values))
+
+        def summed(cotangents: Tensor, n_groups: int) -> Tensor:
+            """Sum over each group of the values' entries: ``(sources, n_groups, m)``."""
+            found = []
+            for some in torch.split(cotangents, size):
+                pairs = zip(self._gradients(output, values, some), offsets, strict=True)
+                parts = [
+                    torch.einsum("mgi,gi->gm", g.reshape(len(some), n_groups, -1), offset.reshape(n_groups, -1))
+                    for g, offset in pairs
+                ]
+                found.append(torch.stack(parts))
+            return torch.cat(found, dim=2)
+
+        if n == 1 or (all(value.shape[:1] == (n,) for value in values) and self._are_independent()):
+            found = summed(cotangents, n)
             expected = (cotangents * self._graph[1].detach()).sum(-1).T
             tolerance = 1e3 * torch.finfo(found.dtype).eps * found.abs().sum(0)
             if bool(((found.sum(0) - expected).abs() <= tolerance + torch.finfo(found.dtype).tiny).all()):
                 return found
-        zero = torch.zeros_like(self.x)
-        with torch.inference_mode(False), torch.no_grad():
-            units = torch.eye(n_sources, dtype=zero.dtype, device=zero.device)
-            run = lambda scales: self._program.run(zero, scales)  # noqa: E731
-            each = torch.stack([jvp(run, (torch.ones_like(unit),), (unit,))[1] for unit in units])
-        return torch.einsum("snk,mnk->snm", each, cotangents)
+        alone = cotangents * torch.eye(n, dtype=cotangents.dtype, device=cotangents.device)[:, None, :, None]
+        return summed(alone.flatten(0, 1), 1).reshape(len(sources), n, -1)
 
 
 Forward = Callable[[Any, Any], Any]

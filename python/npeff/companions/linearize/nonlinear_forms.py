@@ -32,7 +32,7 @@ def _gated(
         passed = torch.where(open_, passed, z * slope) if leaky else passed * open_
         return passed if shift is None else passed + shift
 
-    return Affine(function, (call.args[0],), shift is not None, (open_,))
+    return Affine(function, (call.args[0],), shift is not None, (open_,) if shift is None else (open_, shift))
 
 
 @affine_form("relu")

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from npeff.batches.tensor_trees import leaves
 from npeff.companions.linearize import nonlinear_forms  # noqa: F401 - it fills the table of forms
 from npeff.companions.linearize.affine_forms import (
     AFFINE_FORMS,
@@ -129,26 +128,23 @@ class Program:
                 "model: its weights changed since it was linearised (was it trained in between?); linearise it again"
             )
 
-    def run(self, z: Tensor, scales: Tensor | None = None) -> Tensor:
+    def run(self, z: Tensor, at_sources: list[Tensor] | None = None) -> Tensor:
         """Replay the steps on another input.
 
         Args:
             z: A point of the input's shape.
-            scales: ``(n_sources,)`` factors of the offsets of ``sources``, or ``(n_sources, n)`` one for
-                each example where all offsets have the examples first; by default 1.
+            at_sources: Receives the values of :attr:`sources`, which the output then has a graph to.
 
         Returns:
-            The output, with a graph to ``z`` and ``scales`` where they require gradients.
+            The output, with a graph to ``z`` where it requires gradients.
         """
         self.check()
-        order = {number: i for i, number in enumerate(self.sources)} if scales is not None else {}
         values = {0: z}
         for number, step in enumerate(self.steps[1:], 1):
             value = step.function(*(values[i] for i in step.inputs))
-            if scales is not None and number in order:
-                scale = scales[order[number]] - 1
-                offset = self.offset(number)
-                value = value + scale.reshape(-1, *(1,) * (offset.dim() - 1) if scale.dim() else ()) * offset
+            if at_sources is not None and number in self.sources:
+                value = value if value.requires_grad else value.detach().requires_grad_()
+                at_sources.append(value)
             values[number] = value
             for i in step.inputs:
                 if self._last_use[i] == number:
@@ -164,10 +160,6 @@ class Program:
     def examples_apart(self, n: int) -> bool:
         """Tell whether every step is known to keep n examples, which come first in each value, apart."""
         return all(step.apart and step.zero.shape[0] == n for step in self.steps[1:])
-
-    def examples_first(self, n: int) -> bool:
-        """Tell whether every source's value has n as its first dimension."""
-        return all(self.steps[number].zero.shape[:1] == (n,) for number in self.sources)
 
     @cached_property
     def sources(self) -> list[int]:
