@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
@@ -22,6 +22,9 @@ from npeff.storage.records import check_record_target, read_record, write_record
 
 Array = npt.NDArray[Any]
 CONTENT = "rollback"
+SAME = ("model_kind", "model_options", "names", "all_rows")
+"""Fields of a record that its meta data hold as they are."""
+
 OptimizerName = Literal["sgd", "adagrad", "adam"]
 
 _CHUNK = 1 << 22  # random keys at a time
@@ -221,14 +224,9 @@ class Record:
 
     def meta(self) -> dict[str, Any]:
         """Collect everything but the arrays, JSON-able."""
-        return {
-            "columns": list(self.columns),
-            "recipe": None if self.recipe is None else asdict(self.recipe),
-            "model_kind": self.model_kind,
-            "model_options": self.model_options,
-            "names": self.names,
-            "all_rows": self.all_rows,
-        }
+        same = {name: getattr(self, name) for name in SAME}
+        recipe = None if self.recipe is None else asdict(self.recipe)
+        return {"columns": list(self.columns), "recipe": recipe, **same}
 
     def save(self, path: str | Path) -> Path:
         """Write to an HDF5 file; :meth:`load` maps it.
@@ -237,17 +235,17 @@ class Record:
             ArgumentError: ``path`` is no path.
             StorageError: Something else is there, or the file cannot be written.
         """
-        arrays: dict[str, Array | Data] = {}
-        for table, updates in self.updates.items():
-            arrays |= {f"updates/{table}/{part}": array for part, array in vars(updates).items()}
-        return write_record(path, CONTENT, {**self._fixed(), **arrays}, self.meta())
+        return self.write(path, {table: vars(updates) for table, updates in self.updates.items()})
 
-    def _fixed(self) -> dict[str, Array | Data]:
-        """Collect all arrays but the updates."""
+    def write(self, path: str | Path, updates: Mapping[str, Mapping[str, Array | Data]]) -> Path:
+        """Write to an HDF5 file, with the arrays of the updates or streams of them; see :meth:`save`."""
         arrays: dict[str, Array | Data] = {"examples": np.asarray(self.examples, np.int64)}
         for part in ("initial", "final"):
             arrays |= {f"{part}/{table}": values for table, values in getattr(self, part).items()}
-        return arrays
+        for table, parts in updates.items():
+            arrays |= {f"updates/{table}/{part}": array for part, array in parts.items()}
+        streams = {name: replace(array, name=name) for name, array in arrays.items() if isinstance(array, Data)}
+        return write_record(path, CONTENT, arrays | streams, self.meta())
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = False) -> Record:
@@ -285,7 +283,7 @@ class Record:
             initial={table: arrays[f"initial/{table}"] for table in tables},
             final={table: arrays[f"final/{table}"] for table in tables},
             recipe=recipe,
-            **{name: meta[name] for name in ("model_kind", "model_options", "names", "all_rows")},
+            **{name: meta[name] for name in SAME},
         )
 
 
@@ -375,11 +373,7 @@ class RecordBuilder:
         )
         if self._out is None:
             return record
-        arrays = record._fixed()
-        for name, sums in self.sums.items():
-            arrays |= sums.streams(f"updates/{name}")
-        write_record(self._out, CONTENT, arrays, record.meta())
-        return Record.load(self._out)
+        return Record.load(record.write(self._out, {name: sums.streams() for name, sums in self.sums.items()}))
 
     def close(self) -> None:
         """Remove the temporary files."""
@@ -449,7 +443,7 @@ class UpdateSums:
         offsets, rows, order = self._sorted()
         return RowUpdates(offsets, rows, np.asarray(self._values[order]))
 
-    def streams(self, name: str) -> dict[str, Data]:
+    def streams(self) -> dict[str, Array | Data]:
         """Describe the sums as datasets, the values in pieces."""
         offsets, rows, order = self._sorted()
         step = max(1, CHUNK_BYTES // (4 * self._width))
@@ -458,11 +452,8 @@ class UpdateSums:
             for start in range(0, len(order), step):
                 yield np.asarray(self._values[order[start : start + step]])
 
-        return {
-            f"{name}/offsets": Data.of(f"{name}/offsets", offsets),
-            f"{name}/rows": Data.of(f"{name}/rows", rows),
-            f"{name}/values": Data(f"{name}/values", (len(order), self._width), np.dtype("<f4"), chunks),
-        }
+        values = Data("values", (len(order), self._width), np.dtype("<f4"), chunks)
+        return {"offsets": offsets, "rows": rows, "values": values}
 
     def close(self) -> None:
         """Remove the temporary file."""
