@@ -269,7 +269,8 @@ class TrainingObjective:
     ) -> None:
         self.model, self.loss, self.data, self.parameters = model, loss, data, parameters
         self.weight_decay, self.memory, self.name = weight_decay, memory, name
-        self.engine = PerExampleGradients(model, parameters, lambda _, batch: self.losses(batch)[:, None])
+        # Whether losses are finite is asked behind the engine: torch.func.vmap, within it, allows no such question.
+        self.engine = PerExampleGradients(model, parameters, lambda _, batch: self._called(batch)[:, None])
         self.tensors = list(self.engine.tensors.values())
         self.dtype = working(self.tensors[0]).dtype
         self.device = self.tensors[0].device
@@ -285,9 +286,12 @@ class TrainingObjective:
         Raises:
             DataError: A loss is not finite or has another shape.
         """
-        losses = call_loss(self.model, self.loss, batch, self.name)
+        losses = self._called(batch)
         check_finite(losses, self.name)
         return losses
+
+    def _called(self, batch: Batch) -> Tensor:
+        return call_loss(self.model, self.loss, batch, self.name)
 
     def theta(self) -> Tensor:
         """Copy the selected parameters into one vector ``(m,)``."""
@@ -304,6 +308,7 @@ class TrainingObjective:
         for batch in self.data:
             with self.engine.recording():
                 losses = self.engine.forward(batch)
+                check_finite(losses, self.name)
                 prepared = self.engine.prepare(batch, losses)
                 columns = torch.ones_like(losses)[:, :, None]
                 yield batch, losses, gradient_blocks(self.engine, prepared, columns)
