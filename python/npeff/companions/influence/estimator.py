@@ -26,14 +26,12 @@ from npeff.companions.influence.objective import (
     Stationarity,
     TrainingObjective,
     call_loss,
-    check_count,
     check_loss,
-    check_positive,
     dense_rows,
     loss_values,
 )
 from npeff.companions.influence.solvers import ConjugateGradients, Exact, Identity, Inverse, LiSSA, Solution, Solver
-from npeff.errors import ArgumentError, ModelError, StorageError
+from npeff.errors import ArgumentError, ModelError, StorageError, check_choice, check_integer, check_number
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.rules.base import working
 from npeff.gradients.selection import placed, select_parameters
@@ -109,10 +107,8 @@ class Scores:
         Raises:
             ArgumentError: An argument has another value.
         """
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 0:
-            raise ArgumentError(f"k: expected a number ≥ 0, got {k!r}")
-        if direction not in get_args(Direction):
-            raise ArgumentError(f"direction: expected one of {', '.join(get_args(Direction))}, got {direction!r}")
+        check_integer("k", k, 0)
+        check_choice("direction", direction, get_args(Direction))
         column = self._column(test)
         key = {"raises": column, "lowers": -column, "both": np.abs(column)}[direction]
         order = np.argsort(-key, kind="stable")[:k]
@@ -275,10 +271,10 @@ class CrossLossInfluence:
         check_loss(train_loss, "train_loss")
         if test_loss is not None:
             check_loss(test_loss, "test_loss")
-        check_positive("damping", damping, zero=True)
-        check_positive("weight_decay", weight_decay, zero=True)
-        check_positive("max_gradient", max_gradient)
-        check_count("memory", memory)
+        check_number("damping", damping, zero=True)
+        check_number("weight_decay", weight_decay, zero=True)
+        check_number("max_gradient", max_gradient)
+        check_integer("memory", memory)
         self.model, self.train_loss = model, train_loss
         self.test_loss = train_loss if test_loss is None else test_loss
         self.parameters = select_parameters(model, parameters)

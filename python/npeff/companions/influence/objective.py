@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -36,27 +35,6 @@ def check_loss(loss: object, name: str) -> None:
     """
     if not callable(loss):
         raise ArgumentError(f"{name}: expected callable(model, batch) -> (b,) per-example losses, got {loss!r}")
-
-
-def check_positive(name: str, value: object, *, zero: bool = False) -> None:
-    """Refuse a value that is no finite number > 0 (≥ 0 with ``zero``).
-
-    Raises:
-        ArgumentError: Naming the argument.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not (value > 0 or (zero and value == 0)):  # type: ignore[operator]
-        raise ArgumentError(f"{name}: expected a finite number {'≥' if zero else '>'} 0, got {value!r}")
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse a value that is no integer ≥ 1.
-
-    Raises:
-        ArgumentError: Naming the argument.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(f"{name}: expected an integer ≥ 1, got {value!r}")
 
 
 def check_finite(losses: Tensor, name: str) -> None:

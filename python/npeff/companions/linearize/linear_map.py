@@ -16,7 +16,7 @@ from torch.func import jvp
 
 from npeff.batches.tensor_trees import leaves
 from npeff.companions.linearize.recording import Frozen, Program, Recorder, held_in_words, recording
-from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
+from npeff.errors import ArgumentError, DataError, ModelError, NpeffError, check_choice
 from npeff.gradients.eligibility import check_eligible
 
 BUDGET = 1 << 26
@@ -431,8 +431,7 @@ def model_output(model: nn.Module, x: Any, forward: Forward | None) -> Tensor:
 def _check(model: Any, x: Any, at: Any, smooth: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if smooth not in ("refuse", "freeze"):
-        raise ArgumentError(f"smooth: expected 'refuse' or 'freeze', got {smooth!r}")
+    check_choice("smooth", smooth, ("refuse", "freeze"))
     names = [name for name, layer in model.named_modules() if name and not isinstance(layer, torch.jit.ScriptModule)]
     if at != "input" and at not in names:
         near = difflib.get_close_matches(str(at), names, n=3)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.companions.rollback.factor_models import MODELS, FactorModel
-from npeff.errors import ArgumentError, ModelError, StorageError
+from npeff.errors import ArgumentError, ModelError, StorageError, check_integer, check_number
 from npeff.short_repr import short_repr
 from npeff.storage.documents import expect, item
 from npeff.storage.fields import FLOAT, Field, Sizes, refuse
@@ -55,11 +55,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("negatives", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or value < least:
-                raise ArgumentError(f"{name}: expected a number ≥ {least}, got {value!r}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ArgumentError(f"learning_rate: expected a finite number > 0, got {self.learning_rate!r}")
+            check_integer(name, getattr(self, name), least)
+        check_number("learning_rate", self.learning_rate)
         if self.optimizer not in get_args(OptimizerName):
             known = ", ".join(map(repr, get_args(OptimizerName)))
             raise ArgumentError(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from npeff.companions.rollback.factor_models import FactorModel
 from npeff.companions.rollback.record import OptimizerName, Recipe, Record, RecordBuilder
-from npeff.errors import ArgumentError, ModelError
+from npeff.errors import ArgumentError, ModelError, check_choice
 
 Array = npt.NDArray[Any]
 Rows = Any  # an integer, or different integers
@@ -277,8 +277,7 @@ class RollbackRecorder:
                 "touched: expected a FactorModel (DistMult, ComplEx, MatrixFactorization, or a subclass of your "
                 f"own), got {type(touched).__name__}"
             )
-        if momentum not in ("refuse", "accept"):
-            raise ArgumentError(f"momentum: expected 'refuse' or 'accept', got {momentum!r}")
+        check_choice("momentum", momentum, ("refuse", "accept"))
         self._model, self._optimizer, self._all_rows = touched, optimizer, all_rows
         self._examples = touched.check_examples(examples, least=1)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.errors import ArgumentError, DataError, ModelError, check_integer, check_number
 
 
 def importance_loss(x: Tensor, mask: Tensor | None = None, *, cosine: bool = False) -> Tensor:
@@ -129,9 +129,9 @@ class VMask(nn.Module):
     def __init__(self, dim: int, hidden: int | None = None, temperature: float = 1.0) -> None:
         super().__init__()
         hidden = dim if hidden is None else hidden
-        for name, value in (("dim", dim), ("hidden", hidden), ("temperature", temperature)):
-            if not value > 0:
-                raise ArgumentError(f"{name}: expected a number > 0, got {value!r}")
+        check_integer("dim", dim)
+        check_integer("hidden", hidden)
+        check_number("temperature", temperature)
         self.inner, self.outer = nn.Linear(dim, hidden), nn.Linear(hidden, 2)
         self.temperature = temperature
         self.keep: Tensor | None = None
@@ -209,8 +209,7 @@ class SAFRRegularizer(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("importance", importance), ("interaction", interaction), ("entropy", entropy)):
-            if not 0 <= value < float("inf"):
-                raise ArgumentError(f"{name}: expected a weight ≥ 0, got {value!r}")
+            check_number(name, value, zero=True)
         if interaction and not isinstance(attention, str) and not len(attention):
             raise ArgumentError("attention: interaction > 0 needs attention modules; name them, or pass interaction=0")
         _, source = _find_module(model, embeddings, "embeddings")
