@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from types import FrameType
 
 
@@ -112,3 +113,34 @@ def ending_in_order() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+def check_integer(name: str, value: object, least: int = 1) -> None:
+    """Refuse a value that is no integer ≥ ``least``; numpy's integers are integers, booleans are not.
+
+    Raises:
+        ArgumentError: Naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ArgumentError(f"{name}: expected an integer ≥ {least}, got {value!r}")
+
+
+def check_number(name: str, value: object, *, zero: bool = False) -> None:
+    """Refuse a value that is no finite number > 0 (≥ 0 with ``zero``).
+
+    Raises:
+        ArgumentError: Naming the argument.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not (value > 0 or (zero and value == 0)):  # type: ignore[operator]
+        raise ArgumentError(f"{name}: expected a finite number {'≥' if zero else '>'} 0, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        ArgumentError: Naming the argument and the choices.
+    """
+    if value not in choices:
+        raise ArgumentError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import npeff
-from npeff.companions.influence.scores import Scores
+from npeff.companions.influence.estimator import Scores
 from npeff.components.loading import describe, load
 from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.fishers.fishers import Fishers
