@@ -14,6 +14,7 @@ import npeff
 from npeff.components.published import write_published
 from npeff.distributed.merging import merge_shares, share_path
 from npeff.errors import ArgumentError, DataError, ResumeError, StorageError
+from npeff.fishers.fishers import FisherBlock
 from npeff.fishers.logits import MOST_OUTPUTS, N_LARGEST, Logits, largest
 
 C = MOST_OUTPUTS + 76
@@ -234,3 +235,15 @@ def test_places_go_with_the_examples(fishers, tmp_path) -> None:
         replace(fishers, places=places[:, :1])
     with pytest.raises(ArgumentError, match="places"):
         replace(fishers, places=-places).save(tmp_path / "bad.h5")
+
+
+def test_blocks_are_joined_in_the_order_of_the_data(fishers) -> None:
+    placed = replace(fishers, places=np.stack([np.arange(DATA) // 4, np.arange(DATA) % 4], 1))
+    parts = [placed[[4, 0, 6]], placed[[5, 1, 3, 2]]]
+    blocks = [FisherBlock(p.rows, p.ranks, p.norms, p.logits, p.labels, p.ids, p.places) for p in parts]
+    found, expected = FisherBlock.joined(blocks), placed[:7]
+    np.testing.assert_array_equal(found.row_counts, expected.ranks)
+    for name in ("norms", "labels", "ids", "places"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert found.logits.same(expected.logits)
+    np.testing.assert_array_equal(found.rows.values, expected.rows.values)

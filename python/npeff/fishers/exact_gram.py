@@ -30,10 +30,9 @@ from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.layer_gram import LayerGram
 from npeff.fishers.logits import Logits, largest
 from npeff.fishers.options import GramOnly
-from npeff.fishers.parts import check_header, plain
+from npeff.fishers.parts import find_finished
 from npeff.fishers.passes import Ids, Run
 from npeff.fishers.rows import GramRows
-from npeff.fishers.shards import header_in
 from npeff.gradients.rules import Rule
 from npeff.gradients.tiles import Block, Pairs
 from npeff.models.digests import ModelWatch
@@ -107,8 +106,8 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
             if not examples.n:
                 raise DataError("data: it yielded no examples; if it is a generator it may be used up: pass a list")
             header = run.header(watch.digest, examples.logits[0].shape[1])
-            if out is not None and (found := _finished(out, header)) is not None:
-                return found
+            if out is not None and (found := find_finished(out, header)) is not None:
+                return fishers_in(found)
             n_rows = int(np.concatenate(examples.counts).sum())
             K = np.zeros((n_rows, n_rows), np.float32)
         elif n != examples.n:
@@ -187,15 +186,6 @@ def _postpone(layers: dict[str, LayerGram], memory: int) -> None:
                 f"allowed ({format_bytes(total)} and growing); allow more, or leave the parameter out"
             )
         layers.pop(max(layers, key=lambda name: layers[name].nbytes))
-
-
-def _finished(out: Path, header: dict[str, Any]) -> Fishers | None:
-    """The Fishers that are at ``out`` already, if they are these; None where there is nothing."""
-    if not out.exists():
-        return None
-    container = open_container(out)
-    check_header(out, out, header_in(container), plain(header))
-    return fishers_in(container)
 
 
 def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) -> Fishers:

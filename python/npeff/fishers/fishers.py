@@ -31,9 +31,9 @@ from npeff.fishers.file_format import (
     told_outputs,
     write_fishers,
 )
-from npeff.fishers.logits import Logits
+from npeff.fishers.logits import Logits, joined
 from npeff.fishers.options import Sketch, sketch_of
-from npeff.fishers.rows import Kind, Rows, rows_from
+from npeff.fishers.rows import Kind, Rows, concatenate, rows_from
 from npeff.models.parameters import Parameters
 from npeff.short_repr import short_repr
 from npeff.storage.checks import Sizes, check_arrays, check_shapes, expect, refuse
@@ -69,6 +69,18 @@ class FisherBlock:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "logits", Logits.of(self.logits))
+
+    @classmethod
+    def joined(cls, blocks: list[FisherBlock]) -> FisherBlock:
+        """Join blocks, at least one, and put the examples in the order of their positions in the data."""
+        if len(blocks) == 1:
+            return blocks[0]
+        counts, arrays = np.concatenate([b.row_counts for b in blocks]), joined([example_arrays(b) for b in blocks])
+        rows, order = concatenate([block.rows for block in blocks]), np.argsort(arrays["ids"], kind="stable")
+        if (np.diff(order) < 0).any():
+            starts = np.cumsum(counts) - counts
+            rows = rows.take(np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order]))
+        return cls(rows, counts[order], **example_fields(arrays, order))
 
     def arrays(self) -> dict[str, Array]:
         """The arrays by the names of their datasets in a file."""

@@ -109,7 +109,7 @@ class Parts:
         self._remove_scratch()
         path = self.folder / "header.json"
         if path.exists():
-            check_header(self.out, self.folder, _read_header(path), plain(self.header))
+            _check_header(self.out, self.folder, _read_header(path), self.header)
         else:
             self._write_json(path, {"format": FORMAT, "format_version": PARTS_VERSION, "header": self.header})
             sync_folder(self.out.parent)  # the folder itself
@@ -176,7 +176,7 @@ class Parts:
     def clear(self) -> None:
         """Clean up after a run that was killed between naming the final file and removing the folder."""
         path = self.folder / "header.json"
-        if not path.exists() or _read_header(path) == plain(self.header):
+        if not path.exists() or _read_header(path) == _as_json(self.header):
             self.remove()
         else:  # someone else's unfinished work
             self.lock.release()
@@ -212,19 +212,39 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def check_header(out: Path, where: Path, then: object, now: object) -> None:
-    """Make sure that work found on disk was made with the same model and options.
+def find_finished(out: Path, header: dict[str, Any]) -> Container | None:
+    """Open the Fishers at ``out``, which were made with the same model and options; None where nothing is there.
 
     Args:
         out: The output asked for.
-        where: What holds the older work: ``out`` itself or its parts folder.
-        then: Its header.
-        now: The header of this run.
+        header: The header of this run.
+
+    Raises:
+        StorageError: Something else is there.
+        ResumeError: They were made with other settings; says which.
+    """
+    if not out.exists():
+        return None
+    try:
+        found = open_container(out)
+    except StorageError as error:
+        raise type(error)(f"{error} It is not overwritten: remove it, or choose another out.") from error
+    if found.content != "fishers":
+        raise StorageError(
+            f"{out}: holds npeff {found.content}, and is not overwritten; remove it, or choose another out"
+        )
+    theirs = {"kind": found.attributes.get("kind")} | {name: found.json(name) for name in ("parameters", "provenance")}
+    _check_header(out, out, theirs, header)
+    return found
+
+
+def _check_header(out: Path, where: Path, then: object, header: dict[str, Any]) -> None:
+    """Compare the header of older work, in ``where`` (``out`` or its parts folder), with that of this run.
 
     Raises:
         ResumeError: They differ; says in what.
     """
-    lines = differences(then, now)
+    lines = differences(then, _as_json(header))
     if lines:
         more = f" (and {len(lines) - 5} more)" if len(lines) > 5 else ""
         work = "finished" if where == out else "unfinished"
@@ -235,7 +255,7 @@ def check_header(out: Path, where: Path, then: object, now: object) -> None:
         )
 
 
-def plain(header: dict[str, Any]) -> Any:
+def _as_json(header: dict[str, Any]) -> Any:
     """Return the header as JSON gives it back."""
     return json.loads(to_json(header, "header"))
 

@@ -13,12 +13,10 @@ import numpy.typing as npt
 
 from npeff.batches.batches import Batch
 from npeff.fishers.factors import Factors
-from npeff.fishers.file_format import example_arrays, example_fields
 from npeff.fishers.fishers import FisherBlock
-from npeff.fishers.logits import Logits, joined, largest
+from npeff.fishers.logits import Logits, largest
 from npeff.fishers.options import FisherOptions, Sketch, TopK
 from npeff.fishers.passes import Ids, Run
-from npeff.fishers.rows import concatenate
 from npeff.fishers.shards import FisherWriter
 from npeff.fishers.sinks import DenseSink, Sink, SketchSink
 from npeff.fishers.topk_sink import TopKSink
@@ -77,11 +75,7 @@ class PendingBatch:
             norms, counts, scale, *kept = numbers.wait()
             logits = Logits.kept(kept, n_outputs)
             blocks.append(FisherBlock(rows(counts, scale), counts, norms.astype(np.float32), logits, labels, ids))
-        if len(blocks) == 1:
-            return blocks[0]
-        counts = np.concatenate([block.row_counts for block in blocks])
-        fields = example_fields(joined([example_arrays(block) for block in blocks]))
-        return FisherBlock(concatenate([block.rows for block in blocks]), counts, **fields)
+        return FisherBlock.joined(blocks)
 
 
 class BatchPipeline:

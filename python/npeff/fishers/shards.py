@@ -18,10 +18,10 @@ from npeff.fishers.file_format import example_arrays, example_fields, offsets_of
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
 from npeff.fishers.logits import ARRAYS, Logits, joined
 from npeff.fishers.options import sketch_of
-from npeff.fishers.parts import BatchRecord, Parts, batches_in, check_header, parts_folder, plain
+from npeff.fishers.parts import BatchRecord, Parts, batches_in, find_finished, parts_folder
 from npeff.fishers.rows import GrowingRows
 from npeff.models.parameters import Parameters
-from npeff.storage.container import Container, open_container
+from npeff.storage.container import open_container
 from npeff.storage.files import check_target
 from npeff.storage.writing import to_json
 
@@ -120,17 +120,9 @@ class FisherWriter:
         return parts
 
     def _find_finished(self, out: Path) -> bool:
-        if not out.exists():
+        container = find_finished(out, self.header)
+        if container is None:
             return False
-        try:
-            container = open_container(out)
-        except StorageError as error:
-            raise type(error)(f"{error} It is not overwritten: remove it, or choose another out.") from error
-        if container.content != "fishers":
-            raise StorageError(
-                f"{out}: holds npeff {container.content}, and is not overwritten; remove it, or choose another out"
-            )
-        check_header(out, out, header_in(container), plain(self.header))
         self.finished = fishers_in(container)
         self.examples_resumed = len(self.finished)
         self._done = batches_in(container) if "batches" in container.specs else []
@@ -347,12 +339,3 @@ class FisherWriter:
             parts.lock.release()
         else:
             parts.remove()
-
-
-def header_in(container: Container) -> dict[str, Any]:
-    """Read the header that a finished file was made with."""
-    return {
-        "kind": container.attributes.get("kind"),
-        "parameters": container.json("parameters"),
-        "provenance": container.json("provenance"),
-    }
