@@ -21,6 +21,7 @@ from npeff.cli.command import (
     size,
 )
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
+from npeff.cli.texts import data_of_components
 
 if TYPE_CHECKING:
     from npeff.components.components import Encoded
@@ -149,14 +150,14 @@ def recover(path: Path, model: str, data: str, component: str | None, out: Path,
     js = None if component is None else listed(component)
     if component is not None and js is None:
         misused(f"--component: expected J or J,J,…, got {component!r}")
-    from npeff.models.targets import load_data, load_model
+    from npeff.models.targets import load_model
     from npeff.storage.container import check_replaceable
 
     check_replaceable(out, "components")
     components = loaded(path, "Components")
     if js:
         check_members(js, components, path)
-    recovered = components.recover(load_model(model), load_data(data), js, **options)
+    recovered = components.recover(load_model(model), data_of_components(data, components), js, **options)
     recovered.save(out)
     n = len(recovered.recovered)
     click.echo(

@@ -10,6 +10,7 @@ import click
 
 from npeff.cli.command import check_members, check_out, command, listed, loaded, misused, note
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
+from npeff.cli.texts import data_of_components
 
 if TYPE_CHECKING:
     from npeff.components.components import Components
@@ -79,7 +80,7 @@ def perturb(
     every figure, and the same figures for random directions. A component that is about a behaviour has a KL ratio
     well above theirs.
     """
-    from npeff.models.targets import load_data, load_model
+    from npeff.models.targets import load_model
     from npeff.perturbation import perturb_all
     from npeff.perturbation.effect import write_json
 
@@ -90,7 +91,7 @@ def perturb(
     which = None if every else [chosen(components, component, strategy, path)]
     if every and not out:
         options.setdefault("curve", 0)  # the table does not show it
-    effects = perturb_all(load_model(model), load_data(data), components, which, **options)
+    effects = perturb_all(load_model(model), data_of_components(data, components), components, which, **options)
     click.echo(_ratios(effects) if every else effects[0].table())
     missed = [effect.name for effect in effects if not effect.reached]
     if missed:
@@ -159,13 +160,13 @@ def trace(
     all of it on the component's top examples.
     """
     import npeff
-    from npeff.models.targets import load_data, load_made, load_model
+    from npeff.models.targets import load_made, load_model
 
     check_out(out, ".png", ".svg", ".pdf", ".json")
     components = loaded(path, "Components")
     j = chosen(components, component, strategy, path)
     parts: Any = groups if groups in ("layer", "parameter") else load_made(groups, "--groups")
-    found = npeff.trace(load_model(model), load_data(data), components, j, parts, **options)
+    found = npeff.trace(load_model(model), data_of_components(data, components), components, j, parts, **options)
     click.echo(found.table())
     if out is not None:
         if out.suffix.lower() == ".json":

@@ -228,7 +228,7 @@ def write_record(path: Path | str, content: str, arrays: Mapping[str, Array | Da
     Args:
         path: Where; replaced only if a record of the same content is there.
         content: What it holds, such as ``"rollback"``.
-        arrays: By name; numbers or booleans of any shape, or streams of them (:class:`npeff.storage.hdf5.Data`).
+        arrays: By name; numbers or booleans of any shape, or streams of them (:class:`npeff.storage.writing.Data`).
         meta: Everything else, JSON-able.
 
     Returns:
