@@ -16,7 +16,7 @@ from tqdm import tqdm
 from npeff.batches.batches import Batch, looks_like_image, read_batch
 from npeff.batches.tensor_trees import leaves
 from npeff.errors import ArgumentError, DataError
-from npeff.reports.images import (
+from npeff.reports.figures import (
     PIXELATED_BELOW,
     Pixels,
     Scale,
@@ -28,8 +28,7 @@ from npeff.reports.images import (
     strip,
     tile,
 )
-from npeff.reports.summary import DELAY, TopExample
-from npeff.reports.text import ClassNames, coefficient, excerpt, printable, text_of
+from npeff.reports.summary import DELAY, ClassNames, TopExample, coefficient, excerpt, printable, text_of
 
 Array = npt.NDArray[Any]
 Decode = Callable[[Any], str]
