@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from npeff.components.components import Components
 from npeff.errors import ArgumentError
-from npeff.reports.evidence import INFLUENCES, Extras, read_extras, trust_of
+from npeff.reports.evidence import INFLUENCES, PUSHED, Extras, read_extras, trust_of
 from npeff.reports.examples import Gallery
 from npeff.reports.layout import Heads, StrategyNode, check_heads, map_positions, tree_of
+from npeff.reports.places import ReadablePlaces
 from npeff.reports.summary import (
     ClassNames,
     ComponentSummary,
@@ -31,6 +32,7 @@ UNSTABLE = 0.7
 """A component below this stability is to be read with doubt."""
 NODE_EXAMPLES = 12
 THUMBS = 8
+NAMED = 3  # words that a heading names as predicted
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class ReportOptions:
             if len(given) < n_classes:
                 raise ArgumentError(f"class_names: expected {n_classes} names, one per class, got {len(given)}")
             return ClassNames(given)
+        if isinstance(data, ReadablePlaces):
+            return ClassNames(None, data.output_names)
         dataset = getattr(data, "dataset", None)
         for owner, attribute in ((data, "class_names"), (dataset, "class_names"), (dataset, "classes")):
             found = getattr(owner, attribute, None)
@@ -140,7 +144,7 @@ class ReportData:
     attributions: Mapping[int, list[tuple[TopExample, dict[str, Any]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.headings = {s.j: heading(s, self.names) for s in self.summaries}
+        self.headings = {s.j: heading(s, self.names, self.gallery) for s in self.summaries}
         self.leaves = {node.components[0]: node for node in self.nodes if node.leaf}
         self.branches: dict[int, StrategyNode] = {}
         for node in self.nodes:  # parents come first: the first node of a group is its branch
@@ -198,6 +202,8 @@ class ReportData:
             return self.headings[node.components[0]]
         if node.parent < 0:
             return "all components"
+        if self.gallery.words is not None:
+            return _place_heading(_predicted(node.top, self.names), node.top, self.gallery)
         order = np.argsort(-node.profile, kind="stable")
         known = [(self.names[int(c)], float(node.profile[c])) for c in order if node.profile[c] > 0]
         if not known:
@@ -209,22 +215,50 @@ class ReportData:
         return ", ".join(head) + (", …" if more else "")
 
 
-def heading(summary: ComponentSummary, names: ClassNames) -> str:
-    """Describe a component in a few words: the classes between which the model weighs, else what it predicts most."""
+def heading(summary: ComponentSummary, names: ClassNames, gallery: Gallery) -> str:
+    """Describe a component in a few words: the classes between which the model weighs, else what it predicts most.
+
+    Of places also the words that tell the top examples from others, as in *Paris, Rome after “capital … is”*.
+    """
     if not summary.top:
         return "unused"
+    described = _classes_heading(summary, names, gallery.words is not None)
+    return described if gallery.words is None else _place_heading(described, summary.top, gallery)
+
+
+def _classes_heading(summary: ComponentSummary, names: ClassNames, words: bool) -> str:
     if summary.purity is None:
-        return "no predictions on record"
+        return "" if words else "no predictions on record"
     contest = summary.contest
     binary = len(summary.profile) == 2
     if len(contest) > 1 and contest[0][1] + contest[1][1] >= 0.55 and not (binary and summary.purity >= 0.75):
         return f"{names[contest[0][0]]} or {names[contest[1][0]]}"
+    if words:
+        return _predicted(summary.top, names)
     if contest and contest[0][1] >= 0.35 and not binary:
         return f"{names[contest[0][0]]} or something else"
     if summary.purity >= 0.5:
         values = [t.prediction for t in summary.top]
         return f"mostly {names[max(set(values), key=values.count)]}"
     return "several classes"
+
+
+def _predicted(tops: Sequence[TopExample], names: ClassNames) -> str:
+    """Name the words that are predicted at some places, those with the largest coefficients first."""
+    mass: dict[int, float] = {}
+    for top in tops:
+        if top.prediction >= 0:
+            mass[top.prediction] = mass.get(top.prediction, 0.0) + top.coefficient
+    total = sum(mass.values()) or 1.0
+    order = sorted(mass, key=lambda c: -mass[c])
+    head = [c for c in order[:NAMED] if mass[c] >= 0.1 * total] or order[:1]
+    rest = total - sum(mass[c] for c in head)
+    return ", ".join(names[c] for c in head) + (", …" if mass and rest >= 0.1 * total else "")
+
+
+def _place_heading(described: str, tops: Sequence[TopExample], gallery: Gallery) -> str:
+    telling = " … ".join(gallery.telling(tops))
+    return " ".join([described, f"after “{telling}”"] if telling else [described]).strip() or "several words"
 
 
 def collect_report_data(
@@ -261,6 +295,9 @@ def collect_report_data(
     ids, labels = np.asarray(components.ids), np.asarray(components.labels)
     shown = {top.position for s in summaries for top in s.shown} | {top.position for node in nodes for top in node.top}
     attributed = {int(ids[i]) for _, i in given.attributions}
+    for effect in given.effects.values():
+        pushed = (*effect.predictions[:PUSHED], *effect.continuations[:PUSHED])
+        shown |= {position for position, _ in pushed} & set(ids.tolist())
     gallery = Gallery(shown | attributed, {top.position for s in summaries for top in s.top[:THUMBS]}, attributed)
     if data is not None:
         wanted = set(ids.tolist()) if every else shown | attributed

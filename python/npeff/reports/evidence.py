@@ -25,8 +25,8 @@ from npeff.storage.files import atomic, path_of
 
 Array = npt.NDArray[Any]
 
-INFLUENCES = 12
-"""Training examples shown on a component's page."""
+INFLUENCES, PUSHED = 12, 8
+"""Training examples, and examples before and after the push, shown on a component's page."""
 TRUST_KEYS = ("stability", "null", "selection", "explained")
 
 
@@ -41,6 +41,8 @@ class EffectSummary:
         kl_baseline: The same on the other examples.
         interval: Confidence interval of the ratio; None where unknown.
         controls: ``(kind of random direction, its KL ratio)``.
+        predictions: ``(position in the data, ((class, probability before the step, and after it), …))``.
+        continuations: ``(position in the data, ((which model, its text), …))``.
     """
 
     kl_ratio: float | None = None
@@ -49,6 +51,8 @@ class EffectSummary:
     kl_baseline: tuple[float, ...] = ()
     interval: tuple[float, float] | None = None
     controls: tuple[tuple[str, float], ...] = ()
+    predictions: tuple[tuple[int, tuple[tuple[int, float, float], ...]], ...] = ()
+    continuations: tuple[tuple[int, tuple[tuple[str, str], ...]], ...] = ()
 
     __repr__ = short_repr
 
@@ -109,6 +113,8 @@ class InfluenceSummary:
 
 
 _CURVES = ("magnitudes", "kl_top", "kl_baseline")
+CONTINUED = {"base": "as it is", "down": "turned down", "up": "turned up"}
+"""The models that continue a text: the key of the text, and what the page calls the component in them."""
 
 
 def effect_of(name: str, value: Any) -> EffectSummary:
@@ -144,7 +150,41 @@ def effect_of(name: str, value: Any) -> EffectSummary:
         kl_baseline,
         interval=None if ends is None else (ends[0], ends[1]),
         controls=tuple((str(label), _number(of, f"{name}.controls")) for label, of in controls or ()),
+        predictions=tuple(_predictions(item, f"{name}.predictions") for item in field_of(value, "predictions") or ()),
+        continuations=tuple(
+            _continuation(item, f"{name}.continuations") for item in field_of(value, "continuations") or ()
+        ),
     )
+
+
+def _predictions(item: Any, name: str) -> tuple[int, tuple[tuple[int, float, float], ...]]:
+    """Read what is predicted for one example: ``id``, ``classes``, and their probabilities ``before`` and ``after``.
+
+    Raises:
+        ArgumentError: The lists do not go together, or something is no number.
+    """
+    classes, before, after = (
+        numbers(_or_empty(field_of(item, key)), f"{name}.{key}").ravel() for key in ("classes", "before", "after")
+    )
+    if not len(classes) == len(before) == len(after):
+        raise ArgumentError(
+            f"{name}: expected a probability before and after for each of {len(classes)} classes, got {len(before)} "
+            f"and {len(after)}"
+        )
+    rows = zip(classes.astype(np.int64).tolist(), before.tolist(), after.tolist(), strict=True)
+    return _position(field_of(item, "id"), f"{name}.id"), tuple(rows)
+
+
+def _continuation(item: Any, name: str) -> tuple[int, tuple[tuple[str, str], ...]]:
+    """Read the texts that continue one example: ``id``, and any of ``base``, ``down`` and ``up``.
+
+    Raises:
+        ArgumentError: One is no text.
+    """
+    texts = [(words, field_of(item, key)) for key, words in CONTINUED.items() if field_of(item, key) is not None]
+    if not texts or not all(isinstance(text, str) for _, text in texts):
+        raise ArgumentError(f"{name}: expected texts as {', '.join(CONTINUED)}, got {excerpt_of(item)}")
+    return _position(field_of(item, "id"), f"{name}.id"), tuple(texts)
 
 
 def _of_experiment(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,6 +202,7 @@ def _of_experiment(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
         for kind, control in items_of(value.get("controls"), f"{name}.controls")
     ]
     fields["controls"] = tuple((kind, own) for kind, own in controls if own is not None)
+    fields |= {key: value.get(key) for key in ("predictions", "continuations")}
     curve = value.get("curve")
     if curve is None:
         return fields
@@ -359,7 +400,7 @@ def index_of(value: Any, size: int | None, name: str, of: str = "components") ->
 
 
 def _position(value: Any, name: str) -> int:
-    """Read the position of a training example; pairs may stand in one array of floats.
+    """Read the position of an example in the data; pairs may stand in one array of floats.
 
     Raises:
         ArgumentError: It is none.
@@ -369,7 +410,7 @@ def _position(value: Any, name: str) -> int:
         return index_of(whole, None, name)
     except ArgumentError:
         raise ArgumentError(
-            f"{name}: expected whole numbers ≥ 0, positions of training examples, got {excerpt_of(value)}"
+            f"{name}: expected whole numbers ≥ 0, positions in the data, got {excerpt_of(value)}"
         ) from None
 
 

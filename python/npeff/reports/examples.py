@@ -28,6 +28,7 @@ from npeff.reports.figures import (
     strip,
     tile,
 )
+from npeff.reports.places import BRIEF, FULL, PlaceText, ReadablePlaces, Words, read_places
 from npeff.reports.summary import DELAY, ClassNames, TopExample, coefficient, excerpt, printable, text_of
 
 Array = npt.NDArray[Any]
@@ -46,18 +47,20 @@ LONGEST, EXTRACT = 20_000, 400  # characters kept of a text on some component's 
 
 @dataclass(frozen=True)
 class RawExample:
-    """One example of the data: exactly one of the first three is set.
+    """One example of the data: exactly one of the first four is set.
 
     Attributes:
         image: float or integer array ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)``.
         text: What to print.
         values: Numbers without a natural picture, ``(d,)`` or ``(t, d)``.
+        place: The text around a place.
         ids: ``(tokens,)`` the token ids behind a text, where there are any.
     """
 
     image: Array | None = None
     text: str | None = None
     values: Array | None = None
+    place: PlaceText | None = None
     ids: Array | None = None
 
 
@@ -74,6 +77,7 @@ class Gallery:
 
     Attributes:
         kept: Raw examples of the positions in ``keep``.
+        words: The words near places; None for other data.
     """
 
     def __init__(self, shown: Collection[int] = (), tiles: Collection[int] = (), keep: Collection[int] = ()) -> None:
@@ -85,6 +89,8 @@ class Gallery:
         self._limit: float | None = None
         self._waiting: list[tuple[int, RawExample]] = []
         self.kept: dict[int, RawExample] = {}
+        self.words: Words | None = None
+        self._places: dict[int, PlaceText] = {}  # of the shown positions
 
     def close(self) -> None:
         """Forget all encoded examples."""
@@ -109,6 +115,9 @@ class Gallery:
         """
         waiting_bytes = 0
         found = read_examples(data, wanted, labels, tokenizer)
+        if isinstance(data, ReadablePlaces):
+            found = ((i, RawExample(place=place)) for i, place in read_places(data, wanted, labels))
+            self.words = Words(data)
         for position, example in tqdm(
             found, "examples", len(wanted), delay=DELAY, disable=not progress, unit="example"
         ):
@@ -135,6 +144,10 @@ class Gallery:
 
     def _encoded(self, position: int, example: RawExample) -> dict[str, Any]:
         shown = position in self._shown
+        if example.place is not None:
+            if shown:
+                self._places[position] = example.place
+            return {"kind": "place", **example.place.window(*(FULL if shown else BRIEF))}
         if example.text is not None:
             return {"kind": "text", "text": printable(example.text[: LONGEST if shown else EXTRACT])}
         if example.image is not None:
@@ -159,7 +172,10 @@ class Gallery:
     # ---- showing -------------------------------------------------------------------------------------------
 
     def encoded(self, position: int) -> dict[str, Any] | None:
-        """Return ``kind`` (``"image"``, ``"text"``, ``"values"``) and what goes with it; None for other examples."""
+        """Return an example's ``kind`` (``"image"``, ``"text"``, ``"place"``, ``"values"``) and what goes with it.
+
+        None for examples that were not wanted.
+        """
         if position not in self._spans:
             return None
         start, size = self._spans[position]
@@ -184,6 +200,9 @@ class Gallery:
         if found["kind"] == "text":
             start, rest = excerpt(found["text"])
             return {**base, "kind": "text", "start": start, "rest": rest}
+        if top.position in self._places:
+            found = self._places[top.position].window(*BRIEF)
+            return {**base, "kind": "place", **found}
         alt = f"{base['alt']}; values {found['values']}" if found["kind"] == "values" else base["alt"]
         return {**base, **found, "alt": alt}
 
@@ -193,9 +212,17 @@ class Gallery:
         return sprite(tiles) if tiles else None
 
     def quote(self, top: TopExample) -> str:
-        """Return the first words of a text example; empty for others."""
-        found = self.encoded(top.position)
-        return excerpt(found["text"], 60)[0] if found and found["kind"] == "text" else ""
+        """Return the first words of a text, or the last before a place; empty for other examples."""
+        if top.position in self._places:
+            found = self._places[top.position].window(40, 0)
+            return str(found["before"] + found["at"]).replace("\n", " ")
+        read = self.encoded(top.position)
+        return excerpt(read["text"], 60)[0] if read and read["kind"] == "text" else ""
+
+    def telling(self, tops: Iterable[TopExample]) -> list[str]:
+        """Return the words that tell these places from the others; see :meth:`npeff.reports.places.Words.telling`."""
+        places = [(top, self._places[top.position]) for top in tops if top.position in self._places]
+        return self.words.telling(places) if self.words and places else []
 
     def draw_attribution(self, position: int, weights: Array, tokenizer: Any, name: str) -> dict[str, Any]:
         """Draw what in an example of ``kept`` speaks for a component, as a picture or as coloured tokens.
@@ -203,7 +230,8 @@ class Gallery:
         The weights have the shape of the input, or are one number per token.
 
         Returns:
-            ``{"uri": …, "small": …}`` or ``{"tokens": [(text, level), …]}``, levels in [−1, 1].
+            ``{"uri": …, "small": …}`` or ``{"tokens": [(text, level), …]}``, levels in [−1, 1]; of a place also the
+            ``"index"`` of its token, and what stands in place of the text that was ``"cut"`` off.
 
         Raises:
             ArgumentError: The weights do not fit the example.
@@ -212,11 +240,17 @@ class Gallery:
         if example.image is not None:
             pixels = self.pixels(example.image)
             return {"uri": data_uri(overlay(pixels, weights, name)), "small": max(pixels.shape[:2]) <= PIXELATED_BELOW}
+        flat = np.nan_to_num(weights.ravel())
+        levels = np.round(flat / (float(np.abs(flat).max(initial=0)) or 1.0), 3).tolist()
+        if example.place is not None:
+            if weights.size > len(example.place.tokens):
+                raise ArgumentError(
+                    f"{name}: expected a number per token, {len(example.place.tokens)}, got shape {weights.shape}"
+                )
+            return example.place.window(*BRIEF, levels)
         if example.text is not None:
             tokens = tokens_of(example, weights.size, tokenizer, name)
-            flat = np.nan_to_num(weights.ravel())
-            largest = float(np.abs(flat).max(initial=0)) or 1.0
-            return {"tokens": [(printable(t), round(float(w) / largest, 3)) for t, w in zip(tokens, flat, strict=True)]}
+            return {"tokens": [(printable(t), level) for t, level in zip(tokens, levels, strict=True)]}
         assert example.values is not None
         if weights.size != example.values.size:
             raise ArgumentError(f"{name}: expected shape {example.values.shape} as the example's, got {weights.shape}")

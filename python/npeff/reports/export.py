@@ -109,8 +109,10 @@ class TopExamples:
         return np.asarray(np.broadcast_to(np.atleast_3d(pixels), (*pixels.shape[:2], 3)))
 
     def text(self, top: TopExample, length: int) -> str:
-        """Return the beginning of a text; empty for other examples and without data."""
+        """Return the beginning of a text, or the text around a place; empty for other examples and without data."""
         example = self.example(top)
+        if example is not None and example.place is not None:
+            return example.place.around()
         if example is None or example.text is None:
             return ""
         start, rest = excerpt(printable(example.text), length)
@@ -213,7 +215,7 @@ def _collage(
     heights = [max(sizes[a : a + wide] or [0.5]) for a in range(0, rows * wide, wide)]
     width = wide * 1.05 if pictured else 7.5
     figure = Figure((max(width, 3.0) + 0.3, sum(heights) + 0.5), dpi=dpi, layout="constrained")
-    title = f"{summary.j}  {heading(summary, found.names)}" if title is None else title
+    title = f"{summary.j}  {heading(summary, found.names, found.gallery)}" if title is None else title
     figure.suptitle(printable(title), x=0.02, ha="left", fontsize=10, parse_math=False)
     grid = figure.subplots(rows, wide, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes in grid.flat:
@@ -331,7 +333,7 @@ def _section(found: TopExamples, summary: ComponentSummary, images: AssetsFolder
         )
     return {
         "j": summary.j,
-        "heading": escape(heading(summary, found.names)),
+        "heading": escape(heading(summary, found.names, found.gallery)),
         "facts": escape(", ".join(facts)),
         "pictures": [item for item in items if item["file"]],
         "texts": [item for item in items if not item["file"]],

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from scipy.special import softmax
 from tqdm import tqdm
 
 from npeff.reports.data import THUMBS, ReportData
-from npeff.reports.evidence import INFLUENCES, InfluenceSummary
+from npeff.reports.evidence import INFLUENCES, PUSHED, InfluenceSummary
 from npeff.reports.figures import (
     effect_curve,
     held_out_curve,
@@ -37,12 +36,15 @@ from npeff.reports.summary import (
     closest,
     coefficient,
     known_predictions,
+    likeliest,
     number,
     percent,
     plain,
     printable,
     short,
     size_of,
+    top_examples,
+    visible,
 )
 from npeff.reports.writer import ReportWriter, script_json
 
@@ -62,6 +64,7 @@ THUMBS_SHARE = 0.2
 """What thumbnails may take of a single file's limit."""
 TRACED = 16  # parts of a network that are shown of a trace
 MEMBERS = 60  # components listed on a strategy's page
+LIKELIEST = 5  # words listed that the model predicts for an example
 LISTED, LEAST = 12, 0.005  # components listed of an example, and the least share of its summed coefficients
 
 
@@ -326,6 +329,9 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 def _script_data(data: ReportData, writer: ReportWriter, columns: Sequence[Column]) -> dict[str, Any]:
     """What the script needs from the start: a line per component."""
     components = data.components
+    words = data.gallery.words is not None
+    if words:  # of all classes there would be too many
+        data.names.find({*np.unique(components.labels).tolist(), *np.unique(known_predictions(components)).tolist()})
     n_classes = max(int(components.logits.shape[1]), int(np.max(components.labels, initial=-1)) + 1)
     branches = [data.branches[group] for group in sorted(data.branches)]
     return {
@@ -333,7 +339,7 @@ def _script_data(data: ReportData, writer: ReportWriter, columns: Sequence[Colum
         "rows": [_line(data, s, columns) for s in data.summaries],
         "numbers": [[column.name, column.title, column.is_share] for column in columns],
         "groups": [{"heading": data.node_heading(b), "address": b.address} for b in branches],
-        "classes": [data.names[c] for c in range(n_classes)],
+        "classes": data.names.known if words else [data.names[c] for c in range(n_classes)],
         "parts": writer.parts,
         "absent": sorted(writer.absent),
         "limit": size_of(writer.limit),
@@ -368,9 +374,10 @@ def _example_records(data: ReportData) -> Iterator[tuple[int, list[list[Any]]]]:
     """Yield ``(number of the part, records)``.
 
     A record is ``[position, label, prediction, confidence, explained share, number of components with a coefficient,
-    [[component, coefficient], …], [[component, what is drawn], …]]``, None for what is unknown; the last is there
-    where something is drawn.
+    [[component, coefficient], …], [[component, what is drawn], …], [[word, probability], …]]``, None for what is
+    unknown; the last but one is there where something is drawn, the last for places of text.
     """
+    places = data.gallery.words is not None
     components = data.components
     W, labels, predictions = components.coefficients, np.asarray(components.labels), known_predictions(components)
     drawn: dict[int, list[list[Any]]] = {}
@@ -381,20 +388,27 @@ def _example_records(data: ReportData) -> Iterator[tuple[int, list[list[Any]]]]:
         w, logits = W[start : start + PER_PART], components.logits[start : start + PER_PART]
         order = np.argsort(-w, axis=1, kind="stable")[:, :LISTED]
         counts, sums = (w > 0).sum(1), w.sum(1, dtype=np.float64)
-        confidence = softmax(logits.astype(np.float64), axis=1).max(1) if logits.shape[1] > 1 else [None] * len(w)
+        classes, shares = likeliest(logits, LIKELIEST) if logits.shape[1] > 1 else (None, np.full((len(w), 1), np.nan))
+        if classes is not None and places:
+            data.names.find(classes.ravel())
         records = []
         for k in range(len(w)):
             i = start + k
-            record = [
+            record: list[Any] = [
                 int(components.ids[i]),
                 int(labels[i]),
                 int(predictions[i]),
-                short(confidence[k]),
+                short(shares[k, 0]),
                 None if data.explained is None else short(data.explained[i]),
                 int(counts[k]),
                 [[int(j), short(w[k, j])] for j in order[k] if w[k, j] > LEAST * sums[k]],
             ]
-            records.append([*record, drawn[i]] if i in drawn else record)
+            if classes is not None and places:
+                likely = [[data.names[int(c)], short(p)] for c, p in zip(classes[k], shares[k], strict=True)]
+                record += [drawn.get(i, []), likely]
+            elif i in drawn:
+                record.append(drawn[i])
+            records.append(record)
         yield start // PER_PART, records
 
 
@@ -405,8 +419,9 @@ def _component_page(data: ReportData, rank: int, columns: Sequence[Column]) -> s
     """Return the page of a component; its rank is its index among the summaries."""
     summary, names, heads = data.summaries[rank], data.names, data.options.heads
     j, trust = summary.j, data.extras.trust
+    drawn = {top.index: what for top, what in data.attributions.get(j, []) if "index" in what}
     lists = {
-        name: [data.gallery.show(top, names) for top in items]
+        name: [data.gallery.show(top, names) | drawn.get(top.index, {}) for top in items]
         for name, items in (("shown", summary.top), ("middle", summary.middle), ("random", summary.random))
     }
     influences = data.extras.influences.get(j, InfluenceSummary([]))
@@ -416,7 +431,7 @@ def _component_page(data: ReportData, rank: int, columns: Sequence[Column]) -> s
         "s": summary,
         **lists,
         "heading": data.headings[j],
-        "tall": any(item["kind"] == "text" for item in lists["shown"]),
+        "tall": any(item["kind"] in ("text", "place") for item in lists["shown"]),
         "contest": [(names[c], share) for c, share in summary.contest],
         "classes": [(names[c], a, b) for c, a, b in summary.classes],
         "most": max((max(a, b) for _, a, b in summary.classes), default=0) or 1,
@@ -437,7 +452,9 @@ def _component_page(data: ReportData, rank: int, columns: Sequence[Column]) -> s
         "block_map": block_map(summary.block_energy) if known else None,
         "head_map": None if vector is None else head_map(data.components.parameters, vector, heads),
         "attributions": [
-            {"j": j, "item": data.gallery.show(top, names), "drawn": what} for top, what in data.attributions.get(j, [])
+            {"j": j, "item": data.gallery.show(top, names), "drawn": what}
+            for top, what in data.attributions.get(j, [])
+            if top.index not in drawn or top not in summary.shown
         ],
         "influences": [_influence(data, influences, *pair) for pair in influences.pairs[:INFLUENCES]],
         "influences_by": influences.by,
@@ -455,7 +472,25 @@ def _moved(data: ReportData, *components: int) -> dict[str, Any]:
         "curve": effect_curve(effect.magnitudes, effect.kl_top, effect.kl_baseline) if effect else Markup(""),
         "acts": parts[:TRACED],
         "more": len(parts[TRACED:]),
+        "shifts": [
+            (_example_at(data, position), [(data.names[c], before, after) for c, before, after in changes])
+            for position, changes in (effect.predictions[:PUSHED] if effect else ())
+        ],
+        "continuations": [
+            (_example_at(data, position), [(which, visible(text)) for which, text in texts])
+            for position, texts in (effect.continuations[:PUSHED] if effect else ())
+        ],
     }
+
+
+def _example_at(data: ReportData, position: int) -> dict[str, Any]:
+    """Return what a template prints of the example at a position in the data."""
+    components = data.components
+    (found,) = np.nonzero(np.asarray(components.ids) == position)
+    (top,) = top_examples(components, found[:1], np.zeros(len(components.ids))) or [
+        TopExample(-1, position, 0.0, -1, -1)
+    ]
+    return data.gallery.show(top, data.names)
 
 
 def _moved_groups(data: ReportData) -> list[dict[str, Any]]:
@@ -478,7 +513,7 @@ def _strategy_page(data: ReportData, node: StrategyNode) -> str:
     """The page of a node of the tree that is no single component."""
     names, shares = data.names, {s.j: s.share for s in data.summaries}
     members = sorted(node.components, key=lambda j: -shares[j])
-    predicted = sorted(enumerate(node.profile.tolist()), key=lambda item: -item[1])[:8]
+    predicted = [(int(c), float(node.profile[c])) for c in np.argsort(-node.profile, kind="stable")[:8]]
     parts = [data.nodes[i] for i in node.children]
     template = environment().get_template("strategy.html.j2")
     return template.render(

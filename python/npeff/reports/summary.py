@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import softmax
+from scipy.special import logsumexp, softmax
 from tqdm import tqdm
 
 from npeff.components.components import Components
 
+_BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_VISIBLE = {
+    **{code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)},
+    0x7F: "\u2421",
+    **dict.fromkeys((0x85, 0x2028, 0x2029), "\n"),
+    **{code: f"\\u{code:04x}" for code in _BIDI},
+}
 EXCERPT = 220
 """Characters of a text that a page shows at first."""
 
 
 class ClassNames:
-    """The names of the classes; numbers where no names are given."""
+    """The names of the classes; numbers where no names are given.
 
-    def __init__(self, names: Sequence[str] | None) -> None:
-        self._names = [str(name) for name in names] if names is not None else []
+    Args:
+        names: A name per class.
+        words: Finds the words of some classes, in place of names. White space around a word is not shown. Of two words
+            that differ by nothing else, the second is shown with its white space, or after three dots if it has none.
+    """
+
+    def __init__(self, names: Sequence[str] | None, words: Callable[[list[int]], list[str]] | None = None) -> None:
+        self._names = dict(enumerate(map(str, names))) if names is not None else {}
+        self._words, self._taken = words, dict[str, int]()
 
     def __getitem__(self, index: int) -> str:
         if index < 0:
             return "no label"
-        return self._names[index] if index < len(self._names) else str(index)
+        if self._words is not None:
+            self.find([index])
+        return self._names.get(index, str(index))
+
+    def find(self, classes: Iterable[int]) -> None:
+        """Find the words of some classes at once."""
+        new = [] if self._words is None else sorted({int(c) for c in classes if c >= 0} - self._names.keys())
+        for index, word in zip(new, self._words(new) if self._words and new else (), strict=True):
+            name = word.strip()
+            if not name or self._taken.setdefault(name, index) != index:
+                name = f"…{word}" if name and name == word else spaced(word)
+            self._names[index] = visible(name)
+
+    @property
+    def known(self) -> dict[int, str]:
+        """All names so far."""
+        return self._names
 
 
 def percent(share: float) -> str:
@@ -98,6 +128,20 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def visible(text: str) -> str:
+    """Make characters visible that would change how others are shown.
+
+    Controls become their pictures, characters that turn the direction of writing become their numbers, and lone
+    surrogates question marks; tabs and line breaks stay.
+    """
+    return printable(text).translate(_VISIBLE)
+
+
+def spaced(token: str) -> str:
+    """Make white space visible: a token of white space alone would not be seen."""
+    return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "∅"
+
+
 def short(value: Any) -> float | None:
     """Round to four significant digits, what a page can show; None for an unknown number."""
     return None if value is None or not np.isfinite(value) else float(f"{float(value):.4g}")
@@ -110,6 +154,7 @@ ACTIVE = 0.1
 """An example counts as active from this share of the component's largest coefficient."""
 BINS, BLOCKS, CLASSES, CONTESTED = 28, 8, 8, 4  # entries listed at most
 CHUNK = 8192  # examples multiplied at once
+LOGITS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -330,6 +375,30 @@ def _categorical(provenance: Any) -> bool:
             for key, value in provenance.items()
         )
     return True
+
+
+def likeliest(logits: Array, k: int) -> tuple[Array, Array]:
+    """Find the k classes with the largest probabilities.
+
+    Args:
+        logits: ``(n, C)``.
+        k: At most C are found.
+
+    Returns:
+        Classes ``(n, k)`` int64 and their probabilities ``(n, k)`` float64, the largest first.
+    """
+    n, n_classes = logits.shape
+    k = min(k, n_classes)
+    classes, shares = np.zeros((n, k), np.int64), np.zeros((n, k))
+    step = max(1, LOGITS_AT_ONCE // n_classes)
+    for rows in (slice(start, start + step) for start in range(0, n, step)):
+        part = np.asarray(logits[rows], np.float64)
+        best = np.argpartition(-part, k - 1, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(part, best, 1), axis=1, kind="stable")
+        classes[rows] = np.take_along_axis(best, order, 1)
+        largest = np.take_along_axis(part, classes[rows], 1)
+        shares[rows] = np.exp(largest - logsumexp(part, axis=1, keepdims=True))
+    return classes, shares
 
 
 # ---- which components are like each other -------------------------------------------------------------------
