@@ -80,7 +80,7 @@ def test_long_texts_are_cut_around_the_place(tmp_path):
     page = page_of(tmp_path, components, data)
     shown = inline_of(page.html, "pictures-0")[0]
     assert shown["at"] == " word2500"
-    assert shown["before"].startswith("…  word") and shown["before"].endswith(" word2499")
+    assert shown["before"].startswith("… word") and shown["before"].endswith(" word2499")
     assert shown["after"].startswith(" word2501") and shown["after"].endswith("…")
     assert 1000 < len(shown["before"]) < 1210 and 200 < len(shown["after"]) < 310
     assert len(page.html) < 150_000

@@ -42,6 +42,7 @@ SAMPLE, SAMPLE_BYTES = 256, 64 << 20
 IN_MEMORY = 64 << 20
 """Bytes of encoded examples that are kept in memory; a temporary file takes more."""
 SHOWN, OTHER = 160, 96  # pixels of the pictures of examples on some component's page, and of the others
+QUOTED = (26, 0)  # characters before and after a place that the table shows
 LONGEST, EXTRACT = 20_000, 400  # characters kept of a text on some component's page, and of the others
 
 
@@ -182,8 +183,11 @@ class Gallery:
         self._file.seek(start)
         return dict(json.loads(self._file.read(size)))
 
-    def show(self, top: TopExample, names: ClassNames) -> dict[str, Any]:
-        """Return what a template prints of an example; of one that is not here, its number alone."""
+    def show(self, top: TopExample, names: ClassNames, window: tuple[int, int] = BRIEF) -> dict[str, Any]:
+        """Return what a template prints of an example; of one that is not here, its number alone.
+
+        The window says how many characters to show before and after a place.
+        """
         verdict = [
             f"{word} {names[c]}" for word, c in (("labelled", top.label), ("predicted", top.prediction)) if c >= 0
         ]
@@ -201,7 +205,7 @@ class Gallery:
             start, rest = excerpt(found["text"])
             return {**base, "kind": "text", "start": start, "rest": rest}
         if top.position in self._places:
-            found = self._places[top.position].window(*BRIEF)
+            found = self._places[top.position].window(*window)
             return {**base, "kind": "place", **found}
         alt = f"{base['alt']}; values {found['values']}" if found["kind"] == "values" else base["alt"]
         return {**base, **found, "alt": alt}
@@ -214,7 +218,7 @@ class Gallery:
     def quote(self, top: TopExample) -> str:
         """Return the first words of a text, or the last before a place; empty for other examples."""
         if top.position in self._places:
-            found = self._places[top.position].window(40, 0)
+            found = self._places[top.position].window(*QUOTED)
             return str(found["before"] + found["at"]).replace("\n", " ")
         read = self.encoded(top.position)
         return excerpt(read["text"], 60)[0] if read and read["kind"] == "text" else ""

@@ -29,6 +29,7 @@ from npeff.reports.figures import (
     uri_of,
 )
 from npeff.reports.layout import StrategyNode, block_map, head_map
+from npeff.reports.places import TAIL
 from npeff.reports.summary import (
     DELAY,
     ComponentSummary,
@@ -490,7 +491,7 @@ def _example_at(data: ReportData, position: int) -> dict[str, Any]:
     (top,) = top_examples(components, found[:1], np.zeros(len(components.ids))) or [
         TopExample(-1, position, 0.0, -1, -1)
     ]
-    return data.gallery.show(top, data.names)
+    return data.gallery.show(top, data.names, TAIL)
 
 
 def _moved_groups(data: ReportData) -> list[dict[str, Any]]:

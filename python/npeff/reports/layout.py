@@ -183,7 +183,7 @@ def _measure(components: Components, nodes: list[StrategyNode], k: int) -> None:
     while waiting:
         order.append(waiting.pop())
         waiting += sorted(nodes[order[-1]].children, key=lambda i: -len(nodes[i].components))
-    W = components.coefficients
+    W, predictions = components.coefficients, known_predictions(components)
     sums: dict[int, Array] = {}
     for i in reversed(order):
         node = nodes[i]
@@ -193,15 +193,14 @@ def _measure(components: Components, nodes: list[StrategyNode], k: int) -> None:
         for child in node.children:
             w += W[:, nodes[child].components[0]] if nodes[child].leaf else sums.pop(child)
         sums[i] = w
-        _describe(components, node, w, k)
+        _describe(components, predictions, node, w, k)
 
 
-def _describe(components: Components, node: StrategyNode, w: Array, k: int) -> None:
+def _describe(components: Components, predictions: Array, node: StrategyNode, w: Array, k: int) -> None:
     order = np.argpartition(-w, min(k, len(w) - 1))[:k] if len(w) else np.zeros(0, np.int64)
     order = order[np.lexsort((order, -w[order]))]
     node.top = top_examples(components, order[w[order] > 0], w)
-    labels, predictions = np.asarray(components.labels), known_predictions(components)
-    weights, n_classes = w.astype(np.float64), components.logits.shape[1]
+    labels, weights, n_classes = np.asarray(components.labels), w.astype(np.float64), components.logits.shape[1]
     if n_classes:
         mass = np.bincount(predictions, weights, minlength=n_classes)
         node.profile = mass / (mass.sum() or 1.0)

@@ -23,8 +23,9 @@ SAMPLE = 1000
 FREQUENT, LIFT = 0.4, 1.5
 """Words of a title: their least share of the top examples' weight, and its least ratio to their share of the sample."""
 WORDS = 3  # named in a title at most
-FULL, BRIEF = (1200, 300), (220, 60)
-"""Characters kept before and after a place: of examples on some component's page; of the others, and in lists."""
+FULL, BRIEF, TAIL = (1200, 300), (220, 60), (90, 0)
+"""Characters before and after a place: on the page of an example that is on some component's page; on those of others,
+and in lists; and where something follows the place."""
 
 
 @runtime_checkable
@@ -83,7 +84,7 @@ class PlaceText:
         shown = [visible(token) for token in self.tokens[start:stop]]
         at = self.index - start
         shown[at] = shown[at] if shown[at].strip() else spaced(shown[at])
-        cut = "… " if start else "", " …" if stop < len(self.tokens) else ""
+        cut = "…" if start else "", " …" if after and stop < len(self.tokens) else ""
         found: dict[str, Any] = {
             "before": cut[0] + "".join(shown[:at]),
             "at": shown[at],

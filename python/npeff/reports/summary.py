@@ -20,6 +20,7 @@ _VISIBLE = {
     **dict.fromkeys((0x85, 0x2028, 0x2029), "\n"),
     **{code: f"\\u{code:04x}" for code in _BIDI},
 }
+LONGEST_WORD = 32  # characters
 EXCERPT = 220
 """Characters of a text that a page shows at first."""
 
@@ -40,7 +41,7 @@ class ClassNames:
     def __getitem__(self, index: int) -> str:
         if index < 0:
             return "no label"
-        if self._words is not None:
+        if self._words is not None and index not in self._names:
             self.find([index])
         return self._names.get(index, str(index))
 
@@ -51,7 +52,7 @@ class ClassNames:
             name = word.strip()
             if not name or self._taken.setdefault(name, index) != index:
                 name = f"…{word}" if name and name == word else spaced(word)
-            self._names[index] = visible(name)
+            self._names[index] = visible(name if len(name) <= LONGEST_WORD else f"{name[:LONGEST_WORD]}…")
 
     @property
     def known(self) -> dict[int, str]:
@@ -265,12 +266,12 @@ def summarise(
     shares = sizes / (sizes.sum() or 1.0)
     order = np.argsort(-sizes, kind="stable") if chosen is None else chosen
     bar = tqdm(order, "components", delay=DELAY, disable=not progress, unit="component")
-    return [_summary(components, int(j), float(shares[j]), k, seed) for j in bar]
+    predictions = known_predictions(components)
+    return [_summary(components, predictions, int(j), float(shares[j]), k, seed) for j in bar]
 
 
-def _summary(components: Components, j: int, share: float, k: int, seed: int) -> ComponentSummary:
-    w = np.asarray(components.coefficients[:, j], np.float64)
-    labels, predictions = np.asarray(components.labels), known_predictions(components)
+def _summary(components: Components, predictions: Array, j: int, share: float, k: int, seed: int) -> ComponentSummary:
+    w, labels = np.asarray(components.coefficients[:, j], np.float64), np.asarray(components.labels)
     best = components.top_examples(j, k=k)
     best = best[w[best] > 0]
     between = middle(w, best, k // 2)
@@ -304,17 +305,17 @@ def _summary(components: Components, j: int, share: float, k: int, seed: int) ->
 
 def top_examples(components: Components, indices: Array, w: Array) -> list[TopExample]:
     """Describe examples by their indices, with their coefficients ``w (n,)``."""
-    predictions = known_predictions(components)
+    predictions = known_predictions(components, indices)
     return [
-        TopExample(int(i), int(components.ids[i]), float(w[i]), int(components.labels[i]), int(predictions[i]))
-        for i in indices
+        TopExample(int(i), int(components.ids[i]), float(w[i]), int(components.labels[i]), int(prediction))
+        for i, prediction in zip(indices, predictions, strict=True)
     ]
 
 
-def known_predictions(components: Components) -> Array:
-    """``(n,)`` predicted classes; −1 for all where the file had no logits."""
-    n, n_classes = components.logits.shape
-    return np.asarray(components.predictions) if n_classes else np.full(n, -1, np.int64)
+def known_predictions(components: Components, indices: Any = slice(None)) -> Array:
+    """Return the predicted classes of some examples, by default all; −1 where the file had no logits."""
+    logits = components.logits[indices]
+    return np.asarray(logits.argmax(1)) if logits.shape[1] else np.full(len(logits), -1, np.int64)
 
 
 # ---- which examples are shown -------------------------------------------------------------------------------

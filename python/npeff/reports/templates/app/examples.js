@@ -29,7 +29,7 @@ const drawing = (shown, row, large) => {
   if (!shown) return null;
   const alt = `Example ${row[0]}`;
   if (shown.kind === "place") {
-    const before = large || shown.before.length < 120 ? shown.before : `… ${shown.before.slice(-120)}`;
+    const before = large || shown.before.length < 120 ? shown.before : `…${shown.before.slice(-120)}`;
     return el("p", { class: "words place", dir: "auto" }, before, el("mark", {}, shown.at), el("span", { class: "after" }, large ? shown.after : ""));
   }
   if (shown.kind === "text") return el("p", { class: "words" }, large ? shown.text : shown.text.slice(0, 140) + (shown.text.length > 140 ? " …" : ""));
