@@ -127,16 +127,27 @@ def test_what_a_push_changes(tmp_path):
     effect = {
         "kl_ratio": 3.0,
         "predictions": [{"id": 1, "classes": [1, 0], "before": [0.9, 0.05], "after": [0.2, 0.75]}],
-        "continuations": [{"id": 2, "base": " Rome.", "down": " <b>a city", "up": " Rome, Rome"}],
+        "continuations": [
+            {"id": 2, "base": " Rome.", "down": " <b>a city", "up": " Rome, Rome"},
+            {"id": None, "prompt": "My own \u202eprompt", "base": " goes on", "down": None, "up": " up"},
+        ],
+        "label": [0.45, 0.99],
+        "perplexity": [15.0, 15.25],
     }
     page = page_of(tmp_path, components, data, effects={0: effect})
     assert "What the push changes" in page.text and "90 % → 20 %" in page.text and "5.0 % → 75 %" in page.text
+    assert "Perplexity on unrelated data: 15 → 15.2" in page.text and "top examples: 45 % → 99 %" in page.text
+    assert "My own \\u202eprompt" in page.text
     assert "How the text goes on" in page.text and "<b>a city" in page.text and "turned down" in page.text
     wrong = {"predictions": [{"id": 1, "classes": [1], "before": [0.9, 0.05], "after": [0.2]}]}
     with pytest.raises(ArgumentError, match=r"effects\[0\].predictions: expected a probability before and after"):
         page_of(tmp_path, components, data, effects={0: wrong})
     with pytest.raises(ArgumentError, match=r"effects\[0\].continuations: expected texts as base, down, up"):
         page_of(tmp_path, components, data, effects={0: {"continuations": [{"id": 1, "down": 3}]}})
+    with pytest.raises(ArgumentError, match="expected the id of an example, or a prompt"):
+        page_of(tmp_path, components, data, effects={0: {"continuations": [{"base": "x"}]}})
+    with pytest.raises(ArgumentError, match=r"effects\[0\].perplexity: expected two numbers"):
+        page_of(tmp_path, components, data, effects={0: {"perplexity": [1.0]}})
 
 
 def test_other_places_are_refused(tmp_path):

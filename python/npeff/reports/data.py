@@ -296,8 +296,9 @@ def collect_report_data(
     shown = {top.position for s in summaries for top in s.shown} | {top.position for node in nodes for top in node.top}
     attributed = {int(ids[i]) for _, i in given.attributions}
     for effect in given.effects.values():
-        pushed = (*effect.predictions[:PUSHED], *effect.continuations[:PUSHED])
-        shown |= {position for position, _ in pushed} & set(ids.tolist())
+        pushed = [position for position, _ in effect.predictions[:PUSHED]]
+        pushed += [position for position, *_ in effect.continuations[:PUSHED] if position is not None]
+        shown |= set(pushed) & set(ids.tolist())
     gallery = Gallery(shown | attributed, {top.position for s in summaries for top in s.top[:THUMBS]}, attributed)
     if data is not None:
         wanted = set(ids.tolist()) if every else shown | attributed

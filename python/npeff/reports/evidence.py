@@ -42,7 +42,9 @@ class EffectSummary:
         interval: Confidence interval of the ratio; None where unknown.
         controls: ``(kind of random direction, its KL ratio)``.
         predictions: ``(position in the data, ((class, probability before the step, and after it), …))``.
-        continuations: ``(position in the data, ((which model, its text), …))``.
+        continuations: ``(position in the data or None, prompt, ((how the component is turned, the text), …))``.
+        label: Mean probability of the labels of the top examples, before and after; None where unknown.
+        perplexity: Of unrelated data, before and after; None where unknown.
     """
 
     kl_ratio: float | None = None
@@ -52,7 +54,9 @@ class EffectSummary:
     interval: tuple[float, float] | None = None
     controls: tuple[tuple[str, float], ...] = ()
     predictions: tuple[tuple[int, tuple[tuple[int, float, float], ...]], ...] = ()
-    continuations: tuple[tuple[int, tuple[tuple[str, str], ...]], ...] = ()
+    continuations: tuple[tuple[int | None, str, tuple[tuple[str, str], ...]], ...] = ()
+    label: tuple[float, float] | None = None
+    perplexity: tuple[float, float] | None = None
 
     __repr__ = short_repr
 
@@ -154,6 +158,8 @@ def effect_of(name: str, value: Any) -> EffectSummary:
         continuations=tuple(
             _continuation(item, f"{name}.continuations") for item in field_of(value, "continuations") or ()
         ),
+        label=_change(field_of(value, "label"), f"{name}.label"),
+        perplexity=_change(field_of(value, "perplexity"), f"{name}.perplexity"),
     )
 
 
@@ -175,16 +181,31 @@ def _predictions(item: Any, name: str) -> tuple[int, tuple[tuple[int, float, flo
     return _position(field_of(item, "id"), f"{name}.id"), tuple(rows)
 
 
-def _continuation(item: Any, name: str) -> tuple[int, tuple[tuple[str, str], ...]]:
-    """Read the texts that continue one example: ``id``, and any of ``base``, ``down`` and ``up``.
+def _continuation(item: Any, name: str) -> tuple[int | None, str, tuple[tuple[str, str], ...]]:
+    """Read the texts that continue one: ``id`` of the example or ``prompt``, and any of ``base``, ``down`` and ``up``.
 
     Raises:
         ArgumentError: One is no text.
     """
+    position, prompt = field_of(item, "id"), field_of(item, "prompt") or ""
     texts = [(words, field_of(item, key)) for key, words in CONTINUED.items() if field_of(item, key) is not None]
-    if not texts or not all(isinstance(text, str) for _, text in texts):
+    if not texts or not all(isinstance(text, str) for text in (prompt, *(text for _, text in texts))):
         raise ArgumentError(f"{name}: expected texts as {', '.join(CONTINUED)}, got {excerpt_of(item)}")
-    return _position(field_of(item, "id"), f"{name}.id"), tuple(texts)
+    if position is None and not prompt:
+        raise ArgumentError(f"{name}: expected the id of an example, or a prompt, got {excerpt_of(item)}")
+    return None if position is None else _position(position, f"{name}.id"), prompt, tuple(texts)
+
+
+def _change(value: Any, name: str) -> tuple[float, float] | None:
+    """Read a number before and after the step; None where either is not known.
+
+    Raises:
+        ArgumentError: They are no two numbers.
+    """
+    pair = numbers(_or_empty(value), name).ravel().tolist()
+    if len(pair) not in (0, 2):
+        raise ArgumentError(f"{name}: expected two numbers, before and after, got {excerpt_of(value)}")
+    return (pair[0], pair[1]) if pair and np.isfinite(pair).all() else None
 
 
 def _of_experiment(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +223,12 @@ def _of_experiment(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
         for kind, control in items_of(value.get("controls"), f"{name}.controls")
     ]
     fields["controls"] = tuple((kind, own) for kind, own in controls if own is not None)
-    fields |= {key: value.get(key) for key in ("predictions", "continuations")}
+    fields |= {key: value.get(key) for key in ("predictions", "continuations", "perplexity")}
+    if value.get("label_before") is not None:
+        top = numbers(value.get("top"), f"{name}.top").ravel().astype(np.int64)
+        labels = [numbers(value.get(key), f"{name}.{key}").ravel() for key in ("label_before", "label_after")]
+        known = [of[top][np.isfinite(of[top])] for of in labels if len(of) > top.max(initial=-1)]
+        fields["label"] = [float(of.mean()) for of in known if len(of)] or None
     curve = value.get("curve")
     if curve is None:
         return fields

@@ -284,6 +284,7 @@ def _overview(data: ReportData, writer: ReportWriter, columns: Sequence[Column],
             sizes=size_bars(summaries),
             columns=columns,
             has_examples=len(data.gallery) > 0,
+            has_places=data.gallery.words is not None,
             has_profile=bool(profile(summaries[0], data.names)) if summaries else False,
             largest_share=max((s.share for s in summaries), default=0.0) or 1.0,
             rows=[Markup(row) for row in rows],
@@ -432,6 +433,7 @@ def _component_page(data: ReportData, rank: int, columns: Sequence[Column]) -> s
         "s": summary,
         **lists,
         "heading": data.headings[j],
+        "coloured": bool(drawn),
         "tall": any(item["kind"] in ("text", "place") for item in lists["shown"]),
         "contest": [(names[c], share) for c, share in summary.contest],
         "classes": [(names[c], a, b) for c, a, b in summary.classes],
@@ -474,12 +476,19 @@ def _moved(data: ReportData, *components: int) -> dict[str, Any]:
         "acts": parts[:TRACED],
         "more": len(parts[TRACED:]),
         "shifts": [
-            (_example_at(data, position), [(data.names[c], before, after) for c, before, after in changes])
+            (
+                _example_at(data, position),
+                [(data.names[c], before, after) for c, before, after in changes[:LIKELIEST]],
+            )
             for position, changes in (effect.predictions[:PUSHED] if effect else ())
         ],
         "continuations": [
-            (_example_at(data, position), [(which, visible(text)) for which, text in texts])
-            for position, texts in (effect.continuations[:PUSHED] if effect else ())
+            (
+                None if position is None else _example_at(data, position),
+                visible(prompt),
+                [(which, visible(text)) for which, text in texts],
+            )
+            for position, prompt, texts in (effect.continuations[:PUSHED] if effect else ())
         ],
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from npeff.reports.summary import TopExample, spaced, visible
 
 Array = npt.NDArray[Any]
 
-NEAR = 8
-"""Tokens up to the place, the place's own included, in which titles look for words."""
+NEAR, REACH = 8, 120
+"""Words, and characters, up to the place, its token included, among which titles look for words."""
+WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 SAMPLE = 1000
 """Places whose words the words of a component's top examples are compared with."""
 FREQUENT, LIFT = 0.4, 1.5
@@ -96,9 +98,10 @@ class PlaceText:
         return found
 
     def near(self) -> list[str]:
-        """Return the words of the last tokens up to the place, its own last."""
-        words = (token.strip() for token in self.tokens[max(0, self.index + 1 - NEAR) : self.index + 1])
-        return [visible(word) for word in words if word]
+        """Return the last words up to the place."""
+        text = "".join(self.tokens[: self.index + 1])
+        words = WORD.findall(visible(text[-REACH:]))
+        return words[1 if len(text) > REACH else 0 :][-NEAR:]
 
 
 def read_places(
@@ -160,7 +163,7 @@ class Words:
         scores = {}
         for word, p in shares.items():
             q = max(self._counts[word], 1) / self._n
-            if p >= FREQUENT and p >= LIFT * q and any(map(str.isalnum, word)):
+            if p >= FREQUENT and p >= LIFT * q:
                 scores[word] = p * log(p / q)
         best = sorted(scores, key=lambda word: (-scores[word], word))[:WORDS]
         return sorted(best, key=lambda word: -float(np.mean(where[word])))
