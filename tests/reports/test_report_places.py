@@ -49,7 +49,7 @@ def test_words_and_the_place_are_shown(tmp_path):
     classes = data_of(page.html)["classes"]
     assert classes["0"] == "Paris" and not set(classes.values()) & set(map(str, range(9))), "no numbers of tokens"
     shown = inline_of(page.html, "pictures-0")[0]
-    assert (shown["before"], shown["at"], shown["after"]) == ("The capital of France", " is", " Paris.")
+    assert (shown["before"], shown["at"], shown["after"]) == ("The capital of France ", "is", " Paris.")
 
 
 def test_what_the_model_predicts_is_listed_in_words(tmp_path):
@@ -74,13 +74,44 @@ def test_same_words_but_for_white_space_differ(tmp_path):
     assert {classes["0"], classes["6"]} in ({"Paris", "…Paris"}, {"Paris", "␣Paris"}) and classes["5"] == "↵"
 
 
+def test_answers_and_names_of_classes(tmp_path):
+    data = texts()
+    labels = data.labels % 2
+    logits = np.where(np.arange(2) == labels[:, None], 5, 0).astype(np.float32)
+    components = components_of(n=24, r=2, n_classes=2, labels=labels, logits=logits)
+    answers = Texts(data.places, [" yes", " no"], labels)
+    heads = [row[1] for row in data_of(page_of(tmp_path, components, answers).html)["rows"]]
+    assert all("yes" in head or "no" in head for head in heads)
+    page = page_of(tmp_path, components, answers, class_names=["a <good> one", "a bad one"])
+    assert data_of(page.html)["classes"] == ["a <good> one", "a bad one"] and page.all("mark")
+
+
+class Vocabulary:
+    """A tokenizer that knows as many words as there are classes."""
+
+    def __len__(self):
+        return len(WORDS)
+
+    def decode(self, ids):
+        return "".join(WORDS[int(i)] for i in ids)
+
+
+def test_a_tokenizer_names_classes_without_places(tmp_path):
+    components, _ = case()
+    page = page_of(tmp_path, components, tokenizer=Vocabulary())
+    heads = [row[1] for row in data_of(page.html)["rows"]]
+    assert any("Paris" in head for head in heads) and not any("after" in head for head in heads)
+    unpredicted = components_of(n_classes=0)
+    assert "no predictions on record" in page_of(tmp_path, unpredicted, tokenizer=Vocabulary()).text
+
+
 def test_long_texts_are_cut_around_the_place(tmp_path):
     components, data = case()
     data.places[0] = ([f" word{i}" for i in range(5000)], 2500)
     page = page_of(tmp_path, components, data)
     shown = inline_of(page.html, "pictures-0")[0]
-    assert shown["at"] == " word2500"
-    assert shown["before"].startswith("… word") and shown["before"].endswith(" word2499")
+    assert shown["at"] == "word2500"
+    assert shown["before"].startswith("… word") and shown["before"].endswith(" word2499 ")
     assert shown["after"].startswith(" word2501") and shown["after"].endswith("…")
     assert 1000 < len(shown["before"]) < 1210 and 200 < len(shown["after"]) < 310
     assert len(page.html) < 150_000
@@ -164,4 +195,4 @@ def test_collages_and_documents_show_the_place(tmp_path):
     components, data = case()
     assert collage(components, data, 0, tmp_path / "zero.png").stat().st_size > 1000
     document = latex(components, data, tmp_path / "all.tex").read_text(encoding="utf-8")
-    assert "The capital of France{[} is{]} Paris." in document
+    assert "The capital of France {[}is{]} Paris." in document

@@ -114,6 +114,6 @@ def test_what_a_component_of_places_shows(browser, made):
         assert article.locator("section.continuations dd").count() == 3
         assert SUBJECTS[1] in page.inner_text("#name-5"), "a title in words"
         go(page, f"example-{best}")
-        assert page.inner_text("#example figure mark") == " is"
+        assert page.inner_text("#example figure mark") == "is"
         assert page.locator("#example .likely li").count() == 5
         assert page.locator("#example .attributions mark").count() == 1

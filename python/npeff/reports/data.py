@@ -87,7 +87,7 @@ class ReportOptions:
         return options
 
     def names(self, data: Any, components: Components) -> ClassNames:
-        """Return the classes' names: as given, or as the data has them.
+        """Return the classes' names: as given, as the data has them, or words where the classes are tokens.
 
         Raises:
             ArgumentError: They are too few, or a single string.
@@ -101,6 +101,8 @@ class ReportOptions:
             return ClassNames(given)
         if isinstance(data, ReadablePlaces):
             return ClassNames(None, data.output_names)
+        if hasattr(self.tokenizer, "__len__") and 0 < len(self.tokenizer) <= n_classes:
+            return ClassNames(None, lambda classes: [str(self.tokenizer.decode([c])) for c in classes])
         dataset = getattr(data, "dataset", None)
         for owner, attribute in ((data, "class_names"), (dataset, "class_names"), (dataset, "classes")):
             found = getattr(owner, attribute, None)
@@ -202,7 +204,7 @@ class ReportData:
             return self.headings[node.components[0]]
         if node.parent < 0:
             return "all components"
-        if self.gallery.words is not None:
+        if self.names.are_words:
             return _place_heading(_predicted(node.top, self.names), node.top, self.gallery)
         order = np.argsort(-node.profile, kind="stable")
         known = [(self.names[int(c)], float(node.profile[c])) for c in order if node.profile[c] > 0]
@@ -222,18 +224,18 @@ def heading(summary: ComponentSummary, names: ClassNames, gallery: Gallery) -> s
     """
     if not summary.top:
         return "unused"
-    described = _classes_heading(summary, names, gallery.words is not None)
-    return described if gallery.words is None else _place_heading(described, summary.top, gallery)
+    described = _classes_heading(summary, names)
+    return _place_heading(described, summary.top, gallery) if names.are_words or gallery.words else described
 
 
-def _classes_heading(summary: ComponentSummary, names: ClassNames, words: bool) -> str:
+def _classes_heading(summary: ComponentSummary, names: ClassNames) -> str:
     if summary.purity is None:
-        return "" if words else "no predictions on record"
+        return "" if names.are_words else "no predictions on record"
     contest = summary.contest
     binary = len(summary.profile) == 2
     if len(contest) > 1 and contest[0][1] + contest[1][1] >= 0.55 and not (binary and summary.purity >= 0.75):
         return f"{names[contest[0][0]]} or {names[contest[1][0]]}"
-    if words:
+    if names.are_words:
         return _predicted(summary.top, names)
     if contest and contest[0][1] >= 0.35 and not binary:
         return f"{names[contest[0][0]]} or something else"

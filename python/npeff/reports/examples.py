@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -219,7 +220,7 @@ class Gallery:
         """Return the first words of a text, or the last before a place; empty for other examples."""
         if top.position in self._places:
             found = self._places[top.position].window(*QUOTED)
-            return str(found["before"] + found["at"]).replace("\n", " ")
+            return re.sub(r"^…\W+", "… ", (found["before"] + found["at"]).replace("\n", " "))
         read = self.encoded(top.position)
         return excerpt(read["text"], 60)[0] if read and read["kind"] == "text" else ""
 

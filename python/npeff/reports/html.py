@@ -331,8 +331,7 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 def _script_data(data: ReportData, writer: ReportWriter, columns: Sequence[Column]) -> dict[str, Any]:
     """What the script needs from the start: a line per component."""
     components = data.components
-    words = data.gallery.words is not None
-    if words:  # of all classes there would be too many
+    if data.names.are_words:  # of all classes there would be too many
         data.names.find({*np.unique(components.labels).tolist(), *np.unique(known_predictions(components)).tolist()})
     n_classes = max(int(components.logits.shape[1]), int(np.max(components.labels, initial=-1)) + 1)
     branches = [data.branches[group] for group in sorted(data.branches)]
@@ -341,7 +340,7 @@ def _script_data(data: ReportData, writer: ReportWriter, columns: Sequence[Colum
         "rows": [_line(data, s, columns) for s in data.summaries],
         "numbers": [[column.name, column.title, column.is_share] for column in columns],
         "groups": [{"heading": data.node_heading(b), "address": b.address} for b in branches],
-        "classes": data.names.known if words else [data.names[c] for c in range(n_classes)],
+        "classes": data.names.known if data.names.are_words else [data.names[c] for c in range(n_classes)],
         "parts": writer.parts,
         "absent": sorted(writer.absent),
         "limit": size_of(writer.limit),
@@ -377,9 +376,8 @@ def _example_records(data: ReportData) -> Iterator[tuple[int, list[list[Any]]]]:
 
     A record is ``[position, label, prediction, confidence, explained share, number of components with a coefficient,
     [[component, coefficient], …], [[component, what is drawn], …], [[word, probability], …]]``, None for what is
-    unknown; the last but one is there where something is drawn, the last for places of text.
+    unknown; the last but one is there where something is drawn, the last where classes are words.
     """
-    places = data.gallery.words is not None
     components = data.components
     W, labels, predictions = components.coefficients, np.asarray(components.labels), known_predictions(components)
     drawn: dict[int, list[list[Any]]] = {}
@@ -391,7 +389,7 @@ def _example_records(data: ReportData) -> Iterator[tuple[int, list[list[Any]]]]:
         order = np.argsort(-w, axis=1, kind="stable")[:, :LISTED]
         counts, sums = (w > 0).sum(1), w.sum(1, dtype=np.float64)
         classes, shares = likeliest(logits, LIKELIEST) if logits.shape[1] > 1 else (None, np.full((len(w), 1), np.nan))
-        if classes is not None and places:
+        if classes is not None and data.names.are_words:
             data.names.find(classes.ravel())
         records = []
         for k in range(len(w)):
@@ -405,7 +403,7 @@ def _example_records(data: ReportData) -> Iterator[tuple[int, list[list[Any]]]]:
                 int(counts[k]),
                 [[int(j), short(w[k, j])] for j in order[k] if w[k, j] > LEAST * sums[k]],
             ]
-            if classes is not None and places:
+            if classes is not None and data.names.are_words:
                 likely = [[data.names[int(c)], short(p)] for c, p in zip(classes[k], shares[k], strict=True)]
                 record += [drawn.get(i, []), likely]
             elif i in drawn:

@@ -32,7 +32,7 @@ and in lists; and where something follows the place."""
 
 @runtime_checkable
 class ReadablePlaces(Protocol):
-    """Data whose examples are places of texts, as :class:`npeff.language.Places`.
+    """Data whose examples are places of texts, as the ``Places`` of language models.
 
     Attributes:
         n_examples: How many places there are.
@@ -87,9 +87,10 @@ class PlaceText:
         at = self.index - start
         shown[at] = shown[at] if shown[at].strip() else spaced(shown[at])
         cut = "…" if start else "", " …" if after and stop < len(self.tokens) else ""
+        word = shown[at].lstrip(" ")
         found: dict[str, Any] = {
-            "before": cut[0] + "".join(shown[:at]),
-            "at": shown[at],
+            "before": cut[0] + "".join(shown[:at]) + shown[at].removesuffix(word),
+            "at": word,
             "after": "".join(shown[at + 1 :]) + cut[1],
         }
         if levels is not None:

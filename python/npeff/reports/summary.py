@@ -55,6 +55,11 @@ class ClassNames:
             self._names[index] = visible(name if len(name) <= LONGEST_WORD else f"{name[:LONGEST_WORD]}…")
 
     @property
+    def are_words(self) -> bool:
+        """Whether the names are words of a large vocabulary, found as they are needed."""
+        return self._words is not None
+
+    @property
     def known(self) -> dict[int, str]:
         """All names so far."""
         return self._names

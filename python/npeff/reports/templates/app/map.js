@@ -58,7 +58,7 @@ const labels = () => {
   return DATA.groups.map((group, i) => {
     const members = COMPONENTS.filter((component) => component.group === i);
     const weight = members.reduce((sum, c) => sum + c.share, 0) || 1;
-    const name = group.heading.length > 26 ? `${group.heading.slice(0, 25)}…` : group.heading;
+    const name = group.heading.length > 26 ? `${group.heading.slice(0, 25).replace(/[\s,…“]+$/, "")}…` : group.heading;
     const half = 4 * name.length + 8;
     const centre = members.reduce((sum, c) => sum + (at(c)[0] * c.share) / weight, 0);
     const x = Math.min(WIDTH - half, Math.max(half, centre));
