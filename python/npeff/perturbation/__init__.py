@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from npeff.perturbation.data_fisher import mean_fisher
-from npeff.perturbation.diagonal import interpolation
+from npeff.perturbation.diagonal import interpolation, mean_fisher
 from npeff.perturbation.directions import direction
 from npeff.perturbation.effect import FIGURES, Control, Curve, Effect, Interval, SignResult
 from npeff.perturbation.groups import Part, heads, units

@@ -27,7 +27,6 @@ from npeff.gradients.selection import placed
 from npeff.models.digests import model_digest
 from npeff.models.forward import call_model
 from npeff.perturbation import outputs
-from npeff.perturbation.data_fisher import summed_fisher
 from npeff.perturbation.directions import random_direction
 from npeff.perturbation.examples import BatchSlice, SelectedExamples
 from npeff.perturbation.options import Forward, PerturbOptions
@@ -80,6 +79,7 @@ class Evaluator:
         rows: ``(n,)`` the rows without repetition, by ascending position of their examples in the data.
         outputs: ``(n, C)`` outputs at the model's own weights.
         correct: ``(n,)`` as in :class:`Measured`, at the model's own weights.
+        mean_fishers: Mean diagonal Fishers that were computed, by the indices of their examples.
         fisher_method: How :meth:`fisher_along` differentiates: ``"forward mode"`` or ``"central differences"``.
 
     Raises:
@@ -109,7 +109,7 @@ class Evaluator:
         self.fisher_method = "forward mode"
         self._callable = _Callable(model, lambda inner, batch: call_model(inner, forward, batch, likelihood))
         self._random: dict[tuple[int, int], Array] = {}
-        self._mean_fishers: dict[bytes, Array] = {}
+        self.mean_fishers: dict[bytes, Array] = {}
 
     def indices(self, rows: Array) -> Array:
         """Ascending indices, each once, of the examples of some rows of the coefficients."""
@@ -185,18 +185,6 @@ class Evaluator:
                 yield one, self.call(one.batch)[one.rows]
 
     # ---- Fishers at the model's own weights ------------------------------------------------------------------
-
-    def mean_fisher(self, indices: Array) -> Array:
-        """Mean diagonal Fisher ``(m,)`` of some examples, computed once."""
-        key = indices.tobytes()
-        if key not in self._mean_fishers:
-            chosen = np.zeros(len(self.examples), bool)
-            chosen[indices] = True
-            slices = (one.restricted(chosen) for one in self.examples)
-            batches = ((one.batch, one.rows.cpu().numpy()) for one in slices if len(one.indices))
-            total, count = summed_fisher(self.model, self.parameters, batches, self.likelihood, self.forward)
-            self._mean_fishers[key] = total / count
-        return self._mean_fishers[key]
 
     def random_fisher(self, seed: int, number: int) -> Array:
         """``vᵀF_i v`` along the random direction of that number, computed once."""
