@@ -128,7 +128,7 @@ def _ratios(effects: list[Effect]) -> str:
         npeff trace train.py:model train.py:data components.h5 -j 7 --groups parameter --out where.json
         npeff trace bert.py:model bert.py:data components.h5 -j 7 --groups bert.py:heads --out heads.svg
     """,
-    Arguments("npeff:trace", skip=("fisher",)),
+    Arguments("npeff:perturb", skip=("fisher", "floor", "n_random", "curve")),
 )
 @of_components
 @click.option(
