@@ -24,7 +24,7 @@ NO_TEXT = {
 
 NOT_OFFERED = {
     "plan": {"out", "seed", "max_examples", "progress"},
-    "trace": {"floor", "n_random", "curve"},
+    "trace": {"floor", "n_random", "curve", "unrelated", "prompts", "n_tokens"},
 }
 """Arguments of a function whose options a command has in part."""
 
@@ -78,7 +78,7 @@ def values(*words: str) -> dict[str, Any]:
     """What ``npeff.perturb`` would be given."""
     given: dict[str, Any] = {}
 
-    @command("", Arguments("npeff:perturb", skip=("fisher",)))
+    @command("", Arguments("npeff:perturb", skip=("fisher", "unrelated")))
     def collect(**options: Any) -> None:
         given.update(options)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from npeff.components.components import Components
     from npeff.perturbation import Effect
 
+TEXTS = ("unrelated", "prompts", "n_tokens")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -61,12 +62,18 @@ def chosen(components: Components, component: int | None, strategy: str | None, 
     Arguments("npeff:perturb", skip=("fisher",)),
 )
 @of_components
+@click.option(
+    "--unrelated", metavar="TARGET", help="Data as DATA, of other texts: its perplexity is measured at every step."
+)
+@click.option("--prompts", multiple=True, metavar="TEXT", help="A text that the model continues both ways. Repeatable.")
 @click.option("--all", "every", is_flag=True, help="Every component: a table of KL ratios.")
 @click.option("--out", type=WRITABLE, help="JSON file for everything found; npeff report --extras shows it.")
 def perturb(
     model: str,
     data: str,
     path: Path,
+    unrelated: str | None,
+    prompts: tuple[str, ...],
     every: bool,
     component: int | None,
     strategy: str | None,
@@ -90,7 +97,9 @@ def perturb(
     which = None if every else [chosen(components, component, strategy, path)]
     if every and not out:
         options.setdefault("curve", 0)  # the table does not show it
-    effects = perturb_all(load_model(model), load_data(data), components, which, **options)
+    if unrelated is not None:
+        options["unrelated"] = load_data(unrelated)
+    effects = perturb_all(load_model(model), load_data(data), components, which, prompts=prompts, **options)
     click.echo(_ratios(effects) if every else effects[0].table())
     missed = [effect.name for effect in effects if not effect.reached]
     if missed:
@@ -128,7 +137,7 @@ def _ratios(effects: list[Effect]) -> str:
         npeff trace train.py:model train.py:data components.h5 -j 7 --groups parameter --out where.json
         npeff trace bert.py:model bert.py:data components.h5 -j 7 --groups bert.py:heads --out heads.svg
     """,
-    Arguments("npeff:perturb", skip=("fisher", "floor", "n_random", "curve")),
+    Arguments("npeff:perturb", skip=("fisher", "floor", "n_random", "curve", *TEXTS)),
 )
 @of_components
 @click.option(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from npeff.perturbation.diagonal import interpolation, mean_fisher
 from npeff.perturbation.directions import direction
-from npeff.perturbation.effect import FIGURES, Control, Curve, Effect, Interval, SignResult
+from npeff.perturbation.effect import Continuation, Control, Curve, Effect, Predictions, SignResult
+from npeff.perturbation.figures import FIGURES, Interval
 from npeff.perturbation.groups import Part, heads, units
 from npeff.perturbation.perturbing import perturb, perturb_all
 from npeff.perturbation.tracing import Trace, trace
@@ -12,12 +13,14 @@ from npeff.perturbation.weights import Moved, ablated, applied
 
 __all__ = [
     "FIGURES",
+    "Continuation",
     "Control",
     "Curve",
     "Effect",
     "Interval",
     "Moved",
     "Part",
+    "Predictions",
     "SignResult",
     "Trace",
     "ablated",

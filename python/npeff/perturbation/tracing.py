@@ -16,8 +16,9 @@ from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.perturbation.directions import ComponentDirections, needed_vectors, target_of
-from npeff.perturbation.effect import Interval, Result, ratio_figure, text_table
+from npeff.perturbation.effect import Result, text_table
 from npeff.perturbation.evaluate import evaluator_for
+from npeff.perturbation.figures import Interval, ratio_figure
 from npeff.perturbation.groups import REST, Groups, resolve, rest, restricted
 from npeff.perturbation.options import PerturbOptions
 from npeff.perturbation.steps import search_steps
@@ -28,7 +29,7 @@ Array = npt.NDArray[Any]
 ENDINGS = (".png", ".svg", ".pdf")
 ALONE, LOST = ("in this part alone", "#3366aa"), ("lost without this part", "#cc7733")
 SEPARATOR = " · "
-UNTRACED = {"floor", "n_random", "curve"}
+UNTRACED = {"floor", "n_random", "curve", "unrelated", "prompts", "n_tokens"}
 """Options of a perturbation that a trace does not have."""
 
 
@@ -133,7 +134,7 @@ def trace(
         groups: ``"layer"`` (default): parameters by the module that owns them; ``"parameter"``: every tensor; or
             a mapping from names to patterns, ``(pattern, index)`` or parts: see :func:`npeff.heads` and
             :func:`npeff.units`. Parameters in no group form one more, ``"everything else"``. Groups may overlap.
-        **options: As for :func:`npeff.perturb`, without ``floor``, ``n_random`` and ``curve``. ``sign="both"``
+        **options: As for :func:`npeff.perturb`, without those of controls, curve and texts. ``sign="both"``
             averages the KL of the two signs, each at its own magnitude; ``baseline`` are the examples of a diagonal
             component's mean Fisher, where ``fisher`` is not given.
 

@@ -1,0 +1,229 @@
+"""Perturbation of a language model: texts, labels and predictions against a plain computation in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import npeff
+from npeff.components.components import Components
+from npeff.components.strategies import Strategy
+from npeff.models.parameters import Parameters
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY, LENGTH = 40, 7
+QUICK: dict[str, Any] = {"n_random": 0, "curve": 0, "n_resamples": 0, "progress": False, "top": 4}
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    pad_token_id, eos_token_id = None, None
+
+    def __call__(self, text: str, return_tensors: str = "pt") -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[ord(letter) % VOCABULARY for letter in text]]).long()
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def decode(self, ids: torch.Tensor, skip_special_tokens: bool = True) -> str:
+        return " ".join(map(str, ids.tolist()))
+
+
+class Data(list[Any]):
+    """Batches that know their tokenizer."""
+
+    tokenizer = Letters()
+
+
+def last_token(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(input_ids=batch["input_ids"]).logits[:, -1]
+
+
+def next_tokens(n: int, seed: int, size: int = 5) -> Data:
+    """Batches of random sequences, each with a label for its last position."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (n, LENGTH), generator=generator)
+    labels = torch.randint(VOCABULARY, (n,), generator=generator)
+    return Data({"input_ids": ids[i : i + size], "labels": labels[i : i + size]} for i in range(0, n, size))
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    return model.double().eval()  # type: ignore[no-any-return]
+
+
+def components_along(model: nn.Module, data: Data, r: int = 3) -> Components:
+    """Random directions in the layers, with random coefficients."""
+    generator = np.random.default_rng(1)
+    parameters = Parameters.of((n, tuple(p.shape)) for n, p in model.named_parameters() if "layers" in n)
+    G = generator.normal(size=(r, parameters.n_parameters)).astype(np.float32)
+    with torch.no_grad():
+        logits = torch.cat([last_token(model, batch) for batch in data]).float().numpy()
+    return Components(
+        kind="low_rank",
+        coefficients=generator.random((len(logits), r)).astype(np.float32),
+        vectors=G / np.linalg.norm(G, axis=1, keepdims=True),
+        columns=None,
+        block_weights=None,
+        parameters=parameters,
+        labels=torch.cat([batch["labels"] for batch in data]).numpy(),
+        logits=logits,
+        ids=np.arange(len(logits)),
+        norms=np.ones(len(logits), np.float32),
+        loss_curve=np.zeros(1),
+        loss=0.0,
+        provenance={},
+    )
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[nn.Module, Data, Components, Data]:
+    model, data = llama(), next_tokens(18, seed=2)
+    return model, data, components_along(model, data), next_tokens(9, seed=3)
+
+
+def log_p(model: nn.Module, data: Data) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.log_softmax(torch.cat([last_token(model, batch) for batch in data]), 1)
+
+
+def of_label(log_p: torch.Tensor, data: Data) -> np.ndarray:
+    labels = torch.cat([batch["labels"] for batch in data])
+    return log_p[torch.arange(len(labels)), labels].numpy()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_is_measured_is_what_a_plain_computation_gives(case: Any, monkeypatch: Any, kept: bool) -> None:
+    model, data, components, unrelated = case
+    if not kept:
+        monkeypatch.setattr("npeff.perturbation.evaluate.OWN_BYTES", 3000)  # groups of two batches
+    options = {**QUICK, "curve": 3, "n_random": 1}
+    effect = npeff.perturb(
+        model, data, components, 1, target_kl=0.3, unrelated=unrelated, forward=last_token, **options
+    )
+    assert effect.reached and effect.kl[effect.top].mean() == pytest.approx(0.3, rel=0.02)
+    before, news = log_p(model, data), of_label(log_p(model, unrelated), unrelated)
+    direction = components.state_dict(1)
+    for side in effect.sign_results:
+        with npeff.applied(model, direction, side.sign * side.magnitude):
+            after, moved = log_p(model, data), of_label(log_p(model, unrelated), unrelated)
+        assert side.label_top == pytest.approx(np.exp(of_label(after, data))[effect.top].mean(), rel=1e-5)
+        assert side.perplexity == pytest.approx(np.exp(-moved.mean()), rel=1e-5)
+        if not side.kept:
+            continue
+        np.testing.assert_allclose(effect.kl, (after.exp() * (after - before)).sum(1), rtol=1e-4)
+        np.testing.assert_allclose(effect.label_before, np.exp(of_label(before, data)), rtol=1e-6)
+        np.testing.assert_allclose(effect.label_after, np.exp(of_label(after, data)), rtol=1e-5)
+        assert effect.perplexity == pytest.approx((np.exp(-news.mean()), np.exp(-moved.mean())), rel=1e-5)
+        assert effect.figures["perplexity_ratio"].value == pytest.approx(np.exp((news - moved).mean()), rel=1e-5)
+        found = effect.predictions
+        assert found is not None and found.before.shape == (4, 32)
+        pairs = ((before, found.before, found.before_probability), (after, found.after, found.after_probability))
+        for expected, outputs, probability in pairs:
+            top = expected[effect.top].exp().topk(32)
+            np.testing.assert_array_equal(outputs, top.indices)
+            np.testing.assert_allclose(probability, top.values, rtol=1e-5)
+    assert effect.curve is not None
+    with npeff.applied(model, direction, -effect.curve.magnitudes[1, 2]):
+        assert effect.curve.perplexity[1, 2] == pytest.approx(
+            np.exp(-of_label(log_p(model, unrelated), unrelated).mean()), rel=1e-5
+        )
+        assert effect.curve.label_top[1, 2] == pytest.approx(
+            np.exp(of_label(log_p(model, data), data))[effect.top].mean(), rel=1e-5
+        )
+    assert all(math.isfinite(control.values["perplexity_ratio"][0]) for control in effect.controls.values())
+    table = effect.table()
+    assert f"perplexity on unrelated data: {effect.perplexity[0]:.4g} → {effect.perplexity[1]:.4g}" in table
+    assert "probability of the label on the top examples" in table
+    assert json.loads(json.dumps(effect.to_json()))["predictions"]["before"][0][0] == effect.predictions.before[0, 0]
+
+
+def test_a_strategy_averages_what_its_directions_do(case: Any) -> None:
+    model, data, components, unrelated = case
+    both = Strategy((0, 2), components.coefficients[:, [0, 2]].sum(1))
+    effect = npeff.perturb(
+        model, data, components, both, magnitude=0.5, sign=1, unrelated=unrelated, forward=last_token, **QUICK
+    )
+    shares = components.coefficients[:, [0, 2]].sum(0) / components.coefficients[:, [0, 2]].sum()
+    p, news = 0.0, 0.0
+    for share, j in zip(shares, (0, 2), strict=True):
+        with npeff.applied(model, components.state_dict(j), 0.5):
+            p = p + share * log_p(model, data).exp()
+            news = news - share * of_label(log_p(model, unrelated), unrelated)
+    np.testing.assert_allclose(effect.label_after, of_label(p, data), rtol=1e-5)
+    assert effect.perplexity[1] == pytest.approx(np.exp(np.mean(news)), rel=1e-5)
+    assert effect.predictions is not None
+    np.testing.assert_array_equal(effect.predictions.after[:, 0], p[effect.top].argmax(1))
+
+
+def test_prompts_are_continued_both_ways(case: Any) -> None:
+    model, data, components, _ = case
+    prompts = ["the sea", "a"]
+    both = Strategy((0, 2), components.coefficients[:, [0, 2]].sum(1))
+    for j in (1, both):
+        effect = npeff.perturb(
+            model, data, components, j, magnitude=0.9, prompts=prompts, n_tokens=6, forward=last_token, **QUICK
+        )
+        assert [told.prompt for told in effect.continuations] == prompts
+        if j == 1:
+            change = components.state_dict(1)
+        else:
+            signs = {side.component: side.sign for side in effect.sign_results if side.kept}
+            shares = components.coefficients[:, [0, 2]].sum(0) / components.coefficients[:, [0, 2]].sum()
+            parts = [(s * signs[k], components.state_dict(k)) for s, k in zip(shares, (0, 2), strict=True)]
+            change = {name: sum(s * g[name] for s, g in parts) for name in parts[0][1]}
+        for told in effect.continuations:
+            for sign, text in ((0, told.before), (1, told.plus), (-1, told.minus)):
+                ids = Letters()(told.prompt)["input_ids"]
+                with npeff.applied(model, change, 0.9 * sign), torch.no_grad():
+                    for _ in range(6):
+                        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+                assert text == Letters().decode(ids[0, -6:])
+        assert repr(prompts[0]) in effect.table()
+        assert effect.to_json()["continuations"][0]["prompt"] == prompts[0]
+    one = npeff.perturb(
+        model, data, components, 1, magnitude=0.9, sign=-1, prompts=prompts, forward=last_token, **QUICK
+    )
+    assert one.continuations[0].plus is None and one.continuations[0].minus is not None
+
+
+def test_bad_texts_are_told(case: Any) -> None:
+    model, data, components, unrelated = case
+
+    def call(given: Any = data, **options: Any) -> None:
+        npeff.perturb(model, given, components, 0, magnitude=0.1, forward=last_token, **QUICK, **options)
+
+    beyond = [{**unrelated[0], "labels": torch.tensor([1, 2, 3, VOCABULARY, 4])}]
+    for options, error, text in (
+        ({"unrelated": ["some news"]}, npeff.ArgumentError, "unrelated: expected batches, got texts"),
+        ({"unrelated": 3}, npeff.ArgumentError, "expected an iterable of batches"),
+        ({"unrelated": []}, npeff.DataError, "unrelated: it yielded no batches"),
+        ({"unrelated": [{"input_ids": torch.ones(2, 3).long()}]}, npeff.DataError, "unrelated: its batches have no"),
+        ({"unrelated": beyond}, npeff.DataError, f"unrelated: expected labels below {VOCABULARY}.*got {VOCABULARY}"),
+        ({"prompts": "a text"}, npeff.ArgumentError, "prompts: expected a list of texts"),
+        ({"prompts": [""]}, npeff.DataError, "prompts: '' has no tokens"),
+        ({"prompts": ["a"], "given": list(data)}, npeff.ArgumentError, "prompts: the data has no tokenizer"),
+        ({"prompts": ["a"], "n_tokens": 0}, npeff.ArgumentError, "n_tokens"),
+    ):
+        with pytest.raises(error, match=text):
+            call(**options)
+    with pytest.raises(npeff.ArgumentError, match="unrelated: a trace has no such option"):
+        npeff.trace(model, data, components, 0, unrelated=unrelated)
+    plain = nn.Sequential(nn.Linear(3, 4)).eval()
+    parameters = Parameters.of((name, tuple(p.shape)) for name, p in plain.named_parameters())
+    vectors = np.ones((3, parameters.n_parameters), np.float32)
+    other = replace(components, parameters=parameters, vectors=vectors, logits=np.zeros((18, 0), np.float32))
+    with pytest.raises(npeff.ArgumentError, match=r"prompts: Sequential has no generate\(\)"):
+        npeff.perturb(plain, Data([torch.ones(18, 3)]), other, 0, magnitude=0.1, prompts=["a"], **QUICK)
