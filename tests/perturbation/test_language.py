@@ -58,7 +58,7 @@ def llama() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3,
+        max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3, eos_token_id=None,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     return model.double().eval()  # type: ignore[no-any-return]
@@ -128,13 +128,12 @@ def test_what_is_measured_is_what_a_plain_computation_gives(case: Any, monkeypat
         np.testing.assert_allclose(effect.label_after, np.exp(of_label(after, data)), rtol=1e-5)
         assert effect.perplexity == pytest.approx((np.exp(-news.mean()), np.exp(-moved.mean())), rel=1e-5)
         assert effect.figures["perplexity_ratio"].value == pytest.approx(np.exp((news - moved).mean()), rel=1e-5)
-        found = effect.predictions
-        assert found is not None and found.before.shape == (4, 32)
-        pairs = ((before, found.before, found.before_probability), (after, found.after, found.after_probability))
-        for expected, outputs, probability in pairs:
-            top = expected[effect.top].exp().topk(32)
-            np.testing.assert_array_equal(outputs, top.indices)
-            np.testing.assert_allclose(probability, top.values, rtol=1e-5)
+        assert [one.id for one in effect.predictions] == effect.ids[effect.top].tolist()
+        for one in effect.predictions:
+            own, moved_to = before[one.id].exp(), after[one.id].exp()
+            np.testing.assert_array_equal(one.classes, torch.maximum(own, moved_to).topk(32).indices)
+            np.testing.assert_allclose(one.before, own[one.classes], rtol=1e-6)
+            np.testing.assert_allclose(one.after, moved_to[one.classes], rtol=1e-5)
     assert effect.curve is not None
     with npeff.applied(model, direction, -effect.curve.magnitudes[1, 2]):
         assert effect.curve.perplexity[1, 2] == pytest.approx(
@@ -147,7 +146,9 @@ def test_what_is_measured_is_what_a_plain_computation_gives(case: Any, monkeypat
     table = effect.table()
     assert f"perplexity on unrelated data: {effect.perplexity[0]:.4g} → {effect.perplexity[1]:.4g}" in table
     assert "probability of the label on the top examples" in table
-    assert json.loads(json.dumps(effect.to_json()))["predictions"]["before"][0][0] == effect.predictions.before[0, 0]
+    assert (
+        json.loads(json.dumps(effect.to_json()))["predictions"][0]["classes"] == effect.predictions[0].classes.tolist()
+    )
 
 
 def test_a_strategy_averages_what_its_directions_do(case: Any) -> None:
@@ -164,39 +165,65 @@ def test_a_strategy_averages_what_its_directions_do(case: Any) -> None:
             news = news - share * of_label(log_p(model, unrelated), unrelated)
     np.testing.assert_allclose(effect.label_after, of_label(p, data), rtol=1e-5)
     assert effect.perplexity[1] == pytest.approx(np.exp(np.mean(news)), rel=1e-5)
-    assert effect.predictions is not None
-    np.testing.assert_array_equal(effect.predictions.after[:, 0], p[effect.top].argmax(1))
+    for one in effect.predictions:
+        np.testing.assert_allclose(one.after, p[one.id][one.classes], rtol=1e-5)
 
 
-def test_prompts_are_continued_both_ways(case: Any) -> None:
+def greedily(model: nn.Module, ids: torch.Tensor, n: int) -> str:
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(n):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    return Letters().decode(ids[0, start:])
+
+
+@pytest.mark.parametrize("strategy", [False, True])
+def test_prompts_are_continued_down_and_up(case: Any, strategy: bool) -> None:
     model, data, components, _ = case
-    prompts = ["the sea", "a"]
-    both = Strategy((0, 2), components.coefficients[:, [0, 2]].sum(1))
-    for j in (1, both):
-        effect = npeff.perturb(
-            model, data, components, j, magnitude=0.9, prompts=prompts, n_tokens=6, forward=last_token, **QUICK
-        )
-        assert [told.prompt for told in effect.continuations] == prompts
-        if j == 1:
-            change = components.state_dict(1)
-        else:
-            signs = {side.component: side.sign for side in effect.sign_results if side.kept}
-            shares = components.coefficients[:, [0, 2]].sum(0) / components.coefficients[:, [0, 2]].sum()
-            parts = [(s * signs[k], components.state_dict(k)) for s, k in zip(shares, (0, 2), strict=True)]
-            change = {name: sum(s * g[name] for s, g in parts) for name in parts[0][1]}
-        for told in effect.continuations:
-            for sign, text in ((0, told.before), (1, told.plus), (-1, told.minus)):
-                ids = Letters()(told.prompt)["input_ids"]
-                with npeff.applied(model, change, 0.9 * sign), torch.no_grad():
-                    for _ in range(6):
-                        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
-                assert text == Letters().decode(ids[0, -6:])
-        assert repr(prompts[0]) in effect.table()
-        assert effect.to_json()["continuations"][0]["prompt"] == prompts[0]
-    one = npeff.perturb(
-        model, data, components, 1, magnitude=0.9, sign=-1, prompts=prompts, forward=last_token, **QUICK
-    )
-    assert one.continuations[0].plus is None and one.continuations[0].minus is not None
+    prompts, members = ["the sea", "a"], (0, 2) if strategy else (1,)
+    mass = components.coefficients[:, list(members)]
+    j = Strategy(members, mass.sum(1)) if strategy else 1
+    options = {"magnitude": 0.9, "n_tokens": 6, "forward": last_token, **QUICK}
+    effect = npeff.perturb(model, data, components, j, prompts=prompts, **options)
+    top = effect.ids[effect.top]
+    up, change = {}, {}
+    for k, share in zip(members, mass.sum(0) / mass.sum(), strict=True):
+        label = {}
+        for sign in (1, -1):
+            with npeff.applied(model, components.state_dict(k), 0.9 * sign):
+                label[sign] = np.exp(of_label(log_p(model, data), data))[top].mean()
+        up[k] = max(label, key=lambda sign: label[sign])
+        for name, part in components.state_dict(k).items():
+            change[name] = change.get(name, 0) + 0.9 * share * up[k] * part
+    assert [told.prompt for told in effect.continuations] == [
+        Letters().decode(Letters()(t)["input_ids"][0]) for t in prompts
+    ]
+    for told, text in zip(effect.continuations, prompts, strict=True):
+        for step, found in ((0, told.base), (1, told.up), (-1, told.down)):
+            with npeff.applied(model, change, step):
+                assert found == greedily(model, Letters()(text)["input_ids"], 6)
+    told = effect.continuations[0]
+    assert f"up: {told.up!r}" in effect.table()
+    assert effect.to_json()["continuations"][0] == {
+        "id": None,
+        **{n: getattr(told, n) for n in ("prompt", "base", "down", "up")},
+    }
+
+
+def test_the_top_examples_own_texts_are_continued(case: Any) -> None:
+    model, data, components, _ = case
+    options = {"magnitude": 0.9, "n_tokens": 4, "forward": last_token, **QUICK}
+    effect = npeff.perturb(model, data, components, 1, prompts=2, sign=1, **options)
+    largest = np.argsort(-components.coefficients[:, 1])[:2].tolist()
+    assert [told.id for told in effect.continuations] == largest
+    ids = torch.cat([batch["input_ids"] for batch in data])
+    rises = effect.label_after[effect.top].mean() > effect.label_before[effect.top].mean()
+    for told in effect.continuations:
+        assert told.prompt == Letters().decode(ids[told.id])
+        assert told.base == greedily(model, ids[told.id : told.id + 1], 4)
+        with npeff.applied(model, components.state_dict(1), 0.9):
+            assert (told.up if rises else told.down) == greedily(model, ids[told.id : told.id + 1], 4)
+        assert (told.down if rises else told.up) is None
 
 
 def test_bad_texts_are_told(case: Any) -> None:

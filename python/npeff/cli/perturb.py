@@ -65,7 +65,6 @@ def chosen(components: Components, component: int | None, strategy: str | None, 
 @click.option(
     "--unrelated", metavar="TARGET", help="Data as DATA, of other texts: its perplexity is measured at every step."
 )
-@click.option("--prompts", multiple=True, metavar="TEXT", help="A text that the model continues both ways. Repeatable.")
 @click.option("--all", "every", is_flag=True, help="Every component: a table of KL ratios.")
 @click.option("--out", type=WRITABLE, help="JSON file for everything found; npeff report --extras shows it.")
 def perturb(
@@ -73,7 +72,6 @@ def perturb(
     data: str,
     path: Path,
     unrelated: str | None,
-    prompts: tuple[str, ...],
     every: bool,
     component: int | None,
     strategy: str | None,
@@ -99,7 +97,7 @@ def perturb(
         options.setdefault("curve", 0)  # the table does not show it
     if unrelated is not None:
         options["unrelated"] = load_data(unrelated)
-    effects = perturb_all(load_model(model), load_data(data), components, which, prompts=prompts, **options)
+    effects = perturb_all(load_model(model), load_data(data), components, which, **options)
     click.echo(_ratios(effects) if every else effects[0].table())
     missed = [effect.name for effect in effects if not effect.reached]
     if missed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from npeff.perturbation.diagonal import interpolation, mean_fisher
 from npeff.perturbation.directions import direction
-from npeff.perturbation.effect import Continuation, Control, Curve, Effect, Predictions, SignResult
+from npeff.perturbation.effect import Continuation, Control, Curve, Effect, Prediction, SignResult
 from npeff.perturbation.figures import FIGURES, Interval
 from npeff.perturbation.groups import Part, heads, units
 from npeff.perturbation.perturbing import perturb, perturb_all
@@ -20,7 +20,7 @@ __all__ = [
     "Interval",
     "Moved",
     "Part",
-    "Predictions",
+    "Prediction",
     "SignResult",
     "Trace",
     "ablated",

@@ -108,39 +108,42 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """The most probable outputs on each of k top examples, p of them, before and after the weights move.
+class Prediction:
+    """What a model predicts for one example before and after its weights move.
 
     Attributes:
-        before: ``(k, p)`` int64 outputs, the most probable first.
-        before_probability: ``(k, p)`` their probabilities.
-        after: ``(k, p)`` int64 outputs at the moved weights; over several directions, by their mean probability.
-        after_probability: ``(k, p)`` their probabilities.
+        id: Position of the example in the data.
+        classes: ``(p,)`` int64: those that are most probable before or after, the most probable first.
+        before: ``(p,)`` their probabilities at the model's own weights.
+        after: ``(p,)`` the same at the moved weights; over several directions, the mean.
     """
 
+    id: int
+    classes: Array
     before: Array
-    before_probability: Array
     after: Array
-    after_probability: Array
 
     __repr__ = short_repr
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a language model writes after a prompt, greedily.
+    """How a language model continues a text, greedily.
 
     Attributes:
-        prompt: The prompt.
-        before: Its continuation at the model's own weights.
-        plus: With the weights moved to the sign +1, by its step; None where that sign was not asked for.
-        minus: The same for the sign −1.
+        id: Position in the data of the example whose text it is; None for a text that was given.
+        prompt: The text.
+        base: Its continuation at the model's own weights.
+        down: With the weights moved to the sign that makes the labels of the top examples less probable, or to −1 where
+            labels are unknown; None where that sign was not asked for.
+        up: The same for the other sign.
     """
 
+    id: int | None
     prompt: str
-    before: str
-    plus: str | None
-    minus: str | None
+    base: str
+    down: str | None
+    up: str | None
 
     __repr__ = short_repr
 
@@ -202,7 +205,7 @@ class Effect(Result):
         top: ``(k,)`` indices of the top examples in ``ids``.
         baseline: ``(b,)`` indices of the baseline.
         disjoint: ``(d,)`` indices of the disjoint baseline.
-        predictions: The most probable outputs on the top examples; None where outputs are no classes.
+        predictions: For each of the top examples; none where outputs are no classes.
         continuations: Of the prompts.
         details: Everything else: options, Fisher norm along the direction and how it was found, rejection.
     """
@@ -230,7 +233,7 @@ class Effect(Result):
     top: Array
     baseline: Array
     disjoint: Array
-    predictions: Predictions | None = None
+    predictions: tuple[Prediction, ...] = ()
     continuations: tuple[Continuation, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -268,8 +271,8 @@ class Effect(Result):
             changes = ", ".join(f"{where} {before:.1%} → {after:.1%}" for where, (before, after) in known.items())
             lines.append(f"accuracy: {changes}")
         for c in self.continuations:
-            told = ((" 0", c.before), ("+1", c.plus), ("−1", c.minus))
-            lines += [repr(c.prompt), *(f"  {sign} {text!r}" for sign, text in told if text is not None)]
+            told = (("as it is", c.base), ("down", c.down), ("up", c.up))
+            lines += [repr(c.prompt), *(f"  {name}: {text!r}" for name, text in told if text is not None)]
         return "\n".join([text_table(rows), *lines])
 
 

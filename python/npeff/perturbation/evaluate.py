@@ -27,7 +27,7 @@ from npeff.models.digests import model_digest
 from npeff.models.forward import call_model
 from npeff.perturbation import outputs
 from npeff.perturbation.directions import random_direction
-from npeff.perturbation.effect import Predictions
+from npeff.perturbation.effect import Prediction
 from npeff.perturbation.examples import BatchSlice, SelectedExamples, unrelated_batches
 from npeff.perturbation.generation import Writer
 from npeff.perturbation.options import PerturbOptions
@@ -35,8 +35,8 @@ from npeff.perturbation.weights import TensorsByName, Weights, on_model, untouch
 
 Array = npt.NDArray[Any]
 
-MOST_PREDICTIONS = 32
-"""Outputs of an example that predictions name."""
+MOST_CLASSES = 32
+"""Classes of a prediction."""
 
 OWN_BYTES = 256 << 20
 """Outputs at the model's own weights are kept up to this size; larger ones are computed anew beside the moved ones."""
@@ -117,7 +117,7 @@ class Evaluator:
         self._ids_of_rows = components.ids
         self.weights = Weights(model)
         self.examples = SelectedExamples(data, ids, device, self.call, forward is not None)
-        self.writer = Writer(model, getattr(data, "tokenizer", None), options.prompts or (), options.n_tokens)
+        self.writer = Writer(model, getattr(data, "tokenizer", None), options.prompts, options.n_tokens)
         self.unrelated = unrelated_batches(options.unrelated, device, forward is not None)
         self._labels = torch.from_numpy(components.labels[self.rows].astype(np.int64)).to(device)
         self._kept: Tensor | None = None
@@ -242,29 +242,25 @@ class Evaluator:
 
     def predictions(
         self, slices: Sequence[BatchSlice], steps: Sequence[tuple[float, TensorsByName, float]]
-    ) -> Predictions | None:
-        """The most probable outputs on examples, before and after.
+    ) -> tuple[Prediction, ...]:
+        """Predict the examples in ``slices`` before and after; nothing where outputs are no classes.
 
         Args:
             slices: The examples.
             steps: Share, direction and magnitude of each change of the weights; probabilities are averaged by share.
-
-        Returns:
-            Predictions in the order of the examples' indices; None where outputs are no classes.
         """
-        if self.likelihood not in ("categorical", "probabilities"):
-            return None
-        found: list[list[Array]] = []
-        for one in slices:
+        found: dict[int, Prediction] = {}
+        for one in slices if self.likelihood in ("categorical", "probabilities") else ():
             before = self._own(one).double().softmax(1)
             after = torch.zeros_like(before)
             for share, direction, magnitude in steps:
                 with self.weights.at(direction, magnitude):
                     after += share * self.call(one.batch)[one.rows].double().softmax(1)
-            top = [p.topk(min(MOST_PREDICTIONS, p.shape[1])) for p in (before, after)]
-            found.append([part.cpu().numpy() for p in top for part in (p.indices, p.values)])
-        order = np.argsort(np.concatenate([one.indices for one in slices]), kind="stable")
-        return Predictions(*(np.concatenate(parts)[order] for parts in zip(*found, strict=True)))
+            classes = torch.maximum(before, after).topk(min(MOST_CLASSES, before.shape[1])).indices
+            parts = (classes, before.gather(1, classes), after.gather(1, classes))
+            for index, *own in zip(one.indices.tolist(), *(part.cpu().numpy() for part in parts), strict=True):
+                found[index] = Prediction(int(self.examples.ids[index]), *own)
+        return tuple(found[index] for index in sorted(found))
 
     def _own(self, one: BatchSlice) -> Tensor:
         """Outputs at the model's own weights, where it is now."""

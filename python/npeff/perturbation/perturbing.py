@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,11 +24,12 @@ from npeff.perturbation.directions import (
     random_direction,
     target_of,
 )
-from npeff.perturbation.effect import CONTROLS, Continuation, Control, Curve, Effect, SignResult
+from npeff.perturbation.effect import CONTROLS, Control, Curve, Effect, SignResult
 from npeff.perturbation.evaluate import Evaluator, Measured, evaluator_for
 from npeff.perturbation.figures import ExampleSets, mean_figure, perplexity
 from npeff.perturbation.options import FLOOR, Combine, Forward, PerturbOptions, Reject, Signs
 from npeff.perturbation.steps import DirectionSteps, search_steps
+from npeff.perturbation.weights import TensorsByName
 
 Array = npt.NDArray[Any]
 
@@ -55,7 +57,7 @@ def perturb(
     n_random: int = 8,
     curve: int = 8,
     unrelated: Iterable[Any] | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: int | Sequence[str] | None = None,
     n_tokens: int = 20,
     confidence: float = 0.95,
     n_resamples: int = 999,
@@ -104,8 +106,8 @@ def perturb(
         curve: Points per sign of KL against the magnitude, 8, from a quarter to twice the magnitude found.
         unrelated: Batches of data that has nothing to do with the component, with labels (the next tokens of any
             text): its perplexity is measured at every step, beside that of the model's own weights.
-        prompts: Texts that a language model continues at its own weights, and with them moved to either sign; the
-            data has the tokenizer, as :class:`npeff.language.Places` does.
+        prompts: Texts that a language model continues with the component as it is, turned down and turned up; or how
+            many of the top examples' texts. The data has the tokenizer, as :class:`npeff.language.Places` does.
         n_tokens: Tokens of a continuation at most, 20.
         confidence: Level of the intervals, 0.95.
         n_resamples: Bootstrap resamples, 999; 0 for no intervals.
@@ -274,7 +276,13 @@ def measure_effect(
         predictions=evaluator.predictions(
             slices, [(step.direction.share, step.tensors, step.sign * step.magnitude) for step in steps]
         ),
-        continuations=_continuations(evaluator, steps),
+        continuations=evaluator.writer.continued(
+            evaluator.weights,
+            _moves(evaluator, steps, measured, sets) if options.prompts else (),
+            sets.top[np.argsort(-sets.coefficient[sets.top], kind="stable")],
+            evaluator.examples.ids,
+            slices,
+        ),
         details={
             "likelihood": evaluator.likelihood,
             "fisher_norm": float(np.dot(shares, along)),
@@ -375,18 +383,28 @@ def _curve(evaluator: Evaluator, steps: Sequence[ChosenStep], options: PerturbOp
     return Curve(magnitudes, options.signs, *means)
 
 
-def _continuations(evaluator: Evaluator, steps: Sequence[ChosenStep]) -> tuple[Continuation, ...]:
-    """Continue the prompts with the weights moved to each sign.
+def _moves(
+    evaluator: Evaluator, steps: Sequence[ChosenStep], measured: Measured, sets: ExampleSets
+) -> list[tuple[TensorsByName, float] | None]:
+    """The moves down and up, as :class:`Continuation` has them; None for one that was not asked for.
 
-    Along the directions of a strategy the weights move together, each by its share of its own step: for sign 1 to the
-    signs that were kept, for −1 to the others.
+    Along the directions of a strategy the weights move together, each by its share of its own step.
     """
-    if len(steps) == 1:
-        (step,) = steps
-        changes = {sign: (step.tensors, sign * search.magnitude) for sign, search in step.searches.items()}
-    else:
-        sizes = [step.direction.share * step.sign * step.magnitude for step in steps]
-        vector = sum(size * step.direction.vector for size, step in zip(sizes, steps, strict=True))
-        change = evaluator.tensors(np.asarray(vector))
-        changes = {1: (change, 1.0), -1: (change, -1.0)}
-    return evaluator.writer.continued(evaluator.weights, changes)
+
+    def together(signs: Sequence[int]) -> tuple[TensorsByName, float]:
+        sizes = [sign * step.searches[sign].magnitude for sign, step in zip(signs, steps, strict=True)]
+        if len(steps) == 1:
+            return steps[0].tensors, sizes[0]
+        parts = (step.direction.share * size * step.direction.vector for size, step in zip(sizes, steps, strict=True))
+        return evaluator.tensors(np.asarray(sum(parts))), 1.0
+
+    def label(of: Measured) -> float:
+        return mean_figure(of.label[sets.top]).value
+
+    signs = list(steps[0].searches)
+    if len(signs) == 2:
+        up = [-1 if label(step.measured[-1]) > label(step.measured[1]) else 1 for step in steps]
+        return [together([-sign for sign in up]), together(up)]
+    rises = label(measured) > label(evaluator.own) or (math.isnan(label(measured)) and signs[0] == 1)
+    only = together(signs * len(steps))
+    return [None, only] if rises else [only, None]
