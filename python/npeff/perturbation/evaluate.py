@@ -24,7 +24,7 @@ from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible
 from npeff.gradients.selection import placed
 from npeff.models.digests import model_digest
-from npeff.models.forward import call_model
+from npeff.models.forward import OVER_CLASSES, call_model
 from npeff.perturbation import outputs
 from npeff.perturbation.directions import random_direction
 from npeff.perturbation.effect import Prediction
@@ -116,9 +116,10 @@ class Evaluator:
         self.rows = np.asarray(rows)[first]
         self._ids_of_rows = components.ids
         self.weights = Weights(model)
-        self.examples = SelectedExamples(data, ids, device, self.call, forward is not None)
+        layout = forward is not None, likelihood in OVER_CLASSES
+        self.examples = SelectedExamples(data, ids, device, self.call, *layout)
         self.writer = Writer(model, getattr(data, "tokenizer", None), options.prompts, options.n_tokens)
-        self.unrelated = unrelated_batches(options.unrelated, device, forward is not None)
+        self.unrelated = unrelated_batches(options.unrelated, device, *layout)
         self._labels = torch.from_numpy(components.labels[self.rows].astype(np.int64)).to(device)
         self._kept: Tensor | None = None
         self._measure_own(components.logits[self.rows])
@@ -250,7 +251,7 @@ class Evaluator:
             steps: Share, direction and magnitude of each change of the weights; probabilities are averaged by share.
         """
         found: dict[int, Prediction] = {}
-        for one in slices if self.likelihood in ("categorical", "probabilities") else ():
+        for one in slices if self.likelihood in OVER_CLASSES else ():
             before = self._own(one).double().softmax(1)
             after = torch.zeros_like(before)
             for share, direction, magnitude in steps:

@@ -117,7 +117,7 @@ def _tokens(one: BatchSlice) -> Iterator[tuple[int, Tensor]]:
     Raises:
         ArgumentError: The data has no tokens.
     """
-    content, places = one.batch.content, getattr(one.batch, "places", None)
+    content, places = one.batch.content, one.batch.places
     if not isinstance(content, Mapping) or not isinstance(content.get("input_ids"), Tensor):
         raise ArgumentError(
             "prompts: expected texts, since the data's batches are no mappings with input_ids whose tokens could be "
