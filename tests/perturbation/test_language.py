@@ -20,6 +20,7 @@ from npeff.models.parameters import Parameters
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY, LENGTH = 40, 7
+NAMES = ("input_ids", "attention_mask", "labels")
 QUICK: dict[str, Any] = {"n_random": 0, "curve": 0, "n_resamples": 0, "progress": False, "top": 4}
 
 
@@ -64,34 +65,65 @@ def llama() -> nn.Module:
     return model.double().eval()  # type: ignore[no-any-return]
 
 
-def components_along(model: nn.Module, data: Data, r: int = 3) -> Components:
+def components_along(model: nn.Module, labels: torch.Tensor, r: int = 3) -> Components:
     """Random directions in the layers, with random coefficients."""
     generator = np.random.default_rng(1)
     parameters = Parameters.of((n, tuple(p.shape)) for n, p in model.named_parameters() if "layers" in n)
     G = generator.normal(size=(r, parameters.n_parameters)).astype(np.float32)
-    with torch.no_grad():
-        logits = torch.cat([last_token(model, batch) for batch in data]).float().numpy()
     return Components(
         kind="low_rank",
-        coefficients=generator.random((len(logits), r)).astype(np.float32),
+        coefficients=generator.random((len(labels), r)).astype(np.float32),
         vectors=G / np.linalg.norm(G, axis=1, keepdims=True),
         columns=None,
         block_weights=None,
         parameters=parameters,
-        labels=torch.cat([batch["labels"] for batch in data]).numpy(),
-        logits=logits,
-        ids=np.arange(len(logits)),
-        norms=np.ones(len(logits), np.float32),
+        labels=labels.numpy(),
+        logits=np.zeros((len(labels), 0), np.float32),
+        ids=np.arange(len(labels)),
+        norms=np.ones(len(labels), np.float32),
         loss_curve=np.zeros(1),
         loss=0.0,
         provenance={},
     )
 
 
+def places(lengths: list[list[int]], side: str, seed: int) -> Data:
+    """Batches of padded sequences, every second token of which has the next one as its label."""
+    generator = torch.Generator().manual_seed(seed)
+    data = Data()
+    for own in lengths:
+        ids, mask = torch.zeros(2, len(own), max(own)).long()
+        labels = torch.full_like(ids, -100)
+        for row, length in enumerate(own):
+            where = slice(length) if side == "right" else slice(max(own) - length, None)
+            tokens = torch.randint(1, VOCABULARY, (length + 1,), generator=generator)
+            ids[row, where], mask[row, where] = tokens[:-1], 1
+            labels[row, where] = torch.where(torch.arange(length) % 2 == 1, tokens[1:], -100)
+        labels[0, -1] = -1 if side == "left" else labels[0, -1]  # a place without a label
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        data.append({"input_ids": ids, "attention_mask": mask, "position_ids": position, "labels": labels})
+    return data
+
+
+def at_places(model: nn.Module, data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and labels of all places, one sequence after the other."""
+    found, labels = [], []
+    with torch.no_grad():
+        for batch in data:
+            for row in range(len(batch["input_ids"])):
+                kept = batch["attention_mask"][row].bool()
+                logits = model(input_ids=batch["input_ids"][row, kept][None]).logits[0]
+                own = batch["labels"][row, kept]
+                found.append(torch.log_softmax(logits[own != -100], 1))
+                labels.append(own[own != -100])
+    return torch.cat(found), torch.cat(labels)
+
+
 @pytest.fixture(scope="module")
 def case() -> tuple[nn.Module, Data, Components, Data]:
     model, data = llama(), next_tokens(18, seed=2)
-    return model, data, components_along(model, data), next_tokens(9, seed=3)
+    components = components_along(model, torch.cat([batch["labels"] for batch in data]))
+    return model, data, components, next_tokens(9, seed=3)
 
 
 def log_p(model: nn.Module, data: Data) -> torch.Tensor:
@@ -224,6 +256,40 @@ def test_the_top_examples_own_texts_are_continued(case: Any) -> None:
         with npeff.applied(model, components.state_dict(1), 0.9):
             assert (told.up if rises else told.down) == greedily(model, ids[told.id : told.id + 1], 4)
         assert (told.down if rises else told.up) is None
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_places_are_examples(side: str) -> None:
+    model, lengths = llama(), [[7, 4, 6], [5, 5], [8]]
+    data, news = places(lengths, side, seed=4), places([[6, 3], [9]], side, seed=5)
+    before, labels = at_places(model, data)
+    own, words = at_places(model, news)
+    components = components_along(model, labels)
+    effect = npeff.perturb(
+        model, data, components, 1, target_kl=0.2, baseline=9, unrelated=news, prompts=2, n_tokens=3, **QUICK
+    )
+    assert effect.reached
+    change = {name: effect.sign * effect.magnitude * part for name, part in components.state_dict(1).items()}
+    with npeff.applied(model, change):
+        after, _ = at_places(model, data)
+        moved, _ = at_places(model, news)
+    known, ids = words >= 0, effect.ids
+    np.testing.assert_allclose(effect.kl, (after.exp() * (after - before)).sum(1)[ids], rtol=1e-4)
+    for found, expected in ((effect.label_before, before), (effect.label_after, after)):
+        of = expected.exp()[torch.arange(len(labels)), labels.clamp_min(0)]
+        np.testing.assert_allclose(found, torch.where(labels >= 0, of, torch.nan)[ids], rtol=1e-4)
+    perplexities = [math.exp(-float(p[known, words[known]].mean())) for p in (own, moved)]
+    assert effect.perplexity == pytest.approx(perplexities, rel=1e-4)
+    for one in effect.predictions:
+        np.testing.assert_allclose(one.after, after[one.id].exp()[one.classes], rtol=1e-4)
+    rows = [(ids, mask, row) for b in data for ids, mask, row in zip(*(b[n] for n in NAMES), strict=True)]
+    prefixes = [ids[: p + 1][mask[: p + 1].bool()] for ids, mask, row in rows for p in (row != -100).nonzero()[:, 0]]
+    for told in effect.continuations:
+        assert told.id is not None
+        assert told.prompt == Letters().decode(prefixes[told.id])
+        assert told.base == greedily(model, prefixes[told.id][None], 3)
+    small = npeff.perturb(model, data, components, 1, magnitude=1e-3, baseline="all", **QUICK)
+    assert small.details["fisher_norm"] == pytest.approx(2e6 * small.kl.mean(), rel=1e-2)
 
 
 def test_bad_texts_are_told(case: Any) -> None:
