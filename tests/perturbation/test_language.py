@@ -305,7 +305,7 @@ def test_bad_texts_are_told(case: Any) -> None:
         ({"unrelated": []}, npeff.DataError, "unrelated: it yielded no batches"),
         ({"unrelated": [{"input_ids": torch.ones(2, 3).long()}]}, npeff.DataError, "unrelated: its batches have no"),
         ({"unrelated": beyond}, npeff.DataError, f"unrelated: expected labels below {VOCABULARY}.*got {VOCABULARY}"),
-        ({"prompts": "a text"}, npeff.ArgumentError, "prompts: expected a list of texts"),
+        ({"prompts": ["a text", 3]}, npeff.ArgumentError, "prompts: expected a list of texts"),
         ({"prompts": [""]}, npeff.DataError, "prompts: '' has no tokens"),
         ({"prompts": ["a"], "given": list(data)}, npeff.ArgumentError, "prompts: the data has no tokenizer"),
         ({"prompts": ["a"], "n_tokens": 0}, npeff.ArgumentError, "n_tokens"),

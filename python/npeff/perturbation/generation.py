@@ -25,7 +25,7 @@ class Writer:
     Args:
         model: A model with ``generate``, as those of transformers.
         tokenizer: Of the data: ``tokenizer(text, return_tensors="pt")``, ``decode``.
-        prompts: Texts, or how many of the top examples' own texts; None for neither.
+        prompts: A text, texts, or how many of the top examples' own texts; None for neither.
         n_tokens: Tokens of a continuation, at most.
 
     Raises:
@@ -33,7 +33,9 @@ class Writer:
         DataError: A text has no tokens.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, prompts: int | Sequence[str] | None, n_tokens: int) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, prompts: int | str | Sequence[str] | None, n_tokens: int
+    ) -> None:
         self._model, self._tokenizer, self._n_tokens = model, tokenizer, n_tokens
         self._n_examples = prompts if isinstance(prompts, int) else 0
         self._given: list[Prompt] = []
@@ -49,7 +51,7 @@ class Writer:
                 "prompts: the data has no tokenizer to read them with; pass data=npeff.language.Places(tokenizer, …), "
                 "or data with an attribute tokenizer"
             )
-        for text in () if isinstance(prompts, int) else prompts:
+        for text in () if isinstance(prompts, int) else [prompts] if isinstance(prompts, str) else prompts:
             tokens = tokenizer(text, return_tensors="pt")["input_ids"].long()
             if not tokens.numel():
                 raise DataError(f"prompts: {text!r} has no tokens; give at least one word")

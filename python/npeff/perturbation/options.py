@@ -47,7 +47,7 @@ class PerturbOptions:
     n_random: int = 8
     curve: int = 8
     unrelated: Iterable[Any] | None = None
-    prompts: int | Sequence[str] | None = None
+    prompts: int | str | Sequence[str] | None = None
     n_tokens: int = 20
     confidence: float = 0.95
     n_resamples: int = 999
@@ -126,7 +126,7 @@ class PerturbOptions:
         _whole("n_tokens", self.n_tokens, 1, "a number of tokens ≥ 1")
         if isinstance(self.prompts, int | np.integer):
             _whole("prompts", self.prompts, 0, "texts, or a number of examples ≥ 0")
-        elif isinstance(self.prompts, str) or not all(isinstance(text, str) for text in self.prompts or ()):
+        elif not all(isinstance(text, str) for text in self.prompts or ()):
             raise ArgumentError(f"prompts: expected a list of texts, or a number of examples, got {self.prompts!r}")
         _number("confidence", self.confidence, 0, 1, open_ends=True)
         if np.ndim(self.top) == 0:

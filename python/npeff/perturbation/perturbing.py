@@ -57,7 +57,7 @@ def perturb(
     n_random: int = 8,
     curve: int = 8,
     unrelated: Iterable[Any] | None = None,
-    prompts: int | Sequence[str] | None = None,
+    prompts: int | str | Sequence[str] | None = None,
     n_tokens: int = 20,
     confidence: float = 0.95,
     n_resamples: int = 999,
@@ -106,8 +106,9 @@ def perturb(
         curve: Points per sign of KL against the magnitude, 8, from a quarter to twice the magnitude found.
         unrelated: Batches of data that has nothing to do with the component, with labels (the next tokens of any
             text): its perplexity is measured at every step, beside that of the model's own weights.
-        prompts: Texts that a language model continues with the component as it is, turned down and turned up; or how
-            many of the top examples' texts. The data has the tokenizer, as :class:`npeff.language.Places` does.
+        prompts: A text, or several, that a language model continues with the component as it is, turned down and
+            turned up; or how many of the top examples' texts. The data has the tokenizer, as
+            :class:`npeff.language.Places` does.
         n_tokens: Tokens of a continuation at most, 20.
         confidence: Level of the intervals, 0.95.
         n_resamples: Bootstrap resamples, 999; 0 for no intervals.
