@@ -292,6 +292,27 @@ def test_places_are_examples(side: str) -> None:
     assert small.details["fisher_norm"] == pytest.approx(2e6 * small.kl.mean(), rel=1e-2)
 
 
+def test_trace_mend_and_diagonal_components_take_places() -> None:
+    model, data = llama(), places([[7, 4, 6], [5, 5], [8]], "right", seed=4)
+    before, labels = at_places(model, data)
+    components = components_along(model, labels)
+    options = {"magnitude": 0.5, "sign": 1, "top": 4, "n_resamples": 0, "progress": False}
+    effect = npeff.perturb(model, data, components, 1, n_random=0, curve=0, **options)
+    trace = npeff.trace(model, data, components, 1, **options)
+    np.testing.assert_allclose(trace.kl, effect.kl[np.searchsorted(effect.ids, trace.ids)], rtol=1e-6)
+    mending = npeff.mend(model, data, components, [0, 1, 2], repair=range(6), tolerance=1.0, progress=False)
+    right = before.argmax(1) == labels
+    assert mending.n_repair + mending.n_others == len(labels)
+    assert mending.accuracy[0] == pytest.approx(float(right[6:].double().mean()))
+    with npeff.applied(model, mending.change):
+        after = at_places(model, data)[0]
+    assert mending.repaired[1] == pytest.approx(float((after.argmax(1) == labels)[:6].double().mean()))
+    diagonal = replace(components, kind="diagonal", vectors=np.abs(components.vectors))
+    effect = npeff.perturb(model, data, diagonal, 1, target_kl=0.1, **QUICK)
+    assert effect.reached
+    assert torch.equal(before, at_places(model, data)[0])
+
+
 def test_bad_texts_are_told(case: Any) -> None:
     model, data, components, unrelated = case
 
