@@ -17,7 +17,7 @@ from npeff.decomposition.diagonal import Diagonal
 from npeff.decomposition.low_rank import LowRank
 from npeff.decomposition.objective import State
 from npeff.decomposition.options import DecomposeOptions
-from npeff.decomposition.processes import LOCAL, Communicator
+from npeff.decomposition.processes import LOCAL, Processes
 from npeff.decomposition.space_choice import SpaceChoice, choose_space
 from npeff.decomposition.spaces import FactorSpace, GramSpace, RowSpace, StreamedSpace
 from npeff.errors import ArgumentError, DataError
@@ -106,7 +106,7 @@ def _digest(text: str, arrays: list[Array]) -> str:
 def prepare(
     fishers: Fishers,
     options: DecomposeOptions,
-    comm: Communicator = LOCAL,
+    comm: Processes = LOCAL,
     *,
     columns: Array | None = None,
     frozen: Array | None = None,
@@ -264,7 +264,7 @@ def _first_non_finite(values: Array) -> int | None:
 
 
 def _scaled_block(
-    fishers: Fishers, options: DecomposeOptions, comm: Communicator, device: torch.device
+    fishers: Fishers, options: DecomposeOptions, comm: Processes, device: torch.device
 ) -> tuple[Fishers, ScaledRows, SpaceChoice]:
     """Take this process's block of examples, and scale it as one process would scale it.
 
