@@ -212,7 +212,7 @@ class _Memory:
 
 
 class Values:
-    """The step that holds the value of each tensor that depends on the input, with views and writes in place.
+    """A map from the tensors that depend on the input to the steps of their values, through views and writes in place.
 
     Tensors that share memory share a storage. Per storage there is one *whole* (the tensor that filled it) and a step
     for its value; views of it have steps of their own. A write through any view makes a new whole, and views that are
@@ -284,7 +284,7 @@ def flat_storage(tensor: Tensor) -> Tensor:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Turns the operations that happen within it into steps, from the moment that :meth:`begin` is called.
+    """Turns the operations within its context into steps, after :meth:`begin` was called.
 
     Args:
         model: Its weights are referred to, not copied; its modules give the steps their names.
