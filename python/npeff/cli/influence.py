@@ -40,9 +40,7 @@ SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", 
     metavar="LOSS",
     help="The loss that was trained: module:callable for (model, batch) -> (b,), or cross_entropy, squared_error.",
 )
-@click.option(
-    "--test-loss", metavar="LOSS", help="Loss to explain, in the same form.  [default: the training loss]"
-)
+@click.option("--test-loss", metavar="LOSS", help="Loss to explain, in the same form.  [default: the training loss]")
 @click.option(
     "--component",
     metavar="FILE:J",
