@@ -273,7 +273,7 @@ class LinearMap:
                     for g, offset in pairs
                 ]
                 found.append(torch.stack(parts))
-            return torch.cat(found, dim=2)
+            return torch.cat(found, dim=2).to(output.dtype)
 
         if n == 1 or (all(value.shape[:1] == (n,) for value in values) and self._are_independent()):
             found = summed(cotangents, n)
