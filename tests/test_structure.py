@@ -5,6 +5,7 @@ from __future__ import annotations
 import npeff
 from structure import FLOORS, circles, imports, late_imports, modules, upward
 
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circles() == []
 
