@@ -1,4 +1,4 @@
-"""The training objective: per-example losses, data that is read several times, the gradient and Hessian products."""
+"""The training objective: per-example losses over data, their gradients, and products with the Hessian."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class RepeatableData:
     """Data as batches on a device, in the same order every time.
 
     Args:
-        data: Iterable of batches, whatever the losses understand.
+        data: Iterable of batches as the losses take them.
         name: The argument's name, for messages.
         device: Where the model is.
 
