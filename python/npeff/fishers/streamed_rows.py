@@ -15,7 +15,7 @@ from torch import Tensor
 
 from npeff.fishers.dense_rows import PART_BYTES, DenseRows, Matrix, Rows, dense_stretches
 from npeff.fishers.rows import SparseRows
-from npeff.kernels.sparse_gram import mirror_
+from npeff.kernels.sparse import mirror_
 from npeff.kernels.transfers import to_device
 from npeff.storage.files import forget
 
