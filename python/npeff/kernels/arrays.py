@@ -239,14 +239,10 @@ def contiguous(x: A) -> A:
     return np.require(x, x.dtype.newbyteorder("="), ["C", "A"])
 
 
-def empty(shape: tuple[int, ...], dtype: str, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor that a kernel fills.
-
-    Raises:
-        MemoryError: There is not enough for it.
-    """
+def empty(shape: tuple[int, ...], dtype: str, device: torch.device) -> Operand:
+    """Uninitialised memory that a kernel fills: a tensor on a device, here an array, which is read faster."""
     if device.type == "cpu":
-        return torch.from_numpy(np.empty(shape, dtype))
+        return np.empty(shape, dtype)
     return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from npeff.errors import ArgumentError, DataError
 from npeff.kernels import arrays, dispatch, reference
@@ -106,20 +105,20 @@ def nnls(
     w: Operand = arrays.empty((n, r), work, device) if out is None else out
     _assign(w, w0)
     residual = arrays.empty((n,), work, device) if kkt or exact else None
-    status = arrays.empty((2,), "int64", device)
+    status: Any = arrays.empty((2,), "int64", device)
     swept = {"max_sweeps": max_sweeps, "tol": max(tol, 1e-9) if exact else tol, "status": status}
     kernels("nnls", gram=g, cross=c, w=w, kkt=None if exact else residual, **swept)
-    _check_status(status)
+    sweeps = _iterations(status)
     if kernels.on_device:
         _check_finite(w)
     if exact:
-        _finish_exactly(g, c, w, residual, tol, status)
+        sweeps = _finish_exactly(g, c, w, residual, tol)
     result = None if residual is None or not kkt else arrays.like(cross, residual)
-    return NnlsResult(w=arrays.like(cross, w), kkt=result, sweeps=int(status[1]))
+    return NnlsResult(w=arrays.like(cross, w), kkt=result, sweeps=sweeps)
 
 
-def _finish_exactly(g: Operand, c: Operand, w: Operand, residual: Operand | None, tol: float, status: Tensor) -> None:
-    """Active sets from w on, in place. On the processor: they are short work for many different rows.
+def _finish_exactly(g: Operand, c: Operand, w: Operand, residual: Operand | None, tol: float) -> int:
+    """Active sets from w on, in place; the steps made. On the processor: they are short work for many different rows.
 
     Raises:
         DataError: A row is not finite, or its solution overflows.
@@ -128,23 +127,26 @@ def _finish_exactly(g: Operand, c: Operand, w: Operand, residual: Operand | None
     here = [x.cpu().contiguous() for x in tensors]
     kernels = dispatch.on_host()
     if kernels is None:
-        solution, status[1] = reference.nnls_exact(here[0], here[1], here[2].clone(), tol)
+        solution, steps = reference.nnls_exact(here[0], here[1], here[2].clone(), tol)
         here[2].copy_(solution)
         here[3].copy_(reference.kkt(here[0], here[1], here[2]))
     else:
-        found = status.cpu()
+        found = np.empty(2, np.int64)
         names = ("gram", "cross", "w", "kkt")
         kernels("nnls_exact", **dict(zip(names, here, strict=True)), tol=tol, status=found)
-        _check_status(found)
-        status[1] = found[1]
+        steps = _iterations(found)
     for target, source in zip(tensors[2:], here[2:], strict=True):
         if target is not source:
             target.copy_(source)
+    return steps
 
 
-def _check_status(status: Tensor) -> None:
-    if (bad := int(status[0])) != ALL_FINITE:
+def _iterations(status: Any) -> int:
+    """The iterations that a kernel made, once it has found nothing that is not finite."""
+    bad, iterations = status.tolist()
+    if bad != ALL_FINITE:
         raise DataError(_nonfinite(bad))
+    return int(iterations)
 
 
 def _check_finite(w: Operand) -> None:

@@ -145,16 +145,18 @@ class StreamingSketch(BlockStream):
         check_map(d, seed, nonzeros)
         super().__init__(n_rows)
         self.d, self.seed, self.nonzeros = int(d), int(seed), int(nonzeros)
-        self._sums = torch.empty(0)
+        self._sums: Any = None  # (n_rows, d) float64: an array here, a tensor on a device
         self._flat = {"seed": self.seed, "copies": self.nonzeros}
 
     def _begin(self) -> None:
-        if not self._sums.numel():  # where they do not fit, nothing else is begun
-            self._sums = _zeros(self.n_rows, self.d, self._device)
+        if self._device is not None:
+            self._sums = torch.zeros(self.n_rows, self.d, dtype=torch.float64, device=self._device)
+        elif self._sums is None:  # where they do not fit, nothing else is begun
+            self._sums = np.zeros((self.n_rows, self.d))
 
     def _push(self, block: Operand, start: int, where: BlockRows) -> None:
         if (kernels := self._kernels) is not None:
-            plan = where.on(self._sums.device)
+            plan = where.on(self._device)
             bases = plan.bases + start if start else plan.bases
             rows = {"order": plan.order, "starts": plan.starts, "sums": self._sums}
             kernels("sketch_rows", block=block, bases=bases, **self._flat, **rows)
@@ -162,7 +164,7 @@ class StreamingSketch(BlockStream):
         values = arrays.as_tensor(block).numpy()
         for i in np.lexsort((where.bases, where.targets)):
             indices = int(where.bases[i]) + start + np.arange(values.shape[1], dtype=np.int64)
-            reference.add_to_sketch(self._sums.numpy(), where.targets[i], indices, values[i], **self._flat)
+            reference.add_to_sketch(self._sums, where.targets[i], indices, values[i], **self._flat)
 
     def push_csr(self, matrix: Csr[Any]) -> None:
         """Add the rows of a CSR matrix of float32, row i to sketch i.
@@ -175,7 +177,7 @@ class StreamingSketch(BlockStream):
             return
         starts, columns, entries = (arrays.as_tensor(x).cpu() for x in (matrix.indptr, matrix.indices, matrix.values))
         rows = torch.repeat_interleave(torch.arange(self.n_rows), starts.diff()).numpy()
-        reference.add_to_sketch(self._sums.numpy(), rows, columns.numpy(), entries.numpy(), **self._flat)
+        reference.add_to_sketch(self._sums, rows, columns.numpy(), entries.numpy(), **self._flat)
 
     # ---- two-sided maps ------------------------------------------------------------------------------------
 
@@ -217,10 +219,11 @@ class StreamingSketch(BlockStream):
             entries = weight * arrays.as_tensor(values).cpu().numpy().astype(np.float64)
             for i in np.lexsort((where.bases, where.targets)):
                 both = (down[where.bases[i] : where.bases[i] + p, None] ^ across).reshape(-1)
-                np.add.at(self._sums.numpy()[where.targets[i]], both >> 1, entries[i] * (1 - 2 * (both & 1)))
+                np.add.at(self._sums[where.targets[i]], both >> 1, entries[i] * (1 - 2 * (both & 1)))
             return
-        plan = where.on(self._sums.device)
-        row_places, column_places = (self._side(offset, side, shape[side]).places for side in (0, 1))
+        plan = where.on(self._device)
+        make: Any = self.places if self._device is None else lambda *side: self._side(*side).places
+        row_places, column_places = (make(offset, side, shape[side]) for side in (0, 1))
         kernels(
             "sketch_matrix",
             block=self._whole(values),
@@ -282,7 +285,7 @@ class StreamingSketch(BlockStream):
         left, right = left.cpu().float().contiguous(), right.cpu().float().contiguous()
         by_delta, by_input = self.places(offset, one, n), self.places(offset, other, k)
         if (kernels := self._kernels) is None:
-            sums += weight * reference.sketch_outer(left, right, by_delta, by_input, self.d)
+            sums += weight * reference.sketch_outer(left, right, by_delta, by_input, self.d).numpy()
             return
         kernels(
             "sketch_outer",
@@ -291,7 +294,7 @@ class StreamingSketch(BlockStream):
             delta_places=by_delta,
             input_places=by_input,
             weight=weight,
-            sums=sums.view(left.shape[0], left.shape[2], self.d),
+            sums=sums.reshape(left.shape[0], left.shape[2], self.d),
         )
 
     def places(self, offset: int, side: int, n: int) -> Array:
@@ -330,7 +333,7 @@ class StreamingSketch(BlockStream):
             under_way = to_host(*self._finished())
             return lambda: _checked(*under_way.wait())
         out, bad = self._finished()
-        return lambda: _checked(out.numpy(), bad.numpy())
+        return lambda: _checked(out, bad)
 
     def finish_there(self) -> Operand:
         """As :meth:`finish`, but where the sums live: a tensor, on a CUDA device.
@@ -345,28 +348,35 @@ class StreamingSketch(BlockStream):
             _checked(out.cpu().numpy(), bad.cpu().numpy())
         return out
 
-    def _finished(self) -> tuple[Tensor, Tensor]:
+    def _finished(self) -> tuple[Any, Any]:
         """The sketches ``(n_rows, d)`` float32, and ``(1,)`` int64: the first that is not finite, or ALL_FINITE.
 
         The sums are zero afterwards. Waits for nothing.
         """
         if not self._begun:
             self._begin()
-        scale, device = 1 / math.sqrt(self.nonzeros), self._sums.device
-        out = torch.empty(self._sums.shape, dtype=torch.float32, device=device)
-        bad = torch.full((1,), ALL_FINITE, dtype=torch.int64, device=device)
+        out: Any
+        bad: Any
+        scale, shape, device = 1 / math.sqrt(self.nonzeros), self._sums.shape, self._device
+        if device is None:
+            out, bad = np.empty(shape, np.float32), np.full(1, ALL_FINITE)
+        else:
+            out = torch.empty(shape, dtype=torch.float32, device=device)
+            bad = torch.full((1,), ALL_FINITE, dtype=torch.int64, device=device)
         if (kernels := self._kernels) is not None:
             kernels("sketch_finish", sums=self._sums, scale=scale, out=out, bad=bad)
         else:
-            out.copy_(self._sums * scale)
-            finite = torch.isfinite(out).all(dim=1)
-            bad.fill_(ALL_FINITE if bool(finite.all()) else int((~finite).to(torch.uint8).argmax()))
-        self._sums.zero_()
+            with np.errstate(over="ignore"):
+                np.multiply(self._sums, scale, out=out, casting="same_kind")
+            finite = np.isfinite(out).all(axis=1)
+            bad[0] = ALL_FINITE if finite.all() else np.argmin(finite)
+        self.reset()
         return out, bad
 
     def reset(self) -> None:
         """Forget all that was pushed."""
-        self._sums.zero_()
+        if self._sums is not None:
+            self._sums[:] = 0
 
 
 def _matrix(offset: Any, shape: Any) -> tuple[int, tuple[int, int]]:
@@ -395,17 +405,6 @@ def _places(seed: int, d: int, offset: int, side: int, n: int) -> Array:
 def _side(seed: int, d: int, offset: int, side: int, n: int, device: torch.device, stream: int) -> Side:
     """Make the map of one side of a matrix; once per stream, so that no call waits for another stream."""
     return Side(to_device(_places(seed, d, offset, side, n), device), d)
-
-
-def _zeros(n: int, d: int, device: torch.device | None) -> Tensor:
-    """Sums ``(n, d)`` float64.
-
-    Raises:
-        MemoryError: There is not enough for them.
-    """
-    return (
-        torch.from_numpy(np.zeros((n, d))) if device is None else torch.zeros(n, d, dtype=torch.float64, device=device)
-    )
 
 
 def _checked(out: npt.NDArray[np.float32], bad: Any) -> npt.NDArray[np.float32]:

@@ -158,18 +158,16 @@ def csr_transpose(indptr: A, indices: A, values: A, n_columns: int) -> tuple[A, 
     n_columns = arrays.integer(n_columns, "n_columns", 0, arrays.MOST_COLUMNS)
     matrix: Csr[A] = Csr(indptr, indices, values, n_columns)
     kernels = dispatch.compiled(matrix.values)
-    result: tuple[Tensor, Tensor, Tensor]
     if kernels is None or kernels.on_device:
-        result = reference.csr_transpose(*matrix.tensors(), n_columns)
+        made = reference.csr_transpose(*matrix.tensors(), n_columns)
         if kernels is not None:
-            checked.record(*result[:2], extent=len(matrix.indptr) - 1)
-    else:
-        nnz, cpu = len(matrix.indices), torch.device("cpu")
-        starts, turned = arrays.empty((n_columns + 1,), "int64", cpu), arrays.empty((nnz,), "float32", cpu)
-        rows = arrays.empty((nnz,), arrays.dtype_name(matrix.indices), cpu)
-        kernels("csr_transpose", a=matrix.compiled(kernels), indptr_out=starts, indices_out=rows, values_out=turned)
-        result = starts, rows, turned
-    return arrays.like(values, result[0]), arrays.like(values, result[1]), arrays.like(values, result[2])
+            checked.record(*made[:2], extent=len(matrix.indptr) - 1)
+        return arrays.like(values, made[0]), arrays.like(values, made[1]), arrays.like(values, made[2])
+    nnz = len(matrix.indices)
+    starts, turned = np.empty(n_columns + 1, np.int64), np.empty(nnz, np.float32)
+    rows = np.empty(nnz, arrays.dtype_name(matrix.indices))
+    kernels("csr_transpose", a=matrix.compiled(kernels), indptr_out=starts, indices_out=rows, values_out=turned)
+    return arrays.like(values, starts), arrays.like(values, rows), arrays.like(values, turned)
 
 
 @accepts_cupy

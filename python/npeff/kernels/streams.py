@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class NonFiniteError(DataError):
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Where the rows of a block go, as the kernels take it; int64, on the device of the block.
+    """Where the rows of a block go, as the kernels take it; int64, on the device of the block or numpy arrays.
 
     Attributes:
         targets: ``(b,)`` selector (or sketch) of each row.
@@ -48,10 +49,10 @@ class RowPlan:
         starts: ``(targets + 1,)`` where each target's rows begin in ``order``.
     """
 
-    targets: Tensor
-    bases: Tensor
-    order: Tensor
-    starts: Tensor
+    targets: Any
+    bases: Any
+    order: Any
+    starts: Any
 
 
 class BlockRows:
@@ -91,7 +92,7 @@ class BlockRows:
                 f"rows: expected numbers from 0 to {n_targets - 1}, got {self.targets.min()} … {self.targets.max()}"
             )
         self.n_targets = n_targets
-        self._plans: dict[tuple[torch.device, int], RowPlan] = {}
+        self._plans: dict[tuple[torch.device, int] | None, RowPlan] = {}
 
     def check(self, n_rows: int, n_targets: int) -> None:
         """Refuse a block of another form.
@@ -104,16 +105,17 @@ class BlockRows:
         if n_targets != self.n_targets:
             raise ArgumentError(f"base: expected rows for {n_targets} selectors or sketches, got {self.n_targets}")
 
-    def on(self, device: torch.device) -> RowPlan:
-        """The plan on a device, made once per stream; nothing is waited for."""
-        key = (device, dispatch.stream(device))
+    def on(self, device: torch.device | None) -> RowPlan:
+        """The plan on a device, made once per stream, or here (None); nothing is waited for."""
+        key = None if device is None else (device, dispatch.stream(device))
         if key not in self._plans:
             self._plans[key] = self._plan(device)
         return self._plans[key]
 
-    def _plan(self, device: torch.device) -> RowPlan:
+    def _plan(self, device: torch.device | None) -> RowPlan:
         edges = np.arange(self.n_targets + 1)
         if isinstance(self.bases, Tensor):
+            assert device is not None
             targets = to_device(self.targets, device)
             by_base = torch.argsort(self.bases, stable=True)
             order = by_base[torch.argsort(targets[by_base], stable=True)]
@@ -121,6 +123,8 @@ class BlockRows:
             return RowPlan(targets, self.bases, order, starts)
         here = np.lexsort((self.bases, self.targets))
         begins = np.searchsorted(self.targets[here], edges)
+        if device is None:
+            return RowPlan(self.targets, self.bases, here, begins)
         b = len(here)
         there = to_device(np.concatenate([self.targets, self.bases, here, begins]).astype(np.int64, copy=False), device)
         return RowPlan(there[:b], there[b : 2 * b], there[2 * b : 3 * b], there[3 * b :])
@@ -159,17 +163,22 @@ class BlockStream(ABC):
         array: Any = block
         values = arrays.check(array, "block", FLOATS, (None, None))
         self._settle(values)
-        where = self._rows(base, rows, int(values.shape[0]))
-        if where.last > arrays.MOST_INDEX - values.shape[1]:
+        n, offset = int(values.shape[0]), 0
+        if rows is None and not isinstance(base, BlockRows | Tensor | np.ndarray):
+            offset = arrays.integer(base, "base", 0, arrays.MOST_INDEX)
+            where = _in_order(n, self.n_rows)
+        else:
+            where = self._rows(base, rows, n)
+        if offset + where.last > arrays.MOST_INDEX - values.shape[1]:
             raise ArgumentError(
-                f"base: expected flat indices up to 2⁶², got {where.last} and {values.shape[1]} columns"
+                f"base: expected flat indices up to 2⁶², got {offset + where.last} and {values.shape[1]} columns"
             )
         for start, chunk in self._chunks(values):
-            self._push(chunk, start, where)
+            self._push(chunk, offset + start, where)
 
     @abstractmethod
     def _push(self, block: Operand, start: int, where: BlockRows) -> None:
-        """Take in the columns from ``start`` on, as :meth:`_chunks` gives them."""
+        """Take in values as :meth:`_chunks` gives them; flat indices begin ``start`` after the rows' bases."""
 
     @abstractmethod
     def _begin(self) -> None:
@@ -225,6 +234,12 @@ class BlockStream(ABC):
             return x if rows_contiguous(x) and x.dtype == np.float32 else np.ascontiguousarray(x, np.float32)
         x = x.cpu()
         return x if rows_contiguous(x) and x.dtype == torch.float32 else x.float().contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _in_order(n: int, n_targets: int) -> BlockRows:
+    """Plan n rows, row i for target i, that begin at flat index 0."""
+    return BlockRows(np.zeros(n, np.int64), None, n_targets)
 
 
 def rows_contiguous(x: Operand) -> bool:

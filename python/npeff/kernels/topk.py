@@ -103,11 +103,12 @@ class StreamingTopK(BlockStream):
     def _push(self, block: Operand, start: int, where: BlockRows) -> None:
         if self._device is not None:
             plan = where.on(self._device)
-            rows = {"targets": plan.targets, "bases": plan.bases, "order": plan.order, "starts": plan.starts}
+            bases = plan.bases + start if start else plan.bases
+            rows = {"targets": plan.targets, "bases": bases, "order": plan.order, "starts": plan.starts}
             self._there("topk_push", block=block, **rows)
             return
         if self._native:
-            plan = where.on(torch.device("cpu"))
+            plan = where.on(None)
             bad = self._here.push(
                 block=block,
                 bases=plan.bases + start if start else plan.bases,
