@@ -142,7 +142,11 @@ def _finish_exactly(g: Operand, c: Operand, w: Operand, residual: Operand | None
 
 
 def _iterations(status: Any) -> int:
-    """The iterations that a kernel made, once it has found nothing that is not finite."""
+    """The iterations that a kernel made.
+
+    Raises:
+        DataError: It found a row that is not finite, or whose solution overflows.
+    """
     bad, iterations = status.tolist()
     if bad != ALL_FINITE:
         raise DataError(_nonfinite(bad))
