@@ -15,7 +15,6 @@ struct FisherNormBlocks {
   const int64_t* offsets;
   int64_t n;
   double* out;
-  int64_t shared_bytes() const { return sizeof(Shared); }
 
   template <class Block>
   NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
@@ -49,9 +48,9 @@ struct FisherNormBlocks {
   }
 };
 
-template <class Queue, class Index>
-void fisher_norms_by_blocks(Queue& queue, const Csr<Index>& a, const int64_t* offsets, int64_t n, double* out) {
-  if (n > 0) queue.run(n, FisherNormBlocks<Index>{a, offsets, n, out});
+template <class Index, class Queue>
+void fisher_norms(const Csr<Index>& a, const int64_t* offsets, int64_t n, double* out, Queue& queue) {
+  queue.run(n, FisherNormBlocks<Index>{a, offsets, n, out});
 }
 
 }  // namespace npeff

@@ -1,9 +1,4 @@
-#include "fisher_norms/device.h"
-
 #include "common/cuda_queue.h"
+#include "fisher_norms/bind.h"
 
-namespace npeff {
-
-void bind_cuda_fisher_norms(py::module_& m) { bind_device_fisher_norms<Cuda>(m); }
-
-}  // namespace npeff
+template void npeff::bind_fisher_norms<npeff::Cuda>(npeff::py::module_&);

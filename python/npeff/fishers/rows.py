@@ -19,9 +19,7 @@ from typing_extensions import override
 
 from npeff import kernels
 from npeff.fishers.dense_rows import PART_BYTES, DenseRows, GramRows, Matrix, Rows
-from npeff.kernels.cuda import checked
-from npeff.kernels.sparse import Csr, check_structure
-from npeff.kernels.sparse_gram import DEVICE_DENSE_BYTES, add_gram_
+from npeff.kernels.sparse import DEVICE_DENSE_BYTES, Csr, add_gram_, check_structure, checked
 from npeff.kernels.transfers import to_device
 from npeff.models import devices
 from npeff.short_repr import short_repr

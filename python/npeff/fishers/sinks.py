@@ -21,7 +21,7 @@ from npeff.fishers.rows import DenseRows, Rows
 from npeff.gradients.rules import Rule
 from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import NonFiniteError, StreamingSketch
-from npeff.kernels.block_rows import BlockRows
+from npeff.kernels.streams import BlockRows
 from npeff.kernels.transfers import HostCopy, to_host
 from npeff.models import devices
 from npeff.models.parameters import Parameter, Parameters
