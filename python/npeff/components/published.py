@@ -107,7 +107,7 @@ def write_published(
     """
     path = path_of(path)
     check_target(path)
-    if isinstance(item, Fishers) and item.kept_elsewhere:
+    if isinstance(item, Fishers) and not item.in_parameter_space:
         raise StorageError(
             f"{path}: the published layouts hold rows in parameter space, and these are sketches or inner products, "
             "from which the rows do not come back; compute Fishers with TopK(k) or compress=None (npeff fishers "
