@@ -181,7 +181,7 @@ class Fishers:
 
     @property
     def in_parameter_space(self) -> bool:
-        """Whether the columns of the rows are parameters; those of sketches are not, and inner products have no rows."""
+        """Whether columns of the rows are parameters: those of sketches are not, and inner products have no rows."""
         return self.sketch is None and not self.rows.products_only
 
     @property
