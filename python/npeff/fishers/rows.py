@@ -81,6 +81,12 @@ class SparseRows(Rows):
     form: ClassVar[str] = "sparse"
     __repr__ = short_repr
 
+    @classmethod
+    def of_entries(cls, row: Array, index: Array, value: Array, n_rows: int, n_columns: int) -> SparseRows:
+        """Make rows of entries, row by row: their row, column and value, ``(nnz,)`` each."""
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=n_rows))]).astype(np.int64)
+        return cls(indptr, index, value, n_columns)
+
     @property
     def n_rows(self) -> int:
         """Number of rows."""
