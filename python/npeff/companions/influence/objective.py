@@ -17,9 +17,9 @@ from npeff.batches.batch_order import check_sampler
 from npeff.batches.batches import Batch, check_data, read_batches
 from npeff.batches.tensor_trees import leaves
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
+from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.gradients.rules.base import working
-from npeff.gradients.tiles import Block, Pairs
 from npeff.models.parameters import Parameters
 
 Array = npt.NDArray[Any]
