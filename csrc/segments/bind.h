@@ -42,12 +42,25 @@ void run_spread_multiply(py::handle w, py::handle p, py::handle row_offsets, py:
 }
 
 template <class D>
+void run_fisher_norms(const CsrView& a, py::handle row_offsets, py::handle out, typename D::Run run) {
+  const TensorView offsets_view(row_offsets, "row_offsets", D::read), out_view(out, "out", D::write);
+  a.require_ascending();
+  auto* norms = out_view.as<double>({any});
+  const int64_t n = out_view.shape(0);
+  const auto* offsets = offsets_in<D>(offsets_view, n, a.n_rows());
+  auto where = D::begin(run, "fisher_norms", {&a.indptr, &a.indices, &a.values, &offsets_view, &out_view});
+  a.visit([&](const auto& csr) { fisher_norms(csr, offsets, n, norms, where); });
+}
+
+template <class D>
 void bind_segments(py::module_& m) {
   m.def("cross", &run_cross<D>, py::kw_only(), "p"_a, "row_offsets"_a, "out"_a, py::arg(D::run),
         "out (n, r) = sums of squares of p (R, r) over each example's rows. float32; on a device any float, where out is "
         "float64 for float64 and float32 otherwise.");
   m.def("spread_multiply", &run_spread_multiply<D>, py::kw_only(), "w"_a, "p"_a, "row_offsets"_a, "out"_a, py::arg(D::run),
         "out (R, r) = p (R, r) times the example's row of w (n, r); out may be p. Types as for cross.");
+  m.def("fisher_norms", &run_fisher_norms<D>, py::kw_only(), "a"_a, "row_offsets"_a, "out"_a, py::arg(D::run),
+        "out (n,) float64 = Frobenius norms of the examples' A A'; columns ascend within a row.");
 }
 
 }  // namespace npeff

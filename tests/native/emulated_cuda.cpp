@@ -1,6 +1,5 @@
 // A stand-in for npeff._cuda: the same bindings and blocks, on the processor. tests/blocks.py compiles it.
 #include "emulated_blocks.h"
-#include "fisher_norms/bind.h"
 #include "gram/bind.h"
 #include "nnls/bind.h"
 #include "segments/bind.h"
