@@ -62,7 +62,7 @@ TARGETS = ["digits.py:model", "digits.py:data"]
 
 def test_one_component(folder, capsys):
     command = ["perturb", *TARGETS, "low_rank.h5", "--component", "1", "--n-random", "2", "--top", "16", "--quiet"]
-    assert run([*command, "--out", "effect.json"]) == 0
+    assert run([*command, "--out", "effect.json", "--unrelated", "digits.py:short"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     lines = captured.out.splitlines()
@@ -73,6 +73,9 @@ def test_one_component(folder, capsys):
     ratios = [content["figures"]["ratio"]["value"]]  # four components of a loss of 0.53 promise nothing about it
     ratios += [control["figures"]["ratio"]["value"] for control in content["controls"].values()]
     assert len(ratios) == 4 and min(ratios) > 0
+    before, after = content["perplexity"]
+    assert content["figures"]["perplexity_ratio"]["value"] == pytest.approx(after / before) and before != after
+    assert len(content["predictions"]) == 16 and len(content["predictions"][0]["classes"]) == 10
     assert all(0.098 <= result["kl_top"] <= 0.102 for result in content["sign_results"])
     assert len(content["curve"]["magnitudes"][0]) == 8
 

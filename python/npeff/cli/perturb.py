@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from npeff.components.components import Components
     from npeff.perturbation import Effect
 
+TEXTS = ("unrelated", "prompts", "n_tokens")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -62,12 +63,16 @@ def chosen(components: Components, component: int | None, strategy: str | None, 
     Arguments("npeff:perturb", skip=("fisher",)),
 )
 @of_components
+@click.option(
+    "--unrelated", metavar="TARGET", help="Data as DATA, of other texts: its perplexity is measured at every step."
+)
 @click.option("--all", "every", is_flag=True, help="Every component: a table of KL ratios.")
 @click.option("--out", type=WRITABLE, help="JSON file for everything found; npeff report --extras shows it.")
 def perturb(
     model: str,
     data: str,
     path: Path,
+    unrelated: str | None,
     every: bool,
     component: int | None,
     strategy: str | None,
@@ -80,7 +85,7 @@ def perturb(
     every figure, and the same figures for random directions. A component that is about a behaviour has a KL ratio
     well above theirs.
     """
-    from npeff.models.targets import load_model
+    from npeff.models.targets import load_data, load_model
     from npeff.perturbation import perturb_all
     from npeff.perturbation.effect import write_json
 
@@ -91,6 +96,8 @@ def perturb(
     which = None if every else [chosen(components, component, strategy, path)]
     if every and not out:
         options.setdefault("curve", 0)  # the table does not show it
+    if unrelated is not None:
+        options["unrelated"] = load_data(unrelated)
     effects = perturb_all(load_model(model), data_of_components(data, components), components, which, **options)
     click.echo(_ratios(effects) if every else effects[0].table())
     missed = [effect.name for effect in effects if not effect.reached]
@@ -129,7 +136,7 @@ def _ratios(effects: list[Effect]) -> str:
         npeff trace train.py:model train.py:data components.h5 -j 7 --groups parameter --out where.json
         npeff trace bert.py:model bert.py:data components.h5 -j 7 --groups bert.py:heads --out heads.svg
     """,
-    Arguments("npeff:trace", skip=("fisher",)),
+    Arguments("npeff:perturb", skip=("fisher", "floor", "n_random", "curve", *TEXTS)),
 )
 @of_components
 @click.option(

@@ -293,7 +293,7 @@ class ComponentDirections:
 
     def _rows(self, which: Sequence[int], columns: slice) -> Array:
         if self._stored:
-            return self.components.vectors[list(which)][:, columns].astype(np.float64) * self._factor[columns]
+            return self.components.vectors[list(which), columns].astype(np.float64) * self._factor[columns]
         for k in which:
             if k not in self._recovered:
                 self._recovered[k] = self.components.vector(k)
