@@ -60,11 +60,15 @@ def test_fishers_are_about_the_blocks_and_say_so(folder: Path) -> None:
 
 
 def test_components_are_moved_and_shown(folder: Path) -> None:
-    assert run(["perturb", "hf:model", "texts.jsonl", "r.h5", "-j", "0", *FEW, "--out", "effect.json"]) == 0
+    Path("news.txt").write_text("The colour of grass is green.\nIs it bad? no")
+    pushed = ["perturb", "hf:model", "texts.jsonl", "r.h5", "-j", "0", *FEW, "--unrelated", "news.txt"]
+    assert run([*pushed, "--prompts", "1", "--n-tokens", "2", "--out", "effect.json"]) == 0
+    effect = json.loads(Path("effect.json").read_text())
+    assert effect["perplexity"][0] > 1 and len(effect["continuations"]) == 1
     assert run(["trace", "hf:model", "texts.jsonl", "r.h5", "-j", "0", "--top", "6", "--quiet"]) == 0
     shown = ["report", "r.h5", "--data", "texts.jsonl", "--extras", "effect.json", "--quiet", "--out", "page.html"]
     assert run(shown) == 0
-    assert Path("page.html").stat().st_size > 50_000
+    assert "The capital of France" in Path("page.html").read_text(encoding="utf-8")
 
 
 def test_the_same_in_python(folder: Path) -> None:

@@ -85,7 +85,7 @@ def perturb(
     every figure, and the same figures for random directions. A component that is about a behaviour has a KL ratio
     well above theirs.
     """
-    from npeff.models.targets import load_data, load_model
+    from npeff.models.targets import load_model
     from npeff.perturbation import perturb_all
     from npeff.perturbation.effect import write_json
 
@@ -97,7 +97,7 @@ def perturb(
     if every and not out:
         options.setdefault("curve", 0)  # the table does not show it
     if unrelated is not None:
-        options["unrelated"] = load_data(unrelated)
+        options["unrelated"] = data_of_components(unrelated, components, unrelated=True)
     effects = perturb_all(load_model(model), data_of_components(data, components), components, which, **options)
     click.echo(_ratios(effects) if every else effects[0].table())
     missed = [effect.name for effect in effects if not effect.reached]
