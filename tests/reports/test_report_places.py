@@ -194,6 +194,8 @@ def test_what_a_push_changes(tmp_path):
     assert "Perplexity on unrelated data: 15 → 15.2" in page.text and "top examples: 45 % → 99 %" in page.text
     assert "My own \\u202eprompt" in page.text
     assert "How the text goes on" in page.text and "<b>a city" in page.text and "turned down" in page.text
+    group = page_of(tmp_path, components, data, effects={(0, 1): effect})
+    assert "Components 0, 1 together" in group.text and "90 % → 20 %" in group.text and "turned up" in group.text
     wrong = {"predictions": [{"id": 1, "classes": [1], "before": [0.9, 0.05], "after": [0.2]}]}
     with pytest.raises(ArgumentError, match=r"effects\[0\].predictions: expected a probability before and after"):
         page_of(tmp_path, components, data, effects={0: wrong})
