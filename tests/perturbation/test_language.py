@@ -289,6 +289,7 @@ def test_places_are_examples(side: str) -> None:
         assert told.prompt == Letters().decode(prefixes[told.id])
         assert told.base == greedily(model, prefixes[told.id][None], 3)
     small = npeff.perturb(model, data, components, 1, magnitude=1e-3, baseline="all", **QUICK)
+    assert small.details["fisher_norm_found_by"] == "forward mode"
     assert small.details["fisher_norm"] == pytest.approx(2e6 * small.kl.mean(), rel=1e-2)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from npeff.batches.batches import Batch
 from npeff.fishers.options import Likelihood
@@ -171,7 +172,8 @@ class Derivative:
         at = {f"model.{name}": tensors[name].detach() for name in direction}
         along = {f"model.{name}": part.to(tensors[name].dtype) for name, part in direction.items()}
         try:
-            with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            # The other kernels of attention have no forward-mode derivative.
+            with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
                 return jvp(lambda moved: functional_call(self._callable, moved, (batch,)), (at,), (along,))[1].detach()
         except (NotImplementedError, RuntimeError) as error:  # ModelError is a RuntimeError too
