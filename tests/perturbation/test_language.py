@@ -141,6 +141,7 @@ def test_what_is_measured_is_what_a_plain_computation_gives(case: Any, monkeypat
     model, data, components, unrelated = case
     if not kept:
         monkeypatch.setattr("npeff.perturbation.evaluate.OWN_BYTES", 3000)  # groups of two batches
+        monkeypatch.setattr("npeff.perturbation.outputs.MOST_NUMBERS", 2 * VOCABULARY)  # two examples at a time
     options = {**QUICK, "curve": 3, "n_random": 1}
     effect = npeff.perturb(
         model, data, components, 1, target_kl=0.3, unrelated=unrelated, forward=last_token, **options
