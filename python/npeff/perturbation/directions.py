@@ -148,6 +148,8 @@ class ComponentDirections:
             ArgumentError: A direction is zero, or nothing is left of it; weights do not fit the group.
         """
         members = target.members
+        if reject is None:
+            self._recovered.clear()  # of other targets: in a large model a vector takes much memory
         found: list[tuple[Array, int | None, float, float | None]]
         if len(members) == 1:
             found = [(self.combination(members, [1.0]), members[0], 1.0, None)]
