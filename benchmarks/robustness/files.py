@@ -35,7 +35,7 @@ import torch
 
 import npeff
 from npeff.companions import rollback
-from npeff.companions.influence.scores import Scores
+from npeff.companions.influence.estimator import Scores
 from npeff.components.loading import describe
 from npeff.components.published import write_published
 from npeff.decomposition.checkpoint import Checkpoint

@@ -150,16 +150,16 @@ class _SameForAll:
     """Data that checks that every process has the same: at the first batch, and, in one digest, of all batches."""
 
     def __init__(self, data: Iterable[Any], model: nn.Module, group: Processes, any_layout: bool) -> None:
-        self._data, self._model, self._group, self._any_layout = data, model, group, any_layout
+        self.data, self._model, self._group, self._any_layout = data, model, group, any_layout
         self._digest = hashlib.blake2b(digest_size=16)
         self._count = 0
 
     def __len__(self) -> int:
-        return len(self._data)  # type: ignore[arg-type]  # a TypeError where it has none, as for the data itself
+        return len(self.data)  # type: ignore[arg-type]  # a TypeError where it has none, as for the data itself
 
     def __iter__(self) -> Iterator[Any]:
         cpu = torch.device("cpu")
-        for number, raw in enumerate(self._data):
+        for number, raw in enumerate(self.data):
             batch = read_batch(raw, cpu, number, self._any_layout, False)
             self._digest.update(batch_digest(batch).encode())
             self._count += 1
@@ -351,7 +351,8 @@ def _joined(part: Components, fishers: Fishers, group: Processes) -> Components 
         row_weights=None if weights is None else weights.numpy(),
         row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
         labels=np.asarray(fishers.labels),
-        logits=np.asarray(fishers.logits),
+        logits=fishers.logits,
+        places=fishers.places,
         ids=np.asarray(fishers.ids),
         norms=np.asarray(fishers.norms),
     )

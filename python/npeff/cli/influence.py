@@ -12,7 +12,7 @@ from npeff.cli.command import check_out, command, components_of, for_report, mis
 from npeff.cli.options import WRITABLE, Arguments
 
 if TYPE_CHECKING:
-    from npeff.companions.influence.losses import Loss
+    from npeff.companions.influence.objective import Loss
     from npeff.companions.influence.solvers import Solver
 
 SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", "identity")
@@ -88,7 +88,7 @@ def influence(
     if for_pages and not component:
         misused("--out: .json is what a report shows of components; give --component, or another ending")
     from npeff.companions.influence import CrossLossInfluence, component_influence
-    from npeff.companions.influence.scores import check_path
+    from npeff.companions.influence.estimator import check_path
     from npeff.models.targets import load_data, load_model
 
     check_out(out)
@@ -124,7 +124,7 @@ def influence(
 
 
 def _loss(target: str, option: str) -> Loss:
-    from npeff.companions.influence.losses import NAMED
+    from npeff.companions.influence.objective import NAMED
     from npeff.models.targets import load_object
 
     if target in NAMED:
@@ -135,7 +135,7 @@ def _loss(target: str, option: str) -> Loss:
 
 def _solver(name: str, train_loss: str, tolerance: float | None) -> Solver | str:
     from npeff.companions.influence import EKFAC, ConjugateGradients, GaussNewton
-    from npeff.companions.influence.losses import NAMED_OUTPUT_LOSSES, model_outputs
+    from npeff.companions.influence.objective import NAMED_OUTPUT_LOSSES, model_outputs
 
     if name == "cg":
         return ConjugateGradients() if tolerance is None else ConjugateGradients(tolerance)

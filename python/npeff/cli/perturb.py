@@ -10,6 +10,7 @@ import click
 
 from npeff.cli.command import check_members, check_out, command, listed, loaded, misused, note
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
+from npeff.cli.texts import data_of_components
 
 if TYPE_CHECKING:
     from npeff.components.components import Components
@@ -99,7 +100,7 @@ def perturb(
         options.setdefault("curve", 0)  # the table does not show it
     if unrelated is not None:
         options["unrelated"] = load_data(unrelated)
-    examples = load_data(data)
+    examples = data_of_components(data, components)
     effects = perturb_all(load_model(model), examples, components, which, **options)
     click.echo(_ratios(effects) if every else effects[0].table())
     if not every and hasattr(examples, "output_names"):
@@ -181,13 +182,13 @@ def trace(
     all of it on the component's top examples.
     """
     import npeff
-    from npeff.models.targets import load_data, load_made, load_model
+    from npeff.models.targets import load_made, load_model
 
     check_out(out, ".png", ".svg", ".pdf", ".json")
     components = loaded(path, "Components")
     j = chosen(components, component, strategy, path)
     parts: Any = groups if groups in ("layer", "parameter") else load_made(groups, "--groups")
-    found = npeff.trace(load_model(model), load_data(data), components, j, parts, **options)
+    found = npeff.trace(load_model(model), data_of_components(data, components), components, j, parts, **options)
     click.echo(found.table())
     if out is not None:
         if out.suffix.lower() == ".json":

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, ForeignFileError, StorageError
 from npeff.fishers.fishers import Fishers
+from npeff.fishers.logits import Logits
 from npeff.fishers.published_fishers import (
     INT32,
     NUMBER,
@@ -38,11 +39,11 @@ from npeff.fishers.published_fishers import (
     unnamed,
 )
 from npeff.fishers.rows import Kind
-from npeff.storage.container import Container, open_file
-from npeff.storage.fields import Field, Sizes, refuse
+from npeff.storage.checks import Field, Sizes, refuse
+from npeff.storage.container import LAYOUTS, Container, check_replaceable, layout_of, open_file
 from npeff.storage.files import atomic, check_target, path_of
-from npeff.storage.hdf5 import LEAST_ALLOWED, MOST_TIMES, Data, write_hdf5
-from npeff.storage.recognition import LAYOUTS, check_replaceable, layout_of
+from npeff.storage.hdf5 import LEAST_ALLOWED, MOST_TIMES
+from npeff.storage.writing import Data, write_hdf5
 
 Array = npt.NDArray[Any]
 
@@ -119,7 +120,7 @@ def write_published(
         layout, data, attributes = plan_decomposition(item, path, sparse)
     else:
         raise ArgumentError(f"item: expected Fishers or Components, got {type(item).__name__}")
-    check_replaceable(path, lambda found: found.content == layout and not found.is_npeff, f"a published {layout} file")
+    check_replaceable(path, layout)
     with atomic(path) as scratch:
         write_hdf5(scratch, data, attributes)
     return path
@@ -212,7 +213,8 @@ def _components(
         block_weights=None,
         parameters=fishers.parameters if fishers is not None else unnamed(m),
         labels=fishers.labels if fishers is not None else np.full(n, -1, np.int64),
-        logits=fishers.logits if fishers is not None else np.zeros((n, 0), np.float32),
+        logits=fishers.logits if fishers is not None else Logits(np.zeros((n, 0), np.float32)),
+        places=None if fishers is None else fishers.places,
         ids=fishers.ids if fishers is not None else np.arange(n),
         norms=fishers.norms if fishers is not None else np.full(n, np.nan, np.float32),
         loss_curve=np.zeros(0),

@@ -177,7 +177,7 @@ def expand(
     frozen_W = None
     if keep_coefficients:
         same = np.array_equal(components.ids, fishers.ids)
-        if not same or (components.logits.shape[1] and not np.array_equal(components.logits, fishers.logits)):
+        if not same or (components.logits.shape[1] and not components.logits.same(fishers.logits)):
             raise ArgumentError(
                 f"keep_coefficients: needs the {len(components.coefficients)} examples that the components "
                 f"were made from, in their order; got {len(fishers)} that are not these"
@@ -225,7 +225,8 @@ def components_of(problem: Problem, result: SearchState, **course: Any) -> Compo
         block_weights=scaled.block_weights,
         parameters=fishers.parameters,
         labels=np.asarray(fishers.labels),
-        logits=np.asarray(fishers.logits),
+        logits=fishers.logits,
+        places=fishers.places,
         ids=np.asarray(fishers.ids),
         norms=np.asarray(fishers.norms),
         loss_curve=np.asarray(result.curve, np.float64),

@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npeff.errors import ArgumentError, NpeffError, Terminated, WorkerError
-from npeff.storage.termination import ending_in_order
+from npeff.errors import ArgumentError, NpeffError, Terminated, WorkerError, ending_in_order
 
 T = TypeVar("T")
 

@@ -30,15 +30,8 @@ from torch import Tensor
 
 from npeff.decomposition.processes import LOCAL, Processes, normal_columns
 from npeff.errors import ArgumentError
-from npeff.fishers.rows import DenseRows, Rows, SparseRows
-from npeff.fishers.streamed_rows import (
-    DEVICE_PART_BYTES,
-    StreamedRows,
-    ahead,
-    device_combine,
-    device_gram,
-    device_project,
-)
+from npeff.fishers.rows import Rows
+from npeff.fishers.streamed_rows import DEVICE_PART_BYTES, ahead, device_combine, device_gram, device_project
 from npeff.models import devices
 
 
@@ -211,7 +204,7 @@ class StreamedSpace(RowSpace):
 
     def __init__(
         self,
-        rows: StreamedRows,
+        rows: Rows,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         comm: Processes = LOCAL,
@@ -234,7 +227,7 @@ class StreamedSpace(RowSpace):
             part.combine(S[start:stop], out)
         return self.comm.sum(out)
 
-    def _parts(self) -> Iterator[tuple[int, int, SparseRows | DenseRows]]:
+    def _parts(self) -> Iterator[tuple[int, int, Rows]]:
         """Read part by part; while a device works on one, a thread reads the next."""
         parts = self._rows.parts()
         return ahead(parts) if devices.has_own_memory(self.device) else parts

@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff.batches.batch_order import FixedOrder, Repeats
 from npeff.batches.batches import Batch, batch_digest, check_data
-from npeff.errors import ArgumentError, DataError, ResumeError
+from npeff.errors import ArgumentError, DataError, ResumeError, ending_in_order
 from npeff.fishers.exact_gram import exact_gram
 from npeff.fishers.fishers import Fishers
+from npeff.fishers.logits import Logits
 from npeff.fishers.options import Basis, Compression, FisherOptions, Forward, GramOnly, Labels, Likelihood
 from npeff.fishers.passes import Run
 from npeff.fishers.pipeline import BatchPipeline
 from npeff.fishers.rows import Kind
 from npeff.fishers.shards import FisherWriter
 from npeff.gradients.eligibility import differ
-from npeff.gradients.selection import placed, select_parameters
+from npeff.gradients.selection import BLOCKS, placed, select_parameters
+from npeff.language.places import places_of
 from npeff.models.digests import ModelWatch
 from npeff.storage.files import check_target
-from npeff.storage.termination import ending_in_order
 
 
 class EmptyShareError(DataError):
@@ -87,8 +87,9 @@ def compute_fishers(
             position alone.
         likelihood: What the outputs mean: ``"categorical"`` logits, ``"probabilities"`` of classes (a model that
             ends in a softmax), ``"bernoulli"`` logits (one question each), or ``"gaussian"`` means of unit variance.
-        parameters: Name patterns as in the shell (``"layers.3.*"``), one or several; ``"!…"`` excludes. None
-            takes all.
+        parameters: Name patterns as in the shell (``"layers.3.*"``), one or several; ``"!…"`` excludes.
+            ``"blocks"`` stands for the weights of all linear layers in the transformer blocks: no embeddings, norms,
+            biases, nor the head. None takes all; with :class:`npeff.language.Places`, the blocks.
         forward: ``forward(model, batch) -> logits`` for models that are not simply called on the inputs.
         out: File to write. Work is saved while it is done, at Ctrl-C, SIGTERM and SIGHUP too (called from the main
             thread); the same call resumes it.
@@ -113,6 +114,9 @@ def compute_fishers(
         ModelError: The model has no per-example gradients as it stands, fails on a batch, or changed during the work.
         ResumeError: ``out`` holds work on another model, other data or other options.
     """
+    places = places_of(data)
+    if places is not None and parameters is None:
+        parameters = BLOCKS
     given = locals()
     options = FisherOptions(**{name: given[name] for name in FisherOptions.__dataclass_fields__})
     options.check()
@@ -124,9 +128,12 @@ def compute_fishers(
     inner = getattr(model, "_orig_mod", model)  # torch.compile hides the operations that rules look for
     if not isinstance(inner, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
+    if places is not None:
+        places.check_model(inner)
     # Work that is saved while it is done is saved at a SIGTERM, too.
     with nullcontext() if out is None else ending_in_order(), placed(inner, device) as place:
-        run = Run(inner, place, select_parameters(inner, parameters), options.cheapest())
+        about = {} if places is None else {"places": places.describe()}
+        run = Run(inner, place, select_parameters(inner, parameters), options.cheapest(), about)
         return exact_gram(run, data) if isinstance(compress, GramOnly) else _compute(run, data)
 
 
@@ -201,7 +208,7 @@ def _pass_over(bar: tqdm[Any]) -> None:
         bar.start_t = bar.last_print_t = time.time()
 
 
-def _check_function(stored: npt.NDArray[np.float32] | None, logits: Tensor, out: Path | None) -> None:
+def _check_function(stored: Logits | None, logits: Tensor, out: Path | None) -> None:
     """Refuse to continue work with a model that computes something else with the same weights.
 
     Raises:
@@ -209,8 +216,9 @@ def _check_function(stored: npt.NDArray[np.float32] | None, logits: Tensor, out:
     """
     if stored is None:
         return
-    before = torch.from_numpy(np.array(stored))[: len(logits)]
-    if before.shape != logits.shape or not bool(torch.isfinite(logits).all()) or differ(logits, before, logits.dtype):
+    before = stored.take(slice(len(logits)))
+    same = before.shape == logits.shape and bool(torch.isfinite(logits).all())
+    if not same or differ(before.numbers_of(logits), before.numbers, logits.dtype):
         raise ResumeError(
             f"the model gives other logits than those that {out} was computed from, although its weights are the "
             "same: its code or forward= changed. Use them as they were, choose another out, or remove it "

@@ -28,11 +28,11 @@ from npeff.batches.batches import Batch, batch_digest
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.layer_gram import LayerGram
+from npeff.fishers.logits import Logits, largest
 from npeff.fishers.options import GramOnly
-from npeff.fishers.parts import check_header, plain
+from npeff.fishers.parts import find_finished
 from npeff.fishers.passes import Ids, Run
 from npeff.fishers.rows import GramRows
-from npeff.fishers.shards import header_in
 from npeff.gradients.rules import Rule
 from npeff.gradients.tiles import Block, Pairs
 from npeff.models.digests import ModelWatch
@@ -49,7 +49,7 @@ class _Examples:
 
     counts: list[Array] = field(default_factory=list)
     scales: list[Array] = field(default_factory=list)
-    logits: list[Array] = field(default_factory=list)
+    logits: list[Logits] = field(default_factory=list)
     labels: list[Array] = field(default_factory=list)
 
     @property
@@ -106,8 +106,8 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
             if not examples.n:
                 raise DataError("data: it yielded no examples; if it is a generator it may be used up: pass a list")
             header = run.header(watch.digest, examples.logits[0].shape[1])
-            if out is not None and (found := _finished(out, header)) is not None:
-                return found
+            if out is not None and (found := find_finished(out, header)) is not None:
+                return fishers_in(found)
             n_rows = int(np.concatenate(examples.counts).sum())
             K = np.zeros((n_rows, n_rows), np.float32)
         elif n != examples.n:
@@ -133,7 +133,8 @@ def _collect(run: Run, batch: Batch, ids: Ids, layers: dict[str, LayerGram], exa
             if examples is not None:
                 examples.counts.append(counts)
                 examples.scales.append(one.factors.scale.cpu().numpy())
-                examples.logits.append(one.logits.detach().to("cpu", torch.float32, copy=True).numpy())
+                kept = [array.cpu().numpy() for array in largest(one.logits, run.options.over_classes)]
+                examples.logits.append(Logits.kept(kept, one.logits.shape[1]))
                 examples.labels.append(one.stored_labels())
             for layer in layers.values():
                 layer.begin(counts, n_columns)
@@ -187,15 +188,6 @@ def _postpone(layers: dict[str, LayerGram], memory: int) -> None:
         layers.pop(max(layers, key=lambda name: layers[name].nbytes))
 
 
-def _finished(out: Path, header: dict[str, Any]) -> Fishers | None:
-    """The Fishers that are at ``out`` already, if they are these; None where there is nothing."""
-    if not out.exists():
-        return None
-    container = open_container(out)
-    check_header(out, out, header_in(container), plain(header))
-    return fishers_in(container)
-
-
 def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) -> Fishers:
     counts = np.concatenate(examples.counts)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -211,7 +203,7 @@ def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) ->
         rows=GramRows(K),
         row_offsets=offsets,
         norms=norms.astype(np.float32),
-        logits=np.concatenate(examples.logits),
+        logits=Logits.concatenate(examples.logits),
         labels=np.concatenate(examples.labels),
         ids=np.arange(len(counts), dtype=np.int64),
         parameters=run.parameters,

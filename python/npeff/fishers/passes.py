@@ -5,8 +5,8 @@ Per-example Fishers, the mean Fisher, inner products and recovery all take their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -104,12 +104,14 @@ class Run:
         device: Where batches are computed.
         parameters: The selected parameters' places in the flat vector.
         options: The options, checked.
+        about_data: What the data say of themselves, for the provenance; JSON-able.
     """
 
     model: nn.Module
     device: torch.device
     parameters: Parameters
     options: FisherOptions
+    about_data: Mapping[str, Any] = field(default_factory=dict)
     _meaning_checked: bool = False
 
     @cached_property
@@ -283,6 +285,7 @@ class Run:
                 "model_digest": digest,
                 "options": self.options.describe(self.parameters, n_outputs),
                 "versions": {"npeff": package_version(), "torch": torch.__version__},
+                **self.about_data,
             },
         }
 

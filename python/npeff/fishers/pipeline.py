@@ -14,7 +14,7 @@ import numpy.typing as npt
 from npeff.batches.batches import Batch
 from npeff.fishers.factors import Factors
 from npeff.fishers.fishers import FisherBlock
-from npeff.fishers.growing_rows import concatenate
+from npeff.fishers.logits import Logits, largest
 from npeff.fishers.options import FisherOptions, Sketch, TopK
 from npeff.fishers.passes import Ids, Run
 from npeff.fishers.shards import FisherWriter
@@ -60,7 +60,8 @@ class PendingBatch:
                 sink = sink_for(run.parameters, one.factors, one.ids, run.options, at_once)
                 for block in one.blocks(sink.paired, gathered=run.options.compress is not None):
                     sink.add(block)
-                self._pieces.append((*sink.finish(one.logits), one.stored_labels(), one.ids))
+                kept, n_outputs = largest(one.logits, run.options.over_classes), one.logits.shape[1]
+                self._pieces.append((*sink.finish(kept), n_outputs, one.stored_labels(), one.ids))
 
     def finite(self) -> bool:
         """Whether all gradients were finite; waits for the batch's work on the device."""
@@ -70,14 +71,11 @@ class PendingBatch:
         """The Fishers, once they are on the host; any thread may wait for them."""
         blocks = []
         while self._pieces:
-            numbers, rows, labels, ids = self._pieces.pop(0)
-            norms, counts, scale, logits = numbers.wait()
+            numbers, rows, n_outputs, labels, ids = self._pieces.pop(0)
+            norms, counts, scale, *kept = numbers.wait()
+            logits = Logits.kept(kept, n_outputs)
             blocks.append(FisherBlock(rows(counts, scale), counts, norms.astype(np.float32), logits, labels, ids))
-        if len(blocks) == 1:
-            return blocks[0]
-        names = ("row_counts", "norms", "logits", "labels", "ids")
-        fields = {name: np.concatenate([getattr(block, name) for block in blocks]) for name in names}
-        return FisherBlock(rows=concatenate([block.rows for block in blocks]), **fields)
+        return FisherBlock.joined(blocks)
 
 
 class BatchPipeline:

@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from npeff.errors import StorageError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.growing_rows import concatenate
-from npeff.fishers.rows import Kind, SparseRows, index_dtype
+from npeff.fishers.logits import Logits
+from npeff.fishers.rows import Kind, SparseRows, concatenate, index_dtype
 from npeff.models.parameters import Parameters
+from npeff.storage.checks import MOST_PARAMETERS, Field, check_shapes, refuse
 from npeff.storage.container import Container
-from npeff.storage.fields import MOST_PARAMETERS, Field, check_shapes, refuse
-from npeff.storage.hdf5 import CHUNK_BYTES, Attributes, Data
+from npeff.storage.hdf5 import CHUNK_BYTES
+from npeff.storage.writing import Attributes, Data
 
 Array = npt.NDArray[Any]
 PublishedLayout = tuple[str, list[Data], Attributes]
@@ -156,7 +157,7 @@ def _fishers(
         rows=rows,
         row_offsets=np.concatenate([[0], np.cumsum(ranks)]).astype(np.int64),
         norms=floats[norms],
-        logits=floats[_logits(file)],
+        logits=Logits(floats[_logits(file)]),
         labels=arrays.get("data/labels", np.full(n, -1)).astype(np.int64),
         ids=np.arange(n),
         parameters=unnamed(m),
@@ -241,6 +242,12 @@ def plan_fishers(fishers: Fishers, path: Path, variable: bool | None) -> Publish
             f"{path}: the fixed-rank layout needs one rank for all, these have {ranks.min()} to "
             f"{ranks.max()}; leave variable=None"
         )
+    if fishers.logits.classes is not None:
+        raise StorageError(
+            f"{path}: the published layouts hold all logits, and of these {fishers.logits.n_outputs:,} outputs only "
+            "the largest are kept; save in npeff's own format"
+        )
+    logits = np.asarray(fishers.logits)
     k = max((int(rows.indptr[-1]) for rows in _examples(fishers)), default=0)
     short = np.flatnonzero(ranks * m < k)
     if len(short):
@@ -264,14 +271,14 @@ def plan_fishers(fishers: Fishers, path: Path, variable: bool | None) -> Publish
                 data("data/fisher/indices", (n, k), "<i4", lambda e: e[1]),
                 Data.of("data/dense_fisher_norms", fishers.norms, "<f4"),
                 *examples,
-                Data.of("data/logits", fishers.logits, "<f4"),
-                Data.of("data/predicted_logits", fishers.logits, "<f4"),  # either name is in use
+                Data.of("data/logits", logits, "<f4"),
+                Data.of("data/predicted_logits", logits, "<f4"),  # either name is in use
             ],
             {"data/fisher": {"dense_fisher_size": np.int64(m)}},
         )
     common = [
         *examples,
-        Data.of("data/logits", fishers.logits, "<f4"),
+        Data.of("data/logits", logits, "<f4"),
         data("data/values", (n, k), "<f4", lambda e: e[0]),
         data("data/row_indices", (n, k), "<i4", lambda e: e[1]),
         Data.of("data/pef_frobenius_norms", fishers.norms, "<f4"),

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from npeff.perturbation.figures import FIGURES, Interval
 from npeff.short_repr import several, short_repr
+from npeff.storage.container import refuse_npeff_file
 from npeff.storage.files import atomic, path_of
-from npeff.storage.recognition import refuse_npeff_file
 
 Array = npt.NDArray[Any]
 

@@ -19,6 +19,7 @@ from npeff.batches.batches import Batch
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.factors import check_meaning
+from npeff.fishers.logits import Logits
 from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible
 from npeff.gradients.selection import placed
@@ -95,7 +96,7 @@ class Evaluator:
         self.unrelated = unrelated_batches(options.unrelated, device, *layout)
         self._labels = torch.from_numpy(components.labels[self.rows].astype(np.int64)).to(device)
         self._kept: Tensor | None = None
-        self._measure_own(components.logits[self.rows])
+        self._measure_own(components.logits.take(self.rows))
         self.derivative = outputs.Derivative(
             model, self.weights, lambda inner, batch: call_model(inner, forward, batch, likelihood)
         )
@@ -111,7 +112,7 @@ class Evaluator:
         with torch.no_grad():
             return call_model(self.model, self.forward, batch, self.likelihood).detach()
 
-    def _measure_own(self, stored: Array) -> None:
+    def _measure_own(self, stored: Logits) -> None:
         """Measure the model at its own weights, and compare its outputs with those that were stored.
 
         Raises:
@@ -119,15 +120,16 @@ class Evaluator:
         """
         n, width = len(self.examples), 0
         kl, flips, right, label = np.zeros((4, n))
-        self.differing, size = np.zeros(n, bool), max(1.0, float(np.abs(stored).max(initial=0.0)))
+        numbers = stored.numbers.numpy()
+        self.differing, size = np.zeros(n, bool), max(1.0, float(np.abs(numbers).max(initial=0.0)))
         for one in self.examples:
             found = self.call(one.batch)[one.rows]
             if not width:
                 width = found.shape[1]
                 check_meaning(found, self.likelihood)
-                if stored.shape[1] not in (0, width):
+                if stored.n_outputs not in (0, width):
                     raise DataError(
-                        f"logits: expected {stored.shape[1]} per example as with the Fishers, got {width}; pass the "
+                        f"logits: expected {stored.n_outputs} per example as with the Fishers, got {width}; pass the "
                         "same model, data and forward="
                     )
                 if n * width * found.element_size() <= OWN_BYTES:
@@ -143,8 +145,9 @@ class Evaluator:
                 )
             if self._kept is not None:
                 self._kept[self._at(one)] = found
-            if stored.shape[1]:
-                apart = np.abs(found.double().cpu().numpy() - stored[one.indices]).max(1)
+            if stored.n_outputs:
+                own = stored.take(one.indices).numbers_of(found.double()).numpy()
+                apart = np.abs(own - numbers[one.indices]).max(1)
                 self.differing[one.indices] = apart > 0.02 * size
             flips[one.indices] = outputs.flipped(found, found, self.likelihood).cpu().numpy()
             right[one.indices], label[one.indices] = self._against_labels(one, found)

@@ -22,8 +22,8 @@ from npeff.perturbation.figures import Interval, ratio_figure
 from npeff.perturbation.groups import REST, Groups, resolve, rest, restricted
 from npeff.perturbation.options import PerturbOptions
 from npeff.perturbation.steps import search_steps
+from npeff.storage.container import refuse_npeff_file
 from npeff.storage.files import atomic, path_of
-from npeff.storage.recognition import refuse_npeff_file
 
 Array = npt.NDArray[Any]
 ENDINGS = (".png", ".svg", ".pdf")

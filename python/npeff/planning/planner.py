@@ -25,6 +25,8 @@ from npeff.errors import ArgumentError, DataError
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.rows import Kind
+from npeff.gradients.selection import BLOCKS
+from npeff.language.places import places_of
 from npeff.models.memory import available_bytes, format_bytes, parse_bytes
 from npeff.planning.trials import SKETCH_DS, TOP_KS, Choice, Trials, choice_of, clock, write_seconds
 from npeff.short_repr import short_repr
@@ -170,6 +172,9 @@ def plan(
         raise ArgumentError(f"folder: {where} is not a folder; name one that exists")
     room = available_bytes() * 4 // 5 if memory is None else parse_bytes(memory)
     space = shutil.disk_usage(where).free // 2 if disk is None else parse_bytes(disk, "disk")
+    if (places := places_of(data)) is not None:  # the trials are given single batches, without what these know
+        places.check_model(model)
+        options = {"parameters": BLOCKS} | options
     start, first = clock(), []
     for batch in check_data(data):
         first.append(batch)

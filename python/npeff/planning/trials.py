@@ -1,8 +1,9 @@
 """Trials for a plan: ``compute_fishers`` on the first batches, with clocks and memory watched, and what they foretell.
 
 With n examples, R rows, m parameters and C outputs a file holds ``8(n+1) + 4n + 4nC + 8n + 8n`` bytes of offsets,
-norms, logits, labels and ids, and the rows: ``4·R·m`` exact, ``4·R·d`` sketched, ``8(R+1) + (4 + w)·E`` for E kept
-entries with indices of w = 4 bytes (8 beyond 2³¹ parameters); ``4·R²`` where only inner products are kept.
+norms, logits (of more than 1,024 classes 260n), labels and ids, and the rows: ``4·R·m`` exact, ``4·R·d`` sketched,
+``8(R+1) + (4 + w)·E`` for E kept entries with indices of w = 4 bytes (8 beyond 2³¹ parameters); ``4·R²`` where only
+inner products are kept.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from npeff.decomposition.space_choice import DENSE_RATE, POLISH_STEPS, SCATTER_R
 from npeff.decomposition.subspace import DIMENSIONS
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.fishers import FisherBlock, Fishers
+from npeff.fishers.logits import Logits
 from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.rows import DenseRows, Kind, SparseRows
 from npeff.fishers.shards import FisherWriter
@@ -100,15 +102,15 @@ class Trial:
 
     def largest(self, k: int, n: int | None = None) -> tuple[SparseRows, Array]:
         """Return the first n examples' rows, with all but the k largest entries of each set to 0, and their offsets."""
-        offsets, rows = np.asarray(self.fishers.row_offsets)[: None if n is None else n + 1], self.fishers.rows
-        assert isinstance(rows, SparseRows), "a trial of TopK"
-        rows = rows.part(0, int(offsets[-1]))
-        values = np.array(rows.values)
-        for start, stop in pairwise(rows.indptr[offsets]):
+        offsets = np.asarray(self.fishers.row_offsets)[: None if n is None else n + 1]
+        rows = self.fishers.rows.part(0, int(offsets[-1]))
+        indptr, indices, values = (rows.arrays()[f"rows/{name}"] for name in ("indptr", "indices", "values"))  # of TopK
+        values = np.array(values)
+        for start, stop in pairwise(indptr[offsets]):
             own = values[int(start) : int(stop)]
             if k < len(own):
                 own[np.argpartition(np.abs(own), len(own) - k)[: len(own) - k]] = 0
-        return SparseRows(rows.indptr, rows.indices, values, rows.n_columns), offsets
+        return SparseRows(indptr, indices, values, rows.n_columns), offsets
 
     def entries(self, k: int) -> int:
         """Count the entries that ``TopK(k)`` keeps: exact zeros are never kept."""
@@ -225,7 +227,9 @@ def write_seconds(like: Fishers, folder: Path) -> Array:
     n = max(1, PROBE_BYTES // (4 * like.n_parameters))
     values = np.random.default_rng(0).random((n, like.n_parameters), np.float32)
     ones, ids = np.ones(n, np.int64), np.arange(n)
-    block = FisherBlock(DenseRows(values), ones, np.ones(n, np.float32), np.zeros((n, 2), np.float32), ones, ids)
+    block = FisherBlock(
+        DenseRows(values), ones, np.ones(n, np.float32), Logits(np.zeros((n, 2), np.float32)), ones, ids
+    )
     header = {"kind": like.kind, "parameters": like.parameters.to_json(), "provenance": like.provenance}
     start = clock()
     with FisherWriter(folder / "probe.h5", header) as writer:
@@ -321,7 +325,7 @@ def choice_of(
     kind, m, share = main.fishers.kind, main.fishers.n_parameters, n / len(main.fishers)
     exact_bytes, long = 4 * main.fishers.rows.n_rows * m, main.seconds > LONG_TRIAL
     exact = trials.of(kind, None) if exact_bytes <= EXACT_TRIAL_BYTES else None
-    R, C = max(1, round(main.fishers.rows.n_rows * share)), int(main.fishers.logits.shape[1])
+    R = max(1, round(main.fishers.rows.n_rows * share))
     trial, timed, error = main, f"top-k {TOP_KS[-1]:,}", None
     if isinstance(compress, TopK):
         name, kept, entries = f"top-k {compress.k:,}", main.kept(compress.k), round(main.entries(compress.k) * share)
@@ -338,7 +342,7 @@ def choice_of(
     else:
         name, kept, entries, rows, error = "exact", 1.0, R * m, 4 * R * m, 0.0
         trial, timed = (main, timed) if exact is None else (exact, name)
-    total = rows + 8 * (n + 1) + n * (4 + 4 * C + 8 + 8)
+    total = rows + 8 * (n + 1) + n * (4 + 8 + 8) + round(main.fishers.logits.nbytes * share)
     took = trials.one_off + trial.per_example * n + to_disk * total
     held = rows if isinstance(compress, GramOnly) else min(rows, SHARD_BYTES + rows / n * trials.batch_size)
     solving, operations = _decomposition(compress, n, R, entries, rows, n_components, m)

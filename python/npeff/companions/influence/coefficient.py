@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from npeff import kernels
 from npeff.batches.batches import examples_at, read_batch
-from npeff.companions.influence.estimator import CrossLossInfluence
-from npeff.companions.influence.losses import Loss, cross_entropy
-from npeff.companions.influence.scores import Array, Scores
+from npeff.companions.influence.estimator import Array, CrossLossInfluence, Scores
+from npeff.companions.influence.objective import Loss, cross_entropy
 from npeff.components.components import Components
-from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.errors import ArgumentError, DataError, ModelError, check_choice
 from npeff.fishers.scaling import column_factors
 from npeff.models.digests import model_digest
 from npeff.models.forward import OVER_CLASSES, call_model
@@ -57,8 +56,7 @@ class Coefficient:
     ) -> None:
         if not isinstance(components, Components):
             raise ArgumentError(f"components: expected Components, got {type(components).__name__}")
-        if surrogate not in get_args(Surrogate):
-            raise ArgumentError(f"surrogate: expected 'coefficient' or 'cross', got {surrogate!r}")
+        check_choice("surrogate", surrogate, get_args(Surrogate))
         if isinstance(j, bool) or not isinstance(j, int | np.integer) or not 0 <= j < components.n_components:
             raise ArgumentError(f"j: expected a component below {components.n_components}, got {j!r}")
         options = components.provenance.get("fishers", {}).get("options", {})

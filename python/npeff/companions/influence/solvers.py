@@ -13,9 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from npeff.batches.batches import Batch
-from npeff.companions.influence.losses import check_count, check_positive
 from npeff.companions.influence.objective import TrainingObjective
-from npeff.errors import ArgumentError, ModelError
+from npeff.errors import ArgumentError, ModelError, check_integer, check_number
 from npeff.short_repr import short_repr
 
 Product = Callable[[Tensor], Tensor]
@@ -199,8 +198,8 @@ class ConjugateGradients(Solver):
 
     @override
     def fit(self, objective: TrainingObjective, damping: float, memory: int) -> Inverse:
-        check_positive("tolerance", self.tolerance)
-        check_count("max_iterations", self.max_iterations)
+        check_number("tolerance", self.tolerance)
+        check_integer("max_iterations", self.max_iterations)
         if self.preconditioner is not None and not isinstance(self.preconditioner, Solver):
             raise ArgumentError(f"preconditioner: expected a solver such as EKFAC(), got {self.preconditioner!r}")
         before = None if self.preconditioner is None else self.preconditioner.fit(objective, damping, memory)
@@ -314,10 +313,10 @@ class LiSSA(Solver):
 
     @override
     def fit(self, objective: TrainingObjective, damping: float, memory: int) -> Inverse:
-        check_count("steps", self.steps)
-        check_count("repeats", self.repeats)
+        check_integer("steps", self.steps)
+        check_integer("repeats", self.repeats)
         if self.scale is not None:
-            check_positive("scale", self.scale)
+            check_number("scale", self.scale)
         batches = list(objective.data)
         notes: tuple[str, ...] = ()
         scale = self.scale
