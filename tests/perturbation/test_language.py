@@ -141,6 +141,7 @@ def test_what_is_measured_is_what_a_plain_computation_gives(case: Any, monkeypat
     model, data, components, unrelated = case
     if not kept:
         monkeypatch.setattr("npeff.perturbation.evaluate.OWN_BYTES", 3000)  # groups of two batches
+        monkeypatch.setattr("npeff.perturbation.outputs.MOST_NUMBERS", 2 * VOCABULARY)  # two examples at a time
     options = {**QUICK, "curve": 3, "n_random": 1}
     effect = npeff.perturb(
         model, data, components, 1, target_kl=0.3, unrelated=unrelated, forward=last_token, **options
@@ -289,6 +290,7 @@ def test_places_are_examples(side: str) -> None:
         assert told.prompt == Letters().decode(prefixes[told.id])
         assert told.base == greedily(model, prefixes[told.id][None], 3)
     small = npeff.perturb(model, data, components, 1, magnitude=1e-3, baseline="all", **QUICK)
+    assert small.details["fisher_norm_found_by"] == "forward mode"
     assert small.details["fisher_norm"] == pytest.approx(2e6 * small.kl.mean(), rel=1e-2)
 
 

@@ -231,6 +231,10 @@ def test_figures_are_what_they_say(case):
     assert value["flipped_baseline"] == pytest.approx(flips[effect.baseline].mean())
     assert value["flipped_top"] == pytest.approx(flips[effect.top].mean())
     assert effect.accuracy["all"] == pytest.approx([float((p == labels).double().mean()) for p in (before, after)])
+    with npeff.applied(model, components.state_dict(3), effect.sign * effect.magnitude), torch.no_grad():
+        p = torch.cat([model(x).softmax(1) for x, _ in data])[torch.arange(40), labels].numpy()
+    assert value["label_top"] == pytest.approx(p[effect.top].mean(), rel=1e-5)
+    assert value["label_baseline"] == pytest.approx(p[effect.baseline].mean(), rel=1e-5)
     right = (after == labels).double().numpy()
     assert effect.accuracy["top"][1] == pytest.approx(right[effect.top].mean())
     assert math.isnan(value.pop("perplexity_ratio"))  # there was no unrelated data

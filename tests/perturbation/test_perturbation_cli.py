@@ -26,6 +26,13 @@ def other():
 def data():
     return demo.digits(batch_size=64).first(120)
 
+class Named(list):
+    def output_names(self, classes):
+        return [f"digit {c}" for c in classes]
+
+def named():
+    return Named(data())
+
 def short():
     return demo.digits(batch_size=64).first(30)
 
@@ -78,6 +85,15 @@ def test_one_component(folder, capsys):
     assert len(content["predictions"]) == 16 and len(content["predictions"][0]["classes"]) == 10
     assert all(0.098 <= result["kl_top"] <= 0.102 for result in content["sign_results"])
     assert len(content["curve"]["magnitudes"][0]) == 8
+
+
+def test_predictions_are_told_in_words(folder, capsys):
+    command = ["perturb", "digits.py:model", "digits.py:named", "low_rank.h5", "-j", "1", "--n-random", "0", "--quiet"]
+    assert run([*command, "--top", "3", "--curve", "0", "--out", "named.json"]) == 0
+    told = json.loads((folder / "named.json").read_text())["predictions"][0]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  example "))
+    before, after = told["before"][0], told["after"][0]
+    assert line.startswith(f"  example {told['id']}: 'digit {told['classes'][0]}' {before:.2f} → {after:.2f}, 'digit ")
 
 
 def test_every_component(folder, capsys):

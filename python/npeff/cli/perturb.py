@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from npeff.components.components import Components
     from npeff.perturbation import Effect
 
+PREDICTED, WORDS = 8, 3
+"""Examples whose predictions are shown, and words of each."""
 TEXTS = ("unrelated", "prompts", "n_tokens")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -98,8 +100,11 @@ def perturb(
         options.setdefault("curve", 0)  # the table does not show it
     if unrelated is not None:
         options["unrelated"] = data_of_components(unrelated, components, unrelated=True)
-    effects = perturb_all(load_model(model), data_of_components(data, components), components, which, **options)
+    examples = data_of_components(data, components)
+    effects = perturb_all(load_model(model), examples, components, which, **options)
     click.echo(_ratios(effects) if every else effects[0].table())
+    if not every and hasattr(examples, "output_names"):
+        click.echo(_predicted(effects[0], examples))
     missed = [effect.name for effect in effects if not effect.reached]
     if missed:
         note(f"the wanted KL was not reached for {', '.join(missed[:5])}{' …' if len(missed) > 5 else ''}")
@@ -108,6 +113,16 @@ def perturb(
     if out is not None:
         write_json([e.to_json() for e in effects] if every else effects[0].to_json(), out)
         click.echo(f"{out}: {len(effects)} effect{'s' if len(effects) != 1 else ''}")
+
+
+def _predicted(effect: Effect, data: Any) -> str:
+    """The words that are most probable on some top examples, before and after, one line per example."""
+    lines = ["most probable before → after:"]
+    for one in effect.predictions[:PREDICTED]:
+        told = zip(data.output_names(one.classes[:WORDS].tolist()), one.before, one.after, strict=False)
+        words = ", ".join(f"{word!r} {before:.2f} → {after:.2f}" for word, before, after in told)
+        lines.append(f"  example {one.id}: {words}")
+    return "\n".join(lines)
 
 
 def _ratios(effects: list[Effect]) -> str:

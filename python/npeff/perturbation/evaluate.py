@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, get_args
 
@@ -30,6 +29,7 @@ from npeff.perturbation import outputs
 from npeff.perturbation.directions import random_direction
 from npeff.perturbation.effect import Prediction
 from npeff.perturbation.examples import BatchSlice, SelectedExamples, unrelated_batches
+from npeff.perturbation.figures import Measured
 from npeff.perturbation.generation import Writer
 from npeff.perturbation.options import PerturbOptions
 from npeff.perturbation.weights import TensorsByName, Weights, on_model, untouched
@@ -41,33 +41,6 @@ MOST_CLASSES = 32
 
 OWN_BYTES = 256 << 20
 """Outputs at the model's own weights are kept up to this size; larger ones are computed anew beside the moved ones."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a change of the weights does to each example, or the average over several changes.
-
-    Attributes:
-        kl: ``(n,)`` float64 KL(moved ‖ original) in nats; inf where the moved outputs are not finite.
-        flipped: ``(n,)`` float64 1 where the prediction changed, nan where there is no prediction.
-        correct: ``(n,)`` float64 1 where the prediction is the label, nan where the label is unknown.
-        label: ``(n,)`` float64 probability of the label, nan where it is unknown.
-        unrelated: ``(u,)`` float64 −log p of the label of every example of unrelated data; inf where it is not finite.
-    """
-
-    kl: Array
-    flipped: Array
-    correct: Array
-    label: Array
-    unrelated: Array
-
-    @staticmethod
-    def average(several: Sequence[Measured], shares: Sequence[float]) -> Measured:
-        """Average with the given shares, which sum to 1."""
-        if len(several) == 1:
-            return several[0]
-        names = [field.name for field in fields(Measured)]
-        return Measured(*(sum(s * getattr(m, f) for m, s in zip(several, shares, strict=True)) for f in names))
 
 
 class Evaluator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ FIGURES = {
     "normalised_rank_correlation": "rank correlation, KL / ‖F‖ and coefficient",
     "flipped_top": "predictions flipped, top",
     "flipped_baseline": "predictions flipped, baseline",
+    "label_top": "probability of the label, top",
+    "label_baseline": "probability of the label, baseline",
     "perplexity_ratio": "perplexity on unrelated data, after / before",
 }
 """Every figure of an effect, in the order of tables, and its meaning."""
@@ -50,6 +52,33 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a change of the weights does to each example, or the average over several changes.
+
+    Attributes:
+        kl: ``(n,)`` float64 KL(moved ‖ original) in nats; inf where the moved outputs are not finite.
+        flipped: ``(n,)`` float64 1 where the prediction changed, nan where there is no prediction.
+        correct: ``(n,)`` float64 1 where the prediction is the label, nan where the label is unknown.
+        label: ``(n,)`` float64 probability of the label, nan where it is unknown.
+        unrelated: ``(u,)`` float64 −log p of the label of every example of unrelated data; inf where it is not finite.
+    """
+
+    kl: Array
+    flipped: Array
+    correct: Array
+    label: Array
+    unrelated: Array
+
+    @staticmethod
+    def average(several: Sequence[Measured], shares: Sequence[float]) -> Measured:
+        """Average with the given shares, which sum to 1."""
+        if len(several) == 1:
+            return several[0]
+        names = [field.name for field in fields(Measured)]
+        return Measured(*(sum(s * getattr(m, f) for m, s in zip(several, shares, strict=True)) for f in names))
+
+
+@dataclass(frozen=True)
 class ExampleSets:
     """The sets of examples that are compared, and what is known of each example.
 
@@ -73,14 +102,9 @@ class ExampleSets:
         """Mean of values ``(n,)`` on the top examples over the mean on the baseline."""
         return float(_ratio(values[self.top], values[self.baseline]))
 
-    def figures(self, kl: Array, flipped: Array, unrelated: Array) -> dict[str, Figure]:
-        """Every figure as the samples that it is a statistic of.
-
-        Args:
-            kl: ``(n,)`` KL of every example.
-            flipped: ``(n,)`` 1 where the prediction changed, nan where there is none.
-            unrelated: ``(u,)`` −log p of the label of every unrelated example, at the moved weights.
-        """
+    def figures(self, measured: Measured) -> dict[str, Figure]:
+        """Every figure as the samples that it is a statistic of."""
+        kl, flipped, label = measured.kl, measured.flipped, measured.label
         relative = np.divide(kl, self.norms, out=np.full(len(kl), np.nan), where=self.norms > 0)
         usable = np.isfinite(relative)
         top, baseline = self.top, self.baseline
@@ -91,7 +115,9 @@ class ExampleSets:
             "normalised_rank_correlation": Figure(_spearman, relative[usable], self.coefficient[usable], paired=True),
             "flipped_top": Figure(_mean, _known(flipped[top])),
             "flipped_baseline": Figure(_mean, _known(flipped[baseline])),
-            "perplexity_ratio": Figure(perplexity, unrelated - self.unrelated),
+            "label_top": Figure(_mean, _known(label[top])),
+            "label_baseline": Figure(_mean, _known(label[baseline])),
+            "perplexity_ratio": Figure(perplexity, measured.unrelated - self.unrelated),
         }
 
 

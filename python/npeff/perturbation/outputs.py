@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from npeff.batches.batches import Batch
 from npeff.fishers.options import Likelihood
@@ -19,6 +21,27 @@ DIFFERENCE = {torch.float64: 1e-5, torch.float32: 2e-2, torch.bfloat16: 0.3, tor
 """Change of the outputs relative to their size, per dtype of the weights, at which central differences err least."""
 
 
+MOST_NUMBERS = 1 << 24
+"""Outputs that are compared at a time: of a large vocabulary each float64 copy of them takes 128 MB."""
+
+Comparison = Callable[[Tensor, Tensor, Likelihood], Tensor]
+
+
+def _some_rows_at_a_time(compare: Comparison) -> Comparison:
+    """Make a comparison of rows take as many at a time as memory should hold."""
+
+    @functools.wraps(compare)
+    def in_parts(first: Tensor, second: Tensor, likelihood: Likelihood) -> Tensor:
+        rows = max(1, MOST_NUMBERS // first.shape[1])
+        if len(first) <= rows:
+            return compare(first, second, likelihood)
+        pairs = zip(torch.split(first, rows), torch.split(second, rows), strict=True)
+        return torch.cat([compare(a, b, likelihood) for a, b in pairs])
+
+    return in_parts
+
+
+@_some_rows_at_a_time
 def divergence(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
     """Compute ``KL(new ‖ old)`` of every example's predictive distributions, in nats.
 
@@ -44,6 +67,7 @@ def divergence(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
     return (log_new.exp() * (log_new - log_old)).sum(1).clamp_min(0)
 
 
+@_some_rows_at_a_time
 def curvature(logits: Tensor, change: Tensor, likelihood: Likelihood) -> Tensor:
     """Compute ``uᵀ S u`` with S the Fisher of the outputs and u their change: twice the KL to second order.
 
@@ -88,6 +112,7 @@ def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
     return torch.where(labels < 0, torch.nan, (predicted == labels).double())
 
 
+@_some_rows_at_a_time
 def log_probability(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
     """``(b,)`` float64 log-probability of the label; nan where it is unknown, or outputs are no classes.
 
@@ -171,7 +196,8 @@ class Derivative:
         at = {f"model.{name}": tensors[name].detach() for name in direction}
         along = {f"model.{name}": part.to(tensors[name].dtype) for name, part in direction.items()}
         try:
-            with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            # The other kernels of attention have no forward-mode derivative.
+            with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
                 return jvp(lambda moved: functional_call(self._callable, moved, (batch,)), (at,), (along,))[1].detach()
         except (NotImplementedError, RuntimeError) as error:  # ModelError is a RuntimeError too

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,11 +23,11 @@ from npeff.perturbation.directions import (
     random_direction,
     target_of,
 )
-from npeff.perturbation.effect import CONTROLS, Control, Curve, Effect, SignResult
-from npeff.perturbation.evaluate import Evaluator, Measured, evaluator_for
-from npeff.perturbation.figures import ExampleSets, mean_figure, perplexity
+from npeff.perturbation.effect import CONTROLS, Control, Curve, Effect
+from npeff.perturbation.evaluate import Evaluator, evaluator_for
+from npeff.perturbation.figures import ExampleSets, Measured, mean_figure, perplexity
 from npeff.perturbation.options import FLOOR, Combine, Forward, PerturbOptions, Reject, Signs
-from npeff.perturbation.steps import DirectionSteps, search_steps
+from npeff.perturbation.steps import ChosenStep, DirectionSteps, search_steps
 from npeff.perturbation.weights import TensorsByName
 
 Array = npt.NDArray[Any]
@@ -183,32 +182,6 @@ def _targets(
     return targets, np.concatenate([options.baseline_rows(len(components.coefficients)), *tops])
 
 
-@dataclass(frozen=True, eq=False)
-class ChosenStep(DirectionSteps):
-    """The steps along a direction, what they do, and the sign with the larger KL ratio."""
-
-    measured: dict[int, Measured]
-    sign: int
-
-    @property
-    def magnitude(self) -> float:
-        """The step of the chosen sign."""
-        return self.searches[self.sign].magnitude
-
-    def measured_result(self, sign: int, sets: ExampleSets) -> SignResult:
-        """The result of one sign, with what was measured on the sets of examples."""
-        measured = self.measured[sign]
-        return replace(
-            self.result(sign),
-            kl_top=float(measured.kl[sets.top].mean()),
-            kl_baseline=float(measured.kl[sets.baseline].mean()),
-            ratio=sets.ratio(measured.kl),
-            kept=sign == self.sign,
-            label_top=mean_figure(measured.label[sets.top]).value,
-            perplexity=float(perplexity(measured.unrelated)),
-        )
-
-
 def measure_effect(
     evaluator: Evaluator, directions: ComponentDirections, target: Target, options: PerturbOptions
 ) -> Effect:
@@ -238,7 +211,7 @@ def measure_effect(
         )
     fishers = [evaluator.fisher_along(step.tensors) for step in steps]
     along = [float(fisher[sets.baseline].mean()) for fisher in fishers]
-    figures = sets.figures(measured.kl, measured.flipped, measured.unrelated).items()
+    figures = sets.figures(measured).items()
     bootstrap = options.confidence, options.n_resamples
     accuracy = {"top": sets.top, "baseline": sets.baseline, "all": np.arange(len(sets.coefficient))}
     combine = "weighted sum" if components.kind == "diagonal" else options.combine
@@ -359,7 +332,7 @@ def _control(
             both = {sign: evaluator.measure(tensors, sign * sizes[draw, q]) for sign in options.signs}
             found.append(both[_larger(both, sets)])
         measured = Measured.average(found, shares)
-        for figure, of in sets.figures(measured.kl, measured.flipped, measured.unrelated).items():
+        for figure, of in sets.figures(measured).items():
             values.setdefault(figure, []).append(of.value)
     bootstrap = options.confidence, options.n_resamples, options.seed
     figures = {figure: mean_figure(drawn).interval(*bootstrap) for figure, drawn in values.items()}
