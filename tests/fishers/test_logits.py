@@ -12,7 +12,7 @@ from torch import nn
 
 import npeff
 from npeff.components.published import write_published
-from npeff.distributed.merging import merge_shares, share_path
+from npeff.distributed import merge_shares, share_path
 from npeff.errors import ArgumentError, DataError, ResumeError, StorageError
 from npeff.fishers.fishers import FisherBlock
 from npeff.fishers.logits import MOST_OUTPUTS, N_LARGEST, Logits, largest
