@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
+from npeff.batches.batches import Batch
 from npeff.errors import ArgumentError, DataError
 from npeff.reports import collage, latex
 from report_cases import Texts, components_of, data_of, inline_of, page_of
@@ -87,13 +89,13 @@ def test_answers_and_names_of_classes(tmp_path):
 
 
 class Vocabulary:
-    """A tokenizer that knows as many words as there are classes."""
+    """A tokenizer that knows as many words as there are classes, and drops a space at the beginning."""
 
     def __len__(self):
         return len(WORDS)
 
     def decode(self, ids):
-        return "".join(WORDS[int(i)] for i in ids)
+        return "".join(WORDS[int(i)] for i in ids).removeprefix(" ")
 
 
 def test_a_tokenizer_names_classes_without_places(tmp_path):
@@ -103,6 +105,28 @@ def test_a_tokenizer_names_classes_without_places(tmp_path):
     assert any("Paris" in head for head in heads) and not any("after" in head for head in heads)
     unpredicted = components_of(n_classes=0)
     assert "no predictions on record" in page_of(tmp_path, unpredicted, tokenizer=Vocabulary()).text
+
+
+@pytest.mark.skipif(not hasattr(Batch, "apart"), reason="batches hold no places here")
+def test_places_of_batches_with_a_tokenizer(tmp_path):
+    ids = torch.tensor([[7, 0, 1, 2], [3, 4, 3, 7]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]])  # padded on the left, and on the right
+    labels = torch.tensor([[-100, 1, 2, -1], [4, -100, 5, -100]])
+    flat = [1, 2, -1, 4, 5]
+    logits = np.eye(len(WORDS), dtype=np.float32)[[1, 2, 0, 4, 5]] * 8
+    W = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
+    components = components_of(n=5, r=2, n_classes=len(WORDS), labels=np.array(flat), logits=logits, coefficients=W)
+    data = [{"input_ids": ids, "attention_mask": mask, "labels": labels}]
+    page = page_of(tmp_path, components, data, tokenizer=Vocabulary())
+    shown = inline_of(page.html, "pictures-0")
+    found = [(one["before"], one["at"], one["after"]) for one in shown]
+    assert found == [
+        (" ", "Paris", " Madrid Rome"),
+        (" Paris ", "Madrid", " Rome"),
+        (" Paris Madrid ", "Rome", ""),
+        (" ", "yes", " no yes"),
+        (" yes no ", "yes", ""),
+    ]
 
 
 def test_long_texts_are_cut_around_the_place(tmp_path):
@@ -170,6 +194,8 @@ def test_what_a_push_changes(tmp_path):
     assert "Perplexity on unrelated data: 15 → 15.2" in page.text and "top examples: 45 % → 99 %" in page.text
     assert "My own \\u202eprompt" in page.text
     assert "How the text goes on" in page.text and "<b>a city" in page.text and "turned down" in page.text
+    group = page_of(tmp_path, components, data, effects={(0, 1): effect})
+    assert "Components 0, 1 together" in group.text and "90 % → 20 %" in group.text and "turned up" in group.text
     wrong = {"predictions": [{"id": 1, "classes": [1], "before": [0.9, 0.05], "after": [0.2]}]}
     with pytest.raises(ArgumentError, match=r"effects\[0\].predictions: expected a probability before and after"):
         page_of(tmp_path, components, data, effects={0: wrong})

@@ -33,6 +33,8 @@ from stored_samples import (
     components_of,
     fishers_of,
     header_of,
+    placed_components,
+    placed_fishers,
     to_sparse,
 )
 
@@ -399,6 +401,11 @@ def test_kept_files_of_format_1(path):
 @pytest.mark.parametrize("path", sorted((FORMATS / "v1").glob("*_components.h5")), ids=lambda path: path.stem)
 def test_kept_components_of_format_1(path):
     assert_same_components(load(path, verify=True), components_of(path.stem.removesuffix("_components")))
+
+
+def test_kept_files_of_format_2():
+    assert_same(load(FORMATS / "v2" / "placed_fishers.h5", verify=True), placed_fishers())
+    assert_same_components(load(FORMATS / "v2" / "placed_components.h5", verify=True), placed_components())
 
 
 def test_all_kept_files_of_format_1_are_there():

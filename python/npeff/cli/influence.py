@@ -38,13 +38,13 @@ SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", 
     default="cross_entropy",
     show_default=True,
     metavar="LOSS",
-    help="What was trained: module:callable for (model, batch) -> (b,), or cross_entropy, squared_error.",
+    help="The loss that was trained: module:callable for (model, batch) -> (b,), or cross_entropy, squared_error.",
 )
-@click.option("--test-loss", metavar="LOSS", help="What is asked about, likewise.  [default: the training loss]")
+@click.option("--test-loss", metavar="LOSS", help="Loss to explain, in the same form.  [default: the training loss]")
 @click.option(
     "--component",
     metavar="FILE:J",
-    help="Ask about component J's coefficient on its top examples instead; TEST is the data of its Fishers. "
+    help="Explain component J's coefficient on its top examples instead; TEST is the data of its Fishers. "
     "Several, FILE:J,J,…, with an --out that ends in .json.",
 )
 @click.option(
@@ -76,12 +76,12 @@ def influence(
     it changes the test loss by about −I/n.
     """
     if test_loss and component:
-        misused("--test-loss and --component both say what is asked about: give one of them")
-    asked: dict[str, Any] = {name: options.pop(name) for name in ("k", "surrogate", "forward") if name in options}
+        misused("--test-loss and --component both say what to explain: give one of them")
+    own: dict[str, Any] = {name: options.pop(name) for name in ("k", "surrogate", "forward") if name in options}
     tolerance = options.pop("tolerance", None)
-    if asked and not component:
-        more = "; a loss given as module:callable calls the model itself" if "forward" in asked else ""
-        misused(f"{' and '.join(f'--{name}' for name in asked)}: give --component, which it belongs to{more}")
+    if own and not component:
+        more = "; a loss given as module:callable calls the model itself" if "forward" in own else ""
+        misused(f"{' and '.join(f'--{name}' for name in own)}: give --component, which it belongs to{more}")
     if tolerance is not None and solver != "cg":
         misused("--tolerance belongs to --solver cg")
     for_pages = out.suffix.lower() == ".json"
@@ -104,8 +104,8 @@ def influence(
             if len(chosen) > 1 and not for_pages:
                 misused("--component: several components need an --out that ends in .json")
             components.check_recovered(range(components.n_components))  # before the search: the work would be lost
-            asked |= {"train_loss": trained, "fitted": CrossLossInfluence(made, trained, **options).fit(train_data)}
-            behind = {j: component_influence(made, components, j, train_data, test_data, **asked) for j in chosen}
+            own |= {"train_loss": trained, "fitted": CrossLossInfluence(made, trained, **options).fit(train_data)}
+            behind = {j: component_influence(made, components, j, train_data, test_data, **own) for j in chosen}
             if for_pages:
                 for_report(out, components, train, influences=behind)
                 return

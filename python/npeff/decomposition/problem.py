@@ -82,7 +82,7 @@ class Problem:
         Returns:
             None where the rows are in parameter space, so that the vectors say everything, or some vectors are frozen.
         """
-        if not self.own.kept_elsewhere or state.frozen:
+        if self.own.in_parameter_space or state.frozen:
             return None
         objective = self.objective
         assert isinstance(objective, LowRank)

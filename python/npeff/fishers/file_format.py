@@ -50,6 +50,9 @@ EXAMPLE_ARRAYS: dict[str, npt.DTypeLike] = {
 }  # fmt: skip
 """The arrays that say something of each example, the rows apart, in the order of the file."""
 
+MOST_CLASSES = 1 << 24
+"""Outputs that a file may tell without their logits: arrays of one number per class stay small."""
+
 OFFSETS = Field("row_offsets", ("<i8",), ("n_examples + 1",), ascends_to="n_rows")
 LOGITS = (
     Field("logits", FLOAT, ("n_examples", "n_logits")),
@@ -279,11 +282,11 @@ def count_outputs(where: object, sizes: Sizes, options: dict[str, Any], n_output
         n_outputs: The number as a file tells it; None: all logits are kept.
 
     Raises:
-        StorageError: It is less than the logits that are kept.
+        StorageError: It is less than the logits that are kept, or more than any model has.
     """
     n = sizes["n_logits"] if n_outputs is None else int(n_outputs)
-    if n < sizes["n_logits"]:
-        refuse(where, "n_outputs", f"at least {sizes['n_logits']}, the logits that are kept, got {n}")
+    if n < sizes["n_logits"] or (n_outputs is not None and n > MOST_CLASSES):
+        refuse(where, "n_outputs", f"at least {sizes['n_logits']}, the logits that are kept, and ≤ 2²⁴, got {n}")
     over_classes = n and options.get("likelihood", "categorical") == "categorical"
     sizes |= {"n_outputs": n, "n_classes": n if over_classes else 1 << 62}
 

@@ -180,9 +180,9 @@ class Fishers:
         return sketch_of(self.provenance)
 
     @property
-    def kept_elsewhere(self) -> bool:
-        """Whether the rows are not in parameter space: sketches, or inner products alone."""
-        return self.sketch is not None or self.rows.products_only
+    def in_parameter_space(self) -> bool:
+        """Whether columns of the rows are parameters: those of sketches are not, and inner products have no rows."""
+        return self.sketch is None and not self.rows.products_only
 
     @property
     def ranks(self) -> Array:

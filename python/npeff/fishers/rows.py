@@ -19,9 +19,7 @@ from typing_extensions import override
 
 from npeff import kernels
 from npeff.fishers.dense_rows import PART_BYTES, DenseRows, GramRows, Matrix, Rows
-from npeff.kernels.cuda import checked
-from npeff.kernels.sparse import Csr, check_structure
-from npeff.kernels.sparse_gram import DEVICE_DENSE_BYTES, add_gram_
+from npeff.kernels.sparse import DEVICE_DENSE_BYTES, Csr, add_gram_, check_structure, checked
 from npeff.kernels.transfers import to_device
 from npeff.models import devices
 from npeff.short_repr import short_repr
@@ -82,6 +80,12 @@ class SparseRows(Rows):
 
     form: ClassVar[str] = "sparse"
     __repr__ = short_repr
+
+    @classmethod
+    def of_entries(cls, row: Array, index: Array, value: Array, n_rows: int, n_columns: int) -> SparseRows:
+        """Make rows of entries, row by row: their row, column and value, ``(nnz,)`` each."""
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=n_rows))]).astype(np.int64)
+        return cls(indptr, index, value, n_columns)
 
     @property
     def n_rows(self) -> int:

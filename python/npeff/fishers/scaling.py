@@ -145,7 +145,7 @@ def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, f
     """
     if choice == "energy":
         return None
-    if fishers.kept_elsewhere:
+    if not fishers.in_parameter_space:
         what = "sketches" if fishers.sketch is not None else "inner products"
         raise ArgumentError(
             f"block_weights: {what} mix all parameters, so that none can be weighted afterwards; use "

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from npeff.fishers.dense_rows import PART_BYTES, Rows
-from npeff.kernels.sparse_gram import mirror_
+from npeff.kernels.sparse import mirror_
 from npeff.kernels.transfers import to_device
 from npeff.storage.files import forget
 

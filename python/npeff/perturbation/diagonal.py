@@ -16,9 +16,9 @@ from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.options import FisherOptions, Likelihood
 from npeff.fishers.passes import Run
+from npeff.gradients.blocks import Block
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.selection import placed, select_parameters
-from npeff.gradients.tiles import Block
 from npeff.models.forward import call_model
 from npeff.models.parameters import Parameters
 from npeff.perturbation.directions import Direction, Target
@@ -122,8 +122,10 @@ def summed_fisher(
             counted = np.isin(np.arange(batch.n_examples), rows)
         with run.engine.recording():
             for one in run.passes(batch, np.arange(position, position + batch.n_examples)):
-                scale = one.factors.scale.square().cpu().numpy() * counted[one.ids - position]
-                for block in one.blocks():
+                scale = one.factors.scale.square().cpu().numpy()
+                scale[one.filled] *= counted[one.ids - position]
+                assert one.prepared is not None
+                for block in run.engine.blocks(one.prepared, one.factors.columns, slots=one.slots, squared=True):
                     assert isinstance(block, Block)  # factors come only to those who ask for them
                     _add(block, scale[block.examples], total)
         count, position = count + int(counted.sum()), position + batch.n_examples

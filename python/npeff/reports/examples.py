@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -302,7 +303,7 @@ def read_examples(
     """
     missing = set(wanted)
     start = 0
-    decode = _decoder(tokenizer)
+    decode, token = _decoder(tokenizer), cache(lambda number: _token_text(tokenizer, number))
     for number, batch in enumerate(data if missing else ()):
         own = _as_batch(batch, number)
         inputs, targets = (None, None) if own else _split(batch)
@@ -310,10 +311,13 @@ def read_examples(
         here = [position for position in range(start, start + size) if position in missing]
         for position in here:
             at = position - start
+            place = None
             if own:
-                inputs, targets, at = *_split_one(own.take(slice(at, at + 1))), 0
+                one = own.take(slice(at, at + 1))
+                inputs, targets, at = *_split_one(one), 0
+                place = _place_in(one, inputs, token) if tokenizer is not None else None
             _check_label(position, targets, at, labels.get(position, -1))
-            yield position, _example(inputs, at, decode)
+            yield position, _example(inputs, at, decode) if place is None else RawExample(place=place)
         missing.difference_update(here)
         start += size
         if not missing:
@@ -449,6 +453,24 @@ def _array(item: Any) -> Array:
             f"data: an example of type {type(item).__qualname__} is neither text nor numbers; cannot show it"
         )
     return array
+
+
+def _place_in(one: Batch, inputs: Any, token: Callable[[int], str]) -> PlaceText | None:
+    """Return the text around the one place of a batch; None where examples are no places of tokens."""
+    places = getattr(one, "places", None)
+    if places is None or not isinstance(inputs, Mapping) or "input_ids" not in inputs:
+        return None
+    row, index = places[0].tolist()
+    mask = one.inputs.get("attention_mask")
+    kept = np.ones(inputs["input_ids"].shape[1], bool) if mask is None else _array(mask[row]) != 0
+    ids = _array(inputs["input_ids"][row])
+    return PlaceText(tuple(token(int(number)) for number in ids[kept]), int(kept[:index].sum()))
+
+
+def _token_text(tokenizer: Any, number: int) -> str:
+    """Return the text of a token behind another one: some tokenizers drop a space at the beginning of a text."""
+    alone, twice = (str(tokenizer.decode([number] * times)) for times in (1, 2))
+    return twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone
 
 
 def _decoder(tokenizer: Any) -> Decode | None:

@@ -83,19 +83,26 @@ class PlaceText:
         room = after
         while stop < len(self.tokens) and (room := room - len(self.tokens[stop])) >= 0:
             stop += 1
-        shown = [visible(token) for token in self.tokens[start:stop]]
-        at = self.index - start
-        shown[at] = shown[at] if shown[at].strip() else spaced(shown[at])
+        before_text, own, after_text = (
+            visible("".join(self.tokens[part]))
+            for part in (slice(start, self.index), slice(self.index, self.index + 1), slice(self.index + 1, stop))
+        )
+        own = own if own.strip() else spaced(own)
         cut = "…" if start else "", " …" if after and stop < len(self.tokens) else ""
-        word = shown[at].lstrip(" ")
+        word = own.lstrip(" ")
         found: dict[str, Any] = {
-            "before": cut[0] + "".join(shown[:at]) + shown[at].removesuffix(word),
+            "before": cut[0] + before_text + own.removesuffix(word),
             "at": word,
-            "after": "".join(shown[at + 1 :]) + cut[1],
+            "after": after_text + cut[1],
         }
         if levels is not None:
+            shown = [own if i == self.index else visible(self.tokens[i]) for i in range(start, stop)]
             coloured = [*levels, *[0.0] * (len(self.tokens) - len(levels))][start:stop]
-            found |= {"tokens": list(zip(shown, coloured, strict=True)), "index": at, "cut": cut}
+            found |= {
+                "tokens": list(zip(shown, coloured, strict=True)),
+                "index": self.index - start,
+                "cut": cut,
+            }
         return found
 
     def near(self) -> list[str]:

@@ -264,40 +264,30 @@ def open_file(path: Path) -> Container:
         )
     if version > FORMAT_VERSION:
         raise NewerFileError(
-            f"{path}: format version {version} (written by {attributes.get('written_by', 'unknown')}); "
-            f"this is npeff {package_version()}, which reads version {FORMAT_VERSION}: upgrade npeff to open "
-            "it"
+            f"{path}: format version {version} (written by {attributes.get('written_by', 'unknown')}); this is npeff "
+            f"{package_version()}, which reads up to version {FORMAT_VERSION}: upgrade npeff to open it"
         )
     return Container(path, str(attributes.get("content")), attributes, found.specs, found.refused)
 
 
 # ---- what stands at a path ------------------------------------------------------------------------------------
 
-LAYOUTS = (
-    "low_rank_fishers",
-    "low_rank_fishers_variable",
-    "diagonal_fishers",
-    "low_rank_decomposition",
-    "diagonal_decomposition",
-)
+_ROWS = {"data/values", "data/row_indices"}
+LAYOUTS: dict[str, tuple[set[str], set[str]]] = {
+    "low_rank_fishers": (_ROWS | {"data/col_offsets"}, set()),
+    "low_rank_fishers_variable": (_ROWS | {"data/ranks", "data/col_sizes"}, set()),
+    "diagonal_fishers": ({"data/fisher/values", "data/fisher/indices"}, set()),
+    "diagonal_decomposition": ({"data/W"}, {"data/H", "data/reduce_kept_indices"}),
+    "low_rank_decomposition": ({"data/W"}, {"data/G", "data/new_to_old_col_indices"}),
+}
+"""The published layouts: names that a file has all of, and names of which it has one."""
 
 
 def layout_of(file: Container) -> str | None:
     """Return the published layout that an HDF5 file has, by the names in it; None where it has none."""
     found = {*file.specs, *file.refused, *("data/H" for name in file.specs if name.startswith("data/H/"))}
-    if {"data/fisher/values", "data/fisher/indices"} <= found:
-        return "diagonal_fishers"
-    if {"data/values", "data/row_indices"} <= found:
-        if "data/col_offsets" in found:
-            return "low_rank_fishers"
-        if {"data/ranks", "data/col_sizes"} <= found:
-            return "low_rank_fishers_variable"
-    if "data/W" in found:
-        if {"data/H", "data/reduce_kept_indices"} & found:
-            return "diagonal_decomposition"
-        if {"data/G", "data/new_to_old_col_indices"} & found:
-            return "low_rank_decomposition"
-    return None
+    fitting = (name for name, (every, some) in LAYOUTS.items() if every <= found and (not some or some & found))
+    return next(fitting, None)
 
 
 def recognise(path: Path) -> Container:

@@ -1,4 +1,4 @@
-"""Cross-loss influence functions: which training examples made a model what another loss, or a component, sees in it.
+"""Cross-loss influence functions: the effect of training examples on another loss, or on a component's coefficients.
 
 ::
 

@@ -167,7 +167,7 @@ def _recorded(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class ComponentInfluence:
-    """Which training examples made a component's coefficient what it is on its top examples.
+    """The influence of training examples on a component's coefficients on its top examples.
 
     Attributes:
         j: The component.
@@ -219,7 +219,7 @@ def component_influence(
         j: Which component.
         train: The training data, batches as ``train_loss`` takes them.
         data: The data whose Fishers were decomposed.
-        train_loss: What was trained, per example.
+        train_loss: The loss that was trained, per example.
         k: How many of the component's top examples.
         surrogate: See :class:`Coefficient`.
         forward: As in :func:`npeff.compute_fishers`.

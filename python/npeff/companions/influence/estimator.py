@@ -1,4 +1,4 @@
-"""Cross-loss influence functions: the scores of training examples on another loss than the one that was trained."""
+"""Scores of the influence of training examples on another loss than the one that was trained."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from npeff.companions.influence.objective import (
 )
 from npeff.companions.influence.solvers import ConjugateGradients, Exact, Identity, Inverse, LiSSA, Solution, Solver
 from npeff.errors import ArgumentError, ModelError, StorageError, check_choice, check_integer, check_number
+from npeff.gradients.blocks import Block
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.rules.base import working
 from npeff.gradients.selection import placed, select_parameters
-from npeff.gradients.tiles import Block
 from npeff.models.digests import model_digest
 from npeff.storage.checks import FLOAT, Field, Sizes, item
 from npeff.storage.container import check_replaceable, read_record, refuse_npeff_file
@@ -114,7 +114,7 @@ class Scores:
         return order[key[order] > 0].astype(np.int64)
 
     def group(self, indices: Any) -> Array:
-        """Influence of a group, the sum of its examples', ``(n_test,)``.
+        """Compute the influence of a group, the sum over its examples, ``(n_test,)``.
 
         First order in the group's share of the data: for large groups the true effect of removal is usually larger,
         the order of groups is kept better (Koh, Ang, Teo & Liang 2019).
@@ -133,7 +133,7 @@ class Scores:
         return np.asarray(self.values[chosen].sum(axis=0))
 
     def removal(self, indices: Any = None) -> Array:
-        """Predicted change of L_test when examples are removed and the model is trained again: ``−I/n``.
+        """Predict the change of L_test when examples are removed and the model is trained again: ``−I/n``.
 
         The others keep their weight 1/n in the objective.
 
@@ -197,7 +197,7 @@ def _describe(meta: dict[str, Any], where: str) -> tuple[Sequence[Field], Sizes]
 
 
 def check_path(path: str | Path) -> Path:
-    """Refuse names that no writer serves, and files that hold other work of npeff.
+    """Refuse names of other formats, and files that hold other work of npeff.
 
     Raises:
         ArgumentError: The name ends otherwise.
@@ -284,7 +284,7 @@ class CrossLossInfluence:
         self._fitted: tuple[Inverse, TrainingObjective, str] | None = None
 
     def fit(self, data: Iterable[Any]) -> CrossLossInfluence:
-        """Prepare H from data, for all following scores; a sample of the training data suffices where all is too much.
+        """Prepare H from data, for all scores that follow; a sample of the training data may be enough.
 
         Args:
             data: Batches as the losses take them, in the same order every time they are read.

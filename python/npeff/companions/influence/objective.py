@@ -1,4 +1,4 @@
-"""The training objective: per-example losses, data that is read several times, the gradient and Hessian products."""
+"""The training objective: per-example losses over data, their gradients, and products with the Hessian."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from npeff.batches.batch_order import check_sampler
 from npeff.batches.batches import Batch, check_data, read_batches
 from npeff.batches.tensor_trees import leaves
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
+from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.gradients.rules.base import working
-from npeff.gradients.tiles import Block, Pairs
 from npeff.models.parameters import Parameters
 
 Array = npt.NDArray[Any]
@@ -97,7 +97,7 @@ class RepeatableData:
     """Data as batches on a device, in the same order every time.
 
     Args:
-        data: Iterable of batches, whatever the losses understand.
+        data: Iterable of batches as the losses take them.
         name: The argument's name, for messages.
         device: Where the model is.
 

@@ -1,4 +1,4 @@
-"""Training to an optimum, training again without some examples, and unlearning examples by gradient steps."""
+"""Train to an optimum, train again without some examples, and unlearn examples by gradient steps."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def minimise(
 
 @dataclass(frozen=True, eq=False)
 class Retrained:
-    """What happened to the test losses.
+    """How the test losses changed.
 
     Attributes:
         changes: ``(r, n_test)`` float64, L_test after minus before, one row per retraining.
@@ -126,7 +126,7 @@ def leave_out(
 
     Args:
         model: At an optimum of the full objective; restored afterwards.
-        train_loss: What was trained.
+        train_loss: The loss that was trained.
         train: Batches.
         groups: Examples, or lists of examples, to leave out; one retraining each.
         test_loss: As for :class:`CrossLossInfluence`.
@@ -318,7 +318,7 @@ def unlearn(
         steps: Most steps.
         target: Stop once the measure has reached it.
         goal: Whether reaching means ≤ (``"lower"``) or ≥ (``"higher"``).
-        parameters: Name patterns of what may change.
+        parameters: Name patterns of the parameters that may change.
 
     Returns:
         The changed copy and the measure's history.

@@ -1,4 +1,4 @@
-"""Ways to multiply by the inverse of the training objective's Hessian, and what every such way shares."""
+"""Solvers: products with the inverse of the training objective's Hessian."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Inverse:
     Attributes:
         apply: Computes ``(H + λI)⁻¹ v`` for rows v, and how many products with H that took.
         product: Computes ``(H + λI) x``, to measure the residual with.
-        notes: What the user should know: approximations, parameters without a factor, estimates made.
+        notes: Approximations, parameters without a factor, and estimates, for the user.
         name: What iterates, for the warning.
         accepted: Warn where the relative residual is larger; None: never.
-        advice: What to do then.
+        advice: Ends that warning.
     """
 
     apply: Callable[[Tensor], tuple[Tensor, int]]
@@ -78,7 +78,7 @@ class Inverse:
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """Options of a way to solve; :meth:`fit` does the work that all right-hand sides share.
+    """The options of a solver; :meth:`fit` does the work that all right-hand sides share.
 
     Attributes:
         name: As on the command line.

@@ -1,4 +1,4 @@
-"""The input behind a component, and contributions as pictures."""
+"""Contributions of the input to the effect of a component, and contributions as pictures."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class LinearMap:
         return self.W * (self.x.unsqueeze(1) if self._batched else self.x)
 
     def bias_contributions(self, c: Tensor | None = None) -> dict[str, Tensor]:
-        """Give the contribution of each module's constants to each output: Σ bias·(gradient at that bias).
+        """Compute the contribution of each module's constants to each output: Σ bias·(gradient at that bias).
 
         Constants are biases, the shifts of batch normalisation, bounds such as ReLU6's 6, and tensors that join
         without depending on the point.
@@ -273,7 +273,7 @@ class LinearMap:
                     for g, offset in pairs
                 ]
                 found.append(torch.stack(parts))
-            return torch.cat(found, dim=2)
+            return torch.cat(found, dim=2).to(output.dtype)
 
         if n == 1 or (all(value.shape[:1] == (n,) for value in values) and self._are_independent()):
             found = summed(cotangents, n)

@@ -212,7 +212,7 @@ class _Memory:
 
 
 class Values:
-    """The step that holds the value of each tensor that depends on the input, with views and writes in place.
+    """A map from the tensors that depend on the input to the steps of their values, through views and writes in place.
 
     Tensors that share memory share a storage. Per storage there is one *whole* (the tensor that filled it) and a step
     for its value; views of it have steps of their own. A write through any view makes a new whole, and views that are
@@ -284,7 +284,7 @@ def flat_storage(tensor: Tensor) -> Tensor:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Turns the operations that happen within it into steps, from the moment that :meth:`begin` is called.
+    """Turns the operations within its context into steps, after :meth:`begin` was called.
 
     Args:
         model: Its weights are referred to, not copied; its modules give the steps their names.
@@ -354,10 +354,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if args[0].is_floating_point() and self._depends(args[0]):
                 self._always.add(self._hold("item", "number"))
             return output
-        outputs, outcomes = self._outcomes(self._call(name, func, args, kwargs, output), tensors)
-        for tensor, (step, notes) in zip(outputs, outcomes, strict=True):
-            if step is None and notes:
-                step = self._constant(tensor, notes)
+        steps = self._frozen(self._call(name, func, args, kwargs, output), tensors)
+        for tensor, step in zip(tensors_in(output), steps, strict=True):
             if step is not None:
                 self._values.set(tensor, step)
         return output
@@ -378,26 +376,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = None if self._values.holds(target) else flat_storage(target)
         output: Tensor = function(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
-        _, ((step, notes),) = self._outcomes(self._call(functional, function, args, kwargs, output), tensors)
+        (step,) = self._frozen(self._call(functional, function, args, kwargs, output), tensors)
         with torch.no_grad():
             target.copy_(output)
-        self._values.write(target, self._constant(target, notes) if step is None else step, before)
+        self._values.write(target, self._constant(target, frozenset()) if step is None else step, before)
         return target
 
-    def _outcomes(
-        self, call: Call, tensors: list[Tensor]
-    ) -> tuple[list[Tensor], list[tuple[int | None, frozenset[int]]]]:
-        """Freeze an operation: for each output its step, or none where it is constant, and the notes that it needs.
+    def _frozen(self, call: Call, tensors: list[Tensor]) -> list[int | None]:
+        """Freeze an operation: give each output's step, or none where it is constant and no held part made it.
 
         Raises:
-            ModelError: There is none.
+            ModelError: The operation has no affine form.
         """
         outputs = tensors_in(call.output)
-        nothing: frozenset[int] = frozenset()
         involved = any(self._depends(tensor) for tensor in tensors)
         if not involved or not any(tensor.is_floating_point() for tensor in outputs):
-            notes = self._notes(tensors)
-            return outputs, [(None, notes if not involved else nothing) for _ in outputs]
+            notes = frozenset() if involved else self._notes(tensors)
+            return [self._constant(output, notes) if notes else None for output in outputs]
         if call.name not in AFFINE_FORMS:
             raise ModelError(
                 f"model: {call.where} computes {call.name}, which has no affine form here; linearise from a layer "
@@ -406,20 +401,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = AFFINE_FORMS[call.name](call)
         each = found if isinstance(found, tuple) else (found, *(Affine(),) * (len(outputs) - 1))
         notes = self._notes(call.kept)
-        return outputs, [self._settle(call, *pair, notes) for pair in zip(each, outputs, strict=True)]
+        return [self._settle(call, form, output, notes) for form, output in zip(each, outputs, strict=True)]
 
-    def _settle(
-        self, call: Call, form: Affine, output: Tensor, notes: frozenset[int]
-    ) -> tuple[int | None, frozenset[int]]:
+    def _settle(self, call: Call, form: Affine, output: Tensor, notes: frozenset[int]) -> int | None:
         if form.held:
             notes = notes | {self._hold(call.name, form.held)}
         if form.function is None:
-            return None, notes
+            return self._constant(output, notes) if notes else None
         inputs = tuple(self._values.step(tensor) for tensor in form.inputs)
-        zero, module = zero_like(output), self._module()
         apart = not form.held and keeps_examples_apart(call, form.inputs, output)
-        step = Step(form.function, inputs, zero, module, form.offset, form.pattern, notes, apart)
-        return self._emit(step), notes
+        zero = zero_like(output)
+        return self._emit(Step(form.function, inputs, zero, self._module(), form.offset, form.pattern, notes, apart))
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
 

@@ -190,7 +190,7 @@ def run_epochs(
                 active = None if kept is None or full[d] else kept[d]
                 held = [tables[table][row] for table, row in contexts[d]]
                 chosen = candidates[d]
-                X = A[chosen]
+                X = A.take(chosen, 0)  # a third of the time of A[chosen]
                 q = model.query(held)
                 p = X @ q if kept is None else np.einsum("ndr,dr->nr", X, q)
                 p -= np.maximum.reduce(p)  # p.max(0), without its microsecond of Python

@@ -1,4 +1,4 @@
-"""SAFR: train transformers whose important tokens share few units, and those that interact do.
+"""SAFR: train transformers whose important tokens share few units, while tokens that interact may share them.
 
 ::
 

@@ -108,7 +108,7 @@ def token_mask(mask: Any, like: Tensor) -> Tensor:
 
 
 class VMask(nn.Module):
-    """Learn with the task which tokens matter (Chen & Ji 2020, arXiv 2010.00667).
+    """A mask that learns with the task which tokens matter (Chen & Ji 2020, arXiv 2010.00667).
 
     ``logits = W₂ tanh(W₁ e)``, ``x = r · e``. In training r is 0 or 1, a hard Gumbel-softmax sample whose gradient is
     the soft one's; in evaluation r is the softmax's probability to keep the token. Padding is left as it is: the losses
@@ -148,7 +148,7 @@ class VMask(nn.Module):
         return torch.softmax(self.outer(torch.tanh(self.inner(embeddings))), -1)[..., 0]
 
     def entropy(self, mask: Tensor) -> Tensor:
-        """Mean entropy of the last batch's masks over real tokens, in nats, at most log 2.
+        """Compute the mean entropy of the last batch's masks over real tokens, in nats, at most log 2.
 
         The training subtracts a multiple of it that falls to 0: early on masks stay undecided, and tokens get tried.
 
@@ -275,7 +275,7 @@ class SAFRRegularizer(nn.Module):
         return x
 
     def losses(self, mask: Tensor | None = None, *, cosine: bool | None = None) -> tuple[Tensor, Tensor]:
-        """L_imp and L_inter of the model's last forward pass, means over what was called several times.
+        """Compute L_imp and L_inter of the model's last forward pass, means over modules and calls.
 
         Args:
             mask: ``(batch, n)``, true for real tokens; all by default.
@@ -366,7 +366,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 class _AttentionTap:
-    """Collects the weights of one attention module; its callers still get what they asked for.
+    """Collects the weights of one attention module, whose output stays as its caller asked for it.
 
     Args:
         name: Of the module, for messages.

@@ -1,4 +1,4 @@
-// What the CUDA runtime says of this machine's devices.
+// npeff._cuda: the CUDA kernels, and what the CUDA runtime says of this machine's devices.
 #include "common/cuda_queue.h"
 
 namespace npeff {
@@ -59,13 +59,20 @@ py::list devices() {
 
 }  // namespace
 
-void bind_cuda_devices(py::module_& m) {
+}  // namespace npeff
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace npeff;
+  m.doc() =
+      "CUDA kernels of npeff. Call them through npeff.kernels. Imports without a driver: device_count() is 0 then. "
+      "Arrays are torch tensors on one device, outputs are filled; `stream` is the address of the caller's current stream. "
+      "No call waits for the device.";
+  register_errors();
   m.def("device_count", &device_count, "Number of CUDA devices; 0 without a driver, or with one too old for this build.");
   m.def("absence", &absence, "Why device_count() is 0; empty when it is not.");
   m.def("toolkit", [] { return py::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10); },
         "Version (major, minor) of the CUDA toolkit that the module was built with.");
   m.def("usable", &usable, "device"_a, "Why the kernels cannot run on the device; empty when they can.");
   m.def("devices", &devices, "Each device's index, name, compute capability and memory in bytes.");
+  bind_kernels<Cuda>(m);
 }
-
-}  // namespace npeff

@@ -1,5 +1,6 @@
 // Lawson & Hanson's active-set method on the normal equations, from a warm start. The free coordinates carry a
-// Cholesky factor that grows by a row when one enters, and is redone from the place where one leaves.
+// Cholesky factor that grows by a row when one enters, and is redone from the place where one leaves. Part of simd.cpp.
+#pragma once
 
 #include "common/simd.h"
 #include "nnls/simd.h"
@@ -7,9 +8,8 @@
 namespace npeff::NPEFF_ISA {
 namespace {
 
-using S = Simd<double>;
-
 double dot(const double* a, const double* b, int64_t n) {
+  using S = Simd<double>;
   S::Vec sum{};
   int64_t i = 0;
   for (; i + S::lanes <= n; i += S::lanes) sum += S::load(a + i) * S::load(b + i);
@@ -20,6 +20,7 @@ double dot(const double* a, const double* b, int64_t n) {
 }
 
 void subtract(double* y, double factor, const double* x, int64_t n) {
+  using S = Simd<double>;
   int64_t i = 0;
   for (; i + S::lanes <= n; i += S::lanes) S::store(y + i, S::load(y + i) - factor * S::load(x + i));
   for (; i < n; ++i) y[i] -= factor * x[i];
