@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from npeff.components.adapters import write_adapter
 from npeff.components.encoding import Encoded, solve, statistics
 from npeff.components.factorisation import OPTIONAL, Factorisation
-from npeff.components.recovery import recover
+from npeff.components.recovery import check_rank, ensure_vectors, recover
 from npeff.components.saving import save_components, write_state_dict
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
 from npeff.errors import ArgumentError
@@ -40,21 +41,30 @@ class Components(Factorisation):
     def __repr__(self) -> str:
         size = f"{len(self.coefficients)} examples, {self.n_parameters:,} parameters"
         if self.compression in ("sketch", "gram"):
-            size += f", {0 if self.recovered is None else len(self.recovered)} vectors in parameter space"
+            size += f", {self.n_components - len(self.not_recovered)} vectors in parameter space"
         return f"Components({self.n_components} {self.kind}, {size}, loss {self.loss:.4f})"
 
     def recover(
-        self, model: nn.Module, data: Iterable[Any], js: Sequence[int] | None = None, **options: Any
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        js: Sequence[int] | None = None,
+        *,
+        rank: int | None = None,
+        **options: Any,
     ) -> Components:
         """Recover vectors in parameter space, where the Fishers kept sketches or inner products alone.
 
-        Every vector is a combination of the examples' rows, ``g_j = Σ c_row a_row``: one backward pass per batch and
-        component asked for, and no per-example gradient.
+        Every vector is a combination of the examples' rows, ``g_j = Σ c_row a_row``. One pass over the data serves all
+        components asked for; those that are known already are not computed again.
 
         Args:
             model: The model of the Fishers, with the same weights.
             data: The data of the Fishers, in the same order, in batches of any size.
             js: Which components; None: all.
+            rank: Keep every matrix of a vector as factors of this rank, ``(n + k) · rank`` numbers in place of
+                ``n · k``, found without ever forming the matrix; :attr:`factored_lost` holds what that loses, measured.
+                None: whole vectors.
             **options: ``forward``, ``device`` and ``progress``, as for :func:`npeff.compute_fishers`.
 
         Returns:
@@ -66,22 +76,102 @@ class Components(Factorisation):
             ModelError: The model is not that of the Fishers.
         """
         self.verify()
-        return recover(self, model, data, None if js is None else [self._component(j) for j in js], **options)
+        chosen = None if js is None else [self._component(j) for j in js]
+        return recover(self, model, data, chosen, rank=rank, **options)
 
-    def state_dict(self, j: int) -> dict[str, torch.Tensor]:
-        """Cut component j's vector into parameter-shaped tensors: a direction that can be added to the model."""
+    def state_dict(
+        self, j: int, model: nn.Module | None = None, data: Iterable[Any] | None = None, **options: Any
+    ) -> dict[str, torch.Tensor]:
+        """Cut component j's vector into parameter-shaped tensors: a direction that can be added to the model.
+
+        Args:
+            j: A component.
+            model: The model of the Fishers, to recover the vector with where it is not known (:meth:`recover`). It is
+                then kept: in these components, and in the file that they came from.
+            data: Likewise, the data of the Fishers.
+            **options: ``forward``, ``device`` and ``progress``, as for :func:`npeff.compute_fishers`.
+
+        Returns:
+            Float32 tensors by parameter name, of unit norm together.
+
+        Raises:
+            ArgumentError: ``j`` is not a component, or its vector has to be recovered and ``model`` and ``data`` are
+                not given.
+            DataError: The data is not that of the Fishers.
+            ModelError: The model is not that of the Fishers.
+        """
+        ensure_vectors(self, [self._component(j)], model, data, **options)
         return {
             name: torch.from_numpy(block.copy()) for name, block in self.parameters.unflatten(self.vector(j)).items()
         }
 
-    def save_state_dict(self, j: int, path: str | Path) -> Path:
+    def save_state_dict(
+        self,
+        j: int,
+        path: str | Path,
+        model: nn.Module | None = None,
+        data: Iterable[Any] | None = None,
+        **options: Any,
+    ) -> Path:
         """Write :meth:`state_dict` as a safetensors file, provenance in its metadata.
 
+        Args:
+            j: A component.
+            path: The file.
+            model: As for :meth:`state_dict`.
+            data: As for :meth:`state_dict`.
+            **options: As for :meth:`state_dict`.
+
         Raises:
-            ArgumentError: ``j`` is not a component, or ``path`` no path.
+            ArgumentError: As for :meth:`state_dict`, or ``path`` is no path.
+            DataError: As for :meth:`state_dict`.
+            ModelError: As for :meth:`state_dict`.
             StorageError: Fishers or Components are there, or the file cannot be written.
         """
+        ensure_vectors(self, [self._component(j)], model, data, **options)
         return write_state_dict(self, self._component(j), path)
+
+    def to_peft(
+        self,
+        j: int,
+        path: str | Path,
+        model: nn.Module,
+        data: Iterable[Any] | None = None,
+        *,
+        rank: int = 8,
+        scale: float = 1.0,
+        **options: Any,
+    ) -> float:
+        """Write component j as a LoRA adapter, which ``peft.PeftModel.from_pretrained(model, path)`` loads.
+
+        With the adapter the weight of every linear layer is ``W + scale · Ĝ``, Ĝ the best approximation of rank
+        ``rank`` of the layer's block of the unit vector g_j: nearly the model at ``θ + scale · g_j``
+        (:func:`npeff.perturb` finds a step). GPT-2's ``Conv1D`` counts as a linear layer. Embeddings, norms and biases
+        stay as they are; choose ``parameters=`` of the Fishers so that they hold nothing.
+
+        Args:
+            j: A component.
+            path: Folder for ``adapter_config.json`` and ``adapter_model.safetensors``.
+            model: The model of the Fishers.
+            data: The data of the Fishers, where the vector has to be recovered; its factors are then kept, as with
+                :meth:`state_dict`.
+            rank: Rank of the adapter.
+            scale: How far the weights move, with a sign.
+            **options: As for :meth:`state_dict`.
+
+        Returns:
+            The share of ‖g_j‖² that the adapter holds.
+
+        Raises:
+            ArgumentError: ``j`` is not a component, an argument has a wrong value, the vector has to be recovered and
+                ``data`` is not given, or no parameter is the weight of a linear layer.
+            DataError: The data is not that of the Fishers.
+            ModelError: The model is not that of the Fishers.
+            StorageError: The folder cannot be written.
+        """
+        check_rank(rank)
+        ensure_vectors(self, [self._component(j)], model, data, rank=rank, **options)
+        return write_adapter(self, self._component(j), path, model, rank, scale)
 
     def block_energy(self, j: int) -> dict[str, float]:
         """Compute the share of ``‖g_j‖²`` in each parameter (they sum to 1)."""
@@ -208,9 +298,12 @@ class Components(Factorisation):
     def save(self, path: str | Path) -> Path:
         """Write to an HDF5 file (see :mod:`npeff.storage`).
 
-        An existing file is replaced only once the new one is whole.
+        An existing file is replaced only once the new one is whole. Vectors that are recovered later, on the way, are
+        added to the file (:attr:`path`).
         """
-        return save_components(self, path)
+        object.__setattr__(self, "path", save_components(self, path))
+        assert self.path is not None
+        return self.path
 
     @classmethod
     def from_parts(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> Components:
@@ -224,5 +317,6 @@ class Components(Factorisation):
             loss=float(meta["loss"]),
             provenance=dict(meta["provenance"]),
             columns=arrays.get("columns"),
+            rank=meta.get("rank"),
             **own,
         )

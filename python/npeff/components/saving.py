@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import save
 
 from npeff.components.factorisation import Factorisation
+from npeff.errors import StorageError
 from npeff.fishers.file_format import check_saved, n_classes
-from npeff.storage.container import write_container
+from npeff.storage.container import open_container, write_container
 from npeff.storage.fields import FLOAT, INT, Field
 from npeff.storage.files import atomic, path_of
 from npeff.storage.hdf5 import Data
@@ -31,6 +33,9 @@ COMPONENTS = (
     Field("row_weights", FLOAT, ("n_rows", "n_components"), optional=True),
     Field("recovered", INT, ("n_recovered",), least=0, below="n_components", ascending_in="", optional=True),
     Field("recovered_vectors", FLOAT, ("n_recovered", "n_parameters"), optional=True),
+    Field("factored", INT, ("n_factored",), least=0, below="n_components", ascending_in="", optional=True),
+    Field("factored_vectors", FLOAT, ("n_factored", "n_factors"), optional=True),
+    Field("factored_lost", FLOAT, ("n_factored", "n_tensors"), least=0, optional=True),
 )
 
 
@@ -67,6 +72,18 @@ def save_components(components: Factorisation, path: Path | str) -> Path:
     with atomic(path) as scratch:
         write_container(scratch, "components", [Data.json("meta", components.meta()), *arrays], attributes)
     return path
+
+
+def update_file(components: Factorisation, path: Path) -> None:
+    """Write Components over the file that they came from, with the vectors that were recovered since.
+
+    Nothing is written where the file holds other components by now; where it cannot be written, a warning says so.
+    """
+    try:
+        if np.array_equal(open_container(path).array("arrays/coefficients"), components.coefficients):
+            save_components(components, path)
+    except StorageError as error:
+        warnings.warn(f"the vectors that were recovered could not be kept: {error}", stacklevel=4)
 
 
 def write_state_dict(components: Factorisation, j: int, path: str | Path) -> Path:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from npeff.batches.batch_order import check_sampler
 from npeff.batches.batches import read_batches
 from npeff.components.components import Components
+from npeff.components.recovery import ensure_vectors
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError
 from npeff.gradients.selection import placed
@@ -149,6 +150,7 @@ def mend(
     if iterations < 1:
         raise ArgumentError(f"iterations: expected at least 1, got {iterations}")
     check_sampler(data)
+    ensure_vectors(components, chosen, model, data, forward=forward, device=device, progress=progress)
     with placed(model, device) as used_device:
         batches = list(read_batches(data, used_device, forward is not None))
         if any(batch.labels is None for batch in batches):

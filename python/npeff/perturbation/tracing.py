@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from npeff.components.components import Components
+from npeff.components.recovery import ensure_vectors
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.fishers.options import Likelihood
@@ -178,7 +179,9 @@ def trace(
     """
     options = PerturbOptions.checked(components, PerturbOptions.among(locals()))
     target = target_of(components, j)
-    components.check_recovered(needed_vectors(components, [target], options.reject))
+    needed = needed_vectors(components, [target], options.reject)
+    how = {name: getattr(options, name) for name in ("forward", "device", "progress")}
+    ensure_vectors(components, needed, model, data, **how)
     resolved = resolve(groups, components.parameters)
     free = rest(components.parameters, resolved)
     top = options.top_rows(target.coefficient)
