@@ -87,7 +87,7 @@ def recover(
         options = FisherOptions.recorded(about)
         work = _Recovery(components, Run(inner, place, selected, replace(options, forward=forward)), wanted, rank)
         bar = tqdm(check_data(data), desc="recover", unit="batch", disable=not progress)
-        for batch in read_batches(bar, place, forward is not None):
+        for batch in read_batches(bar, place, forward is not None, options.over_classes):
             work.add(batch)
             if work.complete:
                 break

@@ -140,7 +140,7 @@ class _SameForAll:
     def __iter__(self) -> Iterator[Any]:
         cpu = torch.device("cpu")
         for number, raw in enumerate(self._data):
-            batch = read_batch(raw, cpu, number, self._any_layout)
+            batch = read_batch(raw, cpu, number, self._any_layout, False)
             self._digest.update(batch_digest(batch).encode())
             self._count += 1
             if number == 0:

@@ -133,7 +133,8 @@ class Run:
             ArgumentError: It ends within a batch that cannot be cut.
         """
         left = self.options.max_examples
-        for number, batch in enumerate(read_batches(data, self.device, self.options.forward is not None)):
+        given = read_batches(data, self.device, self.options.forward is not None, self.options.over_classes)
+        for number, batch in enumerate(given):
             if left is not None and batch.n_examples > left:
                 if not batch.sliceable:
                     raise ArgumentError(
@@ -141,7 +142,7 @@ class Run:
                         f"multiple of the batch size, or {OWN_BATCH}"
                     )
                 batch = batch.take(slice(0, left))
-            yield batch
+            yield batch.apart()
             if left is not None:
                 left -= batch.n_examples
                 if left == 0:
@@ -253,7 +254,8 @@ class Run:
         if bool(beyond.any()):
             first = int(beyond.to(torch.uint8).argmax())
             raise DataError(
-                f"labels: example {ids[first]} has label {int(classes[first])}; expected 0 ≤ label < {n_outputs}, "
+                f"labels: example {ids[first]}{batch.describe(first)} has label {int(classes[first])}; expected "
+                f"0 ≤ label < {n_outputs}, "
                 "the number of logits, or a negative label where it is unknown"
             )
         return classes

@@ -14,6 +14,9 @@ from npeff.batches.batches import Batch
 from npeff.batches.tensor_trees import leaves, shown
 from npeff.errors import DataError, ModelError, NpeffError
 
+OVER_CLASSES = ("categorical", "probabilities")
+"""Likelihoods of one distribution over classes."""
+
 
 @contextmanager
 def _one_function() -> Iterator[None]:
@@ -62,7 +65,8 @@ def call_model(
         likelihood: What the outputs mean; the logits of ``"probabilities"`` are their logarithms.
 
     Returns:
-        ``(b, C)`` with its graph; a ``(b,)`` output becomes ``(b, 1)``.
+        ``(n_examples, C)`` with its graph; a ``(b,)`` output becomes ``(b, 1)``. Of logits ``(b, T, C)`` those at the
+        batch's places; of all outputs those that ``batch.outputs`` keeps.
 
     Raises:
         DataError: The model gave something else.
@@ -89,18 +93,64 @@ def call_model(
             f"logits: expected a tensor (or an output with .logits) from {source}, got "
             f"{type(output).__name__}; pass forward=callable(model, batch) -> logits"
         )
-    if logits.dim() == 1 and len(logits) == batch.n_examples:
+    if batch.places is None and logits.dim() == 1 and len(logits) == batch.n_examples:
         logits = logits[:, None]
-    if logits.dim() != 2 or len(logits) != batch.n_examples or logits.shape[1] == 0:
-        raise DataError(
-            f"logits: expected shape ({batch.n_examples}, C) for a batch of {batch.n_examples} examples, "
-            f"got {tuple(logits.shape)} from {source}; "
-            "choose or flatten outputs in forward=callable(model, batch) -> logits"
-            + (f", or, {batch.how_counted()}" if logits.dim() == 2 and len(logits) != batch.n_examples else "")
-        )
+    _check_shape(logits, batch, source)
     if not logits.is_floating_point():
         raise DataError(f"logits: expected floating point numbers from {source}, got {logits.dtype}")
-    return log_probabilities(logits) if likelihood == "probabilities" else logits
+    if likelihood == "probabilities":
+        logits = log_probabilities(logits)
+    places = () if batch.places is None else batch.places.unbind(1)
+    if batch.outputs is None:
+        return logits[places] if places else logits
+    if int(batch.outputs.max()) >= logits.shape[-1]:
+        raise DataError(
+            f"outputs: the batch keeps output {int(batch.outputs.max())}, but {source} gives {logits.shape[-1]}; "
+            "expected indices of the model's outputs"
+        )
+    if not places:
+        return logits[:, batch.outputs]
+    sequences, positions = places
+    return logits[sequences[:, None], positions[:, None], batch.outputs]
+
+
+def _check_shape(logits: Tensor, batch: Batch, source: str) -> None:
+    """Refuse logits that are not of the shape that the batch's examples call for.
+
+    Raises:
+        DataError: With what to do.
+    """
+    got = f"got {tuple(logits.shape)} from {source}"
+    if batch.places is None:
+        if logits.dim() == 2 and len(logits) == batch.n_examples and logits.shape[1]:
+            return
+        several = logits.dim() == 3 and len(logits) == batch.n_examples
+        remedy = (
+            f"for examples at positions, give integer labels of shape {tuple(logits.shape[:2])}, −100 where there is "
+            "no example"
+            + ("" if batch.labels is None else f" (they have {tuple(batch.labels.shape)})")
+            + "; labels of zeros and ones alone need npeff.Batch(content, places=True). Or choose"
+            if several
+            else "choose"
+        )
+        raise DataError(
+            f"logits: expected shape ({batch.n_examples}, C) for a batch of {batch.n_examples} examples, {got}; "
+            f"{remedy} or flatten outputs in forward=callable(model, batch) -> logits"
+            + (f", or, {batch.how_counted()}" if logits.dim() == 2 and len(logits) != batch.n_examples else "")
+        )
+    shape = (batch.n_sequences, batch.n_positions)
+    if logits.dim() == 3 and logits.shape[:2] == shape and logits.shape[2]:
+        return
+    expected = f"logits: expected shape ({shape[0]}, {shape[1]}, C), as the labels have {shape}, {got}; "
+    if logits.dim() == 2 and len(logits) == batch.n_sequences:
+        raise DataError(
+            f"{expected}give one label per sequence, leave the labels out, or yield "
+            "npeff.Batch(content, places=False) where they are something else"
+        )
+    raise DataError(
+        f"{expected}give a label for every position that has logits, −100 where there is no example, or choose "
+        "the logits of the labels' positions in forward=callable(model, batch) -> logits"
+    )
 
 
 def log_probabilities(outputs: Tensor) -> Tensor:

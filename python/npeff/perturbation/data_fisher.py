@@ -64,7 +64,7 @@ def mean_fisher(
     def batches() -> Iterator[Batch]:
         done = 0
         bar = tqdm(check_data(data), desc="Mean Fisher", disable=not progress)
-        for batch in read_batches(bar, place, forward is not None):
+        for batch in read_batches(bar, place, forward is not None, options.over_classes):
             yield batch
             done += batch.n_examples
             if max_examples is not None and done >= max_examples:

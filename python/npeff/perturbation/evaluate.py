@@ -25,7 +25,7 @@ from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible
 from npeff.gradients.selection import placed
 from npeff.models.digests import model_digest
-from npeff.models.forward import call_model
+from npeff.models.forward import OVER_CLASSES, call_model
 from npeff.perturbation import outputs
 from npeff.perturbation.data_fisher import summed_fisher
 from npeff.perturbation.directions import random_direction
@@ -102,7 +102,8 @@ class Evaluator:
         self.rows = np.asarray(rows)[first]
         self._ids_of_rows = components.ids
         self.weights = Weights(model)
-        self.examples = SelectedExamples(data, ids, device, self.call, forward is not None)
+        places = likelihood in OVER_CLASSES
+        self.examples = SelectedExamples(data, ids, device, self.call, forward is not None, places)
         self.outputs = self._own_outputs()
         self._labels = torch.from_numpy(components.labels[self.rows].astype(np.int64)).to(device)
         self.correct: Array = outputs.correct(self.outputs, self._labels, likelihood).cpu().numpy()

@@ -65,6 +65,7 @@ class SelectedExamples:
         device: The device of the model.
         call: Runs the model on a batch.
         any_layout: Batches may have any structure, because ``forward=`` is given.
+        places: As for :func:`npeff.batches.batches.read_batch`.
         held_bytes: Bytes that may be held in memory.
 
     Raises:
@@ -78,10 +79,12 @@ class SelectedExamples:
         device: torch.device,
         call: Callable[[Batch], Tensor],
         any_layout: bool = False,
+        places: bool | None = None,
         held_bytes: int = HELD_BYTES,
     ) -> None:
         self.ids = np.asarray(ids, np.int64)
         self._data, self._device, self._call, self._any_layout = check_data(data), device, call, any_layout
+        self._places = places
         self._cut: bool | None = None
         self._held: list[BatchSlice] | None = []
         self._digests: list[str] = []
@@ -136,7 +139,8 @@ class SelectedExamples:
 
     def _read(self) -> Iterator[BatchSlice]:
         seen = done = 0
-        for batch in read_batches(self._data, torch.device("cpu"), self._any_layout) if len(self.ids) else ():
+        given = read_batches(self._data, torch.device("cpu"), self._any_layout, self._places)
+        for batch in given if len(self.ids) else ():
             self._source_size = batch.n_examples
             stop = int(np.searchsorted(self.ids, seen + batch.n_examples))
             if stop > done:

@@ -22,6 +22,7 @@ from npeff.fishers.fishers import FisherBlock, Fishers
 from npeff.fishers.options import Compression, TopK
 from npeff.fishers.rows import DenseRows, Kind, SparseRows
 from npeff.fishers.shards import FisherWriter
+from npeff.models.forward import OVER_CLASSES
 from npeff.models.memory import Peak, settled_bytes
 
 Array = npt.NDArray[Any]
@@ -143,7 +144,8 @@ class Trials:
         """
         self._model, self._batches, self._folder, self._options = model, batches, folder, options
         any_layout = options.get("forward") is not None
-        self._sizes = [batch.n_examples for batch in read_batches(batches, torch.device("cpu"), any_layout)]
+        places = options.get("likelihood", "categorical") in OVER_CLASSES
+        self._sizes = [batch.n_examples for batch in read_batches(batches, torch.device("cpu"), any_layout, places)]
         self.batch_size = sum(self._sizes) / len(self._sizes)
         self._loading = loading / self.batch_size
         self.before, self._loaded = settled_bytes(), 0

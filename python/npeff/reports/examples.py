@@ -266,7 +266,7 @@ def read_examples(
     start = 0
     decode = _decoder(tokenizer)
     for number, batch in enumerate(data if missing else ()):
-        own = read_batch(batch, torch.device("cpu"), number, True) if isinstance(batch, Batch) else None
+        own = _as_batch(batch, number)
         inputs, targets = (None, None) if own else _split(batch)
         size = own.n_examples if own else _size(inputs, targets)
         here = [position for position in range(start, start + size) if position in missing]
@@ -285,6 +285,18 @@ def read_examples(
             f"data: has {start} examples, but the components were computed from data with at least "
             f"{max(missing) + 1}; pass the data given to compute_fishers, in the same order"
         )
+
+
+def _as_batch(batch: Any, number: int) -> Batch | None:
+    """Read what says its examples by itself: a :class:`npeff.Batch`, or labels ``(b, T)`` that make places."""
+    if not isinstance(batch, Batch):
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(batch, tuple | list) and len(batch) == 2:
+            labels = batch[1]
+        if getattr(labels, "ndim", 0) != 2:
+            return None
+    read = read_batch(batch, torch.device("cpu"), number, True)
+    return read if isinstance(batch, Batch) or read.places is not None else None
 
 
 def _split_one(example: Batch) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.fishers.scaling import column_factors
 from npeff.models.digests import model_digest
-from npeff.models.forward import call_model
+from npeff.models.forward import OVER_CLASSES, call_model
 from npeff.short_repr import short_repr
 
 Surrogate = Literal["coefficient", "cross"]
@@ -68,7 +68,7 @@ class Coefficient:
                 "of the model alone only with labels='expected'"
             )
         self.j, self._surrogate, self._forward = int(j), surrogate, forward
-        self._likelihood = options.get("likelihood", "categorical")
+        self.likelihood = options.get("likelihood", "categorical")
         self._normalize = components.provenance.get("normalize", "stored")
         self._diagonal = components.kind == "diagonal"
         self._names = components.parameters.names
@@ -100,9 +100,9 @@ class Coefficient:
         if missing:
             raise ModelError(f"model: it lacks the components' parameters {', '.join(missing[:5])}; pass their model")
         tensors = [named[name] for name in self._names]
-        batch = read_batch(content, tensors[0].device, 0, True)
+        batch = read_batch(content, tensors[0].device, 0, True, self.likelihood in OVER_CLASSES)
         with _recorded(tensors):
-            logits = call_model(model, self._forward, batch, self._likelihood)
+            logits = call_model(model, self._forward, batch, self.likelihood)
             return torch.stack([self._one(row, tensors) for row in logits])
 
     def _one(self, logits: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -131,9 +131,9 @@ class Coefficient:
         Raises:
             ModelError: Autograd cannot record the gradient.
         """
-        if self._likelihood == "gaussian":
+        if self.likelihood == "gaussian":
             functions, scales = logits, torch.ones_like(logits)
-        elif self._likelihood == "bernoulli":
+        elif self.likelihood == "bernoulli":
             functions = logits
             scales = ((nn.functional.logsigmoid(logits) + nn.functional.logsigmoid(-logits)) / 2).exp()
         else:
@@ -245,7 +245,11 @@ def component_influence(
     examples = examples[components.coefficients[examples, j] > 0]
     if not len(examples):
         raise ArgumentError(f"j: component {j} has no example with a positive coefficient; choose another")
-    test = [batch.content for batch in examples_at(data, components.ids[examples].tolist())]
+    over_classes = function.likelihood in OVER_CLASSES
+    top = examples_at(data, components.ids[examples].tolist(), None, over_classes)
+    if any(batch.outputs is not None for batch in top):
+        raise DataError("data: influence on a coefficient needs all outputs; these batches keep some (outputs=)")
+    test = [batch.content for batch in top]
     if fitted is None:
         estimator = CrossLossInfluence(model, train_loss, function, parameters, **options)
     else:

@@ -127,13 +127,13 @@ class RepeatableData:
         check_sampler(data, name)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches, as read by :func:`npeff.batches.batches.read_batches`.
+        """Yield batches, as read by :func:`npeff.batches.batches.read_batches`; a sequence is one example.
 
         Raises:
             DataError: There are none.
         """
         empty = True
-        for batch in read_batches(self.data, self.device, True):
+        for batch in read_batches(self.data, self.device, True, False):
             empty = False
             yield batch
         if empty:
