@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff.batches.batch_order import check_sampler
-from npeff.batches.batches import Batch, check_data, read_batches
+from npeff.batches.batches import Batch, check_data
 from npeff.components.factored import assemble, scale_factored
 from npeff.components.factorisation import Factorisation
 from npeff.components.row_sums import RowSums
@@ -85,9 +85,9 @@ def recover(
             return components
         _check_memory(components, len(wanted), rank, place)
         options = FisherOptions.recorded(about)
-        work = _Recovery(components, Run(inner, place, selected, replace(options, forward=forward)), wanted, rank)
-        bar = tqdm(check_data(data), desc="recover", unit="batch", disable=not progress)
-        for batch in read_batches(bar, place, forward is not None, options.over_classes):
+        run = Run(inner, place, selected, replace(options, forward=forward))
+        work = _Recovery(components, run, wanted, rank)
+        for batch in run.batches(tqdm(check_data(data), desc="recover", unit="batch", disable=not progress)):
             work.add(batch)
             if work.complete:
                 break
