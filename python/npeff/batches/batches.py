@@ -159,6 +159,35 @@ class Batch:
             return self
         return self._taken(list(range(self.n_examples)), apart=True)
 
+    def slots(self) -> Tensor:
+        """Give the places of each sequence side by side, the last ones last.
+
+        Returns:
+            ``(n_sequences, K)`` int64 numbers of the places, −1 where a sequence has fewer than K.
+        """
+        assert self.places is not None, "examples are places"
+        sequences = self.places[:, 0]
+        counts = torch.bincount(sequences, minlength=self.n_sequences)
+        numbers = torch.arange(self.n_examples, device=sequences.device)
+        width = int(counts.max())
+        found = torch.full((self.n_sequences, width), -1, device=sequences.device)
+        found[sequences, width - (counts.cumsum(0)[sequences] - numbers)] = numbers
+        return found
+
+    def of_sequences(self, start: int, stop: int) -> slice:
+        """Say which examples are those of the sequences ``start … stop − 1``; without places, the same numbers."""
+        if self.places is None:
+            return slice(start, min(stop, self.n_examples))
+        first, last = torch.searchsorted(self.places[:, 0].contiguous(), torch.tensor([start, stop])).tolist()
+        return slice(first, last)
+
+    def one_each(self) -> Tensor:
+        """Give one example of each sequence that has any, its last, ``(b,)`` int64."""
+        if self.places is None:
+            return torch.arange(self.n_examples)
+        last = self.slots()[:, -1]
+        return last[last >= 0]
+
     def _taken(self, chosen: list[int], apart: bool = False) -> Batch:
         n = self.n_examples
         # From the whole batch, always: the user's take() may know it by other means than the content that it is given.

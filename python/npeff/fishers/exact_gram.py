@@ -33,8 +33,8 @@ from npeff.fishers.parts import check_header, plain
 from npeff.fishers.passes import Ids, Run
 from npeff.fishers.rows import GramRows
 from npeff.fishers.shards import header_in
+from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.rules import Rule
-from npeff.gradients.tiles import Block, Pairs
 from npeff.models.digests import ModelWatch
 from npeff.models.memory import format_bytes, parse_bytes
 from npeff.models.parameters import Parameter
@@ -47,6 +47,7 @@ Array = npt.NDArray[Any]
 class _Examples:
     """What the first pass says of the examples."""
 
+    ids: list[Array] = field(default_factory=list)
     counts: list[Array] = field(default_factory=list)
     scales: list[Array] = field(default_factory=list)
     logits: list[Array] = field(default_factory=list)
@@ -129,16 +130,22 @@ def _collect(run: Run, batch: Batch, ids: Ids, layers: dict[str, LayerGram], exa
     """Give a batch's gradients to the layers; in the first pass, what is known of its examples to ``examples``."""
     with run.engine.recording():
         for one in run.passes(batch, ids):
-            counts, n_columns = one.factors.counts.cpu().numpy(), one.n_columns
+            counts, n_columns, filled = one.factors.counts.cpu().numpy(), one.n_columns, one.filled
             if examples is not None:
-                examples.counts.append(counts)
-                examples.scales.append(one.factors.scale.cpu().numpy())
+                examples.ids.append(one.ids)
+                examples.counts.append(counts[filled])
+                examples.scales.append(one.factors.scale.cpu().numpy()[filled])
                 examples.logits.append(one.logits.detach().to("cpu", torch.float32, copy=True).numpy())
                 examples.labels.append(one.stored_labels())
             for layer in layers.values():
                 layer.begin(counts, n_columns)
-            for block in one.blocks(_factors_are_smaller(n_columns), among=layers):
-                _check_finite(block, one.ids)
+            assert one.prepared is not None
+            one.prepared.restrict(layers)
+            columns = one.factors.columns
+            for block in run.engine.blocks(
+                one.prepared, columns, slots=one.slots, paired=_factors_are_smaller(n_columns)
+            ):
+                _check_finite(block, one.slot_ids)
                 layers[block.parameter.name].take(block)
             for layer in layers.values():
                 layer.end()
@@ -197,9 +204,15 @@ def _finished(out: Path, header: dict[str, Any]) -> Fishers | None:
 
 
 def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) -> Fishers:
-    counts = np.concatenate(examples.counts)
+    counts, scale = np.concatenate(examples.counts), np.concatenate(examples.scales)
+    logits, labels = np.concatenate(examples.logits), np.concatenate(examples.labels)
+    order = np.argsort(np.concatenate(examples.ids), kind="stable")
+    if (np.diff(order) < 0).any():  # places that went backward some at a time
+        starts = np.cumsum(counts) - counts
+        rows = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order])
+        K = K[np.ix_(rows, rows)]
+        counts, scale, logits, labels = counts[order], scale[order], logits[order], labels[order]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    scale = np.concatenate(examples.scales)
     norms = np.zeros(len(counts), np.float64)
     for i, (start, stop) in enumerate(pairwise(offsets.tolist())):
         norms[i] = np.linalg.norm(K[start:stop, start:stop].astype(np.float64)) * scale[i] ** 2
@@ -211,8 +224,8 @@ def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) ->
         rows=GramRows(K),
         row_offsets=offsets,
         norms=norms.astype(np.float32),
-        logits=np.concatenate(examples.logits),
-        labels=np.concatenate(examples.labels),
+        logits=logits,
+        labels=labels,
         ids=np.arange(len(counts), dtype=np.int64),
         parameters=run.parameters,
         provenance=header["provenance"],

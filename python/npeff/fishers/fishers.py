@@ -52,6 +52,7 @@ class FisherBlock:
         logits: ``(b, C)`` float32.
         labels: ``(b,)`` int64, −1 where unknown.
         ids: ``(b,)`` int64 positions in the data.
+        places: ``(b, 2)`` int64 sequence in the data and position, where examples are positions of sequences.
     """
 
     rows: Rows
@@ -60,6 +61,7 @@ class FisherBlock:
     logits: Array
     labels: Array
     ids: Array
+    places: Array | None = None
 
     __repr__ = short_repr
 

@@ -18,8 +18,8 @@ from npeff.errors import DataError
 from npeff.fishers.factors import Factors
 from npeff.fishers.options import Sketch
 from npeff.fishers.rows import DenseRows, Rows
+from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.rules import Rule
-from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import NonFiniteError, StreamingSketch
 from npeff.kernels.block_rows import BlockRows
 from npeff.kernels.transfers import HostCopy, to_host
@@ -72,7 +72,7 @@ class Sink:
         self.parameters, self._ids, self._squared, self._at_once = parameters, ids, squared, at_once
         self.n_examples, _, width = factors.columns.shape
         self.n_columns = 1 if squared else width
-        self._counts = torch.ones_like(factors.counts) if squared else factors.counts
+        self._counts = factors.counts.clamp_max(1) if squared else factors.counts
         self._norm_scale = factors.scale.square()
         self.scale = (self._norm_scale if squared else factors.scale).to(torch.float32)
         # A square may be 0 · ∞ where the Fisher is zero because the model is certain.

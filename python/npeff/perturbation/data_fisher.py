@@ -15,8 +15,8 @@ from npeff.batches.batches import Batch, check_data, read_batches
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.options import FisherOptions, Likelihood
 from npeff.fishers.passes import Run
+from npeff.gradients.blocks import Block
 from npeff.gradients.selection import placed, select_parameters
-from npeff.gradients.tiles import Block
 from npeff.models.parameters import Parameters
 
 Array = npt.NDArray[Any]
@@ -114,8 +114,10 @@ def summed_fisher(
             counted = np.isin(np.arange(batch.n_examples), rows)
         with run.engine.recording():
             for one in run.passes(batch, np.arange(position, position + batch.n_examples)):
-                scale = one.factors.scale.square().cpu().numpy() * counted[one.ids - position]
-                for block in one.blocks():
+                scale = one.factors.scale.square().cpu().numpy()
+                scale[one.filled] *= counted[one.ids - position]
+                assert one.prepared is not None
+                for block in run.engine.blocks(one.prepared, one.factors.columns, slots=one.slots, squared=True):
                     assert isinstance(block, Block)  # factors come only to those who ask for them
                     _add(block, scale[block.examples], total)
         count, position = count + int(counted.sum()), position + batch.n_examples

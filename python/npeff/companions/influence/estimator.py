@@ -30,10 +30,10 @@ from npeff.companions.influence.objective import Stationarity, TrainingObjective
 from npeff.companions.influence.scores import Array, Scores, check_path
 from npeff.companions.influence.solvers import ConjugateGradients, Exact, Identity, Inverse, LiSSA, Solution, Solver
 from npeff.errors import ArgumentError, ModelError
+from npeff.gradients.blocks import Block
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.rules.base import working
 from npeff.gradients.selection import placed, select_parameters
-from npeff.gradients.tiles import Block
 from npeff.models.digests import model_digest
 from npeff.storage.files import explain, reserve
 

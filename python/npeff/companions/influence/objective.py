@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from npeff.batches.batches import Batch
 from npeff.companions.influence.losses import Loss, RepeatableData, call_loss, check_finite
 from npeff.errors import ModelError
+from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.gradients.rules.base import working
-from npeff.gradients.tiles import Block, Pairs
 from npeff.models.parameters import Parameters
 
 

@@ -1,4 +1,4 @@
-"""From a parameter's rules to blocks: tile by tile, in memory that is used again."""
+"""From a parameter's rules to blocks of per-example gradients: tile by tile, in memory that is used again."""
 
 from __future__ import annotations
 
@@ -44,6 +44,9 @@ class Block:
             one number when g = 1.
         gram: ``(b', R, R)`` float64 inner products of the columns, if they were cheaper to get than from the
             values.
+
+    Where each sequence of the batch has several places, ``examples`` are their slots, K per sequence: see
+    :meth:`npeff.gradients.engine.PerExampleGradients.blocks`.
     """
 
     parameter: Parameter
@@ -60,9 +63,10 @@ class Pairs:
     Attributes:
         parameter: The parameter, with its place in the flat vector.
         examples: Which examples of the batch, b'.
-        delta: ``(b', T, R, n)``.
-        inputs: ``(b', T, k)``.
+        delta: ``(b'/K, T, K·R, n)``.
+        inputs: ``(b'/K, T, k)``.
         turned: The parameter is (k, n), not (n, k, …).
+        n_slots: K neighbouring examples that share their inputs.
     """
 
     parameter: Parameter
@@ -70,50 +74,71 @@ class Pairs:
     delta: Tensor
     inputs: Tensor
     turned: bool
+    n_slots: int = 1
+
+    def of_example(self, i: int) -> tuple[Tensor, Tensor]:
+        """δ ``(T, R, n)`` and inputs ``(T, k)`` of the i-th of these examples."""
+        sequence, slot = divmod(i, self.n_slots)
+        n_columns = self.delta.shape[2] // self.n_slots
+        return self.delta[sequence, :, slot * n_columns : (slot + 1) * n_columns], self.inputs[sequence]
 
     def gram(self) -> Tensor:
         """``(b', R, R)`` float64 inner products of the columns: ``Σ_tu (a_t·a_u) (δ_tr·δ_us)``.
 
         On the CPU in float64 where positions cancel so much that float32's rounding would show.
         """
+        slots = self.n_slots
         if self.delta.shape[1] == 1:
-            delta = self.delta[:, 0].to(torch.float64)
-            return delta @ delta.mT * self.inputs.to(torch.float64).square().sum(dim=(1, 2))[:, None, None]
-        gram, across = _gram(self.delta, self.inputs)
+            delta = split(self.delta[:, 0].to(torch.float64), slots)
+            squares = self.inputs.to(torch.float64).square().sum(dim=(1, 2)).repeat_interleave(slots)
+            return delta @ delta.mT * squares[:, None, None]
+        gram, across = _gram(self.delta, self.inputs, slots)
         # To look at it would mean waiting for the device.
         if devices.has_own_memory(gram.device) or gram.dtype == torch.float64:
             return gram.to(torch.float64)
-        size = torch.linalg.matrix_norm(across) * self.delta.square().sum(dim=(1, 2, 3))
+        size = torch.linalg.matrix_norm(across).repeat_interleave(slots)
+        size = size * split(self.delta.square().sum(dim=(1, 3)), slots).sum(dim=1)
         gram = gram.to(torch.float64)
         doubtful = torch.nonzero(size > _CANCELLATION * gram.diagonal(dim1=1, dim2=2).sum(dim=1)).flatten().tolist()
         for example in doubtful:
-            one = slice(example, example + 1)
-            gram[one] = _gram(self.delta[one].to(torch.float64), self.inputs[one].to(torch.float64))[0]
+            delta, inputs = (part[None].to(torch.float64) for part in self.of_example(example))
+            gram[example] = _gram(delta, inputs, 1)[0][0]
         return gram
 
     def squared(self) -> Pairs:
         """Factors of Σ over columns of the squares, for T = 1: ``(Σ_r δ_r²) ⊗ a²``."""
-        return replace(self, delta=self.delta.square().sum(dim=2, keepdim=True), inputs=self.inputs.square())
+        delta = split(self.delta.square().transpose(1, 2), self.n_slots).sum(dim=1)  # (b', T, n)
+        delta = delta.reshape(-1, self.n_slots, *delta.shape[1:]).transpose(1, 2)
+        return replace(self, delta=delta, inputs=self.inputs.square())
 
     def formed(self) -> Block:
         """The gradients themselves."""
         order = "btrn,btk->brkn" if self.turned else "btrn,btk->brnk"
-        values = torch.einsum(order, self.delta, self.inputs).flatten(2)[:, :, None]
+        values = split(torch.einsum(order, self.delta, self.inputs).flatten(2)[:, :, None], self.n_slots)
         return Block(self.parameter, self.examples, values, self.parameter.offset)
 
 
-def _gram(delta: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def split(by_sequence: Tensor, n_slots: int) -> Tensor:
+    """Tell the slots' columns apart: ``(b, K·R, …)`` to ``(b·K, R, …)``."""
+    if n_slots == 1:
+        return by_sequence
+    b, columns = by_sequence.shape[:2]
+    return by_sequence.reshape(b * n_slots, columns // n_slots, *by_sequence.shape[2:])
+
+
+def _gram(delta: Tensor, inputs: Tensor, n_slots: int) -> tuple[Tensor, Tensor]:
     b, t, r, n = delta.shape
     across = torch.bmm(inputs, inputs.mT)
     flat = delta.reshape(b, t, r * n)
     weighed = torch.bmm(across, flat)
-    by_column = (tensor.view(b, t, r, n).transpose(1, 2).reshape(b, r, t * n) for tensor in (flat, weighed))
-    left, right = by_column
+    left, right = (
+        split(tensor.view(b, t, r, n).transpose(1, 2).reshape(b, r, t * n), n_slots) for tensor in (flat, weighed)
+    )
     return torch.bmm(left, right.mT), across
 
 
 def pairs(
-    parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, elements: int
+    parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, elements: int, n_slots: int = 1
 ) -> Iterator[Pairs] | None:
     """The gradients of one parameter as factors, some examples at a time; None where they are no such sums."""
     rule = rules[0]
@@ -130,23 +155,30 @@ def pairs(
             examples = slice(start, min(start + step, n_examples))
             factors = rule.pairs(examples)
             assert factors is not None
-            yield Pairs(parameter, examples, *factors)
+            yield Pairs(parameter, _slots(examples, n_slots), *factors, n_slots)
 
     return some()
 
 
 def tiles(
-    parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, squared: bool, elements: int
+    parameter: Parameter,
+    rules: list[Rule],
+    n_examples: int,
+    n_columns: int,
+    squared: bool,
+    elements: int,
+    n_slots: int = 1,
 ) -> Iterator[Block]:
     """The per-example gradients of one parameter, as many examples and rows at a time as fit into a tile.
 
     Args:
         parameter: The parameter with its place in the flat vector.
         rules: One per use; their gradients are summed.
-        n_examples: Examples in the batch.
+        n_examples: Examples that the rules know.
         n_columns: Columns that the rules have stored.
         squared: Yield Σ over columns of the squares instead.
         elements: Most elements of a tile.
+        n_slots: K examples of which each of those has the columns, side by side.
 
     Yields:
         Blocks, each overwritten by the next.
@@ -165,25 +197,45 @@ def tiles(
         examples = slice(start, min(start + step, n_examples))
         if isinstance(alone, Embedding):
             values, table_rows, _ = alone.looked_up(examples)
-            starts = parameter.offset + table_rows * values.shape[3]
-            yield Block(parameter, examples, squares(values, alone.scratch)[:, None] if squared else values, starts)
+            yield _on_rows(parameter, examples, values, table_rows, squared, n_slots, alone.scratch)
             continue
         for row in range(0, n_rows, n_tile_rows):
             rows = slice(row, min(row + n_tile_rows, n_rows))
             offset = parameter.offset + row * row_size
             if squared:
-                square = (
-                    alone.square(examples, rows) if alone is not None and _is_the_parameter(alone, parameter) else None
-                )
+                direct = n_slots == 1 and alone is not None and _is_the_parameter(alone, parameter)
+                square = alone.square(examples, rows) if direct and alone is not None else None
                 if square is None:
-                    square = squares(_summed(parameter, rules, examples, rows), rules[0].scratch)
-                yield Block(parameter, examples, square.reshape(len(square), 1, 1, -1), offset)
+                    square = squares(split(_summed(parameter, rules, examples, rows), n_slots), rules[0].scratch)
+                values = square.reshape(len(square), 1, 1, -1)
+                yield Block(parameter, _slots(examples, n_slots), values, offset)
             else:
-                gram = alone.gram(examples) if alone is not None and alone.value.reshaped else None
+                gram = alone.gram(examples) if n_slots == 1 and alone is not None and alone.value.reshaped else None
                 if gram is not None and row > 0:
                     gram = torch.zeros_like(gram)  # the first tile of rows brought all of it
-                values = _summed(parameter, rules, examples, rows)
-                yield Block(parameter, examples, values.reshape(*values.shape[:2], 1, -1), offset, gram)
+                values = split(_summed(parameter, rules, examples, rows), n_slots)
+                values = values.reshape(*values.shape[:2], 1, -1)
+                yield Block(parameter, _slots(examples, n_slots), values, offset, gram)
+
+
+def _slots(examples: slice, n_slots: int) -> slice:
+    """The slots of some sequences."""
+    return slice(examples.start * n_slots, examples.stop * n_slots)
+
+
+def _on_rows(
+    parameter: Parameter,
+    examples: slice,
+    values: Tensor,
+    table_rows: Tensor,
+    squared: bool,
+    n_slots: int,
+    scratch: Scratch,
+) -> Block:
+    """Gradients ``(b', K·R, u, d)`` on rows ``(b', u)`` of a table as a block."""
+    starts = (parameter.offset + table_rows * values.shape[3]).repeat_interleave(n_slots, dim=0)
+    values = split(values, n_slots)
+    return Block(parameter, _slots(examples, n_slots), squares(values, scratch)[:, None] if squared else values, starts)
 
 
 def head_of_tied(parameter: Parameter, rules: list[Rule], n_columns: int, elements: int) -> MatrixProduct | None:
@@ -197,7 +249,13 @@ def head_of_tied(parameter: Parameter, rules: list[Rule], n_columns: int, elemen
 
 
 def tied(
-    parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, squared: bool, elements: int
+    parameter: Parameter,
+    rules: list[Rule],
+    n_examples: int,
+    n_columns: int,
+    squared: bool,
+    elements: int,
+    n_slots: int = 1,
 ) -> Iterator[Block | Pairs]:
     """The gradients of a table that is used as embedding and as output layer, without forming them.
 
@@ -215,9 +273,9 @@ def tied(
         rows = table_rows[:, None, None].expand(*delta.shape[:3], -1)
         here = delta.gather(3, rows) * counts[:, None, None]
         values += torch.einsum("btru,btk->bruk", here, inputs)
-        starts = parameter.offset + table_rows * k
-        yield Block(parameter, examples, squares(values, table.scratch)[:, None] if squared else values, starts)
-        yield Pairs(parameter, examples, delta.scatter(3, rows, 0.0), inputs, turned)
+        yield _on_rows(parameter, examples, values, table_rows, squared, n_slots, table.scratch)
+        delta = delta.scatter(3, rows, 0.0)
+        yield Pairs(parameter, _slots(examples, n_slots), delta, inputs, turned, n_slots)
 
 
 def is_small(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, elements: int) -> bool:
@@ -231,13 +289,14 @@ def is_small(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns
     )
 
 
-def gathered(small: list[tuple[Parameter, Rule]], n_examples: int, squared: bool) -> Iterator[Block]:
+def gathered(small: list[tuple[Parameter, Rule]], n_examples: int, squared: bool, n_slots: int = 1) -> Iterator[Block]:
     """The gradients of small parameters, several of one size to a block.
 
     Args:
         small: The parameters, each with its rule.
-        n_examples: Examples in the batch.
+        n_examples: Examples that the rules know.
         squared: Yield Σ over columns of the squares instead.
+        n_slots: As for :func:`tiles`.
     """
     by_size: dict[tuple[int, torch.dtype], list[tuple[Parameter, Tensor]]] = {}
     examples = slice(0, n_examples)
@@ -248,11 +307,11 @@ def gathered(small: list[tuple[Parameter, Rule]], n_examples: int, squared: bool
     for members in by_size.values():
         for start in range(0, len(members), GATHERED):
             some = members[start : start + GATHERED]
-            values = torch.stack([values for _, values in some], dim=2)
+            values = split(torch.stack([values for _, values in some], dim=2), n_slots)
             starts = tuple(parameter.offset for parameter, _ in some)
             if squared:
                 values = squares(values, small[0][1].scratch)[:, None]
-            yield Block(some[0][0], examples, values, starts)
+            yield Block(some[0][0], _slots(examples, n_slots), values, starts)
 
 
 def _summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slice) -> Tensor:
