@@ -26,7 +26,9 @@ BLOCKS = {"llama": "*layers.*_proj.weight", "gpt2": ["*c_attn.weight", "*c_proj.
 def network(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "gpt2":
-        config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.2)
+        config = transformers.GPT2Config(
+            vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.2
+        )
         return transformers.GPT2LMHeadModel(config).eval()
     config = transformers.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=1, initializer_range=0.2)
     return transformers.LlamaForCausalLM(config).eval()

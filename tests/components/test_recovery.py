@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import npeff
+from language_cases import SmallLanguageModel, token_batches
 from npeff.components import row_sums
 from npeff.components.factored import RangeSketch, slots
 from npeff.errors import ArgumentError, DataError
@@ -66,6 +67,19 @@ def test_whole_vectors_are_the_sums_of_rows(
     recovered = components.recover(model, data, progress=False)
     for j in range(r):
         np.testing.assert_allclose(recovered.vector(j), expected[j], atol=2e-6)
+
+
+@pytest.mark.parametrize("r", [2, 5])
+@pytest.mark.parametrize("tied", [False, True])
+def test_places_of_sequences(tied: bool, r: int) -> None:
+    model, data = SmallLanguageModel(tied).eval(), token_batches()
+    components, expected = decomposed(model, data, r)
+    recovered = components.recover(model, data, progress=False)
+    factored = components.recover(model, data, rank=2, progress=False)
+    for j in range(r):
+        np.testing.assert_allclose(recovered.vector(j), expected[j], atol=2e-6)
+        kept = 1 - float(factored.factored_lost[j].sum())
+        assert factored.vector(j) @ expected[j] == pytest.approx(np.sqrt(kept), abs=0.05)
 
 
 @pytest.mark.parametrize("r", [2, 5])

@@ -217,10 +217,13 @@ class _Recovery:
             batch, ids = batch.take(slice(0, wanted[-1] + 1)), ids[: wanted[-1] + 1]
         with self.run.engine.recording():
             for one in self.run.passes(batch, ids, replace_logits=self._as_stored):
-                weights = self._weights(one.factors, one.ids)
+                columns, weights = one.factors.columns, self._weights(one.factors, one.slot_ids)
                 if len(self.js) < one.n_columns:
-                    one.factors, weights = _combined(one.factors, weights)
-                for block in one.blocks(lambda parameter, rules: True, gathered=True):
+                    columns, weights = _combined(columns, weights)
+                assert one.prepared is not None
+                for block in self.run.engine.blocks(
+                    one.prepared, columns, slots=one.slots, paired=lambda *_: True, gathered=True
+                ):
                     self.sums.add(block, weights)
 
     def _as_stored(self, logits: Tensor, ids: Array) -> Tensor:
@@ -274,13 +277,11 @@ class _Recovery:
         return self.sums.finish()
 
 
-def _combined(factors: Factors, weights: Tensor) -> tuple[Factors, Tensor]:
-    """One cotangent per component in place of one per row, of unit norm, and their weights ``(b, k, k)``."""
-    columns = torch.einsum("bcr,brk->bck", factors.columns, weights)
+def _combined(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """One cotangent per component in place of one per row, of unit norm ``(b, C, k)``; and weights ``(b, k, k)``."""
+    columns = torch.einsum("bcr,brk->bck", columns, weights)
     size = torch.linalg.vector_norm(columns, dim=1)
-    columns /= torch.where(size > 0, size, 1.0)[:, None]
-    counts = torch.full_like(factors.counts, columns.shape[2])
-    return Factors(columns, torch.ones_like(factors.scale), counts), torch.diag_embed(size)
+    return columns / torch.where(size > 0, size, 1.0)[:, None], torch.diag_embed(size)
 
 
 def _with_vectors(components: F, js: list[int], rank: int | None, sums: Array, lost: Array) -> F:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from npeff.components.factored import FactorSlot, RangeSketch, slots, truncated
-from npeff.gradients.tiles import Block, Pairs
+from npeff.gradients.blocks import Block, Pairs
 from npeff.models.parameters import Parameters
 
 Array = npt.NDArray[np.float32]
@@ -114,8 +114,8 @@ class RowSums:
         """Add a block.
 
         Args:
-            block: Of some examples of a batch.
-            weights: ``(b, R, c)`` of all examples of the batch.
+            block: Of some examples of a pass, or of their slots.
+            weights: ``(b, R, c)`` of all examples, or slots, of the pass.
         """
         weights = weights[block.examples]
         if isinstance(block, Pairs):
@@ -160,7 +160,7 @@ class RowSums:
     def _wait(self, pairs: Pairs, weights: Tensor) -> None:
         """Let factors wait until there are enough of them to be multiplied."""
         delta, inputs = pairs.delta, pairs.inputs
-        weights = weights.to(delta)
+        weights = weights.reshape(len(delta), -1, self.n_vectors).to(delta)  # places of a sequence side by side
         b, t, r, _ = delta.shape
         if t > 1:
             used = (delta != 0).flatten(2).any(dim=2)
@@ -239,11 +239,10 @@ def _add_products(target: Tensor, waiting: Iterable[_Some], turned: bool) -> Non
     formed = [some for some in waiting if some.delta.shape[1] > 1]
     positions = [some for some in waiting if some.delta.shape[1] == 1]
     if positions:
-        delta = torch.cat([some.delta[:, 0] for some in positions])
         inputs = torch.cat([some.inputs[:, 0] for some in positions]).to(target)
-        weights = torch.cat([some.weights for some in positions])
         for j in range(len(target)):
-            combined = torch.einsum("trn,tr->tn", delta, weights[:, :, j]).to(target)
+            parts = [torch.einsum("trn,tr->tn", some.delta[:, 0], some.weights[:, :, j]) for some in positions]
+            combined = torch.cat(parts).to(target)
             left, right = (inputs, combined) if turned else (combined, inputs)
             target[j].addmm_(left.T, right)
     if formed:
