@@ -92,6 +92,17 @@ def assemble(parameters: Parameters, rank: int, stored: Array) -> Array:
     return vector
 
 
+def squared_norm(parameters: Parameters, rank: int | None, stored: Array) -> float:
+    """Compute the squared norm of what a factored vector, or with ``rank`` None a whole one, stands for."""
+    if rank is None:
+        blocks = [stored[parameter.slice] for parameter in parameters]
+    else:  # the rows of right factors are orthonormal
+        laid = slots(parameters, rank)
+        wholes = (stored[slot.offset : slot.offset + slot.numel] for slot in laid if slot.rank is None)
+        blocks = [*wholes, *(slot.factors(stored)[0].reshape(-1) for slot in laid if slot.rank is not None)]
+    return sum(float(np.dot(block, block)) for block in blocks)
+
+
 def scale_factored(parameters: Parameters, rank: int | None, stored: Array, factor: float) -> None:
     """Multiply what a factored vector, or with ``rank`` None a whole one, stands for; in place."""
     if rank is None:

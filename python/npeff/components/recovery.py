@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from npeff.batches.batch_order import check_sampler
 from npeff.batches.batches import Batch, check_data
-from npeff.components.factored import assemble, scale_factored
+from npeff.components.factored import assemble, scale_factored, squared_norm
 from npeff.components.factorisation import Factorisation
 from npeff.components.row_sums import RowSums
 from npeff.components.saving import update_file
@@ -288,10 +288,10 @@ def _with_vectors(components: F, js: list[int], rank: int | None, sums: Array, l
     """Add vectors, scaled to unit norm, what their factors lose included."""
     sketch = sketch_of(components.provenance.get("fishers", {}))
     for row, j in enumerate(js):
-        vector = sums[row] if rank is None else assemble(components.parameters, rank, sums[row])
-        squares = float(np.square(vector, dtype=np.float64).sum())
+        squares = squared_norm(components.parameters, rank, sums[row])
         norm = math.sqrt(squares + lost[row].sum())
         if sketch is not None:
+            vector = sums[row] if rank is None else assemble(components.parameters, rank, sums[row])
             _check_against_sketch(components, j, sketch, vector, math.sqrt(squares) / max(norm, 1e-30))
         lost[row] /= max(norm, 1e-30) ** 2
         scale_factored(components.parameters, rank, sums[row], 1 / max(norm, 1e-30))
