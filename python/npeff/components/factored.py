@@ -68,13 +68,13 @@ class FactorSlot:
         return own[: n * self.rank].reshape(n, self.rank), own[n * self.rank :].reshape(self.rank, k)
 
 
-def slots(parameters: Parameters, rank: int) -> list[FactorSlot]:
-    """Lay the blocks of a factored vector end to end, in the parameters' order."""
+def slots(parameters: Parameters, rank: int | None) -> list[FactorSlot]:
+    """Lay the blocks of a factored vector, or with ``rank`` None of a whole one, end to end."""
     found, offset = [], 0
     for parameter in parameters:
         n, k = FactorSlot(parameter, 0, None).size
-        small = len(parameter.shape) >= 2 and rank < min(n, k) and rank * (n + k) < n * k
-        slot = FactorSlot(parameter, offset, rank if small else None)
+        fits = rank is not None and len(parameter.shape) >= 2 and rank < min(n, k) and rank * (n + k) < n * k
+        slot = FactorSlot(parameter, offset, rank if fits else None)
         found.append(slot)
         offset += slot.numel
     return found

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from npeff.components.factored import assemble
 from npeff.errors import ArgumentError
+from npeff.fishers.block_weights import column_factors
 from npeff.fishers.rows import Kind
-from npeff.fishers.scaling import column_factors
 from npeff.models.parameters import Parameters
 
 Array = npt.NDArray[Any]

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from npeff.batches.batch_order import check_sampler
 from npeff.batches.batches import Batch, check_data
-from npeff.components.factored import assemble, scale_factored, squared_norm
+from npeff.components.factored import assemble, scale_factored, slots, squared_norm
 from npeff.components.factorisation import Factorisation
 from npeff.components.row_sums import RowSums
 from npeff.components.saving import update_file
 from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.fishers.block_weights import column_factors
 from npeff.fishers.factors import Factors
 from npeff.fishers.options import FisherOptions, Sketch, sketch_of
 from npeff.fishers.passes import Run
@@ -288,6 +289,7 @@ def _with_vectors(components: F, js: list[int], rank: int | None, sums: Array, l
     """Add vectors, scaled to unit norm, what their factors lose included."""
     sketch = sketch_of(components.provenance.get("fishers", {}))
     for row, j in enumerate(js):
+        _without_left_out(components, rank, sums[row], lost[row])
         squares = squared_norm(components.parameters, rank, sums[row])
         norm = math.sqrt(squares + lost[row].sum())
         if sketch is not None:
@@ -302,6 +304,15 @@ def _with_vectors(components: F, js: list[int], rank: int | None, sums: Array, l
     order, stacked = _merged(js, sums, *((components.factored, components.factored_vectors) if same else (None, None)))
     _, losses = _merged(js, lost, *((components.factored, components.factored_lost) if same else (None, None)))
     return replace(components, rank=rank, factored=order, factored_vectors=stacked, factored_lost=losses)
+
+
+def _without_left_out(components: Factorisation, rank: int | None, stored: Array, lost: Array) -> None:
+    """Set the blocks of weight 0 to 0: the Fishers held nothing of them."""
+    weights = components.block_weights or {}
+    for number, slot in enumerate(slots(components.parameters, rank)):
+        if weights.get(slot.parameter.name, 1.0) == 0:
+            stored[slot.offset : slot.offset + slot.numel] = 0.0
+            lost[number] = 0.0
 
 
 def _merged(js: list[int], rows: Array, known: Array | None, known_rows: Array | None) -> tuple[Array, Array]:
@@ -322,7 +333,9 @@ def _check_against_sketch(components: Factorisation, j: int, sketch: Sketch, vec
         vector: ``(n_parameters,)``.
         kept: Norm of the vector over that of what it stands for: the cosine expected.
     """
-    sketched = sketch_vectors(sketch, components.parameters, vector[None])[0].astype(np.float64)
+    weights = components.block_weights
+    weighted = vector if weights is None else vector * column_factors(components.parameters, weights, components.kind)
+    sketched = sketch_vectors(sketch, components.parameters, weighted[None])[0].astype(np.float64)
     stored = components.vectors[j].astype(np.float64)
     size = np.linalg.norm(sketched) * np.linalg.norm(stored)
     cosine = float(sketched @ stored) / max(size, 1e-300)

@@ -87,7 +87,7 @@ class RowSums:
         self._offsets = {parameter.offset: parameter.name for parameter in parameters if parameter.numel}
         self._whole = torch.zeros(n_vectors, 0 if rank is not None else parameters.n_parameters, device=device)
         by_size: dict[tuple[int, int], RangeSketch] = {}
-        for slot in slots(parameters, rank or 1):
+        for slot in slots(parameters, rank):
             name, (n, k) = slot.parameter.name, slot.size
             sketch = by_size.setdefault(slot.size, RangeSketch(slot.size, rank or 1))
             if rank is None:

@@ -19,8 +19,9 @@ from npeff.decomposition.published_algorithm import run_published
 from npeff.decomposition.search import Search
 from npeff.decomposition.space_choice import SpaceName
 from npeff.errors import ArgumentError, DataError
+from npeff.fishers.block_weights import BlockWeights
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.scaling import BlockWeights, Normalize
+from npeff.fishers.scaling import Normalize
 
 Array = npt.NDArray[Any]
 

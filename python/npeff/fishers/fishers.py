@@ -152,6 +152,12 @@ class Fishers:
         return sketch_of(self.provenance)
 
     @property
+    def block_weights(self) -> dict[str, float] | None:
+        """The weight per parameter name that the Fishers were computed with; None when all are 1."""
+        described = (self.provenance.get("options") or {}).get("block_weights")
+        return None if described is None else dict(described["weights"])
+
+    @property
     def kept_elsewhere(self) -> bool:
         """Whether the rows are not in parameter space: sketches, or inner products alone."""
         return self.sketch is not None or self.rows.products_only

@@ -18,7 +18,7 @@ from npeff.fishers.file_format import EXAMPLE_ARRAYS, offsets_of
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
 from npeff.fishers.growing_rows import GrowingRows
 from npeff.fishers.options import sketch_of
-from npeff.fishers.parts import BatchRecord, Parts, batches_in, check_header, parts_folder, plain
+from npeff.fishers.parts import BatchRecord, Parts, batches_in, check_header, parts_folder, plain, read_header
 from npeff.models.parameters import Parameters
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import check_target
@@ -355,3 +355,13 @@ def header_in(container: Container) -> dict[str, Any]:
         "parameters": container.json("parameters"),
         "provenance": container.json("provenance"),
     }
+
+
+def begun_block_weights(out: Path) -> dict[str, float] | None:
+    """Read the block weights of work at ``out``, finished or not; None where it has none, or nothing can be read."""
+    with contextlib.suppress(StorageError, LookupError, TypeError, ValueError):
+        header = header_in(open_container(out)) if out.exists() else read_header(parts_folder(out) / "header.json")
+        return {
+            name: float(weight) for name, weight in header["provenance"]["options"]["block_weights"]["weights"].items()
+        }
+    return None
