@@ -160,7 +160,7 @@ def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, f
             f"block_weights: {what} mix all parameters, so that none can be weighted afterwards; use "
             "block_weights='energy' (the default). Otherwise compute the Fishers again, with "
             "block_weights='balanced' there (npeff fishers --block-weights balanced), or the weights wanted; with "
-            "parameters=[…] (--parameters PATTERN) for the blocks that should count, the others left out; or with "
+            "parameters=[…] (npeff fishers --parameters PATTERN) for the blocks that should count, the others left out; or with "
             "TopK(k) (--top-k N), which keeps k numbers per example however large the model is, and can be weighted "
             "afterwards"
         )
