@@ -52,7 +52,7 @@ def test_each_argument_is_an_option_with_the_same_default(name: str, arguments: 
         assert set(arguments.only) <= set(wanted)
         wanted = {only: wanted[only] for only in arguments.only}
     else:
-        not_planned = {"out", "seed", "max_examples", "progress"} if name == "plan" else set()
+        not_planned = {"out", "seed", "max_examples", "block_weights", "progress"} if name == "plan" else set()
         assert set(wanted) - set(parameters) - not_planned == NO_TEXT.get(arguments.path, set())
     for argument, default in wanted.items():
         if argument in arguments.skip:
