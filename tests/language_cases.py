@@ -65,27 +65,29 @@ def token_batches(
     return batches
 
 
-def fishers_of_places(model: nn.Module, data: Any, call: Any = None) -> tuple[np.ndarray, np.ndarray]:
+def fishers_of_places(
+    model: nn.Module, data: Any, call: Any = None, names: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Compute the dense Fisher of each place by one backward pass per class, in float64.
 
     Returns:
         ``(n, m, m)`` Fishers and ``(n, C)`` logits.
     """
     model = copy.deepcopy(model).double()
-    tensors = list(dict.fromkeys(p for p in model.parameters()))
+    tensors = [p.requires_grad_() for name, p in model.named_parameters() if names is None or name in names]
     fishers, all_logits = [], []
     for batch in data:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         output = model(**inputs) if call is None else call(model, batch)
         logits = output if isinstance(output, Tensor) else output.logits
         for sequence, position in (batch["labels"] != -100).nonzero().tolist():
-            z = logits[sequence, position]
+            z = logits[sequence, position].double()
             rows = []
             for y in range(len(z)):
                 found = torch.autograd.grad(z[y], tensors, retain_graph=True, allow_unused=True)
                 parts = zip(tensors, found, strict=True)
                 rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in parts]))
-            jacobian, p = torch.stack(rows), z.detach().softmax(0)
+            jacobian, p = torch.stack(rows).double(), z.detach().softmax(0)
             fishers.append((jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian).numpy())
             all_logits.append(z.detach().numpy())
     return np.stack(fishers), np.stack(all_logits)

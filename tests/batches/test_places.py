@@ -186,6 +186,13 @@ def test_shapes_that_do_not_fit_are_refused_with_what_to_do():
         npeff.compute_fishers(model, [(ids, labels)], progress=False)
 
 
+def test_a_label_in_the_padding_is_refused():
+    (data, *_) = token_batches(counts=((5, 3),))
+    data["labels"][1, 4] = 2
+    with pytest.raises(DataError, match=r"batch 0 has a label at position 4 of sequence 1, which the attention mask"):
+        npeff.compute_fishers(SmallLanguageModel(), [data], progress=False)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_fishers_of_places_agree_with_one_backward_pass_each(side, tied):

@@ -16,7 +16,7 @@ from device_cases import Words, same
 from emulated_device import EmulatedCuda, emulated
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.kernels import NonFiniteError, StreamingSketch, StreamingTopK, sketch, sketch_csr, topk
-from npeff.kernels.cuda_sketch import hadamard
+from npeff.kernels.sketch import hadamard
 from sparse_cases import skewed
 
 

@@ -552,7 +552,25 @@ def read_batch(
         batch.labels = labels[batch.places[:, 0], batch.places[:, 1]].to(torch.int64)
         batch.n_examples = len(batch.places)
         batch._places_wanted = True
+        _check_padding(batch, number)
     return batch
+
+
+def _check_padding(batch: Batch, number: int) -> None:
+    """Refuse places where the attention mask of a mapping is zero.
+
+    Raises:
+        DataError: Naming the first.
+    """
+    mask = batch.content.get("attention_mask") if isinstance(batch.content, Mapping) else None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and batch.places is not None:
+        padded = batch.places[mask[batch.places[:, 0], batch.places[:, 1]] == 0]
+        if len(padded):
+            s, t = padded[0].tolist()
+            raise DataError(
+                f"labels: batch {number} has a label at position {t} of sequence {s}, which the attention mask leaves "
+                f"out as padding; expected {IGNORED} there"
+            )
 
 
 def _has_places(batch: Batch, any_layout: bool, places: bool | None, said: bool, number: int) -> bool:

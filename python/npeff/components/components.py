@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,71 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save as save_tensors
 from torch import nn
 
+from npeff import kernels
 from npeff.components.adapters import write_adapter
-from npeff.components.encoding import Encoded, solve, statistics
 from npeff.components.factorisation import OPTIONAL, Factorisation
-from npeff.components.recovery import check_rank, ensure_vectors, recover
-from npeff.components.saving import save_components, write_state_dict
+from npeff.components.recovery import check_rank, recover
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, DataError, StorageError
+from npeff.fishers.file_format import LOGITS, PLACES, check_saved, count_outputs, example_fields
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import sketch_of
+from npeff.fishers.rows import Kind
 from npeff.fishers.scaling import ScaledRows, scale
 from npeff.models.parameters import Parameters
-
-__all__ = ["Components", "Encoded", "statistics"]
+from npeff.storage.checks import FLOAT, INT, Field
+from npeff.storage.container import check_replaceable, open_container, refuse_npeff_file
+from npeff.storage.files import atomic, path_of
+from npeff.storage.writing import Data, write_container
 
 Array = npt.NDArray[Any]
+
+COMPONENTS = (
+    Field("coefficients", FLOAT, ("n_examples", "n_components"), least=0),
+    Field("vectors", FLOAT, ("n_components", "n_columns")),
+    Field("columns", INT, ("n_columns",), least=0, below="n_parameters", ascending_in="", optional=True),
+    Field("labels", INT, ("n_examples",), least=-1, below="n_classes"),
+    *LOGITS,
+    Field("ids", INT, ("n_examples",), least=0),
+    PLACES,
+    Field("norms", FLOAT, ("n_examples",), least=0, nan=True),
+    Field("loss_curve", FLOAT, ("n_losses",)),
+    Field("row_offsets", INT, ("n_examples + 1",), ascends_to="n_rows", optional=True),
+    Field("row_weights", FLOAT, ("n_rows", "n_components"), optional=True),
+    Field("recovered", INT, ("n_recovered",), least=0, below="n_components", ascending_in="", optional=True),
+    Field("recovered_vectors", FLOAT, ("n_recovered", "n_parameters"), optional=True),
+    Field("factored", INT, ("n_factored",), least=0, below="n_components", ascending_in="", optional=True),
+    Field("factored_vectors", FLOAT, ("n_factored", "n_factors"), optional=True),
+    Field("factored_lost", FLOAT, ("n_factored", "n_tensors"), least=0, optional=True),
+)
+"""The arrays of a file, under ``arrays/``."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Coefficients of examples on given components.
+
+    Attributes:
+        coefficients: ``(n, r)`` float32, the non-negative least-squares solution.
+        kkt: ``(n,)`` float64 relative KKT residual of each example's solution: the largest violation of
+            ``w ≥ 0, ∇ ≥ 0, w·∇ = 0`` over the largest |cross_ij|.
+        unexplained: ``(n,)`` float64 share ``‖F_i − Σ_j w_j g_j g_jᵀ‖² / ‖F_i‖²`` that is left; 0 for a zero Fisher.
+    """
+
+    coefficients: Array
+    kkt: Array
+    unexplained: Array
+
+    def __repr__(self) -> str:
+        n, r = self.coefficients.shape
+        left, worst = (float(np.median(self.unexplained)), float(self.kkt.max())) if n else (0.0, 0.0)
+        return f"Encoded({n} examples, {r} components, unexplained: median {left:.0%}, KKT residual ≤ {worst:.1e})"
+
+    def __len__(self) -> int:
+        return len(self.coefficients)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +128,58 @@ class Components(Factorisation):
         chosen = None if js is None else [self._component(j) for j in js]
         return recover(self, model, data, chosen, rank=rank, **options)
 
+    def ensure_vectors(
+        self,
+        js: Sequence[int],
+        model: nn.Module | None,
+        data: Iterable[Any] | None,
+        *,
+        rank: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Recover the vectors of some components that are not known yet, in place, and keep them in :attr:`path`.
+
+        Nothing is written where the file holds other components by now; where it cannot be written, a warning says so.
+
+        Args:
+            js: Which; nothing happens where all are known.
+            model: The model of the Fishers; None where there is none.
+            data: The data of the Fishers, which will be read again; None where there are none.
+            rank: Factors of at least this rank will do; None: so will any vector that is known.
+            **options: As for :meth:`recover`.
+
+        Raises:
+            ArgumentError: Vectors are missing, and there is no model or no data to recover them with.
+            DataError: The data can be read once only, or is not that of the Fishers.
+            ModelError: The model is not that of the Fishers.
+        """
+        unknown = set(self.not_recovered)
+        if rank is not None and self.rank is not None and self.rank < rank:
+            unknown |= {j for j in js if self.known_as_factors_alone(j)}
+        if not (missing := [j for j in dict.fromkeys(js) if j in unknown]):
+            return
+        if model is None or data is None:
+            self.check_recovered(missing)
+            raise ArgumentError(
+                f"rank: component {missing[0]} is known as factors of rank {self.rank}, fewer than {rank}; give data= "
+                "to recover more, or a lower rank"
+            )
+        if isinstance(data, Iterator):
+            raise DataError(
+                "data: it can be read once only, but vectors have to be recovered by a pass of their own; pass a list "
+                "or a DataLoader, or call components.recover(model, data) beforehand"
+            )
+        found = self.recover(model, data, missing, rank=rank, **options)
+        for name in ("recovered", "recovered_vectors", "rank", "factored", "factored_vectors", "factored_lost"):
+            object.__setattr__(self, name, getattr(found, name))  # what the components are stays the same
+        if self.path is None:
+            return
+        try:
+            if np.array_equal(open_container(self.path).array("arrays/coefficients"), self.coefficients):
+                self.save(self.path)
+        except StorageError as error:
+            warnings.warn(f"the vectors that were recovered could not be kept: {error}", stacklevel=3)
+
     def state_dict(
         self, j: int, model: nn.Module | None = None, data: Iterable[Any] | None = None, **options: Any
     ) -> dict[str, torch.Tensor]:
@@ -100,7 +201,7 @@ class Components(Factorisation):
             DataError: The data is not that of the Fishers.
             ModelError: The model is not that of the Fishers.
         """
-        ensure_vectors(self, [self._component(j)], model, data, **options)
+        self.ensure_vectors([self._component(j)], model, data, **options)
         return {
             name: torch.from_numpy(block.copy()) for name, block in self.parameters.unflatten(self.vector(j)).items()
         }
@@ -128,8 +229,14 @@ class Components(Factorisation):
             ModelError: As for :meth:`state_dict`.
             StorageError: Fishers or Components are there, or the file cannot be written.
         """
-        ensure_vectors(self, [self._component(j)], model, data, **options)
-        return write_state_dict(self, self._component(j), path)
+        j, path = self._component(j), path_of(path)
+        refuse_npeff_file(path)
+        tensors = self.state_dict(j, model, data, **options)
+        about = {"component": j, "kind": self.kind, **self.provenance}
+        content = save_tensors(tensors, {"npeff": json.dumps(about, default=str)})
+        with atomic(path) as scratch:
+            scratch.write_bytes(content)
+        return path
 
     def to_peft(
         self,
@@ -170,7 +277,7 @@ class Components(Factorisation):
             StorageError: The folder cannot be written.
         """
         check_rank(rank)
-        ensure_vectors(self, [self._component(j)], model, data, rank=rank, **options)
+        self.ensure_vectors([self._component(j)], model, data, rank=rank, **options)
         return write_adapter(self, self._component(j), path, model, rank, scale)
 
     def block_energy(self, j: int) -> dict[str, float]:
@@ -253,7 +360,14 @@ class Components(Factorisation):
         theirs, ours = (p.get("model_digest") for p in (fishers.provenance, self.provenance.get("fishers", {})))
         if theirs and ours and theirs != ours:
             warnings.warn("fishers: they are of another model than the components (other weights)", stacklevel=2)
-        return solve(self.kind, self._scale(fishers), self.vectors, tolerance)
+        scaled = self._scale(fishers)
+        cross, gram = statistics(self.kind, scaled, torch.from_numpy(self.vectors).double())
+        solution = kernels.nnls(gram, cross, tol=tolerance, exact=True)
+        w = solution.w
+        energy = torch.from_numpy(scaled.fisher_norms**2)
+        left = energy - 2 * (w * cross).sum(1) + ((w @ gram) * w).sum(1)
+        unexplained = torch.where(energy > 0, left.clamp_min(0) / energy.clamp_min(1e-30), torch.zeros_like(energy))
+        return Encoded(w.float().numpy(), np.asarray(solution.kkt, np.float64), unexplained.numpy())
 
     def _scale(self, fishers: Fishers, columns: Array | None = None) -> ScaledRows:
         return scale(
@@ -296,19 +410,37 @@ class Components(Factorisation):
     # ---- storage -------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write to an HDF5 file (see :mod:`npeff.storage`).
+        """Write to an HDF5 file: the arrays under ``arrays/`` and :meth:`meta` as JSON.
 
-        An existing file is replaced only once the new one is whole. Vectors that are recovered later, on the way, are
-        added to the file (:attr:`path`).
+        The file appears whole or not at all. An existing file is replaced only if it, too, holds npeff Components.
+        Vectors that are recovered on the way later are added to it (:attr:`path`).
+
+        Returns:
+            ``path``.
+
+        Raises:
+            ArgumentError: An array holds what no Components have, such as NaN; says which.
+            StorageError: The file cannot be written there; what was there is untouched.
         """
-        object.__setattr__(self, "path", save_components(self, path))
-        assert self.path is not None
-        return self.path
+        path = check_replaceable(path, "components")
+        self.verify()
+        source = self.provenance.get("fishers") or {}
+        known = {"n_parameters": self.n_parameters, "n_logits": self.logits.values.shape[1]}
+        count_outputs("components", known, source.get("options") or {}, self.logits.n_outputs)
+        check_saved("components", self.to_arrays(), COMPONENTS, known)
+        arrays = [Data.of(f"arrays/{name}", np.asarray(array)) for name, array in sorted(self.to_arrays().items())]
+        sizes = {"n_examples": len(self.coefficients), "n_components": self.n_components}
+        sizes["n_parameters"] = self.n_parameters
+        attributes = {"kind": self.kind, **{name: np.int64(size) for name, size in sizes.items()}}
+        with atomic(path) as scratch:
+            write_container(scratch, "components", [Data.json("meta", self.meta()), *arrays], attributes)
+        object.__setattr__(self, "path", path)
+        return path
 
     @classmethod
     def from_parts(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> Components:
         """Make Components of what :meth:`to_arrays` and :meth:`meta` gave."""
-        names = ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
+        names = ("coefficients", "vectors", "loss_curve")
         own: dict[str, Any] = {name: arrays[name] for name in (*names, *OPTIONAL[1:]) if name in arrays}
         return cls(
             kind=meta["kind"],
@@ -319,4 +451,13 @@ class Components(Factorisation):
             columns=arrays.get("columns"),
             rank=meta.get("rank"),
             **own,
+            **example_fields(arrays),
         )
+
+
+def statistics(kind: Kind, scaled: ScaledRows, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute ``cross (n, r)`` and ``gram (r, r)`` of the least-squares problem for W, in the dtype of ``vectors``."""
+    P, Q = scaled.rows.project(vectors), vectors @ vectors.T
+    if kind == "diagonal":
+        return P, Q
+    return kernels.cross(P, torch.tensor(np.asarray(scaled.row_offsets))), Q * Q

@@ -9,28 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from npeff.components.components import Components
+from npeff.components.components import COMPONENTS, Components
 from npeff.components.factored import slots
 from npeff.components.published import describe_published, published_in
-from npeff.components.saving import COMPONENTS
 from npeff.errors import ForeignFileError, StorageError
 from npeff.fishers.file_format import (
     KINDS,
     check_provenance,
     check_sizes,
     coherent,
+    count_outputs,
     described_parameters,
-    n_classes,
     one_of,
+    told_outputs,
 )
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.options import sketch_of
 from npeff.fishers.parts import describe_parts, parts_folder
-from npeff.storage.container import Container
-from npeff.storage.documents import expect, item
-from npeff.storage.fields import Sizes, check_shapes
+from npeff.storage.checks import Sizes, check_shapes, expect, item
+from npeff.storage.container import Container, recognise
 from npeff.storage.files import path_of
-from npeff.storage.recognition import recognise
 
 READ_BYTES = 256 << 20  # components no larger are read into memory
 
@@ -108,7 +106,7 @@ def _components_in(container: Container, *, verify: bool = False) -> Components:
         raise StorageError(f"{where} is damaged: expected 'rank', which the array 'factored_vectors' needs")
     sizes["n_tensors"] = len(parameters)
     check_shapes(container.path, container.specs, fields, sizes)
-    sizes["n_classes"] = n_classes(options, sizes["n_outputs"])
+    count_outputs(container.path, sizes, options, told_outputs(container, "arrays/n_outputs"))
     check_sizes(container, sizes)
     for together in (
         ("row_offsets", "row_weights"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,7 +19,6 @@ from npeff.batches.batches import Batch, check_data
 from npeff.components.factored import assemble, scale_factored, slots, squared_norm
 from npeff.components.factorisation import Factorisation
 from npeff.components.row_sums import RowSums
-from npeff.components.saving import update_file
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.fishers.block_weights import column_factors
 from npeff.fishers.factors import Factors
@@ -105,57 +104,6 @@ def check_rank(rank: int) -> None:
         raise ArgumentError(f"rank: expected an integer ≥ 1, got {rank!r}")
 
 
-def ensure_vectors(
-    components: Factorisation,
-    js: Sequence[int],
-    model: nn.Module | None,
-    data: Iterable[Any] | None,
-    *,
-    rank: int | None = None,
-    forward: Callable[[Any, Any], Any] | None = None,
-    device: torch.device | str | None = None,
-    progress: bool = True,
-) -> None:
-    """Recover the vectors of some components that are not known yet, in place, and keep them in the components' file.
-
-    Args:
-        components: The components; nothing happens where all vectors are known.
-        js: Which.
-        model: The model of the Fishers; None where the caller has none.
-        data: The data of the Fishers, which a second pass follows; None where the caller has none.
-        rank: Factors of at least this rank will do; None: so will any vector that is known.
-        forward: As for :func:`recover`.
-        device: As for :func:`recover`.
-        progress: As for :func:`recover`.
-
-    Raises:
-        ArgumentError: Vectors are missing, and there is no model or no data to recover them with.
-        DataError: The data can be read once only, or is not that of the Fishers.
-        ModelError: The model is not that of the Fishers.
-    """
-    unknown = set(components.not_recovered)
-    if rank is not None and components.rank is not None and components.rank < rank:
-        unknown |= {j for j in js if components.known_as_factors_alone(j)}
-    if not (missing := [j for j in dict.fromkeys(js) if j in unknown]):
-        return
-    if model is None or data is None:
-        components.check_recovered(missing)
-        raise ArgumentError(
-            f"rank: component {missing[0]} is known as factors of rank {components.rank}, fewer than {rank}; give "
-            "data= to recover more, or a lower rank"
-        )
-    if isinstance(data, Iterator):
-        raise DataError(
-            "data: it can be read once only, but vectors have to be recovered by a pass of their own; pass a list or a "
-            "DataLoader, or call components.recover(model, data) beforehand"
-        )
-    found = recover(components, model, data, missing, rank=rank, forward=forward, device=device, progress=progress)
-    for name in ("recovered", "recovered_vectors", "rank", "factored", "factored_vectors", "factored_lost"):
-        object.__setattr__(components, name, getattr(found, name))  # what the components are stays the same
-    if components.path is not None:
-        update_file(components, components.path)
-
-
 def _wanted(components: Factorisation, js: Iterable[int], rank: int | None) -> list[int]:
     """The components whose vectors have to be found: those asked for that are not known, whole or of that rank.
 
@@ -238,14 +186,13 @@ class _Recovery:
         if not own:
             return factorised
         places, indices = (list(column) for column in zip(*own, strict=True))
-        fresh, stored = logits[places], torch.from_numpy(self.components.logits[indices]).to(logits.device)
-        if fresh.shape != stored.shape or differ(fresh.cpu(), stored.cpu(), logits.dtype):
+        fresh, stored = logits[places], self.components.logits.take(indices)
+        if fresh.shape != stored.shape or differ(stored.numbers_of(fresh), stored.numbers, logits.dtype):
             raise DataError(
                 f"data: examples {ids[0]} to {ids[-1]} have other logits than when their Fishers were computed; "
                 "give the same data in the same order, and the same forward="
             )
-        same = (fresh.to(torch.float32) == stored).all(dim=1)
-        factorised[places] = torch.where(same[:, None], fresh.double(), stored.double())
+        factorised[places] = stored.restored(fresh)
         return factorised
 
     def _weights(self, factors: Factors, ids: Array) -> Tensor:

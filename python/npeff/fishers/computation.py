@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff.batches.batch_order import FixedOrder, Repeats
 from npeff.batches.batches import Batch, batch_digest, check_data
-from npeff.errors import ArgumentError, DataError, ResumeError
+from npeff.errors import ArgumentError, DataError, ResumeError, ending_in_order
 from npeff.fishers.block_weights import BlockWeights
 from npeff.fishers.exact_gram import exact_gram
 from npeff.fishers.factors import Factors
 from npeff.fishers.fishers import FisherBlock, Fishers
-from npeff.fishers.growing_rows import concatenate
+from npeff.fishers.logits import Logits, largest
 from npeff.fishers.options import Basis, Compression, FisherOptions, Forward, GramOnly, Labels, Likelihood, Sketch, TopK
 from npeff.fishers.passes import Ids, Run
 from npeff.fishers.rows import Kind
@@ -32,14 +31,14 @@ from npeff.fishers.shards import FisherWriter, begun_block_weights
 from npeff.fishers.sinks import DenseSink, Sink, SketchSink
 from npeff.fishers.topk_sink import TopKSink
 from npeff.gradients.eligibility import differ
-from npeff.gradients.selection import placed, select_parameters
+from npeff.gradients.selection import BLOCKS, placed, select_parameters
 from npeff.kernels import NonFiniteError
 from npeff.kernels.transfers import InOrder
+from npeff.language.places import places_of
 from npeff.models import devices
 from npeff.models.digests import ModelWatch
 from npeff.models.parameters import Parameters
 from npeff.storage.files import check_target
-from npeff.storage.termination import ending_in_order
 
 
 class EmptyShareError(DataError):
@@ -98,8 +97,9 @@ def compute_fishers(
             position alone.
         likelihood: What the outputs mean: ``"categorical"`` logits, ``"probabilities"`` of classes (a model that
             ends in a softmax), ``"bernoulli"`` logits (one question each), or ``"gaussian"`` means of unit variance.
-        parameters: Name patterns as in the shell (``"layers.3.*"``), one or several; ``"!…"`` excludes. None
-            takes all.
+        parameters: Name patterns as in the shell (``"layers.3.*"``), one or several; ``"!…"`` excludes.
+            ``"blocks"`` stands for the weights of all linear layers in the transformer blocks: no embeddings, norms,
+            biases, nor the head. None takes all; with :class:`npeff.language.Places`, the blocks.
         block_weights: Weights of the Fisher's blocks, for sketches and inner products too, which cannot be weighted
             afterwards: ``"energy"`` leaves the Fishers as they are; ``"balanced"`` gives every layer about the same
             share of the trace, measured on the first examples; or a mapping from name patterns to weights
@@ -130,6 +130,9 @@ def compute_fishers(
         ModelError: The model has no per-example gradients as it stands, fails on a batch, or changed during the work.
         ResumeError: ``out`` holds work on another model, other data or other options.
     """
+    places = places_of(data)
+    if places is not None and parameters is None:
+        parameters = BLOCKS
     given = locals()
     options = FisherOptions(**{name: given[name] for name in FisherOptions.__dataclass_fields__})
     options.check()
@@ -141,10 +144,13 @@ def compute_fishers(
     inner = getattr(model, "_orig_mod", model)  # torch.compile hides the operations that rules look for
     if not isinstance(inner, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
+    if places is not None:
+        places.check_model(inner)
     # Work that is saved while it is done is saved at a SIGTERM, too.
     with nullcontext() if out is None else ending_in_order(), placed(inner, device) as place:
-        run = Run(inner, place, select_parameters(inner, parameters), options.cheapest())
-        run.block_weights = None if out is None else begun_block_weights(Path(out))
+        about = {} if places is None else {"places": places.describe()}
+        begun = None if out is None else begun_block_weights(Path(out))
+        run = Run(inner, place, select_parameters(inner, parameters), options.cheapest(), about, begun)
         if isinstance(compress, GramOnly):
             return exact_gram(run, data)
         watch = ModelWatch(run.model)
@@ -212,7 +218,7 @@ def _pass_over(bar: tqdm[Any]) -> None:
         bar.start_t = bar.last_print_t = time.time()
 
 
-def _check_function(stored: npt.NDArray[np.float32] | None, logits: Tensor, out: Path | None) -> None:
+def _check_function(stored: Logits | None, logits: Tensor, out: Path | None) -> None:
     """Refuse to continue work with a model that computes something else with the same weights.
 
     Raises:
@@ -220,8 +226,9 @@ def _check_function(stored: npt.NDArray[np.float32] | None, logits: Tensor, out:
     """
     if stored is None:
         return
-    before = torch.from_numpy(np.array(stored))[: len(logits)]
-    if before.shape != logits.shape or not bool(torch.isfinite(logits).all()) or differ(logits, before, logits.dtype):
+    before = stored.take(slice(len(logits)))
+    same = before.shape == logits.shape and bool(torch.isfinite(logits).all())
+    if not same or differ(before.numbers_of(logits), before.numbers, logits.dtype):
         raise ResumeError(
             f"the model gives other logits than those that {out} was computed from, although its weights are the "
             "same: its code or forward= changed. Use them as they were, choose another out, or remove it "
@@ -269,7 +276,8 @@ class PendingBatch:
                     gathered=options.compress is not None,
                 ):
                     sink.add(run.weighted(block))
-                self._pieces.append((*sink.finish(one.logits), one.stored_labels(), one.ids, one.places, one.filled))
+                known = one.logits.shape[1], one.stored_labels(), one.ids, one.places, one.filled
+                self._pieces.append((*sink.finish(largest(one.logits, options.over_classes)), *known))
 
     def finite(self) -> bool:
         """Whether all gradients were finite; waits for the batch's work on the device."""
@@ -279,27 +287,11 @@ class PendingBatch:
         """The Fishers, once they are on the host; any thread may wait for them."""
         blocks = []
         while self._pieces:
-            numbers, rows, labels, ids, places, filled = self._pieces.pop(0)
-            norms, counts, scale, logits = numbers.wait()
-            norms, kept = norms.astype(np.float32)[filled], rows(counts, scale)
-            blocks.append(FisherBlock(kept, counts[filled], norms, logits, labels, ids, places))
-        if len(blocks) == 1:
-            return blocks[0]
-        names = ["row_counts", "norms", "logits", "labels", "ids", *(["places"] if places is not None else [])]
-        fields = {name: np.concatenate([getattr(block, name) for block in blocks]) for name in names}
-        return _in_order(FisherBlock(rows=concatenate([block.rows for block in blocks]), **fields))
-
-
-def _in_order(block: FisherBlock) -> FisherBlock:
-    """The examples by their positions in the data: places of one sequence may have gone backward some at a time."""
-    order = np.argsort(block.ids, kind="stable")
-    if (np.diff(order) > 0).all():
-        return block
-    starts = np.cumsum(block.row_counts) - block.row_counts
-    rows = np.concatenate([np.arange(starts[i], starts[i] + block.row_counts[i]) for i in order])
-    names = ("row_counts", "norms", "logits", "labels", "ids", "places")
-    fields = {name: getattr(block, name)[order] for name in names if getattr(block, name) is not None}
-    return FisherBlock(rows=block.rows.take(rows), **fields)
+            numbers, rows, n_outputs, labels, ids, places, filled = self._pieces.pop(0)
+            norms, counts, scale, *kept = numbers.wait()
+            norms, logits = norms.astype(np.float32)[filled], Logits.kept(kept, n_outputs)
+            blocks.append(FisherBlock(rows(counts, scale), counts[filled], norms, logits, labels, ids, places))
+        return FisherBlock.joined(blocks)
 
 
 class BatchPipeline:

@@ -28,11 +28,11 @@ from npeff.batches.batches import Batch, batch_digest
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.layer_gram import LayerGram
+from npeff.fishers.logits import Logits, largest
 from npeff.fishers.options import GramOnly
-from npeff.fishers.parts import check_header, plain
+from npeff.fishers.parts import find_finished
 from npeff.fishers.passes import Ids, Run
 from npeff.fishers.rows import GramRows
-from npeff.fishers.shards import header_in
 from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.rules import Rule
 from npeff.models.digests import ModelWatch
@@ -50,7 +50,7 @@ class _Examples:
     ids: list[Array] = field(default_factory=list)
     counts: list[Array] = field(default_factory=list)
     scales: list[Array] = field(default_factory=list)
-    logits: list[Array] = field(default_factory=list)
+    logits: list[Logits] = field(default_factory=list)
     labels: list[Array] = field(default_factory=list)
 
     @property
@@ -108,8 +108,8 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
             if not examples.n:
                 raise DataError("data: it yielded no examples; if it is a generator it may be used up: pass a list")
             header = run.header(watch.digest, examples.logits[0].shape[1])
-            if out is not None and (found := _finished(out, header)) is not None:
-                return found
+            if out is not None and (found := find_finished(out, header)) is not None:
+                return fishers_in(found)
             n_rows = int(np.concatenate(examples.counts).sum())
             K = np.zeros((n_rows, n_rows), np.float32)
         elif n != examples.n:
@@ -136,7 +136,8 @@ def _collect(run: Run, batch: Batch, ids: Ids, layers: dict[str, LayerGram], exa
                 examples.ids.append(one.ids)
                 examples.counts.append(counts[filled])
                 examples.scales.append(one.factors.scale.cpu().numpy()[filled])
-                examples.logits.append(one.logits.detach().to("cpu", torch.float32, copy=True).numpy())
+                kept = [array.cpu().numpy() for array in largest(one.logits, run.options.over_classes)]
+                examples.logits.append(Logits.kept(kept, one.logits.shape[1]))
                 examples.labels.append(one.stored_labels())
             for layer in layers.values():
                 layer.begin(counts, n_columns)
@@ -195,24 +196,15 @@ def _postpone(layers: dict[str, LayerGram], memory: int) -> None:
         layers.pop(max(layers, key=lambda name: layers[name].nbytes))
 
 
-def _finished(out: Path, header: dict[str, Any]) -> Fishers | None:
-    """The Fishers that are at ``out`` already, if they are these; None where there is nothing."""
-    if not out.exists():
-        return None
-    container = open_container(out)
-    check_header(out, out, header_in(container), plain(header))
-    return fishers_in(container)
-
-
 def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) -> Fishers:
     counts, scale = np.concatenate(examples.counts), np.concatenate(examples.scales)
-    logits, labels = np.concatenate(examples.logits), np.concatenate(examples.labels)
+    logits, labels = Logits.concatenate(examples.logits), np.concatenate(examples.labels)
     order = np.argsort(np.concatenate(examples.ids), kind="stable")
     if (np.diff(order) < 0).any():  # places that went backward some at a time
         starts = np.cumsum(counts) - counts
         rows = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order])
         K = K[np.ix_(rows, rows)]
-        counts, scale, logits, labels = counts[order], scale[order], logits[order], labels[order]
+        counts, scale, logits, labels = counts[order], scale[order], logits.take(order), labels[order]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     norms = np.zeros(len(counts), np.float64)
     for i, (start, stop) in enumerate(pairwise(offsets.tolist())):

@@ -6,7 +6,7 @@ Per-example Fishers, the mean Fisher, inner products and recovery all take their
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -112,6 +112,7 @@ class Run:
         device: Where batches are computed.
         parameters: The selected parameters' places in the flat vector.
         options: The options, checked.
+        about_data: What the data say of themselves, for the provenance; JSON-able.
         block_weights: The weight of each parameter's block by name; None when all are 1. Set beforehand where earlier
             work is continued.
     """
@@ -120,6 +121,7 @@ class Run:
     device: torch.device
     parameters: Parameters
     options: FisherOptions
+    about_data: Mapping[str, Any] = field(default_factory=dict)
     block_weights: dict[str, float] | None = None
     _meaning_checked: bool = False
 
@@ -372,6 +374,7 @@ class Run:
                 "model_digest": digest,
                 "options": described,
                 "versions": {"npeff": package_version(), "torch": torch.__version__},
+                **self.about_data,
             },
         }
 

@@ -20,7 +20,7 @@ from npeff.fishers.block_weights import (
 )
 from npeff.fishers.dense_rows import PART_BYTES
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import DenseRows, GramRows, Rows, SparseRows
+from npeff.fishers.rows import GramRows, Rows
 from npeff.fishers.streamed_rows import StreamedRows
 
 Array = npt.NDArray[Any]
@@ -108,7 +108,7 @@ def scale(
         raise ArgumentError(f"normalize: expected 'stored', 'dense' or 'none', got {normalize!r}")
     factors = _missing_factors(fishers, weights)
     rows = fishers.rows
-    weighted = rows if rows.products_only else StreamedRows(_kept(rows), None, factors, None, part_bytes)
+    weighted = rows if rows.products_only else StreamedRows(rows, None, factors, None, part_bytes)
     stored = fisher_norms(weighted, fishers.row_offsets, fishers.kind)
     norms = {"stored": stored, "dense": fishers.norms.astype(np.float64), "none": np.ones(len(fishers))}[normalize]
     least = SMALLEST if fishers.kind == "diagonal" or rows.products_only else SMALLEST**2
@@ -122,7 +122,7 @@ def scale(
         return ScaledRows(K, fishers.row_offsets, None, ours, weights, per_row)
     if columns is None and (counts := rows.column_counts(part_bytes)) is not None:
         columns = np.flatnonzero(counts >= max(1, min_nonzero_per_column))
-    scaled = StreamedRows(_kept(rows), per_row, factors, columns, part_bytes)
+    scaled = StreamedRows(rows, per_row, factors, columns, part_bytes)
     return ScaledRows(scaled if stream else scaled.whole(), fishers.row_offsets, columns, ours, weights, per_row)
 
 
@@ -133,10 +133,6 @@ def _missing_factors(fishers: Fishers, weights: dict[str, float] | None) -> Arra
         return None
     left = {name: weight / (before.get(name, 1.0) or 1.0) for name, weight in weights.items()}
     return column_factors(fishers.parameters, left, fishers.kind)
-
-
-def _kept(rows: Rows) -> SparseRows | DenseRows:
-    return rows  # type: ignore[return-value]  # not inner products alone, and never streamed when stored
 
 
 def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, float] | None:
@@ -154,15 +150,15 @@ def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, f
         weights = given_weights(names, choice)
         if all(math.isclose(weights[name], before[name], rel_tol=1e-6) for name in names):
             return own
-    if fishers.kept_elsewhere:
+    if not fishers.in_parameter_space:
         what = "sketches" if fishers.sketch is not None else "inner products"
         raise ArgumentError(
             f"block_weights: {what} mix all parameters, so that none can be weighted afterwards; use "
             "block_weights='energy' (the default). Otherwise compute the Fishers again, with "
             "block_weights='balanced' there (npeff fishers --block-weights balanced), or the weights wanted; with "
-            "parameters=[…] (npeff fishers --parameters PATTERN) for the blocks that should count, the others left out; or with "
-            "TopK(k) (--top-k N), which keeps k numbers per example however large the model is, and can be weighted "
-            "afterwards"
+            "parameters=[…] (npeff fishers --parameters PATTERN) for the blocks that should count, the others left "
+            "out; or with TopK(k) (--top-k N), which keeps k numbers per example however large the model is, and can "
+            "be weighted afterwards"
         )
     if not isinstance(choice, Mapping):
         weights = {name: weight * before[name] for name, weight in balanced_weights(block_energy(fishers)).items()}

@@ -42,7 +42,8 @@ class Cotangents:
         self._sequences = torch.arange(batch.n_sequences, device=columns.device)
         if slots is not None:
             assert batch.places is not None, "examples are places"
-            self._positions = batch.places[slots.clamp_min(0), 1] if batch.n_examples else slots
+            # From the end: a model may give the logits of the last positions alone.
+            self._positions = batch.places[slots.clamp_min(0), 1] - batch.n_positions if batch.n_examples else slots
         self._whole: Tensor | None = None
         self._written: Any = None
 

@@ -33,9 +33,10 @@ _MAPS = frozenset(
     f"{name}Backward0"
     for name in (
         *("T", "Transpose", "Permute", "Slice", "Select", "Split", "SplitWithSizes", "Unbind"),
-        *("Repeat", "Expand", "Embedding", "WeightNormInterface"),
+        *("Repeat", "Expand", "Embedding", "WeightNormInterface", "Exp", "Neg", "Softplus", "Sigmoid", "Tanh"),
     )
 )
+_SHIFTS = ("AddBackward0", "SubBackward0")
 
 _ELEMENTWISE = (
     *("Abs", "Acos", "Acosh", "Add", "Addcdiv", "Addcmul", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Celu", "Clamp"),
@@ -249,12 +250,15 @@ class Graph:
         name = self.names[position]
         return Use(name, position, operand, value, parameter.node, parameter.shape, shape, n_bytes)
 
-    def derive(self, value: Value, position: int) -> list[Value] | None:
+    def derive(self, value: Value, position: int, operand: int = 0) -> list[Value] | None:
         """The outputs of a node as values, if it is an operation of parameters alone."""
-        name = self.names[position]
+        name, shapes = self.names[position], self.shapes(position)
+        if name in _SHIFTS and operand == 0 and shapes[0] == value.shape:
+            if any(source is not None for source, _ in self._sources[position][1:]):
+                return None
+            return [Value(position, 0, shapes[0], value.reshaped)]  # a constant added, as in 1 + weight
         if name not in _RESHAPES and name not in _MAPS:
             return None
-        shapes = self.shapes(position)
         if name in _RESHAPES:
             return [Value(position, 0, shapes[0], value.reshaped)]
         if name == "TBackward0" and len(value.shape) == 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from npeff.batches.batches import Batch, batch_digest, check_data, read_batches
-from npeff.errors import DataError, NpeffError
+from npeff.errors import ArgumentError, DataError, NpeffError
 from npeff.gradients.eligibility import differ
 
 Array = npt.NDArray[Any]
@@ -210,3 +210,24 @@ def _join(group: list[BatchSlice]) -> BatchSlice:
     batch = group[0].batch.joined([one.batch for one in group[1:]])
     indices = np.concatenate([one.indices for one in group])
     return BatchSlice(batch, torch.arange(batch.n_examples, device=group[0].rows.device), indices)
+
+
+def unrelated_batches(data: Any, device: torch.device, any_layout: bool, places: bool | None) -> list[Batch]:
+    """Read unrelated data.
+
+    Raises:
+        ArgumentError: It is no iterable of batches.
+        DataError: It has no labels.
+    """
+    if data is None:
+        return []
+    if isinstance(data, str) or (isinstance(data, Sequence) and any(isinstance(item, str) for item in data)):
+        raise ArgumentError(
+            "unrelated: expected batches, got texts; make batches of them, whose labels are the tokens to predict, "
+            "with npeff.language.Places(tokenizer, texts, where='every')"
+        )
+    batches = list(read_batches(check_data(data), device, any_layout, places))
+    if not batches or any(batch.labels is None for batch in batches):
+        what = "it yielded no batches" if not batches else "its batches have no labels"
+        raise DataError(f"unrelated: {what}; perplexity is of labels: the tokens to predict, as in data")
+    return batches

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from npeff.batches.batch_order import check_sampler
 from npeff.batches.batches import read_batches
 from npeff.components.components import Components
-from npeff.components.recovery import ensure_vectors
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError
 from npeff.gradients.selection import placed
@@ -151,7 +150,7 @@ def mend(
     if iterations < 1:
         raise ArgumentError(f"iterations: expected at least 1, got {iterations}")
     check_sampler(data)
-    ensure_vectors(components, chosen, model, data, forward=forward, device=device, progress=progress)
+    components.ensure_vectors(chosen, model, data, forward=forward, device=device, progress=progress)
     with placed(model, device) as used_device:
         likelihood = components.provenance.get("fishers", {}).get("options", {}).get("likelihood", "categorical")
         batches = list(read_batches(data, used_device, forward is not None, likelihood in OVER_CLASSES))

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from npeff import kernels
 from npeff.batches.batches import examples_at, read_batch
-from npeff.companions.influence.estimator import CrossLossInfluence
-from npeff.companions.influence.losses import Loss, cross_entropy
-from npeff.companions.influence.scores import Array, Scores
+from npeff.companions.influence.estimator import Array, CrossLossInfluence, Scores
+from npeff.companions.influence.objective import Loss, cross_entropy
 from npeff.components.components import Components
-from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.errors import ArgumentError, DataError, ModelError, check_choice
 from npeff.fishers.block_weights import column_factors
 from npeff.models.digests import model_digest
 from npeff.models.forward import OVER_CLASSES, call_model
@@ -57,8 +56,7 @@ class Coefficient:
     ) -> None:
         if not isinstance(components, Components):
             raise ArgumentError(f"components: expected Components, got {type(components).__name__}")
-        if surrogate not in get_args(Surrogate):
-            raise ArgumentError(f"surrogate: expected 'coefficient' or 'cross', got {surrogate!r}")
+        check_choice("surrogate", surrogate, get_args(Surrogate))
         if isinstance(j, bool) or not isinstance(j, int | np.integer) or not 0 <= j < components.n_components:
             raise ArgumentError(f"j: expected a component below {components.n_components}, got {j!r}")
         options = components.provenance.get("fishers", {}).get("options", {})
@@ -171,7 +169,7 @@ def _recorded(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class ComponentInfluence:
-    """Which training examples made a component's coefficient what it is on its top examples.
+    """The influence of training examples on a component's coefficients on its top examples.
 
     Attributes:
         j: The component.
@@ -223,7 +221,7 @@ def component_influence(
         j: Which component.
         train: The training data, batches as ``train_loss`` takes them.
         data: The data whose Fishers were decomposed.
-        train_loss: What was trained, per example.
+        train_loss: The loss that was trained, per example.
         k: How many of the component's top examples.
         surrogate: See :class:`Coefficient`.
         forward: As in :func:`npeff.compute_fishers`.
