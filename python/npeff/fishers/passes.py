@@ -32,6 +32,9 @@ Ids = npt.NDArray[np.int64]
 KEPT_BYTES = 512 << 20
 """Most bytes of output gradients where no memory is given."""
 
+_CHOSEN_ON = 4
+"""So many sequences of the first batch choose the rules."""
+
 _PROBED = 2
 """Examples of a trial."""
 
@@ -159,8 +162,9 @@ class Run:
         Returns:
             The logits of these examples, on the CPU.
         """
-        if not self.budget.unbounded:
-            batch = batch.take(batch.of_sequences(0, self.budget.sequences_at_once(batch)))
+        if batch.sliceable:
+            most = min(_CHOSEN_ON, self.budget.sequences_at_once(batch))
+            batch = batch.take(batch.of_sequences(0, most))
         with self.engine.recording():
             logits = self._forward(batch)
             self.engine.prepare(batch, logits)
