@@ -6,6 +6,7 @@ Per-example Fishers, the mean Fisher, inner products and recovery all take their
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from npeff.batches.batches import OWN_BATCH, Batch, read_batches
-from npeff.errors import ArgumentError, DataError
+from npeff.errors import ArgumentError, DataError, NpeffError
 from npeff.fishers.factors import Factors, check_meaning, cotangent_bytes, factorise, width
 from npeff.fishers.options import FisherOptions, Sketch
 from npeff.gradients.eligibility import check_independence
@@ -32,7 +33,7 @@ Ids = npt.NDArray[np.int64]
 KEPT_BYTES = 512 << 20
 """Most bytes of output gradients where no memory is given."""
 
-_CHOSEN_ON = 4
+_CHOSEN_ON = 2
 """So many sequences of the first batch choose the rules."""
 
 _PROBED = 2
@@ -148,7 +149,7 @@ class Run:
                         f"multiple of the batch size, or {OWN_BATCH}"
                     )
                 batch = batch.take(slice(0, left))
-            yield batch
+            yield batch.compact()
             if left is not None:
                 left -= batch.n_examples
                 if left == 0:
@@ -162,9 +163,15 @@ class Run:
         Returns:
             The logits of these examples, on the CPU.
         """
-        if batch.sliceable:
-            most = min(_CHOSEN_ON, self.budget.sequences_at_once(batch))
-            batch = batch.take(batch.of_sequences(0, most))
+        most = self.budget.sequences_at_once(batch)
+        if batch.sliceable and most > _CHOSEN_ON:
+            with suppress(NpeffError):  # an error is the whole batch's, so that it names what the data yields
+                logits = self._chosen(batch.take(batch.of_sequences(0, _CHOSEN_ON)))
+                self._meaning_checked = False
+                return logits
+        return self._chosen(batch.take(batch.of_sequences(0, most)))
+
+    def _chosen(self, batch: Batch) -> Tensor:
         with self.engine.recording():
             logits = self._forward(batch)
             self.engine.prepare(batch, logits)

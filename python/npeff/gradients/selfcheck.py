@@ -283,7 +283,7 @@ def _sum(
         rule.reserve(1)
         rule.store(0, one)
     parameter = engine.parameters.named(name)
-    if parameter.numel * n_examples > 8 * blocks.TILE_ELEMENTS and parameter.shape[0] >= 32 * WINDOWS:
+    if parameter.numel * n_examples > blocks.TILE_ELEMENTS // 8 and parameter.shape[0] >= 32 * WINDOWS:
         return _sum_of_some(parameter, rules, n_examples)
     total = torch.zeros(parameter.numel, dtype=torch.float64, device=delta[0].device)
     for block in blocks.tiles(parameter, rules, n_examples, 1, False, blocks.TILE_ELEMENTS):
