@@ -1,3 +1,5 @@
+#include <utility>
+
 #include "common/simd.h"
 #include "sketch/simd.h"
 
@@ -95,10 +97,36 @@ void sketch_run(const SketchRun& run) {
     add_edge(run, x + sketch_lanes * whole, block + whole, 0, static_cast<uint32_t>(left % sketch_lanes));
 }
 
-// In place, unnormalised: butterflies level by level, beyond a vector's width two levels at a time.
+using Floats = Simd<float>;
+
+// One level within a vector: a + b in the lanes without the bit `step`, a - b in those with it.
+template <int step, int... lane>
+inline Floats::Vec butterfly(Floats::Vec v, std::integer_sequence<int, lane...>) {
+  if constexpr (step < Floats::lanes) {
+    constexpr Floats::Vec sign = {(lane & step ? -1.0f : 1.0f)...};
+#if defined(__clang__)
+    const Floats::Vec other = __builtin_shufflevector(v, v, (lane ^ step)...);
+#else
+    typedef int32_t Lanes __attribute__((vector_size(vector_bytes)));
+    const Floats::Vec other = __builtin_shuffle(v, Lanes{(lane ^ step)...});
+#endif
+    v = other + v * sign;
+  }
+  return v;
+}
+
+// In place, unnormalised: butterflies level by level, those within a vector at once, beyond it two levels at a time.
 void walsh_hadamard(float* x, int64_t d) {
-  using S = Simd<float>;
+  using S = Floats;
   int64_t step = 1;
+  if (d >= S::lanes) {
+    constexpr std::make_integer_sequence<int, S::lanes> lanes;
+    for (int64_t i = 0; i < d; i += S::lanes) {
+      S::Vec v = butterfly<2>(butterfly<1>(S::load(x + i), lanes), lanes);
+      S::store(x + i, butterfly<8>(butterfly<4>(v, lanes), lanes));
+    }
+    step = S::lanes;
+  }
   for (; step < S::lanes && step < d; step *= 2)
     for (int64_t i = 0; i < d; i += 2 * step)
       for (int64_t j = i; j < i + step; ++j) {

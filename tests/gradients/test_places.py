@@ -34,7 +34,7 @@ def case(request):
 def kept(request, monkeypatch):
     """How many bytes of output gradients are kept: few make many passes over one graph."""
     if request.param is not None:
-        monkeypatch.setattr("npeff.fishers.passes.KEPT_BYTES", request.param)
+        monkeypatch.setattr("npeff.fishers.budget.KEPT_BYTES", request.param)
     return request.param
 
 
@@ -103,9 +103,9 @@ def test_a_sequence_goes_forward_once_however_many_places_it_has(monkeypatch):
     model.register_forward_hook(lambda module, given, output: sequences.append(len(output)))
     real = npeff.fishers.passes.factorise
     monkeypatch.setattr("npeff.fishers.passes.factorise", lambda z, *more: places.append(len(z)) or real(z, *more))
-    monkeypatch.setattr("npeff.fishers.passes.KEPT_BYTES", 150_000)
+    monkeypatch.setattr("npeff.fishers.budget.KEPT_BYTES", 150_000)
     npeff.compute_fishers(model, [batch], progress=False)
-    assert sequences == [3, 1, 1, 3]  # the first batch, its first and its last sequence alone, to choose the rules
+    assert sequences == [2, 1, 1, 3]  # two sequences, and each of them alone, to choose the rules
     assert sum(places) == 19 and len(places) > 2
 
 

@@ -159,6 +159,12 @@ class Batch:
             return self
         return self._taken(list(range(self.n_examples)), apart=True)
 
+    def compact(self) -> Batch:
+        """Leave out the sequences that hold no place, where the batch can be cut."""
+        if self.places is None or not self.sliceable or len(torch.unique(self.places[:, 0])) == self.n_sequences:
+            return self
+        return self._taken(list(range(self.n_examples)))
+
     def slots(self) -> Tensor:
         """Give the places of each sequence side by side, the last ones last.
 

@@ -80,7 +80,8 @@ def compute_fishers(
         model: Any PyTorch module, usually after ``model.eval()``. It is left exactly as it was.
         data: Iterable of batches, in the same order every time: ``(inputs, labels)``, a mapping with or without
             ``"labels"``, or a bare tensor, with the examples as their first dimension; :class:`npeff.Batch` for
-            all else.
+            all else. Integer labels ``(b, T)`` make positions of sequences examples: logits are then ``(b, T, C)``, and
+            every position whose label is not −100 counts; see :class:`npeff.Batch`.
         kind: ``"low_rank"`` keeps A, ``"diagonal"`` keeps diag F (the same whatever the basis).
         compress: ``TopK(k)``, ``Sketch(d)``, ``GramOnly()``, or None for exact rows.
         basis: ``"reduced"``: eigenvectors of diag p − ppᵀ, C−1 rows; ``"class"``: one row √p_y ∇log p_y per
@@ -115,6 +116,7 @@ def compute_fishers(
             :func:`npeff.distributed.compute_fishers` does so, and joins what they made.
         memory: Bytes (``"4GB"`` is as good as a number) that a batch may take for activations, cotangents and output
             gradients; larger batches are cut, whatever their size, with the same result, at most to single examples.
+            The positions of a sequence go forward together, and backward some at a time.
             None: activations are not bounded, cotangents and output gradients by 512 MB, on a CUDA device by a quarter
             of its free memory if that is more.
         progress: Show a progress bar on stderr.

@@ -30,6 +30,9 @@ BISECTIONS = 66
 SMALLEST = 1e-280
 """Eigenvalues below count as zero."""
 
+TERMS = 12
+"""Terms of the series in p/λ ≤ 1/32."""
+
 CHUNK = 1 << 19
 """Numbers in a table of ``p_i − λ``: examples × eigenvalues × classes."""
 
@@ -380,13 +383,20 @@ def _leading(p: Tensor, order: Tensor, which: slice) -> tuple[Tensor, Tensor]:
     upper, lower = p[:, which], p[:, which.start + 1 : which.stop + 1]
     gap = upper - lower
     there = (lower > 0) & (upper > SMALLEST)
+    # Far below every λ a probability's term is a series in p/λ, of which its moments are enough.
+    near = int((p > p[:, which.stop :][:, :1] / 32).sum(dim=1).max()) if p.shape[1] > which.stop else p.shape[1]
+    head, tail = p[:, :near], p[:, near:]
+    moments = torch.stack([tail.pow(m).sum(dim=1) for m in range(TERMS, 0, -1)])[:, :, None]
 
-    def distances(origin: Tensor, delta: Tensor) -> Tensor:
-        """``p_i − λ`` for λ = origin + delta, ``(n, width, C)``, exact near the origin."""
-        return (p[:, None, :] - origin[:, :, None]) - delta[:, :, None]
+    def distances(origin: Tensor, delta: Tensor, some: Tensor) -> Tensor:
+        """``p_i − λ`` of some probabilities for λ = origin + delta, ``(n, width, …)``, exact near the origin."""
+        return (some[:, None, :] - origin[:, :, None]) - delta[:, :, None]
 
     def g(origin: Tensor, delta: Tensor) -> Tensor:
-        return (p[:, None, :] / distances(origin, delta)).sum(dim=2)
+        inverse, series = 1 / (origin + delta), torch.zeros_like(origin)
+        for moment in moments if near < p.shape[1] else ():
+            series = (series + moment) * inverse
+        return (head[:, None, :] / distances(origin, delta, head)).sum(dim=2) - series
 
     # From the nearer end of the interval the distance to λ is known to its last digit.
     below = g(lower, gap / 2) > 0
@@ -398,7 +408,7 @@ def _leading(p: Tensor, order: Tensor, which: slice) -> tuple[Tensor, Tensor]:
         further = (g(origin, sign * middle) < 0) == below
         low, high = torch.where(further, middle, low), torch.where(further, high, middle)
     delta = sign * low.sqrt() * high.sqrt()
-    vectors = p[:, None, :] / distances(origin, delta)
+    vectors = p[:, None, :] / distances(origin, delta, p)
     vectors = torch.where(there[:, :, None], vectors, 0.0)
     vectors = vectors / vectors.norm(dim=2, keepdim=True).clamp_min(1e-300)
     place = order[:, None, :].expand(-1, vectors.shape[1], -1)

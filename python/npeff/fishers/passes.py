@@ -6,6 +6,7 @@ Per-example Fishers, the mean Fisher, inner products and recovery all take their
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,29 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from npeff.batches.batches import OWN_BATCH, Batch, read_batches
-from npeff.errors import ArgumentError, DataError
+from npeff.errors import ArgumentError, DataError, NpeffError
 from npeff.fishers.block_weights import PilotEnergy, WeightedBlocks, given_weights
+from npeff.fishers.budget import Budget
 from npeff.fishers.factors import Factors, check_meaning, cotangent_bytes, factorise, width
 from npeff.fishers.options import FisherOptions, Sketch
 from npeff.gradients.blocks import Block, Pairs
-from npeff.gradients.eligibility import check_independence
 from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.gradients.selection import left_out
 from npeff.models.forward import call_model
-from npeff.models.memory import available_bytes, parse_bytes
+from npeff.models.memory import parse_bytes
 from npeff.models.parameters import Parameters
 from npeff.storage.container import package_version
 
 Ids = npt.NDArray[np.int64]
 
-KEPT_BYTES = 512 << 20
-"""Most bytes of output gradients where no memory is given."""
-
 PILOT = 64
 """Most examples on which balanced block weights are measured."""
 
-_PROBED = 2
-"""Examples of a trial."""
+_CHOSEN_ON = 2
+"""So many sequences of the first batch choose the rules."""
 
 
 @dataclass
@@ -162,7 +160,7 @@ class Run:
                         f"multiple of the batch size, or {OWN_BATCH}"
                     )
                 batch = batch.take(slice(0, left))
-            yield batch
+            yield batch.compact()
             if left is not None:
                 left -= batch.n_examples
                 if left == 0:
@@ -176,8 +174,15 @@ class Run:
         Returns:
             The logits of these examples, on the CPU.
         """
-        if not self.budget.unbounded:
-            batch = batch.take(batch.of_sequences(0, self.budget.sequences_at_once(batch)))
+        most = self.budget.sequences_at_once(batch)
+        if batch.sliceable and most > _CHOSEN_ON:
+            with suppress(NpeffError):  # an error is the whole batch's, so that it names what the data yields
+                logits = self._chosen(batch.take(batch.of_sequences(0, _CHOSEN_ON)))
+                self._meaning_checked = False
+                return logits
+        return self._chosen(batch.take(batch.of_sequences(0, most)))
+
+    def _chosen(self, batch: Batch) -> Tensor:
         with self.engine.recording():
             logits = self._forward(batch)
             self.engine.prepare(batch, logits)
@@ -246,7 +251,9 @@ class Run:
         if most == batch.n_sequences:
             found = self._started(batch, ids, per_example, replace_logits)
             if not isinstance(found, int):
-                yield from found
+                for one in found:
+                    yield one
+                    del one.logits, one.factors, one.prepared
                 return
             most = found
         for start, stop in self.budget.pieces(batch, most):
@@ -392,97 +399,3 @@ def _as_classes(labels: Tensor, n: int) -> Tensor:
     if labels.dtype == torch.uint64 and bool((classes < 0).any()):
         raise DataError("labels: expected integer classes below 2⁶³")
     return classes
-
-
-class Budget:
-    """Finds batch sizes: half of the memory for what autograd keeps of a forward pass, half for output gradients.
-
-    Cotangents, made before there are output gradients, may take as much as these.
-
-    The former is measured by a trial on two examples for every new shape of the inputs, the latter known from the first
-    batch of that shape.
-
-    Args:
-        engine: The per-example gradients.
-        memory: Bytes; None: activations take what they take, and output gradients 512 MB at most, on a CUDA device a
-            quarter of the free memory if that is more: small pieces leave a device idle.
-    """
-
-    def __init__(self, engine: PerExampleGradients, memory: int | None) -> None:
-        self._engine = engine
-        self._for_activations = None if memory is None else memory // 2
-        device = next(iter(engine.tensors.values())).device
-        most = max(KEPT_BYTES, available_bytes(device) // 4) if device.type == "cuda" else KEPT_BYTES
-        self._for_gradients = most if memory is None else min(most, memory // 2)
-        self._activations: dict[object, int] = {}
-        self._gradients: dict[object, int] = {}
-        self._compared = False
-
-    @property
-    def unbounded(self) -> bool:
-        """Whether activations take what they take."""
-        return self._for_activations is None
-
-    def sequences_at_once(self, batch: Batch) -> int:
-        """The most sequences of such a batch that fit, at least one, as far as is known before its forward pass.
-
-        Where examples are no places, each counts as a sequence.
-        """
-        n = batch.n_sequences
-        if n <= 1 or not batch.sliceable:
-            return n
-        shapes = batch.shapes()
-        most = min(n, self._for_gradients // self._gradients.get(shapes, 1))
-        if self._for_activations is not None:
-            if shapes not in self._activations:
-                self._activations[shapes] = self._kept_of_one(self._few(batch))
-            most = min(most, self._for_activations // self._activations[shapes])
-        return max(1, most)
-
-    def sequences_after(self, batch: Batch, gradients: int) -> int:
-        """The same, once it is known how many bytes an example's output gradients, or its cotangents, take."""
-        n = batch.n_sequences
-        if n <= 1 or not batch.sliceable:
-            return n
-        shapes = batch.shapes()
-        self._gradients[shapes] = max(1, gradients)
-        return max(1, min(n, self._for_gradients // self._gradients[shapes]))
-
-    def places_at_once(self, gradients: int) -> int:
-        """The most places whose output gradients, or cotangents, of so many bytes each fit."""
-        return self._for_gradients // max(1, gradients)
-
-    def pieces(self, batch: Batch, most: int) -> list[tuple[int, int]]:
-        """Where to cut a batch into equal pieces of at most so many sequences: the first of each, and the one after.
-
-        Raises:
-            ModelError: The first example alone has other logits than beside its neighbour, so the cut is wrong. Larger
-                pieces are compared with their own examples when their rules are chosen.
-        """
-        n = batch.n_sequences
-        step = -(-n // -(-n // most))
-        if step == 1 and not self._compared:
-            self._compared = True
-            few = self._few(batch)
-            with self._engine.recording(), torch.no_grad():
-                logits = self._engine.run(few)
-                check_independence(self._engine.run, few, logits, self._engine.precision or logits.dtype)
-        return [(start, min(start + step, n)) for start in range(0, n, step)]
-
-    def _few(self, batch: Batch) -> Batch:
-        return batch.take(batch.one_each()[:_PROBED])
-
-    def _kept_of_one(self, few: Batch) -> int:
-        weights = {tensor.untyped_storage().data_ptr() for tensor in self._engine.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with self._engine.recording(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            logits = self._engine.forward(few)
-        del logits
-        return max(1, sum(kept.values()) // few.n_sequences)

@@ -27,6 +27,9 @@ def tile_elements(device: torch.device) -> int:
 GATHERED = 32
 """Most small parameters that are gathered in one block."""
 
+FEW_COLUMNS, FEW_STEPS = 2, 64
+"""Up to so many columns and positions δ is multiplied with itself before the inputs come in."""
+
 _CANCELLATION = 64.0
 """How much larger than their sum the terms of an inner product may be in float32."""
 
@@ -127,12 +130,18 @@ def split(by_sequence: Tensor, n_slots: int) -> Tensor:
 
 
 def _gram(delta: Tensor, inputs: Tensor, n_slots: int) -> tuple[Tensor, Tensor]:
-    b, t, r, n = delta.shape
-    across = torch.bmm(inputs, inputs.mT)
-    flat = delta.reshape(b, t, r * n)
+    """Inner products of the columns ``(b·K, R, R)``, and of the inputs ``(b, T, T)``."""
+    b, t, columns, n = delta.shape
+    r, across = columns // n_slots, torch.bmm(inputs, inputs.mT)
+    if r <= FEW_COLUMNS and t <= FEW_STEPS:
+        own = delta.view(b, t, n_slots, r, n).transpose(1, 2).reshape(b * n_slots, t * r, n)
+        between = torch.bmm(own, own.mT).view(b, n_slots, t, r, t, r)
+        return (between * across[:, None, :, None, :, None]).sum(dim=(2, 4)).view(-1, r, r), across
+    flat = delta.reshape(b, t, columns * n)
     weighed = torch.bmm(across, flat)
     left, right = (
-        split(tensor.view(b, t, r, n).transpose(1, 2).reshape(b, r, t * n), n_slots) for tensor in (flat, weighed)
+        split(tensor.view(b, t, columns, n).transpose(1, 2).reshape(b, columns, t * n), n_slots)
+        for tensor in (flat, weighed)
     )
     return torch.bmm(left, right.mT), across
 
@@ -206,14 +215,14 @@ def tiles(
                 direct = n_slots == 1 and alone is not None and _is_the_parameter(alone, parameter)
                 square = alone.square(examples, rows) if direct and alone is not None else None
                 if square is None:
-                    square = squares(split(_summed(parameter, rules, examples, rows), n_slots), rules[0].scratch)
+                    square = squares(split(summed(parameter, rules, examples, rows), n_slots), rules[0].scratch)
                 values = square.reshape(len(square), 1, 1, -1)
                 yield Block(parameter, _slots(examples, n_slots), values, offset)
             else:
                 gram = alone.gram(examples) if n_slots == 1 and alone is not None and alone.value.reshaped else None
                 if gram is not None and row > 0:
                     gram = torch.zeros_like(gram)  # the first tile of rows brought all of it
-                values = split(_summed(parameter, rules, examples, rows), n_slots)
+                values = split(summed(parameter, rules, examples, rows), n_slots)
                 values = values.reshape(*values.shape[:2], 1, -1)
                 yield Block(parameter, _slots(examples, n_slots), values, offset, gram)
 
@@ -314,7 +323,8 @@ def gathered(small: list[tuple[Parameter, Rule]], n_examples: int, squared: bool
             yield Block(some[0][0], _slots(examples, n_slots), values, starts)
 
 
-def _summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slice) -> Tensor:
+def summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slice) -> Tensor:
+    """Sum the gradients of a parameter's uses on some of its rows, ``(b', R, p, …)``."""
     total: Tensor | None = None
     for rule in rules:
         if _is_the_parameter(rule, parameter):
@@ -328,8 +338,7 @@ def _summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slic
             total = rule.scratch.take("total", tuple(block.shape), block).copy_(block)
         else:
             total.add_(block)
-    if total is None:
-        raise RuntimeError(f"no use of {parameter.name}")
+    assert total is not None, "a parameter with rules is used"
     return total
 
 

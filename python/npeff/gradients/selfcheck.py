@@ -5,8 +5,8 @@ Where some rows of the gradient δ of an operation's output belong to example i,
 w_i δ there, to the last bit: a product with a power of two rounds nothing. Any other assignment of rows to examples
 shows as a difference, because the w_i differ.
 
-*Values.* A third pass gives autograd's gradient of ``Σ_i u_i ⟨c_i, out_i⟩`` with random u_i, which must equal
-``Σ_i u_i rule_i``.
+*Values.* With the first pass comes autograd's gradient of ``Σ_i ⟨c_i, out_i⟩``, which must equal ``Σ_i rule_i``: on all
+elements of a parameter, or on some of its rows where it is large.
 
 Both are done when the graph has a new form. The first is repeated, against the rows of the batch's own backward
 passes, on every batch whose graph has new sizes or can move rows by the values of a tensor, and on one batch in
@@ -31,7 +31,7 @@ from npeff.gradients.fallback import ABSOLUTE, TOLERANCE, dense, flat, norm, rou
 from npeff.gradients.graph import Graph
 from npeff.gradients.rules import Found, Rule, Unsupported
 from npeff.gradients.rules.base import Scratch
-from npeff.models.parameters import Parameters
+from npeff.models.parameters import Parameter, Parameters
 
 EVERY = 16
 """Of batches whose graph is known and moves rows by its shapes alone, one in so many is checked again."""
@@ -42,6 +42,9 @@ one's by the rounding of a sum over columns alone."""
 
 LONG = 4096
 """Elements of an example's gradient from which on it is added alone."""
+
+WINDOWS = 4
+"""Of a large parameter so many stretches of rows are compared, a 32nd of the rows each."""
 
 
 @dataclass
@@ -130,8 +133,9 @@ def check_rules(
         delta, truth = deltas(first[: len(edges)]), first[len(edges) :]
         weighted = delta
     else:
-        delta, weighted = deltas(passed(edges, torch.ones_like(w))), deltas(passed(edges, w))
-        truth = passed(list(tensors.values()), u)
+        first = passed([*edges, *tensors.values()], u)
+        delta, truth = deltas(first[: len(edges)]), first[len(edges) :]
+        weighted = deltas(passed(edges, u * w))
     autograd = Autograd(truth, lambda factor: passed(list(tensors.values()), u * factor), tensors, precision)
     form, position = Form(unchecked={graph.fingerprint: 0}), 0
     for name, entries in found.items():
@@ -148,11 +152,11 @@ def check_rules(
                 rule(use, graph.nodes, layouts[i], engine.scratch)
                 for (rule, use, layouts), i in zip(entries, chosen, strict=True)
             ]
-            total = _sum(engine, name, rules, delta[own], u)
+            total, where = _sum(engine, name, rules, delta[own], n)
         except Unsupported as error:
             reason = str(error)
         else:
-            reason = autograd.disagrees(name, total)
+            reason = autograd.disagrees(name, total, where)
             reason = reason and f"the {rules[0].name} rule disagrees with autograd {reason}"
         if reason:
             engine.moved[name] = reason
@@ -219,13 +223,19 @@ class Autograd:
     def _rounding(self) -> dict[str, float]:
         return rounding(self._truth, self._again, self._tensors)
 
-    def disagrees(self, name: str, total: Tensor) -> str:
-        """By how much a sum of gradients ``(numel,)`` float64 differs from autograd's, if by more than rounding."""
-        truth = self._truth[name]
+    def disagrees(self, name: str, total: Tensor, where: list[slice]) -> str:
+        """By how much a sum of gradients differs from autograd's, if by more than rounding.
+
+        Args:
+            name: The parameter.
+            total: ``(k,)`` float64.
+            where: The elements of the parameter that these are.
+        """
+        whole = self._truth[name]
+        truth = torch.cat([whole[some] for some in where]) if where else whole
         gap = norm([total - truth])
-        allowed = (
-            TOLERANCE.get(self._precision, 2e-4) * norm([truth]) + ABSOLUTE.get(self._precision, 1e-6) * self._scale
-        )
+        absolute = ABSOLUTE.get(self._precision, 1e-6) * self._scale * (len(truth) / max(1, len(whole))) ** 0.5
+        allowed = TOLERANCE.get(self._precision, 2e-4) * norm([truth]) + absolute
         # Gradients that are not finite pass: they are reported with example and element later.
         if gap > allowed and gap > (allowed := max(allowed, self._rounding[name])):
             return f"(by {gap:.3g}, allowed {allowed:.3g})"
@@ -265,31 +275,52 @@ def _dense(gradient: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Ten
     return like.detach().new_zeros(shape) if gradient is None else dense(gradient).detach()
 
 
-def _sum(engine: Checked, name: str, rules: list[Rule], delta: list[Tensor], u: Tensor) -> Tensor:
-    """``Σ_i u_i rule_i``, ``(numel,)`` float64, by way of the per-example gradients."""
+def _sum(
+    engine: Checked, name: str, rules: list[Rule], delta: list[Tensor], n_examples: int
+) -> tuple[Tensor, list[slice]]:
+    """``Σ_i rule_i`` by way of the per-example gradients, ``(k,)`` float64, and on which elements; none: on all."""
     for rule, one in zip(rules, delta, strict=True):
         rule.reserve(1)
         rule.store(0, one)
     parameter = engine.parameters.named(name)
-    total = torch.zeros(parameter.numel, dtype=torch.float64, device=u.device)
-    for block in blocks.tiles(parameter, rules, len(u), 1, False, blocks.TILE_ELEMENTS):
-        values, weights = block.values[:, 0], u[block.examples]
+    if parameter.numel * n_examples > blocks.TILE_ELEMENTS // 8 and parameter.shape[0] >= 32 * WINDOWS:
+        return _sum_of_some(parameter, rules, n_examples)
+    total = torch.zeros(parameter.numel, dtype=torch.float64, device=delta[0].device)
+    for block in blocks.tiles(parameter, rules, n_examples, 1, False, blocks.TILE_ELEMENTS):
+        values = block.values[:, 0]
         width = values.shape[2]
         if isinstance(block.starts, int):
             start = block.starts - parameter.offset
-            _add_examples(total[start : start + width], values[:, 0], weights)
+            _add_examples(total[start : start + width], values[:, 0])
         else:
             assert isinstance(block.starts, Tensor), "small parameters were not to be gathered"
-            values = values.to(torch.float64) * weights[:, None, None]
             rows = (block.starts - parameter.offset).reshape(-1) // width
-            total.view(-1, width).index_add_(0, rows, values.reshape(-1, width))
-    return total
+            total.view(-1, width).index_add_(0, rows, values.to(torch.float64).reshape(-1, width))
+    return total, []
 
 
-def _add_examples(total: Tensor, values: Tensor, weights: Tensor) -> None:
-    """Add ``Σ_i weights_i values_i`` to a float64 ``(w,)``: long rows one by one, so that no float64 copy is made."""
+def _sum_of_some(parameter: Parameter, rules: list[Rule], n_examples: int) -> tuple[Tensor, list[slice]]:
+    """As :func:`_sum`, on a few stretches of rows that lie apart."""
+    n_rows = parameter.shape[0]
+    width, size = parameter.numel // n_rows, n_rows // 32
+    totals, where = [], []
+    for window in range(WINDOWS):
+        first = (n_rows - size) * window // (WINDOWS - 1)
+        total: Tensor | None = None
+        for example in range(n_examples):
+            values = blocks.summed(parameter, rules, slice(example, example + 1), slice(first, first + size))
+            values = values.reshape(-1).to(torch.float64)
+            total = values if total is None else total + values
+        assert total is not None, "a batch has examples"
+        totals.append(total)
+        where.append(slice(first * width, (first + size) * width))
+    return torch.cat(totals), where
+
+
+def _add_examples(total: Tensor, values: Tensor) -> None:
+    """Add ``Σ_i values_i`` to a float64 ``(w,)``: long rows one by one, so that no float64 copy is made."""
     if values.shape[1] < LONG:
-        total += weights @ values.to(torch.float64)
+        total += values.sum(dim=0, dtype=torch.float64)
         return
-    for weight, row in zip(weights.tolist(), values, strict=True):
-        total.add_(row, alpha=weight)
+    for row in values:
+        total.add_(row)

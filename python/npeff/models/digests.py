@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 from torch import Tensor, nn
@@ -19,13 +21,21 @@ _PASSING = re.compile(r" at 0x[0-9a-fA-F]+| \((?:GPU|cuda|mps|xpu)[ :\d]*\)")
 def model_digest(model: nn.Module) -> str:
     """Compute blake2b over the printed modules, and names, shapes, dtypes and bytes of parameters and buffers."""
     digest = hashlib.blake2b(_PASSING.sub("", repr(model)).encode(), digest_size=16)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        digest.update(name.encode())
-        if isinstance(tensor, Tensor):
-            update_with_tensor(digest, tensor)
-        else:
-            digest.update(repr(tensor).encode())
+    entries = model.state_dict(keep_vars=True)
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as threads:
+        for name, found in zip(entries, threads.map(_digest, entries.values()), strict=True):
+            digest.update(name.encode())
+            digest.update(found)
     return digest.hexdigest()
+
+
+def _digest(entry: object) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(entry, Tensor):
+        update_with_tensor(digest, entry)
+    else:
+        digest.update(repr(entry).encode())
+    return digest.digest()
 
 
 class ModelWatch:
