@@ -252,7 +252,10 @@ class Places:
         Raises:
             ArgumentError: The tokenizer has more tokens than the model, or a sequence is longer than the model's limit.
         """
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        try:
+            embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        except NotImplementedError:  # of models of transformers that have none
+            embedding = None
         known = getattr(embedding, "num_embeddings", None)
         if known is not None and len(self.tokenizer) > known:
             raise ArgumentError(
@@ -287,7 +290,7 @@ class Places:
         return Place(tuple(pieces[i] for i in sequence.kept), index, word, sequence.text)
 
     def output_names(self, classes: Sequence[int]) -> list[str]:
-        """Name some classes by their words: tokens as they continue a text, or the answers.
+        """Name some classes by their words: tokens as they continue a text, or the answers; ``<unused …>`` for others.
 
         Args:
             classes: As in ``labels``, or positions among the model's logits.
@@ -297,7 +300,7 @@ class Places:
         # Some tokenizers drop a space at the beginning: what another token before it does not change is the word.
         (before,) = self.tokenizer("a", add_special_tokens=False)["input_ids"][:1]
         start = len(self._decoded([before]))
-        return [self._decoded([before, int(i)])[start:] for i in classes]
+        return [self._decoded([before, int(i)])[start:] or f"<unused {int(i)}>" for i in classes]
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
