@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -41,6 +42,25 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"has no weights for lm_head.weight of LlamaForCausalLM; these would be rand"):
+        load_model(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("damage", ["half", "junk", "shape", "kind", "tokenizer", "config"])
+def test_damaged_files(damage: str, tmp_path: Path) -> None:
+    model_of("llama", tmp_path)
+    tokenizer_of(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if damage in ("half", "junk"):
+        weights.write_bytes(weights.read_bytes()[:9000] if damage == "half" else b"junk" * 100)
+    elif damage == "tokenizer":
+        (tmp_path / "tokenizer.json").write_text('{"model": 5, "added_tokens": []}')
+        with pytest.raises(ArgumentError, match="MODEL: no tokenizer can be loaded from hf:"):
+            load_tokenizer(f"hf:{tmp_path}")
+        return
+    else:
+        changes = {"shape": {"hidden_size": 32}, "kind": {"architectures": ["AutoConfig"]}, "config": {}}[damage]
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes) if changes else "{")
+    with pytest.raises(ModelError, match=r"MODEL: hf:.* cannot be loaded: "):
         load_model(f"hf:{tmp_path}")
 
 

@@ -139,6 +139,42 @@ def test_components_of_other_data_take_no_texts(folder: Path, capsys: pytest.Cap
     assert "these components were not made from one" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_page_shows_no_other_places(folder: Path) -> None:
+    components = npeff.load("c.h5")
+    assert isinstance(components, npeff.Components)
+    tokenizer = tokenizer_of(Path("model"))
+    rows = [json.loads(line) for line in Path("texts.jsonl").read_text().splitlines()]
+    about: dict[str, Any] = {"text_column": "prompt"}
+    for texts, options in (
+        ([{"prompt": row["prompt"].replace("of", "is")} for row in rows], {}),
+        (rows[::-1], {}),
+        (rows, {"where": "^The|^Is"}),
+        (rows, {"answers": [" yes", " no"]}),
+        (rows, {"context": 1}),
+    ):
+        with pytest.raises(DataError, match="data: these places are not those that the Fishers were computed from"):
+            npeff.report(components, Places(tokenizer, texts, **about | options), out="no.html", progress=False)
+    longer = Places(tokenizer, [*rows, {"prompt": "no"}], batch_tokens=30, **about)
+    assert npeff.report(components, longer, out="longer.html", progress=False).exists()
+
+
+def test_continuations_end_with_the_models_length(folder: Path) -> None:
+    model = model_of("gpt2")
+    tokenizer = tokenizer_of()
+    places = Places(tokenizer, TEXTS)
+    fishers = npeff.compute_fishers(model, places, rank=1, progress=False)
+    components = npeff.decompose(fishers, n_components=1, n_init=1, progress=False)
+    options: dict[str, Any] = {"magnitude": 0.1, "n_random": 0, "curve": 0, "n_resamples": 0, "progress": False}
+    effect = npeff.perturb(model, places, components, 0, prompts=[" yes" * 60], n_tokens=20, **options)
+    (told,) = effect.continuations
+    assert told.prompt == " yes" * 60 and told.base is not None
+    for prompt, words in ((" yes" * 65, "65 tokens, more than GPT2LMHeadModel was made for"), ("\ud800", "fails on")):
+        with pytest.raises(DataError, match=f"prompts: .*{words}"):
+            npeff.perturb(model, places, components, 0, prompts=[prompt], **options)
+    with pytest.raises(DataError, match="unrelated: none of its labels is known, and perplexity is of labels"):
+        npeff.perturb(model, places, components, 0, unrelated=Places(tokenizer, TEXTS), **options)
+
+
 def test_models_that_do_not_fit(folder: Path) -> None:
     places = Places(tokenizer_of(), TEXTS[:2])
     with pytest.raises(ArgumentError, match=r"tokenizer: it has .* tokens, and LlamaForCausalLM embeds 300"):

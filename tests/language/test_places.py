@@ -368,6 +368,18 @@ def test_example_that_is_not_there(tokenizer: Any) -> None:
         Places(tokenizer, TEXTS).example(0.0)  # type: ignore[arg-type]
 
 
+def test_outputs_that_are_no_tokens_have_a_name(tokenizer: Any) -> None:
+    assert Places(tokenizer, TEXTS).output_names([VOCABULARY + 7, 262]) == [f"<unused {VOCABULARY + 7}>", " is"]
+
+
+def test_models_without_embeddings_are_not_compared(tokenizer: Any) -> None:
+    class Other(torch.nn.Module):
+        def get_input_embeddings(self) -> None:
+            raise NotImplementedError
+
+    Places(tokenizer, TEXTS).check_model(Other())
+
+
 def test_model_and_tokenizer_that_do_not_fit(tokenizer: Any) -> None:
     places = Places(tokenizer, TEXTS)
     places.check_model(model_of())

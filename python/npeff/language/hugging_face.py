@@ -22,15 +22,21 @@ def load_model(target: str) -> nn.Module:
 
     Raises:
         ArgumentError: transformers is not there.
-        ModelError: There is no such model, or its file lacks weights.
+        MemoryError: There is not enough memory.
+        ModelError: There is no such model, its files are damaged, or they lack weights.
     """
     transformers, path, options = _source(target)
     try:
         architectures = transformers.AutoConfig.from_pretrained(path, **options).architectures or [""]
         kind = getattr(transformers, architectures[0], transformers.AutoModelForCausalLM)
         model, found = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"MODEL: {target} cannot be loaded: {_first_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what damaged files raise depends on their format
+        raise ModelError(
+            f"MODEL: {target} cannot be loaded: {_first_line(error)}; if it could before, its files are damaged or do "
+            "not belong together: fetch them again"
+        ) from error
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
             f"MODEL: {target} has no weights for {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} of "
@@ -46,11 +52,14 @@ def load_tokenizer(target: str) -> Any:
 
     Raises:
         ArgumentError: transformers is not there, or there is no tokenizer.
+        MemoryError: There is not enough memory.
     """
     transformers, path, options = _source(target)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the tokenizers package raises Exception itself
         raise ArgumentError(f"MODEL: no tokenizer can be loaded from {target}: {_first_line(error)}") from error
     tokenizer.name_or_path = target.removeprefix(PREFIX)
     return tokenizer

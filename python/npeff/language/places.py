@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -199,11 +200,36 @@ class Places:
         return Batch(content, outputs=None if self.outputs is None else torch.from_numpy(self.outputs), places=True)
 
     def describe(self) -> dict[str, Any]:
-        """Describe the tokenizer and the options for the provenance, JSON-able."""
+        """Describe the tokenizer, the options and the places for the provenance, JSON-able."""
         described = {"tokenizer": getattr(self.tokenizer, "name_or_path", ""), **self._options}
         if callable(described["where"]):
             described["where"] = None
-        return described
+        return described | {"n_examples": self.n_examples, "digest": self._digest(self.n_examples)}
+
+    def check_same(self, description: Mapping[str, Any]) -> None:
+        """Check that these places begin as those that :meth:`describe` described; fewer are not compared.
+
+        Raises:
+            DataError: They are others.
+        """
+        n = description.get("n_examples")
+        if n is None or n > self.n_examples or self._digest(n) == description["digest"]:
+            return
+        raise DataError(
+            "data: these places are not those that the Fishers were computed from; pass the same texts in the same "
+            "order, with the same tokenizer, where=, answers=, context= and sort="
+        )
+
+    def _digest(self, n: int) -> str:
+        """Compute blake2b of the outputs, and of the tokens and positions of the first n places."""
+        digest = hashlib.blake2b(repr(None if self.outputs is None else self.outputs.tolist()).encode(), digest_size=16)
+        for sequence, end in zip(self._sequences_read, self._ends.tolist(), strict=True):
+            at = np.flatnonzero(sequence.labels != IGNORED)
+            for part in (sequence.ids, at[: n - (end - len(at))]):
+                digest.update(f"{len(part)},".encode() + part.astype("<i8").tobytes())
+            if end >= n:
+                break
+        return digest.hexdigest()
 
     @classmethod
     def described(cls, description: Mapping[str, Any], texts: Any) -> Places:
@@ -212,7 +238,7 @@ class Places:
         Raises:
             ArgumentError: They were found by a callable, or there is no such tokenizer.
         """
-        options = dict(description)
+        options = {name: value for name, value in description.items() if name not in ("n_examples", "digest")}
         tokenizer = options.pop("tokenizer")
         if options["where"] is None:
             raise ArgumentError(
@@ -226,7 +252,10 @@ class Places:
         Raises:
             ArgumentError: The tokenizer has more tokens than the model, or a sequence is longer than the model's limit.
         """
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        try:
+            embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        except NotImplementedError:  # of models of transformers that have none
+            embedding = None
         known = getattr(embedding, "num_embeddings", None)
         if known is not None and len(self.tokenizer) > known:
             raise ArgumentError(
@@ -261,7 +290,7 @@ class Places:
         return Place(tuple(pieces[i] for i in sequence.kept), index, word, sequence.text)
 
     def output_names(self, classes: Sequence[int]) -> list[str]:
-        """Name some classes by their words: tokens as they continue a text, or the answers.
+        """Name some classes by their words: tokens as they continue a text, or the answers; ``<unused …>`` for others.
 
         Args:
             classes: As in ``labels``, or positions among the model's logits.
@@ -271,7 +300,7 @@ class Places:
         # Some tokenizers drop a space at the beginning: what another token before it does not change is the word.
         (before,) = self.tokenizer("a", add_special_tokens=False)["input_ids"][:1]
         start = len(self._decoded([before]))
-        return [self._decoded([before, int(i)])[start:] for i in classes]
+        return [self._decoded([before, int(i)])[start:] or f"<unused {int(i)}>" for i in classes]
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -251,4 +251,9 @@ def unrelated_batches(
     if not batches or any(batch.labels is None for batch in batches):
         what = "it yielded no batches" if not batches else "its batches have no labels"
         raise DataError(f"unrelated: {what}; perplexity is of labels: the tokens to predict, as in data")
+    if not any(bool((batch.labels >= 0).any()) for batch in batches if batch.labels is not None):
+        raise DataError(
+            "unrelated: none of its labels is known, and perplexity is of labels; of texts, take the tokens that come "
+            "next: npeff.language.Places(tokenizer, texts, where='every')"
+        )
     return batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -30,14 +31,14 @@ class Writer:
 
     Raises:
         ArgumentError: There is no ``generate``, or no tokenizer.
-        DataError: A text has no tokens.
+        DataError: A text has no tokens, or more than the model was made for.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, prompts: int | str | Sequence[str] | None, n_tokens: int
     ) -> None:
         self._model, self._tokenizer, self._n_tokens = model, tokenizer, n_tokens
-        self._n_examples = prompts if isinstance(prompts, int) else 0
+        self._n_examples = int(prompts) if isinstance(prompts, int | np.integer) else 0
         self._given: list[Prompt] = []
         if not prompts:
             return
@@ -51,8 +52,16 @@ class Writer:
                 "prompts: the data has no tokenizer to read them with; pass data=npeff.language.Places(tokenizer, …), "
                 "or data with an attribute tokenizer"
             )
-        for text in () if isinstance(prompts, int) else [prompts] if isinstance(prompts, str) else prompts:
-            tokens = tokenizer(text, return_tensors="pt")["input_ids"].long()
+        for text in () if isinstance(prompts, int | np.integer) else [prompts] if isinstance(prompts, str) else prompts:
+            try:
+                tokens = tokenizer(text, return_tensors="pt")["input_ids"].long()
+            except (TypeError, ValueError) as error:
+                raise DataError(f"prompts: the tokenizer fails on {text!r}: {type(error).__name__}: {error}") from error
+            if self._room(tokens) < 1:
+                raise DataError(
+                    f"prompts: {text[:40]!r}… has {tokens.shape[1]} tokens, more than {type(model).__name__} was made "
+                    "for; give a shorter text"
+                )
             if not tokens.numel():
                 raise DataError(f"prompts: {text!r} has no tokens; give at least one word")
             self._given.append((None, tokens))
@@ -101,13 +110,18 @@ class Writer:
             told = self._model.generate(  # type: ignore[operator]  # checked above
                 input_ids=tokens.to(device),
                 attention_mask=torch.ones_like(tokens, device=device),
-                max_new_tokens=self._n_tokens,
+                max_new_tokens=min(self._n_tokens, self._room(tokens)),
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=ends if padding is None else padding,
             )
             texts.append(self._decoded(told[0, tokens.shape[1] :]))
         return texts
+
+    def _room(self, tokens: Tensor) -> int:
+        """How many tokens can follow within the length that the model was made for; the last one is not read."""
+        limit = getattr(getattr(self._model, "config", None), "max_position_embeddings", None)
+        return self._n_tokens if limit is None else int(limit) - tokens.shape[1] + 1
 
     def _decoded(self, tokens: Tensor) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
