@@ -408,8 +408,9 @@ def _leading(p: Tensor, order: Tensor, which: slice) -> tuple[Tensor, Tensor]:
         further = (g(origin, sign * middle) < 0) == below
         low, high = torch.where(further, middle, low), torch.where(further, high, middle)
     delta = sign * low.sqrt() * high.sqrt()
-    vectors = p[:, None, :] / distances(origin, delta, p)
-    vectors = torch.where(there[:, :, None], vectors, 0.0)
-    vectors = vectors / vectors.norm(dim=2, keepdim=True).clamp_min(1e-300)
+    vectors = distances(origin, delta, p)
+    torch.div(p[:, None, :], vectors, out=vectors)
+    vectors.masked_fill_(~there[:, :, None], 0.0)
+    vectors /= vectors.norm(dim=2, keepdim=True).clamp_min(1e-300)
     place = order[:, None, :].expand(-1, vectors.shape[1], -1)
     return torch.where(there, origin + delta, 0.0), torch.zeros_like(vectors).scatter(2, place, vectors)
