@@ -18,7 +18,7 @@ from npeff.errors import ArgumentError
 from npeff.fishers.rows import DenseRows, SparseRows
 from npeff.fishers.scaling import scale
 from npeff.fishers.streamed_rows import StreamedRows
-from npeff.models.memory import parse_bytes
+from npeff.models.devices import parse_bytes
 from planted import best_cosines, fishers_of, planted, random_rows, sparse
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import npeff
 from npeff.fishers.options import GramOnly, Sketch, TopK
-from npeff.models.memory import Peak, held_bytes
+from npeff.models.devices import Peak, held_bytes
 from npeff.planning import planner, trials
 from npeff.storage.container import open_container
 

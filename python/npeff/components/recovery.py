@@ -24,8 +24,8 @@ from npeff.fishers.passes import Run
 from npeff.gradients.eligibility import differ
 from npeff.gradients.selection import placed, select_parameters
 from npeff.kernels import StreamingSketch
+from npeff.models.devices import available_bytes, format_bytes
 from npeff.models.digests import model_digest
-from npeff.models.memory import available_bytes, format_bytes
 from npeff.models.parameters import Parameters
 
 Array = npt.NDArray[Any]

@@ -15,7 +15,7 @@ import torch
 from npeff.decomposition.space_choice import SpaceName
 from npeff.errors import ArgumentError
 from npeff.fishers.scaling import BlockWeights, Normalize
-from npeff.models.memory import parse_bytes
+from npeff.models.devices import parse_bytes
 from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]

@@ -29,7 +29,7 @@ from npeff.decomposition.problem import Problem
 from npeff.decomposition.spaces import GramSpace
 from npeff.decomposition.subspace import RestrictedObjective, find_subspace, most_dimensions
 from npeff.kernels.dispatch import threads_for
-from npeff.models.memory import return_freed_memory
+from npeff.models.devices import return_freed_memory
 
 WINDOW = 5
 """Iterations over which progress is judged."""

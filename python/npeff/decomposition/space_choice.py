@@ -15,7 +15,7 @@ from npeff.fishers.rows import Rows
 from npeff.fishers.streamed_rows import DEVICE_PART_BYTES
 from npeff.kernels.sparse import DENSE_BYTES
 from npeff.models import devices
-from npeff.models.memory import available_bytes, format_bytes
+from npeff.models.devices import available_bytes, format_bytes
 
 SpaceName = Literal["auto", "gram", "rows", "streamed"]
 

@@ -27,7 +27,7 @@ from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.rows import Kind
 from npeff.gradients.selection import BLOCKS
 from npeff.language.places import places_of
-from npeff.models.memory import available_bytes, format_bytes, parse_bytes
+from npeff.models.devices import available_bytes, format_bytes, parse_bytes
 from npeff.planning.trials import SKETCH_DS, TOP_KS, Choice, Trials, choice_of, clock, write_seconds
 from npeff.short_repr import short_repr
 

@@ -32,8 +32,8 @@ from npeff.fishers.logits import Logits
 from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.rows import DenseRows, Kind, SparseRows
 from npeff.fishers.shards import FisherWriter
+from npeff.models.devices import Peak, settled_bytes
 from npeff.models.forward import OVER_CLASSES
-from npeff.models.memory import Peak, settled_bytes
 
 Array = npt.NDArray[Any]
 
