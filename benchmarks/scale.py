@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from npeff.decomposition.low_rank import LowRank
+from npeff.decomposition.kinds import LowRank
 from npeff.decomposition.processes import LOCAL, Group, Processes
 from npeff.decomposition.spaces import RowSpace
 from npeff.fishers.rows import DenseRows

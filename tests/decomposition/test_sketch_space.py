@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import npeff
-from npeff.decomposition.space_choice import choose_space
+from npeff.decomposition.options import choose_space
 from npeff.decomposition.spaces import RowSpace, StreamedSpace
 from npeff.errors import ArgumentError
 from npeff.fishers.rows import DenseRows, SparseRows

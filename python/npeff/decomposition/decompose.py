@@ -15,13 +15,11 @@ import torch
 
 from npeff.components.components import Components
 from npeff.decomposition.checkpoint import SearchState
-from npeff.decomposition.diagonal import Diagonal
-from npeff.decomposition.low_rank import LowRank, unit
+from npeff.decomposition.kinds import Diagonal, LowRank, unit
 from npeff.decomposition.objective import State
-from npeff.decomposition.options import Algorithm, Callback, DecomposeOptions, Progress, PublishedOptions
+from npeff.decomposition.options import Algorithm, Callback, DecomposeOptions, Progress, PublishedOptions, SpaceName
 from npeff.decomposition.problem import Problem, prepare
 from npeff.decomposition.search import Search, progress_bar
-from npeff.decomposition.space_choice import SpaceName
 from npeff.decomposition.spaces import RowSpace
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from npeff.decomposition.checkpoint import Checkpoint, SearchState, end_at
-from npeff.decomposition.low_rank import LowRank
+from npeff.decomposition.kinds import LowRank
 from npeff.decomposition.objective import Objective, State
 from npeff.decomposition.options import DecomposeOptions, Progress
 from npeff.decomposition.problem import Problem

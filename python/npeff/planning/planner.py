@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from npeff.batches.batches import check_data, read_batches
-from npeff.errors import ArgumentError, DataError
+from npeff.errors import ArgumentError, DataError, check_integer
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.rows import Kind
@@ -163,8 +163,8 @@ def plan(
         ("n_components", n_components, 1),
         ("batches", batches, 2),
     ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ArgumentError(f"{name}: expected an integer ≥ {least}, got {value!r}")
+        if value is not None:
+            check_integer(name, value, least)
     if kind is not None and kind not in get_args(Kind):
         raise ArgumentError(f"kind: expected 'low_rank', 'diagonal' or None for both, got {kind!r}")
     where = Path(tempfile.gettempdir()) if folder is None else Path(folder)

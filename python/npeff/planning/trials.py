@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from npeff.batches.batches import read_batches
-from npeff.decomposition.space_choice import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
+from npeff.decomposition.options import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
 from npeff.decomposition.subspace import DIMENSIONS
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.fishers import FisherBlock, Fishers
