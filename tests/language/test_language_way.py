@@ -59,8 +59,17 @@ def test_fishers_are_about_the_blocks_and_say_so(folder: Path) -> None:
     np.testing.assert_array_equal(places.labels, fishers.labels)
 
 
-def test_components_are_moved_and_shown(folder: Path) -> None:
-    assert run(["perturb", "hf:model", "texts.jsonl", "r.h5", "-j", "0", *FEW, "--out", "effect.json"]) == 0
+def test_components_are_moved_and_shown(folder: Path, capsys: Any) -> None:
+    Path("news.txt").write_text("The sky is green.\nIs the answer no? It is.\n")
+    texts = ["--unrelated", "news.txt", "--prompts", "2", "--n-tokens", "3"]
+    assert run(["perturb", "hf:model", "texts.jsonl", "r.h5", "-j", "0", *FEW, *texts, "--out", "effect.json"]) == 0
+    said, effect = capsys.readouterr().out, json.loads(Path("effect.json").read_text())
+    before, after = effect["perplexity"]
+    assert f"perplexity on unrelated data: {before:.4g} → {after:.4g}" in said
+    assert "most probable before → after" in said and "→" in said.splitlines()[-2]
+    assert [told["prompt"] for told in effect["continuations"]] == [
+        TEXTS[told["id"]] for told in effect["continuations"]
+    ]
     assert run(["trace", "hf:model", "texts.jsonl", "r.h5", "-j", "0", "--top", "6", "--quiet"]) == 0
     shown = ["report", "r.h5", "--data", "texts.jsonl", "--extras", "effect.json", "--quiet", "--out", "page.html"]
     assert run(shown) == 0

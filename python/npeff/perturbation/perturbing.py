@@ -103,8 +103,9 @@ def perturb(
         floor: Least value of f̄ at unit norm, 1e-6.
         n_random: Random directions per control, 8.
         curve: Points per sign of KL against the magnitude, 8, from a quarter to twice the magnitude found.
-        unrelated: Batches of data that has nothing to do with the component, with labels (the next tokens of any
-            text): its perplexity is measured at every step, beside that of the model's own weights.
+        unrelated: Data that has nothing to do with the component: batches with labels, or, where ``data`` has a
+            tokenizer, texts (a list, or the path of a file), whose every next token is a label. Its perplexity is
+            measured at every step, beside that of the model's own weights.
         prompts: A text, or several, that a language model continues with the component as it is, turned down and
             turned up; or how many of the top examples' texts. The data has the tokenizer, as
             :class:`npeff.language.Places` does.
