@@ -409,7 +409,7 @@ def test_many_components_with_one_reading(case):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"magnitude": 0}, "magnitude: expected a number > 0"),
+        ({"magnitude": 0}, "magnitude: expected a finite number > 0"),
         ({"target_kl": -1}, "target_kl"),
         ({"target_kl": (0.2, 0.1)}, "target_kl"),
         ({"sign": 2}, "sign"),

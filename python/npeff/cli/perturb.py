@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from npeff.cli.command import check_members, check_out, command, listed, loaded, misused, note
+from npeff.cli.command import (
+    check_members,
+    check_out,
+    command,
+    data_of_components,
+    is_text,
+    listed,
+    loaded,
+    misused,
+    note,
+)
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
-from npeff.cli.texts import data_of_components, is_text
 
 if TYPE_CHECKING:
     from npeff.components.components import Components

@@ -9,9 +9,8 @@ from typing import Any
 
 import click
 
-from npeff.cli.command import command, loaded, misused, note, size
+from npeff.cli.command import command, data_of_components, loaded, misused, note, size
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
-from npeff.cli.texts import data_of_components
 
 
 @command(

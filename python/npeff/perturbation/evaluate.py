@@ -30,8 +30,8 @@ from npeff.perturbation.directions import random_direction
 from npeff.perturbation.effect import Prediction
 from npeff.perturbation.examples import BatchSlice, SelectedExamples, unrelated_batches
 from npeff.perturbation.figures import Measured
-from npeff.perturbation.generation import Writer
 from npeff.perturbation.options import PerturbOptions
+from npeff.perturbation.outputs import Writer
 from npeff.perturbation.weights import TensorsByName, Weights, on_model, untouched
 
 Array = npt.NDArray[Any]

@@ -28,6 +28,7 @@ from npeff.fishers.rows import Kind
 from npeff.gradients.selection import BLOCKS
 from npeff.language.places import places_of
 from npeff.models.devices import available_bytes, format_bytes, parse_bytes
+from npeff.perturbation.effect import text_table
 from npeff.planning.trials import SKETCH_DS, TOP_KS, Choice, Trials, choice_of, clock, write_seconds
 from npeff.short_repr import short_repr
 
@@ -341,10 +342,7 @@ def _lines(choices: Sequence[Choice], n_components: int) -> list[str]:
         table.append(row)
     heads = [head for head in table[0] if head == "" or any(row[head] for row in table)]
     cells = [heads, *([row[head] for head in heads] for row in table)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-    ]
+    return [f"  {line}" for line in text_table(cells).splitlines()]
 
 
 def _duration(seconds: float) -> str:
