@@ -464,7 +464,7 @@ def test_data_that_is_not_that_of_the_fishers(case):
         npeff.perturb(model, data[:1], components, 0, **QUICK)
     with pytest.raises(DataError, match="generator may be used up"):
         npeff.perturb(model, iter([]), components, 0, **QUICK)
-    known = {"fishers": {"options": {}, "model_digest": npeff.models.digests.model_digest(model)}}
+    known = {"fishers": {"options": {}, "model_digest": npeff.models.parameters.model_digest(model)}}
     stamped = replace(components, provenance=known)
     assert npeff.perturb(model, data, stamped, 0, **QUICK).ratio > 1
     with pytest.raises(DataError, match="have other outputs than when the Fishers were computed, although"):

@@ -237,7 +237,7 @@ def for_report(out: Path, components: Any, data: str | None = None, **found: Any
 
 def is_text(data: str) -> bool:
     """Whether DATA is a file of texts, or a folder with a dataset."""
-    from npeff.language.sources import FILES
+    from npeff.language.texts import FILES
 
     return data.lower().endswith(FILES) or (":" not in data and Path(data).is_dir())
 
@@ -249,8 +249,7 @@ def data_of_model(data: str, model: str, options: dict[str, Any]) -> Iterable[An
         UsageError: They are given for other data, or MODEL is a function, which tells of no tokenizer.
     """
     from npeff.language import Places
-    from npeff.language.hugging_face import PREFIX, load_tokenizer
-    from npeff.models.targets import load_data
+    from npeff.models.targets import PREFIX, load_data, load_tokenizer
 
     given = {name: options.pop(name, None) for name in ("where", *OPTIONS)}
     about = {name: value for name, value in given.items() if value is not None}

@@ -16,9 +16,10 @@ import torch
 
 from npeff.decomposition.subspace import DIMENSIONS
 from npeff.errors import ArgumentError, check_choice, check_integer, check_number
+from npeff.fishers.block_weights import BlockWeights
 from npeff.fishers.dense_rows import PART_BYTES
 from npeff.fishers.rows import Rows
-from npeff.fishers.scaling import BlockWeights, Normalize
+from npeff.fishers.scaling import Normalize
 from npeff.fishers.streamed_rows import DEVICE_PART_BYTES
 from npeff.kernels.sparse import DENSE_BYTES
 from npeff.models import devices

@@ -36,8 +36,7 @@ from npeff.fishers.rows import GramRows
 from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.rules import Rule
 from npeff.models.devices import format_bytes, parse_bytes
-from npeff.models.digests import ModelWatch
-from npeff.models.parameters import Parameter
+from npeff.models.parameters import ModelWatch, Parameter
 from npeff.storage.container import open_container
 
 Array = npt.NDArray[Any]
@@ -92,6 +91,7 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
                 if first_pass:
                     if number == 0:
                         order.check(batch)
+                        run.choose_block_weights(batch)
                     repeats.add(digest)
                     digests.append(digest)
                 elif number >= len(digests) or digest != digests[number]:
@@ -147,7 +147,7 @@ def _collect(run: Run, batch: Batch, ids: Ids, layers: dict[str, LayerGram], exa
                 one.prepared, columns, slots=one.slots, paired=_factors_are_smaller(n_columns)
             ):
                 _check_finite(block, one.slot_ids)
-                layers[block.parameter.name].take(block)
+                layers[block.parameter.name].take(run.weighted(block))
             for layer in layers.values():
                 layer.end()
 

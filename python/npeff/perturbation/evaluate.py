@@ -23,8 +23,8 @@ from npeff.fishers.logits import Logits
 from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible
 from npeff.gradients.selection import placed
-from npeff.models.digests import model_digest
 from npeff.models.forward import OVER_CLASSES, call_model
+from npeff.models.parameters import model_digest
 from npeff.perturbation import outputs
 from npeff.perturbation.directions import random_direction
 from npeff.perturbation.effect import Prediction

@@ -129,7 +129,7 @@ def perturb(
         ModelError: The model fails, or is in training mode with layers whose outputs depend on the mode.
     """
     options = PerturbOptions.checked(components, PerturbOptions.among(locals()))
-    (target,), rows = _targets(components, [j], options)
+    (target,), rows = _targets(model, data, components, [j], options)
     with (
         evaluator_for(model, data, components, rows, options) as evaluator,
         tqdm(total=1, desc="Perturb", disable=not progress) as bar,
@@ -166,7 +166,7 @@ def perturb_all(
     checked = PerturbOptions.checked(components, options)
     if which is None:
         which = [j for j in range(components.n_components) if (components.coefficients[:, j] > 0).any()]
-    targets, rows = _targets(components, which, checked)
+    targets, rows = _targets(model, data, components, which, checked)
     with evaluator_for(model, data, components, rows, checked) as evaluator:
         directions = ComponentDirections(components)
         bar = tqdm(targets, desc="Perturb", disable=not checked.progress)
@@ -174,11 +174,17 @@ def perturb_all(
 
 
 def _targets(
-    components: Components, which: Iterable[int | Strategy], options: PerturbOptions
+    model: nn.Module,
+    data: Iterable[Any],
+    components: Components,
+    which: Iterable[int | Strategy],
+    options: PerturbOptions,
 ) -> tuple[list[Target], Array]:
-    """The targets, and the rows of their top examples and of the baseline."""
+    """The targets, their vectors recovered, and the rows of their top examples and of the baseline."""
     targets = [target_of(components, j) for j in which]
-    components.check_recovered(needed_vectors(components, targets, options.reject))
+    needed = needed_vectors(components, targets, options.reject)
+    how = {name: getattr(options, name) for name in ("forward", "device", "progress")}
+    components.ensure_vectors(needed, model, data, **how)
     tops = [options.top_rows(target.coefficient) for target in targets]
     return targets, np.concatenate([options.baseline_rows(len(components.coefficients)), *tops])
 

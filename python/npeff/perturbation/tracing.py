@@ -19,7 +19,7 @@ from tqdm import tqdm
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, check_integer
-from npeff.fishers.scaling import layer_of
+from npeff.fishers.block_weights import layer_of
 from npeff.models.parameters import Parameter, Parameters
 from npeff.perturbation.directions import ComponentDirections, needed_vectors, target_of
 from npeff.perturbation.effect import Result, text_table
@@ -344,7 +344,9 @@ def trace(
         raise ArgumentError(f"{min(untraced)}: a trace has no such option; npeff.perturb has it")
     chosen = PerturbOptions.checked(components, options)
     target = target_of(components, j)
-    components.check_recovered(needed_vectors(components, [target], chosen.reject))
+    needed = needed_vectors(components, [target], chosen.reject)
+    how = {name: getattr(chosen, name) for name in ("forward", "device", "progress")}
+    components.ensure_vectors(needed, model, data, **how)
     resolved = resolve(groups, components.parameters)
     free = rest(components.parameters, resolved)
     top = chosen.top_rows(target.coefficient)
