@@ -101,10 +101,13 @@ def test_answers_are_all_that_is_predicted(folder: Path, capsys: pytest.CaptureF
     np.testing.assert_allclose(fishers.logits[3], logits[[yes, no]], rtol=1e-4, atol=1e-6)
 
 
-def test_every_token_of_a_plain_text(folder: Path) -> None:
+def test_every_token_of_a_plain_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("texts.txt").write_text("\n".join(TEXTS[:4]))
     assert run(["fishers", "hf:model", "texts.txt", *FOLDED, "--where", "every", "--out", "e.h5"]) == 0
-    assert run(["fishers", "hf:model", "texts.txt", *FOLDED, "--where", "(capital) of", "--out", "m.h5"]) == 0
+    assert "of the linear layers of the blocks, 14; --parameters '*' takes all" in capsys.readouterr().err
+    some = ["--where", "(capital) of", "--parameters", "*mlp*"]
+    assert run(["fishers", "hf:model", "texts.txt", *FOLDED, *some, "--out", "m.h5"]) == 0
+    assert "of the linear layers" not in capsys.readouterr().err
     counts = [len(npeff.load(name)) for name in ("e.h5", "m.h5")]  # type: ignore[arg-type]
     tokenizer = tokenizer_of()
     assert counts == [sum(len(tokenizer(text)["input_ids"]) for text in TEXTS[:4]), 4]

@@ -147,6 +147,8 @@ def fishers(
     if not first():
         return
     click.echo(f"{out}: {len(result):,} Fishers of {result.n_parameters:,} parameters, {size(out.stat().st_size)}")
+    if "parameters" not in options and result.provenance["options"]["parameters"]:
+        note(f"  of the linear layers of the blocks, {len(result.parameters)}; --parameters '*' takes all parameters")
     slow = unruled(result.coverage)
     for name, why in slow[:5]:
         note(f"  {name}: {why}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from npeff.cli.command import check_members, command, loaded, misused, size, unruled
+from npeff.cli.command import check_members, command, data_of_components, loaded, misused, size, unruled
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
 
 PACKAGES = ("numpy", "scipy", "h5py", "scikit-learn", "matplotlib", "safetensors")
@@ -373,11 +373,11 @@ def export(
         write_published(npeff.load(path), out)
         click.echo(f"{out}: {size(out.stat().st_size)}")
         return
-    from npeff.models.targets import load_data, load_model
+    from npeff.models.targets import load_model
 
     components = loaded(path, "Components")
     check_members([component], components, path)
-    given: Any = (load_model(model) if model else None, load_data(data) if data else None)
+    given: Any = (load_model(model) if model else None, data_of_components(data, components) if data else None)
     if peft:
         share = components.to_peft(component, out, *given, **options)
         total = sum(part.stat().st_size for part in out.iterdir())

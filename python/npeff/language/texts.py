@@ -26,6 +26,9 @@ Where = str | Callable[[str, list[str]], Iterable[int]]
 FILES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 """Endings of files with texts."""
 
+LONGEST_NAME = 200
+"""Characters of a path that messages show."""
+
 KINDS = (
     f"a list of texts, a list of mappings, a pandas column or frame, a datasets.Dataset, a mapping of columns, or the "
     f"path of a file ({', '.join(FILES)}) or of a folder written by Dataset.save_to_disk"
@@ -63,7 +66,7 @@ def read_texts(texts: Any, text_column: str, label_column: str | None) -> list[T
     """
     if isinstance(texts, str | os.PathLike):
         rows = _file(Path(texts), text_column, label_column)
-    elif hasattr(texts, "column_names") or hasattr(texts, "columns") or isinstance(texts, Mapping):
+    elif getattr(texts, "column_names", None) is not None or hasattr(texts, "columns") or isinstance(texts, Mapping):
         rows = _table(texts, "texts", text_column, label_column)
     elif isinstance(texts, Iterable):
         rows = _items(texts, text_column, label_column)
@@ -75,11 +78,33 @@ def read_texts(texts: Any, text_column: str, label_column: str | None) -> list[T
             raise DataError(f"texts: {source} is {text!r}; expected a text")
         if not text.strip():
             raise DataError(f"texts: {source} is empty; leave it out")
-        missing = label is None or label == "" or label != label  # NaN stands for nothing in pandas
-        found.append(Text(source, text, None if missing else label))
+        if not is_unicode(text):
+            raise DataError(
+                f"texts: {source} has half a surrogate pair, which is no character; mend it or leave it out"
+            )
+        found.append(Text(source, text, None if _missing(label) else label))
     if not found:
         raise DataError("texts: there are none")
     return found
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be written; halves of surrogate pairs cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _missing(label: Any) -> bool:
+    """Whether a label stands for none: also NaN and NA of pandas, which equal nothing."""
+    if label is None or isinstance(label, str):
+        return not label
+    try:
+        return bool(label != label)
+    except (TypeError, ValueError):  # NA has no truth value; nor has a comparison of arrays
+        return type(label).__name__ == "NAType"
 
 
 def _items(texts: Iterable[Any], text_column: str, label_column: str | None) -> Iterator[tuple[str, Any, Any]]:
@@ -108,18 +133,27 @@ def _table(table: Any, source: str, text_column: str, label_column: str | None) 
     """The texts of a frame, a dataset, an Arrow table or a mapping of columns.
 
     Raises:
-        DataError: A column is missing.
+        DataError: A column is missing, is there twice, is no column, or has another length.
     """
     names = [str(name) for name in getattr(table, "column_names", getattr(table, "columns", table))]
 
     def column(option: str, name: str) -> list[Any]:
         if name not in names:
             raise DataError(f"{source}: there is no {option}={name!r}; the columns are {', '.join(names)}")
+        if names.count(name) > 1:
+            raise DataError(f"{source}: there are {names.count(name)} columns {option}={name!r}; rename all but one")
         values = table[name]
+        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+            raise DataError(f"{source}: expected a column of values as {option}={name!r}, got {values!r}")
         return list(values.to_pylist() if hasattr(values, "to_pylist") else values)
 
     found = column("text_column", text_column)
     labels = [None] * len(found) if label_column is None else column("label_column", label_column)
+    if len(labels) != len(found):
+        raise DataError(
+            f"{source}: expected as many labels as texts, got {len(labels)} in {label_column!r} and {len(found)} in "
+            f"{text_column!r}"
+        )
     for number, (text, label) in enumerate(zip(found, labels, strict=True)):
         yield f"text {number}", text, label
 
@@ -131,8 +165,13 @@ def _file(path: Path, text_column: str, label_column: str | None) -> Iterator[tu
         ArgumentError: There is no such file, it has another ending, or a package is missing.
         DataError: It cannot be read.
     """
-    if not path.exists():
-        raise ArgumentError(f"texts: there is no file {path}; for one text pass a list, [text]")
+    try:
+        there = path.exists()
+    except (OSError, ValueError):  # no path at all: too long, or with a zero byte
+        there = False
+    if not there:
+        name = str(path) if len(str(path)) <= LONGEST_NAME else f"{str(path)[:LONGEST_NAME]}…"
+        raise ArgumentError(f"texts: there is no file {name}; for one text pass a list, [text]")
     ending = path.suffix.lower()
     try:
         if path.is_dir():
@@ -142,9 +181,11 @@ def _file(path: Path, text_column: str, label_column: str | None) -> Iterator[tu
         elif ending == ".txt":
             if label_column is not None:
                 raise DataError(f"texts: {path} has no columns, so no label_column={label_column!r}")
-            for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                if text.strip():
-                    yield f"{path}, line {line}", text, None
+            # Not splitlines(), which also ends lines within a text, as at U+2028.
+            with path.open(encoding="utf-8-sig") as file:
+                for line, text in enumerate(file, 1):
+                    if text.strip():
+                        yield f"{path}, line {line}", text.removesuffix("\n"), None
         elif ending in (".jsonl", ".ndjson"):
             yield from _json_lines(path, text_column, label_column)
         elif ending in (".csv", ".tsv"):
@@ -195,14 +236,14 @@ def _json_lines(path: Path, text_column: str, label_column: str | None) -> Itera
     Raises:
         DataError: A line is no JSON, or neither a text nor an object.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for line, content in enumerate(file, 1):
             if not content.strip():
                 continue
             source = f"{path}, line {line}"
             try:
                 item = json.loads(content)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"texts: {source} is no JSON ({error}); expected one object per line") from error
             yield _row(source, item, text_column, label_column)
 
@@ -211,17 +252,27 @@ def _csv(path: Path, delimiter: str, text_column: str, label_column: str | None)
     """The texts of a table whose first line names the columns.
 
     Raises:
-        DataError: A column is missing, or a line ends before it.
+        DataError: A column is missing or there twice, a line ends before it or has more cells than the first line, or
+            quotes do not end.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        columns = list(reader.fieldnames or [])
+        for column in (text_column, label_column):
+            if columns.count(str(column)) > 1:
+                raise DataError(
+                    f"texts: {path} has {columns.count(str(column))} columns {column!r}; rename all but one"
+                )
         for row in reader:
             source = f"{path}, line {reader.line_num}"
+            if None in row:
+                raise DataError(
+                    f"texts: {source} has {len(columns) + len(row[None])} cells, and the first line names "
+                    f"{len(columns)}; put cells that hold {delimiter!r} between double quotes"
+                )
             found = _row(source, row, text_column, label_column)
             if found[1] is None or (label_column is not None and found[2] is None):
-                raise DataError(
-                    f"texts: {source} has fewer columns than the first line, {len(reader.fieldnames or [])}"
-                )
+                raise DataError(f"texts: {source} has fewer columns than the first line, {len(columns)}")
             yield found
 
 
@@ -233,17 +284,19 @@ class Tokens:
         text: The text.
         ids: ``(t,)`` their numbers.
         spans: ``(t, 2)`` the characters that each stands for, as start and end; empty for tokens that the tokenizer
-            adds of its own.
+            adds of its own, and for white space where the tokenizer says so.
+        added: ``(t,)`` 1 for tokens that the tokenizer adds of its own, else 0.
     """
 
     text: str
     ids: Ids
     spans: Ids
+    added: Ids
 
     @property
     def own(self) -> Ids:
         """Positions of the tokens that stand for a part of the text."""
-        return np.flatnonzero(self.spans[:, 1] > self.spans[:, 0])
+        return np.flatnonzero(self.added == 0)
 
     @property
     def n_leading(self) -> int:
@@ -254,8 +307,8 @@ class Tokens:
     def pieces(self, tokenizer: Any) -> list[str]:
         """Cut the text into the parts that the tokens stand for; tokens that were added have their own names."""
         found, end = [], 0
-        for token, (start, stop) in zip(self.ids.tolist(), self.spans.tolist(), strict=True):
-            found.append(self.text[end:stop] if stop > start else str(tokenizer.convert_ids_to_tokens(token)))
+        for token, stop, added in zip(self.ids.tolist(), self.spans[:, 1].tolist(), self.added.tolist(), strict=True):
+            found.append(str(tokenizer.convert_ids_to_tokens(token)) if added else self.text[end:stop])
             end = max(end, stop)
         return found
 
@@ -273,9 +326,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Iterator[Tokens]:
         )
     for start in range(0, len(texts), AT_ONCE):
         some = list(texts[start : start + AT_ONCE])
-        read = tokenizer(some, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        for text, ids, spans in zip(some, read["input_ids"], read["offset_mapping"], strict=True):
-            yield Tokens(text, np.array(ids, np.int64), np.array(spans, np.int64).reshape(-1, 2))
+        wanted = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "return_attention_mask": False}
+        read = tokenizer(some, **wanted, verbose=False)
+        columns = read["input_ids"], read["offset_mapping"], read["special_tokens_mask"]
+        for text, ids, spans, added in zip(some, *columns, strict=True):
+            yield Tokens(
+                text, np.array(ids, np.int64), np.array(spans, np.int64).reshape(-1, 2), np.array(added, np.int64)
+            )
 
 
 def finder(where: Where, tokenizer: Any) -> Callable[[Tokens, Text], Ids]:
@@ -302,14 +359,17 @@ def finder(where: Where, tokenizer: Any) -> Callable[[Tokens, Text], Ids]:
     def called(tokens: Tokens, text: Text) -> Ids:
         positions = where(tokens.text, tokens.pieces(tokenizer))
         try:
-            found = np.unique(np.array([operator.index(position) for position in positions], np.int64))
+            given = list(positions)
+            found = sorted({operator.index(position) for position in given})
         except (TypeError, ValueError) as error:
             raise DataError(f"where: expected positions of tokens of {text.source}, got {positions!r}") from error
-        if len(found) and not 0 <= found[0] <= found[-1] < len(tokens.ids):
+        if any(str(getattr(position, "dtype", type(position).__name__)).endswith("bool") for position in given):
             raise DataError(
-                f"where: expected positions from 0 to {len(tokens.ids) - 1} of {text.source}, got {found.tolist()}"
+                f"where: expected positions of tokens of {text.source}, got True and False: give the numbers"
             )
-        return found
+        if found and not 0 <= found[0] <= found[-1] < len(tokens.ids):
+            raise DataError(f"where: expected positions from 0 to {len(tokens.ids) - 1} of {text.source}, got {found}")
+        return np.array(found, np.int64)
 
     return called
 
@@ -332,11 +392,18 @@ def continuation(tokenizer: Any, before: str, word: str, what: str) -> int:
         what: Names the word in messages: ``"answers"``, ``"label of text 3"``.
 
     Raises:
-        ArgumentError: The word is several tokens, or none, or changes those before it.
+        ArgumentError: The word is several tokens, or none, or the token of unknown words, or changes those before it.
     """
+    if not is_unicode(word):
+        raise ArgumentError(f"{what}: expected a word of one token, and {word!r} has half a surrogate pair")
     (start, whole) = tokenize(tokenizer, [before, before + word])
     first, both = start.ids[start.own].tolist(), whole.ids[whole.own].tolist()
     if both[: len(first)] == first and len(both) == len(first) + 1:
+        if both[-1] == getattr(tokenizer, "unk_token_id", None) and word.strip() != tokenizer.unk_token:
+            raise ArgumentError(
+                f"{what}: expected a word that the tokenizer knows, and {word!r} becomes {tokenizer.unk_token!r}, as "
+                "all words that it does not know"
+            )
         return int(both[-1])
     kept = [i for i in whole.own.tolist() if whole.spans[i, 1] > len(before)]
     pieces = [piece for i, piece in enumerate(whole.pieces(tokenizer)) if i in set(kept)]
