@@ -27,7 +27,7 @@ from sklearn.decomposition import NMF, MiniBatchNMF
 import npeff
 from low_rank import processor
 from low_rank_scale import network
-from npeff.decomposition.diagonal import Diagonal
+from npeff.decomposition.kinds import Diagonal
 from npeff.decomposition.spaces import RowSpace
 from npeff.fishers.scaling import scale
 

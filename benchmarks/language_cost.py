@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 import machine
 import npeff
-from npeff.models.digests import model_digest
+from npeff.models.parameters import model_digest
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PARAMETERS = ["!*embed_tokens*", "!*norm*"]

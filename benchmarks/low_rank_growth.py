@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from npeff.decomposition.low_rank import LowRank
+from npeff.decomposition.kinds import LowRank
 from npeff.decomposition.spaces import RowSpace
 from npeff.decomposition.subspace import DIMENSIONS, find_subspace
 from npeff.fishers.rows import DenseRows, SparseRows

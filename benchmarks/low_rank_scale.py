@@ -31,7 +31,7 @@ import npeff
 from low_rank import processor, recomputed_loss
 from npeff import demo
 from npeff.decomposition.decompose import DivergedError
-from npeff.models.memory import Peak
+from npeff.models.devices import Peak
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import fashion_data

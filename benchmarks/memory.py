@@ -25,7 +25,7 @@ from torch import nn
 import npeff
 from machine import description
 from npeff.fishers.rows import DenseRows, Rows, SparseRows
-from npeff.models.memory import Peak, settled_bytes
+from npeff.models.devices import Peak, settled_bytes
 from npeff.models.parameters import Parameters
 
 R = 16

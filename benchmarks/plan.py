@@ -91,7 +91,7 @@ def planned(name: str, n: int, batches: int) -> dict[str, Any]:
 
 def happened(name: str, n: int, kind: Any, way: str) -> dict[str, Any]:
     import npeff
-    from npeff.models.memory import Peak
+    from npeff.models.devices import Peak
     from npeff.storage.container import open_container
 
     model, data = MODELS[name]()

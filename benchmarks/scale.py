@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from npeff.decomposition.low_rank import LowRank
+from npeff.decomposition.kinds import LowRank
 from npeff.decomposition.processes import LOCAL, Group, Processes
 from npeff.decomposition.spaces import RowSpace
 from npeff.fishers.rows import DenseRows
 from npeff.fishers.scaling import ScaledRows
-from npeff.models.memory import Peak
+from npeff.models.devices import Peak
 
 RANK = 3
 STEPS = 3

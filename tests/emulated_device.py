@@ -15,7 +15,7 @@ import torch
 
 import blocks
 from fake_device import unwrapped
-from npeff.decomposition import space_choice
+from npeff.decomposition import options
 from npeff.kernels import dispatch
 from npeff.models import devices
 
@@ -70,7 +70,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, seed: int = 1, memory: int = 1 << 
     """Within it, CPU tensors are served as those of a device with so many bytes of memory are."""
     with kernels(monkeypatch, seed, ("cpu",)) as module, monkeypatch.context() as patch:
         patch.setattr(devices, "has_own_memory", lambda device: True)
-        patch.setattr(space_choice, "available_bytes", lambda device: memory)
+        patch.setattr(options, "available_bytes", lambda device: memory)
         yield module
 
 

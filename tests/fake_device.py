@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from npeff.kernels import transfers
+from npeff.kernels import streams
 
 aten = torch.ops.aten
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -178,7 +178,7 @@ def fake_device(monkeypatch: pytest.MonkeyPatch, memory: int = 1 << 34) -> Itera
         patch.setattr(torch.cuda, "memory_reserved", lambda device=None: 0)
         patch.setattr(torch.cuda, "memory_allocated", lambda device=None: 0)
         patch.setattr(FakeTensor, "record_stream", lambda self, stream: None, raising=False)
-        patch.setattr(transfers, "PINNED", False)
+        patch.setattr(streams, "PINNED", False)
         # Module.to() makes new parameters: the old ones' memory cannot become the device's.
         patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
         with FakeDevice() as mode:

@@ -27,7 +27,7 @@ FLOORS = (
     ("perturbation",),
     ("companions",),
     ("reports",),
-    ("planning", "demo", "doctor"),
+    ("planning", "demo"),
     ("cli",),
     ("__main__",),
 )
@@ -36,8 +36,8 @@ FLOORS = (
 NATIVE = ("_native", "_cuda")
 """Compiled modules, which import nothing of the package."""
 
-LATE = ("__init__", "cli", "doctor")
-"""Where imports may stand inside functions, as in ``__init__``: the doctor works where a package is missing."""
+LATE = ("__init__", "cli")
+"""Where imports may stand inside functions."""
 
 
 @dataclass(frozen=True)

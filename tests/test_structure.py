@@ -22,7 +22,7 @@ def test_imports_of_the_package_stand_at_the_top_of_modules() -> None:
 
 def test_imports_in_functions_and_for_annotations_are_counted() -> None:
     found = {(one.source, one.target, one.late) for one in imports()}
-    assert ("cli.perturb", "components.components", False) in found  # under TYPE_CHECKING
+    assert ("cli.explain", "components.components", False) in found  # under TYPE_CHECKING
     assert any(late and source.startswith("cli.") for source, _, late in found)
 
 

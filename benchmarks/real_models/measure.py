@@ -20,7 +20,7 @@ import npeff
 from npeff import trust
 from npeff.fishers.factors import factorise
 from npeff.fishers.options import FisherOptions
-from npeff.models.memory import Peak
+from npeff.models.devices import Peak
 
 HERE = Path(__file__).parent
 T = TypeVar("T")

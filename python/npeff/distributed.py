@@ -36,7 +36,7 @@ from npeff.fishers.file_format import joined_data, write_fishers
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.options import GramOnly
 from npeff.fishers.parts import batches_in, parts_folder
-from npeff.models.digests import model_digest
+from npeff.models.parameters import model_digest
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import atomic, check_target, path_of, refuse_link
 

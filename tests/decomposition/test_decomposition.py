@@ -392,7 +392,7 @@ def test_fishers_too_small_for_float32_count_as_zero(kind: str) -> None:
 
 def held_by_decompose(rank: int, kind: str, memory: int) -> tuple[int, str]:
     from npeff.fishers.rows import DenseRows, SparseRows
-    from npeff.models.memory import Peak, settled_bytes
+    from npeff.models.devices import Peak, settled_bytes
     from planted import fishers_of
 
     rng = np.random.default_rng(0)

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import npeff
-from npeff.decomposition.space_choice import choose_space
+from npeff.decomposition.options import choose_space
 from npeff.decomposition.spaces import RowSpace, StreamedSpace
 from npeff.errors import ArgumentError
 from npeff.fishers.rows import DenseRows, SparseRows
 from npeff.fishers.scaling import scale
 from npeff.fishers.streamed_rows import StreamedRows
-from npeff.models.memory import parse_bytes
+from npeff.models.devices import parse_bytes
 from planted import best_cosines, fishers_of, planted, random_rows, sparse
 
 

@@ -114,9 +114,9 @@ def test_a_step_exchanges_r_times_d_plus_r_numbers(tmp_path, kind, scalars):
 
 
 def dies_at(rank: int, path: str, checkpoint: str, victim: int, iteration: int, options: dict) -> bool:
-    from npeff.decomposition import low_rank
+    from npeff.decomposition import kinds
 
-    step, count = low_rank.LowRank.step, 0
+    step, count = kinds.LowRank.step, 0
 
     def counted(self, state):
         nonlocal count
@@ -125,7 +125,7 @@ def dies_at(rank: int, path: str, checkpoint: str, victim: int, iteration: int, 
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, state)
 
-    low_rank.LowRank.step = counted
+    kinds.LowRank.step = counted
     found = npeff.distributed.decompose(npeff.load(path), checkpoint=checkpoint, progress=False, **options)
     return found is not None
 

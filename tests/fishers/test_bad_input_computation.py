@@ -14,7 +14,7 @@ from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, Stor
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.shards import FisherWriter
 from npeff.models.devices import usable_device
-from npeff.models.digests import model_digest
+from npeff.models.parameters import model_digest
 
 
 def mlp(n_outputs=3, activation=nn.ReLU, n_inputs=6):
@@ -78,7 +78,7 @@ def test_tainted_blocks_are_dropped_when_the_work_is_interrupted(tmp_path):
 
 
 def test_a_second_check_refuses_the_changed_model_too():
-    from npeff.models.digests import ModelWatch
+    from npeff.models.parameters import ModelWatch
 
     model = mlp()
     watch = ModelWatch(model)

@@ -11,7 +11,7 @@ import torch
 
 from npeff.errors import ArgumentError
 from npeff.kernels import NonFiniteError, StreamingTopK, topk
-from npeff.kernels.transfers import InOrder, to_host
+from npeff.kernels.streams import InOrder, to_host
 
 
 def test_takes_in_order_on_another_thread() -> None:

@@ -80,7 +80,7 @@ def test_tiles_are_not_waited_for(device: Any, monkeypatch: pytest.MonkeyPatch, 
     """However many blocks a batch comes in, the device is waited for as often; exact rows are copied, in order."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 4)).eval().to("cuda")
-    monkeypatch.setattr("npeff.models.digests.model_digest", lambda model: "")  # made from time to time
+    monkeypatch.setattr("npeff.models.parameters.model_digest", lambda model: "")  # made from time to time
     mode, waits, calls = device[0], [], []
     for elements in (1 << 20, 60):
         monkeypatch.setattr("npeff.gradients.blocks.TILE_ELEMENTS", elements)

@@ -12,7 +12,7 @@ import torch
 
 import npeff
 from emulated_device import emulated
-from npeff.decomposition.space_choice import choose_space
+from npeff.decomposition.options import choose_space
 from npeff.errors import ArgumentError
 from npeff.fishers.rows import ENTRY_BYTES, DenseRows, SparseRows
 from npeff.fishers.streamed_rows import StreamedRows, ahead, device_combine, device_gram, device_project

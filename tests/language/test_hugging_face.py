@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from npeff.errors import ArgumentError, ModelError
-from npeff.language.hugging_face import load_tokenizer
-from npeff.models.targets import load_model
+from npeff.models.targets import load_model, load_tokenizer
 from tiny_language import model_of, tokenizer_of
 
 transformers = pytest.importorskip("transformers")

@@ -409,7 +409,7 @@ def test_many_components_with_one_reading(case):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"magnitude": 0}, "magnitude: expected a number > 0"),
+        ({"magnitude": 0}, "magnitude: expected a finite number > 0"),
         ({"target_kl": -1}, "target_kl"),
         ({"target_kl": (0.2, 0.1)}, "target_kl"),
         ({"sign": 2}, "sign"),
@@ -464,7 +464,7 @@ def test_data_that_is_not_that_of_the_fishers(case):
         npeff.perturb(model, data[:1], components, 0, **QUICK)
     with pytest.raises(DataError, match="generator may be used up"):
         npeff.perturb(model, iter([]), components, 0, **QUICK)
-    known = {"fishers": {"options": {}, "model_digest": npeff.models.digests.model_digest(model)}}
+    known = {"fishers": {"options": {}, "model_digest": npeff.models.parameters.model_digest(model)}}
     stamped = replace(components, provenance=known)
     assert npeff.perturb(model, data, stamped, 0, **QUICK).ratio > 1
     with pytest.raises(DataError, match="have other outputs than when the Fishers were computed, although"):

@@ -13,8 +13,8 @@ import npeff
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.models.parameters import Parameters
-from npeff.perturbation.groups import REST, Part, resolve, rest, restricted
 from npeff.perturbation.outputs import divergence
+from npeff.perturbation.tracing import REST, Part, resolve, rest, restricted
 from perturbation_cases import batches, components_of, deep, flat, linear, same, state
 
 QUICK = {"n_resamples": 0, "progress": False, "top": 6}

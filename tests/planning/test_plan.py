@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import npeff
+from npeff import planning
 from npeff.fishers.options import GramOnly, Sketch, TopK
-from npeff.models.memory import Peak, held_bytes
-from npeff.planning import planner, trials
+from npeff.models.devices import Peak, held_bytes
+from npeff.planning import trials
 from npeff.storage.container import open_container
 
 
@@ -45,7 +46,7 @@ def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
     """Sizes that fit the tests' models."""
-    for module in (planner, trials):
+    for module in (planning, trials):
         monkeypatch.setattr(module, "TOP_KS", (16, 64, 4096))
         monkeypatch.setattr(module, "SKETCH_DS", (32,))
     monkeypatch.setattr("npeff.planning.trials.PROBE_BYTES", 1 << 16)
@@ -168,10 +169,10 @@ def test_error_of_inner_products_is_measured(model, data):
 def test_advice_takes_what_is_faithful_enough():
     def advice(*ways):
         choices = [
-            planner.Choice("low_rank", compress, str(compress), disk, 1, 1.0, 1.0, "", kept, error, None, None)
+            planning.Choice("low_rank", compress, str(compress), disk, 1, 1.0, 1.0, "", kept, error, None, None)
             for compress, disk, error, kept in ways
         ]
-        return planner._advice(choices, 100, 100)[0]  # private: errors of real trials cannot be chosen
+        return planning._advice(choices, 100, 100)[0]  # private: errors of real trials cannot be chosen
 
     top_k, sketch = (TopK(8), 20, 0.04, None), (Sketch(1024), 10, 0.08, None)
     assert advice(top_k, sketch).flags == "--sketch 1024"

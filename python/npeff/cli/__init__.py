@@ -23,22 +23,22 @@ from npeff.cli.command import DEBUG, HELP_WIDTH, write_block
 from npeff.errors import NpeffError, Terminated, ending_in_order
 
 COMMANDS = {
-    "demo": "npeff.cli.demo:demo",
+    "demo": "npeff.cli.tools:demo",
     "plan": "npeff.cli.fishers:plan",
     "fishers": "npeff.cli.fishers:fishers",
     "decompose": "npeff.cli.decompose:decompose",
     "recover": "npeff.cli.decompose:recover",
     "encode": "npeff.cli.decompose:encode",
     "trust": "npeff.cli.decompose:trust",
-    "perturb": "npeff.cli.perturb:perturb",
-    "trace": "npeff.cli.perturb:trace",
-    "linearize": "npeff.cli.linearize:linearize",
-    "report": "npeff.cli.report:report",
-    "influence": "npeff.cli.influence:influence",
-    "rollback": "npeff.cli.rollback:rollback",
-    "info": "npeff.cli.files:info",
-    "export": "npeff.cli.files:export",
-    "doctor": "npeff.cli.demo:doctor",
+    "perturb": "npeff.cli.explain:perturb",
+    "trace": "npeff.cli.explain:trace",
+    "linearize": "npeff.cli.companions:linearize",
+    "report": "npeff.cli.explain:report",
+    "influence": "npeff.cli.companions:influence",
+    "rollback": "npeff.cli.companions:rollback",
+    "info": "npeff.cli.tools:info",
+    "export": "npeff.cli.tools:export",
+    "doctor": "npeff.cli.tools:doctor",
 }
 
 EXAMPLES = """

@@ -13,6 +13,7 @@ from npeff.cli.command import (
     check_members,
     check_out,
     command,
+    data_of_components,
     listed,
     loaded,
     misused,
@@ -21,7 +22,6 @@ from npeff.cli.command import (
     size,
 )
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
-from npeff.cli.texts import data_of_components
 
 if TYPE_CHECKING:
     from npeff.components.components import Encoded

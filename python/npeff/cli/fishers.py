@@ -8,9 +8,20 @@ from typing import Any
 
 import click
 
-from npeff.cli.command import check_out, command, first, misused, note, several, size, unruled
+from npeff.cli.command import (
+    PLACES,
+    check_out,
+    command,
+    data_of_model,
+    first,
+    misused,
+    note,
+    several,
+    size,
+    unruled,
+    where,
+)
 from npeff.cli.options import WRITABLE, Arguments
-from npeff.cli.texts import PLACES, data_of_model, where
 
 DEFAULT_TOP_K = 65_536
 UNPLANNED = ("kind", "compress", "block_weights", "share", "out", "seed", "max_examples", "memory", "progress")

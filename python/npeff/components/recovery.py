@@ -27,9 +27,8 @@ from npeff.fishers.passes import Run
 from npeff.gradients.eligibility import differ
 from npeff.gradients.selection import placed, select_parameters
 from npeff.kernels import StreamingSketch
-from npeff.models.digests import model_digest
-from npeff.models.memory import available_bytes, format_bytes
-from npeff.models.parameters import Parameters
+from npeff.models.devices import available_bytes, format_bytes
+from npeff.models.parameters import Parameters, model_digest
 
 Array = npt.NDArray[Any]
 F = TypeVar("F", bound=Factorisation)

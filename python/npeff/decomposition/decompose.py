@@ -15,15 +15,13 @@ import torch
 
 from npeff.components.components import Components
 from npeff.decomposition.checkpoint import SearchState
-from npeff.decomposition.diagonal import Diagonal
-from npeff.decomposition.low_rank import LowRank, unit
+from npeff.decomposition.kinds import Diagonal, LowRank, unit
 from npeff.decomposition.objective import State
-from npeff.decomposition.options import Algorithm, Callback, DecomposeOptions, Progress, PublishedOptions
+from npeff.decomposition.options import Algorithm, Callback, DecomposeOptions, Progress, PublishedOptions, SpaceName
 from npeff.decomposition.problem import Problem, prepare
 from npeff.decomposition.search import Search, progress_bar
-from npeff.decomposition.space_choice import SpaceName
 from npeff.decomposition.spaces import RowSpace
-from npeff.errors import ArgumentError, DataError
+from npeff.errors import ArgumentError, DataError, check_integer
 from npeff.fishers.block_weights import BlockWeights
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.scaling import Normalize
@@ -147,8 +145,7 @@ def expand(
         ArgumentError: Kind or parameters differ, n is not positive, or an option is unknown or out of range.
     """
     components.check_compatible(fishers)
-    if n < 1:
-        raise ArgumentError(f"n: expected at least 1 new component, got {n}")
+    check_integer("n", n)
     given = ("n_components", "algorithm", "published", "block_weights", "normalize", "init")
     unknown = set(options) - {one.name for one in fields(DecomposeOptions) if one.name not in given}
     if unknown:

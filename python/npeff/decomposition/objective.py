@@ -1,8 +1,7 @@
 """The objective that the search lowers: the state it moves through, and the operations on it.
 
 Both kinds of factorisation minimise ``L = const − 2⟨W, cross⟩ + ⟨WᵀW, gram⟩`` over W ≥ 0 and the vectors. They differ
-in ``cross``, in ``gram`` and in the step on the vectors: see :mod:`npeff.decomposition.low_rank` and
-:mod:`npeff.decomposition.diagonal`.
+in ``cross``, in ``gram`` and in the step on the vectors: see :mod:`npeff.decomposition.kinds`.
 """
 
 from __future__ import annotations

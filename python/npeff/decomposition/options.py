@@ -1,29 +1,52 @@
-"""The options of a decomposition, and what its callback is told."""
+"""The options of a decomposition, what its callback is told, and the choice of the space.
+
+``space="auto"`` takes the space that needs least time among those that fit into memory.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from npeff.decomposition.space_choice import SpaceName
-from npeff.errors import ArgumentError
+from npeff.decomposition.subspace import DIMENSIONS
+from npeff.errors import ArgumentError, check_choice, check_integer, check_number
 from npeff.fishers.block_weights import BlockWeights
+from npeff.fishers.dense_rows import PART_BYTES
+from npeff.fishers.rows import Rows
 from npeff.fishers.scaling import Normalize
-from npeff.models.memory import parse_bytes
+from npeff.fishers.streamed_rows import DEVICE_PART_BYTES
+from npeff.kernels.sparse import DENSE_BYTES
+from npeff.models import devices
+from npeff.models.devices import available_bytes, format_bytes, parse_bytes
 from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
 Algorithm = Literal["npeff", "published"]
+SpaceName = Literal["auto", "gram", "rows", "streamed"]
 
 WITHOUT_EFFECT = ("init", "checkpoint", "callback", "progress", "device")
 """Options that a record of the result leaves out: they say where and how to compute, or are arrays."""
+
+GRAM_BYTES = 4 << 30
+"""Largest K that ``space="auto"`` builds."""
+
+DENSE_RATE, SPARSE_RATE, SCATTER_RATE = 100e9, 10e9, 5e9
+"""Operations per second of dense products, of sparse times dense, and of sparse Gram matrices: ratios matter."""
+
+POLISH_STEPS = 12
+"""Steps over all rows, two products each, assumed for a polish: three rounds that widen the subspace."""
+
+COLUMN_BYTES = 20
+"""Bytes per stored column of sparse rows: how often it occurs, where it went, its factor."""
+
+LEAST_PART = 1 << 20
+"""Bytes of rows below which reading by parts makes no sense."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +92,9 @@ class PublishedOptions:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ArgumentError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        check_number("learning_rate", self.learning_rate)
         for name, least in (("g_only", 0), ("joint", 0), ("log_every", 1)):
-            if getattr(self, name) < least:
-                raise ArgumentError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            check_integer(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -105,15 +126,15 @@ class DecomposeOptions:
     def __post_init__(self) -> None:
         least = {"n_components": 1, "seed": 0, "n_init": 1, "n_replacements": 0, "patience": 1, "max_iterations": 1}
         for name, smallest in (least | {"min_nonzero_per_column": 1}).items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not smallest <= value < 2**63:
-                raise ArgumentError(f"{name}: expected an integer ≥ {smallest}, got {value!r}")
-        for name, choices in (("algorithm", ("npeff", "published")), ("dtype", ("float32", "float64"))):
-            if getattr(self, name) not in choices:
-                raise ArgumentError(f"{name}: expected {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
-        if not _is_number(self.tolerance):
-            raise ArgumentError(f"tolerance: expected a finite number ≥ 0, got {self.tolerance!r}")
-        if self.orthogonality != "hard" and not _is_number(self.orthogonality):
+            check_integer(name, getattr(self, name), smallest)
+        if self.seed >= 2**63:
+            raise ArgumentError(f"seed: expected an integer below 2⁶³, got {self.seed}")
+        check_choice("algorithm", self.algorithm, ("npeff", "published"))
+        check_choice("dtype", self.dtype, ("float32", "float64"))
+        check_number("tolerance", self.tolerance, zero=True)
+        if not isinstance(self.orthogonality, str):
+            check_number("orthogonality", self.orthogonality, zero=True)
+        elif self.orthogonality != "hard":
             raise ArgumentError(f"orthogonality: expected a finite number ≥ 0 or 'hard', got {self.orthogonality!r}")
         if self.memory is not None:
             parse_bytes(self.memory)
@@ -142,5 +163,136 @@ class DecomposeOptions:
         return {**found, "published": asdict(self.published or PublishedOptions())}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+@dataclass(frozen=True)
+class SpaceChoice:
+    """The space of a decomposition, and how it uses memory.
+
+    Attributes:
+        space: ``"gram"`` (K in memory), ``"rows"`` (the rows in memory) or ``"streamed"`` (rows streamed).
+        reason: Why.
+        stream: Leave the rows on disk.
+        part_bytes: Bytes of stored rows that a pass takes at a time.
+        subspace_bytes: Most bytes for a subspace: its basis, and the rows' coordinates in it.
+    """
+
+    space: Literal["gram", "rows", "streamed"]
+    reason: str
+    stream: bool
+    part_bytes: int
+    subspace_bytes: int
+
+
+def choose_space(
+    rows: Rows,
+    n_examples: int,
+    choice: SpaceName,
+    n_components: int,
+    *,
+    memory: int | None = None,
+    low_rank: bool = True,
+    dtype: str = "float32",
+    device: torch.device | None = None,
+    least_per_column: int = 1,
+) -> SpaceChoice:
+    """Choose by the operations of each space, at typical rates, and the memory that each takes.
+
+    The spaces serve the search's subspace (about five products with d vectors; over the rows its basis, d vectors of
+    their width, is turned once) and the polish (two products with r vectors a step; over K one). K has to be built
+    first.
+
+    Args:
+        rows: The rows as stored.
+        n_examples: Their examples.
+        choice: The space that the user named, or ``"auto"``.
+        n_components: r.
+        memory: Ceiling in bytes. None: the memory of the machine or of the device; a space that the user named is
+            then taken even if it exceeds this, but ``"rows"`` that exceed a CUDA device's memory are streamed to it.
+        low_rank: Whether K would do in place of the rows.
+        dtype: Of the solver's products.
+        device: Where the products take place; None: the processor.
+        least_per_column: Columns with fewer entries are dropped.
+
+    Raises:
+        ArgumentError: ``choice`` is unknown, cannot serve these rows, or does not fit under the ceiling.
+    """
+    check_choice("space", choice, get_args(SpaceName))
+    if rows.products_only and choice not in ("auto", "gram"):
+        raise ArgumentError(
+            f"space: Fishers of inner products alone (GramOnly) have no rows for {choice!r}; use 'gram', or compute "
+            "Fishers with rows"
+        )
+    number = 8 if dtype == "float64" else 4
+    r, R, width = n_components + n_components // 2 + 8, rows.n_rows, rows.n_columns
+    counts = rows.column_counts(PART_BYTES if memory is None else max(LEAST_PART, min(PART_BYTES, memory // 8)))
+    if counts is not None:
+        counts = counts[counts >= max(1, least_per_column)].astype(np.float64)
+        width = len(counts)
+    state = number * r * (6 * R + 6 * n_examples)  # P, its change, W∘P, W and copies of them
+    if counts is not None:
+        state += COLUMN_BYTES * rows.n_columns
+    coords = 5 * number * n_components * width
+    gram = number * R * R
+    held = rows.nbytes if rows.products_only else rows.nbytes * (number // 4) * (2 if counts is not None else 1)
+    there = device is not None and devices.has_own_memory(device)
+    ceiling = memory if memory is not None else available_bytes(device) * 4 // 5
+
+    # To build K, sparse rows are scaled, their columns sorted by how many rows share them, and some of them made dense.
+    for_gram = 2 * rows.nbytes + DENSE_BYTES if counts is not None and not there else 0
+
+    dimensions = max(DIMENSIONS, 4 * n_components)
+    basis = 2 * number * dimensions * width if low_rank else 0
+
+    def fits(*needs: int) -> bool:
+        return state + sum(needs) <= ceiling
+
+    def chosen(space: Literal["gram", "rows", "streamed"], reason: str) -> SpaceChoice:
+        taken = {"gram": gram + for_gram, "rows": held + coords, "streamed": coords}[space]
+        held_for_gram = 0 if there else rows.nbytes  # rows come to a device by blocks
+        stream = space == "streamed" or (space == "gram" and counts is None and not fits(gram, held_for_gram))
+        left = ceiling - state - taken
+        if memory is not None and left < 4 * LEAST_PART:
+            raise ArgumentError(
+                f"memory: {format_bytes(memory)} does not hold what {n_components} components of {R:,} rows need in "
+                f"the space {space!r}, {format_bytes(state + taken + 4 * LEAST_PART)}; allow so much, or fewer "
+                "components" + ("" if space == "streamed" else ", or space='streamed'")
+            )
+        part = int(min(DEVICE_PART_BYTES if there else PART_BYTES, max(LEAST_PART, left // 6)))
+        return SpaceChoice(space, reason, stream and not rows.products_only, part, max(0, left // 2))
+
+    if rows.products_only:
+        return chosen("gram", "inner products are all there is")
+    # Coordinates are as long wherever the rows are; a search without its subspace is possible, but slow.
+    rows_fit = fits(held, coords) or (memory is None and fits(held))
+    if choice == "rows" and there and not rows_fit:
+        return chosen("streamed", f"asked for the rows, and {_exceeds(held)}: they are streamed")
+    if choice != "auto":
+        return chosen(choice, "asked for")
+    if not low_rank:
+        what = "the diagonal kind always works on the rows"
+        return (
+            chosen("rows", what) if rows_fit else chosen("streamed", f"{what}, and they stay on disk: {_exceeds(held)}")
+        )
+    gram_fits = gram <= GRAM_BYTES and fits(gram + gram // 4) and fits(gram, for_gram)
+    if not gram_fits:
+        why = f"K of {R:,} rows would take {gram / 2**30:.1f} GiB"
+        return chosen("rows", why) if rows_fit else chosen("streamed", f"{why}, and {_exceeds(held)}")
+    products = 5 * dimensions + 2 * POLISH_STEPS * n_components
+    if counts is not None:
+        building = min(np.square(counts).sum() / SCATTER_RATE, R**2 * width / DENSE_RATE)
+        over_rows = counts.sum() * 2 * products / SPARSE_RATE
+    else:
+        building = R**2 * width / DENSE_RATE
+        over_rows = 2 * R * width * products / DENSE_RATE
+    over_rows += 4 * width * dimensions**2 / DENSE_RATE
+    over_gram = building + 2 * R**2 * products / DENSE_RATE
+    if not rows_fit:
+        return chosen("gram", f"{_exceeds(held)}, and K of {R:,} rows does not")
+    if not fits(held, coords, basis):
+        what = f"a basis of {dimensions} directions over {width:,} columns"
+        return chosen("gram", f"{what} would exceed the memory allowed, and K of {R:,} rows does not")
+    found = f"estimated {over_gram:.2g} s over K of {R:,} rows, {over_rows:.2g} s over the rows themselves"
+    return chosen("gram" if over_gram < over_rows else "rows", found)
+
+
+def _exceeds(held: int) -> str:
+    return f"the rows, {format_bytes(held)}, exceed the memory allowed"

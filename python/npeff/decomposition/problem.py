@@ -13,12 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from npeff.decomposition.diagonal import Diagonal
-from npeff.decomposition.low_rank import LowRank
+from npeff.decomposition.kinds import Diagonal, LowRank
 from npeff.decomposition.objective import State
-from npeff.decomposition.options import DecomposeOptions
+from npeff.decomposition.options import DecomposeOptions, SpaceChoice, choose_space
 from npeff.decomposition.processes import LOCAL, Processes
-from npeff.decomposition.space_choice import SpaceChoice, choose_space
 from npeff.decomposition.spaces import FactorSpace, GramSpace, RowSpace, StreamedSpace
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.file_format import example_arrays, example_fields

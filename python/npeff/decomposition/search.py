@@ -22,14 +22,14 @@ import torch
 from tqdm import tqdm
 
 from npeff.decomposition.checkpoint import Checkpoint, SearchState, end_at
-from npeff.decomposition.low_rank import LowRank
+from npeff.decomposition.kinds import LowRank
 from npeff.decomposition.objective import Objective, State
 from npeff.decomposition.options import DecomposeOptions, Progress
 from npeff.decomposition.problem import Problem
 from npeff.decomposition.spaces import GramSpace
 from npeff.decomposition.subspace import RestrictedObjective, find_subspace, most_dimensions
 from npeff.kernels.dispatch import threads_for
-from npeff.models.memory import return_freed_memory
+from npeff.models.devices import return_freed_memory
 
 WINDOW = 5
 """Iterations over which progress is judged."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npeff.decomposition.low_rank import LowRank
+from npeff.decomposition.kinds import LowRank
 from npeff.decomposition.objective import State
 from npeff.decomposition.processes import Processes
 from npeff.decomposition.spaces import FactorSpace, RowSpace

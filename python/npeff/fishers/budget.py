@@ -8,7 +8,7 @@ from torch import Tensor
 from npeff.batches.batches import Batch
 from npeff.gradients.eligibility import check_independence
 from npeff.gradients.engine import PerExampleGradients
-from npeff.models.memory import available_bytes
+from npeff.models.devices import available_bytes
 
 KEPT_BYTES = 512 << 20
 """Most bytes of output gradients where no memory is given."""

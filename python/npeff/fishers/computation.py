@@ -33,11 +33,10 @@ from npeff.fishers.topk_sink import TopKSink
 from npeff.gradients.eligibility import differ
 from npeff.gradients.selection import BLOCKS, placed, select_parameters
 from npeff.kernels import NonFiniteError
-from npeff.kernels.transfers import InOrder
+from npeff.kernels.streams import InOrder
 from npeff.language.places import places_of
 from npeff.models import devices
-from npeff.models.digests import ModelWatch
-from npeff.models.parameters import Parameters
+from npeff.models.parameters import ModelWatch, Parameters
 from npeff.storage.files import check_target
 
 

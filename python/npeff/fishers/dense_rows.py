@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from npeff.errors import ArgumentError
-from npeff.kernels.transfers import to_device
+from npeff.kernels.streams import to_device
 from npeff.short_repr import short_repr
 from npeff.storage.files import forget
 

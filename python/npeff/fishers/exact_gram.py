@@ -35,9 +35,8 @@ from npeff.fishers.passes import Ids, Run
 from npeff.fishers.rows import GramRows
 from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.rules import Rule
-from npeff.models.digests import ModelWatch
-from npeff.models.memory import format_bytes, parse_bytes
-from npeff.models.parameters import Parameter
+from npeff.models.devices import format_bytes, parse_bytes
+from npeff.models.parameters import ModelWatch, Parameter
 from npeff.storage.container import open_container
 
 Array = npt.NDArray[Any]

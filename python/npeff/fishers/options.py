@@ -16,8 +16,8 @@ from npeff.errors import ArgumentError, StorageError
 from npeff.fishers.block_weights import BlockWeights, check_block_weights
 from npeff.fishers.rows import Kind
 from npeff.kernels.sketch import check_map
+from npeff.models.devices import parse_bytes
 from npeff.models.forward import OVER_CLASSES
-from npeff.models.memory import parse_bytes
 from npeff.models.parameters import Parameters
 
 SketchForm = Literal["flat", "kronecker"]

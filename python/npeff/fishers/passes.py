@@ -25,8 +25,8 @@ from npeff.fishers.options import FisherOptions, Sketch
 from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.gradients.selection import left_out
+from npeff.models.devices import parse_bytes
 from npeff.models.forward import call_model
-from npeff.models.memory import parse_bytes
 from npeff.models.parameters import Parameters
 from npeff.storage.container import package_version
 

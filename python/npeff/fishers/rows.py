@@ -20,7 +20,7 @@ from typing_extensions import override
 from npeff import kernels
 from npeff.fishers.dense_rows import PART_BYTES, DenseRows, GramRows, Matrix, Rows
 from npeff.kernels.sparse import DEVICE_DENSE_BYTES, Csr, add_gram_, check_structure, checked
-from npeff.kernels.transfers import to_device
+from npeff.kernels.streams import to_device
 from npeff.models import devices
 from npeff.short_repr import short_repr
 from npeff.storage.files import forget

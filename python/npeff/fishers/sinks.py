@@ -21,8 +21,7 @@ from npeff.fishers.rows import DenseRows, Rows
 from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.rules import Rule
 from npeff.kernels import NonFiniteError, StreamingSketch
-from npeff.kernels.streams import BlockRows
-from npeff.kernels.transfers import HostCopy, to_host
+from npeff.kernels.streams import BlockRows, HostCopy, to_host
 from npeff.models import devices
 from npeff.models.parameters import Parameter, Parameters
 

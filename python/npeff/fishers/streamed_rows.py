@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from npeff.fishers.dense_rows import PART_BYTES, Rows
 from npeff.kernels.sparse import mirror_
-from npeff.kernels.transfers import to_device
+from npeff.kernels.streams import to_device
 from npeff.storage.files import forget
 
 Array = npt.NDArray[Any]

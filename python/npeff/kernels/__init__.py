@@ -15,9 +15,8 @@ from npeff.kernels.dispatch import (
     use,
 )
 from npeff.kernels.nnls import NnlsResult, nnls
-from npeff.kernels.segments import cross, fisher_norms, spread_multiply
 from npeff.kernels.sketch import StreamingSketch, sketch, sketch_csr
-from npeff.kernels.sparse import csr_transpose, sparse_gram, spmm
+from npeff.kernels.sparse import cross, csr_transpose, fisher_norms, sparse_gram, spmm, spread_multiply
 from npeff.kernels.streams import NonFiniteError
 from npeff.kernels.topk import StreamingTopK, topk
 

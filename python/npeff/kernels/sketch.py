@@ -27,8 +27,7 @@ from npeff.errors import ArgumentError
 from npeff.kernels import arrays, dispatch, reference
 from npeff.kernels.arrays import ALL_FINITE, A, Array, Operand, accepts_cupy
 from npeff.kernels.sparse import Csr
-from npeff.kernels.streams import FLOATS, BlockRows, BlockStream, NonFiniteError, matrix_of
-from npeff.kernels.transfers import to_device, to_host
+from npeff.kernels.streams import FLOATS, BlockRows, BlockStream, NonFiniteError, matrix_of, to_device, to_host
 
 LANES = 16
 """Parameters per block: those of a block never share a bucket."""

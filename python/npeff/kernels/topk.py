@@ -13,8 +13,7 @@ from torch import Tensor
 from npeff.errors import ArgumentError
 from npeff.kernels import arrays, dispatch, reference
 from npeff.kernels.arrays import A, Array, Operand, accepts_cupy
-from npeff.kernels.streams import FLOATS, BlockRows, BlockStream, NonFiniteError, matrix_of, rows_contiguous
-from npeff.kernels.transfers import to_host
+from npeff.kernels.streams import FLOATS, BlockRows, BlockStream, NonFiniteError, matrix_of, rows_contiguous, to_host
 
 Selections = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]
 MOST_K = 1 << 40

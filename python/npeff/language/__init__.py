@@ -1,4 +1,4 @@
-"""Language models: positions in texts as examples, and models by their Hugging Face path."""
+"""Language models: positions in texts as examples."""
 
 from npeff.language.places import Place, Places
 

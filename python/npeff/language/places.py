@@ -14,9 +14,8 @@ from torch import nn
 from npeff.batches.batch_order import TokenBatches
 from npeff.batches.batches import IGNORED, Batch
 from npeff.errors import ArgumentError, DataError
-from npeff.language.hugging_face import load_tokenizer
-from npeff.language.sources import Text, read_texts
-from npeff.language.tokens import Ids, Tokens, Where, continuation, finder, tokenize
+from npeff.language.texts import Ids, Text, Tokens, Where, continuation, finder, read_texts, tokenize
+from npeff.models.targets import load_tokenizer
 
 UNKNOWN = -1
 """The label of a place whose next token is not known."""

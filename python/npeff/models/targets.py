@@ -15,10 +15,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError, Terminated
-from npeff.language import hugging_face
 
 if TYPE_CHECKING:
     from torch import nn
+
+PREFIX = "hf:"
+"""How MODEL begins where it names a folder, a .gguf file or a model on the hub."""
 
 FORMS = "expected package.module:callable or path/to/file.py:callable"
 
@@ -56,7 +58,7 @@ def load_model(target: str) -> nn.Module:
     """Load the model that MODEL names: a module, what a callable without arguments returns, or ``hf:PATH``.
 
     Args:
-        target: See :func:`load_object`; with ``hf:``, :func:`npeff.language.hugging_face.load_model`.
+        target: See :func:`load_object`; with ``hf:``, a model of transformers, see :func:`_load_pretrained`.
 
     Returns:
         The module, as the callable made it.
@@ -67,8 +69,8 @@ def load_model(target: str) -> nn.Module:
     """
     from torch import nn
 
-    if target.startswith(hugging_face.PREFIX):
-        return hugging_face.load_model(target)
+    if target.startswith(PREFIX):
+        return _load_pretrained(target)
     found = load_object(target, "MODEL")
     if isinstance(found, nn.Module):
         return found
@@ -236,3 +238,82 @@ def _did_you_mean(near: list[str]) -> str:
 def _instead(target: str) -> str:
     stem = target.rstrip(":")
     return f"; name the callable too, as in {stem}:make" if stem and ":" not in stem else ""
+
+
+# ---- models of Hugging Face ------------------------------------------------------------------------------------------
+
+
+def _load_pretrained(target: str) -> nn.Module:
+    """Load a model of the class that its configuration names, in float32 and in evaluation mode.
+
+    Args:
+        target: ``hf:PATH``: a folder, a .gguf file, or the name of a model on the hub.
+
+    Raises:
+        ArgumentError: transformers is not there.
+        MemoryError: There is not enough memory.
+        ModelError: There is no such model, its files are damaged, or they lack weights.
+    """
+    import torch
+
+    transformers, path, options = _pretrained_source(target)
+    try:
+        architectures = transformers.AutoConfig.from_pretrained(path, **options).architectures or [""]
+        kind = getattr(transformers, architectures[0], transformers.AutoModelForCausalLM)
+        model, found = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # what damaged files raise depends on their format
+        raise ModelError(
+            f"MODEL: {target} cannot be loaded: {_first_line(error)}; if it could before, its files are damaged or do "
+            "not belong together: fetch them again"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"MODEL: {target} has no weights for {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} of "
+            f"{kind.__name__}; these would be random"
+        )
+    model.config.use_cache = False
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def load_tokenizer(target: str) -> Any:
+    """Load the tokenizer that lies beside a model; its ``name_or_path`` is the target's path.
+
+    Raises:
+        ArgumentError: transformers is not there, or there is no tokenizer.
+        MemoryError: There is not enough memory.
+    """
+    transformers, path, options = _pretrained_source(target)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # the tokenizers package raises Exception itself
+        raise ArgumentError(f"MODEL: no tokenizer can be loaded from {target}: {_first_line(error)}") from error
+    tokenizer.name_or_path = target.removeprefix(PREFIX)
+    return tokenizer
+
+
+def _pretrained_source(target: str) -> tuple[Any, str, dict[str, str]]:
+    """The transformers package, and what its ``from_pretrained`` is given.
+
+    Raises:
+        ArgumentError: The package is missing.
+        ModelError: The target names nothing.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ArgumentError(f"MODEL: {target} needs transformers: pip install 'npeff[language]' ({error})") from error
+    path = target.removeprefix(PREFIX)
+    if not path:
+        raise ModelError(f"MODEL: expected {PREFIX}PATH, a folder, a .gguf file or a name on the hub, got {target!r}")
+    if path.lower().endswith(".gguf"):
+        return transformers, str(Path(path).parent), {"gguf_file": Path(path).name}
+    return transformers, path, {}
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

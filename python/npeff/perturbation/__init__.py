@@ -6,9 +6,8 @@ from npeff.perturbation.diagonal import interpolation, mean_fisher
 from npeff.perturbation.directions import direction
 from npeff.perturbation.effect import Continuation, Control, Curve, Effect, Prediction, SignResult
 from npeff.perturbation.figures import FIGURES, Interval
-from npeff.perturbation.groups import Part, heads, units
 from npeff.perturbation.perturbing import perturb, perturb_all
-from npeff.perturbation.tracing import Trace, trace
+from npeff.perturbation.tracing import Part, Trace, heads, trace, units
 from npeff.perturbation.weights import Moved, ablated, applied
 
 __all__ = [

@@ -23,15 +23,15 @@ from npeff.fishers.logits import Logits
 from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible
 from npeff.gradients.selection import placed
-from npeff.models.digests import model_digest
 from npeff.models.forward import OVER_CLASSES, call_model
+from npeff.models.parameters import model_digest
 from npeff.perturbation import outputs
 from npeff.perturbation.directions import random_direction
 from npeff.perturbation.effect import Prediction
 from npeff.perturbation.examples import BatchSlice, SelectedExamples, unrelated_batches
 from npeff.perturbation.figures import Measured
-from npeff.perturbation.generation import Writer
 from npeff.perturbation.options import PerturbOptions
+from npeff.perturbation.outputs import Writer
 from npeff.perturbation.weights import TensorsByName, Weights, on_model, untouched
 
 Array = npt.NDArray[Any]

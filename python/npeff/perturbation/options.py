@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from npeff.components.components import Components
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, check_integer, check_number
 from npeff.fishers.options import Likelihood
 
 Array = npt.NDArray[Any]
@@ -102,7 +102,7 @@ class PerturbOptions:
 
     def _check(self, kind: str) -> None:
         if self.magnitude is not None:
-            _number("magnitude", self.magnitude, 0, math.inf)
+            check_number("magnitude", self.magnitude)
         self._check_target()
         if self.sign not in ("both", 1, -1) or isinstance(self.sign, bool):
             raise ArgumentError(f"sign: expected 'both', 1 or -1, got {self.sign!r}")
@@ -111,7 +111,7 @@ class PerturbOptions:
         if self.max_sim is not None:
             if self.reject is None:
                 raise ArgumentError("max_sim: it belongs to reject='span' or reject='sequential'; give that too")
-            _number("max_sim", self.max_sim, 0, 1)
+            _share("max_sim", self.max_sim)
         if isinstance(self.combine, str) and self.combine not in ("each", "principal"):
             raise ArgumentError(f"combine: expected 'each', 'principal' or weights, got {self.combine!r}")
         if kind == "diagonal" and self.reject is not None:
@@ -119,16 +119,16 @@ class PerturbOptions:
         if kind == "low_rank" and (self.lam is not None or self.fisher is not None):
             raise ArgumentError("lam, fisher: they belong to diagonal components; leave them out for low-rank ones")
         for value in self.lambdas:
-            _number("lam", value, 0, 1, open_ends=True)
-        _number("floor", self.floor, 0, 1)
+            _share("lam", value, open_ends=True)
+        _share("floor", self.floor)
         for name in ("n_random", "curve", "n_resamples", "seed"):
-            _whole(name, getattr(self, name), 0, "an integer ≥ 0")
-        _whole("n_tokens", self.n_tokens, 1, "a number of tokens ≥ 1")
+            check_integer(name, getattr(self, name), 0)
+        check_integer("n_tokens", self.n_tokens)
         if isinstance(self.prompts, int | np.integer):
             _whole("prompts", self.prompts, 0, "texts, or a number of examples ≥ 0")
         elif not all(isinstance(text, str) for text in self.prompts or ()):
             raise ArgumentError(f"prompts: expected a list of texts, or a number of examples, got {self.prompts!r}")
-        _number("confidence", self.confidence, 0, 1, open_ends=True)
+        _share("confidence", self.confidence, open_ends=True)
         if np.ndim(self.top) == 0:
             _whole("top", self.top, 1, "a number of examples ≥ 1, or their indices")
         if isinstance(self.baseline, str) and self.baseline != "all":
@@ -188,14 +188,12 @@ def _given_rows(name: str, rows: Any, n: int) -> Array:
     return np.asarray(list(dict.fromkeys(found.tolist())), np.int64)
 
 
-def _number(name: str, value: Any, low: float, high: float, open_ends: bool = False) -> None:
+def _share(name: str, value: Any, open_ends: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(float(value)):
         raise ArgumentError(f"{name}: expected a number, got {value!r}")
     value = float(value)
-    inside = low < value < high if open_ends or high == math.inf else low <= value <= high
-    if not inside:
-        ends = f"> {low}" if high == math.inf else f"between {low} and {high}"
-        raise ArgumentError(f"{name}: expected a number {ends}, got {value!r}")
+    if not (0 < value < 1 if open_ends else 0 <= value <= 1):
+        raise ArgumentError(f"{name}: expected a number between 0 and 1, got {value!r}")
 
 
 def _whole(name: str, value: Any, least: int, expected: str) -> None:

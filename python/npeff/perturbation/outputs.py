@@ -1,30 +1,36 @@
-"""A model's outputs: compared for each likelihood (KL, Fisher of the outputs, predictions), and their derivative."""
+"""A model's outputs: compared for each likelihood (KL, Fisher, predictions), their derivative, and continued texts."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from npeff.batches.batches import Batch
+from npeff.errors import ArgumentError, DataError
 from npeff.fishers.options import Likelihood
+from npeff.perturbation.effect import Continuation
 from npeff.perturbation.examples import BatchSlice
 from npeff.perturbation.weights import TensorsByName, Weights
 
 DIFFERENCE = {torch.float64: 1e-5, torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
 """Change of the outputs relative to their size, per dtype of the weights, at which central differences err least."""
 
-
 MOST_NUMBERS = 1 << 24
 """Outputs that are compared at a time: of a large vocabulary each float64 copy of them takes 128 MB."""
 
+Array = npt.NDArray[Any]
 Comparison = Callable[[Tensor, Tensor, Likelihood], Tensor]
+Prompt = tuple[int | None, Tensor]
+"""Position of the example whose text it is, or None, and its tokens ``(1, t)``."""
 
 
 def _some_rows_at_a_time(compare: Comparison) -> Comparison:
@@ -238,3 +244,129 @@ class _Callable(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self._call(self.model, batch)
+
+
+class Writer:
+    """Continues texts greedily, so that the same weights give the same continuations.
+
+    Args:
+        model: A model with ``generate``, as those of transformers.
+        tokenizer: Of the data: ``tokenizer(text, return_tensors="pt")``, ``decode``.
+        prompts: A text, texts, or how many of the top examples' own texts; None for neither.
+        n_tokens: Tokens of a continuation, at most.
+
+    Raises:
+        ArgumentError: There is no ``generate``, or no tokenizer.
+        DataError: A text has no tokens, or more than the model was made for.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, prompts: int | str | Sequence[str] | None, n_tokens: int
+    ) -> None:
+        self._model, self._tokenizer, self._n_tokens = model, tokenizer, n_tokens
+        self._n_examples = int(prompts) if isinstance(prompts, int | np.integer) else 0
+        self._given: list[Prompt] = []
+        if not prompts:
+            return
+        if not callable(getattr(model, "generate", None)):
+            raise ArgumentError(
+                f"prompts: {type(model).__name__} has no generate(), so it continues no text; pass a causal language "
+                "model of transformers, or leave prompts out"
+            )
+        if tokenizer is None:
+            raise ArgumentError(
+                "prompts: the data has no tokenizer to read them with; pass data=npeff.language.Places(tokenizer, …), "
+                "or data with an attribute tokenizer"
+            )
+        for text in () if isinstance(prompts, int | np.integer) else [prompts] if isinstance(prompts, str) else prompts:
+            try:
+                tokens = tokenizer(text, return_tensors="pt")["input_ids"].long()
+            except (TypeError, ValueError) as error:
+                raise DataError(f"prompts: the tokenizer fails on {text!r}: {type(error).__name__}: {error}") from error
+            if self._room(tokens) < 1:
+                raise DataError(
+                    f"prompts: {text[:40]!r}… has {tokens.shape[1]} tokens, more than {type(model).__name__} was made "
+                    "for; give a shorter text"
+                )
+            if not tokens.numel():
+                raise DataError(f"prompts: {text!r} has no tokens; give at least one word")
+            self._given.append((None, tokens))
+
+    def continued(
+        self,
+        weights: Weights,
+        changes: Sequence[tuple[TensorsByName, float] | None],
+        examples: Array,
+        ids: Array,
+        slices: Sequence[BatchSlice],
+    ) -> tuple[Continuation, ...]:
+        """Continue every prompt at the model's own weights, and with them moved down and up.
+
+        Args:
+            weights: Moves the model.
+            changes: Direction and magnitude of the move down and of the move up; None for no such move.
+            examples: Indices of the top examples, those with the largest coefficients first.
+            ids: Position in the data of each index.
+            slices: The top examples.
+        """
+        wanted = examples[: self._n_examples].tolist()
+        own = {index: tokens for one in slices if wanted for index, tokens in _tokens(one) if index in wanted}
+        prompts = [*self._given, *((int(ids[index]), own[index]) for index in wanted)]
+        if not prompts:
+            return ()
+        base = self._texts(prompts)
+        moved: list[list[str | None]] = []
+        for change in changes:
+            if change is None:
+                moved.append([None] * len(prompts))
+                continue
+            with weights.at(*change):
+                moved.append([*self._texts(prompts)])
+        return tuple(
+            Continuation(example, self._decoded(tokens[0]), *texts)
+            for (example, tokens), *texts in zip(prompts, base, *moved, strict=True)
+        )
+
+    @torch.no_grad()
+    def _texts(self, prompts: Sequence[Prompt]) -> list[str]:
+        device = next(self._model.parameters()).device
+        ends, padding = (getattr(self._tokenizer, name, None) for name in ("eos_token_id", "pad_token_id"))
+        texts = []
+        for _, tokens in prompts:
+            told = self._model.generate(  # type: ignore[operator]  # checked above
+                input_ids=tokens.to(device),
+                attention_mask=torch.ones_like(tokens, device=device),
+                max_new_tokens=min(self._n_tokens, self._room(tokens)),
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=ends if padding is None else padding,
+            )
+            texts.append(self._decoded(told[0, tokens.shape[1] :]))
+        return texts
+
+    def _room(self, tokens: Tensor) -> int:
+        """How many tokens can follow within the length that the model was made for; the last one is not read."""
+        limit = getattr(getattr(self._model, "config", None), "max_position_embeddings", None)
+        return self._n_tokens if limit is None else int(limit) - tokens.shape[1] + 1
+
+    def _decoded(self, tokens: Tensor) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _tokens(one: BatchSlice) -> Iterator[tuple[int, Tensor]]:
+    """Index and tokens up to the place, without padding, of each example.
+
+    Raises:
+        ArgumentError: The data has no tokens.
+    """
+    content, places = one.batch.content, one.batch.places
+    if not isinstance(content, Mapping) or not isinstance(content.get("input_ids"), Tensor):
+        raise ArgumentError(
+            "prompts: expected texts, since the data's batches are no mappings with input_ids whose tokens could be "
+            "continued"
+        )
+    tokens, mask = content["input_ids"], content.get("attention_mask")
+    for index, row in zip(one.indices.tolist(), one.rows.tolist(), strict=True):
+        sequence, end = (row, tokens.shape[1]) if places is None else (int(places[row, 0]), int(places[row, 1]) + 1)
+        kept = tokens[sequence, :end]
+        yield index, (kept if mask is None else kept[mask[sequence, :end].bool()])[None]

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from npeff.batches.batches import Batch
 from npeff.errors import ArgumentError
+from npeff.models.devices import available_bytes, format_bytes
 from npeff.models.forward import call_model
-from npeff.models.memory import available_bytes, format_bytes
 from npeff.perturbation.options import Forward
 from npeff.perturbation.steps import FARTHEST, FIRST, find_step
 from npeff.perturbation.weights import TensorsByName, Weights

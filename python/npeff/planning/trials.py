@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from npeff.batches.batches import read_batches
-from npeff.decomposition.space_choice import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
+from npeff.decomposition.options import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
 from npeff.decomposition.subspace import DIMENSIONS
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.fishers import FisherBlock, Fishers
@@ -32,8 +32,8 @@ from npeff.fishers.logits import Logits
 from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.rows import DenseRows, Kind, SparseRows
 from npeff.fishers.shards import FisherWriter
+from npeff.models.devices import Peak, settled_bytes
 from npeff.models.forward import OVER_CLASSES
-from npeff.models.memory import Peak, settled_bytes
 
 Array = npt.NDArray[Any]
 

@@ -21,7 +21,7 @@ from npeff import kernels
 from npeff.components.components import Components
 from npeff.components.strategies import strategies_of_each
 from npeff.decomposition.decompose import decompose
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, check_integer
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import sketch_of
 from npeff.fishers.scaling import scale
@@ -291,8 +291,7 @@ def stability(
     Raises:
         ArgumentError: An option is out of range, or the Fishers are not those of the components.
     """
-    if repeats < 2:
-        raise ArgumentError(f"repeats: expected at least 2, got {repeats}")
+    check_integer("repeats", repeats, 2)
     if not 0 < share <= 1:
         raise ArgumentError(f"share: expected a share above 0 and at most 1, got {share}")
     inner = InnerProducts(fishers, components) if fishers.rows.products_only else None

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from npeff import kernels
 from npeff.components.components import Components, statistics
 from npeff.decomposition.decompose import decompose
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, check_integer
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.rows import DenseRows, Rows, SparseRows
 from npeff.fishers.scaling import ScaledRows, fisher_norms
@@ -84,8 +84,7 @@ def null_model(
     Raises:
         ArgumentError: ``repeats`` is below 1, or the Fishers are not those of the components.
     """
-    if repeats < 1:
-        raise ArgumentError(f"repeats: expected at least 1, got {repeats}")
+    check_integer("repeats", repeats)
     if fishers.rows.products_only:
         raise ArgumentError(
             "fishers: inner products alone (GramOnly) have no entries that could be shuffled; compute Fishers with "

@@ -18,8 +18,8 @@ from npeff.companions.influence.objective import Loss, cross_entropy
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, ModelError, check_choice
 from npeff.fishers.block_weights import column_factors
-from npeff.models.digests import model_digest
 from npeff.models.forward import OVER_CLASSES, call_model
+from npeff.models.parameters import model_digest
 from npeff.short_repr import short_repr
 
 Surrogate = Literal["coefficient", "cross"]

@@ -36,7 +36,7 @@ from npeff.gradients.blocks import Block
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.rules.base import working
 from npeff.gradients.selection import placed, select_parameters
-from npeff.models.digests import model_digest
+from npeff.models.parameters import model_digest
 from npeff.storage.checks import FLOAT, Field, Sizes, item
 from npeff.storage.container import check_replaceable, read_record, refuse_npeff_file
 from npeff.storage.files import atomic, explain, path_of, reserve

@@ -13,8 +13,12 @@ from npeff.companions.rollback.explain import (
     ComponentRollback,
     Explainer,
     Explanation,
+    Faithfulness,
     GradientRollback,
     component_rollback,
+    faithfulness,
+    retrain,
+    trained_without,
 )
 from npeff.companions.rollback.factor_models import (
     MODELS,
@@ -25,7 +29,6 @@ from npeff.companions.rollback.factor_models import (
     Vocabulary,
     read_triples,
 )
-from npeff.companions.rollback.faithfulness import Faithfulness, faithfulness, retrain, trained_without
 from npeff.companions.rollback.record import Recipe, Record, RowUpdates
 from npeff.companions.rollback.training import RollbackRecorder, fit
 

@@ -1,16 +1,197 @@
-"""``npeff info`` and ``npeff export``: what is in a file, and the same for other programs."""
+"""Commands beside the pipeline: ``npeff demo``, ``npeff doctor``, ``npeff info`` and ``npeff export``.
+
+The whole pipeline on handwritten digits, what this machine offers, what is in a file, and the same for other programs.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import sys
+import webbrowser
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
 
-from npeff.cli.command import check_members, command, loaded, misused, size, unruled
+from npeff.cli.command import check_members, command, data_of_components, loaded, misused, size, unruled
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
-from npeff.cli.texts import data_of_components
+
+PACKAGES = ("numpy", "scipy", "h5py", "scikit-learn", "matplotlib", "safetensors")
+FEATURES = (
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "asimd",
+    "sve",
+    "sve2",
+)
+
+Section = tuple[str, list[tuple[str, str]]]
+"""A heading of what doctor finds, and lines (name, value); failures are reported, never raised."""
+
+
+@command(
+    """
+        npeff demo
+        npeff demo --out /tmp/demo --n-components 16 --no-open
+    """,
+    Arguments("npeff.demo:run_demo", skip=("say",)),
+)
+@click.option("--out", type=WRITABLE, default="npeff-demo", show_default=True, help="Folder for everything made.")
+@click.option("--open/--no-open", "open_page", default=True, show_default=True, help="Open the page in a browser.")
+def demo(out: Path, open_page: bool, **options: Any) -> None:
+    """Train a small network on handwritten digits and show its components.
+
+    Needs no download and about a minute: the digits come with scikit-learn (pip install 'npeff[demo]').
+    Run again, it starts anew.
+    """
+    from npeff.demo import run_demo
+
+    page = run_demo(out, say=click.echo, **options)
+    screen = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if open_page and screen and webbrowser.open(page.resolve().as_uri()):
+        click.echo("Opened it in your browser.")
+
+
+@command(
+    """
+        npeff doctor
+    """
+)
+def doctor() -> None:
+    """Say which hardware and kernels are used, and why not faster ones."""
+    for title, lines in (_versions(), _processor(), _kernels(), _cuda()):
+        click.echo(click.style(title, bold=True))
+        width = max((len(name) for name, _ in lines), default=0)
+        for name, value in lines:
+            head, *rest = value.splitlines() or [""]
+            click.echo(f"  {name:<{width}}  {head}")
+            for line in rest:
+                click.echo(f"  {'':<{width}}  {line}")
+        click.echo()
+
+
+def _versions() -> Section:
+    import torch
+
+    lines = [
+        ("npeff", _version("npeff")),
+        ("Python", f"{platform.python_version()} ({sys.executable})"),
+        ("torch", str(torch.__version__)),
+    ]
+    return "Versions", lines + [(name, _version(name)) for name in PACKAGES]
+
+
+def _processor() -> Section:
+    import psutil
+    import torch
+
+    model, flags = _cpuinfo()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    present = [name for name in FEATURES if name in flags]
+    lines = [
+        ("model", model or platform.processor() or platform.machine()),
+        ("cores", f"{usable} usable of {os.cpu_count()}"),
+        ("threads", f"{torch.get_num_threads()} in torch" + _limits()),
+        ("features", " ".join(present) or "unknown on this system"),
+    ]
+    return "Processor", [*lines, ("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB")]
+
+
+def _kernels() -> Section:
+    lines: list[tuple[str, str]] = []
+    try:
+        from npeff.kernels import dispatch
+
+        kernels: dict[tuple[str, str, str], list[str]] = {}
+        for line in dispatch.report():
+            kernels.setdefault((line.device, line.implementation, line.reason), []).append(line.kernel)
+        for (device, implementation, reason), names in kernels.items():
+            why = f"\n({reason})" if reason else ""
+            lines.append((device, f"{implementation}: {', '.join(names)}{why}"))
+        lines.append(("threads", f"{dispatch.num_threads()} in the CPU kernels"))
+    except Exception as error:  # doctor is for broken installations too
+        lines.append(("unavailable", f"{type(error).__name__}: {error}"))
+    return "Kernels", lines
+
+
+def _cuda() -> Section:
+    import torch
+
+    lines: list[tuple[str, str]] = []
+    try:
+        from npeff import _cuda
+
+        devices = int(_cuda.device_count())
+        seen = f"{devices} device{'' if devices == 1 else 's'} found" if devices else f"no device: {_cuda.absence()}"
+        lines.append(("npeff._cuda", "built with CUDA {}.{}; ".format(*_cuda.toolkit()) + seen))
+        for i in range(devices):
+            reason = _cuda.usable(i)
+            lines += [(f"npeff on cuda:{i}", f"cannot run: {reason}")] if reason else []
+    except ImportError as error:
+        lines.append(("npeff._cuda", f"not built ({error}); build where nvcc is found to have it"))
+    except Exception as error:  # a driver that is present but broken
+        lines.append(("npeff._cuda", f"built, but it cannot be used: {error}"))
+    built = torch.version.cuda
+    lines.append(("torch", f"built for CUDA {built}" if built else "built without CUDA: models run on the processor"))
+    lines.append(("driver", _driver()))
+    if built and torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(i)
+            lines.append(
+                (
+                    f"cuda:{i}",
+                    f"{found.name}, {found.total_memory >> 30} GiB, compute {found.major}.{found.minor}",
+                )
+            )
+    else:
+        lines.append(("devices", "none that torch can use"))
+    return "CUDA", lines
+
+
+def _cpuinfo() -> tuple[str, set[str]]:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return "", set()
+    entries: dict[str, str] = {}
+    for line in path.read_text(errors="replace").splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            entries.setdefault(name.strip(), value.strip())
+    flags = entries.get("flags") or entries.get("Features") or ""
+    return entries.get("model name", ""), set(flags.split())
+
+
+def _limits() -> str:
+    found = [
+        f"{name}={os.environ[name]}"
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPEFF_THREADS")
+        if name in os.environ
+    ]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _driver() -> str:
+    path = Path("/proc/driver/nvidia/version")
+    if path.exists():
+        return path.read_text(errors="replace").splitlines()[0]
+    return "no NVIDIA driver found on this machine" if sys.platform == "linux" else "unknown on this system"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 @command(
