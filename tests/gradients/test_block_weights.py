@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from npeff.errors import ArgumentError
-from npeff.gradients.selection import block_weights, select_parameters
+from npeff.gradients.eligibility import block_weights, select_parameters
 from tiny_language import model_of
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]

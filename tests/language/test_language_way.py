@@ -14,7 +14,7 @@ import torch
 import npeff
 from npeff.cli import run
 from npeff.errors import ArgumentError, DataError
-from npeff.gradients.selection import block_weights
+from npeff.gradients.eligibility import block_weights
 from npeff.language import Places
 from npeff.models.targets import load_model
 from tiny_language import model_of, tokenizer_of

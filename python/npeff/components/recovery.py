@@ -24,8 +24,7 @@ from npeff.fishers.block_weights import column_factors
 from npeff.fishers.factors import Factors
 from npeff.fishers.options import FisherOptions, Sketch, sketch_of
 from npeff.fishers.passes import Run
-from npeff.gradients.eligibility import differ
-from npeff.gradients.selection import placed, select_parameters
+from npeff.gradients.eligibility import differ, placed, select_parameters
 from npeff.kernels import StreamingSketch
 from npeff.models.devices import available_bytes, format_bytes
 from npeff.models.parameters import Parameters, model_digest

@@ -30,8 +30,7 @@ from npeff.fishers.rows import Kind
 from npeff.fishers.shards import FisherWriter, begun_block_weights
 from npeff.fishers.sinks import DenseSink, Sink, SketchSink
 from npeff.fishers.topk_sink import TopKSink
-from npeff.gradients.eligibility import differ
-from npeff.gradients.selection import BLOCKS, placed, select_parameters
+from npeff.gradients.eligibility import BLOCKS, differ, placed, select_parameters
 from npeff.kernels import NonFiniteError
 from npeff.kernels.streams import InOrder
 from npeff.language.places import places_of

@@ -23,8 +23,8 @@ from npeff.fishers.budget import Budget
 from npeff.fishers.factors import Factors, check_meaning, cotangent_bytes, factorise, width
 from npeff.fishers.options import FisherOptions, Sketch
 from npeff.gradients.blocks import Block, Pairs
+from npeff.gradients.eligibility import left_out
 from npeff.gradients.engine import PerExampleGradients, Prepared
-from npeff.gradients.selection import left_out
 from npeff.models.devices import parse_bytes
 from npeff.models.forward import call_model
 from npeff.models.parameters import Parameters

@@ -17,8 +17,8 @@ from npeff.errors import ArgumentError, DataError
 from npeff.fishers.options import FisherOptions, Likelihood
 from npeff.fishers.passes import Run
 from npeff.gradients.blocks import Block
+from npeff.gradients.eligibility import placed, select_parameters
 from npeff.gradients.engine import PerExampleGradients
-from npeff.gradients.selection import placed, select_parameters
 from npeff.models.forward import call_model
 from npeff.models.parameters import Parameters
 from npeff.perturbation.directions import Direction, Target

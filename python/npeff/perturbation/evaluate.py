@@ -21,8 +21,7 @@ from npeff.errors import ArgumentError, DataError
 from npeff.fishers.factors import check_meaning
 from npeff.fishers.logits import Logits
 from npeff.fishers.options import Likelihood
-from npeff.gradients.eligibility import check_eligible
-from npeff.gradients.selection import placed
+from npeff.gradients.eligibility import check_eligible, placed
 from npeff.models.forward import OVER_CLASSES, call_model
 from npeff.models.parameters import model_digest
 from npeff.perturbation import outputs

@@ -29,7 +29,7 @@ from npeff.batches.batches import read_batches
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError
-from npeff.gradients.selection import placed
+from npeff.gradients.eligibility import placed
 from npeff.models.forward import OVER_CLASSES
 from npeff.perturbation.options import Forward
 from npeff.perturbation.repair import LabelledOutputs, LayerSteps, RepairLoss, RepairSearch, share_right

@@ -25,7 +25,7 @@ from npeff.errors import ArgumentError, DataError, check_integer
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.rows import Kind
-from npeff.gradients.selection import BLOCKS
+from npeff.gradients.eligibility import BLOCKS
 from npeff.language.places import places_of
 from npeff.models.devices import available_bytes, format_bytes, parse_bytes
 from npeff.perturbation.effect import text_table

@@ -33,9 +33,9 @@ from npeff.companions.influence.objective import (
 from npeff.companions.influence.solvers import ConjugateGradients, Exact, Identity, Inverse, LiSSA, Solution, Solver
 from npeff.errors import ArgumentError, ModelError, StorageError, check_choice, check_integer, check_number
 from npeff.gradients.blocks import Block
+from npeff.gradients.eligibility import placed, select_parameters
 from npeff.gradients.engine import PerExampleGradients
 from npeff.gradients.rules.base import working
-from npeff.gradients.selection import placed, select_parameters
 from npeff.models.parameters import model_digest
 from npeff.storage.checks import FLOAT, Field, Sizes, item
 from npeff.storage.container import check_replaceable, read_record, refuse_npeff_file

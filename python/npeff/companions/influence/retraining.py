@@ -21,7 +21,7 @@ from npeff.companions.influence.objective import (
     loss_values,
 )
 from npeff.errors import ArgumentError, check_choice, check_integer, check_number
-from npeff.gradients.selection import placed, select_parameters
+from npeff.gradients.eligibility import placed, select_parameters
 from npeff.short_repr import short_repr
 
 NEWTON_PARAMETERS = 3000
