@@ -33,7 +33,7 @@ SMALLEST = 1e-280
 TERMS = 12
 """Terms of the series in p/λ ≤ 1/32."""
 
-CHUNK = 1 << 19
+CHUNK = 1 << 17
 """Numbers in a table of ``p_i − λ``: examples × eigenvalues × classes."""
 
 SUMS_TO_ONE = 64 * torch.finfo(torch.float32).eps
