@@ -187,7 +187,7 @@ def test_bad_arguments_are_named(fitted) -> None:
         components.top_examples(0, -1)
     with pytest.raises(npeff.ArgumentError, match="of: expected"):
         components.class_distribution(0, of="wishes")
-    with pytest.raises(npeff.ArgumentError, match="n: expected at least 1"):
+    with pytest.raises(npeff.ArgumentError, match="n: expected an integer ≥ 1"):
         npeff.expand(components, fitted[0], 0)
     with pytest.raises(npeff.ArgumentError, match="block_weights"):
         npeff.expand(components, fitted[0], 1, block_weights="balanced")

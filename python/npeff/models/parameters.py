@@ -156,10 +156,13 @@ def model_digest(model: nn.Module) -> str:
     """Compute blake2b over the printed modules, and names, shapes, dtypes and bytes of parameters and buffers."""
     digest = hashlib.blake2b(_PASSING.sub("", repr(model)).encode(), digest_size=16)
     entries = model.state_dict(keep_vars=True)
+    here = all(entry.device.type == "cpu" for entry in entries.values() if isinstance(entry, Tensor))
+    # What lies on a device is brought here one tensor at a time.
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as threads:
-        for name, found in zip(entries, threads.map(_digest, entries.values()), strict=True):
+        found = threads.map(_digest, entries.values()) if here else map(_digest, entries.values())
+        for name, part in zip(entries, found, strict=True):
             digest.update(name.encode())
-            digest.update(found)
+            digest.update(part)
     return digest.hexdigest()
 
 
