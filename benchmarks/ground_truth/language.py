@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,14 +144,14 @@ class Prompts:
         options = {"compress": npeff.Sketch(d, form="kronecker"), "parameters": PARAMETERS, **options}
         return npeff.compute_fishers(self.model, self.batches, forward=next_token, progress=False, **options)
 
-    def gradients(self, d: int = 2048) -> np.ndarray:
+    def gradients(self, d: int = 2048, parameters: Sequence[str] = PARAMETERS) -> np.ndarray:
         """Sketches of ∇ log p of each prompt's most probable token, of unit norm, ``(n, d)``."""
         best = self.log_probabilities().argmax(1)
         parts = best.split([len(batch["labels"]) for batch in self.batches])
         data = [{**batch, "labels": own} for batch, own in zip(self.batches, parts, strict=True)]
         sketch = npeff.Sketch(d, form="kronecker")
         rows = npeff.compute_fishers(
-            self.model, data, labels="true", compress=sketch, parameters=PARAMETERS, forward=next_token, progress=False
+            self.model, data, labels="true", compress=sketch, parameters=parameters, forward=next_token, progress=False
         ).rows
         g = rows.dense(0, rows.n_rows)
         return g / np.maximum(np.linalg.norm(g, axis=1, keepdims=True), 1e-30)
