@@ -29,10 +29,20 @@ from torch import Tensor
 import machine
 from cuda_end_to_end import decomposition_table
 from cuda_fishers import fishers_lines, language_lines
-from npeff.kernels import cross, cuda, dispatch, nnls, sketch, sparse_gram, spmm, spread_multiply, topk
-from npeff.kernels.cuda_sketch import DeviceSketch
-from npeff.kernels.cuda_topk import DeviceTopK, plan_rows
-from npeff.kernels.sparse_gram import DEVICE_DENSE_ABOVE
+from npeff.kernels import (
+    StreamingSketch,
+    StreamingTopK,
+    cross,
+    dispatch,
+    nnls,
+    sketch,
+    sparse_gram,
+    spmm,
+    spread_multiply,
+    topk,
+)
+from npeff.kernels.sparse import DEVICE_DENSE_ABOVE, Csr
+from npeff.kernels.streams import BlockRows
 
 DEVICE = torch.device("cuda")
 PARTS = ("kernels", "fishers", "language", "decomposition")
@@ -87,23 +97,23 @@ def close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
 def selection(scale: float) -> Iterator[Case]:
     rows, columns, k, parts = 32, int(22_700_000 * scale), int(65_536 * scale), 12
     x = torch.randn(rows, columns, device=DEVICE)
-    selectors = DeviceTopK(rows, k, True, DEVICE)
-    whole = plan_rows(np.zeros(rows, np.int64), None, rows, DEVICE)
+    selectors = StreamingTopK(rows, k, keep_zeros=True)
+    whole = BlockRows(np.zeros(rows, np.int64), None, rows)
     edges = [columns * p // parts for p in range(parts + 1)]
-    plans = [plan_rows(np.full(rows, a), None, rows, DEVICE) for a in edges[:-1]]
+    plans = [BlockRows(np.full(rows, a), None, rows) for a in edges[:-1]]
 
-    def one(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def one(block: Tensor) -> Tensor:
         selectors.push(block, whole)
-        return selectors.finish(False)
+        return torch.as_tensor(selectors.finish_there()[1])
 
-    def stream() -> tuple[Tensor, Tensor, Tensor]:
+    def stream() -> Tensor:
         for plan, a, b in zip(plans, edges, edges[1:], strict=False):
             selectors.push(x[:, a:b], plan)
-        return selectors.finish(False)
+        return torch.as_tensor(selectors.finish_there()[1])
 
     want = topk(x[:2].cpu(), k)[1]
-    assert torch.equal(one(x)[1][:2].cpu(), want), "top-k differs"
-    assert torch.equal(stream()[1][:2].cpu(), want), "streaming top-k differs"
+    assert torch.equal(one(x)[:2].cpu(), want), "top-k differs"
+    assert torch.equal(stream()[:2].cpu(), want), "streaming top-k differs"
     print("checked top-k: the same entries", flush=True)
     out = 12 * rows * k
     size = f"{rows} × {columns:,}, k = {k:,}"
@@ -117,12 +127,12 @@ def selection(scale: float) -> Iterator[Case]:
 def sketches(scale: float) -> Iterator[Case]:
     rows, columns = 32, int(22_700_000 * scale)
     x = torch.randn(rows, columns, device=DEVICE)
-    plan = plan_rows(np.zeros(rows, np.int64), None, rows, DEVICE)
+    plan = BlockRows(np.zeros(rows, np.int64), None, rows)
     for d in (4096, 16_384):
-        sums = DeviceSketch(rows, d, 0, 1, DEVICE)
+        sums = StreamingSketch(rows, d)
         sums.push(x, plan)
-        close(f"sketch d = {d}", sums.finish()[0][:1], sketch(x[:1].cpu(), d), 1e-5)
-        run = lambda sums=sums: (sums.push(x, plan), sums.finish())  # noqa: E731
+        close(f"sketch d = {d}", torch.as_tensor(sums.finish_there())[:1], sketch(x[:1].cpu(), d), 1e-5)
+        run = lambda sums=sums: (sums.push(x, plan), sums.finish_there())  # noqa: E731
         yield Case(f"sketch, {rows} × {columns:,}, d = {d:,}", run, 4 * x.numel() + 4 * rows * d)
 
 
@@ -139,12 +149,13 @@ def sparse(scale: float) -> Iterator[Case]:
     nnz = len(indices)
     part = int(indptr[8])
     few = (indptr[:9].cpu(), indices[:part].cpu(), values[:part].cpu())
-    out = cuda.spmm(indptr, indices, values, dense)
+    sound = Csr(indptr, indices, values, n_columns)
+    out = sound.times(dense)
     close("spmm", out[:8], spmm(*few[:2], few[2].double(), dense.double().cpu()), 1e-5)
     touched = min(nnz, n_columns) * 4 * r
     yield Case(
         f"spmm, {n_rows:,} × {n_columns:,}, {nnz:,} entries, r = {r}",
-        lambda: cuda.spmm(indptr, indices, values, dense),
+        lambda: sound.times(dense),
         8 * nnz + touched + 4 * out.numel(),
         2.0 * nnz * r,
     )
@@ -184,21 +195,20 @@ def solver(scale: float) -> Iterator[Case]:
     w = torch.zeros_like(c)
 
     def descend() -> None:
-        w.zero_()
-        cuda.nnls_(gram, c, w, max_sweeps=sweeps, tol=0.0)
+        nnls(gram, c, max_sweeps=sweeps, tol=0.0, kkt=False, out=w)
 
     descend()
     close("nnls", w[:64], nnls(gram.cpu(), c[:64].cpu(), max_sweeps=sweeps, tol=0.0).w, 1e-4)
     yield Case(f"nnls, n = {n:,}, r = {r}, {sweeps} sweeps", descend, 12 * w.numel(), 2.0 * n * r * r * sweeps)
     offsets = torch.arange(0, 3 * 40 * n + 1, 3, device=DEVICE)
     p, weights = torch.randn(3 * 40 * n, r, device=DEVICE), torch.rand(40 * n, r, device=DEVICE)
-    sums, products = cuda.cross(p, offsets), cuda.spread_multiply(weights, p, offsets)
+    sums, products = cross(p, offsets), spread_multiply(weights, p, offsets)
     close("cross", sums[:9], cross(p[:27].cpu(), offsets[:10].cpu()), 1e-6)
     close("spread", products[:27], spread_multiply(weights[:9].cpu(), p[:27].cpu(), offsets[:10].cpu()), 1e-6)
-    yield Case(f"cross, {len(p):,} rows, r = {r}", lambda: cuda.cross(p, offsets), 4 * (p.numel() + sums.numel()))
+    yield Case(f"cross, {len(p):,} rows, r = {r}", lambda: cross(p, offsets), 4 * (p.numel() + sums.numel()))
     yield Case(
         f"W∘P, {len(p):,} rows, r = {r}",
-        lambda: cuda.spread_multiply(weights, p, offsets),
+        lambda: spread_multiply(weights, p, offsets),
         4 * (2 * p.numel() + weights.numel()),
     )
 

@@ -26,7 +26,7 @@ from scipy.optimize import linear_sum_assignment
 
 import npeff
 from npeff import demo
-from npeff.decomposition.published_algorithm import DivergedError
+from npeff.decomposition.decompose import DivergedError
 from npeff.fishers.scaling import scale
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))

@@ -30,7 +30,7 @@ import low_rank_growth
 import npeff
 from low_rank import processor, recomputed_loss
 from npeff import demo
-from npeff.decomposition.published_algorithm import DivergedError
+from npeff.decomposition.decompose import DivergedError
 from npeff.models.memory import Peak
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from npeff.decomposition.low_rank import LowRank
-from npeff.decomposition.processes import LOCAL, Communicator, Group
+from npeff.decomposition.processes import LOCAL, Group, Processes
 from npeff.decomposition.spaces import RowSpace
 from npeff.fishers.rows import DenseRows
 from npeff.fishers.scaling import ScaledRows
@@ -43,7 +43,7 @@ def rows_of(first: int, count: int, width: int) -> np.ndarray:
     return rows
 
 
-def steps(comm: Communicator, first_row: int, count: int, width: int, r: int) -> dict[str, float]:
+def steps(comm: Processes, first_row: int, count: int, width: int, r: int) -> dict[str, float]:
     """A process's part of a few steps: seconds a step, bytes held, numbers exchanged a step, and the loss."""
     n = count // RANK
     with Peak() as peak:

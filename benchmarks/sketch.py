@@ -29,7 +29,7 @@ from scipy.optimize import linear_sum_assignment
 import machine
 import npeff
 from npeff import demo
-from npeff.components.encoding import statistics as least_squares
+from npeff.components.components import statistics as least_squares
 from npeff.fishers.scaling import scale
 from npeff.kernels import nnls, reference, sketch
 

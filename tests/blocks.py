@@ -2,7 +2,7 @@
 
 The module has the functions of ``npeff._cuda`` (tests/native/emulated_cuda.cpp): the same bindings and the same blocks
 of threads, run one thread after the other in an order that the ``stream`` argument seeds. The functions defined here
-make plans and workspaces for them. The compiler is ``CXX``, or else ``c++``, ``g++`` or ``clang++``; where there
+call them more briefly. The compiler is ``CXX``, or else ``c++``, ``g++`` or ``clang++``; where there
 is none the test is skipped.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 
-from npeff.kernels.cuda import ALL_FINITE
+from npeff.kernels.arrays import ALL_FINITE
 
 NAME = "npeff_emulated_cuda"
 HERE = Path(__file__).parent
@@ -39,19 +39,18 @@ class Selectors:
 
     def __init__(self, n: int, k: int, keep_zeros: bool, seed: int) -> None:
         self.seed = seed
-        self.memory = torch.empty(module().topk_bytes(n, k), dtype=torch.uint8)
-        self.selectors = (self.memory, n, k, keep_zeros)
-        module().topk_reset(*self.selectors, seed)
+        self.memory = torch.empty(module().topk_bytes(n=n, k=k), dtype=torch.uint8)
+        self.selectors = {"memory": self.memory, "n": n, "k": k, "keep_zeros": keep_zeros, "stream": seed}
+        module().topk_reset(**self.selectors)
 
     def push(self, block: Any, bases: np.ndarray, targets: np.ndarray) -> None:
         """Take in the rows of a block."""
-        order, starts = by_target(targets, np.zeros_like(bases), self.selectors[1])
-        scratch = np.empty(len(bases), np.int64)
-        module().topk_push(*self.selectors, block, targets, bases, order, starts, scratch, self.seed)
+        rows = by_target(targets, np.zeros_like(bases), self.selectors["n"])
+        module().topk_push(**self.selectors, block=block, targets=targets, bases=bases, **rows)
 
     def finish(self, counts: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
         """Fill the selections; the selectors are empty afterwards."""
-        module().topk_finish(*self.selectors, counts, indices, values, self.seed)
+        module().topk_finish(**self.selectors, counts=counts, indices=indices, values=values)
 
     def status(self) -> tuple[int, int]:
         """Row and flat index of the first non-finite value, or row −1."""
@@ -63,57 +62,36 @@ class Selectors:
         return int(self.memory[16 + 64 * selector :][:8].view(torch.int64))
 
 
-def by_target(targets: np.ndarray, bases: np.ndarray, n_targets: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows by target and base, and where each target's begin."""
+def by_target(targets: np.ndarray, bases: np.ndarray, n_targets: int) -> dict[str, np.ndarray]:
+    """The rows by target and base (``order``), and where each target's begin (``starts``)."""
     order = np.lexsort((bases, targets))
-    return order, np.searchsorted(targets[order], np.arange(n_targets + 1)).astype(np.int64)
+    return {"order": order, "starts": np.searchsorted(targets[order], np.arange(n_targets + 1)).astype(np.int64)}
 
 
-def space(entries: int, dtype: type = np.float32) -> np.ndarray:
-    """A workspace that holds nothing."""
-    return np.full(entries, np.nan, dtype)
-
-
-def dtype_of(block: Any) -> str:
-    """Name of an array's dtype."""
-    return str(block.dtype).removeprefix("torch.")
-
-
-def sketch_rows(d: int, copies: int, map_seed: int, block: Any, bases: np.ndarray, targets: np.ndarray,
-                sums: np.ndarray, seed: int) -> None:  # fmt: skip
-    """Add the sketches of rows by the flat map."""
-    order, starts = by_target(targets, bases, len(sums))
-    workspace = space(module().sketch_workspace(0, dtype_of(block), d, copies, *block.shape))
-    module().sketch_rows(d, copies, map_seed, block, bases, order, starts, workspace, sums, seed)
-
-
-def sketch_matrix(d: int, weight: float, block: Any, row_places: Any, column_places: Any, first: np.ndarray,
-                  targets: np.ndarray, sums: np.ndarray, seed: int) -> None:  # fmt: skip
-    """Add the sketches of rows of a matrix by the two-sided map."""
-    order, starts = by_target(targets, first, len(sums))
-    workspace = space(module().sketch_matrix_workspace(0, dtype_of(block), d, *block.shape))
-    places = (row_places, column_places)
-    module().sketch_matrix(d, weight, block, *places, first, order, starts, workspace, sums, seed)
+def csr(indptr: Any, indices: Any, values: Any, n_columns: int) -> Any:
+    """A matrix as the emulated kernels take it."""
+    return module().Csr(indptr=indptr, indices=indices, values=values, n_columns=n_columns, stream=0)
 
 
 def sketch_finish(sums: np.ndarray, scale: float, out: np.ndarray, seed: int) -> int:
     """The first row that is not finite, or −1."""
     bad = np.full(1, ALL_FINITE)
-    module().sketch_finish(sums, scale, out, bad, seed)
+    module().sketch_finish(sums=sums, scale=scale, out=out, bad=bad, stream=seed)
     return -1 if bad[0] == ALL_FINITE else int(bad[0])
 
 
-def gram(indptr: Any, indices: Any, values: Any, n_columns: int, k: np.ndarray, seed: int) -> None:
+def gram(a: Any, k: np.ndarray, seed: int) -> None:
     """Add A·Aᵀ to k, both triangles."""
-    module().gram_panel(indptr, indices, values, n_columns, k, seed)
-    module().mirror(k, seed)
+    module().gram_panel(a=a, k=k, stream=seed)
+    module().mirror(k=k, stream=seed)
 
 
 def nnls(gram: np.ndarray, cross: np.ndarray, w: np.ndarray, kkt: np.ndarray, max_sweeps: int, tol: float,
          seed: int) -> tuple[int, int]:  # fmt: skip
     """The first row that is not finite (or −1), and the sweeps made."""
-    workspace, status = space(module().nnls_workspace(0, *cross.shape), cross.dtype.type), np.full(2, -7)
-    module().nnls(gram, cross, w, kkt, max_sweeps, tol, workspace, status, seed)
+    status = np.full(2, -7)
+    problem = {"gram": gram, "cross": cross, "w": w, "kkt": kkt, "max_sweeps": max_sweeps, "tol": tol}
+    module().nnls(**problem, status=status, stream=seed)
     return -1 if status[0] == ALL_FINITE else int(status[0]), int(status[1])
 
 

@@ -16,7 +16,7 @@ import torch
 import blocks
 from fake_device import unwrapped
 from npeff.decomposition import space_choice
-from npeff.kernels import cuda, dispatch
+from npeff.kernels import dispatch
 from npeff.models import devices
 
 
@@ -24,7 +24,7 @@ class EmulatedCuda:
     """The functions of npeff._cuda, on CPU tensors and on tensors of a fake device.
 
     Attributes:
-        calls: How often each was called.
+        calls: How often each kernel was called.
     """
 
     def __init__(self, seed: int) -> None:
@@ -34,18 +34,18 @@ class EmulatedCuda:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(blocks.module(), name)
 
-        def call(*given: Any) -> Any:
-            args = [unwrapped(x).detach() if isinstance(x, torch.Tensor) else x for x in given]
-            self.calls[name] = self.calls.get(name, 0) + 1
-            if name == "topk_push":
-                targets, bases, order, starts = args[5:9]
-                check_plan(targets, bases, order, starts, args[1])
-            elif name in {"sketch_rows", "sketch_matrix"}:
-                bases, order, starts, _, sums = args[-6:-1]
-                check_plan(_targets(order, starts), bases, order, starts, len(sums))
-            if name.endswith(("_workspace", "_bytes")):
-                return function(*args)
-            return function(*args[:-1], self.seed)  # in the place of the stream
+        def call(**given: Any) -> Any:
+            arguments = {key: unwrapped(x).detach() if isinstance(x, torch.Tensor) else x for key, x in given.items()}
+            if name != "Csr":
+                self.calls[name] = self.calls.get(name, 0) + 1
+            if "order" in arguments:
+                order, starts, n = arguments["order"], arguments["starts"], arguments.get("n")
+                bases = arguments["first"] if "first" in arguments else arguments["bases"]
+                targets = arguments.get("targets", _targets(order, starts))
+                check_plan(targets, bases, order, starts, len(arguments["sums"]) if n is None else n)
+            if "stream" in arguments:
+                arguments["stream"] = self.seed
+            return function(**arguments)
 
         return call
 
@@ -81,6 +81,5 @@ def kernels(monkeypatch: pytest.MonkeyPatch, seed: int, types: tuple[str, ...]) 
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "cuda", lambda device: module if device.type in types else None)
         patch.setattr(dispatch, "cuda_reason", lambda device: "" if device.type in types else "not emulated")
-        patch.setattr(cuda, "stream", lambda x: 0)
-        patch.setattr(cuda, "index_of", lambda x: 0)
+        patch.setattr(dispatch, "stream", lambda device: 0)
         yield module

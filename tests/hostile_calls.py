@@ -252,7 +252,8 @@ def _native_cases() -> dict[str, Case]:
 
     def of_csr(function: Callable[..., Any], *outputs: str) -> Callable[..., Any]:
         def call(indptr: Any, indices: Any, values: Any, n_columns: Any, threads: Any, **arguments: Any) -> Any:
-            a = _native.Csr(indptr, indices, values, n_columns, threads)
+            parts = {"indptr": indptr, "indices": indices, "values": values, "n_columns": n_columns}
+            a = _native.Csr(**parts, threads=threads)
             return filling(function, *outputs)(a=a, threads=threads, **arguments)
 
         def filled(**arguments: Any) -> Any:
@@ -261,40 +262,33 @@ def _native_cases() -> dict[str, Case]:
 
         return filled
 
-    def selectors(n_rows: Any, k: Any, keep_zeros: Any, block: Any, base: Any, rows: Any, threads: Any, counts: Any,
-                  thresholds: Any) -> Any:  # fmt: skip
-        made = _native.Selectors(n_rows, k, keep_zeros)
-        bad = made.push(block, base, rows, threads)
-        made.thresholds(thresholds)
-        made.finish(counts, threads)
+    def selectors(n_rows: Any, k: Any, keep_zeros: Any, threads: Any, counts: Any, thresholds: Any,
+                  **block: Any) -> Any:  # fmt: skip
+        made = _native.Selectors(n_rows=n_rows, k=k, keep_zeros=keep_zeros)
+        bad = made.push(**block, threads=threads)
+        made.thresholds(thresholds=thresholds)
+        made.finish(counts=counts, threads=threads)
         total = int(np.asarray(counts).sum())
         indices, values = np.zeros(total, np.int64), np.zeros(total, np.float32)
-        made.take(indices, values, True, threads)
+        made.take(indices=indices, values=values, by_magnitude=True, threads=threads)
         return indices, values, counts, thresholds, np.array(str(bad))
 
-    def take(indices: Any, values: Any, by_magnitude: Any, threads: Any) -> Any:
-        made = _native.Selectors(2, 3, False)
-        made.push(np.arange(12, dtype=np.float32).reshape(2, 6), np.zeros(2, np.int64), None, 1)
-        made.finish(np.zeros(2, np.int64), 1)
-        made.take(indices, values, by_magnitude, threads)
-        return indices, values
+    def take(**arguments: Any) -> Any:
+        made = _native.Selectors(n_rows=2, k=3, keep_zeros=False)
+        block = {"block": np.arange(12, dtype=np.float32).reshape(2, 6), "bases": np.zeros(2, np.int64)}
+        made.push(**block, order=np.arange(2), starts=np.arange(3), threads=1)
+        made.finish(counts=np.zeros(2, np.int64), threads=1)
+        made.take(**arguments)
+        return arguments["indices"], arguments["values"]
 
     def outer(n_rows: Any, k: Any, keep_zeros: Any, counts: Any, threads: Any, **arguments: Any) -> Any:
-        made = _native.Selectors(n_rows, k, keep_zeros)
+        made = _native.Selectors(n_rows=n_rows, k=k, keep_zeros=keep_zeros)
         made.push_outer(**arguments, threads=threads)
-        made.finish(counts, threads)
+        made.finish(counts=counts, threads=threads)
         return (counts,)
 
     def sorted_csr(rng: np.random.Generator) -> Arguments:
         return {**narrow(rng), "n_columns": 9, "threads": 2}
-
-    def selection(rng: np.random.Generator) -> Arguments:
-        given = sorted_csr(rng)
-        names = np.array([0, -1, 1, 2, -1, 3, 4, -1, 5], np.int32)
-        kept = names[given["indices"]] >= 0
-        starts = np.concatenate([[0], np.cumsum(kept)])[given["indptr"]].astype(np.int64)
-        return {**given, "map": names, "indptr_out": starts, "indices_out": zeros(int(starts[-1]), dtype=np.int32),
-                "values_out": zeros(int(starts[-1]))}  # fmt: skip
 
     def places(rng: np.random.Generator, n: int) -> np.ndarray:
         return rng.integers(0, 64, n).astype(np.int32)
@@ -308,8 +302,8 @@ def _native_cases() -> dict[str, Case]:
         ),
         "_native.Selectors": Case(
             lambda g: {"n_rows": 3, "k": 5, "keep_zeros": False, "block": floats(g, 3, 40),
-                       "base": np.array([0, 100, 7]), "rows": np.array([2, 0, 1]), "threads": 2,
-                       "counts": zeros(3, dtype=np.int64), "thresholds": zeros(3)},
+                       "bases": np.array([0, 100, 7]), "order": np.array([1, 2, 0]), "starts": np.arange(4),
+                       "threads": 2, "counts": zeros(3, dtype=np.int64), "thresholds": zeros(3)},
             selectors, False,
         ),
         "_native.Selectors.take": Case(
@@ -322,19 +316,20 @@ def _native_cases() -> dict[str, Case]:
                        "counts": zeros(4, dtype=np.int64)},
             outer, False,
         ),
-        "_native.nnls_f32": Case(
-            lambda g: {**problem(g), "w": zeros(5, 4), "kkt": zeros(5), "max_sweeps": 30, "tol": 1e-5, "threads": 2},
-            filling(n.nnls_f32, "w", "kkt"), False,
-        ),
-        "_native.nnls_f64": Case(
-            lambda g: {**problem(g, np.float64), "w": zeros(5, 4, dtype=np.float64), "kkt": zeros(5, dtype=np.float64),
-                       "max_sweeps": 30, "tol": 1e-5, "threads": 2},
-            filling(n.nnls_f64, "w", "kkt"), False,
-        ),
+        **{
+            f"_native.nnls {dtype.__name__}": Case(
+                lambda g, dtype=dtype: {  # type: ignore[misc]
+                    **problem(g, dtype), "w": zeros(5, 4, dtype=dtype), "kkt": zeros(5, dtype=dtype), "max_sweeps": 30,
+                    "tol": 1e-5, "status": zeros(2, dtype=np.int64), "threads": 2,
+                },
+                filling(n.nnls, "w", "kkt", "status"), False,
+            )
+            for dtype in (np.float32, np.float64)
+        },
         "_native.nnls_exact": Case(
             lambda g: {**problem(g, np.float64), "w": zeros(5, 4, dtype=np.float64), "kkt": zeros(5, dtype=np.float64),
-                       "tol": 1e-9, "threads": 2},
-            filling(n.nnls_exact, "w", "kkt"), False,
+                       "tol": 1e-9, "status": zeros(2, dtype=np.int64), "threads": 2},
+            filling(n.nnls_exact, "w", "kkt", "status"), False,
         ),
         "_native.spmm": Case(
             lambda g: {**csr(g), "n_columns": 9, "threads": 2, "dense": floats(g, 9, 5), "out": zeros(6, 5)},
@@ -346,22 +341,14 @@ def _native_cases() -> dict[str, Case]:
                                   "values_out": zeros(len(c["indices"]))})(sorted_csr(g)),
             of_csr(n.csr_transpose, "indptr_out", "indices_out", "values_out"), False,
         ),
-        "_native.column_counts": Case(
-            lambda g: {**sorted_csr(g), "counts": zeros(9, dtype=np.int64)}, of_csr(n.column_counts, "counts"), False
-        ),
-        "_native.select_columns_indptr": Case(
-            lambda g: {**sorted_csr(g), "map": np.arange(9, dtype=np.int32) - 3,
-                       "indptr_out": zeros(7, dtype=np.int64)},
-            of_csr(n.select_columns_indptr, "indptr_out"), False,
-        ),
-        "_native.select_columns": Case(
-            selection, of_csr(n.select_columns, "indptr_out", "indices_out", "values_out"), False
+        "_native.sparse_gram": Case(
+            lambda g: {**sorted_csr(g), "names": zeros(9, dtype=np.int32), "k": zeros(6, 6)},
+            of_csr(n.sparse_gram, "names", "k"), False,
         ),
         "_native.to_dense": Case(
-            lambda g: {**sorted_csr(g), "out": zeros(6, 9)}, of_csr(n.to_dense, "out"), False
+            lambda g: {**sorted_csr(g), "names": np.arange(9, dtype=np.int32) - 2, "first": 1, "out": zeros(6, 4)},
+            of_csr(n.to_dense, "out"), False,
         ),
-        "_native.gram_scatter": Case(lambda g: {**sorted_csr(g), "k": zeros(6, 6)}, of_csr(n.gram_scatter, "k"), False),
-        "_native.gram_panel": Case(lambda g: {**sorted_csr(g), "k": zeros(6, 6)}, of_csr(n.gram_panel, "k"), False),
         "_native.mirror": Case(lambda g: {"k": zeros(6, 6), "threads": 2}, filling(n.mirror, "k"), False),
         "_native.fisher_norms": Case(
             lambda g: {**csr(g), "n_columns": 9, "threads": 2, "row_offsets": np.array([0, 2, 2, 6]),
@@ -388,8 +375,9 @@ def _native_cases() -> dict[str, Case]:
             False,
         ),
         "_native.sketch_rows": Case(
-            lambda g: {"block": floats(g, 3, 40), "base": np.array([0, 100, 7]), "rows": np.array([2, 0, 1]), "seed": 3,
-                       "copies": 2, "sums": zeros(3, 64, dtype=np.float64), "threads": 2},
+            lambda g: {"block": floats(g, 3, 40), "bases": np.array([0, 100, 7]), "order": np.array([1, 2, 0]),
+                       "starts": np.arange(4), "seed": 3, "copies": 2, "sums": zeros(3, 64, dtype=np.float64),
+                       "threads": 2},
             filling(n.sketch_rows, "sums"), False,
         ),
         "_native.sketch_csr": Case(
@@ -398,7 +386,8 @@ def _native_cases() -> dict[str, Case]:
             of_csr(n.sketch_csr, "sums"), False,
         ),
         "_native.sketch_finish": Case(
-            lambda g: {"sums": g.standard_normal((3, 8)), "scale": 0.5, "out": zeros(3, 8), "threads": 2},
+            lambda g: {"sums": g.standard_normal((3, 8)), "scale": 0.5, "out": zeros(3, 8),
+                       "bad": np.full(1, 2**63 - 1), "threads": 2},
             filling(n.sketch_finish, "out"), False,
         ),
         "_native.sketch_places": Case(
@@ -406,8 +395,8 @@ def _native_cases() -> dict[str, Case]:
             filling(n.sketch_places, "places"), False,
         ),
         "_native.sketch_matrix": Case(
-            lambda g: {"block": floats(g, 3, 10), "columns": 5, "row_places": places(g, 6),
-                       "column_places": places(g, 5), "rows": np.array([0, 1, 1]),
+            lambda g: {"block": floats(g, 3, 10), "row_places": places(g, 6),
+                       "column_places": places(g, 5), "order": np.arange(3), "starts": np.array([0, 1, 3]),
                        "first": np.array([0, 2, 4]), "weight": 1.5,
                        "sums": zeros(2, 32, dtype=np.float64), "threads": 2},
             filling(n.sketch_matrix, "sums"), False,

@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -39,6 +40,30 @@ def components_of(n=40, r=3, n_classes=4, seed=0, **changes):
         "provenance": {"model": {"digest": "00ff", "class": "Tiny"}, "options": {"seed": 0}},
     }
     return Components(**{**parts, **changes})
+
+
+class Texts:
+    """Places of texts as :class:`npeff.language.Places` offers them, without a tokenizer.
+
+    Args:
+        places: Of every place, the tokens and the index of its own.
+        words: The word of every class.
+        labels: Of every place; unknown by default.
+    """
+
+    def __init__(self, places, words, labels=None):
+        self.places, self.words, self.n_examples = places, words, len(places)
+        self.labels = np.full(len(places), -1) if labels is None else np.asarray(labels)
+
+    def __iter__(self):
+        raise AssertionError("the examples are asked for by number")
+
+    def example(self, number):
+        tokens, index = self.places[number]
+        return SimpleNamespace(tokens=tuple(tokens), index=index)
+
+    def output_names(self, classes):
+        return [self.words[c] for c in classes]
 
 
 class Page(HTMLParser):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from npeff.fishers.fishers import FisherBlock, Fishers
+from npeff.fishers.logits import Logits
 from npeff.fishers.rows import DenseRows, SparseRows
 from npeff.models.parameters import Parameters
 
@@ -65,6 +67,15 @@ def fishers_of(kind: str = "low_rank", *, sparse: bool = True, ranks: tuple[int,
     )
 
 
+def placed_fishers(**options) -> Fishers:
+    """The same at places, with 50 outputs, of which three are kept."""
+    fishers = fishers_of(**options)
+    n, values = len(fishers), -np.sort(-np.asarray(fishers.logits))
+    classes = np.repeat(np.array([[0, 9, 18]], np.int32), n, 0)
+    logits = Logits(values, classes, np.full(n, 4, np.float32), 50)
+    return replace(fishers, logits=logits, places=np.stack([np.arange(n) // 2, np.arange(n)], 1))
+
+
 def header_of(fishers: Fishers) -> dict:
     """The header that FisherWriter takes."""
     return {
@@ -83,8 +94,9 @@ def blocks_of(fishers: Fishers, size: int) -> list[FisherBlock]:
 def assert_same(a: Fishers, b: Fishers, *, names: bool = True) -> None:
     """Every field equal, to the bit; ``names=False`` where the format knows no names and no provenance."""
     assert a.kind == b.kind and type(a.rows) is type(b.rows) and a.n_parameters == b.n_parameters
-    for name in ("row_offsets", "norms", "logits", "labels", "ids"):
-        if name != "ids" or names:
+    assert a.logits.same(b.logits)
+    for name in ("row_offsets", "norms", "labels", "ids", "places"):
+        if (name != "ids" or names) and getattr(a, name) is not None:
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name, strict=True)
     for name in ("indptr", "indices", "values") if isinstance(a.rows, SparseRows) else ("values",):
         np.testing.assert_array_equal(getattr(a.rows, name), getattr(b.rows, name), err_msg=name, strict=True)
@@ -202,6 +214,12 @@ def components_of(kind: str = "low_rank", *, columns: bool = True):
         loss=0.25,
         provenance={**PROVENANCE, "seed": 3},
     )
+
+
+def placed_components():
+    """The same of places, with 50 outputs, of which three are kept."""
+    fishers = placed_fishers()[:5]
+    return replace(components_of(), logits=fishers.logits, places=fishers.places)
 
 
 def assert_same_components(a, b) -> None:

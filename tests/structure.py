@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "npeff"
 FLOORS = (
     ("errors", "short_repr"),
     ("kernels", "storage"),
-    ("batches", "models"),
+    ("batches", "language", "models"),
     ("gradients",),
     ("fishers",),
     ("components",),

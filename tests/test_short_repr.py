@@ -108,10 +108,11 @@ def by_hand() -> list[Any]:
         few,
         1.5,
         {},
+        (np.nan, np.nan),
         {},
         (),
         None,
-        *[np.arange(N)] * 7,
+        *[np.arange(N)] * 9,
     )
     trace = npeff.Trace(
         tuple(range(R)),

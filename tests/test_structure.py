@@ -5,12 +5,6 @@ from __future__ import annotations
 import npeff
 from structure import FLOORS, circles, imports, late_imports, modules, upward
 
-STILL_LATE = {
-    "companions.rollback.record",
-    "planning.solving",
-}
-"""Modules that still import the package inside a function. The set may only shrink: when one is mended, remove it."""
-
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circles() == []
@@ -23,7 +17,7 @@ def test_no_module_imports_from_a_higher_floor() -> None:
 
 
 def test_imports_of_the_package_stand_at_the_top_of_modules() -> None:
-    assert {one.source for one in late_imports()} <= STILL_LATE
+    assert late_imports() == []
 
 
 def test_imports_in_functions_and_for_annotations_are_counted() -> None:

@@ -16,7 +16,7 @@ def main() -> None:
     for name in ("avx512", "avx2", "base"):
         if not _native.use_isa(name):
             continue
-        assert _native.topk(x, indices, values, True, 2) is None
+        assert _native.topk(x=x, indices=indices, values=values, by_magnitude=True, threads=2) is None
         assert (indices == np.argsort(-np.abs(x), axis=1, kind="stable")[:, :50]).all(), f"top-k differs ({name})"
         print(f"npeff._native: {name} works")
     try:

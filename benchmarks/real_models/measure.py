@@ -157,12 +157,12 @@ def summary(
     return lines + [f"| {left} | {right} |" for left, right in rows] + [""]
 
 
-def energy_kept(fishers: npeff.Fishers) -> str:
-    """Share of the trace of diag p − ppᵀ that the rows hold."""
+def energy_kept(fishers: npeff.Fishers, logits: torch.Tensor | None = None) -> str:
+    """Share of the trace of diag p − ppᵀ that the rows hold; of some examples' logits, where Fishers keep not all."""
     asked = fishers.provenance["options"]
     options = FisherOptions(rank=asked["rank"], energy=asked["energy"])
-    logits = torch.from_numpy(np.array(fishers.logits)).double()
-    factors = factorise(logits, options, None, fishers.ids)
+    logits = (torch.from_numpy(np.array(fishers.logits)) if logits is None else logits).double()
+    factors = factorise(logits, options, None, fishers.ids[: len(logits)])
     held = factors.columns.square().sum(dim=(1, 2)) * factors.scale.square()
     p = torch.softmax(logits, 1)
     share = held / (p * (1 - p)).sum(1)

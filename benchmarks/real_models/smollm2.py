@@ -85,10 +85,12 @@ def main() -> None:
         recovered = measured.stage(
             "recover", lambda: found[0].recover(model, batches, js, forward=next_word, progress=False)
         )
+    with torch.no_grad():
+        some = torch.cat([next_word(model, batch) for batch in batches[:8]])
     what = [
         ("model", "SmolLM2-135M-Instruct, weights of 4 bits (Q4_1) taken apart into float32; a vocabulary of 49,152"),
         ("data", f"{args.examples} places in news articles (lee_background), {CONTEXT} tokens of context each"),
-        ("factor", f"reduced basis, 90 % of the energy, at most {args.rank} rows: {energy_kept(fishers)}"),
+        ("factor", f"reduced basis, 90 % of the energy, at most {args.rank} rows: {energy_kept(fishers, some)}"),
         ("kept", f"a two-sided sketch of {args.sketch:,} numbers per row"),
     ]
     lines = summary("SmolLM2 on news", what, measured, fishers, args.work / f"{name}.h5", found, held)
@@ -109,7 +111,7 @@ def main() -> None:
 def words(components: Any, fishers: Any, tokens: torch.Tensor, tokenizer: Any, j: int, k: int = 4) -> list[str]:
     lines = []
     for i in components.top_examples(j, k):
-        expected = [tokenizer.decode([t]) for t in np.argsort(-fishers.logits[i])[:3]]
+        expected = [tokenizer.decode([t]) for t in fishers.logits.take([i]).top(3)[0][0]]
         context = plain(tokenizer.decode(tokens[i, CONTEXT - 12 : CONTEXT].tolist()), 70)
         guesses = " / ".join(plain(word, 20) for word in expected)
         lines.append(f"{context} → {guesses} ({components.coefficients[i, j]:.2f})")

@@ -23,7 +23,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,12 @@ import torch
 
 import npeff
 from npeff.companions import rollback
-from npeff.companions.influence.scores import Scores
+from npeff.companions.influence.estimator import Scores
 from npeff.components.loading import describe
 from npeff.components.published import write_published
 from npeff.decomposition.checkpoint import Checkpoint
 from npeff.errors import NpeffError, StorageError
+from npeff.fishers.logits import Logits
 from npeff.fishers.rows import GramRows
 from npeff.fishers.shards import FisherWriter
 
@@ -212,11 +213,17 @@ def subjects(folder: Path) -> list[Subject]:
         "diagonal": npeff.compute_fishers(model, data, kind="diagonal", **compute),
         "diagonal top-k": npeff.compute_fishers(model, data, kind="diagonal", compress=npeff.TopK(5), **compute),
     }
+    n, kept = len(fishers["top-k"]), np.sort(np.asarray(fishers["top-k"].logits))[:, ::-1]
+    logits = Logits(kept, np.repeat(np.arange(kept.shape[1], dtype=np.int32)[None], n, 0), kept.max(1) + 1, 2000)
+    places = np.stack([np.arange(n), np.arange(n)], 1)
+    fishers["top-k, places"] = replace(fishers["top-k"], logits=logits, places=places)
     found = [
         Subject(f"Fishers, {name}", contents(item.save(folder / f"{index}.h5")), use_fishers)
         for index, (name, item) in enumerate(fishers.items())
     ]
-    made = {name: npeff.decompose(fishers[name], 2, **FAST) for name in ("exact", "top-k", "sketch", "diagonal")}
+    made = {
+        name: npeff.decompose(fishers[name], 2, **FAST) for name in ("exact", "top-k, places", "sketch", "diagonal")
+    }
     made["sketch"] = made["sketch"].recover(model, data, [0], progress=False)
     for name, components in made.items():
         path = components.save(folder / f"components {name}.h5")
@@ -367,10 +374,11 @@ def array_changes(name: str, array: np.ndarray) -> Iterator[tuple[str, Change]]:
     yield "last axis of 1", replaced(name, data=array[..., None])
     yield "flat", replaced(name, data=array.reshape(-1))
     yield "turned", replaced(name, data=array.T)
-    yield "one less", replaced(name, data=array[:-1])
-    yield "one more", replaced(name, data=np.concatenate([array, array[-1:]]))
-    yield "twice", replaced(name, data=np.concatenate([array, array]))
-    yield "empty", replaced(name, data=array[:0])
+    along = np.atleast_1d(array)
+    yield "one less", replaced(name, data=along[:-1])
+    yield "one more", replaced(name, data=np.concatenate([along, along[-1:]]))
+    yield "twice", replaced(name, data=np.concatenate([along, along]))
+    yield "empty", replaced(name, data=along[:0])
     yield "null space", replaced(name, data=h5py.Empty(array.dtype))
     if array.ndim > 1:
         yield "one column less", replaced(name, data=array[:, :-1])
@@ -386,7 +394,7 @@ def array_changes(name: str, array: np.ndarray) -> Iterator[tuple[str, Change]]:
                     value
                 ).astype(array.dtype)
             yield f"{where} = {value}", replaced(name, data=other)
-    yield "reversed", replaced(name, data=array[::-1])
+    yield "reversed", replaced(name, data=along[::-1])
     yield "exchanged", replaced(name, data=np.roll(array.reshape(-1), 1).reshape(array.shape))
     yield "in chunks", replaced(name, data=array, chunks=True if array.size and array.ndim else None)
     if array.size and array.ndim:

@@ -1,6 +1,6 @@
 # npeff._native: the CPU kernels.
 #
-# Files named simd.cpp or *_simd.cpp are compiled once per instruction set, into a namespace of that name; common/isa.h
+# Files named simd.cpp are compiled once per instruction set, into a namespace of that name; common/isa.h
 # chooses at run time. They hold plain loops and no standard containers: an inline template compiled for AVX-512 must never
 # be the copy that the linker keeps.
 
@@ -10,9 +10,9 @@ endif()
 # psabi: vectors never cross between files. maybe-uninitialized: false alarms inside GCC 12's own AVX-512 headers.
 set(NPEFF_WARNINGS -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized)
 set(NPEFF_OPTIMISATION -O3 CACHE STRING "Optimisation of the CPU kernels; tests/sanitize.py builds with -O1")
-file(GLOB NPEFF_SIMD_SOURCES CONFIGURE_DEPENDS */simd.cpp */*_simd.cpp)
+file(GLOB NPEFF_SIMD_SOURCES CONFIGURE_DEPENDS */simd.cpp)
 file(GLOB NPEFF_CPU_SOURCES CONFIGURE_DEPENDS */*.cpp)
-list(REMOVE_ITEM NPEFF_CPU_SOURCES ${NPEFF_SIMD_SOURCES} ${CMAKE_CURRENT_SOURCE_DIR}/common/cuda_module.cpp)
+list(REMOVE_ITEM NPEFF_CPU_SOURCES ${NPEFF_SIMD_SOURCES})
 set(NPEFF_ISAS base)
 set(NPEFF_FLAGS_base "")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")

@@ -34,7 +34,7 @@ endif()
 enable_language(CUDA)
 
 file(GLOB NPEFF_CUDA_SOURCES CONFIGURE_DEPENDS */*.cu)
-pybind11_add_module(_cuda common/cuda_module.cpp common/tensor_view.cpp ${NPEFF_CUDA_SOURCES})
+pybind11_add_module(_cuda common/tensor_view.cpp ${NPEFF_CUDA_SOURCES})
 set_target_properties(_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden)
 target_include_directories(_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)

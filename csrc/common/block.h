@@ -2,7 +2,7 @@
 //
 // A kernel is a struct (its arguments) with
 //
-//   static constexpr int threads;  struct Shared {…};  int64_t shared_bytes() const;
+//   static constexpr int threads;  struct Shared {…};  int64_t shared_bytes() const;  (without it: that of a Shared)
 //   template <class Block> void operator()(const Block& block, Shared& shared, int64_t id) const;
 //
 // whose body is a sequence of steps: block.each(f) calls f(thread) for every thread of the block and then waits for all.
@@ -106,6 +106,34 @@ NPEFF_INLINE T lowest_of(const Block& block, T* scratch, typename Block::templat
       if (t < half && scratch[t + half] < scratch[t]) scratch[t] = scratch[t + half];
     });
   return block.uniform(scratch[0]);
+}
+
+// The shared memory that a kernel takes.
+template <class Kernel>
+auto shared_bytes_of(const Kernel& kernel, int) -> decltype(kernel.shared_bytes()) { return kernel.shared_bytes(); }
+template <class Kernel>
+int64_t shared_bytes_of(const Kernel&, ...) { return sizeof(typename Kernel::Shared); }
+
+// The kernel that has one thread for each of n elements, which share nothing: body.template at<Block>(i).
+template <class Body>
+struct ElementBlocks {
+  static constexpr int threads = 256;
+  struct Shared { char none; };
+  int64_t n;
+  Body body;
+
+  template <class Block>
+  NPEFF_INLINE void operator()(const Block& block, Shared&, int64_t id) const {
+    block.each([&](int t) {
+      const int64_t i = id * threads + t;
+      if (i < n) body.template at<Block>(i);
+    });
+  }
+};
+
+template <class Queue, class Body>
+void run_elements(Queue& queue, int64_t n, const Body& body) {
+  queue.run(ceil_div<int64_t>(n, ElementBlocks<Body>::threads), ElementBlocks<Body>{n, body});
 }
 
 }  // namespace npeff

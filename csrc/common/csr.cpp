@@ -23,16 +23,16 @@ std::vector<int64_t> parts_by_entries(const int64_t* indptr, int64_t n_rows, int
 }
 
 template <class Index>
-CsrCheck csr_check(const Csr<Index>& a, int64_t nnz, int threads) {
+CsrCheck csr_check(const Csr<Index>& a, int threads) {
   using Bits = std::make_unsigned_t<Index>;
   if (a.indptr[0] != 0) return {0, -1};
   for (int64_t i = 0; i < a.n_rows; ++i)
-    if (a.indptr[i + 1] < a.indptr[i] || a.indptr[i + 1] > nnz) return {i, -1};
-  if (a.indptr[a.n_rows] != nnz) return {std::max<int64_t>(a.n_rows - 1, 0), -1};
+    if (a.indptr[i + 1] < a.indptr[i] || a.indptr[i + 1] > a.nnz) return {i, -1};
+  if (a.indptr[a.n_rows] != a.nnz) return {std::max<int64_t>(a.n_rows - 1, 0), -1};
   // The largest column that an index may be: beyond what Index holds, all of its numbers ≥ 0 are columns.
   constexpr auto most = static_cast<int64_t>(static_cast<Bits>(-1) >> 1);
   const Bits last = static_cast<Bits>(std::min(a.n_columns - 1, most));
-  const std::vector<int64_t> bounds = parts_by_entries(a.indptr, a.n_rows, nnz < 1 << 16 ? 1 : threads);
+  const std::vector<int64_t> bounds = parts_by_entries(a.indptr, a.n_rows, a.nnz < 1 << 16 ? 1 : threads);
   std::vector<CsrCheck> found(bounds.size(), CsrCheck{-1, -1});
   parallel_for(static_cast<int64_t>(bounds.size()) - 1, threads, [&](int64_t part) {
     CsrCheck mine{-1, -1};
@@ -59,7 +59,7 @@ CsrCheck csr_check(const Csr<Index>& a, int64_t nnz, int threads) {
   return first;
 }
 
-template CsrCheck csr_check(const Csr<int32_t>&, int64_t, int);
-template CsrCheck csr_check(const Csr<int64_t>&, int64_t, int);
+template CsrCheck csr_check(const Csr<int32_t>&, int);
+template CsrCheck csr_check(const Csr<int64_t>&, int);
 
 }  // namespace npeff

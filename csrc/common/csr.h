@@ -13,7 +13,7 @@ namespace npeff {
 
 template <class Index, class Value = float>
 struct Csr {
-  int64_t n_rows, n_columns;
+  int64_t n_rows, n_columns, nnz;
   const int64_t* indptr;
   const Index* indices;
   const Value* values;
@@ -24,7 +24,7 @@ struct Csr {
 // All kernels expect that there is no bad row; those that need ascending columns say so.
 struct CsrCheck { int64_t bad_row, unsorted_row; };
 template <class Index>
-CsrCheck csr_check(const Csr<Index>& a, int64_t nnz, int threads);
+CsrCheck csr_check(const Csr<Index>& a, int threads);
 
 // Bounds of at most `parts` runs of rows with about as many entries (plus rows) each: bounds[p] … bounds[p+1] − 1.
 std::vector<int64_t> parts_by_entries(const int64_t* indptr, int64_t n_rows, int64_t parts);

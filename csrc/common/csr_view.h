@@ -2,8 +2,6 @@
 // device are checked by the caller, because looking at them means waiting.
 #pragma once
 
-#include <algorithm>
-
 #include "common/csr.h"
 #include "common/tensor_view.h"
 
@@ -23,13 +21,12 @@ class CsrView {
   // Refuses a matrix whose structure is broken.
   void check_structure(int threads) {
     check_threads(threads);
-    visit([&](const auto& csr) { check_ = csr_check(csr, nnz(), threads); });
+    visit([&](const auto& csr) { check_ = csr_check(csr, threads); });
     if (check_.bad_row >= 0)
       fail("indptr, indices: row " + std::to_string(check_.bad_row) + " is broken: expected indptr to ascend from 0 to " +
            std::to_string(nnz()) + ", and indices within 0 … " + std::to_string(n_columns_ - 1));
   }
 
-  bool narrow() const { return indices.dtype() == "int32"; }
   int64_t n_rows() const { return indptr.shape(0) - 1; }
   int64_t n_columns() const { return n_columns_; }
   int64_t nnz() const { return indices.shape(0); }
@@ -43,19 +40,8 @@ class CsrView {
 
   template <class Index, class Value = float>
   Csr<Index, Value> as() const {
-    return {n_rows(), n_columns_, indptr.as<const int64_t>({any}), indices.as<const Index>({any}),
+    return {n_rows(), n_columns_, nnz(), indptr.as<const int64_t>({any}), indices.as<const Index>({any}),
             values.as<const Value>({nnz()})};
-  }
-
-  // The same for int32 indices, with columns no further than there are entries, given that columns ascend.
-  Csr<int32_t> compact() const {
-    require_ascending();
-    Csr<int32_t> csr = as<int32_t>();
-    int64_t used = 0;
-    for (int64_t i = 0; i < csr.n_rows; ++i)
-      if (csr.indptr[i] < csr.indptr[i + 1]) used = std::max<int64_t>(used, 1 + int64_t{csr.indices[csr.indptr[i + 1] - 1]});
-    csr.n_columns = used;
-    return csr;
   }
 
   // body(csr), without the GIL, for either index type.
@@ -66,13 +52,6 @@ class CsrView {
       const py::gil_scoped_release release;
       body(csr);
     });
-  }
-
-  // Refuses outputs that share memory with the matrix or with each other.
-  void check_outputs(std::initializer_list<const TensorView*> outputs) const {
-    check_apart(outputs);
-    for (const TensorView* output : outputs)
-      for (const TensorView* own : {&indptr, &indices, &values}) check_apart({output, own});
   }
 
   const TensorView indptr, indices, values;

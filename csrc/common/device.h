@@ -1,34 +1,118 @@
-// The bindings of kernels that run in blocks (see block.h) are templates of a Device: where its arrays lie, and how blocks
-// are queued. The CUDA module has one, and tests have one that runs blocks on the processor.
+// Where a kernel runs: the template argument D of its bindings (bind.h of its folder), which read the same for all.
+//
+//   Host    on threads of the processor
+//   Device  in blocks (see block.h) that are queued: Cuda (cuda_queue.h), or in tests the processor as an emulated device
+//
+// D::begin() checks what all kernels check, and gives the kernel's last argument: the number of threads, or the queue.
+// The processor looks at the numbers that it is given; looking at those of a device would mean waiting.
 #pragma once
 
 #include "common/block.h"
 #include "common/csr_view.h"
+#include "common/row_order.h"
 #include "common/tensor_view.h"
 
 namespace npeff {
 
+struct Host {
+  using Run = int;
+  static constexpr const char* run = "threads";
+  static constexpr bool on_host = true;
+  static constexpr Access read{false, Place::host}, write{true, Place::host};
+
+  static int begin(int threads, const char*, std::initializer_list<const TensorView*> views) {
+    check_threads(threads);
+    check_apart(views);
+    return threads;
+  }
+
+  // body(T{}) for the type of the entries; the kernels of the processor are for float32.
+  template <class Body>
+  static void by_entry(const TensorView&, const Body& body) { body(float{}); }
+  template <class Body>
+  static void by_half(const TensorView&, const Body& body) { body(float{}); }
+};
+
 template <class Blocks, Place place>
 struct Device {
-  using Queue = Blocks;  // made from a device's number, the address of the caller's stream there, and the kernel's name
+  using Run = uintptr_t;  // address of the caller's stream
+  using Queue = Blocks;   // made from a tensor on the device, the device's number, the stream, and the kernel's name
+  static constexpr const char* run = "stream";
+  static constexpr bool on_host = false;
   static constexpr Access read{false, place}, write{true, place};
 
   // On the one device of all views. Outputs must share memory with none of the others.
-  static Queue queue(uintptr_t stream, const char* name, std::initializer_list<const TensorView*> views) {
-    const int device = (*views.begin())->device();
+  static Queue begin(uintptr_t stream, const char* name, std::initializer_list<const TensorView*> views) {
+    const TensorView& first = **views.begin();
     for (const TensorView* view : views)
-      if (view->device() != device)
-        fail("expected all arguments on one device, got cuda:" + std::to_string(device) + " and cuda:" +
+      if (view->device() != first.device())
+        fail("expected all arguments on one device, got cuda:" + std::to_string(first.device()) + " and cuda:" +
              std::to_string(view->device()));
     check_apart(views);
-    return Queue(device, stream, name);
+    return Queue(first.source(), first.device(), stream, name);
+  }
+
+  template <class Body>
+  static void by_entry(const TensorView& view, const Body& body) {
+    by_dtype<double, Half, Bfloat16, float>(view.dtype(), body);
+  }
+  template <class Body>
+  static void by_half(const TensorView& view, const Body& body) {
+    by_dtype<Half, Bfloat16, float>(view.dtype(), body);
   }
 };
 
-// Refuses a workspace (entries,) that is too small.
-inline void check_workspace(const TensorView& workspace, int64_t need) {
-  if (workspace.shape(0) < need)
-    fail("workspace: expected at least " + std::to_string(need) + " entries, got " + std::to_string(workspace.shape(0)));
+// Row offsets (n + 1,), which ascend from 0 to n_rows.
+template <class D>
+const int64_t* offsets_in(const TensorView& view, int64_t n, int64_t n_rows) {
+  const auto* offsets = view.as<const int64_t>({n + 1});
+  if constexpr (D::on_host) check_offsets(view.name(), offsets, n, n_rows);
+  return offsets;
+}
+
+// Numbers (n,) from 0 to end − 1.
+template <class D>
+const int64_t* numbers_in(const TensorView& view, int64_t n, int64_t end) {
+  const auto* numbers = view.as<const int64_t>({n});
+  for (int64_t i = 0; D::on_host && i < n; ++i)
+    if (numbers[i] < 0 || numbers[i] >= end)
+      fail(std::string(view.name()) + ": expected numbers from 0 to " + std::to_string(end - 1) + ", got " +
+           std::to_string(numbers[i]));
+  return numbers;
+}
+
+template <class D>
+RowOrder row_order_in(const TensorView& order, const TensorView& starts, int64_t n_rows, int64_t n_targets) {
+  return {numbers_in<D>(order, n_rows, n_rows), offsets_in<D>(starts, n_targets, n_rows), n_targets};
+}
+
+// Each kernel's bindings, compiled for the processor by its bind.cpp and for CUDA by its cuda.cu.
+template <class D> void bind_convolution(py::module_& m);
+template <class D> void bind_gram(py::module_& m);
+template <class D> void bind_nnls(py::module_& m);
+template <class D> void bind_segments(py::module_& m);
+template <class D> void bind_sketch(py::module_& m);
+template <class D> void bind_spmm(py::module_& m);
+template <class D> void bind_topk(py::module_& m);
+
+// Those that run everywhere, and the matrix that some take.
+template <class D>
+void bind_kernels(py::module_& m) {
+  const auto make = [](py::handle indptr, py::handle indices, py::handle values, int64_t n_columns, typename D::Run run) {
+    auto matrix = std::make_unique<CsrView>(indptr, indices, values, n_columns, D::read);
+    if constexpr (D::on_host) matrix->check_structure(run);
+    else (void)run;
+    return matrix;
+  };
+  py::class_<CsrView>(m, "Csr", py::module_local(),
+                      "A CSR matrix: indptr (R + 1,) int64, indices (nnz,) int32 or int64, values (nnz,); shared. On the "
+                      "processor float32 and checked, once: the arrays must not be written to as long as it is in use. On "
+                      "a device the structure must be sound: indices are not looked at before use.")
+      .def(py::init(make), py::kw_only(), "indptr"_a, "indices"_a, "values"_a, "n_columns"_a, py::arg(D::run))
+      .def("require_ascending", &CsrView::require_ascending,
+           "Refuses columns that do not ascend within their row, or come twice in one, where they were checked.");
+  for (const auto bind : {bind_gram<D>, bind_nnls<D>, bind_segments<D>, bind_sketch<D>, bind_spmm<D>, bind_topk<D>})
+    bind(m);
 }
 
 }  // namespace npeff

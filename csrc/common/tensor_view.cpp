@@ -90,7 +90,7 @@ void fail(const std::string& message) {
 
 void TensorView::refuse(const std::string& message) const { fail(std::string(name_) + ": " + message); }
 
-TensorView::TensorView(py::handle source, const char* name, Access access) : name_(name), access_(access) {
+TensorView::TensorView(py::handle source, const char* name, Access access) : source_(source), name_(name), access_(access) {
   if (access.place == Place::host && PyObject_CheckBuffer(source.ptr()))
     from_buffer(source);
   else if (py::hasattr(source, "__dlpack__") && !PyType_Check(source.ptr()))
@@ -250,13 +250,11 @@ void check_threads(int threads) {
     fail("threads: expected 1 … " + std::to_string(most_threads) + ", got " + std::to_string(threads));
 }
 
-const int64_t* offsets_in(const TensorView& view, int64_t n, int64_t n_rows) {
-  const auto* offsets = view.as<const int64_t>({n + 1});
+void check_offsets(const char* name, const int64_t* offsets, int64_t n, int64_t n_rows) {
   bool ascend = offsets[0] == 0 && offsets[n] == n_rows;
   for (int64_t i = 0; ascend && i < n; ++i) ascend = offsets[i] <= offsets[i + 1];
   if (!ascend)
-    fail(std::string(view.name()) + ": expected to ascend from 0 to " + std::to_string(n_rows) + ", the number of rows");
-  return offsets;
+    fail(std::string(name) + ": expected to ascend from 0 to " + std::to_string(n_rows) + ", the number of rows");
 }
 
 }  // namespace npeff

@@ -54,6 +54,7 @@ class TensorView {
   TensorView& operator=(const TensorView&) = delete;
 
   const char* name() const { return name_; }
+  py::handle source() const { return source_; }  // as it came
   const std::string& dtype() const { return dtype_; }  // "float32", "bfloat16", "int64", …
   int device() const { return device_; }               // number of a CUDA device
   int ndim() const { return ndim_; }
@@ -79,6 +80,7 @@ class TensorView {
   void set_shape(int ndim, const int64_t* shape, const int64_t* strides);  // strides in elements; null: C-contiguous
   [[noreturn]] void refuse(const std::string& message) const;              // fail(), after the argument's name
 
+  const py::handle source_;
   const char* name_;
   const Access access_;
   std::string dtype_;
@@ -103,7 +105,7 @@ void register_errors();
 // A number of threads that can be had.
 void check_threads(int threads);
 
-// Row offsets (n + 1,), ascending from 0 to n_rows.
-const int64_t* offsets_in(const TensorView& view, int64_t n, int64_t n_rows);
+// Refuses row offsets (n + 1,) that do not ascend from 0 to n_rows.
+void check_offsets(const char* name, const int64_t* offsets, int64_t n, int64_t n_rows);
 
 }  // namespace npeff

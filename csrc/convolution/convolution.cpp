@@ -39,8 +39,9 @@ class Worker {
         multiply(under + y * c_.stride_height * c_.in_width, rows, add);
       }
     }
-    if (squared) write_squares(out + (example * c_.wanted() + group * c_.count) * c_.taps());
-    else write(out + (example * columns_ * c_.wanted() + group * c_.count) * c_.taps());
+    if (squared) square();
+    const int64_t n = squared ? 1 : columns_;
+    write(n, out + (example * n * c_.wanted() + group * c_.count) * c_.taps());
   }
 
  private:
@@ -91,29 +92,25 @@ class Worker {
     }
   }
 
-  void write(float* out) {
+  // The sums of the first n columns, transposed.
+  void write(int64_t n, float* out) {
     const float* tap_rows[64];
     for (int64_t k = 0; k < c_.taps(); k += width_) {
       const int count = static_cast<int>(std::min<int64_t>(width_, c_.taps() - k));
-      for (int64_t r = 0; r < columns_; ++r) {
+      for (int64_t r = 0; r < n; ++r) {
         for (int i = 0; i < count; ++i) tap_rows[i] = sums_.data() + (k + i) * padded_ + r * c_.count;
         table_.transpose_rows(tap_rows, count, c_.count, out + r * c_.wanted() * c_.taps() + k, c_.taps());
       }
     }
   }
 
-  void write_squares(float* out) {
+  // The first column's sums become the squares summed over all columns.
+  void square() {
     for (int64_t k = 0; k < c_.taps(); ++k) {
       float* sums = sums_.data() + k * padded_;
       for (int64_t o = 0; o < c_.count; ++o) sums[o] *= sums[o];
       for (int64_t r = 1; r < columns_; ++r)
         for (int64_t o = 0; o < c_.count; ++o) sums[o] += sums[r * c_.count + o] * sums[r * c_.count + o];
-    }
-    const float* tap_rows[64];
-    for (int64_t k = 0; k < c_.taps(); k += width_) {
-      const int count = static_cast<int>(std::min<int64_t>(width_, c_.taps() - k));
-      for (int i = 0; i < count; ++i) tap_rows[i] = sums_.data() + (k + i) * padded_;
-      table_.transpose_rows(tap_rows, count, c_.count, out + k, c_.taps());
     }
   }
 

@@ -20,7 +20,6 @@ struct GramPanelBlocks {
   };
   Csr<Index> a;
   float* k;
-  int64_t shared_bytes() const { return sizeof(Shared); }
   int64_t tiles() const { return ceil_div<int64_t>(a.n_rows, tile); }
   int64_t blocks() const { return tiles() * ceil_div<int64_t>(a.n_rows, stretch); }
 
@@ -95,7 +94,6 @@ struct MirrorBlocks {
   struct Shared { float tile[32][33]; };
   float* k;
   int64_t n;
-  int64_t shared_bytes() const { return sizeof(Shared); }
   int64_t blocks() const { return ceil_div<int64_t>(n, tile) * ceil_div<int64_t>(n, tile); }
 
   template <class Block>
@@ -115,16 +113,16 @@ struct MirrorBlocks {
   }
 };
 
-template <class Queue, class Index>
-void gram_panel_by_blocks(Queue& queue, const Csr<Index>& a, float* k) {
+template <class Index, class Queue>
+void gram_panel(const Csr<Index>& a, float* k, Queue& queue) {
   const GramPanelBlocks<Index> blocks{a, k};
-  if (a.n_rows > 0) queue.run(blocks.blocks(), blocks);
+  queue.run(blocks.blocks(), blocks);
 }
 
 template <class Queue>
-void mirror_by_blocks(Queue& queue, float* k, int64_t n) {
+void mirror(float* k, int64_t n, Queue& queue) {
   const MirrorBlocks blocks{k, n};
-  if (n > 0) queue.run(blocks.blocks(), blocks);
+  queue.run(blocks.blocks(), blocks);
 }
 
 }  // namespace npeff

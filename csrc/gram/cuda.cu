@@ -1,9 +1,4 @@
-#include "gram/device.h"
-
 #include "common/cuda_queue.h"
+#include "gram/bind.h"
 
-namespace npeff {
-
-void bind_cuda_gram(py::module_& m) { bind_device_gram<Cuda>(m); }
-
-}  // namespace npeff
+template void npeff::bind_gram<npeff::Cuda>(npeff::py::module_&);

@@ -1,7 +1,7 @@
 #include "gram/gram.h"
 
 #include <algorithm>
-#include <atomic>
+#include <limits>
 #include <vector>
 
 #include "common/checked.h"
@@ -11,9 +11,11 @@
 #include "spmm/spmm.h"
 
 namespace npeff {
+namespace {
 
+// Number of rows that hold each column: (n_columns,).
 template <class Index>
-void column_counts(const Csr<Index>& a, int64_t* counts, int threads) {
+std::vector<int64_t> column_counts(const Csr<Index>& a, int threads) {
   const std::vector<int64_t> bounds = parts_by_entries(a.indptr, a.n_rows, threads);
   const auto parts = static_cast<int64_t>(bounds.size()) - 1;
   std::vector<std::vector<int32_t>> mine(parts);
@@ -21,56 +23,50 @@ void column_counts(const Csr<Index>& a, int64_t* counts, int threads) {
     mine[p].assign(a.n_columns, 0);
     for (int64_t e = a.indptr[bounds[p]]; e < a.indptr[bounds[p + 1]]; ++e) ++mine[p][a.indices[e]];
   });
-  for (int64_t c = 0; c < a.n_columns; ++c) {
-    counts[c] = 0;
+  std::vector<int64_t> counts(a.n_columns, 0);
+  for (int64_t c = 0; c < a.n_columns; ++c)
     for (int64_t p = 0; p < parts; ++p) counts[c] += mine[p][c];
+  return counts;
+}
+
+// Gives the columns with chosen(count) the names 0, 1, … and all others −1; returns their number.
+template <class Chosen>
+int64_t name_columns(const std::vector<int64_t>& counts, const Chosen& chosen, int32_t* names) {
+  int64_t n = 0;
+  for (size_t c = 0; c < counts.size(); ++c) names[c] = chosen(counts[c]) ? static_cast<int32_t>(n++) : -1;
+  if (n > std::numeric_limits<int32_t>::max()) throw SizeError("sparse_gram: more than 2^31 columns of one sort");
+  return n;
+}
+
+// The n columns of a matrix that have names, under these names.
+struct Selection {
+  std::vector<int64_t> indptr;
+  std::vector<int32_t> indices;
+  std::vector<float> values;
+  Csr<int32_t> csr;
+
+  template <class Index>
+  Selection(const Csr<Index>& a, const std::vector<int32_t>& names, int64_t n, int threads) : indptr(a.n_rows + 1) {
+    parallel_for(a.n_rows, threads, [&](int64_t i) {
+      for (int64_t e = a.indptr[i]; e < a.indptr[i + 1]; ++e) indptr[i + 1] += names[a.indices[e]] >= 0;
+    });
+    for (int64_t i = 0; i < a.n_rows; ++i) indptr[i + 1] += indptr[i];
+    indices.resize(indptr[a.n_rows]);
+    values.resize(indptr[a.n_rows]);
+    parallel_for(a.n_rows, threads, [&](int64_t i) {
+      int64_t to = indptr[i];
+      for (int64_t e = a.indptr[i]; e < a.indptr[i + 1]; ++e) {
+        const int32_t column = names[a.indices[e]];
+        if (column < 0) continue;
+        indices[to] = column;
+        values[to++] = a.values[e];
+      }
+    });
+    csr = {a.n_rows, n, indptr[a.n_rows], indptr.data(), indices.data(), values.data()};
   }
-}
+};
 
-template <class Index>
-void select_columns_indptr(const Csr<Index>& a, const int32_t* map, int64_t* indptr, int threads) {
-  parallel_for(a.n_rows, threads, [&](int64_t i) {
-    int64_t count = 0;
-    for (int64_t e = a.indptr[i]; e < a.indptr[i + 1]; ++e) count += map[a.indices[e]] >= 0;
-    indptr[i + 1] = count;
-  });
-  indptr[0] = 0;
-  for (int64_t i = 0; i < a.n_rows; ++i) indptr[i + 1] += indptr[i];
-}
-
-template <class Index>
-int64_t select_columns(const Csr<Index>& a, const int32_t* map, const int64_t* indptr, int32_t* indices, float* values,
-                       int threads) {
-  std::atomic<int64_t> bad{-1};
-  parallel_for(a.n_rows, threads, [&](int64_t i) {
-    int64_t to = indptr[i], kept = 0;
-    const int64_t room = indptr[i + 1] - to;
-    for (int64_t e = a.indptr[i]; e < a.indptr[i + 1]; ++e) {
-      const int32_t column = map[a.indices[e]];
-      if (column < 0 || ++kept > room) continue;
-      indices[to] = column;
-      values[to++] = a.values[e];
-    }
-    if (kept != room) bad.store(i, std::memory_order_relaxed);
-  });
-  return bad;
-}
-
-void to_dense(const Csr<int32_t>& a, float* out, int threads) {
-  parallel_for(a.n_rows, threads, [&](int64_t i) {
-    float* row = out + i * a.n_columns;
-    std::fill_n(row, a.n_columns, 0.0f);
-    for (int64_t e = a.indptr[i]; e < a.indptr[i + 1]; ++e) row[a.indices[e]] = a.values[e];
-  });
-}
-
-template void column_counts(const Csr<int32_t>&, int64_t*, int);
-template void column_counts(const Csr<int64_t>&, int64_t*, int);
-template void select_columns_indptr(const Csr<int32_t>&, const int32_t*, int64_t*, int);
-template void select_columns_indptr(const Csr<int64_t>&, const int32_t*, int64_t*, int);
-template int64_t select_columns(const Csr<int32_t>&, const int32_t*, const int64_t*, int32_t*, float*, int);
-template int64_t select_columns(const Csr<int64_t>&, const int32_t*, const int64_t*, int32_t*, float*, int);
-
+// K += A·Aᵀ at the cost of Σ_columns count²/2 scattered multiply-adds.
 void gram_scatter(const Csr<int32_t>& a, float* k, int threads) {
   const int64_t nnz = a.indptr[a.n_rows];
   std::vector<int64_t> starts(checked_sum({a.n_columns, 1})), place(nnz);
@@ -89,6 +85,7 @@ void gram_scatter(const Csr<int32_t>& a, float* k, int threads) {
   });
 }
 
+// K += A·Aᵀ at the cost of Σ_columns count·n_rows/2 multiply-adds in vectors.
 void gram_panel(const Csr<int32_t>& a, float* k, int threads) {
   // A tile of rows, transposed and dense, by blocks of columns that fit into half the cache; then all rows below it
   // are multiplied with it.
@@ -121,6 +118,38 @@ void gram_panel(const Csr<int32_t>& a, float* k, int threads) {
     }
   });
 }
+
+}  // namespace
+
+template <class Index>
+int64_t sparse_gram(const Csr<Index>& a, int32_t* names, float* k, int threads) {
+  const std::vector<int64_t> counts = column_counts(a, threads);
+  const double scattered = 1 + scatter_below * static_cast<double>(a.n_rows), dense = dense_above * static_cast<double>(a.n_rows);
+  const auto is_scattered = [=](int64_t count) { return count > 0 && static_cast<double>(count) < scattered; };
+  const auto is_dense = [=](int64_t count) { return count > 0 && !is_scattered(count) && static_cast<double>(count) > dense; };
+  const auto is_panel = [=](int64_t count) { return count > 0 && !is_scattered(count) && !is_dense(count); };
+  std::vector<int32_t> own(a.n_columns);
+  if (const int64_t n = name_columns(counts, is_scattered, own.data())) gram_scatter(Selection(a, own, n, threads).csr, k, threads);
+  if (const int64_t n = name_columns(counts, is_panel, own.data())) gram_panel(Selection(a, own, n, threads).csr, k, threads);
+  return name_columns(counts, is_dense, names);
+}
+
+template <class Index>
+void to_dense(const Csr<Index>& a, const int32_t* names, int64_t first, int64_t width, float* out, int threads) {
+  parallel_for(a.n_rows, threads, [&](int64_t i) {
+    float* row = out + i * width;
+    std::fill_n(row, width, 0.0f);
+    for (int64_t e = a.indptr[i]; e < a.indptr[i + 1]; ++e) {
+      const int64_t name = names[a.indices[e]], at = name - first;
+      if (name >= 0 && at >= 0 && at < width) row[at] = a.values[e];
+    }
+  });
+}
+
+template int64_t sparse_gram(const Csr<int32_t>&, int32_t*, float*, int);
+template int64_t sparse_gram(const Csr<int64_t>&, int32_t*, float*, int);
+template void to_dense(const Csr<int32_t>&, const int32_t*, int64_t, int64_t, float*, int);
+template void to_dense(const Csr<int64_t>&, const int32_t*, int64_t, int64_t, float*, int);
 
 void mirror(float* k, int64_t n, int threads) {
   constexpr int64_t tile = 64;

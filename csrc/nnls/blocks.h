@@ -25,32 +25,17 @@ struct NnlsProblem {
   T* columns;             // (2, r, slots): w and cross, transposed
 
   NPEFF_INLINE int64_t padded() const { return (r + panel - 1) / panel * panel; }
-  static NPEFF_INLINE int64_t workspace(int64_t r, int64_t slots) {  // in T
-    const int64_t padded = (r + panel - 1) / panel * panel;
-    return padded * r + padded + 2 * r * slots;
-  }
-  NPEFF_INLINE void place(T* workspace) {
-    panels = workspace;
-    inverse_diagonal = panels + padded() * r;
-    columns = inverse_diagonal + padded();
-  }
 };
 
 template <class T>
 struct NnlsPack {
-  static constexpr int threads = 256;
-  struct Shared { char none; };
   NnlsProblem<T> p;
-  int64_t shared_bytes() const { return sizeof(Shared); }
 
   template <class Block>
-  NPEFF_INLINE void operator()(const Block& block, Shared&, int64_t id) const {
-    block.each([&](int t) {
-      const int64_t at = id * threads + t;
-      if (at < p.padded() * p.r) p.panels[at] = nnls_packed(p.gram, p.r, p.panel, at);
-      if (at < p.padded()) p.inverse_diagonal[at] = at < p.r ? nnls_inverse(p.gram[at * p.r + at]) : T{0};
-      if (at < 2) p.status[at] = at == 0 ? nnls_all_finite : 0;
-    });
+  NPEFF_INLINE void at(int64_t i) const {
+    if (i < p.padded() * p.r) p.panels[i] = nnls_packed(p.gram, p.r, p.panel, i);
+    if (i < p.padded()) p.inverse_diagonal[i] = i < p.r ? nnls_inverse(p.gram[i * p.r + i]) : T{0};
+    if (i < 2) p.status[i] = i == 0 ? nnls_all_finite : 0;
   }
 };
 
@@ -211,20 +196,19 @@ NPEFF_UNROLL
   }
 };
 
-template <class Queue>
-int64_t nnls_slots(const Queue& queue, int64_t n) {
+// Coordinate descent; status (2,) as in NnlsProblem.
+template <class T, class Queue>
+void nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64_t max_sweeps, T tol, T* kkt, int64_t* status,
+          Queue& queue) {
   const int64_t most = queue.processors() * 1024;
-  return n < most ? n : most;
-}
-
-template <class Queue, class T>
-void nnls_by_blocks(Queue& queue, NnlsProblem<T> problem, T* workspace, int64_t max_sweeps, T tol) {
-  problem.place(workspace);
-  const int64_t entries = larger<int64_t>(problem.padded() * problem.r, 2);
-  queue.run(ceil_div<int64_t>(entries, NnlsPack<T>::threads), NnlsPack<T>{problem});
-  if (problem.n > 0)
-    queue.run(ceil_div<int64_t>(problem.slots, NnlsSweeps<T>::threads),
-              NnlsSweeps<T>{problem, max_sweeps, tol, NnlsSweeps<T>::most_shared_bytes(problem.r) <= queue.most_shared_bytes()});
+  NnlsProblem<T> problem{gram, cross, w, kkt, status, n, r, n < most ? n : most, nullptr, nullptr, nullptr};
+  const int64_t padded = problem.padded();
+  problem.panels = queue.template scratch<T>(padded * r + padded + 2 * r * problem.slots);
+  problem.inverse_diagonal = problem.panels + padded * r;
+  problem.columns = problem.inverse_diagonal + padded;
+  run_elements(queue, larger<int64_t>(padded * r, 2), NnlsPack<T>{problem});
+  queue.run(ceil_div<int64_t>(problem.slots, NnlsSweeps<T>::threads),
+            NnlsSweeps<T>{problem, max_sweeps, tol, NnlsSweeps<T>::most_shared_bytes(r) <= queue.most_shared_bytes()});
 }
 
 }  // namespace npeff

@@ -1,9 +1,4 @@
-#include "nnls/device.h"
-
 #include "common/cuda_queue.h"
+#include "nnls/bind.h"
 
-namespace npeff {
-
-void bind_cuda_nnls(py::module_& m) { bind_device_nnls<Cuda>(m); }
-
-}  // namespace npeff
+template void npeff::bind_nnls<npeff::Cuda>(npeff::py::module_&);

@@ -5,13 +5,11 @@
 // or to drift. Several vectors of rows at a time, because each coordinate waits for the one before it.
 
 #include "common/simd.h"
+#include "nnls/active_set.h"
 #include "nnls/simd.h"
 #include "nnls/step.h"
 
 namespace npeff::NPEFF_ISA {
-
-int64_t nnls_active_set(const NnlsRow& row, double tol, double* kkt);  // active_set_simd.cpp
-
 namespace {
 
 // As many sums, block × vectors, as leave registers for the operands.

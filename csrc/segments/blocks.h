@@ -1,4 +1,5 @@
-// segments.h by blocks: a thread takes a few neighbouring columns of one example, neighbours take the next.
+// segments.h by blocks: a thread takes a few neighbouring columns of one example, neighbours take the next; norms have a block
+// for each example.
 #pragma once
 
 #include "common/block.h"
@@ -6,78 +7,128 @@
 
 namespace npeff {
 
-// p (R, r), offsets (n + 1,), out (n, r); rows aligned to `together` entries
+// The columns of one thread, `together` of them, of which rows are aligned to as many entries: step(row's entries, at) for
+// each row of their example.
 template <class T, int together>
-struct CrossBlocks {
-  using Sum = typename SumOf<T>::type;
-  static constexpr int threads = 256;
-  struct Shared { char none; };
-  const T* p;
-  const int64_t* offsets;
-  int64_t n, r;
-  Sum* out;
-  int64_t shared_bytes() const { return sizeof(Shared); }
+struct SegmentColumns {
+  const T* p;              // (R, r)
+  const int64_t* offsets;  // (n + 1,)
+  int64_t r;
 
-  template <class Block>
-  NPEFF_INLINE void operator()(const Block& block, Shared&, int64_t id) const {
-    block.each([&](int t) {
-      const int64_t at = (id * threads + t) * together;
-      if (at >= n * r) return;
-      const int64_t i = at / r, j = at % r, end = offsets[i + 1];
-      Sum sums[together] = {};
+  template <class Step>
+  NPEFF_INLINE void each_row(int64_t at, const Step& step) const {
+    const int64_t i = at / r, j = at % r, end = offsets[i + 1];
 NPEFF_UNROLL_4
-      for (int64_t row = offsets[i]; row < end; ++row) {
-        T entries[together];
-        load_together<together>(p + row * r + j, entries);
-        add_squares(entries, together, sums);
-      }
-      store_together<together>(sums, out + at);
-    });
+    for (int64_t row = offsets[i]; row < end; ++row) {
+      T entries[together];
+      load_together<together>(p + row * r + j, entries);
+      step(entries, row * r + j);
+    }
   }
 };
 
-// w (n, r), p (R, r), offsets (n + 1,), out (R, r): may be p when Sum is T; rows aligned to `together` entries
+// out (n, r)
 template <class T, int together>
-struct SpreadMultiplyBlocks {
+struct CrossColumns {
   using Sum = typename SumOf<T>::type;
-  static constexpr int threads = 256;
-  struct Shared { char none; };
-  const T *w, *p;
-  const int64_t* offsets;
-  int64_t n, r;
+  SegmentColumns<T, together> columns;
+  const T* w;  // there is none
   Sum* out;
-  int64_t shared_bytes() const { return sizeof(Shared); }
 
   template <class Block>
-  NPEFF_INLINE void operator()(const Block& block, Shared&, int64_t id) const {
-    block.each([&](int t) {
-      const int64_t at = (id * threads + t) * together;
-      if (at >= n * r) return;
-      const int64_t i = at / r, j = at % r, end = offsets[i + 1];
-      T weights[together];
-      load_together<together>(w + at, weights);
-      for (int64_t row = offsets[i]; row < end; ++row) {
-        T entries[together];
-        Sum products[together];
-        load_together<together>(p + row * r + j, entries);
-        multiply_row(weights, entries, together, products);
-        store_together<together>(products, out + row * r + j);
-      }
+  NPEFF_INLINE void at(int64_t i) const {
+    Sum sums[together] = {};
+    columns.each_row(i * together, [&](const T* entries, int64_t) { add_squares(entries, together, sums); });
+    store_together<together>(sums, out + i * together);
+  }
+};
+
+// w (n, r), out (R, r): may be p when Sum is T
+template <class T, int together>
+struct SpreadMultiplyColumns {
+  using Sum = typename SumOf<T>::type;
+  SegmentColumns<T, together> columns;
+  const T* w;
+  Sum* out;
+
+  template <class Block>
+  NPEFF_INLINE void at(int64_t i) const {
+    T weights[together];
+    load_together<together>(w + i * together, weights);
+    columns.each_row(i * together, [&](const T* entries, int64_t at) {
+      Sum products[together];
+      multiply_row(weights, entries, together, products);
+      store_together<together>(products, out + at);
     });
   }
 };
 
-// Blocks<T, together> with as many columns at once as r and the pointers' alignment allow.
-template <template <class, int> class Blocks, class T, class Queue, class... Pointers>
-void run_segments(Queue& queue, const int64_t* offsets, int64_t n, int64_t r, typename SumOf<T>::type* out, Pointers... in) {
+// Columns<T, together> with as many columns at once as r and the pointers' alignment allow.
+template <template <class, int> class Columns, class T, class Queue>
+void run_segments(const T* w, const T* p, const int64_t* offsets, int64_t n, int64_t r, typename SumOf<T>::type* out, Queue& queue) {
   constexpr int most = 16 / sizeof(typename SumOf<T>::type);
   if (n * r == 0) return;
-  const auto run = [&](const auto& blocks, int together) {
-    queue.run(ceil_div<int64_t>(n * r / together, blocks.threads), blocks);
-  };
-  const uintptr_t places = (reinterpret_cast<uintptr_t>(out) | ... | reinterpret_cast<uintptr_t>(in));
-  if (r % most == 0 && places % 16 == 0) run(Blocks<T, most>{in..., offsets, n, r, out}, most);
-  else run(Blocks<T, 1>{in..., offsets, n, r, out}, 1);
+  const auto addresses = reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(p) | reinterpret_cast<uintptr_t>(w);
+  if (r % most == 0 && addresses % 16 == 0) run_elements(queue, n * r / most, Columns<T, most>{{p, offsets, r}, w, out});
+  else run_elements(queue, n * r, Columns<T, 1>{{p, offsets, r}, w, out});
+}
+
+template <class T, class Queue>
+void cross(const T* p, const int64_t* offsets, int64_t n, int64_t r, typename SumOf<T>::type* out, Queue& queue) {
+  run_segments<CrossColumns>(static_cast<const T*>(nullptr), p, offsets, n, r, out, queue);
+}
+
+template <class T, class Queue>
+void spread_multiply(const T* w, const T* p, const int64_t* offsets, int64_t n, int64_t r, typename SumOf<T>::type* out, Queue& queue) {
+  run_segments<SpreadMultiplyColumns>(w, p, offsets, n, r, out, queue);
+}
+
+// One block per example: the entries of one row are looked up in the other. Columns ascend within a row; offsets (n + 1,),
+// out (n,).
+template <class Index>
+struct FisherNormBlocks {
+  static constexpr int threads = 256;
+  struct Shared { double sums[threads]; };
+  Csr<Index> a;
+  const int64_t* offsets;
+  int64_t n;
+  double* out;
+
+  template <class Block>
+  NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
+    double total = 0;
+    for (int64_t i = offsets[id]; i < offsets[id + 1]; ++i)
+      for (int64_t j = offsets[id]; j <= i; ++j) {
+        block.each([&](int t) { s.sums[t] = dot(i, j, t); });
+        for (int half = threads / 2; half > 0; half /= 2)
+          block.each([&](int t) {
+            if (t < half) s.sums[t] += s.sums[t + half];
+          });
+        const double product = block.uniform(s.sums[0]);
+        total += (i == j ? 1 : 2) * product * product;
+      }
+    block.each([&](int t) {
+      if (t == 0) out[id] = __builtin_sqrt(total);
+    });
+  }
+
+ private:
+  // Thread t's share of ⟨row i, row j⟩: every threads-th entry of row i.
+  NPEFF_INLINE double dot(int64_t i, int64_t j, int t) const {
+    double sum = 0;
+    int64_t at = a.indptr[j];
+    const int64_t end = a.indptr[j + 1];
+    for (int64_t e = a.indptr[i] + t; e < a.indptr[i + 1]; e += threads) {
+      at = seek(a.indices, at, end, static_cast<int64_t>(a.indices[e]));
+      if (at < end && a.indices[at] == a.indices[e]) sum += static_cast<double>(a.values[e]) * a.values[at];
+    }
+    return sum;
+  }
+};
+
+template <class Index, class Queue>
+void fisher_norms(const Csr<Index>& a, const int64_t* offsets, int64_t n, double* out, Queue& queue) {
+  queue.run(n, FisherNormBlocks<Index>{a, offsets, n, out});
 }
 
 }  // namespace npeff

@@ -1,9 +1,4 @@
-#include "segments/device.h"
-
 #include "common/cuda_queue.h"
+#include "segments/bind.h"
 
-namespace npeff {
-
-void bind_cuda_segments(py::module_& m) { bind_device_segments<Cuda>(m); }
-
-}  // namespace npeff
+template void npeff::bind_segments<npeff::Cuda>(npeff::py::module_&);

@@ -11,24 +11,16 @@
 #pragma once
 
 #include "common/block.h"
+#include "common/checked.h"
 #include "common/half_types.h"
 #include "sketch/sketch.h"
-#include "sketch/hash.h"
 
 namespace npeff {
 
-// A map with its hash keys.
-struct SketchKeys {
-  static constexpr int most_copies = 64;
-  uint64_t keys[most_copies];
-  int copies;
-  uint32_t groups;  // groups of buckets per copy
-  int64_t d;
-
-  explicit SketchKeys(const SketchMap& map)
-      : keys{}, copies(map.copies), groups(static_cast<uint32_t>(map.d / (sketch_lanes * map.copies))), d(map.d) {
-    for (int c = 0; c < copies; ++c) keys[c] = sketch_key(map.seed, c);
-  }
+// How rows are cut up among blocks.
+struct SketchPlan {
+  int64_t stretches, stretch;  // per row, and their length
+  int64_t parts, part_size;    // parts of the buckets (or groups of them) that shared memory holds at a time
 };
 
 template <class T>
@@ -47,22 +39,21 @@ struct SketchRowsBlocks {
     uint32_t first[owners + 1];          // where each owner's items begin
     alignas(16) float sums[quad];        // (n_groups · 16,)
   };
-  SketchKeys map;
+  SketchMap map;
   const T* x;  // (n_rows, width), `stride` entries apart
-  int64_t n_rows, width, stride;
-  const int64_t* bases;        // (n_rows,)
-  int64_t stretches, stretch;  // per row, and their length: a multiple of the tile
-  int64_t parts, part_groups;  // parts of the bucket groups of all copies, taken by different blocks
-  float* sums;                 // (n_rows, stretches, d)
+  int64_t width, stride;
+  const int64_t* bases;  // (n_rows,)
+  SketchPlan plan;       // in parts of the bucket groups of all copies
+  float* sums;           // (n_rows, stretches, d)
 
-  int64_t shared_bytes() const { return sizeof(Shared) + part_groups * lanes * sizeof(float); }
+  int64_t shared_bytes() const { return sizeof(Shared) + plan.part_size * lanes * sizeof(float); }
 
   template <class Block>
   NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
-    const int64_t part = id % parts, at = id / parts % stretches, row = id / parts / stretches;
-    const int64_t all_groups = int64_t{map.groups} * map.copies, first_group = part * part_groups;
-    const int64_t n_groups = first_group + part_groups < all_groups ? part_groups : all_groups - first_group;
-    const int64_t from = at * stretch, to = from + stretch < width ? from + stretch : width;
+    const int64_t at = id / plan.parts % plan.stretches, row = id / plan.parts / plan.stretches;
+    const int64_t all_groups = int64_t{map.groups} * map.copies, first_group = id % plan.parts * plan.part_size;
+    const int64_t n_groups = first_group + plan.part_size < all_groups ? plan.part_size : all_groups - first_group;
+    const int64_t from = at * plan.stretch, to = from + plan.stretch < width ? from + plan.stretch : width;
     const int64_t base = bases[row];
     block.each([&](int t) {
       for (int64_t i = t; i < n_groups * lanes; i += threads) s.sums[i] = 0;
@@ -78,7 +69,7 @@ struct SketchRowsBlocks {
                  first_group, n_groups);
     }
     block.each([&](int t) {
-      float* const out = sums + (row * stretches + at) * map.d + first_group * lanes;
+      float* const out = sums + (row * plan.stretches + at) * map.d + first_group * lanes;
       for (int64_t i = t; i < n_groups * lanes; i += threads) out[i] = s.sums[i];
     });
   }
@@ -183,46 +174,59 @@ NPEFF_UNROLL
   }
 };
 
-// out[target, bucket] += Σ over the target's rows (in `order`) and their stretches.
-struct SketchGatherBlocks {
-  static constexpr int threads = 256;
-  struct Shared { char none; };
+// out[target, bucket] += Σ over the target's rows (in order) and their stretches.
+struct SketchGather {
   const float* partial;  // (n_rows, stretches, d)
-  int64_t n_targets, stretches, d;
-  const int64_t *order, *starts;  // rows by target, and within a target by base; (n_targets + 1,)
-  double* out;                    // (n_targets, d)
-  int64_t shared_bytes() const { return sizeof(Shared); }
+  int64_t stretches, d;
+  RowOrder rows;  // within a target by base
+  double* out;    // (n_targets, d)
 
   template <class Block>
-  NPEFF_INLINE void operator()(const Block& block, Shared&, int64_t id) const {
-    block.each([&](int t) {
-      const int64_t at = id * threads + t;
-      if (at >= n_targets * d) return;
-      const int64_t target = at / d, bucket = at % d;
-      if (starts[target] == starts[target + 1]) return;
-      double sum = out[at];
-      for (int64_t i = starts[target]; i < starts[target + 1]; ++i)
-        for (int64_t p = 0; p < stretches; ++p) sum += partial[(order[i] * stretches + p) * d + bucket];
-      out[at] = sum;
-    });
+  NPEFF_INLINE void at(int64_t i) const {
+    const int64_t target = i / d, bucket = i % d;
+    if (rows.starts[target] == rows.starts[target + 1]) return;
+    double sum = out[i];
+    for (int64_t at = rows.starts[target]; at < rows.starts[target + 1]; ++at)
+      for (int64_t p = 0; p < stretches; ++p) sum += partial[(rows.order[at] * stretches + p) * d + bucket];
+    out[i] = sum;
   }
 };
 
-// 2^(38 − exponent of the largest |float32|, given by its bits): by the bits of a double, whose exponents reach further.
-NPEFF_INLINE double sketch_step_scale(int64_t largest) {
-  const int64_t exponent = larger<int64_t>(largest >> 23, 1) - 127;
-  return bit_cast<double>((1023 + 38 - exponent) << 52);
+// Sums of integers, which have no order: float32 entries, of which the largest has 2^38 steps.
+struct FixedPointShared {
+  int64_t largest;
+  int64_t sums[1];  // as many as the block has buckets
+};
+
+// s.sums = the sums of the entries value(e), from ≤ e < to; add(t, scale) adds those of thread t, times scale. Returns
+// the scale; 0 when an entry is not finite, and nothing was added.
+template <class Block, class Value, class Add>
+NPEFF_INLINE double sum_fixed_point(const Block& block, FixedPointShared& s, int64_t n_sums, int64_t from, int64_t to,
+                                    const Value& value, const Add& add) {
+  block.each([&](int t) {
+    if (t == 0) s.largest = 0;
+    for (int64_t i = t; i < n_sums; i += Block::threads) s.sums[i] = 0;
+  });
+  block.each([&](int t) {
+    int64_t largest = 0;
+    for (int64_t e = from + t; e < to; e += Block::threads)
+      largest = larger<int64_t>(largest, bit_cast<uint32_t>(value(e)) & 0x7fffffffu);
+    Block::raise(&s.largest, largest);
+  });
+  const int64_t largest = block.uniform(s.largest);
+  if (largest >= 0x7f800000) return 0;
+  // 2^(38 − exponent of the largest): by the bits of a double, whose exponents reach further.
+  const double scale = bit_cast<double>((1023 + 38 - (larger<int64_t>(largest >> 23, 1) - 127)) << 52);
+  block.each([&](int t) { add(t, scale); });
+  return scale;
 }
 
 // sums (n_rows, d) += the sketches of CSR rows whose entries are finite; a row with others gets NaN.
 template <class Index>
 struct SketchCsrBlocks {
   static constexpr int threads = 256;
-  struct Shared {
-    int64_t largest;
-    int64_t sums[1];  // (part_groups · 16,)
-  };
-  SketchKeys map;
+  using Shared = FixedPointShared;
+  SketchMap map;
   Csr<Index> a;
   int64_t parts, part_groups;
   double* sums;
@@ -233,22 +237,9 @@ struct SketchCsrBlocks {
     const int64_t row = id / parts, first_group = id % parts * part_groups, all_groups = int64_t{map.groups} * map.copies;
     const int64_t n_groups = first_group + part_groups < all_groups ? part_groups : all_groups - first_group;
     const int64_t from = a.indptr[row], to = a.indptr[row + 1];
-    int64_t* const own = s.sums;
-    block.each([&](int t) {
-      if (t == 0) s.largest = 0;
-      for (int64_t i = t; i < n_groups * sketch_lanes; i += threads) own[i] = 0;
-    });
-    block.each([&](int t) {
-      int64_t largest = 0;
-      for (int64_t e = from + t; e < to; e += threads)
-        largest = larger<int64_t>(largest, bit_cast<uint32_t>(a.values[e]) & 0x7fffffffu);
-      Block::raise(&s.largest, largest);
-    });
-    const int64_t largest = block.uniform(s.largest);
-    const bool finite = largest < 0x7f800000;
-    const double scale = sketch_step_scale(largest);
-    block.each([&](int t) {
-      for (int64_t e = from + t; finite && e < to; e += threads) {
+    const auto value = [&](int64_t e) { return a.values[e]; };
+    const double scale = sum_fixed_point(block, s, n_groups * sketch_lanes, from, to, value, [&](int t, double scale) {
+      for (int64_t e = from + t; e < to; e += threads) {
         const auto index = static_cast<uint64_t>(a.indices[e]);
         const auto lane = static_cast<uint32_t>(index % sketch_lanes);
         const auto step = static_cast<int64_t>(static_cast<double>(a.values[e]) * scale);
@@ -257,102 +248,83 @@ struct SketchCsrBlocks {
           const int64_t group = int64_t{sketch_group(hash, map.groups)} + int64_t{c} * map.groups - first_group;
           if (group < 0 || group >= n_groups) continue;
           const int64_t bucket = group * sketch_lanes + (lane ^ sketch_turn(hash));
-          Block::add(&own[bucket], (sketch_signs(hash) >> lane) & 1 ? -step : step);
+          Block::add(&s.sums[bucket], (sketch_signs(hash) >> lane) & 1 ? -step : step);
         }
       }
     });
     block.each([&](int t) {
       double* const out = sums + row * map.d + first_group * sketch_lanes;
       for (int64_t i = t; i < n_groups * sketch_lanes; i += threads)
-        out[i] += finite ? static_cast<double>(own[i]) / scale : bit_cast<double>(uint64_t{0x7ff8} << 48);
+        out[i] += scale > 0 ? static_cast<double>(s.sums[i]) / scale : bit_cast<double>(uint64_t{0x7ff8} << 48);
     });
   }
 };
 
-// out = scale · sums, both (n_rows, d); bad: lowest row with a non-finite value, if below what is there.
-struct SketchFinishBlocks {
-  static constexpr int threads = 256;
-  struct Shared { char none; };
+// out = scale · sums; bad: lowest row of d with a non-finite value, if below what is there.
+struct SketchFinish {
   const double* sums;
-  int64_t n_rows, d;
+  int64_t d;
   double scale;
   float* out;
   int64_t* bad;
-  int64_t shared_bytes() const { return sizeof(Shared); }
 
   template <class Block>
-  NPEFF_INLINE void operator()(const Block& block, Shared&, int64_t id) const {
-    block.each([&](int t) {
-      const int64_t at = id * threads + t;
-      if (at >= n_rows * d) return;
-      const auto value = static_cast<float>(scale * sums[at]);
-      out[at] = value;
-      if (!(value * 0 == 0)) Block::lower(bad, at / d);
-    });
+  NPEFF_INLINE void at(int64_t i) const {
+    const auto value = static_cast<float>(scale * sums[i]);
+    out[i] = value;
+    if (!(value * 0 == 0)) Block::lower(bad, i / d);
   }
 };
 
 // ---- what the host does -------------------------------------------------------------------------------------------
 
-struct SketchPlan {
-  int64_t stretch, stretches, parts, part_groups;
-  int64_t workspace;  // floats
-};
-
-// Parts of the bucket groups that shared memory holds at a time, `bytes` per bucket beside `fixed` bytes.
+// Parts of n buckets (or groups of them), `bytes` each beside `fixed` bytes.
 template <class Queue>
-SketchPlan sketch_parts(const Queue& queue, const SketchKeys& map, int64_t fixed, int64_t bytes) {
-  const int64_t groups = int64_t{map.groups} * map.copies;
-  const int64_t fit = larger<int64_t>((queue.most_shared_bytes() - fixed) / (bytes * sketch_lanes), 1);
-  const int64_t parts = ceil_div(groups, fit);
-  return {0, 0, parts, ceil_div(groups, parts), 0};
+SketchPlan sketch_parts(const Queue& queue, int64_t n, int64_t fixed, int64_t bytes) {
+  const int64_t parts = ceil_div(n, larger<int64_t>((queue.most_shared_bytes() - fixed) / bytes, 1));
+  return {0, 0, parts, ceil_div(n, parts)};
 }
 
-// Entries of a row that a block takes: few enough that every processor has some; but not so few against d that their
+// Stretches of rows, of whole tiles: few enough entries that every processor has some; but not so few against d that their
 // sums cost more to write and read than the entries (a quarter as much), and no fewer than 4096.
 template <class Queue>
-int64_t sketch_stretch(const Queue& queue, int64_t d, int64_t n_rows, int64_t width) {
+void cut_rows(const Queue& queue, SketchPlan& plan, int64_t d, int64_t n_rows, int64_t width, int64_t tile) {
   const int64_t share = ceil_div<int64_t>(larger<int64_t>(n_rows * width, 1), 8 * queue.processors());
   const int64_t length = larger<int64_t>(share, larger<int64_t>(8 * d, 4096));
-  return length < width ? length : larger<int64_t>(width, 1);
-}
-
-template <class Queue, class T>
-SketchPlan sketch_plan(const Queue& queue, const SketchKeys& map, int64_t n_rows, int64_t width) {
-  using Blocks = SketchRowsBlocks<T>;
-  SketchPlan plan = sketch_parts(queue, map, sizeof(typename Blocks::Shared), sizeof(float));
-  plan.stretch = ceil_div<int64_t>(sketch_stretch(queue, map.d, n_rows, width), Blocks::tile) * Blocks::tile;
+  plan.stretch = ceil_div<int64_t>(length < width ? length : larger<int64_t>(width, 1), tile) * tile;
   plan.stretches = larger<int64_t>(ceil_div(width, plan.stretch), 1);
-  plan.workspace = n_rows * plan.stretches * map.d;
-  return plan;
 }
 
-// order, starts: rows by target, and within a target by base. workspace: sketch_plan's.
-template <class Queue, class T>
-void sketch_rows_by_blocks(Queue& queue, const SketchKeys& map, const T* x, int64_t n_rows, int64_t width, int64_t stride,
-                           const int64_t* bases, const int64_t* order, const int64_t* starts, int64_t n_targets,
-                           float* workspace, double* sums) {
-  if (n_rows == 0 || width == 0 || n_targets == 0) return;
-  const SketchPlan plan = sketch_plan<Queue, T>(queue, map, n_rows, width);
-  queue.run(n_rows * plan.stretches * plan.parts,
-            SketchRowsBlocks<T>{map, x, n_rows, width, stride, bases, plan.stretches, plan.stretch, plan.parts,
-                                plan.part_groups, workspace});
-  queue.run(ceil_div<int64_t>(n_targets * map.d, SketchGatherBlocks::threads),
-            SketchGatherBlocks{workspace, n_targets, plan.stretches, map.d, order, starts, sums});
+// Runs Blocks{entries..., plan, partial sums}, and adds the partial sums to those of the rows' targets.
+template <class Blocks, class Queue, class... Entries>
+void sketch_stretches(Queue& queue, const SketchPlan& plan, int64_t d, int64_t n_rows, const RowOrder& rows, double* sums,
+                      const Entries&... entries) {
+  float* const partial = queue.template scratch<float>(checked_product({n_rows, plan.stretches, d}));
+  queue.run(n_rows * plan.stretches * plan.parts, Blocks{entries..., plan, partial});
+  run_elements(queue, rows.n_targets * d, SketchGather{partial, plan.stretches, d, rows, sums});
 }
 
-template <class Queue, class Index>
-void sketch_csr_by_blocks(Queue& queue, const SketchKeys& map, const Csr<Index>& a, double* sums) {
-  using Blocks = SketchCsrBlocks<Index>;
-  if (a.n_rows == 0) return;
-  const SketchPlan plan = sketch_parts(queue, map, sizeof(typename Blocks::Shared), sizeof(int64_t));
-  queue.run(a.n_rows * plan.parts, Blocks{map, a, plan.parts, plan.part_groups, sums});
+template <class T, class Queue>
+void sketch_rows(const SketchMap& map, const T* x, int64_t n_rows, int64_t width, int64_t stride, const int64_t* bases,
+                 const RowOrder& rows, double* sums, Queue& queue) {
+  using Blocks = SketchRowsBlocks<T>;
+  if (n_rows == 0 || width == 0 || rows.n_targets == 0) return;
+  SketchPlan plan = sketch_parts(queue, int64_t{map.groups} * map.copies, sizeof(typename Blocks::Shared),
+                                 sketch_lanes * sizeof(float));
+  cut_rows(queue, plan, map.d, n_rows, width, Blocks::tile);
+  sketch_stretches<Blocks>(queue, plan, map.d, n_rows, rows, sums, map, x, width, stride, bases);
+}
+
+template <class Index, class Queue>
+void sketch_csr(const SketchMap& map, const Csr<Index>& a, double* sums, Queue& queue) {
+  const SketchPlan plan = sketch_parts(queue, int64_t{map.groups} * map.copies, sizeof(FixedPointShared),
+                                       sketch_lanes * sizeof(int64_t));
+  queue.run(a.n_rows * plan.parts, SketchCsrBlocks<Index>{map, a, plan.parts, plan.part_size, sums});
 }
 
 template <class Queue>
-void sketch_finish_by_blocks(Queue& queue, const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int64_t* bad) {
-  if (n_rows * d > 0)
-    queue.run(ceil_div<int64_t>(n_rows * d, SketchFinishBlocks::threads), SketchFinishBlocks{sums, n_rows, d, scale, out, bad});
+void sketch_finish(const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int64_t* bad, Queue& queue) {
+  run_elements(queue, n_rows * d, SketchFinish{sums, d, scale, out, bad});
 }
 
 }  // namespace npeff

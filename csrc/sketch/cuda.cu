@@ -1,9 +1,4 @@
-#include "sketch/device.h"
-
 #include "common/cuda_queue.h"
+#include "sketch/bind.h"
 
-namespace npeff {
-
-void bind_cuda_sketch(py::module_& m) { bind_device_sketch<Cuda>(m); }
-
-}  // namespace npeff
+template void npeff::bind_sketch<npeff::Cuda>(npeff::py::module_&);

@@ -37,6 +37,20 @@ NPEFF_INLINE uint64_t sketch_hash(uint64_t key, uint64_t index) {
   return sketch_mix(key + (index + 1) * sketch_step);
 }
 
+// The flat map: every parameter has one bucket in each of `copies` stretches of d / copies buckets.
+struct SketchMap {
+  static constexpr int most_copies = 64;
+  int64_t d;        // a multiple of 16·copies
+  int copies;       // non-zeros per parameter
+  uint32_t groups;  // groups of buckets per copy
+  uint64_t keys[most_copies];  // (copies,): streams
+
+  NPEFF_INLINE SketchMap(int64_t d, int copies, uint64_t seed)
+      : d(d), copies(copies), groups(static_cast<uint32_t>(d / (sketch_lanes * copies))), keys{} {
+    for (int c = 0; c < copies; ++c) keys[c] = sketch_key(seed, c);
+  }
+};
+
 // The parts of a block's hash: bit l of the signs negates the element in lane l.
 NPEFF_INLINE uint32_t sketch_signs(uint64_t hash) { return static_cast<uint32_t>(hash) & 0xffffu; }
 NPEFF_INLINE uint32_t sketch_turn(uint64_t hash) { return static_cast<uint32_t>(hash >> 16) & 15u; }

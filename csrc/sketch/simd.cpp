@@ -1,6 +1,5 @@
-#include "sketch/simd.h"
 #include "common/simd.h"
-#include "sketch/hash.h"
+#include "sketch/simd.h"
 
 namespace npeff::NPEFF_ISA {
 namespace {
@@ -52,21 +51,21 @@ inline void add_part(const float* x, uint32_t first, uint32_t n, uint64_t hash, 
 // Whole blocks: n of them from block number `block` on.
 template <int copies>
 void add_blocks(const SketchRun& run, const float* x, uint64_t block, int64_t n) {
-  const uint32_t groups = run.groups, begin = run.begin, size = run.end - run.begin;
+  const uint32_t groups = run.map->groups, begin = run.begin, size = run.end - run.begin;
   const bool all = begin == 0 && run.end == groups * copies;
   for (int64_t i = 0; i < n; ++i)
 #pragma GCC unroll 8
     for (int c = 0; c < copies; ++c) {
-      const uint64_t hash = sketch_hash(run.keys[c], block + i);
+      const uint64_t hash = sketch_hash(run.map->keys[c], block + i);
       const uint32_t group = sketch_group(hash, groups) + c * groups;
       if (all || group - begin < size) add_block(x + sketch_lanes * i, hash, run.sums + int64_t{sketch_lanes} * group);
     }
 }
 
 void add_edge(const SketchRun& run, const float* x, uint64_t block, uint32_t first, uint32_t n) {
-  for (int c = 0; c < run.copies; ++c) {
-    const uint64_t hash = sketch_hash(run.keys[c], block);
-    const uint32_t group = sketch_group(hash, run.groups) + c * run.groups;
+  for (int c = 0; c < run.map->copies; ++c) {
+    const uint64_t hash = sketch_hash(run.map->keys[c], block);
+    const uint32_t group = sketch_group(hash, run.map->groups) + c * run.map->groups;
     if (group - run.begin < run.end - run.begin) add_part(x, first, n, hash, run.sums + int64_t{sketch_lanes} * group);
   }
 }
@@ -85,7 +84,7 @@ void sketch_run(const SketchRun& run) {
     left -= n;
   }
   const int64_t whole = left / sketch_lanes;
-  switch (run.copies) {
+  switch (run.map->copies) {
     case 1: add_blocks<1>(run, x, block, whole); break;
     case 2: add_blocks<2>(run, x, block, whole); break;
     case 4: add_blocks<4>(run, x, block, whole); break;

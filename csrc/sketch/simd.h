@@ -2,18 +2,17 @@
 #pragma once
 
 #include "common/isa.h"
+#include "sketch/hash.h"
 
 namespace npeff {
 
 // A stretch of one row on its way into a sketch.
 struct SketchRun {
-  const float* x;        // (n,)
-  int64_t n, base;       // flat index of x[0]
-  const uint64_t* keys;  // (copies,): streams of the hash
-  int copies;
-  uint32_t groups;       // groups of buckets per copy
-  double* sums;          // (copies · groups · 16,), added to
-  uint32_t begin, end;   // only blocks that fall on these groups
+  const SketchMap* map;
+  const float* x;       // (n,)
+  int64_t n, base;      // flat index of x[0]
+  double* sums;         // (d,), added to
+  uint32_t begin, end;  // only blocks that fall on these groups, of those of all copies
 };
 
 struct SketchSimd {

@@ -3,11 +3,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/csr.h"
 #include "common/checked.h"
 #include "common/parallel.h"
-#include "common/rows_by_target.h"
-#include "sketch/hash.h"
 #include "sketch/simd.h"
 
 namespace npeff {
@@ -15,42 +12,30 @@ namespace {
 
 constexpr int64_t small = 1 << 14;  // elements below which a second thread is not worth waking
 
-std::vector<uint64_t> keys_of(const SketchMap& map) {
-  std::vector<uint64_t> keys(map.copies);
-  for (int c = 0; c < map.copies; ++c) keys[c] = sketch_key(map.seed, c);
-  return keys;
-}
-
-uint32_t groups_of(const SketchMap& map) { return static_cast<uint32_t>(map.d / (sketch_lanes * map.copies)); }
-
 }  // namespace
 
-void sketch_rows(const SketchMap& map, const float* x, int64_t n_rows, int64_t width, int64_t stride,
-                 const int64_t* targets, const int64_t* bases, double* sums, int threads) {
-  const RowsByTarget rows(targets, bases, n_rows);
-  const int64_t n_targets = rows.n_groups();
-  const std::vector<uint64_t> keys = keys_of(map);
-  const uint32_t groups = groups_of(map), all = groups * map.copies;
+void sketch_rows(const SketchMap& map, const float* x, int64_t n_rows, int64_t width, int64_t stride, const int64_t* bases,
+                 const RowOrder& rows, double* sums, int threads) {
+  const std::vector<int64_t> targets = rows.used();
+  const auto n_targets = static_cast<int64_t>(targets.size());
+  const int64_t all = int64_t{map.groups} * map.copies;
   if (n_rows * width < small) threads = 1;
   // With few targets, several threads share one: each takes the blocks that fall on its own groups of buckets, so that
   // no two add to one bucket and every bucket is given its terms in the same order.
   const int64_t parts = n_targets >= 4 * threads ? 1 : threads;
   parallel_for(n_targets * parts, threads, [&](int64_t task) {
-    const int64_t t = task / parts;
+    const int64_t target = targets[task / parts];
     const Range mine = part_of(all, task % parts, parts);
-    for (int64_t i = rows.starts[t]; i < rows.starts[t + 1]; ++i) {
+    for (int64_t i = rows.starts[target]; i < rows.starts[target + 1]; ++i) {
       const int64_t row = rows.order[i];
-      SketchRun run{x + row * stride, width, bases[row], keys.data(), map.copies, groups, sums + rows.target(row) * map.d,
-                    static_cast<uint32_t>(mine.begin), static_cast<uint32_t>(mine.end)};
-      sketch_simd().run(run);
+      sketch_simd().run({&map, x + row * stride, width, bases[row], sums + target * map.d, static_cast<uint32_t>(mine.begin),
+                         static_cast<uint32_t>(mine.end)});
     }
   });
 }
 
 template <class Index>
 void sketch_csr(const SketchMap& map, const Csr<Index>& a, double* sums, int threads) {
-  const std::vector<uint64_t> keys = keys_of(map);
-  const uint32_t groups = groups_of(map);
   const std::vector<int64_t> bounds = parts_by_entries(a.indptr, a.n_rows, a.indptr[a.n_rows] < small ? 1 : 4 * threads);
   parallel_for(static_cast<int64_t>(bounds.size()) - 1, threads, [&](int64_t part) {
     for (int64_t row = bounds[part]; row < bounds[part + 1]; ++row) {
@@ -59,8 +44,8 @@ void sketch_csr(const SketchMap& map, const Csr<Index>& a, double* sums, int thr
         const auto index = static_cast<uint64_t>(a.indices[e]);
         const auto lane = static_cast<uint32_t>(index % sketch_lanes);
         for (int c = 0; c < map.copies; ++c) {
-          const uint64_t hash = sketch_hash(keys[c], index / sketch_lanes);
-          const int64_t bucket = sketch_lanes * (int64_t{sketch_group(hash, groups)} + int64_t{c} * groups);
+          const uint64_t hash = sketch_hash(map.keys[c], index / sketch_lanes);
+          const int64_t bucket = sketch_lanes * (int64_t{sketch_group(hash, map.groups)} + int64_t{c} * map.groups);
           const double value = a.values[e];
           own[bucket + (lane ^ sketch_turn(hash))] += (sketch_signs(hash) >> lane) & 1 ? -value : value;
         }
@@ -72,18 +57,18 @@ void sketch_csr(const SketchMap& map, const Csr<Index>& a, double* sums, int thr
 template void sketch_csr(const SketchMap&, const Csr<int32_t>&, double*, int);
 template void sketch_csr(const SketchMap&, const Csr<int64_t>&, double*, int);
 
-int64_t sketch_finish(const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int threads) {
-  std::vector<char> bad(n_rows, 0);
+void sketch_finish(const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int64_t* bad, int threads) {
+  std::vector<char> finite(n_rows);
   parallel_for(n_rows, n_rows * d < small ? 1 : threads, [&](int64_t row) {
     float zero = 0;
     for (int64_t i = row * d; i < (row + 1) * d; ++i) {
       out[i] = static_cast<float>(scale * sums[i]);
       zero += out[i] * 0;
     }
-    bad[row] = !(zero == 0);
+    finite[row] = zero == 0;
   });
-  const auto first = std::find(bad.begin(), bad.end(), 1);
-  return first == bad.end() ? -1 : first - bad.begin();
+  const int64_t first = std::find(finite.begin(), finite.end(), 0) - finite.begin();
+  if (first < n_rows) *bad = std::min(*bad, first);
 }
 
 void sketch_places(uint64_t seed, int64_t offset, int side, int64_t d, int64_t n, uint32_t* places) {
@@ -91,16 +76,17 @@ void sketch_places(uint64_t seed, int64_t offset, int side, int64_t d, int64_t n
   for (int64_t i = 0; i < n; ++i) places[i] = sketch_place(key, static_cast<uint64_t>(i), static_cast<uint32_t>(d));
 }
 
-void sketch_matrix(int64_t d, double weight, const float* x, int64_t n, int64_t p, int64_t columns, int64_t stride,
-                   const uint32_t* row_places, const uint32_t* column_places, const int64_t* targets,
-                   const int64_t* first_row, double* sums, int threads) {
-  const RowsByTarget rows(targets, first_row, n);
-  parallel_for(rows.n_groups(), n * p * columns < small ? 1 : threads, [&](int64_t t) {
-    for (int64_t i = rows.starts[t]; i < rows.starts[t + 1]; ++i) {
+void sketch_matrix(int64_t d, double weight, const float* x, int64_t n_rows, int64_t width, int64_t columns, int64_t stride,
+                   const uint32_t* row_places, const uint32_t* column_places, const int64_t* first, const RowOrder& rows,
+                   double* sums, int threads) {
+  const std::vector<int64_t> targets = rows.used();
+  parallel_for(static_cast<int64_t>(targets.size()), n_rows * width < small ? 1 : threads, [&](int64_t task) {
+    const int64_t target = targets[task];
+    double* own = sums + target * d;
+    for (int64_t i = rows.starts[target]; i < rows.starts[target + 1]; ++i) {
       const int64_t at = rows.order[i];
-      double* own = sums + targets[at] * d;
-      for (int64_t row = 0; row < p; ++row) {
-        const uint32_t place = row_places[first_row[at] + row];
+      for (int64_t row = 0; row < width / columns; ++row) {
+        const uint32_t place = row_places[first[at] + row];
         const float* values = x + at * stride + row * columns;
         for (int64_t j = 0; j < columns; ++j) {
           const uint32_t both = place ^ column_places[j];  // signs multiply, buckets combine

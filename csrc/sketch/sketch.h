@@ -5,42 +5,35 @@
 // number of threads, nor on the instruction set, nor on how an input that comes in order is cut into calls.
 #pragma once
 
-#include <cstdint>
-
-#include "spmm/spmm.h"
+#include "common/csr.h"
+#include "common/row_order.h"
+#include "sketch/hash.h"
 
 namespace npeff {
 
-// The flat map: every parameter has one bucket in each of `copies` stretches of d / copies buckets.
-struct SketchMap {
-  int64_t d;   // a multiple of 16·copies
-  int copies;  // non-zeros per parameter
-  uint64_t seed;
-};
-
-// sums[targets[i]] += the sketch of row x[i] (n_rows, width), `stride` floats apart, whose column 0 has the flat index
-// bases[i]. Several rows may have one target; they are taken by ascending base. targets null: row i goes to sums[i].
+// sums[target of row i] += the sketch of row x[i] (n_rows, width), `stride` floats apart, whose column 0 has the flat index
+// bases[i]. The rows of a target are taken in the order given: by ascending base.
 //   sums (targets, d)
-void sketch_rows(const SketchMap& map, const float* x, int64_t n_rows, int64_t width, int64_t stride,
-                 const int64_t* targets, const int64_t* bases, double* sums, int threads);
+void sketch_rows(const SketchMap& map, const float* x, int64_t n_rows, int64_t width, int64_t stride, const int64_t* bases,
+                 const RowOrder& rows, double* sums, int threads);
 
 // sums (n_rows, d) += the sketches of compressed sparse rows; indices ascend for the bits to be those of sketch_rows.
 template <class Index>
 void sketch_csr(const SketchMap& map, const Csr<Index>& a, double* sums, int threads);
 
-// out = scale · sums, both (n_rows, d). Returns the first row with a non-finite value, or −1.
-int64_t sketch_finish(const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int threads);
+// out = scale · sums, both (n_rows, d). bad (1,): lowered to the first row with a non-finite value, if there is one.
+void sketch_finish(const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int64_t* bad, int threads);
 
 // ---- two-sided maps of matrices; d a power of two -----------------------------------------------------------------
 
 // Places (see sketch_place) of the n rows (side 0) or columns (side 1) of the matrix at `offset`.
 void sketch_places(uint64_t seed, int64_t offset, int side, int64_t d, int64_t n, uint32_t* places);
 
-// sums[targets[i]] += weight · the sketch of rows first_row[i] … first_row[i] + p − 1 of a matrix, x[i] (p, columns).
-//   x (n, p·columns), `stride` floats apart; row_places (matrix rows,), column_places (columns,)
-void sketch_matrix(int64_t d, double weight, const float* x, int64_t n, int64_t p, int64_t columns, int64_t stride,
-                   const uint32_t* row_places, const uint32_t* column_places, const int64_t* targets,
-                   const int64_t* first_row, double* sums, int threads);
+// sums[target of row i] += weight · the sketch of the rows of a matrix from first[i] on that x[i] holds, end to end.
+//   x (n_rows, width), `stride` floats apart, width a multiple of columns; row_places (matrix rows,), column_places (columns,)
+void sketch_matrix(int64_t d, double weight, const float* x, int64_t n_rows, int64_t width, int64_t columns, int64_t stride,
+                   const uint32_t* row_places, const uint32_t* column_places, const int64_t* first, const RowOrder& rows,
+                   double* sums, int threads);
 
 // sums[i, c] += weight · the sketch of Σ_t delta[i, t, c] ⊗ input[i, t], without the outer products: the Walsh–Hadamard
 // transforms of the factors' sketches are multiplied and summed over t, and transformed back once (float32).

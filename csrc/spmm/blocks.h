@@ -14,16 +14,12 @@ struct SpmmBlocks {
   using Sum = typename SumOf<Dense>::type;
   static constexpr int threads = 256, lanes = 32, warps = threads / lanes, strip = lanes * together;
   struct Shared { Sum sums[warps][strip]; };
-  int64_t n_rows;
-  const int64_t* indptr;
-  const Index* indices;
-  const Sum* values;
+  Csr<Index, Sum> a;
   const Dense* dense;  // (n_columns, r); rows aligned to `together` entries
   int64_t r, ways;     // ways: 1 or warps
   Sum* out;            // (n_rows, r)
-  int64_t shared_bytes() const { return sizeof(Shared); }
   int64_t strips() const { return ceil_div<int64_t>(r, strip); }
-  int64_t blocks() const { return ceil_div<int64_t>(n_rows, warps / ways) * strips(); }
+  int64_t blocks() const { return ceil_div<int64_t>(a.n_rows, warps / ways) * strips(); }
 
   template <class Block>
   NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
@@ -31,14 +27,14 @@ struct SpmmBlocks {
     block.each([&](int t) {
       const int warp = t / lanes;
       const int64_t row = first + warp / ways, column = start + t % lanes * together;
-      if (row >= n_rows || column >= r) return;
+      if (row >= a.n_rows || column >= r) return;
       Sum sum[together] = {};
-      const int64_t end = indptr[row + 1];
+      const int64_t end = a.indptr[row + 1];
 NPEFF_UNROLL_4
-      for (int64_t e = indptr[row] + warp % ways; e < end; e += ways) {
-        const Sum value = values[e];
+      for (int64_t e = a.indptr[row] + warp % ways; e < end; e += ways) {
+        const Sum value = a.values[e];
         Dense entries[together];
-        load_together<together>(dense + static_cast<int64_t>(indices[e]) * r + column, entries);
+        load_together<together>(dense + static_cast<int64_t>(a.indices[e]) * r + column, entries);
         for (int v = 0; v < together; ++v) sum[v] += value * static_cast<Sum>(widen(entries[v]));
       }
       for (int v = 0; v < together; ++v) {
@@ -57,21 +53,19 @@ NPEFF_UNROLL_4
   }
 };
 
-// values: float, or double with a double dense.
-template <class Queue, class Index, class Dense>
-void spmm_by_blocks(Queue& queue, int64_t n_rows, const int64_t* indptr, const Index* indices,
-                    const typename SumOf<Dense>::type* values, int64_t nnz, const Dense* dense, int64_t r,
-                    typename SumOf<Dense>::type* out) {
-  if (n_rows == 0 || r == 0) return;
+template <class Index, class Dense, class Queue>
+void spmm(const Csr<Index, typename SumOf<Dense>::type>& a, const Dense* dense, int64_t r, typename SumOf<Dense>::type* out,
+          Queue& queue) {
+  if (a.n_rows == 0 || r == 0) return;
   constexpr int together = sizeof(Dense) == 8 ? 2 : 4;
   const auto run = [&](auto blocks) {
-    blocks.ways = nnz / n_rows >= 64 ? blocks.warps : 1;
+    blocks.ways = a.nnz / a.n_rows >= 64 ? blocks.warps : 1;
     queue.run(blocks.blocks(), blocks);
   };
   if (r % together == 0 && reinterpret_cast<uintptr_t>(dense) % (together * sizeof(Dense)) == 0)
-    run(SpmmBlocks<Index, Dense, together>{n_rows, indptr, indices, values, dense, r, 1, out});
+    run(SpmmBlocks<Index, Dense, together>{a, dense, r, 1, out});
   else
-    run(SpmmBlocks<Index, Dense, 1>{n_rows, indptr, indices, values, dense, r, 1, out});
+    run(SpmmBlocks<Index, Dense, 1>{a, dense, r, 1, out});
 }
 
 }  // namespace npeff

@@ -1,9 +1,4 @@
-#include "spmm/device.h"
-
 #include "common/cuda_queue.h"
+#include "spmm/bind.h"
 
-namespace npeff {
-
-void bind_cuda_spmm(py::module_& m) { bind_device_spmm<Cuda>(m); }
-
-}  // namespace npeff
+template void npeff::bind_spmm<npeff::Cuda>(npeff::py::module_&);

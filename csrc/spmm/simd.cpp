@@ -1,3 +1,5 @@
+#include <utility>
+
 #include "common/simd.h"
 #include "spmm/simd.h"
 
@@ -29,6 +31,12 @@ void columns(const Index* indices, const float* values, int64_t n, const float* 
   for (int v = 0; v < count; ++v) S::store(out + offsets[v], sum[v]);
 }
 
+template <class Index, int... counts>
+void choose(int count, const Index* indices, const float* values, int64_t n, const float* dense, int64_t stride,
+            const int64_t* offsets, float* out, bool add, std::integer_sequence<int, counts...>) {
+  ((count == counts + 1 ? columns<counts + 1>(indices, values, n, dense, stride, offsets, out, add) : void()), ...);
+}
+
 template <class Index>
 void row(const Index* indices, const float* values, int64_t n, const float* dense, int64_t stride, int64_t width,
          float* out, bool add) {
@@ -51,16 +59,7 @@ void row(const Index* indices, const float* values, int64_t n, const float* dens
       const int64_t at = (first + v) * S::lanes;
       offsets[v] = at < width - S::lanes ? at : width - S::lanes;
     }
-    switch (count) {
-      case 1: columns<1>(indices, values, n, dense, stride, offsets, out, add); break;
-      case 2: columns<2>(indices, values, n, dense, stride, offsets, out, add); break;
-      case 3: columns<3>(indices, values, n, dense, stride, offsets, out, add); break;
-      case 4: columns<4>(indices, values, n, dense, stride, offsets, out, add); break;
-      case 5: columns<5>(indices, values, n, dense, stride, offsets, out, add); break;
-      case 6: columns<6>(indices, values, n, dense, stride, offsets, out, add); break;
-      case 7: columns<7>(indices, values, n, dense, stride, offsets, out, add); break;
-      default: columns<8>(indices, values, n, dense, stride, offsets, out, add);
-    }
+    choose(count, indices, values, n, dense, stride, offsets, out, add, std::make_integer_sequence<int, most>());
   }
 }
 

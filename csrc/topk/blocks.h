@@ -15,41 +15,35 @@
 namespace npeff {
 
 struct TopkReset {
-  static constexpr int threads = 256;
-  struct Shared { char none; };
-  Selectors selectors;
-  int64_t shared_bytes() const { return sizeof(Shared); }
+  DeviceSelectors selectors;
 
   template <class Block>
-  NPEFF_INLINE void operator()(const Block& block, Shared&, int64_t id) const {
-    block.each([&](int t) {
-      const int64_t i = id * threads + t;
-      const Threshold first = first_threshold(selectors.keep_zeros != 0);
-      if (i < selectors.n) selectors.states[i] = {0, 0, 0, first, first, 0};
-      if (i < 2) selectors.status[i] = -1;
-    });
+  NPEFF_INLINE void at(int64_t i) const {
+    const Threshold first = first_threshold(selectors.keep_zeros != 0);
+    if (i < selectors.n) selectors.states[i] = {0, 0, 0, first, first, 0};
+    if (i < 2) selectors.status[i] = -1;
   }
 };
 
+template <class T>
 struct TopkPrepare {
   static constexpr int threads = topk_threads;
   struct Shared {
     NarrowShared narrow;
     uint32_t sample[8192];
   };
-  Selectors selectors;
-  Push push;
-  int64_t shared_bytes() const { return sizeof(Shared); }
+  DeviceSelectors selectors;
+  Push<T> push;
 
   template <class Block>
   NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
     SelectorState& state = selectors.states[id];
     uint32_t* const bits = selectors.bits + id * selectors.capacity;
     int64_t* const index = selectors.index + id * selectors.capacity;
-    const int64_t first = push.starts[id], last = push.starts[id + 1], k = selectors.k;
+    const int64_t first = push.rows.starts[id], last = push.rows.starts[id + 1], k = selectors.k;
     const int64_t length = (last - first) * push.width, size = block.uniform(state.size), seen = block.uniform(state.seen);
     block.each([&](int t) {
-      for (int64_t i = first + t; i < last; i += threads) push.bad[push.order[i]] = topk_all_finite;
+      for (int64_t i = first + t; i < last; i += threads) push.bad[push.rows.order[i]] = topk_all_finite;
       if (t == 0) {
         state.before = size;
         state.seen = seen + length;
@@ -65,7 +59,7 @@ struct TopkPrepare {
     block.each([&](int t) {
       for (int64_t i = t; i < n; i += threads) {
         const int64_t at = sample_place(i, n, total);
-        const uint32_t found = at < length ? push.bits(push.order[first + at / push.width], at % push.width) : bits[at - length];
+        const uint32_t found = at < length ? push.bits(push.rows.order[first + at / push.width], at % push.width) : bits[at - length];
         s.sample[i] = found & topk_magnitude;
       }
     });
@@ -87,15 +81,15 @@ struct TopkPrepare {
   }
 };
 
+template <class T>
 struct TopkSettle {
   static constexpr int threads = topk_threads;
   struct Shared {
     NarrowShared narrow;
     int64_t count;
   };
-  Selectors selectors;
-  Push push;
-  int64_t shared_bytes() const { return sizeof(Shared); }
+  DeviceSelectors selectors;
+  Push<T> push;
 
   // Blocks 0 … n − 1: the selectors. Block n: the status.
   template <class Block>
@@ -141,8 +135,8 @@ struct TopkSettle {
   NPEFF_INLINE int64_t go_over(const Block& block, Shared& s, int64_t id, uint32_t* bits, int64_t* index, int64_t size,
                                Threshold& threshold) const {
     constexpr int64_t tile = 4 * threads;
-    for (int64_t r = push.starts[id]; r < push.starts[id + 1]; ++r) {
-      const int64_t row = push.order[r], base = push.bases[row];
+    for (int64_t r = push.rows.starts[id]; r < push.rows.starts[id + 1]; ++r) {
+      const int64_t row = push.rows.order[r], base = push.bases[row];
       for (int64_t start = 0; start < push.width; start += tile) {
         if (size + tile > selectors.capacity) {
           threshold = narrow(block, s.narrow, bits, index, size, selectors.k);
@@ -195,7 +189,7 @@ struct TopkDealt {
   uint32_t* bits;                   // (k,) the entries by window
   int64_t* index;
 
-  NPEFF_INLINE TopkDealt(const Selectors& selectors, int64_t id)
+  NPEFF_INLINE TopkDealt(const DeviceSelectors& selectors, int64_t id)
       : least(selectors.index + id * selectors.capacity + 3 * selectors.k), width(least + 1),
         used(least + 2), starts(least + 3),
         bits(selectors.bits + id * selectors.capacity + 2 * selectors.k),
@@ -210,9 +204,8 @@ struct TopkFinish {
     NarrowShared narrow;
     uint32_t counts[topk_windows];
   };
-  Selectors selectors;
+  DeviceSelectors selectors;
   int64_t* counts;
-  int64_t shared_bytes() const { return sizeof(Shared); }
 
   template <class Block>
   NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
@@ -298,11 +291,10 @@ struct TopkOrder {
     uint32_t marks[words + threads], before[words + threads];  // word w at w + w / each_has: on different banks
     uint32_t scan[2][threads];
   };
-  Selectors selectors;
+  DeviceSelectors selectors;
   int64_t share;  // blocks of each selector: block b takes windows b, b + share, …
   int64_t* indices;
   float* values;
-  int64_t shared_bytes() const { return sizeof(Shared); }
   static NPEFF_INLINE int64_t place_of(int64_t bit) { return bit / 32 + bit / 32 / each_has; }
 
   template <class Block>
@@ -367,35 +359,28 @@ struct TopkOrder {
 // ---- what the host does -------------------------------------------------------------------------------------------
 
 template <class Queue>
-void topk_reset(Queue& queue, const Selectors& selectors) {
-  queue.run(ceil_div<int64_t>(selectors.n + 2, TopkReset::threads), TopkReset{selectors});
+void topk_reset(const DeviceSelectors& selectors, Queue& queue) {
+  run_elements(queue, selectors.n + 2, TopkReset{selectors});
 }
 
+// bad of the push is filled here.
 template <class T, class Queue>
-void topk_scan(Queue& queue, const Selectors& selectors, const Push& push) {
+void topk_push(const DeviceSelectors& selectors, Push<T> push, Queue& queue) {
   using Scan = TopkScan<T>;
+  if (push.n_rows == 0 || push.width == 0) return;
+  push.bad = queue.template scratch<int64_t>(push.n_rows);
+  queue.run(selectors.n, TopkPrepare<T>{selectors, push});
   // About 16 blocks per processor, of whole tiles.
   const int64_t groups = ceil_div<int64_t>(push.width + Scan::together - 1, Scan::together), tile = Scan::threads * Scan::loads;
   const int64_t share = ceil_div(groups * push.n_rows, 16 * queue.processors());
   const int64_t groups_each = ceil_div(share < groups ? share : groups, tile) * tile, chunks = ceil_div(groups, groups_each);
   queue.run(push.n_rows * chunks, Scan{selectors, push, chunks, groups_each});
-}
-
-template <class Queue>
-void topk_push(Queue& queue, const Selectors& selectors, const Push& push) {
-  if (push.n_rows == 0 || push.width == 0) return;
-  queue.run(selectors.n, TopkPrepare{selectors, push});
-  switch (push.type) {
-    case PushType::float16: topk_scan<Half>(queue, selectors, push); break;
-    case PushType::bfloat16: topk_scan<Bfloat16>(queue, selectors, push); break;
-    default: topk_scan<float>(queue, selectors, push);
-  }
-  queue.run(selectors.n + 1, TopkSettle{selectors, push});
+  queue.run(selectors.n + 1, TopkSettle<T>{selectors, push});
 }
 
 // counts (n,); indices and values (n, k), by index, −1 and 0 behind the last. Empties the selectors.
 template <class Queue>
-void topk_finish(Queue& queue, const Selectors& selectors, int64_t* counts, int64_t* indices, float* values) {
+void topk_finish(const DeviceSelectors& selectors, int64_t* counts, int64_t* indices, float* values, Queue& queue) {
   if (selectors.n == 0) return;
   queue.run(selectors.n, TopkFinish{selectors, counts});
   const int64_t share = ceil_div<int64_t>(24 * queue.processors(), selectors.n);

@@ -1,9 +1,4 @@
-#include "topk/device.h"
-
 #include "common/cuda_queue.h"
+#include "topk/bind.h"
 
-namespace npeff {
-
-void bind_cuda_topk(py::module_& m) { bind_device_topk<Cuda>(m); }
-
-}  // namespace npeff
+template void npeff::bind_topk<npeff::Cuda>(npeff::py::module_&);

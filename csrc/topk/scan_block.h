@@ -15,15 +15,14 @@ struct TopkScan {
     uint32_t n;
     uint32_t bits[tile + flush_above], at[tile + flush_above];
   };
-  Selectors selectors;
-  Push push;
+  DeviceSelectors selectors;
+  Push<T> push;
   int64_t chunks, groups_each;  // blocks per row, and how many groups of `together` entries each takes
-  int64_t shared_bytes() const { return sizeof(Shared); }
 
   template <class Block>
   NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
     const int64_t row = id / chunks;
-    const T* const x = static_cast<const T*>(push.x) + row * push.stride;
+    const T* const x = push.x + row * push.stride;
     // Groups are aligned in memory; the first may begin before the row, the last end behind it.
     const auto skew = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x) / sizeof(T) % together);
     const int64_t from = id % chunks * groups_each, all = ceil_div<int64_t>(push.width + skew, together);

@@ -3,6 +3,7 @@
 
 #include "topk/block_select.h"
 #include "common/half_types.h"
+#include "common/row_order.h"
 #include "topk/order.h"
 
 namespace npeff {
@@ -16,7 +17,7 @@ struct SelectorState {
 };
 
 // n running selections in memory that the caller gives and does not read.
-struct Selectors {
+struct DeviceSelectors {
   int64_t n, k, capacity;
   int64_t keep_zeros;
   int64_t* status;        // (2,): row and flat index of the first non-finite value pushed since reset; row −1: none
@@ -28,7 +29,7 @@ struct Selectors {
   static NPEFF_INLINE int64_t bytes(int64_t n, int64_t k) {
     return 2 * sizeof(int64_t) + n * static_cast<int64_t>(sizeof(SelectorState)) + n * capacity_for(k) * 12;
   }
-  NPEFF_INLINE Selectors(void* memory, int64_t n, int64_t k, bool keep_zeros)
+  NPEFF_INLINE DeviceSelectors(void* memory, int64_t n, int64_t k, bool keep_zeros)
       : n(n), k(k), capacity(capacity_for(k)), keep_zeros(keep_zeros), status(static_cast<int64_t*>(memory)),
         states(reinterpret_cast<SelectorState*>(status + 2)), index(reinterpret_cast<int64_t*>(states + n)),
         bits(reinterpret_cast<uint32_t*>(index + n * capacity)) {}
@@ -39,31 +40,17 @@ struct Selectors {
 
 constexpr int64_t topk_all_finite = INT64_MAX;
 
-enum class PushType : int64_t { float32, float16, bfloat16 };
-template <class T> struct PushTypeOf;
-template <> struct PushTypeOf<float> { static constexpr PushType type = PushType::float32; };
-template <> struct PushTypeOf<Half> { static constexpr PushType type = PushType::float16; };
-template <> struct PushTypeOf<Bfloat16> { static constexpr PushType type = PushType::bfloat16; };
-
+template <class T>
 struct Push {
-  PushType type;
-  const void* x;           // (n_rows, width), `stride` entries apart
+  const T* x;              // (n_rows, width), `stride` entries apart
   int64_t n_rows, width, stride;
   const int64_t* targets;  // (n_rows,) selector of each row
   const int64_t* bases;    // (n_rows,) flat index of column 0
-  const int64_t* order;    // (n_rows,) rows by selector
-  const int64_t* starts;   // (n_selectors + 1,) where each selector's rows begin in order
+  RowOrder rows;           // by selector
   int64_t* bad;            // (n_rows,) scratch: lowest flat index of a non-finite value
 
   // One entry as the bits of a float32.
-  NPEFF_INLINE uint32_t bits(int64_t row, int64_t column) const {
-    const int64_t at = row * stride + column;
-    switch (type) {
-      case PushType::float16: return bit_cast<uint32_t>(widen(static_cast<const Half*>(x)[at]));
-      case PushType::bfloat16: return bit_cast<uint32_t>(widen(static_cast<const Bfloat16*>(x)[at]));
-      default: return static_cast<const uint32_t*>(x)[at];
-    }
-  }
+  NPEFF_INLINE uint32_t bits(int64_t row, int64_t column) const { return bit_cast<uint32_t>(widen(x[row * stride + column])); }
 };
 
 constexpr int topk_threads = 1024;

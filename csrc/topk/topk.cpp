@@ -9,7 +9,6 @@
 #include <utility>
 
 #include "common/parallel.h"
-#include "common/rows_by_target.h"
 #include "topk/order.h"
 #include "topk/simd.h"
 #include "topk/sort.h"
@@ -304,28 +303,27 @@ int64_t whole_groups(int64_t n, int64_t length, int threads) {
 }  // namespace
 
 Nonfinite push_rows(std::vector<Selector>& selectors, const float* x, int64_t n_rows, int64_t width, int64_t stride,
-                    const int64_t* targets, const int64_t* bases, int threads) {
-  const RowsByTarget rows(targets, nullptr, n_rows);
-  const std::vector<int64_t>&order = rows.order, &starts = rows.starts;
-  const int64_t n_groups = rows.n_groups();
+                    const int64_t* bases, const RowOrder& rows, int threads) {
+  const std::vector<int64_t> targets = rows.used();
+  const auto n_targets = static_cast<int64_t>(targets.size());
   std::vector<Piece> pieces(n_rows);
-  for (int64_t i = 0; i < n_rows; ++i) pieces[i] = {x + order[i] * stride, width, bases[order[i]]};
+  for (int64_t i = 0; i < n_rows; ++i) pieces[i] = {x + rows.order[i] * stride, width, bases[rows.order[i]]};
 
-  std::vector<int64_t> bad(n_groups, -1);
+  std::vector<int64_t> bad(n_targets, -1);
   const auto push = [&](int64_t g, int n_threads) {
-    Selector& selector = selectors[rows.target(order[starts[g]])];
-    bad[g] = selector.push(pieces.data() + starts[g], starts[g + 1] - starts[g], n_threads);
+    const int64_t from = rows.starts[targets[g]], to = rows.starts[targets[g] + 1];
+    bad[g] = selectors[targets[g]].push(pieces.data() + from, to - from, n_threads);
   };
   if (n_rows * width < 1 << 14) threads = 1;
-  const int64_t whole = n_groups == 0 ? 0 : whole_groups(n_groups, width * n_rows / n_groups, threads);
+  const int64_t whole = n_targets == 0 ? 0 : whole_groups(n_targets, width * n_rows / n_targets, threads);
   parallel_for(whole, threads, [&](int64_t g) { push(g, 1); });
-  for (int64_t g = whole; g < n_groups; ++g) push(g, threads);
+  for (int64_t g = whole; g < n_targets; ++g) push(g, threads);
 
   Nonfinite first{-1, -1};
-  for (int64_t g = 0; g < n_groups; ++g) {
+  for (int64_t g = 0; g < n_targets; ++g) {
     if (bad[g] < 0) continue;
-    for (int64_t i = starts[g]; i < starts[g + 1]; ++i) {
-      const int64_t row = order[i], within = bad[g] - bases[row];
+    for (int64_t i = rows.starts[targets[g]]; i < rows.starts[targets[g] + 1]; ++i) {
+      const int64_t row = rows.order[i], within = bad[g] - bases[row];
       if (within >= 0 && within < width && (first.row < 0 || row < first.row)) first = {row, bad[g]};
     }
   }

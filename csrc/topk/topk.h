@@ -13,6 +13,8 @@
 #include <memory>
 #include <vector>
 
+#include "common/row_order.h"
+
 namespace npeff {
 
 // A stretch of one selector's input.
@@ -83,12 +85,11 @@ class Selector {
   int64_t nonfinite_;  // lowest flat index seen in this push, or −1
 };
 
-// Rows x[i] (n_rows, width), `stride` floats apart, into selectors[targets[i]] with flat index bases[i] of column 0.
-// Several rows may have one target. targets null: row i goes to selector i.
+// Rows x[i] (n_rows, width), `stride` floats apart, into their selectors, with flat index bases[i] of column 0.
 // Returns the first row (and the flat index in it) that holds a non-finite value, or row −1.
 struct Nonfinite { int64_t row, index; };
 Nonfinite push_rows(std::vector<Selector>& selectors, const float* x, int64_t n_rows, int64_t width, int64_t stride,
-                    const int64_t* targets, const int64_t* bases, int threads);
+                    const int64_t* bases, const RowOrder& rows, int threads);
 
 // Example e's outer products delta[e, c] ⊗ inputs[e] into selectors[first + e], column c's with the flat index
 // base + c·column_stride of its first entry; turned: inputs[e] ⊗ delta[e, c].

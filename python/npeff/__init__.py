@@ -13,8 +13,8 @@
 
 Packages, each of which imports only from itself and from those before it::
 
-    kernels, storage ▶ batches, models ▶ gradients ▶ fishers ▶ components ▶ decomposition ▶ distributed, trust
-    ▶ perturbation ▶ companions ▶ reports ▶ planning, demo, doctor ▶ cli
+    kernels, storage ▶ batches, language, models ▶ gradients ▶ fishers ▶ components ▶ decomposition
+    ▶ distributed, trust ▶ perturbation ▶ companions ▶ reports ▶ planning, demo, doctor ▶ cli
 
 The method is Non-Negative Per-Example Fisher Factorization (Matena & Raffel, arXiv 2310.04649v3, 2026; first published
 in 2023 as NPEFF).
@@ -38,6 +38,7 @@ from npeff.errors import (
 
 if TYPE_CHECKING:
     from npeff import companions as companions
+    from npeff import language as language
     from npeff import trust as trust
     from npeff.batches.batch_order import TokenBatches
     from npeff.batches.batches import Batch

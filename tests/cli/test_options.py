@@ -17,11 +17,16 @@ NO_TEXT = {
     "npeff:compute_fishers": {"compress", "share"},  # --top-k, --sketch, --exact, --gram-only; torchrun
     "npeff:decompose": {"published", "init", "callback"},  # published: its fields are options
     "npeff:perturb": {"fisher"},
-    "npeff:trace": {"fisher"},
     "npeff:report": {"effects", "traces", "trust", "attributions", "influences"},  # --extras
     "npeff.demo:run_demo": {"say"},
 }
 """Arguments that no text gives."""
+
+NOT_OFFERED = {
+    "plan": {"out", "seed", "max_examples", "progress"},
+    "trace": {"floor", "n_random", "curve", "unrelated", "prompts", "n_tokens"},
+}
+"""Arguments of a function whose options a command has in part."""
 
 
 def made(name: str) -> Command:
@@ -52,8 +57,7 @@ def test_each_argument_is_an_option_with_the_same_default(name: str, arguments: 
         assert set(arguments.only) <= set(wanted)
         wanted = {only: wanted[only] for only in arguments.only}
     else:
-        not_planned = {"out", "seed", "max_examples", "progress"} if name == "plan" else set()
-        assert set(wanted) - set(parameters) - not_planned == NO_TEXT.get(arguments.path, set())
+        assert set(wanted) - set(parameters) - NOT_OFFERED.get(name, set()) == NO_TEXT.get(arguments.path, set())
     for argument, default in wanted.items():
         if argument in arguments.skip:
             continue
@@ -74,7 +78,7 @@ def values(*words: str) -> dict[str, Any]:
     """What ``npeff.perturb`` would be given."""
     given: dict[str, Any] = {}
 
-    @command("", Arguments("npeff:perturb", skip=("fisher",)))
+    @command("", Arguments("npeff:perturb", skip=("fisher", "unrelated")))
     def collect(**options: Any) -> None:
         given.update(options)
 
@@ -94,6 +98,9 @@ def values(*words: str) -> dict[str, Any]:
         ("--top 8", {"top": 8}),
         ("--top 8 --top 5", {"top": [8, 5]}),
         ("--baseline all", {"baseline": "all"}),
+        ("--prompts 3", {"prompts": 3}),
+        ("--prompts sea", {"prompts": "sea"}),
+        ("--prompts sea --prompts land", {"prompts": ["sea", "land"]}),
         ("--combine 0.5 --combine -2", {"combine": [0.5, -2.0]}),
         ("--quiet", {"progress": False}),
         ("--progress", {"progress": True}),

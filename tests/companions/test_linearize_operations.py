@@ -199,3 +199,11 @@ def test_ties_and_kinks_are_as_autograd_has_them():
         linear = linearize(Call(function), x)
         jacobian = torch.autograd.functional.jacobian(function, x)[0, :, 0]
         assert torch.equal(linear.W[0], jacobian)
+
+
+@pytest.mark.parametrize("function", [F.hardtanh, F.softshrink, F.hardsigmoid, lambda x: x.clamp(-1, 1)])
+def test_the_pattern_tells_one_side_from_the_other(function):
+    x = 5 + images().abs()
+    linear = linearize(Call(function), x)
+    assert linear.same_pattern(x + 0.5) and not linear.same_pattern(-x)
+    assert not torch.allclose(linear(-x), function(-x).reshape(len(x), -1))

@@ -262,8 +262,8 @@ def test_files_that_are_no_records(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"epochs": 0}, "epochs: expected a number ≥ 1"),
-        ({"negatives": 0}, "negatives: expected a number ≥ 1"),
+        ({"epochs": 0}, "epochs: expected an integer ≥ 1"),
+        ({"negatives": 0}, "negatives: expected an integer ≥ 1"),
         ({"learning_rate": 0}, "learning_rate: expected"),
         ({"optimizer": "lbfgs"}, "optimizer: expected one of 'sgd', 'adagrad', 'adam', got 'lbfgs'"),
     ],

@@ -224,7 +224,7 @@ def test_bad_input_is_told() -> None:
         SAFRRegularizer(model, "embd")
     with pytest.raises(ModelError, match="no module of the model is"):
         SAFRRegularizer(nn.Sequential(nn.Linear(2, 2)), "0")
-    with pytest.raises(ArgumentError, match="importance: expected a weight"):
+    with pytest.raises(ArgumentError, match="importance: expected a finite number ≥ 0"):
         SAFRRegularizer(model, "embed", importance=-1)
     with pytest.raises(ArgumentError, match="needs attention modules"):
         SAFRRegularizer(model, "embed", ())

@@ -12,7 +12,7 @@ from torch import nn
 
 import npeff
 from npeff.decomposition.processes import LOCAL
-from npeff.distributed.merging import merge_shares, share_path
+from npeff.distributed import merge_shares, share_path
 from processes import all_returned, run
 
 SLOW = pytest.mark.slow

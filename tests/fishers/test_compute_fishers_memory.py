@@ -37,9 +37,9 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
 def test_no_tensor_holds_all_examples_rows_and_parameters(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import npeff.gradients.tiles as tiles
+    import npeff.gradients.blocks as blocks
 
-    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 4096)
+    monkeypatch.setattr(blocks, "TILE_ELEMENTS", 4096)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Embedding(200, 16),
@@ -56,14 +56,15 @@ def test_no_tensor_holds_all_examples_rows_and_parameters(kind: str, monkeypatch
     assert seen.numel * 20 < batch * rank * m
 
 
-def test_tiles_and_pieces_do_not_change_the_result(
+def test_blocks_and_pieces_do_not_change_the_result(
     model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from npeff.gradients import budget, tiles
+    from npeff.fishers import passes
+    from npeff.gradients import blocks
 
     whole = fishers_of(model, [(x, Y)], compress=TopK(60))
-    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64)
-    monkeypatch.setattr(budget, "KEPT_BYTES", 3000)
+    monkeypatch.setattr(blocks, "TILE_ELEMENTS", 64)
+    monkeypatch.setattr(passes, "KEPT_BYTES", 3000)
     pieces = fishers_of(model, [(x, Y)], compress=TopK(60))
     for i in range(N):
         np.testing.assert_allclose(pieces.dense(i), whole.dense(i), atol=2e-6)
@@ -124,12 +125,12 @@ def test_progress_goes_to_stderr_and_can_be_silenced(
 
 @pytest.mark.parametrize("options", [{"compress": npeff.GramOnly()}, {"energy": 0.9}, {"basis": "class"}])
 def test_cotangents_of_pieces_are_those_of_the_batch(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from npeff.gradients import budget
+    from npeff.fishers import passes
 
     torch.manual_seed(0)
     model, x = nn.Linear(4, 70), 3 * torch.randn(7, 4)
     whole, mean = fishers_of(model, [x], **options), npeff.mean_fisher(model, [x], progress=False)
-    monkeypatch.setattr(budget, "KEPT_BYTES", 400_000)
+    monkeypatch.setattr(passes, "KEPT_BYTES", 400_000)
     pieces, summed = fishers_of(model, [x], **options), npeff.mean_fisher(model, [x], progress=False)
     n = whole.rows.n_rows
     np.testing.assert_allclose(whole.rows.gram(0, n), pieces.rows.gram(0, n), atol=1e-4)

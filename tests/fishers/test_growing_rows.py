@@ -7,8 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from npeff.fishers.growing_rows import GrowingArray, GrowingRows, concatenate
-from npeff.fishers.rows import DenseRows, SparseRows
+from npeff.fishers.rows import DenseRows, GrowingArray, GrowingRows, SparseRows, concatenate
 from planted import sparse
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import npeff
 from npeff.fishers import topk_sink
-from npeff.gradients.tiles import Pairs
+from npeff.gradients.blocks import Pairs
 from npeff.kernels import NonFiniteError, StreamingTopK, available, topk, use
 from npeff.models.parameters import Parameters
 

@@ -83,7 +83,7 @@ def test_fishers_of_probabilities_are_those_of_the_logits(options: Any, scale: f
     np.testing.assert_allclose(found.norms, expected.norms, rtol=2e-4)
     assert found.labels.tolist() == Y.tolist()
     assert found.provenance["options"]["likelihood"] == "probabilities"
-    p = np.exp(found.logits.astype(np.float64))
+    p = np.exp(np.asarray(found.logits, np.float64))
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ from npeff.errors import ArgumentError, ForeignFileError, StorageError, Truncate
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.rows import DenseRows
 from npeff.models.parameters import Parameters
-from npeff.storage.recognition import LAYOUTS
+from npeff.storage.container import LAYOUTS
 from stored_samples import (
     COLUMNS,
     VECTORS,

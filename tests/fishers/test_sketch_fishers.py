@@ -81,7 +81,7 @@ def test_two_sided_parameters_come_from_their_factors(
 ) -> None:
     """Formed or not, it is one sketch; and here it is not formed."""
     from npeff.fishers.sinks import SketchSink
-    from npeff.gradients import tiles
+    from npeff.gradients import blocks
 
     sketch, taken = Sketch(16, form="kronecker"), []
     put = SketchSink._put_pairs
@@ -92,7 +92,7 @@ def test_two_sided_parameters_come_from_their_factors(
     monkeypatch.setattr(SketchSink, "paired", always)
     factored = compute(model, data, sketch)
     assert set(taken) == {"layer.weight", "turned"}
-    monkeypatch.setattr(tiles, "pairs", lambda *_: None)
+    monkeypatch.setattr(blocks, "pairs", lambda *_: None)
     formed = compute(model, data, sketch)
     size = np.abs(formed.rows.values).max()
     np.testing.assert_allclose(factored.rows.values, formed.rows.values, rtol=0, atol=3e-6 * size)

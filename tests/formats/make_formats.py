@@ -12,7 +12,16 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from npeff.fishers.shards import FisherWriter  # noqa: E402
-from stored_samples import blocks_of, components_of, equal_entries, fishers_of, header_of, write_by_hand  # noqa: E402
+from stored_samples import (  # noqa: E402
+    blocks_of,
+    components_of,
+    equal_entries,
+    fishers_of,
+    header_of,
+    placed_components,
+    placed_fishers,
+    write_by_hand,
+)
 
 PUBLISHED = {
     "low_rank_fishers": (2, 2, 2, 2),
@@ -35,6 +44,8 @@ def main(version: str) -> None:
             for sparse in (True, False):
                 fishers_of(kind, sparse=sparse).save(folder / f"{kind}_fishers_{'sparse' if sparse else 'dense'}.h5")
             components_of(kind).save(folder / f"{kind}_components.h5")
+    placed_fishers().save(folder / "placed_fishers.h5")
+    placed_components().save(folder / "placed_components.h5")
     fishers = fishers_of()
     with FisherWriter(folder / "unfinished.h5", header_of(fishers), shard_bytes=1) as writer:
         for index, block in enumerate(blocks_of(fishers, 2)[:2]):

@@ -45,10 +45,10 @@ def test_in_factors_as_formed(monkeypatch: pytest.MonkeyPatch, padding: int | No
     options: dict[str, Any] = {"kind": kind, "compress": compress, "labels": "sampled", "n_samples": 2}
     formed = npeff.compute_fishers(model, data, progress=False, **options)
     shapes: list[str] = []
-    monkeypatch.setattr("npeff.gradients.tiles.TILE_ELEMENTS", 100)
+    monkeypatch.setattr("npeff.gradients.blocks.TILE_ELEMENTS", 100)
     monkeypatch.setattr(SketchSink, "paired", always)
-    plain = npeff.gradients.tiles.tied
-    monkeypatch.setattr("npeff.gradients.tiles.tied", lambda *given: shapes.append("tied") or plain(*given))
+    plain = npeff.gradients.blocks.tied
+    monkeypatch.setattr("npeff.gradients.blocks.tied", lambda *given: shapes.append("tied") or plain(*given))
     factored = npeff.compute_fishers(model, data, progress=False, **options)
     assert shapes
     np.testing.assert_allclose(factored.norms, formed.norms, rtol=1e-5)

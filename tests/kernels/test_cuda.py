@@ -12,10 +12,10 @@ from kernel_cases import kinds, problem
 from npeff.errors import ArgumentError, DataError
 from npeff.kernels import (
     NonFiniteError,
+    StreamingSketch,
     StreamingTopK,
     cross,
     csr_transpose,
-    cuda,
     dispatch,
     fisher_norms,
     nnls,
@@ -25,8 +25,8 @@ from npeff.kernels import (
     spread_multiply,
     topk,
 )
-from npeff.kernels.cuda_sketch import DeviceSketch
-from npeff.kernels.cuda_topk import DeviceTopK, plan_rows
+from npeff.kernels.sparse import Csr
+from npeff.kernels.streams import BlockRows
 from sparse_cases import skewed
 
 pytestmark = pytest.mark.gpu
@@ -162,8 +162,6 @@ def test_sums_over_examples(r: int) -> None:
 @pytest.mark.parametrize("shape", [(3, 5), (4097, 1), (300, 384), (1000, 3001)])
 def test_two_sided_sketch(d: int, shape: tuple[int, int]) -> None:
     """Blocks of matrices, and their factors; the same bits every time."""
-    from npeff.kernels import StreamingSketch
-
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(2, 4, 3, shape[0], generator=generator)
     inputs = torch.randn(2, 4, shape[1], generator=generator)
@@ -187,18 +185,15 @@ def test_two_sided_sketch(d: int, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(("d", "nonzeros"), [(64, 1), (4096, 1), (1536, 4), (100_000, 1)])
 def test_sketch(d: int, nonzeros: int) -> None:
-    from npeff.kernels import StreamingSketch
-
     x = np.random.default_rng(0).standard_normal((3, 300_007)).astype(np.float32)
     rows = np.array([1, 0, 1])
     here = StreamingSketch(2, d, 9, nonzeros=nonzeros)
     results = []
     for _ in range(2):
-        on_device = DeviceSketch(2, d, 9, nonzeros, torch.device(DEVICE))
+        on_device = StreamingSketch(2, d, 9, nonzeros=nonzeros)
         for a, b in pairwise([0, 1001, 300_007]):
-            plan = plan_rows(np.array([a, a, a + 10**9]), rows, 2, torch.device(DEVICE))
-            on_device.push(there(x[:, a:b])[0], plan)
-        results.append(on_device.finish()[0])
+            on_device.push(there(x[:, a:b])[0], np.array([a, a, a + 10**9]), rows)
+        results.append(torch.as_tensor(on_device.finish_there()))
     for a, b in pairwise([0, 1001, 300_007]):
         here.push(x[:, a:b], np.array([a, a, a + 10**9]), rows)
     np.testing.assert_allclose(results[0].cpu(), here.finish(), rtol=1e-4, atol=2e-3)
@@ -222,42 +217,44 @@ def test_the_callers_stream_is_used() -> None:
 
 def test_steps_can_be_captured_in_a_graph() -> None:
     gram, c, start = (t.float() for t in there(*problem(300, 24, np.float32)))
-    w, kkt = start.clone(), torch.empty(300, device=DEVICE)
-    csr = there(*skewed(300, 500))
-    dense = torch.randn(500, 24, device=DEVICE)
-    block = torch.randn(4, 50_000, device=DEVICE)
-    selection = DeviceTopK(4, 100, False, torch.device(DEVICE))
-    sketches = DeviceSketch(4, 256, 0, 1, torch.device(DEVICE))
+    w, kkt, status = start.clone(), torch.empty(300, device=DEVICE), torch.empty(2, dtype=torch.int64, device=DEVICE)
+    csr, k = there(*skewed(300, 500)), torch.zeros(300, 300, device=DEVICE)
+    matrix = Csr(*csr, 500)
+    dense, block = torch.randn(500, 24, device=DEVICE), torch.randn(4, 50_000, device=DEVICE)
+    selection, sketches = StreamingTopK(4, 100), StreamingSketch(4, 256)
+    rows = BlockRows(np.zeros(4, np.int64), None, 4)
     offsets = torch.arange(0, 301, 3, device=DEVICE)
-    k = torch.zeros(300, 300, device=DEVICE)
-    plan = plan_rows(np.zeros(4, np.int64), None, 4, torch.device(DEVICE))
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        cuda.nnls_(gram, c, w, max_sweeps=3, tol=0.0, kkt=kkt)
-        out = cuda.spmm(*csr, dense)
-        sums = cuda.cross(out, offsets)
-        cuda.gram_panel_(*csr, 500, k)
-        selection.push(block, plan)
-        sketches.push(block, plan)
-        return out, sums
+        kernels = dispatch.on_device(torch.device(DEVICE))
+        assert kernels is not None
+        kernels("nnls", gram=gram, cross=c, w=w, kkt=kkt, max_sweeps=3, tol=0.0, status=status)
+        out = matrix.times(dense)
+        kernels("gram_panel", a=matrix.compiled(kernels), k=k)
+        selection.push(block, rows)
+        sketches.push(block, rows)
+        return out, cross(out, offsets)
 
-    step()
+    rows.on(torch.device(DEVICE))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # the one that is captured: plans are made once per stream
+        step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         out, sums = step()
     selection.reset()
-    sketches.sums.zero_()
+    sketches.reset()
     k.zero_()
     w.copy_(start)
     block.normal_()
     dense.normal_()
     graph.replay()
-    counts, indices, _ = selection.finish(False)
+    counts, indices, _ = (torch.as_tensor(x) for x in selection.finish_there())
     np.testing.assert_allclose(w.cpu(), nnls(gram.cpu(), c.cpu(), start.cpu(), max_sweeps=3, tol=0).w, atol=1e-4)
     np.testing.assert_allclose(out.cpu(), spmm(*(t.cpu() for t in csr), dense.cpu()), rtol=1e-4, atol=1e-4)
     assert torch.equal(indices.cpu(), topk(block.cpu(), 100)[1]) and bool((counts == 100).all())
-    np.testing.assert_allclose(sketches.finish()[0].cpu(), sketch(block.cpu(), 256), rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(sketches.finish(), sketch(block.cpu(), 256), rtol=1e-4, atol=1e-2)
     np.testing.assert_allclose(sums.cpu(), cross(out.cpu(), offsets.cpu()), rtol=1e-4)
     np.testing.assert_allclose(k.tril().cpu(), sparse_gram(*(t.cpu() for t in csr), 500).tril(), rtol=1e-4, atol=1e-3)
 

@@ -47,7 +47,7 @@ P, OFFSETS, OUT = np.ones((4, 3), np.float32), np.array([0, 1, 4]), np.zeros((2,
 
 
 def cross(p: object = OnDevice(P), offsets: object = OnDevice(OFFSETS), out: object = OnDevice(OUT)) -> None:
-    _cuda.cross(p, offsets, out, 0)
+    _cuda.cross(p=p, row_offsets=offsets, out=out, stream=0)
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -
 
 def test_sizes_are_checked() -> None:
     with pytest.raises(ArgumentError, match="k: expected 1"):
-        _cuda.topk_bytes(3, 0)
-    memory = np.zeros(_cuda.topk_bytes(3, 5) - 1, np.uint8)
+        _cuda.topk_bytes(n=3, k=0)
+    memory = np.zeros(_cuda.topk_bytes(n=3, k=5) - 1, np.uint8)
     with pytest.raises(ArgumentError, match="memory: expected shape"):
-        _cuda.topk_reset(OnDevice(memory), 3, 5, False, 0)
-    with pytest.raises(ArgumentError, match="d: expected a multiple"):
-        _cuda.sketch_workspace(0, "float32", 40, 1, 1, 1)
-    with pytest.raises(ArgumentError, match="copies: expected"):
-        _cuda.sketch_workspace(0, "float32", 16, 0, 1, 1)
+        _cuda.topk_reset(memory=OnDevice(memory), n=3, k=5, keep_zeros=False, stream=0)
+    a = _cuda.Csr(indptr=OnDevice(OFFSETS), indices=OnDevice(OFFSETS), values=OnDevice(P[0]), n_columns=5, stream=0)
+    for d, copies in ((40, 1), (16, 0)):
+        with pytest.raises(ArgumentError, match="sums: expected a multiple of 16·copies columns, 1 … 64 copies"):
+            _cuda.sketch_csr(a=a, seed=0, copies=copies, sums=OnDevice(np.zeros((2, d))), stream=0)
 
 
 @no_device
@@ -93,12 +93,10 @@ def test_without_a_device_every_launch_fails_cleanly() -> None:
     assert _cuda.absence() and _cuda.devices() == [] and _cuda.usable(0)
     with pytest.raises(RuntimeError, match="cross: "):
         cross()
-    with pytest.raises(RuntimeError, match="nnls_workspace: "):
-        _cuda.nnls_workspace(0, 10, 3)
-    memory = np.zeros(_cuda.topk_bytes(3, 5) + 16, np.uint8)
-    memory = memory[-memory.ctypes.data % 16 :][: _cuda.topk_bytes(3, 5)]
+    memory = np.zeros(_cuda.topk_bytes(n=3, k=5) + 16, np.uint8)
+    memory = memory[-memory.ctypes.data % 16 :][: _cuda.topk_bytes(n=3, k=5)]
     with pytest.raises(RuntimeError, match="topk_reset: "):
-        _cuda.topk_reset(OnDevice(memory), 3, 5, False, 0)
+        _cuda.topk_reset(memory=OnDevice(memory), n=3, k=5, keep_zeros=False, stream=0)
 
 
 @no_device

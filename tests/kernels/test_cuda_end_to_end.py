@@ -13,11 +13,11 @@ import torch
 
 import npeff
 from device_cases import same, words_and_data
+from npeff.fishers.computation import sink_for
 from npeff.fishers.factors import Factors
 from npeff.fishers.options import FisherOptions
-from npeff.fishers.pipeline import sink_for
 from npeff.fishers.sinks import Sink, SketchSink
-from npeff.gradients.tiles import Block, Pairs
+from npeff.gradients.blocks import Block, Pairs
 from npeff.kernels import StreamingSketch, StreamingTopK, cross, csr_transpose, dispatch, spmm, spread_multiply
 from npeff.models.parameters import Parameters
 from planted import fishers_of, planted, sparse

@@ -14,8 +14,8 @@ import torch
 from npeff.errors import ArgumentError
 from npeff.kernels import NnlsResult, nnls, spmm, topk
 from npeff.kernels.arrays import accepts_cupy, is_cupy
-from npeff.kernels.cuda import Checked
-from npeff.kernels.cuda_topk import plan_rows
+from npeff.kernels.sparse import Checked
+from npeff.kernels.streams import BlockRows
 from sparse_cases import skewed, to_scipy
 
 
@@ -75,10 +75,10 @@ def test_others_pass_untouched() -> None:
 
 def test_plan_of_rows() -> None:
     bases, rows = np.array([500, 0, 100, 50]), np.array([2, 0, 2, 0])
-    plan = plan_rows(bases, rows, 4, torch.device("cpu"))
+    plan = BlockRows(bases, rows, 4).on(torch.device("cpu"))
     assert plan.order.tolist() == [1, 3, 2, 0] and plan.starts.tolist() == [0, 2, 2, 4, 4]
     assert plan.targets.tolist() == rows.tolist() and plan.bases.tolist() == bases.tolist()
-    assert plan_rows(bases, None, 5, torch.device("cpu")).starts.tolist() == [0, 1, 2, 3, 4, 4]
+    assert BlockRows(bases, None, 5).on(torch.device("cpu")).starts.tolist() == [0, 1, 2, 3, 4, 4]
 
 
 def test_what_was_checked_is_known_until_it_is_written_to() -> None:

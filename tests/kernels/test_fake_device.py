@@ -83,7 +83,7 @@ def test_tiles_are_not_waited_for(device: Any, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("npeff.models.digests.model_digest", lambda model: "")  # made from time to time
     mode, waits, calls = device[0], [], []
     for elements in (1 << 20, 60):
-        monkeypatch.setattr("npeff.gradients.tiles.TILE_ELEMENTS", elements)
+        monkeypatch.setattr("npeff.gradients.blocks.TILE_ELEMENTS", elements)
         before, device[1].calls = len(mode.waits), {}
         npeff.compute_fishers(model, [torch.randn(8, 20)] * 2, compress=compress, progress=False)
         waits.append(len(mode.waits) - before)

@@ -19,7 +19,7 @@ _native = pytest.importorskip("npeff._native", reason="the native module was not
 
 
 def segments(p: object, offsets: object, out: object) -> None:
-    _native.cross(p, offsets, out, 1)
+    _native.cross(p=p, row_offsets=offsets, out=out, threads=1)
 
 
 P = np.ones((4, 3), np.float32)
@@ -70,7 +70,8 @@ def test_wrong_output_is_named() -> None:
     with pytest.raises(ArgumentError, match="row_offsets: expected to ascend from 0 to 4"):
         segments(P, np.array([0, 5, 4]), np.zeros((2, 3), np.float32))
     with pytest.raises(ArgumentError, match="indices: expected 1 … 3 columns, got 4"):
-        _native.topk(P, np.zeros((4, 4), np.int64), np.zeros((4, 4), np.float32), False, 1)
+        indices, values = np.zeros((4, 4), np.int64), np.zeros((4, 4), np.float32)
+        _native.topk(x=P, indices=indices, values=values, by_magnitude=False, threads=1)
 
 
 def test_a_convolution_that_would_read_beyond_its_inputs_is_named() -> None:
@@ -78,6 +79,7 @@ def test_a_convolution_that_would_read_beyond_its_inputs_is_named() -> None:
 
     def run(**change: object) -> None:
         arguments = {
+            "delta": [delta],
             "turns": 1,
             "groups": 1,
             "kernel": (2, 2),
@@ -85,7 +87,7 @@ def test_a_convolution_that_would_read_beyond_its_inputs_is_named() -> None:
             "dilation": (1, 1),
             "channels": (0, 1),
         }
-        _native.convolution_gradients(inputs, [delta], **{**arguments, **change}, squared=False, out=out, threads=1)
+        _native.convolution_gradients(inputs=inputs, **{**arguments, **change}, squared=False, out=out, threads=1)
 
     run()
     for change, text in (
@@ -96,15 +98,11 @@ def test_a_convolution_that_would_read_beyond_its_inputs_is_named() -> None:
         ({"channels": (0, 2)}, "channels"),
         ({"channels": (-1, 1)}, "channels"),
         ({"turns": 2}, "do not divide"),
+        ({"delta": []}, "at least one column"),
+        ({"delta": [delta, delta[:, :, :2]]}, "delta: expected shape"),
     ):
         with pytest.raises(ArgumentError, match=text):
             run(**change)
-    with pytest.raises(ArgumentError, match="at least one column"):
-        _native.convolution_gradients(inputs, [], 1, 1, (2, 2), (1, 1), (1, 1), (0, 1), False, out, 1)
-    with pytest.raises(ArgumentError, match="delta: expected shape"):
-        _native.convolution_gradients(
-            inputs, [delta, delta[:, :, :2]], 1, 1, (2, 2), (1, 1), (1, 1), (0, 1), False, out, 1
-        )
 
 
 def test_other_device_is_named() -> None:

@@ -77,22 +77,37 @@ def test_a_file_with_columns_out_of_order(tmp_path: Path) -> None:
         npeff.decompose(npeff.load(path), n_components=2, seed=0)
 
 
+def cross(p: Any, out: Any, row_offsets: Any = OFFSETS, threads: int = 1) -> None:
+    _native.cross(p=p, row_offsets=row_offsets, out=out, threads=threads)
+
+
+def spread(w: Any, p: Any, out: Any) -> None:
+    _native.spread_multiply(w=w, p=p, row_offsets=OFFSETS, out=out, threads=1)
+
+
+def largest(indices: Any, values: Any, threads: int = 1) -> None:
+    _native.topk(x=P, indices=indices, values=values, by_magnitude=False, threads=threads)
+
+
+def solve(kernel: str, cross: Any, w: Any, kkt: Any, **numbers: Any) -> None:
+    gram, status = np.eye(cross.shape[1], dtype=cross.dtype), np.zeros(2, np.int64)
+    getattr(_native, kernel)(gram=gram, cross=cross, w=w, kkt=kkt, **numbers, status=status, threads=1)
+
+
 def test_the_native_gram_needs_order() -> None:
-    csr = _native.Csr(*UNSORTED, 1000, 1)
-    for function in (_native.gram_panel, _native.gram_scatter):
-        with pytest.raises(ArgumentError, match="indices: expected columns that ascend"):
-            function(csr, np.zeros((2, 2), np.float32), 1)
+    indptr, indices, values = UNSORTED
+    a = _native.Csr(indptr=indptr, indices=indices, values=values, n_columns=1000, threads=1)
+    with pytest.raises(ArgumentError, match="indices: expected columns that ascend"):
+        _native.sparse_gram(a=a, names=np.zeros(1000, np.int32), k=np.zeros((2, 2), np.float32), threads=1)
 
 
-@pytest.mark.parametrize("middle", [-1, 3, 2**62, -(2**63)])
-def test_a_wild_indptr_of_chosen_columns(middle: int) -> None:
-    csr = _native.Csr(np.array([0, 1, 2]), np.array([0, 1], np.int32), np.ones(2, np.float32), 2, 1)
-    names, starts = np.array([0, 1], np.int32), np.array([0, middle, 2])
-    with pytest.raises(ArgumentError, match="indptr_out: expected"):
-        _native.select_columns(csr, names, starts, np.zeros(2, np.int32), np.zeros(2, np.float32), 1)
-    for wrong in (np.array([0, 0, 2]), np.array([0, 2, 2])):  # ascends, and is another matrix's
-        with pytest.raises(ArgumentError, match="indptr_out: expected"):
-            _native.select_columns(csr, names, wrong, np.zeros(2, np.int32), np.zeros(2, np.float32), 1)
+def test_wild_names_of_dense_columns() -> None:
+    csr = {"indptr": np.array([0, 1, 3]), "indices": np.array([0, 1, 2], np.int32), "values": np.ones(3, np.float32)}
+    names, out = np.array([2**31 - 1, -(2**31), 1], np.int32), np.full((2, 1), 7, np.float32)
+    a = _native.Csr(**csr, n_columns=3, threads=1)
+    for first, want in ((0, [0, 0]), (1, [0, 1]), (2**31 - 1, [1, 0]), (-(2**31), [0, 0]), (2**62, [0, 0])):
+        _native.to_dense(a=a, names=names, first=first, out=out, threads=1)
+        np.testing.assert_array_equal(out[:, 0], want)
 
 
 def test_a_matrix_that_was_written_to_is_checked_again() -> None:
@@ -129,12 +144,12 @@ def test_numbers_of_entries_to_keep(k: int) -> None:
     with pytest.raises(ArgumentError, match="k: expected"):
         kernels.StreamingTopK(1, k)
     with pytest.raises(ArgumentError, match="k: expected"):
-        _native.Selectors(1, k, False)
+        _native.Selectors(n_rows=1, k=k, keep_zeros=False)
     with pytest.raises(ArgumentError, match="k: expected"):
         blocks.Selectors(1, k, False, 0)
     for n_rows in (-1, 2**63 - 1):
         with pytest.raises(ArgumentError, match="n_rows: expected"):
-            _native.Selectors(n_rows, 1, False)
+            _native.Selectors(n_rows=n_rows, k=1, keep_zeros=False)
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "3", None, 2**64, np.array([1, 2]), torch.ones(2, 2), object()])
@@ -167,17 +182,18 @@ def test_outer_products_beyond_all_selectors_and_indices(implementation: str) ->
         with pytest.raises(ArgumentError, match=f"{name}.*: expected"):
             stream.push_outer(delta, inputs, *arguments)
         if implementation != "reference":
-            native = _native.Selectors(2, 3, False)
+            native = _native.Selectors(n_rows=2, k=3, keep_zeros=False)
             with pytest.raises(ArgumentError, match=f"{name}.*: expected"):
-                native.push_outer(delta, inputs, *arguments, False, 1)
+                outer = dict(zip(("first", "base", "column_stride"), arguments, strict=True))
+                native.push_outer(delta=delta, inputs=inputs, **outer, turned=False, threads=1)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 2**31 - 1])
 def test_numbers_of_threads(threads: int) -> None:
     with pytest.raises(ArgumentError, match="threads: expected 1 … 4096"):
-        _native.cross(P, OFFSETS, np.zeros((2, 3), np.float32), threads)
+        cross(P, np.zeros((2, 3), np.float32), threads=threads)
     with pytest.raises(ArgumentError, match="threads: expected 1 … 4096"):
-        _native.topk(P, np.zeros((4, 1), np.int64), np.zeros((4, 1), np.float32), False, threads)
+        largest(np.zeros((4, 1), np.int64), np.zeros((4, 1), np.float32), threads)
     with pytest.raises(ArgumentError, match="n: expected a number of threads"):
         kernels.set_num_threads(threads)
 
@@ -186,12 +202,12 @@ def test_sweeps_without_end() -> None:
     with pytest.raises(ArgumentError, match="max_sweeps: expected 0 … 1000000"):
         nnls(np.eye(2), np.ones((1, 2)), max_sweeps=2**62)
     with pytest.raises(ArgumentError, match="max_sweeps: expected 0 … 1000000"):
-        _native.nnls_f64(np.eye(2), np.ones((1, 2)), np.zeros((1, 2)), None, 2**62, 0.0, 1)
+        solve("nnls", np.ones((1, 2)), np.zeros((1, 2)), None, max_sweeps=2**62, tol=0.0)
     for tol in (-1.0, float("nan")):
         with pytest.raises(ArgumentError, match="tol: expected"):
             nnls(np.eye(2), np.ones((1, 2)), tol=tol)
         with pytest.raises(ArgumentError, match="tol: expected"):
-            _native.nnls_exact(np.eye(2), np.ones((1, 2)), np.zeros((1, 2)), np.zeros(1), tol, 1)
+            solve("nnls_exact", np.ones((1, 2)), np.zeros((1, 2)), np.zeros(1), tol=tol)
 
 
 SWEEPS_WITHOUT_END = """
@@ -237,28 +253,28 @@ def test_ctrl_c_ends_the_sweeps() -> None:
 
 
 def test_outputs_that_lie_in_inputs() -> None:
-    gram, cross = np.eye(3, dtype=np.float32), np.ones((4, 3), np.float32)
+    gram, right = np.eye(3, dtype=np.float32), np.ones((4, 3), np.float32)
     both = np.ones(24, np.float32)
-    for out in (cross, both[3:15].reshape(4, 3)):
-        given = cross if out is cross else both[:12].reshape(4, 3)
+    for out in (right, both[3:15].reshape(4, 3)):
+        given = right if out is right else both[:12].reshape(4, 3)
         with pytest.raises(ArgumentError, match="out: must not be the same memory as cross"):
             nnls(gram, given, out=out)
         with pytest.raises(ArgumentError, match="w: must not be the same memory as cross"):
-            _native.nnls_f32(gram, given, out, None, 10, 0.0, 1)
+            solve("nnls", given, out, None, max_sweeps=10, tol=0.0)
     with pytest.raises(ArgumentError, match="out: must not be the same memory as w0"):
-        nnls(gram, cross, both[:12].reshape(4, 3), out=both[3:15].reshape(4, 3))
+        nnls(gram, right, both[:12].reshape(4, 3), out=both[3:15].reshape(4, 3))
     w = np.ones((4, 3), np.float32)
-    np.testing.assert_allclose(nnls(gram, cross, w, out=w[:]).w, 1)  # the same one is the start itself
+    np.testing.assert_allclose(nnls(gram, right, w, out=w[:]).w, 1)  # the same one is the start itself
     with pytest.raises(ArgumentError, match="out: must not be the same memory as p"):
-        _native.cross(both[:12].reshape(4, 3), OFFSETS, both[6:12].reshape(2, 3), 1)
+        cross(both[:12].reshape(4, 3), both[6:12].reshape(2, 3))
     p = P.copy()
-    _native.spread_multiply(2 * np.ones((2, 3), np.float32), p, OFFSETS, p, 1)  # in place is fine
+    spread(2 * np.ones((2, 3), np.float32), p, p)  # in place is fine
     np.testing.assert_array_equal(p, 2 * P)
     with pytest.raises(ArgumentError, match="out: must not be the same memory as p"):
-        _native.spread_multiply(w[:2], both[:12].reshape(4, 3), OFFSETS, both[3:15].reshape(4, 3), 1)
+        spread(w[:2], both[:12].reshape(4, 3), both[3:15].reshape(4, 3))
     with pytest.raises(ArgumentError, match="indices: must not be the same memory as values"):
         space = np.zeros(16, np.int64)
-        _native.topk(P, space[:8].reshape(4, 2), space[4:8].view(np.float32).reshape(4, 2), False, 1)
+        largest(space[:8].reshape(4, 2), space[4:8].view(np.float32).reshape(4, 2))
     inputs, delta = np.ones((1, 1, 4, 4), np.float32), np.ones((1, 1, 3, 3), np.float32)
     with pytest.raises(ArgumentError, match="out: must not be the same memory as inputs"):
         kernels.convolution_gradients(inputs, [delta], (2, 2), out=inputs.reshape(-1)[:4].reshape(1, 1, 1, 1, 2, 2))
@@ -270,16 +286,16 @@ def test_memory_that_is_no_place_for_numbers() -> None:
     misaligned[...] = P
     out = np.zeros((2, 3), np.float32)
     with pytest.raises(ArgumentError, match="p: expected an address that is a multiple of 4"):
-        _native.cross(misaligned, OFFSETS, out, 1)
+        cross(misaligned, out)
     np.testing.assert_array_equal(kernels.cross(misaligned, OFFSETS), WANT)
     np.testing.assert_array_equal(kernels.cross(torch.from_numpy(misaligned), torch.from_numpy(OFFSETS)), WANT)
     np.testing.assert_array_equal(kernels.topk(misaligned, 1)[1][:, 0], [2, 2, 2, 2])
     with pytest.raises(ArgumentError, match="elements of at least one byte"):
-        _native.cross(np.zeros((4, 3), "V0"), OFFSETS, out, 1)
+        cross(np.zeros((4, 3), "V0"), out)
     with pytest.raises(ArgumentError, match="out: expected a C-contiguous"):
         nnls(np.eye(3, dtype=np.float32), P, out=misaligned)
     offsets = (ctypes.c_int64 * 3)(0, 1, 4)  # gives no strides
-    _native.cross(P, offsets, out, 1)
+    cross(P, out, offsets)
     np.testing.assert_array_equal(out, WANT)
 
 
@@ -294,16 +310,17 @@ def test_sizes_whose_product_overflows() -> None:
         {"lanes": 3},
     ):
         with pytest.raises(ArgumentError, match="p: expected"):
-            _native.cross(hostile_calls._Exported(P, **said), OFFSETS, out, 1)
-    _native.cross(hostile_calls._Exported(P), OFFSETS, out, 1)
+            cross(hostile_calls._Exported(P, **said), out)
+    cross(hostile_calls._Exported(P), out)
     np.testing.assert_array_equal(out, WANT)
     with pytest.raises(ArgumentError, match="p: expected"):
-        _native.cross(np.lib.stride_tricks.as_strided(P, (1 << 30, 1 << 30), (0, 0)), OFFSETS, out, 1)
+        cross(np.lib.stride_tricks.as_strided(P, (1 << 30, 1 << 30), (0, 0)), out)
     # Nothing in it, however long: no loop over the length.
-    gram, cross, w = (np.zeros((n, 0), np.float32) for n in (0, 1 << 50, 1 << 50))
-    _native.nnls_f32(gram, cross, w, None, 10, 0.0, 1)
-    _native.sketch_outer(np.zeros((1, 1 << 50, 0, 5), np.float32), np.zeros((1, 1 << 50, 0), np.float32),
-                         np.zeros(5, np.int32), np.zeros(0, np.int32), 1.0, np.zeros((1, 0, 16)), 1)  # fmt: skip
+    empty, w = (np.zeros((1 << 50, 0), np.float32) for _ in range(2))
+    solve("nnls", empty, w, None, max_sweeps=10, tol=0.0)
+    delta, inputs = np.zeros((1, 1 << 50, 0, 5), np.float32), np.zeros((1, 1 << 50, 0), np.float32)
+    places = {"delta_places": np.zeros(5, np.int32), "input_places": np.zeros(0, np.int32)}
+    _native.sketch_outer(delta=delta, input=inputs, **places, weight=1.0, sums=np.zeros((1, 0, 16)), threads=1)
 
 
 # ---- tensors that are no ordinary ones
@@ -319,7 +336,7 @@ def test_noted_signs_are_minded(implementation: str) -> None:
     np.testing.assert_array_equal(kernels.sketch(x, 16), want)
     if implementation != "reference":
         with pytest.raises(ArgumentError, match=r"p: .*negative"):
-            _native.cross(x, np.array([0, 3]), np.zeros((1, 4), np.float32), 1)
+            cross(x, np.zeros((1, 4), np.float32), np.array([0, 3]))
 
 
 def _fake() -> torch.Tensor:
@@ -350,7 +367,7 @@ def test_what_has_no_numbers_in_memory(implementation: str, make: Any, message: 
     with pytest.raises(ArgumentError, match=message):
         kernels.cross(make(), torch.from_numpy(OFFSETS))
     with pytest.raises(ArgumentError):
-        _native.cross(make(), OFFSETS[[0, 1, 1]], np.zeros((2, 3), np.float32), 1)
+        cross(make(), np.zeros((2, 3), np.float32), OFFSETS[[0, 1, 1]])
 
 
 def test_within_vmap() -> None:

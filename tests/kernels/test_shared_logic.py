@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import blocks
 from kernel_cases import drawn_cuts, kinds, problem
 from npeff.kernels import reference, spmm, topk
-from npeff.kernels.cuda_topk import ordered_by_magnitude
 from sparse_cases import skewed, to_scipy
 
 SEEDS = [0, 1, 2]
@@ -26,8 +25,8 @@ def bfloat16(x: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
     return t, t.float().numpy()
 
 
-def oracle(x: np.ndarray, k: int, by_magnitude: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    values, indices = reference.topk(torch.from_numpy(x), k, by_magnitude)
+def oracle(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    values, indices = reference.topk(torch.from_numpy(x), k, False)
     return values.numpy(), indices.numpy()
 
 
@@ -40,14 +39,11 @@ class Stream:
         bases = np.full(len(x), base, np.int64) if isinstance(base, int) else base
         self.inner.push(x, bases, np.arange(len(x)) if rows is None else rows)
 
-    def finish(self, by_magnitude: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def finish(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         counts, indices = np.empty(self.n, np.int64), np.empty((self.n, self.k), np.int64)
         values = np.empty((self.n, self.k), np.float32)
         self.inner.finish(counts, indices, values)
-        if not by_magnitude:
-            return counts, indices, values
-        ordered = ordered_by_magnitude(*map(torch.from_numpy, (counts, indices, values)))
-        return counts, ordered[0].numpy(), ordered[1].numpy()
+        return counts, indices, values
 
 
 # Tiles of the scan are of 4096 entries, of the selection of 512 and 2048.
@@ -56,14 +52,13 @@ class Stream:
 def test_topk_equals_sorting(seed: int, cols: int, k: int) -> None:
     rng = np.random.default_rng(cols)
     x = np.stack(list(kinds(cols, rng).values())).astype(np.float32)
-    for by_magnitude in (False, True):
-        stream = Stream(len(x), k, seed, keep_zeros=True)
-        stream.push(x)
-        counts, indices, values = stream.finish(by_magnitude)
-        assert (counts == k).all() and stream.inner.status()[0] == -1
-        expected, places = oracle(x, k, by_magnitude)
-        np.testing.assert_array_equal(indices, places)
-        assert values.tobytes() == expected.tobytes()
+    stream = Stream(len(x), k, seed, keep_zeros=True)
+    stream.push(x)
+    counts, indices, values = stream.finish()
+    assert (counts == k).all() and stream.inner.status()[0] == -1
+    expected, places = oracle(x, k)
+    np.testing.assert_array_equal(indices, places)
+    assert values.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -112,12 +107,12 @@ def test_topk_rows_feed_selectors_again_and_again(seed: int) -> None:
     for _ in range(2):
         x = rng.standard_normal((5, 50)).astype(np.float32)
         stream.push(x, bases, rows)
-        counts, indices, values = stream.finish(True)
+        counts, indices, values = stream.finish()
         assert list(counts) == [6, 0, 6, 0]
         flat = np.zeros((2, 2000), np.float32)
         for row, (selector, base) in enumerate(zip(rows // 2, bases, strict=True)):
             flat[selector, base : base + 50] = x[row]
-        expected, places = oracle(flat, 6, True)
+        expected, places = oracle(flat, 6)
         np.testing.assert_array_equal(indices[[0, 2]], places)
         np.testing.assert_array_equal(values[[0, 2]], expected)
 
@@ -142,11 +137,12 @@ def test_every_half_is_widened_rightly() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     out = np.empty((len(bits), 1), np.float32)
     half = bits.view(np.float16)[:, None]
-    blocks.cross(half, np.arange(len(bits) + 1), out, 0)
+    blocks.cross(p=half, row_offsets=np.arange(len(bits) + 1), out=out, stream=0)
     with np.errstate(over="ignore", invalid="ignore"):
         np.testing.assert_array_equal(out, np.square(half.astype(np.float32)))
     wide = (bits.astype(np.uint32) << 16).view(np.float32)[:, None]
-    blocks.cross(torch.from_numpy(bits.view(np.int16))[:, None].view(torch.bfloat16), np.arange(len(bits) + 1), out, 0)
+    brain = torch.from_numpy(bits.view(np.int16))[:, None].view(torch.bfloat16)
+    blocks.cross(p=brain, row_offsets=np.arange(len(bits) + 1), out=out, stream=0)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         np.testing.assert_array_equal(out, np.square(wide))
 
@@ -202,11 +198,12 @@ def test_spmm(seed: int, dtype: type, r: int) -> None:
         bits, rounded = bfloat16(dense)
         for given_, values in ((dense, dense), (dense.astype(np.float16),) * 2, (bits, rounded)):
             out = np.full((rows, r), np.nan, np.float32)
-            blocks.spmm(*csr, given_, out, seed)
+            blocks.spmm(a=blocks.csr(*csr, columns), dense=given_, out=out, stream=seed)
             expected = to_scipy(csr, columns) @ values.astype(np.float64)
             np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
         wide = np.full((rows, r), np.nan)
-        blocks.spmm(csr[0], csr[1], csr[2].astype(np.float64), dense.astype(np.float64), wide, seed)
+        double = blocks.csr(csr[0], csr[1], csr[2].astype(np.float64), columns)
+        blocks.spmm(a=double, dense=dense.astype(np.float64), out=wide, stream=seed)
         np.testing.assert_allclose(wide, to_scipy(csr, columns) @ dense.astype(np.float64), rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(spmm(*csr, dense), wide, rtol=1e-4, atol=1e-4)
 
@@ -218,7 +215,7 @@ def test_sparse_gram(seed: int, rows: int, columns: int) -> None:
     for dtype in (np.int32, np.int64):
         csr = skewed(rows, columns, rows, dtype)
         k = np.zeros((rows, rows), np.float32)
-        blocks.gram(*csr, columns, k, seed)
+        blocks.gram(blocks.csr(*csr, columns), k, seed)
         a = to_scipy(csr, columns)
         np.testing.assert_allclose(k, (a @ a.T).toarray(), rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(k, k.T)
@@ -232,7 +229,7 @@ def test_sparse_gram_skips_what_is_empty() -> None:
     indptr = np.concatenate([[0], np.cumsum(mask.sum(1))])
     csr = (indptr, columns[np.nonzero(mask)[1]], rng.standard_normal(mask.sum()).astype(np.float32))
     k = np.ones((80, 80), np.float32)
-    blocks.gram(*csr, 10**9, k, 1)
+    blocks.gram(blocks.csr(*csr, 10**9), k, 1)
     a = np.zeros((80, 60))
     a[mask] = csr[2]
     np.testing.assert_allclose(k, 1 + a @ a.T, rtol=1e-4, atol=1e-4)
@@ -248,13 +245,13 @@ def test_sums_over_examples(seed: int, r: int) -> None:
         p, w = rng.standard_normal((15, r)).astype(dtype), rng.random((6, r)).astype(dtype)
         sums = np.float64 if dtype is np.float64 else np.float32
         out, product = np.full((6, r), np.nan, sums), np.full((15, r), np.nan, sums)
-        blocks.cross(p, offsets, out, seed)
-        blocks.spread_multiply(w, p, offsets, product, seed)
+        blocks.cross(p=p, row_offsets=offsets, out=out, stream=seed)
+        blocks.spread_multiply(w=w, p=p, row_offsets=offsets, out=product, stream=seed)
         expected = np.stack([np.square(p[a:b].astype(np.float64)).sum(0) for a, b in pairwise(offsets)])
         np.testing.assert_allclose(out, expected, rtol=1e-6)
         np.testing.assert_array_equal(product, np.repeat(w.astype(sums), counts, axis=0) * p.astype(sums))
         if dtype != np.float16:
-            blocks.spread_multiply(w, p, offsets, p, seed)  # in place
+            blocks.spread_multiply(w=w, p=p, row_offsets=offsets, out=p, stream=seed)  # in place
             np.testing.assert_array_equal(p, product)
 
 
@@ -264,7 +261,7 @@ def test_fisher_norms(seed: int) -> None:
         csr = skewed(23, 900, dtype=dtype)
         offsets = np.array([0, 3, 3, 4, 13, 20, 23])
         out = np.empty(6)
-        blocks.fisher_norms(*csr, 900, offsets, out, seed)
+        blocks.fisher_norms(a=blocks.csr(*csr, 900), row_offsets=offsets, out=out, stream=seed)
         a = to_scipy(csr, 900).toarray()
         expected = [np.linalg.norm(a[i:j] @ a[i:j].T) for i, j in pairwise(offsets)]
         np.testing.assert_allclose(out, expected, rtol=1e-10)

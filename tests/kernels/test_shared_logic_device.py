@@ -16,7 +16,7 @@ from device_cases import Words, same
 from emulated_device import EmulatedCuda, emulated
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.kernels import NonFiniteError, StreamingSketch, StreamingTopK, sketch, sketch_csr, topk
-from npeff.kernels.cuda_sketch import hadamard
+from npeff.kernels.sketch import hadamard
 from sparse_cases import skewed
 
 
@@ -49,7 +49,7 @@ def test_fishers(
         pytest.skip("there are no such sketches")
     options: dict[str, Any] = {"kind": kind, "compress": compress, "progress": False}
     here = npeff.compute_fishers(model, data, **options)
-    monkeypatch.setattr("npeff.gradients.tiles.TILE_ELEMENTS", 90)  # matrices come in several blocks
+    monkeypatch.setattr("npeff.gradients.blocks.TILE_ELEMENTS", 90)  # matrices come in several blocks
     with emulated(monkeypatch) as module:
         there = npeff.compute_fishers(model, data, **options, out=tmp_path / "f.h5")
     same(here, there, 2e-6)

@@ -19,8 +19,13 @@ MAP_SEED = 2**62 + 12345
 
 def expected(x: np.ndarray, bases: np.ndarray, targets: np.ndarray, d: int, nonzeros: int, n: int) -> np.ndarray:
     sums = np.zeros((n, d))
-    _native.sketch_rows(np.ascontiguousarray(x, np.float32), bases, targets, MAP_SEED, nonzeros, sums, 1)
+    x = np.ascontiguousarray(x, np.float32)
+    _native.sketch_rows(block=x, **rows(bases, targets, n), seed=MAP_SEED, copies=nonzeros, sums=sums, threads=1)
     return sums
+
+
+def rows(bases: np.ndarray, targets: np.ndarray, n: int, name: str = "bases") -> dict[str, np.ndarray]:
+    return {name: bases, **blocks.by_target(targets, bases, n)}
 
 
 # Tiles are of 4096 entries, blocks of the map of 16; 64 KiB of shared memory hold some 10 000 buckets.
@@ -32,12 +37,16 @@ def test_rows(seed: int, d: int, nonzeros: int, width: int) -> None:
     x = rng.standard_normal((3, width + 5)).astype(np.float32)[:, 2:-3]
     bases, targets = np.array([7, 10**12, 0]), np.array([1, 0, 1])
     sums = np.zeros((3, d))
-    blocks.sketch_rows(d, nonzeros, MAP_SEED, x, bases, targets, sums, seed)
+    blocks.sketch_rows(
+        block=x, **rows(bases, targets, len(sums)), seed=MAP_SEED, copies=nonzeros, sums=sums, stream=seed
+    )
     want = expected(x, bases, targets, d, nonzeros, 3)
     np.testing.assert_allclose(sums, want, rtol=1e-6, atol=2e-6 * np.sqrt(width))
     assert (sums[2] == 0).all()
     again = np.zeros((3, d))
-    blocks.sketch_rows(d, nonzeros, MAP_SEED, x, bases, targets, again, seed + 10)
+    blocks.sketch_rows(
+        block=x, **rows(bases, targets, len(again)), seed=MAP_SEED, copies=nonzeros, sums=again, stream=seed + 10
+    )
     np.testing.assert_array_equal(sums, again)  # the same bits in any order of threads and blocks
 
 
@@ -48,11 +57,13 @@ def test_16_bits_and_adding_up(seed: int) -> None:
     want = expected(x, bases, targets, 256, 1, 2)
     sums = np.zeros((2, 256))
     for a, b in ((0, 1001), (1001, 3000)):
-        blocks.sketch_rows(256, 1, MAP_SEED, x[:, a:b], bases + a, targets, sums, seed)
+        blocks.sketch_rows(
+            block=x[:, a:b], **rows(bases + a, targets, len(sums)), seed=MAP_SEED, copies=1, sums=sums, stream=seed
+        )
     np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-5)
     t = torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)
     sums = np.zeros((2, 256))
-    blocks.sketch_rows(256, 1, MAP_SEED, t, bases, targets, sums, seed)
+    blocks.sketch_rows(block=t, **rows(bases, targets, len(sums)), seed=MAP_SEED, copies=1, sums=sums, stream=seed)
     np.testing.assert_allclose(sums, expected(t.float().numpy(), bases, targets, 256, 1, 2), rtol=1e-5, atol=1e-5)
 
 
@@ -63,9 +74,10 @@ def test_csr(seed: int, d: int, nonzeros: int) -> None:
         indptr, indices, values = skewed(20, 900, dtype=dtype)
         values = (values * scale).astype(np.float32)
         sums, want = np.zeros((20, d)), np.zeros((20, d))
-        blocks.sketch_csr(d, nonzeros, MAP_SEED, indptr, indices, values, 900, sums, seed)
-        csr = _native.Csr(indptr, indices, values, 900, 1)
-        _native.sketch_csr(csr, MAP_SEED, nonzeros, want, 1)
+        csr = {"indptr": indptr, "indices": indices, "values": values, "n_columns": 900}
+        flat = {"seed": MAP_SEED, "copies": nonzeros}
+        blocks.sketch_csr(a=blocks.csr(**csr), **flat, sums=sums, stream=seed)
+        _native.sketch_csr(a=_native.Csr(**csr, threads=1), **flat, sums=want, threads=1)
         np.testing.assert_allclose(sums, want, rtol=1e-9, atol=1e-9 * scale)
 
 
@@ -78,15 +90,17 @@ def test_two_sided(seed: int, d: int, shape: tuple[int, int], cuts: list[int]) -
     x = rng.standard_normal((3, *shape)).astype(np.float32)
     down, across = np.empty(shape[0], np.int32), np.empty(shape[1], np.int32)
     for side, places in enumerate((down, across)):
-        _native.sketch_places(MAP_SEED, 77, side, d, places)
+        _native.sketch_places(seed=MAP_SEED, offset=77, side=side, d=d, places=places)
     targets, sums, want = np.array([1, 0, 1]), np.zeros((3, d)), np.zeros((3, d))
     for a, b in pairwise([0, *cuts, shape[0]]):
         block, first = np.ascontiguousarray(x[:, a:b].reshape(3, -1)), np.full(3, a)
-        blocks.sketch_matrix(d, 1.5, block, down, across, first, targets, sums, seed)
-        _native.sketch_matrix(block, shape[1], down, across, targets, first, 1.5, want, 1)
+        matrix = {"block": block, "row_places": down, "column_places": across, "weight": 1.5}
+        matrix |= rows(first, targets, 3, "first")
+        blocks.sketch_matrix(**matrix, sums=sums, stream=seed)
+        _native.sketch_matrix(**matrix, sums=want, threads=1)
     np.testing.assert_allclose(sums, want, rtol=1e-6, atol=2e-6 * np.sqrt(x[0].size))
     block[2, -1] = np.inf
-    blocks.sketch_matrix(d, 1.5, block, down, across, first, targets, sums, seed)
+    blocks.sketch_matrix(**matrix, sums=sums, stream=seed)
     assert np.isnan(sums[1]).any() and np.isfinite(sums[[0, 2]]).all()
 
 
@@ -101,5 +115,5 @@ def test_finish_finds_what_is_not_finite(seed: int) -> None:
     indptr, indices = np.array([0, 2, 4]), np.array([0, 5, 1, 2], np.int32)
     values = np.array([1, 2, np.inf, 3], np.float32)
     total = np.zeros((2, 16))
-    blocks.sketch_csr(16, 1, 0, indptr, indices, values, 9, total, seed)
+    blocks.sketch_csr(a=blocks.csr(indptr, indices, values, 9), seed=0, copies=1, sums=total, stream=seed)
     assert np.isfinite(total[0]).all() and np.isnan(total[1]).all()

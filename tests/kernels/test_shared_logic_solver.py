@@ -17,7 +17,7 @@ from npeff.errors import ArgumentError
 from npeff.fishers.rows import ENTRY_BYTES, DenseRows, SparseRows
 from npeff.fishers.streamed_rows import StreamedRows, ahead, device_combine, device_gram, device_project
 from npeff.kernels import csr_transpose, sparse_gram, spmm
-from npeff.kernels.sparse_gram import add_gram_, mirror_
+from npeff.kernels.sparse import add_gram_, mirror_
 from planted import planted
 from sparse_cases import skewed
 

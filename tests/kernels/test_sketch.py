@@ -183,15 +183,32 @@ def test_the_native_kernels_check_what_would_break_memory() -> None:
     native = dispatch.native()
     if native is None:
         pytest.skip("no native module")
-    sums, x = np.zeros((2, 32)), normal(2, 8)
-    zero = np.zeros(2, np.int64)
-    with pytest.raises(ArgumentError):
-        native.sketch_rows(x, zero, zero + 2, 0, 1, sums, 1)
-    with pytest.raises(ArgumentError):
-        native.sketch_rows(x, zero, zero, 0, 3, sums, 1)
-    places = np.full(4, 64, np.int32)
-    with pytest.raises(ArgumentError):
-        native.sketch_matrix(x, 4, places, places, zero, zero, 1.0, sums, 1)
+    zero, places = np.zeros(2, np.int64), np.zeros(4, np.int32)
+    common = {
+        "block": normal(2, 8),
+        "order": np.arange(2),
+        "starts": np.arange(3),
+        "sums": np.zeros((2, 32)),
+        "threads": 1,
+    }
+    rows = {**common, "bases": zero, "seed": 0, "copies": 1}
+    matrix = {**common, "row_places": places, "column_places": places, "first": zero, "weight": 1.0}
+    native.sketch_rows(**rows)
+    native.sketch_matrix(**matrix)
+    for call, change in (
+        (native.sketch_rows, {"order": np.array([0, 2])}),
+        (native.sketch_rows, {"order": np.array([-1, 0])}),
+        (native.sketch_rows, {"starts": np.array([0, 3, 2])}),
+        (native.sketch_rows, {"starts": np.array([0, 1, 1])}),
+        (native.sketch_rows, {"bases": zero - 1}),
+        (native.sketch_rows, {"copies": 3}),
+        (native.sketch_matrix, {"row_places": places + 64}),
+        (native.sketch_matrix, {"column_places": places - 1}),
+        (native.sketch_matrix, {"first": zero + 3}),
+        (native.sketch_matrix, {"order": np.array([0, 2])}),
+    ):
+        with pytest.raises(ArgumentError):
+            call(**{**(rows if call == native.sketch_rows else matrix), **change})
 
 
 # ---- two-sided maps -------------------------------------------------------------------------------------------------

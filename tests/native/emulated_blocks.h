@@ -50,7 +50,7 @@ class HostBlock {
 // orders; 0: ascending.
 class EmulatedQueue {
  public:
-  EmulatedQueue(int, uintptr_t stream, const char*) : random_(stream) {}
+  EmulatedQueue(py::handle, int, uintptr_t stream, const char*) : random_(stream) {}
 
   template <class Kernel>
   void run(int64_t blocks, const Kernel& kernel) {
@@ -59,7 +59,7 @@ class EmulatedQueue {
     shuffle(order);
     std::vector<int> threads(Kernel::threads);
     std::iota(threads.begin(), threads.end(), 0);
-    std::vector<unsigned char> memory(kernel.shared_bytes() + 64);
+    std::vector<unsigned char> memory(shared_bytes_of(kernel, 0) + 64);
     const auto address = reinterpret_cast<uintptr_t>(memory.data());
     auto* shared = reinterpret_cast<typename Kernel::Shared*>((address + 63) / 64 * 64);
     for (const int64_t id : order) {
@@ -67,6 +67,13 @@ class EmulatedQueue {
       std::memset(memory.data(), 0xa5, memory.size());
       kernel(HostBlock<Kernel::threads>(threads.data()), *shared, id);
     }
+  }
+
+  // Memory full of rubbish.
+  template <class T>
+  T* scratch(int64_t n) {
+    scratch_.emplace_back(n * static_cast<int64_t>(sizeof(T)) / 8 + 1, ~uint64_t{0});
+    return reinterpret_cast<T*>(scratch_.back().data());
   }
 
   // As a small device would say.
@@ -84,6 +91,7 @@ class EmulatedQueue {
   }
 
   uint64_t random_;
+  std::vector<std::vector<uint64_t>> scratch_;
 };
 
 using Emulated = Device<EmulatedQueue, Place::host>;

@@ -12,6 +12,7 @@ import sys
 import threading
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,54 +46,61 @@ def work(seed: int) -> None:
     a = rng.standard_normal((200, 40))
     gram, cross = a.T @ a, np.abs(rng.standard_normal((400, 40)))
     p, offsets = rng.standard_normal((6000, 12)).astype(np.float32), np.arange(0, 6001, 60)
+    csr = {"indptr": indptr, "indices": indices, "values": values, "n_columns": 3000}
+    plan = {"order": np.arange(6), "starts": np.arange(7)}
+    zero = np.zeros(6, np.int64)
     for _ in range(ROUNDS):
         top, best = np.empty((6, 50), np.int64), np.empty((6, 50), np.float32)
-        N.topk(x, top, best, True, THREADS)
-        selectors = N.Selectors(6, 50, False)
-        selectors.push(x, np.zeros(6, np.int64), None, THREADS)
+        run("topk", x=x, indices=top, values=best, by_magnitude=True)
+        selectors = N.Selectors(n_rows=6, k=50, keep_zeros=False)
+        selectors.push(block=x, bases=zero, **plan, threads=THREADS)
         counts = np.empty(6, np.int64)
-        selectors.finish(counts, THREADS)
+        selectors.finish(counts=counts, threads=THREADS)
         taken = np.empty(int(counts.sum()), np.int64), np.empty(int(counts.sum()), np.float32)
-        selectors.take(*taken, True, THREADS)
+        selectors.take(indices=taken[0], values=taken[1], by_magnitude=True, threads=THREADS)
         assert (taken[0].reshape(6, 50) == top).all()
-        csr = N.Csr(indptr, indices, values, 3000, THREADS)
+        matrix = run("Csr", **csr)
         out = np.empty((64, 24), np.float32)
-        N.spmm(csr, dense, out, THREADS)
+        run("spmm", a=matrix, dense=dense, out=out)
         np.testing.assert_allclose(out, sparse(filled, values) @ dense, rtol=1e-3, atol=1e-3)
-        turned = np.empty(3001, np.int64), np.empty(len(indices), np.int32), np.empty(len(indices), np.float32)
-        N.csr_transpose(csr, *turned, THREADS)
-        k = np.zeros((64, 64), np.float32)
-        N.gram_panel(csr, k, THREADS)
-        N.gram_scatter(csr, k, THREADS)
-        N.mirror(k, THREADS)
-        N.column_counts(csr, np.empty(3000, np.int64), THREADS)
-        names, starts = np.arange(3000, dtype=np.int32) - 1500, np.empty(65, np.int64)
-        N.select_columns_indptr(csr, names, starts, THREADS)
-        N.select_columns(csr, names, starts, np.empty(starts[-1], np.int32), np.empty(starts[-1], np.float32), THREADS)
-        N.to_dense(csr, np.empty((64, 3000), np.float32), THREADS)
-        N.fisher_norms(csr, np.array([0, 20, 64]), np.empty(2), THREADS)
-        w, kkt = np.zeros((400, 40)), np.empty(400)
-        N.nnls_f64(gram, cross, w, kkt, 20, 1e-8, THREADS)
-        N.nnls_exact(gram, cross, w, kkt, 1e-8, THREADS)
-        narrow = [y.astype(np.float32) for y in (gram, cross)]
-        N.nnls_f32(*narrow, np.zeros((400, 40), np.float32), None, 5, 0.0, THREADS)
-        N.cross(p, offsets, np.empty((100, 12), np.float32), THREADS)
-        N.spread_multiply(np.ones((100, 12), np.float32), p, offsets, np.empty_like(p), THREADS)
+        turned = {"indptr_out": np.empty(3001, np.int64), "indices_out": np.empty(len(indices), np.int32)}
+        run("csr_transpose", a=matrix, **turned, values_out=np.empty(len(indices), np.float32))
+        k, names = np.zeros((64, 64), np.float32), np.empty(3000, np.int32)
+        run("sparse_gram", a=matrix, names=names, k=k)
+        run("mirror", k=k)
+        run("to_dense", a=matrix, names=np.arange(3000, dtype=np.int32), first=0, out=np.empty((64, 3000), np.float32))
+        run("fisher_norms", a=matrix, row_offsets=np.array([0, 20, 64]), out=np.empty(2))
+        w, kkt, status = np.zeros((400, 40)), np.empty(400), np.empty(2, np.int64)
+        run("nnls", gram=gram, cross=cross, w=w, kkt=kkt, max_sweeps=20, tol=1e-8, status=status)
+        run("nnls_exact", gram=gram, cross=cross, w=w, kkt=kkt, tol=1e-8, status=status)
+        narrow = {"gram": gram.astype(np.float32), "cross": cross.astype(np.float32)}
+        run("nnls", **narrow, w=np.zeros((400, 40), np.float32), kkt=None, max_sweeps=5, tol=0.0, status=status)
+        run("cross", p=p, row_offsets=offsets, out=np.empty((100, 12), np.float32))
+        run("spread_multiply", w=np.ones((100, 12), np.float32), p=p, row_offsets=offsets, out=np.empty_like(p))
         sums = np.zeros((6, 64))
-        N.sketch_rows(x, np.zeros(6, np.int64), np.arange(6), 1, 2, sums, THREADS)
-        N.sketch_csr(csr, 1, 2, np.zeros((64, 64)), THREADS)
-        N.sketch_finish(sums, 0.5, np.empty((6, 64), np.float32), THREADS)
+        run("sketch_rows", block=x, bases=zero, **plan, seed=1, copies=2, sums=sums)
+        run("sketch_csr", a=matrix, seed=1, copies=2, sums=np.zeros((64, 64)))
+        run("sketch_finish", sums=sums, scale=0.5, out=np.empty((6, 64), np.float32), bad=np.full(1, 2**63 - 1))
         places = np.empty(300, np.int32)
-        N.sketch_places(1, 0, 0, 64, places)
-        rows = np.arange(6)
-        N.sketch_matrix(x, 200, places, places[:200].copy(), rows, np.zeros(6, np.int64), 1.0, sums, THREADS)
-        delta = rng.standard_normal((6, 2, 3, 300)).astype(np.float32)
-        inputs = rng.standard_normal((6, 2, 200)).astype(np.float32)
-        N.sketch_outer(delta, inputs, places, places[:200].copy(), 1.0, np.zeros((6, 3, 64)), THREADS)
+        N.sketch_places(seed=1, offset=0, side=0, d=64, places=places)
+        two_sided = {"row_places": places, "column_places": places[:200].copy(), "first": zero, "weight": 1.0}
+        run("sketch_matrix", block=x, **two_sided, **plan, sums=sums)
+        factors = {
+            "delta": rng.standard_normal((6, 2, 3, 300)).astype(np.float32),
+            "input": rng.standard_normal((6, 2, 200)).astype(np.float32),
+            "delta_places": places,
+            "input_places": places[:200].copy(),
+        }
+        run("sketch_outer", **factors, weight=1.0, sums=np.zeros((6, 3, 64)))
         image, gradient = np.ones((6, 4, 12, 12), np.float32), np.ones((6, 4, 10, 10), np.float32)
         made = np.empty((6, 1, 4, 36), np.float32)
-        N.convolution_gradients(image, [gradient], 1, 1, (3, 3), (1, 1), (1, 1), (0, 4), False, made, THREADS)
+        form = {"turns": 1, "groups": 1, "kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1), "channels": (0, 4)}
+        run("convolution_gradients", inputs=image, delta=[gradient], **form, squared=False, out=made)
         assert (made == 100).all()
+
+
+def run(name: str, /, **arguments: Any) -> Any:
+    return getattr(N, name)(**arguments, threads=THREADS)
 
 
 def sparse(filled: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,8 @@ import npeff
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.perturbation.directions import random_direction
-from npeff.perturbation.effect import CONTROLS, FIGURES, Interval, mean_figure
+from npeff.perturbation.effect import CONTROLS
+from npeff.perturbation.figures import FIGURES, Interval, mean_figure
 from npeff.perturbation.outputs import correct, curvature, divergence, flipped
 from npeff.perturbation.steps import find_step
 from perturbation_cases import batches, components_of, deep, fishers_of, flat, linear, same, state
@@ -230,9 +231,14 @@ def test_figures_are_what_they_say(case):
     assert value["flipped_baseline"] == pytest.approx(flips[effect.baseline].mean())
     assert value["flipped_top"] == pytest.approx(flips[effect.top].mean())
     assert effect.accuracy["all"] == pytest.approx([float((p == labels).double().mean()) for p in (before, after)])
+    with npeff.applied(model, components.state_dict(3), effect.sign * effect.magnitude), torch.no_grad():
+        p = torch.cat([model(x).softmax(1) for x, _ in data])[torch.arange(40), labels].numpy()
+    assert value["label_top"] == pytest.approx(p[effect.top].mean(), rel=1e-5)
+    assert value["label_baseline"] == pytest.approx(p[effect.baseline].mean(), rel=1e-5)
     right = (after == labels).double().numpy()
     assert effect.accuracy["top"][1] == pytest.approx(right[effect.top].mean())
-    for interval in effect.figures.values():
+    assert math.isnan(value.pop("perplexity_ratio"))  # there was no unrelated data
+    for interval in map(effect.figures.get, value):
         assert interval.low - 1e-12 <= interval.high
     ratio = effect.figures["ratio"]
     assert ratio.low < ratio.value < ratio.high

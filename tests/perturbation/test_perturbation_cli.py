@@ -26,6 +26,13 @@ def other():
 def data():
     return demo.digits(batch_size=64).first(120)
 
+class Named(list):
+    def output_names(self, classes):
+        return [f"digit {c}" for c in classes]
+
+def named():
+    return Named(data())
+
 def short():
     return demo.digits(batch_size=64).first(30)
 
@@ -62,7 +69,7 @@ TARGETS = ["digits.py:model", "digits.py:data"]
 
 def test_one_component(folder, capsys):
     command = ["perturb", *TARGETS, "low_rank.h5", "--component", "1", "--n-random", "2", "--top", "16", "--quiet"]
-    assert run([*command, "--out", "effect.json"]) == 0
+    assert run([*command, "--out", "effect.json", "--unrelated", "digits.py:short"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     lines = captured.out.splitlines()
@@ -73,8 +80,20 @@ def test_one_component(folder, capsys):
     ratios = [content["figures"]["ratio"]["value"]]  # four components of a loss of 0.53 promise nothing about it
     ratios += [control["figures"]["ratio"]["value"] for control in content["controls"].values()]
     assert len(ratios) == 4 and min(ratios) > 0
+    before, after = content["perplexity"]
+    assert content["figures"]["perplexity_ratio"]["value"] == pytest.approx(after / before) and before != after
+    assert len(content["predictions"]) == 16 and len(content["predictions"][0]["classes"]) == 10
     assert all(0.098 <= result["kl_top"] <= 0.102 for result in content["sign_results"])
     assert len(content["curve"]["magnitudes"][0]) == 8
+
+
+def test_predictions_are_told_in_words(folder, capsys):
+    command = ["perturb", "digits.py:model", "digits.py:named", "low_rank.h5", "-j", "1", "--n-random", "0", "--quiet"]
+    assert run([*command, "--top", "3", "--curve", "0", "--out", "named.json"]) == 0
+    told = json.loads((folder / "named.json").read_text())["predictions"][0]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  example "))
+    before, after = told["before"][0], told["after"][0]
+    assert line.startswith(f"  example {told['id']}: 'digit {told['classes'][0]}' {before:.2f} → {after:.2f}, 'digit ")
 
 
 def test_every_component(folder, capsys):

@@ -11,8 +11,7 @@ from torch import nn
 
 import npeff
 from npeff.errors import ArgumentError
-from npeff.perturbation.evaluate import untouched
-from npeff.perturbation.weights import Weights
+from npeff.perturbation.weights import Weights, untouched
 from perturbation_cases import batches, components_of, deep, same, state
 
 

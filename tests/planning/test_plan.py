@@ -14,7 +14,7 @@ from torch import nn
 import npeff
 from npeff.fishers.options import GramOnly, Sketch, TopK
 from npeff.models.memory import Peak, held_bytes
-from npeff.planning import planner
+from npeff.planning import planner, trials
 from npeff.storage.container import open_container
 
 
@@ -45,8 +45,9 @@ def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
     """Sizes that fit the tests' models."""
-    monkeypatch.setattr(planner, "TOP_KS", (16, 64, 4096))
-    monkeypatch.setattr(planner, "SKETCH_DS", (32,))
+    for module in (planner, trials):
+        monkeypatch.setattr(module, "TOP_KS", (16, 64, 4096))
+        monkeypatch.setattr(module, "SKETCH_DS", (32,))
     monkeypatch.setattr("npeff.planning.trials.PROBE_BYTES", 1 << 16)
 
 

@@ -54,6 +54,6 @@ def folders(tmp_path_factory):
         made = {
             "folder": report(components, data(), root / "folder", **options),
             "file": report(components, data(), root / "file.html", **options),
-            "short": report(components, data(), root / "short.html", size_limit=60_000, **options),
+            "short": report(components, data(), root / "short.html", size_limit=55_000, **options),
         }
     return components, made

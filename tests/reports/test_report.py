@@ -9,8 +9,7 @@ import torch
 
 from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.reports import report
-from npeff.reports.summary import summarise
-from npeff.reports.text import excerpt
+from npeff.reports.summary import excerpt, summarise
 from report_cases import batches, components_of, page_of
 
 ROUTE = re.compile("(overview|strategies|examples|provenance|(component|example|strategy)-[0-9]+)$")

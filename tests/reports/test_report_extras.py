@@ -11,7 +11,7 @@ from npeff.errors import ArgumentError
 from npeff.reports import EffectSummary, TrustSummary, load_extras, report
 from npeff.reports.evidence import effect_of, trust_of
 from npeff.reports.examples import RawExample, tokens_of
-from npeff.reports.images import overlay
+from npeff.reports.figures import overlay
 from report_cases import EFFECT, batches, components_of, data_of, inline_of, page_of
 
 TOKENIZER = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: "".join(f"<{int(i)}>" for i in ids))

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.models.parameters import Parameters
-from npeff.reports.figures import block_map, check_heads, head_map, layer_and_part
-from npeff.reports.layout import map_positions, silhouette, tree_of
+from npeff.reports.layout import block_map, check_heads, head_map, layer_and_part, map_positions, silhouette, tree_of
 from npeff.reports.summary import at_random, closest, coactivation, explained_shares, middle, summarise
 from report_cases import PARAMETERS, components_of
 

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 import npeff
 from npeff.components.loading import describe
 from npeff.errors import ArgumentError, StorageError
+from npeff.storage.container import refuse_npeff_file
 from npeff.storage.files import atomic, check_target, explain
-from npeff.storage.recognition import refuse_npeff_file
 from report_cases import components_of
 
 

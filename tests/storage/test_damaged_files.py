@@ -18,14 +18,14 @@ import pytest
 import torch
 
 import npeff
-from npeff.companions.influence.scores import Scores
+from npeff.companions.influence.estimator import Scores
 from npeff.components.loading import describe, load
 from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.storage import container
-from npeff.storage.documents import parse_json, read_json
-from npeff.storage.records import write_record
+from npeff.storage.checks import parse_json, read_json
+from npeff.storage.writing import write_record
 from planted import planted
-from stored_samples import assert_same, components_of, fishers_of, write_by_hand
+from stored_samples import assert_same, components_of, fishers_of, placed_components, placed_fishers, write_by_hand
 
 ROOT = Path(__file__).parents[2]
 FORMATS = Path(__file__).parents[1] / "formats"
@@ -82,10 +82,47 @@ def test_a_few_hundred_damaged_files_of_every_format() -> None:
 )
 def test_fields_of_fishers(tmp_path, name, change, words):
     path = fishers_of().save(tmp_path / "f.h5")
-    put(path, name, change(getattr(load(path), name, None) if "/" not in name else array_in(path, name)))
+    put(path, name, change(array_in(path, name)))
     with pytest.raises(StorageError, match=rf"f\.h5: dataset '[^']*'.*{words}") as caught:
         load(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "arrays/"])
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("logit_classes", lambda a: a + 40, "numbers < 50, n_outputs"),
+        ("logit_classes", lambda a: a - 1, "numbers ≥ 0"),
+        ("logit_classes", lambda a: a[:, 1:], r"the shape \(n_examples, n_logits\)"),
+        ("log_normaliser", lambda a: a * np.float32(np.nan), "finite"),
+        ("log_normaliser", lambda a: a[1:], r"the shape \(n_examples\)"),
+        ("n_outputs", lambda a: a * 0 + 2, "at least 3, the logits that are kept, .* got 2"),
+        ("n_outputs", lambda a: a * 0 + (1 << 40), "at least 3.* got 1099511627776"),
+        ("n_outputs", lambda a: a[None], r"the shape \(\)"),
+        ("places", lambda a: a[:, :1], r"the shape \(n_examples, 2\)"),
+        ("places", lambda a: a - 1, "numbers ≥ 0"),
+        ("places", lambda a: a.astype(float), "the type"),
+    ],
+)
+def test_fields_of_places_and_the_largest_logits(tmp_path, prefix, name, change, words) -> None:
+    path = tmp_path / "f.h5"
+    (placed_components() if prefix else placed_fishers()).save(path)
+    load(path, verify=True)
+    put(path, prefix + name, change(array_in(path, prefix + name)))
+    with pytest.raises(StorageError, match=rf"f\.h5: dataset '[^']*{name}' is damaged: expected {words}"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["logit_classes", "log_normaliser", "n_outputs"])
+def test_the_largest_logits_without_what_they_need(tmp_path, name) -> None:
+    path = placed_fishers().save(tmp_path / "f.h5")
+    with h5py.File(path, "r+") as file:
+        sums = json.loads(file["checksums"][()])
+        del file[name], file["checksums"], sums[name]
+        file["checksums"] = np.bytes_(json.dumps(sums))
+    with pytest.raises(StorageError, match=r"f\.h5.* damaged"):
+        load(path)
 
 
 def array_in(path: Path, name: str) -> np.ndarray:

@@ -23,10 +23,9 @@ from npeff.components.loading import describe, load
 from npeff.errors import ArgumentError, ForeignFileError, NewerFileError, StorageError, TruncatedFileError
 from npeff.fishers.file_format import write_fishers
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.growing_rows import concatenate
-from npeff.fishers.rows import DenseRows, SparseRows
+from npeff.fishers.rows import DenseRows, SparseRows, concatenate
 from npeff.models.parameters import Parameters
-from npeff.storage import container, files, hdf5
+from npeff.storage import container, files, hdf5, writing
 from stored_samples import (
     M,
     assert_same,
@@ -34,6 +33,8 @@ from stored_samples import (
     components_of,
     fishers_of,
     header_of,
+    placed_components,
+    placed_fishers,
     to_sparse,
 )
 
@@ -99,7 +100,7 @@ def test_arrays_are_mapped_read_only_and_aligned(saved):
         fishers.rows.values,
         fishers.rows.indices,
         fishers.rows.indptr,
-        fishers.logits,
+        fishers.logits.values,
         fishers.norms,
     ):
         assert isinstance(array, np.memmap)
@@ -142,7 +143,7 @@ def test_bytes_depend_on_contents_alone(tmp_path):
 def test_any_hdf5_reader_can_read_it(saved):
     fishers = fishers_of()
     with h5py.File(saved) as f:
-        assert f.attrs["format"] == b"npeff" and f.attrs["format_version"] == 1
+        assert f.attrs["format"] == b"npeff" and f.attrs["format_version"] == 2
         np.testing.assert_array_equal(f["rows/values"], fishers.rows.values)
         assert f["parameters"][()].decode().startswith('[{"name": "layer.weight"')
 
@@ -224,13 +225,13 @@ def test_foreign_hdf5(tmp_path):
 
 def test_newer(tmp_path):
     path = tmp_path / "x.h5"
-    container.write_container(path, "fishers", [], {}, format_version=2)
-    refuse(path, NewerFileError, "format version 2 .* upgrade npeff")
+    writing.write_container(path, "fishers", [], {}, format_version=3)
+    refuse(path, NewerFileError, "format version 3 .* upgrade npeff")
 
 
 def test_an_unfinished_shard_is_not_fishers(tmp_path):
     path = tmp_path / "x.h5"
-    container.write_container(path, "shard", [], {})
+    writing.write_container(path, "shard", [], {})
     with pytest.raises(ForeignFileError, match="content 'shard'"):
         load(path)
 
@@ -271,8 +272,8 @@ def test_random_damage_gives_our_errors_or_changes_nothing(tmp_path_factory, fli
 
 def test_missing_dataset(tmp_path):
     path = tmp_path / "x.h5"
-    container.write_container(
-        path, "fishers", [hdf5.Data.json("parameters", [])], {"kind": "low_rank", "rows": "dense"}
+    writing.write_container(
+        path, "fishers", [writing.Data.json("parameters", [])], {"kind": "low_rank", "rows": "dense"}
     )
     with pytest.raises(StorageError, match="'provenance' is missing"):
         load(path)
@@ -340,15 +341,15 @@ def test_unwritable_provenance_is_refused(tmp_path):
 
 def test_a_source_that_gives_too_little_is_refused(tmp_path):
     fishers = fishers_of(sparse=False)
-    bad = hdf5.Data("rows/values", (3, M), np.dtype("<f4"), lambda: [np.zeros(M, np.float32)])
-    norms = hdf5.Data.of("norms", fishers.norms)
+    bad = writing.Data("rows/values", (3, M), np.dtype("<f4"), lambda: [np.zeros(M, np.float32)])
+    norms = writing.Data.of("norms", fishers.norms)
     with pytest.raises(StorageError, match=f"rows/values should have {3 * M * 4} bytes"):
         write_fishers(tmp_path / "f.h5", header_of(fishers), [], None, [norms, bad])
 
 
 def test_arrays_of_text_are_refused():
     with pytest.raises(ArgumentError, match="names: expected an array of numbers"):
-        hdf5.Data.of("names", np.array(["a"]))
+        writing.Data.of("names", np.array(["a"]))
 
 
 def test_large_arrays_stream_in_pieces(tmp_path, monkeypatch):
@@ -400,6 +401,11 @@ def test_kept_files_of_format_1(path):
 @pytest.mark.parametrize("path", sorted((FORMATS / "v1").glob("*_components.h5")), ids=lambda path: path.stem)
 def test_kept_components_of_format_1(path):
     assert_same_components(load(path, verify=True), components_of(path.stem.removesuffix("_components")))
+
+
+def test_kept_files_of_format_2():
+    assert_same(load(FORMATS / "v2" / "placed_fishers.h5", verify=True), placed_fishers())
+    assert_same_components(load(FORMATS / "v2" / "placed_components.h5", verify=True), placed_components())
 
 
 def test_all_kept_files_of_format_1_are_there():

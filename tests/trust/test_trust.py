@@ -16,8 +16,8 @@ from npeff.cli import run
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.rows import GramRows, SparseRows
 from npeff.trust import explained, match, null_model, select, shuffled, similarity, stability
-from npeff.trust.selection import held_out_loss
 from npeff.trust.stability import rand_index
+from npeff.trust.validation import held_out_loss
 from planted import fishers_of, planted, sparse
 
 QUICK = {"n_init": 2, "n_replacements": 10, "patience": 5, "max_iterations": 150}

@@ -37,15 +37,18 @@ def named(content: Any) -> str:
     return ", ".join(f"batch{''.join(path)} {shown(part)}" for part, path in parts(content)[:8])
 
 
-def rows_at(tensor: Tensor, examples: slice | Tensor, positions: list[int]) -> Tensor:
-    """Take some rows of a tensor of any layout, given as a slice or an index and as integers."""
+def rows_at(tensor: Tensor, positions: list[int]) -> Tensor:
+    """Take some rows of a tensor of any layout; rows side by side as a view."""
     if tensor.is_nested:
         rows = tensor.unbind()
         return torch.nested.as_nested_tensor([rows[i] for i in positions], layout=tensor.layout)
     if tensor.layout != torch.strided:
         index = torch.tensor(positions, device=tensor.device)
         return tensor.to_sparse().index_select(0, index).to_sparse(layout=tensor.layout)
-    return tensor[examples if isinstance(examples, slice) else examples.to(tensor.device)]
+    start = positions[0] if positions else 0
+    if positions == list(range(start, start + len(positions))):
+        return tensor[start : start + len(positions)]
+    return tensor[torch.tensor(positions, device=tensor.device)]
 
 
 def rebuilt(
@@ -71,7 +74,7 @@ def rebuilt(
     if isinstance(tree, Tensor) or _is_plain(tree):
         return function(tree, path)
     if isinstance(tree, Mapping):
-        return _filled(tree, {key: below(value, f"[{key!r}]") for key, value in tree.items()})
+        return with_entries(tree, {key: below(value, f"[{key!r}]") for key, value in tree.items()})
     if isinstance(tree, PackedSequence):  # whose batch sizes stay on the CPU
         changed = {name: below(getattr(tree, name), f".{name}") for name in tree._fields if name != "batch_sizes"}
         return PackedSequence(batch_sizes=tree.batch_sizes, **changed)
@@ -91,16 +94,16 @@ def rebuilt(
     return tree if other is None else other(tree)
 
 
-def _filled(like: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
-    """A mapping of the same class with other values; a plain dict where the class does not allow that."""
+def with_entries(like: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """Give a mapping of the same class with other values; a plain dict where the class does not allow that."""
     if type(like) is dict or not isinstance(like, MutableMapping):
-        return values
+        return {**like, **values}
     try:
         made = copy.copy(like)
         for key, value in values.items():
             made[key] = value
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
-        return values
+        return {**like, **values}
     return made
 
 

@@ -154,8 +154,8 @@ def check_out(path: Path | None, *suffixes: str, option: str = "--out") -> None:
     if suffixes and path.suffix.lower() not in suffixes:
         *others, last = suffixes
         misused(f"{option}: expected a name ending in {', '.join(others)}{' or ' if others else ''}{last}, got {path}")
+    from npeff.storage.container import refuse_npeff_file
     from npeff.storage.files import check_target
-    from npeff.storage.recognition import refuse_npeff_file
 
     refuse_npeff_file(path)
     check_target(path)

@@ -21,6 +21,7 @@ from npeff.cli.command import (
     size,
 )
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
+from npeff.cli.texts import data_of_components
 
 if TYPE_CHECKING:
     from npeff.components.components import Encoded
@@ -81,9 +82,9 @@ def decompose(path: Path, n_components: list[int], select: bool, out: Path, wron
         misused("--select tries numbers of components in one process; choose one, then start several")
     import npeff
     from npeff import distributed
-    from npeff.storage.recognition import check_components_target
+    from npeff.storage.container import check_replaceable
 
-    check_components_target(out)  # before the search: a slip in --out must not cost it
+    check_replaceable(out, "components")  # before the search: a slip in --out must not cost it
     if published:
         options["published"] = npeff.PublishedOptions(**published)
     fishers = loaded(path, "Fishers")
@@ -149,14 +150,14 @@ def recover(path: Path, model: str, data: str, component: str | None, out: Path,
     js = None if component is None else listed(component)
     if component is not None and js is None:
         misused(f"--component: expected J or J,J,…, got {component!r}")
-    from npeff.models.targets import load_data, load_model
-    from npeff.storage.recognition import check_components_target
+    from npeff.models.targets import load_model
+    from npeff.storage.container import check_replaceable
 
-    check_components_target(out)
+    check_replaceable(out, "components")
     components = loaded(path, "Components")
     if js:
         check_members(js, components, path)
-    recovered = components.recover(load_model(model), load_data(data), js, **options)
+    recovered = components.recover(load_model(model), data_of_components(data, components), js, **options)
     recovered.save(out)
     n = len(recovered.recovered)
     click.echo(
@@ -194,7 +195,7 @@ def _write_coefficients(encoded: Encoded, fishers: Fishers, path: Path) -> None:
     import numpy as np
 
     from npeff.storage.files import atomic
-    from npeff.storage.hdf5 import Data, write_hdf5
+    from npeff.storage.writing import Data, write_hdf5
 
     columns: dict[str, Any] = {
         "ids": np.asarray(fishers.ids),

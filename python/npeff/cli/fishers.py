@@ -10,6 +10,7 @@ import click
 
 from npeff.cli.command import check_out, command, first, misused, note, several, size, unruled
 from npeff.cli.options import WRITABLE, Arguments
+from npeff.cli.texts import PLACES, data_of_model, where
 
 DEFAULT_TOP_K = 65_536
 UNPLANNED = ("kind", "compress", "share", "out", "seed", "max_examples", "memory", "progress")
@@ -22,12 +23,15 @@ UNPLANNED = ("kind", "compress", "share", "out", "seed", "max_examples", "memory
         npeff fishers zoo.mnist:load zoo.mnist:test --exact --energy 0.99 --out fishers.h5
         npeff fishers train.py:model train.py:data --sketch 4096 --out fishers.h5
         npeff fishers bert.py:model bert.py:batches --kind diagonal --parameters 'bert.encoder.*' --out d.h5
+        npeff fishers hf:SmolLM2-135M prompts.jsonl --rank 2 --sketch 2048 --sketch-form kronecker --out f.h5
     """,
     Arguments("npeff:compute_fishers", skip=("compress", "share")),
+    PLACES,
     shared=True,
 )
 @click.argument("model", metavar="MODEL")
 @click.argument("data", metavar="DATA")
+@where
 @click.option(
     "--out",
     type=WRITABLE,
@@ -76,6 +80,11 @@ def fishers(
     evaluation mode, DATA's an iterable of batches: (inputs, labels), dicts with or without "labels", or
     tensors. Keep the order of the data fixed: examples are known by their position.
 
+    Language models: MODEL may be hf:PATH, a folder or a .gguf file with a model of the transformers package, or its
+    name on the hub; DATA a .txt, .jsonl, .csv or .parquet file of texts, or a folder written by Dataset.save_to_disk.
+    An example is then a token and the prediction that the model makes there. Unless --parameters says otherwise, the
+    Fishers are about the weights of the linear layers in the transformer blocks.
+
     Interrupted (Ctrl-C, kill -9, power), the same command resumes from the last shard. Started by torchrun
     (torchrun --nproc-per-node=4 -m npeff fishers …), processes share the batches and make one file.
     """
@@ -92,7 +101,7 @@ def fishers(
         misused("--sketch-form belongs to --sketch")
     import npeff
     from npeff import distributed
-    from npeff.models.targets import load_data, load_model
+    from npeff.models.targets import load_model
 
     if sketch:
         options["compress"] = npeff.Sketch(sketch, seed=options.get("seed", 0), form=sketch_form)  # type: ignore[arg-type]
@@ -102,10 +111,11 @@ def fishers(
         options["compress"] = npeff.TopK(top_k or DEFAULT_TOP_K)
     if not top_k:  # that a model is smaller than the default is no news
         warnings.filterwarnings("ignore", message=r"TopK\(k=")
+    batches = data_of_model(data, model, options)
     if first():
         _announce(out)
     compute = distributed.compute_fishers if several() else npeff.compute_fishers
-    result = compute(load_model(model), load_data(data), out=out, **class_basis(options))
+    result = compute(load_model(model), batches, out=out, **class_basis(options))
     if not first():
         return
     click.echo(f"{out}: {len(result):,} Fishers of {result.n_parameters:,} parameters, {size(out.stat().st_size)}")
@@ -140,9 +150,11 @@ def _announce(out: Path) -> None:
     """,
     Arguments("npeff:plan"),
     Arguments("npeff:compute_fishers", skip=UNPLANNED),
+    PLACES,
 )
 @click.argument("model", metavar="MODEL")
 @click.argument("data", metavar="DATA")
+@where
 @click.option("--json", "json_file", type=WRITABLE, metavar="FILE", help="Write the plan as JSON too.")
 def plan(model: str, data: str, json_file: Path | None, **options: Any) -> None:
     """Tell what Fishers of DATA under MODEL, and their decomposition, will take: time, memory, disk.
@@ -151,11 +163,12 @@ def plan(model: str, data: str, json_file: Path | None, **options: Any) -> None:
     are as for npeff fishers.
     """
     import npeff
-    from npeff.models.targets import load_data, load_model
+    from npeff.models.targets import load_model
     from npeff.storage.files import atomic
 
     check_out(json_file, option="--json")
-    result = npeff.plan(load_model(model), load_data(data), **class_basis(options))
+    batches = data_of_model(data, model, options)
+    result = npeff.plan(load_model(model), batches, **class_basis(options))
     click.echo(str(result))
     if json_file is not None:
         with atomic(json_file) as scratch:

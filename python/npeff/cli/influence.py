@@ -12,7 +12,7 @@ from npeff.cli.command import check_out, command, components_of, for_report, mis
 from npeff.cli.options import WRITABLE, Arguments
 
 if TYPE_CHECKING:
-    from npeff.companions.influence.losses import Loss
+    from npeff.companions.influence.objective import Loss
     from npeff.companions.influence.solvers import Solver
 
 SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", "identity")
@@ -38,13 +38,13 @@ SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", 
     default="cross_entropy",
     show_default=True,
     metavar="LOSS",
-    help="What was trained: module:callable for (model, batch) -> (b,), or cross_entropy, squared_error.",
+    help="The loss that was trained: module:callable for (model, batch) -> (b,), or cross_entropy, squared_error.",
 )
-@click.option("--test-loss", metavar="LOSS", help="What is asked about, likewise.  [default: the training loss]")
+@click.option("--test-loss", metavar="LOSS", help="Loss to explain, in the same form.  [default: the training loss]")
 @click.option(
     "--component",
     metavar="FILE:J",
-    help="Ask about component J's coefficient on its top examples instead; TEST is the data of its Fishers. "
+    help="Explain component J's coefficient on its top examples instead; TEST is the data of its Fishers. "
     "Several, FILE:J,J,…, with an --out that ends in .json.",
 )
 @click.option(
@@ -76,19 +76,19 @@ def influence(
     it changes the test loss by about −I/n.
     """
     if test_loss and component:
-        misused("--test-loss and --component both say what is asked about: give one of them")
-    asked: dict[str, Any] = {name: options.pop(name) for name in ("k", "surrogate", "forward") if name in options}
+        misused("--test-loss and --component both say what to explain: give one of them")
+    own: dict[str, Any] = {name: options.pop(name) for name in ("k", "surrogate", "forward") if name in options}
     tolerance = options.pop("tolerance", None)
-    if asked and not component:
-        more = "; a loss given as module:callable calls the model itself" if "forward" in asked else ""
-        misused(f"{' and '.join(f'--{name}' for name in asked)}: give --component, which it belongs to{more}")
+    if own and not component:
+        more = "; a loss given as module:callable calls the model itself" if "forward" in own else ""
+        misused(f"{' and '.join(f'--{name}' for name in own)}: give --component, which it belongs to{more}")
     if tolerance is not None and solver != "cg":
         misused("--tolerance belongs to --solver cg")
     for_pages = out.suffix.lower() == ".json"
     if for_pages and not component:
         misused("--out: .json is what a report shows of components; give --component, or another ending")
     from npeff.companions.influence import CrossLossInfluence, component_influence
-    from npeff.companions.influence.scores import check_path
+    from npeff.companions.influence.estimator import check_path
     from npeff.models.targets import load_data, load_model
 
     check_out(out)
@@ -104,8 +104,8 @@ def influence(
             if len(chosen) > 1 and not for_pages:
                 misused("--component: several components need an --out that ends in .json")
             components.check_recovered(range(components.n_components))  # before the search: the work would be lost
-            asked |= {"train_loss": trained, "fitted": CrossLossInfluence(made, trained, **options).fit(train_data)}
-            behind = {j: component_influence(made, components, j, train_data, test_data, **asked) for j in chosen}
+            own |= {"train_loss": trained, "fitted": CrossLossInfluence(made, trained, **options).fit(train_data)}
+            behind = {j: component_influence(made, components, j, train_data, test_data, **own) for j in chosen}
             if for_pages:
                 for_report(out, components, train, influences=behind)
                 return
@@ -124,7 +124,7 @@ def influence(
 
 
 def _loss(target: str, option: str) -> Loss:
-    from npeff.companions.influence.losses import NAMED
+    from npeff.companions.influence.objective import NAMED
     from npeff.models.targets import load_object
 
     if target in NAMED:
@@ -135,7 +135,7 @@ def _loss(target: str, option: str) -> Loss:
 
 def _solver(name: str, train_loss: str, tolerance: float | None) -> Solver | str:
     from npeff.companions.influence import EKFAC, ConjugateGradients, GaussNewton
-    from npeff.companions.influence.losses import NAMED_OUTPUT_LOSSES, model_outputs
+    from npeff.companions.influence.objective import NAMED_OUTPUT_LOSSES, model_outputs
 
     if name == "cg":
         return ConjugateGradients() if tolerance is None else ConjugateGradients(tolerance)

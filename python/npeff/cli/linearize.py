@@ -63,7 +63,7 @@ def linearize(
     check_out(out, *((".json",) if component else (".png", ".svg", ".pdf")))
     check_out(table, ".csv", option="--table")
     from npeff.companions.linearize import attribute_top_examples
-    from npeff.companions.linearize.linearizing import linearize
+    from npeff.companions.linearize.linear_map import linearize
     from npeff.models.targets import load_data, load_model
 
     net = load_model(model)

@@ -10,11 +10,15 @@ import click
 
 from npeff.cli.command import check_members, check_out, command, listed, loaded, misused, note
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
+from npeff.cli.texts import data_of_components
 
 if TYPE_CHECKING:
     from npeff.components.components import Components
     from npeff.perturbation import Effect
 
+PREDICTED, WORDS = 8, 3
+"""Examples whose predictions are shown, and words of each."""
+TEXTS = ("unrelated", "prompts", "n_tokens")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -61,12 +65,16 @@ def chosen(components: Components, component: int | None, strategy: str | None, 
     Arguments("npeff:perturb", skip=("fisher",)),
 )
 @of_components
+@click.option(
+    "--unrelated", metavar="TARGET", help="Data as DATA, of other texts: its perplexity is measured at every step."
+)
 @click.option("--all", "every", is_flag=True, help="Every component: a table of KL ratios.")
 @click.option("--out", type=WRITABLE, help="JSON file for everything found; npeff report --extras shows it.")
 def perturb(
     model: str,
     data: str,
     path: Path,
+    unrelated: str | None,
     every: bool,
     component: int | None,
     strategy: str | None,
@@ -90,8 +98,13 @@ def perturb(
     which = None if every else [chosen(components, component, strategy, path)]
     if every and not out:
         options.setdefault("curve", 0)  # the table does not show it
-    effects = perturb_all(load_model(model), load_data(data), components, which, **options)
+    if unrelated is not None:
+        options["unrelated"] = load_data(unrelated)
+    examples = data_of_components(data, components)
+    effects = perturb_all(load_model(model), examples, components, which, **options)
     click.echo(_ratios(effects) if every else effects[0].table())
+    if not every and hasattr(examples, "output_names"):
+        click.echo(_predicted(effects[0], examples))
     missed = [effect.name for effect in effects if not effect.reached]
     if missed:
         note(f"the wanted KL was not reached for {', '.join(missed[:5])}{' …' if len(missed) > 5 else ''}")
@@ -100,6 +113,16 @@ def perturb(
     if out is not None:
         write_json([e.to_json() for e in effects] if every else effects[0].to_json(), out)
         click.echo(f"{out}: {len(effects)} effect{'s' if len(effects) != 1 else ''}")
+
+
+def _predicted(effect: Effect, data: Any) -> str:
+    """The words that are most probable on some top examples, before and after, one line per example."""
+    lines = ["most probable before → after:"]
+    for one in effect.predictions[:PREDICTED]:
+        told = zip(data.output_names(one.classes[:WORDS].tolist()), one.before, one.after, strict=False)
+        words = ", ".join(f"{word!r} {before:.2f} → {after:.2f}" for word, before, after in told)
+        lines.append(f"  example {one.id}: {words}")
+    return "\n".join(lines)
 
 
 def _ratios(effects: list[Effect]) -> str:
@@ -128,7 +151,7 @@ def _ratios(effects: list[Effect]) -> str:
         npeff trace train.py:model train.py:data components.h5 -j 7 --groups parameter --out where.json
         npeff trace bert.py:model bert.py:data components.h5 -j 7 --groups bert.py:heads --out heads.svg
     """,
-    Arguments("npeff:trace", skip=("fisher",)),
+    Arguments("npeff:perturb", skip=("fisher", "floor", "n_random", "curve", *TEXTS)),
 )
 @of_components
 @click.option(
@@ -159,13 +182,13 @@ def trace(
     all of it on the component's top examples.
     """
     import npeff
-    from npeff.models.targets import load_data, load_made, load_model
+    from npeff.models.targets import load_made, load_model
 
     check_out(out, ".png", ".svg", ".pdf", ".json")
     components = loaded(path, "Components")
     j = chosen(components, component, strategy, path)
     parts: Any = groups if groups in ("layer", "parameter") else load_made(groups, "--groups")
-    found = npeff.trace(load_model(model), load_data(data), components, j, parts, **options)
+    found = npeff.trace(load_model(model), data_of_components(data, components), components, j, parts, **options)
     click.echo(found.table())
     if out is not None:
         if out.suffix.lower() == ".json":

@@ -11,6 +11,7 @@ import click
 
 from npeff.cli.command import command, loaded, misused, note, size
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
+from npeff.cli.texts import data_of_components
 
 
 @command(
@@ -95,7 +96,7 @@ def report(
     tokens = load_made(tokenizer, "--tokenizer") if tokenizer else None
     page = npeff.report(
         components,
-        load_data(data) if data else None,
+        data_of_components(data, components) if data else None,
         out,
         class_names=names,
         tokenizer=tokens,
@@ -115,14 +116,14 @@ def report(
 
         folder = stem.with_name(f"{stem.name}-collages")
         paths = {j: folder / f"component-{j}.png" for j in range(components.n_components)}
-        write_collages(components, load_data(data) if data else None, paths, **common)
+        write_collages(components, data_of_components(data, components) if data else None, paths, **common)
         click.echo(f"{folder}: {components.n_components} collages")
         if data is None:
             note("without --data, collages hold captions only")
     if latex:
         document = stem.with_suffix(".tex")
         common["title"] = options.get("title")
-        npeff.reports.latex(components, load_data(data) if data else None, document, **common)
+        npeff.reports.latex(components, data_of_components(data, components) if data else None, document, **common)
         click.echo(f"{document}: compile it with pdflatex, xelatex or lualatex")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,22 +12,67 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save as save_tensors
 from torch import nn
 
-from npeff.components.encoding import Encoded, solve, statistics
+from npeff import kernels
 from npeff.components.factorisation import OPTIONAL, Factorisation
 from npeff.components.recovery import recover
-from npeff.components.saving import save_components, write_state_dict
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
 from npeff.errors import ArgumentError
+from npeff.fishers.file_format import LOGITS, PLACES, check_saved, count_outputs, example_fields
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import sketch_of
+from npeff.fishers.rows import Kind
 from npeff.fishers.scaling import ScaledRows, scale
 from npeff.models.parameters import Parameters
-
-__all__ = ["Components", "Encoded", "statistics"]
+from npeff.storage.checks import FLOAT, INT, Field
+from npeff.storage.container import check_replaceable, refuse_npeff_file
+from npeff.storage.files import atomic, path_of
+from npeff.storage.writing import Data, write_container
 
 Array = npt.NDArray[Any]
+
+COMPONENTS = (
+    Field("coefficients", FLOAT, ("n_examples", "n_components"), least=0),
+    Field("vectors", FLOAT, ("n_components", "n_columns")),
+    Field("columns", INT, ("n_columns",), least=0, below="n_parameters", ascending_in="", optional=True),
+    Field("labels", INT, ("n_examples",), least=-1, below="n_classes"),
+    *LOGITS,
+    Field("ids", INT, ("n_examples",), least=0),
+    PLACES,
+    Field("norms", FLOAT, ("n_examples",), least=0, nan=True),
+    Field("loss_curve", FLOAT, ("n_losses",)),
+    Field("row_offsets", INT, ("n_examples + 1",), ascends_to="n_rows", optional=True),
+    Field("row_weights", FLOAT, ("n_rows", "n_components"), optional=True),
+    Field("recovered", INT, ("n_recovered",), least=0, below="n_components", ascending_in="", optional=True),
+    Field("recovered_vectors", FLOAT, ("n_recovered", "n_parameters"), optional=True),
+)
+"""The arrays of a file, under ``arrays/``."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Coefficients of examples on given components.
+
+    Attributes:
+        coefficients: ``(n, r)`` float32, the non-negative least-squares solution.
+        kkt: ``(n,)`` float64 relative KKT residual of each example's solution: the largest violation of
+            ``w ≥ 0, ∇ ≥ 0, w·∇ = 0`` over the largest |cross_ij|.
+        unexplained: ``(n,)`` float64 share ``‖F_i − Σ_j w_j g_j g_jᵀ‖² / ‖F_i‖²`` that is left; 0 for a zero Fisher.
+    """
+
+    coefficients: Array
+    kkt: Array
+    unexplained: Array
+
+    def __repr__(self) -> str:
+        n, r = self.coefficients.shape
+        left, worst = (float(np.median(self.unexplained)), float(self.kkt.max())) if n else (0.0, 0.0)
+        return f"Encoded({n} examples, {r} components, unexplained: median {left:.0%}, KKT residual ≤ {worst:.1e})"
+
+    def __len__(self) -> int:
+        return len(self.coefficients)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +127,13 @@ class Components(Factorisation):
             ArgumentError: ``j`` is not a component, or ``path`` no path.
             StorageError: Fishers or Components are there, or the file cannot be written.
         """
-        return write_state_dict(self, self._component(j), path)
+        j, path = self._component(j), path_of(path)
+        refuse_npeff_file(path)
+        about = {"component": j, "kind": self.kind, **self.provenance}
+        content = save_tensors(self.state_dict(j), {"npeff": json.dumps(about, default=str)})
+        with atomic(path) as scratch:
+            scratch.write_bytes(content)
+        return path
 
     def block_energy(self, j: int) -> dict[str, float]:
         """Compute the share of ``‖g_j‖²`` in each parameter (they sum to 1)."""
@@ -163,7 +215,14 @@ class Components(Factorisation):
         theirs, ours = (p.get("model_digest") for p in (fishers.provenance, self.provenance.get("fishers", {})))
         if theirs and ours and theirs != ours:
             warnings.warn("fishers: they are of another model than the components (other weights)", stacklevel=2)
-        return solve(self.kind, self._scale(fishers), self.vectors, tolerance)
+        scaled = self._scale(fishers)
+        cross, gram = statistics(self.kind, scaled, torch.from_numpy(self.vectors).double())
+        solution = kernels.nnls(gram, cross, tol=tolerance, exact=True)
+        w = solution.w
+        energy = torch.from_numpy(scaled.fisher_norms**2)
+        left = energy - 2 * (w * cross).sum(1) + ((w @ gram) * w).sum(1)
+        unexplained = torch.where(energy > 0, left.clamp_min(0) / energy.clamp_min(1e-30), torch.zeros_like(energy))
+        return Encoded(w.float().numpy(), np.asarray(solution.kkt, np.float64), unexplained.numpy())
 
     def _scale(self, fishers: Fishers, columns: Array | None = None) -> ScaledRows:
         return scale(
@@ -206,16 +265,35 @@ class Components(Factorisation):
     # ---- storage -------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write to an HDF5 file (see :mod:`npeff.storage`).
+        """Write to an HDF5 file: the arrays under ``arrays/`` and :meth:`meta` as JSON.
 
-        An existing file is replaced only once the new one is whole.
+        The file appears whole or not at all. An existing file is replaced only if it, too, holds npeff Components.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            ArgumentError: An array holds what no Components have, such as NaN; says which.
+            StorageError: The file cannot be written there; what was there is untouched.
         """
-        return save_components(self, path)
+        path = check_replaceable(path, "components")
+        self.verify()
+        source = self.provenance.get("fishers") or {}
+        known = {"n_parameters": self.n_parameters, "n_logits": self.logits.values.shape[1]}
+        count_outputs("components", known, source.get("options") or {}, self.logits.n_outputs)
+        check_saved("components", self.to_arrays(), COMPONENTS, known)
+        arrays = [Data.of(f"arrays/{name}", np.asarray(array)) for name, array in sorted(self.to_arrays().items())]
+        sizes = {"n_examples": len(self.coefficients), "n_components": self.n_components}
+        sizes["n_parameters"] = self.n_parameters
+        attributes = {"kind": self.kind, **{name: np.int64(size) for name, size in sizes.items()}}
+        with atomic(path) as scratch:
+            write_container(scratch, "components", [Data.json("meta", self.meta()), *arrays], attributes)
+        return path
 
     @classmethod
     def from_parts(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> Components:
         """Make Components of what :meth:`to_arrays` and :meth:`meta` gave."""
-        names = ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
+        names = ("coefficients", "vectors", "loss_curve")
         own: dict[str, Any] = {name: arrays[name] for name in (*names, *OPTIONAL[1:]) if name in arrays}
         return cls(
             kind=meta["kind"],
@@ -225,4 +303,13 @@ class Components(Factorisation):
             provenance=dict(meta["provenance"]),
             columns=arrays.get("columns"),
             **own,
+            **example_fields(arrays),
         )
+
+
+def statistics(kind: Kind, scaled: ScaledRows, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute ``cross (n, r)`` and ``gram (r, r)`` of the least-squares problem for W, in the dtype of ``vectors``."""
+    P, Q = scaled.rows.project(vectors), vectors @ vectors.T
+    if kind == "diagonal":
+        return P, Q
+    return kernels.cross(P, torch.tensor(np.asarray(scaled.row_offsets))), Q * Q

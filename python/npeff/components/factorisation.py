@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError
+from npeff.fishers.file_format import example_arrays
+from npeff.fishers.logits import Logits
 from npeff.fishers.rows import Kind
 from npeff.fishers.scaling import column_factors
 from npeff.models.parameters import Parameters
@@ -34,9 +36,11 @@ class Factorisation:
         block_weights: Weight per parameter name that the Fisher's blocks were multiplied by; None for 1.
         parameters: The parameters that the columns stand for.
         labels: ``(n,)`` int64 true classes, −1 where unknown.
-        logits: ``(n, C)`` float32.
+        logits: Outputs of the model, :class:`~npeff.fishers.logits.Logits`: an array ``(n, C)`` float32, or, of more
+            than 1,024 classes, the 32 largest of each example; no columns where the file that they are from has none.
         ids: ``(n,)`` int64 positions of the examples in their data.
         norms: ``(n,)`` float32 norms of the uncompressed Fishers.
+        places: ``(n, 2)`` int64: sequence in the data and position in it, where examples are places; None elsewhere.
         loss_curve: Relative loss per iteration, L / Σ‖A_iA_iᵀ‖², float64.
         loss: Relative loss of this factorisation.
         provenance: How it was made: the Fishers' provenance and the options and history of the decomposition.
@@ -58,7 +62,7 @@ class Factorisation:
     block_weights: dict[str, float] | None
     parameters: Parameters
     labels: Array
-    logits: Array
+    logits: Logits
     ids: Array
     norms: Array
     loss_curve: Array
@@ -70,6 +74,10 @@ class Factorisation:
     recovered_vectors: Array | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     check: Callable[[], None] | None = field(default=None, repr=False)
+    places: Array | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "logits", Logits.of(self.logits))
 
     def __getstate__(self) -> dict[str, Any]:
         self.verify()
@@ -102,9 +110,7 @@ class Factorisation:
     @property
     def predictions(self) -> Array:
         """``(n,)`` int64 arg-max of the logits; −1 where the file that this came from holds no logits."""
-        if not self.logits.shape[1]:
-            return np.full(len(self.logits), -1, np.int64)
-        return np.asarray(np.argmax(self.logits, axis=1), np.int64)
+        return self.logits.predicted
 
     @property
     def zero(self) -> Array:
@@ -200,10 +206,9 @@ class Factorisation:
 
     def to_arrays(self) -> dict[str, Array]:
         """Give the arrays of the container format by name."""
-        arrays = {
-            name: getattr(self, name)
-            for name in ("coefficients", "vectors", "labels", "logits", "ids", "norms", "loss_curve")
-        }
+        arrays = {name: getattr(self, name) for name in ("coefficients", "vectors", "loss_curve")} | example_arrays(
+            self
+        )
         optional = {name: getattr(self, name) for name in OPTIONAL}
         return arrays | {name: array for name, array in optional.items() if array is not None}
 

@@ -9,27 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from npeff.components.components import Components
+from npeff.components.components import COMPONENTS, Components
 from npeff.components.published import describe_published, published_in
-from npeff.components.saving import COMPONENTS
 from npeff.errors import ForeignFileError, StorageError
 from npeff.fishers.file_format import (
     KINDS,
     check_provenance,
     check_sizes,
     coherent,
+    count_outputs,
     described_parameters,
-    n_classes,
     one_of,
+    told_outputs,
 )
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.options import sketch_of
 from npeff.fishers.parts import describe_parts, parts_folder
-from npeff.storage.container import Container
-from npeff.storage.documents import expect, item
-from npeff.storage.fields import Sizes, check_shapes
+from npeff.storage.checks import Sizes, check_shapes, expect, item
+from npeff.storage.container import Container, recognise
 from npeff.storage.files import path_of
-from npeff.storage.recognition import recognise
 
 READ_BYTES = 256 << 20  # components no larger are read into memory
 
@@ -98,7 +96,7 @@ def _components_in(container: Container, *, verify: bool = False) -> Components:
         found = container.spec("arrays/coefficients").shape
         sizes["n_columns"] = sketch.d if sketch else found[-1] if gram and found else parameters.n_parameters
     check_shapes(container.path, container.specs, fields, sizes)
-    sizes["n_classes"] = n_classes(options, sizes["n_outputs"])
+    count_outputs(container.path, sizes, options, told_outputs(container, "arrays/n_outputs"))
     check_sizes(container, sizes)
     for together in (("row_offsets", "row_weights"), ("recovered", "recovered_vectors")):
         if len({f"arrays/{name}" in container.specs for name in together}) > 1:

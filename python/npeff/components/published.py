@@ -24,7 +24,9 @@ import numpy.typing as npt
 
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, ForeignFileError, StorageError
+from npeff.fishers.file_format import example_arrays, example_fields
 from npeff.fishers.fishers import Fishers
+from npeff.fishers.logits import Logits
 from npeff.fishers.published_fishers import (
     INT32,
     NUMBER,
@@ -38,11 +40,11 @@ from npeff.fishers.published_fishers import (
     unnamed,
 )
 from npeff.fishers.rows import Kind
-from npeff.storage.container import Container, open_file
-from npeff.storage.fields import Field, Sizes, refuse
+from npeff.storage.checks import Field, Sizes, refuse
+from npeff.storage.container import LAYOUTS, Container, check_replaceable, layout_of, open_file
 from npeff.storage.files import atomic, check_target, path_of
-from npeff.storage.hdf5 import LEAST_ALLOWED, MOST_TIMES, Data, write_hdf5
-from npeff.storage.recognition import LAYOUTS, check_replaceable, layout_of
+from npeff.storage.hdf5 import LEAST_ALLOWED, MOST_TIMES
+from npeff.storage.writing import Data, write_hdf5
 
 Array = npt.NDArray[Any]
 
@@ -105,8 +107,7 @@ def write_published(
     """
     path = path_of(path)
     check_target(path)
-    elsewhere = isinstance(item, Fishers) and item.kept_elsewhere
-    if elsewhere:
+    if isinstance(item, Fishers) and not item.in_parameter_space:
         raise StorageError(
             f"{path}: the published layouts hold rows in parameter space, and these are sketches or inner products, "
             "from which the rows do not come back; compute Fishers with TopK(k) or compress=None (npeff fishers "
@@ -119,7 +120,7 @@ def write_published(
         layout, data, attributes = plan_decomposition(item, path, sparse)
     else:
         raise ArgumentError(f"item: expected Fishers or Components, got {type(item).__name__}")
-    check_replaceable(path, lambda found: found.content == layout and not found.is_npeff, f"a published {layout} file")
+    check_replaceable(path, layout)
     with atomic(path) as scratch:
         write_hdf5(scratch, data, attributes)
     return path
@@ -152,15 +153,8 @@ def read_decomposition(file: Container, fishers: Fishers | None) -> Components:
     provenance: dict[str, Any] = {"source": "published layout", "layout": file.content}
     low_rank = file.content == "low_rank_decomposition"
     weights = Field("data/W", NUMBER, ("n_examples", "n_components"), least=0)
-    if low_rank:
-        power, kept, m = (
-            2,
-            "data/new_to_old_col_indices",
-            n_parameters_of(file, "data@n_parameters", "data/new_to_old_col_indices"),
-        )
-    else:
-        power, kept = 1, "data/reduce_kept_indices"
-        m = n_parameters_of(file, "data/reduce_kept_indices@full_dense_size", kept)
+    kept = "data/new_to_old_col_indices" if low_rank else "data/reduce_kept_indices"
+    m = n_parameters_of(file, "data@n_parameters" if low_rank else f"{kept}@full_dense_size", kept)
     axes = tuple(f"axis {axis}" for axis in range(len(file.spec(kept).shape)))
     listed = Field(kept, WHOLE, axes, least=0, below="n_parameters")
     sizes = {"n_parameters": m}
@@ -180,7 +174,7 @@ def read_decomposition(file: Container, fishers: Fishers | None) -> Components:
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.linalg.norm(vectors, axis=1)
         unit = (vectors / np.where(norms > 0, norms, 1)[:, None])[:, order].astype(np.float32)
-        coefficients = (arrays["data/W"].astype(np.float64) * norms**power).astype(np.float32)
+        coefficients = (arrays["data/W"].astype(np.float64) * norms ** (2 if low_rank else 1)).astype(np.float32)
     if not np.isfinite(coefficients).all() or not np.isfinite(norms).all():
         refuse(path, "data/W", "coefficients within the range of float32")
     whole = np.array_equal(columns[order], np.arange(m)) if len(columns) == m else False
@@ -204,20 +198,22 @@ def _components(
             f"fishers: expected the {n} examples over {m} parameters of {path}, got {len(fishers)} over "
             f"{fishers.n_parameters}"
         )
+    if fishers is not None:
+        known = {"parameters": fishers.parameters, **example_fields(example_arrays(fishers))}
+    else:
+        norms, logits = np.full(n, np.nan, np.float32), Logits(np.zeros((n, 0), np.float32))
+        known = {"parameters": unnamed(m), "norms": norms, "logits": logits}
+        known |= {"labels": np.full(n, -1, np.int64), "ids": np.arange(n)}
     return Components(
         kind=kind,
         coefficients=coefficients,
         vectors=vectors,
         columns=columns,
         block_weights=None,
-        parameters=fishers.parameters if fishers is not None else unnamed(m),
-        labels=fishers.labels if fishers is not None else np.full(n, -1, np.int64),
-        logits=fishers.logits if fishers is not None else np.zeros((n, 0), np.float32),
-        ids=fishers.ids if fishers is not None else np.arange(n),
-        norms=fishers.norms if fishers is not None else np.full(n, np.nan, np.float32),
         loss_curve=np.zeros(0),
         loss=float("nan"),
         provenance=provenance,
+        **known,
     )
 
 

@@ -83,7 +83,7 @@ def recover(
         options = FisherOptions.recorded(about)
         work = _Recovery(components, Run(inner, place, selected, replace(options, forward=forward)), wanted)
         bar = tqdm(check_data(data), desc="recover", unit="batch", disable=not progress)
-        for batch in read_batches(bar, place, forward is not None):
+        for batch in read_batches(bar, place, forward is not None, options.over_classes):
             work.add(batch)
             if work.complete:
                 break
@@ -144,14 +144,13 @@ class _Recovery:
         if not own:
             return factorised
         places, indices = (list(column) for column in zip(*own, strict=True))
-        fresh, stored = logits[places], torch.from_numpy(self.components.logits[indices]).to(logits.device)
-        if fresh.shape != stored.shape or differ(fresh.cpu(), stored.cpu(), logits.dtype):
+        fresh, stored = logits[places], self.components.logits.take(indices)
+        if fresh.shape != stored.shape or differ(stored.numbers_of(fresh), stored.numbers, logits.dtype):
             raise DataError(
                 f"data: examples {ids[0]} to {ids[-1]} have other logits than when their Fishers were computed; "
                 "give the same data in the same order, and the same forward="
             )
-        same = (fresh.to(torch.float32) == stored).all(dim=1)
-        factorised[places] = torch.where(same[:, None], fresh.double(), stored.double())
+        factorised[places] = stored.restored(fresh)
         return factorised
 
     def _cotangents(self, factors: Factors, ids: Array) -> Tensor:

@@ -13,9 +13,7 @@ import torch
 from npeff.decomposition.objective import State
 from npeff.decomposition.problem import Problem
 from npeff.errors import ResumeError, StorageError
-from npeff.storage.archives import read_npz
-from npeff.storage.documents import item, parse_json
-from npeff.storage.fields import Field, Sizes
+from npeff.storage.checks import Field, Sizes, item, parse_json, read_npz
 from npeff.storage.files import Lock, atomic, check_target, explain, refuse_link
 
 FIELDS = (

@@ -1,8 +1,10 @@
-"""Stage 2: Fishers → components."""
+"""Stage 2: Fishers → components, by the search or by the published algorithms, step for step."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,16 +15,25 @@ import torch
 
 from npeff.components.components import Components
 from npeff.decomposition.checkpoint import SearchState
-from npeff.decomposition.options import Algorithm, Callback, DecomposeOptions, PublishedOptions
+from npeff.decomposition.diagonal import Diagonal
+from npeff.decomposition.low_rank import LowRank, unit
+from npeff.decomposition.objective import State
+from npeff.decomposition.options import Algorithm, Callback, DecomposeOptions, Progress, PublishedOptions
 from npeff.decomposition.problem import Problem, prepare
-from npeff.decomposition.published_algorithm import run_published
-from npeff.decomposition.search import Search
+from npeff.decomposition.search import Search, progress_bar
 from npeff.decomposition.space_choice import SpaceName
+from npeff.decomposition.spaces import RowSpace
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.scaling import BlockWeights, Normalize
 
 Array = npt.NDArray[Any]
+
+DIVERGED = 1e3
+"""Relative loss above which the fixed-rate steps are given up."""
+
+MU_EPS = 1e-9
+"""Added to the denominators of multiplicative updates."""
 
 
 def decompose(
@@ -166,7 +177,7 @@ def expand(
     frozen_W = None
     if keep_coefficients:
         same = np.array_equal(components.ids, fishers.ids)
-        if not same or (components.logits.shape[1] and not np.array_equal(components.logits, fishers.logits)):
+        if not same or (components.logits.shape[1] and not components.logits.same(fishers.logits)):
             raise ArgumentError(
                 f"keep_coefficients: needs the {len(components.coefficients)} examples that the components "
                 f"were made from, in their order; got {len(fishers)} that are not these"
@@ -214,7 +225,8 @@ def components_of(problem: Problem, result: SearchState, **course: Any) -> Compo
         block_weights=scaled.block_weights,
         parameters=fishers.parameters,
         labels=np.asarray(fishers.labels),
-        logits=np.asarray(fishers.logits),
+        logits=fishers.logits,
+        places=fishers.places,
         ids=np.asarray(fishers.ids),
         norms=np.asarray(fishers.norms),
         loss_curve=np.asarray(result.curve, np.float64),
@@ -237,3 +249,107 @@ def components_of(problem: Problem, result: SearchState, **course: Any) -> Compo
         row_weights=weights,
         row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
     )
+
+
+# ---- the published algorithms -----------------------------------------------------------------------------------
+
+
+class DivergedError(ArgumentError):
+    """The fixed rate was too large: the loss went up without end."""
+
+
+def run_published(problem: Problem) -> SearchState:
+    """Solve a problem by the published algorithm of its kind.
+
+    Raises:
+        DivergedError: The loss went up without end.
+    """
+    options = problem.options
+    published = options.published or PublishedOptions()
+    began, generator = time.perf_counter(), torch.Generator().manual_seed(options.seed)
+    with progress_bar(options) as bar:
+
+        def report(iteration: int, loss: float) -> Any:
+            bar.n = iteration
+            bar.set_postfix(loss=f"{loss:.5f}")
+            seconds = time.perf_counter() - began
+            progress = Progress("published", 0, iteration, loss, loss, seconds)
+            return options.callback is not None and options.callback(progress)
+
+        if isinstance(problem.objective, Diagonal):
+            state, curve = _published_diagonal(problem.objective, options.n_components, published, generator, report)
+        else:
+            state, curve = _published_low_rank(problem.objective, options.n_components, published, generator, report)
+    steps = published.g_only + published.joint
+    return SearchState(iteration=steps, best=state, curve=curve, seconds=time.perf_counter() - began)
+
+
+def _published_low_rank(
+    objective: LowRank,
+    r: int,
+    options: PublishedOptions,
+    generator: torch.Generator,
+    callback: Callable[[int, float], Any] | None = None,
+) -> tuple[State, list[float]]:
+    """Run the published low-rank algorithm (Matena & Raffel 2023).
+
+    First steps on G alone, then joint steps; each joint step is one multiplicative update of W followed by one
+    fixed-rate gradient step on G. The loss may rise.
+
+    Returns:
+        The last state with unit-norm vectors, and the relative losses every ``log_every`` iterations.
+
+    Raises:
+        ArgumentError: The objective is not over the rows.
+        DivergedError: The loss went up without end.
+    """
+    space = objective.space
+    if not isinstance(space, RowSpace):
+        raise ArgumentError("space: the published algorithm works on the rows; use space='rows'")
+    W = torch.rand(objective.n_examples, r, generator=generator).to(space.device, space.dtype)
+    coords = space.embed(torch.randn(r, space.n_columns, generator=generator) / (r * space.n_columns / 2) ** 0.5)
+    curve: list[float] = []
+    for iteration in range(1, options.g_only + options.joint + 1):
+        P, Q = space.project(coords), coords @ coords.T
+        if iteration > options.g_only:
+            W = W * objective.cross(P) / (W @ (Q * Q) + MU_EPS)
+        gradient = ((W.T @ W) * Q) @ coords - space.combine(objective.spread(W, P))
+        coords = coords - 4 * options.learning_rate * gradient
+        if iteration % options.log_every == 0:
+            P, Q = space.project(coords), coords @ coords.T
+            curve.append(objective.relative_loss(W, objective.cross(P), Q))
+            if callback is not None and callback(iteration, curve[-1]):
+                break
+            if not curve[-1] < DIVERGED:
+                raise DivergedError(
+                    f"published: the loss is {curve[-1]:.3g} after {iteration} iterations with learning_rate="
+                    f"{options.learning_rate:g}: it diverged. Choose a smaller rate"
+                )
+    P = space.project(coords)
+    state = unit(State(W, coords, P, coords @ coords.T))
+    return replace(state, loss=objective.relative_loss(state.W, objective.cross(state.P), state.Q)), curve
+
+
+def _published_diagonal(
+    objective: Diagonal,
+    r: int,
+    options: PublishedOptions,
+    generator: torch.Generator,
+    callback: Callable[[int, float], Any] | None = None,
+) -> tuple[State, list[float]]:
+    """Run multiplicative updates (Lee & Seung 2001) from a uniform start; returns as :func:`_published_low_rank`."""
+    space = objective.space
+    assert isinstance(space, RowSpace)
+    W = torch.rand(objective.n_examples, r, generator=generator).to(space.device, space.dtype)
+    H = space.embed(torch.rand(r, space.n_columns, generator=generator))
+    curve: list[float] = []
+    for iteration in range(1, options.g_only + options.joint + 1):
+        if iteration > options.g_only:
+            W = W * space.project(H) / (W @ (H @ H.T) + MU_EPS)
+        H = H * space.combine(W) / ((W.T @ W) @ H + MU_EPS)
+        if iteration % options.log_every == 0:
+            curve.append(objective.relative_loss(W, space.project(H), H @ H.T))
+            if callback is not None and callback(iteration, curve[-1]):
+                break
+    state = objective.from_vectors(H.contiguous(), W)
+    return state, curve

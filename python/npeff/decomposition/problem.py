@@ -17,13 +17,13 @@ from npeff.decomposition.diagonal import Diagonal
 from npeff.decomposition.low_rank import LowRank
 from npeff.decomposition.objective import State
 from npeff.decomposition.options import DecomposeOptions
-from npeff.decomposition.processes import LOCAL, Communicator
+from npeff.decomposition.processes import LOCAL, Processes
 from npeff.decomposition.space_choice import SpaceChoice, choose_space
 from npeff.decomposition.spaces import FactorSpace, GramSpace, RowSpace, StreamedSpace
 from npeff.errors import ArgumentError, DataError
+from npeff.fishers.file_format import example_arrays, example_fields
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.scaling import ScaledRows, resolve_block_weights, scale
-from npeff.fishers.streamed_rows import StreamedRows
 from npeff.models.devices import usable_device
 from npeff.storage.files import forget
 
@@ -65,7 +65,7 @@ class Problem:
         """Identify the data: by the rows; where processes share them, by everything but the rows."""
         if self.objective.comm.size > 1:
             text, fishers = json.dumps(self.fishers.provenance, sort_keys=True, default=str), self.fishers
-            arrays = [fishers.row_offsets, fishers.ids, fishers.norms, fishers.logits]
+            arrays = [fishers.row_offsets, fishers.ids, fishers.norms, *fishers.logits.arrays().values()]
             return _digest(text, arrays)
         return _digest("", [self.scaled.row_offsets, *self.scaled.rows.deciding()])
 
@@ -82,7 +82,7 @@ class Problem:
         Returns:
             None where the rows are in parameter space, so that the vectors say everything, or some vectors are frozen.
         """
-        if not self.own.kept_elsewhere or state.frozen:
+        if self.own.in_parameter_space or state.frozen:
             return None
         objective = self.objective
         assert isinstance(objective, LowRank)
@@ -106,7 +106,7 @@ def _digest(text: str, arrays: list[Array]) -> str:
 def prepare(
     fishers: Fishers,
     options: DecomposeOptions,
-    comm: Communicator = LOCAL,
+    comm: Processes = LOCAL,
     *,
     columns: Array | None = None,
     frozen: Array | None = None,
@@ -146,7 +146,7 @@ def prepare(
     space: FactorSpace
     if choice.space == "gram" and low_rank:
         space = GramSpace(scaled.rows, anchors, options.torch_dtype, device, choice.part_bytes)
-    elif isinstance(scaled.rows, StreamedRows):
+    elif choice.stream:
         space = StreamedSpace(scaled.rows, options.torch_dtype, device, comm)
     else:
         space = RowSpace(scaled.rows, options.torch_dtype, device, comm)
@@ -264,7 +264,7 @@ def _first_non_finite(values: Array) -> int | None:
 
 
 def _scaled_block(
-    fishers: Fishers, options: DecomposeOptions, comm: Communicator, device: torch.device
+    fishers: Fishers, options: DecomposeOptions, comm: Processes, device: torch.device
 ) -> tuple[Fishers, ScaledRows, SpaceChoice]:
     """Take this process's block of examples, and scale it as one process would scale it.
 
@@ -328,11 +328,11 @@ def _block(fishers: Fishers, start: int, stop: int) -> Fishers:
             "Fishers with TopK(k) or Sketch(d)"
         )
     part = fishers.rows.part(first, last)
-    arrays = {name: getattr(fishers, name)[start:stop] for name in ("norms", "logits", "labels", "ids")}
+    fields = example_fields(example_arrays(fishers), slice(start, stop))
     if fishers.check is not None:  # every process checks its own rows
         fishers.check(part)
     offsets = np.asarray(fishers.row_offsets[start : stop + 1]) - first
-    return replace(fishers, rows=part, row_offsets=offsets, path=None, check=None, **arrays)
+    return replace(fishers, rows=part, row_offsets=offsets, path=None, check=None, **fields)
 
 
 def _exactly(weights: dict[str, float]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Sums over processes, and finding the processes: the solver uses nothing else of ``torch.distributed``.
 
-:class:`Local` is one process; :class:`Group` adds up over a ``torch.distributed`` process group, gloo for tensors in
-memory and NCCL for those on a GPU. :func:`connect` gives the one or the other.
+:class:`Processes` is one process; :class:`Group` adds up over a ``torch.distributed`` process group, gloo for tensors
+in memory and NCCL for those on a GPU. :func:`connect` gives the one or the other.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npeff.errors import ArgumentError, NpeffError, Terminated, WorkerError
-from npeff.storage.termination import ending_in_order
+from npeff.errors import ArgumentError, NpeffError, Terminated, WorkerError, ending_in_order
 
 T = TypeVar("T")
 
@@ -34,99 +33,77 @@ NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which torchrun tells a process of the others."""
 
 
-class Communicator(Protocol):
-    """What processes that work together ask of each other. Every process must ask, in the same order.
+class Processes:
+    """What processes that work together ask of each other; here of one process alone, where every sum is the argument.
+
+    Every process must ask, in the same order.
 
     Attributes:
         rank: This process, from 0.
         size: Number of processes.
     """
 
-    rank: int
-    size: int
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Add up over processes; the same bits in all of them. The argument may be overwritten."""
-        ...
-
-    def number(self, value: float) -> float:
-        """Add up one float64."""
-        ...
-
-    def agreed(self, value: float) -> float:
-        """Give process 0's value: decisions are taken on it, so that rounding does not lead processes apart."""
-        ...
-
-    def gathered(self, tensor: Tensor) -> Tensor:
-        """Give the tensors of all processes end to end along the first dimension, in every process."""
-        ...
-
-    def collected(self, tensor: Tensor) -> Tensor | None:
-        """Give the same in process 0 alone, and None in the others."""
-        ...
-
-    def lengths(self, own: int) -> list[int]:
-        """Give a whole number of every process, in order."""
-        ...
-
-    def objects(self, value: T, *, failed: bool = False) -> list[T]:
-        """Give small objects of all processes, in order."""
-        ...
-
-    def together(self, function: Callable[[], T]) -> T:
-        """Call a function in every process; where it fails in one, it fails in all."""
-        ...
-
-
-class Local:
-    """A single process: every sum is the argument."""
-
     rank, size = 0, 1
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Give the tensor."""
+        """Add up over processes; the same bits in all of them. The argument may be overwritten."""
         return tensor
 
     def number(self, value: float) -> float:
-        """Give the number."""
+        """Add up one float64."""
         return value
 
     def agreed(self, value: float) -> float:
-        """Give the number."""
+        """Give process 0's value: decisions are taken on it, so that rounding does not lead processes apart."""
         return value
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """Give the tensor."""
+        """Give the tensors of all processes end to end along the first dimension, in every process."""
         return tensor
 
     def collected(self, tensor: Tensor) -> Tensor | None:
-        """Give the tensor."""
+        """Give the same in process 0 alone, and None in the others."""
         return tensor
 
     def lengths(self, own: int) -> list[int]:
-        """Give the number."""
+        """Give a whole number of every process, in order."""
         return [own]
 
     def objects(self, value: T, *, failed: bool = False) -> list[T]:
-        """Give the object."""
+        """Give small objects of all processes, in order.
+
+        Args:
+            value: This process's.
+            failed: ``value`` is the message of an error: the others must not go on.
+
+        Raises:
+            WorkerError: Another process failed; gives its message.
+        """
         return [value]
 
     def together(self, function: Callable[[], T]) -> T:
-        """Call the function."""
+        """Call a function in every process; where it fails in one, it fails in all.
+
+        Raises:
+            NpeffError: The error of this process.
+            WorkerError: Another process failed; gives its message.
+        """
         return function()
 
+    def missing(self) -> str:
+        """Say why the work ended, as far as this process can see."""
+        return "the system asked for it"
 
-LOCAL = Local()
+
+LOCAL = Processes()
 
 
-class Group:
+class Group(Processes):
     """The processes of a ``torch.distributed`` process group, which must be initialised.
 
     Making one is a collective operation: every process must do it.
 
     Attributes:
-        rank: This process.
-        size: Number of processes.
         numbers_summed: Numbers that were added up or agreed upon so far.
         sums: Sums so far.
     """
@@ -192,11 +169,7 @@ class Group:
     # ---- other exchanges ------------------------------------------------------------------------------------
 
     def objects(self, value: T, *, failed: bool = False) -> list[T]:
-        """Give small objects of all processes, in order.
-
-        Args:
-            value: This process's.
-            failed: ``value`` is the message of an error: the others must not go on.
+        """Give small objects of all processes, in order; the error of another process where it failed.
 
         Raises:
             WorkerError: Another process failed; gives its message.
@@ -280,7 +253,7 @@ def normal_columns(r: int, first: int, count: int, total: int, generator: torch.
     return own
 
 
-def connect() -> Group | Local:
+def connect() -> Processes:
     """Find the processes that work together with this one.
 
     Those of the default process group, if ``torch.distributed`` is initialised; else those that ``torchrun`` started
@@ -315,7 +288,7 @@ def connect() -> Group | Local:
 
 
 @contextmanager
-def ending_together(group: Group | Local) -> Iterator[None]:
+def ending_together(group: Processes) -> Iterator[None]:
     """Save open files at SIGTERM and SIGHUP within the block: torchrun sends SIGTERM when another process has failed.
 
     Raises:
@@ -325,5 +298,5 @@ def ending_together(group: Group | Local) -> Iterator[None]:
         with ending_in_order():
             yield
     except Terminated as error:
-        why = group.missing() if isinstance(group, Group) else "the system asked for it"
-        raise Terminated(error.signal, f"rank {group.rank} of {group.size}: {error.reason}; {why}") from error
+        why = f"{error.reason}; {group.missing()}"
+        raise Terminated(error.signal, f"rank {group.rank} of {group.size}: {why}") from error

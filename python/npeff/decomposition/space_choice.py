@@ -13,7 +13,7 @@ from npeff.errors import ArgumentError
 from npeff.fishers.dense_rows import PART_BYTES
 from npeff.fishers.rows import Rows
 from npeff.fishers.streamed_rows import DEVICE_PART_BYTES
-from npeff.kernels.sparse_gram import DENSE_BYTES
+from npeff.kernels.sparse import DENSE_BYTES
 from npeff.models import devices
 from npeff.models.memory import available_bytes, format_bytes
 

@@ -4,7 +4,12 @@ A space holds the rows A of all examples, end to end, and represents r vectors G
 
 - ``project(coords)`` → ``P = A Gᵀ``, ``(rows, r)``;
 - ``combine(S)`` → coordinates of ``Sᵀ A``;
-- ``inner(a, b, P_b)`` → ``G_a G_bᵀ``.
+- ``inner(a, b, P_b)`` → ``G_a G_bᵀ``, where ``P_b = project(b)``;
+- ``embed(vectors)`` → the coordinates of given vectors, ``(r, n_columns)``; ``vectors(coords)`` → G itself;
+- ``random(r, generator)`` → coordinates of r random combinations of all rows: solutions lie in the row space.
+
+``n_rows`` rows are this process's; a product with A reads ``step_bytes``; ``‖g‖²`` is at most ``norm_bound`` times
+``‖coords‖²``, so that rounding of ``‖g‖²`` is of this order.
 
 :class:`GramSpace` writes ``G = C A`` and keeps only ``K = A Aᵀ``: at every stationary point
 ``(WᵀW ∘ GGᵀ) G = (W∘AG)ᵀ A``, so G lies in the row space and nothing is lost. Its cost does not depend on the
@@ -18,67 +23,16 @@ products are the same in every process, since :meth:`RowSpace.combine` adds up o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from npeff.decomposition.processes import LOCAL, Communicator, normal_columns
+from npeff.decomposition.processes import LOCAL, Processes, normal_columns
 from npeff.errors import ArgumentError
-from npeff.fishers.rows import DenseRows, Rows, SparseRows
-from npeff.fishers.streamed_rows import (
-    DEVICE_PART_BYTES,
-    StreamedRows,
-    ahead,
-    device_combine,
-    device_gram,
-    device_project,
-)
+from npeff.fishers.rows import Rows
+from npeff.fishers.streamed_rows import DEVICE_PART_BYTES, ahead, device_combine, device_gram, device_project
 from npeff.models import devices
-
-
-class FactorSpace(Protocol):
-    """The solver's whole view of the data.
-
-    Attributes:
-        name: The name in reports.
-        n_rows: Rows of A that this process holds.
-        step_bytes: Bytes that a product with A reads.
-        norm_bound: The most that ``‖g‖²`` can be of ``‖coords‖²``: rounding of ``‖g‖²`` is of this order.
-        device: Where coordinates live.
-        comm: The processes that hold the rows.
-    """
-
-    name: str
-    n_rows: int
-    step_bytes: int
-    norm_bound: float
-    device: torch.device
-    comm: Communicator
-
-    def random(self, r: int, generator: torch.Generator) -> Tensor:
-        """Draw coordinates of r random combinations of all rows: solutions lie in the row space."""
-        ...
-
-    def embed(self, vectors: Tensor) -> Tensor:
-        """Find the coordinates of given vectors ``(r, n_columns)``."""
-        ...
-
-    def project(self, coords: Tensor) -> Tensor:
-        """Compute ``P = A Gᵀ``, ``(n_rows, r)``."""
-        ...
-
-    def combine(self, S: Tensor) -> Tensor:
-        """Compute the coordinates of ``Sᵀ A`` for S ``(n_rows, r)``."""
-        ...
-
-    def inner(self, a: Tensor, b: Tensor, P_b: Tensor) -> Tensor:
-        """Compute ``G_a G_bᵀ``, ``(r_a, r_b)``, where ``P_b = project(b)``."""
-        ...
-
-    def vectors(self, coords: Tensor) -> Tensor:
-        """Compute G itself, ``(r, n_columns)``, in the processor's memory."""
-        ...
 
 
 class GramSpace:
@@ -96,7 +50,7 @@ class GramSpace:
     """
 
     name = "gram"
-    comm: Communicator = LOCAL
+    comm: Processes = LOCAL
 
     def __init__(
         self,
@@ -193,12 +147,12 @@ class RowSpace:
         rows: Rows,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        comm: Communicator = LOCAL,
+        comm: Processes = LOCAL,
     ) -> None:
         self._share(rows, dtype, device, comm)
         self._matrix = rows.on(dtype, self.device)
 
-    def _share(self, rows: Rows, dtype: torch.dtype, device: str | torch.device, comm: Communicator) -> None:
+    def _share(self, rows: Rows, dtype: torch.dtype, device: str | torch.device, comm: Processes) -> None:
         self.n_rows, self.n_columns = rows.n_rows, rows.n_columns
         self.dtype, self.device, self.comm = dtype, torch.device(device), comm
         self.step_bytes = 2 * rows.nbytes
@@ -250,10 +204,10 @@ class StreamedSpace(RowSpace):
 
     def __init__(
         self,
-        rows: StreamedRows,
+        rows: Rows,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        comm: Communicator = LOCAL,
+        comm: Processes = LOCAL,
     ) -> None:
         self._share(rows, dtype, device, comm)
         self._rows = rows
@@ -273,10 +227,14 @@ class StreamedSpace(RowSpace):
             part.combine(S[start:stop], out)
         return self.comm.sum(out)
 
-    def _parts(self) -> Iterator[tuple[int, int, SparseRows | DenseRows]]:
+    def _parts(self) -> Iterator[tuple[int, int, Rows]]:
         """Read part by part; while a device works on one, a thread reads the next."""
         parts = self._rows.parts()
         return ahead(parts) if devices.has_own_memory(self.device) else parts
+
+
+FactorSpace: TypeAlias = GramSpace | RowSpace
+"""The solver's whole view of the data."""
 
 
 def _largest_eigenvalue(K: Tensor, products: int = 5) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from npeff.decomposition.low_rank import LowRank
 from npeff.decomposition.objective import State
-from npeff.decomposition.processes import Communicator
+from npeff.decomposition.processes import Processes
 from npeff.decomposition.spaces import FactorSpace, RowSpace
 from npeff.fishers.rows import DenseRows
 
@@ -229,7 +229,7 @@ def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator
     return Subspace(coords, turn, rows, kept, inside)
 
 
-def _whitened(Y: Tensor, comm: Communicator) -> Tensor:
+def _whitened(Y: Tensor, comm: Processes) -> Tensor:
     """Compute ``Y (YᵀY)^{-1/2}``: nearly orthonormal columns, for less work than a QR decomposition."""
     gram = torch.zeros(Y.shape[1], Y.shape[1], dtype=torch.float64, device=Y.device)
     parts = torch.split(Y, WHITENED_ROWS)

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff.batches.batch_order import FixedOrder, Repeats
 from npeff.batches.batches import Batch, batch_digest, check_data
-from npeff.errors import ArgumentError, DataError, ResumeError
+from npeff.errors import ArgumentError, DataError, ResumeError, ending_in_order
 from npeff.fishers.exact_gram import exact_gram
-from npeff.fishers.fishers import Fishers
-from npeff.fishers.options import Basis, Compression, FisherOptions, Forward, GramOnly, Labels, Likelihood
-from npeff.fishers.passes import Run
-from npeff.fishers.pipeline import BatchPipeline
+from npeff.fishers.factors import Factors
+from npeff.fishers.fishers import FisherBlock, Fishers
+from npeff.fishers.logits import Logits, largest
+from npeff.fishers.options import Basis, Compression, FisherOptions, Forward, GramOnly, Labels, Likelihood, Sketch, TopK
+from npeff.fishers.passes import Ids, Run
 from npeff.fishers.rows import Kind
 from npeff.fishers.shards import FisherWriter
+from npeff.fishers.sinks import DenseSink, Sink, SketchSink
+from npeff.fishers.topk_sink import TopKSink
 from npeff.gradients.eligibility import differ
-from npeff.gradients.selection import placed, select_parameters
+from npeff.gradients.selection import BLOCKS, placed, select_parameters
+from npeff.kernels import NonFiniteError
+from npeff.kernels.transfers import InOrder
+from npeff.language.places import places_of
+from npeff.models import devices
 from npeff.models.digests import ModelWatch
+from npeff.models.parameters import Parameters
 from npeff.storage.files import check_target
-from npeff.storage.termination import ending_in_order
 
 
 class EmptyShareError(DataError):
@@ -87,8 +95,9 @@ def compute_fishers(
             position alone.
         likelihood: What the outputs mean: ``"categorical"`` logits, ``"probabilities"`` of classes (a model that
             ends in a softmax), ``"bernoulli"`` logits (one question each), or ``"gaussian"`` means of unit variance.
-        parameters: Name patterns as in the shell (``"layers.3.*"``), one or several; ``"!…"`` excludes. None
-            takes all.
+        parameters: Name patterns as in the shell (``"layers.3.*"``), one or several; ``"!…"`` excludes.
+            ``"blocks"`` stands for the weights of all linear layers in the transformer blocks: no embeddings, norms,
+            biases, nor the head. None takes all; with :class:`npeff.language.Places`, the blocks.
         forward: ``forward(model, batch) -> logits`` for models that are not simply called on the inputs.
         out: File to write. Work is saved while it is done, at Ctrl-C, SIGTERM and SIGHUP too (called from the main
             thread); the same call resumes it.
@@ -110,9 +119,13 @@ def compute_fishers(
         ArgumentError: An argument has a wrong value, or does not go with the others; or a DataLoader shuffles.
         DataError: Data is empty, unlabelled, misshapen, comes in another order each time, or gives non-finite logits or
             gradients; or the outputs are not what ``likelihood`` says.
+        EmptyShareError: No batch falls to this share.
         ModelError: The model has no per-example gradients as it stands, fails on a batch, or changed during the work.
         ResumeError: ``out`` holds work on another model, other data or other options.
     """
+    places = places_of(data)
+    if places is not None and parameters is None:
+        parameters = BLOCKS
     given = locals()
     options = FisherOptions(**{name: given[name] for name in FisherOptions.__dataclass_fields__})
     options.check()
@@ -124,62 +137,57 @@ def compute_fishers(
     inner = getattr(model, "_orig_mod", model)  # torch.compile hides the operations that rules look for
     if not isinstance(inner, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
+    if places is not None:
+        places.check_model(inner)
     # Work that is saved while it is done is saved at a SIGTERM, too.
     with nullcontext() if out is None else ending_in_order(), placed(inner, device) as place:
-        run = Run(inner, place, select_parameters(inner, parameters), options.cheapest())
-        return exact_gram(run, data) if isinstance(compress, GramOnly) else _compute(run, data)
-
-
-def _compute(run: Run, data: Iterable[Any]) -> Fishers:
-    """Compute all batches, one after the other; resume where ``out`` holds part of them.
-
-    Raises:
-        DataError: The data is empty, or gives non-finite logits or gradients.
-        EmptyShareError: No batch falls to this share.
-    """
-    options, out = run.options, None if run.options.out is None else Path(run.options.out)
-    watch = ModelWatch(run.model)
-    run.engine  # noqa: B018  a model without per-example gradients is refused before its data are touched
-    order, repeats = FixedOrder(data, lambda: run.batches(data)), Repeats(data)
-    batches = run.batches(data)
-    first = next(batches, None)
-    if first is None:
-        raise DataError(
-            "data: it yielded no batches; if it is a generator it may be used up: pass a DataLoader or a list"
+        about = {} if places is None else {"places": places.describe()}
+        run = Run(inner, place, select_parameters(inner, parameters), options.cheapest(), about)
+        if isinstance(compress, GramOnly):
+            return exact_gram(run, data)
+        watch = ModelWatch(run.model)
+        run.engine  # noqa: B018  a model without per-example gradients is refused before its data are touched
+        order, repeats = FixedOrder(data, lambda: run.batches(data)), Repeats(data)
+        batches = run.batches(data)
+        first = next(batches, None)
+        if first is None:
+            raise DataError(
+                "data: it yielded no batches; if it is a generator it may be used up: pass a DataLoader or a list"
+            )
+        order.check(first)
+        first_logits = run.choose_rules(first)
+        header = run.header(watch.digest, first_logits.shape[1])
+        pipeline, done = BatchPipeline(run, watch), 0
+        bar = tqdm(
+            total=_n_batches(data, first, run.options),
+            desc="Fishers",
+            unit="batch",
+            disable=not progress,
+            smoothing=0.05,
         )
-    order.check(first)
-    first_logits = run.choose_rules(first)
-    header = run.header(watch.digest, first_logits.shape[1])
-    pipeline, share, done = BatchPipeline(run, watch), options.share, 0
-    bar = tqdm(
-        total=_n_batches(data, first, options),
-        desc="Fishers",
-        unit="batch",
-        disable=not options.progress,
-        smoothing=0.05,
-    )
-    with bar, FisherWriter(out, header, validate=pipeline.validate) as writer:
-        with pipeline.writing(writer):
-            for number, batch in enumerate(chain([first], batches)):
-                ids = np.arange(done, done + batch.n_examples, dtype=np.int64)
-                done += batch.n_examples
-                if share is not None and number % share[1] != share[0]:
-                    continue
-                digest = batch_digest(batch)
-                repeats.add(digest)
-                if writer.skip(digest, batch.n_examples):
-                    if number == 0:
-                        _check_function(writer.stored_logits(batch.n_examples), first_logits, out)
-                    _pass_over(bar)
-                else:
-                    pipeline.add(batch, ids, digest)
-                    bar.update(1)
-                bar.set_postfix(examples=done, refresh=False)
-            repeats.end()
-        watch.check(thorough=True)
-        if share is not None and not writer.examples_done:
-            raise EmptyShareError("share: {} of {}: the data has fewer batches".format(*share))
-        return writer.finish(run.coverage())
+        target = None if out is None else Path(out)
+        with bar, FisherWriter(target, header, validate=pipeline.validate) as writer:
+            with pipeline.writing(writer):
+                for number, batch in enumerate(chain([first], batches)):
+                    ids = np.arange(done, done + batch.n_examples, dtype=np.int64)
+                    done += batch.n_examples
+                    if share is not None and number % share[1] != share[0]:
+                        continue
+                    digest = batch_digest(batch)
+                    repeats.add(digest)
+                    if writer.skip(digest, batch.n_examples):
+                        if number == 0:
+                            _check_function(writer.stored_logits(batch.n_examples), first_logits, target)
+                        _pass_over(bar)
+                    else:
+                        pipeline.add(batch, ids, digest)
+                        bar.update(1)
+                    bar.set_postfix(examples=done, refresh=False)
+                repeats.end()
+            watch.check(thorough=True)
+            if share is not None and not writer.examples_done:
+                raise EmptyShareError("share: {} of {}: the data has fewer batches".format(*share))
+            return writer.finish(run.coverage())
 
 
 def _n_batches(data: Iterable[Any], first: Batch, options: FisherOptions) -> int | None:
@@ -201,7 +209,7 @@ def _pass_over(bar: tqdm[Any]) -> None:
         bar.start_t = bar.last_print_t = time.time()
 
 
-def _check_function(stored: npt.NDArray[np.float32] | None, logits: Tensor, out: Path | None) -> None:
+def _check_function(stored: Logits | None, logits: Tensor, out: Path | None) -> None:
     """Refuse to continue work with a model that computes something else with the same weights.
 
     Raises:
@@ -209,10 +217,134 @@ def _check_function(stored: npt.NDArray[np.float32] | None, logits: Tensor, out:
     """
     if stored is None:
         return
-    before = torch.from_numpy(np.array(stored))[: len(logits)]
-    if before.shape != logits.shape or not bool(torch.isfinite(logits).all()) or differ(logits, before, logits.dtype):
+    before = stored.take(slice(len(logits)))
+    same = before.shape == logits.shape and bool(torch.isfinite(logits).all())
+    if not same or differ(before.numbers_of(logits), before.numbers, logits.dtype):
         raise ResumeError(
             f"the model gives other logits than those that {out} was computed from, although its weights are the "
             "same: its code or forward= changed. Use them as they were, choose another out, or remove it "
             "to start anew."
         )
+
+
+def sink_for(parameters: Parameters, factors: Factors, ids: Ids, options: FisherOptions, at_once: bool = True) -> Sink:
+    """The sink that keeps what ``options.compress`` says; see :class:`~npeff.fishers.sinks.Sink`."""
+    given = (parameters, factors, ids, options.kind == "diagonal", at_once)
+    if isinstance(options.compress, TopK):
+        return TopKSink(*given, options.compress.k)
+    if isinstance(options.compress, Sketch):
+        return SketchSink(*given, options.compress)
+    return DenseSink(*given)
+
+
+class PendingBatch:
+    """The Fishers of a batch, on their way to the host.
+
+    Args:
+        run: The model and the options.
+        batch: The batch, whose passes are run here.
+        ids: ``(b,)`` positions of its examples.
+        at_once: Refuse gradients that are not finite here; otherwise a device is not waited for, and :meth:`finite`
+            tells.
+
+    Raises:
+        DataError: Logits or gradients are not finite, or labels are missing.
+    """
+
+    def __init__(self, run: Run, batch: Batch, ids: Ids, at_once: bool = True) -> None:
+        self._pieces, options = [], run.options
+        with run.engine.recording():
+            for one in run.passes(batch, ids):
+                assert one.prepared is not None
+                sink = sink_for(run.parameters, one.factors, one.slot_ids, run.options, at_once)
+                for block in run.engine.blocks(
+                    one.prepared,
+                    one.factors.columns,
+                    slots=one.slots,
+                    squared=options.kind == "diagonal",
+                    paired=sink.paired,
+                    last_first=isinstance(options.compress, TopK),
+                    gathered=options.compress is not None,
+                ):
+                    sink.add(block)
+                known = one.logits.shape[1], one.stored_labels(), one.ids, one.places, one.filled
+                self._pieces.append((*sink.finish(largest(one.logits, options.over_classes)), *known))
+
+    def finite(self) -> bool:
+        """Whether all gradients were finite; waits for the batch's work on the device."""
+        return all([np.isfinite(numbers.wait()[0]).all() for numbers, *_ in self._pieces])
+
+    def block(self) -> FisherBlock:
+        """The Fishers, once they are on the host; any thread may wait for them."""
+        blocks = []
+        while self._pieces:
+            numbers, rows, n_outputs, labels, ids, places, filled = self._pieces.pop(0)
+            norms, counts, scale, *kept = numbers.wait()
+            norms, logits = norms.astype(np.float32)[filled], Logits.kept(kept, n_outputs)
+            blocks.append(FisherBlock(rows(counts, scale), counts[filled], norms, logits, labels, ids, places))
+        return FisherBlock.joined(blocks)
+
+
+class BatchPipeline:
+    """The order in which batches are computed, checked and written.
+
+    A batch is computed without a look at its gradients; one with a gradient that is not finite is computed again, to
+    name the example and the parameter. On a device a batch is checked when the next one has been given to it, so that
+    the device always has work.
+
+    Args:
+        run: The model and the options.
+        watch: Notices changes to the model.
+    """
+
+    def __init__(self, run: Run, watch: ModelWatch) -> None:
+        self._run, self._watch, self._deferred = run, watch, devices.has_own_memory(run.device)
+        self._computing = threading.Lock()  # the model is checked while it does not run
+        self._waiting: deque[tuple[Batch, Ids, str, PendingBatch]] = deque()
+
+    def validate(self) -> None:
+        """Refuse a model that changed; called between batches, from any thread.
+
+        Raises:
+            ModelError: The model changed.
+        """
+        with self._computing:
+            self._watch.check(thorough=True)
+
+    @contextmanager
+    def writing(self, writer: FisherWriter) -> Iterator[None]:
+        """Within it, batches go to the writer, on a thread of its own; at its end all have been written.
+
+        Raises:
+            BaseException: The error that the writer raised.
+        """
+        with InOrder[tuple[PendingBatch, str]](
+            lambda item: writer.append(item[0].block(), item[1]), waiting=1
+        ) as thread:
+            self._thread = thread
+            yield
+            self._settle(0)
+
+    def add(self, batch: Batch, ids: Ids, digest: str) -> None:
+        """Compute a batch, and hand finished batches to the writer; waits while the writer has enough to do.
+
+        Raises:
+            DataError: Logits or gradients of the batch, or of the batch before it, are not finite.
+            ModelError: The model changed.
+        """
+        with self._computing:
+            try:
+                pending = PendingBatch(self._run, batch, ids, at_once=False)
+            except NonFiniteError:
+                pending = PendingBatch(self._run, batch, ids)
+            self._watch.check()
+        self._waiting.append((batch, ids, digest, pending))
+        self._settle(1 if self._deferred else 0)
+
+    def _settle(self, left: int) -> None:
+        while len(self._waiting) > left:
+            batch, ids, digest, pending = self._waiting.popleft()
+            if not pending.finite():
+                with self._computing:
+                    pending = PendingBatch(self._run, batch, ids)
+            self._thread.put((pending, digest))

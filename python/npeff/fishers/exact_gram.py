@@ -28,13 +28,13 @@ from npeff.batches.batches import Batch, batch_digest
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.layer_gram import LayerGram
+from npeff.fishers.logits import Logits, largest
 from npeff.fishers.options import GramOnly
-from npeff.fishers.parts import check_header, plain
+from npeff.fishers.parts import find_finished
 from npeff.fishers.passes import Ids, Run
 from npeff.fishers.rows import GramRows
-from npeff.fishers.shards import header_in
+from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.rules import Rule
-from npeff.gradients.tiles import Block, Pairs
 from npeff.models.digests import ModelWatch
 from npeff.models.memory import format_bytes, parse_bytes
 from npeff.models.parameters import Parameter
@@ -47,9 +47,10 @@ Array = npt.NDArray[Any]
 class _Examples:
     """What the first pass says of the examples."""
 
+    ids: list[Array] = field(default_factory=list)
     counts: list[Array] = field(default_factory=list)
     scales: list[Array] = field(default_factory=list)
-    logits: list[Array] = field(default_factory=list)
+    logits: list[Logits] = field(default_factory=list)
     labels: list[Array] = field(default_factory=list)
 
     @property
@@ -106,8 +107,8 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
             if not examples.n:
                 raise DataError("data: it yielded no examples; if it is a generator it may be used up: pass a list")
             header = run.header(watch.digest, examples.logits[0].shape[1])
-            if out is not None and (found := _finished(out, header)) is not None:
-                return found
+            if out is not None and (found := find_finished(out, header)) is not None:
+                return fishers_in(found)
             n_rows = int(np.concatenate(examples.counts).sum())
             K = np.zeros((n_rows, n_rows), np.float32)
         elif n != examples.n:
@@ -129,16 +130,23 @@ def _collect(run: Run, batch: Batch, ids: Ids, layers: dict[str, LayerGram], exa
     """Give a batch's gradients to the layers; in the first pass, what is known of its examples to ``examples``."""
     with run.engine.recording():
         for one in run.passes(batch, ids):
-            counts, n_columns = one.factors.counts.cpu().numpy(), one.n_columns
+            counts, n_columns, filled = one.factors.counts.cpu().numpy(), one.n_columns, one.filled
             if examples is not None:
-                examples.counts.append(counts)
-                examples.scales.append(one.factors.scale.cpu().numpy())
-                examples.logits.append(one.logits.detach().to("cpu", torch.float32, copy=True).numpy())
+                examples.ids.append(one.ids)
+                examples.counts.append(counts[filled])
+                examples.scales.append(one.factors.scale.cpu().numpy()[filled])
+                kept = [array.cpu().numpy() for array in largest(one.logits, run.options.over_classes)]
+                examples.logits.append(Logits.kept(kept, one.logits.shape[1]))
                 examples.labels.append(one.stored_labels())
             for layer in layers.values():
                 layer.begin(counts, n_columns)
-            for block in one.blocks(_factors_are_smaller(n_columns), among=layers):
-                _check_finite(block, one.ids)
+            assert one.prepared is not None
+            one.prepared.restrict(layers)
+            columns = one.factors.columns
+            for block in run.engine.blocks(
+                one.prepared, columns, slots=one.slots, paired=_factors_are_smaller(n_columns)
+            ):
+                _check_finite(block, one.slot_ids)
                 layers[block.parameter.name].take(block)
             for layer in layers.values():
                 layer.end()
@@ -187,19 +195,16 @@ def _postpone(layers: dict[str, LayerGram], memory: int) -> None:
         layers.pop(max(layers, key=lambda name: layers[name].nbytes))
 
 
-def _finished(out: Path, header: dict[str, Any]) -> Fishers | None:
-    """The Fishers that are at ``out`` already, if they are these; None where there is nothing."""
-    if not out.exists():
-        return None
-    container = open_container(out)
-    check_header(out, out, header_in(container), plain(header))
-    return fishers_in(container)
-
-
 def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) -> Fishers:
-    counts = np.concatenate(examples.counts)
+    counts, scale = np.concatenate(examples.counts), np.concatenate(examples.scales)
+    logits, labels = Logits.concatenate(examples.logits), np.concatenate(examples.labels)
+    order = np.argsort(np.concatenate(examples.ids), kind="stable")
+    if (np.diff(order) < 0).any():  # places that went backward some at a time
+        starts = np.cumsum(counts) - counts
+        rows = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order])
+        K = K[np.ix_(rows, rows)]
+        counts, scale, logits, labels = counts[order], scale[order], logits.take(order), labels[order]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    scale = np.concatenate(examples.scales)
     norms = np.zeros(len(counts), np.float64)
     for i, (start, stop) in enumerate(pairwise(offsets.tolist())):
         norms[i] = np.linalg.norm(K[start:stop, start:stop].astype(np.float64)) * scale[i] ** 2
@@ -211,8 +216,8 @@ def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) ->
         rows=GramRows(K),
         row_offsets=offsets,
         norms=norms.astype(np.float32),
-        logits=np.concatenate(examples.logits),
-        labels=np.concatenate(examples.labels),
+        logits=logits,
+        labels=labels,
         ids=np.arange(len(counts), dtype=np.int64),
         parameters=run.parameters,
         provenance=header["provenance"],

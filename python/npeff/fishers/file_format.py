@@ -32,25 +32,41 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, StorageError
+from npeff.fishers.logits import Logits
 from npeff.fishers.options import sketch_of
-from npeff.fishers.rows import Kind, Rows, index_dtype
+from npeff.fishers.rows import Kind, index_dtype
 from npeff.models.parameters import Parameters
-from npeff.storage.container import Container, write_container
-from npeff.storage.documents import expect, item
-from npeff.storage.fields import INT, MOST_PARAMETERS, Field, Sizes, check_arrays
+from npeff.storage.checks import FLOAT, INT, MOST_PARAMETERS, Field, Sizes, check_arrays, expect, item, refuse
+from npeff.storage.container import Container
 from npeff.storage.files import forget
-from npeff.storage.hdf5 import Data
+from npeff.storage.writing import Data, write_container
 
 Array = npt.NDArray[Any]
 Span = tuple[Container, int, int]
 KINDS = get_args(Kind)
-EXAMPLE_ARRAYS = {"norms": np.float32, "logits": np.float32, "labels": np.int64, "ids": np.int64}
+EXAMPLE_ARRAYS: dict[str, npt.DTypeLike] = {
+    "norms": np.float32, "logits": np.float32, "logit_classes": np.int32, "log_normaliser": np.float32,
+    "n_outputs": np.int64, "labels": np.int64, "ids": np.int64, "places": np.int64,
+}  # fmt: skip
+"""The arrays that say something of each example, the rows apart, in the order of the file."""
+
+MOST_CLASSES = 1 << 24
+"""Outputs that a file may tell without their logits: arrays of one number per class stay small."""
+
 OFFSETS = Field("row_offsets", ("<i8",), ("n_examples + 1",), ascends_to="n_rows")
+LOGITS = (
+    Field("logits", FLOAT, ("n_examples", "n_logits")),
+    Field("logit_classes", ("<i4",), ("n_examples", "n_logits"), least=0, below="n_outputs", optional=True),
+    Field("log_normaliser", FLOAT, ("n_examples",), optional=True),
+    Field("n_outputs", ("<i8",), (), least=1, optional=True),
+)
+PLACES = Field("places", ("<i8",), ("n_examples", 2), least=0, optional=True)
 EXAMPLES = (
     Field("norms", ("<f4",), ("n_examples",), least=0),
-    Field("logits", ("<f4",), ("n_examples", "n_outputs")),
+    *(replace(field, dtypes=("<f4",)) if field.dtypes == FLOAT else field for field in LOGITS),
     Field("labels", ("<i8",), ("n_examples",), least=-1, below="n_classes"),
     Field("ids", ("<i8",), ("n_examples",), least=0),
+    PLACES,
 )
 ENTRIES = Field("rows/indices", INT, ("n_entries",), least=0, below="n_parameters", ascending_in="rows/indptr")
 SPARSE = (
@@ -97,17 +113,40 @@ def write_fishers(
     write_container(path, "fishers", [*texts, *arrays], attributes)
 
 
-def fisher_data(arrays: Mapping[str, Array], rows: Rows) -> list[Data]:
-    """Describe the datasets of Fishers in memory (or mapped).
+def example_arrays(item: Any) -> dict[str, Array]:
+    """List the arrays of Fishers, of a block or of Components that say something of each example, by dataset."""
+    arrays = {"norms": item.norms, **item.logits.arrays(), "labels": item.labels, "ids": item.ids}
+    return arrays if item.places is None else {**arrays, "places": item.places}
+
+
+def example_fields(arrays: Mapping[str, Array], which: Any = ...) -> dict[str, Any]:
+    """Make the fields of some examples (integers, a slice or a mask) from arrays by the names of their datasets."""
+    chosen = {name: array[which] for name, array in arrays.items() if name in EXAMPLE_ARRAYS and array.ndim}
+    fields = {name: chosen[name] for name in ("norms", "labels", "ids")}
+    logits = {**chosen, "n_outputs": arrays["n_outputs"]} if "n_outputs" in arrays else chosen
+    return {**fields, "logits": Logits.from_arrays(logits), "places": chosen.get("places")}
+
+
+def fisher_data(parts: Sequence[Mapping[str, Array]], n_columns: int) -> list[Data]:
+    """Describe the datasets of Fishers that lie in memory (or are mapped), part after part.
 
     Args:
-        arrays: ``row_offsets`` and the arrays of EXAMPLE_ARRAYS.
-        rows: All rows.
+        parts: ``row_offsets``, those of :func:`example_arrays` and of the rows; at least one.
+        n_columns: Width of the rows.
     """
     dtypes: dict[str, npt.DTypeLike] = {"row_offsets": np.int64, **EXAMPLE_ARRAYS, "rows/indptr": np.int64}
-    dtypes |= {"rows/indices": index_dtype(rows.n_columns), "rows/values": np.float32, "rows/gram": np.float32}
-    found = {name: arrays[name] for name in ("row_offsets", *EXAMPLE_ARRAYS)} | rows.arrays()
-    return [Data.of(name, array, dtypes[name]) for name, array in found.items()]
+    dtypes |= {"rows/indices": index_dtype(n_columns), "rows/values": np.float32, "rows/gram": np.float32}
+
+    def described(name: str) -> Data:
+        arrays, dtype = [part[name] for part in parts], np.dtype(dtypes[name])
+        if len(arrays) == 1 or not arrays[0].ndim:
+            return Data.of(name, arrays[0], dtype)
+        if name in ("row_offsets", "rows/indptr"):
+            return Data.of(name, offsets_of([np.diff(array) for array in arrays]))
+        shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
+        return Data(name, shape, dtype.newbyteorder("<"), lambda: arrays)
+
+    return [described(name) for name in dtypes if name in parts[0]]
 
 
 def offsets_of(counts: Sequence[Array]) -> Array:
@@ -123,7 +162,8 @@ def joined_data(spans: Sequence[Span]) -> list[Data]:
             as a whole, the checksum is compared.
     """
     rows = [_inside(span, "row_offsets") for span in spans]
-    data = [_offsets("row_offsets", spans), *(_slices(name, spans) for name in EXAMPLE_ARRAYS)]
+    names = [name for name in EXAMPLE_ARRAYS if any(name in file.specs for file, _, _ in spans)]
+    data = [_offsets("row_offsets", spans), *(_slices(name, spans) for name in names)]
     if "rows/indptr" in spans[0][0].specs:
         entries = [_inside(span, "rows/indptr") for span in rows]
         return [*data, _offsets("rows/indptr", rows), _slices("rows/indices", entries), _slices("rows/values", entries)]
@@ -138,6 +178,8 @@ def _inside(span: Span, offsets: str) -> Span:
 
 def _slices(name: str, spans: Sequence[Span]) -> Data:
     spec = spans[0][0].spec(name)
+    if not spec.shape:
+        return Data.of(name, spans[0][0].array(name))
     shape = (sum(stop - start for _, start, stop in spans), *spec.shape[1:])
 
     def chunks() -> Iterator[Array]:
@@ -225,9 +267,28 @@ def check_provenance(container: Container, provenance: dict[str, Any], name: str
     return options
 
 
-def n_classes(options: dict[str, Any], n_outputs: int) -> int:
-    """Return what labels have to be below: the number of outputs, where outputs are classes."""
-    return n_outputs if n_outputs and options.get("likelihood", "categorical") == "categorical" else 1 << 62
+def told_outputs(file: Container, name: str = "n_outputs") -> Array | None:
+    """Read the number of outputs that a file tells, whose type and shape are right; None where all logits are kept."""
+    return file.array(name) if name in file.specs else None
+
+
+def count_outputs(where: object, sizes: Sizes, options: dict[str, Any], n_outputs: Any = None) -> None:
+    """Add the number of outputs to sizes that have ``n_logits``, and what labels are below.
+
+    Args:
+        where: The file, for messages.
+        sizes: Sizes known so far.
+        options: Those of the Fishers: they say whether outputs are classes.
+        n_outputs: The number as a file tells it; None: all logits are kept.
+
+    Raises:
+        StorageError: It is less than the logits that are kept, or more than any model has.
+    """
+    n = sizes["n_logits"] if n_outputs is None else int(n_outputs)
+    if n < sizes["n_logits"] or (n_outputs is not None and n > MOST_CLASSES):
+        refuse(where, "n_outputs", f"at least {sizes['n_logits']}, the logits that are kept, and ≤ 2²⁴, got {n}")
+    over_classes = n and options.get("likelihood", "categorical") == "categorical"
+    sizes |= {"n_outputs": n, "n_classes": n if over_classes else 1 << 62}
 
 
 def check_sizes(container: Container, sizes: Sizes) -> None:

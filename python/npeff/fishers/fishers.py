@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.file_format import (
-    EXAMPLE_ARRAYS,
     EXAMPLES,
     KINDS,
     OFFSETS,
@@ -21,22 +20,25 @@ from npeff.fishers.file_format import (
     check_saved,
     check_sizes,
     coherent,
+    count_outputs,
     described_parameters,
+    example_arrays,
+    example_fields,
     fisher_data,
-    n_classes,
+    offsets_of,
     one_of,
     row_fields,
+    told_outputs,
     write_fishers,
 )
+from npeff.fishers.logits import Logits, joined
 from npeff.fishers.options import Sketch, sketch_of
-from npeff.fishers.rows import Kind, Rows, rows_from
+from npeff.fishers.rows import Kind, Rows, concatenate, rows_from
 from npeff.models.parameters import Parameters
 from npeff.short_repr import short_repr
-from npeff.storage.container import Container
-from npeff.storage.documents import expect
-from npeff.storage.fields import Sizes, check_arrays, check_shapes, refuse
-from npeff.storage.files import atomic, path_of
-from npeff.storage.recognition import check_replaceable
+from npeff.storage.checks import Sizes, check_arrays, check_shapes, expect, refuse
+from npeff.storage.container import Container, check_replaceable
+from npeff.storage.files import atomic
 
 Array = npt.NDArray[Any]
 
@@ -49,19 +51,40 @@ class FisherBlock:
         rows: The examples' rows, in order.
         row_counts: ``(b,)`` int64 rows per example.
         norms: ``(b,)`` float32 norms of the dense Fishers.
-        logits: ``(b, C)`` float32.
+        logits: :class:`~npeff.fishers.logits.Logits` of the b examples, or an array ``(b, C)`` float32 of all.
         labels: ``(b,)`` int64, −1 where unknown.
         ids: ``(b,)`` int64 positions in the data.
+        places: ``(b, 2)`` int64: sequence in the data and position in it, where examples are places; None elsewhere.
     """
 
     rows: Rows
     row_counts: Array
     norms: Array
-    logits: Array
+    logits: Logits
     labels: Array
     ids: Array
+    places: Array | None = None
 
     __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "logits", Logits.of(self.logits))
+
+    @classmethod
+    def joined(cls, blocks: list[FisherBlock]) -> FisherBlock:
+        """Join blocks, at least one, and put the examples in the order of their positions in the data."""
+        if len(blocks) == 1:
+            return blocks[0]
+        counts, arrays = np.concatenate([b.row_counts for b in blocks]), joined([example_arrays(b) for b in blocks])
+        rows, order = concatenate([block.rows for block in blocks]), np.argsort(arrays["ids"], kind="stable")
+        if (np.diff(order) < 0).any():
+            starts = np.cumsum(counts) - counts
+            rows = rows.take(np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order]))
+        return cls(rows, counts[order], **example_fields(arrays, order))
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays by the names of their datasets in a file."""
+        return {"row_offsets": offsets_of([self.row_counts]), **example_arrays(self), **self.rows.arrays()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +98,13 @@ class Fishers:
         rows: Rows of all A_i (or all f_i) end to end, unnormalised, as they were compressed.
         row_offsets: ``(n + 1,)`` int64; example i owns rows ``row_offsets[i]:row_offsets[i+1]``.
         norms: ``(n,)`` float32 norms of the Fishers *before* compression: Frobenius ‖F_i‖_F, or ‖f_i‖₂.
-        logits: ``(n, C)`` float32 outputs of the model.
+        logits: Outputs of the model, :class:`~npeff.fishers.logits.Logits`: an array ``(n, C)`` float32, or, of more
+            than 1,024 classes, the 32 largest of each example and what their probabilities need.
         labels: ``(n,)`` int64 true classes, −1 where unknown.
         ids: ``(n,)`` int64 positions of the examples in the data they were computed from.
         parameters: The parameters the columns stand for.
+        places: ``(n, 2)`` int64, where examples are places in sequences: the sequence's number in the data and the
+            position in it; None elsewhere.
         provenance: Model digest, options, versions: enough to compute the same again.
         coverage: Per parameter, the gradient rule that served it, and why.
         path: The file this was opened from, if any.
@@ -90,7 +116,7 @@ class Fishers:
     rows: Rows
     row_offsets: Array
     norms: Array
-    logits: Array
+    logits: Logits
     labels: Array
     ids: Array
     parameters: Parameters
@@ -98,12 +124,16 @@ class Fishers:
     coverage: list[dict[str, str]] = field(default_factory=list)
     path: Path | None = None
     check: Callable[[Rows | None], None] | None = field(default=None, repr=False)
+    places: Array | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "logits", Logits.of(self.logits))
         n = len(self.row_offsets) - 1
-        for name in ("norms", "logits", "labels", "ids"):
+        for name in ("norms", "logits", "labels", "ids", *(() if self.places is None else ("places",))):
             if len(getattr(self, name)) != n:
                 raise ArgumentError(f"{name}: expected {n} examples as in row_offsets, got {len(getattr(self, name))}")
+        if self.places is not None and np.shape(self.places) != (n, 2):
+            raise ArgumentError(f"places: expected ({n}, 2), sequence and position, got {np.shape(self.places)}")
         if self.rows.n_rows != int(self.row_offsets[-1]):
             raise ArgumentError(
                 f"rows: expected {int(self.row_offsets[-1])} rows as in row_offsets, got {self.rows.n_rows}"
@@ -150,9 +180,9 @@ class Fishers:
         return sketch_of(self.provenance)
 
     @property
-    def kept_elsewhere(self) -> bool:
-        """Whether the rows are not in parameter space: sketches, or inner products alone."""
-        return self.sketch is not None or self.rows.products_only
+    def in_parameter_space(self) -> bool:
+        """Whether columns of the rows are parameters: those of sketches are not, and inner products have no rows."""
+        return self.sketch is None and not self.rows.products_only
 
     @property
     def ranks(self) -> Array:
@@ -162,7 +192,7 @@ class Fishers:
     @property
     def predictions(self) -> Array:
         """``(n,)`` int64 arg-max of the logits."""
-        return np.asarray(np.argmax(self.logits, axis=1), np.int64)
+        return self.logits.predicted
 
     @property
     def zero(self) -> Array:
@@ -210,12 +240,9 @@ class Fishers:
             self,
             rows=self._checked(self.rows.take(rows)),
             row_offsets=offsets,
-            norms=self.norms[examples],
-            logits=self.logits[examples],
-            labels=self.labels[examples],
-            ids=self.ids[examples],
             path=None,
             check=None,
+            **example_fields(example_arrays(self), examples),
         )
 
     def filter(self, *, wrong: bool | None = None) -> Fishers:
@@ -248,18 +275,17 @@ class Fishers:
             ArgumentError: An array holds what no Fishers have, such as NaN; says which.
             StorageError: The file cannot be written there; what was there is untouched.
         """
-        path = path_of(path)
-        check_replaceable(path, lambda found: found.content == "fishers", "Fishers saved by npeff")
+        path = check_replaceable(path, "fishers")
         header = {"kind": self.kind, "parameters": self.parameters.to_json(), "provenance": self.provenance}
         self.verify()
-        arrays = {name: getattr(self, name) for name in ("row_offsets", *EXAMPLE_ARRAYS)}
-        data = fisher_data(arrays, self.rows)
-        arrays |= self.rows.arrays()
+        arrays = {"row_offsets": self.row_offsets, **example_arrays(self), **self.rows.arrays()}
+        data = fisher_data([arrays], self.rows.n_columns)
         known: Sizes = {
             "n_parameters": self.n_parameters,
-            "n_classes": n_classes(self.provenance.get("options") or {}, self.logits.shape[1]),
+            "n_logits": self.logits.values.shape[1],
             "n_rows": self.rows.n_rows,
         }
+        count_outputs("fishers", known, self.provenance.get("options") or {}, self.logits.n_outputs)
         check_saved("fishers", arrays, [OFFSETS, *EXAMPLES, *row_fields(self.rows.form, self.kind)], known)
         with atomic(path) as scratch:
             write_fishers(scratch, header, self.coverage, None, data)
@@ -290,7 +316,7 @@ def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
         sizes["n_columns"] = parameters.n_parameters if sketch is None else sketch.d
     fields = [OFFSETS, *EXAMPLES, *row_fields(form, kind)]
     check_shapes(container.path, container.specs, [*EXAMPLES, *row_fields(form, kind)], sizes)
-    sizes["n_classes"] = n_classes(options, sizes["n_outputs"])
+    count_outputs(container.path, sizes, options, told_outputs(container))
     if kind == "diagonal":
         sizes["n_rows"] = sizes["n_examples"]
     check_sizes(container, sizes)
@@ -312,7 +338,7 @@ def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
             kind=kind,  # type: ignore[arg-type]
             rows=rows,
             row_offsets=arrays["row_offsets"],
-            **{name: arrays[name] for name in EXAMPLE_ARRAYS},
+            **example_fields(arrays),
             parameters=parameters,
             provenance=provenance,
             coverage=coverage,

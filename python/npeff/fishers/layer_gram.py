@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from npeff import kernels
-from npeff.gradients.tiles import Block, Pairs
+from npeff.gradients.blocks import Block, Pairs
 from npeff.models.parameters import Parameter
 
 Array = npt.NDArray[Any]
@@ -28,7 +28,7 @@ class KeptPart:
     """Some examples of one parameter: factors, whole gradients, or gradients on a few runs of elements.
 
     Attributes:
-        counts: ``(b,)`` rows per example.
+        counts: ``(b,)`` rows per example, or per sequence whose places share the inputs.
         delta: ``(rows, T, n)`` with ``inputs (b, T, k)``, when factors are kept.
         inputs: See ``delta``.
         turned: The parameter is (k, n).
@@ -90,7 +90,7 @@ class LayerGram:
         """Take what is needed of a block; the block may be overwritten afterwards."""
         if isinstance(block, Pairs):
             delta, inputs = (x.to("cpu", torch.float32, copy=True) for x in (block.delta, block.inputs))
-            self._pairs.append(Pairs(block.parameter, block.examples, delta, inputs, block.turned))
+            self._pairs.append(replace(block, delta=delta, inputs=inputs))
             return
         values = block.values.to("cpu", torch.float32)
         b, r, runs, width = values.shape
@@ -116,7 +116,8 @@ class LayerGram:
             delta = torch.cat([pairs.delta for pairs in self._pairs])  # (b, T, R, n)
             delta = delta.transpose(1, 2).flatten(0, 1)[kept].contiguous()
             inputs = torch.cat([pairs.inputs for pairs in self._pairs])
-            part = KeptPart(counts, delta=delta, inputs=inputs, turned=self._pairs[0].turned)
+            of_inputs = counts.reshape(len(inputs), -1).sum(axis=1)
+            part = KeptPart(of_inputs, delta=delta, inputs=inputs, turned=self._pairs[0].turned)
         elif self._runs:
             part = KeptPart(counts, sparse=self._csr(kept.numpy()))
         elif self._whole is not None:

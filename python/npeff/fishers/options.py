@@ -15,6 +15,7 @@ import torch
 from npeff.errors import ArgumentError, StorageError
 from npeff.fishers.rows import Kind
 from npeff.kernels.sketch import check_map
+from npeff.models.forward import OVER_CLASSES
 from npeff.models.memory import parse_bytes
 from npeff.models.parameters import Parameters
 
@@ -177,7 +178,7 @@ class FisherOptions:
     @property
     def over_classes(self) -> bool:
         """Whether the outputs stand for one distribution over classes; ``"probabilities"`` come as their logarithms."""
-        return self.likelihood in ("categorical", "probabilities")
+        return self.likelihood in OVER_CLASSES
 
     def check(self) -> None:
         """Refuse values that mean nothing, and options that do not go together.

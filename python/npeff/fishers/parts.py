@@ -15,30 +15,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from npeff.errors import ForeignFileError, NewerFileError, ResumeError, StorageError
 from npeff.fishers.file_format import (
-    EXAMPLE_ARRAYS,
     EXAMPLES,
     OFFSETS,
     ROWS,
+    count_outputs,
     described_parameters,
+    fisher_data,
     joined_data,
-    offsets_of,
+    told_outputs,
     write_fishers,
 )
 from npeff.fishers.fishers import FisherBlock
-from npeff.fishers.rows import index_dtype
 from npeff.models.parameters import Parameters
-from npeff.storage.container import FORMAT, Container, open_container, write_container
-from npeff.storage.documents import expect, item, read_json
-from npeff.storage.fields import Sizes, check_shapes
+from npeff.storage.checks import Sizes, check_shapes, expect, item, read_json
+from npeff.storage.container import FORMAT, Container, open_container
 from npeff.storage.files import Lock, atomic, explain, refuse_link, sync_folder
-from npeff.storage.hdf5 import Data, to_json
+from npeff.storage.writing import Data, to_json, write_container
 
-Array = npt.NDArray[Any]
 BatchRecord = tuple[str, int]
 
 PARTS_VERSION = 2
@@ -114,7 +109,7 @@ class Parts:
         self._remove_scratch()
         path = self.folder / "header.json"
         if path.exists():
-            check_header(self.out, self.folder, _read_header(path), plain(self.header))
+            _check_header(self.out, self.folder, _read_header(path), self.header)
         else:
             self._write_json(path, {"format": FORMAT, "format_version": PARTS_VERSION, "header": self.header})
             sync_folder(self.out.parent)  # the folder itself
@@ -161,7 +156,8 @@ class Parts:
         kept = f"{index} finished shards ({self.n_examples} examples) are safe in {self.folder}."
         with atomic(path, kept=kept) as scratch:
             described = Data.json("batches", [list(batch) for batch in batches])
-            write_container(scratch, "shard", [described, *_block_data(blocks)], {})
+            data = fisher_data([block.arrays() for block in blocks], blocks[0].rows.n_columns)
+            write_container(scratch, "shard", [described, *data], {})
         self.shards.append(open_container(path))
         self.batches += batches
 
@@ -180,7 +176,7 @@ class Parts:
     def clear(self) -> None:
         """Clean up after a run that was killed between naming the final file and removing the folder."""
         path = self.folder / "header.json"
-        if not path.exists() or _read_header(path) == plain(self.header):
+        if not path.exists() or _read_header(path) == _as_json(self.header):
             self.remove()
         else:  # someone else's unfinished work
             self.lock.release()
@@ -216,19 +212,39 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def check_header(out: Path, where: Path, then: object, now: object) -> None:
-    """Make sure that work found on disk was made with the same model and options.
+def find_finished(out: Path, header: dict[str, Any]) -> Container | None:
+    """Open the Fishers at ``out``, which were made with the same model and options; None where nothing is there.
 
     Args:
         out: The output asked for.
-        where: What holds the older work: ``out`` itself or its parts folder.
-        then: Its header.
-        now: The header of this run.
+        header: The header of this run.
+
+    Raises:
+        StorageError: Something else is there.
+        ResumeError: They were made with other settings; says which.
+    """
+    if not out.exists():
+        return None
+    try:
+        found = open_container(out)
+    except StorageError as error:
+        raise type(error)(f"{error} It is not overwritten: remove it, or choose another out.") from error
+    if found.content != "fishers":
+        raise StorageError(
+            f"{out}: holds npeff {found.content}, and is not overwritten; remove it, or choose another out"
+        )
+    theirs = {"kind": found.attributes.get("kind")} | {name: found.json(name) for name in ("parameters", "provenance")}
+    _check_header(out, out, theirs, header)
+    return found
+
+
+def _check_header(out: Path, where: Path, then: object, header: dict[str, Any]) -> None:
+    """Compare the header of older work, in ``where`` (``out`` or its parts folder), with that of this run.
 
     Raises:
         ResumeError: They differ; says in what.
     """
-    lines = differences(then, now)
+    lines = differences(then, _as_json(header))
     if lines:
         more = f" (and {len(lines) - 5} more)" if len(lines) > 5 else ""
         work = "finished" if where == out else "unfinished"
@@ -239,7 +255,7 @@ def check_header(out: Path, where: Path, then: object, now: object) -> None:
         )
 
 
-def plain(header: dict[str, Any]) -> Any:
+def _as_json(header: dict[str, Any]) -> Any:
     """Return the header as JSON gives it back."""
     return json.loads(to_json(header, "header"))
 
@@ -318,7 +334,7 @@ def list_shards(folder: Path, n_parameters: int) -> list[Container]:
         ForeignFileError: One is no shard.
     """
     shards: list[Container] = []
-    sizes: Sizes = {"n_parameters": n_parameters, "n_classes": 1 << 62}
+    sizes: Sizes = {"n_parameters": n_parameters}
     form = "dense"
     for index, path in enumerate(sorted(folder.glob("shard-*.h5"))):
         if path.name != f"shard-{index:06d}.h5":
@@ -335,8 +351,9 @@ def list_shards(folder: Path, n_parameters: int) -> list[Container]:
             rows = [field for field in ROWS[form] if field.name != "rows/indptr"]
             offsets = [OFFSETS, *(field for field in ROWS[form] if field.name == "rows/indptr")]
             check_shapes(path, shard.specs, [*offsets, *EXAMPLES, *rows], own)
+            count_outputs(path, own, {"likelihood": "any"}, told_outputs(shard))  # labels are checked in the end
             shard.read([*offsets, *EXAMPLES], own, verify=True)  # checksums of rows are compared when they are merged
-            sizes |= {name: own[name] for name in ("n_outputs", "n_columns") if name in own}
+            sizes |= {name: own[name] for name in ("n_logits", "n_outputs", "n_columns") if name in own}
             batches_in(shard)
             shards.append(shard)
         except StorageError as error:
@@ -344,29 +361,6 @@ def list_shards(folder: Path, n_parameters: int) -> list[Container]:
                 f"{error} (Or remove this shard and those after it: computing resumes before it.)"
             ) from error
     return shards
-
-
-def _block_data(blocks: Sequence[FisherBlock]) -> list[Data]:
-    """Describe the datasets of the Fishers of several batches, streamed.
-
-    Args:
-        blocks: At least one; their rows are all sparse or all dense.
-    """
-
-    def streamed(name: str, arrays: list[Array], dtype: npt.DTypeLike) -> Data:
-        shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
-        return Data(name, shape, np.dtype(dtype).newbyteorder("<"), lambda: arrays)
-
-    data = [Data.of("row_offsets", offsets_of([block.row_counts for block in blocks]))]
-    data += [
-        streamed(name, [getattr(block, name) for block in blocks], dtype) for name, dtype in EXAMPLE_ARRAYS.items()
-    ]
-    rows = [block.rows.arrays() for block in blocks]
-    if "rows/indptr" in rows[0]:
-        data.append(Data.of("rows/indptr", offsets_of([np.diff(own["rows/indptr"]) for own in rows])))
-        indices = [own["rows/indices"] for own in rows]
-        data.append(streamed("rows/indices", indices, index_dtype(blocks[0].rows.n_columns)))
-    return [*data, streamed("rows/values", [own["rows/values"] for own in rows], np.float32)]
 
 
 def describe_parts(out: Path) -> dict[str, Any]:

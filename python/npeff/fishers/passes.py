@@ -1,12 +1,12 @@
-"""The passes of a model over a batch: forward, finite check, factorise, cut by bytes, backward, blocks.
+"""The passes of a model over a batch: forward, finite check, factorise, cut by bytes.
 
 Per-example Fishers, the mean Fisher, inner products and recovery all take their gradients from :meth:`Run.passes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,32 +17,40 @@ from torch import Tensor, nn
 
 from npeff.batches.batches import OWN_BATCH, Batch, read_batches
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers.factors import Factors, check_meaning, cotangent_bytes, factorise
-from npeff.fishers.options import FisherOptions, Sketch, TopK
-from npeff.gradients.budget import Budget
+from npeff.fishers.factors import Factors, check_meaning, cotangent_bytes, factorise, width
+from npeff.fishers.options import FisherOptions, Sketch
+from npeff.gradients.eligibility import check_independence
 from npeff.gradients.engine import PerExampleGradients, Prepared
-from npeff.gradients.rules import Rule
 from npeff.gradients.selection import left_out
-from npeff.gradients.tiles import Block, Pairs
 from npeff.models.forward import call_model
-from npeff.models.memory import parse_bytes
-from npeff.models.parameters import Parameter, Parameters
+from npeff.models.memory import available_bytes, parse_bytes
+from npeff.models.parameters import Parameters
 from npeff.storage.container import package_version
 
 Ids = npt.NDArray[np.int64]
 
+KEPT_BYTES = 512 << 20
+"""Most bytes of output gradients where no memory is given."""
+
+_PROBED = 2
+"""Examples of a trial."""
+
 
 @dataclass
 class Pass:
-    """Examples of one batch that go forward and backward together; released when the next pass is asked for.
+    """Examples of one batch that go backward together; released when the next pass is asked for.
+
+    Where examples are places, the forward pass of a batch serves several passes, each of some places of every sequence.
+    Such a pass has K slots per sequence; those of sequences with fewer places are empty, and their cotangents zero.
 
     Attributes:
         run: The model and the options.
-        batch: The examples.
-        ids: ``(b,)`` their positions in the data.
-        logits: ``(b, C)`` with their graph.
-        factors: Their cotangents.
+        batch: What went forward.
+        ids: ``(n,)`` positions of the examples in the data.
+        logits: ``(n, C)`` with their graph.
+        factors: Their cotangents; those of all slots where there are slots and ``prepared``.
         prepared: The rules that the graph calls for; None where no per-example gradients are wanted.
+        slots: ``(b, K)`` which example of the batch each slot holds, −1 for none; None where examples are no places.
     """
 
     run: Run
@@ -51,48 +59,43 @@ class Pass:
     logits: Tensor
     factors: Factors
     prepared: Prepared | None
+    slots: Tensor | None = None
 
     @property
     def n_columns(self) -> int:
         """Cotangents per example, R; examples with fewer have zeros."""
         return self.factors.columns.shape[2]
 
-    def blocks(
-        self,
-        paired: Callable[[Parameter, list[Rule]], bool] | None = None,
-        among: Iterable[str] | None = None,
-        gathered: bool = False,
-    ) -> Iterator[Block | Pairs]:
-        """Run the backward passes; yield the per-example gradients, Σ of their squares for diagonal Fishers.
+    @cached_property
+    def filled(self) -> Ids:
+        """``(n,)`` where the examples stand among the factors' and blocks'."""
+        if self.slots is None:
+            return np.arange(len(self.ids))
+        return np.flatnonzero(self.slots.cpu().numpy().reshape(-1) >= 0)
 
-        Args:
-            paired: Decides for which parameters the factors are yielded in place of their products.
-            among: The parameters wanted; None: all.
-            gathered: Small neighbouring parameters may come in one block.
-        """
-        assert self.prepared is not None, "per-example gradients were asked for"
-        if among is not None:
-            wanted, prepared = set(among), self.prepared
-            prepared.rules = {name: rules for name, rules in prepared.rules.items() if name in wanted}
-            prepared.others = [name for name in prepared.others if name in wanted]
-        options = self.run.options
-        return self.run.engine.blocks(
-            self.prepared,
-            self.factors.columns,
-            squared=options.kind == "diagonal",
-            paired=paired,
-            last_first=isinstance(options.compress, TopK),
-            gathered=gathered,
-        )
+    @property
+    def slot_ids(self) -> Ids:
+        """The examples' positions in the data, slot by slot; −1 where a slot is empty."""
+        ids = np.full(len(self.factors.counts), -1, np.int64)
+        ids[self.filled] = self.ids
+        return ids
+
+    @property
+    def places(self) -> Ids | None:
+        """``(n, 2)`` sequence in the data and position of each example; None where examples are no places."""
+        if self.slots is None or self.batch.places_in_data is None:
+            return None
+        return self.batch.places_in_data.cpu().numpy()[self.slots.cpu().numpy().reshape(-1)[self.filled]]
 
     def stored_labels(self) -> Ids:
-        """``(b,)`` classes, −1 where unknown."""
+        """``(n,)`` classes, −1 where unknown."""
         labels, over_classes = self.run.labels(self.batch), self.run.options.over_classes
         n = self.batch.n_examples
         if labels is None or (not over_classes and (labels.is_floating_point() or labels.numel() != n)):
-            return np.full(n, -1, np.int64)
+            return np.full(len(self.ids), -1, np.int64)
         stored = _as_classes(labels, n).cpu().numpy().astype(np.int64)
-        return np.where(stored < 0, -1, stored)
+        stored = np.where(stored < 0, -1, stored)
+        return stored if self.slots is None else stored[self.slots.cpu().numpy().reshape(-1)[self.filled]]
 
 
 @dataclass
@@ -104,12 +107,14 @@ class Run:
         device: Where batches are computed.
         parameters: The selected parameters' places in the flat vector.
         options: The options, checked.
+        about_data: What the data say of themselves, for the provenance; JSON-able.
     """
 
     model: nn.Module
     device: torch.device
     parameters: Parameters
     options: FisherOptions
+    about_data: Mapping[str, Any] = field(default_factory=dict)
     _meaning_checked: bool = False
 
     @cached_property
@@ -133,7 +138,8 @@ class Run:
             ArgumentError: It ends within a batch that cannot be cut.
         """
         left = self.options.max_examples
-        for number, batch in enumerate(read_batches(data, self.device, self.options.forward is not None)):
+        given = read_batches(data, self.device, self.options.forward is not None, self.options.over_classes)
+        for number, batch in enumerate(given):
             if left is not None and batch.n_examples > left:
                 if not batch.sliceable:
                     raise ArgumentError(
@@ -156,7 +162,7 @@ class Run:
             The logits of these examples, on the CPU.
         """
         if not self.budget.unbounded:
-            batch = batch.take(slice(0, self.budget.examples_at_once(batch)))
+            batch = batch.take(batch.of_sequences(0, self.budget.sequences_at_once(batch)))
         with self.engine.recording():
             logits = self._forward(batch)
             self.engine.prepare(batch, logits)
@@ -172,12 +178,14 @@ class Run:
     ) -> Iterator[Pass]:
         """The passes over a batch: one, or several over parts of it that keep within the memory allowed.
 
+        A batch of places goes forward once, as far as its activations fit; its places then go backward some at a time.
+
         To be used within ``engine.recording()``.
 
         Args:
             batch: The batch.
             ids: ``(b,)`` positions of its examples in the data.
-            per_example: Per-example gradients will be asked for (:meth:`Pass.blocks`).
+            per_example: Per-example gradients will be asked for.
             replace_logits: ``replace_logits(logits, ids)`` gives the logits that are factorised in place of those
                 that the model gives.
 
@@ -185,38 +193,68 @@ class Run:
             DataError: Logits are not finite, or labels are missing.
             ModelError: Examples influence each other.
         """
-        most = self.budget.examples_at_once(batch)
-        if most == batch.n_examples:
-            one = self._pass(batch, ids, per_example, replace_logits)
-            if isinstance(one, Pass):
-                yield one
-                del one.logits, one.factors, one.prepared
+        most = self.budget.sequences_at_once(batch)
+        if most == batch.n_sequences:
+            found = self._started(batch, ids, per_example, replace_logits)
+            if not isinstance(found, int):
+                yield from found
                 return
-            most = one
-        for cut in self.budget.pieces(batch, most):
-            yield from self.passes(batch.take(cut), ids[cut], per_example=per_example, replace_logits=replace_logits)
+            most = found
+        for start, stop in self.budget.pieces(batch, most):
+            cut = batch.of_sequences(start, stop)
+            if cut.start < cut.stop:
+                yield from self.passes(
+                    batch.take(cut), ids[cut], per_example=per_example, replace_logits=replace_logits
+                )
 
-    def _pass(
+    def _started(
         self, batch: Batch, ids: Ids, per_example: bool, replace_logits: Callable[[Tensor, Ids], Tensor] | None
-    ) -> Pass | int:
-        """The whole batch in one pass, or how many of its examples fit into one."""
-        logits = self._forward(batch)
+    ) -> Iterator[Pass] | int:
+        """The passes over the whole batch, or how many of its sequences fit into a forward pass."""
+        logits, n = self._forward(batch), batch.n_examples
         self._check_logits(logits.detach(), ids)
         targets = self._targets(batch, logits.shape[1], ids)
         shown = logits if replace_logits is None else replace_logits(logits.detach(), ids)
-        cotangents = cotangent_bytes(shown, self.options)
-        if (most := self.budget.examples_after(batch, cotangents)) < batch.n_examples:
+        cotangents = cotangent_bytes(shown, self.options) // n
+        if (most := self.budget.sequences_after(batch, cotangents)) < batch.n_sequences:
             return most
-        factors = factorise(shown, self.options, targets, ids)
-        if not per_example:
-            return Pass(self, batch, ids, logits, factors, None)
-        prepared, n_columns = self.engine.prepare(batch, logits), factors.columns.shape[2]
-        kept = prepared.kept_bytes(n_columns)
-        if isinstance(self.options.compress, Sketch):
-            kept += 12 * self.options.compress.d * batch.n_examples * n_columns
-        if (most := self.budget.examples_after(batch, max(kept, cotangents))) < batch.n_examples:
-            return most
-        return Pass(self, batch, ids, logits, factors, prepared)
+        whole = factorise(shown, self.options, targets, ids) if batch.places is None else None
+        prepared, kept = None, 0
+        if per_example:
+            prepared = self.engine.prepare(batch, logits)
+            n_columns = width(shown, self.options) if whole is None else whole.columns.shape[2]
+            kept = prepared.kept_bytes(n_columns) // batch.n_sequences
+            if isinstance(self.options.compress, Sketch):
+                kept += 12 * self.options.compress.d * n_columns
+            if (most := self.budget.sequences_after(batch, max(kept, cotangents))) < batch.n_sequences:
+                return most
+        if whole is not None:
+            return iter([Pass(self, batch, ids, logits, whole, prepared)])
+        at_once = self.budget.places_at_once(max(kept, cotangents)) // batch.n_sequences
+        return self._by_places(batch, ids, logits, shown.detach(), targets, prepared, max(1, at_once))
+
+    def _by_places(
+        self,
+        batch: Batch,
+        ids: Ids,
+        logits: Tensor,
+        shown: Tensor,
+        targets: Tensor | None,
+        prepared: Prepared | None,
+        at_once: int,
+    ) -> Iterator[Pass]:
+        """The passes over a batch's places, so many of each sequence at a time."""
+        every = batch.slots()
+        for start in range(0, every.shape[1], at_once):
+            slots = every[:, start : start + at_once]
+            held = slots.reshape(-1)[slots.reshape(-1) >= 0]
+            some = ids[held.cpu().numpy()]
+            factors = factorise(shown[held], self.options, None if targets is None else targets[held], some)
+            if prepared is not None:
+                prepared = self.engine.again(prepared) if start else prepared
+                factors = factors.spread((slots.reshape(-1) >= 0).nonzero()[:, 0], slots.numel())
+            own = logits if len(held) == batch.n_examples else logits[held]
+            yield Pass(self, batch, some, own, factors, prepared, slots)
 
     def _forward(self, batch: Batch) -> Tensor:
         logits = self.engine.forward(batch)
@@ -253,7 +291,8 @@ class Run:
         if bool(beyond.any()):
             first = int(beyond.to(torch.uint8).argmax())
             raise DataError(
-                f"labels: example {ids[first]} has label {int(classes[first])}; expected 0 ≤ label < {n_outputs}, "
+                f"labels: example {ids[first]}{batch.describe(first)} has label {int(classes[first])}; expected "
+                f"0 ≤ label < {n_outputs}, "
                 "the number of logits, or a negative label where it is unknown"
             )
         return classes
@@ -281,6 +320,7 @@ class Run:
                 "model_digest": digest,
                 "options": self.options.describe(self.parameters, n_outputs),
                 "versions": {"npeff": package_version(), "torch": torch.__version__},
+                **self.about_data,
             },
         }
 
@@ -298,3 +338,97 @@ def _as_classes(labels: Tensor, n: int) -> Tensor:
     if labels.dtype == torch.uint64 and bool((classes < 0).any()):
         raise DataError("labels: expected integer classes below 2⁶³")
     return classes
+
+
+class Budget:
+    """Finds batch sizes: half of the memory for what autograd keeps of a forward pass, half for output gradients.
+
+    Cotangents, made before there are output gradients, may take as much as these.
+
+    The former is measured by a trial on two examples for every new shape of the inputs, the latter known from the first
+    batch of that shape.
+
+    Args:
+        engine: The per-example gradients.
+        memory: Bytes; None: activations take what they take, and output gradients 512 MB at most, on a CUDA device a
+            quarter of the free memory if that is more: small pieces leave a device idle.
+    """
+
+    def __init__(self, engine: PerExampleGradients, memory: int | None) -> None:
+        self._engine = engine
+        self._for_activations = None if memory is None else memory // 2
+        device = next(iter(engine.tensors.values())).device
+        most = max(KEPT_BYTES, available_bytes(device) // 4) if device.type == "cuda" else KEPT_BYTES
+        self._for_gradients = most if memory is None else min(most, memory // 2)
+        self._activations: dict[object, int] = {}
+        self._gradients: dict[object, int] = {}
+        self._compared = False
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether activations take what they take."""
+        return self._for_activations is None
+
+    def sequences_at_once(self, batch: Batch) -> int:
+        """The most sequences of such a batch that fit, at least one, as far as is known before its forward pass.
+
+        Where examples are no places, each counts as a sequence.
+        """
+        n = batch.n_sequences
+        if n <= 1 or not batch.sliceable:
+            return n
+        shapes = batch.shapes()
+        most = min(n, self._for_gradients // self._gradients.get(shapes, 1))
+        if self._for_activations is not None:
+            if shapes not in self._activations:
+                self._activations[shapes] = self._kept_of_one(self._few(batch))
+            most = min(most, self._for_activations // self._activations[shapes])
+        return max(1, most)
+
+    def sequences_after(self, batch: Batch, gradients: int) -> int:
+        """The same, once it is known how many bytes an example's output gradients, or its cotangents, take."""
+        n = batch.n_sequences
+        if n <= 1 or not batch.sliceable:
+            return n
+        shapes = batch.shapes()
+        self._gradients[shapes] = max(1, gradients)
+        return max(1, min(n, self._for_gradients // self._gradients[shapes]))
+
+    def places_at_once(self, gradients: int) -> int:
+        """The most places whose output gradients, or cotangents, of so many bytes each fit."""
+        return self._for_gradients // max(1, gradients)
+
+    def pieces(self, batch: Batch, most: int) -> list[tuple[int, int]]:
+        """Where to cut a batch into equal pieces of at most so many sequences: the first of each, and the one after.
+
+        Raises:
+            ModelError: The first example alone has other logits than beside its neighbour, so the cut is wrong. Larger
+                pieces are compared with their own examples when their rules are chosen.
+        """
+        n = batch.n_sequences
+        step = -(-n // -(-n // most))
+        if step == 1 and not self._compared:
+            self._compared = True
+            few = self._few(batch)
+            with self._engine.recording(), torch.no_grad():
+                logits = self._engine.run(few)
+                check_independence(self._engine.run, few, logits, self._engine.precision or logits.dtype)
+        return [(start, min(start + step, n)) for start in range(0, n, step)]
+
+    def _few(self, batch: Batch) -> Batch:
+        return batch.take(batch.one_each()[:_PROBED])
+
+    def _kept_of_one(self, few: Batch) -> int:
+        weights = {tensor.untyped_storage().data_ptr() for tensor in self._engine.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with self._engine.recording(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            logits = self._engine.forward(few)
+        del logits
+        return max(1, sum(kept.values()) // few.n_sequences)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy.typing as npt
 
 from npeff.errors import StorageError
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.growing_rows import concatenate
-from npeff.fishers.rows import Kind, SparseRows, index_dtype
+from npeff.fishers.logits import Logits
+from npeff.fishers.rows import Kind, Rows, SparseRows, concatenate, index_dtype
 from npeff.models.parameters import Parameters
+from npeff.storage.checks import MOST_PARAMETERS, Field, check_shapes, refuse
 from npeff.storage.container import Container
-from npeff.storage.fields import MOST_PARAMETERS, Field, check_shapes, refuse
-from npeff.storage.hdf5 import CHUNK_BYTES, Attributes, Data
+from npeff.storage.hdf5 import CHUNK_BYTES
+from npeff.storage.writing import Attributes, Data
 
 Array = npt.NDArray[Any]
 PublishedLayout = tuple[str, list[Data], Attributes]
@@ -140,7 +142,7 @@ def _fishers(
     kind: Kind,
     provenance: dict[str, Any],
     m: int,
-    rows: SparseRows,
+    rows: Rows,
     ranks: Array,
     arrays: dict[str, Array],
     norms: str,
@@ -156,7 +158,7 @@ def _fishers(
         rows=rows,
         row_offsets=np.concatenate([[0], np.cumsum(ranks)]).astype(np.int64),
         norms=floats[norms],
-        logits=floats[_logits(file)],
+        logits=Logits(floats[_logits(file)]),
         labels=arrays.get("data/labels", np.full(n, -1)).astype(np.int64),
         ids=np.arange(n),
         parameters=unnamed(m),
@@ -185,7 +187,7 @@ def _row_sizes(path: Path, offsets: Array, k: int) -> Array:
     )
 
 
-def _rows(path: Path, values: Array, indices: Array, sizes: Array, ranks: Array, m: int) -> SparseRows:
+def _rows(path: Path, values: Array, indices: Array, sizes: Array, ranks: Array, m: int) -> Rows:
     """CSR rows, ascending, without zeros, from ``(n, k)`` entries and the sizes ``(R,)`` of the rows in them.
 
     Raises:
@@ -194,7 +196,7 @@ def _rows(path: Path, values: Array, indices: Array, sizes: Array, ranks: Array,
     n, k = values.shape
     starts = np.concatenate([[0], np.cumsum(ranks)])
     step = max(1, CHUNK_BYTES // max(1, 4 * k))
-    parts = [SparseRows(np.zeros(1, np.int64), np.zeros(0, index_dtype(m)), np.zeros(0, np.float32), m)]
+    parts: list[Rows] = [SparseRows(np.zeros(1, np.int64), np.zeros(0, index_dtype(m)), np.zeros(0, np.float32), m)]
     for start in range(0, n, step):
         stop = min(n, start + step)
         mine = sizes[starts[start] : starts[stop]]
@@ -219,10 +221,8 @@ def _rows(path: Path, values: Array, indices: Array, sizes: Array, ranks: Array,
             value, index, row = value[order], index[order], row[order]
             if ((np.diff(row) == 0) & (np.diff(index) == 0)).any():
                 raise StorageError(f"{path}: damaged: a row has two entries for one parameter")
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(mine)))]).astype(np.int64)
-        parts.append(SparseRows(indptr, index.astype(index_dtype(m)), value, m))
-    rows = concatenate([*parts])
-    return rows  # type: ignore[return-value]  # sparse parts give sparse rows
+        parts.append(SparseRows.of_entries(row, index.astype(index_dtype(m)), value, len(mine), m))
+    return concatenate(parts)
 
 
 def plan_fishers(fishers: Fishers, path: Path, variable: bool | None) -> PublishedLayout:
@@ -241,56 +241,51 @@ def plan_fishers(fishers: Fishers, path: Path, variable: bool | None) -> Publish
             f"{path}: the fixed-rank layout needs one rank for all, these have {ranks.min()} to "
             f"{ranks.max()}; leave variable=None"
         )
+    if fishers.logits.classes is not None:
+        raise StorageError(
+            f"{path}: the published layouts hold all logits, and of these {fishers.logits.n_outputs:,} outputs only "
+            "the largest are kept; save in npeff's own format"
+        )
+    logits = np.asarray(fishers.logits)
     k = max((int(rows.indptr[-1]) for rows in _examples(fishers)), default=0)
     short = np.flatnonzero(ranks * m < k)
     if len(short):
         i = int(short[0])
         raise StorageError(
-            f"{path}: the published layouts keep the same number of entries for every example, here {k}, but "
-            f"example {i} has "
-            f"{int(ranks[i])} rows of {m} parameters; recompute with compress=TopK(k), k ≤ "
-            f"{int(ranks.min()) * m}"
+            f"{path}: the published layouts keep the same number of entries for every example, here {k}, but example "
+            f"{i} has {int(ranks[i])} rows of {m} parameters; recompute with compress=TopK(k), k ≤ {ranks.min() * m}"
         )
 
     def data(name: str, shape: tuple[int, ...], dtype: str, pick: Callable[[Entries], Array]) -> Data:
         return Data(name, shape, np.dtype(dtype), lambda: (pick(_padded(rows, k)) for rows in _examples(fishers)))
 
-    examples = [Data.of("data/labels", fishers.labels, "<i4")]
+    labels, found = Data.of("data/labels", fishers.labels, "<i4"), Data.of("data/logits", logits, "<f4")
     if fishers.kind == "diagonal":
-        return (
-            "diagonal_fishers",
-            [
-                data("data/fisher/values", (n, k), "<f4", lambda e: e[0]),
-                data("data/fisher/indices", (n, k), "<i4", lambda e: e[1]),
-                Data.of("data/dense_fisher_norms", fishers.norms, "<f4"),
-                *examples,
-                Data.of("data/logits", fishers.logits, "<f4"),
-                Data.of("data/predicted_logits", fishers.logits, "<f4"),  # either name is in use
-            ],
-            {"data/fisher": {"dense_fisher_size": np.int64(m)}},
-        )
+        own = [
+            data("data/fisher/values", (n, k), "<f4", lambda e: e[0]),
+            data("data/fisher/indices", (n, k), "<i4", lambda e: e[1]),
+            Data.of("data/dense_fisher_norms", fishers.norms, "<f4"),
+            labels,
+            found,
+            Data.of("data/predicted_logits", logits, "<f4"),  # either name is in use
+        ]
+        return "diagonal_fishers", own, {"data/fisher": {"dense_fisher_size": np.int64(m)}}
     common = [
-        *examples,
-        Data.of("data/logits", fishers.logits, "<f4"),
+        labels,
+        found,
         data("data/values", (n, k), "<f4", lambda e: e[0]),
         data("data/row_indices", (n, k), "<i4", lambda e: e[1]),
         Data.of("data/pef_frobenius_norms", fishers.norms, "<f4"),
     ]
+    attributes: dict[str, Any] = {"n_parameters": np.int64(m)}
     if variable:
         sizes = data("data/col_sizes", (int(ranks.sum()),), "<i4", lambda e: e[2])
-        attributes = {"n_parameters": np.int64(m), "min_prob_class": _min_prob(fishers.provenance)}
-        return (
-            "low_rank_fishers_variable",
-            [*common, Data.of("data/ranks", ranks, "<i4"), sizes],
-            {"data": attributes},
-        )
+        attributes["min_prob_class"] = _min_prob(fishers.provenance)
+        own = [*common, Data.of("data/ranks", ranks, "<i4"), sizes]
+        return "low_rank_fishers_variable", own, {"data": attributes}
     rank = int(ranks[0]) if n else 0
     offsets = data("data/col_offsets", (n, rank + 1), "<i4", lambda e: np.concatenate([[0], np.cumsum(e[2])]))
-    return (
-        "low_rank_fishers",
-        [*common, offsets],
-        {"data": {"n_classes": np.int64(rank), "n_parameters": np.int64(m)}},
-    )
+    return "low_rank_fishers", [*common, offsets], {"data": {"n_classes": np.int64(rank), **attributes}}
 
 
 def _min_prob(provenance: dict[str, Any]) -> float:
@@ -303,31 +298,20 @@ def _examples(fishers: Fishers) -> Iterator[SparseRows]:
     """Every example's non-zero entries."""
     for start, stop in zip(fishers.row_offsets[:-1], fishers.row_offsets[1:], strict=True):
         assert not fishers.rows.products_only, "sketches and inner products are refused before"
-        row, index, value = fishers.rows.nonzero(int(start), int(stop))
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=int(stop - start)))]).astype(np.int64)
-        yield SparseRows(indptr, index, value, fishers.rows.n_columns)
+        entries = fishers.rows.nonzero(int(start), int(stop))
+        yield SparseRows.of_entries(*entries, int(stop - start), fishers.rows.n_columns)
 
 
 def _padded(rows: SparseRows, k: int) -> Entries:
     """Values, indices ``(k,)``, row sizes; zeros fill the lowest unused indices, first rows first."""
     missing = k - int(rows.indptr[-1])
-    values, indices, sizes = [], [], []
-    for start, stop in zip(rows.indptr[:-1], rows.indptr[1:], strict=True):
-        value, index = rows.values[start:stop], rows.indices[start:stop]
-        extra = min(missing, rows.n_columns - len(index))
-        if extra:
-            unused = np.setdiff1d(np.arange(len(index) + extra), index, assume_unique=True)[:extra]
-            index, value = (
-                np.concatenate([index, unused]),
-                np.concatenate([value, np.zeros(extra, np.float32)]),
-            )
-            order = np.argsort(index)
-            index, value, missing = index[order], value[order], missing - extra
-        values.append(value)
-        indices.append(index)
-        sizes.append(len(index))
-    return (
-        np.concatenate([np.zeros(0, np.float32), *values]),
-        np.concatenate([np.zeros(0, np.int64), *indices]),
-        np.array(sizes, np.int64),
-    )
+    values, indices = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
+    for start, stop in pairwise(rows.indptr.tolist()):
+        index = rows.indices[start:stop]
+        unused = np.setdiff1d(np.arange(min(rows.n_columns, len(index) + missing)), index, assume_unique=True)[:missing]
+        missing -= len(unused)
+        index, value = np.append(index, unused), np.append(rows.values[start:stop], np.zeros(len(unused), np.float32))
+        order = np.argsort(index)
+        values.append(value[order])
+        indices.append(index[order])
+    return np.concatenate(values), np.concatenate(indices), np.array([len(index) for index in indices[1:]], np.int64)

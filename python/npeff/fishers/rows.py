@@ -1,7 +1,7 @@
-"""The rows of per-example factors: sparse (CSR) after top-k, dense when exact or sketched, or inner products alone.
+"""Sparse rows (CSR), as top-k leaves them; and rows of any form put together from parts.
 
-All forms follow one protocol, :class:`~npeff.fishers.dense_rows.Rows`; :mod:`npeff.fishers.streamed_rows` reads rows
-part by part.
+All forms derive from :class:`~npeff.fishers.dense_rows.Rows`; :mod:`npeff.fishers.streamed_rows` reads rows part by
+part.
 """
 
 from __future__ import annotations
@@ -15,18 +15,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from npeff import kernels
-from npeff.fishers.dense_rows import PART_BYTES, DenseRows, GramRows, Rows
-from npeff.kernels.cuda import checked
-from npeff.kernels.sparse import Csr, check_structure
-from npeff.kernels.sparse_gram import DEVICE_DENSE_BYTES, add_gram_
+from npeff.fishers.dense_rows import PART_BYTES, DenseRows, GramRows, Matrix, Rows
+from npeff.kernels.sparse import DEVICE_DENSE_BYTES, Csr, add_gram_, check_structure, checked
 from npeff.kernels.transfers import to_device
 from npeff.models import devices
 from npeff.short_repr import short_repr
 from npeff.storage.files import forget
 
-__all__ = ["DenseRows", "GramRows", "Kind", "Rows", "SparseRows", "index_dtype", "rows_from"]
+__all__ = [
+    "DenseRows",
+    "GramRows",
+    "GrowingRows",
+    "Kind",
+    "Rows",
+    "SparseRows",
+    "concatenate",
+    "index_dtype",
+    "rows_from",
+]
 
 Array = npt.NDArray[Any]
 Kind = Literal["low_rank", "diagonal"]
@@ -54,23 +63,7 @@ def rows_from(arrays: dict[str, Array], n_columns: int) -> SparseRows | DenseRow
 
 
 @dataclass(frozen=True)
-class SparseMatrix:
-    """Rows A and their transpose on a device, for products again and again."""
-
-    csr: Csr[Tensor]
-    transposed: Csr[Tensor]
-
-    def project(self, vectors: Tensor) -> Tensor:
-        """``A Gᵀ``."""
-        return self.csr.times(vectors.T.contiguous())
-
-    def combine(self, S: Tensor) -> Tensor:
-        """``Sᵀ A``."""
-        return self.transposed.times(S.contiguous()).T
-
-
-@dataclass(frozen=True)
-class SparseRows:
+class SparseRows(Rows):
     """Compressed sparse rows.
 
     Attributes:
@@ -86,23 +79,21 @@ class SparseRows:
     n_columns: int
 
     form: ClassVar[str] = "sparse"
-    products_only: ClassVar[bool] = False
-    by_columns: ClassVar[bool] = False
-    """Whether some columns of all rows can be read without the others."""
     __repr__ = short_repr
+
+    @classmethod
+    def of_entries(cls, row: Array, index: Array, value: Array, n_rows: int, n_columns: int) -> SparseRows:
+        """Make rows of entries, row by row: their row, column and value, ``(nnz,)`` each."""
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=n_rows))]).astype(np.int64)
+        return cls(indptr, index, value, n_columns)
 
     @property
     def n_rows(self) -> int:
         """Number of rows."""
         return len(self.indptr) - 1
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the three arrays."""
-        return int(self.indptr.nbytes + self.indices.nbytes + self.values.nbytes)
-
+    @override
     def dense(self, start: int, stop: int) -> Array:
-        """Rows ``start … stop − 1`` as float32 ``(stop − start, n_columns)``, absent entries 0."""
         out = np.zeros((stop - start, self.n_columns), np.float32)
         lo, hi = self.indptr[start], self.indptr[stop]
         row = np.repeat(np.arange(stop - start), np.diff(self.indptr[start : stop + 1]))
@@ -116,27 +107,27 @@ class SparseRows:
         positions = np.arange(indptr[-1]) + np.repeat(self.indptr[rows] - indptr[:-1], counts)
         return positions, indptr
 
+    @override
     def take(self, rows: Array) -> SparseRows:
-        """The given rows, in the given order, copied."""
         positions, indptr = self.entries(np.asarray(rows, np.int64))
         return SparseRows(indptr, self.indices[positions], self.values[positions], self.n_columns)
 
+    @override
     def part(self, start: int, stop: int) -> SparseRows:
-        """Rows ``start … stop − 1``; the entries are views."""
         lo, hi = int(self.indptr[start]), int(self.indptr[stop])
         indptr = np.asarray(self.indptr[start : stop + 1]) - lo
         return SparseRows(indptr, self.indices[lo:hi], self.values[lo:hi], self.n_columns)
 
+    @override
     def gram(self, start: int, stop: int) -> Array:
-        """Inner products of rows ``start … stop − 1``, float64."""
         part = self.part(start, stop)
         present, places = np.unique(part.indices, return_inverse=True)
         block = np.zeros((stop - start, len(present)))
         block[np.repeat(np.arange(stop - start), np.diff(part.indptr)), places] = part.values
         return np.asarray(block @ block.T)
 
+    @override
     def squared_norms(self) -> Array:
-        """Σ of squared entries per row, ``(n_rows,)`` float64."""
         out = np.zeros(self.n_rows)
         indptr = np.asarray(self.indptr)
         filled = np.flatnonzero(np.diff(indptr))
@@ -150,28 +141,24 @@ class SparseRows:
                 out[part] = np.add.reduceat(squares, indptr[part] - start)
         return out
 
+    @override
     def fisher_norms(self, row_offsets: Array) -> Array:
-        """``‖A_i A_iᵀ‖_F`` per example, ``(n,)`` float64."""
         return kernels.fisher_norms(self.indptr, self.indices, self.values, self.n_columns, row_offsets)
 
+    @override
     def byte_offsets(self, rows: Array) -> Array:
-        """Where the given rows begin in the bytes of all; ``n_rows`` is the end."""
         return self.starts(rows) * (self.values.itemsize + self.indices.itemsize) + 8 * rows
 
+    @override
     def starts(self, rows: Array) -> Array:
-        """Where the given rows begin among the entries."""
         return np.asarray(self.indptr)[rows].astype(np.int64)
 
+    @override
     def arrays(self) -> dict[str, Array]:
-        """The arrays by the names of their datasets in a file."""
         return {"rows/indptr": self.indptr, "rows/indices": self.indices, "rows/values": self.values}
 
-    def deciding(self) -> list[Array]:
-        """All arrays that decide the numbers, for a digest."""
-        return list(self.arrays().values())
-
+    @override
     def column_counts(self, part_bytes: int = PART_BYTES) -> Array:
-        """Entries per column ``(≤ n_columns,)`` int64, up to the last column that has any; read part by part."""
         counts: Array = np.zeros(0, np.int64)
         step = max(1, part_bytes // (2 * self.indices.itemsize))
         for start in range(0, len(self.indices), step):
@@ -182,24 +169,24 @@ class SparseRows:
             counts[: len(found)] += found
         return counts
 
+    @override
     def column_sums(self, weights: Array, squared: bool) -> Array:
-        """``Σ_i weights_i a_ij``, or of the squares of the entries, per column: ``(n_columns,)`` float64."""
         entries = np.asarray(self.values, np.float64)
         entries = (entries**2 if squared else entries) * np.repeat(weights, np.diff(self.indptr))
         return np.bincount(self.indices, entries, minlength=self.n_columns)
 
+    @override
     def nonzero(self, start: int, stop: int) -> tuple[Array, Array, Array]:
-        """Row, counted from ``start``, column and value of the entries of rows ``start … stop − 1`` that are not 0."""
         part = self.part(start, stop)
         keep, row = part.values != 0, np.repeat(np.arange(stop - start), np.diff(part.indptr))
         return row[keep], part.indices[keep], part.values[keep]
 
+    @override
     def on_columns(self, columns: Array) -> SparseRows:
-        """The rows on ``columns`` alone, renumbered 0 … len(columns) − 1."""
         return self.renumbered(self.numbering(columns), len(columns))
 
-    def numbering(self, columns: Array) -> Array:
-        """``(n_columns,)`` int32 number of each of ``columns`` among them, −1 of all others."""
+    @override
+    def numbering(self, columns: Array) -> Array:  # (n_columns,) int32; -1 of columns that are left out
         numbers = np.full(self.n_columns, -1, np.int32)
         numbers[columns] = np.arange(len(columns), dtype=np.int32)
         return numbers
@@ -212,6 +199,7 @@ class SparseRows:
         indptr = np.concatenate([[0], np.cumsum(kept)])[self.indptr].astype(np.int64)
         return SparseRows(indptr, indices[kept], self.values[kept], n_columns)
 
+    @override
     def scaled(
         self,
         start: int,
@@ -221,7 +209,6 @@ class SparseRows:
         numbers: Array | None,
         n_columns: int,
     ) -> SparseRows:
-        """Rows ``start … stop − 1`` times their factors, on the numbered columns; see :class:`StreamedRows`."""
         part = self.part(start, stop)
         values = part.values if column_factors is None else part.values * column_factors[part.indices]
         if row_factors is not None:
@@ -250,30 +237,30 @@ class SparseRows:
             checked.record(indptr, indices, extent=self.n_columns)
         return indptr, indices, to_device(self.values, device, dtype)
 
+    @override
     def project(self, vectors: Tensor) -> Tensor:
-        """``A Gᵀ`` for G ``(r, n_columns)``: ``(n_rows, r)`` in G's dtype, on its device."""
         return kernels.spmm(*self.tensors(vectors.dtype, vectors.device), vectors.T.contiguous())
 
+    @override
     def combine(self, S: Tensor, out: Tensor | None = None) -> Tensor:
-        """``Sᵀ A`` for S ``(n_rows, r)``: ``(r, n_columns)`` in S's dtype, on its device, added to ``out`` if given."""
         turned = kernels.csr_transpose(*self.tensors(S.dtype, S.device), self.n_columns)
         product = kernels.spmm(*turned, S.contiguous()).T
         return product.contiguous() if out is None else out.add_(product)
 
-    def on(self, dtype: torch.dtype, device: torch.device) -> SparseMatrix:
-        """The rows and their transpose on a device, for products again and again."""
+    @override
+    def on(self, dtype: torch.dtype, device: torch.device) -> Matrix:
         csr = self.tensors(dtype, device)
-        turned = Csr(*kernels.csr_transpose(*csr, self.n_columns), self.n_rows)
-        return SparseMatrix(Csr(*csr, self.n_columns), turned)
+        rows, turned = Csr(*csr, self.n_columns), Csr(*kernels.csr_transpose(*csr, self.n_columns), self.n_rows)
+        return Matrix(lambda vectors: rows.times(vectors.T.contiguous()), lambda S: turned.times(S.contiguous()).T)
 
+    @override
     def row_gram(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``K = A Aᵀ``, ``(n_rows, n_rows)``."""
         if dtype == torch.float32:
             return kernels.sparse_gram(*self.tensors(), self.n_columns)
         return DenseRows(self.dense(0, self.n_rows)).row_gram(dtype)
 
+    @override
     def add_gram(self, K: Tensor, room: int) -> None:
-        """Add the lower triangle of ``A Aᵀ`` to K, on its device, with at most ``room`` bytes there beside the rows."""
         if K.dtype == torch.float32:
             add_gram_(K, *self.tensors(K.dtype, K.device), self.n_columns, min(DEVICE_DENSE_BYTES, room))
             return
@@ -286,8 +273,8 @@ class SparseRows:
             block[row[here], positions[here] - first] = self.values[here]
             DenseRows(block).add_gram(K, room)
 
+    @override
     def stretches(self, room: int, per_column: int) -> Iterator[tuple[int, int, SparseRows]]:
-        """First column, column after the last, and the rows on them, which take at most ``room`` bytes on a device."""
         counts: Array = np.zeros(self.n_columns, np.int64)
         found = self.column_counts()
         counts[: len(found)] = found
@@ -317,3 +304,75 @@ def _edges(costs: Array, room: int) -> Array:
         before = total[chosen[-1] - 1] if chosen[-1] else 0
         chosen.append(max(chosen[-1] + 1, int(np.searchsorted(total, before + room, "right"))))
     return np.array(chosen)
+
+
+class GrowingArray:
+    """An array to whose end others are added.
+
+    It has room to spare, an eighth at most, so that its memory is seldom enlarged; then, where the system can, by
+    remapping pages. In place of a list of parts and their concatenation, fresh memory is touched once and not twice.
+    """
+
+    def __init__(self) -> None:
+        self._array: Array | None = None
+        self._size, self._own = 0, False
+
+    def add(self, part: Array) -> None:
+        """Add the part, along the first axis; the very first is kept as it is until another one comes."""
+        if self._array is None:
+            self._array, self._size = part, len(part)
+            return
+        end = self._size + len(part)
+        dtype = np.result_type(self._array, part)
+        if not self._own or dtype != self._array.dtype:
+            self._array, self._own = np.array(self._array[: self._size], dtype, order="C"), True
+        if end > len(self._array):
+            # No view is given away before the end, so that the array may move in memory.
+            self._array.resize((max(end, len(self._array) * 9 // 8), *part.shape[1:]), refcheck=False)
+        self._array[self._size : end] = part
+        self._size = end
+
+    def finish(self) -> Array:
+        """The whole, without the room to spare; nothing can be added any more."""
+        assert self._array is not None, "something is added first"
+        if self._own and self._size < len(self._array):
+            self._array.resize((self._size, *self._array.shape[1:]), refcheck=False)
+        return self._array
+
+
+class GrowingRows:
+    """Rows of one form and one width, from batch after batch."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, GrowingArray] = {}
+        self._n_columns = 0
+
+    def add(self, rows: Rows) -> None:
+        """Add rows, of the form of those before; they are not held any longer than the first ones must be."""
+        self._n_columns = rows.n_columns
+        for name, array in rows.arrays().items():
+            own = np.diff(array) if name == "rows/indptr" else array
+            self._arrays.setdefault(name, GrowingArray()).add(own)
+
+    def finish(self) -> Rows:
+        """All rows, in order."""
+        arrays = {name: array.finish() for name, array in self._arrays.items()}
+        if "rows/indptr" in arrays:
+            arrays["rows/indptr"] = np.concatenate([[0], np.cumsum(arrays["rows/indptr"])]).astype(np.int64)
+        return rows_from(arrays, self._n_columns)
+
+
+def concatenate(parts: list[Rows]) -> Rows:
+    """Stack rows of one type and one width; no part is held for longer than it takes to copy it.
+
+    Args:
+        parts: At least one; all sparse or all dense. The list is emptied.
+
+    Returns:
+        Rows of the same type, all parts' rows in order.
+    """
+    whole = GrowingRows()
+    parts.reverse()
+    while parts:
+        whole.add(parts.pop())
+    return whole.finish()

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from npeff.errors import ArgumentError
 from npeff.fishers.dense_rows import PART_BYTES
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import DenseRows, GramRows, Rows, SparseRows
+from npeff.fishers.rows import GramRows, Rows
 from npeff.fishers.streamed_rows import StreamedRows
 from npeff.models.parameters import Parameters
 
@@ -112,7 +112,7 @@ def scale(
         raise ArgumentError(f"normalize: expected 'stored', 'dense' or 'none', got {normalize!r}")
     factors = None if weights is None else column_factors(fishers.parameters, weights, fishers.kind)
     rows = fishers.rows
-    weighted = rows if rows.products_only else StreamedRows(_kept(rows), None, factors, None, part_bytes)
+    weighted = rows if rows.products_only else StreamedRows(rows, None, factors, None, part_bytes)
     stored = fisher_norms(weighted, fishers.row_offsets, fishers.kind)
     norms = {"stored": stored, "dense": fishers.norms.astype(np.float64), "none": np.ones(len(fishers))}[normalize]
     least = SMALLEST if fishers.kind == "diagonal" or rows.products_only else SMALLEST**2
@@ -126,12 +126,8 @@ def scale(
         return ScaledRows(K, fishers.row_offsets, None, ours, weights, per_row)
     if columns is None and (counts := rows.column_counts(part_bytes)) is not None:
         columns = np.flatnonzero(counts >= max(1, min_nonzero_per_column))
-    scaled = StreamedRows(_kept(rows), per_row, factors, columns, part_bytes)
+    scaled = StreamedRows(rows, per_row, factors, columns, part_bytes)
     return ScaledRows(scaled if stream else scaled.whole(), fishers.row_offsets, columns, ours, weights, per_row)
-
-
-def _kept(rows: Rows) -> SparseRows | DenseRows:
-    return rows  # type: ignore[return-value]  # not inner products alone, and never streamed when stored
 
 
 def column_factors(parameters: Parameters, weights: dict[str, float], kind: str) -> Array:
@@ -149,7 +145,7 @@ def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, f
     """
     if choice == "energy":
         return None
-    if fishers.kept_elsewhere:
+    if not fishers.in_parameter_space:
         what = "sketches" if fishers.sketch is not None else "inner products"
         raise ArgumentError(
             f"block_weights: {what} mix all parameters, so that none can be weighted afterwards; use "

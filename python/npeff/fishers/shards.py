@@ -14,15 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
-from npeff.fishers.file_format import EXAMPLE_ARRAYS, offsets_of
+from npeff.fishers.file_format import example_arrays, example_fields, offsets_of
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
-from npeff.fishers.growing_rows import GrowingRows
+from npeff.fishers.logits import ARRAYS, Logits, joined
 from npeff.fishers.options import sketch_of
-from npeff.fishers.parts import BatchRecord, Parts, batches_in, check_header, parts_folder, plain
+from npeff.fishers.parts import BatchRecord, Parts, batches_in, find_finished, parts_folder
+from npeff.fishers.rows import GrowingRows
 from npeff.models.parameters import Parameters
-from npeff.storage.container import Container, open_container
+from npeff.storage.container import open_container
 from npeff.storage.files import check_target
-from npeff.storage.hdf5 import to_json
+from npeff.storage.writing import to_json
 
 Array = npt.NDArray[Any]
 
@@ -89,7 +90,7 @@ class FisherWriter:
         self._batches: list[BatchRecord] = []
         self._bytes, self._since = 0, 0.0
         self._rows, self._others = GrowingRows(), list[dict[str, Array]]()  # without a file
-        self._like: tuple[str, int, tuple[int, ...]] | None = None
+        self._like: tuple[str, int, tuple[int, ...], bool] | None = None
         self._failed = False
         self._appending = threading.Lock()  # a signal may close the writer while a thread appends to it
         self._coverage: object = None
@@ -119,17 +120,9 @@ class FisherWriter:
         return parts
 
     def _find_finished(self, out: Path) -> bool:
-        if not out.exists():
+        container = find_finished(out, self.header)
+        if container is None:
             return False
-        try:
-            container = open_container(out)
-        except StorageError as error:
-            raise type(error)(f"{error} It is not overwritten: remove it, or choose another out.") from error
-        if container.content != "fishers":
-            raise StorageError(
-                f"{out}: holds npeff {container.content}, and is not overwritten; remove it, or choose another out"
-            )
-        check_header(out, out, header_in(container), plain(self.header))
         self.finished = fishers_in(container)
         self.examples_resumed = len(self.finished)
         self._done = batches_in(container) if "batches" in container.specs else []
@@ -183,14 +176,17 @@ class FisherWriter:
         self._cursor += 1
         return True
 
-    def stored_logits(self, n_examples: int) -> npt.NDArray[np.float32] | None:
+    def stored_logits(self, n_examples: int) -> Logits | None:
         """Return the logits of the first examples, if earlier work on the same batches is on the disk."""
         if not self._done:
             return None
         if self.finished is not None:
-            return np.asarray(self.finished.logits[:n_examples])
+            return self.finished.logits.take(slice(n_examples))
         assert self._parts is not None, "what is done and not finished is in shards"
-        return np.asarray(self._parts.shards[0].array("logits")[:n_examples])
+        first = self._parts.shards[0]
+        return Logits.from_arrays({name: first.array(name) for name in ARRAYS if name in first.specs}).take(
+            slice(n_examples)
+        )
 
     def append(self, block: FisherBlock, batch_digest: str) -> None:
         """Add the Fishers of the next batch. Its arrays are kept until a shard is written: do not reuse them.
@@ -215,7 +211,7 @@ class FisherWriter:
         self.examples_done += len(block.norms)
         if self._parts is None:
             self._rows.add(block.rows)
-            self._others.append({name: getattr(block, name) for name in ("row_counts", *EXAMPLE_ARRAYS)})
+            self._others.append({"row_counts": block.row_counts, **example_arrays(block)})
             return
         self._since = self._since if self._blocks else time.monotonic()
         self._blocks.append(block)
@@ -226,7 +222,7 @@ class FisherWriter:
 
     def _check(self, block: FisherBlock) -> None:
         n = len(block.row_counts)
-        for name in ("norms", "logits", "labels", "ids"):
+        for name in ("norms", "logits", "labels", "ids", *(() if block.places is None else ("places",))):
             if len(getattr(block, name)) != n:
                 raise ArgumentError(
                     f"block.{name}: expected {n} examples as in row_counts, got {len(getattr(block, name))}"
@@ -241,7 +237,7 @@ class FisherWriter:
                 f"gradients: the Fisher of example {block.ids[i]} has the norm {block.norms[i]}, beyond what float32 "
                 "holds; scale the inputs, or leave the example out of the data"
             )
-        like = (type(block.rows).__name__, block.rows.n_columns, block.logits.shape[1:])
+        like = (type(block.rows).__name__, block.rows.n_columns, block.logits.shape[1:], block.places is not None)
         if self._like is None:
             sketch = sketch_of(self.header["provenance"])
             n_columns = Parameters.from_json(self.header["parameters"]).n_parameters if sketch is None else sketch.d
@@ -251,8 +247,8 @@ class FisherWriter:
             self._like = like
         if like != self._like:
             raise ArgumentError(
-                "block: expected the rows' type, their width and the logits' as in the first batch, "
-                f"{self._like}, got {like}"
+                "block: expected the rows' type, their width, the logits' and whether there are places as in the first "
+                f"batch, {self._like}, got {like}"
             )
 
     def _close_shard(self) -> None:
@@ -316,15 +312,12 @@ class FisherWriter:
         return self.finished
 
     def _in_memory(self, coverage: Any) -> Fishers:
-        fields: dict[str, Any] = {
-            name: np.concatenate([others[name] for others in self._others]) for name in self._others[0]
-        }
-        counts = fields.pop("row_counts")
+        arrays = joined(self._others)
         return Fishers(
             kind=self.header["kind"],
             rows=self._rows.finish(),
-            row_offsets=offsets_of([counts]),
-            **fields,
+            row_offsets=offsets_of([arrays["row_counts"]]),
+            **example_fields(arrays),
             parameters=Parameters.from_json(self.header["parameters"]),
             provenance=self.header["provenance"],
             coverage=coverage,
@@ -346,12 +339,3 @@ class FisherWriter:
             parts.lock.release()
         else:
             parts.remove()
-
-
-def header_in(container: Container) -> dict[str, Any]:
-    """Read the header that a finished file was made with."""
-    return {
-        "kind": container.attributes.get("kind"),
-        "parameters": container.json("parameters"),
-        "provenance": container.json("provenance"),
-    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,10 +18,10 @@ from npeff.errors import DataError
 from npeff.fishers.factors import Factors
 from npeff.fishers.options import Sketch
 from npeff.fishers.rows import DenseRows, Rows
+from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.rules import Rule
-from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import NonFiniteError, StreamingSketch
-from npeff.kernels.block_rows import BlockRows
+from npeff.kernels.streams import BlockRows
 from npeff.kernels.transfers import HostCopy, to_host
 from npeff.models import devices
 from npeff.models.parameters import Parameter, Parameters
@@ -72,7 +72,7 @@ class Sink:
         self.parameters, self._ids, self._squared, self._at_once = parameters, ids, squared, at_once
         self.n_examples, _, width = factors.columns.shape
         self.n_columns = 1 if squared else width
-        self._counts = torch.ones_like(factors.counts) if squared else factors.counts
+        self._counts = factors.counts.clamp_max(1) if squared else factors.counts
         self._norm_scale = factors.scale.square()
         self.scale = (self._norm_scale if squared else factors.scale).to(torch.float32)
         # A square may be 0 · ∞ where the Fisher is zero because the model is certain.
@@ -130,20 +130,19 @@ class Sink:
         """Take the gradients that factors stand for."""
         self._put(pairs.formed())
 
-    def finish(self, logits: Tensor) -> tuple[HostCopy, Callable[[Array, Array], Rows]]:
+    def finish(self, logits: Sequence[Tensor]) -> tuple[HostCopy, Callable[[Array, Array], Rows]]:
         """Start bringing the results to the host; the sink is done.
 
         Args:
-            logits: ``(b, C)`` of the examples.
+            logits: What is kept of the examples' outputs, on their device; see :func:`npeff.fishers.logits.largest`.
 
         Returns:
-            The norms of the dense Fishers ``(b,)``, the rows per example ``(b,)``, their scale ``(b,)`` and the logits
-            ``(b, C)`` float32, on their way; and a function that makes rows of ``counts`` and ``scale`` once they are
+            The norms of the dense Fishers ``(b,)``, the rows per example ``(b,)``, their scale ``(b,)`` and
+            ``logits``, on their way; and a function that makes rows of ``counts`` and ``scale`` once they are
             there: example by example, the first ``counts`` of each, multiplied by the example's scale.
         """
         norms = self._gram[:, 0, 0].sqrt() if self._squared else self._gram.square().sum(dim=(1, 2)).sqrt()
-        shown = logits.detach().to(torch.float32, copy=True)
-        return to_host(norms * self._norm_scale, self._counts, self.scale, shown), self._rows()
+        return to_host(norms * self._norm_scale, self._counts, self.scale, *logits), self._rows()
 
     def _rows(self) -> Callable[[Array, Array], Rows]:
         """Start bringing what was taken to the host; see :meth:`finish`."""

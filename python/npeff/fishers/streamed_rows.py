@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from npeff.fishers.dense_rows import PART_BYTES, DenseRows, Matrix, Rows, dense_stretches
-from npeff.fishers.rows import SparseRows
-from npeff.kernels.sparse_gram import mirror_
+from npeff.fishers.dense_rows import PART_BYTES, Rows
+from npeff.kernels.sparse import mirror_
 from npeff.kernels.transfers import to_device
 from npeff.storage.files import forget
 
@@ -27,7 +27,7 @@ DEVICE_PART_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class StreamedRows:
+class StreamedRows(Rows):
     """``A_stored · diag(column factors)[:, columns] · row factors``, made part by part.
 
     Attributes:
@@ -39,9 +39,8 @@ class StreamedRows:
     """
 
     form: ClassVar[str] = "streamed"
-    products_only: ClassVar[bool] = False
 
-    stored: SparseRows | DenseRows
+    stored: Rows
     row_factors: Array | None = None
     column_factors: Array | None = None
     columns: Array | None = None
@@ -58,34 +57,30 @@ class StreamedRows:
         return self.stored.n_columns if self.columns is None else len(self.columns)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the stored rows."""
-        return self.stored.nbytes
-
-    @property
     def values(self) -> Array:
         """The stored values, unscaled."""
         return self.stored.values
 
-    def arrays(self) -> dict[str, Array]:
-        """The stored arrays, unscaled, by the names of their datasets in a file."""
+    @property
+    def by_columns(self) -> bool:
+        """Whether the stored rows can be read by columns."""
+        return self.stored.by_columns
+
+    @override
+    def arrays(self) -> dict[str, Array]:  # unscaled
         return self.stored.arrays()
 
-    def part(self, start: int, stop: int) -> SparseRows | DenseRows:
-        """Rows ``start … stop − 1``, scaled, in memory."""
-        given = (self.row_factors, self.column_factors, self._numbering, self.n_columns)
-        return self.stored.scaled(start, stop, *given)
+    @override
+    def part(self, start: int, stop: int) -> Rows:
+        factors = (self.row_factors, self.column_factors)
+        return self.stored.scaled(start, stop, *factors, self._numbering, self.n_columns)
 
     @cached_property
     def _numbering(self) -> Array | None:
         return None if self.columns is None else self.stored.numbering(self.columns)
 
-    def take(self, rows: Array) -> Rows:
-        """The given rows, in the given order, scaled, in memory."""
-        return self.whole().take(rows)
-
+    @override
     def read_columns(self, first: int, last: int) -> Array:
-        """Columns ``first … last − 1`` of all rows, scaled, float32; dense rows only."""
         wanted: Any = slice(first, last) if self.columns is None else self.columns[first:last]
         values = np.array(self.stored.values[:, wanted], np.float32)
         forget(self.stored.values)
@@ -95,25 +90,13 @@ class StreamedRows:
             values *= self.row_factors[:, None]
         return values
 
-    def whole(self) -> SparseRows | DenseRows:
-        """All rows, in memory."""
-        return self.part(0, self.n_rows)
-
-    def dense(self, start: int, stop: int) -> Array:
-        """Rows ``start … stop − 1`` as float32 ``(stop − start, n_columns)``."""
-        return self.part(start, stop).dense(0, stop - start)
-
-    def gram(self, start: int, stop: int) -> Array:
-        """Inner products of rows ``start … stop − 1``, float64."""
-        return self.part(start, stop).gram(0, stop - start)
-
+    @override
     def squared_norms(self) -> Array:
-        """Σ of squared entries per row, ``(n_rows,)`` float64."""
         norms = [part.squared_norms() for _, _, part in self.parts()]
         return np.concatenate(norms) if norms else np.zeros(0)
 
+    @override
     def fisher_norms(self, row_offsets: Array) -> Array:
-        """``‖A_i A_iᵀ‖_F`` per example, ``(n,)`` float64."""
         out = np.zeros(len(row_offsets) - 1)
         for start, stop, part in self.parts(row_offsets):
             examples = slice(*np.searchsorted(row_offsets, (start, stop), "left"))
@@ -122,55 +105,36 @@ class StreamedRows:
             out[examples] = part.fisher_norms(np.asarray(row_offsets[examples.start : examples.stop + 1]) - start)
         return out
 
+    @override
     def starts(self, rows: Array) -> Array:
-        """Where the given rows begin among the stored numbers."""
         return self.stored.starts(rows)
 
+    @override
     def deciding(self) -> list[Array]:
-        """All arrays that decide the numbers, for a digest."""
         factors = (self.row_factors, self.column_factors, self.columns)
         return [*self.stored.deciding(), *(array for array in factors if array is not None)]
 
-    def on(self, dtype: torch.dtype, device: torch.device) -> Matrix:
-        """All rows, on a device."""
-        return self.whole().on(dtype, device)
-
-    def column_counts(self, part_bytes: int = PART_BYTES) -> Array | None:
-        """Entries per stored column; see :class:`~npeff.fishers.rows.Rows`."""
+    @override
+    def column_counts(self, part_bytes: int = PART_BYTES) -> Array | None:  # of stored columns
         return self.stored.column_counts(part_bytes)
 
-    def column_sums(self, weights: Array, squared: bool) -> Array:
-        """``Σ_i weights_i a_ij``, or of the squares of the entries, per column: ``(n_columns,)`` float64."""
-        sums = np.zeros(self.n_columns)
-        for start, stop, part in self.parts():
-            sums += part.column_sums(weights[start:stop], squared)
-        return sums
-
-    def nonzero(self, start: int, stop: int) -> tuple[Array, Array, Array]:
-        """Row, counted from ``start``, column and value of the entries of rows ``start … stop − 1`` that are not 0."""
-        return self.part(start, stop).nonzero(0, stop - start)
-
-    def on_columns(self, columns: Array) -> Rows:
-        """The rows on ``columns`` alone, in memory."""
-        return self.whole().on_columns(columns)
-
+    @override
     def project(self, vectors: Tensor) -> Tensor:
-        """``A Gᵀ`` for G ``(r, n_columns)``: ``(n_rows, r)`` in G's dtype."""
         parts = [part.project(vectors) for _, _, part in self.parts()]
         return torch.cat(parts) if parts else vectors.new_zeros(0, len(vectors))
 
+    @override
     def combine(self, S: Tensor, out: Tensor | None = None) -> Tensor:
-        """``Sᵀ A`` for S ``(n_rows, r)``: ``(r, n_columns)`` in S's dtype, added to ``out`` where that is given."""
         out = S.new_zeros(S.shape[1], self.n_columns) if out is None else out
         for start, stop, part in self.parts():
             part.combine(S[start:stop], out)
         return out
 
+    @override
     def row_gram(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``K = A Aᵀ``, ``(n_rows, n_rows)``; dense rows by stretches of columns, so that every number is read once."""
-        if not self.stored.by_columns:
+        if not self.by_columns:
             return self.whole().row_gram(dtype)
-        K = torch.zeros(self.n_rows, self.n_rows, dtype=dtype)
+        K = torch.zeros(self.n_rows, self.n_rows, dtype=dtype)  # by stretches of columns: every number is read once
         width = max(64, self.part_bytes // max(1, 4 * self.n_rows))
         edges = range(0, self.n_rows, max(512, -(-self.n_rows // 8)))
         for start in range(0, self.n_columns, width):
@@ -181,16 +145,9 @@ class StreamedRows:
             K[i : i + edges.step, i + edges.step :] = K[i + edges.step :, i : i + edges.step].T
         return K
 
-    def add_gram(self, K: Tensor, room: int) -> None:
-        """Add the lower triangle of ``A Aᵀ`` to K, on its device, by stretches of at most ``room`` bytes there."""
-        for _, _, part in ahead(self.stretches(room, 0)):
-            part.add_gram(K, room)
-
+    @override
     def stretches(self, room: int, per_column: int) -> Iterator[tuple[int, int, Rows]]:
-        """First column, column after the last, and the rows on them, which take at most ``room`` bytes on a device."""
-        if self.stored.by_columns:
-            return dense_stretches(self, room, per_column)
-        return self.whole().stretches(room, per_column)
+        return super().stretches(room, per_column) if self.by_columns else self.whole().stretches(room, per_column)
 
     def edges(self, within: Array | None = None) -> Array:
         """Where parts of about ``part_bytes`` begin and end.
@@ -207,8 +164,8 @@ class StreamedRows:
             chosen.append(min(len(rows) - 1, max(last + 1, beyond)))
         return rows[chosen]
 
-    def parts(self, within: Array | None = None) -> Iterator[tuple[int, int, SparseRows | DenseRows]]:
-        """First row, row after the last, and the rows, part by part; see :meth:`edges`."""
+    @override
+    def parts(self, within: Array | None = None) -> Iterator[tuple[int, int, Rows]]:
         edges = self.edges(within)
         for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             if stop > start:

@@ -18,9 +18,9 @@ from torch import Tensor
 from npeff.fishers.factors import Factors
 from npeff.fishers.rows import Rows, SparseRows, index_dtype
 from npeff.fishers.sinks import Sink, target_rows
-from npeff.gradients import tiles
+from npeff.gradients import blocks
+from npeff.gradients.blocks import Block, Pairs, split
 from npeff.gradients.rules import Rule
-from npeff.gradients.tiles import Block, Pairs
 from npeff.kernels import StreamingTopK
 from npeff.models import devices
 from npeff.models.parameters import Parameter, Parameters
@@ -85,13 +85,13 @@ def push(selectors: StreamingTopK, pairs: Pairs, column_stride: int) -> None:
         column_stride: Distance of two columns' flat indices, the number of parameters.
     """
     offset, first = pairs.parameter.offset, pairs.examples.start
-    delta, inputs = pairs.delta, pairs.inputs
-    if delta.shape[1] == 1:
-        selectors.push_outer(delta[:, 0], inputs[:, 0], first, offset, column_stride, pairs.turned)
+    if pairs.delta.shape[1] == 1:
+        delta, inputs = split(pairs.delta[:, 0], pairs.n_slots), pairs.inputs[:, 0].repeat_interleave(pairs.n_slots, 0)
+        selectors.push_outer(delta, inputs, first, offset, column_stride, pairs.turned)
         return
     thresholds = selectors.thresholds()
-    for e in range(len(delta)):
-        for base, rows, columns in _factors(delta[e], inputs[e], pairs.turned, offset, column_stride):
+    for e in range(len(pairs.delta) * pairs.n_slots):
+        for base, rows, columns in _factors(*pairs.of_example(e), pairs.turned, offset, column_stride):
             _push_rows(selectors, first + e, float(thresholds[first + e]), base, rows, columns)
 
 
@@ -116,7 +116,7 @@ def _push_rows(
     slack = 1 + 4 * len(rows) * torch.finfo(rows.dtype).eps
     bounds = torch.linalg.vector_norm(rows, dim=0) * (torch.linalg.vector_norm(columns, dim=0).max() * slack)
     needed = torch.nonzero(bounds >= threshold).flatten()
-    step = max(1, tiles.TILE_ELEMENTS // columns.shape[1])
+    step = max(1, blocks.TILE_ELEMENTS // columns.shape[1])
     for start in range(0, len(needed), step):
         some = needed[start : start + step]
         chosen = rows if len(some) == rows.shape[1] else rows[:, some]

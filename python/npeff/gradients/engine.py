@@ -11,7 +11,8 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +20,17 @@ from torch.autograd.graph import Node
 
 from npeff.batches.batches import Batch
 from npeff.errors import ModelError
-from npeff.gradients import tiles
+from npeff.gradients import blocks
+from npeff.gradients.backward import Cotangents, backward, small_products
+from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.eligibility import check_eligible, check_independence
 from npeff.gradients.fallback import Fallback, Logits, groups
 from npeff.gradients.graph import Graph, Value
-from npeff.gradients.passes import backward, small_products
 from npeff.gradients.rules import Found, Rule, Unsupported, find_uses
 from npeff.gradients.rules.base import Scratch
 from npeff.gradients.selfcheck import EVERY, Form, check_rules, misplaced, powers_of_two, rows_follow
-from npeff.gradients.tiles import Block, Pairs
 from npeff.models.parameters import Parameter, Parameters
 
-KEPT_BYTES = 512 << 20
 _KNOWN_GRAPHS = 64
 """Of so many fingerprints of graphs it is remembered which rules serve them."""
 _FUSED_RECURRENT = frozenset({"MkldnnRnnLayerBackward0", "CudnnRnnBackward0", "MiopenRnnBackward0"})
@@ -75,8 +75,18 @@ class Prepared:
     known: KnownGraph
     checked: bool
 
+    @property
+    def n_sequences(self) -> int:
+        """Examples that the model, and the rules, know."""
+        return self.batch.n_sequences
+
+    def restrict(self, names: Container[str]) -> None:
+        """Leave out all parameters but these."""
+        self.rules = {name: rules for name, rules in self.rules.items() if name in names}
+        self.others = [name for name in self.others if name in names]
+
     def kept_bytes(self, n_columns: int) -> int:
-        """What the backward passes will keep for all columns."""
+        """What the backward passes will keep for so many columns, of the whole batch."""
         n_columns += 2 if self.checked else 0
         return n_columns * sum(rule.bytes_per_column() for rules in self.rules.values() for rule in rules)
 
@@ -151,8 +161,8 @@ class PerExampleGradients:
         self._graph = None
         logits = self.run(batch)
         if logits.requires_grad and not self._decompose:
-            graph = self._graph = Graph(logits, self._numbers)
-            if (graph.fingerprint, batch.n_examples) not in self._known and _FUSED_RECURRENT.intersection(graph.names):
+            graph = self._graph = self._graph_of(batch, logits)
+            if (graph.fingerprint, batch.n_sequences) not in self._known and _FUSED_RECURRENT.intersection(graph.names):
                 # Fused recurrent kernels hide their steps; the plain ones are matrix products, which have a rule.
                 self._decompose, self._graph = True, None
                 del graph
@@ -163,6 +173,10 @@ class PerExampleGradients:
                 "remove torch.no_grad(), .detach() or .data from the forward pass, or select other parameters"
             )
         return logits
+
+    def _graph_of(self, batch: Batch, logits: Tensor) -> Graph:
+        selected = batch.places is not None or batch.outputs is not None
+        return Graph(logits, self._numbers, batch.n_sequences, selected)
 
     def run(self, batch: Batch) -> Tensor:
         """The logits ``(b, C)``, whatever autograd records."""
@@ -183,9 +197,9 @@ class PerExampleGradients:
             ModelError: Examples influence each other, or checkpoints hide parameters.
         """
         graph, self._graph = self._graph, None
-        if graph is None or graph.root is not logits.grad_fn:
-            graph = Graph(logits, self._numbers)
-        key = (graph.fingerprint, batch.n_examples)
+        if graph is None or graph.logits is not logits.grad_fn:
+            graph = self._graph_of(batch, logits)
+        key = (graph.fingerprint, batch.n_sequences)
         known, checked = self._known.get(key), True
         if known is None:
             known, checked = self._survey(batch, logits, graph)
@@ -194,8 +208,15 @@ class PerExampleGradients:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         self.precision = known.precision
-        checked = checked and batch.n_examples > 1 and known.form.due(graph.fingerprint, known.routed)
-        rules: dict[str, list[Rule]] = {}
+        checked = checked and batch.n_sequences > 1 and known.form.due(graph.fingerprint, known.routed)
+        return self._with_rules(Prepared(batch, logits, {}, [], graph, known, checked))
+
+    def again(self, prepared: Prepared) -> Prepared:
+        """Prepare the same batch for more backward passes over its graph, without a check."""
+        return self._with_rules(replace(prepared, rules={}, checked=False))
+
+    def _with_rules(self, prepared: Prepared) -> Prepared:
+        known, graph, rules = prepared.known, prepared.graph, prepared.rules
         for name, choice in known.form.layouts.items():
             if name in self.moved:
                 continue
@@ -209,8 +230,8 @@ class PerExampleGradients:
                 continue
             if name not in self.served:
                 self.served[name] = "+".join(dict.fromkeys(rule.name for rule in rules[name]))
-        others = [name for name in self.tensors if name in self.moved] if self.moved else []
-        return Prepared(batch, logits, rules, others, graph, known, checked)
+        prepared.others = [name for name in self.tensors if name in self.moved] if self.moved else []
+        return prepared
 
     def _survey(self, batch: Batch, logits: Tensor, graph: Graph) -> tuple[KnownGraph, bool]:
         """Find every use of every parameter in a graph with a new fingerprint.
@@ -236,10 +257,10 @@ class PerExampleGradients:
                 unused.append(name)
                 continue
             try:
-                found[name] = find_uses(graph, Value(graph.leaves[number], 0, tuple(tensor.shape)), batch.n_examples)
+                found[name] = find_uses(graph, Value(graph.leaves[number], 0, tuple(tensor.shape)), batch.n_sequences)
             except Unsupported as reason:
                 self.moved[name] = str(reason)
-        key = (graph.form, *_choices(found, batch.n_examples))
+        key = (graph.form, *_choices(found, batch.n_sequences))
         form = self._forms.get(key)
         seen = form is not None
         if form is None:
@@ -247,7 +268,9 @@ class PerExampleGradients:
             form = self._forms[key] = check_rules(self, batch, logits, found, unused, graph)
         return KnownGraph(found, form, graph.precision, graph.routed), seen
 
-    def backward(self, prepared: Prepared, columns: Tensor, whole: Container[int] = ()) -> None:
+    def backward(
+        self, prepared: Prepared, columns: Tensor, whole: Container[int] = (), slots: Tensor | None = None
+    ) -> None:
         """Run the backward passes: afterwards the rules hold what they need of δ.
 
         Where the batch is to be checked, parameters whose rows belong to other examples than their rules assume move
@@ -257,16 +280,18 @@ class PerExampleGradients:
             prepared: From :meth:`prepare`.
             columns: ``(b, C, R)`` cotangents.
             whole: ``id`` of the rules that will be asked for blocks of everything.
+            slots: As for :meth:`blocks`.
 
         Raises:
             ModelError: Rows are misplaced, and may have been in batches that were not checked.
         """
         every = [rule for rules in prepared.rules.values() for rule in rules]
-        weights = None
+        cotangents = Cotangents(prepared.batch, prepared.graph, columns, slots)
+        weights = weighted = None
         if prepared.checked:
-            weights = powers_of_two(prepared.batch.n_examples, prepared.known.precision).to(columns.device)
-        columns = columns.to(prepared.logits.dtype)
-        checked = backward(prepared.logits, columns, every, whole, small_products(every), weights)
+            weights = powers_of_two(prepared.n_sequences, prepared.known.precision).to(columns.device)
+            weighted = cotangents.summed(weights)
+        checked = backward(cotangents, every, whole, small_products(every), weighted)
         if weights is not None:
             self._check_rows(prepared, checked, weights)
 
@@ -305,6 +330,7 @@ class PerExampleGradients:
         prepared: Prepared,
         columns: Tensor,
         *,
+        slots: Tensor | None = None,
         squared: bool = False,
         paired: Callable[[Parameter, list[Rule]], bool] | None = None,
         last_first: bool = False,
@@ -314,7 +340,9 @@ class PerExampleGradients:
 
         Args:
             prepared: From :meth:`prepare`.
-            columns: ``(b, C, R)`` cotangents.
+            columns: ``(b, C, R)`` cotangents; of all slots, ``(b·K, C, R)``.
+            slots: ``(b, K)`` which examples of the batch the K slots of each sequence hold, −1 for none. Where examples
+                are places, blocks come per slot, sequence by sequence. None: the examples are what the model takes.
             squared: Yield Σ over columns of the squares instead.
             paired: Says of which parameters the factors are wanted rather than their products, where there are any.
             last_first: Begin with the last parameters.
@@ -325,9 +353,10 @@ class PerExampleGradients:
             Blocks that together cover every element of every selected parameter, except where gradients are
             zero.
         """
-        elements, n_columns = tiles.tile_elements(columns.device), columns.shape[2]
+        n_slots = 1 if slots is None else slots.shape[1]
+        elements, n_columns = blocks.tile_elements(columns.device), n_slots * columns.shape[2]
         heads = {
-            name: tiles.head_of_tied(self.parameters.named(name), rules, n_columns, elements) if gathered else None
+            name: blocks.head_of_tied(self.parameters.named(name), rules, n_columns, elements) if gathered else None
             for name, rules in prepared.rules.items()
         }
         as_factors = {
@@ -335,39 +364,50 @@ class PerExampleGradients:
             for name, rules in prepared.rules.items()
         }
         whole = {id(rule) for name, rules in prepared.rules.items() if not as_factors[name] for rule in rules}
-        self.backward(prepared, columns, whole)
-        columns = columns.to(prepared.logits.dtype)
-        n, small = prepared.batch.n_examples, list[tuple[Parameter, Rule]]()
+        self.backward(prepared, columns, whole, slots)
+        n, small = prepared.n_sequences, list[tuple[Parameter, Rule]]()
         # The last layers first: they mostly have the largest gradients, so that a selection's threshold rises early.
         for name in reversed(list(prepared.rules)) if last_first else list(prepared.rules):
             parameter, rules = self.parameters.named(name), prepared.rules.pop(name)
             factors = None
-            if gathered and tiles.is_small(parameter, rules, n, n_columns, elements):
+            if gathered and blocks.is_small(parameter, rules, n, n_columns, elements):
                 small.append((parameter, rules[0]))
                 continue
             if as_factors[name] and heads[name] is not None:
-                yield from tiles.tied(parameter, rules, n, n_columns, squared, elements)
+                yield from blocks.tied(parameter, rules, n, n_columns, squared, elements, n_slots)
                 continue
             if as_factors[name]:
-                factors = tiles.pairs(parameter, rules, n, n_columns, elements)
+                factors = blocks.pairs(parameter, rules, n, n_columns, elements, n_slots)
             if factors is not None:
                 yield from factors
             else:
-                yield from tiles.tiles(parameter, rules, n, n_columns, squared, elements)
-        yield from tiles.gathered(small, n, squared)
+                yield from blocks.tiles(parameter, rules, n, n_columns, squared, elements, n_slots)
+        yield from blocks.gathered(small, n, squared, n_slots)
+        if prepared.others:
+            yield from self._others(prepared, columns, slots, squared, elements)
+
+    def _others(
+        self, prepared: Prepared, columns: Tensor, slots: Tensor | None, squared: bool, elements: int
+    ) -> Iterator[Block]:
+        """The gradients of the parameters that no rule serves."""
+        batch, logits = prepared.batch, prepared.logits
+        columns, filled = columns.to(logits.dtype), torch.arange(len(columns))
+        if slots is not None:
+            filled = (slots.reshape(-1) >= 0).nonzero()[:, 0].cpu()
+            held = slots.reshape(-1)[filled.to(slots.device)]
+            batch, logits, columns = batch.take(held), logits[held], columns[filled.to(columns.device)]
         others = {name: self.tensors[name] for name in prepared.others}
         for group in groups(others, columns.shape[2], elements):
             for name, examples, gradient in self.fallback.gradients(
-                prepared.batch, prepared.logits, columns, group, elements, prepared.known.precision
+                batch, logits, columns, group, elements, prepared.known.precision
             ):
-                parameter = self.parameters.named(name)
+                parameter, at = self.parameters.named(name), filled[examples].tolist()
                 values = gradient.reshape(*gradient.shape[:2], 1, -1)
-                yield Block(
-                    parameter,
-                    examples,
-                    tiles.squares(values, self.scratch)[:, None] if squared else values,
-                    parameter.offset,
-                )
+                values = blocks.squares(values, self.scratch)[:, None] if squared else values
+                cuts = [0, *(i for i in range(1, len(at)) if at[i] != at[i - 1] + 1), len(at)]
+                for start, stop in pairwise(cuts):
+                    where = slice(at[start], at[stop - 1] + 1)
+                    yield Block(parameter, where, values[start:stop], parameter.offset)
 
     def coverage(self) -> list[dict[str, str]]:
         """Per parameter, the rule that serves it, and why."""

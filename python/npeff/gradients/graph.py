@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 _ACCUMULATOR = "torch::autograd::AccumulateGrad"
 _RESHAPES = frozenset(
@@ -33,9 +33,10 @@ _MAPS = frozenset(
     f"{name}Backward0"
     for name in (
         *("T", "Transpose", "Permute", "Slice", "Select", "Split", "SplitWithSizes", "Unbind"),
-        *("Repeat", "Expand", "Embedding", "WeightNormInterface"),
+        *("Repeat", "Expand", "Embedding", "WeightNormInterface", "Exp", "Neg", "Softplus", "Sigmoid", "Tanh"),
     )
 )
+_SHIFTS = ("AddBackward0", "SubBackward0")
 
 _ELEMENTWISE = (
     *("Abs", "Acos", "Acosh", "Add", "Addcdiv", "Addcmul", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Celu", "Clamp"),
@@ -137,21 +138,35 @@ class Graph:
     batch; all other properties are computed when they are asked for, which only graphs with a new fingerprint need.
 
     Args:
-        logits: The model's output with its graph.
+        logits: The batch's logits with their graph.
         parameters: Number of each parameter by ``id``.
+        n_sequences: Examples that the model sees, in the first dimension of its output.
+        selected: The logits were selected from the model's output, which the graph begins with.
 
     Attributes:
+        logits: The node that made the logits.
+        output: The model's output: a tensor, or the edge of it.
+        shape: Its shape.
+        dtype: Its dtype.
         nodes: The nodes, in the order of the walk.
         leaves: Position of the accumulator of each parameter in the graph, by the parameter's number.
         fingerprint: Equal for graphs with the same operations on the same operands and the same parameters, where also
             all shapes, dtypes, dimensions, indices and steps are the same.
     """
 
-    def __init__(self, logits: Tensor, parameters: Mapping[int, int]) -> None:
-        self.root = logits.grad_fn
+    def __init__(self, logits: Tensor, parameters: Mapping[int, int], n_sequences: int, selected: bool = False) -> None:
+        self.logits = self.root = logits.grad_fn
+        self._n_sequences = n_sequences
+        self.output: Tensor | GradientEdge = logits
+        self.shape, self.dtype = tuple(logits.shape), logits.dtype
+        if selected and self.root is not None:
+            made, number = self.root.next_functions[0]
+            assert made is not None, "logits that need no gradient were refused"
+            self.output, self.root = GradientEdge(made, number), made
+            metadata: Any = made._input_metadata[number]
+            self.shape, self.dtype = tuple(int(size) for size in metadata.shape), metadata.dtype
         self.nodes: list[Node] = []
         self.leaves: dict[int, int] = {}
-        self._logits = tuple(logits.shape), logits.dtype
         self._sources: list[tuple[tuple[Node | None, int], ...]] = []
         positions: dict[Node | None, int] = {None: -1}
         pending: list[Node | None] = [self.root]
@@ -165,7 +180,7 @@ class Graph:
             self._sources.append(sources)
             pending.extend([source for source, _ in sources])
         self._positions = positions
-        found: list[object] = list(self._logits)
+        found: list[object] = [self.shape, self.dtype]
         for position, (node, sources) in enumerate(zip(self.nodes, self._sources, strict=True)):
             name = node.name()
             found.append(name)
@@ -199,7 +214,7 @@ class Graph:
     @cached_property
     def precision(self) -> torch.dtype:
         """The coarsest floating dtype of any operation's output."""
-        dtypes = {made.dtype for node in self.nodes for made in node._input_metadata} | {self._logits[1]}
+        dtypes = {made.dtype for node in self.nodes for made in node._input_metadata} | {self.dtype}
         return next((dtype for dtype in _PRECISIONS if dtype in dtypes), torch.float32)
 
     @cached_property
@@ -208,9 +223,8 @@ class Graph:
 
         Such operations take an index, a sorted order, or a matrix of data as a factor.
         """
-        n_examples = self._logits[0][0]
         return not _FIXED.issuperset(self.names) or any(
-            self._mixes_rows(position, n_examples) for position in range(len(self.nodes))
+            self._mixes_rows(position, self._n_sequences) for position in range(len(self.nodes))
         )
 
     @cached_property
@@ -236,12 +250,15 @@ class Graph:
         name = self.names[position]
         return Use(name, position, operand, value, parameter.node, parameter.shape, shape, n_bytes)
 
-    def derive(self, value: Value, position: int) -> list[Value] | None:
+    def derive(self, value: Value, position: int, operand: int = 0) -> list[Value] | None:
         """The outputs of a node as values, if it is an operation of parameters alone."""
-        name = self.names[position]
+        name, shapes = self.names[position], self.shapes(position)
+        if name in _SHIFTS and operand == 0 and shapes[0] == value.shape:
+            if any(source is not None for source, _ in self._sources[position][1:]):
+                return None
+            return [Value(position, 0, shapes[0], value.reshaped)]  # a constant added, as in 1 + weight
         if name not in _RESHAPES and name not in _MAPS:
             return None
-        shapes = self.shapes(position)
         if name in _RESHAPES:
             return [Value(position, 0, shapes[0], value.reshaped)]
         if name == "TBackward0" and len(value.shape) == 2:

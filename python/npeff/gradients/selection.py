@@ -1,4 +1,4 @@
-"""Which parameters, and on which device."""
+"""Select the parameters, and place the model on a device."""
 
 from __future__ import annotations
 
@@ -15,14 +15,53 @@ from npeff.gradients.eligibility import check_eligible, check_initialised
 from npeff.models.devices import usable_device
 from npeff.models.parameters import Parameters
 
+BLOCKS = "blocks"
+"""The pattern that stands for :func:`block_weights`."""
+
+
+def block_weights(model: nn.Module) -> frozenset[str]:
+    """Name the weights of the linear layers in a model's transformer blocks.
+
+    Blocks are the outermost lists of modules (``nn.ModuleList``), whatever a model calls them. Embeddings, norms,
+    biases, convolutions, and everything outside the blocks, such as the head, are left out. Linear layers are
+    ``nn.Linear`` and its subclasses, the ``Conv1D`` of GPT-2, the projections of ``nn.MultiheadAttention``, and the
+    stacked matrices of experts.
+
+    Raises:
+        ArgumentError: The model has no such layers.
+    """
+    lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = frozenset(
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if any(path.startswith(prefix) for prefix in lists)
+        for name, tensor in module.named_parameters(recurse=False)
+        if _is_linear(module, name, tensor)
+    )
+    if not found:
+        raise ArgumentError(
+            f"parameters: {BLOCKS!r} stands for the linear layers of transformer blocks, and {type(model).__name__} "
+            "has none within an nn.ModuleList; name its parameters by patterns"
+        )
+    return found
+
+
+def _is_linear(module: nn.Module, name: str, tensor: Tensor) -> bool:
+    kind = type(module).__name__
+    if isinstance(module, nn.MultiheadAttention):
+        return name.endswith("proj_weight")
+    if kind.endswith("Experts"):
+        return tensor.dim() == 3
+    return name == "weight" and (isinstance(module, nn.Linear) or kind == "Conv1D")
+
 
 def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> Parameters:
-    """The floating-point parameters whose names match.
+    """Select the floating-point parameters whose names match.
 
     Args:
         model: The model; tied parameters count once and can be selected by any of their names.
         patterns: Shell patterns; a name is taken if one matches it (or there are only exclusions) and no
-            ``"!…"`` does.
+            ``"!…"`` does. ``"blocks"`` matches :func:`block_weights`.
 
     Returns:
         Parameters in the model's order.
@@ -47,12 +86,17 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) ->
     include = [pattern for pattern in wanted if not pattern.startswith("!")] or ["*"]
     exclude = [pattern[1:] for pattern in wanted if pattern.startswith("!")]
     names = list(chain.from_iterable(aliases.values()))
+    blocks = block_weights(model) if BLOCKS in (*include, *exclude) else frozenset()
+
+    def fits(name: str, pattern: str) -> bool:
+        return name in blocks if pattern == BLOCKS else fnmatchcase(name, pattern)
+
     for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fits(name, pattern) for name in names):
             raise ArgumentError(f"parameters: {pattern!r} matches none of {_listing(names)}")
 
     def matches(tensor: Tensor, some: list[str]) -> bool:
-        return any(fnmatchcase(name, pattern) for name in aliases[id(tensor)] for pattern in some)
+        return any(fits(name, pattern) for name in aliases[id(tensor)] for pattern in some)
 
     chosen = [
         (name, tensor.shape) for name, tensor in floating if matches(tensor, include) and not matches(tensor, exclude)

@@ -10,7 +10,7 @@ shows as a difference, because the w_i differ.
 
 Both are done when the graph has a new form. The first is repeated, against the rows of the batch's own backward
 passes, on every batch whose graph has new sizes or can move rows by the values of a tensor, and on one batch in
-``EVERY`` of the others: see :func:`npeff.gradients.passes.backward`.
+``EVERY`` of the others: see :func:`npeff.gradients.backward.backward`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from npeff.batches.batches import Batch
-from npeff.gradients import tiles
+from npeff.gradients import blocks
+from npeff.gradients.backward import Cotangents
 from npeff.gradients.fallback import ABSOLUTE, TOLERANCE, dense, flat, norm, rounding
 from npeff.gradients.graph import Graph
 from npeff.gradients.rules import Found, Rule, Unsupported
@@ -101,23 +102,24 @@ def check_rules(
     Returns:
         What was found.
     """
-    n, precision = batch.n_examples, graph.precision
+    n, precision = batch.n_sequences, graph.precision
     uses = [(name, rule, use, layouts) for name in found for rule, use, layouts in found[name]]
     shapes = [use.output_shape for _, _, use, _ in uses]
     edges: list[Any] = [GradientEdge(graph.nodes[use.node], 0) for _, _, use, _ in uses]
     tensors = {name: tensor for name, tensor in engine.tensors.items() if name not in unused}
     generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    given = torch.randn((n, logits.shape[1]), generator=generator, dtype=torch.float64)
     signs = torch.randint(0, 2, (n,), generator=generator) * 2 - 1
     u = (signs * (0.5 + torch.rand(n, generator=generator, dtype=torch.float64))).to(logits.device)
     w = powers_of_two(n, precision).to(logits.device)
-    cotangent = cotangent.to(logits.device)
+    slots = None if batch.places is None else batch.slots()[:, -1:]  # the last place of each sequence
+    columns = given.to(logits.device)[:, :, None]
 
     def passed(targets: list[Any], weights: Tensor) -> list[Tensor | None]:
-        given = (cotangent * weights[:, None]).to(logits.dtype)
         if not targets:
             return []
-        return list(torch.autograd.grad(logits, targets, given, retain_graph=True, allow_unused=True))
+        cotangent = Cotangents(batch, graph, columns * weights[:, None, None], slots).column(0)
+        return list(torch.autograd.grad(graph.output, targets, cotangent, retain_graph=True, allow_unused=True))
 
     def deltas(results: list[Tensor | None]) -> list[Tensor]:
         return [_dense(result, logits, shape) for result, shape in zip(results, shapes, strict=True)]
@@ -270,7 +272,7 @@ def _sum(engine: Checked, name: str, rules: list[Rule], delta: list[Tensor], u: 
         rule.store(0, one)
     parameter = engine.parameters.named(name)
     total = torch.zeros(parameter.numel, dtype=torch.float64, device=u.device)
-    for block in tiles.tiles(parameter, rules, len(u), 1, False, tiles.TILE_ELEMENTS):
+    for block in blocks.tiles(parameter, rules, len(u), 1, False, blocks.TILE_ELEMENTS):
         values, weights = block.values[:, 0], u[block.examples]
         width = values.shape[2]
         if isinstance(block.starts, int):

@@ -15,11 +15,11 @@ from npeff.kernels.dispatch import (
     use,
 )
 from npeff.kernels.nnls import NnlsResult, nnls
-from npeff.kernels.segments import cross, spread_multiply
+from npeff.kernels.segments import cross, fisher_norms, spread_multiply
 from npeff.kernels.sketch import StreamingSketch, sketch, sketch_csr
-from npeff.kernels.sparse import csr_transpose, fisher_norms, spmm
-from npeff.kernels.sparse_gram import sparse_gram
-from npeff.kernels.topk import NonFiniteError, StreamingTopK, topk
+from npeff.kernels.sparse import csr_transpose, sparse_gram, spmm
+from npeff.kernels.streams import NonFiniteError
+from npeff.kernels.topk import StreamingTopK, topk
 
 __all__ = [
     "KernelInfo",

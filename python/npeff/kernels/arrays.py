@@ -26,6 +26,8 @@ MOST_COLUMNS = 1 << 48
 """Columns that a matrix may have."""
 MOST_INDEX = 1 << 62
 """Flat indices end there."""
+ALL_FINITE = 2**63 - 1
+"""What kernels write in the place of a row's number when nothing non-finite was found."""
 
 
 def dtype_name(x: Operand) -> str:
@@ -235,6 +237,13 @@ def contiguous(x: A) -> A:
         except RuntimeError as error:  # torch has no other one for memory
             raise MemoryError(f"no memory for a contiguous copy of shape {tuple(x.shape)} ({error})") from None
     return np.require(x, x.dtype.newbyteorder("="), ["C", "A"])
+
+
+def empty(shape: tuple[int, ...], dtype: str, device: torch.device) -> Operand:
+    """Uninitialised memory that a kernel fills: a tensor on a device, here an array, which is read faster."""
+    if device.type == "cpu":
+        return np.empty(shape, dtype)
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
 
 
 def on_host(x: Operand) -> Array:

@@ -73,8 +73,8 @@ def convolution_gradients(
     first, end = (0, shape[1] // groups) if channels is None else _pair(channels, "channels", 0)
     if not 0 <= first < end <= shape[1] // groups:
         raise ArgumentError(f"channels: expected a range within {shape[1] // groups} channels, got ({first}, {end})")
-    native = dispatch.native()
-    if native is None or device.type != "cpu" or dtype == ("float64",):
+    kernels = dispatch.on_host() if device.type == "cpu" and dtype == ("float32",) else None
+    if kernels is None:
         tensors = [arrays.as_tensor(column) for column in columns]
         formed = reference.convolution_gradients(
             arrays.as_tensor(inputs), tensors, kernel, stride, dilation, groups, turns, slice(first, end)
@@ -94,8 +94,18 @@ def convolution_gradients(
     checked = arrays.check_output(out, "out", dtype[0], whole, inputs=inputs, **apart)
     arrays.same_device(inputs=inputs, out=out)
     flat = checked.reshape(*whole[:-3], math.prod(own))
-    native.convolution_gradients(
-        inputs, columns, turns, groups, kernel, stride, dilation, (first, end), squared, flat, dispatch.num_threads()
+    kernels(
+        "convolution_gradients",
+        inputs=inputs,
+        delta=columns,
+        turns=turns,
+        groups=groups,
+        kernel=kernel,
+        stride=stride,
+        dilation=dilation,
+        channels=(first, end),
+        squared=squared,
+        out=flat,
     )
     return out
 

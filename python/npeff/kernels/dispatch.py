@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -109,6 +110,55 @@ def available() -> list[str]:
 def native() -> ModuleType | None:
     """The native module when its kernels are to be used on CPU tensors, else None."""
     return None if _forced == "reference" else _native
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The compiled kernels that serve some arrays, native or CUDA: they are called by name, with keywords alone.
+
+    Attributes:
+        module: ``npeff._native`` or ``npeff._cuda``.
+        run: The last argument of each: the number of threads, or the address of the caller's current stream.
+        on_device: Whether it is ``npeff._cuda``: nothing waits for the device.
+    """
+
+    module: Any
+    run: dict[str, int]
+    on_device: bool
+
+    def __call__(self, name: str, /, **arguments: Any) -> Any:
+        """Call the function of that name."""
+        return getattr(self.module, name)(**arguments, **self.run)
+
+
+def on_host() -> Compiled | None:
+    """The native kernels when they are to be used, else None: plain torch then."""
+    module = native()
+    return None if module is None else Compiled(module, {"threads": num_threads()}, False)
+
+
+def on_device(device: torch.device) -> Compiled | None:
+    """The CUDA kernels when they are to be used on tensors of that device, else None: plain torch then."""
+    module = cuda(device)
+    return None if module is None else Compiled(module, {"stream": stream(device)}, True)
+
+
+def compiled(x: arrays.Operand, *here: str) -> Compiled | None:
+    """The compiled kernels that serve an array, else None: plain torch then.
+
+    Args:
+        x: The array; numpy arrays are the processor's.
+        *here: The dtypes that the native kernel takes, float32 alone by default.
+    """
+    if isinstance(x, torch.Tensor) and (there := on_device(x.device)) is not None:
+        return there
+    served = arrays.device_of(x).type == "cpu" and arrays.dtype_name(x) in (here or ("float32",))
+    return on_host() if served else None
+
+
+def stream(device: torch.device) -> int:
+    """Address of the caller's current stream on a device; 0 on the processor."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def cuda(device: torch.device) -> ModuleType | None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Generic
+from typing import Any, Generic
 
 import numpy as np
 import torch
 
 from npeff.errors import ArgumentError, DataError
-from npeff.kernels import arrays, cuda, dispatch, reference
-from npeff.kernels.arrays import A, Operand, accepts_cupy
+from npeff.kernels import arrays, dispatch, reference
+from npeff.kernels.arrays import ALL_FINITE, A, Operand, accepts_cupy
 from npeff.short_repr import short_repr
 
 MOST_SWEEPS = 1_000_000
@@ -99,64 +98,65 @@ def nnls(
     if not bool(torch.isfinite(arrays.as_tensor(gram)).all()):
         raise DataError("gram: expected finite values, got NaN or infinite ones")
 
-    native = dispatch.native()
-    if dispatch.cuda(device):
-        return _on_device(gram, cross, w0, max_sweeps, tol, exact, kkt, out, native)
-    if native is None or device.type != "cpu":
+    kernels = dispatch.compiled(cross, *dtypes)
+    if kernels is None:
         return _reference(gram, cross, w0, max_sweeps, tol, exact, kkt, out)
-    gram_n, cross_n = (arrays.contiguous(_as(x, work)) for x in (gram, cross))
-    w: Operand = np.empty((n, r), work) if out is None else out
+    g, c = (arrays.contiguous(_as(x, work)) for x in (gram, cross))
+    w: Operand = arrays.empty((n, r), work, device) if out is None else out
     _assign(w, w0)
-    residual = np.empty(n, work) if kkt or exact else None
-    run = native.nnls_f32 if work == "float32" else native.nnls_f64
-    threads = dispatch.num_threads()
-    sweep_tol = max(tol, 1e-9) if exact else tol
-    bad, sweeps = run(gram_n, cross_n, w, None if exact else residual, max_sweeps, sweep_tol, threads)
-    if bad < 0 and exact:
-        bad, sweeps = native.nnls_exact(gram_n, cross_n, w, residual, tol, threads)
-    if bad >= 0:
-        raise DataError(_nonfinite(bad))
+    residual = arrays.empty((n,), work, device) if kkt or exact else None
+    status: Any = arrays.empty((2,), "int64", device)
+    swept = {"max_sweeps": max_sweeps, "tol": max(tol, 1e-9) if exact else tol, "status": status}
+    kernels("nnls", gram=g, cross=c, w=w, kkt=None if exact else residual, **swept)
+    sweeps = _iterations(status)
+    if kernels.on_device:
+        _check_finite(w)
+    if exact:
+        sweeps = _finish_exactly(g, c, w, residual, tol)
     result = None if residual is None or not kkt else arrays.like(cross, residual)
-    return NnlsResult(w=arrays.like(cross, w), kkt=result, sweeps=int(sweeps))
+    return NnlsResult(w=arrays.like(cross, w), kkt=result, sweeps=sweeps)
 
 
-def _on_device(
-    gram: A,
-    cross: A,
-    w0: A | None,
-    max_sweeps: int,
-    tol: float,
-    exact: bool,
-    kkt: bool,
-    out: A | None,
-    native: ModuleType | None,
-) -> NnlsResult[A]:
-    """Sweeps on the device. Active sets, which are short work for many different rows, on the processor.
+def _finish_exactly(g: Operand, c: Operand, w: Operand, residual: Operand | None, tol: float) -> int:
+    """Active sets from w on, in place; the steps made. On the processor: they are short work for many different rows.
 
     Raises:
         DataError: A row is not finite, or its solution overflows.
     """
-    dtype = torch.float64 if exact else arrays.as_tensor(cross).dtype
-    g, c = (arrays.as_tensor(x).to(dtype).contiguous() for x in (gram, cross))
-    w = torch.empty_like(c) if out is None else arrays.as_tensor(out)
-    _assign(w, w0)
-    residual = torch.empty(len(c), dtype=dtype, device=c.device) if kkt and not exact else None
-    status = cuda.nnls_(g, c, w, max_sweeps=max_sweeps, tol=max(tol, 1e-9) if exact else tol, kkt=residual)
-    sweeps = cuda.check_status(status)
-    finite = torch.isfinite(w).all(dim=1)
+    tensors = [arrays.as_tensor(x) for x in (g, c, w, residual) if x is not None]
+    here = [x.cpu().contiguous() for x in tensors]
+    kernels = dispatch.on_host()
+    if kernels is None:
+        solution, steps = reference.nnls_exact(here[0], here[1], here[2].clone(), tol)
+        here[2].copy_(solution)
+        here[3].copy_(reference.kkt(here[0], here[1], here[2]))
+    else:
+        found = np.empty(2, np.int64)
+        names = ("gram", "cross", "w", "kkt")
+        kernels("nnls_exact", **dict(zip(names, here, strict=True)), tol=tol, status=found)
+        steps = _iterations(found)
+    for target, source in zip(tensors[2:], here[2:], strict=True):
+        if target is not source:
+            target.copy_(source)
+    return steps
+
+
+def _iterations(status: Any) -> int:
+    """The iterations that a kernel made.
+
+    Raises:
+        DataError: It found a row that is not finite, or whose solution overflows.
+    """
+    bad, iterations = status.tolist()
+    if bad != ALL_FINITE:
+        raise DataError(_nonfinite(bad))
+    return int(iterations)
+
+
+def _check_finite(w: Operand) -> None:
+    finite = torch.isfinite(arrays.as_tensor(w)).all(dim=1)
     if not bool(finite.all()):
         raise DataError(_nonfinite(int((~finite).to(torch.uint8).argmax())))
-    if exact and native is not None:
-        here = [x.cpu() for x in (g, c, w)]
-        found = torch.empty(len(c), dtype=dtype)
-        _, sweeps = native.nnls_exact(*here, found, tol, dispatch.num_threads())
-        w.copy_(here[2])
-        residual = found.to(c.device) if kkt else None
-    elif exact:
-        result, sweeps = reference.nnls_exact(g, c, w.clone(), tol)
-        w.copy_(result)
-        residual = reference.kkt(g, c, w) if kkt else None
-    return NnlsResult(arrays.like(cross, w), None if residual is None else arrays.like(cross, residual), int(sweeps))
 
 
 def _nonfinite(row: int) -> str:
@@ -183,18 +183,14 @@ def _reference(
     gram: A, cross: A, w0: A | None, max_sweeps: int, tol: float, exact: bool, kkt: bool, out: A | None
 ) -> NnlsResult[A]:
     g, c = arrays.as_tensor(gram), arrays.as_tensor(cross)
-    for i, row in enumerate(torch.isfinite(c).all(dim=1)):
-        if not bool(row):
-            raise DataError(_nonfinite(i))
+    _check_finite(c)
     start = torch.zeros_like(c) if w0 is None else arrays.as_tensor(w0).clone()
     if exact:
         g, c, start = g.double(), c.double(), start.double()
         w, sweeps = reference.nnls_exact(g, c, start, tol)
     else:
         w, sweeps = reference.nnls(g, c, start, max_sweeps, tol)
-    finite = torch.isfinite(w).all(dim=1)
-    if not bool(finite.all()):
-        raise DataError(_nonfinite(int((~finite).to(torch.uint8).argmax())))
+    _check_finite(w)
     residual = arrays.like(cross, reference.kkt(g, c, w)) if kkt else None
     if out is not None:
         arrays.as_tensor(out).copy_(w)

@@ -4,23 +4,53 @@ A sparse Johnson–Lindenstrauss transform (Charikar, Chen & Farach-Colton 2002;
 the seed and a parameter's flat index alone decide its bucket and its sign. With ``nonzeros`` = s every parameter has
 one bucket in each of s stretches of d/s buckets, with weight ±1/√s. Over seeds the inner product of two sketches has
 the mean ⟨x, y⟩ and a variance of at most ``(‖x‖²‖y‖² + ⟨x, y⟩²) / d``, whatever s is.
+
+On a CUDA device sums within a stretch of a row (at least 4096 or 8·d entries) are float32: results have the same bits
+every time, and equal the CPU's to about 1e-6 of the row's norm.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from npeff.kernels import arrays, cuda, dispatch, reference
-from npeff.kernels.arrays import A, accepts_cupy
-from npeff.kernels.cuda_sketch import DeviceSketch
-from npeff.kernels.sparse import check_csr, check_structure
-from npeff.kernels.streaming_sketch import NONZEROS, StreamingSketch, check_map, finished
-from npeff.kernels.topk import NonFiniteError, matrix_of
+from npeff.errors import ArgumentError
+from npeff.kernels import arrays, dispatch, reference
+from npeff.kernels.arrays import ALL_FINITE, A, Array, Operand, accepts_cupy
+from npeff.kernels.sparse import Csr
+from npeff.kernels.streams import FLOATS, BlockRows, BlockStream, NonFiniteError, matrix_of
+from npeff.kernels.transfers import to_device, to_host
 
-__all__ = ["NONZEROS", "StreamingSketch", "check_map", "sketch", "sketch_csr"]
+LANES = 16
+"""Parameters per block: those of a block never share a bucket."""
+NONZEROS = 1
+"""Non-zeros per parameter."""
+
+
+def check_map(d: int, seed: int, nonzeros: int) -> None:
+    """Refuse what is no sketch.
+
+    Raises:
+        ArgumentError: Naming the argument.
+    """
+    for name, value in (("d", d), ("seed", seed), ("nonzeros", nonzeros)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise ArgumentError(f"{name}: expected an integer, got {value!r}")
+    if not 1 <= nonzeros <= 64:
+        raise ArgumentError(f"nonzeros: expected 1 … 64, got {nonzeros}")
+    if not 1 <= d <= 1 << 30 or d % (LANES * nonzeros):
+        raise ArgumentError(f"d: expected a multiple of {LANES * nonzeros} (16·nonzeros) up to 2³⁰, got {d}")
+    if not 0 <= seed < 1 << 63:
+        raise ArgumentError(f"seed: expected an integer in [0, 2⁶³), got {seed}")
 
 
 @accepts_cupy
@@ -79,31 +109,383 @@ def sketch_csr(indptr: A, indices: A, values: A, d: int, seed: int = 0, *, nonze
         NonFiniteError: A value is NaN or infinite; the index is its place in ``values``.
     """
     check_map(d, seed, nonzeros)
-    d, seed, nonzeros = int(d), int(seed), int(nonzeros)
-    indptr, indices, values = check_csr(indptr, indices, values)
-    device = arrays.same_device(indptr=indptr, indices=indices, values=values)
-    n_columns = arrays.MOST_INDEX
-    if isinstance(values, torch.Tensor) and dispatch.cuda(device):
-        starts, columns = arrays.as_tensor(indptr), arrays.as_tensor(indices)
-        check_structure(starts, columns, n_columns)
-        there = DeviceSketch(len(starts) - 1, d, seed, nonzeros, device)
-        there.push_csr(starts, columns, values, n_columns)
-        sketches, first = there.finish()
-        if (row := int(first)) != cuda.ALL_FINITE:
-            raise NonFiniteError(row, int((~torch.isfinite(values)).to(torch.uint8).argmax()))
-        return arrays.like(values, sketches)
+    matrix: Csr[A] = Csr(indptr, indices, values, arrays.MOST_INDEX, "float32")
+    stream = StreamingSketch(len(matrix.indptr) - 1, d, seed, nonzeros=nonzeros)
+    stream.push_csr(matrix)
+    try:
+        sketches = stream.finish_there()
+    except NonFiniteError as error:
+        finite = torch.isfinite(arrays.as_tensor(matrix.values))
+        raise NonFiniteError(error.row, int((~finite).to(torch.uint8).argmax())) from None
+    return arrays.like(values, sketches)
+
+
+class StreamingSketch(BlockStream):
+    """Per row, the sketch of all that is pushed, block by block.
+
+    Sums are kept in float64, each bucket's terms added in the order in which they come: blocks that come by ascending
+    flat index give the same bits however the row is cut into blocks, whatever rows come with it, on any number of
+    threads and any processor. Blocks in another order change a sum by rounding in float64, which a float32 result
+    shows in a last bit once in some 10⁸ numbers.
+
+    Where the first block lies decides where the sums live: on a CUDA device that npeff's kernels serve, pushes wait for
+    nothing; blocks on other devices are copied.
+
+    Args:
+        n_rows: Number of sketches.
+        d: Length of each, a multiple of 16·nonzeros.
+        seed: Which transform.
+        nonzeros: Buckets per parameter.
+
+    Raises:
+        ArgumentError: An argument is out of range.
+    """
+
+    def __init__(self, n_rows: int, d: int, seed: int = 0, *, nonzeros: int = NONZEROS) -> None:
+        check_map(d, seed, nonzeros)
+        super().__init__(n_rows)
+        self.d, self.seed, self.nonzeros = int(d), int(seed), int(nonzeros)
+        self._sums: Any = None  # (n_rows, d) float64: an array here, a tensor on a device
+        self._flat = {"seed": self.seed, "copies": self.nonzeros}
+
+    def _begin(self) -> None:
+        if self._device is not None:
+            self._sums = torch.zeros(self.n_rows, self.d, dtype=torch.float64, device=self._device)
+        elif self._sums is None:  # where they do not fit, nothing else is begun
+            self._sums = np.zeros((self.n_rows, self.d))
+
+    def _push(self, block: Operand, start: int, where: BlockRows) -> None:
+        if (kernels := self._kernels) is not None:
+            plan = where.on(self._device)
+            bases = plan.bases + start if start else plan.bases
+            rows = {"order": plan.order, "starts": plan.starts, "sums": self._sums}
+            kernels("sketch_rows", block=block, bases=bases, **self._flat, **rows)
+            return
+        values = arrays.as_tensor(block).numpy()
+        for i in np.lexsort((where.bases, where.targets)):
+            indices = int(where.bases[i]) + start + np.arange(values.shape[1], dtype=np.int64)
+            reference.add_to_sketch(self._sums, where.targets[i], indices, values[i], **self._flat)
+
+    def push_csr(self, matrix: Csr[Any]) -> None:
+        """Add the rows of a CSR matrix of float32, row i to sketch i.
+
+        On a device as integers of 2⁻³⁸ of a row's largest entry, in no order.
+        """
+        self._settle(matrix.values)
+        if (kernels := self._kernels) is not None:
+            kernels("sketch_csr", a=matrix.compiled(kernels), **self._flat, sums=self._sums)
+            return
+        starts, columns, entries = (arrays.as_tensor(x).cpu() for x in (matrix.indptr, matrix.indices, matrix.values))
+        rows = torch.repeat_interleave(torch.arange(self.n_rows), starts.diff()).numpy()
+        reference.add_to_sketch(self._sums, rows, columns.numpy(), entries.numpy(), **self._flat)
+
+    # ---- two-sided maps ------------------------------------------------------------------------------------
+
+    def push_matrix(
+        self,
+        block: Operand,
+        offset: int,
+        shape: tuple[int, int],
+        first: Operand | BlockRows,
+        rows: Array | None = None,
+    ) -> None:
+        """Add rows of a matrix by its two-sided map: ``bucket(i, j) = bucket(i) xor bucket(j)``, signs multiplied.
+
+        Args:
+            block: ``(b, p·columns)`` float32 (other floats are converted): p rows of the matrix each, end to end.
+            offset: Flat index of the matrix's first element: together with the seed, it decides the map.
+            shape: ``(rows, columns)`` of the whole matrix.
+            first: ``(b,)`` int64, which row of the matrix each row of the block begins with. A tensor on the block's
+                CUDA device is taken unseen. :class:`BlockRows` say where all rows go.
+            rows: ``(b,)`` int64, the sketch that each row of the block belongs to; None: sketch i.
+
+        Raises:
+            ArgumentError: Shapes or dtypes do not fit, d is no power of two, or a row does not exist.
+        """
+        array: Any = block
+        values = arrays.check(array, "block", FLOATS, (None, None))
+        offset, shape = _matrix(offset, shape)
+        n, width = values.shape
+        self._settle(values)
+        if width % shape[1]:
+            raise ArgumentError(f"block: expected whole rows of {shape[1]} columns, got width {width}")
+        p = width // shape[1]
+        where = self._rows(first, rows, n, "first")
+        if n and where.last + p > shape[0]:
+            raise ArgumentError(f"first: expected rows of a {shape} matrix, got {where.first} … {where.last + p - 1}")
+        weight = math.sqrt(self.nonzeros)
+        if (kernels := self._kernels) is None:
+            down, across = (self.places(offset, side, shape[side]) for side in (0, 1))
+            entries = weight * arrays.as_tensor(values).cpu().numpy().astype(np.float64)
+            for i in np.lexsort((where.bases, where.targets)):
+                both = (down[where.bases[i] : where.bases[i] + p, None] ^ across).reshape(-1)
+                np.add.at(self._sums[where.targets[i]], both >> 1, entries[i] * (1 - 2 * (both & 1)))
+            return
+        plan = where.on(self._device)
+        make: Any = self.places if self._device is None else lambda *side: self._side(*side).places
+        row_places, column_places = (make(offset, side, shape[side]) for side in (0, 1))
+        kernels(
+            "sketch_matrix",
+            block=self._whole(values),
+            row_places=row_places,
+            column_places=column_places,
+            first=plan.bases,
+            order=plan.order,
+            starts=plan.starts,
+            weight=weight,
+            sums=self._sums,
+        )
+
+    def push_outer(
+        self, delta: Operand, inputs: Operand, offset: int, shape: tuple[int, int], rows: slice, turned: bool = False
+    ) -> None:
+        """Add ``Σ_t delta_t ⊗ inputs_t`` by the two-sided map of a matrix, without forming it.
+
+        The sketch of an outer product is the dyadic convolution of the sketches of its factors (after Pham & Pagh's
+        TensorSketch, 2013, with xor in the place of sums modulo d): a product of Walsh–Hadamard transforms. Equals
+        :meth:`push_matrix` of the products up to rounding in float32.
+
+        Args:
+            delta: ``(b, T, R, n)``.
+            inputs: ``(b, T, k)``.
+            offset: Flat index of the matrix's first element.
+            shape: Of the matrix: ``(n, k)``, or ``(k, n)`` when turned.
+            rows: The b·R sketches that ``(b, R)`` belong to, in that order, without a step.
+            turned: The matrix is ``Σ_t inputs_t ⊗ delta_t``.
+
+        Raises:
+            ArgumentError: Shapes or dtypes do not fit, or d is no power of two.
+        """
+        factors: tuple[Any, Any] = (delta, inputs)
+        left = arrays.as_tensor(arrays.check(factors[0], "delta", FLOATS, (None,) * 4))
+        right = arrays.as_tensor(arrays.check(factors[1], "inputs", FLOATS, (None,) * 3))
+        arrays.same_device(delta=left, inputs=right)
+        offset, shape = _matrix(offset, shape)
+        turned = arrays.flag(turned, "turned")
+        if not isinstance(rows, slice) or rows.step not in (None, 1):
+            raise ArgumentError(f"rows: expected a slice without a step, got {rows}")
+        if len(range(self.n_rows)[rows]) != left.shape[0] * left.shape[2]:
+            raise ArgumentError(
+                f"rows: expected {left.shape[0]}·{left.shape[2]} sketches out of {self.n_rows}, got {rows}"
+            )
+        n, k = shape[::-1] if turned else shape
+        if left.shape[3] != n or right.shape != (*left.shape[:2], k):
+            raise ArgumentError(
+                f"delta, inputs: expected (b, T, R, {n}) and (b, T, {k}), got {tuple(left.shape)}, {tuple(right.shape)}"
+            )
+        self._settle(left)
+        one, other = int(turned), int(not turned)
+        weight = math.sqrt(self.nonzeros)
+        sums = self._sums[rows]
+        if self._device is not None:
+            sides = self._side(offset, one, n), self._side(offset, other, k)
+            if left.numel() and right.numel():
+                sums.add_(_outer_sketches(left, right, *sides), alpha=weight / self.d)
+            return
+        left, right = left.cpu().float().contiguous(), right.cpu().float().contiguous()
+        by_delta, by_input = self.places(offset, one, n), self.places(offset, other, k)
+        if (kernels := self._kernels) is None:
+            sums += weight * reference.sketch_outer(left, right, by_delta, by_input, self.d).numpy()
+            return
+        kernels(
+            "sketch_outer",
+            delta=left,
+            input=right,
+            delta_places=by_delta,
+            input_places=by_input,
+            weight=weight,
+            sums=sums.reshape(left.shape[0], left.shape[2], self.d),
+        )
+
+    def places(self, offset: int, side: int, n: int) -> Array:
+        """``(n,)`` int32: bucket·2 + (1 where the sign is −) of the rows (side 0) or columns (1) of a matrix.
+
+        Raises:
+            ArgumentError: d is no power of two.
+        """
+        if self.d & (self.d - 1):
+            raise ArgumentError(f"d: two-sided maps need a power of two, got {self.d}")
+        return _places(self.seed, self.d, offset, side, n)
+
+    def _side(self, offset: int, side: int, n: int) -> Side:
+        self.places(offset, side, 0)  # refuses a d that is no power of two
+        device = self._sums.device
+        return _side(self.seed, self.d, offset, side, n, device, dispatch.stream(device))
+
+    # ---- results -------------------------------------------------------------------------------------------
+
+    def finish(self) -> npt.NDArray[np.float32]:
+        """The sketches ``(n_rows, d)``; empty afterwards.
+
+        Raises:
+            NonFiniteError: A sketch is not finite: what was pushed into it was not, or overflows float32. The index
+                is that of its first such bucket.
+        """
+        return self.finish_later()()
+
+    def finish_later(self) -> Callable[[], npt.NDArray[np.float32]]:
+        """As :meth:`finish`, but it does not wait for a CUDA device: the sketches are on their way to the host.
+
+        Returns:
+            What waits for them and gives them, once; any thread may call it. The sums are zero already.
+        """
+        if self._device is not None:
+            under_way = to_host(*self._finished())
+            return lambda: _checked(*under_way.wait())
+        out, bad = self._finished()
+        return lambda: _checked(out, bad)
+
+    def finish_there(self) -> Operand:
+        """As :meth:`finish`, but where the sums live: a tensor, on a CUDA device.
+
+        Raises:
+            NonFiniteError: As for :meth:`finish`.
+        """
+        if self._device is None:
+            return self.finish()
+        out, bad = self._finished()
+        if int(bad) != ALL_FINITE:
+            _checked(out.cpu().numpy(), bad.cpu().numpy())
+        return out
+
+    def _finished(self) -> tuple[Any, Any]:
+        """The sketches ``(n_rows, d)`` float32, and ``(1,)`` int64: the first that is not finite, or ALL_FINITE.
+
+        The sums are zero afterwards. Waits for nothing.
+        """
+        if not self._begun:
+            self._begin()
+        out: Any
+        bad: Any
+        scale, shape, device = 1 / math.sqrt(self.nonzeros), self._sums.shape, self._device
+        if device is None:
+            out, bad = np.empty(shape, np.float32), np.full(1, ALL_FINITE)
+        else:
+            out = torch.empty(shape, dtype=torch.float32, device=device)
+            bad = torch.full((1,), ALL_FINITE, dtype=torch.int64, device=device)
+        if (kernels := self._kernels) is not None:
+            kernels("sketch_finish", sums=self._sums, scale=scale, out=out, bad=bad)
+        else:
+            with np.errstate(over="ignore"):
+                np.multiply(self._sums, scale, out=out, casting="same_kind")
+            finite = np.isfinite(out).all(axis=1)
+            bad[0] = ALL_FINITE if finite.all() else np.argmin(finite)
+        self.reset()
+        return out, bad
+
+    def reset(self) -> None:
+        """Forget all that was pushed."""
+        if self._sums is not None:
+            self._sums[:] = 0
+
+
+def _matrix(offset: Any, shape: Any) -> tuple[int, tuple[int, int]]:
+    """The arguments that say which matrix is meant, as integers.
+
+    Raises:
+        ArgumentError: They are none.
+    """
+    if not isinstance(shape, tuple | list | torch.Size) or len(shape) != 2:
+        raise ArgumentError(f"shape: expected (rows, columns), got {shape}")
+    rows, columns = (arrays.integer(size, "shape", 1, arrays.MOST_COLUMNS) for size in shape)
+    return arrays.integer(offset, "offset", 0, arrays.MOST_INDEX), (rows, columns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(seed: int, d: int, offset: int, side: int, n: int) -> Array:
     native = dispatch.native()
-    sums = np.zeros((indptr.shape[0] - 1, d), np.float64)
-    if native is None or device.type != "cpu":
-        starts, columns, entries = (arrays.as_tensor(x).cpu() for x in (indptr, indices, values))
-        check_structure(starts, columns, n_columns)
-        rows = torch.repeat_interleave(torch.arange(len(sums)), starts.diff()).numpy()
-        reference.add_to_sketch(sums, rows, columns.numpy(), entries.numpy(), seed, nonzeros)
-    else:
-        csr = native.Csr(indptr, indices, values, n_columns, dispatch.num_threads())
-        native.sketch_csr(csr, seed, nonzeros, sums, dispatch.num_threads())
-    out, bad = finished(sums, nonzeros)
-    if bad >= 0:
-        at = int(np.argmin(np.isfinite(np.asarray(arrays.as_tensor(values).cpu()))))
-        raise NonFiniteError(bad, at)
-    return arrays.like(values, out)
+    if native is None:
+        return reference.sketch_places(seed, offset, side, d, n)
+    places = np.empty(n, np.int32)
+    native.sketch_places(seed=seed, offset=offset, side=side, d=d, places=places)
+    return places
+
+
+@functools.lru_cache(maxsize=256)
+def _side(seed: int, d: int, offset: int, side: int, n: int, device: torch.device, stream: int) -> Side:
+    """Make the map of one side of a matrix; once per stream, so that no call waits for another stream."""
+    return Side(to_device(_places(seed, d, offset, side, n), device), d)
+
+
+def _checked(out: npt.NDArray[np.float32], bad: Any) -> npt.NDArray[np.float32]:
+    if (row := int(np.asarray(bad).item())) != ALL_FINITE:
+        raise NonFiniteError(row, int(np.argmin(np.isfinite(out[row]))))
+    return out
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a matrix's two-sided map, on the device.
+
+    Attributes:
+        places: ``(n,)`` int32: bucket·2 + (1 where the sign is −).
+        d: Number of buckets.
+    """
+
+    places: Tensor
+    d: int
+
+    @cached_property
+    def _matrix(self) -> Any:
+        """``(d, n)`` CSR with the sign of i at ``[bucket(i), i]``: the sketch of this side as a product."""
+        buckets, order = torch.sort(self.places >> 1, stable=True)
+        edges = torch.arange(self.d + 1, dtype=buckets.dtype, device=buckets.device)
+        signs = 1 - 2 * (self.places & 1)
+        parts = {"indptr": torch.searchsorted(buckets, edges), "indices": order.to(torch.int32)}
+        parts["values"] = signs[order].to(torch.float32)
+        return _there(self.places.device)("Csr", **parts, n_columns=len(order))
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """``(d, rows)`` sketches of rows ``(rows, n)`` by this side."""
+        out = torch.empty(self.d, len(rows), dtype=torch.float32, device=rows.device)
+        _there(rows.device)("spmm", a=self._matrix, dense=rows.T.float().contiguous(), out=out)
+        return out
+
+
+def _there(device: torch.device) -> dispatch.Compiled:
+    kernels = dispatch.on_device(device)
+    assert kernels is not None
+    return kernels
+
+
+def _outer_sketches(left: Tensor, right: Tensor, left_side: Side, right_side: Side) -> Tensor:
+    """``(b·R, d)`` float64: d times the two-sided sketches of ``Σ_t left_t ⊗ right_t``, on a device; waits for nothing.
+
+    Args:
+        left: ``(b, T, R, n)``.
+        right: ``(b, T, k)``.
+        left_side: The map of left's side.
+        right_side: Of right's.
+    """
+    b, t, r, n = left.shape
+    d = left_side.d
+    by_left = hadamard(left_side.scatter(left.reshape(-1, n)))
+    by_right = hadamard(right_side.scatter(right.reshape(b * t, -1)))
+    product = (by_left.view(d, b, t, r) * by_right.view(d, b, t, 1)).sum(dim=2)
+    return hadamard(product.view(d, b * r)).T.double()
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """The Walsh–Hadamard transform of every column of x ``(d, n)``, d a power of two: ``H_d x``.
+
+    ``H_d`` is a Kronecker product of smaller ones: products with matrices of at most 64 rows.
+    """
+    d, n = x.shape
+    done = 1
+    while done < d:
+        step = min(64, d // done)
+        x = torch.matmul(_signs(step, x), x.reshape(-1, step, done * n)).view(d, n)
+        done *= step
+    return x
+
+
+def _signs(d: int, like: Tensor) -> Tensor:
+    """``H_d`` for small d, made once per stream."""
+    return _made_signs(d, like.dtype, like.device, dispatch.stream(like.device))
+
+
+@functools.lru_cache(maxsize=64)
+def _made_signs(d: int, dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
+    rows = np.arange(d)
+    ones = sum(((rows[:, None] & rows) >> bit) & 1 for bit in range(d.bit_length()))
+    return to_device(1.0 - 2.0 * (np.asarray(ones) & 1), device, dtype)

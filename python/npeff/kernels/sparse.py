@@ -1,15 +1,29 @@
-"""Compressed sparse rows: their product with a dense matrix, and their transpose."""
+"""Compressed sparse rows: their product with a dense matrix, their transpose, and their inner products."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Generic
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from npeff.errors import ArgumentError
-from npeff.kernels import arrays, cuda, dispatch, reference
+from npeff.kernels import arrays, dispatch, reference
 from npeff.kernels.arrays import A, Operand, accepts_cupy
+
+DENSE_BYTES = 1 << 26
+"""Bytes of a dense block of columns."""
+DENSE_ROWS = 512
+"""Rows of K that one dense product computes: products above the diagonal are saved between such strips."""
+DEVICE_DENSE_ABOVE = 1 / 8
+"""Share of the rows above which a column joins the dense product on a CUDA device, where panels were designed for an
+eighth of a dense product's rate (not measured)."""
+DEVICE_DENSE_BYTES = 1 << 30
+"""Bytes of a dense block of columns on a CUDA device."""
+RENAME_ABOVE = 16
+"""Columns per entry above which columns are renamed before inner products."""
 
 
 @accepts_cupy
@@ -35,7 +49,7 @@ def spmm(indptr: A, indices: A, values: A, dense: A) -> A:
 
 
 def _check_dense(dense: A, n_rows: int | None) -> A:
-    on_device = isinstance(dense, torch.Tensor) and dispatch.cuda(dense.device) is not None
+    on_device = isinstance(dense, Tensor) and dispatch.cuda(dense.device) is not None
     dtypes = ("float32", "float64", "float16", "bfloat16") if on_device else ("float32", "float64")
     return arrays.check(dense, "dense", dtypes, (n_rows, None))
 
@@ -52,42 +66,45 @@ class Csr(Generic[A]):
         values: ``(nnz,)`` of that dtype.
         n_columns: Columns of the matrix.
         dtype: ``"float32"`` or ``"float64"``; None: either.
+        ascending: Whether indices must ascend within a row, each once.
 
     Raises:
         ArgumentError: Shapes, dtypes or devices do not fit, or an index is out of range.
     """
 
-    def __init__(self, indptr: A, indices: A, values: A, n_columns: int, dtype: str | None = None) -> None:
-        given = (indptr, indices)
+    def __init__(
+        self, indptr: A, indices: A, values: A, n_columns: int, dtype: str | None = None, *, ascending: bool = False
+    ) -> None:
+        given: tuple[Any, Any] = (indptr, indices)
         dtype = dtype or arrays.dtype_name(arrays.check(values, "values", ("float32", "float64"), (None,)))
         self.indptr: A
         self.indices: A
         self.values: A
         self.indptr, self.indices, self.values = check_csr(indptr, indices, values, dtype)
-        self.n_columns = n_columns
-        self.device = arrays.same_device(indptr=self.indptr, indices=self.indices, values=self.values)
+        self.n_columns: int = n_columns
         self._handle: Any = None
-        self._versions: tuple[int, ...] | None = None
-        if dispatch.cuda(self.device):
-            _check_on_device(given, arrays.as_tensor(self.indptr), arrays.as_tensor(self.indices), n_columns)
-        elif not self._native_serves:
-            check_structure(arrays.as_tensor(self.indptr), arrays.as_tensor(self.indices), n_columns)
-        else:
-            self._native()
+        self._made: tuple[Any, ...] | None = None
+        kernels = dispatch.compiled(self.values)
+        if kernels is not None and not kernels.on_device:
+            handle = self.compiled(kernels)  # looks at the contents
+            if ascending:
+                handle.require_ascending()
+        elif ascending or kernels is None or not checked.known(*given, extent=n_columns):
+            check_structure(*self.tensors()[:2], n_columns, ascending=ascending)
+            if kernels is not None:
+                checked.record(*given, extent=n_columns)
 
-    @property
-    def _native_serves(self) -> bool:
-        on_cpu = self.device.type == "cpu"
-        return on_cpu and dispatch.native() is not None and arrays.dtype_name(self.values) == "float32"
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three arrays as tensors, in shared memory where that can be."""
+        return arrays.as_tensor(self.indptr), arrays.as_tensor(self.indices), arrays.as_tensor(self.values)
 
-    def _native(self) -> Any:
-        """The native matrix, whose contents are sound."""
+    def compiled(self, kernels: dispatch.Compiled) -> Any:
+        """The matrix as the kernels take it; its contents are sound."""
         versions = _versions(self.indptr, self.indices)
-        if self._handle is None or versions is None or versions != self._versions:
-            native = dispatch.native()
-            assert native is not None
-            self._handle = native.Csr(self.indptr, self.indices, self.values, self.n_columns, dispatch.num_threads())
-            self._versions = versions
+        if self._handle is None or versions is None or (kernels.module, versions) != self._made:
+            parts = {"indptr": self.indptr, "indices": self.indices, "values": self.values}
+            self._handle = kernels("Csr", **parts, n_columns=self.n_columns)
+            self._made = (kernels.module, versions)
         return self._handle
 
     def times(self, dense: A) -> A:
@@ -103,28 +120,23 @@ class Csr(Generic[A]):
             ArgumentError: Its shape, dtype or device does not fit.
         """
         dense = _check_dense(dense, self.n_columns)
-        arrays.same_device(indptr=self.indptr, dense=dense)
-        tensors = [arrays.as_tensor(x) for x in (self.indptr, self.indices, self.values)]
-        if dispatch.cuda(self.device):
-            right = arrays.as_tensor(dense).contiguous()
-            return arrays.like(dense, cuda.spmm(tensors[0], tensors[1], tensors[2], right))
-        wide = "float64" in {arrays.dtype_name(dense), arrays.dtype_name(self.values)}
-        if wide and arrays.dtype_name(dense) != arrays.dtype_name(self.values):
-            raise ArgumentError(f"dense: expected {arrays.dtype_name(self.values)}, got {arrays.dtype_name(dense)}")
-        if not self._native_serves:
-            return arrays.like(dense, reference.spmm(tensors[0], tensors[1], tensors[2], arrays.as_tensor(dense)))
-        out = np.empty((len(self.indptr) - 1, dense.shape[1]), np.float32)
-        native = dispatch.native()
-        assert native is not None
-        native.spmm(self._native(), arrays.contiguous(dense), out, dispatch.num_threads())
+        device = arrays.same_device(indptr=self.indptr, dense=dense)
+        kernels = dispatch.compiled(self.values)
+        sums = arrays.dtype_name(self.values)
+        if (kernels is None or not kernels.on_device) and arrays.dtype_name(dense) != sums:
+            raise ArgumentError(f"dense: expected {sums}, got {arrays.dtype_name(dense)}")
+        if kernels is None:
+            return arrays.like(dense, reference.spmm(*self.tensors(), arrays.as_tensor(dense)))
+        out = arrays.empty((len(self.indptr) - 1, dense.shape[1]), sums, device)
+        kernels("spmm", a=self.compiled(kernels), dense=arrays.contiguous(dense), out=out)
         return arrays.like(dense, out)
 
 
 def _versions(*operands: Operand) -> tuple[int, ...] | None:
     """How often each tensor was written to; None where that is not counted."""
-    if not all(isinstance(x, torch.Tensor) and not x.is_inference() for x in operands):
+    if not all(isinstance(x, Tensor) and not x.is_inference() for x in operands):
         return None
-    return tuple(x._version for x in operands if isinstance(x, torch.Tensor))
+    return tuple(x._version for x in operands if isinstance(x, Tensor))
 
 
 @accepts_cupy
@@ -144,69 +156,113 @@ def csr_transpose(indptr: A, indices: A, values: A, n_columns: int) -> tuple[A, 
         ArgumentError: Shapes, dtypes or devices do not fit, or an index is out of range.
     """
     n_columns = arrays.integer(n_columns, "n_columns", 0, arrays.MOST_COLUMNS)
-    given = (indptr, indices)
-    values = arrays.check(values, "values", ("float32", "float64"), (None,))
-    dtype = arrays.dtype_name(values)
-    indptr, indices, values = check_csr(indptr, indices, values, dtype)
-    device = arrays.same_device(indptr=indptr, indices=indices, values=values)
-    native = dispatch.native()
-    if dispatch.cuda(device):
-        tensors = [arrays.as_tensor(x) for x in (indptr, indices, values)]
-        _check_on_device(given, tensors[0], tensors[1], n_columns)
-        result = reference.csr_transpose(tensors[0], tensors[1], tensors[2], n_columns)
-        cuda.checked.record(*result[:2], extent=len(tensors[0]) - 1)
-        return arrays.like(values, result[0]), arrays.like(values, result[1]), arrays.like(values, result[2])
-    if native is None or device.type != "cpu" or dtype == "float64":
-        tensors = [arrays.as_tensor(x) for x in (indptr, indices, values)]
-        check_structure(tensors[0], tensors[1], n_columns)
-        result = reference.csr_transpose(tensors[0], tensors[1], tensors[2], n_columns)
-        return arrays.like(values, result[0]), arrays.like(values, result[1]), arrays.like(values, result[2])
-    csr = native.Csr(indptr, indices, values, n_columns, dispatch.num_threads())
-    starts = np.empty(n_columns + 1, np.int64)
-    rows = np.empty(indices.shape[0], arrays.dtype_name(indices))
-    turned = np.empty(values.shape[0], np.float32)
-    native.csr_transpose(csr, starts, rows, turned, dispatch.num_threads())
+    matrix: Csr[A] = Csr(indptr, indices, values, n_columns)
+    kernels = dispatch.compiled(matrix.values)
+    if kernels is None or kernels.on_device:
+        made = reference.csr_transpose(*matrix.tensors(), n_columns)
+        if kernels is not None:
+            checked.record(*made[:2], extent=len(matrix.indptr) - 1)
+        return arrays.like(values, made[0]), arrays.like(values, made[1]), arrays.like(values, made[2])
+    nnz = len(matrix.indices)
+    starts, turned = np.empty(n_columns + 1, np.int64), np.empty(nnz, np.float32)
+    rows = np.empty(nnz, arrays.dtype_name(matrix.indices))
+    kernels("csr_transpose", a=matrix.compiled(kernels), indptr_out=starts, indices_out=rows, values_out=turned)
     return arrays.like(values, starts), arrays.like(values, rows), arrays.like(values, turned)
 
 
 @accepts_cupy
-def fisher_norms(indptr: A, indices: A, values: A, n_columns: int, row_offsets: A) -> A:
-    """``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` of every example's CSR rows, in float64.
+def sparse_gram(indptr: A, indices: A, values: A, n_columns: int) -> A:
+    """``K = A · Aᵀ`` of CSR rows, dense.
 
     Args:
         indptr: ``(R + 1,)`` int64.
-        indices: ``(nnz,)`` int32 or int64, ascending within a row, each once and below ``n_columns``.
+        indices: ``(nnz,)`` int32 or int64, each below ``n_columns``, ascending within a row, each once.
         values: ``(nnz,)`` float32.
-        n_columns: Columns of the rows.
-        row_offsets: ``(n + 1,)`` int64; example i owns rows ``row_offsets[i]:row_offsets[i+1]``.
+        n_columns: Columns of the matrix.
 
     Returns:
-        ``(n,)`` float64, of the kind of ``values``.
+        ``(R, R)`` float32, exactly symmetric, of the kind of ``values``.
 
     Raises:
-        ArgumentError: Shapes, dtypes or devices do not fit, or an index or offset is out of range or out of order.
+        ArgumentError: Shapes, dtypes or devices do not fit, or an index is out of range or out of order.
     """
-    n_columns = arrays.integer(n_columns, "n_columns", 0, arrays.MOST_INDEX)
-    indptr, indices, values = check_csr(indptr, indices, values)
-    row_offsets = arrays.check(row_offsets, "row_offsets", ("int64",), (None,))
-    device = arrays.same_device(indptr=indptr, indices=indices, values=values, row_offsets=row_offsets)
-    row_offsets = arrays.contiguous(row_offsets)
-    if row_offsets.shape[0] == 0:
-        raise ArgumentError("row_offsets: expected at least one entry, got none")
-    native = dispatch.native()
-    if native is None or device.type != "cpu":
-        tensors = [arrays.as_tensor(x) for x in (indptr, indices, values)]
-        check_structure(tensors[0], tensors[1], n_columns, ascending=True)
-        offsets = arrays.as_tensor(row_offsets)
-        check_offsets(offsets, len(tensors[0]) - 1)
-        if dispatch.cuda(device):
-            return arrays.like(values, cuda.fisher_norms(tensors[0], tensors[1], tensors[2], n_columns, offsets))
-        result = reference.fisher_norms(tensors[0], tensors[1], tensors[2], n_columns, offsets)
-        return arrays.like(values, result)
-    out = np.empty(row_offsets.shape[0] - 1, np.float64)
-    csr = native.Csr(indptr, indices, values, n_columns, dispatch.num_threads())
-    native.fisher_norms(csr, row_offsets, out, dispatch.num_threads())
-    return arrays.like(values, out)
+    n_columns = arrays.integer(n_columns, "n_columns", 0, arrays.MOST_COLUMNS)
+    matrix: Csr[A] = Csr(indptr, indices, values, n_columns, "float32", ascending=True)
+    kernels = dispatch.compiled(matrix.values)
+    if kernels is None:
+        return arrays.like(values, reference.sparse_gram(*matrix.tensors(), n_columns))
+    n_rows = len(matrix.indptr) - 1
+    k = torch.zeros(n_rows, n_rows, device=arrays.device_of(matrix.values))
+    if kernels.on_device:
+        add_gram_(k, *matrix.tensors(), n_columns)
+    else:
+        _add_gram_here(k, matrix, kernels)
+    kernels("mirror", k=k)
+    return arrays.like(values, k)
+
+
+def _add_gram_here(k: Tensor, matrix: Csr[Any], kernels: dispatch.Compiled) -> None:
+    """The lower triangle of ``k += A·Aᵀ``: natively, but for dense products of the columns that many rows share."""
+    if matrix.n_columns > RENAME_ABOVE * (1 + len(matrix.indices)):  # memory for the columns that are there
+        columns, indices = np.unique(arrays.on_host(matrix.indices), return_inverse=True)
+        matrix = Csr(matrix.indptr, indices.astype(np.int64), matrix.values, len(columns))
+    a, names = matrix.compiled(kernels), np.empty(matrix.n_columns, np.int32)
+    n_dense = kernels("sparse_gram", a=a, names=names, k=k)
+    width = max(64, DENSE_BYTES // (4 * max(1, len(k))))
+    for start in range(0, n_dense, width):
+        block = torch.empty(len(k), min(width, n_dense - start))
+        kernels("to_dense", a=a, names=names, first=start, out=block)
+        _add_products(k, block, DENSE_ROWS)
+
+
+def _add_products(k: Tensor, block: Tensor, strip: int) -> None:
+    """The lower triangle of ``k += block·blockᵀ``, and some of the upper one, by strips of rows."""
+    for top in range(0, len(k), strip):
+        bottom = min(top + strip, len(k))
+        k[top:bottom, :bottom].addmm_(block[top:bottom], block[:bottom].T)
+
+
+def add_gram_(
+    k: Tensor, indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int, dense_bytes: int = DEVICE_DENSE_BYTES
+) -> None:
+    """The lower triangle of ``k += A·Aᵀ`` on a device, for CSR rows known to be sound.
+
+    By panels, and by dense products for the columns that many rows share; by dense products alone where npeff's CUDA
+    kernels do not serve the device.
+    """
+    kernels = dispatch.on_device(k.device)
+    if kernels is None:
+        k += reference.sparse_gram(indptr, indices, values, n_columns)
+        return
+    n_rows = len(k)
+    columns = indices.long()
+    dense = torch.bincount(columns, minlength=n_columns) > DEVICE_DENSE_ABOVE * n_rows
+    in_dense = dense[columns]
+    kept = torch.cat([indptr.new_zeros(1), (~in_dense).cumsum(0)])[indptr]
+    panel = {"indptr": kept, "indices": indices[~in_dense], "values": values[~in_dense]}
+    kernels("gram_panel", a=kernels("Csr", **panel, n_columns=n_columns), k=k)
+    chosen = torch.nonzero(dense)[:, 0]
+    rows = torch.repeat_interleave(torch.arange(n_rows, device=indptr.device), indptr.diff())[in_dense]
+    columns, entries = columns[in_dense], values[in_dense]
+    width = max(64, dense_bytes // (4 * max(1, n_rows)))
+    for start in range(0, len(chosen), width):
+        here = chosen[start : start + width]
+        place = torch.full((n_columns,), -1, device=indptr.device)
+        place[here] = torch.arange(len(here), device=indptr.device)
+        at = place[columns]
+        inside = at >= 0
+        block = values.new_zeros(n_rows, len(here))
+        block[rows[inside], at[inside]] = entries[inside]
+        _add_products(k, block, max(DENSE_ROWS, -(-n_rows // 8)))
+
+
+def mirror_(k: Tensor) -> Tensor:
+    """Copies the lower triangle of a square matrix on a device to the upper one; returns it."""
+    kernels = dispatch.on_device(k.device) if k.dtype == torch.float32 else None
+    if kernels is None:
+        return k.tril_() + k.tril(-1).T
+    kernels("mirror", k=k)
+    return k
 
 
 def check_csr(indptr: A, indices: A, values: A, dtype: str = "float32") -> tuple[A, A, A]:
@@ -224,7 +280,7 @@ def check_csr(indptr: A, indices: A, values: A, dtype: str = "float32") -> tuple
     return arrays.contiguous(indptr), arrays.contiguous(indices), arrays.contiguous(values)
 
 
-def check_structure(indptr: torch.Tensor, indices: torch.Tensor, n_columns: int, *, ascending: bool = False) -> None:
+def check_structure(indptr: Tensor, indices: Tensor, n_columns: int, *, ascending: bool = False) -> None:
     """What the native kernels check by themselves: indptr ascends, and indices are in range.
 
     Args:
@@ -252,21 +308,29 @@ def check_structure(indptr: torch.Tensor, indices: torch.Tensor, n_columns: int,
             )
 
 
-def check_offsets(row_offsets: torch.Tensor, n_rows: int) -> None:
-    """Refuse offsets that do not divide the rows among the examples.
+class Checked:
+    """Remembers which tensors were found sound, so that a matrix used a thousand times is looked at once.
 
-    Raises:
-        ArgumentError: They do not ascend from 0 to the number of rows.
+    A tensor counts as the same while it lives and nothing was written to it (torch counts the writes).
     """
-    if len(row_offsets) == 0 or int(row_offsets[0]) != 0 or int(row_offsets[-1]) != n_rows:
-        raise ArgumentError(f"row_offsets: expected to ascend from 0 to {n_rows}, the number of rows")
-    if bool((row_offsets.diff() < 0).any()):
-        raise ArgumentError(f"row_offsets: expected to ascend from 0 to {n_rows}, the number of rows")
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, ...], tuple[tuple[weakref.ref[Tensor], int], ...]] = {}
+
+    def known(self, *tensors: Tensor, extent: int) -> bool:
+        """Whether just these tensors were recorded with this extent, and are as they were."""
+        found = self._seen.get((extent, *map(id, tensors)))
+        return found is not None and all(
+            ref() is tensor and version == tensor._version
+            for (ref, version), tensor in zip(found, tensors, strict=True)
+        )
+
+    def record(self, *tensors: Tensor, extent: int) -> None:
+        """They are sound for this extent."""
+        self._seen = {key: entry for key, entry in self._seen.items() if all(ref() is not None for ref, _ in entry)}
+        key = (extent, *map(id, tensors))
+        self._seen[key] = tuple((weakref.ref(t), t._version) for t in tensors)
 
 
-def _check_on_device(given: tuple[Any, Any], indptr: torch.Tensor, indices: torch.Tensor, n_columns: int) -> None:
-    """As check_structure, once per matrix: looking again would mean waiting for the device."""
-    if cuda.checked.known(*given, extent=n_columns):
-        return
-    check_structure(indptr, indices, n_columns)
-    cuda.checked.record(*given, extent=n_columns)
+checked = Checked()
+"""The CSR structures and row offsets on devices that were found sound."""

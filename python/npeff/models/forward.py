@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 from npeff.batches.batches import Batch
 from npeff.batches.tensor_trees import leaves, shown
 from npeff.errors import DataError, ModelError, NpeffError
+
+OVER_CLASSES = ("categorical", "probabilities")
+"""Likelihoods of one distribution over classes."""
 
 
 @contextmanager
@@ -29,11 +33,29 @@ def _one_function() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _run(model: nn.Module, inputs: Any) -> Any:
+def _run(model: nn.Module, inputs: Any, n_logits: int | None) -> Any:
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return model(**inputs) if n_logits is None else model(**inputs, logits_to_keep=n_logits)
     several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
     return model(*inputs) if several else model(inputs)
+
+
+def _logits_wanted(model: nn.Module, batch: Batch) -> int | None:
+    """Count the positions from the first place on, for language models that make logits of the last ones alone.
+
+    None where all logits are made: the first position is a place, or the model has no argument for it.
+    """
+    if batch.places is None or not isinstance(batch.content, Mapping) or "logits_to_keep" in batch.content:
+        return None
+    base = getattr(model, "get_base_model", None)  # within adapters
+    called = base() if callable(base) else model
+    if "logits_to_keep" not in inspect.signature(called.forward).parameters:
+        return None
+    try:
+        first = int(batch.places[:, 1].min())
+    except RuntimeError:  # within vmap places have no values
+        return None
+    return batch.n_positions - first if first else None
 
 
 def _failure(error: Exception, forward: object, batch: Batch) -> str:
@@ -62,17 +84,18 @@ def call_model(
         likelihood: What the outputs mean; the logits of ``"probabilities"`` are their logarithms.
 
     Returns:
-        ``(b, C)`` with its graph; a ``(b,)`` output becomes ``(b, 1)``.
+        ``(n_examples, C)`` with its graph; a ``(b,)`` output becomes ``(b, 1)``. Of logits ``(b, T, C)`` those at the
+        batch's places; of all outputs those that ``batch.outputs`` keeps.
 
     Raises:
         DataError: The model gave something else.
         ModelError: The model, or ``forward``, raised an error.
     """
     source = "the model" if forward is None else "forward="
-    given = batch.fresh()
+    given, n_logits = batch.fresh(), None if forward is not None else _logits_wanted(model, batch)
     try:
         with _one_function():
-            output = _run(model, given.inputs) if forward is None else forward(model, given.content)
+            output = _run(model, given.inputs, n_logits) if forward is None else forward(model, given.content)
     except Exception as error:
         # Inference tensors have an explanation of their own, see PerExampleGradients.recording.
         explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
@@ -85,22 +108,73 @@ def call_model(
     if isinstance(logits, (tuple, list)) and len(logits) == 1:
         logits = logits[0]
     if not isinstance(logits, Tensor):
+        head = (
+            "load it with its head, as AutoModelForCausalLM does, or " if hasattr(output, "last_hidden_state") else ""
+        )
         raise DataError(
             f"logits: expected a tensor (or an output with .logits) from {source}, got "
-            f"{type(output).__name__}; pass forward=callable(model, batch) -> logits"
+            f"{type(output).__name__}; {head}pass forward=callable(model, batch) -> logits"
         )
-    if logits.dim() == 1 and len(logits) == batch.n_examples:
+    if batch.places is None and logits.dim() == 1 and len(logits) == batch.n_examples:
         logits = logits[:, None]
-    if logits.dim() != 2 or len(logits) != batch.n_examples or logits.shape[1] == 0:
-        raise DataError(
-            f"logits: expected shape ({batch.n_examples}, C) for a batch of {batch.n_examples} examples, "
-            f"got {tuple(logits.shape)} from {source}; "
-            "choose or flatten outputs in forward=callable(model, batch) -> logits"
-            + (f", or, {batch.how_counted()}" if logits.dim() == 2 and len(logits) != batch.n_examples else "")
-        )
+    n_positions = n_logits or batch.n_positions
+    _check_shape(logits, batch, n_positions, source)
     if not logits.is_floating_point():
         raise DataError(f"logits: expected floating point numbers from {source}, got {logits.dtype}")
-    return log_probabilities(logits) if likelihood == "probabilities" else logits
+    if likelihood == "probabilities":
+        logits = log_probabilities(logits)
+    if batch.outputs is None and batch.places is None:
+        return logits
+    if batch.outputs is not None and int(batch.outputs.max()) >= logits.shape[-1]:
+        raise DataError(
+            f"outputs: the batch keeps output {int(batch.outputs.max())}, but {source} gives {logits.shape[-1]}; "
+            "expected indices of the model's outputs"
+        )
+    if batch.places is None:
+        return logits[:, batch.outputs]
+    sequences, positions = batch.places[:, 0], batch.places[:, 1] - (batch.n_positions - n_positions)
+    if batch.outputs is None:
+        return logits[sequences, positions]
+    return logits[sequences[:, None], positions[:, None], batch.outputs]
+
+
+def _check_shape(logits: Tensor, batch: Batch, n_positions: int, source: str) -> None:
+    """Refuse logits that are not of the shape that the batch's examples call for.
+
+    Raises:
+        DataError: With what to do.
+    """
+    got = f"got {tuple(logits.shape)} from {source}"
+    if batch.places is None:
+        if logits.dim() == 2 and len(logits) == batch.n_examples and logits.shape[1]:
+            return
+        several = logits.dim() == 3 and len(logits) == batch.n_examples
+        remedy = (
+            f"for examples at positions, give integer labels of shape {tuple(logits.shape[:2])}, −100 where there is "
+            "no example"
+            + ("" if batch.labels is None else f" (they have {tuple(batch.labels.shape)})")
+            + "; labels of zeros and ones alone need npeff.Batch(content, places=True). Or choose"
+            if several
+            else "choose"
+        )
+        raise DataError(
+            f"logits: expected shape ({batch.n_examples}, C) for a batch of {batch.n_examples} examples, {got}; "
+            f"{remedy} or flatten outputs in forward=callable(model, batch) -> logits"
+            + (f", or, {batch.how_counted()}" if logits.dim() == 2 and len(logits) != batch.n_examples else "")
+        )
+    shape = (batch.n_sequences, n_positions)
+    if logits.dim() == 3 and logits.shape[:2] == shape and logits.shape[2]:
+        return
+    expected = f"logits: expected shape ({shape[0]}, {shape[1]}, C), as the labels have {shape}, {got}; "
+    if logits.dim() == 2 and len(logits) == batch.n_sequences:
+        raise DataError(
+            f"{expected}give one label per sequence, leave the labels out, or yield "
+            "npeff.Batch(content, places=False) where they are something else"
+        )
+    raise DataError(
+        f"{expected}give a label for every position that has logits, −100 where there is no example, or choose "
+        "the logits of the labels' positions in forward=callable(model, batch) -> logits"
+    )
 
 
 def log_probabilities(outputs: Tensor) -> Tensor:

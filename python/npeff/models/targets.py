@@ -1,4 +1,4 @@
-"""Import MODEL and DATA of the command line: ``package.module:callable`` or ``path/to/file.py:callable``."""
+"""Load MODEL and DATA of the command line: ``package.module:callable``, ``path/to/file.py:callable``, ``hf:PATH``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError, Terminated
+from npeff.language import hugging_face
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,10 +53,10 @@ def load_object(target: str, name: str = "target") -> Any:
 
 
 def load_model(target: str) -> nn.Module:
-    """Load the model that MODEL names: a module, or what a callable without arguments returns.
+    """Load the model that MODEL names: a module, what a callable without arguments returns, or ``hf:PATH``.
 
     Args:
-        target: See :func:`load_object`.
+        target: See :func:`load_object`; with ``hf:``, :func:`npeff.language.hugging_face.load_model`.
 
     Returns:
         The module, as the callable made it.
@@ -66,6 +67,8 @@ def load_model(target: str) -> nn.Module:
     """
     from torch import nn
 
+    if target.startswith(hugging_face.PREFIX):
+        return hugging_face.load_model(target)
     found = load_object(target, "MODEL")
     if isinstance(found, nn.Module):
         return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from npeff.perturbation.data_fisher import mean_fisher
-from npeff.perturbation.diagonal import interpolation
+from npeff.perturbation.diagonal import interpolation, mean_fisher
 from npeff.perturbation.directions import direction
-from npeff.perturbation.effect import FIGURES, Control, Curve, Effect, Interval, SignResult
+from npeff.perturbation.effect import Continuation, Control, Curve, Effect, Prediction, SignResult
+from npeff.perturbation.figures import FIGURES, Interval
 from npeff.perturbation.groups import Part, heads, units
 from npeff.perturbation.perturbing import perturb, perturb_all
 from npeff.perturbation.tracing import Trace, trace
@@ -13,12 +13,14 @@ from npeff.perturbation.weights import Moved, ablated, applied
 
 __all__ = [
     "FIGURES",
+    "Continuation",
     "Control",
     "Curve",
     "Effect",
     "Interval",
     "Moved",
     "Part",
+    "Prediction",
     "SignResult",
     "Trace",
     "ablated",

@@ -148,6 +148,8 @@ class ComponentDirections:
             ArgumentError: A direction is zero, or nothing is left of it; weights do not fit the group.
         """
         members = target.members
+        if reject is None:
+            self._recovered.clear()  # of other targets: in a large model a vector takes much memory
         found: list[tuple[Array, int | None, float, float | None]]
         if len(members) == 1:
             found = [(self.combination(members, [1.0]), members[0], 1.0, None)]
@@ -190,7 +192,8 @@ class ComponentDirections:
         if norm == 0:
             what = f"component {which[0]} is zero" if len(which) == 1 else f"the components {list(which)} cancel"
             raise ArgumentError(f"j: {what}, so there is no direction to move along")
-        return vector / norm
+        vector /= norm
+        return vector
 
     def principal(self, which: Sequence[int], weights: Array) -> tuple[Array, float]:
         """The top eigenvector of ``Σ_k weights_k ĝ_k ĝ_kᵀ``, and its share of the trace.
@@ -283,8 +286,10 @@ class ComponentDirections:
 
     def _sum(self, which: Sequence[int], weights: Array) -> Array:
         """``Σ_k weights_k ĝ_k`` on the kept columns."""
-        scaled = weights * self._inverse_norms(which)
-        return np.concatenate([scaled @ self._rows(which, c) for c in self._chunks()] or [np.zeros(0)])
+        scaled, total = weights * self._inverse_norms(which), np.empty(len(self._factor))
+        for c in self._chunks():
+            total[c] = scaled @ self._rows(which, c)
+        return total
 
     def _products(self, which: Sequence[int], vector: Array) -> Array:
         """``ĝ_k · vector`` for each k."""
@@ -293,7 +298,7 @@ class ComponentDirections:
 
     def _rows(self, which: Sequence[int], columns: slice) -> Array:
         if self._stored:
-            return self.components.vectors[list(which)][:, columns].astype(np.float64) * self._factor[columns]
+            return self.components.vectors[list(which), columns].astype(np.float64) * self._factor[columns]
         for k in which:
             if k not in self._recovered:
                 self._recovered[k] = self.components.vector(k)
@@ -307,7 +312,8 @@ def random_direction(n_parameters: int, seed: int, number: int) -> Array:
     """An isotropic unit vector ``(m,)`` float64 that the seed and the number determine."""
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 1, number]))
     vector = generator.standard_normal(n_parameters)
-    return np.asarray(vector / np.linalg.norm(vector))
+    vector /= np.linalg.norm(vector)
+    return vector
 
 
 def direction(

@@ -1,11 +1,10 @@
-"""The result of a perturbation: figures with bootstrap intervals, random controls, curve, and KL per example."""
+"""The result of a perturbation: figures beside random controls, curve, and what changed on each example."""
 
 from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from npeff.perturbation.figures import FIGURES, Interval
 from npeff.short_repr import several, short_repr
+from npeff.storage.container import refuse_npeff_file
 from npeff.storage.files import atomic, path_of
-from npeff.storage.recognition import refuse_npeff_file
 
 Array = npt.NDArray[Any]
-
-FIGURES = {
-    "ratio": "KL on top / KL on baseline",
-    "disjoint_ratio": "KL on top / KL on disjoint baseline",
-    "normalised_ratio": "KL on top / KL on baseline, of KL / ‖F‖",
-    "normalised_rank_correlation": "rank correlation, KL / ‖F‖ and coefficient",
-    "flipped_top": "predictions flipped, top",
-    "flipped_baseline": "predictions flipped, baseline",
-}
-"""Every figure of an effect, in the order of tables, and its meaning."""
 
 CONTROLS = {
     "equal_norm": "random, equal norm",
@@ -35,30 +25,6 @@ CONTROLS = {
     "equal_tensor_norms": "random, equal norm per tensor",
 }
 """The random directions that a component is compared with."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure and its bootstrap confidence interval; nan where there is nothing to count.
-
-    Attributes:
-        value: The figure.
-        low: Lower end.
-        high: Upper end.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    def __float__(self) -> float:
-        return self.value
-
-    def text(self, form: str = ".3g") -> str:
-        """``value [low, high]`` in a number format; a dash if there is no value."""
-        if math.isnan(self.value):
-            return "–"
-        return f"{self.value:{form}}" + ("" if math.isnan(self.low) else f" [{self.low:{form}}, {self.high:{form}}]")
 
 
 @dataclass(frozen=True)
@@ -76,6 +42,8 @@ class SignResult:
         kept: Whether the effect's figures are of this sign.
         lam: λ of a diagonal component's interpolation.
         step: δ of a diagonal component's signed gradient step.
+        label_top: Mean probability of the label on the top examples; nan without labels.
+        perplexity: On unrelated data; nan without it.
     """
 
     component: int | None
@@ -88,6 +56,8 @@ class SignResult:
     kept: bool
     lam: float | None = None
     step: float | None = None
+    label_top: float = math.nan
+    perplexity: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -122,6 +92,8 @@ class Curve:
         top: ``(s, p)`` mean KL on the top examples; inf where the outputs are not finite.
         baseline: ``(s, p)`` on the baseline.
         disjoint: ``(s, p)`` on the disjoint baseline.
+        label_top: ``(s, p)`` mean probability of the label on the top examples; nan without labels.
+        perplexity: ``(s, p)`` perplexity on unrelated data; nan without it.
     """
 
     magnitudes: Array
@@ -129,6 +101,49 @@ class Curve:
     top: Array
     baseline: Array
     disjoint: Array
+    label_top: Array
+    perplexity: Array
+
+    __repr__ = short_repr
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model predicts for one example before and after its weights move.
+
+    Attributes:
+        id: Position of the example in the data.
+        classes: ``(p,)`` int64: those that are most probable before or after, the most probable first.
+        before: ``(p,)`` their probabilities at the model's own weights.
+        after: ``(p,)`` the same at the moved weights; over several directions, the mean.
+    """
+
+    id: int
+    classes: Array
+    before: Array
+    after: Array
+
+    __repr__ = short_repr
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a language model continues a text, greedily.
+
+    Attributes:
+        id: Position in the data of the example whose text it is; None for a text that was given.
+        prompt: The text.
+        base: Its continuation at the model's own weights.
+        down: With the weights moved to the sign that makes the labels of the top examples less probable, or to −1 where
+            labels are unknown; None where that sign was not asked for.
+        up: The same for the other sign.
+    """
+
+    id: int | None
+    prompt: str
+    base: str
+    down: str | None
+    up: str | None
 
     __repr__ = short_repr
 
@@ -177,6 +192,7 @@ class Effect(Result):
         figures: Every figure of ``npeff.perturbation.FIGURES`` with its interval.
         local_ratio: Mean vᵀF_i v on the top examples over that on the baseline: the ratio's limit for small steps.
         accuracy: ``(before, after)`` on ``top``, ``baseline`` and ``all`` examples; nan without labels.
+        perplexity: ``(before, after)`` on unrelated data; nan without it.
         controls: The same figures for random directions: ``equal_norm``, ``equal_fisher_norm``, ``equal_tensor_norms``.
         sign_results: Every direction and sign that was tried.
         curve: KL against the magnitude, or None.
@@ -184,9 +200,13 @@ class Effect(Result):
         coefficient: ``(n,)`` coefficients.
         kl: ``(n,)`` KL, float64 nats.
         flipped: ``(n,)`` 1 where the prediction changed.
+        label_before: ``(n,)`` probability of the label at the model's own weights; nan where it is unknown.
+        label_after: ``(n,)`` the same at the moved weights.
         top: ``(k,)`` indices of the top examples in ``ids``.
         baseline: ``(b,)`` indices of the baseline.
         disjoint: ``(d,)`` indices of the disjoint baseline.
+        predictions: For each of the top examples; none where outputs are no classes.
+        continuations: Of the prompts.
         details: Everything else: options, Fisher norm along the direction and how it was found, rejection.
     """
 
@@ -200,6 +220,7 @@ class Effect(Result):
     figures: dict[str, Interval]
     local_ratio: float
     accuracy: dict[str, tuple[float, float]]
+    perplexity: tuple[float, float]
     controls: dict[str, Control]
     sign_results: tuple[SignResult, ...]
     curve: Curve | None
@@ -207,9 +228,13 @@ class Effect(Result):
     coefficient: Array
     kl: Array
     flipped: Array
+    label_before: Array
+    label_after: Array
     top: Array
     baseline: Array
     disjoint: Array
+    predictions: tuple[Prediction, ...] = ()
+    continuations: tuple[Continuation, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -223,7 +248,7 @@ class Effect(Result):
         return self.figures["ratio"].value
 
     def table(self) -> str:
-        """The figures as text, beside those of the random directions; below them magnitude, KL and accuracy."""
+        """The figures as text, beside those of the random directions; below them magnitude, KL, labels and texts."""
         rows = [("", self.name, *(CONTROLS[name] for name in self.controls))]
         for name, what in FIGURES.items():
             if not math.isnan(self.figures[name].value):
@@ -234,10 +259,20 @@ class Effect(Result):
             for which, where in ((self.top, "top examples"), (self.baseline, "of the baseline"))
         )
         lines = [f"mean KL {kl} (nats) at magnitude {self.magnitude:.3g}"]
+        label = [
+            np.nanmean(p[self.top]) for p in (self.label_before, self.label_after) if np.isfinite(p[self.top]).any()
+        ]
+        if label:
+            lines.append(f"probability of the label on the top examples: {label[0]:.3f} → {label[1]:.3f}")
+        if not math.isnan(self.perplexity[0]):
+            lines.append(f"perplexity on unrelated data: {self.perplexity[0]:.4g} → {self.perplexity[1]:.4g}")
         known = {where: pair for where, pair in self.accuracy.items() if not math.isnan(pair[1])}
         if known:
             changes = ", ".join(f"{where} {before:.1%} → {after:.1%}" for where, (before, after) in known.items())
             lines.append(f"accuracy: {changes}")
+        for c in self.continuations:
+            told = (("as it is", c.base), ("down", c.down), ("up", c.up))
+            lines += [repr(c.prompt), *(f"  {name}: {text!r}" for name, text in told if text is not None)]
         return "\n".join([text_table(rows), *lines])
 
 
@@ -245,129 +280,6 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines of text with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-# ---- figures -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ExampleSets:
-    """The sets of examples that are compared, and what is known of each example.
-
-    Attributes:
-        top: ``(k,)`` indices of the examples with the largest coefficients.
-        baseline: ``(b,)`` indices of the examples that they are compared with; may share examples with the top.
-        disjoint: ``(d,)`` indices of baseline examples that are not in the top and have (nearly) no coefficient.
-        coefficient: ``(n,)`` coefficients.
-        norms: ``(n,)`` norms of the Fishers.
-    """
-
-    top: Array
-    baseline: Array
-    disjoint: Array
-    coefficient: Array
-    norms: Array
-
-    def ratio(self, values: Array) -> float:
-        """Mean of values ``(n,)`` on the top examples over the mean on the baseline."""
-        return float(_ratio(values[self.top], values[self.baseline]))
-
-    def figures(self, kl: Array, flipped: Array) -> dict[str, Figure]:
-        """Every figure as the samples that it is a statistic of.
-
-        Args:
-            kl: ``(n,)`` KL of every example.
-            flipped: ``(n,)`` 1 where the prediction changed, nan where there is none.
-        """
-        relative = np.divide(kl, self.norms, out=np.full(len(kl), np.nan), where=self.norms > 0)
-        usable = np.isfinite(relative)
-        top, baseline = self.top, self.baseline
-        return {
-            "ratio": Figure(_ratio, kl[top], kl[baseline]),
-            "disjoint_ratio": Figure(_ratio, kl[top], kl[self.disjoint]),
-            "normalised_ratio": Figure(_ratio, _known(relative[top]), _known(relative[baseline])),
-            "normalised_rank_correlation": Figure(_spearman, relative[usable], self.coefficient[usable], paired=True),
-            "flipped_top": Figure(_mean, _known(flipped[top])),
-            "flipped_baseline": Figure(_mean, _known(flipped[baseline])),
-        }
-
-
-class Figure:
-    """A statistic of one or two samples of examples.
-
-    Args:
-        statistic: Takes the samples and ``axis=``.
-        *samples: Arrays ``(k,)``.
-        paired: The samples have the same examples, which are resampled together.
-    """
-
-    def __init__(self, statistic: Callable[..., Any], *samples: Array, paired: bool = False) -> None:
-        self._statistic, self._samples, self._paired = statistic, samples, paired
-
-    @property
-    def value(self) -> float:
-        """The statistic; nan if there are too few examples."""
-        if min(map(len, self._samples)) < (3 if self._statistic is _spearman else 1):
-            return float("nan")
-        with np.errstate(invalid="ignore"):
-            return float(self._statistic(*self._samples))
-
-    def interval(self, confidence: float = 0.95, n_resamples: int = 999, seed: int = 0) -> Interval:
-        """The statistic with a percentile bootstrap interval over examples (``scipy.stats.bootstrap``)."""
-        value = self.value
-        if min(map(len, self._samples)) < 2 or not n_resamples or not np.isfinite(value):
-            return Interval(value, float("nan"), float("nan"))
-        from scipy.stats import bootstrap
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # constant samples have an interval of width 0, which scipy warns about
-            found = bootstrap(
-                self._samples,
-                self._statistic,
-                n_resamples=n_resamples,
-                batch=max(1, 2_000_000 // max(map(len, self._samples))),
-                vectorized=True,
-                paired=self._paired,
-                confidence_level=confidence,
-                method="percentile",
-                random_state=np.random.default_rng(seed),
-            ).confidence_interval
-        return Interval(value, float(found.low), float(found.high))
-
-
-def mean_figure(values: Sequence[float] | Array) -> Figure:
-    """The mean of the finite values."""
-    known = np.asarray(values, np.float64)
-    return Figure(_mean, known[np.isfinite(known)])
-
-
-def ratio_figure(above: Array, below: Array) -> Figure:
-    """The quotient of two means over the same examples."""
-    return Figure(_ratio, above, below, paired=True)
-
-
-def _known(values: Array) -> Array:
-    return values[~np.isnan(values)]
-
-
-def _mean(values: Array, axis: int = -1) -> Any:
-    return np.mean(values, axis=axis)
-
-
-def _ratio(top: Array, baseline: Array, axis: int = -1) -> Any:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.mean(top, axis=axis) / np.mean(baseline, axis=axis)
-
-
-def _spearman(a: Array, b: Array, axis: int = -1) -> Any:
-    """Pearson's correlation of the ranks, ties sharing their mean rank; vectorised over leading axes."""
-    from scipy.stats import rankdata
-
-    ranks = [rankdata(x, axis=axis) for x in (a, b)]
-    centred = [r - r.mean(axis=axis, keepdims=True) for r in ranks]
-    norms = np.sqrt(np.square(centred[0]).sum(axis=axis) * np.square(centred[1]).sum(axis=axis))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (centred[0] * centred[1]).sum(axis=axis) / norms
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------------

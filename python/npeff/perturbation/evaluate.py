@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
@@ -14,52 +13,34 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
 
 from npeff.batches.batch_order import check_sampler
 from npeff.batches.batches import Batch
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.factors import check_meaning
+from npeff.fishers.logits import Logits
 from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible
 from npeff.gradients.selection import placed
 from npeff.models.digests import model_digest
-from npeff.models.forward import call_model
+from npeff.models.forward import OVER_CLASSES, call_model
 from npeff.perturbation import outputs
-from npeff.perturbation.data_fisher import summed_fisher
 from npeff.perturbation.directions import random_direction
-from npeff.perturbation.examples import BatchSlice, SelectedExamples
-from npeff.perturbation.options import Forward, PerturbOptions
-from npeff.perturbation.weights import TensorsByName, Weights, on_model
+from npeff.perturbation.effect import Prediction
+from npeff.perturbation.examples import BatchSlice, SelectedExamples, unrelated_batches
+from npeff.perturbation.figures import Measured
+from npeff.perturbation.generation import Writer
+from npeff.perturbation.options import PerturbOptions
+from npeff.perturbation.weights import TensorsByName, Weights, on_model, untouched
 
 Array = npt.NDArray[Any]
 
-DIFFERENCE = {torch.float64: 1e-5, torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
-"""Change of the outputs relative to their size, per dtype of the weights, at which central differences err least."""
+MOST_CLASSES = 32
+"""Classes of a prediction."""
 
-
-@dataclass(frozen=True)
-class Measured:
-    """What a change of the weights does to each example, or the average over several changes.
-
-    Attributes:
-        kl: ``(n,)`` float64 KL(moved ‖ original) in nats; inf where the moved outputs are not finite.
-        flipped: ``(n,)`` float64 1 where the prediction changed, nan where there is no prediction.
-        correct: ``(n,)`` float64 1 where the prediction is the label, nan where the label is unknown.
-    """
-
-    kl: Array
-    flipped: Array
-    correct: Array
-
-    @staticmethod
-    def average(several: Sequence[Measured], shares: Sequence[float]) -> Measured:
-        """Average with the given shares, which sum to 1."""
-        if len(several) == 1:
-            return several[0]
-        fields = ("kl", "flipped", "correct")
-        return Measured(*(sum(s * getattr(m, f) for m, s in zip(several, shares, strict=True)) for f in fields))
+OWN_BYTES = 256 << 20
+"""Outputs at the model's own weights are kept up to this size; larger ones are computed anew beside the moved ones."""
 
 
 class Evaluator:
@@ -74,17 +55,23 @@ class Evaluator:
         rows: Rows of the components' coefficients whose examples are measured, in any order.
         device: The device of the model.
         likelihood: Likelihood of the outputs.
-        forward: As for :func:`npeff.compute_fishers`.
+        options: As for :func:`npeff.perturb`.
 
     Attributes:
         rows: ``(n,)`` the rows without repetition, by ascending position of their examples in the data.
-        outputs: ``(n, C)`` outputs at the model's own weights.
-        correct: ``(n,)`` as in :class:`Measured`, at the model's own weights.
-        fisher_method: How :meth:`fisher_along` differentiates: ``"forward mode"`` or ``"central differences"``.
+        own: As :meth:`measure` gives it, at the model's own weights; no prediction has flipped.
+        differing: ``(n,)`` bool: the outputs are not those that are stored with the components.
+        unrelated: Batches of unrelated data.
+        writer: Continues the prompts.
+        mean_fishers: Mean diagonal Fishers that were computed, by the indices of their examples.
+        derivative: Of the outputs, along a direction.
 
     Raises:
-        DataError: The data is too short, or the outputs are not finite.
+        ArgumentError: ``unrelated`` is no iterable of batches.
+        DataError: The data is too short, the outputs are not finite, or unrelated data has no labels that fit.
     """
+
+    own: Measured
 
     def __init__(
         self,
@@ -94,22 +81,27 @@ class Evaluator:
         rows: Array,
         device: torch.device,
         likelihood: Likelihood,
-        forward: Forward | None,
+        options: PerturbOptions,
     ) -> None:
+        forward = options.forward
         self.model, self.parameters, self.device = model, components.parameters, device
         self.likelihood, self.forward = likelihood, forward
         ids, first = np.unique(components.ids[rows], return_index=True)
         self.rows = np.asarray(rows)[first]
         self._ids_of_rows = components.ids
         self.weights = Weights(model)
-        self.examples = SelectedExamples(data, ids, device, self.call, forward is not None)
-        self.outputs = self._own_outputs()
+        layout = forward is not None, likelihood in OVER_CLASSES
+        self.examples = SelectedExamples(data, ids, device, self.call, *layout)
+        self.writer = Writer(model, getattr(data, "tokenizer", None), options.prompts, options.n_tokens)
+        self.unrelated = unrelated_batches(options.unrelated, device, *layout)
         self._labels = torch.from_numpy(components.labels[self.rows].astype(np.int64)).to(device)
-        self.correct: Array = outputs.correct(self.outputs, self._labels, likelihood).cpu().numpy()
-        self.fisher_method = "forward mode"
-        self._callable = _Callable(model, lambda inner, batch: call_model(inner, forward, batch, likelihood))
+        self._kept: Tensor | None = None
+        self._measure_own(components.logits.take(self.rows))
+        self.derivative = outputs.Derivative(
+            model, self.weights, lambda inner, batch: call_model(inner, forward, batch, likelihood)
+        )
         self._random: dict[tuple[int, int], Array] = {}
-        self._mean_fishers: dict[bytes, Array] = {}
+        self.mean_fishers: dict[bytes, Array] = {}
 
     def indices(self, rows: Array) -> Array:
         """Ascending indices, each once, of the examples of some rows of the coefficients."""
@@ -120,28 +112,76 @@ class Evaluator:
         with torch.no_grad():
             return call_model(self.model, self.forward, batch, self.likelihood).detach()
 
-    def _own_outputs(self) -> Tensor:
-        kept: Tensor | None = None
+    def _measure_own(self, stored: Logits) -> None:
+        """Measure the model at its own weights, and compare its outputs with those that were stored.
+
+        Raises:
+            DataError: The outputs do not fit, or are not finite.
+        """
+        n, width = len(self.examples), 0
+        kl, flips, right, label = np.zeros((4, n))
+        numbers = stored.numbers.numpy()
+        self.differing, size = np.zeros(n, bool), max(1.0, float(np.abs(numbers).max(initial=0.0)))
         for one in self.examples:
             found = self.call(one.batch)[one.rows]
-            if kept is None:
-                kept = found.new_empty((len(self.examples), found.shape[1]))
-            if found.shape[1] != kept.shape[1]:
+            if not width:
+                width = found.shape[1]
+                check_meaning(found, self.likelihood)
+                if stored.n_outputs not in (0, width):
+                    raise DataError(
+                        f"logits: expected {stored.n_outputs} per example as with the Fishers, got {width}; pass the "
+                        "same model, data and forward="
+                    )
+                if n * width * found.element_size() <= OWN_BYTES:
+                    self._kept = found.new_empty((n, width))
+            if found.shape[1] != width:
+                raise DataError(f"logits: expected {width} per example as in the first batch, got {found.shape[1]}")
+            finite = torch.isfinite(found).all(1)
+            if not bool(finite.all()):
+                bad = int((~finite).to(torch.uint8).argmax())
                 raise DataError(
-                    f"logits: expected {kept.shape[1]} per example as in the first batch, got {found.shape[1]}"
+                    f"logits: example {self.examples.ids[one.indices[bad]]} has the logits {found[bad, :8].tolist()} "
+                    "at the model's own weights; find what overflows in the model on it, or leave it out"
                 )
-            kept[self._at(one)] = found
-        if kept is None:
+            if self._kept is not None:
+                self._kept[self._at(one)] = found
+            if stored.n_outputs:
+                own = stored.take(one.indices).numbers_of(found.double()).numpy()
+                apart = np.abs(own - numbers[one.indices]).max(1)
+                self.differing[one.indices] = apart > 0.02 * size
+            flips[one.indices] = outputs.flipped(found, found, self.likelihood).cpu().numpy()
+            right[one.indices], label[one.indices] = self._against_labels(one, found)
+        if not width:
             raise DataError("data: no examples to measure; pass the data that the Fishers were computed from")
-        check_meaning(kept, self.likelihood)
-        finite = torch.isfinite(kept).all(1)
-        if not bool(finite.all()):
-            bad = int((~finite).to(torch.uint8).argmax())
-            raise DataError(
-                f"logits: example {self.examples.ids[bad]} has the logits {kept[bad, :8].tolist()} at the model's own "
-                "weights; find what overflows in the model on it, or leave it out"
-            )
-        return kept
+        self.own = Measured(kl, flips, right, label, self._surprise_on_unrelated())
+        if not np.isfinite(self.own.unrelated).all():
+            raise DataError("unrelated: the model's outputs on it are not finite at its own weights; leave it out")
+
+    def _against_labels(self, one: BatchSlice, found: Tensor) -> tuple[Array, Array]:
+        """Whether outputs are right, and the probability of the label, ``(k,)`` each."""
+        labels = self._labels[self._at(one)]
+        probability = outputs.log_probability(found, labels, self.likelihood).exp()
+        return outputs.correct(found, labels, self.likelihood).cpu().numpy(), probability.cpu().numpy()
+
+    def _surprise_on_unrelated(self) -> Array:
+        """−log p of the labels of unrelated data at the weights as they are, ``(u,)``; inf where not finite.
+
+        Raises:
+            DataError: A label is beyond the outputs.
+        """
+        found = []
+        for batch in self.unrelated:
+            logits, labels = self.call(batch), batch.labels
+            assert labels is not None
+            labels = labels.long().reshape(-1)
+            if len(labels) and int(labels.max()) >= logits.shape[1]:
+                raise DataError(
+                    f"unrelated: expected labels below {logits.shape[1]}, the model's outputs, got "
+                    f"{int(labels.max())}; make it with the tokenizer of this model"
+                )
+            known = labels >= 0
+            found.append(_not_nan(-outputs.log_probability(logits[known], labels[known], self.likelihood)))
+        return np.concatenate(found) if found else np.zeros(0)
 
     def _at(self, one: BatchSlice) -> Tensor:
         return torch.from_numpy(one.indices).to(self.device)
@@ -160,43 +200,72 @@ class Evaluator:
     # ---- at moved weights ------------------------------------------------------------------------------------
 
     def measure(self, direction: TensorsByName, magnitude: float) -> Measured:
-        """Measure all examples at ``θ + magnitude · direction``."""
-        kl, flips, right = np.zeros((3, len(self.examples)))
-        for one, moved in self._moved(self.examples, direction, magnitude):
-            own = self.outputs[self._at(one)]
+        """Measure all examples, and unrelated data, at ``θ + magnitude · direction``."""
+        kl, flips, right, label = np.zeros((4, len(self.examples)))
+        for one, own, moved in self._moved(self.examples, direction, magnitude):
             kl[one.indices] = _not_nan(outputs.divergence(moved, own, self.likelihood))
             flips[one.indices] = outputs.flipped(moved, own, self.likelihood).cpu().numpy()
-            right[one.indices] = outputs.correct(moved, self._labels[self._at(one)], self.likelihood).cpu().numpy()
-        return Measured(kl, flips, right)
+            right[one.indices], label[one.indices] = self._against_labels(one, moved)
+        with self.weights.at(direction, magnitude if self.unrelated else 0.0):
+            return Measured(kl, flips, right, label, self._surprise_on_unrelated())
 
     def kl(self, slices: Sequence[BatchSlice], direction: TensorsByName, magnitude: float) -> Array:
         """KL of the examples in ``slices``, in their order, ``(k,)`` float64, at ``θ + magnitude · direction``."""
         found = [
-            _not_nan(outputs.divergence(moved, self.outputs[self._at(one)], self.likelihood))
-            for one, moved in self._moved(slices, direction, magnitude)
+            _not_nan(outputs.divergence(moved, own, self.likelihood))
+            for _, own, moved in self._moved(slices, direction, magnitude)
         ]
         return np.concatenate(found) if found else np.zeros(0)
 
+    def predictions(
+        self, slices: Sequence[BatchSlice], steps: Sequence[tuple[float, TensorsByName, float]]
+    ) -> tuple[Prediction, ...]:
+        """Predict the examples in ``slices`` before and after; nothing where outputs are no classes.
+
+        Args:
+            slices: The examples.
+            steps: Share, direction and magnitude of each change of the weights; probabilities are averaged by share.
+        """
+        found: dict[int, Prediction] = {}
+        for one in slices if self.likelihood in OVER_CLASSES else ():
+            before = self._own(one).double().softmax(1)
+            after = torch.zeros_like(before)
+            for share, direction, magnitude in steps:
+                with self.weights.at(direction, magnitude):
+                    after += share * self.call(one.batch)[one.rows].double().softmax(1)
+            classes = torch.maximum(before, after).topk(min(MOST_CLASSES, before.shape[1])).indices
+            parts = (classes, before.gather(1, classes), after.gather(1, classes))
+            for index, *own in zip(one.indices.tolist(), *(part.cpu().numpy() for part in parts), strict=True):
+                found[index] = Prediction(int(self.examples.ids[index]), *own)
+        return tuple(found[index] for index in sorted(found))
+
+    def _own(self, one: BatchSlice) -> Tensor:
+        """Outputs at the model's own weights, where it is now."""
+        return self.call(one.batch)[one.rows] if self._kept is None else self._kept[self._at(one)]
+
     def _moved(
         self, slices: Iterable[BatchSlice], direction: TensorsByName, magnitude: float
-    ) -> Iterator[tuple[BatchSlice, Tensor]]:
-        with self.weights.at(direction, magnitude):
-            for one in slices:
-                yield one, self.call(one.batch)[one.rows]
+    ) -> Iterator[tuple[BatchSlice, Tensor, Tensor]]:
+        """Outputs at the model's own weights and at moved ones."""
+        for group in self._with_own(slices):
+            with self.weights.at(direction, magnitude):
+                for one, own in group:
+                    yield one, own, self.call(one.batch)[one.rows]
+
+    def _with_own(self, slices: Iterable[BatchSlice]) -> Iterator[Iterable[tuple[BatchSlice, Tensor]]]:
+        """Slices and their outputs at the model's own weights, in groups whose outputs fit into memory."""
+        if self._kept is not None:
+            yield ((one, self._own(one)) for one in slices)
+            return
+        group: list[tuple[BatchSlice, Tensor]] = []
+        for one in slices:
+            group.append((one, self._own(one)))
+            if sum(own.nbytes for _, own in group) > OWN_BYTES:
+                yield group
+                group = []
+        yield group
 
     # ---- Fishers at the model's own weights ------------------------------------------------------------------
-
-    def mean_fisher(self, indices: Array) -> Array:
-        """Mean diagonal Fisher ``(m,)`` of some examples, computed once."""
-        key = indices.tobytes()
-        if key not in self._mean_fishers:
-            chosen = np.zeros(len(self.examples), bool)
-            chosen[indices] = True
-            slices = (one.restricted(chosen) for one in self.examples)
-            batches = ((one.batch, one.rows.cpu().numpy()) for one in slices if len(one.indices))
-            total, count = summed_fisher(self.model, self.parameters, batches, self.likelihood, self.forward)
-            self._mean_fishers[key] = total / count
-        return self._mean_fishers[key]
 
     def random_fisher(self, seed: int, number: int) -> Array:
         """``vᵀF_i v`` along the random direction of that number, computed once."""
@@ -206,75 +275,12 @@ class Evaluator:
         return self._random[seed, number]
 
     def fisher_along(self, direction: TensorsByName) -> Array:
-        """``vᵀF_i v = uᵀS u`` of every example, ``(n,)`` float64 ≥ 0, with ``u = J_i v``, S the Fisher of the outputs.
-
-        u is one Jacobian-vector product in forward mode, exact. If an operation of the model has no forward-mode
-        derivative, u is a central difference of the outputs, ``(f(θ+εv) − f(θ−εv)) / 2ε``, with ε chosen so that the
-        outputs change by a small share of their size.
-        """
+        """``vᵀF_i v = uᵀS u`` of every example, ``(n,)`` float64 ≥ 0; ``u = J_i v``, S the Fisher of the outputs."""
         found = np.zeros(len(self.examples))
-        step = 0.0
-        for one in self.examples if direction else ():
-            own = self.outputs[self._at(one)]
-            change = self._forward_mode(one.batch, direction) if self.fisher_method == "forward mode" else None
-            if change is None:
-                self.fisher_method = "central differences"
-                step = step or self._difference_step(one.batch, direction, own)
-                change = self._difference(one.batch, direction, step)
-            found[one.indices] = outputs.curvature(own, change[one.rows], self.likelihood).cpu().numpy()
+        for one, change in self.derivative.along(direction, self.examples) if direction else ():
+            curvature = outputs.curvature(self._own(one), change[one.rows], self.likelihood)
+            found[one.indices] = curvature.cpu().numpy()
         return found
-
-    def _forward_mode(self, batch: Batch, direction: TensorsByName) -> Tensor | None:
-        """``J v`` of a batch, or None if the model has no forward-mode derivative.
-
-        Raises:
-            RuntimeError: The memory does not suffice.
-        """
-        tensors = dict(self.model.named_parameters(remove_duplicate=False))
-        at = {f"model.{name}": tensors[name].detach() for name in direction}
-        along = {f"model.{name}": part.to(tensors[name].dtype) for name, part in direction.items()}
-        try:
-            with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-                warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
-                return jvp(lambda moved: functional_call(self._callable, moved, (batch,)), (at,), (along,))[1].detach()
-        except (NotImplementedError, RuntimeError) as error:  # ModelError is a RuntimeError too
-            if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError):
-                raise
-            return None
-
-    def _difference(self, batch: Batch, direction: TensorsByName, step: float) -> Tensor:
-        with self.weights.at(direction, step):
-            ahead = self.call(batch).double()
-        with self.weights.at(direction, -step):
-            return (ahead - self.call(batch).double()) / (2 * step)
-
-    def _difference_step(self, batch: Batch, direction: TensorsByName, own: Tensor) -> float:
-        share = DIFFERENCE.get(next(iter(self.model.parameters())).dtype, 2e-2)
-        aim = share * max(1e-3, float(own.double().square().mean().sqrt()))
-        step = 1e-3
-        for _ in range(12):
-            size = float((self._difference(batch, direction, step) * step).square().mean().sqrt())
-            if not np.isfinite(size):
-                step /= 100
-            elif size == 0:
-                step *= 100
-            elif 0.2 < size / aim < 5:
-                return step
-            else:
-                step *= float(np.clip(aim / size, 1e-3, 1e3))
-        return step
-
-
-class _Callable(nn.Module):
-    """Makes any way of calling a model one that ``functional_call`` can give other parameters."""
-
-    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Batch], Tensor]) -> None:
-        super().__init__()
-        self.training = model.training
-        self.model, self._call = model, call
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._call(self.model, batch)
 
 
 def _not_nan(kl: Tensor) -> Array:
@@ -282,25 +288,6 @@ def _not_nan(kl: Tensor) -> Array:
 
 
 # ---- checks before the first measurement -------------------------------------------------------------------------
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore buffers and training modes at the end, whatever the forward passes did to them."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    saved = [None if buffer is None else buffer.detach().clone() for _, _, buffer in buffers]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for (module, name, buffer), before in zip(buffers, saved, strict=True):
-            module._buffers[name] = buffer
-            if buffer is None or before is None or (buffer.shape == before.shape and torch.equal(buffer, before)):
-                continue
-            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                buffer.copy_(before)
 
 
 @contextmanager
@@ -342,8 +329,8 @@ def evaluator_for(
     if components.ids[rows].min() < 0:
         raise ArgumentError("components: their ids are not positions in data; examples cannot be found")
     with placed(inner, options.device) as device, untouched(inner):
-        evaluator = Evaluator(inner, data, components, rows, device, likelihood, options.forward)
-        _check_outputs(evaluator, components.logits[evaluator.rows], same_model)
+        evaluator = Evaluator(inner, data, components, rows, device, likelihood, options)
+        _check_outputs(evaluator, same_model)
         yield evaluator
 
 
@@ -368,22 +355,13 @@ def _check_parameters(model: nn.Module, components: Components) -> None:
             )
 
 
-def _check_outputs(evaluator: Evaluator, stored: Array, same_model: bool | None) -> None:
+def _check_outputs(evaluator: Evaluator, same_model: bool | None) -> None:
     """Compare the outputs with those that were stored with the components: they show whether the data is the same.
 
     Raises:
         DataError: The model is the same, but not its outputs.
     """
-    if not stored.shape[1]:
-        return
-    found = evaluator.outputs.double().cpu().numpy()
-    if found.shape != stored.shape:
-        raise DataError(
-            f"logits: expected {stored.shape[1]} per example as with the Fishers, got {found.shape[1]}; pass the same "
-            "model, data and forward="
-        )
-    size = max(1.0, float(np.abs(stored).max()))
-    differs = np.abs(found - stored).max(1) > 0.02 * size
+    differs = evaluator.differing
     if not differs.any() or same_model is False:
         return
     bad = int(evaluator.examples.ids[int(np.argmax(differs))])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from npeff.batches.batches import Batch, batch_digest, check_data, read_batches
-from npeff.errors import DataError, NpeffError
+from npeff.errors import ArgumentError, DataError, NpeffError
 from npeff.gradients.eligibility import differ
 
 Array = npt.NDArray[Any]
@@ -65,6 +65,7 @@ class SelectedExamples:
         device: The device of the model.
         call: Runs the model on a batch.
         any_layout: Batches may have any structure, because ``forward=`` is given.
+        places: As for :func:`npeff.batches.batches.read_batch`.
         held_bytes: Bytes that may be held in memory.
 
     Raises:
@@ -78,10 +79,12 @@ class SelectedExamples:
         device: torch.device,
         call: Callable[[Batch], Tensor],
         any_layout: bool = False,
+        places: bool | None = None,
         held_bytes: int = HELD_BYTES,
     ) -> None:
         self.ids = np.asarray(ids, np.int64)
         self._data, self._device, self._call, self._any_layout = check_data(data), device, call, any_layout
+        self._places = places
         self._cut: bool | None = None
         self._held: list[BatchSlice] | None = []
         self._digests: list[str] = []
@@ -136,7 +139,8 @@ class SelectedExamples:
 
     def _read(self) -> Iterator[BatchSlice]:
         seen = done = 0
-        for batch in read_batches(self._data, torch.device("cpu"), self._any_layout) if len(self.ids) else ():
+        given = read_batches(self._data, torch.device("cpu"), self._any_layout, self._places)
+        for batch in given if len(self.ids) else ():
             self._source_size = batch.n_examples
             stop = int(np.searchsorted(self.ids, seen + batch.n_examples))
             if stop > done:
@@ -206,3 +210,24 @@ def _join(group: list[BatchSlice]) -> BatchSlice:
     batch = group[0].batch.joined([one.batch for one in group[1:]])
     indices = np.concatenate([one.indices for one in group])
     return BatchSlice(batch, torch.arange(batch.n_examples, device=group[0].rows.device), indices)
+
+
+def unrelated_batches(data: Any, device: torch.device, any_layout: bool, places: bool | None) -> list[Batch]:
+    """Read unrelated data.
+
+    Raises:
+        ArgumentError: It is no iterable of batches.
+        DataError: It has no labels.
+    """
+    if data is None:
+        return []
+    if isinstance(data, str) or (isinstance(data, Sequence) and any(isinstance(item, str) for item in data)):
+        raise ArgumentError(
+            "unrelated: expected batches, got texts; make batches of them, whose labels are the tokens to predict, "
+            "with npeff.language.Places(tokenizer, texts, where='every')"
+        )
+    batches = list(read_batches(check_data(data), device, any_layout, places))
+    if not batches or any(batch.labels is None for batch in batches):
+        what = "it yielded no batches" if not batches else "its batches have no labels"
+        raise DataError(f"unrelated: {what}; perplexity is of labels: the tokens to predict, as in data")
+    return batches

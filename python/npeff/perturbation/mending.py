@@ -30,6 +30,7 @@ from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError
 from npeff.gradients.selection import placed
+from npeff.models.forward import OVER_CLASSES
 from npeff.perturbation.options import Forward
 from npeff.perturbation.repair import LabelledOutputs, LayerSteps, RepairLoss, RepairSearch, share_right
 from npeff.perturbation.weights import Weights
@@ -150,12 +151,12 @@ def mend(
         raise ArgumentError(f"iterations: expected at least 1, got {iterations}")
     check_sampler(data)
     with placed(model, device) as used_device:
-        batches = list(read_batches(data, used_device, forward is not None))
+        likelihood = components.provenance.get("fishers", {}).get("options", {}).get("likelihood", "categorical")
+        batches = list(read_batches(data, used_device, forward is not None, likelihood in OVER_CLASSES))
         if any(batch.labels is None for batch in batches):
             raise DataError("labels: mending needs them; pass batches of (inputs, labels)")
         if not batches:
             raise DataError("data: it has no batches")
-        likelihood = components.provenance.get("fishers", {}).get("options", {}).get("likelihood", "categorical")
         labelled = LabelledOutputs.of(model, batches, forward, likelihood)
         before = labelled.right(labelled.logits)
         wanted = _to_repair(components, chosen, before.cpu().numpy(), repair)

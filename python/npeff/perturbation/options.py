@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -46,6 +46,9 @@ class PerturbOptions:
     floor: float = FLOOR
     n_random: int = 8
     curve: int = 8
+    unrelated: Iterable[Any] | None = None
+    prompts: int | str | Sequence[str] | None = None
+    n_tokens: int = 20
     confidence: float = 0.95
     n_resamples: int = 999
     forward: Forward | None = None
@@ -120,6 +123,11 @@ class PerturbOptions:
         _number("floor", self.floor, 0, 1)
         for name in ("n_random", "curve", "n_resamples", "seed"):
             _whole(name, getattr(self, name), 0, "an integer ≥ 0")
+        _whole("n_tokens", self.n_tokens, 1, "a number of tokens ≥ 1")
+        if isinstance(self.prompts, int | np.integer):
+            _whole("prompts", self.prompts, 0, "texts, or a number of examples ≥ 0")
+        elif not all(isinstance(text, str) for text in self.prompts or ()):
+            raise ArgumentError(f"prompts: expected a list of texts, or a number of examples, got {self.prompts!r}")
         _number("confidence", self.confidence, 0, 1, open_ends=True)
         if np.ndim(self.top) == 0:
             _whole("top", self.top, 1, "a number of examples ≥ 1, or their indices")

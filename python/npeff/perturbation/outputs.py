@@ -1,13 +1,47 @@
-"""Compare a model's outputs on an example, for each likelihood: KL, Fisher of the outputs, predictions."""
+"""A model's outputs: compared for each likelihood (KL, Fisher of the outputs, predictions), and their derivative."""
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from npeff.batches.batches import Batch
 from npeff.fishers.options import Likelihood
+from npeff.perturbation.examples import BatchSlice
+from npeff.perturbation.weights import TensorsByName, Weights
+
+DIFFERENCE = {torch.float64: 1e-5, torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
+"""Change of the outputs relative to their size, per dtype of the weights, at which central differences err least."""
 
 
+MOST_NUMBERS = 1 << 24
+"""Outputs that are compared at a time: of a large vocabulary each float64 copy of them takes 128 MB."""
+
+Comparison = Callable[[Tensor, Tensor, Likelihood], Tensor]
+
+
+def _some_rows_at_a_time(compare: Comparison) -> Comparison:
+    """Make a comparison of rows take as many at a time as memory should hold."""
+
+    @functools.wraps(compare)
+    def in_parts(first: Tensor, second: Tensor, likelihood: Likelihood) -> Tensor:
+        rows = max(1, MOST_NUMBERS // first.shape[1])
+        if len(first) <= rows:
+            return compare(first, second, likelihood)
+        pairs = zip(torch.split(first, rows), torch.split(second, rows), strict=True)
+        return torch.cat([compare(a, b, likelihood) for a, b in pairs])
+
+    return in_parts
+
+
+@_some_rows_at_a_time
 def divergence(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
     """Compute ``KL(new ‖ old)`` of every example's predictive distributions, in nats.
 
@@ -33,6 +67,7 @@ def divergence(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
     return (log_new.exp() * (log_new - log_old)).sum(1).clamp_min(0)
 
 
+@_some_rows_at_a_time
 def curvature(logits: Tensor, change: Tensor, likelihood: Likelihood) -> Tensor:
     """Compute ``uᵀ S u`` with S the Fisher of the outputs and u their change: twice the KL to second order.
 
@@ -77,6 +112,24 @@ def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
     return torch.where(labels < 0, torch.nan, (predicted == labels).double())
 
 
+@_some_rows_at_a_time
+def log_probability(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
+    """``(b,)`` float64 log-probability of the label; nan where it is unknown, or outputs are no classes.
+
+    Args:
+        logits: ``(b, C)`` outputs.
+        labels: ``(b,)`` int64 classes, negative where unknown.
+        likelihood: Likelihood of the outputs; Bernoulli outputs count when there is one per example.
+    """
+    if likelihood == "gaussian" or (likelihood == "bernoulli" and logits.shape[1] != 1):
+        return torch.full((len(logits),), torch.nan, dtype=torch.float64, device=logits.device)
+    if likelihood == "bernoulli":
+        logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    known = (labels >= 0) & (labels < logits.shape[1])
+    log_p = torch.log_softmax(logits.double(), 1).gather(1, torch.where(known, labels, 0)[:, None])[:, 0]
+    return torch.where(known, log_p, torch.nan)
+
+
 def surprise(logits: Tensor, likelihood: Likelihood) -> Tensor:
     """``(b,)`` −log p(ŷ|x) of the prediction ŷ, with its graph: the diagonal perturbation follows its gradient.
 
@@ -92,3 +145,96 @@ def surprise(logits: Tensor, likelihood: Likelihood) -> Tensor:
 
 def _log_sigmoid(x: Tensor) -> Tensor:
     return torch.nn.functional.logsigmoid(x)
+
+
+# ---- the derivative along a direction --------------------------------------------------------------------------
+
+
+class Derivative:
+    """The change of a model's outputs along a direction in parameter space, ``u = J v``.
+
+    One Jacobian-vector product in forward mode, exact. If an operation of the model has no forward-mode derivative, a
+    central difference of the outputs, ``(f(θ+εv) − f(θ−εv)) / 2ε``, with ε chosen so that the outputs change by a small
+    share of their size.
+
+    Args:
+        model: The model.
+        weights: Moves it.
+        call: ``call(model, batch) -> (b, C)``.
+
+    Attributes:
+        method: ``"forward mode"`` or ``"central differences"``.
+    """
+
+    def __init__(self, model: nn.Module, weights: Weights, call: Callable[[nn.Module, Batch], Tensor]) -> None:
+        self._model, self._weights, self._call = model, weights, call
+        self._callable = _Callable(model, call)
+        self.method = "forward mode"
+
+    def along(self, direction: TensorsByName, slices: Iterable[BatchSlice]) -> Iterator[tuple[BatchSlice, Tensor]]:
+        """Compute u on the whole batch of each slice, ``(b, C)``."""
+        step = 0.0
+        for one in slices:
+            change = self._forward_mode(one.batch, direction) if self.method == "forward mode" else None
+            if change is None:
+                self.method = "central differences"
+                step = step or self._difference_step(one.batch, direction, self._outputs(one.batch))
+                change = self._difference(one.batch, direction, step)
+            yield one, change
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return self._call(self._model, batch).detach()
+
+    def _forward_mode(self, batch: Batch, direction: TensorsByName) -> Tensor | None:
+        """``J v`` of a batch, or None if the model has no forward-mode derivative.
+
+        Raises:
+            RuntimeError: The memory does not suffice.
+        """
+        tensors = dict(self._model.named_parameters(remove_duplicate=False))
+        at = {f"model.{name}": tensors[name].detach() for name in direction}
+        along = {f"model.{name}": part.to(tensors[name].dtype) for name, part in direction.items()}
+        try:
+            # The other kernels of attention have no forward-mode derivative.
+            with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
+                return jvp(lambda moved: functional_call(self._callable, moved, (batch,)), (at,), (along,))[1].detach()
+        except (NotImplementedError, RuntimeError) as error:  # ModelError is a RuntimeError too
+            if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+            return None
+
+    def _difference(self, batch: Batch, direction: TensorsByName, step: float) -> Tensor:
+        with self._weights.at(direction, step):
+            ahead = self._outputs(batch).double()
+        with self._weights.at(direction, -step):
+            return (ahead - self._outputs(batch).double()) / (2 * step)
+
+    def _difference_step(self, batch: Batch, direction: TensorsByName, own: Tensor) -> float:
+        share = DIFFERENCE.get(next(iter(self._model.parameters())).dtype, 2e-2)
+        aim = share * max(1e-3, float(own.double().square().mean().sqrt()))
+        step = 1e-3
+        for _ in range(12):
+            size = float((self._difference(batch, direction, step) * step).square().mean().sqrt())
+            if not np.isfinite(size):
+                step /= 100
+            elif size == 0:
+                step *= 100
+            elif 0.2 < size / aim < 5:
+                return step
+            else:
+                step *= float(np.clip(aim / size, 1e-3, 1e3))
+        return step
+
+
+class _Callable(nn.Module):
+    """Makes any way of calling a model one that ``functional_call`` can give other parameters."""
+
+    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Batch], Tensor]) -> None:
+        super().__init__()
+        self.training = model.training
+        self.model, self._call = model, call
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._call(self.model, batch)

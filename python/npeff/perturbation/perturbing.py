@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,10 +23,12 @@ from npeff.perturbation.directions import (
     random_direction,
     target_of,
 )
-from npeff.perturbation.effect import CONTROLS, Control, Curve, Effect, ExampleSets, SignResult, mean_figure
-from npeff.perturbation.evaluate import Evaluator, Measured, evaluator_for
+from npeff.perturbation.effect import CONTROLS, Control, Curve, Effect
+from npeff.perturbation.evaluate import Evaluator, evaluator_for
+from npeff.perturbation.figures import ExampleSets, Measured, mean_figure, perplexity
 from npeff.perturbation.options import FLOOR, Combine, Forward, PerturbOptions, Reject, Signs
-from npeff.perturbation.steps import DirectionSteps, search_steps
+from npeff.perturbation.steps import ChosenStep, DirectionSteps, search_steps
+from npeff.perturbation.weights import TensorsByName
 
 Array = npt.NDArray[Any]
 
@@ -53,6 +55,9 @@ def perturb(
     floor: float = FLOOR,
     n_random: int = 8,
     curve: int = 8,
+    unrelated: Iterable[Any] | None = None,
+    prompts: int | str | Sequence[str] | None = None,
+    n_tokens: int = 20,
     confidence: float = 0.95,
     n_resamples: int = 999,
     forward: Forward | None = None,
@@ -98,6 +103,12 @@ def perturb(
         floor: Least value of f̄ at unit norm, 1e-6.
         n_random: Random directions per control, 8.
         curve: Points per sign of KL against the magnitude, 8, from a quarter to twice the magnitude found.
+        unrelated: Batches of data that has nothing to do with the component, with labels (the next tokens of any
+            text): its perplexity is measured at every step, beside that of the model's own weights.
+        prompts: A text, or several, that a language model continues with the component as it is, turned down and
+            turned up; or how many of the top examples' texts. The data has the tokenizer, as
+            :class:`npeff.language.Places` does.
+        n_tokens: Tokens of a continuation at most, 20.
         confidence: Level of the intervals, 0.95.
         n_resamples: Bootstrap resamples, 999; 0 for no intervals.
         forward: ``forward(model, batch) -> logits``, as for :func:`npeff.compute_fishers`.
@@ -171,26 +182,6 @@ def _targets(
     return targets, np.concatenate([options.baseline_rows(len(components.coefficients)), *tops])
 
 
-@dataclass(frozen=True, eq=False)
-class ChosenStep(DirectionSteps):
-    """The steps along a direction, what they do, and the sign with the larger KL ratio."""
-
-    measured: dict[int, Measured]
-    sign: int
-
-    @property
-    def magnitude(self) -> float:
-        """The step of the chosen sign."""
-        return self.searches[self.sign].magnitude
-
-    def measured_result(self, sign: int, sets: ExampleSets) -> SignResult:
-        """The result of one sign, with what was measured on the sets of examples."""
-        kl = self.measured[sign].kl
-        top, baseline = (float(kl[which].mean()) for which in (sets.top, sets.baseline))
-        kept = sign == self.sign
-        return replace(self.result(sign), kl_top=top, kl_baseline=baseline, ratio=sets.ratio(kl), kept=kept)
-
-
 def measure_effect(
     evaluator: Evaluator, directions: ComponentDirections, target: Target, options: PerturbOptions
 ) -> Effect:
@@ -211,7 +202,7 @@ def measure_effect(
     found = search_steps(evaluator, directions, target, options, slices, sets.baseline)
     used = found[:1] if components.kind == "diagonal" else found
     steps = [_chosen_step(evaluator, one, sets) for one in used]
-    shares = [step.direction.share for step in steps]
+    shares, own = [step.direction.share for step in steps], evaluator.own
     measured = Measured.average([step.measured[step.sign] for step in steps], shares)
     if not np.isfinite(measured.kl).all():
         raise ArgumentError(
@@ -220,7 +211,7 @@ def measure_effect(
         )
     fishers = [evaluator.fisher_along(step.tensors) for step in steps]
     along = [float(fisher[sets.baseline].mean()) for fisher in fishers]
-    figures = sets.figures(measured.kl, measured.flipped).items()
+    figures = sets.figures(measured).items()
     bootstrap = options.confidence, options.n_resamples
     accuracy = {"top": sets.top, "baseline": sets.baseline, "all": np.arange(len(sets.coefficient))}
     combine = "weighted sum" if components.kind == "diagonal" else options.combine
@@ -235,9 +226,10 @@ def measure_effect(
         figures={name: f.interval(*bootstrap, options.seed + i) for i, (name, f) in enumerate(figures)},
         local_ratio=sets.ratio(np.tensordot(shares, fishers, 1)),
         accuracy={
-            name: (mean_figure(evaluator.correct[which]).value, mean_figure(measured.correct[which]).value)
+            name: (mean_figure(own.correct[which]).value, mean_figure(measured.correct[which]).value)
             for name, which in accuracy.items()
         },
+        perplexity=(float(perplexity(own.unrelated)), float(perplexity(measured.unrelated))),
         controls={
             name: _control(evaluator, name, steps, along, options, sets) for name in CONTROLS if options.n_random
         },
@@ -250,13 +242,25 @@ def measure_effect(
         coefficient=sets.coefficient,
         kl=measured.kl,
         flipped=measured.flipped,
+        label_before=own.label,
+        label_after=measured.label,
         top=sets.top,
         baseline=sets.baseline,
         disjoint=sets.disjoint,
+        predictions=evaluator.predictions(
+            slices, [(step.direction.share, step.tensors, step.sign * step.magnitude) for step in steps]
+        ),
+        continuations=evaluator.writer.continued(
+            evaluator.weights,
+            _moves(evaluator, steps, measured, sets) if options.prompts else (),
+            sets.top[np.argsort(-sets.coefficient[sets.top], kind="stable")],
+            evaluator.examples.ids,
+            slices,
+        ),
         details={
             "likelihood": evaluator.likelihood,
             "fisher_norm": float(np.dot(shares, along)),
-            "fisher_norm_found_by": evaluator.fisher_method,
+            "fisher_norm_found_by": evaluator.derivative.method,
             "rounding": min(evaluator.weights.realised(step.tensors, step.sign * step.magnitude) for step in steps),
             "directions": [
                 {name: getattr(step.direction, name) for name in ("component", "share", "explained", "rejection")}
@@ -276,7 +280,8 @@ def _example_sets(evaluator: Evaluator, components: Components, target: Target, 
     baseline = evaluator.indices(options.baseline_rows(len(target.coefficient)))
     without = coefficient[baseline] <= NEAR_ZERO * coefficient[top].mean()
     disjoint = np.setdiff1d(baseline[without], top)
-    return ExampleSets(top, baseline, disjoint, coefficient, components.norms[evaluator.rows].astype(np.float64))
+    norms = components.norms[evaluator.rows].astype(np.float64)
+    return ExampleSets(top, baseline, disjoint, coefficient, norms, evaluator.own.unrelated)
 
 
 def _chosen_step(evaluator: Evaluator, one: DirectionSteps, sets: ExampleSets) -> ChosenStep:
@@ -327,7 +332,7 @@ def _control(
             both = {sign: evaluator.measure(tensors, sign * sizes[draw, q]) for sign in options.signs}
             found.append(both[_larger(both, sets)])
         measured = Measured.average(found, shares)
-        for figure, of in sets.figures(measured.kl, measured.flipped).items():
+        for figure, of in sets.figures(measured).items():
             values.setdefault(figure, []).append(of.value)
     bootstrap = options.confidence, options.n_resamples, options.seed
     figures = {figure: mean_figure(drawn).interval(*bootstrap) for figure, drawn in values.items()}
@@ -338,14 +343,42 @@ def _curve(evaluator: Evaluator, steps: Sequence[ChosenStep], options: PerturbOp
     factors = np.geomspace(0.25, 2.0, options.curve) if options.curve > 1 else np.ones(1)
     shares = [step.direction.share for step in steps]
     magnitudes = np.zeros((len(options.signs), len(factors)))
-    means = np.full((3, *magnitudes.shape), np.nan)
+    means = np.full((5, *magnitudes.shape), np.nan)
     for s, sign in enumerate(options.signs):
         for p, factor in enumerate(factors):
             sizes = [factor * step.searches[sign].magnitude for step in steps]
             found = [evaluator.measure(step.tensors, sign * size) for step, size in zip(steps, sizes, strict=True)]
-            kl = Measured.average(found, shares).kl
+            measured = Measured.average(found, shares)
             magnitudes[s, p] = np.dot(shares, sizes)
             for i, which in enumerate((sets.top, sets.baseline, sets.disjoint)):
                 if len(which):
-                    means[i, s, p] = kl[which].mean()
+                    means[i, s, p] = measured.kl[which].mean()
+            means[3:, s, p] = mean_figure(measured.label[sets.top]).value, perplexity(measured.unrelated)
     return Curve(magnitudes, options.signs, *means)
+
+
+def _moves(
+    evaluator: Evaluator, steps: Sequence[ChosenStep], measured: Measured, sets: ExampleSets
+) -> list[tuple[TensorsByName, float] | None]:
+    """The moves down and up, as :class:`Continuation` has them; None for one that was not asked for.
+
+    Along the directions of a strategy the weights move together, each by its share of its own step.
+    """
+
+    def together(signs: Sequence[int]) -> tuple[TensorsByName, float]:
+        sizes = [sign * step.searches[sign].magnitude for sign, step in zip(signs, steps, strict=True)]
+        if len(steps) == 1:
+            return steps[0].tensors, sizes[0]
+        parts = (step.direction.share * size * step.direction.vector for size, step in zip(sizes, steps, strict=True))
+        return evaluator.tensors(np.asarray(sum(parts))), 1.0
+
+    def label(of: Measured) -> float:
+        return mean_figure(of.label[sets.top]).value
+
+    signs = list(steps[0].searches)
+    if len(signs) == 2:
+        up = [-1 if label(step.measured[-1]) > label(step.measured[1]) else 1 for step in steps]
+        return [together([-sign for sign in up]), together(up)]
+    rises = label(measured) > label(evaluator.own) or (math.isnan(label(measured)) and signs[0] == 1)
+    only = together(signs * len(steps))
+    return [None, only] if rises else [only, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from npeff.perturbation.directions import ComponentDirections, Direction, Target
 from npeff.perturbation.effect import SignResult
 from npeff.perturbation.evaluate import Evaluator
 from npeff.perturbation.examples import BatchSlice
+from npeff.perturbation.figures import ExampleSets, Measured, mean_figure, perplexity
 from npeff.perturbation.options import PerturbOptions
 from npeff.perturbation.weights import TensorsByName
 
@@ -76,6 +77,32 @@ class DirectionSteps:
             kept=False,
             lam=self.direction.lam,
             step=None if scale is None else search.magnitude / scale,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenStep(DirectionSteps):
+    """The steps along a direction, what they do, and the sign with the larger KL ratio."""
+
+    measured: dict[int, Measured]
+    sign: int
+
+    @property
+    def magnitude(self) -> float:
+        """The step of the chosen sign."""
+        return self.searches[self.sign].magnitude
+
+    def measured_result(self, sign: int, sets: ExampleSets) -> SignResult:
+        """The result of one sign, with what was measured on the sets of examples."""
+        measured = self.measured[sign]
+        return replace(
+            self.result(sign),
+            kl_top=float(measured.kl[sets.top].mean()),
+            kl_baseline=float(measured.kl[sets.baseline].mean()),
+            ratio=sets.ratio(measured.kl),
+            kept=sign == self.sign,
+            label_top=mean_figure(measured.label[sets.top]).value,
+            perplexity=float(perplexity(measured.unrelated)),
         )
 
 

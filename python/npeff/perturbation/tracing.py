@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
-from npeff.fishers.options import Likelihood
 from npeff.perturbation.directions import ComponentDirections, needed_vectors, target_of
-from npeff.perturbation.effect import Interval, Result, ratio_figure, text_table
+from npeff.perturbation.effect import Result, text_table
 from npeff.perturbation.evaluate import evaluator_for
+from npeff.perturbation.figures import Interval, ratio_figure
 from npeff.perturbation.groups import REST, Groups, resolve, rest, restricted
-from npeff.perturbation.options import Combine, Forward, PerturbOptions, Reject, Signs
+from npeff.perturbation.options import PerturbOptions
 from npeff.perturbation.steps import search_steps
+from npeff.storage.container import refuse_npeff_file
 from npeff.storage.files import atomic, path_of
-from npeff.storage.recognition import refuse_npeff_file
 
 Array = npt.NDArray[Any]
 ENDINGS = (".png", ".svg", ".pdf")
 ALONE, LOST = ("in this part alone", "#3366aa"), ("lost without this part", "#cc7733")
 SEPARATOR = " · "
+UNTRACED = {"floor", "n_random", "curve", "unrelated", "prompts", "n_tokens"}
+"""Options of a perturbation that a trace does not have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,24 +118,7 @@ def trace(
     components: Components,
     j: int | Strategy,
     groups: Groups | None = None,
-    *,
-    magnitude: float | None = None,
-    target_kl: float | tuple[float, float] = 0.1,
-    sign: Signs = "both",
-    combine: Combine = "each",
-    reject: Reject | None = None,
-    max_sim: float | None = None,
-    top: int | Sequence[int] | Array = 32,
-    baseline: int | Literal["all"] | Sequence[int] | Array = 4096,
-    lam: float | Sequence[float] | None = None,
-    fisher: Mapping[str, torch.Tensor] | Array | None = None,
-    confidence: float = 0.95,
-    n_resamples: int = 999,
-    forward: Forward | None = None,
-    likelihood: Likelihood | None = None,
-    device: torch.device | str | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    **options: Any,
 ) -> Trace:
     """Measure where in the network a component acts.
 
@@ -150,23 +134,9 @@ def trace(
         groups: ``"layer"`` (default): parameters by the module that owns them; ``"parameter"``: every tensor; or
             a mapping from names to patterns, ``(pattern, index)`` or parts: see :func:`npeff.heads` and
             :func:`npeff.units`. Parameters in no group form one more, ``"everything else"``. Groups may overlap.
-        magnitude: As for :func:`npeff.perturb`.
-        target_kl: As for :func:`npeff.perturb`.
-        sign: ``"both"`` averages the KL of the two signs, each at its own magnitude; or ``1`` or ``-1``.
-        combine: As for :func:`npeff.perturb`.
-        reject: As for :func:`npeff.perturb`.
-        max_sim: As for :func:`npeff.perturb`.
-        top: As for :func:`npeff.perturb`.
-        baseline: Examples for the mean Fisher of a diagonal component, where ``fisher`` is not given.
-        lam: As for :func:`npeff.perturb`.
-        fisher: As for :func:`npeff.perturb`.
-        confidence: Level of the intervals.
-        n_resamples: Bootstrap resamples of the top examples; 0 for no intervals.
-        forward: As for :func:`npeff.perturb`.
-        likelihood: As for :func:`npeff.perturb`.
-        device: As for :func:`npeff.perturb`.
-        seed: Decides the sample and the resamples.
-        progress: Show a progress bar.
+        **options: As for :func:`npeff.perturb`, without those of controls, curve and texts. ``sign="both"``
+            averages the KL of the two signs, each at its own magnitude; ``baseline`` are the examples of a diagonal
+            component's mean Fisher, where ``fisher`` is not given.
 
     Returns:
         The trace: table, picture, numbers.
@@ -176,20 +146,22 @@ def trace(
         DataError: As for :func:`npeff.perturb`.
         ModelError: As for :func:`npeff.perturb`.
     """
-    options = PerturbOptions.checked(components, PerturbOptions.among(locals()))
+    if untraced := UNTRACED & options.keys():
+        raise ArgumentError(f"{min(untraced)}: a trace has no such option; npeff.perturb has it")
+    chosen = PerturbOptions.checked(components, options)
     target = target_of(components, j)
-    components.check_recovered(needed_vectors(components, [target], options.reject))
+    components.check_recovered(needed_vectors(components, [target], chosen.reject))
     resolved = resolve(groups, components.parameters)
     free = rest(components.parameters, resolved)
-    top = options.top_rows(target.coefficient)
+    top = chosen.top_rows(target.coefficient)
     baseline = top
-    if components.kind == "diagonal" and options.fisher is None:
-        baseline = options.baseline_rows(len(components.coefficients))
-    with evaluator_for(model, data, components, np.concatenate([top, baseline]), options) as evaluator:
+    if components.kind == "diagonal" and chosen.fisher is None:
+        baseline = chosen.baseline_rows(len(components.coefficients))
+    with evaluator_for(model, data, components, np.concatenate([top, baseline]), chosen) as evaluator:
         at_top = evaluator.indices(top)
         slices = evaluator.examples.subset(at_top)
         at_base = evaluator.indices(baseline)
-        found = search_steps(evaluator, ComponentDirections(components), target, options, slices, at_base)
+        found = search_steps(evaluator, ComponentDirections(components), target, chosen, slices, at_base)
         used = found[:1] if components.kind == "diagonal" else found
         order = np.argsort(np.concatenate([one.indices for one in slices]), kind="stable")
 
@@ -206,19 +178,19 @@ def trace(
         whole = np.asarray(sum(weight * kl(vector, size) for weight, vector, size in steps))
         alone, without = np.zeros((2, len(resolved), len(at_top)))
         energy = np.zeros(len(resolved))
-        for g, (name, elements) in enumerate(tqdm(list(resolved.items()), desc="Trace", disable=not progress)):
+        for g, (name, elements) in enumerate(tqdm(list(resolved.items()), desc="Trace", disable=not chosen.progress)):
             for weight, vector, size in steps:
                 part = np.where(free, vector, 0.0) if name == REST else restricted(vector, elements)
                 alone[g] += weight * kl(part, size)
                 without[g] += weight * kl(vector - part, size)
                 energy[g] += weight * float(np.square(part).sum())
         ids, meaning = evaluator.examples.ids[at_top], evaluator.likelihood
-    left = _shares(without, whole, options)
+    left = _shares(without, whole, chosen)
     return Trace(
         components=target.members,
         groups=tuple(resolved),
         energy=energy,
-        alone=_shares(alone, whole, options),
+        alone=_shares(alone, whole, chosen),
         lost=tuple(Interval(1 - i.value, 1 - i.high, 1 - i.low) for i in left),
         magnitude=sum(weight * abs(size) for weight, _, size in steps),
         ids=ids,
@@ -228,9 +200,9 @@ def trace(
         details={
             "kind": components.kind,
             "likelihood": meaning,
-            "sign": options.sign,
-            "target_kl": options.target_kl if options.magnitude is None else None,
-            "confidence": options.confidence,
+            "sign": chosen.sign,
+            "target_kl": chosen.target_kl if chosen.magnitude is None else None,
+            "confidence": chosen.confidence,
             "components_digest": components.digest,
         },
     )

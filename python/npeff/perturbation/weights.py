@@ -111,6 +111,25 @@ def _writing(tensor: Tensor) -> Iterator[None]:
 
 
 @contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restore buffers and training modes at the end, whatever the forward passes did to them."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    saved = [None if buffer is None else buffer.detach().clone() for _, _, buffer in buffers]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for (module, name, buffer), before in zip(buffers, saved, strict=True):
+            module._buffers[name] = buffer
+            if buffer is None or before is None or (buffer.shape == before.shape and torch.equal(buffer, before)):
+                continue
+            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                buffer.copy_(before)
+
+
+@contextmanager
 def applied(model: nn.Module, direction: TensorsByName, magnitude: float = 1.0) -> Iterator[nn.Module]:
     """Move the model's weights to ``θ + magnitude · direction`` within a ``with`` block; then restore θ, bit for bit.
 

@@ -1,18 +1,13 @@
 """What Fishers and their decomposition will take, before they are computed: passes, bytes, seconds, and what to choose.
 
 :func:`plan` computes the first batches for real with each way to keep Fishers (:class:`Trials`), counts what they
-store, and scales the counts to all examples (:func:`_choice`). :func:`_advice` picks a way that fits a budget.
-
-With n examples, R rows, m parameters and C outputs a file holds ``8(n+1) + 4n + 4nC + 8n + 8n`` bytes of offsets,
-norms, logits, labels and ids, and the rows: ``4·R·m`` exact, ``4·R·d`` sketched, ``8(R+1) + (4 + w)·E`` for E kept
-entries with indices of w = 4 bytes (8 beyond 2³¹ parameters); ``4·R²`` where only inner products are kept.
+store, and scales the counts to all examples. :func:`_advice` picks a way that fits a budget.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import math
 import shutil
 import tempfile
 from collections import Counter
@@ -22,99 +17,24 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import nn
 
 from npeff.batches.batches import check_data, read_batches
-from npeff.decomposition.space_choice import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
-from npeff.decomposition.subspace import DIMENSIONS
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
 from npeff.fishers.rows import Kind
+from npeff.gradients.selection import BLOCKS
+from npeff.language.places import places_of
 from npeff.models.memory import available_bytes, format_bytes, parse_bytes
-from npeff.planning.trials import SHARD_BYTES, Array, Trial, Trials, clock, write_seconds
+from npeff.planning.trials import SKETCH_DS, TOP_KS, Choice, Trials, choice_of, clock, write_seconds
 from npeff.short_repr import short_repr
-
-TOP_KS = (1024, 8192, 65_536)
-SKETCH_DS = (1024, 4096, 16_384)
-
-EXACT_TRIAL_BYTES = 256 << 20
-"""Exact rows of the first batches are computed for a trial only where they take no more than this."""
-
-LONG_TRIAL = 5.0
-"""Seconds of a trial from which on one trial stands for all sizes of its method."""
-
-SKETCH_ERROR, TOP_K_ERROR = 0.1, 0.05
-"""Errors of K up to which the components of exact rows came back (mean |cos| ≥ 0.99): see docs/sketch.md. Top-k needs
-the smaller one: the entries that it leaves out are a bias, the error of a sketch is noise about the truth."""
-
-ENOUGH_KEPT = 0.9
-"""Share of the Fisher's norm from which on a larger k is not worth its bytes."""
-
-STEPS_PER_ROOT = 280
-"""Steps of a whole search per √r: searches that were measured took 220 to 400."""
 
 COVERAGE_LINES = 8
 """Parameters without a fast gradient rule that the table names."""
 
 _NOT_PLANNED = {"model", "data", "kind", "compress", "out", "seed", "max_examples", "share", "memory", "progress"}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One way to keep the Fishers.
-
-    Attributes:
-        kind: ``"low_rank"`` or ``"diagonal"``.
-        compress: What is kept; None: everything.
-        name: Its name in the table.
-        disk_bytes: Of the file's arrays, and of the Fishers in memory where no file is written; merging the shards
-            needs as much disk again. Exact for the ranks and entries seen.
-        memory_bytes: Held while Fishers are written to a file, beyond the process with model and data.
-        seconds: Expected, by the wall clock, the start included.
-        cpu_seconds: Likewise, of the processor.
-        timed: The way whose trial gave the seconds and the memory.
-        kept: ‖stored Fisher‖ / ‖Fisher‖, median over the trial's examples; None where it was not measured.
-        gram_error: ``‖K̂ − K‖ / ‖K‖`` on the trial's examples; None where it was not measured.
-        decompose_bytes: Memory of a decomposition whose rows, or their inner products K, stay in memory, whichever is
-            less; None for the diagonal kind.
-        decompose_seconds: Rough, right within a factor of about three: operations of a usual decomposition over the
-            pace of a matrix product here; the data decide how many steps the search takes. None likewise.
-    """
-
-    kind: Kind
-    compress: Compression | None
-    name: str
-    disk_bytes: int
-    memory_bytes: int
-    seconds: float
-    cpu_seconds: float
-    timed: str
-    kept: float | None
-    gram_error: float | None
-    decompose_bytes: int | None
-    decompose_seconds: float | None
-
-    @property
-    def most_memory(self) -> int:
-        """Bytes of memory that the Fishers or their decomposition hold, whichever is more."""
-        return max(self.memory_bytes, self.decompose_bytes or 0)
-
-    @property
-    def loss(self) -> tuple[float, str]:
-        """The loss in units of what is tolerable (more than 1: not faithful), and the measurement in words."""
-        sketch = isinstance(self.compress, Sketch)
-        if self.gram_error is not None:
-            told = f"on the trial's examples inner products of rows are off by {self.gram_error:.3f} of their size"
-            return self.gram_error / (SKETCH_ERROR if sketch else TOP_K_ERROR), told
-        if isinstance(self.compress, Sketch):
-            spread = (2 / self.compress.d) ** 0.5
-            told = f"inner products of sketches have a standard deviation of at most {spread:.1%} of the norms"
-            return spread / SKETCH_ERROR, told
-        kept = self.kept or 0.0
-        return (1 - kept) / (1 - ENOUGH_KEPT), f"it keeps {kept:.2f} of the Fisher's norm"
 
 
 @dataclass(frozen=True)
@@ -252,6 +172,9 @@ def plan(
         raise ArgumentError(f"folder: {where} is not a folder; name one that exists")
     room = available_bytes() * 4 // 5 if memory is None else parse_bytes(memory)
     space = shutil.disk_usage(where).free // 2 if disk is None else parse_bytes(disk, "disk")
+    if (places := places_of(data)) is not None:  # the trials are given single batches, without what these know
+        places.check_model(model)
+        options = {"parameters": BLOCKS} | options
     start, first = clock(), []
     for batch in check_data(data):
         first.append(batch)
@@ -269,7 +192,7 @@ def plan(
         to_disk = write_seconds(fishers, Path(scratch))
         n, source = _count(data, len(first), trials.batch_size) if n_examples is None else (n_examples, "given")
         choices = [
-            _choice(trials, mains[each], compress, n, to_disk, n_components)
+            choice_of(trials, mains[each], compress, n, to_disk, n_components)
             for each in kinds
             for compress in _ways(each, fishers.n_parameters, int(passes.max(initial=1)))
         ]
@@ -320,88 +243,6 @@ def _ways(kind: Kind, n_parameters: int, most_rows: int) -> list[Compression | N
         return [None, *(TopK(k) for k in TOP_KS if k < n_parameters)]
     top_ks = [TopK(k) for k in TOP_KS if k < n_parameters * most_rows]
     return [None, GramOnly(), *top_ks, *(Sketch(d) for d in SKETCH_DS if d < n_parameters)]
-
-
-def _choice(
-    trials: Trials, main: Trial, compress: Compression | None, n: int, to_disk: Array, n_components: int
-) -> Choice:
-    """Estimate what one way takes for n examples.
-
-    Where the first trial was long, only it and one sketch are tried, and stand for the others of their method. It
-    stands, too, for exact rows that are too large to try and for inner products alone.
-
-    Args:
-        trials: Calls on the first batches.
-        main: That of the largest top-k, of the kind wanted.
-        compress: The way.
-        n: Examples.
-        to_disk: Seconds per byte of the file.
-        n_components: Of the decomposition.
-    """
-    kind, m, share = main.fishers.kind, main.fishers.n_parameters, n / len(main.fishers)
-    exact_bytes, long = 4 * main.fishers.rows.n_rows * m, main.seconds > LONG_TRIAL
-    exact = trials.of(kind, None) if exact_bytes <= EXACT_TRIAL_BYTES else None
-    R, C = max(1, round(main.fishers.rows.n_rows * share)), int(main.fishers.logits.shape[1])
-    trial, timed, error = main, f"top-k {TOP_KS[-1]:,}", None
-    if isinstance(compress, TopK):
-        name, kept, entries = f"top-k {compress.k:,}", main.kept(compress.k), round(main.entries(compress.k) * share)
-        rows = 8 * (R + 1) + (8 if m <= np.iinfo(np.int32).max else 12) * entries
-        error = None if exact is None else main.error_of_gram(exact, compress.k)
-        trial, timed = (main, timed) if long else (trials.of(kind, compress), name)
-    elif isinstance(compress, Sketch):
-        tried = Sketch(SKETCH_DS[1]) if long else compress
-        trial, timed = trials.of(kind, tried), f"sketch {tried.d:,}"
-        name, kept, entries, rows = f"sketch {compress.d:,}", None, R * compress.d, 4 * R * compress.d
-        error = None if exact is None or tried != compress else trial.error_of_gram(exact)
-    elif isinstance(compress, GramOnly):
-        name, kept, entries, rows, error = "Gram only", 1.0, 0, 4 * R * R, 0.0
-    else:
-        name, kept, entries, rows, error = "exact", 1.0, R * m, 4 * R * m, 0.0
-        trial, timed = (main, timed) if exact is None else (exact, name)
-    total = rows + 8 * (n + 1) + n * (4 + 4 * C + 8 + 8)
-    took = trials.one_off + trial.per_example * n + to_disk * total
-    held = rows if isinstance(compress, GramOnly) else min(rows, SHARD_BYTES + rows / n * trials.batch_size)
-    solving, operations = _decomposition(compress, n, R, entries, rows, n_components, m)
-    low_rank = kind == "low_rank"
-    return Choice(
-        kind=kind,
-        compress=compress,
-        name=name,
-        disk_bytes=total,
-        memory_bytes=trial.working_bytes + int(held),
-        seconds=float(took[0]),
-        cpu_seconds=float(took[1]),
-        timed=timed,
-        kept=kept,
-        gram_error=error if low_rank else None,
-        decompose_bytes=solving if low_rank else None,
-        decompose_seconds=operations * trials.pace if low_rank else None,
-    )
-
-
-def _decomposition(
-    compress: Compression | None, n: int, R: int, entries: int, stored: int, r: int, m: int
-) -> tuple[int, float]:
-    """Count bytes and operations of a decomposition of R low-rank rows of n examples into r components.
-
-    It holds P, W and copies of them, and the rows' coordinates in a subspace; then K, or the rows, those of top-k with
-    their transpose, and a basis of the subspace over their columns. K is built once; a subspace and a polish take
-    ``products`` products of vectors with K or the rows; the search's steps take place in the subspace.
-    """
-    r, sparse = min(r, R), isinstance(compress, TopK)
-    most, dimensions, width = r + r // 2 + 8, max(DIMENSIONS, 4 * r), max(1, min(m, entries))
-    width = compress.d if isinstance(compress, Sketch) else width
-    held, counting = (2 * stored, stored + 8 * m) if sparse else (stored, 0)  # columns are counted first
-    state = 24 * most * (R + n) + 16 * R * dimensions
-    products = 5 * dimensions + 2 * POLISH_STEPS * r
-    scattered = entries**2 / width * DENSE_RATE / SCATTER_RATE  # operations of K, by the pairs of entries in a column
-    with_rows = 2.0 * entries * products * (DENSE_RATE / SPARSE_RATE if sparse else 1) + 4.0 * width * dimensions**2
-    with_k = min(float(R**2 * width), scattered if sparse else math.inf) + 2.0 * R**2 * products
-    search = STEPS_PER_ROOT * r**0.5 * (4.0 * R * dimensions * r + 10.0 * n * r**2)
-    if isinstance(compress, GramOnly):
-        return state + stored, 2.0 * R**2 * products + search
-    least = min(4 * R**2 + held + 8 * r * width, held + max(8 * dimensions, 4 * dimensions + 24 * most) * width)
-    return max(counting, state + least), min(with_k, with_rows) + search
 
 
 def _advice(choices: Sequence[Choice], memory: int, disk: int) -> list[Advice]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from npeff.components.components import Components
-from npeff.errors import ArgumentError
-from npeff.reports.data import check_data, collect_report_data
-from npeff.reports.evidence import EffectSummary, InfluenceSummary, TraceSummary, TrustSummary
+from npeff.reports.data import ReportOptions, collect_report_data
+from npeff.reports.evidence import (
+    EffectSummary,
+    InfluenceSummary,
+    TraceSummary,
+    TrustSummary,
+    describe_extras,
+    load_extras,
+    save_extras,
+)
 from npeff.reports.export import collage, latex
-from npeff.reports.extras import describe_extras, load_extras, save_extras
 from npeff.reports.html import write_report
+from npeff.reports.layout import Heads
 from npeff.reports.writer import ReportWriter, check_page
 from npeff.storage.files import path_of
 
@@ -37,7 +43,7 @@ def report(
     attributions: Any = None,
     influences: Any = None,
     influence_data: Iterable[Any] | None = None,
-    heads: Any = None,
+    heads: Heads = None,
     size_limit: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -90,34 +96,18 @@ def report(
         DataError: The data ends early, or its labels are not those of the decomposed examples.
         StorageError: The report cannot be written; an earlier one there is kept.
     """
-    check_data(components, data, k, tokenizer)
-    if size_limit is not None and (not isinstance(size_limit, Integral) or size_limit < 1):
-        raise ArgumentError(f"size_limit: expected a number of bytes, got {size_limit!r}")
+    options = ReportOptions.checked(components, data, ReportOptions.among(locals()))
     path = path_of(out, "out")
     folder = path.suffix.lower() not in (".html", ".htm")
     path = path / "index.html" if folder else path
     check_page(path)
     limit = int(size_limit) if size_limit else FOLDER_LIMIT if folder else FILE_LIMIT
-    found = collect_report_data(
-        components,
-        data,
-        class_names=class_names,
-        k=k,
-        tokenizer=tokenizer,
-        strategies=strategies,
-        influence_data=influence_data,
-        heads=heads,
-        all_examples=folder or len(components.coefficients) * 200 < limit,
-        seed=seed,
-        progress=progress,
-        effects=effects,
-        traces=traces,
-        trust=trust,
-        attributions=attributions,
-        influences=influences,
-    )
-    with found, ReportWriter(path, folder, limit) as writer:
-        write_report(found, writer, title or "What the network responds to", progress)
+    every = folder or len(components.coefficients) * 200 < limit
+    with (
+        collect_report_data(components, data, options, every) as found,
+        ReportWriter(path, folder, limit) as writer,
+    ):
+        write_report(found, writer)
     return path
 
 

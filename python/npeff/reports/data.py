@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any
 
@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from npeff.components.components import Components
 from npeff.errors import ArgumentError
-from npeff.reports.evidence import INFLUENCES, trust_of
+from npeff.reports.evidence import INFLUENCES, PUSHED, Extras, read_extras, trust_of
 from npeff.reports.examples import Gallery
-from npeff.reports.extras import Extras, read_extras
-from npeff.reports.figures import Heads, check_heads
-from npeff.reports.layout import StrategyNode, map_positions, tree_of
+from npeff.reports.layout import Heads, StrategyNode, check_heads, map_positions, tree_of
+from npeff.reports.places import ReadablePlaces
 from npeff.reports.summary import (
+    ClassNames,
     ComponentSummary,
     TopExample,
     coactivation,
@@ -25,7 +25,6 @@ from npeff.reports.summary import (
     summarise,
     top_examples,
 )
-from npeff.reports.text import ClassNames
 
 Array = npt.NDArray[Any]
 
@@ -33,6 +32,83 @@ UNSTABLE = 0.7
 """A component below this stability is to be read with doubt."""
 NODE_EXAMPLES = 12
 THUMBS = 8
+NAMED = 3  # words that a heading names as predicted
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """The keyword arguments of :func:`npeff.report`, which documents them; collages and documents have some of them."""
+
+    class_names: Sequence[str] | None = None
+    k: int = 16
+    title: str | None = None
+    tokenizer: Any = None
+    strategies: Any = None
+    effects: Any = None
+    traces: Any = None
+    trust: Any = None
+    attributions: Any = None
+    influences: Any = None
+    influence_data: Iterable[Any] | None = None
+    heads: Heads = None
+    size_limit: int | None = None
+    seed: int = 0
+    progress: bool = True
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The options among the arguments of a function."""
+        return {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
+
+    @classmethod
+    def checked(cls, components: Components, data: Any, given: Mapping[str, Any]) -> ReportOptions:
+        """Options from keyword arguments.
+
+        Raises:
+            ArgumentError: The components, the data or an option are of another type than documented.
+        """
+        options = cls(**given)
+        if not isinstance(components, Components):
+            raise ArgumentError(
+                f"components: expected Components, got {type(components).__name__}; see npeff.decompose"
+            )
+        if not isinstance(options.k, Integral) or options.k < 1:
+            raise ArgumentError(f"k: expected at least 1 top example per component, got {options.k!r}")
+        for name, value in (("data", data), ("influence_data", options.influence_data)):
+            if value is not None and not isinstance(value, Iterable) and not hasattr(value, "__getitem__"):
+                raise ArgumentError(f"{name}: expected an iterable of batches, got {value!r}")
+        if options.tokenizer is not None and not callable(getattr(options.tokenizer, "decode", None)):
+            raise ArgumentError(
+                f"tokenizer: expected something with decode(ids), got a {type(options.tokenizer).__name__}"
+            )
+        if options.size_limit is not None and (not isinstance(options.size_limit, Integral) or options.size_limit < 1):
+            raise ArgumentError(f"size_limit: expected a number of bytes, got {options.size_limit!r}")
+        check_heads(components.parameters, options.heads)
+        return options
+
+    def names(self, data: Any, components: Components) -> ClassNames:
+        """Return the classes' names: as given, as the data has them, or words where the classes are tokens.
+
+        Raises:
+            ArgumentError: They are too few, or a single string.
+        """
+        given, n_classes = self.class_names, components.logits.shape[1]
+        if given is not None and (isinstance(given, str) or not hasattr(given, "__len__")):
+            raise ArgumentError(f"class_names: expected a list of names, got {given!r}")
+        if given is not None:
+            if len(given) < n_classes:
+                raise ArgumentError(f"class_names: expected {n_classes} names, one per class, got {len(given)}")
+            return ClassNames(given)
+        if isinstance(data, ReadablePlaces):
+            return ClassNames(None, data.output_names)
+        if hasattr(self.tokenizer, "__len__") and 0 < len(self.tokenizer) <= n_classes:
+            return ClassNames(None, lambda classes: [str(self.tokenizer.decode([c])) for c in classes])
+        dataset = getattr(data, "dataset", None)
+        for owner, attribute in ((data, "class_names"), (dataset, "class_names"), (dataset, "classes")):
+            found = getattr(owner, attribute, None)
+            if isinstance(found, Sequence) and not isinstance(found, str) and len(found) >= n_classes:
+                return ClassNames(found)
+        return ClassNames(None)
 
 
 @dataclass
@@ -41,6 +117,7 @@ class ReportData:
 
     Attributes:
         components: The decomposition.
+        options: The options of the report.
         summaries: Its components, the largest share first.
         nodes: The tree of strategies.
         gallery: The examples' pictures and texts.
@@ -49,13 +126,13 @@ class ReportData:
         names: Of the classes.
         cosines: ``(r, r)`` |cos| between the vectors.
         together: ``(r, r)`` cosine between the coefficients.
-        places: ``(r, 2)`` in [0, 1] where the components stand on the map.
+        map: ``(r, 2)`` in [0, 1] where the components stand on the map.
         explained: ``(n,)`` explained share of each example, or None.
         attributions: Per component, ``(example, what is drawn)``.
-        heads: Attention heads per layer, see :func:`npeff.reports.figures.head_map`.
     """
 
     components: Components
+    options: ReportOptions
     summaries: Sequence[ComponentSummary]
     nodes: Sequence[StrategyNode]
     gallery: Gallery
@@ -64,13 +141,12 @@ class ReportData:
     names: ClassNames
     cosines: Array
     together: Array
-    places: Array
+    map: Array
     explained: Array | None = None
     attributions: Mapping[int, list[tuple[TopExample, dict[str, Any]]]] = field(default_factory=dict)
-    heads: Heads = None
 
     def __post_init__(self) -> None:
-        self.headings = {s.j: heading(s, self.names) for s in self.summaries}
+        self.headings = {s.j: heading(s, self.names, self.gallery) for s in self.summaries}
         self.leaves = {node.components[0]: node for node in self.nodes if node.leaf}
         self.branches: dict[int, StrategyNode] = {}
         for node in self.nodes:  # parents come first: the first node of a group is its branch
@@ -128,6 +204,8 @@ class ReportData:
             return self.headings[node.components[0]]
         if node.parent < 0:
             return "all components"
+        if self.names.are_words:
+            return _place_heading(_predicted(node.top, self.names), node.top, self.gallery)
         order = np.argsort(-node.profile, kind="stable")
         known = [(self.names[int(c)], float(node.profile[c])) for c in order if node.profile[c] > 0]
         if not known:
@@ -139,16 +217,26 @@ class ReportData:
         return ", ".join(head) + (", …" if more else "")
 
 
-def heading(summary: ComponentSummary, names: ClassNames) -> str:
-    """Describe a component in a few words: the classes between which the model weighs, else what it predicts most."""
+def heading(summary: ComponentSummary, names: ClassNames, gallery: Gallery) -> str:
+    """Describe a component in a few words: the classes between which the model weighs, else what it predicts most.
+
+    Of places also the words that tell the top examples from others, as in *Paris, Rome after “capital … is”*.
+    """
     if not summary.top:
         return "unused"
+    described = _classes_heading(summary, names)
+    return _place_heading(described, summary.top, gallery) if names.are_words or gallery.words else described
+
+
+def _classes_heading(summary: ComponentSummary, names: ClassNames) -> str:
     if summary.purity is None:
-        return "no predictions on record"
+        return "" if names.are_words else "no predictions on record"
     contest = summary.contest
     binary = len(summary.profile) == 2
     if len(contest) > 1 and contest[0][1] + contest[1][1] >= 0.55 and not (binary and summary.purity >= 0.75):
         return f"{names[contest[0][0]]} or {names[contest[1][0]]}"
+    if names.are_words:
+        return _predicted(summary.top, names)
     if contest and contest[0][1] >= 0.35 and not binary:
         return f"{names[contest[0][0]]} or something else"
     if summary.purity >= 0.5:
@@ -157,38 +245,44 @@ def heading(summary: ComponentSummary, names: ClassNames) -> str:
     return "several classes"
 
 
+def _predicted(tops: Sequence[TopExample], names: ClassNames) -> str:
+    """Name the words that are predicted at some places, those with the largest coefficients first."""
+    mass: dict[int, float] = {}
+    for top in tops:
+        if top.prediction >= 0:
+            mass[top.prediction] = mass.get(top.prediction, 0.0) + top.coefficient
+    total = sum(mass.values()) or 1.0
+    order = sorted(mass, key=lambda c: -mass[c])
+    head = [c for c in order[:NAMED] if mass[c] >= 0.1 * total] or order[:1]
+    rest = total - sum(mass[c] for c in head)
+    return ", ".join(names[c] for c in head) + (", …" if mass and rest >= 0.1 * total else "")
+
+
+def _place_heading(described: str, tops: Sequence[TopExample], gallery: Gallery) -> str:
+    telling = " … ".join(gallery.telling(tops))
+    return " ".join([described, f"after “{telling}”"] if telling else [described]).strip() or "several words"
+
+
 def collect_report_data(
-    components: Components,
-    data: Iterable[Any] | None,
-    *,
-    class_names: Sequence[str] | None = None,
-    k: int = 16,
-    tokenizer: Any = None,
-    strategies: Any = None,
-    influence_data: Iterable[Any] | None = None,
-    heads: Heads = None,
-    all_examples: bool = False,
-    seed: int = 0,
-    progress: bool = False,
-    **extras: Any,
+    components: Components, data: Iterable[Any] | None, options: ReportOptions, every: bool = False
 ) -> ReportData:
     """Measure the components, build the tree, and encode the examples in one pass over the data.
 
-    The arguments are those of :func:`npeff.report`; ``extras`` are its ``effects``, ``traces``, ``influences``,
-    ``attributions`` and ``trust``. With ``all_examples`` every example is encoded, not only those on some component's
-    page.
+    Args:
+        components: A decomposition.
+        data: The data of its Fishers.
+        options: Checked options of the report.
+        every: Encode every example, not only those on some component's page.
 
     Returns:
         The data of the report, to be closed: for use in a ``with`` block.
 
     Raises:
-        ArgumentError: An argument is not as documented.
+        ArgumentError: An option is not as documented.
         DataError: The data ends early, or its labels are not those of the decomposed examples.
     """
-    check_data(components, data, k, tokenizer)
-    check_data(components, influence_data, k, None)
-    names = class_names_of(class_names, data, components)
-    given = read_extras(components.n_components, len(components.coefficients), **extras)
+    names = options.names(data, components)
+    given = read_extras(components.n_components, len(components.coefficients), vars(options))
     selection = components.provenance.get("selection")
     if selection is not None and not given.trust.held_out:  # of npeff decompose --select
         known = trust_of({"selection": selection}, None, None)
@@ -196,32 +290,33 @@ def collect_report_data(
         given = replace(given, trust=own)
     if given.attributions and data is None:
         raise ArgumentError("attributions: need the data to be drawn over; pass data=")
-    check_heads(components.parameters, heads)
-    k = int(k)
-    summaries = summarise(components, k, seed, progress=progress)
-    nodes = tree_of(
-        components,
-        summaries,
-        min(k, NODE_EXAMPLES),
-        given.trust.n_strategies if strategies is None else strategies,
-    )
+    k = int(options.k)
+    summaries = summarise(components, k, options.seed, progress=options.progress)
+    cut = given.trust.n_strategies if options.strategies is None else options.strategies
+    nodes = tree_of(components, summaries, min(k, NODE_EXAMPLES), cut)
     ids, labels = np.asarray(components.ids), np.asarray(components.labels)
     shown = {top.position for s in summaries for top in s.shown} | {top.position for node in nodes for top in node.top}
     attributed = {int(ids[i]) for _, i in given.attributions}
+    for effect in given.effects.values():
+        pushed = [position for position, _ in effect.predictions[:PUSHED]]
+        pushed += [position for position, *_ in effect.continuations[:PUSHED] if position is not None]
+        shown |= set(pushed) & set(ids.tolist())
     gallery = Gallery(shown | attributed, {top.position for s in summaries for top in s.top[:THUMBS]}, attributed)
     if data is not None:
-        wanted = set(ids.tolist()) if all_examples else shown | attributed
-        gallery.fill(data, wanted, dict(zip(ids.tolist(), labels.tolist(), strict=True)), tokenizer, progress)
+        wanted = set(ids.tolist()) if every else shown | attributed
+        on_record = dict(zip(ids.tolist(), labels.tolist(), strict=True))
+        gallery.fill(data, wanted, on_record, options.tokenizer, options.progress)
     influential = {position for found in given.influences.values() for position, _ in found.pairs[:INFLUENCES]}
     training = Gallery(influential)
-    if influence_data is not None:
-        training.fill(influence_data, influential, {}, tokenizer)
+    if options.influence_data is not None:
+        training.fill(options.influence_data, influential, {}, options.tokenizer)
     explained = given.trust.explained
     if explained is None:
         explained = explained_shares(components.vectors, components.coefficients, components.loss, components.kind)
     cosines = components.cosines()
     return ReportData(
         components=components,
+        options=options,
         summaries=summaries,
         nodes=nodes,
         gallery=gallery,
@@ -230,10 +325,9 @@ def collect_report_data(
         names=names,
         cosines=cosines,
         together=coactivation(components.coefficients),
-        places=map_positions(1 - cosines),
+        map=map_positions(1 - cosines),
         explained=explained,
-        attributions=_drawn_attributions(gallery, components, given, tokenizer),
-        heads=heads,
+        attributions=_drawn_attributions(gallery, components, given, options.tokenizer),
     )
 
 
@@ -249,43 +343,3 @@ def _drawn_attributions(
     for items in found.values():
         items.sort(key=lambda item: -item[0].coefficient)
     return found
-
-
-# ---- checks -------------------------------------------------------------------------------------------------
-
-
-def check_data(components: Any, data: Any, k: Any, tokenizer: Any) -> None:
-    """Refuse arguments of other types than documented.
-
-    Raises:
-        ArgumentError: Naming the argument.
-    """
-    if not isinstance(components, Components):
-        raise ArgumentError(f"components: expected Components, got {type(components).__name__}; see npeff.decompose")
-    if not isinstance(k, Integral) or k < 1:
-        raise ArgumentError(f"k: expected at least 1 top example per component, got {k!r}")
-    if data is not None and not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
-        raise ArgumentError(f"data: expected an iterable of batches, got {data!r}")
-    if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
-        raise ArgumentError(f"tokenizer: expected something with decode(ids), got a {type(tokenizer).__name__}")
-
-
-def class_names_of(given: Sequence[str] | None, data: Any, components: Components) -> ClassNames:
-    """Return the classes' names: as given, or as the data has them.
-
-    Raises:
-        ArgumentError: They are too few, or a single string.
-    """
-    n_classes = components.logits.shape[1]
-    if given is not None and (isinstance(given, str) or not hasattr(given, "__len__")):
-        raise ArgumentError(f"class_names: expected a list of names, got {given!r}")
-    if given is not None:
-        if len(given) < n_classes:
-            raise ArgumentError(f"class_names: expected {n_classes} names, one per class, got {len(given)}")
-        return ClassNames(given)
-    dataset = getattr(data, "dataset", None)
-    for owner, attribute in ((data, "class_names"), (dataset, "class_names"), (dataset, "classes")):
-        found = getattr(owner, attribute, None)
-        if isinstance(found, Sequence) and not isinstance(found, str) and len(found) >= n_classes:
-            return ClassNames(found)
-    return ClassNames(None)

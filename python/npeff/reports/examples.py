@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from npeff.batches.batches import Batch, looks_like_image, read_batch
 from npeff.batches.tensor_trees import leaves
 from npeff.errors import ArgumentError, DataError
-from npeff.reports.images import (
+from npeff.reports.figures import (
     PIXELATED_BELOW,
     Pixels,
     Scale,
@@ -28,8 +30,8 @@ from npeff.reports.images import (
     strip,
     tile,
 )
-from npeff.reports.summary import DELAY, TopExample
-from npeff.reports.text import ClassNames, coefficient, excerpt, printable, text_of
+from npeff.reports.places import BRIEF, FULL, PlaceText, ReadablePlaces, Words, read_places
+from npeff.reports.summary import DELAY, ClassNames, TopExample, coefficient, excerpt, printable, text_of
 
 Array = npt.NDArray[Any]
 Decode = Callable[[Any], str]
@@ -42,23 +44,26 @@ SAMPLE, SAMPLE_BYTES = 256, 64 << 20
 IN_MEMORY = 64 << 20
 """Bytes of encoded examples that are kept in memory; a temporary file takes more."""
 SHOWN, OTHER = 160, 96  # pixels of the pictures of examples on some component's page, and of the others
+QUOTED = (26, 0)  # characters before and after a place that the table shows
 LONGEST, EXTRACT = 20_000, 400  # characters kept of a text on some component's page, and of the others
 
 
 @dataclass(frozen=True)
 class RawExample:
-    """One example of the data: exactly one of the first three is set.
+    """One example of the data: exactly one of the first four is set.
 
     Attributes:
         image: float or integer array ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)``.
         text: What to print.
         values: Numbers without a natural picture, ``(d,)`` or ``(t, d)``.
+        place: The text around a place.
         ids: ``(tokens,)`` the token ids behind a text, where there are any.
     """
 
     image: Array | None = None
     text: str | None = None
     values: Array | None = None
+    place: PlaceText | None = None
     ids: Array | None = None
 
 
@@ -75,6 +80,7 @@ class Gallery:
 
     Attributes:
         kept: Raw examples of the positions in ``keep``.
+        words: The words near places; None for other data.
     """
 
     def __init__(self, shown: Collection[int] = (), tiles: Collection[int] = (), keep: Collection[int] = ()) -> None:
@@ -86,6 +92,8 @@ class Gallery:
         self._limit: float | None = None
         self._waiting: list[tuple[int, RawExample]] = []
         self.kept: dict[int, RawExample] = {}
+        self.words: Words | None = None
+        self._places: dict[int, PlaceText] = {}  # of the shown positions
 
     def close(self) -> None:
         """Forget all encoded examples."""
@@ -110,6 +118,9 @@ class Gallery:
         """
         waiting_bytes = 0
         found = read_examples(data, wanted, labels, tokenizer)
+        if isinstance(data, ReadablePlaces):
+            found = ((i, RawExample(place=place)) for i, place in read_places(data, wanted, labels))
+            self.words = Words(data)
         for position, example in tqdm(
             found, "examples", len(wanted), delay=DELAY, disable=not progress, unit="example"
         ):
@@ -136,6 +147,10 @@ class Gallery:
 
     def _encoded(self, position: int, example: RawExample) -> dict[str, Any]:
         shown = position in self._shown
+        if example.place is not None:
+            if shown:
+                self._places[position] = example.place
+            return {"kind": "place", **example.place.window(*(FULL if shown else BRIEF))}
         if example.text is not None:
             return {"kind": "text", "text": printable(example.text[: LONGEST if shown else EXTRACT])}
         if example.image is not None:
@@ -160,15 +175,21 @@ class Gallery:
     # ---- showing -------------------------------------------------------------------------------------------
 
     def encoded(self, position: int) -> dict[str, Any] | None:
-        """Return ``kind`` (``"image"``, ``"text"``, ``"values"``) and what goes with it; None for other examples."""
+        """Return an example's ``kind`` (``"image"``, ``"text"``, ``"place"``, ``"values"``) and what goes with it.
+
+        None for examples that were not wanted.
+        """
         if position not in self._spans:
             return None
         start, size = self._spans[position]
         self._file.seek(start)
         return dict(json.loads(self._file.read(size)))
 
-    def show(self, top: TopExample, names: ClassNames) -> dict[str, Any]:
-        """Return what a template prints of an example; of one that is not here, its number alone."""
+    def show(self, top: TopExample, names: ClassNames, window: tuple[int, int] = BRIEF) -> dict[str, Any]:
+        """Return what a template prints of an example; of one that is not here, its number alone.
+
+        The window says how many characters to show before and after a place.
+        """
         verdict = [
             f"{word} {names[c]}" for word, c in (("labelled", top.label), ("predicted", top.prediction)) if c >= 0
         ]
@@ -185,6 +206,9 @@ class Gallery:
         if found["kind"] == "text":
             start, rest = excerpt(found["text"])
             return {**base, "kind": "text", "start": start, "rest": rest}
+        if top.position in self._places:
+            found = self._places[top.position].window(*window)
+            return {**base, "kind": "place", **found}
         alt = f"{base['alt']}; values {found['values']}" if found["kind"] == "values" else base["alt"]
         return {**base, **found, "alt": alt}
 
@@ -194,9 +218,17 @@ class Gallery:
         return sprite(tiles) if tiles else None
 
     def quote(self, top: TopExample) -> str:
-        """Return the first words of a text example; empty for others."""
-        found = self.encoded(top.position)
-        return excerpt(found["text"], 60)[0] if found and found["kind"] == "text" else ""
+        """Return the first words of a text, or the last before a place; empty for other examples."""
+        if top.position in self._places:
+            found = self._places[top.position].window(*QUOTED)
+            return re.sub(r"^…\W+", "… ", (found["before"] + found["at"]).replace("\n", " "))
+        read = self.encoded(top.position)
+        return excerpt(read["text"], 60)[0] if read and read["kind"] == "text" else ""
+
+    def telling(self, tops: Iterable[TopExample]) -> list[str]:
+        """Return the words that tell these places from the others; see :meth:`npeff.reports.places.Words.telling`."""
+        places = [(top, self._places[top.position]) for top in tops if top.position in self._places]
+        return self.words.telling(places) if self.words and places else []
 
     def draw_attribution(self, position: int, weights: Array, tokenizer: Any, name: str) -> dict[str, Any]:
         """Draw what in an example of ``kept`` speaks for a component, as a picture or as coloured tokens.
@@ -204,7 +236,8 @@ class Gallery:
         The weights have the shape of the input, or are one number per token.
 
         Returns:
-            ``{"uri": …, "small": …}`` or ``{"tokens": [(text, level), …]}``, levels in [−1, 1].
+            ``{"uri": …, "small": …}`` or ``{"tokens": [(text, level), …]}``, levels in [−1, 1]; of a place also the
+            ``"index"`` of its token, and what stands in place of the text that was ``"cut"`` off.
 
         Raises:
             ArgumentError: The weights do not fit the example.
@@ -213,11 +246,17 @@ class Gallery:
         if example.image is not None:
             pixels = self.pixels(example.image)
             return {"uri": data_uri(overlay(pixels, weights, name)), "small": max(pixels.shape[:2]) <= PIXELATED_BELOW}
+        flat = np.nan_to_num(weights.ravel())
+        levels = np.round(flat / (float(np.abs(flat).max(initial=0)) or 1.0), 3).tolist()
+        if example.place is not None:
+            if weights.size > len(example.place.tokens):
+                raise ArgumentError(
+                    f"{name}: expected a number per token, {len(example.place.tokens)}, got shape {weights.shape}"
+                )
+            return example.place.window(*BRIEF, levels)
         if example.text is not None:
             tokens = tokens_of(example, weights.size, tokenizer, name)
-            flat = np.nan_to_num(weights.ravel())
-            largest = float(np.abs(flat).max(initial=0)) or 1.0
-            return {"tokens": [(printable(t), round(float(w) / largest, 3)) for t, w in zip(tokens, flat, strict=True)]}
+            return {"tokens": [(printable(t), level) for t, level in zip(tokens, levels, strict=True)]}
         assert example.values is not None
         if weights.size != example.values.size:
             raise ArgumentError(f"{name}: expected shape {example.values.shape} as the example's, got {weights.shape}")
@@ -264,18 +303,21 @@ def read_examples(
     """
     missing = set(wanted)
     start = 0
-    decode = _decoder(tokenizer)
+    decode, token = _decoder(tokenizer), cache(lambda number: _token_text(tokenizer, number))
     for number, batch in enumerate(data if missing else ()):
-        own = read_batch(batch, torch.device("cpu"), number, True) if isinstance(batch, Batch) else None
+        own = _as_batch(batch, number)
         inputs, targets = (None, None) if own else _split(batch)
         size = own.n_examples if own else _size(inputs, targets)
         here = [position for position in range(start, start + size) if position in missing]
         for position in here:
             at = position - start
+            place = None
             if own:
-                inputs, targets, at = *_split_one(own.take(slice(at, at + 1))), 0
+                one = own.take(slice(at, at + 1))
+                inputs, targets, at = *_split_one(one), 0
+                place = _place_in(one, inputs, token) if tokenizer is not None else None
             _check_label(position, targets, at, labels.get(position, -1))
-            yield position, _example(inputs, at, decode)
+            yield position, _example(inputs, at, decode) if place is None else RawExample(place=place)
         missing.difference_update(here)
         start += size
         if not missing:
@@ -285,6 +327,18 @@ def read_examples(
             f"data: has {start} examples, but the components were computed from data with at least "
             f"{max(missing) + 1}; pass the data given to compute_fishers, in the same order"
         )
+
+
+def _as_batch(batch: Any, number: int) -> Batch | None:
+    """Read what says its examples by itself: a :class:`npeff.Batch`, or labels ``(b, T)`` that make places."""
+    if not isinstance(batch, Batch):
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(batch, tuple | list) and len(batch) == 2:
+            labels = batch[1]
+        if getattr(labels, "ndim", 0) != 2:
+            return None
+    read = read_batch(batch, torch.device("cpu"), number, True)
+    return read if isinstance(batch, Batch) or read.places is not None else None
 
 
 def _split_one(example: Batch) -> tuple[Any, Any]:
@@ -399,6 +453,24 @@ def _array(item: Any) -> Array:
             f"data: an example of type {type(item).__qualname__} is neither text nor numbers; cannot show it"
         )
     return array
+
+
+def _place_in(one: Batch, inputs: Any, token: Callable[[int], str]) -> PlaceText | None:
+    """Return the text around the one place of a batch; None where examples are no places of tokens."""
+    places = getattr(one, "places", None)
+    if places is None or not isinstance(inputs, Mapping) or "input_ids" not in inputs:
+        return None
+    row, index = places[0].tolist()
+    mask = one.inputs.get("attention_mask")
+    kept = np.ones(inputs["input_ids"].shape[1], bool) if mask is None else _array(mask[row]) != 0
+    ids = _array(inputs["input_ids"][row])
+    return PlaceText(tuple(token(int(number)) for number in ids[kept]), int(kept[:index].sum()))
+
+
+def _token_text(tokenizer: Any, number: int) -> str:
+    """Return the text of a token behind another one: some tokenizers drop a space at the beginning of a text."""
+    alone, twice = (str(tokenizer.decode([number] * times)) for times in (1, 2))
+    return twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone
 
 
 def _decoder(tokenizer: Any) -> Decode | None:

@@ -18,16 +18,25 @@ from matplotlib.figure import Figure
 
 from npeff.components.components import Components
 from npeff.errors import ArgumentError
-from npeff.reports.data import check_data, class_names_of, heading
+from npeff.reports.data import ReportOptions, heading
 from npeff.reports.examples import Gallery, RawExample
+from npeff.reports.figures import Pixels, full_colour, picture_of, strip
 from npeff.reports.html import environment
-from npeff.reports.images import Pixels, full_colour, picture_of, strip
-from npeff.reports.summary import ComponentSummary, TopExample, summarise
-from npeff.reports.text import ClassNames, coefficient, excerpt, percent, printable
+from npeff.reports.summary import (
+    ClassNames,
+    ComponentSummary,
+    TopExample,
+    coefficient,
+    excerpt,
+    percent,
+    printable,
+    summarise,
+)
 from npeff.reports.writer import AssetsFolder, check_page
 from npeff.storage.files import atomic, path_of
 
 TEXT_WIDTH = 96  # characters per line of a collage
+COLLAGED = 25  # examples of a collage
 SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -62,26 +71,24 @@ class TopExamples:
         components: Components,
         data: Iterable[Any] | None,
         chosen: Sequence[int],
-        k: int,
-        class_names: Sequence[str] | None,
-        tokenizer: Any,
+        options: ReportOptions,
     ) -> Iterator[TopExamples]:
-        """Collect the k top examples of the chosen components in one pass over the data; see :func:`npeff.report`.
+        """Collect the top examples of the chosen components in one pass over the data; see :func:`npeff.report`.
 
         Raises:
             ArgumentError: An argument is not as documented, or one of the chosen is no component.
             DataError: The data ends early, or its labels are not those of the decomposed examples.
         """
-        names = class_names_of(class_names, data, components)
+        names = options.names(data, components)
         for j in chosen:
             if isinstance(j, bool) or not hasattr(j, "__index__") or not 0 <= j < components.n_components:
                 raise ArgumentError(f"j: expected a component below {components.n_components}, got {j!r}")
-        summaries = summarise(components, k, chosen=chosen)
+        summaries = summarise(components, int(options.k), chosen=chosen)
         labels = {top.position: top.label for summary in summaries for top in summary.top}
         gallery = Gallery(labels, (), labels)
         try:
             if data is not None:
-                gallery.fill(data, labels, labels, tokenizer)
+                gallery.fill(data, labels, labels, options.tokenizer)
             yield cls(summaries, gallery, names)
         finally:
             gallery.close()
@@ -102,8 +109,10 @@ class TopExamples:
         return np.asarray(np.broadcast_to(np.atleast_3d(pixels), (*pixels.shape[:2], 3)))
 
     def text(self, top: TopExample, length: int) -> str:
-        """Return the beginning of a text; empty for other examples and without data."""
+        """Return the beginning of a text, or the text around a place; empty for other examples and without data."""
         example = self.example(top)
+        if example is not None and example.place is not None:
+            return example.place.around()
         if example is None or example.text is None:
             return ""
         start, rest = excerpt(printable(example.text), length)
@@ -127,7 +136,7 @@ def collage(
     path: str | Path,
     *,
     class_names: Sequence[str] | None = None,
-    k: int = 25,
+    k: int = COLLAGED,
     columns: int | None = None,
     title: str | None = None,
     tokenizer: Any = None,
@@ -155,9 +164,8 @@ def collage(
         DataError: The data ends early, or its labels are not those of the decomposed examples.
         StorageError: The file cannot be written.
     """
-    look = {"columns": columns, "title": title, "dpi": dpi}
-    paths = {j: path_of(path)}
-    return collages(components, data, paths, class_names=class_names, k=k, tokenizer=tokenizer, **look)[0]
+    options = {"class_names": class_names, "k": k, "title": title, "tokenizer": tokenizer}
+    return collages(components, data, {j: path_of(path)}, columns=columns, dpi=dpi, **options)[0]
 
 
 def collages(
@@ -165,10 +173,9 @@ def collages(
     data: Iterable[Any] | None,
     paths: dict[int, Path],
     *,
-    class_names: Sequence[str] | None = None,
-    k: int = 25,
-    tokenizer: Any = None,
-    **look: Any,
+    columns: int | None = None,
+    dpi: int = 150,
+    **given: Any,
 ) -> list[Path]:
     """Draw collages of several components, ``j → path``, with one pass over the data; see :func:`collage`.
 
@@ -177,15 +184,14 @@ def collages(
         DataError: As there.
         StorageError: As there.
     """
-    check_data(components, data, k, tokenizer)
-    columns = look.get("columns")
+    options = ReportOptions.checked(components, data, {"k": COLLAGED, **given})
     if columns is not None and (not isinstance(columns, int) or columns < 1):
         raise ArgumentError(f"columns: expected a number of pictures per row, got {columns!r}")
     for path in paths.values():
         check_page(path)
-    with TopExamples.collect(components, data, list(paths), k, class_names, tokenizer) as found:
+    with TopExamples.collect(components, data, list(paths), options) as found:
         for summary, path in zip(found.summaries, paths.values(), strict=True):
-            figure = _collage(found, summary, **look)
+            figure = _collage(found, summary, columns, options.title, dpi)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as scratch:
                 figure.savefig(scratch, format="png", metadata={"Software": "npeff"})
@@ -195,9 +201,9 @@ def collages(
 def _collage(
     found: TopExamples,
     summary: ComponentSummary,
-    columns: int | None = None,
-    title: str | None = None,
-    dpi: int = 150,
+    columns: int | None,
+    title: str | None,
+    dpi: int,
 ) -> Figure:
     tops = summary.top
     pictures = [found.pixels(top) for top in tops]
@@ -209,7 +215,7 @@ def _collage(
     heights = [max(sizes[a : a + wide] or [0.5]) for a in range(0, rows * wide, wide)]
     width = wide * 1.05 if pictured else 7.5
     figure = Figure((max(width, 3.0) + 0.3, sum(heights) + 0.5), dpi=dpi, layout="constrained")
-    title = f"{summary.j}  {heading(summary, found.names)}" if title is None else title
+    title = f"{summary.j}  {heading(summary, found.names, found.gallery)}" if title is None else title
     figure.suptitle(printable(title), x=0.02, ha="left", fontsize=10, parse_math=False)
     grid = figure.subplots(rows, wide, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes in grid.flat:
@@ -264,7 +270,7 @@ def latex(
         DataError: The data ends early, or its labels are not those of the decomposed examples.
         StorageError: The document cannot be written.
     """
-    check_data(components, data, k, tokenizer)
+    options = ReportOptions.checked(components, data, ReportOptions.among(locals()))
     path = path_of(path)
     if path.suffix.lower() != ".tex":
         raise ArgumentError(f"path: expected a name ending in .tex, got {path}")
@@ -273,7 +279,7 @@ def latex(
         sizes = components.coefficients.sum(0, dtype=np.float64)
         chosen = np.argsort(-sizes, kind="stable").tolist()
     images = AssetsFolder(path, path.with_name(f"{path.stem}-images"))
-    with images, TopExamples.collect(components, data, chosen, k, class_names, tokenizer) as found:
+    with images, TopExamples.collect(components, data, chosen, options) as found:
         sections = [_section(found, summary, images) for summary in found.summaries]
         text = _tex_environment().get_template("document.tex.j2").render(
             title=escape(title or "What the network responds to"),
@@ -327,7 +333,7 @@ def _section(found: TopExamples, summary: ComponentSummary, images: AssetsFolder
         )
     return {
         "j": summary.j,
-        "heading": escape(heading(summary, found.names)),
+        "heading": escape(heading(summary, found.names, found.gallery)),
         "facts": escape(", ".join(facts)),
         "pictures": [item for item in items if item["file"]],
         "texts": [item for item in items if not item["file"]],

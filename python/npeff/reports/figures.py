@@ -1,13 +1,13 @@
-"""Plots as inline SVG that follow the page's colours, light or dark; and tables of energy by layer, part and head."""
+"""Plots as inline SVG in the colours of the page, and arrays as pictures in ``data:`` addresses."""
 
 from __future__ import annotations
 
-import fnmatch
+import base64
 import io
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,12 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
+from PIL import Image
 
 from npeff.errors import ArgumentError
-from npeff.models.parameters import Parameter, Parameters
-from npeff.reports.summary import ComponentSummary
-from npeff.reports.text import ClassNames, percent
+from npeff.reports.summary import ClassNames, ComponentSummary, percent
 
 Array = npt.NDArray[Any]
-Heads = int | Mapping[str, int] | None
 
 # Drawn in these colours, then handed over to the style sheet.
 _INK, _FAINT, _ACCENT = "#010203", "#040506", "#070809"
@@ -214,131 +212,159 @@ def histogram(summary: ComponentSummary) -> Markup:
     return bars(heights, 280, 56, titles, label)
 
 
-# ---- tables of energy ---------------------------------------------------------------------------------------
+Pixels = npt.NDArray[np.uint8]
 
-# Where a parameter keeps its heads: (pattern of the name, dimension, equal parts that each hold all heads).
-_HEADS = (
-    (r"(^|\.)(in_proj_weight|in_proj_bias|qkv\.(weight|bias))$", 0, 3),
-    (r"(^|\.)c_attn\.(weight|bias)$", -1, 3),
-    (r"(^|\.)query_key_value\.(weight|bias)$", 0, 1),
-    (r"(^|\.)(q|k|v|query|key|value)(_proj|_lin|_linear)?\.(weight|bias)$", 0, 1),
-    (r"(^|\.)(o_proj|out_proj|out_lin|wo)\.weight$", 1, 1),
-    (r"attention\.output\.dense\.weight$", 1, 1),
-    (r"attn\.c_proj\.weight$", 0, 1),
-)
+LARGEST = 160  # pixels on the longer side kept in the page
+PIXELATED_BELOW = 64
+TILE = 32  # pixels of a thumbnail
+GAP = 4  # between thumbnails of one strip
+WHITE, RED, BLUE = np.array([250, 250, 248.0]), np.array([178, 65, 36.0]), np.array([33, 92, 140.0])
+FAINT = 0.45
+"""How much of an image stays visible below the colours of an attribution."""
 
 
 @dataclass(frozen=True)
-class HeatMap:
-    """Energy in a table.
+class Scale:
+    """How numbers become brightness: the same for all examples of a page, so that they can be compared.
 
     Attributes:
-        rows: Names of the layers.
-        columns: Names of the parts.
-        values: ``(rows, columns)`` shares of ‖g_j‖²; NaN where a layer has no such part.
+        low: Per channel, the value shown black.
+        high: Per channel, the value shown white.
     """
 
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    values: Array
+    low: Array
+    high: Array
 
-    @property
-    def largest(self) -> float:
-        """The largest share, at least a very small number."""
-        return float(np.nanmax(self.values, initial=1e-12))
+    @classmethod
+    def of(cls, images: Sequence[Array]) -> Scale:
+        """Find the scale of images ``(H, W)`` or ``(H, W, C)``.
 
-    @property
-    def totals(self) -> list[float]:
-        """Sum per row."""
-        return [float(v) for v in np.nansum(self.values, axis=1)]
-
-
-def block_map(energy: Mapping[str, float]) -> HeatMap:
-    """Arrange the energy of parameters as layers by parts.
-
-    Args:
-        energy: Share of ‖g_j‖² per parameter name, in the model's order. A name is cut behind its first number
-            (``encoder.layer.3 | attention.query.weight``), names without one before their last part.
-    """
-    cells = {layer_and_part(name): share for name, share in energy.items()}
-    rows = tuple(dict.fromkeys(row for row, _ in cells))
-    columns = tuple(dict.fromkeys(column for _, column in cells))
-    values = np.full((len(rows), len(columns)), np.nan)
-    for (row, column), share in cells.items():
-        values[rows.index(row), columns.index(column)] = share
-    return HeatMap(rows, columns, values)
-
-
-def layer_and_part(name: str) -> tuple[str, str]:
-    """Cut a parameter's name into its layer and its part."""
-    parts = name.split(".")
-    cut = next((i + 1 for i, part in enumerate(parts[:-1]) if part.isdigit()), len(parts) - 1)
-    return ".".join(parts[:cut]) or "(model)", ".".join(parts[cut:])
-
-
-def check_heads(parameters: Parameters, heads: Heads) -> None:
-    """Make sure that ``heads`` fits some parameters.
-
-    Raises:
-        ArgumentError: It is no number and no mapping, or no parameter can be cut that way.
-    """
-    if heads is None:
-        return
-    numbers = list(heads.values()) if isinstance(heads, Mapping) else [heads]
-    if not numbers or not all(isinstance(number, int) and number > 0 for number in numbers):
-        raise ArgumentError(f"heads: expected a number of heads, or a mapping from name patterns to one, got {heads!r}")
-    if not any(_heads_of(parameter, heads) for parameter in parameters):
-        raise ArgumentError(
-            f"heads: no parameter could be cut into {heads!r} heads; leave heads out, give another number, or, from "
-            "Python, a mapping from name patterns to numbers, for parameters whose first dimension holds the heads. "
-            f"Names: {', '.join(parameters.names[:6])}, …"
+        Bytes, and floats within [0, 1] or [0, 255], are taken as they are. Other images were standardised: per channel,
+        the 0.5th and 99.5th percentile over all images become black and white (the extremes, where those coincide).
+        """
+        channels = channels_of(images[0])
+        # Non-finite values count as 0.
+        flat = np.concatenate(
+            [np.nan_to_num(i.astype(np.float64).reshape(-1, channels), posinf=0.0, neginf=0.0) for i in images]
         )
+        low, high = flat.min(), flat.max()
+        if all(np.issubdtype(image.dtype, np.integer) for image in images) and low >= 0:
+            top = 255.0 if high > 1 else 1.0
+            return cls(np.zeros(channels), np.full(channels, top if high <= 255 else high))
+        if low >= 0 and high <= 1:
+            return cls(np.zeros(channels), np.ones(channels))
+        if low >= 0 and 16 < high <= 255:
+            return cls(np.zeros(channels), np.full(channels, 255.0))
+        lo, hi = np.percentile(flat, [0.5, 99.5], axis=0)
+        flat_channel = hi - lo <= 1e-6 * np.maximum(1, np.abs(hi))
+        lo, hi = np.where(flat_channel, flat.min(0), lo), np.where(flat_channel, flat.max(0), hi)
+        return cls(lo, np.where(hi > lo, hi, lo + 1))
+
+    def bytes(self, image: Array) -> Pixels:
+        """Brightness of an image: uint8, same shape; NaN becomes black."""
+        values = np.nan_to_num(image.astype(np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+        low, high = (self.low, self.high) if image.ndim == 3 else (self.low[0], self.high[0])
+        return np.asarray(np.round(np.clip((values - low) / (high - low), 0, 1) * 255), np.uint8)
 
 
-def head_map(parameters: Parameters, vector: Array, heads: Heads) -> HeatMap | None:
-    """Sum the energy per layer and attention head.
+def channels_of(image: Array) -> int:
+    """Return the number of channels of an image ``(H, W)`` or ``(H, W, C)``."""
+    return int(image.shape[2]) if image.ndim == 3 else 1
+
+
+def picture_of(pixels: Pixels) -> Image.Image:
+    """Turn uint8 ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)`` into Pillow's image."""
+    return Image.fromarray(
+        pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
+    )
+
+
+def data_uri(pixels: Pixels, largest: int = LARGEST) -> str:
+    """Encode ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)`` as a ``data:`` address, the longer side at most ``largest``.
+
+    Small pictures become PNG (exact), photographs WebP (a tenth of the bytes).
+    """
+    picture = picture_of(pixels)
+    if max(picture.size) > largest:
+        picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if max(picture.size) <= PIXELATED_BELOW:
+        picture.save(buffer, "PNG", optimize=True)
+        return uri_of(buffer.getvalue(), "png")
+    picture.save(buffer, "WEBP", quality=78, method=4)
+    return uri_of(buffer.getvalue(), "webp")
+
+
+def uri_of(content: bytes, kind: str) -> str:
+    """Write an encoded picture of that kind (``"png"``, ``"webp"``) as a ``data:`` address."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def tile(pixels: Pixels) -> Pixels:
+    """Make a thumbnail: the middle square, ``(TILE, TILE, 3)`` uint8; small pictures keep hard pixels."""
+    picture = picture_of(pixels).convert("RGB")
+    side = min(picture.size)
+    left, upper = (picture.width - side) // 2, (picture.height - side) // 2
+    how = Image.Resampling.NEAREST if side < TILE else Image.Resampling.LANCZOS
+    return np.asarray(picture.crop((left, upper, left + side, upper + side)).resize((TILE, TILE), how))
+
+
+def sprite(tiles: Sequence[Pixels]) -> bytes:
+    """Put thumbnails side by side into one WebP file, transparent between them."""
+    row = np.zeros((TILE, len(tiles) * (TILE + GAP) - GAP, 4), np.uint8)
+    for i, one in enumerate(tiles):
+        row[:, i * (TILE + GAP) :][:, :TILE] = np.dstack([one, np.full((TILE, TILE), 255, np.uint8)])
+    buffer = io.BytesIO()
+    Image.fromarray(row, "RGBA").save(buffer, "WEBP", quality=80, method=4)
+    return buffer.getvalue()
+
+
+def strip(values: Array, limit: float) -> Pixels:
+    """Draw numbers as a strip of colours: blue below zero, white at zero, red above.
 
     Args:
-        parameters: What the vector stands for.
-        vector: ``(n_parameters,)`` unit-norm pseudo-Fisher vector.
-        heads: Heads per layer, for parameters with the usual names of attention projections; or a mapping
-            from name patterns (``"*.attn.*"``) to numbers, for parameters whose first dimension holds the heads.
-            Parameters that do not divide evenly (keys and values shared by several heads) are left out.
+        values: ``(d,)`` or ``(t, d)``; the first 64 rows are drawn, long rows are averaged into 256 cells.
+        limit: The magnitude that gets full colour.
 
     Returns:
-        Layers by heads; None where no parameter has heads.
+        uint8 ``(t, ≤ 256, 3)``.
     """
-    found: dict[str, Array] = {}
-    for parameter in parameters:
-        cut = _heads_of(parameter, heads)
-        if cut is None:
-            continue
-        axis, parts, number = cut
-        block = np.square(vector[parameter.slice].astype(np.float64)).reshape(parameter.shape)
-        along = block.sum(tuple(d for d in range(block.ndim) if d != axis % block.ndim))
-        energy = along.reshape(parts, number, -1).sum((0, 2))
-        layer = layer_and_part(parameter.name)[0]
-        old = found.get(layer, np.zeros(0))
-        size = max(len(old), number)
-        found[layer] = np.pad(old, (0, size - len(old))) + np.pad(energy, (0, size - number))
-    if not found:
-        return None
-    most = max(map(len, found.values()))
-    values = np.stack([np.pad(v, (0, most - len(v)), constant_values=np.nan) for v in found.values()])
-    return HeatMap(tuple(found), tuple(str(h) for h in range(most)), values)
+    rows = np.atleast_2d(np.nan_to_num(values.astype(np.float64)))[:64]
+    cells = np.stack([part.mean(1) for part in np.array_split(rows, min(256, rows.shape[1]), axis=1)], 1)
+    return _coloured(cells / (limit or 1), WHITE)
 
 
-def _heads_of(parameter: Parameter, heads: Heads) -> tuple[int, int, int] | None:
-    """``(dimension, parts, heads)`` of a parameter that holds heads; None for others."""
-    if isinstance(heads, Mapping):
-        number = next((n for pattern, n in heads.items() if fnmatch.fnmatchcase(parameter.name, pattern)), None)
-        rules = [(0, 1)]
-    else:
-        number = heads
-        rules = [(axis, parts) for pattern, axis, parts in _HEADS if re.search(pattern, parameter.name)]
-    for axis, parts in rules:
-        if number and -len(parameter.shape) <= axis < len(parameter.shape):
-            size = parameter.shape[axis]
-            if size and size % (parts * number) == 0:
-                return axis, parts, number
-    return None
+def overlay(pixels: Pixels, weights: Array, name: str = "attribution") -> Pixels:
+    """Draw an attribution over a fainter image: red where the input speaks for the component, blue where against.
+
+    Args:
+        pixels: uint8 ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)``.
+        weights: ``(H, W)``, or with channels first or last, which are summed.
+        name: For the message.
+
+    Returns:
+        uint8 ``(H, W, 3)``.
+
+    Raises:
+        ArgumentError: The weights have another height and width.
+    """
+    size = pixels.shape[:2]
+    w = np.nan_to_num(weights.reshape(weights.shape[1:] if weights.ndim == 4 and len(weights) == 1 else weights.shape))
+    if w.ndim == 3:
+        w = w.sum(0) if w.shape[1:] == size else w.sum(2) if w.shape[:2] == size else w
+    if w.shape != size:
+        raise ArgumentError(f"{name}: expected shape {size} (or with channels) as the image's, got {weights.shape}")
+    grey = pixels.reshape(*size, -1).astype(np.float64).mean(2)
+    return _coloured(w / full_colour(w), np.repeat((255 - (255 - grey) * FAINT)[..., None], 3, axis=2))
+
+
+def full_colour(*values: Array) -> float:
+    """Return the magnitude that gets full colour: the 99th percentile of |values|, or the largest."""
+    flat = np.concatenate([np.abs(np.nan_to_num(v.astype(np.float64))).ravel() for v in values] or [np.zeros(0)])
+    return float(np.percentile(flat, 99) if flat.size else 0) or float(flat.max(initial=0)) or 1.0
+
+
+def _coloured(levels: Array, ground: Array) -> Pixels:
+    """Colour levels ``(H, W)`` in [−1, 1] over a ground ``(3,)`` or ``(H, W, 3)``: blue below zero, red above."""
+    levels = np.clip(levels, -1, 1)[..., None]
+    return np.asarray(np.round(ground + (np.where(levels >= 0, RED, BLUE) - ground) * np.abs(levels)), np.uint8)

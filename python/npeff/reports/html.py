@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -14,26 +15,36 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from scipy.special import softmax
 from tqdm import tqdm
 
 from npeff.reports.data import THUMBS, ReportData
-from npeff.reports.evidence import INFLUENCES, InfluenceSummary
+from npeff.reports.evidence import INFLUENCES, PUSHED, InfluenceSummary
 from npeff.reports.figures import (
-    PROFILED,
-    block_map,
     effect_curve,
-    head_map,
     held_out_curve,
     histogram,
     loss_curve,
     profile,
     size_bars,
+    uri_of,
 )
-from npeff.reports.images import uri_of
-from npeff.reports.layout import StrategyNode
-from npeff.reports.summary import DELAY, ComponentSummary, TopExample, closest, known_predictions
-from npeff.reports.text import coefficient, number, percent, plain, printable, short, size_of
+from npeff.reports.layout import StrategyNode, block_map, head_map
+from npeff.reports.places import TAIL
+from npeff.reports.summary import (
+    DELAY,
+    ComponentSummary,
+    TopExample,
+    closest,
+    coefficient,
+    number,
+    percent,
+    plain,
+    printable,
+    short,
+    size_of,
+    top_examples,
+    visible,
+)
 from npeff.reports.writer import ReportWriter, script_json
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -42,7 +53,6 @@ ROWS = 100
 """Rows of the overview that stand in the page from the start; in a folder, the others come when they are needed."""
 PER_PART = 300
 """Examples in a part beside the page."""
-COLUMNS = ("j", "heading", "share", "active", "purity", "accuracy", "stability", "kl_ratio", "group", "class", "x", "y")
 PART_KINDS = {
     "component": "component pages",
     "strategy": "strategy pages",
@@ -53,7 +63,94 @@ THUMBS_SHARE = 0.2
 """What thumbnails may take of a single file's limit."""
 TRACED = 16  # parts of a network that are shown of a trace
 MEMBERS = 60  # components listed on a strategy's page
+LIKELIEST = 5  # words listed that the model predicts for an example
 LISTED, LEAST = 12, 0.005  # components listed of an example, and the least share of its summed coefficients
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number that every component has: in the table, its filters, the map's colours, and on the component's page.
+
+    Attributes:
+        name: For the script.
+        title: In the head of the table.
+        value: Computes the number; None where it is unknown. A column without any value is left out.
+        text: Prints the number.
+        unit: What stands behind the number on the component's page.
+        about: What the number means, for those who read the page; its subject is the title.
+        is_share: Whether filters take it in percent.
+    """
+
+    name: str
+    title: str
+    value: Callable[[ReportData, ComponentSummary], float | None]
+    text: Callable[[Any], str]
+    unit: str
+    about: str
+    is_share: bool = False
+
+    def cell(self, data: ReportData, summary: ComponentSummary) -> str:
+        """Return what the table shows of a component."""
+        value = self.value(data, summary)
+        return "–" if value is None else self.text(value)
+
+
+COLUMNS = (
+    Column(
+        "share",
+        "Share",
+        lambda data, s: s.share,
+        percent,
+        "of all coefficients",
+        "is its part of the sum of all coefficients.",
+        is_share=True,
+    ),
+    Column(
+        "active",
+        "Active",
+        lambda data, s: s.n_active,
+        number,
+        "active",
+        "examples have at least a tenth of its largest coefficient.",
+    ),
+    Column(
+        "purity",
+        "Purity",
+        lambda data, s: s.purity,
+        percent,
+        "pure",
+        "is the share of its top examples with the commonest prediction.",
+        is_share=True,
+    ),
+    Column(
+        "accuracy",
+        "Accuracy",
+        lambda data, s: s.accuracy,
+        percent,
+        "right",
+        "is the share of its active examples with a label that the model predicts rightly.",
+        is_share=True,
+    ),
+    Column(
+        "stability",
+        "Stability",
+        lambda data, s: data.stability(s.j),
+        "{:.2f}".format,
+        "stable",
+        "is how nearly the component comes back when the decomposition is repeated: |cos| between its vector and its "
+        "partner’s, 1 when it always does. Below about 0.7, do not read much into it.",
+    ),
+    Column(
+        "kl_ratio",
+        "KL ratio",
+        lambda data, s: data.kl_ratio(s.j),
+        plain,
+        "KL ratio",
+        "says how much more the predictions on its top examples change than those on the others when the weights move "
+        "along the component. Near 1, the component does not act where its examples are.",
+    ),
+)
+"""The numbers of the table. To add one, add an entry."""
 
 
 @cache
@@ -78,8 +175,8 @@ def script() -> tuple[Markup, str]:
     return Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def write_report(data: ReportData, writer: ReportWriter, title: str, progress: bool = True) -> None:
-    """Write all parts in the order of their importance, and then the page with that title.
+def write_report(data: ReportData, writer: ReportWriter) -> None:
+    """Write all parts in the order of their importance, and then the page.
 
     Where the writer's limit ends, the last parts are left out.
 
@@ -87,17 +184,18 @@ def write_report(data: ReportData, writer: ReportWriter, title: str, progress: b
         StorageError: The report cannot be written.
     """
     summaries = data.summaries
-    columns = _columns(data)
-    rows = [_row(data, s, writer, columns) for s in summaries]
+    columns = [column for column in COLUMNS if any(column.value(data, s) is not None for s in summaries)]
+    rows = _rows(data, writer, columns)
     if writer.folder:
         for start in range(ROWS, len(rows), ROWS):
             writer.add(f"rows-{start // ROWS}", rows[start : start + ROWS])
         rows = rows[:ROWS]
     writer.size += sum(map(len, rows))  # they are always there
-    for place in tqdm(range(len(summaries)), "pages", delay=DELAY, disable=not progress, unit="component"):
-        name = f"component-{summaries[place].j}"
+    hidden = not data.options.progress
+    for rank in tqdm(range(len(summaries)), "pages", delay=DELAY, disable=hidden, unit="component"):
+        name = f"component-{summaries[rank].j}"
         if not writer.full(name):
-            writer.add_page(name, _component_page(data, place))
+            writer.add_page(name, _component_page(data, rank, columns))
     writer.add("tree-0", [_tree_line(data, node) for node in data.nodes])
     for part, records in _example_records(data):
         writer.add(f"examples-{part}", records)
@@ -111,51 +209,44 @@ def write_report(data: ReportData, writer: ReportWriter, title: str, progress: b
         pictures = [data.gallery.encoded(int(position)) for position in ids[start : start + PER_PART]]
         if any(pictures):
             writer.add(f"pictures-{start // PER_PART}", pictures)
-    writer.finish(_overview(data, writer, title, columns, rows))
+    writer.finish(_overview(data, writer, columns, rows))
 
 
 # ---- the overview -------------------------------------------------------------------------------------------
 
 
-def _columns(data: ReportData) -> dict[str, Any]:
-    """Which columns the table of components has, and what its meters are scaled by."""
-    tops = [s.top[0].position for s in data.summaries if s.top]
-    return {
-        "thumbs": any(data.gallery.encoded(position) is not None for position in tops),
-        "accuracy": any(s.accuracy is not None for s in data.summaries),
-        "stability": data.extras.trust.stability is not None,
-        "effects": any(data.kl_ratio(s.j) is not None for s in data.summaries),
-        "profile": data.components.logits.shape[1] in PROFILED,
-        "largest_share": max((s.share for s in data.summaries), default=0.0) or 1.0,
-    }
+def _rows(data: ReportData, writer: ReportWriter, columns: Sequence[Column]) -> list[str]:
+    """Return the rows of the table; thumbnails go beside the page where there are many rows."""
+    largest = max((s.share for s in data.summaries), default=0.0) or 1.0
+    template = environment().get_template("row.html.j2")
+    rows = []
+    for s in data.summaries:
+        strip = data.gallery.thumbs(s.top[:THUMBS])
+        address = None
+        if strip is not None:
+            if writer.folder and len(data.summaries) > ROWS:
+                address = writer.add_picture(f"thumb-{s.j}.webp", strip)
+            elif writer.room_inline(f"thumb-{s.j}", 4 * len(strip) // 3, THUMBS_SHARE):
+                address = uri_of(strip, "webp")
+        rows.append(
+            template.render(
+                j=s.j,
+                heading=data.headings[s.j],
+                strategy=data.strategy(s.j),
+                has_examples=len(data.gallery) > 0,
+                thumbs=address,
+                quote=data.gallery.quote(s.top[0]) if s.top else "",
+                cells=[(column, column.cell(data, s)) for column in columns],
+                meter=s.share / largest,
+                profile=profile(s, data.names),
+            )
+        )
+    return rows
 
 
-def _row(data: ReportData, summary: ComponentSummary, writer: ReportWriter, columns: Mapping[str, Any]) -> str:
-    """A component's row in the table; its thumbnails go beside the page where there are many rows."""
-    j = summary.j
-    strip = data.gallery.thumbs(summary.top[:THUMBS])
-    address = None
-    if strip is not None:
-        if writer.folder and len(data.summaries) > ROWS:
-            address = writer.add_picture(f"thumb-{j}.webp", strip)
-        elif writer.room_inline(f"thumb-{j}", 4 * len(strip) // 3, THUMBS_SHARE):
-            address = uri_of(strip, "webp")
-    context = {
-        "s": summary,
-        "heading": data.headings[j],
-        "thumbs": address,
-        "quote": data.gallery.quote(summary.top[0]) if summary.top else "",
-        "stability": data.stability(j),
-        "kl_ratio": data.kl_ratio(j),
-        "strategy": data.strategy(j),
-        "profile": profile(summary, data.names),
-    }
-    return environment().get_template("row.html.j2").render(c=context, has=columns)
-
-
-def _overview(data: ReportData, writer: ReportWriter, title: str, columns: Mapping[str, Any], rows: list[str]) -> str:
+def _overview(data: ReportData, writer: ReportWriter, columns: Sequence[Column], rows: list[str]) -> str:
     components, summaries, trust = data.components, data.summaries, data.extras.trust
-    labels, predictions = np.asarray(components.labels), known_predictions(components)
+    labels, predictions = np.asarray(components.labels), components.predictions
     known = (labels >= 0) & (predictions >= 0)
     code, digest = script()
     fit = (
@@ -170,7 +261,7 @@ def _overview(data: ReportData, writer: ReportWriter, title: str, columns: Mappi
         environment()
         .get_template("report.html.j2")
         .render(
-            title=title,
+            title=data.options.title or "What the network responds to",
             version=version("npeff"),
             style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
             script=code,
@@ -189,12 +280,16 @@ def _overview(data: ReportData, writer: ReportWriter, title: str, columns: Mappi
             kept_as="sketches" if components.compression == "sketch" else "inner products alone",
             figures=[fit, selection],
             sizes=size_bars(summaries),
-            has=columns,
+            columns=columns,
+            has_examples=len(data.gallery) > 0,
+            has_places=data.gallery.words is not None,
+            has_profile=bool(profile(summaries[0], data.names)) if summaries else False,
+            largest_share=max((s.share for s in summaries), default=0.0) or 1.0,
             rows=[Markup(row) for row in rows],
             pages=[Markup(html) for _, html in writer.pages],
             complete=writer.complete,
             inline=[(name, Markup(content)) for name, content in writer.inline.items()],
-            data=Markup(script_json(_script_data(data, writer))),
+            data=Markup(script_json(_script_data(data, writer, columns))),
             moved_groups=_moved_groups(data),
             provenance=_flatten(components.provenance),
         )
@@ -231,16 +326,19 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 # ---- what the script needs ----------------------------------------------------------------------------------
 
 
-def _script_data(data: ReportData, writer: ReportWriter) -> dict[str, Any]:
+def _script_data(data: ReportData, writer: ReportWriter, columns: Sequence[Column]) -> dict[str, Any]:
     """What the script needs from the start: a line per component."""
     components = data.components
+    if data.names.are_words:  # of all classes there would be too many
+        data.names.find({*np.unique(components.labels).tolist(), *np.unique(components.predictions).tolist()})
     n_classes = max(int(components.logits.shape[1]), int(np.max(components.labels, initial=-1)) + 1)
     branches = [data.branches[group] for group in sorted(data.branches)]
     return {
-        "columns": COLUMNS,
-        "rows": [_line(data, s) for s in data.summaries],
+        "columns": ["j", "heading", *(column.name for column in columns), "group", "class", "x", "y"],
+        "rows": [_line(data, s, columns) for s in data.summaries],
+        "numbers": [[column.name, column.title, column.is_share] for column in columns],
         "groups": [{"heading": data.node_heading(b), "address": b.address} for b in branches],
-        "classes": [data.names[c] for c in range(n_classes)],
+        "classes": data.names.known if data.names.are_words else [data.names[c] for c in range(n_classes)],
         "parts": writer.parts,
         "absent": sorted(writer.absent),
         "limit": size_of(writer.limit),
@@ -253,12 +351,11 @@ def _script_data(data: ReportData, writer: ReportWriter) -> dict[str, Any]:
     }
 
 
-def _line(data: ReportData, s: ComponentSummary) -> list[Any]:
-    """A component's values in the order of ``COLUMNS``."""
-    values = (s.purity, s.accuracy, data.stability(s.j), data.kl_ratio(s.j))
-    place = (round(float(value), 3) for value in data.places[s.j])
-    head = [s.j, data.headings[s.j], short(s.share), s.n_active, *map(short, values)]
-    return [*head, data.leaves[s.j].group, s.leading_class, *place]
+def _line(data: ReportData, s: ComponentSummary, columns: Sequence[Column]) -> list[Any]:
+    """A component's values in the order of the script's columns."""
+    values = [short(column.value(data, s)) for column in columns]
+    x, y = (round(float(value), 3) for value in data.map[s.j])
+    return [s.j, data.headings[s.j], *values, data.leaves[s.j].group, s.leading_class, x, y]
 
 
 def _tree_line(data: ReportData, node: StrategyNode) -> list[Any]:
@@ -276,61 +373,72 @@ def _example_records(data: ReportData) -> Iterator[tuple[int, list[list[Any]]]]:
     """Yield ``(number of the part, records)``.
 
     A record is ``[position, label, prediction, confidence, explained share, number of components with a coefficient,
-    [[component, coefficient], …], [[component, what is drawn], …]]``, None for what is unknown; the last is there
-    where something is drawn.
+    [[component, coefficient], …], [[component, what is drawn], …], [[word, probability], …]]``, None for what is
+    unknown; the last but one is there where something is drawn, the last where classes are words.
     """
     components = data.components
-    W, labels, predictions = components.coefficients, np.asarray(components.labels), known_predictions(components)
+    W, labels, predictions = components.coefficients, np.asarray(components.labels), components.predictions
     drawn: dict[int, list[list[Any]]] = {}
     for j, items in data.attributions.items():
         for top, what in items:
             drawn.setdefault(top.index, []).append([j, what])
     for start in range(0, len(W), PER_PART):
-        w, logits = W[start : start + PER_PART], components.logits[start : start + PER_PART]
+        w, logits = W[start : start + PER_PART], components.logits.take(slice(start, start + PER_PART))
         order = np.argsort(-w, axis=1, kind="stable")[:, :LISTED]
         counts, sums = (w > 0).sum(1), w.sum(1, dtype=np.float64)
-        confidence = softmax(logits.astype(np.float64), axis=1).max(1) if logits.shape[1] > 1 else [None] * len(w)
+        classes, shares = logits.top(LIKELIEST) if logits.n_outputs > 1 else (None, np.full((len(w), 1), np.nan))
+        if classes is not None and data.names.are_words:
+            data.names.find(classes.ravel())
         records = []
         for k in range(len(w)):
             i = start + k
-            record = [
+            record: list[Any] = [
                 int(components.ids[i]),
                 int(labels[i]),
                 int(predictions[i]),
-                short(confidence[k]),
+                short(shares[k, 0]),
                 None if data.explained is None else short(data.explained[i]),
                 int(counts[k]),
                 [[int(j), short(w[k, j])] for j in order[k] if w[k, j] > LEAST * sums[k]],
             ]
-            records.append([*record, drawn[i]] if i in drawn else record)
+            if classes is not None and data.names.are_words:
+                likely = [[data.names[int(c)], short(p)] for c, p in zip(classes[k], shares[k], strict=True)]
+                record += [drawn.get(i, []), likely]
+            elif i in drawn:
+                record.append(drawn[i])
+            records.append(record)
         yield start // PER_PART, records
 
 
 # ---- the other pages ----------------------------------------------------------------------------------------
 
 
-def _component_page(data: ReportData, place: int) -> str:
-    """The page of the component at that place among the summaries."""
-    summary, names = data.summaries[place], data.names
+def _component_page(data: ReportData, rank: int, columns: Sequence[Column]) -> str:
+    """Return the page of a component; its rank is its index among the summaries."""
+    summary, names, heads = data.summaries[rank], data.names, data.options.heads
     j, trust = summary.j, data.extras.trust
+    drawn = {top.index: what for top, what in data.attributions.get(j, []) if "index" in what}
     lists = {
-        name: [data.gallery.show(top, names) for top in items]
+        name: [data.gallery.show(top, names) | drawn.get(top.index, {}) for top in items]
         for name, items in (("shown", summary.top), ("middle", summary.middle), ("random", summary.random))
     }
     influences = data.extras.influences.get(j, InfluenceSummary([]))
     known = bool(summary.block_energy)
-    vector = data.components.vector(j) if data.heads is not None and known else None
+    vector = data.components.vector(j) if heads is not None and known else None
     context = {
         "s": summary,
         **lists,
         "heading": data.headings[j],
-        "tall": any(item["kind"] == "text" for item in lists["shown"]),
+        "coloured": bool(drawn),
+        "tall": any(item["kind"] in ("text", "place") for item in lists["shown"]),
         "contest": [(names[c], share) for c, share in summary.contest],
         "classes": [(names[c], a, b) for c, a, b in summary.classes],
         "most": max((max(a, b) for _, a, b in summary.classes), default=0) or 1,
         "has_labels": any(a for _, a, _ in summary.classes),
         "histogram": histogram(summary),
-        "stability": data.stability(j),
+        "stats": [
+            (column.cell(data, summary), column.unit) for column in columns if column.value(data, summary) is not None
+        ],
         "explained": data.explained_of(summary),
         "chance": trust.null_threshold is not None and not data.below_null(summary),
         "held_out": dict(trust.held_out).get(data.components.n_components),
@@ -341,14 +449,16 @@ def _component_page(data: ReportData, place: int) -> str:
         "together": [(i, data.headings[i], value) for i, value in closest(data.together, j)],
         "known": known,
         "block_map": block_map(summary.block_energy) if known else None,
-        "head_map": None if vector is None else head_map(data.components.parameters, vector, data.heads),
+        "head_map": None if vector is None else head_map(data.components.parameters, vector, heads),
         "attributions": [
-            {"j": j, "item": data.gallery.show(top, names), "drawn": what} for top, what in data.attributions.get(j, [])
+            {"j": j, "item": data.gallery.show(top, names), "drawn": what}
+            for top, what in data.attributions.get(j, [])
+            if top.index not in drawn or top not in summary.shown
         ],
         "influences": [_influence(data, influences, *pair) for pair in influences.pairs[:INFLUENCES]],
         "influences_by": influences.by,
     }
-    near = [data.summaries[p].j if 0 <= p < len(data.summaries) else None for p in (place - 1, place + 1)]
+    near = [data.summaries[p].j if 0 <= p < len(data.summaries) else None for p in (rank - 1, rank + 1)]
     return environment().get_template("component.html.j2").render(c=context, previous=near[0], next=near[1])
 
 
@@ -361,7 +471,32 @@ def _moved(data: ReportData, *components: int) -> dict[str, Any]:
         "curve": effect_curve(effect.magnitudes, effect.kl_top, effect.kl_baseline) if effect else Markup(""),
         "acts": parts[:TRACED],
         "more": len(parts[TRACED:]),
+        "shifts": [
+            (
+                _example_at(data, position),
+                [(data.names[c], before, after) for c, before, after in changes[:LIKELIEST]],
+            )
+            for position, changes in (effect.predictions[:PUSHED] if effect else ())
+        ],
+        "continuations": [
+            (
+                None if position is None else _example_at(data, position),
+                visible(prompt),
+                [(which, visible(text)) for which, text in texts],
+            )
+            for position, prompt, texts in (effect.continuations[:PUSHED] if effect else ())
+        ],
     }
+
+
+def _example_at(data: ReportData, position: int) -> dict[str, Any]:
+    """Return what a template prints of the example at a position in the data."""
+    components = data.components
+    (found,) = np.nonzero(np.asarray(components.ids) == position)
+    (top,) = top_examples(components, found[:1], np.zeros(len(components.ids))) or [
+        TopExample(-1, position, 0.0, -1, -1)
+    ]
+    return data.gallery.show(top, data.names, TAIL)
 
 
 def _moved_groups(data: ReportData) -> list[dict[str, Any]]:
@@ -384,7 +519,7 @@ def _strategy_page(data: ReportData, node: StrategyNode) -> str:
     """The page of a node of the tree that is no single component."""
     names, shares = data.names, {s.j: s.share for s in data.summaries}
     members = sorted(node.components, key=lambda j: -shares[j])
-    predicted = sorted(enumerate(node.profile.tolist()), key=lambda item: -item[1])[:8]
+    predicted = [(int(c), float(node.profile[c])) for c in np.argsort(-node.profile, kind="stable")[:8]]
     parts = [data.nodes[i] for i in node.children]
     template = environment().get_template("strategy.html.j2")
     return template.render(

@@ -1,9 +1,11 @@
-"""How components are laid out: as the tree of strategies, and as points of a map."""
+"""How components are laid out: as the tree of strategies, as points of a map, and as layers by parts and heads."""
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +18,11 @@ from torch import Tensor
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
 from npeff.errors import ArgumentError, DataError
-from npeff.reports.summary import ComponentSummary, TopExample, known_predictions, top_examples
+from npeff.models.parameters import Parameter, Parameters
+from npeff.reports.summary import ComponentSummary, TopExample, top_examples
 
 Array = npt.NDArray[Any]
+Heads = int | Mapping[str, int] | None
 
 MOST_GROUPS = 12
 """Strategies that get a colour of their own; where the caller names no number, no more are made."""
@@ -179,7 +183,7 @@ def _measure(components: Components, nodes: list[StrategyNode], k: int) -> None:
     while waiting:
         order.append(waiting.pop())
         waiting += sorted(nodes[order[-1]].children, key=lambda i: -len(nodes[i].components))
-    W = components.coefficients
+    W, predictions = components.coefficients, components.predictions
     sums: dict[int, Array] = {}
     for i in reversed(order):
         node = nodes[i]
@@ -189,15 +193,14 @@ def _measure(components: Components, nodes: list[StrategyNode], k: int) -> None:
         for child in node.children:
             w += W[:, nodes[child].components[0]] if nodes[child].leaf else sums.pop(child)
         sums[i] = w
-        _describe(components, node, w, k)
+        _describe(components, predictions, node, w, k)
 
 
-def _describe(components: Components, node: StrategyNode, w: Array, k: int) -> None:
+def _describe(components: Components, predictions: Array, node: StrategyNode, w: Array, k: int) -> None:
     order = np.argpartition(-w, min(k, len(w) - 1))[:k] if len(w) else np.zeros(0, np.int64)
     order = order[np.lexsort((order, -w[order]))]
     node.top = top_examples(components, order[w[order] > 0], w)
-    labels, predictions = np.asarray(components.labels), known_predictions(components)
-    weights, n_classes = w.astype(np.float64), components.logits.shape[1]
+    labels, weights, n_classes = np.asarray(components.labels), w.astype(np.float64), components.logits.shape[1]
     if n_classes:
         mass = np.bincount(predictions, weights, minlength=n_classes)
         node.profile = mass / (mass.sum() or 1.0)
@@ -314,3 +317,133 @@ def _tsne(distances: Array, start: Array, perplexity: float) -> Array:
         Y = Y + velocity
         Y -= Y.mean(0)
     return np.asarray(Y)
+
+
+# ---- tables of energy ---------------------------------------------------------------------------------------
+
+# Where a parameter keeps its heads: (pattern of the name, dimension, equal parts that each hold all heads).
+_HEADS = (
+    (r"(^|\.)(in_proj_weight|in_proj_bias|qkv\.(weight|bias))$", 0, 3),
+    (r"(^|\.)c_attn\.(weight|bias)$", -1, 3),
+    (r"(^|\.)query_key_value\.(weight|bias)$", 0, 1),
+    (r"(^|\.)(q|k|v|query|key|value)(_proj|_lin|_linear)?\.(weight|bias)$", 0, 1),
+    (r"(^|\.)(o_proj|out_proj|out_lin|wo)\.weight$", 1, 1),
+    (r"attention\.output\.dense\.weight$", 1, 1),
+    (r"attn\.c_proj\.weight$", 0, 1),
+)
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Energy in a table.
+
+    Attributes:
+        rows: Names of the layers.
+        columns: Names of the parts.
+        values: ``(rows, columns)`` shares of ‖g_j‖²; NaN where a layer has no such part.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: Array
+
+    @property
+    def largest(self) -> float:
+        """The largest share, at least a very small number."""
+        return float(np.nanmax(self.values, initial=1e-12))
+
+    @property
+    def totals(self) -> list[float]:
+        """Sum per row."""
+        return [float(v) for v in np.nansum(self.values, axis=1)]
+
+
+def block_map(energy: Mapping[str, float]) -> HeatMap:
+    """Arrange the energy of parameters as layers by parts.
+
+    Args:
+        energy: Share of ‖g_j‖² per parameter name, in the model's order. A name is cut behind its first number
+            (``encoder.layer.3 | attention.query.weight``), names without one before their last part.
+    """
+    cells = {layer_and_part(name): share for name, share in energy.items()}
+    rows = tuple(dict.fromkeys(row for row, _ in cells))
+    columns = tuple(dict.fromkeys(column for _, column in cells))
+    values = np.full((len(rows), len(columns)), np.nan)
+    for (row, column), share in cells.items():
+        values[rows.index(row), columns.index(column)] = share
+    return HeatMap(rows, columns, values)
+
+
+def layer_and_part(name: str) -> tuple[str, str]:
+    """Cut a parameter's name into its layer and its part."""
+    parts = name.split(".")
+    cut = next((i + 1 for i, part in enumerate(parts[:-1]) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[:cut]) or "(model)", ".".join(parts[cut:])
+
+
+def check_heads(parameters: Parameters, heads: Heads) -> None:
+    """Make sure that ``heads`` fits some parameters.
+
+    Raises:
+        ArgumentError: It is no number and no mapping, or no parameter can be cut that way.
+    """
+    if heads is None:
+        return
+    numbers = list(heads.values()) if isinstance(heads, Mapping) else [heads]
+    if not numbers or not all(isinstance(number, int) and number > 0 for number in numbers):
+        raise ArgumentError(f"heads: expected a number of heads, or a mapping from name patterns to one, got {heads!r}")
+    if not any(_heads_of(parameter, heads) for parameter in parameters):
+        raise ArgumentError(
+            f"heads: no parameter could be cut into {heads!r} heads; leave heads out, give another number, or, from "
+            "Python, a mapping from name patterns to numbers, for parameters whose first dimension holds the heads. "
+            f"Names: {', '.join(parameters.names[:6])}, …"
+        )
+
+
+def head_map(parameters: Parameters, vector: Array, heads: Heads) -> HeatMap | None:
+    """Sum the energy per layer and attention head.
+
+    Args:
+        parameters: What the vector stands for.
+        vector: ``(n_parameters,)`` unit-norm pseudo-Fisher vector.
+        heads: Heads per layer, for parameters with the usual names of attention projections; or a mapping
+            from name patterns (``"*.attn.*"``) to numbers, for parameters whose first dimension holds the heads.
+            Parameters that do not divide evenly (keys and values shared by several heads) are left out.
+
+    Returns:
+        Layers by heads; None where no parameter has heads.
+    """
+    found: dict[str, Array] = {}
+    for parameter in parameters:
+        cut = _heads_of(parameter, heads)
+        if cut is None:
+            continue
+        axis, parts, number = cut
+        block = np.square(vector[parameter.slice].astype(np.float64)).reshape(parameter.shape)
+        along = block.sum(tuple(d for d in range(block.ndim) if d != axis % block.ndim))
+        energy = along.reshape(parts, number, -1).sum((0, 2))
+        layer = layer_and_part(parameter.name)[0]
+        old = found.get(layer, np.zeros(0))
+        size = max(len(old), number)
+        found[layer] = np.pad(old, (0, size - len(old))) + np.pad(energy, (0, size - number))
+    if not found:
+        return None
+    most = max(map(len, found.values()))
+    values = np.stack([np.pad(v, (0, most - len(v)), constant_values=np.nan) for v in found.values()])
+    return HeatMap(tuple(found), tuple(str(h) for h in range(most)), values)
+
+
+def _heads_of(parameter: Parameter, heads: Heads) -> tuple[int, int, int] | None:
+    """``(dimension, parts, heads)`` of a parameter that holds heads; None for others."""
+    if isinstance(heads, Mapping):
+        number = next((n for pattern, n in heads.items() if fnmatch.fnmatchcase(parameter.name, pattern)), None)
+        rules = [(0, 1)]
+    else:
+        number = heads
+        rules = [(axis, parts) for pattern, axis, parts in _HEADS if re.search(pattern, parameter.name)]
+    for axis, parts in rules:
+        if number and -len(parameter.shape) <= axis < len(parameter.shape):
+            size = parameter.shape[axis]
+            if size and size % (parts * number) == 0:
+                return axis, parts, number
+    return None

@@ -1,17 +1,156 @@
-"""What a page says about each component, as numbers: no pictures, no markup."""
+"""The numbers of each component, and how a report prints numbers, texts and class names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import softmax
 from tqdm import tqdm
 
 from npeff.components.components import Components
+
+_BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_VISIBLE = {
+    **{code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)},
+    0x7F: "\u2421",
+    **dict.fromkeys((0x85, 0x2028, 0x2029), "\n"),
+    **{code: f"\\u{code:04x}" for code in _BIDI},
+}
+LONGEST_WORD = 32  # characters
+EXCERPT = 220
+"""Characters of a text that a page shows at first."""
+
+
+class ClassNames:
+    """The names of the classes; numbers where no names are given.
+
+    Args:
+        names: A name per class.
+        words: Finds the words of some classes, in place of names. White space around a word is not shown. Of two words
+            that differ by nothing else, the second is shown with its white space, or after three dots if it has none.
+    """
+
+    def __init__(self, names: Sequence[str] | None, words: Callable[[list[int]], list[str]] | None = None) -> None:
+        self._names = dict(enumerate(map(str, names))) if names is not None else {}
+        self._words, self._taken = words, dict[str, int]()
+
+    def __getitem__(self, index: int) -> str:
+        if index < 0:
+            return "no label"
+        if self._words is not None and index not in self._names:
+            self.find([index])
+        return self._names.get(index, str(index))
+
+    def find(self, classes: Iterable[int]) -> None:
+        """Find the words of some classes at once."""
+        new = [] if self._words is None else sorted({int(c) for c in classes if c >= 0} - self._names.keys())
+        for index, word in zip(new, self._words(new) if self._words and new else (), strict=True):
+            name = word.strip()
+            if not name or self._taken.setdefault(name, index) != index:
+                name = f"…{word}" if name and name == word else spaced(word)
+            self._names[index] = visible(name if len(name) <= LONGEST_WORD else f"{name[:LONGEST_WORD]}…")
+
+    @property
+    def are_words(self) -> bool:
+        """Whether the names are words of a large vocabulary, found as they are needed."""
+        return self._words is not None
+
+    @property
+    def known(self) -> dict[int, str]:
+        """All names so far."""
+        return self._names
+
+
+def percent(share: float) -> str:
+    """Print a share as a percentage with two significant digits."""
+    if share < 0:
+        return f"−{percent(-share)}"
+    value = 100 * share
+    if value >= 9.95 or value == 0:
+        return f"{value:.0f} %"
+    return f"{value:.1f} %" if value >= 0.1 else "< 0.1 %"
+
+
+def number(value: int) -> str:
+    """Print a whole number with thin spaces between thousands."""
+    return f"{value:,}".replace(",", "\u2009")
+
+
+def coefficient(value: float) -> str:
+    """Print a coefficient with two significant digits or decimals."""
+    return f"{value:.2f}" if value >= 0.095 else f"{value:.2g}"
+
+
+def plain(value: float) -> str:
+    """Print a number with three significant digits, without an exponent where it needs none."""
+    return f"{value:.3g}" if not 100 <= abs(value) < 1e6 else f"{value:.0f}"
+
+
+def size_of(n_bytes: int) -> str:
+    """Print a number of bytes: ``24 MB``."""
+    value, unit = float(n_bytes), "B"
+    for larger in ("kB", "MB", "GB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
+def text_of(item: Any) -> str | None:
+    """Return the text of an item of the data, or None for an item that is not text.
+
+    Args:
+        item: A string, bytes, or a tuple or list of strings (sentence pairs), which become one line each.
+    """
+    if isinstance(item, str):
+        return str(item)
+    if isinstance(item, bytes):
+        return item.decode("utf-8", "replace")
+    if isinstance(item, Sequence) and item and all(isinstance(part, str) for part in item):
+        return "\n".join(item)
+    return None
+
+
+def excerpt(text: str, length: int = EXCERPT) -> tuple[str, str]:
+    """Cut a text at a word boundary after about ``length`` characters.
+
+    Returns:
+        The beginning, and the rest (empty for a short text).
+    """
+    text = text.strip()
+    if len(text) <= length * 1.15:
+        return text, ""
+    cut = text.rfind(" ", int(length * 0.7), length)
+    cut = cut if cut > 0 else length
+    return text[:cut].rstrip(), text[cut:]
+
+
+def printable(text: str) -> str:
+    """Replace what UTF-8 cannot hold: a lone surrogate becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def visible(text: str) -> str:
+    """Make characters visible that would change how others are shown.
+
+    Controls become their pictures, characters that turn the direction of writing become their numbers, and lone
+    surrogates question marks; tabs and line breaks stay.
+    """
+    return printable(text).translate(_VISIBLE)
+
+
+def spaced(token: str) -> str:
+    """Make white space visible: a token of white space alone would not be seen."""
+    return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "∅"
+
+
+def short(value: Any) -> float | None:
+    """Round to four significant digits, what a page can show; None for an unknown number."""
+    return None if value is None or not np.isfinite(value) else float(f"{float(value):.4g}")
+
 
 Array = npt.NDArray[Any]
 
@@ -130,12 +269,12 @@ def summarise(
     shares = sizes / (sizes.sum() or 1.0)
     order = np.argsort(-sizes, kind="stable") if chosen is None else chosen
     bar = tqdm(order, "components", delay=DELAY, disable=not progress, unit="component")
-    return [_summary(components, int(j), float(shares[j]), k, seed) for j in bar]
+    predictions = components.predictions
+    return [_summary(components, predictions, int(j), float(shares[j]), k, seed) for j in bar]
 
 
-def _summary(components: Components, j: int, share: float, k: int, seed: int) -> ComponentSummary:
-    w = np.asarray(components.coefficients[:, j], np.float64)
-    labels, predictions = np.asarray(components.labels), known_predictions(components)
+def _summary(components: Components, predictions: Array, j: int, share: float, k: int, seed: int) -> ComponentSummary:
+    w, labels = np.asarray(components.coefficients[:, j], np.float64), np.asarray(components.labels)
     best = components.top_examples(j, k=k)
     best = best[w[best] > 0]
     between = middle(w, best, k // 2)
@@ -169,17 +308,11 @@ def _summary(components: Components, j: int, share: float, k: int, seed: int) ->
 
 def top_examples(components: Components, indices: Array, w: Array) -> list[TopExample]:
     """Describe examples by their indices, with their coefficients ``w (n,)``."""
-    predictions = known_predictions(components)
+    predictions = components.predictions[indices]
     return [
-        TopExample(int(i), int(components.ids[i]), float(w[i]), int(components.labels[i]), int(predictions[i]))
-        for i in indices
+        TopExample(int(i), int(components.ids[i]), float(w[i]), int(components.labels[i]), int(prediction))
+        for i, prediction in zip(indices, predictions, strict=True)
     ]
-
-
-def known_predictions(components: Components) -> Array:
-    """``(n,)`` predicted classes; −1 for all where the file had no logits."""
-    n, n_classes = components.logits.shape
-    return np.asarray(components.predictions) if n_classes else np.full(n, -1, np.int64)
 
 
 # ---- which examples are shown -------------------------------------------------------------------------------
@@ -218,16 +351,16 @@ def _classes(labels: Array, predictions: Array) -> list[tuple[int, int, int]]:
 
 def _contest(components: Components, top: Sequence[TopExample]) -> list[tuple[int, float]]:
     """Shares of trace(diag p − ppᵀ) = Σ_y p_y (1 − p_y) by class, the top examples' weighted mean."""
-    logits = np.asarray(components.logits[[t.index for t in top]], np.float64)
-    if not top or logits.shape[1] < 2 or not _categorical(components.provenance):
+    if not top or components.logits.n_outputs < 2 or not _categorical(components.provenance):
         return []
-    p = softmax(logits, axis=1)
+    classes, p = components.logits.take([t.index for t in top]).top(components.logits.n_outputs)
+    unkept = np.maximum(0, 1 - p.sum(1)) if p.shape[1] < components.logits.n_outputs else np.zeros(len(p))
     rest = 1 - p  # of a confident row's largest p, from the others: 1 − p would cancel
-    rows, best = np.arange(len(p)), p.argmax(1)
-    rest[rows, best] = np.where(np.arange(p.shape[1]) == best[:, None], 0, p).sum(1)
+    rest[:, 0] = p[:, 1:].sum(1) + unkept
     spread = p * rest
-    shares = spread / np.maximum(spread.sum(1, keepdims=True), 1e-300)
-    mean = np.average(shares, axis=0, weights=[t.coefficient for t in top])
+    shares = spread / np.maximum(spread.sum(1, keepdims=True) + unkept[:, None], 1e-300)  # each unkept p is small
+    mean, weights = np.zeros(components.logits.n_outputs), np.array([t.coefficient for t in top])
+    np.add.at(mean, classes, shares * (weights / weights.sum())[:, None])
     order = np.argsort(-mean, kind="stable")[:CONTESTED]
     return [(int(c), float(mean[c])) for c in order if mean[c] >= 0.02]
 

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from npeff.errors import ForeignFileError, NewerFileError, StorageError, TruncatedFileError
-from npeff.storage.documents import MOST_BYTES, expect, parse_json
-from npeff.storage.fields import Field, Sizes, check_shapes, checked_pieces, refuse
-from npeff.storage.files import forget
-from npeff.storage.hdf5 import CHUNK_BYTES, Data, Spec, as_bytes, open_hdf5, structure_of, write_hdf5
+from npeff.errors import ForeignFileError, NewerFileError, NpeffError, StorageError, TruncatedFileError
+from npeff.storage.checks import MOST_BYTES, Field, Sizes, check_shapes, checked_pieces, expect, parse_json, refuse
+from npeff.storage.files import check_target, forget, path_of
+from npeff.storage.hdf5 import CHUNK_BYTES, Spec, as_bytes, open_hdf5, structure_of
 
 Array = npt.NDArray[Any]
 
 FORMAT = "npeff"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Since version 2 a file may hold the largest logits alone, and places."""
 
 
 @cache
@@ -34,48 +32,6 @@ def package_version() -> str:
         return version("npeff")
     except PackageNotFoundError:
         return "unknown"
-
-
-def write_container(
-    path: Path,
-    content: str,
-    data: Sequence[Data],
-    attributes: Mapping[str, Any],
-    *,
-    format_version: int = FORMAT_VERSION,
-) -> None:
-    """Write an npeff container: ``data``, what it is, and a CRC-32 of every dataset.
-
-    Args:
-        path: A temporary name.
-        content: ``"fishers"``, ``"components"``, ``"shard"``, …: what a reader has to know.
-        data: The datasets.
-        attributes: Further root attributes, such as ``kind``.
-        format_version: To declare (tests of newer files only).
-    """
-    sums = {item.name: 0 for item in data}
-
-    def summed(item: Data) -> Data:
-        def chunks() -> Iterator[Array]:
-            for chunk in item.chunks():
-                raw = as_bytes(chunk, item.dtype)
-                sums[item.name] = zlib.crc32(raw.data, sums[item.name])
-                yield raw.view(item.dtype) if raw.size else chunk
-
-        return Data(item.name, item.shape, item.dtype, chunks)
-
-    def text() -> bytes:
-        return json.dumps({name: f"{value:08x}" for name, value in sums.items()}).encode()
-
-    length = len(text())
-    sums_data = Data("checksums", (), h5py.string_dtype("utf-8", length), lambda: [np.array(text(), f"S{length}")])
-    root = {
-        "format": FORMAT,
-        "format_version": np.int64(format_version),
-        "content": content,
-        "written_by": f"npeff {package_version()}",
-    }
-    write_hdf5(path, [*map(summed, data), sums_data], {"/": {**root, **attributes}})
 
 
 VERIFY_BYTES = 256 << 20
@@ -308,8 +264,129 @@ def open_file(path: Path) -> Container:
         )
     if version > FORMAT_VERSION:
         raise NewerFileError(
-            f"{path}: format version {version} (written by {attributes.get('written_by', 'unknown')}); "
-            f"this is npeff {package_version()}, which reads version {FORMAT_VERSION}: upgrade npeff to open "
-            "it"
+            f"{path}: format version {version} (written by {attributes.get('written_by', 'unknown')}); this is npeff "
+            f"{package_version()}, which reads up to version {FORMAT_VERSION}: upgrade npeff to open it"
         )
     return Container(path, str(attributes.get("content")), attributes, found.specs, found.refused)
+
+
+# ---- what stands at a path ------------------------------------------------------------------------------------
+
+_ROWS = {"data/values", "data/row_indices"}
+LAYOUTS: dict[str, tuple[set[str], set[str]]] = {
+    "low_rank_fishers": (_ROWS | {"data/col_offsets"}, set()),
+    "low_rank_fishers_variable": (_ROWS | {"data/ranks", "data/col_sizes"}, set()),
+    "diagonal_fishers": ({"data/fisher/values", "data/fisher/indices"}, set()),
+    "diagonal_decomposition": ({"data/W"}, {"data/H", "data/reduce_kept_indices"}),
+    "low_rank_decomposition": ({"data/W"}, {"data/G", "data/new_to_old_col_indices"}),
+}
+"""The published layouts: names that a file has all of, and names of which it has one."""
+
+
+def layout_of(file: Container) -> str | None:
+    """Return the published layout that an HDF5 file has, by the names in it; None where it has none."""
+    found = {*file.specs, *file.refused, *("data/H" for name in file.specs if name.startswith("data/H/"))}
+    fitting = (name for name, (every, some) in LAYOUTS.items() if every <= found and (not some or some & found))
+    return next(fitting, None)
+
+
+def recognise(path: Path) -> Container:
+    """Open a file of npeff, or one in a published layout; its content is then the layout's name.
+
+    Raises:
+        ForeignFileError: Neither.
+    """
+    found = open_file(path)
+    if found.is_npeff:
+        return found
+    layout = layout_of(found)
+    if layout is None:
+        raise ForeignFileError(
+            f"{path}: an HDF5 file, but neither npeff's (no attribute format = 'npeff') nor in a published layout "
+            "(no data/values, data/fisher, data/G or data/H)"
+        )
+    return replace(found, content=layout)
+
+
+def check_replaceable(path: Path | str, content: str) -> Path:
+    """Make sure that ``path`` is free, or holds what is about to be written anew: worth knowing before it is computed.
+
+    Args:
+        path: Where.
+        content: ``"fishers"``, ``"components"``, a record's content such as ``"rollback"``, or a published layout.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArgumentError: ``path`` is no path.
+        StorageError: Something else is there, or the folder is missing.
+    """
+    path = path_of(path)
+    check_target(path)
+    if path.exists():
+        try:
+            found = recognise(path).content
+        except NpeffError:
+            found = ""
+        if found != content:
+            what = f"a published {content} file" if content in LAYOUTS else f"a {content} record of npeff"
+            what = f"{content.capitalize()} saved by npeff" if content in ("fishers", "components") else what
+            raise StorageError(
+                f"{path}: a file that does not hold {what} is there, and is not overwritten; remove it, or choose "
+                "another name"
+            )
+    return path
+
+
+def refuse_npeff_file(path: Path) -> None:
+    """Make sure that a file of another format may be written at ``path``, and that no work of npeff is lost by it.
+
+    Raises:
+        StorageError: Fishers or Components are there, npeff's or in a published layout; or the folder is missing.
+    """
+    check_target(path)
+    if not path.exists():
+        return
+    try:
+        recognise(path)
+    except NewerFileError:
+        pass
+    except NpeffError:
+        return
+    raise StorageError(f"{path}: holds Fishers or Components, and is not overwritten; choose another name")
+
+
+def read_record(
+    path: Path | str,
+    content: str,
+    describe: Callable[[dict[str, Any], str], tuple[Sequence[Field], Sizes]],
+    *,
+    verify: bool = False,
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Open a record: its arrays, mapped read-only, and its meta data.
+
+    Args:
+        path: The file.
+        content: What it must hold.
+        describe: From the meta data and the words for it in messages: what is expected of the arrays, and the sizes
+            that the meta data tell. Raises ``StorageError`` where those are not as expected.
+        verify: Read and check arrays larger than 256 MiB too.
+
+    Raises:
+        ArgumentError: ``path`` is no path.
+        StorageError: There is no such file, or it is damaged.
+        TruncatedFileError: It ends before its contents do.
+        ForeignFileError: It holds something else.
+        NewerFileError: Its format is newer than this npeff knows.
+    """
+    path = path_of(path)
+    found = open_container(path)
+    if found.content != content:
+        raise ForeignFileError(
+            f"{path}: expected a {content} record, found an npeff file with content {found.content!r}"
+        )
+    meta = found.json("meta", dict)
+    fields, sizes = describe(meta, f"{path}: dataset 'meta'")
+    arrays, _ = found.read(fields, sizes, verify=verify)
+    return arrays, meta

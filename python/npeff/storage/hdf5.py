@@ -1,4 +1,4 @@
-"""HDF5 files: contiguous datasets, written as streams; the structure of files, checked when it is read.
+"""The structure of HDF5 files, checked when it is read.
 
 A dataset is read only where the file itself stores all of it, as plain numbers or a text of fixed length. For whatever
 else has a name in a file, the reason why npeff does not read it is kept.
@@ -7,11 +7,9 @@ else has a name in a file, the reason why npeff does not read it is kept.
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import math
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,10 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from npeff.errors import ArgumentError, ForeignFileError, NpeffError, StorageError, TruncatedFileError
-from npeff.storage.documents import check_regular
+from npeff.errors import ForeignFileError, NpeffError, StorageError, TruncatedFileError
+from npeff.storage.checks import check_regular
 
 Array = npt.NDArray[Any]
-Attributes = Mapping[str, Mapping[str, Any]]
 
 CHUNK_BYTES = 16 << 20
 """Bytes of a dataset that are written or read together."""
@@ -35,10 +32,6 @@ MOST_TIMES = 1_100
 LEAST_ALLOWED = 16 << 20
 """Bytes of memory that any file may ask for."""
 
-LONGEST = 60_000
-"""Bytes of an attribute that HDF5 keeps beside its object; longer texts lie elsewhere in the file."""
-
-_ALIGN = 64  # bytes: a cache line, the widest vector
 _MOST_OBJECTS = 10_000
 _MOST_ELEMENTS = 1_000  # of an attribute
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -52,160 +45,9 @@ _HEAP = b"GCOL\x01\0\0\0"  # begins what holds texts of varying length
 _FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 4: "szip", 32000: "lzf"}
 
 
-@dataclass(frozen=True)
-class Data:
-    """One dataset to write.
-
-    Attributes:
-        name: Its path in the file, such as ``"rows/values"``.
-        shape: Its shape.
-        dtype: Its type in the file.
-        chunks: Called once; yields arrays whose elements, end to end in C order, fill the dataset.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    chunks: Callable[[], Iterable[Array]]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the dataset in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @classmethod
-    def of(cls, name: str, array: Array, dtype: npt.DTypeLike | None = None) -> Data:
-        """Describe the dataset that holds ``array``, of any shape, converted to ``dtype`` piece by piece.
-
-        Raises:
-            ArgumentError: The array holds neither numbers, booleans nor fixed-length bytes.
-        """
-        target = np.dtype(dtype) if dtype is not None else array.dtype
-        if target.kind not in "biufcS":
-            raise ArgumentError(f"{name}: expected an array of numbers, booleans or bytes, got dtype {target}")
-        return cls(name, array.shape, target.newbyteorder("<"), lambda: pieces(array))
-
-    @classmethod
-    def text(cls, name: str, text: str) -> Data:
-        """Describe a dataset of one UTF-8 string."""
-        raw = text.encode() or b" "
-        return cls(name, (), h5py.string_dtype("utf-8", len(raw)), lambda: [np.array(raw, f"S{len(raw)}")])
-
-    @classmethod
-    def json(cls, name: str, value: object) -> Data:
-        """Describe a dataset of one JSON document."""
-        return cls.text(name, to_json(value, name))
-
-
-def to_json(value: object, name: str) -> str:
-    """Write ``value`` as canonical JSON (sorted keys).
-
-    Raises:
-        ArgumentError: It holds something that JSON cannot.
-    """
-    try:
-        return json.dumps(value, sort_keys=True, ensure_ascii=False)
-    except TypeError as error:
-        raise ArgumentError(
-            f"{name}: expected strings, numbers, lists and dicts with string keys (JSON), got {error}"
-        ) from error
-
-
-def pieces(array: Array) -> Iterator[Array]:
-    """Cut ``array`` along its first axis into views of about 16 MiB."""
-    if array.ndim == 0 or array.size == 0:
-        yield array
-        return
-    step = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
-    for start in range(0, len(array), step):
-        yield array[start : start + step]
-
-
 def as_bytes(chunk: Array, dtype: np.dtype[Any]) -> Array:
     """Return the elements of ``chunk``, as ``dtype``, as a flat array of bytes; without a copy where possible."""
     return np.ascontiguousarray(chunk, dtype).reshape(-1).view(np.uint8)
-
-
-class _Output(io.FileIO):
-    """A file for the HDF5 library that keeps a refused write to itself, as ``failed``.
-
-    The library cannot close a file to which it could not write; it would leave it open until the process ends.
-    """
-
-    failed: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        try:
-            done = 0
-            while done < len(view):
-                done += super().write(view[done:]) or 0
-        except OSError as error:
-            self.failed = self.failed or error
-        return len(view)
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self.failed = self.failed or error
-            return size or 0
-
-
-def write_hdf5(path: Path, data: Sequence[Data], attributes: Attributes) -> None:
-    """Write a plain HDF5 file with contiguous datasets.
-
-    The HDF5 library lays the file out and writes its structure; the data are then written to where it placed them.
-
-    Args:
-        path: Where; an existing file is overwritten (callers write to temporary names, see
-            :mod:`npeff.storage.files`).
-        data: The datasets, written in this order. A later one may depend on what an earlier one yielded.
-        attributes: Attributes per group or dataset; ``"/"`` is the root.
-
-    Raises:
-        OSError: The system refused a write.
-        StorageError: A dataset's chunks do not fill it (a bug, or a source that changed meanwhile).
-    """
-    with _Output(path, "w+") as out:
-        with h5py.File(out, "w", alignment_threshold=1, alignment_interval=_ALIGN) as file:
-            offsets = [_create(file, item) for item in data]
-            for where, values in attributes.items():
-                target = file[where] if where in file else file.require_group(where)
-                for name, value in values.items():
-                    raw = value.encode() if isinstance(value, str) and len(value.encode()) < LONGEST else None
-                    text = None if raw is None else h5py.string_dtype("utf-8", max(1, len(raw)))
-                    target.attrs.create(name, value if raw is None else raw, dtype=text)
-        for item, offset in zip(data, offsets, strict=True):
-            out.seek(offset)
-            written = 0
-            for chunk in item.chunks():
-                raw_chunk = as_bytes(chunk, item.dtype)
-                written += len(raw_chunk)
-                if written <= item.nbytes:
-                    out.write(raw_chunk.data)
-                if written > item.nbytes or out.failed is not None:
-                    break
-            if out.failed is not None:
-                raise out.failed
-            if written != item.nbytes:
-                raise StorageError(
-                    f"{path}: dataset {item.name} should have {item.nbytes:,} bytes, its source gave {written:,}"
-                )
-
-
-def _create(file: h5py.File, data: Data) -> int:
-    """Create the dataset without writing it; return its offset in the file, 0 where it is empty."""
-    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plist.set_layout(h5py.h5d.CONTIGUOUS)
-    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    plist.set_obj_track_times(False)
-    parent, _, leaf = data.name.rpartition("/")
-    group = file.require_group(parent) if parent else file
-    space = h5py.h5s.create_simple(data.shape) if data.shape else h5py.h5s.create(h5py.h5s.SCALAR)
-    dataset = h5py.h5d.create(group.id, leaf.encode(), h5py.h5t.py_create(data.dtype, logical=True), space, dcpl=plist)
-    return int(dataset.get_offset() or 0)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,8 @@ of components; ``null_model``: what shuffled Fishers give; ``explained``: how mu
 for.
 """
 
-from npeff.trust.comparison import explained, match, similarity
-from npeff.trust.null import NullModel, null_model, shuffled
-from npeff.trust.selection import Selection, select
-from npeff.trust.stability import Stability, stability
+from npeff.trust.stability import Stability, explained, match, similarity, stability
+from npeff.trust.validation import NullModel, Selection, null_model, select, shuffled
 
 __all__ = [
     "NullModel",

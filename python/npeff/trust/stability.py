@@ -1,4 +1,9 @@
-"""Test whether components, and groups of them, come back from parts of the examples."""
+"""Compare decompositions: which component of one is which of another, and do they come back from parts of the examples?
+
+Components of inner products alone are combinations of the same rows. With K = A Aᵀ and vectors
+``g_j = Σ_row c_row,j a_row``, K replaces the rows: inner products of vectors are ``cᵀ K c'``, those of rows with
+vectors ``K c``.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,197 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
+from npeff import kernels
 from npeff.components.components import Components
 from npeff.components.strategies import strategies_of_each
 from npeff.decomposition.decompose import decompose
 from npeff.errors import ArgumentError
 from npeff.fishers.fishers import Fishers
-from npeff.trust.comparison import InnerProducts, assigned, match
+from npeff.fishers.options import sketch_of
+from npeff.fishers.scaling import scale
 
 Array = npt.NDArray[Any]
+
+COLUMNS = 1 << 16
+"""Columns that are multiplied at a time, in float64."""
+
+
+def similarity(a: Components, b: Components) -> Array:
+    """Compute |cos| between the vectors of two decompositions of the same parameters.
+
+    The vectors are compared as they were factorised, on the columns that either kept; those of different sketches, or
+    of inner products alone, as they were recovered in parameter space.
+
+    Args:
+        a: Components, ``r_a`` of them.
+        b: Components of the same kind, parameters and block weights, ``r_b`` of them.
+
+    Returns:
+        ``(r_a, r_b)`` float64 in [0, 1].
+
+    Raises:
+        ArgumentError: Kind, parameters or block weights differ, or vectors have to be recovered first.
+    """
+    if a.kind != b.kind or a.parameters != b.parameters:
+        raise ArgumentError(
+            f"b: expected {a.kind} components of {a.n_parameters:,} parameters like a, got {b.kind} ones of "
+            f"{b.n_parameters:,}; compare decompositions of the same Fishers or of parts of them"
+        )
+    va, vb = _comparable(a, b)
+    if a.columns is not None or b.columns is not None:
+        everything = np.arange(a.n_parameters)
+        ca, cb = (everything if x.columns is None else np.asarray(x.columns) for x in (a, b))
+        _, ia, ib = np.intersect1d(ca, cb, assume_unique=True, return_indices=True)
+    else:
+        ia = ib = np.arange(va.shape[1])
+    products = np.zeros((len(va), len(vb)))
+    for start in range(0, len(ia), COLUMNS):
+        part = slice(start, start + COLUMNS)
+        products += va[:, ia[part]].astype(np.float64) @ vb[:, ib[part]].astype(np.float64).T
+    norms = np.outer(*(np.sqrt(np.einsum("ij,ij->i", v, v, dtype=np.float64)) for v in (va, vb)))
+    return np.asarray(np.minimum(np.abs(products) / np.maximum(norms, 1e-30), 1.0))
+
+
+def _comparable(a: Components, b: Components) -> tuple[Array, Array]:
+    """The vectors of both in one space: as factorised, or recovered in parameter space.
+
+    Raises:
+        ArgumentError: They were factorised in different spaces, and were not all recovered.
+    """
+    elsewhere = [x.compression in ("sketch", "gram") for x in (a, b)]
+    sketches = [sketch_of(x.provenance.get("fishers", {})) for x in (a, b)]
+    if not any(elsewhere) or (sketches[0] is not None and sketches[0] == sketches[1]):
+        return a.vectors, b.vectors
+    for x in (a, b):
+        x.check_recovered(range(x.n_components))
+    found = [x.vectors if x.columns is not None else np.stack([x.vector(j) for j in range(len(x))]) for x in (a, b)]
+    return found[0], found[1]
+
+
+def match(a: Components, b: Components) -> tuple[Array, Array]:
+    """Find the one-to-one matching of largest total |cos| (Hungarian algorithm).
+
+    Args:
+        a: Components, ``r_a`` of them.
+        b: Components of the same parameters, ``r_b`` of them.
+
+    Returns:
+        ``(r_a,)`` int64 partner in b of each component of a, −1 where b has fewer, and ``(r_a,)`` float64 |cos| with
+        it, 0 without a partner.
+
+    Raises:
+        ArgumentError: As :func:`similarity`.
+    """
+    return assigned(similarity(a, b))
+
+
+def assigned(cosines: Array) -> tuple[Array, Array]:
+    """Match as :func:`match`, from the ``(r_a, r_b)`` |cos|."""
+    rows, columns = linear_sum_assignment(-cosines)
+    partner = np.full(len(cosines), -1, np.int64)
+    cosine = np.zeros(len(cosines))
+    partner[rows], cosine[rows] = columns, cosines[rows, columns]
+    return partner, cosine
+
+
+def explained(components: Components, fishers: Fishers) -> Array:
+    """Compute ``1 − ‖F_i − Σ_j w_ij C_j‖² / ‖F_i‖²`` with the best w_ij ≥ 0, C_j = g_j g_jᵀ (or h_j).
+
+    Args:
+        components: A decomposition.
+        fishers: Fishers of the same parameters, of the decomposed examples or of others; where they keep inner products
+            alone, those that the components were made from.
+
+    Returns:
+        ``(n,)`` float64 in [0, 1]: 1 when the components give the whole Fisher, 0 when none of it; NaN for a zero
+        Fisher.
+
+    Raises:
+        ArgumentError: Kind or parameters differ.
+    """
+    if fishers.rows.products_only:
+        share = InnerProducts(fishers, components).explained()
+    else:
+        share = 1 - components.encode(fishers).unexplained
+    share[fishers.zero] = np.nan
+    return np.asarray(np.clip(share, 0, 1))
+
+
+class InnerProducts:
+    """All examples' inner products, and the components made of all or of some of them.
+
+    Args:
+        fishers: Fishers that keep inner products alone.
+        components: Of them.
+
+    Raises:
+        ArgumentError: The components are not of these Fishers, or do not say which combinations of rows they are.
+    """
+
+    def __init__(self, fishers: Fishers, components: Components) -> None:
+        assert fishers.rows.products_only
+        if components.compression != "gram" or not np.array_equal(components.ids, fishers.ids):
+            raise ArgumentError(
+                "fishers: inner products alone (GramOnly) say nothing about other examples; expected those that the "
+                "components were made from"
+            )
+        self.K, self.offsets = fishers.rows.values, np.array(fishers.row_offsets)  # torch wants it writable
+        scaled = scale(fishers, "energy", components.provenance.get("normalize", "stored"))
+        self.factors, self.norms = scaled.row_factors, scaled.fisher_norms
+        self.weights = self.combinations(components, np.arange(len(fishers)))
+
+    def combinations(self, components: Components, examples: Array) -> Array:
+        """Give c ``(n_rows, r)`` float64 of components made of some of the examples.
+
+        Raises:
+            ArgumentError: They do not hold them.
+        """
+        if components.row_weights is None:
+            raise ArgumentError(
+                "components: they do not hold the combinations of rows that their vectors are, because they were "
+                "expanded; decompose all at once"
+            )
+        rows = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in examples])
+        c = np.zeros((len(self.K), components.n_components))
+        c[rows] = components.row_weights
+        return c
+
+    def cosines(self, c: Array) -> Array:
+        """Compute ``(r, r')`` float64 |cos| between the components and those with the combinations c."""
+        ours, theirs = self._times(self.weights), self._times(c)
+        products = np.abs(self.weights.T @ theirs)
+        squares = [np.einsum("ij,ij->j", w, k) for w, k in ((self.weights, ours), (c, theirs))]
+        return np.asarray(np.minimum(products / np.sqrt(np.maximum(np.outer(*squares), 1e-60)), 1.0))
+
+    def coefficients(self, c: Array) -> Array:
+        """Solve for ``(n, r')`` float32 coefficients of all examples on the components with the combinations c."""
+        Kc = self._times(c)
+        P = torch.from_numpy(Kc * self.factors[:, None])
+        gram = torch.from_numpy(c.T @ Kc) ** 2
+        return np.asarray(
+            kernels.nnls(gram, kernels.cross(P, torch.from_numpy(self.offsets)), exact=True).w.float().numpy()
+        )
+
+    def explained(self) -> Array:
+        """Compute ``(n,)`` float64 ``1 − ‖F_i − Σ_j w_ij C_j‖² / ‖F_i‖²`` with the best w_ij ≥ 0."""
+        Kc = self._times(self.weights)
+        cross = kernels.cross(torch.from_numpy(Kc * self.factors[:, None]), torch.from_numpy(self.offsets))
+        gram = torch.from_numpy(self.weights.T @ Kc) ** 2
+        w = kernels.nnls(gram, cross, exact=True).w
+        told = (2 * (w * cross).sum(1) - ((w @ gram) * w).sum(1)).numpy()
+        return np.asarray(told / np.maximum(self.norms**2, 1e-30))
+
+    def _times(self, c: Array) -> Array:
+        """``K c`` in float64, some rows of K at a time."""
+        parts = np.array_split(np.arange(len(self.K)), max(1, len(self.K) * len(self.K) >> 24))
+        return np.concatenate([self.K[part].astype(np.float64) @ c for part in parts])
+
+
+# ---- parts of the examples --------------------------------------------------------------------------------------
 
 MOST_STRATEGIES = 16
 EQUAL = 0.05  # adjusted Rand indices that differ by less say the same

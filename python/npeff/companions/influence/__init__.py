@@ -1,4 +1,4 @@
-"""Cross-loss influence functions: which training examples made a model what another loss, or a component, sees in it.
+"""Cross-loss influence functions: the effect of training examples on another loss, or on a component's coefficients.
 
 ::
 
@@ -9,12 +9,10 @@
 """
 
 from npeff.companions.influence.coefficient import Coefficient, ComponentInfluence, component_influence
-from npeff.companions.influence.ekfac import EKFAC
-from npeff.companions.influence.estimator import CrossLossInfluence
-from npeff.companions.influence.gauss_newton import EmpiricalFisher, GaussNewton
-from npeff.companions.influence.losses import cross_entropy, squared_error
+from npeff.companions.influence.curvature import EKFAC, EmpiricalFisher, GaussNewton
+from npeff.companions.influence.estimator import CrossLossInfluence, Scores
+from npeff.companions.influence.objective import cross_entropy, squared_error
 from npeff.companions.influence.retraining import Minimum, Retrained, Unlearned, leave_out, minimise, unlearn
-from npeff.companions.influence.scores import Scores
 from npeff.companions.influence.solvers import ConjugateGradients, Exact, Identity, LiSSA, Solution
 
 __all__ = [

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from npeff import kernels
 from npeff.batches.batches import examples_at, read_batch
-from npeff.companions.influence.estimator import CrossLossInfluence
-from npeff.companions.influence.losses import Loss, cross_entropy
-from npeff.companions.influence.scores import Array, Scores
+from npeff.companions.influence.estimator import Array, CrossLossInfluence, Scores
+from npeff.companions.influence.objective import Loss, cross_entropy
 from npeff.components.components import Components
-from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.errors import ArgumentError, DataError, ModelError, check_choice
 from npeff.fishers.scaling import column_factors
 from npeff.models.digests import model_digest
-from npeff.models.forward import call_model
+from npeff.models.forward import OVER_CLASSES, call_model
 from npeff.short_repr import short_repr
 
 Surrogate = Literal["coefficient", "cross"]
@@ -57,8 +56,7 @@ class Coefficient:
     ) -> None:
         if not isinstance(components, Components):
             raise ArgumentError(f"components: expected Components, got {type(components).__name__}")
-        if surrogate not in get_args(Surrogate):
-            raise ArgumentError(f"surrogate: expected 'coefficient' or 'cross', got {surrogate!r}")
+        check_choice("surrogate", surrogate, get_args(Surrogate))
         if isinstance(j, bool) or not isinstance(j, int | np.integer) or not 0 <= j < components.n_components:
             raise ArgumentError(f"j: expected a component below {components.n_components}, got {j!r}")
         options = components.provenance.get("fishers", {}).get("options", {})
@@ -68,7 +66,7 @@ class Coefficient:
                 "of the model alone only with labels='expected'"
             )
         self.j, self._surrogate, self._forward = int(j), surrogate, forward
-        self._likelihood = options.get("likelihood", "categorical")
+        self.likelihood = options.get("likelihood", "categorical")
         self._normalize = components.provenance.get("normalize", "stored")
         self._diagonal = components.kind == "diagonal"
         self._names = components.parameters.names
@@ -100,9 +98,9 @@ class Coefficient:
         if missing:
             raise ModelError(f"model: it lacks the components' parameters {', '.join(missing[:5])}; pass their model")
         tensors = [named[name] for name in self._names]
-        batch = read_batch(content, tensors[0].device, 0, True)
+        batch = read_batch(content, tensors[0].device, 0, True, self.likelihood in OVER_CLASSES)
         with _recorded(tensors):
-            logits = call_model(model, self._forward, batch, self._likelihood)
+            logits = call_model(model, self._forward, batch, self.likelihood)
             return torch.stack([self._one(row, tensors) for row in logits])
 
     def _one(self, logits: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -131,9 +129,9 @@ class Coefficient:
         Raises:
             ModelError: Autograd cannot record the gradient.
         """
-        if self._likelihood == "gaussian":
+        if self.likelihood == "gaussian":
             functions, scales = logits, torch.ones_like(logits)
-        elif self._likelihood == "bernoulli":
+        elif self.likelihood == "bernoulli":
             functions = logits
             scales = ((nn.functional.logsigmoid(logits) + nn.functional.logsigmoid(-logits)) / 2).exp()
         else:
@@ -169,7 +167,7 @@ def _recorded(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class ComponentInfluence:
-    """Which training examples made a component's coefficient what it is on its top examples.
+    """The influence of training examples on a component's coefficients on its top examples.
 
     Attributes:
         j: The component.
@@ -221,7 +219,7 @@ def component_influence(
         j: Which component.
         train: The training data, batches as ``train_loss`` takes them.
         data: The data whose Fishers were decomposed.
-        train_loss: What was trained, per example.
+        train_loss: The loss that was trained, per example.
         k: How many of the component's top examples.
         surrogate: See :class:`Coefficient`.
         forward: As in :func:`npeff.compute_fishers`.
@@ -245,7 +243,11 @@ def component_influence(
     examples = examples[components.coefficients[examples, j] > 0]
     if not len(examples):
         raise ArgumentError(f"j: component {j} has no example with a positive coefficient; choose another")
-    test = [batch.content for batch in examples_at(data, components.ids[examples].tolist())]
+    over_classes = function.likelihood in OVER_CLASSES
+    top = examples_at(data, components.ids[examples].tolist(), None, over_classes)
+    if any(batch.outputs is not None for batch in top):
+        raise DataError("data: influence on a coefficient needs all outputs; these batches keep some (outputs=)")
+    test = [batch.content for batch in top]
     if fitted is None:
         estimator = CrossLossInfluence(model, train_loss, function, parameters, **options)
     else:

@@ -1,4 +1,4 @@
-"""Training to an optimum, training again without some examples, and unlearning examples by gradient steps."""
+"""Train to an optimum, train again without some examples, and unlearn examples by gradient steps."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.companions.influence.losses import (
+from npeff.companions.influence.objective import (
     Array,
     Loss,
     RepeatableData,
-    check_count,
+    TrainingObjective,
     check_loss,
-    check_positive,
     loss_values,
 )
-from npeff.companions.influence.objective import TrainingObjective
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, check_choice, check_integer, check_number
 from npeff.gradients.selection import placed, select_parameters
 from npeff.short_repr import short_repr
 
@@ -81,7 +79,7 @@ def minimise(
         ModelError: The loss fails.
     """
     check_loss(loss, "loss")
-    check_positive("tolerance", tolerance)
+    check_number("tolerance", tolerance)
     with placed(model, None) as device:
         objective = _objective(model, loss, data, ("loss", "data"), device, parameters, weight_decay)
         small = objective.m <= NEWTON_PARAMETERS
@@ -91,7 +89,7 @@ def minimise(
 
 @dataclass(frozen=True, eq=False)
 class Retrained:
-    """What happened to the test losses.
+    """How the test losses changed.
 
     Attributes:
         changes: ``(r, n_test)`` float64, L_test after minus before, one row per retraining.
@@ -128,7 +126,7 @@ def leave_out(
 
     Args:
         model: At an optimum of the full objective; restored afterwards.
-        train_loss: What was trained.
+        train_loss: The loss that was trained.
         train: Batches.
         groups: Examples, or lists of examples, to leave out; one retraining each.
         test_loss: As for :class:`CrossLossInfluence`.
@@ -149,7 +147,7 @@ def leave_out(
     """
     check_loss(train_loss, "train_loss")
     check_loss(test_loss, "test_loss")
-    check_positive("tolerance", tolerance)
+    check_number("tolerance", tolerance)
     with placed(model, None) as device:
         objective = _objective(model, train_loss, train, ("train_loss", "train"), device, parameters, weight_decay)
         test_batches = list(RepeatableData(test, "test", device))
@@ -181,7 +179,7 @@ def _objective(
     weight_decay: float = 0.0,
 ) -> TrainingObjective:
     """Make the objective of data that is read once and held in memory; the names are those of loss and data."""
-    check_positive("weight_decay", weight_decay, zero=True)
+    check_number("weight_decay", weight_decay, zero=True)
     held = RepeatableData(list(RepeatableData(data, names[1], device)), names[1], device)
     return TrainingObjective(model, loss, held, select_parameters(model, parameters), weight_decay, name=names[0])
 
@@ -320,7 +318,7 @@ def unlearn(
         steps: Most steps.
         target: Stop once the measure has reached it.
         goal: Whether reaching means ≤ (``"lower"``) or ≥ (``"higher"``).
-        parameters: Name patterns of what may change.
+        parameters: Name patterns of the parameters that may change.
 
     Returns:
         The changed copy and the measure's history.
@@ -331,14 +329,13 @@ def unlearn(
         ModelError: The loss or the model fails.
     """
     check_loss(loss, "loss")
-    check_positive("learning_rate", learning_rate)
-    check_count("steps", steps)
+    check_number("learning_rate", learning_rate)
+    check_integer("steps", steps)
     if harmful is None and helpful is None:
         raise ArgumentError("harmful: neither harmful nor helpful examples were given; pass batches of at least one")
     if not callable(measure):
         raise ArgumentError(f"measure: expected callable(model) -> float, got {measure!r}")
-    if goal not in ("lower", "higher"):
-        raise ArgumentError(f"goal: expected 'lower' or 'higher', got {goal!r}")
+    check_choice("goal", goal, ("lower", "higher"))
     changed = copy.deepcopy(model)
     with placed(changed, None) as device:
         sides = {

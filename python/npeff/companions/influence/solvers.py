@@ -1,4 +1,4 @@
-"""Ways to multiply by the inverse of the training objective's Hessian, and what every such way shares."""
+"""Solvers: products with the inverse of the training objective's Hessian."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from npeff.batches.batches import Batch
-from npeff.companions.influence.losses import check_count, check_positive
 from npeff.companions.influence.objective import TrainingObjective
-from npeff.errors import ArgumentError, ModelError
+from npeff.errors import ArgumentError, ModelError, check_integer, check_number
 from npeff.short_repr import short_repr
 
 Product = Callable[[Tensor], Tensor]
@@ -46,10 +45,10 @@ class Inverse:
     Attributes:
         apply: Computes ``(H + λI)⁻¹ v`` for rows v, and how many products with H that took.
         product: Computes ``(H + λI) x``, to measure the residual with.
-        notes: What the user should know: approximations, parameters without a factor, estimates made.
+        notes: Approximations, parameters without a factor, and estimates, for the user.
         name: What iterates, for the warning.
         accepted: Warn where the relative residual is larger; None: never.
-        advice: What to do then.
+        advice: Ends that warning.
     """
 
     apply: Callable[[Tensor], tuple[Tensor, int]]
@@ -79,7 +78,7 @@ class Inverse:
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """Options of a way to solve; :meth:`fit` does the work that all right-hand sides share.
+    """The options of a solver; :meth:`fit` does the work that all right-hand sides share.
 
     Attributes:
         name: As on the command line.
@@ -199,8 +198,8 @@ class ConjugateGradients(Solver):
 
     @override
     def fit(self, objective: TrainingObjective, damping: float, memory: int) -> Inverse:
-        check_positive("tolerance", self.tolerance)
-        check_count("max_iterations", self.max_iterations)
+        check_number("tolerance", self.tolerance)
+        check_integer("max_iterations", self.max_iterations)
         if self.preconditioner is not None and not isinstance(self.preconditioner, Solver):
             raise ArgumentError(f"preconditioner: expected a solver such as EKFAC(), got {self.preconditioner!r}")
         before = None if self.preconditioner is None else self.preconditioner.fit(objective, damping, memory)
@@ -314,10 +313,10 @@ class LiSSA(Solver):
 
     @override
     def fit(self, objective: TrainingObjective, damping: float, memory: int) -> Inverse:
-        check_count("steps", self.steps)
-        check_count("repeats", self.repeats)
+        check_integer("steps", self.steps)
+        check_integer("repeats", self.repeats)
         if self.scale is not None:
-            check_positive("scale", self.scale)
+            check_number("scale", self.scale)
         batches = list(objective.data)
         notes: tuple[str, ...] = ()
         scale = self.scale

@@ -9,15 +9,14 @@
 Instance-wise Linearization (Li, Liu, Bhavya, Bremer, Pascucci 2023, arXiv 2310.16295).
 """
 
-from npeff.companions.linearize.component_attribution import (
+from npeff.companions.linearize.components import (
     ComponentAttribution,
     attribute_component,
     attribute_top_examples,
+    contribution_figure,
 )
-from npeff.companions.linearize.linear_map import LinearMap
-from npeff.companions.linearize.linearizing import linearize
-from npeff.companions.linearize.pictures import contribution_figure
-from npeff.companions.linearize.program import Frozen
+from npeff.companions.linearize.linear_map import LinearMap, linearize
+from npeff.companions.linearize.recording import Frozen
 
 __all__ = [
     "ComponentAttribution",

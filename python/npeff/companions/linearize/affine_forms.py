@@ -43,7 +43,7 @@ class Affine:
 
 @dataclass
 class Call:
-    """One operation as it happened.
+    """One recorded operation.
 
     Attributes:
         name: Without ``aten::``, and without the underscore of operations in place.

@@ -32,7 +32,7 @@ def _gated(
         passed = torch.where(open_, passed, z * slope) if leaky else passed * open_
         return passed if shift is None else passed + shift
 
-    return Affine(function, (call.args[0],), shift is not None, (open_,))
+    return Affine(function, (call.args[0],), shift is not None, (open_,) if shift is None else (open_, shift))
 
 
 @affine_form("relu")
@@ -41,23 +41,16 @@ def relu(call: Call) -> Affine:
     return _gated(call, call.args[0] > 0)
 
 
-@affine_form("leaky_relu")
+@affine_form("leaky_relu", "_prelu_kernel", "prelu", "rrelu_with_noise")
 def leaky_relu(call: Call) -> Affine:
-    """Passes v, or a fraction of v below 0."""
-    return _gated(call, call.args[0] > 0, float(call.argument(1, "negative_slope", 0.01)))
-
-
-@affine_form("_prelu_kernel", "prelu")
-def prelu(call: Call) -> Affine:
-    """Passes v, or a learned fraction of v below 0."""
-    return _gated(call, call.args[0] > 0, call.fixed(1, "weight"))
-
-
-@affine_form("rrelu_with_noise")
-def rrelu(call: Call) -> Affine:
-    """In evaluation mode a leaky ReLU with the mean slope."""
-    lower, upper = call.argument(2, "lower", 0.125), call.argument(3, "upper", 1 / 3)
-    return _gated(call, call.args[0] > 0, (lower + upper) / 2)
+    """Passes v, or a fraction of v below 0: given, learned, or the mean of a range (RReLU in evaluation mode)."""
+    if call.name == "leaky_relu":
+        slope = float(call.argument(1, "negative_slope", 0.01))
+    elif call.name == "rrelu_with_noise":
+        slope = (call.argument(2, "lower", 0.125) + call.argument(3, "upper", 1 / 3)) / 2
+    else:
+        slope = call.fixed(1, "weight")
+    return _gated(call, call.args[0] > 0, slope)
 
 
 @affine_form("threshold")
@@ -93,18 +86,12 @@ def hardsigmoid(call: Call) -> Affine:
     return _gated(call, inside, shift=torch.where(inside, 0.5, call.output), inner=1 / 6)
 
 
-@affine_form("softshrink")
-def softshrink(call: Call) -> Affine:
-    """Passes v shrunk towards 0 by λ; 0 within λ."""
+@affine_form("softshrink", "hardshrink")
+def shrink(call: Call) -> Affine:
+    """Passes v, shrunk towards 0 by λ or as it is; 0 within λ."""
     v, width = call.args[0], float(call.argument(1, "lambd", 0.5))
     outside = v.abs() > width
-    return _gated(call, outside, shift=-width * v.sign() * outside)
-
-
-@affine_form("hardshrink")
-def hardshrink(call: Call) -> Affine:
-    """Passes v; 0 within λ."""
-    return _gated(call, call.args[0].abs() > float(call.argument(1, "lambd", 0.5)))
+    return _gated(call, outside, shift=-width * v.sign() * outside if call.name == "softshrink" else None)
 
 
 @affine_form("abs")

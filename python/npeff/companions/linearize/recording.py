@@ -1,11 +1,12 @@
-"""Recording: a pass of a model over a point, below autograd, in which every operation that depends on it is frozen."""
+"""Recording: a pass of a model below autograd, in which every operation that depends on the point is frozen."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from npeff.batches.tensor_trees import leaves
 from npeff.companions.linearize import nonlinear_forms  # noqa: F401 - it fills the table of forms
 from npeff.companions.linearize.affine_forms import (
     AFFINE_FORMS,
@@ -23,8 +23,150 @@ from npeff.companions.linearize.affine_forms import (
     names_in,
     tensors_in,
 )
-from npeff.companions.linearize.program import Frozen, Program, Step, zero_like
 from npeff.errors import ModelError
+from npeff.short_repr import short_repr
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A part of an operation that is not piecewise linear, held as it was at the point of linearisation.
+
+    Attributes:
+        module: Name of the module; empty for the model itself.
+        kind: Its class.
+        operation: Of torch: ``"gelu"``, ``"softmax"``, ``"native_layer_norm"``, …
+        held: The part: ``"gate"``, ``"attention pattern"``, ``"standard deviation"``, …
+    """
+
+    module: str
+    kind: str
+    operation: str
+    held: str
+
+    __repr__ = short_repr
+
+    def __str__(self) -> str:
+        return f"{self.module or 'the model itself'} ({self.kind}): {self.operation}, {self.held} held"
+
+
+def zero_like(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Make a zero with a tensor's dtype and device, and its shape or another, that takes no memory."""
+    shape = tensor.shape if shape is None else shape
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One affine operation.
+
+    Attributes:
+        function: Maps the values of ``inputs`` to this step's value, affinely and differentiably.
+        inputs: Numbers of earlier steps.
+        zero: A zero with the shape, dtype and device of the value, from :func:`zero_like`.
+        module: Name of the module it ran in; the model's class in brackets for the model itself.
+        offset: Whether the value may be non-zero where all inputs are zero.
+        pattern: Gates and positions of maxima at the point, which change at kinks.
+        notes: Numbers of the held parts that this step depends on.
+        apart: Whether row i of the value is known to depend on row i of the inputs alone.
+    """
+
+    function: Callable[..., Tensor]
+    inputs: tuple[int, ...]
+    zero: Tensor
+    module: str = ""
+    offset: bool = False
+    pattern: tuple[Tensor, ...] = ()
+    notes: frozenset[int] = frozenset()
+    apart: bool = False
+
+
+class Program:
+    """The steps that lead from an input to an output.
+
+    Args:
+        steps: All of them in order; step 0 is the input.
+        output: The number of the step that is the output; steps that do not lead to it are dropped.
+        constants: Weights in use, and the version each had; they may not change as long as the program lives.
+    """
+
+    def __init__(self, steps: list[Step], output: int, constants: Iterable[tuple[Tensor, int]]) -> None:
+        live = {output}
+        for number in range(output, 0, -1):
+            if number in live:
+                live.update(steps[number].inputs)
+        self.depends = 0 in live
+        kept = sorted(live | {0})
+        place = {number: i for i, number in enumerate(kept)}
+        self.steps = [replace(s, inputs=tuple(place[i] for i in s.inputs)) for s in (steps[number] for number in kept)]
+        self._last_use = {i: number for number, step in enumerate(self.steps) for i in step.inputs}
+        self._constants = list(constants)
+
+    @property
+    def notes(self) -> frozenset[int]:
+        """Numbers of the held parts on the way from input to output."""
+        return frozenset().union(*(step.notes for step in self.steps))
+
+    @property
+    def pattern(self) -> list[Tensor]:
+        """All gates and selections, in order."""
+        return [tensor for step in self.steps for tensor in step.pattern]
+
+    @property
+    def widest(self) -> int:
+        """Elements of the largest value."""
+        return max(1, *(step.zero.shape.numel() for step in self.steps))
+
+    def check(self) -> None:
+        """Make sure that the model's weights are those of the recording.
+
+        Raises:
+            ModelError: They changed.
+        """
+        if any(tensor._version != version for tensor, version in self._constants):
+            raise ModelError(
+                "model: its weights changed since it was linearised (was it trained in between?); linearise it again"
+            )
+
+    def run(self, z: Tensor, at_sources: list[Tensor] | None = None) -> Tensor:
+        """Replay the steps on another input.
+
+        Args:
+            z: A point of the input's shape.
+            at_sources: Receives the values of :attr:`sources`, which the output then has a graph to.
+
+        Returns:
+            The output, with a graph to ``z`` where it requires gradients.
+        """
+        self.check()
+        values = {0: z}
+        for number, step in enumerate(self.steps[1:], 1):
+            value = step.function(*(values[i] for i in step.inputs))
+            if at_sources is not None and number in self.sources:
+                value = value if value.requires_grad else value.detach().requires_grad_()
+                at_sources.append(value)
+            values[number] = value
+            for i in step.inputs:
+                if self._last_use[i] == number:
+                    values.pop(i, None)
+        return values[len(self.steps) - 1]
+
+    def offset(self, number: int) -> Tensor:
+        """Compute c_d of a step: its value where all its inputs are zero."""
+        step = self.steps[number]
+        with torch.no_grad():
+            return step.function(*(self.steps[i].zero.contiguous() for i in step.inputs))
+
+    def examples_apart(self, n: int) -> bool:
+        """Tell whether every step is known to keep n examples, which come first in each value, apart."""
+        return all(step.apart and step.zero.shape[0] == n for step in self.steps[1:])
+
+    @cached_property
+    def sources(self) -> list[int]:
+        """Numbers of the steps with an offset."""
+        candidates = (number for number, step in enumerate(self.steps) if number and step.offset)
+        return [number for number in candidates if bool(self.offset(number).count_nonzero())]
+
 
 _RANDOM = torch.Tag.nondeterministic_seeded
 _RESHAPED = names_in("as_strided as_strided_ transpose_ t_ squeeze_ unsqueeze_ swapaxes_ swapdims_ detach_")
@@ -70,7 +212,7 @@ class _Memory:
 
 
 class Values:
-    """The step that holds the value of each tensor that depends on the input, with views and writes in place.
+    """A map from the tensors that depend on the input to the steps of their values, through views and writes in place.
 
     Tensors that share memory share a storage. Per storage there is one *whole* (the tensor that filled it) and a step
     for its value; views of it have steps of their own. A write through any view makes a new whole, and views that are
@@ -132,14 +274,7 @@ class Values:
 
         whole = memory.steps[memory.whole]
         written = self._emit(Step(write, (whole, step), zero_like(tensor, shape)))
-        untouched = torch.ones(torch.Size(shape).numel(), dtype=torch.bool, device=index.device)
-        untouched[index] = False
-        kept = {
-            view: number
-            for view, number in memory.steps.items()
-            if view not in (memory.whole, wanted) and bool(untouched[memory.positions(view)].all())
-        }
-        memory.steps = {**kept, memory.whole: written, wanted: step}
+        memory.steps = {memory.whole: written, wanted: step}
 
 
 def flat_storage(tensor: Tensor) -> Tensor:
@@ -149,7 +284,7 @@ def flat_storage(tensor: Tensor) -> Tensor:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Turns the operations that happen within it into steps, from the moment that :meth:`begin` is called.
+    """Turns the operations within its context into steps, after :meth:`begin` was called.
 
     Args:
         model: Its weights are referred to, not copied; its modules give the steps their names.
@@ -164,7 +299,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._without_input: set[int] = set()
         self._weights = {key(t) for t in (*model.parameters(), *model.buffers())}
         self._versions: dict[int, tuple[Tensor, int]] = {}
-        self._constants: dict[int | None, tuple[Tensor, frozenset[int]]] = {}
         self._always: set[int] = set()
 
     def begin(self, point: Tensor) -> None:
@@ -210,9 +344,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise ModelError(f"model: {self._where()} draws random numbers ({name}): call model.eval()")
         tensors = tensors_in((args, kwargs))
         if not self.steps or not any(self._values.holds(tensor) for tensor in tensors):
-            output = func(*args, **kwargs)
-            self._note_constant(output, self._notes(tensors))
-            return output
+            return func(*args, **kwargs)
         if func._schema.is_mutable and name not in AFFINE_FORMS and name not in _RESHAPED:
             return self._in_place(func, name, args, kwargs)
         output = func(*args, **kwargs)
@@ -222,11 +354,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if args[0].is_floating_point() and self._depends(args[0]):
                 self._always.add(self._hold("item", "number"))
             return output
-        outputs, outcomes = self._outcomes(self._call(name, func, args, kwargs, output), tensors)
-        for tensor, (step, notes) in zip(outputs, outcomes, strict=True):
-            if step is None:
-                self._note_constant(tensor, notes)
-            else:
+        steps = self._frozen(self._call(name, func, args, kwargs, output), tensors)
+        for tensor, step in zip(tensors_in(output), steps, strict=True):
+            if step is not None:
                 self._values.set(tensor, step)
         return output
 
@@ -246,29 +376,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = None if self._values.holds(target) else flat_storage(target)
         output: Tensor = function(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
-        _, ((step, notes),) = self._outcomes(self._call(functional, function, args, kwargs, output), tensors)
+        (step,) = self._frozen(self._call(functional, function, args, kwargs, output), tensors)
         with torch.no_grad():
             target.copy_(output)
-        if step is None:
-            value = target.detach().clone()
-            step = self._emit(Step(lambda: value, (), zero_like(value), self._module(), True, (), notes))
-        self._values.write(target, step, before)
+        self._values.write(target, self._constant(target, frozenset()) if step is None else step, before)
         return target
 
-    def _outcomes(
-        self, call: Call, tensors: list[Tensor]
-    ) -> tuple[list[Tensor], list[tuple[int | None, frozenset[int]]]]:
-        """Freeze an operation: for each output its step, or none where it is constant, and the notes that it needs.
+    def _frozen(self, call: Call, tensors: list[Tensor]) -> list[int | None]:
+        """Freeze an operation: give each output's step, or none where it is constant and no held part made it.
 
         Raises:
-            ModelError: There is none.
+            ModelError: The operation has no affine form.
         """
         outputs = tensors_in(call.output)
-        nothing: frozenset[int] = frozenset()
         involved = any(self._depends(tensor) for tensor in tensors)
         if not involved or not any(tensor.is_floating_point() for tensor in outputs):
-            notes = self._notes(tensors)
-            return outputs, [(None, notes if not involved else nothing) for _ in outputs]
+            notes = frozenset() if involved else self._notes(tensors)
+            return [self._constant(output, notes) if notes else None for output in outputs]
         if call.name not in AFFINE_FORMS:
             raise ModelError(
                 f"model: {call.where} computes {call.name}, which has no affine form here; linearise from a layer "
@@ -277,20 +401,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = AFFINE_FORMS[call.name](call)
         each = found if isinstance(found, tuple) else (found, *(Affine(),) * (len(outputs) - 1))
         notes = self._notes(call.kept)
-        return outputs, [self._settle(call, *pair, notes) for pair in zip(each, outputs, strict=True)]
+        return [self._settle(call, form, output, notes) for form, output in zip(each, outputs, strict=True)]
 
-    def _settle(
-        self, call: Call, form: Affine, output: Tensor, notes: frozenset[int]
-    ) -> tuple[int | None, frozenset[int]]:
+    def _settle(self, call: Call, form: Affine, output: Tensor, notes: frozenset[int]) -> int | None:
         if form.held:
             notes = notes | {self._hold(call.name, form.held)}
         if form.function is None:
-            return None, notes
+            return self._constant(output, notes) if notes else None
         inputs = tuple(self._values.step(tensor) for tensor in form.inputs)
-        zero, module = zero_like(output), self._module()
         apart = not form.held and keeps_examples_apart(call, form.inputs, output)
-        step = Step(form.function, inputs, zero, module, form.offset, form.pattern, notes, apart)
-        return self._emit(step), notes
+        zero = zero_like(output)
+        return self._emit(Step(form.function, inputs, zero, self._module(), form.offset, form.pattern, notes, apart))
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
 
@@ -320,29 +441,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.held.append(Frozen(name, kind, operation, what))
         return len(self.held) - 1
 
+    def _constant(self, tensor: Tensor, notes: frozenset[int]) -> int:
+        """Make a step of a value that is held as it is."""
+        value = self._keep(tensor)
+        return self._emit(Step(lambda: value, (), zero_like(value), self._module(), True, (), notes))
+
     def _notes(self, tensors: list[Tensor]) -> frozenset[int]:
-        notes: frozenset[int] = frozenset()
-        for tensor in tensors:
-            if key(tensor) in self._constants:
-                notes |= self._constants[key(tensor)][1]
-            if self._values.holds(tensor):
-                notes |= self._step_notes(self._values.step(tensor))
-        return notes
+        """Give the numbers of the held parts that made those of the tensors that are constants."""
+        steps = [self._values.step(tensor) for tensor in tensors if self._values.holds(tensor)]
+        return frozenset().union(*(self._step_notes(number) for number in steps if number in self._without_input))
 
     def _step_notes(self, number: int) -> frozenset[int]:
         step = self.steps[number]
-        return (
-            step.notes.union(*(self._step_notes(i) for i in step.inputs))
-            if number in self._without_input
-            else frozenset()
-        )
-
-    def _note_constant(self, output: Any, notes: frozenset[int]) -> None:
-        if notes:
-            for tensor in leaves(output):
-                if isinstance(tensor, Tensor):
-                    earlier = self._constants.get(key(tensor), (tensor, frozenset()))[1]
-                    self._constants[key(tensor)] = tensor, earlier | notes
+        return step.notes.union(*(self._step_notes(i) for i in step.inputs))
 
     def _module(self) -> str:
         name, kind = self.modules[-1]

@@ -26,8 +26,7 @@ from npeff.companions.rollback.factor_models import (
     read_triples,
 )
 from npeff.companions.rollback.faithfulness import Faithfulness, faithfulness, retrain, trained_without
-from npeff.companions.rollback.recipe import Recipe
-from npeff.companions.rollback.record import Record, RowUpdates
+from npeff.companions.rollback.record import Recipe, Record, RowUpdates
 from npeff.companions.rollback.training import RollbackRecorder, fit
 
 __all__ = [

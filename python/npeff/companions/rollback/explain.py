@@ -14,7 +14,7 @@ from torch import Tensor
 from npeff.companions.rollback.factor_models import FactorModel
 from npeff.companions.rollback.record import Record
 from npeff.components.components import Components
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, check_integer
 from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
@@ -155,8 +155,7 @@ class Explainer(ABC):
         Raises:
             ArgumentError: The target is no example of the model, or k is below 1.
         """
-        if not isinstance(k, int | np.integer) or k < 1:
-            raise ArgumentError(f"k: expected a number ≥ 1, got {k!r}")
+        check_integer("k", k)
         target = self.target(target)
         candidates = self.candidates(target)
         influences = self.influence(target, candidates)

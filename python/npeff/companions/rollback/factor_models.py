@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.errors import ArgumentError, DataError, StorageError
+from npeff.errors import ArgumentError, DataError, StorageError, check_integer, check_number
 from npeff.short_repr import short_repr
 from npeff.storage.files import path_of
 
@@ -50,10 +50,8 @@ class FactorModel(nn.Module, ABC):
     def __init__(self, sizes: Mapping[str, int], widths: Mapping[str, int], scale: float, seed: int) -> None:
         super().__init__()
         for name, value in {**{f"number of {n}": s for n, s in sizes.items()}, **widths}.items():
-            if not isinstance(value, int | np.integer) or value < 1:
-                raise ArgumentError(f"{name}: expected a number ≥ 1, got {value!r}")
-        if not scale > 0:
-            raise ArgumentError(f"scale: expected a standard deviation > 0, got {scale!r}")
+            check_integer(name, value)
+        check_number("scale", scale)
         generator = torch.Generator().manual_seed(seed)
         self._names = tuple(sizes)
         for name in sizes:

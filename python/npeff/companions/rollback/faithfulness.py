@@ -35,7 +35,7 @@ class Faithfulness:
         after: ``(n,)`` P(target), trained without the target's explanation.
         top_before: ``(n,)`` most probable answer before.
         top_after: ``(n,)`` and after.
-        explanations: What was left out, per target.
+        explanations: The explanation that was left out, per target.
     """
 
     before: Array
@@ -110,7 +110,7 @@ def trained_without(
     retrain_without: Retrain | None = None,
     progress: bool = True,
 ) -> tuple[Array, Array]:
-    """P(· | context) of every target, trained without its set of examples; and trained on everything.
+    """Compute P(· | context) of every target, trained without its set of examples; and trained on everything.
 
     Args:
         method: Supplies model and record.

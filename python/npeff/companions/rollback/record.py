@@ -4,25 +4,103 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from npeff.companions.rollback.factor_models import MODELS, FactorModel
-from npeff.companions.rollback.recipe import Recipe
-from npeff.errors import ArgumentError, ModelError, StorageError
+from npeff.errors import ArgumentError, ModelError, StorageError, check_integer, check_number
 from npeff.short_repr import short_repr
-from npeff.storage.documents import expect, item
-from npeff.storage.fields import FLOAT, Field, Sizes, refuse
+from npeff.storage.checks import FLOAT, Field, Sizes, expect, item, refuse
+from npeff.storage.container import check_replaceable, read_record
 from npeff.storage.files import explain, reserve
-from npeff.storage.hdf5 import CHUNK_BYTES, Data
-from npeff.storage.records import check_record_target, read_record, write_record
+from npeff.storage.hdf5 import CHUNK_BYTES
+from npeff.storage.writing import Data, write_record
 
 Array = npt.NDArray[Any]
 CONTENT = "rollback"
+SAME = ("model_kind", "model_options", "names", "all_rows")
+"""Fields of a record that its meta data hold as they are."""
+
+OptimizerName = Literal["sgd", "adagrad", "adam"]
+
+_CHUNK = 1 << 22  # random keys at a time
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Training at batch size 1 on the softmax over an example's answer and its negatives.
+
+    The loss of example d = (c, a) with negatives N is ``−log(exp s(c, a) / Σ_{a' ∈ {a} ∪ N} exp s(c, a'))``. Order and
+    negatives depend on ``seed``, the epoch and the number of examples alone: a training that leaves examples out
+    keeps those of the others.
+
+    Attributes:
+        epochs: Passes over the examples.
+        negatives: Different answers drawn per step, other than the example's own; all others where there are no more.
+        learning_rate: Of the optimiser.
+        optimizer: ``"sgd"``; ``"adagrad"``; ``"adam"``, in the form that changes only rows with a gradient
+            (``torch.optim.SparseAdam``).
+        seed: Decides order and negatives.
+    """
+
+    epochs: int = 10
+    negatives: int = 13
+    learning_rate: float = 0.1
+    optimizer: OptimizerName = "sgd"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("negatives", 1), ("seed", 0)):
+            check_integer(name, getattr(self, name), least)
+        check_number("learning_rate", self.learning_rate)
+        if self.optimizer not in get_args(OptimizerName):
+            known = ", ".join(map(repr, get_args(OptimizerName)))
+            raise ArgumentError(
+                f"optimizer: expected one of {known}, got {self.optimizer!r}; RollbackRecorder records any torch "
+                "optimiser"
+            )
+
+    def schedule(self, epoch: int, answers: Array, n_answers: int) -> tuple[Array, Array]:
+        """Draw one epoch.
+
+        Args:
+            epoch: From 0.
+            answers: ``(n,)`` the answer of every example.
+            n_answers: Rows of the answers' table.
+
+        Returns:
+            The order ``(n,)``, and for example d (not step d) the candidates ``(n, 1 + N)``: its answer, then its
+            negatives, all different.
+        """
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(answers))
+        others = _distinct(rng, len(answers), min(self.negatives, n_answers - 1), n_answers - 1)
+        others += others >= answers[:, None]  # skip the answer
+        return order, np.concatenate([answers[:, None], others], axis=1)
+
+
+def _distinct(rng: np.random.Generator, n: int, k: int, size: int) -> Array:
+    """Draw ``(n, k)`` int64: rows of k different numbers below ``size``, uniform."""
+    if k == size:
+        return np.tile(np.arange(size), (n, 1))
+    if k * k > size:  # collisions are likely: take the smallest of random keys
+        rows = max(1, _CHUNK // size)
+        parts = [
+            np.argpartition(rng.random((min(rows, n - start), size)), k - 1, axis=1)[:, :k]
+            for start in range(0, n, rows)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, k), np.int64)
+    drawn = rng.integers(size, size=(n, k))
+    while True:
+        ordered = np.sort(drawn, axis=1)
+        again = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))
+        if not len(again):
+            return drawn
+        drawn[again] = rng.integers(size, size=(len(again), k))
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,14 +221,9 @@ class Record:
 
     def meta(self) -> dict[str, Any]:
         """Collect everything but the arrays, JSON-able."""
-        return {
-            "columns": list(self.columns),
-            "recipe": None if self.recipe is None else asdict(self.recipe),
-            "model_kind": self.model_kind,
-            "model_options": self.model_options,
-            "names": self.names,
-            "all_rows": self.all_rows,
-        }
+        same = {name: getattr(self, name) for name in SAME}
+        recipe = None if self.recipe is None else asdict(self.recipe)
+        return {"columns": list(self.columns), "recipe": recipe, **same}
 
     def save(self, path: str | Path) -> Path:
         """Write to an HDF5 file; :meth:`load` maps it.
@@ -159,17 +232,17 @@ class Record:
             ArgumentError: ``path`` is no path.
             StorageError: Something else is there, or the file cannot be written.
         """
-        arrays: dict[str, Array | Data] = {}
-        for table, updates in self.updates.items():
-            arrays |= {f"updates/{table}/{part}": array for part, array in vars(updates).items()}
-        return write_record(path, CONTENT, {**self._fixed(), **arrays}, self.meta())
+        return self.write(path, {table: vars(updates) for table, updates in self.updates.items()})
 
-    def _fixed(self) -> dict[str, Array | Data]:
-        """Collect all arrays but the updates."""
+    def write(self, path: str | Path, updates: Mapping[str, Mapping[str, Array | Data]]) -> Path:
+        """Write to an HDF5 file, with the arrays of the updates or streams of them; see :meth:`save`."""
         arrays: dict[str, Array | Data] = {"examples": np.asarray(self.examples, np.int64)}
         for part in ("initial", "final"):
             arrays |= {f"{part}/{table}": values for table, values in getattr(self, part).items()}
-        return arrays
+        for table, parts in updates.items():
+            arrays |= {f"updates/{table}/{part}": array for part, array in parts.items()}
+        streams = {name: replace(array, name=name) for name, array in arrays.items() if isinstance(array, Data)}
+        return write_record(path, CONTENT, arrays | streams, self.meta())
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = False) -> Record:
@@ -207,7 +280,7 @@ class Record:
             initial={table: arrays[f"initial/{table}"] for table in tables},
             final={table: arrays[f"final/{table}"] for table in tables},
             recipe=recipe,
-            **{name: meta[name] for name in ("model_kind", "model_options", "names", "all_rows")},
+            **{name: meta[name] for name in SAME},
         )
 
 
@@ -266,7 +339,7 @@ class RecordBuilder:
         names: Mapping[str, Sequence[str]] | None,
         out: str | Path | None,
     ) -> None:
-        self._out = None if out is None else check_record_target(out, CONTENT)
+        self._out = None if out is None else check_replaceable(out, CONTENT)
         folder = None if self._out is None else self._out.resolve().parent
         self._model, self._examples, self._all_rows = model, examples, all_rows
         self._names = {table: list(given) for table, given in (names or {}).items()}
@@ -297,11 +370,7 @@ class RecordBuilder:
         )
         if self._out is None:
             return record
-        arrays = record._fixed()
-        for name, sums in self.sums.items():
-            arrays |= sums.streams(f"updates/{name}")
-        write_record(self._out, CONTENT, arrays, record.meta())
-        return Record.load(self._out)
+        return Record.load(record.write(self._out, {name: sums.streams() for name, sums in self.sums.items()}))
 
     def close(self) -> None:
         """Remove the temporary files."""
@@ -371,7 +440,7 @@ class UpdateSums:
         offsets, rows, order = self._sorted()
         return RowUpdates(offsets, rows, np.asarray(self._values[order]))
 
-    def streams(self, name: str) -> dict[str, Data]:
+    def streams(self) -> dict[str, Array | Data]:
         """Describe the sums as datasets, the values in pieces."""
         offsets, rows, order = self._sorted()
         step = max(1, CHUNK_BYTES // (4 * self._width))
@@ -380,11 +449,8 @@ class UpdateSums:
             for start in range(0, len(order), step):
                 yield np.asarray(self._values[order[start : start + step]])
 
-        return {
-            f"{name}/offsets": Data.of(f"{name}/offsets", offsets),
-            f"{name}/rows": Data.of(f"{name}/rows", rows),
-            f"{name}/values": Data(f"{name}/values", (len(order), self._width), np.dtype("<f4"), chunks),
-        }
+        values = Data("values", (len(order), self._width), np.dtype("<f4"), chunks)
+        return {"offsets": offsets, "rows": rows, "values": values}
 
     def close(self) -> None:
         """Remove the temporary file."""

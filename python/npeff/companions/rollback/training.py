@@ -1,12 +1,9 @@
-"""Training at batch size 1 under record: by gradients in closed form, or in your own loop with torch.
-
-The closed form also trains many models side by side that each leave examples out.
-"""
+"""Training at batch size 1 under record: by gradients in closed form, or in your own loop with torch."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +17,86 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from npeff.companions.rollback.factor_models import FactorModel
-from npeff.companions.rollback.recipe import Recipe, RowOptimizer
-from npeff.companions.rollback.record import Record, RecordBuilder
-from npeff.errors import ArgumentError, ModelError
+from npeff.companions.rollback.record import OptimizerName, Recipe, Record, RecordBuilder
+from npeff.errors import ArgumentError, ModelError, check_choice
 
 Array = npt.NDArray[Any]
+Rows = Any  # an integer, or different integers
+
+
+def _sgd(gradient: Array, rate: float, step: Array) -> tuple[Array, ...]:
+    """Take a step of ``−η g``, as ``torch.optim.SGD``."""
+    return (-rate * gradient,)
+
+
+def _adagrad(gradient: Array, rate: float, step: Array, sums: Array) -> tuple[Array, ...]:
+    """Take a step of ``−η g / (√S + 1e-10)`` after ``S += g²``, as ``torch.optim.Adagrad``."""
+    sums = sums + gradient * gradient
+    return -rate * gradient / (np.sqrt(sums) + 1e-10), sums
+
+
+def _adam(gradient: Array, rate: float, step: Array, mean: Array, square: Array) -> tuple[Array, ...]:
+    """Take a step of ``−η √(1−β₂ᵗ)/(1−β₁ᵗ) · m/(√v + ε)``, as ``torch.optim.SparseAdam``.
+
+    Before it ``m += (1−β₁)(g−m)`` and ``v += (1−β₂)(g²−v)``; t counts the steps.
+    """
+    b1, b2, epsilon = 0.9, 0.999, 1e-8
+    t = np.maximum(step, 1)
+    size = (rate * np.sqrt(1 - b2**t) / (1 - b1**t)).astype(gradient.dtype)
+    mean = mean + (1 - b1) * (gradient - mean)
+    square = square + (1 - b2) * (gradient * gradient - square)
+    return -size * mean / (np.sqrt(square) + epsilon), mean, square
+
+
+_RULES: dict[str, tuple[int, Callable[..., tuple[Array, ...]]]] = {
+    "sgd": (0, _sgd),
+    "adagrad": (1, _adagrad),
+    "adam": (2, _adam),
+}
+"""By optimiser: the number of its averages, and its function from a gradient and them to a change and new averages."""
+
+
+class RowOptimizer:
+    """The steps of an optimiser that changes only rows with a gradient.
+
+    Args:
+        name: ``"sgd"``, ``"adagrad"`` or ``"adam"``.
+        tables: ``(rows, width)``, or ``(rows, width, R)`` for R models side by side; for their shapes.
+        learning_rate: η.
+    """
+
+    def __init__(self, name: OptimizerName, tables: Mapping[str, Array], learning_rate: float) -> None:
+        n_averages, self._rule = _RULES[name]
+        self._rate = learning_rate
+        self._averages = {name: [np.zeros_like(table) for _ in range(n_averages)] for name, table in tables.items()}
+        self._step = np.zeros(next(iter(tables.values())).shape[2:])  # per model
+        self._active: Array | None = None
+
+    def begin(self, active: Array | None) -> None:
+        """Begin a step, which changes rows of every table.
+
+        Args:
+            active: ``(R,)`` bool, the models that take the step; None for all.
+        """
+        self._active = active
+        self._step = self._step + (1 if active is None else active)
+
+    def update(self, table: str, rows: Rows, gradient: Array) -> Array:
+        """Compute the change of one or several different rows of a table; the shape of ``gradient``.
+
+        Args:
+            table: Its name.
+            rows: One row, or k rows, that have no update in this step yet.
+            gradient: ``(width,)`` or ``(k, width)``; with R models a last axis of R.
+        """
+        averages = self._averages[table]
+        change, *after = self._rule(gradient, self._rate, self._step, *[average[rows] for average in averages])
+        if self._active is not None:
+            change = change * self._active
+            after = [np.where(self._active, new, old[rows]) for new, old in zip(after, averages, strict=True)]
+        for index, values in enumerate(after):
+            averages[index][rows] = values
+        return change
 
 
 def fit(
@@ -118,12 +190,12 @@ def run_epochs(
                 active = None if kept is None or full[d] else kept[d]
                 held = [tables[table][row] for table, row in contexts[d]]
                 chosen = candidates[d]
-                X = A[chosen]
+                X = A.take(chosen, 0)  # a third of the time of A[chosen]
                 q = model.query(held)
                 p = X @ q if kept is None else np.einsum("ndr,dr->nr", X, q)
-                p -= p.max(0)
+                p -= np.maximum.reduce(p)  # p.max(0), without its microsecond of Python
                 np.exp(p, p)
-                p /= p.sum(0)
+                p /= np.add.reduce(p)
                 p[0] -= 1  # now the gradient by the scores
                 by_query = p @ X if kept is None else np.einsum("nr,ndr->dr", p, X)
                 rows, by_rows = chosen.tolist(), p[:, None] * q
@@ -205,8 +277,7 @@ class RollbackRecorder:
                 "touched: expected a FactorModel (DistMult, ComplEx, MatrixFactorization, or a subclass of your "
                 f"own), got {type(touched).__name__}"
             )
-        if momentum not in ("refuse", "accept"):
-            raise ArgumentError(f"momentum: expected 'refuse' or 'accept', got {momentum!r}")
+        check_choice("momentum", momentum, ("refuse", "accept"))
         self._model, self._optimizer, self._all_rows = touched, optimizer, all_rows
         self._examples = touched.check_examples(examples, least=1)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}

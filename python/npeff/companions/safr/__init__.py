@@ -1,4 +1,4 @@
-"""SAFR: train transformers whose important tokens share few units, and those that interact do.
+"""SAFR: train transformers whose important tokens share few units, while tokens that interact may share them.
 
 ::
 
@@ -11,8 +11,7 @@ Chang, Deng & Chen 2025, arXiv 2501.16374. See ``docs/companions/safr.md``.
 """
 
 from npeff.companions.safr.capacity import CapacityMap, capacity_map, superposition_score
-from npeff.companions.safr.losses import VMask, importance_loss, interaction_loss
-from npeff.companions.safr.regularizer import SAFRRegularizer
+from npeff.companions.safr.regularizer import SAFRRegularizer, VMask, importance_loss, interaction_loss
 
 __all__ = [
     "CapacityMap",

@@ -13,10 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, check_integer
 from npeff.short_repr import short_repr
+from npeff.storage.container import refuse_npeff_file
 from npeff.storage.files import atomic, path_of
-from npeff.storage.recognition import refuse_npeff_file
 
 Array = npt.NDArray[Any]
 
@@ -114,9 +114,8 @@ def capacity_map(
     x, w = _features(vectors, importance)
     if len(tokens) != len(x):
         raise ArgumentError(f"tokens: expected {len(x)} names, one per vector, got {len(tokens)}")
-    for name, value in (("n_tokens", n_tokens), ("n_units", n_units)):
-        if value < 1:
-            raise ArgumentError(f"{name}: expected a number ≥ 1, got {value!r}")
+    check_integer("n_tokens", n_tokens)
+    check_integer("n_units", n_units)
     chosen = np.argsort(-w, kind="stable")[:n_tokens]
     shares = np.square(x[chosen])
     shares /= shares.sum(1, keepdims=True)

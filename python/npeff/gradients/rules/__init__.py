@@ -73,7 +73,7 @@ def find_uses(graph: Graph, parameter: Value, n_examples: int) -> list[Found]:
             use = graph.use(node, operand, value, parameter)
             rule = RULES.get((name, operand))
             layouts = rule.layouts(use, n_examples) if rule is not None else []
-            derived = graph.derive(value, node)
+            derived = graph.derive(value, node, operand)
             if rule is not None and layouts and not (derived and name == "EmbeddingBackward0" and graph.widens(node)):
                 found.append((rule, use, layouts))
             elif derived is not None:

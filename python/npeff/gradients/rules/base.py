@@ -131,6 +131,11 @@ class Rule(ABC):
             raise Unsupported(f"{self.use.operation} kept no {name}")
         return value.detach()
 
+    def zeros(self) -> Tensor:
+        """δ of an output that the logits do not depend on."""
+        made = self.edge.node._input_metadata[0]
+        return torch.zeros(self.use.output_shape, dtype=made.dtype, device=made.device)
+
     @classmethod
     @abstractmethod
     def layouts(cls, use: Use, n_examples: int) -> list[Layout]:

@@ -37,5 +37,5 @@ const meter = (share, top = 1) => {
 };
 
 // One object per component, in the order of their shares.
-const COMPONENTS = DATA.rows.map((row, place) => ({ place, ...Object.fromEntries(DATA.columns.map((key, i) => [key, row[i]])) }));
+const COMPONENTS = DATA.rows.map((row, rank) => ({ rank, ...Object.fromEntries(DATA.columns.map((key, i) => [key, row[i]])) }));
 const byNumber = new Map(COMPONENTS.map((component) => [component.j, component]));

@@ -1,5 +1,5 @@
 // A page per example, and a list of all. Records: [position, label, prediction, confidence, explained share, number of
-// components, [[component, coefficient], …], attributions [[component, drawing], …]].
+// components, [[component, coefficient], …], attributions [[component, drawing], …], what is predicted [[word, share], …]].
 const PER_PART = DATA.examples_per_part;
 const PER_PAGE = 60;
 let page = 0;
@@ -28,16 +28,21 @@ const verdict = (row) => {
 const drawing = (shown, row, large) => {
   if (!shown) return null;
   const alt = `Example ${row[0]}`;
+  if (shown.kind === "place") {
+    const before = large || shown.before.length < 120 ? shown.before : `…${shown.before.slice(-120)}`;
+    return el("p", { class: "words place", dir: "auto" }, before, el("mark", {}, shown.at), el("span", { class: "after" }, large ? shown.after : ""));
+  }
   if (shown.kind === "text") return el("p", { class: "words" }, large ? shown.text : shown.text.slice(0, 140) + (shown.text.length > 140 ? " …" : ""));
   if (shown.kind === "image") return el("img", { class: shown.small ? "pixels" : "photo", src: shown.uri, alt });
   return el("img", { class: "strip", src: shown.uri, alt: `${alt}; values ${shown.values}` });
 };
 
-const tokens = (list) => el("p", { class: "words tokens" }, list.map(([token, level]) => {
-  const span = el("span", { class: level >= 0 ? "for" : "against", title: level.toFixed(2) }, token);
-  span.style.setProperty("--v", Math.abs(level));
-  return span;
-}));
+// Tokens in the colours of their levels; of a place, its token is marked.
+const tokens = ({ tokens: list, index, cut = ["", ""] }) => el("p", { class: index === undefined ? "words tokens" : "words place tokens", dir: "auto" }, cut[0], list.map(([token, level], i) => {
+  const one = el(i === index ? "mark" : "span", { class: level >= 0 ? "for" : "against", title: level.toFixed(2) }, token);
+  one.style.setProperty("--v", Math.abs(level));
+  return one;
+}), cut[1]);
 
 const showExample = async (i) => {
   const view = $("example");
@@ -49,7 +54,7 @@ const showExample = async (i) => {
     view.replaceChildren(el("h2", { tabindex: -1 }, "Example"), apology(error));
     return;
   }
-  const [position, label, predicted, confidence, explained, count, coefficients, attributions] = row;
+  const [position, label, predicted, confidence, explained, count, coefficients, attributions, likely] = row;
   const largest = coefficients.length ? coefficients[0][1] : 1;
   const fact = (name, value) => (value === null ? "" : el("div", {}, el("dt", {}, name), el("dd", {}, value)));
   view.replaceChildren(
@@ -66,6 +71,8 @@ const showExample = async (i) => {
           fact("prediction", predicted < 0 ? null : el("span", { class: isWrong(row) ? "verdict wrong" : "" }, className(predicted))),
           fact("confidence", confidence === null ? null : percent(confidence)),
           fact("explained by the components", explained === null ? null : percent(explained))),
+        likely?.length ? [el("h3", {}, "What the model predicts"), el("ul", { class: "rows likely" }, likely.map(([word, share]) =>
+          el("li", {}, el("span", { class: "what", title: word }, word), meter(share), el("span", { class: "value" }, percent(share)))))] : "",
         el("h3", {}, "Its components"),
         coefficients.length ? el("ul", { class: "rows coefficients" }, coefficients.map(([j, value]) => {
           const component = byNumber.get(j);
@@ -74,7 +81,7 @@ const showExample = async (i) => {
         count > coefficients.length ? el("p", { class: "key" }, `and ${number(count - coefficients.length)} smaller ones`) : "",
         (attributions ?? []).map(([j, drawn]) => el("section", { class: "examples attributions" },
           el("h4", {}, "What speaks for ", el("a", { href: `#component-${j}` }, `component ${j}, ${byNumber.get(j).heading}`), el("span", { class: "note" }, " red for, blue against")),
-          drawn.tokens ? tokens(drawn.tokens) : el("img", { class: drawn.small ? "pixels" : "photo", src: drawn.uri, alt: `What in the input speaks for component ${j}` }))))));
+          drawn.tokens ? tokens(drawn) : el("img", { class: drawn.small ? "pixels" : "photo", src: drawn.uri, alt: `What in the input speaks for component ${j}` }))))));
 };
 
 const positionToIndex = async (position) => {

@@ -34,8 +34,8 @@ const colourMap = (key) => {
   legend.replaceChildren(el("span", {}, words(low)), el("i", { class: "ramp" }), el("span", {}, words(high)));
 };
 
-const showOnMap = (places) => {
-  for (const [component, point] of points) point.parentElement.classList.toggle("faded", !places.has(component.place));
+const showOnMap = (ranks) => {
+  for (const [component, point] of points) point.parentElement.classList.toggle("faded", !ranks.has(component.rank));
 };
 
 const step = (from, key) => {
@@ -58,7 +58,7 @@ const labels = () => {
   return DATA.groups.map((group, i) => {
     const members = COMPONENTS.filter((component) => component.group === i);
     const weight = members.reduce((sum, c) => sum + c.share, 0) || 1;
-    const name = group.heading.length > 26 ? `${group.heading.slice(0, 25)}…` : group.heading;
+    const name = group.heading.length > 26 ? `${group.heading.slice(0, 25).replace(/[\s,…“]+$/, "")}…` : group.heading;
     const half = 4 * name.length + 8;
     const centre = members.reduce((sum, c) => sum + (at(c)[0] * c.share) / weight, 0);
     const x = Math.min(WIDTH - half, Math.max(half, centre));
@@ -80,7 +80,7 @@ const startMap = () => {
     const [x, y] = at(component);
     const point = el("svg:circle", { cx: x.toFixed(1), cy: y.toFixed(1), r: Math.max(2, largest * Math.sqrt(component.share / most)).toFixed(1) },
       el("svg:title", {}, `${component.j} ${component.heading}: ${percent(component.share)}`));
-    const link = el("svg:a", { href: `#component-${component.j}`, tabindex: component.place ? -1 : 0, "aria-label": `Component ${component.j}, ${component.heading}`,
+    const link = el("svg:a", { href: `#component-${component.j}`, tabindex: component.rank ? -1 : 0, "aria-label": `Component ${component.j}, ${component.heading}`,
       onkeydown: (event) => {
         if (!event.key.startsWith("Arrow")) return;
         event.preventDefault();

@@ -33,7 +33,7 @@ const showComponent = async (j) => {
     $("components").append(article);
   }
   // The arrows follow the table as it is sorted and filtered now.
-  const where = order.indexOf(component.place);
+  const where = order.indexOf(component.rank);
   if (where >= 0) {
     const neighbours = { previous: order[where - 1], next: order[where + 1] };
     for (const link of articles.get(name).querySelectorAll("[data-go]")) {

@@ -4,25 +4,25 @@ const body = table.tBodies[0];
 const form = $("filters");
 const STEP = DATA.rows_per_part;
 const rowOf = [...body.rows];
-let order = COMPONENTS.map((_, place) => place);
+let order = COMPONENTS.map((_, rank) => rank);
 let shown = STEP;
 let turn = 0;
 
-const LABELS = { share: "Share", active: "Active", purity: "Purity", accuracy: "Accuracy", stability: "Stability", kl_ratio: "KL ratio" };
-const SHARES = new Set(["share", "purity", "accuracy"]);
-const ranged = Object.keys(LABELS).filter((key) => COMPONENTS.some((component) => component[key] !== null && component[key] !== undefined));
+const LABELS = Object.fromEntries(DATA.numbers.map(([name, title]) => [name, title]));
+const SHARES = new Set(DATA.numbers.filter(([, , isShare]) => isShare).map(([name]) => name));
+const ranged = DATA.numbers.map(([name]) => name);
 const ranges = new Map();
 
-const fetchRow = async (place) => {
-  if (!rowOf[place]) {
-    const chunk = Math.floor(place / STEP);
+const fetchRow = async (rank) => {
+  if (!rowOf[rank]) {
+    const chunk = Math.floor(rank / STEP);
     const rows = await part(`rows-${chunk}`);
     rows.forEach((html, i) => { rowOf[chunk * STEP + i] ??= parse(html); });
   }
-  return rowOf[place];
+  return rowOf[rank];
 };
 
-const place = (rows) => {
+const fill = (rows) => {
   body.replaceChildren(...rows);
   $("table-count").textContent = order.length === COMPONENTS.length ? `${number(order.length)} components` : `${number(order.length)} of ${number(COMPONENTS.length)} components`;
   $("more-rows").hidden = order.length <= shown;
@@ -32,8 +32,8 @@ const place = (rows) => {
 const renderTable = () => {
   const mine = ++turn;
   const wanted = order.slice(0, shown);
-  if (wanted.every((at) => rowOf[at])) return place(wanted.map((at) => rowOf[at]));
-  return Promise.all(wanted.map(fetchRow)).then((rows) => { if (mine === turn) place(rows); }, (error) => $("table-count").replaceChildren(apology(error)));
+  if (wanted.every((at) => rowOf[at])) return fill(wanted.map((at) => rowOf[at]));
+  return Promise.all(wanted.map(fetchRow)).then((rows) => { if (mine === turn) fill(rows); }, (error) => $("table-count").replaceChildren(apology(error)));
 };
 
 const sortBy = (key, direction) => {
@@ -69,7 +69,7 @@ const filterTable = () => {
       const unit = SHARES.has(key) ? 100 : 1;
       return (low.value === "" && high.value === "")
         || (value !== null && (low.value === "" || unit * value >= Number(low.value) - 1e-9) && (high.value === "" || unit * value <= Number(high.value) + 1e-9));
-    })).map((component) => component.place);
+    })).map((component) => component.rank);
   sortBy(...currentSort());
   shown = STEP;
   renderTable();

@@ -1,0 +1,78 @@
+// npeff._cuda: the CUDA kernels, and what the CUDA runtime says of this machine's devices.
+#include "common/cuda_queue.h"
+
+namespace npeff {
+namespace {
+
+// The count, or the error that stands for "none". The error is sticky in the runtime: it is cleared here.
+cudaError_t count(int* n) {
+  *n = 0;
+  const cudaError_t status = cudaGetDeviceCount(n);
+  if (status != cudaSuccess) {
+    *n = 0;
+    cudaGetLastError();
+  }
+  return status;
+}
+
+__global__ void nothing() {}
+
+// Why the kernels of this build cannot run on that device, in CUDA's words; empty when they can.
+std::string usable(int device) {
+  int before = 0;
+  cudaError_t status = cudaGetDevice(&before);
+  if (status == cudaSuccess) status = cudaSetDevice(device);
+  if (status == cudaSuccess) {
+    cudaFuncAttributes attributes;
+    status = cudaFuncGetAttributes(&attributes, nothing);  // fails where the build has no code for the device
+    cudaSetDevice(before);
+  }
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(status);
+}
+
+int device_count() {
+  int n;
+  count(&n);
+  return n;
+}
+
+std::string absence() {
+  int n;
+  const cudaError_t status = count(&n);
+  if (status != cudaSuccess) return cudaGetErrorString(status);
+  return n == 0 ? "no CUDA device" : "";
+}
+
+py::list devices() {
+  py::list all;
+  for (int i = 0; i < device_count(); ++i) {
+    cudaDeviceProp properties;
+    cuda::check(cudaGetDeviceProperties(&properties, i), ("CUDA device " + std::to_string(i)).c_str());
+    all.append(py::dict("index"_a = i, "name"_a = properties.name,
+                        "capability"_a = py::make_tuple(properties.major, properties.minor),
+                        "memory"_a = properties.totalGlobalMem));
+  }
+  return all;
+}
+
+}  // namespace
+
+}  // namespace npeff
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace npeff;
+  m.doc() =
+      "CUDA kernels of npeff. Call them through npeff.kernels. Imports without a driver: device_count() is 0 then. "
+      "Arrays are torch tensors on one device, outputs are filled; `stream` is the address of the caller's current stream. "
+      "No call waits for the device.";
+  register_errors();
+  m.def("device_count", &device_count, "Number of CUDA devices; 0 without a driver, or with one too old for this build.");
+  m.def("absence", &absence, "Why device_count() is 0; empty when it is not.");
+  m.def("toolkit", [] { return py::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10); },
+        "Version (major, minor) of the CUDA toolkit that the module was built with.");
+  m.def("usable", &usable, "device"_a, "Why the kernels cannot run on the device; empty when they can.");
+  m.def("devices", &devices, "Each device's index, name, compute capability and memory in bytes.");
+  bind_kernels<Cuda>(m);
+}

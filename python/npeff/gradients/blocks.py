@@ -1,0 +1,349 @@
+"""From a parameter's rules to blocks of per-example gradients: tile by tile, in memory that is used again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from npeff.gradients.rules.base import Rule, Scratch, SmallRule
+from npeff.gradients.rules.dense import MatrixProduct
+from npeff.gradients.rules.embedding_and_norm import Embedding
+from npeff.models import devices
+from npeff.models.parameters import Parameter
+
+TILE_ELEMENTS = 1 << 20
+"""Most elements (columns × parameters × examples) made at a time: 4 MB stay in the cache until compressed."""
+
+
+def tile_elements(device: torch.device) -> int:
+    """Most elements made at a time there: devices want fewer, larger kernels (how large is not measured)."""
+    return TILE_ELEMENTS * (8 if devices.has_own_memory(device) else 1)
+
+
+GATHERED = 32
+"""Most small parameters that are gathered in one block."""
+
+_CANCELLATION = 64.0
+"""How much larger than their sum the terms of an inner product may be in float32."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some per-example gradients, on their way to compression; overwritten when the next block is asked for.
+
+    Attributes:
+        parameter: The parameter, with its place in the flat vector; the first of several small ones that were gathered.
+        examples: Which examples of the batch, b'.
+        values: ``(b', R, g, w)``: g runs of w consecutive elements, per example and column. Squared blocks
+            have R = 1.
+        starts: Where the runs start in the flat vector: ``(b', g)`` int64, g numbers that hold for every example, or
+            one number when g = 1.
+        gram: ``(b', R, R)`` float64 inner products of the columns, if they were cheaper to get than from the
+            values.
+
+    Where each sequence of the batch has several places, ``examples`` are their slots, K per sequence: see
+    :meth:`npeff.gradients.engine.PerExampleGradients.blocks`.
+    """
+
+    parameter: Parameter
+    examples: slice
+    values: Tensor
+    starts: Tensor | tuple[int, ...] | int
+    gram: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Per-example gradients of a matrix or a convolution as factors that were not multiplied: ``Σ_t δ_t ⊗ a_t``.
+
+    Attributes:
+        parameter: The parameter, with its place in the flat vector.
+        examples: Which examples of the batch, b'.
+        delta: ``(b'/K, T, K·R, n)``.
+        inputs: ``(b'/K, T, k)``.
+        turned: The parameter is (k, n), not (n, k, …).
+        n_slots: K neighbouring examples that share their inputs.
+    """
+
+    parameter: Parameter
+    examples: slice
+    delta: Tensor
+    inputs: Tensor
+    turned: bool
+    n_slots: int = 1
+
+    def of_example(self, i: int) -> tuple[Tensor, Tensor]:
+        """δ ``(T, R, n)`` and inputs ``(T, k)`` of the i-th of these examples."""
+        sequence, slot = divmod(i, self.n_slots)
+        n_columns = self.delta.shape[2] // self.n_slots
+        return self.delta[sequence, :, slot * n_columns : (slot + 1) * n_columns], self.inputs[sequence]
+
+    def gram(self) -> Tensor:
+        """``(b', R, R)`` float64 inner products of the columns: ``Σ_tu (a_t·a_u) (δ_tr·δ_us)``.
+
+        On the CPU in float64 where positions cancel so much that float32's rounding would show.
+        """
+        slots = self.n_slots
+        if self.delta.shape[1] == 1:
+            delta = split(self.delta[:, 0].to(torch.float64), slots)
+            squares = self.inputs.to(torch.float64).square().sum(dim=(1, 2)).repeat_interleave(slots)
+            return delta @ delta.mT * squares[:, None, None]
+        gram, across = _gram(self.delta, self.inputs, slots)
+        # To look at it would mean waiting for the device.
+        if devices.has_own_memory(gram.device) or gram.dtype == torch.float64:
+            return gram.to(torch.float64)
+        size = torch.linalg.matrix_norm(across).repeat_interleave(slots)
+        size = size * split(self.delta.square().sum(dim=(1, 3)), slots).sum(dim=1)
+        gram = gram.to(torch.float64)
+        doubtful = torch.nonzero(size > _CANCELLATION * gram.diagonal(dim1=1, dim2=2).sum(dim=1)).flatten().tolist()
+        for example in doubtful:
+            delta, inputs = (part[None].to(torch.float64) for part in self.of_example(example))
+            gram[example] = _gram(delta, inputs, 1)[0][0]
+        return gram
+
+    def squared(self) -> Pairs:
+        """Factors of Σ over columns of the squares, for T = 1: ``(Σ_r δ_r²) ⊗ a²``."""
+        delta = split(self.delta.square().transpose(1, 2), self.n_slots).sum(dim=1)  # (b', T, n)
+        delta = delta.reshape(-1, self.n_slots, *delta.shape[1:]).transpose(1, 2)
+        return replace(self, delta=delta, inputs=self.inputs.square())
+
+    def formed(self) -> Block:
+        """The gradients themselves."""
+        order = "btrn,btk->brkn" if self.turned else "btrn,btk->brnk"
+        values = split(torch.einsum(order, self.delta, self.inputs).flatten(2)[:, :, None], self.n_slots)
+        return Block(self.parameter, self.examples, values, self.parameter.offset)
+
+
+def split(by_sequence: Tensor, n_slots: int) -> Tensor:
+    """Tell the slots' columns apart: ``(b, K·R, …)`` to ``(b·K, R, …)``."""
+    if n_slots == 1:
+        return by_sequence
+    b, columns = by_sequence.shape[:2]
+    return by_sequence.reshape(b * n_slots, columns // n_slots, *by_sequence.shape[2:])
+
+
+def _gram(delta: Tensor, inputs: Tensor, n_slots: int) -> tuple[Tensor, Tensor]:
+    b, t, r, n = delta.shape
+    across = torch.bmm(inputs, inputs.mT)
+    flat = delta.reshape(b, t, r * n)
+    weighed = torch.bmm(across, flat)
+    left, right = (
+        split(tensor.view(b, t, r, n).transpose(1, 2).reshape(b, r, t * n), n_slots) for tensor in (flat, weighed)
+    )
+    return torch.bmm(left, right.mT), across
+
+
+def pairs(
+    parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, elements: int, n_slots: int = 1
+) -> Iterator[Pairs] | None:
+    """The gradients of one parameter as factors, some examples at a time; None where they are no such sums."""
+    rule = rules[0]
+    if len(rules) > 1 or not _is_the_parameter(rule, parameter):
+        return None
+    sizes = rule.pair_sizes()
+    if sizes is None:
+        return None
+    t, n, k = sizes
+    step = max(1, elements // max(1, t * max(n_columns * n, k)))
+
+    def some() -> Iterator[Pairs]:
+        for start in range(0, n_examples, step):
+            examples = slice(start, min(start + step, n_examples))
+            factors = rule.pairs(examples)
+            assert factors is not None
+            yield Pairs(parameter, _slots(examples, n_slots), *factors, n_slots)
+
+    return some()
+
+
+def tiles(
+    parameter: Parameter,
+    rules: list[Rule],
+    n_examples: int,
+    n_columns: int,
+    squared: bool,
+    elements: int,
+    n_slots: int = 1,
+) -> Iterator[Block]:
+    """The per-example gradients of one parameter, as many examples and rows at a time as fit into a tile.
+
+    Args:
+        parameter: The parameter with its place in the flat vector.
+        rules: One per use; their gradients are summed.
+        n_examples: Examples that the rules know.
+        n_columns: Columns that the rules have stored.
+        squared: Yield Σ over columns of the squares instead.
+        elements: Most elements of a tile.
+        n_slots: K examples of which each of those has the columns, side by side.
+
+    Yields:
+        Blocks, each overwritten by the next.
+    """
+    row_size = math.prod(parameter.shape[1:])
+    per_row = n_columns * row_size
+    n_rows = parameter.shape[0] if parameter.shape else 1
+    alone = rules[0] if len(rules) == 1 else None
+    if alone is not None and isinstance(alone, Embedding) and _is_the_parameter(alone, parameter):
+        n_rows, n_tile_rows = alone.layout.positions, alone.layout.positions
+    else:
+        alone = None if isinstance(alone, Embedding) else alone
+        n_tile_rows = max(1, min(n_rows, elements // max(1, per_row)))
+    step = max(1, elements // max(1, per_row * n_rows)) if n_tile_rows == n_rows else 1
+    for start in range(0, n_examples, step):
+        examples = slice(start, min(start + step, n_examples))
+        if isinstance(alone, Embedding):
+            values, table_rows, _ = alone.looked_up(examples)
+            yield _on_rows(parameter, examples, values, table_rows, squared, n_slots, alone.scratch)
+            continue
+        for row in range(0, n_rows, n_tile_rows):
+            rows = slice(row, min(row + n_tile_rows, n_rows))
+            offset = parameter.offset + row * row_size
+            if squared:
+                direct = n_slots == 1 and alone is not None and _is_the_parameter(alone, parameter)
+                square = alone.square(examples, rows) if direct and alone is not None else None
+                if square is None:
+                    square = squares(split(_summed(parameter, rules, examples, rows), n_slots), rules[0].scratch)
+                values = square.reshape(len(square), 1, 1, -1)
+                yield Block(parameter, _slots(examples, n_slots), values, offset)
+            else:
+                gram = alone.gram(examples) if n_slots == 1 and alone is not None and alone.value.reshaped else None
+                if gram is not None and row > 0:
+                    gram = torch.zeros_like(gram)  # the first tile of rows brought all of it
+                values = split(_summed(parameter, rules, examples, rows), n_slots)
+                values = values.reshape(*values.shape[:2], 1, -1)
+                yield Block(parameter, _slots(examples, n_slots), values, offset, gram)
+
+
+def _slots(examples: slice, n_slots: int) -> slice:
+    """The slots of some sequences."""
+    return slice(examples.start * n_slots, examples.stop * n_slots)
+
+
+def _on_rows(
+    parameter: Parameter,
+    examples: slice,
+    values: Tensor,
+    table_rows: Tensor,
+    squared: bool,
+    n_slots: int,
+    scratch: Scratch,
+) -> Block:
+    """Gradients ``(b', K·R, u, d)`` on rows ``(b', u)`` of a table as a block."""
+    starts = (parameter.offset + table_rows * values.shape[3]).repeat_interleave(n_slots, dim=0)
+    values = split(values, n_slots)
+    return Block(parameter, _slots(examples, n_slots), squares(values, scratch)[:, None] if squared else values, starts)
+
+
+def head_of_tied(parameter: Parameter, rules: list[Rule], n_columns: int, elements: int) -> MatrixProduct | None:
+    """The product of a large table that is used as embedding and as output layer; None where it is used otherwise."""
+    if len(rules) != 2 or n_columns * parameter.numel <= elements:
+        return None
+    head = next((rule for rule in rules if isinstance(rule, MatrixProduct) and rule.by_rows), None)
+    table = next((rule for rule in rules if isinstance(rule, Embedding)), None)
+    whole = head is not None and table is not None and all(_is_the_parameter(rule, parameter) for rule in rules)
+    return head if whole else None
+
+
+def tied(
+    parameter: Parameter,
+    rules: list[Rule],
+    n_examples: int,
+    n_columns: int,
+    squared: bool,
+    elements: int,
+    n_slots: int = 1,
+) -> Iterator[Block | Pairs]:
+    """The gradients of a table that is used as embedding and as output layer, without forming them.
+
+    Rows that an example looks up come as runs, with what the output layer adds to them. All other rows come as
+    factors of the output layer's gradient, whose δ is zero on the rows that came before.
+    """
+    head, table = rules if isinstance(rules[0], MatrixProduct) else rules[::-1]
+    assert isinstance(head, MatrixProduct) and isinstance(table, Embedding)
+    t, n, k = head.pair_sizes()
+    step = max(1, elements // max(1, n_columns * (t * n + table.layout.positions * k)))
+    for start in range(0, n_examples, step):
+        examples = slice(start, min(start + step, n_examples))
+        values, table_rows, counts = table.looked_up(examples)
+        delta, inputs, turned = head.pairs(examples)
+        rows = table_rows[:, None, None].expand(*delta.shape[:3], -1)
+        here = delta.gather(3, rows) * counts[:, None, None]
+        values += torch.einsum("btru,btk->bruk", here, inputs)
+        yield _on_rows(parameter, examples, values, table_rows, squared, n_slots, table.scratch)
+        delta = delta.scatter(3, rows, 0.0)
+        yield Pairs(parameter, _slots(examples, n_slots), delta, inputs, turned, n_slots)
+
+
+def is_small(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, elements: int) -> bool:
+    """Whether a parameter's gradients are worth gathering with others of its size: biases, scales and shifts."""
+    return (
+        len(rules) == 1
+        and isinstance(rules[0], SmallRule)
+        and len(parameter.shape) <= 1
+        and _is_the_parameter(rules[0], parameter)
+        and GATHERED * n_examples * n_columns * parameter.numel <= elements
+    )
+
+
+def gathered(small: list[tuple[Parameter, Rule]], n_examples: int, squared: bool, n_slots: int = 1) -> Iterator[Block]:
+    """The gradients of small parameters, several of one size to a block.
+
+    Args:
+        small: The parameters, each with its rule.
+        n_examples: Examples that the rules know.
+        squared: Yield Σ over columns of the squares instead.
+        n_slots: As for :func:`tiles`.
+    """
+    by_size: dict[tuple[int, torch.dtype], list[tuple[Parameter, Tensor]]] = {}
+    examples = slice(0, n_examples)
+    for parameter, rule in small:
+        values = rule.block(examples, slice(None))
+        values = values.reshape(*values.shape[:2], -1)
+        by_size.setdefault((values.shape[2], values.dtype), []).append((parameter, values))
+    for members in by_size.values():
+        for start in range(0, len(members), GATHERED):
+            some = members[start : start + GATHERED]
+            values = split(torch.stack([values for _, values in some], dim=2), n_slots)
+            starts = tuple(parameter.offset for parameter, _ in some)
+            if squared:
+                values = squares(values, small[0][1].scratch)[:, None]
+            yield Block(some[0][0], _slots(examples, n_slots), values, starts)
+
+
+def _summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slice) -> Tensor:
+    total: Tensor | None = None
+    for rule in rules:
+        if _is_the_parameter(rule, parameter):
+            block = rule.block(examples, rows)
+        else:
+            block = rule.to_parameter(rule.block(examples, slice(None)))
+            block = block[:, :, rows] if parameter.shape else block
+        if len(rules) == 1:
+            return block
+        if total is None:
+            total = rule.scratch.take("total", tuple(block.shape), block).copy_(block)
+        else:
+            total.add_(block)
+    if total is None:
+        raise RuntimeError(f"no use of {parameter.name}")
+    return total
+
+
+def _is_the_parameter(rule: Rule, parameter: Parameter) -> bool:
+    """Whether the rule's operand is the parameter as it is, not a part of it, or something made of it."""
+    return rule.value.reshaped and rule.value.shape == parameter.shape
+
+
+def squares(block: Tensor, scratch: Scratch) -> Tensor:
+    """Σ over columns of squares, ``(b, R, …)`` to ``(b, …)``: column by column, the fastest order."""
+    total = scratch.take("squares", (len(block), *block.shape[2:]), block)
+    if block.shape[1] == 0:
+        return total.zero_()
+    torch.mul(block[:, 0], block[:, 0], out=total)
+    for column in range(1, block.shape[1]):
+        total.addcmul_(block[:, column], block[:, column])
+    return total

@@ -1,0 +1,146 @@
+"""Tokens of texts: which characters each stands for, which of them are places, and words that are one token."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.errors import ArgumentError, DataError
+from npeff.language.sources import Text
+
+Ids = npt.NDArray[np.int64]
+Where = str | Callable[[str, list[str]], Iterable[int]]
+
+AT_ONCE = 1_000
+"""Texts that the tokenizer is given at a time."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a text.
+
+    Attributes:
+        text: The text.
+        ids: ``(t,)`` their numbers.
+        spans: ``(t, 2)`` the characters that each stands for, as start and end; empty for tokens that the tokenizer
+            adds of its own.
+    """
+
+    text: str
+    ids: Ids
+    spans: Ids
+
+    @property
+    def own(self) -> Ids:
+        """Positions of the tokens that stand for a part of the text."""
+        return np.flatnonzero(self.spans[:, 1] > self.spans[:, 0])
+
+    @property
+    def n_leading(self) -> int:
+        """How many tokens the tokenizer put before the text."""
+        own = self.own
+        return int(own[0]) if len(own) else len(self.ids)
+
+    def pieces(self, tokenizer: Any) -> list[str]:
+        """Cut the text into the parts that the tokens stand for; tokens that were added have their own names."""
+        found, end = [], 0
+        for token, (start, stop) in zip(self.ids.tolist(), self.spans.tolist(), strict=True):
+            found.append(self.text[end:stop] if stop > start else str(tokenizer.convert_ids_to_tokens(token)))
+            end = max(end, stop)
+        return found
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> Iterator[Tokens]:
+    """Iterate over the tokens of each text.
+
+    Raises:
+        ArgumentError: The tokenizer does not know the characters of its tokens.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ArgumentError(
+            "tokenizer: expected a fast tokenizer of transformers (AutoTokenizer.from_pretrained), which knows the "
+            f"characters of each token, got {type(tokenizer).__name__}"
+        )
+    for start in range(0, len(texts), AT_ONCE):
+        some = list(texts[start : start + AT_ONCE])
+        read = tokenizer(some, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        for text, ids, spans in zip(some, read["input_ids"], read["offset_mapping"], strict=True):
+            yield Tokens(text, np.array(ids, np.int64), np.array(spans, np.int64).reshape(-1, 2))
+
+
+def finder(where: Where, tokenizer: Any) -> Callable[[Tokens, Text], Ids]:
+    """Make the function that finds the places of a text: ``(p,)`` positions of tokens, ascending.
+
+    Raises:
+        ArgumentError: ``where`` is neither a regular expression nor callable.
+    """
+    if where == "last":
+        return lambda tokens, text: tokens.own[-1:]
+    if where == "every":
+        return lambda tokens, text: tokens.own
+    if isinstance(where, str):
+        try:
+            pattern = re.compile(where)
+        except re.error as error:
+            raise ArgumentError(
+                f"where: expected 'last', 'every', a regular expression or a callable; {where!r} is none: {error}"
+            ) from error
+        return lambda tokens, text: _of_matches(pattern, tokens)
+    if not callable(where):
+        raise ArgumentError(f"where: expected 'last', 'every', a regular expression or a callable, got {where!r}")
+
+    def called(tokens: Tokens, text: Text) -> Ids:
+        positions = where(tokens.text, tokens.pieces(tokenizer))
+        try:
+            found = np.unique(np.array([operator.index(position) for position in positions], np.int64))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"where: expected positions of tokens of {text.source}, got {positions!r}") from error
+        if len(found) and not 0 <= found[0] <= found[-1] < len(tokens.ids):
+            raise DataError(
+                f"where: expected positions from 0 to {len(tokens.ids) - 1} of {text.source}, got {found.tolist()}"
+            )
+        return found
+
+    return called
+
+
+def _of_matches(pattern: re.Pattern[str], tokens: Tokens) -> Ids:
+    """The tokens that hold the last character of each match; of several for one character, the last."""
+    own = tokens.own
+    ends = np.array([match.end() for match in pattern.finditer(tokens.text) if match.end() > match.start()], np.int64)
+    starts = tokens.spans[own, 0]
+    return np.unique(own[np.maximum(np.searchsorted(starts, ends - 1, side="right") - 1, 0)]) if len(own) else own
+
+
+def continuation(tokenizer: Any, before: str, word: str, what: str) -> int:
+    """Find the token that a word is where it continues a text.
+
+    Args:
+        tokenizer: The tokenizer.
+        before: The text before the word; empty: the word alone.
+        word: The word.
+        what: Names the word in messages: ``"answers"``, ``"label of text 3"``.
+
+    Raises:
+        ArgumentError: The word is several tokens, or none, or changes those before it.
+    """
+    (start, whole) = tokenize(tokenizer, [before, before + word])
+    first, both = start.ids[start.own].tolist(), whole.ids[whole.own].tolist()
+    if both[: len(first)] == first and len(both) == len(first) + 1:
+        return int(both[-1])
+    kept = [i for i in whole.own.tolist() if whole.spans[i, 1] > len(before)]
+    pieces = [piece for i, piece in enumerate(whole.pieces(tokenizer)) if i in set(kept)]
+    after = f" after {before[-24:]!r}" if before else ""
+    shown = ", ".join(map(repr, pieces)) or "none"
+    hint = ""
+    if before and before[-1].isspace():
+        hint = "; the text ends in white space, which most tokenizers put at the beginning of the next word: cut it off"
+    elif word and not word[0].isspace():
+        hint = f"; perhaps with a space before it, {' ' + word!r}"
+    raise ArgumentError(f"{what}: expected a word of one token, and {word!r}{after} becomes {shown}{hint}")

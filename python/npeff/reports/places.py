@@ -1,0 +1,177 @@
+"""Places of text as a report shows them: the text around a place, words in titles, and characters made visible."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from npeff.errors import DataError
+from npeff.reports.summary import TopExample, spaced, visible
+
+Array = npt.NDArray[Any]
+
+NEAR, REACH = 8, 120
+"""Words, and characters, up to the place, its token included, among which titles look for words."""
+WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+SAMPLE = 1000
+"""Places whose words the words of a component's top examples are compared with."""
+FREQUENT, LIFT = 0.4, 1.5
+"""Words of a title: their least share of the top examples' weight, and its least ratio to their share of the sample."""
+WORDS = 3  # named in a title at most
+FULL, BRIEF, TAIL = (1200, 300), (220, 60), (90, 0)
+"""Characters before and after a place: on the page of an example that is on some component's page; on those of others,
+and in lists; and where something follows the place."""
+
+
+@runtime_checkable
+class ReadablePlaces(Protocol):
+    """Data whose examples are places of texts, as the ``Places`` of language models.
+
+    Attributes:
+        n_examples: How many places there are.
+        labels: ``(n,)`` the class of each place, −1 where it is unknown.
+    """
+
+    n_examples: int
+    labels: Array
+
+    def example(self, number: int) -> Any:
+        """Return a place with its ``tokens``, which together are the text, and ``index``, the one predicted from."""
+
+    def output_names(self, classes: Sequence[int]) -> list[str]:
+        """Return the words of some classes."""
+
+
+@dataclass(frozen=True)
+class PlaceText:
+    """The text around a place.
+
+    Attributes:
+        tokens: The tokens; together they are the text.
+        index: Which of them the model predicts from.
+    """
+
+    tokens: tuple[str, ...]
+    index: int
+
+    def around(self) -> str:
+        """Return the text around the place, which stands in brackets."""
+        found = self.window(*BRIEF)
+        return f"{found['before']}[{found['at']}]{found['after']}"
+
+    def window(self, before: int, after: int, levels: Sequence[float] | None = None) -> dict[str, Any]:
+        """Return what a page shows: whole tokens within so many characters before and after the place.
+
+        Args:
+            before: Characters before the place.
+            after: Characters after it.
+            levels: Of every token, its colour in [−1, 1]; those that are missing at the end are 0.
+
+        Returns:
+            ``{"before", "at", "after"}``; with levels also ``"tokens"``, pairs of a text and a level, and ``"index"``.
+        """
+        start, stop, room = self.index, self.index + 1, before
+        while start and (room := room - len(self.tokens[start - 1])) >= 0:
+            start -= 1
+        room = after
+        while stop < len(self.tokens) and (room := room - len(self.tokens[stop])) >= 0:
+            stop += 1
+        before_text, own, after_text = (
+            visible("".join(self.tokens[part]))
+            for part in (slice(start, self.index), slice(self.index, self.index + 1), slice(self.index + 1, stop))
+        )
+        own = own if own.strip() else spaced(own)
+        cut = "…" if start else "", " …" if after and stop < len(self.tokens) else ""
+        word = own.lstrip(" ")
+        found: dict[str, Any] = {
+            "before": cut[0] + before_text + own.removesuffix(word),
+            "at": word,
+            "after": after_text + cut[1],
+        }
+        if levels is not None:
+            shown = [own if i == self.index else visible(self.tokens[i]) for i in range(start, stop)]
+            coloured = [*levels, *[0.0] * (len(self.tokens) - len(levels))][start:stop]
+            found |= {
+                "tokens": list(zip(shown, coloured, strict=True)),
+                "index": self.index - start,
+                "cut": cut,
+            }
+        return found
+
+    def near(self) -> list[str]:
+        """Return the last words up to the place."""
+        text = "".join(self.tokens[: self.index + 1])
+        words = WORD.findall(visible(text[-REACH:]))
+        return words[1 if len(text) > REACH else 0 :][-NEAR:]
+
+
+def read_places(
+    data: ReadablePlaces, wanted: Iterable[int], labels: Mapping[int, int]
+) -> Iterator[tuple[int, PlaceText]]:
+    """Yield ``(position, text)`` of the wanted places, in order.
+
+    Args:
+        data: The data given to ``compute_fishers``.
+        wanted: Positions in the data.
+        labels: The labels on record, −1 where unknown; checked against those of the data.
+
+    Raises:
+        DataError: The data ends early, or its labels are not those on record.
+    """
+    for position in sorted(wanted):
+        if position >= data.n_examples:
+            raise DataError(
+                f"data: has {data.n_examples} places, but the components were computed from data with at least "
+                f"{position + 1}; pass the data given to compute_fishers, with the same where="
+            )
+        label, on_record = int(data.labels[position]), labels.get(position, -1)
+        if label >= 0 and on_record >= 0 and label != on_record:
+            raise DataError(
+                f"data: place {position} has label {label}, but {on_record} when the Fishers were computed; pass the "
+                "same texts in the same order, with the same where= and answers="
+            )
+        place = data.example(position)
+        yield position, PlaceText(tuple(place.tokens), int(place.index))
+
+
+class Words:
+    """The words near places: which of them tell some places from the others.
+
+    Args:
+        data: The places; a sample of them is what others are compared with.
+    """
+
+    def __init__(self, data: ReadablePlaces) -> None:
+        sample = np.unique(np.linspace(0, data.n_examples - 1, min(SAMPLE, data.n_examples)).astype(np.int64))
+        self._n = len(sample)
+        self._counts: Counter[str] = Counter()
+        for _, place in read_places(data, sample.tolist(), {}):
+            self._counts.update(set(place.near()))
+
+    def telling(self, places: Sequence[tuple[TopExample, PlaceText]]) -> list[str]:
+        """Return the words that are frequent near these places and not elsewhere, in the order of the text.
+
+        Of every word, ``p log(p / q)`` is computed: p its share of the places' coefficients, q its share of the sample.
+        """
+        total = sum(top.coefficient for top, _ in places) or 1.0
+        shares: dict[str, float] = {}
+        where: dict[str, list[int]] = {}
+        for top, place in places:
+            near = place.near()
+            for word in set(near):
+                shares[word] = shares.get(word, 0.0) + top.coefficient / total
+                where.setdefault(word, []).append(near[::-1].index(word))
+        scores = {}
+        for word, p in shares.items():
+            q = max(self._counts[word], 1) / self._n
+            if p >= FREQUENT and p >= LIFT * q:
+                scores[word] = p * log(p / q)
+        best = sorted(scores, key=lambda word: (-scores[word], word))[:WORDS]
+        return sorted(best, key=lambda word: -float(np.mean(where[word])))

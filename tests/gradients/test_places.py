@@ -1,0 +1,179 @@
+"""Positions as examples in the gradient engine: one forward pass per sequence, the Fisher of every place right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import npeff
+from language_cases import SmallLanguageModel, fishers_of_places, token_batches
+from npeff.gradients import blocks
+
+TILES = [1 << 20, 40]
+
+
+def rows_agree(fishers, expected, rtol=3e-6):
+    for i, dense in enumerate(expected):
+        rows = fishers.dense(i).astype(np.float64)
+        found = rows.ravel() if fishers.kind == "diagonal" else rows.T @ rows
+        wanted = dense.diagonal() if fishers.kind == "diagonal" else dense
+        assert np.abs(found - wanted).max() <= rtol * np.abs(dense).max()
+        assert abs(fishers.norms[i] - np.linalg.norm(wanted)) <= 10 * rtol * np.linalg.norm(wanted)
+
+
+@pytest.fixture(scope="module", params=["right", "left"])
+def case(request):
+    data = token_batches(request.param, every=2, counts=((7, 3, 5), (6,), (4, 4)))
+    data[0]["labels"][1] = -100  # a sequence without a place
+    models = {tied: SmallLanguageModel(tied) for tied in (False, True)}
+    return {tied: (model, data, *fishers_of_places(model, data)) for tied, model in models.items()}
+
+
+@pytest.fixture(params=[None, 150_000], ids=["at once", "in parts"])
+def kept(request, monkeypatch):
+    """How many bytes of output gradients are kept: few make many passes over one graph."""
+    if request.param is not None:
+        monkeypatch.setattr("npeff.fishers.passes.KEPT_BYTES", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("elements", TILES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_each_place_has_its_fisher(case, kept, kind, tied, elements, monkeypatch):
+    monkeypatch.setattr(blocks, "TILE_ELEMENTS", elements)
+    model, data, expected, logits = case[tied]
+    fishers = npeff.compute_fishers(model, data, kind=kind, progress=False)
+    rows_agree(fishers, expected)
+    np.testing.assert_allclose(fishers.logits, logits, atol=1e-5)
+    assert fishers.ids.tolist() == list(range(len(expected)))
+    assert {line["rule"] for line in fishers.coverage}.isdisjoint({"torch.func", "loop", "zero"})
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_top_k_of_each_place(case, kept, kind, monkeypatch):
+    monkeypatch.setattr("npeff.fishers.topk_sink._FEWEST", 1)
+    model, data, expected, _ = case[True]
+    exact = npeff.compute_fishers(model, data, kind=kind, progress=False)
+    some = npeff.compute_fishers(model, data, kind=kind, compress=npeff.TopK(60), progress=False)
+    for i in range(len(expected)):
+        wanted, found = exact.dense(i).ravel(), some.dense(i).ravel()
+        assert (found != 0).sum() == 60
+        np.testing.assert_allclose(found[found != 0], wanted[found != 0], rtol=1e-4, atol=1e-8)
+        assert np.abs(found[found != 0]).min() >= np.sort(np.abs(wanted))[-60] * (1 - 1e-4)
+    np.testing.assert_allclose(some.norms, exact.norms, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["flat", "kronecker"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_sketches_of_each_place(case, kept, form, tied, monkeypatch):
+    monkeypatch.setattr(npeff.Sketch, "two_sided", lambda self, shape: self.form == "kronecker" and len(shape) == 2)
+    monkeypatch.setattr("npeff.fishers.sinks._ON_HOST", npeff.fishers.sinks._Costs(0.0, 0.0, 1.0))  # from factors
+    model, data, expected, _ = case[tied]
+    sketched = npeff.compute_fishers(model, data, compress=npeff.Sketch(64, form=form), progress=False)
+    alone = [
+        {key: value[[s]] for key, value in batch.items() if key != "labels"}
+        | {"labels": torch.where(torch.arange(len(batch["labels"][0])) == t, batch["labels"][[s]], -100)}
+        for batch in data
+        for s, t in (batch["labels"] != -100).nonzero().tolist()
+    ]
+    one_by_one = npeff.compute_fishers(model, alone, compress=npeff.Sketch(64, form=form), progress=False)
+    assert len(sketched) == len(expected)
+    for i in range(len(expected)):
+        np.testing.assert_allclose(sketched.dense(i), one_by_one.dense(i), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(sketched.norms, [np.linalg.norm(dense) for dense in expected], rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_inner_products_of_all_places(case, kept, tied):
+    model, data, expected, logits = case[tied]
+    fishers = npeff.compute_fishers(model, data, compress=npeff.GramOnly(), progress=False)
+    exact = npeff.compute_fishers(model, data, progress=False)
+    rows = np.concatenate([exact.dense(i) for i in range(len(expected))]).astype(np.float64)
+    gram = rows @ rows.T
+    np.testing.assert_allclose(fishers.rows.row_gram(torch.float64), gram, atol=1e-5 * np.abs(gram).max())
+    np.testing.assert_allclose(fishers.logits, logits, atol=1e-5)
+    assert fishers.labels.tolist() == exact.labels.tolist()
+
+
+def test_a_sequence_goes_forward_once_however_many_places_it_has(monkeypatch):
+    model, (batch,) = SmallLanguageModel(), token_batches(counts=((7, 6, 6),))
+    sequences, places = [], []
+    model.register_forward_hook(lambda module, given, output: sequences.append(len(output)))
+    real = npeff.fishers.passes.factorise
+    monkeypatch.setattr("npeff.fishers.passes.factorise", lambda z, *more: places.append(len(z)) or real(z, *more))
+    monkeypatch.setattr("npeff.fishers.passes.KEPT_BYTES", 150_000)
+    npeff.compute_fishers(model, [batch], progress=False)
+    assert sequences == [3, 1, 1, 3]  # the first batch, its first and its last sequence alone, to choose the rules
+    assert sum(places) == 19 and len(places) > 2
+
+
+def test_memory_bounds_forward_passes_and_places(case):
+    model, data, expected, _ = case[False]
+    rows_agree(npeff.compute_fishers(model, data, memory=12_000, progress=False), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 2}, {"energy": 0.7}, {"labels": "sampled", "n_samples": 2}, {"labels": "true"}]
+)
+def test_options_of_the_factor(case, kept, options):
+    model, data, expected, _ = case[False]
+    fishers = npeff.compute_fishers(model, data, progress=False, **options)
+    alone = [
+        {key: value[[s]] for key, value in batch.items()}
+        for batch in data
+        for s in range(len(batch["labels"]))
+        if (batch["labels"][s] != -100).any()
+    ]
+    one_by_one = npeff.compute_fishers(model, alone, progress=False, **options)
+    assert fishers.ranks.tolist() == one_by_one.ranks.tolist()
+    for i in range(len(expected)):
+        np.testing.assert_allclose(fishers.dense(i), one_by_one.dense(i), atol=1e-5)
+
+
+def test_some_outputs_alone(case):
+    model, data, _, _ = case[True]
+    kept = [npeff.Batch({**batch, "labels": batch["labels"].clamp_max(2)}, outputs=[1, 4, 9]) for batch in data]
+    fishers = npeff.compute_fishers(model, kept, progress=False)
+    expected, logits = fishers_of_places(
+        model, data, lambda m, b: m(b["input_ids"], b["attention_mask"])[..., [1, 4, 9]]
+    )
+    rows_agree(fishers, expected)
+    np.testing.assert_allclose(fishers.logits, logits, atol=1e-5)
+    assert set(fishers.ranks) == {2}
+
+
+class Scaled(SmallLanguageModel):
+    """A model with a parameter that no rule serves."""
+
+    def __init__(self):
+        super().__init__()
+        self.power = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids, attention_mask).sinh() ** 1 * self.power.cos() + self.power**2
+
+
+def test_parameters_without_a_rule_are_right_too(case, kept):
+    data, model = case[False][1], Scaled()
+    for kind in ("low_rank", "diagonal"):
+        fishers = npeff.compute_fishers(model, data, kind=kind, progress=False)
+        rows_agree(fishers, fishers_of_places(model, data)[0], rtol=1e-5)
+    assert {line["rule"] for line in fishers.coverage if line["parameter"] == "power"} == {"torch.func"}
+
+
+def test_a_model_that_mixes_sequences_is_refused():
+    class Mixed(SmallLanguageModel):
+        def forward(self, input_ids, attention_mask=None):
+            logits = super().forward(input_ids, attention_mask)
+            return logits - logits.mean(0)
+
+    with pytest.raises(npeff.ModelError, match="examples influence each other"):
+        npeff.compute_fishers(Mixed(), token_batches(), progress=False)
+
+
+def test_a_batch_by_the_users_take(case):
+    model, data, expected, _ = case[False]
+    own = [npeff.Batch(b, len(b["labels"]), lambda c, at: {key: value[at] for key, value in c.items()}) for b in data]
+    rows_agree(npeff.compute_fishers(model, own, memory=12_000, progress=False), expected)

@@ -1,0 +1,144 @@
+"""The way of a language model: from a folder and a file of texts, by the commands, to a page."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import npeff
+from npeff.cli import run
+from npeff.errors import ArgumentError, DataError
+from npeff.gradients.selection import block_weights
+from npeff.language import Places
+from npeff.models.targets import load_model
+from tiny_language import model_of, tokenizer_of
+
+pytest.importorskip("transformers")
+
+THINGS = ("France", "Spain", "grass", "the sky", "The answer", "it", "no", "the colour")
+TEXTS = [f"{start} {thing} is" for start in ("The capital of", "The colour of", "Is it good? yes") for thing in THINGS]
+FOLDED = ["--sketch", "64", "--rank", "2", "--quiet"]
+FEW = ["--n-random", "1", "--top", "6", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model, its tokenizer and texts on the disk; Fishers and components, by the commands."""
+    path = tmp_path_factory.mktemp("language")
+    before = os.getcwd()
+    os.chdir(path)
+    model_of("llama", Path("model"))
+    tokenizer_of(Path("model"))
+    rows = [{"prompt": text, "answer": " yes" if i % 2 else " no"} for i, text in enumerate(TEXTS)]
+    Path("texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["fishers", "hf:model", "texts.jsonl", *FOLDED, "--text-column", "prompt", "--label-column", "answer"]
+    assert run([*command, "--out", "f.h5"]) == 0
+    assert run(["decompose", "f.h5", "--n-components", "3", "--n-init", "1", "--quiet", "--out", "c.h5"]) == 0
+    assert run(["recover", "c.h5", "hf:model", "texts.jsonl", "--quiet", "--out", "r.h5"]) == 0
+    yield path
+    os.chdir(before)
+
+
+def test_fishers_are_about_the_blocks_and_say_so(folder: Path) -> None:
+    fishers = npeff.load("f.h5")
+    assert isinstance(fishers, npeff.Fishers)
+    model = load_model("hf:model")
+    assert {parameter.name for parameter in fishers.parameters} == block_weights(model)
+    assert fishers.provenance["options"]["parameters"] == ["blocks"]
+    about = fishers.provenance["places"]
+    assert about["tokenizer"] == "model" and about["where"] == "last" and about["text_column"] == "prompt"
+    words = [" yes" if i % 2 else " no" for i in range(len(TEXTS))]
+    places = Places.described(about, "texts.jsonl")
+    assert [places.example(i).label for i in range(len(TEXTS))] == words
+    np.testing.assert_array_equal(places.labels, fishers.labels)
+
+
+def test_components_are_moved_and_shown(folder: Path) -> None:
+    assert run(["perturb", "hf:model", "texts.jsonl", "r.h5", "-j", "0", *FEW, "--out", "effect.json"]) == 0
+    assert run(["trace", "hf:model", "texts.jsonl", "r.h5", "-j", "0", "--top", "6", "--quiet"]) == 0
+    shown = ["report", "r.h5", "--data", "texts.jsonl", "--extras", "effect.json", "--quiet", "--out", "page.html"]
+    assert run(shown) == 0
+    assert Path("page.html").stat().st_size > 50_000
+
+
+def test_the_same_in_python(folder: Path) -> None:
+    places = Places(tokenizer_of(), [{"prompt": text} for text in TEXTS], text_column="prompt")
+    compress = npeff.Sketch(64)
+    fishers = npeff.compute_fishers(load_model("hf:model"), places, compress=compress, rank=2, progress=False)
+    stored = npeff.load("f.h5")
+    assert isinstance(stored, npeff.Fishers)
+    np.testing.assert_allclose(fishers.norms, stored.norms, rtol=1e-4)
+    options: dict[str, Any] = {"compress": compress, "rank": 1, "parameters": "*", "progress": False}
+    assert npeff.compute_fishers(load_model("hf:model"), places, **options).n_parameters > fishers.n_parameters
+
+
+def test_answers_are_all_that_is_predicted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["fishers", "hf:model", "texts.jsonl", "--exact", "--quiet", "--text-column", "prompt", "--out", "a.h5"]
+    assert run([*command, "--answers", " yes", "--answers", " no", "--label-column", "answer"]) == 0
+    fishers = npeff.load("a.h5")
+    assert isinstance(fishers, npeff.Fishers)
+    assert fishers.logits.shape == (len(TEXTS), 2) and fishers.ranks.max() == 1
+    assert fishers.labels.tolist() == [1 - i % 2 for i in range(len(TEXTS))]
+    model, tokenizer = load_model("hf:model"), tokenizer_of()
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer(TEXTS[3])["input_ids"]])).logits[0, -1]
+    yes, no = tokenizer(" yes no")["input_ids"]
+    np.testing.assert_allclose(fishers.logits[3], logits[[yes, no]], rtol=1e-4, atol=1e-6)
+
+
+def test_every_token_of_a_plain_text(folder: Path) -> None:
+    Path("texts.txt").write_text("\n".join(TEXTS[:4]))
+    assert run(["fishers", "hf:model", "texts.txt", *FOLDED, "--where", "every", "--out", "e.h5"]) == 0
+    assert run(["fishers", "hf:model", "texts.txt", *FOLDED, "--where", "(capital) of", "--out", "m.h5"]) == 0
+    counts = [len(npeff.load(name)) for name in ("e.h5", "m.h5")]  # type: ignore[arg-type]
+    tokenizer = tokenizer_of()
+    assert counts == [sum(len(tokenizer(text)["input_ids"]) for text in TEXTS[:4]), 4]
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "words"),
+    [
+        (["fishers", "net.py:model", "texts.jsonl"], 2, "MODEL tells of no tokenizer; give MODEL as hf:PATH"),
+        (["fishers", "hf:model", "net.py:data", "--where", "every"], 2, "--where belongs to DATA that is a file of"),
+        (["fishers", "hf:model", "texts.jsonl"], 1, "texts.jsonl, line 1 has no text_column='text'; it has prompt"),
+        (["fishers", "hf:model", "absent.jsonl"], 1, "there is no file absent.jsonl"),
+        (["fishers", "hf:absent", "texts.txt"], 1, "from hf:absent"),
+    ],
+)  # fmt: skip
+def test_what_the_commands_refuse(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: list[str], status: int, words: str
+) -> None:
+    Path("texts.txt").write_text("\n".join(TEXTS[:4]))
+    assert run([*command, "--quiet", "--out", "no.h5"]) == status
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_components_of_other_data_take_no_texts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    fishers = npeff.compute_fishers(torch.nn.Linear(4, 3), [x], progress=False)
+    npeff.decompose(fishers, n_components=1, progress=False).save("other.h5")
+    assert run(["report", "other.h5", "--data", "texts.jsonl", "--quiet", "--out", "no.html"]) == 2
+    assert "these components were not made from one" in " ".join(capsys.readouterr().err.split())
+
+
+def test_models_that_do_not_fit(folder: Path) -> None:
+    places = Places(tokenizer_of(), TEXTS[:2])
+    with pytest.raises(ArgumentError, match=r"tokenizer: it has .* tokens, and LlamaForCausalLM embeds 300"):
+        npeff.compute_fishers(model_of(vocab_size=300), places, progress=False)
+    with pytest.raises(ArgumentError, match=r"texts: text 0 has .* was made for at most 4; cut the text"):
+        npeff.compute_fishers(model_of(max_position_embeddings=4), places, progress=False)
+    with pytest.raises(DataError, match=r"logits: .* got BaseModelOutputWithPast; load it with its head"):
+        npeff.compute_fishers(model_of().model, places, progress=False)  # type: ignore[arg-type]
+
+
+def test_places_of_a_callable_are_not_found_again(folder: Path) -> None:
+    places = Places(tokenizer_of(Path("model")), TEXTS, lambda text, tokens: [0])
+    described = json.loads(json.dumps(places.describe()))
+    with pytest.raises(ArgumentError, match="where: these places were found by a callable"):
+        Places.described(described, TEXTS)
