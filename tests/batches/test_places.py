@@ -170,6 +170,31 @@ def test_outputs_are_kept_without_places_too():
             Batch(x, outputs=wrong)
 
 
+@pytest.mark.parametrize("others", [[4, 5], [5, 3], [3, 5, 6], None])
+def test_batches_that_keep_other_outputs_are_refused(others):
+    first, second = token_batches()
+    for batch in (first, second):
+        batch["labels"] = torch.where(batch["labels"] == -100, -100, -1)
+    data = [Batch(first, outputs=[3, 5]), Batch(second, outputs=others)]
+    words = "all" if others is None else str(others).replace("[", r"\[")
+    with pytest.raises(DataError, match=rf"outputs: batch 1 keeps {words} and batch 0 keeps \[3, 5\]; expected the"):
+        npeff.compute_fishers(SmallLanguageModel(), data, progress=False)
+
+
+def test_a_model_may_ignore_logits_to_keep():
+    class All(SmallLanguageModel):
+        def forward(self, input_ids, attention_mask=None, logits_to_keep=0):
+            return super().forward(input_ids, attention_mask)
+
+    data = token_batches()
+    for batch in data:
+        batch["labels"][:, :2] = -100
+    expected = npeff.compute_fishers(SmallLanguageModel(), data, progress=False)
+    found = npeff.compute_fishers(All(), data, progress=False)
+    np.testing.assert_array_equal(found.logits, expected.logits)
+    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-6)
+
+
 def test_shapes_that_do_not_fit_are_refused_with_what_to_do():
     model = SmallLanguageModel()
     ids, labels = torch.ones(2, 5, dtype=torch.int64), torch.full((2, 5), 3)

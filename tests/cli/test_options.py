@@ -23,7 +23,7 @@ NO_TEXT = {
 """Arguments that no text gives."""
 
 NOT_OFFERED = {
-    "plan": {"out", "seed", "max_examples", "progress"},
+    "plan": {"out", "seed", "max_examples", "block_weights", "progress"},
     "trace": {"floor", "n_random", "curve", "unrelated", "prompts", "n_tokens"},
 }
 """Arguments of a function whose options a command has in part."""

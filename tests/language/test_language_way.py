@@ -59,8 +59,17 @@ def test_fishers_are_about_the_blocks_and_say_so(folder: Path) -> None:
     np.testing.assert_array_equal(places.labels, fishers.labels)
 
 
-def test_components_are_moved_and_shown(folder: Path) -> None:
-    assert run(["perturb", "hf:model", "texts.jsonl", "r.h5", "-j", "0", *FEW, "--out", "effect.json"]) == 0
+def test_components_are_moved_and_shown(folder: Path, capsys: Any) -> None:
+    Path("news.txt").write_text("The sky is green.\nIs the answer no? It is.\n")
+    texts = ["--unrelated", "news.txt", "--prompts", "2", "--n-tokens", "3"]
+    assert run(["perturb", "hf:model", "texts.jsonl", "r.h5", "-j", "0", *FEW, *texts, "--out", "effect.json"]) == 0
+    said, effect = capsys.readouterr().out, json.loads(Path("effect.json").read_text())
+    before, after = effect["perplexity"]
+    assert f"perplexity on unrelated data: {before:.4g} → {after:.4g}" in said
+    assert "most probable before → after" in said and "→" in said.splitlines()[-2]
+    assert [told["prompt"] for told in effect["continuations"]] == [
+        TEXTS[told["id"]] for told in effect["continuations"]
+    ]
     assert run(["trace", "hf:model", "texts.jsonl", "r.h5", "-j", "0", "--top", "6", "--quiet"]) == 0
     shown = ["report", "r.h5", "--data", "texts.jsonl", "--extras", "effect.json", "--quiet", "--out", "page.html"]
     assert run(shown) == 0
@@ -92,10 +101,13 @@ def test_answers_are_all_that_is_predicted(folder: Path, capsys: pytest.CaptureF
     np.testing.assert_allclose(fishers.logits[3], logits[[yes, no]], rtol=1e-4, atol=1e-6)
 
 
-def test_every_token_of_a_plain_text(folder: Path) -> None:
+def test_every_token_of_a_plain_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("texts.txt").write_text("\n".join(TEXTS[:4]))
     assert run(["fishers", "hf:model", "texts.txt", *FOLDED, "--where", "every", "--out", "e.h5"]) == 0
-    assert run(["fishers", "hf:model", "texts.txt", *FOLDED, "--where", "(capital) of", "--out", "m.h5"]) == 0
+    assert "of the linear layers of the blocks, 14; --parameters '*' takes all" in capsys.readouterr().err
+    some = ["--where", "(capital) of", "--parameters", "*mlp*"]
+    assert run(["fishers", "hf:model", "texts.txt", *FOLDED, *some, "--out", "m.h5"]) == 0
+    assert "of the linear layers" not in capsys.readouterr().err
     counts = [len(npeff.load(name)) for name in ("e.h5", "m.h5")]  # type: ignore[arg-type]
     tokenizer = tokenizer_of()
     assert counts == [sum(len(tokenizer(text)["input_ids"]) for text in TEXTS[:4]), 4]

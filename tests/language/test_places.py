@@ -211,8 +211,14 @@ def test_texts_without_columns(tokenizer: Any, tmp_path: Path) -> None:
         (TEXTS, {"where": 3}, "where: expected 'last', 'every', a regular expression or a callable, got 3"),
         (TEXTS, {"where": lambda text, tokens: [99]}, "where: expected positions from 0 to .* of text 0, got"),
         (TEXTS, {"where": lambda text, tokens: 5}, "where: expected positions of tokens of text 0, got 5"),
+        (TEXTS, {"where": lambda text, tokens: [1, 10**30]}, "where: expected positions from 0 to .* of text 0, got"),
+        (TEXTS, {"where": lambda text, tokens: [token == " of" for token in tokens]}, "got True and False: give the n"),
+        (TEXTS, {"where": lambda text, tokens: torch.ones(len(tokens)) > 0}, "got True and False: give the numbers"),
         (TEXTS, {"where": "never there"}, "where: 'never there' finds no place in any of the 2 texts"),
         (TEXTS, {"answers": [" yes"]}, "answers: expected at least two different words"),
+        (TEXTS, {"answers": {" yes", " no"}}, "answers: expected at least two different words in a list, got"),
+        (TEXTS, {"answers": 5}, "answers: expected at least two different words in a list, got 5"),
+        (TEXTS, {"answers": [" yes", "\ud800"]}, "answers: .* has half a surrogate pair"),
         (TEXTS, {"answers": [" yes", " Zanzibar"]}, "' Zanzibar' after 'The capital of France is' becomes ' ', 'Z'"),
         (["Is it good?"], {"answers": ["yes", "bad"]}, "answers: .* 'bad' .* perhaps with a space before it, ' bad'"),
         (["Is it good? "], {"answers": ["yes", "no"]}, "the text ends in white space"),
@@ -225,6 +231,12 @@ def test_texts_without_columns(tokenizer: Any, tmp_path: Path) -> None:
         (["a", None], {}, "text 1 is None; expected a text"),
         ([], {}, "texts: there are none"),
         (5, {}, "texts: expected a list of texts, .* got int"),
+        ("It is good. " * 100, {}, "texts: there is no file It is good.*…; for one text pass a list"),
+        ("It\0is", {}, "texts: there is no file"),
+        (["a", "b\ud800"], {}, "texts: text 1 has half a surrogate pair"),
+        ({"text": "It is"}, {}, "texts: expected a column of values as text_column='text', got 'It is'"),
+        ({"text": ["It is"], "l": [1, 0]}, {"label_column": "l"}, "texts: expected as many labels as texts, got 2 in"),
+        (TEXTS, {"text_column": None}, "text_column: expected the name of a column, got None"),
         ("absent.jsonl", {}, "there is no file absent.jsonl; for one text pass a list"),
         ([{"prompt": "a"}], {}, "text 0 has no text_column='text'; it has prompt"),
         ({"prompt": ["a"]}, {}, "there is no text_column='text'; the columns are prompt"),
@@ -242,9 +254,83 @@ def test_what_is_refused(tokenizer: Any, texts: Any, options: dict[str, Any], wo
         Places(tokenizer, texts, **options)
 
 
+@pytest.mark.parametrize("label", [1.5, float("inf"), True, np.array([1, 0]), [1], {"a": 1}, "True", -1])
+def test_labels_that_are_no_answers(tokenizer: Any, label: Any) -> None:
+    with pytest.raises(
+        ArgumentError, match="label of text 0: expected one of the answers ' yes', ' no' or its position"
+    ):
+        Places(tokenizer, [{"text": "Is it?", "label": label}], answers=[" yes", " no"], label_column="label")
+
+
+def test_answers_that_are_numbers_are_no_positions(tokenizer: Any) -> None:
+    def labels(given: Any) -> list[int]:
+        row = {"text": "Is it?", "label": given}
+        return Places(tokenizer, [row], answers=["1", "0"], label_column="label").labels.tolist()
+
+    assert (labels("1"), labels("0")) == ([0], [1])
+    for given in (1, 0, " 1"):
+        with pytest.raises(
+            ArgumentError, match=r"may be the answer '[01]' or a position from 0; give the answer as it"
+        ):
+            labels(given)
+
+
+def test_labels_that_pandas_lacks(tokenizer: Any) -> None:
+    pandas = pytest.importorskip("pandas")
+    for labels in (pandas.array([1, None], dtype="Int64"), pandas.array([" no", None], dtype="string"), [1.0, None]):
+        frame = pandas.DataFrame({"text": ["Is it?", "Is it?"], "label": labels})
+        places = Places(tokenizer, frame, answers=[" yes", " no"], label_column="label")
+        assert places.labels.tolist() == [1, -1]
+    twice = pandas.DataFrame([["a", "b"]], columns=["text", "text"])
+    with pytest.raises(DataError, match="texts: there are 2 columns text_column='text'; rename all but one"):
+        Places(tokenizer, twice)
+
+
+def test_words_that_the_tokenizer_does_not_know() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({"[UNK]": 0, "is": 1, "yes": 2}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    few = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
+    with pytest.raises(
+        ArgumentError, match=r"answers: .* ' never' becomes '\[UNK\]', as all words that it does not know"
+    ):
+        Places(few, ["is"], answers=[" yes", " never"])
+
+
+def test_white_space_without_characters_of_its_own() -> None:
+    from tokenizers import processors
+
+    tokenizer = tokenizer_of()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    places = Places(tokenizer, ["  a   b  "], "every")
+    assert ["".join(places.example(i).tokens) for i in (0, places.n_examples - 1)] == ["  a   b  "] * 2
+    assert places.places[:, 1].tolist() == list(range(places.n_examples)) and (places.labels[:-1] >= 0).all()
+
+
+def test_lines_end_where_files_say(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffIt\u2028 is\r\nok\x0b\x85x".encode())
+    places = Places(tokenizer, tmp_path / "a.txt")
+    assert ["".join(places.example(i).tokens) for i in range(2)] == ["It\u2028 is", "ok\x0b\x85x"]
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "It is"}\n')
+    assert Places(tokenizer, tmp_path / "a.jsonl").n_examples == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
+        ("a.jsonl", "[" * 200_000, "a.jsonl, line 1 is no JSON"),
+        ("a.jsonl", '{"text": "a", "n": ' + "1" * 5000 + "}", "a.jsonl, line 1 is no JSON"),
+        ("a.jsonl", '{"text": "a\\ud800"}', "a.jsonl, line 1 has half a surrogate pair"),
+        (
+            "a.csv",
+            "text,label\na, b, c\n",
+            "a.csv, line 2 has 3 cells, and the first line names 2; put cells that hold ','",
+        ),
+        ("a.csv", "text,text\na,b\n", "a.csv has 2 columns 'text'; rename all but one"),
+        ("a.csv", 'text\n"a\nb\n', "a.csv cannot be read: unexpected end of data"),
+        ("a.tsv", 'text\tn\n"a\t1\nb" c\t2\n', "a.tsv cannot be read: "),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl, line 2 is no JSON"),
         ("a.jsonl", '{"text": "a"}\n{"prompt": "b"}\n', "a.jsonl, line 2 has no text_column='text'; it has prompt"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": ""}\n', "a.jsonl, line 3 is empty"),
@@ -278,6 +364,8 @@ def test_other_tokenizers_are_refused() -> None:
 def test_example_that_is_not_there(tokenizer: Any) -> None:
     with pytest.raises(ArgumentError, match="number: expected an example from 0 to 1, got 2"):
         Places(tokenizer, TEXTS).example(2)
+    with pytest.raises(ArgumentError, match=r"number: expected an example from 0 to 1, got 0\.0"):
+        Places(tokenizer, TEXTS).example(0.0)  # type: ignore[arg-type]
 
 
 def test_model_and_tokenizer_that_do_not_fit(tokenizer: Any) -> None:

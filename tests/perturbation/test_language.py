@@ -15,7 +15,9 @@ from torch import nn
 import npeff
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
+from npeff.language import Places
 from npeff.models.parameters import Parameters
+from tiny_language import model_of, tokenizer_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -65,10 +67,12 @@ def llama() -> nn.Module:
     return model.double().eval()  # type: ignore[no-any-return]
 
 
-def components_along(model: nn.Module, labels: torch.Tensor, r: int = 3) -> Components:
+def components_along(model: nn.Module, labels: torch.Tensor, r: int = 3, within: Any = None) -> Components:
     """Random directions in the layers, with random coefficients."""
     generator = np.random.default_rng(1)
-    parameters = Parameters.of((n, tuple(p.shape)) for n, p in model.named_parameters() if "layers" in n)
+    parameters = Parameters.of(
+        (n, tuple(p.shape)) for n, p in model.named_parameters() if n in (within or n) and (within or "layers" in n)
+    )
     G = generator.normal(size=(r, parameters.n_parameters)).astype(np.float32)
     return Components(
         kind="low_rank",
@@ -294,6 +298,33 @@ def test_places_are_examples(side: str) -> None:
     assert small.details["fisher_norm"] == pytest.approx(2e6 * small.kl.mean(), rel=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "gemma2", "mamba"])
+def test_texts_are_read_with_the_tokenizer_of_the_data(kind: str) -> None:
+    model, tokenizer = model_of(kind).double(), tokenizer_of()
+    news = ["The sky is green. Is it?", "no"]
+    data = Places(tokenizer, [f"The capital of {name} is" for name in ("France", "Spain", "the sky", "grass")])
+    names = [name for name, p in model.named_parameters() if "layers" in name or ".h." in name]
+    components = components_along(model, torch.from_numpy(data.labels), r=2, within=names)
+    effect = npeff.perturb(
+        model, data, components, 1, magnitude=2.0, unrelated=news, prompts=[news[0]], n_tokens=3, **QUICK
+    )
+    told = {}
+    for step in (0.0, effect.sign * effect.magnitude):
+        with npeff.applied(model, components.state_dict(1), step), torch.no_grad():
+            surprise = []
+            for text in news:
+                ids = torch.tensor([tokenizer(text)["input_ids"]])
+                log_p = torch.log_softmax(model(input_ids=ids).logits[0, :-1], 1)
+                surprise += (-log_p[torch.arange(len(log_p)), ids[0, 1:]]).tolist()
+            told[step] = math.exp(np.mean(surprise))
+    assert effect.perplexity == pytest.approx(list(told.values()), rel=1e-4)
+    (one,) = effect.continuations
+    assert one.prompt == news[0] and one.id is None
+    if kind != "mamba":  # which has no longest text
+        with pytest.raises(npeff.ArgumentError, match=r"unrelated: texts: text 0 has .* tokens"):
+            npeff.perturb(model, data, components, 1, unrelated=["no " * 70], **QUICK)
+
+
 def test_trace_mend_and_diagonal_components_take_places() -> None:
     model, data = llama(), places([[7, 4, 6], [5, 5], [8]], "right", seed=4)
     before, labels = at_places(model, data)
@@ -323,7 +354,12 @@ def test_bad_texts_are_told(case: Any) -> None:
 
     beyond = [{**unrelated[0], "labels": torch.tensor([1, 2, 3, VOCABULARY, 4])}]
     for options, error, text in (
-        ({"unrelated": ["some news"]}, npeff.ArgumentError, "unrelated: expected batches, got texts"),
+        (
+            {"unrelated": ["news"], "given": list(data)},
+            npeff.ArgumentError,
+            "unrelated: got texts, and the data has no",
+        ),
+        ({"unrelated": "no.txt"}, npeff.ArgumentError, "unrelated: texts: there is no file no.txt"),
         ({"unrelated": 3}, npeff.ArgumentError, "expected an iterable of batches"),
         ({"unrelated": []}, npeff.DataError, "unrelated: it yielded no batches"),
         ({"unrelated": [{"input_ids": torch.ones(2, 3).long()}]}, npeff.DataError, "unrelated: its batches have no"),

@@ -163,6 +163,13 @@ def test_by_default_the_wrong_answers_of_the_components_are_repaired(shortcut) -
     assert 0 < mending.n_repair <= wrong.sum()
 
 
+def test_outputs_that_do_not_fit_are_refused(shortcut, monkeypatch) -> None:
+    model, data, components, _ = shortcut
+    monkeypatch.setattr("npeff.perturbation.repair.available_bytes", lambda device: 1000)
+    with pytest.raises(npeff.ArgumentError, match=r"data: 500 examples have 3 outputs each.* take 12.0 kB, and 1.0 kB"):
+        mend(model, data, components, 0, progress=False)
+
+
 def test_bad_arguments_are_named(shortcut) -> None:
     model, data, components, fooled = shortcut
     unlabelled = [x for x, _ in data]

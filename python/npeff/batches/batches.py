@@ -449,7 +449,7 @@ def read_batches(
     """Iterate over the batches of the data as :func:`read_batch` makes it, without those that hold no place.
 
     A tensor whose first dimension was not the number of examples in one batch is cut in none that follows: in a batch
-    where the two agree, that is chance.
+    where the two agree, that is chance. All batches keep the same outputs, so that a class is the same in all.
 
     Args:
         data: The data.
@@ -459,12 +459,21 @@ def read_batches(
 
     Raises:
         ArgumentError: The data is not an iterable of batches.
-        DataError: No batch holds a place.
+        DataError: No batch holds a place, or a batch keeps other outputs than the first one.
     """
     whole: frozenset[Path] = frozenset()
+    outputs: Tensor | None = None
     number, n_sequences, without, warned = -1, 0, 0, False
     for number, raw in enumerate(check_data(data)):
         batch = read_batch(raw, device, number, any_layout, places, whole)
+        if number == 0:
+            outputs = batch.outputs
+        elif not _equal(batch.outputs, outputs):
+            kept, first = ("all" if some is None else str(some.tolist()) for some in (batch.outputs, outputs))
+            raise DataError(
+                f"outputs: batch {number} keeps {kept} and batch 0 keeps {first}; expected the same outputs in the "
+                "same order in all batches, as labels and logits are indices into them; work on the others on their own"
+            )
         if batch._take is None:
             whole |= {path for part, path in parts(batch.content) if length(part) != batch.n_sequences}
             batch._whole = whole

@@ -110,7 +110,8 @@ def decompose(path: Path, n_components: list[int], select: bool, out: Path, wron
     )
     if components.not_recovered:
         note(
-            f"vectors in parameter space, for perturb, trace and export: npeff recover {out} MODEL DATA --out RECOVERED"
+            f"perturb and trace recover the vectors that they need; for all at once: npeff recover {out} MODEL DATA "
+            f"--out {out}"
         )
 
 
@@ -132,7 +133,9 @@ def _selected(fishers: Any, numbers: list[int], options: dict[str, Any]) -> Sele
     """
         npeff recover components.h5 train.py:model train.py:data --out recovered.h5
         npeff recover components.h5 train.py:model train.py:data --component 3,7 --out recovered.h5
+        npeff recover components.h5 lm.py:model lm.py:data --rank 8 --out components.h5
     """,
+    Arguments("npeff:Components.recover", only=("rank",)),
     Arguments("npeff:compute_fishers", only=("forward", "device", "progress")),
 )
 @click.argument("path", metavar="COMPONENTS", type=EXISTING)
@@ -144,8 +147,8 @@ def recover(path: Path, model: str, data: str, component: str | None, out: Path,
     """Compute the vectors in parameter space of COMPONENTS that were made of sketches, or of inner products alone.
 
     MODEL and DATA are those of the Fishers, the data in the same order. One pass over DATA serves all components asked
-    for: a forward pass, and a backward pass per component. report, perturb, trace, export and the others take the file
-    written here as they take COMPONENTS.
+    for, and takes about as long as the Fishers took. perturb and trace recover what they need by themselves, and keep
+    it in COMPONENTS; this does so beforehand, for many components at once.
     """
     js = None if component is None else listed(component)
     if component is not None and js is None:
@@ -159,9 +162,11 @@ def recover(path: Path, model: str, data: str, component: str | None, out: Path,
         check_members(js, components, path)
     recovered = components.recover(load_model(model), data_of_components(data, components), js, **options)
     recovered.save(out)
-    n = len(recovered.recovered)
+    n = recovered.n_components - len(recovered.not_recovered)
+    lost = "" if recovered.factored is None else f", factors lose up to {recovered.factored_lost.sum(1).max():.1%}"
     click.echo(
-        f"{out}: {n} of {recovered.n_components} components have vectors in parameter space, {size(out.stat().st_size)}"
+        f"{out}: {n} of {recovered.n_components} components have vectors in parameter space{lost}, "
+        f"{size(out.stat().st_size)}"
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from npeff.cli.command import check_members, command, loaded, misused, size, unruled
-from npeff.cli.options import EXISTING, WRITABLE
+from npeff.cli.options import EXISTING, WRITABLE, Arguments
+from npeff.cli.texts import data_of_components
 
 
 @command(
@@ -142,10 +143,14 @@ def _print(lines: dict[str, Any], indent: str = "") -> None:
     """
         npeff export fishers.h5 --layout published --out theirs.h5
         npeff export components.h5 --component 7 --out g7.safetensors
-    """
+        npeff export components.h5 --component 7 --model lm.py:model --data lm.py:data --out g7.safetensors
+        npeff export components.h5 --component 7 --peft --model lm.py:model --rank 8 --scale 0.3 --out adapter/
+    """,
+    Arguments("npeff:Components.to_peft", only=("rank", "scale")),
+    Arguments("npeff:compute_fishers", only=("forward", "device", "progress")),
 )
 @click.argument("path", metavar="FILE", type=EXISTING)
-@click.option("--out", type=WRITABLE, required=True, help="File to write.")
+@click.option("--out", type=WRITABLE, required=True, help="File to write; with --peft a folder.")
 @click.option("--layout", type=click.Choice(["published"]), help="Write all of it in the layout of the published code.")
 @click.option(
     "--component",
@@ -153,21 +158,49 @@ def _print(lines: dict[str, Any], indent: str = "") -> None:
     metavar="J",
     help="Write one component's vector as parameter-shaped tensors.",
 )
-def export(path: Path, out: Path, layout: str | None, component: int | None) -> None:
+@click.option("--peft", is_flag=True, help="Write it as a LoRA adapter, which peft loads; needs --model.")
+@click.option("--model", metavar="MODEL", help="The model of the Fishers.")
+@click.option("--data", metavar="DATA", help="The data of the Fishers, where the vector has to be recovered.")
+def export(
+    path: Path,
+    out: Path,
+    layout: str | None,
+    component: int | None,
+    peft: bool,
+    model: str | None,
+    data: str | None,
+    **options: Any,
+) -> None:
     """Write what FILE holds in another form.
 
     With --component the tensors carry the model's parameter names: load them with safetensors and add a
-    multiple to the weights.
+    multiple to the weights. Where the vector has to be recovered, --model and --data do so, and it is kept in FILE.
+    --rank and --scale belong to --peft.
     """
     if (layout is None) == (component is None):
         misused("give either --layout published or --component J")
+    if component is None and (peft or model or data):
+        misused("--peft, --model and --data belong to --component J")
+    if peft and model is None:
+        misused("--peft: an adapter is for the layers of a model; give --model")
+    if not peft and {"rank", "scale"} & options.keys():
+        misused("--rank and --scale belong to --peft")
     if component is None:
         import npeff
         from npeff.components.published import write_published
 
         write_published(npeff.load(path), out)
-    else:
-        components = loaded(path, "Components")
-        check_members([component], components, path)
-        components.save_state_dict(component, out)
+        click.echo(f"{out}: {size(out.stat().st_size)}")
+        return
+    from npeff.models.targets import load_model
+
+    components = loaded(path, "Components")
+    check_members([component], components, path)
+    given: Any = (load_model(model) if model else None, data_of_components(data, components) if data else None)
+    if peft:
+        share = components.to_peft(component, out, *given, **options)
+        total = sum(part.stat().st_size for part in out.iterdir())
+        click.echo(f"{out}: an adapter with {share:.0%} of the vector's squared norm, {size(total)}")
+        return
+    components.save_state_dict(component, out, *given, **options)
     click.echo(f"{out}: {size(out.stat().st_size)}")

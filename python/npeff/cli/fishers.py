@@ -13,7 +13,7 @@ from npeff.cli.options import WRITABLE, Arguments
 from npeff.cli.texts import PLACES, data_of_model, where
 
 DEFAULT_TOP_K = 65_536
-UNPLANNED = ("kind", "compress", "share", "out", "seed", "max_examples", "memory", "progress")
+UNPLANNED = ("kind", "compress", "block_weights", "share", "out", "seed", "max_examples", "memory", "progress")
 """Arguments of ``compute_fishers`` that ``plan`` does not take, or in a sense of its own."""
 
 
@@ -32,6 +32,14 @@ UNPLANNED = ("kind", "compress", "share", "out", "seed", "max_examples", "memory
 @click.argument("model", metavar="MODEL")
 @click.argument("data", metavar="DATA")
 @where
+@click.option(
+    "--block-weights",
+    default="energy",
+    show_default=True,
+    metavar="energy|balanced|FILE",
+    help="Weights of the Fisher's blocks: as they are, about the same share of the trace for every layer (measured on "
+    "the first examples), or the weights of FILE, of Fishers or components.",
+)
 @click.option(
     "--out",
     type=WRITABLE,
@@ -72,6 +80,7 @@ def fishers(
     sketch_form: str,
     exact: bool,
     gram_only: bool,
+    block_weights: str,
     **options: Any,
 ) -> None:
     """Compute the Fisher of every example of DATA under MODEL.
@@ -109,6 +118,14 @@ def fishers(
         options["compress"] = npeff.GramOnly()
     elif not exact:
         options["compress"] = npeff.TopK(top_k or DEFAULT_TOP_K)
+    if block_weights not in ("energy", "balanced"):
+        if not Path(block_weights).is_file():
+            misused(
+                f"--block-weights: expected energy, balanced or a file of Fishers or components, got {block_weights}"
+            )
+        options["block_weights"] = npeff.load(block_weights).block_weights or "energy"
+    elif block_weights == "balanced":
+        options["block_weights"] = block_weights
     if not top_k:  # that a model is smaller than the default is no news
         warnings.filterwarnings("ignore", message=r"TopK\(k=")
     batches = data_of_model(data, model, options)
@@ -119,6 +136,8 @@ def fishers(
     if not first():
         return
     click.echo(f"{out}: {len(result):,} Fishers of {result.n_parameters:,} parameters, {size(out.stat().st_size)}")
+    if "parameters" not in options and result.provenance["options"]["parameters"]:
+        note(f"  of the linear layers of the blocks, {len(result.parameters)}; --parameters '*' takes all parameters")
     slow = unruled(result.coverage)
     for name, why in slow[:5]:
         note(f"  {name}: {why}")

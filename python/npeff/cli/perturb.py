@@ -10,7 +10,7 @@ import click
 
 from npeff.cli.command import check_members, check_out, command, listed, loaded, misused, note
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
-from npeff.cli.texts import data_of_components
+from npeff.cli.texts import data_of_components, is_text
 
 if TYPE_CHECKING:
     from npeff.components.components import Components
@@ -66,7 +66,9 @@ def chosen(components: Components, component: int | None, strategy: str | None, 
 )
 @of_components
 @click.option(
-    "--unrelated", metavar="TARGET", help="Data as DATA, of other texts: its perplexity is measured at every step."
+    "--unrelated",
+    metavar="DATA",
+    help="Other data, as DATA, or a file of texts: its perplexity is measured at every step.",
 )
 @click.option("--all", "every", is_flag=True, help="Every component: a table of KL ratios.")
 @click.option("--out", type=WRITABLE, help="JSON file for everything found; npeff report --extras shows it.")
@@ -99,7 +101,7 @@ def perturb(
     if every and not out:
         options.setdefault("curve", 0)  # the table does not show it
     if unrelated is not None:
-        options["unrelated"] = load_data(unrelated)
+        options["unrelated"] = unrelated if is_text(unrelated) else load_data(unrelated)
     examples = data_of_components(data, components)
     effects = perturb_all(load_model(model), examples, components, which, **options)
     click.echo(_ratios(effects) if every else effects[0].table())

@@ -59,13 +59,8 @@ def data_of_model(data: str, model: str, options: dict[str, Any]) -> Iterable[An
     return Places(load_tokenizer(model), data, **about)
 
 
-def data_of_components(data: str, components: Components, unrelated: bool = False) -> Iterable[Any]:
+def data_of_components(data: str, components: Components) -> Iterable[Any]:
     """Load DATA; texts are read as those that the components' Fishers were computed from.
-
-    Args:
-        data: DATA.
-        components: The components.
-        unrelated: Of texts, take every token, and what comes next in the text as its label.
 
     Raises:
         UsageError: The Fishers were computed from something else.
@@ -81,6 +76,4 @@ def data_of_components(data: str, components: Components, unrelated: bool = Fals
             f"DATA: {data} is a file of texts, and these components were not made from one; give module:callable for "
             "the data of their Fishers"
         )
-    if unrelated:
-        described = described | {"where": "every", "answers": None, "context": None, "label_column": None}
     return Places.described(described, data)

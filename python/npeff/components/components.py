@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from npeff import kernels
+from npeff.components.adapters import write_adapter
 from npeff.components.factorisation import OPTIONAL, Factorisation
-from npeff.components.recovery import recover
+from npeff.components.recovery import check_rank, recover
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.fishers.file_format import LOGITS, PLACES, check_saved, count_outputs, example_fields
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import sketch_of
@@ -27,7 +28,7 @@ from npeff.fishers.rows import Kind
 from npeff.fishers.scaling import ScaledRows, scale
 from npeff.models.parameters import Parameters
 from npeff.storage.checks import FLOAT, INT, Field
-from npeff.storage.container import check_replaceable, refuse_npeff_file
+from npeff.storage.container import check_replaceable, open_container, refuse_npeff_file
 from npeff.storage.files import atomic, path_of
 from npeff.storage.writing import Data, write_container
 
@@ -47,6 +48,9 @@ COMPONENTS = (
     Field("row_weights", FLOAT, ("n_rows", "n_components"), optional=True),
     Field("recovered", INT, ("n_recovered",), least=0, below="n_components", ascending_in="", optional=True),
     Field("recovered_vectors", FLOAT, ("n_recovered", "n_parameters"), optional=True),
+    Field("factored", INT, ("n_factored",), least=0, below="n_components", ascending_in="", optional=True),
+    Field("factored_vectors", FLOAT, ("n_factored", "n_factors"), optional=True),
+    Field("factored_lost", FLOAT, ("n_factored", "n_tensors"), least=0, optional=True),
 )
 """The arrays of a file, under ``arrays/``."""
 
@@ -86,21 +90,30 @@ class Components(Factorisation):
     def __repr__(self) -> str:
         size = f"{len(self.coefficients)} examples, {self.n_parameters:,} parameters"
         if self.compression in ("sketch", "gram"):
-            size += f", {0 if self.recovered is None else len(self.recovered)} vectors in parameter space"
+            size += f", {self.n_components - len(self.not_recovered)} vectors in parameter space"
         return f"Components({self.n_components} {self.kind}, {size}, loss {self.loss:.4f})"
 
     def recover(
-        self, model: nn.Module, data: Iterable[Any], js: Sequence[int] | None = None, **options: Any
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        js: Sequence[int] | None = None,
+        *,
+        rank: int | None = None,
+        **options: Any,
     ) -> Components:
         """Recover vectors in parameter space, where the Fishers kept sketches or inner products alone.
 
-        Every vector is a combination of the examples' rows, ``g_j = Σ c_row a_row``: one backward pass per batch and
-        component asked for, and no per-example gradient.
+        Every vector is a combination of the examples' rows, ``g_j = Σ c_row a_row``. One pass over the data serves all
+        components asked for; those that are known already are not computed again.
 
         Args:
             model: The model of the Fishers, with the same weights.
             data: The data of the Fishers, in the same order, in batches of any size.
             js: Which components; None: all.
+            rank: Keep every matrix of a vector as factors of this rank, ``(n + k) · rank`` numbers in place of
+                ``n · k``, found without ever forming the matrix; :attr:`factored_lost` holds what that loses, measured.
+                None: whole vectors.
             **options: ``forward``, ``device`` and ``progress``, as for :func:`npeff.compute_fishers`.
 
         Returns:
@@ -112,28 +125,160 @@ class Components(Factorisation):
             ModelError: The model is not that of the Fishers.
         """
         self.verify()
-        return recover(self, model, data, None if js is None else [self._component(j) for j in js], **options)
+        chosen = None if js is None else [self._component(j) for j in js]
+        return recover(self, model, data, chosen, rank=rank, **options)
 
-    def state_dict(self, j: int) -> dict[str, torch.Tensor]:
-        """Cut component j's vector into parameter-shaped tensors: a direction that can be added to the model."""
+    def ensure_vectors(
+        self,
+        js: Sequence[int],
+        model: nn.Module | None,
+        data: Iterable[Any] | None,
+        *,
+        rank: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Recover the vectors of some components that are not known yet, in place, and keep them in :attr:`path`.
+
+        Nothing is written where the file holds other components by now; where it cannot be written, a warning says so.
+
+        Args:
+            js: Which; nothing happens where all are known.
+            model: The model of the Fishers; None where there is none.
+            data: The data of the Fishers, which will be read again; None where there are none.
+            rank: Factors of at least this rank will do; None: so will any vector that is known.
+            **options: As for :meth:`recover`.
+
+        Raises:
+            ArgumentError: Vectors are missing, and there is no model or no data to recover them with.
+            DataError: The data can be read once only, or is not that of the Fishers.
+            ModelError: The model is not that of the Fishers.
+        """
+        unknown = set(self.not_recovered)
+        if rank is not None and self.rank is not None and self.rank < rank:
+            unknown |= {j for j in js if self.known_as_factors_alone(j)}
+        if not (missing := [j for j in dict.fromkeys(js) if j in unknown]):
+            return
+        if model is None or data is None:
+            self.check_recovered(missing)
+            raise ArgumentError(
+                f"rank: component {missing[0]} is known as factors of rank {self.rank}, fewer than {rank}; give data= "
+                "to recover more, or a lower rank"
+            )
+        if isinstance(data, Iterator):
+            raise DataError(
+                "data: it can be read once only, but vectors have to be recovered by a pass of their own; pass a list "
+                "or a DataLoader, or call components.recover(model, data) beforehand"
+            )
+        found = self.recover(model, data, missing, rank=rank, **options)
+        for name in ("recovered", "recovered_vectors", "rank", "factored", "factored_vectors", "factored_lost"):
+            object.__setattr__(self, name, getattr(found, name))  # what the components are stays the same
+        if self.path is None:
+            return
+        try:
+            if np.array_equal(open_container(self.path).array("arrays/coefficients"), self.coefficients):
+                self.save(self.path)
+        except StorageError as error:
+            warnings.warn(f"the vectors that were recovered could not be kept: {error}", stacklevel=3)
+
+    def state_dict(
+        self, j: int, model: nn.Module | None = None, data: Iterable[Any] | None = None, **options: Any
+    ) -> dict[str, torch.Tensor]:
+        """Cut component j's vector into parameter-shaped tensors: a direction that can be added to the model.
+
+        Args:
+            j: A component.
+            model: The model of the Fishers, to recover the vector with where it is not known (:meth:`recover`). It is
+                then kept: in these components, and in the file that they came from.
+            data: Likewise, the data of the Fishers.
+            **options: ``forward``, ``device`` and ``progress``, as for :func:`npeff.compute_fishers`.
+
+        Returns:
+            Float32 tensors by parameter name, of unit norm together.
+
+        Raises:
+            ArgumentError: ``j`` is not a component, or its vector has to be recovered and ``model`` and ``data`` are
+                not given.
+            DataError: The data is not that of the Fishers.
+            ModelError: The model is not that of the Fishers.
+        """
+        self.ensure_vectors([self._component(j)], model, data, **options)
         return {
             name: torch.from_numpy(block.copy()) for name, block in self.parameters.unflatten(self.vector(j)).items()
         }
 
-    def save_state_dict(self, j: int, path: str | Path) -> Path:
+    def save_state_dict(
+        self,
+        j: int,
+        path: str | Path,
+        model: nn.Module | None = None,
+        data: Iterable[Any] | None = None,
+        **options: Any,
+    ) -> Path:
         """Write :meth:`state_dict` as a safetensors file, provenance in its metadata.
 
+        Args:
+            j: A component.
+            path: The file.
+            model: As for :meth:`state_dict`.
+            data: As for :meth:`state_dict`.
+            **options: As for :meth:`state_dict`.
+
         Raises:
-            ArgumentError: ``j`` is not a component, or ``path`` no path.
+            ArgumentError: As for :meth:`state_dict`, or ``path`` is no path.
+            DataError: As for :meth:`state_dict`.
+            ModelError: As for :meth:`state_dict`.
             StorageError: Fishers or Components are there, or the file cannot be written.
         """
         j, path = self._component(j), path_of(path)
         refuse_npeff_file(path)
+        tensors = self.state_dict(j, model, data, **options)
         about = {"component": j, "kind": self.kind, **self.provenance}
-        content = save_tensors(self.state_dict(j), {"npeff": json.dumps(about, default=str)})
+        content = save_tensors(tensors, {"npeff": json.dumps(about, default=str)})
         with atomic(path) as scratch:
             scratch.write_bytes(content)
         return path
+
+    def to_peft(
+        self,
+        j: int,
+        path: str | Path,
+        model: nn.Module,
+        data: Iterable[Any] | None = None,
+        *,
+        rank: int = 8,
+        scale: float = 1.0,
+        **options: Any,
+    ) -> float:
+        """Write component j as a LoRA adapter, which ``peft.PeftModel.from_pretrained(model, path)`` loads.
+
+        With the adapter the weight of every linear layer is ``W + scale · Ĝ``, Ĝ the best approximation of rank
+        ``rank`` of the layer's block of the unit vector g_j: nearly the model at ``θ + scale · g_j``
+        (:func:`npeff.perturb` finds a step). GPT-2's ``Conv1D`` counts as a linear layer. Embeddings, norms and biases
+        stay as they are; choose ``parameters=`` of the Fishers so that they hold nothing.
+
+        Args:
+            j: A component.
+            path: Folder for ``adapter_config.json`` and ``adapter_model.safetensors``.
+            model: The model of the Fishers.
+            data: The data of the Fishers, where the vector has to be recovered; its factors are then kept, as with
+                :meth:`state_dict`.
+            rank: Rank of the adapter.
+            scale: How far the weights move, with a sign.
+            **options: As for :meth:`state_dict`.
+
+        Returns:
+            The share of ‖g_j‖² that the adapter holds.
+
+        Raises:
+            ArgumentError: ``j`` is not a component, an argument has a wrong value, the vector has to be recovered and
+                ``data`` is not given, or no parameter is the weight of a linear layer.
+            DataError: The data is not that of the Fishers.
+            ModelError: The model is not that of the Fishers.
+            StorageError: The folder cannot be written.
+        """
+        check_rank(rank)
+        self.ensure_vectors([self._component(j)], model, data, rank=rank, **options)
+        return write_adapter(self, self._component(j), path, model, rank, scale)
 
     def block_energy(self, j: int) -> dict[str, float]:
         """Compute the share of ``‖g_j‖²`` in each parameter (they sum to 1)."""
@@ -268,6 +413,7 @@ class Components(Factorisation):
         """Write to an HDF5 file: the arrays under ``arrays/`` and :meth:`meta` as JSON.
 
         The file appears whole or not at all. An existing file is replaced only if it, too, holds npeff Components.
+        Vectors that are recovered on the way later are added to it (:attr:`path`).
 
         Returns:
             ``path``.
@@ -288,6 +434,7 @@ class Components(Factorisation):
         attributes = {"kind": self.kind, **{name: np.int64(size) for name, size in sizes.items()}}
         with atomic(path) as scratch:
             write_container(scratch, "components", [Data.json("meta", self.meta()), *arrays], attributes)
+        object.__setattr__(self, "path", path)
         return path
 
     @classmethod
@@ -302,6 +449,7 @@ class Components(Factorisation):
             loss=float(meta["loss"]),
             provenance=dict(meta["provenance"]),
             columns=arrays.get("columns"),
+            rank=meta.get("rank"),
             **own,
             **example_fields(arrays),
         )

@@ -5,21 +5,32 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from npeff.components.factored import assemble
 from npeff.errors import ArgumentError
+from npeff.fishers.block_weights import column_factors
 from npeff.fishers.file_format import example_arrays
 from npeff.fishers.logits import Logits
 from npeff.fishers.rows import Kind
-from npeff.fishers.scaling import column_factors
 from npeff.models.parameters import Parameters
 
 Array = npt.NDArray[Any]
 
-OPTIONAL = ("columns", "row_weights", "row_offsets", "recovered", "recovered_vectors")
+OPTIONAL = (
+    "columns",
+    "row_weights",
+    "row_offsets",
+    "recovered",
+    "recovered_vectors",
+    "factored",
+    "factored_vectors",
+    "factored_lost",
+)
 """Arrays that not all components have."""
 
 
@@ -49,6 +60,13 @@ class Factorisation:
         row_offsets: ``(n + 1,)`` int64: example i has ``row_weights[row_offsets[i]:row_offsets[i + 1]]``.
         recovered: ``(k,)`` int64 components whose vectors in parameter space are known, where ``vectors`` are others.
         recovered_vectors: ``(k, n_parameters)`` float32, unit rows.
+        factored: ``(k,)`` int64 components whose vectors are known with matrices as factors of low rank.
+        factored_vectors: ``(k, p)`` float32, laid out as :func:`npeff.components.factored.slots` says; of unit norm
+            with what the factors lose.
+        factored_lost: ``(k, n_tensors)`` float32: the share of ‖g_j‖² that the factors of each parameter lose.
+        rank: Rank of these factors; None without them.
+        path: The file that holds these components; None where there is none. Vectors that are recovered on the way
+            are kept there.
         seconds: Wall-clock seconds that ``"building"`` the space and ``"solving"`` took; empty where a file was opened:
             files of the same run are equal byte for byte.
         check: Checks arrays that were too large to be checked when the file was opened, once; None where nothing is
@@ -72,6 +90,11 @@ class Factorisation:
     row_offsets: Array | None = None
     recovered: Array | None = None
     recovered_vectors: Array | None = None
+    factored: Array | None = None
+    factored_vectors: Array | None = None
+    factored_lost: Array | None = None
+    rank: int | None = None
+    path: Path | None = field(default=None, repr=False)
     seconds: dict[str, float] = field(default_factory=dict)
     check: Callable[[], None] | None = field(default=None, repr=False)
     places: Array | None = None
@@ -141,7 +164,7 @@ class Factorisation:
         """Components whose vectors in parameter space are not known: those of sketches, or of inner products alone."""
         if self.compression not in ("sketch", "gram"):
             return []
-        known = set() if self.recovered is None else set(self.recovered.tolist())
+        known = {j for found in (self.recovered, self.factored) if found is not None for j in found.tolist()}
         return [j for j in range(self.n_components) if j not in known]
 
     def check_recovered(self, js: Sequence[int]) -> None:
@@ -163,7 +186,9 @@ class Factorisation:
             f"component{'s' if len(missing) > 1 else ''} {named}: the vector in parameter space is not known, because "
             f"the Fishers were kept as {kept}. One pass over the data recovers it: on the command line with npeff "
             f"recover COMPONENTS MODEL DATA{f' --component {named}' if few else ''} --out RECOVERED, in Python with "
-            f"components = components.recover(model, data{f', js=[{named}]' if few else ''}); then use what that gives"
+            f"components = components.recover(model, data{f', js=[{named}]' if few else ''}); then use "
+            "what that gives. Where there are arguments model= and data= (npeff export: --model and --data), give "
+            "them: what is needed is then recovered on the way"
         )
 
     def _component(self, j: int) -> int:
@@ -176,6 +201,8 @@ class Factorisation:
 
         Block weights are undone, so that the vector belongs to the Fisher itself.
 
+        Of a vector that is known as factors alone (:attr:`factored`), that is what the factors hold.
+
         Returns:
             ``(n_parameters,)`` float32, unit norm; its sign is arbitrary for the low-rank kind, ≥ 0 for the diagonal.
 
@@ -186,6 +213,9 @@ class Factorisation:
         j = self._component(j)
         if self.compression in ("sketch", "gram"):
             self.check_recovered([j])
+            if self.known_as_factors_alone(j):
+                vector = assemble(self.parameters, *self.factored_vector(j))
+                return np.asarray(vector / np.float32(max(float(np.linalg.norm(vector)), 1e-30)))
             assert self.recovered is not None and self.recovered_vectors is not None
             return np.array(self.recovered_vectors[int(np.flatnonzero(self.recovered == j)[0])], np.float32)
         entries = self.vectors[j].astype(np.float64)
@@ -197,6 +227,16 @@ class Factorisation:
         vector = np.zeros(self.n_parameters, np.float32)
         vector[columns] = entries / norm if norm else entries
         return vector
+
+    def known_as_factors_alone(self, j: int) -> bool:
+        """Whether component j's vector was recovered as factors, and not as a whole."""
+        whole = self.recovered is not None and j in self.recovered
+        return not whole and self.factored is not None and j in self.factored
+
+    def factored_vector(self, j: int) -> tuple[int, Array]:
+        """Give the rank, and component j's factored vector ``(p,)``, of norm 1 with what the factors lose."""
+        assert self.factored is not None and self.factored_vectors is not None and self.rank is not None
+        return self.rank, self.factored_vectors[int(np.flatnonzero(self.factored == j)[0])]
 
     def cosines(self) -> Array:
         """Compute the ``(r, r)`` |cos| between the vectors, as factorised."""
@@ -215,4 +255,5 @@ class Factorisation:
     def meta(self) -> dict[str, Any]:
         """Give everything else, JSON-able."""
         same = {name: getattr(self, name) for name in ("kind", "block_weights", "loss", "provenance")}
-        return {**same, "parameters": self.parameters.to_json()}
+        rank = {} if self.rank is None else {"rank": self.rank}
+        return {**same, **rank, "parameters": self.parameters.to_json()}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from npeff.components.components import COMPONENTS, Components
+from npeff.components.factored import slots
 from npeff.components.published import describe_published, published_in
 from npeff.errors import ForeignFileError, StorageError
 from npeff.fishers.file_format import (
@@ -36,7 +37,8 @@ def load(path: Path | str, *, verify: bool = False) -> Fishers | Components:
     """Open a file of Fishers or Components, saved by npeff or in one of the published layouts.
 
     Arrays of npeff's own files are mapped read-only: opening is quick and needs little memory, whatever the size
-    (components up to 256 MiB are read instead). The file is never written to. Files in the published layouts
+    (components up to 256 MiB are read instead). Only vectors that are recovered later are added to a file of components
+    (:meth:`npeff.Components.recover`). Files in the published layouts
     are read into memory.
 
     Types, shapes and sizes of everything are checked. Arrays up to 256 MiB are also read once, their contents checked
@@ -95,20 +97,32 @@ def _components_in(container: Container, *, verify: bool = False) -> Components:
         sketch, gram = sketch_of(source), (options.get("compress") or {}).get("method") == "gram"
         found = container.spec("arrays/coefficients").shape
         sizes["n_columns"] = sketch.d if sketch else found[-1] if gram and found else parameters.n_parameters
+    if "rank" in meta:
+        rank = item(meta, "rank", where, int)
+        if not 0 < rank <= parameters.n_parameters:
+            raise StorageError(f"{where}, 'rank', is damaged: expected a number ≥ 1, got {rank}")
+        sizes["n_factors"] = sum(slot.numel for slot in slots(parameters, rank))
+    elif "arrays/factored" in container.specs:
+        raise StorageError(f"{where} is damaged: expected 'rank', which the array 'factored_vectors' needs")
+    sizes["n_tensors"] = len(parameters)
     check_shapes(container.path, container.specs, fields, sizes)
     count_outputs(container.path, sizes, options, told_outputs(container, "arrays/n_outputs"))
     check_sizes(container, sizes)
-    for together in (("row_offsets", "row_weights"), ("recovered", "recovered_vectors")):
+    for together in (
+        ("row_offsets", "row_weights"),
+        ("recovered", "recovered_vectors"),
+        ("factored", "factored_vectors", "factored_lost"),
+    ):
         if len({f"arrays/{name}" in container.specs for name in together}) > 1:
             raise StorageError(
-                f"{container.path}: damaged: expected both or none of the arrays {' and '.join(together)}"
+                f"{container.path}: damaged: expected all or none of the arrays {' and '.join(together)}"
             )
     found_arrays, check = container.read(fields, sizes, verify=verify)
     arrays = {name.removeprefix("arrays/"): array for name, array in found_arrays.items()}
     if sum(array.nbytes for array in arrays.values()) <= READ_BYTES:
         arrays = {name: np.array(array) for name, array in arrays.items()}
     with coherent(container.path):
-        return replace(Components.from_parts(arrays, meta), check=check)
+        return replace(Components.from_parts(arrays, meta), check=check, path=container.path)
 
 
 def describe(path: Path | str) -> dict[str, Any]:

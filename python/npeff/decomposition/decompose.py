@@ -24,8 +24,9 @@ from npeff.decomposition.search import Search, progress_bar
 from npeff.decomposition.space_choice import SpaceName
 from npeff.decomposition.spaces import RowSpace
 from npeff.errors import ArgumentError, DataError
+from npeff.fishers.block_weights import BlockWeights
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.scaling import BlockWeights, Normalize
+from npeff.fishers.scaling import Normalize
 
 Array = npt.NDArray[Any]
 

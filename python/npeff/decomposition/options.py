@@ -14,7 +14,8 @@ import torch
 
 from npeff.decomposition.space_choice import SpaceName
 from npeff.errors import ArgumentError
-from npeff.fishers.scaling import BlockWeights, Normalize
+from npeff.fishers.block_weights import BlockWeights
+from npeff.fishers.scaling import Normalize
 from npeff.models.memory import parse_bytes
 from npeff.short_repr import short_repr
 

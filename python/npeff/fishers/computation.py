@@ -19,6 +19,7 @@ from tqdm import tqdm
 from npeff.batches.batch_order import FixedOrder, Repeats
 from npeff.batches.batches import Batch, batch_digest, check_data
 from npeff.errors import ArgumentError, DataError, ResumeError, ending_in_order
+from npeff.fishers.block_weights import BlockWeights
 from npeff.fishers.exact_gram import exact_gram
 from npeff.fishers.factors import Factors
 from npeff.fishers.fishers import FisherBlock, Fishers
@@ -26,7 +27,7 @@ from npeff.fishers.logits import Logits, largest
 from npeff.fishers.options import Basis, Compression, FisherOptions, Forward, GramOnly, Labels, Likelihood, Sketch, TopK
 from npeff.fishers.passes import Ids, Run
 from npeff.fishers.rows import Kind
-from npeff.fishers.shards import FisherWriter
+from npeff.fishers.shards import FisherWriter, begun_block_weights
 from npeff.fishers.sinks import DenseSink, Sink, SketchSink
 from npeff.fishers.topk_sink import TopKSink
 from npeff.gradients.eligibility import differ
@@ -59,6 +60,7 @@ def compute_fishers(
     n_samples: int = 1,
     likelihood: Likelihood = "categorical",
     parameters: str | Sequence[str] | None = None,
+    block_weights: BlockWeights = "energy",
     forward: Forward | None = None,
     out: str | Path | None = None,
     device: torch.device | str | None = None,
@@ -98,6 +100,11 @@ def compute_fishers(
         parameters: Name patterns as in the shell (``"layers.3.*"``), one or several; ``"!…"`` excludes.
             ``"blocks"`` stands for the weights of all linear layers in the transformer blocks: no embeddings, norms,
             biases, nor the head. None takes all; with :class:`npeff.language.Places`, the blocks.
+        block_weights: Weights of the Fisher's blocks, for sketches and inner products too, which cannot be weighted
+            afterwards: ``"energy"`` leaves the Fishers as they are; ``"balanced"`` gives every layer about the same
+            share of the trace, measured on the first examples; or a mapping from name patterns to weights
+            (parameters that no pattern matches keep weight 1; 0 leaves a block out), such as the ``block_weights`` of
+            other Fishers or of components. Rows and norms are those of the weighted Fishers.
         forward: ``forward(model, batch) -> logits`` for models that are not simply called on the inputs.
         out: File to write. Work is saved while it is done, at Ctrl-C, SIGTERM and SIGHUP too (called from the main
             thread); the same call resumes it.
@@ -142,7 +149,8 @@ def compute_fishers(
     # Work that is saved while it is done is saved at a SIGTERM, too.
     with nullcontext() if out is None else ending_in_order(), placed(inner, device) as place:
         about = {} if places is None else {"places": places.describe()}
-        run = Run(inner, place, select_parameters(inner, parameters), options.cheapest(), about)
+        begun = None if out is None else begun_block_weights(Path(out))
+        run = Run(inner, place, select_parameters(inner, parameters), options.cheapest(), about, begun)
         if isinstance(compress, GramOnly):
             return exact_gram(run, data)
         watch = ModelWatch(run.model)
@@ -155,6 +163,7 @@ def compute_fishers(
                 "data: it yielded no batches; if it is a generator it may be used up: pass a DataLoader or a list"
             )
         order.check(first)
+        run.choose_block_weights(first)
         first_logits = run.choose_rules(first)
         header = run.header(watch.digest, first_logits.shape[1])
         pipeline, done = BatchPipeline(run, watch), 0
@@ -266,7 +275,7 @@ class PendingBatch:
                     last_first=isinstance(options.compress, TopK),
                     gathered=options.compress is not None,
                 ):
-                    sink.add(block)
+                    sink.add(run.weighted(block))
                 known = one.logits.shape[1], one.stored_labels(), one.ids, one.places, one.filled
                 self._pieces.append((*sink.finish(largest(one.logits, options.over_classes)), *known))
 

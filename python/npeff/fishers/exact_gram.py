@@ -92,6 +92,7 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
                 if first_pass:
                     if number == 0:
                         order.check(batch)
+                        run.choose_block_weights(batch)
                     repeats.add(digest)
                     digests.append(digest)
                 elif number >= len(digests) or digest != digests[number]:
@@ -147,7 +148,7 @@ def _collect(run: Run, batch: Batch, ids: Ids, layers: dict[str, LayerGram], exa
                 one.prepared, columns, slots=one.slots, paired=_factors_are_smaller(n_columns)
             ):
                 _check_finite(block, one.slot_ids)
-                layers[block.parameter.name].take(block)
+                layers[block.parameter.name].take(run.weighted(block))
             for layer in layers.values():
                 layer.end()
 

@@ -180,6 +180,12 @@ class Fishers:
         return sketch_of(self.provenance)
 
     @property
+    def block_weights(self) -> dict[str, float] | None:
+        """The weight per parameter name that the Fishers were computed with; None when all are 1."""
+        described = (self.provenance.get("options") or {}).get("block_weights")
+        return None if described is None else dict(described["weights"])
+
+    @property
     def in_parameter_space(self) -> bool:
         """Whether columns of the rows are parameters: those of sketches are not, and inner products have no rows."""
         return self.sketch is None and not self.rows.products_only

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from npeff.errors import ArgumentError, StorageError
+from npeff.fishers.block_weights import BlockWeights, check_block_weights
 from npeff.fishers.rows import Kind
 from npeff.kernels.sketch import check_map
 from npeff.models.forward import OVER_CLASSES
@@ -160,6 +161,7 @@ class FisherOptions:
     n_samples: int = 1
     likelihood: Likelihood = "categorical"
     parameters: str | Sequence[str] | None = None
+    block_weights: BlockWeights = "energy"
     forward: Forward | None = None
     out: str | Path | None = None
     device: torch.device | str | None = None
@@ -201,6 +203,7 @@ class FisherOptions:
                 raise ArgumentError(f"{name}: expected a number in (0, 1], got {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ArgumentError(f"seed: expected an integer in [0, 2⁶³), got {self.seed!r}")
+        check_block_weights(self.block_weights)
         self._check_factor()
         self._check_compression()
         if self.forward is not None and not callable(self.forward):

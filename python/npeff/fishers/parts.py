@@ -109,7 +109,7 @@ class Parts:
         self._remove_scratch()
         path = self.folder / "header.json"
         if path.exists():
-            _check_header(self.out, self.folder, _read_header(path), self.header)
+            _check_header(self.out, self.folder, read_header(path), self.header)
         else:
             self._write_json(path, {"format": FORMAT, "format_version": PARTS_VERSION, "header": self.header})
             sync_folder(self.out.parent)  # the folder itself
@@ -176,7 +176,7 @@ class Parts:
     def clear(self) -> None:
         """Clean up after a run that was killed between naming the final file and removing the folder."""
         path = self.folder / "header.json"
-        if not path.exists() or _read_header(path) == _as_json(self.header):
+        if not path.exists() or read_header(path) == _as_json(self.header):
             self.remove()
         else:  # someone else's unfinished work
             self.lock.release()
@@ -260,7 +260,7 @@ def _as_json(header: dict[str, Any]) -> Any:
     return json.loads(to_json(header, "header"))
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
     """Read the header of unfinished work.
 
     Raises:
@@ -367,7 +367,7 @@ def describe_parts(out: Path) -> dict[str, Any]:
     """Describe unfinished work for ``out``, JSON-able; nothing is locked or changed."""
     folder = parts_folder(out)
     _refuse_links(folder)
-    summary = dict(_read_header(folder / "header.json")) if (folder / "header.json").exists() else {}
+    summary = dict(read_header(folder / "header.json")) if (folder / "header.json").exists() else {}
     parameters = described_parameters(summary.get("parameters", []), f"{folder / 'header.json'}: 'parameters'")
     shards = list_shards(folder, parameters.n_parameters)
     done = sum(shard.spec("norms").shape[0] for shard in shards)

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from npeff.batches.batches import OWN_BATCH, Batch, read_batches
 from npeff.errors import ArgumentError, DataError
+from npeff.fishers.block_weights import PilotEnergy, WeightedBlocks, given_weights
 from npeff.fishers.factors import Factors, check_meaning, cotangent_bytes, factorise, width
 from npeff.fishers.options import FisherOptions, Sketch
+from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.eligibility import check_independence
 from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.gradients.selection import left_out
@@ -31,6 +33,9 @@ Ids = npt.NDArray[np.int64]
 
 KEPT_BYTES = 512 << 20
 """Most bytes of output gradients where no memory is given."""
+
+PILOT = 64
+"""Most examples on which balanced block weights are measured."""
 
 _PROBED = 2
 """Examples of a trial."""
@@ -108,6 +113,8 @@ class Run:
         parameters: The selected parameters' places in the flat vector.
         options: The options, checked.
         about_data: What the data say of themselves, for the provenance; JSON-able.
+        block_weights: The weight of each parameter's block by name; None when all are 1. Set beforehand where earlier
+            work is continued.
     """
 
     model: nn.Module
@@ -115,6 +122,7 @@ class Run:
     parameters: Parameters
     options: FisherOptions
     about_data: Mapping[str, Any] = field(default_factory=dict)
+    block_weights: dict[str, float] | None = None
     _meaning_checked: bool = False
 
     @cached_property
@@ -124,6 +132,13 @@ class Run:
         return PerExampleGradients(
             self.model, self.parameters, lambda model, batch: call_model(model, forward, batch, likelihood)
         )
+
+    @cached_property
+    def weighted(self) -> Callable[[Block | Pairs], Block | Pairs]:
+        """Weighs a block of this run."""
+        if self.block_weights is None:
+            return lambda block: block
+        return WeightedBlocks(self.parameters, self.block_weights, self.options.kind == "diagonal")
 
     @cached_property
     def budget(self) -> Budget:
@@ -167,6 +182,40 @@ class Run:
             logits = self._forward(batch)
             self.engine.prepare(batch, logits)
             return logits.detach().cpu()
+
+    def choose_block_weights(self, batch: Batch) -> None:
+        """Settle the block weights, from the first examples of the first batch where these are to be balanced.
+
+        Raises:
+            ArgumentError: Given weights do not fit the parameters.
+            DataError: Logits are not finite, or labels are missing.
+            ModelError: Examples influence each other.
+        """
+        choice = self.options.block_weights
+        if choice == "energy":
+            self.block_weights = None
+        elif isinstance(choice, Mapping):
+            weights = given_weights(self.parameters.names, choice)
+            self.block_weights = weights if any(weight != 1 for weight in weights.values()) else None
+        elif self.block_weights is None:
+            self.block_weights = self._balanced(batch)
+
+    def _balanced(self, batch: Batch) -> dict[str, float]:
+        """The weights that balance the layers on the first examples."""
+        if batch.sliceable and batch.n_examples > PILOT:
+            batch = batch.take(slice(0, PILOT))
+        energy = PilotEnergy(self.parameters)
+        with self.engine.recording():
+            for one in self.passes(batch, np.arange(batch.n_examples)):
+                assert one.prepared is not None
+                columns = one.factors.columns
+                energy.begin()
+                for block in self.engine.blocks(
+                    one.prepared, columns, slots=one.slots, paired=lambda *_: True, gathered=True
+                ):
+                    energy.add(block, len(columns))
+                energy.end()
+        return energy.weights()
 
     def passes(
         self,
@@ -312,13 +361,18 @@ class Run:
 
     def header(self, digest: str, n_outputs: int) -> dict[str, Any]:
         """What decides the result, for files: kind, parameters, provenance."""
+        described = self.options.describe(self.parameters, n_outputs)
+        if self.block_weights is not None:
+            choice = self.options.block_weights
+            chosen = choice if isinstance(choice, str) else "given"
+            described["block_weights"] = {"choice": chosen, "weights": self.block_weights}
         return {
             "kind": self.options.kind,
             "parameters": self.parameters.to_json(),
             "provenance": {
                 "model": type(self.model).__name__,
                 "model_digest": digest,
-                "options": self.options.describe(self.parameters, n_outputs),
+                "options": described,
                 "versions": {"npeff": package_version(), "torch": torch.__version__},
                 **self.about_data,
             },

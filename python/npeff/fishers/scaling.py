@@ -5,34 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError
+from npeff.fishers.block_weights import (
+    BlockWeights,
+    balanced_weights,
+    check_block_weights,
+    column_factors,
+    given_weights,
+)
 from npeff.fishers.dense_rows import PART_BYTES
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.rows import GramRows, Rows
 from npeff.fishers.streamed_rows import StreamedRows
-from npeff.models.parameters import Parameters
 
 Array = npt.NDArray[Any]
-BlockWeights = Literal["energy", "balanced"] | Mapping[str, float]
 Normalize = Literal["stored", "dense", "none"]
 
 SMALLEST = float(np.finfo(np.float32).tiny)
 """Rows that are smaller than this have lost their digits in float32: the example counts as zero."""
 
 __all__ = [
-    "BlockWeights",
     "Normalize",
     "ScaledRows",
     "block_energy",
-    "column_factors",
     "fisher_norms",
-    "layer_of",
     "resolve_block_weights",
     "scale",
 ]
@@ -64,11 +65,6 @@ class ScaledRows:
         return len(self.row_offsets) - 1
 
 
-def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to: its name without the last part (``"0.weight"`` → ``"0"``)."""
-    return name.rpartition(".")[0] or name
-
-
 def fisher_norms(rows: Rows, row_offsets: Array, kind: str) -> Array:
     """``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` per example (``‖f_i‖₂`` for the diagonal kind), ``(n,)`` float64."""
     if kind == "diagonal":
@@ -90,7 +86,7 @@ def scale(
 
     Args:
         fishers: The Fishers to factorise or to encode.
-        block_weights: ``"energy"`` leaves the Fishers as they are; ``"balanced"`` gives every layer
+        block_weights: ``"energy"`` leaves the Fishers as they are, weighted or not; ``"balanced"`` gives every layer
             the same share of the total trace; a mapping from name patterns to weights scales the
             Fisher's blocks by them (parameters that no pattern matches keep weight 1; 0 removes a block).
         normalize: ``"stored"`` divides by the Fisher norm of the rows as stored; ``"dense"`` by the norm of the
@@ -110,7 +106,7 @@ def scale(
     weights = resolve_block_weights(fishers, block_weights)
     if normalize not in ("stored", "dense", "none"):
         raise ArgumentError(f"normalize: expected 'stored', 'dense' or 'none', got {normalize!r}")
-    factors = None if weights is None else column_factors(fishers.parameters, weights, fishers.kind)
+    factors = _missing_factors(fishers, weights)
     rows = fishers.rows
     weighted = rows if rows.products_only else StreamedRows(rows, None, factors, None, part_bytes)
     stored = fisher_norms(weighted, fishers.row_offsets, fishers.kind)
@@ -130,53 +126,47 @@ def scale(
     return ScaledRows(scaled if stream else scaled.whole(), fishers.row_offsets, columns, ours, weights, per_row)
 
 
-def column_factors(parameters: Parameters, weights: dict[str, float], kind: str) -> Array:
-    """``(m,)`` float32 factor of each row entry: √weight, or the weight itself for diagonal Fishers; 1 without one."""
-    own = [weights.get(p.name, 1.0) for p in parameters]
-    factors = [math.sqrt(weight) if kind == "low_rank" else weight for weight in own]
-    return np.repeat(np.asarray(factors, np.float32), [p.numel for p in parameters])
+def _missing_factors(fishers: Fishers, weights: dict[str, float] | None) -> Array | None:
+    """Factors of the columns by which stored rows still differ from weighted ones; None where they do not."""
+    before = fishers.block_weights or {}
+    if weights is None or weights == before:
+        return None
+    left = {name: weight / (before.get(name, 1.0) or 1.0) for name, weight in weights.items()}
+    return column_factors(fishers.parameters, left, fishers.kind)
 
 
 def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, float] | None:
-    """A weight per parameter name, or None when all are 1.
+    """A weight per parameter name, or None when all are 1; what the Fishers were computed with included.
 
     Raises:
         ArgumentError: See :func:`scale`.
     """
+    check_block_weights(choice)
+    names, own = fishers.parameters.names, fishers.block_weights
     if choice == "energy":
-        return None
+        return own
+    before = own or dict.fromkeys(names, 1.0)
+    if isinstance(choice, Mapping):
+        weights = given_weights(names, choice)
+        if all(math.isclose(weights[name], before[name], rel_tol=1e-6) for name in names):
+            return own
     if not fishers.in_parameter_space:
         what = "sketches" if fishers.sketch is not None else "inner products"
         raise ArgumentError(
             f"block_weights: {what} mix all parameters, so that none can be weighted afterwards; use "
-            "block_weights='energy' (the default). Otherwise compute the Fishers again, in one of two ways: with "
+            "block_weights='energy' (the default). Otherwise compute the Fishers again, with "
+            "block_weights='balanced' there (npeff fishers --block-weights balanced), or the weights wanted; with "
             "parameters=[…] (npeff fishers --parameters PATTERN) for the blocks that should count, the others left "
             "out; or with TopK(k) (--top-k N), which keeps k numbers per example however large the model is, and can "
             "be weighted afterwards"
         )
-    names = fishers.parameters.names
-    if choice == "balanced":
-        energy: dict[str, float] = {}
-        for name, value in block_energy(fishers).items():
-            energy[layer_of(name)] = energy.get(layer_of(name), 0.0) + value
-        total = sum(energy.values()) or 1.0
-        return {name: total / len(energy) / energy[layer_of(name)] if energy[layer_of(name)] else 0.0 for name in names}
     if not isinstance(choice, Mapping):
+        weights = {name: weight * before[name] for name, weight in balanced_weights(block_energy(fishers)).items()}
+    if lost := [name for name in names if weights[name] and not before[name]]:
         raise ArgumentError(
-            f"block_weights: expected 'energy', 'balanced' or a mapping from name patterns to weights, got {choice!r}"
+            f"block_weights: {lost[0]} had weight 0 when the Fishers were computed, so nothing of it is left; compute "
+            "them again with another weight"
         )
-    weights = dict.fromkeys(names, 1.0)
-    for pattern, weight in choice.items():
-        matched = [name for name in names if fnmatchcase(name, pattern)]
-        if not matched:
-            raise ArgumentError(
-                f"block_weights: pattern {pattern!r} matches no parameter; there are {', '.join(names[:8])}"
-            )
-        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise ArgumentError(f"block_weights: expected finite weights ≥ 0, got {weight!r} for {pattern!r}")
-        weights.update(dict.fromkeys(matched, float(weight)))
-    if not any(weights.values()):
-        raise ArgumentError("block_weights: every parameter has weight 0; keep at least one")
     return weights
 
 

@@ -18,7 +18,7 @@ from npeff.fishers.file_format import example_arrays, example_fields, offsets_of
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
 from npeff.fishers.logits import ARRAYS, Logits, joined
 from npeff.fishers.options import sketch_of
-from npeff.fishers.parts import BatchRecord, Parts, batches_in, find_finished, parts_folder
+from npeff.fishers.parts import BatchRecord, Parts, batches_in, find_finished, parts_folder, read_header
 from npeff.fishers.rows import GrowingRows
 from npeff.models.parameters import Parameters
 from npeff.storage.container import open_container
@@ -339,3 +339,14 @@ class FisherWriter:
             parts.lock.release()
         else:
             parts.remove()
+
+
+def begun_block_weights(out: Path) -> dict[str, float] | None:
+    """Read the block weights of work at ``out``, finished or not; None where it has none, or nothing can be read."""
+    with contextlib.suppress(StorageError, LookupError, TypeError, ValueError):
+        if out.exists():
+            provenance = open_container(out).json("provenance", dict)
+        else:
+            provenance = read_header(parts_folder(out) / "header.json")["provenance"]
+        return {name: float(weight) for name, weight in provenance["options"]["block_weights"]["weights"].items()}
+    return None

@@ -110,14 +110,17 @@ class Places:
         for name, value, least in (("context", context, 0), ("batch_tokens", batch_tokens, 1)):
             if value is not None and (type(value) is not int or value < least):
                 raise ArgumentError(f"{name}: expected an integer ≥ {least}, got {value!r}")
+        if not isinstance(text_column, str):
+            raise ArgumentError(f"text_column: expected the name of a column, got {text_column!r}")
         if padding_side not in ("right", "left"):
             raise ArgumentError(f"padding_side: expected 'right' or 'left', got {padding_side!r}")
         if answers is not None and (
             isinstance(answers, str)
+            or not isinstance(answers, Sequence)
             or not all(isinstance(word, str) for word in answers)
             or not len(set(answers)) == len(answers) > 1
         ):
-            raise ArgumentError(f"answers: expected at least two different words, got {answers!r}")
+            raise ArgumentError(f"answers: expected at least two different words in a list, got {answers!r}")
         self.tokenizer = tokenizer
         self._options = {
             "where": where,
@@ -247,7 +250,7 @@ class Places:
         Raises:
             ArgumentError: There is no such example.
         """
-        if not 0 <= number < self.n_examples:
+        if not isinstance(number, int | np.integer) or not 0 <= number < self.n_examples:
             raise ArgumentError(f"number: expected an example from 0 to {self.n_examples - 1}, got {number!r}")
         sequence = self._sequences_read[int(np.searchsorted(self._ends, number, side="right"))]
         text = self._texts[sequence.text].text
@@ -275,7 +278,7 @@ class Places:
 
     def _sequences(self, number: int, tokens: Tokens, positions: Ids) -> list[_Sequence]:
         """Make the sequences of one text: one, or one for each place where the context is limited."""
-        own = tokens.spans[:, 1] > tokens.spans[:, 0]
+        own = tokens.added == 0
         labels = np.full(len(tokens.ids), IGNORED, np.int64)
         following = np.where(np.append(own[1:], False), np.append(tokens.ids[1:], 0), UNKNOWN)
         # A masked token is not followed by what it stands for.
@@ -312,13 +315,19 @@ class Places:
             if not isinstance(given, str):
                 raise ArgumentError(f"{what}: expected the word that comes next, got {given!r}; numbers need answers=")
             return self._token(given, tokens, position, what)
-        if given in self.answers:
+        if isinstance(given, str) and given in self.answers:
             return self.answers.index(given)
+        words = [word.strip() for word in self.answers]
         try:
-            index = int(given)
-        except (TypeError, ValueError):
+            index = int(given) if isinstance(given, str) or given == int(given) else -1
+        except (TypeError, ValueError, OverflowError):
             index = -1
-        if not 0 <= index < len(self.answers):
+        if index >= 0 and str(index) in words:
+            raise ArgumentError(
+                f"{what}: {given!r} may be the answer {self.answers[words.index(str(index))]!r} or a position from 0; "
+                f"give the answer as it stands in answers={list(self.answers)}"
+            )
+        if isinstance(given, bool | np.bool_) or not 0 <= index < len(self.answers):
             raise ArgumentError(
                 f"{what}: expected one of the answers {', '.join(map(repr, self.answers))} or its position from 0, got "
                 f"{given!r}"

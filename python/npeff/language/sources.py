@@ -14,6 +14,9 @@ from npeff.errors import ArgumentError, DataError
 FILES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 """Endings of files with texts."""
 
+LONGEST_NAME = 200
+"""Characters of a path that messages show."""
+
 KINDS = (
     f"a list of texts, a list of mappings, a pandas column or frame, a datasets.Dataset, a mapping of columns, or the "
     f"path of a file ({', '.join(FILES)}) or of a folder written by Dataset.save_to_disk"
@@ -48,7 +51,7 @@ def read_texts(texts: Any, text_column: str, label_column: str | None) -> list[T
     """
     if isinstance(texts, str | os.PathLike):
         rows = _file(Path(texts), text_column, label_column)
-    elif hasattr(texts, "column_names") or hasattr(texts, "columns") or isinstance(texts, Mapping):
+    elif getattr(texts, "column_names", None) is not None or hasattr(texts, "columns") or isinstance(texts, Mapping):
         rows = _table(texts, "texts", text_column, label_column)
     elif isinstance(texts, Iterable):
         rows = _items(texts, text_column, label_column)
@@ -60,11 +63,33 @@ def read_texts(texts: Any, text_column: str, label_column: str | None) -> list[T
             raise DataError(f"texts: {source} is {text!r}; expected a text")
         if not text.strip():
             raise DataError(f"texts: {source} is empty; leave it out")
-        missing = label is None or label == "" or label != label  # NaN stands for nothing in pandas
-        found.append(Text(source, text, None if missing else label))
+        if not is_unicode(text):
+            raise DataError(
+                f"texts: {source} has half a surrogate pair, which is no character; mend it or leave it out"
+            )
+        found.append(Text(source, text, None if _missing(label) else label))
     if not found:
         raise DataError("texts: there are none")
     return found
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be written; halves of surrogate pairs cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _missing(label: Any) -> bool:
+    """Whether a label stands for none: also NaN and NA of pandas, which equal nothing."""
+    if label is None or isinstance(label, str):
+        return not label
+    try:
+        return bool(label != label)
+    except (TypeError, ValueError):  # NA has no truth value; nor has a comparison of arrays
+        return type(label).__name__ == "NAType"
 
 
 def _items(texts: Iterable[Any], text_column: str, label_column: str | None) -> Iterator[tuple[str, Any, Any]]:
@@ -93,18 +118,27 @@ def _table(table: Any, source: str, text_column: str, label_column: str | None) 
     """The texts of a frame, a dataset, an Arrow table or a mapping of columns.
 
     Raises:
-        DataError: A column is missing.
+        DataError: A column is missing, is there twice, is no column, or has another length.
     """
     names = [str(name) for name in getattr(table, "column_names", getattr(table, "columns", table))]
 
     def column(option: str, name: str) -> list[Any]:
         if name not in names:
             raise DataError(f"{source}: there is no {option}={name!r}; the columns are {', '.join(names)}")
+        if names.count(name) > 1:
+            raise DataError(f"{source}: there are {names.count(name)} columns {option}={name!r}; rename all but one")
         values = table[name]
+        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+            raise DataError(f"{source}: expected a column of values as {option}={name!r}, got {values!r}")
         return list(values.to_pylist() if hasattr(values, "to_pylist") else values)
 
     found = column("text_column", text_column)
     labels = [None] * len(found) if label_column is None else column("label_column", label_column)
+    if len(labels) != len(found):
+        raise DataError(
+            f"{source}: expected as many labels as texts, got {len(labels)} in {label_column!r} and {len(found)} in "
+            f"{text_column!r}"
+        )
     for number, (text, label) in enumerate(zip(found, labels, strict=True)):
         yield f"text {number}", text, label
 
@@ -116,8 +150,13 @@ def _file(path: Path, text_column: str, label_column: str | None) -> Iterator[tu
         ArgumentError: There is no such file, it has another ending, or a package is missing.
         DataError: It cannot be read.
     """
-    if not path.exists():
-        raise ArgumentError(f"texts: there is no file {path}; for one text pass a list, [text]")
+    try:
+        there = path.exists()
+    except (OSError, ValueError):  # no path at all: too long, or with a zero byte
+        there = False
+    if not there:
+        name = str(path) if len(str(path)) <= LONGEST_NAME else f"{str(path)[:LONGEST_NAME]}…"
+        raise ArgumentError(f"texts: there is no file {name}; for one text pass a list, [text]")
     ending = path.suffix.lower()
     try:
         if path.is_dir():
@@ -127,9 +166,11 @@ def _file(path: Path, text_column: str, label_column: str | None) -> Iterator[tu
         elif ending == ".txt":
             if label_column is not None:
                 raise DataError(f"texts: {path} has no columns, so no label_column={label_column!r}")
-            for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                if text.strip():
-                    yield f"{path}, line {line}", text, None
+            # Not splitlines(), which also ends lines within a text, as at U+2028.
+            with path.open(encoding="utf-8-sig") as file:
+                for line, text in enumerate(file, 1):
+                    if text.strip():
+                        yield f"{path}, line {line}", text.removesuffix("\n"), None
         elif ending in (".jsonl", ".ndjson"):
             yield from _json_lines(path, text_column, label_column)
         elif ending in (".csv", ".tsv"):
@@ -180,14 +221,14 @@ def _json_lines(path: Path, text_column: str, label_column: str | None) -> Itera
     Raises:
         DataError: A line is no JSON, or neither a text nor an object.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for line, content in enumerate(file, 1):
             if not content.strip():
                 continue
             source = f"{path}, line {line}"
             try:
                 item = json.loads(content)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"texts: {source} is no JSON ({error}); expected one object per line") from error
             yield _row(source, item, text_column, label_column)
 
@@ -196,15 +237,25 @@ def _csv(path: Path, delimiter: str, text_column: str, label_column: str | None)
     """The texts of a table whose first line names the columns.
 
     Raises:
-        DataError: A column is missing, or a line ends before it.
+        DataError: A column is missing or there twice, a line ends before it or has more cells than the first line, or
+            quotes do not end.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        columns = list(reader.fieldnames or [])
+        for column in (text_column, label_column):
+            if columns.count(str(column)) > 1:
+                raise DataError(
+                    f"texts: {path} has {columns.count(str(column))} columns {column!r}; rename all but one"
+                )
         for row in reader:
             source = f"{path}, line {reader.line_num}"
+            if None in row:
+                raise DataError(
+                    f"texts: {source} has {len(columns) + len(row[None])} cells, and the first line names "
+                    f"{len(columns)}; put cells that hold {delimiter!r} between double quotes"
+                )
             found = _row(source, row, text_column, label_column)
             if found[1] is None or (label_column is not None and found[2] is None):
-                raise DataError(
-                    f"texts: {source} has fewer columns than the first line, {len(reader.fieldnames or [])}"
-                )
+                raise DataError(f"texts: {source} has fewer columns than the first line, {len(columns)}")
             yield found

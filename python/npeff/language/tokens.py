@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, DataError
-from npeff.language.sources import Text
+from npeff.language.sources import Text, is_unicode
 
 Ids = npt.NDArray[np.int64]
 Where = str | Callable[[str, list[str]], Iterable[int]]
@@ -29,17 +29,19 @@ class Tokens:
         text: The text.
         ids: ``(t,)`` their numbers.
         spans: ``(t, 2)`` the characters that each stands for, as start and end; empty for tokens that the tokenizer
-            adds of its own.
+            adds of its own, and for white space where the tokenizer says so.
+        added: ``(t,)`` 1 for tokens that the tokenizer adds of its own, else 0.
     """
 
     text: str
     ids: Ids
     spans: Ids
+    added: Ids
 
     @property
     def own(self) -> Ids:
         """Positions of the tokens that stand for a part of the text."""
-        return np.flatnonzero(self.spans[:, 1] > self.spans[:, 0])
+        return np.flatnonzero(self.added == 0)
 
     @property
     def n_leading(self) -> int:
@@ -50,8 +52,8 @@ class Tokens:
     def pieces(self, tokenizer: Any) -> list[str]:
         """Cut the text into the parts that the tokens stand for; tokens that were added have their own names."""
         found, end = [], 0
-        for token, (start, stop) in zip(self.ids.tolist(), self.spans.tolist(), strict=True):
-            found.append(self.text[end:stop] if stop > start else str(tokenizer.convert_ids_to_tokens(token)))
+        for token, stop, added in zip(self.ids.tolist(), self.spans[:, 1].tolist(), self.added.tolist(), strict=True):
+            found.append(str(tokenizer.convert_ids_to_tokens(token)) if added else self.text[end:stop])
             end = max(end, stop)
         return found
 
@@ -69,9 +71,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Iterator[Tokens]:
         )
     for start in range(0, len(texts), AT_ONCE):
         some = list(texts[start : start + AT_ONCE])
-        read = tokenizer(some, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        for text, ids, spans in zip(some, read["input_ids"], read["offset_mapping"], strict=True):
-            yield Tokens(text, np.array(ids, np.int64), np.array(spans, np.int64).reshape(-1, 2))
+        wanted = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "return_attention_mask": False}
+        read = tokenizer(some, **wanted, verbose=False)
+        columns = read["input_ids"], read["offset_mapping"], read["special_tokens_mask"]
+        for text, ids, spans, added in zip(some, *columns, strict=True):
+            yield Tokens(
+                text, np.array(ids, np.int64), np.array(spans, np.int64).reshape(-1, 2), np.array(added, np.int64)
+            )
 
 
 def finder(where: Where, tokenizer: Any) -> Callable[[Tokens, Text], Ids]:
@@ -98,14 +104,17 @@ def finder(where: Where, tokenizer: Any) -> Callable[[Tokens, Text], Ids]:
     def called(tokens: Tokens, text: Text) -> Ids:
         positions = where(tokens.text, tokens.pieces(tokenizer))
         try:
-            found = np.unique(np.array([operator.index(position) for position in positions], np.int64))
+            given = list(positions)
+            found = sorted({operator.index(position) for position in given})
         except (TypeError, ValueError) as error:
             raise DataError(f"where: expected positions of tokens of {text.source}, got {positions!r}") from error
-        if len(found) and not 0 <= found[0] <= found[-1] < len(tokens.ids):
+        if any(str(getattr(position, "dtype", type(position).__name__)).endswith("bool") for position in given):
             raise DataError(
-                f"where: expected positions from 0 to {len(tokens.ids) - 1} of {text.source}, got {found.tolist()}"
+                f"where: expected positions of tokens of {text.source}, got True and False: give the numbers"
             )
-        return found
+        if found and not 0 <= found[0] <= found[-1] < len(tokens.ids):
+            raise DataError(f"where: expected positions from 0 to {len(tokens.ids) - 1} of {text.source}, got {found}")
+        return np.array(found, np.int64)
 
     return called
 
@@ -128,11 +137,18 @@ def continuation(tokenizer: Any, before: str, word: str, what: str) -> int:
         what: Names the word in messages: ``"answers"``, ``"label of text 3"``.
 
     Raises:
-        ArgumentError: The word is several tokens, or none, or changes those before it.
+        ArgumentError: The word is several tokens, or none, or the token of unknown words, or changes those before it.
     """
+    if not is_unicode(word):
+        raise ArgumentError(f"{what}: expected a word of one token, and {word!r} has half a surrogate pair")
     (start, whole) = tokenize(tokenizer, [before, before + word])
     first, both = start.ids[start.own].tolist(), whole.ids[whole.own].tolist()
     if both[: len(first)] == first and len(both) == len(first) + 1:
+        if both[-1] == getattr(tokenizer, "unk_token_id", None) and word.strip() != tokenizer.unk_token:
+            raise ArgumentError(
+                f"{what}: expected a word that the tokenizer knows, and {word!r} becomes {tokenizer.unk_token!r}, as "
+                "all words that it does not know"
+            )
         return int(both[-1])
     kept = [i for i in whole.own.tolist() if whole.spans[i, 1] > len(before)]
     pieces = [piece for i, piece in enumerate(whole.pieces(tokenizer)) if i in set(kept)]

@@ -117,7 +117,8 @@ def call_model(
         )
     if batch.places is None and logits.dim() == 1 and len(logits) == batch.n_examples:
         logits = logits[:, None]
-    n_positions = n_logits or batch.n_positions
+    # A model that takes logits_to_keep may ignore it, and give all.
+    n_positions = batch.n_positions if n_logits is None or logits.shape[1:2] == (batch.n_positions,) else n_logits
     _check_shape(logits, batch, n_positions, source)
     if not logits.is_floating_point():
         raise DataError(f"logits: expected floating point numbers from {source}, got {logits.dtype}")

@@ -13,7 +13,7 @@ import torch
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
-from npeff.fishers.scaling import column_factors
+from npeff.fishers.block_weights import column_factors
 from npeff.perturbation.options import Combine, Reject
 
 Array = npt.NDArray[Any]

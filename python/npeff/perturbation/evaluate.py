@@ -92,8 +92,9 @@ class Evaluator:
         self.weights = Weights(model)
         layout = forward is not None, likelihood in OVER_CLASSES
         self.examples = SelectedExamples(data, ids, device, self.call, *layout)
-        self.writer = Writer(model, getattr(data, "tokenizer", None), options.prompts, options.n_tokens)
-        self.unrelated = unrelated_batches(options.unrelated, device, *layout)
+        tokenizer = getattr(data, "tokenizer", None)
+        self.writer = Writer(model, tokenizer, options.prompts, options.n_tokens)
+        self.unrelated = unrelated_batches(options.unrelated, model, tokenizer, device, *layout)
         self._labels = torch.from_numpy(components.labels[self.rows].astype(np.int64)).to(device)
         self._kept: Tensor | None = None
         self._measure_own(components.logits.take(self.rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +10,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from npeff.batches.batches import Batch, batch_digest, check_data, read_batches
 from npeff.errors import ArgumentError, DataError, NpeffError
 from npeff.gradients.eligibility import differ
+from npeff.language.places import Places
 
 Array = npt.NDArray[Any]
 
 HELD_BYTES = 1 << 30
 """Examples up to this size stay in memory; if they are larger, every measurement iterates the data again."""
+
+MOST_TOKENS = 4096
+"""Tokens of unrelated texts that go through the model together; a longer text is refused."""
 
 
 @dataclass(frozen=True)
@@ -212,20 +217,36 @@ def _join(group: list[BatchSlice]) -> BatchSlice:
     return BatchSlice(batch, torch.arange(batch.n_examples, device=group[0].rows.device), indices)
 
 
-def unrelated_batches(data: Any, device: torch.device, any_layout: bool, places: bool | None) -> list[Batch]:
-    """Read unrelated data.
+def unrelated_batches(
+    data: Any, model: nn.Module, tokenizer: Any, device: torch.device, any_layout: bool, places: bool | None
+) -> list[Batch]:
+    """Read unrelated data: batches with labels, or texts, every token of which is an example.
+
+    Args:
+        data: The data; None: there is none.
+        model: The model.
+        tokenizer: Reads texts; None where the examples' data has none.
+        device: Where the batches go.
+        any_layout: As for :func:`npeff.batches.batches.read_batches`.
+        places: Likewise.
 
     Raises:
-        ArgumentError: It is no iterable of batches.
+        ArgumentError: It is no iterable of batches, or texts that cannot be read.
         DataError: It has no labels.
     """
     if data is None:
         return []
-    if isinstance(data, str) or (isinstance(data, Sequence) and any(isinstance(item, str) for item in data)):
-        raise ArgumentError(
-            "unrelated: expected batches, got texts; make batches of them, whose labels are the tokens to predict, "
-            "with npeff.language.Places(tokenizer, texts, where='every')"
-        )
+    if isinstance(data, str | os.PathLike) or (isinstance(data, Sequence) and any(isinstance(d, str) for d in data)):
+        if tokenizer is None:
+            raise ArgumentError(
+                "unrelated: got texts, and the data has no tokenizer to read them with; pass "
+                "data=npeff.language.Places(tokenizer, …), or for unrelated batches whose labels are the next tokens"
+            )
+        try:
+            data = Places(tokenizer, data, where="every", batch_tokens=MOST_TOKENS)
+            data.check_model(model)
+        except NpeffError as error:
+            raise type(error)(f"unrelated: {error}") from error
     batches = list(read_batches(check_data(data), device, any_layout, places))
     if not batches or any(batch.labels is None for batch in batches):
         what = "it yielded no batches" if not batches else "its batches have no labels"

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError
-from npeff.fishers.scaling import layer_of
+from npeff.fishers.block_weights import layer_of
 from npeff.models.parameters import Parameter, Parameters
 from npeff.short_repr import short_repr
 

@@ -150,6 +150,7 @@ def mend(
     if iterations < 1:
         raise ArgumentError(f"iterations: expected at least 1, got {iterations}")
     check_sampler(data)
+    components.ensure_vectors(chosen, model, data, forward=forward, device=device, progress=progress)
     with placed(model, device) as used_device:
         likelihood = components.provenance.get("fishers", {}).get("options", {}).get("likelihood", "categorical")
         batches = list(read_batches(data, used_device, forward is not None, likelihood in OVER_CLASSES))

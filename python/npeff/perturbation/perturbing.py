@@ -103,8 +103,9 @@ def perturb(
         floor: Least value of f̄ at unit norm, 1e-6.
         n_random: Random directions per control, 8.
         curve: Points per sign of KL against the magnitude, 8, from a quarter to twice the magnitude found.
-        unrelated: Batches of data that has nothing to do with the component, with labels (the next tokens of any
-            text): its perplexity is measured at every step, beside that of the model's own weights.
+        unrelated: Data that has nothing to do with the component: batches with labels, or, where ``data`` has a
+            tokenizer, texts (a list, or the path of a file), whose every next token is a label. Its perplexity is
+            measured at every step, beside that of the model's own weights.
         prompts: A text, or several, that a language model continues with the component as it is, turned down and
             turned up; or how many of the top examples' texts. The data has the tokenizer, as
             :class:`npeff.language.Places` does.
@@ -128,7 +129,7 @@ def perturb(
         ModelError: The model fails, or is in training mode with layers whose outputs depend on the mode.
     """
     options = PerturbOptions.checked(components, PerturbOptions.among(locals()))
-    (target,), rows = _targets(components, [j], options)
+    (target,), rows = _targets(model, data, components, [j], options)
     with (
         evaluator_for(model, data, components, rows, options) as evaluator,
         tqdm(total=1, desc="Perturb", disable=not progress) as bar,
@@ -165,7 +166,7 @@ def perturb_all(
     checked = PerturbOptions.checked(components, options)
     if which is None:
         which = [j for j in range(components.n_components) if (components.coefficients[:, j] > 0).any()]
-    targets, rows = _targets(components, which, checked)
+    targets, rows = _targets(model, data, components, which, checked)
     with evaluator_for(model, data, components, rows, checked) as evaluator:
         directions = ComponentDirections(components)
         bar = tqdm(targets, desc="Perturb", disable=not checked.progress)
@@ -173,11 +174,17 @@ def perturb_all(
 
 
 def _targets(
-    components: Components, which: Iterable[int | Strategy], options: PerturbOptions
+    model: nn.Module,
+    data: Iterable[Any],
+    components: Components,
+    which: Iterable[int | Strategy],
+    options: PerturbOptions,
 ) -> tuple[list[Target], Array]:
-    """The targets, and the rows of their top examples and of the baseline."""
+    """The targets, their vectors recovered, and the rows of their top examples and of the baseline."""
     targets = [target_of(components, j) for j in which]
-    components.check_recovered(needed_vectors(components, targets, options.reject))
+    needed = needed_vectors(components, targets, options.reject)
+    how = {name: getattr(options, name) for name in ("forward", "device", "progress")}
+    components.ensure_vectors(needed, model, data, **how)
     tops = [options.top_rows(target.coefficient) for target in targets]
     return targets, np.concatenate([options.baseline_rows(len(components.coefficients)), *tops])
 

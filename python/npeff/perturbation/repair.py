@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff.batches.batches import Batch
+from npeff.errors import ArgumentError
 from npeff.models.forward import call_model
+from npeff.models.memory import available_bytes, format_bytes
 from npeff.perturbation.options import Forward
 from npeff.perturbation.steps import FARTHEST, FIRST, find_step
 from npeff.perturbation.weights import TensorsByName, Weights
@@ -92,8 +94,22 @@ class LabelledOutputs:
 
     @torch.no_grad()
     def outputs(self) -> Tensor:
-        """``(n, C)`` outputs at the weights as they are now."""
-        return torch.cat([self.call(batch).float() for batch in self.batches])
+        """``(n, C)`` outputs at the weights as they are now.
+
+        Raises:
+            ArgumentError: They do not fit into memory.
+        """
+        found: list[Tensor] = []
+        for batch in self.batches:
+            found.append(self.call(batch).float())
+            needed, free = 2 * len(self.labels) * found[0].shape[1] * 4, available_bytes(found[0].device)
+            if len(found) == 1 and needed > free:
+                raise ArgumentError(
+                    f"data: {len(self.labels):,} examples have {found[0].shape[1]:,} outputs each, of which two copies "
+                    f"take {format_bytes(needed)}, and {format_bytes(free)} of memory are free; pass fewer examples, "
+                    "or keep a few outputs alone (answers= of npeff.language.Places)"
+                )
+        return torch.cat(found)
 
     def right(self, logits: Tensor) -> Tensor:
         """``(n,)`` bool: the answer is the label."""

@@ -150,7 +150,9 @@ def trace(
         raise ArgumentError(f"{min(untraced)}: a trace has no such option; npeff.perturb has it")
     chosen = PerturbOptions.checked(components, options)
     target = target_of(components, j)
-    components.check_recovered(needed_vectors(components, [target], chosen.reject))
+    needed = needed_vectors(components, [target], chosen.reject)
+    how = {name: getattr(chosen, name) for name in ("forward", "device", "progress")}
+    components.ensure_vectors(needed, model, data, **how)
     resolved = resolve(groups, components.parameters)
     free = rest(components.parameters, resolved)
     top = chosen.top_rows(target.coefficient)

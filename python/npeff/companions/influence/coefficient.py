@@ -17,7 +17,7 @@ from npeff.companions.influence.estimator import Array, CrossLossInfluence, Scor
 from npeff.companions.influence.objective import Loss, cross_entropy
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, ModelError, check_choice
-from npeff.fishers.scaling import column_factors
+from npeff.fishers.block_weights import column_factors
 from npeff.models.digests import model_digest
 from npeff.models.forward import OVER_CLASSES, call_model
 from npeff.short_repr import short_repr
@@ -72,20 +72,22 @@ class Coefficient:
         self._names = components.parameters.names
         r, m = components.n_components, components.n_parameters
         self._vectors = torch.zeros((r, m), dtype=torch.float64)
+        weights = components.block_weights
+        self._factor: Tensor | None = None
+        if weights is not None:
+            self._factor = torch.from_numpy(column_factors(components.parameters, weights, components.kind)).double()
         if components.compression in ("sketch", "gram"):
             components.check_recovered(range(r))
             for k in range(r):
-                self._vectors[k] = torch.from_numpy(components.vector(k)).double()
+                vector = torch.from_numpy(components.vector(k)).double()
+                weighted = vector if self._factor is None else vector * self._factor
+                self._vectors[k] = weighted / weighted.norm().clamp_min(1e-30)
         else:
             columns = slice(None) if components.columns is None else torch.from_numpy(np.array(components.columns))
             self._vectors[:, columns] = torch.from_numpy(np.array(components.vectors, np.float64))
         self._gram = self._vectors @ self._vectors.T
         if not self._diagonal:
             self._gram = self._gram.square()
-        weights = components.block_weights
-        self._factor: Tensor | None = None
-        if weights is not None:
-            self._factor = torch.from_numpy(column_factors(components.parameters, weights, components.kind)).double()
 
     def __call__(self, model: nn.Module, content: Any) -> Tensor:
         """Compute the coefficients of a batch, ``(b,)``, with their graph.

@@ -1,0 +1,190 @@
+"""Vectors in parameter space whose matrices are kept as factors of low rank, found without forming the matrices.
+
+A component's block of a matrix G ``(n, k)`` is a sum of outer products over rows and positions. While it is summed,
+only random projections of it are kept (Tropp, Yurtsever, Udell & Cevher 2017, *Practical sketching algorithms for
+low-rank matrix approximation*), with Ω, Ψ, Φ of independent normal entries:
+
+    Y = G Ω (n, w),   Z = Ψᵀ G (w', k),   E = G Φ (n, 8).
+
+Afterwards, with Q an orthonormal basis of Y, ``G ≈ Q X`` for the least-squares solution X of ``(ΨᵀQ) X = Z``, cut to
+rank r by the singular values of X. As Φ is independent of the factors, ``‖E − Ĝ Φ‖² / 8`` has the expectation
+``‖G − Ĝ‖²``: what the factors lose is measured, not bounded.
+
+Matrices for which projections would be no smaller are summed whole and cut by their singular values; what is no matrix,
+or would not be smaller as factors, is kept whole.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from npeff.models.parameters import Parameter, Parameters
+
+Array = npt.NDArray[np.float32]
+
+TESTS = 8
+"""Columns of Φ: the estimate of a loss has a standard deviation of at most √(2/8) = 50 % of it."""
+
+OVERSAMPLING = 4
+"""w / rank, and w' = 2 w + 1."""
+
+
+@dataclass(frozen=True)
+class FactorSlot:
+    """Where one parameter's block stands in a factored vector.
+
+    Attributes:
+        parameter: The parameter, as a matrix of ``shape[0]`` rows.
+        offset: Of the first number.
+        rank: r: the block is ``left (n, r) @ right (r, k)``, one after the other; None: the block is kept whole.
+    """
+
+    parameter: Parameter
+    offset: int
+    rank: int | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(n, k)`` of the parameter as a matrix."""
+        n = self.parameter.shape[0] if self.parameter.shape else 1
+        return n, self.parameter.numel // max(1, n)
+
+    @property
+    def numel(self) -> int:
+        """Numbers kept."""
+        return self.parameter.numel if self.rank is None else self.rank * sum(self.size)
+
+    def factors(self, stored: Array) -> tuple[Array, Array]:
+        """Give left ``(n, r)`` and right ``(r, k)`` of a factored vector; for factors alone."""
+        assert self.rank is not None
+        (n, k), own = self.size, stored[self.offset : self.offset + self.numel]
+        return own[: n * self.rank].reshape(n, self.rank), own[n * self.rank :].reshape(self.rank, k)
+
+
+def slots(parameters: Parameters, rank: int | None) -> list[FactorSlot]:
+    """Lay the blocks of a factored vector, or with ``rank`` None of a whole one, end to end."""
+    found, offset = [], 0
+    for parameter in parameters:
+        n, k = FactorSlot(parameter, 0, None).size
+        fits = rank is not None and len(parameter.shape) >= 2 and rank < min(n, k) and rank * (n + k) < n * k
+        slot = FactorSlot(parameter, offset, rank if fits else None)
+        found.append(slot)
+        offset += slot.numel
+    return found
+
+
+def assemble(parameters: Parameters, rank: int, stored: Array) -> Array:
+    """Multiply the factors: the vector ``(n_parameters,)`` float32 that a factored one ``(p,)`` stands for."""
+    vector = np.zeros(parameters.n_parameters, np.float32)
+    for slot in slots(parameters, rank):
+        if slot.rank is None:
+            vector[slot.parameter.slice] = stored[slot.offset : slot.offset + slot.numel]
+        else:
+            left, right = slot.factors(stored)
+            np.matmul(left, right, out=vector[slot.parameter.slice].reshape(slot.size))
+    return vector
+
+
+def squared_norm(parameters: Parameters, rank: int | None, stored: Array) -> float:
+    """Compute the squared norm of what a factored vector, or with ``rank`` None a whole one, stands for."""
+    if rank is None:
+        blocks = [stored[parameter.slice] for parameter in parameters]
+    else:  # the rows of right factors are orthonormal
+        laid = slots(parameters, rank)
+        wholes = (stored[slot.offset : slot.offset + slot.numel] for slot in laid if slot.rank is None)
+        blocks = [*wholes, *(slot.factors(stored)[0].reshape(-1) for slot in laid if slot.rank is not None)]
+    return sum(float(np.dot(block, block)) for block in blocks)
+
+
+def scale_factored(parameters: Parameters, rank: int | None, stored: Array, factor: float) -> None:
+    """Multiply what a factored vector, or with ``rank`` None a whole one, stands for; in place."""
+    if rank is None:
+        stored *= np.float32(factor)
+        return
+    for slot in slots(parameters, rank):
+        own = stored[slot.offset : slot.offset + slot.numel]
+        (own if slot.rank is None else slot.factors(stored)[0])[:] *= np.float32(factor)
+
+
+@dataclass(frozen=True)
+class RangeSketch:
+    """The projections that are kept of one matrix.
+
+    Attributes:
+        size: ``(n, k)``.
+        rank: r.
+    """
+
+    size: tuple[int, int]
+    rank: int
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths w of Y and w' of Z."""
+        width = OVERSAMPLING * self.rank
+        return width, 2 * width + 1
+
+    @property
+    def numel(self) -> int:
+        """Numbers in Y, E and Z."""
+        (n, k), (w, v) = self.size, self.widths
+        return n * (w + TESTS) + v * k
+
+    @property
+    def smaller(self) -> bool:
+        """Whether they are fewer than the matrix has."""
+        return self.numel < math.prod(self.size)
+
+    @cached_property
+    def right(self) -> Tensor:
+        """[Ω, Φ] ``(k, w + 8)`` float32, the same for every matrix of that size."""
+        return torch.randn(self.size[1], self.widths[0] + TESTS, generator=torch.Generator().manual_seed(1))
+
+    @cached_property
+    def left(self) -> Tensor:
+        """Ψ ``(n, w')`` float32."""
+        return torch.randn(self.size[0], self.widths[1], generator=torch.Generator().manual_seed(2))
+
+    def factors(self, Y: Tensor, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the factors of several matrices.
+
+        Args:
+            Y: ``(c, n, w + 8)``: [Y, E].
+            Z: ``(c, w', k)``.
+
+        Returns:
+            left ``(c, n, r)``, right ``(c, r, k)`` with orthonormal rows, and ``(c,)`` the squared norm of what is
+            lost; float64.
+        """
+        Y, Z, width = Y.double(), Z.double(), self.widths[0]
+        Q, _ = torch.linalg.qr(Y[:, :, :width])
+        basis, triangle = torch.linalg.qr(self.left.double().mT.to(Q.device) @ Q)
+        X = torch.linalg.solve_triangular(triangle, basis.mT @ Z, upper=True)
+        left, right = truncated(X, self.rank)
+        left, tested = Q @ left, self.right[:, width:].double().to(Q.device)
+        lost = (Y[:, :, width:] - left @ (right @ tested)).square().sum(dim=(1, 2)) / TESTS
+        return left, right, lost
+
+
+def truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Cut wide or tall matrices ``(c, n, k)`` to their largest singular values.
+
+    Returns:
+        left ``(c, n, r)``, singular values in it, and right ``(c, r, k)`` with orthonormal rows.
+    """
+    if matrices.shape[1] <= matrices.shape[2]:  # the singular vectors of the smaller side, from a square triangle
+        basis, triangle = torch.linalg.qr(matrices.mT)
+        U, S, Vh = torch.linalg.svd(triangle.mT, full_matrices=False)
+        right = Vh[:, :rank] @ basis.mT
+    else:
+        basis, triangle = torch.linalg.qr(matrices)
+        U, S, right = torch.linalg.svd(triangle, full_matrices=False)
+        U, right = basis @ U, right[:, :rank]
+    return U[:, :, :rank] * S[:, None, :rank], right

@@ -1,0 +1,162 @@
+"""Weights of the Fisher's blocks: one per parameter, so that no layer decides alone what components are about.
+
+With weights w the Fishers are those of the rows ``A D``, D = √w on the parameter's columns (``w ∘ f`` of the diagonal
+kind). What mixes the parameters, a sketch or an inner product, has to be weighted before; other Fishers may be weighted
+afterwards as well (:mod:`npeff.fishers.scaling`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from npeff.errors import ArgumentError
+from npeff.gradients.blocks import Block, Pairs
+from npeff.models.parameters import Parameters
+
+Array = npt.NDArray[Any]
+BlockWeights = Literal["energy", "balanced"] | Mapping[str, float]
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to: its name without the last part (``"0.weight"`` → ``"0"``)."""
+    return name.rpartition(".")[0] or name
+
+
+def check_block_weights(choice: object) -> None:
+    """Refuse what says nothing about weights.
+
+    Raises:
+        ArgumentError: It is neither a known word nor a mapping.
+    """
+    if choice not in ("energy", "balanced") and not isinstance(choice, Mapping):
+        raise ArgumentError(
+            f"block_weights: expected 'energy', 'balanced' or a mapping from name patterns to weights, got {choice!r}"
+        )
+
+
+def given_weights(names: Sequence[str], choice: Mapping[str, float]) -> dict[str, float]:
+    """The weight of every parameter under name patterns; 1 where none matches, the last one that does otherwise.
+
+    Raises:
+        ArgumentError: A pattern matches nothing, a weight is negative or infinite, or all are 0.
+    """
+    weights = dict.fromkeys(names, 1.0)
+    for pattern, weight in choice.items():
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if pattern in weights:  # a name in which brackets stand
+            matched = [pattern]
+        if not matched:
+            raise ArgumentError(
+                f"block_weights: pattern {pattern!r} matches no parameter; there are {', '.join(names[:8])}"
+            )
+        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ArgumentError(f"block_weights: expected finite weights ≥ 0, got {weight!r} for {pattern!r}")
+        weights.update(dict.fromkeys(matched, float(weight)))
+    if not any(weights.values()):
+        raise ArgumentError("block_weights: every parameter has weight 0; keep at least one")
+    return weights
+
+
+def balanced_weights(energy: Mapping[str, float]) -> dict[str, float]:
+    """The weights that give every layer the same share of the trace; 0 for a layer without any.
+
+    Args:
+        energy: Share of the trace per parameter.
+    """
+    of_layer: dict[str, float] = {}
+    for name, value in energy.items():
+        of_layer[layer_of(name)] = of_layer.get(layer_of(name), 0.0) + value
+    share = (sum(of_layer.values()) or 1.0) / len(of_layer)
+    return {name: share / of_layer[layer_of(name)] if of_layer[layer_of(name)] else 0.0 for name in energy}
+
+
+def column_factors(parameters: Parameters, weights: Mapping[str, float], kind: str) -> Array:
+    """``(m,)`` float32 factor of each row entry: √weight, or the weight itself for diagonal Fishers; 1 without one."""
+    own = [weights.get(p.name, 1.0) for p in parameters]
+    factors = [math.sqrt(weight) if kind == "low_rank" else weight for weight in own]
+    return np.repeat(np.asarray(factors, np.float32), [p.numel for p in parameters])
+
+
+class WeightedBlocks:
+    """Weighs blocks on their way to a sink.
+
+    Args:
+        parameters: The flat vector's layout.
+        weights: Per parameter name.
+        squared: Blocks are Σ of squares (diagonal Fishers).
+    """
+
+    def __init__(self, parameters: Parameters, weights: Mapping[str, float], squared: bool) -> None:
+        self._weights = {parameter.name: weights.get(parameter.name, 1.0) for parameter in parameters}
+        self._at = {parameter.offset: self._weights[parameter.name] for parameter in parameters if parameter.numel}
+        self._squared = squared
+
+    def __call__(self, block: Block | Pairs) -> Block | Pairs:
+        """The block times its weight: rows times √weight, squares times the weight."""
+        weight = self._weights[block.parameter.name]
+        if isinstance(block, Pairs):  # which are never squared
+            return replace(block, delta=block.delta * math.sqrt(weight))
+        if isinstance(block.starts, tuple):
+            each = torch.tensor([self._at[start] for start in block.starts]).to(block.values)
+            return replace(block, values=block.values * (each if self._squared else each.sqrt())[:, None])
+        gram = None if block.gram is None else block.gram * weight
+        return replace(block, values=block.values * (weight if self._squared else math.sqrt(weight)), gram=gram)
+
+
+class PilotEnergy:
+    """Measures the share of the unit-norm Fishers' trace that lies in each parameter, from blocks.
+
+    Args:
+        parameters: The flat vector's layout.
+    """
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._parameters = parameters
+        self._names = {parameter.offset: parameter.name for parameter in parameters if parameter.numel}
+        self.energy = dict.fromkeys(parameters.names, 0.0)
+
+    def begin(self) -> None:
+        """Start a pass."""
+        self._traces: dict[str, Any] = {}
+        self._gram: Any = 0.0
+
+    def add(self, block: Block | Pairs, n_examples: int) -> None:
+        """Take a block of the pass, of its n examples (or slots)."""
+        if isinstance(block, Block) and isinstance(block.starts, tuple):
+            for run, start in enumerate(block.starts):
+                values = block.values[:, :, run].to(torch.float64)
+                self._add(self._names[start], block.examples, values @ values.mT, n_examples)
+            return
+        if isinstance(block, Pairs):
+            gram = block.gram()
+        else:
+            flat = block.values.flatten(2).to(torch.float64)
+            gram = flat @ flat.mT if block.gram is None else block.gram
+        self._add(block.parameter.name, block.examples, gram, n_examples)
+
+    def _add(self, name: str, examples: slice, gram: torch.Tensor, n: int) -> None:
+        gram = gram.cpu()
+        whole = torch.zeros(n, *gram.shape[1:], dtype=torch.float64)
+        whole[examples] = gram
+        self._gram = self._gram + whole
+        self._traces[name] = self._traces.get(name, 0.0) + whole.diagonal(dim1=1, dim2=2).sum(dim=1)
+
+    def end(self) -> None:
+        """Add the pass's examples, each divided by its Fisher norm ``‖A Aᵀ‖_F``."""
+        norms = self._gram.square().sum(dim=(1, 2)).sqrt()
+        for name, traces in self._traces.items():
+            self.energy[name] += float(torch.where(norms > 0, traces / norms.clamp_min(1e-300), 0.0).sum())
+
+    def weights(self) -> dict[str, float]:
+        """Weights that balance the layers, of three digits; the median where a layer had no energy in the pilot."""
+        found = balanced_weights(self.energy)
+        known = [weight for weight in found.values() if weight]
+        return {name: float(f"{weight or np.median(known or [1.0]):.3g}") for name, weight in found.items()}
