@@ -114,14 +114,14 @@ def baselines(subject: Subject, r: int) -> dict[str, Fit]:
     activations = subject.activations()
     methods: dict[str, Fit] = {
         "class probabilities": lambda _: Scores(probabilities),
-        "gradients, k-means": _kmeans(gradients, r),
-        "gradients, PCA": _pca(gradients, r),
+        "gradients, k-means": kmeans(gradients, r),
+        "gradients, PCA": pca(gradients, r),
     }
     for name, h in activations.items():
-        methods[f"{name}, NMF"] = _nmf(h, r)
-        methods[f"{name}, k-means"] = _kmeans(h, r)
+        methods[f"{name}, NMF"] = nmf(h, r)
+        methods[f"{name}, k-means"] = kmeans(h, r)
         if h.shape[1] <= WIDEST:
-            methods[f"{name}, sparse autoencoder"] = _sparse_autoencoder(h, r)
+            methods[f"{name}, sparse autoencoder"] = sparse_autoencoder(h, r)
     return methods
 
 
@@ -140,7 +140,7 @@ def predicted_gradients(subject: Subject) -> np.ndarray:
     return vectors * np.sqrt(values.clip(0))
 
 
-def _kmeans(x: np.ndarray, r: int) -> Fit:
+def kmeans(x: np.ndarray, r: int) -> Fit:
     def fit(seed: int) -> Scores:
         model = KMeans(r, n_init=3, random_state=seed).fit(x)
         return linked(-model.transform(x), model.cluster_centers_, "max")
@@ -148,7 +148,7 @@ def _kmeans(x: np.ndarray, r: int) -> Fit:
     return fit
 
 
-def _pca(x: np.ndarray, r: int) -> Fit:
+def pca(x: np.ndarray, r: int) -> Fit:
     def fit(seed: int) -> Scores:
         model = PCA(max(1, r // 2), svd_solver="randomized", random_state=seed).fit(x)
         z = model.transform(x)
@@ -158,7 +158,7 @@ def _pca(x: np.ndarray, r: int) -> Fit:
     return fit
 
 
-def _nmf(x: np.ndarray, r: int) -> Fit:
+def nmf(x: np.ndarray, r: int) -> Fit:
     def fit(seed: int) -> Scores:
         model = NMF(r, init="nndsvda", max_iter=300, random_state=seed).fit(x)
         norms = np.linalg.norm(model.components_, axis=1)
@@ -167,7 +167,7 @@ def _nmf(x: np.ndarray, r: int) -> Fit:
     return fit
 
 
-def _sparse_autoencoder(x: np.ndarray, r: int) -> Fit:
+def sparse_autoencoder(x: np.ndarray, r: int) -> Fit:
     """ReLU autoencoder with unit decoder columns and an L1 penalty, tuned over three penalties.
 
     As in Bricken et al. 2023: the decoder's bias is subtracted first; the penalty is the one of the sweep whose codes

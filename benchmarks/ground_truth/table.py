@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from measures import Scores, best_auc, coverage, purity
+from measures import TOP, Scores, best_auc, coverage, purity
 from methods import Fit
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -54,15 +54,19 @@ GROUPS = (
 
 
 def evaluate(
-    fit: Fit, factor: np.ndarray, seed: int, questions: Callable[[Scores], dict[str, float]] | None = None
+    fit: Fit,
+    factor: np.ndarray,
+    seed: int,
+    questions: Callable[[Scores], dict[str, float]] | None = None,
+    top: int = TOP,
 ) -> dict[str, float]:
-    """Purity, coverage and AUC of a method's components, and of its groups."""
+    """Purity of the top examples, coverage and AUC of a method's components, and of its groups."""
     scores = fit(seed)
-    pure = purity(scores.values, factor)
+    pure = purity(scores.values, factor, top)
     measures = {
         "purity, mean": float(np.nanmean(pure)),
         "purity, worst": float(np.nanmin(pure)),
-        "coverage": coverage(scores.values, factor),
+        "coverage": coverage(scores.values, factor, top),
         "AUC, best component": best_auc(scores.values, factor),
     }
     if scores.chosen is not None:
