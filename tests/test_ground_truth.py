@@ -145,3 +145,49 @@ def test_reviews_model_ignores_padding() -> None:
         logits = model(tokens)
         model.words.weight[0] = 3.0  # the padding's embedding
         torch.testing.assert_close(model(tokens), logits)
+
+
+def test_prompts_of_both_routes_have_one_form() -> None:
+    """Recalled and copied prompts share form and answers; demonstrations are swapped where they are said to be."""
+    pytest.importorskip("transformers")
+    from copying import RELATIONS, drawn
+
+    prompts = drawn(0, ["capital"])
+    copied = [p for p in prompts if p.factors["copied"]]
+    assert 0 < len(copied) < len(prompts) and len({p.text for p in prompts}) == len(prompts)
+    assert {p.answer for p in copied} == set(RELATIONS["capital"][1].values())
+    assert all(f" {p.answer}." in p.text for p in copied)
+    assert not any(p.answer in p.text for p in prompts if not p.factors["copied"])
+    from in_context import TASKS
+    from in_context import drawn as demonstrations
+
+    sides = {word: side for sides in TASKS.values() for side, words in sides for word in words if word != "orange"}
+    for p in demonstrations(0, list(TASKS), 3):
+        for line in p.text.split("\n")[:-1]:
+            word, side = line.split(": ")
+            assert word == "orange" or (sides[word] != side) == p.factors["swapped"]
+
+
+def test_a_push_of_a_wanted_kl_on_a_small_language_model() -> None:
+    """The step is found, the weights come back, and random directions have the norm that they are to have."""
+    pytest.importorskip("transformers")
+    import torch
+
+    from language import Prompt, Prompts, moved, norm, random_like, step_for_kl
+    from tiny_language import model_of, tokenizer_of
+
+    model, tokenizer = model_of().eval(), tokenizer_of()
+    prompts = Prompts(model, tokenizer, [Prompt("The capital of Spain is", "Madrid", {}), Prompt("Is it", "good", {})])
+    before = prompts.log_probabilities()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    names = [name for name in weights if name.endswith("proj.weight")]
+    direction = random_like({name: torch.ones_like(weights[name]) for name in names}, seed=0)
+    assert norm(direction) == pytest.approx(sum(weights[name].numel() for name in names) ** 0.5, rel=1e-5)
+
+    def kl(step: float) -> float:
+        with moved(model, direction, step):
+            return float((before.exp() * (before - prompts.log_probabilities())).sum(1).mean())
+
+    assert kl(step_for_kl(kl, 0.002, 0.001)) == pytest.approx(0.002, rel=0.05)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert prompts.of(prompts.answers).shape == (2,) and len(prompts.right(0.0)) <= 2
