@@ -1,6 +1,8 @@
-"""The passes of a model over a batch: forward, finite check, factorise, cut by bytes.
+"""The passes of a model over a batch.
 
-Per-example Fishers, the mean Fisher, inner products and recovery all take their gradients from :meth:`Run.passes`.
+A forward pass, the check that logits are finite, the cotangents of each example, and the cut of a batch that would not
+fit the memory. Per-example Fishers, the mean Fisher, inner products and recovery all take their gradients from
+:meth:`Run.passes`.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class Pass:
         batch: What went forward.
         ids: ``(n,)`` positions of the examples in the data.
         logits: ``(n, C)`` with their graph.
-        factors: Their cotangents; those of all slots where there are slots and ``prepared``.
+        factors: Cotangents of the examples; with slots and ``prepared`` of every slot, zero where it is empty.
         prepared: The rules that the graph calls for; None where no per-example gradients are wanted.
         slots: ``(b, K)`` which example of the batch each slot holds, −1 for none; None where examples are no places.
     """
@@ -71,7 +73,7 @@ class Pass:
 
     @cached_property
     def filled(self) -> Ids:
-        """``(n,)`` where the examples stand among the factors' and blocks'."""
+        """``(n,)`` indices of the examples among factors and blocks, which may hold empty slots."""
         if self.slots is None:
             return np.arange(len(self.ids))
         return np.flatnonzero(self.slots.cpu().numpy().reshape(-1) >= 0)

@@ -71,14 +71,16 @@ class Places:
             folder that ``Dataset.save_to_disk`` wrote.
         where: ``"last"``: the last token of each text. ``"every"``: each token of the text. Another string is a regular
             expression: the token with the last character of each match. Or ``where(text, tokens) -> positions``, given
-            the texts of the tokens. Tokens that the tokenizer adds are places only if such positions name them.
+            the texts of the tokens. Tokens that the tokenizer adds are places only if a function
+            names their positions.
         answers: Words, each one token where it continues the text (mostly with a space before it). The prediction is
             restricted to these tokens and renormalised; classes are positions in this list.
         context: Tokens that are kept before each place, which is then a sequence of its own; tokens that the tokenizer
-            puts before every text stay. None: the whole text, which its places share.
+            puts before every text stay. None: the whole text; one
+            forward pass serves all of its places.
         text_column: The column of the texts, where there are columns.
-        label_column: The column of the labels: the word, one token, that is right at the text's last place; with
-            ``answers``, its position among them too. Where there is none, the token that comes next is right.
+        label_column: The column of the labels: the right word, one token, at the text's last place; with
+            ``answers``, either the word or its index among them. Without a column, the next token is right.
         batch_tokens: The most tokens in a batch, padding included.
         sort: Take texts by length, the longest first: less padding, and examples in that order.
         padding_side: ``"right"``, or ``"left"``, which adds ``position_ids`` to the batches.
@@ -206,7 +208,7 @@ class Places:
         return described | {"n_examples": self.n_examples, "digest": self._digest(self.n_examples)}
 
     def check_same(self, description: Mapping[str, Any]) -> None:
-        """Check that these places begin as those that :meth:`describe` described; fewer are not compared.
+        """Check that these places begin as those that :meth:`describe` described; fewer than those pass unchecked.
 
         Raises:
             DataError: They are others.
