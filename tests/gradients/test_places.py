@@ -95,6 +95,8 @@ def test_inner_products_of_all_places(case, kept, tied):
     np.testing.assert_allclose(fishers.rows.row_gram(torch.float64), gram, atol=1e-5 * np.abs(gram).max())
     np.testing.assert_allclose(fishers.logits, logits, atol=1e-5)
     assert fishers.labels.tolist() == exact.labels.tolist()
+    assert fishers.places is not None and exact.places is not None
+    np.testing.assert_array_equal(fishers.places, exact.places)
 
 
 def test_a_sequence_goes_forward_once_however_many_places_it_has(monkeypatch):

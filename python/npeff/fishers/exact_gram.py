@@ -51,6 +51,7 @@ class _Examples:
     scales: list[Array] = field(default_factory=list)
     logits: list[Logits] = field(default_factory=list)
     labels: list[Array] = field(default_factory=list)
+    places: list[Array] = field(default_factory=list)
 
     @property
     def n(self) -> int:
@@ -138,6 +139,8 @@ def _collect(run: Run, batch: Batch, ids: Ids, layers: dict[str, LayerGram], exa
                 kept = [array.cpu().numpy() for array in largest(one.logits, run.options.over_classes)]
                 examples.logits.append(Logits.kept(kept, one.logits.shape[1]))
                 examples.labels.append(one.stored_labels())
+                if one.places is not None:
+                    examples.places.append(one.places)
             for layer in layers.values():
                 layer.begin(counts, n_columns)
             assert one.prepared is not None
@@ -198,12 +201,14 @@ def _postpone(layers: dict[str, LayerGram], memory: int) -> None:
 def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) -> Fishers:
     counts, scale = np.concatenate(examples.counts), np.concatenate(examples.scales)
     logits, labels = Logits.concatenate(examples.logits), np.concatenate(examples.labels)
+    places = np.concatenate(examples.places) if examples.places else None
     order = np.argsort(np.concatenate(examples.ids), kind="stable")
     if (np.diff(order) < 0).any():  # places that went backward some at a time
         starts = np.cumsum(counts) - counts
         rows = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order])
         K = K[np.ix_(rows, rows)]
         counts, scale, logits, labels = counts[order], scale[order], logits.take(order), labels[order]
+        places = None if places is None else places[order]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     norms = np.zeros(len(counts), np.float64)
     for i, (start, stop) in enumerate(pairwise(offsets.tolist())):
@@ -222,4 +227,5 @@ def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) ->
         parameters=run.parameters,
         provenance=header["provenance"],
         coverage=run.coverage(),
+        places=places,
     )
