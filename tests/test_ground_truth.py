@@ -173,7 +173,8 @@ def test_a_push_of_a_wanted_kl_on_a_small_language_model() -> None:
     pytest.importorskip("transformers")
     import torch
 
-    from language import Prompt, Prompts, moved, norm, random_like, step_for_kl
+    import npeff
+    from language import Prompt, Prompts, norm, random_like, step_for_kl
     from tiny_language import model_of, tokenizer_of
 
     model, tokenizer = model_of().eval(), tokenizer_of()
@@ -185,7 +186,7 @@ def test_a_push_of_a_wanted_kl_on_a_small_language_model() -> None:
     assert norm(direction) == pytest.approx(sum(weights[name].numel() for name in names) ** 0.5, rel=1e-5)
 
     def kl(step: float) -> float:
-        with moved(model, direction, step):
+        with npeff.applied(model, direction, step):
             return float((before.exp() * (before - prompts.log_probabilities())).sum(1).mean())
 
     assert kl(step_for_kl(kl, 0.002, 0.001)) == pytest.approx(0.002, rel=0.05)

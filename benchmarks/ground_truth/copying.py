@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import npeff
-from language import PARAMETERS, News, Prompt, Prompts, moved, next_token, random_like, scaled, smollm2, step_for_kl
+from language import PARAMETERS, News, Prompt, Prompts, next_token, random_like, scaled, smollm2, step_for_kl
 from measures import auc, best_auc
 from methods import Fit, kmeans, nmf, npeff_scores, sparse_autoencoder
 from table import GROUPS, Table, evaluate, write
@@ -180,7 +180,7 @@ def more_probable(own: Prompts, vector: Any) -> int:
     """The sign of a small step that makes the answers more probable: that of a component is arbitrary."""
     sides = []
     for step in (0.02, -0.02):
-        with moved(own.model, vector, step):
+        with npeff.applied(own.model, vector, step):
             sides.append(own.of(own.answers).mean())
     return 1 if sides[0] > sides[1] else -1
 
@@ -225,22 +225,22 @@ def push(
         })  # fmt: skip
 
     def at(direction: Any, step: float) -> float:
-        with moved(prompts.model, direction, step):
+        with npeff.applied(prompts.model, direction, step):
             return kl()
 
     look("as it is")
     for name, direction in directions.items():
         for sign, wanted in ((1, 0.1), (1, 0.3), (1, 1.0), (-1, 0.1), (-1, 0.3)):
             step = step_for_kl(lambda s, direction=direction: at(direction, s), wanted, 0.05 * sign)
-            with moved(prompts.model, direction, step):
+            with npeff.applied(prompts.model, direction, step):
                 look(f"{name}, {'+' if sign > 0 else '−'}, KL {wanted}")
             if sign < 0 or name == "recalling":
                 continue
             noise = random_like(direction, 0)
-            with moved(prompts.model, noise, step):
+            with npeff.applied(prompts.model, noise, step):
                 look(f"random, the same norm as at KL {wanted}")
             step = step_for_kl(lambda s, noise=noise: at(noise, s), wanted, 10 * step)
-            with moved(prompts.model, noise, step):
+            with npeff.applied(prompts.model, noise, step):
                 look(f"random, the same KL {wanted}")
 
 

