@@ -1,8 +1,8 @@
 """The CUDA kernels on arrays of the processor, compiled as a module when a test first asks for it.
 
 The module has the functions of ``npeff._cuda`` (tests/native/emulated_cuda.cpp): the same bindings and the same blocks
-of threads, run one thread after the other in an order that the ``stream`` argument seeds. The functions defined here
-call them more briefly. The compiler is ``CXX``, or else ``c++``, ``g++`` or ``clang++``; where there
+of threads, run one thread after the other in an order that the ``stream`` argument seeds. The functions of this module
+take numpy arrays, too, in shared memory; those defined here call them more briefly. The compiler is ``CXX``, or else ``c++``, ``g++`` or ``clang++``; where there
 is none the test is skipped.
 """
 
@@ -27,6 +27,7 @@ import pytest
 import torch
 
 from npeff.kernels.arrays import ALL_FINITE
+from npeff.kernels.sparse import mirror_
 
 NAME = "npeff_emulated_cuda"
 HERE = Path(__file__).parent
@@ -39,27 +40,21 @@ class Selectors:
 
     def __init__(self, n: int, k: int, keep_zeros: bool, seed: int) -> None:
         self.seed = seed
-        self.memory = torch.empty(module().topk_bytes(n=n, k=k), dtype=torch.uint8)
+        self.memory = torch.zeros(module().topk_bytes(n=n, k=k), dtype=torch.uint8)
         self.selectors = {"memory": self.memory, "n": n, "k": k, "keep_zeros": keep_zeros, "stream": seed}
-        module().topk_reset(**self.selectors)
 
     def push(self, block: Any, bases: np.ndarray, targets: np.ndarray) -> None:
         """Take in the rows of a block."""
         rows = by_target(targets, np.zeros_like(bases), self.selectors["n"])
-        module().topk_push(**self.selectors, block=block, targets=targets, bases=bases, **rows)
+        call("topk_push", **self.selectors, block=block, targets=targets, bases=bases, **rows)
 
     def finish(self, counts: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
         """Fill the selections; the selectors are empty afterwards."""
-        module().topk_finish(**self.selectors, counts=counts, indices=indices, values=values)
-
-    def status(self) -> tuple[int, int]:
-        """Row and flat index of the first non-finite value, or row −1."""
-        row, index = self.memory[:16].view(torch.int64).tolist()
-        return row, index
+        call("topk_finish", **self.selectors, counts=counts, indices=indices, values=values)
 
     def held(self, selector: int) -> int:
-        """Candidates that a selector holds: the first number of its state of 64 bytes, behind the status."""
-        return int(self.memory[16 + 64 * selector :][:8].view(torch.int64))
+        """Candidates that a selector holds: the first number of its state of 64 bytes."""
+        return int(self.memory[64 * selector :][:8].view(torch.int64))
 
 
 def by_target(targets: np.ndarray, bases: np.ndarray, n_targets: int) -> dict[str, np.ndarray]:
@@ -70,35 +65,42 @@ def by_target(targets: np.ndarray, bases: np.ndarray, n_targets: int) -> dict[st
 
 def csr(indptr: Any, indices: Any, values: Any, n_columns: int) -> Any:
     """A matrix as the emulated kernels take it."""
-    return module().Csr(indptr=indptr, indices=indices, values=values, n_columns=n_columns, stream=0)
+    return call("Csr", indptr=indptr, indices=indices, values=values, n_columns=n_columns, stream=0)
 
 
 def sketch_finish(sums: np.ndarray, scale: float, out: np.ndarray, seed: int) -> int:
     """The first row that is not finite, or −1."""
     bad = np.full(1, ALL_FINITE)
-    module().sketch_finish(sums=sums, scale=scale, out=out, bad=bad, stream=seed)
+    call("sketch_finish", sums=sums, scale=scale, out=out, bad=bad, stream=seed)
     return -1 if bad[0] == ALL_FINITE else int(bad[0])
 
 
 def gram(a: Any, k: np.ndarray, seed: int) -> None:
     """Add A·Aᵀ to k, both triangles."""
-    module().gram_panel(a=a, k=k, stream=seed)
-    module().mirror(k=k, stream=seed)
+    call("gram_panel", a=a, k=k, stream=seed)
+    mirror_(torch.from_numpy(k))
 
 
 def nnls(gram: np.ndarray, cross: np.ndarray, w: np.ndarray, kkt: np.ndarray, max_sweeps: int, tol: float,
          seed: int) -> tuple[int, int]:  # fmt: skip
     """The first row that is not finite (or −1), and the sweeps made."""
     status = np.full(2, -7)
-    problem = {"gram": gram, "cross": cross, "w": w, "kkt": kkt, "max_sweeps": max_sweeps, "tol": tol}
-    module().nnls(**problem, status=status, stream=seed)
+    kkt.fill(np.inf)
+    problem = {"gram": gram, "cross": cross, "w": w, "residual": kkt, "tol": tol, "stream": seed}
+    call("nnls", **problem, max_sweeps=max_sweeps, kkt=True, status=status)
     return -1 if status[0] == ALL_FINITE else int(status[0]), int(status[1])
+
+
+def call(name: str, /, **arguments: Any) -> Any:
+    """Call a function of the module."""
+    given = {key: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for key, x in arguments.items()}
+    return getattr(module(), name)(**given)
 
 
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
-    return getattr(module(), name)
+    return functools.partial(call, name)
 
 
 @functools.cache

@@ -32,8 +32,6 @@ class EmulatedCuda:
         self.calls: dict[str, int] = {}
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(blocks.module(), name)
-
         def call(**given: Any) -> Any:
             arguments = {key: unwrapped(x).detach() if isinstance(x, torch.Tensor) else x for key, x in given.items()}
             if name != "Csr":
@@ -45,7 +43,7 @@ class EmulatedCuda:
                 check_plan(targets, bases, order, starts, len(arguments["sums"]) if n is None else n)
             if "stream" in arguments:
                 arguments["stream"] = self.seed
-            return function(**arguments)
+            return blocks.call(name, **arguments)
 
         return call
 

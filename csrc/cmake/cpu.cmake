@@ -21,7 +21,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(NPEFF_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mbmi -mbmi2 -mprefer-vector-width=512)
 endif()
 
-pybind11_add_module(_native ${NPEFF_CPU_SOURCES})
+npeff_bindings(NPEFF_CPU_BINDINGS Host common/device.h cpp)
+pybind11_add_module(_native ${NPEFF_CPU_SOURCES} ${NPEFF_CPU_BINDINGS})
 
 foreach(isa IN LISTS NPEFF_ISAS)
   add_library(npeff_${isa} OBJECT ${NPEFF_SIMD_SOURCES})

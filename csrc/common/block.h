@@ -31,53 +31,28 @@ class CudaBlock {
   };
 
   template <class F>
-  NPEFF_INLINE void each(F f) const {
-#ifdef __CUDA_ARCH__
-    f(static_cast<int>(threadIdx.x));
-    __syncthreads();
-#endif
-  }
+  NPEFF_INLINE void each(F f) const { NPEFF_ON_DEVICE(f(static_cast<int>(threadIdx.x)); __syncthreads();) }
 
   template <class T>
   NPEFF_INLINE T uniform(const T& shared) const {
     const T value = shared;
-#ifdef __CUDA_ARCH__
-    __syncthreads();
-#endif
+    NPEFF_ON_DEVICE(__syncthreads();)
     return value;
   }
 
   // Adds; returns what was there.
   NPEFF_INLINE static uint32_t add(uint32_t* to, uint32_t n) {
-#ifdef __CUDA_ARCH__
-    return atomicAdd(to, n);
-#else
-    return 0;
-#endif
+    NPEFF_ON_DEVICE(n = atomicAdd(to, n);)
+    return n;
   }
   NPEFF_INLINE static int64_t add(int64_t* to, int64_t n) {
-#ifdef __CUDA_ARCH__
-    return static_cast<int64_t>(
-        atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(n)));
-#else
-    return 0;
-#endif
+    NPEFF_ON_DEVICE(n = static_cast<int64_t>(
+        atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(n)));)
+    return n;
   }
-  NPEFF_INLINE static void set(uint32_t* to, uint32_t bits) {
-#ifdef __CUDA_ARCH__
-    atomicOr(to, bits);
-#endif
-  }
-  NPEFF_INLINE static void lower(int64_t* to, int64_t n) {
-#ifdef __CUDA_ARCH__
-    atomicMin(reinterpret_cast<long long*>(to), static_cast<long long>(n));
-#endif
-  }
-  NPEFF_INLINE static void raise(int64_t* to, int64_t n) {
-#ifdef __CUDA_ARCH__
-    atomicMax(reinterpret_cast<long long*>(to), static_cast<long long>(n));
-#endif
-  }
+  NPEFF_INLINE static void set(uint32_t* to, uint32_t bits) { NPEFF_ON_DEVICE(atomicOr(to, bits);) }
+  NPEFF_INLINE static void lower(int64_t* to, int64_t n) { NPEFF_ON_DEVICE(atomicMin(reinterpret_cast<long long*>(to), n);) }
+  NPEFF_INLINE static void raise(int64_t* to, int64_t n) { NPEFF_ON_DEVICE(atomicMax(reinterpret_cast<long long*>(to), n);) }
 };
 
 #endif  // __CUDACC__

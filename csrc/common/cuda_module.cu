@@ -4,15 +4,11 @@
 namespace npeff {
 namespace {
 
-// The count, or the error that stands for "none". The error is sticky in the runtime: it is cleared here.
-cudaError_t count(int* n) {
-  *n = 0;
-  const cudaError_t status = cudaGetDeviceCount(n);
-  if (status != cudaSuccess) {
-    *n = 0;
-    cudaGetLastError();
-  }
-  return status;
+// CUDA's words for an error, which is sticky in the runtime and cleared here; empty where there is none.
+std::string words(cudaError_t status) {
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(status);
 }
 
 __global__ void nothing() {}
@@ -27,38 +23,21 @@ std::string usable(int device) {
     status = cudaFuncGetAttributes(&attributes, nothing);  // fails where the build has no code for the device
     cudaSetDevice(before);
   }
-  if (status == cudaSuccess) return "";
-  cudaGetLastError();
-  return cudaGetErrorString(status);
+  return words(status);
 }
 
 int device_count() {
-  int n;
-  count(&n);
-  return n;
+  int n = 0;
+  return words(cudaGetDeviceCount(&n)).empty() ? n : 0;
 }
 
 std::string absence() {
-  int n;
-  const cudaError_t status = count(&n);
-  if (status != cudaSuccess) return cudaGetErrorString(status);
-  return n == 0 ? "no CUDA device" : "";
-}
-
-py::list devices() {
-  py::list all;
-  for (int i = 0; i < device_count(); ++i) {
-    cudaDeviceProp properties;
-    cuda::check(cudaGetDeviceProperties(&properties, i), ("CUDA device " + std::to_string(i)).c_str());
-    all.append(py::dict("index"_a = i, "name"_a = properties.name,
-                        "capability"_a = py::make_tuple(properties.major, properties.minor),
-                        "memory"_a = properties.totalGlobalMem));
-  }
-  return all;
+  int n = 0;
+  const std::string error = words(cudaGetDeviceCount(&n));
+  return error.empty() && n == 0 ? "no CUDA device" : error;
 }
 
 }  // namespace
-
 }  // namespace npeff
 
 PYBIND11_MODULE(_cuda, m) {
@@ -73,6 +52,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("toolkit", [] { return py::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10); },
         "Version (major, minor) of the CUDA toolkit that the module was built with.");
   m.def("usable", &usable, "device"_a, "Why the kernels cannot run on the device; empty when they can.");
-  m.def("devices", &devices, "Each device's index, name, compute capability and memory in bytes.");
   bind_kernels<Cuda>(m);
 }

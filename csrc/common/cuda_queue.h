@@ -4,8 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include <mutex>
-#include <set>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -28,16 +27,15 @@ __global__ void __launch_bounds__(Kernel::threads) run_block(const __grid_consta
 }
 
 // Lets a kernel take all the shared memory of the current device, and as many of its blocks share a processor as can.
-// Asked for once per kernel and device.
+// Asked for once per kernel and device (of the first 64).
 template <class Kernel>
 void allow_shared(int device, int most_bytes, const char* name) {
-  static std::mutex mutex;
-  static std::set<int> allowed;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count(device)) return;
+  static std::atomic<uint64_t> allowed{0};
+  const uint64_t own = device < 64 ? uint64_t{1} << device : 0;
+  if (allowed & own) return;
   check(cudaFuncSetAttribute(run_block<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes), name);
   check(cudaFuncSetAttribute(run_block<Kernel>, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), name);
-  allowed.insert(device);
+  allowed |= own;
 }
 
 // Makes the stream's device the current one, and the former one again at the end.
@@ -94,6 +92,6 @@ class Queue {
 
 namespace npeff {
 
-using Cuda = Device<cuda::Queue, Place::device>;
+using Cuda = Device<cuda::Queue, Place::cuda>;
 
 }  // namespace npeff

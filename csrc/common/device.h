@@ -8,7 +8,6 @@
 #pragma once
 
 #include "common/block.h"
-#include "common/csr_view.h"
 #include "common/row_order.h"
 #include "common/tensor_view.h"
 
@@ -26,9 +25,9 @@ struct Host {
     return threads;
   }
 
-  // body(T{}) for the type of the entries; the kernels of the processor are for float32.
+  // body(T{}) for the type of the entries, which may be wide or of 16 bits on a device.
   template <class Body>
-  static void by_entry(const TensorView&, const Body& body) { body(float{}); }
+  static void by_wide(const TensorView&, const Body& body) { body(float{}); }
   template <class Body>
   static void by_half(const TensorView&, const Body& body) { body(float{}); }
 };
@@ -53,20 +52,20 @@ struct Device {
   }
 
   template <class Body>
-  static void by_entry(const TensorView& view, const Body& body) {
-    by_dtype<double, Half, Bfloat16, float>(view.dtype(), body);
-  }
+  static void by_wide(const TensorView& view, const Body& body) { by_dtype<double, float>(view.dtype(), body); }
   template <class Body>
-  static void by_half(const TensorView& view, const Body& body) {
-    by_dtype<Half, Bfloat16, float>(view.dtype(), body);
-  }
+  static void by_half(const TensorView& view, const Body& body) { by_dtype<Half, Bfloat16, float>(view.dtype(), body); }
 };
 
 // Row offsets (n + 1,), which ascend from 0 to n_rows.
 template <class D>
 const int64_t* offsets_in(const TensorView& view, int64_t n, int64_t n_rows) {
   const auto* offsets = view.as<const int64_t>({n + 1});
-  if constexpr (D::on_host) check_offsets(view.name(), offsets, n, n_rows);
+  if constexpr (D::on_host) {
+    bool ascend = offsets[0] == 0 && offsets[n] == n_rows;
+    for (int64_t i = 0; ascend && i < n; ++i) ascend = offsets[i] <= offsets[i + 1];
+    if (!ascend) fail(std::string(view.name()) + ": expected to ascend from 0 to " + std::to_string(n_rows) + ", the number of rows");
+  }
   return offsets;
 }
 
@@ -86,7 +85,7 @@ RowOrder row_order_in(const TensorView& order, const TensorView& starts, int64_t
   return {numbers_in<D>(order, n_rows, n_rows), offsets_in<D>(starts, n_targets, n_rows), n_targets};
 }
 
-// Each kernel's bindings, compiled for the processor by its bind.cpp and for CUDA by its cuda.cu.
+// Each kernel's bindings, which its bind.h defines. CMake compiles them for the processor and for CUDA.
 template <class D> void bind_convolution(py::module_& m);
 template <class D> void bind_gram(py::module_& m);
 template <class D> void bind_nnls(py::module_& m);
@@ -95,7 +94,7 @@ template <class D> void bind_sketch(py::module_& m);
 template <class D> void bind_spmm(py::module_& m);
 template <class D> void bind_topk(py::module_& m);
 
-// Those that run everywhere, and the matrix that some take.
+// All of them, and the matrix that some take.
 template <class D>
 void bind_kernels(py::module_& m) {
   const auto make = [](py::handle indptr, py::handle indices, py::handle values, int64_t n_columns, typename D::Run run) {
@@ -111,7 +110,7 @@ void bind_kernels(py::module_& m) {
       .def(py::init(make), py::kw_only(), "indptr"_a, "indices"_a, "values"_a, "n_columns"_a, py::arg(D::run))
       .def("require_ascending", &CsrView::require_ascending,
            "Refuses columns that do not ascend within their row, or come twice in one, where they were checked.");
-  for (const auto bind : {bind_gram<D>, bind_nnls<D>, bind_segments<D>, bind_sketch<D>, bind_spmm<D>, bind_topk<D>})
+  for (const auto bind : {bind_convolution<D>, bind_gram<D>, bind_nnls<D>, bind_segments<D>, bind_sketch<D>, bind_spmm<D>, bind_topk<D>})
     bind(m);
 }
 

@@ -9,7 +9,6 @@ struct Half { uint16_t bits; };      // IEEE binary16
 struct Bfloat16 { uint16_t bits; };  // the upper half of a float32
 
 NPEFF_INLINE float widen(float x) { return x; }
-NPEFF_INLINE double widen(double x) { return x; }
 
 NPEFF_INLINE float widen(Bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
@@ -26,10 +25,6 @@ NPEFF_INLINE float widen(Half x) {
   return sign ? -tiny : tiny;
 #endif
 }
-
-// The type that sums of T are kept in.
-template <class T> struct SumOf { using type = float; };
-template <> struct SumOf<double> { using type = double; };
 
 // `count` consecutive entries from an address that is a multiple of their bytes together (at most 16).
 template <int count, class T>

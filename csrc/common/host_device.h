@@ -14,11 +14,13 @@
 // Always inlined: files compiled for different instruction sets must not share copies of a function.
 #define NPEFF_INLINE NPEFF_HOST_DEVICE inline __attribute__((always_inline))
 
-// Unrolls the next loop on the device (the processor's compilers know better).
+// What the device alone does; and unrolling of the next loop there (the processor's compilers know better).
 #ifdef __CUDA_ARCH__
+#define NPEFF_ON_DEVICE(...) __VA_ARGS__
 #define NPEFF_UNROLL _Pragma("unroll")
 #define NPEFF_UNROLL_4 _Pragma("unroll 4")
 #else
+#define NPEFF_ON_DEVICE(...)
 #define NPEFF_UNROLL
 #define NPEFF_UNROLL_4
 #endif

@@ -4,19 +4,18 @@
 // instruction set into a namespace of that name, where it defines the struct's value.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace npeff {
 
-enum class Isa { base, avx2, avx512 };
+constexpr const char* isa_names[] = {"base", "avx2", "avx512"};
 
-// The one in use: the fastest that this processor has, unless use_isa() chose another.
-Isa isa_in_use();
-const char* isa_name();
+// The number of that instruction set, or (null) of the fastest; −1 when this build or this processor lacks it.
+int find_isa(const char* name);
 
-// False when this build or this processor lacks it.
-bool has_isa(const char* name);
-bool use_isa(const char* name);
+// The number of the one in use; at first the fastest.
+extern std::atomic<int> isa_in_use;
 
 }  // namespace npeff
 
@@ -28,11 +27,11 @@ bool use_isa(const char* name);
 #if defined(NPEFF_ISA)
 #define NPEFF_SIMD(Table, name) NPEFF_SIMD_DECLARED(Table, name)
 #elif defined(NPEFF_HAS_avx512)
-#define NPEFF_SIMD(Table, name)                                                         \
-  NPEFF_SIMD_DECLARED(Table, name)                                                      \
-  inline const Table& name() {                                                          \
-    const Table* const tables[] = {&base::name, &avx2::name, &avx512::name};            \
-    return *tables[static_cast<int>(isa_in_use())];                                     \
+#define NPEFF_SIMD(Table, name)                                               \
+  NPEFF_SIMD_DECLARED(Table, name)                                            \
+  inline const Table& name() {                                                \
+    const Table* const tables[] = {&base::name, &avx2::name, &avx512::name};  \
+    return *tables[isa_in_use];                                               \
   }
 #else
 #define NPEFF_SIMD(Table, name)      \

@@ -3,7 +3,6 @@
 #include <pthread.h>
 
 #include <atomic>
-#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -33,7 +32,7 @@ struct Job {
 class Pool {
  public:
   // False when the pool is busy with another call.
-  bool run(Job& job, int helpers, const std::function<void()>& waiting) {
+  bool run(Job& job, int helpers) {
     const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return false;
     {
@@ -50,16 +49,7 @@ class Pool {
     job.run(mutex_);
     std::unique_lock<std::mutex> lock(mutex_);
     tickets_ = 0;  // helpers that did not wake up in time are not waited for
-    const auto over = [this] { return active_ == 0; };
-    if (!waiting) {
-      done_.wait(lock, over);
-      return true;
-    }
-    while (!done_.wait_for(lock, std::chrono::milliseconds(50), over)) {
-      lock.unlock();
-      waiting();
-      lock.lock();
-    }
+    done_.wait(lock, [this] { return active_ == 0; });
     return true;
   }
 
@@ -98,12 +88,12 @@ Pool& the_pool() {
 
 }  // namespace
 
-void parallel_for(int64_t n, int threads, const std::function<void(int64_t)>& body, const std::function<void()>& waiting) {
+void parallel_for(int64_t n, int threads, const std::function<void(int64_t)>& body) {
   const int helpers = static_cast<int>(n < threads ? n : threads) - 1;
   Job job;
   job.n = n;
   job.body = &body;
-  if (helpers <= 0 || !the_pool().run(job, helpers, waiting)) {
+  if (helpers <= 0 || !the_pool().run(job, helpers)) {
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }

@@ -9,9 +9,7 @@ namespace npeff {
 // Calls body(i) once for every i in [0, n), on the calling thread and up to threads − 1 others; each thread
 // takes the next task when it is free. Returns when all are done; rethrows the first exception. While one call is under
 // way, further calls (from other threads, or from inside body) run on their own thread alone.
-//   waiting: called on the calling thread every 50 ms while it waits for the others, if there is one; must not throw
-void parallel_for(int64_t n, int threads, const std::function<void(int64_t)>& body,
-                  const std::function<void()>& waiting = {});
+void parallel_for(int64_t n, int threads, const std::function<void(int64_t)>& body);
 
 // The stretch [begin, end) of part `part` out of `parts` near-equal parts of [0, n).
 struct Range { int64_t begin, end; };

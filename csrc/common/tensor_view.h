@@ -1,4 +1,5 @@
-// Arrays from Python without copies: numpy (and anything with a buffer) by the buffer protocol, torch and CuPy by DLPack.
+// Arrays from Python without copies: those of the processor by the buffer protocol, torch's tensors on a device by their
+// methods.
 // All checks of an argument are made here, for both modules, and name the argument: its device, dtype, shape, size,
 // strides, alignment, writability, and whether it shares memory with another one.
 #pragma once
@@ -9,6 +10,7 @@
 #include <string>
 #include <type_traits>
 
+#include "common/csr.h"
 #include "common/half_types.h"
 
 namespace npeff {
@@ -19,8 +21,9 @@ using namespace pybind11::literals;  // "name"_a
 // Raises npeff.errors.ArgumentError.
 [[noreturn]] void fail(const std::string& message);
 
-// Where an array must lie, and whether it is written to.
-enum class Place { host, device };
+// What an array must be: one of the processor, or a tensor on a CUDA device or (in tests) on an emulated one, the processor;
+// and whether it is written to.
+enum class Place { host, cuda, emulated };
 struct Access {
   bool writes;
   Place place;
@@ -49,7 +52,6 @@ constexpr int64_t any = -1;  // a dimension of any length
 class TensorView {
  public:
   TensorView(py::handle source, const char* name, Access access = read);
-  ~TensorView();
   TensorView(const TensorView&) = delete;
   TensorView& operator=(const TensorView&) = delete;
 
@@ -68,19 +70,17 @@ class TensorView {
     return static_cast<T*>(data_);
   }
 
-  // Whether any byte lies in both; whether they are the same array.
-  bool overlaps(const TensorView& other) const;
-  bool same(const TensorView& other) const;
+  bool overlaps(const TensorView& other) const { return begin_ < other.end_ && other.begin_ < end_; }  // in any byte
   bool written() const { return access_.writes; }
 
  private:
   void check(const char* dtype, size_t alignment, bool write, std::initializer_list<int64_t> shape, bool row_stride) const;
-  void from_buffer(py::handle source);
-  void from_dlpack(py::handle source);
-  void set_shape(int ndim, const int64_t* shape, const int64_t* strides);  // strides in elements; null: C-contiguous
+  void from_buffer();
+  void from_tensor();
+  void set_shape(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides);  // strides in elements
   [[noreturn]] void refuse(const std::string& message) const;              // fail(), after the argument's name
 
-  const py::handle source_;
+  const py::object source_;
   const char* name_;
   const Access access_;
   std::string dtype_;
@@ -89,15 +89,11 @@ class TensorView {
   int64_t item_bytes_ = 0;
   int64_t shape_[4] = {}, strides_[4] = {};
   uintptr_t begin_ = 0, end_ = 0;  // the bytes that its elements span
-  Py_buffer buffer_{};
-  py::object capsule_;
+  py::buffer_info buffer_;
 };
 
 // Refuses an output that shares memory with another of these arguments.
 void check_apart(std::initializer_list<const TensorView*> views);
-
-// The same for an output and an input that may be one array, but must not overlap otherwise.
-void check_same_or_apart(const TensorView& output, const TensorView& input);
 
 // Sizes that do not fit become Python's MemoryError, once per module.
 void register_errors();
@@ -105,7 +101,60 @@ void register_errors();
 // A number of threads that can be had.
 void check_threads(int threads);
 
-// Refuses row offsets (n + 1,) that do not ascend from 0 to n_rows.
-void check_offsets(const char* name, const int64_t* offsets, int64_t n, int64_t n_rows);
+// A CSR matrix: its three arrays, held. What the arrays of the processor hold is checked once; arrays on a device are
+// checked by the caller, because looking at them means waiting.
+class CsrView {
+ public:
+  CsrView(py::handle indptr, py::handle indices, py::handle values, int64_t n_columns, Access access = read)
+      : indptr(indptr, "indptr", access), indices(indices, "indices", access), values(values, "values", access),
+        n_columns_(n_columns) {
+    if (n_columns < 0 || n_columns > int64_t{1} << 62)
+      fail("n_columns: expected 0 … 2^62, got " + std::to_string(n_columns));
+    if (this->indptr.ndim() != 1 || this->indptr.shape(0) < 1) fail("indptr: expected shape (rows + 1,)");
+    if (this->indices.ndim() != 1) fail("indices: expected shape (nnz,)");
+  }
+
+  // Refuses a matrix whose structure is broken.
+  void check_structure(int threads) {
+    check_threads(threads);
+    visit([&](const auto& csr) { check_ = csr_check(csr, threads); });
+    if (check_.bad_row >= 0)
+      fail("indptr, indices: row " + std::to_string(check_.bad_row) + " is broken: expected indptr to ascend from 0 to " +
+           std::to_string(nnz()) + ", and indices within 0 … " + std::to_string(n_columns_ - 1));
+  }
+
+  int64_t n_rows() const { return indptr.shape(0) - 1; }
+  int64_t n_columns() const { return n_columns_; }
+  int64_t nnz() const { return indices.shape(0); }
+
+  // Refuses a matrix whose columns do not ascend within its rows, or come twice in one.
+  void require_ascending() const {
+    if (check_.unsorted_row >= 0)
+      fail("indices: expected columns that ascend within a row, each once, but row " + std::to_string(check_.unsorted_row) +
+           " differs; sort them and add up what has the same place (scipy: sum_duplicates)");
+  }
+
+  template <class Index, class Value = float>
+  Csr<Index, Value> as() const {
+    return {n_rows(), n_columns_, nnz(), indptr.as<const int64_t>({any}), indices.as<const Index>({any}),
+            values.as<const Value>({nnz()})};
+  }
+
+  // body(csr), without the GIL, for either index type.
+  template <class Value = float, class Body>
+  void visit(Body body) const {
+    by_dtype<int32_t, int64_t>(indices.dtype(), [&](auto index) {
+      const auto csr = as<decltype(index), Value>();
+      const py::gil_scoped_release release;
+      body(csr);
+    });
+  }
+
+  const TensorView indptr, indices, values;
+
+ private:
+  const int64_t n_columns_;
+  CsrCheck check_{-1, -1};
+};
 
 }  // namespace npeff

@@ -60,9 +60,10 @@ inline void run_convolution(py::handle inputs, const py::list& delta, int64_t tu
 
 template <class D>
 void bind_convolution(py::module_& m) {
-  m.def("convolution_gradients", &run_convolution, py::kw_only(), "inputs"_a, "delta"_a, "turns"_a, "groups"_a, "kernel"_a,
-        "stride"_a, "dilation"_a, "channels"_a, "squared"_a, "out"_a, "threads"_a,
-        "Per-example gradients of a convolution's kernel; see convolution.h.");
+  if constexpr (D::on_host)
+    m.def("convolution_gradients", &run_convolution, py::kw_only(), "inputs"_a, "delta"_a, "turns"_a, "groups"_a, "kernel"_a,
+          "stride"_a, "dilation"_a, "channels"_a, "squared"_a, "out"_a, "threads"_a,
+          "Per-example gradients of a convolution's kernel; see convolution.h.");
 }
 
 }  // namespace npeff

@@ -36,17 +36,6 @@ void run_gram_panel(const CsrView& a, py::handle k, typename D::Run run) {
 }
 
 template <class D>
-void run_mirror(py::handle k, typename D::Run run) {
-  const TensorView out(k, "k", D::write);
-  if (out.ndim() != 2) fail("k: expected a square matrix");
-  const int64_t n = out.shape(0);
-  auto* square = out.as<float>({n, n});
-  auto where = D::begin(run, "mirror", {&out});
-  const py::gil_scoped_release release;
-  mirror(square, n, where);
-}
-
-template <class D>
 void bind_gram(py::module_& m) {
   if constexpr (D::on_host) {
     m.def("sparse_gram", &run_sparse_gram, py::kw_only(), "a"_a, "names"_a, "k"_a, "threads"_a,
@@ -58,7 +47,6 @@ void bind_gram(py::module_& m) {
     m.def("gram_panel", &run_gram_panel<D>, py::kw_only(), "a"_a, "k"_a, py::arg(D::run),
           "Adds A·Aᵀ to the lower triangle of k; columns ascend within a row.");
   }
-  m.def("mirror", &run_mirror<D>, py::kw_only(), "k"_a, py::arg(D::run), "Copies the lower triangle to the upper one.");
 }
 
 }  // namespace npeff

@@ -88,40 +88,9 @@ NPEFF_UNROLL
   }
 };
 
-// Copies the lower triangle of k (n, n) to the upper one, by tiles through shared memory.
-struct MirrorBlocks {
-  static constexpr int threads = 256, tile = 32, height = threads / tile;
-  struct Shared { float tile[32][33]; };
-  float* k;
-  int64_t n;
-  int64_t blocks() const { return ceil_div<int64_t>(n, tile) * ceil_div<int64_t>(n, tile); }
-
-  template <class Block>
-  NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
-    const int64_t all = (n + tile - 1) / tile, top = id / all * tile, left = id % all * tile;
-    if (left > top) return;
-    block.each([&](int t) {
-      for (int y = t / tile; y < tile; y += height)
-        if (top + y < n && left + t % tile < n) s.tile[y][t % tile] = k[(top + y) * n + left + t % tile];
-    });
-    block.each([&](int t) {
-      for (int y = t / tile; y < tile; y += height) {
-        const int64_t row = left + y, column = top + t % tile;  // above the diagonal
-        if (row < column && column < n) k[row * n + column] = s.tile[t % tile][y];
-      }
-    });
-  }
-};
-
 template <class Index, class Queue>
 void gram_panel(const Csr<Index>& a, float* k, Queue& queue) {
   const GramPanelBlocks<Index> blocks{a, k};
-  queue.run(blocks.blocks(), blocks);
-}
-
-template <class Queue>
-void mirror(float* k, int64_t n, Queue& queue) {
-  const MirrorBlocks blocks{k, n};
   queue.run(blocks.blocks(), blocks);
 }
 

@@ -151,14 +151,4 @@ template int64_t sparse_gram(const Csr<int64_t>&, int32_t*, float*, int);
 template void to_dense(const Csr<int32_t>&, const int32_t*, int64_t, int64_t, float*, int);
 template void to_dense(const Csr<int64_t>&, const int32_t*, int64_t, int64_t, float*, int);
 
-void mirror(float* k, int64_t n, int threads) {
-  constexpr int64_t tile = 64;
-  parallel_for((n + tile - 1) / tile, threads, [&](int64_t part) {
-    const int64_t first = part * tile, last = std::min(n, first + tile);
-    for (int64_t across = 0; across < last; across += tile)  // k[across…, first…] from k[first…, across…]
-      for (int64_t i = first; i < last; ++i)
-        for (int64_t j = across; j < std::min(across + tile, i); ++j) k[j * n + i] = k[i * n + j];
-  });
-}
-
 }  // namespace npeff

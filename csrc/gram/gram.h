@@ -1,6 +1,6 @@
 // K = A·Aᵀ for compressed sparse rows A, added to the lower triangle of K, diagonal included:
 //
-//   K (n_rows, n_rows); above the diagonal its entries are undefined until mirror()
+//   K (n_rows, n_rows); its entries above the diagonal are undefined
 //
 // A column that `count` of the n_rows rows share costs count²/2 multiply-adds when its entries are multiplied one by one,
 // each a scattered access; count·n_rows/2 in vectors, against a dense panel of rows in the cache; n_rows²/2 at the full
@@ -23,8 +23,5 @@ int64_t sparse_gram(const Csr<Index>& a, int32_t* names, float* k, int threads);
 // out (n_rows, width) = the columns of A with names first … first + width − 1.
 template <class Index>
 void to_dense(const Csr<Index>& a, const int32_t* names, int64_t first, int64_t width, float* out, int threads);
-
-// Copies the lower triangle of k (n, n) to the upper one.
-void mirror(float* k, int64_t n, int threads);
 
 }  // namespace npeff

@@ -42,7 +42,7 @@ class ActiveSet {
     if (!(scale_ > 0)) scale_ = 1;
   }
 
-  int64_t run(double tol, double* kkt) {
+  int64_t run(double tol, double* residual) {
     start();
     int64_t steps = 0;
     for (const int64_t most = 3 * r_ + 50; steps < most; ++steps) {
@@ -50,7 +50,7 @@ class ActiveSet {
       refine(0.1 * tol);
       if (!enter(0.5 * tol)) break;
     }
-    *kkt = residual();
+    *residual = largest_violation();
     return steps + 1;
   }
 
@@ -189,7 +189,7 @@ class ActiveSet {
     }
   }
 
-  double residual() {
+  double largest_violation() {
     compute_gradient();
     double worst = 0;
     for (int64_t j = 0; j < r_; ++j) {
@@ -214,6 +214,6 @@ class ActiveSet {
 
 }  // namespace
 
-int64_t nnls_active_set(const NnlsRow& row, double tol, double* kkt) { return ActiveSet(row).run(tol, kkt); }
+int64_t nnls_active_set(const NnlsRow& row, double tol, double* residual) { return ActiveSet(row).run(tol, residual); }
 
 }  // namespace npeff::NPEFF_ISA

@@ -6,18 +6,17 @@
 
 #include "common/block.h"
 #include "common/half_types.h"
+#include "nnls/nnls.h"
 #include "nnls/step.h"
 
 namespace npeff {
-
-constexpr int64_t nnls_all_finite = INT64_MAX;
 
 template <class T>
 struct NnlsProblem {
   static constexpr int panel = 8;
   const T *gram, *cross;  // (r, r), (n, r)
   T* w;                   // (n, r) in and out
-  T* kkt;                 // (n,) or null
+  T* residual;            // (n,) in and out
   int64_t* status;        // (2,): first row with a non-finite value (or nnls_all_finite), and the most sweeps
   int64_t n, r, slots;    // slots: rows under way at a time
   T* panels;              // workspace: (padded / panel, r, panel),
@@ -57,7 +56,7 @@ struct NnlsSweeps {
   NnlsProblem<T> p;
   int64_t max_sweeps;
   T tol;
-  bool in_shared;
+  bool kkt, in_shared;
   static int64_t most_shared_bytes(int64_t r) {
     return static_cast<int64_t>(sizeof(Shared)) + r * (panel + threads) * static_cast<int64_t>(sizeof(T));
   }
@@ -78,18 +77,16 @@ struct NnlsSweeps {
           if (t == 0) s.going = 0;
         });
         block.each([&](int t) {
-          if (rows[t].going) Block::add(&s.going, 1u);
+          rows[t].going = rows[t].there && rows[t].worst / rows[t].scale > tol;
+          if (!rows[t].going) return;
+          Block::add(&s.going, 1u);
           rows[t].worst = 0;
+          ++rows[t].sweeps;
         });
         if (block.uniform(s.going) == 0) break;
         pass<true>(block, s, id, rows);
-        block.each([&](int t) {
-          if (!rows[t].going) return;
-          ++rows[t].sweeps;
-          rows[t].going = rows[t].worst / rows[t].scale > tol;
-        });
       }
-      if (p.kkt) {
+      if (kkt) {
         block.each([&](int t) {
           rows[t].worst = 0;
           rows[t].going = rows[t].there;
@@ -102,7 +99,7 @@ struct NnlsSweeps {
         if (!rows[t].there) return Block::lower(&s.bad, i);
         const Coefficients own = coefficients(s, id * threads + t, t);
         for (int64_t j = 0; j < p.r; ++j) p.w[i * p.r + j] = own.w[j * own.stride];
-        if (p.kkt) p.kkt[i] = rows[t].worst / rows[t].scale;
+        p.residual[i] = rows[t].worst / rows[t].scale;
         Block::raise(&s.sweeps, rows[t].sweeps);
       });
     }
@@ -137,8 +134,8 @@ struct NnlsSweeps {
       own.cross[j * p.slots] = c;
       scale = larger(scale, size_of(c));
     }
-    const bool finite = zero == 0;
-    return {scale > 0 ? scale : T{1}, 0, 0, finite, finite};
+    if (!(scale > 0)) scale = 1;
+    return {scale, p.residual[i] * scale, 0, zero == 0, false};
   }
 
   // One sweep over the rows that are going (or, without update, a look): the largest violation met on the way.
@@ -196,19 +193,18 @@ NPEFF_UNROLL
   }
 };
 
-// Coordinate descent; status (2,) as in NnlsProblem.
 template <class T, class Queue>
-void nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64_t max_sweeps, T tol, T* kkt, int64_t* status,
-          Queue& queue) {
+void nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64_t max_sweeps, T tol, bool kkt,
+          T* residual, int64_t* status, Queue& queue) {
   const int64_t most = queue.processors() * 1024;
-  NnlsProblem<T> problem{gram, cross, w, kkt, status, n, r, n < most ? n : most, nullptr, nullptr, nullptr};
+  NnlsProblem<T> problem{gram, cross, w, residual, status, n, r, n < most ? n : most, nullptr, nullptr, nullptr};
   const int64_t padded = problem.padded();
   problem.panels = queue.template scratch<T>(padded * r + padded + 2 * r * problem.slots);
   problem.inverse_diagonal = problem.panels + padded * r;
   problem.columns = problem.inverse_diagonal + padded;
   run_elements(queue, larger<int64_t>(padded * r, 2), NnlsPack<T>{problem});
   queue.run(ceil_div<int64_t>(problem.slots, NnlsSweeps<T>::threads),
-            NnlsSweeps<T>{problem, max_sweeps, tol, NnlsSweeps<T>::most_shared_bytes(r) <= queue.most_shared_bytes()});
+            NnlsSweeps<T>{problem, max_sweeps, tol, kkt, NnlsSweeps<T>::most_shared_bytes(r) <= queue.most_shared_bytes()});
 }
 
 }  // namespace npeff

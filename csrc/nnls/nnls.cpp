@@ -1,10 +1,7 @@
 #include "nnls/nnls.h"
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #include "common/memory.h"
@@ -34,41 +31,6 @@ bool finite(const T* x, int64_t n) {
 int64_t run_tile(const NnlsSimd& table, const NnlsTile<float>& tile) { return table.tile_f32(tile); }
 int64_t run_tile(const NnlsSimd& table, const NnlsTile<double>& tile) { return table.tile_f64(tile); }
 
-// Whether the caller wants all threads to give up: asked on its own thread, at most some ten times a second.
-class Stop {
- public:
-  // sweeps: how many to make, at most, before the clock is looked at
-  Stop(const std::function<bool()>& asked, int64_t sweeps) : asked_(asked), sweeps_(sweeps) {}
-
-  static bool before_sweep(void* context) { return static_cast<Stop*>(context)->before_sweep(); }
-
-  void ask() {
-    if (asked_ && std::this_thread::get_id() == caller_ && asked_()) stopped_ = true;
-  }
-
-  bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
-
- private:
-  bool before_sweep() {
-    if (asked_ && std::this_thread::get_id() == caller_ && ++made_ >= sweeps_) {
-      made_ = 0;
-      const auto now = std::chrono::steady_clock::now();
-      if (now >= next_) {
-        ask();
-        next_ = now + std::chrono::milliseconds(50);
-      }
-    }
-    return stopped();
-  }
-
-  const std::function<bool()>& asked_;
-  const int64_t sweeps_;
-  const std::thread::id caller_ = std::this_thread::get_id();
-  std::atomic<bool> stopped_{false};
-  int64_t made_ = 0;  // by the calling thread
-  std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now() + std::chrono::milliseconds(50);
-};
-
 // gram by blocks of columns, as a tile reads it.
 template <class T>
 Aligned<T> pack(const T* gram, int64_t r, int64_t padded, int64_t block) {
@@ -80,30 +42,29 @@ Aligned<T> pack(const T* gram, int64_t r, int64_t padded, int64_t block) {
   return panels;
 }
 
-// The status of all parts, each with its first bad row (or −1) and its iterations.
-NnlsStatus joined(const std::vector<int64_t>& bad, const std::vector<int64_t>& iterations, bool stopped) {
-  NnlsStatus status{-1, 0, stopped};
+// Writes the status of all parts, each with its first bad row (or −1) and its iterations.
+void write_status(const std::vector<int64_t>& bad, const std::vector<int64_t>& iterations, int64_t* status) {
+  status[0] = nnls_all_finite;
+  status[1] = 0;
   for (auto part = static_cast<int64_t>(bad.size()) - 1; part >= 0; --part) {
-    if (bad[part] >= 0) status.bad_row = bad[part];
-    status.iterations = std::max(status.iterations, iterations[part]);
+    if (bad[part] >= 0) status[0] = bad[part];
+    status[1] = std::max(status[1], iterations[part]);
   }
-  return status;
 }
 
 }  // namespace
 
 template <class T>
-NnlsStatus nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64_t max_sweeps, T tol, T* kkt,
-                int threads, const std::function<bool()>& asked) {
+void nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64_t max_sweeps, T tol, bool kkt,
+          T* residual, int64_t* status, int threads) {
   if (r == 0) {
-    if (kkt) std::fill_n(kkt, n, T{0});
-    return {-1, 0, false};
+    std::fill_n(residual, n, T{0});
+    return write_status({}, {}, status);
   }
   const NnlsSimd& table = nnls_simd();  // one for the whole call: panels are laid out for it
   const int64_t block = table.block;
   const int64_t lanes = table.vectors * table.vector_bytes / static_cast<int64_t>(sizeof(T));
   const int64_t padded = (r + block - 1) / block * block;
-  Stop stop(asked, 1 + (int64_t{1} << 24) / (lanes * r * r));
   const Aligned<T> panels = pack(gram, r, padded, block);
   Aligned<T> inverse_diagonal(padded);
   for (int64_t j = 0; j < padded; ++j) inverse_diagonal[j] = j < r ? nnls_inverse(gram[j * r + j]) : T{0};
@@ -117,22 +78,22 @@ NnlsStatus nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64
       const int64_t first = tile * lanes, rows = std::min(lanes, n - first);
       for (int64_t i = first; i < first + rows; ++i)
         if (bad[part] < 0 && !(finite(cross + i * r, r) && finite(w + i * r, r))) bad[part] = i;
-      if (bad[part] >= 0 || stop.stopped()) return;
+      if (bad[part] >= 0) return;
       sweeps[part] = std::max(sweeps[part], run_tile(table, {rows, r, padded, panels.data(), inverse_diagonal.data(),
-                                                      cross + first * r, w + first * r, kkt ? kkt + first : nullptr,
-                                                      scratch.data(), max_sweeps, tol, &Stop::before_sweep, &stop}));
+                                                             cross + first * r, w + first * r, residual + first,
+                                                             scratch.data(), max_sweeps, tol, kkt}));
       for (int64_t i = first; i < first + rows && bad[part] < 0; ++i)
         if (!finite(w + i * r, r)) bad[part] = i;
     }
-  }, [&] { stop.ask(); });
-  return joined(bad, sweeps, stop.stopped());
+  });
+  write_status(bad, sweeps, status);
 }
 
-template NnlsStatus nnls(const float*, const float*, float*, int64_t, int64_t, int64_t, float, float*, int, const std::function<bool()>&);
-template NnlsStatus nnls(const double*, const double*, double*, int64_t, int64_t, int64_t, double, double*, int, const std::function<bool()>&);
+template void nnls(const float*, const float*, float*, int64_t, int64_t, int64_t, float, bool, float*, int64_t*, int);
+template void nnls(const double*, const double*, double*, int64_t, int64_t, int64_t, double, bool, double*, int64_t*, int);
 
-NnlsStatus nnls_exact(const double* gram, const double* cross, double* w, int64_t n, int64_t r, double tol, double* kkt,
-                      int threads) {
+void nnls_exact(const double* gram, const double* cross, double* w, int64_t n, int64_t r, double tol, double* residual,
+                int64_t* status, int threads) {
   const int64_t parts = std::min<int64_t>(n, 64 * threads);
   std::vector<int64_t> steps(parts, 0), bad(parts, -1);
   parallel_for(parts, n * r * r < 1 << 16 ? 1 : threads, [&](int64_t part) {
@@ -141,12 +102,12 @@ NnlsStatus nnls_exact(const double* gram, const double* cross, double* w, int64_
     for (int64_t i = range.begin; i < range.end && bad[part] < 0; ++i) {
       if (finite(cross + i * r, r) && finite(w + i * r, r))
         steps[part] = std::max(steps[part], nnls_simd().active_set(
-                                                {gram, cross + i * r, w + i * r, scratch.data(), r}, tol, kkt + i));
+                                                {gram, cross + i * r, w + i * r, scratch.data(), r}, tol, residual + i));
       else bad[part] = i;
       if (!finite(w + i * r, r)) bad[part] = i;
     }
   });
-  return joined(bad, steps, false);
+  write_status(bad, steps, status);
 }
 
 }  // namespace npeff

@@ -8,31 +8,29 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 namespace npeff {
 
-struct NnlsStatus {
-  int64_t bad_row;    // first row of cross or w (before or after) with a non-finite value, or −1; w and kkt are then undefined
-  int64_t iterations; // most sweeps (or active-set steps) that any row took
-  bool stopped;       // because the caller said so; w and kkt are then undefined
-};
+// All solvers write status (2,): the first row of cross or w (before or after) with a non-finite value (w and residual are
+// then undefined), or nnls_all_finite; and the most sweeps (or active-set steps) that any row took.
+constexpr int64_t nnls_all_finite = INT64_MAX;
 
 // Cyclic coordinate descent, at most max_sweeps; a row stops once its residual during a sweep is ≤ tol. Rows do not
 // influence each other, down to the last bit.
-//   gram  (r, r)  symmetric
-//   cross (n, r)
-//   w     (n, r)  in: where to start; out: the result. Must not overlap the others.
-//   kkt   (n,)    out: residuals at the result; null to save that pass
-//   stop          asked some ten times a second, on the calling thread alone: whether to give up; must not throw
+//   gram     (r, r)  symmetric
+//   cross    (n, r)
+//   w        (n, r)  in: where to start; out: the result. Must not overlap the others.
+//   residual (n,)    in: rows whose residual is ≤ tol are not swept; out: the residual that a row's last sweep met on its
+//                    way, or with kkt (the work of one more sweep) that at the result
 // T: float or double. One sweep costs n·r² multiply-adds, less where whole coordinates are zero.
 template <class T>
-NnlsStatus nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64_t max_sweeps, T tol, T* kkt,
-                int threads, const std::function<bool()>& stop = {});
+void nnls(const T* gram, const T* cross, T* w, int64_t n, int64_t r, int64_t max_sweeps, T tol, bool kkt,
+          T* residual, int64_t* status, int threads);
 
 // To optimality, by an active set that starts from the support of w (Lawson & Hanson 1974, ch. 23, on the normal
 // equations with Cholesky factors); linearly dependent columns of gram do no harm.
-NnlsStatus nnls_exact(const double* gram, const double* cross, double* w, int64_t n, int64_t r, double tol, double* kkt,
-                      int threads);
+//   residual (n,)    out: at the result
+void nnls_exact(const double* gram, const double* cross, double* w, int64_t n, int64_t r, double tol, double* residual,
+                int64_t* status, int threads);
 
 }  // namespace npeff

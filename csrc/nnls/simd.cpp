@@ -36,21 +36,16 @@ class Tile {
 
   int64_t run() {
     transpose_in();
-    for (V& v : live_.v) v = V{} + 1;
+    Rows residual{};
+    for (int64_t i = 0; i < t_.n; ++i) residual.v[i / lanes][i % lanes] = t_.residual[i];
     int64_t sweep = 0;
-    for (bool going = true; going && sweep < t_.max_sweeps && !t_.stop(t_.context); ++sweep) {
-      const Rows residual = pass<true>();
-      going = false;
-      for (int t = 0; t < vectors; ++t) {
-        live_.v[t] = residual.v[t] > t_.tol ? live_.v[t] : V{};
-        going |= any_bit(live_.v[t]);
-      }
+    for (; sweep < t_.max_sweeps && choose_live(residual); ++sweep) {
+      const Rows met = pass<true>();
+      for (int t = 0; t < vectors; ++t) residual.v[t] = live_.v[t] > 0 ? met.v[t] : residual.v[t];
     }
+    if (t_.kkt) residual = pass<false>();
     transpose_out();
-    if (t_.kkt) {
-      const Rows residual = pass<false>();
-      for (int64_t i = 0; i < t_.n; ++i) t_.kkt[i] = residual.v[i / lanes][i % lanes];
-    }
+    for (int64_t i = 0; i < t_.n; ++i) t_.residual[i] = residual.v[i / lanes][i % lanes];
     return sweep;
   }
 
@@ -79,6 +74,16 @@ class Tile {
     const auto* w = reinterpret_cast<const T*>(w_);
     for (int64_t i = 0; i < t_.n; ++i)
       for (int64_t j = 0; j < t_.r; ++j) t_.w[i * t_.r + j] = w[j * (vectors * lanes) + i];
+  }
+
+  // Rows whose residual is above tol are swept; false when there is none.
+  bool choose_live(const Rows& residual) {
+    bool any = false;
+    for (int t = 0; t < vectors; ++t) {
+      live_.v[t] = residual.v[t] > t_.tol ? V{} + 1 : V{};
+      any |= any_bit(live_.v[t]);
+    }
+    return any;
   }
 
   // Coordinates that are zero in all rows of the tile take no part in the products.
@@ -146,7 +151,7 @@ class Tile {
   const NnlsTile<T>& t_;
   Rows *w_, *cross_;  // (padded,)
   uint64_t* used_;
-  Rows scale_, live_;
+  Rows scale_, live_{};
 };
 
 template <class T>

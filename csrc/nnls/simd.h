@@ -13,12 +13,11 @@ struct NnlsTile {
   const T* inverse_diagonal;  // (padded,): 1 / gram_jj, 0 where gram_jj ≤ 0 and beyond r
   const T* cross;             // (n, r)
   T* w;                       // (n, r), in and out
-  T* kkt;                     // (n,) or null
+  T* residual;                // (n,), in and out
   T* scratch;                 // 64-byte aligned: 2·padded·`vectors` vectors and padded / 8 + 8 bytes
   int64_t max_sweeps;
   T tol;
-  bool (*stop)(void* context);  // asked before every sweep: whether to give up
-  void* context;
+  bool kkt;                   // whether residual gets those at the result
 };
 
 // One row of an nnls problem, to be solved exactly.
@@ -35,7 +34,7 @@ struct NnlsSimd {
   int64_t (*tile_f32)(const NnlsTile<float>& tile);
   int64_t (*tile_f64)(const NnlsTile<double>& tile);
   // Returns the active-set steps made.
-  int64_t (*active_set)(const NnlsRow& row, double tol, double* kkt);
+  int64_t (*active_set)(const NnlsRow& row, double tol, double* residual);
 };
 NPEFF_SIMD(NnlsSimd, nnls_simd)
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/block.h"
+#include "common/half_types.h"
 #include "segments/segments.h"
 
 namespace npeff {
@@ -30,33 +31,31 @@ NPEFF_UNROLL_4
 // out (n, r)
 template <class T, int together>
 struct CrossColumns {
-  using Sum = typename SumOf<T>::type;
   SegmentColumns<T, together> columns;
   const T* w;  // there is none
-  Sum* out;
+  T* out;
 
   template <class Block>
   NPEFF_INLINE void at(int64_t i) const {
-    Sum sums[together] = {};
+    T sums[together] = {};
     columns.each_row(i * together, [&](const T* entries, int64_t) { add_squares(entries, together, sums); });
     store_together<together>(sums, out + i * together);
   }
 };
 
-// w (n, r), out (R, r): may be p when Sum is T
+// w (n, r), out (R, r)
 template <class T, int together>
 struct SpreadMultiplyColumns {
-  using Sum = typename SumOf<T>::type;
   SegmentColumns<T, together> columns;
   const T* w;
-  Sum* out;
+  T* out;
 
   template <class Block>
   NPEFF_INLINE void at(int64_t i) const {
     T weights[together];
     load_together<together>(w + i * together, weights);
     columns.each_row(i * together, [&](const T* entries, int64_t at) {
-      Sum products[together];
+      T products[together];
       multiply_row(weights, entries, together, products);
       store_together<together>(products, out + at);
     });
@@ -65,8 +64,8 @@ struct SpreadMultiplyColumns {
 
 // Columns<T, together> with as many columns at once as r and the pointers' alignment allow.
 template <template <class, int> class Columns, class T, class Queue>
-void run_segments(const T* w, const T* p, const int64_t* offsets, int64_t n, int64_t r, typename SumOf<T>::type* out, Queue& queue) {
-  constexpr int most = 16 / sizeof(typename SumOf<T>::type);
+void run_segments(const T* w, const T* p, const int64_t* offsets, int64_t n, int64_t r, T* out, Queue& queue) {
+  constexpr int most = 16 / sizeof(T);
   if (n * r == 0) return;
   const auto addresses = reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(p) | reinterpret_cast<uintptr_t>(w);
   if (r % most == 0 && addresses % 16 == 0) run_elements(queue, n * r / most, Columns<T, most>{{p, offsets, r}, w, out});
@@ -74,12 +73,12 @@ void run_segments(const T* w, const T* p, const int64_t* offsets, int64_t n, int
 }
 
 template <class T, class Queue>
-void cross(const T* p, const int64_t* offsets, int64_t n, int64_t r, typename SumOf<T>::type* out, Queue& queue) {
+void cross(const T* p, const int64_t* offsets, int64_t n, int64_t r, T* out, Queue& queue) {
   run_segments<CrossColumns>(static_cast<const T*>(nullptr), p, offsets, n, r, out, queue);
 }
 
 template <class T, class Queue>
-void spread_multiply(const T* w, const T* p, const int64_t* offsets, int64_t n, int64_t r, typename SumOf<T>::type* out, Queue& queue) {
+void spread_multiply(const T* w, const T* p, const int64_t* offsets, int64_t n, int64_t r, T* out, Queue& queue) {
   run_segments<SpreadMultiplyColumns>(w, p, offsets, n, r, out, queue);
 }
 

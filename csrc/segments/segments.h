@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/csr.h"
-#include "common/half_types.h"
 
 namespace npeff {
 
@@ -10,7 +9,7 @@ namespace npeff {
 //   p (R, r), offsets (n + 1,), out (n, r)
 void cross(const float* p, const int64_t* offsets, int64_t n, int64_t r, float* out, int threads);
 
-// out_row,j = w_example(row),j · p_row,j; out may be p.
+// out_row,j = w_example(row),j · p_row,j.
 //   w (n, r), p (R, r), offsets (n + 1,), out (R, r)
 void spread_multiply(const float* w, const float* p, const int64_t* offsets, int64_t n, int64_t r, float* out,
                      int threads);
@@ -24,15 +23,15 @@ void fisher_norms(const Csr<Index>& a, const int64_t* offsets, int64_t n, double
 // ---- one row of an example: all of its columns, or those of one thread
 
 // sums[c] += row[c]².
-template <class T, class Sum>
-NPEFF_INLINE void add_squares(const T* row, int64_t width, Sum* sums) {
-  for (int64_t c = 0; c < width; ++c) sums[c] += static_cast<Sum>(widen(row[c])) * static_cast<Sum>(widen(row[c]));
+template <class T>
+NPEFF_INLINE void add_squares(const T* row, int64_t width, T* sums) {
+  for (int64_t c = 0; c < width; ++c) sums[c] += row[c] * row[c];
 }
 
-// out[c] = w[c] · row[c]; out may be row.
-template <class T, class Sum>
-NPEFF_INLINE void multiply_row(const T* w, const T* row, int64_t width, Sum* out) {
-  for (int64_t c = 0; c < width; ++c) out[c] = static_cast<Sum>(widen(w[c])) * static_cast<Sum>(widen(row[c]));
+// out[c] = w[c] · row[c].
+template <class T>
+NPEFF_INLINE void multiply_row(const T* w, const T* row, int64_t width, T* out) {
+  for (int64_t c = 0; c < width; ++c) out[c] = w[c] * row[c];
 }
 
 }  // namespace npeff

@@ -12,14 +12,13 @@ namespace npeff {
 template <class D>
 void run_spmm(const CsrView& a, py::handle dense, py::handle out, typename D::Run run) {
   const TensorView dense_view(dense, "dense", D::read), out_view(out, "out", D::write);
-  D::by_entry(dense_view, [&](auto entry) {
+  D::by_wide(dense_view, [&](auto entry) {
     using T = decltype(entry);
-    using Sum = typename SumOf<T>::type;
     const auto* d = dense_view.as<const T>({a.n_columns(), any});
     const int64_t r = dense_view.shape(1);
-    auto* result = out_view.as<Sum>({a.n_rows(), r});
+    auto* result = out_view.as<T>({a.n_rows(), r});
     auto where = D::begin(run, "spmm", {&a.indptr, &a.indices, &a.values, &dense_view, &out_view});
-    a.visit<Sum>([&](const auto& csr) { spmm(csr, d, r, result, where); });
+    a.visit<T>([&](const auto& csr) { spmm(csr, d, r, result, where); });
   });
 }
 
@@ -42,8 +41,7 @@ inline void run_transpose(const CsrView& a, py::handle indptr_out, py::handle in
 template <class D>
 void bind_spmm(py::module_& m) {
   m.def("spmm", &run_spmm<D>, py::kw_only(), "a"_a, "dense"_a, "out"_a, py::arg(D::run),
-        "out (R, r) = a (R, columns) times dense (columns, r), float32; on a device also float32 values with a dense of "
-        "float16 or bfloat16, or all float64.");
+        "out (R, r) = a (R, columns) times dense (columns, r), float32; on a device also float64.");
   if constexpr (D::on_host)
     m.def("csr_transpose", &run_transpose, py::kw_only(), "a"_a, "indptr_out"_a, "indices_out"_a, "values_out"_a, "threads"_a,
           "Fills the CSR arrays of the transposed matrix.");

@@ -8,16 +8,14 @@
 
 namespace npeff {
 
-// Dense: double goes with values of double, the others with float.
-template <class Index, class Dense, int together>
+template <class Index, class T, int together>
 struct SpmmBlocks {
-  using Sum = typename SumOf<Dense>::type;
   static constexpr int threads = 256, lanes = 32, warps = threads / lanes, strip = lanes * together;
-  struct Shared { Sum sums[warps][strip]; };
-  Csr<Index, Sum> a;
-  const Dense* dense;  // (n_columns, r); rows aligned to `together` entries
+  struct Shared { T sums[warps][strip]; };
+  Csr<Index, T> a;
+  const T* dense;  // (n_columns, r); rows aligned to `together` entries
   int64_t r, ways;     // ways: 1 or warps
-  Sum* out;            // (n_rows, r)
+  T* out;            // (n_rows, r)
   int64_t strips() const { return ceil_div<int64_t>(r, strip); }
   int64_t blocks() const { return ceil_div<int64_t>(a.n_rows, warps / ways) * strips(); }
 
@@ -28,14 +26,14 @@ struct SpmmBlocks {
       const int warp = t / lanes;
       const int64_t row = first + warp / ways, column = start + t % lanes * together;
       if (row >= a.n_rows || column >= r) return;
-      Sum sum[together] = {};
+      T sum[together] = {};
       const int64_t end = a.indptr[row + 1];
 NPEFF_UNROLL_4
       for (int64_t e = a.indptr[row] + warp % ways; e < end; e += ways) {
-        const Sum value = a.values[e];
-        Dense entries[together];
+        const T value = a.values[e];
+        T entries[together];
         load_together<together>(dense + static_cast<int64_t>(a.indices[e]) * r + column, entries);
-        for (int v = 0; v < together; ++v) sum[v] += value * static_cast<Sum>(widen(entries[v]));
+        for (int v = 0; v < together; ++v) sum[v] += value * entries[v];
       }
       for (int v = 0; v < together; ++v) {
         if (ways == 1) out[row * r + column + v] = sum[v];
@@ -45,7 +43,7 @@ NPEFF_UNROLL_4
     if (ways == 1) return;
     block.each([&](int t) {
       for (int c = t; c < strip && start + c < r; c += threads) {
-        Sum sum = s.sums[0][c];
+        T sum = s.sums[0][c];
         for (int warp = 1; warp < warps; ++warp) sum += s.sums[warp][c];
         out[first * r + start + c] = sum;
       }
@@ -53,19 +51,18 @@ NPEFF_UNROLL_4
   }
 };
 
-template <class Index, class Dense, class Queue>
-void spmm(const Csr<Index, typename SumOf<Dense>::type>& a, const Dense* dense, int64_t r, typename SumOf<Dense>::type* out,
-          Queue& queue) {
+template <class Index, class T, class Queue>
+void spmm(const Csr<Index, T>& a, const T* dense, int64_t r, T* out, Queue& queue) {
   if (a.n_rows == 0 || r == 0) return;
-  constexpr int together = sizeof(Dense) == 8 ? 2 : 4;
+  constexpr int together = 16 / sizeof(T);
   const auto run = [&](auto blocks) {
     blocks.ways = a.nnz / a.n_rows >= 64 ? blocks.warps : 1;
     queue.run(blocks.blocks(), blocks);
   };
-  if (r % together == 0 && reinterpret_cast<uintptr_t>(dense) % (together * sizeof(Dense)) == 0)
-    run(SpmmBlocks<Index, Dense, together>{a, dense, r, 1, out});
+  if (r % together == 0 && reinterpret_cast<uintptr_t>(dense) % 16 == 0)
+    run(SpmmBlocks<Index, T, together>{a, dense, r, 1, out});
   else
-    run(SpmmBlocks<Index, Dense, 1>{a, dense, r, 1, out});
+    run(SpmmBlocks<Index, T, 1>{a, dense, r, 1, out});
 }
 
 }  // namespace npeff

@@ -164,15 +164,6 @@ inline DeviceSelectors selectors_in(const TensorView& memory, int64_t n, int64_t
 }
 
 template <class D>
-void topk_reset_on(py::handle memory, int64_t n, int64_t k, bool keep_zeros, typename D::Run stream) {
-  const TensorView view(memory, "memory", D::write);
-  const DeviceSelectors selectors = selectors_in(view, n, k, keep_zeros);
-  auto queue = D::begin(stream, "topk_reset", {&view});
-  const py::gil_scoped_release release;
-  topk_reset(selectors, queue);
-}
-
-template <class D>
 void topk_push_on(py::handle memory, int64_t n, int64_t k, bool keep_zeros, py::handle block, py::handle targets,
                   py::handle bases, py::handle order, py::handle starts, typename D::Run stream) {
   const TensorView view(memory, "memory", D::write), x(block, "block", D::read), target_view(targets, "targets", D::read),
@@ -185,7 +176,7 @@ void topk_push_on(py::handle memory, int64_t n, int64_t k, bool keep_zeros, py::
   auto queue = D::begin(stream, "topk_push", {&view, &x, &target_view, &base_view, &order_view, &starts_view});
   D::by_half(x, [&](auto entry) {
     using T = decltype(entry);
-    const Push<T> push{x.as<const T>({any, any}, true), n_rows, x.shape(1), x.stride(0), target, base, rows, nullptr};
+    const Push<T> push{x.as<const T>({any, any}, true), n_rows, x.shape(1), x.stride(0), target, base, rows};
     const py::gil_scoped_release release;
     topk_push(selectors, push, queue);
   });
@@ -227,18 +218,16 @@ void bind_topk(py::module_& m) {
              "After finish: fill indices int64 and values float32, rows end to end; then empty the selectors.")
         .def("reset", &Selectors::reset, "Empty the selectors.");
   } else {
-    m.def("topk_bytes", &selector_bytes, py::kw_only(), "n"_a, "k"_a, "Bytes of the memory of n selectors of the k largest.");
-    m.def("topk_reset", &topk_reset_on<D>, py::kw_only(), "memory"_a, "n"_a, "k"_a, "keep_zeros"_a, py::arg(D::run),
-          "Empties the selectors in memory (topk_bytes,) uint8, whose first two int64 are the status: row and flat index "
-          "of the first non-finite value, or row -1.");
+    m.def("topk_bytes", &selector_bytes, py::kw_only(), "n"_a, "k"_a, "Bytes of the memory of n selectors of the k "
+          "largest; zeros are selectors that hold nothing.");
     m.def("topk_push", &topk_push_on<D>, py::kw_only(), "memory"_a, "n"_a, "k"_a, "keep_zeros"_a, "block"_a, "targets"_a,
           "bases"_a, "order"_a, "starts"_a, py::arg(D::run),
-          "block (b, width) float32, float16 or bfloat16; int64: targets (b,) in [0, n), bases (b,), order (b,): rows by "
+          "memory (topk_bytes,) uint8; block (b, width) float32, float16 or bfloat16; int64: targets (b,) in [0, n), bases (b,), order (b,): rows by "
           "target, starts (n + 1,): where each target's begin in order.");
     m.def("topk_finish", &topk_finish_on<D>, py::kw_only(), "memory"_a, "n"_a, "k"_a, "keep_zeros"_a, "counts"_a,
           "indices"_a, "values"_a, py::arg(D::run),
-          "counts (n,) int64, indices (n, k) int64 and values (n, k) float32 by index, -1 and 0 behind a row's last. Empties "
-          "the selectors; the status stays.");
+          "counts (n,) int64, indices (n, k) int64 and values (n, k) float32 by index, -1 and 0 behind a row's last; what is not "
+          "finite is among them. Empties the selectors.");
   }
 }
 

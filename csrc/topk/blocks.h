@@ -14,17 +14,6 @@
 
 namespace npeff {
 
-struct TopkReset {
-  DeviceSelectors selectors;
-
-  template <class Block>
-  NPEFF_INLINE void at(int64_t i) const {
-    const Threshold first = first_threshold(selectors.keep_zeros != 0);
-    if (i < selectors.n) selectors.states[i] = {0, 0, 0, first, first, 0};
-    if (i < 2) selectors.status[i] = -1;
-  }
-};
-
 template <class T>
 struct TopkPrepare {
   static constexpr int threads = topk_threads;
@@ -43,12 +32,11 @@ struct TopkPrepare {
     const int64_t first = push.rows.starts[id], last = push.rows.starts[id + 1], k = selectors.k;
     const int64_t length = (last - first) * push.width, size = block.uniform(state.size), seen = block.uniform(state.seen);
     block.each([&](int t) {
-      for (int64_t i = first + t; i < last; i += threads) push.bad[push.rows.order[i]] = topk_all_finite;
-      if (t == 0) {
-        state.before = size;
-        state.seen = seen + length;
-        state.guessed = 0;
-      }
+      if (t > 0) return;
+      if (seen == 0) state.threshold = first_threshold(selectors.keep_zeros != 0);
+      state.before = size;
+      state.seen = seen + length;
+      state.guessed = 0;
     });
     // Among `length` new entries as large as those seen, about k·length/seen will beat the threshold: with few of
     // them a guess costs more than it saves.
@@ -91,10 +79,8 @@ struct TopkSettle {
   DeviceSelectors selectors;
   Push<T> push;
 
-  // Blocks 0 … n − 1: the selectors. Block n: the status.
   template <class Block>
   NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
-    if (id == selectors.n) return report(block, s);
     SelectorState& state = selectors.states[id];
     uint32_t* const bits = selectors.bits + id * selectors.capacity;
     int64_t* const index = selectors.index + id * selectors.capacity;
@@ -159,23 +145,6 @@ struct TopkSettle {
     }
     return size;
   }
-
-  template <class Block>
-  NPEFF_INLINE void report(const Block& block, Shared& s) const {
-    block.each([&](int t) {
-      if (t == 0) s.count = INT64_MAX;
-    });
-    block.each([&](int t) {
-      for (int64_t row = t; row < push.n_rows; row += threads)
-        if (push.bad[row] != topk_all_finite) Block::lower(&s.count, row);
-    });
-    const int64_t row = block.uniform(s.count);
-    block.each([&](int t) {
-      if (t > 0 || row == INT64_MAX || selectors.status[0] >= 0) return;
-      selectors.status[0] = row;
-      selectors.status[1] = push.bad[row];
-    });
-  }
 };
 
 // The order by index is made in two kernels: Finish deals the k best out to windows of the index range, in any order
@@ -196,7 +165,7 @@ struct TopkDealt {
         index(selectors.index + id * selectors.capacity + 2 * selectors.k) {}
 };
 
-// counts (n,). Empties the selectors, but leaves the status.
+// counts (n,). Empties the selectors.
 struct TopkFinish {
   static constexpr int threads = topk_threads, each_has = topk_windows / threads, at_once = 8;
   static constexpr int64_t narrowest = 1 << 17;  // entries of a window
@@ -276,9 +245,8 @@ NPEFF_UNROLL
       *dealt.width = width;
       *dealt.used = n == 0 ? 0 : (most - least) / width + 1;
       dealt.starts[topk_windows] = n;
-      const Threshold first = first_threshold(selectors.keep_zeros != 0);
       counts[id] = n;
-      state = {0, 0, 0, first, first, 0};
+      state = {};
     });
   }
 };
@@ -358,24 +326,17 @@ struct TopkOrder {
 
 // ---- what the host does -------------------------------------------------------------------------------------------
 
-template <class Queue>
-void topk_reset(const DeviceSelectors& selectors, Queue& queue) {
-  run_elements(queue, selectors.n + 2, TopkReset{selectors});
-}
-
-// bad of the push is filled here.
 template <class T, class Queue>
-void topk_push(const DeviceSelectors& selectors, Push<T> push, Queue& queue) {
+void topk_push(const DeviceSelectors& selectors, const Push<T>& push, Queue& queue) {
   using Scan = TopkScan<T>;
   if (push.n_rows == 0 || push.width == 0) return;
-  push.bad = queue.template scratch<int64_t>(push.n_rows);
   queue.run(selectors.n, TopkPrepare<T>{selectors, push});
   // About 16 blocks per processor, of whole tiles.
   const int64_t groups = ceil_div<int64_t>(push.width + Scan::together - 1, Scan::together), tile = Scan::threads * Scan::loads;
   const int64_t share = ceil_div(groups * push.n_rows, 16 * queue.processors());
   const int64_t groups_each = ceil_div(share < groups ? share : groups, tile) * tile, chunks = ceil_div(groups, groups_each);
   queue.run(push.n_rows * chunks, Scan{selectors, push, chunks, groups_each});
-  queue.run(selectors.n + 1, TopkSettle<T>{selectors, push});
+  queue.run(selectors.n, TopkSettle<T>{selectors, push});
 }
 
 // counts (n,); indices and values (n, k), by index, −1 and 0 behind the last. Empties the selectors.

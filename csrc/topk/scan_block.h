@@ -60,7 +60,6 @@ NPEFF_UNROLL
             const int64_t group = start + q * threads + t, column = group * together - skew + v;
             if (!admits(threshold, magnitude, base + column)) continue;
             if (group >= to || column < 0 || column >= push.width) continue;
-            if (magnitude >= topk_infinity) Block::lower(&push.bad[row], base + column);
             const uint32_t place = Block::add(&s.n, 1u);
             s.bits[place] = found;
             s.at[place] = static_cast<uint32_t>(column - origin);

@@ -1,13 +1,15 @@
-// What the blocks of the streaming top-k (blocks.h) share: selections in device memory, a push, and the narrowing.
+// What the blocks of the streaming top-k (blocks.h) share: selections in device memory, a push, the key of a given rank,
+// and the narrowing to the k best.
 #pragma once
 
-#include "topk/block_select.h"
+#include "common/block.h"
 #include "common/half_types.h"
 #include "common/row_order.h"
 #include "topk/order.h"
 
 namespace npeff {
 
+// Of zeros when nothing was pushed.
 struct SelectorState {
   int64_t size;    // candidates held (beyond the capacity: counted, but not written)
   int64_t seen;    // entries pushed
@@ -16,29 +18,26 @@ struct SelectorState {
   int64_t guessed;  // whether threshold is a guess that has to be checked
 };
 
-// n running selections in memory that the caller gives and does not read.
+// n running selections in memory that the caller gives, full of zeros, and does not read.
 struct DeviceSelectors {
   int64_t n, k, capacity;
   int64_t keep_zeros;
-  int64_t* status;        // (2,): row and flat index of the first non-finite value pushed since reset; row −1: none
   SelectorState* states;  // (n,)
   int64_t* index;         // (n, capacity)
   uint32_t* bits;         // (n, capacity)
 
   static NPEFF_INLINE int64_t capacity_for(int64_t k) { return 4 * k + 16384; }
   static NPEFF_INLINE int64_t bytes(int64_t n, int64_t k) {
-    return 2 * sizeof(int64_t) + n * static_cast<int64_t>(sizeof(SelectorState)) + n * capacity_for(k) * 12;
+    return n * (static_cast<int64_t>(sizeof(SelectorState)) + capacity_for(k) * 12);
   }
   NPEFF_INLINE DeviceSelectors(void* memory, int64_t n, int64_t k, bool keep_zeros)
-      : n(n), k(k), capacity(capacity_for(k)), keep_zeros(keep_zeros), status(static_cast<int64_t*>(memory)),
-        states(reinterpret_cast<SelectorState*>(status + 2)), index(reinterpret_cast<int64_t*>(states + n)),
+      : n(n), k(k), capacity(capacity_for(k)), keep_zeros(keep_zeros),
+        states(static_cast<SelectorState*>(memory)), index(reinterpret_cast<int64_t*>(states + n)),
         bits(reinterpret_cast<uint32_t*>(index + n * capacity)) {}
 
   NPEFF_INLINE int64_t limit() const { return 2 * k + 8192; }     // most candidates between pushes
   NPEFF_INLINE int64_t most_kept() const { return k + k / 16; }   // most candidates before a guess
 };
-
-constexpr int64_t topk_all_finite = INT64_MAX;
 
 template <class T>
 struct Push {
@@ -47,11 +46,96 @@ struct Push {
   const int64_t* targets;  // (n_rows,) selector of each row
   const int64_t* bases;    // (n_rows,) flat index of column 0
   RowOrder rows;           // by selector
-  int64_t* bad;            // (n_rows,) scratch: lowest flat index of a non-finite value
 
   // One entry as the bits of a float32.
   NPEFF_INLINE uint32_t bits(int64_t row, int64_t column) const { return bit_cast<uint32_t>(widen(x[row * stride + column])); }
 };
+
+// Where a ranking was cut: `upto` keys are ≤ key, `below` of them surely smaller; upto > rank only if keys are equal.
+struct Cut {
+  uint64_t key;
+  int64_t below, upto;
+};
+
+template <int threads>
+struct CutShared {
+  static constexpr int buckets = 2048;
+  int64_t bucket, below, upto;
+  uint32_t counts[buckets];
+  union {
+    uint32_t scan[2][threads];
+    int64_t ends[threads];
+  };
+};
+
+// The cut at the rank-th smallest (from 1) of the keys of the entries i < n with chosen(i), which are at least `rank`.
+// Keys are below 2^63.
+template <class Block, class Chosen, class Key>
+NPEFF_INLINE Cut cut_at(const Block& block, CutShared<Block::threads>& s, int64_t n, int64_t rank, Chosen chosen, Key key) {
+  constexpr int threads = Block::threads, buckets = CutShared<threads>::buckets, each_has = buckets / threads;
+  static_assert(buckets % threads == 0, "buckets fall to threads in equal parts");
+  constexpr int at_once = 8;
+  const auto in_batches = [&](int t, auto take) {  // loads run ahead of the atomics
+    for (int64_t start = t; start < n; start += at_once * threads) {
+      int64_t keys[at_once];
+NPEFF_UNROLL
+      for (int q = 0; q < at_once; ++q) {
+        const int64_t i = start + q * threads;
+        keys[q] = i < n && chosen(i) ? static_cast<int64_t>(key(i)) : -1;
+      }
+NPEFF_UNROLL
+      for (int q = 0; q < at_once; ++q)
+        if (keys[q] >= 0) take(keys[q]);
+    }
+  };
+  typename Block::template Local<int64_t> lowest(block), highest(block);
+  block.each([&](int t) {
+    int64_t least = INT64_MAX, most = 0;
+    in_batches(t, [&](int64_t k) {
+      least = k < least ? k : least;
+      most = k > most ? k : most;
+    });
+    lowest[t] = least;
+    highest[t] = -most;
+  });
+  int64_t least = lowest_of(block, s.ends, lowest), most = -lowest_of(block, s.ends, highest), below = 0;
+  for (;;) {
+    int shift = 0;
+    while ((most - least) >> shift >= buckets) ++shift;
+    block.each([&](int t) {
+      for (int b = t; b < buckets; b += threads) s.counts[b] = 0;
+    });
+    block.each([&](int t) {
+      in_batches(t, [&](int64_t k) {
+        if (k >= least && k <= most) Block::add(&s.counts[(k - least) >> shift], 1u);
+      });
+    });
+    typename Block::template Local<uint32_t> before(block);
+    block.each([&](int t) {
+      before[t] = 0;
+      for (int b = 0; b < each_has; ++b) before[t] += s.counts[t * each_has + b];
+    });
+    exclusive_scan(block, s.scan, before);
+    block.each([&](int t) {
+      int64_t sum = below + before[t];
+      for (int b = t * each_has; b < (t + 1) * each_has; ++b) {
+        const int64_t next = sum + s.counts[b];
+        if (sum < rank && next >= rank) {
+          s.bucket = b;
+          s.below = sum;
+          s.upto = next;
+        }
+        sum = next;
+      }
+    });
+    const int64_t bucket = block.uniform(s.bucket), upto = block.uniform(s.upto);
+    below = block.uniform(s.below);
+    const int64_t first = least + (bucket << shift), last = first + (int64_t{1} << shift) - 1;
+    if (shift == 0 || upto == rank) return {static_cast<uint64_t>(last < most ? last : most), below, upto};
+    least = first;
+    most = last < most ? last : most;
+  }
+}
 
 constexpr int topk_threads = 1024;
 

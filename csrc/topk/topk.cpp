@@ -5,19 +5,14 @@
 #include <atomic>
 #include <cstring>
 #include <functional>
-#include <tuple>
 #include <utility>
 
 #include "common/parallel.h"
-#include "topk/order.h"
 #include "topk/simd.h"
 #include "topk/sort.h"
 
 namespace npeff {
 namespace {
-
-constexpr uint32_t magnitude = topk_magnitude, infinity = topk_infinity;
-constexpr int64_t anywhere = topk_anywhere;
 
 int64_t total_length(const Piece* pieces, int64_t n_pieces) {
   int64_t total = 0;
@@ -25,19 +20,17 @@ int64_t total_length(const Piece* pieces, int64_t n_pieces) {
   return total;
 }
 
-// Sets *guess to a magnitude that a little more than k of all entries reach, most probably. False when the input is too
-// short for a guess to pay.
+// A magnitude that a little more than k of all entries reach, most probably; 0 when the input is too short for a guess to pay.
 //   bits_at(position): an entry as bits, position < total; asked for ascending positions
 template <class Bits>
-bool guess_threshold(int64_t total, int64_t k, const Bits& bits_at, uint32_t* guess) {
-  if (!guess_pays(total, k)) return false;
+uint32_t guess_threshold(int64_t total, int64_t k, const Bits& bits_at) {
+  if (!guess_pays(total, k)) return 0;
   const int64_t size = sample_size(total, k), rank = sample_rank(size, total, k);
-  if (rank == 0) return false;
+  if (rank == 0) return 0;
   std::vector<uint32_t> sample(size);
   for (int64_t i = 0; i < size; ++i) sample[i] = bits_at(sample_place(i, size, total)) & topk_magnitude;
   std::nth_element(sample.begin(), sample.begin() + (rank - 1), sample.end(), std::greater<>());
-  *guess = sample[rank - 1];
-  return *guess < topk_infinity;
+  return sample[rank - 1] < topk_infinity ? sample[rank - 1] : 0;
 }
 
 // Candidates by buckets of magnitude, to find the one that holds the k-th largest.
@@ -54,7 +47,7 @@ Buckets find_bucket(const uint32_t* bits, int64_t n, int64_t k) {
   while ((range.largest - range.least) >> shift >= buckets) ++shift;
   // Two tables: neighbours often fall into one bucket, and would wait for each other's increment.
   std::array<std::array<uint32_t, buckets>, 2> counts{};
-  const auto bucket_of = [&](int64_t i) { return ((bits[i] & magnitude) - range.least) >> shift; };
+  const auto bucket_of = [&](int64_t i) { return ((bits[i] & topk_magnitude) - range.least) >> shift; };
   for (int64_t i = 0; i + 1 < n; i += 2) {
     ++counts[0][bucket_of(i)];
     ++counts[1][bucket_of(i + 1)];
@@ -69,21 +62,18 @@ Buckets find_bucket(const uint32_t* bits, int64_t n, int64_t k) {
   }
 }
 
-using Entry = std::pair<uint32_t, int64_t>;  // magnitude, index
-
 // The candidate of that rank (from 1) within the bucket, by descending magnitude, ties by ascending index.
-Entry find_in_bucket(const Buckets& bucket, const uint32_t* bits, const int64_t* index, int64_t n, int64_t rank) {
-  std::vector<Entry> entries(bucket.count + 1);
+Threshold find_in_bucket(const Buckets& bucket, const uint32_t* bits, const int64_t* index, int64_t n, int64_t rank) {
+  std::vector<Threshold> entries(bucket.count + 1);
   int64_t found = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const uint32_t m = bits[i] & magnitude;
+    const uint32_t m = bits[i] & topk_magnitude;
     entries[found] = {m, index[i]};
     found += m - bucket.least < bucket.width;
   }
   entries.pop_back();
-  std::nth_element(entries.begin(), entries.begin() + (rank - 1), entries.end(), [](const Entry& a, const Entry& b) {
-    return a.first != b.first ? a.first > b.first : a.second < b.second;
-  });
+  std::nth_element(entries.begin(), entries.begin() + (rank - 1), entries.end(),
+                   [](const Threshold& a, const Threshold& b) { return admits(b, a.magnitude, a.index); });
   return entries[rank - 1];
 }
 
@@ -95,9 +85,7 @@ Selector::Selector(int64_t k, bool keep_zeros) : k_(k), limit_(2 * k + std::max<
 
 void Selector::reset() {
   size_ = seen_ = 0;
-  const Threshold first = first_threshold(keep_zeros_);
-  threshold_ = first.magnitude;
-  threshold_index_ = first.index;
+  threshold_ = first_threshold(keep_zeros_);
   nonfinite_ = -1;
 }
 
@@ -116,20 +104,16 @@ void Selector::reserve(int64_t size) {
 // Narrows to the k best (or, unless it must be exact, to a few more, for less work), and raises the threshold.
 void Selector::select(bool exact) {
   const Buckets bucket = find_bucket(bits_.get(), size_, k_);
-  if (!exact && bucket.above + bucket.count <= most_kept()) {
-    threshold_ = bucket.least;
-    threshold_index_ = anywhere;
-  } else {
-    std::tie(threshold_, threshold_index_) =
-        find_in_bucket(bucket, bits_.get(), index_.get(), size_, k_ - bucket.above);
-  }
-  size_ = topk_simd().keep(bits_.get(), index_.get(), size_, threshold_, threshold_index_);
+  threshold_ = !exact && bucket.above + bucket.count <= most_kept()
+                   ? Threshold{bucket.least, topk_anywhere}
+                   : find_in_bucket(bucket, bits_.get(), index_.get(), size_, k_ - bucket.above);
+  size_ = topk_simd().keep(bits_.get(), index_.get(), size_, threshold_.magnitude, threshold_.index);
 }
 
 void Selector::note_nonfinite(int64_t from) {
-  if (topk_simd().magnitudes(bits_.get() + from, size_ - from).largest < infinity) return;
+  if (topk_simd().magnitudes(bits_.get() + from, size_ - from).largest < topk_infinity) return;
   for (int64_t i = from; i < size_; ++i)
-    if ((bits_[i] & magnitude) >= infinity && (nonfinite_ < 0 || index_[i] < nonfinite_)) nonfinite_ = index_[i];
+    if ((bits_[i] & topk_magnitude) >= topk_infinity && (nonfinite_ < 0 || index_[i] < nonfinite_)) nonfinite_ = index_[i];
 }
 
 // Appends what beats the threshold, selecting whenever the buffer is full. True when it was. At most scan_chunk entries.
@@ -138,8 +122,8 @@ bool Selector::take_in(const float* x, int64_t n, int64_t base) {
   const int64_t before = size_;
   reserve(size_ + n);
   // Ties with the threshold are admitted below its index only.
-  const int64_t below = std::clamp<int64_t>(threshold_index_ - base, 0, n);
-  const auto floor = static_cast<int32_t>(threshold_);
+  const int64_t below = std::clamp<int64_t>(threshold_.index - base, 0, n);
+  const auto floor = static_cast<int32_t>(threshold_.magnitude);
   size_ += scan_run(x, below, base, floor - 1, bits_.get() + size_, index_.get() + size_);
   size_ += scan_run(x + below, n - below, base + below, floor, bits_.get() + size_, index_.get() + size_);
   if (size_ > before) note_nonfinite(before);
@@ -167,9 +151,9 @@ bool Selector::scan(const Outer* outers, int64_t n_outers) {
     const float largest = bit_cast<float>(topk_simd().magnitudes(reinterpret_cast<const uint32_t*>(outer.columns), outer.n_columns).largest);
     for (int64_t i = 0; i < outer.n_rows; ++i) {
       const float row = outer.rows[i];
-      const uint32_t bound = bit_cast<uint32_t>(row * largest) & magnitude;
+      const uint32_t bound = bit_cast<uint32_t>(row * largest) & topk_magnitude;
       const int64_t base = outer.base + i * outer.n_columns;
-      if (!admits({threshold_, threshold_index_}, bound, base)) continue;
+      if (!admits(threshold_, bound, base)) continue;
       for (int64_t at = 0; at < outer.n_columns; at += scan_chunk) {
         const int64_t n = std::min(scan_chunk, outer.n_columns - at);
         topk_simd().multiply(row, outer.columns + at, n, products);
@@ -188,7 +172,6 @@ bool Selector::scan_split(const Piece* pieces, int64_t n_pieces, int threads) {
   for (int t = 0; t < threads; ++t) {
     parts.emplace_back(k_, keep_zeros_);
     parts.back().threshold_ = threshold_;
-    parts.back().threshold_index_ = threshold_index_;
   }
   std::vector<char> selected(threads, 0);
   parallel_for(threads, threads, [&](int64_t t) {
@@ -230,22 +213,20 @@ int64_t Selector::push_entries(int64_t length, const Bits& bits_at, const Scan& 
 // nothing has happened.
 template <class Bits, class Scan>
 bool Selector::push_with_guess(int64_t length, const Bits& bits_at, const Scan& scan) {
-  uint32_t guess;
   const auto any_bits = [&](int64_t at) { return at < length ? bits_at(at) : bits_[at - length]; };
-  if (!guess_threshold(length + size_, k_, any_bits, &guess) || guess <= threshold_) return false;
+  const uint32_t guess = guess_threshold(length + size_, k_, any_bits);
+  if (guess <= threshold_.magnitude) return false;
   if (size_ > most_kept()) select(false);
-  const int64_t before = size_, index_before = threshold_index_;
-  const uint32_t threshold_before = threshold_;
-  threshold_ = guess;
-  threshold_index_ = anywhere;
+  const int64_t before = size_;
+  const Threshold threshold_before = threshold_;
+  threshold_ = {guess, topk_anywhere};
   // A full buffer holds k new entries, which all reach the guess.
   if (scan() || nonfinite_ >= 0) return true;
   int64_t reach = size_ - before;
-  for (int64_t i = 0; i < before; ++i) reach += (bits_[i] & magnitude) >= guess;
+  for (int64_t i = 0; i < before; ++i) reach += (bits_[i] & topk_magnitude) >= guess;
   if (reach >= k_) return true;
   size_ = before;
   threshold_ = threshold_before;
-  threshold_index_ = index_before;
   return false;
 }
 
@@ -270,8 +251,6 @@ int64_t Selector::push(const Outer* outers, int64_t n_outers) {
   return push_entries(length, bits_at, [&] { return scan(outers, n_outers); });
 }
 
-float Selector::threshold() const { return bit_cast<float>(threshold_); }
-
 void Selector::finish() {
   if (size_ > k_) select(true);
   if (!sort_runs(bits_.get(), index_.get(), size_))
@@ -286,7 +265,7 @@ void Selector::copy_to(int64_t* indices, float* values, bool by_magnitude) const
     return;
   }
   std::vector<uint32_t> bits(bits_.get(), bits_.get() + size_);
-  radix_sort(bits.data(), indices, size_, [](uint32_t b, int64_t) { return uint64_t{magnitude - (b & magnitude)}; });
+  radix_sort(bits.data(), indices, size_, [](uint32_t b, int64_t) { return uint64_t{topk_magnitude - (b & topk_magnitude)}; });
   std::memcpy(values, bits.data(), sizeof(float) * size_);
 }
 

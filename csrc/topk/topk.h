@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/row_order.h"
+#include "topk/order.h"
 
 namespace npeff {
 
@@ -46,7 +47,7 @@ class Selector {
   int64_t push(const Outer* outers, int64_t n_outers);
 
   // Entries with |value| below it are not among the k largest, whatever follows.
-  float threshold() const;
+  float threshold() const { return bit_cast<float>(threshold_.magnitude); }
 
   // Narrows to the best min(k, entries seen) and sorts them by index. Push may go on afterwards.
   void finish();
@@ -79,9 +80,7 @@ class Selector {
   int64_t size_ = 0, capacity_ = 0;
   int64_t seen_ = 0;  // entries pushed so far
 
-  // An entry is admitted when |bits| > threshold_, or equal and its index < threshold_index_.
-  uint32_t threshold_;
-  int64_t threshold_index_;
+  Threshold threshold_;
   int64_t nonfinite_;  // lowest flat index seen in this push, or −1
 };
 

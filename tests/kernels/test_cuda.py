@@ -217,7 +217,8 @@ def test_the_callers_stream_is_used() -> None:
 
 def test_steps_can_be_captured_in_a_graph() -> None:
     gram, c, start = (t.float() for t in there(*problem(300, 24, np.float32)))
-    w, kkt, status = start.clone(), torch.empty(300, device=DEVICE), torch.empty(2, dtype=torch.int64, device=DEVICE)
+    w, residual = start.clone(), torch.full((300,), torch.inf, device=DEVICE)
+    status = torch.empty(2, dtype=torch.int64, device=DEVICE)
     csr, k = there(*skewed(300, 500)), torch.zeros(300, 300, device=DEVICE)
     matrix = Csr(*csr, 500)
     dense, block = torch.randn(500, 24, device=DEVICE), torch.randn(4, 50_000, device=DEVICE)
@@ -228,7 +229,7 @@ def test_steps_can_be_captured_in_a_graph() -> None:
     def step() -> tuple[torch.Tensor, torch.Tensor]:
         kernels = dispatch.on_device(torch.device(DEVICE))
         assert kernels is not None
-        kernels("nnls", gram=gram, cross=c, w=w, kkt=kkt, max_sweeps=3, tol=0.0, status=status)
+        kernels("nnls", gram=gram, cross=c, w=w, residual=residual, max_sweeps=3, tol=0.0, kkt=False, status=status)
         out = matrix.times(dense)
         kernels("gram_panel", a=matrix.compiled(kernels), k=k)
         selection.push(block, rows)
@@ -247,6 +248,7 @@ def test_steps_can_be_captured_in_a_graph() -> None:
     sketches.reset()
     k.zero_()
     w.copy_(start)
+    residual.fill_(torch.inf)
     block.normal_()
     dense.normal_()
     graph.replay()

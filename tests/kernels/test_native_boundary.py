@@ -28,10 +28,10 @@ OFFSETS = np.array([0, 1, 4])
 
 def test_memory_is_shared() -> None:
     out = torch.zeros(2, 3)
-    segments(torch.from_numpy(P), OFFSETS, out)
+    segments(P, OFFSETS, out.numpy())
     np.testing.assert_array_equal(out, [[1, 1, 1], [3, 3, 3]])
     view = np.zeros((9, 3), np.float32)[2:4]
-    segments(P, torch.from_numpy(OFFSETS), view)
+    segments(memoryview(P), OFFSETS, view)
     np.testing.assert_array_equal(view, out)
 
 
@@ -39,17 +39,14 @@ def test_memory_is_shared() -> None:
     ("p", "message"),
     [
         (P.astype(np.float64), "p: expected float32, got float64"),
-        (torch.ones(4, 3, dtype=torch.int32), "p: expected float32, got int32"),
+        (P.astype(np.int32), "p: expected float32, got int32"),
         (P.astype(np.complex64), "p: expected float32, got format 'Zf'"),
         (P[0], r"p: expected shape \(any, any\), got \(3,\)"),
         (np.ones((3, 4), np.float32).T, "p: expected a C-contiguous array"),
-        (torch.ones(3, 4).T, "p: expected a C-contiguous array"),
-        ([[1.0]], "p: expected a torch CPU tensor or a numpy array, got list"),
-        (None, "p: expected a torch CPU tensor"),
-        (torch.ones(4, 3, requires_grad=True), "p: cannot be read"),
-        (torch.ones(4, 3, device="meta"), "p: expected a CPU tensor, got one on meta"),
+        ([[1.0]], "p: expected a numpy array, got list"),
+        (None, "p: expected a numpy array"),
+        (torch.ones(4, 3), "p: expected a numpy array, got Tensor"),
         (np.ones((1, 1, 1, 4, 3), np.float32), "p: expected at most 4 dimensions, got 5"),
-        (torch.ones(1, 1, 1, 4, 3), "p: expected at most 4 dimensions, got 5"),
         (np.ones(48, np.int8)[:].view(">f4").reshape(4, 3), "p: expected float32, got format '>f'"),
     ],
 )
@@ -190,5 +187,4 @@ def test_cuda_module_without_a_driver() -> None:
         pytest.skip(f"npeff._cuda was not built ({error})")
     count = cuda.device_count()
     assert count >= 0
-    assert len(cuda.devices()) == count
     assert bool(cuda.absence()) == (count == 0)

@@ -89,9 +89,10 @@ def largest(indices: Any, values: Any, threads: int = 1) -> None:
     _native.topk(x=P, indices=indices, values=values, by_magnitude=False, threads=threads)
 
 
-def solve(kernel: str, cross: Any, w: Any, kkt: Any, **numbers: Any) -> None:
+def solve(kernel: str, cross: Any, w: Any, **numbers: Any) -> None:
     gram, status = np.eye(cross.shape[1], dtype=cross.dtype), np.zeros(2, np.int64)
-    getattr(_native, kernel)(gram=gram, cross=cross, w=w, kkt=kkt, **numbers, status=status, threads=1)
+    residual = np.full(len(cross), np.inf, cross.dtype)
+    getattr(_native, kernel)(gram=gram, cross=cross, w=w, residual=residual, **numbers, status=status, threads=1)
 
 
 def test_the_native_gram_needs_order() -> None:
@@ -202,12 +203,12 @@ def test_sweeps_without_end() -> None:
     with pytest.raises(ArgumentError, match="max_sweeps: expected 0 … 1000000"):
         nnls(np.eye(2), np.ones((1, 2)), max_sweeps=2**62)
     with pytest.raises(ArgumentError, match="max_sweeps: expected 0 … 1000000"):
-        solve("nnls", np.ones((1, 2)), np.zeros((1, 2)), None, max_sweeps=2**62, tol=0.0)
+        solve("nnls", np.ones((1, 2)), np.zeros((1, 2)), max_sweeps=2**62, tol=0.0, kkt=False)
     for tol in (-1.0, float("nan")):
         with pytest.raises(ArgumentError, match="tol: expected"):
             nnls(np.eye(2), np.ones((1, 2)), tol=tol)
         with pytest.raises(ArgumentError, match="tol: expected"):
-            solve("nnls_exact", np.ones((1, 2)), np.zeros((1, 2)), np.zeros(1), tol=tol)
+            solve("nnls_exact", np.ones((1, 2)), np.zeros((1, 2)), tol=tol)
 
 
 SWEEPS_WITHOUT_END = """
@@ -260,18 +261,16 @@ def test_outputs_that_lie_in_inputs() -> None:
         with pytest.raises(ArgumentError, match="out: must not be the same memory as cross"):
             nnls(gram, given, out=out)
         with pytest.raises(ArgumentError, match="w: must not be the same memory as cross"):
-            solve("nnls", given, out, None, max_sweeps=10, tol=0.0)
+            solve("nnls", given, out, max_sweeps=10, tol=0.0, kkt=False)
     with pytest.raises(ArgumentError, match="out: must not be the same memory as w0"):
         nnls(gram, right, both[:12].reshape(4, 3), out=both[3:15].reshape(4, 3))
     w = np.ones((4, 3), np.float32)
     np.testing.assert_allclose(nnls(gram, right, w, out=w[:]).w, 1)  # the same one is the start itself
     with pytest.raises(ArgumentError, match="out: must not be the same memory as p"):
         cross(both[:12].reshape(4, 3), both[6:12].reshape(2, 3))
-    p = P.copy()
-    spread(2 * np.ones((2, 3), np.float32), p, p)  # in place is fine
-    np.testing.assert_array_equal(p, 2 * P)
-    with pytest.raises(ArgumentError, match="out: must not be the same memory as p"):
-        spread(w[:2], both[:12].reshape(4, 3), both[3:15].reshape(4, 3))
+    for out in (both[:12], both[3:15]):
+        with pytest.raises(ArgumentError, match="out: must not be the same memory as p"):
+            spread(w[:2], both[:12].reshape(4, 3), out.reshape(4, 3))
     with pytest.raises(ArgumentError, match="indices: must not be the same memory as values"):
         space = np.zeros(16, np.int64)
         largest(space[:8].reshape(4, 2), space[4:8].view(np.float32).reshape(4, 2))
@@ -301,23 +300,11 @@ def test_memory_that_is_no_place_for_numbers() -> None:
 
 def test_sizes_whose_product_overflows() -> None:
     out = np.zeros((2, 3), np.float32)
-    for said in (
-        {"length": 1 << 32},
-        {"length": -3},
-        {"strides": (2**62, 1)},
-        {"ndim": -1},
-        {"data": None},
-        {"lanes": 3},
-    ):
-        with pytest.raises(ArgumentError, match="p: expected"):
-            cross(hostile_calls._Exported(P, **said), out)
-    cross(hostile_calls._Exported(P), out)
-    np.testing.assert_array_equal(out, WANT)
+    with pytest.raises(ArgumentError, match="p: expected"):
+        cross(np.lib.stride_tricks.as_strided(P, (2, 2), (2**61, 4)), out)
     with pytest.raises(ArgumentError, match="p: expected"):
         cross(np.lib.stride_tricks.as_strided(P, (1 << 30, 1 << 30), (0, 0)), out)
     # Nothing in it, however long: no loop over the length.
-    empty, w = (np.zeros((1 << 50, 0), np.float32) for _ in range(2))
-    solve("nnls", empty, w, None, max_sweeps=10, tol=0.0)
     delta, inputs = np.zeros((1, 1 << 50, 0, 5), np.float32), np.zeros((1, 1 << 50, 0), np.float32)
     places = {"delta_places": np.zeros(5, np.int32), "input_places": np.zeros(0, np.int32)}
     _native.sketch_outer(delta=delta, input=inputs, **places, weight=1.0, sums=np.zeros((1, 0, 16)), threads=1)
@@ -334,9 +321,6 @@ def test_noted_signs_are_minded(implementation: str) -> None:
     np.testing.assert_array_equal(kernels.spread_multiply(torch.ones(1, 4), x, torch.tensor([0, 3])), x.resolve_neg())
     want = kernels.sketch(x.resolve_neg(), 16)
     np.testing.assert_array_equal(kernels.sketch(x, 16), want)
-    if implementation != "reference":
-        with pytest.raises(ArgumentError, match=r"p: .*negative"):
-            cross(x, np.zeros((1, 4), np.float32), np.array([0, 3]))
 
 
 def _fake() -> torch.Tensor:

@@ -94,6 +94,6 @@ class EmulatedQueue {
   std::vector<std::vector<uint64_t>> scratch_;
 };
 
-using Emulated = Device<EmulatedQueue, Place::host>;
+using Emulated = Device<EmulatedQueue, Place::emulated>;
 
 }  // namespace npeff

@@ -1,5 +1,6 @@
 // A stand-in for npeff._cuda: the same bindings and blocks, on the processor. tests/blocks.py compiles it.
 #include "emulated_blocks.h"
+#include "convolution/bind.h"
 #include "gram/bind.h"
 #include "nnls/bind.h"
 #include "segments/bind.h"

@@ -97,7 +97,7 @@ def convolution_gradients(
     kernels(
         "convolution_gradients",
         inputs=inputs,
-        delta=columns,
+        delta=[np.asarray(column) for column in columns],
         turns=turns,
         groups=groups,
         kernel=kernel,

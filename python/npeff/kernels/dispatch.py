@@ -117,7 +117,7 @@ class Compiled:
     """The compiled kernels that serve some arrays, native or CUDA: they are called by name, with keywords alone.
 
     Attributes:
-        module: ``npeff._native`` or ``npeff._cuda``.
+        module: ``npeff._native`` or ``npeff._cuda``, or an object of theirs.
         run: The last argument of each: the number of threads, or the address of the caller's current stream.
         on_device: Whether it is ``npeff._cuda``: nothing waits for the device.
     """
@@ -127,7 +127,9 @@ class Compiled:
     on_device: bool
 
     def __call__(self, name: str, /, **arguments: Any) -> Any:
-        """Call the function of that name."""
+        """Call the function of that name; tensors of the processor go in as arrays."""
+        if not self.on_device:
+            arguments = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
         return getattr(self.module, name)(**arguments, **self.run)
 
 

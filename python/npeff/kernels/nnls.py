@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -15,6 +16,8 @@ from npeff.short_repr import short_repr
 
 MOST_SWEEPS = 1_000_000
 """Sweeps that may be asked for."""
+STEP = 1 << 31
+"""Multiply-adds, about, between two looks for Ctrl-C on the processor."""
 
 
 @dataclass(frozen=True)
@@ -104,40 +107,62 @@ def nnls(
     g, c = (arrays.contiguous(_as(x, work)) for x in (gram, cross))
     w: Operand = arrays.empty((n, r), work, device) if out is None else out
     _assign(w, w0)
-    residual = arrays.empty((n,), work, device) if kkt or exact else None
-    status: Any = arrays.empty((2,), "int64", device)
-    swept = {"max_sweeps": max_sweeps, "tol": max(tol, 1e-9) if exact else tol, "status": status}
-    kernels("nnls", gram=g, cross=c, w=w, kkt=None if exact else residual, **swept)
-    sweeps = _iterations(status)
+    residual = arrays.empty((n,), work, device)
+    arrays.as_tensor(residual).fill_(math.inf)
+    problem = {"gram": g, "cross": c, "w": w, "residual": residual}
+    sweeps = _descend(kernels, problem, max_sweeps, max(tol, 1e-9) if exact else tol, kkt and not exact)
     if kernels.on_device:
         _check_finite(w)
     if exact:
-        sweeps = _finish_exactly(g, c, w, residual, tol)
-    result = None if residual is None or not kkt else arrays.like(cross, residual)
-    return NnlsResult(w=arrays.like(cross, w), kkt=result, sweeps=sweeps)
+        sweeps = _finish_exactly(problem, tol)
+    return NnlsResult(w=arrays.like(cross, w), kkt=arrays.like(cross, residual) if kkt else None, sweeps=sweeps)
 
 
-def _finish_exactly(g: Operand, c: Operand, w: Operand, residual: Operand | None, tol: float) -> int:
+def _descend(kernels: dispatch.Compiled, problem: dict[str, Operand], max_sweeps: int, tol: float, kkt: bool) -> int:
+    """Coordinate descent in place, and with ``kkt`` the residuals; the sweeps made.
+
+    On the processor Ctrl-C is seen to between calls of some sweeps each. A row that has stopped is not swept again: its
+    residual is at most tol.
+
+    Raises:
+        DataError: A row is not finite, or its solution overflows.
+    """
+    n, r = problem["cross"].shape
+    most = max_sweeps if kernels.on_device else max(1, STEP // (max(n, 64) * max(1, r * r)))
+    status: Any = arrays.empty((2,), "int64", arrays.device_of(problem["w"]))
+    sweeps, going = 0, True
+    while going:
+        asked = min(most, max_sweeps - sweeps)
+        last = sweeps + asked == max_sweeps
+        kernels("nnls", **problem, max_sweeps=asked, tol=tol, kkt=kkt and last, status=status)
+        made = _iterations(status)
+        sweeps += made
+        going = made == asked and not last
+    if kkt and not last:
+        kernels("nnls", **problem, max_sweeps=0, tol=tol, kkt=True, status=status)
+    return sweeps
+
+
+def _finish_exactly(problem: dict[str, Operand], tol: float) -> int:
     """Active sets from w on, in place; the steps made. On the processor: they are short work for many different rows.
 
     Raises:
         DataError: A row is not finite, or its solution overflows.
     """
-    tensors = [arrays.as_tensor(x) for x in (g, c, w, residual) if x is not None]
-    here = [x.cpu().contiguous() for x in tensors]
+    there = {name: arrays.as_tensor(x) for name, x in problem.items()}
+    here = {name: x.cpu().contiguous() for name, x in there.items()}
     kernels = dispatch.on_host()
     if kernels is None:
-        solution, steps = reference.nnls_exact(here[0], here[1], here[2].clone(), tol)
-        here[2].copy_(solution)
-        here[3].copy_(reference.kkt(here[0], here[1], here[2]))
+        solution, steps = reference.nnls_exact(here["gram"], here["cross"], here["w"].clone(), tol)
+        here["w"].copy_(solution)
+        here["residual"].copy_(reference.kkt(here["gram"], here["cross"], here["w"]))
     else:
-        found = np.empty(2, np.int64)
-        names = ("gram", "cross", "w", "kkt")
-        kernels("nnls_exact", **dict(zip(names, here, strict=True)), tol=tol, status=found)
-        steps = _iterations(found)
-    for target, source in zip(tensors[2:], here[2:], strict=True):
-        if target is not source:
-            target.copy_(source)
+        status = np.empty(2, np.int64)
+        kernels("nnls_exact", **here, tol=tol, status=status)
+        steps = _iterations(status)
+    for name in ("w", "residual"):
+        if there[name] is not here[name]:
+            there[name].copy_(here[name])
     return steps
 
 

@@ -17,6 +17,8 @@ DENSE_BYTES = 1 << 26
 """Bytes of a dense block of columns."""
 DENSE_ROWS = 512
 """Rows of K that one dense product computes: products above the diagonal are saved between such strips."""
+MIRROR_ROWS = 128
+"""Rows of K that are mirrored at a time: few enough that a strip of their columns stays in the cache."""
 DEVICE_DENSE_ABOVE = 1 / 8
 """Share of the rows above which a column joins the dense product on a CUDA device, where panels were designed for an
 eighth of a dense product's rate (not measured)."""
@@ -36,7 +38,7 @@ def spmm(indptr: A, indices: A, values: A, dense: A) -> A:
         indptr: ``(R + 1,)`` int64.
         indices: ``(nnz,)`` int32 or int64, each below ``n_columns``; any order within a row.
         values: ``(nnz,)`` float32 or float64.
-        dense: ``(n_columns, r)``, same dtype; on a CUDA device also float16 or bfloat16, with values and sums float32.
+        dense: ``(n_columns, r)``, same dtype; on a CUDA device also float16 or bfloat16 where values are float32.
 
     Returns:
         ``(R, r)``, of the kind of ``dense`` and the dtype of ``values``. The same bits for any number of threads.
@@ -44,16 +46,17 @@ def spmm(indptr: A, indices: A, values: A, dense: A) -> A:
     Raises:
         ArgumentError: Shapes, dtypes or devices do not fit, or an index is out of range.
     """
-    dense = _check_dense(dense, None)
+    dense = _floats(dense, "dense", None)
     dtype = "float64" if arrays.dtype_name(dense) == "float64" else "float32"
     matrix: Csr[A] = Csr(indptr, indices, values, int(dense.shape[0]), dtype)
     return matrix.times(dense)
 
 
-def _check_dense(dense: A, n_rows: int | None) -> A:
-    on_device = isinstance(dense, Tensor) and dispatch.cuda(dense.device) is not None
-    dtypes = ("float32", "float64", "float16", "bfloat16") if on_device else ("float32", "float64")
-    return arrays.check(dense, "dense", dtypes, (n_rows, None))
+def _floats(x: A, name: str, n_rows: int | None, n_columns: int | None = None) -> A:
+    """A matrix of floats; those of 16 bits are taken on a device that npeff's kernels serve, as float32."""
+    there = isinstance(x, Tensor) and dispatch.cuda(x.device) is not None
+    x = arrays.check(x, name, DEVICE_FLOATS if there else FLOATS, (n_rows, n_columns))
+    return x.float() if isinstance(x, Tensor) and x.element_size() == 2 else x
 
 
 class Csr(Generic[A]):
@@ -121,7 +124,7 @@ class Csr(Generic[A]):
         Raises:
             ArgumentError: Its shape, dtype or device does not fit.
         """
-        dense = _check_dense(dense, self.n_columns)
+        dense = _floats(dense, "dense", self.n_columns)
         device = arrays.same_device(indptr=self.indptr, dense=dense)
         kernels = dispatch.compiled(self.values)
         sums = arrays.dtype_name(self.values)
@@ -199,8 +202,7 @@ def sparse_gram(indptr: A, indices: A, values: A, n_columns: int) -> A:
         add_gram_(k, *matrix.tensors(), n_columns)
     else:
         _add_gram_here(k, matrix, kernels)
-    kernels("mirror", k=k)
-    return arrays.like(values, k)
+    return arrays.like(values, mirror_(k))
 
 
 def _add_gram_here(k: Tensor, matrix: Csr[Any], kernels: dispatch.Compiled) -> None:
@@ -259,11 +261,12 @@ def add_gram_(
 
 
 def mirror_(k: Tensor) -> Tensor:
-    """Copies the lower triangle of a square matrix on a device to the upper one; returns it."""
-    kernels = dispatch.on_device(k.device) if k.dtype == torch.float32 else None
-    if kernels is None:
-        return k.tril_() + k.tril(-1).T
-    kernels("mirror", k=k)
+    """Copies the lower triangle of a square matrix to the upper one, in place; returns it."""
+    for top in range(0, len(k), MIRROR_ROWS):
+        bottom = min(top + MIRROR_ROWS, len(k))
+        k[:top, top:bottom] = k[top:bottom, :top].T
+        square = k[top:bottom, top:bottom]
+        square.copy_(square.tril() + square.tril(-1).T)
     return k
 
 
@@ -343,7 +346,7 @@ def cross(p: A, row_offsets: A) -> A:
     """``cross_ij = Σ_{rows of example i} p_row,j²``: ‖A_i g_j‖² from ``P = A·Gᵀ``.
 
     Args:
-        p: ``(R, r)`` float32 or float64; on a CUDA device also float16 or bfloat16, summed in float32.
+        p: ``(R, r)`` float32 or float64; on a CUDA device also float16 or bfloat16, taken as float32.
         row_offsets: ``(n + 1,)`` int64; example i owns rows ``row_offsets[i]:row_offsets[i+1]``.
 
     Returns:
@@ -356,7 +359,7 @@ def cross(p: A, row_offsets: A) -> A:
     kernels = dispatch.compiled(p)
     if kernels is None:
         return arrays.like(p, reference.cross(arrays.as_tensor(p), arrays.as_tensor(row_offsets)))
-    out = arrays.empty((len(row_offsets) - 1, p.shape[1]), _sum_dtype(p), arrays.device_of(p))
+    out = arrays.empty((len(row_offsets) - 1, p.shape[1]), arrays.dtype_name(p), arrays.device_of(p))
     kernels("cross", p=p, row_offsets=row_offsets, out=out)
     return arrays.like(p, out)
 
@@ -377,13 +380,15 @@ def spread_multiply(w: A, p: A, row_offsets: A) -> A:
         ArgumentError: Shapes, dtypes or devices do not fit, or the offsets do not ascend from 0 to R.
     """
     p, row_offsets = _check(p, row_offsets)
-    w = arrays.check(w, "w", (arrays.dtype_name(p),), (len(row_offsets) - 1, p.shape[1]))
+    w = _floats(w, "w", len(row_offsets) - 1, int(p.shape[1]))
+    if arrays.dtype_name(w) != arrays.dtype_name(p):
+        raise ArgumentError(f"w: expected {arrays.dtype_name(p)}, got {arrays.dtype_name(w)}")
     arrays.same_device(w=w, p=p)
     kernels = dispatch.compiled(p)
     if kernels is None:
         tensors = [arrays.as_tensor(x) for x in (w, p, row_offsets)]
         return arrays.like(p, reference.spread_multiply(*tensors))
-    out = arrays.empty(tuple(p.shape), _sum_dtype(p), arrays.device_of(p))
+    out = arrays.empty(tuple(p.shape), arrays.dtype_name(p), arrays.device_of(p))
     kernels("spread_multiply", w=arrays.contiguous(w), p=p, row_offsets=row_offsets, out=out)
     return arrays.like(p, out)
 
@@ -419,22 +424,16 @@ def fisher_norms(indptr: A, indices: A, values: A, n_columns: int, row_offsets: 
     return arrays.like(values, out)
 
 
-def _sum_dtype(p: Operand) -> str:
-    return "float64" if arrays.dtype_name(p) == "float64" else "float32"
-
-
 def _check(p: A, row_offsets: A) -> tuple[A, A]:
-    kernels = dispatch.on_device(p.device) if isinstance(p, Tensor) else None
-    p = arrays.check(p, "p", FLOATS if kernels is None else DEVICE_FLOATS, (None, None))
-    given = row_offsets
+    p, given = _floats(p, "p", None), row_offsets
     row_offsets = arrays.check(row_offsets, "row_offsets", ("int64",), (None,))
     arrays.same_device(p=p, row_offsets=row_offsets)
     p, row_offsets = arrays.contiguous(p), arrays.contiguous(row_offsets)
-    if kernels is None or not isinstance(given, Tensor):
+    there = isinstance(given, Tensor) and dispatch.cuda(given.device) is not None
+    if not (there and checked.known(given, extent=p.shape[0])):  # looking again would mean waiting for the device
         check_offsets(arrays.as_tensor(row_offsets), p.shape[0])
-    elif not checked.known(given, extent=p.shape[0]):  # looking again would mean waiting for the device
-        check_offsets(arrays.as_tensor(row_offsets), p.shape[0])
-        checked.record(given, extent=p.shape[0])
+        if there:
+            checked.record(given, extent=p.shape[0])
     return p, row_offsets
 
 

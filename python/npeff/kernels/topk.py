@@ -90,14 +90,17 @@ class StreamingTopK(BlockStream):
         if self._device is None or self._memory is not None:
             return
         n_bytes = dispatch.cuda(self._device).topk_bytes(n=self.n_rows, k=self.k)  # type: ignore[union-attr]
-        self._memory = torch.empty(n_bytes, dtype=torch.uint8, device=self._device)
-        self._there("topk_reset")
+        self._memory = torch.zeros(n_bytes, dtype=torch.uint8, device=self._device)
 
     def _there(self, kernel: str, **arguments: Any) -> None:
         """Call a kernel of the selections on a device."""
         kernels = self._kernels
         assert kernels is not None
         kernels(kernel, memory=self._memory, n=self.n_rows, k=self.k, keep_zeros=self._keep_zeros, **arguments)
+
+    def _natively(self, method: str, **arguments: Any) -> Any:
+        """Call a method of the selections on the processor."""
+        return dispatch.Compiled(self._here, {"threads": dispatch.num_threads()}, False)(method, **arguments)
 
     def _push(self, block: Operand, start: int, where: BlockRows) -> None:
         if self._device is not None:
@@ -108,13 +111,8 @@ class StreamingTopK(BlockStream):
             return
         if self._native:
             plan = where.on(None)
-            bad = self._here.push(
-                block=block,
-                bases=plan.bases + start if start else plan.bases,
-                order=plan.order,
-                starts=plan.starts,
-                threads=dispatch.num_threads(),
-            )
+            bases = plan.bases + start if start else plan.bases
+            bad = self._natively("push", block=block, bases=bases, order=plan.order, starts=plan.starts)
         else:
             bad = self._here.push(arrays.as_tensor(block), where.bases + start, where.targets)
         if bad is not None:
@@ -158,15 +156,9 @@ class StreamingTopK(BlockStream):
             raise ArgumentError(f"base, column_stride: expected flat indices up to 2^62, got some up to {end}")
         if self._native and device.type == "cpu" and self._device is None:
             self._begun = True
-            bad = self._here.push_outer(
-                delta=d.float().contiguous(),
-                inputs=a.float().contiguous(),
-                first=first,
-                base=base,
-                column_stride=column_stride,
-                turned=turned,
-                threads=dispatch.num_threads(),
-            )
+            factors = (d.float().contiguous(), a.float().contiguous())
+            places = {"first": first, "base": base, "column_stride": column_stride, "turned": turned}
+            bad = self._natively("push_outer", delta=factors[0], inputs=factors[1], **places)
             if bad is not None:
                 raise NonFiniteError(*bad)
             return
@@ -220,12 +212,12 @@ class StreamingTopK(BlockStream):
         """
         if self._device is None:
             return self.finish(order)
-        counts, indices, values, status = self._padded(order)
-        _check_finite(status.tolist())
+        counts, indices, values = self._padded(order)
+        _check_finite(indices, values)
         return counts, indices, values
 
-    def _padded(self, order: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Selections on a device, and the row and flat index of the first non-finite value, or row −1."""
+    def _padded(self, order: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Selections on a device, ``(n_rows, k)``, what is not finite among them."""
         assert self._memory is not None
         counts = torch.empty(self.n_rows, dtype=torch.int64, device=self._device)
         indices = torch.empty(self.n_rows, self.k, dtype=torch.int64, device=self._device)
@@ -236,38 +228,42 @@ class StreamingTopK(BlockStream):
             sizes = torch.where(there, values.abs(), -1)
             by_size = sizes.sort(dim=1, descending=True, stable=True).indices
             indices, values = indices.gather(1, by_size), values.gather(1, by_size)
-        kept = self._memory[:16].view(torch.int64)
-        status = kept.clone()
-        kept.fill_(-1)
-        return counts, indices, values, status
+        return counts, indices, values
 
     def _finish_here(self, order: str) -> Selections:
         self._begun = False
         if not self._native:
             return self._here.finish(order == "magnitude")
-        counts, threads = np.empty(self.n_rows, np.int64), dispatch.num_threads()
-        self._here.finish(counts=counts, threads=threads)
+        counts = np.empty(self.n_rows, np.int64)
+        self._natively("finish", counts=counts)
         total = int(counts.sum())
         indices, values = np.empty(total, np.int64), np.empty(total, np.float32)
-        self._here.take(indices=indices, values=values, by_magnitude=order == "magnitude", threads=threads)
+        self._natively("take", indices=indices, values=values, by_magnitude=order == "magnitude")
         return counts, indices, values
 
     def reset(self) -> None:
         """Forget all that was pushed."""
-        if self._device is not None:
-            self._there("topk_reset")
+        if self._memory is not None and self._device is not None:
+            self._memory.zero_()
             return
         self._begun = False
         self._here.reset()
 
 
-def _check_finite(status: list[int]) -> None:
-    if status[0] >= 0:
-        raise NonFiniteError(int(status[0]), int(status[1]))
+def _check_finite(indices: Tensor, values: Tensor) -> None:
+    """Refuse padded selections that hold a non-finite value, which is larger than all others.
+
+    Raises:
+        NonFiniteError: They do; its row is that of the selector.
+    """
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        row = int((~finite.all(1)).to(torch.uint8).argmax())
+        raise NonFiniteError(row, int(indices[row][~finite[row]].min()))
 
 
-def _unpadded(counts: Array, indices: Array, values: Array, status: Array) -> Selections:
-    _check_finite(status.tolist())
+def _unpadded(counts: Array, indices: Array, values: Array) -> Selections:
+    _check_finite(torch.from_numpy(indices), torch.from_numpy(values))
     kept = np.less(np.arange(indices.shape[1]), counts[:, None])
     return counts, indices[kept], values[kept]
 

@@ -1,3 +1,0 @@
-#include "convolution/bind.h"
-
-template void npeff::bind_convolution<npeff::Host>(npeff::py::module_&);

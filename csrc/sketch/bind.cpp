@@ -1,3 +1,0 @@
-#include "sketch/bind.h"
-
-template void npeff::bind_sketch<npeff::Host>(npeff::py::module_&);
