@@ -33,8 +33,11 @@ SMALLEST = 1e-280
 TERMS = 12
 """Terms of the series in p/λ ≤ 1/32."""
 
+NEGLIGIBLE = 2.0**-40
+"""Shares p/λ below are left out of the series, but for its first term."""
+
 CHUNK = 1 << 17
-"""Numbers in a table of ``p_i − λ``: examples × eigenvalues × classes."""
+"""Numbers in a table of ``p_i − λ``, examples × eigenvalues × classes, and in what is made of it at a time."""
 
 SUMS_TO_ONE = 64 * torch.finfo(torch.float32).eps
 """Outputs whose sum differs from 1 by no more are probabilities; in half precision, by no more than its epsilon."""
@@ -131,7 +134,7 @@ def width(logits: Tensor, options: FisherOptions) -> int:
     log_p = torch.log_softmax(logits.detach().to(torch.float64), dim=1)
     if options.min_prob is not None:
         return min(most, max(1, int((log_p.exp() >= options.min_prob).sum(dim=1).max()))) if len(log_p) else 1
-    return _reduced_width(log_p, (log_p + _others(log_p).log()).exp().sum(dim=1), options)
+    return _reduced_width(log_p, (log_p.exp() * _others(log_p)).sum(dim=1), options)
 
 
 def cotangent_bytes(logits: Tensor, options: FisherOptions) -> int:
@@ -238,10 +241,10 @@ def _reduced_columns(logits: Tensor, options: FisherOptions) -> tuple[Tensor, Te
     log_p = torch.log_softmax(logits, dim=1)
     n, n_outputs = log_p.shape
     # Dividing by the trace keeps the smallest eigenvalues of a confident example in range.
-    variance = (log_p + _others(log_p).log()).exp()
-    trace = variance.sum(dim=1)
-    unit = torch.where(trace > 0, trace, 1.0)
     p = log_p.exp()
+    variance = _others(log_p).mul_(p)
+    trace = variance.sum(dim=1)
+    unit = _or_one(trace)
     width = _reduced_width(log_p, trace, options)
     if not _eigendecomposed(n_outputs, width, options):
         values, vectors = leading_eigenpairs(log_p, width)
@@ -364,39 +367,86 @@ def leading_eigenpairs(log_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
     Returns:
         ``(n, width)`` values, descending, and ``(n, C, width)`` vectors; both zero below ``SMALLEST``.
     """
-    n, n_outputs = log_p.shape
-    some = max(1, min(width, CHUNK // max(1, n_outputs)))
-    step = max(1, CHUNK // max(1, some * n_outputs))
-    values, vectors = log_p.new_zeros(n, width), log_p.new_zeros(n, width, n_outputs)
+    (n, n_outputs), p = log_p.shape, log_p.exp()
+    order = _order_of_head(p, width)
+    head = p.gather(1, order) * (1 - SPLIT * torch.arange(order.shape[1], device=p.device, dtype=p.dtype))
+    least, few = head[:, width, None], max(1, CHUNK // n_outputs)
+    tail = [
+        _power_sums(p[i : i + few].scatter(1, order[i : i + few], 0.0), least[i : i + few]) for i in range(0, n, few)
+    ]
+    sums = torch.cat(tail, dim=1)
+    p.scatter_(1, order, head)
+    origin, delta = log_p.new_zeros(n, width), log_p.new_zeros(n, width)
+    some = max(1, min(width, CHUNK // order.shape[1]))
+    step = max(1, CHUNK // (some * order.shape[1]))
     for start in range(0, n, step):
-        ordered, order = torch.sort(log_p[start : start + step], dim=1, descending=True, stable=True)
-        p = ordered.exp() * (1 - SPLIT * torch.arange(n_outputs, device=log_p.device, dtype=log_p.dtype))
+        own = slice(start, start + step)
         for first in range(0, width, some):
             which = slice(first, min(first + some, width))
-            found = _leading(p, order, which)
-            values[start : start + step, which], vectors[start : start + step, which] = found
-    return values, vectors.mT
+            origin[own, which], delta[own, which] = _roots(head[own], sums[:, own], least[own], which)
+    there = (head[:, 1 : width + 1] > 0) & (head[:, :width] > SMALLEST)
+    vectors = log_p.new_empty(n, width, n_outputs)
+    for start in range(0, n, few):
+        own = slice(start, start + few)
+        for column in range(width):
+            vector, own_p = vectors[own, column], p[own]
+            torch.sub(own_p, origin[own, column, None], out=vector).sub_(delta[own, column, None])  # exact near λ
+            torch.div(own_p, vector, out=vector).masked_fill_(~there[own, column, None], 0.0)
+            vector /= vector.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    return torch.where(there, origin + delta, 0.0), vectors.mT
 
 
-def _leading(p: Tensor, order: Tensor, which: slice) -> tuple[Tensor, Tensor]:
-    """The eigenvalues of some places in the order, ``(n, k)``, and their vectors ``(n, k, C)``."""
-    upper, lower = p[:, which], p[:, which.start + 1 : which.stop + 1]
+def _order_of_head(p: Tensor, width: int) -> Tensor:
+    """The classes with probabilities above a 32nd of the one that follows the first ``width``: descending, ``(n, m)``.
+
+    Equal ones by class.
+    """
+    least = p.topk(width + 1, dim=1).values[:, -1:]
+    m = max(width + 1, int((p > least / 32).sum(dim=1).max()))
+    if 4 * m > p.shape[1]:
+        return torch.sort(p, dim=1, descending=True, stable=True).indices
+    classes = p.topk(m, dim=1).indices.sort(dim=1).values
+    return classes.gather(1, torch.sort(p.gather(1, classes), dim=1, descending=True, stable=True).indices)
+
+
+def _or_one(unit: Tensor) -> Tensor:
+    return torch.where(unit > 0, unit, 1.0)
+
+
+def _power_sums(p: Tensor, unit: Tensor) -> Tensor:
+    """``Σ (p / unit)^m`` for m = TERMS … 1, ``(TERMS, n, 1)``; every p is at most a 32nd of its unit ``(n, 1)``."""
+    share = p / _or_one(unit)
+    sums = [share.sum(dim=1, keepdim=True)]
+    power = share = torch.where(share > NEGLIGIBLE, share, 0.0)
+    for _ in range(1, TERMS):
+        power = power * share
+        sums.append(power.sum(dim=1, keepdim=True))
+    return torch.stack(sums[::-1])
+
+
+def _roots(head: Tensor, tail: Tensor, least: Tensor, which: slice) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of some places in the order, each as a probability and the distance from it, ``(n, k)``.
+
+    Args:
+        head: ``(n, m)`` the largest probabilities, told apart, descending.
+        tail: Power sums of all others.
+        least: ``(n, 1)`` their unit.
+        which: Which places.
+    """
+    upper, lower = head[:, which], head[:, which.start + 1 : which.stop + 1]
     gap = upper - lower
-    there = (lower > 0) & (upper > SMALLEST)
     # Far below every λ a probability's term is a series in p/λ, of which its moments are enough.
-    near = int((p > p[:, which.stop :][:, :1] / 32).sum(dim=1).max()) if p.shape[1] > which.stop else p.shape[1]
-    head, tail = p[:, :near], p[:, near:]
-    moments = torch.stack([tail.pow(m).sum(dim=1) for m in range(TERMS, 0, -1)])[:, :, None]
-
-    def distances(origin: Tensor, delta: Tensor, some: Tensor) -> Tensor:
-        """``p_i − λ`` of some probabilities for λ = origin + delta, ``(n, width, …)``, exact near the origin."""
-        return (some[:, None, :] - origin[:, :, None]) - delta[:, :, None]
+    unit = _or_one(head[:, which.stop, None])
+    near = int((head > unit / 32).sum(dim=1).max())
+    all_near = near == head.shape[1] and not bool(tail.any())
+    powers = torch.arange(TERMS, 0, -1, device=head.device)[:, None, None]
+    head, moments = head[:, :near], _power_sums(head[:, near:], unit) + tail * (least / unit) ** powers
 
     def g(origin: Tensor, delta: Tensor) -> Tensor:
-        inverse, series = 1 / (origin + delta), torch.zeros_like(origin)
-        for moment in moments if near < p.shape[1] else ():
+        inverse, series = unit / (origin + delta), torch.zeros_like(origin)
+        for moment in () if all_near else moments:
             series = (series + moment) * inverse
-        return (head[:, None, :] / distances(origin, delta, head)).sum(dim=2) - series
+        return (head[:, None, :] / ((head[:, None, :] - origin[:, :, None]) - delta[:, :, None])).sum(dim=2) - series
 
     # From the nearer end of the interval the distance to λ is known to its last digit.
     below = g(lower, gap / 2) > 0
@@ -407,10 +457,4 @@ def _leading(p: Tensor, order: Tensor, which: slice) -> tuple[Tensor, Tensor]:
         middle = low.sqrt() * high.sqrt()
         further = (g(origin, sign * middle) < 0) == below
         low, high = torch.where(further, middle, low), torch.where(further, high, middle)
-    delta = sign * low.sqrt() * high.sqrt()
-    vectors = distances(origin, delta, p)
-    torch.div(p[:, None, :], vectors, out=vectors)
-    vectors.masked_fill_(~there[:, :, None], 0.0)
-    vectors /= vectors.norm(dim=2, keepdim=True).clamp_min(1e-300)
-    place = order[:, None, :].expand(-1, vectors.shape[1], -1)
-    return torch.where(there, origin + delta, 0.0), torch.zeros_like(vectors).scatter(2, place, vectors)
+    return origin, sign * low.sqrt() * high.sqrt()

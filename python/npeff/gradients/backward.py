@@ -22,35 +22,55 @@ from npeff.gradients.rules.dense import MatrixBias, MatrixProduct
 class Cotangents:
     """The cotangents of what a model gave, column by column.
 
+    Where examples are places, all other positions have none. A pass to operations below the output layer then begins
+    below it: the cotangents of its input, ``S Wᵀ``, are made for all places and columns in one product, in place of a
+    product with all positions in every pass.
+
     Args:
         batch: The batch.
         graph: Its graph.
         columns: ``(b, C, R)`` cotangents of the logits; of all slots, ``(b·K, C, R)``.
         slots: ``(b, K)`` the places that the K slots of each sequence hold, −1 for none; None without places.
+        edges: Where gradients are wanted; None: the passes begin with what the model gave.
 
     Attributes:
-        output: What the model gave, ``(b, …)``: a tensor, or its edge.
+        output: Where the passes begin: what the model gave, or its edge, or that of the output layer's input.
         n_columns: Number of columns, K·R.
     """
 
-    def __init__(self, batch: Batch, graph: Graph, columns: Tensor, slots: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        graph: Graph,
+        columns: Tensor,
+        slots: Tensor | None = None,
+        edges: Iterable[GradientEdge] | None = None,
+    ) -> None:
         self.output, self._shape = graph.output, graph.shape
         self._outputs, self._positions = batch.outputs, None
         n_slots = 1 if slots is None else slots.shape[1]
-        self._columns = columns.to(graph.dtype).view(-1, n_slots, *columns.shape[1:])
         self.n_columns = n_slots * columns.shape[2]
         self._sequences = torch.arange(batch.n_sequences, device=columns.device)
         if slots is not None:
             assert batch.places is not None, "examples are places"
             # From the end: a model may give the logits of the last positions alone.
             self._positions = batch.places[slots.clamp_min(0), 1] - batch.n_positions if batch.n_examples else slots
+        columns = columns.to(graph.dtype).mT  # (b·K, R, C)
+        layer = None if slots is None or edges is None else graph.output_layer(edges)
+        if layer is not None:
+            weight = layer.weight if self._outputs is None else layer.weight[:, self._outputs]
+            columns = columns.to(layer.dtype) @ weight.mT
+            self.output, self._outputs = layer.edge, None
+            self._shape = (*graph.shape[:-1], len(weight))
+        self._below = self.output is not graph.output
+        self._columns = columns.reshape(-1, n_slots, *columns.shape[1:])
         self._whole: Tensor | None = None
         self._written: Any = None
 
     def column(self, number: int) -> Tensor:
-        """The cotangents of one column, of the shape of what the model gave; overwritten by the next."""
-        slot, row = divmod(number, self._columns.shape[3])
-        given = self._columns[:, slot, :, row]
+        """The cotangents of one column where the passes begin; overwritten by the next."""
+        slot, row = divmod(number, self._columns.shape[2])
+        given = self._columns[:, slot, row]
         if self._positions is None and self._outputs is None:
             return given
         if self._whole is None:
@@ -59,7 +79,7 @@ class Cotangents:
             self._whole[self._written] = 0.0
         self._written = self._index(slot)
         self._whole[self._written] = given
-        return self._whole
+        return self._whole.flatten(0, -2) if self._below else self._whole
 
     def keep(self, deltas: Iterable[Tensor | None]) -> None:
         """Leave the memory of the last column to δ that are views of it."""
@@ -70,14 +90,14 @@ class Cotangents:
 
     def summed(self, weights: Tensor) -> Tensor:
         """The sum of all columns, those of each sequence times its weight ``(b,)``."""
-        total = self._columns.sum(dim=3, dtype=torch.float64) * weights[:, None, None]
+        total = self._columns.sum(dim=2, dtype=torch.float64) * weights[:, None, None]
         total = total.to(self._columns.dtype)
         if self._positions is None and self._outputs is None:
             return total[:, 0]
         whole = total.new_zeros(self._shape)
         for slot in range(total.shape[1]):
             whole[self._index(slot)] += total[:, slot]
-        return whole
+        return whole.flatten(0, -2) if self._below else whole
 
     def _index(self, slot: int) -> Any:
         """Where the logits of a slot lie in what the model gave."""

@@ -286,7 +286,7 @@ class PerExampleGradients:
             ModelError: Rows are misplaced, and may have been in batches that were not checked.
         """
         every = [rule for rules in prepared.rules.values() for rule in rules]
-        cotangents = Cotangents(prepared.batch, prepared.graph, columns, slots)
+        cotangents = Cotangents(prepared.batch, prepared.graph, columns, slots, [rule.edge for rule in every])
         weights = weighted = None
         if prepared.checked:
             weights = powers_of_two(prepared.n_sequences, prepared.known.precision).to(columns.device)

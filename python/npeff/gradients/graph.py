@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,7 @@ _RESHAPES = frozenset(
     for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias", "Clone", "ToCopy")
     for version in range(3)
 )
+_VIEWS = frozenset(f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Alias", "ToCopy"))
 _MAPS = frozenset(
     f"{name}Backward0"
     for name in (
@@ -104,6 +105,21 @@ class Value:
     shape: tuple[int, ...]
     reshaped: bool = True
     untransposed: Value | None = None
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """The last operation of a model, where it is a matrix product that no gradient is wanted of.
+
+    Attributes:
+        weight: ``(h, C)``: the model's output is ``x W``, perhaps with a bias.
+        edge: Of x, ``(b·T, h)``.
+        dtype: Of x W.
+    """
+
+    weight: Tensor
+    edge: GradientEdge
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -199,6 +215,26 @@ class Graph:
                 found.extend([_hashable(getattr(node, number, None)) for number in _numbers(type(node))])
         self.leaves.pop(-1, None)
         self.fingerprint = hash(tuple(found))
+
+    def output_layer(self, edges: Iterable[GradientEdge]) -> OutputLayer | None:
+        """The matrix product that makes the model's output ``(b, T, C)``, where gradients are wanted below it alone.
+
+        Args:
+            edges: Where gradients are wanted.
+        """
+        wanted = {edge.node for edge in edges}
+        made: Any = self.root
+        while made.name() in _VIEWS and int(made._input_metadata[0].shape[-1]) == self.shape[-1] and made not in wanted:
+            made = made.next_functions[0][0]
+        if made.name() not in ("MmBackward0", "AddmmBackward0") or made in wanted:
+            return None
+        *bias, (source, number), (weight, _) = made.next_functions
+        rows = tuple(int(size) for size in made._input_metadata[0].shape)
+        if source is None or weight is not None or rows != (math.prod(self.shape[:-1]), self.shape[-1]):
+            return None
+        if bias and (bias[0][0] is not None or made._saved_alpha != 1):
+            return None
+        return OutputLayer(made._saved_mat2.detach(), GradientEdge(source, number), made._input_metadata[0].dtype)
 
     @cached_property
     def names(self) -> list[str]:

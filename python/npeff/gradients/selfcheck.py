@@ -118,11 +118,12 @@ def check_rules(
     slots = None if batch.places is None else batch.slots()[:, -1:]  # the last place of each sequence
     columns = given.to(logits.device)[:, :, None]
 
-    def passed(targets: list[Any], weights: Tensor) -> list[Tensor | None]:
+    def passed(targets: list[Any], weights: Tensor, own: list[Any] | None = None) -> list[Tensor | None]:
         if not targets:
             return []
-        cotangent = Cotangents(batch, graph, columns * weights[:, None, None], slots).column(0)
-        return list(torch.autograd.grad(graph.output, targets, cotangent, retain_graph=True, allow_unused=True))
+        cotangents = Cotangents(batch, graph, columns * weights[:, None, None], slots, own)
+        given = cotangents.column(0)
+        return list(torch.autograd.grad(cotangents.output, targets, given, retain_graph=True, allow_unused=True))
 
     def deltas(results: list[Tensor | None]) -> list[Tensor]:
         return [_dense(result, logits, shape) for result, shape in zip(results, shapes, strict=True)]
@@ -135,7 +136,7 @@ def check_rules(
     else:
         first = passed([*edges, *tensors.values()], u)
         delta, truth = deltas(first[: len(edges)]), first[len(edges) :]
-        weighted = deltas(passed(edges, u * w))
+        weighted = deltas(passed(edges, u * w, edges))  # from where the batch's own passes begin
     autograd = Autograd(truth, lambda factor: passed(list(tensors.values()), u * factor), tensors, precision)
     form, position = Form(unchecked={graph.fingerprint: 0}), 0
     for name, entries in found.items():
