@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import math
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -39,7 +38,7 @@ from npeff.gradients.rules.base import working
 from npeff.models.parameters import model_digest
 from npeff.storage.checks import FLOAT, Field, Sizes, item
 from npeff.storage.container import check_replaceable, read_record, refuse_npeff_file
-from npeff.storage.files import atomic, explain, path_of, reserve
+from npeff.storage.files import atomic, path_of, scratch_array
 from npeff.storage.writing import write_record
 
 Array = npt.NDArray[Any]
@@ -366,7 +365,8 @@ class CrossLossInfluence:
             if objective.data.data is not train_data.data or objective.device != device:
                 objective = self._objective(train_data)
             shape = (objective.n, len(test_values))
-            values = _on_disk(shape, target) if target is not None and streamed else np.empty(shape)
+            kept = "No scores were written."
+            values = scratch_array(target, shape, np.float64, kept) if target and streamed else np.empty(shape)
             residuals = np.zeros(shape[1])
             iterations = self._fill(values, residuals, inverse, objective, test_data)
         provenance = self._provenance(inverse, iterations)
@@ -399,7 +399,9 @@ class CrossLossInfluence:
         with tqdm(total=values.shape[1], desc="Influence", unit="test", disable=not self.progress) as bar:
             pending: list[Tensor] = []
             first = done = 0
-            for vectors in _groups(self._test_gradients(test), width):
+            gradients = self._test_gradients(test)
+            while some := list(islice(gradients, width)):
+                vectors = torch.stack(some)
                 solved = inverse.solve(vectors)
                 residuals[done : done + len(vectors)] = solved.residual.cpu().numpy()
                 iterations += solved.iterations
@@ -412,7 +414,7 @@ class CrossLossInfluence:
         return iterations
 
     def _test_gradients(self, test: RepeatableData) -> Iterator[Tensor]:
-        """Yield ``∇L_test`` batch by batch, ``(b, m)``."""
+        """Yield ``∇L_test``, ``(m,)`` for each test example."""
         call = lambda _, batch: call_loss(self.model, self.test_loss, batch, "test_loss")[:, None]  # noqa: E731
         engine = PerExampleGradients(self.model, self.parameters, call)
         tensors = list(engine.tensors.values())
@@ -423,11 +425,10 @@ class CrossLossInfluence:
                 if values.dim() and not getattr(self.test_loss, "one_by_one", False):
                     prepared = engine.prepare(batch, engine.forward(batch))
                     columns = torch.ones_like(prepared.logits)[:, :, None]
-                    yield dense_rows(engine, prepared, columns, dtype)[:, 0].detach()
+                    yield from dense_rows(engine, prepared, columns, dtype)[:, 0].detach()
                     continue
                 for value in values.reshape(-1):
-                    parts = _gradient(value, tensors)
-                    yield torch.cat([part.detach().reshape(-1) for part in parts]).to(dtype)[None]
+                    yield torch.cat([part.detach().reshape(-1) for part in _gradient(value, tensors)]).to(dtype)
 
     def _provenance(self, inverse: Inverse, iterations: int) -> dict[str, Any]:
         found = self.stationarity
@@ -478,38 +479,7 @@ def _products(block: Block, vectors: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _on_disk(shape: tuple[int, int], target: Path) -> Array:
-    """Make an array in a temporary file beside ``target`` that vanishes with the array.
-
-    Raises:
-        StorageError: The disk does not hold it.
-    """
-    size = 8 * math.prod(shape)
-    try:
-        with tempfile.TemporaryFile(dir=target.resolve().parent) as file:
-            reserve(file, size)
-            return np.memmap(file, np.float64, "r+", shape=shape) if size else np.empty(shape)
-    except OSError as error:
-        failure = explain(target, error, "No scores were written.")
-        raise failure from error
-
-
 def _gradient(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
     if not value.requires_grad:  # a coefficient outside of its active set: constant around here
         return [torch.zeros_like(tensor) for tensor in tensors]
     return torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True, materialize_grads=True)
-
-
-def _groups(rows: Iterator[Tensor], width: int) -> Iterator[Tensor]:
-    """Regroup rows into ``(≤ width, m)``."""
-    held: list[Tensor] = []
-    count = 0
-    for block in rows:
-        for part in torch.split(block, width):
-            if count + len(part) > width:
-                yield torch.cat(held)
-                held, count = [], 0
-            held.append(part)
-            count += len(part)
-    if held:
-        yield torch.cat(held)

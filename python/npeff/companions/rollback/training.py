@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -134,17 +133,16 @@ def fit(
     """
     recipe = recipe or Recipe()
     examples = model.check_examples(examples, least=1)
-    with closing(RecordBuilder(model, examples, all_rows, names, out)) as builder:
-        tables = model.numpy_tables()
-        run_epochs(model, tables, examples, recipe, builder=builder, all_rows=all_rows, progress=progress)
-        bad = [name for name, table in tables.items() if not np.isfinite(table).all()]
-        if bad:
-            raise ModelError(
-                f"training diverged: table {bad[0]!r} is not finite; lower learning_rate ({recipe.learning_rate}) or "
-                "scale"
-            )
-        model.load_tables(tables)
-        return builder.finish(recipe)
+    builder = RecordBuilder(model, examples, all_rows, names, out)
+    tables = model.numpy_tables()
+    run_epochs(model, tables, examples, recipe, builder=builder, all_rows=all_rows, progress=progress)
+    bad = [name for name, table in tables.items() if not np.isfinite(table).all()]
+    if bad:
+        raise ModelError(
+            f"training diverged: table {bad[0]!r} is not finite; lower learning_rate ({recipe.learning_rate}) or scale"
+        )
+    model.load_tables(tables)
+    return builder.finish(recipe)
 
 
 def run_epochs(
@@ -346,9 +344,8 @@ class RollbackRecorder:
     ) -> None:
         builder, self._builder = self._builder, None
         assert builder is not None
-        with closing(builder):
-            if error is None:
-                self.record = builder.finish()
+        if error is None:
+            self.record = builder.finish()
 
 
 def check_optimizer(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
