@@ -20,7 +20,7 @@ from npeff.companions.influence import (
     squared_error,
     unlearn,
 )
-from npeff.errors import DataError
+from npeff.errors import ArgumentError, DataError
 from word_vectors import SkipGram, sentences, skip_gram_loss, weat, weat_effect
 
 # ---- retraining --------------------------------------------------------------------------------------------
@@ -88,14 +88,19 @@ def test_targets_sharpen_assignments():
 # ---- components --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["low_rank", "diagonal"])
-def decomposed(request):
+@pytest.fixture(scope="module")
+def model_and_data():
     torch.manual_seed(0)
     x = torch.randn(30, 4, dtype=torch.float64)
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     minimise(model, cross_entropy, [(x, y)], weight_decay=1e-2, tolerance=1e-9)
-    data = [(x[:16], y[:16]), (x[16:], y[16:])]
+    return model, [(x[:16], y[:16]), (x[16:], y[16:])], x, y
+
+
+@pytest.fixture(scope="module", params=["low_rank", "diagonal"])
+def decomposed(request, model_and_data):
+    model, data, x, y = model_and_data
     fishers = npeff.compute_fishers(model, data, kind=request.param, progress=False)
     components = npeff.decompose(fishers, 4, n_init=1, n_replacements=0, progress=False)
     return model, data, x, y, components
@@ -147,6 +152,23 @@ def test_influence_on_a_component_is_the_derivative_of_retraining(decomposed):
         expected = less * found.scores.removal()[z]
         np.testing.assert_allclose(changed, expected, atol=0.02 * np.abs(expected).max() + 1e-10)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("compress", [npeff.GramOnly(), npeff.Sketch(256)])
+def test_vectors_are_recovered_where_they_are_needed(model_and_data, compress):
+    """Of inner products alone, or of sketches, influence recovers every component's vector."""
+    model, data, _, _ = model_and_data
+    fishers = npeff.compute_fishers(model, data, compress=compress, progress=False)
+    components = npeff.decompose(fishers, 4, n_init=1, n_replacements=0, progress=False)
+    with pytest.raises(ArgumentError, match="the vector in parameter space is not known"):
+        Coefficient(components, 0)
+    options = {"k": 2, "weight_decay": 1e-2, "progress": False, "solver": "exact"}
+    j = int(components.coefficients.sum(0).argmax())
+    found = component_influence(model, components, j, data, data, **options)
+    assert components.not_recovered == []
+    # a sketch's coefficients are those of approximate inner products
+    tolerance = 2e-5 if isinstance(compress, npeff.GramOnly) else 0.3
+    np.testing.assert_allclose(found.scores.test_values, found.coefficients, atol=tolerance)
 
 
 def test_a_fitted_estimator_serves_several_components(decomposed):

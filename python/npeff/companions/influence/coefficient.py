@@ -70,21 +70,17 @@ class Coefficient:
         self._normalize = components.provenance.get("normalize", "stored")
         self._diagonal = components.kind == "diagonal"
         self._names = components.parameters.names
-        r, m = components.n_components, components.n_parameters
-        self._vectors = torch.zeros((r, m), dtype=torch.float64)
         weights = components.block_weights
         self._factor: Tensor | None = None
         if weights is not None:
             self._factor = torch.from_numpy(column_factors(components.parameters, weights, components.kind)).double()
-        if components.compression in ("sketch", "gram"):
-            components.check_recovered(range(r))
-            for k in range(r):
-                vector = torch.from_numpy(components.vector(k)).double()
-                weighted = vector if self._factor is None else vector * self._factor
-                self._vectors[k] = weighted / weighted.norm().clamp_min(1e-30)
-        else:
-            columns = slice(None) if components.columns is None else torch.from_numpy(np.array(components.columns))
-            self._vectors[:, columns] = torch.from_numpy(np.array(components.vectors, np.float64))
+        components.check_recovered(range(components.n_components))
+        self._vectors = torch.zeros((components.n_components, components.n_parameters), dtype=torch.float64)
+        for k, row in enumerate(self._vectors):
+            row += torch.from_numpy(components.vector(k))
+            if self._factor is not None:
+                row *= self._factor
+            row /= row.norm().clamp_min(1e-30)
         self._gram = self._vectors @ self._vectors.T
         if not self._diagonal:
             self._gram = self._gram.square()
@@ -217,7 +213,8 @@ def component_influence(
 
     Args:
         model: The model that the components belong to, at an optimum of ``train_loss``.
-        components: From :func:`npeff.decompose`.
+        components: From :func:`npeff.decompose`. The coefficient depends on the vectors of all of them: those that are
+            not known are recovered first, by one pass over ``data``, and kept.
         j: Which component.
         train: The training data, batches as ``train_loss`` takes them.
         data: The data whose Fishers were decomposed.
@@ -237,7 +234,7 @@ def component_influence(
         DataError: The data ends before the component's top examples.
         ModelError: The model is not the components', or see :class:`CrossLossInfluence`.
     """
-    function = Coefficient(components, j, surrogate=surrogate, forward=forward)
+    check_choice("surrogate", surrogate, get_args(Surrogate))
     digest = components.provenance.get("fishers", {}).get("model_digest")
     if digest and digest != model_digest(model):
         raise ModelError("model: it is not the model of the components (other weights); pass that one")
@@ -245,6 +242,9 @@ def component_influence(
     examples = examples[components.coefficients[examples, j] > 0]
     if not len(examples):
         raise ArgumentError(f"j: component {j} has no example with a positive coefficient; choose another")
+    how = {name: options[name] for name in ("device", "progress") if name in options}
+    components.ensure_vectors(range(components.n_components), model, data, forward=forward, **how)
+    function = Coefficient(components, j, surrogate=surrogate, forward=forward)
     over_classes = function.likelihood in OVER_CLASSES
     top = examples_at(data, components.ids[examples].tolist(), None, over_classes)
     if any(batch.outputs is not None for batch in top):
