@@ -23,9 +23,8 @@ from npeff.companions.influence import (
     CrossLossInfluence,
     component_influence,
     cross_entropy,
-    leave_out,
-    minimise,
 )
+from retraining import leave_out, minimise
 
 
 @click.command(help=__doc__.splitlines()[0])

@@ -19,11 +19,11 @@ from npeff.companions.influence import (
     Scores,
     component_influence,
     cross_entropy,
-    minimise,
     squared_error,
     unlearn,
 )
 from npeff.errors import ArgumentError, DataError, ForeignFileError, ModelError, StorageError
+from retraining import minimise
 from word_vectors import weat
 
 X = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -226,7 +226,8 @@ def test_weat_and_unlearn(model):
 SCRIPT = """
 import torch
 from torch import nn
-from npeff.companions.influence import cross_entropy, minimise
+from npeff.companions.influence import cross_entropy
+from retraining import minimise
 
 X = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()

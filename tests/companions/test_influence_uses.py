@@ -15,12 +15,11 @@ from npeff.companions.influence import (
     CrossLossInfluence,
     component_influence,
     cross_entropy,
-    leave_out,
-    minimise,
     squared_error,
     unlearn,
 )
 from npeff.errors import ArgumentError, DataError
+from retraining import leave_out, minimise
 from word_vectors import SkipGram, sentences, skip_gram_loss, weat, weat_effect
 
 # ---- retraining --------------------------------------------------------------------------------------------

@@ -15,12 +15,13 @@ import torch
 import npeff
 from npeff.cli import run
 from npeff.companions import rollback
-from npeff.companions.influence import component_influence, cross_entropy, minimise
+from npeff.companions.influence import component_influence, cross_entropy
 from npeff.companions.linearize import attribute_component, attribute_top_examples
 from npeff.errors import ArgumentError, DataError
 from npeff.models.targets import load_data, load_model
 from npeff.reports import load_extras, save_extras
 from report_cases import Page
+from retraining import minimise
 
 DECAY = 1e-2
 
