@@ -134,9 +134,8 @@ def test_influence_on_a_component_is_the_derivative_of_retraining(decomposed):
     """A little less weight on z, trained again: each coefficient moves by −weight·I/n."""
     model, data, x, y, components = decomposed
     j = int(components.coefficients.sum(0).argmax())
-    found = component_influence(
-        model, components, j, data, data, k=3, solver="exact", weight_decay=1e-2, progress=False
-    )
+    estimator = CrossLossInfluence(model, cross_entropy, solver="exact", weight_decay=1e-2, progress=False)
+    found = component_influence(estimator, components, j, data, data, k=3)
     np.testing.assert_allclose(found.scores.test_values, found.coefficients, atol=2e-5)
     assert set(found.made_by(30).tolist()) == set(np.flatnonzero(found.scores.values.sum(1) > 0).tolist())
     function = Coefficient(components, j)
@@ -161,9 +160,9 @@ def test_vectors_are_recovered_where_they_are_needed(model_and_data, compress):
     components = npeff.decompose(fishers, 4, n_init=1, n_replacements=0, progress=False)
     with pytest.raises(ArgumentError, match="the vector in parameter space is not known"):
         Coefficient(components, 0)
-    options = {"k": 2, "weight_decay": 1e-2, "progress": False, "solver": "exact"}
+    estimator = CrossLossInfluence(model, cross_entropy, solver="exact", weight_decay=1e-2, progress=False)
     j = int(components.coefficients.sum(0).argmax())
-    found = component_influence(model, components, j, data, data, **options)
+    found = component_influence(estimator, components, j, data, data, k=2)
     assert components.not_recovered == []
     # a sketch's coefficients are those of approximate inner products
     tolerance = 2e-5 if isinstance(compress, npeff.GramOnly) else 0.3
@@ -172,11 +171,11 @@ def test_vectors_are_recovered_where_they_are_needed(model_and_data, compress):
 
 def test_a_fitted_estimator_serves_several_components(decomposed):
     model, data, _, _, components = decomposed
-    options = {"weight_decay": 1e-2, "progress": False, "solver": "exact"}
-    fitted = CrossLossInfluence(model, cross_entropy, **options).fit(data)
+    estimator = CrossLossInfluence(model, cross_entropy, solver="exact", weight_decay=1e-2, progress=False)
+    fitted = copy.copy(estimator).fit(data)
     for j in range(2):
-        again = component_influence(model, components, j, data, data, k=2, fitted=fitted)
-        alone = component_influence(model, components, j, data, data, k=2, **options)
+        again = component_influence(fitted, components, j, data, data, k=2)
+        alone = component_influence(estimator, components, j, data, data, k=2)
         np.testing.assert_allclose(again.scores.values, alone.scores.values, rtol=1e-9, atol=1e-15)
 
 

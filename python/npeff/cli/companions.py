@@ -311,8 +311,8 @@ def influence(
             # before H, so that its work is not lost where a vector cannot be recovered
             how = {"forward": own.get("forward"), "progress": options.get("progress", True)}
             components.ensure_vectors(range(components.n_components), made, test_data, **how)
-            own |= {"train_loss": trained, "fitted": CrossLossInfluence(made, trained, **options).fit(train_data)}
-            behind = {j: component_influence(made, components, j, train_data, test_data, **own) for j in chosen}
+            fitted = CrossLossInfluence(made, trained, **options).fit(train_data)
+            behind = {j: component_influence(fitted, components, j, train_data, test_data, **own) for j in chosen}
             if for_pages:
                 for_report(out, components, train, influences=behind)
                 return

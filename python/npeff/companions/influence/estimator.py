@@ -279,7 +279,7 @@ class CrossLossInfluence:
         self.solver, self.damping, self.weight_decay = _named(solver), float(damping), float(weight_decay)
         self.max_gradient, self.memory, self.progress = max_gradient, memory, progress
         self.stationarity: Stationarity | None = None
-        self._device = device
+        self.device = device
         self._fitted: tuple[Inverse, TrainingObjective, str] | None = None
 
     def fit(self, data: Iterable[Any]) -> CrossLossInfluence:
@@ -296,7 +296,7 @@ class CrossLossInfluence:
             DataError: A loss is not finite or has another shape.
             ModelError: The model has no per-example gradients, or its Hessian is not positive definite.
         """
-        with placed(self.model, self._device) as device:
+        with placed(self.model, self.device) as device:
             objective = self._objective(RepeatableData(data, "train", device))
             found = self.stationarity = objective.stationarity()
             if found.relative > self.max_gradient:
@@ -357,7 +357,7 @@ class CrossLossInfluence:
             self.stationarity = fitted.stationarity
             return fitted.scores(train, test, out=out)
         streamed = target is not None and target.suffix.lower() in (".h5", ".hdf5")
-        with placed(self.model, self._device) as device:
+        with placed(self.model, self.device) as device:
             inverse, objective = self._inverse(), self._fitted[1]
             n = objective.n
             train_data, test_data = RepeatableData(train, "train", device), RepeatableData(test, "test", device)
