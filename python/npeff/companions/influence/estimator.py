@@ -22,7 +22,6 @@ from npeff.companions.influence.curvature import EKFAC, EmpiricalFisher
 from npeff.companions.influence.objective import (
     Loss,
     RepeatableData,
-    Stationarity,
     TrainingObjective,
     call_loss,
     check_loss,
@@ -243,7 +242,8 @@ class CrossLossInfluence:
         progress: Show a progress bar on stderr.
 
     Attributes:
-        stationarity: How far the model is from an optimum, after :meth:`fit`.
+        gradient_norm: ``‖∇J‖`` after :meth:`fit`, weight decay included; 0 at an optimum.
+        relative_gradient_norm: The same over the root mean square of ``‖∇ℓ(z_i)‖``: about 1 before any training.
 
     Raises:
         ArgumentError: An argument has a wrong value.
@@ -278,7 +278,8 @@ class CrossLossInfluence:
         self.parameters = select_parameters(model, parameters)
         self.solver, self.damping, self.weight_decay = _named(solver), float(damping), float(weight_decay)
         self.max_gradient, self.memory, self.progress = max_gradient, memory, progress
-        self.stationarity: Stationarity | None = None
+        self.gradient_norm: float | None = None
+        self.relative_gradient_norm: float | None = None
         self.device = device
         self._fitted: tuple[Inverse, TrainingObjective, str] | None = None
 
@@ -298,11 +299,12 @@ class CrossLossInfluence:
         """
         with placed(self.model, self.device) as device:
             objective = self._objective(RepeatableData(data, "train", device))
-            found = self.stationarity = objective.stationarity()
-            if found.relative > self.max_gradient:
+            self.gradient_norm, typical = objective.gradient_norms()
+            relative = self.relative_gradient_norm = self.gradient_norm / typical if typical else 0.0
+            if relative > self.max_gradient:
                 warnings.warn(
                     f"model: it is not at an optimum of train_loss: the gradient of the mean loss is "
-                    f"{found.relative:.2g} of an example's typical gradient (expected ≤ {self.max_gradient:g}). "
+                    f"{relative:.2g} of an example's typical gradient (expected ≤ {self.max_gradient:g}). "
                     "Influence describes what retraining does at an optimum: train until it vanishes, make train_loss "
                     "all of what was trained, and give weight_decay= if there was one; the ranking may still be useful",
                     stacklevel=2,
@@ -354,7 +356,7 @@ class CrossLossInfluence:
         target = None if out is None else check_path(out)
         if self._fitted is None:
             fitted = copy.copy(self).fit(train)
-            self.stationarity = fitted.stationarity
+            self.gradient_norm, self.relative_gradient_norm = fitted.gradient_norm, fitted.relative_gradient_norm
             return fitted.scores(train, test, out=out)
         streamed = target is not None and target.suffix.lower() in (".h5", ".hdf5")
         with placed(self.model, self.device) as device:
@@ -431,13 +433,12 @@ class CrossLossInfluence:
                     yield torch.cat([part.detach().reshape(-1) for part in _gradient(value, tensors)]).to(dtype)
 
     def _provenance(self, inverse: Inverse, iterations: int) -> dict[str, Any]:
-        found = self.stationarity
         return {
             **self.solver.describe(),
             "damping": self.damping,
             "weight_decay": self.weight_decay,
-            "gradient_norm": None if found is None else found.gradient_norm,
-            "relative_gradient_norm": None if found is None else found.relative,
+            "gradient_norm": self.gradient_norm,
+            "relative_gradient_norm": self.relative_gradient_norm,
             "iterations": iterations,
             "notes": list(inverse.notes),
         }

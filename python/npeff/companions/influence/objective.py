@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -145,6 +144,13 @@ def loss_values(model: nn.Module, loss: Loss, data: Iterable[Batch], name: str =
     return np.concatenate(found)
 
 
+NAMED_OUTPUT_LOSSES: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "cross_entropy": lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1], reduction="none"),
+    "squared_error": lambda outputs, batch: (outputs - batch[1].reshape(outputs.shape)).square().sum(1) / 2,
+}
+"""Losses by name, as functions of the outputs ``(b, C)`` and the batch: for Gauss–Newton curvature."""
+
+
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """Compute the cross-entropy of ``model(inputs)`` with the labels, per example.
 
@@ -155,7 +161,7 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     Returns:
         ``(b,)``.
     """
-    return _cross_entropy_of(model(batch[0]), batch)
+    return NAMED_OUTPUT_LOSSES["cross_entropy"](model(batch[0]), batch)
 
 
 def squared_error(model: nn.Module, batch: Any) -> Tensor:
@@ -168,7 +174,7 @@ def squared_error(model: nn.Module, batch: Any) -> Tensor:
     Returns:
         ``(b,)``.
     """
-    return _squared_error_of(model_outputs(model, batch), batch)
+    return NAMED_OUTPUT_LOSSES["squared_error"](model_outputs(model, batch), batch)
 
 
 def model_outputs(model: nn.Module, batch: Any) -> Tensor:
@@ -177,39 +183,8 @@ def model_outputs(model: nn.Module, batch: Any) -> Tensor:
     return outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
 
 
-def _cross_entropy_of(outputs: Tensor, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(outputs, batch[1], reduction="none")
-
-
-def _squared_error_of(outputs: Tensor, batch: Any) -> Tensor:
-    return (outputs - batch[1].reshape(outputs.shape)).square().sum(1) / 2
-
-
-NAMED_OUTPUT_LOSSES = {"cross_entropy": _cross_entropy_of, "squared_error": _squared_error_of}
-"""The same as functions of the outputs ``(b, C)`` and the batch: for Gauss–Newton curvature."""
-
 NAMED: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
 """Losses that the command line knows by name."""
-
-
-@dataclass(frozen=True)
-class Stationarity:
-    """How far a model is from an optimum of its training loss.
-
-    Attributes:
-        gradient_norm: ``‖∇J‖``, weight decay included; 0 at an optimum.
-        example_norm: Root mean square of ``‖∇ℓ(z_i)‖``.
-        n: Number of examples.
-    """
-
-    gradient_norm: float
-    example_norm: float
-    n: int
-
-    @property
-    def relative(self) -> float:
-        """``‖∇J‖`` over the root mean square of ``‖∇ℓ(z_i)‖``: between 0 (optimum) and about 1 (no training)."""
-        return self.gradient_norm / self.example_norm if self.example_norm else 0.0
 
 
 class TrainingObjective:
@@ -317,21 +292,22 @@ class TrainingObjective:
         value = total / self.n + self.weight_decay / 2 * float(theta.square().sum())
         return value, gradient / self.n + self.weight_decay * theta
 
-    def stationarity(self) -> Stationarity:
-        """Compare the mean gradient with the examples' own gradients, in one pass."""
+    def gradient_norms(self) -> tuple[float, float]:
+        """Compute ``‖∇J‖``, and the root mean square of ``‖∇ℓ(z_i)‖``, in one pass."""
         gradient, squares = torch.zeros(self.m, dtype=torch.float64, device=self.device), 0.0
         for _, losses, blocks in self.blocks():
             gradient += self._flat_gradient(losses, retain_graph=True)
             for block in blocks:
                 squares += float(block.values.to(torch.float64).square().sum())
         gradient = gradient / self.n + self.weight_decay * self.theta().double()
-        return Stationarity(float(gradient.norm()), (squares / self.n) ** 0.5, self.n)
+        return float(gradient.norm()), (squares / self.n) ** 0.5
 
-    def products(self, vectors: Tensor, batches: list[Batch] | None = None) -> Tensor:
-        """Compute ``∇²J · v`` for several vectors at once: one double backward pass per batch serves all of them.
+    def products(self, vectors: Tensor, batches: list[Batch] | None = None, damping: float = 0.0) -> Tensor:
+        """Compute ``(∇²J + λI) v`` for several vectors at once: one double backward pass per batch serves all of them.
 
         Args:
             vectors: ``(k, m)``.
+            damping: λ.
             batches: Take the mean over these alone (stochastic estimates); None: all data.
 
         Returns:
@@ -346,7 +322,7 @@ class TrainingObjective:
             count += batch.n_examples
             with self.engine.recording():
                 self._add_products(batch, number if batches is None else None, vectors, total)
-        return total.div_(count).add_(vectors, alpha=self.weight_decay)
+        return total.div_(count).add_(vectors, alpha=self.weight_decay + damping)
 
     def hessian(self) -> Tensor:
         """Compute ``∇²J`` with weight decay, ``(m, m)`` float64, symmetrised."""
