@@ -423,8 +423,7 @@ def model_output(model: nn.Module, x: Any, forward: Forward | None) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise ModelError(
-            f"model: expected a float tensor as its output, got {shown(output)}; choose one in forward=callable(model, "
-            "x)"
+            f"model: its output is {shown(output)}, expected a float tensor; choose one in forward=callable(model, x)"
         )
     return output
 
