@@ -312,7 +312,7 @@ def component_rollback(
         total[candidates] += explainer.influence(target, candidates)
     own = {tuple(row) for row in targets[ids].tolist()}
     total[[tuple(row) in own for row in train.tolist()]] = 0
-    return ComponentRollback(int(j), total / len(ids), tops, record)
+    return ComponentRollback(int(j) % components.n_components, total / len(ids), tops, record)
 
 
 @dataclass(frozen=True, eq=False)
