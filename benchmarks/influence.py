@@ -37,12 +37,12 @@ from npeff.companions.influence import (
     Exact,
     GaussNewton,
     Identity,
-    leave_out,
 )
 from topk import cpu_name  # beside this file
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from deep_clustering import deep_embedded_clustering, kl_loss, kl_of_kernels, nll_loss
+from retraining import leave_out
 
 TOLERANCE = 1e-8
 """Relative residual of conjugate gradients, ours and dattri's."""

@@ -11,7 +11,7 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-from npeff.companions.influence import minimise
+from retraining import minimise
 
 
 class DeepEmbeddedClustering(nn.Module):

@@ -23,9 +23,8 @@ from npeff.companions.influence import (
     CrossLossInfluence,
     component_influence,
     cross_entropy,
-    leave_out,
-    minimise,
 )
+from retraining import leave_out, minimise
 
 
 @click.command(help=__doc__.splitlines()[0])
@@ -60,7 +59,7 @@ def main(out: Path, n_components: int, show: int, check: int, weight_decay: floa
     order = np.argsort(-components.coefficients.sum(0))[:show]
     found = {}
     for number, j in enumerate(order.tolist()):
-        behind = found[j] = component_influence(model, components, j, batches, asked, k=8, fitted=fitted)
+        behind = found[j] = component_influence(fitted, components, j, batches, asked, k=8)
         made_by = behind.made_by(8)
         shares = behind.scores.values.sum(1)
         tops, makers = test.labels[behind.examples].tolist(), train.labels[made_by].tolist()

@@ -24,9 +24,9 @@ from npeff.companions.influence import (
     ConjugateGradients,
     CrossLossInfluence,
     Identity,
-    minimise,
     unlearn,
 )
+from retraining import minimise
 from word_vectors import Sentences, SkipGram, sentences, skip_gram_loss, weat, weat_effect  # beside this file
 
 TARGETS = (

@@ -143,7 +143,8 @@ def main(
             lines.append(f"| {seed} | {name} | {_cells(row)} |")
             print(lines[-1], flush=True)
             if seed == 0:
-                print(f"wrote {capacity(model, train, vocabulary.words).save(out / f'{name}.svg')}")
+                capacity(model, train, vocabulary.words).figure().savefig(out / f"{name}.svg")
+                print(f"wrote {out / f'{name}.svg'}")
                 largest = np.argsort(-components.coefficients.sum(0))[:4].tolist()
                 words = attribute_top_examples(
                     model, components, data, largest, embed=embed, forward=read, smooth="freeze"

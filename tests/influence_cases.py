@@ -8,8 +8,8 @@ from torch import nn
 from npeff.companions.influence import (
     CrossLossInfluence,
     cross_entropy,
-    minimise,
 )
+from retraining import minimise
 
 N, D = 30, 4
 

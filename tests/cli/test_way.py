@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -278,13 +279,18 @@ def test_the_way_with_sketches(folder: Path, form: str, capsys: Any) -> None:
     for command in (
         ["export", stored, "--component", "1", "--out", "g.safetensors"],
         ["export", stored, "--layout", "published", "--out", "theirs.h5"],
-        ["linearize", MODEL, DATA, *FREEZE, "--component", f"{stored}:1", "--out", "x.json"],
-        ["influence", MODEL, "net.py:train", DATA, "--component", f"{stored}:1", "--out", "x.json", "--quiet"],
     ):
         capsys.readouterr()
         assert run(command) == 1, command
         said = capsys.readouterr().err
         assert "npeff recover COMPONENTS MODEL DATA" in said and "components.recover(model, data" in said, command
+    # what has the model and the data recovers the vectors that it needs, and keeps them
+    shutil.copy(stored, "copy.h5")
+    pixels = ["linearize", MODEL, DATA, *FREEZE, "--component", "copy.h5:1", "--out", "x.json"]
+    behind = ["influence", MODEL, "net.py:train", DATA, "--component", "copy.h5:1", "--damping", "1", "--out", "x.json"]
+    for command, missing in ((pixels, [0, 2]), ([*behind, "--quiet"], [])):
+        assert run(command) == 0, command
+        assert npeff.load("copy.h5").not_recovered == missing
     # the page needs no vectors, and says what it lacks
     assert run(["report", stored, "--data", DATA, "--out", f"{form}.html", "--quiet"]) == 0
     text = text_of(f"{form}.html")

@@ -19,11 +19,11 @@ from npeff.companions.influence import (
     Scores,
     component_influence,
     cross_entropy,
-    minimise,
     squared_error,
     unlearn,
 )
 from npeff.errors import ArgumentError, DataError, ForeignFileError, ModelError, StorageError
+from retraining import minimise
 from word_vectors import weat
 
 X = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -191,14 +191,18 @@ def test_a_failing_run_leaves_no_file_and_the_model_as_it_was(model, tmp_path):
 def test_components_of_another_model_are_refused(model):
     fishers = npeff.compute_fishers(model, DATA, progress=False)
     components = npeff.decompose(fishers, 2, n_init=1, n_replacements=0, progress=False)
-    options = {"damping": 1.0, "max_gradient": 9.0, "progress": False}
+    estimator = influence(model)
+    with pytest.raises(ArgumentError, match=r"influence: expected CrossLossInfluence\(model"):
+        component_influence(model, components, 0, DATA, DATA)
     with pytest.raises(ArgumentError, match="j: expected a component below 2"):
-        component_influence(model, components, 2, DATA, DATA, **options)
+        component_influence(estimator, components, 2, DATA, DATA)
+    with pytest.raises(ArgumentError, match="surrogate: expected"):
+        component_influence(estimator, components, 0, DATA, DATA, surrogate="other")
     with pytest.raises(DataError, match="data: it has 1 examples, and example"):
-        component_influence(model, components, 0, DATA, [(X[:1], Y[:1])], **options)
+        component_influence(estimator, components, 0, DATA, [(X[:1], Y[:1])])
     model[0].weight.data += 1
-    with pytest.raises(ModelError, match="not the model of the components"):
-        component_influence(model, components, 0, DATA, DATA, **options)
+    with pytest.raises(ModelError, match="its model is not that of the components"):
+        component_influence(estimator, components, 0, DATA, DATA)
 
 
 def test_weat_and_unlearn(model):
@@ -226,7 +230,8 @@ def test_weat_and_unlearn(model):
 SCRIPT = """
 import torch
 from torch import nn
-from npeff.companions.influence import cross_entropy, minimise
+from npeff.companions.influence import cross_entropy
+from retraining import minimise
 
 X = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()

@@ -16,9 +16,9 @@ from npeff.companions.influence import (
     Identity,
     LiSSA,
     cross_entropy,
-    minimise,
     squared_error,
 )
+from retraining import minimise
 
 
 @pytest.fixture

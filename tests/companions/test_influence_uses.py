@@ -15,12 +15,11 @@ from npeff.companions.influence import (
     CrossLossInfluence,
     component_influence,
     cross_entropy,
-    leave_out,
-    minimise,
     squared_error,
     unlearn,
 )
-from npeff.errors import DataError
+from npeff.errors import ArgumentError, DataError
+from retraining import leave_out, minimise
 from word_vectors import SkipGram, sentences, skip_gram_loss, weat, weat_effect
 
 # ---- retraining --------------------------------------------------------------------------------------------
@@ -88,14 +87,19 @@ def test_targets_sharpen_assignments():
 # ---- components --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["low_rank", "diagonal"])
-def decomposed(request):
+@pytest.fixture(scope="module")
+def model_and_data():
     torch.manual_seed(0)
     x = torch.randn(30, 4, dtype=torch.float64)
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     minimise(model, cross_entropy, [(x, y)], weight_decay=1e-2, tolerance=1e-9)
-    data = [(x[:16], y[:16]), (x[16:], y[16:])]
+    return model, [(x[:16], y[:16]), (x[16:], y[16:])], x, y
+
+
+@pytest.fixture(scope="module", params=["low_rank", "diagonal"])
+def decomposed(request, model_and_data):
+    model, data, x, y = model_and_data
     fishers = npeff.compute_fishers(model, data, kind=request.param, progress=False)
     components = npeff.decompose(fishers, 4, n_init=1, n_replacements=0, progress=False)
     return model, data, x, y, components
@@ -130,9 +134,8 @@ def test_influence_on_a_component_is_the_derivative_of_retraining(decomposed):
     """A little less weight on z, trained again: each coefficient moves by −weight·I/n."""
     model, data, x, y, components = decomposed
     j = int(components.coefficients.sum(0).argmax())
-    found = component_influence(
-        model, components, j, data, data, k=3, solver="exact", weight_decay=1e-2, progress=False
-    )
+    estimator = CrossLossInfluence(model, cross_entropy, solver="exact", weight_decay=1e-2, progress=False)
+    found = component_influence(estimator, components, j, data, data, k=3)
     np.testing.assert_allclose(found.scores.test_values, found.coefficients, atol=2e-5)
     assert set(found.made_by(30).tolist()) == set(np.flatnonzero(found.scores.values.sum(1) > 0).tolist())
     function = Coefficient(components, j)
@@ -149,13 +152,30 @@ def test_influence_on_a_component_is_the_derivative_of_retraining(decomposed):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("compress", [npeff.GramOnly(), npeff.Sketch(256)])
+def test_vectors_are_recovered_where_they_are_needed(model_and_data, compress):
+    """Of inner products alone, or of sketches, influence recovers every component's vector."""
+    model, data, _, _ = model_and_data
+    fishers = npeff.compute_fishers(model, data, compress=compress, progress=False)
+    components = npeff.decompose(fishers, 4, n_init=1, n_replacements=0, progress=False)
+    with pytest.raises(ArgumentError, match="the vector in parameter space is not known"):
+        Coefficient(components, 0)
+    estimator = CrossLossInfluence(model, cross_entropy, solver="exact", weight_decay=1e-2, progress=False)
+    j = int(components.coefficients.sum(0).argmax())
+    found = component_influence(estimator, components, j, data, data, k=2)
+    assert components.not_recovered == []
+    # a sketch's coefficients are those of approximate inner products
+    tolerance = 2e-5 if isinstance(compress, npeff.GramOnly) else 0.3
+    np.testing.assert_allclose(found.scores.test_values, found.coefficients, atol=tolerance)
+
+
 def test_a_fitted_estimator_serves_several_components(decomposed):
     model, data, _, _, components = decomposed
-    options = {"weight_decay": 1e-2, "progress": False, "solver": "exact"}
-    fitted = CrossLossInfluence(model, cross_entropy, **options).fit(data)
+    estimator = CrossLossInfluence(model, cross_entropy, solver="exact", weight_decay=1e-2, progress=False)
+    fitted = copy.copy(estimator).fit(data)
     for j in range(2):
-        again = component_influence(model, components, j, data, data, k=2, fitted=fitted)
-        alone = component_influence(model, components, j, data, data, k=2, **options)
+        again = component_influence(fitted, components, j, data, data, k=2)
+        alone = component_influence(estimator, components, j, data, data, k=2)
         np.testing.assert_allclose(again.scores.values, alone.scores.values, rtol=1e-9, atol=1e-15)
 
 

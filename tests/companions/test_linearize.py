@@ -261,7 +261,7 @@ def test_models_of_several_inputs_and_outputs():
     model, a, b = Two().double(), torch.randn(2, 3).double(), torch.randn(2, 5).double()
     with pytest.raises(ArgumentError, match="x: expected a tensor, got tuple; with several inputs"):
         linearize(model, (a, b))
-    with pytest.raises(ModelError, match="its output is a dict"):
+    with pytest.raises(ModelError, match="its output is dict, expected a float tensor"):
         linearize(model, (a, b), at="first")
     by_layer = linearize(model, {"a": a, "b": b}, at="first", forward=lambda m, x: m(**x)["logits"])
     by_input = linearize(model, a, forward=lambda m, x: m(x, b)["logits"])

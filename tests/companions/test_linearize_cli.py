@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from npeff.cli import run
+from npeff.companions.linearize import linearize
+from npeff.models.targets import load_data, load_model
 
 SOURCE = """
 import torch
@@ -52,6 +56,31 @@ def test_what_it_says_and_writes(folder, capsys):
     assert abs(sum(float(row["contribution"]) for row in rows) - value) <= 1e-5
     pixel = rows[20]
     assert float(pixel["value"]) * float(pixel["weight"]) == pytest.approx(float(pixel["contribution"]), rel=1e-5)
+
+
+def test_pictures_of_contributions(folder, monkeypatch):
+    """A picture stands beside W and its contributions; of other inputs the largest numbers are bars."""
+    drawn, write = [], Figure.savefig
+
+    def noted(figure, *where, **how):
+        drawn.append(figure)
+        write(figure, *where, **how)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    command = ["linearize", "net.py:model", "--output", "2", "--out", "p.png"]
+    assert run([*command, "net.py:data"]) == 0
+    titles = ["input", "output 2: W", "output 2: W∘x"]
+    assert [axes.get_title() for axes in drawn[0].axes] == titles
+    (x, _), *_ = load_data("net.py:data")
+    linear = linearize(load_model("net.py:model"), x[:1], 2)
+    for axes, values in zip(drawn[0].axes[1:], (linear.W[0, 0, 0], linear.contributions()[0, 0, 0]), strict=True):
+        np.testing.assert_allclose(axes.images[0].get_array(), values, rtol=1e-5, atol=1e-7)
+        assert axes.images[0].get_clim()[1] == pytest.approx(float(values.abs().max()))
+    assert run([*command, "net.py:vectors", "--forward", "net.py:forward"]) == 0
+    assert [axes.get_title() for axes in drawn[1].axes] == titles[1:]
+    widths = [bar.get_width() for bar in drawn[1].axes[1].patches]
+    largest = linear.contributions().flatten().double().abs().sort(descending=True).values[:40]
+    np.testing.assert_allclose(sorted(map(abs, widths), reverse=True), largest, rtol=1e-5)
 
 
 def test_layers_vectors_and_the_largest_output(folder, capsys):

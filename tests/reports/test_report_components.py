@@ -15,12 +15,13 @@ import torch
 import npeff
 from npeff.cli import run
 from npeff.companions import rollback
-from npeff.companions.influence import component_influence, cross_entropy, minimise
+from npeff.companions.influence import CrossLossInfluence, component_influence, cross_entropy
 from npeff.companions.linearize import attribute_component, attribute_top_examples
 from npeff.errors import ArgumentError, DataError
 from npeff.models.targets import load_data, load_model
 from npeff.reports import load_extras, save_extras
 from report_cases import Page
+from retraining import minimise
 
 DECAY = 1e-2
 
@@ -210,8 +211,8 @@ def test_tokens_behind_a_component(tmp_path):
 def test_training_examples_behind_a_component(tmp_path, capsys):
     model, components = load_model("it.py:model"), npeff.load("c.h5")
     train, data = load_data("it.py:train"), load_data("it.py:data")
-    options = {"solver": "exact", "weight_decay": DECAY, "damping": 0.1}
-    behind = component_influence(model, components, 1, train, data, progress=False, **options)
+    options = {"solver": "exact", "weight_decay": DECAY, "damping": 0.1, "progress": False}
+    behind = component_influence(CrossLossInfluence(model, cross_entropy, **options), components, 1, train, data)
     pairs = behind.pairs(12)
     assert [i for i, _ in pairs] == np.argsort(-np.abs(behind.scores.values.sum(1)), kind="stable")[:12].tolist()
     page = page_of(tmp_path, components, data, influences={1: behind}, influence_data=train)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ from npeff.cli.command import check_out, command, components_of, for_report, mis
 from npeff.cli.options import EXISTING, WRITABLE, Arguments
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
     from npeff.companions.influence.objective import Loss
     from npeff.companions.influence.solvers import Solver
     from npeff.companions.linearize import LinearMap
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 
 SHOWN = 12
 """Largest contributions that linearize prints."""
+
+BARS = 40
+"""Largest contributions of an input that is no picture that linearize draws."""
 
 SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", "identity")
 
@@ -173,12 +179,48 @@ def _write_table(linear: LinearMap, path: Path) -> None:
 
 
 def _draw(linear: LinearMap, output: int, path: Path) -> None:
-    from npeff.companions.linearize import contribution_figure
+    """Draw the row of W and the contributions of the input: beside a picture as pictures, otherwise as bars."""
+    from matplotlib.figure import Figure
+
+    from npeff.batches.batches import looks_like_image
     from npeff.storage.files import atomic
 
-    maps = {f"output {output}: W": linear.W[:, 0], f"output {output}: W∘x": linear.contributions()[:, 0]}
+    maps = {f"output {output}: W": linear.W[0, 0], f"output {output}: W∘x": linear.contributions()[0, 0]}
+    arrays = {title: values.detach().cpu().double().numpy() for title, values in {"input": linear.x[0], **maps}.items()}
+    if looks_like_image(linear.x.shape[1:]):
+        figure = Figure((4.05, 1.6), layout="constrained", dpi=80)
+        draw: Callable[..., None] = _picture
+    else:
+        del arrays["input"]
+        figure = Figure((12.3, 0.75 + 0.16 * min(BARS, linear.x[0].numel())), layout="constrained", dpi=80)
+        draw = _bars
+    for axes, (title, values) in zip(figure.subplots(1, len(arrays)), arrays.items(), strict=True):
+        axes.set_title(title, fontsize=8)
+        draw(axes, values, signed=title != "input")
     with atomic(path) as scratch:
-        contribution_figure(linear.x, maps).savefig(scratch, format=path.suffix.lower().removeprefix("."))
+        figure.savefig(scratch, format=path.suffix.lower().removeprefix("."))
+
+
+def _picture(axes: Axes, image: NDArray[Any], signed: bool) -> None:
+    """Draw a picture, or the sum of its channels with 0 in white and a scale of its own."""
+    if image.ndim == 3 and image.shape[0] in (1, 3):
+        image = image.transpose(1, 2, 0)
+    if signed:
+        image = image.sum(2) if image.ndim == 3 else image
+        most = float(abs(image).max()) or 1
+        axes.imshow(image, cmap="RdBu_r", vmin=-most, vmax=most)
+    else:
+        axes.imshow((image - image.min()) / ((image.max() - image.min()) or 1), cmap="gray_r")
+    axes.set(xticks=[], yticks=[])
+
+
+def _bars(axes: Axes, values: NDArray[Any], signed: bool) -> None:
+    """Draw the largest numbers."""
+    flat = values.reshape(-1)
+    chosen = sorted(abs(flat).argsort(kind="stable")[::-1][:BARS].tolist())
+    axes.barh(range(len(chosen)), flat[chosen], color=["#b24124" if flat[i] > 0 else "#215c8c" for i in chosen])
+    axes.set_yticks(range(len(chosen)), [_position(i, values.shape) for i in chosen], fontsize=7)
+    axes.invert_yaxis()
 
 
 @command(
@@ -266,9 +308,11 @@ def influence(
             components, chosen = components_of(component)
             if len(chosen) > 1 and not for_pages:
                 misused("--component: several components need an --out that ends in .json")
-            components.check_recovered(range(components.n_components))  # before the search: the work would be lost
-            own |= {"train_loss": trained, "fitted": CrossLossInfluence(made, trained, **options).fit(train_data)}
-            behind = {j: component_influence(made, components, j, train_data, test_data, **own) for j in chosen}
+            # before H, so that its work is not lost where a vector cannot be recovered
+            how = {"forward": own.get("forward"), "progress": options.get("progress", True)}
+            components.ensure_vectors(range(components.n_components), made, test_data, **how)
+            fitted = CrossLossInfluence(made, trained, **options).fit(train_data)
+            behind = {j: component_influence(fitted, components, j, train_data, test_data, **own) for j in chosen}
             if for_pages:
                 for_report(out, components, train, influences=behind)
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import mmap
 import os
 import re
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import numpy.typing as npt
 
 from npeff.errors import ArgumentError, NpeffError, StorageError
@@ -295,6 +297,29 @@ def reserve(file: IO[bytes], size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
     else:
         file.truncate(size)
+
+
+def scratch_array(beside: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, kept: str) -> npt.NDArray[Any]:
+    """Make an array of zeros in a temporary file that vanishes with the array.
+
+    Args:
+        beside: The file that the array is for; the temporary file lies in the same folder, and has no name.
+        shape: Of the array.
+        dtype: Of the array.
+        kept: A sentence about what is safe, should the disk be full; see :func:`explain`.
+
+    Raises:
+        StorageError: The disk does not hold the array.
+    """
+    if 0 in shape:
+        return np.zeros(shape, dtype)
+    try:
+        with tempfile.TemporaryFile(dir=beside.resolve().parent) as file:
+            reserve(file, np.dtype(dtype).itemsize * math.prod(shape))
+            return np.memmap(file, dtype, "r+", shape=shape)
+    except OSError as error:
+        failure = explain(beside, error, kept)
+        raise failure from error
 
 
 class Lock:

@@ -3,7 +3,7 @@
 ::
 
     train, train_loss ──▶ H ──solver──▶ H⁻¹∇L_test ──▶ scores (n_train, n_test) ──▶ top · group · removal
-    test,  test_loss  ──▶ ∇L_test ───────┘                                    └──▶ unlearn, leave_out
+    test,  test_loss  ──▶ ∇L_test ───────┘                                    └──▶ unlearn
 
 ``I(z, z_test) = −∇L_test(z_test)ᵀ H⁻¹ ∇L_train(z)`` (Silva, Chopra & Gombolay, AISTATS 2022, arXiv 2012.01685).
 """
@@ -12,8 +12,8 @@ from npeff.companions.influence.coefficient import Coefficient, ComponentInfluen
 from npeff.companions.influence.curvature import EKFAC, EmpiricalFisher, GaussNewton
 from npeff.companions.influence.estimator import CrossLossInfluence, Scores
 from npeff.companions.influence.objective import cross_entropy, squared_error
-from npeff.companions.influence.retraining import Minimum, Retrained, Unlearned, leave_out, minimise, unlearn
 from npeff.companions.influence.solvers import ConjugateGradients, Exact, Identity, LiSSA, Solution
+from npeff.companions.influence.unlearning import Unlearned, unlearn
 
 __all__ = [
     "EKFAC",
@@ -26,15 +26,11 @@ __all__ = [
     "GaussNewton",
     "Identity",
     "LiSSA",
-    "Minimum",
-    "Retrained",
     "Scores",
     "Solution",
     "Unlearned",
     "component_influence",
     "cross_entropy",
-    "leave_out",
-    "minimise",
     "squared_error",
     "unlearn",
 ]

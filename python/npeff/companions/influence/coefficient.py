@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from npeff import kernels
 from npeff.batches.batches import examples_at, read_batch
 from npeff.companions.influence.estimator import Array, CrossLossInfluence, Scores
-from npeff.companions.influence.objective import Loss, cross_entropy
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, ModelError, check_choice
 from npeff.fishers.block_weights import column_factors
@@ -70,21 +69,17 @@ class Coefficient:
         self._normalize = components.provenance.get("normalize", "stored")
         self._diagonal = components.kind == "diagonal"
         self._names = components.parameters.names
-        r, m = components.n_components, components.n_parameters
-        self._vectors = torch.zeros((r, m), dtype=torch.float64)
         weights = components.block_weights
         self._factor: Tensor | None = None
         if weights is not None:
             self._factor = torch.from_numpy(column_factors(components.parameters, weights, components.kind)).double()
-        if components.compression in ("sketch", "gram"):
-            components.check_recovered(range(r))
-            for k in range(r):
-                vector = torch.from_numpy(components.vector(k)).double()
-                weighted = vector if self._factor is None else vector * self._factor
-                self._vectors[k] = weighted / weighted.norm().clamp_min(1e-30)
-        else:
-            columns = slice(None) if components.columns is None else torch.from_numpy(np.array(components.columns))
-            self._vectors[:, columns] = torch.from_numpy(np.array(components.vectors, np.float64))
+        components.check_recovered(range(components.n_components))
+        self._vectors = torch.zeros((components.n_components, components.n_parameters), dtype=torch.float64)
+        for k, row in enumerate(self._vectors):
+            row += torch.from_numpy(components.vector(k))
+            if self._factor is not None:
+                row *= self._factor
+            row /= row.norm().clamp_min(1e-30)
         self._gram = self._vectors @ self._vectors.T
         if not self._diagonal:
             self._gram = self._gram.square()
@@ -199,35 +194,30 @@ class ComponentInfluence:
 
 
 def component_influence(
-    model: nn.Module,
+    influence: CrossLossInfluence,
     components: Components,
     j: int,
     train: Iterable[Any],
     data: Iterable[Any],
     *,
-    train_loss: Loss = cross_entropy,
     k: int = 16,
     surrogate: Surrogate = "coefficient",
     forward: Forward | None = None,
-    fitted: CrossLossInfluence | None = None,
-    parameters: str | Sequence[str] | None = None,
-    **options: Any,
 ) -> ComponentInfluence:
-    """Find the training examples behind a component: cross-loss influence with its coefficient as the test function.
+    """Find the training examples behind a component: influence with its coefficient as the test function.
 
     Args:
-        model: The model that the components belong to, at an optimum of ``train_loss``.
-        components: From :func:`npeff.decompose`.
+        influence: For the model that the components belong to, at an optimum of the training loss. Where :meth:`fit
+            <CrossLossInfluence.fit>` was called, its curvature serves for any number of components. The test loss is
+            not used.
+        components: From :func:`npeff.decompose`. The coefficient depends on the vectors of all of them: those that are
+            not known are recovered first, by one pass over ``data``, and kept.
         j: Which component.
-        train: The training data, batches as ``train_loss`` takes them.
+        train: The training data, batches as the training loss takes them.
         data: The data whose Fishers were decomposed.
-        train_loss: The loss that was trained, per example.
         k: How many of the component's top examples.
         surrogate: See :class:`Coefficient`.
         forward: As in :func:`npeff.compute_fishers`.
-        fitted: A fitted estimator whose curvature is used again, for several components.
-        parameters: Patterns of the parameters that training changed; by default all.
-        **options: As for :class:`CrossLossInfluence`.
 
     Returns:
         Scores on the top examples.
@@ -237,26 +227,30 @@ def component_influence(
         DataError: The data ends before the component's top examples.
         ModelError: The model is not the components', or see :class:`CrossLossInfluence`.
     """
-    function = Coefficient(components, j, surrogate=surrogate, forward=forward)
+    if not isinstance(influence, CrossLossInfluence):
+        raise ArgumentError(
+            f"influence: expected CrossLossInfluence(model, train_loss, …), got {type(influence).__name__}"
+        )
+    model = influence.model
     digest = components.provenance.get("fishers", {}).get("model_digest")
     if digest and digest != model_digest(model):
-        raise ModelError("model: it is not the model of the components (other weights); pass that one")
+        raise ModelError("influence: its model is not that of the components (other weights); pass one of that model")
     examples = components.top_examples(j, k)
     examples = examples[components.coefficients[examples, j] > 0]
     if not len(examples):
         raise ArgumentError(f"j: component {j} has no example with a positive coefficient; choose another")
-    over_classes = function.likelihood in OVER_CLASSES
-    top = examples_at(data, components.ids[examples].tolist(), None, over_classes)
+    check_choice("surrogate", surrogate, get_args(Surrogate))
+    components.ensure_vectors(
+        range(components.n_components),
+        model,
+        data,
+        forward=forward,
+        device=influence.device,
+        progress=influence.progress,
+    )
+    function = Coefficient(components, j, surrogate=surrogate, forward=forward)
+    top = examples_at(data, components.ids[examples].tolist(), None, function.likelihood in OVER_CLASSES)
     if any(batch.outputs is not None for batch in top):
         raise DataError("data: influence on a coefficient needs all outputs; these batches keep some (outputs=)")
-    test = [batch.content for batch in top]
-    if fitted is None:
-        estimator = CrossLossInfluence(model, train_loss, function, parameters, **options)
-    else:
-        if options or parameters is not None:
-            raise ArgumentError("fitted: the estimator has its own options; pass either them or it")
-        if fitted.model is not model:
-            raise ArgumentError("fitted: it belongs to another model object")
-        estimator = fitted.with_test_loss(function)
-    scores = estimator.scores(train, test)
+    scores = influence.with_test_loss(function).scores(train, [batch.content for batch in top])
     return ComponentInfluence(int(j), scores, examples, components.coefficients[examples, j].copy())

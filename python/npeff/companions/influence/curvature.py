@@ -275,25 +275,16 @@ class _Layer:
         a, delta = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
         return (a if self.bias is None else torch.cat([a, a.new_ones((*a.shape[:3], 1))], dim=3)), delta
 
-    def to_matrices(self, vectors: Tensor, parameters: Parameters) -> Tensor:
-        """Take the layer's part of flat vectors ``(k, m)`` as ``(k, G, q, p)``."""
+    def positions(self, parameters: Parameters) -> Tensor:
+        """Find the layer's elements ``(G, q, p)`` in the flat vector."""
         weight = parameters.named(self.weight)
-        rows = vectors[:, weight.slice].reshape(len(vectors), *weight.shape)
-        matrices = rows.mT if self.transposed else rows.flatten(2)
-        matrices = matrices.reshape(len(vectors), self.groups, -1, matrices.shape[2])
+        at = torch.arange(weight.numel).view(weight.shape) + weight.offset
+        at = at.mT if self.transposed else at.flatten(1)
+        at = at.reshape(self.groups, -1, at.shape[1])
         if self.bias is None:
-            return matrices
-        column = vectors[:, parameters.named(self.bias).slice].reshape(*matrices.shape[:3], 1)
-        return torch.cat([matrices, column], dim=3)
-
-    def from_matrices(self, matrices: Tensor, parameters: Parameters, vectors: Tensor) -> None:
-        """Write ``(k, G, q, p)`` into the layer's part of flat vectors ``(k, m)``."""
-        k = len(vectors)
-        if self.bias is not None:
-            vectors[:, parameters.named(self.bias).slice] = matrices[..., -1].reshape(k, -1)
-            matrices = matrices[..., :-1]
-        rows = matrices[:, 0].mT if self.transposed else matrices
-        vectors[:, parameters.named(self.weight).slice] = rows.reshape(k, -1)
+            return at
+        bias = parameters.named(self.bias)
+        return torch.cat([at, (torch.arange(bias.numel) + bias.offset).view(*at.shape[:2], 1)], dim=2)
 
 
 def _layers(prepared: Prepared) -> list[_Layer]:
@@ -389,14 +380,13 @@ class _Eigenbasis:
 
     def _scaled(self, vectors: Tensor, scale: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Multiply or divide by the curvature, in the eigenbases and on the remaining diagonal."""
-        parameters = self._objective.parameters
         result = scale(vectors, self._diagonal)
         for layer in self._layers or ():
             left, right = self._bases[layer.weight]
-            rotated = scale(left.mT @ layer.to_matrices(vectors, parameters) @ right, self._curvature[layer.weight])
-            layer.from_matrices(left @ rotated @ right.mT, parameters, result)
+            at = layer.positions(self._objective.parameters).to(vectors.device)
+            result[:, at] = left @ scale(left.mT @ vectors[:, at] @ right, self._curvature[layer.weight]) @ right.mT
         return result
 
 
 def _add(sums: dict[str, Tensor], layer: _Layer, value: Tensor) -> None:
-    sums[layer.weight] = sums[layer.weight] + value if layer.weight in sums else value
+    sums[layer.weight] = sums.get(layer.weight, 0) + value

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import math
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,7 +22,6 @@ from npeff.companions.influence.curvature import EKFAC, EmpiricalFisher
 from npeff.companions.influence.objective import (
     Loss,
     RepeatableData,
-    Stationarity,
     TrainingObjective,
     call_loss,
     check_loss,
@@ -39,7 +37,7 @@ from npeff.gradients.rules.base import working
 from npeff.models.parameters import model_digest
 from npeff.storage.checks import FLOAT, Field, Sizes, item
 from npeff.storage.container import check_replaceable, read_record, refuse_npeff_file
-from npeff.storage.files import atomic, explain, path_of, reserve
+from npeff.storage.files import atomic, path_of, scratch_array
 from npeff.storage.writing import write_record
 
 Array = npt.NDArray[Any]
@@ -244,7 +242,8 @@ class CrossLossInfluence:
         progress: Show a progress bar on stderr.
 
     Attributes:
-        stationarity: How far the model is from an optimum, after :meth:`fit`.
+        gradient_norm: ``‖∇J‖`` after :meth:`fit`, weight decay included; 0 at an optimum.
+        relative_gradient_norm: The same over the root mean square of ``‖∇ℓ(z_i)‖``: about 1 before any training.
 
     Raises:
         ArgumentError: An argument has a wrong value.
@@ -279,8 +278,9 @@ class CrossLossInfluence:
         self.parameters = select_parameters(model, parameters)
         self.solver, self.damping, self.weight_decay = _named(solver), float(damping), float(weight_decay)
         self.max_gradient, self.memory, self.progress = max_gradient, memory, progress
-        self.stationarity: Stationarity | None = None
-        self._device = device
+        self.gradient_norm: float | None = None
+        self.relative_gradient_norm: float | None = None
+        self.device = device
         self._fitted: tuple[Inverse, TrainingObjective, str] | None = None
 
     def fit(self, data: Iterable[Any]) -> CrossLossInfluence:
@@ -297,13 +297,14 @@ class CrossLossInfluence:
             DataError: A loss is not finite or has another shape.
             ModelError: The model has no per-example gradients, or its Hessian is not positive definite.
         """
-        with placed(self.model, self._device) as device:
+        with placed(self.model, self.device) as device:
             objective = self._objective(RepeatableData(data, "train", device))
-            found = self.stationarity = objective.stationarity()
-            if found.relative > self.max_gradient:
+            self.gradient_norm, typical = objective.gradient_norms()
+            relative = self.relative_gradient_norm = self.gradient_norm / typical if typical else 0.0
+            if relative > self.max_gradient:
                 warnings.warn(
                     f"model: it is not at an optimum of train_loss: the gradient of the mean loss is "
-                    f"{found.relative:.2g} of an example's typical gradient (expected ≤ {self.max_gradient:g}). "
+                    f"{relative:.2g} of an example's typical gradient (expected ≤ {self.max_gradient:g}). "
                     "Influence describes what retraining does at an optimum: train until it vanishes, make train_loss "
                     "all of what was trained, and give weight_decay= if there was one; the ranking may still be useful",
                     stacklevel=2,
@@ -355,10 +356,10 @@ class CrossLossInfluence:
         target = None if out is None else check_path(out)
         if self._fitted is None:
             fitted = copy.copy(self).fit(train)
-            self.stationarity = fitted.stationarity
+            self.gradient_norm, self.relative_gradient_norm = fitted.gradient_norm, fitted.relative_gradient_norm
             return fitted.scores(train, test, out=out)
         streamed = target is not None and target.suffix.lower() in (".h5", ".hdf5")
-        with placed(self.model, self._device) as device:
+        with placed(self.model, self.device) as device:
             inverse, objective = self._inverse(), self._fitted[1]
             n = objective.n
             train_data, test_data = RepeatableData(train, "train", device), RepeatableData(test, "test", device)
@@ -366,7 +367,8 @@ class CrossLossInfluence:
             if objective.data.data is not train_data.data or objective.device != device:
                 objective = self._objective(train_data)
             shape = (objective.n, len(test_values))
-            values = _on_disk(shape, target) if target is not None and streamed else np.empty(shape)
+            kept = "No scores were written."
+            values = scratch_array(target, shape, np.float64, kept) if target and streamed else np.empty(shape)
             residuals = np.zeros(shape[1])
             iterations = self._fill(values, residuals, inverse, objective, test_data)
         provenance = self._provenance(inverse, iterations)
@@ -399,7 +401,9 @@ class CrossLossInfluence:
         with tqdm(total=values.shape[1], desc="Influence", unit="test", disable=not self.progress) as bar:
             pending: list[Tensor] = []
             first = done = 0
-            for vectors in _groups(self._test_gradients(test), width):
+            gradients = self._test_gradients(test)
+            while some := list(islice(gradients, width)):
+                vectors = torch.stack(some)
                 solved = inverse.solve(vectors)
                 residuals[done : done + len(vectors)] = solved.residual.cpu().numpy()
                 iterations += solved.iterations
@@ -412,7 +416,7 @@ class CrossLossInfluence:
         return iterations
 
     def _test_gradients(self, test: RepeatableData) -> Iterator[Tensor]:
-        """Yield ``∇L_test`` batch by batch, ``(b, m)``."""
+        """Yield ``∇L_test``, ``(m,)`` for each test example."""
         call = lambda _, batch: call_loss(self.model, self.test_loss, batch, "test_loss")[:, None]  # noqa: E731
         engine = PerExampleGradients(self.model, self.parameters, call)
         tensors = list(engine.tensors.values())
@@ -423,20 +427,18 @@ class CrossLossInfluence:
                 if values.dim() and not getattr(self.test_loss, "one_by_one", False):
                     prepared = engine.prepare(batch, engine.forward(batch))
                     columns = torch.ones_like(prepared.logits)[:, :, None]
-                    yield dense_rows(engine, prepared, columns, dtype)[:, 0].detach()
+                    yield from dense_rows(engine, prepared, columns, dtype)[:, 0].detach()
                     continue
                 for value in values.reshape(-1):
-                    parts = _gradient(value, tensors)
-                    yield torch.cat([part.detach().reshape(-1) for part in parts]).to(dtype)[None]
+                    yield torch.cat([part.detach().reshape(-1) for part in _gradient(value, tensors)]).to(dtype)
 
     def _provenance(self, inverse: Inverse, iterations: int) -> dict[str, Any]:
-        found = self.stationarity
         return {
             **self.solver.describe(),
             "damping": self.damping,
             "weight_decay": self.weight_decay,
-            "gradient_norm": None if found is None else found.gradient_norm,
-            "relative_gradient_norm": None if found is None else found.relative,
+            "gradient_norm": self.gradient_norm,
+            "relative_gradient_norm": self.relative_gradient_norm,
             "iterations": iterations,
             "notes": list(inverse.notes),
         }
@@ -478,38 +480,7 @@ def _products(block: Block, vectors: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _on_disk(shape: tuple[int, int], target: Path) -> Array:
-    """Make an array in a temporary file beside ``target`` that vanishes with the array.
-
-    Raises:
-        StorageError: The disk does not hold it.
-    """
-    size = 8 * math.prod(shape)
-    try:
-        with tempfile.TemporaryFile(dir=target.resolve().parent) as file:
-            reserve(file, size)
-            return np.memmap(file, np.float64, "r+", shape=shape) if size else np.empty(shape)
-    except OSError as error:
-        failure = explain(target, error, "No scores were written.")
-        raise failure from error
-
-
 def _gradient(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
     if not value.requires_grad:  # a coefficient outside of its active set: constant around here
         return [torch.zeros_like(tensor) for tensor in tensors]
     return torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True, materialize_grads=True)
-
-
-def _groups(rows: Iterator[Tensor], width: int) -> Iterator[Tensor]:
-    """Regroup rows into ``(≤ width, m)``."""
-    held: list[Tensor] = []
-    count = 0
-    for block in rows:
-        for part in torch.split(block, width):
-            if count + len(part) > width:
-                yield torch.cat(held)
-                held, count = [], 0
-            held.append(part)
-            count += len(part)
-    if held:
-        yield torch.cat(held)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from npeff.batches.batch_order import check_sampler
 from npeff.batches.batches import Batch, check_data, read_batches
 from npeff.batches.tensor_trees import leaves
-from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
+from npeff.errors import ArgumentError, DataError, ModelError, NpeffError, check_number
 from npeff.gradients.blocks import Block, Pairs
+from npeff.gradients.eligibility import select_parameters
 from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.gradients.rules.base import working
 from npeff.models.parameters import Parameters
@@ -124,10 +124,6 @@ class RepeatableData:
         if empty:
             raise DataError(f"{self.name}: it yielded no batches")
 
-    def count(self) -> int:
-        """Count the examples by reading the data once, without the model."""
-        return sum(batch.n_examples for batch in self)
-
 
 def loss_values(model: nn.Module, loss: Loss, data: Iterable[Batch], name: str = "test_loss") -> Array:
     """Compute a test loss on all batches: one number per example, or per batch where the loss is of the whole batch.
@@ -148,6 +144,13 @@ def loss_values(model: nn.Module, loss: Loss, data: Iterable[Batch], name: str =
     return np.concatenate(found)
 
 
+NAMED_OUTPUT_LOSSES: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "cross_entropy": lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1], reduction="none"),
+    "squared_error": lambda outputs, batch: (outputs - batch[1].reshape(outputs.shape)).square().sum(1) / 2,
+}
+"""Losses by name, as functions of the outputs ``(b, C)`` and the batch: for Gauss–Newton curvature."""
+
+
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """Compute the cross-entropy of ``model(inputs)`` with the labels, per example.
 
@@ -158,7 +161,7 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     Returns:
         ``(b,)``.
     """
-    return _cross_entropy_of(model(batch[0]), batch)
+    return NAMED_OUTPUT_LOSSES["cross_entropy"](model(batch[0]), batch)
 
 
 def squared_error(model: nn.Module, batch: Any) -> Tensor:
@@ -171,7 +174,7 @@ def squared_error(model: nn.Module, batch: Any) -> Tensor:
     Returns:
         ``(b,)``.
     """
-    return _squared_error_of(model_outputs(model, batch), batch)
+    return NAMED_OUTPUT_LOSSES["squared_error"](model_outputs(model, batch), batch)
 
 
 def model_outputs(model: nn.Module, batch: Any) -> Tensor:
@@ -180,39 +183,8 @@ def model_outputs(model: nn.Module, batch: Any) -> Tensor:
     return outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
 
 
-def _cross_entropy_of(outputs: Tensor, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(outputs, batch[1], reduction="none")
-
-
-def _squared_error_of(outputs: Tensor, batch: Any) -> Tensor:
-    return (outputs - batch[1].reshape(outputs.shape)).square().sum(1) / 2
-
-
-NAMED_OUTPUT_LOSSES = {"cross_entropy": _cross_entropy_of, "squared_error": _squared_error_of}
-"""The same as functions of the outputs ``(b, C)`` and the batch: for Gauss–Newton curvature."""
-
 NAMED: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
 """Losses that the command line knows by name."""
-
-
-@dataclass(frozen=True)
-class Stationarity:
-    """How far a model is from an optimum of its training loss.
-
-    Attributes:
-        gradient_norm: ``‖∇J‖``, weight decay included; 0 at an optimum.
-        example_norm: Root mean square of ``‖∇ℓ(z_i)‖``.
-        n: Number of examples.
-    """
-
-    gradient_norm: float
-    example_norm: float
-    n: int
-
-    @property
-    def relative(self) -> float:
-        """``‖∇J‖`` over the root mean square of ``‖∇ℓ(z_i)‖``: between 0 (optimum) and about 1 (no training)."""
-        return self.gradient_norm / self.example_norm if self.example_norm else 0.0
 
 
 class TrainingObjective:
@@ -228,8 +200,8 @@ class TrainingObjective:
         name: The loss's name, for messages.
 
     Attributes:
-        weights: ``(n,)`` float64 factor of each example's loss, 1 at first. Retraining changes it; the per-example
-            gradients of :meth:`blocks` are those of the unweighted losses.
+        n: Number of examples.
+        m: Number of selected parameters.
 
     Raises:
         ModelError: The model has no per-example gradients as it stands.
@@ -252,14 +224,31 @@ class TrainingObjective:
         self.tensors = list(self.engine.tensors.values())
         self.dtype = working(self.tensors[0]).dtype
         self.device = self.tensors[0].device
-        self.n, self.m = data.count(), parameters.n_parameters
-        self.weights = torch.ones(self.n, dtype=torch.float64, device=self.device)
+        self.n, self.m = sum(batch.n_examples for batch in data), parameters.n_parameters
         self._batched = True
         self._saved: int | None = None
         self._graphs: dict[int, Tensor] | None = None
 
+    @classmethod
+    def in_memory(
+        cls,
+        model: nn.Module,
+        loss: Loss,
+        data: Iterable[Any],
+        device: torch.device,
+        parameters: str | Sequence[str] | None = None,
+        weight_decay: float = 0.0,
+        *,
+        names: tuple[str, str],
+    ) -> TrainingObjective:
+        """Read the data once and hold it in memory, for many passes; ``names`` are those of loss and data."""
+        check_loss(loss, names[0])
+        check_number("weight_decay", weight_decay, zero=True)
+        held = RepeatableData(list(RepeatableData(data, names[1], device)), names[1], device)
+        return cls(model, loss, held, select_parameters(model, parameters), weight_decay, name=names[0])
+
     def losses(self, batch: Batch) -> Tensor:
-        """Compute the unweighted losses of a batch, ``(b,)`` with their graph.
+        """Compute the losses of a batch, ``(b,)`` with their graph.
 
         Raises:
             DataError: A loss is not finite or has another shape.
@@ -292,33 +281,34 @@ class TrainingObjective:
                 yield batch, losses, gradient_blocks(self.engine, prepared, columns)
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
-        """Compute J and ``∇J``, ``(m,)`` float64, with the weights of the examples."""
+        """Compute J and ``∇J``, ``(m,)`` float64."""
         total, gradient = 0.0, torch.zeros(self.m, dtype=torch.float64, device=self.device)
-        for start, batch in self._numbered():
+        for batch in self.data:
             with self.engine.recording():
-                losses = self._weighted(batch, start)
-                gradient += self._flat_gradient(losses, create_graph=False)
+                losses = self.losses(batch)
+                gradient += self._flat_gradient(losses)
             total += float(losses.detach().double().sum())
         theta = self.theta().double()
         value = total / self.n + self.weight_decay / 2 * float(theta.square().sum())
         return value, gradient / self.n + self.weight_decay * theta
 
-    def stationarity(self) -> Stationarity:
-        """Compare the mean gradient with the examples' own gradients, in one pass."""
+    def gradient_norms(self) -> tuple[float, float]:
+        """Compute ``‖∇J‖``, and the root mean square of ``‖∇ℓ(z_i)‖``, in one pass."""
         gradient, squares = torch.zeros(self.m, dtype=torch.float64, device=self.device), 0.0
         for _, losses, blocks in self.blocks():
-            gradient += self._flat_gradient(losses, create_graph=False, retain_graph=True)
+            gradient += self._flat_gradient(losses, retain_graph=True)
             for block in blocks:
                 squares += float(block.values.to(torch.float64).square().sum())
         gradient = gradient / self.n + self.weight_decay * self.theta().double()
-        return Stationarity(float(gradient.norm()), (squares / self.n) ** 0.5, self.n)
+        return float(gradient.norm()), (squares / self.n) ** 0.5
 
-    def products(self, vectors: Tensor, batches: list[Batch] | None = None) -> Tensor:
-        """Compute ``∇²J · v`` for several vectors at once: one double backward pass per batch serves all of them.
+    def products(self, vectors: Tensor, batches: list[Batch] | None = None, damping: float = 0.0) -> Tensor:
+        """Compute ``(∇²J + λI) v`` for several vectors at once: one double backward pass per batch serves all of them.
 
         Args:
             vectors: ``(k, m)``.
-            batches: Take the mean over these alone, unweighted (stochastic estimates); None: all data.
+            damping: λ.
+            batches: Take the mean over these alone (stochastic estimates); None: all data.
 
         Returns:
             ``(k, m)`` in the vectors' dtype.
@@ -328,11 +318,11 @@ class TrainingObjective:
         """
         total = torch.zeros_like(vectors)
         count = 0
-        for start, batch in self._numbered() if batches is None else ((None, batch) for batch in batches):
+        for number, batch in enumerate(self.data if batches is None else batches):
             count += batch.n_examples
             with self.engine.recording():
-                self._add_products(batch, start, vectors, total)
-        return total.div_(count).add_(vectors, alpha=self.weight_decay)
+                self._add_products(batch, number if batches is None else None, vectors, total)
+        return total.div_(count).add_(vectors, alpha=self.weight_decay + damping)
 
     def hessian(self) -> Tensor:
         """Compute ``∇²J`` with weight decay, ``(m, m)`` float64, symmetrised."""
@@ -349,7 +339,7 @@ class TrainingObjective:
     def kept_graphs(self) -> Iterator[None]:
         """Keep the gradients' graphs within it for the next products over all data, as far as memory goes.
 
-        The parameters and the weights must not change meanwhile.
+        The parameters must not change meanwhile.
         """
         self._graphs = {}
         try:
@@ -357,28 +347,14 @@ class TrainingObjective:
         finally:
             self._graphs = None
 
-    def _numbered(self) -> Iterator[tuple[int, Batch]]:
-        """Yield batches with the position of their first example."""
-        start = 0
-        for batch in self.data:
-            yield start, batch
-            start += batch.n_examples
-
-    def _weighted(self, batch: Batch, start: int | None) -> Tensor:
-        losses = self.losses(batch)
-        return losses if start is None else losses * self.weights[start : start + len(losses)].to(losses.dtype)
-
-    def _flat_gradient(self, losses: Tensor, *, create_graph: bool, retain_graph: bool | None = None) -> Tensor:
-        parts = torch.autograd.grad(
-            losses.sum(), self.tensors, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True,
-            materialize_grads=True,
-        )  # fmt: skip
+    def _flat_gradient(self, losses: Tensor, **options: Any) -> Tensor:
+        parts = torch.autograd.grad(losses.sum(), self.tensors, allow_unused=True, materialize_grads=True, **options)
         return torch.cat([part.reshape(-1) for part in parts])
 
-    def _recorded(self, batch: Batch, start: int | None) -> Tensor:
-        """Compute the gradient of a batch's summed loss, ``(m,)``, with its graph."""
-        if start is not None and self._graphs and start in self._graphs:
-            return self._graphs[start]
+    def _recorded(self, batch: Batch, number: int | None) -> Tensor:
+        """Compute the gradient of a batch's summed loss, ``(m,)``, with its graph; numbered if of all data."""
+        if number is not None and self._graphs and number in self._graphs:
+            return self._graphs[number]
         saved = 0
 
         def pack(tensor: Tensor) -> Tensor:
@@ -388,17 +364,17 @@ class TrainingObjective:
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks if self._saved is None else nullcontext():
-            gradient = self._flat_gradient(self._weighted(batch, start), create_graph=True)
+            gradient = self._flat_gradient(self.losses(batch), create_graph=True)
         if self._saved is None:
             self._saved = 1 + saved // batch.n_examples
         held = (self._saved * self.n + self.m * (1 + len(self._graphs or ()))) * gradient.element_size()
-        if start is not None and self._graphs is not None and 2 * held <= self.memory:
-            self._graphs[start] = gradient
+        if number is not None and self._graphs is not None and 2 * held <= self.memory:
+            self._graphs[number] = gradient
         return gradient
 
-    def _add_products(self, batch: Batch, start: int | None, vectors: Tensor, total: Tensor) -> None:
+    def _add_products(self, batch: Batch, number: int | None, vectors: Tensor, total: Tensor) -> None:
         try:
-            gradient = self._recorded(batch, start)
+            gradient = self._recorded(batch, number)
             if not gradient.requires_grad:
                 return  # linear in θ
             width = (self._saved or 1) * batch.n_examples + self.m

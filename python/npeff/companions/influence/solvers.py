@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -100,11 +101,6 @@ class Solver(ABC):
         """Return the name and the options, JSON-able."""
         options = {key: value for key, value in vars(self).items() if isinstance(value, (int, float, str, type(None)))}
         return {"solver": self.name, **options}
-
-
-def damped_product(objective: TrainingObjective, damping: float) -> Product:
-    """Make the map ``v ↦ (H + λI) v`` from Hessian–vector products over all data."""
-    return lambda vectors: objective.products(vectors).add_(vectors, alpha=damping)
 
 
 def indefinite(value: float, damping: float, what: str) -> str:
@@ -203,17 +199,12 @@ class ConjugateGradients(Solver):
         if self.preconditioner is not None and not isinstance(self.preconditioner, Solver):
             raise ArgumentError(f"preconditioner: expected a solver such as EKFAC(), got {self.preconditioner!r}")
         before = None if self.preconditioner is None else self.preconditioner.fit(objective, damping, memory)
-        product = damped_product(objective, damping)
+        precondition = torch.clone if before is None else lambda rows: before.apply(rows)[0]
+        product = partial(objective.products, damping=damping)
 
         def apply(vectors: Tensor) -> tuple[Tensor, int]:
             with objective.kept_graphs():
-                x, iterations, lowest = conjugate_gradients(
-                    product,
-                    vectors,
-                    self.tolerance,
-                    self.max_iterations,
-                    None if before is None else lambda rows: before.apply(rows)[0],
-                )
+                x, iterations, lowest = self._solve(product, vectors, precondition)
             if lowest is not None:
                 raise ModelError(indefinite(lowest, damping, "curvature along a search direction"))
             return x, iterations
@@ -228,61 +219,46 @@ class ConjugateGradients(Solver):
             "model.double()",
         )
 
+    def _solve(self, product: Product, vectors: Tensor, precondition: Product) -> tuple[Tensor, int, float | None]:
+        """Solve ``A x = v`` for the rows v ``(k, m)`` side by side.
 
-def conjugate_gradients(
-    product: Product,
-    vectors: Tensor,
-    tolerance: float,
-    max_iterations: int,
-    precondition: Product | None = None,
-) -> tuple[Tensor, int, float | None]:
-    """Solve ``A x = v`` for several v side by side.
+        Returns:
+            x ``(k, m)``, the number of products, and None, or the curvature ``pᵀAp/pᵀp ≤ 0`` of a direction that ended
+            the search.
 
-    Args:
-        product: Computes ``A p``.
-        vectors: ``(k, m)``.
-        tolerance: Relative residual at which a right-hand side is done.
-        max_iterations: Most products.
-        precondition: Computes the preconditioner's product; None: none.
-
-    Returns:
-        x ``(k, m)``, the number of products, and None, or the curvature ``pᵀAp/pᵀp ≤ 0`` of a direction that ended the
-        search.
-
-    Raises:
-        ModelError: A product is not finite.
-    """
-    precondition = precondition or torch.clone
-    sizes = vectors.double().norm(dim=1)
-    x = torch.zeros_like(vectors)
-    active = (sizes > 0).nonzero()[:, 0]
-    r = vectors[active].clone()
-    p = precondition(r).clone()
-    rz = _dots(r, p)
-    iterations = 0
-    while len(active) and iterations < max_iterations:
-        q = product(p)
-        iterations += 1
-        curvature = _dots(p, q)
-        if not bool(torch.isfinite(curvature).all()):
-            raise ModelError(
-                "train_loss: a Hessian–vector product is not finite; find the operation whose second derivative "
-                "overflows (a norm or a square root at 0 is the usual one)"
-            )
-        if bool((curvature <= 0).any()):
-            return x, iterations, float((curvature / _dots(p, p)).min())
-        step = (rz / curvature)[:, None].to(p.dtype)
-        x[active] += step * p
-        r -= step * q
-        going = r.double().norm(dim=1) > tolerance * sizes[active]
-        if not bool(going.all()):
-            active, r, p, rz = active[going], r[going], p[going], rz[going]
-        if not len(active):
-            break
-        z = precondition(r)
-        before, rz = rz, _dots(r, z)
-        p = z + (rz / before)[:, None].to(p.dtype) * p
-    return x, iterations, None
+        Raises:
+            ModelError: A product is not finite.
+        """
+        sizes = vectors.double().norm(dim=1)
+        x = torch.zeros_like(vectors)
+        active = (sizes > 0).nonzero()[:, 0]
+        r = vectors[active].clone()
+        p = precondition(r).clone()
+        rz = _dots(r, p)
+        iterations = 0
+        while len(active) and iterations < self.max_iterations:
+            q = product(p)
+            iterations += 1
+            curvature = _dots(p, q)
+            if not bool(torch.isfinite(curvature).all()):
+                raise ModelError(
+                    "train_loss: a Hessian–vector product is not finite; find the operation whose second derivative "
+                    "overflows (a norm or a square root at 0 is the usual one)"
+                )
+            if bool((curvature <= 0).any()):
+                return x, iterations, float((curvature / _dots(p, p)).min())
+            step = (rz / curvature)[:, None].to(p.dtype)
+            x[active] += step * p
+            r -= step * q
+            going = r.double().norm(dim=1) > self.tolerance * sizes[active]
+            if not bool(going.all()):
+                active, r, p, rz = active[going], r[going], p[going], rz[going]
+            if not len(active):
+                break
+            z = precondition(r)
+            previous, rz = rz, _dots(r, z)
+            p = z + (rz / previous)[:, None].to(p.dtype) * p
+        return x, iterations, None
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
@@ -333,7 +309,7 @@ class LiSSA(Solver):
                 order = torch.multinomial(weights, self.steps, replacement=True, generator=generator)
                 s = vectors.clone()
                 for number, index in enumerate(order.tolist(), 1):
-                    s = vectors + s - objective.products(s, [batches[index]]).add_(s, alpha=damping) / scale
+                    s = vectors + s - objective.products(s, [batches[index]], damping) / scale
                     if (number % 50 == 0 or number == self.steps) and not float(s.double().norm()) <= most:
                         raise ModelError(
                             f"solver: LiSSA diverged within {number} steps: some batch has an eigenvalue above 2·scale "
@@ -344,7 +320,7 @@ class LiSSA(Solver):
             return total / (self.repeats * scale), self.steps * self.repeats
 
         advice = "raise steps, repeats or damping, take larger batches, or use ConjugateGradients()"
-        return Inverse(apply, damped_product(objective, damping), notes, "LiSSA", 0.1, advice)
+        return Inverse(apply, partial(objective.products, damping=damping), notes, "LiSSA", 0.1, advice)
 
     def _largest(self, objective: TrainingObjective, batch: Batch) -> float:
         """Estimate the largest eigenvalue of a batch's Hessian by power iteration."""

@@ -13,7 +13,6 @@ from npeff.companions.linearize.components import (
     ComponentAttribution,
     attribute_component,
     attribute_top_examples,
-    contribution_figure,
 )
 from npeff.companions.linearize.linear_map import LinearMap, linearize
 from npeff.companions.linearize.recording import Frozen
@@ -24,6 +23,5 @@ __all__ = [
     "LinearMap",
     "attribute_component",
     "attribute_top_examples",
-    "contribution_figure",
     "linearize",
 ]

@@ -149,17 +149,10 @@ def affine_form(*names: str) -> Callable[[F], F]:
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """List the tensors among an operation's arguments or outputs, in order."""
-    found: list[Tensor] = []
-    waiting = [tree]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, (tuple, list)):
-            waiting.extend(reversed(item))
-        elif isinstance(item, dict):
-            waiting.extend(reversed(item.values()))
-    return found
+    if isinstance(tree, Tensor):
+        return [tree]
+    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
+    return [tensor for item in items for tensor in tensors_in(item)]
 
 
 CONSTANT = names_in(
@@ -274,25 +267,17 @@ def overwritten(call: Call) -> Affine:
     return Affine(lambda z: z.to(dtype).expand(shape), (call.args[1],))
 
 
-SAME_ORDER = names_in("view _unsafe_view reshape _reshape_alias")
-"""Give the same numbers, in the same order, another shape."""
-
-BY_POSITION = names_in(
+ROW_BY_ROW = names_in(
     """
     relu leaky_relu _prelu_kernel prelu rrelu_with_noise threshold hardtanh clamp clamp_min clamp_max hardsigmoid
     softshrink hardshrink abs nan_to_num add sub rsub mul div neg positive clone detach alias contiguous
     native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit_no_training _batch_norm_no_update
-    """
-)
-"""Each number of the result depends on those at its place, and on constants."""
-
-POOLING = names_in(
-    """
     avg_pool2d _adaptive_avg_pool2d max_pool2d_with_indices adaptive_max_pool2d avg_pool3d _adaptive_avg_pool3d
     max_pool3d_with_indices adaptive_max_pool3d
     """
 )
-"""Within windows of the last dimensions."""
+"""Number by number, or within windows of the last dimensions: never across the first dimension of arguments that have
+as many dimensions as the result."""
 
 
 def keeps_examples_apart(call: Call, inputs: tuple[Tensor, ...], output: Tensor) -> bool:
@@ -308,18 +293,14 @@ def keeps_examples_apart(call: Call, inputs: tuple[Tensor, ...], output: Tensor)
     n = output.shape[0] if output.dim() > 1 else 0
     if not n or not inputs or any(v.dim() < 2 or v.shape[0] != n for v in inputs):
         return False
-    if call.name in SAME_ORDER:
+    if call.name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
         return True  # row by row in memory's order, and the rows are as many as before
-    if call.name in BY_POSITION:
+    if call.name in ROW_BY_ROW:
         return all(v.dim() == output.dim() for v in inputs)
-    if call.name in POOLING:
-        return output.dim() == (4 if "2d" in call.name else 5)
-    if call.name == "convolution":
-        return not call.varies(1) and inputs[0].dim() == call.args[1].dim()
-    if call.name == "mm":
-        return not call.varies(1)
-    if call.name == "addmm":
-        return not call.varies(0) and not call.varies(2)
+    if call.name in ("mm", "addmm", "convolution"):
+        own = 1 if call.name == "addmm" else 0  # the factor with the rows; an unbatched convolution's are channels
+        alone = not any(call.varies(i) for i in range(len(call.args)) if i != own)
+        return alone and inputs[0].dim() == call.args[1].dim()
     if call.name in ("mean", "sum"):
         dims = call.argument(1, "dim", ())
         return bool(dims) and all(d % inputs[0].dim() for d in dims)

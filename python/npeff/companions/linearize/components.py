@@ -1,21 +1,19 @@
-"""Contributions of the input to the effect of a component, and contributions as pictures."""
+"""Contributions of the input to the effect of a component."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from npeff.batches.batches import examples_at, looks_like_image
+from npeff.batches.batches import examples_at
 from npeff.companions.linearize.linear_map import Forward, linearize, model_output
 from npeff.companions.linearize.recording import Frozen, plain_operations
 from npeff.components.components import Components
@@ -75,6 +73,7 @@ def attribute_component(
     magnitude: float | None = None,
     output: int | None = None,
     *,
+    data: Iterable[Any] | None = None,
     smooth: Literal["refuse", "freeze"] = "refuse",
     forward: Forward | None = None,
 ) -> ComponentAttribution:
@@ -97,6 +96,8 @@ def attribute_component(
         magnitude: δ, either sign: the sign of g_j is arbitrary in the low-rank kind. By default positive, and such that
             the divergence from the model's predictions, ½δ²‖A_i g_j‖², has the mean 0.05 nats.
         output: Attribute the change of this output alone.
+        data: The data of the Fishers, to recover the component's vector with where it is not known
+            (:meth:`npeff.Components.state_dict`).
         smooth: As for :func:`npeff.companions.linearize.linearize`.
         forward: ``callable(model, inputs) -> (n, C)``, where ``model(inputs)`` is not enough.
 
@@ -104,11 +105,12 @@ def attribute_component(
         Maps, bias parts and changes.
 
     Raises:
-        ArgumentError: The components are of another model, or an argument is not as described.
-        DataError: The component does not move the outputs on these inputs.
+        ArgumentError: The components are of another model, an argument is not as described, or the component's vector
+            has to be recovered and ``data`` is not given.
+        DataError: The component does not move the outputs on these inputs, or ``data`` is not that of the Fishers.
         ModelError: See :func:`npeff.companions.linearize.linearize`.
     """
-    direction = _direction(model, components, j)
+    direction = _direction(model, components, j, data)
     if magnitude is not None and not (isinstance(magnitude, (int, float)) and math.isfinite(magnitude) and magnitude):
         raise ArgumentError(f"magnitude: expected a finite number other than 0, got {magnitude!r}")
     called = CalledModel(model, forward or (lambda model, x: model(x)))
@@ -160,7 +162,7 @@ def attribute_top_examples(
     """Attribute components to the inputs of their top examples, for ``attributions=`` of :func:`npeff.report`.
 
     :func:`attribute_component` on each component's k top examples: the contribution of each number of the input to the
-    size of the outputs' change.
+    size of the outputs' change. Vectors that are not known are recovered first, in one pass over the data.
 
     Args:
         model: The model that the components are of, in evaluation mode.
@@ -187,6 +189,7 @@ def attribute_top_examples(
             "forward: embed= needs forward=callable(model, embedded) -> (1, C), what the model does next"
         )
     chosen = range(components.n_components) if which is None else which
+    components.ensure_vectors([int(j) for j in chosen], model, data)
     W = components.coefficients
     tops = {int(j): [int(i) for i in components.top_examples(int(j), k) if W[i, int(j)] > 0] for j in chosen}
     wanted = sorted({i for indices in tops.values() for i in indices})
@@ -207,15 +210,15 @@ def attribute_top_examples(
     return found
 
 
-def _direction(model: nn.Module, components: Components, j: int) -> dict[str, Tensor]:
+def _direction(model: nn.Module, components: Components, j: int, data: Iterable[Any] | None) -> dict[str, Tensor]:
     """Get g_j by parameter, on the model's device.
 
     Raises:
-        ArgumentError: The model has no such parameters.
+        ArgumentError: The model has no such parameters, or the vector is not known.
     """
     named = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
     direction = {}
-    for name, step in components.state_dict(j).items():
+    for name, step in components.state_dict(j, model, data).items():
         if name not in named or named[name].shape != step.shape:
             found = f"{tuple(named[name].shape)}" if name in named else "none of that name"
             raise ArgumentError(
@@ -276,68 +279,3 @@ def _inputs(model: nn.Module, given: Any, embed: Forward | None) -> Tensor:
             "embed=callable(model, inputs) -> (1, t, d) and forward="
         )
     return given.detach()
-
-
-BARS = 40
-"""Bars of one chart: the largest contributions."""
-
-
-def contribution_figure(inputs: Tensor, maps: Mapping[str, Tensor]) -> Figure:
-    """Draw contributions, a row per example and a column per map; the scale differs from picture to picture.
-
-    Inputs that are pictures, ``(C, H, W)`` or ``(H, W)`` with C 1 or 3, stand beside their contributions, whose
-    channels are summed; white is 0. Of other inputs the largest contributions are drawn as bars.
-
-    Args:
-        inputs: ``(n, *s)``.
-        maps: By title, each ``(n, *s)``.
-    """
-    from matplotlib.figure import Figure
-
-    examples = list(_array(inputs))
-    drawn = {title: _array(values) for title, values in maps.items()}
-    pictures = all(looks_like_image(example.shape) for example in examples)
-    width, height = (1.25, 1.25) if pictures else (6, 0.4 + 0.16 * min(BARS, examples[0].size))
-    columns = len(maps) + pictures
-    figure = Figure((width * columns + 0.3, height * len(examples) + 0.35), layout="constrained", dpi=80)
-    grid = figure.subplots(len(examples), columns, squeeze=False)
-    for i, example in enumerate(examples):
-        if pictures:
-            low, high = example.min(), example.max()
-            _show(grid[i, 0], _channels_last((example - low) / ((high - low) or 1)), cmap="gray_r")
-        for axes, values in zip(grid[i, int(pictures) :], drawn.values(), strict=True):
-            if pictures:
-                summed = _channels_last(values[i])
-                summed = summed.sum(2) if summed.ndim == 3 else summed
-                most = float(np.abs(summed).max()) or 1
-                _show(axes, summed, cmap="RdBu_r", vmin=-most, vmax=most)
-            else:
-                _bars(axes, values[i])
-    for axes, title in zip(grid[0], [*(["input"] if pictures else []), *maps], strict=True):
-        axes.set_title(title, fontsize=8)
-    return figure
-
-
-def _array(x: Tensor) -> Array:
-    return np.asarray(x.detach().cpu().double().numpy())
-
-
-def _channels_last(image: Array) -> Array:
-    if image.ndim == 3 and image.shape[0] in (1, 3):
-        image = image.transpose(1, 2, 0)
-    return image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-
-
-def _show(axes: Axes, image: Array, **options: Any) -> None:
-    axes.imshow(image, **options)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _bars(axes: Axes, values: Array) -> None:
-    flat = values.reshape(-1)
-    chosen = np.sort(np.argsort(-np.abs(flat), kind="stable")[:BARS])
-    axes.barh(range(len(chosen)), flat[chosen], color=["#b24124" if flat[i] > 0 else "#215c8c" for i in chosen])
-    names = [str(tuple(map(int, np.unravel_index(i, values.shape)))).replace(",)", ")") for i in chosen]
-    axes.set_yticks(range(len(chosen)), names, fontsize=7)
-    axes.invert_yaxis()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
-from npeff.batches.tensor_trees import leaves
+from npeff.batches.tensor_trees import leaves, shown
 from npeff.companions.linearize.recording import Frozen, Program, Recorder, held_in_words, recording
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError, check_choice
 from npeff.gradients.eligibility import check_eligible
@@ -381,7 +381,7 @@ def _recorded(
         if points:
             raise ArgumentError(f"at: {at!r} runs more than once in a forward pass; choose a layer around it")
         if not isinstance(output, Tensor) or not output.is_floating_point():
-            raise ArgumentError(f"at: {at!r} gives {_shown(output)}, expected a float tensor; choose a layer in it")
+            raise ArgumentError(f"at: {at!r} gives {shown(output)}, expected a float tensor; choose a layer in it")
         return begin(output)
 
     with ExitStack() as stack:
@@ -413,7 +413,7 @@ def model_output(model: nn.Module, x: Any, forward: Forward | None) -> Tensor:
     except (NpeffError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        given = ", ".join(_shown(leaf) for leaf in leaves(x) if isinstance(leaf, Tensor))
+        given = ", ".join(shown(leaf) for leaf in leaves(x) if isinstance(leaf, Tensor))
         raise ModelError(
             f"model: failed on {given or type(x).__name__}: {type(error).__name__}: {error}. Check that x is what "
             "the model takes (images with a dimension for examples?), or pass forward=callable(model, x)"
@@ -423,7 +423,7 @@ def model_output(model: nn.Module, x: Any, forward: Forward | None) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise ModelError(
-            f"model: its output is {_shown(output)}, expected a float tensor; choose one in forward=callable(model, x)"
+            f"model: its output is {shown(output)}, expected a float tensor; choose one in forward=callable(model, x)"
         )
     return output
 
@@ -490,9 +490,3 @@ def _chosen(outputs: Any, n_outputs: int) -> list[int] | None:
         if isinstance(item, bool) or not isinstance(item, int | np.integer) or not -n_outputs <= item < n_outputs:
             raise ArgumentError(f"outputs: expected positions below {n_outputs}, got {item!r}")
     return [int(item) % n_outputs for item in listed]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return f"a {type(value).__name__}"

@@ -53,29 +53,20 @@ def leaky_relu(call: Call) -> Affine:
     return _gated(call, call.args[0] > 0, slope)
 
 
-@affine_form("threshold")
-def threshold(call: Call) -> Affine:
-    """Passes v above the threshold, a constant below."""
-    above = call.args[0] > call.argument(1, "threshold")
-    return _gated(call, above, shift=torch.where(above, 0, call.output))
-
-
-@affine_form("hardtanh", "clamp", "clamp_min", "clamp_max")
-def clamp(call: Call) -> Affine:
-    """Passes v between the bounds, the bound outside; ReLU6 is one."""
+@affine_form("threshold", "hardtanh", "clamp", "clamp_min", "clamp_max", "nan_to_num")
+def passed(call: Call) -> Affine:
+    """Passes v above the threshold, between the bounds (ReLU6 is one), or where v is finite; a constant elsewhere."""
     v = call.args[0]
-    inside = torch.ones_like(v, dtype=torch.bool)
-    first, second = ("min_val", "max_val") if call.name == "hardtanh" else ("min", "max")
-    lower = None if call.name == "clamp_max" else call.fixed(1, first)
-    upper = None if call.name == "clamp_min" else call.fixed(1 if call.name == "clamp_max" else 2, second)
-    if call.name == "hardtanh":
-        lower, upper = (-1.0 if lower is None else lower), (1.0 if upper is None else upper)
-    strict = call.name == "hardtanh"  # at the bounds themselves as autograd has it
-    if lower is not None:
-        inside = inside & (v > lower if strict else v >= lower)
-    if upper is not None:
-        inside = inside & (v < upper if strict else v <= upper)
-    return _gated(call, inside, shift=torch.where(inside, 0, call.output))
+    for i in range(1, len(call.args)):
+        call.fixed(i, f"{i + 1}th argument")
+    for name in call.kwargs:
+        call.fixed(len(call.args), name)
+    open_ = call.output == v
+    if call.name == "threshold":
+        open_ = v > call.argument(1, "threshold")
+    elif call.name == "hardtanh":  # at the bounds themselves as autograd has it
+        open_ = (v > call.argument(1, "min_val", -1.0)) & (v < call.argument(2, "max_val", 1.0))
+    return _gated(call, open_, shift=torch.where(open_, 0, call.output))
 
 
 @affine_form("hardsigmoid")
@@ -100,13 +91,6 @@ def absolute(call: Call) -> Affine:
     v = call.args[0]
     side = v.sign()
     return Affine(lambda z: z * side, (v,), pattern=(side,))
-
-
-@affine_form("nan_to_num")
-def finite(call: Call) -> Affine:
-    """Passes v where v is finite, a constant elsewhere."""
-    v = call.args[0]
-    return _gated(call, torch.isfinite(v), shift=torch.where(torch.isfinite(v), 0, call.output))
 
 
 @affine_form("maximum", "minimum", "fmax", "fmin")

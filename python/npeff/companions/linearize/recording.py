@@ -67,7 +67,8 @@ class Step:
         module: Name of the module it ran in; the model's class in brackets for the model itself.
         offset: Whether the value may be non-zero where all inputs are zero.
         pattern: Gates and positions of maxima at the point, which change at kinks.
-        notes: Numbers of the held parts that this step depends on.
+        held: The part of an operation that was held, for one that is not piecewise linear.
+        constants: Numbers of earlier steps whose values, which do not depend on the input, went into the function.
         apart: Whether row i of the value is known to depend on row i of the inputs alone.
     """
 
@@ -77,7 +78,8 @@ class Step:
     module: str = ""
     offset: bool = False
     pattern: tuple[Tensor, ...] = ()
-    notes: frozenset[int] = frozenset()
+    held: Frozen | None = None
+    constants: tuple[int, ...] = ()
     apart: bool = False
 
 
@@ -88,24 +90,26 @@ class Program:
         steps: All of them in order; step 0 is the input.
         output: The number of the step that is the output; steps that do not lead to it are dropped.
         constants: Weights in use, and the version each had; they may not change as long as the program lives.
+
+    Attributes:
+        held: The held parts on the way from input to output, those of constants that went into a step included.
+        depends: Whether the output depends on the input.
     """
 
     def __init__(self, steps: list[Step], output: int, constants: Iterable[tuple[Tensor, int]]) -> None:
-        live = {output}
+        live, reached = {output}, {output}
         for number in range(output, 0, -1):
             if number in live:
                 live.update(steps[number].inputs)
+            if number in reached:
+                reached.update(steps[number].inputs + steps[number].constants)
+        self.held = [held for n in sorted(reached) if (held := steps[n].held)]
         self.depends = 0 in live
         kept = sorted(live | {0})
         place = {number: i for i, number in enumerate(kept)}
         self.steps = [replace(s, inputs=tuple(place[i] for i in s.inputs)) for s in (steps[number] for number in kept)]
         self._last_use = {i: number for number, step in enumerate(self.steps) for i in step.inputs}
         self._constants = list(constants)
-
-    @property
-    def notes(self) -> frozenset[int]:
-        """Numbers of the held parts on the way from input to output."""
-        return frozenset().union(*(step.notes for step in self.steps))
 
     @property
     def pattern(self) -> list[Tensor]:
@@ -293,13 +297,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
-        self.held: list[Frozen] = []
+        self._numbers_read: list[Frozen] = []
         self.modules: list[tuple[str, str]] = [("", type(model).__name__)]  # those that are running
         self._values = Values(self._emit)
         self._without_input: set[int] = set()
         self._weights = {key(t) for t in (*model.parameters(), *model.buffers())}
         self._versions: dict[int, tuple[Tensor, int]] = {}
-        self._always: set[int] = set()
 
     def begin(self, point: Tensor) -> None:
         """Record the operations on a tensor from here on."""
@@ -314,17 +317,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         step = self._values.step(output) if self._values.holds(output) else None
         program = Program(self.steps, step, self._versions.values()) if step is not None else None
         if program is None or not program.depends:
-            if self.held:
+            if held := [*self._numbers_read, *(step.held for step in self.steps if step.held)]:
                 raise ModelError(
                     "model: it is not piecewise linear, and its output does not depend on the input once these are "
-                    f"held: {held_in_words(self.held)}; leave out a final sigmoid or softmax, or linearise from a "
+                    f"held: {held_in_words(held)}; leave out a final sigmoid or softmax, or linearise from a "
                     "layer behind them (at=)"
                 )
             raise ModelError(
                 "model: its output does not depend on the input as far as torch's operations show (does it pass "
                 "through numpy?)"
             )
-        return program, [self.held[i] for i in sorted(program.notes | self._always)]
+        return program, [*self._numbers_read, *program.held]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -352,7 +355,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return output
         if name == "_local_scalar_dense":
             if args[0].is_floating_point() and self._depends(args[0]):
-                self._always.add(self._hold("item", "number"))
+                self._numbers_read.append(Frozen(*self.modules[-1], "item", "number"))
             return output
         steps = self._frozen(self._call(name, func, args, kwargs, output), tensors)
         for tensor, step in zip(tensors_in(output), steps, strict=True):
@@ -379,7 +382,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         (step,) = self._frozen(self._call(functional, function, args, kwargs, output), tensors)
         with torch.no_grad():
             target.copy_(output)
-        self._values.write(target, self._constant(target, frozenset()) if step is None else step, before)
+        self._values.write(target, self._constant(target) if step is None else step, before)
         return target
 
     def _frozen(self, call: Call, tensors: list[Tensor]) -> list[int | None]:
@@ -391,8 +394,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs = tensors_in(call.output)
         involved = any(self._depends(tensor) for tensor in tensors)
         if not involved or not any(tensor.is_floating_point() for tensor in outputs):
-            notes = frozenset() if involved else self._notes(tensors)
-            return [self._constant(output, notes) if notes else None for output in outputs]
+            made_by = () if involved else self._steps_of(tensors)
+            return [self._constant(output, made_by) if made_by else None for output in outputs]
         if call.name not in AFFINE_FORMS:
             raise ModelError(
                 f"model: {call.where} computes {call.name}, which has no affine form here; linearise from a layer "
@@ -400,18 +403,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         found = AFFINE_FORMS[call.name](call)
         each = found if isinstance(found, tuple) else (found, *(Affine(),) * (len(outputs) - 1))
-        notes = self._notes(call.kept)
-        return [self._settle(call, form, output, notes) for form, output in zip(each, outputs, strict=True)]
+        constants = self._steps_of(call.kept)
+        return [self._settle(call, form, output, constants) for form, output in zip(each, outputs, strict=True)]
 
-    def _settle(self, call: Call, form: Affine, output: Tensor, notes: frozenset[int]) -> int | None:
-        if form.held:
-            notes = notes | {self._hold(call.name, form.held)}
+    def _settle(self, call: Call, form: Affine, output: Tensor, constants: tuple[int, ...]) -> int | None:
+        held = Frozen(*self.modules[-1], call.name, form.held) if form.held else None
         if form.function is None:
-            return self._constant(output, notes) if notes else None
+            return self._constant(output, constants, held) if held or constants else None
         inputs = tuple(self._values.step(tensor) for tensor in form.inputs)
-        apart = not form.held and keeps_examples_apart(call, form.inputs, output)
-        zero = zero_like(output)
-        return self._emit(Step(form.function, inputs, zero, self._module(), form.offset, form.pattern, notes, apart))
+        apart = not held and keeps_examples_apart(call, form.inputs, output)
+        zero, module = zero_like(output), self._module()
+        return self._emit(Step(form.function, inputs, zero, module, form.offset, form.pattern, held, constants, apart))
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
 
@@ -436,24 +438,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._versions.setdefault(id(tensor), (tensor, tensor._version))
         return tensor.detach()
 
-    def _hold(self, operation: str, what: str) -> int:
-        name, kind = self.modules[-1]
-        self.held.append(Frozen(name, kind, operation, what))
-        return len(self.held) - 1
-
-    def _constant(self, tensor: Tensor, notes: frozenset[int]) -> int:
+    def _constant(self, tensor: Tensor, constants: tuple[int, ...] = (), held: Frozen | None = None) -> int:
         """Make a step of a value that is held as it is."""
         value = self._keep(tensor)
-        return self._emit(Step(lambda: value, (), zero_like(value), self._module(), True, (), notes))
+        return self._emit(Step(lambda: value, (), zero_like(value), self._module(), True, (), held, constants))
 
-    def _notes(self, tensors: list[Tensor]) -> frozenset[int]:
-        """Give the numbers of the held parts that made those of the tensors that are constants."""
+    def _steps_of(self, tensors: list[Tensor]) -> tuple[int, ...]:
+        """Give the steps of those of the tensors that are constants made by steps."""
         steps = [self._values.step(tensor) for tensor in tensors if self._values.holds(tensor)]
-        return frozenset().union(*(self._step_notes(number) for number in steps if number in self._without_input))
-
-    def _step_notes(self, number: int) -> frozenset[int]:
-        step = self.steps[number]
-        return step.notes.union(*(self._step_notes(i) for i in step.inputs))
+        return tuple(number for number in steps if number in self._without_input)
 
     def _module(self) -> str:
         name, kind = self.modules[-1]

@@ -6,7 +6,7 @@ The check leaves explanations out of the training, trains again, and compares th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -70,7 +70,7 @@ class Explainer(ABC):
     def __init__(self, model: FactorModel, record: Record) -> None:
         record.check_model(model)
         self.model, self.record = model, record
-        self._tables = {name: table.detach().double().cpu() for name, table in model.tables.items()}
+        self._tables = _tables_of(model)
         self._columns = np.ascontiguousarray(np.asarray(record.examples).T)
 
     def target(self, target: Array | Tensor | list[int]) -> Array:
@@ -91,10 +91,16 @@ class Explainer(ABC):
         return np.flatnonzero(shares)
 
     @torch.no_grad()
-    def probabilities(self, targets: Array | Tensor) -> Array:
-        """Compute P(a | c) for the contexts of examples ``(n, m + 1)``: ``(n, n_answers)`` float64."""
+    def probabilities(self, targets: Array | Tensor, tables: Mapping[str, Tensor] | None = None) -> Array:
+        """Compute P(a | c) for the contexts of examples ``(n, m + 1)``: ``(n, n_answers)`` float64.
+
+        Args:
+            targets: Supply the contexts.
+            tables: ``(rows, width)`` float64 by name; by default the model's own.
+        """
         targets = self.model.check_examples(targets, "targets")
-        scores = self.model.queries(targets, self._tables) @ self._tables[self.model.answers].T
+        tables = self._tables if tables is None else tables
+        scores = self.model.queries(targets, tables) @ tables[self.model.answers].T
         return np.asarray(torch.softmax(scores, 1).numpy())
 
     def known(self, targets: Array | Tensor) -> Array:
@@ -287,8 +293,6 @@ def component_rollback(
     Raises:
         ArgumentError: There is no such component, it has no top example, or ``examples`` do not reach to them.
     """
-    if isinstance(j, bool) or not isinstance(j, int | np.integer) or not 0 <= j < components.n_components:
-        raise ArgumentError(f"j: expected a component below {components.n_components}, got {j!r}")
     model, record = explainer.model, explainer.record
     targets = model.check_examples(np.asarray(examples), "examples")
     tops = components.top_examples(int(j), k)
@@ -308,7 +312,7 @@ def component_rollback(
         total[candidates] += explainer.influence(target, candidates)
     own = {tuple(row) for row in targets[ids].tolist()}
     total[[tuple(row) in own for row in train.tolist()]] = 0
-    return ComponentRollback(int(j), total / len(ids), tops, record)
+    return ComponentRollback(int(j) % components.n_components, total / len(ids), tops, record)
 
 
 @dataclass(frozen=True, eq=False)
@@ -414,23 +418,24 @@ def trained_without(
     """
     model, record = method.model, method.record
     if retrain_without is not None:
-        after = [
-            _softmax(_scores(model, {n: t[..., None] for n, t in again.numpy_tables().items()}, target[None])[:, 0])
-            for target, again in zip(targets, map(retrain_without, removed), strict=True)
-        ]
+        again = [_tables_of(retrain_without(positions)) for positions in removed]
+        after = [method.probabilities(target[None], tables)[0] for target, tables in zip(targets, again, strict=True)]
         return np.array(after), method.probabilities(targets)
     # the tables, and at most two of their size for the averages of an optimiser
     step = max(1, SIDE_BY_SIDE_BYTES // (3 * sum(table.nbytes for table in record.initial.values())))
-    after_parts, before_parts = [], []
+    found = []
     for start in tqdm(range(0, len(targets), step), disable=not progress or len(targets) <= step, desc="retraining"):
-        some, without = targets[start : start + step], removed[start : start + step]
         # the last model is trained on all examples, for the comparison in the same arithmetic
-        sets = [*without, np.empty(0, np.int64)]
-        tables = retrain(model, record, sets, progress=progress and len(targets) <= step)
-        whole = {name: np.repeat(table[..., -1:], len(some), axis=2) for name, table in tables.items()}
-        after_parts.append(_softmax(_scores(model, {n: t[..., :-1] for n, t in tables.items()}, some)).T)
-        before_parts.append(_softmax(_scores(model, whole, some)).T)
-    return np.concatenate(after_parts), np.concatenate(before_parts)
+        sets = [*removed[start : start + step], np.empty(0, np.int64)]
+        stacked = retrain(model, record, sets, progress=progress and len(targets) <= step)
+        *without, whole = (
+            {name: torch.from_numpy(table[..., r].astype(np.float64)) for name, table in stacked.items()}
+            for r in range(len(sets))
+        )
+        for target, tables in zip(targets[start : start + step], without, strict=True):
+            found.append([method.probabilities(target[None], trained)[0] for trained in (tables, whole)])
+    after, before = np.moveaxis(np.array(found), 1, 0)
+    return after, before
 
 
 def retrain(
@@ -469,16 +474,5 @@ def retrain(
     return tables
 
 
-def _scores(model: FactorModel, tables: dict[str, Array], targets: Array) -> Array:
-    """Target i under model i of ``(rows, width, n)`` tables: ``(n_answers, n)`` float64."""
-    index = np.arange(len(targets))
-    context = [
-        tables[table][targets[:, j], :, index].T.astype(np.float64) for j, table in enumerate(model.columns[:-1])
-    ]
-    q = model.query(context)
-    return np.asarray(np.einsum("ndr,dr->nr", tables[model.answers].astype(np.float64), q))
-
-
-def _softmax(scores: Array) -> Array:
-    p = np.exp(scores - scores.max(0))
-    return np.asarray(p / p.sum(0))
+def _tables_of(model: FactorModel) -> dict[str, Tensor]:
+    return {name: table.detach().double().cpu() for name, table in model.tables.items()}

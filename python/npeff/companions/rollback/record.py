@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +15,8 @@ from npeff.errors import ArgumentError, ModelError, StorageError, check_integer,
 from npeff.short_repr import short_repr
 from npeff.storage.checks import FLOAT, Field, Sizes, expect, item, refuse
 from npeff.storage.container import check_replaceable, read_record
-from npeff.storage.files import explain, reserve
-from npeff.storage.hdf5 import CHUNK_BYTES
-from npeff.storage.writing import Data, write_record
+from npeff.storage.files import scratch_array
+from npeff.storage.writing import write_record
 
 Array = npt.NDArray[Any]
 CONTENT = "rollback"
@@ -219,12 +217,6 @@ class Record:
                     "model.load_tables, or record the training anew"
                 )
 
-    def meta(self) -> dict[str, Any]:
-        """Collect everything but the arrays, JSON-able."""
-        same = {name: getattr(self, name) for name in SAME}
-        recipe = None if self.recipe is None else asdict(self.recipe)
-        return {"columns": list(self.columns), "recipe": recipe, **same}
-
     def save(self, path: str | Path) -> Path:
         """Write to an HDF5 file; :meth:`load` maps it.
 
@@ -232,17 +224,14 @@ class Record:
             ArgumentError: ``path`` is no path.
             StorageError: Something else is there, or the file cannot be written.
         """
-        return self.write(path, {table: vars(updates) for table, updates in self.updates.items()})
-
-    def write(self, path: str | Path, updates: Mapping[str, Mapping[str, Array | Data]]) -> Path:
-        """Write to an HDF5 file, with the arrays of the updates or streams of them; see :meth:`save`."""
-        arrays: dict[str, Array | Data] = {"examples": np.asarray(self.examples, np.int64)}
+        arrays = {"examples": np.asarray(self.examples, np.int64)}
         for part in ("initial", "final"):
             arrays |= {f"{part}/{table}": values for table, values in getattr(self, part).items()}
-        for table, parts in updates.items():
-            arrays |= {f"updates/{table}/{part}": array for part, array in parts.items()}
-        streams = {name: replace(array, name=name) for name, array in arrays.items() if isinstance(array, Data)}
-        return write_record(path, CONTENT, arrays | streams, self.meta())
+        for table, updates in self.updates.items():
+            arrays |= {f"updates/{table}/{part}": array for part, array in vars(updates).items()}
+        recipe = None if self.recipe is None else asdict(self.recipe)
+        same = {name: getattr(self, name) for name in SAME}
+        return write_record(path, CONTENT, arrays, {"columns": list(self.columns), "recipe": recipe, **same})
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = False) -> Record:
@@ -320,7 +309,7 @@ class RecordBuilder:
         examples: ``(n, m + 1)`` training examples.
         all_rows: Whether the updates of all rows will be added.
         names: Names of the rows, by table.
-        out: Keep the sums in temporary files beside this HDF5 file, and stream the record to it at the end; by default
+        out: Keep the sums in temporary files beside this HDF5 file, and write the record to it at the end; by default
             all stays in memory.
 
     Raises:
@@ -340,11 +329,10 @@ class RecordBuilder:
         out: str | Path | None,
     ) -> None:
         self._out = None if out is None else check_replaceable(out, CONTENT)
-        folder = None if self._out is None else self._out.resolve().parent
         self._model, self._examples, self._all_rows = model, examples, all_rows
         self._names = {table: list(given) for table, given in (names or {}).items()}
-        self.initial = model.numpy_tables()
-        self.sums = {name: UpdateSums(len(examples), table, folder) for name, table in self.initial.items()}
+        self._initial = model.numpy_tables()
+        self.sums = {name: UpdateSums(len(examples), table, self._out) for name, table in self._initial.items()}
 
     def finish(self, recipe: Recipe | None = None) -> Record:
         """Make the record of the trained model; with ``out`` it is written there and mapped.
@@ -355,27 +343,19 @@ class RecordBuilder:
         Raises:
             StorageError: The record cannot be written.
         """
-        model = self._model
         record = Record(
             examples=self._examples,
-            columns=tuple(model.columns),
-            updates={} if self._out else {name: sums.updates() for name, sums in self.sums.items()},
-            initial=self.initial,
-            final=model.numpy_tables(),
+            columns=tuple(self._model.columns),
+            updates={name: sums.updates() for name, sums in self.sums.items()},
+            initial=self._initial,
+            final=self._model.numpy_tables(),
             recipe=recipe,
-            model_kind=next((name for name, cls in MODELS.items() if type(model) is cls), None),
-            model_options=model.options,
+            model_kind=next((name for name, cls in MODELS.items() if type(self._model) is cls), None),
+            model_options=self._model.options,
             names=self._names,
             all_rows=self._all_rows,
         )
-        if self._out is None:
-            return record
-        return Record.load(record.write(self._out, {name: sums.streams() for name, sums in self.sums.items()}))
-
-    def close(self) -> None:
-        """Remove the temporary files."""
-        for sums in self.sums.values():
-            sums.close()
+        return record if self._out is None else Record.load(record.save(self._out))
 
 
 class UpdateSums:
@@ -384,36 +364,26 @@ class UpdateSums:
     Args:
         n_examples: Number of training examples.
         table: ``(rows, width)``, for its shape.
-        folder: Keep the sums in a temporary file there, mapped; by default in memory.
+        out: Keep the sums in a temporary file beside this file, mapped; None keeps them in memory.
     """
 
-    def __init__(self, n_examples: int, table: Array, folder: Path | None) -> None:
-        self._n_examples, (self._n_rows, self._width) = n_examples, table.shape
+    def __init__(self, n_examples: int, table: Array, out: Path | None) -> None:
+        self._n_examples, (self._n_rows, self._width), self._out = n_examples, table.shape, out
         self._slots: dict[int, int] = {}
-        self._folder = folder or Path()
-        self._file: IO[bytes] | None = None
-        if folder is not None:  # closed by close(): it outlives this function
-            self._file = tempfile.TemporaryFile(dir=folder, prefix=".npeff-updates-")  # noqa: SIM115
         self._values = self._allocate(max(64, n_examples))
 
     def _allocate(self, slots: int) -> Array:
-        if self._file is None:
-            grown = np.zeros((slots, self._width), np.float32)
-            if self._slots:
-                grown[: len(self._values)] = self._values
-            return grown
-        size = 4 * slots * self._width
-        try:
-            reserve(self._file, size)
-        except OSError as error:
-            failure = explain(self._folder / "updates", error, "No record was written.")
-            raise failure from error
-        return np.memmap(self._file, np.float32, "r+", shape=(slots, self._width))
+        shape = (slots, self._width)
+        if self._out is None:
+            return np.zeros(shape, np.float32)
+        return scratch_array(self._out, shape, np.float32, "No record was written.")
 
     def _slot(self, key: int) -> int:
         slot = self._slots.setdefault(key, len(self._slots))
         if slot >= len(self._values):
-            self._values = self._allocate(2 * len(self._values))
+            grown = self._allocate(2 * len(self._values))
+            grown[: len(self._values)] = self._values
+            self._values = grown
         return slot
 
     def add(self, example: int, row: int, update: Array) -> None:
@@ -427,33 +397,12 @@ class UpdateSums:
         slots = [self._slot(first + row) for row in rows]
         self._values[slots] += updates
 
-    def _sorted(self) -> tuple[Array, Array, Array]:
-        """Sort the sums: offsets, rows, and the slots in their order."""
+    def updates(self) -> RowUpdates:
+        """Sort the sums by example and row."""
         keys = np.fromiter(self._slots, np.int64, len(self._slots))
         order = np.argsort(keys)  # the slot of a key is its place in the dictionary
         keys = keys[order]
         offsets = np.searchsorted(keys, np.arange(self._n_examples + 1) * self._n_rows)
-        return offsets.astype(np.int64), keys % self._n_rows, order
-
-    def updates(self) -> RowUpdates:
-        """Collect the sums in memory."""
-        offsets, rows, order = self._sorted()
-        return RowUpdates(offsets, rows, np.asarray(self._values[order]))
-
-    def streams(self) -> dict[str, Array | Data]:
-        """Describe the sums as datasets, the values in pieces."""
-        offsets, rows, order = self._sorted()
-        step = max(1, CHUNK_BYTES // (4 * self._width))
-
-        def chunks() -> Iterator[Array]:
-            for start in range(0, len(order), step):
-                yield np.asarray(self._values[order[start : start + step]])
-
-        values = Data("values", (len(order), self._width), np.dtype("<f4"), chunks)
-        return {"offsets": offsets, "rows": rows, "values": values}
-
-    def close(self) -> None:
-        """Remove the temporary file."""
-        self._values = np.zeros((0, self._width), np.float32)
-        if self._file is not None:
-            self._file.close()
+        values = self._allocate(len(order))
+        np.take(self._values, order, axis=0, out=values, mode="clip")  # "raise" would make another copy
+        return RowUpdates(offsets.astype(np.int64), keys % self._n_rows, values)

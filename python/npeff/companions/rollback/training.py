@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -24,40 +23,8 @@ Array = npt.NDArray[Any]
 Rows = Any  # an integer, or different integers
 
 
-def _sgd(gradient: Array, rate: float, step: Array) -> tuple[Array, ...]:
-    """Take a step of ``−η g``, as ``torch.optim.SGD``."""
-    return (-rate * gradient,)
-
-
-def _adagrad(gradient: Array, rate: float, step: Array, sums: Array) -> tuple[Array, ...]:
-    """Take a step of ``−η g / (√S + 1e-10)`` after ``S += g²``, as ``torch.optim.Adagrad``."""
-    sums = sums + gradient * gradient
-    return -rate * gradient / (np.sqrt(sums) + 1e-10), sums
-
-
-def _adam(gradient: Array, rate: float, step: Array, mean: Array, square: Array) -> tuple[Array, ...]:
-    """Take a step of ``−η √(1−β₂ᵗ)/(1−β₁ᵗ) · m/(√v + ε)``, as ``torch.optim.SparseAdam``.
-
-    Before it ``m += (1−β₁)(g−m)`` and ``v += (1−β₂)(g²−v)``; t counts the steps.
-    """
-    b1, b2, epsilon = 0.9, 0.999, 1e-8
-    t = np.maximum(step, 1)
-    size = (rate * np.sqrt(1 - b2**t) / (1 - b1**t)).astype(gradient.dtype)
-    mean = mean + (1 - b1) * (gradient - mean)
-    square = square + (1 - b2) * (gradient * gradient - square)
-    return -size * mean / (np.sqrt(square) + epsilon), mean, square
-
-
-_RULES: dict[str, tuple[int, Callable[..., tuple[Array, ...]]]] = {
-    "sgd": (0, _sgd),
-    "adagrad": (1, _adagrad),
-    "adam": (2, _adam),
-}
-"""By optimiser: the number of its averages, and its function from a gradient and them to a change and new averages."""
-
-
 class RowOptimizer:
-    """The steps of an optimiser that changes only rows with a gradient.
+    """The steps of ``torch.optim.SGD``, ``Adagrad`` or ``SparseAdam``, which change only rows with a gradient.
 
     Args:
         name: ``"sgd"``, ``"adagrad"`` or ``"adam"``.
@@ -66,9 +33,9 @@ class RowOptimizer:
     """
 
     def __init__(self, name: OptimizerName, tables: Mapping[str, Array], learning_rate: float) -> None:
-        n_averages, self._rule = _RULES[name]
-        self._rate = learning_rate
-        self._averages = {name: [np.zeros_like(table) for _ in range(n_averages)] for name, table in tables.items()}
+        self._name, self._rate = name, learning_rate
+        count = {"sgd": 0, "adagrad": 1, "adam": 2}[name]
+        self._averages = {name: [np.zeros_like(table) for _ in range(count)] for name, table in tables.items()}
         self._step = np.zeros(next(iter(tables.values())).shape[2:])  # per model
         self._active: Array | None = None
 
@@ -90,13 +57,26 @@ class RowOptimizer:
             gradient: ``(width,)`` or ``(k, width)``; with R models a last axis of R.
         """
         averages = self._averages[table]
-        change, *after = self._rule(gradient, self._rate, self._step, *[average[rows] for average in averages])
+        change, *after = self._rule(gradient, *[average[rows] for average in averages])
         if self._active is not None:
             change = change * self._active
             after = [np.where(self._active, new, old[rows]) for new, old in zip(after, averages, strict=True)]
         for index, values in enumerate(after):
             averages[index][rows] = values
         return change
+
+    def _rule(self, gradient: Array, *averages: Array) -> tuple[Array, ...]:
+        """Compute the change and the new averages."""
+        if self._name == "sgd":
+            return (-self._rate * gradient,)
+        if self._name == "adagrad":
+            sums = averages[0] + gradient * gradient
+            return -self._rate * gradient / (np.sqrt(sums) + 1e-10), sums
+        b1, b2, t = 0.9, 0.999, np.maximum(self._step, 1)
+        size = (self._rate * np.sqrt(1 - b2**t) / (1 - b1**t)).astype(gradient.dtype)
+        mean = averages[0] + (1 - b1) * (gradient - averages[0])
+        square = averages[1] + (1 - b2) * (gradient * gradient - averages[1])
+        return -size * mean / (np.sqrt(square) + 1e-8), mean, square
 
 
 def fit(
@@ -134,17 +114,16 @@ def fit(
     """
     recipe = recipe or Recipe()
     examples = model.check_examples(examples, least=1)
-    with closing(RecordBuilder(model, examples, all_rows, names, out)) as builder:
-        tables = model.numpy_tables()
-        run_epochs(model, tables, examples, recipe, builder=builder, all_rows=all_rows, progress=progress)
-        bad = [name for name, table in tables.items() if not np.isfinite(table).all()]
-        if bad:
-            raise ModelError(
-                f"training diverged: table {bad[0]!r} is not finite; lower learning_rate ({recipe.learning_rate}) or "
-                "scale"
-            )
-        model.load_tables(tables)
-        return builder.finish(recipe)
+    builder = RecordBuilder(model, examples, all_rows, names, out)
+    tables = model.numpy_tables()
+    run_epochs(model, tables, examples, recipe, builder=builder, all_rows=all_rows, progress=progress)
+    bad = [name for name, table in tables.items() if not np.isfinite(table).all()]
+    if bad:
+        raise ModelError(
+            f"training diverged: table {bad[0]!r} is not finite; lower learning_rate ({recipe.learning_rate}) or scale"
+        )
+    model.load_tables(tables)
+    return builder.finish(recipe)
 
 
 def run_epochs(
@@ -346,9 +325,8 @@ class RollbackRecorder:
     ) -> None:
         builder, self._builder = self._builder, None
         assert builder is not None
-        with closing(builder):
-            if error is None:
-                self.record = builder.finish()
+        if error is None:
+            self.record = builder.finish()
 
 
 def check_optimizer(optimizer: Optimizer, group: Mapping[str, Any]) -> None:

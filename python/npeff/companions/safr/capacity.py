@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from npeff.errors import ArgumentError, check_integer
 from npeff.short_repr import short_repr
-from npeff.storage.container import refuse_npeff_file
-from npeff.storage.files import atomic, path_of
 
 Array = npt.NDArray[Any]
 
@@ -60,7 +57,7 @@ class CapacityMap:
     __repr__ = short_repr
 
     def figure(self) -> Figure:
-        """Draw a matplotlib figure: tokens down, units across, dark where a unit carries much of a token."""
+        """Draw tokens down and units across, dark where a unit carries much of a token; ``savefig`` writes it."""
         n, u = self.shares.shape
         figure = Figure((2.2 + 0.22 * u, 1.2 + 0.22 * n), layout="constrained")
         axes = figure.subplots()
@@ -73,22 +70,6 @@ class CapacityMap:
         axes.set_ylabel("token and its importance")
         figure.colorbar(image, ax=axes, label="share of the token's squared length", shrink=0.8)
         return figure
-
-    def save(self, path: str | Path) -> Path:
-        """Write the picture; the suffix (.svg, .png, .pdf) decides the format.
-
-        Raises:
-            ArgumentError: ``path`` is no path, or its suffix is no format.
-            StorageError: npeff's work is there, or the file cannot be written.
-        """
-        path = path_of(path)
-        kind = path.suffix.lower().lstrip(".")
-        if kind not in ("svg", "png", "pdf"):
-            raise ArgumentError(f"path: expected a name ending in .svg, .png or .pdf, got {path}")
-        refuse_npeff_file(path)
-        with atomic(path) as scratch:
-            self.figure().savefig(scratch, format=kind)
-        return path
 
 
 def capacity_map(

@@ -138,14 +138,18 @@ class VMask(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Mask embeddings ``(batch, n, dim)``."""
-        logits = self.outer(torch.tanh(self.inner(embeddings)))
+        logits = self._logits(embeddings)
         self.keep = torch.softmax(logits, -1)[..., 0]
         r = F.gumbel_softmax(logits, self.temperature, hard=True)[..., 0] if self.training else self.keep
         return embeddings * r[..., None]
 
     def importance(self, embeddings: Tensor) -> Tensor:
         """Compute the probability of each token to be kept, in the shape of the embeddings ``(…, dim)`` without dim."""
-        return torch.softmax(self.outer(torch.tanh(self.inner(embeddings))), -1)[..., 0]
+        return torch.softmax(self._logits(embeddings), -1)[..., 0]
+
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        logits: Tensor = self.outer(torch.tanh(self.inner(embeddings)))
+        return logits
 
     def entropy(self, mask: Tensor) -> Tensor:
         """Compute the mean entropy of the last batch's masks over real tokens, in nats, at most log 2.
@@ -221,7 +225,7 @@ class SAFRRegularizer(nn.Module):
         self.terms: dict[str, float] = {}
         self._x: list[Tensor] = []
         self._weights: list[Tensor] = []
-        self._handles: list[RemovableHandle | _AttentionTap] = []
+        self._handles: list[RemovableHandle] = []
 
     @property
     def attached(self) -> bool:
@@ -235,7 +239,7 @@ class SAFRRegularizer(nn.Module):
             self._handles = [
                 model.register_forward_pre_hook(self._forget),
                 source.register_forward_hook(self._embed),
-                *(_AttentionTap(name, module, self._weights) for name, module in self._attention),
+                *(handle for name, module in self._attention for handle in _tap(name, module, self._weights)),
             ]
         return self
 
@@ -365,46 +369,33 @@ def _is_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or type(module).__name__.endswith("Attention")
 
 
-class _AttentionTap:
-    """Collects the weights of one attention module, whose output stays as its caller asked for it.
+def _tap(name: str, module: nn.Module, into: list[Tensor]) -> list[RemovableHandle]:
+    """Collect the weights of one attention module, whose output stays as its caller asked for it.
 
     Args:
         name: Of the module, for messages.
         module: The module.
         into: Where weights ``(batch, heads, n, n)`` go, forward by forward.
+
+    Returns:
+        The hooks.
     """
+    asked: list[tuple[bool, bool]] = []
 
-    def __init__(self, name: str, module: nn.Module, into: list[Tensor]) -> None:
-        self._name, self._into = name, into
-        self._asked: list[tuple[bool, bool]] = []
-        self._handles: list[RemovableHandle] = []
-        if isinstance(module, nn.MultiheadAttention):
-            self._handles.append(module.register_forward_pre_hook(self._ask, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._take))
-        else:
-            self._handles.append(module.register_forward_hook(self._look))
-
-    def remove(self) -> None:
-        """Leave the module as it was."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _ask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Make nn.MultiheadAttention return the weights of every head."""
         given = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
         del given["self"]
-        self._asked.append((bool(given.get("need_weights", True)), bool(given.get("average_attn_weights", True))))
+        asked.append((bool(given.get("need_weights", True)), bool(given.get("average_attn_weights", True))))
         return (), {**given, "need_weights": True, "average_attn_weights": False}
 
-    def _take(
-        self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
+    def take(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         result, weights = output
-        self._into.append(weights if weights.ndim == 4 else weights[None])
-        needed, averaged = self._asked.pop()
+        into.append(weights if weights.ndim == 4 else weights[None])
+        needed, averaged = asked.pop()
         return result, None if not needed else weights.mean(-3) if averaged else weights
 
-    def _look(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def look(module: nn.Module, _: Any, output: Any) -> None:
         """Find the weights in the output of any other attention module.
 
         Raises:
@@ -416,9 +407,12 @@ class _AttentionTap:
         ]
         if not found:
             raise ModelError(
-                f"attention: module {self._name!r} ({type(module).__name__}) returned no attention weights (batch, "
-                "heads, n, n). A Hugging Face model needs attn_implementation='eager' (from_pretrained or config), "
-                "fused attention has none; otherwise name other modules, or pass attention=() with "
-                "interaction=0"
+                f"attention: module {name!r} ({type(module).__name__}) returned no attention weights (batch, heads, n, "
+                "n). A Hugging Face model needs attn_implementation='eager' (from_pretrained or config), fused "
+                "attention has none; otherwise name other modules, or pass attention=() with interaction=0"
             )
-        self._into.append(found[-1])
+        into.append(found[-1])
+
+    if isinstance(module, nn.MultiheadAttention):
+        return [module.register_forward_pre_hook(ask, with_kwargs=True), module.register_forward_hook(take)]
+    return [module.register_forward_hook(look)]

@@ -1,11 +1,13 @@
-"""Train to an optimum, train again without some examples, and unlearn examples by gradient steps."""
+"""Train to an optimum, and train again without some examples: the truth that influence predicts.
+
+``benchmarks/influence.py``, other examples and the tests share this module.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +22,12 @@ from npeff.companions.influence.objective import (
     check_loss,
     loss_values,
 )
-from npeff.errors import ArgumentError, check_choice, check_integer, check_number
-from npeff.gradients.eligibility import placed, select_parameters
+from npeff.errors import ArgumentError, check_number
+from npeff.gradients.eligibility import placed
 from npeff.short_repr import short_repr
 
 NEWTON_PARAMETERS = 3000
 """Up to so many parameters Newton's steps finish what L-BFGS began."""
-
-Measure = Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ def minimise(
         DataError: A loss is not finite or has another shape.
         ModelError: The loss fails.
     """
-    check_loss(loss, "loss")
     check_number("tolerance", tolerance)
     with placed(model, None) as device:
-        objective = _objective(model, loss, data, ("loss", "data"), device, parameters, weight_decay)
+        objective = TrainingObjective.in_memory(
+            model, loss, data, device, parameters, weight_decay, names=("loss", "data")
+        )
         small = objective.m <= NEWTON_PARAMETERS
         _lbfgs(objective, max(tolerance, 1e-5) if small else tolerance, max_iterations)
         return _newton(objective, tolerance, None, 60 if small else 0)
@@ -145,11 +146,11 @@ def leave_out(
         DataError: A loss is not finite or has another shape.
         ModelError: A loss fails.
     """
-    check_loss(train_loss, "train_loss")
     check_loss(test_loss, "test_loss")
     check_number("tolerance", tolerance)
     with placed(model, None) as device:
-        objective = _objective(model, train_loss, train, ("train_loss", "train"), device, parameters, weight_decay)
+        names = ("train_loss", "train")
+        objective = TrainingObjective.in_memory(model, train_loss, train, device, parameters, weight_decay, names=names)
         test_batches = list(RepeatableData(test, "test", device))
         small = objective.m <= NEWTON_PARAMETERS
         start, before = objective.theta(), loss_values(model, test_loss, test_batches)
@@ -157,38 +158,38 @@ def leave_out(
         changes, norms = [], []
         try:
             for group in tqdm(list(groups), desc="Retraining", unit="run", disable=not progress):
-                objective.weights.fill_(1.0)
-                objective.weights[_positions(group, objective.n)] = 0.0
+                others = _without(objective, group)
+                share = others.n / objective.n
                 objective.set_theta(start)
                 if not small:
-                    _lbfgs(objective, tolerance, max_iterations)
-                norms.append(_newton(objective, tolerance, factor, 60 if small else 0).gradient_norm)
+                    _lbfgs(others, tolerance / share, max_iterations)
+                norms.append(share * _newton(others, tolerance / share, factor, 60 if small else 0).gradient_norm)
                 changes.append(loss_values(model, test_loss, test_batches) - before)
         finally:
             objective.set_theta(start)
     return Retrained(np.array(changes).reshape(-1, len(before)), np.array(norms), before)
 
 
-def _objective(
-    model: nn.Module,
-    loss: Loss,
-    data: Iterable[Any],
-    names: tuple[str, str],
-    device: torch.device,
-    parameters: str | Sequence[str] | None,
-    weight_decay: float = 0.0,
-) -> TrainingObjective:
-    """Make the objective of data that is read once and held in memory; the names are those of loss and data."""
-    check_number("weight_decay", weight_decay, zero=True)
-    held = RepeatableData(list(RepeatableData(data, names[1], device)), names[1], device)
-    return TrainingObjective(model, loss, held, select_parameters(model, parameters), weight_decay, name=names[0])
+def _without(objective: TrainingObjective, group: int | Sequence[int]) -> TrainingObjective:
+    """The objective without some examples, times n/(n − k) for k of them: it has the same minimum.
 
-
-def _positions(group: int | Sequence[int], n: int) -> Tensor:
-    chosen = np.atleast_1d(np.asarray(group, np.int64))
-    if chosen.size and not (chosen.min() >= 0 and chosen.max() < n):
-        raise ArgumentError(f"groups: expected training examples 0 … {n - 1}, got {group!r}")
-    return torch.from_numpy(chosen)
+    Raises:
+        ArgumentError: There is no such example, or no other.
+    """
+    chosen = np.unique(np.atleast_1d(np.asarray(group, np.int64)))
+    if chosen.size and not (chosen.min() >= 0 and chosen.max() < objective.n):
+        raise ArgumentError(f"groups: expected training examples 0 … {objective.n - 1}, got {group!r}")
+    if len(chosen) == objective.n:
+        raise ArgumentError("groups: one of them holds all training examples; leave some in")
+    kept, start = [], 0
+    for batch in objective.data:
+        here = np.setdiff1d(np.arange(batch.n_examples), chosen - start)
+        start += batch.n_examples
+        if len(here):
+            kept.append(batch if len(here) == batch.n_examples else batch.take(torch.from_numpy(here)))
+    data = RepeatableData(kept, "train", objective.device)
+    decay = objective.weight_decay * objective.n / (objective.n - len(chosen))
+    return TrainingObjective(objective.model, objective.loss, data, objective.parameters, decay, name=objective.name)
 
 
 def _lbfgs(objective: TrainingObjective, tolerance: float, max_iterations: int) -> None:
@@ -265,96 +266,3 @@ def _line_search(
         length /= 2
     objective.set_theta(origin)
     return None
-
-
-@dataclass(frozen=True, eq=False)
-class Unlearned:
-    """A model after unlearning.
-
-    Attributes:
-        model: A changed copy; the model given is as it was.
-        before: The measure of the model given.
-        after: The measure of ``model``.
-        history: The measure after every step, ``before`` first.
-        harmful_loss: Mean loss of the harmful examples, before and after.
-        helpful_loss: Mean loss of the helpful examples, before and after.
-    """
-
-    model: nn.Module
-    before: float
-    after: float
-    history: tuple[float, ...]
-    harmful_loss: tuple[float, float]
-    helpful_loss: tuple[float, float]
-
-    __repr__ = short_repr
-
-
-def unlearn(
-    model: nn.Module,
-    loss: Loss,
-    harmful: Iterable[Any] | None,
-    helpful: Iterable[Any] | None,
-    measure: Measure,
-    *,
-    learning_rate: float,
-    steps: int = 10,
-    target: float | None = None,
-    goal: Literal["lower", "higher"] = "lower",
-    parameters: str | Sequence[str] | None = None,
-) -> Unlearned:
-    """Climb the loss of harmful examples and descend that of helpful ones, and measure the model after every step.
-
-    Each step is ``θ ← θ + η (∇ mean L(harmful) − ∇ mean L(helpful))``, plain gradient steps as in Silva, Chopra &
-    Gombolay 2022. Ascent has no bound of its own: take few small steps, and look at ``history`` and the losses.
-
-    Args:
-        model: Not changed; the steps are made on a copy.
-        loss: The training loss, per example.
-        harmful: Batches to climb on; None for none.
-        helpful: Batches to descend on; None for none.
-        measure: ``measure(model) -> float``, such as a WEAT score.
-        learning_rate: η.
-        steps: Most steps.
-        target: Stop once the measure has reached it.
-        goal: Whether reaching means ≤ (``"lower"``) or ≥ (``"higher"``).
-        parameters: Name patterns of the parameters that may change.
-
-    Returns:
-        The changed copy and the measure's history.
-
-    Raises:
-        ArgumentError: Neither harmful nor helpful examples, or an option has another value.
-        DataError: A loss is not finite or has another shape.
-        ModelError: The loss or the model fails.
-    """
-    check_loss(loss, "loss")
-    check_number("learning_rate", learning_rate)
-    check_integer("steps", steps)
-    if harmful is None and helpful is None:
-        raise ArgumentError("harmful: neither harmful nor helpful examples were given; pass batches of at least one")
-    if not callable(measure):
-        raise ArgumentError(f"measure: expected callable(model) -> float, got {measure!r}")
-    check_choice("goal", goal, ("lower", "higher"))
-    changed = copy.deepcopy(model)
-    with placed(changed, None) as device:
-        sides = {
-            name: _objective(changed, loss, data, (name, name), device, parameters)
-            for name, data in (("harmful", harmful), ("helpful", helpful))
-            if data is not None
-        }
-        history = [float(measure(changed))]
-        before = {name: side.value_and_gradient()[0] for name, side in sides.items()}
-        for _ in range(steps):
-            if target is not None and (history[-1] <= target if goal == "lower" else history[-1] >= target):
-                break
-            gradients = {name: side.value_and_gradient()[1] for name, side in sides.items()}
-            for name, side in sides.items():
-                step = (1.0 if name == "harmful" else -1.0) * learning_rate * gradients[name]
-                side.set_theta(side.theta() + step.to(side.dtype))
-            history.append(float(measure(changed)))
-        losses = {
-            name: (before[name], sides[name].value_and_gradient()[0]) if name in sides else (float("nan"),) * 2
-            for name in ("harmful", "helpful")
-        }
-    return Unlearned(changed, history[0], history[-1], tuple(history), losses["harmful"], losses["helpful"])
