@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from npeff.components.components import Components
 from npeff.errors import ArgumentError
+from npeff.gradients.eligibility import BLOCKS
 from npeff.reports.evidence import INFLUENCES, PUSHED, Extras, read_extras, trust_of
 from npeff.reports.examples import Gallery
 from npeff.reports.layout import Heads, StrategyNode, check_heads, map_positions, tree_of
@@ -174,6 +175,27 @@ class ReportData:
         """Return the KL ratio of moving the weights along a component, where it is known."""
         effect = self.extras.effects.get((j,))
         return effect.kl_ratio if effect else None
+
+    @property
+    def block_weights(self) -> dict[str, Any] | None:
+        """The block weights: how they were chosen, the least, the largest, and that of each parameter."""
+        weights = self.components.block_weights
+        if weights is None:
+            return None
+        chosen = (self._fisher_options.get("block_weights") or {}).get("choice")
+        own = (self.components.provenance.get("options") or {}).get("block_weights")
+        of = {name: weights.get(name, 1.0) for name in self.components.parameters.names}
+        choice = "balanced" if "balanced" in (chosen, own) else "given"
+        return {"choice": choice, "least": min(of.values()), "largest": max(of.values()), "of": of}
+
+    @property
+    def of_transformer_blocks(self) -> bool:
+        """Whether the Fishers are about the linear layers of transformer blocks alone."""
+        return self._fisher_options.get("parameters") == [BLOCKS]
+
+    @property
+    def _fisher_options(self) -> Mapping[str, Any]:
+        return (self.components.provenance.get("fishers") or {}).get("options") or {}
 
     def strategy(self, j: int) -> StrategyNode | None:
         """Return the coloured strategy that a component belongs to, where there are several."""

@@ -291,6 +291,8 @@ def _overview(data: ReportData, writer: ReportWriter, columns: Sequence[Column],
             inline=[(name, Markup(content)) for name, content in writer.inline.items()],
             data=Markup(script_json(_script_data(data, writer, columns))),
             moved_groups=_moved_groups(data),
+            weights=data.block_weights,
+            of_transformer_blocks=data.of_transformer_blocks,
             provenance=_flatten(components.provenance),
         )
     )
@@ -448,6 +450,8 @@ def _component_page(data: ReportData, rank: int, columns: Sequence[Column]) -> s
         "neighbours": [(i, data.headings[i], value) for i, value in closest(data.cosines, j)],
         "together": [(i, data.headings[i], value) for i, value in closest(data.together, j)],
         "known": known,
+        "weights": data.block_weights,
+        "low_rank": data.components.kind == "low_rank",
         "block_map": block_map(summary.block_energy) if known else None,
         "head_map": None if vector is None else head_map(data.components.parameters, vector, heads),
         "attributions": [
