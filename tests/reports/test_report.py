@@ -21,6 +21,9 @@ def test_where_it_is_written(tmp_path):
     assert report(components, None, str(tmp_path / "c.html")) == tmp_path / "c.html"
     made = {p.name for p in (tmp_path / "a" / "b").iterdir()}
     assert made == {"index.html", "data-1"}, "nothing else is left"
+    folder, file = ((tmp_path / name).read_text(encoding="utf-8") for name in ("a/b/index.html", "c.html"))
+    assert "lies in the folder data-1 beside it" in folder and re.search("script-src [^;]*'self' file:", folder)
+    assert "This file is complete in itself" in file and not re.search("script-src [^;]*'self'", file)
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="writing failed"):
         report(components, None, tmp_path / "file" / "x.html")
