@@ -252,7 +252,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _described_json(path: Path) -> dict[str, Any]:
-    from npeff.reports.evidence import describe_extras, read_extras_file
+    from npeff.reports.extras import describe_extras, read_extras_file
 
     content = read_extras_file(path)
     if isinstance(content, dict) and {"choices", "advice", "n_parameters"} <= set(content):

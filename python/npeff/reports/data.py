@@ -13,8 +13,9 @@ import numpy.typing as npt
 from npeff.components.components import Components
 from npeff.errors import ArgumentError
 from npeff.gradients.eligibility import BLOCKS
-from npeff.reports.evidence import INFLUENCES, PUSHED, Extras, read_extras, trust_of
+from npeff.reports.evidence import INFLUENCES, PUSHED, Given, TrustSummary
 from npeff.reports.examples import Gallery
+from npeff.reports.extras import Extras
 from npeff.reports.layout import Heads, StrategyNode, check_heads, map_positions, tree_of
 from npeff.reports.places import ReadablePlaces, check_places
 from npeff.reports.summary import (
@@ -305,10 +306,10 @@ def collect_report_data(
     """
     names = options.names(data, components)
     check_places(data, components)
-    given = read_extras(components.n_components, len(components.coefficients), vars(options))
+    given = Extras.of(vars(options), components.n_components, len(components.coefficients))
     selection = components.provenance.get("selection")
     if selection is not None and not given.trust.held_out:  # of npeff decompose --select
-        known = trust_of({"selection": selection}, None, None)
+        known = TrustSummary.of({"selection": Given("trust.selection", selection)})
         own = replace(given.trust, held_out=known.held_out, train=known.train, chosen=known.chosen)
         given = replace(given, trust=own)
     if given.attributions and data is None:
@@ -321,9 +322,8 @@ def collect_report_data(
     shown = {top.position for s in summaries for top in s.shown} | {top.position for node in nodes for top in node.top}
     attributed = {int(ids[i]) for _, i in given.attributions}
     for effect in given.effects.values():
-        pushed = [position for position, _ in effect.predictions[:PUSHED]]
-        pushed += [position for position, *_ in effect.continuations[:PUSHED] if position is not None]
-        shown |= set(pushed) & set(ids.tolist())
+        pushed = [one.id for one in effect.predictions[:PUSHED]] + [one.id for one in effect.continuations[:PUSHED]]
+        shown |= set(ids.tolist()).intersection(pushed)
     gallery = Gallery(shown | attributed, {top.position for s in summaries for top in s.top[:THUMBS]}, attributed)
     if data is not None:
         wanted = set(ids.tolist()) if every else shown | attributed

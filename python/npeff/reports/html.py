@@ -18,7 +18,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from npeff.reports.data import THUMBS, ReportData
-from npeff.reports.evidence import INFLUENCES, PUSHED, InfluenceSummary
+from npeff.reports.evidence import CONTINUED, INFLUENCES, PUSHED, InfluenceSummary
 from npeff.reports.figures import (
     effect_curve,
     held_out_curve,
@@ -477,18 +477,21 @@ def _moved(data: ReportData, *components: int) -> dict[str, Any]:
         "more": len(parts[TRACED:]),
         "shifts": [
             (
-                _example_at(data, position),
-                [(data.names[c], before, after) for c, before, after in changes[:LIKELIEST]],
+                _example_at(data, one.id),
+                [
+                    (data.names[c], *p)
+                    for c, *p in zip(one.classes[:LIKELIEST].tolist(), one.before, one.after, strict=False)
+                ],
             )
-            for position, changes in (effect.predictions[:PUSHED] if effect else ())
+            for one in (effect.predictions[:PUSHED] if effect else ())
         ],
         "continuations": [
             (
-                None if position is None else _example_at(data, position),
-                visible(prompt),
-                [(which, visible(text)) for which, text in texts],
+                None if one.id is None else _example_at(data, one.id),
+                visible(one.prompt),
+                [(words, visible(text)) for key, words in CONTINUED.items() if (text := getattr(one, key)) is not None],
             )
-            for position, prompt, texts in (effect.continuations[:PUSHED] if effect else ())
+            for one in (effect.continuations[:PUSHED] if effect else ())
         ],
     }
 
