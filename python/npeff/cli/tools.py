@@ -12,12 +12,12 @@ import sys
 import webbrowser
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import click
 
 from npeff.cli.command import check_members, command, data_of_components, loaded, misused, size, unruled
-from npeff.cli.options import EXISTING, WRITABLE, Arguments
+from npeff.cli.options import Arguments, Existing, Whole
 
 PACKAGES = ("numpy", "scipy", "h5py", "scikit-learn", "matplotlib", "safetensors")
 FEATURES = (
@@ -46,13 +46,20 @@ Section = tuple[str, list[tuple[str, str]]]
     """,
     Arguments("npeff.demo:run_demo", skip=("say",)),
 )
-@click.option("--out", type=WRITABLE, default="npeff-demo", show_default=True, help="Folder for everything made.")
-@click.option("--open/--no-open", "open_page", default=True, show_default=True, help="Open the page in a browser.")
-def demo(out: Path, open_page: bool, **options: Any) -> None:
+def demo(
+    *,
+    out: Path = Path("npeff-demo"),
+    open_page: Annotated[bool, "--open"] = True,
+    **options: Any,
+) -> None:
     """Train a small network on handwritten digits and show its components.
 
     Needs no download and about a minute: the digits come with scikit-learn (pip install 'npeff[demo]').
     Run again, it starts anew.
+
+    Options:
+        out: Folder for everything made.
+        open_page: Open the page in a browser.
     """
     from npeff.demo import run_demo
 
@@ -200,13 +207,18 @@ def _version(package: str) -> str:
         npeff info components.h5 --json | jq .provenance
     """
 )
-@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
-def info(path: Path, as_json: bool) -> None:
+def info(
+    path: Annotated[Path, "FILE"],
+    *,
+    as_json: Annotated[bool, "--json"] = False,
+) -> None:
     """Say what FILE holds, without reading its arrays.
 
     FILE is one that a command of npeff wrote, in HDF5, JSON or safetensors, unfinished work of npeff fishers included,
     or in one of the published layouts.
+
+    Options:
+        as_json: Everything, for programs.
     """
     found = _described(path)
     if as_json:
@@ -330,26 +342,15 @@ def _print(lines: dict[str, Any], indent: str = "") -> None:
     Arguments("npeff:Components.to_peft", only=("rank", "scale")),
     Arguments("npeff:compute_fishers", only=("forward", "device", "progress")),
 )
-@click.argument("path", metavar="FILE", type=EXISTING)
-@click.option("--out", type=WRITABLE, required=True, help="File to write; with --peft a folder.")
-@click.option("--layout", type=click.Choice(["published"]), help="Write all of it in the layout of the published code.")
-@click.option(
-    "--component",
-    type=click.IntRange(min=0),
-    metavar="J",
-    help="Write one component's vector as parameter-shaped tensors.",
-)
-@click.option("--peft", is_flag=True, help="Write it as a LoRA adapter, which peft loads; needs --model.")
-@click.option("--model", metavar="MODEL", help="The model of the Fishers.")
-@click.option("--data", metavar="DATA", help="The data of the Fishers, where the vector has to be recovered.")
 def export(
-    path: Path,
+    path: Annotated[Existing, "FILE"],
+    *,
     out: Path,
-    layout: str | None,
-    component: int | None,
-    peft: bool,
-    model: str | None,
-    data: str | None,
+    layout: Literal["published"] | None = None,
+    component: Annotated[Whole | None, "J"] = None,
+    peft: bool = False,
+    model: Annotated[str | None, "MODEL"] = None,
+    data: Annotated[str | None, "DATA"] = None,
     **options: Any,
 ) -> None:
     """Write what FILE holds in another form.
@@ -357,6 +358,14 @@ def export(
     With --component the tensors carry the model's parameter names: load them with safetensors and add a
     multiple to the weights. Where the vector has to be recovered, --model and --data do so, and it is kept in FILE.
     --rank and --scale belong to --peft.
+
+    Options:
+        out: File to write; with --peft a folder.
+        layout: Write all of it in the layout of the published code.
+        component: Write one component's vector as parameter-shaped tensors.
+        peft: Write it as a LoRA adapter, which peft loads; needs --model.
+        model: The model of the Fishers.
+        data: The data of the Fishers, where the vector has to be recovered.
     """
     if (layout is None) == (component is None):
         misused("give either --layout published or --component J")
