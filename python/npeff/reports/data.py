@@ -13,15 +13,17 @@ import numpy.typing as npt
 from npeff.components.components import Components
 from npeff.errors import ArgumentError
 from npeff.gradients.eligibility import BLOCKS
+from npeff.perturbation.effect import Prediction
 from npeff.reports.evidence import INFLUENCES, PUSHED, Given, TrustSummary
 from npeff.reports.examples import Gallery
 from npeff.reports.extras import Extras
 from npeff.reports.layout import Heads, StrategyNode, check_heads, map_positions, tree_of
-from npeff.reports.places import ReadablePlaces, check_places
+from npeff.reports.places import TAIL, ReadablePlaces, check_places
 from npeff.reports.summary import (
     ClassNames,
     ComponentSummary,
     TopExample,
+    closest,
     coactivation,
     explained_shares,
     summarise,
@@ -35,6 +37,9 @@ UNSTABLE = 0.7
 NODE_EXAMPLES = 12
 THUMBS = 8
 NAMED = 3  # words that a heading names as predicted
+LIKELIEST = 5  # words listed that the model predicts for an example
+PROFILED = range(2, 21)
+"""Numbers of classes whose shares are drawn side by side in the overview."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,35 @@ class ReportData:
         """Return the coloured strategy that a component belongs to, where there are several."""
         group = self.leaves[j].group
         return self.branches[group] if group >= 0 and len(self.branches) > 1 else None
+
+    @property
+    def largest_share(self) -> float:
+        """The largest component's share of all coefficients."""
+        return max((s.share for s in self.summaries), default=0.0) or 1.0
+
+    def profile(self, summary: ComponentSummary) -> list[tuple[str, float]]:
+        """Return a component's weight per predicted class, where the overview has room for all classes."""
+        return self.names.named(enumerate(summary.profile.tolist())) if len(summary.profile) in PROFILED else []
+
+    def related(self, similarity: Array, j: int) -> list[tuple[int, str, float]]:
+        """Return the components most similar to one: ``(component, heading, similarity)``."""
+        return [(i, self.headings[i], value) for i, value in closest(similarity, j)]
+
+    def address_of(self, members: tuple[int, ...]) -> str | None:
+        """Return where the page shows a group of components; None where it is no strategy of the tree."""
+        return next((node.address for node in self.nodes if not node.leaf and node.components == members), None)
+
+    def at(self, position: int) -> dict[str, Any]:
+        """Return what a template prints of the example at a position in the data."""
+        (found,) = np.nonzero(np.asarray(self.components.ids) == position)
+        unknown = TopExample(-1, position, 0.0, -1, -1)
+        tops = top_examples(self.components, found[:1], np.zeros(len(self.components.ids)))
+        return self.gallery.show(tops[0] if tops else unknown, self.names, TAIL)
+
+    def changes(self, prediction: Prediction) -> list[tuple[str, float, float]]:
+        """Return the likeliest words or classes of a prediction: ``(name, probability before, and after)``."""
+        classes = prediction.classes[:LIKELIEST].tolist()
+        return [(self.names[c], prediction.before[k], prediction.after[k]) for k, c in enumerate(classes)]
 
     def below_null(self, summary: ComponentSummary) -> bool:
         """Whether chance would give a component of as much energy."""

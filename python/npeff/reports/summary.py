@@ -44,6 +44,10 @@ class ClassNames:
             self.find([index])
         return self._names.get(index, str(index))
 
+    def named(self, shares: Iterable[tuple[int, float]]) -> list[tuple[str, float]]:
+        """Put names in place of the classes of pairs."""
+        return [(self[c], share) for c, share in shares]
+
     def find(self, classes: Iterable[int]) -> None:
         """Find the words of some classes at once."""
         new = [] if self._words is None else sorted({int(c) for c in classes if c >= 0} - self._names.keys())
