@@ -148,12 +148,9 @@ def misused(message: str) -> NoReturn:
 
 def size(n_bytes: int) -> str:
     """Write a number of bytes for people: ``1.5 MB``."""
-    value, unit = float(n_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+    from npeff.models.devices import format_bytes
+
+    return format_bytes(n_bytes)
 
 
 def unruled(coverage: Iterable[Mapping[str, str]]) -> list[tuple[str, str]]:

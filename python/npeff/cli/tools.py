@@ -19,24 +19,14 @@ import click
 from npeff.cli.command import check_members, command, data_of_components, loaded, misused, size, unruled
 from npeff.cli.options import Arguments, Existing, Whole
 
-PACKAGES = ("numpy", "scipy", "h5py", "scikit-learn", "matplotlib", "safetensors")
+PACKAGES = ("npeff", "torch", "numpy", "scipy", "h5py", "scikit-learn", "matplotlib", "safetensors")
 FEATURES = (
-    "sse4_2",
-    "avx",
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512bw",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_tile",
-    "asimd",
-    "sve",
-    "sve2",
-)
+    "sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile",
+    "asimd", "sve", "sve2",
+)  # fmt: skip
 
-Section = tuple[str, list[tuple[str, str]]]
-"""A heading of what doctor finds, and lines (name, value); failures are reported, never raised."""
+Lines = list[tuple[str, str]]
+"""What doctor finds, as names and values; failures are reported, never raised."""
 
 
 @command(
@@ -76,46 +66,49 @@ def demo(
 )
 def doctor() -> None:
     """Say which hardware and kernels are used, and why not faster ones."""
-    for title, lines in (_versions(), _processor(), _kernels(), _cuda()):
+    sections = {"Versions": _versions, "Processor": _processor, "Kernels": _kernels, "CUDA": _cuda}
+    for title, find in sections.items():
         click.echo(click.style(title, bold=True))
+        lines = find()
         width = max((len(name) for name, _ in lines), default=0)
         for name, value in lines:
-            head, *rest = value.splitlines() or [""]
-            click.echo(f"  {name:<{width}}  {head}")
-            for line in rest:
-                click.echo(f"  {'':<{width}}  {line}")
+            for row, text in enumerate(value.splitlines() or [""]):
+                click.echo(f"  {name if row == 0 else '':<{width}}  {text}")
         click.echo()
 
 
-def _versions() -> Section:
-    import torch
+def _versions() -> Lines:
+    lines = [("Python", f"{platform.python_version()} ({sys.executable})")]
+    for package in PACKAGES:
+        try:
+            lines.append((package, version(package)))
+        except PackageNotFoundError:
+            lines.append((package, "not installed"))
+    return lines
 
-    lines = [
-        ("npeff", _version("npeff")),
-        ("Python", f"{platform.python_version()} ({sys.executable})"),
-        ("torch", str(torch.__version__)),
-    ]
-    return "Versions", lines + [(name, _version(name)) for name in PACKAGES]
 
-
-def _processor() -> Section:
+def _processor() -> Lines:
     import psutil
     import torch
 
-    model, flags = _cpuinfo()
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(errors="replace") if path.exists() else ""
+    entries = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+    flags = entries.get("flags", entries.get("Features", "")).split()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    present = [name for name in FEATURES if name in flags]
-    lines = [
-        ("model", model or platform.processor() or platform.machine()),
+    limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPEFF_THREADS")
+    set_ = ", ".join(f"{name}={os.environ[name]}" for name in limits if name in os.environ)
+    return [
+        ("model", entries.get("model name") or platform.processor() or platform.machine()),
         ("cores", f"{usable} usable of {os.cpu_count()}"),
-        ("threads", f"{torch.get_num_threads()} in torch" + _limits()),
-        ("features", " ".join(present) or "unknown on this system"),
+        ("threads", f"{torch.get_num_threads()} in torch" + (f" ({set_})" if set_ else "")),
+        ("features", " ".join(name for name in FEATURES if name in flags) or "unknown on this system"),
+        ("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB"),
     ]
-    return "Processor", [*lines, ("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB")]
 
 
-def _kernels() -> Section:
-    lines: list[tuple[str, str]] = []
+def _kernels() -> Lines:
+    lines: Lines = []
     try:
         from npeff.kernels import dispatch
 
@@ -128,77 +121,35 @@ def _kernels() -> Section:
         lines.append(("threads", f"{dispatch.num_threads()} in the CPU kernels"))
     except Exception as error:  # doctor is for broken installations too
         lines.append(("unavailable", f"{type(error).__name__}: {error}"))
-    return "Kernels", lines
+    return lines
 
 
-def _cuda() -> Section:
+def _cuda() -> Lines:
     import torch
 
-    lines: list[tuple[str, str]] = []
+    lines: Lines = []
     try:
         from npeff import _cuda
 
         devices = int(_cuda.device_count())
         seen = f"{devices} device{'' if devices == 1 else 's'} found" if devices else f"no device: {_cuda.absence()}"
         lines.append(("npeff._cuda", "built with CUDA {}.{}; ".format(*_cuda.toolkit()) + seen))
-        for i in range(devices):
-            reason = _cuda.usable(i)
-            lines += [(f"npeff on cuda:{i}", f"cannot run: {reason}")] if reason else []
+        reasons = {i: _cuda.usable(i) for i in range(devices)}
+        lines += [(f"npeff on cuda:{i}", f"cannot run: {reason}") for i, reason in reasons.items() if reason]
     except ImportError as error:
         lines.append(("npeff._cuda", f"not built ({error}); build where nvcc is found to have it"))
     except Exception as error:  # a driver that is present but broken
         lines.append(("npeff._cuda", f"built, but it cannot be used: {error}"))
-    built = torch.version.cuda
+    built, driver = torch.version.cuda, Path("/proc/driver/nvidia/version")
     lines.append(("torch", f"built for CUDA {built}" if built else "built without CUDA: models run on the processor"))
-    lines.append(("driver", _driver()))
-    if built and torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(i)
-            lines.append(
-                (
-                    f"cuda:{i}",
-                    f"{found.name}, {found.total_memory >> 30} GiB, compute {found.major}.{found.minor}",
-                )
-            )
-    else:
-        lines.append(("devices", "none that torch can use"))
-    return "CUDA", lines
-
-
-def _cpuinfo() -> tuple[str, set[str]]:
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return "", set()
-    entries: dict[str, str] = {}
-    for line in path.read_text(errors="replace").splitlines():
-        name, colon, value = line.partition(":")
-        if colon:
-            entries.setdefault(name.strip(), value.strip())
-    flags = entries.get("flags") or entries.get("Features") or ""
-    return entries.get("model name", ""), set(flags.split())
-
-
-def _limits() -> str:
-    found = [
-        f"{name}={os.environ[name]}"
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPEFF_THREADS")
-        if name in os.environ
-    ]
-    return f" ({', '.join(found)})" if found else ""
-
-
-def _driver() -> str:
-    path = Path("/proc/driver/nvidia/version")
-    if path.exists():
-        return path.read_text(errors="replace").splitlines()[0]
-    return "no NVIDIA driver found on this machine" if sys.platform == "linux" else "unknown on this system"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    none = "no NVIDIA driver found on this machine" if sys.platform == "linux" else "unknown on this system"
+    lines.append(("driver", driver.read_text(errors="replace").splitlines()[0] if driver.exists() else none))
+    usable = torch.cuda.device_count() if built and torch.cuda.is_available() else 0
+    for i in range(usable):
+        found = torch.cuda.get_device_properties(i)
+        about = f"{found.name}, {found.total_memory >> 30} GiB, compute {found.major}.{found.minor}"
+        lines.append((f"cuda:{i}", about))
+    return lines if usable else [*lines, ("devices", "none that torch can use")]
 
 
 @command(

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from tqdm import tqdm
 
+from npeff.models.devices import format_bytes
 from npeff.reports.data import LIKELIEST, THUMBS, ReportData
 from npeff.reports.evidence import CONTINUED, INFLUENCES, PUSHED, InfluenceSummary
 from npeff.reports.figures import (
@@ -37,7 +38,6 @@ from npeff.reports.summary import (
     plain,
     printable,
     short,
-    size_of,
     visible,
 )
 from npeff.reports.writer import ReportWriter, script_json
@@ -279,7 +279,7 @@ def _left_out(writer: ReportWriter) -> str:
     if not missing:
         return ""
     return (
-        f"Left out, for this report may take no more than {size_of(writer.limit)}: {', '.join(missing)}. "
+        f"Left out, for this report may take no more than {format_bytes(writer.limit)}: {', '.join(missing)}. "
         + ("A larger size_limit" if writer.folder else "A folder, or a larger size_limit,")
         + " holds everything."
     )
@@ -313,7 +313,7 @@ def _script_data(data: ReportData, writer: ReportWriter, columns: Sequence[Colum
         "classes": data.names.known if data.names.are_words else [data.names[c] for c in range(n_classes)],
         "parts": writer.parts,
         "absent": sorted(writer.absent),
-        "limit": size_of(writer.limit),
+        "limit": format_bytes(writer.limit),
         "rows_per_part": ROWS if writer.folder else max(ROWS, len(data.summaries)),
         "examples_per_part": PER_PART,
         "n_examples": len(components.ids),

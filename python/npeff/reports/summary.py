@@ -93,16 +93,6 @@ def plain(value: float) -> str:
     return f"{value:.3g}" if not 100 <= abs(value) < 1e6 else f"{value:.0f}"
 
 
-def size_of(n_bytes: int) -> str:
-    """Print a number of bytes: ``24 MB``."""
-    value, unit = float(n_bytes), "B"
-    for larger in ("kB", "MB", "GB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}"
-
-
 def text_of(item: Any) -> str | None:
     """Return the text of an item of the data, or None for an item that is not text.
 
