@@ -9,8 +9,8 @@ import torch
 
 from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.reports import report
-from npeff.reports.summary import excerpt, summarise
-from report_cases import batches, components_of, page_of
+from npeff.reports.summary import excerpt, percent, summarise
+from report_cases import PARAMETERS, batches, components_of, page_of
 
 ROUTE = re.compile("(overview|strategies|examples|provenance|(component|example|strategy)-[0-9]+)$")
 
@@ -21,6 +21,9 @@ def test_where_it_is_written(tmp_path):
     assert report(components, None, str(tmp_path / "c.html")) == tmp_path / "c.html"
     made = {p.name for p in (tmp_path / "a" / "b").iterdir()}
     assert made == {"index.html", "data-1"}, "nothing else is left"
+    folder, file = ((tmp_path / name).read_text(encoding="utf-8") for name in ("a/b/index.html", "c.html"))
+    assert "lies in the folder data-1 beside it" in folder and re.search("script-src [^;]*'self' file:", folder)
+    assert "This file is complete in itself" in file and not re.search("script-src [^;]*'self'", file)
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="writing failed"):
         report(components, None, tmp_path / "file" / "x.html")
@@ -188,7 +191,7 @@ def test_summary_against_counting():
         assert [t.index for t in s.top] == np.argsort(-w, kind="stable")[:10].tolist()
         assert s.profile.sum() == pytest.approx(1)
         assert s.blocks[0][0] == "head.bias" and s.blocks[-1][0] == "all others"
-        assert sum(share for _, share in s.blocks) == pytest.approx(1)
+        assert sum(share for _, share, _ in s.blocks) == pytest.approx(1)
         shares = [share for _, share in s.contest]
         assert shares == sorted(shares, reverse=True) and sum(shares) <= 1 + 1e-9
     sizes = [s.share for s in summarise(components, 10)]
@@ -215,3 +218,27 @@ def test_same_input_same_page(tmp_path):
     components = components_of(loss_curve=np.geomspace(1, 0.1, 60))
     first = report(components, None, tmp_path / "a.html").read_bytes()
     assert report(components, None, tmp_path / "b.html").read_bytes() == first
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_block_weights_are_explained_where_energies_stand(tmp_path, kind):
+    weights = {p.name: 1.0 for p in PARAMETERS} | {"layer9.weight": 0.25, "head.bias": 4.0}
+    fishers = {"options": {"block_weights": {"choice": "balanced", "weights": weights}, "parameters": ["blocks"]}}
+    components = components_of(kind=kind, block_weights=weights, provenance={"fishers": fishers})
+    page = page_of(tmp_path, components)
+    (s, *_) = summarise(components, 4)
+    power = 1 if kind == "low_rank" else 2
+    energy = {name: weights[name] ** power * share for name, share in components.block_energy(s.j).items()}
+    for name, share, weighted in s.blocks[:-1]:
+        assert share == pytest.approx(components.block_energy(s.j)[name])
+        assert weighted == pytest.approx(energy[name] / sum(energy.values()))
+    assert sum(weighted for *_, weighted in s.blocks) == pytest.approx(1)
+    name, share, weighted = s.blocks[0]
+    assert f"{name} {percent(share)} · {percent(weighted)}" in page.text
+    formula = "w p ‖g p ‖² / Σ q w q ‖g q ‖²" if kind == "low_rank" else "w p ²‖g p ‖² / Σ q w q ²‖g q ‖²"
+    assert page.text.count(formula) == 3 and "(balanced, 0.25 to 4)" in page.text
+    assert "share of ‖g‖² per parameter, block weights undone" in page.text
+    assert "about the same share of the trace" in page.text and page.all("details", id="block-weights")
+    assert "linear layers of the transformer blocks alone" in page.text
+    plain = page_of(tmp_path, components_of())
+    assert "weights" not in plain.text and "share of ‖g‖² per parameter" in plain.text

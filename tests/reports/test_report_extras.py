@@ -9,8 +9,9 @@ import torch
 
 from npeff.errors import ArgumentError
 from npeff.reports import EffectSummary, TrustSummary, load_extras, report
-from npeff.reports.evidence import effect_of, trust_of
+from npeff.reports.evidence import Given
 from npeff.reports.examples import RawExample, tokens_of
+from npeff.reports.extras import Extras
 from npeff.reports.figures import overlay
 from report_cases import EFFECT, batches, components_of, data_of, inline_of, page_of
 
@@ -34,12 +35,20 @@ def test_effects(tmp_path):
     assert ratios == {0: 12.5, 1: 0.5, 2: None}
 
 
+def effect(name, value):
+    return EffectSummary.of(Given(name, value))
+
+
+def trust_of(value, r, n):
+    return Extras.of({"trust": value}, r, n).trust
+
+
 def test_effects_as_objects_and_mappings():
-    assert effect_of("effects[0]", EFFECT) == effect_of(
+    assert effect("effects[0]", EFFECT) == effect(
         "effects[0]", EffectSummary(12.5, (0.0, 0.1, 0.2), (0, 0.2, 0.8), (0, 0.01, 0.05))
     )
-    assert effect_of("effects[0]", {}) == EffectSummary()
-    torch_effect = effect_of("effects[0]", {"magnitudes": torch.tensor([0.0, 1.0]), "kl_top": torch.tensor([0.0, 2.0])})
+    assert effect("effects[0]", {}) == EffectSummary()
+    torch_effect = effect("effects[0]", {"magnitudes": torch.tensor([0.0, 1.0]), "kl_top": torch.tensor([0.0, 2.0])})
     assert torch_effect.kl_top == (0.0, 2.0) and torch_effect.kl_baseline == ()
 
 

@@ -24,12 +24,12 @@ from npeff.errors import NpeffError, Terminated, ending_in_order
 
 COMMANDS = {
     "demo": "npeff.cli.tools:demo",
-    "plan": "npeff.cli.fishers:plan",
-    "fishers": "npeff.cli.fishers:fishers",
-    "decompose": "npeff.cli.decompose:decompose",
-    "recover": "npeff.cli.decompose:recover",
-    "encode": "npeff.cli.decompose:encode",
-    "trust": "npeff.cli.decompose:trust",
+    "plan": "npeff.cli.stages:plan",
+    "fishers": "npeff.cli.stages:fishers",
+    "decompose": "npeff.cli.stages:decompose",
+    "recover": "npeff.cli.stages:recover",
+    "encode": "npeff.cli.stages:encode",
+    "trust": "npeff.cli.explain:trust",
     "perturb": "npeff.cli.explain:perturb",
     "trace": "npeff.cli.explain:trace",
     "linearize": "npeff.cli.companions:linearize",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
-from npeff.cli.options import Arguments, FunctionOption
+from npeff.cli.options import Arguments, FunctionOption, Help, own_parameters
 
 if TYPE_CHECKING:
     from npeff.components.components import Components
@@ -23,14 +24,16 @@ MAKERS = {"Fishers": "npeff fishers", "Components": "npeff decompose"}
 
 OPTIONS = ("answers", "context", "text_column", "label_column")
 PLACES = Arguments("npeff.language:Places", only=OPTIONS)
-"""Options of texts that follow from the arguments; :func:`where` states another."""
+"""Options of texts that follow from the arguments; :data:`Where` is another."""
 
-where = click.option(
-    "--where",
-    metavar="last|every|REGEX",
-    help="Texts: the tokens whose predictions are examples: the last of each text, every one, or the one with the last "
-    "character of each match.  [default: last]",
-)
+Where = Annotated[
+    str | None,
+    "last|every|REGEX",
+    Help(
+        "Texts: the tokens whose predictions are examples: the last of each text, every one, or the one with the last "
+        "character of each match.  [default: last]"
+    ),
+]
 
 
 class Command(click.Command):
@@ -95,8 +98,16 @@ def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
 
 
 def command(examples: str, *arguments: Arguments, shared: bool = False) -> Callable[[Callable[..., Any]], Command]:
-    """Make a command of a function; see :class:`Command`."""
-    return click.command(cls=Command, examples=examples, arguments=arguments, shared=shared)
+    """Make a command of a function; see :class:`Command` and :func:`own_parameters`."""
+
+    def made(function: Callable[..., Any]) -> Command:
+        description = (inspect.getdoc(function) or "").partition("\nOptions:\n")[0]
+        own = own_parameters(function)
+        return click.command(
+            cls=Command, params=own, help=description, examples=examples, arguments=arguments, shared=shared
+        )(function)
+
+    return made
 
 
 def several() -> bool:
@@ -137,12 +148,9 @@ def misused(message: str) -> NoReturn:
 
 def size(n_bytes: int) -> str:
     """Write a number of bytes for people: ``1.5 MB``."""
-    value, unit = float(n_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+    from npeff.models.devices import format_bytes
+
+    return format_bytes(n_bytes)
 
 
 def unruled(coverage: Iterable[Mapping[str, str]]) -> list[tuple[str, str]]:

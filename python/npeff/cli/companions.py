@@ -11,12 +11,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 
 from npeff.cli.command import check_out, command, components_of, for_report, misused, note, size
-from npeff.cli.options import EXISTING, WRITABLE, Arguments
+from npeff.cli.options import Arguments, Count, Existing, Whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,32 +59,29 @@ FIELDS = (
     Arguments("npeff.companions.linearize:linearize", only=("at", "smooth", "forward")),
     Arguments("npeff.companions.linearize:attribute_top_examples", only=("k", "embed")),
 )
-@click.argument("model", metavar="MODEL")
-@click.argument("data", metavar="DATA")
-@click.option("--example", type=click.IntRange(min=0), default=0, show_default=True, help="Its position in DATA.")
-@click.option("--output", type=click.IntRange(min=0), help="Which output to explain.  [default: the largest]")
-@click.option(
-    "--component",
-    metavar="FILE:J",
-    help="Instead: attribute component J (or several, FILE:J,J,…) to the inputs of its top examples; DATA is the data "
-    "of its Fishers. -k and --embed belong to it.",
-)
-@click.option("--out", type=WRITABLE, help="Picture to write: .png, .svg or .pdf; with --component .json for a report.")
-@click.option("--table", type=WRITABLE, help="Table to write: .csv, every contribution of the input and of the biases.")
 def linearize(
     model: str,
     data: str,
-    example: int,
-    output: int | None,
-    component: str | None,
-    out: Path | None,
-    table: Path | None,
+    *,
+    example: Whole = 0,
+    output: Whole | None = None,
+    component: Annotated[str | None, "FILE:J"] = None,
+    out: Path | None = None,
+    table: Path | None = None,
     **options: Any,
 ) -> None:
     """Split an output of MODEL on one example of DATA into the contributions of the input numbers and of the biases.
 
     A piecewise linear network (ReLU, max-pooling, convolutions, batch normalisation in evaluation mode, …) is exactly
     F(x) = W·x + b around x. MODEL and DATA are module:callable or file.py:callable, as for npeff fishers.
+
+    Options:
+        example: Its position in DATA.
+        output: Which output to explain.  [default: the largest]
+        component: Instead: attribute component J (or several, FILE:J,J,…) to the inputs of its top examples; DATA is
+            the data of its Fishers. -k and --embed belong to it.
+        out: Picture to write: .png, .svg or .pdf; with --component .json for a report.
+        table: Table to write: .csv, every contribution of the input and of the biases.
     """
     if component and out is None:
         misused("--component: give --out, a name ending in .json")
@@ -234,44 +231,18 @@ def _bars(axes: Axes, values: NDArray[Any], signed: bool) -> None:
     Arguments("npeff.companions.influence:ConjugateGradients", only=("tolerance",)),
     Arguments("npeff.companions.influence:component_influence", only=("k", "surrogate", "forward")),
 )
-@click.argument("model", metavar="MODEL")
-@click.argument("train", metavar="TRAIN")
-@click.argument("test", metavar="TEST")
-@click.option("--out", type=WRITABLE, required=True, help="Ending in .h5 (streamed), .npz or .csv; .json for a report.")
-@click.option(
-    "--train-loss",
-    default="cross_entropy",
-    show_default=True,
-    metavar="LOSS",
-    help="The loss that was trained: module:callable for (model, batch) -> (b,), or cross_entropy, squared_error.",
-)
-@click.option("--test-loss", metavar="LOSS", help="Loss to explain, in the same form.  [default: the training loss]")
-@click.option(
-    "--component",
-    metavar="FILE:J",
-    help="Explain component J's coefficient on its top examples instead; TEST is the data of its Fishers. "
-    "Several, FILE:J,J,…, with an --out that ends in .json.",
-)
-@click.option(
-    "--solver",
-    type=click.Choice(SOLVERS),
-    default="cg",
-    show_default=True,
-    help="How H is inverted; gauss-newton and ekfac take the model's outputs with a named training loss.",
-)
-@click.option("--memory", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="In GB.")
-@click.option("--top", type=click.IntRange(min=0), default=5, show_default=True, help="Show so many examples each way.")
 def influence(
     model: str,
     train: str,
     test: str,
+    *,
     out: Path,
-    train_loss: str,
-    test_loss: str | None,
-    component: str | None,
-    solver: str,
-    memory: float,
-    top: int,
+    train_loss: Annotated[str, "LOSS"] = "cross_entropy",
+    test_loss: Annotated[str | None, "LOSS"] = None,
+    component: Annotated[str | None, "FILE:J"] = None,
+    solver: Annotated[str, click.Choice(SOLVERS)] = "cg",
+    memory: Annotated[float, click.FloatRange(min=0, min_open=True)] = 1.0,
+    top: Whole = 5,
     **options: Any,
 ) -> None:
     """Influence of every example of TRAIN on every example of TEST: I = −∇L_testᵀ H⁻¹ ∇L_train.
@@ -279,6 +250,17 @@ def influence(
     MODEL, TRAIN and TEST are module:callable or file.py:callable, the data iterables of batches in a fixed order. The
     model must be at an optimum of the training loss. With I > 0 training on the example raises the test loss; removing
     it changes the test loss by about −I/n.
+
+    Options:
+        out: Ending in .h5 (streamed), .npz or .csv; .json for a report.
+        train_loss: The loss that was trained: module:callable for (model, batch) -> (b,), or cross_entropy,
+            squared_error.
+        test_loss: Loss to explain, in the same form.  [default: the training loss]
+        component: Explain component J's coefficient on its top examples instead; TEST is the data of its Fishers.
+            Several, FILE:J,J,…, with an --out that ends in .json.
+        solver: How H is inverted; gauss-newton and ekfac take the model's outputs with a named training loss.
+        memory: In GB.
+        top: Show so many examples each way.
     """
     if test_loss and component:
         misused("--test-loss and --component both say what to explain: give one of them")
@@ -368,38 +350,18 @@ def _solver(name: str, train_loss: str, tolerance: float | None) -> Solver | str
     Arguments("npeff.companions.rollback:Recipe"),
     Arguments("npeff.companions.rollback:fit", only=("all_rows", "progress")),
 )
-@click.argument("path", metavar="TRIPLES|RECORD", type=EXISTING)
-@click.option("--targets", type=EXISTING, help="Triples to explain; a tail ? stands for the predicted one.")
-@click.option("--predicted", is_flag=True, help="Explain the predicted tails in place of the given ones.")
-@click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Training triples per target.")
-@click.option("--check", is_flag=True, help="Leave the explanations out, train again, and report what changed.")
-@click.option(
-    "--component",
-    metavar="FILE:J",
-    help="Instead: the training triples behind component J (or several, FILE:J,J,…), over its K top examples; the "
-    "triples of --targets are those whose Fishers were computed, in their order.",
-)
-@click.option(
-    "--out",
-    type=WRITABLE,
-    help="Tab-separated file of explanations; with --component .json for a report.  [default: print them]",
-)
-@click.option("--record", "record_path", type=WRITABLE, help="Write the record of the training to this file.")
-@click.option(
-    "--model", "kind", type=click.Choice(["distmult", "complex"]), default="distmult", show_default=True, help="Score."
-)
-@click.option("--dim", type=click.IntRange(min=1), default=10, show_default=True, help="Elements per embedding.")
 def rollback(
-    path: Path,
-    targets: Path | None,
-    predicted: bool,
-    k: int,
-    check: bool,
-    out: Path | None,
-    record_path: Path | None,
-    component: str | None,
-    kind: str,
-    dim: int,
+    path: Annotated[Existing, "TRIPLES|RECORD"],
+    *,
+    targets: Existing | None = None,
+    predicted: bool = False,
+    k: Count = 10,
+    check: bool = False,
+    out: Path | None = None,
+    record_path: Annotated[Path | None, "--record"] = None,
+    component: Annotated[str | None, "FILE:J"] = None,
+    kind: Annotated[Literal["distmult", "complex"], "--model"] = "distmult",
+    dim: Count = 10,
     **options: Any,
 ) -> None:
     """Explain predictions of knowledge-graph models by the training triples that made them.
@@ -407,6 +369,18 @@ def rollback(
     TRIPLES, one a line as head, relation and tail separated by tabs, train a model at batch size 1 while every
     triple's updates of the weights are recorded; a RECORD of an earlier training is explained without training. The
     influence of a triple is the probability that the target loses when its updates are subtracted (Gradient Rollback).
+
+    Options:
+        targets: Triples to explain; a tail ? stands for the predicted one.
+        predicted: Explain the predicted tails in place of the given ones.
+        k: Training triples per target.
+        check: Leave the explanations out, train again, and report what changed.
+        out: Tab-separated file of explanations; with --component .json for a report.  [default: print them]
+        record_path: Write the record of the training to this file.
+        component: Instead: the training triples behind component J (or several, FILE:J,J,…), over its K top examples;
+            the triples of --targets are those whose Fishers were computed, in their order.
+        kind: Score.
+        dim: Elements per embedding.
     """
     if targets is None and (record_path is None or out or check or predicted):
         misused("give --targets to explain, or --record to keep the record of a training for later")

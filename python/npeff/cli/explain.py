@@ -1,15 +1,14 @@
-"""Stage 4, explain components: ``npeff perturb``, ``npeff trace`` and ``npeff report``.
+"""Explain components: ``npeff trust``, ``perturb``, ``trace`` and ``report``.
 
-What a component does in the model, and where; and the page of all components.
+How far components may be believed, what one does in the model, and where; and the page of all components.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
@@ -25,7 +24,7 @@ from npeff.cli.command import (
     note,
     size,
 )
-from npeff.cli.options import EXISTING, WRITABLE, Arguments
+from npeff.cli.options import Arguments, Count, Existing, Help, Whole
 
 if TYPE_CHECKING:
     from npeff.components.components import Components
@@ -34,20 +33,8 @@ if TYPE_CHECKING:
 PREDICTED, WORDS = 8, 3
 """Examples whose predictions are shown, and words of each."""
 TEXTS = ("unrelated", "prompts", "n_tokens")
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def of_components(function: F) -> F:
-    """Add MODEL, DATA, COMPONENTS, and which component or strategy."""
-    for decorator in (
-        click.option("--strategy", metavar="J,K,…", help="A group of components instead, as one strategy."),
-        click.option("--component", "-j", type=click.IntRange(min=0), metavar="J", help="Which component."),
-        click.argument("path", metavar="COMPONENTS", type=EXISTING),
-        click.argument("data", metavar="DATA"),
-        click.argument("model", metavar="MODEL"),
-    ):
-        function = decorator(function)
-    return function
+OneComponent = Annotated[Whole | None, "-j", "J", Help("Which component.")]
+Group = Annotated[str | None, "J,K,…", Help("A group of components instead, as one strategy.")]
 
 
 def chosen(components: Components, component: int | None, strategy: str | None, path: Path) -> Any:
@@ -72,6 +59,62 @@ def chosen(components: Components, component: int | None, strategy: str | None, 
 
 @command(
     """
+        npeff trust fishers.h5 components.h5
+        npeff trust fishers.h5 components.h5 --repeats 8 --shuffles 5 --out trust.json
+    """,
+    Arguments("npeff.trust:stability"),
+)
+def trust(
+    fishers_path: Annotated[Existing, "FISHERS"],
+    components_path: Annotated[Existing, "COMPONENTS"],
+    *,
+    shuffles: Whole = 2,
+    out: Path | None = None,
+    **options: Any,
+) -> None:
+    """How stable COMPONENTS are, what they explain of FISHERS, and what chance would give.
+
+    Options:
+        shuffles: Decompositions of shuffled Fishers.
+        out: JSON file to write, for npeff report --extras.
+    """
+    import numpy as np
+
+    import npeff
+    from npeff.perturbation.effect import plain, write_json
+
+    check_out(out)
+    fishers, components = loaded(fishers_path, "Fishers"), loaded(components_path, "Components")
+    if shuffles and fishers.rows.products_only:
+        note("no null model: inner products alone (--gram-only) have no entries that could be shuffled")
+        shuffles = 0
+    stable = npeff.trust.stability(fishers, components, **options)
+    shares = npeff.trust.explained(components, fishers)
+    found: dict[str, Any] = {"explained": shares}
+    found["stability"] = stable.to_json() | {"components_digest": components.digest}
+    energy = np.square(components.coefficients.astype(np.float64)).mean(0)
+    if shuffles:
+        shared = {name: value for name, value in options.items() if name in ("seed", "progress")}
+        found["null"] = npeff.trust.null_model(fishers, components, repeats=shuffles, **shared).to_json()
+    known = shares[~np.isnan(shares)]
+    click.echo(f"explained of an example's Fisher: median {np.median(known):.0%}, lowest {known.min(initial=1):.0%}")
+    click.echo("component  energy  comes back (|cos|)" + ("  more than chance" if shuffles else ""))
+    for j in range(components.n_components):
+        line = f"{j:9d}  {energy[j]:6.4f}  {stable.components[j]:18.3f}"
+        click.echo(line + (f"  {'yes' if found['null']['above'][j] else 'no':>16}" if shuffles else ""))
+    for n, index in stable.strategies.items():
+        mark = "  as well as any" if n in stable.stable_numbers else ""
+        click.echo(f"{n:2d} strategies: parts agree on {index:.2f} (adjusted Rand index){mark}")
+    if shuffles:
+        loss = "not on record" if np.isnan(components.loss) else f"{components.loss:.4f}"
+        click.echo(f"loss {loss}; of shuffled Fishers {np.mean(found['null']['losses']):.4f}")
+    if out is not None:
+        write_json(plain(found), out)
+        click.echo(f"{out}: for npeff report … --extras {out}")
+
+
+@command(
+    """
         npeff perturb train.py:model train.py:data components.h5 --component 7
         npeff perturb train.py:model train.py:data components.h5 -j 7 --reject span --out effect.json
         npeff perturb train.py:model train.py:data components.h5 --strategy 2,7,11
@@ -79,23 +122,16 @@ def chosen(components: Components, component: int | None, strategy: str | None, 
     """,
     Arguments("npeff:perturb", skip=("fisher",)),
 )
-@of_components
-@click.option(
-    "--unrelated",
-    metavar="DATA",
-    help="Other data, as DATA, or a file of texts: its perplexity is measured at every step.",
-)
-@click.option("--all", "every", is_flag=True, help="Every component: a table of KL ratios.")
-@click.option("--out", type=WRITABLE, help="JSON file for everything found; npeff report --extras shows it.")
 def perturb(
     model: str,
     data: str,
-    path: Path,
-    unrelated: str | None,
-    every: bool,
-    component: int | None,
-    strategy: str | None,
-    out: Path | None,
+    path: Annotated[Existing, "COMPONENTS"],
+    *,
+    component: OneComponent = None,
+    strategy: Group = None,
+    unrelated: Annotated[str | None, "DATA"] = None,
+    every: Annotated[bool, "--all"] = False,
+    out: Path | None = None,
     **options: Any,
 ) -> None:
     """Move MODEL's weights along a component, and say what changes on its top examples and on others.
@@ -103,6 +139,11 @@ def perturb(
     DATA is what the Fishers were computed from, in the same order. The table has a confidence interval beside
     every figure, and the same figures for random directions. A component that is about a behaviour has a KL ratio
     well above theirs.
+
+    Options:
+        unrelated: Other data, as DATA, or a file of texts: its perplexity is measured at every step.
+        every: Every component: a table of KL ratios.
+        out: JSON file for everything found; npeff report --extras shows it.
     """
     from npeff.models.targets import load_data, load_model
     from npeff.perturbation import perturb_all
@@ -170,33 +211,25 @@ def _ratios(effects: list[Effect]) -> str:
     """,
     Arguments("npeff:perturb", skip=("fisher", "floor", "n_random", "curve", *TEXTS)),
 )
-@of_components
-@click.option(
-    "--groups",
-    default="layer",
-    show_default=True,
-    metavar="layer|parameter|TARGET",
-    help="What to take one at a time; module:callable for a mapping, as made by npeff.heads and npeff.units.",
-)
-@click.option(
-    "--out",
-    type=WRITABLE,
-    help="Picture, ending in .png, .svg or .pdf; or .json for the numbers, which npeff report --extras shows.",
-)
 def trace(
     model: str,
     data: str,
-    path: Path,
-    component: int | None,
-    strategy: str | None,
-    groups: str,
-    out: Path | None,
+    path: Annotated[Existing, "COMPONENTS"],
+    *,
+    component: OneComponent = None,
+    strategy: Group = None,
+    groups: Annotated[str, "layer|parameter|TARGET"] = "layer",
+    out: Path | None = None,
     **options: Any,
 ) -> None:
     """Say where in MODEL a component acts: how much of its KL each layer, tensor or head carries.
 
     The perturbation is applied in one part alone, and everywhere but there; both columns are shares of the KL of
     all of it on the component's top examples.
+
+    Options:
+        groups: What to take one at a time; module:callable for a mapping, as made by npeff.heads and npeff.units.
+        out: Picture, ending in .png, .svg or .pdf; or .json for the numbers, which npeff report --extras shows.
     """
     import npeff
     from npeff.models.targets import load_made, load_model
@@ -225,59 +258,20 @@ def trace(
     """,
     Arguments("npeff:report", skip=("effects", "traces", "trust", "attributions", "influences")),
 )
-@click.argument("path", metavar="COMPONENTS", type=EXISTING)
-@click.option(
-    "--data",
-    metavar="DATA",
-    help="module:callable for the data of the Fishers, to show examples; without it, numbers only.",
-)
-@click.option(
-    "--out",
-    type=WRITABLE,
-    default="report",
-    show_default=True,
-    help="A folder (for index.html and its parts), or a file ending in .html.",
-)
-@click.option(
-    "--class-names",
-    metavar="A,B,…",
-    help="Names of the classes: separated by commas, or a file with one per line.",
-)
-@click.option(
-    "--tokenizer",
-    metavar="TARGET",
-    help="module:callable that returns a tokenizer, to print token ids as text.",
-)
-@click.option(
-    "--strategies", type=click.IntRange(min=1), metavar="N", help="How many strategies to colour; chosen by default."
-)
-@click.option("--heads", type=click.IntRange(min=1), metavar="N", help="Attention heads per layer, to show each.")
-@click.option(
-    "--extras",
-    type=EXISTING,
-    multiple=True,
-    metavar="FILE",
-    help="JSON that trust, perturb, trace, or the companions with --component, wrote with --out; repeatable.",
-)
-@click.option(
-    "--influence-data", metavar="DATA", help="module:callable for the training data that the influences are about."
-)
-@click.option("--size-limit", type=click.IntRange(min=1), metavar="MB", help="What the report may take on the disk.")
-@click.option("--collages", is_flag=True, help="Also a PNG of each component's top examples.")
-@click.option("--latex", is_flag=True, help="Also a LaTeX document of the top examples.")
 def report(
-    path: Path,
-    data: str | None,
-    out: Path,
-    class_names: str | None,
-    tokenizer: str | None,
-    strategies: int | None,
-    heads: int | None,
-    extras: tuple[Path, ...],
-    influence_data: str | None,
-    size_limit: int | None,
-    collages: bool,
-    latex: bool,
+    path: Annotated[Existing, "COMPONENTS"],
+    *,
+    data: Annotated[str | None, "DATA"] = None,
+    out: Path = Path("report"),
+    class_names: Annotated[str | None, "A,B,…"] = None,
+    tokenizer: Annotated[str | None, "TARGET"] = None,
+    strategies: Annotated[Count | None, "N"] = None,
+    heads: Annotated[Count | None, "N"] = None,
+    extras: Annotated[tuple[Existing, ...], "FILE"] = (),
+    influence_data: Annotated[str | None, "DATA"] = None,
+    size_limit: Annotated[Count | None, "MB"] = None,
+    collages: bool = False,
+    latex: bool = False,
     **options: Any,
 ) -> None:
     """Write pages that show what each of COMPONENTS responds to.
@@ -285,6 +279,19 @@ def report(
     A folder loads what is looked at, from disk, without a server or a network. A file is complete up to its size
     limit, and says what is left out. Collages and the document go beside the page: into the folder, or for
     birds.html to birds-collages/ and birds.tex.
+
+    Options:
+        data: module:callable for the data of the Fishers, to show examples; without it, numbers only.
+        out: A folder (for index.html and its parts), or a file ending in .html.
+        class_names: Names of the classes: separated by commas, or a file with one per line.
+        tokenizer: module:callable that returns a tokenizer, to print token ids as text.
+        strategies: How many strategies to colour; chosen by default.
+        heads: Attention heads per layer, to show each.
+        extras: JSON that trust, perturb, trace, or the companions with --component, wrote with --out; repeatable.
+        influence_data: module:callable for the training data that the influences are about.
+        size_limit: What the report may take on the disk.
+        collages: Also a PNG of each component's top examples.
+        latex: Also a LaTeX document of the top examples.
     """
     import npeff
     from npeff.models.targets import load_data, load_made

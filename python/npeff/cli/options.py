@@ -1,28 +1,99 @@
-"""Options of a command, from the signature and the docstring of a public function.
+"""Parameters of a command: of its own signature, and of the signatures and docstrings of public functions.
 
-The function's source is parsed and not imported: ``npeff fishers --help`` does not wait for torch.
+A public function's source is parsed and not imported: ``npeff fishers --help`` does not wait for torch.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import click
 
 PACKAGE = Path(__file__).parents[1]
-EXISTING = click.Path(exists=True, path_type=Path)
 WRITABLE = click.Path(path_type=Path)
 
-_SECTION = re.compile(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)*)", re.MULTILINE)
+Existing = Annotated[Path, click.Path(exists=True, path_type=Path)]
+"""A file that is there."""
+Count = Annotated[int, click.IntRange(min=1)]
+Whole = Annotated[int, click.IntRange(min=0)]
+"""A number from 1, and one from 0."""
+
+_SECTION = re.compile(r"^(?:Args|Attributes|Options):\n((?:    .*\n?|\n)*)", re.MULTILINE)
 _ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 _REFERENCE = re.compile(r"(?:As (?:for|in)|See) :\w+:`~?(?:(npeff[.a-z_]*)\.)?(\w+)`|Likewise")
+
+
+class Help(NamedTuple):
+    """The description of an option that several commands have."""
+
+    text: str
+
+
+def own_parameters(function: Callable[..., Any]) -> list[click.Parameter]:
+    """Make the parameters that a command's function has itself.
+
+    An argument that has no default and may be given by position becomes an argument of the command, each other one an
+    option. Its annotation may hold a type of click, flags (texts that begin with a dash) in place of its name or beside
+    it, another text as the metavar, and :class:`Help`; else ``Options:`` in the docstring describe it.
+    """
+    hints, described = get_type_hints(function, include_extras=True), entries_of(inspect.getdoc(function))
+    parameters: list[click.Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        kind, about = _unfolded(hints[name])
+        texts = [item for item in about if isinstance(item, str)]
+        flags = [text for text in texts if text.startswith("-")]
+        metavar = next((text for text in texts if not text.startswith("-")), None)
+        types = {Path: WRITABLE, tuple: WRITABLE, Literal: click.Choice(get_args(kind))}
+        type_ = next((item for item in about if isinstance(item, click.ParamType)), None)
+        type_ = type_ or types.get(get_origin(kind) or kind, kind)
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            parameters.append(click.Argument([name], metavar=metavar or name.upper(), type=type_))
+            continue
+        if not any(text.startswith("--") for text in flags):
+            flags.insert(0, f"--{name.replace('_', '-')}" if len(name) > 1 else f"-{name}")
+        if kind is bool and parameter.default:
+            flags[0] += f"/--no-{flags[0][2:]}"
+        default = parameter.default
+        given: dict[str, Any] = {"required": True} if default is parameter.empty else {"default": default}
+        option = click.Option(
+            [name, *flags],
+            type=None if kind is bool else type_,
+            is_flag=kind is bool,
+            multiple=get_origin(kind) is tuple,
+            show_default=default not in (None, (), parameter.empty) and default is not False,
+            metavar=metavar,
+            help=next((item.text for item in about if isinstance(item, Help)), described.get(name, "")),
+            **given,
+        )
+        parameters.append(option)
+    return parameters
+
+
+def _unfolded(hint: Any) -> tuple[Any, list[Any]]:
+    """Take a type out of ``Annotated`` and ``| None``, with what the annotations say."""
+    if get_origin(hint) is Annotated:
+        kind, about = _unfolded(get_args(hint)[0])
+        return kind, [*get_args(hint)[1:], *about]
+    if get_origin(hint) in (Union, UnionType):
+        return _unfolded(next(item for item in get_args(hint) if item is not NoneType))
+    return hint, []
+
+
+def entries_of(docstring: str | None) -> dict[str, str]:
+    """The description of each argument in a docstring, on one line."""
+    section = _SECTION.search(f"{docstring}\n")
+    return {name: " ".join(text.split()) for name, text in _ENTRY.findall(section[1] if section else "")}
 
 
 @dataclass(frozen=True)
@@ -110,14 +181,13 @@ def _signature(node: ast.AST) -> Iterator[tuple[str, ast.expr | None, ast.expr]]
 def _descriptions(module: str, node: ast.AST) -> dict[str, str]:
     """The text of each argument; where it refers to another function, the text of that one's argument."""
     docstring = ast.get_docstring(node) if isinstance(node, ast.FunctionDef | ast.ClassDef) else None
-    section = _SECTION.search(f"{docstring}\n")
     found: dict[str, str] = {}
     referred = module, ""
-    for name, text in _ENTRY.findall(section[1] if section else ""):
+    for name, text in entries_of(docstring).items():
         if reference := _REFERENCE.match(text):
             referred = (reference[1] or module, reference[2]) if reference[2] else referred
             text = _descriptions(*_find(*referred)).get(name, text)
-        found[name] = re.sub(r":\w+:`~?([^`]+)`", r"\1", " ".join(text.split())).replace("``", "")
+        found[name] = re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", "")
     return found
 
 

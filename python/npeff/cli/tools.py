@@ -12,31 +12,21 @@ import sys
 import webbrowser
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import click
 
 from npeff.cli.command import check_members, command, data_of_components, loaded, misused, size, unruled
-from npeff.cli.options import EXISTING, WRITABLE, Arguments
+from npeff.cli.options import Arguments, Existing, Whole
 
-PACKAGES = ("numpy", "scipy", "h5py", "scikit-learn", "matplotlib", "safetensors")
+PACKAGES = ("npeff", "torch", "numpy", "scipy", "h5py", "scikit-learn", "matplotlib", "safetensors")
 FEATURES = (
-    "sse4_2",
-    "avx",
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512bw",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_tile",
-    "asimd",
-    "sve",
-    "sve2",
-)
+    "sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile",
+    "asimd", "sve", "sve2",
+)  # fmt: skip
 
-Section = tuple[str, list[tuple[str, str]]]
-"""A heading of what doctor finds, and lines (name, value); failures are reported, never raised."""
+Lines = list[tuple[str, str]]
+"""What doctor finds, as names and values; failures are reported, never raised."""
 
 
 @command(
@@ -46,13 +36,20 @@ Section = tuple[str, list[tuple[str, str]]]
     """,
     Arguments("npeff.demo:run_demo", skip=("say",)),
 )
-@click.option("--out", type=WRITABLE, default="npeff-demo", show_default=True, help="Folder for everything made.")
-@click.option("--open/--no-open", "open_page", default=True, show_default=True, help="Open the page in a browser.")
-def demo(out: Path, open_page: bool, **options: Any) -> None:
+def demo(
+    *,
+    out: Path = Path("npeff-demo"),
+    open_page: Annotated[bool, "--open"] = True,
+    **options: Any,
+) -> None:
     """Train a small network on handwritten digits and show its components.
 
     Needs no download and about a minute: the digits come with scikit-learn (pip install 'npeff[demo]').
     Run again, it starts anew.
+
+    Options:
+        out: Folder for everything made.
+        open_page: Open the page in a browser.
     """
     from npeff.demo import run_demo
 
@@ -69,46 +66,49 @@ def demo(out: Path, open_page: bool, **options: Any) -> None:
 )
 def doctor() -> None:
     """Say which hardware and kernels are used, and why not faster ones."""
-    for title, lines in (_versions(), _processor(), _kernels(), _cuda()):
+    sections = {"Versions": _versions, "Processor": _processor, "Kernels": _kernels, "CUDA": _cuda}
+    for title, find in sections.items():
         click.echo(click.style(title, bold=True))
+        lines = find()
         width = max((len(name) for name, _ in lines), default=0)
         for name, value in lines:
-            head, *rest = value.splitlines() or [""]
-            click.echo(f"  {name:<{width}}  {head}")
-            for line in rest:
-                click.echo(f"  {'':<{width}}  {line}")
+            for row, text in enumerate(value.splitlines() or [""]):
+                click.echo(f"  {name if row == 0 else '':<{width}}  {text}")
         click.echo()
 
 
-def _versions() -> Section:
-    import torch
+def _versions() -> Lines:
+    lines = [("Python", f"{platform.python_version()} ({sys.executable})")]
+    for package in PACKAGES:
+        try:
+            lines.append((package, version(package)))
+        except PackageNotFoundError:
+            lines.append((package, "not installed"))
+    return lines
 
-    lines = [
-        ("npeff", _version("npeff")),
-        ("Python", f"{platform.python_version()} ({sys.executable})"),
-        ("torch", str(torch.__version__)),
-    ]
-    return "Versions", lines + [(name, _version(name)) for name in PACKAGES]
 
-
-def _processor() -> Section:
+def _processor() -> Lines:
     import psutil
     import torch
 
-    model, flags = _cpuinfo()
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(errors="replace") if path.exists() else ""
+    entries = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+    flags = entries.get("flags", entries.get("Features", "")).split()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    present = [name for name in FEATURES if name in flags]
-    lines = [
-        ("model", model or platform.processor() or platform.machine()),
+    limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPEFF_THREADS")
+    set_ = ", ".join(f"{name}={os.environ[name]}" for name in limits if name in os.environ)
+    return [
+        ("model", entries.get("model name") or platform.processor() or platform.machine()),
         ("cores", f"{usable} usable of {os.cpu_count()}"),
-        ("threads", f"{torch.get_num_threads()} in torch" + _limits()),
-        ("features", " ".join(present) or "unknown on this system"),
+        ("threads", f"{torch.get_num_threads()} in torch" + (f" ({set_})" if set_ else "")),
+        ("features", " ".join(name for name in FEATURES if name in flags) or "unknown on this system"),
+        ("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB"),
     ]
-    return "Processor", [*lines, ("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB")]
 
 
-def _kernels() -> Section:
-    lines: list[tuple[str, str]] = []
+def _kernels() -> Lines:
+    lines: Lines = []
     try:
         from npeff.kernels import dispatch
 
@@ -121,77 +121,35 @@ def _kernels() -> Section:
         lines.append(("threads", f"{dispatch.num_threads()} in the CPU kernels"))
     except Exception as error:  # doctor is for broken installations too
         lines.append(("unavailable", f"{type(error).__name__}: {error}"))
-    return "Kernels", lines
+    return lines
 
 
-def _cuda() -> Section:
+def _cuda() -> Lines:
     import torch
 
-    lines: list[tuple[str, str]] = []
+    lines: Lines = []
     try:
         from npeff import _cuda
 
         devices = int(_cuda.device_count())
         seen = f"{devices} device{'' if devices == 1 else 's'} found" if devices else f"no device: {_cuda.absence()}"
         lines.append(("npeff._cuda", "built with CUDA {}.{}; ".format(*_cuda.toolkit()) + seen))
-        for i in range(devices):
-            reason = _cuda.usable(i)
-            lines += [(f"npeff on cuda:{i}", f"cannot run: {reason}")] if reason else []
+        reasons = {i: _cuda.usable(i) for i in range(devices)}
+        lines += [(f"npeff on cuda:{i}", f"cannot run: {reason}") for i, reason in reasons.items() if reason]
     except ImportError as error:
         lines.append(("npeff._cuda", f"not built ({error}); build where nvcc is found to have it"))
     except Exception as error:  # a driver that is present but broken
         lines.append(("npeff._cuda", f"built, but it cannot be used: {error}"))
-    built = torch.version.cuda
+    built, driver = torch.version.cuda, Path("/proc/driver/nvidia/version")
     lines.append(("torch", f"built for CUDA {built}" if built else "built without CUDA: models run on the processor"))
-    lines.append(("driver", _driver()))
-    if built and torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(i)
-            lines.append(
-                (
-                    f"cuda:{i}",
-                    f"{found.name}, {found.total_memory >> 30} GiB, compute {found.major}.{found.minor}",
-                )
-            )
-    else:
-        lines.append(("devices", "none that torch can use"))
-    return "CUDA", lines
-
-
-def _cpuinfo() -> tuple[str, set[str]]:
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return "", set()
-    entries: dict[str, str] = {}
-    for line in path.read_text(errors="replace").splitlines():
-        name, colon, value = line.partition(":")
-        if colon:
-            entries.setdefault(name.strip(), value.strip())
-    flags = entries.get("flags") or entries.get("Features") or ""
-    return entries.get("model name", ""), set(flags.split())
-
-
-def _limits() -> str:
-    found = [
-        f"{name}={os.environ[name]}"
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPEFF_THREADS")
-        if name in os.environ
-    ]
-    return f" ({', '.join(found)})" if found else ""
-
-
-def _driver() -> str:
-    path = Path("/proc/driver/nvidia/version")
-    if path.exists():
-        return path.read_text(errors="replace").splitlines()[0]
-    return "no NVIDIA driver found on this machine" if sys.platform == "linux" else "unknown on this system"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    none = "no NVIDIA driver found on this machine" if sys.platform == "linux" else "unknown on this system"
+    lines.append(("driver", driver.read_text(errors="replace").splitlines()[0] if driver.exists() else none))
+    usable = torch.cuda.device_count() if built and torch.cuda.is_available() else 0
+    for i in range(usable):
+        found = torch.cuda.get_device_properties(i)
+        about = f"{found.name}, {found.total_memory >> 30} GiB, compute {found.major}.{found.minor}"
+        lines.append((f"cuda:{i}", about))
+    return lines if usable else [*lines, ("devices", "none that torch can use")]
 
 
 @command(
@@ -200,13 +158,18 @@ def _version(package: str) -> str:
         npeff info components.h5 --json | jq .provenance
     """
 )
-@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
-def info(path: Path, as_json: bool) -> None:
+def info(
+    path: Annotated[Path, "FILE"],
+    *,
+    as_json: Annotated[bool, "--json"] = False,
+) -> None:
     """Say what FILE holds, without reading its arrays.
 
     FILE is one that a command of npeff wrote, in HDF5, JSON or safetensors, unfinished work of npeff fishers included,
     or in one of the published layouts.
+
+    Options:
+        as_json: Everything, for programs.
     """
     found = _described(path)
     if as_json:
@@ -252,7 +215,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _described_json(path: Path) -> dict[str, Any]:
-    from npeff.reports.evidence import describe_extras, read_extras_file
+    from npeff.reports.extras import describe_extras, read_extras_file
 
     content = read_extras_file(path)
     if isinstance(content, dict) and {"choices", "advice", "n_parameters"} <= set(content):
@@ -330,26 +293,15 @@ def _print(lines: dict[str, Any], indent: str = "") -> None:
     Arguments("npeff:Components.to_peft", only=("rank", "scale")),
     Arguments("npeff:compute_fishers", only=("forward", "device", "progress")),
 )
-@click.argument("path", metavar="FILE", type=EXISTING)
-@click.option("--out", type=WRITABLE, required=True, help="File to write; with --peft a folder.")
-@click.option("--layout", type=click.Choice(["published"]), help="Write all of it in the layout of the published code.")
-@click.option(
-    "--component",
-    type=click.IntRange(min=0),
-    metavar="J",
-    help="Write one component's vector as parameter-shaped tensors.",
-)
-@click.option("--peft", is_flag=True, help="Write it as a LoRA adapter, which peft loads; needs --model.")
-@click.option("--model", metavar="MODEL", help="The model of the Fishers.")
-@click.option("--data", metavar="DATA", help="The data of the Fishers, where the vector has to be recovered.")
 def export(
-    path: Path,
+    path: Annotated[Existing, "FILE"],
+    *,
     out: Path,
-    layout: str | None,
-    component: int | None,
-    peft: bool,
-    model: str | None,
-    data: str | None,
+    layout: Literal["published"] | None = None,
+    component: Annotated[Whole | None, "J"] = None,
+    peft: bool = False,
+    model: Annotated[str | None, "MODEL"] = None,
+    data: Annotated[str | None, "DATA"] = None,
     **options: Any,
 ) -> None:
     """Write what FILE holds in another form.
@@ -357,6 +309,14 @@ def export(
     With --component the tensors carry the model's parameter names: load them with safetensors and add a
     multiple to the weights. Where the vector has to be recovered, --model and --data do so, and it is kept in FILE.
     --rank and --scale belong to --peft.
+
+    Options:
+        out: File to write; with --peft a folder.
+        layout: Write all of it in the layout of the published code.
+        component: Write one component's vector as parameter-shaped tensors.
+        peft: Write it as a LoRA adapter, which peft loads; needs --model.
+        model: The model of the Fishers.
+        data: The data of the Fishers, where the vector has to be recovered.
     """
     if (layout is None) == (component is None):
         misused("give either --layout published or --component J")

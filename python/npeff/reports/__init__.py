@@ -8,16 +8,9 @@ from typing import Any
 
 from npeff.components.components import Components
 from npeff.reports.data import ReportOptions, collect_report_data
-from npeff.reports.evidence import (
-    EffectSummary,
-    InfluenceSummary,
-    TraceSummary,
-    TrustSummary,
-    describe_extras,
-    load_extras,
-    save_extras,
-)
+from npeff.reports.evidence import EffectSummary, InfluenceSummary, TraceSummary, TrustSummary
 from npeff.reports.export import collage, latex
+from npeff.reports.extras import describe_extras, load_extras, save_extras
 from npeff.reports.html import write_report
 from npeff.reports.layout import Heads
 from npeff.reports.writer import ReportWriter, check_page
@@ -75,7 +68,7 @@ def report(
             :class:`npeff.reports.EffectSummary`). The effect of several components stands with the strategies.
         traces: Where components act: what :func:`npeff.trace` returned, one or several.
         trust: Stability of the components, the null model, held-out losses, explained shares; see
-            :func:`npeff.reports.evidence.trust_of`.
+            :meth:`npeff.reports.TrustSummary.of`.
         attributions: ``(component, index of an example)`` → array of the shape of the input, or a number per token:
             what :func:`npeff.companions.linearize.attribute_top_examples` returns.
         influences: Component → pairs (position in ``influence_data``, score), or what

@@ -12,14 +12,18 @@ import numpy.typing as npt
 
 from npeff.components.components import Components
 from npeff.errors import ArgumentError
-from npeff.reports.evidence import INFLUENCES, PUSHED, Extras, read_extras, trust_of
+from npeff.gradients.eligibility import BLOCKS
+from npeff.perturbation.effect import Prediction
+from npeff.reports.evidence import INFLUENCES, PUSHED, Given, TrustSummary
 from npeff.reports.examples import Gallery
+from npeff.reports.extras import Extras
 from npeff.reports.layout import Heads, StrategyNode, check_heads, map_positions, tree_of
-from npeff.reports.places import ReadablePlaces, check_places
+from npeff.reports.places import TAIL, ReadablePlaces, check_places
 from npeff.reports.summary import (
     ClassNames,
     ComponentSummary,
     TopExample,
+    closest,
     coactivation,
     explained_shares,
     summarise,
@@ -33,6 +37,9 @@ UNSTABLE = 0.7
 NODE_EXAMPLES = 12
 THUMBS = 8
 NAMED = 3  # words that a heading names as predicted
+LIKELIEST = 5  # words listed that the model predicts for an example
+PROFILED = range(2, 21)
+"""Numbers of classes whose shares are drawn side by side in the overview."""
 
 
 @dataclass(frozen=True)
@@ -175,10 +182,60 @@ class ReportData:
         effect = self.extras.effects.get((j,))
         return effect.kl_ratio if effect else None
 
+    @property
+    def block_weights(self) -> dict[str, Any] | None:
+        """The block weights: how they were chosen, the least, the largest, and that of each parameter."""
+        weights = self.components.block_weights
+        if weights is None:
+            return None
+        chosen = (self._fisher_options.get("block_weights") or {}).get("choice")
+        own = (self.components.provenance.get("options") or {}).get("block_weights")
+        of = {name: weights.get(name, 1.0) for name in self.components.parameters.names}
+        choice = "balanced" if "balanced" in (chosen, own) else "given"
+        return {"choice": choice, "least": min(of.values()), "largest": max(of.values()), "of": of}
+
+    @property
+    def of_transformer_blocks(self) -> bool:
+        """Whether the Fishers are about the linear layers of transformer blocks alone."""
+        return self._fisher_options.get("parameters") == [BLOCKS]
+
+    @property
+    def _fisher_options(self) -> Mapping[str, Any]:
+        return (self.components.provenance.get("fishers") or {}).get("options") or {}
+
     def strategy(self, j: int) -> StrategyNode | None:
         """Return the coloured strategy that a component belongs to, where there are several."""
         group = self.leaves[j].group
         return self.branches[group] if group >= 0 and len(self.branches) > 1 else None
+
+    @property
+    def largest_share(self) -> float:
+        """The largest component's share of all coefficients."""
+        return max((s.share for s in self.summaries), default=0.0) or 1.0
+
+    def profile(self, summary: ComponentSummary) -> list[tuple[str, float]]:
+        """Return a component's weight per predicted class, where the overview has room for all classes."""
+        return self.names.named(enumerate(summary.profile.tolist())) if len(summary.profile) in PROFILED else []
+
+    def related(self, similarity: Array, j: int) -> list[tuple[int, str, float]]:
+        """Return the components most similar to one: ``(component, heading, similarity)``."""
+        return [(i, self.headings[i], value) for i, value in closest(similarity, j)]
+
+    def address_of(self, members: tuple[int, ...]) -> str | None:
+        """Return where the page shows a group of components; None where it is no strategy of the tree."""
+        return next((node.address for node in self.nodes if not node.leaf and node.components == members), None)
+
+    def at(self, position: int) -> dict[str, Any]:
+        """Return what a template prints of the example at a position in the data."""
+        (found,) = np.nonzero(np.asarray(self.components.ids) == position)
+        unknown = TopExample(-1, position, 0.0, -1, -1)
+        tops = top_examples(self.components, found[:1], np.zeros(len(self.components.ids)))
+        return self.gallery.show(tops[0] if tops else unknown, self.names, TAIL)
+
+    def changes(self, prediction: Prediction) -> list[tuple[str, float, float]]:
+        """Return the likeliest words or classes of a prediction: ``(name, probability before, and after)``."""
+        classes = prediction.classes[:LIKELIEST].tolist()
+        return [(self.names[c], prediction.before[k], prediction.after[k]) for k, c in enumerate(classes)]
 
     def below_null(self, summary: ComponentSummary) -> bool:
         """Whether chance would give a component of as much energy."""
@@ -283,10 +340,10 @@ def collect_report_data(
     """
     names = options.names(data, components)
     check_places(data, components)
-    given = read_extras(components.n_components, len(components.coefficients), vars(options))
+    given = Extras.of(vars(options), components.n_components, len(components.coefficients))
     selection = components.provenance.get("selection")
     if selection is not None and not given.trust.held_out:  # of npeff decompose --select
-        known = trust_of({"selection": selection}, None, None)
+        known = TrustSummary.of({"selection": Given("trust.selection", selection)})
         own = replace(given.trust, held_out=known.held_out, train=known.train, chosen=known.chosen)
         given = replace(given, trust=own)
     if given.attributions and data is None:
@@ -299,9 +356,8 @@ def collect_report_data(
     shown = {top.position for s in summaries for top in s.shown} | {top.position for node in nodes for top in node.top}
     attributed = {int(ids[i]) for _, i in given.attributions}
     for effect in given.effects.values():
-        pushed = [position for position, _ in effect.predictions[:PUSHED]]
-        pushed += [position for position, *_ in effect.continuations[:PUSHED] if position is not None]
-        shown |= set(pushed) & set(ids.tolist())
+        pushed = [one.id for one in effect.predictions[:PUSHED]] + [one.id for one in effect.continuations[:PUSHED]]
+        shown |= set(ids.tolist()).intersection(pushed)
     gallery = Gallery(shown | attributed, {top.position for s in summaries for top in s.top[:THUMBS]}, attributed)
     if data is not None:
         wanted = set(ids.tolist()) if every else shown | attributed

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,10 @@ from npeff.reports.figures import (
     strip,
     tile,
 )
-from npeff.reports.places import BRIEF, FULL, PlaceText, ReadablePlaces, Words, read_places
+from npeff.reports.places import BRIEF, FULL, PlaceText, ReadablePlaces, Words, place_in, read_places, token_texts
 from npeff.reports.summary import DELAY, ClassNames, TopExample, coefficient, excerpt, printable, text_of
 
 Array = npt.NDArray[Any]
-Decode = Callable[[Any], str]
 
 TEXT_KEYS = ("text", "texts", "sentence", "sentences")
 INPUT_KEYS = ("pixel_values", "image", "images", "inputs", "input", "x", "features", "input_ids")
@@ -203,14 +202,13 @@ class Gallery:
         found = self.encoded(top.position)
         if found is None:
             return base
+        if top.position in self._places:
+            return {**base, "kind": "place", **self._places[top.position].window(*window)}
         if found["kind"] == "text":
             start, rest = excerpt(found["text"])
             return {**base, "kind": "text", "start": start, "rest": rest}
-        if top.position in self._places:
-            found = self._places[top.position].window(*window)
-            return {**base, "kind": "place", **found}
-        alt = f"{base['alt']}; values {found['values']}" if found["kind"] == "values" else base["alt"]
-        return {**base, **found, "alt": alt}
+        more = f"; values {found['values']}" if found["kind"] == "values" else ""
+        return {**base, **found, "alt": base["alt"] + more}
 
     def thumbs(self, tops: Iterable[TopExample]) -> bytes | None:
         """Return thumbnails of image examples as one picture; None without images."""
@@ -303,21 +301,20 @@ def read_examples(
     """
     missing = set(wanted)
     start = 0
-    decode, token = _decoder(tokenizer), cache(lambda number: _token_text(tokenizer, number))
+    token = token_texts(tokenizer)
     for number, batch in enumerate(data if missing else ()):
         own = _as_batch(batch, number)
         inputs, targets = (None, None) if own else _split(batch)
         size = own.n_examples if own else _size(inputs, targets)
         here = [position for position in range(start, start + size) if position in missing]
         for position in here:
-            at = position - start
-            place = None
+            at, place = position - start, None
             if own:
                 one = own.take(slice(at, at + 1))
                 inputs, targets, at = *_split_one(one), 0
-                place = _place_in(one, inputs, token) if tokenizer is not None else None
+                place = None if token is None else place_in(one, token)
             _check_label(position, targets, at, labels.get(position, -1))
-            yield position, _example(inputs, at, decode) if place is None else RawExample(place=place)
+            yield position, _example(inputs, at, tokenizer) if place is None else RawExample(place=place)
         missing.difference_update(here)
         start += size
         if not missing:
@@ -331,12 +328,10 @@ def read_examples(
 
 def _as_batch(batch: Any, number: int) -> Batch | None:
     """Read what says its examples by itself: a :class:`npeff.Batch`, or labels ``(b, T)`` that make places."""
-    if not isinstance(batch, Batch):
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if isinstance(batch, tuple | list) and len(batch) == 2:
-            labels = batch[1]
-        if getattr(labels, "ndim", 0) != 2:
-            return None
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else labels
+    if not isinstance(batch, Batch) and getattr(labels, "ndim", 0) != 2:
+        return None
     read = read_batch(batch, torch.device("cpu"), number, True)
     return read if isinstance(batch, Batch) or read.places is not None else None
 
@@ -390,16 +385,12 @@ def _split(batch: Any) -> tuple[Any, Any]:
 
 
 def _size(inputs: Any, targets: Any) -> int:
-    if isinstance(inputs, Mapping):
-        inputs = next(iter(inputs.values()))
-    if isinstance(inputs, torch.Tensor | np.ndarray) and inputs.ndim == 0:
+    inputs = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+    if getattr(inputs, "ndim", 1) == 0:
         raise DataError("data: a batch is a single number; expected its first dimension to be the examples")
-    try:
-        return len(inputs)
-    except TypeError:
-        pass
-    if targets is not None:
-        return len(targets)
+    for part in (inputs, targets):
+        with suppress(TypeError):
+            return len(part)
     raise DataError(f"data: cannot tell how many examples a batch of type {type(inputs).__qualname__} holds")
 
 
@@ -414,19 +405,19 @@ def _check_label(position: int, targets: Any, index: int, on_record: int) -> Non
         )
 
 
-def _example(inputs: Any, index: int, decode: Decode | None) -> RawExample:
+def _example(inputs: Any, index: int, tokenizer: Any) -> RawExample:
     if isinstance(inputs, Mapping):
         ids = _array(inputs["input_ids"][index])
         if "text" in inputs:
             return RawExample(text=text_of(inputs["text"][index]) or str(inputs["text"][index]), ids=ids)
-        text = decode(ids) if decode else "token ids " + " ".join(str(i) for i in ids.tolist())
+        text = _decoded(tokenizer, ids) if tokenizer is not None else "token ids " + " ".join(map(str, ids.tolist()))
         return RawExample(ids=ids, text=text)
     item = inputs[index]
     if (found := text_of(item)) is not None:
         return RawExample(text=found)
     array = _array(item)
-    if decode and array.ndim == 1 and np.issubdtype(array.dtype, np.integer):
-        return RawExample(text=decode(array), ids=array)
+    if tokenizer is not None and array.ndim == 1 and np.issubdtype(array.dtype, np.integer):
+        return RawExample(text=_decoded(tokenizer, array), ids=array)
     if looks_like_image(array.shape):
         return RawExample(image=np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] in (1, 3) else array)
     if not array.size:
@@ -455,32 +446,9 @@ def _array(item: Any) -> Array:
     return array
 
 
-def _place_in(one: Batch, inputs: Any, token: Callable[[int], str]) -> PlaceText | None:
-    """Return the text around the one place of a batch; None where examples are no places of tokens."""
-    places = getattr(one, "places", None)
-    if places is None or not isinstance(inputs, Mapping) or "input_ids" not in inputs:
-        return None
-    row, index = places[0].tolist()
-    mask = one.inputs.get("attention_mask")
-    kept = np.ones(inputs["input_ids"].shape[1], bool) if mask is None else _array(mask[row]) != 0
-    ids = _array(inputs["input_ids"][row])
-    return PlaceText(tuple(token(int(number)) for number in ids[kept]), int(kept[:index].sum()))
-
-
-def _token_text(tokenizer: Any, number: int) -> str:
-    """Return the text of a token behind another one: some tokenizers drop a space at the beginning of a text."""
-    alone, twice = (str(tokenizer.decode([number] * times)) for times in (1, 2))
-    return twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone
-
-
-def _decoder(tokenizer: Any) -> Decode | None:
-    if tokenizer is None:
-        return None
-
-    def decode(ids: Any) -> str:
-        try:
-            return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
-        except TypeError:
-            return str(tokenizer.decode(ids.tolist()))
-
-    return decode
+def _decoded(tokenizer: Any, ids: Array) -> str:
+    """Return the text of token ids, without special tokens where the tokenizer knows any."""
+    try:
+        return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+    except TypeError:
+        return str(tokenizer.decode(ids.tolist()))

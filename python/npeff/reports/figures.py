@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,7 +19,6 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, StrMethod
 from PIL import Image
 
 from npeff.errors import ArgumentError
-from npeff.reports.summary import ClassNames, ComponentSummary, percent
 
 Array = npt.NDArray[Any]
 
@@ -29,8 +27,6 @@ _INK, _FAINT, _ACCENT = "#010203", "#040506", "#070809"
 _SOLID: dict[str, Any] = {"color": _ACCENT, "linewidth": 1.6, "marker": "o", "markersize": 3.5}
 _DASHED: dict[str, Any] = {"color": _INK, "linewidth": 1.2, "linestyle": (0, (4, 3))}
 _VARIABLES = {_INK: "var(--muted)", _FAINT: "var(--rule)", _ACCENT: "var(--accent)"}
-PROFILED = range(2, 21)
-"""Numbers of classes whose shares are drawn side by side in the overview."""
 
 
 # ---- curves, by matplotlib ----------------------------------------------------------------------------------
@@ -149,68 +145,7 @@ def _drawn(
     return Markup(svg.replace("<svg ", Markup('<svg role="img" aria-label="{}" ').format(label), 1))
 
 
-# ---- bars ---------------------------------------------------------------------------------------------------
-
-
-def bars(
-    heights: Sequence[float],
-    width: float,
-    height: float,
-    titles: Sequence[str] | None,
-    label: str,
-    least: int = 1,
-) -> Markup:
-    """Draw a row of bars that stand on one line.
-
-    The largest fills the height. ``titles`` show at a pointer over each bar; without them all bars are one shape, for
-    many. ``label`` is the text alternative; fewer bars than ``least`` are drawn no wider than so many would be.
-    """
-    top = max(heights, default=0) or 1
-    step = width / max(least, len(heights), 1)
-    gap = min(1.5, step * 0.18)
-    sizes = [0.0 if value <= 0 else max(1.0, height * value / top) for value in heights]
-    if titles is None:
-        outline = "".join(
-            f"M{i * step:.2f} {height}v-{size:.2f}h{step - gap:.2f}v{size:.2f}z" for i, size in enumerate(sizes)
-        )
-        drawn = Markup('<path d="{}"/>').format(outline)
-    else:
-        bar = Markup('<rect x="{:.2f}" y="{:.2f}" width="{:.2f}" height="{:.2f}"><title>{}</title></rect>')
-        drawn = Markup("").join(
-            bar.format(i * step, height - size, step - gap, size, title)
-            for i, (size, title) in enumerate(zip(sizes, titles, strict=True))
-        )
-    return Markup(
-        '<svg class="bars" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg>'
-    ).format(width, height, label, drawn)
-
-
-def size_bars(summaries: Sequence[ComponentSummary]) -> Markup:
-    """Draw each component's share of all coefficients, the largest first."""
-    few = len(summaries) <= 300
-    titles = [f"component {s.j}: {percent(s.share)}" for s in summaries] if few else None
-    return bars([s.share for s in summaries], 540, 130, titles, "Size of each component, the largest first", least=16)
-
-
-def profile(summary: ComponentSummary, names: ClassNames) -> Markup:
-    """Draw the component's weight per predicted class, where there are few classes."""
-    if len(summary.profile) not in PROFILED:
-        return Markup("")
-    shares = [(names[c], float(share)) for c, share in enumerate(summary.profile)]
-    large = ", ".join(f"{name} {percent(share)}" for name, share in shares if share >= 0.05)
-    titles = [f"{name}: {percent(share)}" for name, share in shares]
-    label = f"Share of its weight per predicted class: {large}"
-    return bars([share for _, share in shares], 96, 22, titles, label, least=6)
-
-
-def histogram(summary: ComponentSummary) -> Markup:
-    """Draw the coefficients of the examples that use the component; heights are logarithmic."""
-    width = summary.largest / max(1, len(summary.histogram))
-    titles = [f"{i * width:.3g} to {(i + 1) * width:.3g}: {n} examples" for i, n in enumerate(summary.histogram)]
-    heights = [math.log2(1 + n) for n in summary.histogram]
-    label = f"Histogram of the coefficients above zero, to {summary.largest:.3g}; counts on a logarithmic scale"
-    return bars(heights, 280, 56, titles, label)
-
+# ---- arrays as pictures -------------------------------------------------------------------------------------
 
 Pixels = npt.NDArray[np.uint8]
 

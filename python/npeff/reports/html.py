@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,32 +18,26 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from tqdm import tqdm
 
-from npeff.reports.data import THUMBS, ReportData
-from npeff.reports.evidence import INFLUENCES, PUSHED, InfluenceSummary
+from npeff.models.devices import format_bytes
+from npeff.reports.data import LIKELIEST, THUMBS, ReportData
+from npeff.reports.evidence import CONTINUED, INFLUENCES, PUSHED, InfluenceSummary
 from npeff.reports.figures import (
     effect_curve,
     held_out_curve,
-    histogram,
     loss_curve,
-    profile,
-    size_bars,
     uri_of,
 )
 from npeff.reports.layout import StrategyNode, block_map, head_map
-from npeff.reports.places import TAIL
 from npeff.reports.summary import (
     DELAY,
     ComponentSummary,
     TopExample,
-    closest,
     coefficient,
     number,
     percent,
     plain,
     printable,
     short,
-    size_of,
-    top_examples,
     visible,
 )
 from npeff.reports.writer import ReportWriter, script_json
@@ -63,7 +58,6 @@ THUMBS_SHARE = 0.2
 """What thumbnails may take of a single file's limit."""
 TRACED = 16  # parts of a network that are shown of a trace
 MEMBERS = 60  # components listed on a strategy's page
-LIKELIEST = 5  # words listed that the model predicts for an example
 LISTED, LEAST = 12, 0.005  # components listed of an example, and the least share of its summed coefficients
 
 
@@ -163,7 +157,10 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters.update(percent=percent, number=number, coefficient=coefficient, plain=plain)
+    env.filters.update(percent=percent, number=number, coefficient=coefficient, plain=plain, visible=visible)
+    env.filters["curve"] = lambda effect: effect_curve(effect.magnitudes, effect.kl_top, effect.kl_baseline)
+    env.filters["logarithms"] = lambda counts: [math.log2(1 + count) for count in counts]
+    env.globals.update(PUSHED=PUSHED, TRACED=TRACED, CONTINUED=CONTINUED)
     return env
 
 
@@ -217,7 +214,6 @@ def write_report(data: ReportData, writer: ReportWriter) -> None:
 
 def _rows(data: ReportData, writer: ReportWriter, columns: Sequence[Column]) -> list[str]:
     """Return the rows of the table; thumbnails go beside the page where there are many rows."""
-    largest = max((s.share for s in data.summaries), default=0.0) or 1.0
     template = environment().get_template("row.html.j2")
     rows = []
     for s in data.summaries:
@@ -228,24 +224,12 @@ def _rows(data: ReportData, writer: ReportWriter, columns: Sequence[Column]) -> 
                 address = writer.add_picture(f"thumb-{s.j}.webp", strip)
             elif writer.room_inline(f"thumb-{s.j}", 4 * len(strip) // 3, THUMBS_SHARE):
                 address = uri_of(strip, "webp")
-        rows.append(
-            template.render(
-                j=s.j,
-                heading=data.headings[s.j],
-                strategy=data.strategy(s.j),
-                has_examples=len(data.gallery) > 0,
-                thumbs=address,
-                quote=data.gallery.quote(s.top[0]) if s.top else "",
-                cells=[(column, column.cell(data, s)) for column in columns],
-                meter=s.share / largest,
-                profile=profile(s, data.names),
-            )
-        )
+        rows.append(template.render(data=data, s=s, thumbs=address, columns=columns))
     return rows
 
 
 def _overview(data: ReportData, writer: ReportWriter, columns: Sequence[Column], rows: list[str]) -> str:
-    components, summaries, trust = data.components, data.summaries, data.extras.trust
+    components, trust = data.components, data.extras.trust
     labels, predictions = np.asarray(components.labels), components.predictions
     known = (labels >= 0) & (predictions >= 0)
     code, digest = script()
@@ -254,43 +238,31 @@ def _overview(data: ReportData, writer: ReportWriter, columns: Sequence[Column],
         "The fit: squared error left, as a share of the Fishers’ squared norm.",
     )
     selection = (
-        held_out_curve(trust.held_out, trust.train, trust.chosen, len(summaries)),
+        held_out_curve(trust.held_out, trust.train, trust.chosen, components.n_components),
         "How many components: the loss on what was held out, and on what was decomposed.",
     )
     return (
         environment()
         .get_template("report.html.j2")
         .render(
+            data=data,
+            components=components,
             title=data.options.title or "What the network responds to",
             version=version("npeff"),
             style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
             script=code,
             script_digest=digest,
             parts=writer.parts,
-            n_examples=len(labels),
-            n_components=len(summaries),
-            n_parameters=components.parameters.n_parameters,
-            kind={"low_rank": "low-rank", "diagonal": "diagonal"}.get(components.kind, components.kind),
-            loss=float(components.loss),
             accuracy=float((labels == predictions)[known].mean()) if known.any() else None,
-            n_zero=int(np.sum(components.zero)),
-            n_below_null=sum(map(data.below_null, summaries)) if trust.null_threshold is not None else None,
+            n_below_null=sum(map(data.below_null, data.summaries)) if trust.null_threshold is not None else None,
             left_out=_left_out(writer),
-            n_unknown=len(components.not_recovered),
-            kept_as="sketches" if components.compression == "sketch" else "inner products alone",
             figures=[fit, selection],
-            sizes=size_bars(summaries),
             columns=columns,
-            has_examples=len(data.gallery) > 0,
-            has_places=data.gallery.words is not None,
-            has_profile=bool(profile(summaries[0], data.names)) if summaries else False,
-            largest_share=max((s.share for s in summaries), default=0.0) or 1.0,
             rows=[Markup(row) for row in rows],
             pages=[Markup(html) for _, html in writer.pages],
             complete=writer.complete,
             inline=[(name, Markup(content)) for name, content in writer.inline.items()],
-            data=Markup(script_json(_script_data(data, writer, columns))),
-            moved_groups=_moved_groups(data),
+            script_data=Markup(script_json(_script_data(data, writer, columns))),
             provenance=_flatten(components.provenance),
         )
     )
@@ -307,7 +279,7 @@ def _left_out(writer: ReportWriter) -> str:
     if not missing:
         return ""
     return (
-        f"Left out, for this report may take no more than {size_of(writer.limit)}: {', '.join(missing)}. "
+        f"Left out, for this report may take no more than {format_bytes(writer.limit)}: {', '.join(missing)}. "
         + ("A larger size_limit" if writer.folder else "A folder, or a larger size_limit,")
         + " holds everything."
     )
@@ -341,7 +313,7 @@ def _script_data(data: ReportData, writer: ReportWriter, columns: Sequence[Colum
         "classes": data.names.known if data.names.are_words else [data.names[c] for c in range(n_classes)],
         "parts": writer.parts,
         "absent": sorted(writer.absent),
-        "limit": size_of(writer.limit),
+        "limit": format_bytes(writer.limit),
         "rows_per_part": ROWS if writer.folder else max(ROWS, len(data.summaries)),
         "examples_per_part": PER_PART,
         "n_examples": len(components.ids),
@@ -416,96 +388,38 @@ def _example_records(data: ReportData) -> Iterator[tuple[int, list[list[Any]]]]:
 def _component_page(data: ReportData, rank: int, columns: Sequence[Column]) -> str:
     """Return the page of a component; its rank is its index among the summaries."""
     summary, names, heads = data.summaries[rank], data.names, data.options.heads
-    j, trust = summary.j, data.extras.trust
+    j, known = summary.j, bool(summary.block_energy)
     drawn = {top.index: what for top, what in data.attributions.get(j, []) if "index" in what}
-    lists = {
-        name: [data.gallery.show(top, names) | drawn.get(top.index, {}) for top in items]
-        for name, items in (("shown", summary.top), ("middle", summary.middle), ("random", summary.random))
-    }
     influences = data.extras.influences.get(j, InfluenceSummary([]))
-    known = bool(summary.block_energy)
     vector = data.components.vector(j) if heads is not None and known else None
-    context = {
-        "s": summary,
-        **lists,
-        "heading": data.headings[j],
-        "coloured": bool(drawn),
-        "tall": any(item["kind"] in ("text", "place") for item in lists["shown"]),
-        "contest": [(names[c], share) for c, share in summary.contest],
-        "classes": [(names[c], a, b) for c, a, b in summary.classes],
-        "most": max((max(a, b) for _, a, b in summary.classes), default=0) or 1,
-        "has_labels": any(a for _, a, _ in summary.classes),
-        "histogram": histogram(summary),
-        "stats": [
-            (column.cell(data, summary), column.unit) for column in columns if column.value(data, summary) is not None
-        ],
-        "explained": data.explained_of(summary),
-        "chance": trust.null_threshold is not None and not data.below_null(summary),
-        "held_out": dict(trust.held_out).get(data.components.n_components),
-        **_moved(data, j),
-        "strategy": data.strategy(j),
-        "doubtful": data.doubts(summary),
-        "neighbours": [(i, data.headings[i], value) for i, value in closest(data.cosines, j)],
-        "together": [(i, data.headings[i], value) for i, value in closest(data.together, j)],
-        "known": known,
-        "block_map": block_map(summary.block_energy) if known else None,
-        "head_map": None if vector is None else head_map(data.components.parameters, vector, heads),
-        "attributions": [
-            {"j": j, "item": data.gallery.show(top, names), "drawn": what}
-            for top, what in data.attributions.get(j, [])
-            if top.index not in drawn or top not in summary.shown
-        ],
-        "influences": [_influence(data, influences, *pair) for pair in influences.pairs[:INFLUENCES]],
-        "influences_by": influences.by,
-    }
     near = [data.summaries[p].j if 0 <= p < len(data.summaries) else None for p in (rank - 1, rank + 1)]
-    return environment().get_template("component.html.j2").render(c=context, previous=near[0], next=near[1])
-
-
-def _moved(data: ReportData, *components: int) -> dict[str, Any]:
-    """What is known of moving the weights along a component, or a group of components."""
-    effect, trace = data.extras.effects.get(components), data.extras.traces.get(components)
-    parts = trace.parts if trace else ()
-    return {
-        "effect": effect,
-        "curve": effect_curve(effect.magnitudes, effect.kl_top, effect.kl_baseline) if effect else Markup(""),
-        "acts": parts[:TRACED],
-        "more": len(parts[TRACED:]),
-        "shifts": [
-            (
-                _example_at(data, position),
-                [(data.names[c], before, after) for c, before, after in changes[:LIKELIEST]],
-            )
-            for position, changes in (effect.predictions[:PUSHED] if effect else ())
-        ],
-        "continuations": [
-            (
-                None if position is None else _example_at(data, position),
-                visible(prompt),
-                [(which, visible(text)) for which, text in texts],
-            )
-            for position, prompt, texts in (effect.continuations[:PUSHED] if effect else ())
-        ],
-    }
-
-
-def _example_at(data: ReportData, position: int) -> dict[str, Any]:
-    """Return what a template prints of the example at a position in the data."""
-    components = data.components
-    (found,) = np.nonzero(np.asarray(components.ids) == position)
-    (top,) = top_examples(components, found[:1], np.zeros(len(components.ids))) or [
-        TopExample(-1, position, 0.0, -1, -1)
-    ]
-    return data.gallery.show(top, data.names, TAIL)
-
-
-def _moved_groups(data: ReportData) -> list[dict[str, Any]]:
-    """Groups of components that were moved along or traced, for the page of strategies."""
-    nodes = {node.components: node.address for node in data.nodes if not node.leaf}
-    return [
-        {"components": members, "address": nodes.get(members), **_moved(data, *members)}
-        for members in data.extras.groups
-    ]
+    return (
+        environment()
+        .get_template("component.html.j2")
+        .render(
+            data=data,
+            s=summary,
+            columns=columns,
+            previous=near[0],
+            next=near[1],
+            **{
+                name: [data.gallery.show(top, names) | drawn.get(top.index, {}) for top in items]
+                for name, items in (("shown", summary.top), ("middle", summary.middle), ("random", summary.random))
+            },
+            coloured=bool(drawn),
+            effect=data.extras.effects.get((j,)),
+            trace=data.extras.traces.get((j,)),
+            block_map=block_map(summary.block_energy) if known else None,
+            head_map=None if vector is None else head_map(data.components.parameters, vector, heads),
+            attributions=[
+                {"j": j, "item": data.gallery.show(top, names), "drawn": what}
+                for top, what in data.attributions.get(j, [])
+                if top.index not in drawn or top not in summary.shown
+            ],
+            influences=influences,
+            influential=[_influence(data, influences, *pair) for pair in influences.pairs[:INFLUENCES]],
+        )
+    )
 
 
 def _influence(data: ReportData, influences: InfluenceSummary, position: int, score: float) -> dict[str, Any]:
@@ -520,14 +434,15 @@ def _strategy_page(data: ReportData, node: StrategyNode) -> str:
     names, shares = data.names, {s.j: s.share for s in data.summaries}
     members = sorted(node.components, key=lambda j: -shares[j])
     predicted = [(int(c), float(node.profile[c])) for c in np.argsort(-node.profile, kind="stable")[:8]]
-    parts = [data.nodes[i] for i in node.children]
-    template = environment().get_template("strategy.html.j2")
-    return template.render(
-        node=node,
-        heading=data.node_heading(node),
-        shown=[data.gallery.show(top, names) for top in node.top],
-        profile=[(names[c], share) for c, share in predicted if share >= 0.005],
-        parts_of=[(part.address, data.node_heading(part), part.share) for part in parts],
-        members=[(j, data.headings[j], shares[j]) for j in members[:MEMBERS]],
-        n_more=len(members[MEMBERS:]),
+    return (
+        environment()
+        .get_template("strategy.html.j2")
+        .render(
+            data=data,
+            node=node,
+            shown=[data.gallery.show(top, names) for top in node.top],
+            profile=[(name, share) for name, share in names.named(predicted) if share >= 0.005],
+            members=[(j, data.headings[j], shares[j]) for j in members[:MEMBERS]],
+            n_more=len(members[MEMBERS:]),
+        )
     )

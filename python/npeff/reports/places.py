@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import log
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from npeff.batches.batches import Batch
 from npeff.components.components import Components
 from npeff.errors import DataError
 from npeff.language.places import places_of
@@ -152,6 +155,35 @@ def read_places(
             )
         place = data.example(position)
         yield position, PlaceText(tuple(place.tokens), int(place.index))
+
+
+def place_in(one: Batch, token: Callable[[int], str]) -> PlaceText | None:
+    """Return the text around the one place of a batch; None where examples are no places of tokens.
+
+    Args:
+        one: Holds one example.
+        token: Finds the text of a token, as :func:`token_texts` does.
+    """
+    if one.places is None or not isinstance(one.inputs, Mapping) or "input_ids" not in one.inputs:
+        return None
+    row, index = one.places[0].tolist()
+    ids, mask = one.inputs["input_ids"][row], one.inputs.get("attention_mask")
+    kept = torch.ones(len(ids), dtype=torch.bool) if mask is None else mask[row] != 0
+    return PlaceText(tuple(map(token, ids[kept].tolist())), int(kept[:index].sum()))
+
+
+def token_texts(tokenizer: Any) -> Callable[[int], str] | None:
+    """Return a function that finds the text of a token behind another one; None without a tokenizer.
+
+    Some tokenizers drop a space at the beginning of a text, so each token is decoded alone and twice.
+    """
+
+    @cache
+    def text(number: int) -> str:
+        alone, twice = (str(tokenizer.decode([number] * times)) for times in (1, 2))
+        return twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone
+
+    return None if tokenizer is None else text
 
 
 class Words:

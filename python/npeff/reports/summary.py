@@ -44,6 +44,10 @@ class ClassNames:
             self.find([index])
         return self._names.get(index, str(index))
 
+    def named(self, shares: Iterable[tuple[int, float]]) -> list[tuple[str, float]]:
+        """Put names in place of the classes of pairs."""
+        return [(self[c], share) for c, share in shares]
+
     def find(self, classes: Iterable[int]) -> None:
         """Find the words of some classes at once."""
         new = [] if self._words is None else sorted({int(c) for c in classes if c >= 0} - self._names.keys())
@@ -87,16 +91,6 @@ def coefficient(value: float) -> str:
 def plain(value: float) -> str:
     """Print a number with three significant digits, without an exponent where it needs none."""
     return f"{value:.3g}" if not 100 <= abs(value) < 1e6 else f"{value:.0f}"
-
-
-def size_of(n_bytes: int) -> str:
-    """Print a number of bytes: ``24 MB``."""
-    value, unit = float(n_bytes), "B"
-    for larger in ("kB", "MB", "GB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}"
 
 
 def text_of(item: Any) -> str | None:
@@ -210,6 +204,7 @@ class ComponentSummary:
         histogram: Counts of the non-zero coefficients in bins of equal width up to the largest.
         profile: ``(C,)`` share of the component's weight per predicted class.
         block_energy: Share of ‖g_j‖² of every parameter; empty where the vector in parameter space was not recovered.
+        weighted_energy: The same of the vector times the block weights, as it was decomposed.
         energy: Mean squared coefficient, ``Σ_i W_ij² / n``.
     """
 
@@ -228,6 +223,7 @@ class ComponentSummary:
     histogram: list[int]
     profile: Array
     block_energy: dict[str, float]
+    weighted_energy: dict[str, float]
     energy: float
 
     @property
@@ -246,11 +242,12 @@ class ComponentSummary:
         return self.top[0].coefficient if self.top else 0.0
 
     @property
-    def blocks(self) -> list[tuple[str, float]]:
-        """``(parameter, share of ‖g_j‖²)``, largest first, the rest summed as all others."""
-        order = sorted(self.block_energy.items(), key=lambda item: -item[1])
-        rest = sum(share for _, share in order[BLOCKS:])
-        return [*order[:BLOCKS], ("all others", rest)] if len(order) > BLOCKS else order
+    def blocks(self) -> list[tuple[str, float, float]]:
+        """``(parameter, share of ‖g_j‖², weighted share)``, the largest share first, the rest summed as all others."""
+        order = sorted(self.block_energy, key=lambda name: -self.block_energy[name])
+        groups = [*((name, [name]) for name in order[:BLOCKS]), ("all others", order[BLOCKS:])]
+        energies = self.block_energy, self.weighted_energy
+        return [(title, *(sum(energy[n] for n in names) for energy in energies)) for title, names in groups if names]  # type: ignore[misc]
 
 
 def summarise(
@@ -280,6 +277,7 @@ def _summary(components: Components, predictions: Array, j: int, share: float, k
     between = middle(w, best, k // 2)
     others = at_random(w, np.concatenate([best, between]), k // 2, (seed, j))
     top = top_examples(components, best, w)
+    block_energy = {} if j in components.not_recovered else components.block_energy(j)
     largest = float(w.max(initial=0))
     active = (w >= ACTIVE * largest) & (w > 0)
     known = active & (labels >= 0) & (predictions >= 0)
@@ -301,9 +299,22 @@ def _summary(components: Components, predictions: Array, j: int, share: float, k
         n_other=len(classes[CLASSES:]),
         histogram=np.histogram(w[w > 0], BINS, (0.0, largest or 1.0))[0].tolist(),
         profile=np.bincount(predictions[seen], w[seen], components.logits.shape[1]) / (float(w.sum()) or 1.0),
-        block_energy={} if j in components.not_recovered else components.block_energy(j),
+        block_energy=block_energy,
+        weighted_energy=weighted_shares(block_energy, components),
         energy=float(np.mean(np.square(w))) if len(w) else 0.0,
     )
+
+
+def weighted_shares(block_energy: Mapping[str, float], components: Components) -> dict[str, float]:
+    """Compute the share of each parameter in ‖D g‖², from its share e_p in ‖g‖².
+
+    Rows are decomposed as ``A D``, D = √w_p on the columns of parameter p (w_p itself for diagonal Fishers), so the
+    share is ``w_p e_p / Σ_q w_q e_q`` (``w_p² e_p / Σ_q w_q² e_q``).
+    """
+    weights, power = components.block_weights or {}, 1 if components.kind == "low_rank" else 2
+    energy = {name: weights.get(name, 1.0) ** power * share for name, share in block_energy.items()}
+    total = sum(energy.values()) or 1.0
+    return {name: value / total for name, value in energy.items()}
 
 
 def top_examples(components: Components, indices: Array, w: Array) -> list[TopExample]:
