@@ -32,7 +32,14 @@ from npeff.errors import ArgumentError, DataError
 from npeff.gradients.eligibility import placed
 from npeff.models.forward import OVER_CLASSES
 from npeff.perturbation.options import Forward
-from npeff.perturbation.repair import LabelledOutputs, LayerSteps, RepairLoss, RepairSearch, share_right
+from npeff.perturbation.repair import (
+    DirectionBlock,
+    LabelledOutputs,
+    LayerSteps,
+    RepairLoss,
+    RepairSearch,
+    share_right,
+)
 from npeff.perturbation.weights import Weights
 from npeff.short_repr import several
 
@@ -162,9 +169,8 @@ def mend(
         before = labelled.right(labelled.logits)
         wanted = _to_repair(components, chosen, before.cpu().numpy(), repair)
         part = divide_examples(wanted, seed)
-        steps = LayerSteps(
-            [{name: t.to(used_device) for name, t in components.state_dict(j).items()} for j in chosen], by_layer
-        )
+        directions = [_blocks(components, j, used_device) for j in chosen]
+        steps = LayerSteps(directions, {p.name: p.shape for p in components.parameters}, by_layer)
         weights = Weights(model)
         try:
             c = _best_step(labelled, weights, steps, wanted, part, tolerance, iterations, progress)
@@ -197,6 +203,15 @@ def _indices(components: Components, which: int | Sequence[int] | Strategy) -> t
     if not numbers or any(not isinstance(j, int | np.integer) or not -r <= j < r for j in numbers):
         raise ArgumentError(f"which: expected components below {r}, or a strategy, got {which!r}")
     return tuple(dict.fromkeys(int(j) % r for j in numbers))
+
+
+def _blocks(components: Components, j: int, device: torch.device) -> dict[str, DirectionBlock]:
+    """Component j's direction: factors stay factors, and vectors in memory are not copied."""
+
+    def placed_on(part: Array | None) -> Tensor | None:
+        return None if part is None else torch.from_numpy(part if part.flags.writeable else part.copy()).to(device)
+
+    return {p.name: DirectionBlock(placed_on(left), placed_on(right)) for p, left, right in components.blocks(j)}
 
 
 def _to_repair(
