@@ -255,6 +255,18 @@ class Factorisation:
                 left, right = slot.factors(stored)
                 yield slot.parameter, left / held, right
 
+    def recovered_entries(self, j: int, entries: slice) -> Array:
+        """Give neighbouring entries of component j's recovered vector, float32, without making all of them.
+
+        A vector that is known as factors alone has the norm of what the factors hold, not 1.
+
+        Raises:
+            ArgumentError: As :meth:`vector`.
+        """
+        self.check_recovered([j])
+        row = self._recovered_row(j)
+        return assemble(self.parameters, *self.factored_vector(j), entries) if row is None else row[entries]
+
     def _recovered_row(self, j: int) -> Array | None:
         """Component j's recovered vector, not copied; None where ``vectors`` has it, or it is known as factors."""
         if self.compression not in ("sketch", "gram") or self.recovered is None or j not in self.recovered:

@@ -30,6 +30,7 @@ from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError
 from npeff.gradients.eligibility import placed
+from npeff.kernels.arrays import as_tensor
 from npeff.models.forward import OVER_CLASSES
 from npeff.perturbation.options import Forward
 from npeff.perturbation.repair import (
@@ -207,11 +208,12 @@ def _indices(components: Components, which: int | Sequence[int] | Strategy) -> t
 
 def _blocks(components: Components, j: int, device: torch.device) -> dict[str, DirectionBlock]:
     """Component j's direction: factors stay factors, and vectors in memory are not copied."""
-
-    def placed_on(part: Array | None) -> Tensor | None:
-        return None if part is None else torch.from_numpy(part if part.flags.writeable else part.copy()).to(device)
-
-    return {p.name: DirectionBlock(placed_on(left), placed_on(right)) for p, left, right in components.blocks(j)}
+    return {
+        parameter.name: DirectionBlock(
+            as_tensor(left).to(device), None if right is None else as_tensor(right).to(device)
+        )
+        for parameter, left, right in components.blocks(j)
+    }
 
 
 def _to_repair(

@@ -216,7 +216,7 @@ def measure_effect(
             f"magnitude: {int((~np.isfinite(measured.kl)).sum())} examples have outputs that are not finite at "
             f"{steps[0].magnitude:.3g}; choose a smaller magnitude, or a smaller target_kl"
         )
-    fishers = [evaluator.fisher_along(step.tensors) for step in steps]
+    fishers = [evaluator.fisher_along(evaluator.tensors(step.direction)) for step in steps]
     along = [float(fisher[sets.baseline].mean()) for fisher in fishers]
     figures = sets.figures(measured).items()
     bootstrap = options.confidence, options.n_resamples
@@ -237,9 +237,7 @@ def measure_effect(
             for name, which in accuracy.items()
         },
         perplexity=(float(perplexity(own.unrelated)), float(perplexity(measured.unrelated))),
-        controls={
-            name: _control(evaluator, name, steps, along, options, sets) for name in CONTROLS if options.n_random
-        },
+        controls=_controls(evaluator, steps, along, options, sets) if options.n_random else {},
         sign_results=(
             *(one.result(sign) for one in found[len(used) :] for sign in one.searches),
             *(step.measured_result(sign, sets) for step in steps for sign in step.searches),
@@ -254,9 +252,7 @@ def measure_effect(
         top=sets.top,
         baseline=sets.baseline,
         disjoint=sets.disjoint,
-        predictions=evaluator.predictions(
-            slices, [(step.direction.share, step.tensors, step.sign * step.magnitude) for step in steps]
-        ),
+        predictions=evaluator.predictions(slices, [(step.direction, step.sign * step.magnitude) for step in steps]),
         continuations=evaluator.writer.continued(
             evaluator.weights,
             _moves(evaluator, steps, measured, sets) if options.prompts else (),
@@ -268,7 +264,10 @@ def measure_effect(
             "likelihood": evaluator.likelihood,
             "fisher_norm": float(np.dot(shares, along)),
             "fisher_norm_found_by": evaluator.derivative.method,
-            "rounding": min(evaluator.weights.realised(step.tensors, step.sign * step.magnitude) for step in steps),
+            "rounding": min(
+                evaluator.weights.realised(evaluator.tensors(step.direction), step.sign * step.magnitude)
+                for step in steps
+            ),
             "directions": [
                 {name: getattr(step.direction, name) for name in ("component", "share", "explained", "rejection")}
                 for step in steps
@@ -292,8 +291,9 @@ def _example_sets(evaluator: Evaluator, components: Components, target: Target, 
 
 
 def _chosen_step(evaluator: Evaluator, one: DirectionSteps, sets: ExampleSets) -> ChosenStep:
-    measured = {sign: evaluator.measure(one.tensors, sign * s.magnitude) for sign, s in one.searches.items()}
-    return ChosenStep(one.direction, one.tensors, one.searches, measured, _larger(measured, sets))
+    tensors = evaluator.tensors(one.direction)
+    measured = {sign: evaluator.measure(tensors, sign * s.magnitude) for sign, s in one.searches.items()}
+    return ChosenStep(one.direction, one.searches, measured, _larger(measured, sets))
 
 
 def _larger(measured: dict[int, Measured], sets: ExampleSets) -> int:
@@ -301,67 +301,85 @@ def _larger(measured: dict[int, Measured], sets: ExampleSets) -> int:
     return max(measured, key=lambda sign: np.nan_to_num(sets.ratio(measured[sign].kl), nan=-np.inf, posinf=-np.inf))
 
 
-def _control(
+def _controls(
     evaluator: Evaluator,
-    name: str,
     steps: Sequence[ChosenStep],
     along: Sequence[float],
     options: PerturbOptions,
     sets: ExampleSets,
-) -> Control:
+) -> dict[str, Control]:
     """Measure random directions at the component's step; of each, keep the sign with the larger KL ratio.
+
+    Each random direction is drawn once, and serves all controls.
 
     Args:
         evaluator: Of the examples.
-        name: What is equal to the component's: the norm, the norm in the mean Fisher, or the norm in every tensor.
         steps: The component's steps, or those of a strategy's members.
         along: The mean Fisher of the baseline along each direction.
         options: As for :func:`perturb`.
         sets: The examples that are compared.
     """
-    shares = [step.direction.share for step in steps]
-    values: dict[str, list[float]] = {}
-    sizes = np.zeros((options.n_random, len(steps)))
-    for draw in range(options.n_random):
-        found = []
-        for q, (step, fisher) in enumerate(zip(steps, along, strict=True)):
+    shares, n = [step.direction.share for step in steps], options.n_random
+    norms = [_tensor_norms(evaluator, step) for step in steps]
+    sizes = {name: np.tile([step.magnitude for step in steps], (n, 1)) for name in CONTROLS}
+    values: dict[str, dict[str, list[float]]] = {name: {} for name in CONTROLS}
+    for draw in range(n):
+        found: dict[str, list[Measured]] = {name: [] for name in CONTROLS}
+        for q, fisher in enumerate(along):
             number = draw * len(steps) + q
             vector = random_direction(evaluator.parameters.n_parameters, options.seed, number)
-            sizes[draw, q] = step.magnitude
-            if name == "equal_fisher_norm":
-                own = float(evaluator.random_fisher(options.seed, number)[sets.baseline].mean())
-                sizes[draw, q] *= np.sqrt(fisher / own) if own > 0 else 1.0
-            if name == "equal_tensor_norms":
-                for part in (parameter.slice for parameter in evaluator.parameters):
-                    own = float(np.linalg.norm(vector[part])) or 1.0
-                    vector[part] *= float(np.linalg.norm(step.direction.vector[part])) / own
-            tensors = evaluator.tensors(vector)
-            both = {sign: evaluator.measure(tensors, sign * sizes[draw, q]) for sign in options.signs}
-            found.append(both[_larger(both, sets)])
-        measured = Measured.average(found, shares)
-        for figure, of in sets.figures(measured).items():
-            values.setdefault(figure, []).append(of.value)
+            tensors = evaluator.placed(vector)
+            del vector
+            own = float(evaluator.random_fisher(options.seed, number, tensors)[sets.baseline].mean())
+            sizes["equal_fisher_norm"][draw, q] *= np.sqrt(fisher / own) if own > 0 else 1.0
+            for name in CONTROLS:  # the last one changes the direction
+                if name == "equal_tensor_norms":
+                    tensors = {
+                        key: part * (norms[q].get(key, 0.0) / (float(part.double().norm()) or 1.0))
+                        for key, part in tensors.items()
+                    }
+                both = {sign: evaluator.measure(tensors, sign * sizes[name][draw, q]) for sign in options.signs}
+                found[name].append(both[_larger(both, sets)])
+        for name, several in found.items():
+            for figure, of in sets.figures(Measured.average(several, shares)).items():
+                values[name].setdefault(figure, []).append(of.value)
     bootstrap = options.confidence, options.n_resamples, options.seed
-    figures = {figure: mean_figure(drawn).interval(*bootstrap) for figure, drawn in values.items()}
-    return Control({figure: np.asarray(drawn) for figure, drawn in values.items()}, figures, sizes @ shares)
+    return {
+        name: Control(
+            {figure: np.asarray(drawn) for figure, drawn in own.items()},
+            {figure: mean_figure(drawn).interval(*bootstrap) for figure, drawn in own.items()},
+            sizes[name] @ shares,
+        )
+        for name, own in values.items()
+    }
+
+
+def _tensor_norms(evaluator: Evaluator, step: DirectionSteps) -> dict[str, float]:
+    """Norm of each tensor of a direction that is not zero."""
+    return {name: float(part.double().norm()) for name, part in evaluator.tensors(step.direction).items()}
 
 
 def _curve(evaluator: Evaluator, steps: Sequence[ChosenStep], options: PerturbOptions, sets: ExampleSets) -> Curve:
     factors = np.geomspace(0.25, 2.0, options.curve) if options.curve > 1 else np.ones(1)
     shares = [step.direction.share for step in steps]
-    magnitudes = np.zeros((len(options.signs), len(factors)))
-    means = np.full((5, *magnitudes.shape), np.nan)
-    for s, sign in enumerate(options.signs):
-        for p, factor in enumerate(factors):
-            sizes = [factor * step.searches[sign].magnitude for step in steps]
-            found = [evaluator.measure(step.tensors, sign * size) for step, size in zip(steps, sizes, strict=True)]
-            measured = Measured.average(found, shares)
-            magnitudes[s, p] = np.dot(shares, sizes)
-            for i, which in enumerate((sets.top, sets.baseline, sets.disjoint)):
-                if len(which):
-                    means[i, s, p] = measured.kl[which].mean()
-            means[3:, s, p] = mean_figure(measured.label[sets.top]).value, perplexity(measured.unrelated)
-    return Curve(magnitudes, options.signs, *means)
+    sizes = np.array([[f * step.searches[sign].magnitude for sign in options.signs for f in factors] for step in steps])
+    signs = np.repeat(options.signs, len(factors))
+    measured = [
+        [
+            evaluator.measure(evaluator.tensors(step.direction), sign * size)
+            for sign, size in zip(signs, own, strict=True)
+        ]
+        for step, own in zip(steps, sizes, strict=True)
+    ]
+    means = np.full((5, len(signs)), np.nan)
+    for p, of in enumerate(zip(*measured, strict=True)):
+        average = Measured.average(of, shares)
+        for i, which in enumerate((sets.top, sets.baseline, sets.disjoint)):
+            if len(which):
+                means[i, p] = average.kl[which].mean()
+        means[3:, p] = mean_figure(average.label[sets.top]).value, perplexity(average.unrelated)
+    shape = len(options.signs), len(factors)
+    return Curve((shares @ sizes).reshape(shape), options.signs, *means.reshape(5, *shape))
 
 
 def _moves(
@@ -375,9 +393,11 @@ def _moves(
     def together(signs: Sequence[int]) -> tuple[TensorsByName, float]:
         sizes = [sign * step.searches[sign].magnitude for sign, step in zip(signs, steps, strict=True)]
         if len(steps) == 1:
-            return steps[0].tensors, sizes[0]
-        parts = (step.direction.share * size * step.direction.vector for size, step in zip(sizes, steps, strict=True))
-        return evaluator.tensors(np.asarray(sum(parts))), 1.0
+            return evaluator.tensors(steps[0].direction), sizes[0]
+        total = np.zeros(evaluator.parameters.n_parameters)
+        for size, step in zip(sizes, steps, strict=True):
+            total += step.direction.share * size * step.direction.vector
+        return evaluator.placed(total), 1.0
 
     def label(of: Measured) -> float:
         return mean_figure(of.label[sets.top]).value

@@ -18,7 +18,6 @@ from npeff.perturbation.evaluate import Evaluator
 from npeff.perturbation.examples import BatchSlice
 from npeff.perturbation.figures import ExampleSets, Measured, mean_figure, perplexity
 from npeff.perturbation.options import PerturbOptions
-from npeff.perturbation.weights import TensorsByName
 
 Array = npt.NDArray[Any]
 
@@ -49,12 +48,10 @@ class DirectionSteps:
 
     Attributes:
         direction: The direction.
-        tensors: The same as tensors on the model's device.
         searches: The search of each sign.
     """
 
     direction: Direction
-    tensors: TensorsByName
     searches: dict[int, StepSearch]
 
     @property
@@ -138,13 +135,12 @@ def search_steps(
     ends = FIRST * evaluator.weight_norm, FARTHEST * evaluator.weight_norm
     found = []
     for direction in directions:
-        tensors = evaluator.tensors(direction.vector)
         if options.magnitude is not None:
             searches = {sign: StepSearch(float(options.magnitude), math.nan, True) for sign in options.signs}
         else:
-            kl_at = partial(evaluator.kl, slices, tensors)
+            kl_at = partial(evaluator.kl, slices, evaluator.tensors(direction))
             searches = {sign: find_step(kl_at, options.target_range, *ends, sign=sign) for sign in options.signs}
-        found.append(DirectionSteps(direction, tensors, searches))
+        found.append(DirectionSteps(direction, searches))
     if known.components.kind == "diagonal":
         best = min(found, key=lambda steps: steps.effort)
         return [best, *(steps for steps in found if steps is not best)]
