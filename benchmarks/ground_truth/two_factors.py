@@ -124,7 +124,10 @@ def main() -> None:
     for seed in range(args.first_draw, args.first_draw + args.draws):
         found = chosen(Prompts(model, tokenizer, drawn(seed, relations, per_fact=1)), args.most)
         prompts = Prompts(model, tokenizer, found)
-        factors = {"route": prompts.factor("copied"), "relation": prompts.factor("relation")}
+        factors = {
+            "route": prompts.factor("copied"),
+            "relation": np.unique(prompts.factor("relation"), return_inverse=True)[1],
+        }
         print(f"draw {seed}: {len(prompts)} prompts, {factors['route'].mean():.0%} copied", flush=True)
 
         def add(name: str, values: np.ndarray, factors: Any = factors, seed: int = seed, **options: Any) -> None:

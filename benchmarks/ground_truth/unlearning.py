@@ -25,6 +25,7 @@ from table import Table, write
 FORMS = ["The capital of {} is", "The capital city of {} is"]
 Values = dict[str, torch.Tensor]
 UNSEEN_FORM = "I learned at school that the capital of {} is"
+RANK = 8  # of the components' factors
 LEFT_OUT = ("embed_tokens", "norm", "lm_head")
 
 
@@ -124,7 +125,7 @@ def main() -> None:
         look("made to forget")
         change = {k: (v.detach() - original[k]) for k, v in weights(model).items()}
         components = npeff.decompose(near.fishers(energy=0.9, rank=2), args.components, seed=seed, progress=False)
-        components = components.recover(model, near.batches, rank=8, forward=next_token, progress=False)
+        components = components.recover(model, near.batches, rank=RANK, forward=next_token, progress=False)
         cosines, part = part_along(components, change)
         lost = before - near.of(near.answers)
         W = components.coefficients
