@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ from npeff.perturbation.effect import CONTROLS, Control, Curve, Effect
 from npeff.perturbation.evaluate import Evaluator, evaluator_for
 from npeff.perturbation.figures import ExampleSets, Measured, mean_figure, perplexity
 from npeff.perturbation.options import FLOOR, Combine, Forward, PerturbOptions, Reject, Signs
-from npeff.perturbation.steps import ChosenStep, DirectionSteps, search_steps
+from npeff.perturbation.steps import DirectionSteps, search_steps
 from npeff.perturbation.weights import TensorsByName
 
 Array = npt.NDArray[Any]
@@ -208,9 +209,9 @@ def measure_effect(
     slices = evaluator.examples.subset(sets.top)
     found = search_steps(evaluator, directions, target, options, slices, sets.baseline)
     used = found[:1] if components.kind == "diagonal" else found
-    steps = [_chosen_step(evaluator, one, sets) for one in used]
+    steps, kept = zip(*(_measured(evaluator, one, sets) for one in used), strict=True)
     shares, own = [step.direction.share for step in steps], evaluator.own
-    measured = Measured.average([step.measured[step.sign] for step in steps], shares)
+    measured = Measured.average(kept, shares)
     if not np.isfinite(measured.kl).all():
         raise ArgumentError(
             f"magnitude: {int((~np.isfinite(measured.kl)).sum())} examples have outputs that are not finite at "
@@ -229,7 +230,7 @@ def measure_effect(
         magnitude=float(np.dot(shares, [step.magnitude for step in steps])),
         sign=steps[0].sign if len(steps) == 1 else 0,
         target_kl=None if options.magnitude is not None else options.target_range,
-        reached=all(step.searches[step.sign].reached for step in steps),
+        reached=all(step.results[step.sign].reached for step in steps),
         figures={name: f.interval(*bootstrap, options.seed + i) for i, (name, f) in enumerate(figures)},
         local_ratio=sets.ratio(np.tensordot(shares, fishers, 1)),
         accuracy={
@@ -238,10 +239,7 @@ def measure_effect(
         },
         perplexity=(float(perplexity(own.unrelated)), float(perplexity(measured.unrelated))),
         controls=_controls(evaluator, steps, along, options, sets) if options.n_random else {},
-        sign_results=(
-            *(one.result(sign) for one in found[len(used) :] for sign in one.searches),
-            *(step.measured_result(sign, sets) for step in steps for sign in step.searches),
-        ),
+        sign_results=tuple(result for one in (*found[len(used) :], *steps) for result in one.results.values()),
         curve=_curve(evaluator, steps, options, sets) if options.curve else None,
         ids=evaluator.examples.ids,
         coefficient=sets.coefficient,
@@ -290,10 +288,24 @@ def _example_sets(evaluator: Evaluator, components: Components, target: Target, 
     return ExampleSets(top, baseline, disjoint, coefficient, norms, evaluator.own.unrelated)
 
 
-def _chosen_step(evaluator: Evaluator, one: DirectionSteps, sets: ExampleSets) -> ChosenStep:
+def _measured(evaluator: Evaluator, one: DirectionSteps, sets: ExampleSets) -> tuple[DirectionSteps, Measured]:
+    """The steps along a direction with what was measured, and the measurement of the sign with the larger KL ratio."""
     tensors = evaluator.tensors(one.direction)
-    measured = {sign: evaluator.measure(tensors, sign * s.magnitude) for sign, s in one.searches.items()}
-    return ChosenStep(one.direction, one.searches, measured, _larger(measured, sets))
+    measured = {sign: evaluator.measure(tensors, sign * found.magnitude) for sign, found in one.results.items()}
+    kept = _larger(measured, sets)
+    results = {
+        sign: replace(
+            one.results[sign],
+            kl_top=float(of.kl[sets.top].mean()),
+            kl_baseline=float(of.kl[sets.baseline].mean()),
+            ratio=sets.ratio(of.kl),
+            kept=sign == kept,
+            label_top=mean_figure(of.label[sets.top]).value,
+            perplexity=float(perplexity(of.unrelated)),
+        )
+        for sign, of in measured.items()
+    }
+    return DirectionSteps(one.direction, results, kept), measured[kept]
 
 
 def _larger(measured: dict[int, Measured], sets: ExampleSets) -> int:
@@ -303,7 +315,7 @@ def _larger(measured: dict[int, Measured], sets: ExampleSets) -> int:
 
 def _controls(
     evaluator: Evaluator,
-    steps: Sequence[ChosenStep],
+    steps: Sequence[DirectionSteps],
     along: Sequence[float],
     options: PerturbOptions,
     sets: ExampleSets,
@@ -359,10 +371,10 @@ def _tensor_norms(evaluator: Evaluator, step: DirectionSteps) -> dict[str, float
     return {name: float(part.double().norm()) for name, part in evaluator.tensors(step.direction).items()}
 
 
-def _curve(evaluator: Evaluator, steps: Sequence[ChosenStep], options: PerturbOptions, sets: ExampleSets) -> Curve:
+def _curve(evaluator: Evaluator, steps: Sequence[DirectionSteps], options: PerturbOptions, sets: ExampleSets) -> Curve:
     factors = np.geomspace(0.25, 2.0, options.curve) if options.curve > 1 else np.ones(1)
     shares = [step.direction.share for step in steps]
-    sizes = np.array([[f * step.searches[sign].magnitude for sign in options.signs for f in factors] for step in steps])
+    sizes = np.array([[f * step.results[sign].magnitude for sign in options.signs for f in factors] for step in steps])
     signs = np.repeat(options.signs, len(factors))
     measured = [
         [
@@ -383,7 +395,7 @@ def _curve(evaluator: Evaluator, steps: Sequence[ChosenStep], options: PerturbOp
 
 
 def _moves(
-    evaluator: Evaluator, steps: Sequence[ChosenStep], measured: Measured, sets: ExampleSets
+    evaluator: Evaluator, steps: Sequence[DirectionSteps], measured: Measured, sets: ExampleSets
 ) -> list[tuple[TensorsByName, float] | None]:
     """The moves down and up, as :class:`Continuation` has them; None for one that was not asked for.
 
@@ -391,7 +403,7 @@ def _moves(
     """
 
     def together(signs: Sequence[int]) -> tuple[TensorsByName, float]:
-        sizes = [sign * step.searches[sign].magnitude for sign, step in zip(signs, steps, strict=True)]
+        sizes = [sign * step.results[sign].magnitude for sign, step in zip(signs, steps, strict=True)]
         if len(steps) == 1:
             return evaluator.tensors(steps[0].direction), sizes[0]
         total = np.zeros(evaluator.parameters.n_parameters)
@@ -399,13 +411,11 @@ def _moves(
             total += step.direction.share * size * step.direction.vector
         return evaluator.placed(total), 1.0
 
-    def label(of: Measured) -> float:
-        return mean_figure(of.label[sets.top]).value
-
-    signs = list(steps[0].searches)
+    signs = list(steps[0].results)
     if len(signs) == 2:
-        up = [-1 if label(step.measured[-1]) > label(step.measured[1]) else 1 for step in steps]
+        up = [-1 if step.results[-1].label_top > step.results[1].label_top else 1 for step in steps]
         return [together([-sign for sign in up]), together(up)]
-    rises = label(measured) > label(evaluator.own) or (math.isnan(label(measured)) and signs[0] == 1)
+    before, after = (mean_figure(of.label[sets.top]).value for of in (evaluator.own, measured))
+    rises = after > before or (math.isnan(after) and signs[0] == 1)
     only = together(signs * len(steps))
     return [None, only] if rises else [only, None]

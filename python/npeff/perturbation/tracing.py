@@ -371,8 +371,8 @@ def trace(
         energy = np.zeros(len(resolved))
         bar = tqdm(total=len(used) * len(resolved), desc="Trace", disable=not chosen.progress)
         for one in used:  # one direction in memory at a time
-            vector, weight = one.direction.vector, one.direction.share / len(one.searches)
-            sizes = [sign * search.magnitude for sign, search in one.searches.items()]
+            vector, weight = one.direction.vector, one.direction.share / len(one.results)
+            sizes = [sign * search.magnitude for sign, search in one.results.items()]
             magnitude += weight * sum(map(abs, sizes))
             whole += weight * sum(kl(vector, size) for size in sizes)
             for g, (name, elements) in enumerate(resolved.items()):
