@@ -44,6 +44,23 @@ def test_purity_and_coverage_of_hand_made_scores() -> None:
     assert np.isnan(purity(np.zeros((60, 1)), factor)[0])  # an unused component has no top examples
 
 
+def test_units_of_one_factor_each_are_told_from_units_of_both() -> None:
+    from measures import shared_units
+
+    first, second = np.repeat([0, 1], 40), np.tile(np.repeat([0, 1], 20), 2)
+    rng = np.random.default_rng(0)
+    noise = rng.random((80, 4))
+    each = np.stack([first == 0, first == 1, second == 0, second == 1], 1) * (1 + noise)
+    found = shared_units(each, first, second)
+    assert found == {"held by one unit of each": 1, "held by a unit of both": 0, "held by no pure unit": 0}
+    cells = np.stack([(first == a) & (second == b) for a in (0, 1) for b in (0, 1)], 1) * (1 + noise)
+    assert shared_units(cells, first, second)["held by a unit of both"] == 1
+    assert shared_units(cells - 3, first, second, one_each=True)["held by a unit of both"] == 1
+    assert shared_units(each, first, second, one_each=True)["held by one unit of each"] == 0
+    mixed = np.tile(np.arange(1.0, 21)[:, None], (4, 4))  # the largest of every cell alike
+    assert shared_units(mixed, first, second)["held by no pure unit"] == 1
+
+
 def test_groups_join_parallel_vectors() -> None:
     from measures import groups_of, linked
 
@@ -192,3 +209,49 @@ def test_a_push_of_a_wanted_kl_on_a_small_language_model() -> None:
     assert kl(step_for_kl(kl, 0.002, 0.001)) == pytest.approx(0.002, rel=0.05)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert prompts.of(prompts.answers).shape == (2,) and len(prompts.right(0.0)) <= 2
+
+
+def test_the_part_of_a_change_along_components_is_its_projection() -> None:
+    """From factors: the cosines are those of the whole vectors, and what is left is orthogonal to all of them."""
+    pytest.importorskip("transformers")
+    import torch
+
+    import npeff
+    from language import Prompt, Prompts, next_token, norm
+    from tiny_language import model_of, tokenizer_of
+    from unlearning import part_along, weights
+
+    model, tokenizer = model_of().eval(), tokenizer_of()
+    words = ("France", "Spain", "grass", "sky", "good", "bad")
+    prompts = Prompts(model, tokenizer, [Prompt(f"The capital of {word} is", "Paris", {}) for word in words])
+    components = npeff.decompose(prompts.fishers(d=256, rank=2), 3, progress=False)
+    components = components.recover(model, prompts.batches, rank=2, forward=next_token, progress=False)
+    generator = torch.Generator().manual_seed(0)
+    change = {name: torch.randn(w.shape, generator=generator) for name, w in weights(model).items()}
+    cosines, part = part_along(components, change)
+    for j, cosine in enumerate(cosines):
+        g = components.state_dict(j)
+        dot, left = (sum(float((g[k] * v[k]).sum()) for k in g) for v in (change, {k: change[k] - part[k] for k in g}))
+        assert cosine == pytest.approx(dot / norm(change), abs=1e-5)
+        assert left == pytest.approx(0, abs=1e-4)
+    assert 0 < norm(part) < norm(change)
+
+
+def test_a_sparse_autoencoder_uses_few_units_and_the_best_unit_is_judged_on_other_prompts(monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    import torch
+
+    import two_factors
+
+    monkeypatch.setattr(two_factors, "UNITS", 16)
+    monkeypatch.setattr(two_factors, "ACTIVE", 2)
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(12, 4, generator=generator))[0].T
+    which = torch.randint(4, (400,), generator=generator)
+    code, share = two_factors.sparse_codes(axes[which], axes[which[:40]], seed=0, steps=200)
+    assert code.shape == (40, 16) and ((code > 0).sum(1) <= 2).all() and share > 0.9
+    factors = {"odd": which[:40].numpy() % 2 == 1, "late": which[:40].numpy() > 1}
+    found = two_factors.judged(code, factors, seed=0)
+    assert found["held by a unit of both"] > 0.9
+    noise = np.random.default_rng(1).random((40, 300))
+    assert two_factors.judged(noise, factors, seed=0)["odd: AUC"] < 0.8  # the best of 300 by chance

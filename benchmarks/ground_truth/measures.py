@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 TOP = 20
 MOST = 12  # groups
 PURE = 0.9
+HELD = 0.2  # of an example's largest score
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,39 @@ def coverage(values: np.ndarray, factor: np.ndarray, top: int = TOP) -> float:
     stands_for = np.array([_commonest(factor[np.argsort(-v, kind="stable")[:top]]) for v in values.T])
     mine = values.argmax(1)
     return float(((pure[mine] >= PURE) & (stands_for[mine] == factor)).mean())
+
+
+def shared_units(
+    values: np.ndarray, first: np.ndarray, second: np.ndarray, one_each: bool = False, top: int = 10
+) -> dict[str, float]:
+    """Shares of examples by the units that hold them: one of each of two factors, one of both, or none that is pure.
+
+    A unit stands for a factor's value if it is pure: ``PURE`` of its top examples have that value. It stands for
+    this factor alone if its top examples are not pure in the other. An example is held by the units whose score of it
+    is at least a fifth of its largest, and that stand for its own values.
+
+    Args:
+        values: ``(n, r)`` scores ≥ 0; any with ``one_each``.
+        first: ``(n,)`` values of a factor.
+        second: ``(n,)`` values of the other.
+        one_each: An example is held by its largest score alone.
+        top: A unit's top examples.
+    """
+    largest = values.max(1, keepdims=True)
+    held = values == largest if one_each else (values >= HELD * largest) & (values > 0)
+    own = []
+    for factor in (first, second):
+        pure = np.nan_to_num(purity(values, factor, top)) >= PURE
+        stands_for = np.array([_commonest(factor[np.argsort(-v, kind="stable")[:top]]) for v in values.T])
+        own.append((pure, pure & (stands_for == factor[:, None])))
+    (pure_first, is_first), (pure_second, is_second) = own
+    alone = [(held & is_first & ~pure_second).any(1), (held & is_second & ~pure_first).any(1)]
+    both = (held & is_first & is_second).any(1)
+    return {
+        "held by one unit of each": float((alone[0] & alone[1]).mean()),
+        "held by a unit of both": float(both.mean()),
+        "held by no pure unit": float((~(alone[0] | alone[1] | both)).mean()),
+    }
 
 
 def best_auc(values: np.ndarray, factor: np.ndarray, within: np.ndarray | None = None) -> float:

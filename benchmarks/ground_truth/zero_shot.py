@@ -40,24 +40,26 @@ def places(tokenizer: Any, rows: list[tuple[str, int]]) -> Places:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--examples", type=int, default=64)
-    parser.add_argument("--components", type=int, default=8)
-    parser.add_argument("--every", type=int, default=2)
+    parser.add_argument("--examples", type=int, default=32)
+    parser.add_argument("--longest", type=int, default=70, help="letters of a sentence, at most")
+    parser.add_argument("--components", type=int, default=6)
+    parser.add_argument("--every", type=int, default=3)
     parser.add_argument("--out", default="ground_truth_zero_shot")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = smollm2()
-    every = [(text, label) for text, label in zip(*sentences(), strict=True) if 30 <= len(text) <= 110]
+    every = [(text, label) for text, label in zip(*sentences(), strict=True) if 30 <= len(text) <= args.longest]
     finding, effects = Table(), []
     for seed in range(args.draws):
         rng = np.random.default_rng(seed)
-        chosen = [every[i] for i in rng.permutation(len(every))[: 2 * args.examples]]
-        here, there = (places(tokenizer, part) for part in (chosen[: args.examples], chosen[args.examples :]))
-        options: dict[str, Any] = {"compress": npeff.Sketch(2048, form="kronecker"), "progress": False}
-        fishers, others = (npeff.compute_fishers(model, data, **options) for data in (here, there))
+        data = places(tokenizer, [every[i] for i in rng.permutation(len(every))[: 2 * args.examples]])
+        compress = npeff.Sketch(2048, form="kronecker")
+        both = npeff.compute_fishers(model, data, compress=compress, progress=False)
+        half = rng.permutation(len(both)) < args.examples
+        fishers, others = both[half], both[~half]
         components = npeff.decompose(fishers, args.components, seed=seed, progress=False)
         js = list(range(0, args.components, args.every))
-        components = components.recover(model, here, js, progress=False)
+        components = components.recover(model, data, js, progress=False)
         W = components.encode(others).coefficients.astype(np.float32)
         finding.add("", {
             "right": float((fishers.predictions == fishers.labels).mean()),
@@ -71,15 +73,17 @@ def main() -> None:
         elsewhere = replace(components, coefficients=W, row_weights=None, row_offsets=None, **fields)
         used = [j for j in js if (W[:, j] > 0).sum() >= 8]
         for effect in npeff.perturb_all(
-            model, there, elsewhere, used, n_random=2, curve=0, top=16, n_resamples=200, seed=seed, progress=False
-        ):
+            model, data, elsewhere, used, n_random=2, curve=0, top=args.examples // 4, n_resamples=200, seed=seed,
+            progress=False,
+        ):  # fmt: skip
             effects.append(effect)
             print(effect.table(), flush=True)
         write(args.out, "Zero-shot reviews: two answers", [
             f"SmolLM2-135M-Instruct (4-bit weights taken apart into float32); {seed + 1} draws of {args.examples} "
-            f"sentences of movie reviews and {args.examples} others; {args.components} components, every "
-            f"{args.every}. perturbed on the others. Component: median over components [bootstrap interval of the "
-            "component in the middle]. Random: median over components and draws (range over all draws), 2 draws each.",
+            f"sentences of movie reviews and {args.examples} others; {args.components} components, of which numbers "
+            f"{', '.join(map(str, js))} are perturbed on the others: the {args.examples // 4} with the largest "
+            "coefficients against all. Component: median over components [bootstrap interval of the component in the "
+            "middle]. Random: median over components and draws (range over all draws), 2 draws each.",
             *lines("Components beside random directions", effects, seed + 1),
         ], {"The Fishers": finding})  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 import npeff
 from npeff.batches.batches import read_batch
 from npeff.perturbation.mending import divide_examples, mend
-from npeff.perturbation.repair import LabelledOutputs, LayerSteps, RepairLoss, RepairSearch
+from npeff.perturbation.repair import DirectionBlock, LabelledOutputs, LayerSteps, RepairLoss, RepairSearch
 from npeff.perturbation.weights import Weights, applied
 
 
@@ -85,10 +86,13 @@ def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
     try:
         batches = [read_batch((x.double(), y), torch.device("cpu"), i, False) for i, (x, y) in enumerate(data)]
         labelled = LabelledOutputs.of(model, batches, None, "categorical")
-        vectors = [{name: t.double() for name, t in components.state_dict(j).items()} for j in (0, 3)]
+        vectors = [
+            {p.name: DirectionBlock(torch.from_numpy(G).double()) for p, G, _ in components.blocks(j)} for j in (0, 3)
+        ]
+        shapes = {p.name: p.shape for p in components.parameters}
         kept = ~fooled & (np.arange(len(fooled)) % 3 > 0)
         weights = Weights(model)
-        loss = RepairLoss(labelled, weights, LayerSteps(vectors, by_layer), fooled, kept)
+        loss = RepairLoss(labelled, weights, LayerSteps(vectors, shapes, by_layer), fooled, kept)
         try:
             c = np.array([0.3, -0.2, 0.1, 0.4]) if by_layer else np.array([0.3, -0.2])
             _, gradient = loss.value_and_gradient(c, 2.0)
@@ -154,6 +158,25 @@ def test_along_a_line_no_step_of_a_fine_grid_repairs_much_more(shortcut) -> None
                 best = max(best, float(moved[fooled].double().mean()))
         assert mended[~fooled].double().mean() >= before[~fooled].double().mean() - 0.05
         assert mended[fooled].double().mean() >= best - 0.1
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_vectors_known_as_factors_mend_as_whole_ones_do(shortcut, monkeypatch, by_layer) -> None:
+    model, data, _, fooled = shortcut
+    fishers = npeff.compute_fishers(model, data, compress=npeff.GramOnly(), progress=False)
+    components = npeff.decompose(fishers, 8, progress=False, n_init=1, n_replacements=4)
+    factored = components.recover(model, data, rank=2, progress=False)
+    vectors = np.stack([factored.vector(j) for j in range(8)])
+    whole = replace(components, recovered=np.arange(8), recovered_vectors=vectors)
+    few = {"tolerance": 1.0, "iterations": 2}  # so that rounding has no time to grow
+    options = {"repair": np.flatnonzero(fooled), "by_layer": by_layer, "progress": False, **few}
+    expected = mend(model, data, whole, range(8), **options)
+    monkeypatch.setattr(npeff.Components, "vector", None)  # they are never multiplied out
+    found = mend(model, data, factored, range(8), **options)
+    assert expected.changed and found.repaired == expected.repaired and found.accuracy == expected.accuracy
+    np.testing.assert_allclose(found.coefficients, expected.coefficients, rtol=1e-4, atol=1e-4)
+    for name, change in expected.change.items():
+        torch.testing.assert_close(found.change[name], change, rtol=1e-4, atol=1e-4)
 
 
 def test_by_default_the_wrong_answers_of_the_components_are_repaired(shortcut) -> None:

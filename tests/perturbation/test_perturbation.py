@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,10 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import npeff
+from npeff.components.factored import slots
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.models.parameters import Parameters
 from npeff.perturbation.directions import random_direction
 from npeff.perturbation.effect import CONTROLS
 from npeff.perturbation.figures import FIGURES, Interval, mean_figure
@@ -300,6 +303,68 @@ def test_a_strategy_taken_each_is_the_average_of_its_members(case):
     principal = npeff.perturb(model, data, components, root, combine="principal", **QUICK)
     assert principal.reached and principal.combine == "principal" and len(principal.sign_results) == 2
     assert 0 < principal.details["directions"][0]["explained"] <= 1
+
+
+def factored_and_whole(model, data, r, rank=1):
+    """Components known as random factors, and the same as whole vectors."""
+    base = components_of(model, data, r)
+    parameters, rng = base.parameters, np.random.default_rng(0)
+    laid = slots(parameters, rank)
+    stored = rng.normal(size=(r, sum(slot.numel for slot in laid))).astype(np.float32)
+    for row in stored:
+        for slot in laid:
+            if slot.rank is not None:  # the rows of right factors are orthonormal
+                right = slot.factors(row)[1]
+                right[:] = np.linalg.qr(right.T)[0].T
+    sketch = {"fishers": {"options": {"compress": {"method": "sketch"}}}}
+    lost = np.zeros((r, len(parameters)), np.float32)
+    factored = replace(
+        base, provenance=sketch, rank=rank, factored=np.arange(r), factored_vectors=stored, factored_lost=lost
+    )
+    vectors = np.stack([factored.vector(j) for j in range(r)])
+    return factored, replace(base, provenance=sketch, recovered=np.arange(r), recovered_vectors=vectors)
+
+
+def test_vectors_known_as_factors_move_as_whole_ones_do():
+    model, data = deep(), batches(30, 8, classes=2)
+    factored, whole = factored_and_whole(model, data, 4)
+    options = {"top": 8, "n_random": 2, "curve": 2, "n_resamples": 0, "progress": False}
+    for j, more in ((1, {}), (Strategy((0, 3), factored.coefficients[:, [0, 3]].sum(1)), {"reject": "span"})):
+        found, expected = (npeff.perturb(model, data, c, j, **options, **more) for c in (factored, whole))
+        np.testing.assert_allclose(found.kl, expected.kl, rtol=1e-4)
+        np.testing.assert_allclose(found.curve.top, expected.curve.top, rtol=1e-4)
+        for name, control in found.controls.items():
+            np.testing.assert_allclose(control.values["ratio"], expected.controls[name].values["ratio"], rtol=1e-4)
+        traces = [
+            npeff.trace(model, data, c, j, top=8, n_resamples=0, progress=False, **more) for c in (factored, whole)
+        ]
+        np.testing.assert_allclose(traces[0].kl_alone, traces[1].kl_alone, rtol=1e-4, atol=1e-12)
+
+
+def test_a_strategys_directions_are_in_memory_one_at_a_time(monkeypatch):
+    monkeypatch.setattr("npeff.perturbation.directions.CHUNK", 100)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 2)).eval()
+    data = [(x.float(), y) for x, y in batches(12, 12, classes=2)]
+    parameters = Parameters.of((name, tuple(p.shape)) for name, p in model.named_parameters())
+    small = components_of(linear(), batches(12, 12), 10)
+    rng, lost = np.random.default_rng(0), np.zeros((10, len(parameters)), np.float32)
+    stored = rng.normal(size=(10, sum(slot.numel for slot in slots(parameters, 2)))).astype(np.float32)
+    components = replace(
+        small, parameters=parameters, rank=2, factored=np.arange(10), factored_vectors=stored, factored_lost=lost,
+        provenance={"fishers": {"options": {"compress": {"method": "sketch"}}}}, logits=np.zeros((12, 0), np.float32),
+    )  # fmt: skip
+    group = Strategy(tuple(range(10)), components.coefficients.sum(1))
+    options = {"top": 4, "baseline": 12, "n_random": 1, "curve": 2, "n_resamples": 0, "progress": False}
+    npeff.perturb(model, data, components, 0, **options)  # what is imported on the way does not count
+    tracemalloc.start()
+    try:
+        effect = npeff.perturb(model, data, components, group, **options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(effect.details["directions"]) == 10
+    assert peak < 4 * 8 * parameters.n_parameters, "float64 vectors of all parameters"
 
 
 def test_rejection_reaches_the_measurement(case):

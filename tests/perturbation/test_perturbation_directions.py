@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from npeff.components.factored import slots
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
+from npeff.models.parameters import Parameters
 from npeff.perturbation import direction
-from npeff.perturbation.directions import CHUNK, ComponentDirections, random_direction, target_of
+from npeff.perturbation.directions import ComponentDirections, random_direction, target_of
 from perturbation_cases import batches, components_of, linear
 
 
@@ -95,12 +97,10 @@ def test_block_weights_are_undone_and_columns_scattered(components):
     np.testing.assert_allclose(others @ found.full(left), 0, atol=1e-6)
 
 
-def test_many_columns_in_chunks():
-    rng = np.random.default_rng(0)
-    m = CHUNK + 1234
+def test_many_columns_in_chunks(monkeypatch):
+    monkeypatch.setattr("npeff.perturbation.directions.CHUNK", 10)
+    rng, m = np.random.default_rng(0), 1234
     base = components_of(linear(), batches(30, 8))
-    from npeff.models.parameters import Parameters
-
     G = rng.normal(size=(3, m))
     some = with_vectors(base, G, parameters=Parameters.of([("a", (m,))]), coefficients=base.coefficients[:, :3])
     found = ComponentDirections(some)
@@ -193,3 +193,39 @@ def test_vectors_that_were_recovered(components):
     for j, reject in ((0, None), (1, "span")):
         with pytest.raises(ArgumentError, match="recover"):
             ComponentDirections(sketched).of_target(target_of(sketched, j), "each", reject, None)
+
+
+@pytest.mark.parametrize("chunk", [1 << 16, 1])
+def test_vectors_known_as_factors_are_made_piece_by_piece(components, monkeypatch, chunk):
+    """A matrix, a vector and a matrix that is kept whole; pieces begin and end within rows."""
+    monkeypatch.setattr("npeff.perturbation.directions.CHUNK", chunk)
+    parameters = Parameters.of([("a", (9, 50)), ("b", (7,)), ("c", (2, 3)), ("d", (40, 6))])
+    rng = np.random.default_rng(0)
+    stored = rng.normal(size=(4, sum(slot.numel for slot in slots(parameters, 2)))).astype(np.float32)
+    for row in stored:
+        for slot in slots(parameters, 2):
+            if slot.rank is not None:  # the rows of right factors are orthonormal
+                right = slot.factors(row)[1]
+                right[:] = np.linalg.qr(right.T)[0].T
+    factored = replace(
+        components,
+        vectors=rng.normal(size=(4, 7)).astype(np.float32),
+        parameters=parameters,
+        provenance={"fishers": {"options": {"compress": {"method": "sketch"}}}},
+        rank=2,
+        factored=np.arange(4),
+        factored_vectors=stored,
+        factored_lost=np.zeros((4, 4), np.float32),
+    )
+    whole = np.stack([factored.vector(j) for j in range(4)])
+    for start, stop in ((0, 703), (3, 4), (49, 101), (445, 466), (699, 703), (5, 5)):
+        part = factored.recovered_entries(1, slice(start, stop))
+        np.testing.assert_allclose(
+            part / np.linalg.norm(factored.recovered_entries(1, slice(None))), whole[1, start:stop], atol=1e-6
+        )
+    (move,) = ComponentDirections(factored).of_target(target_of(factored, 1), "each", "span", None)
+    recovered = replace(factored, factored=None, rank=None, recovered=np.arange(4), recovered_vectors=whole)
+    (expected,) = ComponentDirections(recovered).of_target(target_of(recovered, 1), "each", "span", None)
+    np.testing.assert_allclose(move.vector, expected.vector, atol=1e-6)
+    blocks = [left if right is None else left @ right for _, left, right in factored.blocks(1)]
+    np.testing.assert_allclose(np.concatenate([block.reshape(-1) for block in blocks]), whole[1], atol=1e-6)

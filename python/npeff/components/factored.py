@@ -80,15 +80,31 @@ def slots(parameters: Parameters, rank: int | None) -> list[FactorSlot]:
     return found
 
 
-def assemble(parameters: Parameters, rank: int, stored: Array) -> Array:
-    """Multiply the factors: the vector ``(n_parameters,)`` float32 that a factored one ``(p,)`` stands for."""
-    vector = np.zeros(parameters.n_parameters, np.float32)
+def assemble(parameters: Parameters, rank: int, stored: Array, entries: slice = slice(None)) -> Array:
+    """Multiply the factors: the vector float32 that a factored one ``(p,)`` stands for.
+
+    Args:
+        parameters: Of the vector.
+        rank: Of the factors.
+        stored: The factored vector.
+        entries: Those wanted, neighbours; by default all ``(n_parameters,)``. Nothing else is multiplied out but the
+            rest of the first and the last row.
+    """
+    first, last, _ = entries.indices(parameters.n_parameters)
+    vector = np.zeros(max(0, last - first), np.float32)
     for slot in slots(parameters, rank):
+        offset, k = slot.parameter.offset, slot.size[1]
+        start, stop = max(first, offset) - offset, min(last, offset + slot.parameter.numel) - offset
+        if start >= stop:
+            continue
+        own = vector[offset + start - first : offset + stop - first]
         if slot.rank is None:
-            vector[slot.parameter.slice] = stored[slot.offset : slot.offset + slot.numel]
-        else:
-            left, right = slot.factors(stored)
-            np.matmul(left, right, out=vector[slot.parameter.slice].reshape(slot.size))
+            own[:] = stored[slot.offset + start : slot.offset + stop]
+            continue
+        left, right = slot.factors(stored)
+        above = start // k
+        rows = left[above : -(-stop // k)] @ right
+        own[:] = rows.reshape(-1)[start - above * k : stop - above * k]
     return vector
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.components.factored import assemble
+from npeff.components.factored import assemble, slots, squared_norm
 from npeff.errors import ArgumentError
 from npeff.fishers.block_weights import column_factors
 from npeff.fishers.file_format import example_arrays
 from npeff.fishers.logits import Logits
 from npeff.fishers.rows import Kind
-from npeff.models.parameters import Parameters
+from npeff.models.parameters import Parameter, Parameters
 
 Array = npt.NDArray[Any]
 
@@ -216,8 +216,7 @@ class Factorisation:
             if self.known_as_factors_alone(j):
                 vector = assemble(self.parameters, *self.factored_vector(j))
                 return np.asarray(vector / np.float32(max(float(np.linalg.norm(vector)), 1e-30)))
-            assert self.recovered is not None and self.recovered_vectors is not None
-            return np.array(self.recovered_vectors[int(np.flatnonzero(self.recovered == j)[0])], np.float32)
+            return np.array(self._recovered_row(j))
         entries = self.vectors[j].astype(np.float64)
         columns = slice(None) if self.columns is None else self.columns
         if self.block_weights is not None:
@@ -227,6 +226,53 @@ class Factorisation:
         vector = np.zeros(self.n_parameters, np.float32)
         vector[columns] = entries / norm if norm else entries
         return vector
+
+    def blocks(self, j: int) -> Iterator[tuple[Parameter, Array, Array | None]]:
+        """Give component j's pseudo-Fisher vector, as :meth:`vector` does, parameter by parameter.
+
+        What is known as factors stays factors, and vectors that were recovered whole are not copied.
+
+        Yields:
+            The parameter, and its block of the unit vector as a matrix of ``n`` rows: the block itself ``(n, k)`` and
+            None, or factors ``(n, r)`` and ``(r, k)`` whose product it is. Float32.
+
+        Raises:
+            ArgumentError: As :meth:`vector`.
+        """
+        j = self._component(j)
+        self.check_recovered([j])
+        if not self.known_as_factors_alone(j):
+            whole = self.vector(j) if (row := self._recovered_row(j)) is None else row
+            for slot in slots(self.parameters, None):
+                yield slot.parameter, whole[slot.parameter.slice].reshape(slot.size), None
+            return
+        rank, stored = self.factored_vector(j)
+        held = np.float32(max(squared_norm(self.parameters, rank, stored) ** 0.5, 1e-30))
+        for slot in slots(self.parameters, rank):
+            if slot.rank is None:
+                yield slot.parameter, stored[slot.offset : slot.offset + slot.numel].reshape(slot.size) / held, None
+            else:
+                left, right = slot.factors(stored)
+                yield slot.parameter, left / held, right
+
+    def recovered_entries(self, j: int, entries: slice) -> Array:
+        """Give neighbouring entries of component j's recovered vector, float32, without making all of them.
+
+        A vector that is known as factors alone has the norm of what the factors hold, not 1.
+
+        Raises:
+            ArgumentError: As :meth:`vector`.
+        """
+        self.check_recovered([j])
+        row = self._recovered_row(j)
+        return assemble(self.parameters, *self.factored_vector(j), entries) if row is None else row[entries]
+
+    def _recovered_row(self, j: int) -> Array | None:
+        """Component j's recovered vector, not copied; None where ``vectors`` has it, or it is known as factors."""
+        if self.compression not in ("sketch", "gram") or self.recovered is None or j not in self.recovered:
+            return None
+        assert self.recovered_vectors is not None
+        return np.asarray(self.recovered_vectors[int(np.flatnonzero(self.recovered == j)[0])], np.float32)
 
     def known_as_factors_alone(self, j: int) -> bool:
         """Whether component j's vector was recovered as factors, and not as a whole."""

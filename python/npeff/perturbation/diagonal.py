@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -208,14 +209,19 @@ def diagonal_directions(
     signs = _gradient_signs(evaluator, slices)
     found = []
     for lam in options.lambdas if options.magnitude is None or options.lam is not None else (0.5,):
-        change = interpolation(h / norm, fisher, lam, options.floor) * signs
-        scale = float(np.linalg.norm(change))
+        change = partial(_change, h / norm, fisher, signs, lam, options.floor)
+        scale = float(np.linalg.norm(change()))
         if scale > 0:
             component = None if len(H) > 1 else target.members[0]
-            found.append(Direction(change / scale, component, lam=lam, scale=scale))
+            found.append(Direction(partial(change, scale), component, lam=lam, scale=scale))
     if not found:
         raise ArgumentError("j: the component and the top examples' gradient have no parameter in common")
     return found
+
+
+def _change(component: Array, data: Array, signs: Array, lam: float, floor: float, scale: float = 1.0) -> Array:
+    """The change of the weights for a unit signed step, over ``scale``."""
+    return interpolation(component, data, lam, floor) * signs / scale
 
 
 def _mean_over(evaluator: Evaluator, indices: Array) -> Array:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,10 @@ class Rejection:
 class Direction:
     """A unit direction along which the weights move.
 
+    In a large model a direction takes much memory: it is made when it is asked for, and not kept.
+
     Attributes:
-        vector: ``(m,)`` float64 of unit norm.
+        make: Makes :attr:`vector`.
         component: The component of the direction; None for a combination.
         share: Weight in the average over a strategy's directions; the weights sum to 1.
         rejection: What was removed from the direction.
@@ -67,13 +70,18 @@ class Direction:
         scale: Norm of ρ ∘ sign(gradient): magnitude / scale is δ.
     """
 
-    vector: Array
+    make: Callable[[], Array]
     component: int | None
     share: float = 1.0
     rejection: Rejection | None = None
     explained: float | None = None
     lam: float | None = None
     scale: float | None = None
+
+    @property
+    def vector(self) -> Array:
+        """``(m,)`` float64 of unit norm, made anew."""
+        return self.make()
 
 
 def target_of(components: Components, j: Any) -> Target:
@@ -118,11 +126,11 @@ class ComponentDirections:
         self.components = components
         self._columns = components.columns
         self._norms: dict[int, float] = {}
-        self._recovered: dict[int, Array] = {}
         self._stored = components.compression not in ("sketch", "gram")
         if not self._stored:  # of sketches and inner products, the vectors recovered in parameter space are used
             self._columns = None
-        self._factor = np.ones(components.n_parameters if self._columns is None else len(self._columns))
+        self._n_columns = components.n_parameters if self._columns is None else len(self._columns)
+        self._factor: Array | None = None
         if self._stored and components.block_weights is not None:
             factors = column_factors(components.parameters, components.block_weights, components.kind).astype(
                 np.float64
@@ -148,21 +156,19 @@ class ComponentDirections:
             ArgumentError: A direction is zero, or nothing is left of it; weights do not fit the group.
         """
         members = target.members
-        if reject is None:
-            self._recovered.clear()  # of other targets: in a large model a vector takes much memory
-        found: list[tuple[Array, int | None, float, float | None]]
+        found: list[tuple[Sequence[int], Array, int | None, float, float | None]]
         if len(members) == 1:
-            found = [(self.combination(members, [1.0]), members[0], 1.0, None)]
+            found = [(members, np.ones(1), members[0], 1.0, None)]
         elif not isinstance(combine, str):
             weights = np.asarray(combine, np.float64)
             if weights.shape != (len(members),) or not np.isfinite(weights).all():
                 raise ArgumentError(
                     f"combine: expected a weight for each of the {len(members)} components, got {combine!r}"
                 )
-            found = [(self.combination(members, weights), None, 1.0, None)]
+            found = [(members, weights, None, 1.0, None)]
         elif combine == "principal":
-            vector, explained = self.principal(members, target.shares)
-            found = [(vector, None, 1.0, explained)]
+            weights, explained = self.principal(members, target.shares)
+            found = [(members, weights, None, 1.0, explained)]
         else:
             alive = [
                 (k, share)
@@ -172,14 +178,19 @@ class ComponentDirections:
             if not alive:
                 raise ArgumentError(f"j: the components {list(members)} are all zero, so there is no direction")
             total = sum(share for _, share in alive)
-            found = [(self.combination([k], [1.0]), k, float(share / total), None) for k, share in alive]
-        directions = []
-        for vector, component, share, held in found:
-            rejection = None
-            if reject is not None:
-                vector, rejection = self.reject(vector, members, reject, max_sim)
-            directions.append(Direction(self.full(vector), component, share, rejection, held))
-        return directions
+            found = [([k], np.ones(1), k, float(share / total), None) for k, share in alive]
+
+        def made(which: Sequence[int], weights: Array) -> tuple[Array, Rejection | None]:
+            vector = self.combination(which, weights)
+            return (vector, None) if reject is None else self.reject(vector, members, reject, max_sim)
+
+        def make(which: Sequence[int], weights: Array) -> Array:
+            return self.full(made(which, weights)[0])
+
+        return [
+            Direction(partial(make, which, weights), component, share, made(which, weights)[1], held)
+            for which, weights, component, share, held in found
+        ]
 
     def combination(self, which: Sequence[int], weights: Sequence[float] | Array) -> Array:
         """The unit vector along ``Σ_k weights_k ĝ_k``, ``(n_kept,)`` float64.
@@ -196,7 +207,7 @@ class ComponentDirections:
         return vector
 
     def principal(self, which: Sequence[int], weights: Array) -> tuple[Array, float]:
-        """The top eigenvector of ``Σ_k weights_k ĝ_k ĝ_kᵀ``, and its share of the trace.
+        """The combination that is the top eigenvector of ``Σ_k weights_k ĝ_k ĝ_kᵀ``, and its share of the trace.
 
         The eigenvector does not depend on the arbitrary signs of the directions. Its own sign is the sign of the
         direction with the largest weight.
@@ -207,7 +218,7 @@ class ComponentDirections:
         coordinates = root * vectors[:, -1]
         heaviest = int(np.argmax(np.asarray(weights)))
         sign = np.sign((cosines @ coordinates)[heaviest]) or 1.0
-        return self.combination(which, sign * coordinates), float(values[-1] / max(values.sum(), 1e-300))
+        return sign * coordinates, float(values[-1] / max(values.sum(), 1e-300))
 
     def reject(
         self, vector: Array, members: Sequence[int], mode: Reject, max_sim: float | None
@@ -270,13 +281,13 @@ class ComponentDirections:
     def norms(self, which: Sequence[int]) -> Array:
         """``(k,)`` float64 norms of some vectors, their block weights undone."""
         if new := [k for k in which if k not in self._norms]:
-            squares = sum((np.square(self._rows(new, c)).sum(1) for c in self._chunks()), np.zeros(len(new)))
+            squares = sum((np.square(self._rows(new, c)).sum(1) for c in self._chunks(new)), np.zeros(len(new)))
             self._norms.update(zip(new, np.sqrt(squares).tolist(), strict=True))
         return np.array([self._norms[k] for k in which], np.float64)
 
     def gram(self, which: Sequence[int]) -> Array:
         """``(k, k)`` float64 cosines between some directions; 0 beside a zero direction."""
-        products = sum((rows @ rows.T for rows in (self._rows(which, c) for c in self._chunks())), np.zeros(()))
+        products = sum((rows @ rows.T for rows in (self._rows(which, c) for c in self._chunks(which))), np.zeros(()))
         scale = self._inverse_norms(which)
         return np.asarray(products * scale[:, None] * scale)
 
@@ -286,26 +297,25 @@ class ComponentDirections:
 
     def _sum(self, which: Sequence[int], weights: Array) -> Array:
         """``Σ_k weights_k ĝ_k`` on the kept columns."""
-        scaled, total = weights * self._inverse_norms(which), np.empty(len(self._factor))
-        for c in self._chunks():
+        scaled, total = weights * self._inverse_norms(which), np.empty(self._n_columns)
+        for c in self._chunks(which):
             total[c] = scaled @ self._rows(which, c)
         return total
 
     def _products(self, which: Sequence[int], vector: Array) -> Array:
         """``ĝ_k · vector`` for each k."""
-        products = sum((self._rows(which, c) @ vector[c] for c in self._chunks()), np.zeros(len(which)))
+        products = sum((self._rows(which, c) @ vector[c] for c in self._chunks(which)), np.zeros(len(which)))
         return np.asarray(products * self._inverse_norms(which))
 
     def _rows(self, which: Sequence[int], columns: slice) -> Array:
         if self._stored:
-            return self.components.vectors[list(which), columns].astype(np.float64) * self._factor[columns]
-        for k in which:
-            if k not in self._recovered:
-                self._recovered[k] = self.components.vector(k)
-        return np.stack([self._recovered[k][columns].astype(np.float64) for k in which])
+            rows = self.components.vectors[list(which), columns].astype(np.float64)
+            return rows if self._factor is None else rows * self._factor[columns]
+        return np.stack([self.components.recovered_entries(k, columns) for k in which]).astype(np.float64)
 
-    def _chunks(self) -> list[slice]:
-        return [slice(start, start + CHUNK) for start in range(0, len(self._factor), CHUNK)]
+    def _chunks(self, which: Sequence[int]) -> list[slice]:
+        size = CHUNK * max(1, 64 // len(which))
+        return [slice(start, start + size) for start in range(0, self._n_columns, size)]
 
 
 def random_direction(n_parameters: int, seed: int, number: int) -> Array:

@@ -25,7 +25,7 @@ from npeff.gradients.eligibility import check_eligible, placed
 from npeff.models.forward import OVER_CLASSES, call_model
 from npeff.models.parameters import model_digest
 from npeff.perturbation import outputs
-from npeff.perturbation.directions import random_direction
+from npeff.perturbation.directions import Direction
 from npeff.perturbation.effect import Prediction
 from npeff.perturbation.examples import BatchSlice, SelectedExamples, unrelated_batches
 from npeff.perturbation.figures import Measured
@@ -100,6 +100,7 @@ class Evaluator:
         self.derivative = outputs.Derivative(
             model, self.weights, lambda inner, batch: call_model(inner, forward, batch, likelihood)
         )
+        self._last: tuple[Direction, TensorsByName] | None = None
         self._random: dict[tuple[int, int], Array] = {}
         self.mean_fishers: dict[bytes, Array] = {}
 
@@ -193,9 +194,16 @@ class Evaluator:
         squares = sum(float(tensors[name].detach().double().square().sum()) for name in self.parameters.names)
         return max(math.sqrt(squares), 1e-3)
 
-    def tensors(self, vector: Array) -> TensorsByName:
+    def placed(self, vector: Array) -> TensorsByName:
         """A flat vector ``(m,)`` as parameter-shaped tensors on the model's device."""
         return on_model(self.model, self.parameters.unflatten(vector), "direction")
+
+    def tensors(self, direction: Direction) -> TensorsByName:
+        """A direction as parameter-shaped tensors on the model's device; the last one is kept."""
+        if self._last is None or self._last[0] is not direction:
+            self._last = None
+            self._last = direction, self.placed(direction.vector)
+        return self._last[1]
 
     # ---- at moved weights ------------------------------------------------------------------------------------
 
@@ -206,8 +214,11 @@ class Evaluator:
             kl[one.indices] = _not_nan(outputs.divergence(moved, own, self.likelihood))
             flips[one.indices] = outputs.flipped(moved, own, self.likelihood).cpu().numpy()
             right[one.indices], label[one.indices] = self._against_labels(one, moved)
-        with self.weights.at(direction, magnitude if self.unrelated else 0.0):
-            return Measured(kl, flips, right, label, self._surprise_on_unrelated())
+        unrelated = np.zeros(0)
+        if self.unrelated:
+            with self.weights.at(direction, magnitude):
+                unrelated = self._surprise_on_unrelated()
+        return Measured(kl, flips, right, label, unrelated)
 
     def kl(self, slices: Sequence[BatchSlice], direction: TensorsByName, magnitude: float) -> Array:
         """KL of the examples in ``slices``, in their order, ``(k,)`` float64, at ``θ + magnitude · direction``."""
@@ -218,23 +229,26 @@ class Evaluator:
         return np.concatenate(found) if found else np.zeros(0)
 
     def predictions(
-        self, slices: Sequence[BatchSlice], steps: Sequence[tuple[float, TensorsByName, float]]
+        self, slices: Sequence[BatchSlice], steps: Sequence[tuple[Direction, float]]
     ) -> tuple[Prediction, ...]:
         """Predict the examples in ``slices`` before and after; nothing where outputs are no classes.
 
         Args:
             slices: The examples.
-            steps: Share, direction and magnitude of each change of the weights; probabilities are averaged by share.
+            steps: Direction and magnitude of each change of the weights; probabilities are averaged by their shares.
         """
+        if self.likelihood not in OVER_CLASSES:
+            return ()
+        before = [self._own(one).double().softmax(1) for one in slices]
+        after = [torch.zeros_like(p) for p in before]
+        for direction, magnitude in steps:
+            with self.weights.at(self.tensors(direction), magnitude):
+                for one, total in zip(slices, after, strict=True):
+                    total += direction.share * self.call(one.batch)[one.rows].double().softmax(1)
         found: dict[int, Prediction] = {}
-        for one in slices if self.likelihood in OVER_CLASSES else ():
-            before = self._own(one).double().softmax(1)
-            after = torch.zeros_like(before)
-            for share, direction, magnitude in steps:
-                with self.weights.at(direction, magnitude):
-                    after += share * self.call(one.batch)[one.rows].double().softmax(1)
-            classes = torch.maximum(before, after).topk(min(MOST_CLASSES, before.shape[1])).indices
-            parts = (classes, before.gather(1, classes), after.gather(1, classes))
+        for one, p, q in zip(slices, before, after, strict=True):
+            classes = torch.maximum(p, q).topk(min(MOST_CLASSES, p.shape[1])).indices
+            parts = (classes, p.gather(1, classes), q.gather(1, classes))
             for index, *own in zip(one.indices.tolist(), *(part.cpu().numpy() for part in parts), strict=True):
                 found[index] = Prediction(int(self.examples.ids[index]), *own)
         return tuple(found[index] for index in sorted(found))
@@ -267,11 +281,10 @@ class Evaluator:
 
     # ---- Fishers at the model's own weights ------------------------------------------------------------------
 
-    def random_fisher(self, seed: int, number: int) -> Array:
-        """``vᵀF_i v`` along the random direction of that number, computed once."""
+    def random_fisher(self, seed: int, number: int, direction: TensorsByName) -> Array:
+        """``vᵀF_i v`` along the random direction of that number, computed once for all components."""
         if (seed, number) not in self._random:
-            vector = random_direction(self.parameters.n_parameters, seed, number)
-            self._random[seed, number] = self.fisher_along(self.tensors(vector))
+            self._random[seed, number] = self.fisher_along(direction)
         return self._random[seed, number]
 
     def fisher_along(self, direction: TensorsByName) -> Array:

@@ -30,9 +30,17 @@ from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError
 from npeff.gradients.eligibility import placed
+from npeff.kernels.arrays import as_tensor
 from npeff.models.forward import OVER_CLASSES
 from npeff.perturbation.options import Forward
-from npeff.perturbation.repair import LabelledOutputs, LayerSteps, RepairLoss, RepairSearch, share_right
+from npeff.perturbation.repair import (
+    DirectionBlock,
+    LabelledOutputs,
+    LayerSteps,
+    RepairLoss,
+    RepairSearch,
+    share_right,
+)
 from npeff.perturbation.weights import Weights
 from npeff.short_repr import several
 
@@ -162,9 +170,8 @@ def mend(
         before = labelled.right(labelled.logits)
         wanted = _to_repair(components, chosen, before.cpu().numpy(), repair)
         part = divide_examples(wanted, seed)
-        steps = LayerSteps(
-            [{name: t.to(used_device) for name, t in components.state_dict(j).items()} for j in chosen], by_layer
-        )
+        directions = [_blocks(components, j, used_device) for j in chosen]
+        steps = LayerSteps(directions, {p.name: p.shape for p in components.parameters}, by_layer)
         weights = Weights(model)
         try:
             c = _best_step(labelled, weights, steps, wanted, part, tolerance, iterations, progress)
@@ -197,6 +204,16 @@ def _indices(components: Components, which: int | Sequence[int] | Strategy) -> t
     if not numbers or any(not isinstance(j, int | np.integer) or not -r <= j < r for j in numbers):
         raise ArgumentError(f"which: expected components below {r}, or a strategy, got {which!r}")
     return tuple(dict.fromkeys(int(j) % r for j in numbers))
+
+
+def _blocks(components: Components, j: int, device: torch.device) -> dict[str, DirectionBlock]:
+    """Component j's direction: factors stay factors, and vectors in memory are not copied."""
+    return {
+        parameter.name: DirectionBlock(
+            as_tensor(left).to(device), None if right is None else as_tensor(right).to(device)
+        )
+        for parameter, left, right in components.blocks(j)
+    }
 
 
 def _to_repair(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ from npeff.perturbation.effect import CONTROLS, Control, Curve, Effect
 from npeff.perturbation.evaluate import Evaluator, evaluator_for
 from npeff.perturbation.figures import ExampleSets, Measured, mean_figure, perplexity
 from npeff.perturbation.options import FLOOR, Combine, Forward, PerturbOptions, Reject, Signs
-from npeff.perturbation.steps import ChosenStep, DirectionSteps, search_steps
+from npeff.perturbation.steps import DirectionSteps, search_steps
 from npeff.perturbation.weights import TensorsByName
 
 Array = npt.NDArray[Any]
@@ -208,15 +209,15 @@ def measure_effect(
     slices = evaluator.examples.subset(sets.top)
     found = search_steps(evaluator, directions, target, options, slices, sets.baseline)
     used = found[:1] if components.kind == "diagonal" else found
-    steps = [_chosen_step(evaluator, one, sets) for one in used]
+    steps, kept = zip(*(_measured(evaluator, one, sets) for one in used), strict=True)
     shares, own = [step.direction.share for step in steps], evaluator.own
-    measured = Measured.average([step.measured[step.sign] for step in steps], shares)
+    measured = Measured.average(kept, shares)
     if not np.isfinite(measured.kl).all():
         raise ArgumentError(
             f"magnitude: {int((~np.isfinite(measured.kl)).sum())} examples have outputs that are not finite at "
             f"{steps[0].magnitude:.3g}; choose a smaller magnitude, or a smaller target_kl"
         )
-    fishers = [evaluator.fisher_along(step.tensors) for step in steps]
+    fishers = [evaluator.fisher_along(evaluator.tensors(step.direction)) for step in steps]
     along = [float(fisher[sets.baseline].mean()) for fisher in fishers]
     figures = sets.figures(measured).items()
     bootstrap = options.confidence, options.n_resamples
@@ -229,7 +230,7 @@ def measure_effect(
         magnitude=float(np.dot(shares, [step.magnitude for step in steps])),
         sign=steps[0].sign if len(steps) == 1 else 0,
         target_kl=None if options.magnitude is not None else options.target_range,
-        reached=all(step.searches[step.sign].reached for step in steps),
+        reached=all(step.results[step.sign].reached for step in steps),
         figures={name: f.interval(*bootstrap, options.seed + i) for i, (name, f) in enumerate(figures)},
         local_ratio=sets.ratio(np.tensordot(shares, fishers, 1)),
         accuracy={
@@ -237,13 +238,8 @@ def measure_effect(
             for name, which in accuracy.items()
         },
         perplexity=(float(perplexity(own.unrelated)), float(perplexity(measured.unrelated))),
-        controls={
-            name: _control(evaluator, name, steps, along, options, sets) for name in CONTROLS if options.n_random
-        },
-        sign_results=(
-            *(one.result(sign) for one in found[len(used) :] for sign in one.searches),
-            *(step.measured_result(sign, sets) for step in steps for sign in step.searches),
-        ),
+        controls=_controls(evaluator, steps, along, options, sets) if options.n_random else {},
+        sign_results=tuple(result for one in (*found[len(used) :], *steps) for result in one.results.values()),
         curve=_curve(evaluator, steps, options, sets) if options.curve else None,
         ids=evaluator.examples.ids,
         coefficient=sets.coefficient,
@@ -254,9 +250,7 @@ def measure_effect(
         top=sets.top,
         baseline=sets.baseline,
         disjoint=sets.disjoint,
-        predictions=evaluator.predictions(
-            slices, [(step.direction.share, step.tensors, step.sign * step.magnitude) for step in steps]
-        ),
+        predictions=evaluator.predictions(slices, [(step.direction, step.sign * step.magnitude) for step in steps]),
         continuations=evaluator.writer.continued(
             evaluator.weights,
             _moves(evaluator, steps, measured, sets) if options.prompts else (),
@@ -268,7 +262,10 @@ def measure_effect(
             "likelihood": evaluator.likelihood,
             "fisher_norm": float(np.dot(shares, along)),
             "fisher_norm_found_by": evaluator.derivative.method,
-            "rounding": min(evaluator.weights.realised(step.tensors, step.sign * step.magnitude) for step in steps),
+            "rounding": min(
+                evaluator.weights.realised(evaluator.tensors(step.direction), step.sign * step.magnitude)
+                for step in steps
+            ),
             "directions": [
                 {name: getattr(step.direction, name) for name in ("component", "share", "explained", "rejection")}
                 for step in steps
@@ -291,9 +288,24 @@ def _example_sets(evaluator: Evaluator, components: Components, target: Target, 
     return ExampleSets(top, baseline, disjoint, coefficient, norms, evaluator.own.unrelated)
 
 
-def _chosen_step(evaluator: Evaluator, one: DirectionSteps, sets: ExampleSets) -> ChosenStep:
-    measured = {sign: evaluator.measure(one.tensors, sign * s.magnitude) for sign, s in one.searches.items()}
-    return ChosenStep(one.direction, one.tensors, one.searches, measured, _larger(measured, sets))
+def _measured(evaluator: Evaluator, one: DirectionSteps, sets: ExampleSets) -> tuple[DirectionSteps, Measured]:
+    """The steps along a direction with what was measured, and the measurement of the sign with the larger KL ratio."""
+    tensors = evaluator.tensors(one.direction)
+    measured = {sign: evaluator.measure(tensors, sign * found.magnitude) for sign, found in one.results.items()}
+    kept = _larger(measured, sets)
+    results = {
+        sign: replace(
+            one.results[sign],
+            kl_top=float(of.kl[sets.top].mean()),
+            kl_baseline=float(of.kl[sets.baseline].mean()),
+            ratio=sets.ratio(of.kl),
+            kept=sign == kept,
+            label_top=mean_figure(of.label[sets.top]).value,
+            perplexity=float(perplexity(of.unrelated)),
+        )
+        for sign, of in measured.items()
+    }
+    return DirectionSteps(one.direction, results, kept), measured[kept]
 
 
 def _larger(measured: dict[int, Measured], sets: ExampleSets) -> int:
@@ -301,71 +313,89 @@ def _larger(measured: dict[int, Measured], sets: ExampleSets) -> int:
     return max(measured, key=lambda sign: np.nan_to_num(sets.ratio(measured[sign].kl), nan=-np.inf, posinf=-np.inf))
 
 
-def _control(
+def _controls(
     evaluator: Evaluator,
-    name: str,
-    steps: Sequence[ChosenStep],
+    steps: Sequence[DirectionSteps],
     along: Sequence[float],
     options: PerturbOptions,
     sets: ExampleSets,
-) -> Control:
+) -> dict[str, Control]:
     """Measure random directions at the component's step; of each, keep the sign with the larger KL ratio.
+
+    Each random direction is drawn once, and serves all controls.
 
     Args:
         evaluator: Of the examples.
-        name: What is equal to the component's: the norm, the norm in the mean Fisher, or the norm in every tensor.
         steps: The component's steps, or those of a strategy's members.
         along: The mean Fisher of the baseline along each direction.
         options: As for :func:`perturb`.
         sets: The examples that are compared.
     """
-    shares = [step.direction.share for step in steps]
-    values: dict[str, list[float]] = {}
-    sizes = np.zeros((options.n_random, len(steps)))
-    for draw in range(options.n_random):
-        found = []
-        for q, (step, fisher) in enumerate(zip(steps, along, strict=True)):
+    shares, n = [step.direction.share for step in steps], options.n_random
+    norms = [_tensor_norms(evaluator, step) for step in steps]
+    sizes = {name: np.tile([step.magnitude for step in steps], (n, 1)) for name in CONTROLS}
+    values: dict[str, dict[str, list[float]]] = {name: {} for name in CONTROLS}
+    for draw in range(n):
+        found: dict[str, list[Measured]] = {name: [] for name in CONTROLS}
+        for q, fisher in enumerate(along):
             number = draw * len(steps) + q
             vector = random_direction(evaluator.parameters.n_parameters, options.seed, number)
-            sizes[draw, q] = step.magnitude
-            if name == "equal_fisher_norm":
-                own = float(evaluator.random_fisher(options.seed, number)[sets.baseline].mean())
-                sizes[draw, q] *= np.sqrt(fisher / own) if own > 0 else 1.0
-            if name == "equal_tensor_norms":
-                for part in (parameter.slice for parameter in evaluator.parameters):
-                    own = float(np.linalg.norm(vector[part])) or 1.0
-                    vector[part] *= float(np.linalg.norm(step.direction.vector[part])) / own
-            tensors = evaluator.tensors(vector)
-            both = {sign: evaluator.measure(tensors, sign * sizes[draw, q]) for sign in options.signs}
-            found.append(both[_larger(both, sets)])
-        measured = Measured.average(found, shares)
-        for figure, of in sets.figures(measured).items():
-            values.setdefault(figure, []).append(of.value)
+            tensors = evaluator.placed(vector)
+            del vector
+            own = float(evaluator.random_fisher(options.seed, number, tensors)[sets.baseline].mean())
+            sizes["equal_fisher_norm"][draw, q] *= np.sqrt(fisher / own) if own > 0 else 1.0
+            for name in CONTROLS:  # the last one changes the direction
+                if name == "equal_tensor_norms":
+                    tensors = {
+                        key: part * (norms[q].get(key, 0.0) / (float(part.double().norm()) or 1.0))
+                        for key, part in tensors.items()
+                    }
+                both = {sign: evaluator.measure(tensors, sign * sizes[name][draw, q]) for sign in options.signs}
+                found[name].append(both[_larger(both, sets)])
+        for name, several in found.items():
+            for figure, of in sets.figures(Measured.average(several, shares)).items():
+                values[name].setdefault(figure, []).append(of.value)
     bootstrap = options.confidence, options.n_resamples, options.seed
-    figures = {figure: mean_figure(drawn).interval(*bootstrap) for figure, drawn in values.items()}
-    return Control({figure: np.asarray(drawn) for figure, drawn in values.items()}, figures, sizes @ shares)
+    return {
+        name: Control(
+            {figure: np.asarray(drawn) for figure, drawn in own.items()},
+            {figure: mean_figure(drawn).interval(*bootstrap) for figure, drawn in own.items()},
+            sizes[name] @ shares,
+        )
+        for name, own in values.items()
+    }
 
 
-def _curve(evaluator: Evaluator, steps: Sequence[ChosenStep], options: PerturbOptions, sets: ExampleSets) -> Curve:
+def _tensor_norms(evaluator: Evaluator, step: DirectionSteps) -> dict[str, float]:
+    """Norm of each tensor of a direction that is not zero."""
+    return {name: float(part.double().norm()) for name, part in evaluator.tensors(step.direction).items()}
+
+
+def _curve(evaluator: Evaluator, steps: Sequence[DirectionSteps], options: PerturbOptions, sets: ExampleSets) -> Curve:
     factors = np.geomspace(0.25, 2.0, options.curve) if options.curve > 1 else np.ones(1)
     shares = [step.direction.share for step in steps]
-    magnitudes = np.zeros((len(options.signs), len(factors)))
-    means = np.full((5, *magnitudes.shape), np.nan)
-    for s, sign in enumerate(options.signs):
-        for p, factor in enumerate(factors):
-            sizes = [factor * step.searches[sign].magnitude for step in steps]
-            found = [evaluator.measure(step.tensors, sign * size) for step, size in zip(steps, sizes, strict=True)]
-            measured = Measured.average(found, shares)
-            magnitudes[s, p] = np.dot(shares, sizes)
-            for i, which in enumerate((sets.top, sets.baseline, sets.disjoint)):
-                if len(which):
-                    means[i, s, p] = measured.kl[which].mean()
-            means[3:, s, p] = mean_figure(measured.label[sets.top]).value, perplexity(measured.unrelated)
-    return Curve(magnitudes, options.signs, *means)
+    sizes = np.array([[f * step.results[sign].magnitude for sign in options.signs for f in factors] for step in steps])
+    signs = np.repeat(options.signs, len(factors))
+    measured = [
+        [
+            evaluator.measure(evaluator.tensors(step.direction), sign * size)
+            for sign, size in zip(signs, own, strict=True)
+        ]
+        for step, own in zip(steps, sizes, strict=True)
+    ]
+    means = np.full((5, len(signs)), np.nan)
+    for p, of in enumerate(zip(*measured, strict=True)):
+        average = Measured.average(of, shares)
+        for i, which in enumerate((sets.top, sets.baseline, sets.disjoint)):
+            if len(which):
+                means[i, p] = average.kl[which].mean()
+        means[3:, p] = mean_figure(average.label[sets.top]).value, perplexity(average.unrelated)
+    shape = len(options.signs), len(factors)
+    return Curve((shares @ sizes).reshape(shape), options.signs, *means.reshape(5, *shape))
 
 
 def _moves(
-    evaluator: Evaluator, steps: Sequence[ChosenStep], measured: Measured, sets: ExampleSets
+    evaluator: Evaluator, steps: Sequence[DirectionSteps], measured: Measured, sets: ExampleSets
 ) -> list[tuple[TensorsByName, float] | None]:
     """The moves down and up, as :class:`Continuation` has them; None for one that was not asked for.
 
@@ -373,19 +403,19 @@ def _moves(
     """
 
     def together(signs: Sequence[int]) -> tuple[TensorsByName, float]:
-        sizes = [sign * step.searches[sign].magnitude for sign, step in zip(signs, steps, strict=True)]
+        sizes = [sign * step.results[sign].magnitude for sign, step in zip(signs, steps, strict=True)]
         if len(steps) == 1:
-            return steps[0].tensors, sizes[0]
-        parts = (step.direction.share * size * step.direction.vector for size, step in zip(sizes, steps, strict=True))
-        return evaluator.tensors(np.asarray(sum(parts))), 1.0
+            return evaluator.tensors(steps[0].direction), sizes[0]
+        total = np.zeros(evaluator.parameters.n_parameters)
+        for size, step in zip(sizes, steps, strict=True):
+            total += step.direction.share * size * step.direction.vector
+        return evaluator.placed(total), 1.0
 
-    def label(of: Measured) -> float:
-        return mean_figure(of.label[sets.top]).value
-
-    signs = list(steps[0].searches)
+    signs = list(steps[0].results)
     if len(signs) == 2:
-        up = [-1 if label(step.measured[-1]) > label(step.measured[1]) else 1 for step in steps]
+        up = [-1 if step.results[-1].label_top > step.results[1].label_top else 1 for step in steps]
         return [together([-sign for sign in up]), together(up)]
-    rises = label(measured) > label(evaluator.own) or (math.isnan(label(measured)) and signs[0] == 1)
+    before, after = (mean_figure(of.label[sets.top]).value for of in (evaluator.own, measured))
+    rises = after > before or (math.isnan(after) and signs[0] == 1)
     only = together(signs * len(steps))
     return [None, only] if rises else [only, None]

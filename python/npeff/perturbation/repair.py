@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,6 +116,43 @@ class LabelledOutputs:
         return logits.argmax(1) == self.labels
 
 
+@dataclass(frozen=True, eq=False)
+class DirectionBlock:
+    """One parameter's block of a direction, a matrix: ``left (n, k)`` itself, or ``left (n, r) @ right (r, k)``.
+
+    A block that is known as factors is never multiplied out: factors of a large model take a hundredth of its memory.
+    """
+
+    left: Tensor
+    right: Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(n, k)``."""
+        return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
+
+    def add_to(self, total: Tensor, weight: float) -> None:
+        """Add ``weight`` times the block to a matrix, in place."""
+        if self.right is None:
+            total.add_(self.left, alpha=weight)
+        else:
+            total.addmm_(self.left, self.right, alpha=weight)
+
+    def product(self, other: Tensor) -> float:
+        """Inner product with a tensor of as many elements."""
+        other = other.reshape(self.size).to(self.left)
+        if self.right is None:
+            return float((self.left * other).sum(dtype=torch.float64))
+        return float(((self.left.mT @ other) * self.right).sum(dtype=torch.float64))
+
+    def squared_norm(self) -> float:
+        """Squared Frobenius norm."""
+        if self.right is None:
+            return float(self.left.double().square().sum())
+        left, right = self.left.double(), self.right.double()
+        return float(((left.mT @ left) * (right @ right.mT)).sum())
+
+
 class LayerSteps:
     """Steps along components' directions, cut into layers or whole: ``(k·L,)`` steps make a change of the weights.
 
@@ -124,19 +161,23 @@ class LayerSteps:
     parts per layer, each of unit norm, and every part has its own step; or, as published, all layers go together.
 
     Args:
-        vectors: Each component's direction, parameter-shaped, on the device of the model.
+        directions: Each component's unit direction: blocks by parameter name, on the device of the model.
+        shapes: The parameters' shapes by name.
         by_layer: Whether each layer's part has a step of its own; a layer is a module with its weight and bias.
     """
 
-    def __init__(self, vectors: Sequence[TensorsByName], by_layer: bool) -> None:
-        layers = {name: name.rpartition(".")[0] if by_layer else "" for name in vectors[0]}
+    def __init__(
+        self, directions: Sequence[Mapping[str, DirectionBlock]], shapes: Mapping[str, tuple[int, ...]], by_layer: bool
+    ) -> None:
+        layers = {name: name.rpartition(".")[0] if by_layer else "" for name in shapes}
         self.layers = tuple(dict.fromkeys(layers.values()))
-        self.shapes = {name: tensor.shape for name, tensor in vectors[0].items()}
+        self.shapes = dict(shapes)
         self._layer_of = {name: self.layers.index(layer) for name, layer in layers.items()}
-        self._parts = {name: torch.stack([g[name].flatten() for g in vectors]) for name in layers}
-        squares = np.zeros((len(vectors), len(self.layers)))
-        for name, G in self._parts.items():
-            squares[:, self._layer_of[name]] += G.double().square().sum(1).cpu().numpy()
+        self._directions = directions
+        squares = np.zeros((len(directions), len(self.layers)))
+        for own, direction in zip(squares, directions, strict=True):
+            for name, block in direction.items():
+                own[self._layer_of[name]] += block.squared_norm()
         self._scales = np.where(squares > 1e-24, 1 / np.sqrt(np.maximum(squares, 1e-24)), 0.0)
 
     @property
@@ -150,18 +191,21 @@ class LayerSteps:
 
     def change(self, c: Array) -> dict[str, Tensor]:
         """The change of the weights, parameter-shaped."""
-        weights = torch.from_numpy(self.coefficients(c))
-        return {
-            name: (weights[:, self._layer_of[name]].to(G) @ G).reshape(self.shapes[name])
-            for name, G in self._parts.items()
-        }
+        changes, weights = {}, self.coefficients(c)
+        for name, shape in self.shapes.items():
+            blocks = [direction[name] for direction in self._directions]
+            change = torch.zeros(blocks[0].size, dtype=blocks[0].left.dtype, device=blocks[0].left.device)
+            for block, weight in zip(blocks, weights[:, self._layer_of[name]].tolist(), strict=True):
+                block.add_to(change, weight)
+            changes[name] = change.reshape(shape)
+        return changes
 
     def slopes(self, gradient: TensorsByName) -> Array:
         """Slopes of a function of the weights along the steps, ``(k·L,)``, from its gradient."""
         slopes = np.zeros(self.shape)
-        for name, slope in gradient.items():
-            G = self._parts[name]
-            slopes[:, self._layer_of[name]] += (G @ slope.flatten().to(G)).double().cpu().numpy()
+        for own, direction in zip(slopes, self._directions, strict=True):
+            for name, slope in gradient.items():
+                own[self._layer_of[name]] += direction[name].product(slope)
         return (slopes * self._scales).ravel()
 
 

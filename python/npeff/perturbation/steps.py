@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,7 @@ from npeff.perturbation.directions import ComponentDirections, Direction, Target
 from npeff.perturbation.effect import SignResult
 from npeff.perturbation.evaluate import Evaluator
 from npeff.perturbation.examples import BatchSlice
-from npeff.perturbation.figures import ExampleSets, Measured, mean_figure, perplexity
 from npeff.perturbation.options import PerturbOptions
-from npeff.perturbation.weights import TensorsByName
 
 Array = npt.NDArray[Any]
 
@@ -45,65 +43,28 @@ class StepSearch:
 
 @dataclass(frozen=True, eq=False)
 class DirectionSteps:
-    """A direction and the step found along it for each sign.
+    """A direction, and the step along it for each sign.
 
     Attributes:
         direction: The direction.
-        tensors: The same as tensors on the model's device.
-        searches: The search of each sign.
+        results: What is known of each sign: what the search found, and later what was measured.
+        sign: The sign with the larger KL ratio; 0 before it was measured.
     """
 
     direction: Direction
-    tensors: TensorsByName
-    searches: dict[int, StepSearch]
+    results: dict[int, SignResult]
+    sign: int = 0
 
     @property
     def effort(self) -> tuple[bool, float]:
         """Whether a sign missed the wanted KL, and the mean change of the weights: the least is the best."""
-        found = self.searches.values()
+        found = self.results.values()
         return not all(s.reached for s in found), float(np.mean([s.magnitude for s in found]))
-
-    def result(self, sign: int) -> SignResult:
-        """The result of one sign as far as the search knows it, not kept."""
-        search, scale, unknown = self.searches[sign], self.direction.scale, float("nan")
-        return SignResult(
-            component=self.direction.component,
-            sign=sign,
-            magnitude=search.magnitude,
-            reached=search.reached,
-            kl_top=search.kl,
-            kl_baseline=unknown,
-            ratio=unknown,
-            kept=False,
-            lam=self.direction.lam,
-            step=None if scale is None else search.magnitude / scale,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class ChosenStep(DirectionSteps):
-    """The steps along a direction, what they do, and the sign with the larger KL ratio."""
-
-    measured: dict[int, Measured]
-    sign: int
 
     @property
     def magnitude(self) -> float:
         """The step of the chosen sign."""
-        return self.searches[self.sign].magnitude
-
-    def measured_result(self, sign: int, sets: ExampleSets) -> SignResult:
-        """The result of one sign, with what was measured on the sets of examples."""
-        measured = self.measured[sign]
-        return replace(
-            self.result(sign),
-            kl_top=float(measured.kl[sets.top].mean()),
-            kl_baseline=float(measured.kl[sets.baseline].mean()),
-            ratio=sets.ratio(measured.kl),
-            kept=sign == self.sign,
-            label_top=mean_figure(measured.label[sets.top]).value,
-            perplexity=float(perplexity(measured.unrelated)),
-        )
+        return self.results[self.sign].magnitude
 
 
 def search_steps(
@@ -138,13 +99,25 @@ def search_steps(
     ends = FIRST * evaluator.weight_norm, FARTHEST * evaluator.weight_norm
     found = []
     for direction in directions:
-        tensors = evaluator.tensors(direction.vector)
-        if options.magnitude is not None:
-            searches = {sign: StepSearch(float(options.magnitude), math.nan, True) for sign in options.signs}
-        else:
-            kl_at = partial(evaluator.kl, slices, tensors)
-            searches = {sign: find_step(kl_at, options.target_range, *ends, sign=sign) for sign in options.signs}
-        found.append(DirectionSteps(direction, tensors, searches))
+        kl_at = partial(evaluator.kl, slices, evaluator.tensors(direction))
+        results = {}
+        for sign in options.signs:
+            step = StepSearch(float(options.magnitude or 0), math.nan, True)
+            if options.magnitude is None:
+                step = find_step(kl_at, options.target_range, *ends, sign=sign)
+            results[sign] = SignResult(
+                component=direction.component,
+                sign=sign,
+                magnitude=step.magnitude,
+                reached=step.reached,
+                kl_top=step.kl,
+                kl_baseline=math.nan,
+                ratio=math.nan,
+                kept=False,
+                lam=direction.lam,
+                step=None if direction.scale is None else step.magnitude / direction.scale,
+            )
+        found.append(DirectionSteps(direction, results))
     if known.components.kind == "diagonal":
         best = min(found, key=lambda steps: steps.effort)
         return [best, *(steps for steps in found if steps is not best)]

@@ -362,24 +362,28 @@ def trace(
         order = np.argsort(np.concatenate([one.indices for one in slices]), kind="stable")
 
         def kl(vector: Array, size: float) -> Array:
-            return evaluator.kl(slices, evaluator.tensors(vector), size)[order]
+            return evaluator.kl(slices, evaluator.placed(vector), size)[order]
 
         if any(bool(one.direction.vector[free].any()) for one in used):
             resolved = {**resolved, REST: []}
-        steps = [
-            (one.direction.share / len(one.searches), one.direction.vector, sign * search.magnitude)
-            for one in used
-            for sign, search in one.searches.items()
-        ]
-        whole = np.asarray(sum(weight * kl(vector, size) for weight, vector, size in steps))
+        whole, magnitude = np.zeros(len(at_top)), 0.0
         alone, without = np.zeros((2, len(resolved), len(at_top)))
         energy = np.zeros(len(resolved))
-        for g, (name, elements) in enumerate(tqdm(list(resolved.items()), desc="Trace", disable=not chosen.progress)):
-            for weight, vector, size in steps:
+        bar = tqdm(total=len(used) * len(resolved), desc="Trace", disable=not chosen.progress)
+        for one in used:  # one direction in memory at a time
+            vector, weight = one.direction.vector, one.direction.share / len(one.results)
+            sizes = [sign * search.magnitude for sign, search in one.results.items()]
+            magnitude += weight * sum(map(abs, sizes))
+            whole += weight * sum(kl(vector, size) for size in sizes)
+            for g, (name, elements) in enumerate(resolved.items()):
                 part = np.where(free, vector, 0.0) if name == REST else restricted(vector, elements)
-                alone[g] += weight * kl(part, size)
-                without[g] += weight * kl(vector - part, size)
-                energy[g] += weight * float(np.square(part).sum())
+                energy[g] += one.direction.share * float(np.square(part).sum())
+                others = vector - part
+                for size in sizes:
+                    alone[g] += weight * kl(part, size)
+                    without[g] += weight * kl(others, size)
+                bar.update()
+        bar.close()
         ids, meaning = evaluator.examples.ids[at_top], evaluator.likelihood
     left = _shares(without, whole, chosen)
     return Trace(
@@ -388,7 +392,7 @@ def trace(
         energy=energy,
         alone=_shares(alone, whole, chosen),
         lost=tuple(Interval(1 - i.value, 1 - i.high, 1 - i.low) for i in left),
-        magnitude=sum(weight * abs(size) for weight, _, size in steps),
+        magnitude=magnitude,
         ids=ids,
         kl=whole,
         kl_alone=alone,

@@ -236,7 +236,7 @@ class Moved(nn.Module):
 def _part_along(
     model: nn.Module, directions: Sequence[TensorsByName], origin: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """``P (θ − θ₀)``, parameter-shaped, float64.
+    """``P (θ − θ₀) = Gᵀ (G Gᵀ)⁺ G (θ − θ₀)``, parameter-shaped, float64; one parameter's directions at a time.
 
     Raises:
         ArgumentError: Nothing is to be removed, or ``origin`` lacks a parameter.
@@ -250,19 +250,22 @@ def _part_along(
         if missing := [name for name in names if name not in origin]:
             raise ArgumentError(f"origin: expected every parameter that is touched, but {missing[0]!r} is missing")
         start = on_model(model, {name: origin[name] for name in names}, "origin")
-    theta = _flat({name: tensors[name].detach() for name in names}, names, tensors)
-    theta = theta - _flat(start, names, tensors)
-    G = torch.stack([_flat(direction, names, tensors) for direction in directions])
-    _, values, V = torch.linalg.svd(G, full_matrices=False)
-    V = V[values > 1e-7 * values.max()]
-    sizes = [tensors[name].numel() for name in names]
-    parts = (V.T @ (V @ theta)).split(sizes)
-    return {name: part.reshape(tensors[name].shape) for name, part in zip(names, parts, strict=True)}
 
+    def rows(name: str) -> Tensor:
+        zero = torch.zeros_like(tensors[name])
+        return torch.stack([direction.get(name, zero).double().reshape(-1) for direction in directions])
 
-def _flat(direction: TensorsByName, names: Sequence[str], like: Mapping[str, Tensor]) -> Tensor:
-    parts = [direction[name] if name in direction else torch.zeros_like(like[name]) for name in names]
-    return torch.cat([part.detach().double().reshape(-1) for part in parts])
+    place = next(iter(tensors.values())).device
+    gram = torch.zeros(len(directions), len(directions), dtype=torch.float64, device=place)
+    products = torch.zeros(len(directions), dtype=torch.float64, device=place)
+    for name in names:
+        G, theta = rows(name), tensors[name].detach().double().reshape(-1)
+        if name in start:
+            theta = theta - start[name].double().reshape(-1)
+        gram += (G @ G.mT).to(place)
+        products += (G @ theta).to(place)
+    weights = torch.linalg.pinv(gram, rtol=1e-13, hermitian=True) @ products
+    return {name: (weights.to(tensors[name].device) @ rows(name)).reshape(tensors[name].shape) for name in names}
 
 
 def on_model(model: nn.Module, direction: Any, argument: str) -> dict[str, Tensor]:
