@@ -57,6 +57,10 @@ class WorkerError(NpeffError, RuntimeError):
     """Another process of a distributed run failed, or is no longer there."""
 
 
+class OutOfMemoryError(NpeffError, MemoryError):
+    """A device, or this machine, has too little memory for a batch."""
+
+
 class Terminated(SystemExit):
     """The system told the process to end (SIGTERM, SIGHUP); what was open has been saved.
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from npeff.batches.batches import Batch
 from npeff.batches.tensor_trees import leaves, shown
 from npeff.errors import DataError, ModelError, NpeffError
+from npeff.models.devices import is_out_of_memory
 
 OVER_CLASSES = ("categorical", "probabilities")
 """Likelihoods of one distribution over classes."""
@@ -136,7 +137,7 @@ def call_model(
     except Exception as error:
         # Inference tensors have an explanation of their own, see PerExampleGradients.recording.
         explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
-        if explained or isinstance(error, (NpeffError, MemoryError, torch.OutOfMemoryError)):
+        if explained or isinstance(error, (NpeffError, MemoryError)) or is_out_of_memory(error):
             raise
         raise ModelError(_failure(error, forward, batch)) from error
     logits = _logits_in(output)

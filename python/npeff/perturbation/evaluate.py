@@ -22,6 +22,7 @@ from npeff.fishers.factors import check_meaning
 from npeff.fishers.logits import Logits
 from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible, placed
+from npeff.models.devices import memory_explained
 from npeff.models.forward import OVER_CLASSES, call_model
 from npeff.models.parameters import model_digest
 from npeff.perturbation import outputs
@@ -109,7 +110,7 @@ class Evaluator:
 
     def call(self, batch: Batch) -> Tensor:
         """Outputs on a batch, without a graph."""
-        with torch.no_grad():
+        with torch.no_grad(), memory_explained():
             return call_model(self.model, self.forward, batch, self.likelihood).detach()
 
     def _measure_own(self, stored: Logits) -> None:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from npeff.batches.batches import Batch
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.options import Likelihood
+from npeff.models.devices import is_out_of_memory
 from npeff.perturbation.effect import Continuation
 from npeff.perturbation.examples import BatchSlice
 from npeff.perturbation.weights import TensorsByName, Weights
@@ -212,7 +213,7 @@ class Derivative:
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
                 return jvp(lambda moved: functional_call(self._callable, moved, (batch,)), (at,), (along,))[1].detach()
         except (NotImplementedError, RuntimeError) as error:  # ModelError is a RuntimeError too
-            if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             return None
 
