@@ -16,12 +16,13 @@ CORPUS = [
 VOCABULARY = 333
 
 
-def tokenizer_of(folder: Path | None = None, begin: bool = False) -> Any:
+def tokenizer_of(folder: Path | None = None, begin: bool = False, end: bool = False) -> Any:
     """A byte-level tokenizer trained on ``CORPUS``, written to a folder if there is one.
 
     Args:
         folder: Where to write it.
         begin: It puts ``<s>`` before every text.
+        end: It puts ``</s>`` after every text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -35,8 +36,9 @@ def tokenizer_of(folder: Path | None = None, begin: bool = False) -> Any:
         vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator(CORPUS * 4, trainer)
-    if begin:
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    if begin or end:
+        single = f"{'<s> ' if begin else ''}$A{' </s>' if end else ''}"
+        made.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>", mask_token="[MASK]"
     )

@@ -26,6 +26,7 @@ from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import sketch_of
 from npeff.fishers.rows import Kind
 from npeff.fishers.scaling import ScaledRows, scale
+from npeff.language.places import check_same_outputs
 from npeff.models.parameters import Parameters
 from npeff.storage.checks import FLOAT, INT, Field
 from npeff.storage.container import check_replaceable, open_container, refuse_npeff_file
@@ -397,6 +398,7 @@ class Components(Factorisation):
                 f"fishers: expected the compression of the components ({ours or 'no sketch'}), got "
                 f"{fishers.sketch or 'no sketch'}; compute them as the components' own, or decompose these"
             )
+        check_same_outputs(fishers.provenance, self.provenance.get("fishers", {}))
         if fishers.kind != self.kind:
             raise ArgumentError(f"fishers: expected {self.kind} Fishers like the components, got {fishers.kind} ones")
         if fishers.parameters != self.parameters:

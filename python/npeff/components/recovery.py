@@ -26,6 +26,7 @@ from npeff.fishers.options import FisherOptions, Sketch, sketch_of
 from npeff.fishers.passes import Run
 from npeff.gradients.eligibility import differ, placed, select_parameters
 from npeff.kernels import StreamingSketch
+from npeff.language.places import check_places
 from npeff.models.devices import available_bytes, format_bytes
 from npeff.models.parameters import Parameters, model_digest
 
@@ -75,6 +76,7 @@ def recover(
     if about.get("model_digest") not in (None, model_digest(inner)):
         raise ModelError("model: its weights or modules are not those that the Fishers were computed from")
     check_sampler(data)
+    check_places(data, about, inner)
     with placed(inner, device) as place:
         selected = select_parameters(inner, about.get("options", {}).get("parameters"))
         if selected != components.parameters:

@@ -29,6 +29,9 @@ FILES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 LONGEST_NAME = 200
 """Characters of a path that messages show."""
 
+BEFORE_WORDS = ".,:;!?)]}=>"
+"""Characters, beside letters and digits, that a word follows with a space between."""
+
 KINDS = (
     f"a list of texts, a list of mappings, a pandas column or frame, a datasets.Dataset, a mapping of columns, or the "
     f"path of a file ({', '.join(FILES)}) or of a folder written by Dataset.save_to_disk"
@@ -335,6 +338,14 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Iterator[Tokens]:
             )
 
 
+def prompt_ids(tokenizer: Any, text: str) -> Ids:
+    """Give the tokens ``(t,)`` of a text that is to be continued: without those that the tokenizer puts after it."""
+    if not getattr(tokenizer, "is_fast", False):  # any other is trusted to put none
+        return np.asarray(tokenizer(text, return_tensors="pt")["input_ids"]).reshape(-1).astype(np.int64)
+    (tokens,) = tokenize(tokenizer, [text])
+    return tokens.ids[: tokens.own[-1] + 1] if len(tokens.own) else tokens.ids[:0]
+
+
 def finder(where: Where, tokenizer: Any) -> Callable[[Tokens, Text], Ids]:
     """Make the function that finds the places of a text: ``(p,)`` positions of tokens, ascending.
 
@@ -415,3 +426,18 @@ def continuation(tokenizer: Any, before: str, word: str, what: str) -> int:
     elif word and not word[0].isspace():
         hint = f"; perhaps with a space before it, {' ' + word!r}"
     raise ArgumentError(f"{what}: expected a word of one token, and {word!r}{after} becomes {shown}{hint}")
+
+
+def with_space(tokenizer: Any, before: str, word: str) -> str | None:
+    """Give a word with a space before it, where that is another token and what one would write after a text.
+
+    Args:
+        tokenizer: The tokenizer.
+        before: The text before the word.
+        word: A word that is one token there.
+    """
+    if not before or word[0].isspace() or not (before[-1].isalnum() or before[-1] in BEFORE_WORDS):
+        return None
+    texts = list(tokenize(tokenizer, [before, before + word, f"{before} {word}"]))
+    start, plain, spaced = (tokens.ids[tokens.own].tolist() for tokens in texts)
+    return f" {word}" if len(spaced) == len(plain) and spaced[:-1] == start and spaced != plain else None

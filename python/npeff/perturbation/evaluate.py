@@ -22,6 +22,7 @@ from npeff.fishers.factors import check_meaning
 from npeff.fishers.logits import Logits
 from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible, placed
+from npeff.language.places import check_places
 from npeff.models.devices import memory_explained
 from npeff.models.forward import OVER_CLASSES, call_model
 from npeff.models.parameters import model_digest
@@ -84,6 +85,7 @@ class Evaluator:
         options: PerturbOptions,
     ) -> None:
         forward = options.forward
+        check_places(data, components.provenance.get("fishers") or {}, model)
         self.model, self.parameters, self.device = model, components.parameters, device
         self.likelihood, self.forward = likelihood, forward
         ids, first = np.unique(components.ids[rows], return_index=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from npeff.batches.batches import Batch, batch_digest, check_data, read_batches
 from npeff.errors import ArgumentError, DataError, NpeffError
 from npeff.gradients.eligibility import differ
-from npeff.language.places import Places
+from npeff.language.places import Places, check_places
 
 Array = npt.NDArray[Any]
 
@@ -236,17 +236,20 @@ def unrelated_batches(
     """
     if data is None:
         return []
-    if isinstance(data, str | os.PathLike) or (isinstance(data, Sequence) and any(isinstance(d, str) for d in data)):
-        if tokenizer is None:
-            raise ArgumentError(
-                "unrelated: got texts, and the data has no tokenizer to read them with; pass "
-                "data=npeff.language.Places(tokenizer, …), or for unrelated batches whose labels are the next tokens"
-            )
-        try:
+    texts = isinstance(data, str | os.PathLike) or (
+        isinstance(data, Sequence) and any(isinstance(d, str) for d in data)
+    )
+    if texts and tokenizer is None:
+        raise ArgumentError(
+            "unrelated: got texts, and the data has no tokenizer to read them with; pass "
+            "data=npeff.language.Places(tokenizer, …), or for unrelated batches whose labels are the next tokens"
+        )
+    try:
+        if texts:
             data = Places(tokenizer, data, where="every", batch_tokens=MOST_TOKENS)
-            data.check_model(model)
-        except NpeffError as error:
-            raise type(error)(f"unrelated: {error}") from error
+        check_places(data, {}, model)
+    except NpeffError as error:
+        raise type(error)(f"unrelated: {error}") from error
     batches = list(read_batches(check_data(data), device, any_layout, places))
     if not batches or any(batch.labels is None for batch in batches):
         what = "it yielded no batches" if not batches else "its batches have no labels"

@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from npeff.components.components import Components
 from npeff.errors import ArgumentError
+from npeff.language.places import check_places
 from npeff.reports.evidence import INFLUENCES, PUSHED, Extras, read_extras, trust_of
 from npeff.reports.examples import Gallery
 from npeff.reports.layout import Heads, StrategyNode, check_heads, map_positions, tree_of
-from npeff.reports.places import ReadablePlaces, check_places
+from npeff.reports.places import ReadablePlaces
 from npeff.reports.summary import (
     ClassNames,
     ComponentSummary,
@@ -282,7 +283,7 @@ def collect_report_data(
         DataError: The data ends early, or its labels are not those of the decomposed examples.
     """
     names = options.names(data, components)
-    check_places(data, components)
+    check_places(data, components.provenance.get("fishers") or {})
     given = read_extras(components.n_components, len(components.coefficients), vars(options))
     selection = components.provenance.get("selection")
     if selection is not None and not given.trust.held_out:  # of npeff decompose --select
