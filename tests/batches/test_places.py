@@ -8,7 +8,8 @@ import torch
 
 import npeff
 from language_cases import SmallLanguageModel, fishers_of_places, token_batches
-from npeff.batches.batches import Batch, batch_digest, examples_at, read_batches
+from npeff.batches.batches import Batch, batch_digest
+from npeff.batches.reading import examples_at, read_batches
 from npeff.errors import ArgumentError, DataError
 from npeff.models.forward import call_model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from language_cases import VOCABULARY, token_batches
-from npeff.batches.batches import read_batches
+from npeff.batches.reading import read_batches
 from npeff.models.forward import call_model
 from tiny_language import model_of
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.batches.batch_order import check_sampler
-from npeff.batches.batches import Batch, check_data
+from npeff.batches.batches import Batch
+from npeff.batches.reading import check_data, check_sampler
 from npeff.components.factored import assemble, scale_factored, slots, squared_norm
 from npeff.components.factorisation import Factorisation
 from npeff.components.row_sums import RowSums

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.batches.batch_order import FixedOrder, Repeats
-from npeff.batches.batches import Batch, batch_digest, check_data
+from npeff.batches.batches import Batch, batch_digest
+from npeff.batches.reading import FixedOrder, Repeats, check_data
 from npeff.errors import ArgumentError, DataError, ResumeError, ending_in_order
 from npeff.fishers.block_weights import BlockWeights
 from npeff.fishers.exact_gram import exact_gram

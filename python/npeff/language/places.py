@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from npeff.batches.batch_order import TokenBatches
-from npeff.batches.batches import IGNORED, Batch
+from npeff.batches.batches import Batch
+from npeff.batches.places import IGNORED, TokenBatches
 from npeff.errors import ArgumentError, DataError, check_integer
 from npeff.language.texts import Ids, Text, Tokens, Where, continuation, finder, read_texts, tokenize, with_space
 from npeff.models.targets import load_tokenizer

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches.batches import Batch, batch_digest, check_data, read_batches
+from npeff.batches.batches import Batch, batch_digest
+from npeff.batches.reading import check_data, read_batches
 from npeff.errors import ArgumentError, DataError, NpeffError
 from npeff.gradients.eligibility import differ
 from npeff.language.places import Places, check_places
@@ -70,7 +71,7 @@ class SelectedExamples:
         device: The device of the model.
         call: Runs the model on a batch.
         any_layout: Batches may have any structure, because ``forward=`` is given.
-        places: As for :func:`npeff.batches.batches.read_batch`.
+        places: As for :func:`npeff.batches.reading.read_batch`.
         held_bytes: Bytes that may be held in memory.
 
     Raises:
@@ -227,7 +228,7 @@ def unrelated_batches(
         model: The model.
         tokenizer: Reads texts; None where the examples' data has none.
         device: Where the batches go.
-        any_layout: As for :func:`npeff.batches.batches.read_batches`.
+        any_layout: As for :func:`npeff.batches.reading.read_batches`.
         places: Likewise.
 
     Raises:

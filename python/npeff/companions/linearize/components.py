@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from npeff.batches.batches import examples_at, looks_like_image
+from npeff.batches.reading import examples_at, looks_like_image
 from npeff.companions.linearize.linear_map import Forward, linearize, model_output
 from npeff.companions.linearize.recording import Frozen, plain_operations
 from npeff.components.components import Components
