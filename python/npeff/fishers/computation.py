@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from npeff.batches.batches import Batch, batch_digest
 from npeff.batches.reading import FixedOrder, Repeats, check_data
-from npeff.errors import ArgumentError, DataError, ResumeError, ending_in_order
+from npeff.errors import ArgumentError, DataError, ResumeError
 from npeff.fishers.block_weights import BlockWeights
 from npeff.fishers.exact_gram import exact_gram
 from npeff.fishers.factors import Factors
@@ -36,7 +36,7 @@ from npeff.kernels.streams import InOrder
 from npeff.language.places import places_of
 from npeff.models import devices
 from npeff.models.parameters import ModelWatch, Parameters
-from npeff.storage.files import check_target
+from npeff.storage.files import check_target, ending_in_order
 
 
 class EmptyShareError(DataError):

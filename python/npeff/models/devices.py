@@ -8,6 +8,7 @@ import gc
 import re
 import threading
 from collections.abc import Iterator
+from numbers import Integral
 from types import TracebackType
 
 import psutil
@@ -61,8 +62,8 @@ def parse_bytes(amount: int | str, name: str = "memory") -> int:
             value = int(float(found.group(1)) * base ** _POWERS[found.group(2) or " "])
             if value > 0:
                 return value
-    elif isinstance(amount, int) and not isinstance(amount, bool) and amount > 0:
-        return amount
+    elif isinstance(amount, Integral) and not isinstance(amount, bool) and amount > 0:
+        return int(amount)
     raise ArgumentError(f"{name}: expected a number of bytes such as 4_000_000_000, '4GB' or '512MiB', got {amount!r}")
 
 
