@@ -204,8 +204,10 @@ class Batch:
             assert root.places is not None and self.places_in_data is not None
             some.places_in_data = self.places_in_data[torch.tensor(chosen, device=self.device)]
             numbers = torch.bincount(root.places[:, 0], minlength=root.n_sequences)[rows].tolist()
+            kept = kept_places(some.labels, counted, numbers)
+            assert some.labels is not None
             some.n_sequences = len(rows)
-            some.hold_places(some.labels, kept_places(some.labels, counted, numbers))
+            some.hold_places(some.labels, kept)
         elif some.labels is not None and len(some.labels) != len(chosen):
             if self.labels is None or self.labels.numel() != n:  # no labels, but something that all examples share
                 some.labels = None

@@ -16,11 +16,11 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from npeff import kernels
-from npeff.components.adapters import write_adapter
+from npeff.components.factored import write_adapter
 from npeff.components.factorisation import OPTIONAL, Factorisation
-from npeff.components.recovery import check_rank, recover
+from npeff.components.recovery import recover
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
-from npeff.errors import ArgumentError, DataError, StorageError
+from npeff.errors import ArgumentError, DataError, StorageError, check_integer
 from npeff.fishers.file_format import LOGITS, PLACES, check_saved, count_outputs, example_fields
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import sketch_of
@@ -277,9 +277,12 @@ class Components(Factorisation):
             ModelError: The model is not that of the Fishers.
             StorageError: The folder cannot be written.
         """
-        check_rank(rank)
-        self.ensure_vectors([self._component(j)], model, data, rank=rank, **options)
-        return write_adapter(self, self._component(j), path, model, rank, scale)
+        check_integer("rank", rank)
+        rank = int(rank)
+        j = self._component(j)
+        self.ensure_vectors([j], model, data, rank=rank, **options)
+        about = {"component": j, "digest": self.digest}
+        return write_adapter(self.matrix_factors(j, rank), about, path, model, rank, scale)
 
     def block_energy(self, j: int) -> dict[str, float]:
         """Compute the share of ``‖g_j‖²`` in each parameter (they sum to 1)."""

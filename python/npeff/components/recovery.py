@@ -19,7 +19,7 @@ from npeff.batches.reading import check_data, check_sampler
 from npeff.components.factored import assemble, scale_factored, slots, squared_norm
 from npeff.components.factorisation import Factorisation
 from npeff.components.row_sums import RowSums
-from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.errors import ArgumentError, DataError, ModelError, check_integer
 from npeff.fishers.block_weights import column_factors
 from npeff.fishers.factors import Factors
 from npeff.fishers.options import FisherOptions, Sketch, sketch_of
@@ -67,7 +67,8 @@ def recover(
             "expanded; recover the components before the expansion, or decompose all at once"
         )
     if rank is not None:
-        check_rank(rank)
+        check_integer("rank", rank)
+        rank = int(rank)
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
@@ -92,16 +93,6 @@ def recover(
             if work.complete:
                 break
         return _with_vectors(components, wanted, rank, *work.finish())
-
-
-def check_rank(rank: int) -> None:
-    """Refuse what is no rank.
-
-    Raises:
-        ArgumentError: It is none.
-    """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ArgumentError(f"rank: expected an integer ≥ 1, got {rank!r}")
 
 
 def _wanted(components: Factorisation, js: Iterable[int], rank: int | None) -> list[int]:

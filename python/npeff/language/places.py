@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,8 @@ from torch import nn
 from npeff.batches.batches import Batch
 from npeff.batches.places import IGNORED, TokenBatches
 from npeff.errors import ArgumentError, DataError, check_integer
-from npeff.language.texts import Ids, Text, Tokens, Where, continuation, finder, read_texts, tokenize, with_space
+from npeff.language.texts import Text, read_texts
+from npeff.language.tokens import Ids, Tokens, Where, WordTokens, check_vocabulary, finder, tokenize
 from npeff.models.targets import load_tokenizer
 
 UNKNOWN = -1
@@ -139,8 +139,7 @@ class Places:
         self.answers = None if answers is None else tuple(answers)
         self.outputs: Ids | None = None
         self._context, self._left = context, padding_side == "left"
-        self._known: dict[tuple[int, str], int] = {}  # the token of a word after another token
-        self._unspaced: dict[str, str] = {}  # words, and what they may be meant to be
+        self._words = WordTokens(tokenizer)
         self._texts = read_texts(texts, text_column, label_column)
         find = finder(where, tokenizer)
         sequences = []
@@ -152,15 +151,7 @@ class Places:
                 sequences += self._sequences(number, tokens, positions)
         if not sequences:
             raise DataError(f"where: {where!r} finds no place in any of the {len(self._texts)} texts")
-        if self._unspaced:
-            pairs = list(self._unspaced.items())[:4]
-            given, meant = (", ".join(map(repr, words)) for words in zip(*pairs, strict=True))
-            warnings.warn(
-                f"{'label_column' if answers is None else 'answers'}: got {given}, without a space before, and the "
-                f"tokenizer has other tokens for {meant}, which are what mostly comes next in a text; give these if "
-                "you mean words of their own",
-                stacklevel=2,
-            )
+        self._words.warn("label_column" if answers is None else "answers", stacklevel=2)
         lengths = [len(sequence.ids) for sequence in sequences]
         if (longest := max(lengths)) > batch_tokens:
             source = self._texts[sequences[lengths.index(longest)].text].source
@@ -323,7 +314,7 @@ class Places:
         labels = np.full(len(tokens.ids), IGNORED, np.int64)
         following = np.where(np.append(own[1:], False), np.append(tokens.ids[1:], 0), UNKNOWN)
         # A masked token is not followed by what it stands for.
-        labels[positions] = np.where(tokens.ids[positions] == self._mask, UNKNOWN, following[positions])
+        labels[positions] = np.where(tokens.ids[positions] == self._words.mask, UNKNOWN, following[positions])
         if self.answers is not None:
             outputs = self._answer_tokens(tokens, positions)
             known, at = (labels[positions, None] == outputs).nonzero()
@@ -340,11 +331,6 @@ class Places:
             found.append(_Sequence(number, kept, tokens.ids[kept], only))
         return found
 
-    @property
-    def _mask(self) -> int:
-        mask = getattr(self.tokenizer, "mask_token_id", None)
-        return -1 if mask is None else int(mask)
-
     def _class(self, given: Any, text: Text, tokens: Tokens, position: int) -> int:
         """The class that a label of the texts' source stands for.
 
@@ -355,7 +341,7 @@ class Places:
         if self.answers is None:
             if not isinstance(given, str):
                 raise ArgumentError(f"{what}: expected the word that comes next, got {given!r}; numbers need answers=")
-            return self._token(given, tokens, position, what)
+            return self._words.after(tokens, position, given, what)
         if isinstance(given, str) and given in self.answers:
             return self.answers.index(given)
         words = [word.strip() for word in self.answers]
@@ -383,7 +369,7 @@ class Places:
         """
         assert self.answers is not None
         for p in positions[np.unique(tokens.ids[positions], return_index=True)[1]].tolist():
-            found = np.array([self._token(word, tokens, p, "answers") for word in self.answers], np.int64)
+            found = np.array([self._words.after(tokens, p, word, "answers") for word in self.answers], np.int64)
             if self.outputs is None:
                 self.outputs = found
             if len(set(found.tolist())) < len(found) or (found != self.outputs).any():
@@ -394,39 +380,10 @@ class Places:
         assert self.outputs is not None
         return self.outputs
 
-    def _token(self, word: str, tokens: Tokens, position: int, what: str) -> int:
-        """The token that a word is after a place, or in place of a masked token."""
-        last = int(tokens.ids[position])
-        before = "" if last == self._mask else tokens.text[: tokens.spans[position, 1]]
-        key = last, word
-        if key not in self._known:
-            self._known[key] = continuation(self.tokenizer, before, word, what)
-            if word not in self._unspaced and (meant := with_space(self.tokenizer, before, word)):
-                self._unspaced[word] = meant
-        return self._known[key]
-
 
 def places_of(data: object) -> Places | None:
     """The places that data are, or that a wrapper holds as ``data``; None for other data."""
     return next((found for found in (data, getattr(data, "data", None)) if isinstance(found, Places)), None)
-
-
-def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
-    """Check that a model embeds all tokens of a tokenizer, where both say how many there are.
-
-    Raises:
-        ArgumentError: The tokenizer has more.
-    """
-    try:
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:  # of models of transformers that have none
-        embedding = None
-    known = getattr(embedding, "num_embeddings", None)
-    if known is not None and hasattr(tokenizer, "__len__") and len(tokenizer) > known:
-        raise ArgumentError(
-            f"tokenizer: it has {len(tokenizer)} tokens, and {type(model).__name__} embeds {known}; pass the tokenizer "
-            "of this model, or resize its embeddings: model.resize_token_embeddings(len(tokenizer))"
-        )
 
 
 def check_places(data: object, about: Mapping[str, Any], model: nn.Module | None = None) -> None:

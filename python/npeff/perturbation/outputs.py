@@ -17,8 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from npeff.batches.batches import Batch
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.options import Likelihood
-from npeff.language.places import check_vocabulary
-from npeff.language.texts import prompt_ids
+from npeff.language.tokens import check_vocabulary, prompt_ids
 from npeff.models.devices import is_out_of_memory
 from npeff.perturbation.effect import Continuation
 from npeff.perturbation.examples import BatchSlice
