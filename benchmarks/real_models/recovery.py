@@ -1,9 +1,9 @@
 """Vectors of SmolLM2 in parameter space: what one pass for many components costs, and what factors of low rank keep.
 
 An example is the next word after 24 tokens of a news article; the Fishers are of the weights of the linear layers in
-the transformer blocks, two rows each, sketched. Seconds are those of the processor on one thread, so that other work counts
-little. The first number of ``--examples`` is measured with every rank, and its components become adapters; the others
-with ``--rank`` alone. Writes ``results/real_recovery.md``.
+the transformer blocks, two rows each, sketched. Seconds are those of the processor on one thread, so that other work
+counts little. The first number of ``--examples`` is measured with every rank, and its components become adapters; the
+others with ``--rank`` alone. Writes ``results/real_recovery.md``.
 
     python benchmarks/real_models/recovery.py [--examples 64 256 1024]
 """
