@@ -160,17 +160,16 @@ def test_a_page_shows_no_other_places(folder: Path) -> None:
 
 def test_fishers_of_other_answers_or_tokens_are_not_encoded(folder: Path) -> None:
     model, quick = load_model("hf:model"), {"rank": 1, "progress": False}
-    tokenizer, other = tokenizer_of(Path("model")), tokenizer_of()
-    other.add_tokens(["Zanzibar"])
-    tokenizer.name_or_path, other.name_or_path = "model", ""
+    tokenizer, padded, other = tokenizer_of(), tokenizer_of(), tokenizer_of(corpus=[*TEXTS, " yes no"])
+    tokenizer.name_or_path = "model"
+    padded.add_special_tokens({"pad_token": "[PAD]"})
 
     def fishers(tokenizer: Any = tokenizer, answers: Any = (" yes", " no")) -> npeff.Fishers:
-        places = Places(tokenizer, TEXTS[:6], answers=answers)
-        return npeff.compute_fishers(model if tokenizer is not other else larger, places, **quick)
+        return npeff.compute_fishers(model, Places(tokenizer, TEXTS[:6], answers=answers), **quick)
 
-    larger = load_model("hf:model")
-    larger.resize_token_embeddings(len(other))  # type: ignore[operator]
     components = npeff.decompose(fishers(), n_components=2, n_init=1, progress=False)
+    about = Places(padded, TEXTS[:6], answers=[" yes", " no"]).describe()
+    assert about["vocabulary"] == components.provenance["fishers"]["places"]["vocabulary"]
     assert components.encode(fishers(tokenizer_of())).coefficients.shape == (6, 2)
     for answers, words in (((" is", " no"), r"\[' is', ' no'\]"), (None, "all tokens")):
         found = rf"fishers: expected the answers of the components, \[' yes', ' no'\], got {words}; compute them"

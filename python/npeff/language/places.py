@@ -213,8 +213,9 @@ class Places:
 
     @cached_property
     def _vocabulary(self) -> str:
-        """Compute blake2b of the tokenizer's tokens and their numbers."""
-        tokens = sorted((int(number), token) for token, number in self.tokenizer.get_vocab().items())
+        """Compute blake2b of the tokenizer's tokens and their numbers, without tokens that were added to it later."""
+        size, every = self.tokenizer.vocab_size, self.tokenizer.get_vocab().items()
+        tokens = sorted((int(number), token) for token, number in every if number < size)
         return hashlib.blake2b(repr(tokens).encode(), digest_size=16).hexdigest()
 
     def check_same(self, description: Mapping[str, Any]) -> None:
