@@ -160,17 +160,29 @@ class Full(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("when", ["forward", "backward", "allocation"])
-@pytest.mark.parametrize("work", ["fishers", "gram", "mean"])
+@pytest.mark.parametrize("work", ["fishers", "gram", "mean", "recover", "perturb"])
 def test_too_little_memory_names_what_cuts_batches(when, work):
-    def full(model, batch):
-        return Full.apply(model(batch[0]), when)
+    enough = work in ("recover", "perturb")
 
+    def full(model, batch):
+        return model(batch[0]) if enough else Full.apply(model(batch[0]), when)
+
+    model = mlp()
+    if enough:
+        made = fishers(model, forward=full, compress=npeff.Sketch(16))
+        components = npeff.decompose(made, n_components=1, n_init=1, progress=False)
+        enough = False
+    how = {"forward": full, "progress": False}
+    call = {
+        "fishers": lambda: npeff.compute_fishers(model, batches(), **how),
+        "gram": lambda: npeff.compute_fishers(model, batches(), compress=npeff.GramOnly(), **how),
+        "mean": lambda: npeff.mean_fisher(model, batches(), **how),
+        "recover": lambda: components.recover(model, batches(), **how),
+        "perturb": lambda: npeff.perturb(model, batches(), components, 0, **how),
+    }[work]
     said = "can't allocate memory" if when == "allocation" else r"CUDA out of memory. Tried to allocate 2.00 GiB\.\)"
     with pytest.raises(OutOfMemoryError, match=rf"^memory: .*{said}.* give smaller batches .*memory='2GB'") as caught:
-        if work == "mean":
-            npeff.mean_fisher(mlp(), batches(), forward=full, progress=False)
-        else:
-            fishers(forward=full, compress=npeff.GramOnly() if work == "gram" else None)
+        call()
     assert isinstance(caught.value, MemoryError)
 
 
