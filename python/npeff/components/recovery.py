@@ -55,6 +55,7 @@ def recover(
         ArgumentError: Nothing needs recovering, or the components do not say how.
         DataError: The data is not that of the Fishers.
         ModelError: The model is not that of the Fishers.
+        OutOfMemoryError: There is too little memory for a batch.
     """
     if components.compression not in ("sketch", "gram"):
         raise ArgumentError(

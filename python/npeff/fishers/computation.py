@@ -128,6 +128,7 @@ def compute_fishers(
             gradients; or the outputs are not what ``likelihood`` says.
         EmptyShareError: No batch falls to this share.
         ModelError: The model has no per-example gradients as it stands, fails on a batch, or changed during the work.
+        OutOfMemoryError: There is too little memory for a batch.
         ResumeError: ``out`` holds work on another model, other data or other options.
     """
     places = places_of(data)
