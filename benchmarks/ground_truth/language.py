@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import npeff
 
 sys.path.append(str(Path(__file__).parents[1]))
-from language_model import network, package_folder
+from language_model import network, news
 
 PARAMETERS = ["!*embed_tokens*", "!*norm*", "!lm_head*"]
 """The linear layers of the blocks: the tied embedding would hold most of every component's energy."""
@@ -143,9 +143,7 @@ class News:
     """Articles that have nothing to do with the prompts, for the perplexity."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, articles: int = 8, tokens: int = 128) -> None:
-        text = (package_folder("gensim") / "test/test_data/lee_background.cor").read_text(encoding="utf-8")
-        cut = {"return_tensors": "pt", "truncation": True, "max_length": tokens}
-        self.ids = [tokenizer(line, **cut)["input_ids"] for line in text.splitlines()[:articles]]
+        self.ids = [torch.tensor([article[:tokens]]) for article in news(tokenizer, articles)]
         self.model = model
 
     @torch.no_grad()

@@ -24,17 +24,15 @@ from torch import nn
 import npeff
 
 sys.path.append(str(Path(__file__).parents[1]))
-from language_model import network, package_folder
+from language_model import network, news
 
 CONTEXT, SPACING = 32, 8
 
 
 def places(tokenizer: Any, n: int, skip: int = 0) -> torch.Tensor:
     """``(n, CONTEXT + 1)`` tokens: contexts from the articles of gensim's lee_background, and what really came next."""
-    text = (package_folder("gensim") / "test/test_data/lee_background.cor").read_text(encoding="utf-8")
     cut = []
-    for article in text.splitlines():
-        tokens = tokenizer(article)["input_ids"]
+    for tokens in news(tokenizer):
         cut += [tokens[i : i + CONTEXT + 1] for i in range(0, len(tokens) - CONTEXT, SPACING)]
     order = np.random.default_rng(0).permutation(len(cut))[skip : skip + n]
     return torch.tensor([cut[i] for i in order])

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from npeff import companions as companions
     from npeff import language as language
     from npeff import trust as trust
-    from npeff.batches.batch_order import TokenBatches
     from npeff.batches.batches import Batch
+    from npeff.batches.places import TokenBatches
     from npeff.components.components import Components, Encoded
     from npeff.components.loading import load
     from npeff.components.strategies import Strategy
@@ -127,7 +127,7 @@ _HOMES = {
     "PublishedOptions": "decomposition.options",
     "Sketch": "fishers.options",
     "Strategy": "components.strategies",
-    "TokenBatches": "batches.batch_order",
+    "TokenBatches": "batches.places",
     "TopK": "fishers.options",
     "Trace": "perturbation",
     "ablated": "perturbation",

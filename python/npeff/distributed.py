@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from npeff.batches.batches import batch_digest, check_data, read_batch
+from npeff.batches.batches import batch_digest
+from npeff.batches.reading import check_data, read_batch
 from npeff.components.components import Components
 from npeff.components.loading import load
 from npeff.decomposition.decompose import components_of

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from types import FrameType
 
 
 class NpeffError(Exception):
@@ -57,6 +51,10 @@ class WorkerError(NpeffError, RuntimeError):
     """Another process of a distributed run failed, or is no longer there."""
 
 
+class OutOfMemoryError(NpeffError, MemoryError):
+    """A device, or this machine, has too little memory for a batch."""
+
+
 class Terminated(SystemExit):
     """The system told the process to end (SIGTERM, SIGHUP); what was open has been saved.
 
@@ -76,45 +74,6 @@ class Terminated(SystemExit):
         return f"{self.reason}. What is finished is kept on the disk; the same command resumes it"
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-
-TOGETHER = 5.0
-"""Seconds within which further signals count as the same: they would interrupt the saving."""
-
-
-@contextmanager
-def ending_in_order() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an error in the main thread; at the end, restore the handlers of before.
-
-    A signal that the program handles itself, or ignores (``nohup``), is left to it. Where the caller is another thread
-    nothing changes: Python handles signals in the main thread alone.
-
-    Raises:
-        Terminated: One of the signals came.
-    """
-    owner, last = os.getpid(), -math.inf
-
-    def end(number: int, frame: FrameType | None) -> None:
-        nonlocal last
-        if os.getpid() != owner:  # a child that was forked meanwhile ends as it would have
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif time.monotonic() - last > TOGETHER:
-            last = time.monotonic()
-            raise Terminated(number, f"told to end ({signal.Signals(number).name})")
-
-    taken = []
-    if threading.current_thread() is threading.main_thread():
-        taken = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
-    try:
-        for number in taken:
-            signal.signal(number, end)
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
 def check_integer(name: str, value: object, least: int = 1) -> None:
     """Refuse a value that is no integer ≥ ``least``; numpy's integers are integers, booleans are not.
 
@@ -123,6 +82,22 @@ def check_integer(name: str, value: object, least: int = 1) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ArgumentError(f"{name}: expected an integer ≥ {least}, got {value!r}")
+
+
+def check_integers(item: object, least: Mapping[str, int]) -> None:
+    """Check some attributes of a dataclass, None aside, and make Python's own integers of them, which JSON takes.
+
+    Args:
+        item: The dataclass, frozen or not.
+        least: The least value of each attribute.
+
+    Raises:
+        ArgumentError: Naming the attribute.
+    """
+    for name, smallest in least.items():
+        if (value := getattr(item, name)) is not None:
+            check_integer(name, value, smallest)
+            object.__setattr__(item, name, int(value))
 
 
 def check_number(name: str, value: object, *, zero: bool = False) -> None:

@@ -8,7 +8,8 @@ import torch
 
 import npeff
 from language_cases import SmallLanguageModel, fishers_of_places, token_batches
-from npeff.batches.batches import Batch, batch_digest, examples_at, read_batches
+from npeff.batches.batches import Batch, batch_digest
+from npeff.batches.reading import examples_at, read_batches
 from npeff.errors import ArgumentError, DataError
 from npeff.models.forward import call_model
 
@@ -181,18 +182,26 @@ def test_batches_that_keep_other_outputs_are_refused(others):
         npeff.compute_fishers(SmallLanguageModel(), data, progress=False)
 
 
-def test_a_model_may_ignore_logits_to_keep():
-    class All(SmallLanguageModel):
+@pytest.mark.parametrize("kept", ["all", "last", "first"])
+def test_a_model_may_ignore_logits_to_keep_or_keep_others(kept):
+    given = []
+
+    class Keeping(SmallLanguageModel):
         def forward(self, input_ids, attention_mask=None, logits_to_keep=0):
-            return super().forward(input_ids, attention_mask)
+            given.append(logits_to_keep)
+            n = 0 if kept == "all" else logits_to_keep
+            logits = super().forward(input_ids, attention_mask)
+            return logits[:, :n] if kept == "first" and n else logits[:, -n:]
 
     data = token_batches()
     for batch in data:
         batch["labels"][:, :2] = -100
     expected = npeff.compute_fishers(SmallLanguageModel(), data, progress=False)
-    found = npeff.compute_fishers(All(), data, progress=False)
-    np.testing.assert_array_equal(found.logits, expected.logits)
-    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-6)
+    found = npeff.compute_fishers(Keeping(), data, progress=False)
+    np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-5)
+    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-5)
+    assert given[:2] == [3, 4], "tried on one sequence"
+    assert given[2:] == [0] * len(given[2:]) if kept == "first" else 0 not in given
 
 
 def test_shapes_that_do_not_fit_are_refused_with_what_to_do():

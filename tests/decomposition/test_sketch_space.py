@@ -16,8 +16,7 @@ from npeff.decomposition.options import choose_space
 from npeff.decomposition.spaces import RowSpace, StreamedSpace
 from npeff.errors import ArgumentError
 from npeff.fishers.rows import DenseRows, SparseRows
-from npeff.fishers.scaling import scale
-from npeff.fishers.streamed_rows import StreamedRows
+from npeff.fishers.scaling import StreamedRows, scale
 from npeff.models.devices import parse_bytes
 from planted import best_cosines, fishers_of, planted, random_rows, sparse
 

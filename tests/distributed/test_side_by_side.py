@@ -17,10 +17,10 @@ import torch
 import npeff
 from npeff.cli import run as npeff_command
 from npeff.demo import _prepare
-from npeff.errors import StorageError, Terminated, ending_in_order
+from npeff.errors import StorageError, Terminated
 from npeff.reports import collage, latex
 from npeff.reports.writer import MARKER
-from npeff.storage.files import atomic
+from npeff.storage.files import atomic, ending_in_order
 from planted import planted
 from processes import run
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import npeff
-from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
+from npeff.errors import ArgumentError, DataError, ModelError, OutOfMemoryError, ResumeError, StorageError
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.shards import FisherWriter
 from npeff.models.devices import usable_device
@@ -141,8 +141,49 @@ def test_errors_within_the_model_name_the_batch():
         fishers(forward=lambda model, batch: 1 / 0)
     with pytest.raises(ModelError, match='rename "label"'):
         fishers(data=[{"x": torch.randn(4, 6), "label": torch.zeros(4)}])
-    with pytest.raises(torch.OutOfMemoryError):
-        fishers(forward=lambda model, batch: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+
+
+class Full(torch.autograd.Function):
+    """Finds no memory in the forward pass, the backward pass, or none of a real allocation."""
+
+    @staticmethod
+    def forward(ctx, x, when):
+        if when == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+        if when == "allocation":
+            torch.empty(1 << 55)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+
+@pytest.mark.parametrize("when", ["forward", "backward", "allocation"])
+@pytest.mark.parametrize("work", ["fishers", "gram", "mean", "recover", "perturb"])
+def test_too_little_memory_names_what_cuts_batches(when, work):
+    enough = work in ("recover", "perturb")
+
+    def full(model, batch):
+        return model(batch[0]) if enough else Full.apply(model(batch[0]), when)
+
+    model = mlp()
+    if enough:
+        made = fishers(model, forward=full, compress=npeff.Sketch(16))
+        components = npeff.decompose(made, n_components=1, n_init=1, progress=False)
+        enough = False
+    how = {"forward": full, "progress": False}
+    call = {
+        "fishers": lambda: npeff.compute_fishers(model, batches(), **how),
+        "gram": lambda: npeff.compute_fishers(model, batches(), compress=npeff.GramOnly(), **how),
+        "mean": lambda: npeff.mean_fisher(model, batches(), **how),
+        "recover": lambda: components.recover(model, batches(), **how),
+        "perturb": lambda: npeff.perturb(model, batches(), components, 0, **how),
+    }[work]
+    said = "can't allocate memory" if when == "allocation" else r"CUDA out of memory. Tried to allocate 2.00 GiB\.\)"
+    with pytest.raises(OutOfMemoryError, match=rf"^memory: .*{said}.* give smaller batches .*memory='2GB'") as caught:
+        call()
+    assert isinstance(caught.value, MemoryError)
 
 
 class Branching(nn.Module):

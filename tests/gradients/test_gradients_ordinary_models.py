@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from npeff.batches.batches import examples_at
+from npeff.batches.reading import examples_at
 from npeff.decomposition.decompose import decompose
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.options import GramOnly, TopK

@@ -15,7 +15,7 @@ from emulated_device import emulated
 from npeff.decomposition.options import choose_space
 from npeff.errors import ArgumentError
 from npeff.fishers.rows import ENTRY_BYTES, DenseRows, SparseRows
-from npeff.fishers.streamed_rows import StreamedRows, ahead, device_combine, device_gram, device_project
+from npeff.fishers.scaling import StreamedRows, ahead, device_combine, device_gram, device_project
 from npeff.kernels import csr_transpose, sparse_gram, spmm
 from npeff.kernels.sparse import add_gram_, mirror_
 from planted import planted

@@ -158,6 +158,65 @@ def test_a_page_shows_no_other_places(folder: Path) -> None:
     assert npeff.report(components, longer, out="longer.html", progress=False).exists()
 
 
+def test_fishers_of_other_answers_or_tokens_are_not_encoded(folder: Path) -> None:
+    model, quick = load_model("hf:model"), {"rank": 1, "progress": False}
+    tokenizer, padded, other = tokenizer_of(), tokenizer_of(), tokenizer_of(corpus=[*TEXTS, " yes no"])
+    tokenizer.name_or_path = "model"
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+
+    def fishers(tokenizer: Any = tokenizer, answers: Any = (" yes", " no")) -> npeff.Fishers:
+        return npeff.compute_fishers(model, Places(tokenizer, TEXTS[:6], answers=answers), **quick)
+
+    components = npeff.decompose(fishers(), n_components=2, n_init=1, progress=False)
+    about = Places(padded, TEXTS[:6], answers=[" yes", " no"]).describe()
+    assert about["vocabulary"] == components.provenance["fishers"]["places"]["vocabulary"]
+    assert components.encode(fishers(tokenizer_of())).coefficients.shape == (6, 2)
+    for answers, words in (((" is", " no"), r"\[' is', ' no'\]"), (None, "all tokens")):
+        found = rf"fishers: expected the answers of the components, \[' yes', ' no'\], got {words}; compute them"
+        with pytest.raises(ArgumentError, match=found):
+            components.encode(fishers(answers=answers))
+    found = "fishers: expected the tokens of the components' tokenizer, 'model', got those of one without"
+    with pytest.raises(ArgumentError, match=found):
+        components.encode(fishers(other))
+
+
+def test_no_other_places_move_a_model(folder: Path) -> None:
+    places = Places(tokenizer_of(), TEXTS)
+    model, options = model_of("llama"), {"magnitude": 0.1, "n_random": 0, "curve": 0, "progress": False}
+    fishers = npeff.compute_fishers(model, places, rank=1, compress=npeff.Sketch(64), progress=False)
+    components = npeff.decompose(fishers, n_components=1, n_init=1, progress=False)
+    larger, ending = tokenizer_of(), tokenizer_of(end=True)
+    larger.add_tokens(["Zanzibar"])
+    others = "data: these places are not those that the Fishers were computed from"
+    too_many = "tokenizer: it has 334 tokens, and LlamaForCausalLM embeds 333"
+    for data, error, words in (
+        (Places(tokenizer_of(), TEXTS[::-1]), DataError, others),
+        (Places(ending, TEXTS), DataError, others),
+        (Places(larger, TEXTS), ArgumentError, too_many),
+    ):
+        with pytest.raises(error, match=words):
+            components.recover(model, data, progress=False)
+        with pytest.raises(error, match=words):
+            npeff.perturb(model, data, components, 0, **options)
+    news = Places(larger, ["The sky is Zanzibar. It is."], "every")
+    with pytest.raises(ArgumentError, match=f"unrelated: {too_many}"):
+        npeff.perturb(model, places, components, 0, unrelated=news, **options)
+
+    class Batches(list[Any]):
+        tokenizer = larger
+
+    for more in ({"prompts": ["Zanzibar"]}, {"unrelated": ["Zanzibar is"]}):
+        with pytest.raises(ArgumentError, match=f"{next(iter(more))}: {too_many}"):
+            npeff.perturb(model, Batches(places), components, 0, **options, **more)
+
+    told = []
+    for tokenizer in (tokenizer_of(), ending):
+        Batches.tokenizer = tokenizer
+        effect = npeff.perturb(model, Batches(places), components, 0, prompts=["The sky is"], n_tokens=2, **options)
+        told += effect.continuations
+    assert told[0] == told[1], "tokens put after a text are not continued"
+
+
 def test_continuations_end_with_the_models_length(folder: Path) -> None:
     model = model_of("gpt2")
     tokenizer = tokenizer_of()

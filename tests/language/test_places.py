@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,37 @@ def test_answers_are_the_classes(tokenizer: Any) -> None:
     assert next_word.labels.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("words", [[" yes", " no"], ["yes", "no"]])
+def test_words_without_their_space_are_noticed(tokenizer: Any, words: list[str]) -> None:
+    rows = [{"text": text, "label": words[0]} for text in ("Is it good?", "Is it bad?", 'They said "')]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Places(tokenizer, rows[2:], answers=words, label_column="label")
+        if words[0][0] == " ":
+            Places(tokenizer, rows, answers=words, label_column="label")
+            Places(tokenizer, rows, label_column="label")
+            return
+    for options, name, meant in (({"answers": words}, "answers", "' yes', ' no'"), ({}, "label_column", "' yes'")):
+        found = f"{name}: got {meant.replace(' y', 'y').replace(' n', 'n')}, without a space before, .* for {meant}, w"
+        with pytest.warns(UserWarning, match=found) as caught:
+            Places(tokenizer, rows, label_column="label", **options)  # type: ignore[arg-type]
+        assert len(caught) == 1 and caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("context", [None, 3])
+def test_tokens_put_after_the_text_are_no_places(context: int | None) -> None:
+    plain, ending = tokenizer_of(begin=True), tokenizer_of(begin=True, end=True)
+    assert ending("yes")["input_ids"] == [*plain("yes")["input_ids"], ending.eos_token_id]
+    for where in ("last", "every", "is$"):
+        for answers in (None, [" yes", " no"]):
+            one, other = (Places(t, TEXTS, where, answers=answers, context=context) for t in (plain, ending))
+            np.testing.assert_array_equal(one.places, other.places)
+            np.testing.assert_array_equal(one.labels, other.labels)
+            assert examples(one) == examples(other)
+    labelled = [{"text": TEXTS[0], "answer": " Paris"}]
+    assert examples(Places(ending, labelled, label_column="answer", context=context)) == [(" is", " Paris")]
+
+
 # ---- batches --------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +255,7 @@ def test_texts_without_columns(tokenizer: Any, tmp_path: Path) -> None:
         (["Is it good?"], {"answers": ["yes", "bad"]}, "answers: .* 'bad' .* perhaps with a space before it, ' bad'"),
         (["Is it good? "], {"answers": ["yes", "no"]}, "the text ends in white space"),
         (TEXTS, {"context": -1}, "context: expected an integer ≥ 0, got -1"),
+        (TEXTS, {"context": True}, "context: expected an integer ≥ 0, got True"),
         (TEXTS, {"batch_tokens": 0}, "batch_tokens: expected an integer ≥ 1"),
         (TEXTS, {"batch_tokens": 6}, "batch_tokens: expected at least .*, the number of tokens of text 1, got 6"),
         (TEXTS, {"padding_side": "both"}, "padding_side: expected 'right' or 'left', got 'both'"),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import npeff
-from npeff.batches.batches import read_batch
+from npeff.batches.reading import read_batch
 from npeff.perturbation.mending import divide_examples, mend
 from npeff.perturbation.repair import DirectionBlock, LabelledOutputs, LayerSteps, RepairLoss, RepairSearch
 from npeff.perturbation.weights import Weights, applied

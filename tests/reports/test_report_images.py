@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from npeff.batches.batches import looks_like_image
+from npeff.batches.reading import looks_like_image
 from npeff.reports.figures import Scale, data_uri, strip
 from npeff.reports.summary import summarise
 from report_cases import batches, components_of, page_of

@@ -1,4 +1,7 @@
-"""Work on tensors in nested structures: tuples, lists, mappings, dataclasses, and plain objects that hold tensors."""
+"""Work on tensors in nested structures: tuples, lists, mappings, dataclasses, and plain objects that hold tensors.
+
+A batch is such a structure; its inputs and its labels are found, and labels replaced, here.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+
+from npeff.errors import DataError
+
+OWN_BATCH = (
+    "if its examples lie otherwise, yield npeff.Batch(content, n_examples, take), where take(content, positions) gives "
+    "the content of some of them"
+)
+"""The way out where the examples of a batch cannot be guessed from sizes."""
+
 
 Path = tuple[str, ...]
 """Where a part lies, as Python would write it: ``("[0]", "['mask']")``."""
@@ -220,3 +232,57 @@ def update_with_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:
     if tensor.numel():
         raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(raw.numpy().data)
+
+
+# ---- inputs and labels ----------------------------------------------------------------------------------------------
+
+
+def inputs_in(content: Any) -> Any:
+    """Give what a model is called with: a batch's content without its labels."""
+    if isinstance(content, Mapping):
+        if "labels" not in content:
+            return content
+        return {key: value for key, value in content.items() if key != "labels"}
+    return content[0] if isinstance(content, (tuple, list)) else content
+
+
+def labels_in(content: Any, device: torch.device, where: str) -> Tensor | None:
+    """Find what stands for the labels in a batch's content.
+
+    Raises:
+        DataError: It is one label, or not numbers.
+    """
+    labels: Any = None
+    if isinstance(content, Mapping):
+        labels = content.get("labels")
+    elif isinstance(content, (tuple, list)):
+        labels = content[1] if len(content) == 2 else None
+    elif not isinstance(content, Tensor):
+        labels = getattr(content, "labels", None)
+    if isinstance(labels, int) or (isinstance(labels, Tensor) and labels.dim() == 0):
+        raise DataError(
+            f"data: {where} has a single label, so it is one example; wrap the data in "
+            "torch.utils.data.DataLoader(data, batch_size=64)"
+        )
+    if isinstance(labels, (list, tuple, np.ndarray)):
+        try:
+            labels = torch.as_tensor(labels, device=device)
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise DataError(
+                f"labels: expected integers; encode strings as class numbers ({where}: {error}); the second item of "
+                f"a batch stands for its labels; {OWN_BATCH}"
+            ) from error
+    return labels if isinstance(labels, Tensor) else None
+
+
+def relabelled(content: Any, labels: Tensor) -> Any:
+    """Put other labels into a batch's content."""
+    if isinstance(content, Mapping):
+        return with_entries(content, {"labels": labels})
+    if hasattr(content, "_replace"):
+        return content._replace(**{content._fields[1]: labels})
+    if isinstance(content, tuple | list):
+        return type(content)([content[0], labels])
+    made = copy.copy(content)
+    object.__setattr__(made, "labels", labels)
+    return made

@@ -20,7 +20,8 @@ from typing import Any
 import click
 
 from npeff.cli.command import DEBUG, HELP_WIDTH, write_block
-from npeff.errors import NpeffError, Terminated, ending_in_order
+from npeff.errors import NpeffError, Terminated
+from npeff.storage.files import ending_in_order
 
 COMMANDS = {
     "demo": "npeff.cli.tools:demo",

@@ -123,7 +123,7 @@ def _example(net: Any, data: Any, wanted: int) -> Any:
     """The inputs of one example, as a batch of one."""
     import torch
 
-    from npeff.batches.batches import examples_at
+    from npeff.batches.reading import examples_at
 
     first = next(iter((*net.parameters(), *net.buffers())), None)
     (batch,) = examples_at(data, [wanted], first.device if first is not None else torch.device("cpu"))

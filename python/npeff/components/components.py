@@ -16,16 +16,17 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from npeff import kernels
-from npeff.components.adapters import write_adapter
+from npeff.components.factored import write_adapter
 from npeff.components.factorisation import OPTIONAL, Factorisation
-from npeff.components.recovery import check_rank, recover
+from npeff.components.recovery import recover
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
-from npeff.errors import ArgumentError, DataError, StorageError
+from npeff.errors import ArgumentError, DataError, StorageError, check_integer
 from npeff.fishers.file_format import LOGITS, PLACES, check_saved, count_outputs, example_fields
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import sketch_of
 from npeff.fishers.rows import Kind
 from npeff.fishers.scaling import ScaledRows, scale
+from npeff.language.places import check_same_outputs
 from npeff.models.parameters import Parameters
 from npeff.storage.checks import FLOAT, INT, Field
 from npeff.storage.container import check_replaceable, open_container, refuse_npeff_file
@@ -276,9 +277,12 @@ class Components(Factorisation):
             ModelError: The model is not that of the Fishers.
             StorageError: The folder cannot be written.
         """
-        check_rank(rank)
-        self.ensure_vectors([self._component(j)], model, data, rank=rank, **options)
-        return write_adapter(self, self._component(j), path, model, rank, scale)
+        check_integer("rank", rank)
+        rank = int(rank)
+        j = self._component(j)
+        self.ensure_vectors([j], model, data, rank=rank, **options)
+        about = {"component": j, "digest": self.digest}
+        return write_adapter(self.matrix_factors(j, rank), about, path, model, rank, scale)
 
     def block_energy(self, j: int) -> dict[str, float]:
         """Compute the share of ``‖g_j‖²`` in each parameter (they sum to 1)."""
@@ -397,6 +401,7 @@ class Components(Factorisation):
                 f"fishers: expected the compression of the components ({ours or 'no sketch'}), got "
                 f"{fishers.sketch or 'no sketch'}; compute them as the components' own, or decompose these"
             )
+        check_same_outputs(fishers.provenance, self.provenance.get("fishers", {}))
         if fishers.kind != self.kind:
             raise ArgumentError(f"fishers: expected {self.kind} Fishers like the components, got {fishers.kind} ones")
         if fishers.parameters != self.parameters:

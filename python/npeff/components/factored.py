@@ -12,22 +12,34 @@ rank r by the singular values of X. As Φ is independent of the factors, ``‖E 
 
 Matrices for which projections would be no smaller are summed whole and cut by their singular values; what is no matrix,
 or would not be smaller as factors, is kept whole.
+
+Factors are adapters: ΔW = B A of rank r. An adapter holds weights of linear layers alone; what a vector has in
+embeddings, norms and biases is left out.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from safetensors.torch import save
+from torch import Tensor, nn
 
+from npeff.errors import ArgumentError, ModelError
 from npeff.models.parameters import Parameter, Parameters
+from npeff.storage.files import atomic, path_of
 
 Array = npt.NDArray[np.float32]
+MatrixFactors = tuple[Parameter, Array, Array]
+"""A matrix's parameter, left ``(n, r)`` and right ``(r, k)`` with orthonormal rows."""
 
 TESTS = 8
 """Columns of Φ: the estimate of a loss has a standard deviation of at most √(2/8) = 50 % of it."""
@@ -204,3 +216,88 @@ def truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         U, S, right = torch.linalg.svd(triangle, full_matrices=False)
         U, right = basis @ U, right[:, :rank]
     return U[:, :, :rank] * S[:, None, :rank], right
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------
+
+
+def write_adapter(
+    factors: Iterable[MatrixFactors],
+    about: Mapping[str, Any],
+    path: str | Path,
+    model: nn.Module,
+    rank: int,
+    scale: float,
+) -> float:
+    """Write a vector as a LoRA adapter in the format of ``peft``, ΔW = B A for every linear layer.
+
+    Args:
+        factors: Of the vector's matrices.
+        about: What the file says of the vector; JSON-able.
+        path: The folder.
+        model: The model that the adapter is for.
+        rank: Rank of the adapter.
+        scale: What ΔW is multiplied by.
+
+    Returns:
+        The squared norm of what the adapter holds.
+
+    Raises:
+        ArgumentError: ``scale`` is no number, ``path`` a file, or no parameter the weight of a linear layer.
+        ModelError: The model has other shapes than the vector.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not np.isfinite(scale):
+        raise ArgumentError(f"scale: expected a finite number, got {scale!r}")
+    folder = path_of(path)
+    if folder.exists() and not folder.is_dir():
+        raise ArgumentError(f"path: expected a folder to write, or none, but {folder} is a file")
+    inner = getattr(model, "_orig_mod", model)
+    layers = {f"{name}.weight": module for name, module in inner.named_modules() if _is_linear(module)}
+    tensors: dict[str, Tensor] = {}
+    names, turned, kept = [], [], 0.0
+    for parameter, left, right in factors:
+        if parameter.name not in layers:
+            continue
+        found = tuple(layers[parameter.name].weight.shape)
+        if found != parameter.shape:
+            raise ModelError(
+                f"model: {parameter.name} has the shape {found}, and in the components {parameter.shape}; give the "
+                "model of the Fishers"
+            )
+        kept += float(np.square(left.astype(np.float64)).sum())  # the rows of the right factor are orthonormal
+        names.append(parameter.name.removesuffix(".weight"))
+        turned.append(not isinstance(layers[parameter.name], nn.Linear))
+        A, B = (left.T, right.T) if turned[-1] else (right, left)
+        missing = rank - len(A)  # a small layer has no more singular values
+        for letter, factor in (("A", np.pad(A, ((0, missing), (0, 0)))), ("B", np.pad(B, ((0, 0), (0, missing))))):
+            step = np.ascontiguousarray(factor if letter == "A" else factor * np.float32(scale))
+            tensors[f"base_model.model.{names[-1]}.lora_{letter}.weight"] = torch.from_numpy(step)
+    if not tensors:
+        raise ArgumentError(
+            "model: none of the components' parameters is the weight of a linear layer of it, so there is nothing that "
+            "an adapter could hold; give the model of the Fishers, or take components.state_dict(j)"
+        )
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(inner, "name_or_path", None) or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": all(turned),
+        "target_modules": names,
+        "inference_mode": True,
+    }
+    about = {**about, "scale": float(scale), "share_of_squared_norm": kept}
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic(folder / "adapter_model.safetensors") as scratch:
+        scratch.write_bytes(save(tensors, {"format": "pt", "npeff": json.dumps(about)}))
+    with atomic(folder / "adapter_config.json") as scratch:
+        scratch.write_text(json.dumps(config, indent=2) + "\n")
+    return kept
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether an adapter can hold its weight: ``nn.Linear``, or the ``Conv1D`` of GPT-2, whose weight is (in, out)."""
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))

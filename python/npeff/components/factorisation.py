@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from npeff.components.factored import assemble, slots, squared_norm
+from npeff.components.factored import FactorSlot, MatrixFactors, assemble, slots, squared_norm, truncated
 from npeff.errors import ArgumentError
 from npeff.fishers.block_weights import column_factors
 from npeff.fishers.file_format import example_arrays
@@ -283,6 +284,26 @@ class Factorisation:
         """Give the rank, and component j's factored vector ``(p,)``, of norm 1 with what the factors lose."""
         assert self.factored is not None and self.factored_vectors is not None and self.rank is not None
         return self.rank, self.factored_vectors[int(np.flatnonzero(self.factored == j)[0])]
+
+    def matrix_factors(self, j: int, rank: int) -> Iterator[MatrixFactors]:
+        """Iterate over the best factors of every matrix of component j's vector, of rank ``rank`` or less."""
+        if self.known_as_factors_alone(j):
+            stored = self.factored_vector(j)
+            vector, laid = stored[1], slots(self.parameters, stored[0])
+        else:
+            vector = self.vector(j)
+            laid = [FactorSlot(parameter, parameter.offset, None) for parameter in self.parameters]
+        for slot in laid:
+            if len(slot.parameter.shape) != 2:
+                continue
+            if slot.rank is not None:
+                left, right = slot.factors(vector)
+                left, right = left[:, :rank], right[:rank]  # by descending singular value
+            else:
+                block = torch.from_numpy(vector[slot.offset : slot.offset + slot.numel].reshape(slot.size).copy())
+                factors = truncated(block[None].double(), rank)
+                left, right = (factor[0].float().numpy() for factor in factors)
+            yield slot.parameter, left, right
 
     def cosines(self) -> Array:
         """Compute the ``(r, r)`` |cos| between the vectors, as factorised."""

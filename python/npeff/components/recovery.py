@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.batches.batch_order import check_sampler
-from npeff.batches.batches import Batch, check_data
+from npeff.batches.batches import Batch
+from npeff.batches.reading import check_data, check_sampler
 from npeff.components.factored import assemble, scale_factored, slots, squared_norm
 from npeff.components.factorisation import Factorisation
 from npeff.components.row_sums import RowSums
-from npeff.errors import ArgumentError, DataError, ModelError
+from npeff.errors import ArgumentError, DataError, ModelError, check_integer
 from npeff.fishers.block_weights import column_factors
 from npeff.fishers.factors import Factors
 from npeff.fishers.options import FisherOptions, Sketch, sketch_of
 from npeff.fishers.passes import Run
 from npeff.gradients.eligibility import differ, placed, select_parameters
 from npeff.kernels import StreamingSketch
+from npeff.language.places import check_places
 from npeff.models.devices import available_bytes, format_bytes
 from npeff.models.parameters import Parameters, model_digest
 
@@ -54,6 +55,7 @@ def recover(
         ArgumentError: Nothing needs recovering, or the components do not say how.
         DataError: The data is not that of the Fishers.
         ModelError: The model is not that of the Fishers.
+        OutOfMemoryError: There is too little memory for a batch.
     """
     if components.compression not in ("sketch", "gram"):
         raise ArgumentError(
@@ -66,7 +68,8 @@ def recover(
             "expanded; recover the components before the expansion, or decompose all at once"
         )
     if rank is not None:
-        check_rank(rank)
+        check_integer("rank", rank)
+        rank = int(rank)
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
@@ -75,6 +78,7 @@ def recover(
     if about.get("model_digest") not in (None, model_digest(inner)):
         raise ModelError("model: its weights or modules are not those that the Fishers were computed from")
     check_sampler(data)
+    check_places(data, about, inner)
     with placed(inner, device) as place:
         selected = select_parameters(inner, about.get("options", {}).get("parameters"))
         if selected != components.parameters:
@@ -90,16 +94,6 @@ def recover(
             if work.complete:
                 break
         return _with_vectors(components, wanted, rank, *work.finish())
-
-
-def check_rank(rank: int) -> None:
-    """Refuse what is no rank.
-
-    Raises:
-        ArgumentError: It is none.
-    """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ArgumentError(f"rank: expected an integer ≥ 1, got {rank!r}")
 
 
 def _wanted(components: Factorisation, js: Iterable[int], rank: int | None) -> list[int]:

@@ -15,12 +15,11 @@ import numpy.typing as npt
 import torch
 
 from npeff.decomposition.subspace import DIMENSIONS
-from npeff.errors import ArgumentError, check_choice, check_integer, check_number
+from npeff.errors import ArgumentError, check_choice, check_integers, check_number
 from npeff.fishers.block_weights import BlockWeights
 from npeff.fishers.dense_rows import PART_BYTES
 from npeff.fishers.rows import Rows
-from npeff.fishers.scaling import Normalize
-from npeff.fishers.streamed_rows import DEVICE_PART_BYTES
+from npeff.fishers.scaling import DEVICE_PART_BYTES, Normalize
 from npeff.kernels.sparse import DENSE_BYTES
 from npeff.models import devices
 from npeff.models.devices import available_bytes, format_bytes, parse_bytes
@@ -93,8 +92,7 @@ class PublishedOptions:
 
     def __post_init__(self) -> None:
         check_number("learning_rate", self.learning_rate)
-        for name, least in (("g_only", 0), ("joint", 0), ("log_every", 1)):
-            check_integer(name, getattr(self, name), least)
+        check_integers(self, {"g_only": 0, "joint": 0, "log_every": 1})
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,7 @@ class DecomposeOptions:
 
     def __post_init__(self) -> None:
         least = {"n_components": 1, "seed": 0, "n_init": 1, "n_replacements": 0, "patience": 1, "max_iterations": 1}
-        for name, smallest in (least | {"min_nonzero_per_column": 1}).items():
-            check_integer(name, getattr(self, name), smallest)
+        check_integers(self, least | {"min_nonzero_per_column": 1})
         if self.seed >= 2**63:
             raise ArgumentError(f"seed: expected an integer below 2⁶³, got {self.seed}")
         check_choice("algorithm", self.algorithm, ("npeff", "published"))

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npeff.errors import ArgumentError, NpeffError, Terminated, WorkerError, ending_in_order
+from npeff.errors import ArgumentError, NpeffError, Terminated, WorkerError
+from npeff.storage.files import ending_in_order
 
 T = TypeVar("T")
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from npeff.decomposition.processes import LOCAL, Processes, normal_columns
 from npeff.errors import ArgumentError
 from npeff.fishers.rows import Rows
-from npeff.fishers.streamed_rows import DEVICE_PART_BYTES, ahead, device_combine, device_gram, device_project
+from npeff.fishers.scaling import DEVICE_PART_BYTES, ahead, device_combine, device_gram, device_project
 from npeff.models import devices
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.batches.batch_order import FixedOrder, Repeats
-from npeff.batches.batches import Batch, batch_digest, check_data
-from npeff.errors import ArgumentError, DataError, ResumeError, ending_in_order
+from npeff.batches.batches import Batch, batch_digest
+from npeff.batches.reading import FixedOrder, Repeats, check_data
+from npeff.errors import ArgumentError, DataError, ResumeError
 from npeff.fishers.block_weights import BlockWeights
 from npeff.fishers.exact_gram import exact_gram
 from npeff.fishers.factors import Factors
@@ -36,7 +36,7 @@ from npeff.kernels.streams import InOrder
 from npeff.language.places import places_of
 from npeff.models import devices
 from npeff.models.parameters import ModelWatch, Parameters
-from npeff.storage.files import check_target
+from npeff.storage.files import check_target, ending_in_order
 
 
 class EmptyShareError(DataError):
@@ -128,6 +128,7 @@ def compute_fishers(
             gradients; or the outputs are not what ``likelihood`` says.
         EmptyShareError: No batch falls to this share.
         ModelError: The model has no per-example gradients as it stands, fails on a batch, or changed during the work.
+        OutOfMemoryError: There is too little memory for a batch.
         ResumeError: ``out`` holds work on another model, other data or other options.
     """
     places = places_of(data)

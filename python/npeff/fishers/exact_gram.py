@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from npeff.batches.batch_order import FixedOrder, Repeats
 from npeff.batches.batches import Batch, batch_digest
+from npeff.batches.reading import FixedOrder, Repeats
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.layer_gram import LayerGram

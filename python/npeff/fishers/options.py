@@ -7,12 +7,13 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from npeff.errors import ArgumentError, StorageError
+from npeff.errors import ArgumentError, StorageError, check_integers
 from npeff.fishers.block_weights import BlockWeights, check_block_weights
 from npeff.fishers.rows import Kind
 from npeff.kernels.sketch import check_map
@@ -40,8 +41,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise ArgumentError(f"k: expected an integer ≥ 1, got {self.k!r}")
+        check_integers(self, {"k": 1})
 
     def describe(self, parameters: Parameters, most_rows: int) -> dict[str, Any]:
         """Describe the compression for the provenance, JSON-able; warn where ``k`` exceeds the entries there are.
@@ -80,6 +80,7 @@ class Sketch:
     nonzeros: int = 1
 
     def __post_init__(self) -> None:
+        check_integers(self, {"d": 1, "seed": 0, "nonzeros": 1})
         check_map(self.d, self.seed, self.nonzeros)
         if self.form not in ("flat", "kronecker"):
             raise ArgumentError(f"form: expected 'flat' or 'kronecker', got {self.form!r}")
@@ -171,6 +172,9 @@ class FisherOptions:
     memory: int | str | None = None
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        check_integers(self, {"rank": 1, "max_classes": 1, "n_samples": 1, "seed": 0, "max_examples": 1})
+
     @classmethod
     def recorded(cls, provenance: Mapping[str, Any]) -> FisherOptions:
         """The options that decided the cotangents of the Fishers with this provenance; the others are defaults."""
@@ -193,16 +197,12 @@ class FisherOptions:
                 raise ArgumentError(
                     f"{name}: expected one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}"
                 )
-        for name in ("rank", "max_classes", "n_samples"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ArgumentError(f"{name}: expected an integer ≥ 1, got {value!r}")
         for name, upper in (("energy", 1.0), ("min_prob", 1.0)):
             value = getattr(self, name)
             if value is not None and not 0 < value <= upper:
                 raise ArgumentError(f"{name}: expected a number in (0, 1], got {value!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ArgumentError(f"seed: expected an integer in [0, 2⁶³), got {self.seed!r}")
+        if self.seed >= 2**63:
+            raise ArgumentError(f"seed: expected an integer below 2⁶³, got {self.seed}")
         check_block_weights(self.block_weights)
         self._check_factor()
         self._check_compression()
@@ -210,10 +210,6 @@ class FisherOptions:
             raise ArgumentError(f"forward: expected callable(model, batch) -> logits, got {self.forward!r}")
         if self.out is not None and not isinstance(self.out, (str, os.PathLike)):
             raise ArgumentError(f"out: expected the path of a file, got {self.out!r}")
-        if self.max_examples is not None and (
-            isinstance(self.max_examples, bool) or not isinstance(self.max_examples, int) or self.max_examples < 1
-        ):
-            raise ArgumentError(f"max_examples: expected an integer ≥ 1, got {self.max_examples!r}")
         if self.share is not None and not _is_share(self.share):
             raise ArgumentError(f"share: expected (k, n) with 0 ≤ k < n, got {self.share!r}")
         if self.share is not None and isinstance(self.compress, GramOnly):
@@ -290,14 +286,16 @@ class FisherOptions:
         patterns = self.parameters
         described["parameters"] = [patterns] if isinstance(patterns, str) else None if patterns is None else [*patterns]
         if self.share is not None:
-            described["share"] = list(self.share)
+            described["share"] = [int(part) for part in self.share]
         most_rows = 1 if self.kind == "diagonal" else self.most_rows(n_outputs)
         described["compress"] = None if self.compress is None else self.compress.describe(parameters, most_rows)
         return described
 
 
 def _is_share(share: Any) -> bool:
-    whole = isinstance(share, tuple | list) and len(share) == 2 and all(type(part) is int for part in share)
+    if not isinstance(share, tuple | list) or len(share) != 2:
+        return False
+    whole = all(isinstance(part, Integral) and not isinstance(part, bool) for part in share)
     return whole and 0 <= share[0] < share[1]
 
 

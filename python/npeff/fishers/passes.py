@@ -18,7 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches.batches import OWN_BATCH, Batch, read_batches
+from npeff.batches.batches import Batch
+from npeff.batches.reading import read_batches
+from npeff.batches.tensor_trees import OWN_BATCH
 from npeff.errors import ArgumentError, DataError, NpeffError
 from npeff.fishers.block_weights import PilotEnergy, WeightedBlocks, given_weights
 from npeff.fishers.budget import Budget

@@ -1,6 +1,6 @@
 """Sparse rows (CSR), as top-k leaves them; and rows of any form put together from parts.
 
-All forms derive from :class:`~npeff.fishers.dense_rows.Rows`; :mod:`npeff.fishers.streamed_rows` reads rows part by
+All forms derive from :class:`~npeff.fishers.dense_rows.Rows`; :mod:`npeff.fishers.scaling` reads rows part by
 part.
 """
 

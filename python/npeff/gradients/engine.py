@@ -29,6 +29,7 @@ from npeff.gradients.graph import Graph, Value
 from npeff.gradients.rules import Found, Rule, Unsupported, find_uses
 from npeff.gradients.rules.base import Scratch
 from npeff.gradients.selfcheck import EVERY, Form, check_rules, misplaced, powers_of_two, rows_follow
+from npeff.models.devices import memory_explained
 from npeff.models.parameters import Parameter, Parameters
 
 _KNOWN_GRAPHS = 64
@@ -129,6 +130,7 @@ class PerExampleGradients:
 
         Raises:
             ModelError: The model was made under ``torch.inference_mode()``.
+            OutOfMemoryError: There is too little memory for a batch.
             RuntimeError: Whatever the work within raises.
         """
         before = [(tensor, tensor.requires_grad) for tensor in self.model.parameters()]
@@ -137,7 +139,7 @@ class PerExampleGradients:
             for tensor, _ in before:
                 if tensor.requires_grad != (id(tensor) in chosen):
                     tensor.requires_grad_(id(tensor) in chosen)
-            with torch.inference_mode(False), torch.enable_grad():
+            with memory_explained(), torch.inference_mode(False), torch.enable_grad():
                 yield
         except RuntimeError as error:
             if "inference tensor" in str(error).lower():

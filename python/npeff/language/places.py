@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from npeff.batches.batch_order import TokenBatches
-from npeff.batches.batches import IGNORED, Batch
-from npeff.errors import ArgumentError, DataError
-from npeff.language.texts import Ids, Text, Tokens, Where, continuation, finder, read_texts, tokenize
+from npeff.batches.batches import Batch
+from npeff.batches.places import IGNORED, TokenBatches
+from npeff.errors import ArgumentError, DataError, check_integer
+from npeff.language.texts import Text, read_texts
+from npeff.language.tokens import Ids, Tokens, Where, WordTokens, check_vocabulary, finder, tokenize
 from npeff.models.targets import load_tokenizer
 
 UNKNOWN = -1
@@ -110,8 +112,8 @@ class Places:
         padding_side: Literal["right", "left"] = "right",
     ) -> None:
         for name, value, least in (("context", context, 0), ("batch_tokens", batch_tokens, 1)):
-            if value is not None and (type(value) is not int or value < least):
-                raise ArgumentError(f"{name}: expected an integer ≥ {least}, got {value!r}")
+            if value is not None:
+                check_integer(name, value, least)
         if not isinstance(text_column, str):
             raise ArgumentError(f"text_column: expected the name of a column, got {text_column!r}")
         if padding_side not in ("right", "left"):
@@ -127,17 +129,17 @@ class Places:
         self._options = {
             "where": where,
             "answers": answers and list(answers),
-            "context": context,
+            "context": None if context is None else int(context),
             "text_column": text_column,
             "label_column": label_column,
-            "batch_tokens": batch_tokens,
+            "batch_tokens": int(batch_tokens),
             "sort": sort,
             "padding_side": padding_side,
         }
         self.answers = None if answers is None else tuple(answers)
         self.outputs: Ids | None = None
         self._context, self._left = context, padding_side == "left"
-        self._known: dict[tuple[int, str], int] = {}  # the token of a word after another token
+        self._words = WordTokens(tokenizer)
         self._texts = read_texts(texts, text_column, label_column)
         find = finder(where, tokenizer)
         sequences = []
@@ -149,6 +151,7 @@ class Places:
                 sequences += self._sequences(number, tokens, positions)
         if not sequences:
             raise DataError(f"where: {where!r} finds no place in any of the {len(self._texts)} texts")
+        self._words.warn("label_column" if answers is None else "answers", stacklevel=2)
         lengths = [len(sequence.ids) for sequence in sequences]
         if (longest := max(lengths)) > batch_tokens:
             source = self._texts[sequences[lengths.index(longest)].text].source
@@ -205,7 +208,15 @@ class Places:
         described = {"tokenizer": getattr(self.tokenizer, "name_or_path", ""), **self._options}
         if callable(described["where"]):
             described["where"] = None
-        return described | {"n_examples": self.n_examples, "digest": self._digest(self.n_examples)}
+        digests = {"vocabulary": self._vocabulary, "digest": self._digest(self.n_examples)}
+        return described | {"n_examples": self.n_examples, **digests}
+
+    @cached_property
+    def _vocabulary(self) -> str:
+        """Compute blake2b of the tokenizer's tokens and their numbers, without tokens that were added to it later."""
+        size, every = self.tokenizer.vocab_size, self.tokenizer.get_vocab().items()
+        tokens = sorted((int(number), token) for token, number in every if number < size)
+        return hashlib.blake2b(repr(tokens).encode(), digest_size=16).hexdigest()
 
     def check_same(self, description: Mapping[str, Any]) -> None:
         """Check that these places begin as those that :meth:`describe` described; fewer than those pass unchecked.
@@ -239,7 +250,8 @@ class Places:
         Raises:
             ArgumentError: They were found by a callable, or there is no such tokenizer.
         """
-        options = {name: value for name, value in description.items() if name not in ("n_examples", "digest")}
+        digests = "n_examples", "vocabulary", "digest"
+        options = {name: value for name, value in description.items() if name not in digests}
         tokenizer = options.pop("tokenizer")
         if options["where"] is None:
             raise ArgumentError(
@@ -253,16 +265,7 @@ class Places:
         Raises:
             ArgumentError: The tokenizer has more tokens than the model, or a sequence is longer than the model's limit.
         """
-        try:
-            embedding = getattr(model, "get_input_embeddings", lambda: None)()
-        except NotImplementedError:  # of models of transformers that have none
-            embedding = None
-        known = getattr(embedding, "num_embeddings", None)
-        if known is not None and len(self.tokenizer) > known:
-            raise ArgumentError(
-                f"tokenizer: it has {len(self.tokenizer)} tokens, and {type(model).__name__} embeds {known}; pass the "
-                "tokenizer of this model, or resize its embeddings: model.resize_token_embeddings(len(tokenizer))"
-            )
+        check_vocabulary(model, self.tokenizer)
         limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         longest = max(self._sequences_read, key=lambda sequence: len(sequence.ids))
         if limit is not None and len(longest.ids) > limit:
@@ -312,7 +315,7 @@ class Places:
         labels = np.full(len(tokens.ids), IGNORED, np.int64)
         following = np.where(np.append(own[1:], False), np.append(tokens.ids[1:], 0), UNKNOWN)
         # A masked token is not followed by what it stands for.
-        labels[positions] = np.where(tokens.ids[positions] == self._mask, UNKNOWN, following[positions])
+        labels[positions] = np.where(tokens.ids[positions] == self._words.mask, UNKNOWN, following[positions])
         if self.answers is not None:
             outputs = self._answer_tokens(tokens, positions)
             known, at = (labels[positions, None] == outputs).nonzero()
@@ -329,11 +332,6 @@ class Places:
             found.append(_Sequence(number, kept, tokens.ids[kept], only))
         return found
 
-    @property
-    def _mask(self) -> int:
-        mask = getattr(self.tokenizer, "mask_token_id", None)
-        return -1 if mask is None else int(mask)
-
     def _class(self, given: Any, text: Text, tokens: Tokens, position: int) -> int:
         """The class that a label of the texts' source stands for.
 
@@ -344,7 +342,7 @@ class Places:
         if self.answers is None:
             if not isinstance(given, str):
                 raise ArgumentError(f"{what}: expected the word that comes next, got {given!r}; numbers need answers=")
-            return self._token(given, tokens, position, what)
+            return self._words.after(tokens, position, given, what)
         if isinstance(given, str) and given in self.answers:
             return self.answers.index(given)
         words = [word.strip() for word in self.answers]
@@ -372,7 +370,7 @@ class Places:
         """
         assert self.answers is not None
         for p in positions[np.unique(tokens.ids[positions], return_index=True)[1]].tolist():
-            found = np.array([self._token(word, tokens, p, "answers") for word in self.answers], np.int64)
+            found = np.array([self._words.after(tokens, p, word, "answers") for word in self.answers], np.int64)
             if self.outputs is None:
                 self.outputs = found
             if len(set(found.tolist())) < len(found) or (found != self.outputs).any():
@@ -383,16 +381,54 @@ class Places:
         assert self.outputs is not None
         return self.outputs
 
-    def _token(self, word: str, tokens: Tokens, position: int, what: str) -> int:
-        """The token that a word is after a place, or in place of a masked token."""
-        last = int(tokens.ids[position])
-        before = "" if last == self._mask else tokens.text[: tokens.spans[position, 1]]
-        key = last, word
-        if key not in self._known:
-            self._known[key] = continuation(self.tokenizer, before, word, what)
-        return self._known[key]
-
 
 def places_of(data: object) -> Places | None:
     """The places that data are, or that a wrapper holds as ``data``; None for other data."""
     return next((found for found in (data, getattr(data, "data", None)) if isinstance(found, Places)), None)
+
+
+def check_places(data: object, about: Mapping[str, Any], model: nn.Module | None = None) -> None:
+    """Check that places are those that Fishers were computed from, as far as these are on record, and fit the model.
+
+    Args:
+        data: Any data; what are no places passes.
+        about: The provenance of the Fishers.
+        model: The model.
+
+    Raises:
+        ArgumentError: The model does not take these tokens, or as many.
+        DataError: They are other places.
+    """
+    if (places := places_of(data)) is None:
+        return
+    if model is not None:
+        places.check_model(model)
+    if (described := about.get("places")) is not None:
+        places.check_same(described)
+
+
+def check_same_outputs(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Check that what two provenances describe predicts among the same tokens, as far as that is on record.
+
+    Args:
+        theirs: The provenance of Fishers.
+        ours: The provenance of the Fishers of components.
+
+    Raises:
+        ArgumentError: The answers, or the tokenizers, differ; both are named.
+    """
+    given, own = theirs.get("places"), ours.get("places")
+    if given is None or own is None:
+        return
+    if given["answers"] != own["answers"]:
+        said, wanted = ("all tokens" if words is None else str(words) for words in (given["answers"], own["answers"]))
+        raise ArgumentError(
+            f"fishers: expected the answers of the components, {wanted}, got {said}; compute them with the same "
+            "answers= in the same order"
+        )
+    if given.get("vocabulary", "") != own.get("vocabulary", ""):
+        said, wanted = (repr(one["tokenizer"]) if one["tokenizer"] else "one without a name" for one in (given, own))
+        raise ArgumentError(
+            f"fishers: expected the tokens of the components' tokenizer, {wanted}, got those of {said}, which has "
+            "others; make the places with the same tokenizer"
+        )

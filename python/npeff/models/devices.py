@@ -7,12 +7,14 @@ import ctypes
 import gc
 import re
 import threading
+from collections.abc import Iterator
+from numbers import Integral
 from types import TracebackType
 
 import psutil
 import torch
 
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, OutOfMemoryError
 
 _POWERS = {letter: power for power, letter in enumerate(" kmgt")}
 
@@ -60,8 +62,8 @@ def parse_bytes(amount: int | str, name: str = "memory") -> int:
             value = int(float(found.group(1)) * base ** _POWERS[found.group(2) or " "])
             if value > 0:
                 return value
-    elif isinstance(amount, int) and not isinstance(amount, bool) and amount > 0:
-        return amount
+    elif isinstance(amount, Integral) and not isinstance(amount, bool) and amount > 0:
+        return int(amount)
     raise ArgumentError(f"{name}: expected a number of bytes such as 4_000_000_000, '4GB' or '512MiB', got {amount!r}")
 
 
@@ -83,6 +85,32 @@ def available_bytes(device: torch.device | None = None) -> int:
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     return int(psutil.virtual_memory().available)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that torch found no memory; on the CPU it has no type of its own."""
+    said = "DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory"
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """Within it, an error about missing memory says what to do.
+
+    Raises:
+        OutOfMemoryError: torch found no memory.
+        RuntimeError: Any other that is raised within.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OutOfMemoryError(
+            f"memory: there is too little for a batch ({said}); give smaller batches (of texts, batch_tokens=), or "
+            "where Fishers are computed memory='2GB', which cuts batches, less than now if it was given"
+        ) from error
 
 
 def return_freed_memory() -> None:

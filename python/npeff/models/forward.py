@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from npeff.batches.batches import Batch
 from npeff.batches.tensor_trees import leaves, shown
 from npeff.errors import DataError, ModelError, NpeffError
+from npeff.models.devices import is_out_of_memory
 
 OVER_CLASSES = ("categorical", "probabilities")
 """Likelihoods of one distribution over classes."""
@@ -40,10 +42,14 @@ def _run(model: nn.Module, inputs: Any, n_logits: int | None) -> Any:
     return model(*inputs) if several else model(inputs)
 
 
+_KEEPS_LAST: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Of models whose ``logits_to_keep`` was tried, whether it keeps the last positions."""
+
+
 def _logits_wanted(model: nn.Module, batch: Batch) -> int | None:
     """Count the positions from the first place on, for language models that make logits of the last ones alone.
 
-    None where all logits are made: the first position is a place, or the model has no argument for it.
+    None where all logits are made: the first position is a place, the model has no argument for it, or keeps others.
     """
     if batch.places is None or not isinstance(batch.content, Mapping) or "logits_to_keep" in batch.content:
         return None
@@ -55,7 +61,38 @@ def _logits_wanted(model: nn.Module, batch: Batch) -> int | None:
         first = int(batch.places[:, 1].min())
     except RuntimeError:  # within vmap places have no values
         return None
-    return batch.n_positions - first if first else None
+    if not first:
+        return None
+    wanted = batch.n_positions - first
+    if called not in _KEEPS_LAST:
+        _KEEPS_LAST[called] = _keeps_last(model, batch, wanted)
+    return wanted if _KEEPS_LAST[called] else None
+
+
+@torch.no_grad()
+def _keeps_last(model: nn.Module, batch: Batch, n: int) -> bool:
+    """Whether ``logits_to_keep=n`` keeps the last n positions: those of n + 1 without the first.
+
+    One sequence is tried. The logits count as others where they are farther from these than half of what the logits of
+    neighbouring positions differ by.
+    """
+    one = batch.take(batch.one_each()[:1]) if batch.sliceable else batch
+    fewer, more = (_logits_in(_run(model, one.fresh().inputs, keep)) for keep in (n, n + 1))
+    if not isinstance(fewer, Tensor) or not isinstance(more, Tensor) or fewer.dim() != 3 or more.dim() != 3:
+        return True  # refused once all examples are there
+    if (fewer.shape[1], more.shape[1]) != (n, n + 1):
+        return True
+    last, neighbours = more[:, 1:], float((more[:, 1:] - more[:, :-1]).abs().max())
+    rounding = 8 * torch.finfo(more.dtype).eps * float(more.abs().max()) if more.is_floating_point() else 0.0
+    return not float((fewer - last).abs().max()) > max(neighbours / 2, rounding)
+
+
+def _logits_in(output: Any) -> Any:
+    """What stands for the logits in a model's output."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", output)
+    if isinstance(logits, Mapping):
+        logits = logits.get("logits")
+    return logits[0] if isinstance(logits, (tuple, list)) and len(logits) == 1 else logits
 
 
 def _failure(error: Exception, forward: object, batch: Batch) -> str:
@@ -92,21 +129,18 @@ def call_model(
         ModelError: The model, or ``forward``, raised an error.
     """
     source = "the model" if forward is None else "forward="
-    given, n_logits = batch.fresh(), None if forward is not None else _logits_wanted(model, batch)
+    given, n_logits = batch.fresh(), None
     try:
         with _one_function():
+            n_logits = None if forward is not None else _logits_wanted(model, batch)
             output = _run(model, given.inputs, n_logits) if forward is None else forward(model, given.content)
     except Exception as error:
         # Inference tensors have an explanation of their own, see PerExampleGradients.recording.
         explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
-        if explained or isinstance(error, (NpeffError, MemoryError, torch.OutOfMemoryError)):
+        if explained or isinstance(error, (NpeffError, MemoryError)) or is_out_of_memory(error):
             raise
         raise ModelError(_failure(error, forward, batch)) from error
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", output)
-    if isinstance(logits, Mapping):
-        logits = logits.get("logits")
-    if isinstance(logits, (tuple, list)) and len(logits) == 1:
-        logits = logits[0]
+    logits = _logits_in(output)
     if not isinstance(logits, Tensor):
         head = (
             "load it with its head, as AutoModelForCausalLM does, or " if hasattr(output, "last_hidden_state") else ""

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from npeff.batches.batches import Batch, check_data, read_batches
+from npeff.batches.batches import Batch
+from npeff.batches.reading import check_data, read_batches
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.options import FisherOptions, Likelihood

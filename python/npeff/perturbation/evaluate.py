@@ -14,14 +14,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches.batch_order import check_sampler
 from npeff.batches.batches import Batch
+from npeff.batches.reading import check_sampler
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.factors import check_meaning
 from npeff.fishers.logits import Logits
 from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible, placed
+from npeff.language.places import check_places
+from npeff.models.devices import memory_explained
 from npeff.models.forward import OVER_CLASSES, call_model
 from npeff.models.parameters import model_digest
 from npeff.perturbation import outputs
@@ -83,6 +85,7 @@ class Evaluator:
         options: PerturbOptions,
     ) -> None:
         forward = options.forward
+        check_places(data, components.provenance.get("fishers") or {}, model)
         self.model, self.parameters, self.device = model, components.parameters, device
         self.likelihood, self.forward = likelihood, forward
         ids, first = np.unique(components.ids[rows], return_index=True)
@@ -110,7 +113,7 @@ class Evaluator:
 
     def call(self, batch: Batch) -> Tensor:
         """Outputs on a batch, without a graph."""
-        with torch.no_grad():
+        with torch.no_grad(), memory_explained():
             return call_model(self.model, self.forward, batch, self.likelihood).detach()
 
     def _measure_own(self, stored: Logits) -> None:

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches.batches import Batch, batch_digest, check_data, read_batches
+from npeff.batches.batches import Batch, batch_digest
+from npeff.batches.reading import check_data, read_batches
 from npeff.errors import ArgumentError, DataError, NpeffError
 from npeff.gradients.eligibility import differ
-from npeff.language.places import Places
+from npeff.language.places import Places, check_places
 
 Array = npt.NDArray[Any]
 
@@ -70,7 +71,7 @@ class SelectedExamples:
         device: The device of the model.
         call: Runs the model on a batch.
         any_layout: Batches may have any structure, because ``forward=`` is given.
-        places: As for :func:`npeff.batches.batches.read_batch`.
+        places: As for :func:`npeff.batches.reading.read_batch`.
         held_bytes: Bytes that may be held in memory.
 
     Raises:
@@ -227,7 +228,7 @@ def unrelated_batches(
         model: The model.
         tokenizer: Reads texts; None where the examples' data has none.
         device: Where the batches go.
-        any_layout: As for :func:`npeff.batches.batches.read_batches`.
+        any_layout: As for :func:`npeff.batches.reading.read_batches`.
         places: Likewise.
 
     Raises:
@@ -236,17 +237,20 @@ def unrelated_batches(
     """
     if data is None:
         return []
-    if isinstance(data, str | os.PathLike) or (isinstance(data, Sequence) and any(isinstance(d, str) for d in data)):
-        if tokenizer is None:
-            raise ArgumentError(
-                "unrelated: got texts, and the data has no tokenizer to read them with; pass "
-                "data=npeff.language.Places(tokenizer, …), or for unrelated batches whose labels are the next tokens"
-            )
-        try:
+    texts = isinstance(data, str | os.PathLike) or (
+        isinstance(data, Sequence) and any(isinstance(d, str) for d in data)
+    )
+    if texts and tokenizer is None:
+        raise ArgumentError(
+            "unrelated: got texts, and the data has no tokenizer to read them with; pass "
+            "data=npeff.language.Places(tokenizer, …), or for unrelated batches whose labels are the next tokens"
+        )
+    try:
+        if texts:
             data = Places(tokenizer, data, where="every", batch_tokens=MOST_TOKENS)
-            data.check_model(model)
-        except NpeffError as error:
-            raise type(error)(f"unrelated: {error}") from error
+        check_places(data, {}, model)
+    except NpeffError as error:
+        raise type(error)(f"unrelated: {error}") from error
     batches = list(read_batches(check_data(data), device, any_layout, places))
     if not batches or any(batch.labels is None for batch in batches):
         what = "it yielded no batches" if not batches else "its batches have no labels"

@@ -24,8 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches.batch_order import check_sampler
-from npeff.batches.batches import read_batches
+from npeff.batches.reading import check_sampler, read_batches
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from npeff.components.components import Components
-from npeff.errors import ArgumentError, check_integer, check_number
+from npeff.errors import ArgumentError, check_integers, check_number
 from npeff.fishers.options import Likelihood
 
 Array = npt.NDArray[Any]
@@ -121,9 +121,7 @@ class PerturbOptions:
         for value in self.lambdas:
             _share("lam", value, open_ends=True)
         _share("floor", self.floor)
-        for name in ("n_random", "curve", "n_resamples", "seed"):
-            check_integer(name, getattr(self, name), 0)
-        check_integer("n_tokens", self.n_tokens)
+        check_integers(self, {"n_random": 0, "curve": 0, "n_resamples": 0, "seed": 0, "n_tokens": 1})
         if isinstance(self.prompts, int | np.integer):
             _whole("prompts", self.prompts, 0, "texts, or a number of examples ≥ 0")
         elif not all(isinstance(text, str) for text in self.prompts or ()):

@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from npeff.batches.batches import Batch
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.options import Likelihood
+from npeff.language.tokens import check_vocabulary, prompt_ids
+from npeff.models.devices import is_out_of_memory
 from npeff.perturbation.effect import Continuation
 from npeff.perturbation.examples import BatchSlice
 from npeff.perturbation.weights import TensorsByName, Weights
@@ -212,7 +214,7 @@ class Derivative:
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
                 return jvp(lambda moved: functional_call(self._callable, moved, (batch,)), (at,), (along,))[1].detach()
         except (NotImplementedError, RuntimeError) as error:  # ModelError is a RuntimeError too
-            if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             return None
 
@@ -283,9 +285,13 @@ class Writer:
                 "prompts: the data has no tokenizer to read them with; pass data=npeff.language.Places(tokenizer, …), "
                 "or data with an attribute tokenizer"
             )
+        try:
+            check_vocabulary(model, tokenizer)
+        except ArgumentError as error:
+            raise ArgumentError(f"prompts: {error}") from error
         for text in () if isinstance(prompts, int | np.integer) else [prompts] if isinstance(prompts, str) else prompts:
             try:
-                tokens = tokenizer(text, return_tensors="pt")["input_ids"].long()
+                tokens = torch.from_numpy(prompt_ids(tokenizer, text))[None]
             except (TypeError, ValueError) as error:
                 raise DataError(f"prompts: the tokenizer fails on {text!r}: {type(error).__name__}: {error}") from error
             if self._room(tokens) < 1:

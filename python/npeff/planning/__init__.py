@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from npeff.batches.batches import check_data, read_batches
+from npeff.batches.reading import check_data, read_batches
 from npeff.errors import ArgumentError, DataError, check_integer
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.options import Compression, GramOnly, Sketch, TopK

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from npeff.batches.batches import read_batches
+from npeff.batches.reading import read_batches
 from npeff.decomposition.options import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
 from npeff.decomposition.subspace import DIMENSIONS
 from npeff.fishers.computation import compute_fishers

@@ -13,12 +13,13 @@ import numpy.typing as npt
 from npeff.components.components import Components
 from npeff.errors import ArgumentError
 from npeff.gradients.eligibility import BLOCKS
+from npeff.language.places import check_places
 from npeff.perturbation.effect import Prediction
 from npeff.reports.evidence import INFLUENCES, PUSHED, Given, TrustSummary
 from npeff.reports.examples import Gallery
 from npeff.reports.extras import Extras
 from npeff.reports.layout import Heads, StrategyNode, check_heads, map_positions, tree_of
-from npeff.reports.places import TAIL, ReadablePlaces, check_places
+from npeff.reports.places import TAIL, ReadablePlaces
 from npeff.reports.summary import (
     ClassNames,
     ComponentSummary,
@@ -339,7 +340,7 @@ def collect_report_data(
         DataError: The data ends early, or its labels are not those of the decomposed examples.
     """
     names = options.names(data, components)
-    check_places(data, components)
+    check_places(data, components.provenance.get("fishers") or {})
     given = Extras.of(vars(options), components.n_components, len(components.coefficients))
     selection = components.provenance.get("selection")
     if selection is not None and not given.trust.held_out:  # of npeff decompose --select

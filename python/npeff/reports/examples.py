@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from npeff.batches.batches import Batch, looks_like_image, read_batch
+from npeff.batches.batches import Batch
+from npeff.batches.reading import looks_like_image, read_batch
 from npeff.batches.tensor_trees import leaves
 from npeff.errors import ArgumentError, DataError
 from npeff.reports.figures import (

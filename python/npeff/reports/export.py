@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 
 from npeff.components.components import Components
 from npeff.errors import ArgumentError
+from npeff.language.places import check_places
 from npeff.reports.data import ReportOptions, heading
 from npeff.reports.examples import Gallery, RawExample
 from npeff.reports.figures import Pixels, full_colour, picture_of, strip
 from npeff.reports.html import environment
-from npeff.reports.places import check_places
 from npeff.reports.summary import (
     ClassNames,
     ComponentSummary,
@@ -81,7 +81,7 @@ class TopExamples:
             DataError: The data ends early, or its labels are not those of the decomposed examples.
         """
         names = options.names(data, components)
-        check_places(data, components)
+        check_places(data, components.provenance.get("fishers") or {})
         for j in chosen:
             if isinstance(j, bool) or not hasattr(j, "__index__") or not 0 <= j < components.n_components:
                 raise ArgumentError(f"j: expected a component below {components.n_components}, got {j!r}")

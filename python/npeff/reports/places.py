@@ -15,9 +15,7 @@ import numpy.typing as npt
 import torch
 
 from npeff.batches.batches import Batch
-from npeff.components.components import Components
 from npeff.errors import DataError
-from npeff.language.places import places_of
 from npeff.reports.summary import TopExample, spaced, visible
 
 Array = npt.NDArray[Any]
@@ -115,17 +113,6 @@ class PlaceText:
         text = "".join(self.tokens[: self.index + 1])
         words = WORD.findall(visible(text[-REACH:]))
         return words[1 if len(text) > REACH else 0 :][-NEAR:]
-
-
-def check_places(data: object, components: Components) -> None:
-    """Check that places are those that the components' Fishers were computed from, as far as they are on record.
-
-    Raises:
-        DataError: They are others.
-    """
-    described, places = (components.provenance.get("fishers") or {}).get("places"), places_of(data)
-    if described is not None and places is not None:
-        places.check_same(described)
 
 
 def read_places(

@@ -1,25 +1,31 @@
-"""Files that appear whole or not at all: temporary names, fsync, rename, locks; what a full disk means."""
+"""Files that appear whole or not at all: temporary names, fsync, rename, locks; what a full disk means.
+
+Work whose files grow while it is done is told of the system's signals by an error, so that it saves what is open.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
-import math
 import mmap
 import os
 import re
+import signal
 import socket
 import stat
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from types import FrameType
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
+from npeff.errors import ArgumentError, NpeffError, StorageError, Terminated
 
-from npeff.errors import ArgumentError, NpeffError, StorageError
+if TYPE_CHECKING:  # the command line imports this module to answer --help at once
+    import numpy.typing as npt
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _HANDLES = {errno.EMFILE, errno.ENFILE}
@@ -299,29 +305,6 @@ def reserve(file: IO[bytes], size: int) -> None:
         file.truncate(size)
 
 
-def scratch_array(beside: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, kept: str) -> npt.NDArray[Any]:
-    """Make an array of zeros in a temporary file that vanishes with the array.
-
-    Args:
-        beside: The file that the array is for; the temporary file lies in the same folder, and has no name.
-        shape: Of the array.
-        dtype: Of the array.
-        kept: A sentence about what is safe, should the disk be full; see :func:`explain`.
-
-    Raises:
-        StorageError: The disk does not hold the array.
-    """
-    if 0 in shape:
-        return np.zeros(shape, dtype)
-    try:
-        with tempfile.TemporaryFile(dir=beside.resolve().parent) as file:
-            reserve(file, np.dtype(dtype).itemsize * math.prod(shape))
-            return np.memmap(file, dtype, "r+", shape=shape)
-    except OSError as error:
-        failure = explain(beside, error, kept)
-        raise failure from error
-
-
 class Lock:
     """A lock file that one process at a time may hold; the system drops it when that process dies.
 
@@ -391,3 +374,44 @@ def forget(*arrays: npt.NDArray[Any]) -> None:
         if base is not None and hasattr(base, "madvise"):
             with contextlib.suppress(OSError, ValueError):
                 base.madvise(mmap.MADV_DONTNEED)
+
+
+# ---- a system that tells the process to end ------------------------------------------------------------------------
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+TOGETHER = 5.0
+"""Seconds within which further signals count as the same: they would interrupt the saving."""
+
+
+@contextlib.contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into an error in the main thread; at the end, restore the handlers of before.
+
+    A signal that the program handles itself, or ignores (``nohup``), is left to it. Where the caller is another thread
+    nothing changes: Python handles signals in the main thread alone.
+
+    Raises:
+        Terminated: One of the signals came.
+    """
+    owner, last = os.getpid(), -math.inf
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        if os.getpid() != owner:  # a child that was forked meanwhile ends as it would have
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif time.monotonic() - last > TOGETHER:
+            last = time.monotonic()
+            raise Terminated(number, f"told to end ({signal.Signals(number).name})")
+
+    taken = []
+    if threading.current_thread() is threading.main_thread():
+        taken = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in taken:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from npeff.errors import ArgumentError, StorageError
 from npeff.storage.container import FORMAT, FORMAT_VERSION, check_replaceable, package_version
-from npeff.storage.files import atomic
+from npeff.storage.files import atomic, explain, reserve
 from npeff.storage.hdf5 import CHUNK_BYTES, as_bytes
 
 Array = npt.NDArray[Any]
@@ -244,3 +245,26 @@ def write_record(path: Path | str, content: str, arrays: Mapping[str, Array | Da
     with atomic(path) as scratch:
         write_container(scratch, content, data, {})
     return path
+
+
+def scratch_array(beside: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, kept: str) -> Array:
+    """Make an array of zeros in a temporary file that vanishes with the array.
+
+    Args:
+        beside: The file that the array is for; the temporary file lies in the same folder, and has no name.
+        shape: Of the array.
+        dtype: Of the array.
+        kept: A sentence about what is safe, should the disk be full; see :func:`npeff.storage.files.explain`.
+
+    Raises:
+        StorageError: The disk does not hold the array.
+    """
+    if 0 in shape:
+        return np.zeros(shape, dtype)
+    try:
+        with tempfile.TemporaryFile(dir=beside.resolve().parent) as file:
+            reserve(file, np.dtype(dtype).itemsize * math.prod(shape))
+            return np.memmap(file, dtype, "r+", shape=shape)
+    except OSError as error:
+        failure = explain(beside, error, kept)
+        raise failure from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from npeff import kernels
-from npeff.batches.batches import examples_at, read_batch
+from npeff.batches.reading import examples_at, read_batch
 from npeff.companions.influence.estimator import Array, CrossLossInfluence, Scores
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, ModelError, check_choice

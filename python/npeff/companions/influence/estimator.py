@@ -37,8 +37,8 @@ from npeff.gradients.rules.base import working
 from npeff.models.parameters import model_digest
 from npeff.storage.checks import FLOAT, Field, Sizes, item
 from npeff.storage.container import check_replaceable, read_record, refuse_npeff_file
-from npeff.storage.files import atomic, path_of, scratch_array
-from npeff.storage.writing import write_record
+from npeff.storage.files import atomic, path_of
+from npeff.storage.writing import scratch_array, write_record
 
 Array = npt.NDArray[Any]
 Direction = Literal["raises", "lowers", "both"]

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches.batch_order import check_sampler
-from npeff.batches.batches import Batch, check_data, read_batches
+from npeff.batches.batches import Batch
+from npeff.batches.reading import check_data, check_sampler, read_batches
 from npeff.batches.tensor_trees import leaves
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError, check_number
 from npeff.gradients.blocks import Block, Pairs
@@ -112,7 +112,7 @@ class RepeatableData:
         check_sampler(data, name)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches, as read by :func:`npeff.batches.batches.read_batches`; a sequence is one example.
+        """Yield batches, as read by :func:`npeff.batches.reading.read_batches`; a sequence is one example.
 
         Raises:
             DataError: There are none.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from npeff.batches.batches import examples_at
+from npeff.batches.reading import examples_at
 from npeff.companions.linearize.linear_map import Forward, linearize, model_output
 from npeff.companions.linearize.recording import Frozen, plain_operations
 from npeff.components.components import Components

@@ -15,8 +15,7 @@ from npeff.errors import ArgumentError, ModelError, StorageError, check_integer,
 from npeff.short_repr import short_repr
 from npeff.storage.checks import FLOAT, Field, Sizes, expect, item, refuse
 from npeff.storage.container import check_replaceable, read_record
-from npeff.storage.files import scratch_array
-from npeff.storage.writing import write_record
+from npeff.storage.writing import scratch_array, write_record
 
 Array = npt.NDArray[Any]
 CONTENT = "rollback"
