@@ -179,7 +179,7 @@ def _draw(linear: LinearMap, output: int, path: Path) -> None:
     """Draw the row of W and the contributions of the input: beside a picture as pictures, otherwise as bars."""
     from matplotlib.figure import Figure
 
-    from npeff.batches.batches import looks_like_image
+    from npeff.batches.reading import looks_like_image
     from npeff.storage.files import atomic
 
     maps = {f"output {output}: W": linear.W[0, 0], f"output {output}: W∘x": linear.contributions()[0, 0]}

@@ -209,7 +209,7 @@ class Gallery:
             start, rest = excerpt(found["text"])
             return {**base, "kind": "text", "start": start, "rest": rest}
         more = f"; values {found['values']}" if found["kind"] == "values" else ""
-        return {**base, **found, "alt": base["alt"] + more}
+        return {**base, **found, "alt": f"{base['alt']}{more}"}
 
     def thumbs(self, tops: Iterable[TopExample]) -> bytes | None:
         """Return thumbnails of image examples as one picture; None without images."""
