@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from npeff.batches.batches import Batch
-from npeff.companions.influence.objective import TrainingObjective, call_loss, check_finite, dense_rows
+from npeff.companions.influence.losses import call_loss, check_finite
+from npeff.companions.influence.objective import TrainingObjective, dense_rows
 from npeff.companions.influence.solvers import Inverse, Solver, dense_inverse
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.gradients.engine import PerExampleGradients, Prepared
