@@ -30,7 +30,7 @@ class TrainingObjective:
         model: The model, in evaluation mode.
         loss: Per-example loss.
         data: The examples.
-        parameters: The selected parameters' places in the flat vector of length m.
+        parameters: The selected parameters and their positions in the flat vector of length m.
         weight_decay: w; the coefficient of ½‖θ‖² in what was trained.
         memory: Bytes that Hessian products may take beside their vectors.
         name: The loss's name, for messages.

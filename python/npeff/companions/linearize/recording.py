@@ -103,8 +103,8 @@ class Program:
         self.held = [held for n in sorted(reached) if (held := steps[n].held)]
         self.depends = 0 in live
         kept = sorted(live | {0})
-        place = {number: i for i, number in enumerate(kept)}
-        self.steps = [replace(s, inputs=tuple(place[i] for i in s.inputs)) for s in (steps[number] for number in kept)]
+        new = {number: i for i, number in enumerate(kept)}
+        self.steps = [replace(s, inputs=tuple(new[i] for i in s.inputs)) for s in (steps[number] for number in kept)]
         self._last_use = {i: number for number, step in enumerate(self.steps) for i in step.inputs}
         self._constants = list(constants)
 
@@ -199,9 +199,9 @@ class _Memory:
         """
         offset, shape, stride, dtype = self.whole
         count = torch.Size(shape).numel()
-        places = torch.full((self.holder.untyped_storage().nbytes() // dtype.itemsize,), -1)
-        places.as_strided(shape, stride, offset).copy_(torch.arange(count).reshape(shape))
-        found = places.as_strided(wanted[1], wanted[2], wanted[0]).clone()
+        numbers = torch.full((self.holder.untyped_storage().nbytes() // dtype.itemsize,), -1)
+        numbers.as_strided(shape, stride, offset).copy_(torch.arange(count).reshape(shape))
+        found = numbers.as_strided(wanted[1], wanted[2], wanted[0]).clone()
         if wanted[3] != dtype or bool((found < 0).any()):
             raise ModelError(
                 "model: it reads memory through a view of another type or extent, which cannot be followed"

@@ -178,7 +178,7 @@ def run_epochs(
                 p[0] -= 1  # now the gradient by the scores
                 by_query = p @ X if kept is None else np.einsum("nr,ndr->dr", p, X)
                 rows, by_rows = chosen.tolist(), p[:, None] * q
-                own: list[int] = [0]  # places of the example's rows among the candidates
+                own: list[int] = [0]  # positions of the example's rows among the candidates
                 others: dict[tuple[str, int], Array] = {}  # gradients of its other rows
                 for key, gradient in zip(contexts[d], model.query_gradient(held, by_query), strict=True):
                     if key[0] == answers and key[1] in rows:
@@ -196,8 +196,8 @@ def run_epochs(
                     if all_rows:
                         sums[answers].add_rows(d, rows, change)
                     else:
-                        for place in set(own):
-                            sums[answers].add(d, rows[place], change[place])
+                        for position in set(own):
+                            sums[answers].add(d, rows[position], change[position])
                     for table, row, update in changes:
                         sums[table].add(d, row, update)
                 if step % 256 == 255:
