@@ -233,20 +233,18 @@ class TrainingObjective:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "(?s).*performance drop", UserWarning)
-                    pulled = torch.autograd.grad(
-                        gradient, self.tensors, vectors, True, is_grads_batched=True, allow_unused=True
-                    )
-                return self._flat(pulled, len(vectors), vectors)
+                    return self._pulled(gradient, vectors, is_grads_batched=True)
             except RuntimeError as error:
                 if "vmap" not in str(error) and "batching" not in str(error):
                     raise
                 self._batched = False  # some operation has no batched form: one vector at a time
-        rows = [torch.autograd.grad(gradient, self.tensors, row, True, allow_unused=True) for row in vectors]
-        return torch.cat([self._flat(row, 1, vectors) for row in rows])
+        return torch.cat([self._pulled(gradient, row) for row in vectors])
 
-    def _flat(self, pulled: tuple[Tensor | None, ...], k: int, like: Tensor) -> Tensor:
+    def _pulled(self, gradient: Tensor, given: Tensor, **options: Any) -> Tensor:
+        pulled = torch.autograd.grad(gradient, self.tensors, given, True, allow_unused=True, **options)
+        k = given.numel() // self.m
         parts = [
-            like.new_zeros((k, tensor.numel())) if part is None else part.reshape(k, -1)
+            given.new_zeros((k, tensor.numel())) if part is None else part.reshape(k, -1)
             for part, tensor in zip(pulled, self.tensors, strict=True)
         ]
         return torch.cat(parts, dim=1)

@@ -295,8 +295,8 @@ class RollbackRecorder:
         if not isinstance(example, int | np.integer) or not 0 <= example < len(self._examples):
             raise ArgumentError(f"example: expected a position below {len(self._examples)}, got {example!r}")
         example = int(example)
-        rows = {name: self._own(example, name) for name in self._model.tables}
-        before = {name: self._read(name, rows[name]) for name in rows}
+        rows = {name: self._watched(example, name) for name in self._model.tables}
+        before = {name: self._read(name, given) for name, given in rows.items()}
         result = self._optimizer.step(closure)
         for name, given in rows.items():
             change = self._read(name, given) - before[name]
@@ -305,20 +305,19 @@ class RollbackRecorder:
                     f"training diverged at example {example}: table {name!r} is not finite; lower the learning rate"
                 )
             changed = torch.nonzero(change.any(1)).flatten()
-            at = changed if given is None else given[changed]
-            self._builder.sums[name].add_rows(example, at.tolist(), change[changed].numpy())
+            self._builder.sums[name].add_rows(example, given[changed].tolist(), change[changed].numpy())
         return result
 
-    def _own(self, example: int, table: str) -> Tensor | None:
-        """Find the rows to compare: the example's own, or (None) all."""
+    def _watched(self, example: int, table: str) -> Tensor:
+        """Find the rows to compare: the example's own, or all."""
         if self._all_rows:
-            return None
+            return torch.arange(len(self._model.tables[table]))
         pairs = zip(self._examples[example].tolist(), self._model.columns, strict=True)
         return torch.tensor(sorted({row for row, name in pairs if name == table}))
 
-    def _read(self, table: str, rows: Tensor | None) -> Tensor:
+    def _read(self, table: str, rows: Tensor) -> Tensor:
         values = self._model.tables[table].detach()
-        return values.clone().cpu() if rows is None else values[rows.to(values.device)].cpu()
+        return values[rows.to(values.device)].cpu()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
