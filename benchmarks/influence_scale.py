@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from npeff.companions.influence import EKFAC, ConjugateGradients, CrossLossInfluence, cross_entropy
-from npeff.companions.influence.objective import NAMED_OUTPUT_LOSSES, model_outputs
+from npeff.companions.influence.losses import NAMED_OUTPUT_LOSSES, model_outputs
 from npeff.errors import NpeffError
 from topk import cpu_name  # beside this file
 

@@ -14,14 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from npeff.companions.influence.objective import (
-    Array,
-    Loss,
-    RepeatableData,
-    TrainingObjective,
-    check_loss,
-    loss_values,
-)
+from npeff.companions.influence.losses import Array, Loss, RepeatableData, check_loss, loss_values
+from npeff.companions.influence.objective import TrainingObjective
 from npeff.errors import ArgumentError, check_number
 from npeff.gradients.eligibility import placed
 from npeff.short_repr import short_repr

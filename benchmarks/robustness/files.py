@@ -165,8 +165,7 @@ def use_scores(path: Path) -> Iterator[bytes]:
 
 def use_record(path: Path) -> Iterator[bytes]:
     found = rollback.Record.load(path)
-    yield from all_of({name: getattr(found, name) for name in ("examples", "columns", "updates", "initial", "final")})
-    yield from all_of(found.meta())
+    yield from all_of(vars(found))
     yield LOADED
     model = found.model()
     explained = rollback.GradientRollback(model, found).explain(found.examples[0], 3)

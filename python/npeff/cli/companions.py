@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from npeff.companions.influence.objective import Loss
+    from npeff.companions.influence.losses import Loss
     from npeff.companions.influence.solvers import Solver
     from npeff.companions.linearize import LinearMap
     from npeff.companions.rollback import Explanation, Record, Vocabulary
@@ -313,7 +313,7 @@ def influence(
 
 
 def _loss(target: str, option: str) -> Loss:
-    from npeff.companions.influence.objective import NAMED
+    from npeff.companions.influence.losses import NAMED
     from npeff.models.targets import load_object
 
     if target in NAMED:
@@ -324,7 +324,7 @@ def _loss(target: str, option: str) -> Loss:
 
 def _solver(name: str, train_loss: str, tolerance: float | None) -> Solver | str:
     from npeff.companions.influence import EKFAC, ConjugateGradients, GaussNewton
-    from npeff.companions.influence.objective import NAMED_OUTPUT_LOSSES, model_outputs
+    from npeff.companions.influence.losses import NAMED_OUTPUT_LOSSES, model_outputs
 
     if name == "cg":
         return ConjugateGradients() if tolerance is None else ConjugateGradients(tolerance)

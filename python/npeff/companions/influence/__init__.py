@@ -11,9 +11,9 @@
 from npeff.companions.influence.coefficient import Coefficient, ComponentInfluence, component_influence
 from npeff.companions.influence.curvature import EKFAC, EmpiricalFisher, GaussNewton
 from npeff.companions.influence.estimator import CrossLossInfluence, Scores
-from npeff.companions.influence.objective import cross_entropy, squared_error
+from npeff.companions.influence.losses import cross_entropy, squared_error
+from npeff.companions.influence.objective import Unlearned, unlearn
 from npeff.companions.influence.solvers import ConjugateGradients, Exact, Identity, LiSSA, Solution
-from npeff.companions.influence.unlearning import Unlearned, unlearn
 
 __all__ = [
     "EKFAC",

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from npeff.batches.batches import Batch
-from npeff.companions.influence.objective import TrainingObjective, call_loss, check_finite, dense_rows
+from npeff.companions.influence.losses import call_loss, check_finite
+from npeff.companions.influence.objective import TrainingObjective, dense_rows
 from npeff.companions.influence.solvers import Inverse, Solver, dense_inverse
 from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.gradients.engine import PerExampleGradients, Prepared
@@ -84,7 +85,7 @@ class FactorRows:
             call = lambda model, batch: _checked(outputs(model, batch.content), batch)  # noqa: E731
             self.engine = PerExampleGradients(objective.model, objective.parameters, call)
 
-    def passes(self) -> Iterator[tuple[Batch, Prepared, Tensor]]:
+    def passes(self) -> Iterator[tuple[Prepared, Tensor]]:
         """Yield per batch what the engine prepared, and the cotangents S ``(b, C, R)``.
 
         Raises:
@@ -100,11 +101,11 @@ class FactorRows:
                     if number == 0:
                         self._compare(values, batch, self._loss)
                     columns = _square_roots(values.detach(), self._loss, batch).to(values.dtype)
-                yield batch, self.engine.prepare(batch, values), columns
+                yield self.engine.prepare(batch, values), columns
 
     def dense(self) -> Iterator[Tensor]:
         """Yield the rows of one batch after the other, ``(b·R, m)`` in the objective's dtype."""
-        for _, prepared, columns in self.passes():
+        for prepared, columns in self.passes():
             yield dense_rows(self.engine, prepared, columns, self._objective.dtype).flatten(0, 1)
 
     @torch.no_grad()
@@ -315,7 +316,7 @@ class _Eigenbasis:
         self._others: dict[str, None] = {}
         inputs: dict[str, Tensor] = {}
         deltas: dict[str, Tensor] = {}
-        for _, prepared, columns in source.passes():
+        for prepared, columns in source.passes():
             for layer in self._backward(prepared, columns):
                 a, delta = (x.double() for x in layer.factors(prepared))
                 _add(inputs, layer, torch.einsum("bgtp,bgtu->gpu", a, a))
@@ -326,7 +327,7 @@ class _Eigenbasis:
         }
         moments: dict[str, Tensor] = {}
         diagonal = torch.zeros(objective.m, dtype=torch.float64, device=objective.device)
-        for _, prepared, columns in source.passes():
+        for prepared, columns in source.passes():
             layers = self._backward(prepared, columns)
             for layer in layers:
                 self._add_moments(prepared, layer, moments)

@@ -19,15 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from npeff.companions.influence.curvature import EKFAC, EmpiricalFisher
-from npeff.companions.influence.objective import (
-    Loss,
-    RepeatableData,
-    TrainingObjective,
-    call_loss,
-    check_loss,
-    dense_rows,
-    loss_values,
-)
+from npeff.companions.influence.losses import Loss, RepeatableData, call_loss, check_loss, loss_values
+from npeff.companions.influence.objective import TrainingObjective, dense_rows
 from npeff.companions.influence.solvers import ConjugateGradients, Exact, Identity, Inverse, LiSSA, Solution, Solver
 from npeff.errors import ArgumentError, ModelError, StorageError, check_choice, check_integer, check_number
 from npeff.gradients.blocks import Block

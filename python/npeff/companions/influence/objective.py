@@ -1,190 +1,26 @@
-"""The training objective: per-example losses over data, their gradients, and products with the Hessian."""
+"""The training objective: gradients of its examples, products with its Hessian, and steps that unlearn examples."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from npeff.batches.batches import Batch
-from npeff.batches.reading import check_data, check_sampler, read_batches
-from npeff.batches.tensor_trees import leaves
-from npeff.errors import ArgumentError, DataError, ModelError, NpeffError, check_number
+from npeff.companions.influence.losses import Loss, RepeatableData, call_loss, check_finite, check_loss
+from npeff.errors import ArgumentError, ModelError, check_choice, check_integer, check_number
 from npeff.gradients.blocks import Block, Pairs
-from npeff.gradients.eligibility import select_parameters
+from npeff.gradients.eligibility import placed, select_parameters
 from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.gradients.rules.base import working
 from npeff.models.parameters import Parameters
-
-Array = npt.NDArray[Any]
-Loss = Callable[[nn.Module, Any], Tensor]
-"""``loss(model, batch) -> (b,)``: one number per example of the batch as the data yields it."""
-
-
-def check_loss(loss: object, name: str) -> None:
-    """Refuse a loss that cannot be called.
-
-    Raises:
-        ArgumentError: Naming the argument.
-    """
-    if not callable(loss):
-        raise ArgumentError(f"{name}: expected callable(model, batch) -> (b,) per-example losses, got {loss!r}")
-
-
-def check_finite(losses: Tensor, name: str) -> None:
-    """Refuse losses that are not finite.
-
-    Raises:
-        DataError: Naming the first.
-    """
-    finite = torch.isfinite(losses.detach()).reshape(-1)
-    if not bool(finite.all()):
-        bad = int((~finite).to(torch.uint8).argmax())
-        raise DataError(
-            f"{name}: example {bad} of a batch has the loss {float(losses.detach().reshape(-1)[bad])}; find what "
-            "overflows in the model on it, or leave it out of the data"
-        )
-
-
-def call_loss(model: nn.Module, loss: Loss, batch: Batch, name: str, *, whole: bool = False) -> Tensor:
-    """Compute the losses of a batch, with their graph.
-
-    Args:
-        model: The model.
-        loss: What to call.
-        batch: The batch.
-        name: The argument's name, for messages.
-        whole: Accept a single number for the whole batch (no dimensions) too.
-
-    Returns:
-        ``(b,)``, or ``()`` where ``whole`` allows it.
-
-    Raises:
-        DataError: It gave something else.
-        ModelError: It raised an error.
-    """
-    try:
-        value = loss(model, batch.fresh().content)
-    except Exception as error:
-        # Inference tensors have an explanation of their own, see PerExampleGradients.recording.
-        explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
-        if explained or isinstance(error, (NpeffError, MemoryError, torch.OutOfMemoryError)):
-            raise
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves(batch.content) if isinstance(leaf, Tensor))
-        raise ModelError(
-            f"{name}: failed on a batch of tensors {shapes or '(none)'}: {type(error).__name__}: {error}. It is called "
-            "with the model and a batch as the data yields it"
-        ) from error
-    expected = f"shape ({batch.n_examples},) for a batch of {batch.n_examples} examples"
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-        raise DataError(f"{name}: expected a floating-point tensor of {expected}, got {kind}")
-    if value.dim() == 0 and whole:
-        return value
-    if value.shape != (batch.n_examples,):
-        hint = "; return one loss per example (reduction='none')" if value.dim() == 0 else "; sum over what remains"
-        raise DataError(f"{name}: expected {expected}, got {tuple(value.shape)}{hint}")
-    return value
-
-
-class RepeatableData:
-    """Data as batches on a device, in the same order every time.
-
-    Args:
-        data: Iterable of batches as the losses take them.
-        name: The argument's name, for messages.
-        device: Where the model is.
-
-    Raises:
-        ArgumentError: The data can be read only once, or comes in another order each time.
-    """
-
-    def __init__(self, data: Iterable[Any], name: str, device: torch.device) -> None:
-        self.data, self.name, self.device = check_data(data), name, device
-        if iter(self.data) is self.data:
-            raise ArgumentError(f"{name}: it can be read only once and is needed several times; pass list({name})")
-        check_sampler(data, name)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield batches, as read by :func:`npeff.batches.reading.read_batches`; a sequence is one example.
-
-        Raises:
-            DataError: There are none.
-        """
-        empty = True
-        for batch in read_batches(self.data, self.device, True, False):
-            empty = False
-            yield batch
-        if empty:
-            raise DataError(f"{self.name}: it yielded no batches")
-
-
-def loss_values(model: nn.Module, loss: Loss, data: Iterable[Batch], name: str = "test_loss") -> Array:
-    """Compute a test loss on all batches: one number per example, or per batch where the loss is of the whole batch.
-
-    Returns:
-        float64.
-
-    Raises:
-        DataError: A loss is not finite or has another shape.
-    """
-    found = []
-    # A loss that differentiates within itself needs autograd even where only its value is asked for.
-    with torch.enable_grad() if getattr(loss, "one_by_one", False) else torch.no_grad():
-        for batch in data:
-            values = call_loss(model, loss, batch, name, whole=True).detach().reshape(-1)
-            check_finite(values, name)
-            found.append(values.double().cpu().numpy())
-    return np.concatenate(found)
-
-
-NAMED_OUTPUT_LOSSES: dict[str, Callable[[Tensor, Any], Tensor]] = {
-    "cross_entropy": lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1], reduction="none"),
-    "squared_error": lambda outputs, batch: (outputs - batch[1].reshape(outputs.shape)).square().sum(1) / 2,
-}
-"""Losses by name, as functions of the outputs ``(b, C)`` and the batch: for Gauss–Newton curvature."""
-
-
-def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    """Compute the cross-entropy of ``model(inputs)`` with the labels, per example.
-
-    Args:
-        model: Gives logits ``(b, C)``.
-        batch: ``(inputs, labels)`` with labels ``(b,)`` int64.
-
-    Returns:
-        ``(b,)``.
-    """
-    return NAMED_OUTPUT_LOSSES["cross_entropy"](model(batch[0]), batch)
-
-
-def squared_error(model: nn.Module, batch: Any) -> Tensor:
-    """Compute ``½ Σ (model(inputs) − targets)²`` per example.
-
-    Args:
-        model: Gives ``(b, …)``.
-        batch: ``(inputs, targets)``, the targets as many numbers per example as the outputs.
-
-    Returns:
-        ``(b,)``.
-    """
-    return NAMED_OUTPUT_LOSSES["squared_error"](model_outputs(model, batch), batch)
-
-
-def model_outputs(model: nn.Module, batch: Any) -> Tensor:
-    """Compute ``model(inputs)`` of a batch ``(inputs, …)``, flattened to ``(b, C)``."""
-    outputs: Tensor = model(batch[0])
-    return outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
-
-
-NAMED: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
-"""Losses that the command line knows by name."""
+from npeff.short_repr import short_repr
 
 
 class TrainingObjective:
@@ -194,7 +30,7 @@ class TrainingObjective:
         model: The model, in evaluation mode.
         loss: Per-example loss.
         data: The examples.
-        parameters: The selected parameters' places in the flat vector of length m.
+        parameters: The selected parameters and their positions in the flat vector of length m.
         weight_decay: w; the coefficient of ½‖θ‖² in what was trained.
         memory: Bytes that Hessian products may take beside their vectors.
         name: The loss's name, for messages.
@@ -397,20 +233,18 @@ class TrainingObjective:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "(?s).*performance drop", UserWarning)
-                    pulled = torch.autograd.grad(
-                        gradient, self.tensors, vectors, True, is_grads_batched=True, allow_unused=True
-                    )
-                return self._flat(pulled, len(vectors), vectors)
+                    return self._pulled(gradient, vectors, is_grads_batched=True)
             except RuntimeError as error:
                 if "vmap" not in str(error) and "batching" not in str(error):
                     raise
                 self._batched = False  # some operation has no batched form: one vector at a time
-        rows = [torch.autograd.grad(gradient, self.tensors, row, True, allow_unused=True) for row in vectors]
-        return torch.cat([self._flat(row, 1, vectors) for row in rows])
+        return torch.cat([self._pulled(gradient, row) for row in vectors])
 
-    def _flat(self, pulled: tuple[Tensor | None, ...], k: int, like: Tensor) -> Tensor:
+    def _pulled(self, gradient: Tensor, given: Tensor, **options: Any) -> Tensor:
+        pulled = torch.autograd.grad(gradient, self.tensors, given, True, allow_unused=True, **options)
+        k = given.numel() // self.m
         parts = [
-            like.new_zeros((k, tensor.numel())) if part is None else part.reshape(k, -1)
+            given.new_zeros((k, tensor.numel())) if part is None else part.reshape(k, -1)
             for part, tensor in zip(pulled, self.tensors, strict=True)
         ]
         return torch.cat(parts, dim=1)
@@ -452,3 +286,95 @@ def dense_rows(
         at = (block.starts[:, :, None] + torch.arange(width, device=rows.device)).flatten(1)
         target.scatter_add_(2, at[:, None].expand(-1, values.shape[1], -1), values.flatten(2))
     return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Unlearned:
+    """A model after unlearning.
+
+    Attributes:
+        model: A changed copy; the model given is as it was.
+        before: The measure of the model given.
+        after: The measure of ``model``.
+        history: The measure after every step, ``before`` first.
+        harmful_loss: Mean loss of the harmful examples, before and after.
+        helpful_loss: Mean loss of the helpful examples, before and after.
+    """
+
+    model: nn.Module
+    before: float
+    after: float
+    history: tuple[float, ...]
+    harmful_loss: tuple[float, float]
+    helpful_loss: tuple[float, float]
+
+    __repr__ = short_repr
+
+
+def unlearn(
+    model: nn.Module,
+    loss: Loss,
+    harmful: Iterable[Any] | None,
+    helpful: Iterable[Any] | None,
+    measure: Callable[[nn.Module], float],
+    *,
+    learning_rate: float,
+    steps: int = 10,
+    target: float | None = None,
+    goal: Literal["lower", "higher"] = "lower",
+    parameters: str | Sequence[str] | None = None,
+) -> Unlearned:
+    """Climb the loss of harmful examples and descend that of helpful ones, and measure the model after every step.
+
+    Each step is ``θ ← θ + η (∇ mean L(harmful) − ∇ mean L(helpful))``, plain gradient steps as in Silva, Chopra &
+    Gombolay 2022. Ascent has no bound of its own: take few small steps, and look at ``history`` and the losses.
+
+    Args:
+        model: Not changed; the steps are made on a copy.
+        loss: The training loss, per example.
+        harmful: Batches to climb on; None for none.
+        helpful: Batches to descend on; None for none.
+        measure: ``measure(model) -> float``, such as a WEAT score.
+        learning_rate: η.
+        steps: Most steps.
+        target: Stop once the measure has reached it.
+        goal: Whether reaching means ≤ (``"lower"``) or ≥ (``"higher"``).
+        parameters: Name patterns of the parameters that may change.
+
+    Returns:
+        The changed copy and the measure's history.
+
+    Raises:
+        ArgumentError: Neither harmful nor helpful examples, or an option has another value.
+        DataError: A loss is not finite or has another shape.
+        ModelError: The loss or the model fails.
+    """
+    check_number("learning_rate", learning_rate)
+    check_integer("steps", steps)
+    if harmful is None and helpful is None:
+        raise ArgumentError("harmful: neither harmful nor helpful examples were given; pass batches of at least one")
+    if not callable(measure):
+        raise ArgumentError(f"measure: expected callable(model) -> float, got {measure!r}")
+    check_choice("goal", goal, ("lower", "higher"))
+    changed = copy.deepcopy(model)
+    with placed(changed, None) as device:
+        sides = {
+            name: TrainingObjective.in_memory(changed, loss, data, device, parameters, names=("loss", name))
+            for name, data in (("harmful", harmful), ("helpful", helpful))
+            if data is not None
+        }
+        history = [float(measure(changed))]
+        before = {name: side.value_and_gradient()[0] for name, side in sides.items()}
+        for _ in range(steps):
+            if target is not None and (history[-1] <= target if goal == "lower" else history[-1] >= target):
+                break
+            gradients = {name: side.value_and_gradient()[1] for name, side in sides.items()}
+            for name, side in sides.items():
+                step = (1.0 if name == "harmful" else -1.0) * learning_rate * gradients[name]
+                side.set_theta(side.theta() + step.to(side.dtype))
+            history.append(float(measure(changed)))
+        losses = {
+            name: (before[name], sides[name].value_and_gradient()[0]) if name in sides else (float("nan"),) * 2
+            for name in ("harmful", "helpful")
+        }
+    return Unlearned(changed, history[0], history[-1], tuple(history), losses["harmful"], losses["helpful"])

@@ -29,14 +29,12 @@ class Affine:
     Attributes:
         function: From their values; None where the output is constant (between kinks).
         inputs: The tensors, as they are at the point.
-        offset: Whether the function may be non-zero at zero.
         pattern: Gates and positions that change at a kink.
         held: The part that was held, for an operation that is not piecewise linear.
     """
 
     function: Callable[..., Tensor] | None = None
     inputs: tuple[Tensor, ...] = ()
-    offset: bool = False
     pattern: tuple[Tensor, ...] = ()
     held: str = ""
 
@@ -195,9 +193,6 @@ FACTORS = {
 }
 """Linear in each of these arguments, affine in the rest."""
 
-OFFSET = JOINT | names_in("constant_pad_nd convolution addmm addmv addbmm baddbmm addr addcmul")
-"""May be non-zero at zero."""
-
 
 @affine_form(*CONSTANT)
 def constant(call: Call) -> Affine:
@@ -219,7 +214,7 @@ def joint(call: Call) -> Affine | tuple[Affine, ...]:
     """Additions, concatenations and similar: affine in all tensors together."""
     run, inputs = call.replay()
     if isinstance(call.output, Tensor):
-        return Affine(run, inputs, call.name in OFFSET)
+        return Affine(run, inputs)
     return tuple(Affine(lambda *values, i=i: run(*values)[i], inputs) for i in range(len(call.output)))
 
 
@@ -231,17 +226,16 @@ def product(call: Call) -> Affine:
     is exact at the point.
     """
     factors = [i for i in FACTORS[call.name] if call.varies(i)]
-    offset = call.name in OFFSET
     if len(factors) < 2:
         run, inputs = call.replay()
-        return Affine(run, inputs, offset)
+        return Affine(run, inputs)
     others = [i for i in range(len(call.args)) if i not in FACTORS[call.name]]
     (first, a), (second, b) = (call.replay(i, *others) for i in factors)
 
     def mean(*values: Tensor) -> Tensor:
         return (first(*values[: len(a)]) + second(*values[len(a) :])) / 2
 
-    return Affine(mean, (*a, *b), offset, held="each factor in turn, half each,")
+    return Affine(mean, (*a, *b), held="each factor in turn, half each,")
 
 
 @affine_form("div")

@@ -162,7 +162,8 @@ def attribute_top_examples(
     """Attribute components to the inputs of their top examples, for ``attributions=`` of :func:`npeff.report`.
 
     :func:`attribute_component` on each component's k top examples: the contribution of each number of the input to the
-    size of the outputs' change. Vectors that are not known are recovered first, in one pass over the data.
+    size of the outputs' change. Vectors that are not known are recovered first, in one pass over the data; for Fishers
+    that had a ``forward`` of their own, call :meth:`npeff.Components.recover` beforehand.
 
     Args:
         model: The model that the components are of, in evaluation mode.

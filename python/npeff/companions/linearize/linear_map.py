@@ -165,7 +165,7 @@ class LinearMap:
         else:
             cotangents = self._checked(c, self.output, "c").reshape(1, *self._flat.shape)
         found: dict[str, Tensor] = {}
-        for part, number in zip(self._from_sources(cotangents), self._program.sources, strict=True):
+        for number, part in self._from_offsets(cotangents).items():
             name = self._program.steps[number].module
             found[name] = found[name] + part if name in found else part
         return {name: self._out(part if c is None else part[:, 0]) for name, part in found.items()}
@@ -247,27 +247,27 @@ class LinearMap:
             self._independent = not bool(leaked.count_nonzero())
         return self._independent
 
-    def _from_sources(self, cotangents: Tensor) -> Tensor:
-        """Compute each source's contribution to each of ``(m, n, K)`` combinations of outputs: ``(sources, n, m)``.
+    def _from_offsets(self, cotangents: Tensor) -> dict[int, Tensor]:
+        """Compute by step what its offset adds to each of ``(m, n, K)`` combinations of outputs: ``(n, m)``.
 
-        A source contributes its offset times the gradient at its value. One backward pass serves all examples where
-        they come first in every source, which shapes alone do not show: the sum is compared with b, and if it
+        That is the offset times the gradient at the step's value. One backward pass serves all examples where
+        they come first in every such value, which shapes alone do not show: the sum is compared with b, and if it
         differs, each example has a backward pass of its own.
         """
-        n, sources = len(self._flat), self._program.sources
-        if not sources:
-            return cotangents.new_zeros(0, n, len(cotangents))
-        values: list[Tensor] = []
+        n, offsets = len(self._flat), self._program.offsets()
+        if not offsets:
+            return {}
         with torch.inference_mode(False), torch.enable_grad():
-            output = self._program.run(torch.zeros_like(self.x).requires_grad_(), values)
-        offsets = [self._program.offset(number) for number in sources]
+            at = dict(offsets)
+            output = self._program.run(torch.zeros_like(self.x).requires_grad_(), at)
+        values = list(at.values())
         size = max(1, BUDGET // sum(value.numel() for value in values))
 
         def summed(cotangents: Tensor, n_groups: int) -> Tensor:
-            """Sum over each group of the values' entries: ``(sources, n_groups, m)``."""
+            """Sum over each group of the values' entries: ``(offsets, n_groups, m)``."""
             found = []
             for some in torch.split(cotangents, size):
-                pairs = zip(self._gradients(output, values, some), offsets, strict=True)
+                pairs = zip(self._gradients(output, values, some), offsets.values(), strict=True)
                 parts = [
                     torch.einsum("mgi,gi->gm", g.reshape(len(some), n_groups, -1), offset.reshape(n_groups, -1))
                     for g, offset in pairs
@@ -280,9 +280,9 @@ class LinearMap:
             expected = (cotangents * self._graph[1].detach()).sum(-1).T
             tolerance = 1e3 * torch.finfo(found.dtype).eps * found.abs().sum(0)
             if bool(((found.sum(0) - expected).abs() <= tolerance + torch.finfo(found.dtype).tiny).all()):
-                return found
+                return dict(zip(offsets, found, strict=True))
         alone = cotangents * torch.eye(n, dtype=cotangents.dtype, device=cotangents.device)[:, None, :, None]
-        return summed(alone.flatten(0, 1), 1).reshape(len(sources), n, -1)
+        return dict(zip(offsets, summed(alone.flatten(0, 1), 1).reshape(len(offsets), n, -1), strict=True))
 
 
 Forward = Callable[[Any, Any], Any]

@@ -32,7 +32,7 @@ def _gated(
         passed = torch.where(open_, passed, z * slope) if leaky else passed * open_
         return passed if shift is None else passed + shift
 
-    return Affine(function, (call.args[0],), shift is not None, (open_,) if shift is None else (open_, shift))
+    return Affine(function, (call.args[0],), (open_,) if shift is None else (open_, shift))
 
 
 @affine_form("relu")
@@ -106,7 +106,7 @@ def extremum(call: Call) -> Affine:
         right = values[-1] if other is None else other
         return torch.where(first, left, right)
 
-    return Affine(function, inputs, len(inputs) < 2, (first,))
+    return Affine(function, inputs, (first,))
 
 
 @affine_form("max", "min", "amax", "amin")
@@ -212,7 +212,7 @@ def log_softmax(call: Call) -> Affine:
     """The difference z − log Σ exp v."""
     v = call.args[0]
     normaliser = v - call.output
-    return Affine(lambda z: z - normaliser, (v,), offset=True, held="normaliser")
+    return Affine(lambda z: z - normaliser, (v,), held="normaliser")
 
 
 @affine_form("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_native_batch_norm_legit",
@@ -240,7 +240,7 @@ def batch_norm(call: Call) -> Affine:
     shift = -mean * scale if bias is None else bias - mean * scale
     shape = _per_channel(v)
     scale, shift = scale.view(shape).to(v.dtype), shift.view(shape).to(v.dtype)
-    return Affine(lambda z: torch.addcmul(shift, z, scale), (v,), offset=True)
+    return Affine(lambda z: torch.addcmul(shift, z, scale), (v,))
 
 
 @affine_form("native_layer_norm")
@@ -290,4 +290,4 @@ def _normalised(
         unit = unit if weight is None else unit * weight
         return unit if bias is None else unit + bias
 
-    return Affine(function, (v,), offset=True, held="standard deviation")
+    return Affine(function, (v,), held="standard deviation")

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,7 +64,6 @@ class Step:
         inputs: Numbers of earlier steps.
         zero: A zero with the shape, dtype and device of the value, from :func:`zero_like`.
         module: Name of the module it ran in; the model's class in brackets for the model itself.
-        offset: Whether the value may be non-zero where all inputs are zero.
         pattern: Gates and positions of maxima at the point, which change at kinks.
         held: The part of an operation that was held, for one that is not piecewise linear.
         constants: Numbers of earlier steps whose values, which do not depend on the input, went into the function.
@@ -76,7 +74,6 @@ class Step:
     inputs: tuple[int, ...]
     zero: Tensor
     module: str = ""
-    offset: bool = False
     pattern: tuple[Tensor, ...] = ()
     held: Frozen | None = None
     constants: tuple[int, ...] = ()
@@ -106,8 +103,8 @@ class Program:
         self.held = [held for n in sorted(reached) if (held := steps[n].held)]
         self.depends = 0 in live
         kept = sorted(live | {0})
-        place = {number: i for i, number in enumerate(kept)}
-        self.steps = [replace(s, inputs=tuple(place[i] for i in s.inputs)) for s in (steps[number] for number in kept)]
+        new = {number: i for i, number in enumerate(kept)}
+        self.steps = [replace(s, inputs=tuple(new[i] for i in s.inputs)) for s in (steps[number] for number in kept)]
         self._last_use = {i: number for number, step in enumerate(self.steps) for i in step.inputs}
         self._constants = list(constants)
 
@@ -132,12 +129,12 @@ class Program:
                 "model: its weights changed since it was linearised (was it trained in between?); linearise it again"
             )
 
-    def run(self, z: Tensor, at_sources: list[Tensor] | None = None) -> Tensor:
+    def run(self, z: Tensor, at: dict[int, Tensor] | None = None) -> Tensor:
         """Replay the steps on another input.
 
         Args:
             z: A point of the input's shape.
-            at_sources: Receives the values of :attr:`sources`, which the output then has a graph to.
+            at: By step; receives the values of these steps, which the output then has a graph to.
 
         Returns:
             The output, with a graph to ``z`` where it requires gradients.
@@ -146,30 +143,27 @@ class Program:
         values = {0: z}
         for number, step in enumerate(self.steps[1:], 1):
             value = step.function(*(values[i] for i in step.inputs))
-            if at_sources is not None and number in self.sources:
-                value = value if value.requires_grad else value.detach().requires_grad_()
-                at_sources.append(value)
+            if at is not None and number in at:
+                value = at[number] = value if value.requires_grad else value.detach().requires_grad_()
             values[number] = value
             for i in step.inputs:
                 if self._last_use[i] == number:
                     values.pop(i, None)
         return values[len(self.steps) - 1]
 
-    def offset(self, number: int) -> Tensor:
-        """Compute c_d of a step: its value where all its inputs are zero."""
-        step = self.steps[number]
-        with torch.no_grad():
-            return step.function(*(self.steps[i].zero.contiguous() for i in step.inputs))
+    @torch.no_grad()
+    def offsets(self) -> dict[int, Tensor]:
+        """Compute each step's value where all its inputs are zero, for the steps where that is not zero itself."""
+        found = {}
+        for number, step in enumerate(self.steps[1:], 1):
+            value = step.function(*(self.steps[i].zero.contiguous() for i in step.inputs))
+            if bool(value.count_nonzero()):
+                found[number] = value
+        return found
 
     def examples_apart(self, n: int) -> bool:
         """Tell whether every step is known to keep n examples, which come first in each value, apart."""
         return all(step.apart and step.zero.shape[0] == n for step in self.steps[1:])
-
-    @cached_property
-    def sources(self) -> list[int]:
-        """Numbers of the steps with an offset."""
-        candidates = (number for number, step in enumerate(self.steps) if number and step.offset)
-        return [number for number in candidates if bool(self.offset(number).count_nonzero())]
 
 
 _RANDOM = torch.Tag.nondeterministic_seeded
@@ -205,9 +199,9 @@ class _Memory:
         """
         offset, shape, stride, dtype = self.whole
         count = torch.Size(shape).numel()
-        places = torch.full((self.holder.untyped_storage().nbytes() // dtype.itemsize,), -1)
-        places.as_strided(shape, stride, offset).copy_(torch.arange(count).reshape(shape))
-        found = places.as_strided(wanted[1], wanted[2], wanted[0]).clone()
+        numbers = torch.full((self.holder.untyped_storage().nbytes() // dtype.itemsize,), -1)
+        numbers.as_strided(shape, stride, offset).copy_(torch.arange(count).reshape(shape))
+        found = numbers.as_strided(wanted[1], wanted[2], wanted[0]).clone()
         if wanted[3] != dtype or bool((found < 0).any()):
             raise ModelError(
                 "model: it reads memory through a view of another type or extent, which cannot be followed"
@@ -264,7 +258,7 @@ class Values:
         if memory is None:
             assert before is not None
             memory = _Memory(tensor, (0, tuple(before.shape), (1,), before.dtype))
-            memory.steps[memory.whole] = self._emit(Step(lambda: before, (), zero_like(before), offset=True))
+            memory.steps[memory.whole] = self._emit(Step(lambda: before, (), zero_like(before)))
             self._memories[key(tensor)] = memory
         wanted = geometry(tensor)
         if wanted == memory.whole:
@@ -413,7 +407,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = tuple(self._values.step(tensor) for tensor in form.inputs)
         apart = not held and keeps_examples_apart(call, form.inputs, output)
         zero, module = zero_like(output), self._module()
-        return self._emit(Step(form.function, inputs, zero, module, form.offset, form.pattern, held, constants, apart))
+        return self._emit(Step(form.function, inputs, zero, module, form.pattern, held, constants, apart))
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
 
@@ -441,7 +435,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _constant(self, tensor: Tensor, constants: tuple[int, ...] = (), held: Frozen | None = None) -> int:
         """Make a step of a value that is held as it is."""
         value = self._keep(tensor)
-        return self._emit(Step(lambda: value, (), zero_like(value), self._module(), True, (), held, constants))
+        return self._emit(Step(lambda: value, (), zero_like(value), self._module(), (), held, constants))
 
     def _steps_of(self, tensors: list[Tensor]) -> tuple[int, ...]:
         """Give the steps of those of the tensors that are constants made by steps."""

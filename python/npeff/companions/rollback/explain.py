@@ -185,14 +185,7 @@ class GradientRollback(Explainer):
 
     P is the softmax over all answers, γ[d] the sum of the updates that example d made during training. Candidates are
     the training examples that share a row (an entity or a relation; a user or an item) with the target: the numerator
-    of P contains no rows of the others.
-
-    Args:
-        model: The trained model.
-        record: Of its training.
-
-    Raises:
-        ArgumentError: The model is not the one that the record ended with.
+    of P contains no rows of the others. Arguments as for :class:`Explainer`.
     """
 
     def support(self, target: Array, candidates: Array) -> Array:

@@ -399,7 +399,7 @@ class UpdateSums:
     def updates(self) -> RowUpdates:
         """Sort the sums by example and row."""
         keys = np.fromiter(self._slots, np.int64, len(self._slots))
-        order = np.argsort(keys)  # the slot of a key is its place in the dictionary
+        order = np.argsort(keys)  # keys are numbered in the order of their slots
         keys = keys[order]
         offsets = np.searchsorted(keys, np.arange(self._n_examples + 1) * self._n_rows)
         values = self._allocate(len(order))

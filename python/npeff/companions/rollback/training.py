@@ -178,7 +178,7 @@ def run_epochs(
                 p[0] -= 1  # now the gradient by the scores
                 by_query = p @ X if kept is None else np.einsum("nr,ndr->dr", p, X)
                 rows, by_rows = chosen.tolist(), p[:, None] * q
-                own: list[int] = [0]  # places of the example's rows among the candidates
+                own: list[int] = [0]  # positions of the example's rows among the candidates
                 others: dict[tuple[str, int], Array] = {}  # gradients of its other rows
                 for key, gradient in zip(contexts[d], model.query_gradient(held, by_query), strict=True):
                     if key[0] == answers and key[1] in rows:
@@ -196,8 +196,8 @@ def run_epochs(
                     if all_rows:
                         sums[answers].add_rows(d, rows, change)
                     else:
-                        for place in set(own):
-                            sums[answers].add(d, rows[place], change[place])
+                        for position in set(own):
+                            sums[answers].add(d, rows[position], change[position])
                     for table, row, update in changes:
                         sums[table].add(d, row, update)
                 if step % 256 == 255:
@@ -295,8 +295,8 @@ class RollbackRecorder:
         if not isinstance(example, int | np.integer) or not 0 <= example < len(self._examples):
             raise ArgumentError(f"example: expected a position below {len(self._examples)}, got {example!r}")
         example = int(example)
-        rows = {name: self._own(example, name) for name in self._model.tables}
-        before = {name: self._read(name, rows[name]) for name in rows}
+        rows = {name: self._watched(example, name) for name in self._model.tables}
+        before = {name: self._read(name, given) for name, given in rows.items()}
         result = self._optimizer.step(closure)
         for name, given in rows.items():
             change = self._read(name, given) - before[name]
@@ -305,20 +305,19 @@ class RollbackRecorder:
                     f"training diverged at example {example}: table {name!r} is not finite; lower the learning rate"
                 )
             changed = torch.nonzero(change.any(1)).flatten()
-            at = changed if given is None else given[changed]
-            self._builder.sums[name].add_rows(example, at.tolist(), change[changed].numpy())
+            self._builder.sums[name].add_rows(example, given[changed].tolist(), change[changed].numpy())
         return result
 
-    def _own(self, example: int, table: str) -> Tensor | None:
-        """Find the rows to compare: the example's own, or (None) all."""
+    def _watched(self, example: int, table: str) -> Tensor:
+        """Find the rows to compare: the example's own, or all."""
         if self._all_rows:
-            return None
+            return torch.arange(len(self._model.tables[table]))
         pairs = zip(self._examples[example].tolist(), self._model.columns, strict=True)
         return torch.tensor(sorted({row for row, name in pairs if name == table}))
 
-    def _read(self, table: str, rows: Tensor | None) -> Tensor:
+    def _read(self, table: str, rows: Tensor) -> Tensor:
         values = self._model.tables[table].detach()
-        return values.clone().cpu() if rows is None else values[rows.to(values.device)].cpu()
+        return values[rows.to(values.device)].cpu()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
