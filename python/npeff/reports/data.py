@@ -188,7 +188,8 @@ class ReportData:
         weights = self.components.block_weights
         if weights is None:
             return None
-        chosen = (self._fisher_options.get("block_weights") or {}).get("choice")
+        described = self._fisher_options.get("block_weights")
+        chosen = described.get("choice") if isinstance(described, Mapping) else described
         own = (self.components.provenance.get("options") or {}).get("block_weights")
         of = {name: weights.get(name, 1.0) for name in self.components.parameters.names}
         choice = "balanced" if "balanced" in (chosen, own) else "given"
