@@ -192,7 +192,7 @@ class Gallery:
         verdict = [
             f"{word} {names[c]}" for word, c in (("labelled", top.label), ("predicted", top.prediction)) if c >= 0
         ]
-        base = {
+        base: dict[str, Any] = {
             "kind": "number",
             "top": top,
             "label": names[top.known_class] if top.known_class >= 0 else "",
