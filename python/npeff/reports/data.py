@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.components.components import Components
+from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.gradients.eligibility import BLOCKS
+from npeff.models.devices import parse_bytes
 from npeff.perturbation.effect import Prediction
 from npeff.reports.evidence import INFLUENCES, PUSHED, Given, TrustSummary
 from npeff.reports.examples import Gallery
@@ -50,7 +52,7 @@ class ReportOptions:
     k: int = 16
     title: str | None = None
     tokenizer: Any = None
-    strategies: Any = None
+    strategies: Strategy | int | None = None
     effects: Any = None
     traces: Any = None
     trust: Any = None
@@ -58,7 +60,7 @@ class ReportOptions:
     influences: Any = None
     influence_data: Iterable[Any] | None = None
     heads: Heads = None
-    size_limit: int | None = None
+    size_limit: int | str | None = None
     seed: int = 0
     progress: bool = True
 
@@ -88,8 +90,8 @@ class ReportOptions:
             raise ArgumentError(
                 f"tokenizer: expected something with decode(ids), got a {type(options.tokenizer).__name__}"
             )
-        if options.size_limit is not None and (not isinstance(options.size_limit, Integral) or options.size_limit < 1):
-            raise ArgumentError(f"size_limit: expected a number of bytes, got {options.size_limit!r}")
+        if options.size_limit is not None:
+            parse_bytes(options.size_limit, "size_limit")
         check_heads(components.parameters, options.heads)
         return options
 
