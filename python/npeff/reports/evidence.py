@@ -256,7 +256,7 @@ def _of_experiment(given: Given) -> dict[str, Any]:
         **{key: given[key].value for key in ("predictions", "continuations", "perplexity")},
     }
     if given["label_before"].known:
-        top = given["top"].array().ravel().astype(np.int64)
+        top = np.array([one.position() for one in given["top"].each()], np.int64)
         labels = [given[key].array().ravel() for key in ("label_before", "label_after")]
         known = [of[top][np.isfinite(of[top])] for of in labels if len(of) > top.max(initial=-1)]
         fields["label"] = [float(of.mean()) for of in known if len(of)] or None
