@@ -102,7 +102,8 @@ def test_as_module_and_version(monkeypatch, capsys):
         (["encode", __file__, __file__, "--out", "x.txt"], "ending in .h5, .npz or .csv"),
         (["export", __file__, "--out", "x"], "either --layout published or --component J"),
         (["report", __file__, "-k", "few"], "'-k': expected a whole number, got 'few'"),
-        (["report", __file__, "--heads", "0"], "0 is not in the range x>=1"),
+        (["report", __file__, "--heads", "few"], "'--heads': expected a whole number, got 'few'"),
+        (["trust", __file__, __file__, "--shuffles", "-1"], "-1 is not in the range x>=0"),
         (["doctor", "--nonsense"], "No such option"),
     ],
 )

@@ -178,6 +178,7 @@ def damaged(content: Any, *path: Any, value: Any) -> str:
         ("one.json", ["curve", "top"], [[1]], r"curve.top: expected a list of numbers for each of 2 signs"),
         ("one.json", ["curve", "top", 0], [1], r"curve.top: expected numbers"),
         ("one.json", ["curve", "signs"], None, r"curve"),
+        ("one.json", ["top", 0], None, r"top: expected whole numbers ≥ 0"),
         ("all.json", [1, "components"], [0], r"effects\[1\]: another one of component 0 was given"),
         ("trace.json", ["alone"], [], r"traces\[0\].alone: expected a figure and an energy for each of 3 parts"),
         ("trace.json", ["groups", 0], 7, r"groups: expected names of parts"),

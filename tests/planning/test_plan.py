@@ -31,25 +31,41 @@ class Scaled(nn.Module):
         return self.outer(torch.relu(self.inner(x)).clamp_min(0.1) ** self.exponent)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 4)).eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
     torch.manual_seed(1)
     return [(torch.randn(7, 6), torch.randint(4, (7,))) for _ in range(3)]
 
 
-@pytest.fixture(autouse=True)
-def small_sizes(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def small_sizes():
     """Sizes that fit the tests' models."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (planning, trials):
+            patch.setattr(module, "TOP_KS", (16, 64, 4096))
+            patch.setattr(module, "SKETCH_DS", (32,))
+        patch.setattr("npeff.planning.trials.PROBE_BYTES", 1 << 16)
+        yield
+
+
+@pytest.fixture
+def few_ways(monkeypatch):
+    """One top-k beside exact rows: for tests of what all ways share."""
     for module in (planning, trials):
-        monkeypatch.setattr(module, "TOP_KS", (16, 64, 4096))
-        monkeypatch.setattr(module, "SKETCH_DS", (32,))
-    monkeypatch.setattr("npeff.planning.trials.PROBE_BYTES", 1 << 16)
+        monkeypatch.setattr(module, "TOP_KS", (4096,))
+        monkeypatch.setattr(module, "SKETCH_DS", ())
+
+
+@pytest.fixture(scope="module")
+def planned(model, data, small_sizes):
+    """A plan of both kinds whose trials are all of the data, so that nothing is extrapolated."""
+    return npeff.plan(model, data, batches=3, n_components=5)
 
 
 def array_bytes(path) -> int:
@@ -59,14 +75,14 @@ def array_bytes(path) -> int:
 
 @pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
 @pytest.mark.parametrize("energy", [None, 0.8])
-def test_bytes_on_disk_are_those_of_the_file(model, data, tmp_path, kind, energy):
-    """The whole data is the trial, so that nothing is extrapolated: the bytes must agree exactly."""
-    planned = npeff.plan(model, data, kind=kind, energy=energy, batches=3, folder=tmp_path)
+def test_bytes_on_disk_are_those_of_the_file(model, data, tmp_path, planned, kind, energy):
+    if energy is not None:
+        planned = npeff.plan(model, data, kind=kind, energy=energy, batches=3, folder=tmp_path)
     assert planned.n_examples == 21
     assert planned.examples_from == "counted"
     checked = 0
     for choice in planned.choices:
-        if isinstance(choice.compress, GramOnly):
+        if isinstance(choice.compress, GramOnly) or choice.kind != kind:
             continue
         out = tmp_path / f"{choice.name}.h5"
         npeff.compute_fishers(model, data, kind=kind, energy=energy, compress=choice.compress, out=out, progress=False)
@@ -75,7 +91,7 @@ def test_bytes_on_disk_are_those_of_the_file(model, data, tmp_path, kind, energy
     assert checked >= 3
 
 
-def test_nothing_is_left_behind(model, data, tmp_path):
+def test_nothing_is_left_behind(model, data, tmp_path, few_ways):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     npeff.plan(model, data, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -83,7 +99,7 @@ def test_nothing_is_left_behind(model, data, tmp_path):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_passes_are_those_of_the_factor(model, data):
+def test_passes_are_those_of_the_factor(model, data, few_ways):
     exact = npeff.plan(model, data, kind="low_rank")
     assert exact.passes == 3
     assert not exact.passes_vary
@@ -96,13 +112,13 @@ def test_passes_are_those_of_the_factor(model, data):
     assert truncated.passes_vary == bool((ranks != ranks[0]).any())
 
 
-def test_passes_of_the_diagonal_kind_count_columns_not_rows(model, data):
+def test_passes_of_the_diagonal_kind_count_columns_not_rows(model, data, few_ways):
     assert npeff.plan(model, data, kind="diagonal").passes == 3
     ranks = npeff.compute_fishers(model, data, energy=0.7, progress=False).ranks
     assert npeff.plan(model, data, kind="diagonal", energy=0.7, batches=3).passes == pytest.approx(ranks.mean())
 
 
-def test_coverage_says_what_falls_back_and_why(data):
+def test_coverage_says_what_falls_back_and_why(data, few_ways):
     torch.manual_seed(0)
     planned = npeff.plan(Scaled().eval(), [(x, y % 3) for x, y in data], kind="low_rank")
     rules = {line["parameter"]: line["rule"] for line in planned.coverage}
@@ -114,11 +130,11 @@ def test_coverage_says_what_falls_back_and_why(data):
     assert "idle: zero — the logits do not depend on it" in text
 
 
-def test_more_examples_scale_what_was_counted(model, data):
-    once = npeff.plan(model, data, kind="low_rank", batches=3)
+def test_more_examples_scale_what_was_counted(model, data, planned):
+    once = [choice for choice in planned.choices if choice.kind == "low_rank"]
     many = npeff.plan(model, data, kind="low_rank", batches=3, n_examples=2100)
     beside_rows = [8 * (n + 1) + n * (4 + 4 * 4 + 8 + 8) for n in (21, 2100)]
-    for a, b in zip(once.choices, many.choices, strict=True):
+    for a, b in zip(once, many.choices, strict=True):
         rows_once, rows_many = a.disk_bytes - beside_rows[0], b.disk_bytes - beside_rows[1]
         factor = 100**2 if isinstance(a.compress, GramOnly) else 100
         assert rows_many == pytest.approx(factor * rows_once, abs=8 * 100)
@@ -128,8 +144,7 @@ def test_more_examples_scale_what_was_counted(model, data):
     assert many.examples_from == "given"
 
 
-def test_kept_share_is_measured(model, data):
-    planned = npeff.plan(model, data, batches=3)
+def test_kept_share_is_measured(model, data, planned):
     for choice in planned.choices:
         if isinstance(choice.compress, TopK):
             stored = npeff.compute_fishers(model, data, kind=choice.kind, compress=choice.compress, progress=False)
@@ -138,9 +153,7 @@ def test_kept_share_is_measured(model, data):
             assert choice.kept == pytest.approx(float(np.median(norms / stored.norms)), rel=1e-4)
 
 
-def test_error_of_inner_products_is_measured(model, data):
-    planned = npeff.plan(model, data, kind="low_rank", batches=3)
-
+def test_error_of_inner_products_is_measured(model, data, planned):
     def scaled_gram(fishers):
         """K with every example scaled to a Fisher of norm 1."""
         rows = [fishers.dense(i).astype(np.float64) for i in range(len(fishers))]
@@ -149,7 +162,7 @@ def test_error_of_inner_products_is_measured(model, data):
 
     exact = scaled_gram(npeff.compute_fishers(model, data, progress=False))
     checked = set()
-    for choice in planned.choices:
+    for choice in (choice for choice in planned.choices if choice.kind == "low_rank"):
         if isinstance(choice.compress, TopK):
             stored = npeff.compute_fishers(model, data, compress=choice.compress, progress=False)
             expected = np.linalg.norm(scaled_gram(stored) - exact) / np.linalg.norm(exact)
@@ -195,8 +208,7 @@ def test_advice_follows_the_budget(model, data):
     assert all(a.name == "" and "nothing fits" in a.reason and not a.flags for a in nothing.advice)
 
 
-def test_json_and_text_hold_the_same_choices(model, data):
-    planned = npeff.plan(model, data, n_components=5)
+def test_json_and_text_hold_the_same_choices(planned):
     document = json.loads(planned.to_json())
     assert [c["name"] for c in document["choices"]] == [c.name for c in planned.choices]
     assert document["n_parameters"] == planned.n_parameters == 6 * 40 + 40 + 40 * 4 + 4
@@ -206,7 +218,7 @@ def test_json_and_text_hold_the_same_choices(model, data):
     assert max(len(line) for line in text.splitlines() if "—" not in line) <= 130
 
 
-def test_bad_arguments_are_named(model, data):
+def test_bad_arguments_are_named(model, data, few_ways):
     for given in ({"n_examples": 0}, {"batches": 1}, {"n_components": True}, {"kind": "dense"}, {"folder": "/no/such"}):
         with pytest.raises(npeff.ArgumentError, match=next(iter(given))):
             npeff.plan(model, data, **given)
@@ -248,8 +260,7 @@ def test_peak_sees_what_is_held_for_a_while():
     assert held_bytes() < peak.peak - (32 << 20)
 
 
-def test_durations_have_fitting_units(model, data):
-    planned = npeff.plan(model, data, kind="diagonal")
+def test_durations_have_fitting_units(planned):
     times = {0.123: "0.12 s", 45: "45 s", 130: "2.17 min", 8000: "2.22 h", 3e5: "3.47 days"}
     choices = [replace(planned.choices[0], seconds=seconds) for seconds in times]
     assert all(f"  {text}  " in str(replace(planned, choices=choices)) for text in times.values())

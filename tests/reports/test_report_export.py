@@ -144,7 +144,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
         "--strategies",
         "2",
     ]
-    assert run([*command, "--extras", "e.json", "--seed", "3", "--size-limit", "5"]) == 0
+    assert run([*command, "--extras", "e.json", "--seed", "3", "--size-limit", "5MB"]) == 0
     made = {p.name for p in (tmp_path / "report").iterdir()}
     assert made == {"index.html", "data-1", "components.tex", "components-images", "components-collages"}
     assert len(list((tmp_path / "report" / "components-collages").glob("*.png"))) == 3
@@ -153,6 +153,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "birds.tex").is_file() and (tmp_path / "birds-collages" / "component-2.png").is_file()
     said = capsys.readouterr().out
     assert "birds.html: 3 components" in said and "3 collages" in said and "compile it" in said
-    assert run(["report", "c.h5", "--strategies", "9"]) == 2
+    assert run(["report", "c.h5", "--strategies", "9"]) == 1
+    assert "strategies is --strategies" in capsys.readouterr().err
     assert run(["report", "c.h5", "--heads", "4", "--out", "x.html"]) == 1
     assert "heads: no parameter could be cut" in capsys.readouterr().err

@@ -100,6 +100,8 @@ def test_forms_of_trust():
         ({"effects": [1, 2]}, "effects: expected a mapping, got list"),
         ({"effects": {3: {}}}, "effects: expected components 0 to 2, got 3"),
         ({"effects": {0: {**EFFECT, "kl_top": [1]}}}, r"effects\[0\]: expected curves of one length.*kl_top 1"),
+        ({"effects": {0: {"predictions": 5}}}, r"effects\[0\].predictions: expected a list, got 5"),
+        ({"effects": {0: {"controls": [1]}}}, r"effects\[0\].controls: expected a mapping from kinds"),
         ({"effects": {0: {"kl_ratio": "much"}}}, r"effects\[0\].kl_ratio: expected numbers"),
         ({"trust": [1, 2]}, "trust.stability: expected 3 numbers"),
         ({"trust": {"explained": [1]}}, "trust.explained: expected 40 numbers"),

@@ -24,7 +24,7 @@ from npeff.cli.command import (
     note,
     size,
 )
-from npeff.cli.options import Arguments, Count, Existing, Help, Whole
+from npeff.cli.options import Arguments, Existing, Help, Whole
 
 if TYPE_CHECKING:
     from npeff.components.components import Components
@@ -265,11 +265,8 @@ def report(
     out: Path = Path("report"),
     class_names: Annotated[str | None, "A,B,…"] = None,
     tokenizer: Annotated[str | None, "TARGET"] = None,
-    strategies: Annotated[Count | None, "N"] = None,
-    heads: Annotated[Count | None, "N"] = None,
     extras: Annotated[tuple[Existing, ...], "FILE"] = (),
     influence_data: Annotated[str | None, "DATA"] = None,
-    size_limit: Annotated[Count | None, "MB"] = None,
     collages: bool = False,
     latex: bool = False,
     **options: Any,
@@ -285,11 +282,8 @@ def report(
         out: A folder (for index.html and its parts), or a file ending in .html.
         class_names: Names of the classes: separated by commas, or a file with one per line.
         tokenizer: module:callable that returns a tokenizer, to print token ids as text.
-        strategies: How many strategies to colour; chosen by default.
-        heads: Attention heads per layer, to show each.
         extras: JSON that trust, perturb, trace, or the companions with --component, wrote with --out; repeatable.
         influence_data: module:callable for the training data that the influences are about.
-        size_limit: What the report may take on the disk.
         collages: Also a PNG of each component's top examples.
         latex: Also a LaTeX document of the top examples.
     """
@@ -298,8 +292,6 @@ def report(
     from npeff.reports import load_extras
 
     components = loaded(path, "Components")
-    if strategies is not None and strategies > components.n_components:
-        misused(f"--strategies: expected at most {components.n_components}, one per component, got {strategies}")
     names = _names(class_names)
     tokens = load_made(tokenizer, "--tokenizer") if tokenizer else None
     page = npeff.report(
@@ -308,10 +300,7 @@ def report(
         out,
         class_names=names,
         tokenizer=tokens,
-        strategies=strategies,
-        heads=heads,
         influence_data=load_data(influence_data) if influence_data else None,
-        size_limit=size_limit * 1_000_000 if size_limit else None,
         **load_extras(*extras, components=components),
         **options,
     )

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from npeff.components.components import Components
+from npeff.components.strategies import Strategy
+from npeff.models.devices import parse_bytes
 from npeff.reports.data import ReportOptions, collect_report_data
 from npeff.reports.evidence import EffectSummary, InfluenceSummary, TraceSummary, TrustSummary
 from npeff.reports.export import collage, latex
@@ -29,7 +31,7 @@ def report(
     k: int = 16,
     title: str | None = None,
     tokenizer: Any = None,
-    strategies: Any = None,
+    strategies: Strategy | int | None = None,
     effects: Any = None,
     traces: Any = None,
     trust: Any = None,
@@ -37,7 +39,7 @@ def report(
     influences: Any = None,
     influence_data: Iterable[Any] | None = None,
     heads: Heads = None,
-    size_limit: int | None = None,
+    size_limit: int | str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
@@ -61,7 +63,7 @@ def report(
         k: Top examples per component; half as many from the middle, and half as many at random.
         title: Heading of the overview.
         tokenizer: Anything with ``decode(ids)``, for data that holds only token ids.
-        strategies: What ``components.strategies()`` gave, or how many strategies to colour; by default the number
+        strategies: How many strategies to colour, or what ``components.strategies()`` gave; by default the number
             that ``trust`` speaks for, else the one with the best silhouette.
         effects: What moving along components does: what :func:`npeff.perturb` or ``npeff.perturb_all`` returned, or
             per component a mapping with ``kl_ratio``, ``magnitudes``, ``kl_top``, ``kl_baseline`` (see
@@ -77,7 +79,8 @@ def report(
         influence_data: The training data, to show what is influential.
         heads: Attention heads per layer, to show which carry a component; or a mapping from patterns of parameter
             names to numbers of heads.
-        size_limit: Bytes that the report may take; by default 24 MB for a file, 2 GB for a folder.
+        size_limit: What the report may take on the disk, in bytes or as in ``"24MB"``; by default 24 MB for a file,
+            2 GB for a folder.
         seed: Decides the examples at random.
         progress: Show progress bars for what takes more than a few seconds.
 
@@ -94,7 +97,8 @@ def report(
     folder = path.suffix.lower() not in (".html", ".htm")
     path = path / "index.html" if folder else path
     check_page(path)
-    limit = int(size_limit) if size_limit else FOLDER_LIMIT if folder else FILE_LIMIT
+    limit = FOLDER_LIMIT if folder else FILE_LIMIT
+    limit = limit if size_limit is None else parse_bytes(size_limit, "size_limit")
     every = folder or len(components.coefficients) * 200 < limit
     with (
         collect_report_data(components, data, options, every) as found,

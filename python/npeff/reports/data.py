@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.components.components import Components
+from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.gradients.eligibility import BLOCKS
 from npeff.language.places import check_places
+from npeff.models.devices import parse_bytes
 from npeff.perturbation.effect import Prediction
 from npeff.reports.evidence import INFLUENCES, PUSHED, Given, TrustSummary
 from npeff.reports.examples import Gallery
@@ -51,7 +53,7 @@ class ReportOptions:
     k: int = 16
     title: str | None = None
     tokenizer: Any = None
-    strategies: Any = None
+    strategies: Strategy | int | None = None
     effects: Any = None
     traces: Any = None
     trust: Any = None
@@ -59,7 +61,7 @@ class ReportOptions:
     influences: Any = None
     influence_data: Iterable[Any] | None = None
     heads: Heads = None
-    size_limit: int | None = None
+    size_limit: int | str | None = None
     seed: int = 0
     progress: bool = True
 
@@ -89,8 +91,8 @@ class ReportOptions:
             raise ArgumentError(
                 f"tokenizer: expected something with decode(ids), got a {type(options.tokenizer).__name__}"
             )
-        if options.size_limit is not None and (not isinstance(options.size_limit, Integral) or options.size_limit < 1):
-            raise ArgumentError(f"size_limit: expected a number of bytes, got {options.size_limit!r}")
+        if options.size_limit is not None:
+            parse_bytes(options.size_limit, "size_limit")
         check_heads(components.parameters, options.heads)
         return options
 
@@ -189,7 +191,8 @@ class ReportData:
         weights = self.components.block_weights
         if weights is None:
             return None
-        chosen = (self._fisher_options.get("block_weights") or {}).get("choice")
+        described = self._fisher_options.get("block_weights")
+        chosen = described.get("choice") if isinstance(described, Mapping) else described
         own = (self.components.provenance.get("options") or {}).get("block_weights")
         of = {name: weights.get(name, 1.0) for name in self.components.parameters.names}
         choice = "balanced" if "balanced" in (chosen, own) else "given"

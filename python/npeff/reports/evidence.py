@@ -140,6 +140,12 @@ class Given:
         """The same as mappings and lists, where it is a result that has such a form."""
         return self.part("", self.value.to_json()) if hasattr(self.value, "to_json") else self
 
+    def each(self) -> list[Given]:
+        """Return the items of a list, none for None."""
+        if self.known and not self.listed:
+            self.refuse("a list")
+        return [self.part("", item) for item in self.value or ()]
+
     def items(self) -> list[tuple[Any, Any]]:
         """Return the items of a mapping, none for None."""
         if not isinstance(self.value, Mapping | None):
@@ -196,9 +202,12 @@ class EffectSummary:
             got = ", ".join(f"{key} {length}" for key, length in lengths.items())
             given.refuse("curves of one length, a value per magnitude", got)
         magnitudes, kl_top, kl_baseline = curves.values()
-        controls = given["controls"].value or ()
-        pairs = controls.items() if isinstance(controls, Mapping) else controls
-        ratios = {str(kind): given.part(".controls", ratio).number() for kind, ratio in pairs}
+        controls = given["controls"]
+        by_kind = isinstance(controls.value, Mapping)
+        pairs = controls.items() if by_kind else [one.value for one in controls.each()]
+        if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+            controls.refuse("a mapping from kinds of random directions to their KL ratios, or pairs of both")
+        ratios = {str(kind): controls.part("", ratio).number() for kind, ratio in pairs}
         return cls(
             given["kl_ratio"].number(),
             magnitudes,
@@ -206,10 +215,8 @@ class EffectSummary:
             kl_baseline,
             interval=given["interval"].pair(),
             controls=tuple((kind, ratio) for kind, ratio in ratios.items() if ratio is not None),
-            predictions=tuple(_prediction(given.part(".predictions", one)) for one in given["predictions"].value or ()),
-            continuations=tuple(
-                _continuation(given.part(".continuations", one)) for one in given["continuations"].value or ()
-            ),
+            predictions=tuple(map(_prediction, given["predictions"].each())),
+            continuations=tuple(map(_continuation, given["continuations"].each())),
             label=given["label"].pair(", before and after"),
             perplexity=given["perplexity"].pair(", before and after"),
         )
@@ -249,7 +256,7 @@ def _of_experiment(given: Given) -> dict[str, Any]:
         **{key: given[key].value for key in ("predictions", "continuations", "perplexity")},
     }
     if given["label_before"].known:
-        top = given["top"].array().ravel().astype(np.int64)
+        top = np.array([one.position() for one in given["top"].each()], np.int64)
         labels = [given[key].array().ravel() for key in ("label_before", "label_after")]
         known = [of[top][np.isfinite(of[top])] for of in labels if len(of) > top.max(initial=-1)]
         fields["label"] = [float(of.mean()) for of in known if len(of)] or None

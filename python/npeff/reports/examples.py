@@ -121,9 +121,8 @@ class Gallery:
         if isinstance(data, ReadablePlaces):
             found = ((i, RawExample(place=place)) for i, place in read_places(data, wanted, labels))
             self.words = Words(data)
-        for position, example in tqdm(
-            found, "examples", len(wanted), delay=DELAY, disable=not progress, unit="example"
-        ):
+        bar = tqdm(found, "examples", len(wanted), delay=DELAY, disable=not progress, unit="example")
+        for position, example in bar:
             if position in self._keep:
                 self.kept[position] = example
             self._waiting.append((position, example))
@@ -160,10 +159,9 @@ class Gallery:
             small = max(pixels.shape[:2]) <= PIXELATED_BELOW
             return {"kind": "image", "uri": data_uri(pixels, SHOWN if shown else OTHER), "small": small}
         assert example.values is not None
-        sample = ", ".join(f"{v:.3g}" for v in example.values.ravel()[:6])
-        more = ", …" if example.values.size > 6 else ""
+        sample = ", ".join(f"{v:.3g}" for v in example.values.ravel()[:6]) + (", …" if example.values.size > 6 else "")
         uri = data_uri(strip(example.values, self._limit or 1.0), 256)
-        return {"kind": "values", "uri": uri, "values": f"{sample}{more}"}
+        return {"kind": "values", "uri": uri, "values": sample}
 
     def pixels(self, image: Array) -> Pixels:
         """Return an image's bytes on the gallery's scale."""
@@ -193,7 +191,7 @@ class Gallery:
         verdict = [
             f"{word} {names[c]}" for word, c in (("labelled", top.label), ("predicted", top.prediction)) if c >= 0
         ]
-        base = {
+        base: dict[str, Any] = {
             "kind": "number",
             "top": top,
             "label": names[top.known_class] if top.known_class >= 0 else "",
