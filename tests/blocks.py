@@ -2,8 +2,8 @@
 
 The module has the functions of ``npeff._cuda`` (tests/native/emulated_cuda.cpp): the same bindings and the same blocks
 of threads, run one thread after the other in an order that the ``stream`` argument seeds. The functions of this module
-take numpy arrays, too, in shared memory; those defined here call them more briefly. The compiler is ``CXX``, or else ``c++``, ``g++`` or ``clang++``; where there
-is none the test is skipped.
+take numpy arrays, too, in shared memory; those defined here call them more briefly. The compiler is ``CXX``, or else
+``c++``, ``g++`` or ``clang++``; where there is none the test is skipped.
 """
 
 from __future__ import annotations

@@ -319,7 +319,8 @@ def _native_cases() -> dict[str, Case]:
         **{
             f"_native.nnls {dtype.__name__}": Case(
                 lambda g, dtype=dtype: {  # type: ignore[misc]
-                    **problem(g, dtype), "w": zeros(5, 4, dtype=dtype), "residual": np.full(5, np.inf, dtype), "max_sweeps": 30,
+                    **problem(g, dtype), "w": zeros(5, 4, dtype=dtype), "residual": np.full(5, np.inf, dtype),
+                    "max_sweeps": 30,
                     "tol": 1e-5, "kkt": True, "status": zeros(2, dtype=np.int64), "threads": 2,
                 },
                 filling(n.nnls, "w", "residual", "status"), False,
@@ -327,7 +328,8 @@ def _native_cases() -> dict[str, Case]:
             for dtype in (np.float32, np.float64)
         },
         "_native.nnls_exact": Case(
-            lambda g: {**problem(g, np.float64), "w": zeros(5, 4, dtype=np.float64), "residual": zeros(5, dtype=np.float64),
+            lambda g: {**problem(g, np.float64), "w": zeros(5, 4, dtype=np.float64),
+                       "residual": zeros(5, dtype=np.float64),
                        "tol": 1e-9, "status": zeros(2, dtype=np.int64), "threads": 2},
             filling(n.nnls_exact, "w", "residual", "status"), False,
         ),

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "common/checked.h"
+#include "common/memory.h"
 #include "common/device.h"
 
 namespace npeff::cuda {

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "common/checked.h"
+#include "common/memory.h"
 
 namespace npeff {
 namespace {

@@ -11,7 +11,6 @@
 #include <type_traits>
 
 #include "common/csr.h"
-#include "common/half_types.h"
 
 namespace npeff {
 

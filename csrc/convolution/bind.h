@@ -3,11 +3,11 @@
 
 #include <pybind11/stl.h>
 
-#include <memory>
+#include <list>
 #include <utility>
 #include <vector>
 
-#include "common/checked.h"
+#include "common/memory.h"
 #include "common/device.h"
 #include "convolution/convolution.h"
 
@@ -25,17 +25,17 @@ inline void run_convolution(py::handle inputs, const py::list& delta, int64_t tu
   const TensorView in(inputs, "inputs"), result(out, "out", write);
   check_threads(threads);
   if (delta.empty()) fail("delta: expected at least one column");
-  std::vector<std::unique_ptr<TensorView>> views;
+  std::list<TensorView> views;
   std::vector<const float*> columns;
   for (const py::handle column : delta) {
-    views.push_back(std::make_unique<TensorView>(column, "delta"));
-    if (views[0]->ndim() != 4) fail("delta: expected four dimensions");
-    const TensorView& one = *views[0];
-    check_apart({&result, views.back().get()});
-    columns.push_back(views.back()->as<const float>({one.shape(0), one.shape(1), one.shape(2), one.shape(3)}));
+    views.emplace_back(column, "delta");
+    const TensorView& one = views.front();
+    if (one.ndim() != 4) fail("delta: expected four dimensions");
+    check_apart({&result, &views.back()});
+    columns.push_back(views.back().as<const float>({one.shape(0), one.shape(1), one.shape(2), one.shape(3)}));
   }
   const auto* padded = in.as<const float>({any, any, any, any});
-  const TensorView& d = *views[0];
+  const TensorView& d = views.front();
   for (const int64_t number : {turns, groups, kernel.first, kernel.second, stride.first, stride.second, dilation.first,
                                dilation.second})
     if (number < 1 || number >= int64_t{1} << 31)

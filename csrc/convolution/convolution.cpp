@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "common/memory.h"
-#include "common/checked.h"
 #include "common/parallel.h"
 #include "convolution/simd.h"
 

@@ -56,9 +56,9 @@ void choose(const PatchRun& run, std::integer_sequence<int, vectors...>) {
   ((run.vectors == vectors + 1 ? sums<taps, vectors + 1>(run) : void()), ...);
 }
 
-template <int taps>
-void choose(const PatchRun& run) {
-  choose<taps>(run, std::make_integer_sequence<int, fitting(taps)>());
+template <int... taps>
+void choose_taps(const PatchRun& run, std::integer_sequence<int, taps...>) {
+  ((run.taps == taps + 1 ? choose<taps + 1>(run, std::make_integer_sequence<int, fitting(taps + 1)>()) : void()), ...);
 }
 
 // Elements of x (0 … W − 1) and y (W … 2W − 1), in the order given.
@@ -92,17 +92,7 @@ void transpose(S::Vec* v) {
 
 int patch_vectors(int taps) { return fitting(taps); }
 
-void patch_sums(const PatchRun& run) {
-  switch (run.taps) {
-    case 1: return choose<1>(run);
-    case 2: return choose<2>(run);
-    case 3: return choose<3>(run);
-    case 4: return choose<4>(run);
-    case 5: return choose<5>(run);
-    case 6: return choose<6>(run);
-    default: return choose<7>(run);
-  }
-}
+void patch_sums(const PatchRun& run) { choose_taps(run, std::make_integer_sequence<int, 7>()); }
 
 void transpose_rows(const float* const* rows, int count, int64_t n, float* out, int64_t stride) {
   int64_t j = 0;

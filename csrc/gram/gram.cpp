@@ -4,7 +4,6 @@
 #include <limits>
 #include <vector>
 
-#include "common/checked.h"
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "spmm/simd.h"

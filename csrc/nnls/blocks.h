@@ -5,9 +5,7 @@
 #pragma once
 
 #include "common/block.h"
-#include "common/half_types.h"
 #include "nnls/nnls.h"
-#include "nnls/step.h"
 
 namespace npeff {
 

@@ -5,10 +5,8 @@
 #include <vector>
 
 #include "common/memory.h"
-#include "common/checked.h"
 #include "common/parallel.h"
 #include "nnls/simd.h"
-#include "nnls/step.h"
 
 namespace npeff {
 namespace {

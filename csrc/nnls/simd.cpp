@@ -6,8 +6,8 @@
 
 #include "common/simd.h"
 #include "nnls/active_set.h"
+#include "nnls/nnls.h"
 #include "nnls/simd.h"
-#include "nnls/step.h"
 
 namespace npeff::NPEFF_ISA {
 namespace {

@@ -3,83 +3,57 @@
 #pragma once
 
 #include "common/block.h"
-#include "common/half_types.h"
 #include "segments/segments.h"
 
 namespace npeff {
 
-// The columns of one thread, `together` of them, of which rows are aligned to as many entries: step(row's entries, at) for
-// each row of their example.
-template <class T, int together>
+// A thread's columns of one example, `together` of them, of which rows are aligned to as many entries: the sums of squares
+// of its rows, or (spread) each of its rows times that of w.
+template <class T, int together, bool spread>
 struct SegmentColumns {
-  const T* p;              // (R, r)
+  const T *w, *p;          // (n, r) with spread, (R, r)
   const int64_t* offsets;  // (n + 1,)
   int64_t r;
+  T* out;                  // (n, r), with spread (R, r)
 
-  template <class Step>
-  NPEFF_INLINE void each_row(int64_t at, const Step& step) const {
-    const int64_t i = at / r, j = at % r, end = offsets[i + 1];
+  template <class Block>
+  NPEFF_INLINE void at(int64_t thread) const {
+    const int64_t at = thread * together, i = at / r, j = at % r, end = offsets[i + 1];
+    T own[together] = {};  // sums, or weights
+    if (spread) load_together<together>(w + at, own);
 NPEFF_UNROLL_4
     for (int64_t row = offsets[i]; row < end; ++row) {
-      T entries[together];
+      T entries[together], products[together];
       load_together<together>(p + row * r + j, entries);
-      step(entries, row * r + j);
+      if (!spread) {
+        add_squares(entries, together, own);
+      } else {
+        multiply_row(own, entries, together, products);
+        store_together<together>(products, out + row * r + j);
+      }
     }
+    if (!spread) store_together<together>(own, out + at);
   }
 };
 
-// out (n, r)
-template <class T, int together>
-struct CrossColumns {
-  SegmentColumns<T, together> columns;
-  const T* w;  // there is none
-  T* out;
-
-  template <class Block>
-  NPEFF_INLINE void at(int64_t i) const {
-    T sums[together] = {};
-    columns.each_row(i * together, [&](const T* entries, int64_t) { add_squares(entries, together, sums); });
-    store_together<together>(sums, out + i * together);
-  }
-};
-
-// w (n, r), out (R, r)
-template <class T, int together>
-struct SpreadMultiplyColumns {
-  SegmentColumns<T, together> columns;
-  const T* w;
-  T* out;
-
-  template <class Block>
-  NPEFF_INLINE void at(int64_t i) const {
-    T weights[together];
-    load_together<together>(w + i * together, weights);
-    columns.each_row(i * together, [&](const T* entries, int64_t at) {
-      T products[together];
-      multiply_row(weights, entries, together, products);
-      store_together<together>(products, out + at);
-    });
-  }
-};
-
-// Columns<T, together> with as many columns at once as r and the pointers' alignment allow.
-template <template <class, int> class Columns, class T, class Queue>
+// With as many columns at once as r and the pointers' alignment allow.
+template <bool spread, class T, class Queue>
 void run_segments(const T* w, const T* p, const int64_t* offsets, int64_t n, int64_t r, T* out, Queue& queue) {
   constexpr int most = 16 / sizeof(T);
   if (n * r == 0) return;
   const auto addresses = reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(p) | reinterpret_cast<uintptr_t>(w);
-  if (r % most == 0 && addresses % 16 == 0) run_elements(queue, n * r / most, Columns<T, most>{{p, offsets, r}, w, out});
-  else run_elements(queue, n * r, Columns<T, 1>{{p, offsets, r}, w, out});
+  if (r % most == 0 && addresses % 16 == 0) run_elements(queue, n * r / most, SegmentColumns<T, most, spread>{w, p, offsets, r, out});
+  else run_elements(queue, n * r, SegmentColumns<T, 1, spread>{w, p, offsets, r, out});
 }
 
 template <class T, class Queue>
 void cross(const T* p, const int64_t* offsets, int64_t n, int64_t r, T* out, Queue& queue) {
-  run_segments<CrossColumns>(static_cast<const T*>(nullptr), p, offsets, n, r, out, queue);
+  run_segments<false>(static_cast<const T*>(nullptr), p, offsets, n, r, out, queue);
 }
 
 template <class T, class Queue>
 void spread_multiply(const T* w, const T* p, const int64_t* offsets, int64_t n, int64_t r, T* out, Queue& queue) {
-  run_segments<SpreadMultiplyColumns>(w, p, offsets, n, r, out, queue);
+  run_segments<true>(w, p, offsets, n, r, out, queue);
 }
 
 // One block per example: the entries of one row are looked up in the other. Columns ascend within a row; offsets (n + 1,),

@@ -11,8 +11,7 @@
 #pragma once
 
 #include "common/block.h"
-#include "common/checked.h"
-#include "common/half_types.h"
+#include "common/memory.h"
 #include "sketch/sketch.h"
 
 namespace npeff {

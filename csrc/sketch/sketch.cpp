@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/checked.h"
+#include "common/memory.h"
 #include "common/parallel.h"
 #include "sketch/simd.h"
 

@@ -18,7 +18,7 @@ void run_spmm(const CsrView& a, py::handle dense, py::handle out, typename D::Ru
     const int64_t r = dense_view.shape(1);
     auto* result = out_view.as<T>({a.n_rows(), r});
     auto where = D::begin(run, "spmm", {&a.indptr, &a.indices, &a.values, &dense_view, &out_view});
-    a.visit<T>([&](const auto& csr) { spmm(csr, d, r, result, where); });
+    a.visit<T>([&](const auto& csr) { spmm(Spmm<std::decay_t<decltype(*csr.indices)>, T>{csr, d, r, result}, where); });
   });
 }
 

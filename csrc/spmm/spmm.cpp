@@ -30,7 +30,8 @@ bool ascending(const Csr<Index>& a, int64_t begin, int64_t end) {
 
 // Rows begin … end − 1, by blocks of columns.
 template <class Index>
-void multiply_rows(const Csr<Index>& a, int64_t begin, int64_t end, const float* dense, int64_t r, float* out) {
+void multiply_rows(const Spmm<Index>& product, int64_t begin, int64_t end) {
+  const auto& [a, dense, r, out] = product;
   int64_t width = columns_at_once(end - begin, a.n_columns, a.indptr[end] - a.indptr[begin], r);
   if (width < a.n_columns && !ascending(a, begin, end)) width = a.n_columns;
   const auto row = row_of(a);
@@ -47,16 +48,17 @@ void multiply_rows(const Csr<Index>& a, int64_t begin, int64_t end, const float*
 }  // namespace
 
 template <class Index>
-void spmm(const Csr<Index>& a, const float* dense, int64_t r, float* out, int threads) {
-  if (r == 0) return;
-  const int64_t work = a.indptr[a.n_rows] * r;
+void spmm(const Spmm<Index>& product, int threads) {
+  if (product.r == 0) return;
+  const Csr<Index>& a = product.a;
+  const int64_t work = a.indptr[a.n_rows] * product.r;
   const std::vector<int64_t> bounds = parts_by_entries(a.indptr, a.n_rows, work < 1 << 16 ? 1 : 2 * threads);
   parallel_for(static_cast<int64_t>(bounds.size()) - 1, threads,
-               [&](int64_t part) { multiply_rows(a, bounds[part], bounds[part + 1], dense, r, out); });
+               [&](int64_t part) { multiply_rows(product, bounds[part], bounds[part + 1]); });
 }
 
-template void spmm(const Csr<int32_t>&, const float*, int64_t, float*, int);
-template void spmm(const Csr<int64_t>&, const float*, int64_t, float*, int);
+template void spmm(const Spmm<int32_t>&, int);
+template void spmm(const Spmm<int64_t>&, int);
 
 // A counting sort by column, stable, so that the result's indices ascend: every thread counts the columns of its rows,
 // and then knows where in each column its entries begin.

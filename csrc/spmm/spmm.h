@@ -5,10 +5,16 @@
 
 namespace npeff {
 
-// out = A · dense.
-//   dense (n_columns, r), out (n_rows, r); out overlaps nothing
+// out = A · dense, for the processor and (blocks.h) for devices: the arguments are stated here alone.
+template <class Index, class T = float>
+struct Spmm {
+  Csr<Index, T> a;
+  const T* dense;  // (n_columns, r)
+  int64_t r;
+  T* out;          // (n_rows, r); overlaps nothing
+};
 template <class Index>
-void spmm(const Csr<Index>& a, const float* dense, int64_t r, float* out, int threads);
+void spmm(const Spmm<Index>& product, int threads);
 
 // CSR of Aᵀ; within a row, indices ascend if A's rows are in order (they are: that of the entries of A).
 //   indptr (n_columns + 1,), indices (nnz,), values (nnz,): overlap nothing

@@ -6,7 +6,7 @@
 #include <mutex>
 #include <vector>
 
-#include "common/checked.h"
+#include "common/memory.h"
 #include "common/device.h"
 #include "common/parallel.h"
 #include "topk/blocks.h"

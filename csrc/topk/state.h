@@ -3,7 +3,6 @@
 #pragma once
 
 #include "common/block.h"
-#include "common/half_types.h"
 #include "common/row_order.h"
 #include "topk/order.h"
 

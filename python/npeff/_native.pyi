@@ -1,6 +1,6 @@
 """The CPU kernels, called by keyword through :class:`npeff.kernels.dispatch.Compiled`; ``help()`` lists the arguments.
 
-Arrays are C-contiguous numpy arrays (buffer protocol) or torch CPU tensors (DLPack); outputs are filled.
+Arrays are C-contiguous numpy arrays, or others with a buffer; outputs are filled.
 """
 
 from typing import Any

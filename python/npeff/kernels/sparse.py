@@ -429,11 +429,11 @@ def _check(p: A, row_offsets: A) -> tuple[A, A]:
     row_offsets = arrays.check(row_offsets, "row_offsets", ("int64",), (None,))
     arrays.same_device(p=p, row_offsets=row_offsets)
     p, row_offsets = arrays.contiguous(p), arrays.contiguous(row_offsets)
-    there = isinstance(given, Tensor) and dispatch.cuda(given.device) is not None
-    if not (there and checked.known(given, extent=p.shape[0])):  # looking again would mean waiting for the device
+    if not isinstance(given, Tensor) or dispatch.cuda(given.device) is None:
         check_offsets(arrays.as_tensor(row_offsets), p.shape[0])
-        if there:
-            checked.record(given, extent=p.shape[0])
+    elif not checked.known(given, extent=p.shape[0]):  # looking again would mean waiting for the device
+        check_offsets(arrays.as_tensor(row_offsets), p.shape[0])
+        checked.record(given, extent=p.shape[0])
     return p, row_offsets
 
 

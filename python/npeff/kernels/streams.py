@@ -155,7 +155,7 @@ class NonFiniteError(DataError):
     """A value is NaN or infinite.
 
     Attributes:
-        row: Row of the block (or of the matrix) that holds it.
+        row: Row of the block (or of the matrix) that holds it; of selections on a CUDA device, their selector.
         index: Its flat index: the row's ``base`` plus its column.
     """
 
