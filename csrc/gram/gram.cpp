@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "common/checked.h"
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "gram/simd.h"
 #include "spmm/simd.h"
 #include "spmm/spmm.h"
 
@@ -158,6 +160,19 @@ void mirror(float* k, int64_t n, int threads) {
     for (int64_t across = 0; across < last; across += tile)  // k[across…, first…] from k[first…, across…]
       for (int64_t i = first; i < last; ++i)
         for (int64_t j = across; j < std::min(across + tile, i); ++j) k[j * n + i] = k[i * n + j];
+  });
+}
+
+void outer_gram(const float* delta, const float* input, int64_t b, int64_t t, int64_t columns, int64_t n_delta,
+                int64_t n_input, int64_t width, double* gram, double* size, int threads) {
+  if (columns == 0) return;  // however many steps there are
+  parallel_for(b, threads, [&](int64_t i) {
+    OuterGram run{t, columns, width, delta + i * t * columns * n_delta, input + i * t * n_input, n_delta, n_input,
+                  nullptr, gram + i * columns * width, size + i * (columns / width)};
+    checked_product({t, t + 1 + 16 * width});
+    const std::unique_ptr<float[]> space(new float[gram_simd().space(run)]);
+    run.space = space.get();
+    gram_simd().outer(run);
   });
 }
 

@@ -231,6 +231,16 @@ void transform_rows(float* x, int64_t d) {
   levels_from(x, n, part);
 }
 
+// out (n, d) = the first n of four rows side by side, x (d, 4).
+void to_rows(const float* x, int64_t d, int64_t n, float* out) {
+  for (int64_t k = 0; k < d; k += lanes) {
+    Floats::Vec v[4];
+    for (int q = 0; q < 4; ++q) v[q] = Floats::load(x + 4 * k + q * lanes);
+    transpose(v);
+    for (int64_t r = 0; r < n; ++r) Floats::store(out + r * d + k, in_order(v[r], each_lane));
+  }
+}
+
 // products (columns, d), as add_products leaves them, become d times the sketches; space (d, 4).
 void transform_back(float* products, int64_t d, int64_t columns, float* space) {
   for (int64_t column = 0; column < columns; column += 4) {
@@ -243,12 +253,7 @@ void transform_back(float* products, int64_t d, int64_t columns, float* space) {
       for (int q = 0; q < 4; ++q) Floats::store(space + 4 * k + q * lanes, v[q]);
     }
     transform_rows(space, d);
-    for (int64_t k = 0; k < d; k += lanes) {
-      Floats::Vec v[4];
-      for (int q = 0; q < 4; ++q) v[q] = Floats::load(space + 4 * k + q * lanes);
-      transpose(v);
-      for (int64_t r = 0; r < n; ++r) Floats::store(own + r * d + k, in_order(v[r], each_lane));
-    }
+    to_rows(space, d, n, own);
   }
 }
 
@@ -332,11 +337,17 @@ void outer(const SketchOuter& run) {
         if (!filled) continue;
         scatter_rows(rows, run.n_delta, run.delta_places, d, one);
         transform_rows(one, d);
+        if (run.t == 1) {  // nothing to sum
+          for (int64_t i = 0; i < size; i += lanes) Floats::store(one + i, Floats::load(one + i) * Floats::load(inputs + i));
+          transform_rows(one, d);
+          to_rows(one, d, n, run.products + column * d);
+          continue;
+        }
         add_products(one, inputs + (group - first) * size, d, grouping, n, run.products + column * d);
       }
     }
   }
-  transform_back(run.products, d, run.columns, one);
+  if (run.t > 1) transform_back(run.products, d, run.columns, one);
 }
 
 const SketchSimd sketch_simd{sketch_run, outer, outer_space};
