@@ -114,8 +114,8 @@ def convolution_gradients(
 def outer_gram(delta: Operand, inputs: Operand, n_slots: int = 1) -> tuple[Any, Any]:
     """``⟨G_r, G_s⟩`` of the gradients ``G_r = Σ_t delta_tr ⊗ inputs_t`` of each example, without forming them.
 
-    ``Σ_tu (inputs_t · inputs_u) (delta_tr · delta_us)``: the terms may cancel, so that their rounding is no longer small
-    beside their sum.
+    ``Σ_tu (inputs_t · inputs_u) (delta_tr · delta_us)``: where the terms cancel, their rounding is not small beside the
+    sum.
 
     Args:
         delta: ``(b, T, K·R, n)``: R columns of each of K examples, which share their inputs.

@@ -320,7 +320,7 @@ def outer_gram(delta: Tensor, inputs: Tensor, n_slots: int) -> tuple[Tensor, Ten
     flat = delta.reshape(b, t, columns * n)
     across = torch.bmm(inputs, inputs.mT)
     left, right = (
-        x.view(b, t, n_slots, -1, n).permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1)
+        x.view(b, t, n_slots, columns // n_slots, n).permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1)
         for x in (flat, torch.bmm(across, flat))
     )
     size = torch.linalg.matrix_norm(across).repeat_interleave(n_slots) * left.square().sum(dim=(1, 2))
