@@ -5,10 +5,10 @@
 
 SmolLM2-135M, batches of 8 sequences of 24 tokens, K places in each and R rows a place (``--cases KxR``), Kronecker
 sketch of 2 048 numbers, all parameters but embeddings and norms; seconds of one core (CPU time). *Passes alone*: one
-forward pass of a batch and K·R backward passes to the outputs of the linear layers, which is the least that any method
-has to do. *One by one*: one backward pass to the parameters for each place and row, without anything done with it. The
-answer is checked first: the Fishers' norms of two places against one backward pass a row to all parameters. Writes
-``results/language_cost.md``.
+forward pass of a batch and K·R backward passes of autograd from the logits to the outputs of the linear layers. npeff's
+own passes begin below the output layer, which has no part in these Fishers. *One by one*: one backward pass to the
+parameters for each place and row, without anything done with it. The answer is checked first: the Fishers' norms of two
+places against one backward pass a row to all parameters. Writes ``results/language_cost.md``.
 """
 
 from __future__ import annotations

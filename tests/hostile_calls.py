@@ -224,6 +224,9 @@ PUBLIC: dict[str, Case] = {
                    "out": zeros(5, 4, dtype=np.float64)},
         _nnls, True,
     ),
+    "outer_gram": Case(
+        lambda g: {"delta": floats(g, 2, 3, 4, 5), "inputs": floats(g, 2, 3, 7), "n_slots": 2}, kernels.outer_gram, True
+    ),
     "convolution_gradients": Case(
         lambda g: {
             "inputs": floats(g, 4, 2, 6, 6), "delta0": floats(g, 4, 4, 3, 3), "delta1": floats(g, 4, 4, 3, 3),
@@ -374,6 +377,11 @@ def _native_cases() -> dict[str, Case]:
                 n.convolution_gradients(delta=[delta0, delta1], **rest), rest["out"]
             )[1:],
             False,
+        ),
+        "_native.outer_gram": Case(
+            lambda g: {"delta": floats(g, 2, 3, 4, 5), "input": floats(g, 2, 3, 7),
+                       "gram": zeros(2, 4, 2, dtype=np.float64), "size": zeros(2, 2, dtype=np.float64), "threads": 2},
+            filling(n.outer_gram, "gram", "size"), False,
         ),
         "_native.sketch_rows": Case(
             lambda g: {"block": floats(g, 3, 40), "bases": np.array([0, 100, 7]), "order": np.array([1, 2, 0]),

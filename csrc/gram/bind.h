@@ -27,6 +27,21 @@ inline void run_to_dense(const CsrView& a, py::handle names, int64_t first, py::
   a.visit([=](const auto& csr) { to_dense(csr, numbers, first, width, dense, threads); });
 }
 
+inline void run_outer_gram(py::handle delta, py::handle input, py::handle gram, py::handle size, int threads) {
+  const TensorView g(delta, "delta"), a(input, "input"), out(gram, "gram", write), sizes(size, "size", write);
+  const auto* left = g.as<const float>({any, any, any, any});
+  const int64_t b = g.shape(0), t = g.shape(1), columns = g.shape(2);
+  const auto* right = a.as<const float>({b, t, any});
+  auto* products = out.as<double>({b, columns, any});
+  const int64_t width = out.shape(2);
+  if (columns > 0 && (width < 1 || columns % width != 0))
+    fail("gram: expected runs of columns that share out " + std::to_string(columns) + ", got " + std::to_string(width));
+  auto* largest = sizes.as<double>({b, columns > 0 ? columns / width : 0});
+  Host::begin(threads, "outer_gram", {&g, &a, &out, &sizes});
+  const py::gil_scoped_release release;
+  outer_gram(left, right, b, t, columns, g.shape(3), a.shape(2), width, products, largest, threads);
+}
+
 template <class D>
 void run_gram_panel(const CsrView& a, py::handle k, typename D::Run run) {
   const TensorView out(k, "k", D::write);
@@ -43,6 +58,9 @@ void bind_gram(py::module_& m) {
           "names (columns,) int32: the dense ones' numbers, −1 for others.");
     m.def("to_dense", &run_to_dense, py::kw_only(), "a"_a, "names"_a, "first"_a, "out"_a, "threads"_a,
           "out (R, width) = the columns with names (columns,) int32 from first on.");
+    m.def("outer_gram", &run_outer_gram, py::kw_only(), "delta"_a, "input"_a, "gram"_a, "size"_a, "threads"_a,
+          "gram (b, R, width) float64 = inner products of the R columns Σ_t delta[b, t, R] ⊗ input[b, t], each with those of "
+          "its own run of width columns; size (b, R / width) float64: at most how large their terms are together.");
   } else {
     m.def("gram_panel", &run_gram_panel<D>, py::kw_only(), "a"_a, "k"_a, py::arg(D::run),
           "Adds A·Aᵀ to the lower triangle of k; columns ascend within a row.");

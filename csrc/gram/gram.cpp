@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "gram/simd.h"
 #include "spmm/simd.h"
 #include "spmm/spmm.h"
 
@@ -149,5 +151,18 @@ template int64_t sparse_gram(const Csr<int32_t>&, int32_t*, float*, int);
 template int64_t sparse_gram(const Csr<int64_t>&, int32_t*, float*, int);
 template void to_dense(const Csr<int32_t>&, const int32_t*, int64_t, int64_t, float*, int);
 template void to_dense(const Csr<int64_t>&, const int32_t*, int64_t, int64_t, float*, int);
+
+void outer_gram(const float* delta, const float* input, int64_t b, int64_t t, int64_t columns, int64_t n_delta,
+                int64_t n_input, int64_t width, double* gram, double* size, int threads) {
+  if (columns == 0) return;  // however many steps there are
+  parallel_for(b, threads, [&](int64_t i) {
+    OuterGram run{t, columns, width, delta + i * t * columns * n_delta, input + i * t * n_input, n_delta, n_input,
+                  nullptr, gram + i * columns * width, size + i * (columns / width)};
+    checked_product({t, t + 1 + 16 * width});
+    const std::unique_ptr<float[]> space(new float[gram_simd().space(run)]);
+    run.space = space.get();
+    gram_simd().outer(run);
+  });
+}
 
 }  // namespace npeff

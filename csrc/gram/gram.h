@@ -24,4 +24,12 @@ int64_t sparse_gram(const Csr<Index>& a, int32_t* names, float* k, int threads);
 template <class Index>
 void to_dense(const Csr<Index>& a, const int32_t* names, int64_t first, int64_t width, float* out, int threads);
 
+// The inner products of columns Σ_t delta[t, c] ⊗ input[t] with those of their own run of `width` columns, without the
+// outer products: Σ_tu (input_t · input_u) (delta_tc · delta_uc').
+//   delta (b, t, columns, n_delta), input (b, t, n_input), gram (b, columns, width)
+//   size (b, columns / width): the norm of the inner products of input, times the squares of delta; gram's terms are at most
+//   that large together
+void outer_gram(const float* delta, const float* input, int64_t b, int64_t t, int64_t columns, int64_t n_delta,
+                int64_t n_input, int64_t width, double* gram, double* size, int threads);
+
 }  // namespace npeff

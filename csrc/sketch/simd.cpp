@@ -115,49 +115,241 @@ inline Floats::Vec butterfly(Floats::Vec v, std::integer_sequence<int, lane...>)
   return v;
 }
 
-// In place, unnormalised: butterflies level by level, those within a vector at once, beyond it two levels at a time.
-void walsh_hadamard(float* x, int64_t d) {
-  using S = Floats;
-  int64_t step = 1;
-  if (d >= S::lanes) {
-    constexpr std::make_integer_sequence<int, S::lanes> lanes;
-    for (int64_t i = 0; i < d; i += S::lanes) {
-      S::Vec v = butterfly<2>(butterfly<1>(S::load(x + i), lanes), lanes);
-      S::store(x + i, butterfly<8>(butterfly<4>(v, lanes), lanes));
-    }
-    step = S::lanes;
+// ---- outer products: four rows side by side --------------------------------------------------------------------------
+//
+// Four rows are sketched together, bucket by bucket: their additions to a bucket are one of a quad of floats, and two
+// levels fewer of their transforms lie within a vector. They are steps of one column, or where there are fewer steps, of
+// several columns.
+
+constexpr int lanes = Floats::lanes, quads = lanes / 4;
+constexpr std::make_integer_sequence<int, lanes> each_lane;
+constexpr int64_t in_cache = 32768 / vector_bytes;  // vectors that are transformed within the first-level cache
+typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t Signs __attribute__((vector_size(16)));
+
+// Lanes of a with the bit `step` change places with those of b without it.
+template <int step, int... lane>
+inline void exchange(Floats::Vec& a, Floats::Vec& b, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  const Floats::Vec low = __builtin_shufflevector(a, b, (lane & step ? lanes + lane - step : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & step ? lanes + lane : lane + step)...);
+#else
+  typedef int32_t Lanes __attribute__((vector_size(vector_bytes)));
+  const Floats::Vec low = __builtin_shuffle(a, b, Lanes{(lane & step ? lanes + lane - step : lane)...});
+  b = __builtin_shuffle(a, b, Lanes{(lane & step ? lanes + lane : lane + step)...});
+#endif
+  a = low;
+}
+
+// Lane r of quad m of v[q] changes places with lane q of quad m of v[r].
+inline void transpose(Floats::Vec* v) {
+  exchange<1>(v[0], v[1], each_lane);
+  exchange<1>(v[2], v[3], each_lane);
+  exchange<2>(v[0], v[2], each_lane);
+  exchange<2>(v[1], v[3], each_lane);
+}
+
+// Lane r of quad m of v goes to place r·quads + m.
+template <int... lane>
+inline Floats::Vec in_order(Floats::Vec v, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, (4 * (lane % quads) + lane / quads)...);
+#else
+  typedef int32_t Lanes __attribute__((vector_size(vector_bytes)));
+  return __builtin_shuffle(v, Lanes{(4 * (lane % quads) + lane / quads)...});
+#endif
+}
+
+// out (d, 4) = the count sketches of four rows (n,).
+void scatter_rows(const float* const* rows, int64_t n, const uint32_t* places, int64_t d, float* out) {
+  constexpr Signs signs[2] = {{0, 0, 0, 0}, {1u << 31, 1u << 31, 1u << 31, 1u << 31}};
+  for (int64_t i = 0; i < 4 * d; i += lanes) Floats::store(out + i, Floats::Vec{});
+  const auto add = [&](uint32_t place, const float* four) {
+    auto* const own = reinterpret_cast<Quad*>(out + 4 * int64_t{place >> 1});
+    *own += (Quad)((Signs)*reinterpret_cast<const Quad*>(four) ^ signs[place & 1]);
+  };
+  alignas(vector_bytes) float four[4 * lanes];
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    Floats::Vec v[4] = {Floats::load(rows[0] + i), Floats::load(rows[1] + i), Floats::load(rows[2] + i), Floats::load(rows[3] + i)};
+    transpose(v);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) Floats::store(four + q * lanes, v[q]);
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) add(places[i + l], four + l % 4 * lanes + l / 4 * 4);
   }
-  for (; step < S::lanes && step < d; step *= 2)
-    for (int64_t i = 0; i < d; i += 2 * step)
-      for (int64_t j = i; j < i + step; ++j) {
-        const float a = x[j], b = x[j + step];
-        x[j] = a + b;
-        x[j + step] = a - b;
+  for (; i < n; ++i) {
+    for (int r = 0; r < 4; ++r) four[r] = rows[r][i];
+    add(places[i], four);
+  }
+}
+
+// Levels of transforms, x (n, lanes), between vectors step, …, radix/2·step apart; before them those within a vector.
+template <int radix, bool within>
+void levels(float* x, int64_t n, int64_t step) {
+  for (int64_t i = 0; i < n; i += radix * step)
+    for (int64_t j = i; j < i + step; ++j) {
+      Floats::Vec v[radix];
+#pragma GCC unroll 8
+      for (int k = 0; k < radix; ++k) {
+        v[k] = Floats::load(x + (j + k * step) * lanes);
+        if constexpr (within) v[k] = butterfly<8>(butterfly<4>(v[k], each_lane), each_lane);
       }
-  while (step < d) {
-    if (4 * step <= d) {
-      for (int64_t i = 0; i < d; i += 4 * step)
-        for (int64_t j = i; j < i + step; j += S::lanes) {
-          const S::Vec a = S::load(x + j), b = S::load(x + j + step);
-          const S::Vec c = S::load(x + j + 2 * step), e = S::load(x + j + 3 * step);
-          const S::Vec ab = a + b, a_b = a - b, ce = c + e, c_e = c - e;
-          S::store(x + j, ab + ce);
-          S::store(x + j + step, a_b + c_e);
-          S::store(x + j + 2 * step, ab - ce);
-          S::store(x + j + 3 * step, a_b - c_e);
-        }
-      step *= 4;
-    } else {
-      for (int64_t j = 0; j < step; j += S::lanes) {
-        const S::Vec a = S::load(x + j), b = S::load(x + j + step);
-        S::store(x + j, a + b);
-        S::store(x + j + step, a - b);
-      }
-      step *= 2;
+#pragma GCC unroll 4
+      for (int apart = 1; apart < radix; apart *= 2)
+#pragma GCC unroll 8
+        for (int k = 0; k < radix; ++k)
+          if (!(k & apart)) {
+            const Floats::Vec a = v[k], b = v[k + apart];
+            v[k] = a + b;
+            v[k + apart] = a - b;
+          }
+#pragma GCC unroll 8
+      for (int k = 0; k < radix; ++k) Floats::store(x + (j + k * step) * lanes, v[k]);
+    }
+}
+
+void levels_from(float* x, int64_t n, int64_t step) {
+  while (step < n) {
+    const int64_t left = n / step;
+    if (left >= 8) levels<8, false>(x, n, step);
+    else if (left == 4) levels<4, false>(x, n, step);
+    else levels<2, false>(x, n, step);
+    step *= left >= 8 ? 8 : left;
+  }
+}
+
+// The Walsh–Hadamard transforms of four rows side by side, x (d, 4), unnormalised; d a power of two from 16 on.
+void transform_rows(float* x, int64_t d) {
+  const int64_t n = d / quads, part = n < in_cache ? n : in_cache;
+  for (int64_t i = 0; i < n; i += part) {
+    const int64_t radix = part < 8 ? 4 : 8;
+    if (radix == 4) levels<4, true>(x + i * lanes, part, 1);
+    else levels<8, true>(x + i * lanes, part, 1);
+    levels_from(x + i * lanes, part, radix);
+  }
+  levels_from(x, n, part);
+}
+
+// out (n, d) = the first n of four rows side by side, x (d, 4).
+void to_rows(const float* x, int64_t d, int64_t n, float* out) {
+  for (int64_t k = 0; k < d; k += lanes) {
+    Floats::Vec v[4];
+    for (int q = 0; q < 4; ++q) v[q] = Floats::load(x + 4 * k + q * lanes);
+    transpose(v);
+    for (int64_t r = 0; r < n; ++r) Floats::store(out + r * d + k, in_order(v[r], each_lane));
+  }
+}
+
+// products (columns, d), as add_products leaves them, become d times the sketches; space (d, 4).
+void transform_back(float* products, int64_t d, int64_t columns, float* space) {
+  for (int64_t column = 0; column < columns; column += 4) {
+    float* const own = products + column * d;
+    const int64_t n = columns - column < 4 ? columns - column : 4;
+    for (int64_t k = 0; k < d; k += lanes) {
+      Floats::Vec v[4] = {};
+      for (int64_t r = 0; r < n; ++r) v[r] = Floats::load(own + r * d + k);
+      transpose(v);
+      for (int q = 0; q < 4; ++q) Floats::store(space + 4 * k + q * lanes, v[q]);
+    }
+    transform_rows(space, d);
+    to_rows(space, d, n, own);
+  }
+}
+
+// How the rows of a sequence are shared out among groups of four.
+struct Grouping {
+  int64_t steps, columns, groups, at_once;  // steps and columns of a group; groups of all steps; of these, kept at a time
+
+  explicit Grouping(const SketchOuter& run) : steps(run.t < 3 ? run.t : 4) {
+    steps = steps < 1 ? 1 : steps;
+    columns = 4 / steps;
+    groups = (run.t + steps - 1) / steps;
+    at_once = (int64_t{1} << 16) / run.d;  // 1 MB
+    at_once = at_once < 1 ? 1 : at_once < groups ? at_once : groups;
+  }
+};
+
+// products (columns, d) += the products of four rows' transforms, summed over the steps of each column, both (d, 4). Of each
+// `lanes` entries, entry 4m + q is that of bucket q·quads + m.
+void add_products(const float* delta, const float* input, int64_t d, const Grouping& grouping, int64_t columns,
+                  float* products) {
+  for (int64_t k = 0; k < d; k += lanes) {
+    Floats::Vec v[4];
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q)
+      v[q] = Floats::load(delta + 4 * k + q * lanes) * Floats::load(input + 4 * k + q * lanes);
+    if (grouping.steps == 4) {  // sums over the lanes of each quad
+      exchange<1>(v[0], v[1], each_lane);
+      exchange<1>(v[2], v[3], each_lane);
+      Floats::Vec some = v[0] + v[1], others = v[2] + v[3];
+      exchange<2>(some, others, each_lane);
+      Floats::store(products + k, Floats::load(products + k) + (some + others));
+      continue;
+    }
+    transpose(v);
+    for (int64_t r = 0; r < columns * grouping.steps; ++r) {
+      float* const own = products + r / grouping.steps * d + k;
+      Floats::store(own, Floats::load(own) + v[r]);
     }
   }
 }
 
-const SketchSimd sketch_simd{sketch_run, walsh_hadamard};
+int64_t outer_space(const SketchOuter& run) {
+  const int64_t longest = run.n_delta > run.n_input ? run.n_delta : run.n_input;
+  return (Grouping(run).at_once + 1) * run.d * 4 + longest;
+}
+
+bool any_nonzero(const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (x[i] != 0) return true;
+  return false;
+}
+
+void outer(const SketchOuter& run) {
+  const Grouping grouping(run);
+  const int64_t d = run.d, size = 4 * d;
+  float *const inputs = run.space, *const one = inputs + grouping.at_once * size;
+  float* const nothing = one + size;  // a row of zeros
+  for (int64_t i = 0; i < run.n_delta || i < run.n_input; ++i) nothing[i] = 0;
+  for (int64_t i = 0; i < run.columns * d; ++i) run.products[i] = 0;
+  const float* rows[4];
+  for (int64_t first = 0; first < grouping.groups; first += grouping.at_once) {
+    const int64_t end = first + grouping.at_once < grouping.groups ? first + grouping.at_once : grouping.groups;
+    for (int64_t group = first; group < end; ++group) {
+      for (int64_t r = 0; r < 4; ++r) {
+        const int64_t step = group * grouping.steps + r % grouping.steps;
+        rows[r] = step < run.t ? run.input + step * run.n_input : nothing;
+      }
+      scatter_rows(rows, run.n_input, run.input_places, d, inputs + (group - first) * size);
+      transform_rows(inputs + (group - first) * size, d);
+    }
+    for (int64_t column = 0; column < run.columns; column += grouping.columns) {
+      const int64_t left = run.columns - column, n = left < grouping.columns ? left : grouping.columns;
+      for (int64_t group = first; group < end; ++group) {
+        bool filled = false;  // beyond a place, a causal model's steps have no δ
+        for (int64_t r = 0; r < 4; ++r) {
+          const int64_t step = group * grouping.steps + r % grouping.steps, own = r / grouping.steps;
+          const bool there = step < run.t && own < n;
+          rows[r] = there ? run.delta + (step * run.columns + column + own) * run.n_delta : nothing;
+          filled = filled || any_nonzero(rows[r], run.n_delta);
+        }
+        if (!filled) continue;
+        scatter_rows(rows, run.n_delta, run.delta_places, d, one);
+        transform_rows(one, d);
+        if (run.t == 1) {  // nothing to sum
+          for (int64_t i = 0; i < size; i += lanes) Floats::store(one + i, Floats::load(one + i) * Floats::load(inputs + i));
+          transform_rows(one, d);
+          to_rows(one, d, n, run.products + column * d);
+          continue;
+        }
+        add_products(one, inputs + (group - first) * size, d, grouping, n, run.products + column * d);
+      }
+    }
+  }
+  if (run.t > 1) transform_back(run.products, d, run.columns, one);
+}
+
+const SketchSimd sketch_simd{sketch_run, outer, outer_space};
 
 }  // namespace npeff::NPEFF_ISA

@@ -15,11 +15,23 @@ struct SketchRun {
   uint32_t begin, end;  // only blocks that fall on these groups, of those of all copies
 };
 
+// One sequence on its way into the two-sided sketches of its columns.
+struct SketchOuter {
+  int64_t d, t, columns;
+  const float *delta, *input;  // (t, columns, n_delta), (t, n_input)
+  int64_t n_delta, n_input;
+  const uint32_t *delta_places, *input_places;
+  float* products;  // (columns, d)
+  float* space;     // see SketchSimd::outer_space
+};
+
 struct SketchSimd {
   // Adds a stretch of a row; the same bits whatever the instruction set.
   void (*run)(const SketchRun& run);
-  // x (d,) becomes its Walsh–Hadamard transform, unnormalised; d a power of two.
-  void (*walsh_hadamard)(float* x, int64_t d);
+  // products = d times the sketches of Σ_t delta[t, c] ⊗ input[t]; d a power of two.
+  void (*outer)(const SketchOuter& run);
+  // The number of floats that it needs as space.
+  int64_t (*outer_space)(const SketchOuter& run);
 };
 NPEFF_SIMD(SketchSimd, sketch_simd)
 

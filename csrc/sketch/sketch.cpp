@@ -1,6 +1,7 @@
 #include "sketch/sketch.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "common/memory.h"
@@ -97,42 +98,21 @@ void sketch_matrix(int64_t d, double weight, const float* x, int64_t n_rows, int
   });
 }
 
-namespace {
-
-// out (d,) = the count sketch of x (n,).
-void scatter(const float* x, int64_t n, const uint32_t* places, int64_t d, float* out) {
-  std::fill(out, out + d, 0.0f);
-  for (int64_t i = 0; i < n; ++i) out[places[i] >> 1] += places[i] & 1 ? -x[i] : x[i];
-}
-
-}  // namespace
-
 void sketch_outer(int64_t d, double weight, const float* delta, const float* input, int64_t b, int64_t t, int64_t columns,
                   int64_t n_delta, int64_t n_input, const uint32_t* delta_places, const uint32_t* input_places,
                   double* sums, int threads) {
   if (columns == 0 || n_delta == 0 || n_input == 0) return;  // however many steps there are
-  const int64_t space_size = checked_product({d, columns + 2});
+  const int64_t n_products = checked_product({d, columns});
   parallel_for(b, threads, [&](int64_t i) {
     const double share = weight / static_cast<double>(d);
-    std::vector<float> space(space_size);
-    float *a = space.data(), *g = a + d, *products = g + d;
-    const auto transform = sketch_simd().walsh_hadamard;
-    for (int64_t step = 0; step < t; ++step) {
-      scatter(input + (i * t + step) * n_input, n_input, input_places, d, a);
-      transform(a, d);
-      for (int64_t c = 0; c < columns; ++c) {
-        scatter(delta + ((i * t + step) * columns + c) * n_delta, n_delta, delta_places, d, g);
-        transform(g, d);
-        float* product = products + c * d;
-        for (int64_t k = 0; k < d; ++k) product[k] += a[k] * g[k];
-      }
-    }
-    for (int64_t c = 0; c < columns; ++c) {
-      float* product = products + c * d;
-      transform(product, d);
-      double* own = sums + (i * columns + c) * d;
-      for (int64_t k = 0; k < d; ++k) own[k] += share * static_cast<double>(product[k]);
-    }
+    SketchOuter run{d, t, columns, delta + i * t * columns * n_delta, input + i * t * n_input, n_delta, n_input,
+                    delta_places, input_places, nullptr, nullptr};
+    const std::unique_ptr<float[]> memory(new float[n_products + sketch_simd().outer_space(run)]);
+    run.products = memory.get();
+    run.space = run.products + n_products;
+    sketch_simd().outer(run);
+    double* own = sums + i * n_products;
+    for (int64_t k = 0; k < n_products; ++k) own[k] += share * static_cast<double>(run.products[k]);
   });
 }
 

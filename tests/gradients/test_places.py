@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,30 @@ def test_each_place_has_its_fisher(case, kept, kind, tied, elements, monkeypatch
     np.testing.assert_allclose(fishers.logits, logits, atol=1e-5)
     assert fishers.ids.tolist() == list(range(len(expected)))
     assert {line["rule"] for line in fishers.coverage}.isdisjoint({"torch.func", "loop", "zero"})
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs", [None, [1, 4, 9]])
+def test_passes_begin_below_an_output_layer_without_a_fisher(case, kept, bias, outputs, monkeypatch):
+    model, data, _, _ = case[False]
+    model = copy.deepcopy(model)
+    if bias:
+        model.head = torch.nn.Linear(8, 11)
+    begun = []
+    real = torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda out, *more, **rest: begun.append(out) or real(out, *more, **rest)
+    )
+    names = [name for name, _ in model.named_parameters() if "head" not in name and "embed" not in name]
+    given = (
+        data
+        if outputs is None
+        else [npeff.Batch({**b, "labels": b["labels"].clamp_max(2)}, outputs=outputs) for b in data]
+    )
+    fishers = npeff.compute_fishers(model, given, parameters=names, progress=False)
+    assert {edge.node.name() for edge in begun[-3:]} == {"ViewBackward0"}  # of the head's input
+    call = None if outputs is None else lambda m, b: m(b["input_ids"], b["attention_mask"])[..., outputs]
+    rows_agree(fishers, fishers_of_places(model, data, call, names)[0])
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "diagonal"])

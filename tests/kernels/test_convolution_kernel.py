@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import npeff
 from npeff import kernels
+from npeff.errors import ArgumentError
 
 CASES = {
     "first layer": dict(channels=(1, 16), output=(28, 28), kernel=(5, 5), columns=9),
@@ -143,3 +144,28 @@ def test_bad_arrays_are_named() -> None:
     ):
         with pytest.raises(npeff.ArgumentError, match=f"^{named}"):
             kernels.convolution_gradients(bad, columns, **geometry)
+
+
+@pytest.mark.parametrize(
+    ("b", "t", "slots", "r", "n", "k"),
+    [(2, 6, 3, 1, 70, 40), (2, 5, 2, 2, 7, 21), (3, 1, 1, 9, 33, 5), (1, 40, 2, 3, 64, 130), (2, 3, 1, 2, 0, 4)],
+)
+def test_inner_products_of_outer_products(
+    implementation: str, b: int, t: int, slots: int, r: int, n: int, k: int
+) -> None:
+    generator = torch.Generator().manual_seed(t)
+    delta, inputs = torch.randn(b, t, slots * r, n, generator=generator), torch.randn(b, t, k, generator=generator)
+    delta[0, t // 2 + 1 :, :r] = 0.0
+    formed = torch.einsum("btcn,btk->bcnk", delta.double(), inputs.double()).flatten(2).view(b * slots, r, -1)
+    gram, size = kernels.outer_gram(delta, inputs, slots)
+    expected = formed @ formed.mT
+    torch.testing.assert_close(gram.double(), expected, rtol=1e-6, atol=1e-6 * max(1.0, float(expected.abs().max())))
+    assert size.shape == (b * slots,)
+    assert (size * (1 + 1e-6) >= gram.diagonal(dim1=1, dim2=2).sum(dim=1)).all()
+
+
+def test_inner_products_refuse_what_does_not_fit() -> None:
+    delta, inputs = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 6)
+    for change in ({"n_slots": 3}, {"inputs": inputs[:1]}, {"inputs": inputs.double()}, {"delta": delta[0]}):
+        with pytest.raises(ArgumentError, match=next(iter(change))):
+            kernels.outer_gram(**{"delta": delta, "inputs": inputs, "n_slots": 2, **change})

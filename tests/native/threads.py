@@ -92,6 +92,8 @@ def work(seed: int) -> None:
             "input_places": places[:200].copy(),
         }
         run("sketch_outer", **factors, weight=1.0, sums=np.zeros((6, 3, 64)))
+        products = {"gram": np.empty((6, 3, 3)), "size": np.empty((6, 1))}
+        run("outer_gram", delta=factors["delta"], input=factors["input"], **products)
         image, gradient = np.ones((6, 4, 12, 12), np.float32), np.ones((6, 4, 10, 10), np.float32)
         made = np.empty((6, 1, 4, 36), np.float32)
         form = {"turns": 1, "groups": 1, "kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1), "channels": (0, 4)}

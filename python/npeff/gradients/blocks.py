@@ -12,6 +12,7 @@ from torch import Tensor
 from npeff.gradients.rules.base import Rule, Scratch, SmallRule
 from npeff.gradients.rules.dense import MatrixProduct
 from npeff.gradients.rules.embedding_and_norm import Embedding
+from npeff.kernels import outer_gram
 from npeff.models import devices
 from npeff.models.parameters import Parameter
 
@@ -26,9 +27,6 @@ def tile_elements(device: torch.device) -> int:
 
 GATHERED = 32
 """Most small parameters that are gathered in one block."""
-
-FEW_COLUMNS, FEW_STEPS = 2, 64
-"""Up to so many columns and positions δ is multiplied with itself before the inputs come in."""
 
 _CANCELLATION = 64.0
 """How much larger than their sum the terms of an inner product may be in float32."""
@@ -95,17 +93,14 @@ class Pairs:
             delta = split(self.delta[:, 0].to(torch.float64), slots)
             squares = self.inputs.to(torch.float64).square().sum(dim=(1, 2)).repeat_interleave(slots)
             return delta @ delta.mT * squares[:, None, None]
-        gram, across = _gram(self.delta, self.inputs, slots)
+        gram, size = outer_gram(self.delta, self.inputs, slots)
         # To look at it would mean waiting for the device.
-        if devices.has_own_memory(gram.device) or gram.dtype == torch.float64:
+        if devices.has_own_memory(gram.device) or self.delta.dtype == torch.float64:
             return gram.to(torch.float64)
-        size = torch.linalg.matrix_norm(across).repeat_interleave(slots)
-        size = size * split(self.delta.square().sum(dim=(1, 3)), slots).sum(dim=1)
-        gram = gram.to(torch.float64)
         doubtful = torch.nonzero(size > _CANCELLATION * gram.diagonal(dim1=1, dim2=2).sum(dim=1)).flatten().tolist()
         for example in doubtful:
             delta, inputs = (part[None].to(torch.float64) for part in self.of_example(example))
-            gram[example] = _gram(delta, inputs, 1)[0][0]
+            gram[example] = outer_gram(delta, inputs)[0][0]
         return gram
 
     def squared(self) -> Pairs:
@@ -127,23 +122,6 @@ def split(by_sequence: Tensor, n_slots: int) -> Tensor:
         return by_sequence
     b, columns = by_sequence.shape[:2]
     return by_sequence.reshape(b * n_slots, columns // n_slots, *by_sequence.shape[2:])
-
-
-def _gram(delta: Tensor, inputs: Tensor, n_slots: int) -> tuple[Tensor, Tensor]:
-    """Inner products of the columns ``(b·K, R, R)``, and of the inputs ``(b, T, T)``."""
-    b, t, columns, n = delta.shape
-    r, across = columns // n_slots, torch.bmm(inputs, inputs.mT)
-    if r <= FEW_COLUMNS and t <= FEW_STEPS:
-        own = delta.view(b, t, n_slots, r, n).transpose(1, 2).reshape(b * n_slots, t * r, n)
-        between = torch.bmm(own, own.mT).view(b, n_slots, t, r, t, r)
-        return (between * across[:, None, :, None, :, None]).sum(dim=(2, 4)).view(-1, r, r), across
-    flat = delta.reshape(b, t, columns * n)
-    weighed = torch.bmm(across, flat)
-    left, right = (
-        split(tensor.view(b, t, columns, n).transpose(1, 2).reshape(b, columns, t * n), n_slots)
-        for tensor in (flat, weighed)
-    )
-    return torch.bmm(left, right.mT), across
 
 
 def pairs(

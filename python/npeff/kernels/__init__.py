@@ -4,7 +4,7 @@ Tensors and numpy arrays go in without copies, and the same kind comes out. CUDA
 on their own device. :func:`report` says which implementation serves each kernel, and why not a faster one.
 """
 
-from npeff.kernels.convolution import convolution_gradients
+from npeff.kernels.convolution import convolution_gradients, outer_gram
 from npeff.kernels.dispatch import (
     KernelInfo,
     available,
@@ -34,6 +34,7 @@ __all__ = [
     "implementation",
     "nnls",
     "num_threads",
+    "outer_gram",
     "report",
     "set_num_threads",
     "sketch",

@@ -1,4 +1,4 @@
-"""Per-example gradients of convolution kernels, all cotangent columns side by side."""
+"""Per-example gradients of convolution kernels; inner products of matrices' gradients, which are never formed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from npeff.errors import ArgumentError
 from npeff.kernels import arrays, dispatch, reference
-from npeff.kernels.arrays import A
+from npeff.kernels.arrays import A, Operand
 
 Pair = tuple[int, int]
 MOST = (1 << 31) - 1
@@ -108,6 +109,42 @@ def convolution_gradients(
         out=flat,
     )
     return out
+
+
+def outer_gram(delta: Operand, inputs: Operand, n_slots: int = 1) -> tuple[Any, Any]:
+    """``⟨G_r, G_s⟩`` of the gradients ``G_r = Σ_t delta_tr ⊗ inputs_t`` of each example, without forming them.
+
+    ``Σ_tu (inputs_t · inputs_u) (delta_tr · delta_us)``: where the terms cancel, their rounding is not small beside the
+    sum.
+
+    Args:
+        delta: ``(b, T, K·R, n)``: R columns of each of K examples, which share their inputs.
+        inputs: ``(b, T, k)``, same dtype and device.
+        n_slots: K.
+
+    Returns:
+        ``(b·K, R, R)`` inner products, and ``(b·K,)`` bounds of the sums of the terms' sizes; tensors, float64 on the
+        CPU. Native for float32 on the CPU, plain torch otherwise.
+
+    Raises:
+        ArgumentError: Shapes, dtypes or devices do not fit.
+    """
+    given: tuple[Any, Any] = (delta, inputs)
+    left = arrays.as_tensor(arrays.check(given[0], "delta", ("float32", "float64"), (None,) * 4))
+    b, t, columns, _ = left.shape
+    right = arrays.as_tensor(arrays.check(given[1], "inputs", (arrays.dtype_name(left),), (b, t, None)))
+    device = arrays.same_device(delta=left, inputs=right)
+    n_slots = arrays.integer(n_slots, "n_slots", 1, MOST)
+    if columns % n_slots:
+        raise ArgumentError(f"n_slots: expected a divisor of {columns} columns, got {n_slots}")
+    kernels = dispatch.on_host() if device.type == "cpu" and left.dtype == torch.float32 else None
+    if kernels is None:
+        return reference.outer_gram(left, right, n_slots)
+    gram = torch.empty(b, columns, columns // n_slots, dtype=torch.float64)
+    size = torch.empty(b, n_slots if columns else 0, dtype=torch.float64)
+    kernels("outer_gram", delta=left.contiguous(), input=right.contiguous(), gram=gram, size=size)
+    n = columns // n_slots
+    return gram.view(b * n_slots, n, n), size.flatten() if columns else gram.new_zeros(b * n_slots)
 
 
 def _pair(pair: Any, name: str, least: int = 1) -> Pair:

@@ -27,6 +27,7 @@ KERNELS = (
     "spmm",
     "csr_transpose",
     "sparse_gram",
+    "outer_gram",
     "fisher_norms",
     "cross",
     "spread_multiply",
@@ -38,6 +39,7 @@ KERNELS = (
 SERVED_OTHERWISE = {
     "convolution_gradients": "a batched product: torch's own runs on the device",
     "csr_transpose": "a sort: torch's own runs on the device",
+    "outer_gram": "products of matrices: torch's own run on the device",
 }
 """Kernels whose public function has no CUDA kernel behind it, and who serves CUDA tensors."""
 

@@ -309,3 +309,20 @@ def sketch_outer(
     products = torch.einsum("btrn,btk->brnk", delta.double(), inputs.double()).flatten(2).flatten(0, 1)
     both = torch.from_numpy((by_delta[:, None] ^ by_input).reshape(-1).astype(np.int64))
     return products.new_zeros(len(products), d).index_add_(1, both >> 1, products * (1 - 2 * (both & 1)))
+
+
+def outer_gram(delta: Tensor, inputs: Tensor, n_slots: int) -> tuple[Tensor, Tensor]:
+    """Inner products ``(b·K, R, R)`` of the columns Σ_t delta (b, T, K·R, n) ⊗ inputs (b, T, k) of each of K slots.
+
+    And ``(b·K,)`` bounds of the sums of their terms' sizes; on the CPU in float64.
+    """
+    b, t, columns, n = delta.shape
+    flat = delta.reshape(b, t, columns * n)
+    across = torch.bmm(inputs, inputs.mT)
+    left, right = (
+        x.view(b, t, n_slots, columns // n_slots, n).permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1)
+        for x in (flat, torch.bmm(across, flat))
+    )
+    size = torch.linalg.matrix_norm(across).repeat_interleave(n_slots) * left.square().sum(dim=(1, 2))
+    wide = torch.float64 if delta.device.type == "cpu" else delta.dtype
+    return torch.bmm(left, right.mT).to(wide), size.to(wide)
