@@ -1,6 +1,6 @@
 """Two factors at once: does a method have units of its own for each, which share an example?
 
-Prompts of copying.py: the route (recalled or copied) crosses the relation (capital, opposite, month), so that every
+As in copying.py: the route (recalled or copied) crosses the relation (capital, opposite, plural), so that every
 prompt has a value of both. A method has found both factors if a prompt is held by one unit that tells its route in
 every relation, and by another that tells its relation on both routes; a unit of one route of one relation is a
 cluster. All methods see all prompts, without labels. Labels choose a method's best unit on half of the prompts, and
@@ -20,13 +20,24 @@ import torch
 from torch import Tensor, nn
 
 import npeff
-from copying import MIDDLE, RELATIONS, THIRDS, chosen, drawn
+from copying import MIDDLE, RELATIONS, THIRDS, Relation, chosen, drawn
 from language import News, Prompts, smollm2
 from measures import crossing_auc, shared_units
 from methods import kmeans, nmf, npeff_scores
 from table import Table, write
 
 LAYERS, LAST = (10, 20, 29), "layers 20 to 29"
+PLURALS = dict(
+    cat="cats", dog="dogs", child="children", man="men", woman="women", mouse="mice", tooth="teeth", foot="feet",
+    goose="geese", house="houses", book="books", city="cities", leaf="leaves", knife="knives", box="boxes",
+    baby="babies",
+)  # fmt: skip
+WORDS = RELATIONS["opposite"][2]
+CROSSED: dict[str, Relation] = {
+    **{relation: RELATIONS[relation] for relation in ("capital", "opposite")},
+    "plural": ("The plural of {} is", PLURALS, WORDS),
+}
+"""Relations in which SmolLM2 both recalls and copies; months, which copying.py asks too, it only recalls."""
 UNITS, ACTIVE = 256, 8
 """Of the sparse autoencoder: its units, and how many of them an activation may use."""
 
@@ -117,17 +128,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = smollm2()
-    relations = [q for q in RELATIONS if q != "language"]
     news = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in News(model, tokenizer, 16).ids]
     elsewhere, table = states(model, news), Table()
     for seed in range(args.first_draw, args.first_draw + args.draws):
-        found = chosen(Prompts(model, tokenizer, drawn(seed, relations, per_fact=1)), args.most)
+        found = chosen(Prompts(model, tokenizer, drawn(seed, CROSSED, known_as=CROSSED)), args.most)
         prompts = Prompts(model, tokenizer, found)
         factors = {
             "route": prompts.factor("copied"),
             "relation": np.unique(prompts.factor("relation"), return_inverse=True)[1],
         }
-        print(f"draw {seed}: {len(prompts)} prompts, {factors['route'].mean():.0%} copied", flush=True)
+        sizes = np.unique(np.stack(list(factors.values())), axis=1, return_counts=True)[1]
+        print(f"draw {seed}: {len(prompts)} prompts; of each route and relation: {sizes}", flush=True)
 
         def add(name: str, values: np.ndarray, factors: Any = factors, seed: int = seed) -> None:
             table.add(name, judged(values, factors, seed))
@@ -159,7 +170,7 @@ def main() -> None:
             add(f"layer {layer}, sparse autoencoder", code)
         write(args.out, "Two factors at once: the route and the relation", [
             f"SmolLM2-135M-Instruct (4-bit weights taken apart into float32); {seed - args.first_draw + 1} draws of "
-            f"{len(prompts)} prompts of the relations {', '.join(relations)}, recalled and copied; sketches of 2,048 "
+            f"{len(prompts)} prompts of the relations {', '.join(CROSSED)}, recalled and copied; sketches of 2,048 "
             "numbers, 90 % of the energy in at most two rows, the linear layers of the blocks. The sparse autoencoder: "
             f"{UNITS} units, {ACTIVE} of them active, trained on the prompts' and on 16 news articles' tokens. AUC: of "
             "the unit that is best on half of the prompts, on the other half, mean over values; then the same in the "
