@@ -140,10 +140,10 @@ def main() -> None:
         W = components.coefficients
         shares.add(f"draw {seed}, {steps} steps", {
             "share of the change's square in the components' span": (norm(part) / norm(change)) ** 2,
-            "largest |cos| of one": np.abs(cosines).max(), "median": np.median(np.abs(cosines)),
-            "correlation of |cos| with what the component's examples lost":
+            "largest cosine of one": np.abs(cosines).max(), "median cosine": np.median(np.abs(cosines)),
+            "correlation of cosines with what the components' examples lost":
                 np.corrcoef(np.abs(cosines), lost @ W / np.maximum(W.sum(0), 1e-12))[0, 1],
-            "|cos| of the gradient of the neighbours' answers": abs(slope) / norm(slopes) / norm(change),
+            "cosine of the gradient of the neighbours' answers": abs(slope) / norm(slopes) / norm(change),
             "held by the factors": float(1 - components.factored_lost.sum(1).mean()),
         })  # fmt: skip
         with npeff.applied(model, part, -1.0):
@@ -171,7 +171,7 @@ def main() -> None:
         write(args.out, "An unlearning audit", [
             f"SmolLM2-135M-Instruct (4-bit weights taken apart into float32); {seed - args.first_draw + 1} draws of "
             f"{args.forgotten} capitals to forget; {args.components} components of the neighbours; mean probabilities "
-            "of the answers.",
+            "of the answers. Cosines are absolute values.",
         ], {"Probability of the answers": table, "Where the change lies": shares})  # fmt: skip
 
 
