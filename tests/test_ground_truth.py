@@ -48,17 +48,13 @@ def test_units_of_one_factor_each_are_told_from_units_of_both() -> None:
     from measures import shared_units
 
     first, second = np.repeat([0, 1], 40), np.tile(np.repeat([0, 1], 20), 2)
-    rng = np.random.default_rng(0)
-    noise = rng.random((80, 4))
+    noise = np.random.default_rng(0).random((80, 4))
     each = np.stack([first == 0, first == 1, second == 0, second == 1], 1) * (1 + noise)
-    found = shared_units(each, first, second)
-    assert found == {"held by one unit of each": 1, "held by a unit of both": 0, "held by no pure unit": 0}
+    assert shared_units(each, first, second) == {"held by a unit of each": 1, "held by a unit of both": 0}
     cells = np.stack([(first == a) & (second == b) for a in (0, 1) for b in (0, 1)], 1) * (1 + noise)
-    assert shared_units(cells, first, second)["held by a unit of both"] == 1
-    assert shared_units(cells - 3, first, second, one_each=True)["held by a unit of both"] == 1
-    assert shared_units(each, first, second, one_each=True)["held by one unit of each"] == 0
-    mixed = np.tile(np.arange(1.0, 21)[:, None], (4, 4))  # the largest of every cell alike
-    assert shared_units(mixed, first, second)["held by no pure unit"] == 1
+    for values in (cells, cells - 3):  # any scale, as negative distances
+        assert shared_units(values, first, second) == {"held by a unit of each": 0, "held by a unit of both": 1}
+    assert sum(shared_units(noise, first, second).values()) == 0
 
 
 def test_groups_join_parallel_vectors() -> None:
@@ -254,4 +250,4 @@ def test_a_sparse_autoencoder_uses_few_units_and_the_best_unit_is_judged_on_othe
     found = two_factors.judged(code, factors, seed=0)
     assert found["held by a unit of both"] > 0.9
     noise = np.random.default_rng(1).random((40, 300))
-    assert two_factors.judged(noise, factors, seed=0)["odd: AUC"] < 0.8  # the best of 300 by chance
+    assert two_factors.judged(noise, factors, seed=0)["odd: AUC"] < 0.75  # the best of 300 by chance

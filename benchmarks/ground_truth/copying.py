@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,8 @@ LANGUAGES = dict(
     Vietnam="Vietnamese", Israel="Hebrew",
 )  # fmt: skip
 NOWHERE = ["Zorvia", "Malbonia", "Trellund", "Quassia", "Brundor", "Ostavia", "Kelmar", "Fendria", "Lurania", "Vostria"]
-RELATIONS: dict[str, tuple[str, dict[str, str], list[str]]] = {
+Relation = tuple[str, dict[str, str], list[str]]  # the form of a fact, the facts, and names that are none
+RELATIONS: dict[str, Relation] = {
     "capital": ("The capital of {} is", CAPITALS, NOWHERE),
     "opposite": (
         "The opposite of {} is",
@@ -102,11 +104,11 @@ THIRDS: dict[str, list[str]] = {
 }
 
 
-def drawn(seed: int, relations: list[str], per_fact: int = 2) -> list[Prompt]:
+def drawn(seed: int, relations: Iterable[str], per_fact: int = 2, known_as: Any = RELATIONS) -> list[Prompt]:
     """Prompts of both routes: which other fact stands before, and which made-up name, is drawn."""
     rng, prompts = np.random.default_rng(seed), []
     for relation in relations:
-        form, facts, nowhere = RELATIONS[relation]
+        form, facts, nowhere = known_as[relation]
         for key, value in facts.items():
             for _ in range(per_fact):
                 other = str(rng.choice([k for k, v in facts.items() if v != value]))

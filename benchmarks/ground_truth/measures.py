@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 TOP = 20
 MOST = 12  # groups
 PURE = 0.9
-HELD = 0.2  # of an example's largest score
+STANDS = 0.9  # AUC
 
 
 @dataclass(frozen=True)
@@ -81,36 +81,41 @@ def coverage(values: np.ndarray, factor: np.ndarray, top: int = TOP) -> float:
     return float(((pure[mine] >= PURE) & (stands_for[mine] == factor)).mean())
 
 
-def shared_units(
-    values: np.ndarray, first: np.ndarray, second: np.ndarray, one_each: bool = False, top: int = 10
-) -> dict[str, float]:
-    """Shares of examples by the units that hold them: one of each of two factors, one of both, or none that is pure.
+def crossing_auc(column: np.ndarray, factor: np.ndarray, value: object, other: np.ndarray) -> float:
+    """A unit's AUC for a value of a factor, in the worst of the examples of each value of another factor.
 
-    A unit stands for a factor's value if it is pure: ``PURE`` of its top examples have that value. It stands for
-    this factor alone if its top examples are not pure in the other. An example is held by the units whose score of it
-    is at least a fifth of its largest, and that stand for its own values.
+    A unit that stands for one factor alone has a high one; a unit of one value of both factors has about 0.5.
+    """
+    return min(auc(factor[own] == value, column[own]) for own in (other == v for v in np.unique(other)))
+
+
+def shared_units(values: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """Shares of examples that are held by a unit of each of two factors, and by a unit of their values of both.
+
+    A unit stands for a value of a factor alone if its AUC is at least ``STANDS`` in every value of the other factor;
+    for a value of both if that is its AUC among all examples. It holds examples with its own values whose scores
+    exceed those of nine tenths of all others.
 
     Args:
-        values: ``(n, r)`` scores ≥ 0; any with ``one_each``.
+        values: ``(n, r)`` scores.
         first: ``(n,)`` values of a factor.
         second: ``(n,)`` values of the other.
-        one_each: An example is held by its largest score alone.
-        top: A unit's top examples.
     """
-    largest = values.max(1, keepdims=True)
-    held = values == largest if one_each else (values >= HELD * largest) & (values > 0)
-    own = []
-    for factor in (first, second):
-        pure = np.nan_to_num(purity(values, factor, top)) >= PURE
-        stands_for = np.array([_commonest(factor[np.argsort(-v, kind="stable")[:top]]) for v in values.T])
-        own.append((pure, pure & (stands_for == factor[:, None])))
-    (pure_first, is_first), (pure_second, is_second) = own
-    alone = [(held & is_first & ~pure_second).any(1), (held & is_second & ~pure_first).any(1)]
-    both = (held & is_first & is_second).any(1)
+
+    def held(factor: np.ndarray, other: np.ndarray) -> np.ndarray:
+        out = np.zeros(len(factor), bool)
+        for value in np.unique(factor):
+            own = factor == value
+            for column in values.T:
+                if crossing_auc(column, factor, value, other) >= STANDS:
+                    out |= own & (column > np.quantile(column[~own], 0.9))
+        return out
+
+    cells = np.unique(np.stack([first, second], 1), axis=0, return_inverse=True)[1].reshape(-1)
+    one, two = held(first, second), held(second, first)
     return {
-        "held by one unit of each": float((alone[0] & alone[1]).mean()),
-        "held by a unit of both": float(both.mean()),
-        "held by no pure unit": float((~(alone[0] | alone[1] | both)).mean()),
+        "held by a unit of each": float((one & two).mean()),
+        "held by a unit of both": float(held(cells, np.zeros(len(cells))).mean()),
     }
 
 

@@ -43,18 +43,25 @@ def weights(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if not any(word in name for word in LEFT_OUT)}
 
 
+def gradient(model: Any, prompts: Prompts) -> Values:
+    """Of the mean log p of the answers."""
+    for batch in prompts.batches:
+        log_p = next_token(model, batch).log_softmax(-1)
+        (log_p.gather(1, batch["labels"][:, None]).sum() / len(prompts)).backward()
+    found = {name: p.grad for name, p in weights(model).items() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
 def trained(model: Any, prompts: Prompts, sign: int, until: Callable[[], bool], rate: float, most: int = 24) -> int:
     """Gradient steps on −sign · log p(answer) until a condition holds; the number of steps."""
-    optimizer = torch.optim.SGD(weights(model).values(), rate)
     for step in range(most):
         if until():
             return step
-        optimizer.zero_grad()
-        for batch in prompts.batches:
-            log_p = next_token(model, batch).log_softmax(-1)
-            (-sign * log_p.gather(1, batch["labels"][:, None]).sum() / len(prompts)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        slopes = gradient(model, prompts)
+        with torch.no_grad():
+            for name, parameter in weights(model).items():
+                parameter.add_(slopes[name], alpha=sign * rate)
     return most
 
 
@@ -127,18 +134,23 @@ def main() -> None:
         components = npeff.decompose(near.fishers(energy=0.9, rank=2), args.components, seed=seed, progress=False)
         components = components.recover(model, near.batches, rank=RANK, forward=next_token, progress=False)
         cosines, part = part_along(components, change)
+        slopes = gradient(model, near)
+        slope = sum(float((slopes[k] * v).sum()) for k, v in change.items())
         lost = before - near.of(near.answers)
         W = components.coefficients
         shares.add(f"draw {seed}, {steps} steps", {
             "share of the change's square in the components' span": (norm(part) / norm(change)) ** 2,
-            "largest |cos| of one": np.abs(cosines).max(), "median": np.median(np.abs(cosines)),
-            "correlation of |cos| with what the component's examples lost":
+            "largest cosine of one": np.abs(cosines).max(), "median cosine": np.median(np.abs(cosines)),
+            "correlation of cosines with what the components' examples lost":
                 np.corrcoef(np.abs(cosines), lost @ W / np.maximum(W.sum(0), 1e-12))[0, 1],
+            "cosine of the gradient of the neighbours' answers": abs(slope) / norm(slopes) / norm(change),
             "held by the factors": float(1 - components.factored_lost.sum(1).mean()),
         })  # fmt: skip
         with npeff.applied(model, part, -1.0):
             look("the change's part along the components undone")
-        del part
+        with npeff.applied(model, slopes, -slope / norm(slopes) ** 2):
+            look("the change's part along that gradient undone")
+        del part, slopes
         wrong = np.flatnonzero(near.log_probabilities().argmax(1).numpy() != near.answers)
         mended = npeff.mend(
             model, near.batches + facts.batches, components, range(args.components), repair=wrong, tolerance=0.1,
@@ -159,7 +171,7 @@ def main() -> None:
         write(args.out, "An unlearning audit", [
             f"SmolLM2-135M-Instruct (4-bit weights taken apart into float32); {seed - args.first_draw + 1} draws of "
             f"{args.forgotten} capitals to forget; {args.components} components of the neighbours; mean probabilities "
-            "of the answers.",
+            "of the answers. Cosines are absolute values.",
         ], {"Probability of the answers": table, "Where the change lies": shares})  # fmt: skip
 
 

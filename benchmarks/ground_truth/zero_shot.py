@@ -84,7 +84,7 @@ def main() -> None:
             f"{', '.join(map(str, js))} are perturbed on the others: the {args.examples // 4} with the largest "
             "coefficients against all. Component: median over components [bootstrap interval of the component in the "
             "middle]. Random: median over components and draws (range over all draws), 2 draws each.",
-            *lines("Components beside random directions", effects, seed + 1),
+            "\n".join(lines("Components beside random directions", effects, seed + 1)).replace(" networks;", " draws;"),
         ], {"The Fishers": finding})  # fmt: skip
 
 

@@ -187,10 +187,12 @@ class ComponentDirections:
         def make(which: Sequence[int], weights: Array) -> Array:
             return self.full(made(which, weights)[0])
 
-        return [
-            Direction(partial(make, which, weights), component, share, made(which, weights)[1], held)
-            for which, weights, component, share, held in found
-        ]
+        directions = []
+        for which, weights, component, share, held in found:
+            known = reject is None and len(which) == 1 and self.norms(which)[0] > 0
+            rejection = None if known else made(which, weights)[1]  # made once to see that there is a direction
+            directions.append(Direction(partial(make, which, weights), component, share, rejection, held))
+        return directions
 
     def combination(self, which: Sequence[int], weights: Sequence[float] | Array) -> Array:
         """The unit vector along ``Σ_k weights_k ĝ_k``, ``(n_kept,)`` float64.

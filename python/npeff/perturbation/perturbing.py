@@ -345,11 +345,8 @@ def _controls(
             own = float(evaluator.random_fisher(options.seed, number, tensors)[sets.baseline].mean())
             sizes["equal_fisher_norm"][draw, q] *= np.sqrt(fisher / own) if own > 0 else 1.0
             for name in CONTROLS:  # the last one changes the direction
-                if name == "equal_tensor_norms":
-                    tensors = {
-                        key: part * (norms[q].get(key, 0.0) / (float(part.double().norm()) or 1.0))
-                        for key, part in tensors.items()
-                    }
+                for key, part in tensors.items() if name == "equal_tensor_norms" else ():
+                    part.mul_(norms[q].get(key, 0.0) / (float(part.double().norm()) or 1.0))
                 both = {sign: evaluator.measure(tensors, sign * sizes[name][draw, q]) for sign in options.signs}
                 found[name].append(both[_larger(both, sets)])
         for name, several in found.items():

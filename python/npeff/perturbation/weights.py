@@ -47,8 +47,12 @@ class Weights:
             if key not in self._saved:
                 self._saved[key] = tensor, tensor.detach().clone()
             self._moved.add(key)
+            saved = self._saved[key][1]
             with _writing(tensor):
-                tensor.copy_(moved_by(self._saved[key][1], part, magnitude))
+                if part.dtype == saved.dtype:
+                    tensor.copy_(saved).add_(part, alpha=magnitude)
+                else:
+                    tensor.copy_(moved_by(saved, part, magnitude))
 
     @contextmanager
     def at(self, direction: TensorsByName, magnitude: float) -> Iterator[None]:
