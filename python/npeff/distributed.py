@@ -1,4 +1,4 @@
-"""Both stages by several processes, on one machine or many: examples are shared out, the solver asks only for sums.
+"""Run both stages in several processes, on one machine or many: examples are divided, the solver needs only sums.
 
 :func:`compute_fishers` computes each process's share of the batches, and process 0 joins the files;
 :func:`decompose` gives each process a block of rows. :mod:`npeff.decomposition.processes` finds the processes and adds

@@ -50,7 +50,7 @@ OVERSAMPLING = 4
 
 @dataclass(frozen=True)
 class FactorSlot:
-    """Where one parameter's block stands in a factored vector.
+    """The place of one parameter's block in a factored vector.
 
     Attributes:
         parameter: The parameter, as a matrix of ``shape[0]`` rows.

@@ -1,4 +1,4 @@
-"""The arrays of a decomposition, and what follows from them directly."""
+"""The arrays of a decomposition, and the quantities that follow from them directly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONAL = (
 
 @dataclass(frozen=True, eq=False)
 class Factorisation:
-    """Coefficients and vectors of r components of n examples, and where they came from.
+    """Coefficients and vectors of r components of n examples, and their provenance.
 
     Attributes:
         kind: ``"low_rank"`` or ``"diagonal"``.
@@ -276,7 +276,7 @@ class Factorisation:
         return np.asarray(self.recovered_vectors[int(np.flatnonzero(self.recovered == j)[0])], np.float32)
 
     def known_as_factors_alone(self, j: int) -> bool:
-        """Whether component j's vector was recovered as factors, and not as a whole."""
+        """Say whether component j's vector was recovered as factors, and not as a whole."""
         whole = self.recovered is not None and j in self.recovered
         return not whole and self.factored is not None and j in self.factored
 

@@ -179,7 +179,7 @@ class LowRank(Objective):
         return replace(state, coords=coords, P=P, Q=Q)
 
     def admissible(self, coords: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With ``orthogonality="hard"``: apply ``Q^{-1/2}``, which gives the nearest orthonormal vectors.
+        """Apply ``Q^{-1/2}`` with ``orthogonality="hard"``, which gives the nearest orthonormal vectors.
 
         Raises:
             ArgumentError: The vectors are not linearly independent.
@@ -248,7 +248,7 @@ class Trail:
         return min(self.ceiling, GROWTH * self.beta), min(1.0, CEILING_GROWTH * self.ceiling), self.beta
 
     def shrunk(self) -> tuple[float, float, float]:
-        """Give the same after a step that would have raised the loss."""
+        """Give β, its ceiling, and β before, after a step that would have raised the loss."""
         return self.beta / RETREAT, self.before, self.beta / RETREAT
 
 

@@ -1,4 +1,4 @@
-"""Sums over processes, and finding the processes: the solver uses nothing else of ``torch.distributed``.
+"""Find the processes that work together, and sum over them: the solver's only use of ``torch.distributed``.
 
 :class:`Processes` is one process; :class:`Group` adds up over a ``torch.distributed`` process group, gloo for tensors
 in memory and NCCL for those on a GPU. :func:`connect` gives the one or the other.
@@ -35,7 +35,7 @@ NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Processes:
-    """What processes that work together ask of each other; here of one process alone, where every sum is the argument.
+    """The operations of processes that work together; here of one process alone, where every sum is the argument.
 
     Every process must ask, in the same order.
 
@@ -63,7 +63,7 @@ class Processes:
         return tensor
 
     def collected(self, tensor: Tensor) -> Tensor | None:
-        """Give the same in process 0 alone, and None in the others."""
+        """Give the tensors of all processes end to end in process 0 alone, and None in the others."""
         return tensor
 
     def lengths(self, own: int) -> list[int]:
@@ -149,7 +149,7 @@ class Group(Processes):
         return torch.cat([part[:length] for part, length in zip(received, lengths, strict=True)]).to(tensor.device)
 
     def collected(self, tensor: Tensor) -> Tensor | None:
-        """Give the same in process 0 alone, received from one process after another; None in the others."""
+        """Give the tensors of all processes in process 0 alone, received one after another; None in the others."""
         lengths = self.lengths(len(tensor))
         if self.rank:
             self._with_others(lambda: dist.send(tensor.cpu().contiguous(), 0, group=self._gloo))

@@ -1,4 +1,4 @@
-"""Where the components' vectors live: the products with the Fishers' rows that the solver needs.
+"""Spaces of the components' vectors: each computes the products with the Fishers' rows that the solver needs.
 
 A space holds the rows A of all examples, end to end, and represents r vectors G by *coordinates*:
 

@@ -1,4 +1,4 @@
-"""The file of Fishers: what one HDF5 container holds, how it is written, and what is checked of it.
+"""The file of Fishers: the contents of one HDF5 container, how they are written, and how they are checked.
 
 A file of Fishers has the root attributes ``format``, ``format_version``, ``content``, ``kind``, ``rows``
 (``sparse``, ``dense`` or ``gram``), ``n_examples`` and ``n_parameters``, the JSON documents ``parameters`` (names and
@@ -252,7 +252,7 @@ def described_parameters(document: Any, where: str) -> Parameters:
 
 
 def check_provenance(container: Container, provenance: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the options in the provenance of Fishers, once all that is looked up there later has its type.
+    """Check the provenance of Fishers for the types of all that is looked up there later, and return its options.
 
     Raises:
         StorageError: Something has not.
