@@ -1,4 +1,4 @@
-"""The npeff container: an HDF5 file that says what it is, and whose arrays are mapped rather than read."""
+"""The npeff container: an HDF5 file that states its contents, and whose arrays are mapped rather than read."""
 
 from __future__ import annotations
 
