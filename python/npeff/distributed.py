@@ -197,7 +197,7 @@ class _SameForAll:
 
 
 def share_path(out: Path, share: tuple[int, int]) -> Path:
-    """Give the file of a share of the work for ``out``: ``fishers.h5.2-of-4``."""
+    """Return the file of a share of the work for ``out``: ``fishers.h5.2-of-4``."""
     return out.with_name(f"{out.name}.{share[0]}-of-{share[1]}")
 
 

@@ -198,7 +198,7 @@ class RowSums:
     # ---- results ---------------------------------------------------------------------------------------------------
 
     def finish(self) -> tuple[Array, npt.NDArray[np.float64]]:
-        """Give the sums ``(c, p)`` as vectors or as factored vectors, and the squared norms lost ``(c, n_tensors)``."""
+        """Return the sums ``(c, p)`` as vectors or factored vectors, and the squared norms lost ``(c, n_tensors)``."""
         for key in list(self._waiting):
             self._multiply(key, self._waiting.pop(key))
         lost = np.zeros((self.n_vectors, len(self.parameters)))

@@ -155,7 +155,7 @@ def offsets_of(counts: Sequence[Array]) -> Array:
 
 
 def joined_data(spans: Sequence[Span]) -> list[Data]:
-    """Describe the datasets of a file of Fishers that has the examples of several, streamed.
+    """Describe the datasets of a file of Fishers that joins the examples of several files, streamed.
 
     Args:
         spans: A file that has the datasets of Fishers, and its examples from … to, in order. Of arrays that are taken
@@ -273,7 +273,7 @@ def told_outputs(file: Container, name: str = "n_outputs") -> Array | None:
 
 
 def count_outputs(where: object, sizes: Sizes, options: dict[str, Any], n_outputs: Any = None) -> None:
-    """Add the number of outputs to sizes that have ``n_logits``, and what labels are below.
+    """Add the number of outputs, and the upper bound of the labels, to sizes that have ``n_logits``.
 
     Args:
         where: The file, for messages.
@@ -282,7 +282,7 @@ def count_outputs(where: object, sizes: Sizes, options: dict[str, Any], n_output
         n_outputs: The number as a file tells it; None: all logits are kept.
 
     Raises:
-        StorageError: It is less than the logits that are kept, or more than any model has.
+        StorageError: The number is less than the logits that are kept, or more than any model has.
     """
     n = sizes["n_logits"] if n_outputs is None else int(n_outputs)
     if n < sizes["n_logits"] or (n_outputs is not None and n > MOST_CLASSES):

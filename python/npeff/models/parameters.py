@@ -44,7 +44,7 @@ class Parameter:
 
     @property
     def slice(self) -> slice:
-        """Its elements in a flat parameter vector."""
+        """The parameter's elements in a flat parameter vector."""
         return slice(self.offset, self.offset + self.numel)
 
 
@@ -117,7 +117,7 @@ class Parameters(Sequence[Parameter]):
         return self._by_name[name]
 
     def block(self, name: str) -> slice:
-        """Give the elements of parameter ``name`` in the flat vector."""
+        """Return the elements of parameter ``name`` in the flat vector."""
         return self.named(name).slice
 
     def locate(self, index: int) -> tuple[str, tuple[int, ...]]:

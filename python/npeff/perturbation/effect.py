@@ -62,7 +62,7 @@ class SignResult:
 
 @dataclass(frozen=True)
 class Control:
-    """The same figures for random directions; of each, the sign with the larger ratio, as for the component.
+    """The figures of the effect for random directions; of each direction, the sign with the larger ratio.
 
     Attributes:
         values: ``(n_random,)`` per figure.

@@ -244,7 +244,7 @@ class ReportData:
         return threshold is not None and summary.energy <= threshold
 
     def doubts(self, summary: ComponentSummary) -> str:
-        """Give the reasons to doubt a component in a sentence; empty where none is known."""
+        """Return the reasons to doubt a component in a sentence; empty where none is known."""
         reasons = []
         stability = self.stability(summary.j)
         if stability is not None and stability < UNSTABLE:

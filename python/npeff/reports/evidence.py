@@ -62,7 +62,7 @@ class Given:
 
     @property
     def listed(self) -> bool:
-        """Whether it is a list, and no text."""
+        """Whether the value is a list, and no text."""
         return isinstance(self.value, Sequence) and not isinstance(self.value, str | bytes)
 
     def refuse(self, expected: str, got: str | None = None) -> NoReturn:

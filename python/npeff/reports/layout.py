@@ -63,12 +63,12 @@ class StrategyNode:
 
     @property
     def leaf(self) -> bool:
-        """Whether it is a single component."""
+        """Whether the node is a single component."""
         return not self.children
 
     @property
     def address(self) -> str:
-        """Where the page shows it."""
+        """The address at which the page shows the node."""
         return f"#component-{self.components[0]}" if self.leaf else f"#strategy-{self.id}"
 
 

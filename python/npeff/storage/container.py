@@ -309,7 +309,7 @@ def recognise(path: Path) -> Container:
 
 
 def check_replaceable(path: Path | str, content: str) -> Path:
-    """Make sure that ``path`` is free, or holds what is about to be written anew: worth knowing before it is computed.
+    """Check, before the computation, that ``path`` is free or holds a file of the same content.
 
     Args:
         path: Where.

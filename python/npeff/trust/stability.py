@@ -343,7 +343,7 @@ def rand_index(a: Array, b: Array) -> float:
 
 
 def options_of(components: Components) -> dict[str, Any]:
-    """Give the options of ``decompose`` that decide what is minimised, as the components were made with them."""
+    """Return the options of ``decompose`` that decide what is minimised, as the components were made with them."""
     return {
         "block_weights": components.block_weights or "energy",
         "normalize": components.provenance.get("normalize", "stored"),

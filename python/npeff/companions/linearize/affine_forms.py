@@ -97,7 +97,7 @@ class Call:
         return self.constant(value) if isinstance(value, Tensor) else value
 
     def replay(self, *positions: int) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-        """Give the operation itself as a function of the arguments that depend on the input.
+        """Return the operation itself as a function of the arguments that depend on the input.
 
         Args:
             *positions: The arguments that vary; the others are held. By default all vary.
