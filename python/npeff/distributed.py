@@ -1,4 +1,4 @@
-"""Both stages by several processes, on one machine or many: examples are shared out, the solver asks only for sums.
+"""Run both stages in several processes, on one machine or many: examples are divided, the solver needs only sums.
 
 :func:`compute_fishers` computes each process's share of the batches, and process 0 joins the files;
 :func:`decompose` gives each process a block of rows. :mod:`npeff.decomposition.processes` finds the processes and adds
@@ -197,7 +197,7 @@ class _SameForAll:
 
 
 def share_path(out: Path, share: tuple[int, int]) -> Path:
-    """Give the file of a share of the work for ``out``: ``fishers.h5.2-of-4``."""
+    """Return the file of a share of the work for ``out``: ``fishers.h5.2-of-4``."""
     return out.with_name(f"{out.name}.{share[0]}-of-{share[1]}")
 
 

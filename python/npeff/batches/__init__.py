@@ -1,1 +1,1 @@
-"""What data is: batches of examples, read in a fixed order."""
+"""Data: batches of examples, read in a fixed order."""

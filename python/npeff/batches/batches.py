@@ -109,7 +109,7 @@ class Batch:
 
     @property
     def inputs(self) -> Any:
-        """What the model is called with: the content without its labels."""
+        """The arguments of the model: the content without its labels."""
         return inputs_in(self.content)
 
     @property
@@ -156,7 +156,7 @@ class Batch:
         return self._taken(list(range(self.n_examples)))
 
     def slots(self) -> Tensor:
-        """Give the places of each sequence side by side, the last ones last.
+        """Return the numbers of each sequence's places side by side, aligned to the end.
 
         Returns:
             ``(n_sequences, K)`` int64 numbers of the places, −1 where a sequence has fewer than K.
@@ -165,14 +165,14 @@ class Batch:
         return slots_of(self.places, self.n_sequences)
 
     def of_sequences(self, start: int, stop: int) -> slice:
-        """Say which examples are those of the sequences ``start … stop − 1``; without places, the same numbers."""
+        """Return the range of the examples in the sequences ``start … stop − 1``; without places, the same range."""
         if self.places is None:
             return slice(start, min(stop, self.n_examples))
         first, last = torch.searchsorted(self.places[:, 0].contiguous(), torch.tensor([start, stop])).tolist()
         return slice(first, last)
 
     def one_each(self) -> Tensor:
-        """Give one example of each sequence that has any, its last, ``(b,)`` int64."""
+        """Return the last example of each sequence that has any, ``(b,)`` int64."""
         if self.places is None:
             return torch.arange(self.n_examples)
         last = self.slots()[:, -1]
@@ -238,7 +238,7 @@ class Batch:
         return moved
 
     def stacked(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Batch]] | None:
-        """Give the tensors with one row per example, and a function that makes a batch of one from a row of each.
+        """Return the tensors with one row per example, and a function that makes a batch of one from a row of each.
 
         None where tensors are not all that belongs to examples.
         """
@@ -308,7 +308,7 @@ class Batch:
         return made
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Give the shapes of the inputs' tensors without their first dimension: equal for batches of one kind."""
+        """Return the shapes of the inputs' tensors without their first dimension: equal for batches of one kind."""
         tensors = [leaf for leaf in leaves(self.inputs) if isinstance(leaf, Tensor)]
         return tuple(() if tensor.is_nested else tuple(tensor.shape[1:]) for tensor in tensors)
 
@@ -330,7 +330,7 @@ class Batch:
         return f"as the examples were counted by the {self.counted_by} of {named(self.content)}: {OWN_BATCH}"
 
     def describe(self, example: int) -> str:
-        """Say which example of the batch it is where that is a place, for messages; empty otherwise."""
+        """Describe the sequence and position of an example that is a place, for messages; empty otherwise."""
         if self.places_in_data is None:
             return ""
         sequence, position = self.places_in_data[example].tolist()

@@ -1,4 +1,4 @@
-"""Places: positions of sequences as examples. Which labels make places, how places are counted, cut and put in order.
+"""Positions of sequences as examples (places): which labels make places; count, cut and order places.
 
 Of labels ``(b, T)`` every entry that is not :data:`IGNORED` is a place; places count sequence by sequence, and position
 by position. :class:`TokenBatches` groups sequences by their length.
@@ -91,7 +91,7 @@ def are_inputs(labels: Tensor, places: Tensor, inputs: Iterable[Any], n_sequence
 
 
 def slots_of(places: Tensor, n_sequences: int) -> Tensor:
-    """Give the places of each sequence side by side, the last ones last.
+    """Return the numbers of each sequence's places side by side, aligned to the end.
 
     Returns:
         ``(n_sequences, K)`` int64 numbers of the places, −1 where a sequence has fewer than K.

@@ -1,4 +1,4 @@
-"""Read the user's data: batches in an order that stays, because examples are known by their position.
+"""Read the user's data: batches in a fixed order, because examples are identified by their position.
 
 Which dimension of a batch is the examples' is guessed from sizes; :class:`npeff.batches.batches.Batch` lets the data
 say it.
@@ -29,7 +29,7 @@ _FIXED = (
 
 
 def check_data(data: Any) -> Iterable[Any]:
-    """Refuse what is not an iterable of batches.
+    """Refuse data that are not an iterable of batches.
 
     Raises:
         ArgumentError: With the way to make batches of it.
@@ -279,10 +279,10 @@ class FixedOrder:
             self._first = next((batch_digest(batch) for batch in batches()), None)
 
     def check(self, first: Batch) -> None:
-        """Compare the first batch of the pass that counts.
+        """Check that the first batch of the pass is the one seen before.
 
         Raises:
-            DataError: It is another one.
+            DataError: The batch is another one.
         """
         if self._first is not None and batch_digest(first) != self._first:
             raise DataError(

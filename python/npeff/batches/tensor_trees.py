@@ -30,7 +30,7 @@ Path = tuple[str, ...]
 
 
 def length(part: Any) -> int:
-    """Give the length of the dimension that may be the examples', −1 where there is none."""
+    """Return the length of the dimension that may count the examples, −1 where there is none."""
     if isinstance(part, Tensor):
         return part.size(0) if part.dim() else -1
     return len(part) if isinstance(part, list | tuple) or (isinstance(part, np.ndarray) and part.ndim) else -1
@@ -107,7 +107,7 @@ def rebuilt(
 
 
 def with_entries(like: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
-    """Give a mapping of the same class with other values; a plain dict where the class does not allow that."""
+    """Return a mapping of the same class with other values; a plain dict where the class does not allow that."""
     if type(like) is dict or not isinstance(like, MutableMapping):
         return {**like, **values}
     try:
@@ -238,7 +238,7 @@ def update_with_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:
 
 
 def inputs_in(content: Any) -> Any:
-    """Give what a model is called with: a batch's content without its labels."""
+    """Return the arguments of a model: a batch's content without its labels."""
     if isinstance(content, Mapping):
         if "labels" not in content:
             return content

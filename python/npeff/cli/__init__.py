@@ -58,7 +58,7 @@ class Commands(click.Group):
     """The commands of ``COMMANDS``, in that order, each imported when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order of the pipeline."""
+        """Return the names in the order of the pipeline."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -85,7 +85,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The description, then the examples."""
+        """Write the description, then the examples."""
         super().format_help_text(ctx, formatter)
         write_block(formatter, "Examples", EXAMPLES)
 
@@ -196,7 +196,7 @@ def _as_options(message: str, arguments: Sequence[str] | None) -> str:
 
 
 def main() -> None:
-    """Entry point of the ``npeff`` command."""
+    """Run the ``npeff`` command and exit with its status."""
     sys.exit(run())
 
 

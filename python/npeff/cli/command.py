@@ -1,4 +1,4 @@
-"""What the commands share: the class of a command, checks of files, DATA (of a function, or texts), and messages."""
+"""Shared parts of the commands: the command class, checks of files, DATA (of a function, or texts), and messages."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Command(click.Command):
         self.complete = False
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The parameters stated by the command, then those of its functions, read at the first call."""
+        """Return the parameters stated by the command, then those of its functions, read at the first call."""
         if not self.complete:
             for arguments in self.arguments:
                 stated = {parameter.name for parameter in self.params}
@@ -111,13 +111,13 @@ def command(examples: str, *arguments: Arguments, shared: bool = False) -> Calla
 
 
 def several() -> bool:
-    """Whether this process is one of several that ``torchrun`` started."""
+    """Say whether this process is one of several that ``torchrun`` started."""
     size = os.environ.get("WORLD_SIZE", "1")
     return size.isdecimal() and int(size) > 1
 
 
 def first() -> bool:
-    """Whether this process writes the messages: the only one, or the first of several."""
+    """Say whether this process writes the messages: the only one, or the first of several."""
     return not several() or os.environ.get("RANK", "0") == "0"
 
 
@@ -244,7 +244,7 @@ def for_report(out: Path, components: Any, data: str | None = None, **found: Any
 
 
 def is_text(data: str) -> bool:
-    """Whether DATA is a file of texts, or a folder with a dataset."""
+    """Say whether DATA is a file of texts, or a folder with a dataset."""
     from npeff.language.texts import FILES
 
     return data.lower().endswith(FILES) or (":" not in data and Path(data).is_dir())

@@ -38,7 +38,7 @@ Group = Annotated[str | None, "J,K,…", Help("A group of components instead, as
 
 
 def chosen(components: Components, component: int | None, strategy: str | None, path: Path) -> Any:
-    """The component or strategy that the options name.
+    """Return the component or strategy that the options name.
 
     Raises:
         UsageError: They name none, or both, or one that is not there.

@@ -91,7 +91,7 @@ def _unfolded(hint: Any) -> tuple[Any, list[Any]]:
 
 
 def entries_of(docstring: str | None) -> dict[str, str]:
-    """The description of each argument in a docstring, on one line."""
+    """Return the description of each argument in a docstring, each on one line."""
     section = _SECTION.search(f"{docstring}\n")
     return {name: " ".join(text.split()) for name, text in _ENTRY.findall(section[1] if section else "")}
 
@@ -298,7 +298,7 @@ class Value(click.ParamType):  # type: ignore[type-arg]  # no generic in earlier
         self.name = "SIZE" if bytes_ else "|".join(short for short, _ in named)
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """The words and types, as in ``[low_rank|diagonal]``."""
+        """Return the words and types, as in ``[low_rank|diagonal]``."""
         return f"[{self.name}]" if "|" in self.name else self.name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -350,7 +350,7 @@ class FunctionOption(click.Option):
         self.argument = argument
 
     def given(self, value: Any) -> Any:
-        """What the function takes for a value on the command line."""
+        """Convert a value from the command line into what the function takes."""
         if self.callable:
             from npeff.models.targets import load_object
 

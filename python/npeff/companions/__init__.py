@@ -1,4 +1,4 @@
-"""Companions of NPEFF: what the input contributed, which training examples made it so, and units easier to read."""
+"""Companions of NPEFF: contributions of the input, influence of training examples, and units easier to read."""
 
 from importlib import import_module as _import_module
 

@@ -1,1 +1,1 @@
-"""Components: what a decomposition gives, encoded, recovered, grouped into strategies, and stored."""
+"""Components, the result of a decomposition: encode, recover, group into strategies, and store them."""

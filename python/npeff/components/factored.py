@@ -50,7 +50,7 @@ OVERSAMPLING = 4
 
 @dataclass(frozen=True)
 class FactorSlot:
-    """Where one parameter's block stands in a factored vector.
+    """The place of one parameter's block in a factored vector.
 
     Attributes:
         parameter: The parameter, as a matrix of ``shape[0]`` rows.
@@ -74,7 +74,7 @@ class FactorSlot:
         return self.parameter.numel if self.rank is None else self.rank * sum(self.size)
 
     def factors(self, stored: Array) -> tuple[Array, Array]:
-        """Give left ``(n, r)`` and right ``(r, k)`` of a factored vector; for factors alone."""
+        """Return left ``(n, r)`` and right ``(r, k)`` of a factored vector; for factors alone."""
         assert self.rank is not None
         (n, k), own = self.size, stored[self.offset : self.offset + self.numel]
         return own[: n * self.rank].reshape(n, self.rank), own[n * self.rank :].reshape(self.rank, k)
@@ -93,7 +93,7 @@ def slots(parameters: Parameters, rank: int | None) -> list[FactorSlot]:
 
 
 def assemble(parameters: Parameters, rank: int, stored: Array, entries: slice = slice(None)) -> Array:
-    """Multiply the factors: the vector float32 that a factored one ``(p,)`` stands for.
+    """Multiply the factors of a factored vector ``(p,)`` into the float32 vector that they stand for.
 
     Args:
         parameters: Of the vector.
@@ -121,7 +121,7 @@ def assemble(parameters: Parameters, rank: int, stored: Array, entries: slice = 
 
 
 def squared_norm(parameters: Parameters, rank: int | None, stored: Array) -> float:
-    """Compute the squared norm of what a factored vector, or with ``rank`` None a whole one, stands for."""
+    """Compute the squared norm of a vector that is stored in factors, or whole where ``rank`` is None."""
     if rank is None:
         blocks = [stored[parameter.slice] for parameter in parameters]
     else:  # the rows of right factors are orthonormal
@@ -132,7 +132,7 @@ def squared_norm(parameters: Parameters, rank: int | None, stored: Array) -> flo
 
 
 def scale_factored(parameters: Parameters, rank: int | None, stored: Array, factor: float) -> None:
-    """Multiply what a factored vector, or with ``rank`` None a whole one, stands for; in place."""
+    """Multiply a vector that is stored in factors, or whole where ``rank`` is None, by a number, in place."""
     if rank is None:
         stored *= np.float32(factor)
         return

@@ -1,4 +1,4 @@
-"""The arrays of a decomposition, and what follows from them directly."""
+"""The arrays of a decomposition, and the quantities that follow from them directly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONAL = (
 
 @dataclass(frozen=True, eq=False)
 class Factorisation:
-    """Coefficients and vectors of r components of n examples, and where they came from.
+    """Coefficients and vectors of r components of n examples, and their provenance.
 
     Attributes:
         kind: ``"low_rank"`` or ``"diagonal"``.
@@ -143,14 +143,14 @@ class Factorisation:
 
     @property
     def compression(self) -> str | None:
-        """How the Fishers' rows were kept: ``"topk"``, ``"sketch"``, ``"gram"``, or None for exact rows."""
+        """The compression of the Fishers' rows: ``"topk"``, ``"sketch"``, ``"gram"``, or None for exact rows."""
         options = (self.provenance.get("fishers") or {}).get("options") or {}
         method = (options.get("compress") or {}).get("method")
         return None if method is None else str(method)
 
     @property
     def digest(self) -> str:
-        """Which decomposition this is: blake2b over the kind, the coefficients and the examples' positions.
+        """The digest of the decomposition: blake2b over the kind, the coefficients and the examples' positions.
 
         A file of recovered vectors has the digest of the components that they were recovered for.
         """
@@ -198,7 +198,7 @@ class Factorisation:
         return int(j) % self.n_components
 
     def vector(self, j: int) -> Array:
-        """Give component j's pseudo-Fisher vector in parameter space.
+        """Return component j's pseudo-Fisher vector in parameter space.
 
         Block weights are undone, so that the vector belongs to the Fisher itself.
 
@@ -229,7 +229,7 @@ class Factorisation:
         return vector
 
     def blocks(self, j: int) -> Iterator[tuple[Parameter, Array, Array | None]]:
-        """Give component j's pseudo-Fisher vector, as :meth:`vector` does, parameter by parameter.
+        """Return component j's pseudo-Fisher vector, as :meth:`vector` does, parameter by parameter.
 
         What is known as factors stays factors, and vectors that were recovered whole are not copied.
 
@@ -257,7 +257,7 @@ class Factorisation:
                 yield slot.parameter, left / held, right
 
     def recovered_entries(self, j: int, entries: slice) -> Array:
-        """Give neighbouring entries of component j's recovered vector, float32, without making all of them.
+        """Return neighbouring entries of component j's recovered vector, float32, without making all of them.
 
         A vector that is known as factors alone has the norm of what the factors hold, not 1.
 
@@ -276,12 +276,12 @@ class Factorisation:
         return np.asarray(self.recovered_vectors[int(np.flatnonzero(self.recovered == j)[0])], np.float32)
 
     def known_as_factors_alone(self, j: int) -> bool:
-        """Whether component j's vector was recovered as factors, and not as a whole."""
+        """Say whether component j's vector was recovered as factors, and not as a whole."""
         whole = self.recovered is not None and j in self.recovered
         return not whole and self.factored is not None and j in self.factored
 
     def factored_vector(self, j: int) -> tuple[int, Array]:
-        """Give the rank, and component j's factored vector ``(p,)``, of norm 1 with what the factors lose."""
+        """Return the rank, and component j's factored vector ``(p,)``, of norm 1 with what the factors lose."""
         assert self.factored is not None and self.factored_vectors is not None and self.rank is not None
         return self.rank, self.factored_vectors[int(np.flatnonzero(self.factored == j)[0])]
 
@@ -312,7 +312,7 @@ class Factorisation:
         return np.asarray(np.abs(unit @ unit.T))
 
     def to_arrays(self) -> dict[str, Array]:
-        """Give the arrays of the container format by name."""
+        """Return the arrays of the container format by name."""
         arrays = {name: getattr(self, name) for name in ("coefficients", "vectors", "loss_curve")} | example_arrays(
             self
         )
@@ -320,7 +320,7 @@ class Factorisation:
         return arrays | {name: array for name, array in optional.items() if array is not None}
 
     def meta(self) -> dict[str, Any]:
-        """Give everything else, JSON-able."""
+        """Return everything but the arrays, JSON-able."""
         same = {name: getattr(self, name) for name in ("kind", "block_weights", "loss", "provenance")}
         rank = {} if self.rank is None else {"rank": self.rank}
         return {**same, **rank, "parameters": self.parameters.to_json()}

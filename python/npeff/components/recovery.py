@@ -204,7 +204,7 @@ class _Recovery:
         return torch.from_numpy(weights).to(factors.columns.device) * factors.scale[:, None, None]
 
     def finish(self) -> tuple[Array, Array]:
-        """``(k, p)`` sums, and ``(k, n_tensors)`` the squared norms that their factors lose.
+        """Return the sums ``(k, p)``, and ``(k, n_tensors)`` the squared norms that their factors lose.
 
         Raises:
             DataError: Examples are missing.

@@ -60,7 +60,7 @@ class _Some:
         return self.delta.nbytes + self.inputs.nbytes + self.weights.nbytes
 
     def blocks(self, rows: slice, turned: bool) -> Tensor:
-        """Some rows of every block ``Σ_t δ_tr ⊗ a_t``, or turned of ``Σ_t a_t ⊗ δ_tr``: ``(b·R, …)``."""
+        """Form some rows of every block ``Σ_t δ_tr ⊗ a_t``, or if turned of ``Σ_t a_t ⊗ δ_tr``: ``(b·R, …)``."""
         if turned:
             return torch.matmul(self.inputs[:, None, :, rows].mT, self.delta.transpose(1, 2)).flatten(2).flatten(0, 1)
         delta = self.delta[..., rows]
@@ -101,7 +101,7 @@ class RowSums:
 
     @staticmethod
     def nbytes(parameters: Parameters, n_vectors: int, rank: int | None) -> int:
-        """What the sums take, and what is made of them."""
+        """Count the bytes of the sums, and of the vectors or factors that are made from them."""
         if rank is None:
             return 4 * n_vectors * parameters.n_parameters
         found = 0
@@ -198,7 +198,7 @@ class RowSums:
     # ---- results ---------------------------------------------------------------------------------------------------
 
     def finish(self) -> tuple[Array, npt.NDArray[np.float64]]:
-        """Give the sums ``(c, p)`` as vectors or as factored vectors, and the squared norms lost ``(c, n_tensors)``."""
+        """Return the sums ``(c, p)`` as vectors or factored vectors, and the squared norms lost ``(c, n_tensors)``."""
         for key in list(self._waiting):
             self._multiply(key, self._waiting.pop(key))
         lost = np.zeros((self.n_vectors, len(self.parameters)))

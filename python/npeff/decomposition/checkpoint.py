@@ -27,7 +27,7 @@ NUMBERS = ["failures", "finished", "iteration", "kept", "unit"]
 
 @dataclass
 class SearchState:
-    """All that a search must remember between units; at the end, its result.
+    """The state of a search between units; at the end, the result of the search.
 
     Attributes:
         unit: Units (starts and replacements) finished.

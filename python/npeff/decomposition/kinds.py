@@ -179,7 +179,7 @@ class LowRank(Objective):
         return replace(state, coords=coords, P=P, Q=Q)
 
     def admissible(self, coords: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With ``orthogonality="hard"``: apply ``Q^{-1/2}``, which gives the nearest orthonormal vectors.
+        """Apply ``Q^{-1/2}`` with ``orthogonality="hard"``, which gives the nearest orthonormal vectors.
 
         Raises:
             ArgumentError: The vectors are not linearly independent.
@@ -244,11 +244,11 @@ class Trail:
     before: float = FIRST_BETA
 
     def grown(self) -> tuple[float, float, float]:
-        """Give β, its ceiling, and β before, after a step that lowered the loss."""
+        """Return β, its ceiling, and β before, after a step that lowered the loss."""
         return min(self.ceiling, GROWTH * self.beta), min(1.0, CEILING_GROWTH * self.ceiling), self.beta
 
     def shrunk(self) -> tuple[float, float, float]:
-        """Give the same after a step that would have raised the loss."""
+        """Return β, its ceiling, and β before, after a step that would have raised the loss."""
         return self.beta / RETREAT, self.before, self.beta / RETREAT
 
 
@@ -267,11 +267,11 @@ class Diagonal(Objective):
     """Sweeps over W, and over H, per pass over the data: they are cheap beside it."""
 
     def cross(self, P: Tensor) -> Tensor:
-        """Give ``F Hᵀ``."""
+        """Return ``F Hᵀ``."""
         return P
 
     def gram(self, Q: Tensor) -> Tensor:
-        """Give ``H Hᵀ``."""
+        """Return ``H Hᵀ``."""
         return Q
 
     def random_coords(self, r: int, generator: torch.Generator) -> Tensor:
@@ -314,7 +314,7 @@ class Diagonal(Objective):
         return self.solve_W(replace(state, coords=H, P=self.space.project(H), Q=H @ H.T), self.sweeps)
 
     def new_vectors(self, state: State, examples: list[tuple[int, int]], count: int, residual: bool) -> Tensor:
-        """Give examples, or the positive parts of their residuals."""
+        """Return examples, or the positive parts of their residuals."""
         pick = torch.zeros(self.space.n_rows, count, dtype=state.P.dtype, device=state.P.device)
         for column, i in examples:
             pick[i, column] = 1

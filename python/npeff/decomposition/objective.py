@@ -193,7 +193,7 @@ class Objective(ABC):
         return self.solve_W(self.unit(replace(state, W=W, coords=coords, P=P, Q=Q, trail=None)), 5)
 
     def usefulness(self, state: State) -> Tensor:
-        """Compute how much the loss rises, to second order, when a component goes and the others make up for it.
+        """Compute, to second order, how much the loss rises when a component is removed and W is fitted again.
 
         ``Σ_i W_ij² / (gram⁻¹)_jj``: the saliency of optimal brain surgeon (Hassibi & Stork 1993) for the quadratic
         in W, so that one of two duplicates counts as useless. Frozen components are infinitely useful.

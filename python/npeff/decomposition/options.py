@@ -1,4 +1,4 @@
-"""The options of a decomposition, what its callback is told, and the choice of the space.
+"""The options of a decomposition, the progress that its callback receives, and the choice of the space.
 
 ``space="auto"`` takes the space that needs least time among those that fit into memory.
 """
@@ -50,7 +50,7 @@ LEAST_PART = 1 << 20
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback is told after every iteration.
+    """The progress that a callback receives after every iteration.
 
     Attributes:
         stage: ``"start"``, ``"replacement"``, ``"polish"``, or ``"published"``.
@@ -155,7 +155,7 @@ class DecomposeOptions:
         return None if self.memory is None else parse_bytes(self.memory)
 
     def record(self) -> dict[str, Any]:
-        """The options that determine the result, for provenance and checkpoints."""
+        """Return the options that determine the result, for provenance and checkpoints."""
         found = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in WITHOUT_EFFECT}
         return {**found, "published": asdict(self.published or PublishedOptions())}
 

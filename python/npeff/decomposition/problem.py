@@ -334,7 +334,7 @@ def _block(fishers: Fishers, start: int, stop: int) -> Fishers:
 
 
 def _exactly(weights: dict[str, float]) -> dict[str, float]:
-    """Give the same weights under patterns that match their names alone."""
+    """Return the same weights under patterns that match their names alone."""
     return {
         name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]"): weight for name, weight in weights.items()
     }

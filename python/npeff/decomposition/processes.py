@@ -1,4 +1,4 @@
-"""Sums over processes, and finding the processes: the solver uses nothing else of ``torch.distributed``.
+"""Find the processes that work together, and sum over them: the solver's only use of ``torch.distributed``.
 
 :class:`Processes` is one process; :class:`Group` adds up over a ``torch.distributed`` process group, gloo for tensors
 in memory and NCCL for those on a GPU. :func:`connect` gives the one or the other.
@@ -35,7 +35,7 @@ NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Processes:
-    """What processes that work together ask of each other; here of one process alone, where every sum is the argument.
+    """The operations of processes that work together; here of one process alone, where every sum is the argument.
 
     Every process must ask, in the same order.
 
@@ -55,23 +55,23 @@ class Processes:
         return value
 
     def agreed(self, value: float) -> float:
-        """Give process 0's value: decisions are taken on it, so that rounding does not lead processes apart."""
+        """Return process 0's value: decisions are taken on it, so that rounding does not lead processes apart."""
         return value
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """Give the tensors of all processes end to end along the first dimension, in every process."""
+        """Return the tensors of all processes end to end along the first dimension, in every process."""
         return tensor
 
     def collected(self, tensor: Tensor) -> Tensor | None:
-        """Give the same in process 0 alone, and None in the others."""
+        """Return the tensors of all processes end to end in process 0 alone, and None in the others."""
         return tensor
 
     def lengths(self, own: int) -> list[int]:
-        """Give a whole number of every process, in order."""
+        """Return a whole number of every process, in order."""
         return [own]
 
     def objects(self, value: T, *, failed: bool = False) -> list[T]:
-        """Give small objects of all processes, in order.
+        """Return small objects of all processes, in order.
 
         Args:
             value: This process's.
@@ -133,14 +133,14 @@ class Group(Processes):
         return float(self.sum(torch.tensor([value], dtype=torch.float64)))
 
     def agreed(self, value: float) -> float:
-        """Give process 0's value."""
+        """Return process 0's value."""
         self.numbers_summed += 1
         box = torch.tensor([value], dtype=torch.float64)
         self._with_others(lambda: dist.broadcast(box, 0, group=self._gloo))
         return float(box)
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """Give the tensors of all processes end to end; they may differ in length."""
+        """Return the tensors of all processes end to end; they may differ in length."""
         lengths = self.lengths(len(tensor))
         padded = tensor.new_zeros(max(lengths), *tensor.shape[1:]).cpu()
         padded[: len(tensor)] = tensor
@@ -149,7 +149,7 @@ class Group(Processes):
         return torch.cat([part[:length] for part, length in zip(received, lengths, strict=True)]).to(tensor.device)
 
     def collected(self, tensor: Tensor) -> Tensor | None:
-        """Give the same in process 0 alone, received from one process after another; None in the others."""
+        """Return the tensors of all processes in process 0 alone, received one after another; None in the others."""
         lengths = self.lengths(len(tensor))
         if self.rank:
             self._with_others(lambda: dist.send(tensor.cpu().contiguous(), 0, group=self._gloo))
@@ -164,13 +164,13 @@ class Group(Processes):
         return whole
 
     def lengths(self, own: int) -> list[int]:
-        """Give a whole number of every process, in order."""
+        """Return a whole number of every process, in order."""
         return [int(length) for length in self.objects(own)]
 
     # ---- other exchanges ------------------------------------------------------------------------------------
 
     def objects(self, value: T, *, failed: bool = False) -> list[T]:
-        """Give small objects of all processes, in order; the error of another process where it failed.
+        """Return small objects of all processes, in order; the error of another process where it failed.
 
         Raises:
             WorkerError: Another process failed; gives its message.

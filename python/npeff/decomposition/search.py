@@ -273,7 +273,7 @@ class Search:
         return _agree(self._objective.solve_W(self._objective.refresh(state), 0), state)
 
     def _believed(self, last: State, curve: list[float]) -> State:
-        """Give a descent's last state, or the last one before whose loss stands; the curve ends there, too."""
+        """Return a descent's last state, or the last one before whose loss stands; the curve ends there, too."""
         if self._is_sound(last):
             return last
         end_at(curve, self._sound.loss)

@@ -1,4 +1,4 @@
-"""Where the components' vectors live: the products with the Fishers' rows that the solver needs.
+"""Spaces of the components' vectors: each computes the products with the Fishers' rows that the solver needs.
 
 A space holds the rows A of all examples, end to end, and represents r vectors G by *coordinates*:
 
@@ -103,7 +103,7 @@ class GramSpace:
         return self.K @ coords.T
 
     def combine(self, S: Tensor) -> Tensor:
-        """Give ``Sᵀ``, with zeros for the anchors."""
+        """Return ``Sᵀ``, with zeros for the anchors."""
         return torch.nn.functional.pad(S.T, (0, len(self.K) - self.n_rows))
 
     def inner(self, a: Tensor, b: Tensor, P_b: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class RowSpace:
         return self.combine(weights.to(self.device, self.dtype).T.contiguous())
 
     def embed(self, vectors: Tensor) -> Tensor:
-        """Give the vectors."""
+        """Return the vectors."""
         return vectors.to(self.device, self.dtype)
 
     def project(self, coords: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class RowSpace:
         return a @ b.T
 
     def vectors(self, coords: Tensor) -> Tensor:
-        """Give the coordinates."""
+        """Return the coordinates."""
         return coords.cpu()
 
 

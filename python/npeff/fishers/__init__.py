@@ -1,4 +1,4 @@
-"""Stage 1: a model and data give per-example Fishers, in memory or in a file."""
+"""Stage 1: compute per-example Fishers of a model and data, in memory or in a file."""
 
 from npeff.fishers.fishers import Fishers
 

@@ -1,4 +1,4 @@
-"""Weights of the Fisher's blocks: one per parameter, so that no layer decides alone what components are about.
+"""Weights of the Fisher's blocks: one per parameter, so that no single layer dominates the components.
 
 With weights w the Fishers are those of the rows ``A D``, D = √w on the parameter's columns (``w ∘ f`` of the diagonal
 kind). What mixes the parameters, a sketch or an inner product, has to be weighted before; other Fishers may be weighted
@@ -26,12 +26,12 @@ BlockWeights = Literal["energy", "balanced"] | Mapping[str, float]
 
 
 def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to: its name without the last part (``"0.weight"`` → ``"0"``)."""
+    """Return the layer that a parameter belongs to: its name without the last part (``"0.weight"`` → ``"0"``)."""
     return name.rpartition(".")[0] or name
 
 
 def check_block_weights(choice: object) -> None:
-    """Refuse what says nothing about weights.
+    """Refuse a value that does not describe block weights.
 
     Raises:
         ArgumentError: It is neither a known word nor a mapping.
@@ -43,7 +43,7 @@ def check_block_weights(choice: object) -> None:
 
 
 def given_weights(names: Sequence[str], choice: Mapping[str, float]) -> dict[str, float]:
-    """The weight of every parameter under name patterns; 1 where none matches, the last one that does otherwise.
+    """Return the weight of every parameter: that of the last pattern that matches its name, or 1 without a match.
 
     Raises:
         ArgumentError: A pattern matches nothing, a weight is negative or infinite, or all are 0.
@@ -66,7 +66,7 @@ def given_weights(names: Sequence[str], choice: Mapping[str, float]) -> dict[str
 
 
 def balanced_weights(energy: Mapping[str, float]) -> dict[str, float]:
-    """The weights that give every layer the same share of the trace; 0 for a layer without any.
+    """Compute the weights that give every layer the same share of the trace; 0 for a layer without any.
 
     Args:
         energy: Share of the trace per parameter.
@@ -79,7 +79,7 @@ def balanced_weights(energy: Mapping[str, float]) -> dict[str, float]:
 
 
 def column_factors(parameters: Parameters, weights: Mapping[str, float], kind: str) -> Array:
-    """``(m,)`` float32 factor of each row entry: √weight, or the weight itself for diagonal Fishers; 1 without one."""
+    """Return the ``(m,)`` float32 factor of each row entry: √weight, or the weight for diagonal Fishers; else 1."""
     own = [weights.get(p.name, 1.0) for p in parameters]
     factors = [math.sqrt(weight) if kind == "low_rank" else weight for weight in own]
     return np.repeat(np.asarray(factors, np.float32), [p.numel for p in parameters])
@@ -156,7 +156,7 @@ class PilotEnergy:
             self.energy[name] += float(torch.where(norms > 0, traces / norms.clamp_min(1e-300), 0.0).sum())
 
     def weights(self) -> dict[str, float]:
-        """Weights that balance the layers, of three digits; the median where a layer had no energy in the pilot."""
+        """Compute weights that balance the layers, to three digits; a layer without energy gets the median."""
         found = balanced_weights(self.energy)
         known = [weight for weight in found.values() if weight]
         return {name: float(f"{weight or np.median(known or [1.0]):.3g}") for name, weight in found.items()}

@@ -1,4 +1,4 @@
-"""How many sequences of a batch to take at a time, so that what is kept of them fits into a given memory."""
+"""Choose how many sequences of a batch to take at a time, so that what is kept of them fits into a given memory."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Budget:
 
     @property
     def unbounded(self) -> bool:
-        """Whether activations take what they take."""
+        """Whether the memory for activations has no limit."""
         return self._for_activations is None
 
     def sequences_at_once(self, batch: Batch) -> int:
-        """The most sequences of such a batch that fit, at least one, as far as is known before its forward pass.
+        """Return the most sequences of a batch that fit in memory, at least one, as estimated before its forward pass.
 
         Where examples are no places, each counts as a sequence.
         """
@@ -63,7 +63,7 @@ class Budget:
         return max(1, most)
 
     def sequences_after(self, batch: Batch, gradients: int) -> int:
-        """The same, once it is known how many bytes an example's output gradients, or its cotangents, take."""
+        """Return the most sequences that fit, given the bytes of one example's output gradients or cotangents."""
         n = batch.n_sequences
         if n <= 1 or not batch.sliceable:
             return n
@@ -72,11 +72,11 @@ class Budget:
         return max(1, min(n, self._for_gradients // self._gradients[shapes]))
 
     def places_at_once(self, gradients: int) -> int:
-        """The most places whose output gradients, or cotangents, of so many bytes each fit."""
+        """Return the most places that fit whose output gradients, or cotangents, take so many bytes each."""
         return self._for_gradients // max(1, gradients)
 
     def pieces(self, batch: Batch, most: int) -> list[tuple[int, int]]:
-        """Where to cut a batch into equal pieces of at most so many sequences: the first of each, and the one after.
+        """Cut a batch into equal pieces of at most ``most`` sequences; return the start and the end of each.
 
         Raises:
             ModelError: The first example alone has other logits than beside its neighbour, so the cut is wrong. Larger

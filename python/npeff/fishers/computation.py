@@ -238,7 +238,7 @@ def _check_function(stored: Logits | None, logits: Tensor, out: Path | None) -> 
 
 
 def sink_for(parameters: Parameters, factors: Factors, ids: Ids, options: FisherOptions, at_once: bool = True) -> Sink:
-    """The sink that keeps what ``options.compress`` says; see :class:`~npeff.fishers.sinks.Sink`."""
+    """Make the sink that keeps what ``options.compress`` says; see :class:`~npeff.fishers.sinks.Sink`."""
     given = (parameters, factors, ids, options.kind == "diagonal", at_once)
     if isinstance(options.compress, TopK):
         return TopKSink(*given, options.compress.k)
@@ -281,11 +281,11 @@ class PendingBatch:
                 self._pieces.append((*sink.finish(largest(one.logits, options.over_classes)), *known))
 
     def finite(self) -> bool:
-        """Whether all gradients were finite; waits for the batch's work on the device."""
+        """Say whether all gradients were finite; wait for the batch's work on the device."""
         return all([np.isfinite(numbers.wait()[0]).all() for numbers, *_ in self._pieces])
 
     def block(self) -> FisherBlock:
-        """The Fishers, once they are on the host; any thread may wait for them."""
+        """Return the Fishers, once they are on the host; any thread may wait for them."""
         blocks = []
         while self._pieces:
             numbers, rows, n_outputs, labels, ids, places, filled = self._pieces.pop(0)
@@ -323,7 +323,7 @@ class BatchPipeline:
 
     @contextmanager
     def writing(self, writer: FisherWriter) -> Iterator[None]:
-        """Within it, batches go to the writer, on a thread of its own; at its end all have been written.
+        """Send batches to the writer, on a thread of its own, within the block; at its end all have been written.
 
         Raises:
             BaseException: The error that the writer raised.

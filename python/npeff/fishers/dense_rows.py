@@ -30,7 +30,7 @@ PART_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Matrix:
-    """Rows A on a device, for products again and again.
+    """Rows A on a device, for repeated products.
 
     Attributes:
         project: ``A Gᵀ`` for G ``(r, n_columns)``.
@@ -75,23 +75,23 @@ class Rows:
         return False
 
     def arrays(self) -> dict[str, Array]:
-        """The arrays by the names of their datasets in a file."""
+        """Return the arrays by the names of their datasets in a file."""
         raise NotImplementedError
 
     def gram(self, start: int, stop: int) -> Array:
-        """Inner products of rows ``start … stop − 1``, float64."""
+        """Compute the inner products of rows ``start … stop − 1``, float64."""
         return self.part(start, stop).gram(0, stop - start)
 
     def squared_norms(self) -> Array:
-        """Σ of squared entries per row, ``(n_rows,)`` float64."""
+        """Sum the squared entries of each row, ``(n_rows,)`` float64."""
         raise NotImplementedError
 
     def take(self, rows: Array) -> Rows:
-        """The given rows, in the given order, copied."""
+        """Copy the given rows, in the given order."""
         return self.whole().take(rows)
 
     def row_gram(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``K = A Aᵀ``, ``(n_rows, n_rows)``."""
+        """Compute ``K = A Aᵀ``, ``(n_rows, n_rows)``."""
         return self.whole().row_gram(dtype)
 
     @property
@@ -100,23 +100,23 @@ class Rows:
         return sum(int(array.nbytes) for array in self.arrays().values())
 
     def deciding(self) -> list[Array]:
-        """All arrays that decide the numbers, for a digest."""
+        """Return all arrays that determine the numbers, for a digest."""
         return list(self.arrays().values())
 
     def fisher_norms(self, row_offsets: Array) -> Array:
-        """``‖A_i A_iᵀ‖_F`` per example, ``(n,)`` float64; example i owns rows ``row_offsets[i]:row_offsets[i+1]``."""
+        """Compute ``‖A_i A_iᵀ‖_F`` per example, ``(n,)`` float64; A_i are rows ``row_offsets[i]:row_offsets[i+1]``."""
         return np.array([math.sqrt(np.square(self.gram(int(i), int(j))).sum()) for i, j in pairwise(row_offsets)])
 
     def starts(self, rows: Array) -> Array:
-        """Where the given rows begin among the stored numbers, in rows or in entries; ``n_rows`` is the end."""
+        """Return where the given rows begin among the stored numbers, in rows or in entries; ``n_rows`` is the end."""
         return np.asarray(rows, np.int64)
 
     def byte_offsets(self, rows: Array) -> Array:
-        """Where the given rows begin in the bytes of all; ``n_rows`` is the end."""
+        """Return where the given rows begin in the bytes of all rows; ``n_rows`` is the end."""
         return self.starts(rows) * max(1, 4 * self.n_columns)
 
     def numbering(self, columns: Array) -> Array:
-        """What :meth:`scaled` takes for ``columns``: themselves, or the number of each stored column among them."""
+        """Return what :meth:`scaled` takes for ``columns``: the same, or each stored column's number among them."""
         return columns
 
     def scaled(
@@ -128,15 +128,15 @@ class Rows:
         numbers: Array | None,
         n_columns: int,
     ) -> Rows:
-        """Rows ``start … stop − 1`` times their factors, on some columns, see :meth:`numbering`; None: on all."""
+        """Multiply rows ``start … stop − 1`` by their factors, on some columns (:meth:`numbering`); None: on all."""
         raise NotImplementedError
 
     def column_counts(self, part_bytes: int = PART_BYTES) -> Array | None:
-        """Entries per column, int64, up to the last column that has any; None where every column has all rows."""
+        """Count the entries per column, int64, up to the last column with any; None where every column has all rows."""
         return None
 
     def parts(self, within: Array | None = None) -> Iterator[tuple[int, int, Rows]]:
-        """First row, row after the last, and the rows, part by part; rows in memory are one part.
+        """Yield the first row, the row after the last, and the rows, part by part; rows in memory are one part.
 
         Args:
             within: Ascending row numbers from 0 to n_rows, at which alone parts begin and end; None: anywhere.
@@ -144,35 +144,35 @@ class Rows:
         yield 0, self.n_rows, self
 
     def whole(self) -> Rows:
-        """All rows, in memory."""
+        """Return all rows, in memory."""
         return self.part(0, self.n_rows)
 
     def part(self, start: int, stop: int) -> Rows:
-        """Rows ``start … stop − 1``, in memory; views where that can be."""
+        """Return rows ``start … stop − 1``, in memory; as views where possible."""
         raise NotImplementedError
 
     def dense(self, start: int, stop: int) -> Array:
-        """Rows ``start … stop − 1`` as float32 ``(stop − start, n_columns)``, copied; absent entries are 0."""
+        """Copy rows ``start … stop − 1`` as float32 ``(stop − start, n_columns)``; absent entries are 0."""
         return self.part(start, stop).dense(0, stop - start)
 
     def nonzero(self, start: int, stop: int) -> tuple[Array, Array, Array]:
-        """Row, counted from ``start``, column and value of the entries of rows ``start … stop − 1`` that are not 0."""
+        """Return row (counted from ``start``), column and value of the nonzero entries of rows ``start … stop − 1``."""
         return self.part(start, stop).nonzero(0, stop - start)
 
     def on_columns(self, columns: Array) -> Rows:
-        """The rows on ``columns`` alone, renumbered 0 … len(columns) − 1."""
+        """Return the rows on ``columns`` alone, renumbered 0 … len(columns) − 1."""
         return self.whole().on_columns(columns)
 
     def column_sums(self, weights: Array, squared: bool) -> Array:
-        """``Σ_i weights_i a_ij``, or of the squares of the entries, per column: ``(n_columns,)`` float64."""
+        """Compute ``Σ_i weights_i a_ij``, or the sum of the squared entries, per column: ``(n_columns,)`` float64."""
         return self.whole().column_sums(weights, squared)
 
     def project(self, vectors: Tensor) -> Tensor:
-        """``A Gᵀ`` for G ``(r, n_columns)``: ``(n_rows, r)`` in G's dtype, on its device."""
+        """Compute ``A Gᵀ`` for G ``(r, n_columns)``: ``(n_rows, r)`` in G's dtype, on its device."""
         return self.whole().project(vectors)
 
     def combine(self, S: Tensor, out: Tensor | None = None) -> Tensor:
-        """``Sᵀ A`` for S ``(n_rows, r)``: ``(r, n_columns)`` in S's dtype, on its device, added to ``out`` if given."""
+        """Compute ``Sᵀ A`` for S ``(n_rows, r)``: ``(r, n_columns)`` of S's dtype and device, plus ``out`` if given."""
         return self.whole().combine(S, out)
 
     def add_gram(self, K: Tensor, room: int) -> None:
@@ -180,15 +180,15 @@ class Rows:
         self.whole().add_gram(K, room)
 
     def on(self, dtype: torch.dtype, device: torch.device) -> Matrix:
-        """The rows on a device, for products again and again."""
+        """Move the rows to a device, for repeated products."""
         return self.whole().on(dtype, device)
 
     def read_columns(self, first: int, last: int) -> Array:
-        """Columns ``first … last − 1`` of all rows, float32; where :attr:`by_columns`."""
+        """Read columns ``first … last − 1`` of all rows, float32; only where :attr:`by_columns` is true."""
         return self.whole().read_columns(first, last)
 
     def stretches(self, room: int, per_column: int) -> Iterator[tuple[int, int, Rows]]:
-        """First column, column after the last, and the rows on them, which take at most ``room`` bytes on a device."""
+        """Yield the first column, the one after the last, and the rows on them, within ``room`` bytes on a device."""
         width = max(1, room // (16 * self.n_rows + per_column + 1))  # as stored, float64, and a copy that is under way
         for first in range(0, self.n_columns, width):
             last = min(first + width, self.n_columns)
@@ -215,7 +215,7 @@ class DenseRows(Rows):
 
     @classmethod
     def first_of_each(cls, values: Array, counts: Array) -> DenseRows:
-        """Of ``(b, R, width)`` the first ``counts`` (b,) rows of each example, end to end; a view where that is all."""
+        """Take the first ``counts`` (b,) rows of each example of ``(b, R, width)``, end to end; all as a view."""
         keep = np.less(np.arange(values.shape[1]), counts[:, None])
         flat = values.reshape(-1, values.shape[2])
         return cls(flat if keep.all() else flat[keep.reshape(-1)])
@@ -294,7 +294,7 @@ class DenseRows(Rows):
         return DenseRows(values if numbers is None else values[:, numbers])
 
     def tensor(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
-        """The rows as a torch tensor; shared memory where dtype and device allow it."""
+        """Return the rows as a torch tensor, in shared memory where dtype and device allow it."""
         return to_device(self.values, torch.device(device), dtype)
 
     @override

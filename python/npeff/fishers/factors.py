@@ -59,7 +59,7 @@ class Factors:
     counts: Tensor
 
     def spread(self, at: Tensor, n: int) -> Factors:
-        """The same at some of n positions ``(b,)``; the others have no columns."""
+        """Place the cotangents at some of n positions ``(b,)``; the other positions have no columns."""
         if len(at) == n:
             return self
 
@@ -70,7 +70,7 @@ class Factors:
 
 
 def factorise(logits: Tensor, options: FisherOptions, targets: Tensor | None, ids: np.ndarray) -> Factors:
-    """Cotangents S for every example of a batch.
+    """Compute the cotangents S of every example of a batch.
 
     For a categorical output ``S Sᵀ = diag p − ppᵀ`` (Matena & Raffel 2023, §3; the reduced basis takes the
     eigenvectors), in expectation only when ``labels="sampled"``, and ``S = e_y − p`` when ``labels="true"``.
@@ -122,7 +122,7 @@ def factorise(logits: Tensor, options: FisherOptions, targets: Tensor | None, id
 
 
 def width(logits: Tensor, options: FisherOptions) -> int:
-    """The most columns that an example's cotangents can have, known before they are made.
+    """Return the most columns that an example's cotangents can have, before the cotangents are made.
 
     Args:
         logits: ``(b, C)``.
@@ -138,7 +138,7 @@ def width(logits: Tensor, options: FisherOptions) -> int:
 
 
 def cotangent_bytes(logits: Tensor, options: FisherOptions) -> int:
-    """What making the cotangents of a batch takes, temporary arrays included.
+    """Return the bytes that making the cotangents of a batch takes, temporary arrays included.
 
     Args:
         logits: ``(b, C)``.
@@ -343,7 +343,7 @@ def _score(logits: Tensor, outcome: Tensor, options: FisherOptions) -> Tensor:
 
 
 def needed(log_p: Tensor, trace: Tensor, energy: float) -> int:
-    """How many leading eigenvalues certainly hold a share of the trace, in every example.
+    """Count the leading eigenvalues that certainly hold a share of the trace, in every example.
 
     As λ_j is at least the (j+1)-th largest probability, the sum of these is enough.
 
@@ -358,7 +358,7 @@ def needed(log_p: Tensor, trace: Tensor, energy: float) -> int:
 
 
 def leading_eigenpairs(log_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues of ``diag p − ppᵀ``, and their unit eigenvectors.
+    """Compute the largest eigenvalues of ``diag p − ppᵀ`` and their unit eigenvectors.
 
     Args:
         log_p: ``(n, C)`` float64 log-probabilities.

@@ -1,4 +1,4 @@
-"""The file of Fishers: what one HDF5 container holds, how it is written, and what is checked of it.
+"""The file of Fishers: the contents of one HDF5 container, how they are written, and how they are checked.
 
 A file of Fishers has the root attributes ``format``, ``format_version``, ``content``, ``kind``, ``rows``
 (``sparse``, ``dense`` or ``gram``), ``n_examples`` and ``n_parameters``, the JSON documents ``parameters`` (names and
@@ -155,7 +155,7 @@ def offsets_of(counts: Sequence[Array]) -> Array:
 
 
 def joined_data(spans: Sequence[Span]) -> list[Data]:
-    """Describe the datasets of a file of Fishers that has the examples of several, streamed.
+    """Describe the datasets of a file of Fishers that joins the examples of several files, streamed.
 
     Args:
         spans: A file that has the datasets of Fishers, and its examples from … to, in order. Of arrays that are taken
@@ -252,7 +252,7 @@ def described_parameters(document: Any, where: str) -> Parameters:
 
 
 def check_provenance(container: Container, provenance: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the options in the provenance of Fishers, once all that is looked up there later has its type.
+    """Check the provenance of Fishers for the types of all that is looked up there later, and return its options.
 
     Raises:
         StorageError: Something has not.
@@ -273,7 +273,7 @@ def told_outputs(file: Container, name: str = "n_outputs") -> Array | None:
 
 
 def count_outputs(where: object, sizes: Sizes, options: dict[str, Any], n_outputs: Any = None) -> None:
-    """Add the number of outputs to sizes that have ``n_logits``, and what labels are below.
+    """Add the number of outputs, and the upper bound of the labels, to sizes that have ``n_logits``.
 
     Args:
         where: The file, for messages.
@@ -282,7 +282,7 @@ def count_outputs(where: object, sizes: Sizes, options: dict[str, Any], n_output
         n_outputs: The number as a file tells it; None: all logits are kept.
 
     Raises:
-        StorageError: It is less than the logits that are kept, or more than any model has.
+        StorageError: The number is less than the logits that are kept, or more than any model has.
     """
     n = sizes["n_logits"] if n_outputs is None else int(n_outputs)
     if n < sizes["n_logits"] or (n_outputs is not None and n > MOST_CLASSES):

@@ -1,4 +1,4 @@
-"""Per-example Fishers as stored: rows, norms, predictions, and where they came from."""
+"""Per-example Fishers as stored: rows, norms, predictions, and their provenance."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class FisherBlock:
         return cls(rows, counts[order], **example_fields(arrays, order))
 
     def arrays(self) -> dict[str, Array]:
-        """The arrays by the names of their datasets in a file."""
+        """Return the arrays by the names of their datasets in a file."""
         return {"row_offsets": offsets_of([self.row_counts]), **example_arrays(self), **self.rows.arrays()}
 
 
@@ -206,7 +206,7 @@ class Fishers:
         return np.asarray(self.norms == 0)
 
     def dense(self, i: int) -> Array:
-        """Example i's rows as stored, unnormalised.
+        """Return example i's rows as stored, unnormalised.
 
         Returns:
             float32 ``(rank_i, n_parameters)``, compressed entries scattered back to their place; ``(rank_i, d)``
@@ -299,7 +299,7 @@ class Fishers:
 
 
 def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
-    """The Fishers in an npeff container, mapped; all arrays but large ones are checked.
+    """Read the Fishers in an npeff container, mapped; check all arrays but large ones.
 
     Args:
         container: The file.

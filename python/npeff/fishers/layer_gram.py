@@ -1,4 +1,4 @@
-"""What one parameter keeps of all examples until their inner products are formed."""
+"""Data of one parameter, kept for all examples until their inner products are formed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class KeptPart:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What parts must share to be joined; runs never are."""
+        """The properties that parts must share to be joined; runs are never joined."""
         if self.sparse is not None:
             return ("runs", id(self))
         return (self.turned, self.values is not None, None if self.delta is None else self.delta.shape[1])
@@ -58,7 +58,7 @@ class KeptPart:
 
     @property
     def empty(self) -> bool:
-        """The logits of these examples do not depend on the parameter."""
+        """Whether the logits of these examples do not depend on the parameter."""
         return self.delta is None and self.values is None and self.sparse is None
 
     @property
@@ -68,7 +68,7 @@ class KeptPart:
 
 
 class LayerGram:
-    """One parameter: collects, batch by batch, and adds its share to K.
+    """Collector of one parameter's data: keeps them batch by batch, and adds the parameter's share to K.
 
     Args:
         parameter: The parameter.
@@ -80,7 +80,7 @@ class LayerGram:
         self.nbytes = 0
 
     def begin(self, counts: Array, n_columns: int) -> None:
-        """A batch with so many rows per example begins."""
+        """Begin a batch with ``counts`` rows per example."""
         self._counts, self._n_columns = counts, n_columns
         self._pairs: list[Pairs] = []
         self._whole: Tensor | None = None
@@ -109,7 +109,7 @@ class LayerGram:
         self._runs.append((row.numpy(), index.numpy(), values[entries].numpy()))
 
     def end(self) -> None:
-        """The batch has ended."""
+        """End the batch: put its blocks together into one part."""
         counts, r = self._counts, self._n_columns
         kept = torch.from_numpy(np.less(np.arange(r), counts[:, None]).reshape(-1))
         if self._pairs:

@@ -1,4 +1,4 @@
-"""The model's outputs for the examples as they are kept: all of them, or of many classes the largest ones."""
+"""The model's outputs as they are kept for each example: all of them, or the largest ones of many classes."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ class Logits:
 
     @classmethod
     def kept(cls, arrays: Sequence[Array], n_outputs: int) -> Logits:
-        """Make of what :func:`largest` gives."""
+        """Make Logits of what :func:`largest` gives."""
         return cls.from_arrays({**dict(zip(ARRAYS, arrays, strict=False)), "n_outputs": np.array(n_outputs)})
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> Logits:
-        """Make of the arrays by the names of their datasets; see :meth:`arrays`."""
+        """Make Logits of the arrays by the names of their datasets; see :meth:`arrays`."""
         values, classes, log_normaliser, n_outputs = (arrays.get(name) for name in ARRAYS)
         assert values is not None, "every file has logits"
         return cls(values, classes, log_normaliser, -1 if n_outputs is None else int(n_outputs))
 
     def arrays(self) -> dict[str, Array]:
-        """The arrays by the names of their datasets in a file."""
+        """Return the arrays by the names of their datasets in a file."""
         if self.classes is None or self.log_normaliser is None:
             return {"logits": self.values}
         found = (self.values, self.classes, self.log_normaliser, np.array(self.n_outputs, np.int64))
@@ -120,18 +120,18 @@ class Logits:
         return np.asarray(self)[which]
 
     def take(self, examples: Any) -> Logits:
-        """Give those of some examples: integers, a slice or a mask."""
+        """Return the outputs of some examples: integers, a slice or a mask."""
         if self.classes is None or self.log_normaliser is None:
             return Logits(self.values[examples])
         return Logits(self.values[examples], self.classes[examples], self.log_normaliser[examples], self.n_outputs)
 
     @staticmethod
     def concatenate(parts: Sequence[Logits]) -> Logits:
-        """Join those of several groups of examples, at least one, with the same outputs."""
+        """Join the outputs of several groups of examples, at least one, with the same outputs."""
         return Logits.from_arrays(joined([part.arrays() for part in parts]))
 
     def same(self, other: Logits) -> bool:
-        """Whether the same numbers are kept, to the bit."""
+        """Say whether both keep the same numbers, to the bit."""
         ours, theirs = self.arrays(), other.arrays()
         return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
@@ -193,7 +193,7 @@ class Logits:
         return torch.cat([kept, torch.from_numpy(np.array(self.log_normaliser))[:, None]], 1)
 
     def numbers_of(self, outputs: Tensor) -> Tensor:
-        """Compute the same numbers of other outputs ``(n, C)`` of these examples, in their dtype, on the processor."""
+        """Compute :attr:`numbers` of other outputs ``(n, C)`` of these examples, in their dtype, on the processor."""
         if self.classes is None:
             return outputs.cpu()
         kept = torch.from_numpy(np.array(self.classes, np.int64)).to(outputs.device)
@@ -201,7 +201,7 @@ class Logits:
         return torch.cat([wide.gather(1, kept), wide.logsumexp(1, keepdim=True)], 1).cpu()
 
     def restored(self, outputs: Tensor) -> Tensor:
-        """Give outputs ``(n, C)`` of the same examples as float64, with what is kept in place of what differs from it.
+        """Return outputs ``(n, C)`` of the same examples as float64, with the kept numbers where both differ.
 
         An example whose outputs are what is kept, once they are rounded to float32, stays as it is.
         """
@@ -232,7 +232,7 @@ def largest(outputs: Tensor, over_classes: bool) -> tuple[Tensor, ...]:
 
 
 def joined(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """Join arrays of several groups of examples, at least one, by name; what is one number is that of the first."""
+    """Join arrays of several groups of examples, at least one, by name; take a single number from the first group."""
     return {
         name: array if array.ndim == 0 else np.concatenate([part[name] for part in parts])
         for name, array in parts[0].items()

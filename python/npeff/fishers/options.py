@@ -88,7 +88,7 @@ class Sketch:
             raise ArgumentError(f"d: the Kronecker form needs a power of two, got {self.d}")
 
     def two_sided(self, shape: Sequence[int]) -> bool:
-        """Whether a parameter of that shape is sketched by its rows and columns."""
+        """Say whether a parameter of that shape is sketched by its rows and columns."""
         return self.form == "kronecker" and len(shape) == 2 and math.prod(shape) >= 16 * self.d
 
     def describe(self, parameters: Parameters, most_rows: int) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class FisherOptions:
 
     @classmethod
     def recorded(cls, provenance: Mapping[str, Any]) -> FisherOptions:
-        """The options that decided the cotangents of the Fishers with this provenance; the others are defaults."""
+        """Read the options that determined the cotangents of Fishers with this provenance; the others are defaults."""
         described = provenance.get("options", {})
         return cls(**{name: described[name] for name in FACTOR_OPTIONS})
 
@@ -239,7 +239,7 @@ class FisherOptions:
             )
 
     def most_rows(self, n_outputs: int) -> int:
-        """The most rows that an example can have with ``n_outputs`` logits."""
+        """Return the most rows that an example can have with ``n_outputs`` logits."""
         if self.labels == "true":
             return 1
         if self.labels == "sampled":
@@ -267,7 +267,7 @@ class FisherOptions:
             )
 
     def cheapest(self) -> FisherOptions:
-        """The same Fishers by the fewest backward passes.
+        """Return the options that give the same Fishers by the fewest backward passes.
 
         diag(AᵀA) is the same in every basis, and the reduced one has a column less than that of all classes.
         """
@@ -300,7 +300,7 @@ def _is_share(share: Any) -> bool:
 
 
 def sketch_of(provenance: Mapping[str, Any]) -> Sketch | None:
-    """The sketch that Fishers of this provenance were compressed by, or None.
+    """Return the sketch by which Fishers of this provenance were compressed, or None.
 
     Raises:
         StorageError: The provenance contradicts itself.

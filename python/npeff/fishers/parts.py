@@ -1,4 +1,4 @@
-"""Unfinished work, ``<out>.parts/``: a header, a lock and numbered shards, each whole before it is named.
+"""Unfinished work in ``<out>.parts/``: a header, a lock and numbered shards, each complete before it gets its name.
 
 The header says what the work is made with; it is continued only with the same. A shard holds the arrays of a file of
 Fishers (:mod:`npeff.fishers.file_format`), of its own examples.
@@ -295,7 +295,7 @@ def _refuse_links(folder: Path) -> None:
 
 
 def discard_parts(out: Path) -> None:
-    """Remove unfinished work for ``out``, if there is any and no process is at it.
+    """Remove unfinished work for ``out``, if there is any and no process works on it.
 
     Raises:
         StorageError: Another process is at it, or the folder holds something else.

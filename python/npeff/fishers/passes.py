@@ -98,7 +98,7 @@ class Pass:
         return self.batch.places_in_data.cpu().numpy()[self._in_slots[self.filled]]
 
     def stored_labels(self) -> Ids:
-        """``(n,)`` classes, −1 where unknown."""
+        """Return the classes ``(n,)`` of the examples, −1 where unknown."""
         labels, over_classes = self.run.labels(self.batch), self.run.options.over_classes
         n = self.batch.n_examples
         if labels is None or (not over_classes and (labels.is_floating_point() or labels.numel() != n)):
@@ -109,7 +109,7 @@ class Pass:
 
 @dataclass
 class Run:
-    """A model and the options of a call: what stays the same from batch to batch.
+    """A model and the options of a call, which stay the same from batch to batch.
 
     Attributes:
         model: The model, on ``device``.
@@ -139,19 +139,19 @@ class Run:
 
     @cached_property
     def weighted(self) -> Callable[[Block | Pairs], Block | Pairs]:
-        """Weighs a block of this run."""
+        """The function that weighs a block of this run."""
         if self.block_weights is None:
             return lambda block: block
         return WeightedBlocks(self.parameters, self.block_weights, self.options.kind == "diagonal")
 
     @cached_property
     def budget(self) -> Budget:
-        """How many examples of a batch are taken at a time."""
+        """The limit on the examples of a batch that are taken at a time."""
         memory = self.options.memory
         return Budget(self.engine, None if memory is None else parse_bytes(memory))
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
-        """The data as batches on the model's device, the last one cut where ``max_examples`` ends.
+        """Yield the data as batches on the model's device, and cut the last one where ``max_examples`` ends.
 
         Raises:
             ArgumentError: It ends within a batch that cannot be cut.
@@ -236,7 +236,7 @@ class Run:
         per_example: bool = True,
         replace_logits: Callable[[Tensor, Ids], Tensor] | None = None,
     ) -> Iterator[Pass]:
-        """The passes over a batch: one, or several over parts of it that keep within the memory allowed.
+        """Yield the passes over a batch: one, or several over parts of it that keep within the memory allowed.
 
         A batch of places goes forward once, as far as its activations fit; its places then go backward some at a time.
 
@@ -360,7 +360,7 @@ class Run:
         return classes
 
     def labels(self, batch: Batch) -> Tensor | None:
-        """The batch's labels, unless its second item is something else that ``forward=``, or ``take``, understands."""
+        """Return the batch's labels; None if the second item is something else that ``forward=`` or ``take`` uses."""
         options = self.options
         own = options.forward is not None or batch.cut_by_user
         wanted = options.labels == "true" or not options.over_classes
@@ -369,11 +369,11 @@ class Run:
         return batch.labels
 
     def coverage(self) -> list[dict[str, str]]:
-        """Per parameter, the rule that serves it, and why; those that have no Fisher too."""
+        """List the rule that serves each parameter, and why; include parameters that have no Fisher."""
         return self.engine.coverage() + left_out(self.model)
 
     def header(self, digest: str, n_outputs: int) -> dict[str, Any]:
-        """What decides the result, for files: kind, parameters, provenance."""
+        """Return what determines the result, for files: kind, parameters, provenance."""
         described = self.options.describe(self.parameters, n_outputs)
         if self.block_weights is not None:
             choice = self.options.block_weights

@@ -28,7 +28,7 @@ INT32 = int(np.iinfo(np.int32).max)
 
 
 def unnamed(n_parameters: int) -> Parameters:
-    """The one unnamed parameter of files that know none."""
+    """Return the one unnamed parameter of files that name none."""
     return Parameters.of([("parameters", (n_parameters,))])
 
 
@@ -49,10 +49,10 @@ def _fields(values: str, indices: str, norms: str, logits: str, least: int | Non
 
 
 def told(file: Container, name: str, kind: type = int) -> dict[str, Any]:
-    """What attribute ``"path@name"`` tells, a finite number, as ``{name: number}``; empty where there is none.
+    """Read attribute ``"path@name"``, a finite number, as ``{name: number}``; empty where there is none.
 
     Raises:
-        StorageError: It is no such number.
+        StorageError: The attribute is no such number.
     """
     if name not in file.attributes and name not in file.refused:
         return {}
@@ -63,10 +63,10 @@ def told(file: Container, name: str, kind: type = int) -> dict[str, Any]:
 
 
 def n_parameters_of(file: Container, name: str, indices: str) -> int:
-    """The number of parameters that an attribute tells; no more than the type of the ``indices`` can count.
+    """Read the number of parameters from an attribute; no more than the type of the ``indices`` can count.
 
     Raises:
-        StorageError: It is missing, or no such number.
+        StorageError: The attribute is missing, or no such number.
     """
     m, dtype = file.attribute(name, int, float), file.spec(indices).dtype
     most = min(MOST_PARAMETERS, np.iinfo(dtype).max + 1 if dtype.kind in "iu" else MOST_PARAMETERS)
@@ -226,7 +226,7 @@ def _rows(path: Path, values: Array, indices: Array, sizes: Array, ranks: Array,
 
 
 def plan_fishers(fishers: Fishers, path: Path, variable: bool | None) -> PublishedLayout:
-    """The layout, datasets and attributes that hold ``fishers``.
+    """Choose the layout, datasets and attributes that hold ``fishers``.
 
     Raises:
         StorageError: No published layout can hold them.

@@ -1,4 +1,4 @@
-"""Sparse rows (CSR), as top-k leaves them; and rows of any form put together from parts.
+"""Sparse rows (CSR) from top-k selections, and rows of any form put together from parts.
 
 All forms derive from :class:`~npeff.fishers.dense_rows.Rows`; :mod:`npeff.fishers.scaling` reads rows part by
 part.
@@ -49,12 +49,12 @@ ENTRY_BYTES = 64
 
 
 def index_dtype(n_columns: int) -> np.dtype[Any]:
-    """The type of stored column indices: int32 where it suffices, so that it does not depend on the entries."""
+    """Return the dtype of stored column indices: int32 where it suffices, whatever the entries."""
     return np.dtype(np.int32 if n_columns <= np.iinfo(np.int32).max else np.int64)
 
 
 def rows_from(arrays: dict[str, Array], n_columns: int) -> SparseRows | DenseRows | GramRows:
-    """The rows that arrays by the names of their datasets make; see :meth:`Rows.arrays`."""
+    """Make rows of arrays by the names of their datasets; see :meth:`Rows.arrays`."""
     if "rows/gram" in arrays:
         return GramRows(arrays["rows/gram"])
     if "rows/indptr" in arrays:
@@ -101,7 +101,7 @@ class SparseRows(Rows):
         return out
 
     def entries(self, rows: Array) -> tuple[Array, Array]:
-        """Positions of the entries of ``rows`` in ``values``, and the new ``indptr``."""
+        """Return the positions of the entries of ``rows`` in ``values``, and the new ``indptr``."""
         counts = np.diff(self.indptr)[rows]
         indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         positions = np.arange(indptr[-1]) + np.repeat(self.indptr[rows] - indptr[:-1], counts)
@@ -192,7 +192,7 @@ class SparseRows(Rows):
         return numbers
 
     def renumbered(self, numbers: Array, n_columns: int) -> SparseRows:
-        """The rows with column c at ``numbers[c]``; columns at −1 are left out."""
+        """Return the rows with column c at ``numbers[c]``; leave out columns at −1."""
         indices = numbers[self.indices]
         if (kept := indices >= 0).all():
             return SparseRows(self.indptr, indices, self.values, n_columns)
@@ -222,7 +222,7 @@ class SparseRows(Rows):
     def tensors(
         self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(indptr, indices, values)`` as torch tensors; those on a CUDA device have been checked.
+        """Return ``(indptr, indices, values)`` as torch tensors; those on a CUDA device have been checked.
 
         Raises:
             ArgumentError: An index is out of range.
@@ -333,7 +333,7 @@ class GrowingArray:
         self._size = end
 
     def finish(self) -> Array:
-        """The whole, without the room to spare; nothing can be added any more."""
+        """Return the whole array without room to spare; nothing can be added afterwards."""
         assert self._array is not None, "something is added first"
         if self._own and self._size < len(self._array):
             self._array.resize((self._size, *self._array.shape[1:]), refcheck=False)
@@ -355,7 +355,7 @@ class GrowingRows:
             self._arrays.setdefault(name, GrowingArray()).add(own)
 
     def finish(self) -> Rows:
-        """All rows, in order."""
+        """Return all rows, in order."""
         arrays = {name: array.finish() for name, array in self._arrays.items()}
         if "rows/indptr" in arrays:
             arrays["rows/indptr"] = np.concatenate([[0], np.cumsum(arrays["rows/indptr"])]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""From stored rows to the rows that are factorised: block weights, unit Fisher norm, kept columns.
+"""Scale stored rows for the factorisation: block weights, unit Fisher norm, kept columns.
 
 Rows of a file are scaled piece by piece while they are read, and never copied as a whole (:class:`StreamedRows`).
 """
@@ -71,7 +71,7 @@ class ScaledRows:
 
 
 def fisher_norms(rows: Rows, row_offsets: Array, kind: str) -> Array:
-    """``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` per example (``‖f_i‖₂`` for the diagonal kind), ``(n,)`` float64."""
+    """Compute ``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` per example (``‖f_i‖₂`` for the diagonal kind), ``(n,)`` float64."""
     if kind == "diagonal":
         return np.asarray(np.sqrt(rows.squared_norms()))
     return rows.fisher_norms(row_offsets)
@@ -141,7 +141,7 @@ def _missing_factors(fishers: Fishers, weights: dict[str, float] | None) -> Arra
 
 
 def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, float] | None:
-    """A weight per parameter name, or None when all are 1; what the Fishers were computed with included.
+    """Return a weight per parameter name, with what the Fishers were computed with included; None when all are 1.
 
     Raises:
         ArgumentError: See :func:`scale`.
@@ -176,7 +176,7 @@ def resolve_block_weights(fishers: Fishers, choice: BlockWeights) -> dict[str, f
 
 
 def block_energy(fishers: Fishers) -> dict[str, float]:
-    """Share of the summed trace of the unit-norm Fishers that lies in each parameter (they sum to 1)."""
+    """Compute the share of each parameter in the summed trace of the unit-norm Fishers (shares sum to 1)."""
     norms = fishers.norms.astype(np.float64)
     scale_of = np.repeat(np.where(norms > 0, 1 / np.where(norms > 0, norms, 1), 0), fishers.ranks)
     squares = fishers.rows.column_sums(scale_of, squared=fishers.kind == "low_rank")
@@ -311,7 +311,7 @@ class StreamedRows(Rows):
         return super().stretches(room, per_column) if self.by_columns else self.whole().stretches(room, per_column)
 
     def edges(self, within: Array | None = None) -> Array:
-        """Where parts of about ``part_bytes`` begin and end.
+        """Choose the rows where parts of about ``part_bytes`` begin and end.
 
         Args:
             within: Ascending row numbers from 0 to n_rows of which edges are chosen; None: any row may be one.
@@ -334,7 +334,7 @@ class StreamedRows(Rows):
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items, each made by a thread while the one before it is in use."""
+    """Yield the items; a thread makes each one while the one before it is in use."""
     made = iter(items)
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(lambda: next(made, None))
@@ -344,7 +344,7 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
 
 
 def device_gram(rows: Rows, dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
-    """``K = A Aᵀ`` on the device, ``(n_rows, n_rows)``, of rows that lie on the host.
+    """Compute ``K = A Aᵀ`` on the device, ``(n_rows, n_rows)``, of rows that lie on the host.
 
     ``A = [A_1 A_2 …]`` by columns, so ``A Aᵀ = Σ A_s A_sᵀ``; while the device works on one stretch of columns, a thread
     makes the next. :func:`device_project` and :func:`device_combine` go by the same stretches.
@@ -362,7 +362,7 @@ def device_gram(rows: Rows, dtype: torch.dtype, device: torch.device, room: int)
 
 
 def device_project(rows: Rows, vectors: Tensor, device: torch.device, room: int) -> Tensor:
-    """``A Gᵀ = Σ A_s G_sᵀ`` on the device for G ``(r, n_columns)`` on the host: ``(n_rows, r)`` in G's dtype."""
+    """Compute ``A Gᵀ = Σ A_s G_sᵀ`` on the device for G ``(r, n_columns)`` on the host: ``(n_rows, r)``, G's dtype."""
     out = torch.zeros(rows.n_rows, len(vectors), dtype=vectors.dtype, device=device)
     for first, last, part in ahead(rows.stretches(room, 2 * len(vectors) * vectors.element_size())):
         out += part.project(to_device(vectors[:, first:last].numpy(), device))
@@ -370,7 +370,7 @@ def device_project(rows: Rows, vectors: Tensor, device: torch.device, room: int)
 
 
 def device_combine(rows: Rows, S: Tensor, room: int) -> Tensor:
-    """``Sᵀ A = [Sᵀ A_1 Sᵀ A_2 …]`` on the host, ``(r, n_columns)``, for S ``(n_rows, r)`` on the device."""
+    """Compute ``Sᵀ A = [Sᵀ A_1 Sᵀ A_2 …]`` on the host, ``(r, n_columns)``, for S ``(n_rows, r)`` on the device."""
     out = torch.empty(S.shape[1], rows.n_columns, dtype=S.dtype)
     S = S.contiguous()
     for first, last, part in ahead(rows.stretches(room, 2 * S.shape[1] * S.element_size())):

@@ -1,4 +1,4 @@
-"""Writing Fishers while they are computed: a kill loses at most the batches since the last shard."""
+"""Write Fishers while they are computed: a kill loses at most the batches since the last shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sink of the largest entries; of sums of outer products it forms only those rows that can hold one.
+"""The sink of the largest entries; it forms a row of outer products only if the row can hold one of them.
 
 The rows of a layer's gradient are ``Σ_t δ_ti a_t``. By the inequality of Cauchy and Schwarz no entry of row i exceeds
 ``‖δ_i‖ max_j ‖a_j‖``; a row whose bound lies below the running threshold of the selection is never made. What every row
@@ -132,7 +132,7 @@ def sparse_rows(
     counts: Array,
     scale: Array,
 ) -> SparseRows:
-    """Selections as compressed rows.
+    """Convert selections to compressed rows.
 
     Args:
         found: ``(b,)`` entries of each example.

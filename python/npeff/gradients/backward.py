@@ -68,7 +68,7 @@ class Cotangents:
         self._written: Any = None
 
     def column(self, number: int) -> Tensor:
-        """The cotangents of one column where the passes begin; overwritten by the next."""
+        """Return the cotangents of one column where the passes begin; the next call overwrites them."""
         slot, row = divmod(number, self._columns.shape[2])
         given = self._columns[:, slot, row]
         if self._positions is None and self._outputs is None:
@@ -89,7 +89,7 @@ class Cotangents:
                 self._whole = None
 
     def summed(self, weights: Tensor) -> Tensor:
-        """The sum of all columns, those of each sequence times its weight ``(b,)``."""
+        """Sum all columns, those of each sequence times its weight ``(b,)``."""
         total = self._columns.sum(dim=2, dtype=torch.float64) * weights[:, None, None]
         total = total.to(self._columns.dtype)
         if self._positions is None and self._outputs is None:
@@ -116,7 +116,7 @@ def backward(
     at_once: bool = False,
     weighted: Tensor | None = None,
 ) -> dict[tuple[Node, int], tuple[Tensor, Tensor]]:
-    """One backward pass per column to the rules' edges, or all in one; each rule keeps what it needs.
+    """Run one backward pass per column to the rules' edges, or all in one; each rule keeps what it needs.
 
     Args:
         cotangents: The cotangents.
@@ -180,7 +180,7 @@ def _side_by_side(
 
 
 def small_products(rules: Iterable[Rule]) -> bool:
-    """Whether the backward passes are matrix products with one row per example, as in a multilayer perceptron.
+    """Say whether the backward passes are matrix products with one row per example, as in a multilayer perceptron.
 
     One pass over all columns makes R·b rows of b, for which the products are far more efficient, and calls every
     operation once in place of R times. With many rows per example already, and with convolutions, it gains nothing and

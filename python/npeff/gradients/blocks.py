@@ -1,4 +1,4 @@
-"""From a parameter's rules to blocks of per-example gradients: tile by tile, in memory that is used again."""
+"""Form blocks of per-example gradients from a parameter's rules: tile by tile, in memory that is used again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TILE_ELEMENTS = 1 << 20
 
 
 def tile_elements(device: torch.device) -> int:
-    """Most elements made at a time there: devices want fewer, larger kernels (how large is not measured)."""
+    """Return the most elements to make at a time: devices want fewer, larger kernels (how large is not measured)."""
     return TILE_ELEMENTS * (8 if devices.has_own_memory(device) else 1)
 
 
@@ -78,15 +78,15 @@ class Pairs:
     n_slots: int = 1
 
     def of_example(self, i: int) -> tuple[Tensor, Tensor]:
-        """δ ``(T, R, n)`` and inputs ``(T, k)`` of the i-th of these examples."""
+        """Return δ ``(T, R, n)`` and inputs ``(T, k)`` of the i-th of these examples."""
         sequence, slot = divmod(i, self.n_slots)
         n_columns = self.delta.shape[2] // self.n_slots
         return self.delta[sequence, :, slot * n_columns : (slot + 1) * n_columns], self.inputs[sequence]
 
     def gram(self) -> Tensor:
-        """``(b', R, R)`` float64 inner products of the columns: ``Σ_tu (a_t·a_u) (δ_tr·δ_us)``.
+        """Compute ``(b', R, R)`` float64 inner products of the columns: ``Σ_tu (a_t·a_u) (δ_tr·δ_us)``.
 
-        On the CPU in float64 where positions cancel so much that float32's rounding would show.
+        The CPU computes in float64 where positions cancel so much that float32's rounding would show.
         """
         slots = self.n_slots
         if self.delta.shape[1] == 1:
@@ -104,13 +104,13 @@ class Pairs:
         return gram
 
     def squared(self) -> Pairs:
-        """Factors of Σ over columns of the squares, for T = 1: ``(Σ_r δ_r²) ⊗ a²``."""
+        """Return the factors of the sum of squares over columns, for T = 1: ``(Σ_r δ_r²) ⊗ a²``."""
         delta = split(self.delta.square().transpose(1, 2), self.n_slots).sum(dim=1)  # (b', T, n)
         delta = delta.reshape(-1, self.n_slots, *delta.shape[1:]).transpose(1, 2)
         return replace(self, delta=delta, inputs=self.inputs.square())
 
     def formed(self) -> Block:
-        """The gradients themselves."""
+        """Form the gradients themselves."""
         order = "btrn,btk->brkn" if self.turned else "btrn,btk->brnk"
         values = split(torch.einsum(order, self.delta, self.inputs).flatten(2)[:, :, None], self.n_slots)
         return Block(self.parameter, self.examples, values, self.parameter.offset)
@@ -127,7 +127,7 @@ def split(by_sequence: Tensor, n_slots: int) -> Tensor:
 def pairs(
     parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, elements: int, n_slots: int = 1
 ) -> Iterator[Pairs] | None:
-    """The gradients of one parameter as factors, some examples at a time; None where they are no such sums."""
+    """Return one parameter's gradients as factors, some examples at a time; None where they are no such sums."""
     rule = rules[0]
     if len(rules) > 1 or not _is_the_parameter(rule, parameter):
         return None
@@ -156,7 +156,7 @@ def tiles(
     elements: int,
     n_slots: int = 1,
 ) -> Iterator[Block]:
-    """The per-example gradients of one parameter, as many examples and rows at a time as fit into a tile.
+    """Yield the per-example gradients of one parameter, as many examples and rows at a time as fit into a tile.
 
     Args:
         parameter: The parameter with its place in the flat vector.
@@ -226,7 +226,7 @@ def _on_rows(
 
 
 def head_of_tied(parameter: Parameter, rules: list[Rule], n_columns: int, elements: int) -> MatrixProduct | None:
-    """The product of a large table that is used as embedding and as output layer; None where it is used otherwise."""
+    """Find the output layer's product of a large table that is also an embedding; None where it is used otherwise."""
     if len(rules) != 2 or n_columns * parameter.numel <= elements:
         return None
     head = next((rule for rule in rules if isinstance(rule, MatrixProduct) and rule.by_rows), None)
@@ -244,7 +244,7 @@ def tied(
     elements: int,
     n_slots: int = 1,
 ) -> Iterator[Block | Pairs]:
-    """The gradients of a table that is used as embedding and as output layer, without forming them.
+    """Yield the gradients of a table that is used as embedding and as output layer, without forming them.
 
     Rows that an example looks up come as runs, with what the output layer adds to them. All other rows come as
     factors of the output layer's gradient, whose δ is zero on the rows that came before.
@@ -266,7 +266,7 @@ def tied(
 
 
 def is_small(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, elements: int) -> bool:
-    """Whether a parameter's gradients are worth gathering with others of its size: biases, scales and shifts."""
+    """Say whether a parameter's gradients are worth gathering with others of its size: biases, scales and shifts."""
     return (
         len(rules) == 1
         and isinstance(rules[0], SmallRule)
@@ -277,7 +277,7 @@ def is_small(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns
 
 
 def gathered(small: list[tuple[Parameter, Rule]], n_examples: int, squared: bool, n_slots: int = 1) -> Iterator[Block]:
-    """The gradients of small parameters, several of one size to a block.
+    """Yield the gradients of small parameters, several of one size to a block.
 
     Args:
         small: The parameters, each with its rule.
@@ -326,7 +326,7 @@ def _is_the_parameter(rule: Rule, parameter: Parameter) -> bool:
 
 
 def squares(block: Tensor, scratch: Scratch) -> Tensor:
-    """Σ over columns of squares, ``(b, R, …)`` to ``(b, …)``: column by column, the fastest order."""
+    """Sum the squares over columns, ``(b, R, …)`` to ``(b, …)``: column by column, the fastest order."""
     total = scratch.take("squares", (len(block), *block.shape[2:]), block)
     if block.shape[1] == 0:
         return total.zero_()

@@ -1,4 +1,4 @@
-"""Whether a model has per-example gradients, for which of its parameters, and on which device.
+"""Check whether a model has per-example gradients, for which of its parameters, and on which device.
 
 No layer and no computation may mix examples or be random.
 """
@@ -116,7 +116,7 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) ->
 
 
 def left_out(model: nn.Module) -> list[dict[str, str]]:
-    """Lines of the coverage about parameters that are no part of any Fisher, whatever the patterns."""
+    """List the parameters that are no part of any Fisher, whatever the patterns, as lines of the coverage."""
     return [
         {"parameter": name, "rule": "left out", "reason": reason}
         for name, tensor in model.named_parameters()
@@ -137,10 +137,10 @@ def _listing(names: list[str]) -> str:
 
 @contextmanager
 def placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
-    """The model on one device, and back on its own afterwards.
+    """Move the model to one device within the block, and back to its own afterwards.
 
     Raises:
-        ArgumentError: It lies on several devices, or nowhere, or the device cannot be used.
+        ArgumentError: The model lies on several devices, or nowhere, or the device cannot be used.
     """
     devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
     if len(devices) > 1:
@@ -239,7 +239,7 @@ _RANDOM = (
 
 
 def check_independence(run: Callable[[Batch], Tensor], batch: Batch, logits: Tensor, precision: torch.dtype) -> None:
-    """The first and the last example alone must have the logits that they have in the batch.
+    """Check that the first and the last example alone have the logits that they have in the batch.
 
     A batch that cannot be cut is called again as it is.
 
@@ -250,7 +250,7 @@ def check_independence(run: Callable[[Batch], Tensor], batch: Batch, logits: Ten
         precision: The coarsest dtype in the graph.
 
     Raises:
-        ModelError: They do not.
+        ModelError: The logits differ.
     """
     logits = logits.detach()
     if batch.places is not None and batch.n_sequences < batch.n_examples:
@@ -267,7 +267,7 @@ def check_independence(run: Callable[[Batch], Tensor], batch: Batch, logits: Ten
 
 
 def differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    """Whether logits differ by more than rounding in a dtype.
+    """Say whether logits differ by more than rounding in a dtype.
 
     Raises:
         ModelError: Their shapes differ.

@@ -39,7 +39,7 @@ _FUSED_RECURRENT = frozenset({"MkldnnRnnLayerBackward0", "CudnnRnnBackward0", "M
 
 @dataclass(frozen=True)
 class KnownGraph:
-    """What holds for every batch whose graph has a certain fingerprint.
+    """The uses of parameters that hold for every batch whose graph has a certain fingerprint.
 
     Attributes:
         found: Per parameter, its uses with their rules and layouts.
@@ -87,7 +87,7 @@ class Prepared:
         self.others = [name for name in self.others if name in names]
 
     def kept_bytes(self, n_columns: int) -> int:
-        """What the backward passes will keep for so many columns, of the whole batch."""
+        """Return the bytes that the backward passes will keep for so many columns, of the whole batch."""
         n_columns += 2 if self.checked else 0
         return n_columns * sum(rule.bytes_per_column() for rules in self.rules.values() for rule in rules)
 
@@ -126,7 +126,7 @@ class PerExampleGradients:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Within it, autograd records the selected parameters alone; afterwards all flags are as before.
+        """Let autograd record the selected parameters alone within the block; restore all flags at its end.
 
         Raises:
             ModelError: The model was made under ``torch.inference_mode()``.
@@ -155,7 +155,7 @@ class PerExampleGradients:
                     tensor.requires_grad_(flag)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The logits ``(b, C)`` with their graph.
+        """Compute the logits ``(b, C)`` with their graph.
 
         Raises:
             ModelError: Autograd recorded nothing.
@@ -181,7 +181,7 @@ class PerExampleGradients:
         return Graph(logits, self._numbers, batch.n_sequences, selected)
 
     def run(self, batch: Batch) -> Tensor:
-        """The logits ``(b, C)``, whatever autograd records."""
+        """Compute the logits ``(b, C)``, whatever autograd records."""
         return self._run(self.model, batch)
 
     def _run(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -412,7 +412,7 @@ class PerExampleGradients:
                     yield Block(parameter, where, values[start:stop], parameter.offset)
 
     def coverage(self) -> list[dict[str, str]]:
-        """Per parameter, the rule that serves it, and why."""
+        """List the rule that serves each parameter, and why."""
         lines = []
         for name in self.tensors:
             if name in self.moved:

@@ -73,7 +73,7 @@ class Fallback:
         budget: int,
         precision: torch.dtype,
     ) -> Iterator[tuple[str, slice, Tensor]]:
-        """Gradients of a group of parameters, some examples at a time.
+        """Yield the gradients of a group of parameters, some examples at a time.
 
         Args:
             batch: The batch.
@@ -224,7 +224,7 @@ class Fallback:
 
 
 def flat(gradients: list[Tensor | None], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients as autograd gives them, each ``(numel,)`` in its own dtype."""
+    """Flatten gradients as autograd gives them, each to ``(numel,)`` in its own dtype."""
     return {
         name: (torch.zeros_like(tensor) if gradient is None else dense(gradient)).detach().reshape(-1)
         for (name, tensor), gradient in zip(tensors.items(), gradients, strict=True)
@@ -232,7 +232,7 @@ def flat(gradients: list[Tensor | None], tensors: Mapping[str, Tensor]) -> dict[
 
 
 def norm(gradients: Iterable[Tensor]) -> float:
-    """The norm of some gradients together."""
+    """Compute the norm of some gradients together."""
     return math.hypot(*(_norm(gradient) for gradient in gradients))
 
 
@@ -247,7 +247,7 @@ def _norm(gradient: Tensor) -> float:
 def rounding(
     truth: Mapping[str, Tensor], again: Callable[[float], list[Tensor | None]], tensors: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Differences that are rounding, measured per parameter.
+    """Measure per parameter the differences that are rounding.
 
     The cotangent is scaled by numbers that are no powers of two, and the gradient scaled back: by what it changes is
     rounding.
@@ -265,12 +265,12 @@ def rounding(
 
 
 def dense(gradient: Tensor) -> Tensor:
-    """The gradient without its sparse layout, if it has one."""
+    """Return the gradient without its sparse layout, if it has one."""
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def groups(parameters: Mapping[str, Tensor], n_columns: int, budget: int) -> Iterator[dict[str, Tensor]]:
-    """Parameters that fit together into ``budget`` elements for one example, at least one at a time."""
+    """Yield parameters that fit together into ``budget`` elements for one example, at least one at a time."""
     group: dict[str, Tensor] = {}
     size = 0
     for name, tensor in parameters.items():

@@ -1,4 +1,4 @@
-"""Reads the autograd graph of a batch: where each parameter meets the data.
+"""Read the autograd graph of a batch: where each parameter meets the data.
 
 The graph that autograd recorded in the forward pass is the one complete account of how parameters were used:
 through modules or functions, once or many times, tied, sliced or transposed. Each use found here is an
@@ -217,7 +217,7 @@ class Graph:
         self.fingerprint = hash(tuple(found))
 
     def output_layer(self, edges: Iterable[GradientEdge]) -> OutputLayer | None:
-        """The matrix product that makes the model's output ``(b, T, C)``, where gradients are wanted below it alone.
+        """Find the matrix product that makes the model's output ``(b, T, C)``, if gradients are wanted below it alone.
 
         Args:
             edges: Where gradients are wanted.
@@ -243,7 +243,7 @@ class Graph:
 
     @cached_property
     def form(self) -> int:
-        """Equal for graphs with the same operations on the same operands, whatever the sizes."""
+        """A value that is equal for graphs with the same operations on the same operands, whatever the sizes."""
         wiring = [tuple((self._positions[source], output) for source, output in sources) for sources in self._sources]
         return hash((tuple(self.names), tuple(wiring)))
 
@@ -255,7 +255,7 @@ class Graph:
 
     @cached_property
     def routed(self) -> bool:
-        """Some operation may move rows by the values of a tensor, so that equal graphs can give rows to other examples.
+        """Whether operations may move rows by a tensor's values, so that equal graphs can give rows to other examples.
 
         Such operations take an index, a sorted order, or a matrix of data as a factor.
         """
@@ -272,11 +272,11 @@ class Graph:
         return takers
 
     def takers(self, value: Value) -> list[tuple[int, int]]:
-        """The operations that take the value, and as which operand."""
+        """Return the operations that take the value, and as which operand."""
         return self._takers.get((value.node, value.output), [])
 
     def shapes(self, position: int) -> list[tuple[int, ...]]:
-        """Shapes of the outputs of the operation that the node at that position is the backward of."""
+        """Return the shapes of the outputs of the operation that the node at that position is the backward of."""
         return [tuple(int(size) for size in made.shape) for made in self.nodes[position]._input_metadata]
 
     def use(self, position: int, operand: int, value: Value, parameter: Value) -> Use:
@@ -287,7 +287,7 @@ class Graph:
         return Use(name, position, operand, value, parameter.node, parameter.shape, shape, n_bytes)
 
     def derive(self, value: Value, position: int, operand: int = 0) -> list[Value] | None:
-        """The outputs of a node as values, if it is an operation of parameters alone."""
+        """Return the outputs of a node as values, if it is an operation of parameters alone."""
         name, shapes = self.names[position], self.shapes(position)
         if name in _SHIFTS and operand == 0 and shapes[0] == value.shape:
             if any(source is not None for source, _ in self._sources[position][1:]):
@@ -302,7 +302,7 @@ class Graph:
         return [Value(position, i, shape, False) for i, shape in enumerate(shapes)]
 
     def widens(self, position: int) -> bool:
-        """Whether everything that takes the node's output broadcasts it to a larger shape."""
+        """Say whether everything that takes the node's output broadcasts it to a larger shape."""
         shape = self.shapes(position)[0]
         takers = self.takers(Value(position, 0, shape))
         return bool(takers) and all(

@@ -49,7 +49,7 @@ WINDOWS = 4
 
 @dataclass
 class Form:
-    """What is known of graphs of one form.
+    """The findings of the checks on graphs of one form.
 
     Attributes:
         layouts: Per parameter that passed, the index of the layout chosen for each use.
@@ -62,7 +62,7 @@ class Form:
     unchecked: dict[int, int] = field(default_factory=dict)
 
     def due(self, fingerprint: int, routed: bool) -> bool:
-        """Whether the rows of the next batch have to be checked; counts the batch.
+        """Say whether the rows of the next batch have to be checked, and count the batch.
 
         Args:
             fingerprint: Of the batch's graph.
@@ -76,7 +76,7 @@ class Form:
 
 
 class Checked(Protocol):
-    """What is checked: an engine's parameters, and those of them that failed before."""
+    """The parameters of an engine that are checked, and those of them that failed before."""
 
     parameters: Parameters
     tensors: dict[str, Tensor]
@@ -168,7 +168,7 @@ def check_rules(
 
 
 def powers_of_two(n: int, precision: torch.dtype) -> Tensor:
-    """Weights ``(n,)`` float64, ±2^k, different from each other for up to 130 examples (16 in float16)."""
+    """Make weights ``(n,)`` float64, ±2^k, different from each other for up to 130 examples (16 in float16)."""
     exponents = torch.arange(0, 8) if precision == torch.float16 else torch.arange(-32, 33)
     magnitudes = torch.ldexp(torch.ones(len(exponents), dtype=torch.float64), exponents)
     values = torch.cat([magnitudes, -magnitudes])
@@ -178,7 +178,7 @@ def powers_of_two(n: int, precision: torch.dtype) -> Tensor:
 
 
 def rows_follow(rule: Rule, delta: Tensor, weighted: Tensor, w: Tensor, precision: torch.dtype) -> bool:
-    """Whether ``weighted`` is w_i δ on the rows that the rule gives to example i.
+    """Say whether ``weighted`` is w_i δ on the rows that the rule gives to example i.
 
     Args:
         rule: Says which rows those are.
@@ -225,7 +225,7 @@ class Autograd:
         return rounding(self._truth, self._again, self._tensors)
 
     def disagrees(self, name: str, total: Tensor, where: list[slice]) -> str:
-        """By how much a sum of gradients differs from autograd's, if by more than rounding.
+        """Say by how much a sum of gradients differs from autograd's; empty where the difference is rounding.
 
         Args:
             name: The parameter.
@@ -265,7 +265,7 @@ def _fitting(
 
 
 def misplaced(operation: str, shape: tuple[int, ...]) -> str:
-    """Why a use has no layout."""
+    """Explain why a use has no layout."""
     return (
         f"in the output of {operation}, {shape}, the rows of an example are not where a batch-first (or time-first) "
         "layout has them"

@@ -1,4 +1,4 @@
-"""Arrays in, the same kind out: checks of numpy and torch arguments, and CuPy arrays by DLPack."""
+"""Check numpy, torch and CuPy arguments (the last by DLPack), and return results of the same kind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALL_FINITE = 2**63 - 1
 
 
 def dtype_name(x: Operand) -> str:
-    """``"float32"``, ``"int64"``, … for either kind."""
+    """Return the name of the dtype, ``"float32"``, ``"int64"``, …, of either kind."""
     return _name(x.dtype)
 
 
@@ -41,13 +41,13 @@ def _name(dtype: torch.dtype | np.dtype[Any]) -> str:
 
 
 def check(x: A, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]) -> A:
-    """The array x itself (without gradient), once dtype and shape fit; None stands for any length.
+    """Check dtype and shape of x, and return x itself without gradient; None stands for any length.
 
     What cannot be read in place is copied: an address that is no multiple of the element's size, and a tensor whose
     sign is only noted (the negative bit).
 
     Raises:
-        ArgumentError: It has not, or it is no ordinary array in memory; the message names the argument.
+        ArgumentError: Dtype or shape does not fit, or x is no ordinary array in memory; the message names the argument.
     """
     x = _ordinary(x, name)
     if dtype_name(x) not in dtypes:
@@ -63,7 +63,7 @@ def check(x: A, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...
 
 
 def check_output(out: A, name: str, dtype: str, shape: tuple[int, ...], **others: Operand | None) -> A:
-    """The array that is to be written to, once it can be: C-contiguous, writable, and apart from the others.
+    """Check that an array can be written to: C-contiguous, writable, and apart from the others.
 
     Args:
         out: The array.
@@ -76,7 +76,7 @@ def check_output(out: A, name: str, dtype: str, shape: tuple[int, ...], **others
         The array itself; for a tensor, a view of it.
 
     Raises:
-        ArgumentError: It cannot be; the message names the argument.
+        ArgumentError: The array cannot be written to; the message names the argument.
     """
     x = _ordinary(out, name)
     if dtype_name(x) != dtype:
@@ -147,7 +147,7 @@ def _ordinary(x: A, name: str) -> A:
 
 
 def same_memory(a: Any, b: Any) -> bool:
-    """Whether the two are one array: the same elements at the same addresses, C-contiguous."""
+    """Say whether the two are one array: the same elements at the same addresses, C-contiguous."""
     if not all(isinstance(x, np.ndarray | torch.Tensor) for x in (a, b)):
         return False
     dense = all(x.is_contiguous() if isinstance(x, torch.Tensor) else x.flags.c_contiguous for x in (a, b))
@@ -175,10 +175,10 @@ def _span(x: Operand) -> tuple[str, int, int]:
 
 
 def integer(value: Any, name: str, least: int, most: int) -> int:
-    """The value as an int within bounds.
+    """Return the value as an int within bounds.
 
     Raises:
-        ArgumentError: It is none; the message names the argument.
+        ArgumentError: The value is no such integer; the message names the argument.
     """
     try:
         number = operator.index(value)
@@ -194,10 +194,10 @@ def integer(value: Any, name: str, least: int, most: int) -> int:
 
 
 def flag(value: Any, name: str) -> bool:
-    """The value as a bool.
+    """Return the value as a bool.
 
     Raises:
-        ArgumentError: It is none; the message names the argument.
+        ArgumentError: The value is no bool; the message names the argument.
     """
     if not isinstance(value, bool | np.bool_):
         raise ArgumentError(f"{name}: expected True or False, got {type(value).__name__}")
@@ -205,10 +205,10 @@ def flag(value: Any, name: str) -> bool:
 
 
 def same_device(**operands: Operand | None) -> torch.device:
-    """The one device of all operands (numpy is CPU).
+    """Return the one device of all operands (numpy is CPU).
 
     Raises:
-        ArgumentError: They are on several, or on one without data; the message says which is where.
+        ArgumentError: The operands are on several devices, or on one without data; the message says which is where.
     """
     devices = {name: device_of(x) for name, x in operands.items() if x is not None}
     if len(set(devices.values())) > 1:
@@ -221,12 +221,12 @@ def same_device(**operands: Operand | None) -> torch.device:
 
 
 def device_of(x: Operand) -> torch.device:
-    """Device of either kind."""
+    """Return the device of either kind."""
     return x.device if isinstance(x, torch.Tensor) else torch.device("cpu")
 
 
 def contiguous(x: A) -> A:
-    """x, copied when it is not C-contiguous and aligned in native byte order.
+    """Return x, copied when it is not C-contiguous and aligned in native byte order.
 
     Raises:
         MemoryError: There is not enough for the copy.
@@ -240,20 +240,20 @@ def contiguous(x: A) -> A:
 
 
 def empty(shape: tuple[int, ...], dtype: str, device: torch.device) -> Operand:
-    """Uninitialised memory that a kernel fills: a tensor on a device, here an array, which is read faster."""
+    """Allocate uninitialised memory for a kernel: a tensor on a device, an array on the CPU, which is read faster."""
     if device.type == "cpu":
         return np.empty(shape, dtype)
     return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
 
 
 def on_host(x: Operand) -> Array:
-    """X as a C-contiguous array."""
+    """Return x as a C-contiguous array."""
     same_device(x=x)
     return contiguous(x.cpu().numpy() if isinstance(x, torch.Tensor) else x)
 
 
 def as_tensor(x: Operand) -> torch.Tensor:
-    """X as a tensor: shared memory, but a copy of a read-only array (torch has no read-only tensors)."""
+    """Return x as a tensor in shared memory, but copy a read-only array (torch has no read-only tensors)."""
     if isinstance(x, torch.Tensor):
         return x
     x = contiguous(x)
@@ -261,14 +261,14 @@ def as_tensor(x: Operand) -> torch.Tensor:
 
 
 def like(model: A, result: Operand) -> A:
-    """The result as a tensor if the model is one, else as an array; shared memory."""
+    """Return the result as a tensor if the model is one, else as an array, in shared memory."""
     if isinstance(model, torch.Tensor):
         return result if isinstance(result, torch.Tensor) else torch.from_numpy(result)
     return result.numpy() if isinstance(result, torch.Tensor) else result
 
 
 def is_cupy(x: object) -> bool:
-    """Whether x is a CuPy array (without importing CuPy)."""
+    """Say whether x is a CuPy array (without importing CuPy)."""
     return type(x).__module__.partition(".")[0] == "cupy" and hasattr(x, "__dlpack__")
 
 

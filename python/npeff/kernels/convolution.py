@@ -31,7 +31,7 @@ def convolution_gradients(
     squared: bool = False,
     out: A | None = None,
 ) -> A:
-    """``G_br = Σ_positions δ_r ⊗ patch`` per example b and column r, or ``Σ_r G_br²``.
+    """Compute ``G_br = Σ_positions δ_r ⊗ patch`` per example b and column r, or ``Σ_r G_br²``.
 
     With C output channels and I input channels, per group ``C/groups`` and ``I/groups`` of them:
     ``G[b, r, o, i, ky, kx] = Σ_{t, y, x} δ_r[b·T + t, o, y, x] · inputs[b·T + t, i, y·s + ky·d, x·s + kx·d]``. The

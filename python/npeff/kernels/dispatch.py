@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs, and why not a faster one. The only place that decides.
+"""Choose which implementation of a kernel runs, and say why it is not a faster one. No other module decides this.
 
 The native module holds the CPU kernels for three instruction sets and picks the best one the processor
 has. ``NPEFF_KERNELS`` (``reference``, ``base``, ``avx2`` or ``avx512``) asks for another.
@@ -105,12 +105,12 @@ def use(implementation: str | None) -> None:
 
 
 def available() -> list[str]:
-    """Implementations that run on this machine, fastest first; ``"reference"`` always."""
+    """List the implementations that run on this machine, fastest first; ``"reference"`` always runs."""
     return [*(isa for isa in ISAS if _native is not None and _native.has_isa(isa)), "reference"]
 
 
 def native() -> ModuleType | None:
-    """The native module when its kernels are to be used on CPU tensors, else None."""
+    """Return the native module when its kernels are to be used on CPU tensors, else None."""
     return None if _forced == "reference" else _native
 
 
@@ -136,19 +136,19 @@ class Compiled:
 
 
 def on_host() -> Compiled | None:
-    """The native kernels when they are to be used, else None: plain torch then."""
+    """Return the native kernels when they are to be used, else None: plain torch then."""
     module = native()
     return None if module is None else Compiled(module, {"threads": num_threads()}, False)
 
 
 def on_device(device: torch.device) -> Compiled | None:
-    """The CUDA kernels when they are to be used on tensors of that device, else None: plain torch then."""
+    """Return the CUDA kernels when they are to be used on tensors of that device, else None: plain torch then."""
     module = cuda(device)
     return None if module is None else Compiled(module, {"stream": stream(device)}, True)
 
 
 def compiled(x: arrays.Operand, *here: str) -> Compiled | None:
-    """The compiled kernels that serve an array, else None: plain torch then.
+    """Return the compiled kernels that serve an array, else None: plain torch then.
 
     Args:
         x: The array; numpy arrays are the processor's.
@@ -161,17 +161,17 @@ def compiled(x: arrays.Operand, *here: str) -> Compiled | None:
 
 
 def stream(device: torch.device) -> int:
-    """Address of the caller's current stream on a device; 0 on the processor."""
+    """Return the address of the caller's current stream on a device; 0 on the processor."""
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def cuda(device: torch.device) -> ModuleType | None:
-    """``npeff._cuda`` when its kernels are to be used on tensors of that device, else None: plain torch then."""
+    """Return ``npeff._cuda`` when its kernels are to be used on tensors of that device, else None: plain torch then."""
     return None if cuda_reason(device) else _cuda_module()[0]
 
 
 def cuda_reason(device: torch.device) -> str:
-    """Why plain torch serves tensors of that device; empty where the CUDA kernels do."""
+    """Say why plain torch serves tensors of that device; empty where the CUDA kernels do."""
     if device.type != "cuda":
         return f"{device.type} is not a CUDA device"
     if _forced == "reference":
@@ -201,13 +201,13 @@ def _unusable(index: int) -> str:
 
 
 def implementation() -> str:
-    """What CPU arrays run on: ``"avx512"``, ``"avx2"``, ``"base"`` or ``"reference"``."""
+    """Return what CPU arrays run on: ``"avx512"``, ``"avx2"``, ``"base"`` or ``"reference"``."""
     module = native()
     return "reference" if module is None else str(module.isa())
 
 
 def set_num_threads(n: int | None) -> None:
-    """Threads for the native kernels; None: as many as torch uses (``torch.get_num_threads()``).
+    """Set the number of threads of the native kernels; None: as many as torch (``torch.get_num_threads()``).
 
     Raises:
         ArgumentError: n is below 1 or above 4096.
@@ -222,7 +222,7 @@ def set_num_threads(n: int | None) -> None:
 
 
 def num_threads() -> int:
-    """Threads that the native kernels use."""
+    """Return the number of threads that the native kernels use."""
     return _threads if _threads is not None else min(torch.get_num_threads(), MOST_THREADS)
 
 
@@ -241,7 +241,7 @@ def threads_for(step_bytes: int) -> Iterator[None]:
 
 
 def report() -> list[KernelInfo]:
-    """Per kernel and device, the implementation in use and why it is not a faster one (``npeff doctor``)."""
+    """List the implementation in use per kernel and device, and why it is not a faster one (``npeff doctor``)."""
     cpu, cpu_reason = implementation(), _cpu_reason()
     lines = [KernelInfo(kernel, "cpu", cpu, cpu_reason) for kernel in KERNELS]
     return lines + [_cuda_info(kernel) for kernel in KERNELS]

@@ -22,7 +22,7 @@ STEP = 1 << 31
 
 @dataclass(frozen=True)
 class NnlsResult(Generic[A]):
-    """What :func:`nnls` found.
+    """The result of :func:`nnls`.
 
     Attributes:
         w: ``(n, r)`` ≥ 0.

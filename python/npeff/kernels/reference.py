@@ -1,4 +1,4 @@
-"""The kernels in plain torch: what the native ones are tested against, and what runs where there are none.
+"""The kernels in plain torch: the native ones are tested against them, and they run where there are no native ones.
 
 Written to be read, not to be fast. Tensors in, tensors out, on any device; the callers check arguments.
 """
@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 
 def topk(x: Tensor, k: int, by_magnitude: bool) -> tuple[Tensor, Tensor]:
-    """Values and indices, both ``(rows, k)``, of the k largest |x| per row; ties to the lower index.
+    """Return values and indices, both ``(rows, k)``, of the k largest |x| per row; ties go to the lower index.
 
     Args:
         x: ``(rows, cols)`` finite float32.
@@ -49,7 +49,7 @@ class Selectors:
         self.entries = [(torch.empty(0), torch.empty(0, dtype=torch.int64)) for _ in range(self.n_rows)]
 
     def push(self, block: Tensor, bases: Array, rows: Array | None) -> tuple[int, int] | None:
-        """Take in ``block`` (b, width); the first non-finite value's row and flat index, if there is one."""
+        """Take in ``block`` (b, width); return the row and flat index of the first non-finite value, if any."""
         for i, x in enumerate(block):
             bad = torch.nonzero(~torch.isfinite(x))
             if len(bad):
@@ -72,7 +72,7 @@ class Selectors:
     def finish(
         self, by_magnitude: bool
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """counts, indices, values; the selectors are empty afterwards."""
+        """Return counts, indices and values; the selectors are empty afterwards."""
         entries = self.entries
         if by_magnitude:
             orders = [values.abs().argsort(descending=True, stable=True) for values, _ in entries]
@@ -85,7 +85,7 @@ class Selectors:
 
 
 def kkt(gram: Tensor, cross: Tensor, w: Tensor) -> Tensor:
-    """``(n,)`` relative KKT residuals of w for ``min ½wᵀ·gram·w − crossᵀw, w ≥ 0`` (see ``kernels.nnls``)."""
+    """Compute ``(n,)`` relative KKT residuals of w for ``min ½wᵀ·gram·w − crossᵀw, w ≥ 0`` (see ``kernels.nnls``)."""
     if w.numel() == 0:
         return w.new_zeros(len(w))
     gradient = w @ gram - cross
@@ -96,7 +96,7 @@ def kkt(gram: Tensor, cross: Tensor, w: Tensor) -> Tensor:
 
 
 def nnls(gram: Tensor, cross: Tensor, w: Tensor, max_sweeps: int, tol: float) -> tuple[Tensor, int]:
-    """Cyclic coordinate descent from w, all rows at once; the result and the sweeps made."""
+    """Run cyclic coordinate descent from w, all rows at once; return the result and the sweeps made."""
     if w.numel() == 0:
         return w, 0
     diagonal = gram.diagonal()
@@ -119,7 +119,7 @@ def nnls(gram: Tensor, cross: Tensor, w: Tensor, max_sweeps: int, tol: float) ->
 
 
 def nnls_exact(gram: Tensor, cross: Tensor, w: Tensor, tol: float) -> tuple[Tensor, int]:
-    """To optimality by active sets (Lawson & Hanson 1974), float64; w and the most steps of a row."""
+    """Solve to optimality by active sets (Lawson & Hanson 1974), float64; return w and the most steps of a row."""
     rows, most = [], 0
     for c, start in zip(cross, w, strict=True):
         row, steps = _active_set(gram, c, start.clamp(min=0), tol)
@@ -159,7 +159,7 @@ def _active_set(gram: Tensor, cross: Tensor, w: Tensor, tol: float) -> tuple[Ten
 
 
 def spmm(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
-    """``(R, r)``: CSR (R, n_columns) times dense (n_columns, r)."""
+    """Multiply CSR (R, n_columns) by dense (n_columns, r): ``(R, r)``."""
     out = dense.new_zeros(len(indptr) - 1, dense.shape[1])
     rows = torch.repeat_interleave(torch.arange(len(out), device=indptr.device), indptr.diff())
     step = max(1, (1 << 24) // max(1, dense.shape[1]))
@@ -170,7 +170,7 @@ def spmm(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tens
 
 
 def csr_transpose(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """indptr, indices and values of the transposed matrix; indices keep their dtype."""
+    """Return indptr, indices and values of the transposed matrix; indices keep their dtype."""
     numbers = torch.arange(len(indptr) - 1, device=indptr.device)
     rows = torch.repeat_interleave(
         numbers, indptr.diff(), output_size=len(indices)
@@ -181,7 +181,7 @@ def csr_transpose(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: in
 
 
 def sparse_gram(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int) -> Tensor:
-    """``(R, R)``: A·Aᵀ, by dense blocks of columns."""
+    """Compute A·Aᵀ ``(R, R)`` by dense blocks of columns."""
     n_rows = len(indptr) - 1
     rows = torch.repeat_interleave(torch.arange(n_rows, device=indptr.device), indptr.diff())
     out = values.new_zeros(n_rows, n_rows)
@@ -195,18 +195,18 @@ def sparse_gram(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int)
 
 
 def cross(p: Tensor, row_offsets: Tensor) -> Tensor:
-    """``(n, r)``: sums of p² over each example's rows."""
+    """Sum p² over each example's rows: ``(n, r)``."""
     examples = torch.repeat_interleave(torch.arange(len(row_offsets) - 1, device=p.device), row_offsets.diff())
     return p.new_zeros(len(row_offsets) - 1, p.shape[1]).index_add_(0, examples, p.square())
 
 
 def spread_multiply(w: Tensor, p: Tensor, row_offsets: Tensor) -> Tensor:
-    """``(R, r)``: each row of p times its example's row of w."""
+    """Multiply each row of p by its example's row of w: ``(R, r)``."""
     return w.repeat_interleave(row_offsets.diff(), dim=0) * p
 
 
 def fisher_norms(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int, row_offsets: Tensor) -> Tensor:
-    """``(n,)`` float64: ‖A_iA_iᵀ‖_F, example by example from dense rows."""
+    """Compute ‖A_iA_iᵀ‖_F ``(n,)`` float64, example by example from dense rows."""
     out = values.new_zeros(len(row_offsets) - 1, dtype=torch.float64)
     for i in range(len(out)):
         rows = range(int(row_offsets[i]), int(row_offsets[i + 1]))
@@ -228,7 +228,7 @@ def convolution_gradients(
     turns: int,
     channels: slice,
 ) -> Tensor:
-    """``(b, R, C', I/groups, *kernel)``: per tap, the inputs under it at every position times δ."""
+    """Multiply, for each tap, the inputs under it at every position by δ: ``(b, R, C', I/groups, *kernel)``."""
     (height, width), n = delta[0].shape[2:], len(inputs)
     columns = torch.stack(delta).reshape(len(delta), n // turns, turns, groups, -1, height, width)[:, :, :, :, channels]
     taps = []
@@ -261,7 +261,7 @@ def _key(seed: int, number: int) -> int:
 
 
 def sketch_map(indices: Array, d: int, seed: int, copies: int) -> tuple[Array, npt.NDArray[np.float64]]:
-    """Buckets and signs, both ``(copies, n)``, of the parameters at flat ``indices`` ``(n,)``."""
+    """Compute buckets and signs, both ``(copies, n)``, of the parameters at flat ``indices`` ``(n,)``."""
     groups = np.uint64(d // (16 * copies))
     buckets, signs = np.empty((copies, len(indices)), np.int64), np.empty((copies, len(indices)))
     lane = indices & 15
@@ -286,7 +286,7 @@ def add_to_sketch(
 
 
 def sketch(x: npt.NDArray[np.float64], d: int, seed: int, base: int, copies: int) -> npt.NDArray[np.float64]:
-    """``(rows, d)``: x (rows, cols) times the matrix of the map, formed and multiplied in float64: the oracle."""
+    """Multiply x (rows, cols) by the matrix of the map, formed in float64: ``(rows, d)``, the oracle."""
     buckets, signs = sketch_map(base + np.arange(x.shape[1], dtype=np.int64), d, seed, copies)
     matrix = np.zeros((x.shape[1], d))
     for bucket, sign in zip(buckets, signs, strict=True):
@@ -295,7 +295,7 @@ def sketch(x: npt.NDArray[np.float64], d: int, seed: int, base: int, copies: int
 
 
 def sketch_places(seed: int, offset: int, side: int, d: int, n: int) -> npt.NDArray[np.int32]:
-    """``(n,)``: bucket·2 + (1 where the sign is −) of one side of the two-sided map of the matrix at ``offset``."""
+    """Compute bucket·2 + (1 where the sign is −), ``(n,)``, for one side of the two-sided map of a matrix."""
     number = (1 << 63) | (offset << 1) | side
     hashed = _hash(_key(seed, number), np.arange(n, dtype=np.int64))
     bucket = (hashed >> np.uint64(32)).astype(np.int64) & (d - 1)
@@ -305,7 +305,7 @@ def sketch_places(seed: int, offset: int, side: int, d: int, n: int) -> npt.NDAr
 def sketch_outer(
     delta: Tensor, inputs: Tensor, by_delta: npt.NDArray[np.int32], by_input: npt.NDArray[np.int32], d: int
 ) -> Tensor:
-    """``(b·R, d)`` float64: two-sided sketches of Σ_t delta (b, T, R, n) ⊗ inputs (b, T, k), by forming them."""
+    """Form Σ_t delta (b, T, R, n) ⊗ inputs (b, T, k), and sketch the sums on two sides: ``(b·R, d)`` float64."""
     products = torch.einsum("btrn,btk->brnk", delta.double(), inputs.double()).flatten(2).flatten(0, 1)
     both = torch.from_numpy((by_delta[:, None] ^ by_input).reshape(-1).astype(np.int64))
     return products.new_zeros(len(products), d).index_add_(1, both >> 1, products * (1 - 2 * (both & 1)))

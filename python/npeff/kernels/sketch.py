@@ -1,4 +1,4 @@
-"""Random projections: long rows to d numbers whose inner products are, up to noise, those of the rows.
+"""Random projections of long rows to d numbers whose inner products are, up to noise, those of the rows.
 
 A sparse Johnson–Lindenstrauss transform (Charikar, Chen & Farach-Colton 2002; Nelson & Nguyễn 2013) without state:
 the seed and a parameter's flat index alone decide its bucket and its sign. With ``nonzeros`` = s every parameter has
@@ -36,7 +36,7 @@ NONZEROS = 1
 
 
 def check_map(d: int, seed: int, nonzeros: int) -> None:
-    """Refuse what is no sketch.
+    """Refuse a length, a seed and a number of nonzeros that make no sketch.
 
     Raises:
         ArgumentError: Naming the argument.
@@ -54,7 +54,7 @@ def check_map(d: int, seed: int, nonzeros: int) -> None:
 
 @accepts_cupy
 def sketch(x: A, d: int, seed: int = 0, base: int = 0, *, nonzeros: int = NONZEROS) -> A:
-    """The sketches of the rows of a matrix.
+    """Compute the sketches of the rows of a matrix.
 
     Args:
         x: ``(rows, cols)`` or ``(cols,)``; float32, or another float, rounded to float32. Any strides.
@@ -90,7 +90,7 @@ def sketch(x: A, d: int, seed: int = 0, base: int = 0, *, nonzeros: int = NONZER
 
 @accepts_cupy
 def sketch_csr(indptr: A, indices: A, values: A, d: int, seed: int = 0, *, nonzeros: int = NONZEROS) -> A:
-    """The sketches of compressed sparse rows; the bits of :func:`sketch` where indices ascend within rows.
+    """Compute the sketches of compressed sparse rows; the bits of :func:`sketch` where indices ascend within rows.
 
     Args:
         indptr: ``(R + 1,)`` int64.
@@ -120,7 +120,7 @@ def sketch_csr(indptr: A, indices: A, values: A, d: int, seed: int = 0, *, nonze
 
 
 class StreamingSketch(BlockStream):
-    """Per row, the sketch of all that is pushed, block by block.
+    """The sketch, per row, of all that is pushed, block by block.
 
     Sums are kept in float64, each bucket's terms added in the order in which they come: blocks that come by ascending
     flat index give the same bits however the row is cut into blocks, whatever rows come with it, on any number of
@@ -297,7 +297,7 @@ class StreamingSketch(BlockStream):
         )
 
     def places(self, offset: int, side: int, n: int) -> Array:
-        """``(n,)`` int32: bucket·2 + (1 where the sign is −) of the rows (side 0) or columns (1) of a matrix.
+        """Compute bucket·2 + (1 where the sign is −), ``(n,)`` int32, of the rows (side 0) or columns (1) of a matrix.
 
         Raises:
             ArgumentError: d is no power of two.
@@ -314,7 +314,7 @@ class StreamingSketch(BlockStream):
     # ---- results -------------------------------------------------------------------------------------------
 
     def finish(self) -> npt.NDArray[np.float32]:
-        """The sketches ``(n_rows, d)``; empty afterwards.
+        """Return the sketches ``(n_rows, d)``; the sums are zero afterwards.
 
         Raises:
             NonFiniteError: A sketch is not finite: what was pushed into it was not, or overflows float32. The index
@@ -323,7 +323,7 @@ class StreamingSketch(BlockStream):
         return self.finish_later()()
 
     def finish_later(self) -> Callable[[], npt.NDArray[np.float32]]:
-        """As :meth:`finish`, but it does not wait for a CUDA device: the sketches are on their way to the host.
+        """Finish as :meth:`finish`, but do not wait for a CUDA device: the sketches are on their way to the host.
 
         Returns:
             What waits for them and gives them, once; any thread may call it. The sums are zero already.
@@ -335,7 +335,7 @@ class StreamingSketch(BlockStream):
         return lambda: _checked(out, bad)
 
     def finish_there(self) -> Operand:
-        """As :meth:`finish`, but where the sums live: a tensor, on a CUDA device.
+        """Finish as :meth:`finish`, but leave the sketches where the sums live: a tensor, on a CUDA device.
 
         Raises:
             NonFiniteError: As for :meth:`finish`.
@@ -435,7 +435,7 @@ class Side:
         return _there(self.places.device)("Csr", **parts, n_columns=len(order))
 
     def scatter(self, rows: Tensor) -> Tensor:
-        """``(d, rows)`` sketches of rows ``(rows, n)`` by this side."""
+        """Compute the ``(d, rows)`` sketches of rows ``(rows, n)`` by this side."""
         out = torch.empty(self.d, len(rows), dtype=torch.float32, device=rows.device)
         _there(rows.device)("spmm", a=self._matrix, dense=rows.T.float().contiguous(), out=out)
         return out
@@ -465,7 +465,7 @@ def _outer_sketches(left: Tensor, right: Tensor, left_side: Side, right_side: Si
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """The Walsh–Hadamard transform of every column of x ``(d, n)``, d a power of two: ``H_d x``.
+    """Compute the Walsh–Hadamard transform of every column of x ``(d, n)``, d a power of two: ``H_d x``.
 
     ``H_d`` is a Kronecker product of smaller ones: products with matrices of at most 64 rows.
     """

@@ -32,7 +32,7 @@ DEVICE_FLOATS = (*FLOATS, "float16", "bfloat16")
 
 @accepts_cupy
 def spmm(indptr: A, indices: A, values: A, dense: A) -> A:
-    """``A · dense`` for CSR rows ``A``.
+    """Compute ``A · dense`` for CSR rows ``A``.
 
     Args:
         indptr: ``(R + 1,)`` int64.
@@ -100,11 +100,11 @@ class Csr(Generic[A]):
                 checked.record(*given, extent=n_columns)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three arrays as tensors, in shared memory where that can be."""
+        """Return the three arrays as tensors, in shared memory where that can be."""
         return arrays.as_tensor(self.indptr), arrays.as_tensor(self.indices), arrays.as_tensor(self.values)
 
     def compiled(self, kernels: dispatch.Compiled) -> Any:
-        """The matrix as the kernels take it; its contents are sound."""
+        """Return the matrix as the kernels take it; its contents are known to be sound."""
         versions = _versions(self.indptr, self.indices)
         if self._handle is None or versions is None or (kernels.module, versions) != self._made:
             parts = {"indptr": self.indptr, "indices": self.indices, "values": self.values}
@@ -113,7 +113,7 @@ class Csr(Generic[A]):
         return self._handle
 
     def times(self, dense: A) -> A:
-        """``A · dense``, as :func:`spmm`.
+        """Compute ``A · dense``, as :func:`spmm`.
 
         Args:
             dense: ``(n_columns, r)``.
@@ -146,7 +146,7 @@ def _versions(*operands: Operand) -> tuple[int, ...] | None:
 
 @accepts_cupy
 def csr_transpose(indptr: A, indices: A, values: A, n_columns: int) -> tuple[A, A, A]:
-    """CSR of the transposed matrix, its indices ascending within a row.
+    """Transpose a CSR matrix; the indices of the result ascend within a row.
 
     Args:
         indptr: ``(R + 1,)`` int64.
@@ -177,7 +177,7 @@ def csr_transpose(indptr: A, indices: A, values: A, n_columns: int) -> tuple[A, 
 
 @accepts_cupy
 def sparse_gram(indptr: A, indices: A, values: A, n_columns: int) -> A:
-    """``K = A · Aᵀ`` of CSR rows, dense.
+    """Compute ``K = A · Aᵀ`` of CSR rows, dense.
 
     Args:
         indptr: ``(R + 1,)`` int64.
@@ -229,9 +229,9 @@ def _add_products(k: Tensor, block: Tensor, strip: int) -> None:
 def add_gram_(
     k: Tensor, indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int, dense_bytes: int = DEVICE_DENSE_BYTES
 ) -> None:
-    """The lower triangle of ``k += A·Aᵀ`` on a device, for CSR rows known to be sound.
+    """Add ``A·Aᵀ`` to the lower triangle of ``k`` on a device, for CSR rows known to be sound.
 
-    By panels, and by dense products for the columns that many rows share; by dense products alone where npeff's CUDA
+    Use panels, and dense products for the columns that many rows share; use dense products alone where npeff's CUDA
     kernels do not serve the device.
     """
     kernels = dispatch.on_device(k.device)
@@ -261,7 +261,7 @@ def add_gram_(
 
 
 def mirror_(k: Tensor) -> Tensor:
-    """Copies the lower triangle of a square matrix to the upper one, in place; returns it."""
+    """Copy the lower triangle of a square matrix to the upper one, in place; return the matrix."""
     for top in range(0, len(k), MIRROR_ROWS):
         bottom = min(top + MIRROR_ROWS, len(k))
         k[:top, top:bottom] = k[top:bottom, :top].T
@@ -271,10 +271,10 @@ def mirror_(k: Tensor) -> Tensor:
 
 
 def check_csr(indptr: A, indices: A, values: A, dtype: str = "float32") -> tuple[A, A, A]:
-    """The three arrays, C-contiguous, once their dtypes and lengths fit.
+    """Check the dtypes and lengths of the three arrays, and return the arrays C-contiguous.
 
     Raises:
-        ArgumentError: They do not.
+        ArgumentError: A dtype or a length does not fit.
     """
     indptr = arrays.check(indptr, "indptr", ("int64",), (None,))
     indices = arrays.check(indices, "indices", ("int32", "int64"), (None,))
@@ -286,7 +286,7 @@ def check_csr(indptr: A, indices: A, values: A, dtype: str = "float32") -> tuple
 
 
 def check_structure(indptr: Tensor, indices: Tensor, n_columns: int, *, ascending: bool = False) -> None:
-    """What the native kernels check by themselves: indptr ascends, and indices are in range.
+    """Check what the native kernels check by themselves: indptr ascends, and indices are in range.
 
     Args:
         indptr: ``(R + 1,)``.
@@ -295,7 +295,7 @@ def check_structure(indptr: Tensor, indices: Tensor, n_columns: int, *, ascendin
         ascending: Whether indices must ascend within a row, each once.
 
     Raises:
-        ArgumentError: They are not.
+        ArgumentError: indptr does not ascend, or an index is out of range or out of order.
     """
     if int(indptr[0]) != 0 or int(indptr[-1]) != len(indices) or bool((indptr.diff() < 0).any()):
         raise ArgumentError(f"indptr: expected to ascend from 0 to {len(indices)}, the number of indices")
@@ -323,7 +323,7 @@ class Checked:
         self._seen: dict[tuple[int, ...], tuple[tuple[weakref.ref[Tensor], int], ...]] = {}
 
     def known(self, *tensors: Tensor, extent: int) -> bool:
-        """Whether just these tensors were recorded with this extent, and are as they were."""
+        """Say whether just these tensors were recorded with this extent, and are as they were."""
         found = self._seen.get((extent, *map(id, tensors)))
         return found is not None and all(
             ref() is tensor and version == tensor._version
@@ -331,7 +331,7 @@ class Checked:
         )
 
     def record(self, *tensors: Tensor, extent: int) -> None:
-        """They are sound for this extent."""
+        """Record that the tensors are sound for this extent."""
         self._seen = {key: entry for key, entry in self._seen.items() if all(ref() is not None for ref, _ in entry)}
         key = (extent, *map(id, tensors))
         self._seen[key] = tuple((weakref.ref(t), t._version) for t in tensors)
@@ -343,7 +343,7 @@ checked = Checked()
 
 @accepts_cupy
 def cross(p: A, row_offsets: A) -> A:
-    """``cross_ij = Σ_{rows of example i} p_row,j²``: ‖A_i g_j‖² from ``P = A·Gᵀ``.
+    """Compute ``cross_ij = Σ_{rows of example i} p_row,j²``: ‖A_i g_j‖² from ``P = A·Gᵀ``.
 
     Args:
         p: ``(R, r)`` float32 or float64; on a CUDA device also float16 or bfloat16, taken as float32.
@@ -366,7 +366,7 @@ def cross(p: A, row_offsets: A) -> A:
 
 @accepts_cupy
 def spread_multiply(w: A, p: A, row_offsets: A) -> A:
-    """``S_row,j = w_example(row),j · p_row,j``: W ∘ P, a row of W for every row of its example.
+    """Compute ``S_row,j = w_example(row),j · p_row,j``: W ∘ P, a row of W for every row of its example.
 
     Args:
         w: ``(n, r)``, of the dtype of p.
@@ -395,7 +395,7 @@ def spread_multiply(w: A, p: A, row_offsets: A) -> A:
 
 @accepts_cupy
 def fisher_norms(indptr: A, indices: A, values: A, n_columns: int, row_offsets: A) -> A:
-    """``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` of every example's CSR rows, in float64.
+    """Compute ``‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F`` of every example's CSR rows, in float64.
 
     Args:
         indptr: ``(R + 1,)`` int64.

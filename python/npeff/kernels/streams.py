@@ -1,4 +1,4 @@
-"""Results copied from a device and stored in order, and blocks of rows that are taken in one after the other.
+"""Copy results from a device and store them in order, and take in blocks of rows one after the other.
 
 Results go to pinned memory, and a thread stores them. The device never waits for the disk::
 
@@ -70,7 +70,7 @@ class HostCopy:
             self._done.record(stream)
 
     def wait(self) -> list[Array]:
-        """The arrays, as soon as they are here. Any thread may wait; the device goes on meanwhile."""
+        """Return the arrays, as soon as they are here. Any thread may wait; the device goes on meanwhile."""
         if self._done is not None:
             self._done.synchronize()
             self._done = None
@@ -84,7 +84,7 @@ def to_host(*tensors: Tensor) -> HostCopy:
 
 
 def to_device(array: Array, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """The array on a device, as that dtype there; a CUDA device is sent a pinned copy and not waited for.
+    """Copy the array to a device, as that dtype there; a CUDA device is sent a pinned copy and not waited for.
 
     On the processor memory is shared where that can be.
     """
@@ -167,7 +167,7 @@ class NonFiniteError(DataError):
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Where the rows of a block go, as the kernels take it; int64, on the device of the block or numpy arrays.
+    """The destinations of a block's rows, as the kernels take them; int64, on the block's device or numpy arrays.
 
     Attributes:
         targets: ``(b,)`` selector (or sketch) of each row.
@@ -183,7 +183,7 @@ class RowPlan:
 
 
 class BlockRows:
-    """To which selector or sketch each row of a block belongs, and at which flat index it begins.
+    """The selector or sketch that each row of a block belongs to, and the flat index at which the row begins.
 
     Checked once, and used for every block of that form.
 
@@ -233,7 +233,7 @@ class BlockRows:
             raise ArgumentError(f"base: expected rows for {n_targets} selectors or sketches, got {self.n_targets}")
 
     def on(self, device: torch.device | None) -> RowPlan:
-        """The plan on a device, made once per stream, or here (None); nothing is waited for."""
+        """Return the plan on a device, made once per stream, or here (None); nothing is waited for."""
         key = None if device is None else (device, dispatch.stream(device))
         if key not in self._plans:
             self._plans[key] = self._plan(device)
@@ -258,7 +258,7 @@ class BlockRows:
 
 
 class BlockStream(ABC):
-    """Something per row that blocks of rows are pushed into.
+    """A result per row that blocks of rows are pushed into.
 
     Where the first block lies decides where it lives: on a CUDA device that npeff's kernels serve, pushes wait for
     nothing; blocks on other devices are copied.
@@ -370,7 +370,7 @@ def _in_order(n: int, n_targets: int) -> BlockRows:
 
 
 def rows_contiguous(x: Operand) -> bool:
-    """Whether the rows lie as the native kernels read them: entries side by side, in native byte order."""
+    """Say whether the rows lie as the native kernels read them: entries side by side, in native byte order."""
     step = x.stride(1) if isinstance(x, Tensor) else x.strides[1] / x.itemsize
     row = x.stride(0) if isinstance(x, Tensor) else x.strides[0] / x.itemsize
     native_order = isinstance(x, Tensor) or x.dtype.isnative
@@ -378,10 +378,10 @@ def rows_contiguous(x: Operand) -> bool:
 
 
 def matrix_of(x: Any) -> Any:
-    """X itself or, of one dimension, as one row: a matrix of floats.
+    """Return x as a matrix of floats; an x of one dimension becomes one row.
 
     Raises:
-        ArgumentError: It is none.
+        ArgumentError: x is no such matrix.
     """
     if not isinstance(x, Tensor | np.ndarray):
         raise ArgumentError(f"x: expected a (rows, cols) or (cols,) tensor or array, got {type(x).__name__}")

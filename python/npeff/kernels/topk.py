@@ -22,7 +22,7 @@ MOST_K = 1 << 40
 
 @accepts_cupy
 def topk(x: A, k: int, order: Literal["index", "magnitude"] = "index") -> tuple[A, A]:
-    """The k entries of largest |x| in every row, exactly; ties go to the lower index.
+    """Select the k entries of largest |x| in every row, exactly; ties go to the lower index.
 
     Args:
         x: ``(rows, cols)`` or ``(cols,)``; float32, or another float, compared as float32. Any strides.
@@ -59,7 +59,7 @@ def topk(x: A, k: int, order: Literal["index", "magnitude"] = "index") -> tuple[
 
 
 class StreamingTopK(BlockStream):
-    """Per row, a running selection of the k entries of largest |value| among all that is pushed.
+    """A running selection, per row, of the k entries of largest |value| among all that is pushed.
 
     Exact, in one pass, for blocks in any order; ties go to the lower flat index; exact zeros are never kept.
     It may be used again after :meth:`finish`. One thread at a time.
@@ -168,14 +168,14 @@ class StreamingTopK(BlockStream):
             self.push(formed, starts, np.full(len(starts), first + e, np.int64))
 
     def thresholds(self) -> npt.NDArray[np.float32]:
-        """``(n_rows,)``: values smaller in magnitude are not among the k largest, whatever follows."""
+        """Return thresholds ``(n_rows,)``: smaller magnitudes are not among the k largest, whatever follows."""
         out = np.zeros(self.n_rows, np.float32)
         if self._native and self._device is None:
             self._here.thresholds(thresholds=out)
         return out
 
     def finish(self, order: Literal["index", "magnitude"] = "index") -> Selections:
-        """The selections, rows end to end; the selectors are empty afterwards.
+        """Return the selections, rows end to end; the selectors are empty afterwards.
 
         Args:
             order: Within a row, by ascending index, or by descending |value| (ties by index).
@@ -189,7 +189,7 @@ class StreamingTopK(BlockStream):
         return self.finish_later(order)()
 
     def finish_later(self, order: Literal["index", "magnitude"] = "index") -> Callable[[], Selections]:
-        """As :meth:`finish`, but it does not wait for a CUDA device: the selections are on their way to the host.
+        """Finish as :meth:`finish`, but do not wait for a CUDA device: the selections are on their way to the host.
 
         Args:
             order: As for :meth:`finish`.
@@ -205,7 +205,9 @@ class StreamingTopK(BlockStream):
         return lambda: found
 
     def finish_there(self, order: Literal["index", "magnitude"] = "index") -> tuple[Operand, Operand, Operand]:
-        """As :meth:`finish`, but where the selections live; on a CUDA device ``(n_rows, k)``, −1 and 0 behind the last.
+        """Finish as :meth:`finish`, but leave the selections where they live.
+
+        On a CUDA device the result is ``(n_rows, k)``, with −1 and 0 behind the last entry of a row.
 
         Raises:
             NonFiniteError: A block pushed on a CUDA device held NaN or infinite values.

@@ -1,4 +1,4 @@
-"""Positions in texts as examples: batches of tokens, and what the examples are in words."""
+"""Positions in texts as examples: batches of tokens, and descriptions of the examples in words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Place:
-    """One example as people read it.
+    """One example in a form for readers.
 
     Attributes:
         tokens: Texts of the tokens that the model sees; together they are the text, or what ``context=`` keeps of it.
@@ -383,7 +383,7 @@ class Places:
 
 
 def places_of(data: object) -> Places | None:
-    """The places that data are, or that a wrapper holds as ``data``; None for other data."""
+    """Return the places that data are, or that a wrapper holds as ``data``; None for other data."""
     return next((found for found in (data, getattr(data, "data", None)) if isinstance(found, Places)), None)
 
 

@@ -50,7 +50,7 @@ class Tokens:
 
     @property
     def n_leading(self) -> int:
-        """How many tokens the tokenizer put before the text."""
+        """The number of tokens that the tokenizer put before the text."""
         own = self.own
         return int(own[0]) if len(own) else len(self.ids)
 
@@ -86,7 +86,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Iterator[Tokens]:
 
 
 def prompt_ids(tokenizer: Any, text: str) -> Ids:
-    """Give the tokens ``(t,)`` of a text that is to be continued: without those that the tokenizer puts after it."""
+    """Return the tokens ``(t,)`` of a text that is to be continued: without those that the tokenizer puts after it."""
     if not getattr(tokenizer, "is_fast", False):  # any other is trusted to put none
         return np.asarray(tokenizer(text, return_tensors="pt")["input_ids"]).reshape(-1).astype(np.int64)
     (tokens,) = tokenize(tokenizer, [text])
@@ -141,7 +141,7 @@ def _of_matches(pattern: re.Pattern[str], tokens: Tokens) -> Ids:
 
 
 class WordTokens:
-    """Finds the token that a word is after a place, or in place of a masked token.
+    """Finds the token of a word that follows a place, or that stands in place of a masked token.
 
     Args:
         tokenizer: The tokenizer.
@@ -183,7 +183,7 @@ class WordTokens:
 
 
 def continuation(tokenizer: Any, before: str, word: str, what: str) -> int:
-    """Find the token that a word is where it continues a text.
+    """Find the token of a word that continues a text.
 
     Args:
         tokenizer: The tokenizer.
@@ -218,7 +218,7 @@ def continuation(tokenizer: Any, before: str, word: str, what: str) -> int:
 
 
 def with_space(tokenizer: Any, before: str, word: str) -> str | None:
-    """Give a word with a space before it, where that is another token and what one would write after a text.
+    """Return a word with a space before it, where that is another token and what one would write after a text.
 
     Args:
         tokenizer: The tokenizer.

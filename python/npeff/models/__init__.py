@@ -1,1 +1,1 @@
-"""What a model is: its parameters, its device, its digest, how it is called."""
+"""Models: their parameters, their devices, their digests, and how they are called."""

@@ -95,7 +95,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_explained() -> Iterator[None]:
-    """Within it, an error about missing memory says what to do.
+    """Explain an error about missing memory that is raised within the block, and say what to do.
 
     Raises:
         OutOfMemoryError: torch found no memory.

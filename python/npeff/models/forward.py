@@ -213,7 +213,7 @@ def _check_shape(logits: Tensor, batch: Batch, n_positions: int, source: str) ->
 
 
 def log_probabilities(outputs: Tensor) -> Tensor:
-    """Give logits whose softmax these probabilities are: their logarithms, finite where one is zero.
+    """Return logits whose softmax gives the probabilities: their logarithms, finite where a probability is zero.
 
     With z = log p the Fisher of a categorical output is that of its logits: ``J_pᵀ diag(1/p) J_p = J_zᵀ (diag p − ppᵀ)
     J_z``, since Σp = 1. What underflowed to zero has no gradient and no share in it.

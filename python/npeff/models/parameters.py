@@ -1,4 +1,4 @@
-"""What a model holds: where each parameter of a Fisher lies in the flat vector; digests that notice changes.
+"""The parameters of a model: where each parameter of a Fisher lies in the flat vector; digests that notice changes.
 
 Between two digests of its contents, version counters, which are cheap, notice changes of a model.
 """
@@ -44,7 +44,7 @@ class Parameter:
 
     @property
     def slice(self) -> slice:
-        """Its elements in a flat parameter vector."""
+        """The parameter's elements in a flat parameter vector."""
         return slice(self.offset, self.offset + self.numel)
 
 
@@ -117,7 +117,7 @@ class Parameters(Sequence[Parameter]):
         return self._by_name[name]
 
     def block(self, name: str) -> slice:
-        """Give the elements of parameter ``name`` in the flat vector."""
+        """Return the elements of parameter ``name`` in the flat vector."""
         return self.named(name).slice
 
     def locate(self, index: int) -> tuple[str, tuple[int, ...]]:
@@ -143,7 +143,7 @@ class Parameters(Sequence[Parameter]):
         return {item.name: vector[item.slice].reshape(item.shape) for item in self._items}
 
     def to_json(self) -> list[Mapping[str, Any]]:
-        """Describe them for JSON: name and shape of each parameter, in order."""
+        """Describe the parameters for JSON: the name and the shape of each, in order."""
         return [{"name": item.name, "shape": list(item.shape)} for item in self._items]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Diagonal Fishers: of a data set, and the direction of a diagonal component, an interpolation weighted by them."""
+"""Diagonal Fishers: that of a data set, and the direction of a diagonal component, which is an interpolation."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _add(block: Block, scale: Array, total: Array) -> None:
 
 
 def interpolation(component: Array, data: Array, lam: float, floor: float = FLOOR) -> Array:
-    """How far each weight goes from θ towards the moved θ′, ρ.
+    """Compute ρ: how far each weight goes from θ towards the moved θ′.
 
     θ (weighted by the data's Fisher) and θ′ (weighted by the component) are merged parameter by parameter [Matena &
     Raffel: Merging models with Fisher-weighted averaging, 2022]::
@@ -182,7 +182,7 @@ def diagonal_directions(
     slices: Sequence[BatchSlice],
     baseline: Array,
 ) -> list[Direction]:
-    """The directions of a diagonal target, one per λ.
+    """Find the directions of a diagonal target, one per λ.
 
     For each λ the merged weights are ``θ ± δ ρ(λ)∘sign(∇)``: a direction, along which δ is searched for. Many pairs
     (δ, λ) reach the same KL. The pair that changes the weights least in the Euclidean norm (mean over the signs) is

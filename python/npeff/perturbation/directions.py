@@ -41,7 +41,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Rejection:
-    """What was removed from a direction.
+    """The part that was removed from a direction.
 
     Attributes:
         mode: ``"span"`` or ``"sequential"``.
@@ -85,7 +85,7 @@ class Direction:
 
 
 def target_of(components: Components, j: Any) -> Target:
-    """The component or strategy that ``j`` names.
+    """Return the component or strategy that ``j`` names.
 
     Raises:
         ArgumentError: ``j`` is neither a component nor a strategy of these components.
@@ -109,7 +109,7 @@ def target_of(components: Components, j: Any) -> Target:
 
 
 def needed_vectors(components: Components, targets: Sequence[Target], reject: Reject | None) -> list[int]:
-    """Components whose vectors the directions need: the targets' own, and all of them if the others are rejected."""
+    """List the components whose vectors are needed: the targets' own, and all of them if the others are rejected."""
     return list(range(components.n_components)) if reject else [j for target in targets for j in target.members]
 
 
@@ -141,7 +141,7 @@ class ComponentDirections:
     def of_target(
         self, target: Target, combine: Combine, reject: Reject | None, max_sim: float | None
     ) -> list[Direction]:
-        """Unit directions along which a target moves.
+        """Compute the unit directions along which a target moves.
 
         Args:
             target: The component or group.
@@ -195,7 +195,7 @@ class ComponentDirections:
         return directions
 
     def combination(self, which: Sequence[int], weights: Sequence[float] | Array) -> Array:
-        """The unit vector along ``Σ_k weights_k ĝ_k``, ``(n_kept,)`` float64.
+        """Compute the unit vector along ``Σ_k weights_k ĝ_k``, ``(n_kept,)`` float64.
 
         Raises:
             ArgumentError: The sum is zero.
@@ -209,7 +209,7 @@ class ComponentDirections:
         return vector
 
     def principal(self, which: Sequence[int], weights: Array) -> tuple[Array, float]:
-        """The combination that is the top eigenvector of ``Σ_k weights_k ĝ_k ĝ_kᵀ``, and its share of the trace.
+        """Find the top eigenvector of ``Σ_k weights_k ĝ_k ĝ_kᵀ``, as a combination, and its share of the trace.
 
         The eigenvector does not depend on the arbitrary signs of the directions. Its own sign is the sign of the
         direction with the largest weight.
@@ -273,7 +273,7 @@ class ComponentDirections:
         return vector
 
     def full(self, vector: Array) -> Array:
-        """A vector on the kept columns as one over all parameters, ``(m,)`` float64."""
+        """Extend a vector on the kept columns to all parameters, ``(m,)`` float64."""
         if self._columns is None:
             return vector
         full = np.zeros(self.components.n_parameters)
@@ -281,14 +281,14 @@ class ComponentDirections:
         return full
 
     def norms(self, which: Sequence[int]) -> Array:
-        """``(k,)`` float64 norms of some vectors, their block weights undone."""
+        """Compute the ``(k,)`` float64 norms of some vectors, their block weights undone."""
         if new := [k for k in which if k not in self._norms]:
             squares = sum((np.square(self._rows(new, c)).sum(1) for c in self._chunks(new)), np.zeros(len(new)))
             self._norms.update(zip(new, np.sqrt(squares).tolist(), strict=True))
         return np.array([self._norms[k] for k in which], np.float64)
 
     def gram(self, which: Sequence[int]) -> Array:
-        """``(k, k)`` float64 cosines between some directions; 0 beside a zero direction."""
+        """Compute the ``(k, k)`` float64 cosines between some directions; 0 beside a zero direction."""
         products = sum((rows @ rows.T for rows in (self._rows(which, c) for c in self._chunks(which))), np.zeros(()))
         scale = self._inverse_norms(which)
         return np.asarray(products * scale[:, None] * scale)
@@ -321,7 +321,7 @@ class ComponentDirections:
 
 
 def random_direction(n_parameters: int, seed: int, number: int) -> Array:
-    """An isotropic unit vector ``(m,)`` float64 that the seed and the number determine."""
+    """Draw an isotropic unit vector ``(m,)`` float64 that the seed and the number determine."""
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 1, number]))
     vector = generator.standard_normal(n_parameters)
     vector /= np.linalg.norm(vector)
@@ -336,7 +336,7 @@ def direction(
     reject: Reject | None = None,
     max_sim: float | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The unit direction of a low-rank component or strategy, for :func:`npeff.applied` and similar functions.
+    """Compute the unit direction of a low-rank component or strategy, for :func:`npeff.applied` and similar functions.
 
     Args:
         components: Low-rank components.

@@ -62,7 +62,7 @@ class SignResult:
 
 @dataclass(frozen=True)
 class Control:
-    """The same figures for random directions; of each, the sign with the larger ratio, as for the component.
+    """The figures of the effect for random directions; of each direction, the sign with the larger ratio.
 
     Attributes:
         values: ``(n_random,)`` per figure.
@@ -77,7 +77,7 @@ class Control:
     __repr__ = short_repr
 
     def share_at_least(self, name: str, value: float) -> float:
-        """``(1 + draws with at least that value) / (1 + draws)``: a permutation-like p-value, one-sided."""
+        """Compute ``(1 + draws with at least that value) / (1 + draws)``: a permutation-like p-value, one-sided."""
         values = self.values[name]
         return float((1 + np.count_nonzero(values >= value)) / (1 + len(values)))
 
@@ -109,7 +109,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model predicts for one example before and after its weights move.
+    """The predictions of a model for one example before and after its weights move.
 
     Attributes:
         id: Position of the example in the data.
@@ -128,7 +128,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Continuation:
-    """How a language model continues a text, greedily.
+    """The greedy continuations of a text by a language model.
 
     Attributes:
         id: Position in the data of the example whose text it is; None for a text that was given.
@@ -149,7 +149,7 @@ class Continuation:
 
 
 class Result:
-    """What :class:`Effect` and :class:`npeff.Trace` share: name and JSON."""
+    """The base class of :class:`Effect` and :class:`npeff.Trace`: name and JSON."""
 
     components: tuple[int, ...]
 
@@ -162,7 +162,7 @@ class Result:
         return f"component{'s' if len(self.components) > 1 else ''} {several(self.components, most)}"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as numbers, strings, lists and dicts; None for what is not finite."""
+        """Convert all fields to numbers, strings, lists and dicts; None for what is not finite."""
         return dict(plain(self))
 
     def save(self, path: str | Path) -> Path:
@@ -177,7 +177,7 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Effect(Result):
-    """What moving the weights along a component, or a group of components, did to the model's outputs.
+    """The effect on the model's outputs of moving the weights along a component, or a group of components.
 
     Arrays per example cover the examples that were measured, by ascending position in the data.
 
@@ -248,7 +248,7 @@ class Effect(Result):
         return self.figures["ratio"].value
 
     def table(self) -> str:
-        """The figures as text, beside those of the random directions; below them magnitude, KL, labels and texts."""
+        """Write the figures as text, beside those of the random directions; below: magnitude, KL, labels and texts."""
         rows = [("", self.name, *(CONTROLS[name] for name in self.controls))]
         for name, what in FIGURES.items():
             if not math.isnan(self.figures[name].value):
@@ -277,7 +277,7 @@ class Effect(Result):
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines of text with aligned columns."""
+    """Write rows of cells as lines of text with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -300,7 +300,7 @@ def write_json(content: Any, path: str | Path) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """JSON-able: arrays as lists, dataclasses as dicts, None for what is not finite."""
+    """Convert a value for JSON: arrays to lists, dataclasses to dicts, what is not finite to None."""
     if hasattr(value, "__dataclass_fields__"):
         return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, Mapping):

@@ -108,11 +108,11 @@ class Evaluator:
         self.mean_fishers: dict[bytes, Array] = {}
 
     def indices(self, rows: Array) -> Array:
-        """Ascending indices, each once, of the examples of some rows of the coefficients."""
+        """Return the ascending indices, each once, of the examples of some rows of the coefficients."""
         return np.unique(np.searchsorted(self.examples.ids, self._ids_of_rows[rows]))
 
     def call(self, batch: Batch) -> Tensor:
-        """Outputs on a batch, without a graph."""
+        """Compute the outputs on a batch, without a graph."""
         with torch.no_grad(), memory_explained():
             return call_model(self.model, self.forward, batch, self.likelihood).detach()
 
@@ -198,11 +198,11 @@ class Evaluator:
         return max(math.sqrt(squares), 1e-3)
 
     def placed(self, vector: Array) -> TensorsByName:
-        """A flat vector ``(m,)`` as parameter-shaped tensors on the model's device."""
+        """Cut a flat vector ``(m,)`` into parameter-shaped tensors on the model's device."""
         return on_model(self.model, self.parameters.unflatten(vector), "direction")
 
     def tensors(self, direction: Direction) -> TensorsByName:
-        """A direction as parameter-shaped tensors on the model's device; the last one is kept."""
+        """Return a direction as parameter-shaped tensors on the model's device; the last one is kept."""
         if self._last is None or self._last[0] is not direction:
             self._last = None
             self._last = direction, self.placed(direction.vector)
@@ -224,7 +224,7 @@ class Evaluator:
         return Measured(kl, flips, right, label, unrelated)
 
     def kl(self, slices: Sequence[BatchSlice], direction: TensorsByName, magnitude: float) -> Array:
-        """KL of the examples in ``slices``, in their order, ``(k,)`` float64, at ``θ + magnitude · direction``."""
+        """Compute the KL ``(k,)`` float64 of the examples in ``slices``, in order, at ``θ + magnitude · direction``."""
         found = [
             _not_nan(outputs.divergence(moved, own, self.likelihood))
             for _, own, moved in self._moved(slices, direction, magnitude)
@@ -285,13 +285,16 @@ class Evaluator:
     # ---- Fishers at the model's own weights ------------------------------------------------------------------
 
     def random_fisher(self, seed: int, number: int, direction: TensorsByName) -> Array:
-        """``vᵀF_i v`` along the random direction of that number, computed once for all components."""
+        """Compute ``vᵀF_i v`` along the random direction of that number, once for all components."""
         if (seed, number) not in self._random:
             self._random[seed, number] = self.fisher_along(direction)
         return self._random[seed, number]
 
     def fisher_along(self, direction: TensorsByName) -> Array:
-        """``vᵀF_i v = uᵀS u`` of every example, ``(n,)`` float64 ≥ 0; ``u = J_i v``, S the Fisher of the outputs."""
+        """Compute ``vᵀF_i v = uᵀS u`` of every example, ``(n,)`` float64 ≥ 0.
+
+        Here ``u = J_i v``, and S is the Fisher of the outputs.
+        """
         found = np.zeros(len(self.examples))
         for one, change in self.derivative.along(direction, self.examples) if direction else ():
             curvature = outputs.curvature(self._own(one), change[one.rows], self.likelihood)

@@ -42,19 +42,19 @@ class BatchSlice:
     indices: Array
 
     def restricted(self, chosen: Array) -> BatchSlice:
-        """The same batch with only the examples that a mask ``(n,)`` over all selected examples chooses."""
+        """Return the same batch with only the examples that a mask ``(n,)`` over all selected examples chooses."""
         keep = np.flatnonzero(chosen[self.indices])
         return BatchSlice(self.batch, self.rows[torch.from_numpy(keep).to(self.rows.device)], self.indices[keep])
 
     def cut(self) -> BatchSlice:
-        """A batch with the selected examples alone."""
+        """Cut the batch to the selected examples alone."""
         k = len(self.indices)
         if k == self.batch.n_examples:
             return self
         return BatchSlice(self.batch.take(self.rows), torch.arange(k, device=self.rows.device), self.indices)
 
     def joins(self, other: BatchSlice) -> bool:
-        """Whether the examples of both can form one batch."""
+        """Say whether the examples of both can form one batch."""
         whole = all(len(s.indices) == s.batch.n_examples and _of_tensors(s.batch.content) for s in (self, other))
         return whole and self.batch.joins(other.batch)
 
@@ -134,7 +134,7 @@ class SelectedExamples:
             raise DataError("data: it yields fewer batches than the first time; pass a DataLoader or a list")
 
     def subset(self, indices: Array) -> list[BatchSlice]:
-        """Some of the examples as slices of their own, cut and joined; indices keep their meaning."""
+        """Return some of the examples as slices of their own, cut and joined; indices keep their meaning."""
         chosen = np.zeros(len(self), bool)
         chosen[indices] = True
         slices = [one.restricted(chosen) for one in self if chosen[one.indices].any()]

@@ -45,7 +45,7 @@ class Interval:
         return self.value
 
     def text(self, form: str = ".3g") -> str:
-        """``value [low, high]`` in a number format; a dash if there is no value."""
+        """Write ``value [low, high]`` in a number format; a dash if there is no value."""
         if math.isnan(self.value):
             return "–"
         return f"{self.value:{form}}" + ("" if math.isnan(self.low) else f" [{self.low:{form}}, {self.high:{form}}]")
@@ -53,7 +53,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a change of the weights does to each example, or the average over several changes.
+    """The effect of a change of the weights on each example, or the average over several changes.
 
     Attributes:
         kl: ``(n,)`` float64 KL(moved ‖ original) in nats; inf where the moved outputs are not finite.
@@ -99,11 +99,11 @@ class ExampleSets:
     unrelated: Array
 
     def ratio(self, values: Array) -> float:
-        """Mean of values ``(n,)`` on the top examples over the mean on the baseline."""
+        """Divide the mean of values ``(n,)`` on the top examples by the mean on the baseline."""
         return float(_ratio(values[self.top], values[self.baseline]))
 
     def figures(self, measured: Measured) -> dict[str, Figure]:
-        """Every figure as the samples that it is a statistic of."""
+        """Return every figure, with the samples that it is a statistic of."""
         kl, flipped, label = measured.kl, measured.flipped, measured.label
         relative = np.divide(kl, self.norms, out=np.full(len(kl), np.nan), where=self.norms > 0)
         usable = np.isfinite(relative)
@@ -142,7 +142,7 @@ class Figure:
             return float(self._statistic(*self._samples))
 
     def interval(self, confidence: float = 0.95, n_resamples: int = 999, seed: int = 0) -> Interval:
-        """The statistic with a percentile bootstrap interval over examples (``scipy.stats.bootstrap``)."""
+        """Compute the statistic with a percentile bootstrap interval over examples (``scipy.stats.bootstrap``)."""
         value = self.value
         if min(map(len, self._samples)) < 2 or not n_resamples or not np.isfinite(value):
             return Interval(value, float("nan"), float("nan"))
@@ -165,13 +165,13 @@ class Figure:
 
 
 def mean_figure(values: Sequence[float] | Array) -> Figure:
-    """The mean of the finite values."""
+    """Make the figure of the mean of the finite values."""
     known = np.asarray(values, np.float64)
     return Figure(_mean, known[np.isfinite(known)])
 
 
 def ratio_figure(above: Array, below: Array) -> Figure:
-    """The quotient of two means over the same examples."""
+    """Make the figure of the quotient of two means over the same examples."""
     return Figure(_ratio, above, below, paired=True)
 
 
@@ -189,7 +189,7 @@ def _ratio(top: Array, baseline: Array, axis: int = -1) -> Any:
 
 
 def perplexity(surprise: Array, axis: int = -1) -> Any:
-    """The exponential of the mean −log p of labels; nan where there are none."""
+    """Compute the exponential of the mean −log p of labels; nan where there are none."""
     with np.errstate(over="ignore", invalid="ignore"):
         return np.exp(np.mean(surprise, axis=axis)) if np.shape(surprise)[axis] else math.nan
 

@@ -90,7 +90,7 @@ class Mending:
         return bool(np.any(self.coefficients))
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able description, without the change itself."""
+        """Describe the repair for JSON, without the change itself."""
         return {
             "components": list(self.components),
             "layers": list(self.layers),
@@ -250,7 +250,7 @@ def _to_repair(
 
 
 def divide_examples(wanted: Array, seed: int) -> Array:
-    """``(n,)`` 0: fit, 1: choose, 2: judge; of those to repair and of the others alike."""
+    """Assign 0 (fit), 1 (choose) or 2 (judge) to examples ``(n,)``; divide those to repair and the others alike."""
     rng = np.random.default_rng(seed)
     part = np.zeros(len(wanted), np.int64)
     for group in (np.flatnonzero(wanted), np.flatnonzero(~wanted)):

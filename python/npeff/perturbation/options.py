@@ -59,12 +59,12 @@ class PerturbOptions:
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The options among the arguments of a function."""
+        """Select the options among the arguments of a function."""
         return {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
 
     @classmethod
     def checked(cls, components: Components, given: Mapping[str, Any]) -> PerturbOptions:
-        """Options from keyword arguments.
+        """Make options from keyword arguments, and check them.
 
         Raises:
             ArgumentError: An option is unknown, or its value is wrong for these components.
@@ -145,7 +145,7 @@ class PerturbOptions:
     # ---- examples --------------------------------------------------------------------------------------------
 
     def top_rows(self, coefficient: Array) -> Array:
-        """Rows of the examples with the largest coefficients, those without any left out; or the given rows.
+        """Return the rows of the examples with the largest coefficients, all above 0; or the given rows.
 
         Raises:
             ArgumentError: Given rows do not exist, or no example has a coefficient.
@@ -161,7 +161,7 @@ class PerturbOptions:
         return order.astype(np.int64)
 
     def baseline_rows(self, n: int) -> Array:
-        """Rows of a random sample of the n examples, of all of them, or the given rows.
+        """Return the rows of a random sample of the n examples, of all of them, or the given rows.
 
         Raises:
             ArgumentError: Given rows do not exist.

@@ -98,7 +98,10 @@ def curvature(logits: Tensor, change: Tensor, likelihood: Likelihood) -> Tensor:
 
 
 def flipped(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
-    """``(b,)`` float64: 1 where the predicted class changed; Bernoulli: share of answers that did; Gaussian: nan."""
+    """Mark with 1 where the predicted class changed, ``(b,)`` float64.
+
+    Bernoulli outputs give the share of answers that changed, Gaussian outputs nan.
+    """
     if likelihood == "gaussian":
         return torch.full((len(new),), torch.nan, dtype=torch.float64, device=new.device)
     if likelihood == "bernoulli":
@@ -112,7 +115,7 @@ def _has_class(logits: Tensor, likelihood: Likelihood) -> bool:
 
 
 def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
-    """``(b,)`` float64: 1 where the prediction is the label, 0 where not, nan where there is no class to compare.
+    """Mark with 1 where the prediction is the label, else 0, ``(b,)`` float64; nan where there is no class to compare.
 
     Args:
         logits: ``(b, C)`` outputs.
@@ -127,7 +130,7 @@ def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
 
 @_some_rows_at_a_time
 def log_probability(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
-    """``(b,)`` float64 log-probability of the label; nan where it is unknown, or outputs are no classes.
+    """Compute the log-probability of the label, ``(b,)`` float64; nan where it is unknown, or outputs are no classes.
 
     Args:
         logits: ``(b, C)`` outputs.
@@ -144,7 +147,7 @@ def log_probability(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> T
 
 
 def surprise(logits: Tensor, likelihood: Likelihood) -> Tensor:
-    """``(b,)`` −log p(ŷ|x) of the prediction ŷ, with its graph: the diagonal perturbation follows its gradient.
+    """Compute −log p(ŷ|x) ``(b,)`` of the prediction ŷ, with its graph: the diagonal perturbation follows its gradient.
 
     For Gaussian outputs ŷ is the mean itself and the gradient would vanish; ½‖outputs‖² is used instead, whose
     gradient is the direction in which the outputs grow.

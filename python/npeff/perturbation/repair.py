@@ -62,14 +62,14 @@ class LabelledOutputs:
     def of(
         cls, model: nn.Module, batches: Sequence[Batch], forward: Forward | None, likelihood: str
     ) -> LabelledOutputs:
-        """All examples of labelled batches, with the outputs at the model's own weights."""
+        """Collect all examples of labelled batches, with the outputs at the model's own weights."""
         labels = torch.cat([batch.labels.long() for batch in batches if batch.labels is not None])
         positions = torch.arange(len(labels), device=labels.device)
         bare = cls(model, batches, forward, likelihood, labels, labels, positions)
         return replace(bare, logits=bare.outputs())
 
     def only(self, which: Array) -> LabelledOutputs:
-        """The examples that a mask ``(n,)`` chooses; a batch that cannot be cut keeps its other examples too."""
+        """Keep the examples that a mask ``(n,)`` chooses; a batch that cannot be cut keeps its other examples too."""
         mask = torch.from_numpy(which).to(self.labels.device)
         batches, kept, start = [], [], 0
         for batch in self.batches:
@@ -85,16 +85,16 @@ class LabelledOutputs:
         )
 
     def among(self, which: Array) -> Tensor:
-        """A mask over the data as one over these examples."""
+        """Convert a mask over the data to one over these examples."""
         return torch.from_numpy(which).to(self.labels.device)[self.positions]
 
     def call(self, batch: Batch) -> Tensor:
-        """``(b, C)`` outputs on a batch, with a graph."""
+        """Compute the ``(b, C)`` outputs on a batch, with a graph."""
         return call_model(self.model, self.forward, batch, self.likelihood)
 
     @torch.no_grad()
     def outputs(self) -> Tensor:
-        """``(n, C)`` outputs at the weights as they are now.
+        """Compute the ``(n, C)`` outputs at the present weights.
 
         Raises:
             ArgumentError: They do not fit into memory.
@@ -112,7 +112,7 @@ class LabelledOutputs:
         return torch.cat(found)
 
     def right(self, logits: Tensor) -> Tensor:
-        """``(n,)`` bool: the answer is the label."""
+        """Mark the examples whose answer is the label: ``(n,)`` bool."""
         return logits.argmax(1) == self.labels
 
 
@@ -139,14 +139,14 @@ class DirectionBlock:
             total.addmm_(self.left, self.right, alpha=weight)
 
     def product(self, other: Tensor) -> float:
-        """Inner product with a tensor of as many elements."""
+        """Compute the inner product with a tensor of as many elements."""
         other = other.reshape(self.size).to(self.left)
         if self.right is None:
             return float((self.left * other).sum(dtype=torch.float64))
         return float(((self.left.mT @ other) * self.right).sum(dtype=torch.float64))
 
     def squared_norm(self) -> float:
-        """Squared Frobenius norm."""
+        """Compute the squared Frobenius norm."""
         if self.right is None:
             return float(self.left.double().square().sum())
         left, right = self.left.double(), self.right.double()
@@ -186,11 +186,11 @@ class LayerSteps:
         return self._scales.shape[0], self._scales.shape[1]
 
     def coefficients(self, c: Array) -> Array:
-        """``(k, L)``: the steps as multiples of the layers' parts of g_j."""
+        """Convert the steps to multiples of the layers' parts of g_j: ``(k, L)``."""
         return np.asarray(c, np.float64).reshape(self.shape) * self._scales
 
     def change(self, c: Array) -> dict[str, Tensor]:
-        """The change of the weights, parameter-shaped."""
+        """Compute the change of the weights, parameter-shaped."""
         changes, weights = {}, self.coefficients(c)
         for name, shape in self.shapes.items():
             blocks = [direction[name] for direction in self._directions]
@@ -201,7 +201,7 @@ class LayerSteps:
         return changes
 
     def slopes(self, gradient: TensorsByName) -> Array:
-        """Slopes of a function of the weights along the steps, ``(k·L,)``, from its gradient."""
+        """Compute the slopes of a function of the weights along the steps, ``(k·L,)``, from its gradient."""
         slopes = np.zeros(self.shape)
         for own, direction in zip(slopes, self._directions, strict=True):
             for name, slope in gradient.items():
@@ -232,7 +232,7 @@ class RepairLoss:
         return float(sum(tensor.detach().double().square().sum() for tensor in self._moving.values())) ** 0.5
 
     def solve(self, c: Array, lam: float, iterations: int) -> Array | None:
-        """The minimiser at λ, from c; None where the objective is not finite."""
+        """Find the minimiser at λ, starting from c; None where the objective is not finite."""
         from scipy.optimize import minimize
 
         solution = minimize(
@@ -241,7 +241,7 @@ class RepairLoss:
         return np.asarray(solution.x, np.float64) if np.isfinite(solution.fun) else None
 
     def value_and_gradient(self, c: Array, lam: float) -> tuple[float, Array]:
-        """The objective and its ``(k·L,)`` gradient."""
+        """Compute the objective and its ``(k·L,)`` gradient."""
         self._weights.move(self._steps.change(c), 1.0)
         value, gradient, start = 0.0, np.zeros(len(c)), 0
         flags = [tensor.requires_grad for tensor in self._moving.values()]
@@ -314,7 +314,7 @@ class RepairSearch:
         self._walk(lengths, first / 2, lambda length, _: length * side, progress)
 
     def within(self, c: Array) -> bool:
-        """Whether the others' accuracy falls by no more than the tolerance, one standard error included.
+        """Say whether the others' accuracy falls by no more than the tolerance, one standard error included.
 
         With l answers that were right and are wrong, and g the other way, of n, the fall is (l − g)/n and its standard
         error √(l + g)/n. If c is within the tolerance and repairs more than all steps before, c becomes the best.
@@ -373,6 +373,6 @@ class RepairSearch:
 
 
 def share_right(right: Tensor, which: Tensor | Array) -> float:
-    """Share of right answers among some examples; 0 if there are none."""
+    """Compute the share of right answers among some examples; 0 if there are none."""
     chosen = right[torch.as_tensor(which, device=right.device)]
     return float(chosen.double().mean()) if len(chosen) else 0.0

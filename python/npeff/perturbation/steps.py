@@ -28,7 +28,7 @@ FIRST = 1e-3
 
 @dataclass(frozen=True)
 class StepSearch:
-    """The end of a search.
+    """The result of a search for a step.
 
     Attributes:
         magnitude: The step.

@@ -1,4 +1,4 @@
-"""Measure where in the network a component acts: apply its perturbation to one part at a time, and without it.
+"""Measure where in the network a component acts: apply its perturbation to one part at a time, and to all but one.
 
 The parts are groups of parameters: layers, tensors, heads, blocks of units.
 """
@@ -65,7 +65,7 @@ class Part:
     __repr__ = short_repr
 
     def index(self, parameter: Parameter) -> tuple[Any, ...]:
-        """The index of the part in a tensor.
+        """Return the index of the part in a tensor.
 
         Raises:
             ArgumentError: The tensor cannot be divided in this way.
@@ -211,7 +211,7 @@ def _matching(item: Any, parameters: Parameters) -> list[tuple[Parameter, Any]]:
 
 
 def restricted(vector: Array, elements: list[tuple[Parameter, Any]]) -> Array:
-    """A flat vector with everything but the elements set to 0."""
+    """Copy a flat vector, with everything but the elements set to 0."""
     kept = np.zeros_like(vector)
     for parameter, where in elements:
         kept[parameter.slice].reshape(parameter.shape)[where] = vector[parameter.slice].reshape(parameter.shape)[where]
@@ -219,7 +219,7 @@ def restricted(vector: Array, elements: list[tuple[Parameter, Any]]) -> Array:
 
 
 def rest(parameters: Parameters, resolved: Resolved) -> Array:
-    """``(m,)`` bool: elements that are in no group."""
+    """Mark the elements that are in no group: ``(m,)`` bool."""
     free = np.ones(parameters.n_parameters, bool)
     for elements in resolved.values():
         for parameter, where in elements:
@@ -229,7 +229,7 @@ def rest(parameters: Parameters, resolved: Resolved) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Trace(Result):
-    """How much of a component's effect on its top examples each part of the network carries.
+    """The share of a component's effect on its top examples that each part of the network carries.
 
     Attributes:
         components: The component, or those of the strategy.
@@ -265,7 +265,7 @@ class Trace(Result):
         return f"Trace({self._named()}, {len(self)} parts; most in {self.groups[most]}: {self.alone[most].value:.0%})"
 
     def table(self) -> str:
-        """The parts as text: energy, KL alone, KL lost without the part."""
+        """Write the parts as text: energy, KL alone, KL lost without the part."""
         rows = [(self.name, "energy", "KL alone", "KL lost without it")]
         for name, energy, alone, lost in zip(self.groups, self.energy, self.alone, self.lost, strict=True):
             rows.append((name, f"{energy:.1%}", alone.text(".1%"), lost.text(".1%")))

@@ -87,9 +87,9 @@ class Weights:
         self._moved.discard(key)
 
     def realised(self, direction: TensorsByName, magnitude: float) -> float:
-        """Norm of the change after rounding to the weights' dtype, relative to the norm asked for.
+        """Compute the norm of the change after rounding to the weights' dtype, relative to the norm asked for.
 
-        It is 1 in float32, and far from 1 if half-precision weights lose a small change.
+        The quotient is 1 in float32, and far from 1 if half-precision weights lose a small change.
         """
         asked = left = 0.0
         for name, part in direction.items():
@@ -102,7 +102,7 @@ class Weights:
 
 
 def moved_by(base: Tensor, part: Tensor, magnitude: float | Tensor) -> Tensor:
-    """``base + magnitude · part`` in float32, or float64 for a float64 base."""
+    """Compute ``base + magnitude · part`` in float32, or in float64 for a float64 base."""
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     return base.to(wide) + magnitude * part.to(wide)
 
@@ -228,7 +228,7 @@ class Moved(nn.Module):
         return f"Moved({type(self.model).__name__}, {len(self._names)} tensors, magnitude {size:.4g})"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output at the moved weights."""
+        """Compute the model's output at the moved weights."""
         tensors = dict(self.model.named_parameters(remove_duplicate=False))
         moved = {
             name: moved_by(tensors[name], self.get_buffer(f"direction_{i}"), self.magnitude).to(tensors[name].dtype)
@@ -310,10 +310,10 @@ def on_model(model: nn.Module, direction: Any, argument: str) -> dict[str, Tenso
 
 
 def checked_magnitude(value: Any) -> float:
-    """The value as a finite number.
+    """Return the value as a finite number.
 
     Raises:
-        ArgumentError: The value is none.
+        ArgumentError: The value is no finite number.
     """
     try:
         number = float(value)

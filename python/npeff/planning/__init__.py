@@ -1,4 +1,4 @@
-"""What Fishers and their decomposition will take, before they are computed: passes, bytes, seconds, and what to choose.
+"""Estimate what Fishers and their decomposition will take: passes, bytes, seconds; and say what to choose.
 
 :func:`plan` computes the first batches for real with each way to keep Fishers (:class:`Trials`), counts what they
 store, and scales the counts to all examples. :func:`_advice` picks a way that fits a budget.
@@ -42,7 +42,7 @@ _NOT_PLANNED = {"model", "data", "kind", "compress", "out", "seed", "max_example
 
 @dataclass(frozen=True)
 class Advice:
-    """A recommended way.
+    """A recommendation of one way to keep the Fishers.
 
     Attributes:
         kind: ``"low_rank"`` or ``"diagonal"``.
@@ -59,7 +59,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a computation will take; ``str(plan)`` is a table for the terminal.
+    """The estimated cost of a computation; ``str(plan)`` is a table for the terminal.
 
     Attributes:
         model: Its class.

@@ -1,4 +1,4 @@
-"""Trials for a plan: ``compute_fishers`` on the first batches, with clocks and memory watched, and what they foretell.
+"""Trials for a plan: run ``compute_fishers`` on the first batches, measure time and memory, and extrapolate.
 
 With n examples, R rows, m parameters and C outputs a file holds ``8(n+1) + 4n + 4nC + 8n + 8n`` bytes of offsets,
 norms, logits (of more than 1,024 classes 260n), labels and ids, and the rows: ``4·R·m`` exact, ``4·R·d`` sketched,

@@ -1,4 +1,4 @@
-"""Everything that is known about a decomposition when its report is written, and what to call its parts."""
+"""The data of a report: everything that is known about a decomposition, and the names of its parts."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class ReportOptions:
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The options among the arguments of a function."""
+        """Select the options among the arguments of a function."""
         return {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
 
     @classmethod
     def checked(cls, components: Components, data: Any, given: Mapping[str, Any]) -> ReportOptions:
-        """Options from keyword arguments.
+        """Make options from keyword arguments, and check them.
 
         Raises:
             ArgumentError: The components, the data or an option are of another type than documented.
@@ -123,7 +123,7 @@ class ReportOptions:
 
 @dataclass
 class ReportData:
-    """What a report shows of a decomposition.
+    """The data that a report shows of a decomposition.
 
     Attributes:
         components: The decomposition.
@@ -242,12 +242,12 @@ class ReportData:
         return [(self.names[c], prediction.before[k], prediction.after[k]) for k, c in enumerate(classes)]
 
     def below_null(self, summary: ComponentSummary) -> bool:
-        """Whether chance would give a component of as much energy."""
+        """Say whether chance would give a component of as much energy."""
         threshold = self.extras.trust.null_threshold
         return threshold is not None and summary.energy <= threshold
 
     def doubts(self, summary: ComponentSummary) -> str:
-        """Give the reasons to doubt a component in a sentence; empty where none is known."""
+        """Return the reasons to doubt a component in a sentence; empty where none is known."""
         reasons = []
         stability = self.stability(summary.j)
         if stability is not None and stability < UNSTABLE:

@@ -1,4 +1,4 @@
-"""What is known about components beside their numbers: effects, traces, trust and influences, in any of their forms.
+"""Evidence about components beside their numbers: effects, traces, trust and influences, in any of their forms.
 
 Every input may be a plain mapping or sequence, as read from JSON, or the object that another part of npeff made. The
 same classes read what :func:`npeff.report` is given and what ``npeff report --extras`` finds in files.
@@ -52,7 +52,7 @@ class Given:
         return self.part(f".{key}", own)
 
     def part(self, suffix: str, value: Any) -> Given:
-        """Another value, under the name of this one with a suffix."""
+        """Return another value, under the name of this one with a suffix."""
         return Given(self.name + suffix, value, self.r, self.n)
 
     @property
@@ -62,7 +62,7 @@ class Given:
 
     @property
     def listed(self) -> bool:
-        """Whether it is a list, and no text."""
+        """Whether the value is a list, and no text."""
         return isinstance(self.value, Sequence) and not isinstance(self.value, str | bytes)
 
     def refuse(self, expected: str, got: str | None = None) -> NoReturn:
@@ -137,7 +137,7 @@ class Given:
         return self.whole("a whole number ≥ 1", 1) if self.known else None
 
     def plain(self) -> Given:
-        """The same as mappings and lists, where it is a result that has such a form."""
+        """Return the value as mappings and lists, where it is a result that has such a form."""
         return self.part("", self.value.to_json()) if hasattr(self.value, "to_json") else self
 
     def each(self) -> list[Given]:
@@ -159,7 +159,7 @@ def _span(what: str, size: int | None) -> str:
 
 @dataclass(frozen=True)
 class EffectSummary:
-    """What moving the weights along one component, or a group of components, does.
+    """The effect of moving the weights along one component, or a group of components.
 
     Attributes:
         kl_ratio: KL on the component's top examples over KL on the others; None where unknown.
@@ -280,7 +280,7 @@ def _ratio(given: Given) -> list[float | None]:
 
 @dataclass(frozen=True)
 class TraceSummary:
-    """Where in the network a component, or a group of components, acts.
+    """The parts of the network in which a component, or a group of components, acts.
 
     Attributes:
         parts: ``(name, energy, KL alone, KL lost without it)``, shares; the part with most KL alone first.
@@ -357,7 +357,7 @@ class InfluenceSummary:
 
 @dataclass(frozen=True)
 class TrustSummary:
-    """How far components may be believed.
+    """The measurements that say how reliable the components are.
 
     Attributes:
         stability: ``(r,)`` in [0, 1], how nearly each component comes back over seeds or subsamples; NaN where unknown.

@@ -1,4 +1,4 @@
-"""Optional inputs of a report put together: what each says of which components, from Python and from JSON files."""
+"""Put the optional inputs of a report together, from Python and from JSON files, by the components they are about."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ FAINT = 0.45
 
 @dataclass(frozen=True)
 class Scale:
-    """How numbers become brightness: the same for all examples of a page, so that they can be compared.
+    """The scale from numbers to brightness: the same for all examples of a page, so that they can be compared.
 
     Attributes:
         low: Per channel, the value shown black.
@@ -196,7 +196,7 @@ class Scale:
         return cls(lo, np.where(hi > lo, hi, lo + 1))
 
     def bytes(self, image: Array) -> Pixels:
-        """Brightness of an image: uint8, same shape; NaN becomes black."""
+        """Convert an image to brightness: uint8, same shape; NaN becomes black."""
         values = np.nan_to_num(image.astype(np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
         low, high = (self.low, self.high) if image.ndim == 3 else (self.low[0], self.high[0])
         return np.asarray(np.round(np.clip((values - low) / (high - low), 0, 1) * 255), np.uint8)

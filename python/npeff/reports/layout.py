@@ -1,4 +1,4 @@
-"""How components are laid out: as the tree of strategies, as points of a map, and as layers by parts and heads."""
+"""Lay components out: as the tree of strategies, as points of a map, and as layers by parts and heads."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ class StrategyNode:
 
     @property
     def leaf(self) -> bool:
-        """Whether it is a single component."""
+        """Whether the node is a single component."""
         return not self.children
 
     @property
     def address(self) -> str:
-        """Where the page shows it."""
+        """The address at which the page shows the node."""
         return f"#component-{self.components[0]}" if self.leaf else f"#strategy-{self.id}"
 
 
@@ -157,7 +157,7 @@ def _best_cut(nodes: Sequence[StrategyNode], similarity: Array) -> list[int]:
 
 
 def silhouette(distances: Array, member: Array) -> float:
-    """Mean of ``(b − a) / max(a, b)``: a the mean distance within the own group, b to the nearest other one.
+    """Average ``(b − a) / max(a, b)``: a the mean distance within the own group, b to the nearest other one.
 
     Rousseeuw (1987).
 
@@ -248,7 +248,7 @@ def _classical_scaling(distances: Array) -> Array:
 
 
 def conditional_probabilities(distances: Tensor, perplexity: float) -> Tensor:
-    """p_{j|i} ∝ exp(−β_i d_ij), with β_i such that the entropy of row i is log perplexity.
+    """Compute p_{j|i} ∝ exp(−β_i d_ij), with β_i such that the entropy of row i is log perplexity.
 
     All rows are searched at once, by Newton steps in β within a bracket that is bisected where they leave it.
 

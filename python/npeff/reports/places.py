@@ -174,7 +174,7 @@ def token_texts(tokenizer: Any) -> Callable[[int], str] | None:
 
 
 class Words:
-    """The words near places: which of them tell some places from the others.
+    """The words near places, and which of them distinguish some places from the others.
 
     Args:
         data: The places; a sample of them is what others are compared with.

@@ -390,7 +390,7 @@ def _categorical(provenance: Any) -> bool:
 
 
 def coactivation(coefficients: Array) -> Array:
-    """``(r, r)`` cosine between the components' coefficients ``(n, r)`` ≥ 0: 1 where they go together."""
+    """Compute the ``(r, r)`` cosines between the components' coefficients ``(n, r)`` ≥ 0: 1 where they go together."""
     products = np.zeros((coefficients.shape[1],) * 2)
     for start in range(0, len(coefficients), CHUNK):
         part = coefficients[start : start + CHUNK]

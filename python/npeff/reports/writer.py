@@ -1,4 +1,4 @@
-"""Where the parts of a report go: into the page itself, or into a folder beside it that the page loads from.
+"""Write the parts of a report: into the page itself, or into a folder beside it that the page loads from.
 
 A page opened from disk may not fetch files, but it may load scripts: every part beside the page is a script that hands
 its content to the page, ``npeff("component-17", …)``.
@@ -127,7 +127,7 @@ class ReportWriter:
         return self.size + size <= share * self.limit and self._room(name, size)
 
     def full(self, name: str) -> bool:
-        """Whether no more parts of that kind fit; then this one counts as left out."""
+        """Say whether no more parts of that kind fit; then this one counts as left out."""
         return bool(self.left_out[name.split("-")[0]]) and self._leave_out(name)
 
     def _leave_out(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What is checked of everything that is read: JSON documents, and arrays against the table that their format states.
+"""Check everything that is read: JSON documents, and arrays against the table that their format states.
 
 JSON is of bounded size and depth and of the expected type. A format states each array as a :class:`Field`; one check
 serves them all, whether arrays are mapped from HDF5, read from an archive, or cut from either. Sizes have names: the
@@ -126,7 +126,7 @@ def _check_nodes(value: Any, where: str, finite: bool) -> None:
 
 
 def expect(value: Any, where: str, expected: type | tuple[type, ...]) -> Any:
-    """``value``, once it has one of the expected types. A whole number serves as a number, true and false do not.
+    """Return ``value``, once it has an expected type. A whole number serves as a number, true and false do not.
 
     Args:
         value: Of a JSON document.
@@ -145,7 +145,7 @@ def expect(value: Any, where: str, expected: type | tuple[type, ...]) -> Any:
 
 
 def item(document: dict[str, Any], key: str, where: str, expected: type | tuple[type, ...]) -> Any:
-    """``document[key]``, of one of the expected types; where NoneType is among them the key may be missing.
+    """Return ``document[key]``, of an expected type; where NoneType is among them the key may be missing.
 
     Args:
         document: A JSON object.

@@ -1,4 +1,4 @@
-"""The npeff container: an HDF5 file that says what it is, and whose arrays are mapped rather than read."""
+"""The npeff container: an HDF5 file that states its contents, and whose arrays are mapped rather than read."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def recognise(path: Path) -> Container:
 
 
 def check_replaceable(path: Path | str, content: str) -> Path:
-    """Make sure that ``path`` is free, or holds what is about to be written anew: worth knowing before it is computed.
+    """Check, before the computation, that ``path`` is free or holds a file of the same content.
 
     Args:
         path: Where.

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: temporary names, fsync, rename, locks; what a full disk means.
+"""Write files that appear whole or not at all: temporary names, fsync, rename, locks; explain a full disk.
 
 Work whose files grow while it is done is told of the system's signals by an error, so that it saves what is open.
 """
@@ -364,7 +364,7 @@ class Lock:
 
 
 def forget(*arrays: npt.NDArray[Any]) -> None:
-    """Let go of the pages of mapped files: they count as this process's memory until the system wants them back.
+    """Release the pages of mapped files: they count as this process's memory until the system wants them back.
 
     The contents stay on disk, and are read again when they are needed.
     """

@@ -52,7 +52,7 @@ def as_bytes(chunk: Array, dtype: np.dtype[Any]) -> Array:
 
 @dataclass(frozen=True)
 class Spec:
-    """Where a dataset lies: ``offset`` is None when it is empty, or stored by another program in pieces."""
+    """The place of a dataset: ``offset`` is None when it is empty, or stored by another program in pieces."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -66,7 +66,7 @@ class Spec:
 
 @dataclass
 class Structure:
-    """What an HDF5 file holds.
+    """The contents of an HDF5 file.
 
     Attributes:
         specs: Its datasets, by path.

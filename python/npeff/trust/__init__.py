@@ -1,4 +1,4 @@
-"""Test a decomposition: do its components come back, do they generalise, and does chance do as well?
+"""Test a decomposition: whether its components come back and generalise, and whether chance does as well.
 
 ``stability``: the same components from half the examples; ``select``: the loss on what was held out, against the number
 of components; ``null_model``: what shuffled Fishers give; ``explained``: how much of each example's Fisher is accounted

@@ -1,4 +1,4 @@
-"""Compare decompositions: which component of one is which of another, and do they come back from parts of the examples?
+"""Compare decompositions: match their components, and test whether parts of the examples give them again.
 
 Components of inner products alone are combinations of the same rows. With K = A Aᵀ and vectors
 ``g_j = Σ_row c_row,j a_row``, K replaces the rows: inner products of vectors are ``cᵀ K c'``, those of rows with
@@ -157,7 +157,7 @@ class InnerProducts:
         self.weights = self.combinations(components, np.arange(len(fishers)))
 
     def combinations(self, components: Components, examples: Array) -> Array:
-        """Give c ``(n_rows, r)`` float64 of components made of some of the examples.
+        """Return the combinations c ``(n_rows, r)`` float64 of components made of some of the examples.
 
         Raises:
             ArgumentError: They do not hold them.
@@ -245,11 +245,11 @@ class Stability:
 
     @property
     def n_strategies(self) -> int:
-        """The smallest of them: finer levels of the tree divide its strategies further."""
+        """The smallest of :attr:`stable_numbers`: finer levels of the tree divide its strategies further."""
         return self.stable_numbers[0]
 
     def to_json(self) -> dict[str, Any]:
-        """Describe it for JSON."""
+        """Describe the result for JSON."""
         return {
             "share": self.share,
             "cosines": self.cosines.tolist(),
@@ -343,7 +343,7 @@ def rand_index(a: Array, b: Array) -> float:
 
 
 def options_of(components: Components) -> dict[str, Any]:
-    """Give the options of ``decompose`` that decide what is minimised, as the components were made with them."""
+    """Return the options of ``decompose`` that decide what is minimised, as the components were made with them."""
     return {
         "block_weights": components.block_weights or "energy",
         "normalize": components.provenance.get("normalize", "stored"),

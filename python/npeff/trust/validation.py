@@ -1,4 +1,4 @@
-"""Judge a decomposition by what shuffled Fishers give, and by its loss on examples that were held out."""
+"""Judge a decomposition: compare it with shuffled Fishers, and measure its loss on examples that were held out."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class NullModel:
         return np.asarray(self.energy > self.threshold)
 
     def to_json(self) -> dict[str, Any]:
-        """Describe it for JSON."""
+        """Describe the result for JSON."""
         return {
             "loss": self.loss,
             "losses": self.losses.tolist(),
@@ -184,7 +184,7 @@ class Selection:
         return f"Selection(chosen {self.chosen} of {numbers}; held-out loss {loss:.4f}, mean of {folds} folds)"
 
     def to_json(self) -> dict[str, Any]:
-        """Describe it for JSON."""
+        """Describe the result for JSON."""
         return {
             "n_components": list(self.n_components),
             "train": self.train.tolist(),

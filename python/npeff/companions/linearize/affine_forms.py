@@ -95,7 +95,7 @@ class Call:
         return self.constant(value) if isinstance(value, Tensor) else value
 
     def replay(self, *positions: int) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-        """Give the operation itself as a function of the arguments that depend on the input.
+        """Return the operation itself as a function of the arguments that depend on the input.
 
         Args:
             *positions: The arguments that vary; the others are held. By default all vary.
@@ -196,13 +196,13 @@ FACTORS = {
 
 @affine_form(*CONSTANT)
 def constant(call: Call) -> Affine:
-    """Depends on the shape of the input alone, or on the side of a jump that the input is on."""
+    """Return the form of an output that depends on the input's shape alone, or on the side of a jump that it is on."""
     return Affine()
 
 
 @affine_form(*LINEAR)
 def linear(call: Call) -> Affine | tuple[Affine, ...]:
-    """Layout, sums, means, interpolation, copies: linear in the first argument."""
+    """Return the form of layouts, sums, means, interpolation and copies, which are linear in the first argument."""
     for position in range(1, len(call.args)):
         if call.varies(position):
             call.fixed(position, f"{position + 1}th argument")
@@ -211,7 +211,7 @@ def linear(call: Call) -> Affine | tuple[Affine, ...]:
 
 @affine_form(*JOINT)
 def joint(call: Call) -> Affine | tuple[Affine, ...]:
-    """Additions, concatenations and similar: affine in all tensors together."""
+    """Return the form of additions, concatenations and similar operations, which are affine in all tensors together."""
     run, inputs = call.replay()
     if isinstance(call.output, Tensor):
         return Affine(run, inputs)
@@ -220,7 +220,7 @@ def joint(call: Call) -> Affine | tuple[Affine, ...]:
 
 @affine_form(*FACTORS)
 def product(call: Call) -> Affine:
-    """Products and convolutions: linear in each factor.
+    """Return the form of products and convolutions, which are linear in each factor.
 
     Where both factors depend on the input, each in turn varies while the other is held, and the mean is taken, which
     is exact at the point.
@@ -240,7 +240,7 @@ def product(call: Call) -> Affine:
 
 @affine_form("div")
 def quotient(call: Call) -> Affine | tuple[Affine, ...]:
-    """Linear in the numerator; a denominator that depends on the input is held."""
+    """Return the form of a quotient: linear in the numerator; a denominator that depends on the input is held."""
     if call.argument(2, "rounding_mode"):
         return Affine()
     if not call.varies(1):
@@ -253,7 +253,7 @@ def quotient(call: Call) -> Affine | tuple[Affine, ...]:
 
 @affine_form("copy", "fill", "zero")
 def overwritten(call: Call) -> Affine:
-    """A copy of the second argument; the old value is overwritten."""
+    """Return the form of a copy of the second argument, which overwrites the old value."""
     if not call.varies(1):
         call.fixed(1, "value")
         return Affine()

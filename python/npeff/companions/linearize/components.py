@@ -263,7 +263,7 @@ def _cotangent(logits: Tensor, changes: Tensor, likelihood: Likelihood, output: 
 
 
 def _inputs(model: nn.Module, given: Any, embed: Forward | None) -> Tensor:
-    """Give the numbers of one example that are attributed to, ``(1, *s)`` floats.
+    """Return the numbers of one example that are attributed to, ``(1, *s)`` floats.
 
     Raises:
         DataError: There is no floating-point tensor to attribute to.

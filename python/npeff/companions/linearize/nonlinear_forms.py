@@ -37,13 +37,13 @@ def _gated(
 
 @affine_form("relu")
 def relu(call: Call) -> Affine:
-    """max(v, 0)."""
+    """Return the form of max(v, 0)."""
     return _gated(call, call.args[0] > 0)
 
 
 @affine_form("leaky_relu", "_prelu_kernel", "prelu", "rrelu_with_noise")
 def leaky_relu(call: Call) -> Affine:
-    """Passes v, or a fraction of v below 0: given, learned, or the mean of a range (RReLU in evaluation mode)."""
+    """Pass v, or below 0 a fraction of v: given, learned, or the mean of a range (RReLU in evaluation mode)."""
     if call.name == "leaky_relu":
         slope = float(call.argument(1, "negative_slope", 0.01))
     elif call.name == "rrelu_with_noise":
@@ -55,7 +55,7 @@ def leaky_relu(call: Call) -> Affine:
 
 @affine_form("threshold", "hardtanh", "clamp", "clamp_min", "clamp_max", "nan_to_num")
 def passed(call: Call) -> Affine:
-    """Passes v above the threshold, between the bounds (ReLU6 is one), or where v is finite; a constant elsewhere."""
+    """Pass v above the threshold, between the bounds (as ReLU6 does), or where v is finite; a constant elsewhere."""
     v = call.args[0]
     for i in range(1, len(call.args)):
         call.fixed(i, f"{i + 1}th argument")
@@ -71,7 +71,7 @@ def passed(call: Call) -> Affine:
 
 @affine_form("hardsigmoid")
 def hardsigmoid(call: Call) -> Affine:
-    """Passes v/6 + 1/2 between −3 and 3, 0 or 1 outside."""
+    """Pass v/6 + 1/2 between −3 and 3, and 0 or 1 outside."""
     v = call.args[0]
     inside = (v > -3) & (v < 3)
     return _gated(call, inside, shift=torch.where(inside, 0.5, call.output), inner=1 / 6)
@@ -79,7 +79,7 @@ def hardsigmoid(call: Call) -> Affine:
 
 @affine_form("softshrink", "hardshrink")
 def shrink(call: Call) -> Affine:
-    """Passes v, shrunk towards 0 by λ or as it is; 0 within λ."""
+    """Pass v outside the interval from −λ to λ, unchanged or shrunk towards 0 by λ; pass 0 within the interval."""
     v, width = call.args[0], float(call.argument(1, "lambd", 0.5))
     outside = v.abs() > width
     return _gated(call, outside, shift=-width * v.sign() * outside if call.name == "softshrink" else None)
@@ -87,7 +87,7 @@ def shrink(call: Call) -> Affine:
 
 @affine_form("abs")
 def absolute(call: Call) -> Affine:
-    """±v."""
+    """Return the form of |v|: z times the sign of v."""
     v = call.args[0]
     side = v.sign()
     return Affine(lambda z: z * side, (v,), pattern=(side,))
@@ -95,7 +95,7 @@ def absolute(call: Call) -> Affine:
 
 @affine_form("maximum", "minimum", "fmax", "fmin")
 def extremum(call: Call) -> Affine:
-    """The larger (smaller) of two tensors, entry by entry."""
+    """Select the larger (or smaller) of two tensors, entry by entry."""
     a, b = call.args[0], call.args[1]
     first = a >= b if call.name in ("maximum", "fmax") else a <= b
     inputs = tuple(tensor for tensor in (a, b) if call.depends(tensor))
@@ -111,7 +111,7 @@ def extremum(call: Call) -> Affine:
 
 @affine_form("max", "min", "amax", "amin")
 def largest(call: Call) -> Affine:
-    """The largest (smallest) of all entries, or along dimensions; the mean over ties, as autograd has it."""
+    """Select the largest (or smallest) of all entries, or along dimensions; average over ties, as autograd does."""
     if not isinstance(call.output, Tensor):
         return selected(call)
     v, dims, keep = call.args[0], call.argument(1, "dim", ()), bool(call.argument(2, "keepdim", False))
@@ -124,10 +124,10 @@ def largest(call: Call) -> Affine:
 
 @affine_form("sort", "topk", "median", "nanmedian", "kthvalue", "mode", "cummax", "cummin")
 def selected(call: Call) -> Affine:
-    """Entries chosen along a dimension, whose positions come with them.
+    """Select entries along a dimension, at the positions that the operation returns with its values.
 
     Raises:
-        ModelError: They do not.
+        ModelError: The operation returns no positions.
     """
     if isinstance(call.output, Tensor):
         raise ModelError(f"model: {call.where} computes {call.name} of a whole tensor; give it a dimension")
@@ -145,7 +145,7 @@ def selected(call: Call) -> Affine:
 
 @affine_form("max_pool2d_with_indices", "adaptive_max_pool2d", "max_pool3d_with_indices", "adaptive_max_pool3d")
 def max_pool(call: Call) -> Affine:
-    """The entry that was largest in each window."""
+    """Select the entry that was largest in each window."""
     v, index = call.args[0], call.output[1]
     kept = 2 if "2d" in call.name else 3
     shape = index.shape
@@ -179,7 +179,7 @@ _SMALL = 1e-4
 
 @affine_form(*GATED)
 def gated(call: Call) -> Affine:
-    """z·g(v) with g(v) = f(v)/v."""
+    """Return the form z·g(v) of f(v), with the gate g(v) = f(v)/v held."""
     v = call.args[0]
     rest = [call.fixed(i, f"{i + 1}th argument") for i in range(1, len(call.args))]
     at_zero = call.function(torch.full((), _SMALL, dtype=torch.float64), *rest, **call.kwargs) / _SMALL
@@ -189,7 +189,7 @@ def gated(call: Call) -> Affine:
 
 @affine_form("glu")
 def gated_linear_unit(call: Call) -> Affine:
-    """The first half times σ of the second, which is held."""
+    """Multiply the first half by σ of the second half, which is held."""
     v, dim = call.args[0], call.argument(1, "dim", -1)
     gate = v.chunk(2, dim)[1].sigmoid()
     return Affine(lambda z: z.chunk(2, dim)[0] * gate, (v,), held="gate")
@@ -197,19 +197,19 @@ def gated_linear_unit(call: Call) -> Affine:
 
 @affine_form(*HELD)
 def held(call: Call) -> tuple[Affine, ...]:
-    """The values of all its outputs are held."""
+    """Hold the values of all outputs of the operation."""
     return tuple(Affine(held="value") for _ in tensors_in(call.output))
 
 
 @affine_form("_softmax", "_safe_softmax")
 def softmax(call: Call) -> Affine:
-    """Its values are held."""
+    """Hold the values of a softmax."""
     return Affine(held="attention pattern")
 
 
 @affine_form("_log_softmax")
 def log_softmax(call: Call) -> Affine:
-    """The difference z − log Σ exp v."""
+    """Return the form z − log Σ exp v, with the normaliser held."""
     v = call.args[0]
     normaliser = v - call.output
     return Affine(lambda z: z - normaliser, (v,), held="normaliser")
@@ -218,10 +218,10 @@ def log_softmax(call: Call) -> Affine:
 @affine_form("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_native_batch_norm_legit",
       "_native_batch_norm_legit_no_training", "_batch_norm_no_update", "_batch_norm_with_update")  # fmt: skip
 def batch_norm(call: Call) -> Affine:
-    """(z − μ)·γ/√(σ² + ε) + β with the running statistics.
+    """Return the form (z − μ)·γ/√(σ² + ε) + β with the running statistics.
 
     Raises:
-        ModelError: It normalises by the batch.
+        ModelError: The layer normalises by the batch.
     """
     v = call.args[0]
     parameters = [call.fixed(1, "weight"), call.fixed(2, "bias")]
@@ -245,7 +245,7 @@ def batch_norm(call: Call) -> Affine:
 
 @affine_form("native_layer_norm")
 def layer_norm(call: Call) -> Affine:
-    """(z − mean z)·γ/σ(v) + β over the last dimensions."""
+    """Return the form (z − mean z)·γ/σ(v) + β over the last dimensions."""
     v, shape = call.args[0], call.args[1]
     parameters = [call.fixed(2, "weight"), call.fixed(3, "bias")]
     dims = tuple(range(-len(shape), 0))
@@ -254,7 +254,7 @@ def layer_norm(call: Call) -> Affine:
 
 @affine_form("native_group_norm")
 def group_norm(call: Call) -> Affine:
-    """(z − mean z)·γ/σ(v) + β over groups of channels."""
+    """Return the form (z − mean z)·γ/σ(v) + β over groups of channels."""
     v, grouped = call.args[0], (call.args[0].shape[0], int(call.args[6]), -1)
     parameters = [call.fixed(1, "weight"), call.fixed(2, "bias")]
     return _normalised(v, grouped, (-1,), float(call.args[7]), parameters, _per_channel(v))
@@ -262,7 +262,7 @@ def group_norm(call: Call) -> Affine:
 
 @affine_form("_fused_rms_norm")
 def rms_norm(call: Call) -> Affine:
-    """z·γ/rms(v)."""
+    """Return the form z·γ/rms(v)."""
     v, weight = call.args[0], call.fixed(2, "weight")
     scale = call.output[1] if weight is None else call.output[1] * weight
     return Affine(lambda z: z * scale, (v,), held="root mean square")

@@ -174,7 +174,7 @@ Geometry = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def geometry(tensor: Tensor) -> Geometry:
-    """Give the offset, shape, strides and dtype of a tensor within its storage."""
+    """Return the offset, shape, strides and dtype of a tensor within its storage."""
     return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
@@ -230,7 +230,7 @@ class Values:
         return key(tensor) in self._memories
 
     def step(self, tensor: Tensor) -> int:
-        """Give the number of the step that holds a tensor's value."""
+        """Return the number of the step that holds a tensor's value."""
         memory = self._memories[key(tensor)]
         wanted = geometry(tensor)
         if wanted not in memory.steps:
@@ -303,7 +303,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values.set(point, self._emit(Step(lambda: point, (), zero_like(point))))
 
     def program(self, output: Tensor) -> tuple[Program, list[Frozen]]:
-        """Give the steps that lead to an output, and the parts that were held on the way.
+        """Return the steps that lead to an output, and the parts that were held on the way.
 
         Raises:
             ModelError: The output does not depend on the input.
@@ -438,7 +438,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._emit(Step(lambda: value, (), zero_like(value), self._module(), (), held, constants))
 
     def _steps_of(self, tensors: list[Tensor]) -> tuple[int, ...]:
-        """Give the steps of those of the tensors that are constants made by steps."""
+        """Return the steps of those of the tensors that are constants made by steps."""
         steps = [self._values.step(tensor) for tensor in tensors if self._values.holds(tensor)]
         return tuple(number for number in steps if number in self._without_input)
 

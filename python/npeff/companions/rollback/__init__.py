@@ -1,4 +1,4 @@
-"""Gradient Rollback: which training examples made a prediction, for models whose steps change few rows.
+"""Gradient Rollback: find the training examples behind a prediction, for models whose steps change few rows.
 
 ::
 

@@ -231,7 +231,7 @@ class GradientRollback(Explainer):
 
 @dataclass(frozen=True, eq=False)
 class ComponentRollback:
-    """How much each training example supports the model's answers on a component's top examples.
+    """The support of each training example for the model's answers on a component's top examples.
 
     Attributes:
         j: The component.

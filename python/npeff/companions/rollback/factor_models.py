@@ -153,7 +153,7 @@ class FactorModel(nn.Module, ABC):
         return array.astype(np.int64)
 
     def numpy_tables(self) -> dict[str, Array]:
-        """Copies of the tables."""
+        """Copy the tables to numpy arrays."""
         return {name: table.detach().cpu().numpy().copy() for name, table in self.tables.items()}
 
     def load_tables(self, tables: Mapping[str, Array]) -> None:

@@ -40,7 +40,7 @@ def superposition_score(vectors: Tensor | Array, importance: Tensor | Array | No
 
 @dataclass(frozen=True, eq=False)
 class CapacityMap:
-    """Which units carry which tokens.
+    """A map of the units that carry each token.
 
     Attributes:
         tokens: Names, those of one unit together.

@@ -84,7 +84,7 @@ def interaction_loss(attention: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def token_mask(mask: Any, like: Tensor) -> Tensor:
-    """Give the mask ``(batch, n)`` as numbers 0 and 1 in the dtype and on the device of ``like (batch, n, …)``.
+    """Return the mask ``(batch, n)`` as numbers 0 and 1 in the dtype and on the device of ``like (batch, n, …)``.
 
     Raises:
         ArgumentError: It is of another shape, or holds something else than truth values.

@@ -1,4 +1,4 @@
-"""The table of rules: which operation's operand is served by which rule.
+"""The table of rules: the rule that serves each operand of each operation.
 
 To add a rule, subclass :class:`~npeff.gradients.rules.base.Rule` and enter it here under the name of the
 operation's backward node and the position of the parameter among its inputs. The self-check tests it on every
@@ -51,7 +51,7 @@ Found = tuple[type[Rule], Use, list[Layout]]
 
 
 def find_uses(graph: Graph, parameter: Value, n_examples: int) -> list[Found]:
-    """Every use of a parameter between it and the logits, with its rule and the layouts that it may have.
+    """Find every use of a parameter between it and the logits, with its rule and the layouts that it may have.
 
     Args:
         graph: The graph of this batch.

@@ -1,4 +1,4 @@
-"""What a rule is: from one use of a parameter in the autograd graph to its per-example gradient."""
+"""Base classes of rules: a rule computes the per-example gradient of one use of a parameter in the autograd graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Layout", "Rule", "Scratch", "SmallRule", "StackedRule", "Unsupported
 
 
 def working(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype in which gradients are multiplied: half precisions become float32."""
+    """Convert a tensor to the dtype in which gradients are multiplied: half precisions become float32."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
 
 
@@ -28,7 +28,7 @@ Order = Literal["examples first", "positions first", "examples second"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor's leading rows are shared out among examples.
+    """The assignment of a tensor's leading rows to examples.
 
     Attributes:
         examples: Number of examples, b.
@@ -51,9 +51,9 @@ class Layout:
 
 
 def layouts_of_rows(n_rows: int, n_examples: int) -> list[Layout]:
-    """The ways in which ``n_rows`` rows can belong to ``n_examples``, likeliest first.
+    """List the ways in which ``n_rows`` rows can belong to ``n_examples``, likeliest first.
 
-    None when they do not divide.
+    Empty when they do not divide.
     """
     if n_rows == 0 or n_rows % n_examples:
         return []
@@ -71,7 +71,7 @@ class Scratch:
         self._held: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A contiguous tensor of undefined contents, the same memory whenever the name is the same."""
+        """Return a contiguous tensor of undefined contents, the same memory whenever the name is the same."""
         numel = math.prod(shape)
         held = self._held.get(name)
         if held is None or held.numel() < numel or held.dtype != like.dtype or held.device != like.device:
@@ -108,10 +108,10 @@ class Rule(ABC):
         self._nodes = nodes
 
     def saved(self, name: str) -> Any:
-        """What the operation kept for its backward pass.
+        """Return what the operation kept for its backward pass.
 
         Raises:
-            Unsupported: It kept nothing under that name.
+            Unsupported: The operation kept nothing under that name.
         """
         try:
             return getattr(self.edge.node, f"_saved_{name}")
@@ -121,7 +121,7 @@ class Rule(ABC):
             ) from error
 
     def saved_tensor(self, name: str) -> Tensor:
-        """A tensor that the operation must have kept; detached.
+        """Return a tensor that the operation must have kept, detached.
 
         Raises:
             Unsupported: There is none.
@@ -132,20 +132,20 @@ class Rule(ABC):
         return value.detach()
 
     def zeros(self) -> Tensor:
-        """δ of an output that the logits do not depend on."""
+        """Return δ of an output that the logits do not depend on."""
         made = self.edge.node._input_metadata[0]
         return torch.zeros(self.use.output_shape, dtype=made.dtype, device=made.device)
 
     @classmethod
     @abstractmethod
     def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
-        """The ways in which δ's rows can belong to the examples, likeliest first.
+        """List the ways in which δ's rows can belong to the examples, likeliest first.
 
         Empty if the rule does not apply.
         """
 
     def split(self, delta: Tensor) -> Tensor:
-        """δ with the examples first and the positions second: ``(b, T, …)``."""
+        """Return δ with the examples first and the positions second: ``(b, T, …)``."""
         return self.layout.split(delta)
 
     @abstractmethod
@@ -154,10 +154,10 @@ class Rule(ABC):
 
     @abstractmethod
     def bytes_per_column(self) -> int:
-        """What ``store`` keeps for the whole batch, per column."""
+        """Return the bytes that ``store`` keeps for the whole batch, per column."""
 
     def form_early(self) -> None:  # noqa: B027 — most rules have nothing to do
-        """Told after ``reserve`` where gradients will be asked for as blocks, all of them: ``store`` may form them."""
+        """Let ``store`` form gradients: called after ``reserve`` where all of them will be asked for as blocks."""
 
     @abstractmethod
     def store(self, column: int, delta: Tensor) -> None:
@@ -165,7 +165,7 @@ class Rule(ABC):
 
     @abstractmethod
     def block(self, examples: slice, rows: slice) -> Tensor:
-        """Gradient with respect to the operand.
+        """Compute the gradient with respect to the operand.
 
         Args:
             examples: Which examples, b' of them.
@@ -177,15 +177,15 @@ class Rule(ABC):
         """
 
     def gram(self, examples: slice) -> Tensor | None:
-        """Inner products of the columns ``(b', R, R)`` float64, where they cost less than the block."""
+        """Compute the inner products of the columns, ``(b', R, R)`` float64, where they cost less than the block."""
         return None
 
     def pair_sizes(self) -> tuple[int, int, int] | None:
-        """T, n, k of :meth:`pairs`; None where there are none."""
+        """Return T, n, k of :meth:`pairs`; None where there are none."""
         return None
 
     def pairs(self, examples: slice) -> tuple[Tensor, Tensor, bool] | None:
-        """The factors of a gradient that is a sum of outer products, ``Σ_t δ_t ⊗ a_t``.
+        """Return the factors of a gradient that is a sum of outer products, ``Σ_t δ_t ⊗ a_t``.
 
         Args:
             examples: Which examples, b' of them.
@@ -197,7 +197,7 @@ class Rule(ABC):
         return None
 
     def square(self, examples: slice, rows: slice) -> Tensor | None:
-        """Σ over columns of the block's squares ``(b', p, …)``, where that costs less than the block."""
+        """Sum the block's squares over columns, ``(b', p, …)``, where that costs less than the block."""
         return None
 
     def to_parameter(self, gradient: Tensor) -> Tensor:
@@ -233,11 +233,11 @@ class Rule(ABC):
         return gradient.reshape(*size, *self.use.parameter_shape)
 
     def kronecker_form(self) -> tuple[int, bool] | None:
-        """The number G of groups in :meth:`kronecker_factors`, and whether the operand is turned; None without them."""
+        """Return the number G of groups in :meth:`kronecker_factors`, and whether the operand is turned, or None."""
         return None
 
     def kronecker_factors(self) -> tuple[Tensor, Tensor]:
-        """The factors of the gradients of all examples and columns, ``Σ_t δ_gt ⊗ a_gt`` in each group g.
+        """Return the factors of the gradients of all examples and columns, ``Σ_t δ_gt ⊗ a_gt`` in each group g.
 
         Returns:
             a ``(b, G, T, p)`` and δ ``(b, G, T, R, q)``, in memory of their own.
@@ -267,7 +267,7 @@ class StackedRule(Rule):
         self._kept[column] = delta
 
     def stacked(self, examples: slice, dim: int) -> Tensor:
-        """δ of some examples, all columns side by side in a new dimension ``dim`` of ``(b', T, …)``."""
+        """Stack δ of some examples, all columns side by side in a new dimension ``dim`` of ``(b', T, …)``."""
         pieces = [working(self.split(delta)[examples]) for delta in self._kept]
         if len(pieces) == 1 and pieces[0].is_contiguous():
             return pieces[0].unsqueeze(dim)
@@ -292,7 +292,7 @@ class SmallRule(Rule):
 
     @abstractmethod
     def reduce(self, delta: Tensor) -> Tensor:
-        """From δ split by example ``(b, T, …)`` to the operand's per-example gradient ``(b, *shape)``."""
+        """Reduce δ, split by example ``(b, T, …)``, to the operand's per-example gradient ``(b, *shape)``."""
 
     @override
     def store(self, column: int, delta: Tensor) -> None:

@@ -35,7 +35,7 @@ def patches(
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """The inputs under the kernel at every output position, as a view.
+    """Return a view of the inputs under the kernel at every output position.
 
     Args:
         inputs: ``(n, channels, *space)``, already padded.

@@ -130,7 +130,7 @@ class Broadcast(SmallRule):
         return found
 
     def factor(self) -> Tensor | float:
-        """What δ is multiplied by: a number, or a tensor of the output's shape."""
+        """Return what δ is multiplied by: a number, or a tensor of the output's shape."""
         return 1.0
 
     @override

@@ -50,7 +50,7 @@ class Embedding(StackedRule):
         return self._sum(delta * inside[:, None, :, None], (tokens - start).clamp(0, stop - start - 1), stop - start)
 
     def looked_up(self, examples: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient on the rows looked up alone.
+        """Compute the gradient on the looked-up rows alone.
 
         Returns:
             ``(b', R, u, d)`` values, ``(b', u)`` rows of the table, and ``(b', u)`` which of them count. Examples with
@@ -149,7 +149,7 @@ class _ChannelWeight(_Channels):
 
     @abstractmethod
     def normalised(self, inputs: Tensor) -> Tensor:
-        """The input as it was before scale and shift."""
+        """Return the input as it was before scale and shift."""
 
     @override
     def reduce(self, delta: Tensor) -> Tensor:
