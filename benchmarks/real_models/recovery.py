@@ -1,9 +1,9 @@
-"""Vectors of SmolLM2 in parameter space: what one pass for many components costs, and what factors of low rank keep.
+"""Vectors of SmolLM2 in parameter space: what one pass for many components costs, and what their factors lose.
 
-An example is the next word after 24 tokens of a news article; the Fishers are of the weights of the linear layers in
-the transformer blocks, two rows each, sketched. Seconds are those of the processor on one thread, so that other work
-counts little. The first number of ``--examples`` is measured with every rank, and its components become adapters; the
-others with ``--rank`` alone. Writes ``results/real_recovery.md``.
+An example is the next word after 24 tokens of a news article; the Fishers are of the weights in the transformer blocks,
+norms included, two rows each, sketched. Seconds are those of the processor on one thread, so that other work counts
+little. The first number of ``--examples`` is measured with every rank, the others with ``--rank`` alone. Writes
+``results/real_recovery.md``.
 
     python benchmarks/real_models/recovery.py [--examples 64 256 1024]
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +33,7 @@ CONTEXT = 24
 OPTIONS: dict[str, Any] = {
     "compress": npeff.Sketch(4096, form="kronecker"),
     "rank": 2,
-    "parameters": "blocks",
+    "parameters": "model.layers.*.weight",
 }
 HOW: dict[str, Any] = {"forward": next_word, "progress": False}
 
@@ -52,35 +51,6 @@ def contexts(tokenizer: Any, n: int) -> torch.Tensor:
 def timed(work: Callable[..., T], *given: Any, **options: Any) -> tuple[T, float]:
     start = time.process_time()
     return work(*given, **options, **HOW), time.process_time() - start
-
-
-def kl(p: torch.Tensor, q: torch.Tensor) -> float:
-    return float((p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean())
-
-
-def kept_logits(model: Any, components: Any, j: int, scale: float, tokens: torch.Tensor, ranks: list[int]) -> list[str]:
-    """Table rows: an adapter of each rank against the weights moved along the whole vector."""
-    import peft
-
-    def logits(network: Any) -> torch.Tensor:
-        with torch.no_grad():
-            return next_word(network, (tokens, None)).double()
-
-    base = logits(model)
-    with npeff.applied(model, {name: scale * step for name, step in components.state_dict(j).items()}):
-        pushed = logits(model)
-    lines = []
-    for rank in ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            share = components.to_peft(j, folder, model, rank=rank, scale=scale)
-            adapted = peft.PeftModel.from_pretrained(model, folder).eval()
-            got = logits(adapted)
-            adapted.unload()
-        far = float((got - pushed).norm() / (pushed - base).norm())
-        lines.append(
-            f"| {j} | {scale} | {kl(base, pushed):.4f} | {rank} | {share:.2%} | {far:.3f} | {kl(got, pushed):.2e} |"
-        )
-    return lines
 
 
 class Table:
@@ -104,21 +74,18 @@ def main() -> None:
     parser.add_argument("--whole", type=int, default=8, help="Vectors recovered whole, of 425 MB each.")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16, 64], help="Their ranks.")
-    parser.add_argument("--steps", type=float, nargs="+", default=[0.1], help="How far adapters move.")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = network()
-    tokens = contexts(tokenizer, max(args.examples) + 16)
-    held, tokens = tokens[:16], tokens[16:]
+    tokens = contexts(tokenizer, max(args.examples))
     table = Table(
         "# Vectors in parameter space: SmolLM2",
         "",
         f"`python benchmarks/real_models/{Path(__file__).name} --examples {' '.join(map(str, args.examples))}`",
         machine.description(),
         "",
-        f"Examples of {CONTEXT} tokens, two rows each, of the weights of the linear layers in the transformer blocks "
-        "(106 M parameters); seconds of the processor on one thread.",
+        f"Examples of {CONTEXT} tokens, two rows each, of the weights in the transformer blocks (106 M parameters); "
+        "seconds of the processor on one thread.",
         "",
         "| examples | work | seconds | of those of the Fishers | share of ‖g‖² lost: median, most |",
         "|---|---|---|---|---|",
@@ -139,26 +106,10 @@ def main() -> None:
                 f"| {np.median(lost):.2%}, {lost.max():.2%} |"
             )
         if first:
-            whole, seconds = timed(components.recover, model, batches, list(range(args.whole)))
+            _, seconds = timed(components.recover, model, batches, list(range(args.whole)))
             table.add(
                 f"| {n} | {args.whole} components, whole | {seconds:.0f} | {seconds / of_fishers:.2f} | |",
             )
-            adapters = [
-                line
-                for j in (0, args.whole - 1)
-                for step in args.steps
-                for line in kept_logits(model, whole, j, step, held, args.adapters)
-            ]
-            del whole
-    table.add(
-        "",
-        "Adapters of components, on 16 other contexts: KL of the push, what an adapter of each rank keeps of ‖g‖², "
-        "how far its logits are from those of the push (as a share of the push), and their KL.",
-        "",
-        "| component | step | KL of the push | rank | ‖g‖² kept | distance of logits | KL to the push |",
-        "|---|---|---|---|---|---|---|",
-        *adapters,
-    )
 
 
 if __name__ == "__main__":
