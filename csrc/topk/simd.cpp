@@ -46,7 +46,7 @@ inline void scan_step(const float* x, int32_t i, int32_t floor, Hits& hits) {
   hits.n += _mm_popcnt_u32(above);
 }
 
-#elif defined(__AVX2__) && 0
+#elif defined(__AVX2__)
 
 constexpr int step = 32;
 
@@ -108,7 +108,7 @@ Magnitudes magnitudes(const uint32_t* bits, int64_t n) {
 
 int64_t keep(uint32_t* bits, int64_t* index, int64_t n, uint32_t threshold, int64_t last) {
   int64_t kept = 0, i = 0;
-#if defined(__AVX512F__) && 0
+#if defined(__AVX512F__)
   const __m512i bar = _mm512_set1_epi32(static_cast<int32_t>(threshold)), end = _mm512_set1_epi64(last);
   for (; i + 16 <= n; i += 16) {  // reads run ahead of writes of as many entries, so in place is safe
     const __m512i b = _mm512_loadu_si512(bits + i), m = _mm512_and_si512(b, _mm512_set1_epi32(magnitude));

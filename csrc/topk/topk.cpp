@@ -253,8 +253,7 @@ int64_t Selector::push(const Outer* outers, int64_t n_outers) {
 
 void Selector::finish() {
   if (size_ > k_) select(true);
-  static const bool no_runs = getenv("NORUNS");
-  if (no_runs || !sort_runs(bits_.get(), index_.get(), size_))
+  if (!sort_runs(bits_.get(), index_.get(), size_))
     radix_sort(bits_.get(), index_.get(), size_, [](uint32_t, int64_t i) { return static_cast<uint64_t>(i); });
 }
 
