@@ -247,6 +247,7 @@ def _reduced_columns(logits: Tensor, options: FisherOptions) -> tuple[Tensor, Te
     unit = _or_one(trace)
     width = _reduced_width(log_p, trace, options)
     if not _eigendecomposed(n_outputs, width, options):
+        del p, variance  # of a vocabulary, as large as the cotangents
         values, vectors = leading_eigenpairs(log_p, width)
         values = values / unit[:, None]
     else:
@@ -259,12 +260,12 @@ def _reduced_columns(logits: Tensor, options: FisherOptions) -> tuple[Tensor, Te
     leading = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
     size = (values * unit[:, None]).sqrt() * (trace > 0)[:, None]
     columns = vectors.mul_(torch.where(leading < 0, -1.0, 1.0) * size[:, None, :])
-    counts = torch.full((n,), width, dtype=torch.int64, device=p.device)
+    counts = torch.full((n,), width, dtype=torch.int64, device=log_p.device)
     if options.energy is not None:
         short = values.cumsum(dim=1) < options.energy - 1e-12
         counts = (short.sum(dim=1) + 1).clamp_max(width)
         counts = torch.where(trace > 0, counts, 1)
-        kept = torch.arange(width, device=p.device) < counts[:, None]
+        kept = torch.arange(width, device=log_p.device) < counts[:, None]
         width = int(counts.max())
         columns = columns.mul_(kept[:, None, :])[:, :, :width]
     return columns, counts
