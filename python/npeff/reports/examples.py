@@ -244,7 +244,7 @@ class Gallery:
             pixels = self.pixels(example.image)
             return {"uri": data_uri(overlay(pixels, weights, name)), "small": max(pixels.shape[:2]) <= PIXELATED_BELOW}
         flat = np.nan_to_num(weights.ravel())
-        levels = np.round(flat / (float(np.abs(flat).max(initial=0)) or 1.0), 3).tolist()
+        levels = np.round(flat / (float(np.abs(flat).max(initial=0)) or 1.0), 4).tolist()
         if example.place is not None:
             if weights.size > len(example.place.tokens):
                 raise ArgumentError(

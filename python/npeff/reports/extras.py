@@ -272,7 +272,7 @@ def save_extras(
 
     Args:
         path: Ending in ``.json``.
-        attributions: As for :func:`npeff.report`; four significant digits are kept.
+        attributions: As for :func:`npeff.report`; six significant digits are kept.
         influences: As for :func:`npeff.report`.
         components: What they are about; a report of other components then refuses the file.
 
@@ -288,7 +288,7 @@ def save_extras(
         raise ArgumentError(f"out: expected a name ending in .json, got {path}")
     content: dict[str, Any] = {} if components is None else {DIGEST: components.digest}
     for (j, i), values in (attributions or {}).items():
-        digits = np.vectorize(lambda v: float(f"{v:.4g}"), otypes=[float])(np.asarray(values, np.float64))
+        digits = np.vectorize(lambda v: float(f"{v:.6g}"), otypes=[float])(np.asarray(values, np.float64))
         content.setdefault("attributions", {}).setdefault(str(j), {})[str(i)] = digits.tolist()
     for j, value in (influences or {}).items():
         content.setdefault("influences", {})[str(j)] = asdict(InfluenceSummary.of(Given(f"influences[{j}]", value)))
