@@ -134,7 +134,10 @@ def _nnls(**arguments: Any) -> Any:
 
 
 def _numbers(x: Any) -> np.ndarray:
-    return np.asarray(x.detach().resolve_neg() if isinstance(x, torch.Tensor) else x)
+    if isinstance(x, torch.Tensor):
+        x = x.detach().resolve_neg()
+        return np.asarray(x.float() if x.dtype == torch.bfloat16 else x)  # which numpy does not have
+    return np.asarray(x)
 
 
 def _same_as_transposed(gram: Any) -> bool:

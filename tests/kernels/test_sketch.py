@@ -301,3 +301,13 @@ def test_seeds_and_places_are_different_maps() -> None:
         for other in maps[:i]:
             cosine = float(one[0] @ other[0]) / np.linalg.norm(one) / np.linalg.norm(other)
             assert abs(cosine) < 0.6
+
+
+def test_blocks_in_half_precision_are_converted(implementation: str) -> None:
+    block = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for numbers in (block, block.float()):
+        sketch = StreamingSketch(3, 16)
+        sketch.push_matrix(numbers, 0, (6, 4), np.zeros(3, np.int64), np.arange(3))
+        found.append(np.asarray(sketch.finish()))
+    np.testing.assert_array_equal(*found)

@@ -65,7 +65,8 @@ def test_pages_of_components_examples_and_strategies(browser, folders, kind):
     with opened(browser, made[kind], "component-7") as page:
         until(page, "document.querySelector('article#component-7:not([hidden])')")
         assert page.locator("article:visible").count() == 1
-        assert page.locator("section.top img").first.evaluate("img => img.complete && img.naturalWidth") == 8
+        until(page, "[...document.querySelectorAll('article:not([hidden]) .top img')].every(img => img.complete)")
+        assert page.locator("section.top img").first.evaluate("img => img.naturalWidth") == 8
         assert page.locator("article:visible .heat .cell").count() == len(components.parameters)
         assert page.title().startswith("7 ")
         page.locator("article:visible section.top a").first.click()

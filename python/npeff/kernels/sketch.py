@@ -215,7 +215,7 @@ class StreamingSketch(BlockStream):
         weight = math.sqrt(self.nonzeros)
         if (kernels := self._kernels) is None:
             down, across = (self.places(offset, side, shape[side]) for side in (0, 1))
-            entries = weight * arrays.as_tensor(values).cpu().numpy().astype(np.float64)
+            entries = weight * arrays.as_tensor(values).cpu().double().numpy()
             for i in np.lexsort((where.bases, where.targets)):
                 both = (down[where.bases[i] : where.bases[i] + p, None] ^ across).reshape(-1)
                 np.add.at(self._sums[where.targets[i]], both >> 1, entries[i] * (1 - 2 * (both & 1)))
