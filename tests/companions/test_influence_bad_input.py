@@ -22,7 +22,7 @@ from npeff.companions.influence import (
     squared_error,
     unlearn,
 )
-from npeff.errors import ArgumentError, DataError, ForeignFileError, ModelError, StorageError
+from npeff.errors import ArgumentError, DataError, ForeignFileError, ModelError, OutOfMemoryError, StorageError
 from retraining import minimise
 from word_vectors import weat
 
@@ -41,6 +41,23 @@ def influence(model, *losses, **options):
     return CrossLossInfluence(
         model, *(losses or (cross_entropy,)), progress=False, **{"damping": 1.0, "max_gradient": 9.0, **options}
     )
+
+
+def test_too_little_memory_in_a_loss_names_what_cuts_batches(model):
+    calls, full = [], []
+
+    def loss(model, batch):
+        calls.append(batch)
+        if len(calls) in full:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return cross_entropy(model, batch)
+
+    influence(model, loss).scores(DATA, DATA)
+    for number in (1, len(calls)):
+        calls.clear()
+        full[:] = [number]
+        with pytest.raises(OutOfMemoryError, match=r"^memory: .*8 bytes.* give smaller batches"):
+            influence(model, loss).scores(DATA, DATA)
 
 
 @pytest.mark.parametrize(

@@ -160,16 +160,16 @@ class Full(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("when", ["forward", "backward", "allocation"])
-@pytest.mark.parametrize("work", ["fishers", "gram", "mean", "recover", "perturb"])
+@pytest.mark.parametrize("work", ["fishers", "gram", "mean", "recover", "perturb", "mend"])
 def test_too_little_memory_names_what_cuts_batches(when, work):
-    enough = work in ("recover", "perturb")
+    enough = work in ("recover", "perturb", "mend")
 
     def full(model, batch):
         return model(batch[0]) if enough else Full.apply(model(batch[0]), when)
 
     model = mlp()
     if enough:
-        made = fishers(model, forward=full, compress=npeff.Sketch(16))
+        made = fishers(model, forward=full, compress=None if work == "mend" else npeff.Sketch(16))
         components = npeff.decompose(made, n_components=1, n_init=1, progress=False)
         enough = False
     how = {"forward": full, "progress": False}
@@ -179,11 +179,31 @@ def test_too_little_memory_names_what_cuts_batches(when, work):
         "mean": lambda: npeff.mean_fisher(model, batches(), **how),
         "recover": lambda: components.recover(model, batches(), **how),
         "perturb": lambda: npeff.perturb(model, batches(), components, 0, **how),
+        "mend": lambda: npeff.mend(model, batches(), components, 0, repair=range(6), **how),
     }[work]
     said = "can't allocate memory" if when == "allocation" else r"CUDA out of memory. Tried to allocate 2.00 GiB\.\)"
     with pytest.raises(OutOfMemoryError, match=rf"^memory: .*{said}.* give smaller batches .*memory='2GB'") as caught:
         call()
     assert isinstance(caught.value, MemoryError)
+
+
+def test_too_little_memory_at_any_pass_of_a_perturbation():
+    model, calls, full = mlp(), [], []
+    components = npeff.decompose(fishers(model), n_components=1, n_init=1, progress=False)
+
+    def counted(model, batch):
+        calls.append(batch)
+        if len(calls) in full:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return model(batch[0])
+
+    options = {"magnitude": 0.1, "n_random": 1, "curve": 0, "n_resamples": 0, "forward": counted, "progress": False}
+    npeff.perturb(model, batches(), components, 0, **options)
+    for number in range(1, len(calls) + 1):
+        calls.clear()
+        full[:] = [number]
+        with pytest.raises(OutOfMemoryError, match=r"^memory: .*8 bytes"):
+            npeff.perturb(model, batches(), components, 0, **options)
 
 
 class Branching(nn.Module):

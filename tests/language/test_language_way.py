@@ -178,6 +178,21 @@ def test_fishers_of_other_answers_or_tokens_are_not_encoded(folder: Path) -> Non
     found = "fishers: expected the tokens of the components' tokenizer, 'model', got those of one without"
     with pytest.raises(ArgumentError, match=found):
         components.encode(fishers(other))
+    described = components.provenance["fishers"]["places"]
+    described.pop("vocabulary")  # as older files have it
+    assert components.encode(fishers()).coefficients.shape == (6, 2)
+
+
+def test_other_places_are_mended_where_positions_are_given(folder: Path) -> None:
+    model, tokenizer = model_of("llama"), tokenizer_of()
+    places, turned = (Places(tokenizer, texts, "The") for texts in (TEXTS[:4], TEXTS[3::-1]))
+    fishers = npeff.compute_fishers(model, places, rank=1, progress=False)
+    components = npeff.decompose(fishers, n_components=1, n_init=1, progress=False)
+    with pytest.raises(DataError, match="data: these places are not those that the Fishers were computed from"):
+        npeff.mend(model, turned, components, 0, progress=False)
+    assert npeff.mend(model, turned, components, 0, repair=range(3), iterations=1, progress=False).n_repair
+    with pytest.raises(DataError, match="labels: mending needs all of them, and 4 are unknown"):
+        npeff.mend(model, Places(tokenizer, TEXTS[:4]), components, 0, repair=range(3), progress=False)
 
 
 def test_no_other_places_move_a_model(folder: Path) -> None:

@@ -93,7 +93,8 @@ def _unfolded(hint: Any) -> tuple[Any, list[Any]]:
 def entries_of(docstring: str | None) -> dict[str, str]:
     """Return the description of each argument in a docstring, each on one line."""
     section = _SECTION.search(f"{docstring}\n")
-    return {name: " ".join(text.split()) for name, text in _ENTRY.findall(section[1] if section else "")}
+    entries = _ENTRY.findall(section[1] if section else "")
+    return {name: " ".join(text.split()).replace(" [default:", "  [default:") for name, text in entries}
 
 
 @dataclass(frozen=True)

@@ -401,7 +401,7 @@ class Components(Factorisation):
                 f"fishers: expected the compression of the components ({ours or 'no sketch'}), got "
                 f"{fishers.sketch or 'no sketch'}; compute them as the components' own, or decompose these"
             )
-        check_same_outputs(fishers.provenance, self.provenance.get("fishers", {}))
+        check_same_outputs(fishers.provenance, self.provenance.get("fishers") or {})
         if fishers.kind != self.kind:
             raise ArgumentError(f"fishers: expected {self.kind} Fishers like the components, got {fishers.kind} ones")
         if fishers.parameters != self.parameters:

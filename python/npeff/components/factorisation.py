@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from npeff.components.factored import FactorSlot, MatrixFactors, assemble, slots, squared_norm, truncated
+from npeff.components.factored import MatrixFactors, assemble, slots, squared_norm, truncated
 from npeff.errors import ArgumentError
 from npeff.fishers.block_weights import column_factors
 from npeff.fishers.file_format import example_arrays
@@ -243,18 +243,23 @@ class Factorisation:
         j = self._component(j)
         self.check_recovered([j])
         if not self.known_as_factors_alone(j):
-            whole = self.vector(j) if (row := self._recovered_row(j)) is None else row
-            for slot in slots(self.parameters, None):
-                yield slot.parameter, whole[slot.parameter.slice].reshape(slot.size), None
+            yield from self._stored_blocks(j)
             return
-        rank, stored = self.factored_vector(j)
-        held = np.float32(max(squared_norm(self.parameters, rank, stored) ** 0.5, 1e-30))
+        held = np.float32(max(squared_norm(self.parameters, *self.factored_vector(j)) ** 0.5, 1e-30))
+        for parameter, left, right in self._stored_blocks(j):
+            yield parameter, left / held, right
+
+    def _stored_blocks(self, j: int) -> Iterator[tuple[Parameter, Array, Array | None]]:
+        """As :meth:`blocks`; what is known as factors alone has the norm of what the factors hold, not 1."""
+        rank, vector = None, self._recovered_row(j)
+        if self.known_as_factors_alone(j):
+            rank, vector = self.factored_vector(j)
+        vector = self.vector(j) if vector is None else vector
         for slot in slots(self.parameters, rank):
             if slot.rank is None:
-                yield slot.parameter, stored[slot.offset : slot.offset + slot.numel].reshape(slot.size) / held, None
+                yield slot.parameter, vector[slot.offset : slot.offset + slot.numel].reshape(slot.size), None
             else:
-                left, right = slot.factors(stored)
-                yield slot.parameter, left / held, right
+                yield slot.parameter, *slot.factors(vector)
 
     def recovered_entries(self, j: int, entries: slice) -> Array:
         """Return neighbouring entries of component j's recovered vector, float32, without making all of them.
@@ -287,23 +292,13 @@ class Factorisation:
 
     def matrix_factors(self, j: int, rank: int) -> Iterator[MatrixFactors]:
         """Iterate over the best factors of every matrix of component j's vector, of rank ``rank`` or less."""
-        if self.known_as_factors_alone(j):
-            stored = self.factored_vector(j)
-            vector, laid = stored[1], slots(self.parameters, stored[0])
-        else:
-            vector = self.vector(j)
-            laid = [FactorSlot(parameter, parameter.offset, None) for parameter in self.parameters]
-        for slot in laid:
-            if len(slot.parameter.shape) != 2:
+        for parameter, left, right in self._stored_blocks(j):
+            if len(parameter.shape) != 2:
                 continue
-            if slot.rank is not None:
-                left, right = slot.factors(vector)
-                left, right = left[:, :rank], right[:rank]  # by descending singular value
-            else:
-                block = torch.from_numpy(vector[slot.offset : slot.offset + slot.numel].reshape(slot.size).copy())
-                factors = truncated(block[None].double(), rank)
-                left, right = (factor[0].float().numpy() for factor in factors)
-            yield slot.parameter, left, right
+            if right is None:
+                whole = torch.from_numpy(left.astype(np.float64))[None]
+                left, right = (factor[0].float().numpy() for factor in truncated(whole, rank))
+            yield parameter, left[:, :rank], right[:rank]  # by descending singular value
 
     def cosines(self) -> Array:
         """Compute the ``(r, r)`` |cos| between the vectors, as factorised."""

@@ -113,7 +113,7 @@ class Evaluator:
 
     def call(self, batch: Batch) -> Tensor:
         """Compute the outputs on a batch, without a graph."""
-        with torch.no_grad(), memory_explained():
+        with torch.no_grad():
             return call_model(self.model, self.forward, batch, self.likelihood).detach()
 
     def _measure_own(self, stored: Logits) -> None:
@@ -328,6 +328,7 @@ def evaluator_for(
     Raises:
         ArgumentError: The model, ``forward`` or ``likelihood`` has a wrong type or value.
         DataError: The data is not the data of the Fishers.
+        OutOfMemoryError: There is too little memory for a batch, here or in the block.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -347,7 +348,7 @@ def evaluator_for(
         warnings.warn("model: it is not the one of the components' Fishers (other weights)", stacklevel=4)
     if components.ids[rows].min() < 0:
         raise ArgumentError("components: their ids are not positions in data; examples cannot be found")
-    with placed(inner, options.device) as device, untouched(inner):
+    with placed(inner, options.device) as device, untouched(inner), memory_explained():
         evaluator = Evaluator(inner, data, components, rows, device, likelihood, options)
         _check_outputs(evaluator, same_model)
         yield evaluator

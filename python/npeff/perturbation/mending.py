@@ -30,6 +30,8 @@ from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError
 from npeff.gradients.eligibility import placed
 from npeff.kernels.arrays import as_tensor
+from npeff.language.places import check_places
+from npeff.models.devices import memory_explained
 from npeff.models.forward import OVER_CLASSES
 from npeff.perturbation.options import Forward
 from npeff.perturbation.repair import (
@@ -144,7 +146,8 @@ def mend(
 
     Raises:
         ArgumentError: A component or an example does not exist, or the components are not low-rank.
-        DataError: Labels are missing, or there is nothing to repair.
+        DataError: Labels are missing, there is nothing to repair, or without ``repair`` the places are other ones.
+        OutOfMemoryError: There is too little memory for a batch.
     """
     chosen = _indices(components, which)
     if components.kind != "low_rank":
@@ -157,12 +160,16 @@ def mend(
     if iterations < 1:
         raise ArgumentError(f"iterations: expected at least 1, got {iterations}")
     check_sampler(data)
+    fishers = components.provenance.get("fishers") or {}
+    check_places(data, fishers if repair is None else {}, model)  # positions may be given of other places
     components.ensure_vectors(chosen, model, data, forward=forward, device=device, progress=progress)
-    with placed(model, device) as used_device:
-        likelihood = components.provenance.get("fishers", {}).get("options", {}).get("likelihood", "categorical")
+    with placed(model, device) as used_device, memory_explained():
+        likelihood = fishers.get("options", {}).get("likelihood", "categorical")
         batches = list(read_batches(data, used_device, forward is not None, likelihood in OVER_CLASSES))
         if any(batch.labels is None for batch in batches):
             raise DataError("labels: mending needs them; pass batches of (inputs, labels)")
+        if unknown := sum(int((batch.labels < 0).sum()) for batch in batches if batch.labels is not None):
+            raise DataError(f"labels: mending needs all of them, and {unknown} are unknown (below 0)")
         if not batches:
             raise DataError("data: it has no batches")
         labelled = LabelledOutputs.of(model, batches, forward, likelihood)

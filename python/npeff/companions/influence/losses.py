@@ -14,6 +14,7 @@ from npeff.batches.batches import Batch
 from npeff.batches.reading import check_data, check_sampler, read_batches
 from npeff.batches.tensor_trees import leaves
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError
+from npeff.models.devices import memory_explained
 
 Array = npt.NDArray[Any]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -61,13 +62,15 @@ def call_loss(model: nn.Module, loss: Loss, batch: Batch, name: str, *, whole: b
     Raises:
         DataError: It gave something else.
         ModelError: It raised an error.
+        OutOfMemoryError: There is too little memory for the batch.
     """
     try:
-        value = loss(model, batch.fresh().content)
+        with memory_explained():
+            value = loss(model, batch.fresh().content)
     except Exception as error:
         # Inference tensors have an explanation of their own, see PerExampleGradients.recording.
         explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
-        if explained or isinstance(error, (NpeffError, MemoryError, torch.OutOfMemoryError)):
+        if explained or isinstance(error, (NpeffError, MemoryError)):
             raise
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves(batch.content) if isinstance(leaf, Tensor))
         raise ModelError(
