@@ -106,7 +106,7 @@ void outer_gram(const OuterGram& run) {
     double* const gram = run.gram + slot * width * width;
     double squares = 0;
     for (int64_t i = 0; i < width * width; ++i) gram[i] = 0;
-    int64_t used = 0;  // beyond a place, a causal model's steps have no δ
+    int64_t used = norm * 0 == 0 ? 0 : t;  // beyond a place, a causal model's steps have no δ; but 0 · ∞ shows
     for (int64_t u = t; u > 0 && used == 0; --u)
       for (int64_t i = 0; i < width * right && used == 0; ++i)
         if (delta[(u - 1) * down + i] != 0) used = u;

@@ -327,7 +327,9 @@ void outer(const SketchOuter& run) {
     for (int64_t column = 0; column < run.columns; column += grouping.columns) {
       const int64_t left = run.columns - column, n = left < grouping.columns ? left : grouping.columns;
       for (int64_t group = first; group < end; ++group) {
-        bool filled = false;  // beyond a place, a causal model's steps have no δ
+        // Beyond a place, a causal model's steps have no δ; but 0 · ∞ shows, and each entry of a transform sums all others.
+        const float* const four = inputs + (group - first) * size;
+        bool filled = (four[0] + four[1] + four[2] + four[3]) * 0 != 0;
         for (int64_t r = 0; r < 4; ++r) {
           const int64_t step = group * grouping.steps + r % grouping.steps, own = r / grouping.steps;
           const bool there = step < run.t && own < n;

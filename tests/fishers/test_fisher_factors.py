@@ -101,6 +101,18 @@ def test_many_classes_have_the_leading_eigenvectors(n_classes: int, spread: floa
         assert np.abs(exact @ s - s * np.square(s).sum(0)).max() <= 1e-10 * scale**1.5 + 1e-18
 
 
+def test_more_columns_than_classes_with_a_probability() -> None:
+    """A masked vocabulary: of the columns asked for, some are zero, and the others are not touched by that."""
+    logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    logits[0, 10:], logits[1, ::3] = -1e9, -1e9
+    for i, exact in enumerate(output_fisher(logits.numpy())):
+        factors = factorise(logits[i : i + 1], FisherOptions(rank=20), None, IDS[:1])
+        s = (factors.columns[0] * factors.scale[0]).numpy()
+        eigenvalues = np.linalg.eigvalsh(exact)[::-1][:20].clip(0)
+        np.testing.assert_allclose(np.square(s).sum(0), eigenvalues, rtol=1e-9, atol=1e-15)
+        assert np.abs(exact @ s - s * np.square(s).sum(0)).max() <= 1e-12
+
+
 def test_many_classes_truncate_by_energy() -> None:
     logits = 2 * torch.randn(4, 500, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for share in (0.3, 0.7, 0.95):

@@ -77,6 +77,33 @@ def test_passes_begin_below_an_output_layer_without_a_fisher(case, kept, bias, o
     rows_agree(fishers, fishers_of_places(model, data, call, names)[0])
 
 
+class LargeInputs(torch.nn.Module):
+    """Token 9 has inputs of a layer so large that its gradient fits float32, and sums of its entries do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(10, 64)
+        self.layer, self.head = torch.nn.Linear(64, 64), torch.nn.Linear(64, 11)
+        with torch.no_grad():
+            self.layer.weight.mul_(1e-38)
+            self.head.weight.mul_(4.0)
+            self.head.bias[0] = 110.0  # confident: the Fisher itself fits
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        return self.head(self.layer(torch.where((input_ids == 9)[..., None], 3e38 * x.tanh(), x)))
+
+
+def test_a_sketch_that_overflows_names_its_place():
+    torch.manual_seed(0)
+    ids, labels = torch.tensor([[1, 2], [3, 4], [5, 9]]), torch.tensor([[-100, -100], [-100, 3], [-100, 7]])
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    data = [{key: value[1:2] for key, value in whole.items()}, whole]
+    how = {"parameters": ["layer.weight"], "compress": npeff.Sketch(16), "progress": False}
+    with pytest.raises(npeff.DataError, match="the sketch of example 2 overflows float32"):
+        npeff.compute_fishers(LargeInputs(), data, **how)
+
+
 @pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
 def test_top_k_of_each_place(case, kept, kind, monkeypatch):
     monkeypatch.setattr("npeff.fishers.topk_sink._FEWEST", 1)

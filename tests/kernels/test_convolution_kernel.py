@@ -164,6 +164,15 @@ def test_inner_products_of_outer_products(
     assert (size * (1 + 1e-6) >= gram.diagonal(dim1=1, dim2=2).sum(dim=1)).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_input_that_is_not_finite_shows_behind_a_place(implementation: str, bad: float) -> None:
+    """As in the gradients themselves, where 0 · ∞ is NaN."""
+    delta, inputs = torch.ones(2, 4, 2, 5), torch.ones(2, 4, 6)
+    delta[:, 2:], inputs[0, 3, 0] = 0.0, bad
+    gram, _ = kernels.outer_gram(delta, inputs)
+    assert gram[0].isnan().all() and gram[1].isfinite().all()
+
+
 def test_inner_products_refuse_what_does_not_fit() -> None:
     delta, inputs = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 6)
     for change in ({"n_slots": 3}, {"inputs": inputs[:1]}, {"inputs": inputs.double()}, {"delta": delta[0]}):

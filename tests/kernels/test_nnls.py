@@ -114,6 +114,15 @@ def test_objective_never_rises(seed: int, sweeps: int, implementation: str) -> N
     assert (np.diff(objectives, axis=0) <= 1e-12 * (1 + np.abs(objectives[0]))).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_row_is_swept_once_whatever_the_tolerance(implementation: str, dtype: type) -> None:
+    gram, cross = np.array([[2, 1], [1, 2]], dtype), np.array([[1, 2], [3, 1]], dtype)
+    for tol in (1e3, 1e300, np.inf):
+        result = nnls(gram, cross, tol=tol)
+        assert result.sweeps == 1
+        np.testing.assert_allclose(result.w, [[0.5, 0.75], [1.5, 0]])
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_any_batch_is_the_same_to_the_bit(exact: bool) -> None:
     gram, cross = problem(53, 20, dtype=np.float32)

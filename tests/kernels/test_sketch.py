@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from npeff.errors import ArgumentError, DataError
 from npeff.kernels import (
+    NonFiniteError,
     StreamingSketch,
     available,
     dispatch,
@@ -234,6 +235,18 @@ def test_factors_and_their_products_have_one_sketch(implementation: str, turned:
     np.testing.assert_allclose(factored.finish(), expected, rtol=0, atol=3e-6 * size)
     np.testing.assert_array_equal(bits(pieces.finish()), bits(expected))
     assert not expected[0].any()
+
+
+@pytest.mark.parametrize("t", [1, 2, 9])
+def test_an_input_that_is_not_finite_shows_behind_a_place(implementation: str, t: int) -> None:
+    """As in the products themselves, where 0 · ∞ is NaN, and as on a device."""
+    delta, inputs = torch.ones(2, t, 3, 21), torch.ones(2, t, 34)
+    delta[1, t // 2 :], inputs[1, t - 1, 5] = 0.0, float("inf")
+    stream = StreamingSketch(6, 32, 4)
+    stream.push_outer(delta, inputs, 12345, (21, 34), slice(0, 6))
+    with pytest.raises(NonFiniteError) as error:
+        stream.finish()
+    assert error.value.row == 3
 
 
 # ---- theory ---------------------------------------------------------------------------------------------------------

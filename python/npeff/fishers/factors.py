@@ -437,8 +437,8 @@ def _roots(head: Tensor, tail: Tensor, least: Tensor, which: slice) -> tuple[Ten
     upper, lower = head[:, which], head[:, which.start + 1 : which.stop + 1]
     gap = upper - lower
     # Far below every λ a probability's term is a series in p/λ, of which its moments are enough.
-    unit = _or_one(head[:, which.stop, None])
-    near = int((head > unit / 32).sum(dim=1).max())
+    unit = head[:, which.stop, None]
+    near, unit = int((head > unit / 32).sum(dim=1).max()), _or_one(unit)
     all_near = near == head.shape[1] and not bool(tail.any())
     powers = torch.arange(TERMS, 0, -1, device=head.device)[:, None, None]
     head, moments = head[:, :near], _power_sums(head[:, near:], unit) + tail * (least / unit) ** powers

@@ -266,10 +266,10 @@ class SketchSink(Sink):
             try:
                 sums = sketches().reshape(len(counts), self.n_columns, self._sketch.d)
             except NonFiniteError as error:
-                example = error.row // max(1, self.n_columns)
+                position = int(self._ids[error.row // max(1, self.n_columns)])
                 raise DataError(
-                    f"gradients: the sketch of example {example} of a batch overflows float32; scale the model's loss "
-                    "or logits down"
+                    f"gradients: the sketch of example {position} overflows float32; scale the model's loss or logits "
+                    "down"
                 ) from error
             sums *= scale[:, None, None]
             return DenseRows.first_of_each(sums, counts)

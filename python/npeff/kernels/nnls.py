@@ -92,7 +92,7 @@ def nnls(
         tol = 1e-10 if work == "float64" else 1e-5
     if isinstance(tol, bool) or not isinstance(tol, int | float | np.integer | np.floating) or not tol >= 0:
         raise ArgumentError(f"tol: expected a number ≥ 0, got {tol}")
-    tol = float(min(tol, 1e300))
+    tol = float(min(tol, 1e30))  # finite in float32: where each row starts, its residual counts as infinite
     if out is not None:
         arrays.check_output(out, "out", work, (n, r), gram=gram, cross=cross)
         if w0 is not None and not arrays.same_memory(out, w0):
