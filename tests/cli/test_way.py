@@ -35,6 +35,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[str, Any]:
+    """Components of sketches, and of inner products alone, with all vectors in parameter space."""
+    found = {}
+    for form in ("sketch", "gram"):
+        assert run(["recover", f"{form}.h5", MODEL, DATA, "--out", f"{form}.whole.h5", "--quiet"]) == 0
+        found[form] = npeff.load(f"{form}.whole.h5")
+    return found
+
+
+@pytest.fixture(scope="module")
 def written(folder: Path) -> dict[str, Any]:
     """What each command that looks at components writes in JSON."""
     for command in (
@@ -374,21 +384,21 @@ def test_recover_says_what_is_wrong(folder: Path, capsys: Any) -> None:
     assert not Path("r.h5").exists()
 
 
-def test_inner_products_alone_are_compared_in_parameter_space(folder: Path) -> None:
-    gram, other = npeff.load("gram.h5"), npeff.load("gram.recovered.h5")
+def test_inner_products_alone_are_compared_in_parameter_space(folder: Path, whole: dict[str, Any]) -> None:
+    gram, other = npeff.load("gram.h5"), whole["gram"]
     with pytest.raises(ArgumentError, match="npeff recover"):
         npeff.trust.similarity(gram, gram)  # their own coordinates say nothing about others'
     cosines = npeff.trust.similarity(other, other)
     np.testing.assert_allclose(np.diag(cosines), 1, rtol=1e-5)
-    topk = npeff.trust.similarity(npeff.load("sketch.recovered.h5"), other)
+    topk = npeff.trust.similarity(whole["sketch"], other)
     assert topk.shape == (3, 3) and (topk <= 1).all()
 
 
-def test_explained_shares_of_inner_products_are_those_of_rows(folder: Path) -> None:
+def test_explained_shares_of_inner_products_are_those_of_rows(folder: Path, whole: dict[str, Any]) -> None:
     assert run(["fishers", MODEL, DATA, "--exact", "--out", "exact.h5", "--quiet"]) == 0
-    exact, gram, components = npeff.load("exact.h5"), npeff.load("gram.fishers.h5"), npeff.load("gram.recovered.h5")
-    provenance = {**components.provenance, "fishers": exact.provenance}  # type: ignore[union-attr]
-    rows = replace(components, vectors=components.recovered_vectors, provenance=provenance)  # type: ignore
+    exact, gram, components = npeff.load("exact.h5"), npeff.load("gram.fishers.h5"), whole["gram"]
+    provenance = {**components.provenance, "fishers": exact.provenance}
+    rows = replace(components, vectors=components.recovered_vectors, provenance=provenance)
     with_rows = npeff.trust.explained(rows, exact)  # type: ignore[arg-type]
     np.testing.assert_allclose(npeff.trust.explained(components, gram), with_rows, atol=1e-4)  # type: ignore[arg-type]
 
