@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +92,16 @@ def model_of(kind: str = "llama", folder: Path | None = None, **options: Any) ->
     if folder is not None:
         model.save_pretrained(folder)  # type: ignore[operator]
     return model
+
+
+@contextmanager
+def working_beside_a_model(folder: Path) -> Iterator[Path]:
+    """Work in a folder that holds a model with its tokenizer, ``model``; go back at the end."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        model_of("llama", Path("model"))
+        tokenizer_of(Path("model"))
+        yield folder
+    finally:
+        os.chdir(before)

@@ -8,7 +8,7 @@ same gradients (positive and negative parts); NMF, k-means and a sparse autoenco
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,6 +167,36 @@ def nmf(x: np.ndarray, r: int) -> Fit:
     return fit
 
 
+def train_autoencoder(
+    h: torch.Tensor,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    decoder: torch.Tensor,
+    others: Iterable[torch.Tensor],
+    rate: float,
+    steps: int,
+    generator: torch.Generator,
+) -> None:
+    """Train an autoencoder in place by Adam on random batches of 256; the decoder's rows stay of unit norm.
+
+    Args:
+        h: ``(N, d)`` activations to train on.
+        loss: The loss of a batch.
+        decoder: ``(units, d)``, of unit rows.
+        others: The other parameters.
+        rate: Adam's.
+        steps: Adam's.
+        generator: Draws the batches.
+    """
+    optimizer = torch.optim.Adam([*others, decoder], rate)
+    for _ in range(steps):
+        batch = h[torch.randint(len(h), (256,), generator=generator)]
+        optimizer.zero_grad()
+        loss(batch).backward()
+        optimizer.step()
+        with torch.no_grad():
+            decoder /= decoder.norm(dim=1, keepdim=True)
+
+
 def sparse_autoencoder(x: np.ndarray, r: int) -> Fit:
     """ReLU autoencoder with unit decoder columns and an L1 penalty, tuned over three penalties.
 
@@ -185,16 +215,12 @@ def sparse_autoencoder(x: np.ndarray, r: int) -> Fit:
             encoder.bias.zero_()
         decoder.requires_grad_()
         bias = h.mean(0).clone().requires_grad_()
-        optimizer = torch.optim.Adam([*encoder.parameters(), decoder, bias], 3e-3)
-        for _ in range(AUTOENCODER_STEPS):
-            batch = h[torch.randint(len(h), (256,), generator=generator)]
+
+        def loss(batch: torch.Tensor) -> torch.Tensor:
             code = encoder(batch - bias).relu()
-            loss = (code @ decoder + bias - batch).square().sum(1).mean() + penalty * code.sum(1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                decoder /= decoder.norm(dim=1, keepdim=True)
+            return (code @ decoder + bias - batch).square().sum(1).mean() + penalty * code.sum(1).mean()
+
+        train_autoencoder(h, loss, decoder, [*encoder.parameters(), bias], 3e-3, AUTOENCODER_STEPS, generator)
         with torch.no_grad():
             code = encoder(h - bias).relu()
             left = (code @ decoder + bias - h).square().sum() / (h - h.mean(0)).square().sum()

@@ -23,7 +23,7 @@ import npeff
 from copying import MIDDLE, RELATIONS, THIRDS, Relation, chosen, drawn
 from language import News, Prompts, smollm2
 from measures import crossing_auc, shared_units
-from methods import kmeans, nmf, npeff_scores
+from methods import kmeans, nmf, npeff_scores, train_autoencoder
 from table import Table, write
 
 LAYERS, LAST = (10, 20, 29), "layers 20 to 29"
@@ -82,15 +82,10 @@ def sparse_codes(tokens: Tensor, x: Tensor, seed: int, steps: int = 1500) -> tup
         least = found.topk(ACTIVE, 1).values[:, -1:]
         return torch.where(found >= least, found, 0.0)
 
-    optimizer = torch.optim.Adam([encoder, decoder, offset], 2e-3)
-    for _ in range(steps):
-        batch = tokens[torch.randint(len(tokens), (256,), generator=generator)]
-        loss = (code(batch) @ decoder - batch).square().sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            decoder /= decoder.norm(dim=1, keepdim=True)
+    def loss(batch: Tensor) -> Tensor:
+        return (code(batch) @ decoder - batch).square().sum(1).mean()
+
+    train_autoencoder(tokens, loss, decoder, [encoder, offset], 2e-3, steps, generator)
     with torch.no_grad():
         left = (code(tokens) @ decoder - tokens).square().sum() / tokens.square().sum()
         return code(x).numpy(), float(1 - left)

@@ -74,14 +74,18 @@ class Terminated(SystemExit):
         return f"{self.reason}. What is finished is kept on the disk; the same command resumes it"
 
 
-def check_integer(name: str, value: object, least: int = 1) -> None:
+def check_integer(name: str, value: object, least: int = 1) -> int:
     """Refuse a value that is no integer ≥ ``least``; numpy's integers are integers, booleans are not.
+
+    Returns:
+        The value as Python's own integer, which JSON takes.
 
     Raises:
         ArgumentError: Naming the argument.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ArgumentError(f"{name}: expected an integer ≥ {least}, got {value!r}")
+    return int(value)
 
 
 def check_integers(item: object, least: Mapping[str, int]) -> None:
@@ -96,8 +100,7 @@ def check_integers(item: object, least: Mapping[str, int]) -> None:
     """
     for name, smallest in least.items():
         if (value := getattr(item, name)) is not None:
-            check_integer(name, value, smallest)
-            object.__setattr__(item, name, int(value))
+            object.__setattr__(item, name, check_integer(name, value, smallest))
 
 
 def check_number(name: str, value: object, *, zero: bool = False) -> None:

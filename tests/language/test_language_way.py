@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from npeff.errors import ArgumentError, DataError
 from npeff.gradients.eligibility import block_weights
 from npeff.language import Places
 from npeff.models.targets import load_model
-from tiny_language import model_of, tokenizer_of
+from tiny_language import model_of, tokenizer_of, working_beside_a_model
 
 pytest.importorskip("transformers")
 
@@ -30,19 +29,14 @@ FEW = ["--n-random", "1", "--top", "6", "--quiet"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model, its tokenizer and texts on the disk; Fishers and components, by the commands."""
-    path = tmp_path_factory.mktemp("language")
-    before = os.getcwd()
-    os.chdir(path)
-    model_of("llama", Path("model"))
-    tokenizer_of(Path("model"))
-    rows = [{"prompt": text, "answer": " yes" if i % 2 else " no"} for i, text in enumerate(TEXTS)]
-    Path("texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = ["fishers", "hf:model", "texts.jsonl", *FOLDED, "--text-column", "prompt", "--label-column", "answer"]
-    assert run([*command, "--out", "f.h5"]) == 0
-    assert run(["decompose", "f.h5", "--n-components", "3", "--n-init", "1", "--quiet", "--out", "c.h5"]) == 0
-    assert run(["recover", "c.h5", "hf:model", "texts.jsonl", "--quiet", "--out", "r.h5"]) == 0
-    yield path
-    os.chdir(before)
+    with working_beside_a_model(tmp_path_factory.mktemp("language")) as path:
+        rows = [{"prompt": text, "answer": " yes" if i % 2 else " no"} for i, text in enumerate(TEXTS)]
+        Path("texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        command = ["fishers", "hf:model", "texts.jsonl", *FOLDED, "--text-column", "prompt", "--label-column", "answer"]
+        assert run([*command, "--out", "f.h5"]) == 0
+        assert run(["decompose", "f.h5", "--n-components", "3", "--n-init", "1", "--quiet", "--out", "c.h5"]) == 0
+        assert run(["recover", "c.h5", "hf:model", "texts.jsonl", "--quiet", "--out", "r.h5"]) == 0
+        yield path
 
 
 def test_fishers_are_about_the_blocks_and_say_so(folder: Path) -> None:

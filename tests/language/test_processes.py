@@ -19,7 +19,7 @@ from npeff.errors import Terminated
 from npeff.language import Places
 from npeff.models.targets import load_model, load_tokenizer
 from processes import all_returned, run
-from tiny_language import model_of, tokenizer_of
+from tiny_language import tokenizer_of, working_beside_a_model
 
 pytest.importorskip("transformers")
 
@@ -54,16 +54,11 @@ def data():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model, its tokenizer and texts, and the Fishers that one process makes of their places."""
-    path = tmp_path_factory.mktemp("processes")
-    before = os.getcwd()
-    os.chdir(path)
-    model_of("llama", Path("model"))
-    tokenizer_of(Path("model"))
-    Path("texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    Path("work.py").write_text(SOURCE)
-    assert npeff_command([*COMMAND, "one.h5"]) == 0
-    yield path
-    os.chdir(before)
+    with working_beside_a_model(tmp_path_factory.mktemp("processes")) as path:
+        Path("texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+        Path("work.py").write_text(SOURCE)
+        assert npeff_command([*COMMAND, "one.h5"]) == 0
+        yield path
 
 
 def by_command(rank: int, command: list[str]) -> tuple[int, str]:

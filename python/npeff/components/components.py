@@ -277,8 +277,7 @@ class Components(Factorisation):
             ModelError: The model is not that of the Fishers.
             StorageError: The folder cannot be written.
         """
-        check_integer("rank", rank)
-        rank = int(rank)
+        rank = check_integer("rank", rank)
         j = self._component(j)
         self.ensure_vectors([j], model, data, rank=rank, **options)
         about = {"component": j, "digest": self.digest}

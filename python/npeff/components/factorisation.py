@@ -229,7 +229,7 @@ class Factorisation:
         return vector
 
     def blocks(self, j: int) -> Iterator[tuple[Parameter, Array, Array | None]]:
-        """Return component j's pseudo-Fisher vector, as :meth:`vector` does, parameter by parameter.
+        """Yield component j's pseudo-Fisher vector, which :meth:`vector` returns whole, parameter by parameter.
 
         What is known as factors stays factors, and vectors that were recovered whole are not copied.
 
@@ -250,7 +250,7 @@ class Factorisation:
             yield parameter, left / held, right
 
     def _stored_blocks(self, j: int) -> Iterator[tuple[Parameter, Array, Array | None]]:
-        """As :meth:`blocks`; what is known as factors alone has the norm of what the factors hold, not 1."""
+        """Yield the blocks of component j's vector; one that is known as factors alone has the norm of these, not 1."""
         rank, vector = None, self._recovered_row(j)
         if self.known_as_factors_alone(j):
             rank, vector = self.factored_vector(j)

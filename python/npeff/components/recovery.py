@@ -68,8 +68,7 @@ def recover(
             "expanded; recover the components before the expansion, or decompose all at once"
         )
     if rank is not None:
-        check_integer("rank", rank)
-        rank = int(rank)
+        rank = check_integer("rank", rank)
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
