@@ -18,9 +18,16 @@ from npeff.batches.tensor_trees import leaves, shown
 from npeff.companions.linearize.recording import Frozen, Program, Recorder, held_in_words, recording
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError, check_choice
 from npeff.gradients.eligibility import check_eligible
+from npeff.models.devices import memory_explained
 
 BUDGET = 1 << 26
 """Elements that the widest step may have, over all rows of W that are pulled back together."""
+
+explained = memory_explained(
+    "the linear map of x",
+    "give fewer examples, choose outputs=, linearise from a later layer (at=), or take rows(), matvec() and rmatvec(), "
+    "which do not hold W",
+)
 
 
 class LinearMap:
@@ -61,6 +68,7 @@ class LinearMap:
         return not self.frozen
 
     @cached_property
+    @explained
     def _graph(self) -> tuple[Tensor, Tensor]:
         """A point at zero and the frozen network's output there, with the graph between them."""
         with torch.inference_mode(False), torch.enable_grad():
@@ -75,6 +83,7 @@ class LinearMap:
         return self._out(self._graph[1].detach())
 
     @cached_property
+    @explained
     def W(self) -> Tensor:
         """``(n, K, *s)`` one vector–Jacobian product of the frozen network per row; kept once made.
 
@@ -91,12 +100,14 @@ class LinearMap:
         n, n_outputs = self._flat.shape
         size = max(1, min(n_outputs, BUDGET // self._program.widest))
         for start in range(0, n_outputs, size):
-            units = torch.eye(n_outputs, dtype=self._flat.dtype, device=self.x.device)[start : start + size]
+            units = self._flat.new_zeros((min(size, n_outputs - start), n_outputs))
+            units[:, start:].fill_diagonal_(1)
             rows = self._pull(units[:, None].expand(-1, n, -1))
             yield rows.transpose(0, 1) if self._batched else rows
 
     # ---- products ---------------------------------------------------------------------------------------------
 
+    @explained
     def __call__(self, z: Tensor) -> Tensor:
         """Compute W·z + b, the frozen network at any point ``(n, *s)``.
 
@@ -106,6 +117,7 @@ class LinearMap:
         with torch.no_grad():
             return self._out(self._program.run(self._checked(z, self.x, "z")))
 
+    @explained
     def matvec(self, v: Tensor) -> Tensor:
         """Compute W·v ``(n, K)`` for ``v (n, *s)``, by one pass; W is not formed.
 
@@ -142,6 +154,7 @@ class LinearMap:
             return self.rmatvec(c) * self.x
         return self.W * (self.x.unsqueeze(1) if self._batched else self.x)
 
+    @explained
     def bias_contributions(self, c: Tensor | None = None) -> dict[str, Tensor]:
         """Compute the contribution of each module's constants to each output: Σ bias·(gradient at that bias).
 
@@ -210,6 +223,7 @@ class LinearMap:
             raise ArgumentError(f"{name}: expected a tensor of shape {tuple(like.shape)}, got {got}")
         return given.detach().to(like)
 
+    @explained
     def _pull(self, cotangents: Tensor) -> Tensor:
         """Compute Wᵀ·c for each c of ``(m, n, K)`` cotangents: ``(m, n, *s)``, without the n where the point has none.
 
@@ -231,20 +245,28 @@ class LinearMap:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "(?s).*performance drop", UserWarning)
                     return torch.autograd.grad(output, points, cotangents, retain_graph=True, is_grads_batched=True)
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
+            except RuntimeError:
+                pass  # an operation without a batched form, or too little memory for all at once
         rows = [torch.autograd.grad(output, points, c, retain_graph=True) for c in cotangents]
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
     def _are_independent(self) -> bool:
-        """Tell whether every other example's outputs have no gradient at the examples between."""
+        """Tell whether no example's outputs have a gradient at another example.
+
+        Two examples differ in some bit of their numbers. So for every bit the outputs of the examples that have it may
+        have no gradient at the examples that lack it, nor the other way round: 2·log₂ n backward passes.
+        """
         if not self._independent:
             z, output = self._graph
-            cotangent = torch.zeros_like(output)
-            cotangent[::2] = torch.randn(output[::2].shape, generator=torch.Generator().manual_seed(0)).to(output)
-            leaked = torch.autograd.grad(output, z, cotangent, retain_graph=True)[0][1::2]
-            self._independent = not bool(leaked.count_nonzero())
+            weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+            numbers = torch.arange(len(output), device=output.device)
+            for bit in range((len(output) - 1).bit_length()):
+                for some in ((numbers >> bit & 1).bool(), (numbers >> bit & 1) == 0):
+                    cotangent = weights * some.view(-1, *(1,) * (output.dim() - 1))
+                    leaked = torch.autograd.grad(output, z, cotangent, retain_graph=True)[0][~some]
+                    if bool(leaked.count_nonzero()):
+                        return False
+            self._independent = True
         return self._independent
 
     def _from_offsets(self, cotangents: Tensor) -> dict[int, Tensor]:
@@ -327,6 +349,7 @@ def linearize(
         DataError: ``x`` or the output has non-finite values.
         ModelError: The model is in training mode, random, not piecewise linear, or uses an operation without an
             affine form.
+        OutOfMemoryError: There is too little memory; the map's methods raise it too.
     """
     _check(model, x, at, smooth)
     check_eligible(model)
@@ -401,16 +424,11 @@ def model_output(model: nn.Module, x: Any, forward: Forward | None) -> Tensor:
         ModelError: The model failed, or gives no float tensor.
         NpeffError: The model raised it.
         MemoryError: The model raised it.
-        OutOfMemoryError: The model raised it.
+        OutOfMemoryError: There is too little memory.
     """
     try:
-        if forward is not None:
-            output = forward(model, x)
-        elif isinstance(x, Mapping):
-            output = model(**x)
-        else:
-            output = model(*x) if isinstance(x, tuple) else model(x)
-    except (NpeffError, MemoryError, torch.OutOfMemoryError):
+        output = _called(model, x, forward)
+    except (NpeffError, MemoryError):
         raise
     except Exception as error:
         given = ", ".join(shown(leaf) for leaf in leaves(x) if isinstance(leaf, Tensor))
@@ -426,6 +444,15 @@ def model_output(model: nn.Module, x: Any, forward: Forward | None) -> Tensor:
             f"model: its output is {shown(output)}, expected a float tensor; choose one in forward=callable(model, x)"
         )
     return output
+
+
+@explained
+def _called(model: nn.Module, x: Any, forward: Forward | None) -> Any:
+    if forward is not None:
+        return forward(model, x)
+    if isinstance(x, Mapping):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple) else model(x)
 
 
 def _check(model: Any, x: Any, at: Any, smooth: Any) -> None:

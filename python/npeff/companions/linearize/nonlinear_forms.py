@@ -95,18 +95,19 @@ def absolute(call: Call) -> Affine:
 
 @affine_form("maximum", "minimum", "fmax", "fmin")
 def extremum(call: Call) -> Affine:
-    """Select the larger (or smaller) of two tensors, entry by entry."""
+    """Select the larger (or smaller) of two tensors, entry by entry; of equal ones take the part that autograd does."""
     a, b = call.args[0], call.args[1]
     first = a >= b if call.name in ("maximum", "fmax") else a <= b
+    tied = (a == b) & (call.name in ("maximum", "minimum"))  # half of each; fmax and fmin take the first
     inputs = tuple(tensor for tensor in (a, b) if call.depends(tensor))
     one, other = (None if call.depends(tensor) else call.constant(tensor) for tensor in (a, b))
 
     def function(*values: Tensor) -> Tensor:
         left = values[0] if one is None else one
         right = values[-1] if other is None else other
-        return torch.where(first, left, right)
+        return torch.where(tied, (left + right) / 2, torch.where(first, left, right))
 
-    return Affine(function, inputs, (first,))
+    return Affine(function, inputs, (first, tied))
 
 
 @affine_form("max", "min", "amax", "amin")
