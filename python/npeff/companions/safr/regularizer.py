@@ -143,6 +143,10 @@ class VMask(nn.Module):
         r = F.gumbel_softmax(logits, self.temperature, hard=True)[..., 0] if self.training else self.keep
         return embeddings * r[..., None]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave ``keep`` out of copies and pickles: tensors with a graph have neither."""
+        return {**self.__dict__, "keep": None}
+
     def importance(self, embeddings: Tensor) -> Tensor:
         """Compute the probability of each token to be kept, in the shape of the embeddings ``(…, dim)`` without dim."""
         return torch.softmax(self._logits(embeddings), -1)[..., 0]
@@ -161,7 +165,8 @@ class VMask(nn.Module):
         """
         if self.keep is None:
             return mask.new_zeros(())
-        p = self.keep.clamp(1e-6, 1 - 1e-6)
+        least = max(1e-6, torch.finfo(self.keep.dtype).eps)  # so that 1 − least is not 1 in half precision either
+        p = self.keep.clamp(least, 1 - least)
         h = -(p * p.log() + (1 - p) * (1 - p).log())
         return ((h * mask).sum(1) / mask.sum(1)).mean()
 
@@ -214,7 +219,12 @@ class SAFRRegularizer(nn.Module):
         super().__init__()
         for name, value in (("importance", importance), ("interaction", interaction), ("entropy", entropy)):
             check_number(name, value, zero=True)
-        if interaction and not isinstance(attention, str) and not len(attention):
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if vmask is not None and not isinstance(vmask, VMask):
+            raise ArgumentError(f"vmask: expected a VMask or None, got {type(vmask).__name__}")
+        attention = attention if isinstance(attention, str | Sequence | nn.ModuleList) else [attention]
+        if interaction and not len(attention):
             raise ArgumentError("attention: interaction > 0 needs attention modules; name them, or pass interaction=0")
         _, source = _find_module(model, embeddings, "embeddings")
         own = source if isinstance(source, VMask) else None
