@@ -134,7 +134,11 @@ def test_fit_on_a_sample_then_score_all(classifier):
     model, data, test, x, y = classifier
     fitted = estimator(model, solver="exact", damping=0.1, max_gradient=9.0).fit([(x[:20], y[:20])])
     scores = fitted.scores(data, test)
-    assert scores.values.shape == (40, 6) and scores.n == 20
+    assert scores.values.shape == (40, 6) and scores.n == 40, (
+        "one of 40 examples is left out, not one of the sample's 20"
+    )
+    assert fitted.scores([(x[:5], y[:5])], test).n == 20
+    np.testing.assert_allclose(scores.removal(), -scores.values / 40)
     np.testing.assert_allclose(scores.group([1, 2]), scores.values[[1, 2]].sum(0))
 
 

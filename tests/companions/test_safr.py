@@ -249,7 +249,7 @@ def test_bad_input_is_told() -> None:
         SAFRRegularizer(model, "embed", importance=-1)
     with pytest.raises(ArgumentError, match="needs attention modules"):
         SAFRRegularizer(model, "embed", ())
-    with pytest.raises(ArgumentError, match="model: expected .*, got str"):
+    with pytest.raises(ArgumentError, match=r"model: expected .*, got str"):
         SAFRRegularizer("model", "embed")
     with pytest.raises(ArgumentError, match="vmask: expected a VMask or None, got Linear"):
         SAFRRegularizer(model, "embed", vmask=nn.Linear(2, 2))

@@ -55,7 +55,7 @@ class Scores:
         values: ``(n_train, n_test)`` float64; may be mapped from a file.
         test_values: ``(n_test,)`` float64 L_test at the model's parameters.
         residuals: ``(n_test,)`` float64 relative residuals of the solves.
-        n: Number of examples in H.
+        n: Number of training examples: those of :meth:`CrossLossInfluence.fit` or of the scores, whichever are more.
         provenance: Solver, damping, weight decay, gradient norms, notes.
     """
 
@@ -354,12 +354,11 @@ class CrossLossInfluence:
         streamed = target is not None and target.suffix.lower() in (".h5", ".hdf5")
         with placed(self.model, self.device) as device:
             inverse, objective = self._inverse(), self._fitted[1]
-            n = objective.n
             train_data, test_data = RepeatableData(train, "train", device), RepeatableData(test, "test", device)
             test_values = loss_values(self.model, self.test_loss, test_data)
             if objective.data.data is not train_data.data or objective.device != device:
                 objective = self._objective(train_data)
-            shape = (objective.n, len(test_values))
+            n, shape = max(self._fitted[1].n, objective.n), (objective.n, len(test_values))
             kept = "No scores were written."
             values = scratch_array(target, shape, np.float64, kept) if target and streamed else np.empty(shape)
             residuals = np.zeros(shape[1])
