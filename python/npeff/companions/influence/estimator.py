@@ -36,7 +36,7 @@ from npeff.storage.writing import scratch_array, write_record
 Array = npt.NDArray[Any]
 Direction = Literal["raises", "lowers", "both"]
 CONTENT = "influence"
-SUFFIXES = (".h5", ".hdf5", ".npz", ".csv")
+SUFFIXES = (".h5", ".hdf5", ".csv")
 FIELDS = (
     Field("values", FLOAT, ("n_train", "n_test"), nan=True, infinite=True),
     Field("test_values", FLOAT, ("n_test",)),
@@ -134,26 +134,21 @@ class Scores:
         return np.asarray(-(self.values if indices is None else self.group(indices)) / self.n)
 
     def save(self, path: str | Path) -> Path:
-        """Write to ``.h5``, ``.npz`` (arrays ``values``, ``test_values``, ``residuals``) or ``.csv`` (one line per z).
+        """Write to ``.h5``, or the values alone to ``.csv`` (one line per z).
 
         Raises:
             ArgumentError: The name ends otherwise.
             StorageError: The path holds other work of npeff, or the file cannot be written.
         """
         path = check_path(path)
-        arrays = {part.name: getattr(self, part.name) for part in FIELDS}
-        meta = json.loads(json.dumps({"n": self.n, "provenance": self.provenance}, default=str))
-        if path.suffix.lower() not in (".npz", ".csv"):
+        if path.suffix.lower() != ".csv":
+            arrays = {part.name: getattr(self, part.name) for part in FIELDS}
+            meta = json.loads(json.dumps({"n": self.n, "provenance": self.provenance}, default=str))
             return write_record(path, CONTENT, arrays, meta)
-        with atomic(path) as scratch:
-            if path.suffix.lower() == ".npz":
-                with scratch.open("wb") as binary:
-                    np.savez(binary, **arrays, provenance=np.array(json.dumps({"n": self.n, **meta["provenance"]})))
-            else:
-                with scratch.open("w", newline="", encoding="utf-8") as file:
-                    writer = csv.writer(file)
-                    writer.writerow(["train", *(f"test_{j}" for j in range(self.values.shape[1]))])
-                    writer.writerows([i, *row] for i, row in enumerate(self.values.tolist()))
+        with atomic(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["train", *(f"test_{j}" for j in range(self.values.shape[1]))])
+            writer.writerows([i, *row] for i, row in enumerate(self.values.tolist()))
         return path
 
     @classmethod
@@ -196,8 +191,8 @@ def check_path(path: str | Path) -> Path:
     """
     path = path_of(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise ArgumentError(f"out: expected a name ending in .h5, .npz or .csv, got {path}")
-    if path.suffix.lower() not in (".npz", ".csv"):
+        raise ArgumentError(f"out: expected a name ending in .h5 or .csv, got {path}")
+    if path.suffix.lower() != ".csv":
         return check_replaceable(path, CONTENT)
     refuse_npeff_file(path)
     return path
@@ -338,7 +333,7 @@ class CrossLossInfluence:
         Args:
             train: Batches. Without :meth:`fit` before, they make H too.
             test: Batches as the test loss takes them.
-            out: ``.h5`` file to stream the table to (``.csv`` and ``.npz`` are written at the end).
+            out: ``.h5`` file to stream the table to (a ``.csv`` is written at the end).
 
         Raises:
             ArgumentError: Data that can be read only once, or a bad ``out``.
@@ -351,7 +346,7 @@ class CrossLossInfluence:
             fitted = copy.copy(self).fit(train)
             self.gradient_norm, self.relative_gradient_norm = fitted.gradient_norm, fitted.relative_gradient_norm
             return fitted.scores(train, test, out=out)
-        streamed = target is not None and target.suffix.lower() in (".h5", ".hdf5")
+        streamed = target is not None and target.suffix.lower() != ".csv"
         with placed(self.model, self.device) as device:
             inverse, objective = self._inverse(), self._fitted[1]
             train_data, test_data = RepeatableData(train, "train", device), RepeatableData(test, "test", device)

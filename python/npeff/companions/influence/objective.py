@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from npeff.batches.batches import Batch
 from npeff.companions.influence.losses import Loss, RepeatableData, call_loss, check_finite, check_loss
-from npeff.errors import ArgumentError, ModelError, check_choice, check_integer, check_number
+from npeff.errors import ArgumentError, ModelError, check_integer, check_number
+from npeff.gradients.backward import side_by_side
 from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.eligibility import placed, select_parameters
 from npeff.gradients.engine import PerExampleGradients, Prepared
@@ -183,8 +183,11 @@ class TrainingObjective:
         finally:
             self._graphs = None
 
-    def _flat_gradient(self, losses: Tensor, **options: Any) -> Tensor:
-        parts = torch.autograd.grad(losses.sum(), self.tensors, allow_unused=True, materialize_grads=True, **options)
+    def _flat_gradient(self, values: Tensor, cotangent: Tensor | None = None, **options: Any) -> Tensor:
+        cotangent = torch.ones_like(values) if cotangent is None else cotangent
+        parts = torch.autograd.grad(
+            values, self.tensors, cotangent, allow_unused=True, materialize_grads=True, **options
+        )
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _recorded(self, batch: Batch, number: int | None) -> Tensor:
@@ -229,25 +232,15 @@ class TrainingObjective:
             ) from error
 
     def _pull(self, gradient: Tensor, vectors: Tensor) -> Tensor:
-        if self._batched and len(vectors) > 1:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "(?s).*performance drop", UserWarning)
-                    return self._pulled(gradient, vectors, is_grads_batched=True)
-            except RuntimeError as error:
-                if "vmap" not in str(error) and "batching" not in str(error):
-                    raise
-                self._batched = False  # some operation has no batched form: one vector at a time
-        return torch.cat([self._pulled(gradient, row) for row in vectors])
-
-    def _pulled(self, gradient: Tensor, given: Tensor, **options: Any) -> Tensor:
-        pulled = torch.autograd.grad(gradient, self.tensors, given, True, allow_unused=True, **options)
-        k = given.numel() // self.m
-        parts = [
-            given.new_zeros((k, tensor.numel())) if part is None else part.reshape(k, -1)
-            for part, tensor in zip(pulled, self.tensors, strict=True)
-        ]
-        return torch.cat(parts, dim=1)
+        pulled = side_by_side(gradient, self.tensors, vectors) if self._batched and len(vectors) > 1 else None
+        if pulled is not None:
+            parts = [
+                vectors.new_zeros((len(vectors), tensor.numel())) if part is None else part.reshape(len(vectors), -1)
+                for part, tensor in zip(pulled, self.tensors, strict=True)
+            ]
+            return torch.cat(parts, dim=1)
+        self._batched = self._batched and len(vectors) == 1  # no batched form of some operation: one after the other
+        return torch.stack([self._flat_gradient(gradient, row, retain_graph=True) for row in vectors])
 
 
 def gradient_blocks(
@@ -320,8 +313,6 @@ def unlearn(
     *,
     learning_rate: float,
     steps: int = 10,
-    target: float | None = None,
-    goal: Literal["lower", "higher"] = "lower",
     parameters: str | Sequence[str] | None = None,
 ) -> Unlearned:
     """Climb the loss of harmful examples and descend that of helpful ones, and measure the model after every step.
@@ -336,9 +327,7 @@ def unlearn(
         helpful: Batches to descend on; None for none.
         measure: ``measure(model) -> float``, such as a WEAT score.
         learning_rate: η.
-        steps: Most steps.
-        target: Stop once the measure has reached it.
-        goal: Whether reaching means ≤ (``"lower"``) or ≥ (``"higher"``).
+        steps: How many steps.
         parameters: Name patterns of the parameters that may change.
 
     Returns:
@@ -355,7 +344,6 @@ def unlearn(
         raise ArgumentError("harmful: neither harmful nor helpful examples were given; pass batches of at least one")
     if not callable(measure):
         raise ArgumentError(f"measure: expected callable(model) -> float, got {measure!r}")
-    check_choice("goal", goal, ("lower", "higher"))
     changed = copy.deepcopy(model)
     with placed(changed, None) as device:
         sides = {
@@ -366,8 +354,6 @@ def unlearn(
         history = [float(measure(changed))]
         before = {name: side.value_and_gradient()[0] for name, side in sides.items()}
         for _ in range(steps):
-            if target is not None and (history[-1] <= target if goal == "lower" else history[-1] >= target):
-                break
             gradients = {name: side.value_and_gradient()[1] for name, side in sides.items()}
             for name, side in sides.items():
                 step = (1.0 if name == "harmful" else -1.0) * learning_rate * gradients[name]

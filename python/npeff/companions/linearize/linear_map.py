@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch.func import jvp
 from npeff.batches.tensor_trees import leaves, shown
 from npeff.companions.linearize.recording import Frozen, Program, Recorder, held_in_words, recording
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError, check_choice
+from npeff.gradients.backward import side_by_side
 from npeff.gradients.eligibility import check_eligible
 from npeff.models.devices import memory_explained
 
@@ -240,13 +240,9 @@ class LinearMap:
 
     @staticmethod
     def _gradients(output: Tensor, points: list[Tensor], cotangents: Tensor) -> Sequence[Tensor]:
-        if len(cotangents) > 1:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "(?s).*performance drop", UserWarning)
-                    return torch.autograd.grad(output, points, cotangents, retain_graph=True, is_grads_batched=True)
-            except RuntimeError:
-                pass  # an operation without a batched form, or too little memory for all at once
+        together = side_by_side(output, points, cotangents) if len(cotangents) > 1 else None
+        if together is not None:
+            return cast("tuple[Tensor, ...]", together)  # every point leads to the output
         rows = [torch.autograd.grad(output, points, c, retain_graph=True) for c in cotangents]
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from npeff.companions.rollback.factor_models import FactorModel
 from npeff.companions.rollback.record import OptimizerName, Recipe, Record, RecordBuilder
-from npeff.errors import ArgumentError, ModelError, check_choice
+from npeff.errors import ArgumentError, ModelError
 
 Array = npt.NDArray[Any]
 Rows = Any  # an integer, or different integers
@@ -219,15 +219,13 @@ class RollbackRecorder:
 
     The difference of the rows is taken, whatever the optimiser made of the gradient. An optimiser with momentum,
     Adam's averages or weight decay also changes rows that have no gradient in a step, by gradients of earlier examples.
-    Such an optimiser is refused, unless ``momentum="accept"``: then the whole change of the example's own rows is
-    recorded as the example's, and changes of other rows are recorded for no example.
+    Such an optimiser is refused.
 
     Args:
         optimizer: Of the training loop; its parameters must include the tables.
         touched: The model, whose tables are recorded.
         examples: ``(n, m + 1)`` training examples.
         all_rows: Record every row that changed, not only those of the example. Compares whole tables at every step.
-        momentum: ``"refuse"`` or ``"accept"`` an optimiser that changes rows without a gradient.
         out: Stream the record to this HDF5 file; by default it stays in memory.
         names: Names of the rows, by table, kept in the record.
 
@@ -235,7 +233,7 @@ class RollbackRecorder:
         record: The :class:`Record`, once the ``with`` block has ended without an error; None before.
 
     Raises:
-        ArgumentError: The examples do not fit the model, the optimiser lacks a table, or an option has no such value.
+        ArgumentError: The examples do not fit the model, or the optimiser lacks a table.
         ModelError: The optimiser changes rows without a gradient, or cannot be probed.
         StorageError: No record can be written at ``out``.
     """
@@ -247,7 +245,6 @@ class RollbackRecorder:
         examples: Array,
         *,
         all_rows: bool = False,
-        momentum: Literal["refuse", "accept"] = "refuse",
         out: str | Path | None = None,
         names: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
@@ -256,7 +253,6 @@ class RollbackRecorder:
                 "touched: expected a FactorModel (DistMult, ComplEx, MatrixFactorization, or a subclass of your "
                 f"own), got {type(touched).__name__}"
             )
-        check_choice("momentum", momentum, ("refuse", "accept"))
         self._model, self._optimizer, self._all_rows = touched, optimizer, all_rows
         self._examples = touched.check_examples(examples, least=1)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -265,8 +261,7 @@ class RollbackRecorder:
                 raise ArgumentError(
                     f"optimizer: does not hold the table {name!r} of the model; pass model.parameters() to it"
                 )
-            if momentum == "refuse":
-                check_optimizer(optimizer, groups[id(table)])
+            check_optimizer(optimizer, groups[id(table)])
         self._names, self._out = names, out
         self._builder: RecordBuilder | None = None
         self.record: Record | None = None
@@ -356,12 +351,11 @@ def check_optimizer(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     except Exception as error:
         raise ModelError(
             f"optimizer: {name} could not be tried out ({type(error).__name__}: {error}), so that it is not known "
-            "whether it changes rows without a gradient; pass momentum='accept' if it does not, or if it may"
+            "whether it changes rows without a gradient; its class must be made from parameters and the group's options"
         ) from error
     if bool((probe.detach() != before)[0]):
         raise ModelError(
             f"optimizer: {name} with these options changes rows that have no gradient (momentum, running averages or "
             "weight decay), so that the changes in a step are not due to its example alone; use SGD without momentum "
-            "and weight decay, Adagrad, or SparseAdam with sparse gradients; or pass momentum='accept' to record the "
-            "example's own rows all the same"
+            "and weight decay, Adagrad, or SparseAdam with sparse gradients"
         )
