@@ -24,7 +24,7 @@ from npeff.short_repr import short_repr
 
 
 class TrainingObjective:
-    """The training objective over given data.
+    """The training objective over data of n examples, and weight decay, in m selected parameters.
 
     Args:
         model: The model, in evaluation mode.
@@ -34,10 +34,6 @@ class TrainingObjective:
         weight_decay: w; the coefficient of ½‖θ‖² in what was trained.
         memory: Bytes that Hessian products may take beside their vectors.
         name: The loss's name, for messages.
-
-    Attributes:
-        n: Number of examples.
-        m: Number of selected parameters.
 
     Raises:
         ModelError: The model has no per-example gradients as it stands.
@@ -254,17 +250,9 @@ def gradient_blocks(
 def dense_rows(
     engine: PerExampleGradients, prepared: Prepared, columns: Tensor, dtype: torch.dtype, squared: bool = False
 ) -> Tensor:
-    """Compute the per-example gradients of a batch as dense rows.
+    """Compute the per-example gradients of a batch as dense rows ``(b, R, m)``, for cotangents ``(b, C, R)``.
 
-    Args:
-        engine: Made ``prepared``.
-        prepared: The batch.
-        columns: ``(b, C, R)`` cotangents.
-        dtype: Of the rows.
-        squared: Σ over columns of the squares instead; then R = 1 in the result.
-
-    Returns:
-        ``(b, R, m)``.
+    Squared: the sum of their squares over the columns, ``(b, 1, m)``.
     """
     b, _, n_columns = columns.shape
     shape = (b, 1 if squared else n_columns, engine.parameters.n_parameters)

@@ -139,11 +139,7 @@ class Exact(Solver):
 
 
 def dense_inverse(curvature: Tensor, damping: float) -> Inverse:
-    """Factorise a dense curvature matrix by Cholesky.
-
-    Args:
-        curvature: ``(m, m)`` float64, without the damping; overwritten.
-        damping: Added to its diagonal.
+    """Factorise a dense curvature matrix ``(m, m)`` float64, overwritten, plus the damping, by Cholesky.
 
     Raises:
         ModelError: The sum is not positive definite.

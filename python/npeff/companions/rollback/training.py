@@ -26,10 +26,7 @@ Rows = Any  # an integer, or different integers
 class RowOptimizer:
     """The steps of ``torch.optim.SGD``, ``Adagrad`` or ``SparseAdam``, which change only rows with a gradient.
 
-    Args:
-        name: ``"sgd"``, ``"adagrad"`` or ``"adam"``.
-        tables: ``(rows, width)``, or ``(rows, width, R)`` for R models side by side; for their shapes.
-        learning_rate: η.
+    Tables are ``(rows, width)``, or ``(rows, width, R)`` for R models side by side.
     """
 
     def __init__(self, name: OptimizerName, tables: Mapping[str, Array], learning_rate: float) -> None:
@@ -40,21 +37,14 @@ class RowOptimizer:
         self._active: Array | None = None
 
     def begin(self, active: Array | None) -> None:
-        """Begin a step, which changes rows of every table.
-
-        Args:
-            active: ``(R,)`` bool, the models that take the step; None for all.
-        """
+        """Begin a step of all models, or of those that are ``active (R,)``."""
         self._active = active
         self._step = self._step + (1 if active is None else active)
 
     def update(self, table: str, rows: Rows, gradient: Array) -> Array:
-        """Compute the change of one or several different rows of a table; the shape of ``gradient``.
+        """Compute the change of one or several different rows of a table, in the shape of their gradient.
 
-        Args:
-            table: Its name.
-            rows: One row, or k rows, that have no update in this step yet.
-            gradient: ``(width,)`` or ``(k, width)``; with R models a last axis of R.
+        The rows have no update in this step yet.
         """
         averages = self._averages[table]
         change, *after = self._rule(gradient, *[average[rows] for average in averages])
@@ -137,17 +127,9 @@ def run_epochs(
     all_rows: bool = False,
     progress: bool = False,
 ) -> None:
-    """Take all steps of a training, on the tables given, in place.
+    """Take all steps of a training, on tables ``(rows, width)``, in place; the model supplies the score alone.
 
-    Args:
-        model: Supplies the score; its weights are neither used nor changed.
-        tables: ``(rows, width)``, or with ``kept`` ``(rows, width, R)`` for R models side by side.
-        examples: ``(n, m + 1)`` int64.
-        recipe: How to train.
-        kept: ``(n, R)`` bool, the examples that each model is trained on; by default all.
-        builder: Receives the updates.
-        all_rows: Those of all rows.
-        progress: Show a progress bar.
+    With ``kept (n, R)``, the examples that each of R models is trained on, tables are ``(rows, width, R)``.
 
     Raises:
         ModelError: The model has no ``query_gradient``.
@@ -326,12 +308,8 @@ class RollbackRecorder:
 def check_optimizer(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     """Make sure that an optimiser does not change rows without a gradient.
 
-    An optimiser of the same class and options takes two steps on a parameter of its own, the second step with a
-    gradient in one of two rows.
-
-    Args:
-        optimizer: Is not changed.
-        group: The parameter group whose options count.
+    An optimiser of the same class and the group's options takes two steps on a parameter of its own, the second step
+    with a gradient in one of two rows.
 
     Raises:
         ModelError: It changes such rows, or cannot be tried out.

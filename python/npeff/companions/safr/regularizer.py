@@ -380,16 +380,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _tap(name: str, module: nn.Module, into: list[Tensor]) -> list[RemovableHandle]:
-    """Collect the weights of one attention module, whose output stays as its caller asked for it.
-
-    Args:
-        name: Of the module, for messages.
-        module: The module.
-        into: Where weights ``(batch, heads, n, n)`` go, forward by forward.
-
-    Returns:
-        The hooks.
-    """
+    """Collect the weights ``(batch, heads, n, n)`` of one attention module, whose callers get what they asked for."""
     asked: list[tuple[bool, bool]] = []
 
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
