@@ -358,7 +358,19 @@ class CrossLossInfluence:
             values = scratch_array(target, shape, np.float64, kept) if target and streamed else np.empty(shape)
             residuals = np.zeros(shape[1])
             iterations = self._fill(values, residuals, inverse, objective, test_data)
-        provenance = self._provenance(inverse, iterations)
+        options = {
+            key: value for key, value in vars(self.solver).items() if isinstance(value, int | float | str | None)
+        }
+        provenance = {
+            "solver": self.solver.name,
+            **options,
+            "damping": self.damping,
+            "weight_decay": self.weight_decay,
+            "gradient_norm": self.gradient_norm,
+            "relative_gradient_norm": self.relative_gradient_norm,
+            "iterations": iterations,
+            "notes": list(inverse.notes),
+        }
         result = Scores(values, test_values, residuals, n, provenance)
         if target is None:
             return result
@@ -418,17 +430,6 @@ class CrossLossInfluence:
                     continue
                 for value in values.reshape(-1):
                     yield torch.cat([part.detach().reshape(-1) for part in _gradient(value, tensors)]).to(dtype)
-
-    def _provenance(self, inverse: Inverse, iterations: int) -> dict[str, Any]:
-        return {
-            **self.solver.describe(),
-            "damping": self.damping,
-            "weight_decay": self.weight_decay,
-            "gradient_norm": self.gradient_norm,
-            "relative_gradient_norm": self.relative_gradient_norm,
-            "iterations": iterations,
-            "notes": list(inverse.notes),
-        }
 
 
 def _named(solver: Solver | str) -> Solver:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -96,11 +96,6 @@ class Solver(ABC):
             damping: λ, added to the diagonal beside the objective's weight decay.
             memory: Bytes that the prepared inverse may hold.
         """
-
-    def describe(self) -> dict[str, Any]:
-        """Return the name and the options, JSON-able."""
-        options = {key: value for key, value in vars(self).items() if isinstance(value, (int, float, str, type(None)))}
-        return {"solver": self.name, **options}
 
 
 def indefinite(value: float, damping: float, what: str) -> str:

@@ -35,20 +35,15 @@ def _gated(
     return Affine(function, (call.args[0],), (open_,) if shift is None else (open_, shift))
 
 
-@affine_form("relu")
-def relu(call: Call) -> Affine:
-    """Return the form of max(v, 0)."""
-    return _gated(call, call.args[0] > 0)
-
-
-@affine_form("leaky_relu", "_prelu_kernel", "prelu", "rrelu_with_noise")
-def leaky_relu(call: Call) -> Affine:
-    """Pass v, or below 0 a fraction of v: given, learned, or the mean of a range (RReLU in evaluation mode)."""
+@affine_form("relu", "leaky_relu", "_prelu_kernel", "prelu", "rrelu_with_noise")
+def rectifier(call: Call) -> Affine:
+    """Pass v, or below 0 a fraction of v: none, given, learned, or the mean of a range (RReLU in evaluation mode)."""
+    slope: float | Tensor = 0.0
     if call.name == "leaky_relu":
         slope = float(call.argument(1, "negative_slope", 0.01))
     elif call.name == "rrelu_with_noise":
         slope = (call.argument(2, "lower", 0.125) + call.argument(3, "upper", 1 / 3)) / 2
-    else:
+    elif call.name != "relu":
         slope = call.fixed(1, "weight")
     return _gated(call, call.args[0] > 0, slope)
 
@@ -196,16 +191,11 @@ def gated_linear_unit(call: Call) -> Affine:
     return Affine(lambda z: z.chunk(2, dim)[0] * gate, (v,), held="gate")
 
 
-@affine_form(*HELD)
+@affine_form("_softmax", "_safe_softmax", *HELD)
 def held(call: Call) -> tuple[Affine, ...]:
     """Hold the values of all outputs of the operation."""
-    return tuple(Affine(held="value") for _ in tensors_in(call.output))
-
-
-@affine_form("_softmax", "_safe_softmax")
-def softmax(call: Call) -> Affine:
-    """Hold the values of a softmax."""
-    return Affine(held="attention pattern")
+    what = "attention pattern" if call.name.endswith("softmax") else "value"
+    return tuple(Affine(held=what) for _ in tensors_in(call.output))
 
 
 @affine_form("_log_softmax")

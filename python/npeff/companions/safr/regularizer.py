@@ -223,7 +223,8 @@ class SAFRRegularizer(nn.Module):
             raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if vmask is not None and not isinstance(vmask, VMask):
             raise ArgumentError(f"vmask: expected a VMask or None, got {type(vmask).__name__}")
-        attention = attention if isinstance(attention, str | Sequence | nn.ModuleList) else [attention]
+        if isinstance(attention, str) or not isinstance(attention, Sequence | nn.ModuleList):
+            attention = attention if attention == "auto" else [attention]
         if interaction and not len(attention):
             raise ArgumentError("attention: interaction > 0 needs attention modules; name them, or pass interaction=0")
         _, source = _find_module(model, embeddings, "embeddings")
@@ -343,12 +344,9 @@ def _attention_modules(model: nn.Module, which: str | Sequence[str | nn.Module])
         ArgumentError: A name is none of the model's modules.
         ModelError: ``"auto"`` finds none.
     """
-    named = dict(model.named_modules())
-    if isinstance(which, str) and which != "auto":
-        which = [which]
-    if not isinstance(which, str):
+    if which != "auto":
         return [_find_module(model, item, "attention") for item in which]
-    found = [(name, module) for name, module in named.items() if _is_attention(module)]
+    found = [(name, module) for name, module in model.named_modules() if _is_attention(module)]
     inner = [(name, module) for name, module in found if not any(map(_is_attention, list(module.modules())[1:]))]
     if not inner:
         raise ModelError(
