@@ -108,7 +108,7 @@ class Coefficient:
         w = kernels.nnls(self._gram, cross.detach().cpu()[None], exact=True).w[0]
         active = (w > 0).nonzero()[:, 0]
         if not bool((active == self.j).any()):
-            return cross[self.j].detach() * 0
+            return cross[self.j] * 0
         inverse = torch.linalg.pinv(self._gram[active][:, active], hermitian=True)
         row = inverse[(active == self.j).nonzero()[0, 0]].to(cross)
         return row @ cross[active.to(cross.device)]

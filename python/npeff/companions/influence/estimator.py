@@ -26,7 +26,6 @@ from npeff.errors import ArgumentError, ModelError, StorageError, check_choice, 
 from npeff.gradients.blocks import Block
 from npeff.gradients.eligibility import placed, select_parameters
 from npeff.gradients.engine import PerExampleGradients
-from npeff.gradients.rules.base import working
 from npeff.models.parameters import model_digest
 from npeff.storage.checks import FLOAT, Field, Sizes, item
 from npeff.storage.container import check_replaceable, read_record, refuse_npeff_file
@@ -400,7 +399,7 @@ class CrossLossInfluence:
         with tqdm(total=values.shape[1], desc="Influence", unit="test", disable=not self.progress) as bar:
             pending: list[Tensor] = []
             first = done = 0
-            gradients = self._test_gradients(test)
+            gradients = self._test_gradients(test, objective)
             while some := list(islice(gradients, width)):
                 vectors = torch.stack(some)
                 solved = inverse.solve(vectors)
@@ -414,22 +413,22 @@ class CrossLossInfluence:
                     first, pending = done, []
         return iterations
 
-    def _test_gradients(self, test: RepeatableData) -> Iterator[Tensor]:
+    def _test_gradients(self, test: RepeatableData, objective: TrainingObjective) -> Iterator[Tensor]:
         """Yield ``∇L_test``, ``(m,)`` for each test example."""
         call = lambda _, batch: call_loss(self.model, self.test_loss, batch, "test_loss")[:, None]  # noqa: E731
         engine = PerExampleGradients(self.model, self.parameters, call)
-        tensors = list(engine.tensors.values())
-        dtype = working(tensors[0]).dtype
         for batch in test:
             with engine.recording():
                 values = call_loss(self.model, self.test_loss, batch, "test_loss", whole=True)
                 if values.dim() and not getattr(self.test_loss, "one_by_one", False):
                     prepared = engine.prepare(batch, engine.forward(batch))
                     columns = torch.ones_like(prepared.logits)[:, :, None]
-                    yield from dense_rows(engine, prepared, columns, dtype)[:, 0].detach()
+                    yield from dense_rows(engine, prepared, columns, objective.dtype)[:, 0].detach()
                     continue
                 for value in values.reshape(-1):
-                    yield torch.cat([part.detach().reshape(-1) for part in _gradient(value, tensors)]).to(dtype)
+                    yield (
+                        objective.flat_gradient(value, name="test_loss", retain_graph=True).detach().to(objective.dtype)
+                    )
 
 
 def _named(solver: Solver | str) -> Solver:
@@ -466,9 +465,3 @@ def _products(block: Block, vectors: Tensor) -> Tensor:
         for starts, value in zip(block.starts, values, strict=True)
     ]
     return torch.stack(rows)
-
-
-def _gradient(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
-    if not value.requires_grad:  # a coefficient outside of its active set: constant around here
-        return [torch.zeros_like(tensor) for tensor in tensors]
-    return torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True, materialize_grads=True)

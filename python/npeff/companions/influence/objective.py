@@ -15,7 +15,7 @@ from npeff.batches.batches import Batch
 from npeff.companions.influence.losses import Loss, RepeatableData, call_loss, check_finite, check_loss
 from npeff.errors import ArgumentError, ModelError, check_integer, check_number
 from npeff.gradients.backward import side_by_side
-from npeff.gradients.blocks import Block, Pairs
+from npeff.gradients.blocks import Block
 from npeff.gradients.eligibility import placed, select_parameters
 from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.gradients.rules.base import working
@@ -110,7 +110,7 @@ class TrainingObjective:
                 check_finite(losses, self.name)
                 prepared = self.engine.prepare(batch, losses)
                 columns = torch.ones_like(losses)[:, :, None]
-                yield batch, losses, gradient_blocks(self.engine, prepared, columns)
+                yield batch, losses, (block.formed() for block in self.engine.blocks(prepared, columns))
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """Compute J and ``∇J``, ``(m,)`` float64."""
@@ -118,7 +118,7 @@ class TrainingObjective:
         for batch in self.data:
             with self.engine.recording():
                 losses = self.losses(batch)
-                gradient += self._flat_gradient(losses)
+                gradient += self.flat_gradient(losses)
             total += float(losses.detach().double().sum())
         theta = self.theta().double()
         value = total / self.n + self.weight_decay / 2 * float(theta.square().sum())
@@ -128,7 +128,7 @@ class TrainingObjective:
         """Compute ``‖∇J‖``, and the root mean square of ``‖∇ℓ(z_i)‖``, in one pass."""
         gradient, squares = torch.zeros(self.m, dtype=torch.float64, device=self.device), 0.0
         for _, losses, blocks in self.blocks():
-            gradient += self._flat_gradient(losses, retain_graph=True)
+            gradient += self.flat_gradient(losses, retain_graph=True)
             for block in blocks:
                 squares += float(block.values.to(torch.float64).square().sum())
         gradient = gradient / self.n + self.weight_decay * self.theta().double()
@@ -179,7 +179,19 @@ class TrainingObjective:
         finally:
             self._graphs = None
 
-    def _flat_gradient(self, values: Tensor, cotangent: Tensor | None = None, **options: Any) -> Tensor:
+    def flat_gradient(
+        self, values: Tensor, cotangent: Tensor | None = None, *, name: str = "", **options: Any
+    ) -> Tensor:
+        """Compute the gradient of the values' sum, or of their product with a cotangent: ``(m,)``.
+
+        Raises:
+            ModelError: They have none.
+        """
+        if not values.requires_grad:
+            raise ModelError(
+                f"{name or self.name}: its value has no gradient in the parameters; remove torch.no_grad(), .detach() "
+                "and .item() from it, and select parameters that it depends on"
+            )
         cotangent = torch.ones_like(values) if cotangent is None else cotangent
         parts = torch.autograd.grad(
             values, self.tensors, cotangent, allow_unused=True, materialize_grads=True, **options
@@ -199,7 +211,7 @@ class TrainingObjective:
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks if self._saved is None else nullcontext():
-            gradient = self._flat_gradient(self.losses(batch), create_graph=True)
+            gradient = self.flat_gradient(self.losses(batch), create_graph=True)
         if self._saved is None:
             self._saved = 1 + saved // batch.n_examples
         held = (self._saved * self.n + self.m * (1 + len(self._graphs or ()))) * gradient.element_size()
@@ -236,15 +248,7 @@ class TrainingObjective:
             ]
             return torch.cat(parts, dim=1)
         self._batched = self._batched and len(vectors) == 1  # no batched form of some operation: one after the other
-        return torch.stack([self._flat_gradient(gradient, row, retain_graph=True) for row in vectors])
-
-
-def gradient_blocks(
-    engine: PerExampleGradients, prepared: Prepared, columns: Tensor, squared: bool = False
-) -> Iterator[Block]:
-    """Yield the blocks of a batch's per-example gradients, none of them as factors."""
-    for block in engine.blocks(prepared, columns, squared=squared):
-        yield block.formed() if isinstance(block, Pairs) else block
+        return torch.stack([self.flat_gradient(gradient, row, retain_graph=True) for row in vectors])
 
 
 def dense_rows(
@@ -257,7 +261,8 @@ def dense_rows(
     b, _, n_columns = columns.shape
     shape = (b, 1 if squared else n_columns, engine.parameters.n_parameters)
     rows = torch.zeros(shape, dtype=dtype, device=columns.device)
-    for block in gradient_blocks(engine, prepared, columns, squared):
+    for made in engine.blocks(prepared, columns, squared=squared):
+        block = made.formed()
         values, target = block.values.to(dtype), rows[block.examples]
         width = values.shape[3]
         if isinstance(block.starts, int):

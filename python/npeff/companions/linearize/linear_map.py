@@ -381,9 +381,6 @@ def _recorded(
 ) -> tuple[Recorder, Tensor, Tensor]:
     """Run and record the model, from the input or from a layer's output onwards, or from another point in its place.
 
-    Returns:
-        The recorder, the point and the output.
-
     Raises:
         ArgumentError: The layer is not used, or more than once, or gives no float tensor.
         ModelError: The model failed.

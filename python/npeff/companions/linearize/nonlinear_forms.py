@@ -112,7 +112,7 @@ def largest(call: Call) -> Affine:
         return selected(call)
     v, dims, keep = call.args[0], call.argument(1, "dim", ()), bool(call.argument(2, "keepdim", False))
     dims = tuple(dims) or tuple(range(v.dim()))
-    extreme = call.output if keep or not v.dim() else _unsqueezed(call.output, v.dim(), dims)
+    extreme = (v.amax if call.name in ("max", "amax") else v.amin)(dims, keepdim=True)
     weight = (v == extreme).to(v.dtype)
     weight = weight / weight.sum(dims, keepdim=True)
     return Affine(lambda z: (z * weight).sum(dims, keepdim=keep), (v,), pattern=(weight,))
@@ -147,12 +147,6 @@ def max_pool(call: Call) -> Affine:
     shape = index.shape
     flat = index.flatten(-kept)
     return Affine(lambda z: z.flatten(-kept).gather(-1, flat).reshape(shape), (v,), pattern=(index,))
-
-
-def _unsqueezed(tensor: Tensor, n_dims: int, dims: tuple[int, ...]) -> Tensor:
-    for dim in sorted(d % n_dims for d in dims):
-        tensor = tensor.unsqueeze(dim)
-    return tensor
 
 
 # ---- operations that are not piecewise linear --------------------------------------------------------------

@@ -205,9 +205,6 @@ class Values:
     for its value; views of it have steps of their own. A write through any view makes a new whole, and views that are
     read later are taken from that whole by position. So in-place code keeps its meaning, and the operations that make
     views need not be known.
-
-    Args:
-        emit: Appends a step to the program and returns its number.
     """
 
     def __init__(self, emit: Callable[[Step], int]) -> None:
@@ -261,17 +258,10 @@ class Values:
         memory.steps = {memory.whole: written, wanted: step}
 
 
-def flat_storage(tensor: Tensor) -> Tensor:
-    """Copy all of a tensor's storage, ``(elements,)``."""
-    count = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
-    return tensor.detach().as_strided((count,), (1,), 0).clone()
-
-
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Turns the operations within its context into steps, after :meth:`begin` was called.
 
-    Args:
-        model: Its weights are referred to, not copied; its modules give the steps their names.
+    The model's weights are referred to, not copied; its modules give the steps their names.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -351,12 +341,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         target = args[0]
         functional = name.removesuffix("_")
-        written = [argument.name for argument in func._schema.arguments if _is_written(argument)]
+        written = [item.name for item in func._schema.arguments if item.alias_info and item.alias_info.is_write]
         packet = getattr(torch.ops.aten, functional, None)
         function = getattr(packet, func._overloadname, None) if packet else None
         if written != ["self"] or function is None or functional == name or not isinstance(target, Tensor):
             raise ModelError(f"model: {self._where()} computes {func}, which writes in place in a way not known here")
-        before = None if self._values.holds(target) else flat_storage(target)
+        before = None
+        if not self._values.holds(target):
+            count = target.untyped_storage().nbytes() // target.dtype.itemsize
+            before = target.detach().as_strided((count,), (1,), 0).clone()
         output: Tensor = function(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
         (step,) = self._frozen(self._call(functional, function, args, kwargs, output), tensors)
@@ -431,10 +424,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _where(self) -> str:
         name, kind = self.modules[-1]
         return f"{name!r} ({kind})" if name else f"the forward pass of {kind}"
-
-
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
 def held_in_words(held: Sequence[Frozen]) -> str:

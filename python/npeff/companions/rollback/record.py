@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.companions.rollback.factor_models import MODELS, FactorModel
-from npeff.errors import ArgumentError, ModelError, StorageError, check_integer, check_number
+from npeff.errors import ArgumentError, ModelError, StorageError, check_integers, check_number
 from npeff.short_repr import short_repr
 from npeff.storage.checks import FLOAT, Field, Sizes, expect, item, refuse
 from npeff.storage.container import check_replaceable, read_record
@@ -51,8 +51,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("negatives", 1), ("seed", 0)):
-            check_integer(name, getattr(self, name), least)
+        check_integers(self, {"epochs": 1, "negatives": 1, "seed": 0})
         check_number("learning_rate", self.learning_rate)
         if self.optimizer not in get_args(OptimizerName):
             known = ", ".join(map(repr, get_args(OptimizerName)))
