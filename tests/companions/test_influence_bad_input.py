@@ -115,6 +115,19 @@ def test_losses(model, loss, error, words):
         influence(model, "loss")
 
 
+@torch.no_grad()
+def no_graph(model, batch):
+    return model(batch[0]).mean()
+
+
+def test_losses_without_a_graph_are_refused(model):
+    """Their influence would be 0, and nothing would be unlearned."""
+    with pytest.raises(ModelError, match=r"test_loss: its value has no gradient.*torch.no_grad\(\)"):
+        influence(model, cross_entropy, no_graph).scores(DATA, DATA)
+    with pytest.raises(ModelError, match="loss: its value has no gradient"):
+        unlearn(model, torch.no_grad()(cross_entropy), DATA, None, lambda m: 0.0, learning_rate=0.1)
+
+
 def test_an_untrained_model_is_told_apart(model):
     with pytest.warns(UserWarning, match="not at an optimum of train_loss"):
         influence(model, max_gradient=0.05).fit(DATA)
