@@ -366,10 +366,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         outputs = tensors_in(call.output)
         involved = any(self._depends(tensor) for tensor in tensors)
-        if not involved or not any(tensor.is_floating_point() for tensor in outputs):
+        if not involved or not any(tensor.is_floating_point() or tensor.is_complex() for tensor in outputs):
             made_by = () if involved else self._steps_of(tensors)
             return [self._constant(output, made_by) if made_by else None for output in outputs]
-        if call.name not in AFFINE_FORMS:
+        if call.name not in AFFINE_FORMS or "reduce" in call.kwargs:  # scatter(…, reduce="multiply")
             raise ModelError(
                 f"model: {call.where} computes {call.name}, which has no affine form here; linearise from a layer "
                 "behind it (at=), or write it with operations that have one"
