@@ -466,19 +466,15 @@ def _check(model: Any, x: Any, at: Any, smooth: Any) -> None:
         )
     tensors = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
     if at == "input" and not x.is_floating_point():
+        embedding = next((name for name, module in model.named_modules() if isinstance(module, nn.Embedding)), "")
         raise ArgumentError(
             f"x: expected floating point numbers, got {x.dtype}; convert it, or for token ids linearise from "
-            f"the embedding's output (at=){_embedding(model)}"
+            f"the embedding's output (at=){f', at={embedding!r}' if embedding else ''}"
         )
     if any(tensor.numel() == 0 for tensor in tensors):
         raise DataError("x: it is empty")
     if any(tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise DataError("x: it has NaN or infinite values")
-
-
-def _embedding(model: nn.Module) -> str:
-    name = next((name for name, module in model.named_modules() if isinstance(module, nn.Embedding)), "")
-    return f", at={name!r}" if name else ""
 
 
 def _n_examples(point: Tensor, output: Tensor, batched: bool | None) -> int | None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -253,15 +252,11 @@ class RollbackRecorder:
         self._builder = RecordBuilder(self._model, self._examples, self._all_rows, self._names, self._out)
         return self
 
-    def step(self, example: int, closure: Any = None) -> Any:
+    def step(self, example: int) -> None:
         """Call ``optimizer.step()`` for one training example, and record it.
 
         Args:
             example: Its position in ``examples``; the gradients must be of its loss alone.
-            closure: Passed on to the optimiser.
-
-        Returns:
-            What the optimiser returned.
 
         Raises:
             ArgumentError: There is no such example.
@@ -271,30 +266,22 @@ class RollbackRecorder:
             raise ModelError("RollbackRecorder.step: call it inside 'with RollbackRecorder(…) as recorder:'")
         if not isinstance(example, int | np.integer) or not 0 <= example < len(self._examples):
             raise ArgumentError(f"example: expected a position below {len(self._examples)}, got {example!r}")
-        example = int(example)
-        rows = {name: self._watched(example, name) for name in self._model.tables}
-        before = {name: self._read(name, given) for name, given in rows.items()}
-        result = self._optimizer.step(closure)
-        for name, given in rows.items():
-            change = self._read(name, given) - before[name]
+        tables = {name: table.detach() for name, table in self._model.tables.items()}
+        own = list(zip(self._model.columns, self._examples[example].tolist(), strict=True))
+        before = {}
+        for name, table in tables.items():
+            rows = range(len(table)) if self._all_rows else sorted({row for column, row in own if column == name})
+            index = torch.tensor(rows, dtype=torch.long, device=table.device)
+            before[name] = index, table[index]
+        self._optimizer.step()
+        for name, (index, old) in before.items():
+            change = (tables[name][index] - old).cpu()
             if not torch.isfinite(change).all():
                 raise ModelError(
                     f"training diverged at example {example}: table {name!r} is not finite; lower the learning rate"
                 )
-            changed = torch.nonzero(change.any(1)).flatten()
-            self._builder.sums[name].add_rows(example, given[changed].tolist(), change[changed].numpy())
-        return result
-
-    def _watched(self, example: int, table: str) -> Tensor:
-        """Find the rows to compare: the example's own, or all."""
-        if self._all_rows:
-            return torch.arange(len(self._model.tables[table]))
-        pairs = zip(self._examples[example].tolist(), self._model.columns, strict=True)
-        return torch.tensor(sorted({row for row, name in pairs if name == table}))
-
-    def _read(self, table: str, rows: Tensor) -> Tensor:
-        values = self._model.tables[table].detach()
-        return values[rows.to(values.device)].cpu()
+            changed = change.any(1)
+            self._builder.sums[name].add_rows(int(example), index.cpu()[changed].tolist(), change[changed].numpy())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
