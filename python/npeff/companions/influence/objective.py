@@ -24,14 +24,14 @@ from npeff.short_repr import short_repr
 
 
 class TrainingObjective:
-    """The training objective over data of n examples, and weight decay, in m selected parameters.
+    """What was trained: the mean loss of n examples and ½w‖θ‖², as a function of m selected parameters θ.
 
     Args:
         model: The model, in evaluation mode.
         loss: Per-example loss.
         data: The examples.
-        parameters: The selected parameters and their positions in the flat vector of length m.
-        weight_decay: w; the coefficient of ½‖θ‖² in what was trained.
+        parameters: The selected parameters and their positions in the flat vector.
+        weight_decay: w.
         memory: Bytes that Hessian products may take beside their vectors.
         name: The loss's name, for messages.
 

@@ -89,13 +89,7 @@ class Solver(ABC):
 
     @abstractmethod
     def fit(self, objective: TrainingObjective, damping: float, memory: int) -> Inverse:
-        """Prepare for one objective.
-
-        Args:
-            objective: What was trained.
-            damping: λ, added to the diagonal beside the objective's weight decay.
-            memory: Bytes that the prepared inverse may hold.
-        """
+        """Prepare for one objective; λ is added to its weight decay, and the inverse may hold ``memory`` bytes."""
 
 
 def indefinite(value: float, damping: float, what: str) -> str:

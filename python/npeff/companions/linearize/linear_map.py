@@ -56,7 +56,6 @@ class LinearMap:
     ) -> None:
         self.x, self.output, self.at, self.frozen = x, output, at, frozen
         self._program, self._batched, self._again = program, batched, again
-        self._independent = not batched or len(x) == 1 or program.examples_apart(len(x))
 
     def __repr__(self) -> str:
         held = f", {len(self.frozen)} operations held" if self.frozen else ""
@@ -231,7 +230,7 @@ class LinearMap:
             ModelError: Examples influence each other.
         """
         self._program.check()
-        if not self._are_independent():
+        if not self._independent:
             raise ModelError(
                 "model: examples influence each other, so that there is no map per example; pass one example, or "
                 "batched=False for one map of all"
@@ -246,24 +245,25 @@ class LinearMap:
         rows = [torch.autograd.grad(output, points, c, retain_graph=True) for c in cotangents]
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
-    def _are_independent(self) -> bool:
-        """Tell whether no example's outputs have a gradient at another example.
+    @cached_property
+    def _independent(self) -> bool:
+        """Whether no example's outputs have a gradient at another example.
 
         Two examples differ in some bit of their numbers. So for every bit the outputs of the examples that have it may
         have no gradient at the examples that lack it, nor the other way round: 2·log₂ n backward passes.
         """
-        if not self._independent:
-            z, output = self._graph
-            weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-            numbers = torch.arange(len(output), device=output.device)
-            for bit in range((len(output) - 1).bit_length()):
-                for some in ((numbers >> bit & 1).bool(), (numbers >> bit & 1) == 0):
-                    cotangent = weights * some.view(-1, *(1,) * (output.dim() - 1))
-                    leaked = torch.autograd.grad(output, z, cotangent, retain_graph=True)[0][~some]
-                    if bool(leaked.count_nonzero()):
-                        return False
-            self._independent = True
-        return self._independent
+        n = len(self._flat)
+        if n == 1 or self._program.examples_apart(n):
+            return True
+        z, output = self._graph
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        numbers = torch.arange(n, device=output.device)
+        for bit in range((n - 1).bit_length()):
+            for some in ((numbers >> bit & 1) == 1, (numbers >> bit & 1) == 0):
+                leaked = torch.autograd.grad(output, z, weights * some[:, None], retain_graph=True)[0][~some]
+                if bool(leaked.count_nonzero()):
+                    return False
+        return True
 
     def _from_offsets(self, cotangents: Tensor) -> dict[int, Tensor]:
         """Compute by step what its offset adds to each of ``(m, n, K)`` combinations of outputs: ``(n, m)``.
@@ -293,7 +293,7 @@ class LinearMap:
                 found.append(torch.stack(parts))
             return torch.cat(found, dim=2).to(output.dtype)
 
-        if n == 1 or (all(value.shape[:1] == (n,) for value in values) and self._are_independent()):
+        if n == 1 or (all(value.shape[:1] == (n,) for value in values) and self._independent):
             found = summed(cotangents, n)
             expected = (cotangents * self._graph[1].detach()).sum(-1).T
             tolerance = 1e3 * torch.finfo(found.dtype).eps * found.abs().sum(0)

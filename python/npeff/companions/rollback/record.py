@@ -61,16 +61,9 @@ class Recipe:
             )
 
     def schedule(self, epoch: int, answers: Array, n_answers: int) -> tuple[Array, Array]:
-        """Draw one epoch.
+        """Draw the order ``(n,)`` and the candidates ``(n, 1 + N)`` of an epoch, for answers ``(n,)``.
 
-        Args:
-            epoch: From 0.
-            answers: ``(n,)`` the answer of every example.
-            n_answers: Rows of the answers' table.
-
-        Returns:
-            The order ``(n,)``, and for example d (not step d) the candidates ``(n, 1 + N)``: its answer, then its
-            negatives, all different.
+        Row d of the candidates, for example d and not step d, is its answer, then its negatives, all different.
         """
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(answers))
