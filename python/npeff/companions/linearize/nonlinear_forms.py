@@ -21,15 +21,12 @@ from npeff.companions.linearize.affine_forms import Affine, Call, affine_form, n
 from npeff.errors import ModelError
 
 
-def _gated(
-    call: Call, open_: Tensor, slope: float | Tensor = 0.0, shift: Tensor | None = None, inner: float = 1.0
-) -> Affine:
-    """Freeze a gate: inner·z where it is open, slope·z where it is closed, plus a shift."""
+def _gated(call: Call, open_: Tensor, slope: float | Tensor = 0.0, shift: Tensor | None = None) -> Affine:
+    """Freeze a gate: z where it is open, slope·z where it is closed, plus a shift."""
 
     def function(z: Tensor) -> Tensor:
-        passed = z if inner == 1.0 else z * inner
         leaky = isinstance(slope, Tensor) or slope != 0
-        passed = torch.where(open_, passed, z * slope) if leaky else passed * open_
+        passed = torch.where(open_, z, z * slope) if leaky else z * open_
         return passed if shift is None else passed + shift
 
     return Affine(function, (call.args[0],), (open_,) if shift is None else (open_, shift))
@@ -69,7 +66,8 @@ def hardsigmoid(call: Call) -> Affine:
     """Pass v/6 + 1/2 between −3 and 3, and 0 or 1 outside."""
     v = call.args[0]
     inside = (v > -3) & (v < 3)
-    return _gated(call, inside, shift=torch.where(inside, 0.5, call.output), inner=1 / 6)
+    shift = torch.where(inside, 0.5, call.output)
+    return Affine(lambda z: z * (1 / 6) * inside + shift, (v,), (inside, shift))
 
 
 @affine_form("softshrink", "hardshrink")
