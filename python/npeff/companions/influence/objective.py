@@ -135,15 +135,9 @@ class TrainingObjective:
         return float(gradient.norm()), (squares / self.n) ** 0.5
 
     def products(self, vectors: Tensor, batches: list[Batch] | None = None, damping: float = 0.0) -> Tensor:
-        """Compute ``(∇²J + λI) v`` for several vectors at once: one double backward pass per batch serves all of them.
+        """Compute ``(∇²J + λI) v`` for vectors ``(k, m)``, in their dtype, over all data or over some batches alone.
 
-        Args:
-            vectors: ``(k, m)``.
-            damping: λ.
-            batches: Take the mean over these alone (stochastic estimates); None: all data.
-
-        Returns:
-            ``(k, m)`` in the vectors' dtype.
+        One double backward pass per batch serves all vectors.
 
         Raises:
             ModelError: Some operation cannot be differentiated twice.
