@@ -130,6 +130,20 @@ def test_the_function_is_the_coefficient(decomposed):
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("likelihood", ["categorical", "probabilities", "bernoulli", "gaussian"])
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+@pytest.mark.parametrize("options", [{"normalize": "none"}, {"normalize": "dense", "block_weights": {"*weight": 3.0}}])
+def test_the_function_is_the_coefficient_of_any_likelihood(likelihood, kind, options):
+    torch.manual_seed(0)
+    x, softmax = torch.randn(12, 3), [nn.Softmax(1)] if likelihood == "probabilities" else []
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), *softmax)
+    fishers = npeff.compute_fishers(model, [x], kind=kind, likelihood=likelihood, progress=False)
+    components = npeff.decompose(fishers, 2, n_init=1, n_replacements=0, progress=False, **options)
+    expected = components.encode(fishers).coefficients
+    for j in range(2):
+        np.testing.assert_allclose(Coefficient(components, j)(model, x).detach(), expected[:, j], atol=1e-5)
+
+
 def test_influence_on_a_component_is_the_derivative_of_retraining(decomposed):
     """A little less weight on z, trained again: each coefficient moves by −weight·I/n."""
     model, data, x, y, components = decomposed

@@ -126,6 +126,19 @@ def files(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def test_triples_of_any_editor(tmp_path) -> None:
+    """A mark of the encoding, Windows' line ends, and a name with a line separator in it."""
+    path = tmp_path / "t.txt"
+    path.write_bytes("\ufeffa\tr\tb\r\n\r\nb\u2028c\tr\ta".encode())
+    assert rollback.read_triples(path) == [("a", "r", "b"), ("b\u2028c", "r", "a")]
+    path.write_bytes(b"a\tr\tb\nb\xff\tr\ta")
+    with pytest.raises(DataError, match=r"t\.txt: expected UTF-8 text"):
+        rollback.read_triples(path)
+    path.write_text("a\tr\n")
+    with pytest.raises(DataError, match="line 1: expected head, relation and tail"):
+        rollback.read_triples(path)
+
+
 def test_train_then_explain_from_the_record(files, capsys) -> None:
     options = ["--epochs", "5", "--negatives", "27", "--dim", "8", "--quiet"]
     assert run(["rollback", "train.txt", "--record", "r.h5", *options]) == 0

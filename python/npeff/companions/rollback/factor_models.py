@@ -292,13 +292,13 @@ def read_triples(path: str | Path) -> list[Triple]:
     """
     path = path_of(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its encoding
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text with three tab-separated fields a line ({error})") from error
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
     found: list[Triple] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): a name may hold one of its rarer line ends
         if not line.strip():
             continue
         fields = tuple(field.strip() for field in line.split("\t"))

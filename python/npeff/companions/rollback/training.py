@@ -146,7 +146,7 @@ def run_epochs(
     with tqdm(total=recipe.epochs * len(examples), disable=not progress, desc="training", unit="step") as bar:
         for epoch in range(recipe.epochs):
             order, candidates = recipe.schedule(epoch, examples[:, -1], len(A))
-            for step, d in enumerate(order.tolist()):
+            for d in order.tolist():
                 active = None if kept is None or full[d] else kept[d]
                 held = [tables[table][row] for table, row in contexts[d]]
                 chosen = candidates[d]
@@ -181,9 +181,7 @@ def run_epochs(
                             sums[answers].add(d, rows[position], change[position])
                     for table, row, update in changes:
                         sums[table].add(d, row, update)
-                if step % 256 == 255:
-                    bar.update(256)
-            bar.update(len(order) % 256)
+                bar.update()
 
 
 class RollbackRecorder:
