@@ -126,6 +126,8 @@ class Components(Factorisation):
             ModelError: The model is not that of the Fishers.
         """
         self.verify()
+        if isinstance(js, int | np.integer):
+            raise ArgumentError(f"js: expected a list of components, got {js}; for one give [{js}]")
         chosen = None if js is None else [self._component(j) for j in js]
         return recover(self, model, data, chosen, rank=rank, **options)
 
@@ -298,10 +300,8 @@ class Components(Factorisation):
         Raises:
             ArgumentError: ``j`` is not a component, or k is negative.
         """
-        if not isinstance(k, int | np.integer) or k < 0:
-            raise ArgumentError(f"k: expected a number ≥ 0, got {k}")
         order = np.argsort(-self.coefficients[:, self._component(j)], kind="stable")
-        return order[: min(k, len(order))].astype(np.int64)
+        return order[: check_integer("k", k, 0)].astype(np.int64)
 
     def class_distribution(self, j: int, of: str = "predictions") -> Array:
         """Compute how component j's coefficient mass is spread over classes.
@@ -360,10 +360,7 @@ class Components(Factorisation):
             ArgumentError: Kind or parameters differ from those of the components.
         """
         self.check_compatible(fishers)
-        theirs, ours = (p.get("model_digest") for p in (fishers.provenance, self.provenance.get("fishers", {})))
-        if theirs and ours and theirs != ours:
-            warnings.warn("fishers: they are of another model than the components (other weights)", stacklevel=2)
-        scaled = self._scale(fishers)
+        scaled = self.scale(fishers)
         cross, gram = statistics(self.kind, scaled, torch.from_numpy(self.vectors).double())
         solution = kernels.nnls(gram, cross, tol=tolerance, exact=True)
         w = solution.w
@@ -372,21 +369,28 @@ class Components(Factorisation):
         unexplained = torch.where(energy > 0, left.clamp_min(0) / energy.clamp_min(1e-30), torch.zeros_like(energy))
         return Encoded(w.float().numpy(), np.asarray(solution.kkt, np.float64), unexplained.numpy())
 
-    def _scale(self, fishers: Fishers, columns: Array | None = None) -> ScaledRows:
-        return scale(
-            fishers,
-            self.block_weights or "energy",
-            self.provenance.get("normalize", "stored"),
-            columns if columns is not None else self.columns,
-        )
+    def scale(self, fishers: Fishers) -> ScaledRows:
+        """Scale other Fishers as those that were factorised."""
+        return scale(fishers, **self.scaling_of(fishers), columns=self.columns)
+
+    def scaling_of(self, fishers: Fishers) -> dict[str, Any]:
+        """Return the options of :func:`npeff.decompose` that scale other Fishers as those that were factorised."""
+        weights: Any = self.block_weights
+        if weights is None:  # what the others were weighted by when they were computed is undone
+            weights = "energy" if fishers.block_weights is None else dict.fromkeys(self.parameters.names, 1.0)
+        return {"block_weights": weights, "normalize": self.provenance.get("normalize", "stored")}
 
     def check_compatible(self, fishers: Fishers) -> None:
         """Check that Fishers can be encoded on these components, or the components be expanded by them.
+
+        A warning says where they were computed from another model, or with another likelihood.
 
         Raises:
             ArgumentError: Kind, compression or parameters differ.
             StorageError: A file that they are mapped from is damaged.
         """
+        if not isinstance(fishers, Fishers):
+            raise ArgumentError(f"fishers: expected Fishers, got {type(fishers).__name__}; open a file with npeff.load")
         self.verify()
         fishers.verify()
         if fishers.rows.products_only or self.compression == "gram":
@@ -394,13 +398,18 @@ class Components(Factorisation):
                 "fishers: inner products alone (GramOnly) say nothing about other examples; compute Fishers with "
                 "compress=None, TopK(k) or Sketch(d) for that (npeff fishers --exact, --top-k or --sketch)"
             )
-        if sketch_of(self.provenance.get("fishers", {})) != fishers.sketch:
-            ours = sketch_of(self.provenance.get("fishers", {}))
+        source = self.provenance.get("fishers") or {}
+        if (ours := sketch_of(source)) != fishers.sketch:
             raise ArgumentError(
                 f"fishers: expected the compression of the components ({ours or 'no sketch'}), got "
                 f"{fishers.sketch or 'no sketch'}; compute them as the components' own, or decompose these"
             )
-        check_same_outputs(fishers.provenance, self.provenance.get("fishers") or {})
+        if ours is not None and self.block_weights != fishers.block_weights:
+            raise ArgumentError(
+                f"fishers: expected sketches of the block weights of the components, {self.block_weights or 'none'}, "
+                f"got {fishers.block_weights or 'none'}; compute them with the same block_weights="
+            )
+        check_same_outputs(fishers.provenance, source)
         if fishers.kind != self.kind:
             raise ArgumentError(f"fishers: expected {self.kind} Fishers like the components, got {fishers.kind} ones")
         if fishers.parameters != self.parameters:
@@ -410,6 +419,12 @@ class Components(Factorisation):
                 f"got {len(fishers.parameters)} tensors with {fishers.n_parameters:,} elements; compute them "
                 "with the same model and the same selection"
             )
+        facts = [{**(p.get("options") or {}), "model": p.get("model_digest")} for p in (fishers.provenance, source)]
+        words = {"model": "of another model (other weights)", "likelihood": "of another likelihood"}
+        words["labels"] = "of other labels="
+        told = [words[name] for name in words if len({f[name] for f in facts if f.get(name)}) > 1]
+        if told:
+            warnings.warn(f"fishers: they are {' and '.join(told)} than those of the components", stacklevel=3)
 
     # ---- storage -------------------------------------------------------------------------------------------
 

@@ -193,7 +193,8 @@ class Factorisation:
         )
 
     def _component(self, j: int) -> int:
-        if not isinstance(j, int | np.integer) or not -self.n_components <= j < self.n_components:
+        whole = isinstance(j, int | np.integer) and not isinstance(j, bool)
+        if not whole or not -self.n_components <= j < self.n_components:
             raise ArgumentError(f"j: expected a component below {self.n_components}, got {j!r}")
         return int(j) % self.n_components
 
@@ -218,15 +219,20 @@ class Factorisation:
                 vector = assemble(self.parameters, *self.factored_vector(j))
                 return np.asarray(vector / np.float32(max(float(np.linalg.norm(vector)), 1e-30)))
             return np.array(self._recovered_row(j))
-        entries = self.vectors[j].astype(np.float64)
-        columns = slice(None) if self.columns is None else self.columns
-        if self.block_weights is not None:
-            factor = column_factors(self.parameters, self.block_weights, self.kind)[columns]
-            entries = np.divide(entries, factor, out=np.zeros_like(entries), where=factor > 0)
+        entries = self.unweighted(j)
         norm = float(np.linalg.norm(entries))
         vector = np.zeros(self.n_parameters, np.float32)
-        vector[columns] = entries / norm if norm else entries
+        vector[slice(None) if self.columns is None else self.columns] = entries / norm if norm else entries
         return vector
+
+    def unweighted(self, js: int | slice = slice(None)) -> Array:
+        """Return some of ``vectors``, float64 on the kept columns, with block weights undone; not of unit norm."""
+        entries = self.vectors[js].astype(np.float64)
+        if self.block_weights is None:
+            return entries
+        columns = slice(None) if self.columns is None else self.columns
+        factor = column_factors(self.parameters, self.block_weights, self.kind)[columns]
+        return np.divide(entries, factor, out=np.zeros_like(entries), where=factor > 0)
 
     def blocks(self, j: int) -> Iterator[tuple[Parameter, Array, Array | None]]:
         """Yield component j's pseudo-Fisher vector, which :meth:`vector` returns whole, parameter by parameter.

@@ -14,7 +14,7 @@ from npeff.decomposition.objective import State
 from npeff.decomposition.problem import Problem
 from npeff.errors import ResumeError, StorageError
 from npeff.storage.checks import Field, Sizes, item, parse_json, read_npz
-from npeff.storage.files import Lock, atomic, check_target, explain, refuse_link
+from npeff.storage.files import Lock, atomic, check_target, explain, path_of, refuse_link
 
 FIELDS = (
     Field("meta", ("|u1",), ("n_bytes",)),
@@ -77,7 +77,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, problem: Problem) -> None:
-        self._path, self._objective = Path(path), problem.objective
+        self._path, self._objective = path_of(path, "checkpoint"), problem.objective
         self._comm = problem.objective.comm
         options = {"kind": problem.fishers.kind, **problem.options.record()}
         options = json.loads(json.dumps(options, default=str, sort_keys=True))
@@ -175,9 +175,10 @@ class Checkpoint:
         if meta["key"] != self._key:
             theirs, ours = meta["key"].get("options"), self._key["options"]
             theirs = theirs if isinstance(theirs, dict) else {}
-            differing = [name for name in ours if theirs.get(name) != ours[name]] or ["the Fishers themselves"]
+            differing = [name for name in ours if theirs.get(name) != ours[name]]
+            beside = "the Fishers themselves, or the vectors given beside them (init=, the components expanded)"
             raise ResumeError(
-                f"checkpoint: {self._path} is of another run; it differs in {', '.join(differing)}. Remove "
+                f"checkpoint: {self._path} is of another run; it differs in {', '.join(differing) or beside}. Remove "
                 "it, or choose another path"
             )
         r = self._key["options"]["n_components"]

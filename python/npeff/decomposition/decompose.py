@@ -144,6 +144,8 @@ def expand(
     Raises:
         ArgumentError: Kind or parameters differ, n is not positive, or an option is unknown or out of range.
     """
+    if not isinstance(components, Components):
+        raise ArgumentError(f"components: expected Components, got {type(components).__name__}")
     components.check_compatible(fishers)
     check_integer("n", n)
     given = ("n_components", "algorithm", "published", "block_weights", "normalize", "init")
@@ -155,8 +157,7 @@ def expand(
         )
     chosen = DecomposeOptions(
         components.n_components + n,
-        block_weights=components.block_weights or "energy",
-        normalize=components.provenance.get("normalize", "stored"),
+        **components.scaling_of(fishers),
         checkpoint=checkpoint,
         callback=callback,
         progress=progress,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +41,7 @@ class Problem:
         objective: The objective, over a space.
         choice: The space that was chosen, and why.
         seconds: Time that building the space took.
+        given: Arrays that the search starts from, or keeps: those of ``init``, frozen vectors and coefficients.
     """
 
     fishers: Fishers
@@ -49,23 +51,27 @@ class Problem:
     objective: LowRank | Diagonal
     choice: SpaceChoice
     seconds: float
+    given: Sequence[Array] = ()
 
     def initial_state(self) -> State | None:
         """Make the state from which ``init`` asks to descend; None without ``init``."""
         if self.options.init is None:
             return None
         W, G = self.options.init
-        kept = np.asarray(G, np.float32)[:, slice(None) if self.scaled.columns is None else self.scaled.columns]
+        kept = G[:, slice(None) if self.scaled.columns is None else self.scaled.columns]
         coords = self.objective.space.embed(torch.from_numpy(kept.copy()))
-        return self.objective.from_vectors(coords, torch.from_numpy(np.array(W, np.float32)))
+        return self.objective.from_vectors(coords, torch.from_numpy(W.copy()))
 
     def digest(self) -> str:
-        """Identify the data: by the rows; where processes share them, by everything but the rows."""
+        """Identify the data, and what was given beside them.
+
+        The data by the rows; where processes share them, by everything but the rows.
+        """
         if self.objective.comm.size > 1:
             text, fishers = json.dumps(self.fishers.provenance, sort_keys=True, default=str), self.fishers
             arrays = [fishers.row_offsets, fishers.ids, fishers.norms, *fishers.logits.arrays().values()]
             return _digest(text, arrays)
-        return _digest("", [self.scaled.row_offsets, *self.scaled.rows.deciding()])
+        return _digest("", [self.scaled.row_offsets, *self.scaled.rows.deciding(), *self.given])
 
     def row_weights(self, state: State, norms: torch.Tensor) -> Array | None:
         """Express the unit vectors as combinations of the stored rows, ``(n_rows, r)``, for the rows of this process.
@@ -154,7 +160,8 @@ def prepare(
         objective: LowRank | Diagonal = LowRank(space, scaled, options.orthogonality, kept, kept_W)
     else:
         objective = Diagonal(space, scaled, kept, kept_W)
-    return Problem(fishers, own, scaled, options, objective, choice, time.perf_counter() - began)
+    given = [*(options.init or ()), *(array for array in (frozen, frozen_W) if array is not None)]
+    return Problem(fishers, own, scaled, options, objective, choice, time.perf_counter() - began, given)
 
 
 def _check_init(W: Array, G: Array, fishers: Fishers, r: int) -> None:
@@ -287,7 +294,7 @@ def _scaled_block(
         columns = (comm.sum(counts) >= max(1, options.min_nonzero_per_column)).nonzero()[:, 0].numpy()
         if not len(columns):
             raise DataError(_no_columns(options))
-    resolved = replace(options, block_weights="energy" if weights is None else _exactly(weights))
+    resolved = replace(options, block_weights="energy" if weights is None else weights)
     scaled, choice = comm.together(lambda: _checked_and_scaled(own, resolved, columns, device, block=True))
     if not comm.number(float(np.abs(scaled.fisher_norms).sum())):
         raise DataError(f"fishers: all {len(fishers)} are zero: nothing to decompose")
@@ -331,10 +338,3 @@ def _block(fishers: Fishers, start: int, stop: int) -> Fishers:
         fishers.check(part)
     offsets = np.asarray(fishers.row_offsets[start : stop + 1]) - first
     return replace(fishers, rows=part, row_offsets=offsets, path=None, check=None, **fields)
-
-
-def _exactly(weights: dict[str, float]) -> dict[str, float]:
-    """Return the same weights under patterns that match their names alone."""
-    return {
-        name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]"): weight for name, weight in weights.items()
-    }
