@@ -47,7 +47,7 @@ def check_data(data: Any) -> Iterable[Any]:
             f"data: {type(data).__name__} yields single examples; wrap it: "
             "torch.utils.data.DataLoader(data, batch_size=64)"
         )
-    if not isinstance(data, Iterable):
+    if not isinstance(data, Iterable) or isinstance(data, set | frozenset):  # sets have no order that stays
         raise ArgumentError(f"data: expected an iterable of batches, got {type(data).__name__}; {_REMEDY}")
     return data
 
@@ -302,7 +302,7 @@ def _within(data: Any) -> Iterator[Any]:
             continue
         seen.add(id(found))
         yield found
-        for attribute in ("sampler", "batch_sampler", "base_dataloader", "dataloader", "iterable", "_data"):
+        for attribute in ("sampler", "batch_sampler", "base_dataloader", "dataloader", "iterable", "data", "_data"):
             waiting.append(getattr(found, attribute, None))
 
 
