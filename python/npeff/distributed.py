@@ -28,7 +28,7 @@ from npeff.decomposition.decompose import components_of
 from npeff.decomposition.decompose import decompose as decompose_alone
 from npeff.decomposition.options import WITHOUT_EFFECT, Callback, DecomposeOptions, Progress
 from npeff.decomposition.problem import prepare
-from npeff.decomposition.processes import Group, Processes, connect, ending_together
+from npeff.decomposition.processes import Processes, connect, ending_together
 from npeff.decomposition.search import Search
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError, WorkerError
 from npeff.fishers import computation
@@ -41,7 +41,7 @@ from npeff.models.parameters import model_digest
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import atomic, check_target, path_of, refuse_link
 
-__all__ = ["Group", "Processes", "WorkerError", "compute_fishers", "connect", "decompose"]
+__all__ = ["Processes", "WorkerError", "compute_fishers", "connect", "decompose"]
 
 Array = npt.NDArray[Any]
 

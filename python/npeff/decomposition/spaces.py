@@ -156,7 +156,7 @@ class RowSpace:
         self.n_rows, self.n_columns = rows.n_rows, rows.n_columns
         self.dtype, self.device, self.comm = dtype, torch.device(device), comm
         self.step_bytes = 2 * rows.nbytes
-        counts = comm.lengths(rows.n_rows)
+        counts = comm.objects(rows.n_rows)
         self._first_row, self._all_rows = sum(counts[: comm.rank]), sum(counts)
         if comm.size > 1:
             self.name = f"{self.name}, {comm.size} processes"
