@@ -182,7 +182,7 @@ def test_error_of_inner_products_is_measured(model, data, planned):
 def test_advice_takes_what_is_faithful_enough():
     def advice(*ways):
         choices = [
-            planning.Choice("low_rank", compress, str(compress), disk, 1, 1.0, 1.0, "", kept, error, None, None)
+            planning.Choice("low_rank", compress, str(compress), disk, 1, 1.0, "", kept, error, None, None)
             for compress, disk, error, kept in ways
         ]
         return planning._advice(choices, 100, 100)[0]  # private: errors of real trials cannot be chosen

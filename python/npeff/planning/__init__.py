@@ -10,6 +10,7 @@ import inspect
 import json
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ from npeff.gradients.eligibility import BLOCKS
 from npeff.language.places import places_of
 from npeff.models.devices import available_bytes, format_bytes, parse_bytes
 from npeff.perturbation.effect import text_table
-from npeff.planning.trials import SKETCH_DS, TOP_KS, Choice, Trials, choice_of, clock, write_seconds
+from npeff.planning.trials import SKETCH_DS, TOP_KS, Choice, Trials, choice_of
 from npeff.short_repr import short_repr
 
 __all__ = ["Plan", "plan"]
@@ -178,24 +179,22 @@ def plan(
     if (places := places_of(data)) is not None:  # the trials are given single batches, without what these know
         places.check_model(model)
         options = {"parameters": BLOCKS} | options
-    start, first = clock(), []
+    start, first = time.perf_counter(), []
     for batch in check_data(data):
         first.append(batch)
         if len(first) == batches:
             break
     if not first:
         raise DataError("data: it yielded no batches; pass a DataLoader or a list of batches")
-    loading = (clock() - start) / len(first)
+    loading = (time.perf_counter() - start) / len(first)
     kinds: list[Kind] = ["low_rank", "diagonal"] if kind is None else [kind]
     with tempfile.TemporaryDirectory(dir=where) as scratch:
-        trials = Trials(model, first, loading, options, Path(scratch))
+        trials = Trials(model, first, loading, options, Path(scratch), kinds[0])
         mains = {each: trials.of(each, TopK(TOP_KS[-1])) for each in kinds}
-        main, fishers = mains[kinds[0]], mains[kinds[0]].fishers
-        passes = fishers.ranks if kinds[0] == "low_rank" else trials.passes_of_diagonal()
-        to_disk = write_seconds(fishers, Path(scratch))
+        main, fishers, passes = mains[kinds[0]], mains[kinds[0]].fishers, trials.passes
         n, source = _count(data, len(first), trials.batch_size) if n_examples is None else (n_examples, "given")
         choices = [
-            choice_of(trials, mains[each], compress, n, to_disk, n_components)
+            choice_of(trials, mains[each], compress, n, n_components)
             for each in kinds
             for compress in _ways(each, fishers.n_parameters, int(passes.max(initial=1)))
         ]
@@ -211,9 +210,9 @@ def plan(
             coverage=fishers.coverage,
             batch_size=trials.batch_size,
             trial_batches=len(first),
-            one_off_seconds=float(trials.one_off[0]),
-            seconds_per_example=float(main.per_example[0]),
-            write_rate=1 / max(1e-12, float(to_disk[0])),
+            one_off_seconds=trials.one_off,
+            seconds_per_example=main.per_example,
+            write_rate=1 / max(1e-12, trials.seconds_per_byte),
             process_bytes=trials.before,
             memory=room,
             disk=space,
