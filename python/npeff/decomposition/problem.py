@@ -18,7 +18,7 @@ from npeff.decomposition.kinds import Diagonal, LowRank
 from npeff.decomposition.objective import State
 from npeff.decomposition.options import DecomposeOptions, SpaceChoice, choose_space
 from npeff.decomposition.processes import LOCAL, Processes
-from npeff.decomposition.spaces import FactorSpace, GramSpace, RowSpace, StreamedSpace
+from npeff.decomposition.spaces import FactorSpace, GramSpace, RowSpace
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.file_format import example_arrays, example_fields
 from npeff.fishers.fishers import Fishers
@@ -150,10 +150,8 @@ def prepare(
     space: FactorSpace
     if choice.space == "gram" and low_rank:
         space = GramSpace(scaled.rows, anchors, options.torch_dtype, device, choice.part_bytes)
-    elif choice.stream:
-        space = StreamedSpace(scaled.rows, options.torch_dtype, device, comm)
     else:
-        space = RowSpace(scaled.rows, options.torch_dtype, device, comm)
+        space = RowSpace(scaled.rows, options.torch_dtype, device, comm, stream=choice.stream)
     kept = None if anchors is None else space.embed(anchors)
     kept_W = None if frozen_W is None else torch.from_numpy(frozen_W)
     if low_rank:
