@@ -162,7 +162,7 @@ def test_a_zero_fisher_is_kept_with_coefficient_zero(kind: str) -> None:
 def test_checkpoint_resumes_to_the_same_bits(tmp_path) -> None:
     fishers = example_fishers(n=60)
     whole = npeff.decompose(fishers, 5, **QUICK)
-    path = tmp_path / "search.npz"
+    path = tmp_path / "search"
 
     class Killed(Exception):
         pass
@@ -187,7 +187,7 @@ def test_checkpoint_resumes_to_the_same_bits(tmp_path) -> None:
 
 
 def test_a_search_that_its_callback_ended_goes_on_from_its_checkpoint(tmp_path) -> None:
-    fishers, path = example_fishers(n=60), tmp_path / "search.npz"
+    fishers, path = example_fishers(n=60), tmp_path / "search"
     stopped = npeff.decompose(fishers, 5, checkpoint=path, callback=lambda p: p.stage == "replacement", **QUICK)
     whole = npeff.decompose(fishers, 5, checkpoint=path, **QUICK)
     assert whole.loss <= stopped.loss
@@ -205,7 +205,7 @@ def test_options_are_the_arguments_of_decompose() -> None:
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path) -> None:
-    fishers, path = example_fishers(), tmp_path / "search.npz"
+    fishers, path = example_fishers(), tmp_path / "search"
 
     def stop(progress: npeff.Progress) -> None:
         if progress.stage == "replacement":
@@ -218,7 +218,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path) -> None:
     with pytest.raises(npeff.ResumeError, match="Fishers themselves"):
         npeff.decompose(example_fishers(seed=1), 5, checkpoint=path, **QUICK)
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(npeff.StorageError, match=r"search\.npz"):
+    with pytest.raises(npeff.StorageError, match="search"):
         npeff.decompose(fishers, 5, checkpoint=path, **QUICK)
 
 

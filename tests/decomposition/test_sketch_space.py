@@ -97,7 +97,7 @@ def test_checkpoints_resume_over_streamed_rows(tmp_path: Path) -> None:
     fishers = stored("dense")
     options = {"space": "streamed", "n_init": 1, "n_replacements": 3, "progress": False}
     whole = npeff.decompose(fishers, 4, **options)
-    path = tmp_path / "state.npz"
+    path = tmp_path / "state"
     seen: list[int] = []
 
     def stop(progress: npeff.Progress) -> bool:
