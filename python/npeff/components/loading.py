@@ -142,7 +142,7 @@ def describe(path: Path | str) -> dict[str, Any]:
     found = recognise(path)
     summary: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
     if not found.is_npeff:
-        return {**summary, "format": "published", "content": found.content, **describe_published(path)}
+        return {**summary, "format": "published", "content": found.content, **describe_published(found)}
     summary |= {name: value for name, value in found.attributes.items() if "@" not in name}
     summary["arrays"] = {
         name: [list(spec.shape), str(spec.dtype)] for name, spec in found.specs.items() if spec.dtype.kind != "S"
