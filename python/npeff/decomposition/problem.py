@@ -68,9 +68,7 @@ class Problem:
         The data by the rows; where processes share them, by everything but the rows.
         """
         if self.objective.comm.size > 1:
-            text, fishers = json.dumps(self.fishers.provenance, sort_keys=True, default=str), self.fishers
-            arrays = [fishers.row_offsets, fishers.ids, fishers.norms, *fishers.logits.arrays().values()]
-            return _digest(text, arrays)
+            return _digest_without_rows(self.fishers)
         return _digest("", [self.scaled.row_offsets, *self.scaled.rows.deciding(), *self.given])
 
     def row_weights(self, state: State, norms: torch.Tensor) -> Array | None:
@@ -105,6 +103,11 @@ def _digest(text: str, arrays: list[Array]) -> str:
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _digest_without_rows(fishers: Fishers) -> str:
+    text = json.dumps(fishers.provenance, sort_keys=True, default=str)
+    return _digest(text, [fishers.row_offsets, fishers.ids, fishers.norms, *fishers.logits.arrays().values()])
 
 
 def prepare(
@@ -278,6 +281,7 @@ def _scaled_block(
     if options.algorithm != "npeff" or options.space == "gram":
         what = "algorithm: the published algorithm" if options.algorithm != "npeff" else "space: 'gram'"
         raise ArgumentError(f"{what} cannot be shared out among processes; use one, or leave the option out")
+    _check_same(fishers, options, comm)
     _check_number(fishers, options)
     cuts = block_edges(fishers, comm.size)
     own = _block(fishers, cuts[comm.rank], cuts[comm.rank + 1])
@@ -298,6 +302,26 @@ def _scaled_block(
         raise DataError(f"fishers: all {len(fishers)} are zero: nothing to decompose")
     choice = replace(choice, reason=f"{comm.size} processes hold a block of rows each")
     return own, replace(scaled, block_weights=weights), choice
+
+
+def _check_same(fishers: Fishers, options: DecomposeOptions, comm: Processes) -> None:
+    """Compare the options and the Fishers of all processes; the memory may differ.
+
+    Raises:
+        ArgumentError: An option differs.
+        DataError: The Fishers differ.
+    """
+    told = comm.objects(({**options.record(), "memory": None}, _digest_without_rows(fishers)))
+    first, digest = told[0]
+    for rank, (theirs, other) in enumerate(told):
+        for name in first:
+            if theirs[name] != first[name]:
+                raise ArgumentError(
+                    f"{name}: rank {rank} was given {theirs[name]!r}, and rank 0 {first[name]!r}; give every process "
+                    "the same options"
+                )
+        if other != digest:
+            raise DataError(f"fishers: rank {rank} has other Fishers than rank 0; open the same file in every process")
 
 
 def block_edges(fishers: Fishers, size: int) -> list[int]:
