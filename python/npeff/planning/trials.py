@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from npeff.batches.batches import Batch
 from npeff.batches.reading import read_batches
 from npeff.decomposition.options import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
 from npeff.decomposition.subspace import DIMENSIONS
@@ -148,6 +149,7 @@ class Trials:
 
     Attributes:
         batch_size: Mean number of examples per batch.
+        sequence_size: Mean number of examples per sequence where examples are places; otherwise 1.
         before: Bytes that the process held before the first trial.
         one_off: Seconds, once per run: start, choice of rules, self-check.
         passes: ``(n,)`` int64 backward passes per example.
@@ -178,10 +180,10 @@ class Trials:
             kind: The kind whose passes are counted.
         """
         self._model, self._batches, self._folder, self._options = model, batches, folder, options
-        any_layout = options.get("forward") is not None
-        places = options.get("likelihood", "categorical") in OVER_CLASSES
-        self._sizes = [batch.n_examples for batch in read_batches(batches, torch.device("cpu"), any_layout, places)]
+        read = list(self.read(batches))
+        self._sizes = [batch.n_examples for batch in read]
         self.batch_size = sum(self._sizes) / len(self._sizes)
+        self.sequence_size = sum(self._sizes) / sum(batch.n_sequences for batch in read)
         self._loading = loading / self.batch_size
         self.before, self._loaded = settled_bytes(), 0
         self.of = cache(self._run)
@@ -190,6 +192,11 @@ class Trials:
         self.one_off, self.passes = first.one_off, np.asarray(first.fishers.ranks)
         self._loaded = max(0, settled_bytes() - self.before)
         self.pace, self.seconds_per_byte = _seconds_per_operation(), _seconds_per_byte(folder)
+
+    def read(self, data: Iterable[Any]) -> Iterator[Batch]:
+        """Iterate over batches as ``compute_fishers`` reads them."""
+        places = self._options.get("likelihood", "categorical") in OVER_CLASSES
+        return read_batches(data, torch.device("cpu"), self._options.get("forward") is not None, places)
 
     def _run(self, kind: Kind, compress: Compression | None, **changed: Any) -> Trial:
         """Try one way, with some options changed."""
