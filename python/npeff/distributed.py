@@ -33,7 +33,7 @@ from npeff.decomposition.search import Search
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError, WorkerError
 from npeff.fishers import computation
 from npeff.fishers.computation import EmptyShareError
-from npeff.fishers.file_format import joined_data, write_fishers
+from npeff.fishers.file_format import example_arrays, example_fields, joined_data, write_fishers
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.options import GramOnly
 from npeff.fishers.parts import batches_in, parts_folder
@@ -351,11 +351,7 @@ def _joined(part: Components, fishers: Fishers, group: Processes) -> Components 
         coefficients=coefficients.numpy(),
         row_weights=None if weights is None else weights.numpy(),
         row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
-        labels=np.asarray(fishers.labels),
-        logits=fishers.logits,
-        places=fishers.places,
-        ids=np.asarray(fishers.ids),
-        norms=np.asarray(fishers.norms),
+        **example_fields(example_arrays(fishers)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,43 +17,21 @@ from torch import nn
 
 from npeff import kernels
 from npeff.components.factored import write_adapter
-from npeff.components.factorisation import OPTIONAL, Factorisation
+from npeff.components.factorisation import COMPONENTS, Factorisation
 from npeff.components.recovery import recover
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
 from npeff.errors import ArgumentError, DataError, StorageError, check_integer
-from npeff.fishers.file_format import LOGITS, PLACES, check_saved, count_outputs, example_fields
+from npeff.fishers.file_format import check_saved, count_outputs
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import sketch_of
 from npeff.fishers.rows import Kind
 from npeff.fishers.scaling import ScaledRows, scale
 from npeff.language.places import check_same_outputs
-from npeff.models.parameters import Parameters
-from npeff.storage.checks import FLOAT, INT, Field
 from npeff.storage.container import check_replaceable, open_container, refuse_npeff_file
 from npeff.storage.files import atomic, path_of
 from npeff.storage.writing import Data, write_container
 
 Array = npt.NDArray[Any]
-
-COMPONENTS = (
-    Field("coefficients", FLOAT, ("n_examples", "n_components"), least=0),
-    Field("vectors", FLOAT, ("n_components", "n_columns")),
-    Field("columns", INT, ("n_columns",), least=0, below="n_parameters", ascending_in="", optional=True),
-    Field("labels", INT, ("n_examples",), least=-1, below="n_classes"),
-    *LOGITS,
-    Field("ids", INT, ("n_examples",), least=0),
-    PLACES,
-    Field("norms", FLOAT, ("n_examples",), least=0, nan=True),
-    Field("loss_curve", FLOAT, ("n_losses",)),
-    Field("row_offsets", INT, ("n_examples + 1",), ascends_to="n_rows", optional=True),
-    Field("row_weights", FLOAT, ("n_rows", "n_components"), optional=True),
-    Field("recovered", INT, ("n_recovered",), least=0, below="n_components", ascending_in="", optional=True),
-    Field("recovered_vectors", FLOAT, ("n_recovered", "n_parameters"), optional=True),
-    Field("factored", INT, ("n_factored",), least=0, below="n_components", ascending_in="", optional=True),
-    Field("factored_vectors", FLOAT, ("n_factored", "n_factors"), optional=True),
-    Field("factored_lost", FLOAT, ("n_factored", "n_tensors"), least=0, optional=True),
-)
-"""The arrays of a file, under ``arrays/``."""
 
 
 @dataclass(frozen=True)
@@ -455,23 +433,6 @@ class Components(Factorisation):
             write_container(scratch, "components", [Data.json("meta", self.meta()), *arrays], attributes)
         object.__setattr__(self, "path", path)
         return path
-
-    @classmethod
-    def from_parts(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> Components:
-        """Make Components of what :meth:`to_arrays` and :meth:`meta` gave."""
-        names = ("coefficients", "vectors", "loss_curve")
-        own: dict[str, Any] = {name: arrays[name] for name in (*names, *OPTIONAL[1:]) if name in arrays}
-        return cls(
-            kind=meta["kind"],
-            block_weights=meta["block_weights"],
-            parameters=Parameters.from_json(meta["parameters"]),
-            loss=float(meta["loss"]),
-            provenance=dict(meta["provenance"]),
-            columns=arrays.get("columns"),
-            rank=meta.get("rank"),
-            **own,
-            **example_fields(arrays),
-        )
 
 
 def statistics(kind: Kind, scaled: ScaledRows, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,7 +38,6 @@ from npeff.fishers.published_fishers import (
     told,
     unnamed,
 )
-from npeff.fishers.rows import Kind
 from npeff.storage.checks import Field, Sizes, refuse
 from npeff.storage.container import LAYOUTS, Container, check_replaceable, open_file
 from npeff.storage.files import atomic, check_target, path_of
@@ -144,6 +143,7 @@ def read_decomposition(file: Container, fishers: Fishers | None) -> Components:
     """Read a decomposition; vectors are made unit-norm, their scale moved into the coefficients.
 
     Raises:
+        ArgumentError: The Fishers are not those of the decomposition.
         StorageError: The file contradicts itself, or holds coefficients only.
     """
     path = file.path
@@ -175,20 +175,6 @@ def read_decomposition(file: Container, fishers: Fishers | None) -> Components:
     if not np.isfinite(coefficients).all() or not np.isfinite(norms).all():
         refuse(path, "data/W", "coefficients within the range of float32")
     whole = np.array_equal(columns[order], np.arange(m)) if len(columns) == m else False
-    kind: Kind = "low_rank" if low_rank else "diagonal"
-    return _components(path, kind, coefficients, unit, None if whole else columns[order], m, provenance, fishers)
-
-
-def _components(
-    path: Path,
-    kind: Kind,
-    coefficients: Array,
-    vectors: Array,
-    columns: Array | None,
-    m: int,
-    provenance: dict[str, Any],
-    fishers: Fishers | None,
-) -> Components:
     n = len(coefficients)
     if fishers is not None and (len(fishers) != n or fishers.n_parameters != m):
         raise ArgumentError(
@@ -202,10 +188,10 @@ def _components(
         known = {"parameters": unnamed(m), "norms": norms, "logits": logits}
         known |= {"labels": np.full(n, -1, np.int64), "ids": np.arange(n)}
     return Components(
-        kind=kind,
+        kind="low_rank" if low_rank else "diagonal",
         coefficients=coefficients,
-        vectors=vectors,
-        columns=columns,
+        vectors=unit,
+        columns=None if whole else columns[order],
         block_weights=None,
         loss_curve=np.zeros(0),
         loss=float("nan"),

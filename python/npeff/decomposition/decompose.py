@@ -21,6 +21,7 @@ from npeff.decomposition.search import Search, progress_bar
 from npeff.decomposition.spaces import RowSpace
 from npeff.errors import ArgumentError, DataError, check_integer
 from npeff.fishers.block_weights import BlockWeights
+from npeff.fishers.file_format import example_arrays, example_fields
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.scaling import Normalize
 
@@ -221,11 +222,7 @@ def components_of(problem: Problem, result: SearchState, **course: Any) -> Compo
         columns=scaled.columns,
         block_weights=scaled.block_weights,
         parameters=fishers.parameters,
-        labels=np.asarray(fishers.labels),
-        logits=fishers.logits,
-        places=fishers.places,
-        ids=np.asarray(fishers.ids),
-        norms=np.asarray(fishers.norms),
+        **example_fields(example_arrays(fishers)),
         loss_curve=np.asarray(result.curve, np.float64),
         loss=float(state.loss),
         provenance={
