@@ -194,7 +194,7 @@ def compute_fishers(
                         bar.update(1)
                     bar.set_postfix(examples=done, refresh=False)
                 repeats.end()
-            watch.check(thorough=True)
+            pipeline.validate()
             if share is not None and not writer.examples_done:
                 raise EmptyShareError("share: {} of {}: the data has fewer batches".format(*share))
             return writer.finish(run.coverage())
@@ -319,7 +319,10 @@ class BatchPipeline:
             ModelError: The model changed.
         """
         with self._computing:
-            self._watch.check(thorough=True)
+            try:
+                self._run.check_function()
+            finally:  # changed weights are named rather than what they change
+                self._watch.check(thorough=True)
 
     @contextmanager
     def writing(self, writer: FisherWriter) -> Iterator[None]:

@@ -121,7 +121,10 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
         for name, layer in layers.items():
             layer.add_to(K)
             waiting.discard(name)
-    watch.check(thorough=True)
+    try:
+        run.check_function()
+    finally:
+        watch.check(thorough=True)
     assert K is not None
     fishers = _fishers(run, K, examples, header)
     return fishers if out is None else fishers_in(open_container(fishers.save(out)))

@@ -111,7 +111,9 @@ class Parts:
         if path.exists():
             _check_header(self.out, self.folder, read_header(path), self.header)
         else:
-            self._write_json(path, {"format": FORMAT, "format_version": PARTS_VERSION, "header": self.header})
+            document = {"format": FORMAT, "format_version": PARTS_VERSION, "header": self.header}
+            with atomic(path, kept="Nothing was computed yet.") as scratch:
+                scratch.write_text(to_json(document, path.name), encoding="utf-8")
             sync_folder(self.out.parent)  # the folder itself
         self.shards = list_shards(self.folder, Parameters.from_json(self.header["parameters"]).n_parameters)
         self.batches = [batch for shard in self.shards for batch in batches_in(shard)]
@@ -128,21 +130,6 @@ class Parts:
     def n_examples(self) -> int:
         """Examples in finished shards."""
         return sum(size for _, size in self.batches)
-
-    def _write_json(self, path: Path, value: object) -> None:
-        with atomic(path, kept="Nothing was computed yet.") as scratch:
-            scratch.write_text(to_json(value, path.name), encoding="utf-8")
-
-    @property
-    def coverage(self) -> object:
-        """The coverage report recorded by the first run, if any."""
-        path = self.folder / "coverage.json"
-        return read_json(path, list, finite=False) if path.exists() else None
-
-    def record_coverage(self, coverage: object) -> None:
-        """Keep the coverage report, unless one is kept already."""
-        if self.coverage is None:
-            self._write_json(self.folder / "coverage.json", coverage)
 
     def write_shard(self, blocks: Sequence[FisherBlock], batches: Sequence[BatchRecord]) -> None:
         """Write the blocks as the next shard: complete and on the disk before it has its name.
