@@ -21,7 +21,6 @@ from npeff.batches.reading import FixedOrder, Repeats, check_data
 from npeff.errors import ArgumentError, DataError, ResumeError
 from npeff.fishers.block_weights import BlockWeights
 from npeff.fishers.exact_gram import exact_gram
-from npeff.fishers.factors import Factors
 from npeff.fishers.fishers import FisherBlock, Fishers
 from npeff.fishers.logits import Logits, largest
 from npeff.fishers.options import Basis, Compression, FisherOptions, Forward, GramOnly, Labels, Likelihood, Sketch, TopK
@@ -35,7 +34,7 @@ from npeff.kernels import NonFiniteError
 from npeff.kernels.streams import InOrder
 from npeff.language.places import places_of
 from npeff.models import devices
-from npeff.models.parameters import ModelWatch, Parameters
+from npeff.models.parameters import ModelWatch
 from npeff.storage.files import check_target, ending_in_order
 
 
@@ -237,14 +236,8 @@ def _check_function(stored: Logits | None, logits: Tensor, out: Path | None) -> 
         )
 
 
-def sink_for(parameters: Parameters, factors: Factors, ids: Ids, options: FisherOptions, at_once: bool = True) -> Sink:
-    """Make the sink that keeps what ``options.compress`` says; see :class:`~npeff.fishers.sinks.Sink`."""
-    given = (parameters, factors, ids, options.kind == "diagonal", at_once)
-    if isinstance(options.compress, TopK):
-        return TopKSink(*given, options.compress.k)
-    if isinstance(options.compress, Sketch):
-        return SketchSink(*given, options.compress)
-    return DenseSink(*given)
+SINKS: dict[type, type[Sink]] = {TopK: TopKSink, Sketch: SketchSink, type(None): DenseSink}
+"""What keeps the rows, by the type of the compression."""
 
 
 class PendingBatch:
@@ -266,7 +259,7 @@ class PendingBatch:
         with run.engine.recording():
             for one in run.passes(batch, ids):
                 assert one.prepared is not None
-                sink = sink_for(run.parameters, one.factors, one.slot_ids, run.options, at_once)
+                sink = SINKS[type(options.compress)](run.parameters, one.factors, one.slot_ids, options, at_once)
                 for block in run.engine.blocks(
                     one.prepared,
                     one.factors.columns,

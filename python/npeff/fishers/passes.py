@@ -332,7 +332,7 @@ class Run:
             self._meaning_checked = True
         if self._first is None and batch.sliceable:
             some = batch.one_each()[:_CHOSEN_ON]
-            self._first = batch.take(some), logits.detach()[some]
+            self._first = batch.take(some), logits.detach()[some.to(logits.device)]
         return logits
 
     def check_function(self) -> None:

@@ -233,8 +233,12 @@ class StreamedRows(Rows):
 
     @override
     def part(self, start: int, stop: int) -> Rows:
-        factors = (self.row_factors, self.column_factors)
-        return self.stored.scaled(start, stop, *factors, self._numbering, self.n_columns)
+        part, rows = self.stored.part(start, stop), self.row_factors
+        part = part.scaled(None if rows is None else rows[start:stop], self.column_factors)
+        if self._numbering is not None:
+            part = part.renumbered(self._numbering, self.n_columns)
+        forget(*self.stored.arrays().values())
+        return part
 
     @cached_property
     def _numbering(self) -> Array | None:

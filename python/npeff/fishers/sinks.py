@@ -16,7 +16,7 @@ from torch import Tensor
 
 from npeff.errors import DataError
 from npeff.fishers.factors import Factors
-from npeff.fishers.options import Sketch
+from npeff.fishers.options import FisherOptions, Sketch
 from npeff.fishers.rows import DenseRows, Rows
 from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.rules import Rule
@@ -57,7 +57,7 @@ class Sink:
         parameters: The flat vector's layout.
         factors: The cotangents; blocks were made with their unit-norm columns.
         ids: ``(b,)`` positions of the examples, for messages.
-        squared: Blocks are Σ of squares (diagonal Fishers).
+        options: What is kept; blocks are Σ of squares where Fishers are diagonal.
         at_once: Check every block for gradients that are not finite, and name the first. Otherwise the device is
             not waited for, and the norms tell whether the pass has to be repeated with the check.
 
@@ -67,8 +67,11 @@ class Sink:
         scale: ``(b,)`` float32 factor of each example's rows.
     """
 
-    def __init__(self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, at_once: bool) -> None:
-        self.parameters, self._ids, self._squared, self._at_once = parameters, ids, squared, at_once
+    def __init__(
+        self, parameters: Parameters, factors: Factors, ids: Array, options: FisherOptions, at_once: bool = True
+    ) -> None:
+        self.parameters, self._ids, self._at_once = parameters, ids, at_once
+        self._squared = squared = options.kind == "diagonal"
         self.n_examples, _, width = factors.columns.shape
         self.n_columns = 1 if squared else width
         self._counts = factors.counts.clamp_max(1) if squared else factors.counts
@@ -80,6 +83,11 @@ class Sink:
         self._any_certain = squared and (there or bool(self._certain.any()))
         shape = (self.n_examples, self.n_columns, self.n_columns)
         self._gram = torch.zeros(shape, dtype=torch.float64, device=factors.columns.device)
+        self._begin(options.compress, width)
+
+    def _begin(self, compress: Any, n_backward: int) -> None:
+        """Make room for what is kept of the blocks, which came of so many backward passes."""
+        raise NotImplementedError
 
     def paired(self, parameter: Parameter, rules: list[Rule]) -> bool:
         """Decide whether blocks of a parameter are wanted as factors."""
@@ -166,9 +174,8 @@ class Sink:
 class DenseSink(Sink):
     """Keeps exact rows, written where they stay; blocks on a device come over first, one after the other."""
 
-    def __init__(self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, at_once: bool) -> None:
-        super().__init__(parameters, factors, ids, squared, at_once)
-        self._shape = (self.n_examples, self.n_columns, parameters.n_parameters)
+    def _begin(self, compress: Any, n_backward: int) -> None:
+        self._shape = (self.n_examples, self.n_columns, self.parameters.n_parameters)
         self._on_a_device = devices.has_own_memory(self.scale.device)
         self._pieces: deque[tuple[slice, HostCopy, int | None]] = deque()
         self._values: Array | None = None
@@ -212,11 +219,9 @@ class DenseSink(Sink):
 class SketchSink(Sink):
     """Keeps the rows' sketches, made by the streaming kernel."""
 
-    def __init__(
-        self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, at_once: bool, sketch: Sketch
-    ) -> None:
-        super().__init__(parameters, factors, ids, squared, at_once)
-        self._sketch = sketch
+    def _begin(self, compress: Any, n_backward: int) -> None:
+        self._sketch: Sketch = compress
+        sketch = self._sketch
         self._sums = StreamingSketch(self.n_examples * self.n_columns, sketch.d, sketch.seed, nonzeros=sketch.nonzeros)
 
     def paired(self, parameter: Parameter, rules: list[Rule]) -> bool:

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from npeff.fishers.factors import Factors
 from npeff.fishers.rows import Rows, SparseRows, index_dtype
 from npeff.fishers.sinks import Sink, target_rows
 from npeff.gradients import blocks
@@ -23,7 +22,7 @@ from npeff.gradients.blocks import Block, Pairs, split
 from npeff.gradients.rules import Rule
 from npeff.kernels import StreamingTopK
 from npeff.models import devices
-from npeff.models.parameters import Parameter, Parameters
+from npeff.models.parameters import Parameter
 
 Array = npt.NDArray[Any]
 _FEWEST = 1 << 22
@@ -35,13 +34,10 @@ _SHARE = 0.5
 class TopKSink(Sink):
     """Keeps the k largest entries over each example's rows, selected by the streaming kernel."""
 
-    def __init__(
-        self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, at_once: bool, k: int
-    ) -> None:
-        super().__init__(parameters, factors, ids, squared, at_once)
-        self._m, self._n_backward = parameters.n_parameters, factors.columns.shape[2]
-        self._forms_all = devices.has_own_memory(factors.columns.device)
-        self._selectors = StreamingTopK(self.n_examples, min(k, self.n_columns * self._m))
+    def _begin(self, compress: Any, n_backward: int) -> None:
+        self._m, self._n_backward = self.parameters.n_parameters, n_backward
+        self._forms_all = devices.has_own_memory(self.scale.device)
+        self._selectors = StreamingTopK(self.n_examples, min(compress.k, self.n_columns * self._m))
 
     def paired(self, parameter: Parameter, rules: list[Rule]) -> bool:
         """Decide whether entries are selected from the factors, by counting multiply-adds per example."""

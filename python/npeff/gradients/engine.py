@@ -370,9 +370,10 @@ class PerExampleGradients:
             zero.
         """
         n_slots = 1 if slots is None else slots.shape[1]
-        elements, n_columns = blocks.tile_elements(columns.device), n_slots * columns.shape[2]
+        n_columns, elements = n_slots * columns.shape[2], blocks.tile_elements(columns.device)
+        tiling = blocks.Tiling(prepared.n_sequences, n_columns, elements, squared, n_slots)
         heads = {
-            name: blocks.head_of_tied(self.parameters.named(name), rules, n_columns, elements) if gathered else None
+            name: tiling.head_of_tied(self.parameters.named(name), rules) if gathered else None
             for name, rules in prepared.rules.items()
         }
         as_factors = {
@@ -381,24 +382,18 @@ class PerExampleGradients:
         }
         whole = {id(rule) for name, rules in prepared.rules.items() if not as_factors[name] for rule in rules}
         self.backward(prepared, columns, whole, slots)
-        n, small = prepared.n_sequences, list[tuple[Parameter, Rule]]()
+        small = list[tuple[Parameter, Rule]]()
         # The last layers first: they mostly have the largest gradients, so that a selection's threshold rises early.
         for name in reversed(list(prepared.rules)) if last_first else list(prepared.rules):
             parameter, rules = self.parameters.named(name), prepared.rules.pop(name)
-            factors = None
-            if gathered and blocks.is_small(parameter, rules, n, n_columns, elements):
+            if gathered and tiling.is_small(parameter, rules):
                 small.append((parameter, rules[0]))
-                continue
-            if as_factors[name] and heads[name] is not None:
-                yield from blocks.tied(parameter, rules, n, n_columns, squared, elements, n_slots)
-                continue
-            if as_factors[name]:
-                factors = blocks.pairs(parameter, rules, n, n_columns, elements, n_slots)
-            if factors is not None:
-                yield from factors
+            elif as_factors[name] and heads[name] is not None:
+                yield from tiling.tied(parameter, rules)
             else:
-                yield from blocks.tiles(parameter, rules, n, n_columns, squared, elements, n_slots)
-        yield from blocks.gathered(small, n, squared, n_slots)
+                factors = tiling.pairs(parameter, rules) if as_factors[name] else None
+                yield from tiling.tiles(parameter, rules) if factors is None else factors
+        yield from tiling.gathered(small)
         if prepared.others:
             yield from self._others(prepared, columns, slots, squared, elements)
 
@@ -457,8 +452,8 @@ class PerExampleGradients:
 
 def _random_state(batch: Batch) -> Tensor:
     """The state of torch's generator where the batch is."""
-    device = batch.device
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    there = batch.device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state(batch.device) if there else torch.get_rng_state()
 
 
 def _choices(found: Mapping[str, list[Found]], n_examples: int) -> tuple[object, ...]:

@@ -287,7 +287,7 @@ def _sum(
     if parameter.numel * n_examples > blocks.TILE_ELEMENTS // 8 and parameter.shape[0] >= 32 * WINDOWS:
         return _sum_of_some(parameter, rules, n_examples)
     total = torch.zeros(parameter.numel, dtype=torch.float64, device=delta[0].device)
-    for block in blocks.tiles(parameter, rules, n_examples, 1, False, blocks.TILE_ELEMENTS):
+    for block in blocks.Tiling(n_examples, 1, blocks.TILE_ELEMENTS).tiles(parameter, rules):
         values = block.values[:, 0]
         width = values.shape[2]
         if isinstance(block.starts, int):
