@@ -241,14 +241,10 @@ SINKS: dict[type, type[Sink]] = {TopK: TopKSink, Sketch: SketchSink, type(None):
 
 
 class PendingBatch:
-    """The Fishers of a batch, on their way to the host.
+    """The Fishers of a batch, on their way to the host; the batch's passes are run when it is made.
 
-    Args:
-        run: The model and the options.
-        batch: The batch, whose passes are run here.
-        ids: ``(b,)`` positions of its examples.
-        at_once: Refuse gradients that are not finite here; otherwise a device is not waited for, and :meth:`finite`
-            tells.
+    With ``at_once`` gradients that are not finite are refused there; otherwise a device is not waited for, and
+    :meth:`finite` tells.
 
     Raises:
         DataError: Logits or gradients are not finite, or labels are missing.
@@ -294,10 +290,6 @@ class BatchPipeline:
     A batch is computed without a look at its gradients; one with a gradient that is not finite is computed again, to
     name the example and the parameter. On a device a batch is checked when the next one has been given to it, so that
     the device always has work.
-
-    Args:
-        run: The model and the options.
-        watch: Notices changes to the model.
     """
 
     def __init__(self, run: Run, watch: ModelWatch) -> None:

@@ -61,13 +61,7 @@ class _Examples:
 
 
 def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
-    """Compute Fishers that hold K; see :class:`npeff.GramOnly`.
-
-    Where the options' ``out`` holds them already, they are opened instead.
-
-    Args:
-        run: The model and the options.
-        data: The batches.
+    """Compute Fishers that hold K; see :class:`npeff.GramOnly`. Where the options' ``out`` holds them, open that.
 
     Raises:
         ArgumentError: One parameter alone exceeds the memory allowed.

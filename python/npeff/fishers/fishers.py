@@ -298,9 +298,7 @@ class Fishers:
 def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
     """Read the Fishers in an npeff container, mapped; check all arrays but large ones.
 
-    Args:
-        container: The file.
-        verify: Check large arrays too; otherwise :meth:`npeff.Fishers.verify` does, before they are used.
+    With ``verify`` large arrays are checked too; otherwise :meth:`npeff.Fishers.verify` does, before they are used.
 
     Raises:
         StorageError: An array is not as the format says, or its checksum differs.

@@ -51,11 +51,7 @@ class Parts:
     """The shards of one output, held under a lock: written, listed, merged, removed."""
 
     def __init__(self, out: Path, header: dict[str, Any]) -> None:
-        """Open or create the folder.
-
-        Args:
-            out: The final file.
-            header: ``kind``, ``parameters``, ``provenance``.
+        """Open or create the folder of unfinished work for ``out``.
 
         Raises:
             StorageError: The folder belongs to something else, or another process works in it.
@@ -132,12 +128,7 @@ class Parts:
         return sum(size for _, size in self.batches)
 
     def write_shard(self, blocks: Sequence[FisherBlock], batches: Sequence[BatchRecord]) -> None:
-        """Write the blocks as the next shard: complete and on the disk before it has its name.
-
-        Args:
-            blocks: At least one.
-            batches: Digest and size of each.
-        """
+        """Write the blocks, at least one, as the next shard: complete and on the disk before it has its name."""
         index = len(self.shards)
         path = self.folder / f"shard-{index:06d}.h5"
         kept = f"{index} finished shards ({self.n_examples} examples) are safe in {self.folder}."
@@ -201,10 +192,6 @@ def _short(value: object) -> str:
 
 def find_finished(out: Path, header: dict[str, Any]) -> Container | None:
     """Open the Fishers at ``out``, which were made with the same model and options; None where nothing is there.
-
-    Args:
-        out: The output asked for.
-        header: The header of this run.
 
     Raises:
         StorageError: Something else is there.
@@ -310,11 +297,7 @@ def batches_in(container: Container) -> list[BatchRecord]:
 
 
 def list_shards(folder: Path, n_parameters: int) -> list[Container]:
-    """Open and check the shards of a folder, in order.
-
-    Args:
-        folder: The unfinished work.
-        n_parameters: Columns of rows that are no sketches.
+    """Open and check the shards of a folder, in order; rows that are no sketches have ``n_parameters`` columns.
 
     Raises:
         StorageError: One is missing or damaged.

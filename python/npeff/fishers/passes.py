@@ -240,16 +240,14 @@ class Run:
     ) -> Iterator[Pass]:
         """Yield the passes over a batch: one, or several over parts of it that keep within the memory allowed.
 
-        A batch of places goes forward once, as far as its activations fit; its places then go backward some at a time.
-
-        To be used within ``engine.recording()``.
+        A batch of places goes forward once, as far as its activations fit; its places then go backward some at a
+        time. To be used within ``engine.recording()``.
 
         Args:
             batch: The batch.
             ids: ``(b,)`` positions of its examples in the data.
             per_example: Per-example gradients will be asked for.
-            replace_logits: ``replace_logits(logits, ids)`` gives the logits that are factorised in place of those
-                that the model gives.
+            replace_logits: ``replace_logits(logits, ids)`` gives the logits that are factorised in place of the model's.
 
         Raises:
             DataError: Logits are not finite, or labels are missing.

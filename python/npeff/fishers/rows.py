@@ -340,14 +340,7 @@ class GrowingRows:
 
 
 def concatenate(parts: list[Rows]) -> Rows:
-    """Stack rows of one type and one width; no part is held for longer than it takes to copy it.
-
-    Args:
-        parts: At least one; all sparse or all dense. The list is emptied.
-
-    Returns:
-        Rows of the same type, all parts' rows in order.
-    """
+    """Stack rows of one type and one width, at least one part; the list is emptied, to hold no part longer than needed."""
     whole = GrowingRows()
     parts.reverse()
     while parts:

@@ -351,13 +351,8 @@ def device_gram(rows: Rows, dtype: torch.dtype, device: torch.device, room: int)
     """Compute ``K = A Aᵀ`` on the device, ``(n_rows, n_rows)``, of rows that lie on the host.
 
     ``A = [A_1 A_2 …]`` by columns, so ``A Aᵀ = Σ A_s A_sᵀ``; while the device works on one stretch of columns, a thread
-    makes the next. :func:`device_project` and :func:`device_combine` go by the same stretches.
-
-    Args:
-        rows: The rows.
-        dtype: float32 or float64.
-        device: Where K is to be.
-        room: Bytes there for a stretch of the rows, beside K.
+    makes the next, in ``room`` bytes beside K. :func:`device_project` and :func:`device_combine` go by the same
+    stretches.
     """
     K = torch.zeros(rows.n_rows, rows.n_rows, dtype=dtype, device=device)
     for _, _, part in ahead(rows.stretches(room, 0)):

@@ -63,8 +63,8 @@ class FisherWriter:
 
         Args:
             out: The file to make; None keeps everything in memory.
-            header: ``kind``, ``parameters`` (``Parameters.to_json()``) and ``provenance`` (all that decides
-                the results: model digest, options); work on disk is continued only if its header is equal.
+            header: ``kind``, ``parameters`` and ``provenance``: all that decides the results; work on disk is continued
+                only if its header is equal.
             shard_bytes: A shard is closed once it holds this much,
             shard_seconds: or once this long has passed since its first batch.
             validate: Called before a shard is written; raises ``ModelError`` when what was appended since the
@@ -136,14 +136,7 @@ class FisherWriter:
         self.close()
 
     def skip(self, batch_digest: str, n_examples: int) -> bool:
-        """Say whether the next batch is already done.
-
-        Args:
-            batch_digest: Identifies the batch's contents.
-            n_examples: Its size.
-
-        Returns:
-            True: go on with the batch after it. False: compute it and :meth:`append`.
+        """Say whether the next batch, of this digest and size, is done; otherwise compute it and :meth:`append`.
 
         Raises:
             ResumeError: The batch done at this place was another one.
@@ -183,11 +176,7 @@ class FisherWriter:
         )
 
     def append(self, block: FisherBlock, batch_digest: str) -> None:
-        """Add the Fishers of the next batch. Its arrays are kept until a shard is written: do not reuse them.
-
-        Args:
-            block: The batch's Fishers.
-            batch_digest: As in :meth:`skip`.
+        """Add the Fishers of the next batch. Their arrays are kept until a shard is written: do not reuse them.
 
         Raises:
             ResumeError: Batches that are done already were not skipped.
@@ -230,13 +219,7 @@ class FisherWriter:
         self._blocks, self._batches, self._bytes = [], [], 0
 
     def finish(self, coverage: Any = ()) -> Fishers:
-        """Make the final file out of the shards, put it in place, remove the shards.
-
-        Args:
-            coverage: The coverage report.
-
-        Returns:
-            The Fishers, mapped from the file.
+        """Make the final file out of the shards, put it in place, and remove the shards; return the Fishers.
 
         Raises:
             DataError: Nothing was appended.

@@ -35,10 +35,8 @@ FEW_ROWS = 4
 class _Costs(NamedTuple):
     """Nanoseconds, of which the ratios matter.
 
-    Attributes:
-        transform: Of a Walsh–Hadamard transform, per element and level.
-        scatter: Of an element added to a bucket by itself.
-        product: Of a multiply-add in a product of matrices.
+    A transform is that of Walsh and Hadamard, per element and level; a scatter adds an element to a bucket by itself; a
+    product is a multiply-add in a product of matrices.
     """
 
     transform: float
@@ -286,16 +284,10 @@ class SketchSink(Sink):
 def target_rows(
     starts: tuple[int, ...], first: int, b: int, r: int, n_targets: int, column_stride: int | None = None
 ) -> BlockRows:
-    """Plan the rows of a block: example by example, column by column, one for each start.
+    """Plan the rows of a block: b examples from the first on, r columns of each, a row for each start of a run.
 
-    Args:
-        starts: Flat indices where the runs of one column begin.
-        first: The first example.
-        b: Examples.
-        r: Columns of each.
-        n_targets: Sketches or selectors.
-        column_stride: Distance of two columns' flat indices in the one target of an example; None: each column has a
-            target of its own.
+    ``column_stride`` is the distance of two columns' flat indices in the one target (sketch or selector) of an example;
+    with None, each column has a target of its own.
     """
     one = np.arange(r, dtype=np.int64)[:, None] * (column_stride or 0) + np.array(starts, np.int64)
     columns = 1 if column_stride is not None else r

@@ -73,12 +73,9 @@ class TopKSink(Sink):
 
 
 def push(selectors: StreamingTopK, pairs: Pairs, column_stride: int) -> None:
-    """Select among the entries of some examples' gradients.
+    """Select among the entries of some examples' gradients, with a selector for each example of the batch.
 
-    Args:
-        selectors: One per example of the batch.
-        pairs: The factors.
-        column_stride: Distance of two columns' flat indices, the number of parameters.
+    Flat indices of two columns are ``column_stride``, the number of parameters, apart.
     """
     offset, first = pairs.parameter.offset, pairs.examples.start
     if pairs.delta.shape[1] == 1:
@@ -128,7 +125,7 @@ def sparse_rows(
     counts: Array,
     scale: Array,
 ) -> SparseRows:
-    """Convert selections to compressed rows.
+    """Convert selections to compressed rows, the examples' rows end to end.
 
     Args:
         found: ``(b,)`` entries of each example.
@@ -138,9 +135,6 @@ def sparse_rows(
         n_parameters: Length of a row.
         counts: ``(b,)`` rows of each example; rows beyond have no entries.
         scale: ``(b,)`` factor of each example's values.
-
-    Returns:
-        The examples' rows end to end.
     """
     columns = np.empty(len(flat), index_dtype(n_parameters))
     lengths = np.zeros((len(found), n_columns), np.int64)

@@ -168,14 +168,9 @@ class Tiling:
         return factors()
 
     def tiles(self, parameter: Parameter, rules: list[Rule]) -> Iterator[Block]:
-        """Yield the gradients of one parameter, as many examples and rows at a time as fit into a block.
+        """Yield the gradients of one parameter, those of its uses summed, as many examples and rows at a time as fit.
 
-        Args:
-            parameter: The parameter with its place in the flat vector.
-            rules: One per use; their gradients are summed.
-
-        Yields:
-            Blocks, each overwritten by the next.
+        Each block is overwritten by the next.
         """
         row_size = math.prod(parameter.shape[1:])
         per_row = self.n_columns * row_size

@@ -248,16 +248,10 @@ def check_deterministic(run: Callable[[Batch], Tensor], batch: Batch, logits: Te
 def check_independence(
     run: Callable[[Batch], Tensor], batch: Batch, logits: Tensor, precision: torch.dtype, *, half: bool = False
 ) -> None:
-    """Check that the first and the last example alone have the logits that they have in the batch.
+    """Check that the first and the last example alone have the ``logits (b, C)`` that they have in the batch.
 
-    A batch that cannot be cut is called again as it is.
-
-    Args:
-        run: Runs the model on a batch: ``(b, C)`` logits.
-        batch: The batch.
-        logits: ``(b, C)`` its logits.
-        precision: The coarsest dtype in the graph.
-        half: Check every second example, without the others, in place of the two.
+    With ``half``, every second example is run without the others instead. A batch that cannot be cut is called again as
+    it is.
 
     Raises:
         ModelError: The logits differ.
