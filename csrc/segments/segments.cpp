@@ -38,14 +38,8 @@ void cross(const float* p, const int64_t* offsets, int64_t n, int64_t r, float* 
   for_examples(offsets, n, offsets[n] * r, threads, [=](int64_t i) {
     float* sum = out + i * r;
     std::fill_n(sum, r, 0.0f);
-    for (int64_t row = offsets[i]; row < offsets[i + 1]; ++row) add_squares(p + row * r, r, sum);
-  });
-}
-
-void spread_multiply(const float* w, const float* p, const int64_t* offsets, int64_t n, int64_t r, float* out,
-                     int threads) {
-  for_examples(offsets, n, offsets[n] * r, threads, [=](int64_t i) {
-    for (int64_t row = offsets[i]; row < offsets[i + 1]; ++row) multiply_row(w + i * r, p + row * r, r, out + row * r);
+    for (const float* row = p + offsets[i] * r; row < p + offsets[i + 1] * r; row += r)
+      for (int64_t j = 0; j < r; ++j) sum[j] += row[j] * row[j];
   });
 }
 

@@ -9,29 +9,10 @@ namespace npeff {
 //   p (R, r), offsets (n + 1,), out (n, r)
 void cross(const float* p, const int64_t* offsets, int64_t n, int64_t r, float* out, int threads);
 
-// out_row,j = w_example(row),j · p_row,j.
-//   w (n, r), p (R, r), offsets (n + 1,), out (R, r)
-void spread_multiply(const float* w, const float* p, const int64_t* offsets, int64_t n, int64_t r, float* out,
-                     int threads);
-
 // out_i = ‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F for the sparse rows A_i of example i; columns ascend within a row. Products and sums in
 // float64.
 //   offsets (n + 1,), out (n,)
 template <class Index>
 void fisher_norms(const Csr<Index>& a, const int64_t* offsets, int64_t n, double* out, int threads);
-
-// ---- one row of an example: all of its columns, or those of one thread
-
-// sums[c] += row[c]².
-template <class T>
-NPEFF_INLINE void add_squares(const T* row, int64_t width, T* sums) {
-  for (int64_t c = 0; c < width; ++c) sums[c] += row[c] * row[c];
-}
-
-// out[c] = w[c] · row[c].
-template <class T>
-NPEFF_INLINE void multiply_row(const T* w, const T* row, int64_t width, T* out) {
-  for (int64_t c = 0; c < width; ++c) out[c] = w[c] * row[c];
-}
 
 }  // namespace npeff
