@@ -26,8 +26,6 @@ struct Simd {
 
   static Vec load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static void store(T* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
-  static Vec max(Vec a, Vec b) { return a > b ? a : b; }
-  static Vec abs(Vec a) { return a < 0 ? -a : a; }
 };
 
 // The lanes of a (0 …) and b (those after a's), in the order given.

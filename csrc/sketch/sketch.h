@@ -6,7 +6,6 @@
 #pragma once
 
 #include "common/csr.h"
-#include "common/row_order.h"
 #include "sketch/hash.h"
 
 namespace npeff {
