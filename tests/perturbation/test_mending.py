@@ -13,7 +13,7 @@ from torch import nn
 import npeff
 from npeff.batches.reading import read_batch
 from npeff.perturbation.mending import divide_examples, mend
-from npeff.perturbation.repair import DirectionBlock, LabelledOutputs, LayerSteps, RepairLoss, RepairSearch
+from npeff.perturbation.repair import DirectionBlock, LabelledExamples, LayerSteps, Repair
 from npeff.perturbation.weights import Weights, applied
 
 
@@ -85,14 +85,15 @@ def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
     model = model.double()
     try:
         batches = [read_batch((x.double(), y), torch.device("cpu"), i, False) for i, (x, y) in enumerate(data)]
-        labelled = LabelledOutputs.of(model, batches, None, "categorical")
+        examples = LabelledExamples(model, batches, None, "categorical")
         vectors = [
             {p.name: DirectionBlock(torch.from_numpy(G).double()) for p, G, _ in components.blocks(j)} for j in (0, 3)
         ]
         shapes = {p.name: p.shape for p in components.parameters}
         kept = ~fooled & (np.arange(len(fooled)) % 3 > 0)
         weights = Weights(model)
-        loss = RepairLoss(labelled, weights, LayerSteps(vectors, shapes, by_layer), fooled, kept)
+        fitted = fooled, kept
+        loss = Repair(examples, weights, LayerSteps(vectors, shapes, by_layer), fitted, fitted, 0.0)
         try:
             c = np.array([0.3, -0.2, 0.1, 0.4]) if by_layer else np.array([0.3, -0.2])
             _, gradient = loss.value_and_gradient(c, 2.0)
@@ -108,7 +109,7 @@ def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
 @pytest.mark.parametrize("by_layer", [True, False])
 def test_nothing_is_changed_when_the_tolerance_forbids_it(shortcut, monkeypatch, by_layer) -> None:
     model, data, components, fooled = shortcut
-    monkeypatch.setattr(RepairSearch, "within", lambda self, c: False)
+    monkeypatch.setattr(Repair, "within", lambda self, c: False)
     mending = mend(
         model, data, components, 0, repair=np.flatnonzero(fooled), progress=False, by_layer=by_layer, iterations=2
     )

@@ -18,7 +18,7 @@ from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.models.parameters import Parameters
 from npeff.perturbation.directions import random_direction
 from npeff.perturbation.effect import CONTROLS
-from npeff.perturbation.figures import FIGURES, Interval, mean_figure
+from npeff.perturbation.figures import FIGURES, Interval, interval
 from npeff.perturbation.outputs import correct, curvature, divergence, flipped
 from npeff.perturbation.steps import find_step
 from perturbation_cases import batches, components_of, deep, fishers_of, flat, linear, same, state
@@ -241,8 +241,8 @@ def test_figures_are_what_they_say(case):
     right = (after == labels).double().numpy()
     assert effect.accuracy["top"][1] == pytest.approx(right[effect.top].mean())
     assert math.isnan(value.pop("perplexity_ratio"))  # there was no unrelated data
-    for interval in map(effect.figures.get, value):
-        assert interval.low - 1e-12 <= interval.high
+    for figure in map(effect.figures.get, value):
+        assert figure.low - 1e-12 <= figure.high
     ratio = effect.figures["ratio"]
     assert ratio.low < ratio.value < ratio.high
     assert effect.curve.top.shape == (2, 3) and (np.diff(effect.curve.top, axis=1) > 0).all()
@@ -254,11 +254,11 @@ def test_intervals_cover():
     rng = np.random.default_rng(0)
     hits = sum(
         i.low <= 1.0 <= i.high
-        for i in (mean_figure(rng.exponential(size=60)).interval(n_resamples=300) for _ in range(100))
+        for i in (interval(np.mean, rng.exponential(size=60), levels=(0.95, 300, 0)) for _ in range(100))
     )
     assert 84 <= hits <= 100
-    assert mean_figure([2.0, 2.0, 2.0]).interval() == Interval(2.0, 2.0, 2.0)
-    assert np.isnan(mean_figure([np.nan, np.inf]).value)
+    assert interval(np.mean, np.full(3, 2.0), levels=(0.95, 99, 0)) == Interval(2.0, 2.0, 2.0)
+    assert np.isnan(interval(np.mean, np.array([np.nan])).value)
 
 
 def test_json_holds_everything_and_the_table_shows_it(case, tmp_path):

@@ -84,7 +84,7 @@ class Direction:
         return self.make()
 
 
-def target_of(components: Components, j: Any) -> Target:
+def target_of(components: Components, j: Any, argument: str = "j") -> Target:
     """Return the component or strategy that ``j`` names.
 
     Raises:
@@ -95,22 +95,19 @@ def target_of(components: Components, j: Any) -> Target:
         members = tuple(int(k) for k in j.components)
         if not members or max(members) >= r or len(j.coefficient) != len(components.coefficients):
             raise ArgumentError(
-                f"j: the strategy is not one of these {r} components of {len(components.coefficients)} examples; "
-                "take it from components.strategies()"
+                f"{argument}: the strategy is not one of these {r} components of {len(components.coefficients)} "
+                "examples; take it from components.strategies()"
             )
     elif isinstance(j, int | np.integer) and not isinstance(j, bool) and -r <= j < r:
         members = (int(j) % r,)
     else:
-        raise ArgumentError(f"j: expected a component from 0 to {r - 1}, or a strategy of components, got {j!r}")
+        raise ArgumentError(
+            f"{argument}: expected a component from 0 to {r - 1}, or a strategy of components, got {j!r}"
+        )
     W = components.coefficients[:, list(members)].astype(np.float64)
     mass = W.sum(0)
     shares = mass / mass.sum() if mass.sum() > 0 else np.full(len(members), 1 / len(members))
     return Target(members, W.sum(1), shares)
-
-
-def needed_vectors(components: Components, targets: Sequence[Target], reject: Reject | None) -> list[int]:
-    """List the components whose vectors are needed: the targets' own, and all of them if the others are rejected."""
-    return list(range(components.n_components)) if reject else [j for target in targets for j in target.members]
 
 
 class ComponentDirections:

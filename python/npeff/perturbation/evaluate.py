@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, get_args
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from npeff.batches.batches import Batch
 from npeff.batches.reading import check_sampler
 from npeff.components.components import Components
-from npeff.errors import ArgumentError, DataError
+from npeff.errors import ArgumentError, DataError, check_choice
 from npeff.fishers.factors import check_meaning
 from npeff.fishers.logits import Logits
 from npeff.fishers.options import Likelihood
@@ -29,10 +30,10 @@ from npeff.models.parameters import model_digest
 from npeff.perturbation import outputs
 from npeff.perturbation.directions import Direction
 from npeff.perturbation.effect import Prediction
-from npeff.perturbation.examples import BatchSlice, SelectedExamples, unrelated_batches
+from npeff.perturbation.examples import BatchSlice, SelectedExamples
 from npeff.perturbation.figures import Measured
 from npeff.perturbation.options import PerturbOptions
-from npeff.perturbation.outputs import Writer
+from npeff.perturbation.texts import Writer, unrelated_batches
 from npeff.perturbation.weights import TensorsByName, Weights, on_model, untouched
 
 Array = npt.NDArray[Any]
@@ -72,8 +73,6 @@ class Evaluator:
         DataError: The data is too short, the outputs are not finite, or unrelated data has no labels that fit.
     """
 
-    own: Measured
-
     def __init__(
         self,
         model: nn.Module,
@@ -99,7 +98,10 @@ class Evaluator:
         self.unrelated = unrelated_batches(options.unrelated, model, tokenizer, device, *layout)
         self._labels = torch.from_numpy(components.labels[self.rows].astype(np.int64)).to(device)
         self._kept: Tensor | None = None
-        self._measure_own(components.logits.take(self.rows))
+        own = self._compared(self._own_outputs(components.logits.take(self.rows)))
+        self.own = replace(own, unrelated=self._surprise_on_unrelated())
+        if not np.isfinite(self.own.unrelated).all():
+            raise DataError("unrelated: the model's outputs on it are not finite at its own weights; leave it out")
         self.derivative = outputs.Derivative(
             model, self.weights, lambda inner, batch: call_model(inner, forward, batch, likelihood)
         )
@@ -116,71 +118,61 @@ class Evaluator:
         with torch.no_grad():
             return call_model(self.model, self.forward, batch, self.likelihood).detach()
 
-    def _measure_own(self, stored: Logits) -> None:
-        """Measure the model at its own weights, and compare its outputs with those that were stored.
+    def _own_outputs(self, stored: Logits) -> Iterator[tuple[BatchSlice, Tensor, Tensor]]:
+        """Yield the outputs at the model's own weights, twice; keep them if they fit, compare them with stored ones.
 
         Raises:
             DataError: The outputs do not fit, or are not finite.
         """
         n, width = len(self.examples), 0
-        kl, flips, right, label = np.zeros((4, n))
-        numbers = stored.numbers.numpy()
-        self.differing, size = np.zeros(n, bool), max(1.0, float(np.abs(numbers).max(initial=0.0)))
+        self.differing, scale = np.zeros(n, bool), _scale_of(stored)
         for one in self.examples:
             found = self.call(one.batch)[one.rows]
             if not width:
                 width = found.shape[1]
                 check_meaning(found, self.likelihood)
-                if stored.n_outputs not in (0, width):
-                    raise DataError(
-                        f"logits: expected {stored.n_outputs} per example as with the Fishers, got {width}; pass the "
-                        "same model, data and forward="
-                    )
                 if n * width * found.element_size() <= OWN_BYTES:
                     self._kept = found.new_empty((n, width))
             if found.shape[1] != width:
                 raise DataError(f"logits: expected {width} per example as in the first batch, got {found.shape[1]}")
-            finite = torch.isfinite(found).all(1)
-            if not bool(finite.all()):
-                bad = int((~finite).to(torch.uint8).argmax())
-                raise DataError(
-                    f"logits: example {self.examples.ids[one.indices[bad]]} has the logits {found[bad, :8].tolist()} "
-                    "at the model's own weights; find what overflows in the model on it, or leave it out"
-                )
+            check_finite(found, self.examples.ids[one.indices])
             if self._kept is not None:
                 self._kept[self._at(one)] = found
-            if stored.n_outputs:
-                own = stored.take(one.indices).numbers_of(found.double()).numpy()
-                apart = np.abs(own - numbers[one.indices]).max(1)
-                self.differing[one.indices] = apart > 0.02 * size
-            flips[one.indices] = outputs.flipped(found, found, self.likelihood).cpu().numpy()
-            right[one.indices], label[one.indices] = self._against_labels(one, found)
+            self.differing[one.indices] = differing(found, stored.take(one.indices), scale)
+            yield one, found, found
         if not width:
             raise DataError("data: no examples to measure; pass the data that the Fishers were computed from")
-        self.own = Measured(kl, flips, right, label, self._surprise_on_unrelated())
-        if not np.isfinite(self.own.unrelated).all():
-            raise DataError("unrelated: the model's outputs on it are not finite at its own weights; leave it out")
 
-    def _against_labels(self, one: BatchSlice, found: Tensor) -> tuple[Array, Array]:
-        """Whether outputs are right, and the probability of the label, ``(k,)`` each."""
-        labels = self._labels[self._at(one)]
-        probability = outputs.log_probability(found, labels, self.likelihood).exp()
-        return outputs.correct(found, labels, self.likelihood).cpu().numpy(), probability.cpu().numpy()
+    def _compared(self, pairs: Iterable[tuple[BatchSlice, Tensor, Tensor]]) -> Measured:
+        """Compare outputs at the model's own weights with those at moved ones, of all examples."""
+        kl, flips, right, label = np.zeros((4, len(self.examples)))
+        for one, own, moved in pairs:
+            labels = self._labels[self._at(one)]
+            kl[one.indices] = _not_nan(outputs.divergence(moved, own, self.likelihood))
+            flips[one.indices] = outputs.flipped(moved, own, self.likelihood).cpu().numpy()
+            right[one.indices] = outputs.correct(moved, labels, self.likelihood).cpu().numpy()
+            label[one.indices] = outputs.log_probability(moved, labels, self.likelihood).exp().cpu().numpy()
+        return Measured(kl, flips, right, label, np.zeros(0))
 
     def _surprise_on_unrelated(self) -> Array:
         """−log p of the labels of unrelated data at the weights as they are, ``(u,)``; inf where not finite.
 
         Raises:
-            DataError: A label is beyond the outputs.
+            DataError: The outputs are no classes, or a label is beyond them.
         """
         found = []
         for batch in self.unrelated:
             logits, labels = self.call(batch), batch.labels
             assert labels is not None
-            labels = labels.long().reshape(-1)
-            if len(labels) and int(labels.max()) >= logits.shape[1]:
+            labels, n = labels.long().reshape(-1), outputs.n_classes(logits.shape[1], self.likelihood)
+            if n is None:
                 raise DataError(
-                    f"unrelated: expected labels below {logits.shape[1]}, the model's outputs, got "
+                    f"unrelated: perplexity is of classes, and {logits.shape[1]} {self.likelihood} outputs are none; "
+                    "leave it out"
+                )
+            if len(labels) and int(labels.max()) >= n:
+                raise DataError(
+                    f"unrelated: expected labels below {n}, the model's outputs, got "
                     f"{int(labels.max())}; make it with the tokenizer of this model"
                 )
             known = labels >= 0
@@ -212,16 +204,11 @@ class Evaluator:
 
     def measure(self, direction: TensorsByName, magnitude: float) -> Measured:
         """Measure all examples, and unrelated data, at ``θ + magnitude · direction``."""
-        kl, flips, right, label = np.zeros((4, len(self.examples)))
-        for one, own, moved in self._moved(self.examples, direction, magnitude):
-            kl[one.indices] = _not_nan(outputs.divergence(moved, own, self.likelihood))
-            flips[one.indices] = outputs.flipped(moved, own, self.likelihood).cpu().numpy()
-            right[one.indices], label[one.indices] = self._against_labels(one, moved)
-        unrelated = np.zeros(0)
-        if self.unrelated:
-            with self.weights.at(direction, magnitude):
-                unrelated = self._surprise_on_unrelated()
-        return Measured(kl, flips, right, label, unrelated)
+        measured = self._compared(self._moved(self.examples, direction, magnitude))
+        if not self.unrelated:
+            return measured
+        with self.weights.at(direction, magnitude):
+            return replace(measured, unrelated=self._surprise_on_unrelated())
 
     def kl(self, slices: Sequence[BatchSlice], direction: TensorsByName, magnitude: float) -> Array:
         """Compute the KL ``(k,)`` float64 of the examples in ``slices``, in order, at ``θ + magnitude · direction``."""
@@ -310,6 +297,43 @@ def _not_nan(kl: Tensor) -> Array:
 
 
 @contextmanager
+def model_for(
+    model: nn.Module, data: Iterable[Any], components: Components, options: Mapping[str, Any]
+) -> Iterator[tuple[nn.Module, torch.device, Likelihood]]:
+    """Check a model and data against components, and yield the model on its device; restore its modes and buffers.
+
+    Args:
+        model: As for :func:`npeff.perturb`.
+        data: As for :func:`npeff.perturb`.
+        components: The decomposition.
+        options: ``forward``, ``device`` and ``likelihood``, as for :func:`npeff.perturb`.
+
+    Yields:
+        The model, without what ``torch.compile`` wraps around it, its device, and the likelihood of its outputs.
+
+    Raises:
+        ArgumentError: The model, ``forward`` or ``likelihood`` has a wrong type or value.
+        ModelError: The model is in training mode, with layers whose outputs depend on the mode.
+        OutOfMemoryError: There is too little memory for a batch, here or in the block.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if options["forward"] is not None and not callable(options["forward"]):
+        raise ArgumentError(f"forward: expected callable(model, batch) -> logits, got {options['forward']!r}")
+    inner = getattr(model, "_orig_mod", model)
+    fishers = components.provenance.get("fishers") or {}
+    likelihood = options["likelihood"] or (fishers.get("options") or {}).get("likelihood", "categorical")
+    check_choice("likelihood", likelihood, get_args(Likelihood))
+    check_eligible(inner)
+    check_sampler(data)
+    _check_parameters(inner, components)
+    if same_model(inner, components) is False:
+        warnings.warn("model: it is not the one of the components' Fishers (other weights)", stacklevel=6)
+    with placed(inner, options["device"]) as device, untouched(inner), memory_explained():
+        yield inner, device, likelihood
+
+
+@contextmanager
 def evaluator_for(
     model: nn.Module, data: Iterable[Any], components: Components, rows: Array, options: PerturbOptions
 ) -> Iterator[Evaluator]:
@@ -326,31 +350,14 @@ def evaluator_for(
         The evaluator, whose examples are ordered by their position in the data.
 
     Raises:
-        ArgumentError: The model, ``forward`` or ``likelihood`` has a wrong type or value.
+        ArgumentError: As :func:`model_for`, or the components do not know the positions of their examples.
         DataError: The data is not the data of the Fishers.
-        OutOfMemoryError: There is too little memory for a batch, here or in the block.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if options.forward is not None and not callable(options.forward):
-        raise ArgumentError(f"forward: expected callable(model, batch) -> logits, got {options.forward!r}")
-    inner = getattr(model, "_orig_mod", model)
-    fishers = components.provenance.get("fishers") or {}
-    likelihood = options.likelihood or (fishers.get("options") or {}).get("likelihood", "categorical")
-    if likelihood not in get_args(Likelihood):
-        raise ArgumentError(f"likelihood: expected one of {', '.join(get_args(Likelihood))}, got {likelihood!r}")
-    check_eligible(inner)
-    check_sampler(data)
-    _check_parameters(inner, components)
-    theirs = fishers.get("model_digest")
-    same_model = None if not theirs else theirs == model_digest(inner)
-    if same_model is False:
-        warnings.warn("model: it is not the one of the components' Fishers (other weights)", stacklevel=4)
     if components.ids[rows].min() < 0:
         raise ArgumentError("components: their ids are not positions in data; examples cannot be found")
-    with placed(inner, options.device) as device, untouched(inner), memory_explained():
+    with model_for(model, data, components, vars(options)) as (inner, device, likelihood):
         evaluator = Evaluator(inner, data, components, rows, device, likelihood, options)
-        _check_outputs(evaluator, same_model)
+        check_outputs(evaluator.differing, evaluator.examples.ids, same_model(inner, components))
         yield evaluator
 
 
@@ -375,22 +382,85 @@ def _check_parameters(model: nn.Module, components: Components) -> None:
             )
 
 
-def _check_outputs(evaluator: Evaluator, same_model: bool | None) -> None:
+def same_model(model: nn.Module, components: Components) -> bool | None:
+    """Say whether the model has the weights that the Fishers were computed from; None where that is not on record."""
+    known = (components.provenance.get("fishers") or {}).get("model_digest")
+    return known == model_digest(model) if known else None
+
+
+def _scale_of(stored: Logits) -> float:
+    return max(1.0, float(np.abs(stored.numbers.numpy()).max(initial=0.0)))
+
+
+def differing(found: Tensor, stored: Logits, scale: float | None = None) -> Array:
+    """Mark the examples whose outputs are not those that were stored, ``(k,)`` bool; none where none were stored.
+
+    Args:
+        found: ``(k, C)`` outputs of the model.
+        stored: The outputs of the same examples, as they were when the Fishers were computed.
+        scale: Largest stored output, at least 1, where these are not all.
+
+    Raises:
+        DataError: There are more or fewer outputs.
+    """
+    if not stored.n_outputs:
+        return np.zeros(len(found), bool)
+    if stored.n_outputs != found.shape[1]:
+        raise DataError(
+            f"logits: expected {stored.n_outputs} per example as with the Fishers, got {found.shape[1]}; pass the "
+            "same model, data and forward="
+        )
+    apart = np.abs(stored.numbers_of(found.double()).numpy() - stored.numbers.numpy()).max(1)
+    return np.asarray(apart > 0.02 * (scale or _scale_of(stored)))
+
+
+def check_finite(found: Tensor, ids: Array) -> None:
+    """Refuse outputs ``(k, C)`` at the model's own weights that are not finite.
+
+    Raises:
+        DataError: Naming the first example.
+    """
+    finite = torch.isfinite(found).all(1)
+    if not bool(finite.all()):
+        bad = int((~finite).to(torch.uint8).argmax())
+        raise DataError(
+            f"logits: example {ids[bad]} has the logits {found[bad, :8].tolist()} "
+            "at the model's own weights; find what overflows in the model on it, or leave it out"
+        )
+
+
+def check_outputs(differs: Array, ids: Array, same: bool | None) -> None:
     """Compare the outputs with those that were stored with the components: they show whether the data is the same.
+
+    Args:
+        differs: ``(n,)`` bool, as from :func:`differing`.
+        ids: ``(n,)`` positions of the examples in the data.
+        same: As from :func:`same_model`.
 
     Raises:
         DataError: The model is the same, but not its outputs.
     """
-    differs = evaluator.differing
-    if not differs.any() or same_model is False:
+    if not differs.any() or same is False:
         return
-    bad = int(evaluator.examples.ids[int(np.argmax(differs))])
     message = (
-        f"data: {int(differs.sum())} of {len(differs)} examples, the first at position {bad}, have other outputs than "
-        "when the Fishers were computed"
+        f"data: {int(differs.sum())} of {len(differs)} examples, the first at position {int(ids[np.argmax(differs)])}, "
+        "have other outputs than when the Fishers were computed"
     )
-    if same_model:
+    if same:
         raise DataError(
             f"{message}, although the model is the same; pass the same data in the same order, and forward="
         )
-    warnings.warn(f"{message}; are model and data the same?", stacklevel=5)
+    warnings.warn(f"{message}; are model and data the same?", stacklevel=6)
+
+
+def check_kl(kl: Array, magnitude: float) -> None:
+    """Refuse a change of the weights after which outputs are not finite.
+
+    Raises:
+        ArgumentError: The KL ``(n,)`` of some examples is not finite.
+    """
+    if not np.isfinite(kl).all():
+        raise ArgumentError(
+            f"magnitude: {int((~np.isfinite(kl)).sum())} examples have outputs that are not finite at "
+            f"{magnitude:.3g}; choose a smaller magnitude, or a smaller target_kl"
+        )

@@ -111,7 +111,7 @@ class PerturbOptions:
         if self.max_sim is not None:
             if self.reject is None:
                 raise ArgumentError("max_sim: it belongs to reject='span' or reject='sequential'; give that too")
-            _share("max_sim", self.max_sim)
+            check_share("max_sim", self.max_sim)
         if isinstance(self.combine, str) and self.combine not in ("each", "principal"):
             raise ArgumentError(f"combine: expected 'each', 'principal' or weights, got {self.combine!r}")
         if kind == "diagonal" and self.reject is not None:
@@ -119,14 +119,14 @@ class PerturbOptions:
         if kind == "low_rank" and (self.lam is not None or self.fisher is not None):
             raise ArgumentError("lam, fisher: they belong to diagonal components; leave them out for low-rank ones")
         for value in self.lambdas:
-            _share("lam", value, open_ends=True)
-        _share("floor", self.floor)
+            check_share("lam", value, open_ends=True)
+        check_share("floor", self.floor)
         check_integers(self, {"n_random": 0, "curve": 0, "n_resamples": 0, "seed": 0, "n_tokens": 1})
         if isinstance(self.prompts, int | np.integer):
             _whole("prompts", self.prompts, 0, "texts, or a number of examples ≥ 0")
         elif not all(isinstance(text, str) for text in self.prompts or ()):
             raise ArgumentError(f"prompts: expected a list of texts, or a number of examples, got {self.prompts!r}")
-        _share("confidence", self.confidence, open_ends=True)
+        check_share("confidence", self.confidence, open_ends=True)
         if np.ndim(self.top) == 0:
             _whole("top", self.top, 1, "a number of examples ≥ 1, or their indices")
         if isinstance(self.baseline, str) and self.baseline != "all":
@@ -151,7 +151,7 @@ class PerturbOptions:
             ArgumentError: Given rows do not exist, or no example has a coefficient.
         """
         if not isinstance(self.top, int | np.integer):
-            return _given_rows("top", self.top, len(coefficient))
+            return given_rows("top", self.top, len(coefficient))
         order = np.argsort(-coefficient, kind="stable")[: int(self.top)]
         order = order[coefficient[order] > 0]
         if not len(order):
@@ -172,25 +172,35 @@ class PerturbOptions:
         if isinstance(wanted, int | np.integer):
             generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 2, 0]))
             return np.sort(generator.choice(n, int(wanted), replace=False)).astype(np.int64)
-        return _given_rows("baseline", wanted, n)
+        return given_rows("baseline", wanted, n)
 
 
-def _given_rows(name: str, rows: Any, n: int) -> Array:
+def given_rows(
+    name: str, rows: Any, n: int, meaning: str = "indices of examples (rows of components.coefficients)"
+) -> Array:
+    """Return the rows of n that a user gave as indices or as a mask ``(n,)``, each once.
+
+    Raises:
+        ArgumentError: They are no such rows.
+    """
     found = np.asarray(rows)
     if found.dtype == bool and found.shape == (n,):
         found = np.flatnonzero(found)
     if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu":
-        raise ArgumentError(f"{name}: expected indices of examples (rows of components.coefficients), got {rows!r}")
+        raise ArgumentError(f"{name}: expected {meaning}, got {rows!r}")
     if found.min() < 0 or found.max() >= n:
         raise ArgumentError(f"{name}: expected indices below {n}, got {int(found.min())} to {int(found.max())}")
     return np.asarray(list(dict.fromkeys(found.tolist())), np.int64)
 
 
-def _share(name: str, value: Any, open_ends: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(float(value)):
-        raise ArgumentError(f"{name}: expected a number, got {value!r}")
-    value = float(value)
-    if not (0 < value < 1 if open_ends else 0 <= value <= 1):
+def check_share(name: str, value: Any, open_ends: bool = False) -> None:
+    """Refuse a value that is no number from 0 to 1, both excluded with ``open_ends``.
+
+    Raises:
+        ArgumentError: Naming the argument.
+    """
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not (0 < float(value) < 1 if open_ends else 0 <= float(value) <= 1):
         raise ArgumentError(f"{name}: expected a number between 0 and 1, got {value!r}")
 
 

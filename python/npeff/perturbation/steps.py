@@ -1,20 +1,23 @@
-"""Search how far to move along a direction until the outputs have changed by a wanted amount."""
+"""Prepare a perturbation, and search how far to move along its directions until the outputs change as wanted."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
+from npeff.components.components import Components
 from npeff.perturbation.diagonal import diagonal_directions
-from npeff.perturbation.directions import ComponentDirections, Direction, Target
+from npeff.perturbation.directions import ComponentDirections, Direction, Target, target_of
 from npeff.perturbation.effect import SignResult
-from npeff.perturbation.evaluate import Evaluator
+from npeff.perturbation.evaluate import Evaluator, evaluator_for
 from npeff.perturbation.examples import BatchSlice
 from npeff.perturbation.options import PerturbOptions
 
@@ -43,17 +46,10 @@ class StepSearch:
 
 @dataclass(frozen=True, eq=False)
 class DirectionSteps:
-    """A direction, and the step along it for each sign.
-
-    Attributes:
-        direction: The direction.
-        results: What is known of each sign: what the search found, and later what was measured.
-        sign: The sign with the larger KL ratio; 0 before it was measured.
-    """
+    """A direction, and what is known of each sign: what the search found, and later what was measured."""
 
     direction: Direction
     results: dict[int, SignResult]
-    sign: int = 0
 
     @property
     def effort(self) -> tuple[bool, float]:
@@ -61,10 +57,38 @@ class DirectionSteps:
         found = self.results.values()
         return not all(s.reached for s in found), float(np.mean([s.magnitude for s in found]))
 
-    @property
-    def magnitude(self) -> float:
-        """The step of the chosen sign."""
-        return self.results[self.sign].magnitude
+
+@contextmanager
+def experiment(
+    model: nn.Module,
+    data: Iterable[Any],
+    components: Components,
+    which: Iterable[Any],
+    options: PerturbOptions,
+    with_baseline: bool = True,
+) -> Iterator[tuple[Evaluator, list[Target]]]:
+    """Find the components or groups to perturb, recover their vectors, and yield them with an evaluator.
+
+    Args:
+        model: As for :func:`npeff.perturb`.
+        data: As for :func:`npeff.perturb`.
+        components: The decomposition.
+        which: Components, or strategies.
+        options: As for :func:`npeff.perturb`.
+        with_baseline: Whether the baseline is measured beside the top examples.
+
+    Raises:
+        ArgumentError: There is no such component, or a vector cannot be recovered.
+    """
+    targets = [target_of(components, j) for j in which]
+    needed = range(components.n_components) if options.reject else [j for target in targets for j in target.members]
+    how = {name: getattr(options, name) for name in ("forward", "device", "progress")}
+    components.ensure_vectors(needed, model, data, **how)
+    rows = [options.top_rows(target.coefficient) for target in targets]
+    if with_baseline:
+        rows.append(options.baseline_rows(len(components.coefficients)))
+    with evaluator_for(model, data, components, np.concatenate(rows), options) as evaluator:
+        yield evaluator, targets
 
 
 def search_steps(
@@ -105,22 +129,14 @@ def search_steps(
             step = StepSearch(float(options.magnitude or 0), math.nan, True)
             if options.magnitude is None:
                 step = find_step(kl_at, options.target_range, *ends, sign=sign)
+            delta = None if direction.scale is None else step.magnitude / direction.scale
             results[sign] = SignResult(
-                component=direction.component,
-                sign=sign,
-                magnitude=step.magnitude,
-                reached=step.reached,
-                kl_top=step.kl,
-                kl_baseline=math.nan,
-                ratio=math.nan,
-                kept=False,
-                lam=direction.lam,
-                step=None if direction.scale is None else step.magnitude / direction.scale,
+                direction.component, sign, step.magnitude, step.reached, step.kl, lam=direction.lam, step=delta
             )
         found.append(DirectionSteps(direction, results))
     if known.components.kind == "diagonal":
-        best = min(found, key=lambda steps: steps.effort)
-        return [best, *(steps for steps in found if steps is not best)]
+        best = min(found, key=lambda one: one.effort)
+        return [best, *(one for one in found if one is not best)]
     return found
 
 

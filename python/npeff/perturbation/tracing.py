@@ -21,12 +21,12 @@ from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, check_integer
 from npeff.fishers.block_weights import layer_of
 from npeff.models.parameters import Parameter, Parameters
-from npeff.perturbation.directions import ComponentDirections, needed_vectors, target_of
+from npeff.perturbation.directions import ComponentDirections
 from npeff.perturbation.effect import Result, text_table
-from npeff.perturbation.evaluate import evaluator_for
-from npeff.perturbation.figures import Interval, ratio_figure
+from npeff.perturbation.evaluate import check_kl
+from npeff.perturbation.figures import Interval, interval, mean_ratio
 from npeff.perturbation.options import PerturbOptions
-from npeff.perturbation.steps import search_steps
+from npeff.perturbation.steps import experiment, search_steps
 from npeff.short_repr import short_repr
 from npeff.storage.container import refuse_npeff_file
 from npeff.storage.files import atomic, path_of
@@ -343,20 +343,13 @@ def trace(
     if untraced := UNTRACED & options.keys():
         raise ArgumentError(f"{min(untraced)}: a trace has no such option; npeff.perturb has it")
     chosen = PerturbOptions.checked(components, options)
-    target = target_of(components, j)
-    needed = needed_vectors(components, [target], chosen.reject)
-    how = {name: getattr(chosen, name) for name in ("forward", "device", "progress")}
-    components.ensure_vectors(needed, model, data, **how)
     resolved = resolve(groups, components.parameters)
     free = rest(components.parameters, resolved)
-    top = chosen.top_rows(target.coefficient)
-    baseline = top
-    if components.kind == "diagonal" and chosen.fisher is None:
-        baseline = chosen.baseline_rows(len(components.coefficients))
-    with evaluator_for(model, data, components, np.concatenate([top, baseline]), chosen) as evaluator:
-        at_top = evaluator.indices(top)
+    merged = components.kind == "diagonal" and chosen.fisher is None
+    with experiment(model, data, components, [j], chosen, with_baseline=merged) as (evaluator, (target,)):
+        at_top = evaluator.indices(chosen.top_rows(target.coefficient))
+        at_base = evaluator.indices(chosen.baseline_rows(len(target.coefficient))) if merged else at_top
         slices = evaluator.examples.subset(at_top)
-        at_base = evaluator.indices(baseline)
         found = search_steps(evaluator, ComponentDirections(components), target, chosen, slices, at_base)
         used = found[:1] if components.kind == "diagonal" else found
         order = np.argsort(np.concatenate([one.indices for one in slices]), kind="stable")
@@ -375,6 +368,7 @@ def trace(
             sizes = [sign * search.magnitude for sign, search in one.results.items()]
             magnitude += weight * sum(map(abs, sizes))
             whole += weight * sum(kl(vector, size) for size in sizes)
+            check_kl(whole, magnitude)
             for g, (name, elements) in enumerate(resolved.items()):
                 part = np.where(free, vector, 0.0) if name == REST else restricted(vector, elements)
                 energy[g] += one.direction.share * float(np.square(part).sum())
@@ -385,13 +379,21 @@ def trace(
                 bar.update()
         bar.close()
         ids, meaning = evaluator.examples.ids[at_top], evaluator.likelihood
-    left = _shares(without, whole, chosen)
+
+    def shares(parts: Array) -> list[Interval]:
+        """Mean KL of each part over the mean KL of the whole, with paired bootstrap intervals."""
+        levels = chosen.confidence, chosen.n_resamples
+        return [
+            interval(mean_ratio, part, whole, paired=True, levels=(*levels, chosen.seed + g))
+            for g, part in enumerate(parts)
+        ]
+
     return Trace(
         components=target.members,
         groups=tuple(resolved),
         energy=energy,
-        alone=_shares(alone, whole, chosen),
-        lost=tuple(Interval(1 - i.value, 1 - i.high, 1 - i.low) for i in left),
+        alone=tuple(shares(alone)),
+        lost=tuple(Interval(1 - i.value, 1 - i.high, 1 - i.low) for i in shares(without)),
         magnitude=magnitude,
         ids=ids,
         kl=whole,
@@ -405,14 +407,6 @@ def trace(
             "confidence": chosen.confidence,
             "components_digest": components.digest,
         },
-    )
-
-
-def _shares(parts: Array, whole: Array, options: PerturbOptions) -> tuple[Interval, ...]:
-    """Mean KL of each part over the mean KL of the whole, with paired bootstrap intervals."""
-    return tuple(
-        ratio_figure(part, whole).interval(options.confidence, options.n_resamples, options.seed + g)
-        for g, part in enumerate(parts)
     )
 
 
@@ -458,12 +452,12 @@ def _heat(figure: Any, trace: Trace, rows: list[str], columns: list[str]) -> Non
     for axes, parts, (title, _) in ((panels[0], trace.alone, ALONE), (panels[1], trace.lost, LOST)):
         values = np.full((len(rows), len(columns)), np.nan)
         other = []
-        for name, interval in zip(trace.groups, parts, strict=True):
+        for name, share in zip(trace.groups, parts, strict=True):
             if SEPARATOR in name:
                 row, column = name.split(SEPARATOR)
-                values[rows.index(row), columns.index(column)] = interval.value
+                values[rows.index(row), columns.index(column)] = share.value
             else:
-                other.append(f"{name}: {interval.value:.0%}")
+                other.append(f"{name}: {share.value:.0%}")
         limit = float(np.nanmax(np.abs(values))) or 1.0
         image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         axes.set_xticks(range(len(columns)), columns, rotation=90)
