@@ -34,7 +34,7 @@ from npeff.models.forward import OVER_CLASSES
 from npeff.perturbation.directions import target_of
 from npeff.perturbation.effect import plain
 from npeff.perturbation.evaluate import check_outputs, differing, model_for, same_model
-from npeff.perturbation.options import Forward, check_share, given_rows
+from npeff.perturbation.options import Forward, check_components, check_share, given_rows
 from npeff.perturbation.repair import DirectionBlock, LabelledExamples, LayerSteps, Repair, share
 from npeff.perturbation.weights import Weights
 from npeff.short_repr import several
@@ -135,6 +135,7 @@ def mend(
         DataError: Labels are missing, there is nothing to repair, or without ``repair`` the places are other ones.
         OutOfMemoryError: There is too little memory for a batch.
     """
+    check_components(components)
     chosen = _indices(components, which)
     if components.kind != "low_rank":
         raise ArgumentError(

@@ -21,7 +21,7 @@ from npeff.perturbation.directions import ComponentDirections, Target, random_di
 from npeff.perturbation.effect import CONTROLS, Control, Curve, Effect
 from npeff.perturbation.evaluate import Evaluator, check_kl
 from npeff.perturbation.figures import ExampleSets, Measured, interval, mean_known, perplexity
-from npeff.perturbation.options import FLOOR, Combine, Forward, PerturbOptions, Reject, Signs
+from npeff.perturbation.options import FLOOR, Combine, Forward, PerturbOptions, Reject, Signs, among
 from npeff.perturbation.steps import DirectionSteps, experiment, search_steps
 from npeff.perturbation.weights import TensorsByName
 
@@ -123,8 +123,10 @@ def perturb(
         DataError: The data is not that of the Fishers, or too short, or the outputs are not finite.
         ModelError: The model fails, or is in training mode with layers whose outputs depend on the mode.
     """
-    options = PerturbOptions.among(locals())
-    return perturb_all(model, data, components, [j], **options)[0]
+    options = PerturbOptions.checked(components, among(PerturbOptions, locals()))
+    with experiment(model, data, components, [j], options) as (evaluator, (target,)):
+        bar = tqdm([target], desc="Perturb", disable=not progress)
+        return [measure_effect(evaluator, ComponentDirections(components), target, options) for target in bar][0]
 
 
 def perturb_all(

@@ -84,9 +84,8 @@ def experiment(
     needed = range(components.n_components) if options.reject else [j for target in targets for j in target.members]
     how = {name: getattr(options, name) for name in ("forward", "device", "progress")}
     components.ensure_vectors(needed, model, data, **how)
-    rows = [options.top_rows(target.coefficient) for target in targets]
-    if with_baseline:
-        rows.append(options.baseline_rows(len(components.coefficients)))
+    rows = [options.baseline_rows(len(components.coefficients)), *(options.top_rows(t.coefficient) for t in targets)]
+    rows = rows if with_baseline else rows[1:]
     with evaluator_for(model, data, components, np.concatenate(rows), options) as evaluator:
         yield evaluator, targets
 
