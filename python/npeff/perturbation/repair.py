@@ -32,6 +32,9 @@ Examples = tuple[Array, Array]
 KL_WEIGHTS = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 """λ, from small changes to large ones."""
 
+LEAST_FALL = 1e-7
+"""The minimiser at a λ counts as found when an iteration lowers the objective by a smaller share."""
+
 DOUBLINGS = 24
 """Most steps along a line."""
 
@@ -257,7 +260,8 @@ class Repair:
     def value_and_gradient(self, c: Array, lam: float) -> tuple[float, Array]:
         """Compute the objective and its ``(k·L,)`` gradient: one backward pass for any number of steps."""
         self._weights.move(self._steps.change(c), 1.0)
-        value, gradient, examples = 0.0, np.zeros(len(c)), self._examples
+        value, examples = 0.0, self._examples
+        total: dict[str, Tensor] = {}
         flags = [tensor.requires_grad for tensor in self._moving.values()]
         try:
             for tensor in self._moving.values():
@@ -270,24 +274,23 @@ class Repair:
                     wrong = -outputs.log_probability(logits, examples.labels[at], examples.likelihood)
                     moved = outputs.divergence(examples.logits[at], logits, examples.likelihood)
                     loss = (r * wrong + lam * k * moved).sum()
-                    slopes = torch.autograd.grad(loss, list(self._moving.values()), allow_unused=True)
+                    gradients = torch.autograd.grad(loss, list(self._moving.values()), allow_unused=True)
                 value += float(loss.detach())
-                gradient += self._steps.slopes(
-                    {name: slope for name, slope in zip(self._moving, slopes, strict=True) if slope is not None}
-                )
+                for name, gradient in zip(self._moving, gradients, strict=True):
+                    if gradient is not None:
+                        total[name] = total[name].add_(gradient) if name in total else gradient
         finally:
             for tensor, flag in zip(self._moving.values(), flags, strict=True):
                 tensor.requires_grad_(flag)
-        return value, gradient
+        return value, self._steps.slopes(total)
 
     def down_the_path(self, iterations: int, progress: bool) -> None:
         """Try the minimisers of the objective at falling λ, each found from the one before."""
         from scipy.optimize import minimize
 
         def solve(lam: float, start: Array) -> Array | None:
-            found = minimize(
-                self.value_and_gradient, start, lam, jac=True, method="L-BFGS-B", options={"maxiter": iterations}
-            )
+            options = {"maxiter": iterations, "ftol": LEAST_FALL}
+            found = minimize(self.value_and_gradient, start, lam, jac=True, method="L-BFGS-B", options=options)
             return np.asarray(found.x, np.float64) if np.isfinite(found.fun) else None
 
         self._walk(KL_WEIGHTS, KL_WEIGHTS[0] * 3, solve, progress)
