@@ -12,6 +12,7 @@ from torch import nn
 
 import npeff
 from npeff.batches.reading import read_batch
+from npeff.perturbation.evaluate import CheckedModel
 from npeff.perturbation.mending import divide_examples, mend
 from npeff.perturbation.repair import DirectionBlock, LabelledExamples, LayerSteps, Repair
 from npeff.perturbation.weights import Weights, applied
@@ -85,7 +86,7 @@ def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
     model = model.double()
     try:
         batches = [read_batch((x.double(), y), torch.device("cpu"), i, False) for i, (x, y) in enumerate(data)]
-        examples = LabelledExamples(model, batches, None, "categorical")
+        examples = LabelledExamples(CheckedModel(model, torch.device("cpu"), None, "categorical", None), batches)
         vectors = [
             {p.name: DirectionBlock(torch.from_numpy(G).double()) for p, G, _ in components.blocks(j)} for j in (0, 3)
         ]
@@ -221,7 +222,7 @@ def test_one_yes_or_no_question_is_mended_as_two_classes_are() -> None:
 def test_outputs_that_are_no_class_are_not_mended(shortcut, likelihood, width) -> None:
     model, data, components, fooled = shortcut
     known = replace(components, provenance={"fishers": {"options": {"likelihood": likelihood}}})
-    with pytest.raises(npeff.DataError, match=f"labels: mending repairs predicted classes, and {width} {likelihood}"):
+    with pytest.raises(npeff.DataError, match=f"labels: mending repairs predicted classes; {width} {likelihood}"):
         mend(model, data, known, 0, repair=np.flatnonzero(fooled), progress=False)
 
 

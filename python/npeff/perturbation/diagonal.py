@@ -20,8 +20,6 @@ from npeff.fishers.options import FisherOptions, Likelihood
 from npeff.fishers.passes import Run
 from npeff.gradients.blocks import Block
 from npeff.gradients.eligibility import placed, select_parameters
-from npeff.gradients.engine import PerExampleGradients
-from npeff.models.forward import call_model
 from npeff.models.parameters import Parameters
 from npeff.perturbation.directions import Direction, Target
 from npeff.perturbation.evaluate import Evaluator
@@ -78,11 +76,7 @@ def mean_fisher(
 
 
 def _mean_of(run: Run, batches: Iterable[tuple[Batch, Array | None]]) -> Array:
-    """Compute ``(1/n) Σ_i diag F_i`` over examples, ``(m,)`` float64.
-
-    Args:
-        run: Its options are those of diagonal Fishers.
-        batches: Each with the rows to sum over, or None for all.
+    """Compute ``(1/n) Σ_i diag F_i``, ``(m,)`` float64, over some rows of each batch, or with None over all.
 
     Raises:
         DataError: There are no examples, or gradients are not finite.
@@ -159,19 +153,12 @@ def diagonal_directions(
     slices: Sequence[BatchSlice],
     baseline: Array,
 ) -> list[Direction]:
-    """Find the directions of a diagonal target, one per λ.
+    """Find the directions of a diagonal target, one per λ, from its own components and the top examples in ``slices``.
 
     For each λ the merged weights are ``θ ± δ ρ(λ)∘sign(∇)``: a direction, along which δ is searched for. Many pairs
     (δ, λ) reach the same KL. The pair that changes the weights least in the Euclidean norm (mean over the signs) is
-    used: a choice that does not depend on the ratio that is measured afterwards.
-
-    Args:
-        evaluator: Of the examples.
-        components: Diagonal components.
-        target: h, or the group whose weighted sum of h is used.
-        options: As for :func:`npeff.perturb`.
-        slices: The top examples.
-        baseline: Indices of the examples whose mean Fisher is f̄, unless it is given.
+    used: a choice that does not depend on the ratio that is measured afterwards. Unless f̄ is given, it is the mean
+    Fisher of the examples whose indices are ``baseline``.
 
     Raises:
         ArgumentError: The component is zero, or has no parameter in common with the gradient.
@@ -210,25 +197,19 @@ def _mean_over(evaluator: Evaluator, indices: Array) -> Array:
         chosen[indices] = True
         slices = (one.restricted(chosen) for one in evaluator.examples)
         batches = ((one.batch, one.rows.cpu().numpy()) for one in slices if len(one.indices))
-        options = FisherOptions("diagonal", likelihood=evaluator.likelihood, forward=evaluator.forward)
-        run = Run(evaluator.model, evaluator.device, evaluator.parameters, options)
-        evaluator.mean_fishers[key] = _mean_of(run, batches)
+        evaluator.mean_fishers[key] = _mean_of(evaluator.run, batches)
     return evaluator.mean_fishers[key]
 
 
 def _gradient_signs(evaluator: Evaluator, slices: Sequence[BatchSlice]) -> Array:
-    """Signs of the gradient of the summed ``−log p(ŷ|x)`` over examples, ŷ the model's own prediction.
+    """Signs ``(m,)`` float64 of the gradient of the summed ``−log p(ŷ|x)``, ŷ the model's own prediction.
 
-    Returns:
-        ``(m,)`` float64 of −1, 0 and 1: moving along them makes the predictions less certain.
+    Moving along them makes the predictions less certain.
 
     Raises:
         DataError: The gradient vanishes or is not finite.
     """
-    forward, likelihood, parameters = evaluator.forward, evaluator.likelihood, evaluator.parameters
-    engine = PerExampleGradients(
-        evaluator.model, parameters, lambda inner, batch: call_model(inner, forward, batch, likelihood)
-    )
+    engine, likelihood, parameters = evaluator.run.engine, evaluator.likelihood, evaluator.parameters
     total = np.zeros(parameters.n_parameters)
     for one in slices:
         with engine.recording():

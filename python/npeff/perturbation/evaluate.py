@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, get_args
 
@@ -21,7 +21,8 @@ from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, check_choice
 from npeff.fishers.factors import check_meaning
 from npeff.fishers.logits import Logits
-from npeff.fishers.options import Likelihood
+from npeff.fishers.options import FisherOptions, Likelihood
+from npeff.fishers.passes import Run
 from npeff.gradients.eligibility import check_eligible, placed
 from npeff.language.places import check_places
 from npeff.models.devices import memory_explained
@@ -32,7 +33,7 @@ from npeff.perturbation.directions import Direction
 from npeff.perturbation.effect import Prediction
 from npeff.perturbation.examples import BatchSlice, SelectedExamples
 from npeff.perturbation.figures import Measured
-from npeff.perturbation.options import PerturbOptions
+from npeff.perturbation.options import Forward, PerturbOptions
 from npeff.perturbation.texts import Writer, unrelated_batches
 from npeff.perturbation.weights import TensorsByName, Weights, on_model, untouched
 
@@ -48,66 +49,49 @@ OWN_BYTES = 256 << 20
 class Evaluator:
     """Evaluates a model on selected examples; it moves the weights in place and restores them after every call.
 
-    Use it within :func:`untouched`, with the model on ``device``.
-
-    Args:
-        model: The model.
-        data: As for :func:`npeff.compute_fishers`.
-        components: A decomposition of Fishers of the data.
-        rows: Rows of the components' coefficients whose examples are measured, in any order.
-        device: The device of the model.
-        likelihood: Likelihood of the outputs.
-        options: As for :func:`npeff.perturb`.
+    Use it within :func:`checked_model`. The examples are those of some rows of the components' coefficients.
 
     Attributes:
-        rows: ``(n,)`` the rows without repetition, by ascending position of their examples in the data.
+        rows: ``(n,)`` the rows, each once, by ascending position of their examples in the data.
         own: As :meth:`measure` gives it, at the model's own weights; no prediction has flipped.
-        differing: ``(n,)`` bool: the outputs are not those that are stored with the components.
-        unrelated: Batches of unrelated data.
-        writer: Continues the prompts.
         mean_fishers: Mean diagonal Fishers that were computed, by the indices of their examples.
-        derivative: Of the outputs, along a direction.
 
     Raises:
         ArgumentError: ``unrelated`` is no iterable of batches.
-        DataError: The data is too short, the outputs are not finite, or unrelated data has no labels that fit.
+        DataError: The data is too short or not that of the Fishers, the outputs are not finite, or unrelated data has
+            no labels that fit.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        components: Components,
-        rows: Array,
-        device: torch.device,
-        likelihood: Likelihood,
-        options: PerturbOptions,
+        self, checked: CheckedModel, data: Iterable[Any], components: Components, rows: Array, options: PerturbOptions
     ) -> None:
-        forward = options.forward
-        check_places(data, components.provenance.get("fishers") or {}, model)
-        self.model, self.parameters, self.device = model, components.parameters, device
-        self.likelihood, self.forward = likelihood, forward
+        check_places(data, components.provenance.get("fishers") or {}, checked.model)
+        self.checked, self.model, self.likelihood = checked, checked.model, checked.likelihood
+        self.parameters = components.parameters
         ids, first = np.unique(components.ids[rows], return_index=True)
         self.rows = np.asarray(rows)[first]
         self._ids_of_rows = components.ids
-        self.weights = Weights(model)
-        layout = forward is not None, likelihood in OVER_CLASSES
-        self.examples = SelectedExamples(data, ids, device, self.call, *layout)
+        self.weights = Weights(self.model)
+        self.examples = SelectedExamples(data, ids, checked.device, self.call, *checked.layout)
         tokenizer = getattr(data, "tokenizer", None)
-        self.writer = Writer(model, tokenizer, options.prompts, options.n_tokens)
-        self.unrelated = unrelated_batches(options.unrelated, model, tokenizer, device, *layout)
-        self._labels = torch.from_numpy(components.labels[self.rows].astype(np.int64)).to(device)
+        self.writer = Writer(self.model, tokenizer, options.prompts, options.n_tokens)
+        self.unrelated = unrelated_batches(options.unrelated, self.model, tokenizer, checked.device, *checked.layout)
+        self._labels = torch.from_numpy(components.labels[self.rows].astype(np.int64)).to(checked.device)
         self._kept: Tensor | None = None
         own = self._compared(self._own_outputs(components.logits.take(self.rows)))
         self.own = replace(own, unrelated=self._surprise_on_unrelated())
         if not np.isfinite(self.own.unrelated).all():
             raise DataError("unrelated: the model's outputs on it are not finite at its own weights; leave it out")
-        self.derivative = outputs.Derivative(
-            model, self.weights, lambda inner, batch: call_model(inner, forward, batch, likelihood)
-        )
+        self.derivative = outputs.Derivative(self.model, self.weights, checked.call)
         self._last: tuple[Direction, TensorsByName] | None = None
         self._random: dict[tuple[int, int], Array] = {}
         self.mean_fishers: dict[bytes, Array] = {}
+
+    @cached_property
+    def run(self) -> Run:
+        """Per-example diagonal Fishers of the model."""
+        how = FisherOptions("diagonal", likelihood=self.likelihood, forward=self.checked.forward)
+        return Run(self.model, self.checked.device, self.parameters, how)
 
     def indices(self, rows: Array) -> Array:
         """Return the ascending indices, each once, of the examples of some rows of the coefficients."""
@@ -116,7 +100,7 @@ class Evaluator:
     def call(self, batch: Batch) -> Tensor:
         """Compute the outputs on a batch, without a graph."""
         with torch.no_grad():
-            return call_model(self.model, self.forward, batch, self.likelihood).detach()
+            return self.checked.call(self.model, batch).detach()
 
     def _own_outputs(self, stored: Logits) -> Iterator[tuple[BatchSlice, Tensor, Tensor]]:
         """Yield the outputs at the model's own weights, twice; keep them if they fit, compare them with stored ones.
@@ -125,7 +109,7 @@ class Evaluator:
             DataError: The outputs do not fit, or are not finite.
         """
         n, width = len(self.examples), 0
-        self.differing, scale = np.zeros(n, bool), _scale_of(stored)
+        differs = np.zeros(n, bool)
         for one in self.examples:
             found = self.call(one.batch)[one.rows]
             if not width:
@@ -138,10 +122,11 @@ class Evaluator:
             check_finite(found, self.examples.ids[one.indices])
             if self._kept is not None:
                 self._kept[self._at(one)] = found
-            self.differing[one.indices] = differing(found, stored.take(one.indices), scale)
+            differs[one.indices] = differing(found, stored, one.indices)
             yield one, found, found
         if not width:
             raise DataError("data: no examples to measure; pass the data that the Fishers were computed from")
+        check_outputs(differs, self.examples.ids, self.checked.same)
 
     def _compared(self, pairs: Iterable[tuple[BatchSlice, Tensor, Tensor]]) -> Measured:
         """Compare outputs at the model's own weights with those at moved ones, of all examples."""
@@ -180,7 +165,7 @@ class Evaluator:
         return np.concatenate(found) if found else np.zeros(0)
 
     def _at(self, one: BatchSlice) -> Tensor:
-        return torch.from_numpy(one.indices).to(self.device)
+        return torch.from_numpy(one.indices).to(self.checked.device)
 
     @cached_property
     def weight_norm(self) -> float:
@@ -223,9 +208,7 @@ class Evaluator:
     ) -> tuple[Prediction, ...]:
         """Predict the examples in ``slices`` before and after; nothing where outputs are no classes.
 
-        Args:
-            slices: The examples.
-            steps: Direction and magnitude of each change of the weights; probabilities are averaged by their shares.
+        Probabilities after several changes of the weights, a direction and a magnitude each, are averaged by shares.
         """
         if self.likelihood not in OVER_CLASSES:
             return ()
@@ -296,25 +279,44 @@ def _not_nan(kl: Tensor) -> Array:
 # ---- checks before the first measurement -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class CheckedModel:
+    """A model that fits some components, and how it is called.
+
+    Attributes:
+        model: The model, without what ``torch.compile`` wraps around it.
+        device: Where it is.
+        forward: ``forward(model, batch) -> logits``, or None.
+        likelihood: Likelihood of its outputs.
+        same: Whether its weights are those of the Fishers; None where that is not on record.
+    """
+
+    model: nn.Module
+    device: torch.device
+    forward: Forward | None
+    likelihood: Likelihood
+    same: bool | None
+
+    def call(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Compute the outputs ``(b, C)`` of the model, or of a module in its place, with a graph."""
+        return call_model(model, self.forward, batch, self.likelihood)
+
+    @property
+    def layout(self) -> tuple[bool, bool]:
+        """How its data is read: whether batches may have any layout, and whether labels of sequences make places."""
+        return self.forward is not None, self.likelihood in OVER_CLASSES
+
+
 @contextmanager
-def model_for(
+def checked_model(
     model: nn.Module, data: Iterable[Any], components: Components, options: Mapping[str, Any]
-) -> Iterator[tuple[nn.Module, torch.device, Likelihood]]:
-    """Check a model and data against components, and yield the model on its device; restore its modes and buffers.
+) -> Iterator[CheckedModel]:
+    """Check a model and data against components, and put the model on its device; restore its modes and buffers.
 
-    Args:
-        model: As for :func:`npeff.perturb`.
-        data: As for :func:`npeff.perturb`.
-        components: The decomposition.
-        options: ``forward``, ``device`` and ``likelihood``, as for :func:`npeff.perturb`.
-
-    Yields:
-        The model, without what ``torch.compile`` wraps around it, its device, and the likelihood of its outputs.
+    Of ``options``, as for :func:`npeff.perturb`, it takes ``forward``, ``device`` and ``likelihood``.
 
     Raises:
         ArgumentError: The model, ``forward`` or ``likelihood`` has a wrong type or value.
-        ModelError: The model is in training mode, with layers whose outputs depend on the mode.
-        OutOfMemoryError: There is too little memory for a batch, here or in the block.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -327,38 +329,12 @@ def model_for(
     check_eligible(inner)
     check_sampler(data)
     _check_parameters(inner, components)
-    if same_model(inner, components) is False:
+    theirs = fishers.get("model_digest")
+    same = None if not theirs else theirs == model_digest(inner)
+    if same is False:
         warnings.warn("model: it is not the one of the components' Fishers (other weights)", stacklevel=6)
     with placed(inner, options["device"]) as device, untouched(inner), memory_explained():
-        yield inner, device, likelihood
-
-
-@contextmanager
-def evaluator_for(
-    model: nn.Module, data: Iterable[Any], components: Components, rows: Array, options: PerturbOptions
-) -> Iterator[Evaluator]:
-    """Check model, data and components against each other, and yield the evaluator of some examples.
-
-    Args:
-        model: As for :func:`npeff.perturb`.
-        data: As for :func:`npeff.perturb`.
-        components: The decomposition.
-        rows: Rows of the coefficients whose examples are needed, in any order.
-        options: As for :func:`npeff.perturb`.
-
-    Yields:
-        The evaluator, whose examples are ordered by their position in the data.
-
-    Raises:
-        ArgumentError: As :func:`model_for`, or the components do not know the positions of their examples.
-        DataError: The data is not the data of the Fishers.
-    """
-    if components.ids[rows].min() < 0:
-        raise ArgumentError("components: their ids are not positions in data; examples cannot be found")
-    with model_for(model, data, components, vars(options)) as (inner, device, likelihood):
-        evaluator = Evaluator(inner, data, components, rows, device, likelihood, options)
-        check_outputs(evaluator.differing, evaluator.examples.ids, same_model(inner, components))
-        yield evaluator
+        yield CheckedModel(inner, device, options["forward"], likelihood, same)
 
 
 def _check_parameters(model: nn.Module, components: Components) -> None:
@@ -382,23 +358,8 @@ def _check_parameters(model: nn.Module, components: Components) -> None:
             )
 
 
-def same_model(model: nn.Module, components: Components) -> bool | None:
-    """Say whether the model has the weights that the Fishers were computed from; None where that is not on record."""
-    known = (components.provenance.get("fishers") or {}).get("model_digest")
-    return known == model_digest(model) if known else None
-
-
-def _scale_of(stored: Logits) -> float:
-    return max(1.0, float(np.abs(stored.numbers.numpy()).max(initial=0.0)))
-
-
-def differing(found: Tensor, stored: Logits, scale: float | None = None) -> Array:
-    """Mark the examples whose outputs are not those that were stored, ``(k,)`` bool; none where none were stored.
-
-    Args:
-        found: ``(k, C)`` outputs of the model.
-        stored: The outputs of the same examples, as they were when the Fishers were computed.
-        scale: Largest stored output, at least 1, where these are not all.
+def differing(found: Tensor, stored: Logits, rows: Array) -> Array:
+    """Mark the examples whose outputs ``(k, C)`` are not those that were stored in some rows, ``(k,)`` bool.
 
     Raises:
         DataError: There are more or fewer outputs.
@@ -410,8 +371,10 @@ def differing(found: Tensor, stored: Logits, scale: float | None = None) -> Arra
             f"logits: expected {stored.n_outputs} per example as with the Fishers, got {found.shape[1]}; pass the "
             "same model, data and forward="
         )
-    apart = np.abs(stored.numbers_of(found.double()).numpy() - stored.numbers.numpy()).max(1)
-    return np.asarray(apart > 0.02 * (scale or _scale_of(stored)))
+    own = stored.take(rows)
+    largest = max(1.0, float(stored.values.max(initial=0.0)), -float(stored.values.min(initial=0.0)))
+    apart = np.abs(own.numbers_of(found.double()).numpy() - own.numbers.numpy()).max(1)
+    return np.asarray(apart > 0.02 * largest)
 
 
 def check_finite(found: Tensor, ids: Array) -> None:
@@ -430,12 +393,7 @@ def check_finite(found: Tensor, ids: Array) -> None:
 
 
 def check_outputs(differs: Array, ids: Array, same: bool | None) -> None:
-    """Compare the outputs with those that were stored with the components: they show whether the data is the same.
-
-    Args:
-        differs: ``(n,)`` bool, as from :func:`differing`.
-        ids: ``(n,)`` positions of the examples in the data.
-        same: As from :func:`same_model`.
+    """Judge whether the data is the same by the examples, at positions ``ids``, whose outputs differ.
 
     Raises:
         DataError: The model is the same, but not its outputs.

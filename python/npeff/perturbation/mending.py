@@ -30,10 +30,9 @@ from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, DataError, check_integer
 from npeff.kernels.arrays import as_tensor
 from npeff.language.places import check_places
-from npeff.models.forward import OVER_CLASSES
 from npeff.perturbation.directions import target_of
 from npeff.perturbation.effect import plain
-from npeff.perturbation.evaluate import check_outputs, differing, model_for, same_model
+from npeff.perturbation.evaluate import check_outputs, checked_model, differing
 from npeff.perturbation.options import Forward, check_components, check_share, given_rows
 from npeff.perturbation.repair import DirectionBlock, LabelledExamples, LayerSteps, Repair, share
 from npeff.perturbation.weights import Weights
@@ -146,18 +145,18 @@ def mend(
     iterations, seed = check_integer("iterations", iterations), check_integer("seed", seed, 0)
     fishers = components.provenance.get("fishers") or {}
     how = {"forward": forward, "device": device, "likelihood": None}
-    with model_for(model, data, components, how) as (inner, used_device, likelihood):
-        check_places(data, fishers if repair is None else {}, inner)  # positions may be given of other places
-        components.ensure_vectors(chosen, inner, data, forward=forward, device=device, progress=progress)
-        batches = list(read_batches(data, used_device, forward is not None, likelihood in OVER_CLASSES))
+    with checked_model(model, data, components, how) as checked:
+        check_places(data, fishers if repair is None else {}, checked.model)  # positions may be given of other places
+        components.ensure_vectors(chosen, checked.model, data, forward=forward, device=device, progress=progress)
+        batches = list(read_batches(data, checked.device, *checked.layout))
         if not batches:
             raise DataError("data: it has no batches; if it is a generator it may be used up: pass a list")
-        examples = LabelledExamples(inner, batches, forward, likelihood)
+        examples = LabelledExamples(checked, batches)
         wanted = _to_repair(components, chosen, examples, repair)
         part = divide_examples(wanted, seed)
-        directions = [_blocks(components, j, used_device) for j in chosen]
+        directions = [_blocks(components, j, checked.device) for j in chosen]
         steps = LayerSteps(directions, {p.name: p.shape for p in components.parameters}, by_layer)
-        weights = Weights(inner)
+        weights = Weights(checked.model)
         try:
             c = _best_step(examples, weights, steps, wanted, part, tolerance, iterations, progress)
             change = steps.change(c)
@@ -223,11 +222,8 @@ def _to_repair(
                 f"data: it has {n} examples, but the components are of examples up to {ids.max()}; "
                 "pass the data that the Fishers were computed from, or repair="
             )
-        check_outputs(
-            differing(examples.logits[torch.from_numpy(ids)], components.logits),
-            ids,
-            same_model(examples.model, components),
-        )
+        own = examples.logits[torch.from_numpy(ids)]
+        check_outputs(differing(own, components.logits, np.arange(len(ids))), ids, examples.checked.same)
         W = components.coefficients.astype(np.float64)
         held = W[:, chosen].sum(1) / np.maximum(W.sum(1), 1e-30)
         wanted[ids[held >= 0.5]] = True

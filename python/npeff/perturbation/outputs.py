@@ -57,15 +57,8 @@ def divergence(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
     """Compute ``KL(new ‖ old)`` of every example's predictive distributions, in nats.
 
     ``Σ_y p′_y (log p′_y − log p_y)`` for categorical logits; the sum of that over independent yes/no questions
-    for Bernoulli ones; ``½‖new − old‖²`` for Gaussian means of unit variance.
-
-    Args:
-        new: ``(b, C)`` outputs of the changed model, any floating dtype.
-        old: ``(b, C)`` outputs of the model itself.
-        likelihood: Likelihood of the outputs.
-
-    Returns:
-        ``(b,)`` float64 ≥ 0; not finite where ``new`` is not.
+    for Bernoulli ones; ``½‖new − old‖²`` for Gaussian means of unit variance. Outputs are ``(b, C)`` of any floating
+    dtype, the KL ``(b,)`` float64 ≥ 0; it is not finite where ``new`` is not.
     """
     new, old = new.double(), old.double()
     if likelihood == "gaussian":
@@ -78,13 +71,8 @@ def divergence(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
 def curvature(logits: Tensor, change: Tensor, likelihood: Likelihood) -> Tensor:
     """Compute ``uᵀ S u`` with S the Fisher of the outputs and u their change: twice the KL to second order.
 
-    Args:
-        logits: ``(b, C)`` outputs.
-        change: ``(b, C)`` u, for example ``J_i v``.
-        likelihood: Likelihood of the outputs; S is ``diag p − ppᵀ``, ``diag p(1−p)`` or the identity.
-
-    Returns:
-        ``(b,)`` float64 ≥ 0.
+    S is ``diag p − ppᵀ``, ``diag p(1−p)`` or the identity. Logits and change, for example ``J_i v``, are ``(b, C)``,
+    the result ``(b,)`` float64 ≥ 0.
     """
     logits, u = logits.double(), change.double()
     if likelihood == "gaussian":
@@ -136,10 +124,7 @@ def n_classes(n_outputs: int, likelihood: Likelihood) -> int | None:
 def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
     """Mark with 1 where the prediction is the label, else 0, ``(b,)`` float64; nan where there is no class to compare.
 
-    Args:
-        logits: ``(b, C)`` outputs.
-        labels: ``(b,)`` int64 classes, negative where unknown.
-        likelihood: Likelihood of the outputs; see :func:`n_classes`.
+    Labels ``(b,)`` are negative where they are unknown.
     """
     if n_classes(logits.shape[1], likelihood) is None:
         return _unknown(logits)
@@ -149,13 +134,7 @@ def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
 
 @_some_rows_at_a_time
 def log_probability(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
-    """Compute the log-probability of the label, ``(b,)`` float64; nan where it is unknown, or outputs are no classes.
-
-    Args:
-        logits: ``(b, C)`` outputs.
-        labels: ``(b,)`` int64 classes, negative where unknown.
-        likelihood: Likelihood of the outputs; see :func:`n_classes`.
-    """
+    """Compute the log-probability of the label, ``(b,)`` float64; nan where it is unknown or no class."""
     n = n_classes(logits.shape[1], likelihood)
     if n is None:
         return _unknown(logits)
@@ -174,11 +153,6 @@ class Derivative:
     central difference of the outputs, ``(f(θ+εv) − f(θ−εv)) / 2ε``, with ε chosen so that the outputs change by a small
     share of their size.
 
-    Args:
-        model: The model.
-        weights: Moves it.
-        call: ``call(model, batch) -> (b, C)``.
-
     Attributes:
         method: ``"forward mode"`` or ``"central differences"``.
     """
@@ -195,7 +169,7 @@ class Derivative:
             change = self._forward_mode(one.batch, direction) if self.method == "forward mode" else None
             if change is None:
                 self.method = "central differences"
-                step = step or self._difference_step(one.batch, direction, self._outputs(one.batch))
+                step = step or self._difference_step(one.batch, direction)
                 change = self._difference(one.batch, direction, step)
             yield one, change
 
@@ -228,7 +202,8 @@ class Derivative:
         with self._weights.at(direction, -step):
             return (ahead - self._outputs(batch).double()) / (2 * step)
 
-    def _difference_step(self, batch: Batch, direction: TensorsByName, own: Tensor) -> float:
+    def _difference_step(self, batch: Batch, direction: TensorsByName) -> float:
+        own = self._outputs(batch)
         share = DIFFERENCE.get(next(iter(self._model.parameters())).dtype, 2e-2)
         aim = share * max(1e-3, float(own.double().square().mean().sqrt()))
         step = 1e-3

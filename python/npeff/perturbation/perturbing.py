@@ -124,9 +124,13 @@ def perturb(
         ModelError: The model fails, or is in training mode with layers whose outputs depend on the mode.
     """
     options = PerturbOptions.checked(components, among(PerturbOptions, locals()))
-    with experiment(model, data, components, [j], options) as (evaluator, (target,)):
-        bar = tqdm([target], desc="Perturb", disable=not progress)
-        return [measure_effect(evaluator, ComponentDirections(components), target, options) for target in bar][0]
+    with (
+        experiment(model, data, components, [j], options) as (evaluator, (target,)),
+        tqdm(total=1, desc="Perturb", disable=not progress) as bar,
+    ):
+        effect = measure_effect(evaluator, ComponentDirections(components), target, options)
+        bar.update()
+    return effect
 
 
 def perturb_all(
@@ -174,8 +178,8 @@ class DirectionEffect(DirectionSteps):
         fisher: ``(n,)`` vᵀF_i v of every example.
         tensor_norms: Norm of the direction's part in each tensor that it touches.
         rounding: Norm of the change of the weights after rounding to their dtype, over the norm asked for.
-        sizes: ``(s · p,)`` points of the curve, the magnitudes of each sign after one another.
-        curve: At these points.
+        sizes: ``(s · p,)`` the magnitudes of the curve, those of one sign after those of the other.
+        curve: At these magnitudes.
     """
 
     sign: int
@@ -195,17 +199,7 @@ class DirectionEffect(DirectionSteps):
 def measure_effect(
     evaluator: Evaluator, directions: ComponentDirections, target: Target, options: PerturbOptions
 ) -> Effect:
-    """Perturb along one component or group: both signs, random controls, curve, figures.
-
-    Args:
-        evaluator: Of the top examples and the baseline.
-        directions: Of all components.
-        target: The component or group.
-        options: As for :func:`perturb`.
-
-    Raises:
-        ArgumentError: There is no direction, or the outputs are not finite at the magnitude asked for.
-    """
+    """Perturb along one component or group: both signs, random controls, curve, figures."""
     components = directions.components
     sets = _example_sets(evaluator, components, target, options)
     slices = evaluator.examples.subset(sets.top)

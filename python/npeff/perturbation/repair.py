@@ -10,18 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from npeff.batches.batches import Batch
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers.options import Likelihood
 from npeff.models.devices import available_bytes, format_bytes
-from npeff.models.forward import call_model
 from npeff.perturbation import outputs
-from npeff.perturbation.evaluate import check_finite
+from npeff.perturbation.evaluate import CheckedModel, check_finite
 from npeff.perturbation.examples import BatchSlice
-from npeff.perturbation.options import Forward
 from npeff.perturbation.steps import FARTHEST, FIRST, find_step
 from npeff.perturbation.weights import TensorsByName, Weights
 
@@ -46,13 +43,7 @@ HALVINGS = 2
 
 
 class LabelledExamples:
-    """Labelled examples in memory, and a model's outputs on them.
-
-    Args:
-        model: The model, whose weights may move afterwards.
-        batches: Batches of the examples, at least one.
-        forward: As for :func:`npeff.mend`.
-        likelihood: Likelihood of the outputs.
+    """Labelled examples in memory, and a model's outputs on them, also after its weights have moved.
 
     Attributes:
         labels: ``(n,)`` int64.
@@ -64,10 +55,8 @@ class LabelledExamples:
         DataError: Labels are missing or unknown, or beyond the outputs, or the outputs are not finite.
     """
 
-    def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], forward: Forward | None, likelihood: Likelihood
-    ) -> None:
-        self.model, self._forward, self.likelihood = model, forward, likelihood
+    def __init__(self, checked: CheckedModel, batches: Sequence[Batch]) -> None:
+        self.checked, self.likelihood = checked, checked.likelihood
         labels = [batch.labels for batch in batches if batch.labels is not None]
         if len(labels) < len(batches):
             raise DataError("labels: mending needs them; pass batches of (inputs, labels)")
@@ -84,11 +73,9 @@ class LabelledExamples:
             start = stop
         self.logits = self.outputs(self._slices)
         check_finite(self.logits, np.arange(start))
-        n = outputs.n_classes(self.logits.shape[1], likelihood)
-        if n is None:
-            raise DataError(
-                f"labels: mending repairs predicted classes, and {self.logits.shape[1]} {likelihood} outputs have none"
-            )
+        width = self.logits.shape[1]
+        if (n := outputs.n_classes(width, self.likelihood)) is None:
+            raise DataError(f"labels: mending repairs predicted classes; {width} {self.likelihood} outputs have none")
         if int(self.labels.max()) >= n:
             raise DataError(f"labels: expected classes below {n}, the model's outputs, got {int(self.labels.max())}")
         self.right = self.answered(self.logits, np.arange(start))
@@ -100,7 +87,7 @@ class LabelledExamples:
 
     def call(self, one: BatchSlice) -> Tensor:
         """Compute the ``(k, C)`` outputs of a slice at the present weights, with a graph."""
-        return call_model(self.model, self._forward, one.batch, self.likelihood)[one.rows]
+        return self.checked.call(self.checked.model, one.batch)[one.rows]
 
     @torch.no_grad()
     def outputs(self, slices: Sequence[BatchSlice]) -> Tensor:
@@ -169,12 +156,8 @@ class LayerSteps:
 
     A component's direction g_j spans all layers in fixed proportion, as they carry its Fisher. The repair may need
     other proportions: to ignore a patch in the first filters, the last layer need not change. So g_j is cut into its
-    parts per layer, each of unit norm, and every part has its own step; or, as published, all layers go together.
-
-    Args:
-        directions: Each component's unit direction: blocks by parameter name, on the device of the model.
-        shapes: The parameters' shapes by name.
-        by_layer: Whether each layer's part has a step of its own; a layer is a module with its weight and bias.
+    parts per layer, a module with its weight and bias, each of unit norm, and every part has its own step; or, as
+    published, all layers go together. A direction is given as blocks by parameter name, on the device of the model.
     """
 
     def __init__(
@@ -223,13 +206,8 @@ class LayerSteps:
 class Repair:
     """The objective of :func:`npeff.mend` over the steps, and the search for the step that repairs most.
 
-    Args:
-        examples: All examples.
-        weights: Moves the model.
-        steps: Along which the model moves.
-        fitted: The examples of the objective.
-        watched: Those to repair that decide which step is best, and the others on which accuracy is watched.
-        tolerance: Largest fall of that accuracy.
+    The objective is of the examples ``fitted``. Those to repair in ``watched`` decide which step is best; on the others
+    there, accuracy falls by no more than ``tolerance``.
 
     Attributes:
         best: The best step so far, 0 at first.
@@ -249,7 +227,7 @@ class Repair:
         self._shares = [
             torch.from_numpy(which / max(1, which.sum())).to(examples.labels.device, torch.float64) for which in fitted
         ]
-        named = dict(examples.model.named_parameters(remove_duplicate=False))
+        named = dict(examples.checked.model.named_parameters(remove_duplicate=False))
         self._moving = {name: named[name] for name in steps.shapes}
         self._at = np.flatnonzero(watched[0] | watched[1])
         self._R, self._K = (which[self._at] for which in watched)
@@ -337,11 +315,8 @@ class Repair:
     ) -> None:
         """Try points until two in a row are beyond the tolerance, then between the last two that differ.
 
-        Args:
-            values: Positive; each gives one point, from small changes to large ones.
-            before: The value that stands for no step at all.
-            solve: The next point from a value and the last point; None where there is none.
-            progress: Show a progress bar.
+        Each of the positive values gives one point, from small changes to large ones; ``before`` stands for no step at
+        all. ``solve`` finds the next point from a value and the last point; None where there is none.
         """
 
         def attempt(value: float, start: Array) -> tuple[Array, bool]:

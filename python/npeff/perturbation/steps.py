@@ -14,10 +14,11 @@ import numpy.typing as npt
 from torch import nn
 
 from npeff.components.components import Components
+from npeff.errors import ArgumentError
 from npeff.perturbation.diagonal import diagonal_directions
 from npeff.perturbation.directions import ComponentDirections, Direction, Target, target_of
 from npeff.perturbation.effect import SignResult
-from npeff.perturbation.evaluate import Evaluator, evaluator_for
+from npeff.perturbation.evaluate import Evaluator, checked_model
 from npeff.perturbation.examples import BatchSlice
 from npeff.perturbation.options import PerturbOptions
 
@@ -31,13 +32,7 @@ FIRST = 1e-3
 
 @dataclass(frozen=True)
 class StepSearch:
-    """The result of a search for a step.
-
-    Attributes:
-        magnitude: The step.
-        kl: The mean KL at this step.
-        reached: Whether this KL is in the wanted range.
-    """
+    """The result of a search: the step, the mean KL there, and whether this KL is in the wanted range."""
 
     magnitude: float
     kl: float
@@ -69,25 +64,22 @@ def experiment(
 ) -> Iterator[tuple[Evaluator, list[Target]]]:
     """Find the components or groups to perturb, recover their vectors, and yield them with an evaluator.
 
-    Args:
-        model: As for :func:`npeff.perturb`.
-        data: As for :func:`npeff.perturb`.
-        components: The decomposition.
-        which: Components, or strategies.
-        options: As for :func:`npeff.perturb`.
-        with_baseline: Whether the baseline is measured beside the top examples.
+    With ``with_baseline`` the baseline is measured beside the top examples.
 
     Raises:
-        ArgumentError: There is no such component, or a vector cannot be recovered.
+        ArgumentError: There is no such component, a vector cannot be recovered, or the components do not know the
+            positions of their examples.
     """
     targets = [target_of(components, j) for j in which]
     needed = range(components.n_components) if options.reject else [j for target in targets for j in target.members]
     how = {name: getattr(options, name) for name in ("forward", "device", "progress")}
     components.ensure_vectors(needed, model, data, **how)
     rows = [options.baseline_rows(len(components.coefficients)), *(options.top_rows(t.coefficient) for t in targets)]
-    rows = rows if with_baseline else rows[1:]
-    with evaluator_for(model, data, components, np.concatenate(rows), options) as evaluator:
-        yield evaluator, targets
+    needed_rows = np.concatenate(rows if with_baseline else rows[1:])
+    if components.ids[needed_rows].min() < 0:
+        raise ArgumentError("components: their ids are not positions in data; examples cannot be found")
+    with checked_model(model, data, components, vars(options)) as checked:
+        yield Evaluator(checked, data, components, needed_rows, options), targets
 
 
 def search_steps(
@@ -100,13 +92,8 @@ def search_steps(
 ) -> list[DirectionSteps]:
     """Find the directions of a target, and for each sign the magnitude given, or the first that has the wanted KL.
 
-    Args:
-        evaluator: Of the examples.
-        known: The directions of all components.
-        target: The component or group.
-        options: As for :func:`npeff.perturb`.
-        slices: The top examples.
-        baseline: Indices of the examples whose mean Fisher a diagonal target is merged with.
+    ``slices`` are the top examples; ``baseline`` are the indices of those whose mean Fisher a diagonal target is merged
+    with.
 
     Returns:
         The directions of a low-rank target, along each of which the weights move; or one direction per λ of a diagonal
@@ -146,18 +133,11 @@ def find_step(
 
     The search starts with a small step. The next step is chosen as if KL grew with the square of the step, but at
     most four times as large, so that the first crossing is not missed. Once two steps enclose the range, Brent's
-    method finds a step in it, between logarithms. KL need not be monotone, nor ever reach the range.
+    method finds a step in it, between logarithms. KL need not be monotone, nor ever reach the range: then the step
+    whose KL comes nearest (in the logarithm) is the result.
 
-    Args:
-        kl_at: KL at ``sign`` times a step > 0, a number or an array whose mean counts; not finite where the outputs
-            are not.
-        wanted: The range, ``0 < low ≤ high``.
-        start: First step.
-        limit: Largest step to try.
-        sign: Of all steps.
-
-    Returns:
-        The step found; if the range was not reached, the step whose KL came nearest (in the logarithm).
+    ``kl_at`` gives the KL at ``sign`` times a step > 0, a number or an array whose mean counts; it need not be finite.
+    Steps begin with ``start`` and end with ``limit``.
     """
     from scipy.optimize import brentq
 

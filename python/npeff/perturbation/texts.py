@@ -31,15 +31,9 @@ MOST_TOKENS = 4096
 def unrelated_batches(
     data: Any, model: nn.Module, tokenizer: Any, device: torch.device, any_layout: bool, places: bool | None
 ) -> list[Batch]:
-    """Read unrelated data: batches with labels, or texts, every token of which is an example.
+    """Read unrelated data, if any: batches with labels, or texts, every token of which is an example.
 
-    Args:
-        data: The data; None: there is none.
-        model: The model.
-        tokenizer: Reads texts; None where the examples' data has none.
-        device: Where the batches go.
-        any_layout: As for :func:`npeff.batches.reading.read_batches`.
-        places: Likewise.
+    The tokenizer is that of the examples' data; without one there are no texts.
 
     Raises:
         ArgumentError: It is no iterable of batches, or texts that cannot be read.
@@ -74,13 +68,10 @@ def unrelated_batches(
 
 
 class Writer:
-    """Continues texts greedily, so that the same weights give the same continuations.
+    """Continues prompts greedily, so that the same weights give the same continuations.
 
-    Args:
-        model: A model with ``generate``, as those of transformers.
-        tokenizer: Of the data: ``tokenizer(text, return_tensors="pt")``, ``decode``.
-        prompts: A text, texts, or how many of the top examples' own texts; None for neither.
-        n_tokens: Tokens of a continuation, at most.
+    The model has ``generate``, as those of transformers; the data's tokenizer ``tokenizer(text, return_tensors="pt")``
+    and ``decode``.
 
     Raises:
         ArgumentError: There is no ``generate``, or no tokenizer.
@@ -133,12 +124,9 @@ class Writer:
     ) -> tuple[Continuation, ...]:
         """Continue every prompt at the model's own weights, and with them moved down and up.
 
-        Args:
-            weights: Moves the model.
-            changes: Direction and magnitude of the move down and of the move up; None for no such move.
-            examples: Indices of the top examples, those with the largest coefficients first.
-            ids: Position in the data of each index.
-            slices: The top examples.
+        ``changes`` are direction and magnitude of the move down and of the move up, None for no such move; ``examples``
+        are indices of the top examples, in ``slices``, the largest coefficients first, and ``ids`` the positions in the
+        data of all indices.
         """
         wanted = examples[: self._n_examples].tolist()
         own = {index: tokens for one in slices if wanted for index, tokens in _tokens(one) if index in wanted}
