@@ -17,10 +17,10 @@ from npeff.gradients.eligibility import BLOCKS
 from npeff.language.places import check_places
 from npeff.models.devices import parse_bytes
 from npeff.perturbation.effect import Prediction
-from npeff.reports.evidence import INFLUENCES, PUSHED, Given, TrustSummary
+from npeff.reports.evidence import INFLUENCES, PUSHED, Given, InfluenceSummary, TrustSummary
 from npeff.reports.examples import Gallery
 from npeff.reports.extras import Extras
-from npeff.reports.layout import Heads, StrategyNode, check_heads, map_positions, tree_of
+from npeff.reports.layout import Heads, HeatMap, StrategyNode, check_heads, head_map, map_positions, tree_of
 from npeff.reports.places import TAIL, ReadablePlaces
 from npeff.reports.summary import (
     ClassNames,
@@ -29,6 +29,7 @@ from npeff.reports.summary import (
     closest,
     coactivation,
     explained_shares,
+    printable,
     summarise,
     top_examples,
 )
@@ -41,6 +42,7 @@ NODE_EXAMPLES = 12
 THUMBS = 8
 NAMED = 3  # words that a heading names as predicted
 LIKELIEST = 5  # words listed that the model predicts for an example
+LISTED = 8  # classes listed that a strategy predicts
 PROFILED = range(2, 21)
 """Numbers of classes whose shares are drawn side by side in the overview."""
 
@@ -157,6 +159,7 @@ class ReportData:
 
     def __post_init__(self) -> None:
         self.headings = {s.j: heading(s, self.names, self.gallery) for s in self.summaries}
+        self.shares = {s.j: s.share for s in self.summaries}
         self.leaves = {node.components[0]: node for node in self.nodes if node.leaf}
         self.branches: dict[int, StrategyNode] = {}
         for node in self.nodes:  # parents come first: the first node of a group is its branch
@@ -235,6 +238,42 @@ class ReportData:
         unknown = TopExample(-1, position, 0.0, -1, -1)
         tops = top_examples(self.components, found[:1], np.zeros(len(self.components.ids)))
         return self.gallery.show(tops[0] if tops else unknown, self.names, TAIL)
+
+    def show(self, tops: Sequence[TopExample], j: int = -1) -> list[dict[str, Any]]:
+        """Return what a template prints of examples, tokens in the colours of the attributions of component j."""
+        drawn = {top.index: what for top, what in self.attributions.get(j, []) if "index" in what}
+        return [self.gallery.show(top, self.names) | drawn.get(top.index, {}) for top in tops]
+
+    def attributed(self, s: ComponentSummary) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return examples and what is drawn of their attributions, but for those that :meth:`show` colours."""
+        found = self.attributions.get(s.j, [])
+        apart = [(top, what) for top, what in found if "index" not in what or top not in s.shown]
+        return [(self.gallery.show(top, self.names), what) for top, what in apart]
+
+    def influential(self, influences: InfluenceSummary) -> list[dict[str, Any]]:
+        """Return what a template prints of the training examples with the largest influence."""
+        found = []
+        for position, score in influences.pairs[:INFLUENCES]:
+            shown = self.training.show(TopExample(position, position, 0.0, -1, -1), self.names)
+            if shown["kind"] == "number" and position in influences.texts:
+                shown |= {"kind": "text", "start": printable(influences.texts[position]), "rest": ""}
+            found.append({**shown, "position": position, "score": score})
+        return found
+
+    def head_map(self, j: int) -> HeatMap | None:
+        """Return the energy by attention head of a component with a vector in parameter space, where asked for."""
+        heads = self.options.heads
+        return None if heads is None else head_map(self.components.parameters, self.components.vector(j), heads)
+
+    def predicted(self, node: StrategyNode) -> list[tuple[str, float]]:
+        """Return the classes that a node predicts most: ``(name, share)``."""
+        order = np.argsort(-node.profile, kind="stable")[:LISTED]
+        return [(self.names[int(c)], float(node.profile[c])) for c in order if node.profile[c] >= 0.005]
+
+    def members(self, node: StrategyNode) -> list[tuple[int, str, float]]:
+        """Return the components of a node by falling share: ``(component, heading, share)``."""
+        order = sorted(node.components, key=lambda j: -self.shares[j])
+        return [(j, self.headings[j], self.shares[j]) for j in order]
 
     def changes(self, prediction: Prediction) -> list[tuple[str, float, float]]:
         """Return the likeliest words or classes of a prediction: ``(name, probability before, and after)``."""
