@@ -21,18 +21,16 @@ from npeff.reports.evidence import INFLUENCES, PUSHED, Given, InfluenceSummary, 
 from npeff.reports.examples import Gallery
 from npeff.reports.extras import Extras
 from npeff.reports.layout import Heads, HeatMap, StrategyNode, check_heads, head_map, map_positions, tree_of
-from npeff.reports.places import TAIL, ReadablePlaces
 from npeff.reports.summary import (
-    ClassNames,
     ComponentSummary,
     TopExample,
     closest,
     coactivation,
     explained_shares,
-    printable,
     summarise,
     top_examples,
 )
+from npeff.reports.text import TAIL, ClassNames, ReadablePlaces, printable
 
 Array = npt.NDArray[Any]
 
@@ -173,20 +171,10 @@ class ReportData:
         self.gallery.close()
         self.training.close()
 
-    def stability(self, j: int) -> float | None:
-        """Return a component's stability, where it is known."""
-        values = self.extras.trust.stability
-        return None if values is None or not np.isfinite(values[j]) else float(values[j])
-
     def explained_of(self, summary: ComponentSummary) -> float | None:
         """Return the mean explained share of its top examples' Fishers, where it is known."""
         values = [] if self.explained is None else [self.explained[t.index] for t in summary.top]
         return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
-
-    def kl_ratio(self, j: int) -> float | None:
-        """Return the KL ratio of moving the weights along a component, where it is known."""
-        effect = self.extras.effects.get((j,))
-        return effect.kl_ratio if effect else None
 
     @property
     def block_weights(self) -> dict[str, Any] | None:
@@ -288,9 +276,9 @@ class ReportData:
     def doubts(self, summary: ComponentSummary) -> str:
         """Return the reasons to doubt a component in a sentence; empty where none is known."""
         reasons = []
-        stability = self.stability(summary.j)
-        if stability is not None and stability < UNSTABLE:
-            reasons.append(f"it does not come back when the decomposition is repeated (stability {stability:.2f})")
+        if summary.stability is not None and summary.stability < UNSTABLE:
+            found = f"(stability {summary.stability:.2f})"
+            reasons.append(f"it does not come back when the decomposition is repeated {found}")
         if self.below_null(summary):
             threshold = self.extras.trust.null_threshold
             reasons.append(
@@ -392,7 +380,10 @@ def collect_report_data(
     if given.attributions and data is None:
         raise ArgumentError("attributions: need the data to be drawn over; pass data=")
     k = int(options.k)
-    summaries = summarise(components, k, options.seed, progress=options.progress)
+    summaries = [
+        replace(s, stability=given.trust.stability_of(s.j), kl_ratio=given.effect_of(s.j).kl_ratio)
+        for s in summarise(components, k, options.seed, progress=options.progress)
+    ]
     cut = given.trust.n_strategies if options.strategies is None else options.strategies
     nodes = tree_of(components, summaries, min(k, NODE_EXAMPLES), cut)
     ids, labels = np.asarray(components.ids), np.asarray(components.labels)

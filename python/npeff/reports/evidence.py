@@ -379,6 +379,10 @@ class TrustSummary:
 
     __repr__ = short_repr
 
+    def stability_of(self, j: int) -> float | None:
+        """Return the stability of a component; None where it is unknown."""
+        return None if self.stability is None or not np.isfinite(self.stability[j]) else float(self.stability[j])
+
     @classmethod
     def of(cls, parts: Mapping[str, Given]) -> TrustSummary:
         """Put together what was given as ``stability``, ``null``, ``selection`` and ``explained``.

@@ -31,8 +31,22 @@ from npeff.reports.figures import (
     strip,
     tile,
 )
-from npeff.reports.places import BRIEF, FULL, PlaceText, ReadablePlaces, Words, place_in, read_places, token_texts
-from npeff.reports.summary import DELAY, ClassNames, TopExample, coefficient, excerpt, printable, text_of
+from npeff.reports.summary import DELAY, TopExample
+from npeff.reports.text import (
+    BRIEF,
+    FULL,
+    ClassNames,
+    PlaceText,
+    ReadablePlaces,
+    Words,
+    coefficient,
+    excerpt,
+    place_in,
+    printable,
+    read_places,
+    text_of,
+    token_texts,
+)
 
 Array = npt.NDArray[Any]
 
@@ -223,9 +237,27 @@ class Gallery:
         return excerpt(read["text"], 60)[0] if read and read["kind"] == "text" else ""
 
     def telling(self, tops: Iterable[TopExample]) -> list[str]:
-        """Return the words that tell these places from the others; see :meth:`npeff.reports.places.Words.telling`."""
-        places = [(top, self._places[top.position]) for top in tops if top.position in self._places]
+        """Return the words that tell these places from the others; see :meth:`npeff.reports.text.Words.telling`."""
+        places = [(top.coefficient, self._places[top.position]) for top in tops if top.position in self._places]
         return self.words.telling(places) if self.words and places else []
+
+    def picture(self, position: int) -> Pixels | None:
+        """Return an example of ``kept`` as a picture, ``(H, W, 3)``; None for texts and those that are not there."""
+        example = self.kept.get(position, RawExample())
+        if example.values is not None:
+            return strip(example.values, full_colour(example.values))
+        if example.image is None:
+            return None
+        pixels = self.pixels(example.image)
+        return np.asarray(np.broadcast_to(np.atleast_3d(pixels), (*pixels.shape[:2], 3)))
+
+    def beginning(self, position: int, length: int) -> str:
+        """Return the beginning of a text of ``kept``, or the text around a place; empty for other examples."""
+        example = self.kept.get(position, RawExample())
+        if example.place is not None:
+            return example.place.around()
+        start, rest = excerpt(printable(example.text or ""), length)
+        return start + (" …" if rest else "")
 
     def draw_attribution(self, position: int, weights: Array, tokenizer: Any, name: str) -> dict[str, Any]:
         """Draw what in an example of ``kept`` speaks for a component, as a picture or as coloured tokens.

@@ -6,8 +6,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -28,16 +27,8 @@ from npeff.reports.figures import (
     uri_of,
 )
 from npeff.reports.layout import StrategyNode, block_map
-from npeff.reports.summary import (
-    DELAY,
-    ComponentSummary,
-    coefficient,
-    number,
-    percent,
-    plain,
-    short,
-    visible,
-)
+from npeff.reports.summary import COLUMNS, DELAY, Column, ComponentSummary
+from npeff.reports.text import coefficient, number, percent, plain, short, visible
 from npeff.reports.writer import ReportWriter, script_json
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -57,92 +48,6 @@ THUMBS_SHARE = 0.2
 TRACED = 16  # parts of a network that are shown of a trace
 MEMBERS = 60  # components listed on a strategy's page
 LISTED, LEAST = 12, 0.005  # components listed of an example, and the least share of its summed coefficients
-
-
-@dataclass(frozen=True)
-class Column:
-    """A number that every component has: in the table, its filters, the map's colours, and on the component's page.
-
-    Attributes:
-        name: For the script.
-        title: In the head of the table.
-        value: Computes the number; None where it is unknown. A column without any value is left out.
-        text: Prints the number.
-        unit: What stands behind the number on the component's page.
-        about: What the number means, for those who read the page; its subject is the title.
-        is_share: Whether filters take it in percent.
-    """
-
-    name: str
-    title: str
-    value: Callable[[ReportData, ComponentSummary], float | None]
-    text: Callable[[Any], str]
-    unit: str
-    about: str
-    is_share: bool = False
-
-    def cell(self, data: ReportData, summary: ComponentSummary) -> str:
-        """Return what the table shows of a component."""
-        value = self.value(data, summary)
-        return "–" if value is None else self.text(value)
-
-
-COLUMNS = (
-    Column(
-        "share",
-        "Share",
-        lambda data, s: s.share,
-        percent,
-        "of all coefficients",
-        "is its part of the sum of all coefficients.",
-        is_share=True,
-    ),
-    Column(
-        "active",
-        "Active",
-        lambda data, s: s.n_active,
-        number,
-        "active",
-        "examples have at least a tenth of its largest coefficient.",
-    ),
-    Column(
-        "purity",
-        "Purity",
-        lambda data, s: s.purity,
-        percent,
-        "pure",
-        "is the share of its top examples with the commonest prediction.",
-        is_share=True,
-    ),
-    Column(
-        "accuracy",
-        "Accuracy",
-        lambda data, s: s.accuracy,
-        percent,
-        "right",
-        "is the share of its active examples with a label that the model predicts rightly.",
-        is_share=True,
-    ),
-    Column(
-        "stability",
-        "Stability",
-        lambda data, s: data.stability(s.j),
-        "{:.2f}".format,
-        "stable",
-        "is how nearly the component comes back when the decomposition is repeated: |cos| between its vector and its "
-        "partner’s, 1 when it always does. Below about 0.7, do not read much into it.",
-    ),
-    Column(
-        "kl_ratio",
-        "KL ratio",
-        lambda data, s: data.kl_ratio(s.j),
-        plain,
-        "KL ratio",
-        "says how much more the predictions on its top examples change than those on the others when the weights move "
-        "along the component. Near 1, the component does not act where its examples are.",
-    ),
-)
-"""The numbers of the table. To add one, add an entry."""
 
 
 @cache
@@ -182,7 +87,7 @@ def write_report(data: ReportData, writer: ReportWriter) -> None:
         StorageError: The report cannot be written.
     """
     summaries = data.summaries
-    columns = [column for column in COLUMNS if any(column.value(data, s) is not None for s in summaries)]
+    columns = [column for column in COLUMNS if any(column.value(s) is not None for s in summaries)]
     around = [None, *summaries, None]
     rows = _rows(data, writer, columns)
     if writer.folder:
@@ -313,7 +218,7 @@ def _script_data(data: ReportData, writer: ReportWriter, columns: Sequence[Colum
 
 def _line(data: ReportData, s: ComponentSummary, columns: Sequence[Column]) -> list[Any]:
     """A component's values in the order of the script's columns."""
-    values = [short(column.value(data, s)) for column in columns]
+    values = [short(column.value(s)) for column in columns]
     x, y = (round(float(value), 3) for value in data.map[s.j])
     return [s.j, data.headings[s.j], *values, data.leaves[s.j].group, s.leading_class, x, y]
 
