@@ -356,14 +356,7 @@ def collect_report_data(
 ) -> ReportData:
     """Measure the components, build the tree, and encode the examples in one pass over the data.
 
-    Args:
-        components: A decomposition.
-        data: The data of its Fishers.
-        options: Checked options of the report.
-        every: Encode every example, not only those on some component's page.
-
-    Returns:
-        The data of the report, to be closed: for use in a ``with`` block.
+    Every example is encoded, or those on some component's page. The result is for use in a ``with`` block.
 
     Raises:
         ArgumentError: An option is not as documented.

@@ -262,11 +262,8 @@ class Gallery:
     def draw_attribution(self, position: int, weights: Array, tokenizer: Any, name: str) -> dict[str, Any]:
         """Draw what in an example of ``kept`` speaks for a component, as a picture or as coloured tokens.
 
-        The weights have the shape of the input, or are one number per token.
-
-        Returns:
-            ``{"uri": …, "small": …}`` or ``{"tokens": [(text, level), …]}``, levels in [−1, 1]; of a place also the
-            ``"index"`` of its token, and what stands in place of the text that was ``"cut"`` off.
+        The weights have the shape of the input, or are one number per token. The result is ``{"uri": …, "small": …}``
+        or ``{"tokens": [(text, level), …]}``, levels in [−1, 1]; for a place it is that of :meth:`PlaceText.window`.
 
         Raises:
             ArgumentError: The weights do not fit the example.
@@ -320,11 +317,7 @@ def read_examples(
 ) -> Iterator[tuple[int, RawExample]]:
     """Iterate the data once and yield ``(position, example)`` for the wanted positions, in order.
 
-    Args:
-        data: Batches as given to ``compute_fishers``: ``(inputs, labels)``, a dict, a tensor.
-        wanted: Positions in the data.
-        labels: The labels on record of wanted positions, −1 where unknown; checked against those in the data.
-        tokenizer: Anything with ``decode(ids)``, for batches that hold only token ids.
+    The labels on record of these positions, −1 where unknown, are checked against those in the data.
 
     Raises:
         DataError: The data ends early, or its labels are not those on record: it is other data, or in another

@@ -115,7 +115,7 @@ def write_report(data: ReportData, writer: ReportWriter) -> None:
         pictures = [data.gallery.encoded(int(position)) for position in ids[start : start + PER_PART]]
         if any(pictures):
             writer.add(f"pictures-{start // PER_PART}", pictures)
-    writer.finish(_overview(data, writer, columns, rows))
+    writer.publish(_overview(data, writer, columns, rows))
 
 
 # ---- the overview -------------------------------------------------------------------------------------------

@@ -212,14 +212,9 @@ COLUMNS = (
 def summarise(
     components: Components, k: int, seed: int = 0, chosen: Iterable[int] | None = None, progress: bool = False
 ) -> list[ComponentSummary]:
-    """Summarise components, the largest share first.
+    """Summarise components with k top examples, half as many from the middle, and half as many at random.
 
-    Args:
-        components: A decomposition.
-        k: Top examples of each; half as many from the middle, and half as many at random.
-        seed: Decides the random ones.
-        chosen: Components, in this order; by default all, the largest share first.
-        progress: Show a progress bar.
+    The seed decides the random ones. The components are in the order ``chosen``, by default the largest share first.
     """
     sizes = np.asarray(components.coefficients).sum(0, dtype=np.float64)
     shares = sizes / (sizes.sum() or 1.0)

@@ -105,11 +105,7 @@ def plain(value: float) -> str:
 
 
 def text_of(item: Any) -> str | None:
-    """Return the text of an item of the data, or None for an item that is not text.
-
-    Args:
-        item: A string, bytes, or a tuple or list of strings (sentence pairs), which become one line each.
-    """
+    """Return the text of a string, of bytes, or of strings (sentence pairs), a line each; None for another item."""
     if isinstance(item, str):
         return str(item)
     if isinstance(item, bytes):
@@ -120,11 +116,7 @@ def text_of(item: Any) -> str | None:
 
 
 def excerpt(text: str, length: int = EXCERPT) -> tuple[str, str]:
-    """Cut a text at a word boundary after about ``length`` characters.
-
-    Returns:
-        The beginning, and the rest (empty for a short text).
-    """
+    """Cut a text at a word boundary after about ``length`` characters: the beginning, and the rest if any."""
     text = text.strip()
     if len(text) <= length * 1.15:
         return text, ""
@@ -139,10 +131,9 @@ def printable(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Make characters visible that would change how others are shown.
+    """Make characters visible that would change how others are shown; tabs and line breaks stay.
 
-    Controls become their pictures, characters that turn the direction of writing become their numbers, and lone
-    surrogates question marks; tabs and line breaks stay.
+    Controls become their pictures, characters that turn the direction of writing their numbers.
     """
     return printable(text).translate(_VISIBLE)
 
@@ -211,13 +202,9 @@ class PlaceText:
     def window(self, before: int, after: int, levels: Sequence[float] | None = None) -> dict[str, Any]:
         """Return what a page shows: whole tokens within so many characters before and after the place.
 
-        Args:
-            before: Characters before the place.
-            after: Characters after it.
-            levels: Of every token, its colour in [−1, 1]; those that are missing at the end are 0.
-
-        Returns:
-            ``{"before", "at", "after"}``; with levels also ``"tokens"``, pairs of a text and a level, and ``"index"``.
+        That is ``{"before", "at", "after"}``. With the level of each token, its colour in [−1, 1] (0 where they end
+        early), also the ``"tokens"`` as pairs of a text and a level, the ``"index"`` of the place's own one, and what
+        stands in place of the text that was ``"cut"`` off.
         """
         start, stop, room = self.index, self.index + 1, before
         while start and (room := room - len(self.tokens[start - 1])) >= 0:
@@ -259,10 +246,7 @@ def read_places(
 ) -> Iterator[tuple[int, PlaceText]]:
     """Yield ``(position, text)`` of the wanted places, in order.
 
-    Args:
-        data: The data given to ``compute_fishers``.
-        wanted: Positions in the data.
-        labels: The labels on record, −1 where unknown; checked against those of the data.
+    The labels on record, −1 where unknown, are checked against those of the data.
 
     Raises:
         DataError: The data ends early, or its labels are not those on record.
@@ -284,12 +268,7 @@ def read_places(
 
 
 def place_in(one: Batch, token: Callable[[int], str]) -> PlaceText | None:
-    """Return the text around the one place of a batch; None where examples are no places of tokens.
-
-    Args:
-        one: Holds one example.
-        token: Finds the text of a token, as :func:`token_texts` does.
-    """
+    """Return the text around the place of a batch of one example; None where examples are no places of tokens."""
     if one.places is None or not isinstance(one.inputs, Mapping) or "input_ids" not in one.inputs:
         return None
     row, index = one.places[0].tolist()
