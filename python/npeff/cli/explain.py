@@ -21,6 +21,7 @@ from npeff.cli.command import (
     listed,
     loaded,
     misused,
+    next_step,
     note,
     size,
 )
@@ -305,6 +306,11 @@ def report(
         **options,
     )
     click.echo(f"{page}: {components.n_components} components, {size(_bytes_of(page, out))}")
+    if data is None:
+        note("without --data the pages show numbers alone; give DATA as for npeff fishers to see the examples")
+    if not extras:
+        about = ", and --extras trust.json here: how far the components may be believed"
+        next_step("trust", "FISHERS", path, "--out", "trust.json", options=options, about=about)
     stem = page.parent / "components" if page.name == "index.html" and page != out else page.with_suffix("")
     common: dict[str, Any] = {"class_names": names, "tokenizer": tokens}
     common |= {name: value for name, value in options.items() if name == "k"}
@@ -315,8 +321,6 @@ def report(
         paths = {j: folder / f"component-{j}.png" for j in range(components.n_components)}
         write_collages(components, data_of_components(data, components) if data else None, paths, **common)
         click.echo(f"{folder}: {components.n_components} collages")
-        if data is None:
-            note("without --data, collages hold captions only")
     if latex:
         document = stem.with_suffix(".tex")
         common["title"] = options.get("title")
