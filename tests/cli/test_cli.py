@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from functools import wraps
 from importlib import import_module
 
 import numpy as np
@@ -342,8 +343,10 @@ def test_each_command_tells_the_next_one(folder, capsys, monkeypatch):
 def test_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("npeff.demo.TRAINED_ON", 100)
     real, solve = import_module("npeff.demo").run_demo, npeff.decompose
-    monkeypatch.setattr(npeff, "decompose", lambda *a, **k: solve(*a, **k, n_init=1, n_replacements=0))
-    monkeypatch.setattr("npeff.demo.run_demo", lambda *a, **k: real(*a, **k, epochs=1, max_examples=40))
+    few = wraps(solve)(lambda *a, **k: solve(*a, **k, n_init=1, n_replacements=0))
+    monkeypatch.setattr(npeff, "decompose", few)
+    small = wraps(real)(lambda *a, **k: real(*a, **k, epochs=1, max_examples=40))
+    monkeypatch.setattr("npeff.demo.run_demo", small)
     command = ["demo", "--out", str(tmp_path / "demo"), "--n-components", "3", "--no-open", "--quiet"]
     assert run(command) == 0
     text = capsys.readouterr().out

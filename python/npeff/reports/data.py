@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, check_integer
 from npeff.gradients.eligibility import BLOCKS
 from npeff.language.places import check_places
 from npeff.models.devices import parse_bytes
@@ -82,8 +82,14 @@ class ReportOptions:
             raise ArgumentError(
                 f"components: expected Components, got {type(components).__name__}; see npeff.decompose"
             )
-        if not isinstance(options.k, Integral) or options.k < 1:
+        W = components.coefficients
+        if not (np.isfinite(W) & (W >= 0)).all():
+            raise ArgumentError("components: expected finite coefficients ≥ 0; decompose the Fishers again")
+        if not isinstance(options.k, Integral) or isinstance(options.k, bool) or options.k < 1:
             raise ArgumentError(f"k: expected at least 1 top example per component, got {options.k!r}")
+        check_integer("seed", options.seed, 0)
+        if not isinstance(options.title, str | None):
+            raise ArgumentError(f"title: expected a text, got {options.title!r}")
         for name, value in (("data", data), ("influence_data", options.influence_data)):
             if value is not None and not isinstance(value, Iterable) and not hasattr(value, "__getitem__"):
                 raise ArgumentError(f"{name}: expected an iterable of batches, got {value!r}")
@@ -103,7 +109,7 @@ class ReportOptions:
             ArgumentError: They are too few, or a single string.
         """
         given, n_classes = self.class_names, components.logits.shape[1]
-        if given is not None and (isinstance(given, str) or not hasattr(given, "__len__")):
+        if given is not None and (isinstance(given, str | Mapping | Set) or not hasattr(given, "__len__")):
             raise ArgumentError(f"class_names: expected a list of names, got {given!r}")
         if given is not None:
             if len(given) < n_classes:
@@ -393,7 +399,7 @@ def collect_report_data(
     influential = {position for found in given.influences.values() for position, _ in found.pairs[:INFLUENCES]}
     training = Gallery(influential)
     if options.influence_data is not None:
-        training.fill(options.influence_data, influential, {}, options.tokenizer)
+        training.fill(options.influence_data, influential, {}, options.tokenizer, name="influence_data")
     explained = given.trust.explained
     if explained is None:
         explained = explained_shares(components.vectors, components.coefficients, components.loss, components.kind)

@@ -124,6 +124,7 @@ class Gallery:
         labels: Mapping[int, int],
         tokenizer: Any = None,
         progress: bool = False,
+        name: str = "data",
     ) -> None:
         """Iterate the data once and encode the wanted examples; see :func:`read_examples`.
 
@@ -131,7 +132,7 @@ class Gallery:
             DataError: The data ends early, or its labels are not those on record.
         """
         waiting_bytes = 0
-        found = read_examples(data, wanted, labels, tokenizer)
+        found = read_examples(data, wanted, labels, tokenizer, name)
         if isinstance(data, ReadablePlaces):
             found = ((i, RawExample(place=place)) for i, place in read_places(data, wanted, labels))
             self.words = Words(data)
@@ -313,7 +314,7 @@ def tokens_of(example: RawExample, count: int, tokenizer: Any, name: str) -> lis
 
 
 def read_examples(
-    data: Iterable[Any], wanted: Iterable[int], labels: Mapping[int, int], tokenizer: Any = None
+    data: Iterable[Any], wanted: Iterable[int], labels: Mapping[int, int], tokenizer: Any = None, name: str = "data"
 ) -> Iterator[tuple[int, RawExample]]:
     """Iterate the data once and yield ``(position, example)`` for the wanted positions, in order.
 
@@ -343,6 +344,11 @@ def read_examples(
         start += size
         if not missing:
             break
+    if missing and name != "data":
+        raise DataError(
+            f"{name}: has {start} examples, and example {max(missing)} is asked for (the first one is 0); pass the "
+            "training data that the influences are about, in the same order"
+        )
     if missing:
         raise DataError(
             f"data: has {start} examples, but the components were computed from data with at least "

@@ -16,7 +16,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from npeff.components.components import Components
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, check_number
 from npeff.language.places import check_places
 from npeff.reports.data import ReportOptions, heading
 from npeff.reports.examples import Gallery
@@ -125,6 +125,7 @@ def collages(
     options = ReportOptions.checked(components, data, {"k": COLLAGED, **given})
     if columns is not None and (not isinstance(columns, int) or columns < 1):
         raise ArgumentError(f"columns: expected a number of pictures per row, got {columns!r}")
+    check_number("dpi", dpi)
     for path in paths.values():
         check_page(path)
     with _top_examples(components, data, list(paths), options) as (summaries, gallery, names):
@@ -213,6 +214,8 @@ def latex(
     if chosen is None:
         sizes = components.coefficients.sum(0, dtype=np.float64)
         chosen = np.argsort(-sizes, kind="stable").tolist()
+    if not isinstance(chosen, Iterable):
+        raise ArgumentError(f"chosen: expected numbers of components, got {chosen!r}")
     images = AssetsFolder(path, path.with_name(f"{path.stem}-images"))
     with images, _top_examples(components, data, chosen, options) as (summaries, gallery, names):
         sections = [_section(summary, gallery, names, images) for summary in summaries]

@@ -93,7 +93,8 @@ def tree_of(
     r = components.n_components
     root = strategies
     if not isinstance(strategies, Strategy):
-        if strategies is not None and (not isinstance(strategies, int) or not 1 <= strategies <= r):
+        counted = isinstance(strategies, int) and not isinstance(strategies, bool)
+        if strategies is not None and not (counted and 1 <= strategies <= r):
             raise ArgumentError(f"strategies: expected a Strategy or a number from 1 to {r}, got {strategies!r}")
         mass = components.coefficients.sum(0, dtype=np.float64)
         nothing = components.coefficients[:0]  # the tree's shape alone: no sums over the examples yet

@@ -41,7 +41,7 @@ class ClassNames:
     """
 
     def __init__(self, names: Sequence[str] | None, words: Callable[[list[int]], list[str]] | None = None) -> None:
-        self._names = dict(enumerate(map(str, names))) if names is not None else {}
+        self._names = {} if names is None else {index: visible(str(name)) for index, name in enumerate(names)}
         self._words, self._taken = words, dict[str, int]()
 
     def __getitem__(self, index: int) -> str:
