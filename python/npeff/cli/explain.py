@@ -171,7 +171,8 @@ def perturb(
         note("the weights' dtype rounds much of the change away; use a float32 copy of the model")
     if out is not None:
         write_json([e.to_json() for e in effects] if every else effects[0].to_json(), out)
-        click.echo(f"{out}: {len(effects)} effect{'s' if len(effects) != 1 else ''}")
+        many = "s" if len(effects) != 1 else ""
+        click.echo(f"{out}: {len(effects)} effect{many}, for npeff report … --extras {out}")
 
 
 def _predicted(effect: Effect, data: Any) -> str:
@@ -242,11 +243,9 @@ def trace(
     found = npeff.trace(load_model(model), data_of_components(data, components), components, j, parts, **options)
     click.echo(found.table())
     if out is not None:
-        if out.suffix.lower() == ".json":
-            found.save(out)
-        else:
-            found.plot(out)
-        click.echo(f"{out}: {len(found)} parts")
+        as_json = out.suffix.lower() == ".json"
+        found.save(out) if as_json else found.plot(out)
+        click.echo(f"{out}: {len(found)} parts" + (f", for npeff report … --extras {out}" if as_json else ""))
 
 
 @command(

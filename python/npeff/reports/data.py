@@ -279,19 +279,6 @@ class ReportData:
         threshold = self.extras.trust.null_threshold
         return threshold is not None and summary.energy <= threshold
 
-    def doubts(self, summary: ComponentSummary) -> str:
-        """Return the reasons to doubt a component in a sentence; empty where none is known."""
-        reasons = []
-        if summary.stability is not None and summary.stability < UNSTABLE:
-            found = f"(stability {summary.stability:.2f})"
-            reasons.append(f"it does not come back when the decomposition is repeated {found}")
-        if self.below_null(summary):
-            threshold = self.extras.trust.null_threshold
-            reasons.append(
-                f"components of shuffled Fishers have as much energy ({summary.energy:.2g} ≤ {threshold:.2g})"
-            )
-        return "Read this one with doubt: " + ", and ".join(reasons) + "." if reasons else ""
-
     def node_heading(self, node: StrategyNode) -> str:
         """Describe a node in a few words: its component's heading, or the classes that it predicts."""
         if node.leaf:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from npeff.models.devices import format_bytes
-from npeff.reports.data import LIKELIEST, THUMBS, ReportData
+from npeff.reports.data import LIKELIEST, THUMBS, UNSTABLE, ReportData
 from npeff.reports.evidence import CONTINUED, PUSHED
 from npeff.reports.figures import (
     effect_curve,
@@ -63,8 +63,9 @@ def environment() -> Environment:
     env.filters.update(percent=percent, number=number, coefficient=coefficient, plain=plain, visible=visible)
     env.filters["curve"] = lambda effect: effect_curve(effect.magnitudes, effect.kl_top, effect.kl_baseline)
     env.filters["logarithms"] = lambda counts: [math.log2(1 + count) for count in counts]
-    env.filters["block_map"] = block_map
-    env.globals.update(PUSHED=PUSHED, TRACED=TRACED, CONTINUED=CONTINUED, MEMBERS=MEMBERS, version=version("npeff"))
+    env.filters.update(block_map=block_map, bytes=format_bytes)
+    env.globals.update(PUSHED=PUSHED, TRACED=TRACED, CONTINUED=CONTINUED, MEMBERS=MEMBERS)
+    env.globals.update(PART_KINDS=PART_KINDS, UNSTABLE=UNSTABLE, version=version("npeff"))
     bodies = [(TEMPLATES / "app" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
     script = '(() => {\n"use strict";\n' + "\n".join(bodies) + "})();\n"
     # The page allows this script and no other.
@@ -154,27 +155,9 @@ def _overview(data: ReportData, writer: ReportWriter, columns: Sequence[Column],
         rows=rows,
         accuracy=float((labels == predictions)[known].mean()) if known.any() else None,
         n_below_null=sum(map(data.below_null, data.summaries)),
-        left_out=_left_out(writer),
         figures=figures,
         script_data=script_json(_script_data(data, writer, columns)),
         provenance=_flatten(components.provenance),
-    )
-
-
-def _left_out(writer: ReportWriter) -> str:
-    missing = [
-        f"{number(n)} of {number(n + writer.added[kind])} {PART_KINDS[kind]}"
-        if kind not in ("examples", "pictures")
-        else f"{PART_KINDS[kind]} ({percent(n / (n + writer.added[kind]))} of them)"
-        for kind, n in writer.left_out.items()
-        if kind in PART_KINDS
-    ]
-    if not missing:
-        return ""
-    return (
-        f"Left out, for this report may take no more than {format_bytes(writer.limit)}: {', '.join(missing)}. "
-        + ("A larger size_limit" if writer.folder else "A folder, or a larger size_limit,")
-        + " holds everything."
     )
 
 
