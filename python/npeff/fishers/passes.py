@@ -247,7 +247,7 @@ class Run:
             batch: The batch.
             ids: ``(b,)`` positions of its examples in the data.
             per_example: Per-example gradients will be asked for.
-            replace_logits: ``replace_logits(logits, ids)`` gives the logits that are factorised in place of the model's.
+            replace_logits: ``replace_logits(logits, ids)`` gives the logits to factorise instead of the model's.
 
         Raises:
             DataError: Logits are not finite, or labels are missing.
