@@ -308,6 +308,14 @@ def test_models_without_python_code(make):
         linearize(make(model, x), x, at="0")
 
 
+def test_compiled_parts_are_run_as_their_operations(monkeypatch):
+    inner = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval()
+    compiled, x = torch.compile(inner, backend="eager"), torch.randn(2, 3)
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    whole, expected = linearize(Call(lambda x: x + compiled(x)), x), linearize(Call(lambda x: x + inner(x)), x)
+    assert torch.equal(whole.W, expected.W) and torch.equal(whole.b, expected.b)
+
+
 def test_weights_made_of_others():
     torch.manual_seed(0)
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)).double()

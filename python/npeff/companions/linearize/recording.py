@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -466,6 +467,8 @@ def plain_operations(model: nn.Module) -> Iterator[None]:
             warnings.simplefilter("ignore")  # the flags themselves warn about devices that are not here
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
