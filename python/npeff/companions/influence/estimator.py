@@ -74,13 +74,6 @@ class Scores:
         solver = self.provenance.get("solver", "?")
         return f"Scores({self.values.shape[0]} training × {self.values.shape[1]} test examples, {solver})"
 
-    def _column(self, test: int | None) -> Array:
-        if test is None:
-            return np.asarray(self.values.sum(axis=1))
-        if not isinstance(test, int | np.integer) or not -self.values.shape[1] <= test < self.values.shape[1]:
-            raise ArgumentError(f"test: expected a test example below {self.values.shape[1]}, or None, got {test!r}")
-        return np.asarray(self.values[:, test])
-
     def top(self, k: int = 16, test: int | None = None, direction: Direction = "both") -> Array:
         """Find the training examples with most influence, strongest first, ties by lower index.
 
@@ -98,7 +91,10 @@ class Scores:
         """
         check_integer("k", k, 0)
         check_choice("direction", direction, get_args(Direction))
-        column = self._column(test)
+        n_test = self.values.shape[1]
+        if test is not None and not (isinstance(test, int | np.integer) and -n_test <= test < n_test):
+            raise ArgumentError(f"test: expected a test example below {n_test}, or None, got {test!r}")
+        column = np.asarray(self.values.sum(axis=1) if test is None else self.values[:, test])
         key = {"raises": column, "lowers": -column, "both": np.abs(column)}[direction]
         order = np.argsort(-key, kind="stable")[:k]
         return order[key[order] > 0].astype(np.int64)
