@@ -86,7 +86,9 @@ def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
     model = model.double()
     try:
         batches = [read_batch((x.double(), y), torch.device("cpu"), i, False) for i, (x, y) in enumerate(data)]
-        examples = LabelledExamples(CheckedModel(model, torch.device("cpu"), None, "categorical", None), batches)
+        examples = LabelledExamples(
+            CheckedModel(model, components.parameters, torch.device("cpu"), None, "categorical", None), batches
+        )
         vectors = [
             {p.name: DirectionBlock(torch.from_numpy(G).double()) for p, G, _ in components.blocks(j)} for j in (0, 3)
         ]

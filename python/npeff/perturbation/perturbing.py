@@ -377,7 +377,7 @@ def _changes(
             return evaluator.tensors(moves[0].direction), signs[0] * moves[0].results[signs[0]].magnitude
         total = np.zeros(evaluator.parameters.n_parameters)
         for sign, move in zip(signs, moves, strict=True):
-            total += move.direction.share * sign * move.results[sign].magnitude * move.direction.vector
+            total += move.direction.share * sign * move.results[sign].magnitude * move.direction.vector()
         return evaluator.placed(total), 1.0
 
     signs = list(moves[0].results)

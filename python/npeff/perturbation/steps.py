@@ -106,7 +106,7 @@ def search_steps(
         directions = diagonal_directions(evaluator, known.components, target, options, slices, baseline)
     else:
         directions = known.of_target(target, options.combine, options.reject, options.max_sim)
-    ends = FIRST * evaluator.weight_norm, FARTHEST * evaluator.weight_norm
+    ends = FIRST * evaluator.checked.weight_norm, FARTHEST * evaluator.checked.weight_norm
     found = []
     for direction in directions:
         kl_at = partial(evaluator.kl, slices, evaluator.tensors(direction))
