@@ -31,10 +31,10 @@ from npeff.models.parameters import Parameters, model_digest
 from npeff.perturbation import outputs
 from npeff.perturbation.directions import Direction
 from npeff.perturbation.effect import Prediction
-from npeff.perturbation.examples import BatchSlice, SelectedExamples
+from npeff.perturbation.examples import BatchSlice, SelectedExamples, unrelated_batches
 from npeff.perturbation.figures import Measured
 from npeff.perturbation.options import Forward, PerturbOptions
-from npeff.perturbation.texts import Writer, unrelated_batches
+from npeff.perturbation.outputs import Writer
 from npeff.perturbation.weights import TensorsByName, Weights, on_model, untouched
 
 Array = npt.NDArray[Any]
@@ -425,16 +425,3 @@ def check_outputs(differs: Array, ids: Array, same: bool | None) -> None:
             f"{message}, although the model is the same; pass the same data in the same order, and forward="
         )
     warnings.warn(f"{message}; are model and data the same?", stacklevel=6)
-
-
-def check_kl(kl: Array, magnitude: float) -> None:
-    """Refuse a change of the weights after which outputs are not finite.
-
-    Raises:
-        ArgumentError: The KL ``(n,)`` of some examples is not finite.
-    """
-    if not np.isfinite(kl).all():
-        raise ArgumentError(
-            f"magnitude: {int((~np.isfinite(kl)).sum())} examples have outputs that are not finite at "
-            f"{magnitude:.3g}; choose a smaller magnitude, or a smaller target_kl"
-        )

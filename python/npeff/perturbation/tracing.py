@@ -24,10 +24,9 @@ from npeff.fishers.block_weights import layer_of
 from npeff.models.parameters import Parameter, Parameters
 from npeff.perturbation.directions import ComponentDirections
 from npeff.perturbation.effect import Result, text_table
-from npeff.perturbation.evaluate import check_kl
 from npeff.perturbation.figures import Interval, interval, mean_ratio
 from npeff.perturbation.options import PerturbOptions
-from npeff.perturbation.steps import experiment, search_steps
+from npeff.perturbation.steps import check_kl, experiment, search_steps
 from npeff.short_repr import short_repr
 from npeff.storage.container import refuse_npeff_file
 from npeff.storage.files import atomic, path_of
