@@ -290,6 +290,10 @@ class CheckedModel:
         """Compute the outputs ``(b, C)`` of the model, or of a module in its place, with a graph."""
         return call_model(model, self.forward, batch, self.likelihood)
 
+    @cached_property
+    def _engine(self) -> PerExampleGradients:
+        return PerExampleGradients(self.model, self.parameters, self.call)
+
     def gradient(
         self, slices: Iterable[BatchSlice], loss: Callable[[BatchSlice, Tensor], Tensor]
     ) -> tuple[float, dict[str, Tensor]]:
@@ -299,7 +303,7 @@ class CheckedModel:
             The sum, and the gradient by parameter name, without parameters that it does not depend on.
         """
         value, total = 0.0, dict[str, Tensor]()
-        engine = PerExampleGradients(self.model, self.parameters, self.call)
+        engine = self._engine
         with engine.recording():
             for one in slices:
                 found = loss(one, self.call(self.model, one.batch)[one.rows])
