@@ -239,6 +239,8 @@ def test_a_model_or_data_that_is_not_that_of_the_components_is_refused(shortcut)
         mend(model, [(x * torch.nan, y) for x, y in data], components, 0, **wrong)
     with pytest.raises(npeff.DataError, match="labels: expected classes below 3, the model's outputs, got 7"):
         mend(model, [(x, y + 5 * (y == 2)) for x, y in data], components, 0, **wrong)
+    with pytest.raises(npeff.DataError, match=r"labels: expected classes, got 2\.5"):
+        mend(model, [(x, y + 0.5) for x, y in data], components, 0, **wrong)
     with pytest.raises(npeff.DataError, match="labels: expected one class per example, got shape"):
         two = [npeff.Batch((x, torch.stack([y, y], 1)), places=False) for x, y in data]
         mend(model, two, components, 0, **wrong)

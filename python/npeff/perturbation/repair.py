@@ -62,7 +62,10 @@ class LabelledExamples:
             raise DataError("labels: mending needs them; pass batches of (inputs, labels)")
         if wide := [part for part in labels if part.numel() != len(part)]:
             raise DataError(f"labels: expected one class per example, got shape {tuple(wide[0].shape)} in a batch")
-        self.labels = torch.cat([part.reshape(-1) for part in labels]).long()
+        given = torch.cat([part.reshape(-1) for part in labels])
+        self.labels = given.long()
+        if bool((self.labels != given).any()):
+            raise DataError(f"labels: expected classes, got {float(given[self.labels != given][0]):.4g}")
         if unknown := int((self.labels < 0).sum()):
             raise DataError(f"labels: mending needs all of them, and {unknown} are unknown (below 0)")
         self._slices, start = [], 0
