@@ -86,7 +86,9 @@ def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
     model = model.double()
     try:
         batches = [read_batch((x.double(), y), torch.device("cpu"), i, False) for i, (x, y) in enumerate(data)]
-        examples = LabelledExamples(CheckedModel(model, torch.device("cpu"), None, "categorical", None), batches)
+        examples = LabelledExamples(
+            CheckedModel(model, components.parameters, torch.device("cpu"), None, "categorical", None), batches
+        )
         vectors = [
             {p.name: DirectionBlock(torch.from_numpy(G).double()) for p, G, _ in components.blocks(j)} for j in (0, 3)
         ]
@@ -237,6 +239,8 @@ def test_a_model_or_data_that_is_not_that_of_the_components_is_refused(shortcut)
         mend(model, [(x * torch.nan, y) for x, y in data], components, 0, **wrong)
     with pytest.raises(npeff.DataError, match="labels: expected classes below 3, the model's outputs, got 7"):
         mend(model, [(x, y + 5 * (y == 2)) for x, y in data], components, 0, **wrong)
+    with pytest.raises(npeff.DataError, match=r"labels: expected classes, got 2\.5"):
+        mend(model, [(x, y + 0.5) for x, y in data], components, 0, **wrong)
     with pytest.raises(npeff.DataError, match="labels: expected one class per example, got shape"):
         two = [npeff.Batch((x, torch.stack([y, y], 1)), places=False) for x, y in data]
         mend(model, two, components, 0, **wrong)

@@ -82,6 +82,20 @@ def test_nested_and_partial_directions():
     assert same(before, state(model))
 
 
+def test_a_compiled_model_moves_by_the_names_of_the_model_within():
+    model = deep()
+    before, direction = state(model), some_direction(model)
+    compiled = torch.compile(model, backend="eager")
+    with npeff.applied(model, direction, 0.5):
+        expected = [p.detach().clone() for p in model.parameters()]
+    prefixed = {f"_orig_mod.{name}": part for name, part in direction.items()}
+    for named in (direction, prefixed):
+        with npeff.applied(compiled, named, 0.5) as moved:
+            assert moved is compiled and all(map(torch.equal, expected, model.parameters()))
+    assert f"{len(direction)} tensors" in repr(npeff.Moved(compiled, direction))
+    assert same(before, state(model))
+
+
 class Tied(nn.Module):
     """An embedding that is the output layer too."""
 

@@ -197,7 +197,9 @@ def _mean_over(evaluator: Evaluator, indices: Array) -> Array:
         chosen[indices] = True
         slices = (one.restricted(chosen) for one in evaluator.examples)
         batches = ((one.batch, one.rows.cpu().numpy()) for one in slices if len(one.indices))
-        evaluator.mean_fishers[key] = _mean_of(evaluator.run, batches)
+        how = FisherOptions("diagonal", likelihood=evaluator.likelihood, forward=evaluator.checked.forward)
+        run = Run(evaluator.model, evaluator.checked.device, evaluator.parameters, how)
+        evaluator.mean_fishers[key] = _mean_of(run, batches)
     return evaluator.mean_fishers[key]
 
 
@@ -209,15 +211,11 @@ def _gradient_signs(evaluator: Evaluator, slices: Sequence[BatchSlice]) -> Array
     Raises:
         DataError: The gradient vanishes or is not finite.
     """
-    engine, likelihood, parameters = evaluator.run.engine, evaluator.likelihood, evaluator.parameters
+    parameters, likelihood = evaluator.parameters, evaluator.likelihood
+    _, gradient = evaluator.checked.gradient(slices, lambda _, logits: surprise(logits.double(), likelihood).sum())
     total = np.zeros(parameters.n_parameters)
-    for one in slices:
-        with engine.recording():
-            loss = surprise(engine.forward(one.batch)[one.rows].double(), likelihood).sum()
-            gradients = torch.autograd.grad(loss, list(engine.tensors.values()), allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                total[parameter.slice] += gradient.detach().to_dense().double().reshape(-1).cpu().numpy()
+    for name, part in gradient.items():
+        total[parameters.block(name)] = part.double().reshape(-1).cpu().numpy()
     if not np.isfinite(total).all() or not total.any():
         what = "is zero" if np.isfinite(total).all() else "is not finite"
         raise DataError(

@@ -60,7 +60,7 @@ class Direction:
     In a large model a direction takes much memory: it is made when it is asked for, and not kept.
 
     Attributes:
-        make: Makes :attr:`vector`.
+        vector: Makes it, ``(m,)`` float64 of unit norm.
         component: The component of the direction; None for a combination.
         share: Weight in the average over a strategy's directions; the weights sum to 1.
         rejection: What was removed from the direction.
@@ -69,18 +69,13 @@ class Direction:
         scale: Norm of ρ ∘ sign(gradient): magnitude / scale is δ.
     """
 
-    make: Callable[[], Array]
+    vector: Callable[[], Array]
     component: int | None = None
     share: float = 1.0
     rejection: Rejection | None = None
     explained: float | None = None
     lam: float | None = None
     scale: float | None = None
-
-    @property
-    def vector(self) -> Array:
-        """``(m,)`` float64 of unit norm, made anew."""
-        return self.make()
 
 
 def target_of(components: Components, j: Any, argument: str = "j") -> Target:
@@ -329,5 +324,5 @@ def direction(
     if isinstance(combine, str) and combine != "principal":
         raise ArgumentError(f"combine: expected 'principal' or weights, got {combine!r}: one direction is asked for")
     (found,) = ComponentDirections(components).of_target(target_of(components, j), combine, reject, max_sim)
-    flat = components.parameters.unflatten(found.vector.astype(np.float32))
+    flat = components.parameters.unflatten(found.vector().astype(np.float32))
     return {name: torch.from_numpy(part.copy()) for name, part in flat.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,20 +21,20 @@ from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError, check_choice
 from npeff.fishers.factors import check_meaning
 from npeff.fishers.logits import Logits
-from npeff.fishers.options import FisherOptions, Likelihood
-from npeff.fishers.passes import Run
+from npeff.fishers.options import Likelihood
 from npeff.gradients.eligibility import check_eligible, placed
+from npeff.gradients.engine import PerExampleGradients
 from npeff.language.places import check_places
 from npeff.models.devices import memory_explained
 from npeff.models.forward import OVER_CLASSES, call_model
-from npeff.models.parameters import model_digest
+from npeff.models.parameters import Parameters, model_digest
 from npeff.perturbation import outputs
 from npeff.perturbation.directions import Direction
 from npeff.perturbation.effect import Prediction
-from npeff.perturbation.examples import BatchSlice, SelectedExamples
+from npeff.perturbation.examples import BatchSlice, SelectedExamples, unrelated_batches
 from npeff.perturbation.figures import Measured
 from npeff.perturbation.options import Forward, PerturbOptions
-from npeff.perturbation.texts import Writer, unrelated_batches
+from npeff.perturbation.outputs import Writer
 from npeff.perturbation.weights import TensorsByName, Weights, on_model, untouched
 
 Array = npt.NDArray[Any]
@@ -67,7 +67,7 @@ class Evaluator:
     ) -> None:
         check_places(data, components.provenance.get("fishers") or {}, checked.model)
         self.checked, self.model, self.likelihood = checked, checked.model, checked.likelihood
-        self.parameters = components.parameters
+        self.parameters = checked.parameters
         ids, first = np.unique(components.ids[rows], return_index=True)
         self.rows = np.asarray(rows)[first]
         self._ids_of_rows = components.ids
@@ -86,12 +86,6 @@ class Evaluator:
         self._last: tuple[Direction, TensorsByName] | None = None
         self._random: dict[tuple[int, int], Array] = {}
         self.mean_fishers: dict[bytes, Array] = {}
-
-    @cached_property
-    def run(self) -> Run:
-        """Per-example diagonal Fishers of the model."""
-        how = FisherOptions("diagonal", likelihood=self.likelihood, forward=self.checked.forward)
-        return Run(self.model, self.checked.device, self.parameters, how)
 
     def indices(self, rows: Array) -> Array:
         """Return the ascending indices, each once, of the examples of some rows of the coefficients."""
@@ -167,13 +161,6 @@ class Evaluator:
     def _at(self, one: BatchSlice) -> Tensor:
         return torch.from_numpy(one.indices).to(self.checked.device)
 
-    @cached_property
-    def weight_norm(self) -> float:
-        """‖θ‖ over the selected parameters, at least 1e-3."""
-        tensors = dict(self.model.named_parameters(remove_duplicate=False))
-        squares = sum(float(tensors[name].detach().double().square().sum()) for name in self.parameters.names)
-        return max(math.sqrt(squares), 1e-3)
-
     def placed(self, vector: Array) -> TensorsByName:
         """Cut a flat vector ``(m,)`` into parameter-shaped tensors on the model's device."""
         return on_model(self.model, self.parameters.unflatten(vector), "direction")
@@ -182,7 +169,7 @@ class Evaluator:
         """Return a direction as parameter-shaped tensors on the model's device; the last one is kept."""
         if self._last is None or self._last[0] is not direction:
             self._last = None
-            self._last = direction, self.placed(direction.vector)
+            self._last = direction, self.placed(direction.vector())
         return self._last[1]
 
     # ---- at moved weights ------------------------------------------------------------------------------------
@@ -285,6 +272,7 @@ class CheckedModel:
 
     Attributes:
         model: The model, without what ``torch.compile`` wraps around it.
+        parameters: The components' parameters.
         device: Where it is.
         forward: ``forward(model, batch) -> logits``, or None.
         likelihood: Likelihood of its outputs.
@@ -292,6 +280,7 @@ class CheckedModel:
     """
 
     model: nn.Module
+    parameters: Parameters
     device: torch.device
     forward: Forward | None
     likelihood: Likelihood
@@ -300,6 +289,37 @@ class CheckedModel:
     def call(self, model: nn.Module, batch: Batch) -> Tensor:
         """Compute the outputs ``(b, C)`` of the model, or of a module in its place, with a graph."""
         return call_model(model, self.forward, batch, self.likelihood)
+
+    @cached_property
+    def _engine(self) -> PerExampleGradients:
+        return PerExampleGradients(self.model, self.parameters, self.call)
+
+    def gradient(
+        self, slices: Iterable[BatchSlice], loss: Callable[[BatchSlice, Tensor], Tensor]
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Sum a function of each slice and its outputs ``(k, C)``, and differentiate the sum by the parameters.
+
+        Returns:
+            The sum, and the gradient by parameter name, without parameters that it does not depend on.
+        """
+        value, total = 0.0, dict[str, Tensor]()
+        engine = self._engine
+        with engine.recording():
+            for one in slices:
+                found = loss(one, self.call(self.model, one.batch)[one.rows])
+                gradients = torch.autograd.grad(found, list(engine.tensors.values()), allow_unused=True)
+                value += float(found.detach())
+                for name, gradient in zip(engine.tensors, gradients, strict=True):
+                    if gradient is not None:
+                        total[name] = total[name] + gradient if name in total else gradient.to_dense()
+        return value, total
+
+    @cached_property
+    def weight_norm(self) -> float:
+        """‖θ‖ over the selected parameters, at least 1e-3."""
+        tensors = dict(self.model.named_parameters(remove_duplicate=False))
+        squares = sum(float(tensors[name].detach().double().square().sum()) for name in self.parameters.names)
+        return max(math.sqrt(squares), 1e-3)
 
     @property
     def layout(self) -> tuple[bool, bool]:
@@ -334,7 +354,7 @@ def checked_model(
     if same is False:
         warnings.warn("model: it is not the one of the components' Fishers (other weights)", stacklevel=6)
     with placed(inner, options["device"]) as device, untouched(inner), memory_explained():
-        yield CheckedModel(inner, device, options["forward"], likelihood, same)
+        yield CheckedModel(inner, components.parameters, device, options["forward"], likelihood, same)
 
 
 def _check_parameters(model: nn.Module, components: Components) -> None:
@@ -409,16 +429,3 @@ def check_outputs(differs: Array, ids: Array, same: bool | None) -> None:
             f"{message}, although the model is the same; pass the same data in the same order, and forward="
         )
     warnings.warn(f"{message}; are model and data the same?", stacklevel=6)
-
-
-def check_kl(kl: Array, magnitude: float) -> None:
-    """Refuse a change of the weights after which outputs are not finite.
-
-    Raises:
-        ArgumentError: The KL ``(n,)`` of some examples is not finite.
-    """
-    if not np.isfinite(kl).all():
-        raise ArgumentError(
-            f"magnitude: {int((~np.isfinite(kl)).sum())} examples have outputs that are not finite at "
-            f"{magnitude:.3g}; choose a smaller magnitude, or a smaller target_kl"
-        )

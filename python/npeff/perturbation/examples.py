@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from npeff.batches.batches import Batch, batch_digest
 from npeff.batches.reading import check_data, read_batches
-from npeff.errors import DataError, NpeffError
+from npeff.errors import ArgumentError, DataError, NpeffError
 from npeff.gradients.eligibility import differ
+from npeff.language.places import Places, check_places
 
 Array = npt.NDArray[Any]
 
 HELD_BYTES = 1 << 30
 """Examples up to this size stay in memory; if they are larger, every measurement iterates the data again."""
+
+MOST_TOKENS = 4096
+"""Tokens of unrelated texts that go through the model together; a longer text is refused."""
 
 
 @dataclass(frozen=True)
@@ -208,3 +213,42 @@ def _join(group: list[BatchSlice]) -> BatchSlice:
     batch = group[0].batch.joined([one.batch for one in group[1:]])
     indices = np.concatenate([one.indices for one in group])
     return BatchSlice(batch, torch.arange(batch.n_examples, device=group[0].rows.device), indices)
+
+
+def unrelated_batches(
+    data: Any, model: nn.Module, tokenizer: Any, device: torch.device, any_layout: bool, places: bool | None
+) -> list[Batch]:
+    """Read unrelated data, if any: batches with labels, or texts, every token of which is an example.
+
+    The tokenizer is that of the examples' data; without one there are no texts.
+
+    Raises:
+        ArgumentError: It is no iterable of batches, or texts that cannot be read.
+        DataError: It has no labels.
+    """
+    if data is None:
+        return []
+    texts = isinstance(data, str | os.PathLike) or (
+        isinstance(data, Sequence) and any(isinstance(d, str) for d in data)
+    )
+    if texts and tokenizer is None:
+        raise ArgumentError(
+            "unrelated: got texts, and the data has no tokenizer to read them with; pass "
+            "data=npeff.language.Places(tokenizer, …), or for unrelated batches whose labels are the next tokens"
+        )
+    try:
+        if texts:
+            data = Places(tokenizer, data, where="every", batch_tokens=MOST_TOKENS)
+        check_places(data, {}, model)
+    except NpeffError as error:
+        raise type(error)(f"unrelated: {error}") from error
+    batches = list(read_batches(check_data(data), device, any_layout, places))
+    if not batches or any(batch.labels is None for batch in batches):
+        what = "it yielded no batches" if not batches else "its batches have no labels"
+        raise DataError(f"unrelated: {what}; perplexity is of labels: the tokens to predict, as in data")
+    if not any(bool((batch.labels >= 0).any()) for batch in batches if batch.labels is not None):
+        raise DataError(
+            "unrelated: none of its labels is known, and perplexity is of labels; of texts, take the tokens that come "
+            "next: npeff.language.Places(tokenizer, texts, where='every')"
+        )
+    return batches

@@ -115,8 +115,8 @@ def mend(
         data: Labelled batches, as for :func:`npeff.compute_fishers`.
         components: Low-rank components of the model.
         which: A component, several, or a strategy.
-        repair: Positions in ``data`` of the examples to repair; by default the wrongly predicted ones on which the
-            chosen components hold at least half of the coefficients.
+        repair: Positions in ``data`` of the examples to repair, or a mask; by default the wrongly predicted ones on
+            which the chosen components hold at least half of the coefficients.
         tolerance: Largest fall of the accuracy on all other examples, one standard error of it included.
         by_layer: Whether every layer's part of a direction has a step of its own; otherwise, as published, all layers
             move together along ±g_j.
@@ -131,7 +131,9 @@ def mend(
 
     Raises:
         ArgumentError: A component or an example does not exist, or the components are not low-rank.
-        DataError: Labels are missing, there is nothing to repair, or without ``repair`` the places are other ones.
+        DataError: Labels are missing or no classes, outputs are not finite, there is nothing to repair, or without
+            ``repair`` the data is not that of the Fishers.
+        ModelError: The model fails, or is in training mode with layers whose outputs depend on the mode.
         OutOfMemoryError: There is too little memory for a batch.
     """
     check_components(components)

@@ -19,10 +19,10 @@ from npeff.errors import ArgumentError
 from npeff.fishers.options import Likelihood
 from npeff.perturbation.directions import ComponentDirections, Target, random_direction
 from npeff.perturbation.effect import CONTROLS, Control, Curve, Effect
-from npeff.perturbation.evaluate import Evaluator, check_kl
+from npeff.perturbation.evaluate import Evaluator
 from npeff.perturbation.figures import ExampleSets, Measured, interval, mean_known, perplexity
 from npeff.perturbation.options import FLOOR, Combine, Forward, PerturbOptions, Reject, Signs, among
-from npeff.perturbation.steps import DirectionSteps, experiment, search_steps
+from npeff.perturbation.steps import DirectionSteps, check_kl, experiment, search_steps
 from npeff.perturbation.weights import TensorsByName
 
 Array = npt.NDArray[Any]
@@ -92,7 +92,7 @@ def perturb(
         baseline: What they are compared with: a random sample of 4096 examples (all, where there are fewer),
             another number, ``"all"``, or rows of ``components.coefficients``.
         lam: λ of a diagonal interpolation, or several; by default 0.1, 0.3, 0.5, 0.7, 0.9. Of those that reach
-            the target the one that moves the weights least is kept.
+            the target the one that moves the weights least is kept. Where the magnitude is given, 0.5 by default.
         fisher: f̄ of a diagonal interpolation: parameter-shaped tensors from :func:`npeff.mean_fisher`, or
             ``(m,)``; by default the mean over the measured examples.
         floor: Least value of f̄ at unit norm, 1e-6.
@@ -377,7 +377,7 @@ def _changes(
             return evaluator.tensors(moves[0].direction), signs[0] * moves[0].results[signs[0]].magnitude
         total = np.zeros(evaluator.parameters.n_parameters)
         for sign, move in zip(signs, moves, strict=True):
-            total += move.direction.share * sign * move.results[sign].magnitude * move.direction.vector
+            total += move.direction.share * sign * move.results[sign].magnitude * move.direction.vector()
         return evaluator.placed(total), 1.0
 
     signs = list(moves[0].results)

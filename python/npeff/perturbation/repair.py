@@ -62,7 +62,10 @@ class LabelledExamples:
             raise DataError("labels: mending needs them; pass batches of (inputs, labels)")
         if wide := [part for part in labels if part.numel() != len(part)]:
             raise DataError(f"labels: expected one class per example, got shape {tuple(wide[0].shape)} in a batch")
-        self.labels = torch.cat([part.reshape(-1) for part in labels]).long()
+        given = torch.cat([part.reshape(-1) for part in labels])
+        self.labels = given.long()
+        if bool((self.labels != given).any()):
+            raise DataError(f"labels: expected classes, got {float(given[self.labels != given][0]):.4g}")
         if unknown := int((self.labels < 0).sum()):
             raise DataError(f"labels: mending needs all of them, and {unknown} are unknown (below 0)")
         self._slices, start = [], 0
@@ -85,10 +88,6 @@ class LabelledExamples:
         chosen = (one.restricted(which) for one in self._slices)
         return [one.cut() if one.batch.sliceable else one for one in chosen if len(one.indices)]
 
-    def call(self, one: BatchSlice) -> Tensor:
-        """Compute the ``(k, C)`` outputs of a slice at the present weights, with a graph."""
-        return self.checked.call(self.checked.model, one.batch)[one.rows]
-
     @torch.no_grad()
     def outputs(self, slices: Sequence[BatchSlice]) -> Tensor:
         """Compute the ``(k, C)`` outputs of slices at the present weights.
@@ -98,7 +97,7 @@ class LabelledExamples:
         """
         found: list[Tensor] = []
         for one in slices:
-            found.append(self.call(one))
+            found.append(self.checked.call(self.checked.model, one.batch)[one.rows])
             needed, free = 2 * len(self.labels) * found[0][0].nbytes, available_bytes(found[0].device)
             if len(found) == 1 and needed > free:
                 raise ArgumentError(
@@ -227,8 +226,6 @@ class Repair:
         self._shares = [
             torch.from_numpy(which / max(1, which.sum())).to(examples.labels.device, torch.float64) for which in fitted
         ]
-        named = dict(examples.checked.model.named_parameters(remove_duplicate=False))
-        self._moving = {name: named[name] for name in steps.shapes}
         self._at = np.flatnonzero(watched[0] | watched[1])
         self._R, self._K = (which[self._at] for which in watched)
         self._right = examples.right[self._at]
@@ -238,29 +235,17 @@ class Repair:
     def value_and_gradient(self, c: Array, lam: float) -> tuple[float, Array]:
         """Compute the objective and its ``(k·L,)`` gradient: one backward pass for any number of steps."""
         self._weights.move(self._steps.change(c), 1.0)
-        value, examples = 0.0, self._examples
-        total: dict[str, Tensor] = {}
-        flags = [tensor.requires_grad for tensor in self._moving.values()]
-        try:
-            for tensor in self._moving.values():
-                tensor.requires_grad_(True)
-            for one in self._fitted:
-                at = torch.from_numpy(one.indices).to(examples.labels.device)
-                r, k = (shares[at] for shares in self._shares)
-                with torch.enable_grad():
-                    logits = examples.call(one)
-                    wrong = -outputs.log_probability(logits, examples.labels[at], examples.likelihood)
-                    moved = outputs.divergence(examples.logits[at], logits, examples.likelihood)
-                    loss = (r * wrong + lam * k * moved).sum()
-                    gradients = torch.autograd.grad(loss, list(self._moving.values()), allow_unused=True)
-                value += float(loss.detach())
-                for name, gradient in zip(self._moving, gradients, strict=True):
-                    if gradient is not None:
-                        total[name] = total[name].add_(gradient) if name in total else gradient
-        finally:
-            for tensor, flag in zip(self._moving.values(), flags, strict=True):
-                tensor.requires_grad_(flag)
-        return value, self._steps.slopes(total)
+        examples = self._examples
+
+        def loss(one: BatchSlice, logits: Tensor) -> Tensor:
+            at = torch.from_numpy(one.indices).to(examples.labels.device)
+            r, k = (shares[at] for shares in self._shares)
+            wrong = -outputs.log_probability(logits, examples.labels[at], examples.likelihood)
+            moved = outputs.divergence(examples.logits[at], logits, examples.likelihood)
+            return (r * wrong + lam * k * moved).sum()
+
+        value, gradient = examples.checked.gradient(self._fitted, loss)
+        return value, self._steps.slopes(gradient)
 
     def down_the_path(self, iterations: int, progress: bool) -> None:
         """Try the minimisers of the objective at falling λ, each found from the one before."""
@@ -286,7 +271,7 @@ class Repair:
             moved, own = self._moved(step * side)[which], self._examples.logits[self._at[which]]
             return float(outputs.divergence(own, moved, self._examples.likelihood).mean())
 
-        norm = float(sum(tensor.detach().double().square().sum() for tensor in self._moving.values())) ** 0.5
+        norm = self._examples.checked.weight_norm
         first = find_step(kl, FIRST_KL, FIRST * norm, FARTHEST * norm).magnitude
         lengths = [first * 2.0**i for i in range(DOUBLINGS)]
         self._walk(lengths, first / 2, lambda length, _: length * side, progress)

@@ -106,7 +106,7 @@ def search_steps(
         directions = diagonal_directions(evaluator, known.components, target, options, slices, baseline)
     else:
         directions = known.of_target(target, options.combine, options.reject, options.max_sim)
-    ends = FIRST * evaluator.weight_norm, FARTHEST * evaluator.weight_norm
+    ends = FIRST * evaluator.checked.weight_norm, FARTHEST * evaluator.checked.weight_norm
     found = []
     for direction in directions:
         kl_at = partial(evaluator.kl, slices, evaluator.tensors(direction))
@@ -172,3 +172,16 @@ def find_step(
             brentq(distance, before, u, xtol=1e-9, disp=False)
     nearest = min(tried, key=lambda u: abs(distance(u)) if 0 < tried[u] < math.inf else math.inf)
     return StepSearch(math.exp(nearest), tried[nearest], low <= tried[nearest] <= high)
+
+
+def check_kl(kl: Array, magnitude: float) -> None:
+    """Refuse a change of the weights after which outputs are not finite.
+
+    Raises:
+        ArgumentError: The KL ``(n,)`` of some examples is not finite.
+    """
+    if not np.isfinite(kl).all():
+        raise ArgumentError(
+            f"magnitude: {int((~np.isfinite(kl)).sum())} examples have outputs that are not finite at "
+            f"{magnitude:.3g}; choose a smaller magnitude, or a smaller target_kl"
+        )

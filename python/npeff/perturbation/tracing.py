@@ -24,10 +24,9 @@ from npeff.fishers.block_weights import layer_of
 from npeff.models.parameters import Parameter, Parameters
 from npeff.perturbation.directions import ComponentDirections
 from npeff.perturbation.effect import Result, text_table
-from npeff.perturbation.evaluate import check_kl
 from npeff.perturbation.figures import Interval, interval, mean_ratio
 from npeff.perturbation.options import PerturbOptions
-from npeff.perturbation.steps import experiment, search_steps
+from npeff.perturbation.steps import check_kl, experiment, search_steps
 from npeff.short_repr import short_repr
 from npeff.storage.container import refuse_npeff_file
 from npeff.storage.files import atomic, path_of
@@ -263,13 +262,13 @@ class Trace(Result):
             most: Bars to draw at most, those of the parts that carry most.
 
         Raises:
-            ArgumentError: The ending is another.
+            ArgumentError: The ending is another, or ``most`` is below 1.
             StorageError: Fishers or Components are there, or the file cannot be written.
         """
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-        path = path_of(path)
+        path, most = path_of(path), check_integer("most", most)
         ending = path.suffix.lower()
         if ending not in ENDINGS:
             raise ArgumentError(f"path: expected a name ending in .png, .svg or .pdf, got {path}")
@@ -339,14 +338,14 @@ def trace(
         def kl(vector: Array, size: float) -> Array:
             return evaluator.kl(slices, evaluator.placed(vector), size)[order]
 
-        if any(bool(one.direction.vector[free].any()) for one in used):
+        if any(bool(one.direction.vector()[free].any()) for one in used):
             resolved = {**resolved, REST: []}
         whole, magnitude = np.zeros(len(at_top)), 0.0
         alone, without = np.zeros((2, len(resolved), len(at_top)))
         energy = np.zeros(len(resolved))
         bar = tqdm(total=len(used) * len(resolved), desc="Trace", disable=not chosen.progress)
         for one in used:  # one direction in memory at a time
-            vector, weight = one.direction.vector, one.direction.share / len(one.results)
+            vector, weight = one.direction.vector(), one.direction.share / len(one.results)
             sizes = [sign * search.magnitude for sign, search in one.results.items()]
             magnitude += weight * sum(map(abs, sizes))
             whole += weight * sum(kl(vector, size) for size in sizes)
@@ -401,9 +400,9 @@ def _bars(figure: Any, trace: Trace, most: int) -> None:
     y = np.arange(len(shown))
     for offset, parts, (label, colour) in ((-0.2, trace.alone, ALONE), (0.2, trace.lost, LOST)):
         some = [parts[g] for g in shown]
-        values = [i.value for i in some]
-        axes.barh(y + offset, values, 0.38, color=colour, label=label)
-        axes.errorbar(values, y + offset, xerr=_errors(some), fmt="none", ecolor="#333333", elinewidth=0.8)
+        errors = np.nan_to_num(np.maximum([[i.value - i.low for i in some], [i.high - i.value for i in some]], 0))
+        look: dict[str, Any] = {"color": colour, "label": label, "error_kw": {"ecolor": "#333333", "elinewidth": 0.8}}
+        axes.barh(y + offset, [i.value for i in some], 0.38, xerr=errors, **look)
     axes.set_yticks(y, [f"{trace.groups[g]}  ({trace.energy[g]:.0%})" for g in shown])
     axes.invert_yaxis()
     axes.axvline(0, color="#333333", linewidth=0.8)
@@ -412,11 +411,6 @@ def _bars(figure: Any, trace: Trace, most: int) -> None:
     axes.set_xlabel(f"share of the KL of the whole perturbation (in brackets: of its squared norm){note}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
-
-
-def _errors(parts: list[Interval]) -> Any:
-    ends = np.array([[i.value - i.low, i.high - i.value] for i in parts]).T
-    return np.nan_to_num(np.maximum(ends, 0))
 
 
 def _grid(trace: Trace) -> tuple[list[str], list[str]] | None:

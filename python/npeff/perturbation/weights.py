@@ -271,10 +271,14 @@ def _part_along(
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
-    """The first name of every parameter's tensor: tied parameters have one in common."""
+    """The first name of every parameter's tensor: tied parameters have one in common.
+
+    Of a compiled model the names of the model within are names of the same tensors.
+    """
     first: dict[int, str] = {}
     tensors = model.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
+    return names | {name.removeprefix("_orig_mod."): own for name, own in names.items()}
 
 
 def on_model(model: nn.Module, direction: Any, argument: str) -> dict[str, Tensor]:
@@ -297,10 +301,10 @@ def on_model(model: nn.Module, direction: Any, argument: str) -> dict[str, Tenso
     placed: dict[str, Tensor] = {}
     seen: dict[str, str] = {}
     for name, given in direction.items():
-        if name not in tensors:
+        if name not in first:
             some = ", ".join(list(tensors)[:6]) + (" …" if len(tensors) > 6 else "")
             raise ArgumentError(f"{argument}: the model has no parameter {name!r}; it has {some}")
-        parameter = tensors[name]
+        parameter = tensors[first[name]]
         if (other := seen.setdefault(first[name], name)) != name:
             raise ArgumentError(f"{argument}: {other} and {name} are one tied tensor in the model; give it once")
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
