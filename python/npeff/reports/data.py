@@ -21,7 +21,7 @@ from npeff.reports.evidence import INFLUENCES, PUSHED, Given, TrustSummary
 from npeff.reports.examples import Gallery
 from npeff.reports.extras import Extras
 from npeff.reports.layout import Heads, StrategyNode, check_heads, map_positions, tree_of
-from npeff.reports.places import TAIL, ReadablePlaces
+from npeff.reports.places import TAIL, ReadablePlaces, readable
 from npeff.reports.summary import (
     ClassNames,
     ComponentSummary,
@@ -366,7 +366,7 @@ def collect_report_data(
     if data is not None:
         wanted = set(ids.tolist()) if every else shown | attributed
         on_record = dict(zip(ids.tolist(), labels.tolist(), strict=True))
-        gallery.fill(data, wanted, on_record, options.tokenizer, options.progress)
+        gallery.fill(readable(data, components.places), wanted, on_record, options.tokenizer, options.progress)
     influential = {position for found in given.influences.values() for position, _ in found.pairs[:INFLUENCES]}
     training = Gallery(influential)
     if options.influence_data is not None:

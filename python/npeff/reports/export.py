@@ -23,6 +23,7 @@ from npeff.reports.data import ReportOptions, heading
 from npeff.reports.examples import Gallery, RawExample
 from npeff.reports.figures import Pixels, full_colour, picture_of, strip
 from npeff.reports.html import environment
+from npeff.reports.places import readable
 from npeff.reports.summary import (
     ClassNames,
     ComponentSummary,
@@ -90,7 +91,7 @@ class TopExamples:
         gallery = Gallery(labels, (), labels)
         try:
             if data is not None:
-                gallery.fill(data, labels, labels, options.tokenizer)
+                gallery.fill(readable(data, components.places), labels, labels, options.tokenizer)
             yield cls(summaries, gallery, names)
         finally:
             gallery.close()
