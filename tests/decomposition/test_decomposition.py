@@ -384,6 +384,21 @@ def test_hard_orthogonality_needs_room(space: str) -> None:
         npeff.decompose(example_fishers()[[0] * 10], 9, orthogonality="hard", space=space, **QUICK)
 
 
+def test_few_examples_are_enough_for_a_new_component() -> None:
+    """Those that are given need no rows of these examples."""
+    fishers = example_fishers()
+    components = npeff.decompose(fishers, 5, **QUICK)
+    few = fishers[[0]]
+    assert few.rows.n_rows < 5
+    expanded = npeff.expand(components, few, 1, **QUICK)
+    np.testing.assert_allclose(expanded.vectors[:5], components.vectors, atol=1e-6)
+    assert expanded.encode(few).unexplained < components.encode(few).unexplained
+    with pytest.raises(npeff.ArgumentError, match=f"n: expected at most the {few.rows.n_rows} rows of the 1 Fishers"):
+        npeff.expand(components, few, few.rows.n_rows + 1, **QUICK)
+    with pytest.raises(npeff.ArgumentError, match="min_nonzero_per_column cannot be given to expand"):
+        npeff.expand(components, fishers, 1, min_nonzero_per_column=2, **QUICK)
+
+
 def test_kept_coefficients_need_the_same_examples() -> None:
     fishers = example_fishers()
     components = npeff.decompose(fishers, 3, **QUICK)
