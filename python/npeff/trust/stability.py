@@ -51,9 +51,9 @@ def similarity(a: Components, b: Components) -> Array:
     if a.kind != b.kind or a.parameters != b.parameters:
         raise ArgumentError(
             f"b: expected {a.kind} components of the parameters of a ({len(a.parameters)} tensors, {a.n_parameters:,} "
-            f"elements), got {b.kind} ones of {'others' if a.parameters != b.parameters else 'these'} "
-            f"({len(b.parameters)} tensors, {b.n_parameters:,} elements); compare decompositions of the same Fishers or "
-            "of parts of them"
+            f"elements), got {b.kind} ones of {len(b.parameters)} tensors, {b.n_parameters:,} elements"
+            f"{' of other names or shapes' if a.parameters != b.parameters else ''}; compare decompositions of the "
+            "same Fishers or of parts of them"
         )
     va, vb = _comparable(a, b)
     if a.columns is not None or b.columns is not None:
