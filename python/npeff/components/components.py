@@ -234,8 +234,9 @@ class Components(Factorisation):
 
         With the adapter the weight of every linear layer is ``W + scale · Ĝ``, Ĝ the best approximation of rank
         ``rank`` of the layer's block of the unit vector g_j: nearly the model at ``θ + scale · g_j``
-        (:func:`npeff.perturb` finds a step). GPT-2's ``Conv1D`` counts as a linear layer. Embeddings, norms and biases
-        stay as they are; choose ``parameters=`` of the Fishers so that they hold nothing.
+        (:func:`npeff.perturb` finds a step). A vector that is known as factors alone is scaled to unit norm, as in
+        :meth:`state_dict`, so that a step is as long with the adapter. GPT-2's ``Conv1D`` counts as a linear layer.
+        Embeddings, norms and biases stay as they are; choose ``parameters=`` of the Fishers so that they hold nothing.
 
         Args:
             j: A component.
@@ -261,7 +262,7 @@ class Components(Factorisation):
         j = self._component(j)
         self.ensure_vectors([j], model, data, rank=rank, **options)
         about = {"component": j, "digest": self.digest}
-        return write_adapter(self.matrix_factors(j, rank), about, path, model, rank, scale)
+        return write_adapter(self.matrix_factors(j, rank), about, path, model, rank, scale, self.held_norm(j))
 
     def block_energy(self, j: int) -> dict[str, float]:
         """Compute the share of ``‖g_j‖²`` in each parameter (they sum to 1)."""

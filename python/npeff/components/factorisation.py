@@ -263,9 +263,15 @@ class Factorisation:
         if not self.known_as_factors_alone(j):
             yield from self._stored_blocks(j)
             return
-        held = np.float32(max(squared_norm(self.parameters, *self.factored_vector(j)) ** 0.5, 1e-30))
+        held = np.float32(self.held_norm(j))
         for parameter, left, right in self._stored_blocks(j):
             yield parameter, left / held, right
+
+    def held_norm(self, j: int) -> float:
+        """Return the norm of what is known of component j's unit vector: below 1 where factors alone are known."""
+        if not self.known_as_factors_alone(j):
+            return 1.0
+        return max(squared_norm(self.parameters, *self.factored_vector(j)) ** 0.5, 1e-30)
 
     def _stored_blocks(self, j: int) -> Iterator[tuple[Parameter, Array, Array | None]]:
         """Yield the blocks of component j's vector; one that is known as factors alone has the norm of these, not 1."""
