@@ -431,7 +431,7 @@ def test_fishers_too_small_for_float32_count_as_zero(kind: str) -> None:
     assert components.coefficients[8].any() and np.isfinite(components.coefficients).all()
 
 
-def held_by_decompose(rank: int, kind: str, memory: int) -> tuple[int, dict[str, Any]]:
+def held_by_decompose(rank: int, kind: str, memory: int) -> tuple[int, dict]:
     from npeff.fishers.rows import DenseRows, SparseRows
     from npeff.models.devices import Peak, settled_bytes
     from planted import fishers_of

@@ -186,13 +186,14 @@ def _within(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -
 def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator, given: Tensor | None) -> Subspace:
     coords = space.random(d if given is None else d - len(given), generator)
     comm = space.comm
-    Q: Tensor | None = _whiten(space.project(coords)[: space.n_rows], comm)
-    coords = space.combine(Q)
+    weights: Tensor | None = _whiten(space.project(coords)[: space.n_rows], comm)
+    assert weights is not None
+    coords = space.combine(weights)
     if given is not None:
         coords = torch.cat([given, coords])
     if given is not None or comm.number(space.n_rows) > coords.shape[1]:
-        Q = None
-    turn, P = _orthonormal(space, coords, Q)
+        weights = None
+    turn, P = _orthonormal(space, coords, weights)
     rows = P[: space.n_rows] @ turn.T
     squares = sum(float(torch.sum(part * part, dtype=torch.float64)) for part in torch.split(rows, WHITENED_ROWS))
     kept = comm.number(squares) / max(energy, 1e-300)
@@ -201,7 +202,7 @@ def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator
 
 
 def _whiten(Y: Tensor, comm: Processes) -> Tensor:
-    """Compute ``Y (YᵀY)^{-1/2}`` in the place of Y: nearly orthonormal columns, for less work than a QR decomposition."""
+    """Compute ``Y (YᵀY)^{-1/2}`` in the place of Y: nearly orthonormal columns, for less work than QR."""
     gram = torch.zeros(Y.shape[1], Y.shape[1], dtype=torch.float64, device=Y.device)
     parts = torch.split(Y, WHITENED_ROWS)
     for part in parts:
