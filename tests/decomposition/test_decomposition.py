@@ -384,6 +384,21 @@ def test_hard_orthogonality_needs_room(space: str) -> None:
         npeff.decompose(example_fishers()[[0] * 10], 9, orthogonality="hard", space=space, **QUICK)
 
 
+def test_few_examples_are_enough_for_a_new_component() -> None:
+    """Those that are given need no rows of these examples."""
+    fishers = example_fishers()
+    components = npeff.decompose(fishers, 5, **QUICK)
+    few = fishers[[0]]
+    assert few.rows.n_rows < 5
+    expanded = npeff.expand(components, few, 1, **QUICK)
+    np.testing.assert_allclose(expanded.vectors[:5], components.vectors, atol=1e-6)
+    assert expanded.encode(few).unexplained < components.encode(few).unexplained
+    with pytest.raises(npeff.ArgumentError, match=f"n: expected at most the {few.rows.n_rows} rows of the 1 Fishers"):
+        npeff.expand(components, few, few.rows.n_rows + 1, **QUICK)
+    with pytest.raises(npeff.ArgumentError, match="min_nonzero_per_column cannot be given to expand"):
+        npeff.expand(components, fishers, 1, min_nonzero_per_column=2, **QUICK)
+
+
 def test_kept_coefficients_need_the_same_examples() -> None:
     fishers = example_fishers()
     components = npeff.decompose(fishers, 3, **QUICK)
@@ -416,13 +431,13 @@ def test_fishers_too_small_for_float32_count_as_zero(kind: str) -> None:
     assert components.coefficients[8].any() and np.isfinite(components.coefficients).all()
 
 
-def held_by_decompose(rank: int, kind: str, memory: int) -> tuple[int, str]:
+def held_by_decompose(rank: int, kind: str, memory: int) -> tuple[int, dict]:
     from npeff.fishers.rows import DenseRows, SparseRows
     from npeff.models.devices import Peak, settled_bytes
     from planted import fishers_of
 
     rng = np.random.default_rng(0)
-    n, k, m = (2000, 1000, 40_000) if kind == "top-k" else (1200, 4000, 4000)
+    n, k, m = {"top-k": (2000, 1000, 40_000), "dense": (1200, 4000, 4000), "long": (40_000, 20, 500)}[kind]
     values = rng.standard_normal((n, k), np.float32)
     indices = (np.arange(k) * (m // k) + rng.integers(0, m // k, (n, k))).astype(np.int32)
 
@@ -432,23 +447,28 @@ def held_by_decompose(rank: int, kind: str, memory: int) -> tuple[int, str]:
         return fishers_of(DenseRows(values[:n]) if dense else sparse, np.arange(0, n + 1, 2))
 
     options = {"n_init": 1, "n_replacements": 1, "max_iterations": 3, "progress": False}
+    space = "streamed" if kind == "long" else "auto"
     npeff.decompose(made(40), 8, space="rows", **options)  # the libraries' own memory is there before
     fishers = made(n)
     before = settled_bytes()
     with Peak() as peak:
-        components = npeff.decompose(fishers, 8, memory=memory, **options)
-    return peak.peak - before, components.provenance["course"]["space"]
+        components = npeff.decompose(fishers, 8, space=space, memory=memory, **options)
+    return peak.peak - before, components.provenance["course"]
 
 
-@pytest.mark.parametrize(("kind", "memory"), [("top-k", 60_000_000), ("dense", 20_000_000)])
-def test_memory_is_a_ceiling(kind: str, memory: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "memory", "subspace"),
+    [("top-k", 60_000_000, False), ("dense", 20_000_000, False), ("long", 350_000_000, True)],
+)
+def test_memory_is_a_ceiling(kind: str, memory: int, subspace: bool) -> None:
     from processes import run
 
     ((how, found),) = run(1, held_by_decompose, kind, memory)
     assert how == "returned", found
-    held, space = found
+    held, course = found
     # 2 MB: freed pages that the allocator keeps
-    assert held <= memory + (2 << 20), f"{held:,} bytes in the space {space}"
+    assert held <= memory + (2 << 20), f"{held:,} bytes in the space {course['space']}"
+    assert ("subspace" in course) == subspace  # a search without one is slow
 
 
 def test_the_command_keeps_its_checkpoint_until_the_components_are_saved(tmp_path, monkeypatch) -> None:

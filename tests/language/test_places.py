@@ -258,6 +258,7 @@ def test_texts_without_columns(tokenizer: Any, tmp_path: Path) -> None:
         (TEXTS, {"context": True}, "context: expected an integer ≥ 0, got True"),
         (TEXTS, {"batch_tokens": 0}, "batch_tokens: expected an integer ≥ 1"),
         (TEXTS, {"batch_tokens": 6}, "batch_tokens: expected at least .*, the number of tokens of text 1, got 6"),
+        (TEXTS, {"sort": "no"}, "sort: expected True or False, got 'no'"),
         (TEXTS, {"padding_side": "both"}, "padding_side: expected 'right' or 'left', got 'both'"),
         (TEXTS, {"label_column": "label"}, "text 0 is no mapping, so it has no label_column='label'"),
         (["a", "  "], {}, "text 1 is empty"),

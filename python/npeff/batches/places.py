@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npeff.errors import ArgumentError, DataError
+from npeff.errors import ArgumentError, DataError, check_integer
 
 IGNORED = -100
 """The label of a position that is no example."""
@@ -133,13 +133,15 @@ class TokenBatches:
         order: ``(n,)`` int64 positions in the dataset, in the order in which they come.
 
     Raises:
-        ArgumentError: A length is below 1, or a sequence has more tokens than the budget.
+        ArgumentError: A length, or the budget, is no whole number ≥ 1, or a sequence has more tokens than the budget.
     """
 
     def __init__(self, lengths: Sequence[int], tokens: int, *, sort: bool = True) -> None:
-        self._lengths = np.asarray(lengths, np.int64)
-        if self._lengths.ndim != 1 or (self._lengths < 1).any():
-            raise ArgumentError("lengths: expected a sequence of numbers ≥ 1, the tokens of every sequence")
+        given = np.asarray(lengths)
+        if given.ndim != 1 or (len(given) and given.dtype.kind not in "iu") or (given < 1).any():
+            raise ArgumentError("lengths: expected a sequence of whole numbers ≥ 1, the tokens of every sequence")
+        check_integer("tokens", tokens)
+        self._lengths = given.astype(np.int64)
         if len(self._lengths) and self._lengths.max() > tokens:
             longest = int(self._lengths.argmax())
             raise ArgumentError(

@@ -6,6 +6,7 @@ say it.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -220,15 +221,16 @@ def examples_at(
         data: Batches, read until all are found.
         positions: From 0 over all batches.
         device: Where they go; the CPU by default.
-        places: As for :func:`read_batch`.
+        places: Whether the examples are places; None where that is not known.
 
     Raises:
         DataError: The data ends before, or a batch cannot be cut.
     """
+    data = data if places is None else with_places(data, places)
     wanted = [int(i) for i in positions]
     found: dict[int, Batch] = {}
     start = 0
-    for number, batch in enumerate(read_batches(data, device or torch.device("cpu"), True, places)):
+    for number, batch in enumerate(read_batches(data, device or torch.device("cpu"), True)):
         for i in set(wanted):
             if start <= i < start + batch.n_examples:
                 if not batch.sliceable and batch.n_examples > 1:
@@ -243,6 +245,14 @@ def examples_at(
             "data that the examples were counted in"
         )
     return [found[i] for i in wanted]
+
+
+def with_places(data: Iterable[Any], places: bool) -> Iterator[Batch]:
+    """Say of all batches that do not say it whether their labels make places: as with the Fishers of the same data."""
+    for raw in check_data(data):
+        batch = copy.copy(raw) if isinstance(raw, Batch) else Batch(raw)
+        batch.places_wanted = places if batch.places_wanted is None else batch.places_wanted
+        yield batch
 
 
 def looks_like_image(shape: Sequence[int]) -> bool:

@@ -147,12 +147,12 @@ def expand(
         raise ArgumentError(f"components: expected Components, got {type(components).__name__}")
     components.check_compatible(fishers)
     check_integer("n", n)
-    given = ("n_components", "algorithm", "published", "block_weights", "normalize", "init")
+    given = ("n_components", "algorithm", "published", "block_weights", "normalize", "min_nonzero_per_column", "init")
     unknown = set(options) - {one.name for one in fields(DecomposeOptions) if one.name not in given}
     if unknown:
         raise ArgumentError(
-            f"options: {', '.join(sorted(unknown))} cannot be given to expand; weights and normalisation are "
-            "those of the components"
+            f"options: {', '.join(sorted(unknown))} cannot be given to expand; weights, normalisation and "
+            "columns are those of the components"
         )
     chosen = DecomposeOptions(
         components.n_components + n,

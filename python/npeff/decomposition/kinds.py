@@ -243,14 +243,6 @@ class Trail:
     ceiling: float = 1.0
     before: float = FIRST_BETA
 
-    def grown(self) -> tuple[float, float, float]:
-        """Return β, its ceiling, and β before, after a step that lowered the loss."""
-        return min(self.ceiling, GROWTH * self.beta), min(1.0, CEILING_GROWTH * self.ceiling), self.beta
-
-    def shrunk(self) -> tuple[float, float, float]:
-        """Return β, its ceiling, and β before, after a step that would have raised the loss."""
-        return self.beta / RETREAT, self.before, self.beta / RETREAT
-
 
 class Diagonal(Objective):
     """The diagonal objective ``f_i ≈ Σ_j W_ij h_j`` with W, H ≥ 0: non-negative matrix factorisation.
@@ -297,10 +289,12 @@ class Diagonal(Objective):
         extrapolated = (H + trail.beta * (H - trail.H)).clamp_min(0)
         moved = self._fit(replace(state, W=W), extrapolated)
         if moved.loss < state.loss or not trail.beta:
-            return self.unit(replace(moved, trail=Trail(state.W, H, *trail.grown())))
+            grown = min(trail.ceiling, GROWTH * trail.beta), min(1.0, CEILING_GROWTH * trail.ceiling), trail.beta
+            return self.unit(replace(moved, trail=Trail(state.W, H, *grown)))
         H = self._improve_H(state.W, state.coords)
         plain = self._fit(state, H)
-        return self.unit(replace(plain, trail=Trail(state.W, H, *trail.shrunk())))
+        shrunk = trail.beta / RETREAT, trail.before, trail.beta / RETREAT
+        return self.unit(replace(plain, trail=Trail(state.W, H, *shrunk)))
 
     def _improve_H(self, W: Tensor, H: Tensor) -> Tensor:
         """Improve H by coordinate descent with ``WᵀW`` and ``WᵀF`` cached."""

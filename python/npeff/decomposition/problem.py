@@ -137,8 +137,8 @@ def prepare(
     if comm.size > 1:
         own, scaled, choice = _scaled_block(fishers, options, comm, device)
     else:
-        own = fishers
-        scaled, choice = _checked_and_scaled(fishers, options, columns, device)
+        own, n_frozen = fishers, 0 if frozen is None else len(frozen)
+        scaled, choice = _checked_and_scaled(fishers, options, columns, device, n_frozen=n_frozen)
     if options.init is not None:
         _check_init(*options.init, fishers, options.n_components)
         if choice.space == "gram":
@@ -186,7 +186,13 @@ def _check_init(W: Array, G: Array, fishers: Fishers, r: int) -> None:
 
 
 def _checked_and_scaled(
-    fishers: Fishers, options: DecomposeOptions, columns: Array | None, device: torch.device, *, block: bool = False
+    fishers: Fishers,
+    options: DecomposeOptions,
+    columns: Array | None,
+    device: torch.device,
+    *,
+    n_frozen: int = 0,
+    block: bool = False,
 ) -> tuple[ScaledRows, SpaceChoice]:
     """Check the Fishers, choose the space, and scale the rows.
 
@@ -212,7 +218,7 @@ def _checked_and_scaled(
             "its Fisher again"
         )
     if not block:
-        _check_number(fishers, options)
+        _check_number(fishers, options, n_frozen)
     choice = choose_space(
         fishers.rows,
         len(fishers),
@@ -238,17 +244,16 @@ def _checked_and_scaled(
     return scaled, choice
 
 
-def _check_number(fishers: Fishers, options: DecomposeOptions) -> None:
-    """Check the number of components.
+def _check_number(fishers: Fishers, options: DecomposeOptions, n_frozen: int = 0) -> None:
+    """Check the number of components that are to be found.
 
     Raises:
-        ArgumentError: There are more components than rows.
+        ArgumentError: There are more of them than rows.
     """
-    if options.n_components > fishers.rows.n_rows:
-        raise ArgumentError(
-            f"n_components: expected at most the {fishers.rows.n_rows} rows of the {len(fishers)} Fishers, "
-            f"got {options.n_components}"
-        )
+    n, rows = options.n_components - n_frozen, fishers.rows.n_rows
+    if n > rows:
+        name = "n" if n_frozen else "n_components"
+        raise ArgumentError(f"{name}: expected at most the {rows} rows of the {len(fishers)} Fishers, got {n}")
 
 
 def _no_columns(options: DecomposeOptions) -> str:

@@ -188,12 +188,14 @@ def _alive(pid: int) -> bool:
         return True
 
 
-def normal_columns(r: int, first: int, count: int, total: int, generator: torch.Generator) -> Tensor:
-    """Draw columns ``first … first + count − 1`` of ``torch.randn(r, total)``, float64.
+def normal_columns(
+    r: int, first: int, count: int, total: int, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Draw columns ``first … first + count − 1`` of ``torch.randn(r, total)``, drawn in float64: ``(count, r)``.
 
     Every process draws all the numbers and keeps its own, so that their generators stay in step.
     """
-    own = torch.empty(r, count, dtype=torch.float64)
+    own = torch.empty(count, r, dtype=dtype)
     start = 0
     while start < total * r:
         # The last piece is longer rather than short: torch draws fewer than 16 numbers in another way.
@@ -203,7 +205,7 @@ def normal_columns(r: int, first: int, count: int, total: int, generator: torch.
             row = j * total + first  # where this process's part of row j begins
             lo, hi = max(start, row), min(stop, row + count)
             if lo < hi:
-                own[j, lo - row : hi - row] = drawn[lo - start : hi - start]
+                own[lo - row : hi - row, j] = drawn[lo - start : hi - start]
         start = stop
     return own
 

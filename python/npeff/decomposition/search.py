@@ -123,7 +123,7 @@ class Search:
             return
         generator = torch.Generator().manual_seed(self._options.seed)
         energy = full.comm.number(float(problem.scaled.rows.squared_norms().sum()))
-        width = 0 if isinstance(full.space, GramSpace) else problem.scaled.rows.n_columns
+        width = len(full.space.K) if isinstance(full.space, GramSpace) else problem.scaled.rows.n_columns
         limited = self._options.memory is not None
         if limited:
             return_freed_memory()

@@ -80,9 +80,9 @@ class GramSpace:
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
         """Draw random combinations of all rows."""
-        coords = torch.zeros(r, len(self.K), dtype=torch.float64)
+        coords = torch.zeros(r, len(self.K), dtype=self.K.dtype)
         coords[:, : self.n_rows] = torch.randn(r, self.n_rows, generator=generator, dtype=torch.float64)
-        return coords.to(self.K)
+        return coords.to(self.K.device)
 
     def embed(self, vectors: Tensor) -> Tensor:
         """Return the coordinates of the anchors, which ``vectors`` must be."""
@@ -157,8 +157,8 @@ class RowSpace:
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
         """Draw random combinations of the rows of all processes; the numbers do not depend on how many there are."""
-        weights = normal_columns(r, self._first_row, self.n_rows, self._all_rows, generator)
-        return self.combine(weights.to(self.device, self.dtype).T.contiguous())
+        weights = normal_columns(r, self._first_row, self.n_rows, self._all_rows, generator, self.dtype)
+        return self.combine(weights.to(self.device))
 
     def embed(self, vectors: Tensor) -> Tensor:
         """Return the vectors."""

@@ -31,7 +31,7 @@ from npeff.reports.summary import (
     summarise,
     top_examples,
 )
-from npeff.reports.text import TAIL, ClassNames, ReadablePlaces, printable
+from npeff.reports.text import TAIL, ClassNames, ReadablePlaces, printable, readable
 
 Array = npt.NDArray[Any]
 
@@ -375,7 +375,7 @@ def collect_report_data(
     if data is not None:
         wanted = set(ids.tolist()) if every else shown | attributed
         on_record = dict(zip(ids.tolist(), labels.tolist(), strict=True))
-        gallery.fill(data, wanted, on_record, options.tokenizer, options.progress)
+        gallery.fill(readable(data, components.places), wanted, on_record, options.tokenizer, options.progress)
     influential = {position for found in given.influences.values() for position, _ in found.pairs[:INFLUENCES]}
     training = Gallery(influential)
     if options.influence_data is not None:

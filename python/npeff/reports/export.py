@@ -24,7 +24,7 @@ from npeff.reports.examples import Gallery
 from npeff.reports.figures import Pixels, picture_of
 from npeff.reports.html import environment
 from npeff.reports.summary import COLUMNS, ComponentSummary, summarise
-from npeff.reports.text import ClassNames, coefficient, printable
+from npeff.reports.text import ClassNames, coefficient, printable, readable
 from npeff.reports.writer import AssetsFolder, check_page
 from npeff.storage.files import atomic, path_of
 
@@ -61,7 +61,7 @@ def _top_examples(
     labels = {top.position: top.label for summary in summaries for top in summary.top}
     with closing(Gallery(labels, (), labels)) as gallery:
         if data is not None:
-            gallery.fill(data, labels, labels, options.tokenizer)
+            gallery.fill(readable(data, components.places), labels, labels, options.tokenizer)
         yield summaries, gallery, names
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from npeff.batches.batches import Batch
+from npeff.batches.reading import with_places
 from npeff.errors import DataError
 
 Array = npt.NDArray[Any]
@@ -239,6 +240,11 @@ class PlaceText:
         text = "".join(self.tokens[: self.index + 1])
         words = WORD.findall(visible(text[-REACH:]))
         return words[1 if len(text) > REACH else 0 :][-NEAR:]
+
+
+def readable(data: Iterable[Any], places: object) -> Iterable[Any]:
+    """Have the labels of data make places where the components say so (``places``), as they did in the Fishers."""
+    return data if places is None or isinstance(data, ReadablePlaces) else with_places(data, True)
 
 
 def read_places(

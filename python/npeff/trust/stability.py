@@ -50,8 +50,10 @@ def similarity(a: Components, b: Components) -> Array:
     """
     if a.kind != b.kind or a.parameters != b.parameters:
         raise ArgumentError(
-            f"b: expected {a.kind} components of {a.n_parameters:,} parameters like a, got {b.kind} ones of "
-            f"{b.n_parameters:,}; compare decompositions of the same Fishers or of parts of them"
+            f"b: expected {a.kind} components of the parameters of a ({len(a.parameters)} tensors, {a.n_parameters:,} "
+            f"elements), got {b.kind} ones of {len(b.parameters)} tensors, {b.n_parameters:,} elements"
+            f"{' of other names or shapes' if a.parameters != b.parameters else ''}; compare decompositions of the "
+            "same Fishers or of parts of them"
         )
     va, vb = _comparable(a, b)
     if a.columns is not None or b.columns is not None:
@@ -186,21 +188,20 @@ class InnerProducts:
 
     def coefficients(self, c: Array) -> Array:
         """Solve for ``(n, r')`` float32 coefficients of all examples on the components with the combinations c."""
-        Kc = self._times(c)
-        P = torch.from_numpy(Kc * self.factors[:, None])
-        gram = torch.from_numpy(c.T @ Kc) ** 2
-        return np.asarray(
-            kernels.nnls(gram, kernels.cross(P, torch.from_numpy(self.offsets)), exact=True).w.float().numpy()
-        )
+        return np.asarray(self._solved(c)[0].float().numpy())
 
     def explained(self) -> Array:
         """Compute ``(n,)`` float64 ``1 − ‖F_i − Σ_j w_ij C_j‖² / ‖F_i‖²`` with the best w_ij ≥ 0."""
-        Kc = self._times(self.weights)
-        cross = kernels.cross(torch.from_numpy(Kc * self.factors[:, None]), torch.from_numpy(self.offsets))
-        gram = torch.from_numpy(self.weights.T @ Kc) ** 2
-        w = kernels.nnls(gram, cross, exact=True).w
+        w, cross, gram = self._solved(self.weights)
         told = (2 * (w * cross).sum(1) - ((w @ gram) * w).sum(1)).numpy()
         return np.asarray(told / np.maximum(self.norms**2, 1e-30))
+
+    def _solved(self, c: Array) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Solve for the coefficients on the components with the combinations c; return them, ``cross`` and ``gram``."""
+        Kc = self._times(c)
+        cross = kernels.cross(torch.from_numpy(Kc * self.factors[:, None]), torch.from_numpy(self.offsets))
+        gram = torch.from_numpy(c.T @ Kc) ** 2
+        return kernels.nnls(gram, cross, exact=True).w, cross, gram
 
     def _times(self, c: Array) -> Array:
         """``K c`` in float64, some rows of K at a time."""

@@ -239,7 +239,8 @@ def component_influence(
         progress=influence.progress,
     )
     function = Coefficient(components, j, forward=forward)
-    top = examples_at(data, components.ids[examples].tolist(), None, function.likelihood in OVER_CLASSES)
+    places = True if components.places is not None else None if function.likelihood in OVER_CLASSES else False
+    top = examples_at(data, components.ids[examples].tolist(), None, places)
     if any(batch.outputs is not None for batch in top):
         raise DataError("data: influence on a coefficient needs all outputs; these batches keep some (outputs=)")
     scores = influence.with_test_loss(function).scores(train, [batch.content for batch in top])

@@ -199,7 +199,8 @@ def attribute_top_examples(
     tops = {int(j): [int(i) for i in components.top_examples(int(j), k) if W[i, int(j)] > 0] for j in chosen}
     wanted = sorted({i for indices in tops.values() for i in indices})
     device = next(iter(model.parameters())).device
-    batches = examples_at(data, components.ids[wanted].tolist(), device)
+    places = None if components.places is None else True
+    batches = examples_at(data, components.ids[wanted].tolist(), device, places)
     inputs = {i: _inputs(model, batch.inputs, embed) for i, batch in zip(wanted, batches, strict=True)}
     found: dict[tuple[int, int], Array] = {}
     for j, indices in tops.items():
