@@ -258,3 +258,27 @@ def test_the_pipeline_knows_places_as_examples(tmp_path):
     assert page
     first = npeff.compute_fishers(model, data, max_examples=4, progress=False)
     assert first.labels.tolist() == fishers.labels[:4].tolist()
+
+
+class Tagger(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(7, 5), torch.nn.Linear(5, 2)
+
+    def forward(self, input_ids):
+        return self.head(self.embedding(input_ids))
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping", "Batch"])
+def test_tags_of_zeros_and_ones_are_places_for_all_that_read_them_again(tmp_path, form):
+    """The Fishers know that their examples are places; who reads the data for components must count the same."""
+    torch.manual_seed(0)
+    ids, labels = torch.randint(7, (6, 4)), torch.randint(2, (6, 4))
+    forms = {"tuple": (ids, labels), "mapping": {"input_ids": ids, "labels": labels}, "Batch": Batch((ids, labels))}
+    data, model = [forms[form]], Tagger().eval()
+    fishers = npeff.compute_fishers(model, data, progress=False)
+    assert len(fishers) == 24
+    (found,) = examples_at(data, [13], places=True)
+    assert found.labels.tolist() == [int(labels[3, 1])] and found.places.tolist() == [[0, 1]]
+    components = npeff.decompose(fishers, 2, n_init=1, n_replacements=0, progress=False)
+    assert npeff.report(components, data, out=tmp_path / "report").is_file()

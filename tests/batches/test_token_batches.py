@@ -34,8 +34,12 @@ def test_every_sequence_once_and_none_too_many(lengths: list[int], tokens: int, 
 def test_too_long_is_refused() -> None:
     with pytest.raises(npeff.ArgumentError, match="sequence 1"):
         npeff.TokenBatches([3, 9], 8)
-    with pytest.raises(npeff.ArgumentError, match="lengths"):
-        npeff.TokenBatches([0], 8)
+    for lengths in ([0], [2.5], ["a"], [[1]]):
+        with pytest.raises(npeff.ArgumentError, match="lengths"):
+            npeff.TokenBatches(lengths, 8)
+    for tokens in (2.5, True, "8"):
+        with pytest.raises(npeff.ArgumentError, match="tokens: expected an integer"):
+            npeff.TokenBatches([1], tokens)
 
 
 class Bag(nn.Module):

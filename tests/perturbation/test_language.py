@@ -346,6 +346,43 @@ def test_trace_mend_and_diagonal_components_take_places() -> None:
     assert torch.equal(before, at_places(model, data)[0])
 
 
+def test_predictions_restricted_to_answers_are_measured_and_mended_as_such() -> None:
+    """KL, probabilities and repair are those of the softmax over the answers; unrelated texts have all tokens."""
+    model, tokenizer = model_of("llama").double(), tokenizer_of()
+    texts = [f"Is {name} {kind}?" for name in ("it", "grass", "the sky", "France") for kind in ("good", "bad", "green")]
+    rows = [{"text": text, "label": [" yes", " no"][i % 2]} for i, text in enumerate(texts)]
+    data, news = Places(tokenizer, rows, answers=[" yes", " no"], label_column="label"), ["The sky is green."]
+    labels = torch.from_numpy(data.labels)
+    components = components_along(model, labels, r=2)
+    answers = [tokenizer(word)["input_ids"][0] for word in (" yes", " no")]
+
+    def measured() -> tuple[torch.Tensor, float]:
+        found = [model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1, answers] for text in texts]
+        ids = torch.tensor([tokenizer(news[0])["input_ids"]])
+        log_p = torch.log_softmax(model(input_ids=ids).logits[0, :-1], 1)
+        return torch.log_softmax(torch.stack(found), 1), float(-log_p[torch.arange(len(log_p)), ids[0, 1:]].mean())
+
+    options = {**QUICK, "magnitude": 2.0, "sign": 1}
+    effect = npeff.perturb(model, data, components, 0, unrelated=news, **options)
+    trace = npeff.trace(model, data, components, 0, magnitude=2.0, sign=1, top=4, n_resamples=0, progress=False)
+    with torch.no_grad():
+        before, own = measured()
+        with npeff.applied(model, components.state_dict(0), 2.0):
+            after, moved = measured()
+    kl = (after.exp() * (after - before)).sum(1)
+    np.testing.assert_allclose(effect.kl, kl, rtol=1e-4)
+    np.testing.assert_allclose(trace.kl, kl[trace.ids], rtol=1e-4)
+    np.testing.assert_allclose(effect.label_after, after[torch.arange(12), labels].exp(), rtol=1e-5)
+    assert effect.perplexity == pytest.approx((math.exp(own), math.exp(moved)), rel=1e-5)
+    assert effect.predictions[0].before.sum() == pytest.approx(1) and len(effect.predictions[0].classes) == 2
+    wrong = np.flatnonzero(before.argmax(1) != labels)
+    mending = npeff.mend(model, data, components, [0, 1], repair=wrong, tolerance=1.0, progress=False)
+    with torch.no_grad(), npeff.applied(model, mending.change):
+        right = (measured()[0].argmax(1) == labels).numpy()
+    assert not mending.held_out and mending.repaired == (0.0, pytest.approx(right[wrong].mean()))
+    assert mending.accuracy == (1.0, pytest.approx(np.delete(right, wrong).mean()))
+
+
 def test_bad_texts_are_told(case: Any) -> None:
     model, data, components, unrelated = case
 

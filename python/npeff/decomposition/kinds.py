@@ -243,14 +243,6 @@ class Trail:
     ceiling: float = 1.0
     before: float = FIRST_BETA
 
-    def grown(self) -> tuple[float, float, float]:
-        """Return β, its ceiling, and β before, after a step that lowered the loss."""
-        return min(self.ceiling, GROWTH * self.beta), min(1.0, CEILING_GROWTH * self.ceiling), self.beta
-
-    def shrunk(self) -> tuple[float, float, float]:
-        """Return β, its ceiling, and β before, after a step that would have raised the loss."""
-        return self.beta / RETREAT, self.before, self.beta / RETREAT
-
 
 class Diagonal(Objective):
     """The diagonal objective ``f_i ≈ Σ_j W_ij h_j`` with W, H ≥ 0: non-negative matrix factorisation.
@@ -297,10 +289,12 @@ class Diagonal(Objective):
         extrapolated = (H + trail.beta * (H - trail.H)).clamp_min(0)
         moved = self._fit(replace(state, W=W), extrapolated)
         if moved.loss < state.loss or not trail.beta:
-            return self.unit(replace(moved, trail=Trail(state.W, H, *trail.grown())))
+            grown = min(trail.ceiling, GROWTH * trail.beta), min(1.0, CEILING_GROWTH * trail.ceiling), trail.beta
+            return self.unit(replace(moved, trail=Trail(state.W, H, *grown)))
         H = self._improve_H(state.W, state.coords)
         plain = self._fit(state, H)
-        return self.unit(replace(plain, trail=Trail(state.W, H, *trail.shrunk())))
+        shrunk = trail.beta / RETREAT, trail.before, trail.beta / RETREAT
+        return self.unit(replace(plain, trail=Trail(state.W, H, *shrunk)))
 
     def _improve_H(self, W: Tensor, H: Tensor) -> Tensor:
         """Improve H by coordinate descent with ``WᵀW`` and ``WᵀF`` cached."""
@@ -322,22 +316,14 @@ class Diagonal(Objective):
         return (fresh - self.comm.sum(pick.T @ state.W) @ state.coords).clamp_min(0) if residual else fresh
 
     def unit(self, state: State) -> State:
-        """Scale vectors to ``‖h_j‖ = 1``, the scale moved into W."""
+        """Scale vectors to ``‖h_j‖ = 1``, the scale moved into W; those of the last step likewise."""
         norm = state.Q.double().diagonal().sqrt()
         scale = torch.where(norm > 1e-30, 1 / norm.clamp_min(1e-30), torch.zeros_like(norm))
-        Q = state.Q.double() * scale * scale[:, None]
-        s = scale.to(state.P)
-        trail = state.trail and replace(
-            state.trail, W=state.trail.W * norm.to(state.W), H=state.trail.H * s[:, None].to(state.coords)
-        )
-        return replace(
-            state,
-            W=state.W * norm.to(state.W),
-            coords=state.coords * s[:, None],
-            P=state.P * s,
-            Q=Q.to(state.Q),
-            trail=trail,
-        )
+        found, trail = _scaled(state, scale, norm), state.trail
+        if trail is None:
+            return found
+        W, H = trail.W * norm.to(state.W), trail.H * scale.to(state.P)[:, None]
+        return replace(found, trail=replace(trail, W=W, H=H))
 
 
 def unit(state: State, alive: Tensor | None = None) -> State:
@@ -345,15 +331,14 @@ def unit(state: State, alive: Tensor | None = None) -> State:
     q = state.Q.double().diagonal()
     alive = q > 1e-30 if alive is None else alive & (q > 1e-30)
     q = torch.where(alive, q, torch.zeros_like(q))
-    scale = torch.where(alive, q.clamp_min(1e-30).rsqrt(), q)
-    s = scale.to(state.P)
-    Q = state.Q.double() * scale * scale[:, None]
+    return _scaled(state, torch.where(alive, q.clamp_min(1e-30).rsqrt(), q), q)
+
+
+def _scaled(state: State, scale: Tensor, weight: Tensor) -> State:
+    """Multiply vectors by ``scale`` and coefficients by ``weight``, both ``(r,)`` float64."""
+    s, Q = scale.to(state.P), state.Q.double() * scale * scale[:, None]
     return replace(
-        state,
-        W=state.W * q.to(state.W),
-        coords=state.coords * s.view(-1, *[1] * (state.coords.ndim - 1)),
-        P=state.P * s,
-        Q=Q.to(state.Q),
+        state, W=state.W * weight.to(state.W), coords=state.coords * s[:, None], P=state.P * s, Q=Q.to(state.Q)
     )
 
 

@@ -69,49 +69,20 @@ class Subspace:
         return (coords.to(self.basis) @ self.turn) @ self.basis
 
 
-class RestrictedObjective:
-    """The low-rank objective restricted to vectors in a subspace.
+def restricted(full: LowRank, subspace: Subspace) -> LowRank:
+    """Restrict the low-rank objective to vectors in a subspace."""
+    rows = DenseRows(subspace.rows.cpu().numpy())
+    space = RowSpace(rows, subspace.rows.dtype, subspace.rows.device, full.comm)
+    within = replace(full.scaled, rows=rows, columns=None)
+    return LowRank(space, within, full.orthogonality, subspace.given, full.frozen_W)
 
-    Args:
-        full: The objective in the full space.
-        subspace: The subspace.
-        most: Dimensions up to which the subspace may be widened.
 
-    Attributes:
-        objective: The restricted objective.
-    """
-
-    def __init__(self, full: LowRank, subspace: Subspace, most: int) -> None:
-        self.full, self.subspace, self._most = full, subspace, most
-        B = subspace.rows
-        rows = DenseRows(B.cpu().numpy())
-        space = RowSpace(rows, B.dtype, B.device, full.comm)
-        within = replace(full.scaled, rows=rows, columns=None)
-        self.objective = LowRank(space, within, full.orthogonality, subspace.given, full.frozen_W)
-
-    def to_full_space(self, state: State) -> State:
-        """Turn a factorisation in the subspace into one in the full space, its loss computed there."""
-        coords = self.subspace.to_full_space(state.coords)
-        if self.full.frozen is not None:
-            coords[: len(self.full.frozen)] = self.full.frozen
-        return self.full.from_vectors(coords, state.W)
-
-    def widened(self, state: State) -> tuple[RestrictedObjective, State] | None:
-        """Widen the subspace to contain a state of the full space, and give that state in it.
-
-        Returns:
-            None where the state lies in the subspace already, or no wider subspace is allowed.
-        """
-        if self.subspace.rows.shape[1] + state.r > self._most:
-            return None
-        wider = widen(self.full.space, self.subspace, state.coords, state.P)
-        if wider is None:
-            return None
-        subspace, coords = wider
-        if subspace.given is not None:
-            coords = torch.cat([subspace.given, coords[len(subspace.given) :]])
-        restricted = RestrictedObjective(self.full, subspace, self._most)
-        return restricted, restricted.objective.from_vectors(coords, state.W)
+def to_full_space(full: LowRank, subspace: Subspace, state: State) -> State:
+    """Turn a factorisation in the subspace into one in the full space, its loss computed there."""
+    coords = subspace.to_full_space(state.coords)
+    if full.frozen is not None:
+        coords[: len(full.frozen)] = full.frozen
+    return full.from_vectors(coords, state.W)
 
 
 def find_subspace(
@@ -149,17 +120,17 @@ def find_subspace(
 def most_dimensions(available: int, n_rows: int, width: int, number: int) -> int:
     """Compute the most dimensions of a subspace that is found, and widened, in given memory.
 
-    Per direction and row: random numbers in float64, their copy in the solver's precision, products with the rows, and
-    the rows in the subspace. Per direction and column: the basis, which is there twice while it is made. Beside them
-    eigenvectors of d × d matrices in float64, and what finding these takes.
+    Per direction and row two numbers at a time: products with the rows, and the rows in the subspace. Per direction and
+    column: the basis, which is there twice while it is made. Beside them some rows in float64, and the eigenvectors of
+    d × d matrices, with what finding these takes.
 
     Args:
         available: Bytes.
         n_rows: Rows that are here.
-        width: Columns of the basis; 0 where coordinates are combinations of the rows.
+        width: Length of a vector's coordinates in the space.
         number: Bytes of a number in the solver's precision.
     """
-    linear = n_rows * (16 + 3 * number) + 2 * number * width
+    linear = 2 * number * (n_rows + width) + 16 * min(n_rows, WHITENED_ROWS)
     square = 64
     return int((math.sqrt(linear**2 + 4.0 * square * available) - linear) / (2 * square))
 
@@ -170,7 +141,7 @@ def widen(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> 
     Args:
         space: The rows.
         subspace: The subspace.
-        coords: Full-space coordinates of unit vectors X, ``(r, …)``.
+        coords: Full-space coordinates of unit vectors X, ``(r, …)``; first those that the subspace had to contain.
         P: ``A Xᵀ``.
 
     Returns:
@@ -203,7 +174,8 @@ def widen(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> 
         subspace.kept,
         None if subspace.given is None else torch.nn.functional.pad(subspace.given, (0, len(turn))),
     )
-    return wider, torch.cat([inside, outside], 1)
+    found = torch.cat([inside, outside], 1)
+    return wider, found if wider.given is None else torch.cat([wider.given, found[len(wider.given) :]])
 
 
 def _within(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> Tensor:
@@ -213,31 +185,33 @@ def _within(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -
 
 def _range(space: FactorSpace, d: int, energy: float, generator: torch.Generator, given: Tensor | None) -> Subspace:
     coords = space.random(d if given is None else d - len(given), generator)
-    Y = space.project(coords)[: space.n_rows]
     comm = space.comm
-    Q = _whitened(Y, comm)
-    coords = space.combine(Q)
-    weights: Tensor | None = Q
+    weights: Tensor | None = _whiten(space.project(coords)[: space.n_rows], comm)
+    assert weights is not None
+    coords = space.combine(weights)
     if given is not None:
-        coords, weights = torch.cat([given, coords]), None
-    elif comm.number(space.n_rows) > coords.shape[1]:
+        coords = torch.cat([given, coords])
+    if given is not None or comm.number(space.n_rows) > coords.shape[1]:
         weights = None
     turn, P = _orthonormal(space, coords, weights)
     rows = P[: space.n_rows] @ turn.T
-    kept = comm.number(float(torch.sum(rows * rows, dtype=torch.float64))) / max(energy, 1e-300)
+    squares = sum(float(torch.sum(part * part, dtype=torch.float64)) for part in torch.split(rows, WHITENED_ROWS))
+    kept = comm.number(squares) / max(energy, 1e-300)
     inside = None if given is None else space.inner(given, coords, P) @ turn.T
     return Subspace(coords, turn, rows, kept, inside)
 
 
-def _whitened(Y: Tensor, comm: Processes) -> Tensor:
-    """Compute ``Y (YᵀY)^{-1/2}``: nearly orthonormal columns, for less work than a QR decomposition."""
+def _whiten(Y: Tensor, comm: Processes) -> Tensor:
+    """Compute ``Y (YᵀY)^{-1/2}`` in the place of Y: nearly orthonormal columns, for less work than QR."""
     gram = torch.zeros(Y.shape[1], Y.shape[1], dtype=torch.float64, device=Y.device)
     parts = torch.split(Y, WHITENED_ROWS)
     for part in parts:
         gram += part.double().T @ part.double()
     values, vectors = _eigh(comm.sum(gram))
     root = vectors * values.clamp_min(1e-14 * values.max()).rsqrt()
-    return torch.cat([(part.double() @ root).to(Y) for part in parts]) if parts else Y
+    for part in parts:
+        part.copy_(part.double() @ root)
+    return Y
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,8 @@ class Places:
                 check_integer(name, value, least)
         if not isinstance(text_column, str):
             raise ArgumentError(f"text_column: expected the name of a column, got {text_column!r}")
+        if not isinstance(sort, bool):
+            raise ArgumentError(f"sort: expected True or False, got {sort!r}")
         if padding_side not in ("right", "left"):
             raise ArgumentError(f"padding_side: expected 'right' or 'left', got {padding_side!r}")
         if answers is not None and (

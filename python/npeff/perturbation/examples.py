@@ -70,9 +70,8 @@ class SelectedExamples:
         ids: ``(n,)`` int64 ascending positions in the data, each once.
         device: The device of the model.
         call: Runs the model on a batch.
-        any_layout: Batches may have any structure, because ``forward=`` is given.
-        places: As for :func:`npeff.batches.reading.read_batch`.
-        held_bytes: Bytes that may be held in memory.
+        any_layout: As for :func:`npeff.batches.reading.read_batch`.
+        places: Likewise.
 
     Raises:
         DataError: The data ends before the last position, or is too large to hold and cannot be iterated again.
@@ -86,7 +85,6 @@ class SelectedExamples:
         call: Callable[[Batch], Tensor],
         any_layout: bool = False,
         places: bool | None = None,
-        held_bytes: int = HELD_BYTES,
     ) -> None:
         self.ids = np.asarray(ids, np.int64)
         self._data, self._device, self._call, self._any_layout = check_data(data), device, call, any_layout
@@ -94,7 +92,6 @@ class SelectedExamples:
         self._cut: bool | None = None
         self._held: list[BatchSlice] | None = []
         self._digests: list[str] = []
-        self._held_bytes = held_bytes
         self._source_size = size = largest = 0
         for one in self._read():
             largest = max(largest, self._source_size)
@@ -103,7 +100,7 @@ class SelectedExamples:
                 continue
             self._held.append(one)
             size += one.batch.n_bytes
-            if size > held_bytes:
+            if size > HELD_BYTES:
                 self._check_again()
                 self._digests = [batch_digest(held.batch) for held in self._held]
                 self._held = None
@@ -182,7 +179,7 @@ class SelectedExamples:
     def _check_again(self) -> None:
         if iter(self._data) is self._data:
             raise DataError(
-                f"data: the {len(self.ids):,} examples to be measured do not fit into {self._held_bytes >> 20} MiB, "
+                f"data: the {len(self.ids):,} examples to be measured do not fit into {HELD_BYTES >> 20} MiB, "
                 "and it can be iterated only once; pass a DataLoader or a list, or fewer examples with baseline="
             )
 
@@ -221,15 +218,9 @@ def _join(group: list[BatchSlice]) -> BatchSlice:
 def unrelated_batches(
     data: Any, model: nn.Module, tokenizer: Any, device: torch.device, any_layout: bool, places: bool | None
 ) -> list[Batch]:
-    """Read unrelated data: batches with labels, or texts, every token of which is an example.
+    """Read unrelated data, if any: batches with labels, or texts, every token of which is an example.
 
-    Args:
-        data: The data; None: there is none.
-        model: The model.
-        tokenizer: Reads texts; None where the examples' data has none.
-        device: Where the batches go.
-        any_layout: As for :func:`npeff.batches.reading.read_batches`.
-        places: Likewise.
+    The tokenizer is that of the examples' data; without one there are no texts.
 
     Raises:
         ArgumentError: It is no iterable of batches, or texts that cannot be read.

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from npeff.batches.batches import Batch
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.options import Likelihood
+from npeff.gradients.fallback import CalledModel
 from npeff.language.tokens import check_vocabulary, prompt_ids
 from npeff.models.devices import is_out_of_memory
 from npeff.perturbation.effect import Continuation
@@ -31,8 +32,6 @@ MOST_NUMBERS = 1 << 24
 
 Array = npt.NDArray[Any]
 Comparison = Callable[[Tensor, Tensor, Likelihood], Tensor]
-Prompt = tuple[int | None, Tensor]
-"""Position of the example whose text it is, or None, and its tokens ``(1, t)``."""
 
 
 def _some_rows_at_a_time(compare: Comparison) -> Comparison:
@@ -49,101 +48,43 @@ def _some_rows_at_a_time(compare: Comparison) -> Comparison:
     return in_parts
 
 
+def _by_question(outputs: Tensor, likelihood: Likelihood) -> Tensor:
+    """View outputs that are not Gaussian as independent questions of several classes, ``(b, questions, classes)``.
+
+    Categorical outputs answer one question. Each Bernoulli output z answers one of its own, with the logits 0 and z.
+    """
+    if likelihood == "bernoulli":
+        return torch.stack([torch.zeros_like(outputs), outputs], 2)
+    return outputs[:, None]
+
+
 @_some_rows_at_a_time
 def divergence(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
     """Compute ``KL(new ‖ old)`` of every example's predictive distributions, in nats.
 
     ``Σ_y p′_y (log p′_y − log p_y)`` for categorical logits; the sum of that over independent yes/no questions
-    for Bernoulli ones; ``½‖new − old‖²`` for Gaussian means of unit variance.
-
-    Args:
-        new: ``(b, C)`` outputs of the changed model, any floating dtype.
-        old: ``(b, C)`` outputs of the model itself.
-        likelihood: Likelihood of the outputs.
-
-    Returns:
-        ``(b,)`` float64 ≥ 0; not finite where ``new`` is not.
+    for Bernoulli ones; ``½‖new − old‖²`` for Gaussian means of unit variance. Outputs are ``(b, C)`` of any floating
+    dtype, the KL ``(b,)`` float64 ≥ 0; it is not finite where ``new`` is not.
     """
     new, old = new.double(), old.double()
     if likelihood == "gaussian":
         return (new - old).square().sum(1) / 2
-    if likelihood == "bernoulli":
-        terms = torch.sigmoid(new) * (_log_sigmoid(new) - _log_sigmoid(old))
-        terms = terms + torch.sigmoid(-new) * (_log_sigmoid(-new) - _log_sigmoid(-old))
-        return terms.sum(1).clamp_min(0)
-    log_new, log_old = torch.log_softmax(new, 1), torch.log_softmax(old, 1)
-    return (log_new.exp() * (log_new - log_old)).sum(1).clamp_min(0)
+    log_new, log_old = (torch.log_softmax(_by_question(outputs, likelihood), 2) for outputs in (new, old))
+    return (log_new.exp() * (log_new - log_old)).sum((1, 2)).clamp_min(0)
 
 
 @_some_rows_at_a_time
 def curvature(logits: Tensor, change: Tensor, likelihood: Likelihood) -> Tensor:
     """Compute ``uᵀ S u`` with S the Fisher of the outputs and u their change: twice the KL to second order.
 
-    Args:
-        logits: ``(b, C)`` outputs.
-        change: ``(b, C)`` u, for example ``J_i v``.
-        likelihood: Likelihood of the outputs; S is ``diag p − ppᵀ``, ``diag p(1−p)`` or the identity.
-
-    Returns:
-        ``(b,)`` float64 ≥ 0.
+    S is ``diag p − ppᵀ``, ``diag p(1−p)`` or the identity. Logits and change, for example ``J_i v``, are ``(b, C)``,
+    the result ``(b,)`` float64 ≥ 0.
     """
     logits, u = logits.double(), change.double()
     if likelihood == "gaussian":
         return u.square().sum(1)
-    if likelihood == "bernoulli":
-        return (torch.sigmoid(logits) * torch.sigmoid(-logits) * u.square()).sum(1)
-    p = torch.softmax(logits, 1)
-    centred = u - (p * u).sum(1, keepdim=True)
-    return (p * centred.square()).sum(1)
-
-
-def flipped(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
-    """Mark with 1 where the predicted class changed, ``(b,)`` float64.
-
-    Bernoulli outputs give the share of answers that changed, Gaussian outputs nan.
-    """
-    if likelihood == "gaussian":
-        return torch.full((len(new),), torch.nan, dtype=torch.float64, device=new.device)
-    if likelihood == "bernoulli":
-        return ((new > 0) != (old > 0)).double().mean(1)
-    return (new.argmax(1) != old.argmax(1)).double()
-
-
-def _has_class(logits: Tensor, likelihood: Likelihood) -> bool:
-    """Whether an example's outputs stand for one class, which a label can be compared with."""
-    return likelihood != "gaussian" and (likelihood != "bernoulli" or logits.shape[1] == 1)
-
-
-def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
-    """Mark with 1 where the prediction is the label, else 0, ``(b,)`` float64; nan where there is no class to compare.
-
-    Args:
-        logits: ``(b, C)`` outputs.
-        labels: ``(b,)`` int64 classes, negative where unknown.
-        likelihood: Likelihood of the outputs; Bernoulli outputs count when there is one per example.
-    """
-    if not _has_class(logits, likelihood):
-        return torch.full((len(logits),), torch.nan, dtype=torch.float64, device=logits.device)
-    predicted = (logits[:, 0] > 0).long() if likelihood == "bernoulli" else logits.argmax(1)
-    return torch.where(labels < 0, torch.nan, (predicted == labels).double())
-
-
-@_some_rows_at_a_time
-def log_probability(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
-    """Compute the log-probability of the label, ``(b,)`` float64; nan where it is unknown, or outputs are no classes.
-
-    Args:
-        logits: ``(b, C)`` outputs.
-        labels: ``(b,)`` int64 classes, negative where unknown.
-        likelihood: Likelihood of the outputs; Bernoulli outputs count when there is one per example.
-    """
-    if not _has_class(logits, likelihood):
-        return torch.full((len(logits),), torch.nan, dtype=torch.float64, device=logits.device)
-    if likelihood == "bernoulli":
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)
-    known = (labels >= 0) & (labels < logits.shape[1])
-    log_p = torch.log_softmax(logits.double(), 1).gather(1, torch.where(known, labels, 0)[:, None])[:, 0]
-    return torch.where(known, log_p, torch.nan)
+    p, u = torch.softmax(_by_question(logits, likelihood), 2), _by_question(u, likelihood)
+    return (p * (u - (p * u).sum(2, keepdim=True)).square()).sum((1, 2))
 
 
 def surprise(logits: Tensor, likelihood: Likelihood) -> Tensor:
@@ -154,13 +95,58 @@ def surprise(logits: Tensor, likelihood: Likelihood) -> Tensor:
     """
     if likelihood == "gaussian":
         return logits.square().sum(1) / 2
+    return -torch.log_softmax(_by_question(logits, likelihood), 2).amax(2).sum(1)
+
+
+def flipped(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
+    """Mark with 1 where the predicted class changed, ``(b,)`` float64.
+
+    Bernoulli outputs give the share of answers that changed, Gaussian outputs nan.
+    """
+    if likelihood == "gaussian":
+        return _unknown(new)
+    before, after = (_by_question(outputs, likelihood).argmax(2) for outputs in (old, new))
+    return (before != after).double().mean(1)
+
+
+def _unknown(outputs: Tensor) -> Tensor:
+    return torch.full((len(outputs),), torch.nan, dtype=torch.float64, device=outputs.device)
+
+
+# ---- predictions and labels --------------------------------------------------------------------------------------
+
+
+def n_classes(n_outputs: int, likelihood: Likelihood) -> int | None:
+    """Return the number of classes that a label chooses from; None where a label is no class.
+
+    Categorical outputs are one class each. One Bernoulli output stands for two, 0 and 1; several Bernoulli outputs, and
+    Gaussian ones, have no single class for each example.
+    """
     if likelihood == "bernoulli":
-        return -torch.nn.functional.logsigmoid(logits.abs()).sum(1)
-    return -torch.log_softmax(logits, 1).amax(1)
+        return 2 if n_outputs == 1 else None
+    return None if likelihood == "gaussian" else n_outputs
 
 
-def _log_sigmoid(x: Tensor) -> Tensor:
-    return torch.nn.functional.logsigmoid(x)
+def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
+    """Mark with 1 where the prediction is the label, else 0, ``(b,)`` float64; nan where there is no class to compare.
+
+    Labels ``(b,)`` are negative where they are unknown.
+    """
+    if n_classes(logits.shape[1], likelihood) is None:
+        return _unknown(logits)
+    predicted = _by_question(logits, likelihood)[:, 0].argmax(1)
+    return torch.where(labels < 0, torch.nan, (predicted == labels).double())
+
+
+@_some_rows_at_a_time
+def log_probability(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
+    """Compute the log-probability of the label, ``(b,)`` float64; nan where it is unknown or no class."""
+    n = n_classes(logits.shape[1], likelihood)
+    if n is None:
+        return _unknown(logits)
+    known = (labels >= 0) & (labels < n)
+    log_p = torch.log_softmax(_by_question(logits.double(), likelihood)[:, 0], 1)
+    return torch.where(known, log_p.gather(1, torch.where(known, labels, 0)[:, None])[:, 0], torch.nan)
 
 
 # ---- the derivative along a direction --------------------------------------------------------------------------
@@ -173,18 +159,13 @@ class Derivative:
     central difference of the outputs, ``(f(θ+εv) − f(θ−εv)) / 2ε``, with ε chosen so that the outputs change by a small
     share of their size.
 
-    Args:
-        model: The model.
-        weights: Moves it.
-        call: ``call(model, batch) -> (b, C)``.
-
     Attributes:
         method: ``"forward mode"`` or ``"central differences"``.
     """
 
     def __init__(self, model: nn.Module, weights: Weights, call: Callable[[nn.Module, Batch], Tensor]) -> None:
         self._model, self._weights, self._call = model, weights, call
-        self._callable = _Callable(model, call)
+        self._called = CalledModel(model, call)
         self.method = "forward mode"
 
     def along(self, direction: TensorsByName, slices: Iterable[BatchSlice]) -> Iterator[tuple[BatchSlice, Tensor]]:
@@ -194,7 +175,7 @@ class Derivative:
             change = self._forward_mode(one.batch, direction) if self.method == "forward mode" else None
             if change is None:
                 self.method = "central differences"
-                step = step or self._difference_step(one.batch, direction, self._outputs(one.batch))
+                step = step or self._difference_step(one.batch, direction)
                 change = self._difference(one.batch, direction, step)
             yield one, change
 
@@ -215,7 +196,7 @@ class Derivative:
             # The other kernels of attention have no forward-mode derivative.
             with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
-                return jvp(lambda moved: functional_call(self._callable, moved, (batch,)), (at,), (along,))[1].detach()
+                return jvp(lambda moved: functional_call(self._called, moved, (batch,)), (at,), (along,))[1].detach()
         except (NotImplementedError, RuntimeError) as error:  # ModelError is a RuntimeError too
             if is_out_of_memory(error):
                 raise
@@ -227,7 +208,8 @@ class Derivative:
         with self._weights.at(direction, -step):
             return (ahead - self._outputs(batch).double()) / (2 * step)
 
-    def _difference_step(self, batch: Batch, direction: TensorsByName, own: Tensor) -> float:
+    def _difference_step(self, batch: Batch, direction: TensorsByName) -> float:
+        own = self._outputs(batch)
         share = DIFFERENCE.get(next(iter(self._model.parameters())).dtype, 2e-2)
         aim = share * max(1e-3, float(own.double().square().mean().sqrt()))
         step = 1e-3
@@ -244,26 +226,17 @@ class Derivative:
         return step
 
 
-class _Callable(nn.Module):
-    """Makes any way of calling a model one that ``functional_call`` can give other parameters."""
+# ---- continued texts ---------------------------------------------------------------------------------------------
 
-    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Batch], Tensor]) -> None:
-        super().__init__()
-        self.training = model.training
-        self.model, self._call = model, call
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._call(self.model, batch)
+Prompt = tuple[int | None, Tensor]
+"""Position of the example whose text it is, or None, and its tokens ``(1, t)``."""
 
 
 class Writer:
-    """Continues texts greedily, so that the same weights give the same continuations.
+    """Continues prompts greedily, so that the same weights give the same continuations.
 
-    Args:
-        model: A model with ``generate``, as those of transformers.
-        tokenizer: Of the data: ``tokenizer(text, return_tensors="pt")``, ``decode``.
-        prompts: A text, texts, or how many of the top examples' own texts; None for neither.
-        n_tokens: Tokens of a continuation, at most.
+    The model has ``generate``, as those of transformers; the data's tokenizer ``tokenizer(text, return_tensors="pt")``
+    and ``decode``.
 
     Raises:
         ArgumentError: There is no ``generate``, or no tokenizer.
@@ -316,12 +289,9 @@ class Writer:
     ) -> tuple[Continuation, ...]:
         """Continue every prompt at the model's own weights, and with them moved down and up.
 
-        Args:
-            weights: Moves the model.
-            changes: Direction and magnitude of the move down and of the move up; None for no such move.
-            examples: Indices of the top examples, those with the largest coefficients first.
-            ids: Position in the data of each index.
-            slices: The top examples.
+        ``changes`` are direction and magnitude of the move down and of the move up, None for no such move; ``examples``
+        are indices of the top examples, in ``slices``, the largest coefficients first, and ``ids`` the positions in the
+        data of all indices.
         """
         wanted = examples[: self._n_examples].tolist()
         own = {index: tokens for one in slices if wanted for index, tokens in _tokens(one) if index in wanted}

@@ -135,7 +135,11 @@ def attribute_component(
         model, inputs, smooth=smooth, batched=True, forward=lambda _, x: functional_call(called, moved, (x,))
     )
     changes = after.output - before.output
-    v = _cotangent(before.output, changes, likelihood, output)
+    weighted, size = _metric(before.output, changes, likelihood)
+    v = torch.where(size[:, None] > 0, weighted / size[:, None].clamp_min(1e-300), 0).to(changes)
+    if output is not None:
+        v = torch.zeros_like(changes)
+        v[:, output] = 1
     return ComponentAttribution(
         component=int(j),
         magnitude=float(magnitude),
@@ -195,7 +199,8 @@ def attribute_top_examples(
     tops = {int(j): [int(i) for i in components.top_examples(int(j), k) if W[i, int(j)] > 0] for j in chosen}
     wanted = sorted({i for indices in tops.values() for i in indices})
     device = next(iter(model.parameters())).device
-    batches = examples_at(data, components.ids[wanted].tolist(), device)
+    places = None if components.places is None else True
+    batches = examples_at(data, components.ids[wanted].tolist(), device, places)
     inputs = {i: _inputs(model, batch.inputs, embed) for i, batch in zip(wanted, batches, strict=True)}
     found: dict[tuple[int, int], Array] = {}
     for j, indices in tops.items():
@@ -251,15 +256,6 @@ def _metric(logits: Tensor, change: Tensor, likelihood: Likelihood) -> tuple[Ten
         squared = curvature(logits.detach(), u, likelihood)
         half_gradient = torch.autograd.grad(squared.sum() / 2, u)[0]
     return half_gradient, squared.detach().clamp_min(0).sqrt()
-
-
-def _cotangent(logits: Tensor, changes: Tensor, likelihood: Likelihood, output: int | None) -> Tensor:
-    if output is not None:
-        v = torch.zeros_like(changes)
-        v[:, output] = 1
-        return v
-    weighted, size = _metric(logits, changes, likelihood)
-    return torch.where(size[:, None] > 0, weighted / size[:, None].clamp_min(1e-300), 0).to(changes)
 
 
 def _inputs(model: nn.Module, given: Any, embed: Forward | None) -> Tensor:
