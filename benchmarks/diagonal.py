@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "diagonal.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # for every side: some processors are slow with subnormal numbers
     warnings.simplefilter("ignore")
     fishers, X = matrix(args.examples, args.top_k, args.work)
     print(f"{X.shape[0]} × {X.shape[1]}, {X.nnz:,} entries, r = {args.components}", flush=True)
