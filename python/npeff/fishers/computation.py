@@ -254,12 +254,8 @@ class PendingBatch:
         self._pieces, options = [], run.options
         with run.engine.recording():
             for one in run.passes(batch, ids):
-                assert one.prepared is not None
                 sink = SINKS[type(options.compress)](run.parameters, one.factors, one.slot_ids, options, at_once)
-                for block in run.engine.blocks(
-                    one.prepared,
-                    one.factors.columns,
-                    slots=one.slots,
+                for block in one.blocks(
                     squared=options.kind == "diagonal",
                     paired=sink.paired,
                     last_first=isinstance(options.compress, TopK),

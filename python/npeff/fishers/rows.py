@@ -12,13 +12,12 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from npeff import kernels
-from npeff.fishers.dense_rows import PART_BYTES, DenseRows, GramRows, Matrix, Rows, entries_of
+from npeff.fishers.dense_rows import PART_BYTES, Array, DenseRows, GramRows, Matrix, Rows, entries_of
 from npeff.kernels.sparse import DEVICE_DENSE_BYTES, Csr, add_gram_, check_structure, checked
 from npeff.kernels.streams import to_device
 from npeff.models import devices
@@ -26,6 +25,7 @@ from npeff.short_repr import short_repr
 from npeff.storage.files import forget
 
 __all__ = [
+    "Array",
     "DenseRows",
     "GramRows",
     "GrowingRows",
@@ -38,7 +38,6 @@ __all__ = [
     "rows_from",
 ]
 
-Array = npt.NDArray[Any]
 Kind = Literal["low_rank", "diagonal"]
 """Which Fishers: rows A with F = AᵀA, or the diagonal."""
 
@@ -111,14 +110,6 @@ class SparseRows(Rows):
         lo, hi = int(self.indptr[start]), int(self.indptr[stop])
         indptr = np.asarray(self.indptr[start : stop + 1]) - lo
         return SparseRows(indptr, self.indices[lo:hi], self.values[lo:hi], self.n_columns)
-
-    @override
-    def gram(self, start: int, stop: int) -> Array:
-        part = self.part(start, stop)
-        present, places = np.unique(part.indices, return_inverse=True)
-        block = np.zeros((stop - start, len(present)))
-        block[np.repeat(np.arange(stop - start), np.diff(part.indptr)), places] = part.values
-        return np.asarray(block @ block.T)
 
     @override
     def squared_norms(self) -> Array:
@@ -340,7 +331,7 @@ class GrowingRows:
 
 
 def concatenate(parts: list[Rows]) -> Rows:
-    """Stack rows of one type and one width, at least one part; the list is emptied, to hold no part longer than needed."""
+    """Stack rows of one type and one width, at least one part; the list is emptied, so that none is held for long."""
     whole = GrowingRows()
     parts.reverse()
     while parts:
