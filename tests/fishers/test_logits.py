@@ -92,7 +92,8 @@ def test_whole_logits_serve_as_an_array_and_others_say_what_to_do(kept) -> None:
 def test_subsets_and_joins(kept) -> None:
     for logits in kept:
         parts = [logits.take(slice(0, 10)), logits.take(np.arange(10, DATA))]
-        assert Logits.from_arrays(joined([part.arrays() for part in parts])).same(logits) and not parts[0].same(parts[1])
+        assert Logits.from_arrays(joined([part.arrays() for part in parts])).same(logits)
+        assert not parts[0].same(parts[1])
         assert Logits.from_arrays(logits.arrays()).same(logits)
     assert not kept[0].same(kept[1])
 

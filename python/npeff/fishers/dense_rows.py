@@ -91,7 +91,7 @@ class Rows:
 
     def gram(self, start: int, stop: int) -> Array:
         """Compute the inner products of rows ``start … stop − 1``, float64."""
-        raise NotImplementedError
+        return self.part(start, stop).gram(0, stop - start)
 
     def squared_norms(self) -> Array:
         """Sum the squared entries of each row, ``(n_rows,)`` float64."""

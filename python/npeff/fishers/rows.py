@@ -112,6 +112,14 @@ class SparseRows(Rows):
         return SparseRows(indptr, self.indices[lo:hi], self.values[lo:hi], self.n_columns)
 
     @override
+    def gram(self, start: int, stop: int) -> Array:
+        part = self.part(start, stop)
+        present, places = np.unique(part.indices, return_inverse=True)
+        block = np.zeros((stop - start, len(present)))
+        block[np.repeat(np.arange(stop - start), np.diff(part.indptr)), places] = part.values
+        return np.asarray(block @ block.T)
+
+    @override
     def squared_norms(self) -> Array:
         out = np.zeros(self.n_rows)
         indptr = np.asarray(self.indptr)
