@@ -52,8 +52,6 @@ class Fallback:
     def __init__(self, model: nn.Module, call: Logits, selected: Mapping[str, Tensor]) -> None:
         self._called = CalledModel(model, call)
         self._selected = selected
-        self._call = call
-        self._model = model
         self.loop_reason = ""
 
     def gradients(
@@ -151,10 +149,8 @@ class Fallback:
         result = {name: tensor.new_zeros((n, r, *tensor.shape)) for name, tensor in parameters.items()}
         for i in range(n):
             example = examples.start + i
-            if batch.sliceable:
-                output = self._call(self._model, batch.take(slice(example, example + 1)))[0]
-            else:
-                output = logits[example]
+            one = slice(example, example + 1)
+            output = self._called(batch.take(one))[0] if batch.sliceable else logits[example]
             for column in range(r):
                 gradients = torch.autograd.grad(
                     output,
