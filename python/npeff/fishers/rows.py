@@ -339,7 +339,7 @@ class GrowingRows:
 
 
 def concatenate(parts: list[Rows]) -> Rows:
-    """Stack rows of one type and one width, at least one part; the list is emptied, so that none is held for long."""
+    """Stack at least one part, of one type and one width; the list is emptied, so that parts are freed early."""
     whole = GrowingRows()
     parts.reverse()
     while parts:

@@ -56,6 +56,10 @@ class Block:
     starts: Tensor | tuple[int, ...] | int
     gram: Tensor | None = None
 
+    def formed(self) -> Block:
+        """Return the block itself, as :meth:`Pairs.formed` does of factors."""
+        return self
+
 
 @dataclass(frozen=True)
 class Pairs:

@@ -27,7 +27,7 @@ Logits = Callable[[nn.Module, Batch], Tensor]
 
 
 class CalledModel(nn.Module):
-    """A model with the way in which it is called, as a module ``model`` whose parameters can be replaced."""
+    """A model and the way in which it is called: a module whose parameters functional_call can replace."""
 
     def __init__(self, model: nn.Module, call: Callable[[nn.Module, Any], Any]) -> None:
         super().__init__()
@@ -63,10 +63,10 @@ class Fallback:
         budget: int,
         precision: torch.dtype,
     ) -> Iterator[tuple[str, slice, Tensor]]:
-        """Yield the gradients of a group of parameters, some examples at a time, of at most ``budget`` elements.
+        """Yield the gradients of some parameters, several examples at a time where they fit ``budget`` elements.
 
-        The batch's ``logits (b, C)`` with their graph serve when it cannot be sliced; ``columns (b, C, R)`` have their
-        dtype.
+        The batch's ``logits (b, C)`` with their graph are used when it cannot be sliced; ``columns (b, C, R)``
+        have their dtype.
 
         Yields:
             Name, examples, and gradients ``(b', R, *shape)`` float32 or float64.

@@ -61,7 +61,7 @@ class Form:
     unchecked: dict[int, int] = field(default_factory=dict)
 
     def due(self, fingerprint: int, routed: bool) -> bool:
-        """Say whether the rows of the next batch, of a graph with this fingerprint, are to be checked; count it."""
+        """Say whether to check the rows of the next batch, of a graph with this fingerprint; count the batch."""
         before = self.unchecked.setdefault(fingerprint, EVERY)
         if routed or self.undecided or before >= EVERY - 1:
             return True
