@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 from npeff.batches.batches import Batch
 from npeff.gradients.graph import Graph
 from npeff.gradients.rules import Rule
-from npeff.gradients.rules.dense import MatrixBias, MatrixProduct
+from npeff.gradients.rules.layers import MatrixBias, MatrixProduct
 
 
 class Cotangents:
