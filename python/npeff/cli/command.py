@@ -254,7 +254,7 @@ def is_text(data: str) -> bool:
     """Say whether DATA is a file of texts, or a folder with a dataset."""
     from npeff.language.texts import FILES
 
-    return data.lower().endswith(FILES) or (":" not in data and Path(data).is_dir())
+    return data.lower().endswith(FILES) or (data != "" and ":" not in data and Path(data).is_dir())
 
 
 def data_of_model(data: str, model: str, options: dict[str, Any]) -> Iterable[Any]:

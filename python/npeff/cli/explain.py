@@ -293,14 +293,18 @@ def report(
 
     components = loaded(path, "Components")
     names = _names(class_names)
-    tokens = load_made(tokenizer, "--tokenizer") if tokenizer else None
+    tokens = None if tokenizer is None else load_made(tokenizer, "--tokenizer")
+
+    def examples() -> Any:  # anew each time: data may be readable only once
+        return None if data is None else data_of_components(data, components)
+
     page = npeff.report(
         components,
-        data_of_components(data, components) if data else None,
+        examples(),
         out,
         class_names=names,
         tokenizer=tokens,
-        influence_data=load_data(influence_data) if influence_data else None,
+        influence_data=None if influence_data is None else load_data(influence_data),
         **load_extras(*extras, components=components),
         **options,
     )
@@ -318,12 +322,12 @@ def report(
 
         folder = stem.with_name(f"{stem.name}-collages")
         paths = {j: folder / f"component-{j}.png" for j in range(components.n_components)}
-        write_collages(components, data_of_components(data, components) if data else None, paths, **common)
+        write_collages(components, examples(), paths, **common)
         click.echo(f"{folder}: {components.n_components} collages")
     if latex:
         document = stem.with_suffix(".tex")
         common["title"] = options.get("title")
-        npeff.reports.latex(components, data_of_components(data, components) if data else None, document, **common)
+        npeff.reports.latex(components, examples(), document, **common)
         click.echo(f"{document}: compile it with pdflatex, xelatex or lualatex")
 
 
