@@ -68,13 +68,6 @@ def csr(indptr: Any, indices: Any, values: Any, n_columns: int) -> Any:
     return call("Csr", indptr=indptr, indices=indices, values=values, n_columns=n_columns, stream=0)
 
 
-def sketch_finish(sums: np.ndarray, scale: float, out: np.ndarray, seed: int) -> int:
-    """The first row that is not finite, or −1."""
-    bad = np.full(1, ALL_FINITE)
-    call("sketch_finish", sums=sums, scale=scale, out=out, bad=bad, stream=seed)
-    return -1 if bad[0] == ALL_FINITE else int(bad[0])
-
-
 def gram(a: Any, k: np.ndarray, seed: int) -> None:
     """Add A·Aᵀ to k, both triangles."""
     call("gram_panel", a=a, k=k, stream=seed)

@@ -366,11 +366,6 @@ def _native_cases() -> dict[str, Case]:
             lambda g: {"p": floats(g, 6, 5), "row_offsets": np.array([0, 2, 2, 6]), "out": zeros(3, 5), "threads": 2},
             filling(n.cross, "out"), False,
         ),
-        "_native.spread_multiply": Case(
-            lambda g: {"w": floats(g, 3, 5), "p": floats(g, 6, 5), "row_offsets": np.array([0, 2, 2, 6]),
-                       "out": zeros(6, 5), "threads": 2},
-            filling(n.spread_multiply, "out"), False,
-        ),
         "_native.convolution_gradients": Case(
             lambda g: {"inputs": floats(g, 4, 2, 6, 6), "delta0": floats(g, 4, 4, 3, 3),
                        "delta1": floats(g, 4, 4, 3, 3),
@@ -391,20 +386,6 @@ def _native_cases() -> dict[str, Case]:
                        "starts": np.arange(4), "seed": 3, "copies": 2, "sums": zeros(3, 64, dtype=np.float64),
                        "threads": 2},
             filling(n.sketch_rows, "sums"), False,
-        ),
-        "_native.sketch_csr": Case(
-            lambda g: {**csr(g), "n_columns": 9, "threads": 2, "seed": 1, "copies": 1,
-                       "sums": zeros(6, 32, dtype=np.float64)},
-            of_csr(n.sketch_csr, "sums"), False,
-        ),
-        "_native.sketch_finish": Case(
-            lambda g: {"sums": g.standard_normal((3, 8)), "scale": 0.5, "out": zeros(3, 8),
-                       "bad": np.full(1, 2**63 - 1), "threads": 2},
-            filling(n.sketch_finish, "out"), False,
-        ),
-        "_native.sketch_places": Case(
-            lambda g: {"seed": 1, "offset": 5, "side": 0, "d": 32, "places": zeros(7, dtype=np.int32)},
-            filling(n.sketch_places, "places"), False,
         ),
         "_native.sketch_matrix": Case(
             lambda g: {"block": floats(g, 3, 10), "row_places": places(g, 6),

@@ -1,4 +1,4 @@
-// Matrices as compressed sparse rows (CSR).
+// Matrices as compressed sparse rows (CSR), and rows by target.
 //
 //   indptr  (n_rows + 1,)  row i holds entries indptr[i] … indptr[i+1] − 1
 //   indices (nnz,)         column of each entry; Index: int32_t or int64_t
@@ -17,6 +17,7 @@ struct Csr {
   const int64_t* indptr;
   const Index* indices;
   const Value* values;
+  bool ascending = false;  // known: columns ascend within each row, none comes twice
 };
 
 // What is wrong with a matrix, found in one pass: the first row whose indptr descends or that holds a column outside
@@ -46,5 +47,20 @@ NPEFF_INLINE int64_t seek(const Index* indices, int64_t from, int64_t end, int64
   }
   return from;
 }
+
+// The rows of a block by the targets (selectors, sketches) that they go to.
+struct RowOrder {
+  const int64_t* order;   // (n_rows,) rows by target
+  const int64_t* starts;  // (n_targets + 1,) where each target's rows begin in order
+  int64_t n_targets;
+
+  // The targets that have rows.
+  std::vector<int64_t> used() const {
+    std::vector<int64_t> targets;
+    for (int64_t t = 0; t < n_targets; ++t)
+      if (starts[t] < starts[t + 1]) targets.push_back(t);
+    return targets;
+  }
+};
 
 }  // namespace npeff

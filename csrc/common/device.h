@@ -8,7 +8,6 @@
 #pragma once
 
 #include "common/block.h"
-#include "common/row_order.h"
 #include "common/tensor_view.h"
 
 namespace npeff {
@@ -89,7 +88,6 @@ RowOrder row_order_in(const TensorView& order, const TensorView& starts, int64_t
 template <class D> void bind_convolution(py::module_& m);
 template <class D> void bind_gram(py::module_& m);
 template <class D> void bind_nnls(py::module_& m);
-template <class D> void bind_segments(py::module_& m);
 template <class D> void bind_sketch(py::module_& m);
 template <class D> void bind_spmm(py::module_& m);
 template <class D> void bind_topk(py::module_& m);
@@ -110,7 +108,7 @@ void bind_kernels(py::module_& m) {
       .def(py::init(make), py::kw_only(), "indptr"_a, "indices"_a, "values"_a, "n_columns"_a, py::arg(D::run))
       .def("require_ascending", &CsrView::require_ascending,
            "Refuses columns that do not ascend within their row, or come twice in one, where they were checked.");
-  for (const auto bind : {bind_convolution<D>, bind_gram<D>, bind_nnls<D>, bind_segments<D>, bind_sketch<D>, bind_spmm<D>, bind_topk<D>})
+  for (const auto bind : {bind_convolution<D>, bind_gram<D>, bind_nnls<D>, bind_sketch<D>, bind_spmm<D>, bind_topk<D>})
     bind(m);
 }
 

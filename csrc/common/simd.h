@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -25,9 +26,29 @@ struct Simd {
 
   static Vec load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static void store(T* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
-  static Vec max(Vec a, Vec b) { return a > b ? a : b; }
-  static Vec abs(Vec a) { return a < 0 ? -a : a; }
 };
+
+// The lanes of a (0 …) and b (those after a's), in the order given.
+template <int... lane, class Vec>
+inline Vec shuffle(Vec a, Vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  typedef int32_t Order __attribute__((vector_size(vector_bytes)));
+  return __builtin_shuffle(a, b, Order{lane...});
+#endif
+}
+
+constexpr std::make_integer_sequence<int, Simd<float>::lanes> each_lane;
+
+// Lanes of a with the bit `step` change places with those of b without it.
+template <int step, int... lane>
+inline void exchange(Simd<float>::Vec& a, Simd<float>::Vec& b, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = Simd<float>::lanes;
+  const Simd<float>::Vec low = shuffle<(lane & step ? lanes + lane - step : lane)...>(a, b);
+  b = shuffle<(lane & step ? lanes + lane : lane + step)...>(a, b);
+  a = low;
+}
 
 // Whether any bit is set.
 template <class Vec>

@@ -117,6 +117,7 @@ class CsrView {
   void check_structure(int threads) {
     check_threads(threads);
     visit([&](const auto& csr) { check_ = csr_check(csr, threads); });
+    checked_ = true;
     if (check_.bad_row >= 0)
       fail("indptr, indices: row " + std::to_string(check_.bad_row) + " is broken: expected indptr to ascend from 0 to " +
            std::to_string(nnz()) + ", and indices within 0 … " + std::to_string(n_columns_ - 1));
@@ -136,7 +137,7 @@ class CsrView {
   template <class Index, class Value = float>
   Csr<Index, Value> as() const {
     return {n_rows(), n_columns_, nnz(), indptr.as<const int64_t>({any}), indices.as<const Index>({any}),
-            values.as<const Value>({nnz()})};
+            values.as<const Value>({nnz()}), checked_ && check_.unsorted_row < 0};
   }
 
   // body(csr), without the GIL, for either index type.
@@ -154,6 +155,7 @@ class CsrView {
  private:
   const int64_t n_columns_;
   CsrCheck check_{-1, -1};
+  bool checked_ = false;
 };
 
 }  // namespace npeff

@@ -1,6 +1,5 @@
 // The inner loops of convolution_gradients: sums over positions, kept in registers, of inputs times vectors of δ.
 #include <cstring>
-#include <utility>
 
 #include "common/simd.h"
 #include "convolution/simd.h"
@@ -61,30 +60,12 @@ void choose_taps(const PatchRun& run, std::integer_sequence<int, taps...>) {
   ((run.taps == taps + 1 ? choose<taps + 1>(run, std::make_integer_sequence<int, fitting(taps + 1)>()) : void()), ...);
 }
 
-// Elements of x (0 … W − 1) and y (W … 2W − 1), in the order given.
-template <int... from>
-S::Vec pick(S::Vec x, S::Vec y) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, y, from...);
-#else
-  typedef int Order __attribute__((vector_size(vector_bytes)));
-  return __builtin_shuffle(x, y, Order{from...});
-#endif
-}
-
-// One stage of the transposition of a W × W block: rows i and i + h exchange the parts that lie in each other's half.
-template <int h, int... j>
-void exchange(S::Vec& a, S::Vec& b, std::integer_sequence<int, j...>) {
-  const S::Vec x = a, y = b;
-  a = pick<((j & h) ? W + j - h : j)...>(x, y);
-  b = pick<((j & h) ? W + j : j + h)...>(x, y);
-}
-
+// Transposes a W × W block: in each stage, rows i and i + h exchange the parts that lie in each other's half.
 template <int h>
 void transpose(S::Vec* v) {
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i)
-    if (!(i & h)) exchange<h>(v[i], v[i + h], std::make_integer_sequence<int, W>());
+    if (!(i & h)) exchange<h>(v[i], v[i + h], each_lane);
   if constexpr (h > 1) transpose<h / 2>(v);
 }
 

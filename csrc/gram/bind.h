@@ -27,6 +27,16 @@ inline void run_to_dense(const CsrView& a, py::handle names, int64_t first, py::
   a.visit([=](const auto& csr) { to_dense(csr, numbers, first, width, dense, threads); });
 }
 
+inline void run_fisher_norms(const CsrView& a, py::handle row_offsets, py::handle out, int threads) {
+  const TensorView offsets_view(row_offsets, "row_offsets"), out_view(out, "out", write);
+  a.require_ascending();
+  auto* norms = out_view.as<double>({any});
+  const int64_t n = out_view.shape(0);
+  const auto* offsets = offsets_in<Host>(offsets_view, n, a.n_rows());
+  Host::begin(threads, "fisher_norms", {&a.indptr, &a.indices, &a.values, &offsets_view, &out_view});
+  a.visit([&](const auto& csr) { fisher_norms(csr, offsets, n, norms, threads); });
+}
+
 inline void run_outer_gram(py::handle delta, py::handle input, py::handle gram, py::handle size, int threads) {
   const TensorView g(delta, "delta"), a(input, "input"), out(gram, "gram", write), sizes(size, "size", write);
   const auto* left = g.as<const float>({any, any, any, any});
@@ -58,6 +68,8 @@ void bind_gram(py::module_& m) {
           "names (columns,) int32: the dense ones' numbers, −1 for others.");
     m.def("to_dense", &run_to_dense, py::kw_only(), "a"_a, "names"_a, "first"_a, "out"_a, "threads"_a,
           "out (R, width) = the columns with names (columns,) int32 from first on.");
+    m.def("fisher_norms", &run_fisher_norms, py::kw_only(), "a"_a, "row_offsets"_a, "out"_a, "threads"_a,
+          "out (n,) float64 = Frobenius norms of the examples' A A'; columns ascend within a row.");
     m.def("outer_gram", &run_outer_gram, py::kw_only(), "delta"_a, "input"_a, "gram"_a, "size"_a, "threads"_a,
           "gram (b, R, width) float64 = inner products of the R columns Σ_t delta[b, t, R] ⊗ input[b, t], each with those of "
           "its own run of width columns; size (b, R / width) float64: at most how large their terms are together.");

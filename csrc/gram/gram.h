@@ -24,6 +24,12 @@ int64_t sparse_gram(const Csr<Index>& a, int32_t* names, float* k, int threads);
 template <class Index>
 void to_dense(const Csr<Index>& a, const int32_t* names, int64_t first, int64_t width, float* out, int threads);
 
+// out_i = ‖A_iᵀA_i‖_F = ‖A_iA_iᵀ‖_F for the sparse rows A_i of example i; columns ascend within a row. Products and sums in
+// float64.
+//   offsets (n + 1,): example i owns rows offsets[i] … offsets[i+1] − 1; out (n,)
+template <class Index>
+void fisher_norms(const Csr<Index>& a, const int64_t* offsets, int64_t n, double* out, int threads);
+
 // The inner products of columns Σ_t delta[t, c] ⊗ input[t] with those of their own run of `width` columns, without the
 // outer products: Σ_tu (input_t · input_u) (delta_tc · delta_uc').
 //   delta (b, t, columns, n_delta), input (b, t, n_input), gram (b, columns, width)

@@ -20,10 +20,7 @@ double dot(const double* a, const double* b, int64_t n) {
 }
 
 void subtract(double* y, double factor, const double* x, int64_t n) {
-  using S = Simd<double>;
-  int64_t i = 0;
-  for (; i + S::lanes <= n; i += S::lanes) S::store(y + i, S::load(y + i) - factor * S::load(x + i));
-  for (; i < n; ++i) y[i] -= factor * x[i];
+  for (int64_t i = 0; i < n; ++i) y[i] -= factor * x[i];
 }
 
 // A column whose part beyond the span of the others is smaller than this (relative, squared) counts as dependent.

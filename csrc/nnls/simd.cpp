@@ -64,7 +64,7 @@ class Tile {
       }
     scale_ = Rows{};
     for (int64_t j = 0; j < t_.r; ++j) {
-      for (int t = 0; t < vectors; ++t) scale_.v[t] = Simd<T>::max(scale_.v[t], Simd<T>::abs(cross_[j].v[t]));
+      for (int t = 0; t < vectors; ++t) scale_.v[t] = larger(scale_.v[t], size_of(cross_[j].v[t]));
       mark(j);
     }
     for (V& scale : scale_.v) scale = scale > 0 ? scale : V{} + 1;

@@ -71,36 +71,6 @@ void run_sketch_matrix(py::handle block, py::handle row_places, py::handle colum
   });
 }
 
-template <class D>
-void run_sketch_csr(const CsrView& a, uint64_t seed, int copies, py::handle sums, typename D::Run run) {
-  const TensorView out(sums, "sums", D::write);
-  const SketchMap map = sketch_map_of(out, copies, seed);
-  auto* sketches = out.as<double>({a.n_rows(), any});
-  auto where = D::begin(run, "sketch_csr", {&a.indptr, &a.indices, &a.values, &out});
-  a.visit([&](const auto& csr) { sketch_csr(map, csr, sketches, where); });
-}
-
-template <class D>
-void run_sketch_finish(py::handle sums, double scale, py::handle out, py::handle bad, typename D::Run run) {
-  const TensorView sums_view(sums, "sums", D::read), out_view(out, "out", D::write), bad_view(bad, "bad", D::write);
-  const auto* s = sums_view.as<const double>({any, any});
-  const int64_t n = sums_view.shape(0), d = sums_view.shape(1);
-  auto* values = out_view.as<float>({n, d});
-  auto* first_bad = bad_view.as<int64_t>({1});
-  auto where = D::begin(run, "sketch_finish", {&sums_view, &out_view, &bad_view});
-  const py::gil_scoped_release release;
-  sketch_finish(s, n, d, scale, values, first_bad, where);
-}
-
-inline void run_sketch_places(uint64_t seed, int64_t offset, int side, int64_t d, py::handle places) {
-  const TensorView out(places, "places", write);
-  auto* filled = reinterpret_cast<uint32_t*>(out.as<int32_t>({any}));
-  if (side != 0 && side != 1) fail("side: expected 0 (rows) or 1 (columns), got " + std::to_string(side));
-  check_width("d", d);
-  const py::gil_scoped_release release;
-  sketch_places(seed, offset, side, d, out.shape(0), filled);
-}
-
 inline void run_sketch_outer(py::handle delta, py::handle input, py::handle delta_places, py::handle input_places,
                              double weight, py::handle sums, int threads) {
   const TensorView g(delta, "delta"), a(input, "input"), g_places(delta_places, "delta_places"),
@@ -128,13 +98,7 @@ void bind_sketch(py::module_& m) {
         "order"_a, "starts"_a, "weight"_a, "sums"_a, py::arg(D::run),
         "sums (targets, d) float64 += weight times the two-sided map's sketches of block (b, rows·columns): int32 places "
         "of the matrix's rows and columns; int64 first (b,), order (b,) by target and first, starts (targets + 1,).");
-  m.def("sketch_csr", &run_sketch_csr<D>, py::kw_only(), "a"_a, "seed"_a, "copies"_a, "sums"_a, py::arg(D::run),
-        "sums (R, d) float64 += the flat map's sketches of CSR rows.");
-  m.def("sketch_finish", &run_sketch_finish<D>, py::kw_only(), "sums"_a, "scale"_a, "out"_a, "bad"_a, py::arg(D::run),
-        "out (n, d) float32 = scale times sums; bad (1,) int64: lowered to the first row with a non-finite value.");
   if constexpr (D::on_host) {
-    m.def("sketch_places", &run_sketch_places, py::kw_only(), "seed"_a, "offset"_a, "side"_a, "d"_a, "places"_a,
-          "Fills places (n,) int32 of one side of the matrix at offset.");
     m.def("sketch_outer", &run_sketch_outer, py::kw_only(), "delta"_a, "input"_a, "delta_places"_a, "input_places"_a,
           "weight"_a, "sums"_a, "threads"_a,
           "sums (b, R, d) float64 += weight · the two-sided sketches of Σ_t delta[b, t, R] ⊗ input[b, t].");

@@ -5,9 +5,6 @@
 //           each, and adds what falls on its own buckets in the order of the input, read from device memory. Stretches
 //           are long against d, so that the sums cost little to write; they are added in float64, in order, by
 //   gather  one thread per bucket.
-//   csr     entries of a sparse row meet in no order; they are added as integers, scaled so that the row's largest
-//           entry has 2^38 steps: the error is that of float64 for sums of up to 2^24 such entries, and addition of
-//           integers has no order.
 #pragma once
 
 #include "common/block.h"
@@ -191,90 +188,6 @@ struct SketchGather {
   }
 };
 
-// Sums of integers, which have no order: float32 entries, of which the largest has 2^38 steps.
-struct FixedPointShared {
-  int64_t largest;
-  int64_t sums[1];  // as many as the block has buckets
-};
-
-// s.sums = the sums of the entries value(e), from ≤ e < to; add(t, scale) adds those of thread t, times scale. Returns
-// the scale; 0 when an entry is not finite, and nothing was added.
-template <class Block, class Value, class Add>
-NPEFF_INLINE double sum_fixed_point(const Block& block, FixedPointShared& s, int64_t n_sums, int64_t from, int64_t to,
-                                    const Value& value, const Add& add) {
-  block.each([&](int t) {
-    if (t == 0) s.largest = 0;
-    for (int64_t i = t; i < n_sums; i += Block::threads) s.sums[i] = 0;
-  });
-  block.each([&](int t) {
-    int64_t largest = 0;
-    for (int64_t e = from + t; e < to; e += Block::threads)
-      largest = larger<int64_t>(largest, bit_cast<uint32_t>(value(e)) & 0x7fffffffu);
-    Block::raise(&s.largest, largest);
-  });
-  const int64_t largest = block.uniform(s.largest);
-  if (largest >= 0x7f800000) return 0;
-  // 2^(38 − exponent of the largest): by the bits of a double, whose exponents reach further.
-  const double scale = bit_cast<double>((1023 + 38 - (larger<int64_t>(largest >> 23, 1) - 127)) << 52);
-  block.each([&](int t) { add(t, scale); });
-  return scale;
-}
-
-// sums (n_rows, d) += the sketches of CSR rows whose entries are finite; a row with others gets NaN.
-template <class Index>
-struct SketchCsrBlocks {
-  static constexpr int threads = 256;
-  using Shared = FixedPointShared;
-  SketchMap map;
-  Csr<Index> a;
-  int64_t parts, part_groups;
-  double* sums;
-  int64_t shared_bytes() const { return sizeof(Shared) + part_groups * sketch_lanes * sizeof(int64_t); }
-
-  template <class Block>
-  NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
-    const int64_t row = id / parts, first_group = id % parts * part_groups, all_groups = int64_t{map.groups} * map.copies;
-    const int64_t n_groups = first_group + part_groups < all_groups ? part_groups : all_groups - first_group;
-    const int64_t from = a.indptr[row], to = a.indptr[row + 1];
-    const auto value = [&](int64_t e) { return a.values[e]; };
-    const double scale = sum_fixed_point(block, s, n_groups * sketch_lanes, from, to, value, [&](int t, double scale) {
-      for (int64_t e = from + t; e < to; e += threads) {
-        const auto index = static_cast<uint64_t>(a.indices[e]);
-        const auto lane = static_cast<uint32_t>(index % sketch_lanes);
-        const auto step = static_cast<int64_t>(static_cast<double>(a.values[e]) * scale);
-        for (int c = 0; c < map.copies; ++c) {
-          const uint64_t hash = sketch_hash(map.keys[c], index / sketch_lanes);
-          const int64_t group = int64_t{sketch_group(hash, map.groups)} + int64_t{c} * map.groups - first_group;
-          if (group < 0 || group >= n_groups) continue;
-          const int64_t bucket = group * sketch_lanes + (lane ^ sketch_turn(hash));
-          Block::add(&s.sums[bucket], (sketch_signs(hash) >> lane) & 1 ? -step : step);
-        }
-      }
-    });
-    block.each([&](int t) {
-      double* const out = sums + row * map.d + first_group * sketch_lanes;
-      for (int64_t i = t; i < n_groups * sketch_lanes; i += threads)
-        out[i] += scale > 0 ? static_cast<double>(s.sums[i]) / scale : bit_cast<double>(uint64_t{0x7ff8} << 48);
-    });
-  }
-};
-
-// out = scale · sums; bad: lowest row of d with a non-finite value, if below what is there.
-struct SketchFinish {
-  const double* sums;
-  int64_t d;
-  double scale;
-  float* out;
-  int64_t* bad;
-
-  template <class Block>
-  NPEFF_INLINE void at(int64_t i) const {
-    const auto value = static_cast<float>(scale * sums[i]);
-    out[i] = value;
-    if (!(value * 0 == 0)) Block::lower(bad, i / d);
-  }
-};
-
 // ---- what the host does -------------------------------------------------------------------------------------------
 
 // Parts of n buckets (or groups of them), `bytes` each beside `fixed` bytes.
@@ -312,18 +225,6 @@ void sketch_rows(const SketchMap& map, const T* x, int64_t n_rows, int64_t width
                                  sketch_lanes * sizeof(float));
   cut_rows(queue, plan, map.d, n_rows, width, Blocks::tile);
   sketch_stretches<Blocks>(queue, plan, map.d, n_rows, rows, sums, map, x, width, stride, bases);
-}
-
-template <class Index, class Queue>
-void sketch_csr(const SketchMap& map, const Csr<Index>& a, double* sums, Queue& queue) {
-  const SketchPlan plan = sketch_parts(queue, int64_t{map.groups} * map.copies, sizeof(FixedPointShared),
-                                       sketch_lanes * sizeof(int64_t));
-  queue.run(a.n_rows * plan.parts, SketchCsrBlocks<Index>{map, a, plan.parts, plan.part_size, sums});
-}
-
-template <class Queue>
-void sketch_finish(const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int64_t* bad, Queue& queue) {
-  run_elements(queue, n_rows * d, SketchFinish{sums, d, scale, out, bad});
 }
 
 }  // namespace npeff

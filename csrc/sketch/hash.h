@@ -58,15 +58,4 @@ NPEFF_INLINE uint32_t sketch_group(uint64_t hash, uint32_t groups) {
   return static_cast<uint32_t>(((hash >> 32) * groups) >> 32);
 }
 
-// Stream of a side (0: rows, 1: columns) of the matrix whose first element has that flat index.
-NPEFF_INLINE uint64_t sketch_side_key(uint64_t seed, uint64_t offset, int side) {
-  return sketch_key(seed, (uint64_t{1} << 63) | (offset << 1) | static_cast<uint64_t>(side));
-}
-
-// Place of one index of a side: bucket << 1 | sign, for d a power of two below 2^31.
-NPEFF_INLINE uint32_t sketch_place(uint64_t key, uint64_t index, uint32_t d) {
-  const uint64_t hash = sketch_hash(key, index);
-  return ((static_cast<uint32_t>(hash >> 32) & (d - 1)) << 1) | (static_cast<uint32_t>(hash) & 1u);
-}
-
 }  // namespace npeff

@@ -1,8 +1,9 @@
 // The two-sided map of sketch.h by blocks: bucket(i, j) = bucket(i) xor bucket(j), signs multiplied.
 //
 // A block takes a stretch of a row of x, which is some rows of the matrix end to end, and adds its entries as integers,
-// scaled so that the largest of the stretch has 2^38 steps: addition of integers has no order. Stretches become float32,
-// and are added in float64, in order, by SketchGather.
+// scaled so that the largest of the stretch has 2^38 steps: addition of integers has no order, and the error is that of
+// float64 for sums of up to 2^24 such entries. Stretches become float32, and are added in float64, in order, by
+// SketchGather. Where an entry is not finite, the stretch's buckets become NaN.
 #pragma once
 
 #include "sketch/blocks.h"
@@ -12,7 +13,10 @@ namespace npeff {
 template <class T>
 struct SketchMatrixBlocks {
   static constexpr int threads = 256;
-  using Shared = FixedPointShared;
+  struct Shared {
+    int64_t largest;
+    int64_t sums[1];  // as many as the block has buckets
+  };
   const T* x;  // (n_rows, width), `stride` entries apart
   int64_t width, stride, columns, d;
   const uint32_t *row_places, *column_places;  // bucket·2 + (1 where the sign is −)
@@ -30,8 +34,22 @@ struct SketchMatrixBlocks {
     const int64_t n_buckets = first_bucket + plan.part_size < d ? plan.part_size : d - first_bucket;
     const int64_t from = at * plan.stretch, to = from + plan.stretch < width ? from + plan.stretch : width;
     const T* const own = x + row * stride;
-    const auto value = [&](int64_t e) { return widen(own[e]); };
-    const double scale = sum_fixed_point(block, s, n_buckets, from, to, value, [&](int t, double scale) {
+    block.each([&](int t) {
+      if (t == 0) s.largest = 0;
+      for (int64_t i = t; i < n_buckets; i += threads) s.sums[i] = 0;
+    });
+    block.each([&](int t) {
+      int64_t largest = 0;
+      for (int64_t e = from + t; e < to; e += threads)
+        largest = larger<int64_t>(largest, bit_cast<uint32_t>(widen(own[e])) & 0x7fffffffu);
+      Block::raise(&s.largest, largest);
+    });
+    const int64_t largest = block.uniform(s.largest);
+    const bool finite = largest < 0x7f800000;
+    // 2^(38 − exponent of the largest): by the bits of a double, whose exponents reach further.
+    const double scale = bit_cast<double>((1023 + 38 - (larger<int64_t>(largest >> 23, 1) - 127)) << 52);
+    block.each([&](int t) {
+      if (!finite) return;
       int64_t i = first[row] + (from + t) / columns, j = (from + t) % columns;
       const int64_t down = threads / columns, right = threads % columns;
       for (int64_t e = from + t; e < to; e += threads) {
@@ -50,7 +68,7 @@ struct SketchMatrixBlocks {
     block.each([&](int t) {
       float* const out = sums + (row * plan.stretches + at) * d + first_bucket;
       for (int64_t i = t; i < n_buckets; i += threads)
-        out[i] = scale > 0 ? static_cast<float>(weight * static_cast<double>(s.sums[i]) / scale) : bit_cast<float>(0x7fc00000u);
+        out[i] = finite ? static_cast<float>(weight * static_cast<double>(s.sums[i]) / scale) : bit_cast<float>(0x7fc00000u);
     });
   }
 };
@@ -60,7 +78,7 @@ void sketch_matrix(int64_t d, double weight, const T* x, int64_t n_rows, int64_t
                    const uint32_t* row_places, const uint32_t* column_places, const int64_t* first, const RowOrder& rows,
                    double* sums, Queue& queue) {
   if (n_rows == 0 || width == 0 || rows.n_targets == 0) return;
-  SketchPlan plan = sketch_parts(queue, d, sizeof(FixedPointShared), sizeof(int64_t));
+  SketchPlan plan = sketch_parts(queue, d, sizeof(typename SketchMatrixBlocks<T>::Shared), sizeof(int64_t));
   cut_rows(queue, plan, d, n_rows, width, 1);
   sketch_stretches<SketchMatrixBlocks<T>>(queue, plan, d, n_rows, rows, sums, x, width, stride, columns, d, row_places,
                                           column_places, first, weight);

@@ -1,5 +1,3 @@
-#include <utility>
-
 #include "common/simd.h"
 #include "sketch/simd.h"
 
@@ -50,17 +48,20 @@ inline void add_part(const float* x, uint32_t first, uint32_t n, uint64_t hash, 
   }
 }
 
-// Whole blocks: n of them from block number `block` on.
-template <int copies>
+// Whole blocks: n of them from block number `block` on; each copy takes as many as the first-level cache holds.
 void add_blocks(const SketchRun& run, const float* x, uint64_t block, int64_t n) {
   const uint32_t groups = run.map->groups, begin = run.begin, size = run.end - run.begin;
-  const bool all = begin == 0 && run.end == groups * copies;
-  for (int64_t i = 0; i < n; ++i)
-#pragma GCC unroll 8
-    for (int c = 0; c < copies; ++c) {
-      const uint64_t hash = sketch_hash(run.map->keys[c], block + i);
-      const uint32_t group = sketch_group(hash, groups) + c * groups;
-      if (all || group - begin < size) add_block(x + sketch_lanes * i, hash, run.sums + int64_t{sketch_lanes} * group);
+  const bool all = begin == 0 && run.end == groups * static_cast<uint32_t>(run.map->copies);
+  constexpr int64_t at_once = 256;
+  for (int64_t first = 0; first < n; first += at_once)
+    for (int c = 0; c < run.map->copies; ++c) {
+      const uint64_t key = run.map->keys[c];
+      const int64_t end = first + at_once < n ? first + at_once : n;
+      for (int64_t i = first; i < end; ++i) {
+        const uint64_t hash = sketch_hash(key, block + i);
+        const uint32_t group = sketch_group(hash, groups) + c * groups;
+        if (all || group - begin < size) add_block(x + sketch_lanes * i, hash, run.sums + int64_t{sketch_lanes} * group);
+      }
     }
 }
 
@@ -86,13 +87,7 @@ void sketch_run(const SketchRun& run) {
     left -= n;
   }
   const int64_t whole = left / sketch_lanes;
-  switch (run.map->copies) {
-    case 1: add_blocks<1>(run, x, block, whole); break;
-    case 2: add_blocks<2>(run, x, block, whole); break;
-    case 4: add_blocks<4>(run, x, block, whole); break;
-    default:
-      for (int64_t i = 0; i < whole; ++i) add_edge(run, x + sketch_lanes * i, block + i, 0, sketch_lanes);
-  }
+  add_blocks(run, x, block, whole);
   if (left % sketch_lanes)
     add_edge(run, x + sketch_lanes * whole, block + whole, 0, static_cast<uint32_t>(left % sketch_lanes));
 }
@@ -104,13 +99,7 @@ template <int step, int... lane>
 inline Floats::Vec butterfly(Floats::Vec v, std::integer_sequence<int, lane...>) {
   if constexpr (step < Floats::lanes) {
     constexpr Floats::Vec sign = {(lane & step ? -1.0f : 1.0f)...};
-#if defined(__clang__)
-    const Floats::Vec other = __builtin_shufflevector(v, v, (lane ^ step)...);
-#else
-    typedef int32_t Lanes __attribute__((vector_size(vector_bytes)));
-    const Floats::Vec other = __builtin_shuffle(v, Lanes{(lane ^ step)...});
-#endif
-    v = other + v * sign;
+    v = shuffle<(lane ^ step)...>(v, v) + v * sign;
   }
   return v;
 }
@@ -122,24 +111,9 @@ inline Floats::Vec butterfly(Floats::Vec v, std::integer_sequence<int, lane...>)
 // several columns.
 
 constexpr int lanes = Floats::lanes, quads = lanes / 4;
-constexpr std::make_integer_sequence<int, lanes> each_lane;
 constexpr int64_t in_cache = 32768 / vector_bytes;  // vectors that are transformed within the first-level cache
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t Signs __attribute__((vector_size(16)));
-
-// Lanes of a with the bit `step` change places with those of b without it.
-template <int step, int... lane>
-inline void exchange(Floats::Vec& a, Floats::Vec& b, std::integer_sequence<int, lane...>) {
-#if defined(__clang__)
-  const Floats::Vec low = __builtin_shufflevector(a, b, (lane & step ? lanes + lane - step : lane)...);
-  b = __builtin_shufflevector(a, b, (lane & step ? lanes + lane : lane + step)...);
-#else
-  typedef int32_t Lanes __attribute__((vector_size(vector_bytes)));
-  const Floats::Vec low = __builtin_shuffle(a, b, Lanes{(lane & step ? lanes + lane - step : lane)...});
-  b = __builtin_shuffle(a, b, Lanes{(lane & step ? lanes + lane : lane + step)...});
-#endif
-  a = low;
-}
 
 // Lane r of quad m of v[q] changes places with lane q of quad m of v[r].
 inline void transpose(Floats::Vec* v) {
@@ -152,12 +126,7 @@ inline void transpose(Floats::Vec* v) {
 // Lane r of quad m of v goes to place r·quads + m.
 template <int... lane>
 inline Floats::Vec in_order(Floats::Vec v, std::integer_sequence<int, lane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(v, v, (4 * (lane % quads) + lane / quads)...);
-#else
-  typedef int32_t Lanes __attribute__((vector_size(vector_bytes)));
-  return __builtin_shuffle(v, Lanes{(4 * (lane % quads) + lane / quads)...});
-#endif
+  return shuffle<(4 * (lane % quads) + lane / quads)...>(v, v);
 }
 
 // out (d, 4) = the count sketches of four rows (n,).

@@ -35,48 +35,6 @@ void sketch_rows(const SketchMap& map, const float* x, int64_t n_rows, int64_t w
   });
 }
 
-template <class Index>
-void sketch_csr(const SketchMap& map, const Csr<Index>& a, double* sums, int threads) {
-  const std::vector<int64_t> bounds = parts_by_entries(a.indptr, a.n_rows, a.indptr[a.n_rows] < small ? 1 : 4 * threads);
-  parallel_for(static_cast<int64_t>(bounds.size()) - 1, threads, [&](int64_t part) {
-    for (int64_t row = bounds[part]; row < bounds[part + 1]; ++row) {
-      double* own = sums + row * map.d;
-      for (int64_t e = a.indptr[row]; e < a.indptr[row + 1]; ++e) {
-        const auto index = static_cast<uint64_t>(a.indices[e]);
-        const auto lane = static_cast<uint32_t>(index % sketch_lanes);
-        for (int c = 0; c < map.copies; ++c) {
-          const uint64_t hash = sketch_hash(map.keys[c], index / sketch_lanes);
-          const int64_t bucket = sketch_lanes * (int64_t{sketch_group(hash, map.groups)} + int64_t{c} * map.groups);
-          const double value = a.values[e];
-          own[bucket + (lane ^ sketch_turn(hash))] += (sketch_signs(hash) >> lane) & 1 ? -value : value;
-        }
-      }
-    }
-  });
-}
-
-template void sketch_csr(const SketchMap&, const Csr<int32_t>&, double*, int);
-template void sketch_csr(const SketchMap&, const Csr<int64_t>&, double*, int);
-
-void sketch_finish(const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int64_t* bad, int threads) {
-  std::vector<char> finite(n_rows);
-  parallel_for(n_rows, n_rows * d < small ? 1 : threads, [&](int64_t row) {
-    float zero = 0;
-    for (int64_t i = row * d; i < (row + 1) * d; ++i) {
-      out[i] = static_cast<float>(scale * sums[i]);
-      zero += out[i] * 0;
-    }
-    finite[row] = zero == 0;
-  });
-  const int64_t first = std::find(finite.begin(), finite.end(), 0) - finite.begin();
-  if (first < n_rows) *bad = std::min(*bad, first);
-}
-
-void sketch_places(uint64_t seed, int64_t offset, int side, int64_t d, int64_t n, uint32_t* places) {
-  const uint64_t key = sketch_side_key(seed, static_cast<uint64_t>(offset), side);
-  for (int64_t i = 0; i < n; ++i) places[i] = sketch_place(key, static_cast<uint64_t>(i), static_cast<uint32_t>(d));
-}
-
 void sketch_matrix(int64_t d, double weight, const float* x, int64_t n_rows, int64_t width, int64_t columns, int64_t stride,
                    const uint32_t* row_places, const uint32_t* column_places, const int64_t* first, const RowOrder& rows,
                    double* sums, int threads) {

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "common/csr.h"
-#include "common/row_order.h"
 #include "sketch/hash.h"
 
 namespace npeff {
@@ -17,17 +16,7 @@ namespace npeff {
 void sketch_rows(const SketchMap& map, const float* x, int64_t n_rows, int64_t width, int64_t stride, const int64_t* bases,
                  const RowOrder& rows, double* sums, int threads);
 
-// sums (n_rows, d) += the sketches of compressed sparse rows; indices ascend for the bits to be those of sketch_rows.
-template <class Index>
-void sketch_csr(const SketchMap& map, const Csr<Index>& a, double* sums, int threads);
-
-// out = scale · sums, both (n_rows, d). bad (1,): lowered to the first row with a non-finite value, if there is one.
-void sketch_finish(const double* sums, int64_t n_rows, int64_t d, double scale, float* out, int64_t* bad, int threads);
-
 // ---- two-sided maps of matrices; d a power of two -----------------------------------------------------------------
-
-// Places (see sketch_place) of the n rows (side 0) or columns (side 1) of the matrix at `offset`.
-void sketch_places(uint64_t seed, int64_t offset, int side, int64_t d, int64_t n, uint32_t* places);
 
 // sums[target of row i] += weight · the sketch of the rows of a matrix from first[i] on that x[i] holds, end to end.
 //   x (n_rows, width), `stride` floats apart, width a multiple of columns; row_places (matrix rows,), column_places (columns,)

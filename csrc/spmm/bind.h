@@ -22,6 +22,22 @@ void run_spmm(const CsrView& a, py::handle dense, py::handle out, typename D::Ru
   });
 }
 
+template <class D>
+void run_cross(py::handle p, py::handle row_offsets, py::handle out, typename D::Run run) {
+  const TensorView p_view(p, "p", D::read), offsets_view(row_offsets, "row_offsets", D::read), out_view(out, "out", D::write);
+  D::by_wide(p_view, [&](auto entry) {
+    using T = decltype(entry);
+    const auto* rows = p_view.as<const T>({any, any});
+    const int64_t r = p_view.shape(1);
+    auto* sums = out_view.as<T>({any, r});
+    const int64_t n = out_view.shape(0);
+    const auto* offsets = offsets_in<D>(offsets_view, n, p_view.shape(0));
+    auto where = D::begin(run, "cross", {&p_view, &offsets_view, &out_view});
+    const py::gil_scoped_release release;
+    cross(rows, offsets, n, r, sums, where);
+  });
+}
+
 inline void run_transpose(const CsrView& a, py::handle indptr_out, py::handle indices_out, py::handle values_out, int threads) {
   const TensorView starts(indptr_out, "indptr_out", write), rows(indices_out, "indices_out", write),
       turned(values_out, "values_out", write);
@@ -42,6 +58,8 @@ template <class D>
 void bind_spmm(py::module_& m) {
   m.def("spmm", &run_spmm<D>, py::kw_only(), "a"_a, "dense"_a, "out"_a, py::arg(D::run),
         "out (R, r) = a (R, columns) times dense (columns, r), float32; on a device also float64.");
+  m.def("cross", &run_cross<D>, py::kw_only(), "p"_a, "row_offsets"_a, "out"_a, py::arg(D::run),
+        "out (n, r) = sums of squares of p (R, r) over each example's rows. float32; on a device also float64.");
   if constexpr (D::on_host)
     m.def("csr_transpose", &run_transpose, py::kw_only(), "a"_a, "indptr_out"_a, "indices_out"_a, "values_out"_a, "threads"_a,
           "Fills the CSR arrays of the transposed matrix.");

@@ -20,20 +20,12 @@ int64_t columns_at_once(int64_t n_rows, int64_t n_columns, int64_t nnz, int64_t 
   return blocks < 3 ? n_columns : (n_columns + blocks - 1) / blocks;
 }
 
-template <class Index>
-bool ascending(const Csr<Index>& a, int64_t begin, int64_t end) {
-  bool ok = true;
-  for (int64_t i = begin; i < end && ok; ++i)
-    for (int64_t e = a.indptr[i] + 1; e < a.indptr[i + 1]; ++e) ok &= a.indices[e - 1] <= a.indices[e];
-  return ok;
-}
-
 // Rows begin … end − 1, by blocks of columns.
 template <class Index>
 void multiply_rows(const Spmm<Index>& product, int64_t begin, int64_t end) {
   const auto& [a, dense, r, out] = product;
-  int64_t width = columns_at_once(end - begin, a.n_columns, a.indptr[end] - a.indptr[begin], r);
-  if (width < a.n_columns && !ascending(a, begin, end)) width = a.n_columns;
+  const int64_t nnz = a.indptr[end] - a.indptr[begin];
+  const int64_t width = a.ascending ? columns_at_once(end - begin, a.n_columns, nnz, r) : a.n_columns;
   const auto row = row_of(a);
   std::vector<int64_t> cursor(a.indptr + begin, a.indptr + end);
   for (int64_t start = 0; start == 0 || start < a.n_columns; start += std::max<int64_t>(width, 1))
@@ -59,6 +51,18 @@ void spmm(const Spmm<Index>& product, int threads) {
 
 template void spmm(const Spmm<int32_t>&, int);
 template void spmm(const Spmm<int64_t>&, int);
+
+void cross(const float* p, const int64_t* offsets, int64_t n, int64_t r, float* out, int threads) {
+  const std::vector<int64_t> bounds = parts_by_entries(offsets, n, 16 * threads);
+  parallel_for(static_cast<int64_t>(bounds.size()) - 1, offsets[n] * r < 1 << 15 ? 1 : threads, [&](int64_t part) {
+    for (int64_t i = bounds[part]; i < bounds[part + 1]; ++i) {
+      float* sum = out + i * r;
+      std::fill_n(sum, r, 0.0f);
+      for (const float* row = p + offsets[i] * r; row < p + offsets[i + 1] * r; row += r)
+        for (int64_t j = 0; j < r; ++j) sum[j] += row[j] * row[j];
+    }
+  });
+}
 
 // A counting sort by column, stable, so that the result's indices ascend: every thread counts the columns of its rows,
 // and then knows where in each column its entries begin.

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/block.h"
-#include "common/row_order.h"
+#include "common/csr.h"
 #include "topk/order.h"
 
 namespace npeff {

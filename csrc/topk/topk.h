@@ -13,7 +13,7 @@
 #include <memory>
 #include <vector>
 
-#include "common/row_order.h"
+#include "common/csr.h"
 #include "topk/order.h"
 
 namespace npeff {

@@ -81,10 +81,10 @@ def test_sizes_are_checked() -> None:
     memory = np.zeros(_cuda.topk_bytes(n=3, k=5) - 1, np.uint8)
     with pytest.raises(ArgumentError, match="memory: expected shape"):
         finish(memory)
-    a = _cuda.Csr(indptr=OnDevice(OFFSETS), indices=OnDevice(OFFSETS), values=OnDevice(P[0]), n_columns=5, stream=0)
+    rows = {"block": OnDevice(P), "bases": OnDevice(OFFSETS), "order": OnDevice(OFFSETS), "starts": OnDevice(OFFSETS)}
     for d, copies in ((40, 1), (16, 0)):
         with pytest.raises(ArgumentError, match="sums: expected a multiple of 16·copies columns, 1 … 64 copies"):
-            _cuda.sketch_csr(a=a, seed=0, copies=copies, sums=OnDevice(np.zeros((2, d))), stream=0)
+            _cuda.sketch_rows(**rows, seed=0, copies=copies, sums=OnDevice(np.zeros((2, d))), stream=0)
 
 
 @no_device

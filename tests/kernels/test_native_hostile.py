@@ -81,10 +81,6 @@ def cross(p: Any, out: Any, row_offsets: Any = OFFSETS, threads: int = 1) -> Non
     _native.cross(p=p, row_offsets=row_offsets, out=out, threads=threads)
 
 
-def spread(w: Any, p: Any, out: Any) -> None:
-    _native.spread_multiply(w=w, p=p, row_offsets=OFFSETS, out=out, threads=1)
-
-
 def largest(indices: Any, values: Any, threads: int = 1) -> None:
     _native.topk(x=P, indices=indices, values=values, by_magnitude=False, threads=threads)
 
@@ -268,9 +264,6 @@ def test_outputs_that_lie_in_inputs() -> None:
     np.testing.assert_allclose(nnls(gram, right, w, out=w[:]).w, 1)  # the same one is the start itself
     with pytest.raises(ArgumentError, match="out: must not be the same memory as p"):
         cross(both[:12].reshape(4, 3), both[6:12].reshape(2, 3))
-    for out in (both[:12], both[3:15]):
-        with pytest.raises(ArgumentError, match="out: must not be the same memory as p"):
-            spread(w[:2], both[:12].reshape(4, 3), out.reshape(4, 3))
     with pytest.raises(ArgumentError, match="indices: must not be the same memory as values"):
         space = np.zeros(16, np.int64)
         largest(space[:8].reshape(4, 2), space[4:8].view(np.float32).reshape(4, 2))

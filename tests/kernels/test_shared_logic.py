@@ -240,25 +240,10 @@ def test_sums_over_examples(seed: int, r: int) -> None:
     counts = np.array([3, 0, 1, 9, 0, 2])
     offsets = np.concatenate([[0], np.cumsum(counts)])
     for dtype in (np.float32, np.float64):
-        p, w = rng.standard_normal((15, r)).astype(dtype), rng.random((6, r)).astype(dtype)
-        out, product = np.full((6, r), np.nan, dtype), np.full((15, r), np.nan, dtype)
+        p, out = rng.standard_normal((15, r)).astype(dtype), np.full((6, r), np.nan, dtype)
         blocks.cross(p=p, row_offsets=offsets, out=out, stream=seed)
-        blocks.spread_multiply(w=w, p=p, row_offsets=offsets, out=product, stream=seed)
         expected = np.stack([np.square(p[a:b].astype(np.float64)).sum(0) for a, b in pairwise(offsets)])
         np.testing.assert_allclose(out, expected, rtol=1e-6)
-        np.testing.assert_array_equal(product, np.repeat(w, counts, axis=0) * p)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_fisher_norms(seed: int) -> None:
-    for dtype in (np.int32, np.int64):
-        csr = skewed(23, 900, dtype=dtype)
-        offsets = np.array([0, 3, 3, 4, 13, 20, 23])
-        out = np.empty(6)
-        blocks.fisher_norms(a=blocks.csr(*csr, 900), row_offsets=offsets, out=out, stream=seed)
-        a = to_scipy(csr, 900).toarray()
-        expected = [np.linalg.norm(a[i:j] @ a[i:j].T) for i, j in pairwise(offsets)]
-        np.testing.assert_allclose(out, expected, rtol=1e-10)
 
 
 def test_topk_on_the_processor_is_the_same() -> None:

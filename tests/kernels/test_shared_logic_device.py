@@ -15,9 +15,8 @@ import npeff
 from device_cases import Words, same
 from emulated_device import EmulatedCuda, emulated
 from npeff.errors import ArgumentError, DataError, ModelError
-from npeff.kernels import NonFiniteError, StreamingSketch, StreamingTopK, sketch, sketch_csr, topk
+from npeff.kernels import NonFiniteError, StreamingSketch, StreamingTopK, sketch, topk
 from npeff.kernels.sketch import hadamard
-from sparse_cases import skewed
 
 
 @pytest.fixture
@@ -117,17 +116,11 @@ def test_functions_of_tensors(device: EmulatedCuda) -> None:
     x = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(topk(x, 9)[1], torch.from_numpy(topk(x.numpy(), 9)[1]))
     np.testing.assert_allclose(sketch(x, 64, 3, 100), sketch(x.numpy(), 64, 3, 100), atol=1e-4)
-    csr = skewed(20, 900)
-    out = sketch_csr(*(torch.from_numpy(a) for a in csr), 64)
-    np.testing.assert_allclose(out, sketch_csr(*csr, 64), rtol=1e-5, atol=1e-6)
-    assert device.calls["topk_push"] == device.calls["sketch_rows"] == device.calls["sketch_csr"] == 1
+    assert device.calls["topk_push"] == device.calls["sketch_rows"] == 1
     x[1, 77] = torch.nan
     for refuse in (lambda: topk(x, 9), lambda: sketch(x, 64, base=100)):
         with pytest.raises(NonFiniteError, match="row 1"):
             refuse()
-    csr[2][5] = np.inf
-    with pytest.raises(NonFiniteError, match="at index 5"):
-        sketch_csr(*(torch.from_numpy(a) for a in csr), 64)
 
 
 class Explodes(nn.Module):

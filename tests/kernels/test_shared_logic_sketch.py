@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import blocks
-from sparse_cases import skewed
+from npeff.kernels import reference
 
 _native = pytest.importorskip("npeff._native", reason="the native module was not built")
 SEEDS = [0, 1, 2]
@@ -67,20 +67,6 @@ def test_16_bits_and_adding_up(seed: int) -> None:
     np.testing.assert_allclose(sums, expected(t.float().numpy(), bases, targets, 256, 1, 2), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("d", "nonzeros"), [(64, 1), (128, 4), (20_000, 1)])
-def test_csr(seed: int, d: int, nonzeros: int) -> None:
-    for dtype, scale in ((np.int32, 1.0), (np.int64, 1e-38), (np.int32, 1e30)):
-        indptr, indices, values = skewed(20, 900, dtype=dtype)
-        values = (values * scale).astype(np.float32)
-        sums, want = np.zeros((20, d)), np.zeros((20, d))
-        csr = {"indptr": indptr, "indices": indices, "values": values, "n_columns": 900}
-        flat = {"seed": MAP_SEED, "copies": nonzeros}
-        blocks.sketch_csr(a=blocks.csr(**csr), **flat, sums=sums, stream=seed)
-        _native.sketch_csr(a=_native.Csr(**csr, threads=1), **flat, sums=want, threads=1)
-        np.testing.assert_allclose(sums, want, rtol=1e-9, atol=1e-9 * scale)
-
-
 # Stretches are of max(4096, 8·d) entries, or a share of all of them; 64 KiB of shared memory hold some 8000 buckets.
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("d", [16, 256, 16_384])
@@ -88,9 +74,7 @@ def test_csr(seed: int, d: int, nonzeros: int) -> None:
 def test_two_sided(seed: int, d: int, shape: tuple[int, int], cuts: list[int]) -> None:
     rng = np.random.default_rng(d)
     x = rng.standard_normal((3, *shape)).astype(np.float32)
-    down, across = np.empty(shape[0], np.int32), np.empty(shape[1], np.int32)
-    for side, places in enumerate((down, across)):
-        _native.sketch_places(seed=MAP_SEED, offset=77, side=side, d=d, places=places)
+    down, across = (reference.sketch_places(MAP_SEED, 77, side, d, n) for side, n in enumerate(shape))
     targets, sums, want = np.array([1, 0, 1]), np.zeros((3, d)), np.zeros((3, d))
     for a, b in pairwise([0, *cuts, shape[0]]):
         block, first = np.ascontiguousarray(x[:, a:b].reshape(3, -1)), np.full(3, a)
@@ -102,18 +86,3 @@ def test_two_sided(seed: int, d: int, shape: tuple[int, int], cuts: list[int]) -
     block[2, -1] = np.inf
     blocks.sketch_matrix(**matrix, sums=sums, stream=seed)
     assert np.isnan(sums[1]).any() and np.isfinite(sums[[0, 2]]).all()
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_finish_finds_what_is_not_finite(seed: int) -> None:
-    sums = np.random.default_rng(0).standard_normal((5, 300))
-    out = np.empty((5, 300), np.float32)
-    assert blocks.sketch_finish(sums, 0.5, out, seed) == -1
-    np.testing.assert_array_equal(out, (0.5 * sums).astype(np.float32))
-    sums[3, 7], sums[4, 0] = 1e300, np.nan
-    assert blocks.sketch_finish(sums, 0.5, out, seed) == 3
-    indptr, indices = np.array([0, 2, 4]), np.array([0, 5, 1, 2], np.int32)
-    values = np.array([1, 2, np.inf, 3], np.float32)
-    total = np.zeros((2, 16))
-    blocks.sketch_csr(a=blocks.csr(indptr, indices, values, 9), seed=0, copies=1, sums=total, stream=seed)
-    assert np.isfinite(total[0]).all() and np.isnan(total[1]).all()

@@ -156,8 +156,23 @@ def test_non_finite_values_are_refused_and_found(implementation: str, value: flo
     x[1, 77] = value
     with pytest.raises(DataError, match=r"row 1 .* index 177"):
         sketch(x, 32, base=100)
-    with pytest.raises(DataError):
-        sketch_csr(np.array([0, 1]), np.array([4]), np.array([value], np.float32), 32)
+    with pytest.raises(DataError, match=r"row 2 .* index 1;"):
+        sketch_csr(np.array([0, 1, 1, 3]), np.array([4, 0, 7]), np.array([1, value, value], np.float32), 32)
+
+
+def test_sums_beyond_float32_are_refused(implementation: str) -> None:
+    """Finite values whose sum is not: the index is that of the bucket."""
+    sums = StreamingSketch(2, 16)
+    sums.push_matrix(np.full((2, 64), 3e38, np.float32) * [[0], [1]], 0, (8, 8), np.zeros(2, np.int64))
+    with pytest.raises(NonFiniteError, match="row 1 holds") as error:
+        sums.finish()
+    assert 0 <= error.value.index < 16
+    assert not sums.finish().any()
+    sums.push(np.full((2, 4), 3e38, np.float32))  # these are, but for their sum
+    assert np.abs(sums.finish()).max() == np.float32(3e38)
+    columns = 16 * np.arange(2000)
+    with pytest.raises(NonFiniteError, match="row 0 holds"):
+        sketch_csr(np.array([0, 2000]), columns, np.full(2000, 3e38, np.float32), 16)
 
 
 def test_arguments_are_checked() -> None:

@@ -3,7 +3,6 @@
 #include "convolution/bind.h"
 #include "gram/bind.h"
 #include "nnls/bind.h"
-#include "segments/bind.h"
 #include "sketch/bind.h"
 #include "spmm/bind.h"
 #include "topk/bind.h"

@@ -76,13 +76,9 @@ def work(seed: int) -> None:
         narrow |= {"w": np.zeros((400, 40), np.float32), "residual": np.full(400, np.inf, np.float32)}
         run("nnls", **narrow, max_sweeps=5, tol=0.0, kkt=False, status=status)
         run("cross", p=p, row_offsets=offsets, out=np.empty((100, 12), np.float32))
-        run("spread_multiply", w=np.ones((100, 12), np.float32), p=p, row_offsets=offsets, out=np.empty_like(p))
         sums = np.zeros((6, 64))
         run("sketch_rows", block=x, bases=zero, **plan, seed=1, copies=2, sums=sums)
-        run("sketch_csr", a=matrix, seed=1, copies=2, sums=np.zeros((64, 64)))
-        run("sketch_finish", sums=sums, scale=0.5, out=np.empty((6, 64), np.float32), bad=np.full(1, 2**63 - 1))
-        places = np.empty(300, np.int32)
-        N.sketch_places(seed=1, offset=0, side=0, d=64, places=places)
+        places = rng.integers(0, 128, 300).astype(np.int32)
         two_sided = {"row_places": places, "column_places": places[:200].copy(), "first": zero, "weight": 1.0}
         run("sketch_matrix", block=x, **two_sided, **plan, sums=sums)
         factors = {

@@ -226,7 +226,7 @@ def _bars(axes: Axes, values: NDArray[Any], signed: bool) -> None:
     """,
     Arguments("npeff.companions.influence:CrossLossInfluence"),
     Arguments("npeff.companions.influence:ConjugateGradients", only=("tolerance",)),
-    Arguments("npeff.companions.influence:component_influence", only=("k", "surrogate", "forward")),
+    Arguments("npeff.companions.influence:component_influence", only=("k", "forward")),
 )
 def influence(
     model: str,
@@ -249,7 +249,7 @@ def influence(
     it changes the test loss by about −I/n.
 
     Options:
-        out: Ending in .h5 (streamed), .npz or .csv; .json for a report.
+        out: Ending in .h5 (streamed) or .csv; .json for a report.
         train_loss: The loss that was trained: module:callable for (model, batch) -> (b,), or cross_entropy,
             squared_error.
         test_loss: Loss to explain, in the same form.  [default: the training loss]
@@ -261,7 +261,7 @@ def influence(
     """
     if test_loss and component:
         misused("--test-loss and --component both say what to explain: give one of them")
-    own: dict[str, Any] = {name: options.pop(name) for name in ("k", "surrogate", "forward") if name in options}
+    own: dict[str, Any] = {name: options.pop(name) for name in ("k", "forward") if name in options}
     tolerance = options.pop("tolerance", None)
     if own and not component:
         more = "; a loss given as module:callable calls the model itself" if "forward" in own else ""

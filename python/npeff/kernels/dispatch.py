@@ -30,9 +30,7 @@ KERNELS = (
     "outer_gram",
     "fisher_norms",
     "cross",
-    "spread_multiply",
     "sketch",
-    "sketch_csr",
 )
 """Names of the kernels that have a native implementation."""
 
@@ -40,6 +38,7 @@ SERVED_OTHERWISE = {
     "convolution_gradients": "a batched product: torch's own runs on the device",
     "csr_transpose": "a sort: torch's own runs on the device",
     "outer_gram": "products of matrices: torch's own run on the device",
+    "fisher_norms": "computed on the processor, from copies of the rows",
 }
 """Kernels whose public function has no CUDA kernel behind it, and who serves CUDA tensors."""
 

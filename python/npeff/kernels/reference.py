@@ -200,11 +200,6 @@ def cross(p: Tensor, row_offsets: Tensor) -> Tensor:
     return p.new_zeros(len(row_offsets) - 1, p.shape[1]).index_add_(0, examples, p.square())
 
 
-def spread_multiply(w: Tensor, p: Tensor, row_offsets: Tensor) -> Tensor:
-    """Multiply each row of p by its example's row of w: ``(R, r)``."""
-    return w.repeat_interleave(row_offsets.diff(), dim=0) * p
-
-
 def fisher_norms(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int, row_offsets: Tensor) -> Tensor:
     """Compute ‖A_iA_iᵀ‖_F ``(n,)`` float64, example by example from dense rows."""
     out = values.new_zeros(len(row_offsets) - 1, dtype=torch.float64)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from npeff.errors import ArgumentError
 from npeff.kernels import arrays, dispatch, reference
-from npeff.kernels.arrays import ALL_FINITE, A, Array, Operand, accepts_cupy
+from npeff.kernels.arrays import A, Array, Operand, accepts_cupy
 from npeff.kernels.sparse import Csr
 from npeff.kernels.streams import FLOATS, BlockRows, BlockStream, NonFiniteError, matrix_of, to_device, to_host
 
@@ -101,7 +101,7 @@ def sketch_csr(indptr: A, indices: A, values: A, d: int, seed: int = 0, *, nonze
         nonzeros: Buckets per parameter.
 
     Returns:
-        ``(R, d)`` float32, of the kind of ``values``.
+        ``(R, d)`` float32, of the kind and device of ``values``; always computed on the processor, by numpy.
 
     Raises:
         ArgumentError: Shapes or dtypes do not fit, or d, seed or nonzeros is out of range.
@@ -109,14 +109,16 @@ def sketch_csr(indptr: A, indices: A, values: A, d: int, seed: int = 0, *, nonze
     """
     check_map(d, seed, nonzeros)
     matrix: Csr[A] = Csr(indptr, indices, values, arrays.MOST_INDEX, "float32")
-    stream = StreamingSketch(len(matrix.indptr) - 1, d, seed, nonzeros=nonzeros)
-    stream.push_csr(matrix)
-    try:
-        sketches = stream.finish_there()
-    except NonFiniteError as error:
-        finite = torch.isfinite(arrays.as_tensor(matrix.values))
-        raise NonFiniteError(error.row, int((~finite).to(torch.uint8).argmax())) from None
-    return arrays.like(values, sketches)
+    starts, columns, entries = (arrays.on_host(x) for x in (matrix.indptr, matrix.indices, matrix.values))
+    rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    finite = np.isfinite(entries)
+    if not finite.all():
+        first = int(finite.argmin())
+        raise NonFiniteError(int(rows[first]), first)
+    sums = np.zeros((len(starts) - 1, int(d)))
+    reference.add_to_sketch(sums, rows, columns, entries, int(seed), int(nonzeros))
+    sketches: Any = _checked(*(x.numpy() for x in _rounded(torch.from_numpy(sums), nonzeros)))
+    return torch.from_numpy(sketches).to(values.device) if isinstance(values, Tensor) else sketches
 
 
 class StreamingSketch(BlockStream):
@@ -144,14 +146,14 @@ class StreamingSketch(BlockStream):
         check_map(d, seed, nonzeros)
         super().__init__(n_rows)
         self.d, self.seed, self.nonzeros = int(d), int(seed), int(nonzeros)
-        self._sums: Any = None  # (n_rows, d) float64: an array here, a tensor on a device
+        self._sums: Any = None  # (n_rows, d) float64, where this object lives
         self._flat = {"seed": self.seed, "copies": self.nonzeros}
 
     def _begin(self) -> None:
         if self._device is not None:
             self._sums = torch.zeros(self.n_rows, self.d, dtype=torch.float64, device=self._device)
         elif self._sums is None:  # where they do not fit, nothing else is begun
-            self._sums = np.zeros((self.n_rows, self.d))
+            self._sums = torch.from_numpy(np.zeros((self.n_rows, self.d)))
 
     def _push(self, block: Operand, start: int, where: BlockRows) -> None:
         if (kernels := self._kernels) is not None:
@@ -163,20 +165,7 @@ class StreamingSketch(BlockStream):
         values = arrays.as_tensor(block).numpy()
         for i in np.lexsort((where.bases, where.targets)):
             indices = int(where.bases[i]) + start + np.arange(values.shape[1], dtype=np.int64)
-            reference.add_to_sketch(self._sums, where.targets[i], indices, values[i], **self._flat)
-
-    def push_csr(self, matrix: Csr[Any]) -> None:
-        """Add the rows of a CSR matrix of float32, row i to sketch i.
-
-        On a device as integers of 2⁻³⁸ of a row's largest entry, in no order.
-        """
-        self._settle(matrix.values)
-        if (kernels := self._kernels) is not None:
-            kernels("sketch_csr", a=matrix.compiled(kernels), **self._flat, sums=self._sums)
-            return
-        starts, columns, entries = (arrays.as_tensor(x).cpu() for x in (matrix.indptr, matrix.indices, matrix.values))
-        rows = torch.repeat_interleave(torch.arange(self.n_rows), starts.diff()).numpy()
-        reference.add_to_sketch(self._sums, rows, columns.numpy(), entries.numpy(), **self._flat)
+            reference.add_to_sketch(self._sums.numpy(), where.targets[i], indices, values[i], **self._flat)
 
     # ---- two-sided maps ------------------------------------------------------------------------------------
 
@@ -215,10 +204,10 @@ class StreamingSketch(BlockStream):
         weight = math.sqrt(self.nonzeros)
         if (kernels := self._kernels) is None:
             down, across = (self.places(offset, side, shape[side]) for side in (0, 1))
-            entries = weight * arrays.as_tensor(values).cpu().double().numpy()
+            entries, sums = weight * arrays.as_tensor(values).cpu().double().numpy(), self._sums.numpy()
             for i in np.lexsort((where.bases, where.targets)):
                 both = (down[where.bases[i] : where.bases[i] + p, None] ^ across).reshape(-1)
-                np.add.at(self._sums[where.targets[i]], both >> 1, entries[i] * (1 - 2 * (both & 1)))
+                np.add.at(sums[where.targets[i]], both >> 1, entries[i] * (1 - 2 * (both & 1)))
             return
         plan = where.on(self._device)
         make: Any = self.places if self._device is None else lambda *side: self._side(*side).places
@@ -284,7 +273,7 @@ class StreamingSketch(BlockStream):
         left, right = left.cpu().float().contiguous(), right.cpu().float().contiguous()
         by_delta, by_input = self.places(offset, one, n), self.places(offset, other, k)
         if (kernels := self._kernels) is None:
-            sums += weight * reference.sketch_outer(left, right, by_delta, by_input, self.d).numpy()
+            sums.add_(reference.sketch_outer(left, right, by_delta, by_input, self.d), alpha=weight)
             return
         kernels(
             "sketch_outer",
@@ -293,7 +282,7 @@ class StreamingSketch(BlockStream):
             delta_places=by_delta,
             input_places=by_input,
             weight=weight,
-            sums=sums.reshape(left.shape[0], left.shape[2], self.d),
+            sums=sums.view(left.shape[0], left.shape[2], self.d),
         )
 
     def places(self, offset: int, side: int, n: int) -> Array:
@@ -328,11 +317,8 @@ class StreamingSketch(BlockStream):
         Returns:
             What waits for them and gives them, once; any thread may call it. The sums are zero already.
         """
-        if self._device is not None:
-            under_way = to_host(*self._finished())
-            return lambda: _checked(*under_way.wait())
-        out, bad = self._finished()
-        return lambda: _checked(out, bad)
+        under_way = to_host(*self._finished())
+        return lambda: _checked(*under_way.wait())
 
     def finish_there(self) -> Operand:
         """Finish as :meth:`finish`, but leave the sketches where the sums live: a tensor, on a CUDA device.
@@ -342,40 +328,23 @@ class StreamingSketch(BlockStream):
         """
         if self._device is None:
             return self.finish()
-        out, bad = self._finished()
-        if int(bad) != ALL_FINITE:
-            _checked(out.cpu().numpy(), bad.cpu().numpy())
+        out, totals = self._finished()
+        if not bool(totals.isfinite().all()):
+            _checked(out.cpu().numpy(), totals.cpu().numpy())
         return out
 
-    def _finished(self) -> tuple[Any, Any]:
-        """The sketches ``(n_rows, d)`` float32, and ``(1,)`` int64: the first that is not finite, or ALL_FINITE.
-
-        The sums are zero afterwards. Waits for nothing.
-        """
+    def _finished(self) -> tuple[Tensor, Tensor]:
+        """What :func:`_rounded` gives. The sums are zero afterwards; nothing is waited for."""
         if not self._begun:
             self._begin()
-        out: Any
-        bad: Any
-        scale, shape, device = 1 / math.sqrt(self.nonzeros), self._sums.shape, self._device
-        if device is None:
-            out, bad = np.empty(shape, np.float32), np.full(1, ALL_FINITE)
-        else:
-            out = torch.empty(shape, dtype=torch.float32, device=device)
-            bad = torch.full((1,), ALL_FINITE, dtype=torch.int64, device=device)
-        if (kernels := self._kernels) is not None:
-            kernels("sketch_finish", sums=self._sums, scale=scale, out=out, bad=bad)
-        else:
-            with np.errstate(over="ignore"):
-                np.multiply(self._sums, scale, out=out, casting="same_kind")
-            finite = np.isfinite(out).all(axis=1)
-            bad[0] = ALL_FINITE if finite.all() else np.argmin(finite)
+        found = _rounded(self._sums, self.nonzeros)
         self.reset()
-        return out, bad
+        return found
 
     def reset(self) -> None:
         """Forget all that was pushed."""
         if self._sums is not None:
-            self._sums[:] = 0
+            self._sums.zero_()
 
 
 def _matrix(offset: Any, shape: Any) -> tuple[int, tuple[int, int]]:
@@ -392,12 +361,7 @@ def _matrix(offset: Any, shape: Any) -> tuple[int, tuple[int, int]]:
 
 @functools.lru_cache(maxsize=1024)
 def _places(seed: int, d: int, offset: int, side: int, n: int) -> Array:
-    native = dispatch.native()
-    if native is None:
-        return reference.sketch_places(seed, offset, side, d, n)
-    places = np.empty(n, np.int32)
-    native.sketch_places(seed=seed, offset=offset, side=side, d=d, places=places)
-    return places
+    return reference.sketch_places(seed, offset, side, d, n)
 
 
 @functools.lru_cache(maxsize=256)
@@ -406,9 +370,21 @@ def _side(seed: int, d: int, offset: int, side: int, n: int, device: torch.devic
     return Side(to_device(_places(seed, d, offset, side, n), device), d)
 
 
-def _checked(out: npt.NDArray[np.float32], bad: Any) -> npt.NDArray[np.float32]:
-    if (row := int(np.asarray(bad).item())) != ALL_FINITE:
-        raise NonFiniteError(row, int(np.argmin(np.isfinite(out[row]))))
+def _rounded(sums: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
+    """The sketches ``(n, d)`` float32 of sums, which are overwritten, and ``(n,)`` the sum of each."""
+    out = (sums.mul_(1 / math.sqrt(nonzeros)) if nonzeros > 1 else sums).float()
+    return out, out.sum(dim=1)
+
+
+def _checked(out: Array, totals: Array) -> Array:
+    """The sketches, once they are known to be finite; a sum of finite numbers may overflow.
+
+    Raises:
+        NonFiniteError: One is not; the index is that of its first such bucket.
+    """
+    for row in np.flatnonzero(~np.isfinite(totals)):
+        if not (finite := np.isfinite(out[row])).all():
+            raise NonFiniteError(int(row), int(finite.argmin()))
     return out
 
 

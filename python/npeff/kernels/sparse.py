@@ -384,13 +384,11 @@ def spread_multiply(w: A, p: A, row_offsets: A) -> A:
     if arrays.dtype_name(w) != arrays.dtype_name(p):
         raise ArgumentError(f"w: expected {arrays.dtype_name(p)}, got {arrays.dtype_name(w)}")
     arrays.same_device(w=w, p=p)
-    kernels = dispatch.compiled(p)
-    if kernels is None:
-        tensors = [arrays.as_tensor(x) for x in (w, p, row_offsets)]
-        return arrays.like(p, reference.spread_multiply(*tensors))
-    out = arrays.empty(tuple(p.shape), arrays.dtype_name(p), arrays.device_of(p))
-    kernels("spread_multiply", w=arrays.contiguous(w), p=p, row_offsets=row_offsets, out=out)
-    return arrays.like(p, out)
+    weights, rows, counts = arrays.as_tensor(w), arrays.as_tensor(p), arrays.as_tensor(row_offsets).diff()
+    if len(w) and rows.device.type == "cpu" and bool((counts == counts[0]).all()):  # the processor is not waited for
+        return arrays.like(p, (weights[:, None] * rows.view(len(w), -1, rows.shape[1])).view(rows.shape))
+    out = weights.repeat_interleave(counts, dim=0, output_size=len(rows))
+    return arrays.like(p, out.mul_(rows))
 
 
 @accepts_cupy
@@ -405,7 +403,7 @@ def fisher_norms(indptr: A, indices: A, values: A, n_columns: int, row_offsets: 
         row_offsets: ``(n + 1,)`` int64; example i owns rows ``row_offsets[i]:row_offsets[i+1]``.
 
     Returns:
-        ``(n,)`` float64, of the kind of ``values``.
+        ``(n,)`` float64, of the kind and device of ``values``; always computed on the processor.
 
     Raises:
         ArgumentError: Shapes, dtypes or devices do not fit, or an index or offset is out of range or out of order.
@@ -415,13 +413,17 @@ def fisher_norms(indptr: A, indices: A, values: A, n_columns: int, row_offsets: 
     row_offsets = arrays.contiguous(arrays.check(row_offsets, "row_offsets", ("int64",), (None,)))
     device = arrays.same_device(indptr=matrix.indptr, row_offsets=row_offsets)
     check_offsets(arrays.as_tensor(row_offsets), len(matrix.indptr) - 1)
-    kernels = dispatch.compiled(matrix.values)
+    kernels = dispatch.on_host()
     if kernels is None:
         offsets = arrays.as_tensor(row_offsets)
         return arrays.like(values, reference.fisher_norms(*matrix.tensors(), n_columns, offsets))
-    out = arrays.empty((len(row_offsets) - 1,), "float64", device)
-    kernels("fisher_norms", a=matrix.compiled(kernels), row_offsets=row_offsets, out=out)
-    return arrays.like(values, out)
+    here: Csr[Any] = matrix
+    if device.type != "cpu":
+        starts, columns, entries = (arrays.on_host(x) for x in (matrix.indptr, matrix.indices, matrix.values))
+        here = Csr(starts, columns, entries, n_columns)
+    out: Any = np.empty(len(row_offsets) - 1)
+    kernels("fisher_norms", a=here.compiled(kernels), row_offsets=arrays.on_host(row_offsets), out=out)
+    return torch.from_numpy(out).to(device) if isinstance(values, Tensor) else out
 
 
 def _check(p: A, row_offsets: A) -> tuple[A, A]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -17,6 +17,7 @@ from npeff.gradients.eligibility import BLOCKS
 from npeff.language.places import check_places
 from npeff.models.devices import parse_bytes
 from npeff.perturbation.effect import Prediction
+from npeff.perturbation.options import check_components
 from npeff.reports.evidence import INFLUENCES, PUSHED, Given, InfluenceSummary, TrustSummary
 from npeff.reports.examples import Gallery
 from npeff.reports.extras import Extras
@@ -66,11 +67,6 @@ class ReportOptions:
     progress: bool = True
 
     @classmethod
-    def among(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Select the options among the arguments of a function."""
-        return {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
-
-    @classmethod
     def checked(cls, components: Components, data: Any, given: Mapping[str, Any]) -> ReportOptions:
         """Make options from keyword arguments, and check them.
 
@@ -78,10 +74,7 @@ class ReportOptions:
             ArgumentError: The components, the data or an option are of another type than documented.
         """
         options = cls(**given)
-        if not isinstance(components, Components):
-            raise ArgumentError(
-                f"components: expected Components, got {type(components).__name__}; see npeff.decompose"
-            )
+        check_components(components)
         W = components.coefficients
         if not (np.isfinite(W) & (W >= 0)).all():
             raise ArgumentError("components: expected finite coefficients ≥ 0; decompose the Fishers again")

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, check_number
 from npeff.language.places import check_places
+from npeff.perturbation.options import among
 from npeff.reports.data import ReportOptions, heading
 from npeff.reports.examples import Gallery
 from npeff.reports.figures import Pixels, picture_of
@@ -206,7 +207,7 @@ def latex(
         DataError: The data ends early, or its labels are not those of the decomposed examples.
         StorageError: The document cannot be written.
     """
-    options = ReportOptions.checked(components, data, ReportOptions.among(locals()))
+    options = ReportOptions.checked(components, data, among(ReportOptions, locals()))
     path = path_of(path)
     if path.suffix.lower() != ".tex":
         raise ArgumentError(f"path: expected a name ending in .tex, got {path}")
