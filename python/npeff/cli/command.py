@@ -233,8 +233,12 @@ def for_report(out: Path, components: Any, data: str | None = None, **found: Any
     from npeff.reports import save_extras
 
     save_extras(out, components=components, **found)
-    more = f" --influence-data {data}" if data else ""
-    click.echo(f"{out}: for npeff report … --extras {out}{more}")
+    tell_extras(out, more=f" --influence-data {data}" if data else "")
+
+
+def tell_extras(out: Path, made: str = "", more: str = "") -> None:
+    """Say what was written to a file, and how the report gets it."""
+    click.echo(f"{out}: {made}for npeff report … --extras {out}{more}")
 
 
 def is_text(data: str) -> bool:
