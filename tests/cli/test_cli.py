@@ -179,6 +179,10 @@ def test_a_bug_is_not_disguised(boom):
         (["fishers", "tiny.py:training_mode", "tiny.py:data", "--out", "x.h5"], "eval()"),
         (["fishers", "tiny.py:model", "tiny.py:data", "--out", "absent/x.h5"], "absent"),
         (["info", "tiny.py"], "tiny.py"),
+        (
+            ["fishers", "tiny.py:model", "tiny.py:data", "--basis", "reduced", "--min-prob", "0.1", "--out", "x.h5"],
+            "min_prob",
+        ),
         (["info", "absent.h5"], "absent.h5"),
         (["info", "."], "expected a file, but this is a folder"),
         (["report", "components.h5", "--tokenizer", ""], "--tokenizer: expected package.module:callable"),
