@@ -299,6 +299,9 @@ def test_bad_component_options(capsys):
         (["linearize", "it.py:model", "it.py:data", "--embed", "it.py:embed"], "--embed belongs to --component"),
         (["influence", "it.py:model", "it.py:train", "it.py:data", "--out", "x.json"], "give --component"),
         (["rollback", "record.h5", "--targets", "test.txt", "--component", "g.h5:0"], "give --out"),
+        (["rollback", "record.h5", "--targets", "test.txt", "--epochs", "3"], "--epochs belongs to a training"),
+        (["rollback", "record.h5", "--targets", "test.txt", "--dim", "8"], "--dim belongs to a training"),
+        (["rollback", "record.h5", "--targets", "test.txt", "--record", "r.h5"], "--record belongs to a training"),
     ):
         assert run(arguments) == 2
         assert words in " ".join(capsys.readouterr().err.split())
