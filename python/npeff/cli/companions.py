@@ -89,6 +89,8 @@ def linearize(
     """
     if component and out is None:
         misused("--component: give --out, a name ending in .json")
+    if component and (table or output is not None):
+        misused("--component: leave --output and --table out, which are about one example")
     if "embed" in options and not (component and "forward" in options):
         misused("--embed belongs to --component, and needs --forward for what the model does with it")
     if "k" in options and not component:
