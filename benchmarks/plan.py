@@ -1,7 +1,7 @@
 """What ``npeff plan`` says beside what then happens: seconds, bytes on disk, peak memory, for three real models.
 
-Plan and truth run in processes of their own, one after the other on the same core. Seconds are those of the processor:
-on a machine that does other things too, the clock on the wall measures those. Writes ``results/plan.md``.
+Plan and truth run in processes of their own, one after the other on the same core, which must do nothing else: seconds
+are those of the clock on the wall. Writes ``results/plan.md``.
 
 MiniLM needs what ``real_models/minilm.py`` needs, and its weights, or it trains them first.
 
@@ -82,11 +82,11 @@ def planned(name: str, n: int, batches: int) -> dict[str, Any]:
     import npeff
 
     model, data = MODELS[name]()
-    began = time.process_time()
+    began = time.perf_counter()
     plan = npeff.plan(model, data, n_examples=n, n_components=16, batches=batches)
     print(plan, file=sys.stderr)
     document: dict[str, Any] = json.loads(plan.to_json())
-    return document | {"took": time.process_time() - began}
+    return document | {"took": time.perf_counter() - began}
 
 
 def happened(name: str, n: int, kind: Any, way: str) -> dict[str, Any]:
@@ -96,19 +96,19 @@ def happened(name: str, n: int, kind: Any, way: str) -> dict[str, Any]:
 
     model, data = MODELS[name]()
     with tempfile.TemporaryDirectory() as folder:
-        out, began = Path(folder) / "f.h5", time.process_time()
+        out, began = Path(folder) / "f.h5", time.perf_counter()
         with Peak() as peak:
             fishers = npeff.compute_fishers(
                 model, data, kind=kind, compress=compression(way), max_examples=n, out=out, progress=False
             )
-        found = {"seconds": time.process_time() - began, "memory": peak.peak - peak.before, "process": peak.peak}
+        found = {"seconds": time.perf_counter() - began, "memory": peak.peak - peak.before, "process": peak.peak}
         specs = open_container(out).specs.values()
         found |= {"bytes": sum(spec.nbytes for spec in specs if spec.dtype.kind != "S"), "file": out.stat().st_size}
         if kind == "low_rank" and way.startswith("top-k"):
-            began = time.process_time()
+            began = time.perf_counter()
             with Peak() as peak:
                 course = npeff.decompose(fishers, 16, progress=False).provenance["course"]
-            found |= {"decompose": time.process_time() - began, "decompose_memory": peak.peak - peak.before}
+            found |= {"decompose": time.perf_counter() - began, "decompose_memory": peak.peak - peak.before}
             found |= {"iterations": course["iterations"]}
     return found
 
@@ -134,12 +134,12 @@ def report(models: list[str], examples: int | None, batches: int) -> str:
         choices = {(choice["kind"], choice["name"]): choice for choice in plan["choices"]}
         notes.append(
             f"{name}: {plan['n_parameters']:,} parameters, {n} examples, {plan['passes']:g} passes; the plan itself "
-            f"took {plan['took']:.1f} s of the processor on {plan['trial_batches']} batches."
+            f"took {plan['took']:.1f} s on {plan['trial_batches']} batches."
         )
         for kind, way in WAYS[name]:
             expected, truth = choices[kind, way], child("run", name, str(n), kind, way)
             label = f"{kind}, {way}"
-            table.append(row(name, f"{label}: Fishers", expected["cpu_seconds"], truth["seconds"], "s"))
+            table.append(row(name, f"{label}: Fishers", expected["seconds"], truth["seconds"], "s"))
             assert expected["disk_bytes"] > 0
             table.append(row(name, f"{label}: file", expected["disk_bytes"] / 1e6, truth["file"] / 1e6, "MB"))
             held = (plan["process_bytes"] + expected["memory_bytes"]) / 1e6
@@ -162,8 +162,8 @@ def report(models: list[str], examples: int | None, batches: int) -> str:
             "",
             f"`python benchmarks/plan.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
             "",
-            f"{cpu}, one thread; torch {torch.__version__}, Python {platform.python_version()}. Seconds of the "
-            "processor; memory is anonymous memory (mapped pages of files not counted). Load average at the end: "
+            f"{cpu}, one thread; torch {torch.__version__}, Python {platform.python_version()}. "
+            "Memory is anonymous memory (mapped pages of files not counted). Load average at the end: "
             f"{os.getloadavg()[0]:.1f}.",
             "",
             *[f"- {note}" for note in notes],

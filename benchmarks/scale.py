@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from npeff.decomposition.kinds import LowRank
-from npeff.decomposition.processes import LOCAL, Group, Processes
+from npeff.decomposition.processes import LOCAL, Processes
 from npeff.decomposition.spaces import RowSpace
 from npeff.fishers.rows import DenseRows
 from npeff.fishers.scaling import ScaledRows
@@ -52,12 +52,12 @@ def steps(comm: Processes, first_row: int, count: int, width: int, r: int) -> di
         form = LowRank(RowSpace(scaled.rows, comm=comm), scaled)
         state = form.start(r, torch.Generator().manual_seed(0))
         state = form.step(state)
-        before = getattr(comm, "numbers_summed", 0)
+        before = comm.numbers_summed
         began = time.process_time()
         for _ in range(STEPS):
             state = form.step(state)
         seconds = (time.process_time() - began) / STEPS
-    numbers = (getattr(comm, "numbers_summed", 0) - before) / STEPS
+    numbers = (comm.numbers_summed - before) / STEPS
     return {"seconds": seconds, "bytes": peak.peak - peak.before, "numbers": numbers, "loss": state.loss}
 
 
@@ -66,7 +66,7 @@ def worker(rank: int, size: int, port: int, total: int, width: int, r: int, pipe
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     cuts = [total // RANK * k // size * RANK for k in range(size + 1)]
-    pipe.send(steps(Group(), cuts[rank], cuts[rank + 1] - cuts[rank], width, r))
+    pipe.send(steps(Processes(), cuts[rank], cuts[rank + 1] - cuts[rank], width, r))
     torch.distributed.destroy_process_group()
 
 

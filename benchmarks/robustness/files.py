@@ -285,7 +285,7 @@ def checkpoint_of(folder: Path, fishers: npeff.Fishers) -> tuple[dict[str, bytes
 
 
 def parts_of(folder: Path, fishers: dict[str, npeff.Fishers]) -> list[Subject]:
-    """The folder of a computation that was stopped: its shard, its header and its coverage."""
+    """The folder of a computation that was stopped: its shard and its header."""
     from npeff.fishers.fishers import FisherBlock
 
     found = []
@@ -297,7 +297,6 @@ def parts_of(folder: Path, fishers: dict[str, npeff.Fishers]) -> list[Subject]:
             for k in range(2):
                 p = item[4 * k : 4 * k + 4]
                 writer.append(FisherBlock(p.rows, p.ranks, p.norms, p.logits, p.labels, p.ids), f"batch {k}")
-            writer.record_coverage(item.coverage)
         parts = out.with_name(out.name + ".parts")
         files = {f"{parts.name}/{path.name}": path.read_bytes() for path in sorted(parts.glob("*.*"))}
         for chosen in sorted(files, key=lambda each: not each.endswith(".h5")):

@@ -24,128 +24,76 @@ from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
-from npeff.errors import (
-    ArgumentError,
-    DataError,
-    ForeignFileError,
-    ModelError,
-    NewerFileError,
-    NpeffError,
-    ResumeError,
-    StorageError,
-    TruncatedFileError,
-)
-
 if TYPE_CHECKING:
     from npeff import companions as companions
     from npeff import language as language
     from npeff import trust as trust
-    from npeff.batches.batches import Batch
-    from npeff.batches.places import TokenBatches
-    from npeff.components.components import Components, Encoded
-    from npeff.components.loading import load
-    from npeff.components.strategies import Strategy
-    from npeff.decomposition.decompose import decompose, expand
-    from npeff.decomposition.options import Progress, PublishedOptions
-    from npeff.fishers.computation import compute_fishers
-    from npeff.fishers.fishers import Fishers
-    from npeff.fishers.options import GramOnly, Sketch, TopK
-    from npeff.perturbation import (
-        Effect,
-        Moved,
-        Trace,
-        ablated,
-        applied,
-        heads,
-        mean_fisher,
-        perturb,
-        perturb_all,
-        trace,
-        units,
-    )
-    from npeff.perturbation.mending import Mending, mend
-    from npeff.planning import Plan, plan
-    from npeff.reports import report
+    from npeff.batches.batches import Batch as Batch
+    from npeff.batches.places import TokenBatches as TokenBatches
+    from npeff.components.components import Components as Components
+    from npeff.components.components import Encoded as Encoded
+    from npeff.components.loading import load as load
+    from npeff.components.strategies import Strategy as Strategy
+    from npeff.decomposition.decompose import decompose as decompose
+    from npeff.decomposition.decompose import expand as expand
+    from npeff.decomposition.options import Progress as Progress
+    from npeff.decomposition.options import PublishedOptions as PublishedOptions
+    from npeff.errors import ArgumentError as ArgumentError
+    from npeff.errors import DataError as DataError
+    from npeff.errors import ForeignFileError as ForeignFileError
+    from npeff.errors import ModelError as ModelError
+    from npeff.errors import NewerFileError as NewerFileError
+    from npeff.errors import NpeffError as NpeffError
+    from npeff.errors import ResumeError as ResumeError
+    from npeff.errors import StorageError as StorageError
+    from npeff.errors import TruncatedFileError as TruncatedFileError
+    from npeff.fishers.computation import compute_fishers as compute_fishers
+    from npeff.fishers.fishers import Fishers as Fishers
+    from npeff.fishers.options import GramOnly as GramOnly
+    from npeff.fishers.options import Sketch as Sketch
+    from npeff.fishers.options import TopK as TopK
+    from npeff.perturbation import Effect as Effect
+    from npeff.perturbation import Moved as Moved
+    from npeff.perturbation import Trace as Trace
+    from npeff.perturbation import ablated as ablated
+    from npeff.perturbation import applied as applied
+    from npeff.perturbation import heads as heads
+    from npeff.perturbation import mean_fisher as mean_fisher
+    from npeff.perturbation import perturb as perturb
+    from npeff.perturbation import perturb_all as perturb_all
+    from npeff.perturbation import trace as trace
+    from npeff.perturbation import units as units
+    from npeff.perturbation.mending import Mending as Mending
+    from npeff.perturbation.mending import mend as mend
+    from npeff.planning import Plan as Plan
+    from npeff.planning import plan as plan
+    from npeff.reports import report as report
 
 __version__ = _version("npeff")
 
-__all__ = [
-    "ArgumentError",
-    "Batch",
-    "Components",
-    "DataError",
-    "Effect",
-    "Encoded",
-    "Fishers",
-    "ForeignFileError",
-    "GramOnly",
-    "Mending",
-    "ModelError",
-    "Moved",
-    "NewerFileError",
-    "NpeffError",
-    "Plan",
-    "Progress",
-    "PublishedOptions",
-    "ResumeError",
-    "Sketch",
-    "StorageError",
-    "Strategy",
-    "TokenBatches",
-    "TopK",
-    "Trace",
+_PUBLIC = {
+    "errors": "ArgumentError DataError ForeignFileError ModelError NewerFileError NpeffError ResumeError StorageError "
     "TruncatedFileError",
-    "ablated",
-    "applied",
-    "compute_fishers",
-    "decompose",
-    "expand",
-    "heads",
-    "load",
-    "mean_fisher",
-    "mend",
-    "perturb",
-    "perturb_all",
-    "plan",
-    "report",
-    "trace",
-    "units",
-]
-
-# Imported at first use, so that `npeff --help` need not wait for torch.
-_HOMES = {
-    "Batch": "batches.batches",
-    "Components": "components.components",
-    "Effect": "perturbation",
-    "Encoded": "components.components",
-    "Fishers": "fishers.fishers",
-    "GramOnly": "fishers.options",
-    "Mending": "perturbation.mending",
-    "Moved": "perturbation",
-    "Plan": "planning",
-    "Progress": "decomposition.options",
-    "PublishedOptions": "decomposition.options",
-    "Sketch": "fishers.options",
-    "Strategy": "components.strategies",
-    "TokenBatches": "batches.places",
-    "TopK": "fishers.options",
-    "Trace": "perturbation",
-    "ablated": "perturbation",
-    "applied": "perturbation",
-    "compute_fishers": "fishers.computation",
-    "decompose": "decomposition.decompose",
-    "expand": "decomposition.decompose",
-    "heads": "perturbation",
-    "load": "components.loading",
-    "mean_fisher": "perturbation",
-    "mend": "perturbation.mending",
-    "perturb": "perturbation",
-    "perturb_all": "perturbation",
-    "plan": "planning",
-    "report": "reports",
-    "trace": "perturbation",
-    "units": "perturbation",
+    "batches.batches": "Batch",
+    "batches.places": "TokenBatches",
+    "components.components": "Components Encoded",
+    "components.loading": "load",
+    "components.strategies": "Strategy",
+    "decomposition.decompose": "decompose expand",
+    "decomposition.options": "Progress PublishedOptions",
+    "fishers.computation": "compute_fishers",
+    "fishers.fishers": "Fishers",
+    "fishers.options": "GramOnly Sketch TopK",
+    "perturbation": "Effect Moved Trace ablated applied heads mean_fisher perturb perturb_all trace units",
+    "perturbation.mending": "Mending mend",
+    "planning": "Plan plan",
+    "reports": "report",
 }
+"""Modules and the public names in them: imported at first use, so that ``npeff --help`` need not wait for torch."""
+
+_HOMES = {name: home for home, names in _PUBLIC.items() for name in names.split()}
+
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> object:

@@ -73,70 +73,57 @@ def run_demo(
         ArgumentError: scikit-learn is not installed.
         StorageError: The folder holds files that no demo made, or cannot be written.
     """
-    data, folder = digits(), Path(out)
+    data, folder, began = digits(), Path(out), time.perf_counter()
     lock = _prepare(folder)
     threads = torch.get_num_threads()
     # Everything here is small: more threads gain little, and on a busy machine they wait for each other.
     torch.set_num_threads(1)
-    try:
-        return _pipeline(data, folder, n_components, seed, epochs, max_examples, say, progress)
-    finally:
-        torch.set_num_threads(threads)
-        lock.release()
-
-
-def _pipeline(
-    data: Images,
-    folder: Path,
-    n_components: int,
-    seed: int,
-    epochs: int,
-    max_examples: int | None,
-    say: Callable[[str], object],
-    progress: bool,
-) -> Path:
-    began = time.perf_counter()
 
     def step(message: str) -> None:
         say(f"{time.perf_counter() - began:5.1f} s  {message}")
 
-    torch.manual_seed(seed)
-    model = train(digits_cnn(), data.first(TRAINED_ON), epochs=epochs, learning_rate=3e-3, seed=seed)
-    with atomic(folder / "model.pt") as scratch:
-        torch.save(model.state_dict(), scratch)
-    unseen = accuracy(model, data.take(slice(TRAINED_ON, None)))
-    n_unseen = len(data.labels) - TRAINED_ON
-    step(f"trained a CNN on {TRAINED_ON} digits; accuracy on {n_unseen} unseen ones {unseen:.1%}")
+    try:
+        torch.manual_seed(seed)
+        model = train(digits_cnn(), data.first(TRAINED_ON), epochs=epochs, learning_rate=3e-3, seed=seed)
+        with atomic(folder / "model.pt") as scratch:
+            torch.save(model.state_dict(), scratch)
+        unseen = accuracy(model, data.take(slice(TRAINED_ON, None)))
+        n_unseen = len(data.labels) - TRAINED_ON
+        step(f"trained a CNN on {TRAINED_ON} digits; accuracy on {n_unseen} unseen ones {unseen:.1%}")
 
-    fishers = npeff.compute_fishers(
-        model,
-        data,
-        energy=0.95,
-        compress=npeff.TopK(8192),
-        max_examples=max_examples,
-        seed=seed,
-        out=folder / "fishers.h5",
-        progress=progress,
-    )
-    step(
-        f"computed the Fishers of {len(fishers):,} digits: {fishers.rows.n_rows:,} rows, "
-        f"{fishers.n_parameters:,} parameters"
-    )
+        fishers = npeff.compute_fishers(
+            model,
+            data,
+            energy=0.95,
+            compress=npeff.TopK(8192),
+            max_examples=max_examples,
+            seed=seed,
+            out=folder / "fishers.h5",
+            progress=progress,
+        )
+        step(
+            f"computed the Fishers of {len(fishers):,} digits: {fishers.rows.n_rows:,} rows, "
+            f"{fishers.n_parameters:,} parameters"
+        )
 
-    components = npeff.decompose(fishers, n_components, seed=seed, progress=progress)
-    components.save(folder / "components.h5")
-    step(f"decomposed them into {n_components} components, relative loss {components.loss:.4f}")
+        components = npeff.decompose(fishers, n_components, seed=seed, progress=progress)
+        components.save(folder / "components.h5")
+        step(f"decomposed them into {n_components} components, relative loss {components.loss:.4f}")
 
-    page = npeff.report(
-        components, data, folder / "report", title="How a small network reads digits", progress=progress
-    )
-    step(f"wrote the page: {page}")
-    say("")
-    say("The same data, by hand:")
-    say(f"  npeff decompose {folder / 'fishers.h5'} --n-components 16 --out {folder / 'sixteen.h5'}")
-    page_too = folder / "sixteen.html"
-    say(f"  npeff report {folder / 'sixteen.h5'} --data {folder / 'digits.py'}:data --out {page_too}")
-    return page
+        page = npeff.report(
+            components, data, folder / "report", title="How a small network reads digits", progress=progress
+        )
+        step(f"wrote the page: {page}")
+        say("")
+        say("The same data, by hand:")
+        say(f"  npeff decompose {folder / 'fishers.h5'} --n-components 16 --out {folder / 'sixteen.h5'}")
+        say(
+            f"  npeff report {folder / 'sixteen.h5'} --data {folder / 'digits.py'}:data --out {folder / 'sixteen.html'}"
+        )
+        return page
+    finally:
+        torch.set_num_threads(threads)
+        lock.release()
 
 
 def _prepare(folder: Path) -> Lock:
@@ -145,10 +132,8 @@ def _prepare(folder: Path) -> Lock:
     Raises:
         StorageError: It holds files of the same names that no demo made, or cannot be written; or a demo runs there.
     """
-    marker, made = (
-        folder / "digits.py",
-        [folder / name for name in ("model.pt", "fishers.h5", "components.h5")],
-    )
+    marker = folder / "digits.py"
+    made = [folder / name for name in ("model.pt", "fishers.h5", "components.h5")]
     there = [path.name for path in made if os.path.lexists(path)]
     ours = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(TARGETS.splitlines()[0])
     if (there or os.path.lexists(marker)) and not ours:

@@ -28,12 +28,12 @@ from npeff.decomposition.decompose import components_of
 from npeff.decomposition.decompose import decompose as decompose_alone
 from npeff.decomposition.options import WITHOUT_EFFECT, Callback, DecomposeOptions, Progress
 from npeff.decomposition.problem import prepare
-from npeff.decomposition.processes import Group, Processes, connect, ending_together
+from npeff.decomposition.processes import Processes, connect, ending_together
 from npeff.decomposition.search import Search
 from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError, WorkerError
 from npeff.fishers import computation
 from npeff.fishers.computation import EmptyShareError
-from npeff.fishers.file_format import joined_data, write_fishers
+from npeff.fishers.file_format import example_arrays, example_fields, joined_data, write_fishers
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.options import GramOnly
 from npeff.fishers.parts import batches_in, parts_folder
@@ -41,7 +41,7 @@ from npeff.models.parameters import model_digest
 from npeff.storage.container import Container, open_container
 from npeff.storage.files import atomic, check_target, path_of, refuse_link
 
-__all__ = ["Group", "Processes", "WorkerError", "compute_fishers", "connect", "decompose"]
+__all__ = ["Processes", "WorkerError", "compute_fishers", "connect", "decompose"]
 
 Array = npt.NDArray[Any]
 
@@ -351,11 +351,7 @@ def _joined(part: Components, fishers: Fishers, group: Processes) -> Components 
         coefficients=coefficients.numpy(),
         row_weights=None if weights is None else weights.numpy(),
         row_offsets=None if weights is None else np.asarray(fishers.row_offsets),
-        labels=np.asarray(fishers.labels),
-        logits=fishers.logits,
-        places=fishers.places,
-        ids=np.asarray(fishers.ids),
-        norms=np.asarray(fishers.norms),
+        **example_fields(example_arrays(fishers)),
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -39,11 +40,12 @@ def linear() -> nn.Module:
 class Wrapped:
     """As accelerate and others wrap a DataLoader."""
 
-    def __init__(self, loader: Any) -> None:
-        self.base_dataloader = loader
+    def __init__(self, loader: Any, name: str = "base_dataloader") -> None:
+        setattr(self, name, loader)
+        self.loader = loader
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.base_dataloader)
+        return iter(self.loader)
 
 
 class Shuffles:
@@ -70,8 +72,9 @@ class Augments:
         DataLoader(SET, 4, sampler=SubsetRandomSampler(range(N))),
         DataLoader(SET, batch_sampler=BatchSampler(RandomSampler(SET), 4, False)),
         Wrapped(DataLoader(SET, 4, shuffle=True)),
+        Wrapped(DataLoader(SET, 4, shuffle=True), "data"),
     ],
-    ids=["shuffle", "seeded", "weighted", "subset", "batch sampler", "wrapped"],
+    ids=["shuffle", "seeded", "weighted", "subset", "batch sampler", "wrapped", "wrapped as data"],
 )
 @pytest.mark.parametrize("compress", [None, npeff.GramOnly()])
 def test_samplers_that_shuffle_are_refused(data: Any, compress: Any) -> None:
@@ -85,6 +88,42 @@ def test_other_shuffling_is_seen_at_the_first_batch(data: Any, compress: Any) ->
     with pytest.raises(DataError, match="its first batch is another one each time"):
         fishers_of(linear(), data, compress=compress)
     assert len(fishers_of(linear(), iter(data))) == N  # one pass is one order
+
+
+class Counts:
+    """The same tensors in every pass, beside them a value that no pass repeats."""
+
+    def __init__(self, value: Callable[[int], Any]) -> None:
+        self.value, self.passes = value, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        yield {"x": SET[:4][0], "beside": self.value(self.passes)}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.int64,
+        complex,
+        slice,
+        lambda k: {k, "a"},
+        lambda k: [k, 23 - k] if k > 1 else [1, 22],
+        lambda k: [1, 23] if k % 2 else [12, 3],
+        lambda k: np.array([f"202{k}-01-01"], "M8[D]"),
+        lambda k: np.array([k, None]),
+        lambda k: Image.fromarray(np.full((2, 2), k, np.uint8)),
+        lambda k: torch.tensor([1j * k]).conj(),
+    ],
+)
+def test_a_change_of_any_value_is_seen(value: Callable[[int], Any]) -> None:
+    with pytest.raises(DataError, match="its first batch is another one each time"):
+        fishers_of(linear(), Counts(value), forward=lambda model, batch: model(batch["x"]))
+
+
+def test_sets_have_no_order_that_stays() -> None:
+    with pytest.raises(ArgumentError, match="data: expected an iterable of batches, got set"):
+        fishers_of(linear(), {SET[:4][0], SET[4:8][0]})
 
 
 def test_a_random_order_that_stays_is_welcome() -> None:
@@ -146,7 +185,7 @@ def test_workers_that_stay_give_the_same_as_none(persistent: bool) -> None:
 @pytest.mark.parametrize("size", [4, 20])
 def test_workers_that_repeat_a_stream_are_refused(size: int) -> None:
     with pytest.raises(DataError, match=r"every one of the 2 workers .*get_worker_info"):
-        fishers_of(linear(), Wrapped(DataLoader(Stream(False), size, num_workers=2)))
+        fishers_of(linear(), Wrapped(DataLoader(Stream(False), size, num_workers=2), "data"))
     assert len(fishers_of(linear(), DataLoader(Stream(True), size, num_workers=2))) == N
     assert len(fishers_of(linear(), DataLoader(Stream(False), size, num_workers=1))) == N
 

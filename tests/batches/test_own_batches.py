@@ -298,7 +298,7 @@ def test_take_is_asked_for_positions_of_the_whole_batch() -> None:
         (lambda: npeff.Batch(X, 0), "n_examples"),
         (lambda: npeff.Batch(X, 6, "rows"), "take: expected callable"),
         (lambda: npeff.Batch((X[:, 0], Y), 6, lambda c, i: c[7]), "take: failed on a batch of 6 examples"),
-        (lambda: npeff.Batch((X[:, 0], Y), 6, lambda c, i: (c[0][i], c[1])), "take: expected 1 labels"),
+        (lambda: npeff.Batch((X[:, 0], Y), 6, lambda c, i: (c[0][i], c[1])), "take: expected 2 labels"),
     ],
 )
 def test_wrong_batches_are_refused(batch: Any, words: str) -> None:

@@ -1,5 +1,7 @@
 """Slips on the command line and in what a page is made of: nothing is lost, and one message tells."""
 
+from functools import wraps
+
 import numpy as np
 import pytest
 import torch
@@ -65,13 +67,14 @@ def test_inputs_are_not_overwritten(files, capsys, command, target):
     [("absent/d.h5", "does not exist"), (".", "a folder is there"), ("f.h5", "is there, and is not overwritten")],
 )
 def test_decompose_checks_the_output_before_the_search(files, capsys, monkeypatch, out, words):
-    monkeypatch.setattr(npeff, "decompose", lambda *a, **k: pytest.fail("it searched"))
+    monkeypatch.setattr(npeff, "decompose", wraps(npeff.decompose)(lambda *a, **k: pytest.fail("it searched")))
     assert run(["decompose", "f.h5", "--n-components", "2", "--out", out]) == 1
     assert words in capsys.readouterr().err
 
 
 def test_encode_checks_the_output_before_solving(files, capsys, monkeypatch):
-    monkeypatch.setattr(npeff.Components, "encode", lambda *a, **k: pytest.fail("it solved"))
+    encode = npeff.Components.encode
+    monkeypatch.setattr(npeff.Components, "encode", wraps(encode)(lambda *a, **k: pytest.fail("it solved")))
     assert run(["encode", "c.h5", "f.h5", "--out", "absent/d.csv"]) == 1
     assert "does not exist" in capsys.readouterr().err
 
@@ -132,6 +135,13 @@ def test_text_that_is_no_unicode(components, tmp_path):
         ({"data": 5}, "data: expected an iterable of batches, got 5"),
         ({"k": "a"}, "k: expected at least 1"),
         ({"class_names": 5}, "class_names: expected a list"),
+        ({"class_names": {3: "a", 2: "b", 1: "c", 0: "d"}}, "class_names: expected a list"),
+        ({"class_names": {"a", "b", "c", "d"}}, "class_names: expected a list"),
+        ({"k": True}, "k: expected at least 1"),
+        ({"seed": "a"}, "seed: expected an integer ≥ 0, got 'a'"),
+        ({"title": 5}, "title: expected a text, got 5"),
+        ({"strategies": True}, "strategies: expected a Strategy or a number from 1 to 3, got True"),
+        ({"components": components_of(coefficients=np.full((40, 3), np.nan))}, "components: expected finite"),
         ({"components": 5}, "components: expected Components, got int"),
         ({"out": 5}, "out: expected a path"),
     ],
@@ -139,6 +149,23 @@ def test_text_that_is_no_unicode(components, tmp_path):
 def test_wrong_arguments_of_report(components, tmp_path, options, words):
     with pytest.raises(ArgumentError, match=words):
         npeff.report(**{"components": components, "out": tmp_path, **options})
+
+
+def test_wrong_arguments_of_collages_and_documents(components, tmp_path):
+    for wrong in (0, "fine"):
+        with pytest.raises(ArgumentError, match="dpi: expected a"):
+            npeff.reports.collage(components, None, 0, tmp_path / "x.png", dpi=wrong)
+    for wrong, words in ((1, "chosen: expected numbers of components, got 1"), ([3], "expected a component below 3")):
+        with pytest.raises(ArgumentError, match=words):
+            npeff.reports.latex(components, None, tmp_path / "x.tex", chosen=wrong)
+    with pytest.raises(ArgumentError, match="title: expected a text"):
+        npeff.reports.latex(components, None, tmp_path / "x.tex", title=5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_classes_do_not_turn_what_stands_beside_them(components, tmp_path):
+    text = page(components, None, tmp_path, class_names=["a\u202eb", "c", "d", "e"])
+    assert "\u202e" not in text and "a\\u202eb" in text
 
 
 def test_class_names_of_the_command(files, capsys):

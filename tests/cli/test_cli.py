@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import runpy
+import shlex
 import subprocess
 import sys
+from functools import wraps
 from importlib import import_module
 
 import numpy as np
@@ -313,11 +315,38 @@ def test_reader_that_goes_away(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "components.h5"]])
+def test_reader_that_is_gone_before_anything_is_written(folder, arguments):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "npeff", *arguments], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_each_command_tells_the_next_one(folder, capsys, monkeypatch):
+    (folder / "a way").mkdir()
+    monkeypatch.chdir(folder / "a way")
+    command = ["fishers", "../tiny.py:model", "../tiny.py:data", "--exact", "--out", "f 1.h5"]
+    for following in ("decompose", "report", "trust"):
+        assert run(command) == 0
+        (told,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("next: "))
+        command = shlex.split(told.removeprefix("next: npeff ").partition(" (")[0].partition(",")[0])
+        assert command[0] == following
+        command = [{"DATA": "../tiny.py:data", "FISHERS": "f 1.h5"}.get(word, word) for word in command]
+    assert sorted(os.listdir()) == ["components.h5", "f 1.h5", "report"]
+    assert run(["report", "components.h5", "--out", "x.html", "--quiet"]) == 0
+    said = capsys.readouterr().err
+    assert "without --data the pages show numbers alone" in said and "next:" not in said
+
+
 def test_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("npeff.demo.TRAINED_ON", 100)
     real, solve = import_module("npeff.demo").run_demo, npeff.decompose
-    monkeypatch.setattr(npeff, "decompose", lambda *a, **k: solve(*a, **k, n_init=1, n_replacements=0))
-    monkeypatch.setattr("npeff.demo.run_demo", lambda *a, **k: real(*a, **k, epochs=1, max_examples=40))
+    few = wraps(solve)(lambda *a, **k: solve(*a, **k, n_init=1, n_replacements=0))
+    monkeypatch.setattr(npeff, "decompose", few)
+    small = wraps(real)(lambda *a, **k: real(*a, **k, epochs=1, max_examples=40))
+    monkeypatch.setattr("npeff.demo.run_demo", small)
     command = ["demo", "--out", str(tmp_path / "demo"), "--n-components", "3", "--no-open", "--quiet"]
     assert run(command) == 0
     text = capsys.readouterr().out

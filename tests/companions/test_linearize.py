@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from linearize_cases import Call
 from npeff import demo
 from npeff.companions.linearize import linearize
-from npeff.errors import ArgumentError, ModelError
+from npeff.errors import ArgumentError, ModelError, OutOfMemoryError
 
 
 class Block(nn.Module):
@@ -335,8 +336,8 @@ def test_steps_known_to_keep_examples_apart():
     ).eval()  # fmt: skip
     linear = linearize(usual, torch.rand(5, 1, 8, 8))
     assert linear._program.examples_apart(5) and not linear._program.examples_apart(4)
-    linear._independent = False
-    assert linear._are_independent(), "and the gradients agree"
+    linear._program.examples_apart = lambda n: False
+    assert linear._independent, "and the gradients agree"
 
     for mix in (
         lambda x: x.view(2, 6).sum(0).view(2, 3),  # rows of other rows
@@ -361,3 +362,51 @@ def test_examples_that_influence_each_other_are_refused():
         linear.W  # noqa: B018
     whole = linearize(Mixing(), torch.randn(4, 3).double(), batched=False)
     assert whole.W.shape == (12, 4, 3) and whole.residual() <= 1e-12
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_any_example_that_reaches_another_is_seen(n):
+    """One example's input in another's output, for every pair; and an RNN that takes the examples for a sequence."""
+
+    def reaching(one, other):
+        def function(x):
+            y = x.relu()
+            y[other] += x[one]
+            return y
+
+        return Call(function)
+
+    x = torch.randn(n, 3)
+    models = [reaching(i, j) for i in range(n) for j in range(n) if i != j]
+    for model in (*models, Call(lambda x: x + x.roll(n - n // 2, 0))):
+        with pytest.raises(ModelError, match="examples influence each other"):
+            linearize(model, x).rmatvec(torch.ones(n, 3))
+    network = nn.RNN(3, 2, nonlinearity="relu")
+    sequence = Call(lambda x: network(x)[0])
+    for weight in network.parameters():
+        nn.init.constant_(weight, 0.1)
+    x = x.abs()
+    with pytest.raises(ModelError, match="examples influence each other"):
+        linearize(sequence, x).rmatvec(torch.ones(n, 2))
+    assert linearize(Call(lambda x: x[torch.arange(n)].relu()), x).rmatvec(torch.ones(n, 3)).shape == (n, 3)
+
+
+def test_rows_of_very_many_outputs():
+    linear = linearize(Call(lambda x: x.repeat(1, 200_000)), torch.ones(1, 3))
+    rows = next(linear.rows())
+    assert rows.shape[2] == 3 and torch.equal(rows[0, :3], torch.eye(3))
+
+
+def test_too_little_memory_is_told_with_what_to_do():
+    class Full(nn.Module):
+        full = False
+
+        def forward(self, x):
+            return torch.empty(1 << 58) if self.full else x.relu()
+
+    model, x = Full(), torch.ones(2, 3)
+    linear = linearize(model, x)
+    model.full = True
+    for act in (lambda: linearize(model, x), lambda: linear.same_pattern(x)):
+        with pytest.raises(OutOfMemoryError, match=r"^memory: .*the linear map of x .*; give fewer examples"):
+            act()

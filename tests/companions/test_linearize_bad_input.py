@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from linearize_cases import Call
 from npeff.companions.linearize import linearize
 from npeff.errors import ArgumentError, DataError, ModelError
 
@@ -84,6 +85,17 @@ def test_layers_that_cannot_be_the_start(function, words):
 
     with pytest.raises(ArgumentError, match=words):
         linearize(Net(), torch.rand(2, 4), at="layer")
+
+
+def test_complex_values_and_products_in_place_are_named():
+    at = torch.tensor([[0, 1]] * 2)
+    for function in (
+        lambda x: x + torch.fft.irfft(torch.fft.rfft(x)),  # no constants
+        lambda x: x + x.to(torch.complex64).real,
+        lambda x: x.scatter(1, at, x, reduce="multiply"),
+    ):
+        with pytest.raises(ModelError, match="has no affine form here"):
+            linearize(Call(function), torch.randn(2, 4), smooth="freeze")
 
 
 def test_arguments_of_the_map():

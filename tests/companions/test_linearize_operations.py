@@ -7,18 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from linearize_cases import Call
 from npeff.companions.linearize import linearize
-
-
-class Call(nn.Module):
-    """A function as a model."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 def images(seed=0):
@@ -195,7 +185,12 @@ def test_an_input_that_the_model_overwrites_is_left_alone():
 
 def test_ties_and_kinks_are_as_autograd_has_them():
     x = torch.tensor([[0.0, 1.0, 1.0, -2.0]], dtype=torch.float64)
-    for function in (torch.relu, F.relu6, F.hardtanh, lambda x: x.clamp(0, 1), torch.abs, lambda x: x.amax(1, True)):
+    one = torch.ones(4, dtype=torch.float64)
+    for function in (
+        torch.relu, F.relu6, F.hardtanh, lambda x: x.clamp(0, 1), torch.abs, lambda x: x.amax(1, True),
+        lambda x: torch.maximum(x, x.flip(1)), lambda x: torch.minimum(x, 2 * x), lambda x: torch.maximum(x, one),
+        lambda x: torch.fmax(x, x.flip(1)), lambda x: torch.fmin(one, x),
+    ):  # fmt: skip
         linear = linearize(Call(function), x)
         jacobian = torch.autograd.functional.jacobian(function, x)[0, :, 0]
         assert torch.equal(linear.W[0], jacobian)

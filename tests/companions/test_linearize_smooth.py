@@ -7,17 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from linearize_cases import Call
 from npeff.companions.linearize import linearize
 from npeff.errors import ModelError
-
-
-class Call(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 class First(nn.Module):

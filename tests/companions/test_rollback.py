@@ -86,7 +86,7 @@ def test_fit_records_what_torch_does(kind: str, optimizer: str, all_rows: bool) 
     recipe = Recipe(epochs=2, negatives=4, learning_rate=0.05, optimizer=optimizer)
     record = rollback.fit(fast, examples, recipe, all_rows=all_rows, progress=False)
     stepper = OPTIMIZERS[optimizer](slow.parameters(), 0.05)
-    with rollback.RollbackRecorder(stepper, slow, examples, all_rows=all_rows, momentum="accept") as recorder:
+    with rollback.RollbackRecorder(stepper, slow, examples, all_rows=all_rows) as recorder:
         train_with_torch(slow, examples, recipe, recorder, stepper, optimizer == "adam")
     other = recorder.record
     assert other is not None and other.all_rows == all_rows
@@ -120,7 +120,7 @@ def test_gradients_shared_between_rows(optimizer: str) -> None:
     recipe = Recipe(epochs=2, negatives=4, learning_rate=0.05, optimizer=optimizer)
     record = rollback.fit(fast, examples, recipe, progress=False)
     stepper = OPTIMIZERS[optimizer](slow.parameters(), 0.05)
-    with rollback.RollbackRecorder(stepper, slow, examples, momentum="accept") as recorder:
+    with rollback.RollbackRecorder(stepper, slow, examples) as recorder:
         train_with_torch(slow, examples, recipe, recorder, stepper, optimizer == "adam")
     ours, theirs = record.updates["entities"], recorder.record.updates["entities"]
     np.testing.assert_allclose(record.final["entities"], recorder.record.final["entities"], atol=1e-9)

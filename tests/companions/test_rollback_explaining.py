@@ -182,8 +182,20 @@ def test_unknown_names_and_rows_are_told(trained) -> None:
         rollback.fit(DistMult(3, 1, 2), np.zeros((0, 3), int))
     with pytest.raises(ArgumentError, match="k: expected"):
         explainer.explain(targets[0], 0)
-    with pytest.raises(ArgumentError, match="positions below"):
+    with pytest.raises(ArgumentError, match="candidates: expected positions below"):
         explainer.influence(targets[0], np.array([10_000]))
+    for wrong in ([10_000], [0.5], [-1], 0):
+        with pytest.raises(ArgumentError, match="removed: expected positions"):
+            rollback.retrain(model, record, [np.array(wrong)])
+    for arguments, words in (
+        ({"dim": 0}, "dim: expected an integer ≥ 1"),
+        ({"n_relations": 0}, "n_relations: expected"),
+        ({"seed": "a"}, "seed: expected"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            DistMult(**{"n_entities": 3, "n_relations": 1, **arguments})
+    with pytest.raises(ModelError, match=r"tables are bfloat16, .*model.float\(\)"):
+        rollback.fit(DistMult(3, 1, 2).bfloat16(), np.zeros((2, 3), int), progress=False)
 
 
 def test_another_model_than_the_recorded_one_is_refused(trained) -> None:
@@ -203,7 +215,6 @@ def test_optimisers_that_change_other_rows_are_refused() -> None:
     ):
         with pytest.raises(ModelError, match="changes rows that have no gradient"):
             rollback.RollbackRecorder(optimizer, model, examples)
-        rollback.RollbackRecorder(optimizer, model, examples, momentum="accept")
     for accepted in (
         SGD(model.parameters(), 0.1),
         torch.optim.Adagrad(model.parameters()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,25 @@ def test_vmask_samples_in_training_and_weighs_in_evaluation() -> None:
     assert 0 < float(vmask.entropy(torch.ones(4, 6))) <= np.log(2) + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decided_masks_have_a_finite_entropy_in_any_precision(dtype: torch.dtype) -> None:
+    vmask = VMask(8).to(dtype)
+    nn.init.constant_(vmask.outer.bias[0], 60)  # every token is kept
+    vmask(torch.randn(2, 3, 8).to(dtype))
+    entropy = vmask.entropy(torch.ones(2, 3))
+    entropy.backward()
+    assert 0 <= float(entropy) < 0.06 and torch.isfinite(vmask.outer.weight.grad).all()
+
+
+def test_a_model_with_a_mask_is_copied_in_the_middle_of_training() -> None:
+    model, (ids, mask, _) = small(), planted(4, 0)
+    with SAFRRegularizer(model, "vmask") as regularizer:
+        model(ids, mask)
+        regularizer.penalty(mask)
+    other = copy.deepcopy(model)
+    assert torch.equal(other.eval()(ids, mask), model.eval()(ids, mask))
+
+
 # ---- hooks -------------------------------------------------------------------------------------------------
 
 
@@ -228,25 +249,33 @@ def test_bad_input_is_told() -> None:
         SAFRRegularizer(model, "embed", importance=-1)
     with pytest.raises(ArgumentError, match="needs attention modules"):
         SAFRRegularizer(model, "embed", ())
+    with pytest.raises(ArgumentError, match=r"model: expected .*, got str"):
+        SAFRRegularizer("model", "embed")
+    with pytest.raises(ArgumentError, match="vmask: expected a VMask or None, got Linear"):
+        SAFRRegularizer(model, "embed", vmask=nn.Linear(2, 2))
     regularizer = SAFRRegularizer(model, "vmask")
     with pytest.raises(ModelError, match="no embeddings were seen; use it as"):
         regularizer.penalty(mask)
     with SAFRRegularizer(model, "head"), pytest.raises(ModelError, match="float tensor"):
         model(ids, mask)
-    with SAFRRegularizer(model, "vmask", [model.head], interaction=1.0), pytest.raises(ModelError, match="'head'"):
-        model(ids, mask)
+    for which in ([model.head], model.head):
+        with SAFRRegularizer(model, "vmask", which), pytest.raises(ModelError, match="'head'"):
+            model(ids, mask)
 
 
 # ---- the score and the picture -----------------------------------------------------------------------------
 
 
 def test_score_is_of_directions_and_of_what_shares_them() -> None:
-    assert safr.superposition_score(np.eye(5)) == pytest.approx(0)
+    for vectors in (np.eye(5), torch.eye(5, dtype=torch.bfloat16)):
+        assert safr.superposition_score(vectors) == pytest.approx(0)
     pairs = np.repeat(np.eye(3), 2, axis=0)
     assert safr.superposition_score(pairs) == pytest.approx(0.5)
     rng = np.random.default_rng(0)
     x, importance = rng.normal(size=(40, 8)), rng.random(40)
     score = safr.superposition_score(x, importance)
+    units = x / np.linalg.norm(x, axis=1, keepdims=True)
+    assert score == pytest.approx(np.average(1 - 1 / np.square(units @ units.T).sum(1), weights=importance))
     rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]
     assert score == pytest.approx(safr.superposition_score(3 * x @ rotation, 7 * importance))
     assert safr.superposition_score(torch.from_numpy(x)) == pytest.approx(40 / 48, abs=0.05)  # V / (V + d)

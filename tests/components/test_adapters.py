@@ -104,6 +104,15 @@ def test_sketched_components_become_adapters_by_a_pass_for_their_factors(
     kept = npeff.load(path)
     assert isinstance(kept, npeff.Components) and kept.rank == 4 and kept.not_recovered == [1, 2]
     assert kept.to_peft(0, tmp_path / "b", model, rank=2) < share
+    # The factors have lost something, and a step along them is as long as it is for perturb and applied all the same.
+    assert 0.5 < kept.held_norm(0) < 0.9999
+    direction = kept.state_dict(0)
+    with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
+        layers = {key.split(".lora_")[0] for key in file.keys()}  # noqa: SIM118  # no mapping
+        for layer in layers:
+            A, B = (file.get_tensor(f"{layer}.lora_{letter}.weight") for letter in "AB")
+            step = direction[layer.removeprefix("base_model.model.") + ".weight"]
+            torch.testing.assert_close(B @ A, step, rtol=1e-4, atol=1e-6)
     assert (tmp_path / "a" / "adapter_config.json").read_text() != (tmp_path / "b" / "adapter_config.json").read_text()
     with pytest.raises(ArgumentError, match="factors of rank 4, fewer than 8"):
         kept.to_peft(0, tmp_path / "c", model)

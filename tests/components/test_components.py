@@ -12,6 +12,9 @@ import npeff
 from decomposition_cases import QUICK, example_fishers
 from npeff.fishers.rows import DenseRows
 from planted import fishers_of, planted
+from small_network import model, x
+
+__all__ = ["model", "x"]  # fixtures
 
 
 @pytest.fixture(scope="module", params=["low_rank", "diagonal"])
@@ -80,6 +83,61 @@ def test_encode_of_a_subset_is_the_subset_of_the_encoding(fitted) -> None:
     np.testing.assert_allclose(
         components.encode(fishers[chosen]).coefficients, components.encode(fishers).coefficients[chosen], atol=1e-6
     )
+
+
+WEIGHTS = {"0.*": 3.0, "3.*": 0.1}
+
+
+def computed(model: torch.nn.Module, x: torch.Tensor, **options: object) -> npeff.Fishers:
+    return npeff.compute_fishers(model, [x], progress=False, **options)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_weights_of_the_fishers_do_not_change_what_they_are_encoded_as(model, x, kind) -> None:
+    """Block weights belong to the components: those that other Fishers were computed with are undone."""
+    plain, weighted = computed(model, x, kind=kind), computed(model, x, kind=kind, block_weights=WEIGHTS)
+    for fishers in (plain, weighted):
+        components = npeff.decompose(fishers, 3, **QUICK)
+        encoded = [components.encode(other).coefficients for other in (plain, weighted)]
+        np.testing.assert_allclose(encoded[0], encoded[1], atol=1e-5)
+        expanded = [npeff.expand(components, other, 1, **QUICK) for other in (plain, weighted)]
+        assert expanded[0].loss == pytest.approx(expanded[1].loss, rel=1e-3)
+
+
+def test_sketches_of_other_weights_are_refused(model, x) -> None:
+    plain, weighted = (computed(model, x, compress=npeff.Sketch(16), block_weights=w) for w in ("energy", WEIGHTS))
+    with pytest.raises(npeff.ArgumentError, match="block weights of the components"):
+        npeff.decompose(plain, 2, **QUICK).encode(weighted)
+    with pytest.raises(npeff.ArgumentError, match="block weights of the components"):
+        npeff.decompose(weighted, 2, **QUICK).encode(plain)
+
+
+def test_fishers_of_another_model_or_likelihood_are_told(model, x) -> None:
+    components = npeff.decompose(computed(model, x), 2, **QUICK)
+    gaussian = computed(model, x, likelihood="gaussian")
+    with pytest.warns(UserWarning, match="another likelihood"):
+        components.encode(gaussian)
+    model[3].weight.data[0, 0] += 1
+    for use in (
+        components.encode,
+        lambda fishers: npeff.expand(components, fishers, 1, **QUICK),
+        lambda fishers: npeff.trust.null_model(fishers, components, repeats=1, **QUICK),
+    ):
+        with pytest.warns(UserWarning, match="another model"):
+            use(computed(model, x))
+
+
+def test_arguments_of_other_types_are_named(fitted) -> None:
+    fishers, components = fitted
+    for use, match in (
+        (lambda: components.encode(3), "fishers: expected Fishers, got int"),
+        (lambda: npeff.expand(fishers, fishers, 1), "components: expected Components, got Fishers"),
+        (lambda: components.vector(True), "j: expected a component"),
+        (lambda: components.top_examples(0, 2.5), "k: expected an integer"),
+        (lambda: components.strategies(True), "n: expected an integer"),
+    ):
+        with pytest.raises(npeff.ArgumentError, match=match):
+            use()
 
 
 def test_encode_finds_planted_coefficients_of_unseen_examples() -> None:

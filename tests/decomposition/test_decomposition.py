@@ -162,7 +162,7 @@ def test_a_zero_fisher_is_kept_with_coefficient_zero(kind: str) -> None:
 def test_checkpoint_resumes_to_the_same_bits(tmp_path) -> None:
     fishers = example_fishers(n=60)
     whole = npeff.decompose(fishers, 5, **QUICK)
-    path = tmp_path / "search.npz"
+    path = tmp_path / "search"
 
     class Killed(Exception):
         pass
@@ -187,7 +187,7 @@ def test_checkpoint_resumes_to_the_same_bits(tmp_path) -> None:
 
 
 def test_a_search_that_its_callback_ended_goes_on_from_its_checkpoint(tmp_path) -> None:
-    fishers, path = example_fishers(n=60), tmp_path / "search.npz"
+    fishers, path = example_fishers(n=60), tmp_path / "search"
     stopped = npeff.decompose(fishers, 5, checkpoint=path, callback=lambda p: p.stage == "replacement", **QUICK)
     whole = npeff.decompose(fishers, 5, checkpoint=path, **QUICK)
     assert whole.loss <= stopped.loss
@@ -205,7 +205,7 @@ def test_options_are_the_arguments_of_decompose() -> None:
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path) -> None:
-    fishers, path = example_fishers(), tmp_path / "search.npz"
+    fishers, path = example_fishers(), tmp_path / "search"
 
     def stop(progress: npeff.Progress) -> None:
         if progress.stage == "replacement":
@@ -218,7 +218,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path) -> None:
     with pytest.raises(npeff.ResumeError, match="Fishers themselves"):
         npeff.decompose(example_fishers(seed=1), 5, checkpoint=path, **QUICK)
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(npeff.StorageError, match=r"search\.npz"):
+    with pytest.raises(npeff.StorageError, match="search"):
         npeff.decompose(fishers, 5, checkpoint=path, **QUICK)
 
 
@@ -290,11 +290,37 @@ def test_published_algorithm_runs_and_is_not_better(kind: str) -> None:
         ({"n_components": 3, "normalize": "twice"}, "normalize"),
         ({"n_components": 3, "block_weights": "fair"}, "block_weights"),
         ({"n_components": 3, "init": (np.ones((2, 2)), np.ones((2, 2)))}, "init"),
+        ({"n_components": 3, "init": 3}, "init: expected a pair"),
+        ({"n_components": 3, "checkpoint": 3}, "checkpoint: expected a path"),
+        ({"n_components": 3, "algorithm": "published", "init": (np.ones((40, 3)), np.ones((3, 30)))}, "init: the publ"),
+        ({"n_components": 3, "algorithm": "published", "orthogonality": "hard"}, "orthogonality: the published"),
+        ({"n_components": 3, "algorithm": "published", "checkpoint": "c"}, "checkpoint: the published"),
+        ({"n_components": 3, "algorithm": "published", "space": "gram"}, "space: the published"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(npeff.ArgumentError, match=message):
         npeff.decompose(example_fishers(), progress=False, **options)
+
+
+def test_a_checkpoint_belongs_to_what_was_given_beside_the_fishers(tmp_path) -> None:
+    """Vectors to start from, or to keep, are no options; a search from others must not go on from its state."""
+    fishers, state = example_fishers(), tmp_path / "state"
+    rng = np.random.default_rng(0)
+    one, other = ((rng.random((40, 3)), torch.randn(3, 30)) for _ in range(2))
+    first = npeff.decompose(fishers, 3, init=one, checkpoint=state, **QUICK)
+    again = npeff.decompose(fishers, 3, init=one, checkpoint=state, **QUICK)
+    np.testing.assert_array_equal(again.coefficients, first.coefficients)
+    for options in ({"init": other}, {}):
+        with pytest.raises(npeff.ResumeError, match="init="):
+            npeff.decompose(fishers, 3, checkpoint=state, **options, **QUICK)
+    some, others = (npeff.decompose(part, 2, **QUICK) for part in (fishers[:20], fishers[20:]))
+    state = tmp_path / "expanded"
+    npeff.expand(some, fishers, 1, checkpoint=state, **QUICK)
+    with pytest.raises(npeff.ResumeError, match="expanded"):
+        npeff.expand(others, fishers, 1, checkpoint=state, **QUICK)
+    with pytest.raises(npeff.ResumeError, match="expanded"):
+        npeff.decompose(fishers, 3, checkpoint=state, **QUICK)
 
 
 def test_bad_data_is_named() -> None:

@@ -13,7 +13,7 @@ import torch
 
 import npeff
 from npeff.decomposition.options import choose_space
-from npeff.decomposition.spaces import RowSpace, StreamedSpace
+from npeff.decomposition.spaces import RowSpace
 from npeff.errors import ArgumentError
 from npeff.fishers.rows import DenseRows, SparseRows
 from npeff.fishers.scaling import StreamedRows, scale
@@ -60,7 +60,7 @@ def test_products_by_parts_are_the_products(form: str, part_bytes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     G = torch.randn(5, rows.n_columns, generator=generator, dtype=torch.float64)
     S = torch.randn(rows.n_rows, 4, generator=generator, dtype=torch.float64)
-    space = StreamedSpace(rows, torch.float64)
+    space = RowSpace(rows, torch.float64, stream=True)
     for project, combine in ((space.project, space.combine), (rows.project, None)):
         torch.testing.assert_close(project(G), dense @ G.T)
         if combine is not None:
@@ -97,7 +97,7 @@ def test_checkpoints_resume_over_streamed_rows(tmp_path: Path) -> None:
     fishers = stored("dense")
     options = {"space": "streamed", "n_init": 1, "n_replacements": 3, "progress": False}
     whole = npeff.decompose(fishers, 4, **options)
-    path = tmp_path / "state.npz"
+    path = tmp_path / "state"
     seen: list[int] = []
 
     def stop(progress: npeff.Progress) -> bool:

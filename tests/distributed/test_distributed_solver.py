@@ -79,6 +79,29 @@ def test_components_are_those_of_one_process(tmp_path, case, size):
     assert np.array_equal(many.labels, one.labels)
 
 
+def differing(rank: int, paths: list[str], options: list[dict]) -> object:
+    return npeff.distributed.decompose(npeff.load(paths[rank]), progress=False, **options[rank])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "ArgumentError: seed: rank 1 was given 1, and rank 0 0"),
+        ({"n_components": 4}, "ArgumentError: n_components: rank 1 was given 4, and rank 0 3"),
+        ({}, "DataError: fishers: rank 1 has other Fishers than rank 0"),
+    ],
+)
+def test_processes_that_differ_are_named(tmp_path, change, words):
+    """Each would go on by its own numbers, and the sums over all of them would mean nothing."""
+    paths = [stored("dense", tmp_path / "f.h5")] * 2
+    if not change:
+        paths[1] = str(tmp_path / "g.h5")
+        npeff.load(paths[0])[::-1].save(paths[1])
+    options = {"n_components": 3, "n_init": 1, "n_replacements": 0, "max_iterations": 5}
+    for how, said in run(2, differing, paths, [options, options | change]):
+        assert how == "raised" and words in said
+
+
 # ---- what is exchanged, and what survives ------------------------------------------------------------------
 
 

@@ -78,7 +78,7 @@ def report_killed(rank: int, folder: str) -> None:
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    ReportWriter.finish = die  # parts are written, the page is not
+    ReportWriter.publish = die  # parts are written, the page is not
     npeff.report(decomposed(), pictures(), folder, progress=False)
 
 

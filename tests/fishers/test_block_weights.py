@@ -111,7 +111,7 @@ def test_weights_that_do_not_fit_are_refused(model: nn.Module, data: Any) -> Non
         with pytest.raises(ArgumentError, match=words):
             compute(model, data, block_weights=wrong)
     components = npeff.decompose(compute(model, data, npeff.Sketch(64), block_weights=WEIGHTS), 2, **SEARCH)
-    with pytest.raises(ArgumentError, match="weighted afterwards"):
+    with pytest.raises(ArgumentError, match="compute them with the same block_weights"):
         components.encode(compute(model, data, npeff.Sketch(64)))
     with pytest.raises(ArgumentError, match=r"down\.bias had weight 0"):
         npeff.decompose(compute(model, data, block_weights=WEIGHTS), 2, block_weights={"*": 1.0}, **SEARCH)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npeff.components.loading import describe, load
-from npeff.components.published import describe_published, read_published, write_published
+from npeff.components.published import read_published, write_published
 from npeff.errors import ArgumentError, ForeignFileError, StorageError, TruncatedFileError
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.rows import DenseRows
@@ -300,7 +300,7 @@ def test_reading_decompositions(tmp_path, layout):
         np.testing.assert_allclose(after, before, rtol=1e-5)
     else:
         np.testing.assert_allclose(found.coefficients @ found.vectors, W @ VECTORS, rtol=1e-5)
-    about = describe_published(path)
+    about = describe(path)
     assert about["n_parameters"] == M and about["n_examples"] == 5
 
 

@@ -24,12 +24,11 @@ def write_with_writer(out: Path, n_batches: int = 12, pause: float = 0.004) -> N
     """Batches with little sleeps, in shards of one or two."""
     fishers = fishers_of(ranks=(2, 1, 3) * n_batches)
     with FisherWriter(out, header_of(fishers), shard_bytes=200) as writer:
-        writer.record_coverage(fishers.coverage)
         for index, block in enumerate(blocks_of(fishers, 3)):
             if not writer.skip(f"batch {index}", 3):
                 time.sleep(pause)
                 writer.append(block, f"batch {index}")
-        writer.finish()
+        writer.finish(fishers.coverage)
 
 
 def write_with_model(out: Path | None) -> None:

@@ -92,7 +92,7 @@ def test_two_sided_parameters_come_from_their_factors(
     monkeypatch.setattr(SketchSink, "paired", always)
     factored = compute(model, data, sketch)
     assert set(taken) == {"layer.weight", "turned"}
-    monkeypatch.setattr(blocks, "pairs", lambda *_: None)
+    monkeypatch.setattr(blocks.Tiling, "pairs", lambda *_: None)
     formed = compute(model, data, sketch)
     size = np.abs(formed.rows.values).max()
     np.testing.assert_allclose(factored.rows.values, formed.rows.values, rtol=0, atol=3e-6 * size)

@@ -50,7 +50,6 @@ def main(version: str) -> None:
     with FisherWriter(folder / "unfinished.h5", header_of(fishers), shard_bytes=1) as writer:
         for index, block in enumerate(blocks_of(fishers, 2)[:2]):
             writer.append(block, f"batch {index}")
-        writer.record_coverage(fishers.coverage)
     published = HERE / "published"
     if not published.exists():
         published.mkdir()

@@ -47,8 +47,8 @@ def test_in_factors_as_formed(monkeypatch: pytest.MonkeyPatch, padding: int | No
     shapes: list[str] = []
     monkeypatch.setattr("npeff.gradients.blocks.TILE_ELEMENTS", 100)
     monkeypatch.setattr(SketchSink, "paired", always)
-    plain = npeff.gradients.blocks.tied
-    monkeypatch.setattr("npeff.gradients.blocks.tied", lambda *given: shapes.append("tied") or plain(*given))
+    plain = npeff.gradients.blocks.Tiling.tied
+    monkeypatch.setattr("npeff.gradients.blocks.Tiling.tied", lambda *given: shapes.append("tied") or plain(*given))
     factored = npeff.compute_fishers(model, data, progress=False, **options)
     assert shapes
     np.testing.assert_allclose(factored.norms, formed.norms, rtol=1e-5)

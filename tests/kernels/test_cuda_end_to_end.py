@@ -13,7 +13,7 @@ import torch
 
 import npeff
 from device_cases import same, words_and_data
-from npeff.fishers.computation import sink_for
+from npeff.fishers.computation import SINKS
 from npeff.fishers.factors import Factors
 from npeff.fishers.options import FisherOptions
 from npeff.fishers.sinks import Sink, SketchSink
@@ -85,7 +85,7 @@ def test_blocks_are_collected_without_waiting(compress: Any) -> None:
     )
     logits = torch.zeros(8, 4, device="cuda")
     for attempt in range(2):  # the first one makes plans and workspaces
-        sink = sink_for(parameters, factors, np.arange(8), FisherOptions(compress=compress), at_once=False)
+        sink = SINKS[type(compress)](parameters, factors, np.arange(8), FisherOptions(compress=compress), at_once=False)
         if attempt == 0:
             _add(sink, table, runs, starts, pairs)
             numbers, made = sink.finish(logits)

@@ -264,6 +264,7 @@ def test_texts_without_columns(tokenizer: Any, tmp_path: Path) -> None:
         (["a", None], {}, "text 1 is None; expected a text"),
         ([], {}, "texts: there are none"),
         (5, {}, "texts: expected a list of texts, .* got int"),
+        ({"It is", "It was"}, {}, "texts: expected a list of texts, .* got set"),
         ("It is good. " * 100, {}, "texts: there is no file It is good.*…; for one text pass a list"),
         ("It\0is", {}, "texts: there is no file"),
         (["a", "b\ud800"], {}, "texts: text 1 has half a surrogate pair"),

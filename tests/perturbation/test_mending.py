@@ -12,8 +12,9 @@ from torch import nn
 
 import npeff
 from npeff.batches.reading import read_batch
+from npeff.perturbation.evaluate import CheckedModel
 from npeff.perturbation.mending import divide_examples, mend
-from npeff.perturbation.repair import DirectionBlock, LabelledOutputs, LayerSteps, RepairLoss, RepairSearch
+from npeff.perturbation.repair import DirectionBlock, LabelledExamples, LayerSteps, Repair
 from npeff.perturbation.weights import Weights, applied
 
 
@@ -85,14 +86,15 @@ def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
     model = model.double()
     try:
         batches = [read_batch((x.double(), y), torch.device("cpu"), i, False) for i, (x, y) in enumerate(data)]
-        labelled = LabelledOutputs.of(model, batches, None, "categorical")
+        examples = LabelledExamples(CheckedModel(model, torch.device("cpu"), None, "categorical", None), batches)
         vectors = [
             {p.name: DirectionBlock(torch.from_numpy(G).double()) for p, G, _ in components.blocks(j)} for j in (0, 3)
         ]
         shapes = {p.name: p.shape for p in components.parameters}
         kept = ~fooled & (np.arange(len(fooled)) % 3 > 0)
         weights = Weights(model)
-        loss = RepairLoss(labelled, weights, LayerSteps(vectors, shapes, by_layer), fooled, kept)
+        fitted = fooled, kept
+        loss = Repair(examples, weights, LayerSteps(vectors, shapes, by_layer), fitted, fitted, 0.0)
         try:
             c = np.array([0.3, -0.2, 0.1, 0.4]) if by_layer else np.array([0.3, -0.2])
             _, gradient = loss.value_and_gradient(c, 2.0)
@@ -108,7 +110,7 @@ def test_gradient_is_the_slope_of_the_objective(shortcut, by_layer) -> None:
 @pytest.mark.parametrize("by_layer", [True, False])
 def test_nothing_is_changed_when_the_tolerance_forbids_it(shortcut, monkeypatch, by_layer) -> None:
     model, data, components, fooled = shortcut
-    monkeypatch.setattr(RepairSearch, "within", lambda self, c: False)
+    monkeypatch.setattr(Repair, "within", lambda self, c: False)
     mending = mend(
         model, data, components, 0, repair=np.flatnonzero(fooled), progress=False, by_layer=by_layer, iterations=2
     )
@@ -193,12 +195,78 @@ def test_outputs_that_do_not_fit_are_refused(shortcut, monkeypatch) -> None:
         mend(model, data, components, 0, progress=False)
 
 
+def test_one_yes_or_no_question_is_mended_as_two_classes_are() -> None:
+    """A Bernoulli output z is the two logits 0 and z: the same directions repair the same examples."""
+    torch.manual_seed(0)
+    x = torch.randn(120, 4)
+    y = (x[:, 0] + 0.7 * torch.randn(120) > 0).long()
+    data = list(zip(x.split(40), y.split(40), strict=True))
+    one = nn.Sequential(nn.Linear(4, 1)).eval()
+    fishers = npeff.compute_fishers(one, data, likelihood="bernoulli", progress=False)
+    components = npeff.decompose(fishers, 3, progress=False, n_init=1, n_replacements=0)
+    with torch.no_grad():
+        wrong = ((one(x)[:, 0] > 0) != (y == 1)).numpy()
+
+    def both(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([torch.zeros(len(batch[0]), 1), model(batch[0])], 1)
+
+    asked = {"repair": np.flatnonzero(wrong), "tolerance": 1.0, "progress": False}
+    found = mend(one, data, components, range(3), **asked)
+    two = replace(components, provenance={}, logits=np.zeros((120, 0), np.float32))
+    expected = mend(one, data, two, range(3), forward=both, **asked)
+    assert found.changed and found.repaired[0] == 0 and found.repaired == expected.repaired
+    np.testing.assert_allclose(found.coefficients, expected.coefficients, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("likelihood", "width"), [("gaussian", 3), ("bernoulli", 3)])
+def test_outputs_that_are_no_class_are_not_mended(shortcut, likelihood, width) -> None:
+    model, data, components, fooled = shortcut
+    known = replace(components, provenance={"fishers": {"options": {"likelihood": likelihood}}})
+    with pytest.raises(npeff.DataError, match=f"labels: mending repairs predicted classes; {width} {likelihood}"):
+        mend(model, data, known, 0, repair=np.flatnonzero(fooled), progress=False)
+
+
+def test_a_model_or_data_that_is_not_that_of_the_components_is_refused(shortcut) -> None:
+    model, data, components, fooled = shortcut
+    wrong = {"repair": np.flatnonzero(fooled), "progress": False}
+    with pytest.raises(npeff.ArgumentError, match=r"the components are of a parameter '0\.weight'"):
+        mend(nn.Linear(7, 3), data, components, 0, **wrong)
+    with pytest.raises(npeff.ModelError, match="eval"):
+        mend(nn.Sequential(*model, nn.Dropout()).train(), data, components, 0, **wrong)
+    with pytest.raises(npeff.DataError, match="logits: example 0 has the logits"):
+        mend(model, [(x * torch.nan, y) for x, y in data], components, 0, **wrong)
+    with pytest.raises(npeff.DataError, match="labels: expected classes below 3, the model's outputs, got 7"):
+        mend(model, [(x, y + 5 * (y == 2)) for x, y in data], components, 0, **wrong)
+    with pytest.raises(npeff.DataError, match="labels: expected one class per example, got shape"):
+        two = [npeff.Batch((x, torch.stack([y, y], 1)), places=False) for x, y in data]
+        mend(model, two, components, 0, **wrong)
+    with pytest.raises(npeff.DataError, match="have other outputs than when the Fishers were computed"):
+        mend(model, data[::-1], components, 0, progress=False)
+
+
+def test_positions_may_be_a_mask_and_no_others_may_be_left(shortcut) -> None:
+    model, data, components, fooled = shortcut
+    options = {"iterations": 2, "progress": False}
+    mask, positions = (mend(model, data, components, 1, repair=r, **options) for r in (fooled, np.flatnonzero(fooled)))
+    assert mask.to_json() == positions.to_json() and 0 < mask.n_repair < fooled.sum()
+    with pytest.raises(npeff.ArgumentError, match="repair: expected positions of examples in data"):
+        mend(model, data, components, 0, repair=[1.5, 2.5], **options)
+    everything = mend(model, data, components, 1, repair=range(500), **options)
+    assert everything.n_others == 0 and np.isnan(everything.accuracy).all()
+    assert everything.to_json()["accuracy"] == [None, None] and ", no others;" in repr(everything)
+
+
 def test_bad_arguments_are_named(shortcut) -> None:
     model, data, components, fooled = shortcut
     unlabelled = [x for x, _ in data]
     for call, error, text in (
         (lambda: mend(model, data, components, 99), npeff.ArgumentError, "which"),
         (lambda: mend(model, data, components, []), npeff.ArgumentError, "which"),
+        (lambda: mend(model, data, components, None), npeff.ArgumentError, "which: expected components below 8"),
+        (lambda: mend(model, data, "components.h5", 0), npeff.ArgumentError, "components: expected Components"),
+        (lambda: mend("model", data, components, 0), npeff.ArgumentError, "model: expected a torch"),
+        (lambda: mend(model, data, components, 0, seed=-1), npeff.ArgumentError, "seed"),
+        (lambda: mend(model, data, components, 0, forward=3), npeff.ArgumentError, "forward"),
         (lambda: mend(model, data, components, 0, repair=[10**6]), npeff.ArgumentError, "repair"),
         (lambda: mend(model, data, components, 0, repair=[]), npeff.DataError, "repair"),
         (lambda: mend(model, data, components, 0, tolerance=2), npeff.ArgumentError, "tolerance"),

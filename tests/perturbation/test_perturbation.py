@@ -18,7 +18,7 @@ from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.models.parameters import Parameters
 from npeff.perturbation.directions import random_direction
 from npeff.perturbation.effect import CONTROLS
-from npeff.perturbation.figures import FIGURES, Interval, mean_figure
+from npeff.perturbation.figures import FIGURES, Interval, interval
 from npeff.perturbation.outputs import correct, curvature, divergence, flipped
 from npeff.perturbation.steps import find_step
 from perturbation_cases import batches, components_of, deep, fishers_of, flat, linear, same, state
@@ -241,8 +241,8 @@ def test_figures_are_what_they_say(case):
     right = (after == labels).double().numpy()
     assert effect.accuracy["top"][1] == pytest.approx(right[effect.top].mean())
     assert math.isnan(value.pop("perplexity_ratio"))  # there was no unrelated data
-    for interval in map(effect.figures.get, value):
-        assert interval.low - 1e-12 <= interval.high
+    for figure in map(effect.figures.get, value):
+        assert figure.low - 1e-12 <= figure.high
     ratio = effect.figures["ratio"]
     assert ratio.low < ratio.value < ratio.high
     assert effect.curve.top.shape == (2, 3) and (np.diff(effect.curve.top, axis=1) > 0).all()
@@ -254,11 +254,74 @@ def test_intervals_cover():
     rng = np.random.default_rng(0)
     hits = sum(
         i.low <= 1.0 <= i.high
-        for i in (mean_figure(rng.exponential(size=60)).interval(n_resamples=300) for _ in range(100))
+        for i in (interval(np.mean, rng.exponential(size=60), levels=(0.95, 300, 0)) for _ in range(100))
     )
     assert 84 <= hits <= 100
-    assert mean_figure([2.0, 2.0, 2.0]).interval() == Interval(2.0, 2.0, 2.0)
-    assert np.isnan(mean_figure([np.nan, np.inf]).value)
+    assert interval(np.mean, np.full(3, 2.0), levels=(0.95, 99, 0)) == Interval(2.0, 2.0, 2.0)
+    assert np.isnan(interval(np.mean, np.array([np.nan])).value)
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+def test_figures_of_one_example_of_ties_and_of_unknown_labels(likelihood):
+    """Top and baseline that are one and the same example; equal coefficients; labels of −1; a plain computation."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 1 if likelihood == "bernoulli" else 3)).double().eval()
+    data = [(x, torch.where(y == 2, -1, y)) for x, y in batches(12, 5)]
+    components = components_of(model, data, likelihood=likelihood)
+    tied = components.coefficients.copy()
+    tied[:, 0] = [0.5, 0, 0.5, 0, 0.5, 0, 0.5, 0, 0.001, 0, 0.5, 0]
+    components = replace(components, coefficients=tied, norms=np.where(np.arange(12) == 3, 0, components.norms))
+    options = {**QUICK, "magnitude": 0.8, "sign": 1}
+    effect = npeff.perturb(model, data, components, 0, **{**options, "top": 4, "n_resamples": 20})
+    assert effect.ids[effect.top].tolist() == [0, 2, 4, 6], "of equal coefficients the first"
+    assert effect.disjoint.tolist() == [1, 3, 5, 7, 8, 9, 11], "at most 1 % of the top's mean"
+    x, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    with torch.no_grad():
+        before = model(x)
+        with npeff.applied(model, components.state_dict(0), 0.8):
+            after = model(x)
+    if likelihood == "bernoulli":
+        before, after = (torch.cat([torch.zeros_like(z), z], 1) for z in (before, after))
+    p, q = before.softmax(1), after.softmax(1)
+    kl = (q * (q.log() - p.log())).sum(1) if likelihood != "gaussian" else (after - before).square().sum(1) / 2
+    np.testing.assert_allclose(effect.kl, kl, rtol=1e-6)
+    known = (labels >= 0).numpy()
+    own, moved = (of[torch.arange(12), labels.clamp_min(0)].numpy() for of in (p, q))
+    right = [(of.argmax(1) == labels).numpy()[known].mean() for of in (before, after)]
+    if likelihood == "gaussian":
+        assert np.isnan(effect.label_after).all() and np.isnan(effect.flipped).all()
+        assert np.isnan(effect.accuracy["all"]).all() and not effect.predictions
+    else:
+        np.testing.assert_allclose(effect.label_before, np.where(known, own, np.nan), rtol=1e-6)
+        np.testing.assert_allclose(effect.label_after, np.where(known, moved, np.nan), rtol=1e-6)
+        assert effect.figures["label_baseline"].value == pytest.approx(moved[known].mean())
+        assert effect.figures["flipped_baseline"].value == pytest.approx(
+            float((before.argmax(1) != after.argmax(1)).double().mean())
+        )
+        assert effect.accuracy["all"] == pytest.approx(right)
+    relative = np.delete(kl.numpy() / components.norms.clip(1e-30), 3)  # a Fisher that vanished has no such figure
+    expected = spearmanr(relative, np.delete(tied[:, 0], 3)).statistic
+    assert effect.figures["normalised_rank_correlation"].value == pytest.approx(expected)
+    one = npeff.perturb(model, data, components, 0, **{**options, "top": [4], "baseline": [4], "n_resamples": 20})
+    assert (one.ids.tolist(), one.ratio, one.disjoint.tolist()) == ([4], 1.0, [])
+    assert math.isnan(one.figures["disjoint_ratio"].value) and math.isnan(one.figures["ratio"].low)
+    assert math.isnan(one.figures["normalised_rank_correlation"].value), "too few examples to rank"
+    both = npeff.perturb(model, data, components, 0, **{**options, "top": [4, 1], "baseline": [1, 4, 7]})
+    assert both.ratio == pytest.approx(float(kl[[1, 4]].mean() / kl[[1, 4, 7]].mean())), "they may overlap"
+
+
+def test_unrelated_data_of_a_yes_or_no_question_and_of_outputs_without_classes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 1)).double().eval()
+    data = [(x, y) for x, y in batches(12, 5, classes=2)]
+    components = components_of(model, data, likelihood="bernoulli")
+    effect = npeff.perturb(model, data, components, 0, magnitude=0.3, sign=1, unrelated=data, **QUICK)
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    with torch.no_grad():
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(model(x)[:, 0], y.double())
+    assert effect.perplexity[0] == pytest.approx(float(expected.exp()))
+    with pytest.raises(DataError, match="unrelated: perplexity is of classes, and 1 gaussian outputs are none"):
+        npeff.perturb(model, data, components, 0, magnitude=0.3, unrelated=data, likelihood="gaussian", **QUICK)
 
 
 def test_json_holds_everything_and_the_table_shows_it(case, tmp_path):
@@ -481,10 +544,14 @@ def test_many_components_with_one_reading(case):
         ({"reject": "all"}, "reject"),
         ({"max_sim": 0.1}, "max_sim: it belongs to reject"),
         ({"combine": "sum"}, "combine"),
+        ({"combine": [1, 2]}, "combine: expected a weight for each of the 1 components"),
+        ({"combine": ["a"]}, "combine: expected numbers"),
+        ({"prompts": 3.5}, "prompts: expected a list of texts"),
         ({"lam": 0.5}, "diagonal"),
         ({"top": 0}, "top"),
         ({"top": [40]}, "top: expected indices below 40"),
         ({"top": [0.5]}, "top"),
+        ({"top": [[1], [2, 3]]}, "top: expected a number of examples"),
         ({"baseline": 0}, "baseline"),
         ({"baseline": "some"}, "baseline"),
         ({"baseline": [-1]}, "baseline"),
@@ -518,6 +585,8 @@ def test_other_arguments_that_do_not_go_together(case):
         npeff.perturb(model, data, idle, 0, **QUICK)
     with pytest.raises(ArgumentError, match="there is no such option"):
         npeff.perturb_all(model, data, components, [0], speed=3)
+    with pytest.raises(ArgumentError, match="which: expected a list of components"):
+        npeff.perturb_all(model, data, components, 3, **QUICK)
     training = nn.Sequential(linear()[0], nn.Dropout()).train()
     with pytest.raises(ModelError, match="eval"):
         npeff.perturb(training, data, components, 0, **QUICK)

@@ -130,7 +130,7 @@ def test_mean_fisher_against_dense_ones(likelihood):
     assert same(before, state(model))
     some = npeff.mean_fisher(model, data, likelihood=likelihood, parameters="3.*", max_examples=9, progress=False)
     assert list(some) == ["3.weight", "3.bias"]
-    expected = np.einsum("nmm->nm", F[:16]).mean(0)[-14:]
+    expected = np.einsum("nmm->nm", F[:9]).mean(0)[-14:]
     np.testing.assert_allclose(np.concatenate([t.numpy().reshape(-1) for t in some.values()]), expected, rtol=1e-5)
 
 
@@ -152,11 +152,35 @@ def test_what_is_refused(case):
         (-np.ones(62), "finite values ≥ 0"),
         ({"0.weight": torch.ones(6, 5)}, "'0.bias' is missing"),
         ({p.name: torch.ones(1) for p in components.parameters}, "0.weight has shape"),
+        ({p.name: "a" for p in components.parameters}, "fisher: expected numbers"),
+        ([[1], [2, 3]], "fisher: expected numbers"),
     ):
         with pytest.raises(ArgumentError, match=words):
             npeff.perturb(model, data, components, 0, fisher=fisher, **QUICK)
-    for options in ({"lam": 1.0}, {"lam": [0.5, "x"]}, {"reject": "span"}, {"floor": -1.0}):
+    for options in (
+        {"lam": 1.0}, {"lam": [0.5, "x"]}, {"lam": []}, {"reject": "span"}, {"floor": -1.0}, {"combine": "principal"},
+        {"combine": [1.0]},
+    ):  # fmt: skip
         with pytest.raises(ArgumentError, match=next(iter(options))):
             npeff.perturb(model, data, components, 0, **{**QUICK, **options})
     with pytest.raises(DataError, match="it yielded no batches"):
         npeff.mean_fisher(model, [], progress=False)
+    with pytest.raises(ArgumentError, match="max_examples"):
+        npeff.mean_fisher(model, data, max_examples=0, progress=False)
+    with pytest.raises(ArgumentError, match="lam: expected a number between 0 and 1"):
+        interpolation(np.ones(3), np.ones(3), 2.0)
+    with pytest.raises(ArgumentError, match="expected the same shape"):
+        interpolation(np.ones(3), np.ones(4), 0.5)
+
+
+def test_a_given_fisher_may_be_tensors_of_any_kind(case):
+    model, data, components, F = case
+    f = np.einsum("nmm->nm", F).mean(0)
+    options = {"magnitude": 0.2, "sign": 1, "lam": 0.5, **QUICK}
+    expected = npeff.perturb(model, data, components, 0, fisher=np.round(f, 3), **options)
+    parts = components.parameters.unflatten(np.round(f, 3))
+    learned = {name: torch.from_numpy(part.copy()).requires_grad_() for name, part in parts.items()}
+    np.testing.assert_allclose(npeff.perturb(model, data, components, 0, fisher=learned, **options).kl, expected.kl)
+    half = {name: torch.from_numpy(part.copy()).bfloat16() for name, part in parts.items()}
+    found = npeff.perturb(model, data, components, 0, fisher=half, **options)
+    np.testing.assert_allclose(found.kl, expected.kl, rtol=0.1, atol=1e-6)

@@ -147,6 +147,8 @@ def test_direction_as_tensors(components):
     assert {n: tuple(t.shape) for n, t in tensors.items()} == {p.name: p.shape for p in components.parameters}
     with pytest.raises(ArgumentError, match="one direction is asked for"):
         direction(components, 2, combine="each")
+    with pytest.raises(ArgumentError, match="components: expected Components, got str"):
+        direction("components.h5", 2)
     with pytest.raises(ArgumentError, match="low-rank"):
         direction(replace(components, kind="diagonal"), 2)
 

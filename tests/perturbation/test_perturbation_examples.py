@@ -31,10 +31,11 @@ def outputs(examples, call):
 @pytest.mark.parametrize("size", [1, 2, 5, 23])
 @pytest.mark.parametrize("ids", [[0], [22], [3, 4, 9, 20], list(range(23))])
 @pytest.mark.parametrize("held", [1 << 30, 0])
-def test_outputs_are_those_of_the_positions(size, ids, held):
+def test_outputs_are_those_of_the_positions(size, ids, held, monkeypatch):
+    monkeypatch.setattr("npeff.perturbation.examples.HELD_BYTES", held)
     x, call = inputs(), plain()
     data = [x[i : i + size] for i in range(0, 23, size)]
-    examples = SelectedExamples(data, np.array(ids), CPU, call, held_bytes=held)
+    examples = SelectedExamples(data, np.array(ids), CPU, call)
     for _ in range(2):
         torch.testing.assert_close(outputs(examples, call), x[ids])
     slices = examples.subset(np.array([len(ids) - 1]))
@@ -89,12 +90,13 @@ def test_models_that_mix_examples_are_not_given_parts_of_batches():
     torch.testing.assert_close(outputs(examples, call), expected)
 
 
-def test_data_that_changes_or_ends_is_noticed():
+def test_data_that_changes_or_ends_is_noticed(monkeypatch):
     x, call = inputs(), plain()
+    monkeypatch.setattr("npeff.perturbation.examples.HELD_BYTES", 10)
     with pytest.raises(DataError, match="position 22, but it ends after 8"):
         SelectedExamples([x[:8]], np.array([1, 22]), CPU, call)
     with pytest.raises(DataError, match="can be iterated only once"):
-        SelectedExamples(iter([x[:8], x[8:]]), np.arange(23), CPU, call, held_bytes=10)
+        SelectedExamples(iter([x[:8], x[8:]]), np.arange(23), CPU, call)
 
     class Shuffled:
         turn = 0
@@ -103,7 +105,8 @@ def test_data_that_changes_or_ends_is_noticed():
             self.turn += 1
             return iter([x[torch.randperm(23, generator=torch.Generator().manual_seed(self.turn))]])
 
-    examples = SelectedExamples(Shuffled(), np.array([2, 3]), CPU, call, held_bytes=0)
+    examples = SelectedExamples(Shuffled(), np.array([2, 3]), CPU, call)
     with pytest.raises(DataError, match="turn shuffling"):
         outputs(examples, call)
+    monkeypatch.undo()
     assert len(outputs(SelectedExamples(Shuffled(), np.array([2, 3]), CPU, call), call)) == 2

@@ -117,6 +117,20 @@ def test_tied_weights_move_once_and_stay_tied(name):
         pass
 
 
+def test_tied_weights_are_ablated_as_one_tensor_by_any_of_their_names():
+    torch.manual_seed(0)
+    model = Tied().eval()
+    g, h = torch.randn(2, 7, 4)
+    theta, span = model.embed.weight.detach().clone().double().reshape(-1), torch.stack([g, h]).double().reshape(2, -1)
+    for start in (torch.zeros(7, 4), torch.randn(7, 4)):
+        learned = theta - start.double().reshape(-1)
+        expected = theta - span.T @ torch.linalg.lstsq(span.T, learned[:, None]).solution[:, 0]
+        origins = [None] if not start.any() else [{"embed.weight": start}, {"out.weight": start}]
+        for origin in origins:
+            with npeff.ablated(model, [{"embed.weight": g}, {"out.weight": h}], origin):
+                torch.testing.assert_close(model.out.weight.double().reshape(-1), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_moved_leaves_the_parameters_alone_and_its_magnitude_learns():
     model, x = deep(), batches(9, 9)[0][0]
     direction, before = some_direction(model), state(model)
@@ -172,6 +186,7 @@ def test_a_component_can_be_added_negated_and_ablated():
         ({"absent": torch.ones(2)}, "the model has no parameter 'absent'"),
         ({"0.bias": torch.ones(3)}, "has shape \\(6,\\) in the model, got \\(3,\\)"),
         ({"0.bias": torch.full((6,), torch.nan)}, "not finite"),
+        ({"0.bias": "large"}, "0.bias is no tensor of numbers"),
     ],
 )
 def test_directions_that_do_not_fit_are_refused(direction, words):
@@ -186,6 +201,15 @@ def test_directions_that_do_not_fit_are_refused(direction, words):
 
 def test_magnitudes_and_empty_ablations_are_refused():
     model = deep()
+    with pytest.raises(ArgumentError, match="model: expected a torch"), npeff.applied("model", some_direction(model)):
+        pass
+    with pytest.raises(ArgumentError, match="magnitude: expected a parameter of one element"):
+        npeff.Moved(model, some_direction(model), nn.Parameter(torch.ones(2)))
+    with (
+        pytest.raises(ArgumentError, match="origin: expected tensors by"),
+        npeff.ablated(model, some_direction(model), 3),
+    ):
+        pass
     with (
         pytest.raises(ArgumentError, match="magnitude: expected a finite number"),
         npeff.applied(model, some_direction(model), float("nan")),

@@ -14,7 +14,7 @@ from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.models.parameters import Parameters
 from npeff.perturbation.outputs import divergence
-from npeff.perturbation.tracing import REST, Part, resolve, rest, restricted
+from npeff.perturbation.tracing import REST, Part, marked, resolve
 from perturbation_cases import batches, components_of, deep, flat, linear, same, state
 
 QUICK = {"n_resamples": 0, "progress": False, "top": 6}
@@ -24,7 +24,7 @@ def weights_of(model, parts):
     """Flat mask of elements."""
     names = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     parameters = Parameters.of(names)
-    return {name: restricted(np.ones(parameters.n_parameters), e) for name, e in resolve(parts, parameters).items()}
+    return {name: marked(parameters, e).astype(np.float64) for name, e in resolve(parts, parameters).items()}
 
 
 def test_parts_with_outputs_of_their_own_add_up():
@@ -102,8 +102,6 @@ def test_heads_are_the_rows_and_columns_that_torch_gives_them():
     total = sum(masks.values())
     parameters = Parameters.of((n, tuple(p.shape)) for n, p in attention.named_parameters())
     assert (total[parameters.block("out_proj.bias")] == 0).all()
-    free = rest(parameters, resolve(npeff.heads({"in_proj_*": (0, 3), "out_proj.weight": 1}, 4), parameters))
-    np.testing.assert_array_equal(free, total == 0)
     x = torch.randn(3, 5, 8)
     with torch.no_grad():
         _, before = attention(x, x, x, average_attn_weights=False)
@@ -157,6 +155,16 @@ def test_groups_that_fit_nothing(groups, words):
 def test_helpers_refuse_no_heads():
     with pytest.raises(ArgumentError, match="an integer ≥ 1, got 0"):
         npeff.heads("0.weight", 0)
+    with pytest.raises(ArgumentError, match="parameters: expected patterns"):
+        npeff.heads(3, 2)
+    with pytest.raises(ArgumentError, match="expected a dimension, or"):
+        npeff.units({"0.weight": "rows"}, 2)
+
+
+def test_a_magnitude_beyond_all_bounds_is_refused():
+    model, data = linear(), batches(30, 8)
+    with pytest.raises(ArgumentError, match="not finite at 1e\\+308"):
+        npeff.trace(model, data, components_of(model, data), 0, magnitude=1e308, **QUICK)
 
 
 def test_pictures_tables_and_json(tmp_path):

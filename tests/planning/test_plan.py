@@ -91,6 +91,27 @@ def test_bytes_on_disk_are_those_of_the_file(model, data, tmp_path, planned, kin
     assert checked >= 3
 
 
+def test_places_are_counted_not_sequences(few_ways):
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(7, 5), nn.Linear(5, 2)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embedding(tokens))
+
+    torch.manual_seed(0)
+    tokens, labels = torch.randint(7, (12, 6)), torch.randint(2, (12, 6))
+    labels[:, 4:] = -100
+    batches = list(zip(tokens.split(3), labels.split(3), strict=True))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, labels), 3)
+    for data, known in ((batches, "counted"), (loader, "estimated")):
+        assert len(npeff.compute_fishers(Tagger().eval(), data, progress=False)) == 48
+        planned = npeff.plan(Tagger().eval(), data, kind="low_rank")
+        assert (planned.n_examples, planned.examples_from) == (48, known)
+    assert "about 48 examples" in str(planned)
+
+
 def test_nothing_is_left_behind(model, data, tmp_path, few_ways):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     npeff.plan(model, data, folder=tmp_path)
@@ -182,7 +203,7 @@ def test_error_of_inner_products_is_measured(model, data, planned):
 def test_advice_takes_what_is_faithful_enough():
     def advice(*ways):
         choices = [
-            planning.Choice("low_rank", compress, str(compress), disk, 1, 1.0, 1.0, "", kept, error, None, None)
+            planning.Choice("low_rank", compress, str(compress), disk, 1, 1.0, "", kept, error, None, None)
             for compress, disk, error, kept in ways
         ]
         return planning._advice(choices, 100, 100)[0]  # private: errors of real trials cannot be chosen

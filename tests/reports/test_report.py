@@ -9,7 +9,8 @@ import torch
 
 from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.reports import report
-from npeff.reports.summary import excerpt, percent, summarise
+from npeff.reports.summary import summarise
+from npeff.reports.text import excerpt, percent
 from report_cases import PARAMETERS, batches, components_of, page_of
 
 ROUTE = re.compile("(overview|strategies|examples|provenance|(component|example|strategy)-[0-9]+)$")

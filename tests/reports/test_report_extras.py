@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, DataError
 from npeff.reports import EffectSummary, TrustSummary, load_extras, report
 from npeff.reports.evidence import Given
 from npeff.reports.examples import RawExample, tokens_of
@@ -113,12 +113,29 @@ def test_forms_of_trust():
         ({"influences": {0: [1, 2]}}, r"influences\[0\]: expected pairs"),
         ({"heads": 4}, "heads: no parameter could be cut"),
         ({"influence_data": 4}, "data: expected an iterable"),
+        (
+            {"effects": {0: {"predictions": [{"id": 1, "classes": [0.5], "before": [1], "after": [1]}]}}},
+            r"effects\[0\].predictions.classes: expected whole numbers ≥ 0, got 0.5",
+        ),
     ],
 )
 def test_other_forms_are_refused(tmp_path, options, words):
     with pytest.raises(ArgumentError, match=words):
         report(components_of(), None, tmp_path / "x.html", **options)
     assert not (tmp_path / "x.html").exists()
+
+
+def test_what_is_not_known_is_not_shown_as_a_number(tmp_path):
+    nan, unknown = float("nan"), {"null": {"threshold": float("nan")}}
+    unknown["selection"] = {"n_components": [2, 3], "held_out": [[0.5, nan]], "train": [nan, nan], "chosen": 2}
+    parts = {"components": [0], "groups": ["a part"], "energy": [nan], "alone": [{"value": nan}], "lost": [None]}
+    moved = {"kl_ratio": nan, "controls": {"at random": nan}, "label": [0.5, nan], "perplexity": [nan, nan]}
+    page = page_of(tmp_path, components_of(), effects={0: moved}, trust=unknown, traces=parts)
+    for word in ("KL ratio", "at random", "label on its top", "Perplexity", "chance", "held-out loss of all", " nan "):
+        assert word not in page.text
+    assert "a part – · –" in page.text
+    shifts = {"predictions": [{"id": 3, "classes": [1], "before": [nan], "after": [0.2]}]}
+    assert "– → 20 %" in page_of(tmp_path, components_of(), effects={0: shifts}).text
 
 
 def test_attributions_of_images(tmp_path):
@@ -186,6 +203,8 @@ def test_influences(tmp_path):
     assert {img["alt"] for img in page.all("img")} == {f"Training example {i}" for i in (2, 5, 7)}
     texts = page_of(tmp_path, components_of(), influences=scores, influence_data=[[f"review {i}" for i in range(9)]])
     assert "review 7" in texts.text
+    with pytest.raises(DataError, match="influence_data: has 7 examples, and example 7 is asked for"):
+        page_of(tmp_path, components_of(), influences=scores, influence_data=[torch.rand(7, 1, 8, 8)])
 
 
 def test_extras_from_a_file(tmp_path):

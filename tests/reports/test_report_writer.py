@@ -170,7 +170,7 @@ def test_a_report_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ReportWriter, "finish", full)
+    monkeypatch.setattr(ReportWriter, "publish", full)
     with pytest.raises(OSError, match="No space"):
         report(components, None, tmp_path)
     monkeypatch.undo()

@@ -100,6 +100,17 @@ def test_inner_products_alone_say_the_same_as_rows(known) -> None:
     assert len(theirs.strategies(by_products.n_strategies).children) > 1
     with pytest.raises(npeff.ArgumentError, match="inner products alone"):
         stability(alone[np.arange(100)], theirs, progress=False)
+    others = replace(alone, logits=alone.logits.values + 1)
+    for use in (lambda: stability(others, theirs, progress=False), lambda: explained(theirs, others)):
+        with pytest.raises(npeff.ArgumentError, match="expected those that the components were made from"):
+            use()
+
+
+def test_vectors_of_other_block_weights_are_compared_without_weights(known) -> None:
+    fishers, components = known
+    weighted = quick(fishers, 5, block_weights={"a.weight": 4.0})
+    vectors = [np.stack([each.vector(j) for j in range(5)]).astype(np.float64) for each in (weighted, components)]
+    np.testing.assert_allclose(similarity(weighted, components), np.abs(vectors[0] @ vectors[1].T), atol=1e-5)
 
 
 def test_structureless_fishers_are_not_stable() -> None:
@@ -184,8 +195,14 @@ def test_bad_arguments_are_named(known) -> None:
     for call, name in (
         (lambda: stability(fishers, components, repeats=1), "repeats"),
         (lambda: stability(fishers, components, share=0), "share"),
+        (lambda: stability(fishers, components, share="half"), "share"),
+        (lambda: stability(fishers, components, most_strategies=0), "most_strategies"),
+        (lambda: stability(fishers, components, seed=-1), "seed"),
         (lambda: select(fishers, []), "n_components"),
+        (lambda: select(fishers, 3), "n_components"),
+        (lambda: select(fishers, [1.5]), "n_components"),
         (lambda: select(fishers, [2], folds=1), "folds"),
+        (lambda: select(fishers, [2], folds=2.5), "folds"),
         (lambda: null_model(fishers, components, repeats=0), "repeats"),
     ):
         with pytest.raises(npeff.ArgumentError, match=name):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npeff.batches.places import IGNORED, kept_places, masked, sequences_of, slots_of
+from npeff.batches.places import IGNORED, kept_places, sequences_of
 from npeff.batches.tensor_trees import (
     OWN_BATCH,
     Path,
@@ -162,7 +162,13 @@ class Batch:
             ``(n_sequences, K)`` int64 numbers of the places, −1 where a sequence has fewer than K.
         """
         assert self.places is not None, "examples are places"
-        return slots_of(self.places, self.n_sequences)
+        sequences = self.places[:, 0]
+        counts = torch.bincount(sequences, minlength=self.n_sequences)
+        numbers = torch.arange(len(self.places), device=sequences.device)
+        width = int(counts.max())
+        found = torch.full((self.n_sequences, width), -1, device=sequences.device)
+        found[sequences, width - (counts.cumsum(0)[sequences] - numbers)] = numbers
+        return found
 
     def of_sequences(self, start: int, stop: int) -> slice:
         """Return the range of the examples in the sequences ``start … stop − 1``; without places, the same range."""
@@ -217,10 +223,12 @@ class Batch:
 
     def hold_places(self, labels: Tensor, places: Tensor) -> None:
         """Make places ``(n, 2)`` the examples; all other labels ``(b, T)`` become −100."""
-        labels = masked(labels, places)
-        self.content = relabelled(self.content, labels)
+        sequences, positions = places.unbind(1)
+        kept = torch.full_like(labels, IGNORED)
+        kept[sequences, positions] = labels[sequences, positions]
+        self.content = relabelled(self.content, kept)
         self.places, self.n_examples = places, len(places)
-        self.labels = labels[places[:, 0], places[:, 1]].to(torch.int64)
+        self.labels = kept[sequences, positions].to(torch.int64)
 
     def fresh(self) -> Batch:
         """Copy the batch and all its tensors, for callers that may change them in place."""

@@ -6,7 +6,7 @@ by position. :class:`TokenBatches` groups sequences by their length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,11 +45,6 @@ def make_places(labels: Tensor | None, said: bool | None, sure: bool, number: in
     return labels.shape[1] > 1 and (sure or not bool(((labels == 0) | (labels == 1)).all()))
 
 
-def places_in(labels: Tensor) -> Tensor:
-    """Find the places ``(n, 2)``, sequence and position, of labels ``(b, T)``."""
-    return (labels != IGNORED).nonzero()
-
-
 def check_padding(content: Any, places: Tensor, number: int) -> None:
     """Refuse places where the attention mask of a batch's content is zero.
 
@@ -70,39 +65,6 @@ def check_padding(content: Any, places: Tensor, number: int) -> None:
                 f"labels: batch {number} has a label at position {t} of sequence {s}, which the attention mask leaves "
                 f"out as padding; expected {IGNORED} there"
             )
-
-
-def are_inputs(labels: Tensor, places: Tensor, inputs: Iterable[Any], n_sequences: int) -> bool:
-    """Tell whether the labels ``(n,)`` of places, more than one, are the input tokens at these places.
-
-    Args:
-        labels: The places' labels.
-        places: ``(n, 2)``.
-        inputs: Parts of the inputs, of which some may be tokens ``(n_sequences, T)``.
-        n_sequences: Sequences of the batch, b.
-    """
-    sequences, positions = places.unbind(1)
-    return len(places) > 1 and any(
-        torch.equal(part[sequences, positions].to(torch.int64), labels)
-        for part in inputs
-        if isinstance(part, Tensor) and part.dim() == 2 and part.dtype in (torch.int32, torch.int64)
-        if len(part) == n_sequences and part.shape[1] > int(positions.max())
-    )
-
-
-def slots_of(places: Tensor, n_sequences: int) -> Tensor:
-    """Return the numbers of each sequence's places side by side, aligned to the end.
-
-    Returns:
-        ``(n_sequences, K)`` int64 numbers of the places, −1 where a sequence has fewer than K.
-    """
-    sequences = places[:, 0]
-    counts = torch.bincount(sequences, minlength=n_sequences)
-    numbers = torch.arange(len(places), device=sequences.device)
-    width = int(counts.max())
-    found = torch.full((n_sequences, width), -1, device=sequences.device)
-    found[sequences, width - (counts.cumsum(0)[sequences] - numbers)] = numbers
-    return found
 
 
 def sequences_of(places: Tensor, chosen: Sequence[int], apart: bool) -> tuple[list[int], list[tuple[int, int]]]:
@@ -151,15 +113,8 @@ def kept_places(labels: Tensor | None, counted: Sequence[tuple[int, int]], numbe
             f"take: expected labels of {len(numbers)} sequences that are not {IGNORED} at the same places as in the "
             f"whole batch, got {got}"
         )
-    there, begins = places_in(labels), np.cumsum([0, *numbers])
+    there, begins = (labels != IGNORED).nonzero(), np.cumsum([0, *numbers])
     return there[torch.tensor([int(begins[row]) + number for row, number in counted], device=there.device)]
-
-
-def masked(labels: Tensor, places: Tensor) -> Tensor:
-    """Mask the labels ``(b, T)`` of all other places."""
-    found = torch.full_like(labels, IGNORED)
-    found[places[:, 0], places[:, 1]] = labels[places[:, 0], places[:, 1]]
-    return found
 
 
 class TokenBatches:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from npeff.batches.batches import Batch, batch_digest, same
-from npeff.batches.places import IGNORED, are_inputs, check_padding, make_places, places_in
+from npeff.batches.places import IGNORED, check_padding, make_places
 from npeff.batches.tensor_trees import OWN_BATCH, Path, inputs_in, labels_in, length, named, onto, parts
 from npeff.errors import ArgumentError, DataError
 
@@ -47,7 +47,7 @@ def check_data(data: Any) -> Iterable[Any]:
             f"data: {type(data).__name__} yields single examples; wrap it: "
             "torch.utils.data.DataLoader(data, batch_size=64)"
         )
-    if not isinstance(data, Iterable):
+    if not isinstance(data, Iterable) or isinstance(data, set | frozenset):  # sets have no order that stays
         raise ArgumentError(f"data: expected an iterable of batches, got {type(data).__name__}; {_REMEDY}")
     return data
 
@@ -167,7 +167,7 @@ def read_batch(
     said = False if wanted is None and places is False else wanted
     if make_places(labels, said, places is True and not unsure, number):
         assert labels is not None
-        batch.hold_places(labels, places_in(labels))
+        batch.hold_places(labels, (labels != IGNORED).nonzero())
         assert batch.places is not None
         batch.places_in_data, batch.places_wanted = batch.places, True
         check_padding(content, batch.places, number)
@@ -176,10 +176,15 @@ def read_batch(
 
 def _unshifted(batch: Batch) -> bool:
     """Whether the labels of all places, more than one, are the input tokens at these places."""
-    if batch.places is None or batch.labels is None:
+    if batch.places is None or batch.labels is None or len(batch.places) < 2:
         return False
-    inputs = (part for part, path in batch.input_parts() if path != (".labels",))
-    return are_inputs(batch.labels, batch.places, inputs, batch.n_sequences)
+    sequences, positions = batch.places.unbind(1)
+    return any(
+        torch.equal(part[sequences, positions].to(torch.int64), batch.labels)
+        for part, path in batch.input_parts()
+        if isinstance(part, Tensor) and part.dim() == 2 and part.dtype in (torch.int32, torch.int64)
+        if path != (".labels",) and len(part) == batch.n_sequences and part.shape[1] > int(positions.max())
+    )
 
 
 def _count(content: Any, labels: Tensor | None, number: int, cut_by_user: bool) -> int:
@@ -302,7 +307,7 @@ def _within(data: Any) -> Iterator[Any]:
             continue
         seen.add(id(found))
         yield found
-        for attribute in ("sampler", "batch_sampler", "base_dataloader", "dataloader", "iterable", "_data"):
+        for attribute in ("sampler", "batch_sampler", "base_dataloader", "dataloader", "iterable", "data", "_data"):
             waiting.append(getattr(found, attribute, None))
 
 

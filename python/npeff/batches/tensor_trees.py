@@ -213,8 +213,16 @@ def update_with_tree(digest: hashlib.blake2b, tree: Any, depth: int = 0) -> None
             update_with_tensor(digest, leaf)
         elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "SU":
             digest.update(repr(leaf.tolist()).encode())
-        elif isinstance(leaf, (str, bytes, int, float, bool, type(None))):
+        elif isinstance(leaf, str | bytes | bool | None):
             digest.update(repr(leaf).encode())
+        elif isinstance(leaf, int | float | complex | np.generic | slice | range):
+            digest.update(f"{leaf!r},".encode())  # 1, 23 are not 12, 3
+        elif isinstance(leaf, set | frozenset):
+            digest.update(repr(sorted(map(repr, leaf))).encode())
+        elif hasattr(leaf, "__array_interface__"):  # pictures, dates, arrays of objects
+            array = np.asarray(leaf)
+            digest.update(f"{array.shape}{array.dtype}".encode())
+            digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
         elif depth < 3 and not isinstance(leaf, nn.Module | type) and hasattr(leaf, "__dict__"):
             update_with_tree(digest, vars(leaf), depth + 1)  # what an object holds, as far as that can be seen
 
@@ -228,6 +236,7 @@ def update_with_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:
         return
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
+    tensor = tensor.resolve_conj().resolve_neg()
     digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
     if tensor.numel():
         raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)

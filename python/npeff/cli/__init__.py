@@ -8,7 +8,6 @@ here import click and nothing heavy; torch and the stages are imported inside th
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
 import warnings
@@ -144,6 +143,7 @@ def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    stdout = sys.stdout
     try:
         with ending_in_order():
             result = cli.main(None if arguments is None else list(arguments), prog_name="npeff", standalone_mode=False)
@@ -162,14 +162,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     except Terminated as error:
         click.echo(f"npeff: {error}", err=True)
         return 128 + error.signal
-    except SystemExit as error:  # click raises none here: the user's model or data did
+    except SystemExit as error:
+        if sys.stdout is not stdout:  # wrapped by click: the reader of our output (head, less) has gone
+            return FAILED
         if DEBUG:
             raise
         click.echo(f"npeff: the model or the data ended the program: sys.exit({error.code!r})", err=True)
-        return FAILED
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone; keep Python from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (NpeffError, OSError, MemoryError) as error:
         if DEBUG:

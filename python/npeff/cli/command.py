@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -132,6 +133,12 @@ def write_block(formatter: click.HelpFormatter, heading: str, text: str) -> None
 def note(message: str) -> None:
     """Tell the user something beside the result: on stderr."""
     click.echo(message, err=True)
+
+
+def next_step(*words: str | Path, options: Mapping[str, Any], about: str = "") -> None:
+    """Tell the command that comes next, with what is to be said about it; nothing with ``--quiet``."""
+    if options.get("progress", True):
+        note(f"next: {shlex.join(map(str, ('npeff', *words)))}{about}")
 
 
 def misused(message: str) -> NoReturn:

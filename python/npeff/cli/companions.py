@@ -110,10 +110,11 @@ def linearize(
         misused(f"--output: expected a position below {n_outputs}, got {output}")
     chosen = int(linear.output[0].argmax()) if output is None else output
     linear = linearize(net, inputs, chosen, batched=True, **options)
-    _tell(linear, example, chosen)
+    rows = _contributions(linear)
+    _tell(linear, rows, example, chosen)
     if table:
-        _write_table(linear, table)
-        click.echo(f"{table}: {linear.x.numel() + len(linear.bias_contributions()):,} contributions")
+        _write_table(rows, table)
+        click.echo(f"{table}: {len(rows):,} contributions")
     if out:
         _draw(linear, chosen, out)
         click.echo(f"{out}: the input and what it contributed to output {chosen}")
@@ -133,10 +134,20 @@ def _example(net: Any, data: Any, wanted: int) -> Any:
     return inputs
 
 
-def _tell(linear: LinearMap, example: int, output: int) -> None:
+def _contributions(linear: LinearMap) -> list[tuple[str, str, Any, Any, float]]:
+    """Every contribution: of what, position, value, weight, contribution; the biases have no value and no weight."""
+    import numpy as np
+
+    x, parts = linear.x[0], linear.contributions()[0, 0].reshape(-1).tolist()
+    positions = (", ".join(map(str, at)) for at in np.ndindex(*x.shape))
+    weights = linear.W[0, 0].reshape(-1).tolist()
+    inputs = [(linear.at, *row) for row in zip(positions, x.reshape(-1).tolist(), weights, parts, strict=True)]
+    return inputs + [(name, "biases", "", "", float(b[0, 0])) for name, b in linear.bias_contributions().items()]
+
+
+def _tell(linear: LinearMap, rows: list[tuple[str, str, Any, Any, float]], example: int, output: int) -> None:
     value, b = float(linear.output[0, 0]), float(linear.b[0, 0])
-    contributions = linear.contributions()[0, 0]
-    given = float(contributions.double().sum())
+    given = float(linear.contributions()[0, 0].double().sum())
     where = "the input" if linear.at == "input" else f"the output of {linear.at}"
     click.echo(f"example {example}, output {output}: {value:.6g} = {given:.6g} from {where} + {b:.6g} from biases")
     click.echo(f"left over: {linear.residual():.1e} of the output")
@@ -144,35 +155,18 @@ def _tell(linear: LinearMap, example: int, output: int) -> None:
         note(f"  not piecewise linear: {item}")
     if len(linear.frozen) > 5:
         note(f"  and {len(linear.frozen) - 5} more")
-    biases = sorted(linear.bias_contributions().items(), key=lambda item: -abs(float(item[1][0, 0])))
     click.echo(f"{'contribution':>14}  of")
-    flat = contributions.reshape(-1)
-    order = flat.abs().argsort(descending=True)[:SHOWN]
-    rows = [(float(flat[i]), f"{where}{_position(int(i), contributions.shape)}") for i in order]
-    rows += [(float(part[0, 0]), f"the biases of {name}") for name, part in biases[:SHOWN]]
-    for part, name in sorted(rows, key=lambda row: -abs(row[0]))[:SHOWN]:
-        click.echo(f"{part:14.6g}  {name}")
+    for of, position, *_, part in sorted(rows, key=lambda row: -abs(row[-1]))[:SHOWN]:
+        click.echo(f"{part:14.6g}  {f'the biases of {of}' if position == 'biases' else f'{where}[{position}]'}")
 
 
-def _position(index: int, shape: Any) -> str:
-    import numpy as np
-
-    return "[" + ", ".join(str(int(i)) for i in np.unravel_index(index, tuple(shape))) + "]"
-
-
-def _write_table(linear: LinearMap, path: Path) -> None:
+def _write_table(rows: list[tuple[str, str, Any, Any, float]], path: Path) -> None:
     from npeff.storage.files import atomic
 
-    x, contributions = linear.x[0], linear.contributions()[0, 0]
-    weights = linear.W[0, 0].reshape(-1).tolist()
-    values = zip(x.reshape(-1).tolist(), weights, contributions.reshape(-1).tolist(), strict=True)
     with atomic(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["of", "position", "value", "weight", "contribution"])
-        for i, (value, weight, part) in enumerate(values):
-            writer.writerow([linear.at, _position(i, x.shape).strip("[]"), value, weight, part])
-        for name, bias in linear.bias_contributions().items():
-            writer.writerow([name, "biases", "", "", float(bias[0, 0])])
+        writer.writerows(rows)
 
 
 def _draw(linear: LinearMap, output: int, path: Path) -> None:
@@ -213,10 +207,13 @@ def _picture(axes: Axes, image: NDArray[Any], signed: bool) -> None:
 
 def _bars(axes: Axes, values: NDArray[Any], signed: bool) -> None:
     """Draw the largest numbers."""
+    import numpy as np
+
     flat = values.reshape(-1)
     chosen = sorted(abs(flat).argsort(kind="stable")[::-1][:BARS].tolist())
     axes.barh(range(len(chosen)), flat[chosen], color=["#b24124" if flat[i] > 0 else "#215c8c" for i in chosen])
-    axes.set_yticks(range(len(chosen)), [_position(i, values.shape) for i in chosen], fontsize=7)
+    positions = zip(*np.unravel_index(chosen, values.shape), strict=True)
+    axes.set_yticks(range(len(chosen)), [f"[{', '.join(map(str, at))}]" for at in positions], fontsize=7)
     axes.invert_yaxis()
 
 
@@ -229,7 +226,7 @@ def _bars(axes: Axes, values: NDArray[Any], signed: bool) -> None:
     """,
     Arguments("npeff.companions.influence:CrossLossInfluence"),
     Arguments("npeff.companions.influence:ConjugateGradients", only=("tolerance",)),
-    Arguments("npeff.companions.influence:component_influence", only=("k", "surrogate", "forward")),
+    Arguments("npeff.companions.influence:component_influence", only=("k", "forward")),
 )
 def influence(
     model: str,
@@ -252,7 +249,7 @@ def influence(
     it changes the test loss by about −I/n.
 
     Options:
-        out: Ending in .h5 (streamed), .npz or .csv; .json for a report.
+        out: Ending in .h5 (streamed) or .csv; .json for a report.
         train_loss: The loss that was trained: module:callable for (model, batch) -> (b,), or cross_entropy,
             squared_error.
         test_loss: Loss to explain, in the same form.  [default: the training loss]
@@ -264,7 +261,7 @@ def influence(
     """
     if test_loss and component:
         misused("--test-loss and --component both say what to explain: give one of them")
-    own: dict[str, Any] = {name: options.pop(name) for name in ("k", "surrogate", "forward") if name in options}
+    own: dict[str, Any] = {name: options.pop(name) for name in ("k", "forward") if name in options}
     tolerance = options.pop("tolerance", None)
     if own and not component:
         more = "; a loss given as module:callable calls the model itself" if "forward" in own else ""

@@ -21,6 +21,7 @@ from npeff.cli.command import (
     listed,
     loaded,
     misused,
+    next_step,
     note,
     size,
 )
@@ -170,7 +171,8 @@ def perturb(
         note("the weights' dtype rounds much of the change away; use a float32 copy of the model")
     if out is not None:
         write_json([e.to_json() for e in effects] if every else effects[0].to_json(), out)
-        click.echo(f"{out}: {len(effects)} effect{'s' if len(effects) != 1 else ''}")
+        many = "s" if len(effects) != 1 else ""
+        click.echo(f"{out}: {len(effects)} effect{many}, for npeff report … --extras {out}")
 
 
 def _predicted(effect: Effect, data: Any) -> str:
@@ -241,11 +243,9 @@ def trace(
     found = npeff.trace(load_model(model), data_of_components(data, components), components, j, parts, **options)
     click.echo(found.table())
     if out is not None:
-        if out.suffix.lower() == ".json":
-            found.save(out)
-        else:
-            found.plot(out)
-        click.echo(f"{out}: {len(found)} parts")
+        as_json = out.suffix.lower() == ".json"
+        found.save(out) if as_json else found.plot(out)
+        click.echo(f"{out}: {len(found)} parts" + (f", for npeff report … --extras {out}" if as_json else ""))
 
 
 @command(
@@ -305,6 +305,11 @@ def report(
         **options,
     )
     click.echo(f"{page}: {components.n_components} components, {size(_bytes_of(page, out))}")
+    if data is None:
+        note("without --data the pages show numbers alone; give DATA as for npeff fishers to see the examples")
+    if not extras:
+        about = ", and --extras trust.json here: how far the components may be believed"
+        next_step("trust", "FISHERS", path, "--out", "trust.json", options=options, about=about)
     stem = page.parent / "components" if page.name == "index.html" and page != out else page.with_suffix("")
     common: dict[str, Any] = {"class_names": names, "tokenizer": tokens}
     common |= {name: value for name, value in options.items() if name == "k"}
@@ -315,8 +320,6 @@ def report(
         paths = {j: folder / f"component-{j}.png" for j in range(components.n_components)}
         write_collages(components, data_of_components(data, components) if data else None, paths, **common)
         click.echo(f"{folder}: {components.n_components} collages")
-        if data is None:
-            note("without --data, collages hold captions only")
     if latex:
         document = stem.with_suffix(".tex")
         common["title"] = options.get("title")

@@ -1,24 +1,25 @@
 """Parameters of a command: of its own signature, and of the signatures and docstrings of public functions.
 
-A public function's source is parsed and not imported: ``npeff fishers --help`` does not wait for torch.
+A public function is imported when the command is asked for its parameters, not before: ``npeff --help`` lists all
+commands at once.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import click
 
-PACKAGE = Path(__file__).parents[1]
 WRITABLE = click.Path(path_type=Path)
 
 Existing = Annotated[Path, click.Path(exists=True, path_type=Path)]
@@ -147,118 +148,48 @@ class Argument:
 
 @cache
 def arguments_of(path: str) -> tuple[Argument, ...]:
-    """Read the arguments that have a default.
-
-    Args:
-        path: See :class:`Arguments`.
-
-    Raises:
-        LookupError: The package has no such name.
-    """
-    module, node = _find(*path.split(":"))
-    described = _descriptions(module, node)
+    """Read the arguments that have a default; see :class:`Arguments` for the path."""
+    module, _, name = path.partition(":")
+    function = attrgetter(name)(import_module(module))
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    described = _descriptions(function)
     return tuple(
-        Argument(name, tuple(_kinds(annotation, module)), _default(value, module), described.get(name, ""))
-        for name, annotation, value in _signature(node)
+        Argument(one.name, tuple(_kinds(hints[one.name])), one.default, described.get(one.name, ""))
+        for one in inspect.signature(function).parameters.values()
+        if one.default is not one.empty
     )
 
 
-def _signature(node: ast.AST) -> Iterator[tuple[str, ast.expr | None, ast.expr]]:
-    """Name, annotation and default of each argument that has a default."""
-    body = node.body if isinstance(node, ast.ClassDef) else []
-    function = next((part for part in body if isinstance(part, ast.FunctionDef) and part.name == "__init__"), node)
-    if isinstance(function, ast.FunctionDef):
-        arguments = function.args
-        optional = arguments.args[len(arguments.args) - len(arguments.defaults) :]
-        pairs = [*zip(optional, arguments.defaults, strict=True)]
-        for argument, default in (*pairs, *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)):
-            if default is not None:
-                yield argument.arg, argument.annotation, default
-    for field in body if function is node else []:
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.value is not None:
-            yield field.target.id, field.annotation, field.value
-
-
-def _descriptions(module: str, node: ast.AST) -> dict[str, str]:
+def _descriptions(function: Any) -> dict[str, str]:
     """The text of each argument; where it refers to another function, the text of that one's argument."""
-    docstring = ast.get_docstring(node) if isinstance(node, ast.FunctionDef | ast.ClassDef) else None
     found: dict[str, str] = {}
-    referred = module, ""
-    for name, text in entries_of(docstring).items():
+    referred = function
+    for name, text in entries_of(inspect.getdoc(function)).items():
         if reference := _REFERENCE.match(text):
-            referred = (reference[1] or module, reference[2]) if reference[2] else referred
-            text = _descriptions(*_find(*referred)).get(name, text)
+            if reference[2]:
+                referred = getattr(import_module(reference[1] or function.__module__), reference[2])
+            text = _descriptions(referred).get(name, text)
         found[name] = re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", "")
     return found
 
 
-@cache
-def _statements(module: str) -> tuple[ast.stmt, ...]:
-    """Top-level statements of a module of npeff, those within ``if TYPE_CHECKING`` included."""
-    path = PACKAGE.joinpath(*module.split(".")[1:])
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    body = ast.parse(file.read_text(encoding="utf-8")).body
-    return tuple(inner for node in body for inner in (node, *(node.body if isinstance(node, ast.If) else ())))
-
-
-def _find(module: str, name: str) -> tuple[str, ast.AST]:
-    """Find what a name stands for, through imports: its module, and its definition or value.
-
-    Raises:
-        LookupError: The package does not define it.
-    """
-    head, _, rest = name.partition(".")
-    for node in _statements(module):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == head:
-            inner = (part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == rest)
-            return module, next(inner) if rest else node
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == head:
-            return module, node.value
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("npeff"):
-            for alias in node.names:
-                if (alias.asname or alias.name) == head:
-                    return _find(node.module, ".".join((alias.name, rest)).rstrip("."))
-    raise LookupError(f"{module} has no {name}")
-
-
-def _default(node: ast.expr, module: str) -> Any:
-    """The value of a default: a literal, the name of one, or None for what is no literal."""
-    with suppress(ValueError):
-        return ast.literal_eval(node)
-    if isinstance(node, ast.Name):
-        with suppress(LookupError):
-            home, value = _find(module, node.id)
-            return _default(value, home) if isinstance(value, ast.expr) else None
-    return None
-
-
-_PLAIN = {"int": int, "float": float, "str": str, "bool": bool, "Path": Path}
-
-
-def _kinds(node: ast.AST | None, module: str) -> Iterator[Any]:
+def _kinds(hint: Any) -> Iterator[Any]:
     """What a text can be read as under an annotation: types, :class:`Word`, ``Callable``, ``list`` for several."""
-    match node:
-        case ast.BinOp(left=left, right=right):
-            yield from _kinds(left, module)
-            yield from _kinds(right, module)
-        case ast.Constant(value=str(text)):
-            yield from _kinds(ast.parse(text, mode="eval").body, module)
-        case ast.Subscript(value=ast.Name(id="Literal"), slice=values):
-            for word in values.elts if isinstance(values, ast.Tuple) else [values]:
-                yield Word(ast.literal_eval(word))
-        case ast.Subscript(value=ast.Name(id="Sequence"), slice=inner):
-            yield list
-            yield from _kinds(inner, module)
-        case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=[ast.Name(id="float"), _])):
-            yield pair
-        case ast.Subscript(value=ast.Name(id="Callable")):
-            yield Callable
-        case ast.Name(id=name) if name in _PLAIN:
-            yield _PLAIN[name]
-        case ast.Name(id=name):
-            with suppress(LookupError):  # a type of another library, which no text gives
-                home, value = _find(module, name)
-                yield from _kinds(value, home)
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        for part in inner:
+            yield from _kinds(part)
+    elif origin is Literal:
+        yield from map(Word, inner)
+    elif origin is Sequence:
+        yield list
+        yield from _kinds(inner[0])
+    elif hint == tuple[float, float]:
+        yield pair
+    elif origin is Callable:
+        yield Callable
+    elif hint in (int, float, str, bool, Path):
+        yield hint
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from npeff.cli.command import (
     listed,
     loaded,
     misused,
+    next_step,
     note,
     several,
     size,
@@ -141,6 +142,8 @@ def fishers(
         note(f"  {name}: {why}")
     if len(slow) > 5:
         note(f"  and {len(slow) - 5} more parameters: npeff info {out}")
+    number = str(max(1, min(32, len(result) // 8)))
+    next_step("decompose", out, "--n-components", number, "--out", out.with_name("components.h5"), options=options)
 
 
 def class_basis(options: dict[str, Any]) -> dict[str, Any]:
@@ -294,6 +297,8 @@ def decompose(
             f"perturb and trace recover the vectors that they need; for all at once: npeff recover {out} MODEL DATA "
             f"--out {out}"
         )
+    about = " (DATA as for npeff fishers)"
+    next_step("report", out, "--data", "DATA", "--out", out.with_name("report"), options=options, about=about)
 
 
 def _selected(fishers: Any, numbers: list[int], options: dict[str, Any]) -> Selection:

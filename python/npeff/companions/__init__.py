@@ -2,13 +2,7 @@
 
 from importlib import import_module as _import_module
 
-# Imported at first use: `npeff.companions.rollback` and so on.
-_NAMES = (
-    "influence",
-    "linearize",
-    "rollback",
-    "safr",
-)
+_NAMES = ("influence", "linearize", "rollback", "safr")  # imported at first use
 
 
 def __getattr__(name: str) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,43 +17,21 @@ from torch import nn
 
 from npeff import kernels
 from npeff.components.factored import write_adapter
-from npeff.components.factorisation import OPTIONAL, Factorisation
+from npeff.components.factorisation import COMPONENTS, Factorisation
 from npeff.components.recovery import recover
 from npeff.components.strategies import Strategy, response_similarity, strategy_tree
 from npeff.errors import ArgumentError, DataError, StorageError, check_integer
-from npeff.fishers.file_format import LOGITS, PLACES, check_saved, count_outputs, example_fields
+from npeff.fishers.file_format import check_saved, count_outputs
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import sketch_of
 from npeff.fishers.rows import Kind
 from npeff.fishers.scaling import ScaledRows, scale
 from npeff.language.places import check_same_outputs
-from npeff.models.parameters import Parameters
-from npeff.storage.checks import FLOAT, INT, Field
 from npeff.storage.container import check_replaceable, open_container, refuse_npeff_file
 from npeff.storage.files import atomic, path_of
 from npeff.storage.writing import Data, write_container
 
 Array = npt.NDArray[Any]
-
-COMPONENTS = (
-    Field("coefficients", FLOAT, ("n_examples", "n_components"), least=0),
-    Field("vectors", FLOAT, ("n_components", "n_columns")),
-    Field("columns", INT, ("n_columns",), least=0, below="n_parameters", ascending_in="", optional=True),
-    Field("labels", INT, ("n_examples",), least=-1, below="n_classes"),
-    *LOGITS,
-    Field("ids", INT, ("n_examples",), least=0),
-    PLACES,
-    Field("norms", FLOAT, ("n_examples",), least=0, nan=True),
-    Field("loss_curve", FLOAT, ("n_losses",)),
-    Field("row_offsets", INT, ("n_examples + 1",), ascends_to="n_rows", optional=True),
-    Field("row_weights", FLOAT, ("n_rows", "n_components"), optional=True),
-    Field("recovered", INT, ("n_recovered",), least=0, below="n_components", ascending_in="", optional=True),
-    Field("recovered_vectors", FLOAT, ("n_recovered", "n_parameters"), optional=True),
-    Field("factored", INT, ("n_factored",), least=0, below="n_components", ascending_in="", optional=True),
-    Field("factored_vectors", FLOAT, ("n_factored", "n_factors"), optional=True),
-    Field("factored_lost", FLOAT, ("n_factored", "n_tensors"), least=0, optional=True),
-)
-"""The arrays of a file, under ``arrays/``."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +104,8 @@ class Components(Factorisation):
             ModelError: The model is not that of the Fishers.
         """
         self.verify()
+        if isinstance(js, int | np.integer):
+            raise ArgumentError(f"js: expected a list of components, got {js}; for one give [{js}]")
         chosen = None if js is None else [self._component(j) for j in js]
         return recover(self, model, data, chosen, rank=rank, **options)
 
@@ -254,8 +234,9 @@ class Components(Factorisation):
 
         With the adapter the weight of every linear layer is ``W + scale · Ĝ``, Ĝ the best approximation of rank
         ``rank`` of the layer's block of the unit vector g_j: nearly the model at ``θ + scale · g_j``
-        (:func:`npeff.perturb` finds a step). GPT-2's ``Conv1D`` counts as a linear layer. Embeddings, norms and biases
-        stay as they are; choose ``parameters=`` of the Fishers so that they hold nothing.
+        (:func:`npeff.perturb` finds a step). A vector that is known as factors alone is scaled to unit norm, as in
+        :meth:`state_dict`, so that a step is as long with the adapter. GPT-2's ``Conv1D`` counts as a linear layer.
+        Embeddings, norms and biases stay as they are; choose ``parameters=`` of the Fishers so that they hold nothing.
 
         Args:
             j: A component.
@@ -281,7 +262,7 @@ class Components(Factorisation):
         j = self._component(j)
         self.ensure_vectors([j], model, data, rank=rank, **options)
         about = {"component": j, "digest": self.digest}
-        return write_adapter(self.matrix_factors(j, rank), about, path, model, rank, scale)
+        return write_adapter(self.matrix_factors(j, rank), about, path, model, rank, scale, self.held_norm(j))
 
     def block_energy(self, j: int) -> dict[str, float]:
         """Compute the share of ``‖g_j‖²`` in each parameter (they sum to 1)."""
@@ -298,10 +279,8 @@ class Components(Factorisation):
         Raises:
             ArgumentError: ``j`` is not a component, or k is negative.
         """
-        if not isinstance(k, int | np.integer) or k < 0:
-            raise ArgumentError(f"k: expected a number ≥ 0, got {k}")
         order = np.argsort(-self.coefficients[:, self._component(j)], kind="stable")
-        return order[: min(k, len(order))].astype(np.int64)
+        return order[: check_integer("k", k, 0)].astype(np.int64)
 
     def class_distribution(self, j: int, of: str = "predictions") -> Array:
         """Compute how component j's coefficient mass is spread over classes.
@@ -360,10 +339,7 @@ class Components(Factorisation):
             ArgumentError: Kind or parameters differ from those of the components.
         """
         self.check_compatible(fishers)
-        theirs, ours = (p.get("model_digest") for p in (fishers.provenance, self.provenance.get("fishers", {})))
-        if theirs and ours and theirs != ours:
-            warnings.warn("fishers: they are of another model than the components (other weights)", stacklevel=2)
-        scaled = self._scale(fishers)
+        scaled = self.scale(fishers)
         cross, gram = statistics(self.kind, scaled, torch.from_numpy(self.vectors).double())
         solution = kernels.nnls(gram, cross, tol=tolerance, exact=True)
         w = solution.w
@@ -372,21 +348,28 @@ class Components(Factorisation):
         unexplained = torch.where(energy > 0, left.clamp_min(0) / energy.clamp_min(1e-30), torch.zeros_like(energy))
         return Encoded(w.float().numpy(), np.asarray(solution.kkt, np.float64), unexplained.numpy())
 
-    def _scale(self, fishers: Fishers, columns: Array | None = None) -> ScaledRows:
-        return scale(
-            fishers,
-            self.block_weights or "energy",
-            self.provenance.get("normalize", "stored"),
-            columns if columns is not None else self.columns,
-        )
+    def scale(self, fishers: Fishers) -> ScaledRows:
+        """Scale other Fishers as those that were factorised."""
+        return scale(fishers, **self.scaling_of(fishers), columns=self.columns)
+
+    def scaling_of(self, fishers: Fishers) -> dict[str, Any]:
+        """Return the options of :func:`npeff.decompose` that scale other Fishers as those that were factorised."""
+        weights: Any = self.block_weights
+        if weights is None:  # what the others were weighted by when they were computed is undone
+            weights = "energy" if fishers.block_weights is None else dict.fromkeys(self.parameters.names, 1.0)
+        return {"block_weights": weights, "normalize": self.provenance.get("normalize", "stored")}
 
     def check_compatible(self, fishers: Fishers) -> None:
         """Check that Fishers can be encoded on these components, or the components be expanded by them.
+
+        A warning says where they were computed from another model, or with another likelihood.
 
         Raises:
             ArgumentError: Kind, compression or parameters differ.
             StorageError: A file that they are mapped from is damaged.
         """
+        if not isinstance(fishers, Fishers):
+            raise ArgumentError(f"fishers: expected Fishers, got {type(fishers).__name__}; open a file with npeff.load")
         self.verify()
         fishers.verify()
         if fishers.rows.products_only or self.compression == "gram":
@@ -394,13 +377,18 @@ class Components(Factorisation):
                 "fishers: inner products alone (GramOnly) say nothing about other examples; compute Fishers with "
                 "compress=None, TopK(k) or Sketch(d) for that (npeff fishers --exact, --top-k or --sketch)"
             )
-        if sketch_of(self.provenance.get("fishers", {})) != fishers.sketch:
-            ours = sketch_of(self.provenance.get("fishers", {}))
+        source = self.provenance.get("fishers") or {}
+        if (ours := sketch_of(source)) != fishers.sketch:
             raise ArgumentError(
                 f"fishers: expected the compression of the components ({ours or 'no sketch'}), got "
                 f"{fishers.sketch or 'no sketch'}; compute them as the components' own, or decompose these"
             )
-        check_same_outputs(fishers.provenance, self.provenance.get("fishers") or {})
+        if ours is not None and self.block_weights != fishers.block_weights:
+            raise ArgumentError(
+                f"fishers: expected sketches of the block weights of the components, {self.block_weights or 'none'}, "
+                f"got {fishers.block_weights or 'none'}; compute them with the same block_weights="
+            )
+        check_same_outputs(fishers.provenance, source)
         if fishers.kind != self.kind:
             raise ArgumentError(f"fishers: expected {self.kind} Fishers like the components, got {fishers.kind} ones")
         if fishers.parameters != self.parameters:
@@ -410,6 +398,12 @@ class Components(Factorisation):
                 f"got {len(fishers.parameters)} tensors with {fishers.n_parameters:,} elements; compute them "
                 "with the same model and the same selection"
             )
+        facts = [{**(p.get("options") or {}), "model": p.get("model_digest")} for p in (fishers.provenance, source)]
+        words = {"model": "of another model (other weights)", "likelihood": "of another likelihood"}
+        words["labels"] = "of other labels="
+        told = [words[name] for name in words if len({f[name] for f in facts if f.get(name)}) > 1]
+        if told:
+            warnings.warn(f"fishers: they are {' and '.join(told)} than those of the components", stacklevel=3)
 
     # ---- storage -------------------------------------------------------------------------------------------
 
@@ -440,23 +434,6 @@ class Components(Factorisation):
             write_container(scratch, "components", [Data.json("meta", self.meta()), *arrays], attributes)
         object.__setattr__(self, "path", path)
         return path
-
-    @classmethod
-    def from_parts(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> Components:
-        """Make Components of what :meth:`to_arrays` and :meth:`meta` gave."""
-        names = ("coefficients", "vectors", "loss_curve")
-        own: dict[str, Any] = {name: arrays[name] for name in (*names, *OPTIONAL[1:]) if name in arrays}
-        return cls(
-            kind=meta["kind"],
-            block_weights=meta["block_weights"],
-            parameters=Parameters.from_json(meta["parameters"]),
-            loss=float(meta["loss"]),
-            provenance=dict(meta["provenance"]),
-            columns=arrays.get("columns"),
-            rank=meta.get("rank"),
-            **own,
-            **example_fields(arrays),
-        )
 
 
 def statistics(kind: Kind, scaled: ScaledRows, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -228,6 +228,7 @@ def write_adapter(
     model: nn.Module,
     rank: int,
     scale: float,
+    held: float = 1.0,
 ) -> float:
     """Write a vector as a LoRA adapter in the format of ``peft``, ΔW = B A for every linear layer.
 
@@ -238,6 +239,7 @@ def write_adapter(
         model: The model that the adapter is for.
         rank: Rank of the adapter.
         scale: What ΔW is multiplied by.
+        held: Norm of what is known of the vector, by which ΔW is divided.
 
     Returns:
         The squared norm of what the adapter holds.
@@ -270,7 +272,7 @@ def write_adapter(
         A, B = (left.T, right.T) if turned[-1] else (right, left)
         missing = rank - len(A)  # a small layer has no more singular values
         for letter, factor in (("A", np.pad(A, ((0, missing), (0, 0)))), ("B", np.pad(B, ((0, 0), (0, missing))))):
-            step = np.ascontiguousarray(factor if letter == "A" else factor * np.float32(scale))
+            step = np.ascontiguousarray(factor if letter == "A" else factor * np.float32(scale / held))
             tensors[f"base_model.model.{names[-1]}.lora_{letter}.weight"] = torch.from_numpy(step)
     if not tensors:
         raise ArgumentError(

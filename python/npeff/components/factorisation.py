@@ -15,23 +15,35 @@ import torch
 from npeff.components.factored import MatrixFactors, assemble, slots, squared_norm, truncated
 from npeff.errors import ArgumentError
 from npeff.fishers.block_weights import column_factors
-from npeff.fishers.file_format import example_arrays
+from npeff.fishers.file_format import LOGITS, PLACES, example_arrays
 from npeff.fishers.logits import Logits
 from npeff.fishers.rows import Kind
 from npeff.models.parameters import Parameter, Parameters
+from npeff.storage.checks import FLOAT, INT, Field
 
 Array = npt.NDArray[Any]
 
-OPTIONAL = (
-    "columns",
-    "row_weights",
-    "row_offsets",
-    "recovered",
-    "recovered_vectors",
-    "factored",
-    "factored_vectors",
-    "factored_lost",
+COMPONENTS = (
+    Field("coefficients", FLOAT, ("n_examples", "n_components"), least=0),
+    Field("vectors", FLOAT, ("n_components", "n_columns")),
+    Field("columns", INT, ("n_columns",), least=0, below="n_parameters", ascending_in="", optional=True),
+    Field("labels", INT, ("n_examples",), least=-1, below="n_classes"),
+    *LOGITS,
+    Field("ids", INT, ("n_examples",), least=0),
+    PLACES,
+    Field("norms", FLOAT, ("n_examples",), least=0, nan=True),
+    Field("loss_curve", FLOAT, ("n_losses",)),
+    Field("row_offsets", INT, ("n_examples + 1",), ascends_to="n_rows", optional=True),
+    Field("row_weights", FLOAT, ("n_rows", "n_components"), optional=True),
+    Field("recovered", INT, ("n_recovered",), least=0, below="n_components", ascending_in="", optional=True),
+    Field("recovered_vectors", FLOAT, ("n_recovered", "n_parameters"), optional=True),
+    Field("factored", INT, ("n_factored",), least=0, below="n_components", ascending_in="", optional=True),
+    Field("factored_vectors", FLOAT, ("n_factored", "n_factors"), optional=True),
+    Field("factored_lost", FLOAT, ("n_factored", "n_tensors"), least=0, optional=True),
 )
+"""The arrays of a file, under ``arrays/``."""
+
+OPTIONAL = tuple(field.name for field in COMPONENTS if field.optional and field not in (*LOGITS, PLACES))
 """Arrays that not all components have."""
 
 
@@ -193,7 +205,8 @@ class Factorisation:
         )
 
     def _component(self, j: int) -> int:
-        if not isinstance(j, int | np.integer) or not -self.n_components <= j < self.n_components:
+        whole = isinstance(j, int | np.integer) and not isinstance(j, bool)
+        if not whole or not -self.n_components <= j < self.n_components:
             raise ArgumentError(f"j: expected a component below {self.n_components}, got {j!r}")
         return int(j) % self.n_components
 
@@ -218,15 +231,20 @@ class Factorisation:
                 vector = assemble(self.parameters, *self.factored_vector(j))
                 return np.asarray(vector / np.float32(max(float(np.linalg.norm(vector)), 1e-30)))
             return np.array(self._recovered_row(j))
-        entries = self.vectors[j].astype(np.float64)
-        columns = slice(None) if self.columns is None else self.columns
-        if self.block_weights is not None:
-            factor = column_factors(self.parameters, self.block_weights, self.kind)[columns]
-            entries = np.divide(entries, factor, out=np.zeros_like(entries), where=factor > 0)
+        entries = self.unweighted(j)
         norm = float(np.linalg.norm(entries))
         vector = np.zeros(self.n_parameters, np.float32)
-        vector[columns] = entries / norm if norm else entries
+        vector[slice(None) if self.columns is None else self.columns] = entries / norm if norm else entries
         return vector
+
+    def unweighted(self, js: int | slice = slice(None)) -> Array:
+        """Return some of ``vectors``, float64 on the kept columns, with block weights undone; not of unit norm."""
+        entries = self.vectors[js].astype(np.float64)
+        if self.block_weights is None:
+            return entries
+        columns = slice(None) if self.columns is None else self.columns
+        factor = column_factors(self.parameters, self.block_weights, self.kind)[columns]
+        return np.divide(entries, factor, out=np.zeros_like(entries), where=factor > 0)
 
     def blocks(self, j: int) -> Iterator[tuple[Parameter, Array, Array | None]]:
         """Yield component j's pseudo-Fisher vector, which :meth:`vector` returns whole, parameter by parameter.
@@ -245,9 +263,15 @@ class Factorisation:
         if not self.known_as_factors_alone(j):
             yield from self._stored_blocks(j)
             return
-        held = np.float32(max(squared_norm(self.parameters, *self.factored_vector(j)) ** 0.5, 1e-30))
+        held = np.float32(self.held_norm(j))
         for parameter, left, right in self._stored_blocks(j):
             yield parameter, left / held, right
+
+    def held_norm(self, j: int) -> float:
+        """Return the norm of what is known of component j's unit vector: below 1 where factors alone are known."""
+        if not self.known_as_factors_alone(j):
+            return 1.0
+        return max(squared_norm(self.parameters, *self.factored_vector(j)) ** 0.5, 1e-30)
 
     def _stored_blocks(self, j: int) -> Iterator[tuple[Parameter, Array, Array | None]]:
         """Yield the blocks of component j's vector; one that is known as factors alone has the norm of these, not 1."""

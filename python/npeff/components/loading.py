@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from npeff.components.components import COMPONENTS, Components
+from npeff.components.components import Components
 from npeff.components.factored import slots
+from npeff.components.factorisation import COMPONENTS, OPTIONAL
 from npeff.components.published import describe_published, published_in
 from npeff.errors import ForeignFileError, StorageError
 from npeff.fishers.file_format import (
@@ -20,6 +21,7 @@ from npeff.fishers.file_format import (
     coherent,
     count_outputs,
     described_parameters,
+    example_fields,
     one_of,
     told_outputs,
 )
@@ -122,7 +124,18 @@ def _components_in(container: Container, *, verify: bool = False) -> Components:
     if sum(array.nbytes for array in arrays.values()) <= READ_BYTES:
         arrays = {name: np.array(array) for name, array in arrays.items()}
     with coherent(container.path):
-        return replace(Components.from_parts(arrays, meta), check=check, path=container.path)
+        return Components(
+            kind=meta["kind"],
+            block_weights=meta["block_weights"],
+            parameters=parameters,
+            loss=float(meta["loss"]),
+            provenance=dict(provenance),
+            rank=meta.get("rank"),
+            path=container.path,
+            check=check,
+            **{name: arrays.get(name) for name in ("coefficients", "vectors", "loss_curve", *OPTIONAL)},  # type: ignore[arg-type]
+            **example_fields(arrays),
+        )
 
 
 def describe(path: Path | str) -> dict[str, Any]:
@@ -142,7 +155,7 @@ def describe(path: Path | str) -> dict[str, Any]:
     found = recognise(path)
     summary: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
     if not found.is_npeff:
-        return {**summary, "format": "published", "content": found.content, **describe_published(path)}
+        return {**summary, "format": "published", "content": found.content, **describe_published(found)}
     summary |= {name: value for name, value in found.attributes.items() if "@" not in name}
     summary["arrays"] = {
         name: [list(spec.shape), str(spec.dtype)] for name, spec in found.specs.items() if spec.dtype.kind != "S"

@@ -15,7 +15,6 @@ which reading drops again.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,8 @@ from npeff.fishers.published_fishers import (
     told,
     unnamed,
 )
-from npeff.fishers.rows import Kind
 from npeff.storage.checks import Field, Sizes, refuse
-from npeff.storage.container import LAYOUTS, Container, check_replaceable, layout_of, open_file
+from npeff.storage.container import LAYOUTS, Container, check_replaceable, open_file
 from npeff.storage.files import atomic, check_target, path_of
 from npeff.storage.hdf5 import LEAST_ALLOWED, MOST_TIMES
 from npeff.storage.writing import Data, write_hdf5
@@ -68,10 +66,9 @@ def read_published(path: Path | str, *, fishers: Fishers | None = None) -> Fishe
     """
     path = path_of(path)
     found = open_file(path)
-    layout = None if found.is_npeff else layout_of(found)
-    if layout is None:
+    if found.is_npeff or not found.content:
         raise ForeignFileError(f"{path}: an HDF5 file, but not in a published layout ({', '.join(LAYOUTS)})")
-    return published_in(replace(found, content=layout), fishers)
+    return published_in(found, fishers)
 
 
 def published_in(file: Container, fishers: Fishers | None = None) -> Fishers | Components:
@@ -126,16 +123,15 @@ def write_published(
     return path
 
 
-def describe_published(path: Path) -> dict[str, Any]:
+def describe_published(file: Container) -> dict[str, Any]:
     """Describe a file in a published layout without reading its arrays: sizes, attributes, shapes."""
-    file = open_file(path)
     arrays = {name: [list(spec.shape), str(spec.dtype)] for name, spec in file.specs.items()}
     firsts = ("data/W", "data/labels", "data/fisher/values", "data/values")
     first = next((file.specs[name].shape for name in firsts if name in file.specs), ())
     sizes = ("data@n_parameters", "data/fisher@dense_fisher_size", "data/reduce_kept_indices@full_dense_size")
     found = next((file.attributes[name] for name in sizes if name in file.attributes), None)
     return {
-        "kind": "diagonal" if (layout_of(file) or "").startswith("diagonal") else "low_rank",
+        "kind": "diagonal" if file.content.startswith("diagonal") else "low_rank",
         "n_examples": first[0] if first else None,
         "n_parameters": found[0] if isinstance(found, list) and found else found,
         "attributes": dict(file.attributes),
@@ -147,6 +143,7 @@ def read_decomposition(file: Container, fishers: Fishers | None) -> Components:
     """Read a decomposition; vectors are made unit-norm, their scale moved into the coefficients.
 
     Raises:
+        ArgumentError: The Fishers are not those of the decomposition.
         StorageError: The file contradicts itself, or holds coefficients only.
     """
     path = file.path
@@ -178,20 +175,6 @@ def read_decomposition(file: Container, fishers: Fishers | None) -> Components:
     if not np.isfinite(coefficients).all() or not np.isfinite(norms).all():
         refuse(path, "data/W", "coefficients within the range of float32")
     whole = np.array_equal(columns[order], np.arange(m)) if len(columns) == m else False
-    kind: Kind = "low_rank" if low_rank else "diagonal"
-    return _components(path, kind, coefficients, unit, None if whole else columns[order], m, provenance, fishers)
-
-
-def _components(
-    path: Path,
-    kind: Kind,
-    coefficients: Array,
-    vectors: Array,
-    columns: Array | None,
-    m: int,
-    provenance: dict[str, Any],
-    fishers: Fishers | None,
-) -> Components:
     n = len(coefficients)
     if fishers is not None and (len(fishers) != n or fishers.n_parameters != m):
         raise ArgumentError(
@@ -205,10 +188,10 @@ def _components(
         known = {"parameters": unnamed(m), "norms": norms, "logits": logits}
         known |= {"labels": np.full(n, -1, np.int64), "ids": np.arange(n)}
     return Components(
-        kind=kind,
+        kind="low_rank" if low_rank else "diagonal",
         coefficients=coefficients,
-        vectors=vectors,
-        columns=columns,
+        vectors=unit,
+        columns=None if whole else columns[order],
         block_weights=None,
         loss_curve=np.zeros(0),
         loss=float("nan"),

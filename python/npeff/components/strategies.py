@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.components.factorisation import Factorisation
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, check_integer
 from npeff.short_repr import several
 
 Array = npt.NDArray[Any]
@@ -118,7 +118,7 @@ def strategy_tree(similarity: Array, coefficients: Array, n: int | None = None, 
     from scipy.spatial.distance import squareform
 
     r = len(similarity)
-    if n is not None and (not isinstance(n, int | np.integer) or not 1 <= n <= r):
+    if n is not None and check_integer("n", n) > r:
         raise ArgumentError(f"n: expected 1 ≤ n ≤ {r} strategies, got {n!r}")
 
     def node(children: Sequence[Strategy], distance: float) -> Strategy:

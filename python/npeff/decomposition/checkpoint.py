@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 from npeff.decomposition.objective import State
 from npeff.decomposition.problem import Problem
 from npeff.errors import ResumeError, StorageError
-from npeff.storage.checks import Field, Sizes, item, parse_json, read_npz
-from npeff.storage.files import Lock, atomic, check_target, explain, refuse_link
+from npeff.storage.checks import Field, Sizes, item
+from npeff.storage.container import read_record
+from npeff.storage.files import Lock, check_target, explain, path_of, refuse_link
+from npeff.storage.writing import write_record
 
+CONTENT = "search"
 FIELDS = (
-    Field("meta", ("|u1",), ("n_bytes",)),
     Field("W", ("<f4", "<f8"), ("n_examples", "n_components"), least=0),
     Field("coords", ("<f4", "<f8"), ("n_components", "n_coordinates")),
     Field("curve", ("<f8",), ("n_losses",)),
@@ -66,7 +69,7 @@ def end_at(curve: list[float], loss: float) -> None:
 
 
 class Checkpoint:
-    """Keeps a :class:`SearchState` in one ``.npz`` file.
+    """Keeps a :class:`SearchState` in one file.
 
     A context manager: within it no other process may keep its state there. Of several processes that work together,
     process 0 writes the file, all read it, and each keeps its part of W.
@@ -77,7 +80,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, problem: Problem) -> None:
-        self._path, self._objective = Path(path), problem.objective
+        self._path, self._objective = path_of(path, "checkpoint"), problem.objective
         self._comm = problem.objective.comm
         options = {"kind": problem.fishers.kind, **problem.options.record()}
         options = json.loads(json.dumps(options, default=str, sort_keys=True))
@@ -122,15 +125,12 @@ class Checkpoint:
         assert best is not None
         numbers = {name: getattr(state, name) for name in NUMBERS}
         meta = {"key": self._key, "numbers": numbers, "loss": best.loss, "frozen": best.frozen}
-        kept = "The state that was saved there before is kept."
-        with atomic(self._path, kept=kept) as scratch, scratch.open("wb") as file:
-            np.savez(
-                file,
-                meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
-                W=W.cpu().numpy(),
-                coords=best.coords.cpu().numpy(),
-                curve=np.asarray(state.curve, np.float64),
-            )
+        arrays = {
+            "W": W.cpu().numpy(),
+            "coords": best.coords.cpu().numpy(),
+            "curve": np.asarray(state.curve, np.float64),
+        }
+        write_record(self._path, CONTENT, arrays, meta, kept="The state that was saved there before is kept.")
 
     def load(self) -> SearchState | None:
         """Read the state in the file, with this process's part of W; None when there is no file.
@@ -167,7 +167,7 @@ class Checkpoint:
         if not self._path.exists():
             return None
         try:
-            meta, arrays = self._contents()
+            arrays, meta = read_record(self._path, CONTENT, _describe, verify=True)
         except StorageError as error:
             raise StorageError(
                 f"checkpoint: {self._path} is not a readable checkpoint ({error}); remove it or choose another path"
@@ -175,39 +175,32 @@ class Checkpoint:
         if meta["key"] != self._key:
             theirs, ours = meta["key"].get("options"), self._key["options"]
             theirs = theirs if isinstance(theirs, dict) else {}
-            differing = [name for name in ours if theirs.get(name) != ours[name]] or ["the Fishers themselves"]
+            differing = [name for name in ours if theirs.get(name) != ours[name]]
+            beside = "the Fishers themselves, or the vectors given beside them (init=, the components expanded)"
             raise ResumeError(
-                f"checkpoint: {self._path} is of another run; it differs in {', '.join(differing)}. Remove "
+                f"checkpoint: {self._path} is of another run; it differs in {', '.join(differing) or beside}. Remove "
                 "it, or choose another path"
             )
         r = self._key["options"]["n_components"]
-        if arrays["W"].shape[1] != r:
-            raise StorageError(
-                f"checkpoint: {self._path} is not a readable checkpoint (array 'W' has {arrays['W'].shape[1]} "
-                f"components, not {r}); remove it or choose another path"
-            )
-        W, coords = torch.from_numpy(arrays["W"]), torch.from_numpy(arrays["coords"])
+        if arrays["W"].shape[1] != r or meta["frozen"] > r:
+            raise self.misfit(f"{arrays['W'].shape[1]} components, {meta['frozen']} of them frozen, not {r}")
+        W, coords = (torch.from_numpy(np.array(arrays[name])) for name in ("W", "coords"))
         empty = W.new_zeros(0, 0)
         best = State(W, coords, empty, empty, meta["loss"], meta["frozen"])
         return SearchState(best=best, curve=arrays["curve"].tolist(), **meta["numbers"])
 
-    def _contents(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read the file's description, and its arrays.
 
-        Raises:
-            StorageError: The file is damaged.
-        """
-        sizes: Sizes = {}
-        arrays = read_npz(self._path, FIELDS, sizes)
-        where = f"{self._path}: array 'meta'"
-        meta = parse_json(arrays["meta"].tobytes(), where)
-        item(meta, "key", where, dict)
-        if not 0 <= item(meta, "frozen", where, int) <= sizes["n_components"]:
-            raise StorageError(f"{where}, 'frozen', is damaged: expected a number of components, got {meta['frozen']}")
-        item(meta, "loss", where, float)
-        numbers = item(meta, "numbers", where, dict)
-        if sorted(numbers) != NUMBERS or any(item(numbers, name, where, int) < 0 for name in NUMBERS):
-            raise StorageError(
-                f"{where}, 'numbers', is damaged: expected {', '.join(NUMBERS)}, each ≥ 0, got {numbers}"
-            )
-        return meta, arrays
+def _describe(meta: dict[str, Any], where: str) -> tuple[Sequence[Field], Sizes]:
+    """Check the meta data of a checkpoint, and state what is expected of its arrays.
+
+    Raises:
+        StorageError: They are damaged.
+    """
+    for name, kind in (("key", dict), ("loss", float), ("numbers", dict)):
+        item(meta, name, where, kind)
+    if item(meta, "frozen", where, int) < 0:
+        raise StorageError(f"{where}, 'frozen', is damaged: expected a number of components, got {meta['frozen']}")
+    numbers = meta["numbers"]
+    if sorted(numbers) != NUMBERS or any(item(numbers, name, where, int) < 0 for name in NUMBERS):
+        raise StorageError(f"{where}, 'numbers', is damaged: expected {', '.join(NUMBERS)}, each ≥ 0, got {numbers}")
+    return FIELDS, {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +14,14 @@ import torch
 
 from npeff.components.components import Components
 from npeff.decomposition.checkpoint import SearchState
-from npeff.decomposition.kinds import Diagonal, LowRank, unit
-from npeff.decomposition.objective import State
+from npeff.decomposition.kinds import LowRank
 from npeff.decomposition.options import Algorithm, Callback, DecomposeOptions, Progress, PublishedOptions, SpaceName
 from npeff.decomposition.problem import Problem, prepare
 from npeff.decomposition.search import Search, progress_bar
 from npeff.decomposition.spaces import RowSpace
 from npeff.errors import ArgumentError, DataError, check_integer
 from npeff.fishers.block_weights import BlockWeights
+from npeff.fishers.file_format import example_arrays, example_fields
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.scaling import Normalize
 
@@ -144,6 +143,8 @@ def expand(
     Raises:
         ArgumentError: Kind or parameters differ, n is not positive, or an option is unknown or out of range.
     """
+    if not isinstance(components, Components):
+        raise ArgumentError(f"components: expected Components, got {type(components).__name__}")
     components.check_compatible(fishers)
     check_integer("n", n)
     given = ("n_components", "algorithm", "published", "block_weights", "normalize", "init")
@@ -155,8 +156,7 @@ def expand(
         )
     chosen = DecomposeOptions(
         components.n_components + n,
-        block_weights=components.block_weights or "energy",
-        normalize=components.provenance.get("normalize", "stored"),
+        **components.scaling_of(fishers),
         checkpoint=checkpoint,
         callback=callback,
         progress=progress,
@@ -222,11 +222,7 @@ def components_of(problem: Problem, result: SearchState, **course: Any) -> Compo
         columns=scaled.columns,
         block_weights=scaled.block_weights,
         parameters=fishers.parameters,
-        labels=np.asarray(fishers.labels),
-        logits=fishers.logits,
-        places=fishers.places,
-        ids=np.asarray(fishers.ids),
-        norms=np.asarray(fishers.norms),
+        **example_fields(example_arrays(fishers)),
         loss_curve=np.asarray(result.curve, np.float64),
         loss=float(state.loss),
         provenance={
@@ -257,97 +253,48 @@ class DivergedError(ArgumentError):
 
 
 def run_published(problem: Problem) -> SearchState:
-    """Solve a problem by the published algorithm of its kind.
+    """Solve a problem by the published algorithm of its kind; the loss may rise.
+
+    Low-rank (Matena & Raffel 2023): steps on G alone, then joint ones, each a multiplicative update of W followed by a
+    gradient step of fixed rate on G. Diagonal: multiplicative updates (Lee & Seung 2001) from a uniform start.
 
     Raises:
         DivergedError: The loss went up without end.
     """
-    options = problem.options
-    published = options.published or PublishedOptions()
+    options, objective = problem.options, problem.objective
+    published, r, space = options.published or PublishedOptions(), options.n_components, objective.space
     began, generator = time.perf_counter(), torch.Generator().manual_seed(options.seed)
-    with progress_bar(options) as bar:
-
-        def report(iteration: int, loss: float) -> Any:
-            bar.n = iteration
-            bar.set_postfix(loss=f"{loss:.5f}")
-            seconds = time.perf_counter() - began
-            progress = Progress("published", 0, iteration, loss, loss, seconds)
-            return options.callback is not None and options.callback(progress)
-
-        if isinstance(problem.objective, Diagonal):
-            state, curve = _published_diagonal(problem.objective, options.n_components, published, generator, report)
-        else:
-            state, curve = _published_low_rank(problem.objective, options.n_components, published, generator, report)
-    steps = published.g_only + published.joint
-    return SearchState(iteration=steps, best=state, curve=curve, seconds=time.perf_counter() - began)
-
-
-def _published_low_rank(
-    objective: LowRank,
-    r: int,
-    options: PublishedOptions,
-    generator: torch.Generator,
-    callback: Callable[[int, float], Any] | None = None,
-) -> tuple[State, list[float]]:
-    """Run the published low-rank algorithm (Matena & Raffel 2023).
-
-    First steps on G alone, then joint steps; each joint step is one multiplicative update of W followed by one
-    fixed-rate gradient step on G. The loss may rise.
-
-    Returns:
-        The last state with unit-norm vectors, and the relative losses every ``log_every`` iterations.
-
-    Raises:
-        ArgumentError: The objective is not over the rows.
-        DivergedError: The loss went up without end.
-    """
-    space = objective.space
-    if not isinstance(space, RowSpace):
-        raise ArgumentError("space: the published algorithm works on the rows; use space='rows'")
+    assert isinstance(space, RowSpace)
+    low_rank = isinstance(objective, LowRank)
     W = torch.rand(objective.n_examples, r, generator=generator).to(space.device, space.dtype)
-    coords = space.embed(torch.randn(r, space.n_columns, generator=generator) / (r * space.n_columns / 2) ** 0.5)
-    curve: list[float] = []
-    for iteration in range(1, options.g_only + options.joint + 1):
-        P, Q = space.project(coords), coords @ coords.T
-        if iteration > options.g_only:
-            W = W * objective.cross(P) / (W @ (Q * Q) + MU_EPS)
-        gradient = ((W.T @ W) * Q) @ coords - space.combine(objective.spread(W, P))
-        coords = coords - 4 * options.learning_rate * gradient
-        if iteration % options.log_every == 0:
-            P, Q = space.project(coords), coords @ coords.T
-            curve.append(objective.relative_loss(W, objective.cross(P), Q))
-            if callback is not None and callback(iteration, curve[-1]):
+    if low_rank:
+        start = torch.randn(r, space.n_columns, generator=generator) / (r * space.n_columns / 2) ** 0.5
+    else:
+        start = torch.rand(r, space.n_columns, generator=generator)
+    coords, curve, steps = space.embed(start), list[float](), published.g_only + published.joint
+    with progress_bar(options) as bar:
+        for iteration in range(1, steps + 1):
+            joint, Q = iteration > published.g_only, coords @ coords.T
+            P = space.project(coords) if joint or low_rank else W
+            if joint:
+                W = W * objective.cross(P) / (W @ objective.gram(Q) + MU_EPS)
+            if isinstance(objective, LowRank):
+                gradient = ((W.T @ W) * Q) @ coords - space.combine(objective.spread(W, P))
+                coords = coords - 4 * published.learning_rate * gradient
+            else:
+                coords = coords * space.combine(W) / ((W.T @ W) @ coords + MU_EPS)
+            if iteration % published.log_every:
+                continue
+            curve.append(objective.relative_loss(W, objective.cross(space.project(coords)), coords @ coords.T))
+            bar.n = iteration
+            bar.set_postfix(loss=f"{curve[-1]:.5f}")
+            progress = Progress("published", 0, iteration, curve[-1], curve[-1], time.perf_counter() - began)
+            if options.callback is not None and options.callback(progress):
                 break
-            if not curve[-1] < DIVERGED:
+            if low_rank and not curve[-1] < DIVERGED:
                 raise DivergedError(
                     f"published: the loss is {curve[-1]:.3g} after {iteration} iterations with learning_rate="
-                    f"{options.learning_rate:g}: it diverged. Choose a smaller rate"
+                    f"{published.learning_rate:g}: it diverged. Choose a smaller rate"
                 )
-    P = space.project(coords)
-    state = unit(State(W, coords, P, coords @ coords.T))
-    return replace(state, loss=objective.relative_loss(state.W, objective.cross(state.P), state.Q)), curve
-
-
-def _published_diagonal(
-    objective: Diagonal,
-    r: int,
-    options: PublishedOptions,
-    generator: torch.Generator,
-    callback: Callable[[int, float], Any] | None = None,
-) -> tuple[State, list[float]]:
-    """Run multiplicative updates (Lee & Seung 2001) from a uniform start; returns as :func:`_published_low_rank`."""
-    space = objective.space
-    assert isinstance(space, RowSpace)
-    W = torch.rand(objective.n_examples, r, generator=generator).to(space.device, space.dtype)
-    H = space.embed(torch.rand(r, space.n_columns, generator=generator))
-    curve: list[float] = []
-    for iteration in range(1, options.g_only + options.joint + 1):
-        if iteration > options.g_only:
-            W = W * space.project(H) / (W @ (H @ H.T) + MU_EPS)
-        H = H * space.combine(W) / ((W.T @ W) @ H + MU_EPS)
-        if iteration % options.log_every == 0:
-            curve.append(objective.relative_loss(W, space.project(H), H @ H.T))
-            if callback is not None and callback(iteration, curve[-1]):
-                break
-    state = objective.from_vectors(H.contiguous(), W)
-    return state, curve
+    state = objective.from_vectors(coords.contiguous(), W)
+    return SearchState(iteration=steps, best=state, curve=curve, seconds=time.perf_counter() - began)

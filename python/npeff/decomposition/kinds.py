@@ -322,22 +322,14 @@ class Diagonal(Objective):
         return (fresh - self.comm.sum(pick.T @ state.W) @ state.coords).clamp_min(0) if residual else fresh
 
     def unit(self, state: State) -> State:
-        """Scale vectors to ``‖h_j‖ = 1``, the scale moved into W."""
+        """Scale vectors to ``‖h_j‖ = 1``, the scale moved into W; those of the last step likewise."""
         norm = state.Q.double().diagonal().sqrt()
         scale = torch.where(norm > 1e-30, 1 / norm.clamp_min(1e-30), torch.zeros_like(norm))
-        Q = state.Q.double() * scale * scale[:, None]
-        s = scale.to(state.P)
-        trail = state.trail and replace(
-            state.trail, W=state.trail.W * norm.to(state.W), H=state.trail.H * s[:, None].to(state.coords)
-        )
-        return replace(
-            state,
-            W=state.W * norm.to(state.W),
-            coords=state.coords * s[:, None],
-            P=state.P * s,
-            Q=Q.to(state.Q),
-            trail=trail,
-        )
+        found, trail = _scaled(state, scale, norm), state.trail
+        if trail is None:
+            return found
+        W, H = trail.W * norm.to(state.W), trail.H * scale.to(state.P)[:, None]
+        return replace(found, trail=replace(trail, W=W, H=H))
 
 
 def unit(state: State, alive: Tensor | None = None) -> State:
@@ -345,15 +337,14 @@ def unit(state: State, alive: Tensor | None = None) -> State:
     q = state.Q.double().diagonal()
     alive = q > 1e-30 if alive is None else alive & (q > 1e-30)
     q = torch.where(alive, q, torch.zeros_like(q))
-    scale = torch.where(alive, q.clamp_min(1e-30).rsqrt(), q)
-    s = scale.to(state.P)
-    Q = state.Q.double() * scale * scale[:, None]
+    return _scaled(state, torch.where(alive, q.clamp_min(1e-30).rsqrt(), q), q)
+
+
+def _scaled(state: State, scale: Tensor, weight: Tensor) -> State:
+    """Multiply vectors by ``scale`` and coefficients by ``weight``, both ``(r,)`` float64."""
+    s, Q = scale.to(state.P), state.Q.double() * scale * scale[:, None]
     return replace(
-        state,
-        W=state.W * q.to(state.W),
-        coords=state.coords * s.view(-1, *[1] * (state.coords.ndim - 1)),
-        P=state.P * s,
-        Q=Q.to(state.Q),
+        state, W=state.W * weight.to(state.W), coords=state.coords * s[:, None], P=state.P * s, Q=Q.to(state.Q)
     )
 
 

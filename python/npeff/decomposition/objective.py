@@ -82,7 +82,7 @@ class Objective(ABC):
     ) -> None:
         self.space, self.scaled, self.comm = space, scaled, space.comm
         self.n_examples = scaled.n_examples
-        counts = self.comm.lengths(self.n_examples)
+        counts = self.comm.objects(self.n_examples)
         self.first_example, self.n_all_examples = sum(counts[: self.comm.rank]), sum(counts)
         self.energies = torch.from_numpy(scaled.fisher_norms**2).to(space.device)
         self.const = self.comm.number(float(self.energies.sum())) or 1.0

@@ -141,8 +141,14 @@ class DecomposeOptions:
             raise ArgumentError("published: these options belong to algorithm='published'")
         if self.callback is not None and not callable(self.callback):
             raise ArgumentError(f"callback: expected a callable, got {type(self.callback).__name__}")
-        if self.init is not None and len(self.init) != 2:
-            raise ArgumentError("init: expected a pair (W, G)")
+        if self.init is not None:
+            object.__setattr__(self, "init", _float32_pair(self.init))
+        if self.algorithm == "published":
+            for name, unused in (("init", None), ("orthogonality", 0.0), ("checkpoint", None)):
+                if getattr(self, name) != unused:
+                    raise ArgumentError(f"{name}: the published algorithm has no use for it; leave it out")
+            if self.space not in ("auto", "rows"):
+                raise ArgumentError(f"space: the published algorithm works on the rows in memory, got {self.space!r}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -158,6 +164,19 @@ class DecomposeOptions:
         """Return the options that determine the result, for provenance and checkpoints."""
         found = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in WITHOUT_EFFECT}
         return {**found, "published": asdict(self.published or PublishedOptions())}
+
+
+def _float32_pair(init: object) -> tuple[Array, Array]:
+    """Make two float32 arrays of what is given as ``init``.
+
+    Raises:
+        ArgumentError: It is something else.
+    """
+    try:
+        W, G = (np.asarray(array, np.float32) for array in init)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"init: expected a pair of arrays (W, G), got {type(init).__name__} ({error})") from error
+    return W, G
 
 
 @dataclass(frozen=True)

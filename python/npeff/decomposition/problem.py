@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from npeff.decomposition.kinds import Diagonal, LowRank
 from npeff.decomposition.objective import State
 from npeff.decomposition.options import DecomposeOptions, SpaceChoice, choose_space
 from npeff.decomposition.processes import LOCAL, Processes
-from npeff.decomposition.spaces import FactorSpace, GramSpace, RowSpace, StreamedSpace
+from npeff.decomposition.spaces import FactorSpace, GramSpace, RowSpace
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.file_format import example_arrays, example_fields
 from npeff.fishers.fishers import Fishers
@@ -40,6 +41,7 @@ class Problem:
         objective: The objective, over a space.
         choice: The space that was chosen, and why.
         seconds: Time that building the space took.
+        given: Arrays that the search starts from, or keeps: those of ``init``, frozen vectors and coefficients.
     """
 
     fishers: Fishers
@@ -49,23 +51,25 @@ class Problem:
     objective: LowRank | Diagonal
     choice: SpaceChoice
     seconds: float
+    given: Sequence[Array] = ()
 
     def initial_state(self) -> State | None:
         """Make the state from which ``init`` asks to descend; None without ``init``."""
         if self.options.init is None:
             return None
         W, G = self.options.init
-        kept = np.asarray(G, np.float32)[:, slice(None) if self.scaled.columns is None else self.scaled.columns]
+        kept = G[:, slice(None) if self.scaled.columns is None else self.scaled.columns]
         coords = self.objective.space.embed(torch.from_numpy(kept.copy()))
-        return self.objective.from_vectors(coords, torch.from_numpy(np.array(W, np.float32)))
+        return self.objective.from_vectors(coords, torch.from_numpy(W.copy()))
 
     def digest(self) -> str:
-        """Identify the data: by the rows; where processes share them, by everything but the rows."""
+        """Identify the data, and what was given beside them.
+
+        The data by the rows; where processes share them, by everything but the rows.
+        """
         if self.objective.comm.size > 1:
-            text, fishers = json.dumps(self.fishers.provenance, sort_keys=True, default=str), self.fishers
-            arrays = [fishers.row_offsets, fishers.ids, fishers.norms, *fishers.logits.arrays().values()]
-            return _digest(text, arrays)
-        return _digest("", [self.scaled.row_offsets, *self.scaled.rows.deciding()])
+            return _digest_without_rows(self.fishers)
+        return _digest("", [self.scaled.row_offsets, *self.scaled.rows.deciding(), *self.given])
 
     def row_weights(self, state: State, norms: torch.Tensor) -> Array | None:
         """Express the unit vectors as combinations of the stored rows, ``(n_rows, r)``, for the rows of this process.
@@ -99,6 +103,11 @@ def _digest(text: str, arrays: list[Array]) -> str:
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _digest_without_rows(fishers: Fishers) -> str:
+    text = json.dumps(fishers.provenance, sort_keys=True, default=str)
+    return _digest(text, [fishers.row_offsets, fishers.ids, fishers.norms, *fishers.logits.arrays().values()])
 
 
 def prepare(
@@ -144,17 +153,16 @@ def prepare(
     space: FactorSpace
     if choice.space == "gram" and low_rank:
         space = GramSpace(scaled.rows, anchors, options.torch_dtype, device, choice.part_bytes)
-    elif choice.stream:
-        space = StreamedSpace(scaled.rows, options.torch_dtype, device, comm)
     else:
-        space = RowSpace(scaled.rows, options.torch_dtype, device, comm)
+        space = RowSpace(scaled.rows, options.torch_dtype, device, comm, stream=choice.stream)
     kept = None if anchors is None else space.embed(anchors)
     kept_W = None if frozen_W is None else torch.from_numpy(frozen_W)
     if low_rank:
         objective: LowRank | Diagonal = LowRank(space, scaled, options.orthogonality, kept, kept_W)
     else:
         objective = Diagonal(space, scaled, kept, kept_W)
-    return Problem(fishers, own, scaled, options, objective, choice, time.perf_counter() - began)
+    given = [*(options.init or ()), *(array for array in (frozen, frozen_W) if array is not None)]
+    return Problem(fishers, own, scaled, options, objective, choice, time.perf_counter() - began, given)
 
 
 def _check_init(W: Array, G: Array, fishers: Fishers, r: int) -> None:
@@ -273,6 +281,7 @@ def _scaled_block(
     if options.algorithm != "npeff" or options.space == "gram":
         what = "algorithm: the published algorithm" if options.algorithm != "npeff" else "space: 'gram'"
         raise ArgumentError(f"{what} cannot be shared out among processes; use one, or leave the option out")
+    _check_same(fishers, options, comm)
     _check_number(fishers, options)
     cuts = block_edges(fishers, comm.size)
     own = _block(fishers, cuts[comm.rank], cuts[comm.rank + 1])
@@ -287,12 +296,32 @@ def _scaled_block(
         columns = (comm.sum(counts) >= max(1, options.min_nonzero_per_column)).nonzero()[:, 0].numpy()
         if not len(columns):
             raise DataError(_no_columns(options))
-    resolved = replace(options, block_weights="energy" if weights is None else _exactly(weights))
+    resolved = replace(options, block_weights="energy" if weights is None else weights)
     scaled, choice = comm.together(lambda: _checked_and_scaled(own, resolved, columns, device, block=True))
     if not comm.number(float(np.abs(scaled.fisher_norms).sum())):
         raise DataError(f"fishers: all {len(fishers)} are zero: nothing to decompose")
     choice = replace(choice, reason=f"{comm.size} processes hold a block of rows each")
     return own, replace(scaled, block_weights=weights), choice
+
+
+def _check_same(fishers: Fishers, options: DecomposeOptions, comm: Processes) -> None:
+    """Compare the options and the Fishers of all processes; the memory may differ.
+
+    Raises:
+        ArgumentError: An option differs.
+        DataError: The Fishers differ.
+    """
+    told = comm.objects(({**options.record(), "memory": None}, _digest_without_rows(fishers)))
+    first, digest = told[0]
+    for rank, (theirs, other) in enumerate(told):
+        for name in first:
+            if theirs[name] != first[name]:
+                raise ArgumentError(
+                    f"{name}: rank {rank} was given {theirs[name]!r}, and rank 0 {first[name]!r}; give every process "
+                    "the same options"
+                )
+        if other != digest:
+            raise DataError(f"fishers: rank {rank} has other Fishers than rank 0; open the same file in every process")
 
 
 def block_edges(fishers: Fishers, size: int) -> list[int]:
@@ -331,10 +360,3 @@ def _block(fishers: Fishers, start: int, stop: int) -> Fishers:
         fishers.check(part)
     offsets = np.asarray(fishers.row_offsets[start : stop + 1]) - first
     return replace(fishers, rows=part, row_offsets=offsets, path=None, check=None, **fields)
-
-
-def _exactly(weights: dict[str, float]) -> dict[str, float]:
-    """Return the same weights under patterns that match their names alone."""
-    return {
-        name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]"): weight for name, weight in weights.items()
-    }

@@ -1,7 +1,7 @@
 """Find the processes that work together, and sum over them: the solver's only use of ``torch.distributed``.
 
-:class:`Processes` is one process; :class:`Group` adds up over a ``torch.distributed`` process group, gloo for tensors
-in memory and NCCL for those on a GPU. :func:`connect` gives the one or the other.
+:class:`Processes` adds up over a ``torch.distributed`` process group, gloo for tensors in memory and NCCL for those on
+a GPU; :data:`LOCAL` is one process alone. :func:`connect` gives the one or the other.
 """
 
 from __future__ import annotations
@@ -35,92 +35,35 @@ NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Processes:
-    """The operations of processes that work together; here of one process alone, where every sum is the argument.
+    """The operations of processes that work together, over the ``torch.distributed`` process group.
 
-    Every process must ask, in the same order.
+    Every process must ask, in the same order. One process alone exchanges nothing: every sum is the argument.
+
+    Args:
+        alone: This process works alone; otherwise the group must be initialised, and every process makes this object.
 
     Attributes:
         rank: This process, from 0.
         size: Number of processes.
-    """
-
-    rank, size = 0, 1
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Add up over processes; the same bits in all of them. The argument may be overwritten."""
-        return tensor
-
-    def number(self, value: float) -> float:
-        """Add up one float64."""
-        return value
-
-    def agreed(self, value: float) -> float:
-        """Return process 0's value: decisions are taken on it, so that rounding does not lead processes apart."""
-        return value
-
-    def gathered(self, tensor: Tensor) -> Tensor:
-        """Return the tensors of all processes end to end along the first dimension, in every process."""
-        return tensor
-
-    def collected(self, tensor: Tensor) -> Tensor | None:
-        """Return the tensors of all processes end to end in process 0 alone, and None in the others."""
-        return tensor
-
-    def lengths(self, own: int) -> list[int]:
-        """Return a whole number of every process, in order."""
-        return [own]
-
-    def objects(self, value: T, *, failed: bool = False) -> list[T]:
-        """Return small objects of all processes, in order.
-
-        Args:
-            value: This process's.
-            failed: ``value`` is the message of an error: the others must not go on.
-
-        Raises:
-            WorkerError: Another process failed; gives its message.
-        """
-        return [value]
-
-    def together(self, function: Callable[[], T]) -> T:
-        """Call a function in every process; where it fails in one, it fails in all.
-
-        Raises:
-            NpeffError: The error of this process.
-            WorkerError: Another process failed; gives its message.
-        """
-        return function()
-
-    def missing(self) -> str:
-        """Say why the work ended, as far as this process can see."""
-        return "the system asked for it"
-
-
-LOCAL = Processes()
-
-
-class Group(Processes):
-    """The processes of a ``torch.distributed`` process group, which must be initialised.
-
-    Making one is a collective operation: every process must do it.
-
-    Attributes:
         numbers_summed: Numbers that were added up or agreed upon so far.
         sums: Sums so far.
     """
 
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, alone: bool = False) -> None:
+        self.rank, self.size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
         self.numbers_summed = self.sums = 0
-        self._peers: list[tuple[str, int]] = [(socket.gethostname(), os.getpid())] * self.size
-        # A group of its own: gloo whatever the default is, since most of what is exchanged lives in memory.
-        self._gloo = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._peers = self.objects((socket.gethostname(), os.getpid()))
+        if self.size > 1:
+            # A group of its own: gloo whatever the default is, since most of what is exchanged lives in memory.
+            self._gloo = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._peers: list[tuple[str, int]] = [(socket.gethostname(), os.getpid())] * self.size
+            self._peers = self.objects((socket.gethostname(), os.getpid()))
 
     # ---- sums ----------------------------------------------------------------------------------------------
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Add up over processes."""
+        """Add up over processes; the same bits in all of them. The argument may be overwritten."""
+        if self.size == 1:
+            return tensor
         self.numbers_summed += tensor.numel()
         self.sums += 1
         tensor = tensor.contiguous()
@@ -133,15 +76,19 @@ class Group(Processes):
         return float(self.sum(torch.tensor([value], dtype=torch.float64)))
 
     def agreed(self, value: float) -> float:
-        """Return process 0's value."""
+        """Return process 0's value: decisions are taken on it, so that rounding does not lead processes apart."""
+        if self.size == 1:
+            return value
         self.numbers_summed += 1
         box = torch.tensor([value], dtype=torch.float64)
         self._with_others(lambda: dist.broadcast(box, 0, group=self._gloo))
         return float(box)
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """Return the tensors of all processes end to end; they may differ in length."""
-        lengths = self.lengths(len(tensor))
+        """Return the tensors of all processes end to end, in every process; they may differ in length."""
+        lengths = self.objects(len(tensor))
+        if self.size == 1:
+            return tensor
         padded = tensor.new_zeros(max(lengths), *tensor.shape[1:]).cpu()
         padded[: len(tensor)] = tensor
         received = [torch.empty_like(padded) for _ in range(self.size)]
@@ -150,31 +97,33 @@ class Group(Processes):
 
     def collected(self, tensor: Tensor) -> Tensor | None:
         """Return the tensors of all processes in process 0 alone, received one after another; None in the others."""
-        lengths = self.lengths(len(tensor))
+        lengths = self.objects(len(tensor))
+        if self.size == 1:
+            return tensor
         if self.rank:
             self._with_others(lambda: dist.send(tensor.cpu().contiguous(), 0, group=self._gloo))
             return None
         whole = torch.empty(sum(lengths), *tensor.shape[1:], dtype=tensor.dtype)
-        whole[: lengths[0]] = tensor
-        at = lengths[0]
+        parts = torch.split(whole, lengths)
+        parts[0].copy_(tensor)
         for other in range(1, self.size):
-            part = whole[at : at + lengths[other]]
-            self._with_others(lambda part=part, other=other: dist.recv(part, other, group=self._gloo))  # type: ignore[misc]
-            at += lengths[other]
+            self._with_others(lambda other=other: dist.recv(parts[other], other, group=self._gloo))  # type: ignore[misc]
         return whole
-
-    def lengths(self, own: int) -> list[int]:
-        """Return a whole number of every process, in order."""
-        return [int(length) for length in self.objects(own)]
 
     # ---- other exchanges ------------------------------------------------------------------------------------
 
     def objects(self, value: T, *, failed: bool = False) -> list[T]:
-        """Return small objects of all processes, in order; the error of another process where it failed.
+        """Return small objects of all processes, in order.
+
+        Args:
+            value: This process's.
+            failed: ``value`` is the message of an error: the others must not go on.
 
         Raises:
             WorkerError: Another process failed; gives its message.
         """
+        if self.size == 1:
+            return [value]
         received: list[Any] = [None] * self.size
         self._with_others(lambda: dist.all_gather_object(received, (failed, value), group=self._gloo))
         if not failed:
@@ -211,6 +160,8 @@ class Group(Processes):
 
     def missing(self) -> str:
         """Say which processes have ended, as far as this one can see."""
+        if self.size == 1:
+            return "the system asked for it"
         here = socket.gethostname()
         for _ in range(20):  # a dying process takes a moment
             gone = [
@@ -223,6 +174,9 @@ class Group(Processes):
             time.sleep(0.1)
         hosts = sorted({host for host, _ in self._peers} - {here})
         return f"the connection to another process was lost{': on ' + ' or '.join(hosts) if hosts else ''}"
+
+
+LOCAL = Processes(alone=True)
 
 
 def _alive(pid: int) -> bool:
@@ -266,7 +220,7 @@ def connect() -> Processes:
         WorkerError: The others cannot be reached.
     """
     if dist.is_available() and dist.is_initialized():
-        return Group() if dist.get_world_size() > 1 else LOCAL
+        return Processes() if dist.get_world_size() > 1 else LOCAL
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return LOCAL
     missing = [name for name in NEEDED if name not in os.environ]
@@ -285,7 +239,7 @@ def connect() -> Processes:
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: the other processes cannot be reached at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({error})"
         ) from error
-    return Group()
+    return Processes()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from npeff.decomposition.objective import Objective, State
 from npeff.decomposition.options import DecomposeOptions, Progress
 from npeff.decomposition.problem import Problem
 from npeff.decomposition.spaces import GramSpace
-from npeff.decomposition.subspace import RestrictedObjective, find_subspace, most_dimensions
+from npeff.decomposition.subspace import Subspace, find_subspace, most_dimensions, restricted, to_full_space, widen
 from npeff.kernels.dispatch import threads_for
 from npeff.models.devices import return_freed_memory
 
@@ -69,7 +69,7 @@ class Search:
         self._problem, self._options = problem, problem.options
         self._full: Objective = problem.objective
         self._objective: Objective = problem.objective
-        self._restricted: RestrictedObjective | None = None
+        self._subspace: Subspace | None = None
         self._state = SearchState()
         self._stopped = False
         self._began = time.perf_counter()
@@ -136,8 +136,8 @@ class Search:
         if limited:
             return_freed_memory()
         self._state.subspace = {"dimensions": subspace.rows.shape[1], "kept": round(subspace.kept, 6)}
-        self._restricted = RestrictedObjective(full, subspace, most)
-        self._objective = self._restricted.objective
+        self._subspace, self._most_dimensions = subspace, most
+        self._objective = restricted(full, subspace)
 
     def _resume(self, keeper: Checkpoint) -> None:
         """Go on from the state in the file, if there is one.
@@ -283,13 +283,14 @@ class Search:
 
     def _polish(self, keeper: Checkpoint | None) -> None:
         """Descend to the final tolerance in the full space, or in subspaces that its steps widen."""
-        state, restricted = self._state, self._restricted
-        if restricted is None:
-            state.best = replace(self._objective.refresh(self._best), loss=self._best.loss)
+        state, full, subspace = self._state, self._full, self._subspace
+        if subspace is None or not isinstance(full, LowRank):
+            state.best, ended = replace(self._objective.refresh(self._best), loss=self._best.loss), False
         else:
-            state.best = restricted.to_full_space(self._objective.refresh(self._best))
+            state.best = to_full_space(full, subspace, self._objective.refresh(self._best))
             state.extend_curve([])
-        if not self._stopped and (restricted is None or not self._widen(restricted)):
+            ended = not self._stopped and self._widen(full, subspace)
+        if not self._stopped and not ended:
             self._objective = self._full
             last, curve = self._descend(self._best, "polish", self._options.tolerance)
             state.best = self._believed(last, curve)
@@ -298,7 +299,7 @@ class Search:
             state.finished = 1
             keeper.save(state)
 
-    def _widen(self, restricted: RestrictedObjective) -> bool:
+    def _widen(self, full: LowRank, subspace: Subspace) -> bool:
         """Alternate steps in the full space and descents in the subspace widened by them.
 
         Returns:
@@ -308,22 +309,23 @@ class Search:
         state, tolerance = self._state, self._options.tolerance
         for _ in range(ROUNDS):
             before = self._best
-            self._objective = self._full
-            moved = self._full.step(before)
+            self._objective = full
+            moved = full.step(before)
             state.iteration += 1
             if not moved.loss < before.loss or not self._is_sound(moved):
                 return True
             state.best = moved
             state.extend_curve([])
-            wider = restricted.widened(moved)
+            room = subspace.rows.shape[1] + moved.r <= self._most_dimensions
+            wider = widen(full.space, subspace, moved.coords, moved.P) if room else None
             if wider is None:
                 return False
-            restricted, inside = wider
-            self._objective = restricted.objective
+            subspace, coords = wider
+            self._objective = restricted(full, subspace)
             with threads_for(self._objective.space.step_bytes):
-                last, curve = self._descend(inside, "polish", tolerance)
+                last, curve = self._descend(self._objective.from_vectors(coords, moved.W), "polish", tolerance)
                 last = self._objective.refresh(self._believed(last, curve))
-            lifted = restricted.to_full_space(last)
+            lifted = to_full_space(full, subspace, last)
             if lifted.loss < moved.loss:
                 state.best = lifted
                 state.extend_curve(curve)

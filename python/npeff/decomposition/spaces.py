@@ -13,8 +13,7 @@ A space holds the rows A of all examples, end to end, and represents r vectors G
 
 :class:`GramSpace` writes ``G = C A`` and keeps only ``K = A Aᵀ``: at every stationary point
 ``(WᵀW ∘ GGᵀ) G = (W∘AG)ᵀ A``, so G lies in the row space and nothing is lost. Its cost does not depend on the
-number of parameters. :class:`RowSpace` keeps the rows in memory, and G over the kept columns; :class:`StreamedSpace`
-leaves the rows on disk.
+number of parameters. :class:`RowSpace` keeps G over the kept columns, and the rows in memory, or leaves them on disk.
 
 Several processes hold a block of rows each. P, W and S are then those of the process's rows; coordinates and inner
 products are the same in every process, since :meth:`RowSpace.combine` adds up over the processes.
@@ -29,7 +28,6 @@ import torch
 from torch import Tensor
 
 from npeff.decomposition.processes import LOCAL, Processes, normal_columns
-from npeff.errors import ArgumentError
 from npeff.fishers.rows import Rows
 from npeff.fishers.scaling import DEVICE_PART_BYTES, ahead, device_combine, device_gram, device_project
 from npeff.models import devices
@@ -87,13 +85,8 @@ class GramSpace:
         return coords.to(self.K)
 
     def embed(self, vectors: Tensor) -> Tensor:
-        """Find the coordinates of the anchors, which ``vectors`` must be.
-
-        Raises:
-            ArgumentError: The space was built without these vectors as anchors.
-        """
-        if self._anchors is None or vectors.shape != self._anchors.shape:
-            raise ArgumentError("vectors: a GramSpace can only embed the anchors that it was built with; use RowSpace")
+        """Return the coordinates of the anchors, which ``vectors`` must be."""
+        assert self._anchors is not None and vectors.shape == self._anchors.shape
         coords = torch.zeros(len(vectors), len(self.K), dtype=self.K.dtype, device=self.K.device)
         coords[:, self.n_rows :] = torch.eye(len(vectors))
         return coords
@@ -128,18 +121,19 @@ class GramSpace:
 
 
 class RowSpace:
-    """The rows in memory (CSR and its transpose, or dense); coordinates are G itself, ``(r, n_columns)``.
+    """Coordinates are G itself, ``(r, n_columns)``; making one is a collective operation: every process must do it.
 
-    Making one is a collective operation: every process of ``comm`` must do it.
+    Streamed rows stay on disk: every product reads them once, part by part, under a ceiling of memory. Products are
+    exact: a part contributes what it would in memory, and sums over parts are taken in order.
 
     Args:
         rows: The scaled rows of this process.
         dtype: float32 or float64 of G and P (sparse products accumulate in that dtype).
-        device: Where coordinates live.
+        device: Where coordinates live, and products take place.
         comm: The processes that hold the rows.
+        stream: Leave the rows where they are; otherwise they are held in memory (CSR and its transpose, or dense).
     """
 
-    name = "rows"
     norm_bound = 1.0
 
     def __init__(
@@ -148,18 +142,18 @@ class RowSpace:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         comm: Processes = LOCAL,
+        *,
+        stream: bool = False,
     ) -> None:
-        self._share(rows, dtype, device, comm)
-        self._matrix = rows.on(dtype, self.device)
-
-    def _share(self, rows: Rows, dtype: torch.dtype, device: str | torch.device, comm: Processes) -> None:
         self.n_rows, self.n_columns = rows.n_rows, rows.n_columns
         self.dtype, self.device, self.comm = dtype, torch.device(device), comm
         self.step_bytes = 2 * rows.nbytes
-        counts = comm.lengths(rows.n_rows)
+        counts = comm.objects(rows.n_rows)
         self._first_row, self._all_rows = sum(counts[: comm.rank]), sum(counts)
+        self.name = "streamed" if stream else "rows"
         if comm.size > 1:
             self.name = f"{self.name}, {comm.size} processes"
+        self._rows, self._matrix = rows, None if stream else rows.on(dtype, self.device)
 
     def random(self, r: int, generator: torch.Generator) -> Tensor:
         """Draw random combinations of the rows of all processes; the numbers do not depend on how many there are."""
@@ -172,11 +166,22 @@ class RowSpace:
 
     def project(self, coords: Tensor) -> Tensor:
         """Compute ``A Gᵀ`` for the rows of this process."""
-        return self._matrix.project(coords)
+        if self._matrix is not None:
+            return self._matrix.project(coords)
+        vectors = coords.T.contiguous().T  # transposed once, not for every part
+        out = torch.empty(self.n_rows, len(coords), dtype=self.dtype, device=self.device)
+        for start, stop, part in self._parts():
+            out[start:stop] = part.project(vectors)
+        return out
 
     def combine(self, S: Tensor) -> Tensor:
         """Compute ``Sᵀ A``, summed over the rows of all processes."""
-        return self.comm.sum(self._matrix.combine(S))
+        if self._matrix is not None:
+            return self.comm.sum(self._matrix.combine(S))
+        out = torch.zeros(S.shape[1], self.n_columns, dtype=self.dtype, device=self.device)
+        for start, stop, part in self._parts():
+            part.combine(S[start:stop], out)
+        return self.comm.sum(out)
 
     def inner(self, a: Tensor, b: Tensor, P_b: Tensor) -> Tensor:
         """Compute ``G_a G_bᵀ``."""
@@ -185,47 +190,6 @@ class RowSpace:
     def vectors(self, coords: Tensor) -> Tensor:
         """Return the coordinates."""
         return coords.cpu()
-
-
-class StreamedSpace(RowSpace):
-    """Rows that stay on disk: every product reads them once, part by part, under a ceiling of memory.
-
-    Any stored rows will do: sparse, dense, or sketched. Products are exact: a part contributes what it would in
-    memory, and sums over parts are taken in order.
-
-    Args:
-        rows: The rows as they are stored, and how much of them a pass takes at a time; scaled while they are read.
-        dtype: float32 or float64 of G and P.
-        device: Where coordinates live, and products take place.
-        comm: The processes that hold the rows.
-    """
-
-    name = "streamed"
-
-    def __init__(
-        self,
-        rows: Rows,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        comm: Processes = LOCAL,
-    ) -> None:
-        self._share(rows, dtype, device, comm)
-        self._rows = rows
-
-    def project(self, coords: Tensor) -> Tensor:
-        """Compute ``A Gᵀ`` in one pass."""
-        vectors = coords.T.contiguous().T  # transposed once, not for every part
-        out = torch.empty(self.n_rows, len(coords), dtype=self.dtype, device=self.device)
-        for start, stop, part in self._parts():
-            out[start:stop] = part.project(vectors)
-        return out
-
-    def combine(self, S: Tensor) -> Tensor:
-        """Compute ``Sᵀ A`` in one pass, summed over the rows of all processes."""
-        out = torch.zeros(S.shape[1], self.n_columns, dtype=self.dtype, device=self.device)
-        for start, stop, part in self._parts():
-            part.combine(S[start:stop], out)
-        return self.comm.sum(out)
 
     def _parts(self) -> Iterator[tuple[int, int, Rows]]:
         """Read part by part; while a device works on one, a thread reads the next."""

@@ -69,49 +69,20 @@ class Subspace:
         return (coords.to(self.basis) @ self.turn) @ self.basis
 
 
-class RestrictedObjective:
-    """The low-rank objective restricted to vectors in a subspace.
+def restricted(full: LowRank, subspace: Subspace) -> LowRank:
+    """Restrict the low-rank objective to vectors in a subspace."""
+    rows = DenseRows(subspace.rows.cpu().numpy())
+    space = RowSpace(rows, subspace.rows.dtype, subspace.rows.device, full.comm)
+    within = replace(full.scaled, rows=rows, columns=None)
+    return LowRank(space, within, full.orthogonality, subspace.given, full.frozen_W)
 
-    Args:
-        full: The objective in the full space.
-        subspace: The subspace.
-        most: Dimensions up to which the subspace may be widened.
 
-    Attributes:
-        objective: The restricted objective.
-    """
-
-    def __init__(self, full: LowRank, subspace: Subspace, most: int) -> None:
-        self.full, self.subspace, self._most = full, subspace, most
-        B = subspace.rows
-        rows = DenseRows(B.cpu().numpy())
-        space = RowSpace(rows, B.dtype, B.device, full.comm)
-        within = replace(full.scaled, rows=rows, columns=None)
-        self.objective = LowRank(space, within, full.orthogonality, subspace.given, full.frozen_W)
-
-    def to_full_space(self, state: State) -> State:
-        """Turn a factorisation in the subspace into one in the full space, its loss computed there."""
-        coords = self.subspace.to_full_space(state.coords)
-        if self.full.frozen is not None:
-            coords[: len(self.full.frozen)] = self.full.frozen
-        return self.full.from_vectors(coords, state.W)
-
-    def widened(self, state: State) -> tuple[RestrictedObjective, State] | None:
-        """Widen the subspace to contain a state of the full space, and give that state in it.
-
-        Returns:
-            None where the state lies in the subspace already, or no wider subspace is allowed.
-        """
-        if self.subspace.rows.shape[1] + state.r > self._most:
-            return None
-        wider = widen(self.full.space, self.subspace, state.coords, state.P)
-        if wider is None:
-            return None
-        subspace, coords = wider
-        if subspace.given is not None:
-            coords = torch.cat([subspace.given, coords[len(subspace.given) :]])
-        restricted = RestrictedObjective(self.full, subspace, self._most)
-        return restricted, restricted.objective.from_vectors(coords, state.W)
+def to_full_space(full: LowRank, subspace: Subspace, state: State) -> State:
+    """Turn a factorisation in the subspace into one in the full space, its loss computed there."""
+    coords = subspace.to_full_space(state.coords)
+    if full.frozen is not None:
+        coords[: len(full.frozen)] = full.frozen
+    return full.from_vectors(coords, state.W)
 
 
 def find_subspace(
@@ -170,7 +141,7 @@ def widen(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> 
     Args:
         space: The rows.
         subspace: The subspace.
-        coords: Full-space coordinates of unit vectors X, ``(r, …)``.
+        coords: Full-space coordinates of unit vectors X, ``(r, …)``; first those that the subspace had to contain.
         P: ``A Xᵀ``.
 
     Returns:
@@ -203,7 +174,8 @@ def widen(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> 
         subspace.kept,
         None if subspace.given is None else torch.nn.functional.pad(subspace.given, (0, len(turn))),
     )
-    return wider, torch.cat([inside, outside], 1)
+    found = torch.cat([inside, outside], 1)
+    return wider, found if wider.given is None else torch.cat([wider.given, found[len(wider.given) :]])
 
 
 def _within(space: FactorSpace, subspace: Subspace, coords: Tensor, P: Tensor) -> Tensor:

@@ -86,13 +86,7 @@ def column_factors(parameters: Parameters, weights: Mapping[str, float], kind: s
 
 
 class WeightedBlocks:
-    """Weighs blocks on their way to a sink.
-
-    Args:
-        parameters: The flat vector's layout.
-        weights: Per parameter name.
-        squared: Blocks are Σ of squares (diagonal Fishers).
-    """
+    """Weighs blocks on their way to a sink, by the weight of each parameter's name."""
 
     def __init__(self, parameters: Parameters, weights: Mapping[str, float], squared: bool) -> None:
         self._weights = {parameter.name: weights.get(parameter.name, 1.0) for parameter in parameters}
@@ -112,11 +106,7 @@ class WeightedBlocks:
 
 
 class PilotEnergy:
-    """Measures the share of the unit-norm Fishers' trace that lies in each parameter, from blocks.
-
-    Args:
-        parameters: The flat vector's layout.
-    """
+    """Measures the share of the unit-norm Fishers' trace that lies in each parameter, from blocks."""
 
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters

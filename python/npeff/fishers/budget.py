@@ -20,15 +20,11 @@ _PROBED = 2
 class Budget:
     """Finds batch sizes: half of the memory for what autograd keeps of a forward pass, half for output gradients.
 
-    Cotangents, made before there are output gradients, may take as much as these.
+    Cotangents, made before there are output gradients, may take as much as these. The former is measured by a trial on
+    two examples for every new shape of the inputs, the latter known from the first batch of that shape.
 
-    The former is measured by a trial on two examples for every new shape of the inputs, the latter known from the first
-    batch of that shape.
-
-    Args:
-        engine: The per-example gradients.
-        memory: Bytes; None: activations take what they take, and output gradients 512 MB at most, on a CUDA device a
-            quarter of the free memory if that is more: small pieces leave a device idle.
+    With ``memory=None`` activations take what they take, and output gradients 512 MB at most, on a CUDA device a
+    quarter of the free memory if that is more: small pieces leave a device idle.
     """
 
     def __init__(self, engine: PerExampleGradients, memory: int | None) -> None:

@@ -21,7 +21,6 @@ from npeff.batches.reading import FixedOrder, Repeats, check_data
 from npeff.errors import ArgumentError, DataError, ResumeError
 from npeff.fishers.block_weights import BlockWeights
 from npeff.fishers.exact_gram import exact_gram
-from npeff.fishers.factors import Factors
 from npeff.fishers.fishers import FisherBlock, Fishers
 from npeff.fishers.logits import Logits, largest
 from npeff.fishers.options import Basis, Compression, FisherOptions, Forward, GramOnly, Labels, Likelihood, Sketch, TopK
@@ -35,7 +34,7 @@ from npeff.kernels import NonFiniteError
 from npeff.kernels.streams import InOrder
 from npeff.language.places import places_of
 from npeff.models import devices
-from npeff.models.parameters import ModelWatch, Parameters
+from npeff.models.parameters import ModelWatch
 from npeff.storage.files import check_target, ending_in_order
 
 
@@ -194,7 +193,7 @@ def compute_fishers(
                         bar.update(1)
                     bar.set_postfix(examples=done, refresh=False)
                 repeats.end()
-            watch.check(thorough=True)
+            pipeline.validate()
             if share is not None and not writer.examples_done:
                 raise EmptyShareError("share: {} of {}: the data has fewer batches".format(*share))
             return writer.finish(run.coverage())
@@ -237,25 +236,15 @@ def _check_function(stored: Logits | None, logits: Tensor, out: Path | None) -> 
         )
 
 
-def sink_for(parameters: Parameters, factors: Factors, ids: Ids, options: FisherOptions, at_once: bool = True) -> Sink:
-    """Make the sink that keeps what ``options.compress`` says; see :class:`~npeff.fishers.sinks.Sink`."""
-    given = (parameters, factors, ids, options.kind == "diagonal", at_once)
-    if isinstance(options.compress, TopK):
-        return TopKSink(*given, options.compress.k)
-    if isinstance(options.compress, Sketch):
-        return SketchSink(*given, options.compress)
-    return DenseSink(*given)
+SINKS: dict[type, type[Sink]] = {TopK: TopKSink, Sketch: SketchSink, type(None): DenseSink}
+"""What keeps the rows, by the type of the compression."""
 
 
 class PendingBatch:
-    """The Fishers of a batch, on their way to the host.
+    """The Fishers of a batch, on their way to the host; the batch's passes are run when it is made.
 
-    Args:
-        run: The model and the options.
-        batch: The batch, whose passes are run here.
-        ids: ``(b,)`` positions of its examples.
-        at_once: Refuse gradients that are not finite here; otherwise a device is not waited for, and :meth:`finite`
-            tells.
+    With ``at_once`` gradients that are not finite are refused there; otherwise a device is not waited for, and
+    :meth:`finite` tells.
 
     Raises:
         DataError: Logits or gradients are not finite, or labels are missing.
@@ -266,7 +255,7 @@ class PendingBatch:
         with run.engine.recording():
             for one in run.passes(batch, ids):
                 assert one.prepared is not None
-                sink = sink_for(run.parameters, one.factors, one.slot_ids, run.options, at_once)
+                sink = SINKS[type(options.compress)](run.parameters, one.factors, one.slot_ids, options, at_once)
                 for block in run.engine.blocks(
                     one.prepared,
                     one.factors.columns,
@@ -301,10 +290,6 @@ class BatchPipeline:
     A batch is computed without a look at its gradients; one with a gradient that is not finite is computed again, to
     name the example and the parameter. On a device a batch is checked when the next one has been given to it, so that
     the device always has work.
-
-    Args:
-        run: The model and the options.
-        watch: Notices changes to the model.
     """
 
     def __init__(self, run: Run, watch: ModelWatch) -> None:
@@ -319,7 +304,10 @@ class BatchPipeline:
             ModelError: The model changed.
         """
         with self._computing:
-            self._watch.check(thorough=True)
+            try:
+                self._run.check_function()
+            finally:  # changed weights are named rather than what they change
+                self._watch.check(thorough=True)
 
     @contextmanager
     def writing(self, writer: FisherWriter) -> Iterator[None]:

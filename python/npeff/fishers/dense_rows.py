@@ -28,6 +28,17 @@ PART_BYTES = 64 << 20
 """Bytes of stored rows taken at a time, unless fewer are asked for."""
 
 
+def entries_of(items: Array, offsets: Array) -> tuple[Array, Array]:
+    """Find the entries of some items, item by item, where item i owns entries ``offsets[i]:offsets[i+1]``.
+
+    Returns:
+        The numbers of the entries, and the offsets of the chosen items among them, int64.
+    """
+    counts = np.diff(offsets)[items]
+    found = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return np.arange(found[-1]) + np.repeat(np.asarray(offsets)[items] - found[:-1], counts), found
+
+
 @dataclass(frozen=True)
 class Matrix:
     """Rows A on a device, for repeated products.
@@ -115,20 +126,16 @@ class Rows:
         """Return where the given rows begin in the bytes of all rows; ``n_rows`` is the end."""
         return self.starts(rows) * max(1, 4 * self.n_columns)
 
+    def scaled(self, row_factors: Array | None, column_factors: Array | None) -> Rows:
+        """Multiply the rows in memory by a factor for each column, and one for each row; None stands for 1."""
+        raise NotImplementedError
+
     def numbering(self, columns: Array) -> Array:
-        """Return what :meth:`scaled` takes for ``columns``: the same, or each stored column's number among them."""
+        """Return what :meth:`renumbered` takes for ``columns``: the same, or each column's number among them."""
         return columns
 
-    def scaled(
-        self,
-        start: int,
-        stop: int,
-        row_factors: Array | None,
-        column_factors: Array | None,
-        numbers: Array | None,
-        n_columns: int,
-    ) -> Rows:
-        """Multiply rows ``start … stop − 1`` by their factors, on some columns (:meth:`numbering`); None: on all."""
+    def renumbered(self, numbering: Array, n_columns: int) -> Rows:
+        """Return the rows in memory on the ``n_columns`` columns of a :meth:`numbering`, from 0 on."""
         raise NotImplementedError
 
     def column_counts(self, part_bytes: int = PART_BYTES) -> Array | None:
@@ -161,7 +168,8 @@ class Rows:
 
     def on_columns(self, columns: Array) -> Rows:
         """Return the rows on ``columns`` alone, renumbered 0 … len(columns) − 1."""
-        return self.whole().on_columns(columns)
+        rows = self.whole()
+        return rows.renumbered(rows.numbering(columns), len(columns))
 
     def column_sums(self, weights: Array, squared: bool) -> Array:
         """Compute ``Σ_i weights_i a_ij``, or the sum of the squared entries, per column: ``(n_columns,)`` float64."""
@@ -272,26 +280,13 @@ class DenseRows(Rows):
         return row, index, block[row, index]
 
     @override
-    def on_columns(self, columns: Array) -> DenseRows:
-        return DenseRows(self.values[:, columns])
+    def scaled(self, row_factors: Array | None, column_factors: Array | None) -> DenseRows:
+        values = self.values if column_factors is None else self.values * column_factors
+        return DenseRows(values if row_factors is None else values * row_factors[:, None])
 
     @override
-    def scaled(
-        self,
-        start: int,
-        stop: int,
-        row_factors: Array | None,
-        column_factors: Array | None,
-        numbers: Array | None,
-        n_columns: int,
-    ) -> DenseRows:
-        values = self.values[start:stop]
-        if column_factors is not None:
-            values = values * column_factors
-        if row_factors is not None:
-            values = values * row_factors[start:stop, None]
-        forget(self.values)
-        return DenseRows(values if numbers is None else values[:, numbers])
+    def renumbered(self, numbering: Array, n_columns: int) -> DenseRows:
+        return DenseRows(self.values[:, numbering])
 
     def tensor(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
         """Return the rows as a torch tensor, in shared memory where dtype and device allow it."""

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from npeff.batches.batches import Batch, batch_digest
 from npeff.batches.reading import FixedOrder, Repeats
 from npeff.errors import ArgumentError, DataError
+from npeff.fishers.file_format import offsets_of
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.layer_gram import LayerGram
 from npeff.fishers.logits import Logits, largest
@@ -60,13 +61,7 @@ class _Examples:
 
 
 def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
-    """Compute Fishers that hold K; see :class:`npeff.GramOnly`.
-
-    Where the options' ``out`` holds them already, they are opened instead.
-
-    Args:
-        run: The model and the options.
-        data: The batches.
+    """Compute Fishers that hold K; see :class:`npeff.GramOnly`. Where the options' ``out`` holds them, open that.
 
     Raises:
         ArgumentError: One parameter alone exceeds the memory allowed.
@@ -121,7 +116,10 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
         for name, layer in layers.items():
             layer.add_to(K)
             waiting.discard(name)
-    watch.check(thorough=True)
+    try:
+        run.check_function()
+    finally:
+        watch.check(thorough=True)
     assert K is not None
     fishers = _fishers(run, K, examples, header)
     return fishers if out is None else fishers_in(open_container(fishers.save(out)))
@@ -199,33 +197,26 @@ def _postpone(layers: dict[str, LayerGram], memory: int) -> None:
 
 
 def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) -> Fishers:
-    counts, scale = np.concatenate(examples.counts), np.concatenate(examples.scales)
-    logits, labels = Logits.concatenate(examples.logits), np.concatenate(examples.labels)
-    places = np.concatenate(examples.places) if examples.places else None
-    order = np.argsort(np.concatenate(examples.ids), kind="stable")
-    if (np.diff(order) < 0).any():  # places that went backward some at a time
-        starts = np.cumsum(counts) - counts
-        rows = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order])
-        K = K[np.ix_(rows, rows)]
-        counts, scale, logits, labels = counts[order], scale[order], logits.take(order), labels[order]
-        places = None if places is None else places[order]
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    counts, scale, ids = (np.concatenate(part) for part in (examples.counts, examples.scales, examples.ids))
+    offsets = offsets_of([counts])
     norms = np.zeros(len(counts), np.float64)
     for i, (start, stop) in enumerate(pairwise(offsets.tolist())):
         norms[i] = np.linalg.norm(K[start:stop, start:stop].astype(np.float64)) * scale[i] ** 2
     per_row = np.repeat(scale, counts).astype(np.float32)
     K *= per_row
     K *= per_row[:, None]
-    return Fishers(
+    found = Fishers(
         kind="low_rank",
         rows=GramRows(K),
         row_offsets=offsets,
         norms=norms.astype(np.float32),
-        logits=logits,
-        labels=labels,
-        ids=np.arange(len(counts), dtype=np.int64),
+        logits=Logits.concatenate(examples.logits),
+        labels=np.concatenate(examples.labels),
+        ids=ids,
         parameters=run.parameters,
         provenance=header["provenance"],
         coverage=run.coverage(),
-        places=places,
+        places=np.concatenate(examples.places) if examples.places else None,
     )
+    in_order = (np.diff(ids) > 0).all()  # places go backward some at a time
+    return found if in_order else found[np.argsort(ids)]

@@ -81,9 +81,6 @@ def factorise(logits: Tensor, options: FisherOptions, targets: Tensor | None, id
         targets: ``(b,)`` labels or ``(b, C)`` targets on the same device; needed for ``labels="true"``.
         ids: ``(b,)`` int64 positions of the examples in the data: they and the seed decide the draws.
 
-    Returns:
-        Factors on the logits' device.
-
     Raises:
         ArgumentError: One logit only, with a categorical likelihood; or a vocabulary of outputs and no truncation.
     """
@@ -122,12 +119,7 @@ def factorise(logits: Tensor, options: FisherOptions, targets: Tensor | None, id
 
 
 def width(logits: Tensor, options: FisherOptions) -> int:
-    """Return the most columns that an example's cotangents can have, before the cotangents are made.
-
-    Args:
-        logits: ``(b, C)``.
-        options: Checked options.
-    """
+    """Return the most columns that an example's cotangents can have, before those of ``logits (b, C)`` are made."""
     most = options.most_rows(logits.shape[1])
     if options.energy is None and options.min_prob is None:
         return most
@@ -138,12 +130,7 @@ def width(logits: Tensor, options: FisherOptions) -> int:
 
 
 def cotangent_bytes(logits: Tensor, options: FisherOptions) -> int:
-    """Return the bytes that making the cotangents of a batch takes, temporary arrays included.
-
-    Args:
-        logits: ``(b, C)``.
-        options: Checked options.
-    """
+    """Return the bytes that making the cotangents of ``logits (b, C)`` takes, temporary arrays included."""
     n, n_outputs = logits.shape
     columns = width(logits, options)
     if _eigendecomposed(n_outputs, columns, options):
@@ -152,14 +139,10 @@ def cotangent_bytes(logits: Tensor, options: FisherOptions) -> int:
 
 
 def check_meaning(logits: Tensor, likelihood: str) -> None:
-    """Refuse probabilities that are taken for logits, and logits that are taken for probabilities.
-
-    Args:
-        logits: ``(b, C)`` as :func:`npeff.models.forward.call_model` gives them.
-        likelihood: What the outputs are said to mean.
+    """Refuse probabilities that are taken for logits ``(b, C)``, and logits that are taken for probabilities.
 
     Raises:
-        DataError: They mean something else.
+        DataError: They mean something else than ``likelihood`` says.
     """
     logits = logits.detach()
     if likelihood == "bernoulli" and logits.numel() >= 8 and bool(((logits >= 0) & (logits <= 1)).all()):
@@ -344,14 +327,9 @@ def _score(logits: Tensor, outcome: Tensor, options: FisherOptions) -> Tensor:
 
 
 def needed(log_p: Tensor, trace: Tensor, energy: float) -> int:
-    """Count the leading eigenvalues that certainly hold a share of the trace, in every example.
+    """Count the leading eigenvalues that certainly hold a share of the trace ``Σ p (1 − p)``, in every example.
 
     As λ_j is at least the (j+1)-th largest probability, the sum of these is enough.
-
-    Args:
-        log_p: ``(n, C)`` float64.
-        trace: ``(n,)`` Σ p (1 − p).
-        energy: The share.
     """
     at_least = torch.sort(log_p, dim=1, descending=True).values[:, 1:].exp().cumsum(dim=1)
     counts = (at_least < energy * trace[:, None]).sum(dim=1) + 1
@@ -359,11 +337,7 @@ def needed(log_p: Tensor, trace: Tensor, energy: float) -> int:
 
 
 def leading_eigenpairs(log_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Compute the largest eigenvalues of ``diag p − ppᵀ`` and their unit eigenvectors.
-
-    Args:
-        log_p: ``(n, C)`` float64 log-probabilities.
-        width: How many, at most C − 1.
+    """Compute the largest eigenvalues of ``diag p − ppᵀ``, ``width`` of C − 1 at most, and their unit eigenvectors.
 
     Returns:
         ``(n, width)`` values, descending, and ``(n, C, width)`` vectors; both zero below ``SMALLEST``.

@@ -90,14 +90,9 @@ def row_fields(form: str, kind: str) -> list[Field]:
 def write_fishers(
     path: Path, header: dict[str, Any], coverage: object, batches: object, arrays: Sequence[Data]
 ) -> None:
-    """Write the container of Fishers from streams.
+    """Write the container of Fishers from streams: the arrays in the order of the table above.
 
-    Args:
-        path: A temporary name.
-        header: ``kind``, ``parameters`` (JSON) and ``provenance``.
-        coverage: As in :class:`npeff.fishers.fishers.Fishers`.
-        batches: ``[digest, size]`` per batch, or None.
-        arrays: The arrays in the order of the table above.
+    ``batches`` are ``[digest, size]`` of each batch, or None.
     """
     by_name = {item.name: item for item in arrays}
     parameters = Parameters.from_json(header["parameters"])
@@ -128,12 +123,7 @@ def example_fields(arrays: Mapping[str, Array], which: Any = ...) -> dict[str, A
 
 
 def fisher_data(parts: Sequence[Mapping[str, Array]], n_columns: int) -> list[Data]:
-    """Describe the datasets of Fishers that lie in memory (or are mapped), part after part.
-
-    Args:
-        parts: ``row_offsets``, those of :func:`example_arrays` and of the rows; at least one.
-        n_columns: Width of the rows.
-    """
+    """Describe the datasets of Fishers that lie in memory (or are mapped), from arrays by name, part after part."""
     dtypes: dict[str, npt.DTypeLike] = {"row_offsets": np.int64, **EXAMPLE_ARRAYS, "rows/indptr": np.int64}
     dtypes |= {"rows/indices": index_dtype(n_columns), "rows/values": np.float32, "rows/gram": np.float32}
 
@@ -157,9 +147,8 @@ def offsets_of(counts: Sequence[Array]) -> Array:
 def joined_data(spans: Sequence[Span]) -> list[Data]:
     """Describe the datasets of a file of Fishers that joins the examples of several files, streamed.
 
-    Args:
-        spans: A file that has the datasets of Fishers, and its examples from … to, in order. Of arrays that are taken
-            as a whole, the checksum is compared.
+    A span is a file that has the datasets of Fishers, and its examples from … to. Of arrays that are taken as a whole,
+    the checksum is compared.
     """
     rows = [_inside(span, "row_offsets") for span in spans]
     names = [name for name in EXAMPLE_ARRAYS if any(name in file.specs for file, _, _ in spans)]
@@ -275,11 +264,8 @@ def told_outputs(file: Container, name: str = "n_outputs") -> Array | None:
 def count_outputs(where: object, sizes: Sizes, options: dict[str, Any], n_outputs: Any = None) -> None:
     """Add the number of outputs, and the upper bound of the labels, to sizes that have ``n_logits``.
 
-    Args:
-        where: The file, for messages.
-        sizes: Sizes known so far.
-        options: Those of the Fishers: they say whether outputs are classes.
-        n_outputs: The number as a file tells it; None: all logits are kept.
+    The Fishers' options say whether outputs are classes; ``n_outputs`` is what a file tells where not all logits are
+    kept.
 
     Raises:
         StorageError: The number is less than the logits that are kept, or more than any model has.

@@ -33,7 +33,7 @@ from npeff.fishers.file_format import (
 )
 from npeff.fishers.logits import Logits, joined
 from npeff.fishers.options import Sketch, sketch_of
-from npeff.fishers.rows import Kind, Rows, concatenate, rows_from
+from npeff.fishers.rows import Kind, Rows, concatenate, entries_of, rows_from
 from npeff.models.parameters import Parameters
 from npeff.short_repr import short_repr
 from npeff.storage.checks import Sizes, check_arrays, check_shapes, expect, refuse
@@ -75,12 +75,11 @@ class FisherBlock:
         """Join blocks, at least one, and put the examples in the order of their positions in the data."""
         if len(blocks) == 1:
             return blocks[0]
-        counts, arrays = np.concatenate([b.row_counts for b in blocks]), joined([example_arrays(b) for b in blocks])
+        offsets, arrays = offsets_of([b.row_counts for b in blocks]), joined([example_arrays(b) for b in blocks])
         rows, order = concatenate([block.rows for block in blocks]), np.argsort(arrays["ids"], kind="stable")
         if (np.diff(order) < 0).any():
-            starts = np.cumsum(counts) - counts
-            rows = rows.take(np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order]))
-        return cls(rows, counts[order], **example_fields(arrays, order))
+            rows = rows.take(entries_of(order, offsets)[0])
+        return cls(rows, np.diff(offsets)[order], **example_fields(arrays, order))
 
     def arrays(self) -> dict[str, Array]:
         """Return the arrays by the names of their datasets in a file."""
@@ -239,9 +238,7 @@ class Fishers:
         except IndexError as error:
             expected = f"integers below {len(self)}, a slice or a mask"
             raise ArgumentError(f"fishers[…]: {error}; expected {expected}") from error
-        ranks = self.ranks[examples]
-        offsets = np.concatenate([[0], np.cumsum(ranks)]).astype(np.int64)
-        rows = np.arange(offsets[-1]) + np.repeat(self.row_offsets[examples] - offsets[:-1], ranks)
+        rows, offsets = entries_of(examples, self.row_offsets)
         return replace(
             self,
             rows=self._checked(self.rows.take(rows)),
@@ -301,9 +298,7 @@ class Fishers:
 def fishers_in(container: Container, *, verify: bool = False) -> Fishers:
     """Read the Fishers in an npeff container, mapped; check all arrays but large ones.
 
-    Args:
-        container: The file.
-        verify: Check large arrays too; otherwise :meth:`npeff.Fishers.verify` does, before they are used.
+    With ``verify`` large arrays are checked too; otherwise :meth:`npeff.Fishers.verify` does, before they are used.
 
     Raises:
         StorageError: An array is not as the format says, or its checksum differs.

@@ -215,14 +215,10 @@ class Logits:
 
 
 def largest(outputs: Tensor, over_classes: bool) -> tuple[Tensor, ...]:
-    """Reduce outputs ``(b, C)``, on their device, to what is kept of them.
-
-    Args:
-        outputs: Logits of any dtype.
-        over_classes: They are those of classes; others are kept whole.
+    """Reduce outputs ``(b, C)``, on their device, to copies of what is kept of them.
 
     Returns:
-        The first one or three arguments of :class:`Logits`, copies.
+        The first one or three arguments of :class:`Logits`; outputs that are not ``over_classes`` are kept whole.
     """
     wide = outputs.detach().to(torch.float32, copy=True)
     if outputs.shape[1] <= MOST_OUTPUTS or not over_classes:

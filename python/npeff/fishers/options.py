@@ -44,12 +44,7 @@ class TopK:
         check_integers(self, {"k": 1})
 
     def describe(self, parameters: Parameters, most_rows: int) -> dict[str, Any]:
-        """Describe the compression for the provenance, JSON-able; warn where ``k`` exceeds the entries there are.
-
-        Args:
-            parameters: The selected parameters.
-            most_rows: The most rows that an example can have.
-        """
+        """Describe the compression for the provenance, JSON-able; warn where ``k`` exceeds the entries there are."""
         possible = max(1, most_rows) * parameters.n_parameters
         if self.k > possible:
             warnings.warn(f"TopK(k={self.k}): an example has at most {possible} entries; k is {possible}", stacklevel=6)
@@ -92,12 +87,7 @@ class Sketch:
         return self.form == "kronecker" and len(shape) == 2 and math.prod(shape) >= 16 * self.d
 
     def describe(self, parameters: Parameters, most_rows: int) -> dict[str, Any]:
-        """Describe the transform for the provenance, JSON-able; warn where exact rows are no longer than sketches.
-
-        Args:
-            parameters: The selected parameters.
-            most_rows: The most rows that an example can have.
-        """
+        """Describe the transform for the provenance, JSON-able; warn where exact rows are no longer than sketches."""
         if self.d >= parameters.n_parameters:
             warnings.warn(
                 f"Sketch(d={self.d}): the model has {parameters.n_parameters} parameters, so exact rows "
@@ -275,12 +265,7 @@ class FisherOptions:
         return replace(self, basis="reduced") if self.kind == "diagonal" and all_classes else self
 
     def describe(self, parameters: Parameters, n_outputs: int) -> dict[str, Any]:
-        """Describe all options that decide the result, for the provenance; JSON-able.
-
-        Args:
-            parameters: The selected parameters.
-            n_outputs: Logits per example.
-        """
+        """Describe all options that decide the result, for the provenance; JSON-able."""
         described: dict[str, Any] = {"kind": self.kind, **{name: getattr(self, name) for name in FACTOR_OPTIONS}}
         described["max_examples"] = self.max_examples
         patterns = self.parameters

@@ -51,11 +51,7 @@ class Parts:
     """The shards of one output, held under a lock: written, listed, merged, removed."""
 
     def __init__(self, out: Path, header: dict[str, Any]) -> None:
-        """Open or create the folder.
-
-        Args:
-            out: The final file.
-            header: ``kind``, ``parameters``, ``provenance``.
+        """Open or create the folder of unfinished work for ``out``.
 
         Raises:
             StorageError: The folder belongs to something else, or another process works in it.
@@ -111,7 +107,9 @@ class Parts:
         if path.exists():
             _check_header(self.out, self.folder, read_header(path), self.header)
         else:
-            self._write_json(path, {"format": FORMAT, "format_version": PARTS_VERSION, "header": self.header})
+            document = {"format": FORMAT, "format_version": PARTS_VERSION, "header": self.header}
+            with atomic(path, kept="Nothing was computed yet.") as scratch:
+                scratch.write_text(to_json(document, path.name), encoding="utf-8")
             sync_folder(self.out.parent)  # the folder itself
         self.shards = list_shards(self.folder, Parameters.from_json(self.header["parameters"]).n_parameters)
         self.batches = [batch for shard in self.shards for batch in batches_in(shard)]
@@ -129,28 +127,8 @@ class Parts:
         """Examples in finished shards."""
         return sum(size for _, size in self.batches)
 
-    def _write_json(self, path: Path, value: object) -> None:
-        with atomic(path, kept="Nothing was computed yet.") as scratch:
-            scratch.write_text(to_json(value, path.name), encoding="utf-8")
-
-    @property
-    def coverage(self) -> object:
-        """The coverage report recorded by the first run, if any."""
-        path = self.folder / "coverage.json"
-        return read_json(path, list, finite=False) if path.exists() else None
-
-    def record_coverage(self, coverage: object) -> None:
-        """Keep the coverage report, unless one is kept already."""
-        if self.coverage is None:
-            self._write_json(self.folder / "coverage.json", coverage)
-
     def write_shard(self, blocks: Sequence[FisherBlock], batches: Sequence[BatchRecord]) -> None:
-        """Write the blocks as the next shard: complete and on the disk before it has its name.
-
-        Args:
-            blocks: At least one.
-            batches: Digest and size of each.
-        """
+        """Write the blocks, at least one, as the next shard: complete and on the disk before it has its name."""
         index = len(self.shards)
         path = self.folder / f"shard-{index:06d}.h5"
         kept = f"{index} finished shards ({self.n_examples} examples) are safe in {self.folder}."
@@ -214,10 +192,6 @@ def _short(value: object) -> str:
 
 def find_finished(out: Path, header: dict[str, Any]) -> Container | None:
     """Open the Fishers at ``out``, which were made with the same model and options; None where nothing is there.
-
-    Args:
-        out: The output asked for.
-        header: The header of this run.
 
     Raises:
         StorageError: Something else is there.
@@ -323,11 +297,7 @@ def batches_in(container: Container) -> list[BatchRecord]:
 
 
 def list_shards(folder: Path, n_parameters: int) -> list[Container]:
-    """Open and check the shards of a folder, in order.
-
-    Args:
-        folder: The unfinished work.
-        n_parameters: Columns of rows that are no sketches.
+    """Open and check the shards of a folder, in order; rows that are no sketches have ``n_parameters`` columns.
 
     Raises:
         StorageError: One is missing or damaged.

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from npeff.batches.batches import Batch
 from npeff.batches.reading import read_batches
 from npeff.batches.tensor_trees import OWN_BATCH
-from npeff.errors import ArgumentError, DataError, NpeffError
+from npeff.errors import ArgumentError, DataError, ModelError, NpeffError, OutOfMemoryError
 from npeff.fishers.block_weights import PilotEnergy, WeightedBlocks, given_weights
 from npeff.fishers.budget import Budget
 from npeff.fishers.factors import Factors, check_meaning, cotangent_bytes, factorise, width
 from npeff.fishers.options import FisherOptions, Sketch
 from npeff.gradients.blocks import Block, Pairs
-from npeff.gradients.eligibility import left_out
+from npeff.gradients.eligibility import differ, left_out
 from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.models.devices import parse_bytes
 from npeff.models.forward import call_model
@@ -128,6 +128,8 @@ class Run:
     about_data: Mapping[str, Any] = field(default_factory=dict)
     block_weights: dict[str, float] | None = None
     _meaning_checked: bool = False
+    _outputs: tuple[int, bool] | None = None  # how many, and whether examples are places
+    _first: tuple[Batch, Tensor] | None = None  # the first examples, and their logits
 
     @cached_property
     def engine(self) -> PerExampleGradients:
@@ -238,16 +240,14 @@ class Run:
     ) -> Iterator[Pass]:
         """Yield the passes over a batch: one, or several over parts of it that keep within the memory allowed.
 
-        A batch of places goes forward once, as far as its activations fit; its places then go backward some at a time.
-
-        To be used within ``engine.recording()``.
+        A batch of places goes forward once, as far as its activations fit; its places then go backward some at a
+        time. To be used within ``engine.recording()``.
 
         Args:
             batch: The batch.
             ids: ``(b,)`` positions of its examples in the data.
             per_example: Per-example gradients will be asked for.
-            replace_logits: ``replace_logits(logits, ids)`` gives the logits that are factorised in place of those
-                that the model gives.
+            replace_logits: ``replace_logits(logits, ids)`` gives the logits to factorise instead of the model's.
 
         Raises:
             DataError: Logits are not finite, or labels are missing.
@@ -320,10 +320,34 @@ class Run:
 
     def _forward(self, batch: Batch) -> Tensor:
         logits = self.engine.forward(batch)
+        found = logits.shape[1], batch.places is not None
+        if found != (known := self._outputs or found):
+            expected, got = (f"{n} {'of every place' if places else 'of an example'}" for n, places in (known, found))
+            raise DataError(f"logits: expected {expected} as in the batches before, got {got}")
+        self._outputs = found
         if not self._meaning_checked or self.options.likelihood == "probabilities":
             check_meaning(logits, self.options.likelihood)
             self._meaning_checked = True
+        if self._first is None and batch.sliceable:
+            some = batch.one_each()[:_CHOSEN_ON]
+            self._first = batch.take(some), logits.detach()[some.to(logits.device)]
         return logits
+
+    def check_function(self) -> None:
+        """Check that the model gives the first examples the logits that it gave them at first.
+
+        Raises:
+            ModelError: It does not.
+        """
+        if self._first is None:
+            return
+        batch, before = self._first
+        with suppress(OutOfMemoryError), self.engine.recording(), torch.no_grad():
+            if differ(self.engine.run(batch).detach(), before, self.engine.precision or before.dtype):
+                raise ModelError(
+                    "model: it gives the first examples other logits than at the beginning, with the same weights, so "
+                    "it keeps something from call to call; reset that in forward=callable(model, batch) -> logits"
+                )
 
     def _check_logits(self, logits: Tensor, ids: Ids) -> None:
         """Refuse logits that are not finite.

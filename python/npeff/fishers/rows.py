@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from npeff import kernels
-from npeff.fishers.dense_rows import PART_BYTES, DenseRows, GramRows, Matrix, Rows
+from npeff.fishers.dense_rows import PART_BYTES, DenseRows, GramRows, Matrix, Rows, entries_of
 from npeff.kernels.sparse import DEVICE_DENSE_BYTES, Csr, add_gram_, check_structure, checked
 from npeff.kernels.streams import to_device
 from npeff.models import devices
@@ -33,6 +33,7 @@ __all__ = [
     "Rows",
     "SparseRows",
     "concatenate",
+    "entries_of",
     "index_dtype",
     "rows_from",
 ]
@@ -100,16 +101,9 @@ class SparseRows(Rows):
         out[row, self.indices[lo:hi]] = self.values[lo:hi]
         return out
 
-    def entries(self, rows: Array) -> tuple[Array, Array]:
-        """Return the positions of the entries of ``rows`` in ``values``, and the new ``indptr``."""
-        counts = np.diff(self.indptr)[rows]
-        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        positions = np.arange(indptr[-1]) + np.repeat(self.indptr[rows] - indptr[:-1], counts)
-        return positions, indptr
-
     @override
     def take(self, rows: Array) -> SparseRows:
-        positions, indptr = self.entries(np.asarray(rows, np.int64))
+        positions, indptr = entries_of(np.asarray(rows, np.int64), self.indptr)
         return SparseRows(indptr, self.indices[positions], self.values[positions], self.n_columns)
 
     @override
@@ -182,42 +176,25 @@ class SparseRows(Rows):
         return row[keep], part.indices[keep], part.values[keep]
 
     @override
-    def on_columns(self, columns: Array) -> SparseRows:
-        return self.renumbered(self.numbering(columns), len(columns))
-
-    @override
     def numbering(self, columns: Array) -> Array:  # (n_columns,) int32; -1 of columns that are left out
         numbers = np.full(self.n_columns, -1, np.int32)
         numbers[columns] = np.arange(len(columns), dtype=np.int32)
         return numbers
 
-    def renumbered(self, numbers: Array, n_columns: int) -> SparseRows:
-        """Return the rows with column c at ``numbers[c]``; leave out columns at −1."""
-        indices = numbers[self.indices]
+    @override
+    def renumbered(self, numbering: Array, n_columns: int) -> SparseRows:
+        indices = numbering[self.indices]
         if (kept := indices >= 0).all():
             return SparseRows(self.indptr, indices, self.values, n_columns)
         indptr = np.concatenate([[0], np.cumsum(kept)])[self.indptr].astype(np.int64)
         return SparseRows(indptr, indices[kept], self.values[kept], n_columns)
 
     @override
-    def scaled(
-        self,
-        start: int,
-        stop: int,
-        row_factors: Array | None,
-        column_factors: Array | None,
-        numbers: Array | None,
-        n_columns: int,
-    ) -> SparseRows:
-        part = self.part(start, stop)
-        values = part.values if column_factors is None else part.values * column_factors[part.indices]
+    def scaled(self, row_factors: Array | None, column_factors: Array | None) -> SparseRows:
+        values = self.values if column_factors is None else self.values * column_factors[self.indices]
         if row_factors is not None:
-            values = values * np.repeat(row_factors[start:stop], np.diff(part.indptr))
-        scaled = SparseRows(part.indptr, part.indices, values, part.n_columns)
-        if numbers is not None:
-            scaled = scaled.renumbered(numbers, n_columns)
-        forget(self.values, self.indices)
-        return scaled
+            values = values * np.repeat(row_factors, np.diff(self.indptr))
+        return SparseRows(self.indptr, self.indices, values, self.n_columns)
 
     def tensors(
         self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
@@ -363,14 +340,7 @@ class GrowingRows:
 
 
 def concatenate(parts: list[Rows]) -> Rows:
-    """Stack rows of one type and one width; no part is held for longer than it takes to copy it.
-
-    Args:
-        parts: At least one; all sparse or all dense. The list is emptied.
-
-    Returns:
-        Rows of the same type, all parts' rows in order.
-    """
+    """Stack at least one part, of one type and one width; the list is emptied, so that parts are freed early."""
     whole = GrowingRows()
     parts.reverse()
     while parts:

@@ -233,8 +233,12 @@ class StreamedRows(Rows):
 
     @override
     def part(self, start: int, stop: int) -> Rows:
-        factors = (self.row_factors, self.column_factors)
-        return self.stored.scaled(start, stop, *factors, self._numbering, self.n_columns)
+        part, rows = self.stored.part(start, stop), self.row_factors
+        part = part.scaled(None if rows is None else rows[start:stop], self.column_factors)
+        if self._numbering is not None:
+            part = part.renumbered(self._numbering, self.n_columns)
+        forget(*self.stored.arrays().values())
+        return part
 
     @cached_property
     def _numbering(self) -> Array | None:
@@ -347,13 +351,8 @@ def device_gram(rows: Rows, dtype: torch.dtype, device: torch.device, room: int)
     """Compute ``K = A Aᵀ`` on the device, ``(n_rows, n_rows)``, of rows that lie on the host.
 
     ``A = [A_1 A_2 …]`` by columns, so ``A Aᵀ = Σ A_s A_sᵀ``; while the device works on one stretch of columns, a thread
-    makes the next. :func:`device_project` and :func:`device_combine` go by the same stretches.
-
-    Args:
-        rows: The rows.
-        dtype: float32 or float64.
-        device: Where K is to be.
-        room: Bytes there for a stretch of the rows, beside K.
+    makes the next, in ``room`` bytes beside K. :func:`device_project` and :func:`device_combine` go by the same
+    stretches.
     """
     K = torch.zeros(rows.n_rows, rows.n_rows, dtype=dtype, device=device)
     for _, _, part in ahead(rows.stretches(room, 0)):

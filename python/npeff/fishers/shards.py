@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npeff.errors import ArgumentError, DataError, ModelError, ResumeError, StorageError
+from npeff.errors import DataError, ModelError, ResumeError, StorageError
 from npeff.fishers.file_format import example_arrays, example_fields, offsets_of
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
 from npeff.fishers.logits import ARRAYS, Logits, joined
-from npeff.fishers.options import sketch_of
 from npeff.fishers.parts import BatchRecord, Parts, batches_in, find_finished, parts_folder, read_header
 from npeff.fishers.rows import GrowingRows
 from npeff.models.parameters import Parameters
@@ -35,10 +34,9 @@ class FisherWriter:
     :meth:`append`::
 
         with FisherWriter(out, header) as writer:
-            if writer.finished is None:
-                for batch in data:
-                    if not writer.skip(digest(batch), len(batch)):
-                        writer.append(compute(batch), digest(batch))
+            for batch in data:
+                if not writer.skip(digest(batch), len(batch)):
+                    writer.append(compute(batch), digest(batch))
             fishers = writer.finish(coverage)
 
     The shards live in ``<out>.parts/`` until :meth:`finish` has merged them. The bytes of the final file
@@ -49,7 +47,6 @@ class FisherWriter:
         finished: The Fishers, when ``out`` was complete, with the same header, before this run: nothing is
             left to do. :meth:`skip` still compares batches with those it was computed from, and
             :meth:`finish` returns it.
-        examples_resumed: Examples found in finished shards (or in the finished file).
         examples_done: Examples found or appended so far.
     """
 
@@ -66,8 +63,8 @@ class FisherWriter:
 
         Args:
             out: The file to make; None keeps everything in memory.
-            header: ``kind``, ``parameters`` (``Parameters.to_json()``) and ``provenance`` (all that decides
-                the results: model digest, options); work on disk is continued only if its header is equal.
+            header: ``kind``, ``parameters`` and ``provenance``: all that decides the results; work on disk is continued
+                only if its header is equal.
             shard_bytes: A shard is closed once it holds this much,
             shard_seconds: or once this long has passed since its first batch.
             validate: Called before a shard is written; raises ``ModelError`` when what was appended since the
@@ -80,7 +77,7 @@ class FisherWriter:
         to_json(header, "header")
         self.header = header
         self.finished: Fishers | None = None
-        self.examples_resumed = 0
+        self.examples_done = 0
         self._out = None if out is None else Path(out)
         self._shard_bytes, self._shard_seconds = shard_bytes, shard_seconds
         self._validate = validate
@@ -90,12 +87,9 @@ class FisherWriter:
         self._batches: list[BatchRecord] = []
         self._bytes, self._since = 0, 0.0
         self._rows, self._others = GrowingRows(), list[dict[str, Array]]()  # without a file
-        self._like: tuple[str, int, tuple[int, ...], bool] | None = None
         self._failed = False
         self._appending = threading.Lock()  # a signal may close the writer while a thread appends to it
-        self._coverage: object = None
         self._parts = None if self._out is None else self._open(self._out)
-        self.examples_done = self.examples_resumed
 
     def _open(self, out: Path) -> Parts | None:
         check_target(out)
@@ -116,7 +110,7 @@ class FisherWriter:
         except BaseException:
             parts.lock.release(folder=True)
             raise
-        self.examples_resumed = sum(size for _, size in self._done)
+        self.examples_done = sum(size for _, size in self._done)
         return parts
 
     def _find_finished(self, out: Path) -> bool:
@@ -124,7 +118,7 @@ class FisherWriter:
         if container is None:
             return False
         self.finished = fishers_in(container)
-        self.examples_resumed = len(self.finished)
+        self.examples_done = len(self.finished)
         self._done = batches_in(container) if "batches" in container.specs else []
         return True
 
@@ -142,14 +136,7 @@ class FisherWriter:
         self.close()
 
     def skip(self, batch_digest: str, n_examples: int) -> bool:
-        """Say whether the next batch is already done.
-
-        Args:
-            batch_digest: Identifies the batch's contents.
-            n_examples: Its size.
-
-        Returns:
-            True: go on with the batch after it. False: compute it and :meth:`append`.
+        """Say whether the next batch, of this digest and size, is done; otherwise compute it and :meth:`append`.
 
         Raises:
             ResumeError: The batch done at this place was another one.
@@ -189,21 +176,21 @@ class FisherWriter:
         )
 
     def append(self, block: FisherBlock, batch_digest: str) -> None:
-        """Add the Fishers of the next batch. Its arrays are kept until a shard is written: do not reuse them.
-
-        Args:
-            block: The batch's Fishers.
-            batch_digest: As in :meth:`skip`.
+        """Add the Fishers of the next batch. Their arrays are kept until a shard is written: do not reuse them.
 
         Raises:
             ResumeError: Batches that are done already were not skipped.
-            ArgumentError: The block contradicts itself, or does not fit the blocks before it.
             DataError: A Fisher's norm is not finite.
             StorageError: The disk is full; finished shards are safe.
         """
         if self.finished is not None or self._cursor < len(self._done):
             raise ResumeError(f"batch {self._cursor} is done already: call skip() for each batch first, in order")
-        self._check(block)
+        if not np.isfinite(block.norms).all():
+            i = int(np.isfinite(block.norms).argmin())
+            raise DataError(
+                f"gradients: the Fisher of example {block.ids[i]} has the norm {block.norms[i]}, beyond what float32 "
+                "holds; scale the inputs, or leave the example out of the data"
+            )
         with self._appending:
             self._append(block, batch_digest)
 
@@ -220,37 +207,6 @@ class FisherWriter:
         if self._bytes >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds:
             self._close_shard()
 
-    def _check(self, block: FisherBlock) -> None:
-        n = len(block.row_counts)
-        for name in ("norms", "logits", "labels", "ids", *(() if block.places is None else ("places",))):
-            if len(getattr(block, name)) != n:
-                raise ArgumentError(
-                    f"block.{name}: expected {n} examples as in row_counts, got {len(getattr(block, name))}"
-                )
-        if int(np.sum(block.row_counts)) != block.rows.n_rows:
-            raise ArgumentError(
-                f"block.rows: expected {int(np.sum(block.row_counts))} rows as in row_counts, got {block.rows.n_rows}"
-            )
-        if not np.isfinite(block.norms).all():
-            i = int(np.isfinite(block.norms).argmin())
-            raise DataError(
-                f"gradients: the Fisher of example {block.ids[i]} has the norm {block.norms[i]}, beyond what float32 "
-                "holds; scale the inputs, or leave the example out of the data"
-            )
-        like = (type(block.rows).__name__, block.rows.n_columns, block.logits.shape[1:], block.places is not None)
-        if self._like is None:
-            sketch = sketch_of(self.header["provenance"])
-            n_columns = Parameters.from_json(self.header["parameters"]).n_parameters if sketch is None else sketch.d
-            if block.rows.n_columns != n_columns:
-                what = "one per parameter" if sketch is None else "as the sketch has"
-                raise ArgumentError(f"block.rows: expected {n_columns} columns, {what}, got {block.rows.n_columns}")
-            self._like = like
-        if like != self._like:
-            raise ArgumentError(
-                "block: expected the rows' type, their width, the logits' and whether there are places as in the first "
-                f"batch, {self._like}, got {like}"
-            )
-
     def _close_shard(self) -> None:
         if self._parts is None or not self._blocks:
             return
@@ -262,21 +218,8 @@ class FisherWriter:
             raise
         self._blocks, self._batches, self._bytes = [], [], 0
 
-    def record_coverage(self, coverage: object) -> None:
-        """Keep the coverage report for :meth:`finish`; over resumed runs, the first one recorded stays."""
-        if self._parts is not None:
-            self._parts.record_coverage(coverage)
-        elif self._coverage is None:
-            self._coverage = coverage
-
-    def finish(self, coverage: object = None) -> Fishers:
-        """Make the final file out of the shards, put it in place, remove the shards.
-
-        Args:
-            coverage: The coverage report; one recorded before (:meth:`record_coverage`) goes before it.
-
-        Returns:
-            The Fishers, mapped from the file.
+    def finish(self, coverage: Any = ()) -> Fishers:
+        """Make the final file out of the shards, put it in place, and remove the shards; return the Fishers.
 
         Raises:
             DataError: Nothing was appended.
@@ -295,7 +238,7 @@ class FisherWriter:
         if self.examples_done == 0:
             raise DataError("data: expected at least one example, got none")
         if self._parts is None:
-            self.finished = self._in_memory(self._coverage if self._coverage is not None else coverage or [])
+            self.finished = self._in_memory([*coverage])
             return self.finished
         assert self._out is not None, "parts exist only for an output file"
         self._close_shard()
@@ -304,8 +247,7 @@ class FisherWriter:
                 f"{self._out}: a file appeared there during the work, and is not overwritten; move it away "
                 f"and run the same command again: all {self.examples_done} examples are in {self._where}"
             )
-        recorded = self._parts.coverage
-        self._parts.merge(recorded if recorded is not None else coverage or [])
+        self._parts.merge([*coverage])
         self._parts.remove()
         self._parts = None
         self.finished = fishers_in(open_container(self._out))

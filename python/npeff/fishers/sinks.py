@@ -16,7 +16,7 @@ from torch import Tensor
 
 from npeff.errors import DataError
 from npeff.fishers.factors import Factors
-from npeff.fishers.options import Sketch
+from npeff.fishers.options import FisherOptions, Sketch
 from npeff.fishers.rows import DenseRows, Rows
 from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.rules import Rule
@@ -35,10 +35,8 @@ FEW_ROWS = 4
 class _Costs(NamedTuple):
     """Nanoseconds, of which the ratios matter.
 
-    Attributes:
-        transform: Of a Walsh–Hadamard transform, per element and level.
-        scatter: Of an element added to a bucket by itself.
-        product: Of a multiply-add in a product of matrices.
+    A transform is that of Walsh and Hadamard, per element and level; a scatter adds an element to a bucket by itself; a
+    product is a multiply-add in a product of matrices.
     """
 
     transform: float
@@ -57,7 +55,7 @@ class Sink:
         parameters: The flat vector's layout.
         factors: The cotangents; blocks were made with their unit-norm columns.
         ids: ``(b,)`` positions of the examples, for messages.
-        squared: Blocks are Σ of squares (diagonal Fishers).
+        options: What is kept; blocks are Σ of squares where Fishers are diagonal.
         at_once: Check every block for gradients that are not finite, and name the first. Otherwise the device is
             not waited for, and the norms tell whether the pass has to be repeated with the check.
 
@@ -67,8 +65,11 @@ class Sink:
         scale: ``(b,)`` float32 factor of each example's rows.
     """
 
-    def __init__(self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, at_once: bool) -> None:
-        self.parameters, self._ids, self._squared, self._at_once = parameters, ids, squared, at_once
+    def __init__(
+        self, parameters: Parameters, factors: Factors, ids: Array, options: FisherOptions, at_once: bool = True
+    ) -> None:
+        self.parameters, self._ids, self._at_once = parameters, ids, at_once
+        self._squared = squared = options.kind == "diagonal"
         self.n_examples, _, width = factors.columns.shape
         self.n_columns = 1 if squared else width
         self._counts = factors.counts.clamp_max(1) if squared else factors.counts
@@ -80,6 +81,11 @@ class Sink:
         self._any_certain = squared and (there or bool(self._certain.any()))
         shape = (self.n_examples, self.n_columns, self.n_columns)
         self._gram = torch.zeros(shape, dtype=torch.float64, device=factors.columns.device)
+        self._begin(options.compress, width)
+
+    def _begin(self, compress: Any, n_backward: int) -> None:
+        """Make room for what is kept of the blocks, which came of so many backward passes."""
+        raise NotImplementedError
 
     def paired(self, parameter: Parameter, rules: list[Rule]) -> bool:
         """Decide whether blocks of a parameter are wanted as factors."""
@@ -166,9 +172,8 @@ class Sink:
 class DenseSink(Sink):
     """Keeps exact rows, written where they stay; blocks on a device come over first, one after the other."""
 
-    def __init__(self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, at_once: bool) -> None:
-        super().__init__(parameters, factors, ids, squared, at_once)
-        self._shape = (self.n_examples, self.n_columns, parameters.n_parameters)
+    def _begin(self, compress: Any, n_backward: int) -> None:
+        self._shape = (self.n_examples, self.n_columns, self.parameters.n_parameters)
         self._on_a_device = devices.has_own_memory(self.scale.device)
         self._pieces: deque[tuple[slice, HostCopy, int | None]] = deque()
         self._values: Array | None = None
@@ -212,11 +217,9 @@ class DenseSink(Sink):
 class SketchSink(Sink):
     """Keeps the rows' sketches, made by the streaming kernel."""
 
-    def __init__(
-        self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, at_once: bool, sketch: Sketch
-    ) -> None:
-        super().__init__(parameters, factors, ids, squared, at_once)
-        self._sketch = sketch
+    def _begin(self, compress: Any, n_backward: int) -> None:
+        self._sketch: Sketch = compress
+        sketch = self._sketch
         self._sums = StreamingSketch(self.n_examples * self.n_columns, sketch.d, sketch.seed, nonzeros=sketch.nonzeros)
 
     def paired(self, parameter: Parameter, rules: list[Rule]) -> bool:
@@ -281,16 +284,10 @@ class SketchSink(Sink):
 def target_rows(
     starts: tuple[int, ...], first: int, b: int, r: int, n_targets: int, column_stride: int | None = None
 ) -> BlockRows:
-    """Plan the rows of a block: example by example, column by column, one for each start.
+    """Plan the rows of a block: b examples from the first on, r columns of each, a row for each start of a run.
 
-    Args:
-        starts: Flat indices where the runs of one column begin.
-        first: The first example.
-        b: Examples.
-        r: Columns of each.
-        n_targets: Sketches or selectors.
-        column_stride: Distance of two columns' flat indices in the one target of an example; None: each column has a
-            target of its own.
+    ``column_stride`` is the distance of two columns' flat indices in the one target (sketch or selector) of an example;
+    with None, each column has a target of its own.
     """
     one = np.arange(r, dtype=np.int64)[:, None] * (column_stride or 0) + np.array(starts, np.int64)
     columns = 1 if column_stride is not None else r

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from npeff.fishers.factors import Factors
 from npeff.fishers.rows import Rows, SparseRows, index_dtype
 from npeff.fishers.sinks import Sink, target_rows
 from npeff.gradients import blocks
@@ -23,7 +22,7 @@ from npeff.gradients.blocks import Block, Pairs, split
 from npeff.gradients.rules import Rule
 from npeff.kernels import StreamingTopK
 from npeff.models import devices
-from npeff.models.parameters import Parameter, Parameters
+from npeff.models.parameters import Parameter
 
 Array = npt.NDArray[Any]
 _FEWEST = 1 << 22
@@ -35,13 +34,10 @@ _SHARE = 0.5
 class TopKSink(Sink):
     """Keeps the k largest entries over each example's rows, selected by the streaming kernel."""
 
-    def __init__(
-        self, parameters: Parameters, factors: Factors, ids: Array, squared: bool, at_once: bool, k: int
-    ) -> None:
-        super().__init__(parameters, factors, ids, squared, at_once)
-        self._m, self._n_backward = parameters.n_parameters, factors.columns.shape[2]
-        self._forms_all = devices.has_own_memory(factors.columns.device)
-        self._selectors = StreamingTopK(self.n_examples, min(k, self.n_columns * self._m))
+    def _begin(self, compress: Any, n_backward: int) -> None:
+        self._m, self._n_backward = self.parameters.n_parameters, n_backward
+        self._forms_all = devices.has_own_memory(self.scale.device)
+        self._selectors = StreamingTopK(self.n_examples, min(compress.k, self.n_columns * self._m))
 
     def paired(self, parameter: Parameter, rules: list[Rule]) -> bool:
         """Decide whether entries are selected from the factors, by counting multiply-adds per example."""
@@ -77,12 +73,9 @@ class TopKSink(Sink):
 
 
 def push(selectors: StreamingTopK, pairs: Pairs, column_stride: int) -> None:
-    """Select among the entries of some examples' gradients.
+    """Select among the entries of some examples' gradients, with a selector for each example of the batch.
 
-    Args:
-        selectors: One per example of the batch.
-        pairs: The factors.
-        column_stride: Distance of two columns' flat indices, the number of parameters.
+    Flat indices of two columns are ``column_stride``, the number of parameters, apart.
     """
     offset, first = pairs.parameter.offset, pairs.examples.start
     if pairs.delta.shape[1] == 1:
@@ -132,7 +125,7 @@ def sparse_rows(
     counts: Array,
     scale: Array,
 ) -> SparseRows:
-    """Convert selections to compressed rows.
+    """Convert selections to compressed rows, the examples' rows end to end.
 
     Args:
         found: ``(b,)`` entries of each example.
@@ -142,9 +135,6 @@ def sparse_rows(
         n_parameters: Length of a row.
         counts: ``(b,)`` rows of each example; rows beyond have no entries.
         scale: ``(b,)`` factor of each example's values.
-
-    Returns:
-        The examples' rows end to end.
     """
     columns = np.empty(len(flat), index_dtype(n_parameters))
     lengths = np.zeros((len(found), n_columns), np.int64)

@@ -6,7 +6,7 @@ Where examples are places, a sequence has several: one backward pass takes a col
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ def backward(
     together: tuple[Tensor | None, ...] | None = None
     if at_once and n_passes > 1:
         every = [cotangents.column(column).clone() for column in range(n_columns)]
-        together = _side_by_side(output, edges, torch.stack(every if weighted is None else [*every, weighted]))
+        together = side_by_side(output, edges, torch.stack(every if weighted is None else [*every, weighted]))
     sums: dict[tuple[Node, int], Tensor] = {}
     checked: dict[tuple[Node, int], tuple[Tensor, Tensor]] = {}
     for column in range(n_passes):
@@ -165,12 +165,16 @@ def backward(
     return checked
 
 
-def _side_by_side(
-    output: Tensor | GradientEdge, edges: list[GradientEdge], columns: Tensor
+def side_by_side(
+    output: Tensor | GradientEdge, edges: Sequence[Tensor] | Sequence[GradientEdge], columns: Tensor
 ) -> tuple[Tensor | None, ...] | None:
-    """δ of all columns ``(R, b, …)``, ``(R, …)`` per edge; None where an operation cannot take them side by side."""
+    """Pull all columns ``(R, b, …)`` back at once.
+
+    Returns:
+        ``(R, …)`` per edge, None for those without a way to the output; None where an operation takes no batch of them.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
+        warnings.filterwarnings("ignore", "(?s).*performance drop")
         try:
             return torch.autograd.grad(
                 output, edges, columns, retain_graph=True, allow_unused=True, is_grads_batched=True

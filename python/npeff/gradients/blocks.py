@@ -56,6 +56,10 @@ class Block:
     starts: Tensor | tuple[int, ...] | int
     gram: Tensor | None = None
 
+    def formed(self) -> Block:
+        """Return the block itself, as :meth:`Pairs.formed` does of factors."""
+        return self
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -124,181 +128,146 @@ def split(by_sequence: Tensor, n_slots: int) -> Tensor:
     return by_sequence.reshape(b * n_slots, columns // n_slots, *by_sequence.shape[2:])
 
 
-def pairs(
-    parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, elements: int, n_slots: int = 1
-) -> Iterator[Pairs] | None:
-    """Return one parameter's gradients as factors, some examples at a time; None where they are no such sums."""
-    rule = rules[0]
-    if len(rules) > 1 or not _is_the_parameter(rule, parameter):
-        return None
-    sizes = rule.pair_sizes()
-    if sizes is None:
-        return None
-    t, n, k = sizes
-    step = max(1, elements // max(1, t * max(n_columns * n, k)))
+@dataclass(frozen=True)
+class Tiling:
+    """How the gradients of a batch are cut into blocks, in memory that is used again.
 
-    def some() -> Iterator[Pairs]:
-        for start in range(0, n_examples, step):
-            examples = slice(start, min(start + step, n_examples))
-            factors = rule.pairs(examples)
-            assert factors is not None
-            yield Pairs(parameter, _slots(examples, n_slots), *factors, n_slots)
-
-    return some()
-
-
-def tiles(
-    parameter: Parameter,
-    rules: list[Rule],
-    n_examples: int,
-    n_columns: int,
-    squared: bool,
-    elements: int,
-    n_slots: int = 1,
-) -> Iterator[Block]:
-    """Yield the per-example gradients of one parameter, as many examples and rows at a time as fit into a tile.
-
-    Args:
-        parameter: The parameter with its place in the flat vector.
-        rules: One per use; their gradients are summed.
-        n_examples: Examples that the rules know.
+    Attributes:
+        n_examples: Examples that the rules know, b.
         n_columns: Columns that the rules have stored.
-        squared: Yield Σ over columns of the squares instead.
-        elements: Most elements of a tile.
-        n_slots: K examples of which each of those has the columns, side by side.
-
-    Yields:
-        Blocks, each overwritten by the next.
+        elements: Most elements of a block, unless one example has more.
+        squared: Blocks are Σ over columns of the squares.
+        n_slots: K examples of which each of the b has the columns, side by side.
     """
-    row_size = math.prod(parameter.shape[1:])
-    per_row = n_columns * row_size
-    n_rows = parameter.shape[0] if parameter.shape else 1
-    alone = rules[0] if len(rules) == 1 else None
-    if alone is not None and isinstance(alone, Embedding) and _is_the_parameter(alone, parameter):
-        n_rows, n_tile_rows = alone.layout.positions, alone.layout.positions
-    else:
-        alone = None if isinstance(alone, Embedding) else alone
-        n_tile_rows = max(1, min(n_rows, elements // max(1, per_row)))
-    step = max(1, elements // max(1, per_row * n_rows)) if n_tile_rows == n_rows else 1
-    for start in range(0, n_examples, step):
-        examples = slice(start, min(start + step, n_examples))
-        if isinstance(alone, Embedding):
-            values, table_rows, _ = alone.looked_up(examples)
-            yield _on_rows(parameter, examples, values, table_rows, squared, n_slots, alone.scratch)
-            continue
-        for row in range(0, n_rows, n_tile_rows):
-            rows = slice(row, min(row + n_tile_rows, n_rows))
-            offset = parameter.offset + row * row_size
-            if squared:
-                direct = n_slots == 1 and alone is not None and _is_the_parameter(alone, parameter)
-                square = alone.square(examples, rows) if direct and alone is not None else None
+
+    n_examples: int
+    n_columns: int
+    elements: int
+    squared: bool = False
+    n_slots: int = 1
+
+    def _some(self, size: int) -> Iterator[slice]:
+        """Some examples at a time, each of a size in elements."""
+        step = max(1, self.elements // max(1, size))
+        for start in range(0, self.n_examples, step):
+            yield slice(start, min(start + step, self.n_examples))
+
+    def _slots(self, examples: slice) -> slice:
+        return slice(examples.start * self.n_slots, examples.stop * self.n_slots)
+
+    def pairs(self, parameter: Parameter, rules: list[Rule]) -> Iterator[Pairs] | None:
+        """Return one parameter's gradients as factors, some examples at a time; None where they are no such sums."""
+        rule = rules[0]
+        sizes = rule.pair_sizes() if len(rules) == 1 and _is_the_parameter(rule, parameter) else None
+        if sizes is None:
+            return None
+        t, n, k = sizes
+
+        def factors() -> Iterator[Pairs]:
+            for examples in self._some(t * max(self.n_columns * n, k)):
+                found = rule.pairs(examples)
+                assert found is not None
+                yield Pairs(parameter, self._slots(examples), *found, self.n_slots)
+
+        return factors()
+
+    def tiles(self, parameter: Parameter, rules: list[Rule]) -> Iterator[Block]:
+        """Yield the gradients of one parameter, those of its uses summed, as many examples and rows at a time as fit.
+
+        Each block is overwritten by the next.
+        """
+        row_size = math.prod(parameter.shape[1:])
+        per_row = self.n_columns * row_size
+        n_rows = parameter.shape[0] if parameter.shape else 1
+        rule = rules[0]
+        alone = len(rules) == 1 and _is_the_parameter(rule, parameter)
+        if alone and isinstance(rule, Embedding):
+            for examples in self._some(per_row * rule.layout.positions):
+                values, table_rows, _ = rule.looked_up(examples)
+                yield self._on_rows(parameter, examples, values, table_rows, rule.scratch)
+            return
+        n_tile_rows = max(1, min(n_rows, self.elements // max(1, per_row)))
+        for examples in self._some(per_row * n_rows if n_tile_rows == n_rows else self.elements):
+            for row in range(0, n_rows, n_tile_rows):
+                rows = slice(row, min(row + n_tile_rows, n_rows))
+                gram = square = None
+                if self.n_slots == 1 and self.squared and alone:
+                    square = rule.square(examples, rows)
+                elif self.n_slots == 1 and not self.squared and len(rules) == 1 and rule.value.reshaped:
+                    gram = rule.gram(examples)
+                    if gram is not None and row > 0:
+                        gram = torch.zeros_like(gram)  # the first tile of rows brought all of it
                 if square is None:
-                    square = squares(split(summed(parameter, rules, examples, rows), n_slots), rules[0].scratch)
-                values = square.reshape(len(square), 1, 1, -1)
-                yield Block(parameter, _slots(examples, n_slots), values, offset)
-            else:
-                gram = alone.gram(examples) if n_slots == 1 and alone is not None and alone.value.reshaped else None
-                if gram is not None and row > 0:
-                    gram = torch.zeros_like(gram)  # the first tile of rows brought all of it
-                values = split(summed(parameter, rules, examples, rows), n_slots)
+                    values = split(summed(parameter, rules, examples, rows), self.n_slots)
+                    values = squares(values, rule.scratch)[:, None] if self.squared else values
+                else:
+                    values = square[:, None]
                 values = values.reshape(*values.shape[:2], 1, -1)
-                yield Block(parameter, _slots(examples, n_slots), values, offset, gram)
+                yield Block(parameter, self._slots(examples), values, parameter.offset + row * row_size, gram)
 
+    def _on_rows(
+        self, parameter: Parameter, examples: slice, values: Tensor, table_rows: Tensor, scratch: Scratch
+    ) -> Block:
+        """Gradients ``(b', K·R, u, d)`` on rows ``(b', u)`` of a table as a block."""
+        starts = (parameter.offset + table_rows * values.shape[3]).repeat_interleave(self.n_slots, dim=0)
+        values = split(values, self.n_slots)
+        values = squares(values, scratch)[:, None] if self.squared else values
+        return Block(parameter, self._slots(examples), values, starts)
 
-def _slots(examples: slice, n_slots: int) -> slice:
-    """The slots of some sequences."""
-    return slice(examples.start * n_slots, examples.stop * n_slots)
+    def head_of_tied(self, parameter: Parameter, rules: list[Rule]) -> MatrixProduct | None:
+        """Find the output layer's product of a large table that is also an embedding; None where it has other uses."""
+        if len(rules) != 2 or self.n_columns * parameter.numel <= self.elements:
+            return None
+        head = next((rule for rule in rules if isinstance(rule, MatrixProduct) and rule.by_rows), None)
+        table = next((rule for rule in rules if isinstance(rule, Embedding)), None)
+        whole = head is not None and table is not None and all(_is_the_parameter(rule, parameter) for rule in rules)
+        return head if whole else None
 
+    def tied(self, parameter: Parameter, rules: list[Rule]) -> Iterator[Block | Pairs]:
+        """Yield the gradients of a table that is used as embedding and as output layer, without forming them.
 
-def _on_rows(
-    parameter: Parameter,
-    examples: slice,
-    values: Tensor,
-    table_rows: Tensor,
-    squared: bool,
-    n_slots: int,
-    scratch: Scratch,
-) -> Block:
-    """Gradients ``(b', K·R, u, d)`` on rows ``(b', u)`` of a table as a block."""
-    starts = (parameter.offset + table_rows * values.shape[3]).repeat_interleave(n_slots, dim=0)
-    values = split(values, n_slots)
-    return Block(parameter, _slots(examples, n_slots), squares(values, scratch)[:, None] if squared else values, starts)
+        Rows that an example looks up come as runs, with what the output layer adds to them. All other rows come as
+        factors of the output layer's gradient, whose δ is zero on the rows that came before.
+        """
+        head, table = rules if isinstance(rules[0], MatrixProduct) else rules[::-1]
+        assert isinstance(head, MatrixProduct) and isinstance(table, Embedding)
+        t, n, k = head.pair_sizes()
+        for examples in self._some(self.n_columns * (t * n + table.layout.positions * k)):
+            values, table_rows, counts = table.looked_up(examples)
+            delta, inputs, turned = head.pairs(examples)
+            rows = table_rows[:, None, None].expand(*delta.shape[:3], -1)
+            here = delta.gather(3, rows) * counts[:, None, None]
+            values += torch.einsum("btru,btk->bruk", here, inputs)
+            yield self._on_rows(parameter, examples, values, table_rows, table.scratch)
+            delta = delta.scatter(3, rows, 0.0)
+            yield Pairs(parameter, self._slots(examples), delta, inputs, turned, self.n_slots)
 
+    def is_small(self, parameter: Parameter, rules: list[Rule]) -> bool:
+        """Say whether gradients are worth gathering with others of their size: those of biases, scales and shifts."""
+        return (
+            len(rules) == 1
+            and isinstance(rules[0], SmallRule)
+            and len(parameter.shape) <= 1
+            and _is_the_parameter(rules[0], parameter)
+            and GATHERED * self.n_examples * self.n_columns * parameter.numel <= self.elements
+        )
 
-def head_of_tied(parameter: Parameter, rules: list[Rule], n_columns: int, elements: int) -> MatrixProduct | None:
-    """Find the output layer's product of a large table that is also an embedding; None where it is used otherwise."""
-    if len(rules) != 2 or n_columns * parameter.numel <= elements:
-        return None
-    head = next((rule for rule in rules if isinstance(rule, MatrixProduct) and rule.by_rows), None)
-    table = next((rule for rule in rules if isinstance(rule, Embedding)), None)
-    whole = head is not None and table is not None and all(_is_the_parameter(rule, parameter) for rule in rules)
-    return head if whole else None
-
-
-def tied(
-    parameter: Parameter,
-    rules: list[Rule],
-    n_examples: int,
-    n_columns: int,
-    squared: bool,
-    elements: int,
-    n_slots: int = 1,
-) -> Iterator[Block | Pairs]:
-    """Yield the gradients of a table that is used as embedding and as output layer, without forming them.
-
-    Rows that an example looks up come as runs, with what the output layer adds to them. All other rows come as
-    factors of the output layer's gradient, whose δ is zero on the rows that came before.
-    """
-    head, table = rules if isinstance(rules[0], MatrixProduct) else rules[::-1]
-    assert isinstance(head, MatrixProduct) and isinstance(table, Embedding)
-    t, n, k = head.pair_sizes()
-    step = max(1, elements // max(1, n_columns * (t * n + table.layout.positions * k)))
-    for start in range(0, n_examples, step):
-        examples = slice(start, min(start + step, n_examples))
-        values, table_rows, counts = table.looked_up(examples)
-        delta, inputs, turned = head.pairs(examples)
-        rows = table_rows[:, None, None].expand(*delta.shape[:3], -1)
-        here = delta.gather(3, rows) * counts[:, None, None]
-        values += torch.einsum("btru,btk->bruk", here, inputs)
-        yield _on_rows(parameter, examples, values, table_rows, squared, n_slots, table.scratch)
-        delta = delta.scatter(3, rows, 0.0)
-        yield Pairs(parameter, _slots(examples, n_slots), delta, inputs, turned, n_slots)
-
-
-def is_small(parameter: Parameter, rules: list[Rule], n_examples: int, n_columns: int, elements: int) -> bool:
-    """Say whether a parameter's gradients are worth gathering with others of its size: biases, scales and shifts."""
-    return (
-        len(rules) == 1
-        and isinstance(rules[0], SmallRule)
-        and len(parameter.shape) <= 1
-        and _is_the_parameter(rules[0], parameter)
-        and GATHERED * n_examples * n_columns * parameter.numel <= elements
-    )
-
-
-def gathered(small: list[tuple[Parameter, Rule]], n_examples: int, squared: bool, n_slots: int = 1) -> Iterator[Block]:
-    """Yield the gradients of small parameters, several of one size to a block.
-
-    Args:
-        small: The parameters, each with its rule.
-        n_examples: Examples that the rules know.
-        squared: Yield Σ over columns of the squares instead.
-        n_slots: As for :func:`tiles`.
-    """
-    by_size: dict[tuple[int, torch.dtype], list[tuple[Parameter, Tensor]]] = {}
-    examples = slice(0, n_examples)
-    for parameter, rule in small:
-        values = rule.block(examples, slice(None))
-        values = values.reshape(*values.shape[:2], -1)
-        by_size.setdefault((values.shape[2], values.dtype), []).append((parameter, values))
-    for members in by_size.values():
-        for start in range(0, len(members), GATHERED):
-            some = members[start : start + GATHERED]
-            values = split(torch.stack([values for _, values in some], dim=2), n_slots)
-            starts = tuple(parameter.offset for parameter, _ in some)
-            if squared:
-                values = squares(values, small[0][1].scratch)[:, None]
-            yield Block(some[0][0], _slots(examples, n_slots), values, starts)
+    def gathered(self, small: list[tuple[Parameter, Rule]]) -> Iterator[Block]:
+        """Yield the gradients of small parameters, each given with its rule, several of one size to a block."""
+        by_size: dict[tuple[int, torch.dtype], list[tuple[Parameter, Tensor]]] = {}
+        examples = slice(0, self.n_examples)
+        for parameter, rule in small:
+            values = rule.block(examples, slice(None))
+            values = values.reshape(*values.shape[:2], -1)
+            by_size.setdefault((values.shape[2], values.dtype), []).append((parameter, values))
+        for members in by_size.values():
+            for start in range(0, len(members), GATHERED):
+                some = members[start : start + GATHERED]
+                values = split(torch.stack([values for _, values in some], dim=2), self.n_slots)
+                starts = tuple(parameter.offset for parameter, _ in some)
+                if self.squared:
+                    values = squares(values, small[0][1].scratch)[:, None]
+                yield Block(some[0][0], self._slots(examples), values, starts)
 
 
 def summed(parameter: Parameter, rules: list[Rule], examples: slice, rows: slice) -> Tensor:

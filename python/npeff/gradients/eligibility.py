@@ -232,22 +232,26 @@ def _problems(module: nn.Module) -> Iterator[str]:
         )
 
 
-_RANDOM = (
-    "model: two passes over the same batch give different logits; make it deterministic (model.eval() switches dropout "
-    "off)"
-)
+def check_deterministic(run: Callable[[Batch], Tensor], batch: Batch, logits: Tensor, precision: torch.dtype) -> None:
+    """Check that the model gives a batch the same logits again.
+
+    Raises:
+        ModelError: It does not.
+    """
+    if differ(run(batch).detach(), logits, precision):
+        raise ModelError(
+            "model: two passes over the same batch give different logits; make it deterministic (model.eval() switches "
+            "dropout off; dropout by a function needs training=False)"
+        )
 
 
-def check_independence(run: Callable[[Batch], Tensor], batch: Batch, logits: Tensor, precision: torch.dtype) -> None:
-    """Check that the first and the last example alone have the logits that they have in the batch.
+def check_independence(
+    run: Callable[[Batch], Tensor], batch: Batch, logits: Tensor, precision: torch.dtype, *, half: bool = False
+) -> None:
+    """Check that the first and the last example alone have the ``logits (b, C)`` that they have in the batch.
 
-    A batch that cannot be cut is called again as it is.
-
-    Args:
-        run: Runs the model on a batch: ``(b, C)`` logits.
-        batch: The batch.
-        logits: ``(b, C)`` its logits.
-        precision: The coarsest dtype in the graph.
+    With ``half``, every second example is run without the others instead. A batch that cannot be cut is called again as
+    it is.
 
     Raises:
         ModelError: The logits differ.
@@ -257,13 +261,22 @@ def check_independence(run: Callable[[Batch], Tensor], batch: Batch, logits: Ten
         some = batch.one_each()
         batch, logits = batch.take(some), logits[some]
     if batch.n_examples == 1 or not batch.sliceable:
-        if differ(run(batch).detach(), logits, precision):
-            raise ModelError(_RANDOM)
+        check_deterministic(run, batch, logits, precision)
+        return
+    if half:
+        part = run(batch.take(slice(0, None, 2))).detach()
+        if differ(part, logits[::2], precision):
+            example = 2 * int((part - logits[::2]).abs().amax(dim=1).argmax())
+            found, when = part[example // 2, None], "without half of the others"
+            alone = _alone(run, batch, example)
+            if alone is not None and differ(alone, logits[example : example + 1], precision):
+                found, when = alone, "when it is alone"
+            raise ModelError(_explain(run, batch, logits, example, found, precision, when))
         return
     for example in (0, batch.n_examples - 1):
         alone = _alone(run, batch, example)
         if alone is not None and differ(alone, logits[example : example + 1], precision):
-            raise ModelError(_explain(run, batch, logits, example, alone, precision))
+            raise ModelError(_explain(run, batch, logits, example, alone, precision, "when it is alone"))
 
 
 def differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
@@ -302,12 +315,17 @@ def _alone(run: Callable[[Batch], Tensor], batch: Batch, example: int) -> Tensor
 
 
 def _explain(
-    run: Callable[[Batch], Tensor], batch: Batch, logits: Tensor, example: int, alone: Tensor, precision: torch.dtype
+    run: Callable[[Batch], Tensor],
+    batch: Batch,
+    logits: Tensor,
+    example: int,
+    alone: Tensor,
+    precision: torch.dtype,
+    when: str,
 ) -> str:
-    if differ(run(batch).detach(), logits, precision):
-        return _RANDOM
+    check_deterministic(run, batch, logits, precision)
     gap = float((alone - logits[example : example + 1]).abs().max())
-    said = f"model: example {example} of a batch has other logits when it is alone (largest difference {gap:.3g})"
+    said = f"model: example {example} of a batch has other logits {when} (largest difference {gap:.3g})"
     try:
         twice = run(batch.take(torch.tensor([example, example]))).detach()[:1]
     except NpeffError:

@@ -23,7 +23,7 @@ from npeff.errors import ModelError
 from npeff.gradients import blocks
 from npeff.gradients.backward import Cotangents, backward, small_products
 from npeff.gradients.blocks import Block, Pairs
-from npeff.gradients.eligibility import check_eligible, check_independence
+from npeff.gradients.eligibility import check_deterministic, check_eligible, check_independence
 from npeff.gradients.fallback import Fallback, Logits, groups
 from npeff.gradients.graph import Graph, Value
 from npeff.gradients.rules import Found, Rule, Unsupported, find_uses
@@ -123,13 +123,14 @@ class PerExampleGradients:
         self._graph: Graph | None = None
         self._known: OrderedDict[tuple[int, int], KnownGraph] = OrderedDict()
         self._forms: dict[tuple[object, ...], Form] = {}
+        self._compared = 0  # sequences of the largest batch that was compared with its half
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Let autograd record the selected parameters alone within the block; restore all flags at its end.
 
         Raises:
-            ModelError: The model was made under ``torch.inference_mode()``.
+            ModelError: The model was made under ``torch.inference_mode()``, or overwrites what its gradients need.
             OutOfMemoryError: There is too little memory for a batch.
             RuntimeError: Whatever the work within raises.
         """
@@ -147,6 +148,11 @@ class PerExampleGradients:
                     "model: made under torch.inference_mode(), so autograd cannot record it; make or load "
                     f"it outside ({error})"
                 ) from error
+            if "modified by an inplace operation" in str(error):
+                raise ModelError(
+                    "model: it overwrites a tensor in place that its gradients need; replace the operation by one that "
+                    f"makes a new tensor ({error})"
+                ) from error
             raise
         finally:
             self._graph = None
@@ -158,10 +164,14 @@ class PerExampleGradients:
         """Compute the logits ``(b, C)`` with their graph.
 
         Raises:
-            ModelError: Autograd recorded nothing.
+            ModelError: Autograd recorded nothing, or the logits are random.
         """
         self._graph = None
+        before = _random_state(batch)
         logits = self.run(batch)
+        if not torch.equal(before, _random_state(batch)):  # the numbers drawn need not have an effect
+            with torch.no_grad():
+                check_deterministic(self.run, batch, logits.detach(), self.precision or logits.dtype)
         if logits.requires_grad and not self._decompose:
             graph = self._graph = self._graph_of(batch, logits)
             if (graph.fingerprint, batch.n_sequences) not in self._known and _FUSED_RECURRENT.intersection(graph.names):
@@ -267,6 +277,10 @@ class PerExampleGradients:
         seen = form is not None
         if form is None:
             check_independence(self.run, batch, logits, graph.precision)
+        if batch.n_sequences > max(2, self._compared):
+            self._compared = batch.n_sequences
+            check_independence(self.run, batch, logits, graph.precision, half=True)
+        if form is None:
             form = self._forms[key] = check_rules(self, batch, logits, found, unused, graph)
         return KnownGraph(found, form, graph.precision, graph.routed), seen
 
@@ -356,9 +370,10 @@ class PerExampleGradients:
             zero.
         """
         n_slots = 1 if slots is None else slots.shape[1]
-        elements, n_columns = blocks.tile_elements(columns.device), n_slots * columns.shape[2]
+        n_columns, elements = n_slots * columns.shape[2], blocks.tile_elements(columns.device)
+        tiling = blocks.Tiling(prepared.n_sequences, n_columns, elements, squared, n_slots)
         heads = {
-            name: blocks.head_of_tied(self.parameters.named(name), rules, n_columns, elements) if gathered else None
+            name: tiling.head_of_tied(self.parameters.named(name), rules) if gathered else None
             for name, rules in prepared.rules.items()
         }
         as_factors = {
@@ -367,33 +382,37 @@ class PerExampleGradients:
         }
         whole = {id(rule) for name, rules in prepared.rules.items() if not as_factors[name] for rule in rules}
         self.backward(prepared, columns, whole, slots)
-        n, small = prepared.n_sequences, list[tuple[Parameter, Rule]]()
+        small = list[tuple[Parameter, Rule]]()
         # The last layers first: they mostly have the largest gradients, so that a selection's threshold rises early.
         for name in reversed(list(prepared.rules)) if last_first else list(prepared.rules):
             parameter, rules = self.parameters.named(name), prepared.rules.pop(name)
-            factors = None
-            if gathered and blocks.is_small(parameter, rules, n, n_columns, elements):
+            if gathered and tiling.is_small(parameter, rules):
                 small.append((parameter, rules[0]))
-                continue
-            if as_factors[name] and heads[name] is not None:
-                yield from blocks.tied(parameter, rules, n, n_columns, squared, elements, n_slots)
-                continue
-            if as_factors[name]:
-                factors = blocks.pairs(parameter, rules, n, n_columns, elements, n_slots)
-            if factors is not None:
-                yield from factors
+            elif as_factors[name] and heads[name] is not None:
+                yield from tiling.tied(parameter, rules)
             else:
-                yield from blocks.tiles(parameter, rules, n, n_columns, squared, elements, n_slots)
-        yield from blocks.gathered(small, n, squared, n_slots)
+                factors = tiling.pairs(parameter, rules) if as_factors[name] else None
+                yield from tiling.tiles(parameter, rules) if factors is None else factors
+        yield from tiling.gathered(small)
         if prepared.others:
             yield from self._others(prepared, columns, slots, squared, elements)
 
     def _others(
         self, prepared: Prepared, columns: Tensor, slots: Tensor | None, squared: bool, elements: int
     ) -> Iterator[Block]:
-        """The gradients of the parameters that no rule serves."""
+        """The gradients of the parameters that no rule serves.
+
+        Raises:
+            ModelError: A parameter has a hook on its gradient.
+        """
         batch, logits = prepared.batch, prepared.logits
         columns, filled = columns.to(logits.dtype), torch.arange(len(columns))
+        hooked = [name for name in prepared.others if self.tensors[name]._backward_hooks]
+        if hooked:
+            raise ModelError(
+                f"model: a hook on the gradient of {hooked[0]} may change it, and is no part of the model; remove it "
+                "(what register_hook returned has remove())"
+            )
         if slots is not None:
             filled = (slots.reshape(-1) >= 0).nonzero()[:, 0].cpu()
             held = slots.reshape(-1)[filled.to(slots.device)]
@@ -429,6 +448,12 @@ class PerExampleGradients:
             else:
                 lines.append({"parameter": name, "rule": "zero", "reason": "the logits do not depend on it"})
         return lines
+
+
+def _random_state(batch: Batch) -> Tensor:
+    """The state of torch's generator where the batch is."""
+    there = batch.device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state(batch.device) if there else torch.get_rng_state()
 
 
 def _choices(found: Mapping[str, list[Found]], n_examples: int) -> tuple[object, ...]:

@@ -26,12 +26,7 @@ Logits = Callable[[nn.Module, Batch], Tensor]
 
 
 class CalledModel(nn.Module):
-    """A model with the way in which it is called, as a module: functional_call can replace its parameters.
-
-    Args:
-        model: The model, the submodule ``model``.
-        call: Called with the model and the module's argument.
-    """
+    """A model and the way in which it is called: a module whose parameters functional_call can replace."""
 
     def __init__(self, model: nn.Module, call: Callable[[nn.Module, Any], Any]) -> None:
         super().__init__()
@@ -46,12 +41,8 @@ class CalledModel(nn.Module):
 class Fallback:
     """Per-example gradients without rules, each group of examples checked against autograd.
 
-    Examples are vectorised by ``torch.func.vmap``; a model that refuses that is run example by example.
-
-    Args:
-        model: The model.
-        call: Runs it on a batch.
-        selected: All selected parameters, also those that rules serve: their gradients say what is rounding.
+    Examples are vectorised by ``torch.func.vmap``; a model that refuses that is run example by example. ``selected``
+    are all selected parameters, also those that rules serve: their gradients say what is rounding.
 
     Attributes:
         loop_reason: Why examples are run one by one; empty while they are vectorised.
@@ -73,15 +64,10 @@ class Fallback:
         budget: int,
         precision: torch.dtype,
     ) -> Iterator[tuple[str, slice, Tensor]]:
-        """Yield the gradients of a group of parameters, some examples at a time.
+        """Yield the gradients of some parameters, several examples at a time where they fit ``budget`` elements.
 
-        Args:
-            batch: The batch.
-            logits: ``(b, C)`` its logits with their graph; used when the batch cannot be sliced.
-            columns: ``(b, C, R)`` cotangents in the logits' dtype.
-            parameters: The parameters by name.
-            budget: Most elements to make at a time, if more than one example would exceed it.
-            precision: The coarsest dtype in the graph.
+        The batch's ``logits (b, C)`` with their graph are used when it cannot be sliced; ``columns (b, C, R)``
+        have their dtype.
 
         Yields:
             Name, examples, and gradients ``(b', R, *shape)`` float32 or float64.
@@ -249,13 +235,8 @@ def rounding(
 ) -> dict[str, float]:
     """Measure per parameter the differences that are rounding.
 
-    The cotangent is scaled by numbers that are no powers of two, and the gradient scaled back: by what it changes is
-    rounding.
-
-    Args:
-        truth: The gradients, ``(numel,)`` each.
-        again: The same as autograd gives them, with the cotangent times a factor.
-        tensors: The parameters.
+    The cotangent is scaled by numbers that are no powers of two, ``again(factor)``, and the gradient scaled back: by
+    what it changes is rounding.
     """
     largest = dict.fromkeys(truth, 0.0)
     for factor in (1.1, 1.3, 1.7):

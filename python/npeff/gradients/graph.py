@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from npeff.errors import ModelError
+
 _ACCUMULATOR = "torch::autograd::AccumulateGrad"
 _RESHAPES = frozenset(
     f"{name}Backward{version}"
@@ -168,6 +170,9 @@ class Graph:
         leaves: Position of the accumulator of each parameter in the graph, by the parameter's number.
         fingerprint: Equal for graphs with the same operations on the same operands and the same parameters, where also
             all shapes, dtypes, dimensions, indices and steps are the same.
+
+    Raises:
+        ModelError: A tensor in it is nested.
     """
 
     def __init__(self, logits: Tensor, parameters: Mapping[int, int], n_sequences: int, selected: bool = False) -> None:
@@ -204,6 +209,11 @@ class Graph:
                 found.append(positions[source])
                 found.append(output)
             for made in node._input_metadata:
+                if made.is_nested_tensor:
+                    raise ModelError(
+                        "model: it computes with nested tensors, of which no rows can be told to belong to an example; "
+                        "pad them to one length, with a mask"
+                    )
                 found.append(tuple(made.shape))
                 found.append(made.dtype)
             if name == _ACCUMULATOR:

@@ -62,12 +62,7 @@ class Form:
     unchecked: dict[int, int] = field(default_factory=dict)
 
     def due(self, fingerprint: int, routed: bool) -> bool:
-        """Say whether the rows of the next batch have to be checked, and count the batch.
-
-        Args:
-            fingerprint: Of the batch's graph.
-            routed: The graph can move rows by the values of a tensor.
-        """
+        """Say whether to check the rows of the next batch, of a graph with this fingerprint; count the batch."""
         before = self.unchecked.setdefault(fingerprint, EVERY)
         if routed or self.undecided or before >= EVERY - 1:
             return True
@@ -101,9 +96,6 @@ def check_rules(
         found: Uses with their candidate layouts, per parameter.
         unused: Parameters on which the logits do not depend.
         graph: The batch's graph.
-
-    Returns:
-        What was found.
     """
     n, precision = batch.n_sequences, graph.precision
     uses = [(name, rule, use, layouts) for name in found for rule, use, layouts in found[name]]
@@ -178,15 +170,7 @@ def powers_of_two(n: int, precision: torch.dtype) -> Tensor:
 
 
 def rows_follow(rule: Rule, delta: Tensor, weighted: Tensor, w: Tensor, precision: torch.dtype) -> bool:
-    """Say whether ``weighted`` is w_i δ on the rows that the rule gives to example i.
-
-    Args:
-        rule: Says which rows those are.
-        delta: δ of the unweighted pass.
-        weighted: δ of the weighted one.
-        w: ``(n,)`` powers of two.
-        precision: The coarsest dtype in the graph.
-    """
+    """Say whether ``weighted`` is w_i δ on the rows that the rule gives to example i; w are ``(n,)`` powers of two."""
     mine, theirs = rule.split(delta), rule.split(weighted)
     shape = (-1, *(1,) * (theirs.dim() - 1))
     wide = torch.promote_types(mine.dtype, torch.float32)
@@ -202,11 +186,7 @@ def rows_follow(rule: Rule, delta: Tensor, weighted: Tensor, w: Tensor, precisio
 class Autograd:
     """Autograd's gradients of a weighted sum, and how far they are from exact.
 
-    Args:
-        truth: The gradients of all parameters; None stands for zero.
-        again: The same, with the cotangent times a factor.
-        tensors: The parameters by name.
-        precision: The coarsest dtype in the graph.
+    ``again(factor)`` gives the same with the cotangent times a factor; None stands for zero.
     """
 
     def __init__(
@@ -287,7 +267,7 @@ def _sum(
     if parameter.numel * n_examples > blocks.TILE_ELEMENTS // 8 and parameter.shape[0] >= 32 * WINDOWS:
         return _sum_of_some(parameter, rules, n_examples)
     total = torch.zeros(parameter.numel, dtype=torch.float64, device=delta[0].device)
-    for block in blocks.tiles(parameter, rules, n_examples, 1, False, blocks.TILE_ELEMENTS):
+    for block in blocks.Tiling(n_examples, 1, blocks.TILE_ELEMENTS).tiles(parameter, rules):
         values = block.values[:, 0]
         width = values.shape[2]
         if isinstance(block.starts, int):

@@ -53,7 +53,7 @@ def read_texts(texts: Any, text_column: str, label_column: str | None) -> list[T
         rows = _file(Path(texts), text_column, label_column)
     elif getattr(texts, "column_names", None) is not None or hasattr(texts, "columns") or isinstance(texts, Mapping):
         rows = _table(texts, "texts", text_column, label_column)
-    elif isinstance(texts, Iterable):
+    elif isinstance(texts, Iterable) and not isinstance(texts, set | frozenset):  # sets have no order that stays
         rows = _items(texts, text_column, label_column)
     else:
         raise ArgumentError(f"texts: expected {KINDS}, got {type(texts).__name__}")

@@ -94,8 +94,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def memory_explained() -> Iterator[None]:
+def memory_explained(
+    needed_for: str = "a batch",
+    advice: str = "give smaller batches (of texts, batch_tokens=), or where Fishers are computed memory='2GB', which "
+    "cuts batches, less than now if it was given",
+) -> Iterator[None]:
     """Explain an error about missing memory that is raised within the block, and say what to do.
+
+    Args:
+        needed_for: What there was too little for.
+        advice: What to do.
 
     Raises:
         OutOfMemoryError: torch found no memory.
@@ -107,10 +115,7 @@ def memory_explained() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OutOfMemoryError(
-            f"memory: there is too little for a batch ({said}); give smaller batches (of texts, batch_tokens=), or "
-            "where Fishers are computed memory='2GB', which cuts batches, less than now if it was given"
-        ) from error
+        raise OutOfMemoryError(f"memory: there is too little for {needed_for} ({said}); {advice}") from error
 
 
 def return_freed_memory() -> None:

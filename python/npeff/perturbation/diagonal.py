@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,20 +13,18 @@ from torch import nn
 from tqdm import tqdm
 
 from npeff.batches.batches import Batch
-from npeff.batches.reading import check_data, read_batches
+from npeff.batches.reading import check_data
 from npeff.components.components import Components
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.options import FisherOptions, Likelihood
 from npeff.fishers.passes import Run
 from npeff.gradients.blocks import Block
 from npeff.gradients.eligibility import placed, select_parameters
-from npeff.gradients.engine import PerExampleGradients
-from npeff.models.forward import call_model
 from npeff.models.parameters import Parameters
 from npeff.perturbation.directions import Direction, Target
 from npeff.perturbation.evaluate import Evaluator
 from npeff.perturbation.examples import BatchSlice
-from npeff.perturbation.options import FLOOR, PerturbOptions
+from npeff.perturbation.options import FLOOR, PerturbOptions, as_numbers, check_share
 from npeff.perturbation.outputs import surprise
 
 Array = npt.NDArray[Any]
@@ -54,7 +52,7 @@ def mean_fisher(
         likelihood: Likelihood of the outputs.
         forward: ``forward(model, batch) -> logits``.
         device: Where to compute.
-        max_examples: Stop after the batch that reaches this number.
+        max_examples: Stop after so many examples.
         progress: Show a progress bar.
 
     Returns:
@@ -65,59 +63,25 @@ def mean_fisher(
         DataError: The data is empty, or gives outputs or gradients that are not finite.
         ModelError: The model has no per-example gradients.
     """
-    options = FisherOptions(likelihood=likelihood)
+    options = FisherOptions("diagonal", likelihood=likelihood, forward=forward, max_examples=max_examples)
     options.check()
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     inner = getattr(model, "_orig_mod", model)
-
-    def batches() -> Iterator[Batch]:
-        done = 0
-        bar = tqdm(check_data(data), desc="Mean Fisher", disable=not progress)
-        for batch in read_batches(bar, place, forward is not None, options.over_classes):
-            yield batch
-            done += batch.n_examples
-            if max_examples is not None and done >= max_examples:
-                return
-
-    with placed(inner, device) as place:
-        selected = select_parameters(inner, parameters)
-        total, count = summed_fisher(inner, selected, ((b, None) for b in batches()), likelihood, forward)
-    if not count:
-        raise DataError("data: it yielded no batches; if it is a generator it may be used up: pass a list")
-    mean = (total / count).astype(np.float32)
-    return {name: torch.from_numpy(part.copy()) for name, part in selected.unflatten(mean).items()}
+    with placed(inner, device) as used_device:
+        run = Run(inner, used_device, select_parameters(inner, parameters), options)
+        batches = run.batches(tqdm(check_data(data), desc="Mean Fisher", disable=not progress))
+        mean = _mean_of(run, ((batch, None) for batch in batches)).astype(np.float32)
+    return {name: torch.from_numpy(part.copy()) for name, part in run.parameters.unflatten(mean).items()}
 
 
-def summed_fisher(
-    model: nn.Module,
-    parameters: Parameters,
-    batches: Iterable[tuple[Batch, Array | None]],
-    likelihood: Likelihood,
-    forward: Any = None,
-) -> tuple[Array, int]:
-    """Compute ``Σ_i diag F_i`` over examples, and count them.
-
-    Args:
-        model: On the batches' device.
-        parameters: The flat vector's layout.
-        batches: Each with the rows to sum over, or None for all.
-        likelihood: Likelihood of the outputs.
-        forward: As for :func:`npeff.compute_fishers`.
-
-    Returns:
-        ``(m,)`` float64 and the number of examples.
+def _mean_of(run: Run, batches: Iterable[tuple[Batch, Array | None]]) -> Array:
+    """Compute ``(1/n) Σ_i diag F_i``, ``(m,)`` float64, over some rows of each batch, or with None over all.
 
     Raises:
-        DataError: Outputs or gradients are not finite.
+        DataError: There are no examples, or gradients are not finite.
     """
-    run = Run(
-        model,
-        next(model.parameters()).device,
-        parameters,
-        FisherOptions("diagonal", likelihood=likelihood, forward=forward),
-    )
-    total, count, position = np.zeros(parameters.n_parameters), 0, 0
+    total, count, position = np.zeros(run.parameters.n_parameters), 0, 0
     for batch, rows in batches:
         counted = np.ones(batch.n_examples, bool)
         if rows is not None:
@@ -131,9 +95,11 @@ def summed_fisher(
                     assert isinstance(block, Block)  # factors come only to those who ask for them
                     _add(block, scale[block.examples], total)
         count, position = count + int(counted.sum()), position + batch.n_examples
+    if not count:
+        raise DataError("data: it yielded no batches; if it is a generator it may be used up: pass a list")
     if not np.isfinite(total).all():
         raise DataError("gradients: the diagonal Fisher of the data is not finite; find what overflows in the model")
-    return total, count
+    return total / count
 
 
 def _add(block: Block, scale: Array, total: Array) -> None:
@@ -167,9 +133,14 @@ def interpolation(component: Array, data: Array, lam: float, floor: float = FLOO
 
     Returns:
         ρ, ``(m,)`` float64 in [0, 1].
+
+    Raises:
+        ArgumentError: ``lam`` is beyond 0 and 1, or the shapes differ.
     """
-    h = np.asarray(component, np.float64)
-    f = np.asarray(data, np.float64)
+    check_share("lam", lam)
+    h, f = as_numbers("component", component), as_numbers("data", data)
+    if h.shape != f.shape:
+        raise ArgumentError(f"component, data: expected the same shape, got {h.shape} and {f.shape}")
     f = f / (np.linalg.norm(f) or 1.0)
     return np.asarray(lam * h / (lam * h + (1 - lam) * np.maximum(f, floor)))
 
@@ -182,19 +153,12 @@ def diagonal_directions(
     slices: Sequence[BatchSlice],
     baseline: Array,
 ) -> list[Direction]:
-    """Find the directions of a diagonal target, one per λ.
+    """Find the directions of a diagonal target, one per λ, from its own components and the top examples in ``slices``.
 
     For each λ the merged weights are ``θ ± δ ρ(λ)∘sign(∇)``: a direction, along which δ is searched for. Many pairs
     (δ, λ) reach the same KL. The pair that changes the weights least in the Euclidean norm (mean over the signs) is
-    used: a choice that does not depend on the ratio that is measured afterwards.
-
-    Args:
-        evaluator: Of the examples.
-        components: Diagonal components.
-        target: h, or the group whose weighted sum of h is used.
-        options: As for :func:`npeff.perturb`.
-        slices: The top examples.
-        baseline: Indices of the examples whose mean Fisher is f̄, unless it is given.
+    used: a choice that does not depend on the ratio that is measured afterwards. Unless f̄ is given, it is the mean
+    Fisher of the examples whose indices are ``baseline``.
 
     Raises:
         ArgumentError: The component is zero, or has no parameter in common with the gradient.
@@ -233,25 +197,19 @@ def _mean_over(evaluator: Evaluator, indices: Array) -> Array:
         chosen[indices] = True
         slices = (one.restricted(chosen) for one in evaluator.examples)
         batches = ((one.batch, one.rows.cpu().numpy()) for one in slices if len(one.indices))
-        model, parameters = evaluator.model, evaluator.parameters
-        total, count = summed_fisher(model, parameters, batches, evaluator.likelihood, evaluator.forward)
-        evaluator.mean_fishers[key] = total / count
+        evaluator.mean_fishers[key] = _mean_of(evaluator.run, batches)
     return evaluator.mean_fishers[key]
 
 
 def _gradient_signs(evaluator: Evaluator, slices: Sequence[BatchSlice]) -> Array:
-    """Signs of the gradient of the summed ``−log p(ŷ|x)`` over examples, ŷ the model's own prediction.
+    """Signs ``(m,)`` float64 of the gradient of the summed ``−log p(ŷ|x)``, ŷ the model's own prediction.
 
-    Returns:
-        ``(m,)`` float64 of −1, 0 and 1: moving along them makes the predictions less certain.
+    Moving along them makes the predictions less certain.
 
     Raises:
         DataError: The gradient vanishes or is not finite.
     """
-    forward, likelihood, parameters = evaluator.forward, evaluator.likelihood, evaluator.parameters
-    engine = PerExampleGradients(
-        evaluator.model, parameters, lambda inner, batch: call_model(inner, forward, batch, likelihood)
-    )
+    engine, likelihood, parameters = evaluator.run.engine, evaluator.likelihood, evaluator.parameters
     total = np.zeros(parameters.n_parameters)
     for one in slices:
         with engine.recording():
@@ -279,12 +237,12 @@ def _given(parameters: Parameters, fisher: Any) -> Array | None:
     if isinstance(fisher, Mapping):
         if missing := [p.name for p in parameters if p.name not in fisher]:
             raise ArgumentError(f"fisher: expected every parameter of the components, but {missing[0]!r} is missing")
-        parts = [np.asarray(fisher[p.name], np.float64) for p in parameters]
+        parts = [as_numbers("fisher", fisher[p.name]) for p in parameters]
         for p, part in zip(parameters, parts, strict=True):
             if part.shape != p.shape:
                 raise ArgumentError(f"fisher: {p.name} has shape {p.shape} in the components, got {part.shape}")
         fisher = np.concatenate([part.reshape(-1) for part in parts])
-    flat = np.asarray(fisher, np.float64)
+    flat = as_numbers("fisher", fisher)
     if flat.shape != (parameters.n_parameters,):
         raise ArgumentError(f"fisher: expected tensors by name or shape ({parameters.n_parameters},), got {flat.shape}")
     if not np.isfinite(flat).all() or flat.min() < 0 or not flat.any():

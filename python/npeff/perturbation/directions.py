@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.fishers.block_weights import column_factors
-from npeff.perturbation.options import Combine, Reject
+from npeff.perturbation.options import Combine, Reject, as_numbers, check_components
 
 Array = npt.NDArray[Any]
 
@@ -71,7 +70,7 @@ class Direction:
     """
 
     make: Callable[[], Array]
-    component: int | None
+    component: int | None = None
     share: float = 1.0
     rejection: Rejection | None = None
     explained: float | None = None
@@ -84,115 +83,100 @@ class Direction:
         return self.make()
 
 
-def target_of(components: Components, j: Any) -> Target:
+def target_of(components: Components, j: Any, argument: str = "j") -> Target:
     """Return the component or strategy that ``j`` names.
 
     Raises:
         ArgumentError: ``j`` is neither a component nor a strategy of these components.
     """
     r = components.n_components
-    if isinstance(j, Strategy) or (hasattr(j, "components") and hasattr(j, "coefficient")):
+    if isinstance(j, Strategy):
         members = tuple(int(k) for k in j.components)
         if not members or max(members) >= r or len(j.coefficient) != len(components.coefficients):
             raise ArgumentError(
-                f"j: the strategy is not one of these {r} components of {len(components.coefficients)} examples; "
-                "take it from components.strategies()"
+                f"{argument}: the strategy is not one of these {r} components of {len(components.coefficients)} "
+                "examples; take it from components.strategies()"
             )
     elif isinstance(j, int | np.integer) and not isinstance(j, bool) and -r <= j < r:
         members = (int(j) % r,)
     else:
-        raise ArgumentError(f"j: expected a component from 0 to {r - 1}, or a strategy of components, got {j!r}")
+        raise ArgumentError(
+            f"{argument}: expected a component from 0 to {r - 1}, or a strategy of components, got {j!r}"
+        )
     W = components.coefficients[:, list(members)].astype(np.float64)
     mass = W.sum(0)
     shares = mass / mass.sum() if mass.sum() > 0 else np.full(len(members), 1 / len(members))
     return Target(members, W.sum(1), shares)
 
 
-def needed_vectors(components: Components, targets: Sequence[Target], reject: Reject | None) -> list[int]:
-    """List the components whose vectors are needed: the targets' own, and all of them if the others are rejected."""
-    return list(range(components.n_components)) if reject else [j for target in targets for j in target.members]
-
-
 class ComponentDirections:
     """Unit directions of low-rank components, in the Fisher's own parameter space (block weights undone).
 
     Everything is float64 on the columns that the components keep; only :meth:`full` has all parameters.
-
-    Args:
-        components: The decomposition.
     """
 
     def __init__(self, components: Components) -> None:
         self.components = components
-        self._columns = components.columns
-        self._norms: dict[int, float] = {}
+        # Of sketches and inner products, the vectors recovered in parameter space are used.
         self._stored = components.compression not in ("sketch", "gram")
-        if not self._stored:  # of sketches and inner products, the vectors recovered in parameter space are used
-            self._columns = None
+        self._columns = components.columns if self._stored else None
         self._n_columns = components.n_parameters if self._columns is None else len(self._columns)
+        self._norms: dict[int, float] = {}
         self._factor: Array | None = None
         if self._stored and components.block_weights is not None:
-            factors = column_factors(components.parameters, components.block_weights, components.kind).astype(
-                np.float64
-            )
-            full = np.divide(1.0, factors, out=np.zeros(len(factors)), where=factors > 0)
-            self._factor = full if self._columns is None else full[self._columns]
+            factors = column_factors(components.parameters, components.block_weights, components.kind)
+            factors = (factors if self._columns is None else factors[self._columns]).astype(np.float64)
+            self._factor = np.divide(1.0, factors, out=np.zeros(len(factors)), where=factors > 0)
 
     def of_target(
         self, target: Target, combine: Combine, reject: Reject | None, max_sim: float | None
     ) -> list[Direction]:
-        """Compute the unit directions along which a target moves.
-
-        Args:
-            target: The component or group.
-            combine: For a group: ``"each"`` direction by itself, the ``"principal"`` direction, or weights.
-            reject: Remove the directions of the other components.
-            max_sim: See :meth:`reject`.
+        """Compute the unit directions along which a target moves; the arguments are those of :func:`npeff.perturb`.
 
         Returns:
-            One direction; for a group with ``"each"``, one per member that is not zero.
+            One direction; for a group with ``combine="each"``, one per member that is not zero.
 
         Raises:
             ArgumentError: A direction is zero, or nothing is left of it; weights do not fit the group.
         """
-        members = target.members
-        found: list[tuple[Sequence[int], Array, int | None, float, float | None]]
-        if len(members) == 1:
-            found = [(members, np.ones(1), members[0], 1.0, None)]
-        elif not isinstance(combine, str):
-            weights = np.asarray(combine, np.float64)
+        members, explained = target.members, None
+        if not isinstance(combine, str):
+            weights = as_numbers("combine", combine)
             if weights.shape != (len(members),) or not np.isfinite(weights).all():
                 raise ArgumentError(
                     f"combine: expected a weight for each of the {len(members)} components, got {combine!r}"
                 )
-            found = [(members, weights, None, 1.0, None)]
-        elif combine == "principal":
+            return [self._direction(members, weights, members, reject, max_sim)]
+        if len(members) == 1:
+            return [self._direction(members, np.ones(1), members, reject, max_sim, component=members[0])]
+        if combine == "principal":
             weights, explained = self.principal(members, target.shares)
-            found = [(members, weights, None, 1.0, explained)]
-        else:
-            alive = [
-                (k, share)
-                for k, share, norm in zip(members, target.shares, self.norms(members), strict=True)
-                if norm > 0 and share > 0
-            ]
-            if not alive:
-                raise ArgumentError(f"j: the components {list(members)} are all zero, so there is no direction")
-            total = sum(share for _, share in alive)
-            found = [([k], np.ones(1), k, float(share / total), None) for k, share in alive]
+            return [self._direction(members, weights, members, reject, max_sim, explained=explained)]
+        shares = np.where(self.norms(members) > 0, target.shares, 0.0)
+        if not shares.any():
+            raise ArgumentError(f"j: the components {list(members)} are all zero, so there is no direction")
+        return [
+            self._direction([k], np.ones(1), members, reject, max_sim, component=k, share=float(share / shares.sum()))
+            for k, share in zip(members, shares, strict=True)
+            if share > 0
+        ]
 
-        def made(which: Sequence[int], weights: Array) -> tuple[Array, Rejection | None]:
+    def _direction(
+        self,
+        which: Sequence[int],
+        weights: Array,
+        members: Sequence[int],
+        reject: Reject | None,
+        max_sim: float | None,
+        **known: Any,
+    ) -> Direction:
+        """The direction of a combination, made once here to see that there is one."""
+
+        def made() -> tuple[Array, Rejection | None]:
             vector = self.combination(which, weights)
             return (vector, None) if reject is None else self.reject(vector, members, reject, max_sim)
 
-        def make(which: Sequence[int], weights: Array) -> Array:
-            return self.full(made(which, weights)[0])
-
-        directions = []
-        for which, weights, component, share, held in found:
-            known = reject is None and len(which) == 1 and self.norms(which)[0] > 0
-            rejection = None if known else made(which, weights)[1]  # made once to see that there is a direction
-            directions.append(Direction(partial(make, which, weights), component, share, rejection, held))
-        return directions
+        return Direction(lambda: self.full(made()[0]), rejection=made()[1], **known)
 
     def combination(self, which: Sequence[int], weights: Sequence[float] | Array) -> Array:
         """Compute the unit vector along ``Σ_k weights_k ĝ_k``, ``(n_kept,)`` float64.
@@ -218,25 +202,18 @@ class ComponentDirections:
         cosines = self.gram(which)
         values, vectors = np.linalg.eigh(root[:, None] * cosines * root)
         coordinates = root * vectors[:, -1]
-        heaviest = int(np.argmax(np.asarray(weights)))
-        sign = np.sign((cosines @ coordinates)[heaviest]) or 1.0
+        sign = np.sign((cosines @ coordinates)[int(np.argmax(root))]) or 1.0
         return sign * coordinates, float(values[-1] / max(values.sum(), 1e-300))
 
     def reject(
         self, vector: Array, members: Sequence[int], mode: Reject, max_sim: float | None
     ) -> tuple[Array, Rejection]:
-        """Remove the other components' directions from a unit vector.
+        """Remove the directions of the components beside ``members`` from a unit vector ``(n_kept,)``.
 
         ``"span"``: ``v ← v − P v``, P the orthogonal projection onto the span of the others, so that v ends
         orthogonal to each of them. ``"sequential"``, as published: ``v ← v − (v·ĝ_k) ĝ_k`` for one k after the
-        other, in their order; if the ĝ_k are not orthogonal to each other, v does not end orthogonal to all.
-
-        Args:
-            vector: ``(n_kept,)`` unit.
-            members: Components of which ``vector`` is made: not rejected.
-            mode: Which form.
-            max_sim: Only components with ``|cos(ĝ_k, vector)|`` up to this are rejected; by default 1 (all)
-                for the span, 0.1 for the sequential form.
+        other, in their order; if the ĝ_k are not orthogonal to each other, v does not end orthogonal to all. Only
+        components with ``|cos(ĝ_k, v)|`` up to ``max_sim`` are removed.
 
         Returns:
             The rest, scaled to unit norm, and what was removed.
@@ -246,11 +223,18 @@ class ComponentDirections:
         """
         limit = DEFAULT_MAX_SIM[mode] if max_sim is None else max_sim
         others = [k for k in range(self.components.n_components) if k not in set(members)]
-        chosen = []
+        chosen: list[int] = []
         if others:
             alive = (np.abs(self._products(others, vector)) <= limit + 1e-12) & (self.norms(others) > 0)
             chosen = [k for k, kept in zip(others, alive, strict=True) if kept]
-        left = self._beside_span(vector, chosen) if mode == "span" else self._one_by_one(vector, chosen)
+        left = vector
+        if mode == "sequential":
+            for k in chosen:
+                left = left - self._sum([k], self._products([k], left))
+        elif chosen:
+            inverse = np.linalg.pinv(self.gram(chosen), rcond=1e-9, hermitian=True)
+            for _ in range(3):  # each round shrinks what rounding left of the projection
+                left = left - self._sum(chosen, inverse @ self._products(chosen, left))
         kept = float(np.linalg.norm(left))
         if kept < 1e-5:
             raise ArgumentError(
@@ -258,19 +242,6 @@ class ComponentDirections:
                 "it; reject fewer with max_sim=, or none"
             )
         return left / kept, Rejection(mode, tuple(chosen), kept)
-
-    def _beside_span(self, vector: Array, chosen: Sequence[int]) -> Array:
-        if not chosen:
-            return vector
-        inverse = np.linalg.pinv(self.gram(chosen), rcond=1e-9, hermitian=True)
-        for _ in range(3):  # each round shrinks what rounding left of the projection
-            vector = vector - self._sum(chosen, inverse @ self._products(chosen, vector))
-        return vector
-
-    def _one_by_one(self, vector: Array, chosen: Sequence[int]) -> Array:
-        for k in chosen:
-            vector = vector - self._sum([k], self._products([k], vector))
-        return vector
 
     def full(self, vector: Array) -> Array:
         """Extend a vector on the kept columns to all parameters, ``(m,)`` float64."""
@@ -352,6 +323,7 @@ def direction(
     Raises:
         ArgumentError: The components are not low-rank, or there is no such direction.
     """
+    check_components(components)
     if components.kind != "low_rank":
         raise ArgumentError("components: expected low-rank ones; a diagonal component's direction depends on the data")
     if isinstance(combine, str) and combine != "principal":

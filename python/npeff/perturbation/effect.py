@@ -51,9 +51,9 @@ class SignResult:
     magnitude: float
     reached: bool
     kl_top: float
-    kl_baseline: float
-    ratio: float
-    kept: bool
+    kl_baseline: float = math.nan
+    ratio: float = math.nan
+    kept: bool = False
     lam: float | None = None
     step: float | None = None
     label_top: float = math.nan
@@ -66,7 +66,7 @@ class Control:
 
     Attributes:
         values: ``(n_random,)`` per figure.
-        figures: Mean over the draws and its interval.
+        figures: Mean over the draws, without those where it is not finite, and its interval.
         magnitudes: ``(n_random,)`` norms of the changes of the weights (mean over a strategy's directions).
     """
 

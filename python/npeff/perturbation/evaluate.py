@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, get_args
 
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from npeff.batches.batches import Batch
 from npeff.batches.reading import check_sampler
 from npeff.components.components import Components
-from npeff.errors import ArgumentError, DataError
+from npeff.errors import ArgumentError, DataError, check_choice
 from npeff.fishers.factors import check_meaning
 from npeff.fishers.logits import Logits
-from npeff.fishers.options import Likelihood
+from npeff.fishers.options import FisherOptions, Likelihood
+from npeff.fishers.passes import Run
 from npeff.gradients.eligibility import check_eligible, placed
 from npeff.language.places import check_places
 from npeff.models.devices import memory_explained
@@ -29,10 +31,10 @@ from npeff.models.parameters import model_digest
 from npeff.perturbation import outputs
 from npeff.perturbation.directions import Direction
 from npeff.perturbation.effect import Prediction
-from npeff.perturbation.examples import BatchSlice, SelectedExamples, unrelated_batches
+from npeff.perturbation.examples import BatchSlice, SelectedExamples
 from npeff.perturbation.figures import Measured
-from npeff.perturbation.options import PerturbOptions
-from npeff.perturbation.outputs import Writer
+from npeff.perturbation.options import Forward, PerturbOptions
+from npeff.perturbation.texts import Writer, unrelated_batches
 from npeff.perturbation.weights import TensorsByName, Weights, on_model, untouched
 
 Array = npt.NDArray[Any]
@@ -47,65 +49,49 @@ OWN_BYTES = 256 << 20
 class Evaluator:
     """Evaluates a model on selected examples; it moves the weights in place and restores them after every call.
 
-    Use it within :func:`untouched`, with the model on ``device``.
-
-    Args:
-        model: The model.
-        data: As for :func:`npeff.compute_fishers`.
-        components: A decomposition of Fishers of the data.
-        rows: Rows of the components' coefficients whose examples are measured, in any order.
-        device: The device of the model.
-        likelihood: Likelihood of the outputs.
-        options: As for :func:`npeff.perturb`.
+    Use it within :func:`checked_model`. The examples are those of some rows of the components' coefficients.
 
     Attributes:
-        rows: ``(n,)`` the rows without repetition, by ascending position of their examples in the data.
+        rows: ``(n,)`` the rows, each once, by ascending position of their examples in the data.
         own: As :meth:`measure` gives it, at the model's own weights; no prediction has flipped.
-        differing: ``(n,)`` bool: the outputs are not those that are stored with the components.
-        unrelated: Batches of unrelated data.
-        writer: Continues the prompts.
         mean_fishers: Mean diagonal Fishers that were computed, by the indices of their examples.
-        derivative: Of the outputs, along a direction.
 
     Raises:
         ArgumentError: ``unrelated`` is no iterable of batches.
-        DataError: The data is too short, the outputs are not finite, or unrelated data has no labels that fit.
+        DataError: The data is too short or not that of the Fishers, the outputs are not finite, or unrelated data has
+            no labels that fit.
     """
 
-    own: Measured
-
     def __init__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        components: Components,
-        rows: Array,
-        device: torch.device,
-        likelihood: Likelihood,
-        options: PerturbOptions,
+        self, checked: CheckedModel, data: Iterable[Any], components: Components, rows: Array, options: PerturbOptions
     ) -> None:
-        forward = options.forward
-        check_places(data, components.provenance.get("fishers") or {}, model)
-        self.model, self.parameters, self.device = model, components.parameters, device
-        self.likelihood, self.forward = likelihood, forward
+        check_places(data, components.provenance.get("fishers") or {}, checked.model)
+        self.checked, self.model, self.likelihood = checked, checked.model, checked.likelihood
+        self.parameters = components.parameters
         ids, first = np.unique(components.ids[rows], return_index=True)
         self.rows = np.asarray(rows)[first]
         self._ids_of_rows = components.ids
-        self.weights = Weights(model)
-        layout = forward is not None, likelihood in OVER_CLASSES
-        self.examples = SelectedExamples(data, ids, device, self.call, *layout)
+        self.weights = Weights(self.model)
+        self.examples = SelectedExamples(data, ids, checked.device, self.call, *checked.layout)
         tokenizer = getattr(data, "tokenizer", None)
-        self.writer = Writer(model, tokenizer, options.prompts, options.n_tokens)
-        self.unrelated = unrelated_batches(options.unrelated, model, tokenizer, device, *layout)
-        self._labels = torch.from_numpy(components.labels[self.rows].astype(np.int64)).to(device)
+        self.writer = Writer(self.model, tokenizer, options.prompts, options.n_tokens)
+        self.unrelated = unrelated_batches(options.unrelated, self.model, tokenizer, checked.device, *checked.layout)
+        self._labels = torch.from_numpy(components.labels[self.rows].astype(np.int64)).to(checked.device)
         self._kept: Tensor | None = None
-        self._measure_own(components.logits.take(self.rows))
-        self.derivative = outputs.Derivative(
-            model, self.weights, lambda inner, batch: call_model(inner, forward, batch, likelihood)
-        )
+        own = self._compared(self._own_outputs(components.logits.take(self.rows)))
+        self.own = replace(own, unrelated=self._surprise_on_unrelated())
+        if not np.isfinite(self.own.unrelated).all():
+            raise DataError("unrelated: the model's outputs on it are not finite at its own weights; leave it out")
+        self.derivative = outputs.Derivative(self.model, self.weights, checked.call)
         self._last: tuple[Direction, TensorsByName] | None = None
         self._random: dict[tuple[int, int], Array] = {}
         self.mean_fishers: dict[bytes, Array] = {}
+
+    @cached_property
+    def run(self) -> Run:
+        """Per-example diagonal Fishers of the model."""
+        how = FisherOptions("diagonal", likelihood=self.likelihood, forward=self.checked.forward)
+        return Run(self.model, self.checked.device, self.parameters, how)
 
     def indices(self, rows: Array) -> Array:
         """Return the ascending indices, each once, of the examples of some rows of the coefficients."""
@@ -114,73 +100,64 @@ class Evaluator:
     def call(self, batch: Batch) -> Tensor:
         """Compute the outputs on a batch, without a graph."""
         with torch.no_grad():
-            return call_model(self.model, self.forward, batch, self.likelihood).detach()
+            return self.checked.call(self.model, batch).detach()
 
-    def _measure_own(self, stored: Logits) -> None:
-        """Measure the model at its own weights, and compare its outputs with those that were stored.
+    def _own_outputs(self, stored: Logits) -> Iterator[tuple[BatchSlice, Tensor, Tensor]]:
+        """Yield the outputs at the model's own weights, twice; keep them if they fit, compare them with stored ones.
 
         Raises:
             DataError: The outputs do not fit, or are not finite.
         """
         n, width = len(self.examples), 0
-        kl, flips, right, label = np.zeros((4, n))
-        numbers = stored.numbers.numpy()
-        self.differing, size = np.zeros(n, bool), max(1.0, float(np.abs(numbers).max(initial=0.0)))
+        differs = np.zeros(n, bool)
         for one in self.examples:
             found = self.call(one.batch)[one.rows]
             if not width:
                 width = found.shape[1]
                 check_meaning(found, self.likelihood)
-                if stored.n_outputs not in (0, width):
-                    raise DataError(
-                        f"logits: expected {stored.n_outputs} per example as with the Fishers, got {width}; pass the "
-                        "same model, data and forward="
-                    )
                 if n * width * found.element_size() <= OWN_BYTES:
                     self._kept = found.new_empty((n, width))
             if found.shape[1] != width:
                 raise DataError(f"logits: expected {width} per example as in the first batch, got {found.shape[1]}")
-            finite = torch.isfinite(found).all(1)
-            if not bool(finite.all()):
-                bad = int((~finite).to(torch.uint8).argmax())
-                raise DataError(
-                    f"logits: example {self.examples.ids[one.indices[bad]]} has the logits {found[bad, :8].tolist()} "
-                    "at the model's own weights; find what overflows in the model on it, or leave it out"
-                )
+            check_finite(found, self.examples.ids[one.indices])
             if self._kept is not None:
                 self._kept[self._at(one)] = found
-            if stored.n_outputs:
-                own = stored.take(one.indices).numbers_of(found.double()).numpy()
-                apart = np.abs(own - numbers[one.indices]).max(1)
-                self.differing[one.indices] = apart > 0.02 * size
-            flips[one.indices] = outputs.flipped(found, found, self.likelihood).cpu().numpy()
-            right[one.indices], label[one.indices] = self._against_labels(one, found)
+            differs[one.indices] = differing(found, stored, one.indices)
+            yield one, found, found
         if not width:
             raise DataError("data: no examples to measure; pass the data that the Fishers were computed from")
-        self.own = Measured(kl, flips, right, label, self._surprise_on_unrelated())
-        if not np.isfinite(self.own.unrelated).all():
-            raise DataError("unrelated: the model's outputs on it are not finite at its own weights; leave it out")
+        check_outputs(differs, self.examples.ids, self.checked.same)
 
-    def _against_labels(self, one: BatchSlice, found: Tensor) -> tuple[Array, Array]:
-        """Whether outputs are right, and the probability of the label, ``(k,)`` each."""
-        labels = self._labels[self._at(one)]
-        probability = outputs.log_probability(found, labels, self.likelihood).exp()
-        return outputs.correct(found, labels, self.likelihood).cpu().numpy(), probability.cpu().numpy()
+    def _compared(self, pairs: Iterable[tuple[BatchSlice, Tensor, Tensor]]) -> Measured:
+        """Compare outputs at the model's own weights with those at moved ones, of all examples."""
+        kl, flips, right, label = np.zeros((4, len(self.examples)))
+        for one, own, moved in pairs:
+            labels = self._labels[self._at(one)]
+            kl[one.indices] = _not_nan(outputs.divergence(moved, own, self.likelihood))
+            flips[one.indices] = outputs.flipped(moved, own, self.likelihood).cpu().numpy()
+            right[one.indices] = outputs.correct(moved, labels, self.likelihood).cpu().numpy()
+            label[one.indices] = outputs.log_probability(moved, labels, self.likelihood).exp().cpu().numpy()
+        return Measured(kl, flips, right, label, np.zeros(0))
 
     def _surprise_on_unrelated(self) -> Array:
         """−log p of the labels of unrelated data at the weights as they are, ``(u,)``; inf where not finite.
 
         Raises:
-            DataError: A label is beyond the outputs.
+            DataError: The outputs are no classes, or a label is beyond them.
         """
         found = []
         for batch in self.unrelated:
             logits, labels = self.call(batch), batch.labels
             assert labels is not None
-            labels = labels.long().reshape(-1)
-            if len(labels) and int(labels.max()) >= logits.shape[1]:
+            labels, n = labels.long().reshape(-1), outputs.n_classes(logits.shape[1], self.likelihood)
+            if n is None:
                 raise DataError(
-                    f"unrelated: expected labels below {logits.shape[1]}, the model's outputs, got "
+                    f"unrelated: perplexity is of classes, and {logits.shape[1]} {self.likelihood} outputs are none; "
+                    "leave it out"
+                )
+            if len(labels) and int(labels.max()) >= n:
+                raise DataError(
+                    f"unrelated: expected labels below {n}, the model's outputs, got "
                     f"{int(labels.max())}; make it with the tokenizer of this model"
                 )
             known = labels >= 0
@@ -188,7 +165,7 @@ class Evaluator:
         return np.concatenate(found) if found else np.zeros(0)
 
     def _at(self, one: BatchSlice) -> Tensor:
-        return torch.from_numpy(one.indices).to(self.device)
+        return torch.from_numpy(one.indices).to(self.checked.device)
 
     @cached_property
     def weight_norm(self) -> float:
@@ -212,16 +189,11 @@ class Evaluator:
 
     def measure(self, direction: TensorsByName, magnitude: float) -> Measured:
         """Measure all examples, and unrelated data, at ``θ + magnitude · direction``."""
-        kl, flips, right, label = np.zeros((4, len(self.examples)))
-        for one, own, moved in self._moved(self.examples, direction, magnitude):
-            kl[one.indices] = _not_nan(outputs.divergence(moved, own, self.likelihood))
-            flips[one.indices] = outputs.flipped(moved, own, self.likelihood).cpu().numpy()
-            right[one.indices], label[one.indices] = self._against_labels(one, moved)
-        unrelated = np.zeros(0)
-        if self.unrelated:
-            with self.weights.at(direction, magnitude):
-                unrelated = self._surprise_on_unrelated()
-        return Measured(kl, flips, right, label, unrelated)
+        measured = self._compared(self._moved(self.examples, direction, magnitude))
+        if not self.unrelated:
+            return measured
+        with self.weights.at(direction, magnitude):
+            return replace(measured, unrelated=self._surprise_on_unrelated())
 
     def kl(self, slices: Sequence[BatchSlice], direction: TensorsByName, magnitude: float) -> Array:
         """Compute the KL ``(k,)`` float64 of the examples in ``slices``, in order, at ``θ + magnitude · direction``."""
@@ -236,9 +208,7 @@ class Evaluator:
     ) -> tuple[Prediction, ...]:
         """Predict the examples in ``slices`` before and after; nothing where outputs are no classes.
 
-        Args:
-            slices: The examples.
-            steps: Direction and magnitude of each change of the weights; probabilities are averaged by their shares.
+        Probabilities after several changes of the weights, a direction and a magnitude each, are averaged by shares.
         """
         if self.likelihood not in OVER_CLASSES:
             return ()
@@ -309,49 +279,62 @@ def _not_nan(kl: Tensor) -> Array:
 # ---- checks before the first measurement -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class CheckedModel:
+    """A model that fits some components, and how it is called.
+
+    Attributes:
+        model: The model, without what ``torch.compile`` wraps around it.
+        device: Where it is.
+        forward: ``forward(model, batch) -> logits``, or None.
+        likelihood: Likelihood of its outputs.
+        same: Whether its weights are those of the Fishers; None where that is not on record.
+    """
+
+    model: nn.Module
+    device: torch.device
+    forward: Forward | None
+    likelihood: Likelihood
+    same: bool | None
+
+    def call(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Compute the outputs ``(b, C)`` of the model, or of a module in its place, with a graph."""
+        return call_model(model, self.forward, batch, self.likelihood)
+
+    @property
+    def layout(self) -> tuple[bool, bool]:
+        """How its data is read: whether batches may have any layout, and whether labels of sequences make places."""
+        return self.forward is not None, self.likelihood in OVER_CLASSES
+
+
 @contextmanager
-def evaluator_for(
-    model: nn.Module, data: Iterable[Any], components: Components, rows: Array, options: PerturbOptions
-) -> Iterator[Evaluator]:
-    """Check model, data and components against each other, and yield the evaluator of some examples.
+def checked_model(
+    model: nn.Module, data: Iterable[Any], components: Components, options: Mapping[str, Any]
+) -> Iterator[CheckedModel]:
+    """Check a model and data against components, and put the model on its device; restore its modes and buffers.
 
-    Args:
-        model: As for :func:`npeff.perturb`.
-        data: As for :func:`npeff.perturb`.
-        components: The decomposition.
-        rows: Rows of the coefficients whose examples are needed, in any order.
-        options: As for :func:`npeff.perturb`.
-
-    Yields:
-        The evaluator, whose examples are ordered by their position in the data.
+    Of ``options``, as for :func:`npeff.perturb`, it takes ``forward``, ``device`` and ``likelihood``.
 
     Raises:
         ArgumentError: The model, ``forward`` or ``likelihood`` has a wrong type or value.
-        DataError: The data is not the data of the Fishers.
-        OutOfMemoryError: There is too little memory for a batch, here or in the block.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if options.forward is not None and not callable(options.forward):
-        raise ArgumentError(f"forward: expected callable(model, batch) -> logits, got {options.forward!r}")
+    if options["forward"] is not None and not callable(options["forward"]):
+        raise ArgumentError(f"forward: expected callable(model, batch) -> logits, got {options['forward']!r}")
     inner = getattr(model, "_orig_mod", model)
     fishers = components.provenance.get("fishers") or {}
-    likelihood = options.likelihood or (fishers.get("options") or {}).get("likelihood", "categorical")
-    if likelihood not in get_args(Likelihood):
-        raise ArgumentError(f"likelihood: expected one of {', '.join(get_args(Likelihood))}, got {likelihood!r}")
+    likelihood = options["likelihood"] or (fishers.get("options") or {}).get("likelihood", "categorical")
+    check_choice("likelihood", likelihood, get_args(Likelihood))
     check_eligible(inner)
     check_sampler(data)
     _check_parameters(inner, components)
     theirs = fishers.get("model_digest")
-    same_model = None if not theirs else theirs == model_digest(inner)
-    if same_model is False:
-        warnings.warn("model: it is not the one of the components' Fishers (other weights)", stacklevel=4)
-    if components.ids[rows].min() < 0:
-        raise ArgumentError("components: their ids are not positions in data; examples cannot be found")
-    with placed(inner, options.device) as device, untouched(inner), memory_explained():
-        evaluator = Evaluator(inner, data, components, rows, device, likelihood, options)
-        _check_outputs(evaluator, same_model)
-        yield evaluator
+    same = None if not theirs else theirs == model_digest(inner)
+    if same is False:
+        warnings.warn("model: it is not the one of the components' Fishers (other weights)", stacklevel=6)
+    with placed(inner, options["device"]) as device, untouched(inner), memory_explained():
+        yield CheckedModel(inner, device, options["forward"], likelihood, same)
 
 
 def _check_parameters(model: nn.Module, components: Components) -> None:
@@ -375,22 +358,67 @@ def _check_parameters(model: nn.Module, components: Components) -> None:
             )
 
 
-def _check_outputs(evaluator: Evaluator, same_model: bool | None) -> None:
-    """Compare the outputs with those that were stored with the components: they show whether the data is the same.
+def differing(found: Tensor, stored: Logits, rows: Array) -> Array:
+    """Mark the examples whose outputs ``(k, C)`` are not those that were stored in some rows, ``(k,)`` bool.
+
+    Raises:
+        DataError: There are more or fewer outputs.
+    """
+    if not stored.n_outputs:
+        return np.zeros(len(found), bool)
+    if stored.n_outputs != found.shape[1]:
+        raise DataError(
+            f"logits: expected {stored.n_outputs} per example as with the Fishers, got {found.shape[1]}; pass the "
+            "same model, data and forward="
+        )
+    own = stored.take(rows)
+    largest = max(1.0, float(stored.values.max(initial=0.0)), -float(stored.values.min(initial=0.0)))
+    apart = np.abs(own.numbers_of(found.double()).numpy() - own.numbers.numpy()).max(1)
+    return np.asarray(apart > 0.02 * largest)
+
+
+def check_finite(found: Tensor, ids: Array) -> None:
+    """Refuse outputs ``(k, C)`` at the model's own weights that are not finite.
+
+    Raises:
+        DataError: Naming the first example.
+    """
+    finite = torch.isfinite(found).all(1)
+    if not bool(finite.all()):
+        bad = int((~finite).to(torch.uint8).argmax())
+        raise DataError(
+            f"logits: example {ids[bad]} has the logits {found[bad, :8].tolist()} "
+            "at the model's own weights; find what overflows in the model on it, or leave it out"
+        )
+
+
+def check_outputs(differs: Array, ids: Array, same: bool | None) -> None:
+    """Judge whether the data is the same by the examples, at positions ``ids``, whose outputs differ.
 
     Raises:
         DataError: The model is the same, but not its outputs.
     """
-    differs = evaluator.differing
-    if not differs.any() or same_model is False:
+    if not differs.any() or same is False:
         return
-    bad = int(evaluator.examples.ids[int(np.argmax(differs))])
     message = (
-        f"data: {int(differs.sum())} of {len(differs)} examples, the first at position {bad}, have other outputs than "
-        "when the Fishers were computed"
+        f"data: {int(differs.sum())} of {len(differs)} examples, the first at position {int(ids[np.argmax(differs)])}, "
+        "have other outputs than when the Fishers were computed"
     )
-    if same_model:
+    if same:
         raise DataError(
             f"{message}, although the model is the same; pass the same data in the same order, and forward="
         )
-    warnings.warn(f"{message}; are model and data the same?", stacklevel=5)
+    warnings.warn(f"{message}; are model and data the same?", stacklevel=6)
+
+
+def check_kl(kl: Array, magnitude: float) -> None:
+    """Refuse a change of the weights after which outputs are not finite.
+
+    Raises:
+        ArgumentError: The KL ``(n,)`` of some examples is not finite.
+    """
+    if not np.isfinite(kl).all():
+        raise ArgumentError(
+            f"magnitude: {int((~np.isfinite(kl)).sum())} examples have outputs that are not finite at "
+            f"{magnitude:.3g}; choose a smaller magnitude, or a smaller target_kl"
+        )

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from npeff.batches.batches import Batch, batch_digest
 from npeff.batches.reading import check_data, read_batches
-from npeff.errors import ArgumentError, DataError, NpeffError
+from npeff.errors import DataError, NpeffError
 from npeff.gradients.eligibility import differ
-from npeff.language.places import Places, check_places
 
 Array = npt.NDArray[Any]
 
 HELD_BYTES = 1 << 30
 """Examples up to this size stay in memory; if they are larger, every measurement iterates the data again."""
-
-MOST_TOKENS = 4096
-"""Tokens of unrelated texts that go through the model together; a longer text is refused."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +65,8 @@ class SelectedExamples:
         ids: ``(n,)`` int64 ascending positions in the data, each once.
         device: The device of the model.
         call: Runs the model on a batch.
-        any_layout: Batches may have any structure, because ``forward=`` is given.
-        places: As for :func:`npeff.batches.reading.read_batch`.
-        held_bytes: Bytes that may be held in memory.
+        any_layout: As for :func:`npeff.batches.reading.read_batch`.
+        places: Likewise.
 
     Raises:
         DataError: The data ends before the last position, or is too large to hold and cannot be iterated again.
@@ -86,7 +80,6 @@ class SelectedExamples:
         call: Callable[[Batch], Tensor],
         any_layout: bool = False,
         places: bool | None = None,
-        held_bytes: int = HELD_BYTES,
     ) -> None:
         self.ids = np.asarray(ids, np.int64)
         self._data, self._device, self._call, self._any_layout = check_data(data), device, call, any_layout
@@ -94,7 +87,6 @@ class SelectedExamples:
         self._cut: bool | None = None
         self._held: list[BatchSlice] | None = []
         self._digests: list[str] = []
-        self._held_bytes = held_bytes
         self._source_size = size = largest = 0
         for one in self._read():
             largest = max(largest, self._source_size)
@@ -103,7 +95,7 @@ class SelectedExamples:
                 continue
             self._held.append(one)
             size += one.batch.n_bytes
-            if size > held_bytes:
+            if size > HELD_BYTES:
                 self._check_again()
                 self._digests = [batch_digest(held.batch) for held in self._held]
                 self._held = None
@@ -182,7 +174,7 @@ class SelectedExamples:
     def _check_again(self) -> None:
         if iter(self._data) is self._data:
             raise DataError(
-                f"data: the {len(self.ids):,} examples to be measured do not fit into {self._held_bytes >> 20} MiB, "
+                f"data: the {len(self.ids):,} examples to be measured do not fit into {HELD_BYTES >> 20} MiB, "
                 "and it can be iterated only once; pass a DataLoader or a list, or fewer examples with baseline="
             )
 
@@ -216,48 +208,3 @@ def _join(group: list[BatchSlice]) -> BatchSlice:
     batch = group[0].batch.joined([one.batch for one in group[1:]])
     indices = np.concatenate([one.indices for one in group])
     return BatchSlice(batch, torch.arange(batch.n_examples, device=group[0].rows.device), indices)
-
-
-def unrelated_batches(
-    data: Any, model: nn.Module, tokenizer: Any, device: torch.device, any_layout: bool, places: bool | None
-) -> list[Batch]:
-    """Read unrelated data: batches with labels, or texts, every token of which is an example.
-
-    Args:
-        data: The data; None: there is none.
-        model: The model.
-        tokenizer: Reads texts; None where the examples' data has none.
-        device: Where the batches go.
-        any_layout: As for :func:`npeff.batches.reading.read_batches`.
-        places: Likewise.
-
-    Raises:
-        ArgumentError: It is no iterable of batches, or texts that cannot be read.
-        DataError: It has no labels.
-    """
-    if data is None:
-        return []
-    texts = isinstance(data, str | os.PathLike) or (
-        isinstance(data, Sequence) and any(isinstance(d, str) for d in data)
-    )
-    if texts and tokenizer is None:
-        raise ArgumentError(
-            "unrelated: got texts, and the data has no tokenizer to read them with; pass "
-            "data=npeff.language.Places(tokenizer, …), or for unrelated batches whose labels are the next tokens"
-        )
-    try:
-        if texts:
-            data = Places(tokenizer, data, where="every", batch_tokens=MOST_TOKENS)
-        check_places(data, {}, model)
-    except NpeffError as error:
-        raise type(error)(f"unrelated: {error}") from error
-    batches = list(read_batches(check_data(data), device, any_layout, places))
-    if not batches or any(batch.labels is None for batch in batches):
-        what = "it yielded no batches" if not batches else "its batches have no labels"
-        raise DataError(f"unrelated: {what}; perplexity is of labels: the tokens to predict, as in data")
-    if not any(bool((batch.labels >= 0).any()) for batch in batches if batch.labels is not None):
-        raise DataError(
-            "unrelated: none of its labels is known, and perplexity is of labels; of texts, take the tokens that come "
-            "next: npeff.language.Places(tokenizer, texts, where='every')"
-        )
-    return batches

@@ -13,6 +13,11 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
+Levels = tuple[float, int, int]
+"""Of bootstrap intervals: confidence, number of resamples (0: no interval), and seed."""
+
+NO_INTERVAL: Levels = (0.95, 0, 0)
+
 FIGURES = {
     "ratio": "KL on top / KL on baseline",
     "disjoint_ratio": "KL on top / KL on disjoint baseline",
@@ -100,90 +105,77 @@ class ExampleSets:
 
     def ratio(self, values: Array) -> float:
         """Divide the mean of values ``(n,)`` on the top examples by the mean on the baseline."""
-        return float(_ratio(values[self.top], values[self.baseline]))
+        return float(mean_ratio(values[self.top], values[self.baseline]))
 
-    def figures(self, measured: Measured) -> dict[str, Figure]:
-        """Return every figure, with the samples that it is a statistic of."""
+    def figures(self, measured: Measured, levels: Levels = NO_INTERVAL) -> dict[str, Interval]:
+        """Compute every figure of :data:`FIGURES`."""
         kl, flipped, label = measured.kl, measured.flipped, measured.label
         relative = np.divide(kl, self.norms, out=np.full(len(kl), np.nan), where=self.norms > 0)
         usable = np.isfinite(relative)
         top, baseline = self.top, self.baseline
+        samples: dict[str, tuple[Any, ...]] = {
+            "ratio": (mean_ratio, kl[top], kl[baseline]),
+            "disjoint_ratio": (mean_ratio, kl[top], kl[self.disjoint]),
+            "normalised_ratio": (mean_ratio, relative[top], relative[baseline]),
+            "normalised_rank_correlation": (_spearman, relative[usable], self.coefficient[usable]),
+            "flipped_top": (np.mean, flipped[top]),
+            "flipped_baseline": (np.mean, flipped[baseline]),
+            "label_top": (np.mean, label[top]),
+            "label_baseline": (np.mean, label[baseline]),
+            "perplexity_ratio": (perplexity, measured.unrelated - self.unrelated),
+        }
+        confidence, n_resamples, seed = levels
         return {
-            "ratio": Figure(_ratio, kl[top], kl[baseline]),
-            "disjoint_ratio": Figure(_ratio, kl[top], kl[self.disjoint]),
-            "normalised_ratio": Figure(_ratio, _known(relative[top]), _known(relative[baseline])),
-            "normalised_rank_correlation": Figure(_spearman, relative[usable], self.coefficient[usable], paired=True),
-            "flipped_top": Figure(_mean, _known(flipped[top])),
-            "flipped_baseline": Figure(_mean, _known(flipped[baseline])),
-            "label_top": Figure(_mean, _known(label[top])),
-            "label_baseline": Figure(_mean, _known(label[baseline])),
-            "perplexity_ratio": Figure(perplexity, measured.unrelated - self.unrelated),
+            name: interval(*of, paired=of[0] is _spearman, levels=(confidence, n_resamples, seed + i))
+            for i, (name, of) in enumerate(samples.items())
         }
 
 
-class Figure:
-    """A statistic of one or two samples of examples.
+def interval(
+    statistic: Callable[..., Any], *samples: Array, paired: bool = False, levels: Levels = NO_INTERVAL
+) -> Interval:
+    """Compute a statistic of samples of examples, with a percentile bootstrap interval (``scipy.stats.bootstrap``).
 
     Args:
         statistic: Takes the samples and ``axis=``.
-        *samples: Arrays ``(k,)``.
-        paired: The samples have the same examples, which are resampled together.
+        *samples: One or two arrays ``(k,)``; with too few examples the statistic is nan.
+        paired: The samples have the same examples, which are resampled together. Otherwise nan is left out.
+        levels: Of the interval.
     """
+    confidence, n_resamples, seed = levels
+    samples = samples if paired else tuple(sample[~np.isnan(sample)] for sample in samples)
+    fewest = min(map(len, samples))
+    if fewest < (3 if statistic is _spearman else 1):
+        return Interval(math.nan, math.nan, math.nan)
+    with np.errstate(invalid="ignore"):
+        value = float(statistic(*samples))
+    if fewest < 2 or not n_resamples or not math.isfinite(value):
+        return Interval(value, math.nan, math.nan)
+    from scipy.stats import bootstrap
 
-    def __init__(self, statistic: Callable[..., Any], *samples: Array, paired: bool = False) -> None:
-        self._statistic, self._samples, self._paired = statistic, samples, paired
-
-    @property
-    def value(self) -> float:
-        """The statistic; nan if there are too few examples."""
-        if min(map(len, self._samples)) < (3 if self._statistic is _spearman else 1):
-            return float("nan")
-        with np.errstate(invalid="ignore"):
-            return float(self._statistic(*self._samples))
-
-    def interval(self, confidence: float = 0.95, n_resamples: int = 999, seed: int = 0) -> Interval:
-        """Compute the statistic with a percentile bootstrap interval over examples (``scipy.stats.bootstrap``)."""
-        value = self.value
-        if min(map(len, self._samples)) < 2 or not n_resamples or not np.isfinite(value):
-            return Interval(value, float("nan"), float("nan"))
-        from scipy.stats import bootstrap
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # constant samples have an interval of width 0, which scipy warns about
-            found = bootstrap(
-                self._samples,
-                self._statistic,
-                n_resamples=n_resamples,
-                batch=max(1, 2_000_000 // max(map(len, self._samples))),
-                vectorized=True,
-                paired=self._paired,
-                confidence_level=confidence,
-                method="percentile",
-                random_state=np.random.default_rng(seed),
-            ).confidence_interval
-        return Interval(value, float(found.low), float(found.high))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # constant samples have an interval of width 0, which scipy warns about
+        found = bootstrap(
+            samples,
+            statistic,
+            n_resamples=n_resamples,
+            batch=max(1, 2_000_000 // max(map(len, samples))),
+            vectorized=True,
+            paired=paired,
+            confidence_level=confidence,
+            method="percentile",
+            random_state=np.random.default_rng(seed),
+        ).confidence_interval
+    return Interval(value, float(found.low), float(found.high))
 
 
-def mean_figure(values: Sequence[float] | Array) -> Figure:
-    """Make the figure of the mean of the finite values."""
-    known = np.asarray(values, np.float64)
-    return Figure(_mean, known[np.isfinite(known)])
+def mean_known(values: Array) -> float:
+    """Compute the mean of the values that are not nan; nan where there are none."""
+    return interval(np.mean, values).value
 
 
-def ratio_figure(above: Array, below: Array) -> Figure:
-    """Make the figure of the quotient of two means over the same examples."""
-    return Figure(_ratio, above, below, paired=True)
-
-
-def _known(values: Array) -> Array:
-    return values[~np.isnan(values)]
-
-
-def _mean(values: Array, axis: int = -1) -> Any:
-    return np.mean(values, axis=axis)
-
-
-def _ratio(top: Array, baseline: Array, axis: int = -1) -> Any:
+def mean_ratio(top: Array, baseline: Array, axis: int = -1) -> Any:
+    """Divide the mean of one sample by the mean of another."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.mean(top, axis=axis) / np.mean(baseline, axis=axis)
 

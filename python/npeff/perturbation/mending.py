@@ -24,24 +24,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.batches.reading import check_sampler, read_batches
+from npeff.batches.reading import read_batches
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
-from npeff.errors import ArgumentError, DataError
-from npeff.gradients.eligibility import placed
+from npeff.errors import ArgumentError, DataError, check_integer
 from npeff.kernels.arrays import as_tensor
 from npeff.language.places import check_places
-from npeff.models.devices import memory_explained
-from npeff.models.forward import OVER_CLASSES
-from npeff.perturbation.options import Forward
-from npeff.perturbation.repair import (
-    DirectionBlock,
-    LabelledOutputs,
-    LayerSteps,
-    RepairLoss,
-    RepairSearch,
-    share_right,
-)
+from npeff.perturbation.directions import target_of
+from npeff.perturbation.effect import plain
+from npeff.perturbation.evaluate import check_outputs, checked_model, differing
+from npeff.perturbation.options import Forward, check_components, check_share, given_rows
+from npeff.perturbation.repair import DirectionBlock, LabelledExamples, LayerSteps, Repair, share
 from npeff.perturbation.weights import Weights
 from npeff.short_repr import several
 
@@ -60,7 +53,7 @@ class Mending:
         change: The change of the weights, parameter-shaped: use it with :func:`npeff.applied`.
         repaired: Share of the examples to repair that are answered as labelled, ``(before, after)``, on examples that
             neither the fit nor the choice of λ used when ``held_out`` is true.
-        accuracy: Accuracy on the other examples, ``(before, after)``, likewise.
+        accuracy: Accuracy on the other examples, ``(before, after)``, likewise; nan where there are none.
         n_repair: Number of examples to repair that these shares are of.
         n_others: Number of other examples that the accuracies are of.
         held_out: Whether there were enough examples to set some aside for this judgement.
@@ -81,7 +74,8 @@ class Mending:
             f"components {several(self.components)} in {len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
         )
         repaired = f"right on {self.n_repair} to repair {self.repaired[0]:.0%} → {self.repaired[1]:.0%}"
-        others = f"on {self.n_others} others {self.accuracy[0]:.1%} → {self.accuracy[1]:.1%}"
+        others = f"on {self.n_others} others" if self.n_others else "no others"
+        others += f" {self.accuracy[0]:.1%} → {self.accuracy[1]:.1%}" if self.n_others else ""
         judged = "examples that were set aside" if self.held_out else "the examples of the search itself"
         change = "" if self.changed else "; no change was found within the tolerance"
         return f"Mending({along}: {repaired}, {others}; judged on {judged}{change})"
@@ -93,16 +87,7 @@ class Mending:
 
     def to_json(self) -> dict[str, Any]:
         """Describe the repair for JSON, without the change itself."""
-        return {
-            "components": list(self.components),
-            "layers": list(self.layers),
-            "coefficients": self.coefficients.tolist(),
-            "repaired": list(self.repaired),
-            "accuracy": list(self.accuracy),
-            "n_repair": self.n_repair,
-            "n_others": self.n_others,
-            "held_out": self.held_out,
-        }
+        return {name: value for name, value in plain(self).items() if name != "change"}
 
 
 def mend(
@@ -149,41 +134,35 @@ def mend(
         DataError: Labels are missing, there is nothing to repair, or without ``repair`` the places are other ones.
         OutOfMemoryError: There is too little memory for a batch.
     """
+    check_components(components)
     chosen = _indices(components, which)
     if components.kind != "low_rank":
         raise ArgumentError(
             "components: mending moves along pseudo-Fisher vectors, which low-rank components have; these are "
             f"{components.kind}"
         )
-    if not 0 <= tolerance <= 1:
-        raise ArgumentError(f"tolerance: expected a share between 0 and 1, got {tolerance}")
-    if iterations < 1:
-        raise ArgumentError(f"iterations: expected at least 1, got {iterations}")
-    check_sampler(data)
+    check_share("tolerance", tolerance)
+    iterations, seed = check_integer("iterations", iterations), check_integer("seed", seed, 0)
     fishers = components.provenance.get("fishers") or {}
-    check_places(data, fishers if repair is None else {}, model)  # positions may be given of other places
-    components.ensure_vectors(chosen, model, data, forward=forward, device=device, progress=progress)
-    with placed(model, device) as used_device, memory_explained():
-        likelihood = fishers.get("options", {}).get("likelihood", "categorical")
-        batches = list(read_batches(data, used_device, forward is not None, likelihood in OVER_CLASSES))
-        if any(batch.labels is None for batch in batches):
-            raise DataError("labels: mending needs them; pass batches of (inputs, labels)")
-        if unknown := sum(int((batch.labels < 0).sum()) for batch in batches if batch.labels is not None):
-            raise DataError(f"labels: mending needs all of them, and {unknown} are unknown (below 0)")
+    how = {"forward": forward, "device": device, "likelihood": None}
+    with checked_model(model, data, components, how) as checked:
+        check_places(data, fishers if repair is None else {}, checked.model)  # positions may be given of other places
+        components.ensure_vectors(chosen, checked.model, data, forward=forward, device=device, progress=progress)
+        batches = list(read_batches(data, checked.device, *checked.layout))
         if not batches:
-            raise DataError("data: it has no batches")
-        labelled = LabelledOutputs.of(model, batches, forward, likelihood)
-        before = labelled.right(labelled.logits)
-        wanted = _to_repair(components, chosen, before.cpu().numpy(), repair)
+            raise DataError("data: it has no batches; if it is a generator it may be used up: pass a list")
+        examples = LabelledExamples(checked, batches)
+        wanted = _to_repair(components, chosen, examples, repair)
         part = divide_examples(wanted, seed)
-        directions = [_blocks(components, j, used_device) for j in chosen]
+        directions = [_blocks(components, j, checked.device) for j in chosen]
         steps = LayerSteps(directions, {p.name: p.shape for p in components.parameters}, by_layer)
-        weights = Weights(model)
+        weights = Weights(checked.model)
         try:
-            c = _best_step(labelled, weights, steps, wanted, part, tolerance, iterations, progress)
+            c = _best_step(examples, weights, steps, wanted, part, tolerance, iterations, progress)
             change = steps.change(c)
             weights.move(change, 1.0)
-            after = labelled.right(labelled.outputs())
+            every = np.arange(len(part))
+            after = examples.answered(examples.outputs(examples.some(every >= 0)), every)
         finally:
             weights.restore()
     held_out = bool((wanted & (part == 2)).any() and (~wanted & (part == 2)).any())
@@ -194,8 +173,8 @@ def mend(
         layers=steps.layers,
         coefficients=steps.coefficients(c),
         change={name: tensor.cpu() for name, tensor in change.items()},
-        repaired=(share_right(before, R), share_right(after, R)),
-        accuracy=(share_right(before, K), share_right(after, K)),
+        repaired=(share(examples.right[R]), share(after[R])),
+        accuracy=(share(examples.right[K]), share(after[K])),
         n_repair=int(R.sum()),
         n_others=int(K.sum()),
         held_out=held_out,
@@ -203,13 +182,12 @@ def mend(
 
 
 def _indices(components: Components, which: int | Sequence[int] | Strategy) -> tuple[int, ...]:
-    if isinstance(which, Strategy):
-        return which.components
-    numbers = [which] if isinstance(which, int | np.integer) else list(which)
-    r = components.n_components
-    if not numbers or any(not isinstance(j, int | np.integer) or not -r <= j < r for j in numbers):
+    if isinstance(which, Strategy | int | np.integer):
+        return target_of(components, which, "which").members
+    if not isinstance(which, Iterable) or not (numbers := list(which)):
+        r = components.n_components
         raise ArgumentError(f"which: expected components below {r}, or a strategy, got {which!r}")
-    return tuple(dict.fromkeys(int(j) % r for j in numbers))
+    return tuple(dict.fromkeys(k for j in numbers for k in target_of(components, j, "which").members))
 
 
 def _blocks(components: Components, j: int, device: torch.device) -> dict[str, DirectionBlock]:
@@ -223,31 +201,33 @@ def _blocks(components: Components, j: int, device: torch.device) -> dict[str, D
 
 
 def _to_repair(
-    components: Components, chosen: tuple[int, ...], right: Array, repair: Sequence[int] | Array | None
+    components: Components,
+    chosen: tuple[int, ...],
+    examples: LabelledExamples,
+    repair: Sequence[int] | Array | None,
 ) -> Array:
-    """Choose the examples to repair, ``(n,)`` bool, of n examples whose answers are right or not.
+    """Choose the examples to repair, ``(n,)`` bool.
 
     Raises:
         ArgumentError: Given examples do not exist, or the components are of other data.
-        DataError: There are fewer than two.
+        DataError: There are fewer than two, or the data is not that of the Fishers.
     """
-    n = len(right)
+    n, ids = len(examples.right), components.ids
     wanted = np.zeros(n, bool)
     if repair is not None:
-        positions = np.asarray(repair, np.int64).reshape(-1)
-        if len(positions) and not (positions.min() >= 0 and positions.max() < n):
-            raise ArgumentError(f"repair: expected positions below {n}, the examples in data, got {repair!r}")
-        wanted[positions] = True
+        wanted[given_rows("repair", repair, n, "positions of examples in data") if np.size(repair) else []] = True
     else:
-        if len(components.ids) and components.ids.max() >= n:
+        if len(ids) and ids.max() >= n:
             raise ArgumentError(
-                f"data: it has {n} examples, but the components are of examples up to {components.ids.max()}; "
+                f"data: it has {n} examples, but the components are of examples up to {ids.max()}; "
                 "pass the data that the Fishers were computed from, or repair="
             )
+        own = examples.logits[torch.from_numpy(ids)]
+        check_outputs(differing(own, components.logits, np.arange(len(ids))), ids, examples.checked.same)
         W = components.coefficients.astype(np.float64)
-        share = W[:, chosen].sum(1) / np.maximum(W.sum(1), 1e-30)
-        wanted[components.ids[share >= 0.5]] = True
-        wanted &= ~right
+        held = W[:, chosen].sum(1) / np.maximum(W.sum(1), 1e-30)
+        wanted[ids[held >= 0.5]] = True
+        wanted &= ~examples.right
     if wanted.sum() < 2:
         raise DataError(
             f"repair: {int(wanted.sum())} wrongly predicted examples belong to these components; at least 2 are "
@@ -271,20 +251,18 @@ def divide_examples(wanted: Array, seed: int) -> Array:
 
 
 def _best_step(
-    labelled: LabelledOutputs, weights: Weights, steps: LayerSteps, wanted: Array, part: Array, tolerance: float,
+    examples: LabelledExamples, weights: Weights, steps: LayerSteps, wanted: Array, part: Array, tolerance: float,
     iterations: int, progress: bool,
 ) -> Array:  # fmt: skip
     """The step that repairs most on the part for the choice, within the tolerance; 0 if none does."""
     line = steps.shape == (1, 1)
     chooses = part == 1 if (wanted & (part == 1)).any() and not line else part != 2
     # A few numbers hardly adapt to the examples of the fit: accuracy is watched on these too, three times as many.
-    R, K = wanted & chooses, ~wanted & (part != 2)
-    search = RepairSearch(labelled, weights, steps, R, K, tolerance)
+    watched = wanted & chooses, ~wanted & (part != 2)
+    fitted = (watched[0], np.zeros_like(wanted)) if line else (wanted & (part == 0), ~wanted & (part == 0))
+    search = Repair(examples, weights, steps, fitted, watched, tolerance)
     if line:
-        search.along_the_line(RepairLoss(labelled, weights, steps, R, np.zeros_like(R)), progress)
+        search.along_the_line(progress)
     else:
-        fitted = part == 0
-        search.down_the_path(
-            RepairLoss(labelled, weights, steps, wanted & fitted, ~wanted & fitted), iterations, progress
-        )
+        search.down_the_path(iterations, progress)
     return search.best

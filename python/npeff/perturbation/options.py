@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from npeff.components.components import Components
-from npeff.errors import ArgumentError, check_integers, check_number
+from npeff.errors import ArgumentError, check_integer, check_integers, check_number
 from npeff.fishers.options import Likelihood
 
 Array = npt.NDArray[Any]
@@ -58,21 +57,13 @@ class PerturbOptions:
     progress: bool = True
 
     @classmethod
-    def among(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Select the options among the arguments of a function."""
-        return {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
-
-    @classmethod
     def checked(cls, components: Components, given: Mapping[str, Any]) -> PerturbOptions:
         """Make options from keyword arguments, and check them.
 
         Raises:
             ArgumentError: An option is unknown, or its value is wrong for these components.
         """
-        if not isinstance(components, Components):
-            raise ArgumentError(
-                f"components: expected Components, got {type(components).__name__}; see npeff.decompose"
-            )
+        check_components(components)
         known = [field.name for field in fields(cls)]
         if unknown := given.keys() - set(known):
             raise ArgumentError(f"{min(unknown)}: there is no such option; there are {', '.join(known)}")
@@ -96,14 +87,18 @@ class PerturbOptions:
     @property
     def lambdas(self) -> tuple[float, ...]:
         """λ to try for a diagonal component."""
-        if self.lam is None:
-            return LAMBDAS
-        return tuple(np.ravel(np.asarray(self.lam, object)).tolist())
+        return LAMBDAS if self.lam is None else tuple(as_numbers("lam", self.lam).ravel().tolist())
 
     def _check(self, kind: str) -> None:
         if self.magnitude is not None:
             check_number("magnitude", self.magnitude)
-        self._check_target()
+        ends = self.target_kl if isinstance(self.target_kl, (tuple, list)) else (self.target_kl, self.target_kl)
+        if len(ends) != 2 or isinstance(ends[0], str):
+            raise ArgumentError(f"target_kl: expected a number of nats, or (low, high), got {self.target_kl!r}")
+        for end in ends:
+            check_number("target_kl", end)
+        if ends[0] > ends[1]:
+            raise ArgumentError(f"target_kl: expected low ≤ high, got {self.target_kl!r}")
         if self.sign not in ("both", 1, -1) or isinstance(self.sign, bool):
             raise ArgumentError(f"sign: expected 'both', 1 or -1, got {self.sign!r}")
         if self.reject not in (None, "span", "sequential"):
@@ -111,36 +106,27 @@ class PerturbOptions:
         if self.max_sim is not None:
             if self.reject is None:
                 raise ArgumentError("max_sim: it belongs to reject='span' or reject='sequential'; give that too")
-            _share("max_sim", self.max_sim)
+            check_share("max_sim", self.max_sim)
         if isinstance(self.combine, str) and self.combine not in ("each", "principal"):
             raise ArgumentError(f"combine: expected 'each', 'principal' or weights, got {self.combine!r}")
         if kind == "diagonal" and self.reject is not None:
             raise ArgumentError("reject: it belongs to low-rank components; diagonal ones have no direction to reject")
+        if kind == "diagonal" and not (isinstance(self.combine, str) and self.combine == "each"):
+            raise ArgumentError("combine: it belongs to low-rank components; diagonal ones are summed by their shares")
         if kind == "low_rank" and (self.lam is not None or self.fisher is not None):
             raise ArgumentError("lam, fisher: they belong to diagonal components; leave them out for low-rank ones")
+        if not self.lambdas:
+            raise ArgumentError("lam: expected a number between 0 and 1, or several, got none")
         for value in self.lambdas:
-            _share("lam", value, open_ends=True)
-        _share("floor", self.floor)
+            check_share("lam", value, open_ends=True)
+        check_share("floor", self.floor)
         check_integers(self, {"n_random": 0, "curve": 0, "n_resamples": 0, "seed": 0, "n_tokens": 1})
-        if isinstance(self.prompts, int | np.integer):
-            _whole("prompts", self.prompts, 0, "texts, or a number of examples ≥ 0")
-        elif not all(isinstance(text, str) for text in self.prompts or ()):
-            raise ArgumentError(f"prompts: expected a list of texts, or a number of examples, got {self.prompts!r}")
-        _share("confidence", self.confidence, open_ends=True)
-        if np.ndim(self.top) == 0:
-            _whole("top", self.top, 1, "a number of examples ≥ 1, or their indices")
-        if isinstance(self.baseline, str) and self.baseline != "all":
-            raise ArgumentError(f"baseline: expected a number of examples, 'all' or indices, got {self.baseline!r}")
-        if self.baseline is not None and not isinstance(self.baseline, str) and np.ndim(self.baseline) == 0:
-            _whole("baseline", self.baseline, 1, "a number of examples ≥ 1")
-
-    def _check_target(self) -> None:
-        target = self.target_kl
-        ends = target if isinstance(target, (tuple, list)) else (target, target)
-        if len(ends) != 2 or not all(isinstance(e, int | float | np.number) and not isinstance(e, bool) for e in ends):
-            raise ArgumentError(f"target_kl: expected a number of nats, or (low, high), got {target!r}")
-        if not 0 < float(ends[0]) <= float(ends[1]) < math.inf:
-            raise ArgumentError(f"target_kl: expected 0 < low ≤ high, finite, got {target!r}")
+        prompts = self.prompts
+        if isinstance(prompts, int | np.integer):
+            check_integer("prompts", prompts, 0)
+        elif not isinstance(prompts, Sequence | None) or not all(isinstance(text, str) for text in prompts or ()):
+            raise ArgumentError(f"prompts: expected a list of texts, or a number of examples, got {prompts!r}")
+        check_share("confidence", self.confidence, open_ends=True)
 
     # ---- examples --------------------------------------------------------------------------------------------
 
@@ -151,8 +137,8 @@ class PerturbOptions:
             ArgumentError: Given rows do not exist, or no example has a coefficient.
         """
         if not isinstance(self.top, int | np.integer):
-            return _given_rows("top", self.top, len(coefficient))
-        order = np.argsort(-coefficient, kind="stable")[: int(self.top)]
+            return given_rows("top", self.top, len(coefficient), "a number of examples ≥ 1, or their indices")
+        order = np.argsort(-coefficient, kind="stable")[: check_integer("top", self.top)]
         order = order[coefficient[order] > 0]
         if not len(order):
             raise ArgumentError(
@@ -166,34 +152,69 @@ class PerturbOptions:
         Raises:
             ArgumentError: Given rows do not exist.
         """
-        wanted = self.baseline
-        if isinstance(wanted, str) or (isinstance(wanted, int | np.integer) and wanted >= n):
+        wanted = n if isinstance(self.baseline, str) and self.baseline == "all" else self.baseline
+        if not isinstance(wanted, int | np.integer):
+            return given_rows("baseline", wanted, n, "a number of examples, 'all' or indices")
+        if check_integer("baseline", wanted) >= n:
             return np.arange(n, dtype=np.int64)
-        if isinstance(wanted, int | np.integer):
-            generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 2, 0]))
-            return np.sort(generator.choice(n, int(wanted), replace=False)).astype(np.int64)
-        return _given_rows("baseline", wanted, n)
+        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 2, 0]))
+        return np.sort(generator.choice(n, int(wanted), replace=False)).astype(np.int64)
 
 
-def _given_rows(name: str, rows: Any, n: int) -> Array:
-    found = np.asarray(rows)
+def among(options: type[Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the fields of a dataclass of options among the arguments of a function."""
+    return {field.name: arguments[field.name] for field in fields(options) if field.name in arguments}
+
+
+def check_components(components: Any) -> None:
+    """Refuse what are no Components.
+
+    Raises:
+        ArgumentError: Naming the type.
+    """
+    if not isinstance(components, Components):
+        raise ArgumentError(f"components: expected Components, got {type(components).__name__}; see npeff.decompose")
+
+
+def as_numbers(name: str, values: Any) -> Array:
+    """Convert numbers to a float64 array, tensors on any device and with gradients included.
+
+    Raises:
+        ArgumentError: They are no numbers.
+    """
+    try:
+        if isinstance(values, torch.Tensor):
+            values = values.detach().to("cpu", torch.float64)
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name}: expected numbers, got {repr(values)[:80]}") from error
+
+
+def given_rows(name: str, rows: Any, n: int, expected: str) -> Array:
+    """Return the rows of n that a user gave as indices or as a mask ``(n,)``, each once.
+
+    Raises:
+        ArgumentError: They are no such rows.
+    """
+    try:
+        found = np.asarray(rows)
+    except (TypeError, ValueError):  # lists of unequal lengths, tensors on another device
+        found = np.zeros(0)
     if found.dtype == bool and found.shape == (n,):
         found = np.flatnonzero(found)
     if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu":
-        raise ArgumentError(f"{name}: expected indices of examples (rows of components.coefficients), got {rows!r}")
+        raise ArgumentError(f"{name}: expected {expected}, got {repr(rows)[:80]}")
     if found.min() < 0 or found.max() >= n:
         raise ArgumentError(f"{name}: expected indices below {n}, got {int(found.min())} to {int(found.max())}")
     return np.asarray(list(dict.fromkeys(found.tolist())), np.int64)
 
 
-def _share(name: str, value: Any, open_ends: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(float(value)):
-        raise ArgumentError(f"{name}: expected a number, got {value!r}")
-    value = float(value)
-    if not (0 < value < 1 if open_ends else 0 <= value <= 1):
+def check_share(name: str, value: Any, open_ends: bool = False) -> None:
+    """Refuse a value that is no number from 0 to 1, both excluded with ``open_ends``.
+
+    Raises:
+        ArgumentError: Naming the argument.
+    """
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not (0 < float(value) < 1 if open_ends else 0 <= float(value) <= 1):
         raise ArgumentError(f"{name}: expected a number between 0 and 1, got {value!r}")
-
-
-def _whole(name: str, value: Any, least: int, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ArgumentError(f"{name}: expected {expected}, got {value!r}")

@@ -1,25 +1,21 @@
-"""A model's outputs: compared for each likelihood (KL, Fisher, predictions), their derivative, and continued texts."""
+"""A model's outputs: compared for each likelihood (KL, Fisher, predictions), and their derivative along a direction."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from npeff.batches.batches import Batch
-from npeff.errors import ArgumentError, DataError
 from npeff.fishers.options import Likelihood
-from npeff.language.tokens import check_vocabulary, prompt_ids
+from npeff.gradients.fallback import CalledModel
 from npeff.models.devices import is_out_of_memory
-from npeff.perturbation.effect import Continuation
 from npeff.perturbation.examples import BatchSlice
 from npeff.perturbation.weights import TensorsByName, Weights
 
@@ -29,10 +25,7 @@ DIFFERENCE = {torch.float64: 1e-5, torch.float32: 2e-2, torch.bfloat16: 0.3, tor
 MOST_NUMBERS = 1 << 24
 """Outputs that are compared at a time: of a large vocabulary each float64 copy of them takes 128 MB."""
 
-Array = npt.NDArray[Any]
 Comparison = Callable[[Tensor, Tensor, Likelihood], Tensor]
-Prompt = tuple[int | None, Tensor]
-"""Position of the example whose text it is, or None, and its tokens ``(1, t)``."""
 
 
 def _some_rows_at_a_time(compare: Comparison) -> Comparison:
@@ -49,101 +42,43 @@ def _some_rows_at_a_time(compare: Comparison) -> Comparison:
     return in_parts
 
 
+def _by_question(outputs: Tensor, likelihood: Likelihood) -> Tensor:
+    """View outputs that are not Gaussian as independent questions of several classes, ``(b, questions, classes)``.
+
+    Categorical outputs answer one question. Each Bernoulli output z answers one of its own, with the logits 0 and z.
+    """
+    if likelihood == "bernoulli":
+        return torch.stack([torch.zeros_like(outputs), outputs], 2)
+    return outputs[:, None]
+
+
 @_some_rows_at_a_time
 def divergence(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
     """Compute ``KL(new ‖ old)`` of every example's predictive distributions, in nats.
 
     ``Σ_y p′_y (log p′_y − log p_y)`` for categorical logits; the sum of that over independent yes/no questions
-    for Bernoulli ones; ``½‖new − old‖²`` for Gaussian means of unit variance.
-
-    Args:
-        new: ``(b, C)`` outputs of the changed model, any floating dtype.
-        old: ``(b, C)`` outputs of the model itself.
-        likelihood: Likelihood of the outputs.
-
-    Returns:
-        ``(b,)`` float64 ≥ 0; not finite where ``new`` is not.
+    for Bernoulli ones; ``½‖new − old‖²`` for Gaussian means of unit variance. Outputs are ``(b, C)`` of any floating
+    dtype, the KL ``(b,)`` float64 ≥ 0; it is not finite where ``new`` is not.
     """
     new, old = new.double(), old.double()
     if likelihood == "gaussian":
         return (new - old).square().sum(1) / 2
-    if likelihood == "bernoulli":
-        terms = torch.sigmoid(new) * (_log_sigmoid(new) - _log_sigmoid(old))
-        terms = terms + torch.sigmoid(-new) * (_log_sigmoid(-new) - _log_sigmoid(-old))
-        return terms.sum(1).clamp_min(0)
-    log_new, log_old = torch.log_softmax(new, 1), torch.log_softmax(old, 1)
-    return (log_new.exp() * (log_new - log_old)).sum(1).clamp_min(0)
+    log_new, log_old = (torch.log_softmax(_by_question(outputs, likelihood), 2) for outputs in (new, old))
+    return (log_new.exp() * (log_new - log_old)).sum((1, 2)).clamp_min(0)
 
 
 @_some_rows_at_a_time
 def curvature(logits: Tensor, change: Tensor, likelihood: Likelihood) -> Tensor:
     """Compute ``uᵀ S u`` with S the Fisher of the outputs and u their change: twice the KL to second order.
 
-    Args:
-        logits: ``(b, C)`` outputs.
-        change: ``(b, C)`` u, for example ``J_i v``.
-        likelihood: Likelihood of the outputs; S is ``diag p − ppᵀ``, ``diag p(1−p)`` or the identity.
-
-    Returns:
-        ``(b,)`` float64 ≥ 0.
+    S is ``diag p − ppᵀ``, ``diag p(1−p)`` or the identity. Logits and change, for example ``J_i v``, are ``(b, C)``,
+    the result ``(b,)`` float64 ≥ 0.
     """
     logits, u = logits.double(), change.double()
     if likelihood == "gaussian":
         return u.square().sum(1)
-    if likelihood == "bernoulli":
-        return (torch.sigmoid(logits) * torch.sigmoid(-logits) * u.square()).sum(1)
-    p = torch.softmax(logits, 1)
-    centred = u - (p * u).sum(1, keepdim=True)
-    return (p * centred.square()).sum(1)
-
-
-def flipped(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
-    """Mark with 1 where the predicted class changed, ``(b,)`` float64.
-
-    Bernoulli outputs give the share of answers that changed, Gaussian outputs nan.
-    """
-    if likelihood == "gaussian":
-        return torch.full((len(new),), torch.nan, dtype=torch.float64, device=new.device)
-    if likelihood == "bernoulli":
-        return ((new > 0) != (old > 0)).double().mean(1)
-    return (new.argmax(1) != old.argmax(1)).double()
-
-
-def _has_class(logits: Tensor, likelihood: Likelihood) -> bool:
-    """Whether an example's outputs stand for one class, which a label can be compared with."""
-    return likelihood != "gaussian" and (likelihood != "bernoulli" or logits.shape[1] == 1)
-
-
-def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
-    """Mark with 1 where the prediction is the label, else 0, ``(b,)`` float64; nan where there is no class to compare.
-
-    Args:
-        logits: ``(b, C)`` outputs.
-        labels: ``(b,)`` int64 classes, negative where unknown.
-        likelihood: Likelihood of the outputs; Bernoulli outputs count when there is one per example.
-    """
-    if not _has_class(logits, likelihood):
-        return torch.full((len(logits),), torch.nan, dtype=torch.float64, device=logits.device)
-    predicted = (logits[:, 0] > 0).long() if likelihood == "bernoulli" else logits.argmax(1)
-    return torch.where(labels < 0, torch.nan, (predicted == labels).double())
-
-
-@_some_rows_at_a_time
-def log_probability(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
-    """Compute the log-probability of the label, ``(b,)`` float64; nan where it is unknown, or outputs are no classes.
-
-    Args:
-        logits: ``(b, C)`` outputs.
-        labels: ``(b,)`` int64 classes, negative where unknown.
-        likelihood: Likelihood of the outputs; Bernoulli outputs count when there is one per example.
-    """
-    if not _has_class(logits, likelihood):
-        return torch.full((len(logits),), torch.nan, dtype=torch.float64, device=logits.device)
-    if likelihood == "bernoulli":
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)
-    known = (labels >= 0) & (labels < logits.shape[1])
-    log_p = torch.log_softmax(logits.double(), 1).gather(1, torch.where(known, labels, 0)[:, None])[:, 0]
-    return torch.where(known, log_p, torch.nan)
+    p, u = torch.softmax(_by_question(logits, likelihood), 2), _by_question(u, likelihood)
+    return (p * (u - (p * u).sum(2, keepdim=True)).square()).sum((1, 2))
 
 
 def surprise(logits: Tensor, likelihood: Likelihood) -> Tensor:
@@ -154,13 +89,58 @@ def surprise(logits: Tensor, likelihood: Likelihood) -> Tensor:
     """
     if likelihood == "gaussian":
         return logits.square().sum(1) / 2
+    return -torch.log_softmax(_by_question(logits, likelihood), 2).amax(2).sum(1)
+
+
+def flipped(new: Tensor, old: Tensor, likelihood: Likelihood) -> Tensor:
+    """Mark with 1 where the predicted class changed, ``(b,)`` float64.
+
+    Bernoulli outputs give the share of answers that changed, Gaussian outputs nan.
+    """
+    if likelihood == "gaussian":
+        return _unknown(new)
+    before, after = (_by_question(outputs, likelihood).argmax(2) for outputs in (old, new))
+    return (before != after).double().mean(1)
+
+
+def _unknown(outputs: Tensor) -> Tensor:
+    return torch.full((len(outputs),), torch.nan, dtype=torch.float64, device=outputs.device)
+
+
+# ---- predictions and labels --------------------------------------------------------------------------------------
+
+
+def n_classes(n_outputs: int, likelihood: Likelihood) -> int | None:
+    """Return the number of classes that a label chooses from; None where a label is no class.
+
+    Categorical outputs are one class each. One Bernoulli output stands for two, 0 and 1; several Bernoulli outputs, and
+    Gaussian ones, have no single class for each example.
+    """
     if likelihood == "bernoulli":
-        return -torch.nn.functional.logsigmoid(logits.abs()).sum(1)
-    return -torch.log_softmax(logits, 1).amax(1)
+        return 2 if n_outputs == 1 else None
+    return None if likelihood == "gaussian" else n_outputs
 
 
-def _log_sigmoid(x: Tensor) -> Tensor:
-    return torch.nn.functional.logsigmoid(x)
+def correct(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
+    """Mark with 1 where the prediction is the label, else 0, ``(b,)`` float64; nan where there is no class to compare.
+
+    Labels ``(b,)`` are negative where they are unknown.
+    """
+    if n_classes(logits.shape[1], likelihood) is None:
+        return _unknown(logits)
+    predicted = _by_question(logits, likelihood)[:, 0].argmax(1)
+    return torch.where(labels < 0, torch.nan, (predicted == labels).double())
+
+
+@_some_rows_at_a_time
+def log_probability(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
+    """Compute the log-probability of the label, ``(b,)`` float64; nan where it is unknown or no class."""
+    n = n_classes(logits.shape[1], likelihood)
+    if n is None:
+        return _unknown(logits)
+    known = (labels >= 0) & (labels < n)
+    log_p = torch.log_softmax(_by_question(logits.double(), likelihood)[:, 0], 1)
+    return torch.where(known, log_p.gather(1, torch.where(known, labels, 0)[:, None])[:, 0], torch.nan)
 
 
 # ---- the derivative along a direction --------------------------------------------------------------------------
@@ -173,18 +153,13 @@ class Derivative:
     central difference of the outputs, ``(f(θ+εv) − f(θ−εv)) / 2ε``, with ε chosen so that the outputs change by a small
     share of their size.
 
-    Args:
-        model: The model.
-        weights: Moves it.
-        call: ``call(model, batch) -> (b, C)``.
-
     Attributes:
         method: ``"forward mode"`` or ``"central differences"``.
     """
 
     def __init__(self, model: nn.Module, weights: Weights, call: Callable[[nn.Module, Batch], Tensor]) -> None:
         self._model, self._weights, self._call = model, weights, call
-        self._callable = _Callable(model, call)
+        self._called = CalledModel(model, call)
         self.method = "forward mode"
 
     def along(self, direction: TensorsByName, slices: Iterable[BatchSlice]) -> Iterator[tuple[BatchSlice, Tensor]]:
@@ -194,7 +169,7 @@ class Derivative:
             change = self._forward_mode(one.batch, direction) if self.method == "forward mode" else None
             if change is None:
                 self.method = "central differences"
-                step = step or self._difference_step(one.batch, direction, self._outputs(one.batch))
+                step = step or self._difference_step(one.batch, direction)
                 change = self._difference(one.batch, direction, step)
             yield one, change
 
@@ -215,7 +190,7 @@ class Derivative:
             # The other kernels of attention have no forward-mode derivative.
             with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
-                return jvp(lambda moved: functional_call(self._callable, moved, (batch,)), (at,), (along,))[1].detach()
+                return jvp(lambda moved: functional_call(self._called, moved, (batch,)), (at,), (along,))[1].detach()
         except (NotImplementedError, RuntimeError) as error:  # ModelError is a RuntimeError too
             if is_out_of_memory(error):
                 raise
@@ -227,7 +202,8 @@ class Derivative:
         with self._weights.at(direction, -step):
             return (ahead - self._outputs(batch).double()) / (2 * step)
 
-    def _difference_step(self, batch: Batch, direction: TensorsByName, own: Tensor) -> float:
+    def _difference_step(self, batch: Batch, direction: TensorsByName) -> float:
+        own = self._outputs(batch)
         share = DIFFERENCE.get(next(iter(self._model.parameters())).dtype, 2e-2)
         aim = share * max(1e-3, float(own.double().square().mean().sqrt()))
         step = 1e-3
@@ -242,145 +218,3 @@ class Derivative:
             else:
                 step *= float(np.clip(aim / size, 1e-3, 1e3))
         return step
-
-
-class _Callable(nn.Module):
-    """Makes any way of calling a model one that ``functional_call`` can give other parameters."""
-
-    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Batch], Tensor]) -> None:
-        super().__init__()
-        self.training = model.training
-        self.model, self._call = model, call
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._call(self.model, batch)
-
-
-class Writer:
-    """Continues texts greedily, so that the same weights give the same continuations.
-
-    Args:
-        model: A model with ``generate``, as those of transformers.
-        tokenizer: Of the data: ``tokenizer(text, return_tensors="pt")``, ``decode``.
-        prompts: A text, texts, or how many of the top examples' own texts; None for neither.
-        n_tokens: Tokens of a continuation, at most.
-
-    Raises:
-        ArgumentError: There is no ``generate``, or no tokenizer.
-        DataError: A text has no tokens, or more than the model was made for.
-    """
-
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, prompts: int | str | Sequence[str] | None, n_tokens: int
-    ) -> None:
-        self._model, self._tokenizer, self._n_tokens = model, tokenizer, n_tokens
-        self._n_examples = int(prompts) if isinstance(prompts, int | np.integer) else 0
-        self._given: list[Prompt] = []
-        if not prompts:
-            return
-        if not callable(getattr(model, "generate", None)):
-            raise ArgumentError(
-                f"prompts: {type(model).__name__} has no generate(), so it continues no text; pass a causal language "
-                "model of transformers, or leave prompts out"
-            )
-        if tokenizer is None:
-            raise ArgumentError(
-                "prompts: the data has no tokenizer to read them with; pass data=npeff.language.Places(tokenizer, …), "
-                "or data with an attribute tokenizer"
-            )
-        try:
-            check_vocabulary(model, tokenizer)
-        except ArgumentError as error:
-            raise ArgumentError(f"prompts: {error}") from error
-        for text in () if isinstance(prompts, int | np.integer) else [prompts] if isinstance(prompts, str) else prompts:
-            try:
-                tokens = torch.from_numpy(prompt_ids(tokenizer, text))[None]
-            except (TypeError, ValueError) as error:
-                raise DataError(f"prompts: the tokenizer fails on {text!r}: {type(error).__name__}: {error}") from error
-            if self._room(tokens) < 1:
-                raise DataError(
-                    f"prompts: {text[:40]!r}… has {tokens.shape[1]} tokens, more than {type(model).__name__} was made "
-                    "for; give a shorter text"
-                )
-            if not tokens.numel():
-                raise DataError(f"prompts: {text!r} has no tokens; give at least one word")
-            self._given.append((None, tokens))
-
-    def continued(
-        self,
-        weights: Weights,
-        changes: Sequence[tuple[TensorsByName, float] | None],
-        examples: Array,
-        ids: Array,
-        slices: Sequence[BatchSlice],
-    ) -> tuple[Continuation, ...]:
-        """Continue every prompt at the model's own weights, and with them moved down and up.
-
-        Args:
-            weights: Moves the model.
-            changes: Direction and magnitude of the move down and of the move up; None for no such move.
-            examples: Indices of the top examples, those with the largest coefficients first.
-            ids: Position in the data of each index.
-            slices: The top examples.
-        """
-        wanted = examples[: self._n_examples].tolist()
-        own = {index: tokens for one in slices if wanted for index, tokens in _tokens(one) if index in wanted}
-        prompts = [*self._given, *((int(ids[index]), own[index]) for index in wanted)]
-        if not prompts:
-            return ()
-        base = self._texts(prompts)
-        moved: list[list[str | None]] = []
-        for change in changes:
-            if change is None:
-                moved.append([None] * len(prompts))
-                continue
-            with weights.at(*change):
-                moved.append([*self._texts(prompts)])
-        return tuple(
-            Continuation(example, self._decoded(tokens[0]), *texts)
-            for (example, tokens), *texts in zip(prompts, base, *moved, strict=True)
-        )
-
-    @torch.no_grad()
-    def _texts(self, prompts: Sequence[Prompt]) -> list[str]:
-        device = next(self._model.parameters()).device
-        ends, padding = (getattr(self._tokenizer, name, None) for name in ("eos_token_id", "pad_token_id"))
-        texts = []
-        for _, tokens in prompts:
-            told = self._model.generate(  # type: ignore[operator]  # checked above
-                input_ids=tokens.to(device),
-                attention_mask=torch.ones_like(tokens, device=device),
-                max_new_tokens=min(self._n_tokens, self._room(tokens)),
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=ends if padding is None else padding,
-            )
-            texts.append(self._decoded(told[0, tokens.shape[1] :]))
-        return texts
-
-    def _room(self, tokens: Tensor) -> int:
-        """How many tokens can follow within the length that the model was made for; the last one is not read."""
-        limit = getattr(getattr(self._model, "config", None), "max_position_embeddings", None)
-        return self._n_tokens if limit is None else int(limit) - tokens.shape[1] + 1
-
-    def _decoded(self, tokens: Tensor) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def _tokens(one: BatchSlice) -> Iterator[tuple[int, Tensor]]:
-    """Index and tokens up to the place, without padding, of each example.
-
-    Raises:
-        ArgumentError: The data has no tokens.
-    """
-    content, places = one.batch.content, one.batch.places
-    if not isinstance(content, Mapping) or not isinstance(content.get("input_ids"), Tensor):
-        raise ArgumentError(
-            "prompts: expected texts, since the data's batches are no mappings with input_ids whose tokens could be "
-            "continued"
-        )
-    tokens, mask = content["input_ids"], content.get("attention_mask")
-    for index, row in zip(one.indices.tolist(), one.rows.tolist(), strict=True):
-        sequence, end = (row, tokens.shape[1]) if places is None else (int(places[row, 0]), int(places[row, 1]) + 1)
-        kept = tokens[sequence, :end]
-        yield index, (kept if mask is None else kept[mask[sequence, :end].bool()])[None]

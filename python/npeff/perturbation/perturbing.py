@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,18 +17,12 @@ from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError
 from npeff.fishers.options import Likelihood
-from npeff.perturbation.directions import (
-    ComponentDirections,
-    Target,
-    needed_vectors,
-    random_direction,
-    target_of,
-)
+from npeff.perturbation.directions import ComponentDirections, Target, random_direction
 from npeff.perturbation.effect import CONTROLS, Control, Curve, Effect
-from npeff.perturbation.evaluate import Evaluator, evaluator_for
-from npeff.perturbation.figures import ExampleSets, Measured, mean_figure, perplexity
-from npeff.perturbation.options import FLOOR, Combine, Forward, PerturbOptions, Reject, Signs
-from npeff.perturbation.steps import DirectionSteps, search_steps
+from npeff.perturbation.evaluate import Evaluator, check_kl
+from npeff.perturbation.figures import ExampleSets, Measured, interval, mean_known, perplexity
+from npeff.perturbation.options import FLOOR, Combine, Forward, PerturbOptions, Reject, Signs, among
+from npeff.perturbation.steps import DirectionSteps, experiment, search_steps
 from npeff.perturbation.weights import TensorsByName
 
 Array = npt.NDArray[Any]
@@ -129,10 +123,9 @@ def perturb(
         DataError: The data is not that of the Fishers, or too short, or the outputs are not finite.
         ModelError: The model fails, or is in training mode with layers whose outputs depend on the mode.
     """
-    options = PerturbOptions.checked(components, PerturbOptions.among(locals()))
-    (target,), rows = _targets(model, data, components, [j], options)
+    options = PerturbOptions.checked(components, among(PerturbOptions, locals()))
     with (
-        evaluator_for(model, data, components, rows, options) as evaluator,
+        experiment(model, data, components, [j], options) as (evaluator, (target,)),
         tqdm(total=1, desc="Perturb", disable=not progress) as bar,
     ):
         effect = measure_effect(evaluator, ComponentDirections(components), target, options)
@@ -167,80 +160,76 @@ def perturb_all(
     checked = PerturbOptions.checked(components, options)
     if which is None:
         which = [j for j in range(components.n_components) if (components.coefficients[:, j] > 0).any()]
-    targets, rows = _targets(model, data, components, which, checked)
-    with evaluator_for(model, data, components, rows, checked) as evaluator:
+    if isinstance(which, Strategy) or not isinstance(which, Iterable):
+        raise ArgumentError(f"which: expected a list of components or strategies, got {which!r}")
+    with experiment(model, data, components, which, checked) as (evaluator, targets):
         directions = ComponentDirections(components)
         bar = tqdm(targets, desc="Perturb", disable=not checked.progress)
         return [measure_effect(evaluator, directions, target, checked) for target in bar]
 
 
-def _targets(
-    model: nn.Module,
-    data: Iterable[Any],
-    components: Components,
-    which: Iterable[int | Strategy],
-    options: PerturbOptions,
-) -> tuple[list[Target], Array]:
-    """The targets, their vectors recovered, and the rows of their top examples and of the baseline."""
-    targets = [target_of(components, j) for j in which]
-    needed = needed_vectors(components, targets, options.reject)
-    how = {name: getattr(options, name) for name in ("forward", "device", "progress")}
-    components.ensure_vectors(needed, model, data, **how)
-    tops = [options.top_rows(target.coefficient) for target in targets]
-    return targets, np.concatenate([options.baseline_rows(len(components.coefficients)), *tops])
+@dataclass(frozen=True, eq=False)
+class DirectionEffect(DirectionSteps):
+    """The effect of moving along one direction.
+
+    Attributes:
+        sign: The sign with the larger KL ratio.
+        measured: With that sign.
+        fisher: ``(n,)`` vᵀF_i v of every example.
+        tensor_norms: Norm of the direction's part in each tensor that it touches.
+        rounding: Norm of the change of the weights after rounding to their dtype, over the norm asked for.
+        sizes: ``(s · p,)`` the magnitudes of the curve, those of one sign after those of the other.
+        curve: At these magnitudes.
+    """
+
+    sign: int
+    measured: Measured
+    fisher: Array
+    tensor_norms: dict[str, float]
+    rounding: float
+    sizes: Array
+    curve: list[Measured]
+
+    @property
+    def magnitude(self) -> float:
+        """The step of the chosen sign."""
+        return self.results[self.sign].magnitude
 
 
 def measure_effect(
     evaluator: Evaluator, directions: ComponentDirections, target: Target, options: PerturbOptions
 ) -> Effect:
-    """Perturb along one component or group: both signs, random controls, curve, figures.
-
-    Args:
-        evaluator: Of the top examples and the baseline.
-        directions: Of all components.
-        target: The component or group.
-        options: As for :func:`perturb`.
-
-    Raises:
-        ArgumentError: There is no direction, or the outputs are not finite at the magnitude asked for.
-    """
+    """Perturb along one component or group: both signs, random controls, curve, figures."""
     components = directions.components
     sets = _example_sets(evaluator, components, target, options)
     slices = evaluator.examples.subset(sets.top)
     found = search_steps(evaluator, directions, target, options, slices, sets.baseline)
     used = found[:1] if components.kind == "diagonal" else found
-    steps, kept = zip(*(_measured(evaluator, one, sets) for one in used), strict=True)
-    shares, own = [step.direction.share for step in steps], evaluator.own
-    measured = Measured.average(kept, shares)
-    if not np.isfinite(measured.kl).all():
-        raise ArgumentError(
-            f"magnitude: {int((~np.isfinite(measured.kl)).sum())} examples have outputs that are not finite at "
-            f"{steps[0].magnitude:.3g}; choose a smaller magnitude, or a smaller target_kl"
-        )
-    fishers = [evaluator.fisher_along(evaluator.tensors(step.direction)) for step in steps]
-    along = [float(fisher[sets.baseline].mean()) for fisher in fishers]
-    figures = sets.figures(measured).items()
-    bootstrap = options.confidence, options.n_resamples
+    moves = [_along(evaluator, one, options, sets) for one in used]
+    shares, own = [move.direction.share for move in moves], evaluator.own
+    measured = Measured.average([move.measured for move in moves], shares)
+    check_kl(measured.kl, moves[0].magnitude)
+    levels = options.confidence, options.n_resamples, options.seed
     accuracy = {"top": sets.top, "baseline": sets.baseline, "all": np.arange(len(sets.coefficient))}
     combine = "weighted sum" if components.kind == "diagonal" else options.combine
     return Effect(
         components=target.members,
         kind=components.kind,
         combine=None if len(target.members) == 1 else combine if isinstance(combine, str) else "weights",
-        magnitude=float(np.dot(shares, [step.magnitude for step in steps])),
-        sign=steps[0].sign if len(steps) == 1 else 0,
+        magnitude=float(np.dot(shares, [move.magnitude for move in moves])),
+        sign=moves[0].sign if len(moves) == 1 else 0,
         target_kl=None if options.magnitude is not None else options.target_range,
-        reached=all(step.results[step.sign].reached for step in steps),
-        figures={name: f.interval(*bootstrap, options.seed + i) for i, (name, f) in enumerate(figures)},
-        local_ratio=sets.ratio(np.tensordot(shares, fishers, 1)),
+        reached=all(move.results[move.sign].reached for move in moves),
+        figures=sets.figures(measured, levels),
+        local_ratio=sets.ratio(np.tensordot(shares, [move.fisher for move in moves], 1)),
         accuracy={
-            name: (mean_figure(own.correct[which]).value, mean_figure(measured.correct[which]).value)
+            name: (mean_known(own.correct[which]), mean_known(measured.correct[which]))
             for name, which in accuracy.items()
         },
         perplexity=(float(perplexity(own.unrelated)), float(perplexity(measured.unrelated))),
-        controls=_controls(evaluator, steps, along, options, sets) if options.n_random else {},
-        sign_results=tuple(result for one in (*found[len(used) :], *steps) for result in one.results.values()),
-        curve=_curve(evaluator, steps, options, sets) if options.curve else None,
+        controls=_controls(evaluator, moves, options, sets) if options.n_random else {},
+        sign_results=tuple(result for one in (*found[len(used) :], *moves) for result in one.results.values()),
+        curve=_curve(moves, options, sets) if options.curve else None,
         ids=evaluator.examples.ids,
         coefficient=sets.coefficient,
         kl=measured.kl,
@@ -250,25 +239,22 @@ def measure_effect(
         top=sets.top,
         baseline=sets.baseline,
         disjoint=sets.disjoint,
-        predictions=evaluator.predictions(slices, [(step.direction, step.sign * step.magnitude) for step in steps]),
+        predictions=evaluator.predictions(slices, [(move.direction, move.sign * move.magnitude) for move in moves]),
         continuations=evaluator.writer.continued(
             evaluator.weights,
-            _moves(evaluator, steps, measured, sets) if options.prompts else (),
+            _changes(evaluator, moves, measured, sets) if options.prompts else (),
             sets.top[np.argsort(-sets.coefficient[sets.top], kind="stable")],
             evaluator.examples.ids,
             slices,
         ),
         details={
             "likelihood": evaluator.likelihood,
-            "fisher_norm": float(np.dot(shares, along)),
+            "fisher_norm": float(np.dot(shares, [move.fisher[sets.baseline].mean() for move in moves])),
             "fisher_norm_found_by": evaluator.derivative.method,
-            "rounding": min(
-                evaluator.weights.realised(evaluator.tensors(step.direction), step.sign * step.magnitude)
-                for step in steps
-            ),
+            "rounding": min(move.rounding for move in moves),
             "directions": [
-                {name: getattr(step.direction, name) for name in ("component", "share", "explained", "rejection")}
-                for step in steps
+                {name: getattr(move.direction, name) for name in ("component", "share", "explained", "rejection")}
+                for move in moves
             ],
             "n_random": options.n_random,
             "confidence": options.confidence,
@@ -288,10 +274,10 @@ def _example_sets(evaluator: Evaluator, components: Components, target: Target, 
     return ExampleSets(top, baseline, disjoint, coefficient, norms, evaluator.own.unrelated)
 
 
-def _measured(evaluator: Evaluator, one: DirectionSteps, sets: ExampleSets) -> tuple[DirectionSteps, Measured]:
-    """The steps along a direction with what was measured, and the measurement of the sign with the larger KL ratio."""
-    tensors = evaluator.tensors(one.direction)
-    measured = {sign: evaluator.measure(tensors, sign * found.magnitude) for sign, found in one.results.items()}
+def _along(evaluator: Evaluator, one: DirectionSteps, options: PerturbOptions, sets: ExampleSets) -> DirectionEffect:
+    """Measure the effect along one direction, with each sign and at each point of the curve."""
+    tensors, steps = evaluator.tensors(one.direction), {sign: found.magnitude for sign, found in one.results.items()}
+    measured = {sign: evaluator.measure(tensors, sign * step) for sign, step in steps.items()}
     kept = _larger(measured, sets)
     results = {
         sign: replace(
@@ -300,119 +286,105 @@ def _measured(evaluator: Evaluator, one: DirectionSteps, sets: ExampleSets) -> t
             kl_baseline=float(of.kl[sets.baseline].mean()),
             ratio=sets.ratio(of.kl),
             kept=sign == kept,
-            label_top=mean_figure(of.label[sets.top]).value,
+            label_top=mean_known(of.label[sets.top]),
             perplexity=float(perplexity(of.unrelated)),
         )
         for sign, of in measured.items()
     }
-    return DirectionSteps(one.direction, results, kept), measured[kept]
+    factors = np.geomspace(0.25, 2.0, options.curve) if options.curve != 1 else np.ones(1)
+    points = [(sign, factor * step) for sign, step in steps.items() for factor in factors]
+    return DirectionEffect(
+        direction=one.direction,
+        results=results,
+        sign=kept,
+        measured=measured[kept],
+        fisher=evaluator.fisher_along(tensors),
+        tensor_norms={name: float(part.double().norm()) for name, part in tensors.items()},
+        rounding=evaluator.weights.realised(tensors, kept * steps[kept]),
+        sizes=np.array([size for _, size in points]),
+        curve=[evaluator.measure(tensors, sign * size) for sign, size in points],
+    )
 
 
-def _larger(measured: dict[int, Measured], sets: ExampleSets) -> int:
+def _larger(measured: Mapping[int, Measured], sets: ExampleSets) -> int:
     """The sign with the larger KL ratio."""
     return max(measured, key=lambda sign: np.nan_to_num(sets.ratio(measured[sign].kl), nan=-np.inf, posinf=-np.inf))
 
 
 def _controls(
-    evaluator: Evaluator,
-    steps: Sequence[DirectionSteps],
-    along: Sequence[float],
-    options: PerturbOptions,
-    sets: ExampleSets,
+    evaluator: Evaluator, moves: Sequence[DirectionEffect], options: PerturbOptions, sets: ExampleSets
 ) -> dict[str, Control]:
     """Measure random directions at the component's step; of each, keep the sign with the larger KL ratio.
 
     Each random direction is drawn once, and serves all controls.
-
-    Args:
-        evaluator: Of the examples.
-        steps: The component's steps, or those of a strategy's members.
-        along: The mean Fisher of the baseline along each direction.
-        options: As for :func:`perturb`.
-        sets: The examples that are compared.
     """
-    shares, n = [step.direction.share for step in steps], options.n_random
-    norms = [_tensor_norms(evaluator, step) for step in steps]
-    sizes = {name: np.tile([step.magnitude for step in steps], (n, 1)) for name in CONTROLS}
+    shares, n = [move.direction.share for move in moves], options.n_random
+    sizes = {name: np.tile([move.magnitude for move in moves], (n, 1)) for name in CONTROLS}
     values: dict[str, dict[str, list[float]]] = {name: {} for name in CONTROLS}
     for draw in range(n):
         found: dict[str, list[Measured]] = {name: [] for name in CONTROLS}
-        for q, fisher in enumerate(along):
-            number = draw * len(steps) + q
-            vector = random_direction(evaluator.parameters.n_parameters, options.seed, number)
-            tensors = evaluator.placed(vector)
-            del vector
+        for q, move in enumerate(moves):
+            number = draw * len(moves) + q
+            tensors = evaluator.placed(random_direction(evaluator.parameters.n_parameters, options.seed, number))
             own = float(evaluator.random_fisher(options.seed, number, tensors)[sets.baseline].mean())
-            sizes["equal_fisher_norm"][draw, q] *= np.sqrt(fisher / own) if own > 0 else 1.0
+            sizes["equal_fisher_norm"][draw, q] *= np.sqrt(move.fisher[sets.baseline].mean() / own) if own > 0 else 1.0
             for name in CONTROLS:  # the last one changes the direction
                 for key, part in tensors.items() if name == "equal_tensor_norms" else ():
-                    part.mul_(norms[q].get(key, 0.0) / (float(part.double().norm()) or 1.0))
+                    part.mul_(move.tensor_norms.get(key, 0.0) / (float(part.double().norm()) or 1.0))
                 both = {sign: evaluator.measure(tensors, sign * sizes[name][draw, q]) for sign in options.signs}
                 found[name].append(both[_larger(both, sets)])
         for name, several in found.items():
             for figure, of in sets.figures(Measured.average(several, shares)).items():
                 values[name].setdefault(figure, []).append(of.value)
-    bootstrap = options.confidence, options.n_resamples, options.seed
+    levels = options.confidence, options.n_resamples, options.seed
     return {
         name: Control(
             {figure: np.asarray(drawn) for figure, drawn in own.items()},
-            {figure: mean_figure(drawn).interval(*bootstrap) for figure, drawn in own.items()},
+            {figure: interval(np.mean, _finite(drawn), levels=levels) for figure, drawn in own.items()},
             sizes[name] @ shares,
         )
         for name, own in values.items()
     }
 
 
-def _tensor_norms(evaluator: Evaluator, step: DirectionSteps) -> dict[str, float]:
-    """Norm of each tensor of a direction that is not zero."""
-    return {name: float(part.double().norm()) for name, part in evaluator.tensors(step.direction).items()}
+def _finite(values: Sequence[float]) -> Array:
+    return np.asarray(values)[np.isfinite(values)]
 
 
-def _curve(evaluator: Evaluator, steps: Sequence[DirectionSteps], options: PerturbOptions, sets: ExampleSets) -> Curve:
-    factors = np.geomspace(0.25, 2.0, options.curve) if options.curve > 1 else np.ones(1)
-    shares = [step.direction.share for step in steps]
-    sizes = np.array([[f * step.results[sign].magnitude for sign in options.signs for f in factors] for step in steps])
-    signs = np.repeat(options.signs, len(factors))
-    measured = [
-        [
-            evaluator.measure(evaluator.tensors(step.direction), sign * size)
-            for sign, size in zip(signs, own, strict=True)
-        ]
-        for step, own in zip(steps, sizes, strict=True)
-    ]
-    means = np.full((5, len(signs)), np.nan)
-    for p, of in enumerate(zip(*measured, strict=True)):
+def _curve(moves: Sequence[DirectionEffect], options: PerturbOptions, sets: ExampleSets) -> Curve:
+    shares, shape = [move.direction.share for move in moves], (len(options.signs), options.curve)
+    means = np.full((5, len(moves[0].sizes)), np.nan)
+    for p, of in enumerate(zip(*(move.curve for move in moves), strict=True)):
         average = Measured.average(of, shares)
         for i, which in enumerate((sets.top, sets.baseline, sets.disjoint)):
             if len(which):
                 means[i, p] = average.kl[which].mean()
-        means[3:, p] = mean_figure(average.label[sets.top]).value, perplexity(average.unrelated)
-    shape = len(options.signs), len(factors)
-    return Curve((shares @ sizes).reshape(shape), options.signs, *means.reshape(5, *shape))
+        means[3:, p] = mean_known(average.label[sets.top]), perplexity(average.unrelated)
+    sizes = np.tensordot(shares, [move.sizes for move in moves], 1)
+    return Curve(sizes.reshape(shape), options.signs, *means.reshape(5, *shape))
 
 
-def _moves(
-    evaluator: Evaluator, steps: Sequence[DirectionSteps], measured: Measured, sets: ExampleSets
+def _changes(
+    evaluator: Evaluator, moves: Sequence[DirectionEffect], measured: Measured, sets: ExampleSets
 ) -> list[tuple[TensorsByName, float] | None]:
-    """The moves down and up, as :class:`Continuation` has them; None for one that was not asked for.
+    """The changes down and up, as :class:`Continuation` has them; None for one that was not asked for.
 
     Along the directions of a strategy the weights move together, each by its share of its own step.
     """
 
     def together(signs: Sequence[int]) -> tuple[TensorsByName, float]:
-        sizes = [sign * step.results[sign].magnitude for sign, step in zip(signs, steps, strict=True)]
-        if len(steps) == 1:
-            return evaluator.tensors(steps[0].direction), sizes[0]
+        if len(moves) == 1:
+            return evaluator.tensors(moves[0].direction), signs[0] * moves[0].results[signs[0]].magnitude
         total = np.zeros(evaluator.parameters.n_parameters)
-        for size, step in zip(sizes, steps, strict=True):
-            total += step.direction.share * size * step.direction.vector
+        for sign, move in zip(signs, moves, strict=True):
+            total += move.direction.share * sign * move.results[sign].magnitude * move.direction.vector
         return evaluator.placed(total), 1.0
 
-    signs = list(steps[0].results)
+    signs = list(moves[0].results)
     if len(signs) == 2:
-        up = [-1 if step.results[-1].label_top > step.results[1].label_top else 1 for step in steps]
+        up = [-1 if move.results[-1].label_top > move.results[1].label_top else 1 for move in moves]
         return [together([-sign for sign in up]), together(up)]
-    before, after = (mean_figure(of.label[sets.top]).value for of in (evaluator.own, measured))
+    before, after = (mean_known(of.label[sets.top]) for of in (evaluator.own, measured))
     rises = after > before or (math.isnan(after) and signs[0] == 1)
-    only = together(signs * len(steps))
+    only = together(signs * len(moves))
     return [None, only] if rises else [only, None]

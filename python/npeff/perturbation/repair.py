@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from npeff.batches.batches import Batch
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, DataError
 from npeff.models.devices import available_bytes, format_bytes
-from npeff.models.forward import call_model
-from npeff.perturbation.options import Forward
+from npeff.perturbation import outputs
+from npeff.perturbation.evaluate import CheckedModel, check_finite
+from npeff.perturbation.examples import BatchSlice
 from npeff.perturbation.steps import FARTHEST, FIRST, find_step
 from npeff.perturbation.weights import TensorsByName, Weights
 
 Array = npt.NDArray[Any]
+Examples = tuple[Array, Array]
+"""Masks ``(n,)`` of the examples to repair, and of the others."""
 
 KL_WEIGHTS = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 """λ, from small changes to large ones."""
+
+LEAST_FALL = 1e-7
+"""The minimiser at a λ counts as found when an iteration lowers the objective by a smaller share."""
 
 DOUBLINGS = 24
 """Most steps along a line."""
@@ -36,73 +42,64 @@ HALVINGS = 2
 """Further points between the last within the tolerance and the first beyond it."""
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledOutputs:
-    """Labelled examples, and a model's outputs on them.
+class LabelledExamples:
+    """Labelled examples in memory, and a model's outputs on them, also after its weights have moved.
 
     Attributes:
-        model: The model, whose weights may move.
-        batches: Batches of the examples.
-        forward: As for :func:`mend`.
-        likelihood: Likelihood of the outputs.
         labels: ``(n,)`` int64.
         logits: ``(n, C)`` at the model's own weights.
-        positions: ``(n,)`` int64 positions of the examples in the data.
+        right: ``(n,)`` bool: whose answer is the label there.
+
+    Raises:
+        ArgumentError: The outputs do not fit into memory.
+        DataError: Labels are missing or unknown, or beyond the outputs, or the outputs are not finite.
     """
 
-    model: nn.Module
-    batches: Sequence[Batch]
-    forward: Forward | None
-    likelihood: str
-    labels: Tensor
-    logits: Tensor
-    positions: Tensor
+    def __init__(self, checked: CheckedModel, batches: Sequence[Batch]) -> None:
+        self.checked, self.likelihood = checked, checked.likelihood
+        labels = [batch.labels for batch in batches if batch.labels is not None]
+        if len(labels) < len(batches):
+            raise DataError("labels: mending needs them; pass batches of (inputs, labels)")
+        if wide := [part for part in labels if part.numel() != len(part)]:
+            raise DataError(f"labels: expected one class per example, got shape {tuple(wide[0].shape)} in a batch")
+        self.labels = torch.cat([part.reshape(-1) for part in labels]).long()
+        if unknown := int((self.labels < 0).sum()):
+            raise DataError(f"labels: mending needs all of them, and {unknown} are unknown (below 0)")
+        self._slices, start = [], 0
+        for batch in batches:
+            stop = start + batch.n_examples
+            rows = torch.arange(batch.n_examples, device=batch.device)
+            self._slices.append(BatchSlice(batch, rows, np.arange(start, stop)))
+            start = stop
+        self.logits = self.outputs(self._slices)
+        check_finite(self.logits, np.arange(start))
+        width = self.logits.shape[1]
+        if (n := outputs.n_classes(width, self.likelihood)) is None:
+            raise DataError(f"labels: mending repairs predicted classes; {width} {self.likelihood} outputs have none")
+        if int(self.labels.max()) >= n:
+            raise DataError(f"labels: expected classes below {n}, the model's outputs, got {int(self.labels.max())}")
+        self.right = self.answered(self.logits, np.arange(start))
 
-    @classmethod
-    def of(
-        cls, model: nn.Module, batches: Sequence[Batch], forward: Forward | None, likelihood: str
-    ) -> LabelledOutputs:
-        """Collect all examples of labelled batches, with the outputs at the model's own weights."""
-        labels = torch.cat([batch.labels.long() for batch in batches if batch.labels is not None])
-        positions = torch.arange(len(labels), device=labels.device)
-        bare = cls(model, batches, forward, likelihood, labels, labels, positions)
-        return replace(bare, logits=bare.outputs())
+    def some(self, which: Array) -> list[BatchSlice]:
+        """Return the examples that a mask ``(n,)`` chooses, in order; their batches are cut where they can be."""
+        chosen = (one.restricted(which) for one in self._slices)
+        return [one.cut() if one.batch.sliceable else one for one in chosen if len(one.indices)]
 
-    def only(self, which: Array) -> LabelledOutputs:
-        """Keep the examples that a mask ``(n,)`` chooses; a batch that cannot be cut keeps its other examples too."""
-        mask = torch.from_numpy(which).to(self.labels.device)
-        batches, kept, start = [], [], 0
-        for batch in self.batches:
-            own = mask[start : start + batch.n_examples]
-            rows = own.nonzero()[:, 0] if batch.sliceable else torch.arange(len(own), device=own.device)
-            if bool(own.any()):
-                batches.append(batch.take(rows) if batch.sliceable else batch)
-                kept.append(start + rows)
-            start += batch.n_examples
-        at = torch.cat(kept)
-        return replace(
-            self, batches=batches, labels=self.labels[at], logits=self.logits[at], positions=self.positions[at]
-        )
-
-    def among(self, which: Array) -> Tensor:
-        """Convert a mask over the data to one over these examples."""
-        return torch.from_numpy(which).to(self.labels.device)[self.positions]
-
-    def call(self, batch: Batch) -> Tensor:
-        """Compute the ``(b, C)`` outputs on a batch, with a graph."""
-        return call_model(self.model, self.forward, batch, self.likelihood)
+    def call(self, one: BatchSlice) -> Tensor:
+        """Compute the ``(k, C)`` outputs of a slice at the present weights, with a graph."""
+        return self.checked.call(self.checked.model, one.batch)[one.rows]
 
     @torch.no_grad()
-    def outputs(self) -> Tensor:
-        """Compute the ``(n, C)`` outputs at the present weights.
+    def outputs(self, slices: Sequence[BatchSlice]) -> Tensor:
+        """Compute the ``(k, C)`` outputs of slices at the present weights.
 
         Raises:
-            ArgumentError: They do not fit into memory.
+            ArgumentError: Those of all examples do not fit into memory.
         """
         found: list[Tensor] = []
-        for batch in self.batches:
-            found.append(self.call(batch).float())
-            needed, free = 2 * len(self.labels) * found[0].shape[1] * 4, available_bytes(found[0].device)
+        for one in slices:
+            found.append(self.call(one))
+            needed, free = 2 * len(self.labels) * found[0][0].nbytes, available_bytes(found[0].device)
             if len(found) == 1 and needed > free:
                 raise ArgumentError(
                     f"data: {len(self.labels):,} examples have {found[0].shape[1]:,} outputs each, of which two copies "
@@ -111,9 +108,10 @@ class LabelledOutputs:
                 )
         return torch.cat(found)
 
-    def right(self, logits: Tensor) -> Tensor:
-        """Mark the examples whose answer is the label: ``(n,)`` bool."""
-        return logits.argmax(1) == self.labels
+    def answered(self, logits: Tensor, indices: Array) -> Array:
+        """Mark with True those of some examples whose answer is the label, ``(k,)``."""
+        labels = self.labels[torch.from_numpy(indices).to(self.labels.device)]
+        return outputs.correct(logits, labels, self.likelihood).cpu().numpy() > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,12 +156,8 @@ class LayerSteps:
 
     A component's direction g_j spans all layers in fixed proportion, as they carry its Fisher. The repair may need
     other proportions: to ignore a patch in the first filters, the last layer need not change. So g_j is cut into its
-    parts per layer, each of unit norm, and every part has its own step; or, as published, all layers go together.
-
-    Args:
-        directions: Each component's unit direction: blocks by parameter name, on the device of the model.
-        shapes: The parameters' shapes by name.
-        by_layer: Whether each layer's part has a step of its own; a layer is a module with its weight and bias.
+    parts per layer, a module with its weight and bias, each of unit norm, and every part has its own step; or, as
+    published, all layers go together. A direction is given as blocks by parameter name, on the device of the model.
     """
 
     def __init__(
@@ -209,107 +203,91 @@ class LayerSteps:
         return (slopes * self._scales).ravel()
 
 
-class RepairLoss:
-    """The objective of :func:`mend` over the steps, and its gradient: one backward pass for any number of steps.
+class Repair:
+    """The objective of :func:`npeff.mend` over the steps, and the search for the step that repairs most.
 
-    Args:
-        labelled: All examples.
-        weights: Moves the model.
-        steps: Along which the model moves.
-        R: ``(n,)`` boolean, to repair.
-        K: ``(n,)`` boolean, to keep.
-    """
-
-    def __init__(self, labelled: LabelledOutputs, weights: Weights, steps: LayerSteps, R: Array, K: Array) -> None:
-        self._examples, self._weights, self._steps = labelled.only(R | K), weights, steps
-        self._r, self._k = (self._examples.among(which).double() / max(1, int(which.sum())) for which in (R, K))
-        named = dict(labelled.model.named_parameters(remove_duplicate=False))
-        self._moving = {name: named[name] for name in steps.shapes if name in named}
-
-    @property
-    def weight_norm(self) -> float:
-        """Norm of the weights that move."""
-        return float(sum(tensor.detach().double().square().sum() for tensor in self._moving.values())) ** 0.5
-
-    def solve(self, c: Array, lam: float, iterations: int) -> Array | None:
-        """Find the minimiser at λ, starting from c; None where the objective is not finite."""
-        from scipy.optimize import minimize
-
-        solution = minimize(
-            self.value_and_gradient, c, lam, jac=True, method="L-BFGS-B", options={"maxiter": iterations}
-        )
-        return np.asarray(solution.x, np.float64) if np.isfinite(solution.fun) else None
-
-    def value_and_gradient(self, c: Array, lam: float) -> tuple[float, Array]:
-        """Compute the objective and its ``(k·L,)`` gradient."""
-        self._weights.move(self._steps.change(c), 1.0)
-        value, gradient, start = 0.0, np.zeros(len(c)), 0
-        flags = [tensor.requires_grad for tensor in self._moving.values()]
-        try:
-            for tensor in self._moving.values():
-                tensor.requires_grad_(True)
-            for batch in self._examples.batches:
-                at = slice(start, start + batch.n_examples)
-                start = at.stop
-                with torch.enable_grad():
-                    log_p = torch.log_softmax(self._examples.call(batch).double(), 1)
-                    log_q = torch.log_softmax(self._examples.logits[at].double(), 1)
-                    wrong = -log_p.gather(1, self._examples.labels[at, None])[:, 0]
-                    moved = (log_q.exp() * (log_q - log_p)).sum(1)
-                    loss = (self._r[at] * wrong + lam * self._k[at] * moved).sum()
-                    slopes = torch.autograd.grad(loss, list(self._moving.values()), allow_unused=True)
-                value += float(loss.detach())
-                gradient += self._steps.slopes(
-                    {name: slope for name, slope in zip(self._moving, slopes, strict=True) if slope is not None}
-                )
-        finally:
-            for tensor, flag in zip(self._moving.values(), flags, strict=True):
-                tensor.requires_grad_(flag)
-        return value, gradient
-
-
-class RepairSearch:
-    """Tries steps from small to large, until accuracy on the other examples has fallen too far, and keeps the best.
-
-    Args:
-        labelled: All examples.
-        weights: Moves the model.
-        steps: Along which the model moves.
-        R: ``(n,)`` boolean: of the examples to repair, those that decide which step is best.
-        K: ``(n,)`` boolean: the others on which accuracy is watched.
-        tolerance: Largest fall of that accuracy.
+    The objective is of the examples ``fitted``. Those to repair in ``watched`` decide which step is best; on the others
+    there, accuracy falls by no more than ``tolerance``.
 
     Attributes:
         best: The best step so far, 0 at first.
     """
 
     def __init__(
-        self, labelled: LabelledOutputs, weights: Weights, steps: LayerSteps, R: Array, K: Array, tolerance: float
+        self,
+        examples: LabelledExamples,
+        weights: Weights,
+        steps: LayerSteps,
+        fitted: Examples,
+        watched: Examples,
+        tolerance: float,
     ) -> None:
-        self._examples, self._weights, self._steps = labelled.only(R | K), weights, steps
-        self._R, self._K = self._examples.among(R), self._examples.among(K)
+        self._examples, self._weights, self._steps, self._tolerance = examples, weights, steps, tolerance
+        self._fitted, self._watched = (examples.some(R | K) for R, K in (fitted, watched))
+        self._shares = [
+            torch.from_numpy(which / max(1, which.sum())).to(examples.labels.device, torch.float64) for which in fitted
+        ]
+        named = dict(examples.checked.model.named_parameters(remove_duplicate=False))
+        self._moving = {name: named[name] for name in steps.shapes}
+        self._at = np.flatnonzero(watched[0] | watched[1])
+        self._R, self._K = (which[self._at] for which in watched)
+        self._right = examples.right[self._at]
+        self._most = share(self._right[self._R])
         self.best = np.zeros(int(np.prod(steps.shape)))
-        self._tolerance = tolerance
-        self._right = self._examples.right(self._examples.logits)
-        self._most = share_right(self._right, self._R)
 
-    def down_the_path(self, loss: RepairLoss, iterations: int, progress: bool) -> None:
-        """Try the minimisers of the objective at falling λ."""
-        self._walk(KL_WEIGHTS, KL_WEIGHTS[0] * 3, lambda lam, start: loss.solve(start, lam, iterations), progress)
+    def value_and_gradient(self, c: Array, lam: float) -> tuple[float, Array]:
+        """Compute the objective and its ``(k·L,)`` gradient: one backward pass for any number of steps."""
+        self._weights.move(self._steps.change(c), 1.0)
+        value, examples = 0.0, self._examples
+        total: dict[str, Tensor] = {}
+        flags = [tensor.requires_grad for tensor in self._moving.values()]
+        try:
+            for tensor in self._moving.values():
+                tensor.requires_grad_(True)
+            for one in self._fitted:
+                at = torch.from_numpy(one.indices).to(examples.labels.device)
+                r, k = (shares[at] for shares in self._shares)
+                with torch.enable_grad():
+                    logits = examples.call(one)
+                    wrong = -outputs.log_probability(logits, examples.labels[at], examples.likelihood)
+                    moved = outputs.divergence(examples.logits[at], logits, examples.likelihood)
+                    loss = (r * wrong + lam * k * moved).sum()
+                    gradients = torch.autograd.grad(loss, list(self._moving.values()), allow_unused=True)
+                value += float(loss.detach())
+                for name, gradient in zip(self._moving, gradients, strict=True):
+                    if gradient is not None:
+                        total[name] = total[name].add_(gradient) if name in total else gradient
+        finally:
+            for tensor, flag in zip(self._moving.values(), flags, strict=True):
+                tensor.requires_grad_(flag)
+        return value, self._steps.slopes(total)
 
-    def along_the_line(self, loss: RepairLoss, progress: bool) -> None:
-        """Try steps of doubling length along one direction, to the side on which −log p of R falls.
+    def down_the_path(self, iterations: int, progress: bool) -> None:
+        """Try the minimisers of the objective at falling λ, each found from the one before."""
+        from scipy.optimize import minimize
 
-        Args:
-            loss: The objective of the examples to repair alone.
-            progress: Show a progress bar.
-        """
-        _, slope = loss.value_and_gradient(np.zeros(1), 0.0)
+        def solve(lam: float, start: Array) -> Array | None:
+            options = {"maxiter": iterations, "ftol": LEAST_FALL}
+            found = minimize(self.value_and_gradient, start, lam, jac=True, method="L-BFGS-B", options=options)
+            return np.asarray(found.x, np.float64) if np.isfinite(found.fun) else None
+
+        self._walk(KL_WEIGHTS, KL_WEIGHTS[0] * 3, solve, progress)
+
+    def along_the_line(self, progress: bool) -> None:
+        """Try steps of doubling length along one direction, to the side on which the objective at λ = 0 falls."""
+        _, slope = self.value_and_gradient(np.zeros(1), 0.0)
         if slope[0] == 0 or not math.isfinite(slope[0]):
             return
         side = -np.sign(slope)
-        ends = FIRST * loss.weight_norm, FARTHEST * loss.weight_norm
-        first = find_step(lambda step: self._kl(step * side), FIRST_KL, *ends).magnitude
+        which = self._K if self._K.any() else self._R
+
+        def kl(step: float) -> float:
+            """Mean KL of the others from the original outputs; of R where there are no others."""
+            moved, own = self._moved(step * side)[which], self._examples.logits[self._at[which]]
+            return float(outputs.divergence(own, moved, self._examples.likelihood).mean())
+
+        norm = float(sum(tensor.detach().double().square().sum() for tensor in self._moving.values())) ** 0.5
+        first = find_step(kl, FIRST_KL, FIRST * norm, FARTHEST * norm).magnitude
         lengths = [first * 2.0**i for i in range(DOUBLINGS)]
         self._walk(lengths, first / 2, lambda length, _: length * side, progress)
 
@@ -319,34 +297,26 @@ class RepairSearch:
         With l answers that were right and are wrong, and g the other way, of n, the fall is (l − g)/n and its standard
         error √(l + g)/n. If c is within the tolerance and repairs more than all steps before, c becomes the best.
         """
-        right = self._examples.right(self._moved(c))
+        right = self._examples.answered(self._moved(c), self._at)
         lost, gained = int((self._right & ~right & self._K).sum()), int((~self._right & right & self._K).sum())
         within = lost - gained + math.sqrt(lost + gained) <= self._tolerance * int(self._K.sum()) + 1e-9
-        repaired = share_right(right, self._R)
+        repaired = share(right[self._R])
         if within and repaired > self._most:
             self._most, self.best = repaired, c
         return within
 
-    def _kl(self, c: Array) -> float:
-        """Mean KL of the other examples from the original outputs; of R where there are no others."""
-        which = self._K if bool(self._K.any()) else self._R
-        before, after = (torch.log_softmax(z[which].double(), 1) for z in (self._examples.logits, self._moved(c)))
-        return float((before.exp() * (before - after)).sum(1).mean())
-
     def _moved(self, c: Array) -> Tensor:
+        """Outputs of the watched examples after a step."""
         self._weights.move(self._steps.change(c), 1.0)
-        return self._examples.outputs()
+        return self._examples.outputs(self._watched)
 
     def _walk(
         self, values: Sequence[float], before: float, solve: Callable[[float, Array], Array | None], progress: bool
     ) -> None:
         """Try points until two in a row are beyond the tolerance, then between the last two that differ.
 
-        Args:
-            values: Positive; each gives one point, from small changes to large ones.
-            before: The value that stands for no step at all.
-            solve: The next point from a value and the last point; None where there is none.
-            progress: Show a progress bar.
+        Each of the positive values gives one point, from small changes to large ones; ``before`` stands for no step at
+        all. ``solve`` finds the next point from a value and the last point; None where there is none.
         """
 
         def attempt(value: float, start: Array) -> tuple[Array, bool]:
@@ -372,7 +342,6 @@ class RepairSearch:
                 beyond[0] = middle
 
 
-def share_right(right: Tensor, which: Tensor | Array) -> float:
-    """Compute the share of right answers among some examples; 0 if there are none."""
-    chosen = right[torch.as_tensor(which, device=right.device)]
-    return float(chosen.double().mean()) if len(chosen) else 0.0
+def share(right: Array) -> float:
+    """Compute the share of right answers; nan if there are none."""
+    return float(right.mean()) if len(right) else math.nan

@@ -1,20 +1,24 @@
-"""Search how far to move along a direction until the outputs have changed by a wanted amount."""
+"""Prepare a perturbation, and search how far to move along its directions until the outputs change as wanted."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
+from npeff.components.components import Components
+from npeff.errors import ArgumentError
 from npeff.perturbation.diagonal import diagonal_directions
-from npeff.perturbation.directions import ComponentDirections, Direction, Target
+from npeff.perturbation.directions import ComponentDirections, Direction, Target, target_of
 from npeff.perturbation.effect import SignResult
-from npeff.perturbation.evaluate import Evaluator
+from npeff.perturbation.evaluate import Evaluator, checked_model
 from npeff.perturbation.examples import BatchSlice
 from npeff.perturbation.options import PerturbOptions
 
@@ -28,13 +32,7 @@ FIRST = 1e-3
 
 @dataclass(frozen=True)
 class StepSearch:
-    """The result of a search for a step.
-
-    Attributes:
-        magnitude: The step.
-        kl: The mean KL at this step.
-        reached: Whether this KL is in the wanted range.
-    """
+    """The result of a search: the step, the mean KL there, and whether this KL is in the wanted range."""
 
     magnitude: float
     kl: float
@@ -43,17 +41,10 @@ class StepSearch:
 
 @dataclass(frozen=True, eq=False)
 class DirectionSteps:
-    """A direction, and the step along it for each sign.
-
-    Attributes:
-        direction: The direction.
-        results: What is known of each sign: what the search found, and later what was measured.
-        sign: The sign with the larger KL ratio; 0 before it was measured.
-    """
+    """A direction, and what is known of each sign: what the search found, and later what was measured."""
 
     direction: Direction
     results: dict[int, SignResult]
-    sign: int = 0
 
     @property
     def effort(self) -> tuple[bool, float]:
@@ -61,10 +52,34 @@ class DirectionSteps:
         found = self.results.values()
         return not all(s.reached for s in found), float(np.mean([s.magnitude for s in found]))
 
-    @property
-    def magnitude(self) -> float:
-        """The step of the chosen sign."""
-        return self.results[self.sign].magnitude
+
+@contextmanager
+def experiment(
+    model: nn.Module,
+    data: Iterable[Any],
+    components: Components,
+    which: Iterable[Any],
+    options: PerturbOptions,
+    with_baseline: bool = True,
+) -> Iterator[tuple[Evaluator, list[Target]]]:
+    """Find the components or groups to perturb, recover their vectors, and yield them with an evaluator.
+
+    With ``with_baseline`` the baseline is measured beside the top examples.
+
+    Raises:
+        ArgumentError: There is no such component, a vector cannot be recovered, or the components do not know the
+            positions of their examples.
+    """
+    targets = [target_of(components, j) for j in which]
+    needed = range(components.n_components) if options.reject else [j for target in targets for j in target.members]
+    how = {name: getattr(options, name) for name in ("forward", "device", "progress")}
+    components.ensure_vectors(needed, model, data, **how)
+    rows = [options.baseline_rows(len(components.coefficients)), *(options.top_rows(t.coefficient) for t in targets)]
+    needed_rows = np.concatenate(rows if with_baseline else rows[1:])
+    if components.ids[needed_rows].min() < 0:
+        raise ArgumentError("components: their ids are not positions in data; examples cannot be found")
+    with checked_model(model, data, components, vars(options)) as checked:
+        yield Evaluator(checked, data, components, needed_rows, options), targets
 
 
 def search_steps(
@@ -77,13 +92,8 @@ def search_steps(
 ) -> list[DirectionSteps]:
     """Find the directions of a target, and for each sign the magnitude given, or the first that has the wanted KL.
 
-    Args:
-        evaluator: Of the examples.
-        known: The directions of all components.
-        target: The component or group.
-        options: As for :func:`npeff.perturb`.
-        slices: The top examples.
-        baseline: Indices of the examples whose mean Fisher a diagonal target is merged with.
+    ``slices`` are the top examples; ``baseline`` are the indices of those whose mean Fisher a diagonal target is merged
+    with.
 
     Returns:
         The directions of a low-rank target, along each of which the weights move; or one direction per λ of a diagonal
@@ -105,22 +115,14 @@ def search_steps(
             step = StepSearch(float(options.magnitude or 0), math.nan, True)
             if options.magnitude is None:
                 step = find_step(kl_at, options.target_range, *ends, sign=sign)
+            delta = None if direction.scale is None else step.magnitude / direction.scale
             results[sign] = SignResult(
-                component=direction.component,
-                sign=sign,
-                magnitude=step.magnitude,
-                reached=step.reached,
-                kl_top=step.kl,
-                kl_baseline=math.nan,
-                ratio=math.nan,
-                kept=False,
-                lam=direction.lam,
-                step=None if direction.scale is None else step.magnitude / direction.scale,
+                direction.component, sign, step.magnitude, step.reached, step.kl, lam=direction.lam, step=delta
             )
         found.append(DirectionSteps(direction, results))
     if known.components.kind == "diagonal":
-        best = min(found, key=lambda steps: steps.effort)
-        return [best, *(steps for steps in found if steps is not best)]
+        best = min(found, key=lambda one: one.effort)
+        return [best, *(one for one in found if one is not best)]
     return found
 
 
@@ -131,18 +133,11 @@ def find_step(
 
     The search starts with a small step. The next step is chosen as if KL grew with the square of the step, but at
     most four times as large, so that the first crossing is not missed. Once two steps enclose the range, Brent's
-    method finds a step in it, between logarithms. KL need not be monotone, nor ever reach the range.
+    method finds a step in it, between logarithms. KL need not be monotone, nor ever reach the range: then the step
+    whose KL comes nearest (in the logarithm) is the result.
 
-    Args:
-        kl_at: KL at ``sign`` times a step > 0, a number or an array whose mean counts; not finite where the outputs
-            are not.
-        wanted: The range, ``0 < low ≤ high``.
-        start: First step.
-        limit: Largest step to try.
-        sign: Of all steps.
-
-    Returns:
-        The step found; if the range was not reached, the step whose KL came nearest (in the logarithm).
+    ``kl_at`` gives the KL at ``sign`` times a step > 0, a number or an array whose mean counts; it need not be finite.
+    Steps begin with ``start`` and end with ``limit``.
     """
     from scipy.optimize import brentq
 

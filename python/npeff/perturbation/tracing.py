@@ -5,9 +5,10 @@ The parts are groups of parameters: layers, tensors, heads, blocks of units.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +22,12 @@ from npeff.components.strategies import Strategy
 from npeff.errors import ArgumentError, check_integer
 from npeff.fishers.block_weights import layer_of
 from npeff.models.parameters import Parameter, Parameters
-from npeff.perturbation.directions import ComponentDirections, needed_vectors, target_of
+from npeff.perturbation.directions import ComponentDirections
 from npeff.perturbation.effect import Result, text_table
-from npeff.perturbation.evaluate import evaluator_for
-from npeff.perturbation.figures import Interval, ratio_figure
+from npeff.perturbation.evaluate import check_kl
+from npeff.perturbation.figures import Interval, interval, mean_ratio
 from npeff.perturbation.options import PerturbOptions
-from npeff.perturbation.steps import search_steps
+from npeff.perturbation.steps import experiment, search_steps
 from npeff.short_repr import short_repr
 from npeff.storage.container import refuse_npeff_file
 from npeff.storage.files import atomic, path_of
@@ -135,27 +136,28 @@ def units(parameters: Division, n_blocks: int, dim: int = 0, *, label: str = "")
 
 def _divided(parameters: Division, n: int, dim: int, label: str, what: str) -> dict[str, list[Part]]:
     names = [parameters] if isinstance(parameters, str) else parameters
+    if not isinstance(names, Mapping | Sequence):
+        raise ArgumentError(f"parameters: expected patterns, or a mapping from patterns to dimensions, got {names!r}")
     given: dict[str, Any] = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, dim)
+    parts = {}
+    for pattern, at in given.items():
+        dim, packed = at if isinstance(at, tuple) and len(at) == 2 else (at, 1)
+        if not isinstance(dim, int) or not isinstance(packed, int):
+            raise ArgumentError(
+                f"parameters: expected a dimension, or (dimension, number of matrices), of {pattern}, got {at!r}"
+            )
+        parts[pattern] = dim, packed
     prefix = f"{label} · " if label else ""
     return {
-        f"{prefix}{what} {i}": [
-            Part(pattern, *((at, i, int(n)) if isinstance(at, int) else (at[0], i, int(n), at[1])))
-            for pattern, at in given.items()
-        ]
+        f"{prefix}{what} {i}": [Part(pattern, dim, i, int(n), packed) for pattern, (dim, packed) in parts.items()]
         for i in range(n)
     }
 
 
 def resolve(groups: Groups | None, parameters: Parameters) -> Resolved:
-    """Find the elements of every group.
+    """Find the elements of every group: tensors and indices into them.
 
-    Args:
-        groups: ``"layer"`` (the default), ``"parameter"``, or a mapping from names to patterns: one or several of
-            a shell pattern, ``(pattern, index)`` with any numpy index, or a :class:`Part`.
-        parameters: Those of the components.
-
-    Returns:
-        Tensors and indices into them, per group.
+    A group has one or several of: a shell pattern, ``(pattern, index)`` with any numpy index, a :class:`Part`.
 
     Raises:
         ArgumentError: A pattern matches nothing, an index does not fit, or there are no groups.
@@ -170,61 +172,41 @@ def resolve(groups: Groups | None, parameters: Parameters) -> Resolved:
         raise ArgumentError(
             f"groups: expected 'layer', 'parameter' or a mapping from names to patterns, got {groups!r}"
         )
-    return {
-        str(name): [pair for item in _items(given) for pair in _matching(item, parameters)]
-        for name, given in groups.items()
-    }
+    return {str(name): list(_elements(given, parameters)) for name, given in groups.items()}
 
 
-def _items(given: Any) -> list[Any]:
-    if isinstance(given, (str, Part)):
-        return [given]
-    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str) and not isinstance(given[1], str):
-        return [given]
-    if not isinstance(given, Sequence) or not given:
+def _elements(given: Any, parameters: Parameters) -> Iterator[tuple[Parameter, Any]]:
+    pair = isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str) and not isinstance(given[1], str)
+    single = pair or isinstance(given, (str, Part))
+    if not single and (not isinstance(given, Sequence) or not given):
         raise ArgumentError(f"groups: expected patterns, (pattern, index) or parts, got {given!r}")
-    return list(given)
+    for item in [given] if single else given:
+        pattern, index = item if isinstance(item, tuple) and len(item) == 2 else (item, ...)
+        if isinstance(item, Part):
+            pattern, index = item.pattern, item
+        if not isinstance(pattern, str):
+            raise ArgumentError(f"groups: expected a pattern of parameter names, got {pattern!r}")
+        matched = [p for p in parameters if fnmatchcase(p.name, pattern)]
+        if not matched:
+            some = ", ".join(parameters.names[:8])
+            raise ArgumentError(f"groups: {pattern!r} matches none of the components' parameters: {some} …")
+        for p in matched:
+            where = index.index(p) if isinstance(index, Part) else index
+            try:
+                empty = np.zeros(p.shape, bool)[where].size == 0
+            except (IndexError, TypeError) as error:
+                raise ArgumentError(f"groups: {where!r} is no index of {p.name} {p.shape}: {error}") from error
+            if empty and p.numel:
+                raise ArgumentError(f"groups: {where!r} takes nothing of {p.name} {p.shape}")
+            yield p, where
 
 
-def _matching(item: Any, parameters: Parameters) -> list[tuple[Parameter, Any]]:
-    if isinstance(item, tuple) and len(item) == 2:
-        pattern, index = item
-    else:
-        pattern, index = (item.pattern, item) if isinstance(item, Part) else (item, ...)
-    if not isinstance(pattern, str):
-        raise ArgumentError(f"groups: expected a pattern of parameter names, got {pattern!r}")
-    matched = [p for p in parameters if fnmatchcase(p.name, pattern)]
-    if not matched:
-        some = ", ".join(parameters.names[:8])
-        raise ArgumentError(f"groups: {pattern!r} matches none of the components' parameters: {some} …")
-    pairs = [(p, index.index(p) if isinstance(index, Part) else index) for p in matched]
-    for parameter, where in pairs:
-        try:
-            empty = np.zeros(parameter.shape, bool)[where].size == 0
-        except (IndexError, TypeError) as error:
-            raise ArgumentError(
-                f"groups: {where!r} is no index of {parameter.name} {parameter.shape}: {error}"
-            ) from error
-        if empty and parameter.numel:
-            raise ArgumentError(f"groups: {where!r} takes nothing of {parameter.name} {parameter.shape}")
-    return pairs
-
-
-def restricted(vector: Array, elements: list[tuple[Parameter, Any]]) -> Array:
-    """Copy a flat vector, with everything but the elements set to 0."""
-    kept = np.zeros_like(vector)
+def marked(parameters: Parameters, elements: Iterable[tuple[Parameter, Any]]) -> Array:
+    """Mark elements of the flat vector, ``(m,)`` bool."""
+    chosen = np.zeros(parameters.n_parameters, bool)
     for parameter, where in elements:
-        kept[parameter.slice].reshape(parameter.shape)[where] = vector[parameter.slice].reshape(parameter.shape)[where]
-    return kept
-
-
-def rest(parameters: Parameters, resolved: Resolved) -> Array:
-    """Mark the elements that are in no group: ``(m,)`` bool."""
-    free = np.ones(parameters.n_parameters, bool)
-    for elements in resolved.values():
-        for parameter, where in elements:
-            free[parameter.slice].reshape(parameter.shape)[where] = False
-    return free
+        chosen[parameter.slice].reshape(parameter.shape)[where] = True
+    return chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,20 +325,13 @@ def trace(
     if untraced := UNTRACED & options.keys():
         raise ArgumentError(f"{min(untraced)}: a trace has no such option; npeff.perturb has it")
     chosen = PerturbOptions.checked(components, options)
-    target = target_of(components, j)
-    needed = needed_vectors(components, [target], chosen.reject)
-    how = {name: getattr(chosen, name) for name in ("forward", "device", "progress")}
-    components.ensure_vectors(needed, model, data, **how)
     resolved = resolve(groups, components.parameters)
-    free = rest(components.parameters, resolved)
-    top = chosen.top_rows(target.coefficient)
-    baseline = top
-    if components.kind == "diagonal" and chosen.fisher is None:
-        baseline = chosen.baseline_rows(len(components.coefficients))
-    with evaluator_for(model, data, components, np.concatenate([top, baseline]), chosen) as evaluator:
-        at_top = evaluator.indices(top)
+    free = ~marked(components.parameters, chain.from_iterable(resolved.values()))
+    merged = components.kind == "diagonal" and chosen.fisher is None
+    with experiment(model, data, components, [j], chosen, with_baseline=merged) as (evaluator, (target,)):
+        at_top = evaluator.indices(chosen.top_rows(target.coefficient))
+        at_base = evaluator.indices(chosen.baseline_rows(len(target.coefficient))) if merged else at_top
         slices = evaluator.examples.subset(at_top)
-        at_base = evaluator.indices(baseline)
         found = search_steps(evaluator, ComponentDirections(components), target, chosen, slices, at_base)
         used = found[:1] if components.kind == "diagonal" else found
         order = np.argsort(np.concatenate([one.indices for one in slices]), kind="stable")
@@ -375,8 +350,9 @@ def trace(
             sizes = [sign * search.magnitude for sign, search in one.results.items()]
             magnitude += weight * sum(map(abs, sizes))
             whole += weight * sum(kl(vector, size) for size in sizes)
+            check_kl(whole, abs(sizes[0]))
             for g, (name, elements) in enumerate(resolved.items()):
-                part = np.where(free, vector, 0.0) if name == REST else restricted(vector, elements)
+                part = np.where(free if name == REST else marked(components.parameters, elements), vector, 0.0)
                 energy[g] += one.direction.share * float(np.square(part).sum())
                 others = vector - part
                 for size in sizes:
@@ -385,13 +361,21 @@ def trace(
                 bar.update()
         bar.close()
         ids, meaning = evaluator.examples.ids[at_top], evaluator.likelihood
-    left = _shares(without, whole, chosen)
+
+    def shares(parts: Array) -> list[Interval]:
+        """Mean KL of each part over the mean KL of the whole, with paired bootstrap intervals."""
+        levels = chosen.confidence, chosen.n_resamples
+        return [
+            interval(mean_ratio, part, whole, paired=True, levels=(*levels, chosen.seed + g))
+            for g, part in enumerate(parts)
+        ]
+
     return Trace(
         components=target.members,
         groups=tuple(resolved),
         energy=energy,
-        alone=_shares(alone, whole, chosen),
-        lost=tuple(Interval(1 - i.value, 1 - i.high, 1 - i.low) for i in left),
+        alone=tuple(shares(alone)),
+        lost=tuple(Interval(1 - i.value, 1 - i.high, 1 - i.low) for i in shares(without)),
         magnitude=magnitude,
         ids=ids,
         kl=whole,
@@ -405,14 +389,6 @@ def trace(
             "confidence": chosen.confidence,
             "components_digest": components.digest,
         },
-    )
-
-
-def _shares(parts: Array, whole: Array, options: PerturbOptions) -> tuple[Interval, ...]:
-    """Mean KL of each part over the mean KL of the whole, with paired bootstrap intervals."""
-    return tuple(
-        ratio_figure(part, whole).interval(options.confidence, options.n_resamples, options.seed + g)
-        for g, part in enumerate(parts)
     )
 
 
@@ -458,12 +434,12 @@ def _heat(figure: Any, trace: Trace, rows: list[str], columns: list[str]) -> Non
     for axes, parts, (title, _) in ((panels[0], trace.alone, ALONE), (panels[1], trace.lost, LOST)):
         values = np.full((len(rows), len(columns)), np.nan)
         other = []
-        for name, interval in zip(trace.groups, parts, strict=True):
+        for name, share in zip(trace.groups, parts, strict=True):
             if SEPARATOR in name:
                 row, column = name.split(SEPARATOR)
-                values[rows.index(row), columns.index(column)] = interval.value
+                values[rows.index(row), columns.index(column)] = share.value
             else:
-                other.append(f"{name}: {interval.value:.0%}")
+                other.append(f"{name}: {share.value:.0%}")
         limit = float(np.nanmax(np.abs(values))) or 1.0
         image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         axes.set_xticks(range(len(columns)), columns, rotation=90)

@@ -22,9 +22,6 @@ class Weights:
 
     Only the tensors that a direction touches are copied, once. Tied weights are one tensor and move once. Values
     are computed in float32 (float64 for float64 weights) and rounded to the weights' dtype last.
-
-    Args:
-        model: The model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,21 +30,15 @@ class Weights:
         self._moved: set[int] = set()
 
     def move(self, direction: TensorsByName, magnitude: float) -> None:
-        """Set θ to (θ as it was + magnitude · direction).
-
-        Args:
-            direction: Parameter-shaped tensors on the model's device.
-            magnitude: What they are multiplied by.
-        """
+        """Set θ to (θ as it was + magnitude · direction), of parameter-shaped tensors on the model's device."""
         parts = {id(self._tensors[name]): (self._tensors[name], part) for name, part in direction.items()}
-        stale = self._moved - parts.keys()
-        for key in stale:
+        for key in self._moved - parts.keys():
             self._put_back(key)
         for key, (tensor, part) in parts.items():
             if key not in self._saved:
                 self._saved[key] = tensor, tensor.detach().clone()
-            self._moved.add(key)
             saved = self._saved[key][1]
+            self._moved.add(key)
             with _writing(tensor):
                 if part.dtype == saved.dtype:
                     tensor.copy_(saved).add_(part, alpha=magnitude)
@@ -153,7 +144,8 @@ def applied(model: nn.Module, direction: TensorsByName, magnitude: float = 1.0) 
     Raises:
         ArgumentError: The direction has a name or a shape that the model has not, or is not finite.
     """
-    with Weights(model).at(on_model(model, direction, "direction"), checked_magnitude(magnitude)):
+    placed, size = on_model(model, direction, "direction"), checked_magnitude(magnitude)
+    with Weights(model).at(placed, size):
         yield model
 
 
@@ -217,6 +209,8 @@ class Moved(nn.Module):
             self._names.append(name)
             self.register_buffer(f"direction_{i}", part, persistent=False)
         if isinstance(magnitude, nn.Parameter):
+            if magnitude.numel() != 1:
+                raise ArgumentError(f"magnitude: expected a parameter of one element, got {tuple(magnitude.shape)}")
             self.register_parameter("magnitude", magnitude)
         else:
             device = next(iter(model.parameters())).device
@@ -247,65 +241,82 @@ def _part_along(
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     names = list(dict.fromkeys(name for direction in directions for name in direction))
-    if not any(bool(part.any()) for direction in directions for part in direction.values()):
+    if not names:
         raise ArgumentError("directions: every one is zero, so there is nothing to remove")
     start: Mapping[str, Tensor] = {}
     if origin is not None:
-        if missing := [name for name in names if name not in origin]:
+        if not isinstance(origin, Mapping):
+            raise ArgumentError(f"origin: expected tensors by parameter name, got {type(origin).__name__}")
+        first = _first_names(model)
+        known = {first[name]: given for name, given in origin.items() if name in first}
+        if missing := [name for name in names if name not in known]:
             raise ArgumentError(f"origin: expected every parameter that is touched, but {missing[0]!r} is missing")
-        start = on_model(model, {name: origin[name] for name in names}, "origin")
+        start = on_model(model, {name: known[name] for name in names}, "origin")
 
     def rows(name: str) -> Tensor:
         zero = torch.zeros_like(tensors[name])
         return torch.stack([direction.get(name, zero).double().reshape(-1) for direction in directions])
 
-    place = next(iter(tensors.values())).device
-    gram = torch.zeros(len(directions), len(directions), dtype=torch.float64, device=place)
-    products = torch.zeros(len(directions), dtype=torch.float64, device=place)
+    at = next(iter(tensors.values())).device
+    gram = torch.zeros(len(directions), len(directions), dtype=torch.float64, device=at)
+    products = torch.zeros(len(directions), dtype=torch.float64, device=at)
     for name in names:
         G, theta = rows(name), tensors[name].detach().double().reshape(-1)
         if name in start:
             theta = theta - start[name].double().reshape(-1)
-        gram += (G @ G.mT).to(place)
-        products += (G @ theta).to(place)
+        gram += (G @ G.mT).to(at)
+        products += (G @ theta).to(at)
     weights = torch.linalg.pinv(gram, rtol=1e-13, hermitian=True) @ products
     return {name: (weights.to(tensors[name].device) @ rows(name)).reshape(tensors[name].shape) for name in names}
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """The first name of every parameter's tensor: tied parameters have one in common."""
+    first: dict[int, str] = {}
+    tensors = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
 
 
 def on_model(model: nn.Module, direction: Any, argument: str) -> dict[str, Tensor]:
     """Check a direction against the model, and move it to the device of each parameter, without its zero tensors.
 
     Returns:
-        Tensors by name, in the order given, float32, or float64 for float64 parameters.
+        Float32 tensors, or float64 for float64 parameters, by the first name of each parameter.
 
     Raises:
         ArgumentError: The direction is no mapping, its names or shapes differ from the model's, or it is not finite.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(direction, Mapping):
         raise ArgumentError(
             f"{argument}: expected tensors by parameter name, as components.state_dict(j) gives, "
             f"got {type(direction).__name__}"
         )
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors, first = dict(model.named_parameters(remove_duplicate=False)), _first_names(model)
     placed: dict[str, Tensor] = {}
-    seen: dict[int, str] = {}
+    seen: dict[str, str] = {}
     for name, given in direction.items():
         if name not in tensors:
-            raise ArgumentError(f"{argument}: the model has no parameter {name!r}; it has {_some(tensors)}")
+            some = ", ".join(list(tensors)[:6]) + (" …" if len(tensors) > 6 else "")
+            raise ArgumentError(f"{argument}: the model has no parameter {name!r}; it has {some}")
         parameter = tensors[name]
-        if (other := seen.setdefault(id(parameter), name)) != name:
+        if (other := seen.setdefault(first[name], name)) != name:
             raise ArgumentError(f"{argument}: {other} and {name} are one tied tensor in the model; give it once")
-        part = torch.as_tensor(given)
+        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        try:
+            part = torch.as_tensor(given)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"{argument}: {name} is no tensor of numbers: {error}") from error
         if part.shape != parameter.shape:
             raise ArgumentError(
                 f"{argument}: {name} has shape {tuple(parameter.shape)} in the model, got {tuple(part.shape)}"
             )
-        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         part = part.detach().to(parameter.device, wide)
         if not bool(torch.isfinite(part).all()):
             raise ArgumentError(f"{argument}: {name} has values that are not finite")
         if bool(part.any()):
-            placed[name] = part
+            placed[first[name]] = part
     return placed
 
 
@@ -322,7 +333,3 @@ def checked_magnitude(value: Any) -> float:
     if not math.isfinite(number):
         raise ArgumentError(f"magnitude: expected a finite number, got {value!r}")
     return number
-
-
-def _some(names: Mapping[str, Any]) -> str:
-    return ", ".join(list(names)[:6]) + (" …" if len(names) > 6 else "")

@@ -10,6 +10,7 @@ import inspect
 import json
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import asdict, dataclass
@@ -17,10 +18,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import nn
 
-from npeff.batches.reading import check_data, read_batches
+from npeff.batches.reading import check_data
 from npeff.errors import ArgumentError, DataError, check_integer
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
@@ -29,7 +29,7 @@ from npeff.gradients.eligibility import BLOCKS
 from npeff.language.places import places_of
 from npeff.models.devices import available_bytes, format_bytes, parse_bytes
 from npeff.perturbation.effect import text_table
-from npeff.planning.trials import SKETCH_DS, TOP_KS, Choice, Trials, choice_of, clock, write_seconds
+from npeff.planning.trials import SKETCH_DS, TOP_KS, Choice, Trials, choice_of
 from npeff.short_repr import short_repr
 
 __all__ = ["Plan", "plan"]
@@ -65,7 +65,8 @@ class Plan:
         model: Its class.
         n_parameters: Selected parameters, m.
         n_examples: Examples that the numbers are for.
-        examples_from: ``"given"``, ``"counted"``, or an ``"upper bound"`` from the number of batches.
+        examples_from: ``"given"``, ``"counted"``, ``"estimated"`` from the places in the batches tried, or an ``"upper
+            bound"`` from the number of batches.
         n_outputs: Logits, C.
         n_components: Components of the decomposition, r.
         passes: Backward passes per example, mean over the trial's examples.
@@ -178,24 +179,22 @@ def plan(
     if (places := places_of(data)) is not None:  # the trials are given single batches, without what these know
         places.check_model(model)
         options = {"parameters": BLOCKS} | options
-    start, first = clock(), []
+    start, first = time.perf_counter(), []
     for batch in check_data(data):
         first.append(batch)
         if len(first) == batches:
             break
     if not first:
         raise DataError("data: it yielded no batches; pass a DataLoader or a list of batches")
-    loading = (clock() - start) / len(first)
+    loading = (time.perf_counter() - start) / len(first)
     kinds: list[Kind] = ["low_rank", "diagonal"] if kind is None else [kind]
     with tempfile.TemporaryDirectory(dir=where) as scratch:
-        trials = Trials(model, first, loading, options, Path(scratch))
+        trials = Trials(model, first, loading, options, Path(scratch), kinds[0])
         mains = {each: trials.of(each, TopK(TOP_KS[-1])) for each in kinds}
-        main, fishers = mains[kinds[0]], mains[kinds[0]].fishers
-        passes = fishers.ranks if kinds[0] == "low_rank" else trials.passes_of_diagonal()
-        to_disk = write_seconds(fishers, Path(scratch))
-        n, source = _count(data, len(first), trials.batch_size) if n_examples is None else (n_examples, "given")
+        main, fishers, passes = mains[kinds[0]], mains[kinds[0]].fishers, trials.passes
+        n, source = _count(data, len(first), trials) if n_examples is None else (n_examples, "given")
         choices = [
-            choice_of(trials, mains[each], compress, n, to_disk, n_components)
+            choice_of(trials, mains[each], compress, n, n_components)
             for each in kinds
             for compress in _ways(each, fishers.n_parameters, int(passes.max(initial=1)))
         ]
@@ -211,9 +210,9 @@ def plan(
             coverage=fishers.coverage,
             batch_size=trials.batch_size,
             trial_batches=len(first),
-            one_off_seconds=float(trials.one_off[0]),
-            seconds_per_example=float(main.per_example[0]),
-            write_rate=1 / max(1e-12, float(to_disk[0])),
+            one_off_seconds=trials.one_off,
+            seconds_per_example=main.per_example,
+            write_rate=1 / max(1e-12, trials.seconds_per_byte),
             process_bytes=trials.before,
             memory=room,
             disk=space,
@@ -222,21 +221,24 @@ def plan(
         )
 
 
-def _count(data: Iterable[Any], tried: int, batch_size: float) -> tuple[int, str]:
+def _count(data: Iterable[Any], tried: int, trials: Trials) -> tuple[int, str]:
     """Count the examples of the data, and say how their number is known.
 
     Raises:
         ArgumentError: It does not say.
     """
+    if (places := places_of(data)) is not None:
+        return places.n_examples, "counted"
     if isinstance(data, list | tuple):
-        return sum(batch.n_examples for batch in read_batches(data, torch.device("cpu"), True)), "counted"
+        return sum(batch.n_examples for batch in trials.read(data)), "counted"
     dataset = getattr(data, "dataset", None)
     if isinstance(dataset, Sized) and not getattr(data, "drop_last", False):
-        return len(dataset), "counted"
+        n = len(dataset)
+        return (n, "counted") if trials.sequence_size == 1 else (round(n * trials.sequence_size), "estimated")
     if isinstance(data, Sized):
-        return max(1, round(len(data) * batch_size)), "upper bound"
+        return max(1, round(len(data) * trials.batch_size)), "upper bound"
     if tried < 2:
-        return round(batch_size), "counted"
+        return round(trials.batch_size), "counted"
     raise ArgumentError("n_examples: the data does not say how many batches it has; give the number of examples")
 
 
@@ -295,11 +297,11 @@ def _pick(fitting: Sequence[Choice]) -> Advice:
 
 def _table(plan: Plan) -> str:
     """Write the plan as lines of at most about 110 characters."""
-    at_most = " at most" if plan.examples_from == "upper bound" else ""
+    how = {"upper bound": " at most", "estimated": " about"}.get(plan.examples_from, "")
     passes = f"{plan.passes:.1f} on average" if plan.passes_vary else f"{plan.passes:.0f}"
     lines = [
         f"{plan.model}: {plan.n_parameters:,} parameters, {plan.n_outputs} outputs;"
-        f"{at_most} {plan.n_examples:,} examples in batches of {plan.batch_size:g}",
+        f"{how} {plan.n_examples:,} examples in batches of {plan.batch_size:g}",
         f"backward passes per example: {passes}",
         *_coverage(plan),
         f"measured on {plan.trial_batches} batches: {_duration(plan.one_off_seconds)} once (start, self-check), "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -23,17 +23,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from npeff.batches.batches import Batch
 from npeff.batches.reading import read_batches
 from npeff.decomposition.options import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
 from npeff.decomposition.subspace import DIMENSIONS
 from npeff.fishers.computation import compute_fishers
-from npeff.fishers.fishers import FisherBlock, Fishers
-from npeff.fishers.logits import Logits
+from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
-from npeff.fishers.rows import DenseRows, Kind, SparseRows
-from npeff.fishers.shards import FisherWriter
+from npeff.fishers.rows import Kind, SparseRows
 from npeff.models.devices import Peak, settled_bytes
 from npeff.models.forward import OVER_CLASSES
+from npeff.storage.writing import write_record
 
 Array = npt.NDArray[Any]
 
@@ -66,20 +66,15 @@ GRAM_ROWS = 384
 """Rows whose inner products are compared with the exact ones."""
 
 
-def clock() -> Array:
-    """Read the clocks: ``(2,)`` float64 seconds, of the wall and of the processor."""
-    return np.array([time.perf_counter(), time.process_time()])
-
-
 class _Watched(list[Any]):
     """Batches that note when each was asked for."""
 
     def __iter__(self) -> Iterator[Any]:
-        self.asked: list[Array] = []  # the first batch is looked at once before the work begins
+        self.asked: list[float] = []  # the first batch is looked at once before the work begins
         for batch in super().__iter__():
-            self.asked.append(clock())
+            self.asked.append(time.perf_counter())
             yield batch
-        self.asked.append(clock())
+        self.asked.append(time.perf_counter())
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ class Trial:
 
     Attributes:
         fishers: Mapped from a temporary file.
-        seconds: All of it, of the processor.
+        seconds: All of it.
         one_off: Seconds from the call to the end of the first batch, less those of a batch.
         per_example: Seconds of a later batch: loading, forward and backward passes, compression.
         working_bytes: Most memory held beyond what the process had before; finished rows are not counted.
@@ -96,8 +91,8 @@ class Trial:
 
     fishers: Fishers
     seconds: float
-    one_off: Array
-    per_example: Array
+    one_off: float
+    per_example: float
     working_bytes: int
 
     def largest(self, k: int, n: int | None = None) -> tuple[SparseRows, Array]:
@@ -154,15 +149,27 @@ class Trials:
 
     Attributes:
         batch_size: Mean number of examples per batch.
+        sequence_size: Mean number of examples per sequence where examples are places; otherwise 1.
         before: Bytes that the process held before the first trial.
         one_off: Seconds, once per run: start, choice of rules, self-check.
+        passes: ``(n,)`` int64 backward passes per example.
         pace: Seconds per operation of a matrix product.
+        seconds_per_byte: Of writing to the disk.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Any], loading: Array, options: dict[str, Any], folder: Path
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        loading: float,
+        options: dict[str, Any],
+        folder: Path,
+        kind: Kind,
     ) -> None:
         """Run a small trial: it loads libraries and fills caches, once, as every real run does.
+
+        Its low-rank Fishers have a row for every backward pass. Those of the diagonal kind take, without a limit on the
+        classes, the reduced basis, which is the smallest.
 
         Args:
             model: The model.
@@ -170,34 +177,31 @@ class Trials:
             loading: Seconds to load one of them.
             options: Further arguments of ``compute_fishers``.
             folder: Where temporary files go.
+            kind: The kind whose passes are counted.
         """
         self._model, self._batches, self._folder, self._options = model, batches, folder, options
-        any_layout = options.get("forward") is not None
-        places = options.get("likelihood", "categorical") in OVER_CLASSES
-        self._sizes = [batch.n_examples for batch in read_batches(batches, torch.device("cpu"), any_layout, places)]
+        read = list(self.read(batches))
+        self._sizes = [batch.n_examples for batch in read]
         self.batch_size = sum(self._sizes) / len(self._sizes)
+        self.sequence_size = sum(self._sizes) / sum(batch.n_sequences for batch in read)
         self._loading = loading / self.batch_size
         self.before, self._loaded = settled_bytes(), 0
         self.of = cache(self._run)
-        self.one_off = self._run("low_rank", TopK(1024), 2).one_off
+        reduced = kind == "diagonal" and all(options.get(name) is None for name in ("min_prob", "max_classes"))
+        first = self._run("low_rank", TopK(1024), **({"basis": "reduced"} if reduced else {}))
+        self.one_off, self.passes = first.one_off, np.asarray(first.fishers.ranks)
         self._loaded = max(0, settled_bytes() - self.before)
-        self.pace = _seconds_per_operation()
+        self.pace, self.seconds_per_byte = _seconds_per_operation(), _seconds_per_byte(folder)
 
-    def passes_of_diagonal(self) -> Array:
-        """Count the backward passes per example of diagonal Fishers: ``(n,)`` int64, the rows of low-rank ones.
+    def read(self, data: Iterable[Any]) -> Iterator[Batch]:
+        """Iterate over batches as ``compute_fishers`` reads them."""
+        places = self._options.get("likelihood", "categorical") in OVER_CLASSES
+        return read_batches(data, torch.device("cpu"), self._options.get("forward") is not None, places)
 
-        Without a limit on the classes they take the reduced basis, which is the smallest.
-        """
-        limited = any(self._options.get(name) is not None for name in ("min_prob", "max_classes"))
-        changed = {} if limited else {"basis": "reduced"}
-        return np.asarray(self._run("low_rank", TopK(1024), None, changed).fishers.ranks)
-
-    def _run(
-        self, kind: Kind, compress: Compression | None, count: int | None = None, changed: dict[str, Any] | None = None
-    ) -> Trial:
-        """Try one way on the first ``count`` batches, with some options changed."""
-        settled, watched = settled_bytes(), _Watched(self._batches[:count])
-        sizes, start = self._sizes[:count], clock()
+    def _run(self, kind: Kind, compress: Compression | None, **changed: Any) -> Trial:
+        """Try one way, with some options changed."""
+        settled, watched = settled_bytes(), _Watched(self._batches)
+        sizes, start = self._sizes, time.perf_counter()
         with Peak() as peak, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"(TopK|Sketch)\(")  # the user did not choose these sizes
             fishers = compute_fishers(
@@ -207,44 +211,32 @@ class Trials:
                 compress=compress,
                 out=self._folder / f"{len(list(self._folder.iterdir()))}.h5",
                 progress=False,
-                **(self._options | (changed or {})),
+                **(self._options | changed),
             )
         # asked[i]: when batch i was asked for; batch 0 before the rules are chosen, the others after a batch's work.
         first, later = watched.asked[1] - start, watched.asked[-1] - watched.asked[1]
         per_example = later / sum(sizes[1:]) if len(sizes) > 1 else first / sizes[0]
         held = peak.peak - settled + self._loaded - min(fishers.rows.nbytes, SHARD_BYTES)
-        one_off = np.maximum(0, first - per_example * sizes[0])
-        return Trial(fishers, float((clock() - start)[1]), one_off, per_example + self._loading, max(0, held))
+        one_off = max(0.0, first - per_example * sizes[0])
+        return Trial(fishers, time.perf_counter() - start, one_off, per_example + self._loading, max(0, held))
 
 
-def write_seconds(like: Fishers, folder: Path) -> Array:
-    """Time how long a byte of Fishers takes to be written as a shard, merged into the file and removed.
-
-    Args:
-        like: Fishers with the parameters and options of the probe.
-        folder: Where.
-    """
-    n = max(1, PROBE_BYTES // (4 * like.n_parameters))
-    values = np.random.default_rng(0).random((n, like.n_parameters), np.float32)
-    ones, ids = np.ones(n, np.int64), np.arange(n)
-    block = FisherBlock(
-        DenseRows(values), ones, np.ones(n, np.float32), Logits(np.zeros((n, 2), np.float32)), ones, ids
-    )
-    header = {"kind": like.kind, "parameters": like.parameters.to_json(), "provenance": like.provenance}
-    start = clock()
-    with FisherWriter(folder / "probe.h5", header) as writer:
-        writer.append(block, "probe")
-        writer.finish()
-    return (clock() - start) / values.nbytes
+def _seconds_per_byte(folder: Path) -> float:
+    """Time how long a byte takes to be written twice: to a shard, and to the file that the shards are merged into."""
+    values = np.random.default_rng(0).random(PROBE_BYTES // 4, np.float32)
+    start = time.perf_counter()
+    for name in ("shard", "whole"):
+        write_record(folder / f"probe {name}", "probe", {"values": values}, {})
+    return (time.perf_counter() - start) / values.nbytes
 
 
 def _seconds_per_operation() -> float:
     """Time one multiplication or addition in a float32 matrix product on this machine: the best of several."""
     a, took = torch.randn(256, 2048), []
     for _ in range(5):
-        start = clock()
+        start = time.perf_counter()
         a @ a.T
-        took.append(float((clock() - start)[0]))
+        took.append(time.perf_counter() - start)
     return min(took) / (2 * 256 * 256 * 2048)
 
 
@@ -262,8 +254,7 @@ class Choice:
         disk_bytes: Of the file's arrays, and of the Fishers in memory where no file is written; merging the shards
             needs as much disk again. Exact for the ranks and entries seen.
         memory_bytes: Held while Fishers are written to a file, beyond the process with model and data.
-        seconds: Expected, by the wall clock, the start included.
-        cpu_seconds: Likewise, of the processor.
+        seconds: Expected, the start included.
         timed: The way whose trial gave the seconds and the memory.
         kept: ‖stored Fisher‖ / ‖Fisher‖, median over the trial's examples; None where it was not measured.
         gram_error: ``‖K̂ − K‖ / ‖K‖`` on the trial's examples; None where it was not measured.
@@ -279,7 +270,6 @@ class Choice:
     disk_bytes: int
     memory_bytes: int
     seconds: float
-    cpu_seconds: float
     timed: str
     kept: float | None
     gram_error: float | None
@@ -306,9 +296,7 @@ class Choice:
         return (1 - kept) / (1 - ENOUGH_KEPT), f"it keeps {kept:.2f} of the Fisher's norm"
 
 
-def choice_of(
-    trials: Trials, main: Trial, compress: Compression | None, n: int, to_disk: Array, n_components: int
-) -> Choice:
+def choice_of(trials: Trials, main: Trial, compress: Compression | None, n: int, n_components: int) -> Choice:
     """Estimate what one way takes for n examples.
 
     Where the first trial was long, only it and one sketch are tried, and stand for the others of their method. It
@@ -319,7 +307,6 @@ def choice_of(
         main: That of the largest top-k, of the kind wanted.
         compress: The way.
         n: Examples.
-        to_disk: Seconds per byte of the file.
         n_components: Of the decomposition.
     """
     kind, m, share = main.fishers.kind, main.fishers.n_parameters, n / len(main.fishers)
@@ -343,7 +330,6 @@ def choice_of(
         name, kept, entries, rows, error = "exact", 1.0, R * m, 4 * R * m, 0.0
         trial, timed = (main, timed) if exact is None else (exact, name)
     total = rows + 8 * (n + 1) + n * (4 + 8 + 8) + round(main.fishers.logits.nbytes * share)
-    took = trials.one_off + trial.per_example * n + to_disk * total
     held = rows if isinstance(compress, GramOnly) else min(rows, SHARD_BYTES + rows / n * trials.batch_size)
     solving, operations = _decomposition(compress, n, R, entries, rows, n_components, m)
     low_rank = kind == "low_rank"
@@ -353,8 +339,7 @@ def choice_of(
         name=name,
         disk_bytes=total,
         memory_bytes=trial.working_bytes + int(held),
-        seconds=float(took[0]),
-        cpu_seconds=float(took[1]),
+        seconds=trials.one_off + trial.per_example * n + trials.seconds_per_byte * total,
         timed=timed,
         kept=kept,
         gram_error=error if low_rank else None,

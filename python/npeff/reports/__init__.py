@@ -9,6 +9,7 @@ from typing import Any
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
 from npeff.models.devices import parse_bytes
+from npeff.perturbation.options import among
 from npeff.reports.data import ReportOptions, collect_report_data
 from npeff.reports.evidence import EffectSummary, InfluenceSummary, TraceSummary, TrustSummary
 from npeff.reports.export import collage, latex
@@ -92,7 +93,7 @@ def report(
         DataError: The data ends early, or its labels are not those of the decomposed examples.
         StorageError: The report cannot be written; an earlier one there is kept.
     """
-    options = ReportOptions.checked(components, data, ReportOptions.among(locals()))
+    options = ReportOptions.checked(components, data, among(ReportOptions, locals()))
     path = path_of(out, "out")
     folder = path.suffix.lower() not in (".html", ".htm")
     path = path / "index.html" if folder else path

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -12,18 +12,17 @@ import numpy.typing as npt
 
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, check_integer
 from npeff.gradients.eligibility import BLOCKS
 from npeff.language.places import check_places
 from npeff.models.devices import parse_bytes
 from npeff.perturbation.effect import Prediction
-from npeff.reports.evidence import INFLUENCES, PUSHED, Given, TrustSummary
+from npeff.perturbation.options import check_components
+from npeff.reports.evidence import INFLUENCES, PUSHED, Given, InfluenceSummary, TrustSummary
 from npeff.reports.examples import Gallery
 from npeff.reports.extras import Extras
-from npeff.reports.layout import Heads, StrategyNode, check_heads, map_positions, tree_of
-from npeff.reports.places import TAIL, ReadablePlaces
+from npeff.reports.layout import Heads, HeatMap, StrategyNode, check_heads, head_map, map_positions, tree_of
 from npeff.reports.summary import (
-    ClassNames,
     ComponentSummary,
     TopExample,
     closest,
@@ -32,6 +31,7 @@ from npeff.reports.summary import (
     summarise,
     top_examples,
 )
+from npeff.reports.text import TAIL, ClassNames, ReadablePlaces, printable
 
 Array = npt.NDArray[Any]
 
@@ -41,6 +41,7 @@ NODE_EXAMPLES = 12
 THUMBS = 8
 NAMED = 3  # words that a heading names as predicted
 LIKELIEST = 5  # words listed that the model predicts for an example
+LISTED = 8  # classes listed that a strategy predicts
 PROFILED = range(2, 21)
 """Numbers of classes whose shares are drawn side by side in the overview."""
 
@@ -66,11 +67,6 @@ class ReportOptions:
     progress: bool = True
 
     @classmethod
-    def among(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Select the options among the arguments of a function."""
-        return {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
-
-    @classmethod
     def checked(cls, components: Components, data: Any, given: Mapping[str, Any]) -> ReportOptions:
         """Make options from keyword arguments, and check them.
 
@@ -78,12 +74,15 @@ class ReportOptions:
             ArgumentError: The components, the data or an option are of another type than documented.
         """
         options = cls(**given)
-        if not isinstance(components, Components):
-            raise ArgumentError(
-                f"components: expected Components, got {type(components).__name__}; see npeff.decompose"
-            )
-        if not isinstance(options.k, Integral) or options.k < 1:
+        check_components(components)
+        W = components.coefficients
+        if not (np.isfinite(W) & (W >= 0)).all():
+            raise ArgumentError("components: expected finite coefficients ≥ 0; decompose the Fishers again")
+        if not isinstance(options.k, Integral) or isinstance(options.k, bool) or options.k < 1:
             raise ArgumentError(f"k: expected at least 1 top example per component, got {options.k!r}")
+        check_integer("seed", options.seed, 0)
+        if not isinstance(options.title, str | None):
+            raise ArgumentError(f"title: expected a text, got {options.title!r}")
         for name, value in (("data", data), ("influence_data", options.influence_data)):
             if value is not None and not isinstance(value, Iterable) and not hasattr(value, "__getitem__"):
                 raise ArgumentError(f"{name}: expected an iterable of batches, got {value!r}")
@@ -103,7 +102,7 @@ class ReportOptions:
             ArgumentError: They are too few, or a single string.
         """
         given, n_classes = self.class_names, components.logits.shape[1]
-        if given is not None and (isinstance(given, str) or not hasattr(given, "__len__")):
+        if given is not None and (isinstance(given, str | Mapping | Set) or not hasattr(given, "__len__")):
             raise ArgumentError(f"class_names: expected a list of names, got {given!r}")
         if given is not None:
             if len(given) < n_classes:
@@ -157,6 +156,7 @@ class ReportData:
 
     def __post_init__(self) -> None:
         self.headings = {s.j: heading(s, self.names, self.gallery) for s in self.summaries}
+        self.shares = {s.j: s.share for s in self.summaries}
         self.leaves = {node.components[0]: node for node in self.nodes if node.leaf}
         self.branches: dict[int, StrategyNode] = {}
         for node in self.nodes:  # parents come first: the first node of a group is its branch
@@ -170,20 +170,10 @@ class ReportData:
         self.gallery.close()
         self.training.close()
 
-    def stability(self, j: int) -> float | None:
-        """Return a component's stability, where it is known."""
-        values = self.extras.trust.stability
-        return None if values is None or not np.isfinite(values[j]) else float(values[j])
-
     def explained_of(self, summary: ComponentSummary) -> float | None:
         """Return the mean explained share of its top examples' Fishers, where it is known."""
         values = [] if self.explained is None else [self.explained[t.index] for t in summary.top]
         return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
-
-    def kl_ratio(self, j: int) -> float | None:
-        """Return the KL ratio of moving the weights along a component, where it is known."""
-        effect = self.extras.effects.get((j,))
-        return effect.kl_ratio if effect else None
 
     @property
     def block_weights(self) -> dict[str, Any] | None:
@@ -236,6 +226,42 @@ class ReportData:
         tops = top_examples(self.components, found[:1], np.zeros(len(self.components.ids)))
         return self.gallery.show(tops[0] if tops else unknown, self.names, TAIL)
 
+    def show(self, tops: Sequence[TopExample], j: int = -1) -> list[dict[str, Any]]:
+        """Return what a template prints of examples, tokens in the colours of the attributions of component j."""
+        drawn = {top.index: what for top, what in self.attributions.get(j, []) if "index" in what}
+        return [self.gallery.show(top, self.names) | drawn.get(top.index, {}) for top in tops]
+
+    def attributed(self, s: ComponentSummary) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return examples and what is drawn of their attributions, but for those that :meth:`show` colours."""
+        found = self.attributions.get(s.j, [])
+        apart = [(top, what) for top, what in found if "index" not in what or top not in s.shown]
+        return [(self.gallery.show(top, self.names), what) for top, what in apart]
+
+    def influential(self, influences: InfluenceSummary) -> list[dict[str, Any]]:
+        """Return what a template prints of the training examples with the largest influence."""
+        found = []
+        for position, score in influences.pairs[:INFLUENCES]:
+            shown = self.training.show(TopExample(position, position, 0.0, -1, -1), self.names)
+            if shown["kind"] == "number" and position in influences.texts:
+                shown |= {"kind": "text", "start": printable(influences.texts[position]), "rest": ""}
+            found.append({**shown, "position": position, "score": score})
+        return found
+
+    def head_map(self, j: int) -> HeatMap | None:
+        """Return the energy by attention head of a component with a vector in parameter space, where asked for."""
+        heads = self.options.heads
+        return None if heads is None else head_map(self.components.parameters, self.components.vector(j), heads)
+
+    def predicted(self, node: StrategyNode) -> list[tuple[str, float]]:
+        """Return the classes that a node predicts most: ``(name, share)``."""
+        order = np.argsort(-node.profile, kind="stable")[:LISTED]
+        return [(self.names[int(c)], float(node.profile[c])) for c in order if node.profile[c] >= 0.005]
+
+    def members(self, node: StrategyNode) -> list[tuple[int, str, float]]:
+        """Return the components of a node by falling share: ``(component, heading, share)``."""
+        order = sorted(node.components, key=lambda j: -self.shares[j])
+        return [(j, self.headings[j], self.shares[j]) for j in order]
+
     def changes(self, prediction: Prediction) -> list[tuple[str, float, float]]:
         """Return the likeliest words or classes of a prediction: ``(name, probability before, and after)``."""
         classes = prediction.classes[:LIKELIEST].tolist()
@@ -245,19 +271,6 @@ class ReportData:
         """Say whether chance would give a component of as much energy."""
         threshold = self.extras.trust.null_threshold
         return threshold is not None and summary.energy <= threshold
-
-    def doubts(self, summary: ComponentSummary) -> str:
-        """Return the reasons to doubt a component in a sentence; empty where none is known."""
-        reasons = []
-        stability = self.stability(summary.j)
-        if stability is not None and stability < UNSTABLE:
-            reasons.append(f"it does not come back when the decomposition is repeated (stability {stability:.2f})")
-        if self.below_null(summary):
-            threshold = self.extras.trust.null_threshold
-            reasons.append(
-                f"components of shuffled Fishers have as much energy ({summary.energy:.2g} ≤ {threshold:.2g})"
-            )
-        return "Read this one with doubt: " + ", and ".join(reasons) + "." if reasons else ""
 
     def node_heading(self, node: StrategyNode) -> str:
         """Describe a node in a few words: its component's heading, or the classes that it predicts."""
@@ -329,14 +342,7 @@ def collect_report_data(
 ) -> ReportData:
     """Measure the components, build the tree, and encode the examples in one pass over the data.
 
-    Args:
-        components: A decomposition.
-        data: The data of its Fishers.
-        options: Checked options of the report.
-        every: Encode every example, not only those on some component's page.
-
-    Returns:
-        The data of the report, to be closed: for use in a ``with`` block.
+    Every example is encoded, or those on some component's page. The result is for use in a ``with`` block.
 
     Raises:
         ArgumentError: An option is not as documented.
@@ -353,7 +359,10 @@ def collect_report_data(
     if given.attributions and data is None:
         raise ArgumentError("attributions: need the data to be drawn over; pass data=")
     k = int(options.k)
-    summaries = summarise(components, k, options.seed, progress=options.progress)
+    summaries = [
+        replace(s, stability=given.trust.stability_of(s.j), kl_ratio=given.effect_of(s.j).kl_ratio)
+        for s in summarise(components, k, options.seed, progress=options.progress)
+    ]
     cut = given.trust.n_strategies if options.strategies is None else options.strategies
     nodes = tree_of(components, summaries, min(k, NODE_EXAMPLES), cut)
     ids, labels = np.asarray(components.ids), np.asarray(components.labels)
@@ -370,7 +379,7 @@ def collect_report_data(
     influential = {position for found in given.influences.values() for position, _ in found.pairs[:INFLUENCES]}
     training = Gallery(influential)
     if options.influence_data is not None:
-        training.fill(options.influence_data, influential, {}, options.tokenizer)
+        training.fill(options.influence_data, influential, {}, options.tokenizer, name="influence_data")
     explained = given.trust.explained
     if explained is None:
         explained = explained_shares(components.vectors, components.coefficients, components.loss, components.kind)

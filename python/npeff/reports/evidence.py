@@ -103,8 +103,9 @@ class Given:
         return found
 
     def number(self) -> float | None:
-        """Read one number; None where it is not known."""
-        return self.row(1, expected="a number")[0] if self.known else None
+        """Read one number; None where it is not known, or NaN."""
+        found = self.row(1, expected="a number")[0] if self.known else np.nan
+        return found if np.isfinite(found) else None
 
     def pair(self, which: str = "") -> tuple[float, float] | None:
         """Read two numbers; None where they, or one of them, are not known."""
@@ -228,7 +229,8 @@ def _prediction(given: Given) -> Prediction:
     if not len(classes) == len(before) == len(after):
         expected = f"a probability before and after for each of {len(classes)} classes"
         given.refuse(expected, f"{len(before)} and {len(after)}")
-    return Prediction(given["id"].position(), classes.astype(np.int64), before, after)
+    whole = [given.part(".classes", of).whole("whole numbers ≥ 0") for of in classes.tolist()]
+    return Prediction(given["id"].position(), np.array(whole, np.int64), before, after)
 
 
 def _continuation(given: Given) -> Continuation:
@@ -379,6 +381,10 @@ class TrustSummary:
 
     __repr__ = short_repr
 
+    def stability_of(self, j: int) -> float | None:
+        """Return the stability of a component; None where it is unknown."""
+        return None if self.stability is None or not np.isfinite(self.stability[j]) else float(self.stability[j])
+
     @classmethod
     def of(cls, parts: Mapping[str, Given]) -> TrustSummary:
         """Put together what was given as ``stability``, ``null``, ``selection`` and ``explained``.
@@ -409,8 +415,8 @@ class TrustSummary:
         return cls(
             _per_component(stability) if stability.known else None,
             threshold.number(),
-            tuple((int(a), float(b)) for a, b in zip(tried, means, strict=True)),
-            tuple((int(a), float(b)) for a, b in zip(tried, train.ravel(), strict=False)),
+            tuple((int(a), float(b)) for a, b in zip(tried, means, strict=True) if np.isfinite(b)),
+            tuple((int(a), float(b)) for a, b in zip(tried, train.ravel(), strict=False) if np.isfinite(b)),
             selection["chosen"].count(),
             None if n_strategies is None else min(n_strategies, stability.r or n_strategies),
             explained.array(explained.n) if explained.known else None,

@@ -31,8 +31,22 @@ from npeff.reports.figures import (
     strip,
     tile,
 )
-from npeff.reports.places import BRIEF, FULL, PlaceText, ReadablePlaces, Words, place_in, read_places, token_texts
-from npeff.reports.summary import DELAY, ClassNames, TopExample, coefficient, excerpt, printable, text_of
+from npeff.reports.summary import DELAY, TopExample
+from npeff.reports.text import (
+    BRIEF,
+    FULL,
+    ClassNames,
+    PlaceText,
+    ReadablePlaces,
+    Words,
+    coefficient,
+    excerpt,
+    place_in,
+    printable,
+    read_places,
+    text_of,
+    token_texts,
+)
 
 Array = npt.NDArray[Any]
 
@@ -110,6 +124,7 @@ class Gallery:
         labels: Mapping[int, int],
         tokenizer: Any = None,
         progress: bool = False,
+        name: str = "data",
     ) -> None:
         """Iterate the data once and encode the wanted examples; see :func:`read_examples`.
 
@@ -117,7 +132,7 @@ class Gallery:
             DataError: The data ends early, or its labels are not those on record.
         """
         waiting_bytes = 0
-        found = read_examples(data, wanted, labels, tokenizer)
+        found = read_examples(data, wanted, labels, tokenizer, name)
         if isinstance(data, ReadablePlaces):
             found = ((i, RawExample(place=place)) for i, place in read_places(data, wanted, labels))
             self.words = Words(data)
@@ -223,18 +238,33 @@ class Gallery:
         return excerpt(read["text"], 60)[0] if read and read["kind"] == "text" else ""
 
     def telling(self, tops: Iterable[TopExample]) -> list[str]:
-        """Return the words that tell these places from the others; see :meth:`npeff.reports.places.Words.telling`."""
-        places = [(top, self._places[top.position]) for top in tops if top.position in self._places]
+        """Return the words that tell these places from the others; see :meth:`npeff.reports.text.Words.telling`."""
+        places = [(top.coefficient, self._places[top.position]) for top in tops if top.position in self._places]
         return self.words.telling(places) if self.words and places else []
+
+    def picture(self, position: int) -> Pixels | None:
+        """Return an example of ``kept`` as a picture, ``(H, W, 3)``; None for texts and those that are not there."""
+        example = self.kept.get(position, RawExample())
+        if example.values is not None:
+            return strip(example.values, full_colour(example.values))
+        if example.image is None:
+            return None
+        pixels = self.pixels(example.image)
+        return np.asarray(np.broadcast_to(np.atleast_3d(pixels), (*pixels.shape[:2], 3)))
+
+    def beginning(self, position: int, length: int) -> str:
+        """Return the beginning of a text of ``kept``, or the text around a place; empty for other examples."""
+        example = self.kept.get(position, RawExample())
+        if example.place is not None:
+            return example.place.around()
+        start, rest = excerpt(printable(example.text or ""), length)
+        return start + (" …" if rest else "")
 
     def draw_attribution(self, position: int, weights: Array, tokenizer: Any, name: str) -> dict[str, Any]:
         """Draw what in an example of ``kept`` speaks for a component, as a picture or as coloured tokens.
 
-        The weights have the shape of the input, or are one number per token.
-
-        Returns:
-            ``{"uri": …, "small": …}`` or ``{"tokens": [(text, level), …]}``, levels in [−1, 1]; of a place also the
-            ``"index"`` of its token, and what stands in place of the text that was ``"cut"`` off.
+        The weights have the shape of the input, or are one number per token. The result is ``{"uri": …, "small": …}``
+        or ``{"tokens": [(text, level), …]}``, levels in [−1, 1]; for a place it is that of :meth:`PlaceText.window`.
 
         Raises:
             ArgumentError: The weights do not fit the example.
@@ -284,15 +314,11 @@ def tokens_of(example: RawExample, count: int, tokenizer: Any, name: str) -> lis
 
 
 def read_examples(
-    data: Iterable[Any], wanted: Iterable[int], labels: Mapping[int, int], tokenizer: Any = None
+    data: Iterable[Any], wanted: Iterable[int], labels: Mapping[int, int], tokenizer: Any = None, name: str = "data"
 ) -> Iterator[tuple[int, RawExample]]:
     """Iterate the data once and yield ``(position, example)`` for the wanted positions, in order.
 
-    Args:
-        data: Batches as given to ``compute_fishers``: ``(inputs, labels)``, a dict, a tensor.
-        wanted: Positions in the data.
-        labels: The labels on record of wanted positions, −1 where unknown; checked against those in the data.
-        tokenizer: Anything with ``decode(ids)``, for batches that hold only token ids.
+    The labels on record of these positions, −1 where unknown, are checked against those in the data.
 
     Raises:
         DataError: The data ends early, or its labels are not those on record: it is other data, or in another
@@ -318,6 +344,11 @@ def read_examples(
         start += size
         if not missing:
             break
+    if missing and name != "data":
+        raise DataError(
+            f"{name}: has {start} examples, and example {max(missing)} is asked for (the first one is 0); pass the "
+            "training data that the influences are about, in the same order"
+        )
     if missing:
         raise DataError(
             f"data: has {start} examples, but the components were computed from data with at least "

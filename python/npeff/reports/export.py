@@ -7,8 +7,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,15 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from npeff.components.components import Components
-from npeff.errors import ArgumentError
+from npeff.errors import ArgumentError, check_number
 from npeff.language.places import check_places
+from npeff.perturbation.options import among
 from npeff.reports.data import ReportOptions, heading
-from npeff.reports.examples import Gallery, RawExample
-from npeff.reports.figures import Pixels, full_colour, picture_of, strip
+from npeff.reports.examples import Gallery
+from npeff.reports.figures import Pixels, picture_of
 from npeff.reports.html import environment
-from npeff.reports.summary import (
-    ClassNames,
-    ComponentSummary,
-    TopExample,
-    coefficient,
-    excerpt,
-    percent,
-    printable,
-    summarise,
-)
+from npeff.reports.summary import COLUMNS, ComponentSummary, summarise
+from npeff.reports.text import ClassNames, coefficient, printable
 from npeff.reports.writer import AssetsFolder, check_page
 from npeff.storage.files import atomic, path_of
 
@@ -51,81 +43,26 @@ TEXT_LENGTH = 600
 PICTURE_WIDTH = 0.118  # of the line: eight side by side
 
 
-@dataclass(frozen=True)
-class TopExamples:
-    """Some components with the raw examples that they are shown by.
+@contextmanager
+def _top_examples(
+    components: Components, data: Iterable[Any] | None, chosen: Sequence[int], options: ReportOptions
+) -> Iterator[tuple[list[ComponentSummary], Gallery, ClassNames]]:
+    """Summarise the chosen components, and keep their top examples in one pass over the data.
 
-    Attributes:
-        summaries: Of the chosen components, in their order.
-        gallery: Holds the raw examples, under ``kept``.
-        names: Of the classes.
+    Raises:
+        ArgumentError: An option is not as documented, or one of the chosen is no component.
     """
-
-    summaries: list[ComponentSummary]
-    gallery: Gallery
-    names: ClassNames
-
-    @classmethod
-    @contextmanager
-    def collect(
-        cls,
-        components: Components,
-        data: Iterable[Any] | None,
-        chosen: Sequence[int],
-        options: ReportOptions,
-    ) -> Iterator[TopExamples]:
-        """Collect the top examples of the chosen components in one pass over the data; see :func:`npeff.report`.
-
-        Raises:
-            ArgumentError: An argument is not as documented, or one of the chosen is no component.
-            DataError: The data ends early, or its labels are not those of the decomposed examples.
-        """
-        names = options.names(data, components)
-        check_places(data, components.provenance.get("fishers") or {})
-        for j in chosen:
-            if isinstance(j, bool) or not hasattr(j, "__index__") or not 0 <= j < components.n_components:
-                raise ArgumentError(f"j: expected a component below {components.n_components}, got {j!r}")
-        summaries = summarise(components, int(options.k), chosen=chosen)
-        labels = {top.position: top.label for summary in summaries for top in summary.top}
-        gallery = Gallery(labels, (), labels)
-        try:
-            if data is not None:
-                gallery.fill(data, labels, labels, options.tokenizer)
-            yield cls(summaries, gallery, names)
-        finally:
-            gallery.close()
-
-    def example(self, top: TopExample) -> RawExample | None:
-        """Return the raw example; None without data."""
-        return self.gallery.kept.get(top.position)
-
-    def pixels(self, top: TopExample) -> Pixels | None:
-        """Return an example as a picture, ``(H, W, 3)``; None for texts and without data."""
-        example = self.example(top)
-        if example is None or (example.image is None and example.values is None):
-            return None
-        if example.image is None:
-            assert example.values is not None
-            return strip(example.values, full_colour(example.values))
-        pixels = self.gallery.pixels(example.image)
-        return np.asarray(np.broadcast_to(np.atleast_3d(pixels), (*pixels.shape[:2], 3)))
-
-    def text(self, top: TopExample, length: int) -> str:
-        """Return the beginning of a text, or the text around a place; empty for other examples and without data."""
-        example = self.example(top)
-        if example is not None and example.place is not None:
-            return example.place.around()
-        if example is None or example.text is None:
-            return ""
-        start, rest = excerpt(printable(example.text), length)
-        return start + (" …" if rest else "")
-
-    def verdict(self, top: TopExample) -> str:
-        """Return the label, and the prediction where it is wrong."""
-        names = self.names
-        if top.wrong:
-            return f"{names[top.label]} → {names[top.prediction]}"
-        return names[top.known_class] if top.known_class >= 0 else ""
+    names = options.names(data, components)
+    check_places(data, components.provenance.get("fishers") or {})
+    for j in chosen:
+        if isinstance(j, bool) or not hasattr(j, "__index__") or not 0 <= j < components.n_components:
+            raise ArgumentError(f"j: expected a component below {components.n_components}, got {j!r}")
+    summaries = summarise(components, int(options.k), chosen=chosen)
+    labels = {top.position: top.label for summary in summaries for top in summary.top}
+    with closing(Gallery(labels, (), labels)) as gallery:
+        if data is not None:
+            gallery.fill(data, labels, labels, options.tokenizer)
+        yield summaries, gallery, names
 
 
 # ---- collages -----------------------------------------------------------------------------------------------
@@ -189,11 +126,12 @@ def collages(
     options = ReportOptions.checked(components, data, {"k": COLLAGED, **given})
     if columns is not None and (not isinstance(columns, int) or columns < 1):
         raise ArgumentError(f"columns: expected a number of pictures per row, got {columns!r}")
+    check_number("dpi", dpi)
     for path in paths.values():
         check_page(path)
-    with TopExamples.collect(components, data, list(paths), options) as found:
-        for summary, path in zip(found.summaries, paths.values(), strict=True):
-            figure = _collage(found, summary, columns, options.title, dpi)
+    with _top_examples(components, data, list(paths), options) as (summaries, gallery, names):
+        for summary, path in zip(summaries, paths.values(), strict=True):
+            figure = _collage(summary, gallery, names, columns, options.title, dpi)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as scratch:
                 figure.savefig(scratch, format="png", metadata={"Software": "npeff"})
@@ -201,15 +139,12 @@ def collages(
 
 
 def _collage(
-    found: TopExamples,
-    summary: ComponentSummary,
-    columns: int | None,
-    title: str | None,
-    dpi: int,
+    summary: ComponentSummary, gallery: Gallery, names: ClassNames, columns: int | None, title: str | None, dpi: int
 ) -> Figure:
     tops = summary.top
-    pictures = [found.pixels(top) for top in tops]
-    texts = [[w for line in found.text(t, 400).splitlines() for w in textwrap.wrap(line, TEXT_WIDTH)] for t in tops]
+    pictures = [gallery.picture(top.position) for top in tops]
+    beginnings = [gallery.beginning(top.position, 400) for top in tops]
+    texts = [[w for line in text.splitlines() for w in textwrap.wrap(line, TEXT_WIDTH)] for text in beginnings]
     pictured = any(picture is not None for picture in pictures)
     wide = columns or (max(1, math.ceil(math.sqrt(len(tops)))) if pictured else 1)
     rows = max(1, math.ceil(len(tops) / wide))
@@ -217,13 +152,13 @@ def _collage(
     heights = [max(sizes[a : a + wide] or [0.5]) for a in range(0, rows * wide, wide)]
     width = wide * 1.05 if pictured else 7.5
     figure = Figure((max(width, 3.0) + 0.3, sum(heights) + 0.5), dpi=dpi, layout="constrained")
-    title = f"{summary.j}  {heading(summary, found.names, found.gallery)}" if title is None else title
+    title = f"{summary.j}  {heading(summary, names, gallery)}" if title is None else title
     figure.suptitle(printable(title), x=0.02, ha="left", fontsize=10, parse_math=False)
     grid = figure.subplots(rows, wide, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, top, picture, lines in zip(grid.flat, tops, pictures, texts, strict=False):
-        caption = printable(f"{found.verdict(top)[:24]}  {coefficient(top.coefficient)}".strip())
+        caption = printable(f"{top.verdict(names)[:24]}  {coefficient(top.coefficient)}".strip())
         colour = "#a8431b" if top.wrong else "#1d1d1b"
         if picture is None:
             axes.text(0, 1, caption, fontsize=7, va="top", color=colour, parse_math=False, transform=axes.transAxes)
@@ -272,7 +207,7 @@ def latex(
         DataError: The data ends early, or its labels are not those of the decomposed examples.
         StorageError: The document cannot be written.
     """
-    options = ReportOptions.checked(components, data, ReportOptions.among(locals()))
+    options = ReportOptions.checked(components, data, among(ReportOptions, locals()))
     path = path_of(path)
     if path.suffix.lower() != ".tex":
         raise ArgumentError(f"path: expected a name ending in .tex, got {path}")
@@ -280,9 +215,11 @@ def latex(
     if chosen is None:
         sizes = components.coefficients.sum(0, dtype=np.float64)
         chosen = np.argsort(-sizes, kind="stable").tolist()
+    if not isinstance(chosen, Iterable):
+        raise ArgumentError(f"chosen: expected numbers of components, got {chosen!r}")
     images = AssetsFolder(path, path.with_name(f"{path.stem}-images"))
-    with images, TopExamples.collect(components, data, chosen, options) as found:
-        sections = [_section(found, summary, images) for summary in found.summaries]
+    with images, _top_examples(components, data, chosen, options) as (summaries, gallery, names):
+        sections = [_section(summary, gallery, names, images) for summary in summaries]
         text = _tex_environment().get_template("document.tex.j2").render(
             title=escape(title or "What the network responds to"),
             n_components=components.n_components,
@@ -314,28 +251,24 @@ def escape(text: str) -> str:
     return "".join(out)
 
 
-def _section(found: TopExamples, summary: ComponentSummary, images: AssetsFolder) -> dict[str, Any]:
-    facts = [f"{percent(summary.share)} of all coefficients", f"{summary.n_active} active examples"]
-    if summary.purity is not None:
-        facts.append(f"{percent(summary.purity)} pure")
-    if summary.accuracy is not None:
-        facts.append(f"{percent(summary.accuracy)} right")
+def _section(summary: ComponentSummary, gallery: Gallery, names: ClassNames, images: AssetsFolder) -> dict[str, Any]:
+    facts = [f"{column.cell(summary)} {column.unit}" for column in COLUMNS if column.value(summary) is not None]
     items = []
     for rank, top in enumerate(summary.top):
-        pixels = found.pixels(top)
+        pixels = gallery.picture(top.position)
         items.append(
             {
                 "file": "" if pixels is None else images.write(f"component-{summary.j}-{rank}.png", _png(pixels)),
-                "verdict": escape(found.verdict(top)),
+                "verdict": escape(top.verdict(names)),
                 "wrong": top.wrong,
                 "coefficient": coefficient(top.coefficient),
                 "position": top.position,
-                "text": escape(found.text(top, TEXT_LENGTH)),
+                "text": escape(gallery.beginning(top.position, TEXT_LENGTH)),
             }
         )
     return {
         "j": summary.j,
-        "heading": escape(heading(summary, found.names, found.gallery)),
+        "heading": escape(heading(summary, names, gallery)),
         "facts": escape(", ".join(facts)),
         "pictures": [item for item in items if item["file"]],
         "texts": [item for item in items if not item["file"]],

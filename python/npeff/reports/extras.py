@@ -73,6 +73,10 @@ class Extras:
         checked = {key: {entry: read(one) for entry, one in found[key].items()} for key, read in READERS.items()}
         return cls(**checked, trust=TrustSummary.of(found["trust"]))
 
+    def effect_of(self, j: int) -> EffectSummary:
+        """Return the effect of one component; without any value where none was given."""
+        return self.effects.get((j,), EffectSummary())
+
     @property
     def groups(self) -> list[tuple[int, ...]]:
         """Groups of several components that were moved along or traced."""

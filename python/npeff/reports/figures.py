@@ -255,14 +255,9 @@ def sprite(tiles: Sequence[Pixels]) -> bytes:
 
 
 def strip(values: Array, limit: float) -> Pixels:
-    """Draw numbers as a strip of colours: blue below zero, white at zero, red above.
+    """Draw numbers ``(d,)`` or ``(t, d)`` as a strip of colours: blue below zero, white at zero, red above.
 
-    Args:
-        values: ``(d,)`` or ``(t, d)``; the first 64 rows are drawn, long rows are averaged into 256 cells.
-        limit: The magnitude that gets full colour.
-
-    Returns:
-        uint8 ``(t, ≤ 256, 3)``.
+    The first 64 rows are drawn, long rows averaged into 256 cells; the magnitude ``limit`` gets full colour.
     """
     rows = np.atleast_2d(np.nan_to_num(values.astype(np.float64)))[:64]
     cells = np.stack([part.mean(1) for part in np.array_split(rows, min(256, rows.shape[1]), axis=1)], 1)
@@ -272,13 +267,7 @@ def strip(values: Array, limit: float) -> Pixels:
 def overlay(pixels: Pixels, weights: Array, name: str = "attribution") -> Pixels:
     """Draw an attribution over a fainter image: red where the input speaks for the component, blue where against.
 
-    Args:
-        pixels: uint8 ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)``.
-        weights: ``(H, W)``, or with channels first or last, which are summed.
-        name: For the message.
-
-    Returns:
-        uint8 ``(H, W, 3)``.
+    Channels of the weights, first or last, are summed; the name is for the message.
 
     Raises:
         ArgumentError: The weights have another height and width.

@@ -6,8 +6,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -19,27 +18,17 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from npeff.models.devices import format_bytes
-from npeff.reports.data import LIKELIEST, THUMBS, ReportData
-from npeff.reports.evidence import CONTINUED, INFLUENCES, PUSHED, InfluenceSummary
+from npeff.reports.data import LIKELIEST, THUMBS, UNSTABLE, ReportData
+from npeff.reports.evidence import CONTINUED, PUSHED
 from npeff.reports.figures import (
     effect_curve,
     held_out_curve,
     loss_curve,
     uri_of,
 )
-from npeff.reports.layout import StrategyNode, block_map, head_map
-from npeff.reports.summary import (
-    DELAY,
-    ComponentSummary,
-    TopExample,
-    coefficient,
-    number,
-    percent,
-    plain,
-    printable,
-    short,
-    visible,
-)
+from npeff.reports.layout import StrategyNode, block_map
+from npeff.reports.summary import COLUMNS, DELAY, Column, ComponentSummary
+from npeff.reports.text import coefficient, number, percent, plain, short, visible
 from npeff.reports.writer import ReportWriter, script_json
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -61,92 +50,6 @@ MEMBERS = 60  # components listed on a strategy's page
 LISTED, LEAST = 12, 0.005  # components listed of an example, and the least share of its summed coefficients
 
 
-@dataclass(frozen=True)
-class Column:
-    """A number that every component has: in the table, its filters, the map's colours, and on the component's page.
-
-    Attributes:
-        name: For the script.
-        title: In the head of the table.
-        value: Computes the number; None where it is unknown. A column without any value is left out.
-        text: Prints the number.
-        unit: What stands behind the number on the component's page.
-        about: What the number means, for those who read the page; its subject is the title.
-        is_share: Whether filters take it in percent.
-    """
-
-    name: str
-    title: str
-    value: Callable[[ReportData, ComponentSummary], float | None]
-    text: Callable[[Any], str]
-    unit: str
-    about: str
-    is_share: bool = False
-
-    def cell(self, data: ReportData, summary: ComponentSummary) -> str:
-        """Return what the table shows of a component."""
-        value = self.value(data, summary)
-        return "–" if value is None else self.text(value)
-
-
-COLUMNS = (
-    Column(
-        "share",
-        "Share",
-        lambda data, s: s.share,
-        percent,
-        "of all coefficients",
-        "is its part of the sum of all coefficients.",
-        is_share=True,
-    ),
-    Column(
-        "active",
-        "Active",
-        lambda data, s: s.n_active,
-        number,
-        "active",
-        "examples have at least a tenth of its largest coefficient.",
-    ),
-    Column(
-        "purity",
-        "Purity",
-        lambda data, s: s.purity,
-        percent,
-        "pure",
-        "is the share of its top examples with the commonest prediction.",
-        is_share=True,
-    ),
-    Column(
-        "accuracy",
-        "Accuracy",
-        lambda data, s: s.accuracy,
-        percent,
-        "right",
-        "is the share of its active examples with a label that the model predicts rightly.",
-        is_share=True,
-    ),
-    Column(
-        "stability",
-        "Stability",
-        lambda data, s: data.stability(s.j),
-        "{:.2f}".format,
-        "stable",
-        "is how nearly the component comes back when the decomposition is repeated: |cos| between its vector and its "
-        "partner’s, 1 when it always does. Below about 0.7, do not read much into it.",
-    ),
-    Column(
-        "kl_ratio",
-        "KL ratio",
-        lambda data, s: data.kl_ratio(s.j),
-        plain,
-        "KL ratio",
-        "says how much more the predictions on its top examples change than those on the others when the weights move "
-        "along the component. Near 1, the component does not act where its examples are.",
-    ),
-)
-"""The numbers of the table. To add one, add an entry."""
-
-
 @cache
 def environment() -> Environment:
     """Return the templates; everything printed by them is escaped."""
@@ -160,16 +63,20 @@ def environment() -> Environment:
     env.filters.update(percent=percent, number=number, coefficient=coefficient, plain=plain, visible=visible)
     env.filters["curve"] = lambda effect: effect_curve(effect.magnitudes, effect.kl_top, effect.kl_baseline)
     env.filters["logarithms"] = lambda counts: [math.log2(1 + count) for count in counts]
-    env.globals.update(PUSHED=PUSHED, TRACED=TRACED, CONTINUED=CONTINUED)
+    env.filters.update(block_map=block_map, bytes=format_bytes)
+    env.globals.update(PUSHED=PUSHED, TRACED=TRACED, CONTINUED=CONTINUED, MEMBERS=MEMBERS)
+    env.globals.update(PART_KINDS=PART_KINDS, UNSTABLE=UNSTABLE, version=version("npeff"))
+    bodies = [(TEMPLATES / "app" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
+    script = '(() => {\n"use strict";\n' + "\n".join(bodies) + "})();\n"
+    # The page allows this script and no other.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    env.globals.update(script=Markup(script), script_digest=digest, style=Markup(style))
     return env
 
 
-@cache
-def script() -> tuple[Markup, str]:
-    """Return the script, and the base64 SHA-256 of it by which the page allows it and no other."""
-    bodies = [(TEMPLATES / "app" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
-    text = '(() => {\n"use strict";\n' + "\n".join(bodies) + "})();\n"
-    return Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+def _render(template: str, **values: Any) -> str:
+    return environment().get_template(template).render(**values)
 
 
 def write_report(data: ReportData, writer: ReportWriter) -> None:
@@ -181,7 +88,8 @@ def write_report(data: ReportData, writer: ReportWriter) -> None:
         StorageError: The report cannot be written.
     """
     summaries = data.summaries
-    columns = [column for column in COLUMNS if any(column.value(data, s) is not None for s in summaries)]
+    columns = [column for column in COLUMNS if any(column.value(s) is not None for s in summaries)]
+    around = [None, *summaries, None]
     rows = _rows(data, writer, columns)
     if writer.folder:
         for start in range(ROWS, len(rows), ROWS):
@@ -192,13 +100,15 @@ def write_report(data: ReportData, writer: ReportWriter) -> None:
     for rank in tqdm(range(len(summaries)), "pages", delay=DELAY, disable=hidden, unit="component"):
         name = f"component-{summaries[rank].j}"
         if not writer.full(name):
-            writer.add_page(name, _component_page(data, rank, columns))
+            previous, own, following = around[rank : rank + 3]
+            page = _render("component.html.j2", data=data, s=own, columns=columns, previous=previous, next=following)
+            writer.add_page(name, page)
     writer.add("tree-0", [_tree_line(data, node) for node in data.nodes])
     for part, records in _example_records(data):
         writer.add(f"examples-{part}", records)
     for node in sorted((n for n in data.nodes if not n.leaf), key=lambda n: (-len(n.components), n.id)):
         if not writer.full(f"strategy-{node.id}"):
-            writer.add(f"strategy-{node.id}", _strategy_page(data, node))
+            writer.add(f"strategy-{node.id}", _render("strategy.html.j2", data=data, node=node))
     ids = np.asarray(data.components.ids)
     if _first_id(ids) is None:
         writer.add("ids-0", ids.tolist())
@@ -206,7 +116,7 @@ def write_report(data: ReportData, writer: ReportWriter) -> None:
         pictures = [data.gallery.encoded(int(position)) for position in ids[start : start + PER_PART]]
         if any(pictures):
             writer.add(f"pictures-{start // PER_PART}", pictures)
-    writer.finish(_overview(data, writer, columns, rows))
+    writer.publish(_overview(data, writer, columns, rows))
 
 
 # ---- the overview -------------------------------------------------------------------------------------------
@@ -214,7 +124,6 @@ def write_report(data: ReportData, writer: ReportWriter) -> None:
 
 def _rows(data: ReportData, writer: ReportWriter, columns: Sequence[Column]) -> list[str]:
     """Return the rows of the table; thumbnails go beside the page where there are many rows."""
-    template = environment().get_template("row.html.j2")
     rows = []
     for s in data.summaries:
         strip = data.gallery.thumbs(s.top[:THUMBS])
@@ -224,7 +133,7 @@ def _rows(data: ReportData, writer: ReportWriter, columns: Sequence[Column]) -> 
                 address = writer.add_picture(f"thumb-{s.j}.webp", strip)
             elif writer.room_inline(f"thumb-{s.j}", 4 * len(strip) // 3, THUMBS_SHARE):
                 address = uri_of(strip, "webp")
-        rows.append(template.render(data=data, s=s, thumbs=address, columns=columns))
+        rows.append(_render("row.html.j2", data=data, s=s, thumbs=address, columns=columns))
     return rows
 
 
@@ -232,56 +141,23 @@ def _overview(data: ReportData, writer: ReportWriter, columns: Sequence[Column],
     components, trust = data.components, data.extras.trust
     labels, predictions = np.asarray(components.labels), components.predictions
     known = (labels >= 0) & (predictions >= 0)
-    code, digest = script()
-    fit = (
-        loss_curve(components.loss_curve),
-        "The fit: squared error left, as a share of the Fishers’ squared norm.",
-    )
-    selection = (
-        held_out_curve(trust.held_out, trust.train, trust.chosen, components.n_components),
-        "How many components: the loss on what was held out, and on what was decomposed.",
-    )
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            data=data,
-            components=components,
-            title=data.options.title or "What the network responds to",
-            version=version("npeff"),
-            style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
-            script=code,
-            script_digest=digest,
-            parts=writer.parts,
-            accuracy=float((labels == predictions)[known].mean()) if known.any() else None,
-            n_below_null=sum(map(data.below_null, data.summaries)) if trust.null_threshold is not None else None,
-            left_out=_left_out(writer),
-            figures=[fit, selection],
-            columns=columns,
-            rows=[Markup(row) for row in rows],
-            pages=[Markup(html) for _, html in writer.pages],
-            complete=writer.complete,
-            inline=[(name, Markup(content)) for name, content in writer.inline.items()],
-            script_data=Markup(script_json(_script_data(data, writer, columns))),
-            provenance=_flatten(components.provenance),
-        )
-    )
-
-
-def _left_out(writer: ReportWriter) -> str:
-    missing = [
-        f"{number(n)} of {number(n + writer.added[kind])} {PART_KINDS[kind]}"
-        if kind not in ("examples", "pictures")
-        else f"{PART_KINDS[kind]} ({percent(n / (n + writer.added[kind]))} of them)"
-        for kind, n in writer.left_out.items()
-        if kind in PART_KINDS
-    ]
-    if not missing:
-        return ""
-    return (
-        f"Left out, for this report may take no more than {format_bytes(writer.limit)}: {', '.join(missing)}. "
-        + ("A larger size_limit" if writer.folder else "A folder, or a larger size_limit,")
-        + " holds everything."
+    figures = {
+        "The fit: squared error left, as a share of the Fishers’ squared norm.": loss_curve(components.loss_curve),
+        "How many components: the loss on what was held out, and on what was decomposed.": held_out_curve(
+            trust.held_out, trust.train, trust.chosen, components.n_components
+        ),
+    }
+    return _render(
+        "report.html.j2",
+        data=data,
+        writer=writer,
+        columns=columns,
+        rows=rows,
+        accuracy=float((labels == predictions)[known].mean()) if known.any() else None,
+        n_below_null=sum(map(data.below_null, data.summaries)),
+        figures=figures,
+        script_data=script_json(_script_data(data, writer, columns)),
+        provenance=_flatten(components.provenance),
     )
 
 
@@ -325,7 +201,7 @@ def _script_data(data: ReportData, writer: ReportWriter, columns: Sequence[Colum
 
 def _line(data: ReportData, s: ComponentSummary, columns: Sequence[Column]) -> list[Any]:
     """A component's values in the order of the script's columns."""
-    values = [short(column.value(data, s)) for column in columns]
+    values = [short(column.value(s)) for column in columns]
     x, y = (round(float(value), 3) for value in data.map[s.j])
     return [s.j, data.headings[s.j], *values, data.leaves[s.j].group, s.leading_class, x, y]
 
@@ -380,69 +256,3 @@ def _example_records(data: ReportData) -> Iterator[tuple[int, list[list[Any]]]]:
                 record.append(drawn[i])
             records.append(record)
         yield start // PER_PART, records
-
-
-# ---- the other pages ----------------------------------------------------------------------------------------
-
-
-def _component_page(data: ReportData, rank: int, columns: Sequence[Column]) -> str:
-    """Return the page of a component; its rank is its index among the summaries."""
-    summary, names, heads = data.summaries[rank], data.names, data.options.heads
-    j, known = summary.j, bool(summary.block_energy)
-    drawn = {top.index: what for top, what in data.attributions.get(j, []) if "index" in what}
-    influences = data.extras.influences.get(j, InfluenceSummary([]))
-    vector = data.components.vector(j) if heads is not None and known else None
-    near = [data.summaries[p].j if 0 <= p < len(data.summaries) else None for p in (rank - 1, rank + 1)]
-    return (
-        environment()
-        .get_template("component.html.j2")
-        .render(
-            data=data,
-            s=summary,
-            columns=columns,
-            previous=near[0],
-            next=near[1],
-            **{
-                name: [data.gallery.show(top, names) | drawn.get(top.index, {}) for top in items]
-                for name, items in (("shown", summary.top), ("middle", summary.middle), ("random", summary.random))
-            },
-            coloured=bool(drawn),
-            effect=data.extras.effects.get((j,)),
-            trace=data.extras.traces.get((j,)),
-            block_map=block_map(summary.block_energy) if known else None,
-            head_map=None if vector is None else head_map(data.components.parameters, vector, heads),
-            attributions=[
-                {"j": j, "item": data.gallery.show(top, names), "drawn": what}
-                for top, what in data.attributions.get(j, [])
-                if top.index not in drawn or top not in summary.shown
-            ],
-            influences=influences,
-            influential=[_influence(data, influences, *pair) for pair in influences.pairs[:INFLUENCES]],
-        )
-    )
-
-
-def _influence(data: ReportData, influences: InfluenceSummary, position: int, score: float) -> dict[str, Any]:
-    shown = data.training.show(TopExample(position, position, 0.0, -1, -1), data.names)
-    if shown["kind"] == "number" and position in influences.texts:
-        shown |= {"kind": "text", "start": printable(influences.texts[position]), "rest": ""}
-    return {**shown, "position": position, "score": score}
-
-
-def _strategy_page(data: ReportData, node: StrategyNode) -> str:
-    """The page of a node of the tree that is no single component."""
-    names, shares = data.names, {s.j: s.share for s in data.summaries}
-    members = sorted(node.components, key=lambda j: -shares[j])
-    predicted = [(int(c), float(node.profile[c])) for c in np.argsort(-node.profile, kind="stable")[:8]]
-    return (
-        environment()
-        .get_template("strategy.html.j2")
-        .render(
-            data=data,
-            node=node,
-            shown=[data.gallery.show(top, names) for top in node.top],
-            profile=[(name, share) for name, share in names.named(predicted) if share >= 0.005],
-            members=[(j, data.headings[j], shares[j]) for j in members[:MEMBERS]],
-            n_more=len(members[MEMBERS:]),
-        )
-    )

@@ -26,6 +26,8 @@ Heads = int | Mapping[str, int] | None
 
 MOST_GROUPS = 12
 """Strategies that get a colour of their own; where the caller names no number, no more are made."""
+AT_ONCE = 64
+"""Nodes of the tree whose coefficients are summed at once."""
 STEPS, EXAGGERATED = 350, 100  # of t-SNE
 _SEARCH_STEPS, _ENTROPY_TOLERANCE = 100, 1e-8  # of its neighbourhoods; the entropy is in nats
 MOST_POINTS = 2500  # components; with more, r² numbers a step take too long, and the map is classical scaling alone
@@ -79,15 +81,10 @@ def tree_of(
     strategies: Any = None,
     similarity: Array | None = None,
 ) -> list[StrategyNode]:
-    """Number the nodes of the tree of strategies, parents before children, and measure each.
+    """Number the nodes of the tree of strategies, parents before children, and measure each, with k examples.
 
-    Args:
-        components: A decomposition.
-        summaries: Its components; their shares order the children.
-        k: Examples per node.
-        strategies: What ``components.strategies()`` gives, or a number of strategies to colour; by default the
-            number with the best silhouette.
-        similarity: ``(r, r)`` of the components; by default that of their responses.
+    ``strategies`` is what ``components.strategies()`` gives, or a number of strategies to colour, by default the one
+    with the best silhouette; ``similarity (r, r)`` is by default that of the components' responses.
 
     Raises:
         ArgumentError: ``strategies`` is neither a tree over these components nor such a number.
@@ -96,7 +93,8 @@ def tree_of(
     r = components.n_components
     root = strategies
     if not isinstance(strategies, Strategy):
-        if strategies is not None and (not isinstance(strategies, int) or not 1 <= strategies <= r):
+        counted = isinstance(strategies, int) and not isinstance(strategies, bool)
+        if strategies is not None and not (counted and 1 <= strategies <= r):
             raise ArgumentError(f"strategies: expected a Strategy or a number from 1 to {r}, got {strategies!r}")
         mass = components.coefficients.sum(0, dtype=np.float64)
         nothing = components.coefficients[:0]  # the tree's shape alone: no sums over the examples yet
@@ -159,11 +157,8 @@ def _best_cut(nodes: Sequence[StrategyNode], similarity: Array) -> list[int]:
 def silhouette(distances: Array, member: Array) -> float:
     """Average ``(b − a) / max(a, b)``: a the mean distance within the own group, b to the nearest other one.
 
-    Rousseeuw (1987).
-
-    Args:
-        distances: ``(r, r)``.
-        member: ``(r, groups)`` 0 or 1, one 1 per row. Points alone in their group count as 0.
+    Rousseeuw (1987). Distances are ``(r, r)``; ``member (r, groups)`` holds one 1 per row. A point alone in its group
+    counts as 0.
     """
     sizes = member.sum(0)
     sums = distances @ member - np.diag(distances)[:, None] * member
@@ -175,25 +170,16 @@ def silhouette(distances: Array, member: Array) -> float:
 
 
 def _measure(components: Components, nodes: list[StrategyNode], k: int) -> None:
-    """Sum coefficients from the leaves up.
-
-    Children come before parents, the subtree with most components first: at most log r arrays ``(n,)`` are alive.
-    """
-    order, waiting = [], [0]
-    while waiting:
-        order.append(waiting.pop())
-        waiting += sorted(nodes[order[-1]].children, key=lambda i: -len(nodes[i].components))
+    """Sum the coefficients below each inner node, some nodes at once."""
     W, predictions = components.coefficients, components.predictions
-    sums: dict[int, Array] = {}
-    for i in reversed(order):
-        node = nodes[i]
-        if node.leaf:
-            continue
-        w = np.zeros(len(W), np.float32)
-        for child in node.children:
-            w += W[:, nodes[child].components[0]] if nodes[child].leaf else sums.pop(child)
-        sums[i] = w
-        _describe(components, predictions, node, w, k)
+    inner = [node for node in nodes if not node.leaf]
+    for start in range(0, len(inner), AT_ONCE):
+        some = inner[start : start + AT_ONCE]
+        member = np.zeros((W.shape[1], len(some)), np.float32)
+        for column, node in enumerate(some):
+            member[list(node.components), column] = 1
+        for node, w in zip(some, (W @ member).T, strict=True):
+            _describe(components, predictions, node, np.ascontiguousarray(w), k)
 
 
 def _describe(components: Components, predictions: Array, node: StrategyNode, w: Array, k: int) -> None:
@@ -216,13 +202,8 @@ def map_positions(distances: Array) -> Array:
     """Lay points out in the unit square so that near points stay near.
 
     Classical scaling (Torgerson 1952), from which t-SNE (van der Maaten & Hinton 2008) starts: exact, with a perplexity
-    of a tenth of the points (3 to 30). The same distances give the same map.
-
-    Args:
-        distances: ``(r, r)`` ≥ 0, symmetric.
-
-    Returns:
-        ``(r, 2)`` float64 in [0, 1], its longer side filling that range.
+    of a tenth of the points (3 to 30). The same distances ``(r, r)`` give the same map: ``(r, 2)`` float64 in [0, 1],
+    its longer side filling that range.
     """
     r = len(distances)
     if r == 1:
@@ -359,11 +340,10 @@ class HeatMap:
 
 
 def block_map(energy: Mapping[str, float]) -> HeatMap:
-    """Arrange the energy of parameters as layers by parts.
+    """Arrange the share of ‖g_j‖² per parameter name as layers by parts, in the model's order.
 
-    Args:
-        energy: Share of ‖g_j‖² per parameter name, in the model's order. A name is cut behind its first number
-            (``encoder.layer.3 | attention.query.weight``), names without one before their last part.
+    A name is cut behind its first number (``encoder.layer.3 | attention.query.weight``), names without one before their
+    last part.
     """
     cells = {layer_and_part(name): share for name, share in energy.items()}
     rows = tuple(dict.fromkeys(row for row, _ in cells))
@@ -401,17 +381,11 @@ def check_heads(parameters: Parameters, heads: Heads) -> None:
 
 
 def head_map(parameters: Parameters, vector: Array, heads: Heads) -> HeatMap | None:
-    """Sum the energy per layer and attention head.
+    """Sum the energy of a vector ``(n_parameters,)`` per layer and attention head; None where no parameter has heads.
 
-    Args:
-        parameters: What the vector stands for.
-        vector: ``(n_parameters,)`` unit-norm pseudo-Fisher vector.
-        heads: Heads per layer, for parameters with the usual names of attention projections; or a mapping
-            from name patterns (``"*.attn.*"``) to numbers, for parameters whose first dimension holds the heads.
-            Parameters that do not divide evenly (keys and values shared by several heads) are left out.
-
-    Returns:
-        Layers by heads; None where no parameter has heads.
+    ``heads`` is the number per layer, for parameters with the usual names of attention projections; or a mapping from
+    name patterns (``"*.attn.*"``) to numbers, for parameters whose first dimension holds the heads. Parameters that do
+    not divide evenly (keys and values shared by several heads) are left out.
     """
     found: dict[str, Array] = {}
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""The numbers of each component, and how a report prints numbers, texts and class names."""
+"""The numbers of each component, those of the table among them."""
 
 from __future__ import annotations
 
@@ -11,140 +11,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from npeff.components.components import Components
-
-_BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_VISIBLE = {
-    **{code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)},
-    0x7F: "\u2421",
-    **dict.fromkeys((0x85, 0x2028, 0x2029), "\n"),
-    **{code: f"\\u{code:04x}" for code in _BIDI},
-}
-LONGEST_WORD = 32  # characters
-EXCERPT = 220
-"""Characters of a text that a page shows at first."""
-
-
-class ClassNames:
-    """The names of the classes; numbers where no names are given.
-
-    Args:
-        names: A name per class.
-        words: Finds the words of some classes, in place of names. White space around a word is not shown. Of two words
-            that differ by nothing else, the second is shown with its white space, or after three dots if it has none.
-    """
-
-    def __init__(self, names: Sequence[str] | None, words: Callable[[list[int]], list[str]] | None = None) -> None:
-        self._names = dict(enumerate(map(str, names))) if names is not None else {}
-        self._words, self._taken = words, dict[str, int]()
-
-    def __getitem__(self, index: int) -> str:
-        if index < 0:
-            return "no label"
-        if self._words is not None and index not in self._names:
-            self.find([index])
-        return self._names.get(index, str(index))
-
-    def named(self, shares: Iterable[tuple[int, float]]) -> list[tuple[str, float]]:
-        """Put names in place of the classes of pairs."""
-        return [(self[c], share) for c, share in shares]
-
-    def find(self, classes: Iterable[int]) -> None:
-        """Find the words of some classes at once."""
-        new = [] if self._words is None else sorted({int(c) for c in classes if c >= 0} - self._names.keys())
-        for index, word in zip(new, self._words(new) if self._words and new else (), strict=True):
-            name = word.strip()
-            if not name or self._taken.setdefault(name, index) != index:
-                name = f"…{word}" if name and name == word else spaced(word)
-            self._names[index] = visible(name if len(name) <= LONGEST_WORD else f"{name[:LONGEST_WORD]}…")
-
-    @property
-    def are_words(self) -> bool:
-        """Whether the names are words of a large vocabulary, found as they are needed."""
-        return self._words is not None
-
-    @property
-    def known(self) -> dict[int, str]:
-        """All names so far."""
-        return self._names
-
-
-def percent(share: float) -> str:
-    """Print a share as a percentage with two significant digits."""
-    if share < 0:
-        return f"−{percent(-share)}"
-    value = 100 * share
-    if value >= 9.95 or value == 0:
-        return f"{value:.0f} %"
-    return f"{value:.1f} %" if value >= 0.1 else "< 0.1 %"
-
-
-def number(value: int) -> str:
-    """Print a whole number with thin spaces between thousands."""
-    return f"{value:,}".replace(",", "\u2009")
-
-
-def coefficient(value: float) -> str:
-    """Print a coefficient with two significant digits or decimals."""
-    return f"{value:.2f}" if value >= 0.095 else f"{value:.2g}"
-
-
-def plain(value: float) -> str:
-    """Print a number with three significant digits, without an exponent where it needs none."""
-    return f"{value:.3g}" if not 100 <= abs(value) < 1e6 else f"{value:.0f}"
-
-
-def text_of(item: Any) -> str | None:
-    """Return the text of an item of the data, or None for an item that is not text.
-
-    Args:
-        item: A string, bytes, or a tuple or list of strings (sentence pairs), which become one line each.
-    """
-    if isinstance(item, str):
-        return str(item)
-    if isinstance(item, bytes):
-        return item.decode("utf-8", "replace")
-    if isinstance(item, Sequence) and item and all(isinstance(part, str) for part in item):
-        return "\n".join(item)
-    return None
-
-
-def excerpt(text: str, length: int = EXCERPT) -> tuple[str, str]:
-    """Cut a text at a word boundary after about ``length`` characters.
-
-    Returns:
-        The beginning, and the rest (empty for a short text).
-    """
-    text = text.strip()
-    if len(text) <= length * 1.15:
-        return text, ""
-    cut = text.rfind(" ", int(length * 0.7), length)
-    cut = cut if cut > 0 else length
-    return text[:cut].rstrip(), text[cut:]
-
-
-def printable(text: str) -> str:
-    """Replace what UTF-8 cannot hold: a lone surrogate becomes a question mark."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def visible(text: str) -> str:
-    """Make characters visible that would change how others are shown.
-
-    Controls become their pictures, characters that turn the direction of writing become their numbers, and lone
-    surrogates question marks; tabs and line breaks stay.
-    """
-    return printable(text).translate(_VISIBLE)
-
-
-def spaced(token: str) -> str:
-    """Make white space visible: a token of white space alone would not be seen."""
-    return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "∅"
-
-
-def short(value: Any) -> float | None:
-    """Round to four significant digits, what a page can show; None for an unknown number."""
-    return None if value is None or not np.isfinite(value) else float(f"{float(value):.4g}")
-
+from npeff.reports.text import ClassNames, number, percent, plain
 
 Array = npt.NDArray[Any]
 
@@ -183,6 +50,12 @@ class TopExample:
         """The label, else the prediction, else −1."""
         return self.label if self.label >= 0 else self.prediction
 
+    def verdict(self, names: ClassNames) -> str:
+        """Name the label, and the prediction where it is wrong."""
+        if self.wrong:
+            return f"{names[self.label]} → {names[self.prediction]}"
+        return names[self.known_class] if self.known_class >= 0 else ""
+
 
 @dataclass(frozen=True)
 class ComponentSummary:
@@ -206,6 +79,8 @@ class ComponentSummary:
         block_energy: Share of ‖g_j‖² of every parameter; empty where the vector in parameter space was not recovered.
         weighted_energy: The same of the vector times the block weights, as it was decomposed.
         energy: Mean squared coefficient, ``Σ_i W_ij² / n``.
+        stability: How nearly it comes back when the decomposition is repeated, in [0, 1]; None where unknown.
+        kl_ratio: KL on its top examples over KL on the others when the weights move along it; None where unknown.
     """
 
     j: int
@@ -225,6 +100,8 @@ class ComponentSummary:
     block_energy: dict[str, float]
     weighted_energy: dict[str, float]
     energy: float
+    stability: float | None = None
+    kl_ratio: float | None = None
 
     @property
     def shown(self) -> list[TopExample]:
@@ -250,17 +127,94 @@ class ComponentSummary:
         return [(title, *(sum(energy[n] for n in names) for energy in energies)) for title, names in groups if names]  # type: ignore[misc]
 
 
+@dataclass(frozen=True)
+class Column:
+    """A number that every component has: in the table, its filters, the map's colours, and on the component's page.
+
+    Attributes:
+        name: Of the field of :class:`ComponentSummary`; None there is unknown. A column without any number is left out.
+        title: In the head of the table.
+        text: Prints the number.
+        unit: What stands behind the number on the component's page.
+        about: What the number means, for those who read the page; its subject is the title.
+        is_share: Whether filters take it in percent.
+    """
+
+    name: str
+    title: str
+    text: Callable[[Any], str]
+    unit: str
+    about: str
+    is_share: bool = False
+
+    def value(self, summary: ComponentSummary) -> float | None:
+        """Return the number."""
+        return getattr(summary, self.name)
+
+    def cell(self, summary: ComponentSummary) -> str:
+        """Return what the table shows of a component."""
+        value = self.value(summary)
+        return "–" if value is None else self.text(value)
+
+
+COLUMNS = (
+    Column(
+        "share",
+        "Share",
+        percent,
+        "of all coefficients",
+        "is its part of the sum of all coefficients.",
+        is_share=True,
+    ),
+    Column(
+        "n_active",
+        "Active",
+        number,
+        "active",
+        "examples have at least a tenth of its largest coefficient.",
+    ),
+    Column(
+        "purity",
+        "Purity",
+        percent,
+        "pure",
+        "is the share of its top examples with the commonest prediction.",
+        is_share=True,
+    ),
+    Column(
+        "accuracy",
+        "Accuracy",
+        percent,
+        "right",
+        "is the share of its active examples with a label that the model predicts rightly.",
+        is_share=True,
+    ),
+    Column(
+        "stability",
+        "Stability",
+        "{:.2f}".format,
+        "stable",
+        "is how nearly the component comes back when the decomposition is repeated: |cos| between its vector and its "
+        "partner’s, 1 when it always does. Below about 0.7, do not read much into it.",
+    ),
+    Column(
+        "kl_ratio",
+        "KL ratio",
+        plain,
+        "KL ratio",
+        "says how much more the predictions on its top examples change than those on the others when the weights move "
+        "along the component. Near 1, the component does not act where its examples are.",
+    ),
+)
+"""The numbers of the table. To add one, add an entry."""
+
+
 def summarise(
     components: Components, k: int, seed: int = 0, chosen: Iterable[int] | None = None, progress: bool = False
 ) -> list[ComponentSummary]:
-    """Summarise components, the largest share first.
+    """Summarise components with k top examples, half as many from the middle, and half as many at random.
 
-    Args:
-        components: A decomposition.
-        k: Top examples of each; half as many from the middle, and half as many at random.
-        seed: Decides the random ones.
-        chosen: Components, in this order; by default all, the largest share first.
-        progress: Show a progress bar.
+    The seed decides the random ones. The components are in the order ``chosen``, by default the largest share first.
     """
     sizes = np.asarray(components.coefficients).sum(0, dtype=np.float64)
     shares = sizes / (sizes.sum() or 1.0)

@@ -53,107 +53,6 @@ def script_json(value: Any) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-class ReportWriter:
-    """Writes one report in parts, up to a limit; for use in a ``with`` block.
-
-    Parts are given in the order of their importance: where the limit ends, the last are left out.
-
-    Args:
-        page: The HTML file.
-        folder: Whether parts may stand beside it.
-        limit: Bytes that the report may take.
-
-    Attributes:
-        size: Bytes of the parts so far.
-        inline: Parts that stand in the page, ``name → JSON``.
-        pages: Component pages that stand in the page, in order.
-        complete: Whether the page itself holds all its component pages.
-        added: Parts that are there, by kind.
-        left_out: Parts that the limit left no room for, by kind.
-        absent: Names of those.
-    """
-
-    def __init__(self, page: Path, folder: bool, limit: int) -> None:
-        self.folder, self.limit = folder, limit
-        self.size = 0
-        self.inline: dict[str, str] = {}
-        self.pages: list[tuple[str, str]] = []
-        self.complete = True
-        self.added: Counter[str] = Counter()
-        self.left_out: Counter[str] = Counter()
-        self.absent: set[str] = set()
-        self._parts = AssetsFolder(page, page.parent)
-
-    @property
-    def parts(self) -> str:
-        """Name of the folder of parts, as the page addresses it; empty for a single file."""
-        return self._parts.path.name if self._parts.path else ""
-
-    def __enter__(self) -> ReportWriter:
-        if self.folder:
-            self._parts.make()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._parts.__exit__(kind, *rest)
-
-    def add(self, name: str, value: Any) -> None:
-        """Put a JSON value where the page finds it under ``name`` (``kind-number``), if the limit leaves room."""
-        content = script_json(value)
-        if not self._room(name, len(content.encode())):
-            return
-        if self.folder:
-            self._write_script(name, content)
-        else:
-            self.inline[name] = content
-
-    def add_page(self, name: str, html: str) -> None:
-        """Put a component's page into the page itself, where all of them fit; else beside it."""
-        if not self._room(name, len(html.encode("utf-8", "replace"))):
-            return
-        self.pages.append((name, html))
-        if self.folder and (not self.complete or sum(len(h) for _, h in self.pages) > INLINE):
-            self.complete = False
-            for waiting, text in self.pages:
-                self._write_script(waiting, script_json(text))
-            self.pages = []
-
-    def add_picture(self, name: str, content: bytes) -> str | None:
-        """Put a picture beside the page; return its address, or None where the limit leaves no room."""
-        return self._parts.write(name, content) if self._room(name, len(content)) else None
-
-    def room_inline(self, name: str, size: int, share: float) -> bool:
-        """Count what stands in the page's rows, if that share of the limit leaves room."""
-        return self.size + size <= share * self.limit and self._room(name, size)
-
-    def full(self, name: str) -> bool:
-        """Say whether no more parts of that kind fit; then this one counts as left out."""
-        return bool(self.left_out[name.split("-")[0]]) and self._leave_out(name)
-
-    def _leave_out(self, name: str) -> bool:
-        self.left_out[name.split("-")[0]] += 1
-        self.absent.add(name)
-        return True
-
-    def _room(self, name: str, size: int) -> bool:
-        if self.size + size > self.limit:
-            return not self._leave_out(name)
-        self.size += size
-        self.added[name.split("-")[0]] += 1
-        return True
-
-    def _write_script(self, name: str, content: str) -> None:
-        self._parts.write(f"{name}.js", f"npeff({json.dumps(name)},{content});\n".encode())
-
-    def finish(self, html: str) -> None:
-        """Write the page, whole or not at all; then remove the parts of the one that it replaces.
-
-        Raises:
-            StorageError: The page cannot be written.
-        """
-        self._parts.publish(html)
-
-
 class AssetsFolder:
     """The folder ``data-N`` that holds the parts of one page; for use in a ``with`` block.
 
@@ -198,10 +97,7 @@ class AssetsFolder:
             raise
 
     def write(self, name: str, content: bytes) -> str:
-        """Write a part.
-
-        Returns:
-            Its address for the page.
+        """Write a part, and return its address for the page.
 
         Raises:
             StorageError: It cannot be written.
@@ -245,6 +141,96 @@ class AssetsFolder:
         if self._claim is not None:
             os.close(self._claim)
         self._claim = None
+
+
+class ReportWriter(AssetsFolder):
+    """Writes one report in parts, up to a limit; for use in a ``with`` block.
+
+    Parts are given in the order of their importance: where the limit ends, the last are left out.
+
+    Args:
+        page: The HTML file.
+        folder: Whether parts may stand beside it.
+        limit: Bytes that the report may take.
+
+    Attributes:
+        size: Bytes of the parts so far.
+        inline: Parts that stand in the page, ``name → JSON``.
+        pages: Component pages that stand in the page, in order.
+        complete: Whether the page itself holds all its component pages.
+        added: How many parts are there, by kind.
+        left_out: How many the limit left no room for, by kind.
+        absent: Names of those.
+    """
+
+    def __init__(self, page: Path, folder: bool, limit: int) -> None:
+        super().__init__(page, page.parent)
+        self.folder, self.limit = folder, limit
+        self.size = 0
+        self.inline: dict[str, str] = {}
+        self.pages: list[tuple[str, str]] = []
+        self.complete = True
+        self.added: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+        self.absent: set[str] = set()
+
+    @property
+    def parts(self) -> str:
+        """Name of the folder of parts, as the page addresses it; empty for a single file."""
+        return self.path.name if self.path else ""
+
+    def __enter__(self) -> ReportWriter:
+        if self.folder:
+            self.make()
+        return self
+
+    def add(self, name: str, value: Any) -> None:
+        """Put a JSON value where the page finds it under ``name`` (``kind-number``), if the limit leaves room."""
+        content = script_json(value)
+        if not self._room(name, len(content.encode())):
+            return
+        if self.folder:
+            self._write_script(name, content)
+        else:
+            self.inline[name] = content
+
+    def add_page(self, name: str, html: str) -> None:
+        """Put a component's page into the page itself, where all of them fit; else beside it."""
+        if not self._room(name, len(html.encode("utf-8", "replace"))):
+            return
+        self.pages.append((name, html))
+        if self.folder and (not self.complete or sum(len(h) for _, h in self.pages) > INLINE):
+            self.complete = False
+            for waiting, text in self.pages:
+                self._write_script(waiting, script_json(text))
+            self.pages = []
+
+    def add_picture(self, name: str, content: bytes) -> str | None:
+        """Put a picture beside the page; return its address, or None where the limit leaves no room."""
+        return self.write(name, content) if self._room(name, len(content)) else None
+
+    def room_inline(self, name: str, size: int, share: float) -> bool:
+        """Count what stands in the page's rows, if that share of the limit leaves room."""
+        return self.size + size <= share * self.limit and self._room(name, size)
+
+    def full(self, name: str) -> bool:
+        """Say whether no more parts of that kind fit; then this one counts as left out."""
+        return bool(self.left_out[name.split("-")[0]]) and self._leave_out(name)
+
+    def _leave_out(self, name: str) -> bool:
+        self.left_out[name.split("-")[0]] += 1
+        self.absent.add(name)
+        return True
+
+    def _room(self, name: str, size: int) -> bool:
+        if self.size + size > self.limit:
+            return not self._leave_out(name)
+        self.size += size
+        self.added[name.split("-")[0]] += 1
+        return True
+
+    def _write_script(self, name: str, content: str) -> None:
+        self.write(f"{name}.js", f"npeff({json.dumps(name)},{content});\n".encode())
 
 
 @contextlib.contextmanager

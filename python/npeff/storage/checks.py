@@ -1,7 +1,7 @@
 """Check everything that is read: JSON documents, and arrays against the table that their format states.
 
 JSON is of bounded size and depth and of the expected type. A format states each array as a :class:`Field`; one check
-serves them all, whether arrays are mapped from HDF5, read from an archive, or cut from either. Sizes have names: the
+serves them all, whether arrays are mapped from HDF5 or cut from others. Sizes have names: the
 first field whose shape mentions ``"n_rows"`` decides it, all others have to agree. What is not as expected is a
 ``StorageError`` that names file and field.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import stat
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,31 +366,3 @@ def _refuse(where: object, field: Field, piece: Array, start: int, wrong: Array,
     if wrong.any():
         at = int(wrong.argmax())
         refuse(where, field.name, f"{expected}, got {piece[at]} as element {start + at:,}")
-
-
-def read_npz(path: Path, fields: Sequence[Field], sizes: Sizes) -> dict[str, Array]:
-    """Read the arrays of an archive into memory and check them.
-
-    Args:
-        path: The file.
-        fields: What is expected of the arrays; every field has to be there.
-        sizes: Sizes known beforehand; those that the fields decide are added.
-
-    Raises:
-        StorageError: There is no such file, it is damaged, or an array is not as expected.
-    """
-    check_regular(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            plain = all(
-                entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size
-                for entry in archive.infolist()
-            )
-        with np.load(path, allow_pickle=False) as found:
-            arrays = {field.name: np.asarray(found[field.name]) for field in fields if plain}
-    except Exception as error:  # numpy and zipfile meet damaged archives with errors of many types
-        raise StorageError(f"{path}: damaged: {str(error) or type(error).__name__}") from error
-    if not plain:
-        raise StorageError(f"{path}: damaged: expected plainly stored arrays, as numpy.savez writes them")
-    check_arrays(path, arrays, fields, sizes)
-    return arrays

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,7 +45,7 @@ class Container:
     Attributes:
         path: The file.
         content: What it holds, as a file of npeff says: ``"fishers"``, ``"components"``, ``"shard"``, …; or the name of
-            its published layout.
+            its published layout; empty where it has none.
         attributes: Attributes of the root by name, of other objects as ``"path@name"``.
         specs: Its datasets.
         refused: Why other datasets and attributes are not read.
@@ -253,10 +253,9 @@ def open_file(path: Path) -> Container:
         NewerFileError: Its format is newer than this npeff knows.
     """
     with open_hdf5(path) as file:
-        found = structure_of(path, file)
-    attributes = found.attributes
+        specs, attributes, refused = structure_of(path, file)
     if attributes.get("format") != FORMAT:
-        return Container(path, "", attributes, found.specs, found.refused)
+        return Container(path, _layout_of({*specs, *refused}), attributes, specs, refused)
     version = attributes.get("format_version")
     if not isinstance(version, int) or version < 1:
         raise ForeignFileError(
@@ -267,7 +266,7 @@ def open_file(path: Path) -> Container:
             f"{path}: format version {version} (written by {attributes.get('written_by', 'unknown')}); this is npeff "
             f"{package_version()}, which reads up to version {FORMAT_VERSION}: upgrade npeff to open it"
         )
-    return Container(path, str(attributes.get("content")), attributes, found.specs, found.refused)
+    return Container(path, str(attributes.get("content")), attributes, specs, refused)
 
 
 # ---- what stands at a path ------------------------------------------------------------------------------------
@@ -283,29 +282,26 @@ LAYOUTS: dict[str, tuple[set[str], set[str]]] = {
 """The published layouts: names that a file has all of, and names of which it has one."""
 
 
-def layout_of(file: Container) -> str | None:
-    """Return the published layout that an HDF5 file has, by the names in it; None where it has none."""
-    found = {*file.specs, *file.refused, *("data/H" for name in file.specs if name.startswith("data/H/"))}
-    fitting = (name for name, (every, some) in LAYOUTS.items() if every <= found and (not some or some & found))
-    return next(fitting, None)
+def _layout_of(names: set[str]) -> str:
+    """Return the published layout that a file with these names has; empty where it has none."""
+    names = names | {"data/H" for name in names if name.startswith("data/H/")}
+    fitting = (name for name, (every, some) in LAYOUTS.items() if every <= names and (not some or some & names))
+    return next(fitting, "")
 
 
 def recognise(path: Path) -> Container:
-    """Open a file of npeff, or one in a published layout; its content is then the layout's name.
+    """Open a file of npeff, or one in a published layout.
 
     Raises:
         ForeignFileError: Neither.
     """
     found = open_file(path)
-    if found.is_npeff:
-        return found
-    layout = layout_of(found)
-    if layout is None:
+    if not found.is_npeff and not found.content:
         raise ForeignFileError(
             f"{path}: an HDF5 file, but neither npeff's (no attribute format = 'npeff') nor in a published layout "
             "(no data/values, data/fisher, data/G or data/H)"
         )
-    return replace(found, content=layout)
+    return found
 
 
 def check_replaceable(path: Path | str, content: str) -> Path:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +65,9 @@ class Spec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass
-class Structure:
-    """The contents of an HDF5 file.
-
-    Attributes:
-        specs: Its datasets, by path.
-        attributes: Attributes of the root by name, of other objects as ``"path@name"``: numbers, texts, or lists of
-            numbers.
-        refused: Why npeff does not read other datasets, links and attributes, by the same names.
-        heaps_checked: Whether texts of varying length can be read.
-    """
-
-    specs: dict[str, Spec] = field(default_factory=dict)
-    attributes: dict[str, Any] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    heaps_checked: bool = False
+Structure = tuple[dict[str, Spec], dict[str, Any], dict[str, str]]
+"""Datasets by path; attributes of the root by name, of other objects as ``"path@name"``: numbers, texts, or lists of
+numbers; and, by the same names, why npeff does not read other datasets, links and attributes."""
 
 
 class _Refused(Exception):
@@ -164,17 +152,18 @@ def structure_of(path: Path, file: h5py.File) -> Structure:
         TruncatedFileError: A dataset goes on after the end of the file.
         StorageError: The file has more objects than any that npeff reads.
     """
-    found, size = Structure(), path.stat().st_size
+    specs, attributes, refused = dict[str, Spec](), dict[str, Any](), dict[str, str]()
+    size, check_heaps = path.stat().st_size, cache(lambda: _check_heaps(path))
     groups = [("", file.id)]
     seen = {h5py.h5o.get_info(file.id).addr}
     while groups:
         where, group = groups.pop()
-        _read_attributes(path, where, group, found)
+        _read_attributes(where, group, attributes, refused, check_heaps)
         for raw in group:
             leaf = raw.decode("utf-8", "replace")
             name = f"{where}/{leaf}" if where else leaf
             if group.links.get_info(raw).type != h5py.h5l.TYPE_HARD:
-                found.refused[name] = "is a link to another place"
+                refused[name] = "is a link to another place"
                 continue
             about = h5py.h5o.get_info(group, raw)
             if about.type == h5py.h5o.TYPE_GROUP and about.addr not in seen:
@@ -183,13 +172,13 @@ def structure_of(path: Path, file: h5py.File) -> Structure:
             elif about.type == h5py.h5o.TYPE_DATASET:
                 dataset = h5py.h5d.open(group, raw)
                 try:
-                    found.specs[name] = _spec_of(path, name, dataset, size)
+                    specs[name] = _spec_of(path, name, dataset, size)
                 except _Refused as error:
-                    found.refused[name] = str(error)
-                _read_attributes(path, name, dataset, found)
-            if len(found.specs) + len(found.refused) + len(found.attributes) + len(seen) > _MOST_OBJECTS:
+                    refused[name] = str(error)
+                _read_attributes(name, dataset, attributes, refused, check_heaps)
+            if len(specs) + len(refused) + len(attributes) + len(seen) > _MOST_OBJECTS:
                 raise StorageError(f"{path}: expected at most {_MOST_OBJECTS:,} objects and attributes, found more")
-    return found
+    return specs, attributes, refused
 
 
 def _spec_of(path: Path, name: str, dataset: Any, size: int) -> Spec:
@@ -267,18 +256,19 @@ def _check_chunks(spec: Spec, dataset: Any, properties: Any, stored: int) -> Non
         raise _Refused("is not stored as a whole")
 
 
-def _read_attributes(path: Path, where: str, item: Any, found: Structure) -> None:
+def _read_attributes(
+    where: str, item: Any, attributes: dict[str, Any], refused: dict[str, str], check_heaps: Callable[[], None]
+) -> None:
     for index in range(min(h5py.h5a.get_num_attrs(item), _MOST_OBJECTS + 1)):
         attribute = h5py.h5a.open(item, index=index)
         leaf, kind = attribute.name.decode("utf-8", "replace"), attribute.get_type()
         name = f"{where}@{leaf}" if where else leaf
-        if kind.get_class() == h5py.h5t.STRING and kind.is_variable_str() and not found.heaps_checked:
-            _check_heaps(path)
-            found.heaps_checked = True
+        if kind.get_class() == h5py.h5t.STRING and kind.is_variable_str():
+            check_heaps()
         try:
-            found.attributes[name] = _attribute_value(attribute)
+            attributes[name] = _attribute_value(attribute)
         except _Refused as error:
-            found.refused[name] = str(error)
+            refused[name] = str(error)
 
 
 def _attribute_value(attribute: Any) -> Any:

@@ -223,7 +223,14 @@ def write_container(
     write_hdf5(path, [*map(summed, data), sums_data], {"/": {**root, **attributes}})
 
 
-def write_record(path: Path | str, content: str, arrays: Mapping[str, Array | Data], meta: Mapping[str, Any]) -> Path:
+def write_record(
+    path: Path | str,
+    content: str,
+    arrays: Mapping[str, Array | Data],
+    meta: Mapping[str, Any],
+    *,
+    kept: str = "Nothing else was touched.",
+) -> Path:
     """Write arrays and what they mean to an HDF5 file that appears whole or not at all.
 
     Args:
@@ -231,6 +238,7 @@ def write_record(path: Path | str, content: str, arrays: Mapping[str, Array | Da
         content: What it holds, such as ``"rollback"``.
         arrays: By name; numbers or booleans of any shape, or streams of them (:class:`npeff.storage.writing.Data`).
         meta: Everything else, JSON-able.
+        kept: What is safe, should the disk be full.
 
     Returns:
         ``path``.
@@ -242,7 +250,7 @@ def write_record(path: Path | str, content: str, arrays: Mapping[str, Array | Da
     path = check_replaceable(path, content)
     data = [Data.json("meta", dict(meta))]
     data += [array if isinstance(array, Data) else Data.of(name, np.asarray(array)) for name, array in arrays.items()]
-    with atomic(path) as scratch:
+    with atomic(path, kept=kept) as scratch:
         write_container(scratch, content, data, {})
     return path
 

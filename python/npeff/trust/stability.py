@@ -21,7 +21,7 @@ from npeff import kernels
 from npeff.components.components import Components
 from npeff.components.strategies import strategies_of_each
 from npeff.decomposition.decompose import decompose
-from npeff.errors import ArgumentError, check_integer
+from npeff.errors import ArgumentError, check_integer, check_number
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import sketch_of
 from npeff.fishers.scaling import scale
@@ -35,18 +35,18 @@ COLUMNS = 1 << 16
 def similarity(a: Components, b: Components) -> Array:
     """Compute |cos| between the vectors of two decompositions of the same parameters.
 
-    The vectors are compared as they were factorised, on the columns that either kept; those of different sketches, or
-    of inner products alone, as they were recovered in parameter space.
+    The vectors are compared as they were factorised, on the columns that either kept; without block weights where these
+    differ; those of different sketches, or of inner products alone, as they were recovered in parameter space.
 
     Args:
         a: Components, ``r_a`` of them.
-        b: Components of the same kind, parameters and block weights, ``r_b`` of them.
+        b: Components of the same kind and parameters, ``r_b`` of them.
 
     Returns:
         ``(r_a, r_b)`` float64 in [0, 1].
 
     Raises:
-        ArgumentError: Kind, parameters or block weights differ, or vectors have to be recovered first.
+        ArgumentError: Kind or parameters differ, or vectors have to be recovered first.
     """
     if a.kind != b.kind or a.parameters != b.parameters:
         raise ArgumentError(
@@ -69,15 +69,19 @@ def similarity(a: Components, b: Components) -> Array:
 
 
 def _comparable(a: Components, b: Components) -> tuple[Array, Array]:
-    """The vectors of both in one space: as factorised, or recovered in parameter space.
+    """The vectors of both in one space: as factorised, without block weights, or recovered in parameter space.
 
     Raises:
         ArgumentError: They were factorised in different spaces, and were not all recovered.
     """
     elsewhere = [x.compression in ("sketch", "gram") for x in (a, b)]
     sketches = [sketch_of(x.provenance.get("fishers", {})) for x in (a, b)]
-    if not any(elsewhere) or (sketches[0] is not None and sketches[0] == sketches[1]):
-        return a.vectors, b.vectors
+    ours, theirs = ([(x.block_weights or {}).get(name, 1.0) for name in x.parameters.names] for x in (a, b))
+    if np.allclose(ours, theirs, rtol=1e-6, atol=0):
+        if not any(elsewhere) or (sketches[0] is not None and sketches[0] == sketches[1]):
+            return a.vectors, b.vectors
+    elif not any(elsewhere):
+        return a.unweighted(), b.unweighted()
     for x in (a, b):
         x.check_recovered(range(x.n_components))
     found = [x.vectors if x.columns is not None else np.stack([x.vector(j) for j in range(len(x))]) for x in (a, b)]
@@ -146,7 +150,8 @@ class InnerProducts:
 
     def __init__(self, fishers: Fishers, components: Components) -> None:
         assert fishers.rows.products_only
-        if components.compression != "gram" or not np.array_equal(components.ids, fishers.ids):
+        same = components.compression == "gram" and np.array_equal(components.ids, fishers.ids)
+        if not same or not components.logits.same(fishers.logits):
             raise ArgumentError(
                 "fishers: inner products alone (GramOnly) say nothing about other examples; expected those that the "
                 "components were made from"
@@ -292,7 +297,11 @@ def stability(
         ArgumentError: An option is out of range, or the Fishers are not those of the components.
     """
     check_integer("repeats", repeats, 2)
-    if not 0 < share <= 1:
+    check_integer("seed", seed, 0)
+    if most_strategies is not None:
+        check_integer("most_strategies", most_strategies, 2)
+    check_number("share", share)
+    if share > 1:
         raise ArgumentError(f"share: expected a share above 0 and at most 1, got {share}")
     inner = InnerProducts(fishers, components) if fishers.rows.products_only else None
     if inner is None:
@@ -300,7 +309,7 @@ def stability(
     n, r = len(fishers), components.n_components
     size = max(1, round(share * n))
     most = min(r, most_strategies or MOST_STRATEGIES)
-    options = {**options_of(components), **options, "progress": False}
+    options = {**components.scaling_of(fishers), **options, "progress": False}
     rng = np.random.default_rng(seed)
     cosines, sorted_examples = [], []
     for repeat in tqdm(range(repeats), "stability", disable=not progress, unit="part"):
@@ -340,11 +349,3 @@ def rand_index(a: Array, b: Array) -> float:
     expected = of_a * of_b / total if total else 0.0
     largest = (of_a + of_b) / 2
     return 1.0 if largest == expected else (both - expected) / (largest - expected)
-
-
-def options_of(components: Components) -> dict[str, Any]:
-    """Return the options of ``decompose`` that decide what is minimised, as the components were made with them."""
-    return {
-        "block_weights": components.block_weights or "energy",
-        "normalize": components.provenance.get("normalize", "stored"),
-    }

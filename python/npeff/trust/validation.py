@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from npeff.fishers.fishers import Fishers
 from npeff.fishers.rows import DenseRows, Rows, SparseRows
 from npeff.fishers.scaling import ScaledRows, fisher_norms
 from npeff.short_repr import several
-from npeff.trust.stability import options_of
 
 Array = npt.NDArray[Any]
 
@@ -85,13 +84,14 @@ def null_model(
         ArgumentError: ``repeats`` is below 1, or the Fishers are not those of the components.
     """
     check_integer("repeats", repeats)
+    check_integer("seed", seed, 0)
     if fishers.rows.products_only:
         raise ArgumentError(
             "fishers: inner products alone (GramOnly) have no entries that could be shuffled; compute Fishers with "
             "compress=None, TopK(k) or Sketch(d) for a null model"
         )
     components.check_compatible(fishers)
-    options = {**options_of(components), **options, "progress": False}
+    options = {**components.scaling_of(fishers), **options, "progress": False}
     losses, energies = [], []
     for repeat in tqdm(range(repeats), "null model", disable=not progress, unit="shuffle"):
         chance = decompose(shuffled(fishers, seed + repeat), components.n_components, seed=seed, **options)
@@ -225,10 +225,11 @@ def select(
             "number of components is judged; compute Fishers with compress=None, TopK(k) or Sketch(d) (--exact, "
             "--top-k, --sketch), or choose the number yourself"
         )
-    numbers = tuple(sorted({int(r) for r in n_components}))
-    if not numbers or numbers[0] < 1:
-        raise ArgumentError(f"n_components: expected numbers of at least 1, got {list(n_components)!r}")
-    if folds < 2 or folds > len(fishers):
+    if not isinstance(n_components, Iterable) or not (given := list(n_components)):
+        raise ArgumentError(f"n_components: expected a list of numbers to try, got {n_components!r}")
+    numbers = tuple(sorted({check_integer("n_components", r) for r in given}))
+    check_integer("seed", seed, 0)
+    if check_integer("folds", folds, 2) > len(fishers):
         raise ArgumentError(f"folds: expected 2 to {len(fishers)} (the examples), got {folds}")
     rng = np.random.default_rng(seed)
     fold_of = rng.permutation(len(fishers)) % folds
@@ -256,7 +257,7 @@ def held_out_loss(components: Components, fishers: Fishers, seed: int = 0) -> fl
         fishers: Examples to judge it on.
         seed: Decides the halves.
     """
-    scaled = components._scale(fishers)
+    scaled = components.scale(fishers)
     side = np.random.default_rng(seed).permutation(scaled.rows.n_columns) % 2
     halves = [np.flatnonzero(side == s) for s in (0, 1)]
     parts = [_restricted(scaled, half, fishers.kind) for half in halves]

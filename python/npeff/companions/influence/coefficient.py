@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ from npeff import kernels
 from npeff.batches.reading import examples_at, read_batch
 from npeff.companions.influence.estimator import Array, CrossLossInfluence, Scores
 from npeff.components.components import Components
-from npeff.errors import ArgumentError, DataError, ModelError, check_choice
+from npeff.errors import ArgumentError, DataError, ModelError
 from npeff.fishers.block_weights import column_factors
 from npeff.models.forward import OVER_CLASSES, call_model
 from npeff.models.parameters import model_digest
 from npeff.short_repr import short_repr
 
-Surrogate = Literal["coefficient", "cross"]
 Forward = Callable[[Any, Any], Any]
 
 
@@ -40,22 +39,18 @@ class Coefficient:
     Args:
         components: The components.
         j: Which one.
-        surrogate: ``"coefficient"``: as above; ``"cross"``: ``cross_ij`` alone, which has a gradient everywhere.
         forward: As in :func:`npeff.compute_fishers`.
 
     Raises:
-        ArgumentError: An argument has another value, or the components' vectors were not recovered.
+        ArgumentError: There is no such component, or the components' vectors were not recovered.
         DataError: The components' Fishers are not expectations over the model's own predictions.
     """
 
     one_by_one = True
 
-    def __init__(
-        self, components: Components, j: int, *, surrogate: Surrogate = "coefficient", forward: Forward | None = None
-    ) -> None:
+    def __init__(self, components: Components, j: int, *, forward: Forward | None = None) -> None:
         if not isinstance(components, Components):
             raise ArgumentError(f"components: expected Components, got {type(components).__name__}")
-        check_choice("surrogate", surrogate, get_args(Surrogate))
         if isinstance(j, bool) or not isinstance(j, int | np.integer) or not 0 <= j < components.n_components:
             raise ArgumentError(f"j: expected a component below {components.n_components}, got {j!r}")
         options = components.provenance.get("fishers", {}).get("options", {})
@@ -64,7 +59,7 @@ class Coefficient:
                 f"components: their Fishers were made with labels={options['labels']!r}; the coefficient is a function "
                 "of the model alone only with labels='expected'"
             )
-        self.j, self._surrogate, self._forward = int(j), surrogate, forward
+        self.j, self._forward = int(j), forward
         self.likelihood = options.get("likelihood", "categorical")
         self._normalize = components.provenance.get("normalize", "stored")
         self._diagonal = components.kind == "diagonal"
@@ -110,12 +105,10 @@ class Coefficient:
             norm = torch.ones_like(norm)
         projected = weighted @ self._vectors.to(weighted).T
         cross = (projected[0] if self._diagonal else projected.square().sum(dim=0)).double() / norm.double()
-        if self._surrogate == "cross":
-            return cross[self.j]
         w = kernels.nnls(self._gram, cross.detach().cpu()[None], exact=True).w[0]
         active = (w > 0).nonzero()[:, 0]
         if not bool((active == self.j).any()):
-            return cross[self.j].detach() * 0
+            return cross[self.j] * 0
         inverse = torch.linalg.pinv(self._gram[active][:, active], hermitian=True)
         row = inverse[(active == self.j).nonzero()[0, 0]].to(cross)
         return row @ cross[active.to(cross.device)]
@@ -201,7 +194,6 @@ def component_influence(
     data: Iterable[Any],
     *,
     k: int = 16,
-    surrogate: Surrogate = "coefficient",
     forward: Forward | None = None,
 ) -> ComponentInfluence:
     """Find the training examples behind a component: influence with its coefficient as the test function.
@@ -216,7 +208,6 @@ def component_influence(
         train: The training data, batches as the training loss takes them.
         data: The data whose Fishers were decomposed.
         k: How many of the component's top examples.
-        surrogate: See :class:`Coefficient`.
         forward: As in :func:`npeff.compute_fishers`.
 
     Returns:
@@ -239,7 +230,6 @@ def component_influence(
     examples = examples[components.coefficients[examples, j] > 0]
     if not len(examples):
         raise ArgumentError(f"j: component {j} has no example with a positive coefficient; choose another")
-    check_choice("surrogate", surrogate, get_args(Surrogate))
     components.ensure_vectors(
         range(components.n_components),
         model,
@@ -248,7 +238,7 @@ def component_influence(
         device=influence.device,
         progress=influence.progress,
     )
-    function = Coefficient(components, j, surrogate=surrogate, forward=forward)
+    function = Coefficient(components, j, forward=forward)
     top = examples_at(data, components.ids[examples].tolist(), None, function.likelihood in OVER_CLASSES)
     if any(batch.outputs is not None for batch in top):
         raise DataError("data: influence on a coefficient needs all outputs; these batches keep some (outputs=)")

@@ -69,11 +69,6 @@ class FactorRows:
     ``JᵀCJ``, C = ∇²c (Schraudolph 2002; Martens 2020), in rows ``A = SᵀJ``, ``S Sᵀ = C``. It is the Hessian without
     the curvature of f, the Fisher where c is a log-likelihood of an exponential family, and exact where f is linear in
     θ. Without outputs: the one row ``∇ℓ``, the empirical Fisher.
-
-    Args:
-        objective: What was trained.
-        outputs: f; or None.
-        output_loss: c; given with f.
     """
 
     def __init__(
@@ -129,15 +124,9 @@ def _checked(values: Tensor, batch: Batch) -> Tensor:
 
 
 def _square_roots(values: Tensor, loss: OutputLoss, batch: Batch) -> Tensor:
-    """Compute S with ``S Sᵀ = ∇²c`` per example, by the eigenvectors that are not null.
+    """Compute S ``(b, C, R)`` float64 with ``S Sᵀ = ∇²c`` at outputs ``(b, C)``, by the eigenvectors that are not null.
 
-    Args:
-        values: ``(b, C)`` outputs.
-        loss: c.
-        batch: Its other argument.
-
-    Returns:
-        ``(b, C, R)`` float64, R ≤ C the largest rank in the batch.
+    R ≤ C is the largest rank in the batch.
 
     Raises:
         ArgumentError: c is not convex there.

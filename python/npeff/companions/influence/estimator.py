@@ -26,7 +26,6 @@ from npeff.errors import ArgumentError, ModelError, StorageError, check_choice, 
 from npeff.gradients.blocks import Block
 from npeff.gradients.eligibility import placed, select_parameters
 from npeff.gradients.engine import PerExampleGradients
-from npeff.gradients.rules.base import working
 from npeff.models.parameters import model_digest
 from npeff.storage.checks import FLOAT, Field, Sizes, item
 from npeff.storage.container import check_replaceable, read_record, refuse_npeff_file
@@ -36,7 +35,7 @@ from npeff.storage.writing import scratch_array, write_record
 Array = npt.NDArray[Any]
 Direction = Literal["raises", "lowers", "both"]
 CONTENT = "influence"
-SUFFIXES = (".h5", ".hdf5", ".npz", ".csv")
+SUFFIXES = (".h5", ".hdf5", ".csv")
 FIELDS = (
     Field("values", FLOAT, ("n_train", "n_test"), nan=True, infinite=True),
     Field("test_values", FLOAT, ("n_test",)),
@@ -55,7 +54,7 @@ class Scores:
         values: ``(n_train, n_test)`` float64; may be mapped from a file.
         test_values: ``(n_test,)`` float64 L_test at the model's parameters.
         residuals: ``(n_test,)`` float64 relative residuals of the solves.
-        n: Number of examples in H.
+        n: Number of training examples: those of :meth:`CrossLossInfluence.fit` or of the scores, whichever are more.
         provenance: Solver, damping, weight decay, gradient norms, notes.
     """
 
@@ -134,26 +133,21 @@ class Scores:
         return np.asarray(-(self.values if indices is None else self.group(indices)) / self.n)
 
     def save(self, path: str | Path) -> Path:
-        """Write to ``.h5``, ``.npz`` (arrays ``values``, ``test_values``, ``residuals``) or ``.csv`` (one line per z).
+        """Write to ``.h5``, or the values alone to ``.csv`` (one line per z).
 
         Raises:
             ArgumentError: The name ends otherwise.
             StorageError: The path holds other work of npeff, or the file cannot be written.
         """
         path = check_path(path)
-        arrays = {part.name: getattr(self, part.name) for part in FIELDS}
-        meta = json.loads(json.dumps({"n": self.n, "provenance": self.provenance}, default=str))
-        if path.suffix.lower() not in (".npz", ".csv"):
+        if path.suffix.lower() != ".csv":
+            arrays = {part.name: getattr(self, part.name) for part in FIELDS}
+            meta = json.loads(json.dumps({"n": self.n, "provenance": self.provenance}, default=str))
             return write_record(path, CONTENT, arrays, meta)
-        with atomic(path) as scratch:
-            if path.suffix.lower() == ".npz":
-                with scratch.open("wb") as binary:
-                    np.savez(binary, **arrays, provenance=np.array(json.dumps({"n": self.n, **meta["provenance"]})))
-            else:
-                with scratch.open("w", newline="", encoding="utf-8") as file:
-                    writer = csv.writer(file)
-                    writer.writerow(["train", *(f"test_{j}" for j in range(self.values.shape[1]))])
-                    writer.writerows([i, *row] for i, row in enumerate(self.values.tolist()))
+        with atomic(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["train", *(f"test_{j}" for j in range(self.values.shape[1]))])
+            writer.writerows([i, *row] for i, row in enumerate(self.values.tolist()))
         return path
 
     @classmethod
@@ -196,8 +190,8 @@ def check_path(path: str | Path) -> Path:
     """
     path = path_of(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise ArgumentError(f"out: expected a name ending in .h5, .npz or .csv, got {path}")
-    if path.suffix.lower() not in (".npz", ".csv"):
+        raise ArgumentError(f"out: expected a name ending in .h5 or .csv, got {path}")
+    if path.suffix.lower() != ".csv":
         return check_replaceable(path, CONTENT)
     refuse_npeff_file(path)
     return path
@@ -338,7 +332,7 @@ class CrossLossInfluence:
         Args:
             train: Batches. Without :meth:`fit` before, they make H too.
             test: Batches as the test loss takes them.
-            out: ``.h5`` file to stream the table to (``.csv`` and ``.npz`` are written at the end).
+            out: ``.h5`` file to stream the table to (a ``.csv`` is written at the end).
 
         Raises:
             ArgumentError: Data that can be read only once, or a bad ``out``.
@@ -351,20 +345,31 @@ class CrossLossInfluence:
             fitted = copy.copy(self).fit(train)
             self.gradient_norm, self.relative_gradient_norm = fitted.gradient_norm, fitted.relative_gradient_norm
             return fitted.scores(train, test, out=out)
-        streamed = target is not None and target.suffix.lower() in (".h5", ".hdf5")
+        streamed = target is not None and target.suffix.lower() != ".csv"
         with placed(self.model, self.device) as device:
             inverse, objective = self._inverse(), self._fitted[1]
-            n = objective.n
             train_data, test_data = RepeatableData(train, "train", device), RepeatableData(test, "test", device)
             test_values = loss_values(self.model, self.test_loss, test_data)
             if objective.data.data is not train_data.data or objective.device != device:
                 objective = self._objective(train_data)
-            shape = (objective.n, len(test_values))
+            n, shape = max(self._fitted[1].n, objective.n), (objective.n, len(test_values))
             kept = "No scores were written."
             values = scratch_array(target, shape, np.float64, kept) if target and streamed else np.empty(shape)
             residuals = np.zeros(shape[1])
             iterations = self._fill(values, residuals, inverse, objective, test_data)
-        provenance = self._provenance(inverse, iterations)
+        options = {
+            key: value for key, value in vars(self.solver).items() if isinstance(value, int | float | str | None)
+        }
+        provenance = {
+            "solver": self.solver.name,
+            **options,
+            "damping": self.damping,
+            "weight_decay": self.weight_decay,
+            "gradient_norm": self.gradient_norm,
+            "relative_gradient_norm": self.relative_gradient_norm,
+            "iterations": iterations,
+            "notes": list(inverse.notes),
+        }
         result = Scores(values, test_values, residuals, n, provenance)
         if target is None:
             return result
@@ -394,7 +399,7 @@ class CrossLossInfluence:
         with tqdm(total=values.shape[1], desc="Influence", unit="test", disable=not self.progress) as bar:
             pending: list[Tensor] = []
             first = done = 0
-            gradients = self._test_gradients(test)
+            gradients = self._test_gradients(test, objective)
             while some := list(islice(gradients, width)):
                 vectors = torch.stack(some)
                 solved = inverse.solve(vectors)
@@ -408,33 +413,22 @@ class CrossLossInfluence:
                     first, pending = done, []
         return iterations
 
-    def _test_gradients(self, test: RepeatableData) -> Iterator[Tensor]:
+    def _test_gradients(self, test: RepeatableData, objective: TrainingObjective) -> Iterator[Tensor]:
         """Yield ``∇L_test``, ``(m,)`` for each test example."""
         call = lambda _, batch: call_loss(self.model, self.test_loss, batch, "test_loss")[:, None]  # noqa: E731
         engine = PerExampleGradients(self.model, self.parameters, call)
-        tensors = list(engine.tensors.values())
-        dtype = working(tensors[0]).dtype
         for batch in test:
             with engine.recording():
                 values = call_loss(self.model, self.test_loss, batch, "test_loss", whole=True)
                 if values.dim() and not getattr(self.test_loss, "one_by_one", False):
                     prepared = engine.prepare(batch, engine.forward(batch))
                     columns = torch.ones_like(prepared.logits)[:, :, None]
-                    yield from dense_rows(engine, prepared, columns, dtype)[:, 0].detach()
+                    yield from dense_rows(engine, prepared, columns, objective.dtype)[:, 0].detach()
                     continue
                 for value in values.reshape(-1):
-                    yield torch.cat([part.detach().reshape(-1) for part in _gradient(value, tensors)]).to(dtype)
-
-    def _provenance(self, inverse: Inverse, iterations: int) -> dict[str, Any]:
-        return {
-            **self.solver.describe(),
-            "damping": self.damping,
-            "weight_decay": self.weight_decay,
-            "gradient_norm": self.gradient_norm,
-            "relative_gradient_norm": self.relative_gradient_norm,
-            "iterations": iterations,
-            "notes": list(inverse.notes),
-        }
+                    yield (
+                        objective.flat_gradient(value, name="test_loss", retain_graph=True).detach().to(objective.dtype)
+                    )
 
 
 def _named(solver: Solver | str) -> Solver:
@@ -471,9 +465,3 @@ def _products(block: Block, vectors: Tensor) -> Tensor:
         for starts, value in zip(block.starts, values, strict=True)
     ]
     return torch.stack(rows)
-
-
-def _gradient(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
-    if not value.requires_grad:  # a coefficient outside of its active set: constant around here
-        return [torch.zeros_like(tensor) for tensor in tensors]
-    return torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True, materialize_grads=True)

@@ -47,17 +47,7 @@ def check_finite(losses: Tensor, name: str) -> None:
 
 
 def call_loss(model: nn.Module, loss: Loss, batch: Batch, name: str, *, whole: bool = False) -> Tensor:
-    """Compute the losses of a batch, with their graph.
-
-    Args:
-        model: The model.
-        loss: What to call.
-        batch: The batch.
-        name: The argument's name, for messages.
-        whole: Accept a single number for the whole batch (no dimensions) too.
-
-    Returns:
-        ``(b,)``, or ``()`` where ``whole`` allows it.
+    """Compute the losses of a batch, ``(b,)``, with their graph; with ``whole`` also one number for the batch.
 
     Raises:
         DataError: It gave something else.
@@ -92,11 +82,6 @@ def call_loss(model: nn.Module, loss: Loss, batch: Batch, name: str, *, whole: b
 class RepeatableData:
     """Data as batches on a device, in the same order every time.
 
-    Args:
-        data: Iterable of batches as the losses take them.
-        name: The argument's name, for messages.
-        device: Where the model is.
-
     Raises:
         ArgumentError: The data can be read only once, or comes in another order each time.
     """
@@ -122,10 +107,7 @@ class RepeatableData:
 
 
 def loss_values(model: nn.Module, loss: Loss, data: Iterable[Batch], name: str = "test_loss") -> Array:
-    """Compute a test loss on all batches: one number per example, or per batch where the loss is of the whole batch.
-
-    Returns:
-        float64.
+    """Compute a test loss on all batches, float64: per example, or per batch where the loss is of the whole batch.
 
     Raises:
         DataError: A loss is not finite or has another shape.

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from npeff.batches.batches import Batch
 from npeff.companions.influence.losses import Loss, RepeatableData, call_loss, check_finite, check_loss
-from npeff.errors import ArgumentError, ModelError, check_choice, check_integer, check_number
-from npeff.gradients.blocks import Block, Pairs
+from npeff.errors import ArgumentError, ModelError, check_integer, check_number
+from npeff.gradients.backward import side_by_side
+from npeff.gradients.blocks import Block
 from npeff.gradients.eligibility import placed, select_parameters
 from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.gradients.rules.base import working
@@ -24,20 +24,16 @@ from npeff.short_repr import short_repr
 
 
 class TrainingObjective:
-    """The training objective over given data.
+    """What was trained: the mean loss of n examples and ½w‖θ‖², as a function of m selected parameters θ.
 
     Args:
         model: The model, in evaluation mode.
         loss: Per-example loss.
         data: The examples.
-        parameters: The selected parameters and their positions in the flat vector of length m.
-        weight_decay: w; the coefficient of ½‖θ‖² in what was trained.
+        parameters: The selected parameters and their positions in the flat vector.
+        weight_decay: w.
         memory: Bytes that Hessian products may take beside their vectors.
         name: The loss's name, for messages.
-
-    Attributes:
-        n: Number of examples.
-        m: Number of selected parameters.
 
     Raises:
         ModelError: The model has no per-example gradients as it stands.
@@ -114,7 +110,7 @@ class TrainingObjective:
                 check_finite(losses, self.name)
                 prepared = self.engine.prepare(batch, losses)
                 columns = torch.ones_like(losses)[:, :, None]
-                yield batch, losses, gradient_blocks(self.engine, prepared, columns)
+                yield batch, losses, (block.formed() for block in self.engine.blocks(prepared, columns))
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """Compute J and ``∇J``, ``(m,)`` float64."""
@@ -122,7 +118,7 @@ class TrainingObjective:
         for batch in self.data:
             with self.engine.recording():
                 losses = self.losses(batch)
-                gradient += self._flat_gradient(losses)
+                gradient += self.flat_gradient(losses)
             total += float(losses.detach().double().sum())
         theta = self.theta().double()
         value = total / self.n + self.weight_decay / 2 * float(theta.square().sum())
@@ -132,7 +128,7 @@ class TrainingObjective:
         """Compute ``‖∇J‖``, and the root mean square of ``‖∇ℓ(z_i)‖``, in one pass."""
         gradient, squares = torch.zeros(self.m, dtype=torch.float64, device=self.device), 0.0
         for _, losses, blocks in self.blocks():
-            gradient += self._flat_gradient(losses, retain_graph=True)
+            gradient += self.flat_gradient(losses, retain_graph=True)
             for block in blocks:
                 squares += float(block.values.to(torch.float64).square().sum())
         gradient = gradient / self.n + self.weight_decay * self.theta().double()
@@ -183,8 +179,23 @@ class TrainingObjective:
         finally:
             self._graphs = None
 
-    def _flat_gradient(self, losses: Tensor, **options: Any) -> Tensor:
-        parts = torch.autograd.grad(losses.sum(), self.tensors, allow_unused=True, materialize_grads=True, **options)
+    def flat_gradient(
+        self, values: Tensor, cotangent: Tensor | None = None, *, name: str = "", **options: Any
+    ) -> Tensor:
+        """Compute the gradient of the values' sum, or of their product with a cotangent: ``(m,)``.
+
+        Raises:
+            ModelError: They have none.
+        """
+        if not values.requires_grad:
+            raise ModelError(
+                f"{name or self.name}: its value has no gradient in the parameters; remove torch.no_grad(), .detach() "
+                "and .item() from it, and select parameters that it depends on"
+            )
+        cotangent = torch.ones_like(values) if cotangent is None else cotangent
+        parts = torch.autograd.grad(
+            values, self.tensors, cotangent, allow_unused=True, materialize_grads=True, **options
+        )
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _recorded(self, batch: Batch, number: int | None) -> Tensor:
@@ -200,7 +211,7 @@ class TrainingObjective:
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks if self._saved is None else nullcontext():
-            gradient = self._flat_gradient(self.losses(batch), create_graph=True)
+            gradient = self.flat_gradient(self.losses(batch), create_graph=True)
         if self._saved is None:
             self._saved = 1 + saved // batch.n_examples
         held = (self._saved * self.n + self.m * (1 + len(self._graphs or ()))) * gradient.element_size()
@@ -229,54 +240,29 @@ class TrainingObjective:
             ) from error
 
     def _pull(self, gradient: Tensor, vectors: Tensor) -> Tensor:
-        if self._batched and len(vectors) > 1:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "(?s).*performance drop", UserWarning)
-                    return self._pulled(gradient, vectors, is_grads_batched=True)
-            except RuntimeError as error:
-                if "vmap" not in str(error) and "batching" not in str(error):
-                    raise
-                self._batched = False  # some operation has no batched form: one vector at a time
-        return torch.cat([self._pulled(gradient, row) for row in vectors])
-
-    def _pulled(self, gradient: Tensor, given: Tensor, **options: Any) -> Tensor:
-        pulled = torch.autograd.grad(gradient, self.tensors, given, True, allow_unused=True, **options)
-        k = given.numel() // self.m
-        parts = [
-            given.new_zeros((k, tensor.numel())) if part is None else part.reshape(k, -1)
-            for part, tensor in zip(pulled, self.tensors, strict=True)
-        ]
-        return torch.cat(parts, dim=1)
-
-
-def gradient_blocks(
-    engine: PerExampleGradients, prepared: Prepared, columns: Tensor, squared: bool = False
-) -> Iterator[Block]:
-    """Yield the blocks of a batch's per-example gradients, none of them as factors."""
-    for block in engine.blocks(prepared, columns, squared=squared):
-        yield block.formed() if isinstance(block, Pairs) else block
+        pulled = side_by_side(gradient, self.tensors, vectors) if self._batched and len(vectors) > 1 else None
+        if pulled is not None:
+            parts = [
+                vectors.new_zeros((len(vectors), tensor.numel())) if part is None else part.reshape(len(vectors), -1)
+                for part, tensor in zip(pulled, self.tensors, strict=True)
+            ]
+            return torch.cat(parts, dim=1)
+        self._batched = self._batched and len(vectors) == 1  # no batched form of some operation: one after the other
+        return torch.stack([self.flat_gradient(gradient, row, retain_graph=True) for row in vectors])
 
 
 def dense_rows(
     engine: PerExampleGradients, prepared: Prepared, columns: Tensor, dtype: torch.dtype, squared: bool = False
 ) -> Tensor:
-    """Compute the per-example gradients of a batch as dense rows.
+    """Compute the per-example gradients of a batch as dense rows ``(b, R, m)``, for cotangents ``(b, C, R)``.
 
-    Args:
-        engine: Made ``prepared``.
-        prepared: The batch.
-        columns: ``(b, C, R)`` cotangents.
-        dtype: Of the rows.
-        squared: Σ over columns of the squares instead; then R = 1 in the result.
-
-    Returns:
-        ``(b, R, m)``.
+    Squared: the sum of their squares over the columns, ``(b, 1, m)``.
     """
     b, _, n_columns = columns.shape
     shape = (b, 1 if squared else n_columns, engine.parameters.n_parameters)
     rows = torch.zeros(shape, dtype=dtype, device=columns.device)
-    for block in gradient_blocks(engine, prepared, columns, squared):
+    for made in engine.blocks(prepared, columns, squared=squared):
+        block = made.formed()
         values, target = block.values.to(dtype), rows[block.examples]
         width = values.shape[3]
         if isinstance(block.starts, int):
@@ -320,8 +306,6 @@ def unlearn(
     *,
     learning_rate: float,
     steps: int = 10,
-    target: float | None = None,
-    goal: Literal["lower", "higher"] = "lower",
     parameters: str | Sequence[str] | None = None,
 ) -> Unlearned:
     """Climb the loss of harmful examples and descend that of helpful ones, and measure the model after every step.
@@ -336,9 +320,7 @@ def unlearn(
         helpful: Batches to descend on; None for none.
         measure: ``measure(model) -> float``, such as a WEAT score.
         learning_rate: η.
-        steps: Most steps.
-        target: Stop once the measure has reached it.
-        goal: Whether reaching means ≤ (``"lower"``) or ≥ (``"higher"``).
+        steps: How many steps.
         parameters: Name patterns of the parameters that may change.
 
     Returns:
@@ -355,7 +337,6 @@ def unlearn(
         raise ArgumentError("harmful: neither harmful nor helpful examples were given; pass batches of at least one")
     if not callable(measure):
         raise ArgumentError(f"measure: expected callable(model) -> float, got {measure!r}")
-    check_choice("goal", goal, ("lower", "higher"))
     changed = copy.deepcopy(model)
     with placed(changed, None) as device:
         sides = {
@@ -366,8 +347,6 @@ def unlearn(
         history = [float(measure(changed))]
         before = {name: side.value_and_gradient()[0] for name, side in sides.items()}
         for _ in range(steps):
-            if target is not None and (history[-1] <= target if goal == "lower" else history[-1] >= target):
-                break
             gradients = {name: side.value_and_gradient()[1] for name, side in sides.items()}
             for name, side in sides.items():
                 step = (1.0 if name == "harmful" else -1.0) * learning_rate * gradients[name]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -89,18 +89,7 @@ class Solver(ABC):
 
     @abstractmethod
     def fit(self, objective: TrainingObjective, damping: float, memory: int) -> Inverse:
-        """Prepare for one objective.
-
-        Args:
-            objective: What was trained.
-            damping: λ, added to the diagonal beside the objective's weight decay.
-            memory: Bytes that the prepared inverse may hold.
-        """
-
-    def describe(self) -> dict[str, Any]:
-        """Return the name and the options, JSON-able."""
-        options = {key: value for key, value in vars(self).items() if isinstance(value, (int, float, str, type(None)))}
-        return {"solver": self.name, **options}
+        """Prepare for one objective; λ is added to its weight decay, and the inverse may hold ``memory`` bytes."""
 
 
 def indefinite(value: float, damping: float, what: str) -> str:
@@ -139,11 +128,7 @@ class Exact(Solver):
 
 
 def dense_inverse(curvature: Tensor, damping: float) -> Inverse:
-    """Factorise a dense curvature matrix by Cholesky.
-
-    Args:
-        curvature: ``(m, m)`` float64, without the damping; overwritten.
-        damping: Added to its diagonal.
+    """Factorise a dense curvature matrix ``(m, m)`` float64, overwritten, plus the damping, by Cholesky.
 
     Raises:
         ModelError: The sum is not positive definite.
@@ -268,21 +253,19 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LiSSA(Solver):
-    """``s ← v + (I − (H_batch + λI)/σ) s``, then ``x = s/σ``, averaged over repeats.
+    """``s ← v + (I − (H_batch + λI)/σ) s``, then ``x = s/σ``.
 
     Agarwal, Bullins & Hazan 2017, as Koh & Liang 2017 use it. ``Σ_t (I − A/σ)ᵗ = σ A⁻¹``: without the final division
     by σ the answer is σ times too large. It converges where ``0 < A < 2σ`` on every batch, at the rate ``1 − λ_min/σ``:
     small damping needs many steps. The residual is measured at the end on all data.
 
     Attributes:
-        steps: Batches per repeat.
-        repeats: Independent runs that are averaged.
+        steps: How many batches.
         scale: σ; None: 1.1 times the largest eigenvalue found by power iteration on the batches, reported in the notes.
         seed: Decides which batch comes when.
     """
 
     steps: int = 1000
-    repeats: int = 1
     scale: float | None = None
     seed: int = 0
     name = "lissa"
@@ -290,7 +273,6 @@ class LiSSA(Solver):
     @override
     def fit(self, objective: TrainingObjective, damping: float, memory: int) -> Inverse:
         check_integer("steps", self.steps)
-        check_integer("repeats", self.repeats)
         if self.scale is not None:
             check_number("scale", self.scale)
         batches = list(objective.data)
@@ -301,25 +283,22 @@ class LiSSA(Solver):
             notes = (f"LiSSA: scale {scale:.4g}, from the largest eigenvalue of a batch's Hessian",)
 
         def apply(vectors: Tensor) -> tuple[Tensor, int]:
-            total = torch.zeros_like(vectors)
             generator = torch.Generator().manual_seed(self.seed)
             weights = torch.tensor([float(batch.n_examples) for batch in batches])
             most = 1e8 * max(float(vectors.double().norm()), 1e-300)
-            for _ in range(self.repeats):
-                order = torch.multinomial(weights, self.steps, replacement=True, generator=generator)
-                s = vectors.clone()
-                for number, index in enumerate(order.tolist(), 1):
-                    s = vectors + s - objective.products(s, [batches[index]], damping) / scale
-                    if (number % 50 == 0 or number == self.steps) and not float(s.double().norm()) <= most:
-                        raise ModelError(
-                            f"solver: LiSSA diverged within {number} steps: some batch has an eigenvalue above 2·scale "
-                            f"(scale {scale:.3g}) or below 0. Raise damping (negative curvature), raise scale, or use "
-                            "ConjugateGradients(), which tells them apart"
-                        )
-                total += s
-            return total / (self.repeats * scale), self.steps * self.repeats
+            order = torch.multinomial(weights, self.steps, replacement=True, generator=generator)
+            s = vectors.clone()
+            for number, index in enumerate(order.tolist(), 1):
+                s = vectors + s - objective.products(s, [batches[index]], damping) / scale
+                if (number % 50 == 0 or number == self.steps) and not float(s.double().norm()) <= most:
+                    raise ModelError(
+                        f"solver: LiSSA diverged within {number} steps: some batch has an eigenvalue above 2·scale "
+                        f"(scale {scale:.3g}) or below 0. Raise damping (negative curvature), raise scale, or use "
+                        "ConjugateGradients(), which tells them apart"
+                    )
+            return s / scale, self.steps
 
-        advice = "raise steps, repeats or damping, take larger batches, or use ConjugateGradients()"
+        advice = "raise steps or damping, take larger batches, or use ConjugateGradients()"
         return Inverse(apply, partial(objective.products, damping=damping), notes, "LiSSA", 0.1, advice)
 
     def _largest(self, objective: TrainingObjective, batch: Batch) -> float:

@@ -95,13 +95,9 @@ class Call:
         return self.constant(value) if isinstance(value, Tensor) else value
 
     def replay(self, *positions: int) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-        """Return the operation itself as a function of the arguments that depend on the input.
+        """Return the operation as a function of the arguments that depend on the input, and the tensors it takes.
 
-        Args:
-            *positions: The arguments that vary; the others are held. By default all vary.
-
-        Returns:
-            The function, and the tensors it takes.
+        By default all of them vary; with ``positions`` the arguments there, and the others are held.
         """
         inputs: list[Tensor] = []
 
@@ -275,14 +271,9 @@ as many dimensions as the result."""
 
 
 def keeps_examples_apart(call: Call, inputs: tuple[Tensor, ...], output: Tensor) -> bool:
-    """Tell whether row i of the output is known to depend on row i of the inputs alone, rows being the first dimension.
+    """Tell whether row i of an output is known to depend on row i of the varying inputs alone.
 
     Known from names and shapes, for the operations of usual networks over batches; False where it is not known.
-
-    Args:
-        call: The operation.
-        inputs: Those of its arguments that depend on the point.
-        output: One of its results.
     """
     n = output.shape[0] if output.dim() > 1 else 0
     if not n or not inputs or any(v.dim() < 2 or v.shape[0] != n for v in inputs):

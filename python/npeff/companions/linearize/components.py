@@ -135,7 +135,11 @@ def attribute_component(
         model, inputs, smooth=smooth, batched=True, forward=lambda _, x: functional_call(called, moved, (x,))
     )
     changes = after.output - before.output
-    v = _cotangent(before.output, changes, likelihood, output)
+    weighted, size = _metric(before.output, changes, likelihood)
+    v = torch.where(size[:, None] > 0, weighted / size[:, None].clamp_min(1e-300), 0).to(changes)
+    if output is not None:
+        v = torch.zeros_like(changes)
+        v[:, output] = 1
     return ComponentAttribution(
         component=int(j),
         magnitude=float(magnitude),
@@ -251,15 +255,6 @@ def _metric(logits: Tensor, change: Tensor, likelihood: Likelihood) -> tuple[Ten
         squared = curvature(logits.detach(), u, likelihood)
         half_gradient = torch.autograd.grad(squared.sum() / 2, u)[0]
     return half_gradient, squared.detach().clamp_min(0).sqrt()
-
-
-def _cotangent(logits: Tensor, changes: Tensor, likelihood: Likelihood, output: int | None) -> Tensor:
-    if output is not None:
-        v = torch.zeros_like(changes)
-        v[:, output] = 1
-        return v
-    weighted, size = _metric(logits, changes, likelihood)
-    return torch.where(size[:, None] > 0, weighted / size[:, None].clamp_min(1e-300), 0).to(changes)
 
 
 def _inputs(model: nn.Module, given: Any, embed: Forward | None) -> Tensor:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -17,10 +16,18 @@ from torch.func import jvp
 from npeff.batches.tensor_trees import leaves, shown
 from npeff.companions.linearize.recording import Frozen, Program, Recorder, held_in_words, recording
 from npeff.errors import ArgumentError, DataError, ModelError, NpeffError, check_choice
+from npeff.gradients.backward import side_by_side
 from npeff.gradients.eligibility import check_eligible
+from npeff.models.devices import memory_explained
 
 BUDGET = 1 << 26
 """Elements that the widest step may have, over all rows of W that are pulled back together."""
+
+explained = memory_explained(
+    "the linear map of x",
+    "give fewer examples, choose outputs=, linearise from a later layer (at=), or take rows(), matvec() and rmatvec(), "
+    "which do not hold W",
+)
 
 
 class LinearMap:
@@ -49,7 +56,6 @@ class LinearMap:
     ) -> None:
         self.x, self.output, self.at, self.frozen = x, output, at, frozen
         self._program, self._batched, self._again = program, batched, again
-        self._independent = not batched or len(x) == 1 or program.examples_apart(len(x))
 
     def __repr__(self) -> str:
         held = f", {len(self.frozen)} operations held" if self.frozen else ""
@@ -61,6 +67,7 @@ class LinearMap:
         return not self.frozen
 
     @cached_property
+    @explained
     def _graph(self) -> tuple[Tensor, Tensor]:
         """A point at zero and the frozen network's output there, with the graph between them."""
         with torch.inference_mode(False), torch.enable_grad():
@@ -75,6 +82,7 @@ class LinearMap:
         return self._out(self._graph[1].detach())
 
     @cached_property
+    @explained
     def W(self) -> Tensor:
         """``(n, K, *s)`` one vector–Jacobian product of the frozen network per row; kept once made.
 
@@ -91,12 +99,14 @@ class LinearMap:
         n, n_outputs = self._flat.shape
         size = max(1, min(n_outputs, BUDGET // self._program.widest))
         for start in range(0, n_outputs, size):
-            units = torch.eye(n_outputs, dtype=self._flat.dtype, device=self.x.device)[start : start + size]
+            units = self._flat.new_zeros((min(size, n_outputs - start), n_outputs))
+            units[:, start:].fill_diagonal_(1)
             rows = self._pull(units[:, None].expand(-1, n, -1))
             yield rows.transpose(0, 1) if self._batched else rows
 
     # ---- products ---------------------------------------------------------------------------------------------
 
+    @explained
     def __call__(self, z: Tensor) -> Tensor:
         """Compute W·z + b, the frozen network at any point ``(n, *s)``.
 
@@ -106,6 +116,7 @@ class LinearMap:
         with torch.no_grad():
             return self._out(self._program.run(self._checked(z, self.x, "z")))
 
+    @explained
     def matvec(self, v: Tensor) -> Tensor:
         """Compute W·v ``(n, K)`` for ``v (n, *s)``, by one pass; W is not formed.
 
@@ -142,6 +153,7 @@ class LinearMap:
             return self.rmatvec(c) * self.x
         return self.W * (self.x.unsqueeze(1) if self._batched else self.x)
 
+    @explained
     def bias_contributions(self, c: Tensor | None = None) -> dict[str, Tensor]:
         """Compute the contribution of each module's constants to each output: Σ bias·(gradient at that bias).
 
@@ -210,6 +222,7 @@ class LinearMap:
             raise ArgumentError(f"{name}: expected a tensor of shape {tuple(like.shape)}, got {got}")
         return given.detach().to(like)
 
+    @explained
     def _pull(self, cotangents: Tensor) -> Tensor:
         """Compute Wᵀ·c for each c of ``(m, n, K)`` cotangents: ``(m, n, *s)``, without the n where the point has none.
 
@@ -217,7 +230,7 @@ class LinearMap:
             ModelError: Examples influence each other.
         """
         self._program.check()
-        if not self._are_independent():
+        if not self._independent:
             raise ModelError(
                 "model: examples influence each other, so that there is no map per example; pass one example, or "
                 "batched=False for one map of all"
@@ -226,26 +239,31 @@ class LinearMap:
 
     @staticmethod
     def _gradients(output: Tensor, points: list[Tensor], cotangents: Tensor) -> Sequence[Tensor]:
-        if len(cotangents) > 1:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "(?s).*performance drop", UserWarning)
-                    return torch.autograd.grad(output, points, cotangents, retain_graph=True, is_grads_batched=True)
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
+        together = side_by_side(output, points, cotangents) if len(cotangents) > 1 else None
+        if together is not None:
+            return cast("tuple[Tensor, ...]", together)  # every point leads to the output
         rows = [torch.autograd.grad(output, points, c, retain_graph=True) for c in cotangents]
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
-    def _are_independent(self) -> bool:
-        """Tell whether every other example's outputs have no gradient at the examples between."""
-        if not self._independent:
-            z, output = self._graph
-            cotangent = torch.zeros_like(output)
-            cotangent[::2] = torch.randn(output[::2].shape, generator=torch.Generator().manual_seed(0)).to(output)
-            leaked = torch.autograd.grad(output, z, cotangent, retain_graph=True)[0][1::2]
-            self._independent = not bool(leaked.count_nonzero())
-        return self._independent
+    @cached_property
+    def _independent(self) -> bool:
+        """Whether no example's outputs have a gradient at another example.
+
+        Two examples differ in some bit of their numbers. So for every bit the outputs of the examples that have it may
+        have no gradient at the examples that lack it, nor the other way round: 2·log₂ n backward passes.
+        """
+        n = len(self._flat)
+        if n == 1 or self._program.examples_apart(n):
+            return True
+        z, output = self._graph
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        numbers = torch.arange(n, device=output.device)
+        for bit in range((n - 1).bit_length()):
+            for some in ((numbers >> bit & 1) == 1, (numbers >> bit & 1) == 0):
+                leaked = torch.autograd.grad(output, z, weights * some[:, None], retain_graph=True)[0][~some]
+                if bool(leaked.count_nonzero()):
+                    return False
+        return True
 
     def _from_offsets(self, cotangents: Tensor) -> dict[int, Tensor]:
         """Compute by step what its offset adds to each of ``(m, n, K)`` combinations of outputs: ``(n, m)``.
@@ -275,7 +293,7 @@ class LinearMap:
                 found.append(torch.stack(parts))
             return torch.cat(found, dim=2).to(output.dtype)
 
-        if n == 1 or (all(value.shape[:1] == (n,) for value in values) and self._are_independent()):
+        if n == 1 or (all(value.shape[:1] == (n,) for value in values) and self._independent):
             found = summed(cotangents, n)
             expected = (cotangents * self._graph[1].detach()).sum(-1).T
             tolerance = 1e3 * torch.finfo(found.dtype).eps * found.abs().sum(0)
@@ -327,6 +345,7 @@ def linearize(
         DataError: ``x`` or the output has non-finite values.
         ModelError: The model is in training mode, random, not piecewise linear, or uses an operation without an
             affine form.
+        OutOfMemoryError: There is too little memory; the map's methods raise it too.
     """
     _check(model, x, at, smooth)
     check_eligible(model)
@@ -361,9 +380,6 @@ def _recorded(
     model: nn.Module, x: Any, at: str, forward: Forward | None, point: Tensor | None = None
 ) -> tuple[Recorder, Tensor, Tensor]:
     """Run and record the model, from the input or from a layer's output onwards, or from another point in its place.
-
-    Returns:
-        The recorder, the point and the output.
 
     Raises:
         ArgumentError: The layer is not used, or more than once, or gives no float tensor.
@@ -401,16 +417,11 @@ def model_output(model: nn.Module, x: Any, forward: Forward | None) -> Tensor:
         ModelError: The model failed, or gives no float tensor.
         NpeffError: The model raised it.
         MemoryError: The model raised it.
-        OutOfMemoryError: The model raised it.
+        OutOfMemoryError: There is too little memory.
     """
     try:
-        if forward is not None:
-            output = forward(model, x)
-        elif isinstance(x, Mapping):
-            output = model(**x)
-        else:
-            output = model(*x) if isinstance(x, tuple) else model(x)
-    except (NpeffError, MemoryError, torch.OutOfMemoryError):
+        output = _called(model, x, forward)
+    except (NpeffError, MemoryError):
         raise
     except Exception as error:
         given = ", ".join(shown(leaf) for leaf in leaves(x) if isinstance(leaf, Tensor))
@@ -426,6 +437,15 @@ def model_output(model: nn.Module, x: Any, forward: Forward | None) -> Tensor:
             f"model: its output is {shown(output)}, expected a float tensor; choose one in forward=callable(model, x)"
         )
     return output
+
+
+@explained
+def _called(model: nn.Module, x: Any, forward: Forward | None) -> Any:
+    if forward is not None:
+        return forward(model, x)
+    if isinstance(x, Mapping):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple) else model(x)
 
 
 def _check(model: Any, x: Any, at: Any, smooth: Any) -> None:
@@ -446,19 +466,15 @@ def _check(model: Any, x: Any, at: Any, smooth: Any) -> None:
         )
     tensors = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
     if at == "input" and not x.is_floating_point():
+        embedding = next((name for name, module in model.named_modules() if isinstance(module, nn.Embedding)), "")
         raise ArgumentError(
             f"x: expected floating point numbers, got {x.dtype}; convert it, or for token ids linearise from "
-            f"the embedding's output (at=){_embedding(model)}"
+            f"the embedding's output (at=){f', at={embedding!r}' if embedding else ''}"
         )
     if any(tensor.numel() == 0 for tensor in tensors):
         raise DataError("x: it is empty")
     if any(tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise DataError("x: it has NaN or infinite values")
-
-
-def _embedding(model: nn.Module) -> str:
-    name = next((name for name, module in model.named_modules() if isinstance(module, nn.Embedding)), "")
-    return f", at={name!r}" if name else ""
 
 
 def _n_examples(point: Tensor, output: Tensor, batched: bool | None) -> int | None:

@@ -21,34 +21,26 @@ from npeff.companions.linearize.affine_forms import Affine, Call, affine_form, n
 from npeff.errors import ModelError
 
 
-def _gated(
-    call: Call, open_: Tensor, slope: float | Tensor = 0.0, shift: Tensor | None = None, inner: float = 1.0
-) -> Affine:
-    """Freeze a gate: inner·z where it is open, slope·z where it is closed, plus a shift."""
+def _gated(call: Call, open_: Tensor, slope: float | Tensor = 0.0, shift: Tensor | None = None) -> Affine:
+    """Freeze a gate: z where it is open, slope·z where it is closed, plus a shift."""
 
     def function(z: Tensor) -> Tensor:
-        passed = z if inner == 1.0 else z * inner
         leaky = isinstance(slope, Tensor) or slope != 0
-        passed = torch.where(open_, passed, z * slope) if leaky else passed * open_
+        passed = torch.where(open_, z, z * slope) if leaky else z * open_
         return passed if shift is None else passed + shift
 
     return Affine(function, (call.args[0],), (open_,) if shift is None else (open_, shift))
 
 
-@affine_form("relu")
-def relu(call: Call) -> Affine:
-    """Return the form of max(v, 0)."""
-    return _gated(call, call.args[0] > 0)
-
-
-@affine_form("leaky_relu", "_prelu_kernel", "prelu", "rrelu_with_noise")
-def leaky_relu(call: Call) -> Affine:
-    """Pass v, or below 0 a fraction of v: given, learned, or the mean of a range (RReLU in evaluation mode)."""
+@affine_form("relu", "leaky_relu", "_prelu_kernel", "prelu", "rrelu_with_noise")
+def rectifier(call: Call) -> Affine:
+    """Pass v, or below 0 a fraction of v: none, given, learned, or the mean of a range (RReLU in evaluation mode)."""
+    slope: float | Tensor = 0.0
     if call.name == "leaky_relu":
         slope = float(call.argument(1, "negative_slope", 0.01))
     elif call.name == "rrelu_with_noise":
         slope = (call.argument(2, "lower", 0.125) + call.argument(3, "upper", 1 / 3)) / 2
-    else:
+    elif call.name != "relu":
         slope = call.fixed(1, "weight")
     return _gated(call, call.args[0] > 0, slope)
 
@@ -74,7 +66,8 @@ def hardsigmoid(call: Call) -> Affine:
     """Pass v/6 + 1/2 between −3 and 3, and 0 or 1 outside."""
     v = call.args[0]
     inside = (v > -3) & (v < 3)
-    return _gated(call, inside, shift=torch.where(inside, 0.5, call.output), inner=1 / 6)
+    shift = torch.where(inside, 0.5, call.output)
+    return Affine(lambda z: z * (1 / 6) * inside + shift, (v,), (inside, shift))
 
 
 @affine_form("softshrink", "hardshrink")
@@ -95,18 +88,19 @@ def absolute(call: Call) -> Affine:
 
 @affine_form("maximum", "minimum", "fmax", "fmin")
 def extremum(call: Call) -> Affine:
-    """Select the larger (or smaller) of two tensors, entry by entry."""
+    """Select the larger (or smaller) of two tensors, entry by entry; of equal ones take the part that autograd does."""
     a, b = call.args[0], call.args[1]
     first = a >= b if call.name in ("maximum", "fmax") else a <= b
+    tied = (a == b) & (call.name in ("maximum", "minimum"))  # half of each; fmax and fmin take the first
     inputs = tuple(tensor for tensor in (a, b) if call.depends(tensor))
     one, other = (None if call.depends(tensor) else call.constant(tensor) for tensor in (a, b))
 
     def function(*values: Tensor) -> Tensor:
         left = values[0] if one is None else one
         right = values[-1] if other is None else other
-        return torch.where(first, left, right)
+        return torch.where(tied, (left + right) / 2, torch.where(first, left, right))
 
-    return Affine(function, inputs, (first,))
+    return Affine(function, inputs, (first, tied))
 
 
 @affine_form("max", "min", "amax", "amin")
@@ -116,7 +110,7 @@ def largest(call: Call) -> Affine:
         return selected(call)
     v, dims, keep = call.args[0], call.argument(1, "dim", ()), bool(call.argument(2, "keepdim", False))
     dims = tuple(dims) or tuple(range(v.dim()))
-    extreme = call.output if keep or not v.dim() else _unsqueezed(call.output, v.dim(), dims)
+    extreme = (v.amax if call.name in ("max", "amax") else v.amin)(dims, keepdim=True)
     weight = (v == extreme).to(v.dtype)
     weight = weight / weight.sum(dims, keepdim=True)
     return Affine(lambda z: (z * weight).sum(dims, keepdim=keep), (v,), pattern=(weight,))
@@ -151,12 +145,6 @@ def max_pool(call: Call) -> Affine:
     shape = index.shape
     flat = index.flatten(-kept)
     return Affine(lambda z: z.flatten(-kept).gather(-1, flat).reshape(shape), (v,), pattern=(index,))
-
-
-def _unsqueezed(tensor: Tensor, n_dims: int, dims: tuple[int, ...]) -> Tensor:
-    for dim in sorted(d % n_dims for d in dims):
-        tensor = tensor.unsqueeze(dim)
-    return tensor
 
 
 # ---- operations that are not piecewise linear --------------------------------------------------------------
@@ -195,16 +183,11 @@ def gated_linear_unit(call: Call) -> Affine:
     return Affine(lambda z: z.chunk(2, dim)[0] * gate, (v,), held="gate")
 
 
-@affine_form(*HELD)
+@affine_form("_softmax", "_safe_softmax", *HELD)
 def held(call: Call) -> tuple[Affine, ...]:
     """Hold the values of all outputs of the operation."""
-    return tuple(Affine(held="value") for _ in tensors_in(call.output))
-
-
-@affine_form("_softmax", "_safe_softmax")
-def softmax(call: Call) -> Affine:
-    """Hold the values of a softmax."""
-    return Affine(held="attention pattern")
+    what = "attention pattern" if call.name.endswith("softmax") else "value"
+    return tuple(Affine(held=what) for _ in tensors_in(call.output))
 
 
 @affine_form("_log_softmax")

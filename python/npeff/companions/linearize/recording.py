@@ -91,6 +91,8 @@ class Program:
     Attributes:
         held: The held parts on the way from input to output, those of constants that went into a step included.
         depends: Whether the output depends on the input.
+        pattern: All gates and selections, in order.
+        widest: Elements of the largest value.
     """
 
     def __init__(self, steps: list[Step], output: int, constants: Iterable[tuple[Tensor, int]]) -> None:
@@ -105,18 +107,10 @@ class Program:
         kept = sorted(live | {0})
         new = {number: i for i, number in enumerate(kept)}
         self.steps = [replace(s, inputs=tuple(new[i] for i in s.inputs)) for s in (steps[number] for number in kept)]
+        self.pattern = [tensor for step in self.steps for tensor in step.pattern]
+        self.widest = max(1, *(step.zero.shape.numel() for step in self.steps))
         self._last_use = {i: number for number, step in enumerate(self.steps) for i in step.inputs}
         self._constants = list(constants)
-
-    @property
-    def pattern(self) -> list[Tensor]:
-        """All gates and selections, in order."""
-        return [tensor for step in self.steps for tensor in step.pattern]
-
-    @property
-    def widest(self) -> int:
-        """Elements of the largest value."""
-        return max(1, *(step.zero.shape.numel() for step in self.steps))
 
     def check(self) -> None:
         """Make sure that the model's weights are those of the recording.
@@ -130,14 +124,9 @@ class Program:
             )
 
     def run(self, z: Tensor, at: dict[int, Tensor] | None = None) -> Tensor:
-        """Replay the steps on another input.
+        """Replay the steps on another input: the output, with a graph to it where it requires gradients.
 
-        Args:
-            z: A point of the input's shape.
-            at: By step; receives the values of these steps, which the output then has a graph to.
-
-        Returns:
-            The output, with a graph to ``z`` where it requires gradients.
+        The values of steps that ``at`` has are put there; the output has a graph to these too.
         """
         self.check()
         values = {0: z}
@@ -216,9 +205,6 @@ class Values:
     for its value; views of it have steps of their own. A write through any view makes a new whole, and views that are
     read later are taken from that whole by position. So in-place code keeps its meaning, and the operations that make
     views need not be known.
-
-    Args:
-        emit: Appends a step to the program and returns its number.
     """
 
     def __init__(self, emit: Callable[[Step], int]) -> None:
@@ -247,12 +233,9 @@ class Values:
         memory.steps.setdefault(geometry(tensor), step)
 
     def write(self, tensor: Tensor, step: int, before: Tensor | None) -> None:
-        """Note that an operation wrote a value into existing memory.
+        """Note that an operation wrote a value into existing memory through a tensor, any view.
 
-        Args:
-            tensor: The tensor that was written to, any view.
-            step: The value it has now.
-            before: The whole storage as a flat tensor, before the write, where it did not depend on the input yet.
+        Where the memory did not depend on the input yet, ``before`` is its whole storage before the write, flat.
         """
         memory = self._memories.get(key(tensor))
         if memory is None:
@@ -275,17 +258,10 @@ class Values:
         memory.steps = {memory.whole: written, wanted: step}
 
 
-def flat_storage(tensor: Tensor) -> Tensor:
-    """Copy all of a tensor's storage, ``(elements,)``."""
-    count = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
-    return tensor.detach().as_strided((count,), (1,), 0).clone()
-
-
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Turns the operations within its context into steps, after :meth:`begin` was called.
 
-    Args:
-        model: Its weights are referred to, not copied; its modules give the steps their names.
+    The model's weights are referred to, not copied; its modules give the steps their names.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -365,12 +341,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         target = args[0]
         functional = name.removesuffix("_")
-        written = [argument.name for argument in func._schema.arguments if _is_written(argument)]
+        written = [item.name for item in func._schema.arguments if item.alias_info and item.alias_info.is_write]
         packet = getattr(torch.ops.aten, functional, None)
         function = getattr(packet, func._overloadname, None) if packet else None
         if written != ["self"] or function is None or functional == name or not isinstance(target, Tensor):
             raise ModelError(f"model: {self._where()} computes {func}, which writes in place in a way not known here")
-        before = None if self._values.holds(target) else flat_storage(target)
+        before = None
+        if not self._values.holds(target):
+            count = target.untyped_storage().nbytes() // target.dtype.itemsize
+            before = target.detach().as_strided((count,), (1,), 0).clone()
         output: Tensor = function(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
         (step,) = self._frozen(self._call(functional, function, args, kwargs, output), tensors)
@@ -387,10 +366,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         outputs = tensors_in(call.output)
         involved = any(self._depends(tensor) for tensor in tensors)
-        if not involved or not any(tensor.is_floating_point() for tensor in outputs):
+        if not involved or not any(tensor.is_floating_point() or tensor.is_complex() for tensor in outputs):
             made_by = () if involved else self._steps_of(tensors)
             return [self._constant(output, made_by) if made_by else None for output in outputs]
-        if call.name not in AFFINE_FORMS:
+        if call.name not in AFFINE_FORMS or "reduce" in call.kwargs:  # scatter(…, reduce="multiply")
             raise ModelError(
                 f"model: {call.where} computes {call.name}, which has no affine form here; linearise from a layer "
                 "behind it (at=), or write it with operations that have one"
@@ -406,15 +385,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._constant(output, constants, held) if held or constants else None
         inputs = tuple(self._values.step(tensor) for tensor in form.inputs)
         apart = not held and keeps_examples_apart(call, form.inputs, output)
-        zero, module = zero_like(output), self._module()
-        return self._emit(Step(form.function, inputs, zero, module, form.pattern, held, constants, apart))
+        return self._emit(Step(form.function, inputs, zero_like(output), "", form.pattern, held, constants, apart))
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
 
     def _emit(self, step: Step) -> int:
         if self.steps and all(i in self._without_input for i in step.inputs):
             self._without_input.add(len(self.steps))
-        self.steps.append(step)
+        name, kind = self.modules[-1]
+        self.steps.append(replace(step, module=name or f"({kind})"))
         return len(self.steps) - 1
 
     def _depends(self, tensor: Tensor) -> bool:
@@ -435,24 +414,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _constant(self, tensor: Tensor, constants: tuple[int, ...] = (), held: Frozen | None = None) -> int:
         """Make a step of a value that is held as it is."""
         value = self._keep(tensor)
-        return self._emit(Step(lambda: value, (), zero_like(value), self._module(), (), held, constants))
+        return self._emit(Step(lambda: value, (), zero_like(value), "", (), held, constants))
 
     def _steps_of(self, tensors: list[Tensor]) -> tuple[int, ...]:
         """Return the steps of those of the tensors that are constants made by steps."""
         steps = [self._values.step(tensor) for tensor in tensors if self._values.holds(tensor)]
         return tuple(number for number in steps if number in self._without_input)
 
-    def _module(self) -> str:
-        name, kind = self.modules[-1]
-        return name or f"({kind})"
-
     def _where(self) -> str:
         name, kind = self.modules[-1]
         return f"{name!r} ({kind})" if name else f"the forward pass of {kind}"
-
-
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
 def held_in_words(held: Sequence[Frozen]) -> str:

@@ -144,17 +144,9 @@ class Explainer(ABC):
             ArgumentError: The target is no example of the model, or a candidate no training example.
         """
         target = self.target(target)
-        candidates = self.candidates(target) if candidates is None else np.asarray(candidates)
-        if candidates.ndim != 1 or (candidates.size and candidates.dtype.kind not in "iu"):
-            raise ArgumentError(
-                f"candidates: expected positions (c,), got {candidates.dtype} of shape {candidates.shape}"
-            )
-        if candidates.size and (candidates.min() < 0 or candidates.max() >= len(self.record)):
-            raise ArgumentError(
-                f"candidates: expected positions below {len(self.record)}, got {candidates.tolist()[:5]}…"
-            )
+        given = self.candidates(target) if candidates is None else candidates
         with torch.no_grad():
-            return self.support(target, candidates.astype(np.int64))
+            return self.support(target, _positions(given, "candidates", len(self.record)))
 
     @abstractmethod
     def support(self, target: Array, candidates: Array) -> Array:
@@ -458,13 +450,24 @@ def retrain(
         )
     kept = np.ones((len(record), len(removed)), bool)
     for r, positions in enumerate(removed):
-        positions = np.asarray(positions, np.int64)
-        if len(positions) and (positions.min() < 0 or positions.max() >= len(record)):
-            raise ArgumentError(f"removed: expected positions below {len(record)}, got {positions.tolist()}")
-        kept[positions, r] = False
+        kept[_positions(positions, "removed", len(record)), r] = False
     tables = {name: np.repeat(table[..., None], len(removed), axis=2) for name, table in record.initial.items()}
     run_epochs(model, tables, np.asarray(record.examples), record.recipe, kept=kept, progress=progress)
     return tables
+
+
+def _positions(given: Any, name: str, n: int) -> Array:
+    """Check positions of training examples: ``(c,)`` int64.
+
+    Raises:
+        ArgumentError: They are none.
+    """
+    positions = np.asarray(given)
+    if positions.ndim != 1 or (positions.size and positions.dtype.kind not in "iu"):
+        raise ArgumentError(f"{name}: expected positions (c,), got {positions.dtype} of shape {positions.shape}")
+    if positions.size and (positions.min() < 0 or positions.max() >= n):
+        raise ArgumentError(f"{name}: expected positions below {n}, got {positions.tolist()[:5]}…")
+    return positions.astype(np.int64)
 
 
 def _tables_of(model: FactorModel) -> dict[str, Tensor]:

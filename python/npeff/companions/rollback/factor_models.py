@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from npeff.errors import ArgumentError, DataError, StorageError, check_integer, check_number
+from npeff.errors import ArgumentError, DataError, ModelError, StorageError, check_integer, check_number
 from npeff.short_repr import short_repr
 from npeff.storage.files import path_of
 
@@ -49,9 +49,11 @@ class FactorModel(nn.Module, ABC):
 
     def __init__(self, sizes: Mapping[str, int], widths: Mapping[str, int], scale: float, seed: int) -> None:
         super().__init__()
-        for name, value in {**{f"number of {n}": s for n, s in sizes.items()}, **widths}.items():
-            check_integer(name, value)
+        for name in sizes:
+            check_integer(f"n_{name}", sizes[name])
+            check_integer(f"width of {name}", widths[name])
         check_number("scale", scale)
+        check_integer("seed", seed, 0)
         generator = torch.Generator().manual_seed(seed)
         self._names = tuple(sizes)
         for name in sizes:
@@ -153,7 +155,13 @@ class FactorModel(nn.Module, ABC):
         return array.astype(np.int64)
 
     def numpy_tables(self) -> dict[str, Array]:
-        """Copy the tables to numpy arrays."""
+        """Copy the tables to numpy arrays.
+
+        Raises:
+            ModelError: They are of a dtype that numpy lacks.
+        """
+        if any(table.dtype == torch.bfloat16 for table in self.tables.values()):
+            raise ModelError("model: its tables are bfloat16, expected float32 or float64; convert it: model.float()")
         return {name: table.detach().cpu().numpy().copy() for name, table in self.tables.items()}
 
     def load_tables(self, tables: Mapping[str, Array]) -> None:
@@ -186,6 +194,7 @@ class DistMult(FactorModel):
     _numbers = 1  # real numbers per element of a row
 
     def __init__(self, n_entities: int, n_relations: int, dim: int = 10, *, scale: float = 0.5, seed: int = 0) -> None:
+        check_integer("dim", dim)
         sizes = {"entities": n_entities, "relations": n_relations}
         super().__init__(sizes, dict.fromkeys(sizes, self._numbers * dim), scale, seed)
         self.options = {"n_entities": int(n_entities), "n_relations": int(n_relations), "dim": int(dim)}
@@ -237,6 +246,7 @@ class MatrixFactorization(FactorModel):
     columns = ("users", "items")
 
     def __init__(self, n_users: int, n_items: int, dim: int = 16, *, scale: float = 0.1, seed: int = 0) -> None:
+        check_integer("dim", dim)
         super().__init__({"users": n_users, "items": n_items}, {"users": dim, "items": dim + 1}, scale, seed)
         self.options = {"n_users": int(n_users), "n_items": int(n_items), "dim": int(dim)}
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npeff.companions.rollback.factor_models import MODELS, FactorModel
-from npeff.errors import ArgumentError, ModelError, StorageError, check_integer, check_number
+from npeff.errors import ArgumentError, ModelError, StorageError, check_integers, check_number
 from npeff.short_repr import short_repr
 from npeff.storage.checks import FLOAT, Field, Sizes, expect, item, refuse
 from npeff.storage.container import check_replaceable, read_record
@@ -51,8 +51,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("negatives", 1), ("seed", 0)):
-            check_integer(name, getattr(self, name), least)
+        check_integers(self, {"epochs": 1, "negatives": 1, "seed": 0})
         check_number("learning_rate", self.learning_rate)
         if self.optimizer not in get_args(OptimizerName):
             known = ", ".join(map(repr, get_args(OptimizerName)))
@@ -62,16 +61,9 @@ class Recipe:
             )
 
     def schedule(self, epoch: int, answers: Array, n_answers: int) -> tuple[Array, Array]:
-        """Draw one epoch.
+        """Draw the order ``(n,)`` and the candidates ``(n, 1 + N)`` of an epoch, for answers ``(n,)``.
 
-        Args:
-            epoch: From 0.
-            answers: ``(n,)`` the answer of every example.
-            n_answers: Rows of the answers' table.
-
-        Returns:
-            The order ``(n,)``, and for example d (not step d) the candidates ``(n, 1 + N)``: its answer, then its
-            negatives, all different.
+        Row d of the candidates, for example d and not step d, is its answer, then its negatives, all different.
         """
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(answers))
@@ -117,15 +109,7 @@ class RowUpdates:
     __repr__ = short_repr
 
     def of(self, examples: Array) -> tuple[Array, Array, Array]:
-        """Get the entries of some examples.
-
-        Args:
-            examples: ``(c,)`` int64.
-
-        Returns:
-            For each entry the position in ``examples`` that it belongs to, its row, and γ: ``(e,)``, ``(e,)``,
-            ``(e, width)``.
-        """
+        """Get for each entry of some examples ``(c,)`` the position in these, its row, and γ ``(e, width)``."""
         starts, counts = self.offsets[examples], self.offsets[examples + 1] - self.offsets[examples]
         owner = np.repeat(np.arange(len(examples)), counts)
         firsts = np.cumsum(counts) - counts
@@ -301,22 +285,9 @@ def _describe(meta: dict[str, Any], where: str) -> tuple[list[Field], Sizes]:
 
 
 class RecordBuilder:
-    """Adds the updates up while a model is trained, and makes the record at the end.
+    """Adds the updates up (in :attr:`sums`, by table) while a model is trained, and makes the record at the end.
 
-    Args:
-        model: The model, before its training.
-        examples: ``(n, m + 1)`` training examples.
-        all_rows: Whether the updates of all rows will be added.
-        names: Names of the rows, by table.
-        out: Keep the sums in temporary files beside this HDF5 file, and write the record to it at the end; by default
-            all stays in memory.
-
-    Raises:
-        ArgumentError: ``out`` is no path.
-        StorageError: No record can be written there.
-
-    Attributes:
-        sums: What to add the updates to, by table.
+    With ``out`` the sums lie in temporary files beside that HDF5 file, and the record is written to it.
     """
 
     def __init__(
@@ -334,14 +305,7 @@ class RecordBuilder:
         self.sums = {name: UpdateSums(len(examples), table, self._out) for name, table in self._initial.items()}
 
     def finish(self, recipe: Recipe | None = None) -> Record:
-        """Make the record of the trained model; with ``out`` it is written there and mapped.
-
-        Args:
-            recipe: How the model was trained.
-
-        Raises:
-            StorageError: The record cannot be written.
-        """
+        """Make the record of the trained model; with ``out`` it is written there and mapped."""
         record = Record(
             examples=self._examples,
             columns=tuple(self._model.columns),
@@ -358,13 +322,7 @@ class RecordBuilder:
 
 
 class UpdateSums:
-    """The sums γ of one table, each in a slot that its example and row receive at the first update.
-
-    Args:
-        n_examples: Number of training examples.
-        table: ``(rows, width)``, for its shape.
-        out: Keep the sums in a temporary file beside this file, mapped; None keeps them in memory.
-    """
+    """The sums γ of one table, each in a slot that its example and row receive at the first update."""
 
     def __init__(self, n_examples: int, table: Array, out: Path | None) -> None:
         self._n_examples, (self._n_rows, self._width), self._out = n_examples, table.shape, out

@@ -6,18 +6,17 @@ import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from npeff.companions.rollback.factor_models import FactorModel
 from npeff.companions.rollback.record import OptimizerName, Recipe, Record, RecordBuilder
-from npeff.errors import ArgumentError, ModelError, check_choice
+from npeff.errors import ArgumentError, ModelError
 
 Array = npt.NDArray[Any]
 Rows = Any  # an integer, or different integers
@@ -26,10 +25,7 @@ Rows = Any  # an integer, or different integers
 class RowOptimizer:
     """The steps of ``torch.optim.SGD``, ``Adagrad`` or ``SparseAdam``, which change only rows with a gradient.
 
-    Args:
-        name: ``"sgd"``, ``"adagrad"`` or ``"adam"``.
-        tables: ``(rows, width)``, or ``(rows, width, R)`` for R models side by side; for their shapes.
-        learning_rate: η.
+    Tables are ``(rows, width)``, or ``(rows, width, R)`` for R models side by side.
     """
 
     def __init__(self, name: OptimizerName, tables: Mapping[str, Array], learning_rate: float) -> None:
@@ -40,21 +36,14 @@ class RowOptimizer:
         self._active: Array | None = None
 
     def begin(self, active: Array | None) -> None:
-        """Begin a step, which changes rows of every table.
-
-        Args:
-            active: ``(R,)`` bool, the models that take the step; None for all.
-        """
+        """Begin a step of all models, or of those that are ``active (R,)``."""
         self._active = active
         self._step = self._step + (1 if active is None else active)
 
     def update(self, table: str, rows: Rows, gradient: Array) -> Array:
-        """Compute the change of one or several different rows of a table; the shape of ``gradient``.
+        """Compute the change of one or several different rows of a table, in the shape of their gradient.
 
-        Args:
-            table: Its name.
-            rows: One row, or k rows, that have no update in this step yet.
-            gradient: ``(width,)`` or ``(k, width)``; with R models a last axis of R.
+        The rows have no update in this step yet.
         """
         averages = self._averages[table]
         change, *after = self._rule(gradient, *[average[rows] for average in averages])
@@ -137,17 +126,9 @@ def run_epochs(
     all_rows: bool = False,
     progress: bool = False,
 ) -> None:
-    """Take all steps of a training, on the tables given, in place.
+    """Take all steps of a training, on tables ``(rows, width)``, in place; the model supplies the score alone.
 
-    Args:
-        model: Supplies the score; its weights are neither used nor changed.
-        tables: ``(rows, width)``, or with ``kept`` ``(rows, width, R)`` for R models side by side.
-        examples: ``(n, m + 1)`` int64.
-        recipe: How to train.
-        kept: ``(n, R)`` bool, the examples that each model is trained on; by default all.
-        builder: Receives the updates.
-        all_rows: Those of all rows.
-        progress: Show a progress bar.
+    With ``kept (n, R)``, the examples that each of R models is trained on, tables are ``(rows, width, R)``.
 
     Raises:
         ModelError: The model has no ``query_gradient``.
@@ -219,15 +200,13 @@ class RollbackRecorder:
 
     The difference of the rows is taken, whatever the optimiser made of the gradient. An optimiser with momentum,
     Adam's averages or weight decay also changes rows that have no gradient in a step, by gradients of earlier examples.
-    Such an optimiser is refused, unless ``momentum="accept"``: then the whole change of the example's own rows is
-    recorded as the example's, and changes of other rows are recorded for no example.
+    Such an optimiser is refused.
 
     Args:
         optimizer: Of the training loop; its parameters must include the tables.
         touched: The model, whose tables are recorded.
         examples: ``(n, m + 1)`` training examples.
         all_rows: Record every row that changed, not only those of the example. Compares whole tables at every step.
-        momentum: ``"refuse"`` or ``"accept"`` an optimiser that changes rows without a gradient.
         out: Stream the record to this HDF5 file; by default it stays in memory.
         names: Names of the rows, by table, kept in the record.
 
@@ -235,7 +214,7 @@ class RollbackRecorder:
         record: The :class:`Record`, once the ``with`` block has ended without an error; None before.
 
     Raises:
-        ArgumentError: The examples do not fit the model, the optimiser lacks a table, or an option has no such value.
+        ArgumentError: The examples do not fit the model, or the optimiser lacks a table.
         ModelError: The optimiser changes rows without a gradient, or cannot be probed.
         StorageError: No record can be written at ``out``.
     """
@@ -247,7 +226,6 @@ class RollbackRecorder:
         examples: Array,
         *,
         all_rows: bool = False,
-        momentum: Literal["refuse", "accept"] = "refuse",
         out: str | Path | None = None,
         names: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
@@ -256,7 +234,6 @@ class RollbackRecorder:
                 "touched: expected a FactorModel (DistMult, ComplEx, MatrixFactorization, or a subclass of your "
                 f"own), got {type(touched).__name__}"
             )
-        check_choice("momentum", momentum, ("refuse", "accept"))
         self._model, self._optimizer, self._all_rows = touched, optimizer, all_rows
         self._examples = touched.check_examples(examples, least=1)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -265,8 +242,7 @@ class RollbackRecorder:
                 raise ArgumentError(
                     f"optimizer: does not hold the table {name!r} of the model; pass model.parameters() to it"
                 )
-            if momentum == "refuse":
-                check_optimizer(optimizer, groups[id(table)])
+            check_optimizer(optimizer, groups[id(table)])
         self._names, self._out = names, out
         self._builder: RecordBuilder | None = None
         self.record: Record | None = None
@@ -276,15 +252,11 @@ class RollbackRecorder:
         self._builder = RecordBuilder(self._model, self._examples, self._all_rows, self._names, self._out)
         return self
 
-    def step(self, example: int, closure: Any = None) -> Any:
+    def step(self, example: int) -> None:
         """Call ``optimizer.step()`` for one training example, and record it.
 
         Args:
             example: Its position in ``examples``; the gradients must be of its loss alone.
-            closure: Passed on to the optimiser.
-
-        Returns:
-            What the optimiser returned.
 
         Raises:
             ArgumentError: There is no such example.
@@ -294,30 +266,22 @@ class RollbackRecorder:
             raise ModelError("RollbackRecorder.step: call it inside 'with RollbackRecorder(…) as recorder:'")
         if not isinstance(example, int | np.integer) or not 0 <= example < len(self._examples):
             raise ArgumentError(f"example: expected a position below {len(self._examples)}, got {example!r}")
-        example = int(example)
-        rows = {name: self._watched(example, name) for name in self._model.tables}
-        before = {name: self._read(name, given) for name, given in rows.items()}
-        result = self._optimizer.step(closure)
-        for name, given in rows.items():
-            change = self._read(name, given) - before[name]
+        tables = {name: table.detach() for name, table in self._model.tables.items()}
+        own = list(zip(self._model.columns, self._examples[example].tolist(), strict=True))
+        before = {}
+        for name, table in tables.items():
+            rows = range(len(table)) if self._all_rows else sorted({row for column, row in own if column == name})
+            index = torch.tensor(rows, dtype=torch.long, device=table.device)
+            before[name] = index, table[index]
+        self._optimizer.step()
+        for name, (index, old) in before.items():
+            change = (tables[name][index] - old).cpu()
             if not torch.isfinite(change).all():
                 raise ModelError(
                     f"training diverged at example {example}: table {name!r} is not finite; lower the learning rate"
                 )
-            changed = torch.nonzero(change.any(1)).flatten()
-            self._builder.sums[name].add_rows(example, given[changed].tolist(), change[changed].numpy())
-        return result
-
-    def _watched(self, example: int, table: str) -> Tensor:
-        """Find the rows to compare: the example's own, or all."""
-        if self._all_rows:
-            return torch.arange(len(self._model.tables[table]))
-        pairs = zip(self._examples[example].tolist(), self._model.columns, strict=True)
-        return torch.tensor(sorted({row for row, name in pairs if name == table}))
-
-    def _read(self, table: str, rows: Tensor) -> Tensor:
-        values = self._model.tables[table].detach()
-        return values[rows.to(values.device)].cpu()
+            changed = change.any(1)
+            self._builder.sums[name].add_rows(int(example), index.cpu()[changed].tolist(), change[changed].numpy())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -331,12 +295,8 @@ class RollbackRecorder:
 def check_optimizer(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     """Make sure that an optimiser does not change rows without a gradient.
 
-    An optimiser of the same class and options takes two steps on a parameter of its own, the second step with a
-    gradient in one of two rows.
-
-    Args:
-        optimizer: Is not changed.
-        group: The parameter group whose options count.
+    An optimiser of the same class and the group's options takes two steps on a parameter of its own, the second step
+    with a gradient in one of two rows.
 
     Raises:
         ModelError: It changes such rows, or cannot be tried out.
@@ -356,12 +316,11 @@ def check_optimizer(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     except Exception as error:
         raise ModelError(
             f"optimizer: {name} could not be tried out ({type(error).__name__}: {error}), so that it is not known "
-            "whether it changes rows without a gradient; pass momentum='accept' if it does not, or if it may"
+            "whether it changes rows without a gradient; its class must be made from parameters and the group's options"
         ) from error
     if bool((probe.detach() != before)[0]):
         raise ModelError(
             f"optimizer: {name} with these options changes rows that have no gradient (momentum, running averages or "
             "weight decay), so that the changes in a step are not due to its example alone; use SGD without momentum "
-            "and weight decay, Adagrad, or SparseAdam with sparse gradients; or pass momentum='accept' to record the "
-            "example's own rows all the same"
+            "and weight decay, Adagrad, or SparseAdam with sparse gradients"
         )

@@ -34,7 +34,8 @@ def superposition_score(vectors: Tensor | Array, importance: Tensor | Array | No
     """
     x, w = _features(vectors, importance)
     units = x / np.linalg.norm(x, axis=1, keepdims=True)
-    dimensionality = 1 / np.square(units @ units.T).sum(1)
+    squares = ((units @ (units.T @ units)) * units).sum(1)  # Σ_j cos² without a V × V matrix
+    dimensionality = 1 / squares
     return float((w * (1 - dimensionality)).sum() / w.sum())
 
 
@@ -122,5 +123,5 @@ def _features(vectors: Tensor | Array, importance: Tensor | Array | None) -> tup
 
 def _array(value: Tensor | Array) -> Array:
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
+        value = value.detach().double().cpu().numpy()
     return np.asarray(value, np.float64)

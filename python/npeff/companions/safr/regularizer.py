@@ -143,6 +143,10 @@ class VMask(nn.Module):
         r = F.gumbel_softmax(logits, self.temperature, hard=True)[..., 0] if self.training else self.keep
         return embeddings * r[..., None]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave ``keep`` out of copies and pickles: tensors with a graph have neither."""
+        return {**self.__dict__, "keep": None}
+
     def importance(self, embeddings: Tensor) -> Tensor:
         """Compute the probability of each token to be kept, in the shape of the embeddings ``(…, dim)`` without dim."""
         return torch.softmax(self._logits(embeddings), -1)[..., 0]
@@ -161,7 +165,8 @@ class VMask(nn.Module):
         """
         if self.keep is None:
             return mask.new_zeros(())
-        p = self.keep.clamp(1e-6, 1 - 1e-6)
+        least = max(1e-6, torch.finfo(self.keep.dtype).eps)  # so that 1 − least is not 1 in half precision either
+        p = self.keep.clamp(least, 1 - least)
         h = -(p * p.log() + (1 - p) * (1 - p).log())
         return ((h * mask).sum(1) / mask.sum(1)).mean()
 
@@ -214,7 +219,13 @@ class SAFRRegularizer(nn.Module):
         super().__init__()
         for name, value in (("importance", importance), ("interaction", interaction), ("entropy", entropy)):
             check_number(name, value, zero=True)
-        if interaction and not isinstance(attention, str) and not len(attention):
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if vmask is not None and not isinstance(vmask, VMask):
+            raise ArgumentError(f"vmask: expected a VMask or None, got {type(vmask).__name__}")
+        if isinstance(attention, str) or not isinstance(attention, Sequence | nn.ModuleList):
+            attention = attention if attention == "auto" else [attention]
+        if interaction and not len(attention):
             raise ArgumentError("attention: interaction > 0 needs attention modules; name them, or pass interaction=0")
         _, source = _find_module(model, embeddings, "embeddings")
         own = source if isinstance(source, VMask) else None
@@ -333,12 +344,9 @@ def _attention_modules(model: nn.Module, which: str | Sequence[str | nn.Module])
         ArgumentError: A name is none of the model's modules.
         ModelError: ``"auto"`` finds none.
     """
-    named = dict(model.named_modules())
-    if isinstance(which, str) and which != "auto":
-        which = [which]
-    if not isinstance(which, str):
+    if which != "auto":
         return [_find_module(model, item, "attention") for item in which]
-    found = [(name, module) for name, module in named.items() if _is_attention(module)]
+    found = [(name, module) for name, module in model.named_modules() if _is_attention(module)]
     inner = [(name, module) for name, module in found if not any(map(_is_attention, list(module.modules())[1:]))]
     if not inner:
         raise ModelError(
@@ -370,16 +378,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _tap(name: str, module: nn.Module, into: list[Tensor]) -> list[RemovableHandle]:
-    """Collect the weights of one attention module, whose output stays as its caller asked for it.
-
-    Args:
-        name: Of the module, for messages.
-        module: The module.
-        into: Where weights ``(batch, heads, n, n)`` go, forward by forward.
-
-    Returns:
-        The hooks.
-    """
+    """Collect the weights ``(batch, heads, n, n)`` of one attention module, whose callers get what they asked for."""
     asked: list[tuple[bool, bool]] = []
 
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from npeff.gradients.graph import Graph, Use, Value
 from npeff.gradients.rules.base import Layout, Rule, Unsupported
-from npeff.gradients.rules.convolution import ConvolutionBias, ConvolutionWeight
+from npeff.gradients.rules.convolution import ConvolutionWeight
 from npeff.gradients.rules.dense import Broadcast, Difference, MatrixBias, MatrixProduct, Product, Slope, Sum
 from npeff.gradients.rules.embedding_and_norm import (
     BatchNormWeight,
@@ -28,7 +28,7 @@ RULES: dict[tuple[str, int], type[Rule]] = {
     ("AddmmBackward0", 2): MatrixProduct,
     ("MmBackward0", 1): MatrixProduct,
     ("ConvolutionBackward0", 1): ConvolutionWeight,
-    ("ConvolutionBackward0", 2): ConvolutionBias,
+    ("ConvolutionBackward0", 2): ChannelBias,
     ("EmbeddingBackward0", 0): Embedding,
     ("NativeLayerNormBackward0", 1): LayerNormWeight,
     ("NativeLayerNormBackward0", 2): LayerNormBias,
@@ -52,11 +52,6 @@ Found = tuple[type[Rule], Use, list[Layout]]
 
 def find_uses(graph: Graph, parameter: Value, n_examples: int) -> list[Found]:
     """Find every use of a parameter between it and the logits, with its rule and the layouts that it may have.
-
-    Args:
-        graph: The graph of this batch.
-        parameter: The parameter itself as a value.
-        n_examples: Examples in the batch.
 
     Returns:
         One entry per use; empty when the logits do not depend on the parameter.

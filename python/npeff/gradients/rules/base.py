@@ -106,6 +106,14 @@ class Rule(ABC):
         self.scratch = scratch
         self.edge = GradientEdge(nodes[use.node], 0)
         self._nodes = nodes
+        self.begin()
+
+    def begin(self) -> None:  # noqa: B027 — some rules need nothing but δ
+        """Take what the rule needs of the operation, by :meth:`saved` and :meth:`saved_tensor`.
+
+        Raises:
+            Unsupported: The rule does not serve this use.
+        """
 
     def saved(self, name: str) -> Any:
         """Return what the operation kept for its backward pass.
@@ -137,12 +145,12 @@ class Rule(ABC):
         return torch.zeros(self.use.output_shape, dtype=made.dtype, device=made.device)
 
     @classmethod
-    @abstractmethod
     def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
-        """List the ways in which δ's rows can belong to the examples, likeliest first.
+        """List the ways in which δ's rows can belong to the examples, likeliest first; none if the rule does not apply.
 
-        Empty if the rule does not apply.
+        By default the rows are the first dimension of the output.
         """
+        return layouts_of_rows(use.output_shape[0], n_examples)
 
     def split(self, delta: Tensor) -> Tensor:
         """Return δ with the examples first and the positions second: ``(b, T, …)``."""
@@ -285,10 +293,7 @@ class SmallRule(Rule):
 
     @override
     def bytes_per_column(self) -> int:
-        count = self.layout.examples
-        for size in self.value.shape:
-            count *= size
-        return 4 * count
+        return 4 * self.layout.examples * math.prod(self.value.shape)
 
     @abstractmethod
     def reduce(self, delta: Tensor) -> Tensor:

@@ -7,24 +7,13 @@ convolution kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 from typing_extensions import override
 
-from npeff.gradients.graph import Use
-from npeff.gradients.rules.base import (
-    Layout,
-    Scratch,
-    SmallRule,
-    StackedRule,
-    Unsupported,
-    layouts_of_rows,
-    working,
-)
+from npeff.gradients.rules.base import StackedRule, Unsupported, working
 from npeff.kernels import convolution_gradients, dispatch
 
 
@@ -35,14 +24,7 @@ def patches(
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """Return a view of the inputs under the kernel at every output position.
-
-    Args:
-        inputs: ``(n, channels, *space)``, already padded.
-        kernel: Kernel size per spatial dimension.
-        output: Output size per spatial dimension.
-        stride: Stride per spatial dimension.
-        dilation: Dilation per spatial dimension.
+    """Return a view of padded inputs ``(n, channels, *space)`` under the kernel at every output position.
 
     Returns:
         ``(n, channels, *kernel, *output)`` that shares the inputs' memory.
@@ -80,8 +62,8 @@ class ConvolutionWeight(StackedRule):
 
     name = "convolution"
 
-    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, nodes, layout, scratch)
+    @override
+    def begin(self) -> None:
         if self.saved("transposed"):
             raise Unsupported("transposed convolution")
         self._stride, self._dilation = tuple(self.saved("stride")), tuple(self.saved("dilation"))
@@ -93,9 +75,9 @@ class ConvolutionWeight(StackedRule):
         self._input = self.split(inputs)
         self._early: Tensor | None = None
         self._in_place = (
-            len(use.value.shape) <= 4
-            and math.prod(use.value.shape[2:]) > 1
-            and math.prod(use.value.shape[1:]) <= LONG_PATCH
+            len(self.value.shape) <= 4
+            and math.prod(self.value.shape[2:]) > 1
+            and math.prod(self.value.shape[1:]) <= LONG_PATCH
             and inputs.dtype == torch.float32
             and inputs.device.type == "cpu"
             and dispatch.native() is not None
@@ -170,11 +152,6 @@ class ConvolutionWeight(StackedRule):
         under = under.view(b, t, self._groups, -1, math.prod(self.use.output_shape[2:])).movedim(1, 3)
         return under.reshape(b * self._groups, under.shape[2], -1)
 
-    @classmethod
-    @override
-    def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
-        return layouts_of_rows(use.output_shape[0], n_examples)
-
     def _patches(self, examples: slice) -> Tensor:
         """``(b', t, in, *kernel, *output)``."""
         inputs = self._input[examples]
@@ -229,18 +206,3 @@ class ConvolutionWeight(StackedRule):
         delta = delta.reshape(*delta.shape[:3], groups, delta.shape[3] // groups, -1).permute(0, 3, 1, 5, 2, 4)
         under = self._by_groups(slice(None)).clone()
         return under.view(b, groups, *under.shape[1:]).mT, delta.flatten(2, 3).clone()
-
-
-class ConvolutionBias(SmallRule):
-    """Σ of δ over positions."""
-
-    name = "bias"
-
-    @classmethod
-    @override
-    def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
-        return layouts_of_rows(use.output_shape[0], n_examples)
-
-    @override
-    def reduce(self, delta: Tensor) -> Tensor:
-        return delta.flatten(3).sum(dim=(1, 3))

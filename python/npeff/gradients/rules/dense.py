@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 from typing_extensions import override
 
 from npeff.gradients.graph import Use
-from npeff.gradients.rules.base import (
-    Layout,
-    Scratch,
-    SmallRule,
-    StackedRule,
-    Unsupported,
-    layouts_of_rows,
-    working,
-)
+from npeff.gradients.rules.base import Layout, SmallRule, StackedRule, Unsupported, layouts_of_rows, working
 
 
 class MatrixProduct(StackedRule):
@@ -32,19 +21,14 @@ class MatrixProduct(StackedRule):
 
     name = "linear"
 
-    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, nodes, layout, scratch)
-        self.by_rows = use.value.untransposed is not None
-        self.value = use.value.untransposed or use.value
-        addmm = use.operation == "AddmmBackward0"
+    @override
+    def begin(self) -> None:
+        self.by_rows = self.value.untransposed is not None
+        self.value = self.value.untransposed or self.value
+        addmm = self.use.operation == "AddmmBackward0"
         if addmm and self.saved("alpha") != 1:
             raise Unsupported("addmm with alpha ≠ 1")
         self._input = self.split(working(self.saved_tensor("mat1" if addmm else "self")))
-
-    @classmethod
-    @override
-    def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
-        return layouts_of_rows(use.output_shape[0], n_examples)
 
     @override
     def block(self, examples: slice, rows: slice) -> Tensor:
@@ -95,8 +79,8 @@ class MatrixBias(SmallRule):
 
     name = "bias"
 
-    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, nodes, layout, scratch)
+    @override
+    def begin(self) -> None:
         if self.saved("beta") != 1:
             raise Unsupported("addmm with beta ≠ 1")
 
@@ -167,9 +151,9 @@ class Product(Broadcast):
 
     name = "scale"
 
-    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, nodes, layout, scratch)
-        self._other = working(self.saved_tensor("self" if use.operand == 1 else "other"))
+    @override
+    def begin(self) -> None:
+        self._other = working(self.saved_tensor("self" if self.use.operand == 1 else "other"))
         if self._other.is_complex():
             raise Unsupported("complex product")
 
@@ -183,8 +167,8 @@ class Slope(Broadcast):
 
     name = "prelu"
 
-    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, nodes, layout, scratch)
+    @override
+    def begin(self) -> None:
         self._below = working(self.saved_tensor("self")).clamp_max(0.0)
 
     @override

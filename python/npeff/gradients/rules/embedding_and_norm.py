@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 from typing_extensions import override
 
 from npeff.gradients.graph import Use
-from npeff.gradients.rules.base import Layout, Scratch, SmallRule, StackedRule, Unsupported, layouts_of_rows, working
+from npeff.gradients.rules.base import Layout, SmallRule, StackedRule, Unsupported, layouts_of_rows, working
 from npeff.models import devices
 
 
@@ -21,8 +19,8 @@ class Embedding(StackedRule):
 
     name = "embedding"
 
-    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, nodes, layout, scratch)
+    @override
+    def begin(self) -> None:
         if self.saved("scale_grad_by_freq"):
             raise Unsupported("embedding with scale_grad_by_freq, which counts over the batch")
         self._tokens = self.split(self.saved_tensor("indices").reshape(-1))  # (b, t)
@@ -89,49 +87,6 @@ class _LastDimensions(SmallRule):
         return self.layout.split(delta.reshape(-1, *self.value.shape))
 
 
-class _Channels(SmallRule):
-    """Layers with one number per channel of ``(n, channels, *space)``."""
-
-    @classmethod
-    @override
-    def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
-        return layouts_of_rows(use.output_shape[0], n_examples)
-
-    @staticmethod
-    def over_space(product: Tensor) -> Tensor:
-        """Sum ``(b, t, channels, *space)`` to ``(b, channels)``."""
-        return product.flatten(3).sum(dim=(1, 3)) if product.dim() > 3 else product.sum(dim=1)
-
-
-class LayerNormWeight(_LastDimensions):
-    """δ · (x − mean) · rstd."""
-
-    name = "layer_norm"
-
-    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, nodes, layout, scratch)
-        mean, rstd = working(self.saved_tensor("result1")), working(self.saved_tensor("result2"))
-        self._normalised = self.split((working(self.saved_tensor("input")) - mean) * rstd)
-
-    @override
-    def reduce(self, delta: Tensor) -> Tensor:
-        return (delta * self._normalised).sum(dim=1)
-
-
-class FusedRMSNormWeight(_LastDimensions):
-    """δ · x · rrms."""
-
-    name = "rms_norm"
-
-    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, nodes, layout, scratch)
-        self._normalised = self.split(working(self.saved_tensor("input")) * working(self.saved_tensor("result1")))
-
-    @override
-    def reduce(self, delta: Tensor) -> Tensor:
-        return (delta * self._normalised).sum(dim=1)
-
-
 class LayerNormBias(_LastDimensions):
     """δ."""
 
@@ -142,9 +97,42 @@ class LayerNormBias(_LastDimensions):
         return delta.sum(dim=1)
 
 
-class _ChannelWeight(_Channels):
-    def __init__(self, use: Use, nodes: Sequence[Node], layout: Layout, scratch: Scratch) -> None:
-        super().__init__(use, nodes, layout, scratch)
+class LayerNormWeight(LayerNormBias):
+    """δ · (x − mean) · rstd."""
+
+    @override
+    def begin(self) -> None:
+        mean, rstd = working(self.saved_tensor("result1")), working(self.saved_tensor("result2"))
+        self._normalised = self.split((working(self.saved_tensor("input")) - mean) * rstd)
+
+    @override
+    def reduce(self, delta: Tensor) -> Tensor:
+        return super().reduce(delta * self._normalised)
+
+
+class FusedRMSNormWeight(LayerNormWeight):
+    """δ · x · rrms."""
+
+    name = "rms_norm"
+
+    @override
+    def begin(self) -> None:
+        self._normalised = self.split(working(self.saved_tensor("input")) * working(self.saved_tensor("result1")))
+
+
+class ChannelBias(SmallRule):
+    """δ, of layers with one number per channel of ``(n, channels, *space)``: convolutions too."""
+
+    name = "bias"
+
+    @override
+    def reduce(self, delta: Tensor) -> Tensor:
+        return delta.flatten(3).sum(dim=(1, 3)) if delta.dim() > 3 else delta.sum(dim=1)
+
+
+class _ChannelWeight(ChannelBias):
+    @override
+    def begin(self) -> None:
         self._normalised = self.split(self.normalised(working(self.saved_tensor("input"))))
 
     @abstractmethod
@@ -153,7 +141,7 @@ class _ChannelWeight(_Channels):
 
     @override
     def reduce(self, delta: Tensor) -> Tensor:
-        return self.over_space(delta * self._normalised)
+        return super().reduce(delta * self._normalised)
 
 
 class GroupNormWeight(_ChannelWeight):
@@ -183,13 +171,3 @@ class BatchNormWeight(_ChannelWeight):
         )
         shape = (1, -1, *(1,) * (inputs.dim() - 2))
         return (inputs - mean.view(shape)) * torch.rsqrt(variance + self.saved("eps")).view(shape)
-
-
-class ChannelBias(_Channels):
-    """δ."""
-
-    name = "bias"
-
-    @override
-    def reduce(self, delta: Tensor) -> Tensor:
-        return self.over_space(delta)

@@ -1,4 +1,4 @@
-"""Places of text as a report shows them: the text around a place, words in titles, and characters made visible."""
+"""How a report prints numbers, texts, class names and places: shortened, and with all characters visible."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import log
+from math import isnan, log
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,9 +16,139 @@ import torch
 
 from npeff.batches.batches import Batch
 from npeff.errors import DataError
-from npeff.reports.summary import TopExample, spaced, visible
 
 Array = npt.NDArray[Any]
+
+_BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_VISIBLE = {
+    **{code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)},
+    0x7F: "\u2421",
+    **dict.fromkeys((0x85, 0x2028, 0x2029), "\n"),
+    **{code: f"\\u{code:04x}" for code in _BIDI},
+}
+LONGEST_WORD = 32  # characters
+EXCERPT = 220
+"""Characters of a text that a page shows at first."""
+
+
+class ClassNames:
+    """The names of the classes; numbers where no names are given.
+
+    Args:
+        names: A name per class.
+        words: Finds the words of some classes, in place of names. White space around a word is not shown. Of two words
+            that differ by nothing else, the second is shown with its white space, or after three dots if it has none.
+    """
+
+    def __init__(self, names: Sequence[str] | None, words: Callable[[list[int]], list[str]] | None = None) -> None:
+        self._names = {} if names is None else {index: visible(str(name)) for index, name in enumerate(names)}
+        self._words, self._taken = words, dict[str, int]()
+
+    def __getitem__(self, index: int) -> str:
+        if index < 0:
+            return "no label"
+        if self._words is not None and index not in self._names:
+            self.find([index])
+        return self._names.get(index, str(index))
+
+    def named(self, shares: Iterable[tuple[int, float]]) -> list[tuple[str, float]]:
+        """Put names in place of the classes of pairs."""
+        return [(self[c], share) for c, share in shares]
+
+    def find(self, classes: Iterable[int]) -> None:
+        """Find the words of some classes at once."""
+        new = [] if self._words is None else sorted({int(c) for c in classes if c >= 0} - self._names.keys())
+        for index, word in zip(new, self._words(new) if self._words and new else (), strict=True):
+            name = word.strip()
+            if not name or self._taken.setdefault(name, index) != index:
+                name = f"…{word}" if name and name == word else spaced(word)
+            self._names[index] = visible(name if len(name) <= LONGEST_WORD else f"{name[:LONGEST_WORD]}…")
+
+    @property
+    def are_words(self) -> bool:
+        """Whether the names are words of a large vocabulary, found as they are needed."""
+        return self._words is not None
+
+    @property
+    def known(self) -> dict[int, str]:
+        """All names so far."""
+        return self._names
+
+
+def percent(share: float) -> str:
+    """Print a share as a percentage with two significant digits; a dash for NaN."""
+    if isnan(share):
+        return "–"
+    if share < 0:
+        return f"−{percent(-share)}"
+    value = 100 * share
+    if value >= 9.95 or value == 0:
+        return f"{value:.0f} %"
+    return f"{value:.1f} %" if value >= 0.1 else "< 0.1 %"
+
+
+def number(value: int) -> str:
+    """Print a whole number with thin spaces between thousands."""
+    return f"{value:,}".replace(",", "\u2009")
+
+
+def coefficient(value: float) -> str:
+    """Print a coefficient with two significant digits or decimals."""
+    return f"{value:.2f}" if value >= 0.095 else f"{value:.2g}"
+
+
+def plain(value: float) -> str:
+    """Print a number with three significant digits, without an exponent where it needs none; a dash for NaN."""
+    if isnan(value):
+        return "–"
+    return f"{value:.3g}" if not 100 <= abs(value) < 1e6 else f"{value:.0f}"
+
+
+def text_of(item: Any) -> str | None:
+    """Return the text of a string, of bytes, or of strings (sentence pairs), a line each; None for another item."""
+    if isinstance(item, str):
+        return str(item)
+    if isinstance(item, bytes):
+        return item.decode("utf-8", "replace")
+    if isinstance(item, Sequence) and item and all(isinstance(part, str) for part in item):
+        return "\n".join(item)
+    return None
+
+
+def excerpt(text: str, length: int = EXCERPT) -> tuple[str, str]:
+    """Cut a text at a word boundary after about ``length`` characters: the beginning, and the rest if any."""
+    text = text.strip()
+    if len(text) <= length * 1.15:
+        return text, ""
+    cut = text.rfind(" ", int(length * 0.7), length)
+    cut = cut if cut > 0 else length
+    return text[:cut].rstrip(), text[cut:]
+
+
+def printable(text: str) -> str:
+    """Replace what UTF-8 cannot hold: a lone surrogate becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def visible(text: str) -> str:
+    """Make characters visible that would change how others are shown; tabs and line breaks stay.
+
+    Controls become their pictures, characters that turn the direction of writing their numbers.
+    """
+    return printable(text).translate(_VISIBLE)
+
+
+def spaced(token: str) -> str:
+    """Make white space visible: a token of white space alone would not be seen."""
+    return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "∅"
+
+
+def short(value: Any) -> float | None:
+    """Round to four significant digits, what a page can show; None for an unknown number."""
+    return None if value is None or not np.isfinite(value) else float(f"{float(value):.4g}")
+
+
+# ---- places -------------------------------------------------------------------------------------------------
 
 NEAR, REACH = 8, 120
 """Words, and characters, up to the place, its token included, among which titles look for words."""
@@ -72,13 +202,9 @@ class PlaceText:
     def window(self, before: int, after: int, levels: Sequence[float] | None = None) -> dict[str, Any]:
         """Return what a page shows: whole tokens within so many characters before and after the place.
 
-        Args:
-            before: Characters before the place.
-            after: Characters after it.
-            levels: Of every token, its colour in [−1, 1]; those that are missing at the end are 0.
-
-        Returns:
-            ``{"before", "at", "after"}``; with levels also ``"tokens"``, pairs of a text and a level, and ``"index"``.
+        That is ``{"before", "at", "after"}``. With the level of each token, its colour in [−1, 1] (0 where they end
+        early), also the ``"tokens"`` as pairs of a text and a level, the ``"index"`` of the place's own one, and what
+        stands in place of the text that was ``"cut"`` off.
         """
         start, stop, room = self.index, self.index + 1, before
         while start and (room := room - len(self.tokens[start - 1])) >= 0:
@@ -120,10 +246,7 @@ def read_places(
 ) -> Iterator[tuple[int, PlaceText]]:
     """Yield ``(position, text)`` of the wanted places, in order.
 
-    Args:
-        data: The data given to ``compute_fishers``.
-        wanted: Positions in the data.
-        labels: The labels on record, −1 where unknown; checked against those of the data.
+    The labels on record, −1 where unknown, are checked against those of the data.
 
     Raises:
         DataError: The data ends early, or its labels are not those on record.
@@ -145,12 +268,7 @@ def read_places(
 
 
 def place_in(one: Batch, token: Callable[[int], str]) -> PlaceText | None:
-    """Return the text around the one place of a batch; None where examples are no places of tokens.
-
-    Args:
-        one: Holds one example.
-        token: Finds the text of a token, as :func:`token_texts` does.
-    """
+    """Return the text around the place of a batch of one example; None where examples are no places of tokens."""
     if one.places is None or not isinstance(one.inputs, Mapping) or "input_ids" not in one.inputs:
         return None
     row, index = one.places[0].tolist()
@@ -187,18 +305,19 @@ class Words:
         for _, place in read_places(data, sample.tolist(), {}):
             self._counts.update(set(place.near()))
 
-    def telling(self, places: Sequence[tuple[TopExample, PlaceText]]) -> list[str]:
-        """Return the words that are frequent near these places and not elsewhere, in the order of the text.
+    def telling(self, places: Sequence[tuple[float, PlaceText]]) -> list[str]:
+        """Return the words that are frequent near places and not elsewhere, in the order of the text.
 
-        Of every word, ``p log(p / q)`` is computed: p its share of the places' coefficients, q its share of the sample.
+        The places come with their coefficients. Of every word, ``p log(p / q)`` is computed: p its share of the
+        coefficients, q its share of the sample.
         """
-        total = sum(top.coefficient for top, _ in places) or 1.0
+        total = sum(weight for weight, _ in places) or 1.0
         shares: dict[str, float] = {}
         where: dict[str, list[int]] = {}
-        for top, place in places:
+        for weight, place in places:
             near = place.near()
             for word in set(near):
-                shares[word] = shares.get(word, 0.0) + top.coefficient / total
+                shares[word] = shares.get(word, 0.0) + weight / total
                 where.setdefault(word, []).append(near[::-1].index(word))
         scores = {}
         for word, p in shares.items():
