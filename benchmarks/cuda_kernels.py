@@ -192,14 +192,12 @@ def solver(scale: float) -> Iterator[Case]:
     g = torch.nn.functional.normalize(torch.randn(r, 300, device=DEVICE), dim=1)
     gram = (g @ g.T).square()
     c = torch.rand(n, r, device=DEVICE)
-    w = torch.zeros_like(c)
 
-    def descend() -> None:
-        nnls(gram, c, max_sweeps=sweeps, tol=0.0, kkt=False, out=w)
+    def descend() -> torch.Tensor:
+        return nnls(gram, c, max_sweeps=sweeps, tol=0.0, kkt=False).w
 
-    descend()
-    close("nnls", w[:64], nnls(gram.cpu(), c[:64].cpu(), max_sweeps=sweeps, tol=0.0).w, 1e-4)
-    yield Case(f"nnls, n = {n:,}, r = {r}, {sweeps} sweeps", descend, 12 * w.numel(), 2.0 * n * r * r * sweeps)
+    close("nnls", descend()[:64], nnls(gram.cpu(), c[:64].cpu(), max_sweeps=sweeps, tol=0.0).w, 1e-4)
+    yield Case(f"nnls, n = {n:,}, r = {r}, {sweeps} sweeps", descend, 12 * c.numel(), 2.0 * n * r * r * sweeps)
     offsets = torch.arange(0, 3 * 40 * n + 1, 3, device=DEVICE)
     p, weights = torch.randn(3 * 40 * n, r, device=DEVICE), torch.rand(40 * n, r, device=DEVICE)
     sums, products = cross(p, offsets), spread_multiply(weights, p, offsets)

@@ -219,12 +219,11 @@ PUBLIC: dict[str, Case] = {
     ),
     "nnls": Case(
         lambda g: {**problem(g), "w0": np.abs(floats(g, 5, 4)), "max_sweeps": 300, "tol": 1e-6, "exact": False,
-                   "kkt": False, "out": zeros(5, 4)},
+                   "kkt": False},
         _nnls, True,
     ),
     "nnls exact": Case(
-        lambda g: {**problem(g, np.float64), "max_sweeps": 50, "tol": 1e-8, "exact": True,
-                   "out": zeros(5, 4, dtype=np.float64)},
+        lambda g: {**problem(g, np.float64), "max_sweeps": 50, "tol": 1e-8, "exact": True},
         _nnls, True,
     ),
     "outer_gram": Case(

@@ -57,6 +57,10 @@ class CudaBlock {
 
 #endif  // __CUDACC__
 
+// A step of one thread.
+template <class Block, class F>
+NPEFF_INLINE void once(const Block& block, F f) { block.each([&](int t) { if (t == 0) f(); }); }
+
 // Sums of all values before each thread's own: in place, and the total. scratch: (2, threads).
 template <class Block, class T>
 NPEFF_INLINE T exclusive_scan(const Block& block, T (*scratch)[Block::threads], typename Block::template Local<T>& values) {

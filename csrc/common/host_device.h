@@ -48,6 +48,13 @@ NPEFF_INLINE uint32_t bits_set(uint32_t word) {
 #endif
 }
 
+// The finaliser of SplitMix64 (Steele, Lea & Flood 2014, variant 13 of Stafford).
+NPEFF_INLINE uint64_t mix(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
 template <class I> NPEFF_INLINE I ceil_div(I a, I b) { return (a + b - 1) / b; }
 
 // ---- 16-bit floats as they lie in memory, and their way to float32: all arithmetic is done there

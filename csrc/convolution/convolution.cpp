@@ -1,7 +1,6 @@
 #include "convolution/convolution.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "common/memory.h"

@@ -190,12 +190,9 @@ void outer_gram(const float* delta, const float* input, int64_t b, int64_t t, in
                 int64_t n_input, int64_t width, double* gram, double* size, int threads) {
   if (columns == 0) return;  // however many steps there are
   parallel_for(b, threads, [&](int64_t i) {
-    OuterGram run{t, columns, width, delta + i * t * columns * n_delta, input + i * t * n_input, n_delta, n_input,
-                  nullptr, gram + i * columns * width, size + i * (columns / width)};
-    checked_product({t, t + 1 + 16 * width});
-    const std::unique_ptr<float[]> space(new float[gram_simd().space(run)]);
-    run.space = space.get();
-    gram_simd().outer(run);
+    const std::unique_ptr<float[]> space(new float[checked_sum({checked_product({t, t}), checked_product({16, t + 1, width})})]);
+    gram_simd().outer({t, columns, width, delta + i * t * columns * n_delta, input + i * t * n_input, n_delta, n_input,
+                       space.get(), gram + i * columns * width, size + i * (columns / width)});
   });
 }
 

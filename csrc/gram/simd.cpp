@@ -95,8 +95,6 @@ double add_products(const float* half, int64_t stride, const float* delta, int64
   return sum_of(squares);
 }
 
-int64_t outer_gram_space(const OuterGram& run) { return run.t * run.t + (run.t + 1) * run.width * lanes; }
-
 void outer_gram(const OuterGram& run) {
   const int64_t t = run.t, width = run.width, down = run.columns * run.n_delta, right = run.n_delta;
   float *const half = run.space, *const sums = half + t * t, *const rest = sums + width * lanes;
@@ -131,6 +129,6 @@ void outer_gram(const OuterGram& run) {
   }
 }
 
-const GramSimd gram_simd{outer_gram, outer_gram_space};
+const GramSimd gram_simd{outer_gram};
 
 }  // namespace npeff::NPEFF_ISA

@@ -10,14 +10,12 @@ struct OuterGram {
   int64_t t, columns, width;
   const float *delta, *input;  // (t, columns, n_delta), (t, n_input)
   int64_t n_delta, n_input;
-  float* space;         // see GramSimd::space
+  float* space;         // t² + 16·(t + 1)·width
   double *gram, *size;  // (columns, width), (columns / width,)
 };
 
 struct GramSimd {
   void (*outer)(const OuterGram& run);
-  // The number of floats that it needs as space.
-  int64_t (*space)(const OuterGram& run);
 };
 NPEFF_SIMD(GramSimd, gram_simd)
 

@@ -63,17 +63,14 @@ struct NnlsSweeps {
   template <class Block>
   NPEFF_INLINE void operator()(const Block& block, Shared& s, int64_t id) const {
     typename Block::template Local<Row> rows(block);
-    block.each([&](int t) {
-      if (t > 0) return;
+    once(block, [&] {
       s.bad = nnls_all_finite;
       s.sweeps = 0;
     });
     for (int64_t first = id * threads; first < p.n; first += p.slots) {
       block.each([&](int t) { rows[t] = begin(s, first + t, id * threads + t, t); });
       for (int64_t sweep = 0; sweep < max_sweeps; ++sweep) {
-        block.each([&](int t) {
-          if (t == 0) s.going = 0;
-        });
+        once(block, [&] { s.going = 0; });
         block.each([&](int t) {
           rows[t].going = rows[t].there && rows[t].worst / rows[t].scale > tol;
           if (!rows[t].going) return;
@@ -101,8 +98,7 @@ struct NnlsSweeps {
         Block::raise(&s.sweeps, rows[t].sweeps);
       });
     }
-    block.each([&](int t) {
-      if (t > 0) return;
+    once(block, [&] {
       Block::lower(&p.status[0], s.bad);
       Block::raise(&p.status[1], s.sweeps);
     });

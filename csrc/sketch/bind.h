@@ -3,7 +3,6 @@
 
 #include "common/device.h"
 #include "sketch/blocks.h"
-#include "sketch/matrix_blocks.h"
 
 namespace npeff {
 

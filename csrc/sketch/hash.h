@@ -7,7 +7,8 @@
 // of the hashes and with vectors in place of scattered adds.
 //
 // Two-sided map of a matrix: element (i, j) goes to bucket(i) ^ bucket(j) with sign(i)·sign(j), so that the sketch of an
-// outer product is the dyadic convolution of the sketches of its factors.
+// outer product is the dyadic convolution of the sketches of its factors. A row's or column's place is bucket·2 + (1 where
+// the sign is −); the caller computes the places (sketch_places in kernels/reference.py).
 #pragma once
 
 #include <cstdint>
@@ -18,23 +19,16 @@ namespace npeff {
 
 constexpr int sketch_lanes = 16;
 
-// The finaliser of SplitMix64 (Steele, Lea & Flood 2014, variant 13 of Stafford).
-NPEFF_INLINE uint64_t sketch_mix(uint64_t z) {
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
-
 constexpr uint64_t sketch_step = 0x9e3779b97f4a7c15u;  // 2^64 / golden ratio
 
-// Stream `number` of a seed: the copies of the flat map are streams 0, 1, …; the sides of two-sided maps have theirs.
+// Stream `number` of a seed: the copies of the flat map are streams 0, 1, …
 NPEFF_INLINE uint64_t sketch_key(uint64_t seed, uint64_t number) {
-  return sketch_mix(sketch_mix(seed + sketch_step) ^ sketch_mix(number + 0x5851f42d4c957f2du));
+  return mix(mix(seed + sketch_step) ^ mix(number + 0x5851f42d4c957f2du));
 }
 
 // Entry `index` of a stream.
 NPEFF_INLINE uint64_t sketch_hash(uint64_t key, uint64_t index) {
-  return sketch_mix(key + (index + 1) * sketch_step);
+  return mix(key + (index + 1) * sketch_step);
 }
 
 // The flat map: every parameter has one bucket in each of `copies` stretches of d / copies buckets.

@@ -226,22 +226,9 @@ void transform_back(float* products, int64_t d, int64_t columns, float* space) {
   }
 }
 
-// How the rows of a sequence are shared out among groups of four.
-struct Grouping {
-  int64_t steps, columns, groups, at_once;  // steps and columns of a group; groups of all steps; of these, kept at a time
-
-  explicit Grouping(const SketchOuter& run) : steps(run.t < 3 ? run.t : 4) {
-    steps = steps < 1 ? 1 : steps;
-    columns = 4 / steps;
-    groups = (run.t + steps - 1) / steps;
-    at_once = (int64_t{1} << 16) / run.d;  // 1 MB
-    at_once = at_once < 1 ? 1 : at_once < groups ? at_once : groups;
-  }
-};
-
 // products (columns, d) += the products of four rows' transforms, summed over the steps of each column, both (d, 4). Of each
 // `lanes` entries, entry 4m + q is that of bucket q·quads + m.
-void add_products(const float* delta, const float* input, int64_t d, const Grouping& grouping, int64_t columns,
+void add_products(const float* delta, const float* input, int64_t d, const SketchGroups& grouping, int64_t columns,
                   float* products) {
   for (int64_t k = 0; k < d; k += lanes) {
     Floats::Vec v[4];
@@ -264,11 +251,6 @@ void add_products(const float* delta, const float* input, int64_t d, const Group
   }
 }
 
-int64_t outer_space(const SketchOuter& run) {
-  const int64_t longest = run.n_delta > run.n_input ? run.n_delta : run.n_input;
-  return (Grouping(run).at_once + 1) * run.d * 4 + longest;
-}
-
 bool any_nonzero(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
     if (x[i] != 0) return true;
@@ -276,11 +258,11 @@ bool any_nonzero(const float* x, int64_t n) {
 }
 
 void outer(const SketchOuter& run) {
-  const Grouping grouping(run);
+  const SketchGroups grouping(run);
   const int64_t d = run.d, size = 4 * d;
   float *const inputs = run.space, *const one = inputs + grouping.at_once * size;
   float* const nothing = one + size;  // a row of zeros
-  for (int64_t i = 0; i < run.n_delta || i < run.n_input; ++i) nothing[i] = 0;
+  for (int64_t i = 0; i < larger(run.n_delta, run.n_input); ++i) nothing[i] = 0;
   for (int64_t i = 0; i < run.columns * d; ++i) run.products[i] = 0;
   const float* rows[4];
   for (int64_t first = 0; first < grouping.groups; first += grouping.at_once) {
@@ -321,6 +303,6 @@ void outer(const SketchOuter& run) {
   if (run.t > 1) transform_back(run.products, d, run.columns, one);
 }
 
-const SketchSimd sketch_simd{sketch_run, outer, outer_space};
+const SketchSimd sketch_simd{sketch_run, outer};
 
 }  // namespace npeff::NPEFF_ISA

@@ -22,7 +22,20 @@ struct SketchOuter {
   int64_t n_delta, n_input;
   const uint32_t *delta_places, *input_places;
   float* products;  // (columns, d)
-  float* space;     // see SketchSimd::outer_space
+  float* space;     // see SketchGroups
+};
+
+// How the rows of a sequence are shared out among groups of four.
+struct SketchGroups {
+  int64_t steps, columns, groups, at_once;  // steps and columns of a group; groups of all steps; of these, kept at a time
+  int64_t space;                            // floats that the work needs
+
+  NPEFF_INLINE explicit SketchGroups(const SketchOuter& run) : steps(run.t < 1 ? 1 : run.t < 3 ? run.t : 4), columns(4 / steps) {
+    groups = ceil_div(run.t, steps);
+    at_once = (int64_t{1} << 16) / run.d;  // 1 MB
+    at_once = at_once < 1 ? 1 : at_once < groups ? at_once : groups;
+    space = (at_once + 1) * run.d * 4 + larger(run.n_delta, run.n_input);
+  }
 };
 
 struct SketchSimd {
@@ -30,8 +43,6 @@ struct SketchSimd {
   void (*run)(const SketchRun& run);
   // products = d times the sketches of Σ_t delta[t, c] ⊗ input[t]; d a power of two.
   void (*outer)(const SketchOuter& run);
-  // The number of floats that it needs as space.
-  int64_t (*outer_space)(const SketchOuter& run);
 };
 NPEFF_SIMD(SketchSimd, sketch_simd)
 

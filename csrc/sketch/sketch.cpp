@@ -1,6 +1,5 @@
 #include "sketch/sketch.h"
 
-#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -9,11 +8,8 @@
 #include "sketch/simd.h"
 
 namespace npeff {
-namespace {
 
-constexpr int64_t small = 1 << 14;  // elements below which a second thread is not worth waking
-
-}  // namespace
+static constexpr int64_t small = 1 << 14;  // elements below which a second thread is not worth waking
 
 void sketch_rows(const SketchMap& map, const float* x, int64_t n_rows, int64_t width, int64_t stride, const int64_t* bases,
                  const RowOrder& rows, double* sums, int threads) {
@@ -65,7 +61,7 @@ void sketch_outer(int64_t d, double weight, const float* delta, const float* inp
     const double share = weight / static_cast<double>(d);
     SketchOuter run{d, t, columns, delta + i * t * columns * n_delta, input + i * t * n_input, n_delta, n_input,
                     delta_places, input_places, nullptr, nullptr};
-    const std::unique_ptr<float[]> memory(new float[n_products + sketch_simd().outer_space(run)]);
+    const std::unique_ptr<float[]> memory(new float[n_products + SketchGroups(run).space]);
     run.products = memory.get();
     run.space = run.products + n_products;
     sketch_simd().outer(run);

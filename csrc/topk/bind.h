@@ -2,7 +2,8 @@
 // that the caller gives on a device.
 #pragma once
 
-#include <memory>
+#include <pybind11/stl.h>
+
 #include <mutex>
 #include <vector>
 
@@ -29,12 +30,7 @@ inline std::vector<Selector> make_selectors(int64_t n_rows, int64_t k, bool keep
   return selectors;
 }
 
-inline py::object to_object(const Nonfinite& bad) {
-  if (bad.row < 0) return py::none();
-  return py::make_tuple(bad.row, bad.index);
-}
-
-inline py::object run_topk(py::handle x, py::handle indices_out, py::handle values_out, bool by_magnitude, int threads) {
+inline Nonfinite run_topk(py::handle x, py::handle indices_out, py::handle values_out, bool by_magnitude, int threads) {
   const TensorView view(x, "x"), indices_view(indices_out, "indices", write),
       values_view(values_out, "values", write);
   const auto* data = view.as<const float>({any, any}, true);
@@ -43,12 +39,8 @@ inline py::object run_topk(py::handle x, py::handle indices_out, py::handle valu
   auto* values = values_view.as<float>({view.shape(0), k});
   Host::begin(threads, "topk", {&view, &indices_view, &values_view});
   if (k < 1 || k > view.shape(1)) fail("indices: expected 1 … " + std::to_string(view.shape(1)) + " columns, got " + std::to_string(k));
-  Nonfinite bad;
-  {
-    const py::gil_scoped_release release;
-    bad = topk_rows(data, view.shape(0), view.shape(1), view.stride(0), k, by_magnitude, indices, values, threads);
-  }
-  return to_object(bad);
+  const py::gil_scoped_release release;
+  return topk_rows(data, view.shape(0), view.shape(1), view.stride(0), k, by_magnitude, indices, values, threads);
 }
 
 class Selectors {
@@ -62,22 +54,18 @@ class Selectors {
     return lock;
   }
 
-  py::object push(py::handle block, py::handle bases, py::handle order, py::handle starts, int threads) {
+  Nonfinite push(py::handle block, py::handle bases, py::handle order, py::handle starts, int threads) {
     const auto lock = turn();
     const TensorView x(block, "block"), base_view(bases, "bases"), order_view(order, "order"), starts_view(starts, "starts");
     const auto* data = x.as<const float>({any, any}, true);
     const RowOrder rows = row_order_in<Host>(order_view, starts_view, x.shape(0), static_cast<int64_t>(selectors_.size()));
     const auto* base = numbers_in<Host>(base_view, x.shape(0), most_index - x.shape(1) + 1);
     check_threads(threads);
-    Nonfinite bad;
-    {
-      const py::gil_scoped_release release;
-      bad = push_rows(selectors_, data, x.shape(0), x.shape(1), x.stride(0), base, rows, threads);
-    }
-    return to_object(bad);
+    const py::gil_scoped_release release;
+    return push_rows(selectors_, data, x.shape(0), x.shape(1), x.stride(0), base, rows, threads);
   }
 
-  py::object push_outer(py::handle delta, py::handle inputs, int64_t first, int64_t base, int64_t column_stride,
+  Nonfinite push_outer(py::handle delta, py::handle inputs, int64_t first, int64_t base, int64_t column_stride,
                         bool turned, int threads) {
     const auto lock = turn();
     check_threads(threads);
@@ -95,12 +83,8 @@ class Selectors {
       fail("base, column_stride: expected flat indices from 0 to 2^62, got those from " + std::to_string(base) + " on, columns " +
            std::to_string(column_stride) + " apart");
     const Outers outers{d_data, a_data, b, d.shape(1), d.shape(2), a.shape(1), first, base, column_stride, turned};
-    Nonfinite bad;
-    {
-      const py::gil_scoped_release release;
-      bad = push_outers(selectors_, outers, threads);
-    }
-    return to_object(bad);
+    const py::gil_scoped_release release;
+    return push_outers(selectors_, outers, threads);
   }
 
   void thresholds(py::handle thresholds_out) {
@@ -153,8 +137,7 @@ class Selectors {
 inline int64_t selector_bytes(int64_t n, int64_t k) {
   if (n < 0) fail("n: expected ≥ 0, got " + std::to_string(n));
   if (k < 1 || k > int64_t{1} << 28) fail("k: expected 1 … 2^28, got " + std::to_string(k));
-  checked_product({n, checked_sum({int64_t{sizeof(SelectorState)}, checked_product({12, DeviceSelectors::capacity_for(k)})})});
-  return DeviceSelectors::bytes(n, k);
+  return checked_product({n, checked_sum({int64_t{sizeof(SelectorState)}, checked_product({12, DeviceSelectors::capacity_for(k)})})});
 }
 
 inline DeviceSelectors selectors_in(const TensorView& memory, int64_t n, int64_t k, bool keep_zeros) {

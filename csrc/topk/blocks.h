@@ -31,8 +31,7 @@ struct TopkPrepare {
     int64_t* const index = selectors.index + id * selectors.capacity;
     const int64_t first = push.rows.starts[id], last = push.rows.starts[id + 1], k = selectors.k;
     const int64_t length = (last - first) * push.width, size = block.uniform(state.size), seen = block.uniform(state.seen);
-    block.each([&](int t) {
-      if (t > 0) return;
+    once(block, [&] {
       if (seen == 0) state.threshold = first_threshold(selectors.keep_zeros != 0);
       state.before = size;
       state.seen = seen + length;
@@ -58,8 +57,7 @@ struct TopkPrepare {
     if (guess >= topk_infinity || guess <= before.magnitude) return;
     const bool full = size > selectors.most_kept();
     const Threshold narrowed = full ? narrow(block, s.narrow, bits, index, size, k) : before;
-    block.each([&](int t) {
-      if (t > 0) return;
+    once(block, [&] {
       if (full) state.size = state.before = k;
       state.threshold_before = narrowed;
       // What is held sets a threshold of its own, which may be higher.
@@ -89,9 +87,7 @@ struct TopkSettle {
     Threshold threshold = now.threshold;
     bool again = size > selectors.capacity;
     if (!again && now.guessed && size - now.before < selectors.k) {
-      block.each([&](int t) {
-        if (t == 0) s.count = 0;
-      });
+      once(block, [&] { s.count = 0; });
       block.each([&](int t) {
         int64_t reach = 0;
         for (int64_t i = t; i < now.before; i += threads) reach += (bits[i] & topk_magnitude) >= threshold.magnitude;
@@ -107,8 +103,7 @@ struct TopkSettle {
       threshold = narrow(block, s.narrow, bits, index, size, selectors.k);
       size = selectors.k;
     }
-    block.each([&](int t) {
-      if (t > 0) return;
+    once(block, [&] {
       state.size = size;
       state.threshold = threshold;
       state.guessed = 0;
@@ -128,9 +123,7 @@ struct TopkSettle {
           threshold = narrow(block, s.narrow, bits, index, size, selectors.k);
           size = selectors.k;
         }
-        block.each([&](int t) {
-          if (t == 0) s.count = size;
-        });
+        once(block, [&] { s.count = size; });
         block.each([&](int t) {
           for (int64_t column = start + t; column < start + tile && column < push.width; column += threads) {
             const uint32_t found = push.bits(row, column);
@@ -239,8 +232,7 @@ NPEFF_UNROLL
       dealt.bits[to] = b;
       dealt.index[to] = x;
     });
-    block.each([&](int t) {
-      if (t > 0) return;
+    once(block, [&] {
       *dealt.least = least;
       *dealt.width = width;
       *dealt.used = n == 0 ? 0 : (most - least) / width + 1;

@@ -33,10 +33,7 @@ NPEFF_INLINE int64_t sample_size(int64_t total, int64_t k) {
 }
 
 NPEFF_INLINE int64_t sample_place(int64_t i, int64_t size, int64_t total) {
-  uint64_t z = (static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15u;  // SplitMix64
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  const double within = static_cast<double>((z ^ (z >> 31)) >> 40) * 0x1p-24;
+  const double within = static_cast<double>(mix((static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15u) >> 40) * 0x1p-24;
   const auto at = static_cast<int64_t>((static_cast<double>(i) + within) * static_cast<double>(total) / static_cast<double>(size));
   return at < total ? at : total - 1;
 }

@@ -33,9 +33,7 @@ struct TopkScan {
     uint32_t* const bits = selectors.bits + target * selectors.capacity;
     int64_t* const index = selectors.index + target * selectors.capacity;
     const Threshold threshold = state.threshold;
-    block.each([&](int t) {
-      if (t == 0) s.n = 0;
-    });
+    once(block, [&] { s.n = 0; });
     for (int64_t start = from; start < to; start += threads * loads) {
       block.each([&](int t) {
         T raw[loads][together];
@@ -68,8 +66,7 @@ NPEFF_UNROLL
       });
       const uint32_t n = block.uniform(s.n);
       if (n == 0 || (n <= flush_above && start + threads * loads < to)) continue;
-      block.each([&](int t) {
-        if (t > 0) return;
+      once(block, [&] {
         s.base = Block::add(&state.size, static_cast<int64_t>(n));
         s.n = 0;
       });

@@ -26,9 +26,6 @@ struct DeviceSelectors {
   uint32_t* bits;         // (n, capacity)
 
   static NPEFF_INLINE int64_t capacity_for(int64_t k) { return 4 * k + 16384; }
-  static NPEFF_INLINE int64_t bytes(int64_t n, int64_t k) {
-    return n * (static_cast<int64_t>(sizeof(SelectorState)) + capacity_for(k) * 12);
-  }
   NPEFF_INLINE DeviceSelectors(void* memory, int64_t n, int64_t k, bool keep_zeros)
       : n(n), k(k), capacity(capacity_for(k)), keep_zeros(keep_zeros),
         states(static_cast<SelectorState*>(memory)), index(reinterpret_cast<int64_t*>(states + n)),
@@ -158,9 +155,7 @@ NPEFF_INLINE Threshold narrow(const Block& block, NarrowShared& s, uint32_t* bit
   constexpr int at_once = 8;
   struct Held { uint32_t bits[at_once]; int64_t index[at_once]; };
   typename Block::template Local<Held> held(block);
-  block.each([&](int t) {
-    if (t == 0) s.size = 0;
-  });
+  once(block, [&] { s.size = 0; });
   for (int64_t start = 0; start < n; start += at_once * Block::threads) {  // in place: reads run ahead of writes
     block.each([&](int t) {
 NPEFF_UNROLL

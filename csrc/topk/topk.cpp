@@ -240,15 +240,12 @@ int64_t Selector::push(const Piece* pieces, int64_t n_pieces, int threads) {
 }
 
 int64_t Selector::push(const Outer* outers, int64_t n_outers) {
-  int64_t outer = 0, start = 0, length = 0;
-  for (int64_t o = 0; o < n_outers; ++o) length += outers[o].n_rows * outers[o].n_columns;
+  const int64_t size = n_outers == 0 ? 0 : outers[0].n_rows * outers[0].n_columns;
   const auto bits_at = [&](int64_t at) {
-    while (at - start >= outers[outer].n_rows * outers[outer].n_columns)
-      start += outers[outer].n_rows * outers[outer].n_columns, ++outer;
-    const Outer& x = outers[outer];
-    return bit_cast<uint32_t>(x.rows[(at - start) / x.n_columns] * x.columns[(at - start) % x.n_columns]);
+    const Outer& x = outers[at / size];
+    return bit_cast<uint32_t>(x.rows[at % size / x.n_columns] * x.columns[at % x.n_columns]);
   };
-  return push_entries(length, bits_at, [&] { return scan(outers, n_outers); });
+  return push_entries(size * n_outers, bits_at, [&] { return scan(outers, n_outers); });
 }
 
 void Selector::finish() {
@@ -298,12 +295,12 @@ Nonfinite push_rows(std::vector<Selector>& selectors, const float* x, int64_t n_
   parallel_for(whole, threads, [&](int64_t g) { push(g, 1); });
   for (int64_t g = whole; g < n_targets; ++g) push(g, threads);
 
-  Nonfinite first{-1, -1};
+  Nonfinite first;
   for (int64_t g = 0; g < n_targets; ++g) {
     if (bad[g] < 0) continue;
     for (int64_t i = rows.starts[targets[g]]; i < rows.starts[targets[g] + 1]; ++i) {
       const int64_t row = rows.order[i], within = bad[g] - bases[row];
-      if (within >= 0 && within < width && (first.row < 0 || row < first.row)) first = {row, bad[g]};
+      if (within >= 0 && within < width && (!first || row < first->first)) first = {row, bad[g]};
     }
   }
   return first;
@@ -321,8 +318,8 @@ Nonfinite push_outers(std::vector<Selector>& selectors, const Outers& x, int thr
     bad[e] = selectors[x.first + e].push(outers.data(), x.columns);
   });
   for (int64_t e = 0; e < x.b; ++e)
-    if (bad[e] >= 0) return {e, bad[e]};
-  return {-1, -1};
+    if (bad[e] >= 0) return {{e, bad[e]}};
+  return {};
 }
 
 Nonfinite topk_rows(const float* x, int64_t n_rows, int64_t width, int64_t stride, int64_t k, bool by_magnitude,
@@ -346,8 +343,8 @@ Nonfinite topk_rows(const float* x, int64_t n_rows, int64_t width, int64_t strid
   for (int64_t row = whole; row < n_rows; ++row) select(selector, row, threads);
 
   for (int64_t row = 0; row < n_rows; ++row)
-    if (bad[row] >= 0) return {row, bad[row]};
-  return {-1, -1};
+    if (bad[row] >= 0) return {{row, bad[row]}};
+  return {};
 }
 
 }  // namespace npeff

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/csr.h"
@@ -42,7 +44,7 @@ class Selector {
   // Returns the lowest flat index of this push's non-finite values, or −1. After one, only reset() makes sense.
   int64_t push(const Piece* pieces, int64_t n_pieces, int threads);
 
-  // The same with the entries of outer products, which are formed in the cache, and only in rows that can reach the
+  // The same with the entries of outer products of one shape, formed in the cache, and only in rows that can reach the
   // threshold: |rows[i]|·max|columns| bounds a row, after rounding, too.
   int64_t push(const Outer* outers, int64_t n_outers);
 
@@ -85,15 +87,15 @@ class Selector {
 };
 
 // Rows x[i] (n_rows, width), `stride` floats apart, into their selectors, with flat index bases[i] of column 0.
-// Returns the first row (and the flat index in it) that holds a non-finite value, or row −1.
-struct Nonfinite { int64_t row, index; };
+// Returns the first row that holds a non-finite value, and the flat index in it.
+using Nonfinite = std::optional<std::pair<int64_t, int64_t>>;
 Nonfinite push_rows(std::vector<Selector>& selectors, const float* x, int64_t n_rows, int64_t width, int64_t stride,
                     const int64_t* bases, const RowOrder& rows, int threads);
 
 // Example e's outer products delta[e, c] ⊗ inputs[e] into selectors[first + e], column c's with the flat index
 // base + c·column_stride of its first entry; turned: inputs[e] ⊗ delta[e, c].
 //   delta (b, columns, n), inputs (b, k)
-// Returns the first example (and the flat index in it) with a non-finite product, or row −1.
+// Returns the first example with a non-finite product, and the flat index in it.
 struct Outers {
   const float *delta, *inputs;
   int64_t b, columns, n, k, first, base, column_stride;

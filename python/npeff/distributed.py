@@ -95,29 +95,20 @@ def compute_fishers(
     share = (group.rank, group.size)
     group.together(lambda: _check_leftovers(out, group.size))
     if group.agreed(float(out.exists())):
-        if group.rank == 0:
-            group.together(lambda: computation.compute_fishers(model, data, out=out, progress=progress, **options))
-            remove_shares(out, group.size)
-        else:
-            group.together(lambda: None)
-        return load(out)  # type: ignore[return-value]
-    same = _SameForAll(check_data(data), model, group, options.get("forward") is not None)
+        whole = {"out": out, "progress": progress, **options}
+        group.together(lambda: computation.compute_fishers(model, data, **whole) if group.rank == 0 else None)
+    else:
+        same = _SameForAll(check_data(data), model, group, options.get("forward") is not None)
+        own = {"out": share_path(out, share), "share": share, "progress": progress and group.rank == 0, **options}
 
-    def work() -> None:
-        with contextlib.suppress(EmptyShareError):
-            computation.compute_fishers(
-                model,
-                same,
-                out=share_path(out, share),
-                share=share,
-                progress=progress and group.rank == 0,
-                **options,
-            )
+        def work() -> None:
+            with contextlib.suppress(EmptyShareError):
+                computation.compute_fishers(model, same, **own)
 
-    with ending_together(group):
-        group.together(work)
-        same.compare("the end")
-        group.together(lambda: merge_shares(out, group.size) if group.rank == 0 else None)
+        with ending_together(group):
+            group.together(work)
+            same.compare("the end")
+            group.together(lambda: merge_shares(out, group.size) if group.rank == 0 else None)
     if group.rank == 0:
         remove_shares(out, group.size)
     return load(out)  # type: ignore[return-value]

@@ -197,6 +197,7 @@ def test_true_labels() -> None:
         ({"rank": 0}, "rank"),
         ({"rank": True}, "rank"),
         ({"energy": 1.5}, "energy"),
+        ({"energy": "0.9"}, "energy"),
         ({"min_prob": 0.1}, "min_prob"),
         ({"basis": "class", "rank": 2}, "rank"),
         ({"likelihood": "gaussian", "rank": 2}, "rank"),

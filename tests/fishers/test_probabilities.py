@@ -116,7 +116,7 @@ def test_a_softmax_is_not_taken_for_logits(outputs: int, dtype: torch.dtype) -> 
 def test_logits_are_not_taken_for_probabilities() -> None:
     with pytest.raises(DataError, match="likelihood: 'probabilities' are ≥ 0 and sum to 1"):
         fishers_of(logits_of(), [X], likelihood="probabilities")
-    with pytest.raises(ArgumentError, match="likelihood: expected one of categorical, probabilities"):
+    with pytest.raises(ArgumentError, match="likelihood: expected 'categorical' or 'probabilities'"):
         fishers_of(logits_of(), [X], likelihood="softmax")
 
 

@@ -201,7 +201,7 @@ def test_inner_products_of_every_form_of_layer(contract: bool, monkeypatch: pyte
     chosen = layer_gram._contracted if contract else layer_gram._formed
     monkeypatch.setattr(layer_gram, "_contracted", chosen)
     monkeypatch.setattr(layer_gram, "_formed", chosen)
-    sides = [lambda n: lambda parameter, rules: parameter.shape[0] % 3 == 0, lambda n: lambda parameter, rules: True]
+    sides = [lambda n, parameter, rules: parameter.shape[0] % 3 == 0, lambda n, parameter, rules: True]
     for net, batches in ((model, images), (words, texts)):
         rows = compute(net, batches, None)
         A = rows.rows.values.astype(np.float64)

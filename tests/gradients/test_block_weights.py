@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from npeff.errors import ArgumentError
-from npeff.gradients.eligibility import block_weights, select_parameters
+from npeff.gradients.eligibility import linear_in_blocks, select_parameters
 from tiny_language import model_of
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
@@ -31,7 +31,7 @@ def test_linear_layers_of_the_blocks(kind: str) -> None:
     pytest.importorskip("transformers")
     blocks, layers = LAYERS[kind]
     wanted = {f"{blocks}.{i}.{layer}.weight" for i in range(2) for layer in layers}
-    assert block_weights(model_of(kind)) == wanted
+    assert linear_in_blocks(model_of(kind)) == wanted
     assert {p.name for p in select_parameters(model_of(kind), "blocks")} == wanted
 
 
@@ -46,7 +46,7 @@ def test_experts_and_torch_layers() -> None:
         vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, num_local_experts=2,
     )  # fmt: skip
-    names = block_weights(transformers.MixtralForCausalLM(mixtral))
+    names = linear_in_blocks(transformers.MixtralForCausalLM(mixtral))
     assert sum("experts" in name for name in names) == 2 and not any("norm" in name for name in names)
 
 
@@ -57,7 +57,7 @@ def test_with_other_patterns() -> None:
     assert "model.embed_tokens.weight" in few and "model.layers.0.self_attn.q_proj.weight" in few
     assert not any("mlp" in name for name in few)
     rest = {p.name for p in select_parameters(model, "!blocks")}
-    assert rest == {name for name, _ in model.named_parameters()} - block_weights(model)
+    assert rest == {name for name, _ in model.named_parameters()} - linear_in_blocks(model)
 
 
 def test_a_model_without_blocks() -> None:

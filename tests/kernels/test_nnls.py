@@ -150,7 +150,7 @@ def test_instruction_sets_agree() -> None:
         np.testing.assert_allclose(w, results[0], atol=1e-9)
 
 
-def test_tensors_views_and_out(implementation: str) -> None:
+def test_tensors_and_views(implementation: str) -> None:
     gram, cross = problem(10, 8, dtype=np.float32)
     t = torch.from_numpy(cross).requires_grad_()
     expected = nnls(gram, cross).w
@@ -162,9 +162,8 @@ def test_tensors_views_and_out(implementation: str) -> None:
     read_only = cross.copy()
     read_only.flags.writeable = False
     start = np.ones_like(cross)
-    out = nnls(gram, read_only, start, out=start)
-    assert out.w is start or np.shares_memory(out.w, start)
-    np.testing.assert_allclose(start, expected, atol=1e-4)
+    np.testing.assert_allclose(nnls(gram, read_only, start).w, expected, atol=1e-4)
+    assert (start == 1).all()
     assert nnls(gram, cross, kkt=False).kkt is None
 
 
@@ -200,9 +199,3 @@ def test_bad_input(implementation: str) -> None:
         nnls(gram, cross, max_sweeps=-1)
     with pytest.raises(ArgumentError, match="tol: expected"):
         nnls(gram, cross, tol=-1)
-    with pytest.raises(ArgumentError, match="out: must not be"):
-        nnls(gram, cross, out=cross)
-    read_only = np.empty_like(cross)
-    read_only.flags.writeable = False
-    with pytest.raises(ArgumentError, match="out: expected a writable"):
-        nnls(gram, cross, out=read_only)

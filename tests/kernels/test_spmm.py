@@ -132,6 +132,10 @@ def test_sums_over_examples(implementation: str, r: int) -> None:
     np.testing.assert_array_equal(spread_multiply(w, p, offsets), np.repeat(w, counts, axis=0) * p)
     out = cross(torch.from_numpy(p), torch.from_numpy(offsets))
     assert isinstance(out, torch.Tensor) and out.shape == (6, r)
+    for n, rank, width in ((5, 3, r), (15, 1, r), (5, 3, 0), (3, 0, r)):  # as many rows each
+        rows, weights = p[: n * rank, :width], rng.random((n, width)).astype(np.float32)
+        found = spread_multiply(weights, rows, np.arange(n + 1) * rank)
+        np.testing.assert_array_equal(found, np.repeat(weights, rank, axis=0) * rows)
 
 
 def test_bad_structure(implementation: str) -> None:

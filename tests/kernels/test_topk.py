@@ -251,3 +251,8 @@ def test_report_names_every_kernel(implementation: str) -> None:
     assert {line.kernel for line in lines} == set(dispatch.KERNELS)
     assert all(line.implementation == implementation for line in lines)
     assert all(line.reason for line in lines)  # use() asked for it
+
+
+def test_rows_without_columns_are_named() -> None:
+    with pytest.raises(ArgumentError, match=r"x: expected at least one column to select from, got shape \(2, 0\)"):
+        topk(np.zeros((2, 0), np.float32), 1)

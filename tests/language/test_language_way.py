@@ -13,7 +13,7 @@ import torch
 import npeff
 from npeff.cli import run
 from npeff.errors import ArgumentError, DataError
-from npeff.gradients.eligibility import block_weights
+from npeff.gradients.eligibility import linear_in_blocks
 from npeff.language import Places
 from npeff.models.targets import load_model
 from tiny_language import model_of, tokenizer_of, working_beside_a_model
@@ -43,7 +43,7 @@ def test_fishers_are_about_the_blocks_and_say_so(folder: Path) -> None:
     fishers = npeff.load("f.h5")
     assert isinstance(fishers, npeff.Fishers)
     model = load_model("hf:model")
-    assert {parameter.name for parameter in fishers.parameters} == block_weights(model)
+    assert {parameter.name for parameter in fishers.parameters} == linear_in_blocks(model)
     assert fishers.provenance["options"]["parameters"] == ["blocks"]
     about = fishers.provenance["places"]
     assert about["tokenizer"] == "model" and about["where"] == "last" and about["text_column"] == "prompt"

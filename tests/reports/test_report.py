@@ -221,6 +221,15 @@ def test_same_input_same_page(tmp_path):
     assert report(components, None, tmp_path / "b.html").read_bytes() == first
 
 
+PERCENTAGES = {0: "0 %", 1e-4: "< 0.1 %", 0.0123: "1.2 %", 0.123: "12 %", 0.994: "99 %", 0.997: "99.7 %"}
+PERCENTAGES |= {0.99996: "> 99.9 %", 1 - 1e-7: "100 %", 1: "100 %", -0.5: "−50 %", float("nan"): "–"}
+
+
+@pytest.mark.parametrize(("share", "text"), PERCENTAGES.items())
+def test_percentages(share, text):
+    assert percent(share) == text, "100 % are all"
+
+
 @pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
 def test_block_weights_are_explained_where_energies_stand(tmp_path, kind):
     weights = {p.name: 1.0 for p in PARAMETERS} | {"layer9.weight": 0.25, "head.bias": 4.0}

@@ -296,9 +296,16 @@ def test_bad_component_options(capsys):
         (["linearize", "it.py:model", "it.py:data", "--component", "c.h5:0"], "give --out"),
         (["linearize", "it.py:model", "it.py:data", "--component", "c.h5:9", "--out", "x.json"], "0 to 1, got 9"),
         (["linearize", "it.py:model", "it.py:data", "--component", "c.h5:0", "--out", "x.png"], "ending in .json"),
+        (
+            ["linearize", "it.py:model", "it.py:data", "--component", "c.h5:0", "--out", "x.json", "--output", "1"],
+            "leave",
+        ),
         (["linearize", "it.py:model", "it.py:data", "--embed", "it.py:embed"], "--embed belongs to --component"),
         (["influence", "it.py:model", "it.py:train", "it.py:data", "--out", "x.json"], "give --component"),
         (["rollback", "record.h5", "--targets", "test.txt", "--component", "g.h5:0"], "give --out"),
+        (["rollback", "record.h5", "--targets", "test.txt", "--epochs", "3"], "--epochs belongs to a training"),
+        (["rollback", "record.h5", "--targets", "test.txt", "--dim", "8"], "--dim belongs to a training"),
+        (["rollback", "record.h5", "--targets", "test.txt", "--record", "r.h5"], "--record belongs to a training"),
     ):
         assert run(arguments) == 2
         assert words in " ".join(capsys.readouterr().err.split())

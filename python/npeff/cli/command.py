@@ -40,11 +40,8 @@ Where = Annotated[
 class Command(click.Command):
     """A command with the options of public functions, worked examples in its help, and ``--debug``.
 
-    Args:
-        examples: Lines shown as they are.
-        arguments: Functions whose arguments are options; the callback gets those that were given, ``forward`` and
-            other callables imported.
-        shared: Whether several processes can share its work; else it refuses to run in more than one.
+    The callback gets those options that were given, ``forward`` and other callables imported. Unless the work can be
+    ``shared``, the command refuses to run in more than one process.
     """
 
     def __init__(
@@ -142,10 +139,7 @@ def next_step(*words: str | Path, options: Mapping[str, Any], about: str = "") -
 
 
 def misused(message: str) -> NoReturn:
-    """End with exit status 2.
-
-    Args:
-        message: What is wrong with the arguments.
+    """End with exit status 2, and a message that says what is wrong with the arguments.
 
     Raises:
         UsageError: Always.
@@ -169,10 +163,7 @@ def unruled(coverage: Iterable[Mapping[str, str]]) -> list[tuple[str, str]]:
 def check_out(path: Path | None, *suffixes: str, option: str = "--out") -> None:
     """Check, before the work, that a file can be written, and that it replaces no Fishers and no components.
 
-    Args:
-        path: The file; None where none is asked for.
-        suffixes: Endings that its name may have; none: any.
-        option: Names the file in messages.
+    Its name must have one of the suffixes, if any are given. Nothing is checked where no file is asked for.
 
     Raises:
         UsageError: The name has another ending.
@@ -191,11 +182,7 @@ def check_out(path: Path | None, *suffixes: str, option: str = "--out") -> None:
 
 
 def loaded(path: Path, kind: str) -> Any:
-    """Open a file that a command needs.
-
-    Args:
-        path: The file.
-        kind: ``"Fishers"`` or ``"Components"``.
+    """Open a file of ``"Fishers"`` or ``"Components"`` that a command needs.
 
     Raises:
         UsageError: It holds the other kind.
@@ -246,15 +233,19 @@ def for_report(out: Path, components: Any, data: str | None = None, **found: Any
     from npeff.reports import save_extras
 
     save_extras(out, components=components, **found)
-    more = f" --influence-data {data}" if data else ""
-    click.echo(f"{out}: for npeff report … --extras {out}{more}")
+    tell_extras(out, more=f" --influence-data {data}" if data else "")
+
+
+def tell_extras(out: Path, made: str = "", more: str = "") -> None:
+    """Say what was written to a file, and how the report gets it."""
+    click.echo(f"{out}: {made}for npeff report … --extras {out}{more}")
 
 
 def is_text(data: str) -> bool:
     """Say whether DATA is a file of texts, or a folder with a dataset."""
     from npeff.language.texts import FILES
 
-    return data.lower().endswith(FILES) or (":" not in data and Path(data).is_dir())
+    return data.lower().endswith(FILES) or (data != "" and ":" not in data and Path(data).is_dir())
 
 
 def data_of_model(data: str, model: str, options: dict[str, Any]) -> Iterable[Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from npeff.cli.command import check_out, command, components_of, for_report, misused, note, size
 from npeff.cli.options import Arguments, Count, Existing, Whole
@@ -34,6 +35,9 @@ BARS = 40
 """Largest contributions of an input that is no picture that linearize draws."""
 
 SOLVERS = ("cg", "exact", "lissa", "gauss-newton", "empirical-fisher", "ekfac", "identity")
+
+TRAINING = ("record_path", "kind", "dim")
+"""Options of rollback itself that belong to a training."""
 
 FIELDS = (
     "head",
@@ -85,6 +89,8 @@ def linearize(
     """
     if component and out is None:
         misused("--component: give --out, a name ending in .json")
+    if component and (table or output is not None):
+        misused("--component: leave --output and --table out, which are about one example")
     if "embed" in options and not (component and "forward" in options):
         misused("--embed belongs to --component, and needs --forward for what the model does with it")
     if "k" in options and not component:
@@ -393,8 +399,12 @@ def rollback(
     if path.is_file():
         with path.open("rb") as file:
             is_record = file.read(4) == b"\x89HDF"
-    if is_record and record_path is not None:
-        misused(f"{path} is a record already: --record belongs to a training")
+    context = click.get_current_context()
+    stated = (name for name in TRAINING if context.get_parameter_source(name) is not ParameterSource.DEFAULT)
+    unused = {*options, *stated} - {"progress"}
+    if is_record and unused:
+        flag = next(option.opts[0] for option in context.command.params if option.name in unused)
+        misused(f"{path} is a record already: {flag} belongs to a training")
     check_out(out)
     recording = {name: options.pop(name) for name in ("all_rows", "progress") if name in options}
     if is_record:

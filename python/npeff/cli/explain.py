@@ -24,6 +24,7 @@ from npeff.cli.command import (
     next_step,
     note,
     size,
+    tell_extras,
 )
 from npeff.cli.options import Arguments, Existing, Help, Whole
 
@@ -111,7 +112,7 @@ def trust(
         click.echo(f"loss {loss}; of shuffled Fishers {np.mean(found['null']['losses']):.4f}")
     if out is not None:
         write_json(plain(found), out)
-        click.echo(f"{out}: for npeff report … --extras {out}")
+        tell_extras(out)
 
 
 @command(
@@ -171,8 +172,7 @@ def perturb(
         note("the weights' dtype rounds much of the change away; use a float32 copy of the model")
     if out is not None:
         write_json([e.to_json() for e in effects] if every else effects[0].to_json(), out)
-        many = "s" if len(effects) != 1 else ""
-        click.echo(f"{out}: {len(effects)} effect{many}, for npeff report … --extras {out}")
+        tell_extras(out, f"{len(effects)} effect{'s' if len(effects) != 1 else ''}, ")
 
 
 def _predicted(effect: Effect, data: Any) -> str:
@@ -243,9 +243,12 @@ def trace(
     found = npeff.trace(load_model(model), data_of_components(data, components), components, j, parts, **options)
     click.echo(found.table())
     if out is not None:
-        as_json = out.suffix.lower() == ".json"
-        found.save(out) if as_json else found.plot(out)
-        click.echo(f"{out}: {len(found)} parts" + (f", for npeff report … --extras {out}" if as_json else ""))
+        if out.suffix.lower() == ".json":
+            found.save(out)
+            tell_extras(out, f"{len(found)} parts, ")
+        else:
+            found.plot(out)
+            click.echo(f"{out}: {len(found)} parts")
 
 
 @command(
@@ -293,14 +296,18 @@ def report(
 
     components = loaded(path, "Components")
     names = _names(class_names)
-    tokens = load_made(tokenizer, "--tokenizer") if tokenizer else None
+    tokens = None if tokenizer is None else load_made(tokenizer, "--tokenizer")
+
+    def examples() -> Any:  # anew each time: data may be readable only once
+        return None if data is None else data_of_components(data, components)
+
     page = npeff.report(
         components,
-        data_of_components(data, components) if data else None,
+        examples(),
         out,
         class_names=names,
         tokenizer=tokens,
-        influence_data=load_data(influence_data) if influence_data else None,
+        influence_data=None if influence_data is None else load_data(influence_data),
         **load_extras(*extras, components=components),
         **options,
     )
@@ -318,12 +325,12 @@ def report(
 
         folder = stem.with_name(f"{stem.name}-collages")
         paths = {j: folder / f"component-{j}.png" for j in range(components.n_components)}
-        write_collages(components, data_of_components(data, components) if data else None, paths, **common)
+        write_collages(components, examples(), paths, **common)
         click.echo(f"{folder}: {components.n_components} collages")
     if latex:
         document = stem.with_suffix(".tex")
         common["title"] = options.get("title")
-        npeff.reports.latex(components, data_of_components(data, components) if data else None, document, **common)
+        npeff.reports.latex(components, examples(), document, **common)
         click.echo(f"{document}: compile it with pdflatex, xelatex or lualatex")
 
 

@@ -115,11 +115,7 @@ class Arguments:
     only: tuple[str, ...] | None = None
 
     def options(self, stated: Container[str | None]) -> list[FunctionOption]:
-        """Make the options, in the order of the signature.
-
-        Args:
-            stated: Names of the parameters that the command states itself.
-        """
+        """Make the options, in the order of the signature, but for those that the command states itself."""
         return [
             FunctionOption(argument)
             for argument in arguments_of(self.path)
@@ -129,16 +125,8 @@ class Arguments:
         ]
 
 
-@dataclass(frozen=True)
-class Argument:
-    """One argument as its function states it.
-
-    Args:
-        name: Its name.
-        kinds: Types that a text can be read as, and words that stand for themselves.
-        default: Its default.
-        help: Its description, as plain text.
-    """
+class Argument(NamedTuple):
+    """One argument as its function states it; the kinds are what a text can be read as, see :func:`_kinds`."""
 
     name: str
     kinds: tuple[Any, ...]
@@ -251,9 +239,6 @@ class FunctionOption(click.Option):
 
     A flag for a bool; ``progress`` is switched off by ``--quiet``; an argument that takes a sequence is repeatable; a
     callable is named as ``module:callable`` or ``file.py:callable``.
-
-    Args:
-        argument: What the function states.
 
     Raises:
         TypeError: No text can give the argument.

@@ -147,9 +147,9 @@ def fishers(
 
 
 def class_basis(options: dict[str, Any]) -> dict[str, Any]:
-    """Complete the options: a threshold on classes implies the basis of classes."""
+    """Complete the options: a threshold on classes implies the basis of classes, where no other one is given."""
     thresholds = {"min_prob", "max_classes"} & options.keys()
-    return options | {"basis": "class"} if thresholds else options
+    return {"basis": "class"} | options if thresholds else options
 
 
 def _announce(out: Path) -> None:

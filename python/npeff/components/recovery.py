@@ -156,14 +156,11 @@ class _Recovery:
         if batch.sliceable and wanted[-1] + 1 < batch.n_examples:  # it ends where max_examples ended
             batch, ids = batch.take(slice(0, wanted[-1] + 1)), ids[: wanted[-1] + 1]
         with self.run.engine.recording():
-            for one in self.run.passes(batch, ids, replace_logits=self._as_stored):
+            for one in self.run.passes(batch, ids, self._as_stored):
                 columns, weights = one.factors.columns, self._weights(one.factors, one.slot_ids)
                 if len(self.js) < one.n_columns:
                     columns, weights = _combined(columns, weights)
-                assert one.prepared is not None
-                for block in self.run.engine.blocks(
-                    one.prepared, columns, slots=one.slots, paired=lambda *_: True, gathered=True
-                ):
+                for block in one.blocks(columns, paired=lambda *_: True, gathered=True):
                     self.sums.add(block, weights)
 
     def _as_stored(self, logits: Tensor, ids: Array) -> Tensor:

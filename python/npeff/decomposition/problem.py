@@ -133,6 +133,8 @@ def prepare(
         ArgumentError: An option is out of range for these Fishers, or does not go with several processes.
         DataError: There are no examples, every Fisher is zero, or a stored value is not finite.
     """
+    if not isinstance(fishers, Fishers):
+        raise ArgumentError(f"fishers: expected Fishers, got {type(fishers).__name__}; open a file with npeff.load")
     device = comm.together(lambda: usable_device(options.device))
     if comm.size > 1:
         own, scaled, choice = _scaled_block(fishers, options, comm, device)
@@ -203,8 +205,6 @@ def _checked_and_scaled(
         ArgumentError: There are more components than rows, or the space does not serve the Fishers or does not fit.
         DataError: There is nothing to decompose, or a stored value is not finite.
     """
-    if not isinstance(fishers, Fishers):
-        raise ArgumentError(f"fishers: expected Fishers, got {type(fishers).__name__}; open a file with npeff.load")
     if len(fishers) == 0:
         raise DataError("fishers: there are no examples to decompose")
     fishers.verify()

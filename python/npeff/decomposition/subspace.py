@@ -120,9 +120,9 @@ def find_subspace(
 def most_dimensions(available: int, n_rows: int, width: int, number: int) -> int:
     """Compute the most dimensions of a subspace that is found, and widened, in given memory.
 
-    Per direction and row two numbers at a time: products with the rows, and the rows in the subspace. Per direction and
-    column: the basis, which is there twice while it is made. Beside them some rows in float64, and the eigenvectors of
-    d × d matrices, with what finding these takes.
+    Per direction and row: products with the rows, and beside them the rows in the subspace, or earlier some products in
+    float64. Per direction and column: the basis, which is there twice while it is made. Beside them eigenvectors of
+    d × d matrices in float64, and what finding these takes.
 
     Args:
         available: Bytes.
@@ -130,7 +130,7 @@ def most_dimensions(available: int, n_rows: int, width: int, number: int) -> int
         width: Length of a vector's coordinates in the space.
         number: Bytes of a number in the solver's precision.
     """
-    linear = 2 * number * (n_rows + width) + 16 * min(n_rows, WHITENED_ROWS)
+    linear = number * n_rows + max(number * n_rows, 16 * min(n_rows, WHITENED_ROWS)) + 2 * number * width
     square = 64
     return int((math.sqrt(linear**2 + 4.0 * square * available) - linear) / (2 * square))
 

@@ -8,7 +8,7 @@ afterwards as well (:mod:`npeff.fishers.scaling`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -113,37 +113,31 @@ class PilotEnergy:
         self._names = {parameter.offset: parameter.name for parameter in parameters if parameter.numel}
         self.energy = dict.fromkeys(parameters.names, 0.0)
 
-    def begin(self) -> None:
-        """Start a pass."""
-        self._traces: dict[str, Any] = {}
-        self._gram: Any = 0.0
+    def add(self, blocks: Iterable[Block | Pairs], n: int) -> None:
+        """Add the blocks of a pass over n examples (or slots), each divided by its Fisher norm ``‖A Aᵀ‖_F``."""
+        traces: dict[str, Any] = {}
+        total: Any = 0.0
+        for block in blocks:
+            for name, gram in self._grams(block):
+                whole = torch.zeros(n, *gram.shape[1:], dtype=torch.float64)
+                whole[block.examples] = gram.cpu()
+                total = total + whole
+                traces[name] = traces.get(name, 0.0) + whole.diagonal(dim1=1, dim2=2).sum(dim=1)
+        norms = total.square().sum(dim=(1, 2)).sqrt()
+        for name, own in traces.items():
+            self.energy[name] += float(torch.where(norms > 0, own / norms.clamp_min(1e-300), 0.0).sum())
 
-    def add(self, block: Block | Pairs, n_examples: int) -> None:
-        """Take a block of the pass, of its n examples (or slots)."""
-        if isinstance(block, Block) and isinstance(block.starts, tuple):
+    def _grams(self, block: Block | Pairs) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names of parameters, and the inner products of the columns in each."""
+        if isinstance(block, Pairs):
+            yield block.parameter.name, block.gram()
+        elif isinstance(block.starts, tuple):
             for run, start in enumerate(block.starts):
                 values = block.values[:, :, run].to(torch.float64)
-                self._add(self._names[start], block.examples, values @ values.mT, n_examples)
-            return
-        if isinstance(block, Pairs):
-            gram = block.gram()
+                yield self._names[start], values @ values.mT
         else:
             flat = block.values.flatten(2).to(torch.float64)
-            gram = flat @ flat.mT if block.gram is None else block.gram
-        self._add(block.parameter.name, block.examples, gram, n_examples)
-
-    def _add(self, name: str, examples: slice, gram: torch.Tensor, n: int) -> None:
-        gram = gram.cpu()
-        whole = torch.zeros(n, *gram.shape[1:], dtype=torch.float64)
-        whole[examples] = gram
-        self._gram = self._gram + whole
-        self._traces[name] = self._traces.get(name, 0.0) + whole.diagonal(dim1=1, dim2=2).sum(dim=1)
-
-    def end(self) -> None:
-        """Add the pass's examples, each divided by its Fisher norm ``‖A Aᵀ‖_F``."""
-        norms = self._gram.square().sum(dim=(1, 2)).sqrt()
-        for name, traces in self._traces.items():
-            self.energy[name] += float(torch.where(norms > 0, traces / norms.clamp_min(1e-300), 0.0).sum())
+            yield block.parameter.name, flat @ flat.mT if block.gram is None else block.gram
 
     def weights(self) -> dict[str, float]:
         """Compute weights that balance the layers, to three digits; a layer without energy gets the median."""

@@ -37,11 +37,6 @@ class Budget:
         self._gradients: dict[object, int] = {}
         self._compared = False
 
-    @property
-    def unbounded(self) -> bool:
-        """Whether the memory for activations has no limit."""
-        return self._for_activations is None
-
     def sequences_at_once(self, batch: Batch) -> int:
         """Return the most sequences of a batch that fit in memory, at least one, as estimated before its forward pass.
 

@@ -136,14 +136,12 @@ def compute_fishers(
     given = locals()
     options = FisherOptions(**{name: given[name] for name in FisherOptions.__dataclass_fields__})
     options.check()
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if out is not None:
-        check_target(Path(out))
-    data = check_data(data)
     inner = getattr(model, "_orig_mod", model)  # torch.compile hides the operations that rules look for
     if not isinstance(inner, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
+    if out is not None:
+        check_target(Path(out))
+    data = check_data(data)
     if places is not None:
         places.check_model(inner)
     # Work that is saved while it is done is saved at a SIGTERM, too.
@@ -254,12 +252,8 @@ class PendingBatch:
         self._pieces, options = [], run.options
         with run.engine.recording():
             for one in run.passes(batch, ids):
-                assert one.prepared is not None
                 sink = SINKS[type(options.compress)](run.parameters, one.factors, one.slot_ids, options, at_once)
-                for block in run.engine.blocks(
-                    one.prepared,
-                    one.factors.columns,
-                    slots=one.slots,
+                for block in one.blocks(
                     squared=options.kind == "diagonal",
                     paired=sink.paired,
                     last_first=isinstance(options.compress, TopK),

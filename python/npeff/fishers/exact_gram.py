@@ -12,13 +12,12 @@ another pass over the data.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,38 +25,19 @@ from tqdm import tqdm
 from npeff.batches.batches import Batch, batch_digest
 from npeff.batches.reading import FixedOrder, Repeats
 from npeff.errors import ArgumentError, DataError
-from npeff.fishers.file_format import offsets_of
+from npeff.fishers.file_format import example_fields, offsets_of
 from npeff.fishers.fishers import Fishers, fishers_in
 from npeff.fishers.layer_gram import LayerGram
-from npeff.fishers.logits import Logits, largest
+from npeff.fishers.logits import Logits, joined, largest
 from npeff.fishers.options import GramOnly
 from npeff.fishers.parts import find_finished
 from npeff.fishers.passes import Ids, Run
-from npeff.fishers.rows import GramRows
+from npeff.fishers.rows import Array, GramRows
 from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.rules import Rule
 from npeff.models.devices import format_bytes, parse_bytes
 from npeff.models.parameters import ModelWatch, Parameter
 from npeff.storage.container import open_container
-
-Array = npt.NDArray[Any]
-
-
-@dataclass
-class _Examples:
-    """What the first pass says of the examples."""
-
-    ids: list[Array] = field(default_factory=list)
-    counts: list[Array] = field(default_factory=list)
-    scales: list[Array] = field(default_factory=list)
-    logits: list[Logits] = field(default_factory=list)
-    labels: list[Array] = field(default_factory=list)
-    places: list[Array] = field(default_factory=list)
-
-    @property
-    def n(self) -> int:
-        """Number of examples so far."""
-        return sum(map(len, self.counts))
 
 
 def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
@@ -73,7 +53,7 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
     assert isinstance(options.compress, GramOnly)
     watch = ModelWatch(run.model)
     memory = parse_bytes(options.compress.memory)
-    examples, waiting, K = _Examples(), set(run.parameters.names), None
+    examples, waiting, K = list[dict[str, Array]](), set(run.parameters.names), None
     order = FixedOrder(data, lambda: run.batches(data))
     repeats, digests = Repeats(data), list[str]()
     while waiting:
@@ -100,17 +80,18 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
                 _postpone(layers, memory)
         if first_pass:
             repeats.end()
-            if not examples.n:
+            if not examples:
                 raise DataError("data: it yielded no examples; if it is a generator it may be used up: pass a list")
-            header = run.header(watch.digest, examples.logits[0].shape[1])
+            known = joined(examples)
+            header = run.header(watch.digest, Logits.from_arrays(known).n_outputs)
             if out is not None and (found := find_finished(out, header)) is not None:
                 return fishers_in(found)
-            n_rows = int(np.concatenate(examples.counts).sum())
+            n_rows = int(known["row_counts"].sum())
             K = np.zeros((n_rows, n_rows), np.float32)
-        elif n != examples.n:
+        elif n != len(known["ids"]):
             raise DataError(
-                f"data: a second pass over it gave {n} examples, the first {examples.n}; pass a list or a DataLoader "
-                "rather than a generator, or allow GramOnly more memory"
+                f"data: a second pass over it gave {n} examples, the first {len(known['ids'])}; pass a list or a "
+                "DataLoader rather than a generator, or allow GramOnly more memory"
             )
         assert K is not None
         for name, layer in layers.items():
@@ -121,47 +102,38 @@ def exact_gram(run: Run, data: Iterable[Any]) -> Fishers:
     finally:
         watch.check(thorough=True)
     assert K is not None
-    fishers = _fishers(run, K, examples, header)
+    fishers = _fishers(run, K, known, header)
     return fishers if out is None else fishers_in(open_container(fishers.save(out)))
 
 
-def _collect(run: Run, batch: Batch, ids: Ids, layers: dict[str, LayerGram], examples: _Examples | None) -> None:
+def _collect(
+    run: Run, batch: Batch, ids: Ids, layers: dict[str, LayerGram], examples: list[dict[str, Array]] | None
+) -> None:
     """Give a batch's gradients to the layers; in the first pass, what is known of its examples to ``examples``."""
     with run.engine.recording():
         for one in run.passes(batch, ids):
             counts, n_columns, filled = one.factors.counts.cpu().numpy(), one.n_columns, one.filled
             if examples is not None:
-                examples.ids.append(one.ids)
-                examples.counts.append(counts[filled])
-                examples.scales.append(one.factors.scale.cpu().numpy()[filled])
                 kept = [array.cpu().numpy() for array in largest(one.logits, run.options.over_classes)]
-                examples.logits.append(Logits.kept(kept, one.logits.shape[1]))
-                examples.labels.append(one.stored_labels())
-                if one.places is not None:
-                    examples.places.append(one.places)
+                known = {"row_counts": counts[filled], "scale": one.factors.scale.cpu().numpy()[filled], "ids": one.ids}
+                known |= {"labels": one.stored_labels(), **Logits.kept(kept, one.logits.shape[1]).arrays()}
+                examples.append(known if one.places is None else {**known, "places": one.places})
             for layer in layers.values():
                 layer.begin(counts, n_columns)
-            assert one.prepared is not None
             one.prepared.restrict(layers)
-            columns = one.factors.columns
-            for block in run.engine.blocks(
-                one.prepared, columns, slots=one.slots, paired=_factors_are_smaller(n_columns)
-            ):
+            for block in one.blocks(paired=partial(_factors_are_smaller, n_columns)):
                 _check_finite(block, one.slot_ids)
                 layers[block.parameter.name].take(run.weighted(block))
             for layer in layers.values():
                 layer.end()
 
 
-def _factors_are_smaller(n_columns: int) -> Any:
-    def decide(parameter: Parameter, rules: list[Rule]) -> bool:
-        if len(parameter.shape) != 2 or len(rules) != 1:
-            return False
-        n, k = parameter.shape
-        t = rules[0].layout.positions
-        return bool(t * (n_columns * max(n, k) + min(n, k)) < n_columns * n * k)
-
-    return decide
+def _factors_are_smaller(n_columns: int, parameter: Parameter, rules: list[Rule]) -> bool:
+    if len(parameter.shape) != 2 or len(rules) != 1:
+        return False
+    n, k = parameter.shape
+    t = rules[0].layout.positions
+    return bool(t * (n_columns * max(n, k) + min(n, k)) < n_columns * n * k)
 
 
 def _check_finite(block: Block | Pairs, ids: Ids) -> None:
@@ -196,10 +168,9 @@ def _postpone(layers: dict[str, LayerGram], memory: int) -> None:
         layers.pop(max(layers, key=lambda name: layers[name].nbytes))
 
 
-def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) -> Fishers:
-    counts, scale, ids = (np.concatenate(part) for part in (examples.counts, examples.scales, examples.ids))
-    offsets = offsets_of([counts])
-    norms = np.zeros(len(counts), np.float64)
+def _fishers(run: Run, K: Array, known: dict[str, Array], header: dict[str, Any]) -> Fishers:
+    counts, scale = known["row_counts"], known["scale"]
+    offsets, norms = offsets_of([counts]), np.zeros(len(counts), np.float32)
     for i, (start, stop) in enumerate(pairwise(offsets.tolist())):
         norms[i] = np.linalg.norm(K[start:stop, start:stop].astype(np.float64)) * scale[i] ** 2
     per_row = np.repeat(scale, counts).astype(np.float32)
@@ -209,14 +180,10 @@ def _fishers(run: Run, K: Array, examples: _Examples, header: dict[str, Any]) ->
         kind="low_rank",
         rows=GramRows(K),
         row_offsets=offsets,
-        norms=norms.astype(np.float32),
-        logits=Logits.concatenate(examples.logits),
-        labels=np.concatenate(examples.labels),
-        ids=ids,
+        **example_fields({**known, "norms": norms}),
         parameters=run.parameters,
         provenance=header["provenance"],
         coverage=run.coverage(),
-        places=np.concatenate(examples.places) if examples.places else None,
     )
-    in_order = (np.diff(ids) > 0).all()  # places go backward some at a time
-    return found if in_order else found[np.argsort(ids)]
+    in_order = (np.diff(found.ids) > 0).all()  # places go backward some at a time
+    return found if in_order else found[np.argsort(found.ids)]

@@ -34,14 +34,13 @@ import numpy.typing as npt
 from npeff.errors import ArgumentError, StorageError
 from npeff.fishers.logits import Logits
 from npeff.fishers.options import sketch_of
-from npeff.fishers.rows import Kind, index_dtype
+from npeff.fishers.rows import Array, Kind, index_dtype
 from npeff.models.parameters import Parameters
 from npeff.storage.checks import FLOAT, INT, MOST_PARAMETERS, Field, Sizes, check_arrays, expect, item, refuse
 from npeff.storage.container import Container
 from npeff.storage.files import forget
 from npeff.storage.writing import Data, write_container
 
-Array = npt.NDArray[Any]
 Span = tuple[Container, int, int]
 KINDS = get_args(Kind)
 EXAMPLE_ARRAYS: dict[str, npt.DTypeLike] = {

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from npeff.errors import ArgumentError, DataError
 from npeff.fishers.file_format import (
@@ -33,14 +32,12 @@ from npeff.fishers.file_format import (
 )
 from npeff.fishers.logits import Logits, joined
 from npeff.fishers.options import Sketch, sketch_of
-from npeff.fishers.rows import Kind, Rows, concatenate, entries_of, rows_from
+from npeff.fishers.rows import Array, Kind, Rows, concatenate, entries_of, rows_from
 from npeff.models.parameters import Parameters
 from npeff.short_repr import short_repr
 from npeff.storage.checks import Sizes, check_arrays, check_shapes, expect, refuse
 from npeff.storage.container import Container, check_replaceable
 from npeff.storage.files import atomic
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -125,11 +125,6 @@ class Logits:
             return Logits(self.values[examples])
         return Logits(self.values[examples], self.classes[examples], self.log_normaliser[examples], self.n_outputs)
 
-    @staticmethod
-    def concatenate(parts: Sequence[Logits]) -> Logits:
-        """Join the outputs of several groups of examples, at least one, with the same outputs."""
-        return Logits.from_arrays(joined([part.arrays() for part in parts]))
-
     def same(self, other: Logits) -> bool:
         """Say whether both keep the same numbers, to the bit."""
         ours, theirs = self.arrays(), other.arrays()

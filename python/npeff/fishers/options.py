@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from npeff.errors import ArgumentError, StorageError, check_integers
+from npeff.errors import ArgumentError, StorageError, check_choice, check_integers, check_number
 from npeff.fishers.block_weights import BlockWeights, check_block_weights
 from npeff.fishers.rows import Kind
 from npeff.kernels.sketch import check_map
@@ -77,8 +77,7 @@ class Sketch:
     def __post_init__(self) -> None:
         check_integers(self, {"d": 1, "seed": 0, "nonzeros": 1})
         check_map(self.d, self.seed, self.nonzeros)
-        if self.form not in ("flat", "kronecker"):
-            raise ArgumentError(f"form: expected 'flat' or 'kronecker', got {self.form!r}")
+        check_choice("form", self.form, get_args(SketchForm))
         if self.form == "kronecker" and self.d & (self.d - 1):
             raise ArgumentError(f"d: the Kronecker form needs a power of two, got {self.d}")
 
@@ -182,14 +181,13 @@ class FisherOptions:
         Raises:
             ArgumentError: Naming the option.
         """
-        for name, kinds in (("basis", Basis), ("labels", Labels), ("likelihood", Likelihood)):
-            if getattr(self, name) not in get_args(kinds):
-                raise ArgumentError(
-                    f"{name}: expected one of {', '.join(get_args(kinds))}, got {getattr(self, name)!r}"
-                )
-        for name, upper in (("energy", 1.0), ("min_prob", 1.0)):
+        for name, kinds in (("kind", Kind), ("basis", Basis), ("labels", Labels), ("likelihood", Likelihood)):
+            check_choice(name, getattr(self, name), get_args(kinds))
+        for name in ("energy", "min_prob"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= upper:
+            if value is not None:
+                check_number(name, value)
+            if value is not None and value > 1:
                 raise ArgumentError(f"{name}: expected a number in (0, 1], got {value!r}")
         if self.seed >= 2**63:
             raise ArgumentError(f"seed: expected an integer below 2⁶³, got {self.seed}")
@@ -241,8 +239,6 @@ class FisherOptions:
         return min(n_outputs - 1, self.rank or n_outputs)
 
     def _check_compression(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ArgumentError(f"kind: expected 'low_rank' or 'diagonal', got {self.kind!r}")
         if self.compress is not None and not isinstance(self.compress, Compression):
             raise ArgumentError(f"compress: expected TopK(k), Sketch(d), GramOnly() or None, got {self.compress!r}")
         if self.kind == "diagonal" and isinstance(self.compress, Sketch):

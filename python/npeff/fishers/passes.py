@@ -55,8 +55,8 @@ class Pass:
         batch: What went forward.
         ids: ``(n,)`` positions of the examples in the data.
         logits: ``(n, C)`` with their graph.
-        factors: Cotangents of the examples; with slots and ``prepared`` of every slot, zero where it is empty.
-        prepared: The rules that the graph calls for; None where no per-example gradients are wanted.
+        factors: Cotangents of the examples; with slots of every slot, zero where it is empty.
+        prepared: The rules that the graph calls for.
         slots: ``(b, K)`` which example of the batch each slot holds, −1 for none; None where examples are no places.
     """
 
@@ -65,7 +65,7 @@ class Pass:
     ids: Ids
     logits: Tensor
     factors: Factors
-    prepared: Prepared | None
+    prepared: Prepared
     slots: Tensor | None = None
 
     @property
@@ -96,6 +96,11 @@ class Pass:
         if self.slots is None or self.batch.places_in_data is None:
             return None
         return self.batch.places_in_data.cpu().numpy()[self._in_slots[self.filled]]
+
+    def blocks(self, columns: Tensor | None = None, **how: Any) -> Iterator[Block | Pairs]:
+        """Yield the gradients; see :meth:`PerExampleGradients.blocks`, of other columns than the factors' if given."""
+        given = self.factors.columns if columns is None else columns
+        return self.run.engine.blocks(self.prepared, given, slots=self.slots, **how)
 
     def stored_labels(self) -> Ids:
         """Return the classes ``(n,)`` of the examples, −1 where unknown."""
@@ -175,12 +180,9 @@ class Run:
                     return
 
     def choose_rules(self, batch: Batch) -> Tensor:
-        """Choose the gradient rules on the first examples of the first batch.
+        """Choose the gradient rules on the first examples of the first batch; return their logits, on the CPU.
 
         Work that resumes after this batch chooses them on it as well, so that an interruption changes nothing.
-
-        Returns:
-            The logits of these examples, on the CPU.
         """
         most = self.budget.sequences_at_once(batch)
         if batch.sliceable and most > _CHOSEN_ON:
@@ -220,22 +222,13 @@ class Run:
         energy = PilotEnergy(self.parameters)
         with self.engine.recording():
             for one in self.passes(batch, np.arange(batch.n_examples)):
-                assert one.prepared is not None
-                columns = one.factors.columns
-                energy.begin()
-                for block in self.engine.blocks(
-                    one.prepared, columns, slots=one.slots, paired=lambda *_: True, gathered=True
-                ):
-                    energy.add(block, len(columns))
-                energy.end()
+                energy.add(one.blocks(paired=lambda *_: True, gathered=True), len(one.factors.columns))
         return energy.weights()
 
     def passes(
         self,
         batch: Batch,
         ids: Ids,
-        *,
-        per_example: bool = True,
         replace_logits: Callable[[Tensor, Ids], Tensor] | None = None,
     ) -> Iterator[Pass]:
         """Yield the passes over a batch: one, or several over parts of it that keep within the memory allowed.
@@ -246,8 +239,7 @@ class Run:
         Args:
             batch: The batch.
             ids: ``(b,)`` positions of its examples in the data.
-            per_example: Per-example gradients will be asked for.
-            replace_logits: ``replace_logits(logits, ids)`` gives the logits to factorise instead of the model's.
+            replace_logits: ``replace_logits(logits, ids)`` gives the logits to factorise in place of the model's.
 
         Raises:
             DataError: Logits are not finite, or labels are missing.
@@ -255,7 +247,7 @@ class Run:
         """
         most = self.budget.sequences_at_once(batch)
         if most == batch.n_sequences:
-            found = self._started(batch, ids, per_example, replace_logits)
+            found = self._started(batch, ids, replace_logits)
             if not isinstance(found, int):
                 for one in found:
                     yield one
@@ -265,12 +257,10 @@ class Run:
         for start, stop in self.budget.pieces(batch, most):
             cut = batch.of_sequences(start, stop)
             if cut.start < cut.stop:
-                yield from self.passes(
-                    batch.take(cut), ids[cut], per_example=per_example, replace_logits=replace_logits
-                )
+                yield from self.passes(batch.take(cut), ids[cut], replace_logits)
 
     def _started(
-        self, batch: Batch, ids: Ids, per_example: bool, replace_logits: Callable[[Tensor, Ids], Tensor] | None
+        self, batch: Batch, ids: Ids, replace_logits: Callable[[Tensor, Ids], Tensor] | None
     ) -> Iterator[Pass] | int:
         """The passes over the whole batch, or how many of its sequences fit into a forward pass."""
         logits, n = self._forward(batch), batch.n_examples
@@ -281,15 +271,13 @@ class Run:
         if (most := self.budget.sequences_after(batch, cotangents)) < batch.n_sequences:
             return most
         whole = factorise(shown, self.options, targets, ids) if batch.places is None else None
-        prepared, kept = None, 0
-        if per_example:
-            prepared = self.engine.prepare(batch, logits)
-            n_columns = width(shown, self.options) if whole is None else whole.columns.shape[2]
-            kept = prepared.kept_bytes(n_columns) // batch.n_sequences
-            if isinstance(self.options.compress, Sketch):
-                kept += 12 * self.options.compress.d * n_columns
-            if (most := self.budget.sequences_after(batch, max(kept, cotangents))) < batch.n_sequences:
-                return most
+        prepared = self.engine.prepare(batch, logits)
+        n_columns = width(shown, self.options) if whole is None else whole.columns.shape[2]
+        kept = prepared.kept_bytes(n_columns) // batch.n_sequences
+        if isinstance(self.options.compress, Sketch):
+            kept += 12 * self.options.compress.d * n_columns
+        if (most := self.budget.sequences_after(batch, max(kept, cotangents))) < batch.n_sequences:
+            return most
         if whole is not None:
             return iter([Pass(self, batch, ids, logits, whole, prepared)])
         at_once = self.budget.places_at_once(max(kept, cotangents)) // batch.n_sequences
@@ -302,7 +290,7 @@ class Run:
         logits: Tensor,
         shown: Tensor,
         targets: Tensor | None,
-        prepared: Prepared | None,
+        prepared: Prepared,
         at_once: int,
     ) -> Iterator[Pass]:
         """The passes over a batch's places, so many of each sequence at a time."""
@@ -312,9 +300,8 @@ class Run:
             held = slots.reshape(-1)[slots.reshape(-1) >= 0]
             some = ids[held.cpu().numpy()]
             factors = factorise(shown[held], self.options, None if targets is None else targets[held], some)
-            if prepared is not None:
-                prepared = self.engine.again(prepared) if start else prepared
-                factors = factors.spread((slots.reshape(-1) >= 0).nonzero()[:, 0], slots.numel())
+            prepared = self.engine.again(prepared) if start else prepared
+            factors = factors.spread((slots.reshape(-1) >= 0).nonzero()[:, 0], slots.numel())
             own = logits if len(held) == batch.n_examples else logits[held]
             yield Pass(self, batch, some, own, factors, prepared, slots)
 

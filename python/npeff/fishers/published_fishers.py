@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from npeff.errors import StorageError
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.logits import Logits
-from npeff.fishers.rows import Kind, Rows, SparseRows, concatenate, index_dtype
+from npeff.fishers.rows import Array, Kind, Rows, SparseRows, concatenate, index_dtype
 from npeff.models.parameters import Parameters
 from npeff.storage.checks import MOST_PARAMETERS, Field, check_shapes, refuse
 from npeff.storage.container import Container
 from npeff.storage.hdf5 import CHUNK_BYTES
 from npeff.storage.writing import Attributes, Data
 
-Array = npt.NDArray[Any]
 PublishedLayout = tuple[str, list[Data], Attributes]
 Entries = tuple[Array, Array, Array]
 INT32 = int(np.iinfo(np.int32).max)

@@ -12,13 +12,12 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from npeff import kernels
-from npeff.fishers.dense_rows import PART_BYTES, DenseRows, GramRows, Matrix, Rows, entries_of
+from npeff.fishers.dense_rows import PART_BYTES, Array, DenseRows, GramRows, Matrix, Rows, entries_of
 from npeff.kernels.sparse import DEVICE_DENSE_BYTES, Csr, add_gram_, check_structure, checked
 from npeff.kernels.streams import to_device
 from npeff.models import devices
@@ -26,6 +25,7 @@ from npeff.short_repr import short_repr
 from npeff.storage.files import forget
 
 __all__ = [
+    "Array",
     "DenseRows",
     "GramRows",
     "GrowingRows",
@@ -38,7 +38,6 @@ __all__ = [
     "rows_from",
 ]
 
-Array = npt.NDArray[Any]
 Kind = Literal["low_rank", "diagonal"]
 """Which Fishers: rows A with F = AᵀA, or the diagonal."""
 

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -28,12 +27,11 @@ from npeff.fishers.block_weights import (
 )
 from npeff.fishers.dense_rows import PART_BYTES
 from npeff.fishers.fishers import Fishers
-from npeff.fishers.rows import GramRows, Rows
+from npeff.fishers.rows import Array, GramRows, Rows
 from npeff.kernels.sparse import mirror_
 from npeff.kernels.streams import to_device
 from npeff.storage.files import forget
 
-Array = npt.NDArray[Any]
 T = TypeVar("T")
 Normalize = Literal["stored", "dense", "none"]
 

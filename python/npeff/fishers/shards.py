@@ -11,20 +11,17 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from npeff.errors import DataError, ModelError, ResumeError, StorageError
 from npeff.fishers.file_format import example_arrays, example_fields, offsets_of
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
 from npeff.fishers.logits import ARRAYS, Logits, joined
 from npeff.fishers.parts import BatchRecord, Parts, batches_in, find_finished, parts_folder, read_header
-from npeff.fishers.rows import GrowingRows
+from npeff.fishers.rows import Array, GrowingRows
 from npeff.models.parameters import Parameters
 from npeff.storage.container import open_container
 from npeff.storage.files import check_target
 from npeff.storage.writing import to_json
-
-Array = npt.NDArray[Any]
 
 
 class FisherWriter:

@@ -10,23 +10,20 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from npeff.errors import DataError
 from npeff.fishers.factors import Factors
 from npeff.fishers.options import FisherOptions, Sketch
-from npeff.fishers.rows import DenseRows, Rows
+from npeff.fishers.rows import Array, DenseRows, Rows
 from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.rules import Rule
+from npeff.gradients.rules.base import working
 from npeff.kernels import NonFiniteError, StreamingSketch
 from npeff.kernels.streams import BlockRows, HostCopy, to_host
 from npeff.models import devices
 from npeff.models.parameters import Parameter, Parameters
-
-Array = npt.NDArray[Any]
-
 
 FEW_ROWS = 4
 """Rows of an example up to which a device takes their inner products pair by pair."""
@@ -108,7 +105,7 @@ class Sink:
             block = replace(block, values=block.values.masked_fill(certain[:, None, None, None], 0.0))
         gram = block.gram
         if gram is None:
-            gram = _gram(_at_least_float32(block.values), block.starts)
+            gram = _gram(working(block.values), block.starts)
         gram = gram.to(self._gram.device, torch.float64)
         if self._at_once and not torch.isfinite(gram).all():
             self._refuse_non_finite(block)
@@ -318,7 +315,3 @@ def _gram_of_few(flat: Tensor) -> Tensor:
         for j in range(i):
             gram[:, i, j] = gram[:, j, i] = (flat[:, i] * flat[:, j]).sum(dim=1, dtype=torch.float64)
     return gram
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

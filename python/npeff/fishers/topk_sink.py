@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from npeff.fishers.rows import Rows, SparseRows, index_dtype
+from npeff.fishers.rows import Array, Rows, SparseRows, index_dtype
 from npeff.fishers.sinks import Sink, target_rows
 from npeff.gradients import blocks
 from npeff.gradients.blocks import Block, Pairs, split
@@ -24,7 +24,6 @@ from npeff.kernels import StreamingTopK
 from npeff.models import devices
 from npeff.models.parameters import Parameter
 
-Array = npt.NDArray[Any]
 _FEWEST = 1 << 22
 """Multiply-adds per example below which calls cost more than products."""
 _SHARE = 0.5

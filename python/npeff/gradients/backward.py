@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 from npeff.batches.batches import Batch
 from npeff.gradients.graph import Graph
 from npeff.gradients.rules import Rule
-from npeff.gradients.rules.dense import MatrixBias, MatrixProduct
+from npeff.gradients.rules.layers import MatrixBias, MatrixProduct
 
 
 class Cotangents:
@@ -186,8 +186,7 @@ def side_by_side(
 def small_products(rules: Iterable[Rule]) -> bool:
     """Say whether the backward passes are matrix products with one row per example, as in a multilayer perceptron.
 
-    One pass over all columns makes R·b rows of b, for which the products are far more efficient, and calls every
-    operation once in place of R times. With many rows per example already, and with convolutions, it gains nothing and
-    takes R times the memory.
+    One pass over all columns then makes R·b rows of b, for which products are far more efficient, and calls every
+    operation once in place of R times. Otherwise it gains nothing and takes R times the memory.
     """
     return all(isinstance(rule, (MatrixProduct, MatrixBias)) and rule.layout.positions == 1 for rule in rules)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from npeff.gradients.rules.base import Rule, Scratch, SmallRule
-from npeff.gradients.rules.dense import MatrixProduct
-from npeff.gradients.rules.embedding_and_norm import Embedding
+from npeff.gradients.rules.layers import Embedding, MatrixProduct
 from npeff.kernels import outer_gram
 from npeff.models import devices
 from npeff.models.parameters import Parameter

@@ -24,10 +24,10 @@ from npeff.models.devices import usable_device
 from npeff.models.parameters import Parameters
 
 BLOCKS = "blocks"
-"""The pattern that stands for :func:`block_weights`."""
+"""The pattern that stands for :func:`linear_in_blocks`."""
 
 
-def block_weights(model: nn.Module) -> frozenset[str]:
+def linear_in_blocks(model: nn.Module) -> frozenset[str]:
     """Name the weights of the linear layers in a model's transformer blocks.
 
     Blocks are the outermost lists of modules (``nn.ModuleList``), whatever a model calls them. Embeddings, norms,
@@ -64,15 +64,10 @@ def _is_linear(module: nn.Module, name: str, tensor: Tensor) -> bool:
 
 
 def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> Parameters:
-    """Select the floating-point parameters whose names match.
+    """Select the floating-point parameters whose names match, in the model's order; tied ones count once, by any name.
 
-    Args:
-        model: The model; tied parameters count once and can be selected by any of their names.
-        patterns: Shell patterns; a name is taken if one matches it (or there are only exclusions) and no
-            ``"!…"`` does. ``"blocks"`` matches :func:`block_weights`.
-
-    Returns:
-        Parameters in the model's order.
+    A name is taken if one of the shell patterns matches it (or there are only exclusions) and no ``"!…"`` does.
+    ``"blocks"`` matches :func:`linear_in_blocks`.
 
     Raises:
         ArgumentError: Nothing matches, or a pattern matches nothing.
@@ -94,7 +89,7 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None) ->
     include = [pattern for pattern in wanted if not pattern.startswith("!")] or ["*"]
     exclude = [pattern[1:] for pattern in wanted if pattern.startswith("!")]
     names = list(chain.from_iterable(aliases.values()))
-    blocks = block_weights(model) if BLOCKS in (*include, *exclude) else frozenset()
+    blocks = linear_in_blocks(model) if BLOCKS in (*include, *exclude) else frozenset()
 
     def fits(name: str, pattern: str) -> bool:
         return name in blocks if pattern == BLOCKS else fnmatchcase(name, pattern)

@@ -289,14 +289,9 @@ class PerExampleGradients:
     ) -> None:
         """Run the backward passes: afterwards the rules hold what they need of δ.
 
-        Where the batch is to be checked, parameters whose rows belong to other examples than their rules assume move
-        to the fallback, in this batch already.
-
-        Args:
-            prepared: From :meth:`prepare`.
-            columns: ``(b, C, R)`` cotangents.
-            whole: ``id`` of the rules that will be asked for blocks of everything.
-            slots: As for :meth:`blocks`.
+        Where the batch is to be checked, parameters whose rows belong to other examples than their rules assume move to
+        the fallback, in this batch already. ``whole`` holds the ``id`` of the rules that will be asked for blocks of
+        everything; the other arguments are those of :meth:`blocks`.
 
         Raises:
             ModelError: Rows are misplaced, and may have been in batches that were not checked.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,8 +52,6 @@ class Fallback:
     def __init__(self, model: nn.Module, call: Logits, selected: Mapping[str, Tensor]) -> None:
         self._called = CalledModel(model, call)
         self._selected = selected
-        self._call = call
-        self._model = model
         self.loop_reason = ""
 
     def gradients(
@@ -150,10 +149,8 @@ class Fallback:
         result = {name: tensor.new_zeros((n, r, *tensor.shape)) for name, tensor in parameters.items()}
         for i in range(n):
             example = examples.start + i
-            if batch.sliceable:
-                output = self._call(self._model, batch.take(slice(example, example + 1)))[0]
-            else:
-                output = logits[example]
+            one = slice(example, example + 1)
+            output = self._called(batch.take(one))[0] if batch.sliceable else logits[example]
             for column in range(r):
                 gradients = torch.autograd.grad(
                     output,
@@ -189,24 +186,80 @@ class Fallback:
                 torch.autograd.grad(logits, list(tensors.values()), given, retain_graph=True, allow_unused=True)
             )
 
-        truth = flat(autograd(parameters), parameters)
-        tolerance = TOLERANCE.get(precision, 2e-4)
-        floor: float | None = None
-        noise: dict[str, float] = {}
+        exact = Autograd(
+            autograd(parameters),
+            lambda factor: autograd(parameters, factor),
+            parameters,
+            precision,
+            lambda: norm(flat(autograd(self._selected), self._selected).values()),
+        )
         for name, rows in result.items():
             by_row = rows.reshape(-1, math.prod(rows.shape[2:])).to(torch.promote_types(rows.dtype, torch.float32))
             combined = weights[examples].reshape(-1).to(by_row.dtype) @ by_row
             size = float(weights[examples].reshape(-1).abs() @ by_row.norm(dim=1).to(torch.float64))
-            gap = norm([combined.to(torch.float64) - truth[name]])
-            allowed = tolerance * (size + norm([truth[name]]))
-            if gap > allowed:
-                if floor is None:
-                    every = flat(autograd(self._selected), self._selected).values()
-                    floor = ABSOLUTE.get(precision, 1e-6) * norm(every)
-                    noise = rounding(truth, lambda factor: autograd(parameters, factor), parameters)
-                if gap > max(allowed + floor, noise[name]):
-                    return f"{name} (by {gap:.3g})"
+            if gap := exact.disagrees(name, combined.to(torch.float64), size=size):
+                return f"{name} {gap}"
         return ""
+
+
+class Autograd:
+    """Autograd's gradients of a weighted sum, and how far they are from exact.
+
+    Args:
+        truth: The gradients of some parameters; None stands for zero.
+        again: The same, with the cotangent times a factor.
+        tensors: The parameters by name.
+        precision: The coarsest dtype in the graph.
+        scale: The norm of the gradients of all selected parameters together; None: these are all.
+    """
+
+    def __init__(
+        self,
+        truth: list[Tensor | None],
+        again: Callable[[float], list[Tensor | None]],
+        tensors: Mapping[str, Tensor],
+        precision: torch.dtype,
+        scale: Callable[[], float] | None = None,
+    ) -> None:
+        self._truth, self._again, self._precision, self._tensors = flat(truth, tensors), again, precision, tensors
+        self._all = scale or (lambda: norm(self._truth.values()))
+
+    @cached_property
+    def _scale(self) -> float:
+        return self._all()
+
+    @cached_property
+    def _rounding(self) -> dict[str, float]:
+        """Per parameter the differences that are rounding.
+
+        The cotangent is scaled by numbers that are no powers of two, and the gradient scaled back: by what that changes
+        it is rounding.
+        """
+        largest = dict.fromkeys(self._truth, 0.0)
+        for factor in (1.1, 1.3, 1.7):
+            for name, gradient in flat(self._again(factor), self._tensors).items():
+                gap = norm([gradient.to(torch.float64) / factor - self._truth[name]])
+                largest[name] = max(largest[name], gap)
+        return {name: 32 * change for name, change in largest.items()}
+
+    def disagrees(self, name: str, total: Tensor, where: Sequence[slice] = (), size: float = 0.0) -> str:
+        """Say by how much a sum of gradients differs from autograd's; empty where the difference is rounding.
+
+        Args:
+            name: The parameter.
+            total: ``(k,)`` float64.
+            where: The elements of the parameter that these are; none: all.
+            size: The sum of the terms' norms, where terms may cancel.
+        """
+        whole = self._truth[name]
+        truth = torch.cat([whole[some] for some in where]) if where else whole
+        gap = norm([total - truth])
+        allowed = TOLERANCE.get(self._precision, 2e-4) * (size + norm([truth]))
+        # Gradients that are not finite pass: they are reported with example and element later.
+        if gap > allowed:
+            share = (len(truth) / max(1, len(whole))) ** 0.5
+            allowed = max(allowed + ABSOLUTE.get(self._precision, 1e-6) * self._scale * share, self._rounding[name])
+        return f"(by {gap:.3g}, allowed {allowed:.3g})" if gap > allowed else ""
 
 
 def flat(gradients: list[Tensor | None], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -228,21 +281,6 @@ def _norm(gradient: Tensor) -> float:
         if 1e-15 < quick < 1e15:
             return quick
     return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-
-
-def rounding(
-    truth: Mapping[str, Tensor], again: Callable[[float], list[Tensor | None]], tensors: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """Measure per parameter the differences that are rounding.
-
-    The cotangent is scaled by numbers that are no powers of two, ``again(factor)``, and the gradient scaled back: by
-    what it changes is rounding.
-    """
-    largest = dict.fromkeys(truth, 0.0)
-    for factor in (1.1, 1.3, 1.7):
-        for name, gradient in flat(again(factor), tensors).items():
-            largest[name] = max(largest[name], norm([gradient.to(torch.float64) / factor - truth[name]]))
-    return {name: 32 * change for name, change in largest.items()}
 
 
 def dense(gradient: Tensor) -> Tensor:

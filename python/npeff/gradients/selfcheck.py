@@ -15,9 +15,8 @@ passes, on every batch whose graph has new sizes or can move rows by the values 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +26,7 @@ from torch.autograd.graph import GradientEdge, Node
 from npeff.batches.batches import Batch
 from npeff.gradients import blocks
 from npeff.gradients.backward import Cotangents
-from npeff.gradients.fallback import ABSOLUTE, TOLERANCE, dense, flat, norm, rounding
+from npeff.gradients.fallback import Autograd, dense
 from npeff.gradients.graph import Graph
 from npeff.gradients.rules import Found, Rule, Unsupported
 from npeff.gradients.rules.base import Scratch
@@ -89,13 +88,7 @@ def check_rules(
 ) -> Form:
     """Choose each use's layout and compare with autograd; what does not agree moves to the fallback.
 
-    Args:
-        engine: Receives the parameters that fail, with the reason, in ``moved``.
-        batch: The batch at hand.
-        logits: Its logits with their graph.
-        found: Uses with their candidate layouts, per parameter.
-        unused: Parameters on which the logits do not depend.
-        graph: The batch's graph.
+    Parameters that fail get their reason in ``engine.moved``; on those ``unused`` the logits do not depend.
     """
     n, precision = batch.n_sequences, graph.precision
     uses = [(name, rule, use, layouts) for name in found for rule, use, layouts in found[name]]
@@ -120,15 +113,11 @@ def check_rules(
     def deltas(results: list[Tensor | None]) -> list[Tensor]:
         return [_dense(result, logits, shape) for result, shape in zip(results, shapes, strict=True)]
 
-    if n == 1:  # all rows are its own: one pass does for both
-        u = torch.ones_like(u)
-        first = passed([*edges, *tensors.values()], u)
-        delta, truth = deltas(first[: len(edges)]), first[len(edges) :]
-        weighted = delta
-    else:
-        first = passed([*edges, *tensors.values()], u)
-        delta, truth = deltas(first[: len(edges)]), first[len(edges) :]
-        weighted = deltas(passed(edges, u * w, edges))  # from where the batch's own passes begin
+    u = torch.ones_like(u) if n == 1 else u
+    first = passed([*edges, *tensors.values()], u)
+    delta, truth = deltas(first[: len(edges)]), first[len(edges) :]
+    # From where the batch's own passes begin; of one example all rows are its own, and one pass does for both.
+    weighted = delta if n == 1 else deltas(passed(edges, u * w, edges))
     autograd = Autograd(truth, lambda factor: passed(list(tensors.values()), u * factor), tensors, precision)
     form, position = Form(unchecked={graph.fingerprint: 0}), 0
     for name, entries in found.items():
@@ -181,46 +170,6 @@ def rows_follow(rule: Rule, delta: Tensor, weighted: Tensor, w: Tensor, precisio
     smallest = 64 * info.smallest_normal * info.eps * max(1, mine.numel() // len(w)) ** 0.5  # of numbers below normal
     # Gradients that are not finite pass: they are reported with example and element later.
     return not bool((gap > ROWS.get(precision, 2e-3) * size + smallest).any())
-
-
-class Autograd:
-    """Autograd's gradients of a weighted sum, and how far they are from exact.
-
-    ``again(factor)`` gives the same with the cotangent times a factor; None stands for zero.
-    """
-
-    def __init__(
-        self,
-        truth: list[Tensor | None],
-        again: Callable[[float], list[Tensor | None]],
-        tensors: Mapping[str, Tensor],
-        precision: torch.dtype,
-    ) -> None:
-        self._truth, self._again, self._precision = flat(truth, tensors), again, precision
-        self._tensors = tensors
-        self._scale = norm(self._truth.values())
-
-    @cached_property
-    def _rounding(self) -> dict[str, float]:
-        return rounding(self._truth, self._again, self._tensors)
-
-    def disagrees(self, name: str, total: Tensor, where: list[slice]) -> str:
-        """Say by how much a sum of gradients differs from autograd's; empty where the difference is rounding.
-
-        Args:
-            name: The parameter.
-            total: ``(k,)`` float64.
-            where: The elements of the parameter that these are.
-        """
-        whole = self._truth[name]
-        truth = torch.cat([whole[some] for some in where]) if where else whole
-        gap = norm([total - truth])
-        absolute = ABSOLUTE.get(self._precision, 1e-6) * self._scale * (len(truth) / max(1, len(whole))) ** 0.5
-        allowed = TOLERANCE.get(self._precision, 2e-4) * norm([truth]) + absolute
-        # Gradients that are not finite pass: they are reported with example and element later.
-        if gap > allowed and gap > (allowed := max(allowed, self._rounding[name])):
-            return f"(by {gap:.3g}, allowed {allowed:.3g})"
-        return ""
 
 
 def _fitting(

@@ -99,19 +99,10 @@ def check_output(out: A, name: str, dtype: str, shape: tuple[int, ...], **others
             f"{name}: expected a C-contiguous array in native byte order, got one with other strides, alignment or "
             "order; leave it out for a fresh one"
         )
-    check_apart(x, name, **others)
-    return x
-
-
-def check_apart(out: Operand, name: str, **others: Operand | None) -> None:
-    """Refuse an output that shares memory with an input.
-
-    Raises:
-        ArgumentError: It does; the message names both.
-    """
     for other, given in others.items():
-        if given is not None and _overlap(out, given):
+        if given is not None and _overlap(x, given):
             raise ArgumentError(f"{name}: must not be the same memory as {other}, nor overlap it; use a copy")
+    return x
 
 
 def _ordinary(x: A, name: str) -> A:
@@ -144,14 +135,6 @@ def _ordinary(x: A, name: str) -> A:
     if empty:
         raise ArgumentError(f"{name}: expected a tensor that lies in memory, got one that does not (a fake tensor?)")
     return x
-
-
-def same_memory(a: Any, b: Any) -> bool:
-    """Say whether the two are one array: the same elements at the same addresses, C-contiguous."""
-    if not all(isinstance(x, np.ndarray | torch.Tensor) for x in (a, b)):
-        return False
-    dense = all(x.is_contiguous() if isinstance(x, torch.Tensor) else x.flags.c_contiguous for x in (a, b))
-    return dense and tuple(a.shape) == tuple(b.shape) and dtype_name(a) == dtype_name(b) and _span(a) == _span(b)
 
 
 def _overlap(a: Operand, b: Operand) -> bool:

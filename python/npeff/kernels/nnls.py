@@ -47,7 +47,6 @@ def nnls(
     tol: float | None = None,
     exact: bool = False,
     kkt: bool = True,
-    out: A | None = None,
 ) -> NnlsResult[A]:
     r"""Minimise ``½ wᵀ·gram·w − cross_iᵀ·w`` over ``w ≥ 0``, for every row i of ``cross``.
 
@@ -67,7 +66,6 @@ def nnls(
         tol: A row stops once its residual is ≤ tol; None: 1e-5 in float32, 1e-10 in float64 and ``exact``.
         exact: Solve to optimality in float64; w and kkt are then float64.
         kkt: Compute the residuals (the work of one more sweep).
-        out: ``(n, r)`` C-contiguous array that receives w; may be w0. None: a new one.
 
     Returns:
         w, its KKT residuals, and the sweeps made.
@@ -93,20 +91,17 @@ def nnls(
     if isinstance(tol, bool) or not isinstance(tol, int | float | np.integer | np.floating) or not tol >= 0:
         raise ArgumentError(f"tol: expected a number ≥ 0, got {tol}")
     tol = float(min(tol, 1e30))  # finite in float32: where each row starts, its residual counts as infinite
-    if out is not None:
-        arrays.check_output(out, "out", work, (n, r), gram=gram, cross=cross)
-        if w0 is not None and not arrays.same_memory(out, w0):
-            arrays.check_apart(out, "out", w0=w0)
-    device = arrays.same_device(gram=gram, cross=cross, w0=w0, out=out)
+    device = arrays.same_device(gram=gram, cross=cross, w0=w0)
     if not bool(torch.isfinite(arrays.as_tensor(gram)).all()):
         raise DataError("gram: expected finite values, got NaN or infinite ones")
 
     kernels = dispatch.compiled(cross, *dtypes)
     if kernels is None:
-        return _reference(gram, cross, w0, max_sweeps, tol, exact, kkt, out)
+        return _reference(gram, cross, w0, max_sweeps, tol, exact, kkt)
     g, c = (arrays.contiguous(_as(x, work)) for x in (gram, cross))
-    w: Operand = arrays.empty((n, r), work, device) if out is None else out
-    _assign(w, w0)
+    w = arrays.empty((n, r), work, device)
+    target = arrays.as_tensor(w)
+    target.zero_() if w0 is None else target.copy_(arrays.as_tensor(w0))
     residual = arrays.empty((n,), work, device)
     arrays.as_tensor(residual).fill_(math.inf)
     problem = {"gram": g, "cross": c, "w": w, "residual": residual}
@@ -197,16 +192,7 @@ def _as(x: A, dtype: str) -> A:
     return x.astype(dtype, copy=False)
 
 
-def _assign(target: Operand, source: Operand | None) -> None:
-    if source is None:
-        arrays.as_tensor(target).zero_()
-    elif source is not target:
-        arrays.as_tensor(target).copy_(arrays.as_tensor(source))
-
-
-def _reference(
-    gram: A, cross: A, w0: A | None, max_sweeps: int, tol: float, exact: bool, kkt: bool, out: A | None
-) -> NnlsResult[A]:
+def _reference(gram: A, cross: A, w0: A | None, max_sweeps: int, tol: float, exact: bool, kkt: bool) -> NnlsResult[A]:
     g, c = arrays.as_tensor(gram), arrays.as_tensor(cross)
     _check_finite(c)
     start = torch.zeros_like(c) if w0 is None else arrays.as_tensor(w0).clone()
@@ -217,6 +203,4 @@ def _reference(
         w, sweeps = reference.nnls(g, c, start, max_sweeps, tol)
     _check_finite(w)
     residual = arrays.like(cross, reference.kkt(g, c, w)) if kkt else None
-    if out is not None:
-        arrays.as_tensor(out).copy_(w)
-    return NnlsResult(w=arrays.like(cross, w) if out is None else out, kkt=residual, sweeps=sweeps)
+    return NnlsResult(w=arrays.like(cross, w), kkt=residual, sweeps=sweeps)

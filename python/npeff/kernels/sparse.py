@@ -386,7 +386,7 @@ def spread_multiply(w: A, p: A, row_offsets: A) -> A:
     arrays.same_device(w=w, p=p)
     weights, rows, counts = arrays.as_tensor(w), arrays.as_tensor(p), arrays.as_tensor(row_offsets).diff()
     if len(w) and rows.device.type == "cpu" and bool((counts == counts[0]).all()):  # the processor is not waited for
-        return arrays.like(p, (weights[:, None] * rows.view(len(w), -1, rows.shape[1])).view(rows.shape))
+        return arrays.like(p, (weights[:, None] * rows.view(len(w), int(counts[0]), rows.shape[1])).view(rows.shape))
     out = weights.repeat_interleave(counts, dim=0, output_size=len(rows))
     return arrays.like(p, out.mul_(rows))
 

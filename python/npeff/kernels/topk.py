@@ -39,6 +39,8 @@ def topk(x: A, k: int, order: Literal["index", "magnitude"] = "index") -> tuple[
     _check_order(order)
     matrix = matrix_of(x)
     n_rows, n_columns = matrix.shape
+    if n_columns == 0:
+        raise ArgumentError(f"x: expected at least one column to select from, got shape {tuple(x.shape)}")
     k = arrays.integer(k, "k", 1, n_columns)
     kernels = dispatch.compiled(matrix, *FLOATS)
     values: Operand

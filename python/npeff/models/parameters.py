@@ -11,7 +11,7 @@ import os
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,12 +48,8 @@ class Parameter:
         return slice(self.offset, self.offset + self.numel)
 
 
-class Parameters(Sequence[Parameter]):
+class Parameters(tuple[Parameter, ...]):
     """The selected parameters of a model, in the model's order, laid end to end."""
-
-    def __init__(self, items: Iterable[Parameter]) -> None:
-        self._items = tuple(items)
-        self._by_name = {item.name: item for item in self._items}
 
     @classmethod
     def of(cls, named_shapes: Iterable[tuple[str, Sequence[int]]]) -> Parameters:
@@ -72,37 +68,22 @@ class Parameters(Sequence[Parameter]):
             offset += item.numel
         return cls(items)
 
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._items[index]
-
-    def __iter__(self) -> Iterator[Parameter]:
-        return iter(self._items)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Parameters) and self._items == other._items
-
-    def __hash__(self) -> int:
-        return hash(self._items)
-
     def __repr__(self) -> str:
         return f"Parameters({len(self)} tensors, {self.n_parameters:,} elements)"
 
     @property
     def n_parameters(self) -> int:
         """Length of the flat parameter vector, m."""
-        return self._items[-1].offset + self._items[-1].numel if self._items else 0
+        return self[-1].offset + self[-1].numel if self else 0
 
     @property
     def names(self) -> tuple[str, ...]:
         """Parameter names in order."""
-        return tuple(item.name for item in self._items)
+        return tuple(item.name for item in self)
 
     @cached_property
-    def _offsets(self) -> list[int]:
-        return [item.offset for item in self._items]
+    def _by_name(self) -> dict[str, Parameter]:
+        return {item.name: item for item in self}
 
     def named(self, name: str) -> Parameter:
         """Look a parameter up by name.
@@ -129,7 +110,7 @@ class Parameters(Sequence[Parameter]):
         if not 0 <= index < self.n_parameters:
             raise ArgumentError(f"index: expected 0 ≤ index < {self.n_parameters}, got {index}")
         # Empty tensors share their offset with the next one: bisect_right lands on the last, the one that holds it.
-        item = self._items[bisect_right(self._offsets, index) - 1]
+        item = self[bisect_right(self, index, key=lambda item: item.offset) - 1]
         return item.name, tuple(int(i) for i in np.unravel_index(index - item.offset, item.shape))
 
     def unflatten(self, vector: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
@@ -140,11 +121,11 @@ class Parameters(Sequence[Parameter]):
         """
         if vector.shape != (self.n_parameters,):
             raise ArgumentError(f"vector: expected shape ({self.n_parameters},), got {vector.shape}")
-        return {item.name: vector[item.slice].reshape(item.shape) for item in self._items}
+        return {item.name: vector[item.slice].reshape(item.shape) for item in self}
 
     def to_json(self) -> list[Mapping[str, Any]]:
         """Describe the parameters for JSON: the name and the shape of each, in order."""
-        return [{"name": item.name, "shape": list(item.shape)} for item in self._items]
+        return [{"name": item.name, "shape": list(item.shape)} for item in self]
 
     @classmethod
     def from_json(cls, description: Iterable[Mapping[str, Any]]) -> Parameters:

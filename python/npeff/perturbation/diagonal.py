@@ -90,8 +90,7 @@ def _mean_of(run: Run, batches: Iterable[tuple[Batch, Array | None]]) -> Array:
             for one in run.passes(batch, np.arange(position, position + batch.n_examples)):
                 scale = one.factors.scale.square().cpu().numpy()
                 scale[one.filled] *= counted[one.ids - position]
-                assert one.prepared is not None
-                for block in run.engine.blocks(one.prepared, one.factors.columns, slots=one.slots, squared=True):
+                for block in one.blocks(squared=True):
                     assert isinstance(block, Block)  # factors come only to those who ask for them
                     _add(block, scale[block.examples], total)
         count, position = count + int(counted.sum()), position + batch.n_examples

@@ -26,7 +26,7 @@ from torch import nn
 from npeff.batches.batches import Batch
 from npeff.batches.reading import read_batches
 from npeff.decomposition.options import DENSE_RATE, POLISH_STEPS, SCATTER_RATE, SPARSE_RATE
-from npeff.decomposition.subspace import DIMENSIONS
+from npeff.decomposition.subspace import DIMENSIONS, WHITENED_ROWS
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.fishers import Fishers
 from npeff.fishers.options import Compression, GramOnly, Sketch, TopK
@@ -361,7 +361,7 @@ def _decomposition(
     most, dimensions, width = r + r // 2 + 8, max(DIMENSIONS, 4 * r), max(1, min(m, entries))
     width = compress.d if isinstance(compress, Sketch) else width
     held, counting = (2 * stored, stored + 8 * m) if sparse else (stored, 0)  # columns are counted first
-    state = 24 * most * (R + n) + 16 * R * dimensions
+    state = 24 * most * (R + n) + dimensions * (4 * R + max(4 * R, 16 * min(R, WHITENED_ROWS)))
     products = 5 * dimensions + 2 * POLISH_STEPS * r
     scattered = entries**2 / width * DENSE_RATE / SCATTER_RATE  # operations of K, by the pairs of entries in a column
     with_rows = 2.0 * entries * products * (DENSE_RATE / SPARSE_RATE if sparse else 1) + 4.0 * width * dimensions**2

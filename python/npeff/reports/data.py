@@ -138,6 +138,7 @@ class ReportData:
         map: ``(r, 2)`` in [0, 1] where the components stand on the map.
         explained: ``(n,)`` explained share of each example, or None.
         attributions: Per component, ``(example, what is drawn)``.
+        headings: Per component, what it is about in a few words; ``shares`` are those of all coefficients.
     """
 
     components: Components
@@ -157,6 +158,7 @@ class ReportData:
     def __post_init__(self) -> None:
         self.headings = {s.j: heading(s, self.names, self.gallery) for s in self.summaries}
         self.shares = {s.j: s.share for s in self.summaries}
+        self.largest_share = max(self.shares.values(), default=0.0) or 1.0
         self.leaves = {node.components[0]: node for node in self.nodes if node.leaf}
         self.branches: dict[int, StrategyNode] = {}
         for node in self.nodes:  # parents come first: the first node of a group is its branch
@@ -201,11 +203,6 @@ class ReportData:
         """Return the coloured strategy that a component belongs to, where there are several."""
         group = self.leaves[j].group
         return self.branches[group] if group >= 0 and len(self.branches) > 1 else None
-
-    @property
-    def largest_share(self) -> float:
-        """The largest component's share of all coefficients."""
-        return max((s.share for s in self.summaries), default=0.0) or 1.0
 
     def profile(self, summary: ComponentSummary) -> list[tuple[str, float]]:
         """Return a component's weight per predicted class, where the overview has room for all classes."""

@@ -1,148 +1,176 @@
-"""Plots as inline SVG in the colours of the page, and arrays as pictures in ``data:`` addresses."""
+"""Plots of a few curves, which the templates draw, and arrays as pictures in ``data:`` addresses."""
 
 from __future__ import annotations
 
 import base64
 import io
-import re
-import zlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from npeff.errors import ArgumentError
 
 Array = npt.NDArray[Any]
 
-# Drawn in these colours, then handed over to the style sheet.
-_INK, _FAINT, _ACCENT = "#010203", "#040506", "#070809"
-_SOLID: dict[str, Any] = {"color": _ACCENT, "linewidth": 1.6, "marker": "o", "markersize": 3.5}
-_DASHED: dict[str, Any] = {"color": _INK, "linewidth": 1.2, "linestyle": (0, (4, 3))}
-_VARIABLES = {_INK: "var(--muted)", _FAINT: "var(--rule)", _ACCENT: "var(--accent)"}
+# ---- curves -------------------------------------------------------------------------------------------------
+
+MOST_POINTS = 300
+"""Points of a curve that are drawn; of a longer one, some."""
 
 
-# ---- curves, by matplotlib ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a plot.
+
+    Attributes:
+        name: What stands beside it.
+        low: The least number on it.
+        high: The largest number on it.
+        logarithmic: Whether equal ratios take equal lengths.
+        marked: Numbers that are written beside it; by default powers of ten, or multiples of 1, 2, 2.5 or 5 times one.
+    """
+
+    name: str
+    low: float
+    high: float
+    logarithmic: bool = False
+    marked: Sequence[float] = ()
+
+    def at(self, values: npt.ArrayLike) -> Array:
+        """Return where numbers stand, from 0 to 1."""
+        scale = np.log if self.logarithmic else np.asarray
+        low, high, found = (scale(np.asarray(part, np.float64)) for part in (self.low, self.high, values))
+        return np.asarray((found - low) / ((high - low) or 1.0))
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """The numbers that are written beside it, with their texts."""
+        if self.marked or self.logarithmic:
+            low, high = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+            return [(mark, f"{mark:g}") for mark in self.marked or [10.0**k for k in range(low, high + 1)]]
+        span = (self.high - self.low) or 1.0
+        power = math.floor(math.log10(span / 6))
+        step = next(step for f in (1, 2, 2.5, 5, 10) if span / (step := f * 10.0**power) <= 6)
+        digits = next(d for d in range(20) if abs(round(step, d) - step) < 1e-6 * step)
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        form = f".{digits}f" if digits <= 3 and self.high < 1e4 else ".3g"
+        return [(step * k, f"{step * k:{form}}") for k in range(first, last + 1)]
 
 
-def loss_curve(curve: Array) -> Markup:
-    """Draw the relative loss ``(iterations,)``; nothing for a curve without two finite points."""
+class Curve(NamedTuple):
+    """One curve: its name in the legend, its points, and whether another one is compared with it."""
+
+    name: str
+    x: Array
+    y: Array
+    beside: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Curves over two axes.
+
+    Attributes:
+        label: The text for those who do not see it.
+        x: The axis below.
+        y: The axis at the left.
+        curves: The curves.
+        width: Of the picture, which is 180 high.
+        note: What stands at the end of the first curve; its points are marked where there is none.
+        chosen: The point that a ring is drawn around.
+        here: Where a vertical line stands.
+    """
+
+    label: str
+    x: Axis
+    y: Axis
+    curves: Sequence[Curve]
+    width: int = 389
+    note: str = ""
+    chosen: tuple[float, float] | None = None
+    here: float | None = None
+
+    def across(self, value: npt.ArrayLike) -> Array:
+        """Return the horizontal positions of numbers in the picture."""
+        return np.round(46 + self.x.at(value) * (self.width - 56), 1)
+
+    def down(self, value: npt.ArrayLike) -> Array:
+        """Return the vertical positions of numbers in the picture."""
+        return np.round(142 - self.y.at(value) * 130, 1)
+
+
+def loss_curve(curve: Array) -> Plot | None:
+    """Plot the relative loss ``(iterations,)``; nothing for a curve without two finite points."""
     y = np.asarray(curve, np.float64)
-    if np.isfinite(y).sum() < 2:
-        return Markup("")
-
-    def draw(axes: Any) -> None:
-        axes.plot(np.arange(1, len(y) + 1), y, color=_ACCENT, linewidth=1.6)
-        axes.plot(len(y), y[-1], "o", color=_ACCENT, markersize=4, clip_on=False)
-        axes.annotate(f"{y[-1]:.4f}", (len(y), y[-1]), (-4, 7), textcoords="offset points", ha="right", color=_INK)
-        if np.nanmin(y) > 0 and np.nanmax(y) / np.nanmin(y) > 30:
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(0, float(np.nanmax(y[np.isfinite(y)])) * 1.06)
-        axes.set_xlim(1, max(2, len(y)))
-        if len(y) > 40:  # most happens in the first few
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
-            axes.xaxis.set_minor_locator(NullLocator())
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-
-    label = f"Relative loss over {len(y)} iterations, from {y[0]:.4g} to {y[-1]:.4g}"
-    return _drawn(draw, label, ("iteration", "relative loss"))
+    known = np.flatnonzero(np.isfinite(y))
+    if len(known) < 2:
+        return None
+    drawn = known[np.unique(np.round(np.geomspace(1, len(known), MOST_POINTS)).astype(int)) - 1]
+    least, most = float(y[known].min()), float(y[known].max())
+    wide = least > 0 and most / least > 30
+    return Plot(
+        f"Relative loss over {len(y)} iterations, from {y[0]:.4g} to {y[-1]:.4g}",
+        Axis("iteration", 1, len(y), logarithmic=len(y) > 40),  # most happens in the first few
+        Axis("relative loss", least if wide else 0, most if wide else most * 1.06, wide),
+        [Curve("", drawn + 1, y[drawn])],
+        note=f"{y[known[-1]]:.4f}",
+    )
 
 
 def held_out_curve(
     held_out: Sequence[tuple[int, float]], train: Sequence[tuple[int, float]], chosen: int | None, used: int
-) -> Markup:
-    """Draw the loss on held-out and on decomposed examples against the number of components; nothing for one point.
+) -> Plot | None:
+    """Plot the loss on held-out and on decomposed examples against the number of components; nothing for one point.
 
     Both are ``(number of components, relative loss)``, ascending; ``chosen`` is the number that the held-out losses
     speak for, ``used`` that of this report.
     """
     if len(held_out) < 2:
-        return Markup("")
-    numbers, losses = np.array(held_out).T
-
-    def draw(axes: Any) -> None:
-        if len(train) > 1:
-            axes.plot(*np.array(train).T, label="decomposed", **_DASHED)
-        axes.plot(numbers, losses, label="held out", **_SOLID)
-        if chosen is not None:
-            ring: dict[str, Any] = {"color": _ACCENT, "markersize": 10, "fillstyle": "none"}
-            axes.plot(chosen, np.interp(chosen, numbers, losses), "o", label="chosen", **ring)
-        axes.axvline(used, color=_FAINT, linewidth=1.2, label="here")
-        axes.set_xscale("log")
-        axes.set_xticks(numbers, [f"{value:.0f}" for value in numbers])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.legend(frameon=False, labelcolor=_INK)
-
+        return None
+    numbers, losses = np.array(held_out, np.float64).T
+    curves = [Curve("held out", numbers, losses)]
+    if len(train) > 1:
+        tried, own = np.array(train, np.float64).T
+        curves.append(Curve("decomposed", tried, own, True))
+    ends = [*numbers, used]
+    every = np.concatenate([curve.y for curve in curves])
+    margin = 0.05 * float(np.ptp(every))
     best = int(losses.argmin())
-    label = f"Held-out loss by number of components, least {losses[best]:.4g} at {numbers[best]:.0f}"
-    return _drawn(draw, label, ("components", "relative loss"))
+    return Plot(
+        f"Held-out loss by number of components, least {losses[best]:.4g} at {numbers[best]:.0f}",
+        Axis("components", min(ends), max(ends), True, numbers.tolist()),
+        Axis("relative loss", float(every.min()) - margin, float(every.max()) + margin),
+        curves,
+        chosen=None if chosen is None else (chosen, float(np.interp(chosen, numbers, losses))),
+        here=used,
+    )
 
 
-def effect_curve(magnitudes: Sequence[float], top: Sequence[float], baseline: Sequence[float]) -> Markup:
-    """Draw the mean KL on the top and the other examples (either may be empty) against the step length.
+def effect_curve(magnitudes: Sequence[float], top: Sequence[float], baseline: Sequence[float]) -> Plot | None:
+    """Plot the mean KL on the top and the other examples (either may be empty) against the step length.
 
     Nothing is drawn for fewer than two steps.
     """
-    if len(magnitudes) < 2 or not (len(top) or len(baseline)):
-        return Markup("")
     x = np.asarray(magnitudes, np.float64)
     order = np.argsort(x, kind="stable")
-    curves = (("top examples", top), ("others", baseline))
-
-    def draw(axes: Any) -> None:
-        for (name, values), look in zip(curves, (_SOLID, _DASHED), strict=True):
-            if len(values):
-                axes.plot(x[order], np.asarray(values)[order], label=name, **look)
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, labelcolor=_INK)
-
-    last = [f"{name} {values[order[-1]]:.3g}" for name, values in curves if len(values)]
-    label = f"KL when the weights move along it; at {x[order[-1]]:.3g}: {', '.join(last)}"
-    return _drawn(draw, label, ("step along the component", "KL (nats)"), (4.2, 2.5))
-
-
-def _drawn(
-    draw: Callable[[Any], None], label: str, names: tuple[str, str], size: tuple[float, float] = (5.4, 2.5)
-) -> Markup:
-    """Draw a plot in the page's colours, with the names of its two axes."""
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "npeff", "font.size": 9.5}):
-        figure = Figure(size, layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        axes.set_xlabel(names[0], color=_INK)
-        axes.set_ylabel(names[1], color=_INK)
-        axes.grid(axis="y", color=_FAINT, linewidth=0.7)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(_FAINT)
-        axes.tick_params(colors=_INK, length=0)
-        axes.tick_params(axis="x", length=3, color=_FAINT)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # Several plots stand on one page: their ids must differ.
-    tag = f"f{zlib.crc32(svg.encode()):08x}-"
-    svg = re.sub(r' id="([^"]+)"', rf' id="{tag}\1"', svg)
-    svg = re.sub(r'(href="|url\()#', rf"\1#{tag}", svg)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    for measure in ("height", "width"):
-        svg = re.sub(rf'(<svg[^>]*?) {measure}="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"font: ([\d.]+)px[^;\"]*", r"font-size: \1px", svg)
-    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return Markup(svg.replace("<svg ", Markup('<svg role="img" aria-label="{}" ').format(label), 1))
+    given = [("top examples", top), ("others", baseline)]
+    curves = [Curve(name, x[order], np.asarray(y)[order], name == "others") for name, y in given if len(y)]
+    known = [float(v) for curve in curves for v in curve.y if np.isfinite(v)]
+    if len(x) < 2 or not known:
+        return None
+    last = ", ".join(f"{curve.name} {curve.y[-1]:.3g}" for curve in curves)
+    return Plot(
+        f"KL when the weights move along it; at {x[order[-1]]:.3g}: {last}",
+        Axis("step along the component", float(x.min()), float(x.max())),
+        Axis("KL (nats)", 0, max(known) * 1.05),
+        curves,
+        width=302,
+    )
 
 
 # ---- arrays as pictures -------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def environment() -> Environment:
     env.filters["logarithms"] = lambda counts: [math.log2(1 + count) for count in counts]
     env.filters.update(block_map=block_map, bytes=format_bytes)
     env.globals.update(PUSHED=PUSHED, TRACED=TRACED, CONTINUED=CONTINUED, MEMBERS=MEMBERS)
-    env.globals.update(PART_KINDS=PART_KINDS, UNSTABLE=UNSTABLE, version=version("npeff"))
+    env.globals.update(PART_KINDS=PART_KINDS, UNSTABLE=UNSTABLE, version=version("npeff"), zip=zip)
     bodies = [(TEMPLATES / "app" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
     script = '(() => {\n"use strict";\n' + "\n".join(bodies) + "})();\n"
     # The page allows this script and no other.

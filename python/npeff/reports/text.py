@@ -39,18 +39,23 @@ class ClassNames:
         names: A name per class.
         words: Finds the words of some classes, in place of names. White space around a word is not shown. Of two words
             that differ by nothing else, the second is shown with its white space, or after three dots if it has none.
+
+    Attributes:
+        known: All names so far, by class.
+        are_words: Whether the names are words of a large vocabulary, found as they are needed.
     """
 
     def __init__(self, names: Sequence[str] | None, words: Callable[[list[int]], list[str]] | None = None) -> None:
-        self._names = {} if names is None else {index: visible(str(name)) for index, name in enumerate(names)}
+        self.known = {} if names is None else {index: visible(str(name)) for index, name in enumerate(names)}
+        self.are_words = words is not None
         self._words, self._taken = words, dict[str, int]()
 
     def __getitem__(self, index: int) -> str:
         if index < 0:
             return "no label"
-        if self._words is not None and index not in self._names:
+        if self._words is not None and index not in self.known:
             self.find([index])
-        return self._names.get(index, str(index))
+        return self.known.get(index, str(index))
 
     def named(self, shares: Iterable[tuple[int, float]]) -> list[tuple[str, float]]:
         """Put names in place of the classes of pairs."""
@@ -58,31 +63,23 @@ class ClassNames:
 
     def find(self, classes: Iterable[int]) -> None:
         """Find the words of some classes at once."""
-        new = [] if self._words is None else sorted({int(c) for c in classes if c >= 0} - self._names.keys())
+        new = [] if self._words is None else sorted({int(c) for c in classes if c >= 0} - self.known.keys())
         for index, word in zip(new, self._words(new) if self._words and new else (), strict=True):
             name = word.strip()
             if not name or self._taken.setdefault(name, index) != index:
                 name = f"…{word}" if name and name == word else spaced(word)
-            self._names[index] = visible(name if len(name) <= LONGEST_WORD else f"{name[:LONGEST_WORD]}…")
-
-    @property
-    def are_words(self) -> bool:
-        """Whether the names are words of a large vocabulary, found as they are needed."""
-        return self._words is not None
-
-    @property
-    def known(self) -> dict[int, str]:
-        """All names so far."""
-        return self._names
+            self.known[index] = visible(name if len(name) <= LONGEST_WORD else f"{name[:LONGEST_WORD]}…")
 
 
 def percent(share: float) -> str:
-    """Print a share as a percentage with two significant digits; a dash for NaN."""
+    """Print a share as a percentage with two significant digits, more near 100 %; a dash for NaN."""
     if isnan(share):
         return "–"
     if share < 0:
         return f"−{percent(-share)}"
     value = 100 * share
+    if 99.5 <= value < 99.9999:  # 100 % are all but for rounding
+        return f"{value:.1f} %" if value < 99.95 else "> 99.9 %"
     if value >= 9.95 or value == 0:
         return f"{value:.0f} %"
     return f"{value:.1f} %" if value >= 0.1 else "< 0.1 %"

@@ -90,7 +90,7 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         NpeffError: Raised inside the ``with`` block: passed on.
         ForeignFileError: It is not HDF5, or reading it inside the ``with`` block met something unexpected.
     """
-    parts = path.with_name(path.name + ".parts")
+    parts = path.parent / f"{path.name}.parts"
     if not path.exists() and parts.is_dir():
         raise StorageError(
             f"{path}: no such file; unfinished work for it is in {parts}: run the command that made it again, it "

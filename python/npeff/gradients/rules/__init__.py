@@ -10,15 +10,21 @@ from __future__ import annotations
 from npeff.gradients.graph import Graph, Use, Value
 from npeff.gradients.rules.base import Layout, Rule, Unsupported
 from npeff.gradients.rules.convolution import ConvolutionWeight
-from npeff.gradients.rules.dense import Broadcast, Difference, MatrixBias, MatrixProduct, Product, Slope, Sum
-from npeff.gradients.rules.embedding_and_norm import (
+from npeff.gradients.rules.layers import (
     BatchNormWeight,
+    Broadcast,
     ChannelBias,
+    Difference,
     Embedding,
     FusedRMSNormWeight,
     GroupNormWeight,
     LayerNormBias,
     LayerNormWeight,
+    MatrixBias,
+    MatrixProduct,
+    Product,
+    Slope,
+    Sum,
 )
 
 __all__ = ["RULES", "Found", "Rule", "Unsupported", "find_uses"]

@@ -23,6 +23,7 @@ const parse = (html) => {
 
 const percent = (share) => {
   const value = 100 * share;
+  if (value >= 99.5 && value < 99.9999) return value < 99.95 ? `${value.toFixed(1)} %` : "> 99.9 %";
   if (value >= 9.95 || value === 0) return `${value.toFixed(0)} %`;
   return value >= 0.1 ? `${value.toFixed(1)} %` : "< 0.1 %";
 };

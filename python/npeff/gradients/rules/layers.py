@@ -1,4 +1,4 @@
-"""Embeddings, and scale and shift of normalisation layers."""
+"""Matrix products ``y = x Wᵀ + b`` and ``y = x W``, broadcast parameters, embeddings, and normalisation layers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,177 @@ from typing_extensions import override
 from npeff.gradients.graph import Use
 from npeff.gradients.rules.base import Layout, SmallRule, StackedRule, Unsupported, layouts_of_rows, working
 from npeff.models import devices
+
+
+class MatrixProduct(StackedRule):
+    """The weight of ``mm(x, W)`` or ``addmm(b, x, W)``; per example ∂/∂W = Σ_t x_t δ_tᵀ.
+
+    W is either the parameter (in, out), or its transpose: then the gradient is made as (out, in).
+
+    Attributes:
+        by_rows: W is the parameter's transpose.
+    """
+
+    name = "linear"
+
+    @override
+    def begin(self) -> None:
+        self.by_rows = self.value.untransposed is not None
+        self.value = self.value.untransposed or self.value
+        addmm = self.use.operation == "AddmmBackward0"
+        if addmm and self.saved("alpha") != 1:
+            raise Unsupported("addmm with alpha ≠ 1")
+        self._input = self.split(working(self.saved_tensor("mat1" if addmm else "self")))
+
+    @override
+    def block(self, examples: slice, rows: slice) -> Tensor:
+        inputs = self._input[examples]
+        if not self.by_rows:
+            return torch.matmul(inputs[:, :, rows].transpose(1, 2).unsqueeze(1), self.stacked(examples, 1))
+        delta = self.stacked(examples, 2)[..., rows]
+        b, t, r, out = delta.shape
+        if t == 1:
+            target = self.scratch.take("product", (b, r, out, inputs.shape[2]), delta)
+            return torch.mul(delta[:, 0, :, :, None], inputs[:, 0, None, None, :], out=target)
+        target = self.scratch.take("product", (b, r * out, inputs.shape[2]), delta)
+        return torch.bmm(delta.reshape(b, t, r * out).transpose(1, 2), inputs, out=target).view(b, r, out, -1)
+
+    @override
+    def pair_sizes(self) -> tuple[int, int, int]:
+        return self.layout.positions, self.use.output_shape[-1], self._input.shape[2]
+
+    @override
+    def pairs(self, examples: slice) -> tuple[Tensor, Tensor, bool]:
+        return self.stacked(examples, 2), self._input[examples], not self.by_rows
+
+    @override
+    def kronecker_form(self) -> tuple[int, bool] | None:
+        return 1, not self.by_rows
+
+    @override
+    def kronecker_factors(self) -> tuple[Tensor, Tensor]:
+        return self._input[:, None], self.stacked(slice(None), 2)[:, None].clone()
+
+    @override
+    def gram(self, examples: slice) -> Tensor | None:
+        if self.layout.positions > 1:
+            return None
+        delta = self.stacked(examples, 2)[:, 0].to(torch.float64)
+        return delta @ delta.mT * self._input[examples].to(torch.float64).square().sum(dim=(1, 2))[:, None, None]
+
+    @override
+    def square(self, examples: slice, rows: slice) -> Tensor | None:
+        if self.layout.positions > 1 or not self.by_rows:
+            return None
+        delta = self.stacked(examples, 2)[:, 0, :, rows].square().sum(dim=1)
+        return delta[:, :, None] * self._input[examples].square()
+
+
+class MatrixBias(SmallRule):
+    """The bias of ``addmm(b, x, W)``: Σ_t δ_t."""
+
+    name = "bias"
+
+    @override
+    def begin(self) -> None:
+        if self.saved("beta") != 1:
+            raise Unsupported("addmm with beta ≠ 1")
+
+    @classmethod
+    @override
+    def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
+        if use.value.shape != use.output_shape[-1:]:
+            return []
+        return layouts_of_rows(use.output_shape[0], n_examples)
+
+    @override
+    def reduce(self, delta: Tensor) -> Tensor:
+        return delta[:, 0] if delta.shape[1] == 1 else delta.sum(dim=1)
+
+
+class Broadcast(SmallRule):
+    """δ, or δ times the other operand, summed over what the value was broadcast over, but examples."""
+
+    name = "broadcast"
+
+    @classmethod
+    @override
+    def layouts(cls, use: Use, n_examples: int) -> list[Layout]:
+        output = use.output_shape
+        if not output:
+            return []
+        operand = _aligned(use)
+        found = layouts_of_rows(output[0], n_examples) if operand[0] == 1 else []
+        if len(output) > 1 and output[1] == n_examples and operand[1] == 1:
+            found.append(Layout(n_examples, output[0], "examples second"))
+        return found
+
+    def factor(self) -> Tensor | float:
+        """Return what δ is multiplied by: a number, or a tensor of the output's shape."""
+        return 1.0
+
+    @override
+    def reduce(self, delta: Tensor) -> Tensor:
+        operand = _aligned(self.use)
+        if self.layout.order == "examples second":
+            operand = (operand[0], *operand[2:])
+        over = [i + 1 for i, size in enumerate(operand) if size == 1 and delta.shape[i + 1] != 1]
+        return delta.sum(dim=over) if over else delta
+
+    @override
+    def store(self, column: int, delta: Tensor) -> None:
+        super().store(column, working(delta) * self.factor())
+
+
+class Sum(Broadcast):
+    """``x + alpha · value``."""
+
+    @override
+    def factor(self) -> Tensor | float:
+        return float(self.saved("alpha")) if self.use.operand == 1 else 1.0
+
+
+class Difference(Broadcast):
+    """``x − alpha · value``, or ``value − alpha · x``."""
+
+    @override
+    def factor(self) -> Tensor | float:
+        return -float(self.saved("alpha")) if self.use.operand == 1 else 1.0
+
+
+class Product(Broadcast):
+    """``x ∘ value``."""
+
+    name = "scale"
+
+    @override
+    def begin(self) -> None:
+        self._other = working(self.saved_tensor("self" if self.use.operand == 1 else "other"))
+        if self._other.is_complex():
+            raise Unsupported("complex product")
+
+    @override
+    def factor(self) -> Tensor | float:
+        return self._other
+
+
+class Slope(Broadcast):
+    """PReLU's slope: ``min(x, 0)``."""
+
+    name = "prelu"
+
+    @override
+    def begin(self) -> None:
+        self._below = working(self.saved_tensor("self")).clamp_max(0.0)
+
+    @override
+    def factor(self) -> Tensor | float:
+        return self._below
+
+
+def _aligned(use: Use) -> tuple[int, ...]:
+    """The operand's shape with ones in front, as many dimensions as the output."""
+    return (1,) * (len(use.output_shape) - len(use.value.shape)) + use.value.shape
 
 
 class Embedding(StackedRule):
