@@ -186,9 +186,24 @@ def test_vectors_known_as_factors_mend_as_whole_ones_do(shortcut, monkeypatch, b
 
 def test_by_default_the_wrong_answers_of_the_components_are_repaired(shortcut) -> None:
     model, data, components, _ = shortcut
-    mending = mend(model, data, components, components.strategies(2).children[0], progress=False)
+    largest = max(components.strategies(2), key=lambda group: group.coefficient.sum())
+    mending = mend(model, data, components, largest, progress=False)
+    assert mending.components == largest.components
     wrong = components.predictions != components.labels
     assert 0 < mending.n_repair <= wrong.sum()
+
+
+def test_the_root_of_several_groups_gives_a_warning(shortcut, recwarn) -> None:
+    model, data, components, fooled = shortcut
+    few = {"iterations": 1, "repair": fooled, "progress": False}
+    told = "which: this strategy is the root of a tree: all 8 components are used, those of its 3 groups together"
+    with pytest.warns(UserWarning, match=told) as caught:
+        assert mend(model, data, components, components.strategies(3), **few).components == tuple(range(8))
+    assert caught[0].filename == __file__
+    recwarn.clear()
+    for which in (components.strategies(1), range(8), next(iter(components.strategies(3)))):
+        mend(model, data, components, which, **few)
+    assert not [w for w in recwarn.list if "root of a tree" in str(w.message)]
 
 
 def test_a_result_on_few_examples_says_so(shortcut, recwarn) -> None:

@@ -124,7 +124,8 @@ def mend(
         model: The model of the Fishers, in evaluation mode.
         data: Labelled batches, as for :func:`npeff.compute_fishers`.
         components: Low-rank components of the model.
-        which: A component, several, or a strategy.
+        which: A component, several, or a strategy: a group of ``components.strategies(n)``. Its root, which holds all
+            components, gives a warning.
         repair: Positions in ``data`` of the examples to repair, or a mask; by default the wrongly predicted ones on
             which the chosen components hold at least half of the coefficients.
         tolerance: Largest fall of the accuracy on the other examples, one standard error of it included. It bounds
