@@ -361,6 +361,11 @@ class Components(Factorisation):
             weights = "energy" if fishers.block_weights is None else dict.fromkeys(self.parameters.names, 1.0)
         return {"block_weights": weights, "normalize": self.provenance.get("normalize", "stored")}
 
+    def made_from(self, fishers: Fishers) -> bool:
+        """Whether these are Fishers of the examples of the coefficients, in their order: ids and known outputs."""
+        same = np.array_equal(self.ids, fishers.ids)
+        return same and (not self.logits.shape[1] or self.logits.same(fishers.logits))
+
     def check_compatible(self, fishers: Fishers) -> None:
         """Check that Fishers can be encoded on these components, or the components be expanded by them.
 
