@@ -486,3 +486,13 @@ def test_the_command_keeps_its_checkpoint_until_the_components_are_saved(tmp_pat
     assert state.exists() and not out.exists()
     assert run_command(command) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.h5", "f.h5"]
+
+
+def test_more_components_than_examples_give_a_warning(recwarn) -> None:
+    fishers, _, _ = planted(6, 3, 30, noise=0.1, seed=0)
+    few = {"n_init": 1, "n_replacements": 0, "max_iterations": 2, "progress": False}
+    npeff.decompose(fishers, 6, **few)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"n_components: 7 components of 6 Fishers .* rows \(24\) give") as caught:
+        npeff.decompose(fishers, 7, **few)
+    assert caught[0].filename == __file__

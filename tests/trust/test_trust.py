@@ -85,6 +85,15 @@ def test_planted_components_come_back_from_halves(known) -> None:
     json.dumps(found.to_json())
 
 
+@pytest.mark.parametrize("judge", [stability, null_model])
+def test_fishers_of_other_examples_are_refused(known, judge) -> None:
+    fishers, components = known
+    moved = replace(fishers, logits=fishers.logits.values + 1)
+    for others in (fishers[np.arange(40)], replace(fishers, ids=fishers.ids + 1), moved):
+        with pytest.raises(npeff.ArgumentError, match=f"those of the 160 examples .* got {len(others)} that are not"):
+            judge(others, components, progress=False)
+
+
 def test_inner_products_alone_say_the_same_as_rows(known) -> None:
     fishers, components = known
     A = fishers.rows.dense(0, fishers.rows.n_rows).astype(np.float64)

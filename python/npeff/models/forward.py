@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -37,9 +38,34 @@ def _one_function() -> Iterator[None]:
 
 def _run(model: nn.Module, inputs: Any, n_logits: int | None) -> Any:
     if isinstance(inputs, Mapping):
+        inputs = _taken(model, inputs)
         return model(**inputs) if n_logits is None else model(**inputs, logits_to_keep=n_logits)
     several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
     return model(*inputs) if several else model(inputs)
+
+
+def _taken(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave out texts that the model has no argument for, which would fail: a report prints them."""
+    if not (texts := _texts_in(inputs)):
+        return inputs
+    try:
+        arguments = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):  # a scripted model may have no signature
+        return inputs
+    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name not in texts or name in arguments}
+
+
+def _texts_in(inputs: Mapping[str, Any]) -> list[str]:
+    """Name the entries that are texts: a string, or strings alone."""
+    several = (list, tuple, np.ndarray)
+    return [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, str)
+        or (isinstance(value, several) and len(value) > 0 and all(isinstance(item, str) for item in value))
+    ]
 
 
 _KEEPS_LAST: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -95,7 +121,7 @@ def _logits_in(output: Any) -> Any:
     return logits[0] if isinstance(logits, (tuple, list)) and len(logits) == 1 else logits
 
 
-def _failure(error: Exception, forward: object, batch: Batch) -> str:
+def _failure(error: Exception, model: nn.Module, forward: object, batch: Batch) -> str:
     what, given = ("model", batch.inputs) if forward is None else ("forward", batch.content)
     tensors = ", ".join(shown(leaf) for leaf in [leaf for leaf in leaves(given) if isinstance(leaf, Tensor)][:8])
     remedy = "Check that the data yields batches of what the model takes, or pass forward=callable(model, batch)"
@@ -103,6 +129,9 @@ def _failure(error: Exception, forward: object, batch: Batch) -> str:
         remedy = "It is called with the model and a batch as the data yields it"
     if isinstance(batch.content, Mapping) and "label" in batch.content and "labels" not in batch.content:
         remedy += '; labels are taken from the key "labels": rename "label"'
+    if forward is None and isinstance(given, Mapping) and (texts := _texts_in(_taken(model, given))):
+        entries = ("entry " if len(texts) == 1 else "entries ") + ", ".join(map(repr, texts))
+        remedy += f"; the text {entries} of the batch went to the model too: forward= chooses its inputs"
     if batch.part_of:
         remedy = f"It was called with {batch.part_of}"
     cause = f"{type(error).__name__}: {error}"
@@ -139,7 +168,7 @@ def call_model(
         explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
         if explained or isinstance(error, (NpeffError, MemoryError)) or is_out_of_memory(error):
             raise
-        raise ModelError(_failure(error, forward, batch)) from error
+        raise ModelError(_failure(error, model, forward, batch)) from error
     logits = _logits_in(output)
     if not isinstance(logits, Tensor):
         head = (

@@ -75,7 +75,8 @@ def perturb(
         model: The model that the components are of.
         data: The data that the Fishers were computed from, in the same order; it may hold more.
         components: A decomposition.
-        j: A component, or a strategy of ``components.strategies()``.
+        j: A component, or a strategy: a group of ``components.strategies(n)``. Its root, which holds all
+            components, gives a warning.
         magnitude: Norm of the change of the weights; None searches for it.
         target_kl: Mean KL on the top examples to search for, 0.1 nats: a number (± 2 %) or ``(low, high)``.
         sign: ``"both"``: each sign is taken to the target, and the one with the larger KL ratio kept;
@@ -161,7 +162,10 @@ def perturb_all(
     if which is None:
         which = [j for j in range(components.n_components) if (components.coefficients[:, j] > 0).any()]
     if isinstance(which, Strategy) or not isinstance(which, Iterable):
-        raise ArgumentError(f"which: expected a list of components or strategies, got {which!r}")
+        raise ArgumentError(
+            f"which: expected a list of components or strategies, got {which!r}; for the groups of a tree, "
+            "list(components.strategies(n))"
+        )
     with experiment(model, data, components, which, checked) as (evaluator, targets):
         directions = ComponentDirections(components)
         bar = tqdm(targets, desc="Perturb", disable=not checked.progress)
