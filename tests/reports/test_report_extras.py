@@ -29,10 +29,25 @@ def test_effects(tmp_path):
     page = page_of(tmp_path, components_of(), effects=given)
     assert "KL ratio" in page.text and "12.5 KL ratio" in page.text
     assert page.text.count("When the weights move along it") == 1, "no curve, no picture of it"
-    assert any("top examples 0.8, others 0.05" in svg.get("aria-label", "") for svg in page.all("svg"))
+    assert any("top examples 0.8, baseline 0.05" in svg.get("aria-label", "") for svg in page.all("svg"))
     data = data_of(page.html)
     ratios = {row[0]: row[data["columns"].index("kl_ratio")] for row in data["rows"]}
     assert ratios == {0: 12.5, 1: 0.5, 2: None}
+
+
+def test_a_ratio_stands_beside_the_largest_of_its_controls(tmp_path):
+    figures = {"ratio": {"value": 0.4, "low": 0.1, "high": 0.8}, "disjoint_ratio": {"value": 0.98}}
+    controls = {kind: {"figures": {"ratio": {"value": of}}} for kind, of in (("equal_norm", 0.002), ("another", 0.003))}
+    page = page_of(tmp_path, components_of(), effects={"components": [0], "figures": figures, "controls": controls})
+    assert "0.4 KL ratio 0.003 KL ratio at random" in page.text
+    data = data_of(page.html)
+    found = {row[0]: row[data["columns"].index("control_ratio")] for row in data["rows"]}
+    assert found == {0: 0.003, 1: None, 2: None}
+    assert "against the ratio of random directions, not against 1" in page.text
+    assert "does not act where its examples are" not in page.text and "on the others" not in page.text
+    assert "over KL on a sample of all examples (the baseline): 0.4 [0.1, 0.8]; random, equal norm: 0.002" in page.text
+    assert "baseline that have nearly no coefficient: 0.98" in page.text
+    assert "At random is the largest" not in page_of(tmp_path, components_of(), effects={0: EFFECT}).text
 
 
 def effect(name, value):

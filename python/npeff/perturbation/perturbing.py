@@ -89,8 +89,8 @@ def perturb(
             ``"sequential"``: the others one after the other, as published.
         max_sim: Reject only components with ``|cos|`` up to this; 1 for the span, 0.1 for the sequential form.
         top: The 32 examples with the largest coefficients, another number, or rows of ``components.coefficients``.
-        baseline: What they are compared with: a random sample of 4096 examples (all, where there are fewer),
-            another number, ``"all"``, or rows of ``components.coefficients``.
+        baseline: What they are compared with: a random sample of 4096 of all examples, top ones among them (all,
+            where there are fewer), another number, ``"all"``, or rows of ``components.coefficients``.
         lam: λ of a diagonal interpolation, or several; by default 0.1, 0.3, 0.5, 0.7, 0.9. Of those that reach
             the target the one that moves the weights least is kept. Where the magnitude is given, 0.5 by default.
         fisher: f̄ of a diagonal interpolation: parameter-shaped tensors from :func:`npeff.mean_fisher`, or

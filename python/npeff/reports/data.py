@@ -357,8 +357,11 @@ def collect_report_data(
         raise ArgumentError("attributions: need the data to be drawn over; pass data=")
     k = int(options.k)
     summaries = [
-        replace(s, stability=given.trust.stability_of(s.j), kl_ratio=given.effect_of(s.j).kl_ratio)
+        replace(
+            s, stability=given.trust.stability_of(s.j), kl_ratio=effect.kl_ratio, control_ratio=effect.control_ratio
+        )
         for s in summarise(components, k, options.seed, progress=options.progress)
+        for effect in [given.effect_of(s.j)]
     ]
     cut = given.trust.n_strategies if options.strategies is None else options.strategies
     nodes = tree_of(components, summaries, min(k, NODE_EXAMPLES), cut)

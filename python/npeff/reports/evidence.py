@@ -163,16 +163,19 @@ class EffectSummary:
     """The effect of moving the weights along one component, or a group of components.
 
     Attributes:
-        kl_ratio: KL on the component's top examples over KL on the others; None where unknown.
+        kl_ratio: KL on the component's top examples over KL on the baseline, a sample of all examples; None where
+            unknown.
         magnitudes: Step lengths that were tried.
         kl_top: Mean KL on the top examples per step length, in nats.
-        kl_baseline: The same on the other examples.
+        kl_baseline: The same on the baseline.
         interval: Confidence interval of the ratio; None where unknown.
         controls: ``(kind of random direction, its KL ratio)``.
         predictions: What is predicted for some examples before and after the step.
         continuations: How texts go on.
         label: Mean probability of the labels of the top examples, before and after; None where unknown.
         perplexity: Of unrelated data, before and after; None where unknown.
+        disjoint_ratio: KL on the top examples over KL on those of the baseline with (nearly) no coefficient; None where
+            unknown.
     """
 
     kl_ratio: float | None = None
@@ -185,8 +188,14 @@ class EffectSummary:
     continuations: tuple[Continuation, ...] = ()
     label: tuple[float, float] | None = None
     perplexity: tuple[float, float] | None = None
+    disjoint_ratio: float | None = None
 
     __repr__ = short_repr
+
+    @property
+    def control_ratio(self) -> float | None:
+        """The largest KL ratio of the random directions; None where there are none."""
+        return max((ratio for _, ratio in self.controls), default=None)
 
     @classmethod
     def of(cls, given: Given) -> EffectSummary:
@@ -220,6 +229,7 @@ class EffectSummary:
             continuations=tuple(map(_continuation, given["continuations"].each())),
             label=given["label"].pair(", before and after"),
             perplexity=given["perplexity"].pair(", before and after"),
+            disjoint_ratio=given["disjoint_ratio"].number(),
         )
 
 
@@ -249,11 +259,12 @@ def _of_experiment(given: Given) -> dict[str, Any]:
 
     The curve is that of the sign kept, or the mean where each component has its own sign.
     """
-    ratio, *ends = _ratio(given)
-    controls = {kind: _ratio(given.part(f".controls.{kind}", of))[0] for kind, of in given["controls"].items()}
+    ratio, *ends = _ratio(given, "ratio")
+    controls = {kind: _ratio(given.part(f".controls.{kind}", of), "ratio")[0] for kind, of in given["controls"].items()}
     fields: dict[str, Any] = {
         "kl_ratio": ratio,
         "interval": None if None in ends else ends,
+        "disjoint_ratio": _ratio(given, "disjoint_ratio")[0] if given["figures"]["disjoint_ratio"].known else None,
         "controls": {CONTROLS.get(str(kind), str(kind)): own for kind, own in controls.items()},
         **{key: given[key].value for key in ("predictions", "continuations", "perplexity")},
     }
@@ -272,9 +283,9 @@ def _of_experiment(given: Given) -> dict[str, Any]:
     return fields
 
 
-def _ratio(given: Given) -> list[float | None]:
-    """Value, low and high end of the KL ratio; None for what is not known."""
-    figure = given["figures"]["ratio"]
+def _ratio(given: Given, name: str) -> list[float | None]:
+    """Value, low and high end of a KL ratio; None for what is not known."""
+    figure = given["figures"][name]
     if not isinstance(figure.value, Mapping):
         figure.refuse("value, low and high")
     return [figure[part].number() for part in ("value", "low", "high")]
