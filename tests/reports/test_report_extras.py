@@ -1,18 +1,23 @@
 """Perturbations, trust, attributions, influences: shown when given, checked, and absent otherwise."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import npeff
 from npeff.errors import ArgumentError, DataError
 from npeff.reports import EffectSummary, TrustSummary, load_extras, report
 from npeff.reports.evidence import Given
 from npeff.reports.examples import RawExample, tokens_of
 from npeff.reports.extras import Extras
 from npeff.reports.figures import overlay
+from perturbation_cases import batches as numbers
+from perturbation_cases import components_of as decomposed
+from perturbation_cases import linear
 from report_cases import EFFECT, batches, components_of, data_of, inline_of, page_of
 
 TOKENIZER = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: "".join(f"<{int(i)}>" for i in ids))
@@ -48,6 +53,21 @@ def test_a_ratio_stands_beside_the_largest_of_its_controls(tmp_path):
     assert "over KL on a sample of all examples (the baseline): 0.4 [0.1, 0.8]; random, equal norm: 0.002" in page.text
     assert "baseline that have nearly no coefficient: 0.98" in page.text
     assert "At random is the largest" not in page_of(tmp_path, components_of(), effects={0: EFFECT}).text
+
+
+def test_a_push_is_shown_on_the_examples_with_the_largest_coefficients(tmp_path):
+    model, data = linear(), numbers(40, 8)
+    components = decomposed(model, data)
+    effect = npeff.perturb(model, data, components, 1, top=20, magnitude=0.3, sign=-1, n_random=0, curve=0)
+    texts = [(f"text number {i} of them", int(label)) for i, label in enumerate(components.labels)]
+    page = page_of(tmp_path, components, [tuple(zip(*texts, strict=True))], effects=effect, k=1)
+    order = np.argsort(-components.coefficients[:, 1], kind="stable")[:8].tolist()
+    pushed = page.html.split("What the push changes")[1].split("</section>")[0]
+    assert [int(i) for i in re.findall(r"text number (\d+) of them", pushed)] == order
+    assert "weights moved by −0.3: " in pushed and f"{components.coefficients[order[0], 1]:.2f}" in pushed
+    assert "Probability of the label on its top examples, weights moved by −0.3:" in page.text
+    pictures = page_of(tmp_path, components, batches(torch.rand(40, 1, 8, 8), components.labels), effects=effect, k=1)
+    assert pictures.html.split("What the push changes")[1].split("</section>")[0].count("<img") == 8
 
 
 def effect(name, value):

@@ -203,6 +203,7 @@ def measure_effect(
     components = directions.components
     sets = _example_sets(evaluator, components, target, options)
     slices = evaluator.examples.subset(sets.top)
+    largest_first = sets.top[np.argsort(-sets.coefficient[sets.top], kind="stable")]
     found = search_steps(evaluator, directions, target, options, slices, sets.baseline)
     used = found[:1] if components.kind == "diagonal" else found
     moves = [_along(evaluator, one, options, sets) for one in used]
@@ -239,11 +240,13 @@ def measure_effect(
         top=sets.top,
         baseline=sets.baseline,
         disjoint=sets.disjoint,
-        predictions=evaluator.predictions(slices, [(move.direction, move.sign * move.magnitude) for move in moves]),
+        predictions=evaluator.predictions(
+            largest_first, slices, [(move.direction, move.sign * move.magnitude) for move in moves]
+        ),
         continuations=evaluator.writer.continued(
             evaluator.weights,
             _changes(evaluator, moves, measured, sets) if options.prompts else (),
-            sets.top[np.argsort(-sets.coefficient[sets.top], kind="stable")],
+            largest_first,
             evaluator.examples.ids,
             slices,
         ),

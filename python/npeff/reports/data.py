@@ -216,11 +216,11 @@ class ReportData:
         """Return where the page shows a group of components; None where it is no strategy of the tree."""
         return next((node.address for node in self.nodes if not node.leaf and node.components == members), None)
 
-    def at(self, position: int) -> dict[str, Any]:
-        """Return what a template prints of the example at a position in the data."""
+    def at(self, position: int, members: Sequence[int]) -> dict[str, Any]:
+        """Return what a template prints of the example at a position, its coefficient the sum over some components."""
         (found,) = np.nonzero(np.asarray(self.components.ids) == position)
         unknown = TopExample(-1, position, 0.0, -1, -1)
-        tops = top_examples(self.components, found[:1], np.zeros(len(self.components.ids)))
+        tops = top_examples(self.components, found[:1], self.components.coefficients[:, list(members)].sum(1))
         return self.gallery.show(tops[0] if tops else unknown, self.names, TAIL)
 
     def show(self, tops: Sequence[TopExample], j: int = -1) -> list[dict[str, Any]]:

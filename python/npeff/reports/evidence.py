@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from npeff.errors import ArgumentError
 from npeff.perturbation.effect import CONTROLS, Continuation, Prediction
+from npeff.reports.text import plain
 from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
@@ -176,6 +177,8 @@ class EffectSummary:
         perplexity: Of unrelated data, before and after; None where unknown.
         disjoint_ratio: KL on the top examples over KL on those of the baseline with (nearly) no coefficient; None where
             unknown.
+        magnitude: Norm of the change of the weights at which the figures were measured; None where unknown.
+        sign: Its sign along the component; 0 where unknown, or where each of several directions has its own.
     """
 
     kl_ratio: float | None = None
@@ -189,8 +192,15 @@ class EffectSummary:
     label: tuple[float, float] | None = None
     perplexity: tuple[float, float] | None = None
     disjoint_ratio: float | None = None
+    magnitude: float | None = None
+    sign: int = 0
 
     __repr__ = short_repr
+
+    @property
+    def step(self) -> str:
+        """What was done to the weights, as *moved by −0.15*; empty where it is unknown."""
+        return "" if self.magnitude is None else f"moved by {'±+−'[self.sign]}{plain(self.magnitude)}"
 
     @property
     def control_ratio(self) -> float | None:
@@ -230,6 +240,8 @@ class EffectSummary:
             label=given["label"].pair(", before and after"),
             perplexity=given["perplexity"].pair(", before and after"),
             disjoint_ratio=given["disjoint_ratio"].number(),
+            magnitude=given["magnitude"].number(),
+            sign=int(np.sign(given["sign"].number() or 0)),
         )
 
 
@@ -266,7 +278,7 @@ def _of_experiment(given: Given) -> dict[str, Any]:
         "interval": None if None in ends else ends,
         "disjoint_ratio": _ratio(given, "disjoint_ratio")[0] if given["figures"]["disjoint_ratio"].known else None,
         "controls": {CONTROLS.get(str(kind), str(kind)): own for kind, own in controls.items()},
-        **{key: given[key].value for key in ("predictions", "continuations", "perplexity")},
+        **{key: given[key].value for key in ("predictions", "continuations", "perplexity", "magnitude", "sign")},
     }
     if given["label_before"].known:
         top = np.array([one.position() for one in given["top"].each()], np.int64)
