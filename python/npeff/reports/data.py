@@ -99,23 +99,25 @@ class ReportOptions:
         """Return the classes' names: as given, as the data has them, or words where the classes are tokens.
 
         Raises:
-            ArgumentError: They are too few, or a single string.
+            ArgumentError: They are too few, too many, or a single string.
         """
-        given, n_classes = self.class_names, components.logits.shape[1]
+        given, n_outputs = self.class_names, components.logits.shape[1]
+        n_classes = max(n_outputs, int(np.max(components.labels, initial=-1)) + 1)
+        fits = range(n_classes, (max(n_classes, 2) if n_outputs == 1 else n_classes) + 1)  # one output: two classes
         if given is not None and (isinstance(given, str | Mapping | Set) or not hasattr(given, "__len__")):
             raise ArgumentError(f"class_names: expected a list of names, got {given!r}")
         if given is not None:
-            if len(given) < n_classes:
+            if len(given) not in fits and (n_outputs or len(given) < n_classes):
                 raise ArgumentError(f"class_names: expected {n_classes} names, one per class, got {len(given)}")
             return ClassNames(given)
         if isinstance(data, ReadablePlaces):
             return ClassNames(None, data.output_names)
-        if hasattr(self.tokenizer, "__len__") and 0 < len(self.tokenizer) <= n_classes:
+        if hasattr(self.tokenizer, "__len__") and 0 < len(self.tokenizer) <= n_outputs:
             return ClassNames(None, lambda classes: [str(self.tokenizer.decode([c])) for c in classes])
         dataset = getattr(data, "dataset", None)
         for owner, attribute in ((data, "class_names"), (dataset, "class_names"), (dataset, "classes")):
             found = getattr(owner, attribute, None)
-            if isinstance(found, Sequence) and not isinstance(found, str) and len(found) >= n_classes:
+            if isinstance(found, Sequence) and not isinstance(found, str) and len(found) in fits:
                 return ClassNames(found)
         return ClassNames(None)
 

@@ -389,6 +389,7 @@ def _split(batch: Any) -> tuple[Any, Any]:
         targets = next((batch[key] for key in LABEL_KEYS if key in batch), None)
         for key in (*TEXT_KEYS, *INPUT_KEYS):
             if key in batch and batch[key] is not None:
+                _check_entries({key: batch[key], "input_ids": batch.get("input_ids"), "labels": targets})
                 if key in TEXT_KEYS and batch.get("input_ids") is not None:
                     return {"text": batch[key], "input_ids": batch["input_ids"]}, targets
                 return {"input_ids": batch[key]} if key == "input_ids" else batch[key], targets
@@ -408,10 +409,32 @@ def _split(batch: Any) -> tuple[Any, Any]:
         several = isinstance(inputs, tuple | list) and all(isinstance(i, torch.Tensor | np.ndarray) for i in inputs)
         if several and inputs and targets is not None and len(inputs) != len(targets):
             inputs = inputs[0]  # of several inputs to the model
+        _check_entries({**(inputs if isinstance(inputs, Mapping) else {"inputs": inputs}), "labels": targets})
         return inputs, targets
     if isinstance(batch, tuple | list) and len(batch) == 1:
         return batch[0], None
     return batch, None
+
+
+def _check_entries(parts: Mapping[str, Any]) -> None:
+    """Make sure that the parts of a batch have an entry per example.
+
+    Raises:
+        DataError: One is a single string, or they have different numbers of entries.
+    """
+    sizes: dict[str, int] = {}
+    for name, part in parts.items():
+        if isinstance(part, str | bytes):
+            raise DataError(f"data: {name} is one string; expected a list, a text per example")
+        if part is not None and getattr(part, "ndim", 1):
+            with suppress(TypeError):
+                sizes[name] = len(part)
+    if len(set(sizes.values())) > 1:
+        (name, size), *others = sizes.items()
+        raise DataError(
+            f"data: {name} has {size} entries, {', '.join(f'{other} {count}' for other, count in others)}; expected one "
+            "of each per example"
+        )
 
 
 def _size(inputs: Any, targets: Any) -> int:
