@@ -11,7 +11,7 @@ from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.reports import report
 from npeff.reports.summary import summarise
 from npeff.reports.text import excerpt, percent
-from report_cases import PARAMETERS, batches, components_of, page_of
+from report_cases import PARAMETERS, batches, components_of, data_of, page_of
 
 ROUTE = re.compile("(overview|strategies|examples|provenance|(component|example|strategy)-[0-9]+)$")
 
@@ -173,6 +173,33 @@ def test_other_data_is_refused(tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
+def test_the_page_says_how_the_order_was_checked(tmp_path):
+    components = components_of(n=20)
+    texts = [f"text {i}" for i in range(20)]
+    page = page_of(tmp_path, components, batches(texts, components.labels))
+    assert "The labels of 20 of the 20 examples read agree" in page.text and "Labels alone were compared" in page.text
+    assert "could not be checked" not in page.text
+    for unknown, data in (
+        (components, [texts]),
+        (components_of(n=20, labels=np.full(20, -1)), batches(texts, [1] * 20)),
+    ):
+        page = page_of(tmp_path, unknown, data)
+        assert "The order of the examples could not be checked" in page.text and "agree" not in page.text
+    assert not page_of(tmp_path, components).all("p", id="order")
+
+
+def test_titles_name_words_that_distinguish_the_texts(tmp_path):
+    W = np.zeros((40, 2), np.float32)
+    W[:10, 0], W[10:, 1] = 1, 1
+    texts = [f"the news {'from reuters' if i < 10 else 'of the day'} {i}" for i in range(40)]
+    components = components_of(r=2, coefficients=W)
+    labels = torch.as_tensor(components.labels)
+    page = page_of(tmp_path, components, [{"x": torch.rand(40, 3), "text": texts, "labels": labels}], k=8)
+    heads = {row[0]: row[1] for row in data_of(page.html)["rows"]}
+    assert heads[0].endswith("with “from”, “reuters”") and "“" not in heads[1]
+    assert "words that are frequent in the top examples and not in others" in page.text
+
+
 def test_options_are_checked(tmp_path):
     with pytest.raises(ArgumentError, match="k: expected at least 1"):
         page_of(tmp_path, components_of(), k=0)
@@ -192,7 +219,7 @@ def test_class_names_of_the_data(tmp_path):
 
     components = components_of()
     page = page_of(tmp_path, components, Loader(batches(torch.rand(40, 1, 8, 8), components.labels)))
-    assert {"cat", "dog", "bird", "fish"} <= set(page.text.split())
+    assert "Predictions: a bar for each class, in the order cat, dog, bird, fish" in page.text
 
 
 def test_odd_components(tmp_path):

@@ -92,7 +92,12 @@ def test_trust(tmp_path):
     energy = np.square(components.coefficients).mean(0)
     threshold = float(np.sort(energy)[:2].mean())  # one component is below
     trust = {
-        "stability": {"components": [0.5, 0.9, 0.95], "n_strategies": 2},
+        "stability": {
+            "components": [0.5, 0.9, 0.95],
+            "n_strategies": 2,
+            "strategies": {"2": 0.979, "3": 0.981},
+            "stable_numbers": [2, 3],
+        },
         "null": {"threshold": threshold, "energy": energy.tolist()},
         "selection": {
             "n_components": [2, 3, 4],
@@ -112,6 +117,7 @@ def test_trust(tmp_path):
     assert page.text.count("0.310 held-out loss of all") == 3
     assert any("least 0.31 at 3" in svg.get("aria-label", "") for svg in page.all("svg"))
     assert len(data_of(page.html)["groups"]) == 2
+    assert "2: 0.98, 3: 0.98. 2, 3 strategies come back about equally well; the smallest number is shown" in page.text
     shares = [record[4] for record in inline_of(page.html, "examples-0")]
     np.testing.assert_allclose(shares, np.linspace(0, 1, 40), rtol=1e-3)
 

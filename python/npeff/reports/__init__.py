@@ -74,15 +74,15 @@ def report(
     Args:
         components: A decomposition.
         data: The data given to ``compute_fishers``, in the same order; iterated once. The order is checked by the
-            labels: in data without labels another order (a loader that shuffles) cannot be noticed, and the pages
-            would show the wrong examples.
+            labels alone: another order (a loader that shuffles) cannot be noticed within a class, nor in data without
+            labels, and the pages would show the wrong examples. The overview says what was checked.
             Inputs that look like images ``(C, H, W)`` or ``(H, W)``, C in {1, 3}, are drawn;
             strings, dicts with ``"text"``, and ``"input_ids"`` with a ``tokenizer``, are printed; other
             tensors become strips of colours. None: numbers only.
         out: A file ending in ``.html``, or a folder for ``index.html`` and its parts. An earlier report there is
             replaced, another page is not.
-        class_names: One name per class, in the order of the model's outputs; by default ``data.class_names`` or ``data.dataset.classes`` where
-            they exist.
+        class_names: One name per class, in the order of the model's outputs; by default ``data.class_names`` or
+            ``data.dataset.classes`` where they exist.
         k: Top examples per component; half as many from the middle, and half as many at random.
         title: Heading of the overview.
         tokenizer: Anything with ``decode(ids)``, for data that holds only token ids.

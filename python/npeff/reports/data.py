@@ -293,12 +293,16 @@ class ReportData:
 def heading(summary: ComponentSummary, names: ClassNames, gallery: Gallery) -> str:
     """Describe a component in a few words: the classes between which the model weighs, else what it predicts most.
 
-    Of places also the words that tell the top examples from others, as in *Paris, Rome after “capital … is”*.
+    Of places and texts also the words that tell the top examples from others, as in *Paris, Rome after “capital … is”*
+    and *mostly politics with “reuters”*.
     """
     if not summary.top:
         return "unused"
     described = _classes_heading(summary, names)
-    return _place_heading(described, summary.top, gallery) if names.are_words or gallery.words else described
+    if names.are_words or gallery.of_places:
+        return _place_heading(described, summary.top, gallery)
+    telling = ", ".join(f"“{word}”" for word in gallery.telling(summary.top))
+    return f"{described} with {telling}" if telling else described
 
 
 def _classes_heading(summary: ComponentSummary, names: ClassNames) -> str:

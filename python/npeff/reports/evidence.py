@@ -392,6 +392,8 @@ class TrustSummary:
         chosen: The number of components that the held-out losses speak for.
         n_strategies: The number of strategies that comes back best.
         explained: ``(n,)`` share of each example's Fisher that the components account for.
+        agreement: ``(number of strategies, how well they come back)``, ascending.
+        stable_numbers: Numbers of strategies that come back about as well as the best one.
     """
 
     stability: Array | None = None
@@ -401,6 +403,8 @@ class TrustSummary:
     chosen: int | None = None
     n_strategies: int | None = None
     explained: Array | None = None
+    agreement: tuple[tuple[int, float], ...] = ()
+    stable_numbers: tuple[int, ...] = ()
 
     __repr__ = short_repr
 
@@ -433,6 +437,11 @@ class TrustSummary:
             threshold = null.part(".threshold", null.value)
         elif null.known and not threshold.known:
             null.refuse("a threshold, or what npeff.trust.null_model returned")
+        several = stability["strategies"]
+        agreement = [
+            (several.part("", n).whole("numbers of strategies", 1), several.part(f"[{n}]", of).number())
+            for n, of in several.items()
+        ]
         n_strategies, tried = stability["n_strategies"].count(), tried.ravel()
         means = held_out.reshape(-1, len(tried)).mean(0) if len(tried) else ()
         return cls(
@@ -443,6 +452,8 @@ class TrustSummary:
             selection["chosen"].count(),
             None if n_strategies is None else min(n_strategies, stability.r or n_strategies),
             explained.array(explained.n) if explained.known else None,
+            tuple(sorted((n, index) for n, index in agreement if index is not None)),
+            tuple(one.whole("whole numbers ≥ 1", 1) for one in stability["stable_numbers"].each()),
         )
 
 
