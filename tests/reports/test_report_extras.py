@@ -117,7 +117,7 @@ def test_trust(tmp_path):
     assert page.text.count("0.310 held-out loss of all") == 3
     assert any("least 0.31 at 3" in svg.get("aria-label", "") for svg in page.all("svg"))
     assert len(data_of(page.html)["groups"]) == 2
-    assert "2: 0.98, 3: 0.98. 2, 3 strategies come back about equally well; the smallest number is shown" in page.text
+    assert "2: 0.98, 3: 0.98. 2 or 3 strategies come back about equally well; the smallest number is shown" in page.text
     shares = [record[4] for record in inline_of(page.html, "examples-0")]
     np.testing.assert_allclose(shares, np.linspace(0, 1, 40), rtol=1e-3)
 

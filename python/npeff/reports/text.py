@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import isnan, log
+from math import isnan, log, sqrt
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -153,8 +153,9 @@ NEAR, REACH = 8, 120
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 SAMPLE = 1000
 """Texts or places whose words the words of a component's top examples are compared with."""
-FREQUENT, LIFT = 0.4, 1.5
-"""Words of a title: their least share of the top examples' weight, and its least ratio to their share of the sample."""
+FREQUENT, SURE = 0.4, 3
+"""Words of a title: their least share of the top examples' weight, and by how many standard errors it is above their
+share of the sample."""
 WORDS = 3  # named in a title at most
 FULL, BRIEF, TAIL = (1200, 300), (220, 60), (90, 0)
 """Characters before and after a place: on the page of an example that is on some component's page; on those of others,
@@ -320,11 +321,13 @@ class Words:
         """Return the words that are frequent in some texts and not in the sample, in the order of the text.
 
         The texts' words come with the texts' coefficients. Of every word in more than one of them, ``p log(p / q)`` is
-        computed: p its share of the coefficients, q its share of the sample.
+        computed: p its share of the coefficients, q its share of the sample. The standard error of p at random is
+        ``√(q (1 − q) Σ w²) / Σ w`` for coefficients w.
         """
         if not self._n:
             return []
         total = sum(weight for weight, _ in texts) or 1.0
+        spread_of_shares = sqrt(sum(weight**2 for weight, _ in texts)) / total
         shares: dict[str, float] = {}
         where: dict[str, list[int]] = {}
         for weight, near in texts:
@@ -334,7 +337,8 @@ class Words:
         scores = {}
         for word, p in shares.items():
             q = max(self._counts[word], 1) / self._n
-            if len(where[word]) > 1 and p >= FREQUENT and p >= LIFT * q:
+            least = q + SURE * sqrt(q * (1 - q)) * spread_of_shares
+            if len(where[word]) > 1 and p >= FREQUENT and p > q and p >= least:
                 scores[word] = p * log(p / q)
         best = sorted(scores, key=lambda word: (-scores[word], word))[:WORDS]
         return sorted(best, key=lambda word: -float(np.mean(where[word])))
