@@ -191,10 +191,11 @@ class Evaluator:
         return np.concatenate(found) if found else np.zeros(0)
 
     def predictions(
-        self, slices: Sequence[BatchSlice], steps: Sequence[tuple[Direction, float]]
+        self, indices: Array, slices: Sequence[BatchSlice], steps: Sequence[tuple[Direction, float]]
     ) -> tuple[Prediction, ...]:
-        """Predict the examples in ``slices`` before and after; nothing where outputs are no classes.
+        """Predict the examples at some indices, in order, before and after; nothing where outputs are no classes.
 
+        They are those of ``slices``.
         Probabilities after several changes of the weights, a direction and a magnitude each, are averaged by shares.
         """
         if self.likelihood not in OVER_CLASSES:
@@ -211,7 +212,7 @@ class Evaluator:
             parts = (classes, p.gather(1, classes), q.gather(1, classes))
             for index, *own in zip(one.indices.tolist(), *(part.cpu().numpy() for part in parts), strict=True):
                 found[index] = Prediction(int(self.examples.ids[index]), *own)
-        return tuple(found[index] for index in sorted(found))
+        return tuple(found[index] for index in indices.tolist())
 
     def _own(self, one: BatchSlice) -> Tensor:
         """Outputs at the model's own weights, where it is now."""
