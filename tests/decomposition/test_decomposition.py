@@ -265,6 +265,11 @@ def test_published_algorithm_runs_and_is_not_better(kind: str) -> None:
     options = npeff.PublishedOptions(learning_rate=3e-3, g_only=20, joint=300)
     published = npeff.decompose(fishers, 5, algorithm="published", published=options, progress=False)
     assert published.loss == pytest.approx(dense_loss(published, fishers), rel=1e-3)
+    streamed = npeff.decompose(
+        fishers, 5, algorithm="published", published=options, space="streamed", memory="100MB", progress=False
+    )
+    assert streamed.provenance["course"]["space"] == "streamed"
+    assert streamed.loss == pytest.approx(published.loss, rel=1e-4)
     assert npeff.decompose(fishers, 5, progress=False).loss <= published.loss
 
 

@@ -223,7 +223,7 @@ def _checked_and_scaled(
     choice = choose_space(
         fishers.rows,
         len(fishers),
-        "rows" if options.algorithm == "published" else options.space,
+        "rows" if options.algorithm == "published" and options.space == "auto" else options.space,
         options.n_components,
         memory=options.memory_bytes,
         low_rank=fishers.kind == "low_rank" and not block,

@@ -84,9 +84,10 @@ def _comparable(a: Components, b: Components) -> tuple[Array, Array]:
             return a.vectors, b.vectors
     elif not any(elsewhere):
         return a.unweighted(), b.unweighted()
+    found = []
     for x in (a, b):
         x.check_recovered(range(x.n_components))
-    found = [x.vectors if x.columns is not None else np.stack([x.vector(j) for j in range(len(x))]) for x in (a, b)]
+        found.append(x.unweighted() if x.columns is not None else np.stack([x.vector(j) for j in range(len(x))]))
     return found[0], found[1]
 
 
