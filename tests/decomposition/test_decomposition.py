@@ -471,8 +471,8 @@ def test_memory_is_a_ceiling(kind: str, memory: int, subspace: bool) -> None:
     ((how, found),) = run(1, held_by_decompose, kind, memory)
     assert how == "returned", found
     held, course = found
-    # 2 MB: freed pages that the allocator keeps
-    assert held <= memory + (2 << 20), f"{held:,} bytes in the space {course['space']}"
+    # 4 MB: freed pages that the allocator keeps
+    assert held <= memory + (4 << 20), f"{held:,} bytes in the space {course['space']}"
     assert ("subspace" in course) == subspace  # a search without one is slow
 
 
