@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,6 +19,8 @@ from npeff.batches.batches import Batch
 from npeff.batches.tensor_trees import leaves, shown
 from npeff.errors import DataError, ModelError, NpeffError
 from npeff.models.devices import is_out_of_memory
+
+R = TypeVar("R")
 
 OVER_CLASSES = ("categorical", "probabilities")
 """Likelihoods of one distribution over classes."""
@@ -34,6 +38,30 @@ def _one_function() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+class ThreadSettings:
+    """The settings that torch and Python keep per thread, under which another thread computes what this one does.
+
+    They are context variables, torch's default device, and autocast on the type of ``device``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._thread, self._context = threading.get_ident(), copy_context()
+        self._default, self._type = torch.get_default_device(), device.type
+        self._autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+    def run(self, work: Callable[[], R]) -> R:
+        """Call ``work`` under these settings; on their own thread, as it is."""
+        return work() if threading.get_ident() == self._thread else self._context.copy().run(self._within, work)
+
+    def _within(self, work: Callable[[], R]) -> R:
+        with ExitStack() as stack:
+            if self._default != torch.get_default_device():
+                stack.enter_context(self._default)
+            if self._autocast is not None:
+                stack.enter_context(torch.autocast(self._type, dtype=self._autocast))
+            return work()
 
 
 def _run(model: nn.Module, inputs: Any, n_logits: int | None) -> Any:

@@ -301,7 +301,8 @@ class CheckedModel:
         """Sum a function of each slice and its outputs ``(k, C)``, and differentiate the sum by the parameters.
 
         Returns:
-            The sum, and the gradient by parameter name, without parameters that it does not depend on.
+            The sum, and the gradient by parameter name, without parameters that it does not depend on; in half
+            precision its terms are summed in float32.
         """
         value, total = 0.0, dict[str, Tensor]()
         engine = self._engine
@@ -311,8 +312,11 @@ class CheckedModel:
                 gradients = torch.autograd.grad(found, list(engine.tensors.values()), allow_unused=True)
                 value += float(found.detach())
                 for name, gradient in zip(engine.tensors, gradients, strict=True):
-                    if gradient is not None:
-                        total[name] = total[name] + gradient if name in total else gradient.to_dense()
+                    if gradient is not None and name in total:
+                        total[name] += gradient
+                    elif gradient is not None:
+                        wide = torch.promote_types(gradient.dtype, torch.float32)
+                        total[name] = gradient.to_dense().to(wide, copy=True)
         return value, total
 
     @cached_property
