@@ -241,9 +241,12 @@ int64_t Selector::push(const Piece* pieces, int64_t n_pieces, int threads) {
 
 int64_t Selector::push(const Outer* outers, int64_t n_outers) {
   const int64_t size = n_outers == 0 ? 0 : outers[0].n_rows * outers[0].n_columns;
+  int64_t outer = 0;
   const auto bits_at = [&](int64_t at) {
-    const Outer& x = outers[at / size];
-    return bit_cast<uint32_t>(x.rows[at % size / x.n_columns] * x.columns[at % x.n_columns]);
+    while (at - outer * size >= size) ++outer;
+    const Outer& x = outers[outer];
+    const int64_t within = at - outer * size, row = within / x.n_columns;
+    return bit_cast<uint32_t>(x.rows[row] * x.columns[within - row * x.n_columns]);
   };
   return push_entries(size * n_outers, bits_at, [&] { return scan(outers, n_outers); });
 }

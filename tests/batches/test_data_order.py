@@ -112,6 +112,7 @@ class Counts:
         lambda k: [1, 23] if k % 2 else [12, 3],
         lambda k: np.array([f"202{k}-01-01"], "M8[D]"),
         lambda k: np.array([k, None]),
+        lambda k: np.array([torch.full((2000,), 1 + 1e-6 * k), None], object),
         lambda k: Image.fromarray(np.full((2, 2), k, np.uint8)),
         lambda k: torch.tensor([1j * k]).conj(),
     ],

@@ -169,7 +169,7 @@ def test_names_of_classes_do_not_turn_what_stands_beside_them(components, tmp_pa
 
 
 def test_class_names_of_the_command(files, capsys):
-    names = ",".join(f"class number {i}" for i in range(100))
+    names = ",".join(f"class number {i} {'x' * 250}" for i in range(4))
     assert run(["report", "c.h5", "--class-names", names, "--out", "x.html"]) == 0, "too long for a file's name"
     (files / "names").write_bytes(b"\xff\xfe\x00")
     assert run(["report", "c.h5", "--class-names", "names", "--out", "x.html"]) == 2

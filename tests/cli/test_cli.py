@@ -92,6 +92,9 @@ def test_as_module_and_version(monkeypatch, capsys):
     [
         (["fisher"], "There is no command 'fisher'. Did you mean 'fishers'?"),
         (["xyz"], "There is no command 'xyz'."),
+        (["mend"], "There is no command 'mend': it is a function in Python alone, npeff.mend"),
+        (["expand"], "There is no command 'expand': it is a function in Python alone, npeff.expand"),
+        (["compute_fishers"], "There is no command 'compute_fishers'. Did you mean 'fishers'?"),
         (["fishers", "m:f"], "Missing argument 'DATA'"),
         (["fishers", "m:f", "d:f"], "Missing option '--out'"),
         (["fishers", "m:f", "d:f", "--out", "x.h5", "--exact", "--top-k", "3"], "--exact keeps all values"),
@@ -224,7 +227,8 @@ def test_options_reach_compute_fishers(folder, capsys):
     ]
     targets = ["tiny.py:model", "tiny.py:data", "--forward", "tiny.py:forward"]
     assert run(["fishers", *targets, *options, "--out", "diagonal.h5"]) == 0
-    assert "npeff: note: TopK(k=50)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "npeff: note: TopK(k=50): an example has at most" in said and "all are kept, and nothing is lost" in said
     fishers = npeff.load("diagonal.h5")
     assert (fishers.kind, len(fishers), fishers.n_parameters) == ("diagonal", 30, 27)
 

@@ -91,9 +91,7 @@ def test_from_fishers_to_stability_null_model_and_effects_on_the_page(folder: Pa
     shares = [record[4] for record in inline_of(html, "examples-0")]
     np.testing.assert_allclose(shares, trust["explained"], rtol=2e-3)
     ratio = effects[0]["figures"]["ratio"]
-    assert (
-        f"KL on the others: {ratio['value']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]; random, equal norm" in text
-    )
+    assert f"(the baseline): {ratio['value']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]; random, equal norm" in text
     assert text.count("When the weights move along it") == 4, "three components and the group"
     assert "Components 0, 2 together" in text
     assert f"{written['group.json']['figures']['ratio']['value']:.3g} KL ratio" in text

@@ -173,8 +173,12 @@ def test_strategies_are_a_tree_over_all_components(fitted) -> None:
     for node in root.walk():
         if node.children:
             assert sorted(j for child in node.children for j in child.components) == list(node.components)
-    cut = components.strategies(2)
-    assert len(cut.children) == 2
+    for n in range(1, 6):
+        cut = components.strategies(n)
+        assert len(cut) == n and tuple(cut) == cut.children
+        assert sorted(j for group in cut for j in group.components) == list(range(5))
+    leaf = next(node for node in root.walk() if not node.children)
+    assert list(leaf) == [leaf] and len(leaf) == 1
     with pytest.raises(npeff.ArgumentError, match="n: expected"):
         components.strategies(6)
 
@@ -222,8 +226,7 @@ def test_similar_are_those_that_respond_on_the_same_examples() -> None:
 def test_the_number_of_strategies_by_stability(fitted) -> None:
     fishers, components = fitted
     stable = npeff.trust.stability(fishers, components, repeats=2, **QUICK)
-    root = components.strategies(stable.n_strategies)
-    assert 2 <= len(root.children) <= 5
+    assert 2 <= len(components.strategies(stable.n_strategies)) == stable.n_strategies <= 5
 
 
 def test_file_round_trip(fitted, tmp_path) -> None:

@@ -265,6 +265,11 @@ def test_published_algorithm_runs_and_is_not_better(kind: str) -> None:
     options = npeff.PublishedOptions(learning_rate=3e-3, g_only=20, joint=300)
     published = npeff.decompose(fishers, 5, algorithm="published", published=options, progress=False)
     assert published.loss == pytest.approx(dense_loss(published, fishers), rel=1e-3)
+    streamed = npeff.decompose(
+        fishers, 5, algorithm="published", published=options, space="streamed", memory="100MB", progress=False
+    )
+    assert streamed.provenance["course"]["space"] == "streamed"
+    assert streamed.loss == pytest.approx(published.loss, rel=1e-4)
     assert npeff.decompose(fishers, 5, progress=False).loss <= published.loss
 
 
@@ -466,8 +471,8 @@ def test_memory_is_a_ceiling(kind: str, memory: int, subspace: bool) -> None:
     ((how, found),) = run(1, held_by_decompose, kind, memory)
     assert how == "returned", found
     held, course = found
-    # 2 MB: freed pages that the allocator keeps
-    assert held <= memory + (2 << 20), f"{held:,} bytes in the space {course['space']}"
+    # 4 MB: freed pages that the allocator keeps
+    assert held <= memory + (4 << 20), f"{held:,} bytes in the space {course['space']}"
     assert ("subspace" in course) == subspace  # a search without one is slow
 
 
@@ -486,3 +491,13 @@ def test_the_command_keeps_its_checkpoint_until_the_components_are_saved(tmp_pat
     assert state.exists() and not out.exists()
     assert run_command(command) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.h5", "f.h5"]
+
+
+def test_more_components_than_examples_give_a_warning(recwarn) -> None:
+    fishers, _, _ = planted(6, 3, 30, noise=0.1, seed=0)
+    few = {"n_init": 1, "n_replacements": 0, "max_iterations": 2, "progress": False}
+    npeff.decompose(fishers, 6, **few)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"n_components: 7 components of 6 Fishers .* rows \(24\) give") as caught:
+        npeff.decompose(fishers, 7, **few)
+    assert caught[0].filename == __file__

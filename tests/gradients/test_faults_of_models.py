@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from npeff.errors import DataError, ModelError
 from npeff.fishers.computation import compute_fishers
 from npeff.fishers.options import GramOnly
+from npeff.fishers.shards import FisherWriter
 
 F = nn.functional
 
@@ -82,6 +85,29 @@ def test_work_of_a_model_that_changed_meanwhile_is_dropped(tmp_path: Any) -> Non
         with pytest.raises(ModelError, match="keeps something"):
             compute_fishers(model, data(), out=out, progress=False)
         assert not out.exists()
+
+
+FACTOR = ContextVar("FACTOR", default=1.0)
+BY_SETTING: dict[str, Callable[[], bool]] = {
+    "whether gradients are recorded": torch.is_grad_enabled,
+    "a context variable": lambda: FACTOR.get() == 2.0,
+    "the default device": lambda: torch.get_default_device() == torch.device("cpu:0"),
+    "autocast": lambda: torch.is_autocast_enabled("cpu"),
+}
+
+
+@pytest.mark.parametrize("setting", BY_SETTING)
+def test_the_first_examples_are_called_again_under_the_same_settings(
+    setting: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are written on a thread, and torch and Python keep some settings per thread."""
+    torch.manual_seed(1)
+    monkeypatch.setattr("npeff.fishers.computation.FisherWriter", partial(FisherWriter, shard_bytes=1))
+    model = Body(lambda _, y: y if BY_SETTING[setting]() else 3 * y)
+    token = FACTOR.set(2.0)
+    with torch.device("cpu:0"), torch.autocast("cpu", torch.bfloat16):
+        assert len(compute_fishers(model, data()[:6], out=tmp_path / "fishers.h5", progress=False)) == 48
+    FACTOR.reset(token)
 
 
 def test_a_hook_that_changes_a_gradient_is_refused() -> None:

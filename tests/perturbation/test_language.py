@@ -165,7 +165,8 @@ def test_what_is_measured_is_what_a_plain_computation_gives(case: Any, monkeypat
         np.testing.assert_allclose(effect.label_after, np.exp(of_label(after, data)), rtol=1e-5)
         assert effect.perplexity == pytest.approx((np.exp(-news.mean()), np.exp(-moved.mean())), rel=1e-5)
         assert effect.figures["perplexity_ratio"].value == pytest.approx(np.exp((news - moved).mean()), rel=1e-5)
-        assert [one.id for one in effect.predictions] == effect.ids[effect.top].tolist()
+        assert sorted(one.id for one in effect.predictions) == effect.ids[effect.top].tolist()
+        assert (np.diff([effect.coefficient[one.id] for one in effect.predictions]) <= 0).all()
         for one in effect.predictions:
             own, moved_to = before[one.id].exp(), after[one.id].exp()
             np.testing.assert_array_equal(one.classes, torch.maximum(own, moved_to).topk(32).indices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -185,9 +186,56 @@ def test_vectors_known_as_factors_mend_as_whole_ones_do(shortcut, monkeypatch, b
 
 def test_by_default_the_wrong_answers_of_the_components_are_repaired(shortcut) -> None:
     model, data, components, _ = shortcut
-    mending = mend(model, data, components, components.strategies(2).children[0], progress=False)
+    largest = max(components.strategies(2), key=lambda group: group.coefficient.sum())
+    mending = mend(model, data, components, largest, progress=False)
+    assert mending.components == largest.components
     wrong = components.predictions != components.labels
     assert 0 < mending.n_repair <= wrong.sum()
+
+
+def test_the_root_of_several_groups_gives_a_warning(shortcut, recwarn) -> None:
+    model, data, components, fooled = shortcut
+    few = {"iterations": 1, "repair": fooled, "progress": False}
+    told = "which: this strategy is the root of a tree: all 8 components are used, those of its 3 groups together"
+    with pytest.warns(UserWarning, match=told) as caught:
+        assert mend(model, data, components, components.strategies(3), **few).components == tuple(range(8))
+    assert caught[0].filename == __file__
+    recwarn.clear()
+    for which in (components.strategies(1), range(8), next(iter(components.strategies(3)))):
+        mend(model, data, components, which, **few)
+    assert not [w for w in recwarn.list if "root of a tree" in str(w.message)]
+
+
+def test_a_result_on_few_examples_says_so(shortcut, recwarn) -> None:
+    model, data, components, fooled = shortcut
+    options = {"iterations": 2, "progress": False}
+    few = np.flatnonzero(fooled)[:6]
+    with pytest.warns(UserWarning, match="judged on 6 examples to repair and 494 others, those of the search itself"):
+        mending = mend(model, data, components, 1, repair=few, **options)
+    assert "Mending(component 1 in 2 layers: right on" in repr(mending) and " of 6 to repair" in repr(mending)
+    assert "held_out=False, judged on the examples of the search itself" in str(mending)
+    with pytest.warns(UserWarning, match="judged on 10 examples to repair and 115 others: that on new examples"):
+        mending = mend(model, data, components, 1, repair=np.flatnonzero(fooled)[:40], **options)
+    assert " of 10 to repair" in repr(mending) and "held_out=True" in repr(mending)
+    recwarn.clear()
+    assert mend(model, data, components, 1, repair=fooled, **options).n_repair >= 20
+    assert not recwarn.list
+
+
+def test_components_of_a_file_of_fishers_mend_without_warnings_of_torch(shortcut, tmp_path) -> None:
+    """Arrays of a file are read-only, of which torch warns."""
+    model, data, _, _ = shortcut
+    fishers = npeff.compute_fishers(model, data, out=tmp_path / "fishers.h5", progress=False)
+    components = npeff.decompose(fishers, 2, progress=False, n_init=1, n_replacements=0)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # otherwise the first warning of a process is the only one
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "mend: its result is judged on")
+            mend(model, data, components, 1, iterations=1, progress=False)
+    finally:
+        torch.set_warn_always(always)
 
 
 def test_outputs_that_do_not_fit_are_refused(shortcut, monkeypatch) -> None:

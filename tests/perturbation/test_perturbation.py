@@ -362,8 +362,12 @@ def test_a_strategy_taken_each_is_the_average_of_its_members(case):
     np.testing.assert_allclose(effect.kl, mass[0] * single[0].kl + mass[1] * single[1].kl)
     assert (effect.components, effect.combine, effect.sign, len(effect.sign_results)) == ((0, 2), "each", 0, 2)
     assert set(effect.top) == set(top.tolist())
-    root = components.strategies()
-    principal = npeff.perturb(model, data, components, root, combine="principal", **QUICK)
+    told = f"j: this strategy is the root of a tree: all {components.n_components} components are used"
+    for call in (npeff.perturb, npeff.trace):
+        with pytest.warns(UserWarning, match=told):
+            call(model, data, components, components.strategies(2), magnitude=0.3, progress=False)
+    whole = components.strategies(1)
+    principal = npeff.perturb(model, data, components, whole, combine="principal", **QUICK)
     assert principal.reached and principal.combine == "principal" and len(principal.sign_results) == 2
     assert 0 < principal.details["directions"][0]["explained"] <= 1
 

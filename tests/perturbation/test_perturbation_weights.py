@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import npeff
+from npeff.batches.reading import read_batches
 from npeff.errors import ArgumentError
+from npeff.models.parameters import Parameters
+from npeff.perturbation.evaluate import CheckedModel
+from npeff.perturbation.examples import BatchSlice
 from npeff.perturbation.weights import Weights, untouched
 from perturbation_cases import batches, components_of, deep, same, state
 
@@ -264,3 +268,20 @@ def test_rounding_of_half_precision_is_noticed():
     direction = {"weight": torch.randn(50, 50) / 50}
     assert weights.realised(direction, 1e-4) < 0.9
     assert Weights(model.float()).realised(direction, 1e-2) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_over_many_batches_do_not_lose_terms_in_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(8, 3), torch.randn(400, 2, 8)
+
+    def gradient(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        parameters = Parameters.of([(name, p.shape) for name, p in model.named_parameters()])
+        checked = CheckedModel(model, parameters, torch.device("cpu"), None, "categorical", None)
+        read = read_batches(list(inputs.to(dtype)), torch.device("cpu"), False, True)
+        slices = [BatchSlice(b, torch.arange(2), np.arange(2 * i, 2 * i + 2)) for i, b in enumerate(read)]
+        return checked.gradient(slices, lambda _, z: -torch.log_softmax(z.double(), 1)[:, 0].sum())[1]
+
+    exact = gradient(copy.deepcopy(model).double(), torch.float64)
+    for name, found in gradient(model.to(dtype), dtype).items():
+        assert (found.double() - exact[name]).norm() < 0.01 * exact[name].norm()

@@ -11,7 +11,7 @@ from npeff.errors import ArgumentError, DataError, StorageError
 from npeff.reports import report
 from npeff.reports.summary import summarise
 from npeff.reports.text import excerpt, percent
-from report_cases import PARAMETERS, batches, components_of, page_of
+from report_cases import PARAMETERS, batches, components_of, data_of, page_of
 
 ROUTE = re.compile("(overview|strategies|examples|provenance|(component|example|strategy)-[0-9]+)$")
 
@@ -28,6 +28,27 @@ def test_where_it_is_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="writing failed"):
         report(components, None, tmp_path / "file" / "x.html")
+
+
+def test_only_an_earlier_report_is_replaced(tmp_path):
+    components = components_of()
+    for out in (tmp_path / "site", tmp_path / "own.html"):
+        page = report(components, None, out, title="first")
+        page.write_text(re.sub('content="npeff [^"]*"', 'content="npeff 0.0.1"', page.read_text(encoding="utf-8")))
+        assert "second" in report(components, None, out, title="second").read_text(encoding="utf-8")
+        page.write_text("<!doctype html><title>My own page</title>")
+        with pytest.raises(
+            StorageError, match=r"npeff did not write is there.*choose another out=, or delete the file"
+        ):
+            report(components, None, out)
+        assert "My own page" in page.read_text(encoding="utf-8")
+        page.write_text("")
+        report(components, None, out)
+    for name in ("components.h5", "page.JSON"):
+        with pytest.raises(ArgumentError, match=r"out: expected a name ending in \.html, or that of a folder"):
+            report(components, None, tmp_path / name)
+        assert not (tmp_path / name).exists()
+    assert report(components, None, tmp_path / "model.v2").parent.name == "model.v2"
 
 
 def test_without_data(tmp_path):
@@ -75,7 +96,7 @@ def test_texts_are_escaped(tmp_path):
     assert page.all("title") and nasty in "".join(page.words)
 
 
-@pytest.mark.parametrize("form", ["strings", "dict", "pairs", "tokens", "dict of ids", "ids alone"])
+@pytest.mark.parametrize("form", ["strings", "dict", "pairs", "dict and labels", "tokens", "dict of ids", "ids alone"])
 def test_texts(tmp_path, form):
     n = 10
     texts = [f"review number {i} " + "of many words " * (30 if i % 2 else 1) for i in range(n)]
@@ -87,6 +108,7 @@ def test_texts(tmp_path, form):
         "strings": [texts],
         "dict": [{"text": texts, "input_ids": ids, "labels": labels}],
         "pairs": [([(text, "second") for text in texts], labels)],
+        "dict and labels": [({"text": texts, "input_ids": ids}, labels)],
         "tokens": [(ids, labels)],
         "dict of ids": [{"input_ids": ids, "attention_mask": ids, "labels": labels}],
         "ids alone": [{"input_ids": ids}],
@@ -136,7 +158,46 @@ def test_other_data_is_refused(tmp_path):
         page_of(tmp_path, components, [{"a": 1, "b": None}])
     with pytest.raises(DataError, match="neither text nor numbers"):
         page_of(tmp_path, components, [([object()] * 20, components.labels)])
+    labels = torch.as_tensor(components.labels)
+    for short in ({"text": ["a"] * 5, "labels": labels}, {"text": ["a"] * 5, "input_ids": labels, "labels": labels}):
+        with pytest.raises(
+            DataError, match=r"data: text has 5 entries,( input_ids 20,)? labels 20; expected one of each"
+        ):
+            page_of(tmp_path, components, [short])
+    for parts in (["a"] * 5, {"input_ids": labels[:5]}):
+        with pytest.raises(DataError, match=r"data: (inputs|input_ids) has 5 entries, labels 20"):
+            page_of(tmp_path, components, [(parts, labels)])
+    for one in ({"text": "a text of thirty characters", "labels": labels}, ("a text", labels)):
+        with pytest.raises(DataError, match=r"data: (text|inputs) is one string; expected a list, a text per example"):
+            page_of(tmp_path, components, [one])
     assert not (tmp_path / "page.html").exists()
+
+
+def test_the_page_says_how_the_order_was_checked(tmp_path):
+    components = components_of(n=20)
+    texts = [f"text {i}" for i in range(20)]
+    page = page_of(tmp_path, components, batches(texts, components.labels))
+    assert "The labels of 20 of the 20 examples read agree" in page.text and "Labels alone were compared" in page.text
+    assert "could not be checked" not in page.text
+    for unknown, data in (
+        (components, [texts]),
+        (components_of(n=20, labels=np.full(20, -1)), batches(texts, [1] * 20)),
+    ):
+        page = page_of(tmp_path, unknown, data)
+        assert "The order of the examples could not be checked" in page.text and "agree" not in page.text
+    assert not page_of(tmp_path, components).all("p", id="order")
+
+
+def test_titles_name_words_that_distinguish_the_texts(tmp_path):
+    W = np.zeros((40, 2), np.float32)
+    W[:10, 0], W[10:, 1] = 1, 1
+    texts = [f"the news {'from reuters' if i < 10 else 'of the day'} {i}" for i in range(40)]
+    components = components_of(r=2, coefficients=W)
+    labels = torch.as_tensor(components.labels)
+    page = page_of(tmp_path, components, [{"x": torch.rand(40, 3), "text": texts, "labels": labels}], k=8)
+    heads = {row[0]: row[1] for row in data_of(page.html)["rows"]}
+    assert heads[0].endswith("with “from”, “reuters”") and "“" not in heads[1]
+    assert "words that are frequent in the top examples and not in others" in page.text
 
 
 def test_options_are_checked(tmp_path):
@@ -144,6 +205,10 @@ def test_options_are_checked(tmp_path):
         page_of(tmp_path, components_of(), k=0)
     with pytest.raises(ArgumentError, match="class_names: expected 4 names"):
         page_of(tmp_path, components_of(), class_names=["a"])
+    with pytest.raises(ArgumentError, match="class_names: expected 4 names, one per class, got 5"):
+        page_of(tmp_path, components_of(), class_names=list("abcde"))
+    binary = components_of(n_classes=1, labels=np.arange(40) % 2)
+    assert "yes" in page_of(tmp_path, binary, class_names=["no", "yes"]).text, "one output, two classes"
     with pytest.raises(ArgumentError, match="class_names: expected a list of names"):
         page_of(tmp_path, components_of(), class_names="abcd")
 
@@ -154,7 +219,7 @@ def test_class_names_of_the_data(tmp_path):
 
     components = components_of()
     page = page_of(tmp_path, components, Loader(batches(torch.rand(40, 1, 8, 8), components.labels)))
-    assert {"cat", "dog", "bird", "fish"} <= set(page.text.split())
+    assert "Predictions: a bar for each class, in the order cat, dog, bird, fish" in page.text
 
 
 def test_odd_components(tmp_path):

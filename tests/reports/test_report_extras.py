@@ -1,18 +1,23 @@
 """Perturbations, trust, attributions, influences: shown when given, checked, and absent otherwise."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import npeff
 from npeff.errors import ArgumentError, DataError
 from npeff.reports import EffectSummary, TrustSummary, load_extras, report
 from npeff.reports.evidence import Given
 from npeff.reports.examples import RawExample, tokens_of
 from npeff.reports.extras import Extras
 from npeff.reports.figures import overlay
+from perturbation_cases import batches as numbers
+from perturbation_cases import components_of as decomposed
+from perturbation_cases import linear
 from report_cases import EFFECT, batches, components_of, data_of, inline_of, page_of
 
 TOKENIZER = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: "".join(f"<{int(i)}>" for i in ids))
@@ -29,10 +34,40 @@ def test_effects(tmp_path):
     page = page_of(tmp_path, components_of(), effects=given)
     assert "KL ratio" in page.text and "12.5 KL ratio" in page.text
     assert page.text.count("When the weights move along it") == 1, "no curve, no picture of it"
-    assert any("top examples 0.8, others 0.05" in svg.get("aria-label", "") for svg in page.all("svg"))
+    assert any("top examples 0.8, baseline 0.05" in svg.get("aria-label", "") for svg in page.all("svg"))
     data = data_of(page.html)
     ratios = {row[0]: row[data["columns"].index("kl_ratio")] for row in data["rows"]}
     assert ratios == {0: 12.5, 1: 0.5, 2: None}
+
+
+def test_a_ratio_stands_beside_the_largest_of_its_controls(tmp_path):
+    figures = {"ratio": {"value": 0.4, "low": 0.1, "high": 0.8}, "disjoint_ratio": {"value": 0.98}}
+    controls = {kind: {"figures": {"ratio": {"value": of}}} for kind, of in (("equal_norm", 0.002), ("another", 0.003))}
+    page = page_of(tmp_path, components_of(), effects={"components": [0], "figures": figures, "controls": controls})
+    assert "0.4 KL ratio 0.003 KL ratio at random" in page.text
+    data = data_of(page.html)
+    found = {row[0]: row[data["columns"].index("control_ratio")] for row in data["rows"]}
+    assert found == {0: 0.003, 1: None, 2: None}
+    assert "against the ratio of random directions, not against 1" in page.text
+    assert "does not act where its examples are" not in page.text and "on the others" not in page.text
+    assert "over KL on a sample of all examples (the baseline): 0.4 [0.1, 0.8]; random, equal norm: 0.002" in page.text
+    assert "baseline that have nearly no coefficient: 0.98" in page.text
+    assert "At random is the largest" not in page_of(tmp_path, components_of(), effects={0: EFFECT}).text
+
+
+def test_a_push_is_shown_on_the_examples_with_the_largest_coefficients(tmp_path):
+    model, data = linear(), numbers(40, 8)
+    components = decomposed(model, data)
+    effect = npeff.perturb(model, data, components, 1, top=20, magnitude=0.3, sign=-1, n_random=0, curve=0)
+    texts = [(f"text number {i} of them", int(label)) for i, label in enumerate(components.labels)]
+    page = page_of(tmp_path, components, [tuple(zip(*texts, strict=True))], effects=effect, k=1)
+    order = np.argsort(-components.coefficients[:, 1], kind="stable")[:8].tolist()
+    pushed = page.html.split("What the push changes")[1].split("</section>")[0]
+    assert [int(i) for i in re.findall(r"text number (\d+) of them", pushed)] == order
+    assert "weights moved by −0.3: " in pushed and f"{components.coefficients[order[0], 1]:.2f}" in pushed
+    assert "Probability of the label on its top examples, weights moved by −0.3:" in page.text
+    pictures = page_of(tmp_path, components, batches(torch.rand(40, 1, 8, 8), components.labels), effects=effect, k=1)
+    assert pictures.html.split("What the push changes")[1].split("</section>")[0].count("<img") == 8
 
 
 def effect(name, value):
@@ -57,7 +92,12 @@ def test_trust(tmp_path):
     energy = np.square(components.coefficients).mean(0)
     threshold = float(np.sort(energy)[:2].mean())  # one component is below
     trust = {
-        "stability": {"components": [0.5, 0.9, 0.95], "n_strategies": 2},
+        "stability": {
+            "components": [0.5, 0.9, 0.95],
+            "n_strategies": 2,
+            "strategies": {"2": 0.979, "3": 0.981},
+            "stable_numbers": [2, 3],
+        },
         "null": {"threshold": threshold, "energy": energy.tolist()},
         "selection": {
             "n_components": [2, 3, 4],
@@ -77,6 +117,7 @@ def test_trust(tmp_path):
     assert page.text.count("0.310 held-out loss of all") == 3
     assert any("least 0.31 at 3" in svg.get("aria-label", "") for svg in page.all("svg"))
     assert len(data_of(page.html)["groups"]) == 2
+    assert "2: 0.98, 3: 0.98. 2 or 3 strategies come back about equally well; the smallest number is shown" in page.text
     shares = [record[4] for record in inline_of(page.html, "examples-0")]
     np.testing.assert_allclose(shares, np.linspace(0, 1, 40), rtol=1e-3)
 

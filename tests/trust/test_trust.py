@@ -19,6 +19,9 @@ from npeff.trust import explained, match, null_model, select, shuffled, similari
 from npeff.trust.stability import rand_index
 from npeff.trust.validation import held_out_loss
 from planted import fishers_of, planted, sparse
+from small_network import model, x
+
+__all__ = ["model", "x"]  # fixtures
 
 QUICK = {"n_init": 2, "n_replacements": 10, "patience": 5, "max_iterations": 150}
 
@@ -85,6 +88,15 @@ def test_planted_components_come_back_from_halves(known) -> None:
     json.dumps(found.to_json())
 
 
+@pytest.mark.parametrize("judge", [stability, null_model])
+def test_fishers_of_other_examples_are_refused(known, judge) -> None:
+    fishers, components = known
+    moved = replace(fishers, logits=fishers.logits.values + 1)
+    for others in (fishers[np.arange(40)], replace(fishers, ids=fishers.ids + 1), moved):
+        with pytest.raises(npeff.ArgumentError, match=f"those of the 160 examples .* got {len(others)} that are not"):
+            judge(others, components, progress=False)
+
+
 def test_inner_products_alone_say_the_same_as_rows(known) -> None:
     fishers, components = known
     A = fishers.rows.dense(0, fishers.rows.n_rows).astype(np.float64)
@@ -111,6 +123,19 @@ def test_vectors_of_other_block_weights_are_compared_without_weights(known) -> N
     weighted = quick(fishers, 5, block_weights={"a.weight": 4.0})
     vectors = [np.stack([each.vector(j) for j in range(5)]).astype(np.float64) for each in (weighted, components)]
     np.testing.assert_allclose(similarity(weighted, components), np.abs(vectors[0] @ vectors[1].T), atol=1e-5)
+
+
+def test_recovered_vectors_are_compared_with_others_without_weights(model, x) -> None:
+    weights = {"0.*": 30.0}
+
+    def components(compress, block_weights):
+        options = {"compress": compress, "block_weights": block_weights, "progress": False}
+        return quick(npeff.compute_fishers(model, [x], **options), 3)
+
+    sketched = components(npeff.Sketch(64), weights).recover(model, [x], progress=False)
+    for weighted in (components(npeff.TopK(100), weights), components(npeff.TopK(100), {"3.*": 5.0})):
+        ours, theirs = (np.stack([each.vector(j) for j in range(3)]) for each in (sketched, weighted))
+        np.testing.assert_allclose(similarity(sketched, weighted), np.abs(ours @ theirs.T), atol=1e-5)
 
 
 def test_structureless_fishers_are_not_stable() -> None:

@@ -222,7 +222,10 @@ def update_with_tree(digest: hashlib.blake2b, tree: Any, depth: int = 0) -> None
         elif hasattr(leaf, "__array_interface__"):  # pictures, dates, arrays of objects
             array = np.asarray(leaf)
             digest.update(f"{array.shape}{array.dtype}".encode())
-            digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
+            if not array.dtype.hasobject:
+                digest.update(array.tobytes())
+            elif depth < 3:
+                update_with_tree(digest, array.tolist(), depth + 1)
         elif depth < 3 and not isinstance(leaf, nn.Module | type) and hasattr(leaf, "__dict__"):
             update_with_tree(digest, vars(leaf), depth + 1)  # what an object holds, as far as that can be seen
 

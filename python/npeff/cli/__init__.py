@@ -50,6 +50,9 @@ npeff trust fishers.h5 components.h5 --out trust.json
 npeff report components.h5 --data train.py:data --extras trust.json --out report/
 """
 
+PYTHON_ONLY = ("ablated", "applied", "expand", "mean_fisher", "mend")
+"""Public functions that no command calls."""
+
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -79,8 +82,10 @@ class Commands(click.Group):
         """
         near = difflib.get_close_matches(args[0], COMMANDS, n=1)
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise click.UsageError(f"There is no command {args[0]!r}.{hint}", ctx)
+            hint = f". Did you mean {near[0]!r}?" if near else "."
+            if args[0] in PYTHON_ONLY:
+                hint = f": it is a function in Python alone, npeff.{args[0]}."
+            raise click.UsageError(f"There is no command {args[0]!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

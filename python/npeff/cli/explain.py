@@ -136,7 +136,7 @@ def perturb(
     out: Path | None = None,
     **options: Any,
 ) -> None:
-    """Move MODEL's weights along a component, and say what changes on its top examples and on others.
+    """Move MODEL's weights along a component, and say what changes on its top examples and on a sample of all.
 
     DATA is what the Fishers were computed from, in the same order. The table has a confidence interval beside
     every figure, and the same figures for random directions. A component that is about a behaviour has a KL ratio

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -312,17 +312,19 @@ class Components(Factorisation):
         (:mod:`npeff.components.strategies`).
 
         Args:
-            n: Cut the tree into this many strategies below the root; by default the full binary tree.
+            n: Cut the tree into this many strategies, the groups below the root; by default the full binary tree.
                 :func:`npeff.trust.stability` says which number comes back best from halves of the examples
                 (``n_strategies``).
 
         Returns:
-            The root; every node has its components, summed ``coefficient`` and ``top_examples``.
+            The root, over all components. Iterate over it for the n groups: ``for group in components.strategies(3)``.
+            Every node has its components, summed ``coefficient`` and ``top_examples``.
 
         Raises:
             ArgumentError: ``n`` is not between 1 and the number of components.
         """
-        return strategy_tree(response_similarity(self), self.coefficients, n)
+        root = strategy_tree(response_similarity(self), self.coefficients, n)
+        return replace(root, children=(root,)) if n == 1 and root.children else root
 
     # ---- new examples, new components ----------------------------------------------------------------------
 
@@ -358,6 +360,11 @@ class Components(Factorisation):
         if weights is None:  # what the others were weighted by when they were computed is undone
             weights = "energy" if fishers.block_weights is None else dict.fromkeys(self.parameters.names, 1.0)
         return {"block_weights": weights, "normalize": self.provenance.get("normalize", "stored")}
+
+    def made_from(self, fishers: Fishers) -> bool:
+        """Whether these are Fishers of the examples of the coefficients, in their order: ids and known outputs."""
+        same = np.array_equal(self.ids, fishers.ids)
+        return same and (not self.logits.shape[1] or self.logits.same(fishers.logits))
 
     def check_compatible(self, fishers: Fishers) -> None:
         """Check that Fishers can be encoded on these components, or the components be expanded by them.

@@ -33,7 +33,10 @@ LEAST_SHARE = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Strategy:
-    """A node of the tree.
+    """A node of the tree; iterating over it gives its groups, of which ``len`` is the number.
+
+    The groups are its children; a node without children is its own single group. The root that
+    ``components.strategies(n)`` returns has n groups.
 
     Attributes:
         components: Indices of the components below it, ascending.
@@ -47,6 +50,12 @@ class Strategy:
     distance: float = 0.0
     children: tuple[Strategy, ...] = ()
 
+    def __iter__(self) -> Iterator[Strategy]:
+        return iter(self.children or (self,))
+
+    def __len__(self) -> int:
+        return max(1, len(self.children))
+
     def __repr__(self) -> str:
         return f"Strategy({self._head()}{'; ' + several(self._parts(), 4) if self.children else ''})"
 
@@ -58,7 +67,7 @@ class Strategy:
 
     def _head(self) -> str:
         head = f"{len(self.components)} component{'s' if len(self.components) > 1 else ''}: {several(self.components)}"
-        joined = f"; {len(self.children)} parts joined at 1 − similarity = {self.distance:.2f}" if self.children else ""
+        joined = f"; {len(self)} parts joined at 1 − similarity = {self.distance:.2f}" if len(self) > 1 else ""
         return f"{head}; {len(self.coefficient):,} examples{joined}"
 
     def _parts(self) -> list[str]:

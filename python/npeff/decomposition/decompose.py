@@ -66,7 +66,8 @@ def decompose(
 
     Args:
         fishers: The Fishers, either kind.
-        n_components: Number of components, r; at most the number of rows.
+        n_components: Number of components, r; at most the number of rows. More than there are examples give a warning:
+            r = the number of rows has the rows themselves as a solution, with loss 0.
         seed: Determines every random choice.
         algorithm: ``"npeff"``: exact line search, random starts and replacements; ``"published"``: the authors'
             fixed-rate algorithm.
@@ -174,8 +175,7 @@ def expand(
     frozen[:, slice(None) if components.columns is None else components.columns] = components.vectors
     frozen_W = None
     if keep_coefficients:
-        same = np.array_equal(components.ids, fishers.ids)
-        if not same or (components.logits.shape[1] and not components.logits.same(fishers.logits)):
+        if not components.made_from(fishers):
             raise ArgumentError(
                 f"keep_coefficients: needs the {len(components.coefficients)} examples that the components "
                 f"were made from, in their order; got {len(fishers)} that are not these"

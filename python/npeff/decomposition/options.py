@@ -147,8 +147,8 @@ class DecomposeOptions:
             for name, unused in (("init", None), ("orthogonality", 0.0), ("checkpoint", None)):
                 if getattr(self, name) != unused:
                     raise ArgumentError(f"{name}: the published algorithm has no use for it; leave it out")
-            if self.space not in ("auto", "rows"):
-                raise ArgumentError(f"space: the published algorithm works on the rows in memory, got {self.space!r}")
+            if self.space == "gram":
+                raise ArgumentError("space: the published algorithm works on the rows, got 'gram'")
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -222,7 +223,7 @@ def _checked_and_scaled(
     choice = choose_space(
         fishers.rows,
         len(fishers),
-        "rows" if options.algorithm == "published" else options.space,
+        "rows" if options.algorithm == "published" and options.space == "auto" else options.space,
         options.n_components,
         memory=options.memory_bytes,
         low_rank=fishers.kind == "low_rank" and not block,
@@ -245,14 +246,20 @@ def _checked_and_scaled(
 
 
 def _check_number(fishers: Fishers, options: DecomposeOptions, n_frozen: int = 0) -> None:
-    """Check the number of components that are to be found.
+    """Check the number of components that are to be found; warn of more than there are Fishers.
 
     Raises:
         ArgumentError: There are more of them than rows.
     """
     n, rows = options.n_components - n_frozen, fishers.rows.n_rows
+    name, known = "n" if n_frozen else "n_components", int((~fishers.zero).sum())
+    if known < n <= rows:
+        warnings.warn(
+            f"{name}: {n} components of {known} Fishers other than zero: as many components as rows ({rows}) give the "
+            "rows themselves, with loss 0. What examples share shows with far fewer components than examples",
+            stacklevel=5,
+        )
     if n > rows:
-        name = "n" if n_frozen else "n_components"
         raise ArgumentError(f"{name}: expected at most the {rows} rows of the {len(fishers)} Fishers, got {n}")
 
 

@@ -250,9 +250,10 @@ class PendingBatch:
 
     def __init__(self, run: Run, batch: Batch, ids: Ids, at_once: bool = True) -> None:
         self._pieces, options = [], run.options
+        make = next(made for kind, made in SINKS.items() if isinstance(options.compress, kind))
         with run.engine.recording():
             for one in run.passes(batch, ids):
-                sink = SINKS[type(options.compress)](run.parameters, one.factors, one.slot_ids, options, at_once)
+                sink = make(run.parameters, one.factors, one.slot_ids, options, at_once)
                 for block in one.blocks(
                     squared=options.kind == "diagonal",
                     paired=sink.paired,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,11 @@ class Logits:
     n_outputs: int = -1
 
     __repr__ = short_repr
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest absolute value of all."""
+        return max(float(self.values.max(initial=0.0)), -float(self.values.min(initial=0.0)))
 
     def __post_init__(self) -> None:
         if np.ndim(self.values) != 2:

@@ -47,7 +47,10 @@ class TopK:
         """Describe the compression for the provenance, JSON-able; warn where ``k`` exceeds the entries there are."""
         possible = max(1, most_rows) * parameters.n_parameters
         if self.k > possible:
-            warnings.warn(f"TopK(k={self.k}): an example has at most {possible} entries; k is {possible}", stacklevel=6)
+            warnings.warn(
+                f"TopK(k={self.k}): an example has at most {possible} entries; all are kept, and nothing is lost",
+                stacklevel=6,
+            )
         return {"method": "topk", "k": self.k, "k_effective": min(self.k, possible)}
 
 

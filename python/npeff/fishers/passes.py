@@ -30,7 +30,7 @@ from npeff.gradients.blocks import Block, Pairs
 from npeff.gradients.eligibility import differ, left_out
 from npeff.gradients.engine import PerExampleGradients, Prepared
 from npeff.models.devices import parse_bytes
-from npeff.models.forward import call_model
+from npeff.models.forward import ThreadSettings, call_model
 from npeff.models.parameters import Parameters
 from npeff.storage.container import package_version
 
@@ -134,7 +134,7 @@ class Run:
     block_weights: dict[str, float] | None = None
     _meaning_checked: bool = False
     _outputs: tuple[int, bool] | None = None  # how many, and whether examples are places
-    _first: tuple[Batch, Tensor] | None = None  # the first examples, and their logits
+    _first: tuple[Batch, Tensor, ThreadSettings] | None = None  # the first examples, and their logits
 
     @cached_property
     def engine(self) -> PerExampleGradients:
@@ -317,20 +317,22 @@ class Run:
             self._meaning_checked = True
         if self._first is None and batch.sliceable:
             some = batch.one_each()[:_CHOSEN_ON]
-            self._first = batch.take(some), logits.detach()[some.to(logits.device)]
+            shown = logits.detach()[some.to(logits.device)]
+            self._first = batch.take(some), shown, ThreadSettings(self.device)
         return logits
 
     def check_function(self) -> None:
-        """Check that the model gives the first examples the logits that it gave them at first.
+        """Check that the model gives the first examples the logits that it gave them at first; on any thread.
 
         Raises:
             ModelError: It does not.
         """
         if self._first is None:
             return
-        batch, before = self._first
-        with suppress(OutOfMemoryError), self.engine.recording(), torch.no_grad():
-            if differ(self.engine.run(batch).detach(), before, self.engine.precision or before.dtype):
+        batch, before, settings = self._first
+        with suppress(OutOfMemoryError), self.engine.recording():
+            again = settings.run(lambda: self.engine.run(batch).detach())
+            if differ(again, before, self.engine.precision or before.dtype):
                 raise ModelError(
                     "model: it gives the first examples other logits than at the beginning, with the same weights, so "
                     "it keeps something from call to call; reset that in forward=callable(model, batch) -> logits"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from npeff.errors import DataError, ModelError, ResumeError, StorageError
+from npeff.errors import DataError, NpeffError, ResumeError, StorageError
 from npeff.fishers.file_format import example_arrays, example_fields, offsets_of
 from npeff.fishers.fishers import FisherBlock, Fishers, fishers_in
 from npeff.fishers.logits import ARRAYS, Logits, joined
@@ -271,7 +271,7 @@ class FisherWriter:
         if self._parts is None:
             return
         if not self._failed:
-            with contextlib.suppress(StorageError, ModelError):
+            with contextlib.suppress(NpeffError):  # another error is on its way, or nothing can be kept
                 self._close_shard()
         parts, self._parts = self._parts, None
         if parts.shards:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -16,6 +19,8 @@ from npeff.batches.batches import Batch
 from npeff.batches.tensor_trees import leaves, shown
 from npeff.errors import DataError, ModelError, NpeffError
 from npeff.models.devices import is_out_of_memory
+
+R = TypeVar("R")
 
 OVER_CLASSES = ("categorical", "probabilities")
 """Likelihoods of one distribution over classes."""
@@ -35,11 +40,60 @@ def _one_function() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+class ThreadSettings:
+    """The settings that torch and Python keep per thread, under which another thread computes what this one does.
+
+    They are context variables, torch's default device, and autocast on the type of ``device``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._thread, self._context = threading.get_ident(), copy_context()
+        self._default, self._type = torch.get_default_device(), device.type
+        self._autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+    def run(self, work: Callable[[], R]) -> R:
+        """Call ``work`` under these settings; on their own thread, as it is."""
+        return work() if threading.get_ident() == self._thread else self._context.copy().run(self._within, work)
+
+    def _within(self, work: Callable[[], R]) -> R:
+        with ExitStack() as stack:
+            if self._default != torch.get_default_device():
+                stack.enter_context(self._default)
+            if self._autocast is not None:
+                stack.enter_context(torch.autocast(self._type, dtype=self._autocast))
+            return work()
+
+
 def _run(model: nn.Module, inputs: Any, n_logits: int | None) -> Any:
     if isinstance(inputs, Mapping):
+        inputs = _taken(model, inputs)
         return model(**inputs) if n_logits is None else model(**inputs, logits_to_keep=n_logits)
     several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
     return model(*inputs) if several else model(inputs)
+
+
+def _taken(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave out texts that the model has no argument for, which would fail: a report prints them."""
+    if not (texts := _texts_in(inputs)):
+        return inputs
+    try:
+        arguments = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):  # a scripted model may have no signature
+        return inputs
+    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name not in texts or name in arguments}
+
+
+def _texts_in(inputs: Mapping[str, Any]) -> list[str]:
+    """Name the entries that are texts: a string, or strings alone."""
+    several = (list, tuple, np.ndarray)
+    return [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, str)
+        or (isinstance(value, several) and len(value) > 0 and all(isinstance(item, str) for item in value))
+    ]
 
 
 _KEEPS_LAST: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -95,7 +149,7 @@ def _logits_in(output: Any) -> Any:
     return logits[0] if isinstance(logits, (tuple, list)) and len(logits) == 1 else logits
 
 
-def _failure(error: Exception, forward: object, batch: Batch) -> str:
+def _failure(error: Exception, model: nn.Module, forward: object, batch: Batch) -> str:
     what, given = ("model", batch.inputs) if forward is None else ("forward", batch.content)
     tensors = ", ".join(shown(leaf) for leaf in [leaf for leaf in leaves(given) if isinstance(leaf, Tensor)][:8])
     remedy = "Check that the data yields batches of what the model takes, or pass forward=callable(model, batch)"
@@ -103,6 +157,9 @@ def _failure(error: Exception, forward: object, batch: Batch) -> str:
         remedy = "It is called with the model and a batch as the data yields it"
     if isinstance(batch.content, Mapping) and "label" in batch.content and "labels" not in batch.content:
         remedy += '; labels are taken from the key "labels": rename "label"'
+    if forward is None and isinstance(given, Mapping) and (texts := _texts_in(_taken(model, given))):
+        entries = ("entry " if len(texts) == 1 else "entries ") + ", ".join(map(repr, texts))
+        remedy += f"; the text {entries} of the batch went to the model too: forward= chooses its inputs"
     if batch.part_of:
         remedy = f"It was called with {batch.part_of}"
     cause = f"{type(error).__name__}: {error}"
@@ -139,7 +196,7 @@ def call_model(
         explained = isinstance(error, RuntimeError) and "inference tensor" in str(error).lower()
         if explained or isinstance(error, (NpeffError, MemoryError)) or is_out_of_memory(error):
             raise
-        raise ModelError(_failure(error, forward, batch)) from error
+        raise ModelError(_failure(error, model, forward, batch)) from error
     logits = _logits_in(output)
     if not isinstance(logits, Tensor):
         head = (

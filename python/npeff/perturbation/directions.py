@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ class Direction:
 
 
 def target_of(components: Components, j: Any, argument: str = "j") -> Target:
-    """Return the component or strategy that ``j`` names.
+    """Return the component or strategy that ``j`` names; warn of the root of a tree of several groups.
 
     Raises:
         ArgumentError: ``j`` is neither a component nor a strategy of these components.
@@ -91,6 +92,12 @@ def target_of(components: Components, j: Any, argument: str = "j") -> Target:
             raise ArgumentError(
                 f"{argument}: the strategy is not one of these {r} components of {len(components.coefficients)} "
                 "examples; take it from components.strategies()"
+            )
+        if len(members) == r and len(j) > 1:
+            warnings.warn(
+                f"{argument}: this strategy is the root of a tree: all {r} components are used, those of its {len(j)} "
+                "groups together. For one group iterate over it: for group in components.strategies(n)",
+                stacklevel=6 if argument == "j" else 4,
             )
     elif isinstance(j, int | np.integer) and not isinstance(j, bool) and -r <= j < r:
         members = (int(j) % r,)

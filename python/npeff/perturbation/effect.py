@@ -205,7 +205,7 @@ class Effect(Result):
         top: ``(k,)`` indices of the top examples in ``ids``.
         baseline: ``(b,)`` indices of the baseline.
         disjoint: ``(d,)`` indices of the disjoint baseline.
-        predictions: For each of the top examples; none where outputs are no classes.
+        predictions: For each of the top examples, the largest coefficient first; none where outputs are no classes.
         continuations: Of the prompts.
         details: Everything else: options, Fisher norm along the direction and how it was found, rejection.
     """

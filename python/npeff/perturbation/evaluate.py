@@ -191,10 +191,11 @@ class Evaluator:
         return np.concatenate(found) if found else np.zeros(0)
 
     def predictions(
-        self, slices: Sequence[BatchSlice], steps: Sequence[tuple[Direction, float]]
+        self, indices: Array, slices: Sequence[BatchSlice], steps: Sequence[tuple[Direction, float]]
     ) -> tuple[Prediction, ...]:
-        """Predict the examples in ``slices`` before and after; nothing where outputs are no classes.
+        """Predict the examples at some indices, in order, before and after; nothing where outputs are no classes.
 
+        They are those of ``slices``.
         Probabilities after several changes of the weights, a direction and a magnitude each, are averaged by shares.
         """
         if self.likelihood not in OVER_CLASSES:
@@ -211,7 +212,7 @@ class Evaluator:
             parts = (classes, p.gather(1, classes), q.gather(1, classes))
             for index, *own in zip(one.indices.tolist(), *(part.cpu().numpy() for part in parts), strict=True):
                 found[index] = Prediction(int(self.examples.ids[index]), *own)
-        return tuple(found[index] for index in sorted(found))
+        return tuple(found[index] for index in indices.tolist())
 
     def _own(self, one: BatchSlice) -> Tensor:
         """Outputs at the model's own weights, where it is now."""
@@ -300,7 +301,8 @@ class CheckedModel:
         """Sum a function of each slice and its outputs ``(k, C)``, and differentiate the sum by the parameters.
 
         Returns:
-            The sum, and the gradient by parameter name, without parameters that it does not depend on.
+            The sum, and the gradient by parameter name, without parameters that it does not depend on; in half
+            precision its terms are summed in float32.
         """
         value, total = 0.0, dict[str, Tensor]()
         engine = self._engine
@@ -310,8 +312,11 @@ class CheckedModel:
                 gradients = torch.autograd.grad(found, list(engine.tensors.values()), allow_unused=True)
                 value += float(found.detach())
                 for name, gradient in zip(engine.tensors, gradients, strict=True):
-                    if gradient is not None:
-                        total[name] = total[name] + gradient if name in total else gradient.to_dense()
+                    if gradient is not None and name in total:
+                        total[name] += gradient
+                    elif gradient is not None:
+                        wide = torch.promote_types(gradient.dtype, torch.float32)
+                        total[name] = gradient.to_dense().to(wide, copy=True)
         return value, total
 
     @cached_property
@@ -392,9 +397,8 @@ def differing(found: Tensor, stored: Logits, rows: Array) -> Array:
             "same model, data and forward="
         )
     own = stored.take(rows)
-    largest = max(1.0, float(stored.values.max(initial=0.0)), -float(stored.values.min(initial=0.0)))
     apart = np.abs(own.numbers_of(found.double()).numpy() - own.numbers.numpy()).max(1)
-    return np.asarray(apart > 0.02 * largest)
+    return np.asarray(apart > 0.02 * max(1.0, stored.largest))
 
 
 def check_finite(found: Tensor, ids: Array) -> None:

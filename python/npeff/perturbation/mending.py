@@ -15,6 +15,7 @@ doubling length replace the solutions.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,9 @@ from npeff.perturbation.weights import Weights
 from npeff.short_repr import several
 
 Array = npt.NDArray[Any]
+
+ENOUGH = 20
+"""With fewer examples of either kind to judge a change on, a warning is given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +75,18 @@ class Mending:
 
     def __repr__(self) -> str:
         along = (
-            f"components {several(self.components)} in {len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
+            f"component{'s' if len(self.components) > 1 else ''} {several(self.components)} in "
+            f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
         )
-        repaired = f"right on {self.n_repair} to repair {self.repaired[0]:.0%} → {self.repaired[1]:.0%}"
-        others = f"on {self.n_others} others" if self.n_others else "no others"
-        others += f" {self.accuracy[0]:.1%} → {self.accuracy[1]:.1%}" if self.n_others else ""
+        before, after = (round(share * self.n_repair) for share in self.repaired)
+        repaired = f"right on {before} → {after} of {self.n_repair} to repair"
+        others = f"and on {self.accuracy[0]:.1%} → {self.accuracy[1]:.1%} of {self.n_others} others"
         judged = "examples that were set aside" if self.held_out else "the examples of the search itself"
         change = "" if self.changed else "; no change was found within the tolerance"
-        return f"Mending({along}: {repaired}, {others}; judged on {judged}{change})"
+        return (
+            f"Mending({along}: {repaired}, {others if self.n_others else 'no others'}; held_out={self.held_out}, "
+            f"judged on {judged}{change})"
+        )
 
     @property
     def changed(self) -> bool:
@@ -107,17 +115,21 @@ def mend(
 ) -> Mending:
     """Find a change of the weights along the directions of some components that repairs wrong answers.
 
-    The examples are divided at random: half to fit c, a quarter to choose λ, a quarter to judge. The model is left as
-    it was; ``npeff.applied(model, mending.change)`` makes the change.
+    The examples are divided at random: half to fit c, a quarter to choose λ, a quarter to judge. Fewer than 8 examples
+    to repair, or 8 others, leave none to judge: the result is then of the examples of the search itself. A warning says
+    so, and where fewer than 20 of either kind are judged. The model is left as it was;
+    ``npeff.applied(model, mending.change)`` makes the change.
 
     Args:
         model: The model of the Fishers, in evaluation mode.
         data: Labelled batches, as for :func:`npeff.compute_fishers`.
         components: Low-rank components of the model.
-        which: A component, several, or a strategy.
+        which: A component, several, or a strategy: a group of ``components.strategies(n)``. Its root, which holds all
+            components, gives a warning.
         repair: Positions in ``data`` of the examples to repair, or a mask; by default the wrongly predicted ones on
             which the chosen components hold at least half of the coefficients.
-        tolerance: Largest fall of the accuracy on all other examples, one standard error of it included.
+        tolerance: Largest fall of the accuracy on the other examples, one standard error of it included. It bounds
+            the average over all of them; a subgroup may lose more.
         by_layer: Whether every layer's part of a direction has a step of its own; otherwise, as published, all layers
             move together along ±g_j.
         iterations: Of the optimiser, per λ.
@@ -156,6 +168,10 @@ def mend(
         examples = LabelledExamples(checked, batches)
         wanted = _to_repair(components, chosen, examples, repair)
         part = divide_examples(wanted, seed)
+        held_out = bool((wanted & (part == 2)).any() and (~wanted & (part == 2)).any())
+        judged = part == 2 if held_out else np.ones(len(part), bool)
+        R, K = wanted & judged, ~wanted & judged
+        _warn_of_few(int(R.sum()), int(K.sum()), held_out)
         directions = [_blocks(components, j, checked.device) for j in chosen]
         steps = LayerSteps(directions, {p.name: p.shape for p in components.parameters}, by_layer)
         weights = Weights(checked.model)
@@ -167,9 +183,6 @@ def mend(
             after = examples.answered(examples.outputs(examples.some(every >= 0)), every)
         finally:
             weights.restore()
-    held_out = bool((wanted & (part == 2)).any() and (~wanted & (part == 2)).any())
-    judged = part == 2 if held_out else np.ones(len(part), bool)
-    R, K = wanted & judged, ~wanted & judged
     return Mending(
         components=chosen,
         layers=steps.layers,
@@ -181,6 +194,17 @@ def mend(
         n_others=int(K.sum()),
         held_out=held_out,
     )
+
+
+def _warn_of_few(n_repair: int, n_others: int, held_out: bool) -> None:
+    if not held_out or min(n_repair, n_others) < ENOUGH:
+        warnings.warn(
+            f"mend: its result is judged on {n_repair} examples to repair and {n_others} others"
+            f"{'' if held_out else ', those of the search itself'}: that on new examples may be quite different. Give "
+            f"more labelled examples (a quarter is set aside: {4 * ENOUGH} of each leave {ENOUGH}), or judge the "
+            "change on others yourself",
+            stacklevel=3,
+        )
 
 
 def _indices(components: Components, which: int | Sequence[int] | Strategy) -> tuple[int, ...]:
@@ -224,7 +248,7 @@ def _to_repair(
                 f"data: it has {n} examples, but the components are of examples up to {ids.max()}; "
                 "pass the data that the Fishers were computed from, or repair="
             )
-        own = examples.logits[torch.from_numpy(ids)]
+        own = examples.logits[as_tensor(ids)]
         check_outputs(differing(own, components.logits, np.arange(len(ids))), ids, examples.checked.same)
         W = components.coefficients.astype(np.float64)
         held = W[:, chosen].sum(1) / np.maximum(W.sum(1), 1e-30)

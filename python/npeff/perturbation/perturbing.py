@@ -75,7 +75,8 @@ def perturb(
         model: The model that the components are of.
         data: The data that the Fishers were computed from, in the same order; it may hold more.
         components: A decomposition.
-        j: A component, or a strategy of ``components.strategies()``.
+        j: A component, or a strategy: a group of ``components.strategies(n)``. Its root, which holds all
+            components, gives a warning.
         magnitude: Norm of the change of the weights; None searches for it.
         target_kl: Mean KL on the top examples to search for, 0.1 nats: a number (± 2 %) or ``(low, high)``.
         sign: ``"both"``: each sign is taken to the target, and the one with the larger KL ratio kept;
@@ -89,8 +90,8 @@ def perturb(
             ``"sequential"``: the others one after the other, as published.
         max_sim: Reject only components with ``|cos|`` up to this; 1 for the span, 0.1 for the sequential form.
         top: The 32 examples with the largest coefficients, another number, or rows of ``components.coefficients``.
-        baseline: What they are compared with: a random sample of 4096 examples (all, where there are fewer),
-            another number, ``"all"``, or rows of ``components.coefficients``.
+        baseline: What they are compared with: a random sample of 4096 of all examples, top ones among them (all,
+            where there are fewer), another number, ``"all"``, or rows of ``components.coefficients``.
         lam: λ of a diagonal interpolation, or several; by default 0.1, 0.3, 0.5, 0.7, 0.9. Of those that reach
             the target the one that moves the weights least is kept. Where the magnitude is given, 0.5 by default.
         fisher: f̄ of a diagonal interpolation: parameter-shaped tensors from :func:`npeff.mean_fisher`, or
@@ -161,7 +162,10 @@ def perturb_all(
     if which is None:
         which = [j for j in range(components.n_components) if (components.coefficients[:, j] > 0).any()]
     if isinstance(which, Strategy) or not isinstance(which, Iterable):
-        raise ArgumentError(f"which: expected a list of components or strategies, got {which!r}")
+        raise ArgumentError(
+            f"which: expected a list of components or strategies, got {which!r}; for the groups of a tree, "
+            "list(components.strategies(n))"
+        )
     with experiment(model, data, components, which, checked) as (evaluator, targets):
         directions = ComponentDirections(components)
         bar = tqdm(targets, desc="Perturb", disable=not checked.progress)
@@ -203,6 +207,7 @@ def measure_effect(
     components = directions.components
     sets = _example_sets(evaluator, components, target, options)
     slices = evaluator.examples.subset(sets.top)
+    largest_first = sets.top[np.argsort(-sets.coefficient[sets.top], kind="stable")]
     found = search_steps(evaluator, directions, target, options, slices, sets.baseline)
     used = found[:1] if components.kind == "diagonal" else found
     moves = [_along(evaluator, one, options, sets) for one in used]
@@ -239,11 +244,13 @@ def measure_effect(
         top=sets.top,
         baseline=sets.baseline,
         disjoint=sets.disjoint,
-        predictions=evaluator.predictions(slices, [(move.direction, move.sign * move.magnitude) for move in moves]),
+        predictions=evaluator.predictions(
+            largest_first, slices, [(move.direction, move.sign * move.magnitude) for move in moves]
+        ),
         continuations=evaluator.writer.continued(
             evaluator.weights,
             _changes(evaluator, moves, measured, sets) if options.prompts else (),
-            sets.top[np.argsort(-sets.coefficient[sets.top], kind="stable")],
+            largest_first,
             evaluator.examples.ids,
             slices,
         ),

@@ -8,6 +8,7 @@ from typing import Any
 
 from npeff.components.components import Components
 from npeff.components.strategies import Strategy
+from npeff.errors import ArgumentError
 from npeff.models.devices import parse_bytes
 from npeff.perturbation.options import among
 from npeff.reports.data import ReportOptions, collect_report_data
@@ -16,9 +17,29 @@ from npeff.reports.export import collage, latex
 from npeff.reports.extras import describe_extras, load_extras, save_extras
 from npeff.reports.html import write_report
 from npeff.reports.layout import Heads
-from npeff.reports.writer import ReportWriter, check_page
+from npeff.reports.writer import ReportWriter, check_page, refuse_foreign
 from npeff.storage.files import path_of
 
+FILE_SUFFIXES = (
+    *(
+        ".csv",
+        ".gguf",
+        ".h5",
+        ".hdf5",
+        ".jpg",
+        ".json",
+        ".jsonl",
+        ".md",
+        ".npy",
+        ".npz",
+        ".parquet",
+        ".pdf",
+        ".png",
+        ".pt",
+    ),
+    *(".pth", ".py", ".safetensors", ".svg", ".tex", ".txt", ".xhtml", ".xml", ".yaml", ".zip"),
+)
+"""What names of files end in: a folder of such a name is likely a mistake."""
 FILE_LIMIT = 24_000_000
 FOLDER_LIMIT = 2_000_000_000
 
@@ -53,14 +74,15 @@ def report(
     Args:
         components: A decomposition.
         data: The data given to ``compute_fishers``, in the same order; iterated once. The order is checked by the
-            labels: in data without labels another order (a loader that shuffles) cannot be noticed, and the pages
-            would show the wrong examples.
+            labels alone: another order (a loader that shuffles) cannot be noticed within a class, nor in data without
+            labels, and the pages would show the wrong examples. The overview says what was checked.
             Inputs that look like images ``(C, H, W)`` or ``(H, W)``, C in {1, 3}, are drawn;
             strings, dicts with ``"text"``, and ``"input_ids"`` with a ``tokenizer``, are printed; other
             tensors become strips of colours. None: numbers only.
-        out: A file ending in ``.html``, or a folder for ``index.html`` and its parts.
-        class_names: One name per class; by default ``data.class_names`` or ``data.dataset.classes`` where
-            they exist.
+        out: A file ending in ``.html``, or a folder for ``index.html`` and its parts. An earlier report there is
+            replaced, another page is not.
+        class_names: One name per class, in the order of the model's outputs; by default ``data.class_names`` or
+            ``data.dataset.classes`` where they exist.
         k: Top examples per component; half as many from the middle, and half as many at random.
         title: Heading of the overview.
         tokenizer: Anything with ``decode(ids)``, for data that holds only token ids.
@@ -91,13 +113,17 @@ def report(
     Raises:
         ArgumentError: An argument is not as documented.
         DataError: The data ends early, or its labels are not those of the decomposed examples.
-        StorageError: The report cannot be written; an earlier one there is kept.
+        StorageError: The report cannot be written (an earlier one there is kept), or a page that npeff did not write
+            is there.
     """
     options = ReportOptions.checked(components, data, among(ReportOptions, locals()))
     path = path_of(out, "out")
     folder = path.suffix.lower() not in (".html", ".htm")
+    if folder and path.suffix.lower() in FILE_SUFFIXES and not path.is_dir():
+        raise ArgumentError(f"out: expected a name ending in .html, or that of a folder, got {path}")
     path = path / "index.html" if folder else path
     check_page(path)
+    refuse_foreign(path)
     limit = FOLDER_LIMIT if folder else FILE_LIMIT
     limit = limit if size_limit is None else parse_bytes(size_limit, "size_limit")
     every = folder or len(components.coefficients) * 200 < limit

@@ -99,23 +99,25 @@ class ReportOptions:
         """Return the classes' names: as given, as the data has them, or words where the classes are tokens.
 
         Raises:
-            ArgumentError: They are too few, or a single string.
+            ArgumentError: They are too few, too many, or a single string.
         """
-        given, n_classes = self.class_names, components.logits.shape[1]
+        given, n_outputs = self.class_names, components.logits.shape[1]
+        n_classes = max(n_outputs, int(np.max(components.labels, initial=-1)) + 1)
+        fits = range(n_classes, (max(n_classes, 2) if n_outputs == 1 else n_classes) + 1)  # one output: two classes
         if given is not None and (isinstance(given, str | Mapping | Set) or not hasattr(given, "__len__")):
             raise ArgumentError(f"class_names: expected a list of names, got {given!r}")
         if given is not None:
-            if len(given) < n_classes:
+            if len(given) not in fits and (n_outputs or len(given) < n_classes):
                 raise ArgumentError(f"class_names: expected {n_classes} names, one per class, got {len(given)}")
             return ClassNames(given)
         if isinstance(data, ReadablePlaces):
             return ClassNames(None, data.output_names)
-        if hasattr(self.tokenizer, "__len__") and 0 < len(self.tokenizer) <= n_classes:
+        if hasattr(self.tokenizer, "__len__") and 0 < len(self.tokenizer) <= n_outputs:
             return ClassNames(None, lambda classes: [str(self.tokenizer.decode([c])) for c in classes])
         dataset = getattr(data, "dataset", None)
         for owner, attribute in ((data, "class_names"), (dataset, "class_names"), (dataset, "classes")):
             found = getattr(owner, attribute, None)
-            if isinstance(found, Sequence) and not isinstance(found, str) and len(found) >= n_classes:
+            if isinstance(found, Sequence) and not isinstance(found, str) and len(found) in fits:
                 return ClassNames(found)
         return ClassNames(None)
 
@@ -216,11 +218,11 @@ class ReportData:
         """Return where the page shows a group of components; None where it is no strategy of the tree."""
         return next((node.address for node in self.nodes if not node.leaf and node.components == members), None)
 
-    def at(self, position: int) -> dict[str, Any]:
-        """Return what a template prints of the example at a position in the data."""
+    def at(self, position: int, members: Sequence[int]) -> dict[str, Any]:
+        """Return what a template prints of the example at a position, its coefficient the sum over some components."""
         (found,) = np.nonzero(np.asarray(self.components.ids) == position)
         unknown = TopExample(-1, position, 0.0, -1, -1)
-        tops = top_examples(self.components, found[:1], np.zeros(len(self.components.ids)))
+        tops = top_examples(self.components, found[:1], self.components.coefficients[:, list(members)].sum(1))
         return self.gallery.show(tops[0] if tops else unknown, self.names, TAIL)
 
     def show(self, tops: Sequence[TopExample], j: int = -1) -> list[dict[str, Any]]:
@@ -291,12 +293,16 @@ class ReportData:
 def heading(summary: ComponentSummary, names: ClassNames, gallery: Gallery) -> str:
     """Describe a component in a few words: the classes between which the model weighs, else what it predicts most.
 
-    Of places also the words that tell the top examples from others, as in *Paris, Rome after “capital … is”*.
+    Of places and texts also the words that tell the top examples from others, as in *Paris, Rome after “capital … is”*
+    and *mostly politics with “reuters”*.
     """
     if not summary.top:
         return "unused"
     described = _classes_heading(summary, names)
-    return _place_heading(described, summary.top, gallery) if names.are_words or gallery.words else described
+    if names.are_words or gallery.of_places:
+        return _place_heading(described, summary.top, gallery)
+    telling = ", ".join(f"“{word}”" for word in gallery.telling(summary.top))
+    return f"{described} with {telling}" if telling else described
 
 
 def _classes_heading(summary: ComponentSummary, names: ClassNames) -> str:
@@ -357,8 +363,11 @@ def collect_report_data(
         raise ArgumentError("attributions: need the data to be drawn over; pass data=")
     k = int(options.k)
     summaries = [
-        replace(s, stability=given.trust.stability_of(s.j), kl_ratio=given.effect_of(s.j).kl_ratio)
+        replace(
+            s, stability=given.trust.stability_of(s.j), kl_ratio=effect.kl_ratio, control_ratio=effect.control_ratio
+        )
         for s in summarise(components, k, options.seed, progress=options.progress)
+        for effect in [given.effect_of(s.j)]
     ]
     cut = given.trust.n_strategies if options.strategies is None else options.strategies
     nodes = tree_of(components, summaries, min(k, NODE_EXAMPLES), cut)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from npeff.errors import ArgumentError
 from npeff.perturbation.effect import CONTROLS, Continuation, Prediction
+from npeff.reports.text import plain
 from npeff.short_repr import short_repr
 
 Array = npt.NDArray[Any]
@@ -163,16 +164,21 @@ class EffectSummary:
     """The effect of moving the weights along one component, or a group of components.
 
     Attributes:
-        kl_ratio: KL on the component's top examples over KL on the others; None where unknown.
+        kl_ratio: KL on the component's top examples over KL on the baseline, a sample of all examples; None where
+            unknown.
         magnitudes: Step lengths that were tried.
         kl_top: Mean KL on the top examples per step length, in nats.
-        kl_baseline: The same on the other examples.
+        kl_baseline: The same on the baseline.
         interval: Confidence interval of the ratio; None where unknown.
         controls: ``(kind of random direction, its KL ratio)``.
         predictions: What is predicted for some examples before and after the step.
         continuations: How texts go on.
         label: Mean probability of the labels of the top examples, before and after; None where unknown.
         perplexity: Of unrelated data, before and after; None where unknown.
+        disjoint_ratio: KL on the top examples over KL on those of the baseline with (nearly) no coefficient; None where
+            unknown.
+        magnitude: Norm of the change of the weights at which the figures were measured; None where unknown.
+        sign: Its sign along the component; 0 where unknown, or where each of several directions has its own.
     """
 
     kl_ratio: float | None = None
@@ -185,8 +191,21 @@ class EffectSummary:
     continuations: tuple[Continuation, ...] = ()
     label: tuple[float, float] | None = None
     perplexity: tuple[float, float] | None = None
+    disjoint_ratio: float | None = None
+    magnitude: float | None = None
+    sign: int = 0
 
     __repr__ = short_repr
+
+    @property
+    def step(self) -> str:
+        """What was done to the weights, as *moved by −0.15*; empty where it is unknown."""
+        return "" if self.magnitude is None else f"moved by {'±+−'[self.sign]}{plain(self.magnitude)}"
+
+    @property
+    def control_ratio(self) -> float | None:
+        """The largest KL ratio of the random directions; None where there are none."""
+        return max((ratio for _, ratio in self.controls), default=None)
 
     @classmethod
     def of(cls, given: Given) -> EffectSummary:
@@ -220,6 +239,9 @@ class EffectSummary:
             continuations=tuple(map(_continuation, given["continuations"].each())),
             label=given["label"].pair(", before and after"),
             perplexity=given["perplexity"].pair(", before and after"),
+            disjoint_ratio=given["disjoint_ratio"].number(),
+            magnitude=given["magnitude"].number(),
+            sign=int(np.sign(given["sign"].number() or 0)),
         )
 
 
@@ -249,13 +271,14 @@ def _of_experiment(given: Given) -> dict[str, Any]:
 
     The curve is that of the sign kept, or the mean where each component has its own sign.
     """
-    ratio, *ends = _ratio(given)
-    controls = {kind: _ratio(given.part(f".controls.{kind}", of))[0] for kind, of in given["controls"].items()}
+    ratio, *ends = _ratio(given, "ratio")
+    controls = {kind: _ratio(given.part(f".controls.{kind}", of), "ratio")[0] for kind, of in given["controls"].items()}
     fields: dict[str, Any] = {
         "kl_ratio": ratio,
         "interval": None if None in ends else ends,
+        "disjoint_ratio": _ratio(given, "disjoint_ratio")[0] if given["figures"]["disjoint_ratio"].known else None,
         "controls": {CONTROLS.get(str(kind), str(kind)): own for kind, own in controls.items()},
-        **{key: given[key].value for key in ("predictions", "continuations", "perplexity")},
+        **{key: given[key].value for key in ("predictions", "continuations", "perplexity", "magnitude", "sign")},
     }
     if given["label_before"].known:
         top = np.array([one.position() for one in given["top"].each()], np.int64)
@@ -272,9 +295,9 @@ def _of_experiment(given: Given) -> dict[str, Any]:
     return fields
 
 
-def _ratio(given: Given) -> list[float | None]:
-    """Value, low and high end of the KL ratio; None for what is not known."""
-    figure = given["figures"]["ratio"]
+def _ratio(given: Given, name: str) -> list[float | None]:
+    """Value, low and high end of a KL ratio; None for what is not known."""
+    figure = given["figures"][name]
     if not isinstance(figure.value, Mapping):
         figure.refuse("value, low and high")
     return [figure[part].number() for part in ("value", "low", "high")]
@@ -369,6 +392,8 @@ class TrustSummary:
         chosen: The number of components that the held-out losses speak for.
         n_strategies: The number of strategies that comes back best.
         explained: ``(n,)`` share of each example's Fisher that the components account for.
+        agreement: ``(number of strategies, how well they come back)``, ascending.
+        stable_numbers: Numbers of strategies that come back about as well as the best one.
     """
 
     stability: Array | None = None
@@ -378,6 +403,8 @@ class TrustSummary:
     chosen: int | None = None
     n_strategies: int | None = None
     explained: Array | None = None
+    agreement: tuple[tuple[int, float], ...] = ()
+    stable_numbers: tuple[int, ...] = ()
 
     __repr__ = short_repr
 
@@ -410,6 +437,11 @@ class TrustSummary:
             threshold = null.part(".threshold", null.value)
         elif null.known and not threshold.known:
             null.refuse("a threshold, or what npeff.trust.null_model returned")
+        several = stability["strategies"]
+        agreement = [
+            (several.part("", n).whole("numbers of strategies", 1), several.part(f"[{n}]", of).number())
+            for n, of in several.items()
+        ]
         n_strategies, tried = stability["n_strategies"].count(), tried.ravel()
         means = held_out.reshape(-1, len(tried)).mean(0) if len(tried) else ()
         return cls(
@@ -420,6 +452,8 @@ class TrustSummary:
             selection["chosen"].count(),
             None if n_strategies is None else min(n_strategies, stability.r or n_strategies),
             explained.array(explained.n) if explained.known else None,
+            tuple(sorted((n, index) for n, index in agreement if index is not None)),
+            tuple(one.whole("whole numbers ≥ 1", 1) for one in stability["stable_numbers"].each()),
         )
 
 

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,10 @@ from npeff.reports.text import (
     place_in,
     printable,
     read_places,
+    spread,
     text_of,
     token_texts,
+    words_of,
 )
 
 Array = npt.NDArray[Any]
@@ -72,6 +74,7 @@ class RawExample:
         values: Numbers without a natural picture, ``(d,)`` or ``(t, d)``.
         place: The text around a place.
         ids: ``(tokens,)`` the token ids behind a text, where there are any.
+        compared: Whether its label was compared with the one on record.
     """
 
     image: Array | None = None
@@ -79,6 +82,7 @@ class RawExample:
     values: Array | None = None
     place: PlaceText | None = None
     ids: Array | None = None
+    compared: bool = False
 
 
 # ---- encoding ----------------------------------------------------------------------------------------------
@@ -94,7 +98,9 @@ class Gallery:
 
     Attributes:
         kept: Raw examples of the positions in ``keep``.
-        words: The words near places; None for other data.
+        n_compared: Of how many examples the label was compared with the one on record.
+        of_places: Whether the examples are places of texts.
+        words: The words of a sample of the texts, or near a sample of the places.
     """
 
     def __init__(self, shown: Collection[int] = (), tiles: Collection[int] = (), keep: Collection[int] = ()) -> None:
@@ -106,7 +112,10 @@ class Gallery:
         self._limit: float | None = None
         self._waiting: list[tuple[int, RawExample]] = []
         self.kept: dict[int, RawExample] = {}
-        self.words: Words | None = None
+        self.n_compared = 0
+        self.of_places = False
+        self.words = Words()
+        self._near: dict[int, list[str]] = {}  # words of the shown texts, or near the shown places
         self._places: dict[int, PlaceText] = {}  # of the shown positions
 
     def close(self) -> None:
@@ -132,14 +141,28 @@ class Gallery:
             DataError: The data ends early, or its labels are not those on record.
         """
         waiting_bytes = 0
+        sample = frozenset(spread(sorted(wanted)))
         found = read_examples(data, wanted, labels, tokenizer, name)
         if isinstance(data, ReadablePlaces):
-            found = ((i, RawExample(place=place)) for i, place in read_places(data, wanted, labels))
-            self.words = Words(data)
+            known = np.asarray(data.labels) >= 0
+            places = read_places(data, wanted, labels)
+            found = (
+                (i, RawExample(place=place, compared=bool(known[i]) and labels.get(i, -1) >= 0)) for i, place in places
+            )
+            self.of_places = True
+            for _, place in read_places(data, spread(range(data.n_examples)), {}):
+                self.words.add(place.near())
         bar = tqdm(found, "examples", len(wanted), delay=DELAY, disable=not progress, unit="example")
         for position, example in bar:
             if position in self._keep:
                 self.kept[position] = example
+            self.n_compared += example.compared
+            if example.text is not None and (position in self._shown or position in sample):
+                words = words_of(example.text[:LONGEST])
+                if position in sample:
+                    self.words.add(words)
+                if position in self._shown:
+                    self._near[position] = words
             self._waiting.append((position, example))
             waiting_bytes += sum(a.nbytes for a in (example.image, example.values) if a is not None)
             if self._limit is not None or len(self._waiting) >= SAMPLE or waiting_bytes >= SAMPLE_BYTES:
@@ -164,6 +187,7 @@ class Gallery:
         if example.place is not None:
             if shown:
                 self._places[position] = example.place
+                self._near[position] = example.place.near()
             return {"kind": "place", **example.place.window(*(FULL if shown else BRIEF))}
         if example.text is not None:
             return {"kind": "text", "text": printable(example.text[: LONGEST if shown else EXTRACT])}
@@ -238,9 +262,10 @@ class Gallery:
         return excerpt(read["text"], 60)[0] if read and read["kind"] == "text" else ""
 
     def telling(self, tops: Iterable[TopExample]) -> list[str]:
-        """Return the words that tell these places from the others; see :meth:`npeff.reports.text.Words.telling`."""
-        places = [(top.coefficient, self._places[top.position]) for top in tops if top.position in self._places]
-        return self.words.telling(places) if self.words and places else []
+        """Return the words that tell these texts or places from the others; see :meth:`Words.telling`."""
+        return self.words.telling(
+            [(top.coefficient, self._near[top.position]) for top in tops if top.position in self._near]
+        )
 
     def picture(self, position: int) -> Pixels | None:
         """Return an example of ``kept`` as a picture, ``(H, W, 3)``; None for texts and those that are not there."""
@@ -338,8 +363,9 @@ def read_examples(
                 one = own.take(slice(at, at + 1))
                 inputs, targets, at = *_split_one(one), 0
                 place = None if token is None else place_in(one, token)
-            _check_label(position, targets, at, labels.get(position, -1))
-            yield position, _example(inputs, at, tokenizer) if place is None else RawExample(place=place)
+            compared = _check_label(position, targets, at, labels.get(position, -1))
+            example = _example(inputs, at, tokenizer) if place is None else RawExample(place=place)
+            yield position, replace(example, compared=compared)
         missing.difference_update(here)
         start += size
         if not missing:
@@ -389,6 +415,7 @@ def _split(batch: Any) -> tuple[Any, Any]:
         targets = next((batch[key] for key in LABEL_KEYS if key in batch), None)
         for key in (*TEXT_KEYS, *INPUT_KEYS):
             if key in batch and batch[key] is not None:
+                _check_entries({key: batch[key], "input_ids": batch.get("input_ids"), "labels": targets})
                 if key in TEXT_KEYS and batch.get("input_ids") is not None:
                     return {"text": batch[key], "input_ids": batch["input_ids"]}, targets
                 return {"input_ids": batch[key]} if key == "input_ids" else batch[key], targets
@@ -408,10 +435,30 @@ def _split(batch: Any) -> tuple[Any, Any]:
         several = isinstance(inputs, tuple | list) and all(isinstance(i, torch.Tensor | np.ndarray) for i in inputs)
         if several and inputs and targets is not None and len(inputs) != len(targets):
             inputs = inputs[0]  # of several inputs to the model
+        _check_entries({**(inputs if isinstance(inputs, Mapping) else {"inputs": inputs}), "labels": targets})
         return inputs, targets
     if isinstance(batch, tuple | list) and len(batch) == 1:
         return batch[0], None
     return batch, None
+
+
+def _check_entries(parts: Mapping[str, Any]) -> None:
+    """Make sure that the parts of a batch have an entry per example.
+
+    Raises:
+        DataError: One is a single string, or they have different numbers of entries.
+    """
+    sizes: dict[str, int] = {}
+    for name, part in parts.items():
+        if isinstance(part, str | bytes):
+            raise DataError(f"data: {name} is one string; expected a list, a text per example")
+        if part is not None and getattr(part, "ndim", None) != 0:
+            with suppress(TypeError):
+                sizes[name] = len(part)
+    if len(set(sizes.values())) > 1:
+        (name, size), *others = sizes.items()
+        rest = ", ".join(f"{other} {count}" for other, count in others)
+        raise DataError(f"data: {name} has {size} entries, {rest}; expected one of each per example")
 
 
 def _size(inputs: Any, targets: Any) -> int:
@@ -424,15 +471,23 @@ def _size(inputs: Any, targets: Any) -> int:
     raise DataError(f"data: cannot tell how many examples a batch of type {type(inputs).__qualname__} holds")
 
 
-def _check_label(position: int, targets: Any, index: int, on_record: int) -> None:
+def _check_label(position: int, targets: Any, index: int, on_record: int) -> bool:
+    """Compare a label with the one on record, -1 where unknown; return whether there was something to compare.
+
+    Raises:
+        DataError: They differ.
+    """
     if targets is None or on_record < 0:
-        return
+        return False
     given = np.asarray(_array(targets[index]))
-    if given.size == 1 and np.issubdtype(given.dtype, np.integer) and int(given.item()) != on_record:
+    if given.size != 1 or not np.issubdtype(given.dtype, np.integer):
+        return False
+    if int(given.item()) != on_record:
         raise DataError(
             f"data: example {position} has label {int(given.item())}, but {on_record} when the Fishers were "
             "computed; pass the same data in the same order (is a loader shuffling?)"
         )
+    return True
 
 
 def _example(inputs: Any, index: int, tokenizer: Any) -> RawExample:

@@ -152,14 +152,14 @@ def held_out_curve(
 
 
 def effect_curve(magnitudes: Sequence[float], top: Sequence[float], baseline: Sequence[float]) -> Plot | None:
-    """Plot the mean KL on the top and the other examples (either may be empty) against the step length.
+    """Plot the mean KL on the top examples and on the baseline (either may be empty) against the step length.
 
     Nothing is drawn for fewer than two steps.
     """
     x = np.asarray(magnitudes, np.float64)
     order = np.argsort(x, kind="stable")
-    given = [("top examples", top), ("others", baseline)]
-    curves = [Curve(name, x[order], np.asarray(y)[order], name == "others") for name, y in given if len(y)]
+    given = [("top examples", top), ("baseline", baseline)]
+    curves = [Curve(name, x[order], np.asarray(y)[order], name == "baseline") for name, y in given if len(y)]
     known = [float(v) for curve in curves for v in curve.y if np.isfinite(v)]
     if len(x) < 2 or not known:
         return None

@@ -29,7 +29,7 @@ from npeff.reports.figures import (
 from npeff.reports.layout import StrategyNode, block_map
 from npeff.reports.summary import COLUMNS, DELAY, Column, ComponentSummary
 from npeff.reports.text import coefficient, number, percent, plain, short, visible
-from npeff.reports.writer import ReportWriter, script_json
+from npeff.reports.writer import GENERATOR, ReportWriter, script_json
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("dom", "parts", "table", "map", "tree", "examples", "routes")
@@ -65,7 +65,7 @@ def environment() -> Environment:
     env.filters["logarithms"] = lambda counts: [math.log2(1 + count) for count in counts]
     env.filters.update(block_map=block_map, bytes=format_bytes)
     env.globals.update(PUSHED=PUSHED, TRACED=TRACED, CONTINUED=CONTINUED, MEMBERS=MEMBERS)
-    env.globals.update(PART_KINDS=PART_KINDS, UNSTABLE=UNSTABLE, version=version("npeff"), zip=zip)
+    env.globals.update(GENERATOR=GENERATOR, PART_KINDS=PART_KINDS, UNSTABLE=UNSTABLE, version=version("npeff"), zip=zip)
     bodies = [(TEMPLATES / "app" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
     script = '(() => {\n"use strict";\n' + "\n".join(bodies) + "})();\n"
     # The page allows this script and no other.

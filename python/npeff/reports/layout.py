@@ -123,7 +123,7 @@ def tree_of(
 def _colour(nodes: list[StrategyNode], similarity: Array, number: int | None) -> None:
     if number == 1:
         cut = [0]
-    elif number is not None or len(nodes[0].children) > 2:
+    elif number is not None or len(nodes[0].children) not in (0, 2):
         cut = nodes[0].children  # already cut
     else:
         cut = _best_cut(nodes, similarity)

@@ -80,7 +80,8 @@ class ComponentSummary:
         weighted_energy: The same of the vector times the block weights, as it was decomposed.
         energy: Mean squared coefficient, ``Σ_i W_ij² / n``.
         stability: How nearly it comes back when the decomposition is repeated, in [0, 1]; None where unknown.
-        kl_ratio: KL on its top examples over KL on the others when the weights move along it; None where unknown.
+        kl_ratio: KL on its top examples over KL on the baseline when the weights move along it; None where unknown.
+        control_ratio: The largest KL ratio of the random directions that it is compared with; None where unknown.
     """
 
     j: int
@@ -102,6 +103,7 @@ class ComponentSummary:
     energy: float
     stability: float | None = None
     kl_ratio: float | None = None
+    control_ratio: float | None = None
 
     @property
     def shown(self) -> list[TopExample]:
@@ -202,8 +204,17 @@ COLUMNS = (
         "KL ratio",
         plain,
         "KL ratio",
-        "says how much more the predictions on its top examples change than those on the others when the weights move "
-        "along the component. Near 1, the component does not act where its examples are.",
+        "is the mean KL on its top examples over that on a sample of all examples (the baseline) when the weights move "
+        "along the component. Read it against the ratio of random directions, not against 1: top examples that hardly "
+        "change along any direction have a ratio below 1 and may still change far more than at random.",
+    ),
+    Column(
+        "control_ratio",
+        "At random",
+        plain,
+        "KL ratio at random",
+        "is the largest KL ratio among the kinds of random directions that the component is compared with. A component "
+        "acts on its examples where its own ratio is far above this one.",
     ),
 )
 """The numbers of the table. To add one, add an entry."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import isnan, log
+from math import isnan, log, sqrt
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -152,9 +152,10 @@ NEAR, REACH = 8, 120
 """Words, and characters, up to the place, its token included, among which titles look for words."""
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 SAMPLE = 1000
-"""Places whose words the words of a component's top examples are compared with."""
-FREQUENT, LIFT = 0.4, 1.5
-"""Words of a title: their least share of the top examples' weight, and its least ratio to their share of the sample."""
+"""Texts or places whose words the words of a component's top examples are compared with."""
+FREQUENT, SURE = 0.4, 3
+"""Words of a title: their least share of the top examples' weight, and by how many standard errors it is above their
+share of the sample."""
 WORDS = 3  # named in a title at most
 FULL, BRIEF, TAIL = (1200, 300), (220, 60), (90, 0)
 """Characters before and after a place: on the page of an example that is on some component's page; on those of others,
@@ -235,7 +236,7 @@ class PlaceText:
     def near(self) -> list[str]:
         """Return the last words up to the place."""
         text = "".join(self.tokens[: self.index + 1])
-        words = WORD.findall(visible(text[-REACH:]))
+        words = words_of(text[-REACH:])
         return words[1 if len(text) > REACH else 0 :][-NEAR:]
 
 
@@ -294,38 +295,50 @@ def token_texts(tokenizer: Any) -> Callable[[int], str] | None:
     return None if tokenizer is None else text
 
 
+def spread(positions: Sequence[int]) -> list[int]:
+    """Choose a sample of positions, evenly spaced."""
+    chosen = np.linspace(0, len(positions) - 1, min(SAMPLE, len(positions))).astype(np.int64)
+    return [positions[i] for i in np.unique(chosen).tolist()]
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text."""
+    return WORD.findall(visible(text))
+
+
 class Words:
-    """The words near places, and which of them distinguish some places from the others.
+    """The words of a sample of texts or near places, and which of them distinguish some from the others."""
 
-    Args:
-        data: The places; a sample of them is what others are compared with.
-    """
+    def __init__(self) -> None:
+        self._n, self._counts = 0, Counter[str]()
 
-    def __init__(self, data: ReadablePlaces) -> None:
-        sample = np.unique(np.linspace(0, data.n_examples - 1, min(SAMPLE, data.n_examples)).astype(np.int64))
-        self._n = len(sample)
-        self._counts: Counter[str] = Counter()
-        for _, place in read_places(data, sample.tolist(), {}):
-            self._counts.update(set(place.near()))
+    def add(self, words: Iterable[str]) -> None:
+        """Add the words of one text of the sample."""
+        self._n += 1
+        self._counts.update(set(words))
 
-    def telling(self, places: Sequence[tuple[float, PlaceText]]) -> list[str]:
-        """Return the words that are frequent near places and not elsewhere, in the order of the text.
+    def telling(self, texts: Sequence[tuple[float, Sequence[str]]]) -> list[str]:
+        """Return the words that are frequent in some texts and not in the sample, in the order of the text.
 
-        The places come with their coefficients. Of every word, ``p log(p / q)`` is computed: p its share of the
-        coefficients, q its share of the sample.
+        The texts' words come with the texts' coefficients. Of every word in more than one of them, ``p log(p / q)`` is
+        computed: p its share of the coefficients, q its share of the sample. The standard error of p at random is
+        ``√(q (1 − q) Σ w²) / Σ w`` for coefficients w.
         """
-        total = sum(weight for weight, _ in places) or 1.0
+        if not self._n:
+            return []
+        total = sum(weight for weight, _ in texts) or 1.0
+        spread_of_shares = sqrt(sum(weight**2 for weight, _ in texts)) / total
         shares: dict[str, float] = {}
         where: dict[str, list[int]] = {}
-        for weight, place in places:
-            near = place.near()
+        for weight, near in texts:
             for word in set(near):
                 shares[word] = shares.get(word, 0.0) + weight / total
                 where.setdefault(word, []).append(near[::-1].index(word))
         scores = {}
         for word, p in shares.items():
             q = max(self._counts[word], 1) / self._n
-            if p >= FREQUENT and p >= LIFT * q:
+            least = q + SURE * sqrt(q * (1 - q)) * spread_of_shares
+            if len(where[word]) > 1 and p >= FREQUENT and p > q and p >= least:
                 scores[word] = p * log(p / q)
         best = sorted(scores, key=lambda word: (-scores[word], word))[:WORDS]
         return sorted(best, key=lambda word: -float(np.mean(where[word])))

@@ -22,6 +22,8 @@ from typing import Any
 from npeff.errors import StorageError
 from npeff.storage.files import abandoned, atomic, check_target, claim, explain
 
+GENERATOR = '<meta name="generator" content="npeff'
+"""The beginning of the tag by which a page of npeff is known."""
 MARKER = "parts-of-a-npeff-report.txt"
 HEADING = "Parts of the report beside this folder; these files are replaced along with it:\n"
 INLINE = 1_500_000
@@ -43,6 +45,23 @@ def check_page(path: Path) -> None:
             "in .html"
         )
     check_target(there)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse to replace a page that npeff did not write; an empty file may be replaced.
+
+    Raises:
+        StorageError: Such a page is there, or it cannot be read.
+    """
+    if not path.is_file():
+        return
+    with _explained(path), path.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(4096)
+    if head and GENERATOR not in head:
+        raise StorageError(
+            f"{path}: a file that npeff did not write is there, and the report would replace it; choose another out=, "
+            "or delete the file"
+        )
 
 
 def script_json(value: Any) -> str:

@@ -84,9 +84,10 @@ def _comparable(a: Components, b: Components) -> tuple[Array, Array]:
             return a.vectors, b.vectors
     elif not any(elsewhere):
         return a.unweighted(), b.unweighted()
+    found = []
     for x in (a, b):
         x.check_recovered(range(x.n_components))
-    found = [x.vectors if x.columns is not None else np.stack([x.vector(j) for j in range(len(x))]) for x in (a, b)]
+        found.append(x.unweighted() if x.columns is not None else np.stack([x.vector(j) for j in range(len(x))]))
     return found[0], found[1]
 
 
@@ -139,6 +140,21 @@ def explained(components: Components, fishers: Fishers) -> Array:
     return np.asarray(np.clip(share, 0, 1))
 
 
+def check_own(fishers: Fishers, components: Components) -> None:
+    """Refuse Fishers of other examples than those that the components were made from.
+
+    Raises:
+        ArgumentError: Parts of them, or shuffled ones, say nothing about these components.
+    """
+    if not components.made_from(fishers):
+        raise ArgumentError(
+            f"fishers: expected those of the {len(components.coefficients)} examples that the components were made "
+            f"from, in their order, got {len(fishers)} that are not these: what comes back from some examples, or by "
+            "chance, is compared with the decomposition of the same ones. Decompose these Fishers first; "
+            "npeff.trust.match compares two decompositions"
+        )
+
+
 class InnerProducts:
     """All examples' inner products, and the components made of all or of some of them.
 
@@ -152,8 +168,7 @@ class InnerProducts:
 
     def __init__(self, fishers: Fishers, components: Components) -> None:
         assert fishers.rows.products_only
-        same = components.compression == "gram" and np.array_equal(components.ids, fishers.ids)
-        if not same or not components.logits.same(fishers.logits):
+        if components.compression != "gram" or not components.made_from(fishers):
             raise ArgumentError(
                 "fishers: inner products alone (GramOnly) say nothing about other examples; expected those that the "
                 "components were made from"
@@ -307,6 +322,7 @@ def stability(
     inner = InnerProducts(fishers, components) if fishers.rows.products_only else None
     if inner is None:
         components.check_compatible(fishers)
+        check_own(fishers, components)
     n, r = len(fishers), components.n_components
     size = max(1, round(share * n))
     most = min(r, most_strategies or MOST_STRATEGIES)

@@ -19,6 +19,7 @@ from npeff.fishers.fishers import Fishers
 from npeff.fishers.rows import DenseRows, Rows, SparseRows
 from npeff.fishers.scaling import ScaledRows, fisher_norms
 from npeff.short_repr import several
+from npeff.trust.stability import check_own
 
 Array = npt.NDArray[Any]
 
@@ -91,6 +92,7 @@ def null_model(
             "compress=None, TopK(k) or Sketch(d) for a null model"
         )
     components.check_compatible(fishers)
+    check_own(fishers, components)
     options = {**components.scaling_of(fishers), **options, "progress": False}
     losses, energies = [], []
     for repeat in tqdm(range(repeats), "null model", disable=not progress, unit="shuffle"):
