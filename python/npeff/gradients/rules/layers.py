@@ -258,6 +258,22 @@ class _LastDimensions(SmallRule):
         return self.layout.split(delta.reshape(-1, *self.value.shape))
 
 
+class _NormWeight(SmallRule):
+    """A weight that scales what a layer has normalised: δ times that, summed as the gradient of its bias is."""
+
+    @override
+    def begin(self) -> None:
+        self._normalised = self.split(self.normalised(working(self.saved_tensor("input"))))
+
+    @abstractmethod
+    def normalised(self, inputs: Tensor) -> Tensor:
+        """Return the input as it was before scale and shift."""
+
+    @override
+    def reduce(self, delta: Tensor) -> Tensor:
+        return super().reduce(delta * self._normalised)  # type: ignore[safe-super]  # the bias's rule, a base beside this
+
+
 class LayerNormBias(_LastDimensions):
     """δ."""
 
@@ -268,27 +284,22 @@ class LayerNormBias(_LastDimensions):
         return delta.sum(dim=1)
 
 
-class LayerNormWeight(LayerNormBias):
+class LayerNormWeight(_NormWeight, LayerNormBias):
     """δ · (x − mean) · rstd."""
 
     @override
-    def begin(self) -> None:
-        mean, rstd = working(self.saved_tensor("result1")), working(self.saved_tensor("result2"))
-        self._normalised = self.split((working(self.saved_tensor("input")) - mean) * rstd)
-
-    @override
-    def reduce(self, delta: Tensor) -> Tensor:
-        return super().reduce(delta * self._normalised)
+    def normalised(self, inputs: Tensor) -> Tensor:
+        return (inputs - working(self.saved_tensor("result1"))) * working(self.saved_tensor("result2"))
 
 
-class FusedRMSNormWeight(LayerNormWeight):
+class FusedRMSNormWeight(_NormWeight, LayerNormBias):
     """δ · x · rrms."""
 
     name = "rms_norm"
 
     @override
-    def begin(self) -> None:
-        self._normalised = self.split(working(self.saved_tensor("input")) * working(self.saved_tensor("result1")))
+    def normalised(self, inputs: Tensor) -> Tensor:
+        return inputs * working(self.saved_tensor("result1"))
 
 
 class ChannelBias(SmallRule):
@@ -301,21 +312,7 @@ class ChannelBias(SmallRule):
         return delta.flatten(3).sum(dim=(1, 3)) if delta.dim() > 3 else delta.sum(dim=1)
 
 
-class _ChannelWeight(ChannelBias):
-    @override
-    def begin(self) -> None:
-        self._normalised = self.split(self.normalised(working(self.saved_tensor("input"))))
-
-    @abstractmethod
-    def normalised(self, inputs: Tensor) -> Tensor:
-        """Return the input as it was before scale and shift."""
-
-    @override
-    def reduce(self, delta: Tensor) -> Tensor:
-        return super().reduce(delta * self._normalised)
-
-
-class GroupNormWeight(_ChannelWeight):
+class GroupNormWeight(_NormWeight, ChannelBias):
     """δ · (x − mean of the group) · rstd of the group."""
 
     name = "group_norm"
@@ -327,7 +324,7 @@ class GroupNormWeight(_ChannelWeight):
         return ((grouped - mean[..., None]) * rstd[..., None]).reshape(inputs.shape)
 
 
-class BatchNormWeight(_ChannelWeight):
+class BatchNormWeight(_NormWeight, ChannelBias):
     """δ · (x − running mean) / √(running variance + eps): evaluation mode only."""
 
     name = "batch_norm"
